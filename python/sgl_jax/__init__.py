@@ -1,0 +1,1 @@
+"""Serve large language models with JAX."""

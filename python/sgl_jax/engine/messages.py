@@ -1,0 +1,138 @@
+"""Typed messages between the API side and the engine side (a thread or a process), encoded as msgpack, never pickled.
+
+A request is named by an int key on the wire, unique within one API process; its public id stays with the API side.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from sgl_jax.request import FinishReason, SamplingParams
+
+
+class _Message(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
+    pass
+
+
+# --- API side -> engine ---------------------------------------------------------------------------------------------
+
+
+class Generate(_Message):
+    """Start a request. The API side has validated it: 1 <= len(prompt_ids) < context_length; n is already expanded."""
+
+    key: int
+    prompt_ids: list[int]
+    params: SamplingParams
+    namespace: str = ""  # requests of different namespaces never share cached prefixes
+
+
+class Abort(_Message):
+    """Stop these requests, whatever their state; unknown keys are ignored. Each live one gets a Finished(abort)."""
+
+    keys: list[int]
+
+
+class FlushCache(_Message):
+    """Drop every cached prefix that no running request holds. Answered by CacheFlushed with the same call."""
+
+    call: int
+
+
+class Shutdown(_Message):
+    """Leave the loop at once; running requests are dropped. The API side drains before it sends this."""
+
+
+Command = Generate | Abort | FlushCache | Shutdown
+
+# --- engine -> API side ---------------------------------------------------------------------------------------------
+
+
+class EngineInfo(msgspec.Struct, frozen=True):
+    """What the engine resolved at start: sent once, in Ready."""
+
+    model_path: str
+    architecture: str
+    dtype: str
+    platform: str  # "cpu" | "gpu" | "tpu"
+    device_kind: str
+    num_devices: int
+    vocab_size: int
+    context_length: int  # tokens of prompt plus output one request may hold
+    eos_token_ids: list[int]
+    page_size: int
+    max_total_tokens: int  # tokens of KV in the pool
+    max_running_requests: int
+    chunked_prefill_size: int
+    num_programs: int
+    start_seconds: float
+
+
+class Ready(_Message):
+    """Weights are loaded and every program is compiled."""
+
+    info: EngineInfo
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log probability of one token, and of the best ones at that position (as many as were asked for), best first."""
+
+    logprob: float
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
+class PromptScored(msgspec.Struct, frozen=True, array_like=True):
+    """Sent with a request's first token. `logprobs[0]` is None: nothing comes before the first prompt token."""
+
+    key: int
+    num_cached_tokens: int
+    logprobs: list[TokenLogprobs | None] | None = None  # one per prompt token, when asked for
+
+
+class Finished(msgspec.Struct, frozen=True, array_like=True):
+    key: int
+    reason: FinishReason
+
+
+class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Gauges are of now; counters are totals since start."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_usage: float = 0.0  # share of the pool's pages that are not free, cached prefixes not counted
+    cached_usage: float = 0.0  # share of the pool's pages that hold cached prefixes no request uses
+    gen_throughput: float = 0.0  # tokens/s over the last decode log interval
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    generated_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    compiles_after_ready: int = 0
+
+
+class StepOutput(_Message):
+    """What one step produced, one message per step: `tokens[i]` is the next token of request `keys[i]`.
+
+    A finished request's last token is in `tokens` (a stop token included) and its Finished in `finished`.
+    """
+
+    keys: list[int] = []
+    tokens: list[int] = []
+    finished: list[Finished] = []
+    prompts: list[PromptScored] = []
+    logprobs: dict[int, TokenLogprobs] = {}  # by index into keys, for the requests that asked
+    stats: Stats | None = None  # now and then, and always when the engine falls idle
+
+
+class CacheFlushed(_Message):
+    call: int
+    num_pages: int  # pages that became free
+
+
+class EngineDied(_Message):
+    """The engine cannot go on. Every request ends with this error and the server exits non-zero."""
+
+    message: str
+
+
+Event = Ready | StepOutput | CacheFlushed | EngineDied
