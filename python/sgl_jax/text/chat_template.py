@@ -1,0 +1,113 @@
+"""Chat templates: Jinja in a sandbox, with the names and filters that published templates use."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+class TemplateError(ValueError):
+    """The template does not compile, refuses the messages, or fails on them."""
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks what the assistant said, for training; here its body is just text."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.Scope(body, lineno=line)
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes <, > and & for HTML; models were trained on plain JSON.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    return environment
+
+
+class ChatTemplate:
+    """One compiled template. `special_tokens` (bos_token, eos_token, …) are visible to it by name."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, Any] | None = None):
+        self.source = source
+        self._special_tokens = dict(special_tokens or {})
+        try:
+            self._template = _environment().from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise TemplateError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The conversation as the model reads it.
+
+        With `continue_final_message` the text ends inside the last message, so that the model goes on with it.
+        """
+        extra = dict(template_kwargs or {})
+        for name in _RESERVED:
+            if name in extra:
+                raise TemplateError(f"{name} cannot be set through chat_template_kwargs")
+        if continue_final_message and add_generation_prompt:
+            raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
+        names = self._special_tokens | extra
+        try:
+            text = self._template.render(
+                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **names
+            )
+        except Exception as error:  # a template can raise anything: a type error, a recursion, a refusal of its own
+            raise TemplateError(f"the chat template refuses these messages: {error}") from error
+        return _cut_after_final_message(text, messages) if continue_final_message else text
+
+
+def _cut_after_final_message(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
+    final = messages[-1].get("content") or ""
+    if not isinstance(final, str):
+        final = next((part["text"] for part in reversed(final) if "text" in part), "")
+    start = text.rfind(final.strip())
+    if start < 0 or not final.strip():
+        raise TemplateError("continue_final_message needs a last message whose text appears in the rendered prompt")
+    kept = final.lstrip()
+    if text[start : start + len(kept)] != kept:  # the template trims; then the trailing space is gone
+        kept = final.strip()
+    return text[: start + len(kept)]

@@ -1,0 +1,127 @@
+"""Tokens of one request to text, as they come: no broken characters, and nothing of a stop string gets out early."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sgl_jax.text.tokenizer import Tokenizer
+
+_CONTEXT = 6  # prompt tokens decoded along, so that the first token keeps its leading space
+_PATIENCE = 8  # tokens that may be needed for one character; after as many, the bytes are taken as they are
+
+
+class IncrementalDecoder:
+    """Gives the new text of each token; a character that needs more tokens is held back until they come."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool):
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._context = list(prompt_ids[-_CONTEXT:])  # tokens whose text is already out
+        self._pending: list[int] = []  # tokens whose text is not
+        self._stream = tokenizer.decode_stream(self._context, skip_special_tokens)
+
+    def push(self, tokens: Sequence[int]) -> str:
+        self._pending.extend(tokens)
+        try:
+            text = self._stream.step(self._tokenizer.backend, list(tokens))
+        except Exception:  # the library's "invalid prefix": the context decodes differently once more follows it
+            return self.flush()
+        if text is None:
+            return self.flush() if len(self._pending) >= _PATIENCE else ""
+        self._context, self._pending = self._pending, []
+        return text
+
+    def flush(self) -> str:
+        """The text of whatever is held back, broken characters as U+FFFD."""
+        if not self._pending:
+            return ""
+        both = self._context + self._pending
+        known = self._tokenizer.decode(self._context, self._skip)
+        text = self._tokenizer.decode(both, self._skip)
+        self._context, self._pending = both[-_CONTEXT:], []
+        self._stream = self._tokenizer.decode_stream(self._context, self._skip)
+        common = len(known) if text.startswith(known) else _common_prefix(known, text)
+        return text[common:]
+
+
+def _common_prefix(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class StopMatcher:
+    """Finds the first stop string in a text that comes in pieces, holding back what may be the start of one."""
+
+    def __init__(self, stops: Sequence[str], keep_match: bool = False):
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=0)
+        self._keep_match = keep_match
+        self._held = ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """What can be shown now. After a match (`matched` is set) nothing more comes out."""
+        if not self._stops or not text:
+            return text
+        text = self._held + text
+        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        if found:
+            at, _, self.matched = min(found)
+            self._held = ""
+            return text[: at + len(self.matched)] if self._keep_match else text[:at]
+        held = next((k for k in range(min(self._longest - 1, len(text)), 0, -1) if self._may_start(text[-k:])), 0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def _may_start(self, tail: str) -> bool:
+        return any(stop.startswith(tail) for stop in self._stops)
+
+    def flush(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+class Detokenizer:
+    """One request's output: text without broken characters, cut at the first stop string."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        stop: Sequence[str] = (),
+        include_stop_str_in_output: bool = False,
+        min_tokens: int = 0,
+    ):
+        self._decoder = IncrementalDecoder(tokenizer, prompt_ids, skip_special_tokens)
+        self._stops = StopMatcher(stop, include_stop_str_in_output) if stop else None
+        self._ignore_stops = min_tokens  # stop strings ending in these first tokens do not count
+
+    @property
+    def matched(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return self._stops.matched if self._stops else None
+
+    def push(self, tokens: Sequence[int]) -> tuple[str, int]:
+        """The text that can be shown now, and how many of the tokens were used (all, unless a stop string came)."""
+        if self._stops is None:
+            return self._decoder.push(tokens), len(tokens)
+        shown = ""
+        for i, token in enumerate(tokens):
+            text = self._decoder.push((token,))
+            if self._ignore_stops > 0:
+                self._ignore_stops -= 1
+                shown += text
+                continue
+            shown += self._stops.push(text)
+            if self._stops.matched is not None:
+                return shown, i + 1
+        return shown, len(tokens)
+
+    def finish(self) -> str:
+        """The text still held back, when no more tokens come. A stop string may still show up in it."""
+        text = self._decoder.flush()
+        if self._stops is None:
+            return text
+        shown = self._stops.push(text)
+        return shown if self._stops.matched is not None else shown + self._stops.flush()

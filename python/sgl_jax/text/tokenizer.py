@@ -1,0 +1,230 @@
+"""The tokenizer of a model: from a Hugging Face directory or hub id (tokenizer.json), or from a GGUF file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from sgl_jax.text.chat_template import ChatTemplate, TemplateError
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.*")
+
+
+class TokenizerError(ValueError):
+    """The tokenizer cannot be loaded, or a text cannot be encoded."""
+
+
+class Tokenizer:
+    """Text to token ids and back, with the model's chat template beside it."""
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        add_bos: bool | None = None,  # None: as the backend's own post-processor does
+        chat_templates: dict[str, ChatTemplate] | None = None,
+    ):
+        self.backend = backend
+        self.bos_token, self.eos_token = bos_token, eos_token
+        self.bos_token_id = None if bos_token is None else backend.token_to_id(bos_token)
+        self.eos_token_id = None if eos_token is None else backend.token_to_id(eos_token)
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        self._add_bos = add_bos
+        self._templates = chat_templates or {}
+        self._added = {i: token.content for i, token in backend.get_added_tokens_decoder().items()}
+        self._kind = _piece_kind(backend)
+        self._bytes: dict[int, bytes] = {}
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        try:
+            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate has no UTF-8 form
+            raise TokenizerError("the text has a lone surrogate, which is not valid Unicode") from error
+        if add_special_tokens and self._add_bos is not None and self.bos_token_id is not None:
+            starts_with_bos = ids[:1] == [self.bos_token_id]
+            if self._add_bos and not starts_with_bos:
+                return [self.bos_token_id, *ids]
+            if not self._add_bos and starts_with_bos and not text.startswith(str(self.bos_token)):
+                return ids[1:]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def decode_stream(self, context: Sequence[int], skip_special_tokens: bool) -> DecodeStream:
+        """A stream that goes on after `context`, whose own text is not repeated."""
+        return DecodeStream(ids=list(context), skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes this one token stands for; a character may need several tokens."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._bytes[token] = self._piece_bytes(token)
+        return found
+
+    def token_text(self, token: int) -> str:
+        """The token as text; bytes that are no UTF-8 on their own are written as \\xNN."""
+        return self.token_bytes(token).decode("utf-8", errors="backslashreplace")
+
+    def _piece_bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token].encode()
+        piece = self.backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if self._kind == "bytes":
+            return bytes(_BYTE_OF_CHAR[c] for c in piece if c in _BYTE_OF_CHAR)
+        if self._kind == "sentencepiece":
+            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+                return bytes([int(piece[3:5], 16)])
+            return piece.replace("▁", " ").encode()
+        return self.backend.decode([token], skip_special_tokens=False).encode()
+
+    def chat_template(self, name: str = "default") -> ChatTemplate:
+        template = self._templates.get(name) or self._templates.get("default")
+        if template is None:
+            raise TemplateError(
+                "this model has no chat template; give one with --chat-template or use /v1/completions with a plain prompt"
+            )
+        return template
+
+
+def _byte_of_char() -> dict[str, int]:
+    """GPT-2's printable stand-in for each byte, inverted."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [b for b in range(256) if b not in plain]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+def _piece_kind(backend: tokenizers.Tokenizer) -> str:
+    """How a vocabulary piece spells its bytes: "bytes" (byte-level BPE), "sentencepiece" or "other"."""
+    decoder = backend.decoder
+    state = b"" if decoder is None else decoder.__getstate__()
+    if b"ByteLevel" in state:
+        return "bytes"
+    if "▁".encode() in state or b"\\u2581" in state or b"Metaspace" in state or b"ByteFallback" in state:
+        return "sentencepiece"
+    return "other"
+
+
+def load_tokenizer(path: str, chat_template: str | None = None, download_dir: str | None = None) -> Tokenizer:
+    """`path`: a directory with tokenizer.json, a .gguf file, or a hub id.
+
+    `chat_template` is a file to use instead of the model's own, or the template itself.
+    """
+    override = _read_override(chat_template)
+    place = Path(path).expanduser()
+    if place.suffix == ".gguf":
+        return _from_gguf(place, override)
+    if not place.exists():
+        place = _download(path, download_dir)
+    if not (place / "tokenizer.json").is_file():
+        ggufs = sorted(place.glob("*.gguf"))
+        if ggufs:
+            return _from_gguf(ggufs[0], override)
+        raise TokenizerError(f"{place} has no tokenizer.json; give a directory that has one with --tokenizer-path")
+    return _from_directory(place, override)
+
+
+def _read_override(chat_template: str | None) -> str | None:
+    if chat_template is None or "{%" in chat_template or "{{" in chat_template:
+        return chat_template
+    place = Path(chat_template).expanduser()
+    if not place.is_file():
+        raise TokenizerError(f"--chat-template {chat_template}: no such file")
+    return place.read_text(encoding="utf-8")
+
+
+def _download(name: str, download_dir: str | None) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES), cache_dir=download_dir))
+    except Exception as error:  # a name that is no hub id, no network, no access: one line each
+        raise TokenizerError(f"{name} is neither a directory nor a model that can be fetched: {error}") from error
+
+
+def _from_gguf(path: Path, override: str | None) -> Tokenizer:
+    from sgl_jax.text.gguf_vocab import load_gguf_tokenizer
+
+    found = load_gguf_tokenizer(path)
+    special = {"bos_token": found.bos_token, "eos_token": found.eos_token}
+    special = {name: token for name, token in special.items() if token is not None}
+    source = override or found.chat_template
+    return Tokenizer(
+        found.tokenizer,
+        bos_token=found.bos_token,
+        eos_token=found.eos_token,
+        add_bos=found.add_bos,
+        chat_templates={"default": ChatTemplate(source, special)} if source else {},
+    )
+
+
+def _from_directory(place: Path, override: str | None) -> Tokenizer:
+    backend = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
+    backend.no_truncation()
+    backend.no_padding()
+    config = _read_json(place / "tokenizer_config.json")
+    special = _special_tokens(_read_json(place / "special_tokens_map.json") | config)
+    for name in ("bos_token", "eos_token"):
+        if name not in special:
+            token = _token_of_config(backend, _read_json(place / "config.json").get(f"{name}_id"))
+            if token is not None:
+                special[name] = token
+    sources = {"default": override} if override else _template_sources(place, config)
+    add_bos = config.get("add_bos_token")
+    if add_bos is False and not str(config.get("tokenizer_class")).startswith("Llama"):
+        add_bos = None  # only the Llama classes let this field overrule tokenizer.json
+    return Tokenizer(
+        backend,
+        bos_token=special.get("bos_token"),
+        eos_token=special.get("eos_token"),
+        add_bos=add_bos,
+        chat_templates={name: ChatTemplate(source, special) for name, source in sources.items()},
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name in _SPECIAL_NAMES:
+        token = config.get(name)
+        if isinstance(token, dict):  # an AddedToken written out
+            token = token.get("content")
+        if isinstance(token, str):
+            found[name] = token
+    more = config.get("additional_special_tokens")
+    if isinstance(more, list):
+        found["additional_special_tokens"] = [t["content"] if isinstance(t, dict) else t for t in more]
+    return found
+
+
+def _token_of_config(backend: tokenizers.Tokenizer, token: int | list[int] | None) -> str | None:
+    if isinstance(token, list):
+        token = token[0] if token else None
+    return None if token is None else backend.id_to_token(token)
+
+
+def _template_sources(place: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Templates by name: chat_template.jinja, else chat_template.json, else tokenizer_config.json."""
+    extra = {p.stem: p.read_text(encoding="utf-8") for p in sorted(place.glob("additional_chat_templates/*.jinja"))}
+    if (place / "chat_template.jinja").is_file():
+        return extra | {"default": (place / "chat_template.jinja").read_text(encoding="utf-8")}
+    template = _read_json(place / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(template, list):
+        return extra | {entry["name"]: entry["template"] for entry in template}
+    return extra | ({"default": template} if template else {})
