@@ -1,0 +1,148 @@
+"""The lines the server prints. Everything but `setup` and `once` is a pure function from values to text."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO
+
+READY = "The server is fired up and ready to roll!"  # scripts of the SGLang family wait for these words
+
+QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by probes and scrapers
+
+
+class _Formatter(logging.Formatter):
+    """`[2025-01-31 12:00:00] message`, on each line of it; warnings and worse carry their level."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        prefix = f"[{self.formatTime(record, '%Y-%m-%d %H:%M:%S')}] "
+        if record.levelno >= logging.WARNING:
+            prefix += f"{record.levelname}: "
+        return prefix + record.message.replace("\n", "\n" + prefix)
+
+    def usesTime(self) -> bool:
+        return True
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Ours, so that a second `setup` replaces it. StreamHandler flushes after each record."""
+
+
+class _NotQuiet(logging.Filter):
+    """Drops access lines of the quiet paths. uvicorn logs (client, method, path, version, status)."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        args = record.args
+        return not (isinstance(args, tuple) and len(args) >= 3 and str(args[2]).split("?")[0] in QUIET_PATHS)
+
+
+def setup(level: str = "info", stream: TextIO | None = None) -> None:
+    """For a process of ours, never for a program that imports us: takes over the root logger.
+
+    Our lines and uvicorn's appear from `level` up, those of other libraries from WARNING up. Start uvicorn with
+    `log_config=None`, or it puts its own handlers back.
+    """
+    handler = _Handler(stream or sys.stderr)
+    handler.setFormatter(_Formatter())
+    root = logging.getLogger()
+    for old in [h for h in root.handlers if isinstance(h, _Handler)]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
+    for name in ("sgl_jax", "uvicorn", "uvicorn.error", "uvicorn.access"):
+        logger = logging.getLogger(name)
+        logger.handlers.clear()
+        logger.propagate = True
+        logger.setLevel(level.upper())
+    access = logging.getLogger("uvicorn.access")
+    if not any(isinstance(f, _NotQuiet) for f in access.filters):
+        access.addFilter(_NotQuiet())
+
+
+def once(logger: logging.Logger, key: str, message: str, level: int = logging.INFO) -> None:
+    """Logs the message the first time this logger meets the key. The logger itself remembers."""
+    said: set[str] = logger.__dict__.setdefault("said_once", set())
+    if key not in said:
+        said.add(key)
+        logger.log(level, "%s", message)
+
+
+# --- start-up --------------------------------------------------------------------------------------------------------
+
+
+def banner(version: str, model: str, devices: Sequence[str]) -> str:
+    """`devices` has one name per device: "sgl_jax 0.1.0 | model Qwen/Qwen3-8B | 4 x TPU v6 lite"."""
+    kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(devices).items())
+    return f"sgl_jax {version} | model {model} | {kinds}"
+
+
+def changed_args_line(changed: Mapping[str, Any]) -> str:
+    """What differs from the defaults (ServerArgs.changed()), as a command line that can be copied."""
+    words = []
+    for name, value in changed.items():
+        option = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words.append(f"--{option} {shlex.quote(str(value))}")
+    return "Arguments: " + (" ".join(words) or "all at their defaults")
+
+
+def weights_line(num_bytes: int, seconds: float) -> str:
+    speed = f" ({num_bytes / seconds / 1e9:.2f} GB/s)" if seconds > 0 else ""
+    return f"Weights loaded: {size(num_bytes)} in {seconds:.1f} s{speed}"
+
+
+def memory_table(*, weights: int, kv: int, free: int, kv_tokens: int, context_length: int) -> str:
+    """Bytes of one device after weights and KV pool are in place, and what the pool is good for."""
+    requests = kv_tokens / context_length
+    return "\n".join(
+        (
+            "Memory per device:",
+            f"  weights   {size(weights):>10}",
+            f"  KV cache  {size(kv):>10}  {kv_tokens:,} tokens: {requests:,.1f} requests of the full context ({context_length:,})",
+            f"  free      {size(free):>10}",
+        )
+    )
+
+
+def compile_line(index: int, total: int, *, tokens: int, rows: int, seconds: float, cache_hit: bool) -> str:
+    """`index` counts from 1."""
+    return f"[{index}/{total}] tokens={tokens} rows={rows} {seconds:.1f} s" + (" (cache hit)" if cache_hit else "")
+
+
+def size(num_bytes: int) -> str:
+    for exponent, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if num_bytes >= 1024**exponent:
+            return f"{num_bytes / 1024**exponent:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+# --- while serving: SGLang's formats, which dashboards parse ---------------------------------------------------------
+
+
+def prefill_line(
+    *,
+    num_new_requests: int,
+    num_new_tokens: int,
+    num_cached_tokens: int,
+    token_usage: float,
+    num_running: int,
+    num_waiting: int,
+) -> str:
+    return (
+        f"Prefill batch. #new-seq: {num_new_requests}, #new-token: {num_new_tokens}, #cached-token: {num_cached_tokens}, "
+        f"token usage: {token_usage:.2f}, #running-req: {num_running}, #queue-req: {num_waiting}"
+    )
+
+
+def decode_line(
+    *, num_running: int, num_tokens: int, token_usage: float, gen_throughput: float, num_waiting: int
+) -> str:
+    return (
+        f"Decode batch. #running-req: {num_running}, #token: {num_tokens}, token usage: {token_usage:.2f}, "
+        f"gen throughput (token/s): {gen_throughput:.2f}, #queue-req: {num_waiting}"
+    )

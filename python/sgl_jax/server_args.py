@@ -1,0 +1,317 @@
+"""Every flag of the server, declared once: the command line, its help, the environment, the config file and the
+documentation are all derived from the fields of ServerArgs. The only module that reads the environment.
+
+Imports nothing heavy. What needs a device to be decided stays None here and is resolved by runtime/.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sgl_jax import __version__
+from sgl_jax.flags import (
+    About,
+    Rule,
+    at_least,
+    between,
+    flag,
+    flags_of,
+    read_command_line,
+    read_config,
+    read_environ,
+    required,
+    variable_name,
+)
+from sgl_jax.flags import FlagError as ServerArgsError
+
+ENV_PREFIX = "SGL_JAX_"
+
+MODEL = "Model and tokenizer"
+SERVER = "HTTP server"
+DEVICE = "Device and memory"
+SCHEDULING = "Scheduling"
+COMPILING = "Kernels and compiling"
+PARALLEL = "Several devices and machines"
+SPECULATIVE = "Speculative decoding"
+LOGGING = "Logging"
+
+_NO_FLOAT16 = "float16 overflows in models trained in bfloat16, and TPUs do not have it; use bfloat16"
+_ONE = Rule(lambda value: value == 1, "1: more is not built yet")
+_IN_0_1 = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
+_NOT_NEGATIVE = Rule(lambda value: 0 <= value < float("inf"), "0 or more seconds")
+_PAGE_SIZE = Rule(lambda value: 1 <= value <= 1024 and value & (value - 1) == 0, "a power of two between 1 and 1024")
+_CHUNK = Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 for no limit of its own")
+_HOST_PORT = Rule(
+    lambda value: (match := re.fullmatch(r".+:(\d{1,5})", value)) is not None and 0 < int(match[1]) < 65536,
+    "an address and a port, as in 10.0.0.1:10011",
+)
+
+
+def default_compilation_cache_dir(environ: Mapping[str, str] | None = None) -> str:
+    """JAX's own variable if it is set, else a folder of this user's cache."""
+    environ = os.environ if environ is None else environ
+    if chosen := environ.get("JAX_COMPILATION_CACHE_DIR"):
+        return chosen
+    base = environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG rules: a relative path counts as unset
+        base = os.path.join(os.path.expanduser("~"), ".cache")
+    return os.path.join(base, "sgl_jax")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerArgs:
+    """What the user asked for, checked. None means: decided at start, from the model and the devices."""
+
+    # --- model and tokenizer
+    model_path: str = required(
+        About(
+            MODEL,
+            "a folder with safetensors, a .gguf file, a Hugging Face id, or 'default' for the bundled model",
+            aliases=("--model",),
+            metavar="PATH",
+        )
+    )
+    tokenizer_path: str | None = flag(
+        None, MODEL, "a folder, a .gguf file or a Hugging Face id", unset="the model's", metavar="PATH"
+    )
+    trust_remote_code: bool = flag(False, MODEL, "accepted, with no effect: code from a model folder is never run")
+    served_model_name: str | None = flag(
+        None, MODEL, "the model's name in the API", unset="as --model-path", metavar="NAME"
+    )
+    context_length: int | None = flag(
+        None, MODEL, "tokens of prompt and output one request may hold", unset="the model's", rule=at_least(2)
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto",
+        MODEL,
+        "type of weights and KV cache; auto chooses for model and device",
+        refused={"float16": _NO_FLOAT16, "half": _NO_FLOAT16, "float": "write float32"},
+    )
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = flag(
+        "auto", MODEL, "where weights come from; auto looks at the files, dummy makes random ones"
+    )
+    download_dir: str | None = flag(
+        None, MODEL, "where downloaded models are kept", unset="the Hugging Face cache", metavar="PATH"
+    )
+    chat_template: str | None = flag(
+        None, MODEL, "a file with the Jinja template of chat prompts", unset="the model's", metavar="PATH"
+    )
+    random_seed: int | None = flag(
+        None,
+        MODEL,
+        "seed of dummy weights and of sampling where a request gives none",
+        unset="different at each start",
+        rule=between(0, 2**63 - 1),
+    )
+
+    # --- HTTP server
+    host: str = flag("127.0.0.1", SERVER, "address to listen on; 0.0.0.0 is every network", metavar="ADDRESS")
+    port: int = flag(30000, SERVER, "port to listen on; 0 takes any free one", rule=between(0, 65535))
+    api_key: str | None = flag(
+        None,
+        SERVER,
+        "the bearer token clients must send (better set by its environment variable: command lines are public)",
+        unset="none needed",
+        metavar="KEY",
+        secret=True,
+    )
+    stream_interval: int = flag(1, SERVER, "tokens per streamed chunk", rule=at_least(1))
+    skip_server_warmup: bool = flag(
+        False, SERVER, "skip the one request the server sends itself before it is ready; programs are compiled anyway"
+    )
+    shutdown_timeout_s: float = flag(
+        60.0,
+        SERVER,
+        "seconds that running requests get to finish after SIGTERM",
+        metavar="SECONDS",
+        rule=_NOT_NEGATIVE,
+    )
+
+    # --- device and memory
+    device: Literal["tpu", "gpu", "cpu"] | None = flag(
+        None, DEVICE, "where the model runs", unset="the best present", refused={"cuda": "write gpu"}
+    )
+    mem_fraction_static: float | None = flag(
+        None,
+        DEVICE,
+        "share of the device's memory for weights and KV cache",
+        unset="chosen for the device",
+        metavar="SHARE",
+        rule=_IN_0_1,
+    )
+    max_total_tokens: int | None = flag(
+        None, DEVICE, "tokens of KV cache", unset="as many as the memory holds", rule=at_least(1)
+    )
+    page_size: int | None = flag(
+        None, DEVICE, "tokens per page, the unit of prefix sharing", unset="chosen for the device", rule=_PAGE_SIZE
+    )
+    disable_radix_cache: bool = flag(False, DEVICE, "never reuse the KV of a shared prefix")
+
+    # --- scheduling
+    schedule_policy: Literal["fcfs", "lpm"] = flag(
+        "fcfs", SCHEDULING, "who is admitted first: first come, or longest prefix match"
+    )
+    max_running_requests: int | None = flag(
+        None, SCHEDULING, "requests in one step", unset="chosen for device and memory", rule=at_least(1)
+    )
+    max_queued_requests: int | None = flag(
+        None, SCHEDULING, "waiting requests, above which new ones get a 429", unset="no limit", rule=at_least(1)
+    )
+    chunked_prefill_size: int | None = flag(
+        None,
+        SCHEDULING,
+        "most tokens of one prompt in a step; with -1 only --max-prefill-tokens limits it",
+        unset="chosen for the device",
+        rule=_CHUNK,
+    )
+    max_prefill_tokens: int = flag(16384, SCHEDULING, "most prompt tokens in a step", rule=at_least(1))
+    enable_mixed_chunk: bool | None = flag(
+        None, SCHEDULING, "accepted, with no effect: prompts and decodes always share steps", unset="always on"
+    )
+    disable_overlap_schedule: bool = flag(
+        False, SCHEDULING, "plan a step only when the tokens of the one before have arrived"
+    )
+
+    # --- kernels and compiling
+    attention_backend: Literal["fa", "native"] | None = flag(
+        None,
+        COMPILING,
+        "how attention is computed: Pallas kernels (fa) or plain XLA (native)",
+        unset="the best one for the device",
+        refused={"fa": "the Pallas kernels are not built yet; use native"},
+    )
+    compilation_cache_dir: str = flag(
+        default_compilation_cache_dir,
+        COMPILING,
+        "where compiled programs are kept between starts",
+        unset="$JAX_COMPILATION_CACHE_DIR, else ~/.cache/sgl_jax",
+        metavar="PATH",
+    )
+
+    # --- several devices and machines
+    tp_size: int = flag(
+        1,
+        PARALLEL,
+        "devices a layer is split over",
+        rule=_ONE,
+        aliases=("--tensor-parallel-size",),
+    )
+    nnodes: int = flag(1, PARALLEL, "machines", rule=_ONE)
+    node_rank: int = flag(0, PARALLEL, "which of the machines this is", rule=at_least(0))
+    dist_init_addr: str | None = flag(
+        None,
+        PARALLEL,
+        "address and port of machine 0",
+        unset="not needed with one machine",
+        metavar="HOST:PORT",
+        rule=_HOST_PORT,
+    )
+
+    # --- speculative decoding
+    speculative_algorithm: str | None = flag(
+        None, SPECULATIVE, "how tokens are drafted", unset="off", metavar="NAME", not_built="speculative decoding"
+    )
+    speculative_draft_model_path: str | None = flag(
+        None, SPECULATIVE, "the draft model", unset="none", metavar="PATH", not_built="speculative decoding"
+    )
+    speculative_num_steps: int | None = flag(
+        None, SPECULATIVE, "draft steps", unset="none", not_built="speculative decoding"
+    )
+    speculative_eagle_topk: int | None = flag(
+        None, SPECULATIVE, "branches per draft step", unset="none", not_built="speculative decoding"
+    )
+    speculative_num_draft_tokens: int | None = flag(
+        None, SPECULATIVE, "draft tokens to verify", unset="none", not_built="speculative decoding"
+    )
+
+    # --- logging
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = flag("info", LOGGING, "what is logged")
+    decode_log_interval: int = flag(40, LOGGING, "decode steps between two 'Decode batch' lines", rule=at_least(1))
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raises ServerArgsError for the first value that cannot be honoured. Runs at construction."""
+        for each in FLAGS:
+            each.check(getattr(self, each.name))
+        if self.node_rank >= self.nnodes:
+            raise ServerArgsError(
+                "--node-rank", f"--node-rank is {self.node_rank}; it must be below --nnodes, which is {self.nnodes}"
+            )
+        if self.enable_mixed_chunk is False:
+            raise ServerArgsError(
+                "--enable-mixed-chunk",
+                "--enable-mixed-chunk is off; it cannot be: prompts and decodes always share steps, leave the flag out",
+            )
+        tokens, page_size = self.max_total_tokens, self.page_size
+        if tokens is not None and page_size is not None and tokens < page_size:
+            raise ServerArgsError(
+                "--max-total-tokens",
+                f"--max-total-tokens is {tokens}; it must hold a page, and --page-size is {page_size}",
+            )
+
+    def notices(self) -> dict[str, str]:
+        """By flag: what the user should hear once about a value that was accepted and changes nothing."""
+        found = {}
+        if self.trust_remote_code:
+            found["--trust-remote-code"] = (
+                "--trust-remote-code has no effect: models run on our own code, code from a model folder is never run."
+            )
+        if self.enable_mixed_chunk:
+            found["--enable-mixed-chunk"] = "--enable-mixed-chunk has no effect: mixed batches are always on."
+        if self.dist_init_addr is not None and self.nnodes == 1:
+            found["--dist-init-addr"] = "--dist-init-addr is not used: there is one machine (--nnodes 1)."
+        return found
+
+    def changed(self) -> dict[str, Any]:
+        """The values that differ from their defaults, for people to read: secrets are hidden."""
+        values = {each: getattr(self, each.name) for each in FLAGS}
+        return {each.name: each.shown(value) for each, value in values.items() if not each.is_default(value)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """All values, for people to read: secrets are hidden."""
+        return {each.name: each.shown(getattr(self, each.name)) for each in FLAGS}
+
+    @classmethod
+    def from_cli(cls, argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> ServerArgs:
+        """Command line over environment over config file over defaults. `--help` and `--version` print and exit."""
+        environ = os.environ if environ is None else environ
+        command_line = read_command_line(
+            FLAGS,
+            sys.argv[1:] if argv is None else argv,
+            usage="python -m sgl_jax.launch_server --model-path PATH [flags]",
+            description="Serve a large language model to OpenAI clients.",
+            epilog=_EPILOG,
+            version=f"sgl_jax {__version__}",
+        )
+        variables = read_environ(FLAGS, environ, ENV_PREFIX)
+        config = command_line.pop("config", variables.pop("config", None))
+        values: dict[str, Any] = {"compilation_cache_dir": default_compilation_cache_dir(environ)}
+        sources: dict[str, str] = {}  # by option, for error messages
+        if config is not None:
+            values |= (found := read_config(FLAGS, config))
+            sources |= {BY_NAME[name].option: f" (set in {config})" for name in found}
+        values |= variables
+        sources |= {BY_NAME[name].option: f" (set by {variable_name(BY_NAME[name], ENV_PREFIX)})" for name in variables}
+        values |= command_line
+        sources |= {BY_NAME[name].option: "" for name in command_line}
+        if "model_path" not in values:
+            raise ServerArgsError("--model-path", f"--model-path is missing; give {BY_NAME['model_path'].about.help}")
+        try:
+            return cls(**{name: BY_NAME[name].read(value) for name, value in values.items()})
+        except ServerArgsError as error:
+            raise ServerArgsError(error.flag, f"{error}{sources.get(error.flag, '')}") from None
+
+
+FLAGS = flags_of(ServerArgs)
+BY_NAME = {each.name: each for each in FLAGS}
+
+_EPILOG = f"""Every flag is also an environment variable ({variable_name(BY_NAME["page_size"], ENV_PREFIX)}=16 for
+--page-size 16) and a key of the config file (page-size: 16). The command line wins over the environment, which wins over
+the config file; --no-disable-radix-cache and its like take back a switch set there."""
