@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Literal
 
 import msgspec
+import numpy as np
 
 MAX_LOGPROBS = 20  # OpenAI's limit; the step program always returns this many candidates
 MAX_LOGIT_BIAS = 1024  # entries a device row can hold
@@ -104,3 +106,30 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
     type: Literal["stop", "length", "abort"]
     matched: int | str | None = None
     message: str | None = None
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Request:
+    """One generation inside the engine. While it runs, its tokens and counters live in the scheduler's row table."""
+
+    key: int
+    prompt: np.ndarray  # i32[prompt_len]
+    params: SamplingParams
+    namespace: str
+    seed: int  # u32
+    max_total_tokens: int  # prompt and output together
+    stop_token_ids: np.ndarray  # i32, eos among them unless ignored
+    arrival: int  # position in the order of arrival
+
+    tokens: np.ndarray = dataclasses.field(init=False)  # i32: prompt plus output so far, current while not running
+    row: int = -1  # in the row table; -1 while waiting
+    announced: bool = False  # its first token has been reported
+    num_cached_tokens: int = 0  # prompt tokens the prefix cache spared at first admission
+    prompt_logprobs: list = dataclasses.field(default_factory=list)  # gathered chunk by chunk, by the engine core
+
+    def __post_init__(self) -> None:
+        self.tokens = self.prompt
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        return self.params.prompt_logprobs is not None and not self.announced

@@ -1,0 +1,157 @@
+"""A tree of token prefixes over the pages that hold their KV, shared by whole pages.
+
+A node's edge is a run of pages: `tokens` (page_size of them per page) and the `pages` themselves. Children are found by
+the tokens of their first page. Each namespace has its own root, so its prefixes are never shared with another's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Node:
+    tokens: np.ndarray  # i32[n * page_size]; empty at a root
+    pages: np.ndarray  # i32[n]
+    parent: Node | None
+    namespace: str
+    children: dict[bytes, Node] = dataclasses.field(default_factory=dict)
+    num_locks: int = 0  # handles held on this node or below it
+    last_used: int = 0  # tree clock at the last match or insert that passed here
+
+    @property
+    def path(self) -> Iterator[Node]:
+        """This node, then its ancestors, without the root."""
+        node = self
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+
+class RadixTree:
+    def __init__(self, page_size: int):
+        self.page_size = page_size
+        self.num_pages = 0  # pages the tree owns
+        self.num_locked_pages = 0  # of those, pages under a lock
+        self._roots: dict[str, Node] = {}
+        self._clock = itertools.count(1)
+        self._leaves: list[tuple[int, int, Node]] = []  # heap of (last_used, tiebreak, node); stale entries are skipped
+        self._tiebreak = itertools.count()
+
+    @property
+    def num_evictable_pages(self) -> int:
+        return self.num_pages - self.num_locked_pages
+
+    def match(self, namespace: str, tokens: np.ndarray) -> Node:
+        """The node that ends the longest cached prefix of whole pages; a root when there is none.
+
+        May split a node at the match (content unchanged) and refreshes the path's age. Valid until the next `evict`
+        unless locked.
+        """
+        node = self._roots.get(namespace)
+        if node is None:
+            node = self._roots[namespace] = Node(np.empty(0, np.int32), np.empty(0, np.int32), None, namespace)
+        now = next(self._clock)
+        node.last_used = now
+        while True:
+            child = node.children.get(self._key(tokens))
+            if child is None:
+                return node
+            n = self._num_shared_pages(child.tokens, tokens)
+            if n < len(child.pages):
+                child = self._split(child, n)
+            child.last_used = now
+            node, tokens = child, tokens[n * self.page_size :]
+
+    def insert(self, below: Node, tokens: np.ndarray, pages: np.ndarray) -> Node:
+        """Hang tokens (whole pages, not a prefix of any child: match first) below a node; the tree takes the pages."""
+        if len(pages) == 0:
+            return below
+        node = Node(tokens.copy(), pages.copy(), below, below.namespace, last_used=next(self._clock))
+        below.children[self._key(tokens)] = node
+        self.num_pages += len(pages)
+        self._offer(node)
+        return node
+
+    def lock(self, node: Node) -> None:
+        """Keep the node and its ancestors from being evicted until `unlock`. Locks count."""
+        for n in node.path:
+            if n.num_locks == 0:
+                self.num_locked_pages += len(n.pages)
+            n.num_locks += 1
+
+    def unlock(self, node: Node) -> None:
+        for n in node.path:
+            n.num_locks -= 1
+            if n.num_locks == 0:
+                self.num_locked_pages -= len(n.pages)
+                self._offer(n)
+
+    def evict(self, num_pages: int) -> np.ndarray:
+        """Drop least recently used unlocked leaves until num_pages are gathered or none is left; returns their pages."""
+        gathered: list[np.ndarray] = []
+        count = 0
+        while count < num_pages and self._leaves:
+            last_used, _, node = heapq.heappop(self._leaves)
+            if not self._is_evictable(node):
+                continue
+            if last_used != node.last_used:
+                self._offer(node)
+                continue
+            assert node.parent is not None
+            parent = node.parent
+            del parent.children[self._key(node.tokens)]
+            node.parent = None
+            gathered.append(node.pages)
+            count += len(node.pages)
+            self.num_pages -= len(node.pages)
+            if parent.parent is not None:
+                self._offer(parent)
+            elif not parent.children:
+                self._roots.pop(parent.namespace, None)
+        return np.concatenate(gathered) if gathered else np.empty(0, np.int32)
+
+    def nodes(self) -> Iterator[Node]:
+        """Every node but the roots."""
+        stack = [child for root in self._roots.values() for child in root.children.values()]
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def _key(self, tokens: np.ndarray) -> bytes:
+        return tokens[: self.page_size].tobytes()
+
+    def _num_shared_pages(self, a: np.ndarray, b: np.ndarray) -> int:
+        n = min(len(a), len(b))
+        different = np.flatnonzero(a[:n] != b[:n])
+        return int(different[0] if len(different) else n) // self.page_size
+
+    def _split(self, node: Node, num_pages: int) -> Node:
+        """Cut a node in two; returns the upper part, which takes the place below the parent."""
+        assert node.parent is not None
+        cut = num_pages * self.page_size
+        upper = Node(
+            node.tokens[:cut],
+            node.pages[:num_pages],
+            node.parent,
+            node.namespace,
+            num_locks=node.num_locks,
+            last_used=node.last_used,
+        )
+        node.parent.children[self._key(upper.tokens)] = upper
+        node.tokens, node.pages, node.parent = node.tokens[cut:], node.pages[num_pages:], upper
+        upper.children[self._key(node.tokens)] = node
+        return upper
+
+    def _is_evictable(self, node: Node) -> bool:
+        return node.parent is not None and node.num_locks == 0 and not node.children
+
+    def _offer(self, node: Node) -> None:
+        if self._is_evictable(node):
+            heapq.heappush(self._leaves, (node.last_used, next(self._tiebreak), node))

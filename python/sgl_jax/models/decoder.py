@@ -1,0 +1,110 @@
+"""The one decoder: embed, layers, norm, logits. What differs between families are switches of DecoderConfig."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.layers import ACTIVATIONS, apply_rope, rms_norm, rope_tables
+from sgl_jax.models.weights import LayerWeights, Weights
+
+
+class Attend(Protocol):
+    """Attention with the step's batch, pool geometry and backend filled in: (q, k, v, kv, layer, window) -> (o, kv)."""
+
+    def __call__(
+        self,
+        q: Float[Array, "T N H"],
+        k: Float[Array, "T K H"],
+        v: Float[Array, "T K H"],
+        kv: Float[Array, "LP K 2 page H"],
+        *,
+        layer: Int[Array, ""] | int,
+        window: Int[Array, ""] | int | None,
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "LP K 2 page H"]]: ...
+
+
+def hidden_states(
+    weights: Weights,
+    config: DecoderConfig,
+    tokens: Int[Array, " T"],
+    positions: Int[Array, " T"],
+    kv: Float[Array, "LP K 2 page H"],
+    attend: Attend,
+) -> tuple[Float[Array, "T D"], Float[Array, "LP K 2 page H"]]:
+    """The last layer's output, before the final norm, and the pool with this step's KV."""
+    rope = rope_tables(positions, config.rope)
+    windows = _windows(config)
+
+    def body(carry, layer: Int[Array, ""] | int, w: LayerWeights):
+        x, kv = carry
+        h = rms_norm(x, w.attn_norm, config.rms_norm_eps)
+        with jax.named_scope("attention"):
+            window = None if windows is None else jnp.asarray(windows)[layer]
+            h, kv = _attention(h, kv, w, config, rope, attend, layer, window)
+        x = x + h
+        h = rms_norm(x, w.mlp_norm, config.rms_norm_eps)
+        with jax.named_scope("mlp"):
+            x = x + _mlp(h, w, config)
+        return x, kv
+
+    x = weights.embed[tokens]
+    return run_layers(body, (x, kv), weights.layers)
+
+
+def logits(weights: Weights, config: DecoderConfig, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
+    """Final norm and output head, float32."""
+    with jax.named_scope("logits"):
+        h = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
+        out = jnp.einsum("sd,dv->sv", h, weights.lm_head, preferred_element_type=jnp.float32)
+        cap = config.final_logit_softcap
+        return out if cap is None else cap * jnp.tanh(out / cap)
+
+
+def run_layers(body: Callable, carry, layers: list[LayerWeights] | LayerWeights):
+    """Thread the carry through body(carry, layer index, layer weights): a Python loop over a list, a scan over a stack.
+
+    Which one a platform gets is decided where weights are placed (docs/decisions/0002-layers-list-or-scan.md).
+    """
+    if isinstance(layers, list):
+        for i, w in enumerate(layers):
+            carry = body(carry, i, w)
+        return carry
+    num_layers = jax.tree.leaves(layers)[0].shape[0]
+    carry, _ = lax.scan(lambda c, x: (body(c, *x), None), carry, (jnp.arange(num_layers), layers))
+    return carry
+
+
+def _windows(config: DecoderConfig) -> np.ndarray | None:
+    """Each layer's window, i32[L], full attention as one wider than any context; None if no layer has a window."""
+    if config.sliding_windows is None:
+        return None
+    return np.array([w if w is not None else 2**30 for w in config.sliding_windows], np.int32)
+
+
+def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, attend: Attend, layer, window):
+    num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
+    qkv = _project(h, w.qkv, w.qkv_bias).reshape(num_tokens, heads + 2 * kv_heads, head_dim)
+    q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
+    if config.qk_norm:
+        q, k = rms_norm(q, w.q_norm, config.rms_norm_eps), rms_norm(k, w.k_norm, config.rms_norm_eps)
+    q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    out, kv = attend(q, k, v, kv, layer=layer, window=window)
+    return _project(out.reshape(num_tokens, heads * head_dim), w.o, w.o_bias), kv
+
+
+def _mlp(h, w: LayerWeights, config: DecoderConfig):
+    gate, up = jnp.split(_project(h, w.gate_up, w.gate_up_bias), 2, axis=-1)
+    return _project(ACTIVATIONS[config.activation](gate) * up, w.down, w.down_bias)
+
+
+def _project(x: Float[Array, "T I"], w: Float[Array, "I O"], bias: Float[Array, " O"] | None) -> Float[Array, "T O"]:
+    out = jnp.einsum("ti,io->to", x, w)
+    return out if bias is None else out + bias

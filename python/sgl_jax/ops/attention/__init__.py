@@ -1,0 +1,1 @@
+"""Paged, ragged attention: `api` is the contract, `reference` what it means, the other modules implementations."""

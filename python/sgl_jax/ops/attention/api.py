@@ -1,0 +1,84 @@
+"""The attention contract. One call serves any mix of prompt chunks and decoding rows.
+
+The pool is one array for all layers, `kv[L * P, K, 2, page, H]`, K at index 0 and V at index 1 of axis 2; layer i's page
+p is `kv[i * P + p]`. Page 0 of each layer takes the KV of padding tokens and is never read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RaggedBatch:
+    """Which packed tokens belong to which row, and where their KV lives.
+
+    Row s owns tokens [cu_q_lens[s], cu_q_lens[s+1]), at the end of its kv_lens[s] tokens. Rows with one token come
+    first: num_single of them. Rows past the last real one are empty; tokens past cu_q_lens[-1] are padding.
+    """
+
+    page_table: jax.Array  # i32[S, pages]: a page id of layer 0 for each page_size tokens
+    kv_lens: jax.Array  # i32[S]: tokens in the cache, this step's included
+    cu_q_lens: jax.Array  # i32[S + 1]
+    num_single: jax.Array  # i32[]
+    token_row: jax.Array  # i32[T]: the row of each token
+    positions: jax.Array  # i32[T]: its position in the row's sequence
+    token_page: jax.Array  # i32[T]: the layer-0 page its KV goes to; 0 for padding
+    token_offset: jax.Array  # i32[T]: and the place in that page
+
+
+class Attention(Protocol):
+    """Write the new KV, attend, return the output and the pool (same buffer when donated)."""
+
+    def __call__(
+        self,
+        q: Float[Array, "T N H"],
+        k: Float[Array, "T K H"],
+        v: Float[Array, "T K H"],
+        kv: Float[Array, "LP K 2 page H"],
+        batch: RaggedBatch,
+        *,
+        first_page: Int[Array, ""] | int,  # layer * P
+        scale: float,
+        window: Int[Array, ""] | int | None = None,  # tokens a query sees, itself included
+        softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
+        sinks: Float[Array, " N"] | None = None,  # a logit per head that takes weight and gives nothing
+    ) -> tuple[Float[Array, "T N H"], Float[Array, "LP K 2 page H"]]: ...
+
+
+def make_ragged_batch(
+    page_table: Int[Array, "S pages"],
+    start: Int[Array, " S"],
+    num_new: Int[Array, " S"],
+    num_single: Int[Array, ""],
+    num_tokens: int,
+    page_size: int,
+) -> RaggedBatch:
+    """Derive the batch for `num_tokens` packed tokens (static, padding included) from what a plan says of each row."""
+    num_rows = len(start)
+    cu = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(num_new, dtype=jnp.int32)])
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    row = jnp.minimum(jnp.searchsorted(cu[1:], token, side="right", method="compare_all"), num_rows - 1)
+    row = row.astype(jnp.int32)
+    valid = token < cu[-1]
+    positions = jnp.where(valid, start[row] + token - cu[row], 0)
+    token_page = jnp.where(valid, page_table[row, positions // page_size], 0)
+    return RaggedBatch(page_table, start + num_new, cu, num_single, row, positions, token_page, positions % page_size)
+
+
+def write_kv(
+    kv: Float[Array, "LP K 2 page H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    batch: RaggedBatch,
+    first_page: Int[Array, ""] | int,
+) -> Float[Array, "LP K 2 page H"]:
+    """Put each token's K and V into its place in the pool."""
+    new = jnp.stack([k, v], axis=2).astype(kv.dtype)  # [T, K, 2, H]
+    return kv.at[batch.token_page + first_page, :, :, batch.token_offset].set(new)

@@ -1,0 +1,1 @@
+"""The device side: memory, buckets, the compiled step, sampling."""

@@ -1,0 +1,78 @@
+"""Compiling programs ahead of use, and noticing when one is compiled after that."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.monitoring
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT = "/jax/compilation_cache/cache_hits"
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function and the (abstract) arguments it will be called with."""
+
+    name: str
+    function: Any
+    args: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    program: Program
+    call: Any
+    seconds: float
+    cache_hit: bool
+
+
+class CompileWatch:
+    """Counts this process's compilations from its creation on, and tells each thread whether its last hit the cache."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._hits = threading.local()
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
+
+    def _on_duration(self, event: str, duration: float, **_: Any) -> None:
+        if event == _COMPILED:
+            self.count += 1
+
+    def _on_event(self, event: str, **_: Any) -> None:
+        if event == _CACHE_HIT:
+            self._hits.seen = True
+
+    def took_hit(self) -> bool:
+        """Whether this thread read a program from the cache since it last asked."""
+        seen, self._hits.seen = getattr(self._hits, "seen", False), False
+        return seen
+
+
+def compile_all(
+    programs: Iterable[Program], watch: CompileWatch, report: Callable[[int, int, Compiled], None]
+) -> dict[str, Any]:
+    """Compile programs in parallel threads; name -> callable. report(how many are done, of how many, which)."""
+    programs = list(programs)
+
+    def one(program: Program) -> Compiled:
+        watch.took_hit()
+        start = time.perf_counter()
+        call = program.function.lower(*program.args).compile()
+        return Compiled(program, call, time.perf_counter() - start, watch.took_hit())
+
+    done: dict[str, Any] = {}
+    with concurrent.futures.ThreadPoolExecutor(min(len(programs), os.cpu_count() or 1)) as threads:
+        for future in concurrent.futures.as_completed([threads.submit(one, p) for p in programs]):
+            compiled = future.result()
+            done[compiled.program.name] = compiled.call
+            report(len(done), len(programs), compiled)
+    return done

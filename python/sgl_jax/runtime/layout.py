@@ -1,0 +1,88 @@
+"""A step's plan as one i32 vector: packed by numpy on the host, unpacked by static slices inside the step program."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Int
+
+from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.step_plan import Param, StepPlan
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """A StepPlan on the device, padded to its bucket. Padding rows point at the state's spare last row."""
+
+    num_single: jax.Array  # i32[]
+    rows: jax.Array  # i32[S]
+    start: jax.Array  # i32[S]
+    num_new: jax.Array  # i32[S], 0 in padding
+    samples: jax.Array  # bool[S]
+    from_device: jax.Array  # bool[S]
+    next_token: jax.Array  # i32[S]
+    params: jax.Array  # i32[S, len(Param)]
+    tokens: jax.Array  # i32[T]
+    page_updates: jax.Array  # i32[3, U]
+
+    def param(self, column: Param) -> jax.Array:
+        """One sampling parameter of each row, [S]: i32 or f32 as Param says."""
+        bits = self.params[:, column]
+        return lax.bitcast_convert_type(bits, jnp.float32) if column >= Param.TEMPERATURE else bits
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanLayout:
+    """Where each part of a bucket's vector lies."""
+
+    bucket: Bucket
+    page_size: int
+    spare_row: int
+
+    @property
+    def parts(self) -> dict[str, tuple[int, ...]]:
+        t, s = self.bucket.num_tokens, self.bucket.num_rows
+        columns = ("rows", "start", "num_new", "samples", "from_device", "next_token")
+        return {
+            "num_single": (),
+            **dict.fromkeys(columns, (s,)),
+            "params": (s, len(Param)),
+            "tokens": (t,),
+            "page_updates": (3, s + t // self.page_size),
+        }
+
+    @property
+    def size(self) -> int:
+        return sum(int(np.prod(shape)) for shape in self.parts.values())
+
+    def _split(self, vector):
+        parts, at = {}, 0
+        for name, shape in self.parts.items():
+            n = int(np.prod(shape))
+            parts[name] = vector[at : at + n].reshape(shape)
+            at += n
+        return parts
+
+    def pack(self, plan: StepPlan) -> np.ndarray:
+        """i32[size], freshly allocated: the device may read it after this returns."""
+        vector = np.zeros(self.size, np.int32)
+        parts = self._split(vector)
+        s = len(plan.rows)
+        parts["num_single"][...] = plan.num_single
+        parts["rows"][:] = self.spare_row
+        for name in ("rows", "start", "num_new", "samples", "from_device", "next_token", "params"):
+            parts[name][:s] = getattr(plan, name)
+        parts["tokens"][: plan.num_tokens] = plan.tokens
+        parts["page_updates"][0] = self.spare_row
+        parts["page_updates"][:, : plan.page_updates.shape[1]] = plan.page_updates
+        return vector
+
+    def unpack(self, vector: Int[Array, " size"]) -> StepInputs:
+        parts = self._split(vector)
+        flags = {name: parts.pop(name) != 0 for name in ("samples", "from_device")}
+        return StepInputs(**parts, **flags)

@@ -1,0 +1,91 @@
+"""How many tokens of KV fit, and the limits that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.runtime.platform import Platform
+
+
+class DoesNotFit(ValueError):
+    """The model or its KV does not fit the device; the message says by how much and what to change."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    total_bytes: int  # of the device
+    budget_bytes: int  # weights and KV may use
+    weight_bytes: int
+    bytes_per_token: int  # of KV
+    page_size: int
+    num_pages: int  # scratch page included
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.num_pages * self.page_size * self.bytes_per_token
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of KV requests can use."""
+        return (self.num_pages - 1) * self.page_size
+
+
+def device_memory(device: jax.Device) -> int:
+    """Bytes of memory: the accelerator's as its runtime reports them, the machine's own on CPU."""
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    stats = device.memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        raise DoesNotFit(f"{device.device_kind} does not report its memory; set --max-total-tokens")
+    return stats["bytes_limit"]
+
+
+def kv_bytes_per_token(config: DecoderConfig, dtype_bytes: int) -> int:
+    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype_bytes
+
+
+def plan_memory(
+    config: DecoderConfig,
+    platform: Platform,
+    *,
+    total_bytes: int,
+    weight_bytes: int,
+    dtype_bytes: int,
+    page_size: int,
+    context_length: int,
+    mem_fraction: float | None,
+    max_total_tokens: int | None,
+) -> MemoryPlan:
+    """Divide the device's memory. A pool never exceeds what the running requests could fill.
+
+    Raises DoesNotFit when not one request of two pages fits.
+    """
+    fraction = mem_fraction if mem_fraction is not None else platform.mem_fraction
+    budget = int(total_bytes * fraction)
+    per_token = kv_bytes_per_token(config, dtype_bytes)
+    fitting = (budget - weight_bytes) // per_token
+    if max_total_tokens is not None:
+        tokens = max_total_tokens
+        if fitting < tokens:
+            raise DoesNotFit(
+                f"--max-total-tokens {tokens} takes {tokens * per_token / 1e9:.2f} GB of KV beside "
+                f"{weight_bytes / 1e9:.2f} GB of weights, and --mem-fraction-static {fraction} of the device's "
+                f"{total_bytes / 1e9:.2f} GB is {budget / 1e9:.2f} GB: it holds {max(0, fitting)} tokens"
+            )
+    else:
+        tokens = fitting
+        if mem_fraction is None and platform.max_pool_tokens is not None:
+            tokens = min(tokens, max(platform.max_pool_tokens, context_length))
+    num_pages = tokens // page_size
+    if num_pages < 2:
+        raise DoesNotFit(
+            f"no room for KV: weights take {weight_bytes / 1e9:.2f} GB of the {budget / 1e9:.2f} GB that "
+            f"--mem-fraction-static {fraction} of {total_bytes / 1e9:.2f} GB allows, and a page of {page_size} tokens "
+            f"takes {page_size * per_token / 1e6:.2f} MB; raise --mem-fraction-static, lower --page-size or use a "
+            f"smaller model"
+        )
+    return MemoryPlan(total_bytes, budget, weight_bytes, per_token, page_size, num_pages + 1)

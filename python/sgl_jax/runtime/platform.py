@@ -1,0 +1,67 @@
+"""What each platform likes: the choices a user leaves open are made here, by device, from measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+
+from sgl_jax.models.weights import LayerWeights, Weights
+from sgl_jax.ops.attention import native
+from sgl_jax.ops.attention.api import Attention
+
+Name = Literal["cpu", "gpu", "tpu"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Platform:
+    name: Name
+    dtype: str  # for models stored in bfloat16 or lower
+    page_size: int
+    chunked_prefill_size: int
+    max_running_requests: int
+    smallest_bucket: int
+    mem_fraction: float  # of the device's memory, for weights and KV
+    max_pool_tokens: int | None  # KV a default launch takes at most
+    stacks_layers: bool  # scan over stacked layers; else a list, unrolled
+
+
+PLATFORMS: dict[Name, Platform] = {
+    # One bf16 or int8 row costs more than two (benchmarks/LOG.md), so the smallest bucket has two. Unrolled layers run
+    # up to twice as fast as a scan, which copies each layer's weights.
+    "cpu": Platform("cpu", "bfloat16", 16, 256, 64, 2, 0.4, 65536, False),
+    "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, 8, 0.88, None, True),
+    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, 8, 0.88, None, True),
+}
+
+
+def pick_devices(wanted: Name | None) -> tuple[Platform, list[jax.Device]]:
+    """The devices of the wanted platform, or of the best one present. Raises RuntimeError if there is none."""
+    for name in [wanted] if wanted else ["tpu", "gpu", "cpu"]:
+        try:
+            return PLATFORMS[name], jax.devices(name)
+        except RuntimeError:
+            continue
+    present = sorted({d.platform for d in jax.devices()})
+    raise RuntimeError(f"--device {wanted}: this machine has no {wanted} that jax can see, only {', '.join(present)}")
+
+
+def attention_for(backend: str | None, platform: Platform) -> Attention:
+    """The attention implementation of a --attention-backend; None: the best for the platform."""
+    if backend in (None, "native"):
+        return functools.partial(native.paged_attention, vectorise=platform.name != "cpu")
+    raise ValueError(f"--attention-backend {backend}: not built for {platform.name}; use native")
+
+
+def stack_layers(weights: Weights) -> Weights:
+    """Put the L layers of each weight into one array [L, …], a weight at a time: at most one is held twice."""
+    layers = weights.layers
+    fields = {f.name: [getattr(layer, f.name) for layer in layers] for f in dataclasses.fields(layers[0])}
+    layers.clear()
+    stacked = {}
+    for name in list(fields):
+        leaves = fields.pop(name)
+        stacked[name] = None if leaves[0] is None else jax.numpy.stack(leaves)
+    return dataclasses.replace(weights, layers=LayerWeights(**stacked))

@@ -1,0 +1,176 @@
+"""Owns what lives on the device — weights, KV pool, row state — and the programs that change it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.weights import Weights
+from sgl_jax.ops.attention.api import Attention
+from sgl_jax.runtime.buckets import Bucket, pick
+from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all
+from sgl_jax.runtime.layout import PlanLayout
+from sgl_jax.runtime.sampler import Logprobs
+from sgl_jax.runtime.state import LOADERS, DeviceState, initial_state, loader_size, pack_bias, pack_counts, pack_pages
+from sgl_jax.runtime.step import StepOutputs, StepSpec, make_step
+from sgl_jax.step_plan import Param, RowLoad, StepPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerConfig:
+    dtype: str
+    page_size: int
+    num_pages: int  # P, of one layer, scratch page included
+    num_rows: int  # requests running at once
+    context_length: int
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def pages_per_row(self) -> int:
+        return -(-self.context_length // self.page_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """A launched step: its results are on their way."""
+
+    plan: StepPlan
+    outputs: StepOutputs
+
+
+@dataclasses.dataclass(frozen=True)
+class StepTokens:
+    """A finished step on the host, in the plan's row order."""
+
+    tokens: np.ndarray  # i32[S]
+    logprobs: Logprobs | None  # numpy, [S, …]; None unless some row asked
+    prompt_logprobs: Logprobs | None  # numpy, [T, …]
+
+
+class ModelRunner:
+    def __init__(
+        self, weights: Weights, model: DecoderConfig, config: RunnerConfig, attention: Attention, device: jax.Device
+    ):
+        self.config = config
+        self.watch = CompileWatch()
+        self._model = model
+        self._weights = weights
+        self._spec = StepSpec(model, attention, config.num_pages)
+        self._layouts = {b: PlanLayout(b, config.page_size, config.num_rows) for b in config.buckets}
+        shape = (model.num_layers * config.num_pages, model.num_kv_heads, 2, config.page_size, model.head_dim)
+        with jax.default_device(device):
+            self._kv = jnp.zeros(shape, config.dtype)
+            self._state = initial_state(config.num_rows, config.pages_per_row, model.vocab_size)
+        self._programs: dict[str, Any] = {}
+        self._compiles_when_ready = 0
+
+    @property
+    def num_programs(self) -> int:
+        return len(self._layouts) + len(LOADERS)
+
+    @property
+    def compiles_after_ready(self) -> int:
+        return self.watch.count - self._compiles_when_ready
+
+    def programs(self) -> list[Program]:
+        """Everything this runner ever dispatches, with abstract arguments; small buckets first."""
+
+        def abstract(tree):
+            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+        weights, kv, state = abstract((self._weights, self._kv, self._state))
+        steps = [
+            Program(
+                _step_name(bucket),
+                make_step(self._spec, layout),
+                (weights, kv, state, jax.ShapeDtypeStruct((layout.size,), np.int32)),
+            )
+            for bucket, layout in sorted(self._layouts.items())
+        ]
+        loaders = []
+        for name, function in LOADERS.items():
+            size = loader_size(name, self.config.pages_per_row, self._model.vocab_size)
+            vector = jax.ShapeDtypeStruct((size,), np.int32)
+            loaders.append(Program(f"load {name}", jax.jit(function, donate_argnums=0), (state, vector)))
+        return steps + loaders
+
+    def warm_up(self, report: Callable[[int, int, Compiled], None]) -> None:
+        """Compile every program and run each once, so that serving compiles nothing and starts at full speed."""
+        precision = "highest" if self.config.dtype == "float32" else "default"
+        with jax.default_matmul_precision(precision):
+            self._programs = compile_all(self.programs(), self.watch, report)
+        nothing = empty_plan()
+        for layout in self._layouts.values():
+            self.collect(InFlight(nothing, self._run_step(layout, layout.pack(nothing))))
+        for name in LOADERS:
+            size = loader_size(name, self.config.pages_per_row, self._model.vocab_size)
+            vector = np.zeros(size, np.int32)
+            vector[0] = self.config.num_rows
+            self._load(name, vector)
+        jax.block_until_ready(self._state)
+        self._compiles_when_ready = self.watch.count
+
+    def launch(self, plan: StepPlan) -> InFlight:
+        """Start a step: one vector to the device, one dispatch; rows with uncommon state load it first."""
+        for load in plan.loads:
+            self._load_row(load)
+        layout = self._layouts[pick(self.config.buckets, plan.num_tokens)]
+        return InFlight(plan, self._run_step(layout, layout.pack(plan)))
+
+    def collect(self, flight: InFlight) -> StepTokens:
+        """Wait for a launched step and bring its tokens to the host, and logprobs only where asked for."""
+        plan, outputs = flight.plan, flight.outputs
+        return StepTokens(
+            tokens=np.asarray(outputs.tokens)[: len(plan.rows)],
+            logprobs=Logprobs(*map(np.asarray, outputs.logprobs)) if plan.wants_logprobs else None,
+            prompt_logprobs=Logprobs(*map(np.asarray, outputs.prompt_logprobs)) if plan.wants_prompt_logprobs else None,
+        )
+
+    def _run_step(self, layout: PlanLayout, vector: np.ndarray) -> StepOutputs:
+        program = self._programs[_step_name(layout.bucket)]
+        self._kv, self._state, outputs = program(self._weights, self._kv, self._state, vector)
+        return outputs
+
+    def _load_row(self, load: RowLoad) -> None:
+        if load.pages is not None:
+            self._load("pages", pack_pages(load.row, load.pages, self.config.pages_per_row))
+        if load.request is not None:
+            p = load.request.params
+            if p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1:
+                self._load("counts", pack_counts(load.row, load.request, self._model.vocab_size))
+            if p.logit_bias or p.min_tokens:
+                self._load("bias", pack_bias(load.row, load.request))
+
+    def _load(self, name: str, vector: np.ndarray) -> None:
+        self._state = self._programs[f"load {name}"](self._state, vector)
+
+
+def _step_name(bucket: Bucket) -> str:
+    return f"tokens={bucket.num_tokens} rows={bucket.num_rows}"
+
+
+@functools.cache
+def empty_plan() -> StepPlan:
+    """A plan of no rows: what a warm-up runs."""
+    ints, bools = np.empty(0, np.int32), np.empty(0, np.bool_)
+    return StepPlan(
+        keys=np.empty(0, np.int64),
+        rows=ints,
+        start=ints,
+        num_new=ints,
+        num_single=0,
+        samples=bools,
+        from_device=bools,
+        next_token=ints,
+        tokens=ints,
+        params=np.empty((0, len(Param)), np.int32),
+        page_updates=np.empty((3, 0), np.int32),
+        loads=[],
+    )

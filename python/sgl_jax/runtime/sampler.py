@@ -1,0 +1,198 @@
+"""Logits to tokens, inside the step program: any mix of parameters in one batch, without a recompile.
+
+logit_bias, penalties, temperature, top_k, top_p, min_p, in Hugging Face's order. The three filters come down to one
+threshold per row, the smallest logit kept. It is read off the best CANDIDATES logits where that is exact, and otherwise
+found by bisection. Then one uniform number, drawn from the row's (seed, position) alone, picks the token by inverting
+the cumulative distribution in vocabulary order. No sort over the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from sgl_jax.request import MAX_LOGPROBS
+from sgl_jax.runtime.layout import StepInputs
+from sgl_jax.runtime.state import IN_PROMPT, DeviceState
+from sgl_jax.step_plan import Flag, Param
+
+CANDIDATES = 64
+_BLOCK = 256  # vocabulary entries summed at once when inverting the distribution
+
+
+class Logprobs(NamedTuple):
+    """Of the model's own distribution, before bias, penalties and temperature. Zeros when nobody asked."""
+
+    chosen: jax.Array  # f32[n]
+    top_ids: jax.Array  # i32[n, MAX_LOGPROBS], best first
+    top_logprobs: jax.Array  # f32[n, MAX_LOGPROBS]
+
+
+def sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState) -> Int[Array, " S"]:
+    """The next token of each row; rows that do not sample get an arbitrary one."""
+    logits = _adjust(logits, inputs, state)
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    temperature = inputs.param(Param.TEMPERATURE)
+    random = inputs.samples & (temperature > 0)
+
+    def draw() -> Int[Array, " S"]:
+        scaled = logits / jnp.where(random, temperature, 1.0)[:, None]
+        top_k = inputs.param(Param.TOP_K)
+        top_p, min_p = inputs.param(Param.TOP_P), inputs.param(Param.MIN_P)
+        filtered = random & ((top_k < logits.shape[-1]) | (top_p < 1) | (min_p > 0))
+        threshold = lax.cond(
+            filtered.any(),
+            lambda: jnp.where(filtered, _threshold(scaled, top_k, top_p, min_p, filtered), -jnp.inf),
+            lambda: jnp.full(len(scaled), -jnp.inf),
+        )
+        drawn = _invert(scaled, threshold, _uniforms(inputs))
+        return jnp.where(random, drawn, greedy)
+
+    return lax.cond(random.any(), draw, lambda: greedy)
+
+
+def token_logprobs(
+    logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""]
+) -> Logprobs:
+    """Log probabilities of the chosen tokens and of the best ones; zeros unless wanted."""
+
+    def compute() -> Logprobs:
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        values, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+        short = MAX_LOGPROBS - values.shape[-1]
+        values = jnp.pad(values - norm[:, None], ((0, 0), (0, short)), constant_values=-jnp.inf)
+        picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
+        return Logprobs(picked - norm, jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, short))), values)
+
+    return lax.cond(wanted, compute, lambda: no_logprobs(len(logits)))
+
+
+def no_logprobs(n: int) -> Logprobs:
+    wide = (n, MAX_LOGPROBS)
+    return Logprobs(jnp.zeros(n, jnp.float32), jnp.zeros(wide, jnp.int32), jnp.zeros(wide, jnp.float32))
+
+
+def has_flag(inputs: StepInputs, flag: Flag) -> Bool[Array, " S"]:
+    return (inputs.param(Param.FLAGS) & int(flag)) != 0
+
+
+def _adjust(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState) -> Float[Array, "S V"]:
+    """logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
+    biased, penalised = has_flag(inputs, Flag.BIAS), has_flag(inputs, Flag.PENALTIES)
+
+    def add_bias(x):
+        rows = inputs.rows
+        in_force = biased[:, None] & ((inputs.start + inputs.num_new)[:, None] < state.bias_until[rows])
+        values = jnp.where(in_force, state.bias_values[rows], 0.0)
+        return x.at[jnp.arange(len(rows))[:, None], state.bias_ids[rows]].add(values)
+
+    def penalise(x):
+        counts = state.token_counts[inputs.rows]
+        in_output = counts & (IN_PROMPT - 1)
+        repetition = inputs.param(Param.REPETITION)[:, None]
+        y = jnp.where(counts != 0, jnp.where(x > 0, x / repetition, x * repetition), x)
+        y -= inputs.param(Param.FREQUENCY)[:, None] * in_output
+        y -= inputs.param(Param.PRESENCE)[:, None] * (in_output > 0)
+        return jnp.where(penalised[:, None], y, x)
+
+    logits = lax.cond(biased.any(), add_bias, lambda x: x, logits)
+    return lax.cond(penalised.any(), penalise, lambda x: x, logits)
+
+
+def _uniforms(inputs: StepInputs) -> Float[Array, " S"]:
+    """One number in [0, 1) per row, from the request's seed and the position sampled."""
+
+    def one(seed, position):
+        return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
+
+    return jax.vmap(one)(inputs.param(Param.SEED).astype(jnp.uint32), inputs.start + inputs.num_new)
+
+
+def _threshold(
+    x: Float[Array, "S V"],
+    top_k: Int[Array, " S"],
+    top_p: Float[Array, " S"],
+    min_p: Float[Array, " S"],
+    filtered: Bool[Array, " S"],
+) -> Float[Array, " S"]:
+    """The smallest logit each row keeps. A row's answer does not depend on which way the others' are found."""
+    vocab_size = x.shape[-1]
+    best, _ = lax.top_k(x, min(CANDIDATES, vocab_size))  # [S, C], descending
+    num_candidates = best.shape[-1]
+    weights = jnp.exp(best - best[:, :1])
+    total = jnp.exp(x - best[:, :1]).sum(-1)
+    within_k = jnp.arange(num_candidates) < top_k[:, None]
+    in_k = jnp.where(within_k, weights, 0.0)
+    k_is_candidate = top_k <= num_candidates
+    mass = jnp.where(k_is_candidate, in_k.sum(-1), total)  # of what top_k leaves, unless k lies between
+    mass_before = jnp.cumsum(in_k, axis=-1) - in_k
+    keep = within_k & (mass_before < (top_p * mass)[:, None]) & (weights >= min_p[:, None])
+    num_kept = jnp.maximum(keep.sum(-1), 1)
+    found = jnp.take_along_axis(best, num_kept[:, None] - 1, axis=-1)[:, 0]
+    # The cut is among the candidates, and the mass it was measured by is right.
+    exact = k_is_candidate | ((num_kept < num_candidates) & ((top_k >= vocab_size) | (top_p >= 1)))
+    return lax.cond(
+        (exact | ~filtered).all(),
+        lambda: found,
+        lambda: jnp.where(exact, found, _bisect_threshold(x, top_k, top_p, min_p)),
+    )
+
+
+def _bisect_threshold(
+    x: Float[Array, "S V"], top_k: Int[Array, " S"], top_p: Float[Array, " S"], min_p: Float[Array, " S"]
+) -> Float[Array, " S"]:
+    """The same by bisection over the bits of the logits: exact in 32 passes for top_k and 32 for top_p."""
+    top = x.max(-1)
+    weights = jnp.exp(x - top[:, None])
+    k_cut = _largest(lambda t: (x >= t[:, None]).sum(-1) >= jnp.minimum(top_k, x.shape[-1]), len(x))
+    in_k = jnp.where(x >= k_cut[:, None], weights, 0.0)
+    goal = top_p * in_k.sum(-1)
+    p_cut = _largest(lambda t: jnp.where(x >= t[:, None], in_k, 0.0).sum(-1) >= goal, len(x))
+    p_cut = jnp.where(top_p >= 1, -jnp.inf, p_cut)
+    return jnp.minimum(jnp.maximum(jnp.maximum(k_cut, p_cut), top + jnp.log(min_p)), top)
+
+
+def _largest(holds, num_rows: int) -> Float[Array, " S"]:
+    """The largest float t for which holds(t), per row; holds must be true of -inf and false beyond some t."""
+
+    def as_float(order: Int[Array, " S"]) -> Float[Array, " S"]:  # order-preserving map from i32
+        return lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32)
+
+    infinity = 0x7F800000
+    low = jnp.full(num_rows, ~infinity, jnp.int32)  # the order of -inf
+    high = jnp.full(num_rows, infinity, jnp.int32)
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = (low >> 1) + (high >> 1) + (low & high & 1)
+        ok = holds(as_float(middle))
+        return jnp.where(ok, middle, low), jnp.where(ok, high, middle)
+
+    low, _ = lax.fori_loop(0, 32, halve, (low, high))
+    return as_float(low)
+
+
+def _invert(
+    x: Float[Array, "S V"], threshold: Float[Array, " S"], uniform: Float[Array, " S"]
+) -> Int[Array, " S"]:
+    """The token at which the cumulative distribution of the kept logits passes `uniform`: first its block, then it."""
+    num_rows, vocab_size = x.shape
+    weights = jnp.where(x >= threshold[:, None], jnp.exp(x - x.max(-1, keepdims=True)), 0.0)
+    weights = jnp.pad(weights, ((0, 0), (0, -vocab_size % _BLOCK))).reshape(num_rows, -1, _BLOCK)
+    cumulative = jnp.cumsum(weights.sum(-1), axis=-1)
+    goal = uniform * cumulative[:, -1]
+    block = _first_above(cumulative, goal)
+    rows = jnp.arange(num_rows)
+    before = jnp.where(block > 0, cumulative[rows, block - 1], 0.0)
+    within = _first_above(jnp.cumsum(weights[rows, block], axis=-1), goal - before)
+    return (block * _BLOCK + within).astype(jnp.int32)
+
+
+def _first_above(cumulative: Float[Array, "S n"], goal: Float[Array, " S"]) -> Int[Array, " S"]:
+    """The first index whose cumulative weight exceeds the goal; the last that adds weight if rounding leaves none."""
+    last = jnp.argmax(cumulative, axis=-1)  # the first to reach the total
+    return jnp.minimum((cumulative <= goal[:, None]).sum(-1), last)

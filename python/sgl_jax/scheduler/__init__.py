@@ -1,0 +1,1 @@
+"""Who runs next. Host only: numpy, no jax."""

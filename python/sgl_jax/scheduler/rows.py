@@ -1,0 +1,90 @@
+"""The running requests as columns: numpy arrays indexed by row, so that a decode step costs no Python per request."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sgl_jax.request import Request
+from sgl_jax.step_plan import Flag, Param
+
+_WIDTH = 8  # stop ids a row has room for before the table widens
+
+
+class RowTable:
+    def __init__(self, num_rows: int, context_length: int, page_size: int):
+        def column(dtype: type = np.int32) -> np.ndarray:
+            return np.zeros(num_rows, dtype)
+
+        self.requests: list[Request | None] = [None] * num_rows
+        self.key = np.full(num_rows, -1, np.int64)
+        self.prompt_len = column()
+        self.max_total = column()  # tokens at which the request ends by length
+        self.num_known = column()  # tokens the host has
+        self.num_tokens = column()  # num_known, plus the sampled tokens still on their way (one per step in flight)
+        self.num_computed = column()  # tokens whose KV is written, or will be by the steps in flight
+        self.num_pages = column()
+        self.has_sampled = column(np.bool_)  # the device holds the row's last token
+        self.tokens = np.zeros((num_rows, context_length), np.int32)  # [:, :num_known] are valid
+        self.page_table = np.zeros((num_rows, -(-context_length // page_size)), np.int32)  # [:, :num_pages] are valid
+        self.stop_ids = np.full((num_rows, _WIDTH), -1, np.int32)
+        self.params = np.zeros((num_rows, len(Param)), np.int32)
+        self._free = list(range(num_rows - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def seat(self, request: Request) -> int:
+        """Give the request a row; counters are set, pages are not."""
+        row = request.row = self._free.pop()
+        n = len(request.tokens)
+        self.requests[row] = request
+        self.key[row] = request.key
+        self.prompt_len[row] = len(request.prompt)
+        self.max_total[row] = request.max_total_tokens
+        self.num_known[row] = self.num_tokens[row] = n
+        self.num_computed[row] = self.num_pages[row] = 0
+        self.has_sampled[row] = False
+        self.tokens[row, :n] = request.tokens
+        self._set_stop_ids(row, request.stop_token_ids)
+        self.params[row] = encode_params(request)
+        return row
+
+    def unseat(self, row: int) -> Request:
+        """Take the request off its row, its tokens with it."""
+        request = self.requests[row]
+        assert request is not None
+        request.tokens = self.tokens[row, : self.num_known[row]].copy()
+        request.row = -1
+        self.requests[row] = None
+        self.key[row] = -1
+        self._free.append(row)
+        return request
+
+    def _set_stop_ids(self, row: int, ids: np.ndarray) -> None:
+        missing = len(ids) - self.stop_ids.shape[1]
+        if missing > 0:
+            self.stop_ids = np.pad(self.stop_ids, ((0, 0), (0, missing)), constant_values=-1)
+        self.stop_ids[row] = -1
+        self.stop_ids[row, : len(ids)] = ids
+
+
+def encode_params(request: Request) -> np.ndarray:
+    """A request's sampling parameters as the step program reads them, i32[len(Param)]."""
+    p = request.params
+    flags = Flag(0)
+    if p.logprobs is not None:
+        flags |= Flag.LOGPROBS
+    if p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1:
+        flags |= Flag.PENALTIES
+    if p.logit_bias or p.min_tokens:
+        flags |= Flag.BIAS
+    if request.wants_prompt_logprobs:
+        flags |= Flag.PROMPT_LOGPROBS
+    encoded = np.empty(len(Param), np.int32)
+    encoded[Param.SEED] = np.uint32(request.seed).view(np.int32)
+    encoded[Param.FLAGS] = int(flags)
+    encoded[Param.TOP_K] = min(p.top_k, 2**31 - 1) if p.top_k > 0 else 2**31 - 1
+    floats = (p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
+    encoded[Param.TEMPERATURE :] = np.array(floats, np.float32).view(np.int32)
+    return encoded

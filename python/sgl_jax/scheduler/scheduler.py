@@ -1,0 +1,373 @@
+"""Who runs next, with what, and until when.
+
+There is no prefill phase and no decode phase: every running request has `num_computed` tokens chasing `num_tokens`, and
+each step spends a budget of tokens over them. Chunked prefill, prefix hits, mixed batches and preemption follow from it.
+
+    add      a request waits
+    schedule one step's plan: running rows first, then as many waiting requests as fit
+    process  the step's tokens: appended, stop conditions checked, finished requests' pages go to the tree
+
+`schedule` may be called again before `process`: a token in flight is counted in `num_tokens` and read on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sgl_jax.cache.prefix_cache import Handle, PrefixCache
+from sgl_jax.request import FinishReason, Request
+from sgl_jax.scheduler.policy import POLICIES
+from sgl_jax.scheduler.rows import RowTable
+from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    max_running_requests: int
+    context_length: int
+    max_step_tokens: int  # budget of a step, at least max_running_requests
+    max_prefill_tokens: int  # of it, tokens of prompts
+    policy: str = "fcfs"
+
+
+@dataclasses.dataclass(slots=True)
+class Counters:
+    """Totals since start."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a processed step means for requests; `index` leads back into the plan's rows."""
+
+    index: np.ndarray  # i64[n] positions in the plan of the rows below
+    keys: np.ndarray  # i64[n]
+    tokens: np.ndarray  # i32[n]
+    first: list[Request]  # these just got their first token
+    finished: list[tuple[Request, FinishReason]]
+
+
+@dataclasses.dataclass(slots=True)
+class _Picks:
+    """Rows chosen for the step under construction."""
+
+    rows: list[np.ndarray] = dataclasses.field(default_factory=list)
+    num_new: list[np.ndarray] = dataclasses.field(default_factory=list)
+    loads: list[RowLoad] = dataclasses.field(default_factory=list)
+    page_updates: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig, cache: PrefixCache):
+        if config.max_step_tokens < config.max_running_requests:
+            raise ValueError(
+                f"a step of {config.max_step_tokens} tokens cannot hold {config.max_running_requests} decoding requests"
+            )
+        self.config = config
+        self.cache = cache
+        self.table = RowTable(config.max_running_requests, config.context_length, cache.page_size)
+        self.waiting: dict[int, Request] = {}  # by key
+        self.counters = Counters()
+        self._requests: dict[int, Request] = {}  # every live request, by key
+        self._handles: dict[int, Handle] = {}  # the locked prefix of each running row
+        self._running = np.empty(0, np.int32)  # rows in order of admission
+        self._reload: set[int] = set()  # rows whose page table changed under them
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._requests)
+
+    @property
+    def kv_usage(self) -> float:
+        """Share of the pool in use by running requests."""
+        return 1 - self.cache.num_available_pages / self.cache.num_usable_pages
+
+    def add(self, request: Request) -> None:
+        """Let a request wait. Its max_total_tokens must fit the context, and the context the pool."""
+        self._requests[request.key] = self.waiting[request.key] = request
+
+    def abort(self, key: int) -> bool:
+        """End a request, its pages released; False if there is no such request. A step in flight loses its token."""
+        request = self._requests.get(key)
+        if request is None:
+            return False
+        if request.row >= 0:
+            self._leave_row(request.row)
+        self._forget(request)
+        return True
+
+    # --- plan ---------------------------------------------------------------------------------------------------------
+
+    def schedule(self) -> StepPlan | None:
+        """Plan the next step and count it as computed; None when no request can run.
+
+        Mutates tables and cache: the plan must be run, and before any later plan.
+        """
+        preemptions = self.counters.preemptions
+        picks = self._pick_running()
+        if self.counters.preemptions == preemptions:  # else a victim could return while its token is in flight
+            self._admit(picks)
+        if not picks.rows:
+            return None
+        rows = np.concatenate(picks.rows)
+        num_new = np.concatenate(picks.num_new)
+        if len(picks.rows) > 1:
+            order = np.argsort(num_new > 1, kind="stable")
+            rows, num_new = rows[order], num_new[order]
+        plan = self._build(rows, num_new, picks)
+        self._share_prompts(plan)
+        self.counters.steps += 1
+        return plan
+
+    def _pick_running(self) -> _Picks:
+        """The running rows this step serves, their new pages allocated; preempts the youngest until they fit."""
+        t = self.table
+        while True:
+            run = self._running
+            remaining = t.num_tokens[run] - t.num_computed[run]
+            unfinished = t.num_tokens[run] < t.max_total[run]
+            decoding = t.has_sampled[run] & (remaining == 1)
+            decode_rows = run[decoding & unfinished]
+            rows, num_new = [decode_rows], [np.ones(len(decode_rows), np.int32)]
+            budget = self._prefill_budget(len(decode_rows))
+            for i in np.flatnonzero(~decoding & unfinished):
+                n = min(int(remaining[i]), budget)
+                if n == 0:
+                    break
+                rows.append(run[i : i + 1])
+                num_new.append(np.array([n], np.int32))
+                budget -= n
+            all_rows, all_new = np.concatenate(rows), np.concatenate(num_new)
+            need = self._pages_needed(all_rows, all_new)
+            pages = self.cache.allocate(int(need.sum()))
+            if pages is not None:
+                break
+            self._preempt(int(run[-1]))
+        if not len(all_rows):
+            return _Picks()
+        return _Picks([all_rows], [all_new], page_updates=[self._give_pages(all_rows, need, pages)])
+
+    def _prefill_budget(self, num_decoding: int) -> int:
+        return min(self.config.max_step_tokens - num_decoding, self.config.max_prefill_tokens)
+
+    def _admit(self, picks: _Picks) -> None:
+        """Seat waiting requests while budget, rows and pages last."""
+        if not self.waiting or not self.table.num_free:
+            return
+        num_tokens = sum(int(n.sum()) for n in picks.num_new)
+        num_decoding = sum(int((n == 1).sum()) for n in picks.num_new)
+        budget = self._prefill_budget(num_decoding) - (num_tokens - num_decoding)
+        being_computed = self._prefixes_being_computed()
+        for request in POLICIES[self.config.policy](self.waiting.values(), self.cache):
+            if budget <= 0 or not self.table.num_free:
+                return
+            handle = self._match(request)
+            if being_computed and self._next_page(request, handle.num_tokens) in being_computed:
+                continue  # another row is computing the same page: the next step will find it cached
+            num_new = min(len(request.tokens) - handle.num_tokens, budget)
+            if not self._fits(request, handle):
+                return
+            self._seat(request, handle, num_new, picks)
+            being_computed.add(self._next_page(request, handle.num_tokens))
+            budget -= num_new
+
+    def _match(self, request: Request) -> Handle:
+        """The cached prefix it may use: one token must be left to compute, and all of them if each is to be scored."""
+        usable = 0 if request.wants_prompt_logprobs else len(request.tokens) - 1
+        return self.cache.match(request.namespace, request.tokens[:usable])
+
+    def _fits(self, request: Request, handle: Handle) -> bool:
+        """Room for all its tokens so far, and one more page for each running row, lest it be preempted at once."""
+        locked_anew = sum(len(n.pages) for n in handle.node.path if n.num_locks == 0)
+        need = -(-(len(request.tokens) + 1) // self.cache.page_size) - handle.num_pages
+        spare = self.num_running if self.num_running else 0
+        return need + spare <= self.cache.num_available_pages - locked_anew
+
+    def _seat(self, request: Request, handle: Handle, num_new: int, picks: _Picks) -> None:
+        t = self.table
+        self.cache.lock(handle)
+        del self.waiting[request.key]
+        row = t.seat(request)
+        self._handles[row] = handle
+        self._running = np.append(self._running, np.int32(row))
+        t.num_computed[row] = handle.num_tokens
+        t.num_pages[row] = handle.num_pages
+        t.page_table[row, : handle.num_pages] = handle.pages
+        if not request.announced:
+            request.num_cached_tokens = handle.num_tokens
+            self.counters.prompt_tokens += len(request.prompt)
+            self.counters.cached_tokens += handle.num_tokens
+        needs_state = bool(t.params[row, Param.FLAGS] & (Flag.PENALTIES | Flag.BIAS))
+        if handle.num_pages or needs_state:
+            picks.loads.append(
+                RowLoad(row, handle.pages if handle.num_pages else None, request if needs_state else None)
+            )
+        rows, new = np.array([row], np.int32), np.array([num_new], np.int32)
+        need = self._pages_needed(rows, new)
+        pages = self.cache.allocate(int(need.sum()))
+        assert pages is not None, "_fits promised these pages"
+        picks.rows.append(rows)
+        picks.num_new.append(new)
+        picks.page_updates.append(self._give_pages(rows, need, pages))
+
+    def _pages_needed(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
+        page_size = self.cache.page_size
+        return -(-(self.table.num_computed[rows] + num_new) // page_size) - self.table.num_pages[rows]
+
+    def _give_pages(self, rows: np.ndarray, need: np.ndarray, pages: np.ndarray) -> np.ndarray:
+        """Append pages to the rows' tables, need[i] to rows[i]; returns the updates, i32[3, len(pages)]."""
+        t = self.table
+        if not len(pages):
+            return np.empty((3, 0), np.int32)
+        each = np.repeat(np.arange(len(rows)), need)
+        first = np.cumsum(need) - need
+        index = t.num_pages[rows][each] + np.arange(len(pages)) - first[each]
+        t.page_table[rows[each], index] = pages
+        t.num_pages[rows] += need
+        return np.stack([rows[each], index, pages]).astype(np.int32)
+
+    def _build(self, rows: np.ndarray, num_new: np.ndarray, picks: _Picks) -> StepPlan:
+        """Write the plan and advance the rows past it."""
+        t = self.table
+        start = t.num_computed[rows]
+        from_device = t.has_sampled[rows]
+        num_single = int(np.count_nonzero(num_new == 1))
+        end = start + num_new
+        samples = end == t.num_tokens[rows]
+        known = np.minimum(start[:num_single], t.num_known[rows[:num_single]] - 1)
+        tokens = [t.tokens[rows[:num_single], known]]
+        tokens += [t.tokens[r, s:e] for r, s, e in zip(rows[num_single:], start[num_single:], end[num_single:])]
+        is_prompt = end < t.prompt_len[rows]
+        next_token = np.where(is_prompt, t.tokens[rows, np.minimum(end, t.tokens.shape[1] - 1)], -1)
+        loads = picks.loads
+        if self._reload:
+            loads = loads + [RowLoad(r, t.page_table[r, : t.num_pages[r]].copy(), None) for r in sorted(self._reload)]
+            self._reload.clear()
+        plan = StepPlan(
+            keys=t.key[rows],
+            rows=rows,
+            start=start,
+            num_new=num_new,
+            num_single=num_single,
+            samples=samples,
+            from_device=from_device,
+            next_token=next_token.astype(np.int32),
+            tokens=np.concatenate(tokens) if len(tokens) > 1 else tokens[0],
+            params=t.params[rows],
+            page_updates=np.concatenate(picks.page_updates, axis=1) if picks.page_updates else np.empty((3, 0), np.int32),
+            loads=loads,
+        )
+        sampled = rows[samples]
+        t.num_computed[rows] = end
+        t.num_tokens[sampled] += 1
+        t.has_sampled[sampled] = True
+        return plan
+
+    def _share_prompts(self, plan: StepPlan) -> None:
+        """Put prompt pages this plan computes into the tree: steps run in order, so later plans may read them."""
+        for row in plan.rows[~plan.from_device]:
+            self._hand_over(int(row))
+
+    def _hand_over(self, row: int) -> None:
+        """Extend the row's handle over all its computed whole pages."""
+        t = self.table
+        num_pages = min(int(t.num_computed[row]), int(t.num_known[row])) // self.cache.page_size
+        handle = self._handles[row]
+        if num_pages <= handle.num_pages or not self.cache.enabled:
+            return
+        pages = t.page_table[row, :num_pages].copy()
+        tokens = t.tokens[row, : num_pages * self.cache.page_size]
+        handle = self._handles[row] = self.cache.extend(handle, tokens, pages)
+        if not np.array_equal(handle.pages, pages):
+            t.page_table[row, :num_pages] = handle.pages
+            self._reload.add(row)
+
+    def _prefixes_being_computed(self) -> set[tuple[str, bytes]]:
+        """The prefix each row in prefill is about to complete."""
+        t = self.table
+        prefilling = self._running[~t.has_sampled[self._running]]
+        return {self._next_page(r, int(t.num_computed[r.row])) for r in map(t.requests.__getitem__, prefilling) if r}
+
+    def _next_page(self, request: Request, num_computed: int) -> tuple[str, bytes]:
+        """A prefix, named by its tokens: up to the end of the page that comes next. Unique if the page stays partial."""
+        end = (num_computed // self.cache.page_size + 1) * self.cache.page_size
+        if not self.cache.enabled or end > len(request.tokens) - 1:
+            return f"{request.key}", b""
+        return request.namespace, request.tokens[:end].tobytes()
+
+    def _preempt(self, row: int) -> None:
+        """Back to waiting, pages released (the tree keeps what it can). A token in flight is dropped and sampled anew:
+        sampling depends on seed and position alone."""
+        self.counters.preemptions += 1
+        request = self._leave_row(row)
+        self.waiting[request.key] = request
+
+    def _leave_row(self, row: int) -> Request:
+        t = self.table
+        self._hand_over(row)
+        handle = self._handles.pop(row)
+        self._reload.discard(row)
+        self.cache.free(t.page_table[row, handle.num_pages : t.num_pages[row]])
+        self.cache.unlock(handle)
+        self._running = self._running[self._running != row]
+        return t.unseat(row)
+
+    def _forget(self, request: Request) -> None:
+        self.waiting.pop(request.key, None)
+        del self._requests[request.key]
+
+    # --- results ------------------------------------------------------------------------------------------------------
+
+    def process(self, plan: StepPlan, sampled: np.ndarray) -> StepResult:
+        """Take in a step's tokens: sampled i32[S], meaningful where plan.samples. Rows that changed hands are skipped."""
+        t = self.table
+        index = np.flatnonzero(plan.samples & (t.key[plan.rows] == plan.keys))
+        rows, tokens = plan.rows[index], sampled[index]
+        known = t.num_known[rows]
+        first = [t.requests[row] for row in rows[known == t.prompt_len[rows]]]
+        t.tokens[rows, known] = tokens
+        t.num_known[rows] = known + 1
+        self.counters.generated_tokens += len(rows)
+
+        stopped = (t.stop_ids[rows] == tokens[:, None]).any(1)
+        ended = stopped | (known + 1 >= t.max_total[rows])
+        finished = []
+        for i in np.flatnonzero(ended):
+            reason = FinishReason("stop", int(tokens[i])) if stopped[i] else FinishReason("length")
+            request = self._leave_row(int(rows[i]))
+            self._forget(request)
+            finished.append((request, reason))
+        return StepResult(index, plan.keys[index], tokens, [r for r in first if self._announce(r)], finished)
+
+    def _announce(self, request: Request | None) -> bool:
+        assert request is not None
+        request.announced, was = True, request.announced
+        return not was
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError unless every page and row has exactly one owner and every counter is in order."""
+        t = self.table
+        owned = [t.page_table[r, self._handles[r].num_pages : t.num_pages[r]] for r in self._running]
+        self.cache.check_invariants(owned)
+        assert sorted(self._handles) == sorted(self._running.tolist())
+        assert len(self._running) + t.num_free == self.config.max_running_requests
+        assert len(self.waiting) + len(self._running) == len(self._requests)
+        run = self._running
+        assert (t.num_computed[run] <= t.num_tokens[run]).all()
+        in_flight = t.num_tokens[run] - t.num_known[run]
+        assert ((in_flight >= 0) & (in_flight <= 2)).all(), "more tokens in flight than steps"
+        assert (t.num_pages[run] == -(-t.num_computed[run] // self.cache.page_size)).all()
+        for row in run:
+            handle = self._handles[row]
+            assert np.array_equal(t.page_table[row, : handle.num_pages], handle.pages)
