@@ -1,0 +1,139 @@
+"""Where a model comes from: a folder, a .gguf file or the Hugging Face hub, all seen as one Checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.gguf import gguf_config, gguf_tensors
+from sgl_jax.models.gguf_file import read_gguf
+from sgl_jax.models.safetensors_file import read_safetensors
+from sgl_jax.models.stored import StoredTensor
+
+LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
+
+_TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+_OTHER_LAYOUTS = ["original/*", "consolidated*"]  # the same weights again, under other names
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    path: Path  # the folder or the .gguf file
+    format: Literal["safetensors", "gguf", "dummy"]
+    config: dict[str, Any]  # config.json, or what it would have been
+    generation_config: dict[str, Any]  # may be empty
+    tokenizer_path: Path  # a folder with tokenizer.json and the like, or a .gguf file
+    tensors: Mapping[str, StoredTensor]  # by Hugging Face name; none for "dummy"
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def dtype(self) -> str | None:
+        """The dtype the weights were saved in, if the config says so: "bfloat16"."""
+        return self.config.get("dtype") or self.config.get("torch_dtype")
+
+
+def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", download_dir: str | None = None) -> Checkpoint:
+    """Reads configs and headers; no weight is read yet. A hub id is downloaded first."""
+    local = fetch(path, download_dir=download_dir, weights=load_format != "dummy")
+    file = _gguf_file(local, load_format)
+    if file is not None:
+        gguf = read_gguf(file)
+        dummy = load_format == "dummy"
+        tensors = {} if dummy else gguf_tensors(gguf)
+        return Checkpoint(file, "dummy" if dummy else "gguf", gguf_config(gguf), {}, file, tensors)
+    config = _read_json(local / "config.json")
+    if config is None:
+        raise ModelError(f"{local} has no config.json; --model-path needs a Hugging Face model folder or a .gguf file")
+    generation_config = _read_json(local / "generation_config.json") or {}
+    if load_format == "dummy":
+        return Checkpoint(local, "dummy", config, generation_config, local, {})
+    return Checkpoint(local, "safetensors", config, generation_config, local, _safetensors(local))
+
+
+def fetch(path: str, *, download_dir: str | None = None, weights: bool = True) -> Path:
+    """The local folder or file that `path` means; a hub id is downloaded, without its weights if they are not wanted."""
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        raise ModelError(f"{path} does not exist; give a model folder, a .gguf file or a hub id like Qwen/Qwen3-0.6B")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = _TOKENIZER_FILES + (["*.safetensors"] if weights else [])
+    try:
+        return Path(
+            snapshot_download(path, cache_dir=download_dir, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
+        )
+    except LocalEntryNotFoundError as e:
+        raise ModelError(
+            f"{path} is neither a local path nor in the download cache, and the hub cannot be reached; "
+            "check the path, the network, HF_ENDPOINT and HF_HUB_OFFLINE, or point --download-dir at a filled cache"
+        ) from e
+    except (HfHubHTTPError, OSError, ValueError) as e:
+        raise ModelError(
+            f"{path} is no local path and could not be fetched from the hub: {e}; "
+            "check the name, and set HF_TOKEN if the model is gated"
+        ) from e
+
+
+def _gguf_file(local: Path, load_format: LoadFormat) -> Path | None:
+    """The .gguf file to read, or None where safetensors are meant."""
+    if local.is_file():
+        if local.suffix != ".gguf" or load_format == "safetensors":
+            wanted = "a folder with *.safetensors" if load_format == "safetensors" else "a folder or a .gguf file"
+            raise ModelError(f"{local} is a file; --load-format {load_format} reads {wanted}")
+        return local
+    found = sorted(local.glob("*.gguf"))
+    if load_format in ("safetensors", "dummy") or (load_format == "auto" and any(local.glob("*.safetensors"))):
+        return None
+    if load_format == "auto" and not found:
+        return None
+    if len(found) != 1:
+        raise ModelError(
+            f"{local} holds {len(found)} .gguf files{': ' if found else ''}{', '.join(f.name for f in found)}; "
+            "give the path of one"
+        )
+    return found[0]
+
+
+def _safetensors(folder: Path) -> dict[str, StoredTensor]:
+    index = _read_json(folder / _INDEX)
+    if index is not None:
+        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        missing = [f.name for f in files if not f.exists()]
+        if missing:
+            raise ModelError(f"{folder / _INDEX} names {', '.join(missing)}, which are not there; download them")
+    else:
+        files = sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith("consolidated"))
+    if not files:
+        other = sorted(f.name for f in folder.glob("*.bin"))
+        raise ModelError(
+            f"{folder} has no *.safetensors"
+            + (f", only {', '.join(other)}; convert it to safetensors" if other else "")
+        )
+    tensors: dict[str, StoredTensor] = {}
+    for file in files:
+        stored = read_safetensors(file)
+        if twice := sorted(set(stored) & set(tensors)):
+            raise ModelError(f"{file} repeats tensors of another file in {folder}: {', '.join(twice[:5])}; remove one")
+        tensors.update(stored)
+    return tensors
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as e:
+        raise ModelError(f"{path} is not valid JSON: {e}") from e

@@ -1,0 +1,222 @@
+"""Makes a GGUF file look like a Hugging Face checkpoint: the config, the tensor names, and llama.cpp's row order undone.
+
+Sources: llama.cpp `gguf-py/gguf/constants.py` (keys, names) and `convert_hf_to_gguf.py` (what was done to the weights).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.gguf_file import GgufFile, GgufTensor
+from sgl_jax.models.stored import StoredTensor
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+# Every `<architecture>.*` key that is read below or cannot change the result; any other one is refused.
+_KNOWN_KEYS = {
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scale_linear"),
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
+    *("rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+}
+
+_TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"  # becomes part of the config
+_PLAIN_TYPES = {
+    0: ("F32", np.dtype(np.float32)),
+    1: ("F16", np.dtype(np.float16)),
+    30: ("BF16", np.dtype(ml_dtypes.bfloat16)),
+}
+
+
+def gguf_config(file: GgufFile) -> dict[str, Any]:
+    """The config.json this model would have had."""
+    arch = file.get("general.architecture")
+    if arch not in _ARCHITECTURES:
+        raise ModelError(f"{file.path} has architecture {arch!r}; supported GGUF ones are {', '.join(_ARCHITECTURES)}")
+    meta = {k.removeprefix(f"{arch}."): _shortest(v) for k, v in file.metadata.items() if k.startswith(f"{arch}.")}
+    _refuse_unknown(file, arch, meta)
+
+    num_heads = meta["attention.head_count"]
+    head_dim = meta.get("attention.key_length") or meta["embedding_length"] // num_heads
+    eos = [file.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    attention_bias = arch != "qwen2" and "blk.0.attn_q.bias" in file.tensors
+    return {
+        "architectures": [_ARCHITECTURES[arch]],
+        "model_type": arch,
+        "attention_bias": attention_bias,
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": list(dict.fromkeys(i for i in eos if i is not None)),
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": meta["embedding_length"],
+        "intermediate_size": meta["feed_forward_length"],
+        "max_position_embeddings": meta["context_length"],
+        "mlp_bias": "blk.0.ffn_gate.bias" in file.tensors,
+        "num_attention_heads": num_heads,
+        "num_hidden_layers": meta["block_count"],
+        "num_key_value_heads": meta.get("attention.head_count_kv", num_heads),
+        "partial_rotary_factor": meta.get("rope.dimension_count", head_dim) / head_dim,
+        "rms_norm_eps": meta["attention.layer_norm_rms_epsilon"],
+        "rope_scaling": _rope_scaling(file, meta),
+        "rope_theta": meta.get("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "torch_dtype": _matrix_dtype(file),
+        "use_sliding_window": False,
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+    }
+
+
+def _refuse_unknown(file: GgufFile, arch: str, meta: dict[str, Any]) -> None:
+    harmless = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
+    refused = {k: v for k, v in meta.items() if k not in _KNOWN_KEYS and not (k in harmless and v == harmless[k])}
+    if refused:
+        listed = ", ".join(f"{arch}.{k}={v!r}" for k, v in sorted(refused.items()))
+        raise ModelError(f"{file.path} sets {listed}; this is not supported for GGUF models of this architecture")
+    needed = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+    missing = [f"{arch}.{k}" for k in (*needed, "attention.layer_norm_rms_epsilon") if k not in meta]
+    missing += [name for name in ("token_embd.weight",) if name not in file.tensors]
+    if missing:
+        raise ModelError(f"{file.path} lacks {', '.join(missing)}; it is not a complete model")
+    per_layer = [f"{arch}.{k}" for k in ("feed_forward_length", "attention.head_count") if isinstance(meta[k], list)]
+    if per_layer or isinstance(meta.get("attention.head_count_kv"), list):
+        raise ModelError(f"{file.path} gives head counts or feed-forward sizes per layer; layers must be alike")
+    key_length = meta.get("attention.key_length")
+    if meta.get("attention.value_length", key_length) != key_length:
+        raise ModelError(f"{file.path}: {arch}.attention.value_length differs from key_length {key_length}")
+
+
+def _rope_scaling(file: GgufFile, meta: dict[str, Any]) -> dict[str, Any] | None:
+    kind = meta.get("rope.scaling.type", "linear" if "rope.scale_linear" in meta else "none")
+    factor = meta.get("rope.scaling.factor", meta.get("rope.scale_linear"))
+    if _ROPE_FACTORS in file.tensors:
+        if kind != "none":
+            raise ModelError(f"{file.path} has both {_ROPE_FACTORS} and rope scaling {kind!r}; only one is supported")
+        factors = _stored(file, file.tensors[_ROPE_FACTORS], _ROPE_FACTORS, None).read()
+        return {"rope_type": "gguf_factors", "factors": factors.tolist()}
+    if kind == "none":
+        return None
+    if kind == "yarn":
+        attn_factor = meta.get("rope.scaling.attn_factor")
+        scaling = {
+            "rope_type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": meta.get("rope.scaling.original_context_length"),
+            "beta_fast": meta.get("rope.scaling.yarn_beta_fast"),
+            "beta_slow": meta.get("rope.scaling.yarn_beta_slow"),
+            # llama.cpp multiplies its factor by the paper's
+            "attention_factor": attn_factor and attn_factor * (0.1 * math.log(factor) + 1.0),
+        }
+        return {k: v for k, v in scaling.items() if v is not None}
+    return {"rope_type": kind, "factor": factor}
+
+
+def gguf_tensors(file: GgufFile) -> dict[str, StoredTensor]:
+    """The tensors under their Hugging Face names; a name we have no translation for is kept and so reported later."""
+    arch = file.get("general.architecture")
+    heads = file.get(f"{arch}.attention.head_count")
+    per_head = (
+        {"attn_q": heads, "attn_k": file.get(f"{arch}.attention.head_count_kv", heads)} if arch == "llama" else {}
+    )
+    tensors = {}
+    for tensor in file.tensors.values():
+        if tensor.name != _ROPE_FACTORS:
+            name, kind = _translate(tensor.name)
+            order = _half_split_order(tensor.shape[0], per_head[kind]) if kind in per_head else None
+            tensors[name] = _stored(file, tensor, name, order)
+    return tensors
+
+
+def _translate(name: str) -> tuple[str, str]:
+    """The Hugging Face name and llama.cpp's kind of tensor."""
+    if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
+        layer, kind, suffix = match.groups()
+        return (f"model.layers.{layer}.{_LAYER_TENSORS[kind]}.{suffix}" if kind in _LAYER_TENSORS else name), kind
+    kind, _, suffix = name.partition(".")
+    return (f"{_TENSORS[kind]}.{suffix}" if kind in _TENSORS else name), kind
+
+
+def _half_split_order(num_rows: int, num_heads: int) -> np.ndarray:
+    """llama.cpp stores the rows of a `llama` model's q and k so that rope turns neighbours; ours turns half-split pairs.
+    Row i of the Hugging Face matrix is row order[i] of the file's."""
+    return np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _stored(file: GgufFile, tensor: GgufTensor, name: str, order: np.ndarray | None) -> StoredTensor:
+    shape = tensor.shape
+    if tensor.type in _PLAIN_TYPES:
+        label, dtype = _PLAIN_TYPES[tensor.type]
+        block_values, block_bytes, dequantize = 1, dtype.itemsize, lambda rows: rows
+    else:
+        label, block_values, block_bytes, dequantize = _quantised_type(file, tensor)
+        dtype = np.dtype(np.uint8)
+    if shape[-1] % block_values:
+        raise ModelError(f"{file.path}: {tensor.name} has rows of {shape[-1]}, no multiple of {label}'s {block_values}")
+    nbytes = math.prod(shape) // block_values * block_bytes
+    if tensor.offset + nbytes > file.data.size:
+        raise ModelError(
+            f"{file.path} is cut short: {tensor.name} ends at byte {tensor.offset + nbytes}, the file has "
+            f"{file.data.size}; download it again"
+        )
+    stored = file.data[tensor.offset : tensor.offset + nbytes].view(dtype)
+    stored = stored.reshape(*shape[:-1], -1) if len(shape) > 1 else stored.reshape(shape[0] // block_values, -1)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        if len(shape) == 1:
+            values = dequantize(stored).reshape(shape)
+            return values[start:stop] if order is None else values[order[start:stop]]
+        return dequantize(stored[start:stop] if order is None else stored[order[start:stop]])
+
+    return StoredTensor(name, shape, label, nbytes, rows)
+
+
+def _quantised_type(file: GgufFile, tensor: GgufTensor) -> tuple[str, int, int, Any]:
+    """The format's name, values and bytes per block, and the function from rows of bytes to rows of float32."""
+    kinds, quants, sizes = _gguf_package()
+    known = {int(kind): kind.name for kind in kinds}
+    label = known.get(tensor.type, str(tensor.type))
+    quant = getattr(quants, label, None)
+    if quant is None or not hasattr(quant, "dequantize_rows"):
+        raise ModelError(f"{file.path}: {tensor.name} is stored as {label}, which cannot be dequantised here")
+    quant.init_grid()
+    return label, *sizes[kinds(tensor.type)], quant.dequantize_rows
+
+
+@functools.cache
+def _gguf_package() -> tuple[Any, Any, Any]:
+    from gguf import quants
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    return GGMLQuantizationType, quants, GGML_QUANT_SIZES
+
+
+def _matrix_dtype(file: GgufFile) -> str:
+    """What the weights are worth: float32 or float16 where a matrix is stored so, else bfloat16."""
+    types = {t.type for t in file.tensors.values() if len(t.shape) > 1}
+    return "float32" if types == {0} else "float16" if types <= {0, 1} else "bfloat16"
+
+
+def _shortest(value: Any) -> Any:
+    """float32 metadata as the decimal that was meant: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -1,0 +1,101 @@
+"""What the family files share: reading a config.json strictly. A value that would be ignored is refused instead."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.rope import context_length, resolve_rope
+
+_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+}
+
+
+def required(hf: dict[str, Any], key: str) -> Any:
+    if hf.get(key) is None:
+        raise ModelError(f"config.json has no {key}; it is needed to build the model")
+    return hf[key]
+
+
+def kv_heads(hf: dict[str, Any], absent: int | None = None) -> int:
+    """num_key_value_heads: null means as many as query heads; `absent` is the family's default for no such key."""
+    return hf.get("num_key_value_heads", absent) or required(hf, "num_attention_heads")
+
+
+def dense_decoder(
+    hf: dict[str, Any],
+    *,
+    architecture: str,
+    num_kv_heads: int,
+    head_dim: int | None = None,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+    sliding_windows: tuple[int | None, ...] | None = None,
+) -> DecoderConfig:
+    """A DecoderConfig of the keys all families spell alike; the arguments are what the family decides."""
+    if hf.get("quantization_config"):
+        method = hf["quantization_config"].get("quant_method", hf["quantization_config"])
+        raise ModelError(f"config.json has quantization_config ({method}); quantised checkpoints are not supported")
+    if hf.get("hidden_act", "silu") not in _ACTIVATIONS:
+        raise ModelError(f"config.json sets hidden_act={hf['hidden_act']!r}; supported are {', '.join(_ACTIVATIONS)}")
+    hidden_size, num_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
+    required(hf, "max_position_embeddings")
+    if head_dim is None:
+        head_dim = hf.get("head_dim") or hidden_size // num_heads
+    if num_heads % num_kv_heads:
+        raise ModelError(
+            f"config.json: num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}"
+        )
+    return DecoderConfig(
+        architecture=architecture,
+        vocab_size=required(hf, "vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=required(hf, "intermediate_size"),
+        num_layers=required(hf, "num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rope=resolve_rope(hf, head_dim),
+        context_length=context_length(hf),
+        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+        activation=_ACTIVATIONS[hf.get("hidden_act", "silu")],
+        sliding_windows=sliding_windows,
+        eos_token_ids=eos_token_ids(hf),
+    )
+
+
+def eos_token_ids(config: dict[str, Any]) -> tuple[int, ...]:
+    """eos_token_id is one id, a list of them, or absent."""
+    ids = config.get("eos_token_id")
+    return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def qwen_sliding_windows(hf: dict[str, Any]) -> tuple[int | None, ...] | None:
+    """Qwen 2 and 3: windows only when use_sliding_window says so, in the layers that layer_types names or, without it,
+    from max_window_layers on."""
+    if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
+        return None
+    num_layers, window = required(hf, "num_hidden_layers"), hf["sliding_window"]
+    if hf.get("layer_types") is not None:
+        known = {"full_attention": None, "sliding_attention": window}
+        unknown = sorted(set(hf["layer_types"]) - set(known))
+        if unknown or len(hf["layer_types"]) != num_layers:
+            raise ModelError(
+                f"config.json: layer_types must name {' or '.join(known)} for each of {num_layers} layers; "
+                f"it has {len(hf['layer_types'])} entries{', among them ' + ', '.join(unknown) if unknown else ''}"
+            )
+        return tuple(known[kind] for kind in hf["layer_types"])
+    full = required(hf, "max_window_layers")
+    return tuple(window if layer >= full else None for layer in range(num_layers))

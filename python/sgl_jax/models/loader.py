@@ -1,0 +1,157 @@
+"""Fills the declared weights: from a checkpoint, tensor by tensor, or with random numbers.
+
+Each weight is put together in one host buffer of the target dtype, handed to `place` and forgotten, so beside the
+placed weights only the few being worked on are in memory. Threads do the copying (numpy releases the GIL); `place` and
+`report` are called from the caller's thread, in an order that depends on the model alone.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (numpy then knows "bfloat16")
+import numpy as np
+
+from sgl_jax.models.checkpoint import Checkpoint
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.families import tensor_names
+from sgl_jax.models.plan import Leaf, plan_weights
+from sgl_jax.models.stored import StoredTensor
+from sgl_jax.models.weights import Weights, WeightSpec, declare
+
+Place = Callable[[WeightSpec, np.ndarray], Any]
+Report = Callable[[float, int], None]  # fraction done, bytes of the checkpoint done
+
+BLOCK_ROWS = 64  # rows transposed at a time: 4x the speed of one big transpose, which misses the cache at each element
+_ALIGNMENT = 64  # jax on a CPU adopts a buffer so aligned instead of copying it
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    config: DecoderConfig,
+    dtype: Any,
+    *,
+    place: Place | None = None,
+    report: Report | None = None,
+) -> Weights:
+    """Raises one ModelError that lists every missing, surplus and misshapen tensor, before any of them is read."""
+    dtype = np.dtype(dtype)
+    leaves = plan_weights(checkpoint.tensors, config, tensor_names(config), source=str(checkpoint.path))
+    leaves.sort(key=lambda leaf: leaf.path.startswith(".layers"))  # the two big ones first, at the same time
+    total = sum(leaf.nbytes for leaf in leaves)  # a tied head counts twice: it is read twice
+    placed, done = {}, 0
+    for leaf, array in _ahead(leaves, lambda leaf: _assemble(leaf, dtype)):
+        placed[leaf.path] = (place or place_on_default_device)(leaf.spec, array)
+        done += leaf.nbytes
+        if report is not None:
+            report(done / total, round(done / total * checkpoint.total_bytes))
+    return _fill(config, placed)
+
+
+def random_weights(
+    config: DecoderConfig,
+    dtype: Any,
+    seed: int = 0,
+    *,
+    place: Place | None = None,
+    report: Report | None = None,
+) -> Weights:
+    """Small random weights (--load-format dummy): norms are 1, the rest normal with deviation 0.02."""
+    dtype = np.dtype(dtype)
+    paths = jax.tree_util.tree_flatten_with_path(declare(config))[0]
+    leaves = [Leaf(jax.tree_util.keystr(path), spec, (), transpose=False) for path, spec in paths]
+    total = sum(math.prod(leaf.spec.shape) for leaf in leaves)
+
+    def draw(indexed: tuple[int, Leaf]) -> np.ndarray:
+        index, leaf = indexed
+        out = aligned_empty(leaf.spec.shape, dtype)
+        if leaf.path.endswith("norm"):
+            out[...] = 1
+            return out
+        generator = np.random.Generator(np.random.SFC64([seed, index]))
+        flat = out.reshape(-1)
+        for start in range(0, flat.size, 1 << 20):
+            part = flat[start : start + (1 << 20)]
+            part[:] = (generator.standard_normal(part.size, np.float32) * np.float32(0.02)).astype(dtype)
+        return out
+
+    placed, done = {}, 0
+    for (_, leaf), array in _ahead(list(enumerate(leaves)), draw):
+        placed[leaf.path] = (place or place_on_default_device)(leaf.spec, array)
+        done += math.prod(leaf.spec.shape)
+        if report is not None:
+            report(done / total, done * dtype.itemsize)
+    return _fill(config, placed)
+
+
+def place_on_default_device(spec: WeightSpec, array: np.ndarray) -> jax.Array:
+    del spec
+    return jax.device_put(array)
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _fill(config: DecoderConfig, placed: dict[str, Any]) -> Weights:
+    return jax.tree_util.tree_map_with_path(lambda path, _: placed[jax.tree_util.keystr(path)], declare(config))
+
+
+def _ahead[T](items: list[T], work: Callable[[T], np.ndarray]) -> Iterator[tuple[T, np.ndarray]]:
+    """Works on a few items at a time in threads and yields the results in order."""
+    workers = min(8, os.cpu_count() or 1)
+    running: deque[tuple[T, Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
+        try:
+            for item in items:
+                running.append((item, pool.submit(work, item)))
+                if len(running) > workers:
+                    first, future = running.popleft()
+                    yield first, future.result()
+            while running:
+                first, future = running.popleft()
+                yield first, future.result()
+        finally:
+            for _, future in running:
+                future.cancel()
+
+
+def _assemble(leaf: Leaf, dtype: np.dtype) -> np.ndarray:
+    """The weight's pieces side by side along its last axis (a vector's only one)."""
+    out = aligned_empty(leaf.spec.shape, dtype)
+    column = 0
+    for piece in leaf.pieces:
+        if not leaf.transpose:
+            _copy_rows(piece, out[column : column + piece.shape[0]])
+        else:
+            _copy_transposed(piece, out[:, column : column + piece.shape[0]])
+        column += piece.shape[0]
+    return out
+
+
+def _copy_rows(piece: StoredTensor, out: np.ndarray) -> None:
+    step = piece.shape[0] if out.ndim == 1 else max(1, (1 << 20) // piece.shape[1])
+    for start in range(0, piece.shape[0], step):
+        rows = piece.rows(start, min(start + step, piece.shape[0]))
+        _plain(out)[start : start + step] = _plain(rows.astype(out.dtype, copy=False))
+
+
+def _copy_transposed(piece: StoredTensor, out: np.ndarray) -> None:
+    target = _plain(out)
+    for start in range(0, piece.shape[0], BLOCK_ROWS):
+        rows = piece.rows(start, min(start + BLOCK_ROWS, piece.shape[0]))
+        target[:, start : start + BLOCK_ROWS] = _plain(rows.astype(out.dtype, copy=False)).T
+
+
+def _plain(x: np.ndarray) -> np.ndarray:
+    """bfloat16 seen as integers: numpy copies its own types faster than foreign ones."""
+    return x.view(np.uint16) if x.dtype.itemsize == 2 else x

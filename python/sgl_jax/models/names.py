@@ -1,0 +1,20 @@
+"""Which stored tensors make up each weight: a family's table, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorNames:
+    """Names as a Hugging Face checkpoint has them; `{i}` stands for the layer.
+
+    A weight of several tensors is their concatenation along the output axis. Checkpoints store matrices output-major,
+    so all but `embed` are transposed into place.
+    """
+
+    embed: str
+    final_norm: str
+    lm_head: str  # absent from a checkpoint whose head is tied to `embed`
+    layer: dict[str, tuple[str, ...]]  # by field of LayerWeights; a weight the config lacks is not looked for
+    ignored: tuple[str, ...] = ()  # patterns of stored tensors that are no weights

@@ -1,0 +1,94 @@
+"""Which stored tensor goes into which weight, checked against the checkpoint as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import jax
+
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.names import TensorNames
+from sgl_jax.models.stored import StoredTensor
+from sgl_jax.models.weights import WeightSpec, declare
+
+_SHOWN = 40  # names of one kind in an error; a wrong config can make thousands
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One weight to be assembled from stored tensors."""
+
+    path: str  # in the tree of weights: ".layers[3].qkv"
+    spec: WeightSpec
+    pieces: tuple[StoredTensor, ...]  # side by side along the output axis
+    transpose: bool  # the stored matrices are [out, in]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+
+def plan_weights(
+    stored: Mapping[str, StoredTensor], config: DecoderConfig, names: TensorNames, *, source: str
+) -> list[Leaf]:
+    """One leaf for each declared weight. Every misfit of the checkpoint is found first and told in one ModelError."""
+    leaves, missing, misshapen = [], [], []
+    used = {names.lm_head} if config.tie_embeddings else set()
+    for key_path, spec in jax.tree_util.tree_flatten_with_path(declare(config))[0]:
+        path = jax.tree_util.keystr(key_path)
+        wanted = _wanted(path, config, names)
+        used.update(wanted)
+        pieces = tuple(stored[name] for name in wanted if name in stored)
+        missing += [name for name in wanted if name not in stored]
+        leaf = Leaf(path, spec, pieces, transpose=len(spec.shape) == 2 and path != ".embed")
+        leaves.append(leaf)
+        if len(pieces) == len(wanted):
+            misshapen += _shape_errors(leaf, _output_sizes(path, config))
+    surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in names.ignored)]
+    unreadable = [f"{t.name} ({t.dtype})" for leaf in leaves for t in leaf.pieces if not t.supported]
+    problems = [
+        f"{label}: {', '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''}"
+        for label, found in (
+            ("missing tensors", missing),
+            ("tensors this architecture has no place for", sorted(surplus)),
+            ("tensors of the wrong shape", misshapen),
+            ("tensors of an unsupported type", unreadable),
+        )
+        if found
+    ]
+    if problems:
+        raise ModelError(
+            f"{source} does not fit its config ({config.architecture}, {config.num_layers} layers):\n  "
+            + "\n  ".join(problems)
+        )
+    return leaves
+
+
+def _wanted(path: str, config: DecoderConfig, names: TensorNames) -> tuple[str, ...]:
+    if match := re.fullmatch(r"\.layers\[(\d+)\]\.(\w+)", path):
+        layer, field = match.groups()
+        return tuple(pattern.format(i=layer) for pattern in names.layer[field])
+    if path == ".lm_head" and config.tie_embeddings:
+        return (names.embed,)
+    return (getattr(names, path.removeprefix(".")),)
+
+
+def _output_sizes(path: str, c: DecoderConfig) -> tuple[int, ...] | None:
+    """How a weight of several tensors divides its output axis; None: it is one tensor."""
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    field = path.rpartition(".")[2].removesuffix("_bias")
+    return {"qkv": (q, kv, kv), "gate_up": (c.intermediate_size,) * 2}.get(field)
+
+
+def _shape_errors(leaf: Leaf, output_sizes: tuple[int, ...] | None) -> list[str]:
+    stored_shape = leaf.spec.shape[::-1] if leaf.transpose else leaf.spec.shape  # output axis first
+    outputs = output_sizes or (stored_shape[0],)
+    wanted = [(size, *stored_shape[1:]) for size in outputs]
+    return [
+        f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}"
+        for piece, shape in zip(leaf.pieces, wanted, strict=True)
+        if piece.shape != shape
+    ]

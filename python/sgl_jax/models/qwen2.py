@@ -1,0 +1,22 @@
+"""Qwen 2 and 2.5: Llama's layout with a bias on q, k and v."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgl_jax.models import llama
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.hf_config import dense_decoder, kv_heads, qwen_sliding_windows
+
+ARCHITECTURES = ("Qwen2ForCausalLM",)
+NAMES = llama.NAMES
+
+
+def config(hf: dict[str, Any]) -> DecoderConfig:
+    return dense_decoder(
+        hf,
+        architecture="Qwen2ForCausalLM",
+        num_kv_heads=kv_heads(hf, absent=32),
+        qkv_bias=True,
+        sliding_windows=qwen_sliding_windows(hf),
+    )

@@ -1,0 +1,26 @@
+"""Qwen 3, dense: an RMS norm over each head of q and k, head_dim of its own, no bias by default."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgl_jax.models import llama
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.hf_config import dense_decoder, kv_heads, qwen_sliding_windows
+
+ARCHITECTURES = ("Qwen3ForCausalLM",)
+NAMES = llama.NAMES
+
+
+def config(hf: dict[str, Any]) -> DecoderConfig:
+    attention_bias = bool(hf.get("attention_bias", False))
+    return dense_decoder(
+        hf,
+        architecture="Qwen3ForCausalLM",
+        num_kv_heads=kv_heads(hf, absent=32),
+        head_dim=hf.get("head_dim") or 128,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        qk_norm=True,
+        sliding_windows=qwen_sliding_windows(hf),
+    )

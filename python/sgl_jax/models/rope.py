@@ -1,0 +1,161 @@
+"""Rotary embedding parameters of a config.json, resolved to frequencies.
+
+Formulas: transformers 5, `modeling_rope_utils.py` (default, linear, llama3, yarn). The arithmetic is float32 in the same
+order as there: an exponent rounded otherwise moves a frequency by 1e-6 of itself, which long contexts can see.
+"gguf_factors" is ours: a GGUF file stores llama3 scaling as one divisor per frequency (tensor rope_freqs.weight).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from sgl_jax.models.config import RopeConfig
+from sgl_jax.models.errors import ModelError
+
+# What each kind reads. Any other key would be a promise we do not keep, so it is refused.
+_COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_KEYS = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "yarn": {
+        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
+        *("mscale", "mscale_all_dim", "truncate", "finetuned"),
+    },
+    "gguf_factors": {"factors"},
+}
+_REQUIRED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": (),
+    "gguf_factors": ("factors",),
+    "default": (),
+}
+
+
+def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
+    """The rope settings, wherever this config keeps them: transformers 5 writes `rope_parameters`, older ones
+    `rope_scaling` beside `rope_theta`."""
+    scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    nested = [k for k, v in scaling.items() if isinstance(v, dict)]
+    if nested:
+        raise ModelError(
+            f"config.json gives rope_parameters for each kind of layer ({', '.join(nested)}); "
+            "this architecture is served with one rope for all layers"
+        )
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in _KEYS:
+        raise ModelError(
+            f"config.json asks for rope type {kind!r}; supported are {', '.join(k for k in _KEYS if k != 'gguf_factors')}"
+        )
+    unknown = sorted(k for k, v in scaling.items() if k not in _KEYS[kind] | _COMMON_KEYS and v is not None)
+    if unknown:
+        raise ModelError(
+            f"config.json sets {', '.join(f'{k}={scaling[k]!r}' for k in unknown)} for rope type {kind!r}, "
+            f"which is not supported; supported are {', '.join(sorted(_KEYS[kind] | _COMMON_KEYS))}"
+        )
+    missing = [k for k in _REQUIRED[kind] if scaling.get(k) is None]
+    if missing:
+        raise ModelError(f"config.json asks for rope type {kind!r} without {', '.join(missing)}")
+    scaling["rope_type"] = kind
+    for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
+        if scaling.get(key) is None:
+            scaling[key] = default if hf.get(key) is None else hf[key]
+    if kind in ("llama3", "yarn") and hf.get("original_max_position_embeddings") is not None:
+        scaling["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
+    return scaling
+
+
+def resolve_rope(hf: dict[str, Any], head_dim: int) -> RopeConfig:
+    p = rope_parameters(hf)
+    dim = int(head_dim * p["partial_rotary_factor"])
+    if dim < 2 or dim % 2:
+        raise ModelError(f"rope rotates {dim} of a head's {head_dim} values; it must be an even number of at least 2")
+    resolve = {
+        "default": lambda: (_inv_freq(p["rope_theta"], dim), 1.0),
+        "linear": lambda: (_inv_freq(p["rope_theta"], dim) / np.float32(p["factor"]), 1.0),
+        "llama3": lambda: (_llama3(p, dim, hf), 1.0),
+        "yarn": lambda: _yarn(p, dim, hf),
+        "gguf_factors": lambda: (_gguf_factors(p, dim), 1.0),
+    }
+    inv_freq, attention_factor = resolve[p["rope_type"]]()
+    return RopeConfig(tuple(float(x) for x in inv_freq), attention_factor)
+
+
+def context_length(hf: dict[str, Any]) -> int:
+    """Tokens the model is meant for. YaRN configs differ in whether max_position_embeddings is already the stretched
+    length, so the larger reading is taken; the other kinds store the stretched length."""
+    p, limit = rope_parameters(hf), int(hf["max_position_embeddings"])
+    if p["rope_type"] == "yarn" and p.get("factor"):
+        return max(limit, int(_original_length(p, hf) * p["factor"]))
+    return limit
+
+
+def _original_length(p: dict[str, Any], hf: dict[str, Any]) -> int:
+    return p.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+
+
+def _positions(base: float, dim: int) -> np.ndarray:
+    exponents = np.arange(0, dim, 2).astype(np.float32) / np.float32(dim)
+    return np.power(np.float32(base), exponents)
+
+
+def _inv_freq(base: float, dim: int) -> np.ndarray:
+    return np.float32(1) / _positions(base, dim)
+
+
+def _gguf_factors(p: dict[str, Any], dim: int) -> np.ndarray:
+    factors = np.asarray(p["factors"], np.float32)
+    if factors.shape != (dim // 2,):
+        raise ModelError(f"rope_freqs.weight has shape {factors.shape}; a rotation of {dim} values needs ({dim // 2},)")
+    return _inv_freq(p["rope_theta"], dim) / factors
+
+
+def _llama3(p: dict[str, Any], dim: int, hf: dict[str, Any]) -> np.ndarray:
+    """Low frequencies divided by factor, high ones kept, a linear blend between."""
+    inv_freq = _inv_freq(p["rope_theta"], dim)
+    factor, low, high = (np.float32(p[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
+    original = np.float32(_original_length(p, hf))
+    wavelength = np.float32(2 * math.pi) / inv_freq
+    smooth = (original / wavelength - low) / (high - low)
+    blended = (1 - smooth) * inv_freq / factor + smooth * inv_freq
+    return np.where(
+        wavelength > original / low, inv_freq / factor, np.where(wavelength < original / high, inv_freq, blended)
+    )
+
+
+def _yarn(p: dict[str, Any], dim: int, hf: dict[str, Any]) -> tuple[np.ndarray, float]:
+    """https://arxiv.org/abs/2309.00071: dimensions that turn often keep their frequency, slow ones are interpolated."""
+    original = _original_length(p, hf)
+    factor = p.get("factor") or hf["max_position_embeddings"] / original
+    base = p["rope_theta"]
+
+    def dimension(num_rotations: float) -> float:
+        return dim * math.log(original / (num_rotations * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = dimension(p.get("beta_fast") or 32), dimension(p.get("beta_slow") or 1)
+    if p.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    span = np.float32(high - low if high != low else 0.001)
+    interpolated = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / span, 0, 1)
+
+    positions = _positions(base, dim)
+    kept = 1 - interpolated
+    inv_freq = np.float32(1) / (np.float32(factor) * positions) * (1 - kept) + np.float32(1) / positions * kept
+    return inv_freq, _yarn_attention_factor(p, factor)
+
+
+def _yarn_attention_factor(p: dict[str, Any], factor: float) -> float:
+    if p.get("attention_factor") is not None:
+        return float(p["attention_factor"])
+
+    def scale(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if p.get("mscale") and p.get("mscale_all_dim"):
+        return scale(p["mscale"]) / scale(p["mscale_all_dim"])
+    return scale(1)

@@ -1,0 +1,60 @@
+"""Reads a .safetensors file: a mapped file and one view per tensor, nothing copied.
+
+The format (https://huggingface.co/docs/safetensors): 8 bytes of header length, a JSON header with each tensor's dtype,
+shape and [begin, end) in the data, then the data. The safetensors package has no numpy view of bfloat16 and copies
+every tensor, hence this reader.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.stored import StoredTensor, map_file
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    data = map_file(path)
+    header_bytes = int(data[:8].view("<u8")[0]) if data.size >= 8 else MAX_HEADER_BYTES + 1
+    if header_bytes > min(MAX_HEADER_BYTES, data.size - 8):
+        raise ModelError(
+            f"{path} is not a whole safetensors file: its header claims {header_bytes} bytes, the file has {data.size}; "
+            "if it is a Git LFS pointer or a broken download, download it again"
+        )
+    try:
+        header = json.loads(data[8 : 8 + header_bytes].tobytes())
+    except ValueError as e:
+        raise ModelError(f"{path} has a header that is not JSON ({e}); download it again") from e
+    header.pop("__metadata__", None)
+    body = data[8 + header_bytes :]
+    return {name: _stored(path, name, entry, body) for name, entry in header.items()}
+
+
+def _stored(path: Path, name: str, entry: dict, body: np.ndarray) -> StoredTensor:
+    shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
+    dtype = DTYPES.get(entry["dtype"])
+    if not 0 <= begin <= end <= body.size:
+        raise ModelError(
+            f"{path} is cut short: {name} lies at bytes {begin}..{end} of the data, of which the file has {body.size}; "
+            "download it again"
+        )
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
+        raise ModelError(f"{path}: {name} has shape {shape} of {entry['dtype']} but {end - begin} bytes of data")
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return body[begin:end].view(dtype).reshape(shape)[start:stop]
+
+    return StoredTensor(name, shape, entry["dtype"], end - begin, rows, supported=dtype is not None)

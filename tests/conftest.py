@@ -1,0 +1,41 @@
+"""Data the tests need. What lies in tests/data is always there; the rest is used where it is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = REPOSITORY / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def stories260k() -> Path:
+    """A trained 260-thousand-parameter Llama in Hugging Face format."""
+    return DATA / "stories260k"
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder with stories260k.json: prompt ids, greedy ids and logprobs."""
+    return DATA / "golden"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The big collection beside the repository: oracle checkpoints, golden files, tokenizers."""
+    path = REPOSITORY.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no shared data at {path}")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The default model, SmolLM2-135M-Instruct, as `make model` fetches it."""
+    name = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    found = sorted((REPOSITORY / ".models").glob(f"**/{name}"))
+    if not found:
+        pytest.skip(f"no {name} under {REPOSITORY / '.models'}; `make model` fetches it")
+    return found[0]

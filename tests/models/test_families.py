@@ -1,0 +1,97 @@
+"""Every family's config.json becomes the decoder it describes, or is refused by key and value."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.families import decoder_config
+
+BASE = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "hidden_act": "silu",
+}
+
+
+def hf(architecture: str, **changes):
+    return BASE | {"architectures": [architecture]} | changes
+
+
+@pytest.mark.parametrize(
+    ("folder", "expected"),
+    [
+        ("llama", {"architecture": "LlamaForCausalLM", "num_kv_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-5}),
+        ("llama-attn-bias", {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "head_dim": 96}),
+        ("llama-rope3", {"head_dim": 64, "num_kv_heads": 1}),
+        ("llama-tied", {"tie_embeddings": True, "qkv_bias": False}),
+        ("qwen2", {"architecture": "Qwen2ForCausalLM", "qkv_bias": True, "o_bias": False, "tie_embeddings": False}),
+        ("qwen2-tied", {"tie_embeddings": True, "qkv_bias": True}),
+        ("qwen2-yarn", {"head_dim": 64, "context_length": 256}),
+        ("qwen3", {"architecture": "Qwen3ForCausalLM", "qk_norm": True, "qkv_bias": False, "head_dim": 64}),
+        ("qwen3-tied", {"qk_norm": True, "tie_embeddings": True, "head_dim": 128}),
+        ("mistral", {"architecture": "MistralForCausalLM", "sliding_windows": (16, 16, 16), "head_dim": 32}),
+    ],
+)
+def test_oracle_configs(shared_data, folder, expected):
+    config = decoder_config(json.loads((shared_data / "oracle" / folder / "config.json").read_text()))
+    assert {key: getattr(config, key) for key in expected} == expected
+    assert len(config.rope.inv_freq) == config.head_dim // 2
+    assert config.eos_token_ids == (2,)
+
+
+def test_eos_comes_from_generation_config_first():
+    config = hf("LlamaForCausalLM", eos_token_id=2)
+    assert decoder_config(config).eos_token_ids == (2,)
+    assert decoder_config(config, {"eos_token_id": [5, 6]}).eos_token_ids == (5, 6)
+    assert decoder_config(config, {"bos_token_id": 1}).eos_token_ids == (2,)
+    assert decoder_config(hf("LlamaForCausalLM")).eos_token_ids == ()
+
+
+def test_an_unknown_architecture_lists_the_supported_ones():
+    with pytest.raises(ModelError, match=r"GPT2LMHeadModel .*LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM"):
+        decoder_config(hf("GPT2LMHeadModel"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"hidden_act": "relu2"}, "hidden_act='relu2'"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"rope_scaling": {"type": "su"}}, "'su'"),
+        ({"hidden_size": None}, "hidden_size"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3"),
+    ],
+)
+def test_values_that_would_be_ignored_are_refused(changes, named):
+    with pytest.raises(ModelError, match=named):
+        decoder_config(hf("LlamaForCausalLM", **changes))
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+def test_qwen_windows_need_use_sliding_window(architecture):
+    window = {"sliding_window": 8, "max_window_layers": 3}
+    assert decoder_config(hf(architecture, **window)).sliding_windows is None
+    assert decoder_config(hf(architecture, use_sliding_window=True, **window)).sliding_windows == (None, None, None, 8)
+    types = ["sliding_attention", "full_attention"] * 2
+    config = decoder_config(hf(architecture, use_sliding_window=True, layer_types=types, **window))
+    assert config.sliding_windows == (8, None, 8, None)
+    with pytest.raises(ModelError, match="chunked_attention"):
+        decoder_config(hf(architecture, use_sliding_window=True, layer_types=["chunked_attention"] * 4, **window))
+
+
+def test_mistral_window_is_off_when_null_and_4096_when_absent():
+    assert decoder_config(hf("MistralForCausalLM", sliding_window=None)).sliding_windows is None
+    assert decoder_config(hf("MistralForCausalLM")).sliding_windows == (4096,) * 4
+
+
+def test_kv_heads_null_means_all_heads():
+    for architecture in ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM"):
+        assert decoder_config(hf(architecture, num_key_value_heads=None)).num_kv_heads == 4

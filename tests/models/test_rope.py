@@ -1,0 +1,150 @@
+"""Frequencies against formulas worked out here in float64, with different code."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.rope import context_length, resolve_rope
+
+
+def plain(theta: float, dim: int) -> list[float]:
+    return [theta ** (-2 * i / dim) for i in range(dim // 2)]
+
+
+def close(actual: tuple[float, ...], expected: list[float]) -> None:
+    np.testing.assert_allclose(actual, expected, rtol=3e-6)
+
+
+def test_default():
+    rope = resolve_rope({"rope_theta": 1e6, "rope_scaling": None}, 64)
+    close(rope.inv_freq, plain(1e6, 64))
+    assert rope.attention_factor == 1.0
+
+
+def test_theta_defaults_to_ten_thousand():
+    close(resolve_rope({}, 16).inv_freq, plain(1e4, 16))
+
+
+def test_linear_divides_every_frequency():
+    close(
+        resolve_rope({"rope_scaling": {"type": "linear", "factor": 4.0}}, 32).inv_freq, [f / 4 for f in plain(1e4, 32)]
+    )
+
+
+def test_partial_rotary_factor_shortens_the_rotation():
+    close(resolve_rope({"partial_rotary_factor": 0.5}, 64).inv_freq, plain(1e4, 32))
+
+
+def test_new_and_old_spelling_mean_the_same():
+    old = {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    new = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "linear", "factor": 2.0}}
+    assert resolve_rope(old, 32) == resolve_rope(new, 32)
+
+
+def test_llama3():
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    hf = {"rope_theta": 5e5, "rope_scaling": scaling | {"original_max_position_embeddings": 64}}
+    expected = []
+    for freq in plain(5e5, 64):
+        turns = 64 * freq / (2 * math.pi)  # within the original context
+        if turns > 4:
+            expected.append(freq)
+        elif turns < 1:
+            expected.append(freq / 32)
+        else:
+            share = (turns - 1) / 3
+            expected.append(share * freq + (1 - share) * freq / 32)
+    assert len({e / f for e, f in zip(expected, plain(5e5, 64), strict=True)}) > 2  # all three cases occur
+    close(resolve_rope(hf, 64).inv_freq, expected)
+
+
+def test_yarn():
+    hf = {
+        "max_position_embeddings": 256,
+        "rope_scaling": {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+    }
+    dim = 64
+    bounds = [dim * math.log(32 / (turns * 2 * math.pi)) / (2 * math.log(1e4)) for turns in (32, 1)]
+    low, high = max(math.floor(bounds[0]), 0), math.ceil(bounds[1])
+    expected = []
+    for i, freq in enumerate(plain(1e4, dim)):
+        interpolated = min(max((i - low) / (high - low), 0), 1)
+        expected.append(freq / 8 * interpolated + freq * (1 - interpolated))
+    rope = resolve_rope(hf, dim)
+    close(rope.inv_freq, expected)
+    assert rope.attention_factor == pytest.approx(0.1 * math.log(8) + 1)
+
+
+@pytest.mark.parametrize(
+    ("extra", "expected"),
+    [
+        ({"attention_factor": 1.5}, 1.5),
+        ({"mscale": 0.7, "mscale_all_dim": 1.2}, (0.07 * math.log(8) + 1) / (0.12 * math.log(8) + 1)),
+        ({"mscale": 1.0, "mscale_all_dim": 0}, 0.1 * math.log(8) + 1),
+    ],
+)
+def test_yarn_attention_factor(extra, expected):
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32, **extra}
+    hf = {"max_position_embeddings": 256, "rope_scaling": scaling}
+    assert resolve_rope(hf, 64).attention_factor == pytest.approx(expected)
+
+
+def test_yarn_without_truncation_uses_unrounded_bounds():
+    scaling = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 4096}
+    hf = {"max_position_embeddings": 32768, "rope_scaling": scaling}
+    rounded = resolve_rope(hf, 64).inv_freq
+    unrounded = resolve_rope({**hf, "rope_scaling": scaling | {"truncate": False}}, 64).inv_freq
+    assert rounded != unrounded
+    bounds = [64 * math.log(4096 / (turns * 2 * math.pi)) / (2 * math.log(1e4)) for turns in (32, 1)]
+    share = [min(max((i - bounds[0]) / (bounds[1] - bounds[0]), 0), 1) for i in range(32)]
+    close(unrounded, [f / 8 * s + f * (1 - s) for f, s in zip(plain(1e4, 64), share, strict=True)])
+
+
+def test_gguf_factors_divide_one_frequency_each():
+    hf = {"rope_scaling": {"rope_type": "gguf_factors", "factors": [1.0, 2.0, 4.0, 8.0]}}
+    close(resolve_rope(hf, 8).inv_freq, [f / d for f, d in zip(plain(1e4, 8), (1, 2, 4, 8), strict=True)])
+
+
+@pytest.mark.parametrize(
+    ("scaling", "named"),
+    [
+        ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic'"),
+        ({"rope_type": "longrope"}, "'longrope'"),
+        ({"rope_type": "default", "mrope_section": [16, 24, 24]}, "mrope_section"),
+        ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3}, "beta_fast"),
+        ({"rope_type": "llama3", "factor": 2.0}, "low_freq_factor, high_freq_factor"),
+        ({"full_attention": {"rope_type": "default"}, "sliding_attention": {}}, "full_attention, sliding_attention"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(scaling, named):
+    with pytest.raises(ModelError, match=named):
+        resolve_rope({"rope_scaling": scaling}, 64)
+
+
+@pytest.mark.parametrize(
+    ("hf", "expected"),
+    [
+        ({"max_position_embeddings": 4096}, 4096),
+        ({"max_position_embeddings": 16384, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        (  # as Qwen 2.5 tells its users to write it
+            {
+                "max_position_embeddings": 32768,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 256,
+                "rope_scaling": {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32},
+            },
+            256,
+        ),
+    ],
+)
+def test_context_length(hf, expected):
+    assert context_length(hf) == expected
