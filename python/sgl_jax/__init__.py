@@ -1,3 +1,25 @@
 """Serve large language models with JAX."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sgl_jax.engine.engine import Engine
+    from sgl_jax.request import SamplingParams
+
 __version__ = "0.1.0"
+__all__ = ["Engine", "SamplingParams", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when first used: `import sgl_jax` and `--help` stay instant.
+    if name == "Engine":
+        from sgl_jax.engine.engine import Engine
+
+        return Engine
+    if name == "SamplingParams":
+        from sgl_jax.request import SamplingParams
+
+        return SamplingParams
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

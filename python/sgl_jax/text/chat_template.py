@@ -55,8 +55,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
+    names: dict[str, Any] = environment.globals
+    names.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
     return environment
 
 

@@ -166,7 +166,6 @@ def _from_gguf(path: Path, override: str | None) -> Tokenizer:
         found.tokenizer,
         bos_token=found.bos_token,
         eos_token=found.eos_token,
-        add_bos=found.add_bos,
         chat_templates={"default": ChatTemplate(source, special)} if source else {},
     )
 

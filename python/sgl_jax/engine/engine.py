@@ -1,0 +1,213 @@
+"""The in-process API: the engine core in a thread, and calls that need no server.
+
+with sgl_jax.Engine(model_path="…") as engine:
+    print(engine.generate("Once upon a time", {"max_new_tokens": 32})["text"])
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from typing import Any, Self
+
+from sgl_jax.engine.generation import EngineFailed
+from sgl_jax.engine.job import Job, Params, make_job
+from sgl_jax.engine.loop import EngineCore
+from sgl_jax.engine.messages import EngineInfo
+from sgl_jax.engine.native import LogprobOptions
+from sgl_jax.engine.service import GenerationService
+from sgl_jax.engine.transport import ThreadTransport
+from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+_END = object()
+
+
+class Engine:
+    """Loads a model and generates. `server_args` are the flags of the server, in snake case."""
+
+    def __init__(self, model_path: str | None = None, **server_args: Any):
+        from sgl_jax.server_args import ServerArgs
+
+        if model_path is None:
+            raise TypeError("Engine needs model_path")
+        args = ServerArgs(model_path=model_path, **server_args)
+
+        def build() -> EngineCore:
+            from sgl_jax.engine.startup import build_core
+
+            return build_core(args)
+
+        def tokenizer() -> Tokenizer:
+            return load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.download_dir)
+
+        self._start(build, tokenizer)
+
+    @classmethod
+    def from_core(cls, build_core: Callable[[], EngineCore], tokenizer: Tokenizer) -> Self:
+        """An engine around a given core; `build_core` is called in the engine's thread."""
+        engine = cls.__new__(cls)
+        engine._start(build_core, lambda: tokenizer)
+        return engine
+
+    def _start(self, build_core: Callable[[], EngineCore], tokenizer: Callable[[], Tokenizer]) -> None:
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sgl-jax-api", daemon=True)
+        self._thread.start()
+        try:
+            self.tokenizer = tokenizer()
+            self._service = self._call(self._open(build_core))
+        except BaseException:
+            self._stop_loop()
+            raise
+
+    async def _open(self, build_core: Callable[[], EngineCore]) -> GenerationService:
+        service = GenerationService(ThreadTransport(build_core), self.tokenizer)
+        await service.start()
+        service.open()
+        return service
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._service.info
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Params | Sequence[Params] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        stream: bool = False,
+        return_logprob: bool = False,
+        top_logprobs_num: int = 0,
+        logprob_start_len: int = -1,
+        return_text_in_logprobs: bool = False,
+        rid: str | Sequence[str] | None = None,
+    ) -> Any:
+        """One answer for one prompt, a list for a list or for n > 1. With `stream`, an iterator of growing answers.
+
+        Streamed answers of several prompts or choices carry their place in the list as "index".
+        """
+        job = self._job(
+            prompt,
+            input_ids,
+            sampling_params,
+            rid,
+            LogprobOptions(
+                return_logprob=return_logprob,
+                top_logprobs_num=top_logprobs_num,
+                logprob_start_len=logprob_start_len,
+                return_text_in_logprobs=return_text_in_logprobs,
+            ),
+        )
+        return self._iterate(job) if stream else self._call(job.result(self._service))
+
+    async def async_generate(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        sampling_params: Params | Sequence[Params] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        stream: bool = False,
+        return_logprob: bool = False,
+        top_logprobs_num: int = 0,
+        logprob_start_len: int = -1,
+        return_text_in_logprobs: bool = False,
+        rid: str | Sequence[str] | None = None,
+    ) -> Any:
+        """`generate` for asyncio, in any loop; with `stream` the awaited value is an async iterator."""
+        options = LogprobOptions(
+            return_logprob=return_logprob,
+            top_logprobs_num=top_logprobs_num,
+            logprob_start_len=logprob_start_len,
+            return_text_in_logprobs=return_text_in_logprobs,
+        )
+        job = self._job(prompt, input_ids, sampling_params, rid, options)
+        if stream:
+            return self._aiterate(job)
+        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(job.result(self._service), self._live_loop()))
+
+    def abort(self, rid: str) -> None:
+        """The request with this id ends with finish reason "abort"."""
+        self._live_loop().call_soon_threadsafe(self._service.abort, rid)
+
+    def flush_cache(self) -> int:
+        """Drops cached prefixes no request uses; returns how many pages became free."""
+        return self._call(self._service.flush_cache())
+
+    def shutdown(self) -> None:
+        """Ends the engine; running requests fail. May be called twice."""
+        if self._closed:
+            return
+        self._call(self._service.close())
+        self._closed = True
+        self._stop_loop()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+
+    def _stop_loop(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _live_loop(self) -> asyncio.AbstractEventLoop:
+        if self._closed:
+            raise EngineFailed("the engine was shut down")
+        return self._loop
+
+    def _call[T](self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            loop = self._live_loop()
+        except EngineFailed:
+            work.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(work, loop).result()
+
+    def _job(
+        self, prompt: Any, input_ids: Any, params: Any, rid: str | Sequence[str] | None, options: LogprobOptions
+    ) -> Job:
+        return make_job(self.tokenizer, prompt, input_ids, params, rid, options)
+
+    def _iterate(self, job: Job) -> Iterator[dict[str, Any]]:
+        found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+        async def pump() -> None:
+            async for answer in job.stream(self._service):
+                found.put(answer)
+
+        future = asyncio.run_coroutine_threadsafe(pump(), self._live_loop())
+        future.add_done_callback(lambda _: found.put(_END))
+        try:
+            while (answer := found.get()) is not _END:
+                yield answer
+            future.result()
+        finally:
+            future.cancel()
+
+    async def _aiterate(self, job: Job) -> AsyncIterator[dict[str, Any]]:
+        found: asyncio.Queue[Any] = asyncio.Queue()
+        mine = asyncio.get_running_loop()
+
+        async def pump() -> None:
+            async for answer in job.stream(self._service):
+                mine.call_soon_threadsafe(found.put_nowait, answer)
+
+        def ended(_: concurrent.futures.Future[None]) -> None:
+            if not mine.is_closed():
+                mine.call_soon_threadsafe(found.put_nowait, _END)
+
+        future = asyncio.run_coroutine_threadsafe(pump(), self._live_loop())
+        future.add_done_callback(ended)
+        try:
+            while (answer := await found.get()) is not _END:
+                yield answer
+            future.result()
+        finally:
+            future.cancel()

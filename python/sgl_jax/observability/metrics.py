@@ -1,0 +1,99 @@
+"""What Prometheus reads: request times seen by the API process, and the engine's own gauges and counters."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prometheus_client.core import Metric
+
+    from sgl_jax.engine.messages import Stats
+
+_LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+_PER_TOKEN = (0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5)
+
+# name, help, field of Stats
+_GAUGES = (
+    ("num_requests_running", "Requests with a row in the engine", "num_running"),
+    ("num_requests_waiting", "Requests waiting to be admitted", "num_waiting"),
+    ("kv_usage_ratio", "Share of the KV pool's pages that running requests hold", "kv_usage"),
+    ("kv_cached_ratio", "Share of the KV pool's pages that hold cached prefixes nobody uses now", "cached_usage"),
+    ("generation_throughput", "Generated tokens per second over the last log interval", "gen_throughput"),
+)
+_COUNTERS = (
+    ("prompt_tokens", "Prompt tokens of admitted requests", "prompt_tokens"),
+    ("prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache", "cached_tokens"),
+    ("generation_tokens", "Generated tokens", "generated_tokens"),
+    ("preemptions", "Requests that lost their pages and started over", "preemptions"),
+    ("engine_steps", "Steps the engine ran", "steps"),
+    ("compiles_after_ready", "Programs compiled while serving; anything but 0 is a bug", "compiles_after_ready"),
+)
+
+
+class Histogram:
+    """Counts per bucket. Observing costs a bisection: it runs once per generated token."""
+
+    __slots__ = ("bounds", "counts", "sum")
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def observe(self, value: float) -> None:
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.sum += value
+
+    def cumulative(self) -> list[tuple[str, float]]:
+        found, total = [], 0
+        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
+            total += count
+            found.append((bound, float(total)))
+        return found
+
+
+class RequestMetrics:
+    """Times of requests, from the arrival of their body to their tokens, in seconds."""
+
+    def __init__(self) -> None:
+        self.time_to_first_token = Histogram(_LATENCY)
+        self.inter_token_latency = Histogram(_PER_TOKEN)
+        self.request_latency = Histogram(_LATENCY)
+        self.finished: Counter[str] = Counter()
+
+
+class _Collector:
+    def __init__(self, requests: RequestMetrics, stats: Stats):
+        self._requests, self._stats = requests, stats
+
+    def collect(self) -> Iterator[Metric]:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+
+        for name, text, field in _GAUGES:
+            yield GaugeMetricFamily(f"sgl_jax_{name}", text, value=getattr(self._stats, field))
+        for name, text, field in _COUNTERS:
+            yield CounterMetricFamily(f"sgl_jax_{name}", text, value=getattr(self._stats, field))
+        finished = CounterMetricFamily("sgl_jax_requests_finished", "Finished requests", labels=["reason"])
+        for reason in ("stop", "length", "abort"):
+            finished.add_metric([reason], self._requests.finished[reason])
+        yield finished
+        for name, text, histogram in (
+            ("time_to_first_token_seconds", "Arrival to first token", self._requests.time_to_first_token),
+            ("inter_token_latency_seconds", "Between two tokens of a request", self._requests.inter_token_latency),
+            ("e2e_request_latency_seconds", "Arrival to last token", self._requests.request_latency),
+        ):
+            yield HistogramMetricFamily(
+                f"sgl_jax_{name}", text, buckets=histogram.cumulative(), sum_value=histogram.sum
+            )
+
+
+def exposition(requests: RequestMetrics, stats: Stats) -> tuple[bytes, str]:
+    """The text Prometheus scrapes, and its content type."""
+    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+    registry = CollectorRegistry()
+    registry.register(_Collector(requests, stats))
+    return generate_latest(registry), CONTENT_TYPE_LATEST

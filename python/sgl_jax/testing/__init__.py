@@ -1,0 +1,1 @@
+"""Stand-ins for tests: what they produce can be computed by hand."""
