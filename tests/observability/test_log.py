@@ -1,0 +1,169 @@
+"""Log lines: the exact texts that people paste and dashboards parse."""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+from collections.abc import Iterator
+
+import pytest
+
+from sgl_jax.observability import log
+
+STAMP = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] "
+LOGGERS = ("", "sgl_jax", "uvicorn", "uvicorn.error", "uvicorn.access")
+
+
+class CountingStream(io.StringIO):
+    flushes = 0
+
+    def flush(self) -> None:
+        self.flushes += 1
+        super().flush()
+
+
+@pytest.fixture
+def stream() -> Iterator[CountingStream]:
+    """Where the lines go; every logger `setup` touches is put back afterwards."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(one.handlers[:], one.filters[:], one.level, one.propagate) for one in loggers]
+    yield CountingStream()
+    for one, (handlers, filters, level, propagate) in zip(loggers, before, strict=True):
+        one.handlers[:], one.filters[:] = handlers, filters
+        one.setLevel(level)
+        one.propagate = propagate
+
+
+def test_lines_have_a_time_stamp_and_are_flushed(stream: CountingStream) -> None:
+    log.setup("info", stream)
+    logging.getLogger("sgl_jax.server").info("ready in %d s", 3)
+    assert re.fullmatch(STAMP + "ready in 3 s\n", stream.getvalue())
+    assert stream.flushes == 1
+
+
+def test_warnings_carry_their_level_and_every_line_of_a_message_its_stamp(stream: CountingStream) -> None:
+    log.setup("info", stream)
+    logging.getLogger("sgl_jax").warning("one\ntwo")
+    assert re.fullmatch(f"{STAMP}WARNING: one\n{STAMP}WARNING: two\n", stream.getvalue())
+
+
+def test_a_traceback_follows_its_message(stream: CountingStream) -> None:
+    log.setup("info", stream)
+    try:
+        raise KeyError("lost")
+    except KeyError:
+        logging.getLogger("sgl_jax").exception("step failed")
+    lines = stream.getvalue().splitlines()
+    assert re.fullmatch(STAMP + "ERROR: step failed", lines[0])
+    assert (lines[1], lines[-1]) == ("Traceback (most recent call last):", "KeyError: 'lost'")
+
+
+def test_levels_are_ours_and_uvicorns_while_others_speak_from_warning_up(stream: CountingStream) -> None:
+    log.setup("debug", stream)
+    for name in ("sgl_jax.engine", "jax._src.dispatch", "uvicorn.error"):
+        logging.getLogger(name).debug("%s debug", name)
+        logging.getLogger(name).warning("%s warning", name)
+    said = [line.split("] ")[1] for line in stream.getvalue().splitlines()]
+    assert said == [
+        "sgl_jax.engine debug",
+        "WARNING: sgl_jax.engine warning",
+        "WARNING: jax._src.dispatch warning",
+        "uvicorn.error debug",
+        "WARNING: uvicorn.error warning",
+    ]
+
+
+def test_level_error_silences_warnings_of_everyone(stream: CountingStream) -> None:
+    log.setup("error", stream)
+    for name in ("sgl_jax", "uvicorn", "httpx"):
+        logging.getLogger(name).warning("hidden")
+    assert stream.getvalue() == ""
+
+
+def test_a_second_setup_replaces_the_first(stream: CountingStream) -> None:
+    first = io.StringIO()
+    log.setup("info", first)
+    log.setup("info", stream)
+    logging.getLogger("sgl_jax").info("said")
+    assert first.getvalue() == ""
+    assert stream.getvalue().count("said") == 1
+
+
+def test_access_lines_of_probes_and_scrapers_are_dropped(stream: CountingStream) -> None:
+    log.setup("info", stream)
+    log.setup("info", stream)
+    access = logging.getLogger("uvicorn.access")
+    for path in ("/health", "/ready?verbose=1", "/metrics", "/health_generate", "/v1/models"):
+        access.info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:5", "GET", path, "1.1", 200)
+    said = [line.split("] ")[1] for line in stream.getvalue().splitlines()]
+    assert said == [
+        '127.0.0.1:5 - "GET /health_generate HTTP/1.1" 200',
+        '127.0.0.1:5 - "GET /v1/models HTTP/1.1" 200',
+    ]
+
+
+def test_once_says_each_key_once_per_logger(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    first, second = logging.Logger("first"), logging.Logger("second")
+    for one in (first, second):
+        one.addHandler(caplog.handler)
+        for key in ("a", "b", "a"):
+            log.once(one, key, f"{key} at 100 % of {one.name}")
+    assert caplog.messages == [f"{key} at 100 % of {name}" for name in ("first", "second") for key in ("a", "b")]
+
+
+def test_banner_counts_devices_by_kind() -> None:
+    assert log.banner("0.1.0", "Qwen/Qwen3-8B", ["TPU v6 lite"] * 4) == (
+        "sgl_jax 0.1.0 | model Qwen/Qwen3-8B | 4 x TPU v6 lite"
+    )
+
+
+def test_changed_args_line() -> None:
+    assert log.changed_args_line({}) == "Arguments: all at their defaults"
+    assert log.changed_args_line({"model_path": "a b", "page_size": 16, "disable_radix_cache": True}) == (
+        "Arguments: --model-path 'a b' --page-size 16 --disable-radix-cache"
+    )
+
+
+def test_weights_line() -> None:
+    assert log.weights_line(2_000_000_000, 4.0) == "Weights loaded: 1.9 GiB in 4.0 s (0.50 GB/s)"
+    assert log.weights_line(512, 0.0) == "Weights loaded: 512 B in 0.0 s"
+
+
+def test_memory_table() -> None:
+    table = log.memory_table(weights=270 << 20, kv=3 << 29, free=5 << 30, kv_tokens=65536, context_length=8192)
+    assert table.splitlines() == [
+        "Memory per device:",
+        "  weights    270.0 MiB",
+        "  KV cache     1.5 GiB  65,536 tokens: 8.0 requests of the full context (8,192)",
+        "  free         5.0 GiB",
+    ]
+
+
+def test_compile_line() -> None:
+    assert log.compile_line(3, 9, program="tokens=64 rows=16", seconds=1.23, cache_hit=True) == (
+        "[3/9] tokens=64 rows=16 1.2 s (cache hit)"
+    )
+    assert log.compile_line(9, 9, program="tokens=2048 rows=256", seconds=11, cache_hit=False) == (
+        "[9/9] tokens=2048 rows=256 11.0 s"
+    )
+
+
+def test_batch_lines_are_in_sglangs_format() -> None:
+    assert log.prefill_line(
+        num_new_requests=2, num_new_tokens=300, num_cached_tokens=512, token_usage=0.417, num_running=3, num_waiting=1
+    ) == (
+        "Prefill batch. #new-seq: 2, #new-token: 300, #cached-token: 512, token usage: 0.42, #running-req: 3, #queue-req: 1"
+    )
+    assert log.decode_line(num_running=3, num_tokens=1200, token_usage=0.5, gen_throughput=81.5, num_waiting=0) == (
+        "Decode batch. #running-req: 3, #token: 1200, token usage: 0.50, gen throughput (token/s): 81.50, #queue-req: 0"
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 << 19, "1.5 MiB"), (1 << 30, "1.0 GiB"), (3 << 40, "3.0 TiB")],
+)
+def test_size(num_bytes: int, text: str) -> None:
+    assert log.size(num_bytes) == text

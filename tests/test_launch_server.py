@@ -1,0 +1,86 @@
+"""The launcher: instant help, one clear line for a bad flag, and the server's exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+
+from sgl_jax import launch_server
+from sgl_jax.server_args import FLAGS, ServerArgs
+
+HELP_SECONDS = 0.6  # the bar is 0.3 on a quiet machine; a test machine is rarely quiet
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerArgs]:
+    """Stands in for the server: collects what it was started with and ends with exit code 7."""
+    calls: list[ServerArgs] = []
+
+    def serve(server_args: ServerArgs) -> int:
+        calls.append(server_args)
+        return 7
+
+    lifecycle = types.ModuleType("sgl_jax.server.lifecycle")
+    lifecycle.serve = serve  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sgl_jax.server.lifecycle", lifecycle)
+    monkeypatch.setattr(launch_server.log, "setup", lambda level: None)
+    return calls
+
+
+def test_help_is_instant_grouped_and_complete() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        result = run("-m", "sgl_jax.launch_server", "--help")
+        seconds.append(time.perf_counter() - start)
+    assert result.returncode == 0
+    for flag in FLAGS:
+        assert all(option in result.stdout for option in flag.options)
+        assert f"{flag.about.group}:" in result.stdout
+    assert "SGL_JAX_PAGE_SIZE" in result.stdout
+    assert min(seconds) < HELP_SECONDS
+
+
+def test_parsing_imports_nothing_heavy() -> None:
+    result = run(
+        "-c",
+        "import sys; import sgl_jax.launch_server; from sgl_jax.server_args import ServerArgs;"
+        "ServerArgs.from_cli(['--model-path', 'm'], {});"
+        "print([name for name in ('jax', 'numpy', 'fastapi', 'uvicorn', 'zmq', 'yaml') if name in sys.modules])",
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize("module", ["sgl_jax", "sgl_jax.launch_server"])
+def test_a_bad_flag_is_one_line_on_stderr_and_exit_code_2(module: str) -> None:
+    result = run("-m", module, "--model-path", "m", "--page-size", "48")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr == "sgl_jax: error: --page-size is 48; it must be a power of two between 1 and 1024\n"
+
+
+def test_version() -> None:
+    assert run("-m", "sgl_jax", "--version").stdout == "sgl_jax 0.1.0\n"
+
+
+def test_serves_with_the_parsed_args_and_returns_the_servers_exit_code(served: list[ServerArgs]) -> None:
+    assert launch_server.main(["--model-path", "m", "--port", "1234"]) == 7
+    assert [args.port for args in served] == [1234]
+
+
+def test_what_has_no_effect_is_said_once(served: list[ServerArgs], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="sgl_jax")
+    for _ in range(2):
+        launch_server.main(["--model-path", "m", "--enable-mixed-chunk"])
+    assert len(served) == 2
+    assert [r.getMessage() for r in caplog.records if "--enable-mixed-chunk" in r.getMessage()] == [
+        "--enable-mixed-chunk has no effect: mixed batches are always on."
+    ]
