@@ -104,8 +104,8 @@ class ServerArgs:
     random_seed: int | None = flag(
         None,
         MODEL,
-        "seed of dummy weights and of sampling where a request gives none",
-        unset="different at each start",
+        "seed of sampling where a request gives none, and of dummy weights",
+        unset="different at each start, dummy weights always the same",
         rule=between(0, 2**63 - 1),
     )
 
