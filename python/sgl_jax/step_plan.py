@@ -38,6 +38,7 @@ class RowLoad:
     row: int
     pages: np.ndarray | None  # the row's whole page table so far, after a prefix hit
     request: Request | None  # given when its penalties, logit_bias or min_tokens need device state
+    num_cached_tokens: int = 0  # what the prefix hit spared
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -93,6 +93,13 @@ class Scheduler:
         """Share of the pool in use by running requests."""
         return 1 - self.cache.num_available_pages / self.cache.num_usable_pages
 
+    @property
+    def num_running_tokens(self) -> int:
+        return int(self.table.num_computed[self._running].sum())
+
+    def find(self, key: int) -> Request | None:
+        return self._requests.get(key)
+
     def add(self, request: Request) -> None:
         """Let a request wait. Its max_total_tokens must fit the context, and the context the pool."""
         self._requests[request.key] = self.waiting[request.key] = request
@@ -211,7 +218,12 @@ class Scheduler:
         needs_state = bool(t.params[row, Param.FLAGS] & (Flag.PENALTIES | Flag.BIAS))
         if handle.num_pages or needs_state:
             picks.loads.append(
-                RowLoad(row, handle.pages if handle.num_pages else None, request if needs_state else None)
+                RowLoad(
+                    row,
+                    handle.pages if handle.num_pages else None,
+                    request if needs_state else None,
+                    num_cached_tokens=handle.num_tokens,
+                )
             )
         rows, new = np.array([row], np.int32), np.array([num_new], np.int32)
         need = self._pages_needed(rows, new)
