@@ -1,0 +1,114 @@
+"""What --model-path may be, and what is said when it is something else."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import huggingface_hub
+import numpy as np
+import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.numpy import save_file
+
+from sgl_jax.models.checkpoint import open_checkpoint
+from sgl_jax.models.errors import ModelError
+
+
+def test_a_folder(stories260k):
+    checkpoint = open_checkpoint(str(stories260k))
+    assert checkpoint.format == "safetensors"
+    assert checkpoint.tokenizer_path == stories260k
+    assert checkpoint.config["model_type"] == "llama"
+    assert checkpoint.generation_config["eos_token_id"] == 2
+    assert checkpoint.dtype == "float32"
+    assert checkpoint.total_bytes == sum(4 * np.prod(t.shape) for t in checkpoint.tensors.values())
+
+
+def test_dtype_in_either_spelling(tmp_path):
+    save_file({"x": np.zeros(1)}, tmp_path / "model.safetensors")
+    for key in ("dtype", "torch_dtype"):
+        (tmp_path / "config.json").write_text(json.dumps({key: "bfloat16"}))
+        assert open_checkpoint(str(tmp_path)).dtype == "bfloat16"
+
+
+def test_a_hub_id_is_downloaded_without_other_layouts(stories260k, monkeypatch):
+    calls = []
+
+    def download(repo_id, **options):
+        calls.append((repo_id, options))
+        return str(stories260k)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert open_checkpoint("org/model", download_dir="cache").path == stories260k
+    assert open_checkpoint("org/model", load_format="dummy").tensors == {}
+    (repo_id, with_weights), (_, without) = calls
+    assert (repo_id, with_weights["cache_dir"]) == ("org/model", "cache")
+    assert "*.safetensors" in with_weights["allow_patterns"]
+    assert "*.safetensors" not in without["allow_patterns"]
+    assert "original/*" in with_weights["ignore_patterns"]
+
+
+def test_an_unreachable_hub_says_what_to_check(monkeypatch):
+    def download(repo_id, **options):
+        raise LocalEntryNotFoundError("not cached")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(ModelError, match=r"org/model .*HF_HUB_OFFLINE"):
+        open_checkpoint("org/model")
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./nothing", "a/b/c", "some where"])
+def test_a_path_that_is_not_there(path):
+    with pytest.raises(ModelError, match="does not exist; give a model folder"):
+        open_checkpoint(path)
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    with pytest.raises(ModelError, match=r"no config\.json"):
+        open_checkpoint(str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match=r"only pytorch_model\.bin; convert"):
+        open_checkpoint(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not valid JSON"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_two_gguf_files_are_one_too_many(tmp_path):
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match=r"2 \.gguf files: a\.gguf, b\.gguf; give the path of one"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_a_file_of_another_kind(tmp_path):
+    path = tmp_path / "model.bin"
+    path.write_bytes(b"x")
+    with pytest.raises(ModelError, match=r"a folder or a \.gguf file"):
+        open_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
+        (struct.pack("<Q", 5) + b"{oops", "not JSON"),
+        (struct.pack("<Q", 59) + b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}     ', "cut short"),
+    ],
+)
+def test_broken_safetensors(tmp_path, content, said):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=said):
+        open_checkpoint(str(tmp_path))
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name in ("a.safetensors", "b.safetensors"):
+        save_file({"x": np.zeros(1)}, tmp_path / name)
+    with pytest.raises(ModelError, match="repeats tensors of another file"):
+        open_checkpoint(str(tmp_path))

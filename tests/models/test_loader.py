@@ -1,0 +1,198 @@
+"""Every declared weight is filled with the right numbers, and every misfit of a checkpoint is named."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sgl_jax.models.checkpoint import open_checkpoint
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.families import decoder_config
+from sgl_jax.models.loader import aligned_empty, load_weights, place_on_default_device, random_weights
+from sgl_jax.models.weights import Weights, declare
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def load(path: Path, dtype="float32", **options) -> Weights:
+    checkpoint = open_checkpoint(str(path))
+    return load_weights(checkpoint, decoder_config(checkpoint.config), dtype, **options)
+
+
+def copy_model(source: Path, target: Path, tensors: dict[str, np.ndarray], **config_changes) -> Path:
+    target.mkdir(exist_ok=True)
+    config = json.loads((source / "config.json").read_text()) | config_changes
+    (target / "config.json").write_text(json.dumps(config))
+    save_file(tensors, target / "model.safetensors")
+    return target
+
+
+def as_float32(folder: Path) -> dict[str, np.ndarray]:
+    return {name: array.astype(np.float32) for name, array in load_file(folder / "model.safetensors").items()}
+
+
+def assert_filled(weights: Weights, config, dtype: np.dtype) -> None:
+    specs = jax.tree_util.tree_flatten_with_path(declare(config))[0]
+    leaves = jax.tree_util.tree_flatten_with_path(weights)[0]
+    assert [(path, spec.shape, dtype) for path, spec in specs] == [(path, x.shape, x.dtype) for path, x in leaves]
+
+
+def test_each_weight_is_its_tensors_transposed_and_side_by_side(stories260k):
+    weights, stored = load(stories260k), as_float32(stories260k)
+    for i, layer in enumerate(weights.layers):
+        attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
+        qkv = [stored[f"{attention}{x}_proj.weight"] for x in "qkv"]
+        np.testing.assert_array_equal(layer.qkv, np.concatenate(qkv).T)
+        np.testing.assert_array_equal(layer.o, stored[f"{attention}o_proj.weight"].T)
+        gate_up = [stored[f"{mlp}gate_proj.weight"], stored[f"{mlp}up_proj.weight"]]
+        np.testing.assert_array_equal(layer.gate_up, np.concatenate(gate_up).T)
+        np.testing.assert_array_equal(layer.down, stored[f"{mlp}down_proj.weight"].T)
+        np.testing.assert_array_equal(layer.attn_norm, stored[f"model.layers.{i}.input_layernorm.weight"])
+        np.testing.assert_array_equal(layer.mlp_norm, stored[f"model.layers.{i}.post_attention_layernorm.weight"])
+    np.testing.assert_array_equal(weights.embed, stored["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(weights.lm_head, stored["model.embed_tokens.weight"].T)  # tied
+    np.testing.assert_array_equal(weights.final_norm, stored["model.norm.weight"])
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
+@pytest.mark.parametrize(
+    "folder",
+    ["llama", "llama-attn-bias", "llama-tied", "qwen2", "qwen2-tied", "qwen2-yarn", "qwen3", "qwen3-tied", "mistral"],
+)
+def test_oracle_checkpoints_fill_every_weight(shared_data, folder, dtype):
+    path = shared_data / "oracle" / folder
+    config = decoder_config(json.loads((path / "config.json").read_text()))
+    weights = load(path, dtype)
+    assert_filled(weights, config, dtype)
+    stored = as_float32(path)  # from bfloat16, so both dtypes hold it exactly
+    head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+    np.testing.assert_array_equal(np.asarray(weights.lm_head, np.float32), stored[head].T)
+    layer, prefix = weights.layers[-1], f"model.layers.{config.num_layers - 1}."
+    if config.qkv_bias:
+        biases = np.concatenate([stored[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"])
+        np.testing.assert_array_equal(np.asarray(layer.qkv_bias, np.float32), biases)
+    if config.mlp_bias:
+        biases = np.concatenate([stored[f"{prefix}mlp.{x}_proj.bias"] for x in ("gate", "up")])
+        np.testing.assert_array_equal(np.asarray(layer.gate_up_bias, np.float32), biases)
+        np.testing.assert_array_equal(np.asarray(layer.down_bias, np.float32), stored[f"{prefix}mlp.down_proj.bias"])
+    if config.qk_norm:
+        np.testing.assert_array_equal(np.asarray(layer.k_norm, np.float32), stored[f"{prefix}self_attn.k_norm.weight"])
+
+
+def test_float32_is_rounded_to_bfloat16_to_nearest(stories260k):
+    rounded = as_float32(stories260k)["model.embed_tokens.weight"].astype(BFLOAT16)
+    weights = load(stories260k, "bfloat16")
+    np.testing.assert_array_equal(np.asarray(weights.embed), rounded)
+    np.testing.assert_array_equal(np.asarray(weights.lm_head), rounded.T)
+
+
+def test_rounded_to_gives_bfloat16_values_in_float32(stories260k):
+    ours, halves = load(stories260k, rounded_to=BFLOAT16), load(stories260k, BFLOAT16)
+    for rounded, half in zip(jax.tree.leaves(ours), jax.tree.leaves(halves), strict=True):
+        assert rounded.dtype == np.float32
+        np.testing.assert_array_equal(rounded, np.asarray(half, np.float32))
+
+
+@pytest.mark.parametrize("stored_dtype", [np.float16, np.float64, BFLOAT16], ids=str)
+def test_stored_float_types(stories260k, tmp_path, stored_dtype):
+    tensors = {name: array.astype(stored_dtype) for name, array in as_float32(stories260k).items()}
+    weights = load(copy_model(stories260k, tmp_path / "model", tensors))
+    expected = tensors["model.layers.0.self_attn.o_proj.weight"].astype(np.float32).T
+    np.testing.assert_array_equal(weights.layers[0].o, expected)
+
+
+def test_shards_with_an_index(stories260k, tmp_path):
+    tensors = as_float32(stories260k)
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    weight_map = {
+        name: shards[i % 2] for i, name in enumerate(tensors)
+    }  # q, k and v of a layer lie in different shards
+    for shard in shards:
+        save_file({name: tensors[name] for name, where in weight_map.items() if where == shard}, tmp_path / shard)
+    (tmp_path / "config.json").write_text((stories260k / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    save_file({"left.over": np.zeros(1)}, tmp_path / "unrelated.safetensors")  # not in the index, so not read
+    for ours, whole in zip(jax.tree.leaves(load(tmp_path)), jax.tree.leaves(load(stories260k)), strict=True):
+        np.testing.assert_array_equal(ours, whole)
+
+    (tmp_path / shards[1]).unlink()
+    with pytest.raises(ModelError, match=shards[1]):
+        open_checkpoint(str(tmp_path))
+
+
+def test_every_misfit_is_named_at_once(stories260k, tmp_path):
+    tensors = as_float32(stories260k)
+    del tensors["model.layers.1.self_attn.k_proj.weight"]
+    del tensors["model.norm.weight"]
+    tensors["model.layers.0.self_attn.q_proj.bias"] = np.zeros(64, np.float32)
+    tensors["model.layers.9.input_layernorm.weight"] = np.zeros(64, np.float32)
+    tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((64, 172), np.float32)
+    tensors["model.layers.3.mlp.down_proj.weight"] = np.zeros((64, 172), np.int8)
+    placed = []
+    with pytest.raises(ModelError) as error:
+        load(copy_model(stories260k, tmp_path / "model", tensors), place=lambda spec, array: placed.append(array))
+    text = str(error.value)
+    assert re.search(r"missing tensors: .*layers\.1\.self_attn\.k_proj\.weight, model\.norm\.weight", text)
+    assert re.search(r"no place for: model\.layers\.0\.self_attn\.q_proj\.bias, model\.layers\.9\.input_lay", text)
+    assert "model.layers.2.mlp.up_proj.weight has [64, 172], the config needs [172, 64]" in text
+    assert "model.layers.3.mlp.down_proj.weight (I8)" in text
+    assert not placed  # nothing was read in vain
+
+
+def test_harmless_surplus_is_ignored(stories260k, tmp_path):
+    tensors = as_float32(stories260k)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
+    tensors["lm_head.weight"] = np.full((512, 64), 7, np.float32)  # the config says tied, and that decides
+    weights = load(copy_model(stories260k, tmp_path / "model", tensors))
+    np.testing.assert_array_equal(weights.lm_head, tensors["model.embed_tokens.weight"].T)
+
+
+def test_an_untied_head_must_be_there(stories260k, tmp_path):
+    with pytest.raises(ModelError, match=r"missing tensors: lm_head\.weight"):
+        load(copy_model(stories260k, tmp_path / "model", as_float32(stories260k), tie_word_embeddings=False))
+
+
+def test_place_sees_each_spec_and_progress_ends_at_the_whole(stories260k):
+    seen, reports = [], []
+
+    def place(spec, array):
+        assert spec.shape == array.shape
+        assert array.dtype == np.float32
+        seen.append(spec.axes)
+        return array
+
+    weights = load(stories260k, place=place, report=lambda fraction, num_bytes: reports.append((fraction, num_bytes)))
+    assert len(seen) == len(jax.tree.leaves(weights))
+    assert reports == sorted(reports)
+    assert reports[-1] == (1.0, open_checkpoint(str(stories260k)).total_bytes)
+
+
+def test_the_cpu_adopts_our_buffers_instead_of_copying():
+    if jax.default_backend() != "cpu":
+        pytest.skip("only a CPU can share memory with numpy")
+    buffer = aligned_empty((3, 5), np.dtype(np.float32))
+    assert place_on_default_device(None, buffer).unsafe_buffer_pointer() == buffer.ctypes.data
+
+
+@pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)
+def test_random_weights_fit_any_config(stories260k, dtype):
+    checkpoint = open_checkpoint(str(stories260k), load_format="dummy")
+    assert checkpoint.tensors == {}
+    config = decoder_config(checkpoint.config)
+    weights = random_weights(config, dtype, seed=3)
+    assert_filled(weights, config, dtype)
+    np.testing.assert_array_equal(weights.layers[2].attn_norm, np.ones(64))
+    values = np.asarray(weights.embed, np.float32)
+    assert abs(values.mean()) < 1e-3
+    assert values.std() == pytest.approx(0.02, rel=0.03)
+    assert np.linalg.matrix_rank(np.asarray(weights.layers[0].gate_up, np.float32)) == 64
+    again, other = random_weights(config, dtype, seed=3), random_weights(config, dtype, seed=4)
+    np.testing.assert_array_equal(weights.layers[1].qkv, again.layers[1].qkv)
+    assert (np.asarray(weights.layers[1].qkv) != np.asarray(other.layers[1].qkv)).any()
