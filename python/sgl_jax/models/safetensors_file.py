@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -45,7 +46,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 def _stored(path: Path, name: str, entry: dict, body: np.ndarray) -> StoredTensor:
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    dtype = DTYPES.get(entry["dtype"])
+    dtype: np.dtype[Any] | None = DTYPES.get(entry["dtype"])
     if not 0 <= begin <= end <= body.size:
         raise ModelError(
             f"{path} is cut short: {name} lies at bytes {begin}..{end} of the data, of which the file has {body.size}; "
@@ -55,6 +56,6 @@ def _stored(path: Path, name: str, entry: dict, body: np.ndarray) -> StoredTenso
         raise ModelError(f"{path}: {name} has shape {shape} of {entry['dtype']} but {end - begin} bytes of data")
 
     def rows(start: int, stop: int) -> np.ndarray:
-        return body[begin:end].view(dtype).reshape(shape)[start:stop]
+        return body[begin:end].view(dtype or np.uint8).reshape(shape)[start:stop]
 
     return StoredTensor(name, shape, entry["dtype"], end - begin, rows, supported=dtype is not None)

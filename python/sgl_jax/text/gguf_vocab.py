@@ -141,7 +141,7 @@ def _sentencepiece(file: GgufFile) -> Tokenizer:
     unk_token = _needed(file, "tokens")[unk]
     tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
     replace = normalizers.Replace(" ", "▁")
-    to_text = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    to_text: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     if file.get("tokenizer.ggml.add_space_prefix", True):
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
         to_text.append(decoders.Strip(" ", 1, 0))
@@ -176,7 +176,7 @@ def _frame(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
     if bos is None and eos is None:
         return
     template = " ".join(part for part in (bos and f"{bos}:0", "$A:0", eos and f"{eos}:0") if part)
-    ids = [(token, tokenizer.token_to_id(token)) for token in {bos, eos} - {None}]
+    ids = [(token, tokenizer.token_to_id(token)) for token in {bos, eos} if token is not None]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
 
 
