@@ -91,7 +91,8 @@ class GenerationService:
         return self.info
 
     def open(self) -> None:
-        """From now on requests are accepted."""
+        """From now on requests are accepted, and measured: the warm-up does not count."""
+        self.metrics = RequestMetrics()
         self.accepting = True
 
     async def drain(self, timeout: float) -> bool:
@@ -123,6 +124,11 @@ class GenerationService:
     @property
     def ready(self) -> bool:
         return self.accepting and self._failure is None
+
+    @property
+    def ready_once(self) -> bool:
+        """Whether the engine ever got ready; until then it does not listen to commands."""
+        return self._info is not None
 
     @property
     def failure(self) -> str | None:

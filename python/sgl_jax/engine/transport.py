@@ -202,19 +202,26 @@ class ProcessTransport:
 
     async def close(self, timeout: float) -> None:
         self._closing = True
-        if self._process is None or self._context is None:
+        if self._context is None:
             return
-        if not self._exited.is_set():
+        if timeout > 0 and self._loop is not None and not self._exited.is_set():
             self.send(Shutdown())
-            if timeout > 0 and self._loop is not None:
-                await asyncio.to_thread(self._exited.wait, timeout)
-            if self._process.poll() is None:
-                self._process.kill()
-        await asyncio.to_thread(self._process.wait)
-        if self._loop is not None:
+            await asyncio.to_thread(self._exited.wait, timeout)
+        if self._loop is not None and self._fd >= 0:
             self._loop.remove_reader(self._fd)
-        self._context.destroy(linger=0)
-        shutil.rmtree(self._folder, ignore_errors=True)
+            self._fd = -1
+        self.kill()
+
+    def kill(self) -> None:
+        """Ends the process if it still runs, and removes the sockets. For every way out; may be called twice."""
+        self._closing = True
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+        if self._context is not None:
+            self._context.destroy(linger=0)
+            self._context = None
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def _private_folder() -> str:

@@ -1,0 +1,1 @@
+"""HTTP: OpenAI's protocol and the native one, over a GenerationService."""

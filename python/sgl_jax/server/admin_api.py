@@ -1,0 +1,125 @@
+"""Health, models, information and metrics."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from sgl_jax import __version__
+from sgl_jax.engine.generation import GenerationRequest
+from sgl_jax.observability.metrics import exposition
+from sgl_jax.request import SamplingParams
+from sgl_jax.server.documentation import documented
+from sgl_jax.server.errors import ApiError, unknown_model
+from sgl_jax.server.responses import ModelCard, ModelInfo, ModelList, ServerInfo, Status, Version
+from sgl_jax.server.sse import unless_disconnected
+from sgl_jax.server.state import ServerState, gone, json_response
+
+_HEALTH_TIMEOUT_S = 20.0
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter()
+    service = state.service
+
+    @routes.get("/health", tags=["Health"], **documented(Status, body=False, guarded=False))
+    async def health() -> Response:
+        """200 while the process and its engine live, from the start on."""
+        if service.failure is not None:
+            service.check_ready()
+        return json_response(Status("alive"))
+
+    @routes.get("/ready", tags=["Health"], **documented(Status, body=False, guarded=False))
+    async def ready() -> Response:
+        """200 when requests are taken: after warming up, until shutting down."""
+        service.check_ready()
+        return json_response(Status("ready"))
+
+    @routes.get("/health_generate", tags=["Health"], **documented(Status, body=False, stream=False))
+    async def health_generate(request: Request) -> Response:
+        """200 when a token could be generated just now."""
+        token = state.tokenizer.bos_token_id or 0
+        asked = GenerationRequest([token], SamplingParams(max_tokens=1, temperature=0.0))
+        generation = service.submit([asked], stream=False)
+
+        async def one_token() -> bool:
+            async for _ in generation.updates():
+                pass
+            return True
+
+        try:
+            async with asyncio.timeout(_HEALTH_TIMEOUT_S):
+                alive = await unless_disconnected(request, one_token())
+        except TimeoutError:
+            raise ApiError(
+                503, f"no token came within {_HEALTH_TIMEOUT_S:.0f} s", type="service_unavailable", code="timeout"
+            ) from None
+        finally:
+            generation.abort()
+        return json_response(Status("generating")) if alive else gone()
+
+    @routes.get("/v1/models", tags=["OpenAI"], **documented(ModelList, body=False))
+    async def models() -> Response:
+        return json_response(ModelList([_card(state)]))
+
+    @routes.get("/v1/models/{model:path}", tags=["OpenAI"], **documented(ModelCard, body=False, model=True))
+    async def model(model: str) -> Response:
+        if model != state.model_name:
+            raise unknown_model(model, state.model_name)
+        return json_response(_card(state))
+
+    @routes.get("/get_model_info", tags=["Information"], **documented(ModelInfo, body=False))
+    async def get_model_info() -> Response:
+        info = service.info
+        return json_response(
+            ModelInfo(
+                model_path=state.server_args.model_path,
+                tokenizer_path=state.tokenizer_path,
+                is_generation=True,
+                preferred_sampling_params=None,
+                architecture=info.architecture,
+                dtype=info.dtype,
+                context_length=info.context_length,
+                vocab_size=info.vocab_size,
+            )
+        )
+
+    @routes.get("/get_server_info", tags=["Information"], **documented(ServerInfo, body=False))
+    async def get_server_info() -> Response:
+        """Every flag at the top level (secrets hidden), what the engine resolved, and its latest numbers."""
+        stats = service.stats
+        engine = msgspec.to_builtins(service.info)
+        return json_response(
+            {
+                **state.server_args.to_dict(),
+                "tokenizer_path": state.tokenizer_path,
+                "version": __version__,
+                "max_total_num_tokens": engine["max_total_tokens"],
+                "engine": engine,
+                "internal_states": [
+                    {"last_gen_throughput": stats.gen_throughput}
+                    | {name: getattr(stats, name) for name in stats.__struct_fields__}
+                ],
+            }
+        )
+
+    @routes.get("/version", tags=["Information"], **documented(Version, body=False, engine=False))
+    async def version() -> Response:
+        return json_response(Version(__version__))
+
+    @routes.head("/metrics", include_in_schema=False)
+    @routes.get("/metrics", tags=["Information"], **documented(None, body=False, engine=False, media_type="text/plain"))
+    async def metrics() -> Response:
+        """For Prometheus."""
+        text, media_type = exposition(service.metrics, service.stats)
+        return Response(text, media_type=media_type)
+
+    return routes
+
+
+def _card(state: ServerState) -> ModelCard:
+    limit = state.service.info.context_length
+    return ModelCard(state.model_name, int(state.started), state.server_args.model_path, limit)

@@ -1,0 +1,57 @@
+"""The HTTP application: its routes, the API key, and errors in one form."""
+
+from __future__ import annotations
+
+import hmac
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sgl_jax import __version__
+from sgl_jax.engine.service import GenerationService
+from sgl_jax.server import admin_api, documentation, errors, native_api, openai_chat, openai_completions
+from sgl_jax.server.errors import ApiError
+from sgl_jax.server.state import ServerState
+
+if TYPE_CHECKING:
+    from sgl_jax.server_args import ServerArgs
+
+_OPEN_PATHS = frozenset({"/health", "/ready"})
+
+
+class ApiKeyGuard:
+    """Lets a request through if it brings the key, or asks for health."""
+
+    def __init__(self, app: ASGIApp, api_key: str):
+        self._app = app
+        self._expected = f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
+            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+            if not hmac.compare_digest(given, self._expected):
+                error = ApiError(
+                    401, "the API key is missing or wrong; send it as Authorization: Bearer …", code="invalid_api_key"
+                )
+                await error.response()(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def create_app(service: GenerationService, server_args: ServerArgs) -> FastAPI:
+    app = FastAPI(
+        title="sgl_jax",
+        version=__version__,
+        description="Serve large language models with JAX: OpenAI's API and the native one.",
+        redirect_slashes=False,
+        redoc_url=None,
+    )
+    state = ServerState(service, server_args)
+    for module in (openai_chat, openai_completions, native_api, admin_api):
+        app.include_router(module.router(state))
+    errors.install(app)
+    documentation.install(app)
+    if server_args.api_key is not None:
+        app.add_middleware(ApiKeyGuard, api_key=server_args.api_key)
+    return app

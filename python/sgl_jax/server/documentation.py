@@ -1,0 +1,76 @@
+"""/openapi.json: requests come from their pydantic models, answers from the msgspec structs, errors are on every path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+
+from sgl_jax import __version__
+from sgl_jax.server import responses
+from sgl_jax.server.responses import ErrorResponse
+
+_REF = "#/components/schemas/{name}"
+_ERRORS = {
+    400: "A value is wrong or not supported; `param` names the field",
+    401: "The API key is missing or wrong",
+    404: "No such model",
+    429: "Too many requests are waiting",
+    500: "The engine failed",
+    503: "The engine is still starting, or the server is shutting down",
+}
+
+
+def documented(
+    answer: type | None,
+    *,
+    stream: bool = False,
+    model: bool = False,
+    body: bool = True,
+    engine: bool = True,
+    guarded: bool = True,
+    media_type: str = "application/json",
+) -> dict[str, Any]:
+    """A route's documented answers: its own, and the errors it can give.
+
+    `model`: it checks a model's name; `body`: it reads one; `engine`: it needs a live engine; `guarded`: by the API key.
+    """
+    schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
+    content: dict[str, Any] = {media_type: {"schema": schema}}
+    if stream:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    found: dict[int | str, dict[str, Any]] = {200: {"description": "Success", "content": content}}
+    statuses = [400] * body + [401] * guarded + [404] * model + [429] * stream + [500, 503] * engine
+    error = {"application/json": {"schema": {"$ref": _REF.format(name=ErrorResponse.__name__)}}}
+    for status in statuses:
+        found[status] = {"description": _ERRORS[status], "content": error}
+    return {"responses": found, "response_model": None}
+
+
+def install(app: FastAPI) -> None:
+    """Replaces the generated document, which would promise FastAPI's own 422 answers."""
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            document = get_openapi(title=app.title, version=__version__, description=app.description, routes=app.routes)
+            for path in document["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+                    operation["responses"].setdefault(
+                        "400",
+                        {
+                            "description": _ERRORS[400],
+                            "content": {"application/json": {"schema": {"$ref": _REF.format(name="ErrorResponse")}}},
+                        },
+                    )
+            schemas = document.setdefault("components", {}).setdefault("schemas", {})
+            for name in ("HTTPValidationError", "ValidationError"):
+                schemas.pop(name, None)
+            structs = [v for v in vars(responses).values() if isinstance(v, type) and issubclass(v, msgspec.Struct)]
+            schemas.update(msgspec.json.schema_components(structs, ref_template=_REF)[1])
+            app.openapi_schema = document
+        return app.openapi_schema
+
+    app.openapi = openapi

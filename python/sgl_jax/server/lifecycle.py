@@ -1,0 +1,168 @@
+"""The server's life: bind, start the engine process, listen, get ready, serve, drain, end.
+
+The API process runs this. It listens while the engine loads (/health answers, everything else is 503), and prints the
+ready line only when requests are taken. The first SIGTERM or SIGINT drains, the second stops at once. When the engine
+dies, every client gets an error and the exit code is not zero.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import uvicorn
+import uvloop
+
+from sgl_jax.engine.generation import EngineFailed
+from sgl_jax.engine.process import CORE_FACTORY
+from sgl_jax.engine.service import GenerationService
+from sgl_jax.engine.transport import ProcessTransport
+from sgl_jax.observability.log import READY
+from sgl_jax.server.app import create_app
+from sgl_jax.text.chat_template import TemplateError
+from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
+
+if TYPE_CHECKING:
+    from sgl_jax.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+OK, FAILED = 0, 1  # exit codes
+_BACKLOG = 2048
+_KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they and not we close them
+_LAST_WORDS_S = 3  # for answers that are being written when everything has ended
+
+
+def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
+    """Serves until told to stop, or until the engine dies. Returns the exit code.
+
+    `core_factory` ("module:function") builds the engine core in the engine process, from `server_args`.
+    """
+    try:
+        listener = _bind(server_args.host, server_args.port)
+    except OSError as error:
+        where = f"{server_args.host}:{server_args.port}"
+        print(f"sgl_jax: error: cannot listen on {where}: {error.strerror}; choose another --port", file=sys.stderr)
+        return FAILED
+    uvicorn_log = logging.getLogger("uvicorn.error")  # its "running" line would come before we are ready
+    uvicorn_log.setLevel(max(logging.WARNING, uvicorn_log.getEffectiveLevel()))
+    transport = ProcessTransport(server_args, core_factory)
+    with contextlib.closing(listener):
+        try:
+            transport.launch()  # the engine loads while the tokenizer does
+            return uvloop.run(_Server(server_args, transport, listener).run())
+        except (TokenizerError, TemplateError) as error:
+            print(f"sgl_jax: error: {error}", file=sys.stderr)
+            return FAILED
+        finally:
+            transport.kill()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class _Uvicorn(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are ours
+
+
+class _Server:
+    def __init__(self, server_args: ServerArgs, transport: ProcessTransport, listener: socket.socket):
+        self._args, self._transport, self._listener = server_args, transport, listener
+        self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
+
+    async def run(self) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+        args = self._args
+        tokenizer = await asyncio.to_thread(
+            load_tokenizer, args.tokenizer_path or args.model_path, args.chat_template, args.download_dir
+        )
+        service = GenerationService(
+            self._transport,
+            tokenizer,
+            stream_interval=args.stream_interval,
+            max_queued_requests=args.max_queued_requests,
+        )
+        http = _Uvicorn(
+            uvicorn.Config(
+                create_app(service, args),
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_S,
+                timeout_graceful_shutdown=_LAST_WORDS_S,
+            )
+        )
+        listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))
+        try:
+            return await self._serve(service)
+        finally:
+            await service.close(timeout=0.0 if self._stop_now.is_set() or not service.ready_once else 10.0)
+            http.should_exit = True
+            http.force_exit = self._stop_now.is_set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await listening
+
+    async def _serve(self, service: GenerationService) -> int:
+        failed = asyncio.ensure_future(service.wait_failed())
+        stop, stop_now = asyncio.ensure_future(self._stop.wait()), asyncio.ensure_future(self._stop_now.wait())
+        starting = asyncio.ensure_future(self._get_ready(service))
+        try:
+            await asyncio.wait((starting, stop, failed), return_when=asyncio.FIRST_COMPLETED)
+            if starting.done() and starting.exception() is None and not stop.done():
+                await asyncio.wait((stop, failed), return_when=asyncio.FIRST_COMPLETED)
+            if service.failure is not None:
+                print(f"sgl_jax: error: {service.failure}", file=sys.stderr)
+                return FAILED
+            if not starting.done():
+                return OK  # told to stop before anything was served
+            starting.result()
+            logger.info(
+                "Shutting down: %d requests have %.0f s to finish; a second signal stops at once.",
+                service.num_live,
+                self._args.shutdown_timeout_s,
+            )
+            draining = asyncio.ensure_future(service.drain(self._args.shutdown_timeout_s))
+            await asyncio.wait((draining, stop_now, failed), return_when=asyncio.FIRST_COMPLETED)
+            if not draining.done() or not draining.result():
+                logger.warning("Stopped with %d requests unfinished.", service.num_live)
+            draining.cancel()
+            return FAILED if service.failure is not None or stop_now.done() else OK
+        finally:
+            for task in (failed, stop, stop_now, starting):
+                task.cancel()
+
+    async def _get_ready(self, service: GenerationService) -> None:
+        with contextlib.suppress(EngineFailed):  # `service.failure` tells
+            await service.start()
+            if not self._args.skip_server_warmup:
+                await service.warm_up()
+            service.open()
+            host, port = self._listener.getsockname()[:2]
+            logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+            print(READY, flush=True)
+
+    def _on_signal(self) -> None:
+        if self._stop.is_set():
+            self._stop_now.set()
+        self._stop.set()

@@ -1,0 +1,155 @@
+"""POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.responses import Response
+
+from sgl_jax.engine.generation import Generation
+from sgl_jax.engine.job import Job, make_job
+from sgl_jax.engine.native import LogprobOptions
+from sgl_jax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, InvalidParameter
+from sgl_jax.server.documentation import documented
+from sgl_jax.server.openai_types import (
+    Body,
+    Count,
+    DetokenizeRequest,
+    Penalty,
+    Probability,
+    StopString,
+    TokenId,
+    TokenIdText,
+    TokenizeRequest,
+)
+from sgl_jax.server.responses import Aborted, CacheFlush, DetokenizeResponse, GenerateAnswer, TokenizeResponse
+from sgl_jax.server.sse import DONE, EventStream, event, unless_disconnected
+from sgl_jax.server.state import ServerState, gone, json_response
+
+_INT64_MAX = 2**63 - 1
+Name = Annotated[str, Field(min_length=1)]
+
+
+class NativeSamplingParams(Body):
+    max_new_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = Field(None, description="128 if not set")
+    max_tokens: Count | None = Field(None, description="another name for max_new_tokens")
+    min_new_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_p: Probability | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_INT64_MAX)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    logit_bias: (
+        Annotated[dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)] | None
+    ) = None
+    sampling_seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    stop: StopString | list[StopString] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    skip_special_tokens: bool | None = None
+    no_stop_trim: bool | None = None
+
+
+class GenerateRequest(Body):
+    """Either `text` or `input_ids`, one or a list; parameters and rid one for all or a list."""
+
+    text: str | list[str] | None = None
+    input_ids: list[TokenId] | list[list[TokenId]] | None = None
+    sampling_params: NativeSamplingParams | list[NativeSamplingParams] | None = None
+    rid: Name | list[Name] | None = None
+    stream: bool | None = None
+    return_logprob: bool | None = None
+    top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
+    return_text_in_logprobs: bool | None = None
+    extra_key: str | None = Field(None, description="requests share cached prefixes only within one key")
+
+
+class AbortRequest(Body):
+    rid: str | None = None
+    abort_all: bool | None = None
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter(tags=["Native"])
+
+    @routes.post("/generate", **documented(GenerateAnswer, stream=True))
+    async def generate(body: GenerateRequest, request: Request) -> Response:
+        state.service.check_ready()
+        job = _job(state, body)
+        if body.stream:
+            generation = job.submit(state.service, stream=True)
+            return EventStream(generation, _events(job, generation))
+        found = await unless_disconnected(request, job.result(state.service))
+        return gone() if found is None else json_response(found)
+
+    @routes.post("/tokenize", **documented(TokenizeResponse, model=True))
+    async def tokenize(body: TokenizeRequest) -> Response:
+        state.check_model(body.model)
+        limit = state.service.info.context_length
+        if (body.prompt is None) == (body.messages is None):
+            raise InvalidParameter("prompt", "give either prompt or messages")
+        if body.messages is not None:
+            ids = await state.encode_chat(body.messages, body)
+            return json_response(TokenizeResponse([*ids], len(ids), limit))
+        special = body.add_special_tokens is not False
+        if isinstance(body.prompt, str):
+            ids = await state.encode(body.prompt, "prompt", special)
+            return json_response(TokenizeResponse([*ids], len(ids), limit))
+        rows = [await state.encode(prompt, "prompt", special) for prompt in body.prompt or ()]
+        return json_response(TokenizeResponse([*rows], [len(row) for row in rows], limit))
+
+    @routes.post("/detokenize", **documented(DetokenizeResponse, model=True))
+    async def detokenize(body: DetokenizeRequest) -> Response:
+        state.check_model(body.model)
+        limit = state.service.info.vocab_size
+        is_batch = bool(body.tokens) and isinstance(body.tokens[0], list)
+        rows: list[Any] = body.tokens if is_batch else [body.tokens]
+        if any(token >= limit for row in rows for token in row):
+            raise InvalidParameter("tokens", f"tokens has an id above {limit - 1}, the end of the vocabulary")
+        texts = [state.tokenizer.decode(row, body.skip_special_tokens is not False) for row in rows]
+        return json_response(DetokenizeResponse(texts if is_batch else texts[0]))
+
+    @routes.post("/abort_request", **documented(Aborted))
+    async def abort_request(body: AbortRequest) -> Response:
+        if body.abort_all:
+            return json_response(Aborted(state.service.abort_all()))
+        if body.rid is None:
+            raise InvalidParameter("rid", "give rid, or abort_all")
+        return json_response(Aborted(state.service.abort(body.rid)))
+
+    @routes.post("/flush_cache", **documented(CacheFlush, body=False))
+    async def flush_cache() -> Response:
+        return json_response(CacheFlush(True, await state.service.flush_cache()))
+
+    return routes
+
+
+def _job(state: ServerState, body: GenerateRequest) -> Job:
+    given = body.sampling_params
+    params: Any = (
+        [each.model_dump(exclude_none=True) for each in given]
+        if isinstance(given, list)
+        else given and given.model_dump(exclude_none=True)
+    )
+    options = LogprobOptions(
+        return_logprob=bool(body.return_logprob),
+        top_logprobs_num=body.top_logprobs_num or 0,
+        logprob_start_len=-1 if body.logprob_start_len is None else body.logprob_start_len,
+        return_text_in_logprobs=bool(body.return_text_in_logprobs),
+    )
+    return make_job(state.tokenizer, body.text, body.input_ids, params, body.rid, options, body.extra_key or "")
+
+
+async def _events(job: Job, generation: Generation) -> AsyncIterator[bytes]:
+    async for answer in job.stream_of(generation):
+        yield event(answer)
+    yield DONE

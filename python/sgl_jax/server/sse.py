@@ -1,0 +1,79 @@
+"""Server-sent events, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sgl_jax.engine.generation import Generation
+from sgl_jax.server.errors import ApiError, as_api_error
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+
+_encode = msgspec.json.encode
+
+
+def event(value: Any) -> bytes:
+    return b"data: " + _encode(value) + b"\n\n"
+
+
+class EventStream(Response):
+    """Sends the events of a generation as they come. When the client goes away, the generation is aborted."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes]):
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._generation, self._events = generation, events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await _until_disconnect(receive, self._send_all(send))
+        finally:
+            self._generation.abort()
+
+    async def _send_all(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for data in self._events:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
+        except Exception as error:  # the status line is out: the error can only be the last event
+            found = as_api_error(error)
+            if found is None:
+                logger.error("a stream failed", exc_info=error)
+                found = ApiError(500, "the server failed on this request; its log says more", type="server_error")
+            await send({"type": "http.response.body", "body": event(found.body), "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def unless_disconnected[T](request: Request, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, which is cancelled when the client goes away: then None, and nobody reads the answer."""
+    return await _until_disconnect(request.receive, work)
+
+
+async def _until_disconnect[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:
+    async def gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone())
+    try:
+        await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else None
+    finally:
+        watching.cancel()
+        if not working.done():
+            working.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await working

@@ -1,0 +1,147 @@
+"""What the endpoints share, and the steps every request goes through before it is submitted."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+from starlette.responses import Response
+
+from sgl_jax.engine.service import GenerationService
+from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.server.errors import ApiError, unknown_model
+from sgl_jax.server.openai_types import Message, SamplingFields, TemplateFields
+from sgl_jax.text.tokenizer import Tokenizer, TokenizerError
+
+if TYPE_CHECKING:
+    from sgl_jax.server_args import ServerArgs
+
+_ENCODE_ELSEWHERE = 20_000  # characters, from which on encoding would hold up other requests
+_ANY_MODEL = "default"  # what SGLang's clients write when they do not care
+
+
+@dataclass
+class ServerState:
+    service: GenerationService
+    server_args: ServerArgs
+    started: float = field(default_factory=time.time)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.service.tokenizer
+
+    @property
+    def model_name(self) -> str:
+        return self.server_args.served_model_name or self.server_args.model_path
+
+    @property
+    def tokenizer_path(self) -> str:
+        return self.server_args.tokenizer_path or self.server_args.model_path
+
+    def check_model(self, name: str | None) -> None:
+        if name not in (None, self.model_name, _ANY_MODEL):
+            raise unknown_model(str(name), self.model_name)
+
+    async def encode(self, text: str, field: str, add_special_tokens: bool = True) -> list[int]:
+        try:
+            if len(text) >= _ENCODE_ELSEWHERE:
+                return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+            return self.tokenizer.encode(text, add_special_tokens)
+        except TokenizerError as error:
+            raise InvalidParameter(field, f"{field}: {error}") from error
+
+    async def encode_chat(self, messages: Sequence[Message], options: TemplateFields) -> list[int]:
+        """The conversation as the model's template writes it. Templates spell out their special tokens."""
+        template = self.tokenizer.chat_template()
+        final = bool(options.continue_final_message)
+        text = template.render(
+            template_messages(messages, knows_developer="developer" in template.source),
+            add_generation_prompt=not final if options.add_generation_prompt is None else options.add_generation_prompt,
+            continue_final_message=final,
+            template_kwargs=options.chat_template_kwargs,
+        )
+        return await self.encode(text, "messages", add_special_tokens=False)
+
+
+def template_messages(messages: Sequence[Message], knows_developer: bool) -> list[dict[str, Any]]:
+    """Messages as templates expect them: content as one string, tool arguments as objects."""
+    found = []
+    for i, message in enumerate(messages):
+        if message.content is None and not (message.role == "assistant" and message.tool_calls):
+            raise InvalidParameter(f"messages[{i}].content", f"messages[{i}].content is missing")
+        content = message.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        role = "system" if message.role == "developer" and not knows_developer else message.role
+        entry: dict[str, Any] = {"role": role, "content": content or ""}
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            value = getattr(message, name)
+            if value is not None:
+                entry[name] = value
+        if message.tool_calls:
+            entry["tool_calls"] = [_template_call(call.model_dump(exclude_none=True)) for call in message.tool_calls]
+        found.append(entry)
+    return found
+
+
+def _template_call(call: dict[str, Any]) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):  # not JSON: the template sees the text the client sent
+        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    return call
+
+
+# request field -> SamplingParams field, where they are the same
+_PLAIN = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "ignore_eos",
+    "min_tokens",
+    "skip_special_tokens",
+    "n",
+)
+
+
+def openai_params(body: SamplingFields, **more: Any) -> SamplingParams:
+    """The request's parameters; `more` are those that chat and completions write differently."""
+    values = {name: value for name in _PLAIN if (value := getattr(body, name)) is not None}
+    if body.stop is not None:
+        values["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
+    if body.stop_token_ids is not None:
+        values["stop_token_ids"] = tuple(body.stop_token_ids)
+    if body.logit_bias is not None:
+        values["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
+    if body.no_stop_trim is not None:
+        values["include_stop_str_in_output"] = body.no_stop_trim
+    if body.stream_options is not None and not body.stream:
+        raise InvalidParameter("stream_options", "stream_options needs stream")
+    return SamplingParams(**values, **more)
+
+
+def renamed(error: InvalidParameter, names: dict[str, str]) -> InvalidParameter:
+    """The error in the words the user wrote: our max_tokens may be their max_completion_tokens."""
+    theirs = names.get(error.param, error.param)
+    text = str(error)
+    for name, shown in names.items():
+        text = text.replace(f"{name} ", f"{shown} ")
+    return type(error)(theirs, text)
+
+
+def json_response(value: Any) -> Response:
+    return Response(msgspec.json.encode(value), media_type="application/json")
+
+
+def gone() -> Response:
+    """For a client that went away; nobody reads it."""
+    return ApiError(499, "the client closed the connection", code="client_closed").response()
