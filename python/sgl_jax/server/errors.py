@@ -90,6 +90,8 @@ def as_api_error(error: Exception) -> ApiError | None:
 
 
 def _http_message(error: HTTPException) -> str:
+    if error.status_code == 400:  # the framework's answer to a body that cannot be decoded
+        return "the body is not valid JSON in UTF-8"
     if error.status_code == 404:
         return "no such path; see /docs for what there is"
     if error.status_code == 405:
@@ -103,7 +105,9 @@ def _validation_error(error: RequestValidationError) -> ApiError:
     first, field, _ = max(found, key=lambda item: item[2])
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
-        return ApiError(400, f"the body is not valid JSON: {reason} at character {first['loc'][-1]}", code="invalid_json")
+        return ApiError(
+            400, f"the body is not valid JSON: {reason} at character {first['loc'][-1]}", code="invalid_json"
+        )
     if not field:
         return ApiError(
             400, "the body must be a JSON object, sent with Content-Type: application/json", code="invalid_json"
@@ -138,7 +142,7 @@ def _field(loc: Sequence[Any], body: Any) -> tuple[str, int]:
 def install(app: FastAPI) -> None:
     """Makes the app answer every exception with the envelope."""
 
-    def answer(request: Request, error: Exception) -> Response:
+    async def answer(request: Request, error: Exception) -> Response:
         found = as_api_error(error)
         if found is None:
             logger.error("request to %s failed", request.url.path, exc_info=error)

@@ -1,0 +1,29 @@
+"""Engine cores for servers in processes of their own, named by "fake_engines:function"."""
+
+from __future__ import annotations
+
+from sgl_jax.server_args import ServerArgs
+from sgl_jax.testing.fake_core import FakeCore
+
+
+def quick(server_args: ServerArgs) -> FakeCore:
+    return FakeCore()
+
+
+def slow(server_args: ServerArgs) -> FakeCore:
+    return FakeCore(step_seconds=0.05)
+
+
+def failing_at_start(server_args: ServerArgs) -> FakeCore:
+    raise ValueError("the weights do not fit: 10 GiB are needed, 8 GiB are there; choose a smaller model")
+
+
+class _FailsWhenRunning(FakeCore):
+    def step(self):
+        if self.busy and self._totals["steps"] >= 8:
+            raise RuntimeError("the device is lost")
+        return super().step()
+
+
+def failing_when_running(server_args: ServerArgs) -> FakeCore:
+    return _FailsWhenRunning()

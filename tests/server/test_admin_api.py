@@ -1,0 +1,65 @@
+"""Models, information, health and metrics."""
+
+from __future__ import annotations
+
+import httpx
+import openai
+from live_server import MODEL, LiveServer
+
+import sgl_jax
+
+
+def test_models(client: openai.OpenAI, http: httpx.Client) -> None:
+    card = client.models.retrieve("stories")
+    assert (card.id, card.object, card.owned_by) == ("stories", "model", "sgl_jax")
+    assert http.get("/v1/models").json()["data"][0]["max_model_len"] == 512
+
+
+def test_a_model_id_may_have_slashes() -> None:
+    with LiveServer(served_model_name="org/model") as server, server.openai() as client:
+        assert client.models.retrieve("org/model").id == "org/model"
+
+
+def test_information(http: httpx.Client) -> None:
+    assert http.get("/version").json() == {"version": sgl_jax.__version__}
+    model = http.get("/get_model_info").json()
+    assert (model["model_path"], model["is_generation"], model["context_length"]) == (MODEL, True, 512)
+    http.post("/generate", json={"text": "a"})
+    server = http.get("/get_server_info").json()
+    assert server["tokenizer_path"] == MODEL
+    assert server["internal_states"][0]["last_gen_throughput"] == 0  # nothing runs now
+    assert server["stream_interval"] == 1
+    assert server["max_total_num_tokens"] == 16 * 512
+
+
+def test_health(http: httpx.Client) -> None:
+    for path in ("/health", "/ready", "/health_generate"):
+        assert http.get(path).status_code == 200
+
+
+def test_metrics_count_what_happened() -> None:
+    with LiveServer() as server, server.http() as http:
+        for _ in range(2):
+            http.post("/generate", json={"text": "Once upon", "sampling_params": {"n": 2}})
+        http.post("/generate", json={"text": "Once upon", "sampling_params": {"max_new_tokens": 1}})
+        answer = http.get("/metrics")
+        assert answer.headers["content-type"].startswith("text/plain")
+        values = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+        expected = {
+            "sgl_jax_num_requests_running": 0,
+            "sgl_jax_num_requests_waiting": 0,
+            "sgl_jax_prompt_tokens_total": 15,
+            "sgl_jax_generation_tokens_total": 17,
+            "sgl_jax_prefix_cache_hit_tokens_total": 8,
+            "sgl_jax_preemptions_total": 0,
+            "sgl_jax_compiles_after_ready_total": 0,
+            'sgl_jax_requests_finished_total{reason="stop"}': 4,
+            'sgl_jax_requests_finished_total{reason="length"}': 1,
+            "sgl_jax_time_to_first_token_seconds_count": 5,
+            "sgl_jax_inter_token_latency_seconds_count": 12,
+            "sgl_jax_e2e_request_latency_seconds_count": 5,
+            'sgl_jax_e2e_request_latency_seconds_bucket{le="+Inf"}': 5,
+        }
+        assert {name: float(values[name]) for name in expected} == expected
+        head = http.head("/metrics")
+        assert (head.status_code, head.text) == (200, "")

@@ -1,0 +1,65 @@
+"""A client that goes away: its requests are aborted, streaming or not."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections.abc import Callable
+
+import pytest
+from live_server import LiveServer
+
+from sgl_jax.engine.messages import Abort, Generate
+from sgl_jax.testing.fake_core import FakeCore
+
+LONG = {"max_tokens": 400, "ignore_eos": True, "n": 2}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+
+
+def send(server: LiveServer, path: str, body: dict) -> socket.socket:
+    host, _, port = server.url.removeprefix("http://").partition(":")
+    data = json.dumps(body).encode()
+    connection = socket.create_connection((host, int(port)))
+    head = f"POST {path} HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]} | LONG),
+        ("/v1/completions", {"prompt": "a"} | LONG),
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True, "n": 2}}),
+    ],
+)
+def test_a_client_that_goes_away_is_aborted(path: str, body: dict, stream: bool) -> None:
+    with LiveServer(lambda: FakeCore(step_seconds=0.01)) as server:
+        connection = send(server, path, body | {"stream": stream})
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        wait_until(lambda: sum(isinstance(c, Generate) for c in server.core.commands) == 2)
+        connection.close()
+        wait_until(lambda: any(isinstance(c, Abort) for c in server.core.commands))
+        keys = sorted(c.key for c in server.core.commands if isinstance(c, Generate))
+        assert sorted(server.core.commands[-1].keys) == keys
+        wait_until(lambda: not server.core.busy)
+        assert server.service.num_live == 0
+
+
+def test_a_stop_string_aborts_what_the_engine_would_go_on_with() -> None:
+    with LiveServer(lambda: FakeCore(step_seconds=0.01)) as server, server.openai() as client:
+        answer = client.completions.create(
+            model="stories", prompt="Once upon a time", stop="pon", max_tokens=400, extra_body={"ignore_eos": True}
+        )
+        assert answer.choices[0].text == " Once u"
+        wait_until(lambda: not server.core.busy)
+        assert [type(command) for command in server.core.commands] == [Generate, Abort]

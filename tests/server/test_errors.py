@@ -1,0 +1,209 @@
+"""Every error is OpenAI's envelope and names the field."""
+
+from __future__ import annotations
+
+import httpx
+import openai
+import pytest
+from live_server import LiveServer
+
+from sgl_jax.testing.fake_core import FakeCore
+
+CHAT = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
+
+
+def error(answer: httpx.Response) -> dict:
+    body = answer.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"message", "type", "param", "code"}
+    return body["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        (CHAT, HELLO | {"temprature": 1}, "temprature"),
+        (CHAT, HELLO | {"temperature": "hot"}, "temperature"),
+        (CHAT, HELLO | {"temperature": -1}, "temperature"),
+        (CHAT, HELLO | {"top_p": 0}, "top_p"),
+        (CHAT, HELLO | {"n": 0}, "n"),
+        (CHAT, HELLO | {"n": True}, "n"),
+        (CHAT, HELLO | {"max_tokens": 0}, "max_tokens"),
+        (CHAT, HELLO | {"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
+        (CHAT, HELLO | {"max_completion_tokens": 3, "min_tokens": 4}, "min_tokens"),
+        (CHAT, HELLO | {"stop": [""]}, "stop[0]"),
+        (CHAT, HELLO | {"logit_bias": {"a": 1}}, "logit_bias.a"),
+        (CHAT, HELLO | {"logit_bias": {"512": 1}}, "logit_bias"),
+        (CHAT, HELLO | {"stop_token_ids": [512]}, "stop_token_ids"),
+        (CHAT, HELLO | {"top_logprobs": 2}, "top_logprobs"),
+        (CHAT, HELLO | {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (CHAT, HELLO | {"stream_options": {"include_usage": True}}, "stream_options"),
+        (CHAT, HELLO | {"tools": [{"type": "function"}]}, "tools"),
+        (CHAT, HELLO | {"tool_choice": "auto"}, "tool_choice"),
+        (CHAT, HELLO | {"functions": [{}]}, "functions"),
+        (CHAT, HELLO | {"response_format": {"type": "json_object"}}, "response_format.type"),
+        (CHAT, HELLO | {"modalities": ["audio"]}, "modalities[0]"),
+        (CHAT, HELLO | {"audio": {}}, "audio"),
+        (CHAT, HELLO | {"reasoning_effort": "low"}, "reasoning_effort"),
+        (CHAT, HELLO | {"chat_template_kwargs": {"messages": []}}, "messages"),
+        (CHAT, {}, "messages"),
+        (CHAT, {"messages": []}, "messages"),
+        (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
+        (CHAT, {"messages": [{"role": "robot", "content": "a"}]}, "messages[0].role"),
+        (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ("/v1/completions", {}, "prompt"),
+        ("/v1/completions", {"prompt": []}, "prompt"),
+        ("/v1/completions", {"prompt": [512]}, "prompt"),
+        ("/v1/completions", {"prompt": [-1]}, "prompt[0]"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ("/v1/completions", {"prompt": "a", "best_of": 2}, "best_of"),
+        ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
+        ("/v1/completions", {"prompt": "a", "min_tokens": 17}, "min_tokens"),
+        ("/generate", {}, "text"),
+        ("/generate", {"text": "a", "input_ids": [1]}, "text"),
+        ("/generate", {"input_ids": []}, "input_ids"),
+        ("/generate", {"input_ids": [700]}, "input_ids"),
+        ("/generate", {"text": "a", "sampling_params": {"regex": "a"}}, "sampling_params.regex"),
+        ("/generate", {"text": "a", "sampling_params": {"min_new_tokens": 200}}, "min_new_tokens"),
+        ("/generate", {"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
+        ("/generate", {"text": "a", "top_logprobs_num": 2}, "top_logprobs_num"),
+        ("/generate", {"text": "a", "return_logprob": True, "logprob_start_len": 99}, "logprob_start_len"),
+        ("/tokenize", {}, "prompt"),
+        ("/detokenize", {"tokens": [512]}, "tokens"),
+        ("/abort_request", {}, "rid"),
+    ],
+)
+def test_a_bad_value_is_a_400_that_names_the_field(http: httpx.Client, path: str, body: dict, param: str) -> None:
+    answer = http.post(path, json=body)
+    found = error(answer)
+    assert answer.status_code == 400
+    assert found["param"] == param
+    assert found["type"] == "invalid_request_error"
+    assert param.rpartition(".")[2].partition("[")[0] in found["message"]
+
+
+def test_unknown_parameter_has_its_code(http: httpx.Client) -> None:
+    assert error(http.post(CHAT, json=HELLO | {"frobnicate": 1}))["code"] == "unknown_parameter"
+    assert error(http.post(CHAT, json=HELLO | {"verbosity": "low"}))["code"] == "unsupported_parameter"
+
+
+@pytest.mark.parametrize("body", [b"{", b'{"messages": [}', b"[]", b"", b"\xff"])
+def test_malformed_json(http: httpx.Client, body: bytes) -> None:
+    answer = http.post(CHAT, content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    assert "JSON" in error(answer)["message"]
+
+
+@pytest.mark.parametrize("field", ["rid", "model", "cache_salt", "user"])
+def test_lone_surrogates_break_nothing(http: httpx.Client, field: str) -> None:
+    text = '{"messages": [{"role": "user", "content": "a"}], "%s": "\\ud800"}' % field
+    answer = http.post(CHAT, content=text.encode(), headers={"Content-Type": "application/json"})
+    assert answer.status_code in (200, 400, 404)
+    content = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
+    assert http.post(CHAT, content=content, headers={"Content-Type": "application/json"}).status_code == 400
+
+
+def test_a_prompt_that_does_not_fit_is_told_the_three_numbers(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model="stories", prompt=[5] * 500, max_tokens=50)
+    assert raised.value.code == "context_length_exceeded"
+    assert all(number in str(raised.value) for number in ("500", "50", "512"))
+    with pytest.raises(openai.BadRequestError) as raised:
+        client.completions.create(model="stories", prompt=[5] * 512, max_tokens=1)
+    assert raised.value.code == "context_length_exceeded"
+
+
+def test_unknown_model_is_a_404(client: openai.OpenAI) -> None:
+    for call in (
+        lambda: client.completions.create(model="gpt-9", prompt="a"),
+        lambda: client.chat.completions.create(model="gpt-9", messages=HELLO["messages"]),
+        lambda: client.models.retrieve("gpt-9"),
+    ):
+        with pytest.raises(openai.NotFoundError) as raised:
+            call()
+        assert raised.value.code == "model_not_found"
+        assert raised.value.param == "model"
+
+
+def test_unknown_path_and_wrong_method(http: httpx.Client) -> None:
+    assert error(http.get("/v1/nothing"))["code"] == "not_found"
+    assert http.get("/v1/nothing").status_code == 404
+    wrong = http.get(CHAT)
+    assert wrong.status_code == 405
+    assert wrong.headers["allow"] == "POST"
+    assert error(wrong)["code"] == "method_not_allowed"
+
+
+def test_api_key_guards_everything_but_health() -> None:
+    with LiveServer(api_key="secret") as server, server.http() as http:
+        assert http.get("/health").status_code == 200
+        assert http.get("/ready").status_code == 200
+        for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/generate"), ("GET", "/docs")):
+            answer = http.request(method, path)
+            assert answer.status_code == 401
+            assert error(answer)["code"] == "invalid_api_key"
+            wrong = http.request(method, path, headers={"Authorization": "Bearer wrong"})
+            assert wrong.status_code == 401
+        assert server.openai("secret").models.list().data[0].id == "stories"
+        with pytest.raises(openai.AuthenticationError):
+            server.openai("wrong").models.list()
+        assert "secret" not in http.get("/get_server_info", headers={"Authorization": "Bearer secret"}).text
+
+
+def test_a_full_queue_is_a_429() -> None:
+    with LiveServer(max_queued_requests=4) as server, server.http() as http:
+        answer = http.post("/generate", json={"text": "a", "sampling_params": {"n": 5}})
+        assert answer.status_code == 429
+        assert "retry-after" in answer.headers
+        assert error(answer)["code"] == "queue_full"
+        assert http.post("/generate", json={"text": "a", "sampling_params": {"n": 4}}).status_code == 200
+        with pytest.raises(openai.RateLimitError):
+            server.openai().completions.create(model="stories", prompt=["a"] * 5)
+
+
+def test_before_the_engine_is_ready() -> None:
+    with LiveServer(open_service=False) as server, server.http() as http:
+        assert http.get("/health").status_code == 200
+        for method, path, body in (
+            ("GET", "/ready", None),
+            ("GET", "/health_generate", None),
+            ("GET", "/v1/models", None),
+            ("GET", "/get_server_info", None),
+            ("POST", "/flush_cache", None),
+            ("POST", "/generate", {"text": "a"}),
+            ("POST", "/tokenize", {"prompt": "a"}),
+            ("POST", CHAT, HELLO),
+            ("POST", "/v1/completions", {"prompt": "a"}),
+        ):
+            answer = http.request(method, path, json=body)
+            assert answer.status_code == 503, path
+            assert error(answer)["code"] == "not_ready"
+        assert http.get("/metrics").status_code == 200
+        assert http.get("/version").status_code == 200
+
+
+class _Breaks(FakeCore):
+    def step(self):
+        if self._totals["steps"] >= 3:
+            raise RuntimeError("the device is lost")
+        return super().step()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_when_the_engine_dies_clients_get_errors() -> None:
+    body = {"text": "a", "sampling_params": {"ignore_eos": True}}
+    with LiveServer(lambda: _Breaks(step_seconds=0.01)) as server, server.http() as http:
+        stream = http.post("/generate", json=body | {"stream": True})
+        assert "the device is lost" in stream.text
+        assert "[DONE]" not in stream.text
+        after = http.post("/generate", json=body)
+        assert after.status_code == 500
+        assert error(after)["code"] == "engine_failed"
+        assert http.get("/health").status_code == 500
+        assert http.get("/ready").status_code == 500
+    with LiveServer(lambda: _Breaks(step_seconds=0.01)) as server, server.openai() as client:
+        with pytest.raises(openai.InternalServerError, match="the device is lost"):
+            client.completions.create(model="stories", prompt="a", extra_body={"ignore_eos": True})
+        with pytest.raises(openai.APIError):
+            list(client.completions.create(model="stories", prompt="a", stream=True))

@@ -1,0 +1,205 @@
+"""The real server process with a fake engine in its own process: starting, draining, dying."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+from live_server import MODEL, TEMPLATE
+
+from sgl_jax.observability.log import READY
+
+HERE = Path(__file__).parent
+
+
+class Server:
+    def __init__(self, factory: str, *flags: str):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        command = [sys.executable, str(HERE / "fake_launcher.py"), factory, "--model-path", MODEL]
+        command += ["--port", str(self.port), "--chat-template", str(TEMPLATE), *flags]
+        self.process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(HERE)},
+        )
+
+    def wait_ready(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if READY in line:
+                return
+        raise AssertionError(self.process.stderr.read())
+
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return next(
+            int(pid) for pid in children if "sgl_jax.engine.process" in Path(f"/proc/{pid}/cmdline").read_text()
+        )
+
+    def long_request(self, tokens: int = 40) -> tuple[threading.Thread, list[httpx.Response]]:
+        """A request in a thread; returns when the engine works on it."""
+        answers: list[httpx.Response] = []
+        body = {"text": "a", "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True}}
+
+        def ask() -> None:
+            answers.append(httpx.post(f"{self.url}/generate", json=body, timeout=30))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        time.sleep(0.5)
+        assert not answers
+        return thread, answers
+
+
+@contextmanager
+def running(factory: str, *flags: str) -> Iterator[Server]:
+    server = Server(factory, *flags)
+    try:
+        yield server
+    finally:
+        server.process.kill()
+        server.process.communicate()
+
+
+def gone(pid: int) -> bool:
+    for _ in range(300):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_serves_from_an_engine_process_and_ends_cleanly_on_sigterm() -> None:
+    with running("quick") as server:
+        server.wait_ready()
+        assert httpx.get(f"{server.url}/ready").status_code == 200
+        assert httpx.post(f"{server.url}/generate", json={"text": "Once upon"}).json()["text"] == " Once upon"
+        engine = server.engine_pid()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+        assert gone(engine)
+
+
+def test_sigterm_drains_and_refuses_new_requests() -> None:
+    with running("slow") as server:
+        server.wait_ready()
+        thread, answers = server.long_request()
+        os.kill(server.engine_pid(), signal.SIGTERM)  # a container may signal the engine too: it does not care
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+        refused = httpx.post(f"{server.url}/generate", json={"text": "a"})
+        assert refused.status_code == 503
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        thread.join(20)
+        assert answers[0].json()["meta_info"]["completion_tokens"] == 40
+        assert server.process.wait(10) == 0
+
+
+def test_a_drain_that_takes_too_long_is_cut() -> None:
+    with running("slow", "--shutdown-timeout-s", "0.3") as server:
+        server.wait_ready()
+        thread, answers = server.long_request(tokens=400)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join(10)
+        assert answers[0].status_code == 503
+        assert server.process.wait(10) == 0
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    with running("slow") as server:
+        server.wait_ready()
+        thread, answers = server.long_request(tokens=400)
+        engine = server.engine_pid()
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(5) != 0
+        thread.join(5)
+        assert answers[0].status_code == 503
+        assert gone(engine)
+
+
+def test_when_the_engine_is_killed_clients_get_an_error_and_the_server_ends() -> None:
+    with running("slow") as server:
+        server.wait_ready()
+        thread, answers = server.long_request(tokens=400)
+        os.kill(server.engine_pid(), signal.SIGKILL)
+        thread.join(10)
+        assert answers[0].status_code == 500
+        assert "signal 9" in answers[0].json()["error"]["message"]
+        assert server.process.wait(10) != 0
+
+
+def test_when_the_engine_fails_its_reason_reaches_the_client() -> None:
+    with running("failing_when_running", "--skip-server-warmup") as server:
+        server.wait_ready()
+        body = {"text": "a", "sampling_params": {"ignore_eos": True}}
+        answer = httpx.post(f"{server.url}/generate", json=body, timeout=20)
+        assert answer.status_code == 500
+        assert "the device is lost" in answer.json()["error"]["message"]
+        assert server.process.wait(10) != 0
+
+
+def test_when_the_server_is_killed_the_engine_ends_by_itself() -> None:
+    with running("quick") as server:
+        server.wait_ready()
+        engine = server.engine_pid()
+        server.process.kill()
+        server.process.wait()
+        assert gone(engine)
+
+
+@pytest.mark.parametrize("factory", ["failing_at_start"])
+def test_an_engine_that_cannot_start_says_why_in_one_line(factory: str) -> None:
+    with running(factory) as server:
+        out, errors = server.process.communicate(timeout=20)
+        assert server.process.returncode != 0
+        assert READY not in out
+        lines = [line for line in errors.splitlines() if line]
+        assert lines == [
+            "sgl_jax: error: the weights do not fit: 10 GiB are needed, 8 GiB are there; choose a smaller model"
+        ]
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with running("quick", "--port", port) as server:
+            _, errors = server.process.communicate(timeout=20)
+            assert server.process.returncode != 0
+            assert len(errors.strip().splitlines()) == 1
+            assert f"127.0.0.1:{port}" in errors
+
+
+def test_it_is_idle_when_idle() -> None:
+    with running("quick") as server:
+        server.wait_ready()
+        time.sleep(0.3)
+
+        def ticks() -> int:
+            total = 0
+            for pid in (server.process.pid, server.engine_pid()):
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                total += int(fields[11]) + int(fields[12])
+            return total
+
+        before = ticks()
+        time.sleep(1.5)
+        assert (ticks() - before) / os.sysconf("SC_CLK_TCK") / 1.5 < 0.02

@@ -1,0 +1,146 @@
+"""/generate, /tokenize, /detokenize, /abort_request, /flush_cache."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+
+import httpx
+import pytest
+from live_server import LiveServer, tokenizer
+
+from sgl_jax.engine.messages import Abort, Generate
+from sgl_jax.testing.fake_core import FakeCore
+
+
+def events(answer: httpx.Response) -> list[dict]:
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def test_text(http: httpx.Client) -> None:
+    answer = http.post("/generate", json={"text": "Once upon", "rid": "mine"}).json()
+    assert answer["text"] == " Once upon"
+    assert answer["output_ids"] == [1, 403, 407, 2]
+    meta = answer["meta_info"]
+    assert meta.pop("e2e_latency") > 0
+    assert meta == {
+        "id": "mine",
+        "finish_reason": {"type": "stop", "matched": 2},
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "cached_tokens": 0,
+    }
+
+
+def test_input_ids_one_or_many(http: httpx.Client) -> None:
+    params = {"max_new_tokens": 2}
+    one = http.post("/generate", json={"input_ids": [403, 407, 261], "sampling_params": params}).json()
+    assert one["output_ids"] == [403, 407]
+    assert one["meta_info"]["finish_reason"] == {"type": "length", "length": 2}
+    body = {"input_ids": [[403], [407]], "sampling_params": [{"max_new_tokens": 1}, {"max_new_tokens": 2, "n": 2}]}
+    many = http.post("/generate", json=body).json()
+    assert [answer["output_ids"] for answer in many] == [[403], [407, 2], [407, 2]]
+
+
+def test_stream_is_cumulative(slow: LiveServer) -> None:
+    with slow.http() as http:
+        found = events(http.post("/generate", json={"text": "Once upon a time", "stream": True}))
+    texts = [answer["text"] for answer in found]
+    assert len(texts) > 3
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert texts[-1] == " Once upon a time"
+    assert found[0]["meta_info"]["finish_reason"] is None
+    assert found[-1]["meta_info"]["finish_reason"] == {"type": "stop", "matched": 2}
+    assert [answer["meta_info"]["completion_tokens"] for answer in found] == [len(a["output_ids"]) for a in found]
+
+
+def test_stop_string_is_named(http: httpx.Client) -> None:
+    answer = http.post("/generate", json={"text": "Once upon a time", "sampling_params": {"stop": "on a"}}).json()
+    assert answer["text"] == " Once up"
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": "on a"}
+
+
+def test_logprobs(http: httpx.Client) -> None:
+    body = {"text": "Once upon", "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 1}
+    body |= {"return_text_in_logprobs": True, "sampling_params": {"max_new_tokens": 1}}
+    meta = http.post("/generate", json=body).json()["meta_info"]
+    assert meta["input_token_logprobs"] == [[-0.125, 403, " Once"], [-0.25, 407, " upon"]]
+    assert meta["output_token_logprobs"] == [[-0.125, 1, "<s>"]]
+    assert meta["output_top_logprobs"] == [[[-0.125, 1, "<s>"], [-1.125, 2, "</s>"]]]
+    only_output = http.post("/generate", json={"text": "Once upon", "return_logprob": True}).json()["meta_info"]
+    assert only_output["input_token_logprobs"] == []
+    assert only_output["output_token_logprobs"][0] == [-0.125, 1, None]
+
+
+def test_zero_new_tokens_score_the_prompt(http: httpx.Client) -> None:
+    body = {"text": "Once upon", "return_logprob": True, "logprob_start_len": 0}
+    answer = http.post("/generate", json=body | {"sampling_params": {"max_new_tokens": 0}}).json()
+    assert answer["text"] == ""
+    assert [entry[0] for entry in answer["meta_info"]["input_token_logprobs"]] == [None, -0.125, -0.25]
+
+
+def test_every_sampling_parameter_reaches_the_engine(live: LiveServer, http: httpx.Client) -> None:
+    given = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 0.1}
+    given |= {"frequency_penalty": 0.2, "repetition_penalty": 1.2, "ignore_eos": True, "skip_special_tokens": False}
+    renamed = {
+        "max_new_tokens": 6,
+        "min_new_tokens": 3,
+        "sampling_seed": 4,
+        "logit_bias": {"7": 1.5},
+        "stop_token_ids": [8],
+    }
+    assert http.post("/generate", json={"text": "a", "sampling_params": given | renamed}).status_code == 200
+    sent = [command for command in live.core.commands if isinstance(command, Generate)][-1].params
+    expected = given | {"max_tokens": 6, "min_tokens": 3, "seed": 4, "logit_bias": {7: 1.5}, "stop_token_ids": (8,)}
+    for name, value in expected.items():
+        assert getattr(sent, name) == value, name
+
+
+@pytest.mark.parametrize("how", [{"rid": "long"}, {"abort_all": True}])
+def test_abort_request(how: dict) -> None:
+    with LiveServer(lambda: FakeCore(step_seconds=0.01)) as server, server.http() as http:
+        answers = []
+        body = {"text": "a", "rid": "long", "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}
+        thread = threading.Thread(target=lambda: answers.append(httpx.post(f"{server.url}/generate", json=body).json()))
+        thread.start()
+        while not any(isinstance(command, Generate) for command in server.core.commands):
+            time.sleep(0.01)
+        assert http.post("/abort_request", json={"rid": "other"}).json() == {"num_aborted": 0}
+        assert http.post("/abort_request", json=how).json() == {"num_aborted": 1}
+        thread.join(10)
+        assert answers[0]["meta_info"]["finish_reason"]["type"] == "abort"
+        assert [type(command) for command in server.core.commands] == [Generate, Abort]
+
+
+def test_two_requests_with_one_id(slow: LiveServer) -> None:
+    with slow.http() as http:
+        again = http.post("/generate", json={"input_ids": [[5], [6]], "rid": ["same", "same"]})
+        assert again.json()["error"]["code"] == "duplicate_request_id"
+
+
+def test_flush_cache_forgets_prefixes(http: httpx.Client) -> None:
+    def cached() -> int:
+        return http.post("/generate", json={"text": "flush me"}).json()["meta_info"]["cached_tokens"]
+
+    cached()
+    assert cached() > 0
+    flushed = http.post("/flush_cache").json()
+    assert flushed["success"]
+    assert flushed["num_pages"] > 0
+    assert cached() == 0
+
+
+def test_tokenize_and_back(http: httpx.Client) -> None:
+    answer = http.post("/tokenize", json={"prompt": "Once upon"}).json()
+    assert answer == {"tokens": [1, 403, 407], "count": 3, "max_model_len": 512}
+    plain = http.post("/tokenize", json={"prompt": ["Once", "upon"], "add_special_tokens": False}).json()
+    assert plain["tokens"] == [[403], [407]]
+    assert plain["count"] == [1, 1]
+    assert http.post("/detokenize", json={"tokens": [1, 403, 407]}).json() == {"text": "Once upon"}
+    with_special = http.post("/detokenize", json={"tokens": [[1, 403], [407]], "skip_special_tokens": False}).json()
+    assert with_special == {"text": ["<s> Once", "upon"]}
+    chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "Hi"}]}).json()
+    assert tokenizer().decode(chat["tokens"]) == "user: Hi\nassistant: "
