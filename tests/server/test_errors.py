@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx
 import openai
 import pytest
@@ -97,8 +99,8 @@ def test_malformed_json(http: httpx.Client, body: bytes) -> None:
 
 @pytest.mark.parametrize("field", ["rid", "model", "cache_salt", "user"])
 def test_lone_surrogates_break_nothing(http: httpx.Client, field: str) -> None:
-    text = '{"messages": [{"role": "user", "content": "a"}], "%s": "\\ud800"}' % field
-    answer = http.post(CHAT, content=text.encode(), headers={"Content-Type": "application/json"})
+    text = json.dumps(HELLO | {field: "\ud800"})
+    answer = http.post(CHAT, content=text, headers={"Content-Type": "application/json"})
     assert answer.status_code in (200, 400, 404)
     content = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
     assert http.post(CHAT, content=content, headers={"Content-Type": "application/json"}).status_code == 400

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -50,7 +51,7 @@ def test_stream_is_cumulative(slow: LiveServer) -> None:
         found = events(http.post("/generate", json={"text": "Once upon a time", "stream": True}))
     texts = [answer["text"] for answer in found]
     assert len(texts) > 3
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
     assert texts[-1] == " Once upon a time"
     assert found[0]["meta_info"]["finish_reason"] is None
     assert found[-1]["meta_info"]["finish_reason"] == {"type": "stop", "matched": 2}

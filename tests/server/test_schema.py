@@ -33,8 +33,8 @@ def test_no_input_breaks_the_server(fuzzed: LiveServer, mode: GenerationMode) ->
     schema = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")
     for found in schema.get_all_operations():
         operation = found.ok()
-        if mode is GenerationMode.NEGATIVE and operation.body is None and not operation.path_parameters:
-            continue
+        if mode is GenerationMode.NEGATIVE and not list(operation.body):
+            continue  # nothing to get wrong
 
         @hypothesis.settings(
             max_examples=20,

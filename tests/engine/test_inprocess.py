@@ -1,0 +1,132 @@
+"""sgl_jax.Engine: generating without a server. The fake core answers with the prompt itself, then eos."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import sgl_jax
+from sgl_jax.engine.engine import Engine
+from sgl_jax.engine.generation import EngineFailed
+from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.testing.fake_core import FakeCore
+from sgl_jax.text.tokenizer import load_tokenizer
+
+STORIES = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k"))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with Engine.from_core(FakeCore, STORIES) as engine:
+        yield engine
+
+
+def test_one_prompt_one_answer(engine: Engine) -> None:
+    answer = engine.generate("Once upon a time")
+    assert answer["text"] == " Once upon a time"
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": 2}
+
+
+def test_lists_and_parameters_of_each(engine: Engine) -> None:
+    params = [{"max_new_tokens": 1}, SamplingParams(max_tokens=2)]
+    answers = engine.generate(input_ids=[[5, 6, 7], np.array([8, 9, 10])], sampling_params=params)
+    assert [answer["output_ids"] for answer in answers] == [[5], [8, 9]]
+    assert engine.generate(["a"])[0]["text"] == " a"
+    assert len(engine.generate("a", {"n": 3})) == 3
+
+
+def test_streams_grow(engine: Engine) -> None:
+    answers = list(engine.generate("Once upon", stream=True))
+    assert answers[-1]["text"] == " Once upon"
+    assert all(answer["output_ids"] == [1, 403, 407, 2][: len(answer["output_ids"])] for answer in answers)
+    both = list(engine.generate(["Once", "upon"], stream=True))
+    assert {answer["index"]: answer["text"] for answer in both} == {0: " Once", 1: " upon"}
+
+
+def test_async(engine: Engine) -> None:
+    async def test() -> None:
+        answers = await asyncio.gather(*(engine.async_generate(input_ids=[i]) for i in range(5, 15)))
+        assert [answer["output_ids"] for answer in answers] == [[i, 2] for i in range(5, 15)]
+        last = None
+        async for answer in await engine.async_generate("Once upon", stream=True):
+            last = answer
+        assert last is not None
+        assert last["text"] == " Once upon"
+
+    asyncio.run(test())
+
+
+def test_leaving_a_stream_aborts_it() -> None:
+    core = FakeCore(step_seconds=0.01)
+    with Engine.from_core(lambda: core, STORIES) as engine:
+        next(engine.generate("Once", {"ignore_eos": True}, stream=True))
+        for _ in range(100):
+            if not core.busy:
+                return
+            threading.Event().wait(0.01)
+        raise AssertionError("it still runs")
+
+
+def test_flush_cache(engine: Engine) -> None:
+    engine.generate("flush")
+    assert engine.flush_cache() > 0
+    assert engine.flush_cache() == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "param"),
+    [
+        ({}, "text"),
+        ({"prompt": 3}, "text"),
+        ({"prompt": ["a", 3]}, "text"),
+        ({"prompt": []}, "text"),
+        ({"prompt": "a", "input_ids": [1]}, "text"),
+        ({"input_ids": "a"}, "input_ids"),
+        ({"input_ids": [1.5]}, "input_ids"),
+        ({"input_ids": [[1], 2]}, "input_ids"),
+        ({"input_ids": [True]}, "input_ids"),
+        ({"prompt": "a", "sampling_params": 3}, "sampling_params"),
+        ({"prompt": "a", "sampling_params": {"temperature": "hot"}}, "temperature"),
+        ({"prompt": "a", "sampling_params": {"warmth": 1}}, "warmth"),
+        ({"prompt": "a", "sampling_params": {"seed": 1, "sampling_seed": 1}}, "sampling_seed"),
+        ({"prompt": "a", "sampling_params": {"max_new_tokens": -1}}, "max_new_tokens"),
+        ({"prompt": ["a", "b"], "rid": ["x", "x"]}, "rid"),
+        ({"prompt": "a", "top_logprobs_num": 1}, "top_logprobs_num"),
+    ],
+)
+def test_wrong_calls_name_the_argument(engine: Engine, call: dict, param: str) -> None:
+    with pytest.raises(InvalidParameter) as raised:
+        engine.generate(**call)
+    assert raised.value.param == param
+
+
+def test_after_shutdown() -> None:
+    engine = Engine.from_core(FakeCore, STORIES)
+    engine.shutdown()
+    engine.shutdown()
+    with pytest.raises(EngineFailed, match="shut down"):
+        engine.generate("a")
+
+
+def test_a_core_that_cannot_be_built() -> None:
+    def broken() -> FakeCore:
+        raise ValueError("the model does not fit")
+
+    before = threading.active_count()
+    with pytest.raises(EngineFailed, match="the model does not fit"):
+        Engine.from_core(broken, STORIES)
+    for _ in range(100):  # the engine's thread is just leaving
+        if threading.active_count() == before:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("a thread was left behind")
+
+
+def test_the_package_exports_it() -> None:
+    assert sgl_jax.Engine is Engine
+    assert sgl_jax.SamplingParams is SamplingParams

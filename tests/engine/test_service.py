@@ -1,0 +1,250 @@
+"""The service between API calls and engine messages, over a transport that a test plays by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sgl_jax.engine.generation import EngineFailed, GenerationRequest, QueueFull, ServiceUnavailable
+from sgl_jax.engine.messages import Abort, EngineDied, Finished, Generate, PromptScored, Ready, StepOutput
+from sgl_jax.engine.service import GenerationService
+from sgl_jax.request import FinishReason, InvalidParameter, SamplingParams
+from sgl_jax.testing.fake_core import fake_info
+from sgl_jax.text.tokenizer import load_tokenizer
+
+STORIES = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k"))
+ONCE, UPON, A, TIME = STORIES.encode("Once upon a time", add_special_tokens=False)
+
+
+class HandTransport:
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.send = self.sent.append
+
+    def start(self, on_event: Callable[[Any], None]) -> None:
+        self.emit = on_event
+        on_event(Ready(fake_info()))
+
+    async def close(self, timeout: float) -> None: ...
+
+    def keys(self) -> list[int]:
+        return [command.key for command in self.sent if isinstance(command, Generate)]
+
+
+async def opened(**options: Any) -> tuple[GenerationService, HandTransport]:
+    transport = HandTransport()
+    service = GenerationService(transport, STORIES, **options)
+    await service.start()
+    service.open()
+    return service, transport
+
+
+def request(*ids: int, **params: Any) -> GenerationRequest:
+    return GenerationRequest(list(ids) or [ONCE], SamplingParams(**params))
+
+
+def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 5))
+
+
+async def settle() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def collect(generation: Any) -> list[Any]:
+    return [update async for updates in generation.updates() for update in updates]
+
+
+def test_tokens_become_text_as_they_come() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        updates = service.submit([request(ONCE)], stream=True).updates()
+        [key] = transport.keys()
+        transport.emit(StepOutput([key], [UPON], prompts=[PromptScored(key, 3)]))
+        [first] = await anext(updates)
+        assert (first.text, first.token_ids, first.num_cached_tokens, first.finish) == (" upon", [UPON], 3, None)
+        transport.emit(StepOutput([key], [A]))
+        transport.emit(StepOutput([key], [TIME], finished=[Finished(key, FinishReason("length"))]))
+        [last] = await anext(updates)
+        assert (last.text, last.token_ids) == (" a time", [A, TIME])
+        assert last.finish == FinishReason("length")
+        with pytest.raises(StopAsyncIteration):
+            await anext(updates)
+        assert service.num_live == 0
+        assert not any(isinstance(command, Abort) for command in transport.sent)
+
+    run(test)
+
+
+def test_without_stream_the_consumer_runs_once() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        task = asyncio.ensure_future(collect(service.submit([request(ONCE)], stream=False)))
+        await settle()
+        [key] = transport.keys()
+        for token in (UPON, A):
+            transport.emit(StepOutput([key], [token]))
+            await settle()
+        transport.emit(StepOutput([key], [2], finished=[Finished(key, FinishReason("stop", 2))]))
+        [update] = await task
+        assert (update.text, update.token_ids) == (" upon a", [UPON, A, 2])
+
+    run(test)
+
+
+def test_a_stop_token_is_counted_but_not_shown() -> None:
+    async def test() -> None:
+        for keep, text in ((False, " upon"), (True, " upon a")):
+            service, transport = await opened()
+            asked = request(ONCE, stop_token_ids=(A,), include_stop_str_in_output=keep)
+            task = asyncio.ensure_future(collect(service.submit([asked], stream=False)))
+            await settle()
+            [key] = transport.keys()
+            transport.emit(StepOutput([key], [UPON]))
+            transport.emit(StepOutput([key], [A], finished=[Finished(key, FinishReason("stop", A))]))
+            [update] = await task
+            assert (update.text, update.token_ids) == (text, [UPON, A])
+
+    run(test)
+
+
+def test_a_stop_string_aborts_and_drops_what_came_after() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        task = asyncio.ensure_future(collect(service.submit([request(ONCE, stop=("on a",))], stream=True)))
+        await settle()
+        [key] = transport.keys()
+        transport.emit(StepOutput([key, key, key], [UPON, A, TIME]))
+        [update] = await task
+        assert (update.text, update.token_ids, update.finish) == (" up", [UPON, A], FinishReason("stop", "on a"))
+        assert transport.sent[-1] == Abort([key])
+        transport.emit(StepOutput([key], [TIME], finished=[Finished(key, FinishReason("abort"))]))
+        assert service.num_live == 0
+
+    run(test)
+
+
+def test_the_engine_is_not_told_what_is_not_its_business() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        service.submit([request(ONCE, n=2, stop=("x",), seed=5)], stream=False)
+        sent = [command.params for command in transport.sent]
+        assert [(params.n, params.stop, params.seed, params.max_tokens) for params in sent] == [
+            (1, (), 5, 511),
+            (1, (), 6, 511),
+        ]
+
+    run(test)
+
+
+def test_leaving_early_aborts() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        task = asyncio.ensure_future(collect(service.submit([request(n=2), request()], stream=True)))
+        await settle()
+        keys = transport.keys()
+        transport.emit(StepOutput(keys[:1], [A], finished=[Finished(keys[0], FinishReason("length"))]))
+        await settle()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert transport.sent[-1] == Abort(keys[1:])
+        assert service.num_live == 0
+
+    run(test)
+
+
+def test_aborting_by_id() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        asked = request(n=2)
+        asked.request_id = "mine"
+        task = asyncio.ensure_future(collect(service.submit([asked], stream=False)))
+        await settle()
+        with pytest.raises(InvalidParameter, match="mine"):
+            service.submit([asked], stream=False)
+        assert (service.abort("other"), service.abort("mine")) == (0, 2)
+        keys = transport.keys()
+        assert transport.sent[-1] == Abort(keys)
+        transport.emit(StepOutput(finished=[Finished(key, FinishReason("abort")) for key in keys]))
+        assert [update.finish.type for update in await task] == ["abort", "abort"]
+        assert service.abort("mine") == 0
+
+    run(test)
+
+
+def test_the_queue_holds_requests_without_a_token() -> None:
+    async def test() -> None:
+        service, transport = await opened(max_queued_requests=2)
+        service.submit([request(), request()], stream=False)
+        with pytest.raises(QueueFull, match="the limit is 2"):
+            service.submit([request()], stream=False)
+        transport.emit(StepOutput(transport.keys()[:1], [A]))
+        service.submit([request()], stream=False)
+        with pytest.raises(QueueFull):
+            service.submit([request()], stream=False)
+
+    run(test)
+
+
+def test_death_fails_everything_and_everyone() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        task = asyncio.ensure_future(collect(service.submit([request()], stream=True)))
+        flush = asyncio.ensure_future(service.flush_cache())
+        await settle()
+        transport.emit(EngineDied("out of memory"))
+        for waiting in (task, flush):
+            with pytest.raises(EngineFailed, match="out of memory"):
+                await waiting
+        with pytest.raises(EngineFailed):
+            service.submit([request()], stream=True)
+        assert await service.wait_failed() == "out of memory"
+
+    run(test)
+
+
+def test_draining_waits_for_what_runs() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        task = asyncio.ensure_future(collect(service.submit([request()], stream=False)))
+        await settle()
+        assert not await service.drain(0.01)
+        with pytest.raises(ServiceUnavailable):
+            service.submit([request()], stream=False)
+        drained = asyncio.ensure_future(service.drain(5))
+        [key] = transport.keys()
+        transport.emit(StepOutput([key], [A], finished=[Finished(key, FinishReason("length"))]))
+        assert await drained
+        await task
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "message"),
+    [
+        (GenerationRequest([], SamplingParams()), "prompt", "empty"),
+        (request(512), "prompt", "512"),
+        (request(-1), "prompt", "-1"),
+        (request(*[ONCE] * 512), "prompt", "512 tokens"),
+        (request(*[ONCE] * 500, max_tokens=13), "prompt", "500 tokens and max_tokens is 13; .* 512"),
+        (request(*[ONCE] * 500, min_tokens=13), "min_tokens", "12 tokens"),
+        (request(temperature=-1), "temperature", "-1"),
+        (request(top_k=-2), "top_k", "-2"),
+    ],
+)
+def test_what_is_refused(asked: GenerationRequest, param: str, message: str) -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        with pytest.raises(InvalidParameter, match=message) as raised:
+            service.submit([request(), asked], stream=False)
+        assert raised.value.param == param
+        assert transport.sent == []  # all or nothing
+
+    run(test)

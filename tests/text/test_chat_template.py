@@ -1,0 +1,108 @@
+"""Templates render as the models' authors meant them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+
+import pytest
+
+from sgl_jax.text.chat_template import ChatTemplate, TemplateError
+
+USER = [{"role": "user", "content": "Hello <you> & é"}]
+
+# llama.cpp renders these with code of its own (a system message merged into the first turn, tools it makes up), or gives
+# the template names that Hugging Face does not. Jinja, and with it transformers, does something else.
+NOT_JINJA = {
+    "mistralai/Mistral-7B-Instruct-v0.2 (NOTE: Old pre-v1 without a system prompt)",
+    "google/gemma-7b-it",
+    "OrionStarAI/Orion-14B-Chat",
+    "Phi-3-mini",
+    "Phi-3-medium",
+    "ai-sage/GigaChat-20B-A3B-instruct",
+    "yandex/YandexGPT-5-Lite-8B-instruct",
+    "ibm-granite/granite-3.x (tool call)",
+    "ibm-granite/granite-4.0 (tool call)",
+    "ibm-granite/granite-4.1 (tool call)",
+}
+
+
+def test_llama_cpp_cases(shared_data: Path) -> None:
+    data = json.loads((shared_data / "chat_templates" / "llama_cpp_template_cases.json").read_text())
+    rendered = 0
+    for case in data["cases"]:
+        if case["name"] in NOT_JINJA:
+            continue
+        special = {"bos_token": case.get("bos_token", ""), "eos_token": case.get("eos_token", "")}
+        text = ChatTemplate(case["template"], special).render(data["conversation"])
+        assert text == (case["expected_jinja"] or case["expected"]), case["name"]
+        rendered += 1
+    assert rendered == 26
+
+
+def test_real_templates_compile(shared_data: Path) -> None:
+    templates = sorted((shared_data / "chat_templates").glob("*.jinja"))
+    assert len(templates) > 60
+    for path in templates:
+        ChatTemplate(path.read_text())
+
+
+def test_tojson_is_plain_json() -> None:
+    template = ChatTemplate("{{ messages[0] | tojson }}|{{ messages[0].content | tojson(indent=2) }}")
+    assert template.render(USER) == '{"role": "user", "content": "Hello <you> & é"}|"Hello <you> & é"'
+
+
+def test_names_and_tags_of_published_templates() -> None:
+    template = ChatTemplate(
+        "{% for m in messages %}{% if loop.index > 1 %}{% break %}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}{{ strftime_now('%Y') }}{{ thinking }}"
+    )
+    year = datetime.datetime.now().year
+    assert template.render(USER * 2, template_kwargs={"thinking": "on"}) == f"Hello <you> & é{year}on"
+
+
+def test_blocks_are_trimmed() -> None:
+    assert ChatTemplate("a\n  {% if true %}\nb\n  {% endif %}\nc").render(USER) == "a\nb\nc"
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{{ messages[0].absent.more }}", "absent"),
+        ("{{ 1 + 'a' }}", "unsupported operand"),
+        ("{{ messages.append(1) }}", "append"),
+        ("{{ ''.__class__.__mro__ }}", "unsafe"),
+    ],
+)
+def test_whatever_a_template_raises_is_a_template_error(source: str, message: str) -> None:
+    with pytest.raises(TemplateError, match=message):
+        ChatTemplate(source).render(USER)
+
+
+def test_a_template_that_does_not_compile() -> None:
+    with pytest.raises(TemplateError, match="line 2"):
+        ChatTemplate("a\n{% for %}")
+
+
+def test_the_conversation_cannot_be_replaced_by_a_variable() -> None:
+    with pytest.raises(TemplateError, match="messages"):
+        ChatTemplate("").render(USER, template_kwargs={"messages": []})
+
+
+@pytest.mark.parametrize("content", ["Sure", "Sure, ", "  Sure"])
+@pytest.mark.parametrize("trim", ["", " | trim"])
+def test_continue_final_message(content: str, trim: str) -> None:
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content" + trim + " }}</>{% endfor %}"
+    messages = [*USER, {"role": "assistant", "content": content}]
+    text = ChatTemplate(source).render(messages, add_generation_prompt=False, continue_final_message=True)
+    shown = content.strip() if trim else content
+    assert text == f"<user>Hello <you> & é</><assistant>{shown}"
+
+
+def test_continue_final_message_needs_one() -> None:
+    with pytest.raises(TemplateError, match="last message"):
+        ChatTemplate("nothing").render(USER, add_generation_prompt=False, continue_final_message=True)
+    with pytest.raises(TemplateError, match="exclude"):
+        ChatTemplate("nothing").render(USER, continue_final_message=True)

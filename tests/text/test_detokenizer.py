@@ -1,0 +1,115 @@
+"""Text comes out as it is decided, whole characters only, and nothing of a stop string."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgl_jax.text.detokenizer import Detokenizer, StopMatcher
+from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+STORIES = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k"))
+PROMPT = STORIES.encode("There was")
+
+
+def pieces(tokenizer: Tokenizer, tokens: list[int], prompt: list[int] = PROMPT, **options) -> list[str]:
+    detokenizer = Detokenizer(tokenizer, prompt, **options)
+    found = []
+    for token in tokens:
+        text, used = detokenizer.push([token])
+        found.append(text)
+        if detokenizer.matched is not None:
+            assert used == 1
+            return found
+    return [*found, detokenizer.finish()]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_pieces_add_up_to_the_text(text: str) -> None:
+    tokens = STORIES.encode(text, add_special_tokens=False)
+    whole = STORIES.decode(PROMPT + tokens)[len(STORIES.decode(PROMPT)) :]
+    assert "".join(pieces(STORIES, tokens)) == whole
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 2) | st.integers(259, 511), max_size=40))
+def test_one_by_one_is_as_all_at_once(tokens: list[int]) -> None:
+    detokenizer = Detokenizer(STORIES, PROMPT)
+    text, used = detokenizer.push(tokens)
+    assert used == len(tokens)
+    assert "".join(pieces(STORIES, tokens)) == text + detokenizer.finish()
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, 511), max_size=40))
+def test_any_bytes_give_valid_text(tokens: list[int]) -> None:
+    "".join(pieces(STORIES, tokens)).encode()
+
+
+def test_a_character_of_four_tokens_comes_whole() -> None:
+    tokens = STORIES.encode("🤗!", add_special_tokens=False)
+    assert pieces(STORIES, tokens) == [" ", "", "", "", "🤗", "!", ""]
+
+
+def test_an_unfinished_character_is_flushed_at_the_end() -> None:
+    tokens = STORIES.encode("a🤗", add_special_tokens=False)[:-2]
+    assert "".join(pieces(STORIES, tokens)).rstrip("\ufffd") == " a"
+
+
+def test_endless_broken_bytes_do_not_hold_the_text_for_ever() -> None:
+    broken = STORIES.encode("🤗", add_special_tokens=False)[-1]
+    found = pieces(STORIES, [broken] * 40)
+    assert any(found[:20])
+
+
+def test_special_tokens_are_shown_only_if_wanted() -> None:
+    tokens = [403, 2, 407]
+    assert "".join(pieces(STORIES, tokens)) == " Once upon"
+    assert "".join(pieces(STORIES, tokens, skip_special_tokens=False)) == " Once</s> upon"
+
+
+@pytest.mark.parametrize("stop", ["on a", "n", " upon", "time", "Once", "upon a time"])
+def test_a_stop_string_never_shows_wherever_tokens_end(stop: str) -> None:
+    tokens = STORIES.encode("Once upon a time", add_special_tokens=False)
+    before = " Once upon a time".partition(stop)[0]
+    found = pieces(STORIES, tokens, stop=[stop])
+    assert "".join(found) == before
+    kept = pieces(STORIES, tokens, stop=[stop], include_stop_str_in_output=True)
+    assert "".join(kept) == before + stop
+
+
+def test_what_looked_like_a_stop_string_comes_out_when_it_is_none() -> None:
+    tokens = STORIES.encode("Once upon a time", add_special_tokens=False)
+    assert pieces(STORIES, tokens, stop=["Once upon a girl"])[0] == " "
+    assert "".join(pieces(STORIES, tokens, stop=["Once upon a girl"])) == " Once upon a time"
+    assert "".join(pieces(STORIES, tokens, stop=["time and again"])) == " Once upon a time"
+
+
+def test_stop_strings_do_not_count_before_min_tokens() -> None:
+    tokens = STORIES.encode("upon upon upon", add_special_tokens=False)
+    total = len(tokens)
+    found = "".join(pieces(STORIES, tokens, stop=["upon"], min_tokens=total - 1))
+    assert found == STORIES.decode(PROMPT + tokens[:-1])[len("There was") :] + " "
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_the_earliest_match_wins_however_the_text_is_cut(text: str, stops: list[str], data: st.DataObject) -> None:
+    matcher = StopMatcher(stops)
+    shown, position = "", 0
+    while position < len(text) and matcher.matched is None:
+        step = data.draw(st.integers(1, 5))
+        shown += matcher.push(text[position : position + step])
+        position += step
+    if matcher.matched is None:
+        shown += matcher.flush()
+    if not any(stop in text for stop in stops):
+        assert shown == text
+        assert matcher.matched is None
+        return
+    assert matcher.matched in stops
+    assert not any(stop in shown for stop in stops)
+    assert text.startswith(shown + str(matcher.matched))
