@@ -1,0 +1,247 @@
+"""A device whose output can be computed by hand, for tests of everything above the runner. No jax.
+
+The KV of a token is a number that depends on the token and on the KV of the token before it, and the next token is a
+hash of the KV of the whole sequence; both are read through the page table that plans have built up. So a wrong page, a
+stale one, a page with two owners, a missing load or a wrong order gives a wrong token. `continuation` says what is right.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from sgl_jax.request import MAX_LOGPROBS, Request
+from sgl_jax.step_plan import Flag, Param, StepPlan
+
+_MASK = 2**64 - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _mix(x: int) -> int:
+    """splitmix64's finaliser."""
+    x = (x + _GOLDEN) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def kv_of(before: int, token: int) -> int:
+    """The KV of a token after a token with KV `before`; 0 before the first."""
+    return _mix((before * 3 + token + 1) & _MASK)
+
+
+def summary_of(kv: Sequence[int] | np.ndarray) -> int:
+    """What a query sees of a sequence: every position counts, each with another weight."""
+    values = np.asarray(kv, np.uint64)
+    weights = 2 * np.arange(len(values), dtype=np.uint64) + np.uint64(1)
+    return int((values * weights).sum(dtype=np.uint64))
+
+
+def token_of(
+    summary: int,
+    position: int,
+    vocab_size: int,
+    *,
+    temperature: float = 0.0,
+    seed: int = 0,
+    output: Iterable[int] | None = None,
+    held_back: frozenset[int] = frozenset(),
+) -> int:
+    """The token at `position`, given the summary of all before it.
+
+    seed: u32, matters with a temperature. output: the tokens generated so far, in any order, for requests with
+    penalties. held_back: tokens that cannot be sampled here.
+    """
+    x = summary
+    if temperature > 0:
+        x = _mix(x ^ _mix(seed ^ (position << 32)))
+    if output is not None:
+        x = _mix(x ^ (sum(map(_mix, output)) & _MASK))
+    x = _mix(x)
+    while x % vocab_size in held_back:
+        x = _mix(x)
+    return x % vocab_size
+
+
+def logprob_of(kv: int, token: int) -> float:
+    """The logprob of `token` after a token with this KV; a multiple of 1/8, exact in float32."""
+    return -(_mix(kv ^ token) % 800 + 1) / 8
+
+
+def continuation(request: Request, num_tokens: int, vocab_size: int) -> list[int]:
+    """The right answer: num_tokens tokens after the request's prompt, stop tokens not looked at."""
+    params = request.params
+    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
+    kv: list[int] = []
+    for token in request.prompt.tolist():
+        kv.append(kv_of(kv[-1] if kv else 0, token))
+    output: list[int] = []
+    while len(output) < num_tokens:
+        held_back = request.stop_token_ids.tolist() if len(output) < params.min_tokens else ()
+        token = token_of(
+            summary_of(kv),
+            len(kv),
+            vocab_size,
+            temperature=params.temperature,
+            seed=request.seed,
+            output=output if penalties else None,
+            held_back=frozenset(held_back),
+        )
+        output.append(token)
+        kv.append(kv_of(kv[-1], token))
+    return output
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeTokens:
+    """As runtime.runner.StepTokens; logprobs are (chosen [n], top ids [n, MAX_LOGPROBS], top logprobs)."""
+
+    tokens: np.ndarray
+    logprobs: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+    prompt_logprobs: tuple[np.ndarray, np.ndarray, np.ndarray] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeFlight:
+    plan: StepPlan
+    number: int
+    ready_at: float
+    result: FakeTokens
+
+
+@dataclasses.dataclass
+class _Row:
+    """Device state of a row."""
+
+    page_table: np.ndarray
+    last_token: int = -1
+    output: list[int] = dataclasses.field(default_factory=list)  # loaded and counted for rows with penalties
+    held_back: frozenset[int] = frozenset()
+    held_until: int = 0
+
+
+class FakeRunner:
+    """engine.core.Runner. Steps compute at launch, as a device would in order; `collect` returns step_seconds later."""
+
+    compiles_after_ready = 0
+
+    def __init__(
+        self,
+        *,
+        num_rows: int,
+        num_pages: int,
+        page_size: int,
+        context_length: int,
+        vocab_size: int = 512,
+        step_seconds: float = 0.0,
+    ):
+        """num_pages counts the scratch page."""
+        pages_per_row = -(-context_length // page_size)
+        self.page_size, self.vocab_size, self.step_seconds = page_size, vocab_size, step_seconds
+        self.plans: list[StepPlan] = []  # everything launched, for tests to read
+        self._kv: list[int] = [0] * (num_pages * page_size)
+        self._num_pages = num_pages
+        self._rows = [_Row(np.zeros(pages_per_row, np.int32)) for _ in range(num_rows)]
+        self._num_collected = 0
+
+    def launch(self, plan: StepPlan) -> FakeFlight:
+        self._check(plan)
+        for load in plan.loads:
+            row = self._rows[load.row]
+            if load.pages is not None:
+                row.page_table[:] = 0
+                row.page_table[: len(load.pages)] = load.pages
+            if load.request is not None:
+                self._load_state(row, load.request)
+        for r, index, page in plan.page_updates.T:
+            assert 0 < page < self._num_pages, f"page {page} of {self._num_pages}"
+            self._rows[r].page_table[index] = page
+        result = self._run(plan)
+        self.plans.append(plan)
+        return FakeFlight(plan, len(self.plans), time.monotonic() + self.step_seconds, result)
+
+    def collect(self, flight: FakeFlight) -> FakeTokens:
+        self._num_collected += 1
+        assert flight.number == self._num_collected, "steps are collected in the order of their launch"
+        time.sleep(max(0.0, flight.ready_at - time.monotonic()))
+        return flight.result
+
+    def _check(self, plan: StepPlan) -> None:
+        """The promises of a StepPlan."""
+        assert len(plan.rows) > 0
+        assert len(set(plan.rows.tolist())) == len(plan.rows), "a row is in the plan twice"
+        assert (plan.num_new >= 1).all()
+        assert plan.num_single == (plan.num_new == 1).sum()
+        assert (plan.num_new[: plan.num_single] == 1).all(), "rows with one token come first"
+        assert plan.num_tokens == plan.num_new.sum()
+        assert (plan.num_new[plan.from_device] == 1).all()
+        fields = (plan.rows, plan.start, plan.num_new, plan.next_token, plan.tokens, plan.params, plan.page_updates)
+        assert {x.dtype for x in fields} == {np.dtype(np.int32)}
+
+    def _load_state(self, row: _Row, request: Request) -> None:
+        row.output = request.tokens[len(request.prompt) :].tolist()
+        row.held_back = frozenset(request.stop_token_ids.tolist())
+        row.held_until = len(request.prompt) + request.params.min_tokens
+
+    def _run(self, plan: StepPlan) -> FakeTokens:
+        first = (np.cumsum(plan.num_new) - plan.num_new).tolist()
+        # Every row reads its inputs before any writes its KV: a page with two owners in one step must not go unseen.
+        places = [self._places(i, plan) for i in range(len(plan.rows))]
+        written = [p for (own, start) in places for p in own[start:]]
+        assert len(set(written)) == len(written), "two rows write to one place"
+        sampled = np.zeros(len(plan.rows), np.int32)
+        kv_of_token = [0] * plan.num_tokens
+        for i, (own, start) in enumerate(places):
+            row = self._rows[plan.rows[i]]
+            tokens = plan.tokens[first[i] : first[i] + int(plan.num_new[i])].tolist()
+            if plan.from_device[i]:
+                assert row.last_token >= 0, "no last token on the device"
+                tokens = [row.last_token]
+            before = self._kv[own[start - 1]] if start else 0
+            for j, token in enumerate(tokens):
+                before = self._kv[own[start + j]] = kv_of_token[first[i] + j] = kv_of(before, token)
+        for i, (own, _) in enumerate(places):
+            row = self._rows[plan.rows[i]]
+            sampled[i] = self._sample(row, plan.params[i], [self._kv[p] for p in own])
+            if plan.samples[i]:
+                row.last_token = int(sampled[i])
+                row.output.append(row.last_token)
+        return FakeTokens(sampled, *self._logprobs(plan, sampled, kv_of_token))
+
+    def _places(self, i: int, plan: StepPlan) -> tuple[list[int], int]:
+        """Where the KV of each of the row's tokens lies, this step's included, and how many are older."""
+        start, end = int(plan.start[i]), int(plan.start[i] + plan.num_new[i])
+        position = np.arange(end)
+        pages = self._rows[plan.rows[i]].page_table[position // self.page_size]
+        return (pages * self.page_size + position % self.page_size).tolist(), start
+
+    def _sample(self, row: _Row, params: np.ndarray, kv: list[int]) -> int:
+        flags = int(params[Param.FLAGS])
+        held_back = row.held_back if flags & Flag.BIAS and len(kv) < row.held_until else frozenset[int]()
+        return token_of(
+            summary_of(kv),
+            len(kv),
+            self.vocab_size,
+            temperature=float(params[Param.TEMPERATURE :].view(np.float32)[0]),
+            seed=int(params[Param.SEED : Param.SEED + 1].view(np.uint32)[0]),
+            output=row.output if flags & Flag.PENALTIES else None,
+            held_back=held_back,
+        )
+
+    def _logprobs(self, plan: StepPlan, sampled: np.ndarray, kv: list[int]):
+        last = np.cumsum(plan.num_new) - 1
+        following = np.roll(plan.tokens, -1)
+        following[last] = plan.next_token
+        rows = self._scored([kv[t] for t in last], sampled.tolist()) if plan.wants_logprobs else None
+        tokens = self._scored(kv, following.tolist()) if plan.wants_prompt_logprobs else None
+        return rows, tokens
+
+    def _scored(self, kv: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Best first are the tokens after the chosen one, at its logprob, its logprob - 1, …"""
+        chosen = np.array([logprob_of(k, t) for k, t in zip(kv, tokens, strict=True)], np.float32)
+        steps = np.arange(MAX_LOGPROBS)
+        ids = (np.array(tokens)[:, None] + 1 + steps) % self.vocab_size
+        return chosen, ids.astype(np.int32), (chosen[:, None] - steps).astype(np.float32)
