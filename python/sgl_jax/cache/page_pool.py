@@ -30,6 +30,9 @@ class PagePool:
     def free(self, pages: np.ndarray) -> None:
         """Give back pages that were allocated and are not yet free."""
         n = len(pages)
+        assert self._num_free + n < self.num_pages, (
+            f"{n} pages freed, only {self.num_pages - 1 - self._num_free} in use"
+        )
         self._stack[self._num_free : self._num_free + n] = pages[::-1]
         self._num_free += n
 

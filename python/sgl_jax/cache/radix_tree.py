@@ -23,6 +23,7 @@ class Node:
     children: dict[bytes, Node] = dataclasses.field(default_factory=dict)
     num_locks: int = 0  # handles held on this node or below it
     last_used: int = 0  # tree clock at the last match or insert that passed here
+    offered: bool = False  # has an entry in the tree's heap of leaves
 
     @property
     def path(self) -> Iterator[Node]:
@@ -40,7 +41,7 @@ class RadixTree:
         self.num_locked_pages = 0  # of those, pages under a lock
         self._roots: dict[str, Node] = {}
         self._clock = itertools.count(1)
-        self._leaves: list[tuple[int, int, Node]] = []  # heap of (last_used, tiebreak, node); stale entries are skipped
+        self._leaves: list[tuple[int, int, Node]] = []  # heap of (last_used when offered, tiebreak, node), once a node
         self._tiebreak = itertools.count()
 
     @property
@@ -54,8 +55,8 @@ class RadixTree:
         unless locked.
         """
         node = self._roots.get(namespace)
-        if node is None:
-            node = self._roots[namespace] = Node(np.empty(0, np.int32), np.empty(0, np.int32), None, namespace)
+        if node is None:  # not kept before something hangs below it: most salts never cache a page
+            node = Node(np.empty(0, np.int32), np.empty(0, np.int32), None, namespace)
         now = next(self._clock)
         node.last_used = now
         while True:
@@ -72,6 +73,8 @@ class RadixTree:
         """Hang tokens (whole pages, not a prefix of any child: match first) below a node; the tree takes the pages."""
         if len(pages) == 0:
             return below
+        if below.parent is None:
+            assert self._roots.setdefault(below.namespace, below) is below, "match first"
         node = Node(tokens.copy(), pages.copy(), below, below.namespace, last_used=next(self._clock))
         below.children[self._key(tokens)] = node
         self.num_pages += len(pages)
@@ -98,8 +101,9 @@ class RadixTree:
         count = 0
         while count < num_pages and self._leaves:
             last_used, _, node = heapq.heappop(self._leaves)
+            node.offered = False
             if not self._is_evictable(node):
-                continue
+                continue  # it is offered again when its last lock or child goes
             if last_used != node.last_used:
                 self._offer(node)
                 continue
@@ -153,5 +157,6 @@ class RadixTree:
         return node.parent is not None and node.num_locks == 0 and not node.children
 
     def _offer(self, node: Node) -> None:
-        if self._is_evictable(node):
+        if self._is_evictable(node) and not node.offered:
+            node.offered = True
             heapq.heappush(self._leaves, (node.last_used, next(self._tiebreak), node))
