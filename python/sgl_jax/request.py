@@ -123,6 +123,7 @@ class Request:
 
     tokens: np.ndarray = dataclasses.field(init=False)  # i32: prompt plus output so far, current while not running
     row: int = -1  # in the row table; -1 while waiting
+    admitted: bool = False  # it has had a row before
     announced: bool = False  # its first token has been reported
     num_cached_tokens: int = 0  # prompt tokens the prefix cache spared at first admission
     prompt_logprobs: list = dataclasses.field(default_factory=list)  # gathered chunk by chunk, by the engine core

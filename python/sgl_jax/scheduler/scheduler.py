@@ -58,6 +58,7 @@ class StepResult:
 class _Picks:
     """Rows chosen for the step under construction."""
 
+    budget: int  # prompt tokens the step has room for yet
     rows: list[np.ndarray] = dataclasses.field(default_factory=list)
     num_new: list[np.ndarray] = dataclasses.field(default_factory=list)
     loads: list[RowLoad] = dataclasses.field(default_factory=list)
@@ -162,8 +163,8 @@ class Scheduler:
                 break
             self._preempt(int(run[-1]))
         if not len(all_rows):
-            return _Picks()
-        return _Picks([all_rows], [all_new], page_updates=[self._give_pages(all_rows, need, pages)])
+            return _Picks(budget)
+        return _Picks(budget, [all_rows], [all_new], page_updates=[self._give_pages(all_rows, need, pages)])
 
     def _prefill_budget(self, num_decoding: int) -> int:
         return min(self.config.max_step_tokens - num_decoding, self.config.max_prefill_tokens)
@@ -172,22 +173,19 @@ class Scheduler:
         """Seat waiting requests while budget, rows and pages last."""
         if not self.waiting or not self.table.num_free:
             return
-        num_tokens = sum(int(n.sum()) for n in picks.num_new)
-        num_decoding = sum(int((n == 1).sum()) for n in picks.num_new)
-        budget = self._prefill_budget(num_decoding) - (num_tokens - num_decoding)
         being_computed = self._prefixes_being_computed()
         for request in POLICIES[self.config.policy](self.waiting.values(), self.cache):
-            if budget <= 0 or not self.table.num_free:
+            if picks.budget <= 0 or not self.table.num_free:
                 return
             handle = self._match(request)
             if being_computed and self._next_page(request, handle.num_tokens) in being_computed:
                 continue  # another row is computing the same page: the next step will find it cached
-            num_new = min(len(request.tokens) - handle.num_tokens, budget)
+            num_new = min(len(request.tokens) - handle.num_tokens, picks.budget)
             if not self._fits(request, handle):
                 return
             self._seat(request, handle, num_new, picks)
             being_computed.add(self._next_page(request, handle.num_tokens))
-            budget -= num_new
+            picks.budget -= num_new
 
     def _match(self, request: Request) -> Handle:
         """The cached prefix it may use: one token must be left to compute, and all of them if each is to be scored."""
@@ -211,7 +209,8 @@ class Scheduler:
         t.num_computed[row] = handle.num_tokens
         t.num_pages[row] = handle.num_pages
         t.page_table[row, : handle.num_pages] = handle.pages
-        if not request.announced:
+        if not request.admitted:
+            request.admitted = True
             request.num_cached_tokens = handle.num_tokens
             self.counters.prompt_tokens += len(request.prompt)
             self.counters.cached_tokens += handle.num_tokens
@@ -277,13 +276,17 @@ class Scheduler:
             next_token=next_token.astype(np.int32),
             tokens=np.concatenate(tokens) if len(tokens) > 1 else tokens[0],
             params=t.params[rows],
-            page_updates=np.concatenate(picks.page_updates, axis=1) if picks.page_updates else np.empty((3, 0), np.int32),
+            page_updates=np.concatenate(picks.page_updates, axis=1)
+            if picks.page_updates
+            else np.empty((3, 0), np.int32),
             loads=loads,
         )
         sampled = rows[samples]
         t.num_computed[rows] = end
         t.num_tokens[sampled] += 1
         t.has_sampled[sampled] = True
+        if plan.wants_prompt_logprobs:  # a prompt that is computed is scored
+            t.params[sampled, Param.FLAGS] &= ~int(Flag.PROMPT_LOGPROBS)
         return plan
 
     def _share_prompts(self, plan: StepPlan) -> None:
@@ -370,7 +373,7 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raises AssertionError unless every page and row has exactly one owner and every counter is in order."""
         t = self.table
-        owned = [t.page_table[r, self._handles[r].num_pages : t.num_pages[r]] for r in self._running]
+        owned = [t.page_table[r, self._handles[r].num_pages : t.num_pages[r]] for r in self._running.tolist()]
         self.cache.check_invariants(owned)
         assert sorted(self._handles) == sorted(self._running.tolist())
         assert len(self._running) + t.num_free == self.config.max_running_requests
@@ -380,6 +383,6 @@ class Scheduler:
         in_flight = t.num_tokens[run] - t.num_known[run]
         assert ((in_flight >= 0) & (in_flight <= 2)).all(), "more tokens in flight than steps"
         assert (t.num_pages[run] == -(-t.num_computed[run] // self.cache.page_size)).all()
-        for row in run:
+        for row in run.tolist():
             handle = self._handles[row]
             assert np.array_equal(t.page_table[row, : handle.num_pages], handle.pages)
