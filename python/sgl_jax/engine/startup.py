@@ -149,8 +149,10 @@ def _load(checkpoint: Checkpoint, model: DecoderConfig, dtype: str, args: Server
         if checkpoint.format == "dummy":
             weights = random_weights(model, dtype, args.random_seed or 0, report=report)
         else:
-            weights = load_weights(checkpoint, model, dtype, report=report)
-    return stack_layers(weights) if platform.stacks_layers else weights
+            # A quantised GGUF means the same weights whatever the dtype: those of the model it was made from.
+            rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
+            weights = load_weights(checkpoint, model, dtype, rounded_to=rounded_to, report=report)
+    return weights if dtype in platform.unrolled else stack_layers(weights)
 
 
 def _report_compile(done: int, total: int, compiled: Compiled) -> None:

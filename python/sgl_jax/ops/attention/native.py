@@ -46,6 +46,7 @@ def paged_attention(
         window=window,
         softcap=softcap,
         sinks=None if sinks is None else sinks.reshape(num_kv_heads, -1),
+        upcast=not vectorise,  # on CPU small products are faster in float32 (benchmarks/LOG.md)
     )
     pages = batch.page_table + first_page
     tiled = q.reshape(num_tokens, num_kv_heads, -1, head_dim)
@@ -107,6 +108,7 @@ def _attend_tile(
     softcap: float | None,
     sinks: Float[Array, "K G"] | None,
     pages_per_turn: int,
+    upcast: bool,
 ) -> Float[Array, "B K G H"]:
     """Queries at position, position + 1, … over the keys before kv_end; float32 result."""
     num_queries, num_kv_heads, group, head_dim = q.shape
@@ -116,6 +118,8 @@ def _attend_tile(
     pages = jnp.pad(pages, (0, -len(pages) % pages_per_turn))
     first_turn = jnp.maximum(position - window + 1, 0) // keys_per_turn if window is not None else 0
     last_turn = (kv_end + keys_per_turn - 1) // keys_per_turn
+    if upcast:
+        q = q.astype(jnp.float32)
     grouped = q.transpose(1, 0, 2, 3).reshape(num_kv_heads, num_queries * group, head_dim)
 
     def load(turn: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -129,6 +133,8 @@ def _attend_tile(
     def body(turn: jax.Array, carry):
         top, total, acc = carry  # [K, B*G], [K, B*G], [K, B*G, H]
         k, v = load(turn)
+        if upcast:
+            k, v = k.astype(jnp.float32), v.astype(jnp.float32)
         scores = jnp.einsum("kqh,kph->kqp", grouped, k, preferred_element_type=jnp.float32) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
