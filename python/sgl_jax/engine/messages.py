@@ -17,7 +17,7 @@ class _Message(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
 # --- API side -> engine ---------------------------------------------------------------------------------------------
 
 
-class Generate(_Message):
+class Generate(_Message, frozen=True):
     """Start a request. The API side has validated it: 1 <= len(prompt_ids) < context_length; n is already expanded."""
 
     key: int
@@ -26,19 +26,19 @@ class Generate(_Message):
     namespace: str = ""  # requests of different namespaces never share cached prefixes
 
 
-class Abort(_Message):
+class Abort(_Message, frozen=True):
     """Stop these requests, whatever their state; unknown keys are ignored. Each live one gets a Finished(abort)."""
 
     keys: list[int]
 
 
-class FlushCache(_Message):
+class FlushCache(_Message, frozen=True):
     """Drop every cached prefix that no running request holds. Answered by CacheFlushed with the same call."""
 
     call: int
 
 
-class Shutdown(_Message):
+class Shutdown(_Message, frozen=True):
     """Leave the loop at once; running requests are dropped. The API side drains before it sends this."""
 
 
@@ -67,7 +67,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     start_seconds: float
 
 
-class Ready(_Message):
+class Ready(_Message, frozen=True):
     """Weights are loaded and every program is compiled."""
 
     info: EngineInfo
@@ -110,7 +110,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     compiles_after_ready: int = 0
 
 
-class StepOutput(_Message):
+class StepOutput(_Message, frozen=True):
     """What one step produced, one message per step: `tokens[i]` is the next token of request `keys[i]`.
 
     A finished request's last token is in `tokens` (a stop token included) and its Finished in `finished`.
@@ -124,12 +124,12 @@ class StepOutput(_Message):
     stats: Stats | None = None  # now and then, and always when the engine falls idle
 
 
-class CacheFlushed(_Message):
+class CacheFlushed(_Message, frozen=True):
     call: int
     num_pages: int  # pages that became free
 
 
-class EngineDied(_Message):
+class EngineDied(_Message, frozen=True):
     """The engine cannot go on. Every request ends with this error and the server exits non-zero."""
 
     message: str

@@ -53,7 +53,7 @@ def main() -> int:
     from sgl_jax.observability import log
 
     context: zmq.Context[Any] = zmq.Context()
-    outbox = ZmqOutbox(context, config["events"])
+    inbox, outbox = ZmqInbox(context, config["commands"]), ZmqOutbox(context, config["events"])
     try:
         server_args = _named(config["args_type"])(**config["args"])
         log.setup(server_args.log_level)
@@ -67,7 +67,7 @@ def main() -> int:
         context.destroy(linger=LINGER_MS)
         return FAILED
     try:
-        run(core, ZmqInbox(context, config["commands"]), outbox)
+        run(core, inbox, outbox)
     except Exception:  # logged and sent by the loop
         return FAILED
     finally:

@@ -24,6 +24,8 @@ import zmq
 from sgl_jax.engine.loop import EngineCore, one_line, run
 from sgl_jax.engine.messages import Command, EngineDied, Event, Shutdown
 
+_RECONNECT_MS = 10
+_LAST_WORDS_S = 0.5
 _MAX_IPC_PATH = 100  # the kernel's limit for a socket's path is 107 bytes
 
 type OnEvent = Callable[[Event], None]
@@ -109,7 +111,7 @@ class ZmqInbox:
     def __init__(self, context: zmq.Context[Any], address: str):
         self._socket = context.socket(zmq.PULL)
         self._socket.set_hwm(0)
-        self._socket.connect(address)
+        self._socket.bind(address)
         self._decode = msgspec.msgpack.Decoder(Command).decode
 
     def get(self, block: bool) -> Command | None:
@@ -158,10 +160,14 @@ class ProcessTransport:
         self._context = zmq.Context()
         self._commands = self._context.socket(zmq.PUSH)
         self._events = self._context.socket(zmq.PULL)
-        for socket, address in ((self._commands, commands), (self._events, events)):
+        for socket in (self._commands, self._events):
             socket.set_hwm(0)
             socket.linger = 0
-            socket.bind(address)
+        # Both senders connect and both receivers bind: a connected sender queues what it sends before, and after, its
+        # peer is there, where a bound one would block.
+        self._commands.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
+        self._commands.connect(commands)
+        self._events.bind(events)
         from sgl_jax.engine.process import spawn
 
         self._process = spawn(self._server_args, self._core_factory, commands, events)
@@ -190,15 +196,15 @@ class ProcessTransport:
         code = self._process.wait()
         self._exited.set()
         if not self._closing and self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._on_exit, code)
+            # What it said last may still be on its way through the socket, and explains more than an exit code.
+            self._loop.call_soon_threadsafe(self._loop.call_later, _LAST_WORDS_S, self._on_exit, code)
 
     def _on_exit(self, code: int) -> None:
-        self._receive()  # its own explanation, if it left one, comes first
         how = f"was killed by signal {-code}" if code < 0 else f"ended with code {code}"
         self._on_event(EngineDied(f"the engine process {how}"))
 
     def send(self, command: Command) -> None:
-        self._commands.send(self._encode(command))
+        self._commands.send(self._encode(command), zmq.NOBLOCK)
 
     async def close(self, timeout: float) -> None:
         self._closing = True
