@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from sgl_jax.server_args import ServerArgs
 from sgl_jax.testing.fake_core import FakeCore
 
@@ -27,3 +29,8 @@ class _FailsWhenRunning(FakeCore):
 
 def failing_when_running(server_args: ServerArgs) -> FakeCore:
     return _FailsWhenRunning()
+
+
+def never_ready(server_args: ServerArgs) -> FakeCore:
+    time.sleep(60)
+    return FakeCore()

@@ -178,6 +178,30 @@ def test_an_engine_that_cannot_start_says_why_in_one_line(factory: str) -> None:
         ]
 
 
+def test_while_the_engine_loads_the_server_answers_and_can_be_stopped() -> None:
+    with running("never_ready") as server:
+        for _ in range(500):
+            try:
+                assert httpx.get(f"{server.url}/health").status_code == 200
+                break
+            except httpx.TransportError:  # it binds at once and answers a moment later
+                time.sleep(0.02)
+        assert httpx.get(f"{server.url}/ready").status_code == 503
+        assert httpx.post(f"{server.url}/generate", json={"text": "a"}).status_code == 503
+        engine = server.engine_pid()
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(10) == 0
+        assert gone(engine)
+
+
+def test_a_tokenizer_that_is_not_there_is_one_line(tmp_path: Path) -> None:
+    with running("quick", "--tokenizer-path", str(tmp_path)) as server:
+        _, errors = server.process.communicate(timeout=20)
+        assert server.process.returncode != 0
+        assert len(errors.strip().splitlines()) == 1
+        assert "--tokenizer-path" in errors
+
+
 def test_a_port_in_use_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
