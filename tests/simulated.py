@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
-from sgl_jax.request import Request, SamplingParams
+from sgl_jax.engine.messages import CacheFlushed, Event, Generate, PromptScored, Stats, StepOutput, TokenLogprobs
+from sgl_jax.request import FinishReason, Request, SamplingParams
 from sgl_jax.scheduler.scheduler import Scheduler, SchedulerConfig
 from sgl_jax.testing.fake_core import fake_info
-from sgl_jax.testing.fake_runner import FakeRunner
+from sgl_jax.testing.fake_runner import FakeRunner, continuation, kv_chain, logprob_of
 
 
 def make_scheduler(
@@ -66,3 +69,112 @@ def make_core(
     )
     info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos)
     return Core(scheduler, runner, info, overlap=overlap, random_seed=random_seed)
+
+
+@dataclasses.dataclass
+class Answer:
+    """What has come back for one request."""
+
+    request: Request
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    prompt: PromptScored | None = None
+    reason: FinishReason | None = None
+
+    def check(self, vocab_size: int) -> None:
+        """The answer is the one computed by hand; of an aborted request, the beginning of it."""
+        request, params = self.request, self.request.params
+        limit = request.max_total_tokens - len(request.prompt)
+        right = continuation(request, limit, vocab_size)
+        stops = set(request.stop_token_ids.tolist())
+        end = next((i + 1 for i, token in enumerate(right) if token in stops), None)
+        assert self.reason is not None, "never finished"
+        if self.reason.type == "abort":
+            assert self.tokens == right[: len(self.tokens)]
+            assert len(self.tokens) < (end or limit)
+        elif end is not None:
+            assert self.tokens == right[:end]
+            assert self.reason == FinishReason("stop", right[end - 1])
+        else:
+            assert self.tokens == right
+            assert self.reason == FinishReason("length")
+        kv = kv_chain([*request.prompt.tolist(), *self.tokens])
+        if params.logprobs is not None:
+            before = kv[len(request.prompt) - 1 : -1]
+            expected = [_scored(k, t, params.logprobs, vocab_size) for k, t in zip(before, self.tokens, strict=True)]
+            assert self.logprobs == expected
+        else:
+            assert self.logprobs == []
+        if self.tokens:
+            assert self.prompt is not None
+            scores = None
+            if params.prompt_logprobs is not None:
+                following = request.prompt.tolist()[1:]
+                k = params.prompt_logprobs
+                scores = [None, *(_scored(kv[i], t, k, vocab_size) for i, t in enumerate(following))]
+            assert self.prompt.logprobs == scores
+            assert 0 <= self.prompt.num_cached_tokens < len(request.prompt)
+
+
+def _scored(kv: int, token: int, num_top: int, vocab_size: int) -> TokenLogprobs:
+    logprob = logprob_of(kv, token)
+    ids = [(token + 1 + j) % vocab_size for j in range(num_top)]
+    return TokenLogprobs(logprob, ids, [logprob - j for j in range(num_top)])
+
+
+class Client:
+    """Talks to a core and sorts its events by request."""
+
+    def __init__(self, core: Core):
+        self.core = core
+        self.answers: dict[int, Answer] = {}
+        self.flushed: list[CacheFlushed] = []
+        self.stats: list[Stats] = []
+
+    def submit(self, key: int, prompt: list[int], *, namespace: str = "", **params) -> None:
+        self.core.handle(Generate(key, prompt, SamplingParams(**params), namespace))
+        request = self.core.scheduler.find(key)
+        assert request is not None
+        self.answers[key] = Answer(request)
+
+    def step(self) -> None:
+        for event in self.core.step():
+            self._take(event)
+        self.core.scheduler.check_invariants()
+
+    def run(self, max_steps: int = 1000) -> None:
+        """Step until there is nothing to do."""
+        for _ in range(max_steps):
+            if not self.core.busy:
+                return
+            self.step()
+        raise AssertionError(f"still busy after {max_steps} steps")
+
+    @property
+    def tokens(self) -> dict[int, list[int]]:
+        return {key: answer.tokens for key, answer in self.answers.items()}
+
+    def _take(self, event: Event) -> None:
+        if isinstance(event, CacheFlushed):
+            self.flushed.append(event)
+            return
+        assert isinstance(event, StepOutput)
+        if event.stats is not None:
+            self.stats.append(event.stats)
+        assert len(event.keys) == len(event.tokens) == len(set(event.keys))
+        for i, (key, token) in enumerate(zip(event.keys, event.tokens, strict=True)):
+            answer = self.answers[key]
+            assert answer.reason is None, "a token after the end"
+            assert type(token) is int
+            answer.tokens.append(token)
+            if (scored := event.logprobs.get(i)) is not None:
+                answer.logprobs.append(scored)
+        for prompt in event.prompts:
+            answer = self.answers[prompt.key]
+            assert answer.prompt is None
+            assert len(answer.tokens) == 1
+            answer.prompt = prompt
+        for finished in event.finished:
+            answer = self.answers[finished.key]
+            assert answer.reason is None, "finished twice"
+            answer.reason = finished.reason

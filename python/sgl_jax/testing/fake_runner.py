@@ -33,6 +33,14 @@ def kv_of(before: int, token: int) -> int:
     return _mix((before * 3 + token + 1) & _MASK)
 
 
+def kv_chain(tokens: Iterable[int]) -> list[int]:
+    """The KV of each token of a sequence."""
+    chain: list[int] = []
+    for token in tokens:
+        chain.append(kv_of(chain[-1] if chain else 0, token))
+    return chain
+
+
 def summary_of(kv: Sequence[int] | np.ndarray) -> int:
     """What a query sees of a sequence: every position counts, each with another weight."""
     values = np.asarray(kv, np.uint64)
@@ -75,9 +83,7 @@ def continuation(request: Request, num_tokens: int, vocab_size: int) -> list[int
     """The right answer: num_tokens tokens after the request's prompt, stop tokens not looked at."""
     params = request.params
     penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-    kv: list[int] = []
-    for token in request.prompt.tolist():
-        kv.append(kv_of(kv[-1] if kv else 0, token))
+    kv = kv_chain(request.prompt.tolist())
     output: list[int] = []
     while len(output) < num_tokens:
         held_back = request.stop_token_ids.tolist() if len(output) < params.min_tokens else ()
