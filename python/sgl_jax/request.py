@@ -61,7 +61,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             )
         if len(self.stop_token_ids) > MAX_STOP_TOKENS:
             raise InvalidParameter(
-                "stop_token_ids", f"stop_token_ids has {len(self.stop_token_ids)} entries; the limit is {MAX_STOP_TOKENS}"
+                "stop_token_ids",
+                f"stop_token_ids has {len(self.stop_token_ids)} entries; the limit is {MAX_STOP_TOKENS}",
             )
         if any(not s for s in self.stop):
             raise InvalidParameter("stop", "a stop string must not be empty")

@@ -23,6 +23,7 @@ from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.gguf_file import read_gguf
 from sgl_jax.models.loader import load_weights
+from sgl_jax.models.weights import head
 
 
 def load(path, dtype="float32"):
@@ -53,14 +54,14 @@ def test_round_trip_of_a_llama(tmp_path):
     for i, layer in enumerate(weights.layers):
         attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         qkv = np.concatenate([stored(f"{attention}{x}_proj.weight") for x in "qkv"])
-        np.testing.assert_array_equal(layer.qkv, qkv.T)
-        np.testing.assert_array_equal(layer.o, stored(f"{attention}o_proj.weight").T)
+        np.testing.assert_array_equal(layer.qkv, qkv)
+        np.testing.assert_array_equal(layer.o, stored(f"{attention}o_proj.weight"))
         gate_up = np.concatenate([stored(f"{mlp}{x}_proj.weight") for x in ("gate", "up")])
-        np.testing.assert_array_equal(layer.gate_up, gate_up.T)
-        np.testing.assert_array_equal(layer.down, stored(f"{mlp}down_proj.weight").T)
+        np.testing.assert_array_equal(layer.gate_up, gate_up)
+        np.testing.assert_array_equal(layer.down, stored(f"{mlp}down_proj.weight"))
         np.testing.assert_array_equal(layer.attn_norm, tensors[f"model.layers.{i}.input_layernorm.weight"])
     np.testing.assert_array_equal(weights.embed, stored("model.embed_tokens.weight"))
-    np.testing.assert_array_equal(weights.lm_head, stored("model.embed_tokens.weight").T)
+    np.testing.assert_array_equal(head(weights), stored("model.embed_tokens.weight"))
 
 
 def test_a_directory_with_one_gguf_and_dummy_weights(tmp_path):
@@ -83,9 +84,9 @@ def test_qwen2_keeps_its_row_order_and_has_biases(tmp_path):
     _, config, weights = load(path)
     assert (config.architecture, config.qkv_bias, config.tie_embeddings) == ("Qwen2ForCausalLM", True, False)
     assert config.sliding_windows is None
-    np.testing.assert_array_equal(weights.layers[0].qkv[:, :64], tensors["model.layers.0.self_attn.q_proj.weight"].T)
+    np.testing.assert_array_equal(weights.layers[0].qkv[:64], tensors["model.layers.0.self_attn.q_proj.weight"])
     np.testing.assert_array_equal(weights.layers[1].qkv_bias[64:96], np.arange(32) + 1)
-    np.testing.assert_array_equal(weights.lm_head, tensors["lm_head.weight"].T)
+    np.testing.assert_array_equal(head(weights), tensors["lm_head.weight"])
 
 
 def test_qwen3_has_head_norms_and_its_own_head_dim(tmp_path):
@@ -188,7 +189,7 @@ def test_smollm2(smollm2):
         return dequantize(raw, kind)
 
     layer = weights.layers[7]
-    queries, keys = np.asarray(layer.qkv)[:, :576].T, np.asarray(layer.qkv)[:, 576:768].T
+    queries, keys = np.asarray(layer.qkv)[:576], np.asarray(layer.qkv)[576:768]
     np.testing.assert_array_equal(llama_cpp_permute(queries, 9), in_the_file("blk.7.attn_q.weight"))
     np.testing.assert_array_equal(llama_cpp_permute(keys, 3), in_the_file("blk.7.attn_k.weight"))
-    np.testing.assert_array_equal(layer.down, in_the_file("blk.7.ffn_down.weight").T)
+    np.testing.assert_array_equal(layer.down, in_the_file("blk.7.ffn_down.weight"))

@@ -16,7 +16,7 @@ from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.loader import aligned_empty, load_weights, place_on_default_device, random_weights
-from sgl_jax.models.weights import Weights, declare
+from sgl_jax.models.weights import Weights, declare, head
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -44,20 +44,20 @@ def assert_filled(weights: Weights, config, dtype: np.dtype) -> None:
     assert [(path, spec.shape, dtype) for path, spec in specs] == [(path, x.shape, x.dtype) for path, x in leaves]
 
 
-def test_each_weight_is_its_tensors_transposed_and_side_by_side(stories260k):
+def test_each_weight_is_its_tensors_one_below_the_other(stories260k):
     weights, stored = load(stories260k), as_float32(stories260k)
     for i, layer in enumerate(weights.layers):
         attention, mlp = f"model.layers.{i}.self_attn.", f"model.layers.{i}.mlp."
         qkv = [stored[f"{attention}{x}_proj.weight"] for x in "qkv"]
-        np.testing.assert_array_equal(layer.qkv, np.concatenate(qkv).T)
-        np.testing.assert_array_equal(layer.o, stored[f"{attention}o_proj.weight"].T)
+        np.testing.assert_array_equal(layer.qkv, np.concatenate(qkv))
+        np.testing.assert_array_equal(layer.o, stored[f"{attention}o_proj.weight"])
         gate_up = [stored[f"{mlp}gate_proj.weight"], stored[f"{mlp}up_proj.weight"]]
-        np.testing.assert_array_equal(layer.gate_up, np.concatenate(gate_up).T)
-        np.testing.assert_array_equal(layer.down, stored[f"{mlp}down_proj.weight"].T)
+        np.testing.assert_array_equal(layer.gate_up, np.concatenate(gate_up))
+        np.testing.assert_array_equal(layer.down, stored[f"{mlp}down_proj.weight"])
         np.testing.assert_array_equal(layer.attn_norm, stored[f"model.layers.{i}.input_layernorm.weight"])
         np.testing.assert_array_equal(layer.mlp_norm, stored[f"model.layers.{i}.post_attention_layernorm.weight"])
     np.testing.assert_array_equal(weights.embed, stored["model.embed_tokens.weight"])
-    np.testing.assert_array_equal(weights.lm_head, stored["model.embed_tokens.weight"].T)  # tied
+    np.testing.assert_array_equal(head(weights), stored["model.embed_tokens.weight"])  # tied
     np.testing.assert_array_equal(weights.final_norm, stored["model.norm.weight"])
 
 
@@ -72,8 +72,8 @@ def test_oracle_checkpoints_fill_every_weight(shared_data, folder, dtype):
     weights = load(path, dtype)
     assert_filled(weights, config, dtype)
     stored = as_float32(path)  # from bfloat16, so both dtypes hold it exactly
-    head = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
-    np.testing.assert_array_equal(np.asarray(weights.lm_head, np.float32), stored[head].T)
+    head_name = "model.embed_tokens.weight" if config.tie_embeddings else "lm_head.weight"
+    np.testing.assert_array_equal(np.asarray(head(weights), np.float32), stored[head_name])
     layer, prefix = weights.layers[-1], f"model.layers.{config.num_layers - 1}."
     if config.qkv_bias:
         biases = np.concatenate([stored[f"{prefix}self_attn.{x}_proj.bias"] for x in "qkv"])
@@ -90,7 +90,7 @@ def test_float32_is_rounded_to_bfloat16_to_nearest(stories260k):
     rounded = as_float32(stories260k)["model.embed_tokens.weight"].astype(BFLOAT16)
     weights = load(stories260k, "bfloat16")
     np.testing.assert_array_equal(np.asarray(weights.embed), rounded)
-    np.testing.assert_array_equal(np.asarray(weights.lm_head), rounded.T)
+    np.testing.assert_array_equal(np.asarray(head(weights)), rounded)
 
 
 def test_rounded_to_gives_bfloat16_values_in_float32(stories260k):
@@ -104,7 +104,7 @@ def test_rounded_to_gives_bfloat16_values_in_float32(stories260k):
 def test_stored_float_types(stories260k, tmp_path, stored_dtype):
     tensors = {name: array.astype(stored_dtype) for name, array in as_float32(stories260k).items()}
     weights = load(copy_model(stories260k, tmp_path / "model", tensors))
-    expected = tensors["model.layers.0.self_attn.o_proj.weight"].astype(np.float32).T
+    expected = tensors["model.layers.0.self_attn.o_proj.weight"].astype(np.float32)
     np.testing.assert_array_equal(weights.layers[0].o, expected)
 
 
@@ -151,7 +151,7 @@ def test_harmless_surplus_is_ignored(stories260k, tmp_path):
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.zeros(4, np.float32)
     tensors["lm_head.weight"] = np.full((512, 64), 7, np.float32)  # the config says tied, and that decides
     weights = load(copy_model(stories260k, tmp_path / "model", tensors))
-    np.testing.assert_array_equal(weights.lm_head, tensors["model.embed_tokens.weight"].T)
+    np.testing.assert_array_equal(head(weights), tensors["model.embed_tokens.weight"])
 
 
 def test_an_untied_head_must_be_there(stories260k, tmp_path):

@@ -152,7 +152,7 @@ def _load(checkpoint: Checkpoint, model: DecoderConfig, dtype: str, args: Server
             # A quantised GGUF means the same weights whatever the dtype: those of the model it was made from.
             rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
             weights = load_weights(checkpoint, model, dtype, rounded_to=rounded_to, report=report)
-    return weights if dtype in platform.unrolled else stack_layers(weights)
+    return stack_layers(weights) if platform.stacks_layers else weights
 
 
 def _report_compile(done: int, total: int, compiled: Compiled) -> None:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.layers import ACTIVATIONS, apply_rope, rms_norm, rope_tables
-from sgl_jax.models.weights import LayerWeights, Weights
+from sgl_jax.models.weights import LayerWeights, Weights, head
 
 
 class Attend(Protocol):
@@ -63,7 +63,7 @@ def logits(weights: Weights, config: DecoderConfig, hidden: Float[Array, "S D"])
     """Final norm and output head, float32."""
     with jax.named_scope("logits"):
         h = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
-        out = jnp.einsum("sd,dv->sv", h, weights.lm_head, preferred_element_type=jnp.float32)
+        out = jnp.einsum("vd,sd->vs", head(weights), h, preferred_element_type=jnp.float32).T
         cap = config.final_logit_softcap
         return out if cap is None else cap * jnp.tanh(out / cap)
 
@@ -74,8 +74,9 @@ def run_layers(body: Callable, carry, layers: list[LayerWeights] | LayerWeights)
     Which one a platform gets is decided where weights are placed (docs/decisions/0002-layers-list-or-scan.md).
     """
     if isinstance(layers, list):
+        layer = jax.jit(body)  # traced and lowered once, not once per layer
         for i, w in enumerate(layers):
-            carry = body(carry, i, w)
+            carry = layer(carry, jnp.int32(i), w)
         return carry
     num_layers = jax.tree.leaves(layers)[0].shape[0]
     carry, _ = lax.scan(lambda c, x: (body(c, *x), None), carry, (jnp.arange(num_layers), layers))
@@ -105,6 +106,6 @@ def _mlp(h, w: LayerWeights, config: DecoderConfig):
     return _project(ACTIVATIONS[config.activation](gate) * up, w.down, w.down_bias)
 
 
-def _project(x: Float[Array, "T I"], w: Float[Array, "I O"], bias: Float[Array, " O"] | None) -> Float[Array, "T O"]:
-    out = jnp.einsum("ti,io->to", x, w)
+def _project(x: Float[Array, "T I"], w: Float[Array, "O I"], bias: Float[Array, " O"] | None) -> Float[Array, "T O"]:
+    out = jnp.einsum("oi,ti->ot", w, x).T
     return out if bias is None else out + bias

@@ -22,13 +22,12 @@ from sgl_jax.models.checkpoint import Checkpoint
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.families import tensor_names
 from sgl_jax.models.plan import Leaf, plan_weights
-from sgl_jax.models.stored import StoredTensor
 from sgl_jax.models.weights import Weights, WeightSpec, declare
 
 Place = Callable[[WeightSpec, np.ndarray], Any]
 Report = Callable[[float, int], None]  # fraction done, bytes of the checkpoint done
 
-BLOCK_ROWS = 64  # rows transposed at a time: 4x the speed of one big transpose, which misses the cache at each element
+BLOCK_VALUES = 1 << 20  # converted at a time
 _RANDOM_VALUES = 1_048_573  # prime
 _ALIGNMENT = 64  # jax on a CPU adopts a buffer so aligned instead of copying it
 
@@ -49,7 +48,7 @@ def load_weights(
     dtype, rounded = np.dtype(dtype), None if rounded_to is None else np.dtype(rounded_to)
     leaves = plan_weights(checkpoint.tensors, config, tensor_names(config), source=str(checkpoint.path))
     leaves.sort(key=lambda leaf: leaf.path.startswith(".layers"))  # the two big ones first, at the same time
-    total = sum(leaf.nbytes for leaf in leaves)  # a tied head counts twice: it is read twice
+    total = sum(leaf.nbytes for leaf in leaves)
     placed, done = {}, 0
     for leaf, array in _ahead(leaves, lambda leaf: _assemble(leaf, dtype, rounded)):
         placed[leaf.path] = (place or place_on_default_device)(leaf.spec, array)
@@ -70,7 +69,7 @@ def random_weights(
     """Small random weights (--load-format dummy): norms are 1, the rest normal with deviation 0.02."""
     dtype = np.dtype(dtype)
     paths = jax.tree_util.tree_flatten_with_path(declare(config))[0]
-    leaves = [Leaf(jax.tree_util.keystr(path), spec, (), transpose=False) for path, spec in paths]
+    leaves = [Leaf(jax.tree_util.keystr(path), spec, ()) for path, spec in paths]
     total = sum(math.prod(leaf.spec.shape) for leaf in leaves)
 
     # Drawing billions of normals takes minutes; reading a million over and over, from another start each time, does not.
@@ -140,30 +139,16 @@ def _ahead[T](items: list[T], work: Callable[[T], np.ndarray]) -> Iterator[tuple
 
 
 def _assemble(leaf: Leaf, dtype: np.dtype, rounded: np.dtype | None) -> np.ndarray:
-    """The weight's pieces side by side along its last axis (a vector's only one)."""
+    """The weight's pieces one below the other, a block of rows at a time so that conversions stay in the cache."""
     out = aligned_empty(leaf.spec.shape, dtype)
-    column = 0
+    row = 0
     for piece in leaf.pieces:
-        if not leaf.transpose:
-            _copy_rows(piece, out[column : column + piece.shape[0]], rounded)
-        else:
-            _copy_transposed(piece, out[:, column : column + piece.shape[0]], rounded)
-        column += piece.shape[0]
+        step = piece.shape[0] if out.ndim == 1 else max(1, BLOCK_VALUES // piece.shape[1])
+        for start in range(0, piece.shape[0], step):
+            rows = _cast(piece.rows(start, min(start + step, piece.shape[0])), dtype, rounded)
+            _plain(out)[row + start : row + start + len(rows)] = _plain(rows)
+        row += piece.shape[0]
     return out
-
-
-def _copy_rows(piece: StoredTensor, out: np.ndarray, rounded: np.dtype | None) -> None:
-    step = piece.shape[0] if out.ndim == 1 else max(1, (1 << 20) // piece.shape[1])
-    for start in range(0, piece.shape[0], step):
-        rows = _cast(piece.rows(start, min(start + step, piece.shape[0])), out.dtype, rounded)
-        _plain(out)[start : start + step] = _plain(rows)
-
-
-def _copy_transposed(piece: StoredTensor, out: np.ndarray, rounded: np.dtype | None) -> None:
-    target = _plain(out)
-    for start in range(0, piece.shape[0], BLOCK_ROWS):
-        rows = _cast(piece.rows(start, min(start + BLOCK_ROWS, piece.shape[0])), out.dtype, rounded)
-        target[:, start : start + BLOCK_ROWS] = _plain(rows).T
 
 
 def _cast(rows: np.ndarray, dtype: np.dtype, rounded: np.dtype | None) -> np.ndarray:

@@ -9,8 +9,7 @@ import dataclasses
 class TensorNames:
     """Names as a Hugging Face checkpoint has them; `{i}` stands for the layer.
 
-    A weight of several tensors is their concatenation along the output axis. Checkpoints store matrices output-major,
-    so all but `embed` are transposed into place.
+    A weight of several tensors is their concatenation along the output axis, the first.
     """
 
     embed: str

@@ -23,8 +23,7 @@ class Leaf:
 
     path: str  # in the tree of weights: ".layers[3].qkv"
     spec: WeightSpec
-    pieces: tuple[StoredTensor, ...]  # side by side along the output axis
-    transpose: bool  # the stored matrices are [out, in]
+    pieces: tuple[StoredTensor, ...]  # one below the other along the output axis, the first
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +42,7 @@ def plan_weights(
         used.update(wanted)
         pieces = tuple(stored[name] for name in wanted if name in stored)
         missing += [name for name in wanted if name not in stored]
-        leaf = Leaf(path, spec, pieces, transpose=len(spec.shape) == 2 and path != ".embed")
+        leaf = Leaf(path, spec, pieces)
         leaves.append(leaf)
         if len(pieces) == len(wanted):
             misshapen += _shape_errors(leaf, _output_sizes(path, config))
@@ -71,8 +70,6 @@ def _wanted(path: str, config: DecoderConfig, names: TensorNames) -> tuple[str, 
     if match := re.fullmatch(r"\.layers\[(\d+)\]\.(\w+)", path):
         layer, field = match.groups()
         return tuple(pattern.format(i=layer) for pattern in names.layer[field])
-    if path == ".lm_head" and config.tie_embeddings:
-        return (names.embed,)
     return (getattr(names, path.removeprefix(".")),)
 
 
@@ -84,9 +81,8 @@ def _output_sizes(path: str, c: DecoderConfig) -> tuple[int, ...] | None:
 
 
 def _shape_errors(leaf: Leaf, output_sizes: tuple[int, ...] | None) -> list[str]:
-    stored_shape = leaf.spec.shape[::-1] if leaf.transpose else leaf.spec.shape  # output axis first
-    outputs = output_sizes or (stored_shape[0],)
-    wanted = [(size, *stored_shape[1:]) for size in outputs]
+    outputs = output_sizes or leaf.spec.shape[:1]
+    wanted = [(size, *leaf.spec.shape[1:]) for size in outputs]
     return [
         f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}"
         for piece, shape in zip(leaf.pieces, wanted, strict=True)

@@ -1,7 +1,8 @@
 """The decoder's weights: each one declared once (shape, logical axes, dtype); loading and random init are maps over it.
 
-Matrices are stored input-major, [in, out], so that every projection is `x @ w`. Layers are a list of identical trees;
-`runtime` stacks them where the platform scans over layers.
+Matrices are [out, in], as checkpoints have them: nothing is transposed at load, a tied head is the embedding itself, and
+XLA CPU multiplies fastest with the weight on the left (docs/decisions/0006-weights-out-in.md). Layers are a list of
+identical trees; `runtime` stacks them where the platform scans over layers.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ class LayerWeights:
     """One decoder layer. A weight the family lacks is None."""
 
     attn_norm: Any  # [D]
-    qkv: Any  # [D, (N + 2K) * H], q then k then v
+    qkv: Any  # [(N + 2K) * H, D], q then k then v
     qkv_bias: Any  # [(N + 2K) * H]
     q_norm: Any  # [H]
     k_norm: Any  # [H]
-    o: Any  # [N * H, D]
+    o: Any  # [D, N * H]
     o_bias: Any  # [D]
     mlp_norm: Any  # [D]
-    gate_up: Any  # [D, 2F], gate then up
+    gate_up: Any  # [2F, D], gate then up
     gate_up_bias: Any  # [2F]
-    down: Any  # [F, D]
+    down: Any  # [D, F]
     down_bias: Any  # [D]
 
 
@@ -45,9 +46,9 @@ class LayerWeights:
 @dataclasses.dataclass(frozen=True)
 class Weights:
     embed: Any  # [V, D]
-    layers: list[LayerWeights]  # L of them
+    layers: list[LayerWeights] | LayerWeights  # L of them, or one with every leaf stacked [L, …]
     final_norm: Any  # [D]
-    lm_head: Any  # [D, V]; a tied head is its own transposed copy (docs/decisions/)
+    lm_head: Any  # [V, D]; None: tied to embed
 
 
 def declare(c: DecoderConfig) -> Weights:
@@ -60,21 +61,26 @@ def declare(c: DecoderConfig) -> Weights:
 
     layer = LayerWeights(
         attn_norm=spec((d, "model")),
-        qkv=spec((d, "model"), (qkv_size, "heads")),
+        qkv=spec((qkv_size, "heads"), (d, "model")),
         qkv_bias=spec((qkv_size, "heads"), when=c.qkv_bias),
         q_norm=spec((c.head_dim, None), when=c.qk_norm),
         k_norm=spec((c.head_dim, None), when=c.qk_norm),
-        o=spec((q_size, "heads"), (d, "model")),
+        o=spec((d, "model"), (q_size, "heads")),
         o_bias=spec((d, "model"), when=c.o_bias),
         mlp_norm=spec((d, "model")),
-        gate_up=spec((d, "model"), (2 * f, "ffn")),
+        gate_up=spec((2 * f, "ffn"), (d, "model")),
         gate_up_bias=spec((2 * f, "ffn"), when=c.mlp_bias),
-        down=spec((f, "ffn"), (d, "model")),
+        down=spec((d, "model"), (f, "ffn")),
         down_bias=spec((d, "model"), when=c.mlp_bias),
     )
     return Weights(
         embed=spec((v, "vocab"), (d, "model")),
         layers=[layer] * c.num_layers,
         final_norm=spec((d, "model")),
-        lm_head=spec((d, "model"), (v, "vocab")),
+        lm_head=spec((v, "vocab"), (d, "model"), when=not c.tie_embeddings),
     )
+
+
+def head(weights: Weights) -> Any:
+    """The output head, [V, D]."""
+    return weights.embed if weights.lm_head is None else weights.lm_head

@@ -25,15 +25,15 @@ class Platform:
     smallest_bucket: int
     mem_fraction: float  # of the device's memory, for weights and KV
     max_pool_tokens: int | None  # KV a default launch takes at most
-    unrolled: frozenset[str]  # dtypes whose layers are a list, unrolled; the others are stacked and scanned
+    stacks_layers: bool  # scan over stacked layers; else a list, unrolled
 
 
 PLATFORMS: dict[Name, Platform] = {
     # One bf16 row costs more than two (benchmarks/LOG.md), so the smallest bucket has two. A scan compiles three times
-    # faster and costs nothing in bfloat16; in float32 its copy of each layer's weights costs a fifth of a decode step.
-    "cpu": Platform("cpu", "bfloat16", 16, 256, 64, 2, 0.4, 65536, frozenset({"float32"})),
-    "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, 8, 0.88, None, frozenset()),
-    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, 8, 0.88, None, frozenset()),
+    # faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in float32.
+    "cpu": Platform("cpu", "bfloat16", 16, 256, 32, 2, 0.4, 65536, False),
+    "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, 8, 0.88, None, True),
+    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, 8, 0.88, None, True),
 }
 
 
@@ -58,6 +58,7 @@ def attention_for(backend: str | None, platform: Platform) -> Attention:
 def stack_layers(weights: Weights) -> Weights:
     """Put the L layers of each weight into one array [L, …], a weight at a time: at most one is held twice."""
     layers = weights.layers
+    assert isinstance(layers, list)
     fields = {f.name: [getattr(layer, f.name) for layer in layers] for f in dataclasses.fields(layers[0])}
     layers.clear()
     stacked = {}

@@ -18,7 +18,7 @@ from sgl_jax.runtime.buckets import Bucket, pick
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.sampler import Logprobs
-from sgl_jax.runtime.state import LOADERS, DeviceState, initial_state, loader_size, pack_bias, pack_counts, pack_pages
+from sgl_jax.runtime.state import LOADERS, initial_state, loader_size, pack_bias, pack_counts, pack_pages
 from sgl_jax.runtime.step import StepOutputs, StepSpec, make_step
 from sgl_jax.step_plan import Param, RowLoad, StepPlan
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -27,9 +28,9 @@ _BLOCK = 256  # vocabulary entries summed at once when inverting the distributio
 class Logprobs(NamedTuple):
     """Of the model's own distribution, before bias, penalties and temperature. Zeros when nobody asked."""
 
-    chosen: jax.Array  # f32[n]
-    top_ids: jax.Array  # i32[n, MAX_LOGPROBS], best first
-    top_logprobs: jax.Array  # f32[n, MAX_LOGPROBS]
+    chosen: jax.Array | np.ndarray  # f32[n]
+    top_ids: jax.Array | np.ndarray  # i32[n, MAX_LOGPROBS], best first
+    top_logprobs: jax.Array | np.ndarray  # f32[n, MAX_LOGPROBS]
 
 
 def sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState) -> Int[Array, " S"]:
@@ -55,9 +56,7 @@ def sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState) 
     return lax.cond(random.any(), draw, lambda: greedy)
 
 
-def token_logprobs(
-    logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""]
-) -> Logprobs:
+def token_logprobs(logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""]) -> Logprobs:
     """Log probabilities of the chosen tokens and of the best ones; zeros unless wanted."""
 
     def compute() -> Logprobs:
@@ -176,9 +175,7 @@ def _largest(holds, num_rows: int) -> Float[Array, " S"]:
     return as_float(low)
 
 
-def _invert(
-    x: Float[Array, "S V"], threshold: Float[Array, " S"], uniform: Float[Array, " S"]
-) -> Int[Array, " S"]:
+def _invert(x: Float[Array, "S V"], threshold: Float[Array, " S"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
     """The token at which the cumulative distribution of the kept logits passes `uniform`: first its block, then it."""
     num_rows, vocab_size = x.shape
     weights = jnp.where(x >= threshold[:, None], jnp.exp(x - x.max(-1, keepdims=True)), 0.0)

@@ -58,7 +58,9 @@ def step(
         layout.bucket.num_tokens,
         layout.page_size,
     )
-    tokens = jnp.where(inputs.from_device[batch.token_row], state.last_token[inputs.rows][batch.token_row], inputs.tokens)
+    tokens = jnp.where(
+        inputs.from_device[batch.token_row], state.last_token[inputs.rows][batch.token_row], inputs.tokens
+    )
 
     def attend(q, k, v, kv, *, layer, window):
         return spec.attention(

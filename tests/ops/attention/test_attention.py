@@ -32,16 +32,16 @@ def random_batch(rng, rows, *, num_heads, num_kv_heads, head_dim, page_size, num
         table[i, :count] = [next(deal) for _ in range(count)]
     start = np.array([s for s, _ in rows] + [0] * (num_rows - len(rows)), np.int32)
     num_new = np.array([n for _, n in rows] + [0] * (num_rows - len(rows)), np.int32)
-    return dict(
-        q=rng.standard_normal((num_tokens, num_heads, head_dim)).astype(np.float32),
-        k=rng.standard_normal((num_tokens, num_kv_heads, head_dim)).astype(np.float32),
-        v=rng.standard_normal((num_tokens, num_kv_heads, head_dim)).astype(np.float32),
-        kv=rng.standard_normal((2 * num_pages, num_kv_heads, 2, page_size, head_dim)).astype(np.float32),
-        page_table=table,
-        start=start,
-        num_new=num_new,
-        first_page=layer * num_pages,
-    )
+    return {
+        "q": rng.standard_normal((num_tokens, num_heads, head_dim)).astype(np.float32),
+        "k": rng.standard_normal((num_tokens, num_kv_heads, head_dim)).astype(np.float32),
+        "v": rng.standard_normal((num_tokens, num_kv_heads, head_dim)).astype(np.float32),
+        "kv": rng.standard_normal((2 * num_pages, num_kv_heads, 2, page_size, head_dim)).astype(np.float32),
+        "page_table": table,
+        "start": start,
+        "num_new": num_new,
+        "first_page": layer * num_pages,
+    }
 
 
 def run(attention, b, **options):
@@ -89,7 +89,14 @@ def test_mixed_batch_matches_reference(attention, page_size, num_heads, num_kv_h
 @pytest.mark.parametrize("rows", [[(17, 1)], [(0, 1), (1, 1), (170, 1)], [(0, 33)], [(15, 2), (16, 2)]])
 def test_batches_of_one_kind_match_reference(attention, rows):
     b = random_batch(
-        np.random.default_rng(1), rows, num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, num_tokens=64, num_rows=4
+        np.random.default_rng(1),
+        rows,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        page_size=16,
+        num_tokens=64,
+        num_rows=4,
     )
     check(attention, b, scale=0.25)
 
@@ -99,7 +106,14 @@ def test_batches_of_one_kind_match_reference(attention, rows):
 )
 def test_window_softcap_and_sinks_match_reference(attention, options):
     b = random_batch(
-        np.random.default_rng(2), MIXED, num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, num_tokens=128, num_rows=6
+        np.random.default_rng(2),
+        MIXED,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        page_size=16,
+        num_tokens=128,
+        num_rows=6,
     )
     check(attention, b, scale=0.25, **options)
 

@@ -36,7 +36,7 @@ def paged_attention(
     vectorise: bool = False,
 ) -> tuple[Float[Array, "T N H"], Float[Array, "LP K 2 page H"]]:
     """See api.Attention. `vectorise`: run the tiles of one side by side (accelerators) instead of in turn (CPU)."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_tokens, _num_heads, head_dim = q.shape
     num_rows, num_kv_heads = batch.page_table.shape[0], k.shape[1]
     kv = write_kv(kv, k, v, batch, first_page)
     attend = functools.partial(
@@ -62,9 +62,7 @@ def paged_attention(
         ones = jax.vmap(functools.partial(single, pages_per_turn=_pages_per_turn(kv)))(rows)
         out = lax.dynamic_update_slice_in_dim(out, ones.astype(q.dtype), 0, 0)
     else:
-        out = lax.fori_loop(
-            0, batch.num_single, lambda row, out: out.at[row].set(single(row, 1).astype(q.dtype)), out
-        )
+        out = lax.fori_loop(0, batch.num_single, lambda row, out: out.at[row].set(single(row, 1).astype(q.dtype)), out)
     if num_tokens > 1:
         out = _attend_chunks(attend, tiled, out, pages, batch, _pages_per_turn(kv))
     return out[:num_tokens].reshape(q.shape), kv

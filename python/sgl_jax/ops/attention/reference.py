@@ -22,7 +22,9 @@ def paged_attention(
             kv[page, :, 0, (s + i) % page_size] = k[token + i]
             kv[page, :, 1, (s + i) % page_size] = v[token + i]
         pages = first_page + np.asarray(page_table[row][: -(-(s + n) // page_size)])
-        cached = np.concatenate(list(kv[pages]), axis=2) if n else None  # [K, 2, pages * page, H]
+        if n == 0:
+            continue
+        cached = np.concatenate(list(kv[pages]), axis=2)  # [K, 2, pages * page, H]
         for i in range(n):
             last = s + i
             first = 0 if window is None else max(0, last - window + 1)
