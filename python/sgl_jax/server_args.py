@@ -71,7 +71,7 @@ class ServerArgs:
     model_path: str = required(
         About(
             MODEL,
-            "a folder with safetensors, a .gguf file, a Hugging Face id, or 'default' for the bundled model",
+            "a folder with safetensors, a .gguf file or a Hugging Face id",
             aliases=("--model",),
             metavar="PATH",
         )

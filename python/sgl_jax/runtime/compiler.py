@@ -43,11 +43,11 @@ class CompileWatch:
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 
-    def _on_duration(self, event: str, duration_secs: float, /, **_: Any) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _COMPILED:
             self.count += 1
 
-    def _on_event(self, event: str, /, **_: Any) -> None:
+    def _on_event(self, event: str, **kwargs: str | int) -> None:
         if event == _CACHE_HIT:
             self._hits.seen = True
 

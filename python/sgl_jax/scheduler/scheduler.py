@@ -258,7 +258,9 @@ class Scheduler:
         samples = end == t.num_tokens[rows]
         known = np.minimum(start[:num_single], t.num_known[rows[:num_single]] - 1)
         tokens = [t.tokens[rows[:num_single], known]]
-        tokens += [t.tokens[r, s:e] for r, s, e in zip(rows[num_single:], start[num_single:], end[num_single:], strict=False)]
+        tokens += [
+            t.tokens[r, s:e] for r, s, e in zip(rows[num_single:], start[num_single:], end[num_single:], strict=False)
+        ]
         is_prompt = end < t.prompt_len[rows]
         next_token = np.where(is_prompt, t.tokens[rows, np.minimum(end, t.tokens.shape[1] - 1)], -1)
         loads = picks.loads
