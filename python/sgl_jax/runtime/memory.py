@@ -60,10 +60,12 @@ def plan_memory(
     mem_fraction: float | None,
     max_total_tokens: int | None,
 ) -> MemoryPlan:
-    """Divide the device's memory. A pool never exceeds what the running requests could fill.
-
-    Raises DoesNotFit when not one request of two pages fits.
-    """
+    """Divide the device's memory. Raises DoesNotFit when not one request of two pages fits."""
+    if max_total_tokens is not None and max_total_tokens < 2 * page_size:
+        raise DoesNotFit(
+            f"--max-total-tokens {max_total_tokens} is less than two pages of {page_size} tokens; "
+            f"set it to at least {2 * page_size} or lower --page-size"
+        )
     fraction = mem_fraction if mem_fraction is not None else platform.mem_fraction
     budget = int(total_bytes * fraction)
     per_token = kv_bytes_per_token(config, dtype_bytes)

@@ -41,7 +41,8 @@ def sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState) 
     random = inputs.samples & (temperature > 0)
 
     def draw() -> Int[Array, " S"]:
-        scaled = logits / jnp.where(random, temperature, 1.0)[:, None]
+        # The best logit becomes 0: however small the temperature, it does not overflow.
+        scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(random, temperature, 1.0)[:, None]
         top_k = inputs.param(Param.TOP_K)
         top_p, min_p = inputs.param(Param.TOP_P), inputs.param(Param.MIN_P)
         filtered = random & ((top_k < logits.shape[-1]) | (top_p < 1) | (min_p > 0))
@@ -123,13 +124,15 @@ def _threshold(
     best, _ = lax.top_k(x, min(CANDIDATES, vocab_size))  # [S, C], descending
     num_candidates = best.shape[-1]
     weights = jnp.exp(best - best[:, :1])
-    total = jnp.exp(x - best[:, :1]).sum(-1)
-    within_k = jnp.arange(num_candidates) < top_k[:, None]
-    in_k = jnp.where(within_k, weights, 0.0)
     k_is_candidate = top_k <= num_candidates
-    mass = jnp.where(k_is_candidate, in_k.sum(-1), total)  # of what top_k leaves, unless k lies between
+    kth = jnp.take_along_axis(best, jnp.clip(top_k, 1, num_candidates)[:, None] - 1, axis=-1)
+    kth = jnp.where(k_is_candidate[:, None], kth, -jnp.inf)
+    # What top_k leaves, with all that tie at the k-th place; all there is, if k lies behind the candidates.
+    mass = jnp.where(x >= kth, jnp.exp(x - best[:, :1]), 0.0).sum(-1)
+    goal = jnp.where(top_p >= 1, jnp.inf, top_p * mass)  # rounding must not drop what top_p does not
+    in_k = jnp.where(best >= kth, weights, 0.0)
     mass_before = jnp.cumsum(in_k, axis=-1) - in_k
-    keep = within_k & (mass_before < (top_p * mass)[:, None]) & (weights >= min_p[:, None])
+    keep = (best >= kth) & (mass_before < goal[:, None]) & (weights >= min_p[:, None])
     num_kept = jnp.maximum(keep.sum(-1), 1)
     found = jnp.take_along_axis(best, num_kept[:, None] - 1, axis=-1)[:, 0]
     # The cut is among the candidates, and the mass it was measured by is right.
