@@ -15,7 +15,7 @@ from sgl_jax.engine.messages import Abort, FlushCache
 from simulated import Client, make_core
 
 VOCAB = 17  # small: outputs repeat, share prefixes, and meet stop tokens
-STEMS = [[1, 2, 3, 4] * 6, [1, 2, 3, 4, 1, 2, 9, 9] * 3, [5] * 24]
+STEMS = [[1, 2, 3, 4] * 6, [1, 2, 3, 4, 1, 2, 9, 9] * 3]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         "rows": rows,
         "context_length": context_length,
         # One request always fits; more do, or push each other out.
-        "num_usable_pages": smallest + draw(st.integers(0, 2 * smallest)),
+        "num_usable_pages": smallest + draw(st.integers(0, smallest)),
         "step_tokens": draw(st.integers(rows, 24)),
         "prefill_tokens": draw(st.integers(1, 24)),
         "policy": draw(st.sampled_from(["fcfs", "lpm"])),
@@ -53,28 +53,28 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         "overlap": draw(st.booleans()),
     }
     steps = st.integers(0, 20)
-    arrivals = draw(st.lists(arrival(context_length, steps), min_size=1, max_size=9))
+    arrivals = draw(st.lists(arrival(context_length, steps), min_size=2, max_size=9))
     return Scenario(core, arrivals, draw(st.lists(steps, max_size=2)))
 
 
 @st.composite
 def arrival(draw: st.DrawFn, context_length: int, steps: st.SearchStrategy[int]) -> Arrival:
-    stem = draw(st.sampled_from(STEMS))[: draw(st.integers(0, 24))]
-    prompt = (stem + draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=6)))[-(context_length - 1) :]
-    max_tokens = draw(st.none() | st.integers(1, 20))
+    stem = draw(st.sampled_from(STEMS))[: draw(st.sampled_from([0, 3, 8, 16, 17, 24]))]
+    prompt = (stem + draw(st.lists(st.sampled_from([1, 2, 11]), min_size=1, max_size=3)))[-(context_length - 1) :]
+    max_tokens = draw(st.sampled_from([None, 1, 3, 10, 20]))
     params: dict = {
         "max_tokens": max_tokens,
         "temperature": draw(st.sampled_from([0.0, 0.7])),
         "seed": draw(st.none() | st.integers(0, 3)),
-        "ignore_eos": draw(st.booleans()),
-        "stop_token_ids": tuple(draw(st.lists(st.integers(0, VOCAB - 1), max_size=2))),
+        "ignore_eos": draw(st.sampled_from([True, True, True, False])),
+        "stop_token_ids": tuple(draw(st.sampled_from([[], [], [], [6], [8, 3]]))),
         "min_tokens": draw(st.sampled_from([0, 0, 3])) if max_tokens is None or max_tokens >= 3 else 0,
         "frequency_penalty": draw(st.sampled_from([0.0, 0.0, 0.5])),
         "logprobs": draw(st.sampled_from([None, None, 0, 2])),
         "prompt_logprobs": draw(st.sampled_from([None, None, None, 1])),
     }
-    at = draw(steps)
-    abort_at = draw(st.none() | st.integers(at, at + 12))
+    at = draw(st.just(0) | steps)
+    abort_at = draw(st.none() | st.none() | st.integers(at, at + 12))
     return Arrival(at, prompt, draw(st.sampled_from(["", "", "adapter"])), params, abort_at)
 
 
@@ -96,7 +96,7 @@ def run(scenario: Scenario) -> Client:
     raise AssertionError("still busy after 1000 steps")
 
 
-@settings(max_examples=400, derandomize=True, deadline=None, database=None, print_blob=True)
+@settings(max_examples=700, derandomize=True, deadline=None, database=None, print_blob=True)
 @given(scenarios())
 def test_every_request_gets_its_tokens_and_every_page_comes_back(scenario: Scenario) -> None:
     client = run(scenario)

@@ -455,3 +455,12 @@ def test_sampling_parameters_are_encoded_by_column() -> None:
 def test_a_step_must_hold_a_token_of_every_running_request() -> None:
     with pytest.raises(ValueError, match="a step of 3 tokens cannot hold 4 decoding requests"):
         make_scheduler(rows=4, step_tokens=3)
+
+
+def test_a_preempted_requests_tokens_outlive_its_row() -> None:
+    table = make_scheduler(rows=1).table
+    first, second = make_request(1, [1, 2, 3]), make_request(2, [7, 8, 9])
+    assert table.seat(first) == 0
+    assert table.unseat(0) is first
+    assert table.seat(second) == 0
+    assert first.tokens.tolist() == [1, 2, 3]

@@ -1,0 +1,107 @@
+"""A plan survives the trip through its vector, whatever is in it; and every plan fits its bucket."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.layout import PlanLayout
+from sgl_jax.step_plan import Param, StepPlan
+
+
+def random_plan(rng: np.random.Generator, num_new: list[int], num_updates: int) -> StepPlan:
+    n = len(num_new)
+
+    def ints(*shape: int) -> np.ndarray:
+        return rng.integers(-(2**31), 2**31, shape, dtype=np.int32)
+
+    return StepPlan(
+        keys=np.arange(n),
+        rows=rng.permutation(64)[:n].astype(np.int32),
+        start=ints(n),
+        num_new=np.array(num_new, np.int32),
+        num_single=sum(x == 1 for x in num_new),
+        samples=rng.random(n) < 0.5,
+        from_device=rng.random(n) < 0.5,
+        next_token=ints(n),
+        tokens=ints(sum(num_new)),
+        params=ints(n, len(Param)),
+        page_updates=ints(3, num_updates),
+        loads=[],
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_new", "num_updates"),
+    [([], 0), ([1], 0), ([1, 1, 5], 2), ([1] * 8, 8), ([16], 4), ([1, 1, 1, 1, 1, 1, 1, 9], 10)],
+)
+def test_what_is_packed_is_unpacked_and_the_rest_is_padding(num_new: list[int], num_updates: int) -> None:
+    layout = PlanLayout(Bucket(16, 8), page_size=4, spare_row=77)
+    plan = random_plan(np.random.default_rng(0), num_new, num_updates)
+    vector = layout.pack(plan)
+    assert (vector.shape, vector.dtype) == ((layout.size,), np.int32)
+    inputs = layout.unpack(vector)
+    n = len(num_new)
+    assert inputs.num_single == plan.num_single
+    for name in ("rows", "start", "num_new", "samples", "from_device", "next_token", "params"):
+        np.testing.assert_array_equal(getattr(inputs, name)[:n], getattr(plan, name), err_msg=name)
+    np.testing.assert_array_equal(inputs.tokens[: plan.num_tokens], plan.tokens)
+    np.testing.assert_array_equal(inputs.page_updates[:, :num_updates], plan.page_updates)
+    assert (inputs.rows[n:] == 77).all()
+    assert (inputs.page_updates[0, num_updates:] == 77).all()
+    assert not inputs.num_new[n:].any()
+    assert not inputs.samples[n:].any()
+    assert not inputs.from_device[n:].any()
+    assert not inputs.params[n:].any()
+
+
+def test_floats_and_unsigned_numbers_keep_their_bits() -> None:
+    layout = PlanLayout(Bucket(4, 4), page_size=4, spare_row=9)
+    floats = np.array([0.1, -0.0, 1e-40, 3.4e38, np.inf, 1.5], np.float32)
+    plan = random_plan(np.random.default_rng(0), [1, 1], 0)
+    params = plan.params.copy()
+    params[1, Param.TEMPERATURE :] = floats.view(np.int32)
+    params[1, Param.SEED] = np.uint32(2**32 - 3).view(np.int32)
+    inputs = layout.unpack(layout.pack(dataclasses.replace(plan, params=params)))
+    columns = list(Param)[Param.TEMPERATURE :]
+    got = np.array([np.asarray(inputs.param(column))[1] for column in columns], np.float32)
+    assert got.view(np.int32).tolist() == floats.view(np.int32).tolist()
+    assert np.asarray(inputs.param(Param.SEED)).astype(np.uint32)[1] == 2**32 - 3
+
+
+def test_each_vector_is_a_new_one() -> None:
+    layout = PlanLayout(Bucket(4, 4), page_size=4, spare_row=9)
+    plans = [random_plan(np.random.default_rng(i), [1, 2], 1) for i in range(2)]
+    first = layout.pack(plans[0])
+    before = first.copy()
+    layout.pack(plans[1])
+    np.testing.assert_array_equal(first, before)
+
+
+@settings(max_examples=200, derandomize=True, deadline=None, database=None)
+@given(
+    page_size=st.sampled_from([1, 2, 16, 128]),
+    rows=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), min_size=1, max_size=8),
+)
+def test_no_step_needs_more_page_updates_than_its_bucket_holds(page_size: int, rows: list[tuple[int, int]]) -> None:
+    """Rows (start, num_new) own pages for `start` tokens. The worst case is a new page for each row's first token."""
+    num_tokens = sum(n for _, n in rows)
+    layout = PlanLayout(Bucket(num_tokens, len(rows)), page_size, spare_row=9)
+    needed = sum(-(-(start + n) // page_size) - -(-start // page_size) for start, n in rows)
+    layout.pack(random_plan(np.random.default_rng(0), [n for _, n in rows], needed))
+
+
+def test_the_worst_case_of_page_updates_is_reached() -> None:
+    """8 rows at a page's end, one of which computes 9 tokens in pages of 4: one update too many would not fit."""
+    layout = PlanLayout(Bucket(16, 8), page_size=4, spare_row=9)
+    num_new = [1] * 7 + [9]
+    needed = 7 + 3
+    assert layout.parts["page_updates"] == (3, 12)
+    layout.pack(random_plan(np.random.default_rng(0), num_new, needed))
+    with pytest.raises(ValueError, match="could not broadcast"):
+        layout.pack(random_plan(np.random.default_rng(0), num_new, 13))

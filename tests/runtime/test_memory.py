@@ -1,0 +1,103 @@
+"""How the device's memory is divided, and what a user reads when it does not suffice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+
+from sgl_jax.models.config import DecoderConfig, RopeConfig
+from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, kv_bytes_per_token, plan_memory
+from sgl_jax.runtime.platform import PLATFORMS
+
+CONFIG = DecoderConfig(
+    architecture="X",
+    vocab_size=100,
+    hidden_size=64,
+    intermediate_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    rope=RopeConfig((1.0,) * 8),
+    context_length=2048,
+)
+# K and V, 2 layers, 2 heads of 16 numbers of 4 bytes: 512 bytes a token.
+OPTIONS = {
+    "total_bytes": 10_000_000,
+    "weight_bytes": 1_000_000,
+    "dtype_bytes": 4,
+    "page_size": 16,
+    "context_length": 2048,
+    "mem_fraction": 0.5,
+    "max_total_tokens": None,
+}
+CPU = PLATFORMS["cpu"]
+
+
+def test_bytes_of_a_token() -> None:
+    assert kv_bytes_per_token(CONFIG, 4) == 512
+    assert kv_bytes_per_token(CONFIG, 2) == 256
+
+
+def test_the_budget_less_the_weights_becomes_whole_pages_and_a_scratch_page() -> None:
+    plan = plan_memory(CONFIG, CPU, **OPTIONS)
+    assert plan == MemoryPlan(10_000_000, 5_000_000, 1_000_000, 512, 16, 488 + 1)  # 7812 tokens: 488.25 pages
+    assert plan.num_tokens == 488 * 16
+    assert plan.kv_bytes == 489 * 16 * 512
+
+
+def test_max_total_tokens_is_what_requests_get() -> None:
+    plan = plan_memory(CONFIG, CPU, **(OPTIONS | {"max_total_tokens": 100}))
+    assert plan.num_tokens == 96
+
+
+def test_the_platform_sets_share_and_limit_where_the_user_does_not() -> None:
+    cpu = dataclasses.replace(CPU, mem_fraction=0.25, max_pool_tokens=1024)
+    plan = plan_memory(CONFIG, cpu, **(OPTIONS | {"mem_fraction": None}))
+    assert (plan.budget_bytes, plan.num_tokens) == (2_500_000, 2048)  # one request of full context at least
+    plan = plan_memory(CONFIG, cpu, **(OPTIONS | {"mem_fraction": None, "context_length": 512}))
+    assert plan.num_tokens == 1024
+    plan = plan_memory(CONFIG, cpu, **(OPTIONS | {"mem_fraction": 0.25}))
+    assert plan.num_tokens == 2928  # asked for by name, the share is used up
+
+
+def refusal(**options) -> str:
+    with pytest.raises(DoesNotFit) as error:
+        plan_memory(CONFIG, CPU, **(OPTIONS | options))
+    return str(error.value)
+
+
+def test_weights_that_leave_no_room_are_refused_with_numbers_and_remedies() -> None:
+    message = refusal(weight_bytes=4_995_000)
+    for part in (
+        "weights take 0.00 GB of the 0.01 GB",
+        "--mem-fraction-static 0.5 of 0.01 GB",
+        "page of 16 tokens",
+        "raise --mem-fraction-static, lower --page-size or use a smaller model",
+    ):
+        assert part in message
+
+
+def test_weights_bigger_than_the_budget_are_refused() -> None:
+    assert "no room for KV" in refusal(weight_bytes=6_000_000)
+
+
+def test_more_tokens_than_fit_are_refused_with_the_number_that_would() -> None:
+    message = refusal(max_total_tokens=8000)
+    assert "--max-total-tokens 8000" in message
+    assert "it holds 7812 tokens" in message
+    assert "--mem-fraction-static 0.5" in message
+
+
+def test_fewer_tokens_than_two_pages_are_refused_for_what_they_are() -> None:
+    """The memory is not at fault, and the message must not say so."""
+    message = refusal(max_total_tokens=31)
+    assert "--max-total-tokens 31" in message
+    assert "at least 32" in message
+    assert "weights" not in message
+
+
+def test_a_devices_memory_is_found() -> None:
+    assert device_memory(jax.devices("cpu")[0]) > 2**28
