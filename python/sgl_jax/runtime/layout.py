@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +47,7 @@ class PlanLayout:
     page_size: int
     spare_row: int
 
-    @property
+    @functools.cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
         t, s = self.bucket.num_tokens, self.bucket.num_rows
         columns = ("rows", "start", "num_new", "samples", "from_device", "next_token")
@@ -56,17 +59,20 @@ class PlanLayout:
             "page_updates": (3, s + t // self.page_size),
         }
 
-    @property
+    @functools.cached_property
     def size(self) -> int:
-        return sum(int(np.prod(shape)) for shape in self.parts.values())
+        return sum(map(math.prod, self.parts.values()))
+
+    @functools.cached_property
+    def _places(self) -> list[tuple[str, slice, tuple[int, ...]]]:
+        ends = list(itertools.accumulate(map(math.prod, self.parts.values()), initial=0))
+        return [
+            (name, slice(start, end), shape)
+            for (name, shape), (start, end) in zip(self.parts.items(), itertools.pairwise(ends), strict=True)
+        ]
 
     def _split(self, vector):
-        parts, at = {}, 0
-        for name, shape in self.parts.items():
-            n = int(np.prod(shape))
-            parts[name] = vector[at : at + n].reshape(shape)
-            at += n
-        return parts
+        return {name: vector[place].reshape(shape) for name, place, shape in self._places}
 
     def pack(self, plan: StepPlan) -> np.ndarray:
         """i32[size], freshly allocated: the device may read it after this returns."""
