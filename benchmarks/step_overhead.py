@@ -1,0 +1,153 @@
+"""Engine-thread time of a steady decode step: scheduling, packing the plan, collecting, stop checks. No device time.
+
+    python benchmarks/step_overhead.py --output benchmarks/step_overhead.json
+
+The runner packs each plan into its vector, as the real one does, and answers at once with the same token for every row.
+The bar (docs/architecture.md) is 300 us at 256 rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from sgl_jax.cache.prefix_cache import PrefixCache
+from sgl_jax.engine.core import Core
+from sgl_jax.engine.messages import Generate
+from sgl_jax.request import SamplingParams
+from sgl_jax.runtime.buckets import make_buckets, pick
+from sgl_jax.runtime.layout import PlanLayout
+from sgl_jax.scheduler.scheduler import Scheduler, SchedulerConfig
+from sgl_jax.step_plan import StepPlan
+from sgl_jax.testing.fake_core import fake_info
+
+PAGE_SIZE = 16
+PROMPT_TOKENS = 1000
+STEP_TOKENS = 2048
+
+
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    plan: StepPlan
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    tokens: np.ndarray
+    logprobs: None = None
+    prompt_logprobs: None = None
+
+
+class PackingRunner:
+    """Everything ModelRunner does on the host, but the dispatch."""
+
+    compiles_after_ready = 0
+
+    def __init__(self, num_rows: int):
+        self.buckets = make_buckets(STEP_TOKENS, num_rows, 8)
+        self.layouts = {bucket: PlanLayout(bucket, PAGE_SIZE, num_rows) for bucket in self.buckets}
+        self.tokens = np.full(num_rows, 7, np.int32)
+
+    def launch(self, plan: StepPlan) -> Flight:
+        self.layouts[pick(self.buckets, plan.num_tokens)].pack(plan)
+        return Flight(plan)
+
+    def collect(self, flight: Flight) -> Tokens:
+        plan = flight.plan
+        assert not plan.wants_logprobs
+        assert not plan.wants_prompt_logprobs
+        return Tokens(self.tokens[: len(plan.rows)])
+
+
+def steady_core(num_rows: int, num_steps: int, *, overlap: bool) -> Core:
+    """A core whose num_rows requests all decode, and will for num_steps more."""
+    context_length = PROMPT_TOKENS + num_rows + num_steps + 64  # the first to decode wait for the last
+    num_pages = num_rows * -(-context_length // PAGE_SIZE) + 1
+    scheduler = Scheduler(
+        SchedulerConfig(num_rows, context_length, STEP_TOKENS, STEP_TOKENS), PrefixCache(num_pages, PAGE_SIZE)
+    )
+    core = Core(scheduler, PackingRunner(num_rows), fake_info(context_length=context_length), overlap=overlap)
+    for key in range(num_rows):
+        # Each request has its own prompt, and lengths differ so that pages fill at different steps.
+        prompt = [key + 1, *range(100, 100 + PROMPT_TOKENS - 1 - key % PAGE_SIZE)]
+        core.handle(Generate(key, prompt, SamplingParams(ignore_eos=True)))
+    while scheduler.waiting or not scheduler.table.has_sampled[: scheduler.num_running].all():
+        core.step()
+    return core
+
+
+def measure(num_rows: int, num_steps: int, *, overlap: bool) -> np.ndarray:
+    """Microseconds of each step, f64[num_steps]."""
+    core = steady_core(num_rows, num_steps + 50, overlap=overlap)
+    for _ in range(20):
+        core.step()
+    times = np.empty(num_steps)
+    gc.collect()
+    for i in range(num_steps):
+        start = time.perf_counter()
+        core.step()
+        times[i] = time.perf_counter() - start
+    assert core.scheduler.num_running == num_rows
+    return times * 1e6
+
+
+def cpu_model() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def commit() -> str:
+    here = Path(__file__).parent
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout
+    return head.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    results = []
+    for overlap in (True, False):
+        for num_rows in args.rows:
+            times = measure(num_rows, args.steps, overlap=overlap)
+            p50, p99 = np.percentile(times, [50, 99])
+            results.append(
+                {
+                    "rows": num_rows,
+                    "overlap": overlap,
+                    "steps": args.steps,
+                    "mean_us": round(float(times.mean()), 1),
+                    "p50_us": round(float(p50), 1),
+                    "p99_us": round(float(p99), 1),
+                }
+            )
+            print(results[-1])
+    report = {
+        "what": "engine-thread time per steady decode step, device time excluded, packing included",
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "machine": {"cpu": cpu_model(), "cores": os.cpu_count()},
+        "versions": {"python": platform.python_version(), "numpy": version("numpy"), "jax": version("jax")},
+        "page_size": PAGE_SIZE,
+        "prompt_tokens": PROMPT_TOKENS,
+        "results": results,
+    }
+    if args.output:
+        args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
