@@ -1,0 +1,99 @@
+"""What the documentation points at is there, and its Python can be read."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+TEST_FILE = re.compile(r"`(tests/[\w/]+\.py)`")
+PYTHON = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def pages() -> list[Path]:
+    places = (
+        REPOSITORY.glob("*.md"),
+        *(REPOSITORY.joinpath(name).rglob("*.md") for name in ("docs", "examples", "tests")),
+    )
+    return sorted(page for place in places for page in place)
+
+
+def anchors(page: Path) -> set[str]:
+    """The names of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def broken_links(page: Path) -> list[str]:
+    found = []
+    for link in LINK.findall(page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", link):
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_relative_links_resolve(page: Path) -> None:
+    assert broken_links(page) == []
+
+
+def test_the_check_itself_sees_broken_links(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Two words\n[a](page.md) [b](#two-words) [c](https://x.y) [d](none.md) [e](page.md#three)")
+    assert broken_links(page) == ["none.md", "page.md#three"]
+
+
+def feature_rows() -> list[tuple[str, str]]:
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    table = text.partition("| feature | tested by |\n|---|---|\n")[2].partition("\n\n")[0]
+    return [
+        (feature.strip(), tested.strip()) for feature, tested in re.findall(r"^\|(.*)\|(.*)\|$", table, re.MULTILINE)
+    ]
+
+
+def test_every_feature_names_its_test_or_says_not_yet() -> None:
+    rows = feature_rows()
+    assert len(rows) > 10
+    for feature, tested in rows:
+        files = TEST_FILE.findall(tested)
+        assert files or tested == "not yet", feature
+        assert [file for file in files if not (REPOSITORY / file).is_file()] == [], feature
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(REPOSITORY)))
+def test_python_snippets_parse(page: Path) -> None:
+    for snippet in PYTHON.findall(page.read_text(encoding="utf-8")):
+        ast.parse(snippet)
+
+
+def test_every_decision_is_linked_from_the_architecture() -> None:
+    text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
+    decisions = sorted((REPOSITORY / "docs" / "decisions").glob("*.md"))
+    assert decisions
+    assert [page.name for page in decisions if f"decisions/{page.name}" not in text] == []
+
+
+def test_every_metric_is_described() -> None:
+    from sgl_jax.engine.messages import Stats
+    from sgl_jax.observability.metrics import RequestMetrics, exposition
+
+    text = (REPOSITORY / "docs" / "features" / "metrics.md").read_text(encoding="utf-8")
+    lines = exposition(RequestMetrics(), Stats())[0].decode().splitlines()
+    names = {line.split()[2].removeprefix("sgl_jax_") for line in lines if line.startswith("# TYPE")}
+    assert names
+    assert [name for name in sorted(names) if f"`{name}`" not in text and f"`{name}{{" not in text] == []
+
+
+@pytest.mark.parametrize("example", sorted((REPOSITORY / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_say_how_to_run_them(example: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8")))
+    assert docstring is not None
+    assert f"python examples/{example.name}" in docstring
