@@ -64,6 +64,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     max_running_requests: int
     chunked_prefill_size: int
     num_programs: int
+    weight_bytes: int  # on the device
+    kv_bytes_per_token: int
     start_seconds: float
 
 

@@ -87,7 +87,7 @@ def build_core(args: ServerArgs) -> Core:
         num_pages=memory.num_pages,
         num_rows=max_running,
         context_length=context_length,
-        buckets=make_buckets(step_tokens, max_running, platform.smallest_bucket),
+        buckets=make_buckets(step_tokens, max_running, platform.smallest_bucket[dtype]),
     )
     runner = ModelRunner(weights, model, config, attention_for(args.attention_backend, platform), device)
     runner.warm_up(_report_compile)
@@ -117,6 +117,8 @@ def build_core(args: ServerArgs) -> Core:
         max_running_requests=max_running,
         chunked_prefill_size=step_tokens,
         num_programs=runner.num_programs,
+        weight_bytes=weight_bytes,
+        kv_bytes_per_token=memory.bytes_per_token,
         start_seconds=time.perf_counter() - started,
     )
     return Core(

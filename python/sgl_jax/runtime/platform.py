@@ -22,18 +22,18 @@ class Platform:
     page_size: int
     chunked_prefill_size: int
     max_running_requests: int
-    smallest_bucket: int
+    smallest_bucket: dict[str, int]  # tokens, by dtype
     mem_fraction: float  # of the device's memory, for weights and KV
     max_pool_tokens: int | None  # KV a default launch takes at most
     stacks_layers: bool  # scan over stacked layers; else a list, unrolled
 
 
 PLATFORMS: dict[Name, Platform] = {
-    # One bf16 row costs more than two (benchmarks/LOG.md), so the smallest bucket has two. A scan compiles three times
+    # One bf16 row costs more than two (benchmarks/LOG.md), so its smallest bucket has two. A scan compiles three times
     # faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in float32.
-    "cpu": Platform("cpu", "bfloat16", 16, 256, 32, 2, 0.4, 65536, False),
-    "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, 8, 0.88, None, True),
-    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, 8, 0.88, None, True),
+    "cpu": Platform("cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False),
+    "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True),
+    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True),
 }
 
 

@@ -44,6 +44,8 @@ def fake_info(vocab_size: int = 512, context_length: int = 512, eos_token_id: in
         max_running_requests=64,
         chunked_prefill_size=context_length,
         num_programs=1,
+        weight_bytes=0,
+        kv_bytes_per_token=0,
         start_seconds=0.0,
     )
 
