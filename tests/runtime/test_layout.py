@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import hypothesis.strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -45,7 +46,7 @@ def test_what_is_packed_is_unpacked_and_the_rest_is_padding(num_new: list[int], 
     plan = random_plan(np.random.default_rng(0), num_new, num_updates)
     vector = layout.pack(plan)
     assert (vector.shape, vector.dtype) == ((layout.size,), np.int32)
-    inputs = layout.unpack(vector)
+    inputs = layout.unpack(jnp.asarray(vector))
     n = len(num_new)
     assert inputs.num_single == plan.num_single
     for name in ("rows", "start", "num_new", "samples", "from_device", "next_token", "params"):
@@ -67,7 +68,7 @@ def test_floats_and_unsigned_numbers_keep_their_bits() -> None:
     params = plan.params.copy()
     params[1, Param.TEMPERATURE :] = floats.view(np.int32)
     params[1, Param.SEED] = np.uint32(2**32 - 3).view(np.int32)
-    inputs = layout.unpack(layout.pack(dataclasses.replace(plan, params=params)))
+    inputs = layout.unpack(jnp.asarray(layout.pack(dataclasses.replace(plan, params=params))))
     columns = list(Param)[Param.TEMPERATURE :]
     got = np.array([np.asarray(inputs.param(column))[1] for column in columns], np.float32)
     assert got.view(np.int32).tolist() == floats.view(np.int32).tolist()

@@ -53,6 +53,7 @@ def run(attention, b, **options):
         len(b["q"]),
         b["kv"].shape[3],
     )
+    options = {name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in options.items()}
     call = jax.jit(functools.partial(attention, first_page=b["first_page"], **options))
     return call(b["q"], b["k"], b["v"], b["kv"], batch)
 
