@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from sgl_jax.models.layers import ACTIVATIONS, apply_rope, rms_norm, rope_tables
 from sgl_jax.models.weights import LayerWeights, Weights, head
 
 
+@runtime_checkable  # so that tests can check annotations
 class Attend(Protocol):
     """Attention with the step's batch, pool geometry and backend filled in: (q, k, v, kv, layer, window) -> (o, kv)."""
 

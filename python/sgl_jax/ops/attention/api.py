@@ -7,7 +7,7 @@ p is `kv[i * P + p]`. Page 0 of each layer takes the KV of padding tokens and is
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ class RaggedBatch:
     token_offset: jax.Array  # i32[T]: and the place in that page
 
 
+@runtime_checkable  # so that tests can check annotations
 class Attention(Protocol):
     """Write the new KV, attend, return the output and the pool (same buffer when donated)."""
 
