@@ -145,7 +145,11 @@ class ServerArgs:
         rule=_IN_0_1,
     )
     max_total_tokens: int | None = flag(
-        None, DEVICE, "tokens of KV cache", unset="as many as the memory holds", rule=at_least(1)
+        None,
+        DEVICE,
+        "tokens of KV cache",
+        unset="as many as the memory holds; on CPU, unless --mem-fraction-static is given, 65536 or one full context",
+        rule=at_least(1),
     )
     page_size: int | None = flag(
         None, DEVICE, "tokens per page, the unit of prefix sharing", unset="chosen for the device", rule=_PAGE_SIZE
@@ -160,12 +164,16 @@ class ServerArgs:
         None, SCHEDULING, "requests in one step", unset="chosen for device and memory", rule=at_least(1)
     )
     max_queued_requests: int | None = flag(
-        None, SCHEDULING, "waiting requests, above which new ones get a 429", unset="no limit", rule=at_least(1)
+        None,
+        SCHEDULING,
+        "requests (each of n counts) without a first token, above which new ones get a 429",
+        unset="no limit",
+        rule=at_least(1),
     )
     chunked_prefill_size: int | None = flag(
         None,
         SCHEDULING,
-        "most tokens of one prompt in a step; with -1 only --max-prefill-tokens limits it",
+        "most prompt tokens in a step; with -1 only --max-prefill-tokens limits it",
         unset="chosen for the device",
         rule=_CHUNK,
     )

@@ -73,8 +73,8 @@ def server(smollm2, tmp_path_factory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def cases(shared_data) -> list[dict]:
-    return json.loads((shared_data / "golden" / "smollm2-135m-instruct.json").read_text())["cases"]
+def cases(golden) -> list[dict]:
+    return json.loads((golden / "smollm2-135m-instruct.json").read_text())["cases"]
 
 
 def greedy_ids(server: Server, prompt_ids: list[int], n: int = 64) -> list[int]:

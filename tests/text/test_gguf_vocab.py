@@ -189,12 +189,12 @@ def test_what_cannot_be_rebuilt_is_refused(tmp_path, metadata, said):
         load_gguf_tokenizer(write_vocab(tmp_path / "v.gguf", metadata))
 
 
-def test_smollm2_gives_the_golden_prompt_ids(smollm2, shared_data):
+def test_smollm2_gives_the_golden_prompt_ids(smollm2, golden):
     found = load_gguf_tokenizer(smollm2)
     assert (found.bos_token, found.eos_token, found.add_bos) == ("<|im_start|>", "<|im_end|>", False)
     assert "<|im_start|>assistant" in (found.chat_template or "")
-    golden = json.loads((shared_data / "golden" / "smollm2-135m-instruct.json").read_text())
-    for case in golden["cases"]:
+    stored = json.loads((golden / "smollm2-135m-instruct.json").read_text())
+    for case in stored["cases"]:
         ids = found.tokenizer.encode(case["prompt"]).ids
         assert ids == case["prompt_ids"], case["name"]
         assert found.tokenizer.decode(ids, skip_special_tokens=False) == case["prompt"]

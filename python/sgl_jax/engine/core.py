@@ -100,6 +100,7 @@ class Core:
         if launched is not None:
             events.append(self._collect(launched))
         if not self.busy:
+            self._speed.pause()
             self.scheduler.check_invariants()
         now = time.monotonic()
         if now >= self._stats_due or not self.busy:
@@ -118,7 +119,7 @@ class Core:
             prompt=np.array(command.prompt_ids, np.int32),
             params=params,
             namespace=command.namespace,
-            seed=(seed ^ (seed >> 32)) & 0xFFFFFFFF,
+            seed=_fold(seed),
             max_total_tokens=len(command.prompt_ids) + min(params.max_tokens or room, room),
             stop_token_ids=np.array(sorted({*eos, *params.stop_token_ids}), np.int32),
             arrival=self._num_arrived,
@@ -205,21 +206,35 @@ class _Speedometer:
         self.tokens_per_s = 0.0
         self._interval = interval
         self._steps = self._tokens = 0
-        self._since = time.monotonic()
+        self._since: float | None = None  # None: nothing has run since the last pause
 
     def count(self, num_tokens: int) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+            return  # their time is not known
         self._tokens += num_tokens
+
+    def pause(self) -> None:
+        """Nothing runs: the time until the next token is nobody's."""
+        self._steps = self._tokens = 0
+        self._since = None
 
     def interval_is_over(self) -> bool:
         """Called once a decode step; at the interval's end updates tokens_per_s and starts the next."""
         self._steps += 1
-        if self._steps < self._interval:
+        if self._steps < self._interval or self._since is None:
             return False
         now = time.monotonic()
         self.tokens_per_s = self._tokens / (now - self._since)
         self._steps = self._tokens = 0
         self._since = now
         return True
+
+
+def _fold(seed: int) -> int:
+    """A seed of up to 64 bits, negative ones included, in 32: small ones stay as they are."""
+    low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
+    return low ^ (high * 0x9E3779B9 & 0xFFFFFFFF)
 
 
 def _pick_logprobs(step: StepResult, logprobs: Any, wanting: dict[int, Request]) -> dict[int, TokenLogprobs]:

@@ -29,11 +29,14 @@ class Engine:
     """Loads a model and generates. `server_args` are the flags of the server, in snake case."""
 
     def __init__(self, model_path: str | None = None, **server_args: Any):
-        from sgl_jax.server_args import ServerArgs
+        from sgl_jax.server_args import BY_NAME, SERVER, ServerArgs
 
         if model_path is None:
             raise TypeError("Engine needs model_path")
         args = ServerArgs(model_path=model_path, **server_args)
+        for name in server_args:
+            if BY_NAME[name].about.group == SERVER and name != "stream_interval":
+                raise TypeError(f"Engine has no HTTP server, so {name} would do nothing; leave it out")
 
         def build() -> EngineCore:
             from sgl_jax.engine.startup import build_core
@@ -43,7 +46,7 @@ class Engine:
         def tokenizer() -> Tokenizer:
             return load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.download_dir)
 
-        self._start(build, tokenizer)
+        self._start(build, tokenizer, args.stream_interval, args.max_queued_requests)
 
     @classmethod
     def from_core(cls, build_core: Callable[[], EngineCore], tokenizer: Tokenizer) -> Self:
@@ -52,20 +55,33 @@ class Engine:
         engine._start(build_core, lambda: tokenizer)
         return engine
 
-    def _start(self, build_core: Callable[[], EngineCore], tokenizer: Callable[[], Tokenizer]) -> None:
+    def _start(
+        self,
+        build_core: Callable[[], EngineCore],
+        tokenizer: Callable[[], Tokenizer],
+        stream_interval: int = 1,
+        max_queued_requests: int | None = None,
+    ) -> None:
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sgl-jax-api", daemon=True)
         self._thread.start()
         try:
             self.tokenizer = tokenizer()
-            self._service = self._call(self._open(build_core))
+            self._service = self._call(self._open(build_core, stream_interval, max_queued_requests))
         except BaseException:
             self._stop_loop()
             raise
 
-    async def _open(self, build_core: Callable[[], EngineCore]) -> GenerationService:
-        service = GenerationService(ThreadTransport(build_core), self.tokenizer)
+    async def _open(
+        self, build_core: Callable[[], EngineCore], stream_interval: int, max_queued_requests: int | None
+    ) -> GenerationService:
+        service = GenerationService(
+            ThreadTransport(build_core),
+            self.tokenizer,
+            stream_interval=stream_interval,
+            max_queued_requests=max_queued_requests,
+        )
         await service.start()
         service.open()
         return service

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 def build_core(args: ServerArgs) -> Core:
-    """Load the model, size memory, compile every program. Raises ValueError or RuntimeError with a line for the user."""
+    """Load the model, size memory, compile every program. Raises ValueError with a line for the user."""
     started = time.perf_counter()
     jax.config.update("jax_compilation_cache_dir", args.compilation_cache_dir)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -70,7 +70,8 @@ def build_core(args: ServerArgs) -> Core:
     )
     context_length = min(context_length, memory.num_tokens)
     max_running = min(args.max_running_requests or platform.max_running_requests, memory.num_pages - 1)
-    step_tokens = _step_tokens(args, platform, context_length, max_running)
+    prefill_tokens = _prefill_tokens(args, platform, context_length)
+    step_tokens = max(prefill_tokens, max_running)  # every running request has room for one token
     logger.info(
         log.memory_table(
             weights=weight_bytes,
@@ -97,7 +98,7 @@ def build_core(args: ServerArgs) -> Core:
             max_running_requests=max_running,
             context_length=context_length,
             max_step_tokens=step_tokens,
-            max_prefill_tokens=args.max_prefill_tokens,
+            max_prefill_tokens=prefill_tokens,
             policy=args.schedule_policy,
         ),
         cache,
@@ -115,7 +116,7 @@ def build_core(args: ServerArgs) -> Core:
         page_size=page_size,
         max_total_tokens=memory.num_tokens,
         max_running_requests=max_running,
-        chunked_prefill_size=step_tokens,
+        chunked_prefill_size=prefill_tokens,
         num_programs=runner.num_programs,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=memory.bytes_per_token,
@@ -138,12 +139,12 @@ def _dtype(args: ServerArgs, checkpoint: Checkpoint, platform: Platform) -> str:
     return "float32" if checkpoint.dtype == "float32" else platform.dtype
 
 
-def _step_tokens(args: ServerArgs, platform: Platform, context_length: int, max_running: int) -> int:
-    """The token budget of a step. Every running request needs room for one token in it."""
+def _prefill_tokens(args: ServerArgs, platform: Platform, context_length: int) -> int:
+    """The prompt tokens a step computes at most, whether of one prompt or several."""
     chunk = args.chunked_prefill_size or platform.chunked_prefill_size
     if chunk == -1:
         chunk = args.max_prefill_tokens
-    return max(min(chunk, args.max_prefill_tokens, context_length), max_running)
+    return min(chunk, args.max_prefill_tokens, context_length)
 
 
 def _load(checkpoint: Checkpoint, model: DecoderConfig, dtype: str, args: ServerArgs, platform: Platform) -> Weights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from pathlib import Path
 
 import jax
 
@@ -37,11 +38,21 @@ class MemoryPlan:
 def device_memory(device: jax.Device) -> int:
     """Bytes of memory: the accelerator's as its runtime reports them, the machine's own on CPU."""
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return min(physical, _container_limit() or physical)
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise DoesNotFit(f"{device.device_kind} does not report its memory; set --max-total-tokens")
     return stats["bytes_limit"]
+
+
+def _container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
+    """The memory this container may use (cgroup v2), if it is limited."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
 
 
 def kv_bytes_per_token(config: DecoderConfig, dtype_bytes: int) -> int:

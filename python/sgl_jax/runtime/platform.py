@@ -37,15 +37,19 @@ PLATFORMS: dict[Name, Platform] = {
 }
 
 
+class NoDevice(ValueError):
+    """The machine has no device of the kind asked for."""
+
+
 def pick_devices(wanted: Name | None) -> tuple[Platform, list[jax.Device]]:
-    """The devices of the wanted platform, or of the best one present. Raises RuntimeError if there is none."""
+    """The devices of the wanted platform, or of the best one present. Raises NoDevice if there is none."""
     for name in [wanted] if wanted else ["tpu", "gpu", "cpu"]:
         try:
             return PLATFORMS[name], jax.devices(name)
         except RuntimeError:
             continue
     present = sorted({d.platform for d in jax.devices()})
-    raise RuntimeError(f"--device {wanted}: this machine has no {wanted} that jax can see, only {', '.join(present)}")
+    raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")
 
 
 def attention_for(backend: str | None, platform: Platform) -> Attention:

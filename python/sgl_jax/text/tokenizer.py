@@ -10,6 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from sgl_jax.models.errors import ModelError
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -121,13 +122,22 @@ def _piece_kind(backend: tokenizers.Tokenizer) -> str:
 def load_tokenizer(path: str, chat_template: str | None = None, download_dir: str | None = None) -> Tokenizer:
     """`path`: a directory with tokenizer.json, a .gguf file, or a hub id.
 
-    `chat_template` is a file to use instead of the model's own, or the template itself.
+    `chat_template` is a file to use instead of the model's own, or the template itself. Raises TokenizerError, with a
+    line for the user, when there is none or it cannot be read.
     """
-    override = _read_override(chat_template)
+    try:
+        return _load(path, _read_override(chat_template), download_dir)
+    except (OSError, ModelError) as error:
+        raise TokenizerError(_first_line(error)) from error
+
+
+def _load(path: str, override: str | None, download_dir: str | None) -> Tokenizer:
     place = Path(path).expanduser()
     if place.suffix == ".gguf":
         return _from_gguf(place, override)
     if not place.exists():
+        if path.count("/") > 1 or path.startswith((".", "~")):
+            raise TokenizerError(f"{path} does not exist; give a model folder, a .gguf file or a hub id")
         place = _download(path, download_dir)
     if not (place / "tokenizer.json").is_file():
         ggufs = sorted(place.glob("*.gguf"))
@@ -135,6 +145,10 @@ def load_tokenizer(path: str, chat_template: str | None = None, download_dir: st
             return _from_gguf(ggufs[0], override)
         raise TokenizerError(f"{place} has no tokenizer.json; give a directory that has one with --tokenizer-path")
     return _from_directory(place, override)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _read_override(chat_template: str | None) -> str | None:
@@ -152,7 +166,9 @@ def _download(name: str, download_dir: str | None) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES), cache_dir=download_dir))
     except Exception as error:  # a name that is no hub id, no network, no access: one line each
-        raise TokenizerError(f"{name} is neither a directory nor a model that can be fetched: {error}") from error
+        raise TokenizerError(
+            f"{name} is neither a directory nor a model that can be fetched: {_first_line(error)}"
+        ) from error
 
 
 def _from_gguf(path: Path, override: str | None) -> Tokenizer:
