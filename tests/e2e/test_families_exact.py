@@ -1,0 +1,61 @@
+"""Every family of models gives, in float32, the tokens and logprobs of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exact import GREEDY, TOLERANCE, Build, assert_top5
+
+from simulated import Client
+
+FAMILIES = [
+    "llama",
+    "llama-attn-bias",
+    "llama-rope3",
+    "llama-tied",
+    "mistral",
+    "qwen2",
+    "qwen2-tied",
+    "qwen2-yarn",
+    "qwen3",
+    "qwen3-tied",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_gives_transformers_tokens_and_logprobs(build: Build, shared_data: Path, family: str) -> None:
+    """All prompts at once, in chunks of four tokens: two step programs."""
+    folder = shared_data / "oracle" / family
+    cases = json.loads((folder / "oracle.json").read_text(encoding="utf-8"))["cases"]
+    core = build(folder, max_running_requests=4, chunked_prefill_size=4, max_total_tokens=1024)
+    client = Client(core)
+    for key, case in enumerate(cases):
+        client.submit(key, case["prompt_ids"], max_tokens=24, logprobs=5, prompt_logprobs=0, **GREEDY)
+    client.run()
+    for key, case in enumerate(cases):
+        got = client.answers[key]
+        assert got.tokens == case["greedy_ids"], case["name"]
+        assert len(got.logprobs) == len(case["top5"]) == 24
+        assert_top5(got.logprobs, case["top5"])
+        assert got.prompt is not None
+        assert got.prompt.logprobs is not None
+        assert got.prompt.logprobs[0] is None
+        assert case["prompt_logprobs"][0] is None
+        ours = [scored.logprob for scored in got.prompt.logprobs[1:] if scored is not None]
+        np.testing.assert_allclose(ours, case["prompt_logprobs"][1:], atol=TOLERANCE)
+
+
+def test_the_default_model_gives_transformers_tokens_and_logprobs(build: Build, golden: Path, smollm2: Path) -> None:
+    stored = json.loads((golden / "smollm2-135m-instruct.json").read_text(encoding="utf-8"))
+    cases = stored["cases"]
+    core = build(smollm2, max_running_requests=4, chunked_prefill_size=4, max_total_tokens=1024, context_length=256)
+    client = Client(core)
+    for key, case in enumerate(cases):
+        client.submit(key, case["prompt_ids"], max_tokens=64, logprobs=5, **GREEDY)
+    client.run()
+    for key, case in enumerate(cases):
+        assert client.tokens[key] == case["output_ids_64_ignore_eos"], case["name"]
+        assert_top5(client.answers[key].logprobs, case["top5_logprobs_first8"])
