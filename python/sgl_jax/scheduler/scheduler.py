@@ -196,8 +196,7 @@ class Scheduler:
         """Room for all its tokens so far, and one more page for each running row, lest it be preempted at once."""
         locked_anew = sum(len(n.pages) for n in handle.node.path if n.num_locks == 0)
         need = -(-(len(request.tokens) + 1) // self.cache.page_size) - handle.num_pages
-        spare = self.num_running if self.num_running else 0
-        return need + spare <= self.cache.num_available_pages - locked_anew
+        return need + self.num_running <= self.cache.num_available_pages - locked_anew
 
     def _seat(self, request: Request, handle: Handle, num_new: int, picks: _Picks) -> None:
         t = self.table
@@ -259,7 +258,7 @@ class Scheduler:
         known = np.minimum(start[:num_single], t.num_known[rows[:num_single]] - 1)
         tokens = [t.tokens[rows[:num_single], known]]
         tokens += [
-            t.tokens[r, s:e] for r, s, e in zip(rows[num_single:], start[num_single:], end[num_single:], strict=False)
+            t.tokens[r, s:e] for r, s, e in zip(rows[num_single:], start[num_single:], end[num_single:], strict=True)
         ]
         is_prompt = end < t.prompt_len[rows]
         next_token = np.where(is_prompt, t.tokens[rows, np.minimum(end, t.tokens.shape[1] - 1)], -1)
