@@ -14,10 +14,10 @@ class Bucket:
 
 
 def make_buckets(max_step_tokens: int, max_running_requests: int, smallest: int) -> tuple[Bucket, ...]:
-    """Token counts grow fourfold up to the running rows and twofold beyond; a bucket has a row per token up to
-    max_running_requests, so any step fits the smallest bucket that holds its tokens."""
-    sizes = {max_running_requests, max_step_tokens}
-    size = smallest
+    """Token counts are the smallest, then 8, 32, … up to the running rows, and doubles beyond. A bucket has a row per
+    token up to max_running_requests, so any step fits the smallest bucket that holds its tokens."""
+    sizes = {smallest, max_running_requests, max_step_tokens}
+    size = 8
     while size < max_step_tokens:
         sizes.add(size)
         size *= 4 if size < max_running_requests else 2
