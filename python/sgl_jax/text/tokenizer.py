@@ -133,12 +133,12 @@ def load_tokenizer(path: str, chat_template: str | None = None, download_dir: st
 
 def _load(path: str, override: str | None, download_dir: str | None) -> Tokenizer:
     place = Path(path).expanduser()
-    if place.suffix == ".gguf":
-        return _from_gguf(place, override)
     if not place.exists():
-        if path.count("/") > 1 or path.startswith((".", "~")):
+        if place.suffix == ".gguf" or path.count("/") > 1 or path.startswith((".", "~")):
             raise TokenizerError(f"{path} does not exist; give a model folder, a .gguf file or a hub id")
         place = _download(path, download_dir)
+    if place.suffix == ".gguf":
+        return _from_gguf(place, override)
     if not (place / "tokenizer.json").is_file():
         ggufs = sorted(place.glob("*.gguf"))
         if ggufs:
