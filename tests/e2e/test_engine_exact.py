@@ -14,6 +14,7 @@ from exact import GREEDY, Build, assert_top5
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
 from sgl_jax.request import FinishReason
+from sgl_jax.runtime import platform
 from sgl_jax.scheduler.scheduler import Scheduler
 from simulated import Answer, Client
 
@@ -79,6 +80,16 @@ def test_tokens_are_golden_with_radix_and_overlap_on_and_off(
     cached = first.stats[-1].cached_tokens
     second = assert_golden(core, cases)  # now with every prompt in the cache, if there is one
     assert (second.stats[-1].cached_tokens > cached) == radix
+
+
+def test_tokens_are_golden_in_the_form_accelerators_get(
+    build: Build, stories260k: Path, cases: list[Golden], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers stacked and scanned, decoding rows side by side."""
+    form = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=True, vectorises_rows=True)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", form)
+    core = build(stories260k, page_size=16, chunked_prefill_size=16, max_running_requests=8)
+    assert_golden(core, cases)
 
 
 def test_tokens_are_golden_with_the_flags_that_switch_radix_and_overlap_off(

@@ -26,14 +26,15 @@ class Platform:
     mem_fraction: float  # of the device's memory, for weights and KV
     max_pool_tokens: int | None  # KV a default launch takes at most
     stacks_layers: bool  # scan over stacked layers; else a list, unrolled
+    vectorises_rows: bool  # native attention takes the decoding rows side by side; else one after the other
 
 
 PLATFORMS: dict[Name, Platform] = {
     # One bf16 row costs more than two (benchmarks/LOG.md), so its smallest bucket has two. A scan compiles three times
     # faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in float32.
-    "cpu": Platform("cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False),
-    "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True),
-    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True),
+    "cpu": Platform("cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False, False),
+    "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True),
+    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True),
 }
 
 
@@ -55,7 +56,7 @@ def pick_devices(wanted: Name | None) -> tuple[Platform, list[jax.Device]]:
 def attention_for(backend: str | None, platform: Platform) -> Attention:
     """The attention implementation of a --attention-backend; None: the best for the platform."""
     if backend in (None, "native"):
-        return functools.partial(native.paged_attention, vectorise=platform.name != "cpu")
+        return functools.partial(native.paged_attention, vectorise=platform.vectorises_rows)
     raise ValueError(f"--attention-backend {backend}: not built for {platform.name}; use native")
 
 
