@@ -62,6 +62,6 @@ def run(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
 def one_line(error: BaseException) -> str:
     """The error as a user should read it: the first line of its message, with its type where that says more."""
     text = str(error).strip().split("\n")[0]
-    if isinstance(error, ValueError | OSError | NotImplementedError) and text:
+    if isinstance(error, ValueError | OSError) and text:
         return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
