@@ -9,6 +9,7 @@ from typing import Literal
 import msgspec
 import numpy as np
 
+_MAX_INT = 2**31 - 1  # what a device row holds
 MAX_LOGPROBS = 20  # OpenAI's limit; the step program always returns this many candidates
 MAX_LOGIT_BIAS = 1024  # entries a device row can hold
 MAX_STOP_TOKENS = 64  # token ids that can be held back until min_tokens
@@ -64,29 +65,28 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
                 "stop_token_ids",
                 f"stop_token_ids has {len(self.stop_token_ids)} entries; the limit is {MAX_STOP_TOKENS}",
             )
+        if isinstance(self.stop, str):
+            raise InvalidParameter("stop", f"stop is the string {self.stop!r}; it must be a sequence of strings")
         if any(not s for s in self.stop):
             raise InvalidParameter("stop", "a stop string must not be empty")
 
     def _check_ranges(self) -> None:
         for name, low, high in (
-            ("temperature", 0.0, math.inf),
+            ("temperature", 0.0, 1e4),
             ("top_p", 0.0, 1.0),
             ("min_p", 0.0, 1.0),
             ("presence_penalty", -2.0, 2.0),
             ("frequency_penalty", -2.0, 2.0),
-            ("repetition_penalty", 0.0, math.inf),
-            ("min_tokens", 0, math.inf),
+            ("repetition_penalty", 1e-3, 1e3),
+            ("min_tokens", 0, _MAX_INT),
+            ("top_k", -1, _MAX_INT),
             ("n", 1, 128),
         ):
             value = getattr(self, name)
-            if not (low <= value <= high and math.isfinite(value)):
+            if not low <= value <= high:  # not a number included
                 raise InvalidParameter(name, f"{name} is {value}; it must be between {low} and {high}")
         if self.top_p == 0:
             raise InvalidParameter("top_p", "top_p is 0; it must be above 0")
-        if self.repetition_penalty == 0:
-            raise InvalidParameter("repetition_penalty", "repetition_penalty is 0; it must be above 0")
-        if self.top_k < -1:
-            raise InvalidParameter("top_k", f"top_k is {self.top_k}; it must be positive, or -1 for off")
         if self.max_tokens is not None and self.max_tokens < 1:
             raise InvalidParameter("max_tokens", f"max_tokens is {self.max_tokens}; it must be at least 1")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

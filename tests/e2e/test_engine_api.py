@@ -75,3 +75,15 @@ def test_flags_of_the_http_server_are_refused(stories260k):
 def test_a_device_that_is_not_there_is_one_line(stories260k):
     with pytest.raises(EngineFailed, match="--device tpu: jax sees no tpu on this machine, only cpu"):
         sgl_jax.Engine(model_path=str(stories260k), device="tpu", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("flag", "options"),
+    [
+        ("--context-length", {"context_length": 512, "max_total_tokens": 96}),
+        ("--max-running-requests", {"max_running_requests": 64, "max_total_tokens": 96}),
+    ],
+)
+def test_a_limit_the_pool_cannot_hold_is_refused(stories260k, flag, options):
+    with pytest.raises(EngineFailed, match=rf"{flag} is \d+; the KV pool of 96 tokens"):
+        sgl_jax.Engine(model_path=str(stories260k), device="cpu", page_size=16, **options)

@@ -84,7 +84,7 @@ def greedy_ids(server: Server, prompt_ids: list[int], n: int = 64) -> list[int]:
 
 def test_start_up_says_what_it_does_and_ready_comes_last(server):
     log = server.log.read_text()
-    said = ["model", "Arguments:", "Weights loaded", "KV cache", "[1/", "The server is fired up and ready to roll!"]
+    said = ["model", "Arguments:", "KV cache", "Weights loaded", "[1/", "The server is fired up and ready to roll!"]
     at = [log.index(line) for line in said]
     assert at == sorted(at)
 

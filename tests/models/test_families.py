@@ -95,3 +95,23 @@ def test_mistral_window_is_off_when_null_and_4096_when_absent():
 def test_kv_heads_null_means_all_heads():
     for architecture in ("LlamaForCausalLM", "Qwen2ForCausalLM", "MistralForCausalLM"):
         assert decoder_config(hf(architecture, num_key_value_heads=None)).num_kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier"),
+        ({"logit_scale": 0.5}, "logit_scale"),
+        ({"layer_types": ["sliding_attention"] * 5, "sliding_window": 16}, "layer_types"),
+        ({"eos_token_id": 512}, "eos_token_id"),
+    ],
+)
+def test_a_config_that_would_be_computed_wrongly_is_refused(stories260k, change, named):
+    config = json.loads((stories260k / "config.json").read_text()) | change
+    with pytest.raises(ModelError, match=named):
+        decoder_config(config)
+
+
+def test_an_eos_of_minus_one_means_none(stories260k):
+    config = json.loads((stories260k / "config.json").read_text()) | {"eos_token_id": -1}
+    assert decoder_config(config).eos_token_ids == ()

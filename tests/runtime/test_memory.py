@@ -27,6 +27,7 @@ CONFIG = DecoderConfig(
 OPTIONS = {
     "total_bytes": 10_000_000,
     "weight_bytes": 1_000_000,
+    "state_bytes": 0,
     "dtype_bytes": 4,
     "page_size": 16,
     "context_length": 2048,
@@ -72,7 +73,7 @@ def refusal(**options) -> str:
 def test_weights_that_leave_no_room_are_refused_with_numbers_and_remedies() -> None:
     message = refusal(weight_bytes=4_995_000)
     for part in (
-        "weights take 0.00 GB of the 0.01 GB",
+        "weights and row state take 0.00 GB of the 0.01 GB",
         "--mem-fraction-static 0.5 of 0.01 GB",
         "page of 16 tokens",
         "raise --mem-fraction-static, lower --page-size or use a smaller model",

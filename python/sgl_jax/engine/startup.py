@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 
 import jax
@@ -16,7 +17,7 @@ from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.loader import load_weights, random_weights
-from sgl_jax.models.weights import Weights
+from sgl_jax.models.weights import Weights, declare
 from sgl_jax.observability import log
 from sgl_jax.observability.progress import weight_progress
 from sgl_jax.runtime.buckets import make_buckets
@@ -24,7 +25,7 @@ from sgl_jax.runtime.compiler import Compiled
 from sgl_jax.runtime.memory import device_memory, plan_memory
 from sgl_jax.runtime.platform import Platform, attention_for, pick_devices, stack_layers
 from sgl_jax.runtime.runner import ModelRunner, RunnerConfig
-from sgl_jax.runtime.state import MAX_EOS_TOKENS
+from sgl_jax.runtime.state import MAX_EOS_TOKENS, state_bytes
 from sgl_jax.scheduler.scheduler import Scheduler, SchedulerConfig
 from sgl_jax.server_args import ServerArgs
 
@@ -55,21 +56,32 @@ def build_core(args: ServerArgs) -> Core:
         raise ValueError(
             f"--context-length is {args.context_length}; the model was made for {model.context_length} tokens at most"
         )
-    weights = _load(checkpoint, model, dtype, args, platform)
-    weight_bytes = sum(x.nbytes for x in jax.tree.leaves(weights))
-    memory = plan_memory(
+    itemsize = np.dtype(dtype).itemsize
+    weight_bytes = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(model))) * itemsize
+    max_running = args.max_running_requests or platform.max_running_requests
+    memory = plan_memory(  # before the weights are read: what does not fit should be said at once
         model,
         platform,
         total_bytes=device_memory(device),
         weight_bytes=weight_bytes,
-        dtype_bytes=np.dtype(dtype).itemsize,
+        state_bytes=state_bytes(max_running, -(-context_length // page_size), model.vocab_size),
+        dtype_bytes=itemsize,
         page_size=page_size,
         context_length=context_length,
         mem_fraction=args.mem_fraction_static,
         max_total_tokens=args.max_total_tokens,
     )
+    for flag, value, most in (
+        ("--context-length", args.context_length, memory.num_tokens),
+        ("--max-running-requests", args.max_running_requests, memory.num_pages - 1),
+    ):
+        if value is not None and value > most:
+            raise ValueError(
+                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens in pages of {page_size} allows {most}; "
+                f"lower it, or raise --max-total-tokens or --mem-fraction-static"
+            )
     context_length = min(context_length, memory.num_tokens)
-    max_running = min(args.max_running_requests or platform.max_running_requests, memory.num_pages - 1)
+    max_running = min(max_running, memory.num_pages - 1)
     prefill_tokens = _prefill_tokens(args, platform, context_length)
     step_tokens = max(prefill_tokens, max_running)  # every running request has room for one token
     logger.info(
@@ -82,6 +94,7 @@ def build_core(args: ServerArgs) -> Core:
         )
     )
 
+    weights = _load(checkpoint, model, dtype, args, platform)
     config = RunnerConfig(
         dtype=dtype,
         page_size=page_size,

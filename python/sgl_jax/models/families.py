@@ -27,8 +27,10 @@ def decoder_config(hf: dict[str, Any], generation_config: dict[str, Any] | None 
             f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(FAMILIES))}"
         )
     config = FAMILIES[known[0]].config({**hf, "architectures": known})
-    eos = eos_token_ids(generation_config or {})
-    return dataclasses.replace(config, eos_token_ids=eos) if eos else config
+    eos = tuple(token for token in eos_token_ids(generation_config or {}) or config.eos_token_ids if token >= 0)
+    if any(token >= config.vocab_size for token in eos):
+        raise ModelError(f"eos_token_id is {list(eos)}, but the vocabulary has the ids 0 to {config.vocab_size - 1}")
+    return dataclasses.replace(config, eos_token_ids=eos)
 
 
 def tensor_names(config: DecoderConfig) -> TensorNames:

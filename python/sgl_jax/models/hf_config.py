@@ -15,6 +15,16 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "gelu_new": "gelu_tanh",
 }
 
+_SCALES = (
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+    "logit_scale",
+    "scale_emb",
+    "scale_depth",
+)
+
 
 def required(hf: dict[str, Any], key: str) -> Any:
     if hf.get(key) is None:
@@ -45,6 +55,14 @@ def dense_decoder(
         raise ModelError(f"config.json has quantization_config ({method}); quantised checkpoints are not supported")
     if hf.get("hidden_act", "silu") not in _ACTIVATIONS:
         raise ModelError(f"config.json sets hidden_act={hf['hidden_act']!r}; supported are {', '.join(_ACTIVATIONS)}")
+    if unknown := [key for key in _SCALES if hf.get(key) not in (None, 1, 1.0)]:
+        raise ModelError(f"config.json sets {', '.join(unknown)}; {architecture} has no such scale here")
+    if (
+        sliding_windows is None
+        and "sliding_attention" in (hf.get("layer_types") or ())
+        and "use_sliding_window" not in hf
+    ):
+        raise ModelError(f"config.json has layer_types with sliding_attention; {architecture} has no windows here")
     hidden_size, num_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     required(hf, "max_position_embeddings")
     if head_dim is None:

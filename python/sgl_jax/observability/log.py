@@ -97,7 +97,7 @@ def weights_line(num_bytes: int, seconds: float) -> str:
 
 
 def memory_table(*, weights: int, kv: int, free: int, kv_tokens: int, context_length: int) -> str:
-    """Bytes of one device after weights and KV pool are in place, and what the pool is good for."""
+    """How the bytes of one device will be used, and what the KV pool is good for."""
     requests = kv_tokens / context_length
     return "\n".join(
         (

@@ -65,13 +65,14 @@ def plan_memory(
     *,
     total_bytes: int,
     weight_bytes: int,
+    state_bytes: int,
     dtype_bytes: int,
     page_size: int,
     context_length: int,
     mem_fraction: float | None,
     max_total_tokens: int | None,
 ) -> MemoryPlan:
-    """Divide the device's memory. Raises DoesNotFit when not one request of two pages fits."""
+    """Divide the device's memory; state_bytes is what the rows keep on the device beside their KV. Raises DoesNotFit when not one request of two pages fits."""
     if max_total_tokens is not None and max_total_tokens < 2 * page_size:
         raise DoesNotFit(
             f"--max-total-tokens {max_total_tokens} is less than two pages of {page_size} tokens; "
@@ -80,13 +81,13 @@ def plan_memory(
     fraction = mem_fraction if mem_fraction is not None else platform.mem_fraction
     budget = int(total_bytes * fraction)
     per_token = kv_bytes_per_token(config, dtype_bytes)
-    fitting = (budget - weight_bytes) // per_token
+    fitting = (budget - weight_bytes - state_bytes) // per_token
     if max_total_tokens is not None:
         tokens = max_total_tokens
         if fitting < tokens:
             raise DoesNotFit(
                 f"--max-total-tokens {tokens} takes {tokens * per_token / 1e9:.2f} GB of KV beside "
-                f"{weight_bytes / 1e9:.2f} GB of weights, and --mem-fraction-static {fraction} of the device's "
+                f"{(weight_bytes + state_bytes) / 1e9:.2f} GB of weights and row state, and --mem-fraction-static {fraction} of the device's "
                 f"{total_bytes / 1e9:.2f} GB is {budget / 1e9:.2f} GB: it holds {max(0, fitting)} tokens"
             )
     else:
@@ -96,7 +97,7 @@ def plan_memory(
     num_pages = tokens // page_size
     if num_pages < 2:
         raise DoesNotFit(
-            f"no room for KV: weights take {weight_bytes / 1e9:.2f} GB of the {budget / 1e9:.2f} GB that "
+            f"no room for KV: weights and row state take {(weight_bytes + state_bytes) / 1e9:.2f} GB of the {budget / 1e9:.2f} GB that "
             f"--mem-fraction-static {fraction} of {total_bytes / 1e9:.2f} GB allows, and a page of {page_size} tokens "
             f"takes {page_size * per_token / 1e6:.2f} MB; raise --mem-fraction-static, lower --page-size or use a "
             f"smaller model"

@@ -43,6 +43,11 @@ def initial_state(num_rows: int, pages_per_row: int, vocab_size: int) -> DeviceS
     )
 
 
+def state_bytes(num_rows: int, pages_per_row: int, vocab_size: int) -> int:
+    shapes = jax.eval_shape(lambda: initial_state(num_rows, pages_per_row, vocab_size))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+
+
 def apply_page_updates(state: DeviceState, inputs: StepInputs) -> DeviceState:
     row, index, page = inputs.page_updates
     return dataclasses.replace(state, page_table=state.page_table.at[row, index].set(page))
@@ -119,5 +124,5 @@ def pack_bias(row: int, request: Request) -> np.ndarray:
     end = n + len(stops)
     ids[n:end] = stops
     bits[n:end] = np.full(len(stops), -np.inf, np.float32).view(np.int32)
-    until[n:end] = len(request.prompt) + p.min_tokens
+    until[n:end] = min(len(request.prompt) + p.min_tokens, _FOREVER)
     return vector

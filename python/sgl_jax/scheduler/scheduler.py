@@ -130,9 +130,8 @@ class Scheduler:
             return None
         rows = np.concatenate(picks.rows)
         num_new = np.concatenate(picks.num_new)
-        if len(picks.rows) > 1:
-            order = np.argsort(num_new > 1, kind="stable")
-            rows, num_new = rows[order], num_new[order]
+        order = np.argsort(num_new > 1, kind="stable")  # single tokens first
+        rows, num_new = rows[order], num_new[order]
         plan = self._build(rows, num_new, picks)
         self._share_prompts(plan)
         self.counters.steps += 1

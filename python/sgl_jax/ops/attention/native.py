@@ -42,19 +42,19 @@ def paged_attention(
     attend = functools.partial(
         _attend_tile,
         kv=kv,
+        first_page=first_page,
         scale=scale,
         window=window,
         softcap=softcap,
         sinks=None if sinks is None else sinks.reshape(num_kv_heads, -1),
         upcast=not vectorise,  # on CPU small products are faster in float32 (benchmarks/LOG.md)
     )
-    pages = batch.page_table + first_page
     tiled = q.reshape(num_tokens, num_kv_heads, -1, head_dim)
 
     def single(row: jax.Array, pages_per_turn: int) -> jax.Array:
         kv_len = jnp.where(row < batch.num_single, batch.kv_lens[row], 0)
         query = lax.dynamic_slice_in_dim(tiled, row, 1)
-        return attend(query, pages[row], kv_len - 1, kv_len, pages_per_turn=pages_per_turn)[0]
+        return attend(query, batch.page_table[row], kv_len - 1, kv_len, pages_per_turn=pages_per_turn)[0]
 
     out = jnp.zeros((num_tokens + TILE, *tiled.shape[1:]), q.dtype)
     if vectorise:
@@ -64,7 +64,7 @@ def paged_attention(
     else:
         out = lax.fori_loop(0, batch.num_single, lambda row, out: out.at[row].set(single(row, 1).astype(q.dtype)), out)
     if num_tokens > 1:
-        out = _attend_chunks(attend, tiled, out, pages, batch, _pages_per_turn(kv))
+        out = _attend_chunks(attend, tiled, out, batch, _pages_per_turn(kv))
     return out[:num_tokens].reshape(q.shape), kv
 
 
@@ -72,7 +72,7 @@ def _pages_per_turn(kv: jax.Array) -> int:
     return max(1, KEYS_PER_TURN // kv.shape[3])
 
 
-def _attend_chunks(attend, tiled, out, pages, batch: RaggedBatch, pages_per_turn: int) -> jax.Array:
+def _attend_chunks(attend, tiled, out, batch: RaggedBatch, pages_per_turn: int) -> jax.Array:
     """The rows with more than one token, tile by tile. A tile's surplus queries write garbage that later tiles, which
     come in token order, overwrite, or that lies in padding."""
     num_new = jnp.diff(batch.cu_q_lens)
@@ -88,7 +88,7 @@ def _attend_chunks(attend, tiled, out, pages, batch: RaggedBatch, pages_per_turn
         position = batch.kv_lens[row] - num_new[row] + done
         query = lax.dynamic_slice_in_dim(padded, first, TILE)
         end = jnp.minimum(batch.kv_lens[row], position + TILE)
-        tile = attend(query, pages[row], position, end, pages_per_turn=pages_per_turn)
+        tile = attend(query, batch.page_table[row], position, end, pages_per_turn=pages_per_turn)
         return lax.dynamic_update_slice_in_dim(out, tile.astype(out.dtype), first, 0)
 
     return lax.fori_loop(0, cu_tiles[-1], one_tile, out)
@@ -101,6 +101,7 @@ def _attend_tile(
     kv_end: Int[Array, ""],
     *,
     kv: Float[Array, "LP K 2 page H"],
+    first_page: Int[Array, ""] | int,
     scale: float,
     window: Int[Array, ""] | int | None,
     softcap: float | None,
@@ -122,9 +123,9 @@ def _attend_tile(
 
     def load(turn: jax.Array) -> tuple[jax.Array, jax.Array]:
         if pages_per_turn == 1:
-            block = lax.dynamic_index_in_dim(kv, pages[turn], 0, keepdims=False)  # [K, 2, page, H]
+            block = lax.dynamic_index_in_dim(kv, pages[turn] + first_page, 0, keepdims=False)  # [K, 2, page, H]
             return block[:, 0], block[:, 1]
-        ids = lax.dynamic_slice_in_dim(pages, turn * pages_per_turn, pages_per_turn)
+        ids = lax.dynamic_slice_in_dim(pages, turn * pages_per_turn, pages_per_turn) + first_page
         block = kv[ids].transpose(1, 2, 0, 3, 4).reshape(num_kv_heads, 2, keys_per_turn, head_dim)
         return block[:, 0], block[:, 1]
 
