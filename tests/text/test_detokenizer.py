@@ -66,6 +66,36 @@ def test_endless_broken_bytes_do_not_hold_the_text_for_ever() -> None:
     assert any(found[:20])
 
 
+def test_a_prompt_that_ends_inside_a_character_is_not_repeated() -> None:
+    prompt = PROMPT + STORIES.encode("🤗", add_special_tokens=False)[:-1]
+    tokens = STORIES.encode("upon a time", add_special_tokens=False)
+    assert "".join(pieces(STORIES, tokens, prompt)) == " upon a time"
+
+
+def test_a_byte_level_prompt_that_ends_inside_a_character_is_not_repeated(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(str(smollm2))
+    tokens = tokenizer.encode(" and then")
+    assert "".join(pieces(tokenizer, tokens, [504, 4911, 8715, 314, 1535, 15107, 114])) == " and then"
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 17, 40])
+@pytest.mark.parametrize("before", ["", "Once upon"])
+def test_stray_bytes_double_nothing(before: str, count: int) -> None:
+    broken = STORIES.encode("🤗", add_special_tokens=False)[-1]
+    words = STORIES.encode(before, add_special_tokens=False)
+    tokens = [*words, *[broken] * count, *STORIES.encode("a time", add_special_tokens=False)]
+    found = "".join(pieces(STORIES, tokens))
+    assert found == (" Once upon" if before else "") + "\ufffd" * count + " a time"
+
+
+def test_byte_level_stray_bytes_double_nothing(smollm2: Path) -> None:
+    tokenizer = load_tokenizer(str(smollm2))
+    words, more = tokenizer.encode(" secret phrase"), tokenizer.encode(" and then")
+    for count in (1, 8, 9, 20):
+        found = "".join(pieces(tokenizer, [*words, *[114] * count, *more], tokenizer.encode("The")))
+        assert found.replace("\ufffd", "") == " secret phrase and then"
+
+
 def test_special_tokens_are_shown_only_if_wanted() -> None:
     tokens = [403, 2, 407]
     assert "".join(pieces(STORIES, tokens)) == " Once upon"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from sgl_jax.text.tokenizer import Tokenizer
 
 _CONTEXT = 6  # prompt tokens decoded along, so that the first token keeps its leading space
+_LOOK_BACK = 16  # tokens looked through for a place where a character ends
 _PATIENCE = 8  # tokens that may be needed for one character; after as many, the bytes are taken as they are
 
 
@@ -16,7 +17,8 @@ class IncrementalDecoder:
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._context = list(prompt_ids[-_CONTEXT:])  # tokens whose text is already out
+        # tokens whose text is already out; none of a last, unfinished character
+        self._context = self._whole(prompt_ids[-_CONTEXT - _LOOK_BACK :])
         self._pending: list[int] = []  # tokens whose text is not
         self._stream = tokenizer.decode_stream(self._context, skip_special_tokens)
 
@@ -38,10 +40,18 @@ class IncrementalDecoder:
         both = self._context + self._pending
         known = self._tokenizer.decode(self._context, self._skip)
         text = self._tokenizer.decode(both, self._skip)
-        self._context, self._pending = both[-_CONTEXT:], []
+        self._context, self._pending = self._whole(both), []
         self._stream = self._tokenizer.decode_stream(self._context, self._skip)
         common = len(known) if text.startswith(known) else _common_prefix(known, text)
         return text[common:]
+
+    def _whole(self, ids: Sequence[int]) -> list[int]:
+        """The last ids up to where a character ends: a stream forgets a context that ends inside one, and repeats it."""
+        for end in range(len(ids), max(len(ids) - _LOOK_BACK, 0), -1):
+            context = list(ids[max(end - _CONTEXT, 0) : end])
+            if not self._tokenizer.decode(context, self._skip).endswith("\ufffd"):
+                return context
+        return []
 
 
 def _common_prefix(a: str, b: str) -> int:
