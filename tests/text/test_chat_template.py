@@ -101,6 +101,28 @@ def test_continue_final_message(content: str, trim: str) -> None:
     assert text == f"<user>Hello <you> & é</><assistant>{shown}"
 
 
+@pytest.mark.parametrize("content", ["end", "m", "im_end", "<|im_end|>", "end "])
+@pytest.mark.parametrize("trim", ["", " | trim"])
+def test_the_final_message_may_say_what_the_template_says_after_it(content: str, trim: str) -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content"
+        + trim
+        + " }}<|im_end|>\n{% endfor %}the end, um"
+    )
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": content}]
+    text = ChatTemplate(source).render(messages, add_generation_prompt=False, continue_final_message=True)
+    shown = content.strip() if trim else content
+    assert text == f"<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n{shown}"
+
+
+def test_continue_final_message_of_parts() -> None:
+    source = "{% for m in messages %}<{% for p in m.content %}{{ p.text }}{% endfor %}|end>{% endfor %}"
+    parts = [{"type": "text", "text": "the"}, {"type": "text", "text": "end"}]
+    messages = [{"role": "assistant", "content": parts}]
+    text = ChatTemplate(source).render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert text == "<theend"
+
+
 def test_continue_final_message_needs_one() -> None:
     with pytest.raises(TemplateError, match="last message"):
         ChatTemplate("nothing").render(USER, add_generation_prompt=False, continue_final_message=True)

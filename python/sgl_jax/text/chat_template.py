@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -14,6 +15,7 @@ import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+_NO_FINAL_TEXT = "continue_final_message needs a last message whose text appears in the rendered prompt"
 
 
 class TemplateError(ValueError):
@@ -91,23 +93,41 @@ class ChatTemplate:
         if continue_final_message and add_generation_prompt:
             raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
         names = self._special_tokens | extra
+        names |= {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
+        text = self._rendered(messages, names)
+        if not continue_final_message:
+            return text
+        marker = uuid.uuid4().hex
+        return _cut_at_marker(text, self._rendered(_marked(messages, marker), names), marker)
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any]) -> str:
         try:
-            text = self._template.render(
-                messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **names
-            )
+            return self._template.render(messages=messages, **names)
         except Exception as error:  # a template can raise anything: a type error, a recursion, a refusal of its own
             raise TemplateError(f"the chat template refuses these messages: {error}") from error
-        return _cut_after_final_message(text, messages) if continue_final_message else text
 
 
-def _cut_after_final_message(text: str, messages: Sequence[Mapping[str, Any]]) -> str:
-    final = messages[-1].get("content") or ""
-    if not isinstance(final, str):
-        final = next((part["text"] for part in reversed(final) if "text" in part), "")
-    start = text.rfind(final.strip())
-    if start < 0 or not final.strip():
-        raise TemplateError("continue_final_message needs a last message whose text appears in the rendered prompt")
-    kept = final.lstrip()
-    if text[start : start + len(kept)] != kept:  # the template trims; then the trailing space is gone
-        kept = final.strip()
-    return text[: start + len(kept)]
+def _marked(messages: Sequence[Mapping[str, Any]], marker: str) -> list[Mapping[str, Any]]:
+    """The messages, with the marker at the end of the last one's text."""
+    content = messages[-1].get("content") or ""
+    if isinstance(content, str):
+        text, content = content, content + marker
+    else:
+        parts = list(content)
+        at = next((i for i in reversed(range(len(parts))) if "text" in parts[i]), None)
+        text = "" if at is None else parts[at]["text"]
+        if at is not None:
+            parts[at] = {**parts[at], "text": text + marker}
+        content = parts
+    if not text.strip():
+        raise TemplateError(_NO_FINAL_TEXT)
+    return [*messages[:-1], {**messages[-1], "content": content}]
+
+
+def _cut_at_marker(text: str, marked: str, marker: str) -> str:
+    """`text` up to where the marker stands in `marked`, which is the same text with the marker in it."""
+    end = marked.rfind(marker)
+    if end < 0:
+        raise TemplateError(_NO_FINAL_TEXT)
+    kept = marked[:end]
+    return kept if text.startswith(kept) else kept.rstrip()  # the template trims; then the trailing space is gone
