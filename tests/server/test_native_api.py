@@ -64,6 +64,31 @@ def test_stop_string_is_named(http: httpx.Client) -> None:
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": "on a"}
 
 
+@pytest.mark.parametrize(
+    ("path", "field"), [("/generate", "text"), ("/v1/completions", "prompt"), ("/tokenize", "prompt")]
+)
+@pytest.mark.parametrize("as_list", [False, True])
+def test_a_long_prompt_holds_nobody_up(http: httpx.Client, live: LiveServer, path: str, field: str, as_list) -> None:
+    text = "Once upon a time " * 120_000  # 2 MB
+    answers: list[httpx.Response] = []
+
+    def send() -> None:
+        with live.http() as client:
+            answers.append(client.post(path, json={field: [text] if as_list else text}))
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    waits = []
+    while sender.is_alive():
+        began = time.perf_counter()
+        assert http.get("/health").status_code == 200
+        waits.append(time.perf_counter() - began)
+        time.sleep(0.01)
+    sender.join()
+    assert answers[0].status_code == (200 if path == "/tokenize" else 400)
+    assert max(waits) < 0.3
+
+
 def test_logprobs(http: httpx.Client) -> None:
     body = {"text": "Once upon", "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 1}
     body |= {"return_text_in_logprobs": True, "sampling_params": {"max_new_tokens": 1}}

@@ -27,7 +27,7 @@ from sgl_jax.server.openai_types import (
 )
 from sgl_jax.server.responses import Aborted, CacheFlush, DetokenizeResponse, GenerateAnswer, TokenizeResponse
 from sgl_jax.server.sse import DONE, EventStream, event, unless_disconnected
-from sgl_jax.server.state import ServerState, gone, json_response
+from sgl_jax.server.state import ServerState, encoding, gone, json_response
 
 _INT64_MAX = 2**63 - 1
 Name = Annotated[str, Field(min_length=1)]
@@ -84,7 +84,8 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/generate", **documented(GenerateAnswer, stream=True))
     async def generate(body: GenerateRequest, request: Request) -> Response:
         state.service.check_ready()
-        job = _job(state, body)
+        texts = [body.text] if isinstance(body.text, str) else body.text or ()
+        job = await encoding(sum(map(len, texts)), _job, state, body)
         if body.stream:
             generation = job.submit(state.service, stream=True)
             return EventStream(generation, _events(job, generation))

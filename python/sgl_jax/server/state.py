@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +50,7 @@ class ServerState:
 
     async def encode(self, text: str, field: str, add_special_tokens: bool = True) -> list[int]:
         try:
-            if len(text) >= _ENCODE_ELSEWHERE:
-                return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
-            return self.tokenizer.encode(text, add_special_tokens)
+            return await encoding(len(text), self.tokenizer.encode, text, add_special_tokens)
         except TokenizerError as error:
             raise InvalidParameter(field, f"{field}: {error}") from error
 
@@ -67,6 +65,13 @@ class ServerState:
             template_kwargs=options.chat_template_kwargs,
         )
         return await self.encode(text, "messages", add_special_tokens=False)
+
+
+async def encoding[**P, R](num_characters: int, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """The call, which encodes so many characters; in a thread if it would hold up other requests."""
+    if num_characters >= _ENCODE_ELSEWHERE:
+        return await asyncio.to_thread(call, *args, **kwargs)
+    return call(*args, **kwargs)
 
 
 def template_messages(messages: Sequence[Message], knows_developer: bool) -> list[dict[str, Any]]:

@@ -46,7 +46,8 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
-            ids = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # of a batch, because only that lets other threads run meanwhile
+            ids = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate has no UTF-8 form
             raise TokenizerError("the text has a lone surrogate, which is not valid Unicode") from error
         if add_special_tokens and self._add_bos is not None and self.bos_token_id is not None:
