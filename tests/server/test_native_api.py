@@ -89,6 +89,31 @@ def test_a_long_prompt_holds_nobody_up(http: httpx.Client, live: LiveServer, pat
     assert max(waits) < 0.3
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("lora_path", "a"), ("image_data", ["a"]), ("audio_data", {}), ("video_data", 1), ("return_hidden_states", True)],
+)
+def test_what_is_not_supported_is_said_so(http: httpx.Client, name: str, value: object) -> None:
+    refused = http.post("/generate", json={"text": "a", name: value})
+    assert refused.status_code == 400
+    found = refused.json()["error"]
+    assert (found["param"], found["code"]) == (name, "unsupported_parameter")
+    assert found["message"] == f"{name} is not supported"
+    assert http.post("/generate", json={"text": "a", name: None}).status_code == 200
+
+
+@pytest.mark.parametrize("name", ["regex", "json_schema", "ebnf", "structural_tag", "stop_regex"])
+def test_unsupported_sampling_parameters(http: httpx.Client, name: str) -> None:
+    for wrap in (lambda params: params, lambda params: [params]):
+        refused = http.post("/generate", json={"text": "a", "sampling_params": wrap({name: "a"})})
+        assert refused.status_code == 400
+        found = refused.json()["error"]
+        assert found["code"] == "unsupported_parameter"
+        assert found["param"].startswith("sampling_params")
+        assert found["param"].endswith(f".{name}")
+    assert http.post("/generate", json={"text": "a", "sampling_params": {name: None}}).status_code == 200
+
+
 def test_logprobs(http: httpx.Client) -> None:
     body = {"text": "Once upon", "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 1}
     body |= {"return_text_in_logprobs": True, "sampling_params": {"max_new_tokens": 1}}

@@ -1,4 +1,7 @@
-"""POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache."""
+"""POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache.
+
+Fields of type None are SGLang's but not supported here: any value but null is refused, by name.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,15 @@ class NativeSamplingParams(Body):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    # SGLang's, not supported
+    custom_params: None = None
+    ebnf: None = None
+    json_schema: None = None
+    regex: None = None
+    spaces_between_special_tokens: None = None
+    stop_regex: None = None
+    stream_interval: None = None
+    structural_tag: None = None
 
 
 class GenerateRequest(Body):
@@ -71,6 +83,23 @@ class GenerateRequest(Body):
     logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
     return_text_in_logprobs: bool | None = None
     extra_key: str | None = Field(None, description="requests share cached prefixes only within one key")
+    # SGLang's, not supported
+    audio_data: None = None
+    bootstrap_host: None = None
+    bootstrap_port: None = None
+    bootstrap_room: None = None
+    custom_logit_processor: None = None
+    data_parallel_rank: None = None
+    image_data: None = None
+    input_embeds: None = None
+    lora_id: None = None
+    lora_path: None = None
+    modalities: None = None
+    priority: None = None
+    return_hidden_states: None = None
+    session_params: None = None
+    token_ids_logprob: None = None
+    video_data: None = None
 
 
 class AbortRequest(Body):
