@@ -192,6 +192,21 @@ def test_the_queue_holds_requests_without_a_token() -> None:
     run(test)
 
 
+def test_more_than_the_queue_ever_holds_is_refused_for_good() -> None:
+    async def test() -> None:
+        service, transport = await opened(max_queued_requests=3)
+        with pytest.raises(InvalidParameter, match="n is 4; the limit is 3") as raised:
+            service.submit([request(n=4)], stream=False)
+        assert raised.value.param == "n"
+        with pytest.raises(InvalidParameter, match="prompt has 2 prompts, with n 4 requests; the limit is 3") as raised:
+            service.submit([request(n=2), request(n=2)], stream=False)
+        assert raised.value.param == "prompt"
+        assert not transport.keys()
+        service.submit([request(n=3)], stream=False)
+
+    run(test)
+
+
 def test_death_fails_everything_and_everyone() -> None:
     async def test() -> None:
         service, transport = await opened()

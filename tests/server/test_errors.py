@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import httpx
 import openai
@@ -154,14 +156,35 @@ def test_api_key_guards_everything_but_health() -> None:
 
 
 def test_a_full_queue_is_a_429() -> None:
-    with LiveServer(max_queued_requests=4) as server, server.http() as http:
-        answer = http.post("/generate", json={"text": "a", "sampling_params": {"n": 5}})
+    body = {"text": "a", "sampling_params": {"n": 4, "ignore_eos": True}}
+    with LiveServer(lambda: FakeCore(step_seconds=1), max_queued_requests=4) as server, server.http() as http:
+        waiting = threading.Thread(target=lambda: http.post("/generate", json=body | {"rid": "waiting"}))
+        waiting.start()
+        while server.service.num_live < 4:
+            time.sleep(0.005)
+        answer = http.post("/generate", json={"text": "a"})
         assert answer.status_code == 429
         assert "retry-after" in answer.headers
         assert error(answer)["code"] == "queue_full"
+        with server.openai() as client, pytest.raises(openai.RateLimitError):
+            client.completions.create(model="stories", prompt=["a"] * 4)
+        http.post("/abort_request", json={"rid": "waiting"})
+        waiting.join()
+
+
+def test_a_request_the_queue_can_never_hold_is_a_400() -> None:
+    with LiveServer(max_queued_requests=4) as server, server.http() as http:
+        for path, body, param in (
+            ("/generate", {"text": "a", "sampling_params": {"n": 5}}, "n"),
+            ("/generate", {"text": ["a"] * 5}, "text"),
+            ("/v1/completions", {"prompt": ["a"] * 5}, "prompt"),
+            (CHAT, HELLO | {"n": 5}, "n"),
+        ):
+            answer = http.post(path, json=body)
+            assert answer.status_code == 400
+            assert error(answer)["param"] == param
+            assert "4 (--max-queued-requests)" in error(answer)["message"]
         assert http.post("/generate", json={"text": "a", "sampling_params": {"n": 4}}).status_code == 200
-        with pytest.raises(openai.RateLimitError):
-            server.openai().completions.create(model="stories", prompt=["a"] * 5)
 
 
 def test_before_the_engine_is_ready() -> None:

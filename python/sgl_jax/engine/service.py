@@ -228,6 +228,15 @@ class GenerationService:
         if len({request.request_id for request in requests}) != len(requests):
             raise DuplicateRequestId("rid", "two requests have the same id")
         wanted = sum(request.params.n for request in requests)
+        if self._max_queued is not None and wanted > self._max_queued:  # no waiting would help
+            n, field = max(request.params.n for request in requests), requests[0].prompt_field
+            if n > self._max_queued or len(requests) == 1:
+                raise InvalidParameter("n", f"n is {n}; the limit is {self._max_queued} (--max-queued-requests)")
+            raise InvalidParameter(
+                field,
+                f"{field} has {len(requests)} prompts, with n {wanted} requests; "
+                f"the limit is {self._max_queued} (--max-queued-requests)",
+            )
         if self._max_queued is not None and self._num_queued + wanted > self._max_queued:
             raise QueueFull(
                 f"{self._num_queued} requests are waiting and {wanted} came; the limit is {self._max_queued} "
