@@ -143,12 +143,18 @@ def test_api_key_guards_everything_but_health() -> None:
     with LiveServer(api_key="secret") as server, server.http() as http:
         assert http.get("/health").status_code == 200
         assert http.get("/ready").status_code == 200
+        assert http.head("/health").status_code == 200
+        assert http.head("/ready").status_code == 200
         for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/generate"), ("GET", "/docs")):
             answer = http.request(method, path)
             assert answer.status_code == 401
             assert error(answer)["code"] == "invalid_api_key"
             wrong = http.request(method, path, headers={"Authorization": "Bearer wrong"})
             assert wrong.status_code == 401
+        for scheme in ("Bearer", "bearer", "BEARER", "Bearer "):
+            assert http.get("/v1/models", headers={"Authorization": f"{scheme} secret"}).status_code == 200
+        for value in ("secret", "Basic secret", "Bearer", "Bearersecret", "Bearer SECRET"):
+            assert http.get("/v1/models", headers={"Authorization": value}).status_code == 401
         assert server.openai("secret").models.list().data[0].id == "stories"
         with pytest.raises(openai.AuthenticationError):
             server.openai("wrong").models.list()

@@ -25,6 +25,7 @@ def router(state: ServerState) -> APIRouter:
     routes = APIRouter()
     service = state.service
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", tags=["Health"], **documented(Status, body=False, guarded=False))
     async def health() -> Response:
         """200 while the process and its engine live, from the start on."""
@@ -32,6 +33,7 @@ def router(state: ServerState) -> APIRouter:
             service.check_ready()
         return json_response(Status("alive"))
 
+    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready", tags=["Health"], **documented(Status, body=False, guarded=False))
     async def ready() -> Response:
         """200 when requests are taken: after warming up, until shutting down."""

@@ -25,12 +25,13 @@ class ApiKeyGuard:
 
     def __init__(self, app: ASGIApp, api_key: str):
         self._app = app
-        self._expected = f"Bearer {api_key}".encode()
+        self._expected = api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            if not hmac.compare_digest(given, self._expected):
+            scheme, _, key = given.partition(b" ")
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._expected):
                 error = ApiError(
                     401, "the API key is missing or wrong; send it as Authorization: Bearer …", code="invalid_api_key"
                 )
