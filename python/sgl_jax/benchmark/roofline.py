@@ -1,0 +1,44 @@
+"""How near a run came to what the machine can do: bytes a decode step must read, operations a token costs.
+
+Decode reads every weight once and the KV of every row; prefill multiplies each token with every parameter:
+
+    bytes of a decode step = weight_bytes + rows x context x kv_bytes_per_token
+    operations of n tokens = 2 x parameters_per_token x n
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class MachineLimits:
+    """Measured, over all devices of the engine together."""
+
+    memory_gb_per_s: float  # reading
+    matmul_tflop_per_s: float  # of `dtype`
+    dtype: str
+    device_kind: str
+    num_devices: int
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What one step of the model costs at least, from the engine's own account."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    parameters_per_token: int  # parameters a token is multiplied with: no embedding rows, only the active experts
+
+
+def decode_bandwidth_share(
+    cost: ModelCost, limits: MachineLimits, rows: float, context: float, step_seconds: float
+) -> float:
+    """Share of the memory bandwidth that decode steps of `rows` rows with `context` tokens each reach, 0 to 1."""
+    step_bytes = cost.weight_bytes + rows * context * cost.kv_bytes_per_token
+    return step_bytes / step_seconds / (limits.memory_gb_per_s * 1e9)
+
+
+def matmul_share(cost: ModelCost, limits: MachineLimits, tokens: float, seconds: float) -> float:
+    """Share of the matmul rate that computing `tokens` tokens in `seconds` reaches, 0 to 1."""
+    return 2 * cost.parameters_per_token * tokens / seconds / (limits.matmul_tflop_per_s * 1e12)
