@@ -19,7 +19,7 @@ class Prompt:
 class Outcome:
     """What came of one request. Times are seconds on the event loop's clock.
 
-    `itl_s` has one gap per token after the first; tokens that arrive together share their gap equally.
+    `itl_s` has one gap per token after the first event; tokens that arrive together share their gap equally.
     """
 
     prompt_len: int
@@ -27,9 +27,10 @@ class Outcome:
     error: str = ""  # why it failed; empty when it did not
     text: str = ""
     output_len: int = 0  # tokens generated, as the server counts them
-    ttft_s: float = 0.0  # from sending to the first token
+    ttft_s: float | None = None  # from sending to the first token; None: the answer came in one piece
     latency_s: float = 0.0  # from sending to the end of the answer
     itl_s: list[float] = field(default_factory=list)
+    prompt_tokens: int | None = None  # as the server counts; None: it does not tell
     cached_tokens: int | None = None  # None: the server does not tell
 
     @property

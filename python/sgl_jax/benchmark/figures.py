@@ -1,0 +1,205 @@
+"""A run's figures, computed from what came of its requests. Names are those of the JSON that the field's tools write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sgl_jax.benchmark.records import Outcome
+from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, decode_bandwidth_share, matmul_share
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Over the requests that succeeded. None: nothing to compute it from, or the server does not tell.
+
+    Throughputs are per second of the run's duration. TPOT is a request's (latency - TTFT) / (output tokens - 1); ITL is
+    over all gaps of all requests. Percentiles interpolate linearly, as numpy's do.
+    """
+
+    completed: int
+    failed: int
+    total_input_tokens: int
+    total_output_tokens: int
+    total_output_tokens_retokenized: int | None  # the texts, encoded again with the tokenizer
+    total_cached_tokens: int | None
+    cache_hit_rate: float | None  # cached of all prompt tokens, 0 to 1
+    request_throughput: float
+    input_throughput: float
+    output_throughput: float
+    max_output_tokens_per_s: float | None  # the most tokens within one second, counted from the start
+    total_throughput: float
+    concurrency: float  # sum of the latencies / duration
+    mean_e2e_latency_ms: float | None
+    median_e2e_latency_ms: float | None
+    p90_e2e_latency_ms: float | None
+    p99_e2e_latency_ms: float | None
+    mean_ttft_ms: float | None
+    median_ttft_ms: float | None
+    p99_ttft_ms: float | None
+    mean_tpot_ms: float | None
+    median_tpot_ms: float | None
+    p99_tpot_ms: float | None
+    mean_itl_ms: float | None
+    median_itl_ms: float | None
+    p95_itl_ms: float | None
+    p99_itl_ms: float | None
+    max_itl_ms: float | None
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """How near the run came to the machine's limits, which were measured just before it (see roofline.py)."""
+
+    limits: MachineLimits
+    cost: ModelCost
+    decode_rows: float | None  # requests past their first token, mean over the time when there is any
+    decode_context: float | None  # tokens of such a request: its prompt and half of its output, mean
+    decode_bandwidth_share: float | None  # of a step that takes the mean ITL
+    matmul_share: float | None  # all uncached prompt tokens and output tokens, over the duration
+
+
+@dataclass(frozen=True)
+class ServingRun:
+    """One run against a server, complete: what was asked for, what came of each request, and the figures."""
+
+    config: dict[str, Any]  # settings by name, as they go into the JSON
+    start_s: float  # on the event loop's clock, which Outcome.sent_s is on as well
+    duration_s: float
+    outcomes: list[Outcome]  # in the data set's order; only the finished ones when the run was interrupted
+    figures: Figures
+    roofline: Roofline | None = None  # None: the server does not report its limits
+    interrupted: bool = False
+    notes: list[str] = field(default_factory=list)  # what the user should know, a line each
+
+
+def compute_figures(
+    outcomes: Sequence[Outcome], start_s: float, duration_s: float, count_tokens: Callable[[str], int] | None = None
+) -> Figures:
+    """`count_tokens` gives the tokens of a text, for the retokenized total."""
+    good = [outcome for outcome in outcomes if outcome.ok]
+    inputs = sum(outcome.prompt_len for outcome in good)
+    outputs = sum(outcome.output_len for outcome in good)
+    cached, hit_rate = _cached(good)
+    latencies = [outcome.latency_s for outcome in good]
+    ttfts = [outcome.ttft_s for outcome in good if outcome.ttft_s is not None]
+    tpots = [tpot for outcome in good if (tpot := tpot_s(outcome)) is not None]
+    gaps = [gap for outcome in good for gap in outcome.itl_s]
+
+    def per_second(amount: float) -> float:
+        return amount / duration_s if duration_s else 0.0
+
+    return Figures(
+        completed=len(good),
+        failed=len(outcomes) - len(good),
+        total_input_tokens=inputs,
+        total_output_tokens=outputs,
+        total_output_tokens_retokenized=None if count_tokens is None else sum(count_tokens(o.text) for o in good),
+        total_cached_tokens=cached,
+        cache_hit_rate=hit_rate,
+        request_throughput=per_second(len(good)),
+        input_throughput=per_second(inputs),
+        output_throughput=per_second(outputs),
+        max_output_tokens_per_s=_peak(good, start_s),
+        total_throughput=per_second(inputs + outputs),
+        concurrency=per_second(sum(latencies)),
+        mean_e2e_latency_ms=_mean_ms(latencies),
+        median_e2e_latency_ms=_percentile_ms(latencies, 50),
+        p90_e2e_latency_ms=_percentile_ms(latencies, 90),
+        p99_e2e_latency_ms=_percentile_ms(latencies, 99),
+        mean_ttft_ms=_mean_ms(ttfts),
+        median_ttft_ms=_percentile_ms(ttfts, 50),
+        p99_ttft_ms=_percentile_ms(ttfts, 99),
+        mean_tpot_ms=_mean_ms(tpots),
+        median_tpot_ms=_percentile_ms(tpots, 50),
+        p99_tpot_ms=_percentile_ms(tpots, 99),
+        mean_itl_ms=_mean_ms(gaps),
+        median_itl_ms=_percentile_ms(gaps, 50),
+        p95_itl_ms=_percentile_ms(gaps, 95),
+        p99_itl_ms=_percentile_ms(gaps, 99),
+        max_itl_ms=_percentile_ms(gaps, 100),
+    )
+
+
+def tpot_s(outcome: Outcome) -> float | None:
+    """Time per output token after the first."""
+    if outcome.ttft_s is None or outcome.output_len < 2:
+        return None
+    return (outcome.latency_s - outcome.ttft_s) / (outcome.output_len - 1)
+
+
+def arrivals(outcome: Outcome) -> tuple[list[float], float]:
+    """When something of the answer came, on the loop's clock, and how many tokens each time stands for.
+
+    That is 1 unless the server sent several tokens at once without saying how many: then all count alike.
+    """
+    if outcome.ttft_s is None:
+        return [], 0.0
+    times = [float(t) for t in outcome.sent_s + np.cumsum([outcome.ttft_s, *outcome.itl_s])]
+    return times, outcome.output_len / len(times)
+
+
+def compute_roofline(
+    outcomes: Sequence[Outcome], figures: Figures, duration_s: float, limits: MachineLimits, cost: ModelCost
+) -> Roofline:
+    streamed = [o for o in outcomes if o.ok and o.ttft_s is not None]
+    rows = _decode_rows(streamed)
+    context = float(np.mean([o.prompt_len + o.output_len / 2 for o in streamed])) if streamed else None
+    bandwidth = matmul = None
+    if rows and context and figures.mean_itl_ms and limits.memory_gb_per_s:
+        bandwidth = decode_bandwidth_share(cost, limits, rows, context, figures.mean_itl_ms / 1e3)
+    if duration_s and limits.matmul_tflop_per_s:
+        computed = figures.total_input_tokens - (figures.total_cached_tokens or 0) + figures.total_output_tokens
+        matmul = matmul_share(cost, limits, computed, duration_s)
+    return Roofline(limits, cost, rows, context, bandwidth, matmul)
+
+
+def roofline_json(roofline: Roofline) -> dict[str, Any]:
+    return {
+        "machine_limits": asdict(roofline.limits),
+        "model_cost": asdict(roofline.cost),
+        "decode_rows": roofline.decode_rows,
+        "decode_context": roofline.decode_context,
+        "decode_bandwidth_share": roofline.decode_bandwidth_share,
+        "matmul_share": roofline.matmul_share,
+    }
+
+
+def _cached(good: Iterable[Outcome]) -> tuple[int | None, float | None]:
+    """Cached tokens, and their share of the prompts' tokens: both as the server counts, where it tells."""
+    told = [outcome for outcome in good if outcome.cached_tokens is not None]
+    if not told:
+        return None, None
+    cached = sum(outcome.cached_tokens or 0 for outcome in told)
+    prompts = sum(outcome.prompt_len if outcome.prompt_tokens is None else outcome.prompt_tokens for outcome in told)
+    return cached, cached / prompts if prompts else 0.0
+
+
+def _peak(good: Iterable[Outcome], start_s: float) -> float | None:
+    seconds: dict[int, float] = {}
+    for outcome in good:
+        times, tokens = arrivals(outcome)
+        for time in times:
+            second = int(time - start_s)
+            seconds[second] = seconds.get(second, 0.0) + tokens
+    return max(seconds.values(), default=None)
+
+
+def _decode_rows(streamed: Iterable[Outcome]) -> float | None:
+    spans = sorted((o.sent_s + (o.ttft_s or 0.0), o.sent_s + o.latency_s) for o in streamed)
+    busy, until = 0.0, float("-inf")
+    for start, end in spans:
+        busy += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    return sum(end - start for start, end in spans) / busy if busy else None
+
+
+def _mean_ms(seconds: Sequence[float]) -> float | None:
+    return float(np.mean(seconds)) * 1e3 if seconds else None
+
+
+def _percentile_ms(seconds: Sequence[float], percent: float) -> float | None:
+    return float(np.percentile(seconds, percent)) * 1e3 if seconds else None
