@@ -1,0 +1,123 @@
+"""Where prompts of a wanted length come from: a bundled text, cut to an exact number of tokens, or drawn token ids."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator
+from importlib import resources
+
+import numpy as np
+
+from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.text.tokenizer import Tokenizer
+
+_NUM_WALKS = 24  # cuts tried from one beginning before another is taken
+_NUM_STARTS = 50  # beginnings tried for one prompt
+_SPREAD = 64  # without a tokenizer the outer 1/64 of the vocabulary at either end is left out
+
+type Frame = Callable[[str], str]
+
+
+@functools.cache
+def bundled_text() -> str:
+    """The first chapters of War and Peace in the Maudes' translation, which is in the public domain."""
+    return resources.files("sgl_jax.benchmark").joinpath("data", "war_and_peace.txt").read_text(encoding="utf-8")
+
+
+class TextSource:
+    """Pieces of the bundled text, each beginning at another word, so that no two share a prefix of any length.
+
+    A piece's length is what `tokenizer.encode` counts, as the server does: a BOS that it adds is counted too.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, rng: np.random.Generator):
+        self._tokenizer = tokenizer
+        self._text = bundled_text()
+        self._starts = _shuffled(rng, [match.start() for match in re.finditer(r"\S+", self._text)])
+
+    def piece(self, num_tokens: int, frame: Frame = str) -> str:
+        """A text for which `frame(text)` has exactly `num_tokens` tokens; it goes back to the beginning at the end.
+
+        Raises BenchmarkError when the frame alone is longer, and when every word was a beginning already.
+        """
+        overhead = self.count(frame(""))
+        if num_tokens <= overhead:
+            raise BenchmarkError(
+                f"a prompt of {num_tokens} tokens cannot be made: what stands around its text has {overhead} already; "
+                f"make it longer"
+            )
+        for _ in range(_NUM_STARTS):
+            found = self._cut(self._next_start(), num_tokens, num_tokens - overhead, frame)
+            if found is not None:
+                return found
+        raise BenchmarkError(
+            f"no text of exactly {num_tokens} tokens was found for this tokenizer; use --dataset-name random-ids"
+        )
+
+    def count(self, text: str) -> int:
+        return len(self._tokenizer.encode(text))
+
+    def _next_start(self) -> int:
+        start = next(self._starts, None)
+        if start is None:
+            raise BenchmarkError(
+                "the bundled text has too few words for that many different prompts; lower --num-prompts or "
+                "use --dataset-name random-ids"
+            )
+        return start
+
+    def _cut(self, start: int, num_tokens: int, expected: int, frame: Frame) -> str | None:
+        """The text from `start` on, as long as it takes; None where no cut gives the number."""
+        text, end = self._guess(start, expected)
+        tried: set[int] = set()
+        for _ in range(_NUM_WALKS):
+            if end in tried or not 0 < end <= len(text):
+                return None  # one character more is too much and one less too little
+            tried.add(end)
+            missing = num_tokens - self.count(frame(text[:end]))
+            if missing == 0:
+                return text[:end]
+            end += missing
+        return None
+
+    def _guess(self, start: int, num_tokens: int) -> tuple[str, int]:
+        """More text than needed, and where its first `num_tokens` tokens end."""
+        size = 6 * num_tokens + 64  # characters; English has 4 to 5 a token, small vocabularies 2
+        while True:
+            text = self._from(start, size)
+            offsets = self._tokenizer.backend.encode(text, add_special_tokens=False).offsets
+            if len(offsets) > num_tokens:
+                return text, offsets[num_tokens - 1][1]
+            size *= 2
+
+    def _from(self, start: int, size: int) -> str:
+        repeats = (start + size) // len(self._text) + 1
+        return (self._text * repeats)[start : start + size] if repeats > 1 else self._text[start : start + size]
+
+
+def _shuffled(rng: np.random.Generator, values: list[int]) -> Iterator[int]:
+    return iter(rng.permutation(values).tolist())
+
+
+class IdSource:
+    """Drawn token ids that stand for text: none of a tokenizer's added tokens, such as BOS or those of chat templates.
+
+    Without a tokenizer both ends of the vocabulary are left out, where such ids lie.
+    """
+
+    def __init__(self, vocab_size: int | None, tokenizer: Tokenizer | None, rng: np.random.Generator):
+        self._rng = rng
+        if tokenizer is not None:
+            size = min(vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)
+            added = tokenizer.backend.get_added_tokens_decoder()
+            self._ids = np.array([i for i in range(size) if i not in added])
+        elif vocab_size is not None:
+            edge = -(-vocab_size // _SPREAD)
+            self._ids = np.arange(edge, vocab_size - edge)
+        else:
+            raise BenchmarkError("token ids are drawn from a vocabulary whose size is not known; give --tokenizer")
+
+    def ids(self, num_tokens: int, rng: np.random.Generator | None = None) -> list[int]:
+        rng = self._rng if rng is None else rng
+        return self._ids[rng.integers(0, len(self._ids), num_tokens)].tolist()
