@@ -116,8 +116,8 @@ def _chat_body(prompt: Prompt, options: RequestOptions, lora: str | None) -> dic
         messages = [{"role": "user", "content": messages}]
     elif not messages or not isinstance(messages[0], dict):
         raise BenchmarkError(
-            "chat takes text, and these prompts are token ids; give a --tokenizer, so that prompts are text, "
-            "or use a completions backend"
+            "chat takes text, and these prompts are token ids; use --dataset-name random, whose prompts are text, "
+            "or a backend that is not chat"
         )
     body = {"messages": messages, "max_completion_tokens": prompt.output_len} | _openai_fields(options, lora)
     return body | ({"logprobs": True} if options.return_logprob else {})

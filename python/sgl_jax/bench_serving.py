@@ -1,0 +1,25 @@
+"""`python -m sgl_jax.bench_serving`: a load on a server, measured; `… sweep`: a grid of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 when a request failed, 2 for a mistake in the use, 130 when interrupted."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["sweep"]:
+        from sgl_jax.benchmark.sweep import main as sweep
+
+        return sweep(list(argv[1:]))
+    from sgl_jax.benchmark.arguments import parse_serving
+
+    args = parse_serving(argv)
+    from sgl_jax.benchmark.serving_main import serve_load
+
+    return serve_load(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
