@@ -14,6 +14,7 @@ from sgl_jax.text.tokenizer import Tokenizer
 
 _NUM_WALKS = 24  # cuts tried from one beginning before another is taken
 _NUM_STARTS = 50  # beginnings tried for one prompt
+_MOST_TEXT = 2**22  # characters read of a file of the user's
 _SPREAD = 64  # without a tokenizer the outer 1/64 of the vocabulary at either end is left out
 
 type Frame = Callable[[str], str]
@@ -26,22 +27,23 @@ def bundled_text() -> str:
 
 
 class TextSource:
-    """Pieces of the bundled text, each beginning at another word, so that no two share a prefix of any length.
+    """Pieces of a text, the bundled one or a file's, each beginning at another word, so that no two share a prefix of any length.
 
     A piece's length is what `tokenizer.encode` counts, as the server does: a BOS that it adds is counted too.
     """
 
-    def __init__(self, tokenizer: Tokenizer, rng: np.random.Generator):
+    def __init__(self, tokenizer: Tokenizer, rng: np.random.Generator, path: str | None = None):
         self._tokenizer = tokenizer
-        self._text = bundled_text()
+        self._text = bundled_text() if path is None else _text_of(path)
         self._starts = _shuffled(rng, [match.start() for match in re.finditer(r"\S+", self._text)])
 
-    def piece(self, num_tokens: int, frame: Frame = str) -> str:
-        """A text for which `frame(text)` has exactly `num_tokens` tokens; it goes back to the beginning at the end.
+    def piece(self, num_tokens: int, frame: Frame = str, overhead: int | None = None) -> str:
+        """`frame` of some text, of exactly `num_tokens` tokens; the source goes back to its beginning at its end.
 
-        Raises BenchmarkError when the frame alone is longer, and when every word was a beginning already.
+        `overhead` is `count(frame(""))`, where it is known already. Raises BenchmarkError when that is too long
+        itself, and when every word was a beginning already.
         """
-        overhead = self.count(frame(""))
+        overhead = self.count(frame("")) if overhead is None else overhead
         if num_tokens <= overhead:
             raise BenchmarkError(
                 f"a prompt of {num_tokens} tokens cannot be made: what stands around its text has {overhead} already; "
@@ -62,22 +64,23 @@ class TextSource:
         start = next(self._starts, None)
         if start is None:
             raise BenchmarkError(
-                "the bundled text has too few words for that many different prompts; lower --num-prompts or "
+                "the text has too few words for that many different prompts; lower --num-prompts or "
                 "use --dataset-name random-ids"
             )
         return start
 
     def _cut(self, start: int, num_tokens: int, expected: int, frame: Frame) -> str | None:
-        """The text from `start` on, as long as it takes; None where no cut gives the number."""
+        """Around the text from `start` on, as long as it takes; None where no cut gives the number."""
         text, end = self._guess(start, expected)
         tried: set[int] = set()
         for _ in range(_NUM_WALKS):
             if end in tried or not 0 < end <= len(text):
                 return None  # one character more is too much and one less too little
             tried.add(end)
-            missing = num_tokens - self.count(frame(text[:end]))
+            framed = frame(text[:end])
+            missing = num_tokens - self.count(framed)
             if missing == 0:
-                return text[:end]
+                return framed
             end += missing
         return None
 
@@ -96,6 +99,14 @@ class TextSource:
         return (self._text * repeats)[start : start + size] if repeats > 1 else self._text[start : start + size]
 
 
+def _text_of(path: str) -> str:
+    with open(path, encoding="utf-8") as file:
+        text = file.read(_MOST_TEXT)
+    if not text.strip():
+        raise BenchmarkError(f"--dataset-path is {path}, which holds no text")
+    return text
+
+
 def _shuffled(rng: np.random.Generator, values: list[int]) -> Iterator[int]:
     return iter(rng.permutation(values).tolist())
 
@@ -111,13 +122,14 @@ class IdSource:
         if tokenizer is not None:
             size = min(vocab_size or tokenizer.vocab_size, tokenizer.vocab_size)
             added = tokenizer.backend.get_added_tokens_decoder()
-            self._ids = np.array([i for i in range(size) if i not in added])
+            self._ids = [i for i in range(size) if i not in added]
         elif vocab_size is not None:
             edge = -(-vocab_size // _SPREAD)
-            self._ids = np.arange(edge, vocab_size - edge)
+            self._ids = list(range(edge, vocab_size - edge))
         else:
             raise BenchmarkError("token ids are drawn from a vocabulary whose size is not known; give --tokenizer")
 
     def ids(self, num_tokens: int, rng: np.random.Generator | None = None) -> list[int]:
         rng = self._rng if rng is None else rng
-        return self._ids[rng.integers(0, len(self._ids), num_tokens)].tolist()
+        table = self._ids  # its int objects are shared: a trace has millions of tokens
+        return [table[i] for i in rng.integers(0, len(table), num_tokens).tolist()]
