@@ -62,6 +62,7 @@ def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
         "/detokenize",
         "/abort_request",
         "/flush_cache",
+        "/measure_limits",
         "/health",
         "/ready",
         "/health_generate",

@@ -10,16 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class MachineLimits:
-    """Measured, over all devices of the engine together."""
-
-    memory_gb_per_s: float  # reading
-    matmul_tflop_per_s: float  # of `dtype`
-    dtype: str
-    device_kind: str
-    num_devices: int
+from sgl_jax.engine.messages import MachineLimits
 
 
 @dataclass(frozen=True)

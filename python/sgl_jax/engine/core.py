@@ -22,7 +22,11 @@ from sgl_jax.engine.messages import (
     Finished,
     FlushCache,
     Generate,
+    LimitsMeasured,
+    MachineLimits,
+    MeasureLimits,
     PromptScored,
+    Refused,
     Stats,
     StepOutput,
     TokenLogprobs,
@@ -46,6 +50,13 @@ class Runner(Protocol):
     def launch(self, plan: StepPlan) -> Any: ...
 
     def collect(self, flight: Any) -> Any: ...
+
+    def measure_limits(self) -> Any:
+        """What the devices can do: an object with `read_bytes_per_s` and `matmul_flop_per_s`.
+
+        Raises ValueError, with a line for the user, where that cannot be measured.
+        """
+        ...
 
 
 class Core:
@@ -87,6 +98,8 @@ class Core:
                     self._events.append(StepOutput(finished=ended))
             case FlushCache(call=call):
                 self._events.append(CacheFlushed(call, self.scheduler.cache.flush()))
+            case MeasureLimits(call=call):
+                self._events.append(self._measure_limits(call))
 
     def step(self) -> list[Event]:
         """Plan and launch a step, then collect the one before it (or itself, without overlap)."""
@@ -107,6 +120,30 @@ class Core:
             self._stats_due = now + _STATS_INTERVAL_S
             events.append(StepOutput(stats=self._stats()))
         return events
+
+    def _measure_limits(self, call: int) -> LimitsMeasured | Refused:
+        s = self.scheduler
+        if s.has_requests:
+            return Refused(
+                call,
+                f"{s.num_running} requests run and {len(s.waiting)} wait, and would be measured along; "
+                "ask again when there are none",
+            )
+        logger.info("Measuring the limits of %s; requests that come meanwhile wait", self.info.device_kind)
+        try:
+            found = self._runner.measure_limits()
+        except ValueError as error:
+            return Refused(call, str(error))
+        return LimitsMeasured(
+            call,
+            MachineLimits(
+                memory_gb_per_s=found.read_bytes_per_s / 1e9,
+                matmul_tflop_per_s=found.matmul_flop_per_s / 1e12,
+                dtype=self.info.dtype,
+                device_kind=self.info.device_kind,
+                num_devices=self.info.num_devices,
+            ),
+        )
 
     def _request(self, command: Generate) -> Request:
         params = command.params

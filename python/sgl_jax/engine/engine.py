@@ -16,7 +16,7 @@ from typing import Any, Self
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.job import Job, Params, make_job
 from sgl_jax.engine.loop import EngineCore
-from sgl_jax.engine.messages import EngineInfo
+from sgl_jax.engine.messages import EngineInfo, MachineLimits
 from sgl_jax.engine.native import LogprobOptions
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
@@ -153,6 +153,10 @@ class Engine:
     def flush_cache(self) -> int:
         """Drops cached prefixes no request uses; returns how many pages became free."""
         return self._call(self._service.flush_cache())
+
+    def measure_limits(self) -> MachineLimits:
+        """What the devices can do, measured now: takes seconds. Raises Conflict while there are requests."""
+        return self._call(self._service.measure_limits())
 
     def shutdown(self) -> None:
         """Ends the engine; running requests fail. May be called twice."""

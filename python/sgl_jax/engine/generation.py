@@ -23,6 +23,10 @@ class QueueFull(RuntimeError):
     """Too many requests wait already."""
 
 
+class Conflict(RuntimeError):
+    """What was asked cannot be done in the state the engine is in."""
+
+
 class EngineFailed(RuntimeError):
     """The engine died; nothing can be generated any more."""
 

@@ -38,11 +38,20 @@ class FlushCache(_Message, frozen=True):
     call: int
 
 
+class MeasureLimits(_Message, frozen=True):
+    """Measure what the engine's devices can do; takes seconds, in which nothing else runs.
+
+    Answered by LimitsMeasured with the same call, or by Refused while there are requests.
+    """
+
+    call: int
+
+
 class Shutdown(_Message, frozen=True):
     """Leave the loop at once; running requests are dropped. The API side drains before it sends this."""
 
 
-Command = Generate | Abort | FlushCache | Shutdown
+Command = Generate | Abort | FlushCache | MeasureLimits | Shutdown
 
 # --- engine -> API side ---------------------------------------------------------------------------------------------
 
@@ -66,6 +75,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     num_programs: int
     weight_bytes: int  # on the device
     kv_bytes_per_token: int
+    parameters_per_token: int  # parameters a token is multiplied with: all matrices, the head included, no embedding
     start_seconds: float
 
 
@@ -131,10 +141,33 @@ class CacheFlushed(_Message, frozen=True):
     num_pages: int  # pages that became free
 
 
+class MachineLimits(msgspec.Struct, frozen=True):
+    """What the engine's devices can do, all of them together, as measured."""
+
+    memory_gb_per_s: float  # reading, 1e9 bytes
+    matmul_tflop_per_s: float  # of `dtype`, 1e12 operations
+    dtype: str
+    device_kind: str
+    num_devices: int
+
+
+class LimitsMeasured(_Message, frozen=True):
+    call: int
+    limits: MachineLimits
+
+
+class Refused(_Message, frozen=True):
+    """The answer to a command that the engine cannot carry out, now or at all."""
+
+    call: int
+    message: str
+    param: str = ""  # what was wrong with the command; empty: nothing, but it cannot be done now
+
+
 class EngineDied(_Message, frozen=True):
     """The engine cannot go on. Every request ends with this error and the server exits non-zero."""
 
     message: str
 
 
-Event = Ready | StepOutput | CacheFlushed | EngineDied
+Event = Ready | StepOutput | CacheFlushed | LimitsMeasured | Refused | EngineDied

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from typing import Any
 
 import msgspec
 
 from sgl_jax.engine.generation import (
     Choice,
+    Conflict,
     DuplicateRequestId,
     EngineFailed,
     Generation,
@@ -28,12 +30,17 @@ from sgl_jax.engine.generation import (
 from sgl_jax.engine.messages import (
     Abort,
     CacheFlushed,
+    Command,
     EngineDied,
     EngineInfo,
     Event,
     FlushCache,
     Generate,
+    LimitsMeasured,
+    MachineLimits,
+    MeasureLimits,
     Ready,
+    Refused,
     Stats,
     StepOutput,
 )
@@ -72,7 +79,7 @@ class GenerationService:
         self._keys_of: dict[str, list[int]] = {}  # by public id
         self._num_queued = 0  # choices without a token yet
         self._next_key = 1
-        self._flushes: dict[int, asyncio.Future[int]] = {}
+        self._calls: dict[int, asyncio.Future[Any]] = {}  # commands that are answered, until they are
 
     # --- life ---------------------------------------------------------------------------------------------------------
 
@@ -190,10 +197,21 @@ class GenerationService:
 
     async def flush_cache(self) -> int:
         """Drops every cached prefix no request holds; returns the pages that became free."""
+        return await self._ask(FlushCache)
+
+    async def measure_limits(self) -> MachineLimits:
+        """What the engine's devices can do. Takes seconds, in which the engine does nothing else.
+
+        Raises Conflict while requests run or wait, or where it cannot be measured.
+        """
+        return await self._ask(MeasureLimits)
+
+    async def _ask(self, command: Callable[[int], Command]) -> Any:
+        """Sends the command made for a new call, and waits for its answer; raises what the engine refuses."""
         self.check_ready()
         call = self._new_key()
-        self._flushes[call] = future = asyncio.get_running_loop().create_future()
-        self._transport.send(FlushCache(call))
+        self._calls[call] = future = asyncio.get_running_loop().create_future()
+        self._transport.send(command(call))
         return await future
 
     def _checked(self, request: GenerationRequest) -> GenerationRequest:
@@ -339,9 +357,11 @@ class GenerationService:
             case StepOutput():
                 self._on_step(event)
             case CacheFlushed(call=call, num_pages=num_pages):
-                future = self._flushes.pop(call, None)
-                if future is not None and not future.done():
-                    future.set_result(num_pages)
+                self._answer(call, num_pages)
+            case LimitsMeasured(call=call, limits=limits):
+                self._answer(call, limits)
+            case Refused(call=call, message=message, param=param):
+                self._answer(call, InvalidParameter(param, message) if param else Conflict(message))
             case Ready(info=info):
                 self._info = info
                 self._ready.set()
@@ -350,6 +370,16 @@ class GenerationService:
                     self._failure = message
                     self._fail_all(EngineFailed(f"the engine died: {message}"))
                     self._failed.set()
+
+    def _answer(self, call: int, answer: Any) -> None:
+        """To the one who waits, if someone still does."""
+        future = self._calls.pop(call, None)
+        if future is None or future.done():
+            return
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
 
     def _on_step(self, step: StepOutput) -> None:
         now = time.perf_counter()
@@ -390,10 +420,8 @@ class GenerationService:
             choice.generation.error = error
             choice.generation.wake.set()
             self._forget(choice, "abort")
-        for future in self._flushes.values():
-            if not future.done():
-                future.set_exception(error)
-        self._flushes.clear()
+        for call in list(self._calls):
+            self._answer(call, error)
 
 
 def _engine_params(params: SamplingParams, index: int) -> SamplingParams:

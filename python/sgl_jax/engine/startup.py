@@ -17,7 +17,7 @@ from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.loader import load_weights, random_weights
-from sgl_jax.models.weights import Weights, declare
+from sgl_jax.models.weights import Weights, declare, parameters_per_token
 from sgl_jax.observability import log
 from sgl_jax.observability.progress import weight_progress
 from sgl_jax.runtime.buckets import make_buckets
@@ -133,6 +133,7 @@ def build_core(args: ServerArgs) -> Core:
         num_programs=runner.num_programs,
         weight_bytes=weight_bytes,
         kv_bytes_per_token=memory.bytes_per_token,
+        parameters_per_token=parameters_per_token(model),
         start_seconds=time.perf_counter() - started,
     )
     return Core(

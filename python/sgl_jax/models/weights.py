@@ -8,6 +8,7 @@ identical trees; `runtime` stacks them where the platform scans over layers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -79,6 +80,13 @@ def declare(c: DecoderConfig) -> Weights:
         final_norm=spec((d, "model")),
         lm_head=spec((v, "vocab"), (d, "model"), when=not c.tie_embeddings),
     )
+
+
+def parameters_per_token(config: DecoderConfig) -> int:
+    """Parameters each token is multiplied with: every matrix of the layers, and the head, tied or not; no lookup."""
+    declared = declare(config)
+    matrices = [spec for spec in jax.tree.leaves(declared.layers) if len(spec.shape) == 2]
+    return sum(math.prod(spec.shape) for spec in [*matrices, head(declared)])
 
 
 def head(weights: Weights) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -39,22 +40,36 @@ class CompileWatch:
 
     def __init__(self) -> None:
         self.count = 0
-        self._hits = threading.local()
+        self._thread = threading.local()
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 
     def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _COMPILED:
+        if event == _COMPILED and not getattr(self._thread, "ignored", False):
             self.count += 1
 
     def _on_event(self, event: str, **kwargs: str | int) -> None:
         if event == _CACHE_HIT:
-            self._hits.seen = True
+            self._thread.hit = True
 
     def took_hit(self) -> bool:
         """Whether this thread read a program from the cache since it last asked."""
-        seen, self._hits.seen = getattr(self._hits, "seen", False), False
-        return seen
+        hit, self._thread.hit = getattr(self._thread, "hit", False), False
+        return hit
+
+    @contextlib.contextmanager
+    def ignored(self) -> Iterator[None]:
+        """What this thread compiles inside is asked for, and does not count: it is no part of serving."""
+        self._thread.ignored = True
+        try:
+            yield
+        finally:
+            self._thread.ignored = False
+
+
+def matmul_precision(dtype: str) -> str:
+    """What jax.default_matmul_precision is to be: float32 models are computed in float32, not in passes of bfloat16."""
+    return "highest" if dtype == "float32" else "default"
 
 
 def compile_all(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import jax
@@ -39,17 +40,34 @@ def device_memory(device: jax.Device) -> int:
     """Bytes of memory: the accelerator's as its runtime reports them, the machine's own on CPU."""
     if device.platform == "cpu":
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return min(physical, _container_limit() or physical)
+        return min(physical, _container_bytes("memory.max") or physical)
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise DoesNotFit(f"{device.device_kind} does not report its memory; set --max-total-tokens")
     return stats["bytes_limit"]
 
 
-def _container_limit(path: Path = Path("/sys/fs/cgroup/memory.max")) -> int | None:
-    """The memory this container may use (cgroup v2), if it is limited."""
+def free_memory(device: jax.Device) -> int | None:
+    """Bytes that can be allocated now; None if the accelerator's runtime does not say."""
+    if device.platform == "cpu":
+        free = _available_memory()
+        limit = _container_bytes("memory.max")
+        return free if limit is None else min(free, limit - (_container_bytes("memory.current") or 0))
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
+
+
+def _available_memory(path: Path = Path("/proc/meminfo")) -> int:
+    """What the machine can give without swapping; where the kernel does not say, what is not used at all."""
+    if path.is_file() and (found := re.search(r"^MemAvailable:\s+(\d+) kB$", path.read_text(), re.MULTILINE)):
+        return int(found[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _container_bytes(name: str, folder: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """A number of this container's memory controller (cgroup v2); None if there is none, or no limit."""
     try:
-        text = path.read_text().strip()
+        text = (folder / name).read_text().strip()
     except OSError:
         return None
     return int(text) if text.isdigit() else None

@@ -15,8 +15,9 @@ from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import Attention
 from sgl_jax.runtime.buckets import Bucket, pick
-from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all
+from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, matmul_precision
 from sgl_jax.runtime.layout import PlanLayout
+from sgl_jax.runtime.machine_limits import Rates, measure_rates
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.state import LOADERS, initial_state, loader_size, pack_bias, pack_counts, pack_pages
 from sgl_jax.runtime.step import StepOutputs, StepSpec, make_step
@@ -61,6 +62,7 @@ class ModelRunner:
         self.config = config
         self.watch = CompileWatch()
         self._model = model
+        self._devices = [device]
         self._weights = weights
         self._spec = StepSpec(model, attention, config.num_pages)
         self._layouts = {b: PlanLayout(b, config.page_size, config.num_rows) for b in config.buckets}
@@ -103,8 +105,7 @@ class ModelRunner:
 
     def warm_up(self, report: Callable[[int, int, Compiled], None]) -> None:
         """Compile every program and run each once, so that serving compiles nothing and starts at full speed."""
-        precision = "highest" if self.config.dtype == "float32" else "default"
-        with jax.default_matmul_precision(precision):
+        with jax.default_matmul_precision(matmul_precision(self.config.dtype)):
             self._programs = compile_all(self.programs(), self.watch, report)
         nothing = empty_plan()
         for layout in self._layouts.values():
@@ -132,6 +133,11 @@ class ModelRunner:
             logprobs=Logprobs(*map(np.asarray, outputs.logprobs)) if plan.wants_logprobs else None,
             prompt_logprobs=Logprobs(*map(np.asarray, outputs.prompt_logprobs)) if plan.wants_prompt_logprobs else None,
         )
+
+    def measure_limits(self) -> Rates:
+        """What the devices can do. Raises NotMeasured."""
+        with self.watch.ignored():
+            return measure_rates(self._devices, self.config.dtype)
 
     def _run_step(self, layout: PlanLayout, vector: np.ndarray) -> StepOutputs:
         program = self._programs[_step_name(layout.bucket)]

@@ -10,7 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sgl_jax import __version__
 from sgl_jax.engine.service import GenerationService
-from sgl_jax.server import admin_api, documentation, errors, native_api, openai_chat, openai_completions
+from sgl_jax.server import admin_api, documentation, errors, measuring_api, native_api, openai_chat, openai_completions
 from sgl_jax.server.errors import ApiError
 from sgl_jax.server.state import ServerState
 
@@ -49,7 +49,7 @@ def create_app(service: GenerationService, server_args: ServerArgs) -> FastAPI:
         redoc_url=None,
     )
     state = ServerState(service, server_args)
-    for module in (openai_chat, openai_completions, native_api, admin_api):
+    for module in (openai_chat, openai_completions, native_api, measuring_api, admin_api):
         app.include_router(module.router(state))
     errors.install(app)
     documentation.install(app)

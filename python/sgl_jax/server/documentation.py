@@ -17,6 +17,7 @@ _ERRORS = {
     400: "A value is wrong or not supported; `param` names the field",
     401: "The API key is missing or wrong",
     404: "No such model",
+    409: "It cannot be done in the state the engine is in; `message` says why",
     429: "Too many requests are waiting",
     500: "The engine failed",
     503: "The engine is still starting, or the server is shutting down",
@@ -31,18 +32,20 @@ def documented(
     body: bool = True,
     engine: bool = True,
     guarded: bool = True,
+    conflict: bool = False,
     media_type: str = "application/json",
 ) -> dict[str, Any]:
     """A route's documented answers: its own, and the errors it can give.
 
-    `model`: it checks a model's name; `body`: it reads one; `engine`: it needs a live engine; `guarded`: by the API key.
+    `model`: it checks a model's name; `body`: it reads one; `engine`: it needs a live engine; `guarded`: by the API key;
+    `conflict`: the engine may be in no state for it.
     """
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
     content: dict[str, Any] = {media_type: {"schema": schema}}
     if stream:
         content["text/event-stream"] = {"schema": {"type": "string"}}
     found: dict[int | str, dict[str, Any]] = {200: {"description": "Success", "content": content}}
-    statuses = [400] * body + [401] * guarded + [404] * model + [429] * stream + [500, 503] * engine
+    statuses = [400] * body + [401] * guarded + [404] * model + [409] * conflict + [429] * stream + [500, 503] * engine
     error = {"application/json": {"schema": {"$ref": _REF.format(name=ErrorResponse.__name__)}}}
     for status in statuses:
         found[status] = {"description": _ERRORS[status], "content": error}

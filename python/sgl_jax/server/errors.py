@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from sgl_jax.engine.generation import (
+    Conflict,
     DuplicateRequestId,
     EngineFailed,
     PromptTooLong,
@@ -78,6 +79,8 @@ def as_api_error(error: Exception) -> ApiError | None:
             return ApiError(400, str(error), param="messages", code="invalid_value")
         case QueueFull():
             return ApiError(429, str(error), type="rate_limit_error", code="queue_full")
+        case Conflict():
+            return ApiError(409, str(error), code="conflict")
         case ServiceUnavailable():
             return ApiError(503, str(error), type="service_unavailable", code="not_ready")
         case EngineFailed():
@@ -155,6 +158,7 @@ def install(app: FastAPI) -> None:
         TokenizerError,
         TemplateError,
         QueueFull,
+        Conflict,
         ServiceUnavailable,
         EngineFailed,
         RequestValidationError,

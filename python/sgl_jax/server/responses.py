@@ -6,6 +6,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from sgl_jax.engine.messages import MachineLimits as MachineLimits
+
 
 class ErrorBody(msgspec.Struct):
     message: str

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -129,6 +130,11 @@ class _Row:
     held_until: int = 0
 
 
+class FakeRates(NamedTuple):
+    read_bytes_per_s: float = 20e9
+    matmul_flop_per_s: float = 5e11
+
+
 class FakeRunner:
     """engine.core.Runner. Steps compute at launch, as a device would in order; `collect` returns step_seconds later."""
 
@@ -244,6 +250,9 @@ class FakeRunner:
         rows = self._scored([kv[t] for t in last], sampled.tolist()) if plan.wants_logprobs else None
         tokens = self._scored(kv, following.tolist()) if plan.wants_prompt_logprobs else None
         return rows, tokens
+
+    def measure_limits(self) -> FakeRates:
+        return FakeRates()
 
     def _scored(self, kv: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Best first are the tokens after the chosen one, at its logprob, its logprob - 1, …"""
