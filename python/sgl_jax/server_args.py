@@ -205,8 +205,8 @@ class ServerArgs:
     tp_size: int = flag(
         1,
         PARALLEL,
-        "devices a layer is split over",
-        rule=_ONE,
+        "devices each layer is divided over",
+        rule=at_least(1),
         aliases=("--tensor-parallel-size",),
     )
     nnodes: int = flag(1, PARALLEL, "machines", rule=_ONE)

@@ -45,6 +45,31 @@ class DecoderConfig:
         """How many tokens, itself included, a query of this layer sees; None: all before it."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
+    def share(self, devices: int) -> DecoderConfig:
+        """What one of `devices` tensor-parallel devices holds: its heads, its part of the MLP and of the vocabulary.
+
+        Raises ValueError if the heads, the MLP or the vocabulary cannot be divided evenly; KV heads may be fewer than
+        devices, which then hold copies.
+        """
+        for what, number in (
+            ("attention heads", self.num_heads),
+            ("MLP neurons", self.intermediate_size),
+            ("vocabulary entries", self.vocab_size),
+        ):
+            if number % devices:
+                raise ValueError(f"--tp-size is {devices}; it must divide the model's {number} {what}")
+        if self.num_kv_heads % devices and devices % self.num_kv_heads:
+            raise ValueError(
+                f"--tp-size is {devices}; it must divide or be a multiple of the {self.num_kv_heads} KV heads"
+            )
+        return dataclasses.replace(
+            self,
+            num_heads=self.num_heads // devices,
+            num_kv_heads=max(1, self.num_kv_heads // devices),
+            intermediate_size=self.intermediate_size // devices,
+            vocab_size=self.vocab_size // devices,
+        )
+
     @property
     def scale(self) -> float:
         return self.query_scale if self.query_scale is not None else self.head_dim**-0.5

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.layers import ACTIVATIONS, apply_rope, rms_norm, rope_tables
 from sgl_jax.models.weights import LayerWeights, Weights, head
+from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
 
 
 @runtime_checkable  # so that tests can check annotations
@@ -39,8 +40,12 @@ def hidden_states(
     positions: Int[Array, " T"],
     kv: Float[Array, "LP K 2 page H"],
     attend: Attend,
+    axis: TensorAxis = ONE_DEVICE,
 ) -> tuple[Float[Array, "T D"], Float[Array, "LP K 2 page H"]]:
-    """The last layer's output, before the final norm, and the pool with this step's KV."""
+    """The last layer's output, before the final norm, and the pool with this step's KV.
+
+    On a device of a tensor axis, config and weights are its share; x is whole on every device.
+    """
     rope = rope_tables(positions, config.rope)
     windows = _windows(config)
 
@@ -49,19 +54,19 @@ def hidden_states(
         h = rms_norm(x, w.attn_norm, config.rms_norm_eps)
         with jax.named_scope("attention"):
             window = None if windows is None else jnp.asarray(windows)[layer]
-            h, kv = _attention(h, kv, w, config, rope, attend, layer, window)
+            h, kv = _attention(h, kv, w, config, rope, attend, axis, layer, window)
         x = x + h
         h = rms_norm(x, w.mlp_norm, config.rms_norm_eps)
         with jax.named_scope("mlp"):
-            x = x + _mlp(h, w, config)
+            x = x + _mlp(h, w, config, axis)
         return x, kv
 
-    x = weights.embed[tokens]
+    x = _embed(weights.embed, tokens, axis)
     return run_layers(body, (x, kv), weights.layers)
 
 
 def logits(weights: Weights, config: DecoderConfig, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
-    """Final norm and output head, float32."""
+    """Final norm and output head, float32; of a device of a tensor axis, its share of the vocabulary."""
     with jax.named_scope("logits"):
         h = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
         out = jnp.einsum("vd,sd->vs", head(weights), h, preferred_element_type=jnp.float32).T
@@ -91,7 +96,12 @@ def _windows(config: DecoderConfig) -> np.ndarray | None:
     return np.array([w if w is not None else 2**30 for w in config.sliding_windows], np.int32)
 
 
-def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, attend: Attend, layer, window):
+def _embed(table: Float[Array, "V D"], tokens: Int[Array, " T"], axis: TensorAxis) -> Float[Array, "T D"]:
+    local, own = axis.mine(tokens, len(table))
+    return axis.sum(jnp.where(own[:, None], table.at[local].get(mode="clip"), 0))
+
+
+def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, attend: Attend, axis: TensorAxis, layer, window):
     num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
     qkv = _project(h, w.qkv, w.qkv_bias).reshape(num_tokens, heads + 2 * kv_heads, head_dim)
     q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
@@ -99,14 +109,20 @@ def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, attend: Atte
         q, k = rms_norm(q, w.q_norm, config.rms_norm_eps), rms_norm(k, w.k_norm, config.rms_norm_eps)
     q, k = apply_rope(q, *rope), apply_rope(k, *rope)
     out, kv = attend(q, k, v, kv, layer=layer, window=window)
-    return _project(out.reshape(num_tokens, heads * head_dim), w.o, w.o_bias), kv
+    return _project(out.reshape(num_tokens, heads * head_dim), w.o, w.o_bias, axis), kv
 
 
-def _mlp(h, w: LayerWeights, config: DecoderConfig):
+def _mlp(h, w: LayerWeights, config: DecoderConfig, axis: TensorAxis):
     gate, up = jnp.split(_project(h, w.gate_up, w.gate_up_bias), 2, axis=-1)
-    return _project(ACTIVATIONS[config.activation](gate) * up, w.down, w.down_bias)
+    return _project(ACTIVATIONS[config.activation](gate) * up, w.down, w.down_bias, axis)
 
 
-def _project(x: Float[Array, "T I"], w: Float[Array, "O I"], bias: Float[Array, " O"] | None) -> Float[Array, "T O"]:
-    out = jnp.einsum("oi,ti->ot", w, x).T
+def _project(
+    x: Float[Array, "T I"],
+    w: Float[Array, "O I"],
+    bias: Float[Array, " O"] | None,
+    inputs_over: TensorAxis = ONE_DEVICE,
+) -> Float[Array, "T O"]:
+    """`inputs_over`: the axis that divides I."""
+    out = inputs_over.sum(jnp.einsum("oi,ti->ot", w, x).T)
     return out if bias is None else out + bias

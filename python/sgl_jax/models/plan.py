@@ -45,7 +45,7 @@ def plan_weights(
         leaf = Leaf(path, spec, pieces)
         leaves.append(leaf)
         if len(pieces) == len(wanted):
-            misshapen += _shape_errors(leaf, _output_sizes(path, config))
+            misshapen += _shape_errors(leaf)
     surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in names.ignored)]
     unreadable = [f"{t.name} ({t.dtype})" for leaf in leaves for t in leaf.pieces if not t.supported]
     problems = [
@@ -73,16 +73,8 @@ def _wanted(path: str, config: DecoderConfig, names: TensorNames) -> tuple[str, 
     return (getattr(names, path.removeprefix(".")),)
 
 
-def _output_sizes(path: str, c: DecoderConfig) -> tuple[int, ...] | None:
-    """How a weight of several tensors divides its output axis; None: it is one tensor."""
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    field = path.rpartition(".")[2].removesuffix("_bias")
-    return {"qkv": (q, kv, kv), "gate_up": (c.intermediate_size,) * 2}.get(field)
-
-
-def _shape_errors(leaf: Leaf, output_sizes: tuple[int, ...] | None) -> list[str]:
-    outputs = output_sizes or leaf.spec.shape[:1]
-    wanted = [(size, *leaf.spec.shape[1:]) for size in outputs]
+def _shape_errors(leaf: Leaf) -> list[str]:
+    wanted = [(rows, *leaf.spec.shape[1:]) for rows in leaf.spec.parts or leaf.spec.shape[:1]]
     return [
         f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}"
         for piece, shape in zip(leaf.pieces, wanted, strict=True)

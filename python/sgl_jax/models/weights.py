@@ -22,6 +22,8 @@ class WeightSpec:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical axes, which parallel/ maps to the mesh
+    parts: tuple[int, ...] = ()  # rows of the tensors that lie one below the other in it; empty: it is one tensor
+    unit: int = 1  # rows that stay together when a part is divided over devices: a head
 
 
 @jax.tree_util.register_dataclass
@@ -55,22 +57,23 @@ class Weights:
 def declare(c: DecoderConfig) -> Weights:
     """The tree of WeightSpec that a model of this config has."""
     d, f, v = c.hidden_size, c.intermediate_size, c.vocab_size
-    q_size, qkv_size = c.num_heads * c.head_dim, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
+    q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    qkv_parts: dict[str, Any] = {"parts": (q_size, kv_size, kv_size), "unit": c.head_dim}
 
-    def spec(*shape_and_axes: tuple[int, str | None], when: bool = True) -> WeightSpec | None:
-        return WeightSpec(*(tuple(x) for x in zip(*shape_and_axes, strict=True))) if when else None
+    def spec(*shape_and_axes: tuple[int, str | None], when: bool = True, **parts: Any) -> WeightSpec | None:
+        return WeightSpec(*(tuple(x) for x in zip(*shape_and_axes, strict=True)), **parts) if when else None
 
     layer = LayerWeights(
         attn_norm=spec((d, "model")),
-        qkv=spec((qkv_size, "heads"), (d, "model")),
-        qkv_bias=spec((qkv_size, "heads"), when=c.qkv_bias),
+        qkv=spec((q_size + 2 * kv_size, "heads"), (d, "model"), **qkv_parts),
+        qkv_bias=spec((q_size + 2 * kv_size, "heads"), when=c.qkv_bias, **qkv_parts),
         q_norm=spec((c.head_dim, None), when=c.qk_norm),
         k_norm=spec((c.head_dim, None), when=c.qk_norm),
         o=spec((d, "model"), (q_size, "heads")),
         o_bias=spec((d, "model"), when=c.o_bias),
         mlp_norm=spec((d, "model")),
-        gate_up=spec((2 * f, "ffn"), (d, "model")),
-        gate_up_bias=spec((2 * f, "ffn"), when=c.mlp_bias),
+        gate_up=spec((2 * f, "ffn"), (d, "model"), parts=(f, f)),
+        gate_up_bias=spec((2 * f, "ffn"), when=c.mlp_bias, parts=(f, f)),
         down=spec((d, "model"), (f, "ffn")),
         down_bias=spec((d, "model"), when=c.mlp_bias),
     )

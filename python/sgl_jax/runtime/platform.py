@@ -8,7 +8,6 @@ from typing import Literal
 
 import jax
 
-from sgl_jax.models.weights import LayerWeights, Weights
 from sgl_jax.ops.attention import native
 from sgl_jax.ops.attention.api import Attention
 
@@ -42,13 +41,17 @@ class NoDevice(ValueError):
     """The machine has no device of the kind asked for."""
 
 
-def pick_devices(wanted: Name | None) -> tuple[Platform, list[jax.Device]]:
-    """The devices of the wanted platform, or of the best one present. Raises NoDevice if there is none."""
+def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[jax.Device]]:
+    """`number` devices of the wanted platform, or of the best one present. Raises NoDevice if there are not as many."""
     for name in [wanted] if wanted else ["tpu", "gpu", "cpu"]:
         try:
-            return PLATFORMS[name], jax.devices(name)
+            devices = jax.devices(name)
         except RuntimeError:
             continue
+        if len(devices) < number:
+            more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N divides a CPU into N" if name == "cpu" else ""
+            raise NoDevice(f"--tp-size is {number}; this machine has {len(devices)} {name} device(s){more}")
+        return PLATFORMS[name], devices[:number]
     present = sorted({d.platform for d in jax.devices()})
     raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")
 
@@ -58,16 +61,3 @@ def attention_for(backend: str | None, platform: Platform) -> Attention:
     if backend in (None, "native"):
         return functools.partial(native.paged_attention, vectorise=platform.vectorises_rows)
     raise ValueError(f"--attention-backend {backend}: not built for {platform.name}; use native")
-
-
-def stack_layers(weights: Weights) -> Weights:
-    """Put the L layers of each weight into one array [L, …], a weight at a time: at most one is held twice."""
-    layers = weights.layers
-    assert isinstance(layers, list)
-    fields = {f.name: [getattr(layer, f.name) for layer in layers] for f in dataclasses.fields(layers[0])}
-    layers.clear()
-    stacked = {}
-    for name in list(fields):
-        leaves = fields.pop(name)
-        stacked[name] = None if leaves[0] is None else jax.numpy.stack(leaves)
-    return dataclasses.replace(weights, layers=LayerWeights(**stacked))

@@ -8,34 +8,29 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import Attention
-from sgl_jax.runtime.buckets import Bucket, pick
-from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, matmul_precision
+from sgl_jax.parallel.placement import Placement
+from sgl_jax.runtime.buckets import pick
+from sgl_jax.runtime.compiler import Compiled, CompileWatch, compile_all, matmul_precision
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.machine_limits import Rates, measure_rates
+from sgl_jax.runtime.programs import (
+    RunnerConfig,
+    abstract_kv,
+    abstract_state,
+    loader_name,
+    make_programs,
+    step_name,
+    zeros,
+)
 from sgl_jax.runtime.sampler import Logprobs
-from sgl_jax.runtime.state import LOADERS, initial_state, loader_size, pack_bias, pack_counts, pack_pages
-from sgl_jax.runtime.step import StepOutputs, StepSpec, make_step
+from sgl_jax.runtime.state import LOADERS, loader_size, pack_bias, pack_counts, pack_pages
+from sgl_jax.runtime.step import StepOutputs
 from sgl_jax.step_plan import Param, RowLoad, StepPlan
-
-
-@dataclasses.dataclass(frozen=True)
-class RunnerConfig:
-    dtype: str
-    page_size: int
-    num_pages: int  # P, of one layer, scratch page included
-    num_rows: int  # requests running at once
-    context_length: int
-    buckets: tuple[Bucket, ...]
-
-    @property
-    def pages_per_row(self) -> int:
-        return -(-self.context_length // self.page_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,56 +52,27 @@ class StepTokens:
 
 class ModelRunner:
     def __init__(
-        self, weights: Weights, model: DecoderConfig, config: RunnerConfig, attention: Attention, device: jax.Device
+        self, weights: Weights, model: DecoderConfig, config: RunnerConfig, attention: Attention, placement: Placement
     ):
         self.config = config
         self.watch = CompileWatch()
+        self.programs = make_programs(model, config, attention, placement, weights)
         self._model = model
-        self._devices = [device]
         self._weights = weights
-        self._spec = StepSpec(model, attention, config.num_pages)
-        self._layouts = {b: PlanLayout(b, config.page_size, config.num_rows) for b in config.buckets}
-        shape = (model.num_layers * config.num_pages, model.num_kv_heads, 2, config.page_size, model.head_dim)
-        with jax.default_device(device):
-            self._kv = jnp.zeros(shape, config.dtype)
-            self._state = initial_state(config.num_rows, config.pages_per_row, model.vocab_size)
-        self._programs: dict[str, Any] = {}
+        self._layouts = {b: config.layout(b) for b in config.buckets}
+        self._kv = zeros(abstract_kv(model, config, placement))
+        self._state = zeros(abstract_state(model, config, placement))
+        self._calls: dict[str, Any] = {}
         self._compiles_when_ready = 0
-
-    @property
-    def num_programs(self) -> int:
-        return len(self._layouts) + len(LOADERS)
 
     @property
     def compiles_after_ready(self) -> int:
         return self.watch.count - self._compiles_when_ready
 
-    def programs(self) -> list[Program]:
-        """Everything this runner ever dispatches, with abstract arguments; small buckets first."""
-
-        def abstract(tree):
-            return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
-
-        weights, kv, state = abstract((self._weights, self._kv, self._state))
-        steps = [
-            Program(
-                _step_name(bucket),
-                make_step(self._spec, layout),
-                (weights, kv, state, jax.ShapeDtypeStruct((layout.size,), np.int32)),
-            )
-            for bucket, layout in sorted(self._layouts.items())
-        ]
-        loaders = []
-        for name, function in LOADERS.items():
-            size = loader_size(name, self.config.pages_per_row, self._model.vocab_size)
-            vector = jax.ShapeDtypeStruct((size,), np.int32)
-            loaders.append(Program(f"load {name}", jax.jit(function, donate_argnums=0), (state, vector)))
-        return steps + loaders
-
     def warm_up(self, report: Callable[[int, int, Compiled], None]) -> None:
         """Compile every program and run each once, so that serving compiles nothing and starts at full speed."""
         with jax.default_matmul_precision(matmul_precision(self.config.dtype)):
-            self._programs = compile_all(self.programs(), self.watch, report)
+            self._calls = compile_all(self.programs, self.watch, report)
         nothing = empty_plan()
         for layout in self._layouts.values():
             self.collect(InFlight(nothing, self._run_step(layout, layout.pack(nothing))))
@@ -137,10 +103,10 @@ class ModelRunner:
     def measure_limits(self) -> Rates:
         """What the devices can do. Raises NotMeasured."""
         with self.watch.ignored():
-            return measure_rates(self._devices, self.config.dtype)
+            return measure_rates([self._device], self.config.dtype)
 
     def _run_step(self, layout: PlanLayout, vector: np.ndarray) -> StepOutputs:
-        program = self._programs[_step_name(layout.bucket)]
+        program = self._calls[step_name(layout.bucket)]
         self._kv, self._state, outputs = program(self._weights, self._kv, self._state, vector)
         return outputs
 
@@ -155,11 +121,7 @@ class ModelRunner:
                 self._load("bias", pack_bias(load.row, load.request))
 
     def _load(self, name: str, vector: np.ndarray) -> None:
-        self._state = self._programs[f"load {name}"](self._state, vector)
-
-
-def _step_name(bucket: Bucket) -> str:
-    return f"tokens={bucket.num_tokens} rows={bucket.num_rows}"
+        self._state = self._calls[loader_name(name)](self._state, vector)
 
 
 @functools.cache

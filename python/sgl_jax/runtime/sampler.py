@@ -4,6 +4,8 @@ logit_bias, penalties, temperature, top_k, top_p, min_p, in Hugging Face's order
 threshold per row, the smallest logit kept. It is read off the best CANDIDATES logits where that is exact, and otherwise
 found by bisection. Then one uniform number, drawn from the row's (seed, position) alone, picks the token by inverting
 the cumulative distribution in vocabulary order. No sort over the vocabulary.
+
+On a tensor axis each device has its share of the vocabulary, V here, and only candidates and sums pass between them.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime.layout import StepInputs
 from sgl_jax.runtime.state import IN_PROMPT, DeviceState
@@ -33,40 +36,47 @@ class Logprobs(NamedTuple):
     top_logprobs: jax.Array | np.ndarray  # f32[n, MAX_LOGPROBS]
 
 
-def sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState) -> Int[Array, " S"]:
+def sample(
+    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: TensorAxis = ONE_DEVICE
+) -> Int[Array, " S"]:
     """The next token of each row; rows that do not sample get an arbitrary one."""
-    logits = _adjust(logits, inputs, state)
-    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = _adjust(logits, inputs, state, axis)
+    greedy = _argmax(logits, axis)
     temperature = inputs.param(Param.TEMPERATURE)
     random = inputs.samples & (temperature > 0)
 
     def draw() -> Int[Array, " S"]:
         # The best logit becomes 0: however small the temperature, it does not overflow.
-        scaled = (logits - logits.max(-1, keepdims=True)) / jnp.where(random, temperature, 1.0)[:, None]
+        scaled = (logits - axis.max(logits.max(-1, keepdims=True))) / jnp.where(random, temperature, 1.0)[:, None]
         top_k = inputs.param(Param.TOP_K)
         top_p, min_p = inputs.param(Param.TOP_P), inputs.param(Param.MIN_P)
-        filtered = random & ((top_k < logits.shape[-1]) | (top_p < 1) | (min_p > 0))
+        filtered = random & ((top_k < logits.shape[-1] * axis.size) | (top_p < 1) | (min_p > 0))
         threshold = lax.cond(
             filtered.any(),
-            lambda: jnp.where(filtered, _threshold(scaled, top_k, top_p, min_p, filtered), -jnp.inf),
+            lambda: jnp.where(filtered, _threshold(scaled, top_k, top_p, min_p, filtered, axis), -jnp.inf),
             lambda: jnp.full(len(scaled), -jnp.inf),
         )
-        drawn = _invert(scaled, threshold, _uniforms(inputs))
+        drawn = _invert(scaled, threshold, _uniforms(inputs), axis)
         return jnp.where(random, drawn, greedy)
 
     return lax.cond(random.any(), draw, lambda: greedy)
 
 
-def token_logprobs(logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""]) -> Logprobs:
+def token_logprobs(
+    logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""], axis: TensorAxis = ONE_DEVICE
+) -> Logprobs:
     """Log probabilities of the chosen tokens and of the best ones; zeros unless wanted."""
 
     def compute() -> Logprobs:
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        values, ids = lax.top_k(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+        top = axis.max(logits.max(-1))
+        norm = top + jnp.log(axis.sum(jnp.exp(logits - top[:, None]).sum(-1)))
+        values, ids = _top_k(logits, MAX_LOGPROBS, axis)
         short = MAX_LOGPROBS - values.shape[-1]
         values = jnp.pad(values - norm[:, None], ((0, 0), (0, short)), constant_values=-jnp.inf)
-        picked = jnp.take_along_axis(logits, chosen[:, None], axis=-1)[:, 0]
-        return Logprobs(picked - norm, jnp.pad(ids.astype(jnp.int32), ((0, 0), (0, short))), values)
+        local, own = axis.mine(chosen, logits.shape[-1])
+        picked = jnp.take_along_axis(logits, local[:, None], axis=-1, mode="clip")[:, 0]
+        picked = axis.sum(jnp.where(own, picked, 0.0))
+        return Logprobs(picked - norm, jnp.pad(ids, ((0, 0), (0, short))), values)
 
     return lax.cond(wanted, compute, lambda: no_logprobs(len(logits)))
 
@@ -80,7 +90,28 @@ def has_flag(inputs: StepInputs, flag: Flag) -> Bool[Array, " S"]:
     return (inputs.param(Param.FLAGS) & int(flag)) != 0
 
 
-def _adjust(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState) -> Float[Array, "S V"]:
+def _argmax(x: Float[Array, "S V"], axis: TensorAxis) -> Int[Array, " S"]:
+    """The first of the largest, over the whole vocabulary."""
+    best = jnp.argmax(x, axis=-1, keepdims=True).astype(jnp.int32)
+    values = axis.concatenate(jnp.take_along_axis(x, best, axis=-1))
+    ids = axis.concatenate(best + axis.index() * x.shape[-1])
+    return jnp.take_along_axis(ids, jnp.argmax(values, axis=-1, keepdims=True), axis=-1)[:, 0]
+
+
+def _top_k(x: Float[Array, "n V"], k: int, axis: TensorAxis) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+    """The k largest of the whole vocabulary, best first, and their ids; all of them if there are fewer."""
+    values, ids = lax.top_k(x, min(k, x.shape[-1]))
+    if axis.size > 1:
+        values = axis.concatenate(values)
+        ids = axis.concatenate(ids + axis.index() * x.shape[-1])
+        values, places = lax.top_k(values, min(k, values.shape[-1]))
+        ids = jnp.take_along_axis(ids, places, axis=-1)
+    return values, ids.astype(jnp.int32)
+
+
+def _adjust(
+    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: TensorAxis = ONE_DEVICE
+) -> Float[Array, "S V"]:
     """logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
     biased, penalised = has_flag(inputs, Flag.BIAS), has_flag(inputs, Flag.PENALTIES)
 
@@ -88,7 +119,8 @@ def _adjust(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState)
         rows = inputs.rows
         in_force = biased[:, None] & ((inputs.start + inputs.num_new)[:, None] < state.bias_until[rows])
         values = jnp.where(in_force, state.bias_values[rows], 0.0)
-        return x.at[jnp.arange(len(rows))[:, None], state.bias_ids[rows]].add(values)
+        places, _ = axis.mine(state.bias_ids[rows], x.shape[-1])
+        return x.at[jnp.arange(len(rows))[:, None], places].add(values, mode="drop")
 
     def penalise(x):
         counts = state.token_counts[inputs.rows]
@@ -118,17 +150,18 @@ def _threshold(
     top_p: Float[Array, " S"],
     min_p: Float[Array, " S"],
     filtered: Bool[Array, " S"],
+    axis: TensorAxis = ONE_DEVICE,
 ) -> Float[Array, " S"]:
     """The smallest logit each row keeps. A row's answer does not depend on which way the others' are found."""
-    vocab_size = x.shape[-1]
-    best, _ = lax.top_k(x, min(CANDIDATES, vocab_size))  # [S, C], descending
+    vocab_size = x.shape[-1] * axis.size
+    best, _ = _top_k(x, CANDIDATES, axis)  # [S, C], descending
     num_candidates = best.shape[-1]
     weights = jnp.exp(best - best[:, :1])
     k_is_candidate = top_k <= num_candidates
     kth = jnp.take_along_axis(best, jnp.clip(top_k, 1, num_candidates)[:, None] - 1, axis=-1)
     kth = jnp.where(k_is_candidate[:, None], kth, -jnp.inf)
     # What top_k leaves, with all that tie at the k-th place; all there is, if k lies behind the candidates.
-    mass = jnp.where(x >= kth, jnp.exp(x - best[:, :1]), 0.0).sum(-1)
+    mass = axis.sum(jnp.where(x >= kth, jnp.exp(x - best[:, :1]), 0.0).sum(-1))
     goal = jnp.where(top_p >= 1, jnp.inf, top_p * mass)  # rounding must not drop what top_p does not
     in_k = jnp.where(best >= kth, weights, 0.0)
     mass_before = jnp.cumsum(in_k, axis=-1) - in_k
@@ -140,20 +173,25 @@ def _threshold(
     return lax.cond(
         (exact | ~filtered).all(),
         lambda: found,
-        lambda: jnp.where(exact, found, _bisect_threshold(x, top_k, top_p, min_p)),
+        lambda: jnp.where(exact, found, _bisect_threshold(x, top_k, top_p, min_p, axis)),
     )
 
 
 def _bisect_threshold(
-    x: Float[Array, "S V"], top_k: Int[Array, " S"], top_p: Float[Array, " S"], min_p: Float[Array, " S"]
+    x: Float[Array, "S V"],
+    top_k: Int[Array, " S"],
+    top_p: Float[Array, " S"],
+    min_p: Float[Array, " S"],
+    axis: TensorAxis = ONE_DEVICE,
 ) -> Float[Array, " S"]:
     """The same by bisection over the bits of the logits: exact in 32 passes for top_k and 32 for top_p."""
-    top = x.max(-1)
+    top = axis.max(x.max(-1))
     weights = jnp.exp(x - top[:, None])
-    k_cut = _largest(lambda t: (x >= t[:, None]).sum(-1) >= jnp.minimum(top_k, x.shape[-1]), len(x))
+    k = jnp.minimum(top_k, x.shape[-1] * axis.size)
+    k_cut = _largest(lambda t: axis.sum((x >= t[:, None]).sum(-1)) >= k, len(x))
     in_k = jnp.where(x >= k_cut[:, None], weights, 0.0)
-    goal = top_p * in_k.sum(-1)
-    p_cut = _largest(lambda t: jnp.where(x >= t[:, None], in_k, 0.0).sum(-1) >= goal, len(x))
+    goal = top_p * axis.sum(in_k.sum(-1))
+    p_cut = _largest(lambda t: axis.sum(jnp.where(x >= t[:, None], in_k, 0.0).sum(-1)) >= goal, len(x))
     p_cut = jnp.where(top_p >= 1, -jnp.inf, p_cut)
     return jnp.minimum(jnp.maximum(jnp.maximum(k_cut, p_cut), top + jnp.log(min_p)), top)
 
@@ -178,18 +216,27 @@ def _largest(holds, num_rows: int) -> Float[Array, " S"]:
     return as_float(low)
 
 
-def _invert(x: Float[Array, "S V"], threshold: Float[Array, " S"], uniform: Float[Array, " S"]) -> Int[Array, " S"]:
-    """The token at which the cumulative distribution of the kept logits passes `uniform`: first its block, then it."""
+def _invert(
+    x: Float[Array, "S V"], threshold: Float[Array, " S"], uniform: Float[Array, " S"], axis: TensorAxis = ONE_DEVICE
+) -> Int[Array, " S"]:
+    """The token at which the cumulative distribution of the kept logits passes `uniform`.
+
+    First its device, then its block, then it. The best logit of x, over the whole vocabulary, is 0.
+    """
     num_rows, vocab_size = x.shape
-    weights = jnp.where(x >= threshold[:, None], jnp.exp(x - x.max(-1, keepdims=True)), 0.0)
+    weights = jnp.where(x >= threshold[:, None], jnp.exp(x), 0.0)
     weights = jnp.pad(weights, ((0, 0), (0, -vocab_size % _BLOCK))).reshape(num_rows, -1, _BLOCK)
     cumulative = jnp.cumsum(weights.sum(-1), axis=-1)
-    goal = uniform * cumulative[:, -1]
-    block = _first_above(cumulative, goal)
+    over_devices = jnp.cumsum(axis.concatenate(cumulative[:, -1:]), axis=-1)
+    goal = uniform * over_devices[:, -1]
+    device = _first_above(over_devices, goal)
     rows = jnp.arange(num_rows)
-    before = jnp.where(block > 0, cumulative[rows, block - 1], 0.0)
-    within = _first_above(jnp.cumsum(weights[rows, block], axis=-1), goal - before)
-    return (block * _BLOCK + within).astype(jnp.int32)
+    goal -= jnp.where(device > 0, over_devices[rows, device - 1], 0.0)
+    block = _first_above(cumulative, goal)
+    goal -= jnp.where(block > 0, cumulative[rows, block - 1], 0.0)
+    within = _first_above(jnp.cumsum(weights[rows, block], axis=-1), goal)
+    token = axis.index() * vocab_size + block * _BLOCK + within
+    return axis.sum(jnp.where(device == axis.index(), token, 0)).astype(jnp.int32)
 
 
 def _first_above(cumulative: Float[Array, "S n"], goal: Float[Array, " S"]) -> Int[Array, " S"]:

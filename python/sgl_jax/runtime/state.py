@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
 from sgl_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, Request
 from sgl_jax.runtime.layout import StepInputs
 
@@ -29,6 +32,9 @@ class DeviceState:
     bias_ids: jax.Array  # i32[R + 1, W]: tokens whose logit changes, for rows with Flag.BIAS
     bias_values: jax.Array  # f32[R + 1, W]
     bias_until: jax.Array  # i32[R + 1, W]: in force while the sampled position is below
+
+
+STATE_AXES = DeviceState((), (), (None, "vocab"), (), (), ())  # logical axes; the rest is whole on every device
 
 
 def initial_state(num_rows: int, pages_per_row: int, vocab_size: int) -> DeviceState:
@@ -53,14 +59,17 @@ def apply_page_updates(state: DeviceState, inputs: StepInputs) -> DeviceState:
     return dataclasses.replace(state, page_table=state.page_table.at[row, index].set(page))
 
 
-def store_samples(state: DeviceState, inputs: StepInputs, tokens: Int[Array, " S"], counted: jax.Array) -> DeviceState:
+def store_samples(
+    state: DeviceState, inputs: StepInputs, tokens: Int[Array, " S"], counted: jax.Array, axis: TensorAxis = ONE_DEVICE
+) -> DeviceState:
     """Remember the sampled tokens; `counted` bool[S]: rows that also count them."""
     rows = inputs.rows
+    places, _ = axis.mine(tokens, state.token_counts.shape[-1])
     last = jnp.where(inputs.samples, tokens, state.last_token[rows])
     return dataclasses.replace(
         state,
         last_token=state.last_token.at[rows].set(last),
-        token_counts=state.token_counts.at[rows, tokens].add((counted & inputs.samples).astype(jnp.int32)),
+        token_counts=state.token_counts.at[rows, places].add((counted & inputs.samples).astype(jnp.int32), mode="drop"),
     )
 
 
@@ -71,8 +80,10 @@ def load_pages(state: DeviceState, vector: Int[Array, " n"]) -> DeviceState:
     return dataclasses.replace(state, page_table=state.page_table.at[vector[0]].set(vector[1:]))
 
 
-def load_counts(state: DeviceState, vector: Int[Array, " n"]) -> DeviceState:
-    return dataclasses.replace(state, token_counts=state.token_counts.at[vector[0]].set(vector[1:]))
+def load_counts(state: DeviceState, vector: Int[Array, " n"], axis: TensorAxis = ONE_DEVICE) -> DeviceState:
+    share = state.token_counts.shape[-1]
+    counts = jax.lax.dynamic_slice_in_dim(vector, 1 + axis.index() * share, share)
+    return dataclasses.replace(state, token_counts=state.token_counts.at[vector[0]].set(counts))
 
 
 def load_bias(state: DeviceState, vector: Int[Array, " n"]) -> DeviceState:
@@ -86,7 +97,11 @@ def load_bias(state: DeviceState, vector: Int[Array, " n"]) -> DeviceState:
     )
 
 
-LOADERS = {"pages": load_pages, "counts": load_counts, "bias": load_bias}
+LOADERS = ("pages", "counts", "bias")
+
+
+def loaders(axis: TensorAxis) -> dict[str, Callable[[DeviceState, jax.Array], DeviceState]]:
+    return {"pages": load_pages, "counts": functools.partial(load_counts, axis=axis), "bias": load_bias}
 
 
 def loader_size(name: str, pages_per_row: int, vocab_size: int) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -15,6 +14,7 @@ from sgl_jax.models import decoder
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import Attention, RaggedBatch, make_ragged_batch
+from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime import sampler
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
@@ -33,9 +33,10 @@ class StepOutputs(NamedTuple):
 class StepSpec:
     """What makes a step program, besides its bucket."""
 
-    config: DecoderConfig
+    config: DecoderConfig  # one device's share of it
     attention: Attention
     pages_per_layer: int  # P
+    axis: TensorAxis = ONE_DEVICE
 
 
 def step(
@@ -75,14 +76,14 @@ def step(
             softcap=spec.config.attn_logit_softcap,
         )
 
-    hidden, kv = decoder.hidden_states(weights, spec.config, tokens, batch.positions, kv, attend)
+    hidden, kv = decoder.hidden_states(weights, spec.config, tokens, batch.positions, kv, attend, spec.axis)
     last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
     logits = decoder.logits(weights, spec.config, hidden[last])
     with jax.named_scope("sample"):
-        sampled = sampler.sample(logits, inputs, state)
+        sampled = sampler.sample(logits, inputs, state, spec.axis)
         wanted = sampler.has_flag(inputs, Flag.LOGPROBS)
-        logprobs = sampler.token_logprobs(logits, sampled, (wanted & inputs.samples).any())
-        state = store_samples(state, inputs, sampled, sampler.has_flag(inputs, Flag.PENALTIES))
+        logprobs = sampler.token_logprobs(logits, sampled, (wanted & inputs.samples).any(), spec.axis)
+        state = store_samples(state, inputs, sampled, sampler.has_flag(inputs, Flag.PENALTIES), spec.axis)
     return kv, state, StepOutputs(sampled, logprobs, _prompt_logprobs(weights, spec, inputs, batch, tokens, hidden))
 
 
@@ -102,16 +103,10 @@ def _prompt_logprobs(
 
         def one(block):
             logits = decoder.logits(weights, spec.config, block[0])
-            return sampler.token_logprobs(logits, block[1], jnp.bool_(True))
+            return sampler.token_logprobs(logits, block[1], jnp.bool_(True), spec.axis)
 
         chosen, ids, values = lax.map(one, (blocks, targets))
         flat = chosen.reshape(-1), ids.reshape(-1, MAX_LOGPROBS), values.reshape(-1, MAX_LOGPROBS)
         return Logprobs(*(x[:num_tokens] for x in flat))
 
     return lax.cond(wanted.any(), compute, lambda: sampler.no_logprobs(num_tokens))
-
-
-def make_step(spec: StepSpec, layout: PlanLayout):
-    """The jitted step of one bucket: (weights, kv, state, vector) -> (kv, state, outputs)."""
-    function = functools.partial(step, spec=spec, layout=layout)
-    return jax.jit(function, donate_argnums=(1, 2))

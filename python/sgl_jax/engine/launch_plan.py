@@ -1,0 +1,108 @@
+"""What a launch decides before any weight is read: sizes, limits and buckets, from the flags, the model and a device's
+memory. The same decisions are made for devices that are not here (`sgl_jax.compile`)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.runtime.buckets import make_buckets
+from sgl_jax.runtime.memory import MemoryPlan, plan_memory
+from sgl_jax.runtime.placed_weights import weight_bytes
+from sgl_jax.runtime.platform import Platform
+from sgl_jax.runtime.programs import RunnerConfig
+from sgl_jax.runtime.state import MAX_EOS_TOKENS, state_bytes
+from sgl_jax.scheduler.scheduler import SchedulerConfig
+from sgl_jax.server_args import ServerArgs
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchPlan:
+    dtype: str
+    weight_bytes: int  # of each device
+    memory: MemoryPlan  # of each device
+    runner: RunnerConfig
+    scheduler: SchedulerConfig
+
+
+def plan_launch(
+    args: ServerArgs, model: DecoderConfig, platform: Platform, *, stored_dtype: str | None, device_bytes: int
+) -> LaunchPlan:
+    """`stored_dtype` is that of the checkpoint. Raises ValueError, naming the flag, for what cannot be honoured."""
+    if len(model.eos_token_ids) > MAX_EOS_TOKENS:
+        raise ValueError(
+            f"the model has {len(model.eos_token_ids)} end-of-sequence tokens; at most {MAX_EOS_TOKENS} fit"
+        )
+    if args.context_length is not None and args.context_length > model.context_length:
+        raise ValueError(
+            f"--context-length is {args.context_length}; the model was made for {model.context_length} tokens at most"
+        )
+    share = model.share(args.tp_size)
+    dtype = _dtype(args, stored_dtype, platform)
+    itemsize = np.dtype(dtype).itemsize
+    page_size = args.page_size or platform.page_size
+    context_length = args.context_length or model.context_length
+    max_running = args.max_running_requests or platform.max_running_requests
+    weights = weight_bytes(share, itemsize)
+    memory = plan_memory(
+        share,
+        platform,
+        total_bytes=device_bytes,
+        weight_bytes=weights,
+        state_bytes=state_bytes(max_running, -(-context_length // page_size), share.vocab_size),
+        dtype_bytes=itemsize,
+        page_size=page_size,
+        context_length=context_length,
+        mem_fraction=args.mem_fraction_static,
+        max_total_tokens=args.max_total_tokens,
+    )
+    for flag, value, most in (
+        ("--context-length", args.context_length, memory.num_tokens),
+        ("--max-running-requests", args.max_running_requests, memory.num_pages - 1),
+    ):
+        if value is not None and value > most:
+            raise ValueError(
+                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens in pages of {page_size} allows {most}; "
+                f"lower it, or raise --max-total-tokens or --mem-fraction-static"
+            )
+    context_length = min(context_length, memory.num_tokens)
+    max_running = min(max_running, memory.num_pages - 1)
+    prefill_tokens = _prefill_tokens(args, platform, context_length)
+    step_tokens = max(prefill_tokens, max_running)  # every running request has room for one token
+    return LaunchPlan(
+        dtype,
+        weights,
+        memory,
+        RunnerConfig(
+            dtype=dtype,
+            page_size=page_size,
+            num_pages=memory.num_pages,
+            num_rows=max_running,
+            context_length=context_length,
+            buckets=make_buckets(step_tokens, max_running, platform.smallest_bucket[dtype]),
+        ),
+        SchedulerConfig(
+            max_running_requests=max_running,
+            context_length=context_length,
+            max_step_tokens=step_tokens,
+            max_prefill_tokens=prefill_tokens,
+            policy=args.schedule_policy,
+        ),
+    )
+
+
+def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:
+    """The dtype asked for; on auto the one the weights were saved in, where the platform computes in it."""
+    if args.dtype != "auto":
+        return args.dtype
+    return "float32" if stored == "float32" else platform.dtype
+
+
+def _prefill_tokens(args: ServerArgs, platform: Platform, context_length: int) -> int:
+    """The prompt tokens a step computes at most, whether of one prompt or several."""
+    chunk = args.chunked_prefill_size or platform.chunked_prefill_size
+    if chunk == -1:
+        chunk = args.max_prefill_tokens
+    return min(chunk, args.max_prefill_tokens, context_length)

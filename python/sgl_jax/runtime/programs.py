@@ -1,0 +1,97 @@
+"""The programs a runner dispatches, from abstract arguments: what is compiled here, or for devices that are not here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.weights import Weights
+from sgl_jax.ops.attention.api import Attention
+from sgl_jax.parallel.placement import Placement
+from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.compiler import Program
+from sgl_jax.runtime.layout import PlanLayout
+from sgl_jax.runtime.placed_weights import weight_axes
+from sgl_jax.runtime.state import LOADERS, STATE_AXES, DeviceState, initial_state, loader_size, loaders
+from sgl_jax.runtime.step import StepSpec, step
+
+KV_AXES = (None, "kv_heads", None, None, None)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunnerConfig:
+    dtype: str
+    page_size: int
+    num_pages: int  # P, of one layer, scratch page included
+    num_rows: int  # requests running at once
+    context_length: int
+    buckets: tuple[Bucket, ...]
+
+    @property
+    def pages_per_row(self) -> int:
+        return -(-self.context_length // self.page_size)
+
+    def layout(self, bucket: Bucket) -> PlanLayout:
+        return PlanLayout(bucket, self.page_size, self.num_rows)
+
+
+def make_programs(
+    model: DecoderConfig, config: RunnerConfig, attention: Attention, placement: Placement, weights: Weights
+) -> list[Program]:
+    """Every program of a launch, small buckets first. `weights` may be abstract; they are placed as they will be."""
+    axis = placement.tensor
+    spec = StepSpec(model.share(axis.size), attention, config.num_pages, axis)
+    axes = weight_axes(model, stacked=not isinstance(weights.layers, list))
+    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights)
+    kv, state = abstract_kv(model, config, placement), abstract_state(model, config, placement)
+    programs = []
+    for bucket in sorted(config.buckets):
+        layout = config.layout(bucket)
+        function = functools.partial(step, spec=spec, layout=layout)
+        function = placement.run(function, (axes, KV_AXES, STATE_AXES, ()), (KV_AXES, STATE_AXES, ()))
+        jitted = jax.jit(function, donate_argnums=(1, 2))
+        programs.append(Program(step_name(bucket), jitted, (weights, kv, state, _vector(layout.size, placement))))
+    for name in LOADERS:
+        function = placement.run(loaders(axis)[name], (STATE_AXES, ()), STATE_AXES)
+        vector = _vector(loader_size(name, config.pages_per_row, model.vocab_size), placement)
+        programs.append(Program(loader_name(name), jax.jit(function, donate_argnums=0), (state, vector)))
+    return programs
+
+
+def step_name(bucket: Bucket) -> str:
+    return f"tokens={bucket.num_tokens} rows={bucket.num_rows}"
+
+
+def loader_name(name: str) -> str:
+    return f"load {name}"
+
+
+def abstract_kv(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStruct:
+    kv_heads = model.share(placement.tensor.size).num_kv_heads
+    share = (model.num_layers * config.num_pages, kv_heads, 2, config.page_size, model.head_dim)
+    shape = placement.whole_shape(share, KV_AXES)
+    return jax.ShapeDtypeStruct(shape, np.dtype(config.dtype), sharding=placement.sharding(KV_AXES))
+
+
+def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:
+    shapes = jax.eval_shape(lambda: initial_state(config.num_rows, config.pages_per_row, model.vocab_size))
+    return jax.tree.map(
+        lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.sharding(axes)), shapes, STATE_AXES
+    )
+
+
+def _vector(size: int, placement: Placement) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size,), np.int32, sharding=placement.sharding())
+
+
+def zeros(abstract: Any) -> Any:
+    """Arrays of zeros where and how the abstract ones say, made on their devices."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
+    return jax.jit(
+        lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract), out_shardings=shardings
+    )()
