@@ -82,6 +82,11 @@ class Core:
         self._stats_due = 0.0
 
     @property
+    def runner(self) -> Runner:
+        """The device side, for a tool that drives it by itself while there are no requests."""
+        return self._runner
+
+    @property
     def busy(self) -> bool:
         """Whether `step` has anything to do; if not, the loop may sleep until a command comes."""
         return self.scheduler.has_requests or self._in_flight is not None or bool(self._events)

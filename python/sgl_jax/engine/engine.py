@@ -16,7 +16,7 @@ from typing import Any, Self
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.job import Job, Params, make_job
 from sgl_jax.engine.loop import EngineCore
-from sgl_jax.engine.messages import EngineInfo, MachineLimits
+from sgl_jax.engine.messages import EngineInfo, MachineLimits, Stats
 from sgl_jax.engine.native import LogprobOptions
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
@@ -89,6 +89,11 @@ class Engine:
     @property
     def info(self) -> EngineInfo:
         return self._service.info
+
+    @property
+    def stats(self) -> Stats:
+        """Load and totals as the engine last told them: several times a second, and when it falls idle."""
+        return self._service.stats
 
     def generate(
         self,
