@@ -27,14 +27,18 @@ class Script:
     fails: Callable[[int], tuple[int, str] | None] = lambda request: None  # an HTTP status and a message
     info: dict[str, Any] = field(default_factory=dict)  # the body of /get_server_info
     limits: dict[str, Any] | None = None  # the body of /measure_limits; None: 404, as other engines answer
+    breaks: Callable[[int], str] = lambda request: ""  # after the first token: a key of _BREAKS; "" does not break
+    usage_each_event: bool = False  # OpenAI's streams: the count so far is in every event
+    refused: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # by path: what the first calls get
 
 
 class ScriptedServer:
-    """`received` holds (path, body) of every call in order; `url` is where it listens."""
+    """`received` holds (path, body) of every call in order, `headers` theirs; `url` is where it listens."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
         self.received: list[tuple[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.url = ""
         self._calls = 0
 
@@ -56,6 +60,10 @@ class ScriptedServer:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         body = await request.json() if request.can_read_body else None
         self.received.append((request.path, body))
+        self.headers.append(dict(request.headers))
+        if refusals := self.script.refused.get(request.path):
+            status, message = refusals.pop(0)
+            return web.json_response({"error": {"message": message}}, status=status)
         match request.path:
             case "/generate" | "/v1/completions" | "/v1/chat/completions":
                 return await self._generate(request, body)
@@ -82,6 +90,9 @@ class ScriptedServer:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         if stream:
             await response.prepare(request)
+            if chat:
+                role = {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}
+                await response.write(f"data: {json.dumps(role)}\n\n".encode())
         usage = self._usage(number, prompts, count)
         done = 0
         while done < count:
@@ -101,7 +112,14 @@ class ScriptedServer:
                 )
                 if native and len(prompts) > 1:
                     event["index"] = index
+                if not native and self.script.usage_each_event:
+                    event["usage"] = self._usage(number, prompts, done)
                 await response.write(f"data: {json.dumps(event)}\n\n".encode())
+            if how := self.script.breaks(number):
+                await response.write(_BREAKS[how])
+                if how == "dropped" and request.transport is not None:
+                    request.transport.abort()
+                return response
         text = self.script.token * count
         if stream:
             if not native and body.get("stream_options", {}).get("include_usage"):
@@ -129,6 +147,17 @@ class ScriptedServer:
         if self.script.cached_tokens is None:
             return usage
         return usage | {"prompt_tokens_details": {"cached_tokens": self.script.cached_tokens(number)}}
+
+
+# What is sent when a stream breaks; the connection is closed after it.
+_BREAKS = {
+    "ended": b"",
+    "dropped": b"data: {",
+    "error": b'data: {"error": {"message": "out of memory"}}\n\ndata: [DONE]\n\n',
+    "aborted": b'data: {"text": " a", "meta_info": {"finish_reason": {"type": "abort", "message": "stopped"}}}\n\n'
+    b"data: [DONE]\n\n",
+    "gibberish": b"data: <html>\n\n",
+}
 
 
 def _native_prompt(body: dict[str, Any]) -> Any:

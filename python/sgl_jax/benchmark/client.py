@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
@@ -92,7 +93,7 @@ class Client:
                     raise ServerError(f"HTTP {response.status} from {path}: {said}", response.status)
                 yield response
         except aiohttp.ClientConnectorError as error:
-            raise ServerError(f"no server answers at {self.base_url}: {error.os_error.strerror or error}") from error
+            raise ServerError(f"no server answers at {self.base_url}: {_reason(error.os_error)}") from error
         except TimeoutError as error:
             raise ServerError(f"no complete answer from {path} within {timeout.total:.0f} s") from error
         except (aiohttp.ClientError, OSError) as error:
@@ -234,6 +235,11 @@ async def _whole(client: Client, protocol: Protocol, body: bytes, outcome: Outco
     if reading.output_tokens is None:
         raise ServerError("the answer does not say how many tokens it has; measure with a stream instead")
     outcome.output_len = reading.output_tokens
+
+
+def _reason(error: OSError) -> str:
+    """ "Connection refused", where asyncio's own text only repeats the address."""
+    return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
 
 def _decode(data: bytes) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from sgl_jax.benchmark.records import Outcome
@@ -159,8 +160,8 @@ def compute_roofline(
 
 def roofline_json(roofline: Roofline) -> dict[str, Any]:
     return {
-        "machine_limits": asdict(roofline.limits),
-        "model_cost": asdict(roofline.cost),
+        "machine_limits": msgspec.to_builtins(roofline.limits),
+        "model_cost": msgspec.to_builtins(roofline.cost),
         "decode_rows": roofline.decode_rows,
         "decode_context": roofline.decode_context,
         "decode_bandwidth_share": roofline.decode_bandwidth_share,
