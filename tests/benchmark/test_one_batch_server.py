@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,13 @@ import pytest
 from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
+from sgl_jax.bench_one_batch_server import main
 from sgl_jax.benchmark import one_batch_server
 from sgl_jax.benchmark.client import ServerError
 from sgl_jax.benchmark.errors import BenchmarkError
-from sgl_jax.benchmark.one_batch import BatchOptions, BatchResult, Case, run_case
-from sgl_jax.benchmark.one_batch_server import Target, main, run
+from sgl_jax.benchmark.one_batch import BatchOptions, BatchResult, run_case
+from sgl_jax.benchmark.one_batch_arguments import Case, Target, one_batch_parser, running_target
+from sgl_jax.benchmark.one_batch_server import run
 
 INFO = {
     "engine": {
@@ -57,7 +62,7 @@ def measure(script: Script, *flags: str, target: dict[str, Any] | None = None) -
 
     async def all_of_it() -> tuple[int, list[tuple[str, Any]]]:
         async with ScriptedServer(script).running() as server:
-            args = one_batch_server._parser().parse_args(["--result-filename", "", *flags])
+            args = one_batch_parser().parse_args(["--result-filename", "", *flags])
             return await run(args, Target(server.url, **(target or {}))), server.received
 
     return run_in_virtual_time(all_of_it())
@@ -223,7 +228,9 @@ def test_a_case_that_fails_is_told_the_others_go_on_and_the_exit_code_says_so(
     assert code == 1
     assert len(generations(calls)) == 3
     out, err = capsys.readouterr()
-    assert err == ("sgl_jax: error: batch size 2, input_len 1024, output_len 16: HTTP 400 from /generate: too long\n")
+    assert err == (
+        "bench_one_batch_server: error: batch size 2, input_len 1024, output_len 16: HTTP 400 from /generate: too long\n"
+    )
     assert [line for line in out.splitlines() if "batch" in line] == ["batch size: 1", "batch size: 4"]
 
 
@@ -298,25 +305,33 @@ def test_a_row_that_the_server_aborts_fails_the_case() -> None:
         (["--client-stream-interval", "0"], "--client-stream-interval is 0; it must be at least 1"),
         (
             ["--client-stream-interval", "2", "--api-type", "openai"],
-            "--client-stream-interval is 2; OpenAI's API has no such parameter, use --api-type native",
+            "--client-stream-interval is 2; OpenAI's API has no such field, use --api-type native",
         ),
         (
             ["--batch-size", "9", "--input-len", "10", "--input-len-step-percentage", "0.25"],
-            "--input-len-step-percentage is 0.25; in a batch of 9 with --input-len 10 the shortest prompt would have "
-            "0 tokens, choose a smaller one",
+            "--input-len-step-percentage is 0.25; with batch size 9, input_len 10, output_len 16 the shortest prompt would "
+            "have 0 tokens, choose a smaller one",
         ),
         (["--page-size", "16"], "--page-size is for a server that is started; --base-url http://x runs already"),
         (["--zzz", "x"], "--zzz is not a flag; --help lists them all"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--base-url", "http://x", *flags]) == 1
-    assert capsys.readouterr().err == f"sgl_jax: error: {message}\n"
+    with pytest.raises(SystemExit) as exit:
+        sys.exit(main(["--base-url", "http://x", *flags]))
+    assert exit.value.code == 2
+    assert capsys.readouterr().err.rpartition("error: ")[2] == f"{message}\n"
+
+
+def test_help_is_light() -> None:
+    check = "import sys, sgl_jax.benchmark.one_batch_arguments as a; a.one_batch_parser(); print(list(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
+    assert not {"numpy", "aiohttp", "jax", "msgspec"} & set(ast.literal_eval(loaded.stdout))
 
 
 def test_of_the_servers_flags_those_about_a_running_one_are_taken() -> None:
     flags = ["--model", "None", "--api-key", "k", "--served-model-name", "m", "--tokenizer-path", "t"]
-    assert one_batch_server._target("http://x", flags) == Target("http://x", "k", "m", "t")
+    assert running_target("http://x", flags) == Target("http://x", "k", "m", "t")
 
 
 def test_without_a_vocabulary_nothing_can_be_drawn() -> None:
@@ -326,5 +341,5 @@ def test_without_a_vocabulary_nothing_can_be_drawn() -> None:
 
 def test_no_server_at_the_url_is_said_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(one_batch_server, "_READY_TIMEOUT_S", 0.0)
-    assert main(["--base-url", "http://127.0.0.1:1"]) == 1
+    assert main(["--base-url", "http://127.0.0.1:1"]) == 2
     assert "no server answers at http://127.0.0.1:1" in capsys.readouterr().err

@@ -21,24 +21,9 @@ import msgspec
 
 from sgl_jax.benchmark.client import Client, ServerError
 from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark.one_batch_arguments import Case
 from sgl_jax.benchmark.protocols import COMPLETIONS, NATIVE
 from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, decode_bandwidth_share, matmul_share
-
-
-@dataclass(frozen=True)
-class Case:
-    batch_size: int
-    input_len: int  # tokens of a prompt, on average
-    output_len: int
-    input_step: float = 0.0  # how much longer each prompt is than the one before it, as a share of input_len
-
-    def input_lens(self) -> list[int]:
-        """Tokens of each prompt, the middle of the batch having `input_len`."""
-        middle = (self.batch_size - 1) / 2
-        return [round(self.input_len * (1 + (row - middle) * self.input_step)) for row in range(self.batch_size)]
-
-    def __str__(self) -> str:
-        return f"batch size {self.batch_size}, input_len {self.input_len}, output_len {self.output_len}"
 
 
 @dataclass(frozen=True)
