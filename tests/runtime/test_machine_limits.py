@@ -43,10 +43,12 @@ def test_rates_are_work_over_the_time_of_the_fastest_run(monkeypatch: pytest.Mon
     assert rates == (3 * (1 << 20) / 2, 2 * 2 * 128**3 / 8)
 
 
-def test_several_devices_count_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_devices_count_together_but_virtual_ones_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
     monkeypatch.setattr(machine_limits.time, "perf_counter", lambda: float(next(clock)))
-    assert measure_rates(CPU * 2, "float32", SMALL) == (2 * 3 * (1 << 20), 2 * 2 * 2 * 128**3)
+    assert machine_limits._read_rate(CPU * 2, SMALL) == 2 * 3 * (1 << 20)
+    assert machine_limits._matmul_rate(CPU * 2, "float32", SMALL) == 2 * 2 * 2 * 128**3
+    assert measure_rates(CPU * 2, "float32", SMALL) == (3 * (1 << 20), 2 * 2 * 128**3)
 
 
 def test_a_real_measurement_gives_rates_and_is_not_counted_as_a_compilation_of_serving() -> None:

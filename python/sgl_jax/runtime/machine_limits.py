@@ -55,9 +55,11 @@ def measure_rates(devices: Sequence[jax.Device], dtype: str, probe: Probe | None
 
     Takes a quarter of the free memory at most, about 2 s on two CPU cores. Raises NotMeasured where there is too little.
     """
-    probe = probe or (_CPU if devices[0].platform == "cpu" else _ACCELERATOR)
+    on_cpu = devices[0].platform == "cpu"
+    probe = probe or (_CPU if on_cpu else _ACCELERATOR)
+    distinct = devices[:1] if on_cpu else devices  # virtual CPU devices are the same cores, and one uses them all
     try:
-        return Rates(_read_rate(devices, probe), _matmul_rate(devices, dtype, probe))
+        return Rates(_read_rate(distinct, probe), _matmul_rate(distinct, dtype, probe))
     except jax.errors.JaxRuntimeError as error:
         raise NotMeasured(f"the limits cannot be measured: {str(error).splitlines()[0]}") from error
 

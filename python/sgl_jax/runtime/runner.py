@@ -58,6 +58,7 @@ class ModelRunner:
         self.watch = CompileWatch()
         self.programs = make_programs(model, config, attention, placement, weights)
         self._model = model
+        self._devices = [*placement.mesh.devices.flat]
         self._weights = weights
         self._layouts = {b: config.layout(b) for b in config.buckets}
         self._kv = zeros(abstract_kv(model, config, placement))
@@ -103,7 +104,7 @@ class ModelRunner:
     def measure_limits(self) -> Rates:
         """What the devices can do. Raises NotMeasured."""
         with self.watch.ignored():
-            return measure_rates([self._device], self.config.dtype)
+            return measure_rates(self._devices, self.config.dtype)
 
     def _run_step(self, layout: PlanLayout, vector: np.ndarray) -> StepOutputs:
         program = self._calls[step_name(layout.bucket)]
