@@ -401,5 +401,5 @@ def test_waiting_ends_with_the_last_answer() -> None:
         async with server.running(), connect(server.url) as client:
             await client.wait_until_ready(2.0)
 
-    with pytest.raises(BenchmarkError, match="^not ready after 2 s: HTTP 503 from /ready: loading$"):
+    with pytest.raises(BenchmarkError, match=r"^not ready after 2 s: HTTP 503 from /ready: loading$"):
         run_in_virtual_time(main())

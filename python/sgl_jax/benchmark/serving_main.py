@@ -44,7 +44,7 @@ def serve_load(args: argparse.Namespace) -> int:
         print(f"bench_serving: error: {error}", file=sys.stderr)
         return BAD_USE
     except KeyboardInterrupt:
-        print("bench_serving: interrupted before the run", file=sys.stderr)
+        print("bench_serving: interrupted", file=sys.stderr)
         return INTERRUPTED
     if run.interrupted:
         return INTERRUPTED
