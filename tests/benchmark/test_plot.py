@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sgl_jax.bench_serving import main
 from sgl_jax.benchmark import plot
 from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.figures import ServingRun, compute_figures, compute_roofline
@@ -181,3 +182,11 @@ def test_matplotlib_is_loaded_only_to_draw() -> None:
     check = "import sys, sgl_jax.benchmark.plot; print('matplotlib' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
     assert result.stdout == "False\n"
+
+
+def test_bench_serving_says_what_is_missing_before_it_asks_a_server(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["--base-url", "http://127.0.0.1:1", "--plot", str(tmp_path / "run.png")]) == 2
+    assert capsys.readouterr().err == 'bench_serving: error: drawing needs matplotlib: pip install "sgl-jax[bench]"\n'

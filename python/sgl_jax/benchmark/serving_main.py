@@ -34,6 +34,10 @@ class ServerFacts:
 def serve_load(args: argparse.Namespace) -> int:
     """Runs what the flags say and prints the result. Returns the exit code."""
     try:
+        if args.plot is not None:
+            from sgl_jax.benchmark.plot import check_plot
+
+            check_plot(args.plot)  # what is missing is said before the run, not after it
         allow_many_connections()
         facts = asyncio.run(ask_server(args))
         tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
