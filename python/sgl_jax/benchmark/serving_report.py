@@ -132,6 +132,12 @@ def run_json(run: ServingRun, details: bool = False) -> dict[str, Any]:
     return found
 
 
+def check_writable(path: Path) -> None:
+    """Before the run, whose result would be lost. Raises BenchmarkError."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise BenchmarkError(f"--output-file is {path}; it must be a file in a folder that exists")
+
+
 def append_jsonl(path: Path, result: dict[str, Any]) -> None:
     """Raises BenchmarkError when the file cannot be written."""
     try:
