@@ -52,6 +52,11 @@ _HOST_PORT = Rule(
 )
 
 
+def environment() -> dict[str, str]:
+    """A copy of this process's environment, for those who report it or pass it on: they take it as an argument."""
+    return dict(os.environ)
+
+
 def default_compilation_cache_dir(environ: Mapping[str, str] | None = None) -> str:
     """JAX's own variable if it is set, else a folder of this user's cache."""
     environ = os.environ if environ is None else environ
