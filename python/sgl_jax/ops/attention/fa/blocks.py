@@ -15,10 +15,11 @@ from sgl_jax.ops.attention.fa.ring import IDS
 
 DECODE_KEYS = 1024  # more make no turn cheaper per key; fewer leave scalar work unpaid
 UNIT_KEYS = 256  # an edge block is attended to in such steps: what fills a matrix unit once
-CHUNK_KEYS = 512
+CHUNK_KEYS = 1024
+CHUNK_UNIT_KEYS = 512
 CHUNK_QUERIES = 128
 WRITE_TOKENS = 128
-MIN_SLOTS, MAX_SLOTS = 3, 8
+MIN_SLOTS, MAX_SLOTS = 4, 8
 EXPECTED_KEYS = 1024  # of a row, for the cost the compiler is told
 
 
@@ -41,6 +42,7 @@ class DecodeBlocks:
 class ChunkBlocks:
     slots: int
     pages: int
+    unit_pages: int  # per step in an edge block; divides pages
     queries: int  # tokens of a tile, a multiple of 16
     write_pages: int  # pages written at a time
     write_slots: int
@@ -64,7 +66,7 @@ def _ring(keys: int, page_size: int, row_pages: int, page_bytes: int, budget: in
     pages = min(_power_of_two(keys // page_size), IDS, 2 * _power_of_two(max(1, row_pages - 1)))
     while pages > 1 and MIN_SLOTS * pages * page_bytes > budget:
         pages //= 2
-    return max(2, min(MAX_SLOTS, budget // (pages * page_bytes))), pages
+    return max(2, _power_of_two(min(MAX_SLOTS, budget // (pages * page_bytes)))), pages
 
 
 def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int) -> DecodeBlocks:
@@ -83,9 +85,11 @@ def chunk_blocks(
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
     slots, pages = _ring(CHUNK_KEYS, page_size, row_pages, page_bytes, chip.vmem_bytes // 8)
     write_pages = max(1, WRITE_TOKENS // page_size)
-    write_slots = max(2, min(MAX_SLOTS, chip.vmem_bytes // 16 // (2 * write_pages * page_bytes)))
+    write_slots = max(2, _power_of_two(min(MAX_SLOTS, chip.vmem_bytes // 16 // (2 * write_pages * page_bytes))))
+    unit = min(pages, _power_of_two(CHUNK_UNIT_KEYS // page_size))
+    queries = min(CHUNK_QUERIES, num_tokens)
     blocks = ChunkBlocks(
-        min(slots, 4), pages, min(CHUNK_QUERIES, num_tokens), write_pages, write_slots, vmem_limit=chip.vmem_bytes * 7 // 8
+        min(slots, 4), pages, unit, queries, write_pages, write_slots, vmem_limit=chip.vmem_bytes * 7 // 8
     )
     return dataclasses.replace(blocks, **_tuned("chunks", chip, kv_shape, dtype))
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks
-from sgl_jax.ops.attention.fa.ring import PageRing, Ref
+from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
 from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scores, attend, join_pages
 from sgl_jax.ops.attention.fa.write import WriteRefs, write_chunks, write_scratch
 
@@ -49,7 +49,7 @@ class Refs:
     write: dict[str, Ref]
 
 
-def _kernel(refs: Refs, *, num_heads: int, groups: int, scores: Scores, has_window: bool):
+def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, has_window: bool):
     num_rows = refs.kv_lens.shape[0]
     last_token = refs.cu_q_lens[num_rows]
     write_chunks(WriteRefs(refs.meta, refs.kv_lens, refs.cu_q_lens, refs.token_page, refs.k, refs.v, refs.kv, **refs.write))
@@ -61,7 +61,7 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, scores: Scores, has_wind
     tile_tokens = refs.q_tiles.shape[1]
     window = refs.meta[2]
     first_token = refs.meta[0]  # of chunks: rows with one token come first
-    first_tile = lax.div(first_token, tile_tokens)
+    first_tile = div(first_token, tile_tokens)
     num_tiles = refs.q.shape[0] // tile_tokens
 
     def positions(row, tile):
@@ -76,7 +76,7 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, scores: Scores, has_wind
 
     def block_range(row, tile):
         first, end, _ = positions(row, tile)
-        return lax.div(first_key(first), block_tokens), pl.cdiv(end, block_tokens)
+        return div(first_key(first), block_tokens), cdiv(end, block_tokens)
 
     def is_row(row):
         return (row < num_rows) & (refs.cu_q_lens[jnp.minimum(row, num_rows)] < last_token)
@@ -90,14 +90,14 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, scores: Scores, has_wind
         def _():
             first, last, _ = positions(row, tile)
             offset = block * pages.pages
-            low, high = lax.div(first_key(first), page_size), pl.cdiv(last, page_size)
+            low, high = div(first_key(first), page_size), cdiv(last, page_size)
             pages.announce(n, row, block, jnp.maximum(low, offset), jnp.minimum(high, offset + pages.pages))
 
         n = n + live.astype(jnp.int32)
         more = block + 1 < end
         row_end = refs.cu_q_lens[jnp.minimum(row + 1, num_rows)]
         row_goes_on = more | (row_end > (tile + 1) * tile_tokens)
-        tile = jnp.where(more, tile, jnp.where(row_goes_on, tile + 1, lax.div(row_end, tile_tokens)))
+        tile = jnp.where(more, tile, jnp.where(row_goes_on, tile + 1, div(row_end, tile_tokens)))
         row = jnp.where(row_goes_on, row, row + 1)
         new_block, new_end = block_range(jnp.minimum(row, num_rows - 1), tile)
         return n, row, tile, jnp.where(more, block + 1, new_block), jnp.where(more, end, new_end)
@@ -114,7 +114,7 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, scores: Scores, has_wind
 
     def tile_copy(hbm, tiles, sem, tile):
         at = hbm.at[pl.ds(pl.multiple_of(tile * tile_tokens, tile_tokens), tile_tokens)]
-        slot = lax.rem(tile, 2)
+        slot = rem(tile, 2)
         return at, tiles.at[slot], sem.at[slot]
 
     def load(hbm, tiles, sem, tile):
@@ -134,7 +134,7 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, scores: Scores, has_wind
 
     def one_pair(row, tile, n, cursor):
         """A tile's queries of one row over the row's blocks."""
-        slot = lax.rem(tile, 2)
+        slot = rem(tile, 2)
         first, end, shift = positions(row, tile)
         low = first_key(first)
 
@@ -147,39 +147,49 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, scores: Scores, has_wind
                 refs.total[head] = jnp.full(refs.total.shape[1:], 1 / LANES, jnp.float32)
             refs.acc[head] = jnp.zeros(refs.acc.shape[1:], jnp.float32)
 
-        def over(page_slot, base, is_whole):
-            def keep(shape, axis):
-                key = base + lax.broadcasted_iota(jnp.int32, shape, axis)
-                if axis == 0:  # of V: what has been copied
-                    return (key >= low) & (key < end)
-                query = tile * tile_tokens + shift + lax.broadcasted_iota(jnp.int32, shape, 0)
-                return (key <= query) & (key > query - window) if has_window else key <= query
-
+        def over(page_slot, first_page, count, keep):
             def one_kv_head(h, _):
-                k = join_pages(pages.buffer, page_slot, 0, pages.pages, h, 0)
-                v = join_pages(pages.buffer, page_slot, 0, pages.pages, h, 1)
-                for g in range(group):
-                    head = h * group + g
-                    lanes = pl.ds(pl.multiple_of(head * head_dim, LANES), head_dim)
-                    q = refs.q_tiles[slot, :, lanes]
-                    state = refs.top[head][:, :1], refs.total[head], refs.acc[head]
-                    top, total, acc = attend(state, q, k, v, None if is_whole else keep, scores)
+                heads = [h * group + g for g in range(group)]
+                lanes = [pl.ds(pl.multiple_of(head * head_dim, LANES), head_dim) for head in heads]
+                states = [(refs.top[head][:, :1], refs.total[head], refs.acc[head]) for head in heads]
+                load = lambda which: join_pages(pages.buffer, page_slot, first_page, count, h, which)  # noqa: E731
+                queries = [refs.q_tiles[slot, :, at] for at in lanes]
+                states = attend(states, queries, [load] * group, keep, scores)
+                for head, (top, total, acc) in zip(heads, states, strict=True):
                     refs.top[head] = jnp.broadcast_to(top, refs.top.shape[1:])
                     refs.total[head] = total
                     refs.acc[head] = acc
 
             lax.fori_loop(0, num_kv_heads, one_kv_head, None)
 
+        def edge(page_slot, base):
+            unit = unit_pages * page_size
+
+            def step(u, _):
+                def keep(shape, axis):
+                    key = base + u * unit + lax.broadcasted_iota(jnp.int32, shape, axis)
+                    if axis == 0:  # of V: what has been copied
+                        return (key >= low) & (key < end)
+                    query = tile * tile_tokens + shift + lax.broadcasted_iota(jnp.int32, shape, 0)
+                    return (key <= query) & (key > query - window) if has_window else key <= query
+
+                over(page_slot, u * unit_pages, unit_pages, keep)
+
+            begin = div(jnp.maximum(low - base, 0), unit)
+            lax.fori_loop(begin, cdiv(jnp.minimum(end - base, block_tokens), unit), step, None)
+
         def one_block(block, carry):
             n, cursor = carry
-            cursor = announce(cursor)
             start(n + pages.lead, cursor[0])
             page_slot = pages.wait(n)
+            cursor = announce(cursor)
             base = block * block_tokens
             is_whole = base + block_tokens <= first + 1
             if has_window:
                 is_whole &= base > end - 1 - window
-            lax.cond(is_whole, lambda: over(page_slot, base, True), lambda: over(page_slot, base, False))
+            lax.cond(
+                is_whole, lambda: over(page_slot, 0, pages.pages, None), lambda: edge(page_slot, base)
+            )
             return n + 1, cursor
 
         n, cursor = lax.fori_loop(*block_range(row, tile), one_block, (n, cursor))
@@ -225,7 +235,7 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, scores: Scores, has_wind
 
         @pl.when((tile + 1) * tile_tokens > last_token)
         def _():
-            slot = lax.rem(tile, 2)
+            slot = rem(tile, 2)
             token = tile * tile_tokens + lax.broadcasted_iota(jnp.int32, refs.acc.shape[1:], 0)
             for head in range(num_heads):
                 at = slot, slice(None), slice(head * head_dim, (head + 1) * head_dim)
@@ -292,6 +302,7 @@ def attend_chunks(
             Refs(**fields, o=o, kv=kv_out, **rest),
             num_heads=num_heads,
             groups=groups,
+            unit_pages=blocks.unit_pages,
             scores=scores,
             has_window=has_window,
         )

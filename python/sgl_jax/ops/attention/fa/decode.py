@@ -18,7 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import DecodeBlocks
-from sgl_jax.ops.attention.fa.ring import PageRing, Ref
+from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
 from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scores, attend, join_pages, row_tile
 
 WRITES = 4  # tiles on their way back to the pool
@@ -68,13 +68,13 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
                     line = pl.ds((r * 16 * num_kv_heads + h) * 2 + which, 16, stride=2 * num_kv_heads)
                     refs.new[c, line] = x[at, lanes].astype(jnp.float32)
 
-    lax.fori_loop(0, pl.cdiv(num_rows, 16), spread, None)
+    lax.fori_loop(0, cdiv(num_rows, 16), spread, None)
 
     def first_key(row):
         return jnp.maximum(refs.kv_lens[row] - window, 0) if has_window else jnp.int32(0)
 
     def block_range(row):
-        return lax.div(first_key(row), block_tokens), pl.cdiv(refs.kv_lens[row], block_tokens)
+        return div(first_key(row), block_tokens), cdiv(refs.kv_lens[row], block_tokens)
 
     def announce(cursor):
         """Announce the item at the cursor and step on. (items announced, row, block, the row's last block + 1)"""
@@ -82,8 +82,8 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
 
         @pl.when(row < num_rows)
         def _():
-            first = lax.div(first_key(row), page_size)
-            last = pl.cdiv(refs.kv_lens[row], page_size)
+            first = div(first_key(row), page_size)
+            last = cdiv(refs.kv_lens[row], page_size)
             offset = block * pages.pages
             pages.announce(n, row, block, jnp.maximum(first, offset), jnp.minimum(last, offset + pages.pages))
 
@@ -118,22 +118,15 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
             return top, total, jnp.zeros((group_rows, head_dim), jnp.float32)
 
         def fetch(n, cursor):
-            cursor = announce(cursor)
             start(n + pages.lead, cursor[0])
-            return pages.wait(n), cursor
+            slot = pages.wait(n)
+            return slot, announce(cursor)  # after the waits, where it is scheduled among the products
 
         def over(state, slot, first_page, count, keep):
-            return [
-                attend(
-                    state[h],
-                    q[h],
-                    join_pages(pages.buffer, slot, first_page, count, h, 0),
-                    join_pages(pages.buffer, slot, first_page, count, h, 1),
-                    keep,
-                    scores,
-                )
-                for h in range(num_kv_heads)
-            ]
+            def keys(h):
+                return lambda which: join_pages(pages.buffer, slot, first_page, count, h, which)
+
+            return attend(state, q, [keys(h) for h in range(num_kv_heads)], keep, scores)
 
         def whole(state, slot):
             return over(state, slot, 0, pages.pages, None)
@@ -150,7 +143,7 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
 
                 return over(state, slot, u * unit_pages, unit_pages, keep)
 
-            return lax.fori_loop(lax.div(low, unit), pl.cdiv(high, unit), step, state)
+            return lax.fori_loop(div(low, unit), cdiv(high, unit), step, state)
 
         def inner(block, carry):
             n, cursor, state = carry
@@ -207,10 +200,10 @@ def _insert(refs: Refs, pages: PageRing, row, n, slot, block) -> None:
     num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
     height = refs.tiles.shape[3]
     place = refs.kv_lens[row] - 1
-    page = lax.div(place, page_size)
-    offset = lax.rem(place, page_size)
-    top = pl.multiple_of(lax.div(offset, height) * height, height)
-    w = lax.rem(row, WRITES)
+    page = div(place, page_size)
+    offset = rem(place, page_size)
+    top = pl.multiple_of(div(offset, height) * height, height)
+    w = rem(row, WRITES)
 
     @pl.when(row >= WRITES)
     def _():
@@ -276,7 +269,7 @@ def attend_singles(
         scores=scores,
         has_window=has_window,
     )
-    rows = lambda x: pl.BlockSpec((num_rows, x.shape[1]), lambda *_: (0, 0))  # noqa: E731
+    rows = lambda x: pl.BlockSpec((num_rows, x.shape[1]), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))  # noqa: E731
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     inputs = [q, k, v, *([sinks] if sinks is not None else []), table, kv]
@@ -286,7 +279,7 @@ def attend_singles(
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(),
+            grid=(1,),
             in_specs=[rows(q), rows(k), rows(v), *([whole] if sinks is not None else []), hbm, hbm],
             out_specs=[rows(q), hbm],
             scratch_shapes=[scratch],

@@ -15,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sgl_jax.ops.attention.fa.ring import Ref, cdiv, div, rem
 from sgl_jax.ops.attention.fa.tile import LANES
 
-Ref = Any
 ALIGN = 16  # packed lines are copied from multiples of this
 
 
@@ -77,8 +77,8 @@ def write_chunks(refs: WriteRefs) -> None:
     def page_range(row, segment):
         """Pages of the segment with new tokens, counted in the row."""
         first, end = new_range(row)
-        low = jnp.maximum(lax.div(first, page_size), segment * pages)
-        return low, jnp.minimum(pl.cdiv(end, page_size), (segment + 1) * pages)
+        low = jnp.maximum(div(first, page_size), segment * pages)
+        return low, jnp.minimum(cdiv(end, page_size), (segment + 1) * pages)
 
     def step(cursor):
         """(number, row, segment) -> the next."""
@@ -87,13 +87,13 @@ def write_chunks(refs: WriteRefs) -> None:
         more = (segment + 1) * tokens < end
         row = jnp.where(more, row, row + 1)
         first, _ = new_range(jnp.minimum(row, num_rows - 1))
-        return n + 1, row, jnp.where(more, segment + 1, lax.div(first, tokens))
+        return n + 1, row, jnp.where(more, segment + 1, div(first, tokens))
 
     def copies(n, row, segment):
         """The lines' copies, and where in them the segment's first token lies (perhaps before the first)."""
-        slot = lax.rem(n, slots)
+        slot = rem(n, slots)
         token = segment * tokens - refs.kv_lens[row] + refs.cu_q_lens[row + 1]
-        base = jnp.clip(lax.div(jnp.maximum(token, 0), ALIGN) * ALIGN, 0, refs.k.shape[0] - num_lines)
+        base = jnp.clip(div(jnp.maximum(token, 0), ALIGN) * ALIGN, 0, refs.k.shape[0] - num_lines)
         at = pl.ds(pl.multiple_of(base, ALIGN), num_lines)
         sources = refs.k.at[at], refs.v.at[at]
         return [
@@ -101,7 +101,7 @@ def write_chunks(refs: WriteRefs) -> None:
         ], token - base
 
     def page_copy(n, row, segment, page, to_pool):
-        slot = lax.rem(n, slots)
+        slot = rem(n, slots)
         first, _ = new_range(row)
         token = jnp.maximum(page * page_size, first) - refs.kv_lens[row] + refs.cu_q_lens[row + 1]
         pool = refs.kv.at[refs.token_page[token] + refs.meta[1]]
@@ -132,7 +132,7 @@ def write_chunks(refs: WriteRefs) -> None:
         def _():
             @pl.when(n >= slots)
             def _():
-                drain(lax.rem(n, slots))
+                drain(rem(n, slots))
 
             for copy in copies(n, row, segment)[0]:
                 copy.start()
@@ -143,7 +143,7 @@ def write_chunks(refs: WriteRefs) -> None:
     def write(carry):
         cursor, ahead = carry
         n, row, segment = cursor
-        slot = lax.rem(n, slots)
+        slot = rem(n, slots)
         lines, offset = copies(n, row, segment)
         for copy in lines:
             copy.wait()
@@ -176,11 +176,11 @@ def write_chunks(refs: WriteRefs) -> None:
 
     row = refs.meta[0]
     first, _ = new_range(jnp.minimum(row, num_rows - 1))
-    cursor = (jnp.int32(0), row, lax.div(first, tokens))
+    cursor = (jnp.int32(0), row, div(first, tokens))
     ahead = lax.fori_loop(0, slots // 2, lambda _, c: prepare(c), cursor)
     (n, _, _), _ = lax.while_loop(lambda carry: is_row(carry[0][1]), write, (cursor, ahead))
 
     def finish(i, _):
-        drain(lax.rem(i, slots))
+        drain(rem(i, slots))
 
     lax.fori_loop(jnp.maximum(n - slots, 0), n, finish, None)
