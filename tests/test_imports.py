@@ -38,6 +38,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     # A GGUF file carries its vocabulary: reading the file format is all that text/ takes from models/.
     "text": ("request", "models.gguf_file", "models.errors"),
     "engine": ("scheduler", "cache", "runtime", "models", "text", "observability", *PLAIN_DATA, *SETTINGS),
+    "planning": ("engine", "runtime", "models", "ops", "parallel", "observability", *SETTINGS),
+    "compile": ("planning", "runtime", "observability", *SETTINGS),
     "server": ("engine", "text", "observability", *PLAIN_DATA, *SETTINGS),
     "launch_server": ("server", "observability", *SETTINGS),
     "benchmark": ("engine", "text", "runtime", "models", "scheduler.rows", "observability", *PLAIN_DATA, *SETTINGS),

@@ -67,6 +67,13 @@ class CompileWatch:
             self._thread.ignored = False
 
 
+def use_compile_cache(folder: str) -> None:
+    """Keep every compiled program there, however small or quickly made."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def matmul_precision(dtype: str) -> str:
     """What jax.default_matmul_precision is to be: float32 models are computed in float32, not in passes of bfloat16."""
     return "highest" if dtype == "float32" else "default"

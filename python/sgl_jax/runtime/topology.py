@@ -105,6 +105,12 @@ def parse(name: str) -> Topology:
     return Topology(name, chip, grid)
 
 
+def larger(topology: Topology) -> list[Topology]:
+    """The topologies of the same chip with more of them, smallest first."""
+    kind = topology.name.partition("-")[0]
+    return [parse(f"{kind}-{n}") for n in _GRIDS[topology.chip.grid] if n > topology.num_chips]
+
+
 def tpu_devices(topology: Topology) -> list[jax.Device]:
     """Devices that programs can be compiled for, but not run on. Needs libtpu and set_tpu_environment().
 
