@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,6 +152,23 @@ def test_a_jax_that_hangs_is_given_up_on(tmp_path: Path) -> None:
     done = run("--timeout", "1.5", PYTHONPATH=str(tmp_path))
     assert (done.code, done.errors) == (1, "")
     assert "  CPU  not usable  jax gave no answer in 1.5 s while importing jax\n" in done.out
+
+
+def test_stopping_it_ends_the_processes_it_started(tmp_path: Path) -> None:
+    (tmp_path / "jax.py").write_text(
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'x').write(str(os.getpid()) + '!'); time.sleep(300)"
+    )
+    command = [sys.executable, "-m", "sgl_jax.check_env", "--timeout", "300"]
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("!"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) != 0
+    child = Path("/proc") / (tmp_path / "pid").read_text().rstrip("!") / "stat"
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_platform_named_that_does_not_work_makes_all_fail(quick: str) -> None:

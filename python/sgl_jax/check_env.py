@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 from sgl_jax import __version__
 from sgl_jax.environment import accelerators, machine, packages, privacy, probing
@@ -20,8 +19,6 @@ from sgl_jax.environment.notices import notices
 from sgl_jax.environment.report import render
 from sgl_jax.environment.verdicts import judge
 from sgl_jax.server_args import ENV_PREFIX, default_compilation_cache_dir, environment
-
-T = TypeVar("T")
 
 
 def check_env(timeout_s: float = probing.TIMEOUT_S) -> Report:
@@ -35,27 +32,27 @@ def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Re
     """What this machine has. Nothing is raised for something missing or broken: the report says so."""
     failures: list[str] = []
 
-    def attempt(what: str, function: Callable[[], T], otherwise: T) -> T:
+    def attempt[T](what: str, function: Callable[[], T], otherwise: T) -> T:
         try:
             return function()
         except Exception as error:  # a report with a gap is worth more than none
             failures.append(f"{what}: {type(error).__name__}: {error}")
             return otherwise
 
-    with concurrent.futures.ThreadPoolExecutor() as threads:
+    with concurrent.futures.ThreadPoolExecutor() as threads, probing.Processes() as processes:
         gpus = threads.submit(attempt, "GPUs", accelerators.gpus, Gpus())  # nvidia-smi takes a second
-        facts = Facts(
+        seen = Facts(
             packages=attempt("packages", packages.collect, ()),
             tpus=attempt("TPUs", accelerators.tpus, Tpus()),
             environ=environ,
         )
 
         def probe(platform: Platform) -> Probe:
-            if reason := probing.reason_not_to(platform, facts):
+            if reason := probing.reason_not_to(platform, seen):
                 return Probe(platform, "not started", reason)
             return attempt(
                 f"trying {platform} out",
-                lambda: probing.try_out(platform, environ, timeout_s, facts.gpu_plugin),
+                lambda: probing.try_out(platform, environ, timeout_s, seen.gpu_plugin, processes),
                 Probe(platform, "not started", "the process could not be started"),
             )
 
@@ -63,7 +60,7 @@ def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Re
         cache_path, cache_source = cache_folder(environ)
         library = environ.get("TPU_LIBRARY_PATH")
         facts = dataclasses.replace(
-            facts,
+            seen,
             machine=attempt("the machine", lambda: machine.look(environ), Machine()),
             compile_cache=attempt("the compile cache", lambda: machine.compile_cache(cache_path, cache_source), None),
             disks=attempt("disks", lambda: _disks(environ, cache_path), ()),
@@ -121,6 +118,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="how long trying a platform out may take (default: %(default)g)",
     )
     options = parser.parse_args(argv)
+    if sys.stderr.isatty():
+        print(f"trying the platforms out, for {options.timeout:g} s at most ...", file=sys.stderr)
     if options.json:
         report = look(environment(), options.timeout)
         _print(json.dumps({"usable": report.usable, **dataclasses.asdict(report)}, indent=2) + "\n")

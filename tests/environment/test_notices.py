@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from machines import CUDA13, JAX, LIBTPU, V5E, facts
+from machines import CUDA13, JAX, LIBTPU, ROCM, V5E, facts
 
 from sgl_jax.environment.facts import CompileCache, Disk, Facts, Limit, Machine, Package, Probe
 from sgl_jax.environment.notices import notices
@@ -52,6 +52,24 @@ CASES = {
             (
                 "jaxlib is 0.11.2; jax needs ==0.12.0.1",
                 ['install a version that fits: uv pip install "jax[tpu]==0.12.0.1"'],
+            )
+        ],
+    ),
+    "jaxlib of another jax, on a CPU": (
+        facts(packages=(Package("jaxlib", "0.10.0", ">=0.11.2", "jax", fits=False),)),
+        [
+            (
+                "jaxlib is 0.10.0; jax needs >=0.11.2",
+                ['install a version that fits: uv pip install "jax==0.12.0.1"'],
+            )
+        ],
+    ),
+    "plugin of another jax": (
+        facts(packages=(LIBTPU, dataclasses.replace(ROCM, version="0.11.2", fits=False))),
+        [
+            (
+                "jax-rocm7-plugin is 0.11.2; jax needs ==0.12.0.1.*",
+                ['install a version that fits: uv pip install "jax[rocm7-local]==0.12.0.1"'],
             )
         ],
     ),

@@ -247,6 +247,12 @@ UNUSABLE = {
         "NVIDIA's driver is 470.239.06; jax-cuda12-plugin needs 525 or newer",
         ["update the driver to 580 or newer"],
     ),
+    "driver without a version": (
+        "gpu",
+        facts(gpus=dataclasses.replace(H200, driver="[N/A]")),
+        "1 x NVIDIA H200, but jax has no plugin for it",
+        [f"install it: {JAX_CUDA13}"],
+    ),
     "GPU without jax": (
         "gpu",
         without_jax("gpu", gpus=H200, packages=(CUDA13,)),

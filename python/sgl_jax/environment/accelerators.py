@@ -85,12 +85,10 @@ def _nodes(root: Path, folder: str, pattern: str) -> tuple[str, ...]:
 
 
 def holders(nodes: Sequence[str], root: Path = Path("/")) -> tuple[Holder, ...]:
-    """Other processes that have one of these files open; those of other users show only to root."""
+    """Processes that have one of these files open; those of other users show only to root."""
     found = {}
     for folder in root.glob("proc/[0-9]*/fd"):
         pid = int(folder.parent.name)
-        if pid == os.getpid():
-            continue
         for node in sorted(_opened_files(folder).intersection(nodes)):
             found.setdefault(pid, Holder(pid, read(folder.parent / "comm") or "unknown", node))
     return tuple(found[pid] for pid in sorted(found))

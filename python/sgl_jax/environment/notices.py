@@ -6,14 +6,14 @@ from collections.abc import Iterator
 
 from sgl_jax.environment.facts import Advice, CompileCache, Facts, Notice, Package
 from sgl_jax.environment.packages import OURS
-from sgl_jax.environment.verdicts import install
+from sgl_jax.environment.verdicts import gpu_extra, install
 from sgl_jax.environment.wording import count
 from sgl_jax.observability.log import size
 
 ENOUGH_FILES = 4096
 ENOUGH_DISK = 2 << 30
 _HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
-_FIVE_AND_LATER = ("v5e", "v5p", "v6", "7x", "8i", "8t")  # the generations jax recommends huge pages for
+_WANT_HUGE_PAGES = ("v5e", "v6e", "7x", "8i", "8t")  # generations, as jax recommends
 
 
 def notices(facts: Facts) -> tuple[Notice, ...]:
@@ -51,9 +51,10 @@ def _install(packages: list[Package]) -> str:
 
 def _jax_again(package: Package, facts: Facts) -> str:
     """jax pins what belongs to it: installing it with its extra brings the right versions."""
-    plugin = facts.gpu_plugin or ""
-    extra = "tpu" if facts.version("libtpu") else plugin.removeprefix("jax-").removesuffix("-plugin")
-    return install(extra, facts)
+    of_gpu = package.name == facts.gpu_plugin or package.needed_by == facts.gpu_plugin
+    if of_gpu or (facts.gpu_plugin and not facts.version("libtpu")):
+        return install(gpu_extra(facts), facts)
+    return install("tpu" if facts.version("libtpu") else "", facts)
 
 
 def _paths(facts: Facts) -> Iterator[Notice]:
@@ -88,7 +89,7 @@ def _limits(facts: Facts) -> Iterator[Notice]:
 
 def _tpu_host(facts: Facts) -> Iterator[Notice]:
     tpus = facts.tpus
-    late = any(generation in chip for chip in tpus.chips for generation in _FIVE_AND_LATER)
+    late = any(generation in chip for chip in tpus.chips for generation in _WANT_HUGE_PAGES)
     if late and tpus.huge_pages not in (None, "always"):
         yield Notice(
             f"transparent huge pages are set to {tpus.huge_pages}: TPUs of this generation start slower than they can",

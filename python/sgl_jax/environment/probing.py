@@ -41,7 +41,31 @@ def variables(platform: Platform, environ: Mapping[str, str], plugin: str | None
     return kept | {"JAX_PLATFORMS": family, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
-def try_out(platform: Platform, environ: Mapping[str, str], timeout_s: float, plugin: str | None = None) -> Probe:
+class Processes:
+    """Those of probes. Leaving its `with`, by Ctrl-C for example, ends the ones that still run."""
+
+    def __init__(self) -> None:
+        self._all: list[subprocess.Popen[bytes]] = []
+
+    def add(self, process: subprocess.Popen[bytes]) -> None:
+        self._all.append(process)
+
+    def __enter__(self) -> Processes:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for process in self._all:
+            if process.poll() is None:
+                _kill(process)
+
+
+def try_out(
+    platform: Platform,
+    environ: Mapping[str, str],
+    timeout_s: float,
+    plugin: str | None = None,
+    processes: Processes | None = None,
+) -> Probe:
     """Import jax, initialise the platform and compute on it, in a process with `environ` and a bound on its time."""
     started = time.monotonic()
     process = subprocess.Popen(
@@ -53,24 +77,28 @@ def try_out(platform: Platform, environ: Mapping[str, str], timeout_s: float, pl
         stderr=subprocess.PIPE,
         start_new_session=True,  # ends with all that it started
     )
+    if processes is not None:
+        processes.add(process)
     timed_out = False
     try:
         output, errors = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         timed_out = True
-        output, errors = _end(process)
-    except BaseException:
-        _end(process)
-        raise
+        _kill(process)
+        output, errors = _last_words(process)
     return _read(
         platform, _merged(output), process.returncode, timed_out, timeout_s, time.monotonic() - started, errors
     )
 
 
-def _end(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
-    """Kill a process and its children; what they had written."""
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """With its children: it leads a session of its own."""
     with contextlib.suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def _last_words(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
+    """What a killed process had written."""
     try:
         return process.communicate(timeout=_GRACE_S)
     except subprocess.TimeoutExpired as stuck:

@@ -156,7 +156,7 @@ def _gpu_problem(facts: Facts) -> Problem:
         )
     if gpus.nvidia and (problem := _driver_too_old(facts)):
         return problem
-    command = install(_gpu_extra(facts), facts)
+    command = install(gpu_extra(facts), facts)
     if plugin is None:
         return _because(f"{seen}, but jax has no plugin for it", Advice("install it", command))
     if _cannot_import(probe):
@@ -195,18 +195,19 @@ def _gpus_seen(facts: Facts) -> str:
     return f"{count(len(gpus.nodes), 'device file')} of GPUs ({', '.join(gpus.nodes)})"
 
 
-def _gpu_extra(facts: Facts) -> str:
+def gpu_extra(facts: Facts) -> str:
     """The extra of jax that serves this GPU: the plugin's that is installed, else the newest the driver is good for."""
     if match := re.fullmatch(r"jax-(cuda\d+)-plugin", facts.gpu_plugin or ""):
         return match[1]
-    if facts.gpus.amd and not facts.gpus.nvidia:
+    if "rocm" in (facts.gpu_plugin or "") or (facts.gpus.amd and not facts.gpus.nvidia):
         return "rocm7-local"
     driver = _driver_major(facts)
     return next(f"cuda{cuda}" for cuda, oldest in DRIVERS.items() if driver is None or driver >= oldest)
 
 
 def _driver_major(facts: Facts) -> int | None:
-    return int(facts.gpus.driver.partition(".")[0]) if facts.gpus.driver else None
+    match = re.match(r"\d+", facts.gpus.driver or "")
+    return int(match[0]) if match else None
 
 
 def _driver_too_old(facts: Facts) -> Problem | None:
