@@ -25,6 +25,7 @@ from sgl_jax.benchmark.plot_series import (
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which stay apart for the colour-blind.
@@ -119,7 +120,7 @@ def _draw_rate(axes: Axes, run: ServingRun, edges: np.ndarray) -> None:
     mean = run.figures.output_throughput
     axes.axhline(mean, color=BLUE, linewidth=1.2, label=f"mean {mean:,.1f}")
     axes.set_ylim(bottom=0)
-    plain_numbers(axes)
+    plain_numbers(axes.yaxis)
     legend(axes)
 
 
@@ -171,7 +172,7 @@ def _latency_scale(axes: Axes, values: np.ndarray) -> None:
         log_scale(axes)
     else:
         axes.set_ylim(bottom=0)
-    plain_numbers(axes)
+    plain_numbers(axes.yaxis)
     legend(axes)
 
 
@@ -190,12 +191,12 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
-def plain_numbers(axes: Axes) -> None:
-    """On the y axis: 2,000 and 0.5, not powers of ten."""
+def plain_numbers(axis: Axis) -> None:
+    """2,000 and 0.5, not powers of ten."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.10g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.10g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw_percentiles(axes: Axes, run: ServingRun) -> None:
@@ -210,7 +211,7 @@ def _draw_percentiles(axes: Axes, run: ServingRun) -> None:
     axes.set_xticks([0, 25, 50, 75, 90, 99])
     if found:
         log_scale(axes)
-        plain_numbers(axes)
+        plain_numbers(axes.yaxis)
         legend(axes)
 
 
