@@ -87,5 +87,10 @@ def write_kv(
     first_page: Int[Array, ""] | int,
 ) -> Float[Array, "LP K 2 page H"]:
     """Put each token's K and V into its place in the pool."""
-    new = jnp.stack([k, v], axis=2).astype(kv.dtype)  # [T, K, 2, H]
-    return kv.at[batch.token_page + first_page, :, :, batch.token_offset].set(new)
+    _pages, num_kv_heads, _two, page_size, head_dim = kv.shape
+    new = jnp.stack([k, v], axis=2).astype(kv.dtype).reshape(-1, head_dim)  # [T * K * 2, H]
+    # The pool seen as lines of H, and a line the unit of writing: with larger units XLA TPU wants the pool in another
+    # layout, and copies all of it there and back in every layer.
+    slots = (batch.token_page + first_page)[:, None] * (2 * num_kv_heads) + jnp.arange(2 * num_kv_heads)
+    lines = slots * page_size + batch.token_offset[:, None]  # [T, K * 2]
+    return kv.reshape(-1, head_dim).at[lines.reshape(-1)].set(new).reshape(kv.shape)
