@@ -74,6 +74,14 @@ def test_vfio_groups_of_other_devices_are_no_tpus(tmp_path: Path) -> None:
     assert tpus(root) == Tpus()
 
 
+def test_who_has_libtpu_locked_holds_the_tpu(tmp_path: Path) -> None:
+    make(tmp_path, "dev/accel0", "proc/77/comm")
+    (tmp_path / "proc/77/comm").write_text("python3\n")
+    (tmp_path / "proc/77/fd").mkdir()
+    (tmp_path / "proc/77/fd/5").symlink_to("/tmp/libtpu_lockfile")
+    assert tpus(tmp_path).holders == (Holder(77, "python3", "/tmp/libtpu_lockfile"),)
+
+
 def test_where_the_bus_cannot_be_seen_device_files_count(tmp_path: Path) -> None:
     root = make(tmp_path, "dev/vfio/0", "dev/accel1", "dev/accel0", "dev/accelerometer")
     assert tpus(root).nodes == ("/dev/accel0", "/dev/accel1", "/dev/vfio/0")

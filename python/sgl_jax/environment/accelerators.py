@@ -29,6 +29,7 @@ _TPUS = {
     "0x0083": "TPU 8i",
     "0x007c": "TPU 8t",
 }
+_LIBTPU_LOCK = "/tmp/libtpu_lockfile"  # held open by whoever has loaded libtpu, which refuses all others
 _DISPLAY = "0x03"  # PCI class: an NVIDIA card has audio and USB functions, too
 _QUERY = "name,memory.total,memory.used,compute_cap,driver_version"
 _WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
@@ -48,7 +49,7 @@ def tpus(root: Path = Path("/")) -> Tpus:
         chips=chips,
         nodes=nodes,
         forbidden=tuple(node for node in nodes if not os.access(root / node.lstrip("/"), os.R_OK | os.W_OK)),
-        holders=holders(nodes, root) if nodes else (),
+        holders=holders((*nodes, _LIBTPU_LOCK), root) if nodes else (),
         huge_pages=pages[1] if pages else None,
     )
 
