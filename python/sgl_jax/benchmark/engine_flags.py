@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.observability import log
 from sgl_jax.server_args import FLAGS, SERVER, ServerArgs, ServerArgsError
+
+ENGINE_HAS = "stream_interval"  # of the HTTP server's flags
 
 logger = logging.getLogger(__name__)
 
@@ -34,3 +37,13 @@ def start_log(server_args: ServerArgs, without_effect: Collection[str] = ()) -> 
     for each in FLAGS:
         if each.name in changed and (each.about.group == SERVER or each.name in without_effect):
             log.once(logger, each.option, f"{each.option} has no effect: this tool has no part that it is about.")
+
+
+def engine_options(server_args: ServerArgs) -> dict[str, Any]:
+    """What `sgl_jax.Engine` is to be called with: the flags that differ from their defaults, without the HTTP server's."""
+    values = {each: getattr(server_args, each.name) for each in FLAGS}
+    return {
+        each.name: value
+        for each, value in values.items()
+        if not each.is_default(value) and (each.about.group != SERVER or each.name == ENGINE_HAS)
+    }
