@@ -298,7 +298,7 @@ class GenerationService:
         if reason is None and len(tokens) < choice.wake_at:
             return None
         if choice.generation.stream:
-            choice.wake_at = self._stream_interval
+            choice.wake_at = choice.request.params.stream_interval or self._stream_interval
         logprobs, choice.tokens, choice.logprobs = choice.logprobs, [], []
         prompt_logprobs, choice.prompt_logprobs = choice.prompt_logprobs, None
         params = choice.request.params
@@ -425,10 +425,11 @@ class GenerationService:
 
 
 def _engine_params(params: SamplingParams, index: int) -> SamplingParams:
-    """What the engine has to know of choice `index`: stop strings and n are ours, and each choice has its own seed."""
+    """What the engine has to know of choice `index`: stop strings, n and streaming are ours, each choice has its own
+    seed."""
     seed = params.seed
     if seed is not None and index:
         seed += index
         if seed >= 2**64:
             seed -= 2**64
-    return msgspec.structs.replace(params, n=1, stop=(), seed=seed)
+    return msgspec.structs.replace(params, n=1, stop=(), stream_interval=None, seed=seed)
