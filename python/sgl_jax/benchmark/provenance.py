@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import sgl_jax
 from sgl_jax.flags import HIDDEN
 from sgl_jax.server_args import FLAGS
 
@@ -36,7 +35,7 @@ def command(module: str, argv: Sequence[str]) -> str:
 
 def commit() -> str | None:
     """Of the repository this package is run from, with "+" when its files were changed; None outside of one."""
-    folder = Path(sgl_jax.__file__).parent
+    folder = Path(__file__).parent
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -45,8 +44,10 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # the repository is ours, not one we are installed inside of
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", ".") else "")
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # the repository is ours, not one we are installed inside of
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -104,7 +104,8 @@ def sweep_parser() -> argparse.ArgumentParser:
     for action in parser._actions:
         if action.dest in _INSTEAD:
             action.help = argparse.SUPPRESS
-    # Lengths are exact unless asked otherwise: they name the cases.
+        if action.dest == "random_range_ratio":  # lengths are exact unless asked otherwise: they name the cases
+            action.help = "lengths are drawn evenly from X times ISL and OSL to ISL and OSL (default: 1, exact)"
     parser.set_defaults(random_range_ratio=1.0, **dict.fromkeys(_INSTEAD))
     return parser
 
