@@ -38,7 +38,7 @@ SCHEDULING = "Scheduling"
 COMPILING = "Kernels and compiling"
 PARALLEL = "Several devices and machines"
 SPECULATIVE = "Speculative decoding"
-LOGGING = "Logging"
+LOGGING = "Logging and profiling"
 
 _NO_FLOAT16 = "float16 overflows in models trained in bfloat16, and TPUs do not have it; use bfloat16"
 _ONE = Rule(lambda value: value == 1, "1: more is not built yet")
@@ -244,6 +244,13 @@ class ServerArgs:
 
     # --- logging
     log_level: Literal["debug", "info", "warning", "error", "critical"] = flag("info", LOGGING, "what is logged")
+    profiler_dir: str | None = flag(
+        None,
+        LOGGING,
+        "where /start_profile writes if the request names no folder",
+        unset="a new folder among the temporary files",
+        metavar="PATH",
+    )
     decode_log_interval: int = flag(40, LOGGING, "decode steps between two 'Decode batch' lines", rule=at_least(1))
 
     def __post_init__(self) -> None:

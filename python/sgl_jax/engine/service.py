@@ -36,13 +36,18 @@ from sgl_jax.engine.messages import (
     Event,
     FlushCache,
     Generate,
+    GetProfile,
     LimitsMeasured,
     MachineLimits,
     MeasureLimits,
+    ProfileAnswer,
+    ProfileStatus,
     Ready,
     Refused,
+    StartProfile,
     Stats,
     StepOutput,
+    StopProfile,
 )
 from sgl_jax.engine.transport import Transport
 from sgl_jax.observability.metrics import RequestMetrics
@@ -206,6 +211,28 @@ class GenerationService:
         """
         return await self._ask(MeasureLimits)
 
+    async def start_profile(
+        self,
+        output_dir: str | None = None,
+        num_steps: int | None = None,
+        host_tracer_level: int | None = None,
+        python_tracer_level: int | None = None,
+    ) -> ProfileStatus:
+        """Records what engine and device do, from now until stopped or for num_steps steps: see StartProfile.
+
+        Raises Conflict if a profile runs already, InvalidParameter for a folder that cannot be written.
+        """
+        return await self._ask(
+            lambda call: StartProfile(call, output_dir, num_steps, host_tracer_level, python_tracer_level)
+        )
+
+    async def stop_profile(self) -> ProfileStatus:
+        """Ends the profile and writes it. Raises Conflict if none runs."""
+        return await self._ask(StopProfile)
+
+    async def profile_status(self) -> ProfileStatus:
+        return await self._ask(GetProfile)
+
     async def _ask(self, command: Callable[[int], Command]) -> Any:
         """Sends the command made for a new call, and waits for its answer; raises what the engine refuses."""
         self.check_ready()
@@ -360,6 +387,8 @@ class GenerationService:
                 self._answer(call, num_pages)
             case LimitsMeasured(call=call, limits=limits):
                 self._answer(call, limits)
+            case ProfileAnswer(call=call, status=status):
+                self._answer(call, status)
             case Refused(call=call, message=message, param=param):
                 self._answer(call, InvalidParameter(param, message) if param else Conflict(message))
             case Ready(info=info):

@@ -92,6 +92,7 @@ def build_core(args: ServerArgs) -> Core:
         overlap=not args.disable_overlap_schedule,
         random_seed=args.random_seed,
         decode_log_interval=args.decode_log_interval,
+        profiler_dir=args.profiler_dir,
     )
 
 

@@ -46,22 +46,23 @@ def hidden_states(
 
     On a device of a tensor axis, config and weights are its share; x is whole on every device.
     """
-    rope = rope_tables(positions, config.rope)
+    with jax.named_scope("embed"):
+        x = _embed(weights.embed, tokens, axis)
+        rope = rope_tables(positions, config.rope)
     windows = _windows(config)
 
     def body(carry, layer: Int[Array, ""] | int, w: LayerWeights):
         x, kv = carry
-        h = rms_norm(x, w.attn_norm, config.rms_norm_eps)
         with jax.named_scope("attention"):
+            h = rms_norm(x, w.attn_norm, config.rms_norm_eps)
             window = None if windows is None else jnp.asarray(windows)[layer]
             h, kv = _attention(h, kv, w, config, rope, attend, axis, layer, window)
-        x = x + h
-        h = rms_norm(x, w.mlp_norm, config.rms_norm_eps)
+            x = x + h
         with jax.named_scope("mlp"):
+            h = rms_norm(x, w.mlp_norm, config.rms_norm_eps)
             x = x + _mlp(h, w, config, axis)
         return x, kv
 
-    x = _embed(weights.embed, tokens, axis)
     return run_layers(body, (x, kv), weights.layers)
 
 
