@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "planning": ("engine", "runtime", "models", "ops", "parallel", "observability", *SETTINGS),
     "compile": ("planning", "runtime", "observability", *SETTINGS),
     "server": ("engine", "text", "observability", *PLAIN_DATA, *SETTINGS),
-    "launch_server": ("server", "observability", *SETTINGS),
+    "launch_server": ("server", "planning", "observability", *SETTINGS),
     "benchmark": ("engine", "text", "runtime", "models", "scheduler.rows", "observability", *PLAIN_DATA, *SETTINGS),
     "bench_serving": ("benchmark",),
     "bench_one_batch_server": ("benchmark",),

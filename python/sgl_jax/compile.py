@@ -5,20 +5,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import rich.console
 
 from sgl_jax.observability import log
 from sgl_jax.server_args import ServerArgs, ServerArgsError
-
-if TYPE_CHECKING:
-    from sgl_jax.planning.programs import ProgramFacts
 
 DOES_NOT_FIT, BAD_USE, INTERRUPTED = 1, 2, 130  # exit codes
 
@@ -74,9 +70,11 @@ def _run(own: argparse.Namespace, args: ServerArgs) -> int:
     log.setup(args.log_level)
     import jax
 
-    from sgl_jax.planning import programs, report
+    from sgl_jax.planning import report
+    from sgl_jax.planning.here import report_program
     from sgl_jax.planning.model import find_model
     from sgl_jax.planning.plan import Misfit, make_plan
+    from sgl_jax.planning.programs import DoesNotCompile, compile_launch
     from sgl_jax.planning.target import find_target
     from sgl_jax.runtime.compiler import use_compile_cache
     from sgl_jax.runtime.topology import set_tpu_environment
@@ -103,7 +101,11 @@ def _run(own: argparse.Namespace, args: ServerArgs) -> int:
         if target.is_here:
             use_compile_cache(args.compilation_cache_dir)
         started = time.perf_counter()
-        facts = programs.compile_plan(plan, args.attention_backend, _progress)
+        try:
+            facts = compile_launch(model.config, plan.launch, target, args.attention_backend, report_program)
+        except DoesNotCompile as error:
+            print(f"compile: it does not compile: {error}", file=sys.stderr)
+            return DOES_NOT_FIT
         seconds = time.perf_counter() - started
         console.print(report.program_table(facts))
         console.print(f"Compiled {len(facts)} programs in {seconds:.0f} s.")
@@ -116,12 +118,6 @@ def _run(own: argparse.Namespace, args: ServerArgs) -> int:
         else:
             Path(own.json).write_text(text, encoding="utf-8")
     return DOES_NOT_FIT if surplus else 0
-
-
-def _progress(done: int, total: int, facts: ProgramFacts) -> None:
-    logging.getLogger("sgl_jax.compile").info(
-        log.compile_line(done, total, program=facts.name, seconds=facts.seconds, cache_hit=facts.cache_hit)
-    )
 
 
 if __name__ == "__main__":

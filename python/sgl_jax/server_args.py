@@ -206,6 +206,10 @@ class ServerArgs:
         metavar="PATH",
     )
 
+    compile_only: bool = flag(
+        False, COMPILING, "compile every program for this machine's devices into the cache, and exit"
+    )
+
     # --- several devices and machines
     tp_size: int = flag(
         1,

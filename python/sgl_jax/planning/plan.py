@@ -59,10 +59,7 @@ class Plan:
 def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: int) -> Plan:
     """`context`: tokens each row has in the cache when steps are counted. Raises Misfit, or ValueError for a flag."""
     args = dataclasses.replace(args, tp_size=target.num_devices)
-    try:
-        launch = _launch(args, model, target)
-    except DoesNotFit as error:
-        raise Misfit("\n".join([str(error), *what_would_fit(args, model, target)])) from error
+    launch = launch_of(args, model, target)
     context = min(context, launch.runner.context_length)
     rates, itemsize = target.rates(launch.dtype), np.dtype(launch.dtype).itemsize
     steps = []
@@ -71,6 +68,14 @@ def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: in
         steps.append(PlannedStep(bucket, cost, cost.bound(rates) if rates else None))
     parameters = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(model.config)))
     return Plan(model, target, launch, parameters, context, tuple(steps))
+
+
+def launch_of(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:
+    """What a launch decides. Raises Misfit, or ValueError for a flag."""
+    try:
+        return _launch(args, model, target)
+    except DoesNotFit as error:
+        raise Misfit("\n".join([str(error), *what_would_fit(args, model, target)])) from error
 
 
 def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> list[str]:

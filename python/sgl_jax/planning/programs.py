@@ -1,4 +1,4 @@
-"""Compiling every program of a plan, and what each turned out to be."""
+"""Compiling every program of a launch, and what each turned out to be."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import Any
 
 import jax
 
+from sgl_jax.engine.launch_plan import LaunchPlan
+from sgl_jax.models.config import DecoderConfig
 from sgl_jax.parallel.placement import Placement
-from sgl_jax.planning.plan import Plan
+from sgl_jax.planning.target import Target
 from sgl_jax.runtime import hlo
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, matmul_precision
 from sgl_jax.runtime.placed_weights import abstract_weights
-from sgl_jax.runtime.platform import attention_for
+from sgl_jax.runtime.platform import Platform, attention_for
 from sgl_jax.runtime.programs import make_programs
 
 
@@ -31,31 +33,43 @@ class ProgramFacts:
     reduced_bytes: int  # by all collectives of a step
 
 
-def compile_plan(
-    plan: Plan, attention_backend: str | None, report: Callable[[int, int, ProgramFacts], None]
+class DoesNotCompile(ValueError):
+    """The compiler refused a program, mostly for want of memory; its message follows."""
+
+
+def compile_launch(
+    model: DecoderConfig,
+    launch: LaunchPlan,
+    target: Target,
+    attention_backend: str | None,
+    report: Callable[[int, int, ProgramFacts], None],
 ) -> list[ProgramFacts]:
     """Compiles in parallel, small programs first. For devices that are here this fills the compile cache that the server
-    reads. Raises NoSuchTopology, and what the compiler raises."""
-    placement = Placement.over(plan.target.find_devices())
+    reads. Raises NoSuchTopology or DoesNotCompile."""
+    placement = Placement.over(target.find_devices())
     facts = []
 
     def done(index: int, total: int, compiled: Compiled) -> None:
-        facts.append(read_facts(compiled, plan.model.config.num_layers))
+        facts.append(read_facts(compiled, model.num_layers))
         report(index, total, facts[-1])
 
-    with jax.default_matmul_precision(matmul_precision(plan.launch.dtype)):
-        absent = None if plan.target.is_here else placement.mesh
-        programs = plan_programs(plan, attention_backend, placement)
-        compile_all(programs, CompileWatch(), done, absent=absent)
+    with jax.default_matmul_precision(matmul_precision(launch.dtype)):
+        absent = None if target.is_here else placement.mesh
+        programs = launch_programs(model, launch, target.platform, attention_backend, placement)
+        try:
+            compile_all(programs, CompileWatch(), done, absent=absent)
+        except jax.errors.JaxRuntimeError as error:
+            raise DoesNotCompile(str(error)) from error
     order = [program.name for program in programs]
     return sorted(facts, key=lambda each: order.index(each.name))
 
 
-def plan_programs(plan: Plan, attention_backend: str | None, placement: Placement) -> list[Program]:
+def launch_programs(
+    model: DecoderConfig, launch: LaunchPlan, platform: Platform, attention_backend: str | None, placement: Placement
+) -> list[Program]:
     """Those that a server would compile, from abstract weights."""
-    config, platform = plan.model.config, plan.target.platform
-    weights = abstract_weights(config, plan.launch.dtype, placement, stacked=platform.stacks_layers)
-    return make_programs(config, plan.launch.runner, attention_for(attention_backend, platform), placement, weights)
+    weights = abstract_weights(model, launch.dtype, placement, stacked=platform.stacks_layers)
+    return make_programs(model, launch.runner, attention_for(attention_backend, platform), placement, weights)
 
 
 def read_facts(compiled: Compiled, num_layers: int) -> ProgramFacts:
