@@ -78,9 +78,7 @@ def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: 
     return dataclasses.replace(blocks, **_tuned("decode", chip, kv_shape, dtype))
 
 
-def chunk_blocks(
-    chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_tokens: int
-) -> ChunkBlocks:
+def chunk_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_tokens: int) -> ChunkBlocks:
     """As decode_blocks, for num_tokens packed tokens, a multiple of 16."""
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
     slots, pages = _ring(CHUNK_KEYS, page_size, row_pages, page_bytes, chip.vmem_bytes // 8)
@@ -108,4 +106,6 @@ def _table() -> dict[str, dict[str, int]]:
 
 def _tuned(kernel: str, chip: Chip, kv_shape: tuple[int, ...], dtype: Any) -> dict[str, int]:
     _, heads, _, page_size, head_dim = kv_shape
-    return _table().get(f"{kernel} {chip.name} kv_heads={heads} page={page_size} head_dim={head_dim} {jnp.dtype(dtype)}", {})
+    return _table().get(
+        f"{kernel} {chip.name} kv_heads={heads} page={page_size} head_dim={head_dim} {jnp.dtype(dtype)}", {}
+    )

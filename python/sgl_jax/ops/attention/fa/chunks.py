@@ -52,7 +52,9 @@ class Refs:
 def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, has_window: bool):
     num_rows = refs.kv_lens.shape[0]
     last_token = refs.cu_q_lens[num_rows]
-    write_chunks(WriteRefs(refs.meta, refs.kv_lens, refs.cu_q_lens, refs.token_page, refs.k, refs.v, refs.kv, **refs.write))
+    write_chunks(
+        WriteRefs(refs.meta, refs.kv_lens, refs.cu_q_lens, refs.token_page, refs.k, refs.v, refs.kv, **refs.write)
+    )
 
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.meta[1])
     num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
@@ -187,9 +189,7 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
             is_whole = base + block_tokens <= first + 1
             if has_window:
                 is_whole &= base > end - 1 - window
-            lax.cond(
-                is_whole, lambda: over(page_slot, 0, pages.pages, None), lambda: edge(page_slot, base)
-            )
+            lax.cond(is_whole, lambda: over(page_slot, 0, pages.pages, None), lambda: edge(page_slot, base))
             return n + 1, cursor
 
         n, cursor = lax.fori_loop(*block_range(row, tile), one_block, (n, cursor))
@@ -228,7 +228,12 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
             n, cursor, row, _ = carry
             n, cursor = one_pair(row, tile, n, cursor)
             row_end = refs.cu_q_lens[row + 1]
-            return n, cursor, jnp.where(row_end <= (tile + 1) * tile_tokens, row + 1, row), jnp.minimum(row_end, tile_end)
+            return (
+                n,
+                cursor,
+                jnp.where(row_end <= (tile + 1) * tile_tokens, row + 1, row),
+                jnp.minimum(row_end, tile_end),
+            )
 
         token = jnp.maximum(tile * tile_tokens, first_token)
         n, cursor, row, _ = lax.while_loop(lambda c: c[3] < tile_end, pair, (n, cursor, row, token))

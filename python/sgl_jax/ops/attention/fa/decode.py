@@ -61,7 +61,9 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
         for c in lane_tiles:
             for n in range(num_heads):
                 lanes = slice(n * head_dim + c * LANES, n * head_dim + (c + 1) * LANES)
-                refs.heads[c, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads)] = refs.q[at, lanes].astype(jnp.float32)
+                refs.heads[c, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads)] = refs.q[at, lanes].astype(
+                    jnp.float32
+                )
             for h in range(num_kv_heads):
                 lanes = slice(h * head_dim + c * LANES, h * head_dim + (c + 1) * LANES)
                 for which, x in enumerate((refs.k, refs.v)):
