@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
 
-from sgl_jax.ops.attention import native
-from sgl_jax.ops.attention.api import Attention
+from sgl_jax.ops.attention.backends import Backend, find_backend
 
 Name = Literal["cpu", "gpu", "tpu"]
 
@@ -56,8 +54,6 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
     raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")
 
 
-def attention_for(backend: str | None, platform: Platform) -> Attention:
-    """The attention implementation of a --attention-backend; None: the best for the platform."""
-    if backend in (None, "native"):
-        return functools.partial(native.paged_attention, vectorise=platform.vectorises_rows)
-    raise ValueError(f"--attention-backend {backend}: not built for {platform.name}; use native")
+def attention_for(backend: str | None, platform: Platform) -> Backend:
+    """The implementation of a --attention-backend; None: the best for the platform. Raises NoSuchBackend."""
+    return find_backend(backend or "native", platform.name, vectorise=platform.vectorises_rows)
