@@ -33,7 +33,7 @@ def measure_batches(args: argparse.Namespace, server_flags: Sequence[str]) -> in
         with started_server(server_flags, args.start_timeout) as server:
             return asyncio.run(run(args, Target(server.url, server.api_key), server))
     except BenchmarkError as error:
-        print(f"bench_one_batch_server: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return BAD_USE
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -63,7 +63,7 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
             except BenchmarkError as error:
                 if started:
                     started.check()
-                print(f"bench_one_batch_server: error: {case}: {error}", file=sys.stderr)
+                _say(f"{case} failed: {error}")
                 continue
             throughput = _last_gen_throughput(await client.server_info())
             records.append(make_record(vars(args), result, throughput, limits, cost, start_seconds))
@@ -88,7 +88,7 @@ async def _warm_up(client: Client, wanted: Sequence[Case], source: IdSource, opt
     try:
         await _measure(client, case, source, options)
     except BenchmarkError as error:
-        raise BenchmarkError(f"warming up with {case} failed: {error}") from error
+        _say(f"warming up with {case} failed: {error}")  # so will the case of these sizes, and others may not
 
 
 async def _measure(client: Client, case: Case, source: IdSource, options: BatchOptions) -> BatchResult:
@@ -110,6 +110,10 @@ async def _profile(
             await _measure(client, case, source, options)
         finally:
             await client.stop_profile()
+
+
+def _say(line: str) -> None:
+    print(f"bench_one_batch_server: {line}", file=sys.stderr, flush=True)
 
 
 def _id_source(info: Mapping[str, Any], tokenizer_path: str | None, seed: int) -> IdSource:
