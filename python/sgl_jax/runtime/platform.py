@@ -10,6 +10,8 @@ import jax
 
 from sgl_jax.ops.attention import native
 from sgl_jax.ops.attention.api import Attention
+from sgl_jax.ops.grouped_matmul import native as grouped_native
+from sgl_jax.ops.kernels import Kernels
 
 Name = Literal["cpu", "gpu", "tpu"]
 
@@ -54,6 +56,11 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
         return PLATFORMS[name], devices[:number]
     present = sorted({d.platform for d in jax.devices()})
     raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")
+
+
+def kernels_for(attention_backend: str | None, platform: Platform) -> Kernels:
+    grouped_matmul = grouped_native.grouped_matmul if platform.name == "cpu" else grouped_native.ragged_dot
+    return Kernels(attention_for(attention_backend, platform), grouped_matmul)
 
 
 def attention_for(backend: str | None, platform: Platform) -> Attention:
