@@ -28,6 +28,7 @@ from sgl_jax.engine.messages import Generate
 from sgl_jax.request import SamplingParams
 from sgl_jax.runtime.buckets import make_buckets, pick
 from sgl_jax.runtime.layout import PlanLayout
+from sgl_jax.runtime.tracing import JaxTracer
 from sgl_jax.scheduler.scheduler import Scheduler, SchedulerConfig
 from sgl_jax.step_plan import StepPlan
 from sgl_jax.testing.fake_core import fake_info
@@ -55,6 +56,7 @@ class PackingRunner:
     compiles_after_ready = 0
 
     def __init__(self, num_rows: int):
+        self.tracer = JaxTracer()  # its annotations are part of a step's work, recorded or not
         self.buckets = make_buckets(STEP_TOKENS, num_rows, 8)
         self.layouts = {bucket: PlanLayout(bucket, PAGE_SIZE, num_rows) for bucket in self.buckets}
         self.tokens = np.full(num_rows, 7, np.int32)

@@ -29,6 +29,7 @@ from sgl_jax.request import InvalidParameter, SamplingParams
         ("stop_token_ids", (100,)),
         ("stop", "abc"),
         ("stop", ("",)),
+        ("stream_interval", 0),
     ],
 )
 def test_a_value_the_device_could_not_honour_is_refused_by_name(param, value):

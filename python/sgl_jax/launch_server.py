@@ -24,6 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     for flag, message in server_args.notices().items():
         log.once(logger, flag, message)
 
+    if server_args.compile_only:
+        from sgl_jax.planning.here import compile_here
+
+        return compile_here(server_args)
+
     from sgl_jax.server.lifecycle import serve
 
     return serve(server_args)

@@ -48,6 +48,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: int | None = None  # the same for each prompt token
     skip_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    stream_interval: int | None = None  # tokens per streamed update after the first; None: the server's
 
     def validate(self, vocab_size: int) -> None:
         """Raises InvalidParameter for the first value outside its range."""
@@ -91,6 +92,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidParameter("max_tokens", f"max_tokens is {self.max_tokens}; it must be at least 1")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameter("min_tokens", f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
+        if self.stream_interval is not None and self.stream_interval < 1:
+            raise InvalidParameter(
+                "stream_interval", f"stream_interval is {self.stream_interval}; it must be at least 1"
+            )
         if self.seed is not None and not -(2**63) <= self.seed < 2**64:
             raise InvalidParameter("seed", f"seed is {self.seed}; it must fit 64 bits")
         for name in ("logprobs", "prompt_logprobs"):

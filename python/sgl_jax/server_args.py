@@ -38,7 +38,7 @@ SCHEDULING = "Scheduling"
 COMPILING = "Kernels and compiling"
 PARALLEL = "Several devices and machines"
 SPECULATIVE = "Speculative decoding"
-LOGGING = "Logging"
+LOGGING = "Logging and profiling"
 
 _NO_FLOAT16 = "float16 overflows in models trained in bfloat16, and TPUs do not have it; use bfloat16"
 _ONE = Rule(lambda value: value == 1, "1: more is not built yet")
@@ -50,6 +50,11 @@ _HOST_PORT = Rule(
     lambda value: (match := re.fullmatch(r".+:(\d{1,5})", value)) is not None and 0 < int(match[1]) < 65536,
     "an address and a port, as in 10.0.0.1:10011",
 )
+
+
+def environment() -> dict[str, str]:
+    """A copy of this process's environment, for those who report it or pass it on: they take it as an argument."""
+    return dict(os.environ)
 
 
 def default_compilation_cache_dir(environ: Mapping[str, str] | None = None) -> str:
@@ -201,6 +206,10 @@ class ServerArgs:
         metavar="PATH",
     )
 
+    compile_only: bool = flag(
+        False, COMPILING, "compile every program for this machine's devices into the cache, and exit"
+    )
+
     # --- several devices and machines
     tp_size: int = flag(
         1,
@@ -239,6 +248,13 @@ class ServerArgs:
 
     # --- logging
     log_level: Literal["debug", "info", "warning", "error", "critical"] = flag("info", LOGGING, "what is logged")
+    profiler_dir: str | None = flag(
+        None,
+        LOGGING,
+        "where /start_profile writes if the request names no folder",
+        unset="a new folder among the temporary files",
+        metavar="PATH",
+    )
     decode_log_interval: int = flag(40, LOGGING, "decode steps between two 'Decode batch' lines", rule=at_least(1))
 
     def __post_init__(self) -> None:

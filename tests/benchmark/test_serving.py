@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from scripted_run import INFO, LIMITS, bench
 from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
@@ -63,6 +66,41 @@ def test_a_chunk_is_a_token_unless_the_server_counts(usage_each_event: bool, gap
     assert run.outcomes[0].itl_s == gaps
     assert run.outcomes[0].output_len == 8  # the usage at the end says so
     assert run.figures.max_output_tokens_per_s == pytest.approx(4 if usage_each_event else 16 / 3)
+
+
+def test_tokens_without_text_are_seen_when_the_answer_ends() -> None:
+    run, _ = bench(Script(ttft_s=lambda _: 0.5, itl_s=lambda _: 0.125, token=""), [Prompt([1], 1, 5)])
+    (outcome,) = run.outcomes
+    assert (outcome.ttft_s, outcome.latency_s, outcome.output_len, outcome.itl_s) == (1.0, 1.0, 5, [])
+
+
+def test_held_back_text_counts_its_tokens_once() -> None:
+    """Token 2 has no text yet, 3 brings both; the text that was held back at the end brings no token."""
+
+    def said(text: str, tokens: int) -> bytes:
+        return b"data: " + json.dumps({"text": text, "meta_info": {"completion_tokens": tokens}}).encode() + b"\n\n"
+
+    events = [said("a", 1), said("a", 2), said("abc", 3), said("abcd", 3), b"data: [DONE]\n\n"]
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for event in events:
+            await asyncio.sleep(0.25)
+            for i in range(len(event)):  # as badly cut as can be
+                await response.write(event[i : i + 1])
+        return response
+
+    async def main() -> ServingRun:
+        app = web.Application()
+        app.router.add_post("/generate", answer)
+        async with TestServer(app) as server:
+            config = ServingConfig("sgl-jax", str(server.make_url("")), warmup_requests=0)
+            return await run_serving(config, [Prompt([1], 1, 3)])
+
+    (outcome,) = run_in_virtual_time(main()).outcomes
+    assert (outcome.error, outcome.text, outcome.output_len) == ("", "abcd", 3)
+    assert (outcome.ttft_s, outcome.itl_s, outcome.latency_s) == (0.25, [0.25, 0.25], 1.25)
 
 
 def test_without_streaming_only_whole_latencies_are_known() -> None:
@@ -401,5 +439,5 @@ def test_waiting_ends_with_the_last_answer() -> None:
         async with server.running(), connect(server.url) as client:
             await client.wait_until_ready(2.0)
 
-    with pytest.raises(BenchmarkError, match="^not ready after 2 s: HTTP 503 from /ready: loading$"):
+    with pytest.raises(BenchmarkError, match=r"^not ready after 2 s: HTTP 503 from /ready: loading$"):
         run_in_virtual_time(main())

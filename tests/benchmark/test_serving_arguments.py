@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +35,15 @@ PUBLISHED = [
 def test_published_command_lines_parse(line: str) -> None:
     args = parse_serving(shlex.split(line))
     assert args.backend in BACKENDS
+
+
+def test_the_documentations_command_lines_parse() -> None:
+    page = Path(__file__).parents[2] / "docs" / "features" / "benchmarking.md"
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    lines = re.findall(r"^python -m sgl_jax.bench_serving (-.*)$", text, re.MULTILINE)
+    assert lines
+    for line in lines:
+        parse_serving(shlex.split(line))
 
 
 def test_what_the_flags_of_a_published_line_come_to() -> None:

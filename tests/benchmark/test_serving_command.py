@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
 import re
 import signal
 import socket
@@ -133,6 +135,24 @@ def test_a_server_that_comes_late_is_waited_for() -> None:
     result = run("--port", str(port), *RANDOM, "--ready-check-timeout-sec", "0.6")
     assert result.returncode == 2
     assert result.stderr.startswith("bench_serving: error: not ready after 0.6 s: no server answers at http://127")
+
+
+def test_a_terminal_sees_a_bar_and_a_pipe_does_not(live: LiveServer) -> None:
+    """Standard error is a terminal; standard output, a pipe, has the block and nothing of the bar."""
+    master, terminal = pty.openpty()
+    flags = ["--base-url", live.url, *RANDOM]
+    for more, shown in (["--disable-tqdm"], False), ([], True):
+        result = subprocess.run(
+            [*COMMAND, *flags, *more], stdout=subprocess.PIPE, stderr=terminal, text=True, timeout=60, check=True
+        )
+        os.write(terminal, b"end of this run\n")
+        seen = b""
+        while b"end of this run" not in seen:
+            seen += os.read(master, 65536)
+        assert (b"4/4" in seen) is shown
+        assert list(figures(result.stdout)) == LABELS
+    os.close(master)
+    os.close(terminal)
 
 
 def test_ctrl_c_prints_what_was_done() -> None:

@@ -11,7 +11,7 @@ from scripted_server import Script
 
 from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.records import Prompt
-from sgl_jax.benchmark.serving_report import append_jsonl, run_json
+from sgl_jax.benchmark.serving_report import append_jsonl, check_writable, run_json
 
 SCRIPT = Script(
     ttft_s=lambda _: 0.25,
@@ -94,5 +94,9 @@ def test_runs_are_appended(tmp_path: Path) -> None:
     append_jsonl(file, {"a": 1})
     append_jsonl(file, {"a": 2})
     assert file.read_text() == '{"a": 1}\n{"a": 2}\n'
+    check_writable(file)
+    for bad in (tmp_path, tmp_path / "none" / "runs.jsonl"):
+        with pytest.raises(BenchmarkError, match=r"--output-file is .*; it must be a file in a folder that exists"):
+            check_writable(bad)
     with pytest.raises(BenchmarkError, match="cannot be written: No such file or directory"):
         append_jsonl(tmp_path / "none" / "runs.jsonl", {})

@@ -15,6 +15,7 @@ from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import Conflict, EngineFailed
 from sgl_jax.request import InvalidParameter, SamplingParams
 from sgl_jax.testing.fake_core import FAKE_LIMITS, FakeCore
+from sgl_jax.testing.fake_tracer import DEFAULT, UNWRITABLE
 from sgl_jax.text.tokenizer import load_tokenizer
 
 STORIES = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k"))
@@ -86,6 +87,20 @@ def test_limits_are_measured_when_nothing_runs() -> None:
         with pytest.raises(Conflict, match="1 requests run"):
             engine.measure_limits()
         answers.close()
+
+
+def test_profiles(engine: Engine) -> None:
+    assert engine.start_profile("/traces", 3, host_tracer_level=1).running
+    with pytest.raises(Conflict, match="a profile is running since"):
+        engine.start_profile()
+    engine.generate("Once upon a time")
+    assert engine.profile_status().steps_done == 3
+    with pytest.raises(Conflict, match="no profile is running; the last one was started at"):
+        engine.stop_profile()
+    engine.start_profile()
+    assert engine.stop_profile().files == [f"{DEFAULT}/fake.xplane.pb"]
+    with pytest.raises(InvalidParameter, match="where nothing can be written: Permission denied"):
+        engine.start_profile(UNWRITABLE)
 
 
 @pytest.mark.parametrize(

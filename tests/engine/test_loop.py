@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 
@@ -110,6 +111,24 @@ def test_an_error_is_the_last_event_and_is_raised() -> None:
         run(Broken(), inbox, outbox)
     assert isinstance(outbox.next(), Ready)
     assert outbox.next() == EngineDied("RuntimeError: no more memory")
+
+
+def test_the_core_is_closed_after_a_shutdown_and_after_an_error() -> None:
+    closed = []
+
+    class Closing(FakeCore):
+        def close(self) -> None:
+            closed.append(self)
+
+        def step(self) -> list[Event]:
+            raise RuntimeError("no more memory")
+
+    for command in (Shutdown(), Generate(1, [5], SamplingParams())):
+        inbox = Inbox()
+        inbox.commands.put(command)
+        with contextlib.suppress(RuntimeError):
+            run(Closing(), inbox, Outbox())
+    assert len(closed) == 2
 
 
 def test_errors_in_one_line() -> None:

@@ -146,7 +146,7 @@ def test_compile_line() -> None:
         "[3/9] tokens=64 rows=16 1.2 s (cache hit)"
     )
     assert log.compile_line(9, 9, program="tokens=2048 rows=256", seconds=11, cache_hit=False) == (
-        "[9/9] tokens=2048 rows=256 11.0 s"
+        "[9/9] tokens=2048 rows=256 11.0 s (cache miss)"
     )
 
 

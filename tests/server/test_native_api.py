@@ -115,6 +115,22 @@ def test_unsupported_sampling_parameters(http: httpx.Client, name: str) -> None:
     assert http.post("/generate", json={"text": "a", "sampling_params": {name: None}}).status_code == 200
 
 
+def test_stream_interval_joins_the_tokens_of_one_request(http: httpx.Client) -> None:
+    def counts(**params: int) -> list[int]:
+        body = {"text": "Once upon a time", "stream": True}
+        body["sampling_params"] = {"max_new_tokens": 10, "ignore_eos": True} | params
+        return [each["meta_info"]["completion_tokens"] for each in events(http.post("/generate", json=body))]
+
+    found = counts(stream_interval=4)
+    assert found[-1] == 10
+    assert all(later - earlier >= 4 for earlier, later in itertools.pairwise(found[:-1]))
+    assert len(found) <= 4  # 1, 5, 9, 10
+    assert counts(stream_interval=100)[1:] in ([], [10])
+    refused = http.post("/generate", json={"text": "a", "sampling_params": {"stream_interval": 0}})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "sampling_params.stream_interval"
+
+
 def test_logprobs(http: httpx.Client) -> None:
     body = {"text": "Once upon", "return_logprob": True, "top_logprobs_num": 2, "logprob_start_len": 1}
     body |= {"return_text_in_logprobs": True, "sampling_params": {"max_new_tokens": 1}}

@@ -56,7 +56,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--base-url", type=_url, metavar="URL", help="instead of --host and --port")
     group.add_argument("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
-    group.add_argument("--port", type=_whole(1), metavar="N", help=f"(default: {shown})")
+    group.add_argument("--port", type=whole_number(1), metavar="N", help=f"(default: {shown})")
     group.add_argument("--model", metavar="NAME", help="as the server calls it (default: the first of /v1/models)")
     group.add_argument("--served-model-name", metavar="NAME", help="sent instead of --model, where that is a path")
     group.add_argument(
@@ -95,7 +95,10 @@ def add_traffic_arguments(parser: argparse.ArgumentParser) -> None:
         "--use-trace-timestamps", action="store_true", help="send each request at the time the data set gives"
     )
     group.add_argument(
-        "--max-concurrency", type=_whole(1), metavar="N", help="requests at a time; others wait (default: no limit)"
+        "--max-concurrency",
+        type=whole_number(1),
+        metavar="N",
+        help="requests at a time; others wait (default: no limit)",
     )
 
 
@@ -126,10 +129,10 @@ def add_request_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Run")
-    group.add_argument("--seed", type=_whole(0), default=1, metavar="N", help="of all that is drawn (default: 1)")
+    group.add_argument("--seed", type=whole_number(0), default=1, metavar="N", help="of all that is drawn (default: 1)")
     group.add_argument(
         "--warmup-requests",
-        type=_whole(0),
+        type=whole_number(0),
         default=1,
         metavar="N",
         help="send the first prompt so often before the run, with at most 32 output tokens (default: 1)",
@@ -137,7 +140,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--flush-cache", action="store_true", help="empty the server's prefix cache before the run")
     group.add_argument("--profile", action="store_true", help="have the server record a trace of the run")
     group.add_argument("--profile-output-dir", metavar="PATH", help="where the server writes it (default: it decides)")
-    group.add_argument("--profile-num-steps", type=_whole(1), metavar="N", help="steps to record (default: the run)")
+    group.add_argument(
+        "--profile-num-steps", type=whole_number(1), metavar="N", help="steps to record (default: the run)"
+    )
 
 
 def add_output_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,7 +168,7 @@ def headers(args: argparse.Namespace) -> dict[str, str]:
 # --- values -----------------------------------------------------------------------------------------------------------
 
 
-def _whole(low: int):
+def whole_number(low: int):
     def read(text: str) -> int:
         try:
             value = int(text)

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 
+from sgl_jax.benchmark.markdown import Column, markdown_table
 from sgl_jax.benchmark.one_batch import BatchResult
 from sgl_jax.benchmark.roofline import MachineLimits, ModelCost
 
@@ -78,39 +79,23 @@ def block(record: Record) -> str:
     return "\n".join(lines) + "\n"
 
 
-# A column of the table: its title, the record's field, how it is written.
 _COLUMNS = (
-    ("batch size", "batch_size", "{}"),
-    ("input len", "input_len", "{}"),
-    ("output len", "output_len", "{}"),
-    ("latency (s)", "latency", "{:.3f}"),
-    ("ttft (s)", "ttft", "{:.3f}"),
-    ("input throughput (tok/s)", "input_throughput", "{:.2f}"),
-    ("output throughput (tok/s)", "output_throughput", "{:.2f}"),
-    ("ITL (ms)", "itl", "{:.2f}"),
-    ("decode, of memory bandwidth", "decode_bandwidth_share", "{:.1%}"),
-    ("prefill, of matmul rate", "prefill_matmul_share", "{:.1%}"),
+    Column("batch size", "batch_size"),
+    Column("input len", "input_len"),
+    Column("output len", "output_len"),
+    Column("latency (s)", "latency", "{:.3f}"),
+    Column("ttft (s)", "ttft", "{:.3f}"),
+    Column("input throughput (tok/s)", "input_throughput", "{:.2f}"),
+    Column("output throughput (tok/s)", "output_throughput", "{:.2f}"),
+    Column("ITL (ms)", "itl", "{:.2f}", 1e3),
+    Column("decode, of memory bandwidth", "decode_bandwidth_share", "{:.1%}"),
+    Column("prefill, of matmul rate", "prefill_matmul_share", "{:.1%}"),
 )
 
 
 def report(records: Sequence[Record]) -> str:
-    """All cases as a markdown table; columns that nothing was measured for are left out."""
-    columns = [column for column in _COLUMNS if any(record[column[1]] is not None for record in records)]
-    lines = [
-        "| " + " | ".join(title for title, _, _ in columns) + " |",
-        "|" + "---:|" * len(columns),
-    ]
-    for record in records:
-        cells = (_cell(record, field, form) for _, field, form in columns)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(record: Record, field: str, form: str) -> str:
-    value = record[field]
-    if value is None:
-        return "–"
-    return form.format(value * 1e3 if field == "itl" else value)
+    """All cases as a markdown table."""
+    return markdown_table(_COLUMNS, records)
 
 
 def _rounded(value: float | None) -> float | None:

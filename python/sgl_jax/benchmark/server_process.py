@@ -36,6 +36,14 @@ class StartedServer:
             raise BenchmarkError(f"the server ended with code {code}; its last words are above")
 
 
+def server_arguments(flags: Sequence[str]) -> ServerArgs:
+    """Raises BenchmarkError for a flag that the server refuses."""
+    try:
+        return ServerArgs.from_cli(flags)
+    except ServerArgsError as error:
+        raise BenchmarkError(str(error)) from None
+
+
 @contextlib.contextmanager
 def started_server(flags: Sequence[str], timeout_s: float = START_TIMEOUT_S) -> Iterator[StartedServer]:
     """Runs `python -m sgl_jax.launch_server` with these flags, on a free port unless they name one, until the block ends.
@@ -44,10 +52,7 @@ def started_server(flags: Sequence[str], timeout_s: float = START_TIMEOUT_S) -> 
     the block too. Raises BenchmarkError for a flag that is refused, and when the server ends before it is ready or is
     not ready after `timeout_s` seconds.
     """
-    try:
-        args = ServerArgs.from_cli(flags)
-    except ServerArgsError as error:
-        raise BenchmarkError(str(error)) from None
+    args = server_arguments(flags)
     host = _ANY_ADDRESS.get(args.host, args.host)
     port = _free_port(args.host, args.port if _is_set("--port", flags, args) else 0)
     quiet = [] if _is_set("--log-level", flags, args) else ["--log-level", "warning"]

@@ -16,7 +16,14 @@ from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.figures import ServingRun
 from sgl_jax.benchmark.protocols import BACKENDS, NATIVE, RequestOptions
 from sgl_jax.benchmark.serving import ServingConfig, run_serving
-from sgl_jax.benchmark.serving_report import append_jsonl, failure_line, roofline_block, run_json, standard_block
+from sgl_jax.benchmark.serving_report import (
+    append_jsonl,
+    check_writable,
+    failure_line,
+    roofline_block,
+    run_json,
+    standard_block,
+)
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 SOME_FAILED, BAD_USE, INTERRUPTED = 1, 2, 130
@@ -34,6 +41,12 @@ class ServerFacts:
 def serve_load(args: argparse.Namespace) -> int:
     """Runs what the flags say and prints the result. Returns the exit code."""
     try:
+        if args.plot is not None:
+            from sgl_jax.benchmark.plot import check_plot
+
+            check_plot(args.plot)  # what is missing is said before the run, not after it
+        if args.output_file is not None:
+            check_writable(args.output_file)
         allow_many_connections()
         facts = asyncio.run(ask_server(args))
         tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
@@ -44,7 +57,7 @@ def serve_load(args: argparse.Namespace) -> int:
         print(f"bench_serving: error: {error}", file=sys.stderr)
         return BAD_USE
     except KeyboardInterrupt:
-        print("bench_serving: interrupted before the run", file=sys.stderr)
+        print("bench_serving: interrupted", file=sys.stderr)
         return INTERRUPTED
     if run.interrupted:
         return INTERRUPTED

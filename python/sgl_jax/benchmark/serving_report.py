@@ -24,7 +24,7 @@ def _standard_lines(run: ServingRun) -> Iterator[str]:
     figures = run.figures
     yield heading("Serving Benchmark Result")
     yield line("Backend", run.config["backend"])
-    yield line("Traffic request rate", run.config["request_rate"])
+    yield line("Traffic request rate", str(run.config["request_rate"]))
     yield line("Max request concurrency", run.config["max_concurrency"] or "not set")
     yield line("Successful requests", figures.completed)
     yield line("Benchmark duration (s)", run.duration_s)
@@ -93,7 +93,7 @@ def line(label: str, value: str | float | None) -> str:
     """A figure with two decimals, a count as it is; None is n/a."""
     if value is None:
         value = _UNKNOWN
-    shown = f"{value:<10.2f}" if isinstance(value, float) and label != "Traffic request rate" else f"{value:<10}"
+    shown = f"{value:<10.2f}" if isinstance(value, float) else f"{value:<10}"
     return f"{label + ':':<40} {shown}"
 
 
@@ -130,6 +130,12 @@ def run_json(run: ServingRun, details: bool = False) -> dict[str, Any]:
             "errors": [outcome.error for outcome in outcomes],
         }
     return found
+
+
+def check_writable(path: Path) -> None:
+    """Before the run, whose result would be lost. Raises BenchmarkError."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise BenchmarkError(f"--output-file is {path}; it must be a file in a folder that exists")
 
 
 def append_jsonl(path: Path, result: dict[str, Any]) -> None:

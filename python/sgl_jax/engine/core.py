@@ -22,15 +22,19 @@ from sgl_jax.engine.messages import (
     Finished,
     FlushCache,
     Generate,
+    GetProfile,
     LimitsMeasured,
     MachineLimits,
     MeasureLimits,
     PromptScored,
     Refused,
+    StartProfile,
     Stats,
     StepOutput,
+    StopProfile,
     TokenLogprobs,
 )
+from sgl_jax.engine.profiling import Profiler, Tracer
 from sgl_jax.observability.log import decode_line, prefill_line
 from sgl_jax.request import FinishReason, Request
 from sgl_jax.scheduler.scheduler import Scheduler, StepResult
@@ -46,6 +50,9 @@ class Runner(Protocol):
 
     @property
     def compiles_after_ready(self) -> int: ...
+
+    @property
+    def tracer(self) -> Tracer: ...
 
     def launch(self, plan: StepPlan) -> Any: ...
 
@@ -69,11 +76,13 @@ class Core:
         overlap: bool = True,
         random_seed: int | None = None,
         decode_log_interval: int = 40,
+        profiler_dir: str | None = None,
     ):
         self.info = info
         self.scheduler = scheduler
         self._runner = runner
         self._overlap = overlap
+        self._profiler = Profiler(runner.tracer, profiler_dir)
         self._in_flight: Any = None
         self._seeds = np.random.default_rng(random_seed)
         self._num_arrived = 0
@@ -105,18 +114,20 @@ class Core:
                 self._events.append(CacheFlushed(call, self.scheduler.cache.flush()))
             case MeasureLimits(call=call):
                 self._events.append(self._measure_limits(call))
+            case StartProfile() | StopProfile() | GetProfile():
+                self._events.append(self._profiler.handle(command))
 
     def step(self) -> list[Event]:
         """Plan and launch a step, then collect the one before it (or itself, without overlap)."""
         events, self._events = self._events, []
-        plan = self.scheduler.schedule()
-        launched = None if plan is None else self._runner.launch(plan)
-        if plan is not None:
-            self._log(plan)
-        if self._overlap:
-            launched, self._in_flight = self._in_flight, launched
+        with self._profiler.step():
+            launched = self._launch()
+            if self._overlap:
+                launched, self._in_flight = self._in_flight, launched
+            if launched is not None:
+                events.append(self._collect(launched))
         if launched is not None:
-            events.append(self._collect(launched))
+            self._profiler.collected()
         if not self.busy:
             self._speed.pause()
             self.scheduler.check_invariants()
@@ -125,6 +136,22 @@ class Core:
             self._stats_due = now + _STATS_INTERVAL_S
             events.append(StepOutput(stats=self._stats()))
         return events
+
+    def close(self) -> None:
+        """Nothing comes after this; a profile that still runs is written."""
+        self._profiler.close()
+
+    def _launch(self) -> Any:
+        """Plan a step and start it; None if there is nothing to do."""
+        with self._profiler.stage("plan"):
+            plan = self.scheduler.schedule()
+        if plan is None:
+            return None
+        with self._profiler.stage("dispatch"):
+            launched = self._runner.launch(plan)
+        self._profiler.launched()
+        self._log(plan)
+        return launched
 
     def _measure_limits(self, call: int) -> LimitsMeasured | Refused:
         s = self.scheduler
@@ -169,7 +196,8 @@ class Core:
 
     def _collect(self, flight: Any) -> StepOutput:
         plan: StepPlan = flight.plan
-        result = self._runner.collect(flight)
+        with self._profiler.stage("collect"):
+            result = self._runner.collect(flight)
         wanting: dict[int, Request] = {}
         if result.logprobs is not None:
             for i in np.flatnonzero(plan.samples & (plan.params[:, Param.FLAGS] & Flag.LOGPROBS != 0)):
@@ -177,7 +205,8 @@ class Core:
                     wanting[int(i)] = request
         if result.prompt_logprobs is not None:
             self._gather_prompt_logprobs(plan, result.prompt_logprobs)
-        step = self.scheduler.process(plan, result.tokens)
+        with self._profiler.stage("process"):
+            step = self.scheduler.process(plan, result.tokens)
         self._speed.count(len(step.tokens))
         return StepOutput(
             keys=step.keys.tolist(),

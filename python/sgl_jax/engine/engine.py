@@ -16,7 +16,7 @@ from typing import Any, Self
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.job import Job, Params, make_job
 from sgl_jax.engine.loop import EngineCore
-from sgl_jax.engine.messages import EngineInfo, MachineLimits, Stats
+from sgl_jax.engine.messages import EngineInfo, MachineLimits, ProfileStatus, Stats
 from sgl_jax.engine.native import LogprobOptions
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
@@ -37,6 +37,8 @@ class Engine:
         for name in server_args:
             if BY_NAME[name].about.group == SERVER and name != "stream_interval":
                 raise TypeError(f"Engine has no HTTP server, so {name} would do nothing; leave it out")
+        if args.compile_only:
+            raise TypeError("an Engine is there to generate; sgl_jax.planning.here.compile_here(args) only compiles")
 
         def build() -> EngineCore:
             from sgl_jax.engine.startup import build_core
@@ -162,6 +164,28 @@ class Engine:
     def measure_limits(self) -> MachineLimits:
         """What the devices can do, measured now: takes seconds. Raises Conflict while there are requests."""
         return self._call(self._service.measure_limits())
+
+    def start_profile(
+        self,
+        output_dir: str | None = None,
+        num_steps: int | None = None,
+        *,
+        host_tracer_level: int | None = None,
+        python_tracer_level: int | None = None,
+    ) -> ProfileStatus:
+        """Records what engine and device do, until stop_profile or for num_steps steps (docs/features/profiling.md).
+
+        Raises Conflict if a profile runs already, InvalidParameter for a folder that cannot be written.
+        """
+        return self._call(self._service.start_profile(output_dir, num_steps, host_tracer_level, python_tracer_level))
+
+    def stop_profile(self) -> ProfileStatus:
+        """Ends the profile; the status names its files. Raises Conflict if none runs."""
+        return self._call(self._service.stop_profile())
+
+    def profile_status(self) -> ProfileStatus:
+        """Of the profile that runs, or of the last one."""
+        return self._call(self._service.profile_status())
 
     def shutdown(self) -> None:
         """Ends the engine; running requests fail. May be called twice."""

@@ -29,6 +29,10 @@ class EngineCore(Protocol):
         """One iteration: plan, dispatch, collect the step before. Also returns the events kept by `handle`."""
         ...
 
+    def close(self) -> None:
+        """The last call: nothing comes after it."""
+        ...
+
 
 class Inbox(Protocol):
     def get(self, block: bool) -> Command | None:
@@ -57,6 +61,8 @@ def run(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
         logger.exception("the engine failed")
         outbox.send(EngineDied(one_line(error)))
         raise
+    finally:
+        core.close()
 
 
 def one_line(error: BaseException) -> str:

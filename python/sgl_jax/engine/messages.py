@@ -47,11 +47,33 @@ class MeasureLimits(_Message, frozen=True):
     call: int
 
 
+class StartProfile(_Message, frozen=True):
+    """Record what engine and device do. Answered by ProfileAnswer, or by Refused if a profile runs already."""
+
+    call: int
+    output_dir: str | None = None  # None: --profiler-dir, else a new folder
+    num_steps: int | None = None  # the profile ends by itself after so many complete steps; None: when it is stopped
+    host_tracer_level: int | None = None  # 0 nothing, 1 the stages, 2 what is expensive, 3 everything; None: 2
+    python_tracer_level: int | None = None  # 1: every Python call; None: 0
+
+
+class StopProfile(_Message, frozen=True):
+    """End the profile and write it. Answered by ProfileAnswer, or by Refused if none runs."""
+
+    call: int
+
+
+class GetProfile(_Message, frozen=True):
+    """Answered by ProfileAnswer."""
+
+    call: int
+
+
 class Shutdown(_Message, frozen=True):
     """Leave the loop at once; running requests are dropped. The API side drains before it sends this."""
 
 
-Command = Generate | Abort | FlushCache | MeasureLimits | Shutdown
+Command = Generate | Abort | FlushCache | MeasureLimits | StartProfile | StopProfile | GetProfile | Shutdown
 
 # --- engine -> API side ---------------------------------------------------------------------------------------------
 
@@ -156,6 +178,23 @@ class LimitsMeasured(_Message, frozen=True):
     limits: MachineLimits
 
 
+class ProfileStatus(msgspec.Struct, frozen=True):
+    """Of the profile that runs, or else of the last one."""
+
+    running: bool = False
+    output_dir: str = ""
+    started_at: float = 0.0  # Unix time; 0: there has been none yet
+    num_steps: int | None = None  # as asked for
+    steps_done: int = 0  # complete steps in it
+    files: list[str] = []  # what the last one wrote
+    error: str = ""  # why it could not be written
+
+
+class ProfileAnswer(_Message, frozen=True):
+    call: int
+    status: ProfileStatus
+
+
 class Refused(_Message, frozen=True):
     """The answer to a command that the engine cannot carry out, now or at all."""
 
@@ -170,4 +209,4 @@ class EngineDied(_Message, frozen=True):
     message: str
 
 
-Event = Ready | StepOutput | CacheFlushed | LimitsMeasured | Refused | EngineDied
+Event = Ready | StepOutput | CacheFlushed | LimitsMeasured | ProfileAnswer | Refused | EngineDied

@@ -38,6 +38,7 @@ _SAME = (
     "ignore_eos",
     "n",
     "skip_special_tokens",
+    "stream_interval",
 )
 NAMES = (*_RENAMED, *_SAME, "max_tokens", "min_tokens", "no_stop_trim")
 

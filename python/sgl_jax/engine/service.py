@@ -36,13 +36,18 @@ from sgl_jax.engine.messages import (
     Event,
     FlushCache,
     Generate,
+    GetProfile,
     LimitsMeasured,
     MachineLimits,
     MeasureLimits,
+    ProfileAnswer,
+    ProfileStatus,
     Ready,
     Refused,
+    StartProfile,
     Stats,
     StepOutput,
+    StopProfile,
 )
 from sgl_jax.engine.transport import Transport
 from sgl_jax.observability.metrics import RequestMetrics
@@ -206,6 +211,28 @@ class GenerationService:
         """
         return await self._ask(MeasureLimits)
 
+    async def start_profile(
+        self,
+        output_dir: str | None = None,
+        num_steps: int | None = None,
+        host_tracer_level: int | None = None,
+        python_tracer_level: int | None = None,
+    ) -> ProfileStatus:
+        """Records what engine and device do, from now until stopped or for num_steps steps: see StartProfile.
+
+        Raises Conflict if a profile runs already, InvalidParameter for a folder that cannot be written.
+        """
+        return await self._ask(
+            lambda call: StartProfile(call, output_dir, num_steps, host_tracer_level, python_tracer_level)
+        )
+
+    async def stop_profile(self) -> ProfileStatus:
+        """Ends the profile and writes it. Raises Conflict if none runs."""
+        return await self._ask(StopProfile)
+
+    async def profile_status(self) -> ProfileStatus:
+        return await self._ask(GetProfile)
+
     async def _ask(self, command: Callable[[int], Command]) -> Any:
         """Sends the command made for a new call, and waits for its answer; raises what the engine refuses."""
         self.check_ready()
@@ -298,7 +325,7 @@ class GenerationService:
         if reason is None and len(tokens) < choice.wake_at:
             return None
         if choice.generation.stream:
-            choice.wake_at = self._stream_interval
+            choice.wake_at = choice.request.params.stream_interval or self._stream_interval
         logprobs, choice.tokens, choice.logprobs = choice.logprobs, [], []
         prompt_logprobs, choice.prompt_logprobs = choice.prompt_logprobs, None
         params = choice.request.params
@@ -360,6 +387,8 @@ class GenerationService:
                 self._answer(call, num_pages)
             case LimitsMeasured(call=call, limits=limits):
                 self._answer(call, limits)
+            case ProfileAnswer(call=call, status=status):
+                self._answer(call, status)
             case Refused(call=call, message=message, param=param):
                 self._answer(call, InvalidParameter(param, message) if param else Conflict(message))
             case Ready(info=info):
@@ -425,10 +454,11 @@ class GenerationService:
 
 
 def _engine_params(params: SamplingParams, index: int) -> SamplingParams:
-    """What the engine has to know of choice `index`: stop strings and n are ours, and each choice has its own seed."""
+    """What the engine has to know of choice `index`: stop strings, n and streaming are ours, each choice has its own
+    seed."""
     seed = params.seed
     if seed is not None and index:
         seed += index
         if seed >= 2**64:
             seed -= 2**64
-    return msgspec.structs.replace(params, n=1, stop=(), seed=seed)
+    return msgspec.structs.replace(params, n=1, stop=(), stream_interval=None, seed=seed)

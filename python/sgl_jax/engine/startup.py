@@ -21,7 +21,7 @@ from sgl_jax.models.weights import Weights, parameters_per_token
 from sgl_jax.observability import log
 from sgl_jax.observability.progress import weight_progress
 from sgl_jax.parallel.placement import Placement
-from sgl_jax.runtime.compiler import Compiled
+from sgl_jax.runtime.compiler import Compiled, use_compile_cache
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.placed_weights import place_weight, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
@@ -35,9 +35,7 @@ logger = logging.getLogger(__name__)
 def build_core(args: ServerArgs) -> Core:
     """Load the model, size memory, compile every program. Raises ValueError with a line for the user."""
     started = time.perf_counter()
-    jax.config.update("jax_compilation_cache_dir", args.compilation_cache_dir)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    use_compile_cache(args.compilation_cache_dir)
     platform, devices = pick_devices(args.device, args.tp_size)
     logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
     logger.info(log.changed_args_line(args.changed()))
@@ -94,6 +92,7 @@ def build_core(args: ServerArgs) -> Core:
         overlap=not args.disable_overlap_schedule,
         random_seed=args.random_seed,
         decode_log_interval=args.decode_log_interval,
+        profiler_dir=args.profiler_dir,
     )
 
 

@@ -68,6 +68,10 @@ class DecoderConfig:
     query_scale: float | None = None  # None: head_dim ** -0.5
     eos_token_ids: tuple[int, ...] = ()
 
+    def window(self, layer: int) -> int | None:
+        """How many tokens, itself included, a query of this layer sees; None: all before it."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
+
     def has_experts(self, layer: int) -> bool:
         return self.moe is not None and (self.moe_layers is None or self.moe_layers[layer])
 

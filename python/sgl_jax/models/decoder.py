@@ -60,25 +60,24 @@ def hidden_states(
     On a device of a tensor axis, config and weights are its share; x is whole on every device.
     """
     norm = functools.partial(rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset)
-    rope = _rope_of_layer(config, context.positions)
+    with jax.named_scope("embed"):
+        x = _embed(weights.embed, tokens, context.axis)
+        x = x * jnp.asarray(config.embed_scale, x.dtype) if config.embed_scale != 1 else x
+        rope = _rope_of_layer(config, context.positions)
     windows = _windows(config)
 
     def body(carry, layer: Int[Array, ""] | int, w: LayerWeights, experts: LayerExperts | None):
         x, kv = carry
-        h = norm(x, w.attn_norm)
         with jax.named_scope("attention"):
+            h = norm(x, w.attn_norm)
             window = None if windows is None else jnp.asarray(windows)[layer]
             h, kv = _attention(h, kv, w, config, norm, rope(window), context, layer, window)
-        x = x + (h if w.post_attn_norm is None else norm(h, w.post_attn_norm))
-        h = norm(x, w.mlp_norm)
+            x = x + (h if w.post_attn_norm is None else norm(h, w.post_attn_norm))
         with jax.named_scope("mlp"):
-            h = _mlp(h, w, experts, config, context)
-        x = x + (h if w.post_mlp_norm is None else norm(h, w.post_mlp_norm))
+            h = _mlp(norm(x, w.mlp_norm), w, experts, config, context)
+            x = x + (h if w.post_mlp_norm is None else norm(h, w.post_mlp_norm))
         return x, kv
 
-    with jax.named_scope("embed"):
-        x = _embed(weights.embed, tokens, context.axis)
-        x = x * jnp.asarray(config.embed_scale, x.dtype) if config.embed_scale != 1 else x
     return run_layers(body, (x, kv), weights.layers)
 
 

@@ -111,7 +111,7 @@ def memory_table(*, weights: int, kv: int, free: int, kv_tokens: int, context_le
 
 def compile_line(index: int, total: int, *, program: str, seconds: float, cache_hit: bool) -> str:
     """`index` counts from 1; the program is named as in "tokens=64 rows=16"."""
-    return f"[{index}/{total}] {program} {seconds:.1f} s" + (" (cache hit)" if cache_hit else "")
+    return f"[{index}/{total}] {program} {seconds:.1f} s" + (" (cache hit)" if cache_hit else " (cache miss)")
 
 
 def size(num_bytes: int) -> str:

@@ -67,27 +67,50 @@ class CompileWatch:
             self._thread.ignored = False
 
 
+def use_compile_cache(folder: str) -> None:
+    """Keep every compiled program there, however small or quickly made."""
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 def matmul_precision(dtype: str) -> str:
     """What jax.default_matmul_precision is to be: float32 models are computed in float32, not in passes of bfloat16."""
     return "highest" if dtype == "float32" else "default"
 
 
 def compile_all(
-    programs: Iterable[Program], watch: CompileWatch, report: Callable[[int, int, Compiled], None]
+    programs: Iterable[Program],
+    watch: CompileWatch,
+    report: Callable[[int, int, Compiled], None],
+    *,
+    absent: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
-    """Compile programs in parallel threads; name -> callable. report(how many are done, of how many, which)."""
+    """Compile programs in parallel threads, in their order; name -> callable. report(how many are done, of how many,
+    which). `absent`: the mesh of TPUs that are not here; such programs can be read, not called. The first failure is
+    raised, and what has not been begun is left."""
     programs = list(programs)
+    precision = jax.config.jax_default_matmul_precision  # the caller's, which threads do not inherit
 
     def one(program: Program) -> Compiled:
         watch.took_hit()
         start = time.perf_counter()
-        call = program.function.lower(*program.args).compile()
+        with jax.default_matmul_precision(precision):
+            if absent is None:
+                call = program.function.lower(*program.args).compile()
+            else:
+                with jax.sharding.use_abstract_mesh(absent.abstract_mesh):  # by it kernels learn the TPU's generation
+                    traced = program.function.trace(*program.args)
+                    call = traced.lower(lowering_platforms=("tpu",)).compile()
         return Compiled(program, call, time.perf_counter() - start, watch.took_hit())
 
     done: dict[str, Any] = {}
     with concurrent.futures.ThreadPoolExecutor(min(len(programs), os.cpu_count() or 1)) as threads:
-        for future in concurrent.futures.as_completed([threads.submit(one, p) for p in programs]):
-            compiled = future.result()
-            done[compiled.program.name] = compiled.call
-            report(len(done), len(programs), compiled)
+        try:
+            for future in concurrent.futures.as_completed([threads.submit(one, p) for p in programs]):
+                compiled = future.result()
+                done[compiled.program.name] = compiled.call
+                report(len(done), len(programs), compiled)
+        finally:
+            threads.shutdown(cancel_futures=True)
     return done

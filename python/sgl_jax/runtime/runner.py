@@ -30,6 +30,7 @@ from sgl_jax.runtime.programs import (
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.state import LOADERS, loader_size, pack_bias, pack_counts, pack_pages
 from sgl_jax.runtime.step import StepOutputs
+from sgl_jax.runtime.tracing import JaxTracer
 from sgl_jax.step_plan import Param, RowLoad, StepPlan
 
 
@@ -57,6 +58,7 @@ class ModelRunner:
         self.config = config
         self.watch = CompileWatch()
         self.programs = make_programs(model, config, kernels, placement, weights)
+        self.tracer = JaxTracer()
         self._model = model
         self._devices = [*placement.mesh.devices.flat]
         self._weights = weights

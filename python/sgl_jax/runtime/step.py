@@ -50,19 +50,21 @@ def step(
     layout: PlanLayout,
 ) -> tuple[Float[Array, "LP K 2 page H"], DeviceState, StepOutputs]:
     """Run one plan: update page tables, embed, layers, logits of each row's last token, sample, remember."""
-    inputs = layout.unpack(vector)
-    state = apply_page_updates(state, inputs)
-    batch = make_ragged_batch(
-        state.page_table[inputs.rows],
-        inputs.start,
-        inputs.num_new,
-        inputs.num_single,
-        layout.bucket.num_tokens,
-        layout.page_size,
-    )
-    tokens = jnp.where(
-        inputs.from_device[batch.token_row], state.last_token[inputs.rows][batch.token_row], inputs.tokens
-    )
+    # Scopes name the stages in a profile (docs/features/profiling.md).
+    with jax.named_scope("unpack"):
+        inputs = layout.unpack(vector)
+        state = apply_page_updates(state, inputs)
+        batch = make_ragged_batch(
+            state.page_table[inputs.rows],
+            inputs.start,
+            inputs.num_new,
+            inputs.num_single,
+            layout.bucket.num_tokens,
+            layout.page_size,
+        )
+        tokens = jnp.where(
+            inputs.from_device[batch.token_row], state.last_token[inputs.rows][batch.token_row], inputs.tokens
+        )
 
     def attend(q, k, v, kv, *, layer, window):
         return spec.kernels.attention(
@@ -86,8 +88,11 @@ def step(
         sampled = sampler.sample(logits, inputs, state, spec.axis)
         wanted = sampler.has_flag(inputs, Flag.LOGPROBS)
         logprobs = sampler.token_logprobs(logits, sampled, (wanted & inputs.samples).any(), spec.axis)
+    with jax.named_scope("store"):
         state = store_samples(state, inputs, sampled, sampler.has_flag(inputs, Flag.PENALTIES), spec.axis)
-    return kv, state, StepOutputs(sampled, logprobs, _prompt_logprobs(weights, spec, inputs, batch, tokens, hidden))
+    with jax.named_scope("prompt_logprobs"):
+        prompt_logprobs = _prompt_logprobs(weights, spec, inputs, batch, tokens, hidden)
+    return kv, state, StepOutputs(sampled, logprobs, prompt_logprobs)
 
 
 def _prompt_logprobs(

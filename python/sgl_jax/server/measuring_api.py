@@ -1,21 +1,77 @@
-"""What the machine can do and where the time goes: POST /measure_limits."""
+"""What the machine can do and where the time goes: /measure_limits, /start_profile, /stop_profile, /profile_status.
+
+Fields of type None are SGLang's but not supported here: any value but null is refused, by name.
+"""
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from fastapi import APIRouter
+from pydantic import Field
 from starlette.responses import Response
 
-from sgl_jax.engine.messages import MachineLimits
+from sgl_jax.engine.messages import MachineLimits, ProfileStatus
 from sgl_jax.server.documentation import documented
+from sgl_jax.server.openai_types import Body
 from sgl_jax.server.state import ServerState, json_response
+
+
+class StartProfileRequest(Body):
+    output_dir: Annotated[str, Field(min_length=1)] | None = Field(
+        None, description="a folder on the server; --profiler-dir if not set, else a new one"
+    )
+    num_steps: Annotated[int, Field(ge=1, le=2**31)] | None = Field(
+        None, description="the profile ends by itself after so many engine steps"
+    )
+    host_tracer_level: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        None, description="2 if not set; 1: stages only"
+    )
+    python_tracer_level: Annotated[int, Field(ge=0, le=1)] | None = Field(
+        None, description="0 if not set; 1: every Python call"
+    )
+    # SGLang's, not supported
+    activities: None = None
+    merge_profiles: Literal[False] | None = None
+    profile_by_stage: Literal[False] | None = None
+    profile_id: None = None
+    profile_prefix: None = None
+    profile_stages: None = None
+    record_shapes: Literal[False] | None = None
+    stage_id: None = None
+    start_step: None = None
+    with_stack: Literal[False] | None = None
 
 
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Measuring"])
+    service = state.service
 
     @routes.post("/measure_limits", **documented(MachineLimits, body=False, conflict=True))
     async def measure_limits() -> Response:
         """Measures the devices: takes seconds, in which requests wait; 409 while there are any."""
-        return json_response(await state.service.measure_limits())
+        return json_response(await service.measure_limits())
+
+    @routes.get("/start_profile", include_in_schema=False)
+    @routes.post("/start_profile", **documented(ProfileStatus, conflict=True))
+    async def start_profile(body: StartProfileRequest | None = None) -> Response:
+        """Records what engine and device do, until /stop_profile or for num_steps steps; 409 if a profile runs."""
+        asked = body or StartProfileRequest()
+        return json_response(
+            await service.start_profile(
+                asked.output_dir, asked.num_steps, asked.host_tracer_level, asked.python_tracer_level
+            )
+        )
+
+    @routes.get("/stop_profile", include_in_schema=False)
+    @routes.post("/stop_profile", **documented(ProfileStatus, body=False, conflict=True))
+    async def stop_profile() -> Response:
+        """Ends the profile and names its files; 409 if none runs."""
+        return json_response(await service.stop_profile())
+
+    @routes.get("/profile_status", **documented(ProfileStatus, body=False))
+    async def profile_status() -> Response:
+        """Of the profile that runs, or else of the last one."""
+        return json_response(await service.profile_status())
 
     return routes

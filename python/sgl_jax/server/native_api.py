@@ -59,6 +59,9 @@ class NativeSamplingParams(Body):
     n: Annotated[int, Field(ge=1, le=128)] | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
+    stream_interval: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None = Field(
+        None, description="tokens per streamed event after the first; the server's --stream-interval if not set"
+    )
     # SGLang's, not supported
     custom_params: None = None
     ebnf: None = None
@@ -66,7 +69,6 @@ class NativeSamplingParams(Body):
     regex: None = None
     spaces_between_special_tokens: None = None
     stop_regex: None = None
-    stream_interval: None = None
     structural_tag: None = None
 
 

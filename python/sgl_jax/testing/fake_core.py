@@ -19,17 +19,22 @@ from sgl_jax.engine.messages import (
     Finished,
     FlushCache,
     Generate,
+    GetProfile,
     LimitsMeasured,
     MachineLimits,
     MeasureLimits,
     PromptScored,
     Refused,
     Shutdown,
+    StartProfile,
     Stats,
     StepOutput,
+    StopProfile,
     TokenLogprobs,
 )
+from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import FinishReason
+from sgl_jax.testing.fake_tracer import FakeTracer
 
 
 def fake_info(vocab_size: int = 512, context_length: int = 512, eos_token_id: int = 2) -> EngineInfo:
@@ -74,6 +79,8 @@ class FakeCore:
         self.info = info or fake_info()
         self.step_seconds = step_seconds
         self.commands: list[Command] = []  # everything it was told, for tests to read
+        self.tracer = FakeTracer()
+        self._profiler = Profiler(self.tracer)
         self._rows: dict[int, _Row] = {}
         self._kept: list[Event] = []
         self._seen_prompts: set[tuple[str, tuple[int, ...]]] = set()
@@ -98,6 +105,8 @@ class FakeCore:
                 self._kept.append(Refused(call, f"{len(self._rows)} requests run; ask again when there are none"))
             case MeasureLimits(call=call):
                 self._kept.append(LimitsMeasured(call, FAKE_LIMITS))
+            case StartProfile() | StopProfile() | GetProfile():
+                self._kept.append(self._profiler.handle(command))
             case Shutdown():
                 raise AssertionError("the loop handles Shutdown")
 
@@ -121,7 +130,12 @@ class FakeCore:
                 del self._rows[key]
         self._totals["generated_tokens"] += len(keys)
         self._totals["steps"] += 1
+        self._profiler.launched()
+        self._profiler.collected()
         return [*events, StepOutput(keys, tokens, finished, prompts, logprobs, self._stats())]
+
+    def close(self) -> None:
+        self._profiler.close()
 
     def _prefill(self, row: _Row) -> PromptScored:
         request = row.request

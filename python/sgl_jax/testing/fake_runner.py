@@ -16,6 +16,7 @@ import numpy as np
 
 from sgl_jax.request import MAX_LOGPROBS, Request
 from sgl_jax.step_plan import Flag, Param, StepPlan
+from sgl_jax.testing.fake_tracer import FakeTracer
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -153,6 +154,7 @@ class FakeRunner:
         """num_pages counts the scratch page."""
         pages_per_row = -(-context_length // page_size)
         self.page_size, self.vocab_size, self.step_seconds = page_size, vocab_size, step_seconds
+        self.tracer = FakeTracer()
         self.plans: list[StepPlan] = []  # everything launched, for tests to read
         self._kv: list[int] = [0] * (num_pages * page_size)
         self._num_pages = num_pages

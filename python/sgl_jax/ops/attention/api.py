@@ -31,6 +31,7 @@ class RaggedBatch:
     positions: jax.Array  # i32[T]: its position in the row's sequence
     token_page: jax.Array  # i32[T]: the layer-0 page its KV goes to; 0 for padding
     token_offset: jax.Array  # i32[T]: and the place in that page
+    only_singles: bool = dataclasses.field(default=False, metadata={"static": True})  # no row ever has more tokens
 
 
 @runtime_checkable  # so that tests can check annotations
@@ -60,8 +61,12 @@ def make_ragged_batch(
     num_single: Int[Array, ""],
     num_tokens: int,
     page_size: int,
+    only_singles: bool = False,
 ) -> RaggedBatch:
-    """Derive the batch for `num_tokens` packed tokens (static, padding included) from what a plan says of each row."""
+    """Derive the batch for `num_tokens` packed tokens (static, padding included) from what a plan says of each row.
+
+    `only_singles` promises that no plan has a row of more than one token: such a program has no code for chunks.
+    """
     num_rows = len(start)
     cu = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(num_new, dtype=jnp.int32)])
     token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -70,7 +75,8 @@ def make_ragged_batch(
     valid = token < cu[-1]
     positions = jnp.where(valid, start[row] + token - cu[row], 0)
     token_page = jnp.where(valid, page_table[row, positions // page_size], 0)
-    return RaggedBatch(page_table, start + num_new, cu, num_single, row, positions, token_page, positions % page_size)
+    offset = positions % page_size
+    return RaggedBatch(page_table, start + num_new, cu, num_single, row, positions, token_page, offset, only_singles)
 
 
 def write_kv(
@@ -81,5 +87,10 @@ def write_kv(
     first_page: Int[Array, ""] | int,
 ) -> Float[Array, "LP K 2 page H"]:
     """Put each token's K and V into its place in the pool."""
-    new = jnp.stack([k, v], axis=2).astype(kv.dtype)  # [T, K, 2, H]
-    return kv.at[batch.token_page + first_page, :, :, batch.token_offset].set(new)
+    _pages, num_kv_heads, _two, page_size, head_dim = kv.shape
+    new = jnp.stack([k, v], axis=2).astype(kv.dtype).reshape(-1, head_dim)  # [T * K * 2, H]
+    # The pool seen as lines of H, and a line the unit of writing: with larger units XLA TPU wants the pool in another
+    # layout, and copies all of it there and back in every layer.
+    slots = (batch.token_page + first_page)[:, None] * (2 * num_kv_heads) + jnp.arange(2 * num_kv_heads)
+    lines = slots * page_size + batch.token_offset[:, None]  # [T, K * 2]
+    return kv.reshape(-1, head_dim).at[lines.reshape(-1)].set(new).reshape(kv.shape)

@@ -1,0 +1,63 @@
+"""Where a result comes from: the command, the commit, the machine. Nothing secret is in it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sgl_jax.flags import HIDDEN
+from sgl_jax.server_args import FLAGS
+
+_SECRET = {option for flag in FLAGS if flag.about.secret for option in flag.options}
+
+
+def command(module: str, argv: Sequence[str]) -> str:
+    """As it can be run again, but for API keys and the values of headers."""
+    shown, option = [], ""
+    for word in argv:
+        name, equals, value = word.partition("=")
+        if word.startswith("-"):
+            option = name
+            if option in _SECRET and equals:
+                word = f"{name}={HIDDEN}"
+        elif option in _SECRET:
+            word = HIDDEN
+        elif option == "--header" and value:
+            word = f"{name}={HIDDEN}"
+        shown.append(word)
+    return shlex.join(["python", "-m", module, *shown])
+
+
+def commit() -> str | None:
+    """Of the repository this package is run from, with "+" when its files were changed; None outside of one."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=30, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # the repository is ours, not one we are installed inside of
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def machine(cpu_info: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+    """The one this program runs on, the server's as well when it was started here."""
+    try:
+        lines = cpu_info.read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cpu = next(named, "") or platform.processor() or platform.machine()
+    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": platform.system()}

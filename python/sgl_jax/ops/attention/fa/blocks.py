@@ -1,0 +1,111 @@
+"""Sizes of the kernels' blocks, from a small model of the chip; tuned.json may override them by chip and shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from sgl_jax.ops.attention.fa.ring import IDS
+
+DECODE_KEYS = 1024  # more make no turn cheaper per key; fewer leave scalar work unpaid
+UNIT_KEYS = 256  # an edge block is attended to in such steps: what fills a matrix unit once
+CHUNK_KEYS = 1024
+CHUNK_UNIT_KEYS = 512
+CHUNK_QUERIES = 128
+WRITE_TOKENS = 128
+MIN_SLOTS, MAX_SLOTS = 4, 8
+EXPECTED_KEYS = 1024  # of a row, for the cost the compiler is told
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    name: str  # as pltpu.ChipVersion
+    vmem_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeBlocks:
+    slots: int  # of the ring
+    pages: int  # in a slot: a power of two, at most IDS
+    unit_pages: int  # per step in an edge block; divides pages
+    vmem_limit: int
+    expected_keys: int = EXPECTED_KEYS
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkBlocks:
+    slots: int
+    pages: int
+    unit_pages: int  # per step in an edge block; divides pages
+    queries: int  # tokens of a tile, a multiple of 16
+    write_pages: int  # pages written at a time
+    write_slots: int
+    vmem_limit: int
+    expected_keys: int = EXPECTED_KEYS
+
+
+def current_chip() -> Chip:
+    """The TPU that the program is traced for. Fails where there is none (pltpu.get_tpu_info says so)."""
+    info = pltpu.get_tpu_info()
+    return Chip(info.chip_version.name, info.vmem_capacity_bytes)
+
+
+def _power_of_two(n: int) -> int:
+    """The largest power of two that is at most n, and at least 1."""
+    return 1 << max(0, n.bit_length() - 1)
+
+
+def _ring(keys: int, page_size: int, row_pages: int, page_bytes: int, budget: int) -> tuple[int, int]:
+    """(slots, pages per slot): blocks of `keys` if MIN_SLOTS of them fit the budget, else smaller ones."""
+    pages = min(_power_of_two(keys // page_size), IDS, 2 * _power_of_two(max(1, row_pages - 1)))
+    while pages > 1 and MIN_SLOTS * pages * page_bytes > budget:
+        pages //= 2
+    return max(2, _power_of_two(min(MAX_SLOTS, budget // (pages * page_bytes)))), pages
+
+
+def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int) -> DecodeBlocks:
+    """For a pool [LP, K, 2, page, H] and page tables of row_pages pages."""
+    page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
+    slots, pages = _ring(DECODE_KEYS, page_size, row_pages, page_bytes, chip.vmem_bytes // 4)
+    unit = min(pages, _power_of_two(UNIT_KEYS // page_size))
+    blocks = DecodeBlocks(slots, pages, unit, vmem_limit=chip.vmem_bytes * 7 // 8)
+    return dataclasses.replace(blocks, **_tuned("decode", chip, kv_shape, dtype))
+
+
+def chunk_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_tokens: int) -> ChunkBlocks:
+    """As decode_blocks, for num_tokens packed tokens, a multiple of 16."""
+    page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
+    slots, pages = _ring(CHUNK_KEYS, page_size, row_pages, page_bytes, chip.vmem_bytes // 8)
+    write_pages = max(1, WRITE_TOKENS // page_size)
+    write_slots = max(2, _power_of_two(min(MAX_SLOTS, chip.vmem_bytes // 16 // (2 * write_pages * page_bytes))))
+    unit = min(pages, _power_of_two(CHUNK_UNIT_KEYS // page_size))
+    queries = min(CHUNK_QUERIES, num_tokens)
+    blocks = ChunkBlocks(
+        min(slots, 4), pages, unit, queries, write_pages, write_slots, vmem_limit=chip.vmem_bytes * 7 // 8
+    )
+    return dataclasses.replace(blocks, **_tuned("chunks", chip, kv_shape, dtype))
+
+
+def _page_bytes(kv_shape: tuple[int, ...], dtype: Any) -> int:
+    size = jnp.dtype(dtype).itemsize
+    for n in kv_shape[1:]:
+        size *= n
+    return size
+
+
+@functools.cache
+def _table() -> dict[str, dict[str, int]]:
+    return json.loads(Path(__file__).with_name("tuned.json").read_text())
+
+
+def _tuned(kernel: str, chip: Chip, kv_shape: tuple[int, ...], dtype: Any) -> dict[str, int]:
+    _, heads, _, page_size, head_dim = kv_shape
+    return _table().get(
+        f"{kernel} {chip.name} kv_heads={heads} page={page_size} head_dim={head_dim} {jnp.dtype(dtype)}", {}
+    )

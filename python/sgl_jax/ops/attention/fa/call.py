@@ -1,0 +1,121 @@
+"""The `fa` backend: shapes and layouts around the two kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sgl_jax.ops.attention.api import RaggedBatch
+from sgl_jax.ops.attention.fa import blocks as block_sizes
+from sgl_jax.ops.attention.fa.blocks import ChunkBlocks, DecodeBlocks
+from sgl_jax.ops.attention.fa.chunks import attend_chunks
+from sgl_jax.ops.attention.fa.decode import attend_singles
+from sgl_jax.ops.attention.fa.ring import IDS
+from sgl_jax.ops.attention.fa.tile import LANES, Scores, row_tile
+
+TOKENS = 16  # packed tokens come in multiples of this: the rows of a bfloat16 tile
+
+
+def pool_head_dim(head_dim: int) -> int:
+    """The head dim of a pool for this backend: whole lane tiles, which is what the chip's memory would take anyway."""
+    return -(-head_dim // LANES) * LANES
+
+
+def page_size_multiple(dtype: Any) -> int:
+    """Page sizes must be multiples of this."""
+    return row_tile(dtype)
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv: Float[Array, "LP K 2 page HP"],
+    batch: RaggedBatch,
+    *,
+    first_page: Int[Array, ""] | int,
+    scale: float,
+    window: Int[Array, ""] | int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    blocks: tuple[DecodeBlocks, ChunkBlocks] | None = None,
+) -> tuple[Float[Array, "T N H"], Float[Array, "LP K 2 page HP"]]:
+    """See api.Attention. The pool's head dim HP is pool_head_dim(H), its page size a multiple of page_size_multiple.
+
+    `blocks`: sizes other than the chip's (for tests).
+    """
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, pool_dim = k.shape[1], kv.shape[4]
+    if pool_dim != pool_head_dim(head_dim):
+        raise ValueError(
+            f"attention backend fa needs a pool of head dim {pool_head_dim(head_dim)} for heads of {head_dim}, "
+            f"this one has {pool_dim}"
+        )
+    if kv.shape[3] % page_size_multiple(kv.dtype):
+        raise ValueError(
+            f"attention backend fa needs pages of a multiple of {page_size_multiple(kv.dtype)} {kv.dtype} tokens; "
+            f"--page-size is {kv.shape[3]}"
+        )
+    num_rows, row_pages = batch.page_table.shape
+    padded_tokens = -(-num_tokens // TOKENS) * TOKENS
+    if blocks is None:
+        chip = block_sizes.current_chip()
+        blocks = (
+            block_sizes.decode_blocks(chip, kv.shape, kv.dtype, row_pages),
+            block_sizes.chunk_blocks(chip, kv.shape, kv.dtype, row_pages, padded_tokens),
+        )
+    padded_tokens = -(-num_tokens // blocks[1].queries) * blocks[1].queries
+
+    def flat(x: jax.Array) -> jax.Array:
+        pad = ((0, padded_tokens - num_tokens), (0, 0), (0, pool_dim - head_dim))
+        return jnp.pad(x, pad).astype(dtype).reshape(padded_tokens, -1)
+
+    dtype = kv.dtype
+    table = jnp.pad(batch.page_table, ((0, 0), (0, -row_pages % IDS))).reshape(-1)
+    widest = jnp.int32(window if window is not None else 0)
+    meta = jnp.stack([batch.num_single, jnp.int32(first_page), widest])
+    if sinks is not None:
+        lines = jnp.pad(sinks.astype(jnp.float32), (0, 8))[:, None]
+        sinks = jnp.broadcast_to(lines, (num_heads + 8, LANES))
+    scores = Scores(scale, softcap, 1.0, dtype)
+    singles = min(num_rows, num_tokens)
+    only_singles = batch.only_singles
+    out, kv = attend_singles(
+        flat(q),
+        flat(k),
+        flat(v),
+        kv,
+        meta,
+        batch.kv_lens,
+        table,
+        sinks,
+        num_heads=num_heads,
+        num_rows=padded_tokens if only_singles else -(-singles // TOKENS) * TOKENS,
+        scores=scores,
+        has_window=window is not None,
+        blocks=blocks[0],
+    )
+    if not only_singles:
+        out, kv = attend_chunks(
+            flat(q),
+            flat(k),
+            flat(v),
+            out,
+            kv,
+            meta,
+            batch.kv_lens,
+            batch.cu_q_lens,
+            jnp.pad(batch.token_page, (0, padded_tokens - num_tokens)),
+            table,
+            sinks,
+            num_heads=num_heads,
+            scores=scores,
+            has_window=window is not None,
+            blocks=blocks[1],
+        )
+    out = out[:num_tokens].reshape(num_tokens, num_heads, pool_dim)[..., :head_dim]
+    return out.astype(q.dtype), kv

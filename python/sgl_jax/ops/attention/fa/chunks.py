@@ -1,0 +1,341 @@
+"""Rows with several new tokens: their K and V go to the pool first, then tiles of queries walk their rows' pages.
+
+Tiles lie on fixed places of the packed tokens, so that q and o need no other layout than the matmuls around have; a tile
+where rows meet is computed once for each of them. The kernel owns every token from meta[0], the number of rows with one
+token, on: their outputs, and zeros for padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from sgl_jax.ops.attention.fa import ring
+from sgl_jax.ops.attention.fa.blocks import ChunkBlocks
+from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
+from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scores, attend, join_pages
+from sgl_jax.ops.attention.fa.write import WriteRefs, write_chunks, write_scratch
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """What the kernel sees. B queries of a tile."""
+
+    meta: Ref  # SMEM i32[3]: rows with one token, first page of the layer, window
+    kv_lens: Ref  # SMEM i32[S]
+    cu_q_lens: Ref  # SMEM i32[S + 1]
+    token_page: Ref  # SMEM i32[T]
+    q: Ref  # HBM [T, N * H]
+    k: Ref  # HBM [T, K * H]
+    v: Ref  # HBM [T, K * H]
+    sinks: Ref | None  # VMEM f32[N + 8, 128]
+    table: Ref
+    o: Ref  # HBM [T, N * H]
+    kv: Ref  # HBM
+    q_tiles: Ref  # VMEM [2, B, N * H]
+    o_tiles: Ref  # VMEM [2, B, N * H]
+    q_sem: Ref  # DMA [2]
+    o_sem: Ref  # DMA [2]
+    top: Ref  # VMEM f32[N, B, 128]: the same in all lanes
+    total: Ref  # VMEM f32[N, B, 128]: lanes are to be summed
+    acc: Ref  # VMEM f32[N, B, H]
+    ring: dict[str, Ref]
+    write: dict[str, Ref]
+
+
+def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, has_window: bool):
+    num_rows = refs.kv_lens.shape[0]
+    last_token = refs.cu_q_lens[num_rows]
+    write_chunks(
+        WriteRefs(refs.meta, refs.kv_lens, refs.cu_q_lens, refs.token_page, refs.k, refs.v, refs.kv, **refs.write)
+    )
+
+    pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.meta[1])
+    num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
+    group = num_heads // num_kv_heads
+    block_tokens = pages.pages * page_size
+    tile_tokens = refs.q_tiles.shape[1]
+    window = refs.meta[2]
+    first_token = refs.meta[0]  # of chunks: rows with one token come first
+    first_tile = div(first_token, tile_tokens)
+    num_tiles = refs.q.shape[0] // tile_tokens
+
+    def positions(row, tile):
+        """The positions [first, end) in its row of a tile's tokens of that row, and what to add to a token for its position."""
+        shift = refs.kv_lens[row] - refs.cu_q_lens[row + 1]
+        first = jnp.maximum(refs.cu_q_lens[row], tile * tile_tokens)
+        end = jnp.minimum(refs.cu_q_lens[row + 1], (tile + 1) * tile_tokens)
+        return first + shift, end + shift, shift
+
+    def first_key(first):
+        return jnp.maximum(first + 1 - window, 0) if has_window else jnp.int32(0)
+
+    def block_range(row, tile):
+        first, end, _ = positions(row, tile)
+        return div(first_key(first), block_tokens), cdiv(end, block_tokens)
+
+    def is_row(row):
+        return (row < num_rows) & (refs.cu_q_lens[jnp.minimum(row, num_rows)] < last_token)
+
+    def announce(cursor):
+        """Announce the item at the cursor and step on. (items announced, row, tile, block, last block + 1)"""
+        n, row, tile, block, end = cursor
+        live = is_row(row)
+
+        @pl.when(live)
+        def _():
+            first, last, _ = positions(row, tile)
+            offset = block * pages.pages
+            low, high = div(first_key(first), page_size), cdiv(last, page_size)
+            pages.announce(n, row, block, jnp.maximum(low, offset), jnp.minimum(high, offset + pages.pages))
+
+        n = n + live.astype(jnp.int32)
+        more = block + 1 < end
+        row_end = refs.cu_q_lens[jnp.minimum(row + 1, num_rows)]
+        row_goes_on = more | (row_end > (tile + 1) * tile_tokens)
+        tile = jnp.where(more, tile, jnp.where(row_goes_on, tile + 1, div(row_end, tile_tokens)))
+        row = jnp.where(row_goes_on, row, row + 1)
+        new_block, new_end = block_range(jnp.minimum(row, num_rows - 1), tile)
+        return n, row, tile, jnp.where(more, block + 1, new_block), jnp.where(more, end, new_end)
+
+    def start(n, announced):
+        @pl.when(n < announced)
+        def _():
+            pages.start(n)
+
+    row = jnp.minimum(first_token, num_rows - 1)
+    cursor = (jnp.int32(0), first_token, first_tile, *block_range(row, first_tile))
+    cursor = lax.fori_loop(0, pages.notice, lambda _, c: announce(c), cursor)
+    lax.fori_loop(0, pages.lead, lambda n, _: start(n, cursor[0]), None)
+
+    def tile_copy(hbm, tiles, sem, tile):
+        at = hbm.at[pl.ds(pl.multiple_of(tile * tile_tokens, tile_tokens), tile_tokens)]
+        slot = rem(tile, 2)
+        return at, tiles.at[slot], sem.at[slot]
+
+    def load(hbm, tiles, sem, tile):
+        source, target, sem = tile_copy(hbm, tiles, sem, tile)
+        return pltpu.make_async_copy(source, target, sem)
+
+    def store(tile):
+        target, source, sem = tile_copy(refs.o, refs.o_tiles, refs.o_sem, tile)
+        return pltpu.make_async_copy(source, target, sem)
+
+    def has_tokens(tile):
+        return tile * tile_tokens < last_token
+
+    @pl.when(first_token < last_token)
+    def _():
+        load(refs.q, refs.q_tiles, refs.q_sem, first_tile).start()
+
+    def one_pair(row, tile, n, cursor):
+        """A tile's queries of one row over the row's blocks."""
+        slot = rem(tile, 2)
+        first, end, shift = positions(row, tile)
+        low = first_key(first)
+
+        for head in range(num_heads):
+            if refs.sinks is None:
+                refs.top[head] = jnp.full(refs.top.shape[1:], FLOOR)
+                refs.total[head] = jnp.zeros(refs.total.shape[1:], jnp.float32)
+            else:
+                refs.top[head] = jnp.broadcast_to(refs.sinks[head : head + 1], refs.top.shape[1:])
+                refs.total[head] = jnp.full(refs.total.shape[1:], 1 / LANES, jnp.float32)
+            refs.acc[head] = jnp.zeros(refs.acc.shape[1:], jnp.float32)
+
+        def over(page_slot, first_page, count, keep):
+            def one_kv_head(h, _):
+                heads = [h * group + g for g in range(group)]
+                lanes = [pl.ds(pl.multiple_of(head * head_dim, LANES), head_dim) for head in heads]
+                states = [(refs.top[head][:, :1], refs.total[head], refs.acc[head]) for head in heads]
+                load = lambda which: join_pages(pages.buffer, page_slot, first_page, count, h, which)  # noqa: E731
+                queries = [refs.q_tiles[slot, :, at] for at in lanes]
+                states = attend(states, queries, [load] * group, keep, scores)
+                for head, (top, total, acc) in zip(heads, states, strict=True):
+                    refs.top[head] = jnp.broadcast_to(top, refs.top.shape[1:])
+                    refs.total[head] = total
+                    refs.acc[head] = acc
+
+            lax.fori_loop(0, num_kv_heads, one_kv_head, None)
+
+        def edge(page_slot, base):
+            unit = unit_pages * page_size
+
+            def step(u, _):
+                def keep(shape, axis):
+                    key = base + u * unit + lax.broadcasted_iota(jnp.int32, shape, axis)
+                    if axis == 0:  # of V: what has been copied
+                        return (key >= low) & (key < end)
+                    query = tile * tile_tokens + shift + lax.broadcasted_iota(jnp.int32, shape, 0)
+                    return (key <= query) & (key > query - window) if has_window else key <= query
+
+                over(page_slot, u * unit_pages, unit_pages, keep)
+
+            begin = div(jnp.maximum(low - base, 0), unit)
+            lax.fori_loop(begin, cdiv(jnp.minimum(end - base, block_tokens), unit), step, None)
+
+        def one_block(block, carry):
+            n, cursor = carry
+            start(n + pages.lead, cursor[0])
+            page_slot = pages.wait(n)
+            cursor = announce(cursor)
+            base = block * block_tokens
+            is_whole = base + block_tokens <= first + 1
+            if has_window:
+                is_whole &= base > end - 1 - window
+            lax.cond(is_whole, lambda: over(page_slot, 0, pages.pages, None), lambda: edge(page_slot, base))
+            return n + 1, cursor
+
+        n, cursor = lax.fori_loop(*block_range(row, tile), one_block, (n, cursor))
+        token = tile * tile_tokens + lax.broadcasted_iota(jnp.int32, refs.acc.shape[1:], 0)
+        mine = (token >= first - shift) & (token < end - shift)
+        for head in range(num_heads):
+            out = refs.acc[head] / jnp.sum(refs.total[head], axis=1, keepdims=True) * scores.v_scale
+            at = slot, slice(None), slice(head * head_dim, (head + 1) * head_dim)
+            refs.o_tiles[at] = jnp.where(mine, out, refs.o_tiles[at].astype(jnp.float32)).astype(refs.o_tiles.dtype)
+        return n, cursor
+
+    def one_tile(tile, carry):
+        n, cursor, row = carry
+
+        @pl.when(tile - first_tile >= 2)
+        def _():
+            store(tile - 2).wait()
+
+        @pl.when((tile == first_tile) & (first_token > tile * tile_tokens))
+        def _():  # outputs of rows with one token share this tile
+            copy = load(refs.o, refs.o_tiles, refs.o_sem, tile)
+            copy.start()
+            copy.wait()
+
+        @pl.when(has_tokens(tile) & (first_token < last_token))
+        def _():
+            load(refs.q, refs.q_tiles, refs.q_sem, tile).wait()
+
+            @pl.when(has_tokens(tile + 1))
+            def _():
+                load(refs.q, refs.q_tiles, refs.q_sem, tile + 1).start()
+
+        tile_end = jnp.minimum((tile + 1) * tile_tokens, last_token)
+
+        def pair(carry):
+            n, cursor, row, _ = carry
+            n, cursor = one_pair(row, tile, n, cursor)
+            row_end = refs.cu_q_lens[row + 1]
+            return (
+                n,
+                cursor,
+                jnp.where(row_end <= (tile + 1) * tile_tokens, row + 1, row),
+                jnp.minimum(row_end, tile_end),
+            )
+
+        token = jnp.maximum(tile * tile_tokens, first_token)
+        n, cursor, row, _ = lax.while_loop(lambda c: c[3] < tile_end, pair, (n, cursor, row, token))
+
+        @pl.when((tile + 1) * tile_tokens > last_token)
+        def _():
+            slot = rem(tile, 2)
+            token = tile * tile_tokens + lax.broadcasted_iota(jnp.int32, refs.acc.shape[1:], 0)
+            for head in range(num_heads):
+                at = slot, slice(None), slice(head * head_dim, (head + 1) * head_dim)
+                out = jnp.where(token < last_token, refs.o_tiles[at].astype(jnp.float32), 0)
+                refs.o_tiles[at] = out.astype(refs.o_tiles.dtype)
+
+        store(tile).start()
+        return n, cursor, row
+
+    lax.fori_loop(first_tile, num_tiles, one_tile, (jnp.int32(0), cursor, first_token))
+    for back in (2, 1):
+
+        @pl.when(num_tiles - first_tile >= back)
+        def _(back=back):
+            store(num_tiles - back).wait()
+
+
+def attend_chunks(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    o: jax.Array,
+    kv: jax.Array,
+    meta: jax.Array,
+    kv_lens: jax.Array,
+    cu_q_lens: jax.Array,
+    token_page: jax.Array,
+    table: jax.Array,
+    sinks: jax.Array | None,
+    *,
+    num_heads: int,
+    scores: Scores,
+    has_window: bool,
+    blocks: ChunkBlocks,
+) -> tuple[jax.Array, jax.Array]:
+    """q and o [T, N * H], k and v [T, K * H], meta i32[3] (see Refs), token_page i32[T] without the layer's first page,
+    table i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of blocks.queries.
+
+    Returns o with the lines from token meta[0] on set, and the pool. Both are changed in place when donated.
+    """
+    num_kv_heads, head_dim = kv.shape[1], kv.shape[4]
+    tile = (blocks.queries, q.shape[1])
+    state = (num_heads, blocks.queries)
+    scratch: dict[str, Any] = {
+        "q_tiles": pltpu.VMEM((2, *tile), q.dtype),
+        "o_tiles": pltpu.VMEM((2, *tile), o.dtype),
+        "q_sem": pltpu.SemaphoreType.DMA((2,)),
+        "o_sem": pltpu.SemaphoreType.DMA((2,)),
+        "top": pltpu.VMEM((*state, LANES), jnp.float32),
+        "total": pltpu.VMEM((*state, LANES), jnp.float32),
+        "acc": pltpu.VMEM((*state, head_dim), jnp.float32),
+        "ring": ring.scratch(blocks.slots, blocks.pages, kv),
+        "write": write_scratch(kv, k, blocks.write_slots, blocks.write_pages),
+    }
+    prefetch = ["meta", "kv_lens", "cu_q_lens", "token_page"]
+    names = [*prefetch, "q", "k", "v", *(["sinks"] if sinks is not None else []), "table"]
+
+    def body(*args):
+        *plain, _o_in, _kv_in, o, kv_out, rest = args
+        fields: dict[str, Any] = dict(zip(names, plain, strict=True))
+        fields.setdefault("sinks", None)
+        groups = table.shape[0] // (kv_lens.shape[0] * ring.IDS)
+        _kernel(
+            Refs(**fields, o=o, kv=kv_out, **rest),
+            num_heads=num_heads,
+            groups=groups,
+            unit_pages=blocks.unit_pages,
+            scores=scores,
+            has_window=has_window,
+        )
+
+    whole = pl.BlockSpec(memory_space=pltpu.VMEM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    inputs = [q, k, v, *([sinks] if sinks is not None else []), table, o, kv]
+    last = len(prefetch) + len(inputs)
+    keys = q.shape[0] * blocks.expected_keys
+    return pl.pallas_call(
+        body,
+        out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype), jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetch),
+            grid=(),
+            in_specs=[hbm, hbm, hbm, *([whole] if sinks is not None else []), hbm, hbm, hbm],
+            out_specs=[hbm, hbm],
+            scratch_shapes=[scratch],
+        ),
+        input_output_aliases={last - 2: 0, last - 1: 1},
+        compiler_params=pltpu.CompilerParams(
+            disable_bounds_checks=True, disable_semaphore_checks=True, vmem_limit_bytes=blocks.vmem_limit
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * keys * num_heads * head_dim,
+            transcendentals=keys * num_heads,
+            bytes_accessed=2 * keys // blocks.queries * num_kv_heads * head_dim * kv.dtype.itemsize
+            + 2 * q.size * q.dtype.itemsize,
+        ),
+        name="fa_chunks",
+    )(meta, kv_lens, cu_q_lens, token_page, *inputs)

@@ -1,0 +1,299 @@
+"""Rows with one new token: one program over all of them, row after row, block of pages after block.
+
+q, o and the new K and V of all rows lie in VMEM. The block that holds the new token's place gets it in VMEM, before it is
+attended to, and the few pool rows around it go back to HBM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from sgl_jax.ops.attention.fa import ring
+from sgl_jax.ops.attention.fa.blocks import DecodeBlocks
+from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
+from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scores, attend, join_pages, row_tile
+
+WRITES = 4  # tiles on their way back to the pool
+
+
+@dataclasses.dataclass(frozen=True)
+class Refs:
+    """What the kernel sees. R rows, a multiple of 16; C = H / 128 lane tiles."""
+
+    meta: Ref  # SMEM i32[3]: rows with one token, first page of the layer, window
+    kv_lens: Ref  # SMEM i32[S]
+    q: Ref  # VMEM [R, N * H]
+    k: Ref  # VMEM [R, K * H]
+    v: Ref  # VMEM [R, K * H]
+    sinks: Ref | None  # VMEM f32[N + 8, 128]
+    table: Ref
+    o: Ref  # VMEM [R, N * H]
+    kv: Ref  # HBM
+    heads: Ref  # VMEM f32[C, R * N + pad, 128]: q by (row, head); o takes its place row by row
+    new: Ref  # VMEM f32[C, R * K * 2, 128]: K and V by (row, KV head, which)
+    tiles: Ref  # VMEM [WRITES, K, 2, row tile, H]
+    write_sem: Ref  # DMA [WRITES]
+    ring: dict[str, Ref]
+
+
+def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, has_window: bool):
+    pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.meta[1])
+    num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
+    group = num_heads // num_kv_heads
+    group_rows = -(-group // 8) * 8  # q heads of a KV head, as rows of a product
+    block_tokens = pages.pages * page_size
+    dtype = scores.dtype
+    num_rows = refs.meta[0]
+    window = refs.meta[2]
+    lane_tiles = range(head_dim // LANES)
+
+    def spread(r, _):
+        """16 rows of [R, heads * H] to lines by (row, head)."""
+        at = pl.ds(pl.multiple_of(r * 16, 16), 16)
+        for c in lane_tiles:
+            for n in range(num_heads):
+                lanes = slice(n * head_dim + c * LANES, n * head_dim + (c + 1) * LANES)
+                refs.heads[c, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads)] = refs.q[at, lanes].astype(
+                    jnp.float32
+                )
+            for h in range(num_kv_heads):
+                lanes = slice(h * head_dim + c * LANES, h * head_dim + (c + 1) * LANES)
+                for which, x in enumerate((refs.k, refs.v)):
+                    line = pl.ds((r * 16 * num_kv_heads + h) * 2 + which, 16, stride=2 * num_kv_heads)
+                    refs.new[c, line] = x[at, lanes].astype(jnp.float32)
+
+    lax.fori_loop(0, cdiv(num_rows, 16), spread, None)
+
+    def first_key(row):
+        return jnp.maximum(refs.kv_lens[row] - window, 0) if has_window else jnp.int32(0)
+
+    def block_range(row):
+        return div(first_key(row), block_tokens), cdiv(refs.kv_lens[row], block_tokens)
+
+    def announce(cursor):
+        """Announce the item at the cursor and step on. (items announced, row, block, the row's last block + 1)"""
+        n, row, block, end = cursor
+
+        @pl.when(row < num_rows)
+        def _():
+            first = div(first_key(row), page_size)
+            last = cdiv(refs.kv_lens[row], page_size)
+            offset = block * pages.pages
+            pages.announce(n, row, block, jnp.maximum(first, offset), jnp.minimum(last, offset + pages.pages))
+
+        n = n + (row < num_rows).astype(jnp.int32)
+        more = block + 1 < end
+        row = jnp.where(more, row, row + 1)
+        new_block, new_end = block_range(jnp.minimum(row, refs.kv_lens.shape[0] - 1))
+        return n, row, jnp.where(more, block + 1, new_block), jnp.where(more, end, new_end)
+
+    def start(n, announced):
+        @pl.when(n < announced)
+        def _():
+            pages.start(n)
+
+    cursor = (jnp.int32(0), jnp.int32(0), *block_range(0))
+    cursor = lax.fori_loop(0, pages.notice, lambda _, c: announce(c), cursor)
+    lax.fori_loop(0, pages.lead, lambda n, _: start(n, cursor[0]), None)
+
+    def one_row(row, carry):
+        n, cursor = carry
+        kv_len, first = refs.kv_lens[row], first_key(row)
+        begin, end = block_range(row)
+        lines = [pl.ds(row * num_heads + h * group, group_rows) for h in range(num_kv_heads)]
+        q = [jnp.concatenate([refs.heads[c, at] for c in lane_tiles], 1).astype(dtype) for at in lines]
+
+        def fresh(h):
+            if refs.sinks is None:
+                top, total = jnp.full((group_rows, 1), FLOOR), jnp.zeros((group_rows, LANES), jnp.float32)
+            else:
+                top = refs.sinks[h * group : h * group + group_rows, :1]
+                total = jnp.full((group_rows, LANES), 1 / LANES, jnp.float32)  # lanes are summed at the end
+            return top, total, jnp.zeros((group_rows, head_dim), jnp.float32)
+
+        def fetch(n, cursor):
+            start(n + pages.lead, cursor[0])
+            slot = pages.wait(n)
+            return slot, announce(cursor)  # after the waits, where it is scheduled among the products
+
+        def over(state, slot, first_page, count, keep):
+            def keys(h):
+                return lambda which: join_pages(pages.buffer, slot, first_page, count, h, which)
+
+            return attend(state, q, [keys(h) for h in range(num_kv_heads)], keep, scores)
+
+        def whole(state, slot):
+            return over(state, slot, 0, pages.pages, None)
+
+        def edge(state, slot, block):
+            unit = unit_pages * page_size
+            base = block * block_tokens
+            low, high = jnp.maximum(first - base, 0), jnp.minimum(kv_len - base, block_tokens)
+
+            def step(u, state):
+                def keep(shape, axis):
+                    at = u * unit + lax.broadcasted_iota(jnp.int32, shape, axis)
+                    return (at >= low) & (at < high) if has_window else at < high
+
+                return over(state, slot, u * unit_pages, unit_pages, keep)
+
+            return lax.fori_loop(div(low, unit), cdiv(high, unit), step, state)
+
+        def inner(block, carry):
+            n, cursor, state = carry
+            slot, cursor = fetch(n, cursor)
+            if has_window:
+                is_whole = block * block_tokens >= first
+                state = lax.cond(is_whole, lambda s: whole(s, slot), lambda s: edge(s, slot, block), state)
+            else:
+                state = whole(state, slot)
+            return n + 1, cursor, state
+
+        state = [fresh(h) for h in range(num_kv_heads)]
+        n, cursor, state = lax.fori_loop(begin, end - 1, inner, (n, cursor, state))
+        slot, cursor = fetch(n, cursor)
+        block = end - 1
+        _insert(refs, pages, row, n, slot, block)
+        is_whole = kv_len == end * block_tokens
+        if has_window:
+            is_whole &= block * block_tokens >= first
+        state = lax.cond(is_whole, lambda s: whole(s, slot), lambda s: edge(s, slot, block), state)
+        for (_, total, acc), at in zip(state, lines, strict=True):
+            out = acc / jnp.sum(total, axis=1, keepdims=True) * scores.v_scale
+            for c in lane_tiles:
+                refs.heads[c, pl.ds(at.start, group)] = out[:group, c * LANES : (c + 1) * LANES]
+        return n + 1, cursor
+
+    lax.fori_loop(0, num_rows, one_row, (jnp.int32(0), cursor))
+
+    def gather(r, _):
+        """And back: o by (row, head) to [R, N * H]; zeros after the last row."""
+        at = pl.ds(pl.multiple_of(r * 16, 16), 16)
+        live = r * 16 + lax.broadcasted_iota(jnp.int32, (16, LANES), 0) < num_rows
+        for n in range(num_heads):
+            for c in lane_tiles:
+                lanes = slice(n * head_dim + c * LANES, n * head_dim + (c + 1) * LANES)
+                x = refs.heads[c, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads)]
+                refs.o[at, lanes] = jnp.where(live, x, 0).astype(refs.o.dtype)
+
+    lax.fori_loop(0, refs.o.shape[0] // 16, gather, None)
+    for w in range(WRITES):
+
+        @pl.when(num_rows > w)
+        def _(w=w):
+            _written(refs, w).wait()
+
+
+def _written(refs: Refs, w):
+    tile = refs.tiles.at[w]
+    return pltpu.make_async_copy(tile, tile, refs.write_sem.at[w])
+
+
+def _insert(refs: Refs, pages: PageRing, row, n, slot, block) -> None:
+    """Put the row's new K and V into its last block, and send the row tile around them back to the pool."""
+    num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
+    height = refs.tiles.shape[3]
+    place = refs.kv_lens[row] - 1
+    page = div(place, page_size)
+    offset = rem(place, page_size)
+    top = pl.multiple_of(div(offset, height) * height, height)
+    w = rem(row, WRITES)
+
+    @pl.when(row >= WRITES)
+    def _():
+        _written(refs, w).wait()
+
+    here = lax.broadcasted_iota(jnp.int32, (height, head_dim), 0) == offset - top
+    for h in range(num_kv_heads):
+        for which in range(2):
+            at = slot, page - block * pages.pages, h, which, pl.ds(top, height)
+            line = pl.ds((row * num_kv_heads + h) * 2 + which, 1)
+            new = jnp.concatenate([refs.new[c, line] for c in range(head_dim // LANES)], 1)
+            old = pages.buffer[at]
+            tile = jnp.where(here, new, old.astype(jnp.float32)).astype(old.dtype)
+            pages.buffer[at] = tile
+            refs.tiles[w, h, which] = tile
+    target = refs.kv.at[pages.page_id(n, page), :, :, pl.ds(top, height)]
+    pltpu.make_async_copy(refs.tiles.at[w], target, refs.write_sem.at[w]).start()
+
+
+def attend_singles(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    kv: jax.Array,
+    meta: jax.Array,
+    kv_lens: jax.Array,
+    table: jax.Array,
+    sinks: jax.Array | None,
+    *,
+    num_heads: int,
+    num_rows: int,
+    scores: Scores,
+    has_window: bool,
+    blocks: DecodeBlocks,
+) -> tuple[jax.Array, jax.Array]:
+    """q [T, N * H], k and v [T, K * H], meta i32[3] (see Refs), table i32[S * groups * IDS], sinks f32[N + 8, 128].
+
+    Returns o [T, N * H], of which the first num_rows lines are set (zeros where meta[0] ends), and the pool.
+    """
+    num_kv_heads, page_size, head_dim = kv.shape[1], kv.shape[3], kv.shape[4]
+    lane_tiles = head_dim // LANES
+    height = row_tile(kv.dtype)
+    scratch: dict[str, Any] = {
+        "heads": pltpu.VMEM((lane_tiles, num_rows * num_heads + 16, LANES), jnp.float32),
+        "new": pltpu.VMEM((lane_tiles, num_rows * num_kv_heads * 2, LANES), jnp.float32),
+        "tiles": pltpu.VMEM((WRITES, num_kv_heads, 2, height, head_dim), kv.dtype),
+        "write_sem": pltpu.SemaphoreType.DMA((WRITES,)),
+        "ring": ring.scratch(blocks.slots, blocks.pages, kv),
+    }
+    names = ["meta", "kv_lens", "q", "k", "v", *(["sinks"] if sinks is not None else []), "table"]
+
+    def body(*args):
+        *plain, _kv_in, o, kv_out, rest = args
+        fields = dict(zip(names, plain, strict=True))
+        fields.setdefault("sinks", None)
+        kernel(Refs(**fields, o=o, kv=kv_out, **rest))
+
+    kernel = functools.partial(
+        _kernel,
+        num_heads=num_heads,
+        groups=table.shape[0] // (kv_lens.shape[0] * ring.IDS),
+        unit_pages=blocks.unit_pages,
+        scores=scores,
+        has_window=has_window,
+    )
+    rows = lambda x: pl.BlockSpec((num_rows, x.shape[1]), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))  # noqa: E731
+    whole = pl.BlockSpec(memory_space=pltpu.VMEM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    inputs = [q, k, v, *([sinks] if sinks is not None else []), table, kv]
+    keys = num_rows * blocks.expected_keys
+    return pl.pallas_call(
+        body,
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(1,),
+            in_specs=[rows(q), rows(k), rows(v), *([whole] if sinks is not None else []), hbm, hbm],
+            out_specs=[rows(q), hbm],
+            scratch_shapes=[scratch],
+        ),
+        input_output_aliases={1 + len(inputs): 1},
+        compiler_params=pltpu.CompilerParams(
+            disable_bounds_checks=True, disable_semaphore_checks=True, vmem_limit_bytes=blocks.vmem_limit
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * keys * num_heads * head_dim,
+            transcendentals=keys * num_heads,
+            bytes_accessed=2 * keys * num_kv_heads * head_dim * kv.dtype.itemsize + 2 * q.size * q.dtype.itemsize,
+        ),
+        name="fa_decode",
+    )(meta, kv_lens, *inputs)

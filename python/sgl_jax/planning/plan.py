@@ -1,0 +1,133 @@
+"""Does it fit, how much KV remains, and what does each step cost: arithmetic alone, in seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from sgl_jax.engine.launch_plan import LaunchPlan, plan_launch
+from sgl_jax.models.weights import declare
+from sgl_jax.planning.cost import Bound, StepCost, step_cost
+from sgl_jax.planning.model import PlannedModel
+from sgl_jax.planning.target import Target, find_target
+from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.memory import DoesNotFit
+from sgl_jax.runtime.topology import Topology, larger
+from sgl_jax.server_args import ServerArgs
+
+_FEW_REQUESTS = 8
+_MOST_MEMORY = 0.97  # of a device for weights and KV; the rest is for programs and what they need while they run
+
+
+class Misfit(ValueError):
+    """The launch does not fit its devices. The message has the reason in its first line, then what would help."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedStep:
+    bucket: Bucket
+    cost: StepCost
+    bound: Bound | None  # None: the device's rates are unknown
+
+    @property
+    def decodes(self) -> bool:
+        return self.bucket.num_tokens <= self.bucket.num_rows
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        return None if self.bound is None else self.bucket.num_tokens / self.bound.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    model: PlannedModel
+    target: Target
+    launch: LaunchPlan
+    parameters: int
+    context: int  # that steps are counted with
+    steps: tuple[PlannedStep, ...]
+
+    @property
+    def full_contexts(self) -> float:
+        return self.launch.memory.num_tokens / self.launch.runner.context_length
+
+
+def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: int) -> Plan:
+    """`context`: tokens each row has in the cache when steps are counted. Raises Misfit, or ValueError for a flag."""
+    args = dataclasses.replace(args, tp_size=target.num_devices)
+    launch = launch_of(args, model, target)
+    context = min(context, launch.runner.context_length)
+    rates, itemsize = target.rates(launch.dtype), np.dtype(launch.dtype).itemsize
+    steps = []
+    for bucket in launch.runner.buckets:
+        cost = step_cost(model.config, target.num_devices, itemsize, bucket, context)
+        steps.append(PlannedStep(bucket, cost, cost.bound(rates) if rates else None))
+    parameters = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(model.config)))
+    return Plan(model, target, launch, parameters, context, tuple(steps))
+
+
+def launch_of(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:
+    """What a launch decides. Raises Misfit, or ValueError for a flag."""
+    try:
+        return _launch(args, model, target)
+    except DoesNotFit as error:
+        raise Misfit("\n".join([str(error), *what_would_fit(args, model, target)])) from error
+
+
+def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> list[str]:
+    """One line for each single change that would make it fit, with what is gained; a last line if there is none."""
+    changes: list[tuple[str, dict[str, Any]]] = [
+        (f"--mem-fraction-static {_MOST_MEMORY}", {"mem_fraction_static": _MOST_MEMORY}),
+        (f"--max-running-requests {_FEW_REQUESTS}", {"max_running_requests": _FEW_REQUESTS}),
+        ("--dtype bfloat16", {"dtype": "bfloat16"}),
+        ("leaving out --max-total-tokens", {"max_total_tokens": None}),
+    ]
+    lines = []
+    for text, change in changes:
+        if (found := _tried(dataclasses.replace(args, **change), model, target)) is None:
+            continue
+        least = f" ({_least_fraction(args, model, target):.2f} is the least)" if "mem_fraction_static" in change else ""
+        lines.append(f"{text} would fit, with {_room(found)}{least}")
+    for topology in larger(target.topology) if target.topology else ():
+        more = find_target(topology.name, 1)
+        if found := _tried(dataclasses.replace(args, tp_size=more.num_devices), model, more):
+            lines.append(f"{topology.name} ({_devices(topology)}) would fit, with {_room(found)}")
+            break
+    return lines or [
+        "nothing that was tried makes it fit: more memory, fewer running requests, more chips of this kind"
+    ]
+
+
+def _launch(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:
+    return plan_launch(
+        args, model.config, target.platform, stored_dtype=model.stored_dtype, device_bytes=target.device_bytes
+    )
+
+
+def _tried(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan | None:
+    try:
+        return _launch(args, model, target)
+    except ValueError:
+        return None
+
+
+def _least_fraction(args: ServerArgs, model: PlannedModel, target: Target) -> float:
+    percent = next(
+        percent
+        for percent in range(1, 98)
+        if percent / 100 == _MOST_MEMORY
+        or _tried(dataclasses.replace(args, mem_fraction_static=percent / 100), model, target)
+    )
+    return percent / 100
+
+
+def _room(launch: LaunchPlan) -> str:
+    return f"{launch.memory.num_tokens:,} tokens of KV"
+
+
+def _devices(topology: Topology) -> str:
+    return f"{topology.num_chips} chips, --tp-size {topology.num_devices}"

@@ -1,0 +1,72 @@
+"""Where a plan is for: a topology of accelerators, or the devices of this machine."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+
+from sgl_jax.planning.cost import Rates
+from sgl_jax.runtime.machine_limits import NotMeasured, measure_rates
+from sgl_jax.runtime.memory import device_memory
+from sgl_jax.runtime.platform import PLATFORMS, Name, Platform, pick_devices
+from sgl_jax.runtime.topology import NoSuchTopology, Topology, parse, tpu_devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    name: str  # v6e-4
+    kind: str
+    platform: Platform
+    num_devices: int
+    device_bytes: int
+    topology: Topology | None  # None: devices of this machine
+    find_devices: Callable[[], list[jax.Device]]  # to compile for; may raise NoSuchTopology
+
+    @property
+    def is_here(self) -> bool:
+        return self.topology is None
+
+    def rates(self, dtype: str) -> Rates | None:
+        """The makers' figures for a topology, measured now for this machine (about 2 s). None: there is no telling."""
+        if self.topology is None:
+            devices = self.find_devices()
+            try:
+                measured = measure_rates(devices, dtype)
+            except NotMeasured:
+                return None
+            share = len(devices)  # the figures are of all devices
+            return Rates(measured.matmul_flop_per_s / share, measured.read_bytes_per_s / share, math.inf)
+        chip = self.topology.chip
+        seconds_per_byte = self.topology.all_reduce_seconds(1.0, self.num_devices)
+        return Rates(chip.flops[dtype], chip.bytes_per_s, 1 / seconds_per_byte if seconds_per_byte else math.inf)
+
+
+def find_target(name: str, tp_size: int) -> Target:
+    """`tp_size` 1, the default of the flag, takes all devices of a topology. Raises NoSuchTopology or NoDevice."""
+    if name in ("cpu", "gpu"):
+        return target_here(name, tp_size)
+    topology = parse(name)
+    if tp_size > topology.num_devices:
+        raise NoSuchTopology(f"--tp-size is {tp_size}; {name} has {topology.num_devices} devices")
+    number = tp_size if tp_size > 1 else topology.num_devices
+    chip = topology.chip
+    return Target(
+        name,
+        chip.kind,
+        PLATFORMS[chip.platform],
+        number,
+        chip.memory_bytes,
+        topology,
+        lambda: tpu_devices(topology)[:number],
+    )
+
+
+def target_here(wanted: Name | None, tp_size: int) -> Target:
+    """Devices of this machine, as the server picks them. Raises NoDevice."""
+    platform, devices = pick_devices(wanted, tp_size)
+    sharers = len(devices) if platform.name == "cpu" else 1  # virtual CPU devices live in one memory
+    memory = device_memory(devices[0]) // sharers
+    return Target(platform.name, devices[0].device_kind, platform, tp_size, memory, None, lambda: devices)

@@ -1,0 +1,148 @@
+"""Accelerators that need not be here: what a "v6e-4" is, how fast it is, and its devices to compile for.
+
+The figures are the makers' (cloud.google.com/tpu/docs, nvidia.com), per JAX device: a v5p chip is one device, a v7x chip
+is two. A TPU's memory is what its compiler lets a program use. It has no float32 products; they are six of bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Literal
+
+import jax
+import numpy as np
+
+_GIB = 1 << 30
+
+
+class NoSuchTopology(ValueError):
+    """The name says nothing that exists, or nothing that can be compiled for on this machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One kind of accelerator. Rates are of one JAX device; links are between chips."""
+
+    kind: str
+    devices_per_chip: int
+    memory_bytes: int  # a program may use
+    bytes_per_s: float  # from memory
+    flops: dict[str, float]  # multiplications and additions per second of matrix products, by dtype
+    link_bytes_per_s: float  # of one link, one way
+    grid: Literal["2d", "3d", "all"]  # how chips are linked: a mesh or torus, or each with every other
+
+    @property
+    def platform(self) -> Literal["tpu", "gpu"]:
+        return "gpu" if self.grid == "all" else "tpu"
+
+
+CHIPS = {
+    "v5e": Chip("TPU v5e", 1, int(15.75 * _GIB), 819e9, {"bfloat16": 197e12, "float32": 32.8e12}, 50e9, "2d"),
+    "v5p": Chip("TPU v5p", 1, int(95.73 * _GIB), 2765e9, {"bfloat16": 459e12, "float32": 76.5e12}, 100e9, "3d"),
+    "v6e": Chip("TPU v6e", 1, int(31.24 * _GIB), 1640e9, {"bfloat16": 918e12, "float32": 153e12}, 100e9, "2d"),
+    "v7x": Chip("TPU7x core", 2, int(94.74 * _GIB), 3690e9, {"bfloat16": 1153e12, "float32": 192e12}, 100e9, "3d"),
+    "h100": Chip("NVIDIA H100 SXM", 1, 80 * 10**9, 3350e9, {"bfloat16": 989e12, "float32": 67e12}, 450e9, "all"),
+    "h200": Chip("NVIDIA H200 SXM", 1, 141 * 10**9, 4800e9, {"bfloat16": 989e12, "float32": 67e12}, 450e9, "all"),
+}
+
+# Chips -> the grid that many of them form. Google rents these and no others (half a host of 2x2 included).
+_GRIDS = {
+    "2d": {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
+    "3d": {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)},
+    "all": {n: (n,) for n in (1, 2, 4, 8)},
+}
+_LIBTPU_NAMES = {"v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "v7x": "tpu7x"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A number of chips of one kind, linked."""
+
+    name: str  # v6e-4
+    chip: Chip
+    grid: tuple[int, ...]  # chips along each axis
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def num_devices(self) -> int:
+        return self.num_chips * self.chip.devices_per_chip
+
+    @property
+    def links(self) -> int:
+        """Links each chip has at least: to the neighbours on each axis, both only where the axis closes to a ring."""
+        if self.chip.grid == "all":
+            return int(self.num_chips > 1)
+        ring = 16 if self.chip.grid == "2d" else 4
+        return sum(0 if n == 1 else 2 if n % ring == 0 else 1 for n in self.grid)
+
+    def all_reduce_seconds(self, num_bytes: float, devices: int | None = None) -> float:
+        """Least time to sum an array of num_bytes over this many devices: each chip sends 2 (n - 1) / n of it.
+
+        Devices of one chip share its links; what they say to each other is taken as free.
+        """
+        chips = -(-(devices or self.num_devices) // self.chip.devices_per_chip)
+        if chips <= 1:
+            return 0.0
+        return 2 * (chips - 1) / chips * num_bytes / (self.links * self.chip.link_bytes_per_s)
+
+
+def parse(name: str) -> Topology:
+    """ "v6e-4" is four chips. Raises NoSuchTopology, saying which names there are."""
+    match = re.fullmatch(r"(\w+)-(\d+)", name)
+    chip = CHIPS.get(match[1]) if match else None
+    if match is None or chip is None:
+        raise NoSuchTopology(f"{name} is no topology; write cpu, gpu, or a kind and a number of chips: {_names()}")
+    grid = _GRIDS[chip.grid].get(int(match[2]))
+    if grid is None:
+        raise NoSuchTopology(f"{name}: there are {match[1]} in {', '.join(map(str, _GRIDS[chip.grid]))} chips")
+    return Topology(name, chip, grid)
+
+
+def larger(topology: Topology) -> list[Topology]:
+    """The topologies of the same chip with more of them, smallest first."""
+    kind = topology.name.partition("-")[0]
+    return [parse(f"{kind}-{n}") for n in _GRIDS[topology.chip.grid] if n > topology.num_chips]
+
+
+def tpu_devices(topology: Topology) -> list[jax.Device]:
+    """Devices that programs can be compiled for, but not run on. Needs libtpu and set_tpu_environment().
+
+    Raises NoSuchTopology without libtpu, or for a kind that it does not compile for.
+    """
+    if topology.chip.platform != "tpu":
+        raise NoSuchTopology(f"{topology.name}: compiling for a GPU needs that GPU; --plan needs none")
+    if importlib.util.find_spec("libtpu") is None:
+        raise NoSuchTopology(
+            f'{topology.name}: compiling for a TPU needs libtpu; `pip install "sgl-jax[tpu]"`, or use --plan'
+        )
+    from jax.experimental import topologies
+
+    kind = topology.name.partition("-")[0]
+    name = f"{_LIBTPU_NAMES[kind]}:{'x'.join(map(str, topology.grid))}"
+    # libtpu thinks in hosts of 2x2 chips; fewer must be said.
+    bounds = {"chips_per_host_bounds": (*topology.grid, 1)[:3]} if topology.num_chips < 4 else {}
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
+    except jax.errors.JaxRuntimeError as error:
+        raise NoSuchTopology(f"{topology.name}: libtpu has no {name}: {error}") from error
+    return list(np.array(found.devices).flat)
+
+
+def set_tpu_environment() -> None:
+    """Lets libtpu load where there is no TPU, quietly, and beside other processes that do the same. To be called before
+    jax looks for devices, by a process that compiles for TPUs and never runs on one."""
+    os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
+    os.environ["TPU_ACCELERATOR_TYPE"] = "v6e-4"
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
+
+
+def _names() -> str:
+    return ", ".join(f"{kind}-N" for kind in CHIPS)

@@ -1,0 +1,53 @@
+"""JAX's profiler, for the engine: which parts of a step are named on the host, and where a recording goes.
+
+Names of device operations come from jax.named_scope in step.py and models/decoder.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import jax
+
+_NOTHING = contextlib.nullcontext()
+_recording = jax.profiler.TraceAnnotation.is_enabled  # by us or by somebody else in this process
+
+
+class JaxTracer:
+    """engine.profiling.Tracer. JAX records one profile of a process at a time, whoever started it."""
+
+    def __init__(self) -> None:
+        self._session = Path()
+
+    def step(self, number: int) -> AbstractContextManager[object]:
+        return jax.profiler.StepTraceAnnotation("step", step_num=number) if _recording() else _NOTHING
+
+    def stage(self, name: str) -> AbstractContextManager[object]:
+        return jax.profiler.TraceAnnotation(name) if _recording() else _NOTHING
+
+    def start(self, folder: str | None, host_level: int | None, python_level: int | None) -> str:
+        if folder is None:
+            folder = tempfile.mkdtemp(prefix="sgl-jax-profile-")
+        folder = os.path.abspath(folder)
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass  # it can be written: better known now than when the steps have been recorded
+        options = jax.profiler.ProfileOptions()
+        # Python's own calls are many and slow everything down; the stages tell most of what they would.
+        options.python_tracer_level = 0 if python_level is None else python_level
+        if host_level is not None:
+            options.host_tracer_level = host_level
+        # JAX names sessions by the second, and would write two of one second over each other.
+        options.session_id = f"{time.strftime('%Y_%m_%d_%H_%M_%S')}_{time.time_ns() % 10**9:09}"
+        jax.profiler.start_trace(folder, profiler_options=options)
+        self._session = Path(folder, "plugins", "profile", options.session_id)
+        return folder
+
+    def stop(self) -> list[str]:
+        jax.profiler.stop_trace()
+        return sorted(str(path) for path in self._session.iterdir())

@@ -1,0 +1,47 @@
+"""A tracer that keeps what it is told, and writes nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+
+UNWRITABLE = "/unwritable"  # as if nothing could be written there
+FULL = "/full"  # as if the disk were full when the profile ends
+DEFAULT = "/tmp/fake-profile"
+
+
+class FakeTracer:
+    """engine.profiling.Tracer. `spans` are the names entered while it recorded, a step as "step 7"."""
+
+    def __init__(self) -> None:
+        self.spans: list[str] = []
+        self.options: tuple[int | None, int | None] | None = None
+        self.num_stopped = 0
+        self._folder: str | None = None
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        if self._folder is not None:
+            self.spans.append(name)
+        yield
+
+    def step(self, number: int) -> contextlib.AbstractContextManager[None]:
+        return self.stage(f"step {number}")
+
+    def start(self, folder: str | None, host_level: int | None, python_level: int | None) -> str:
+        if folder == UNWRITABLE:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), folder)
+        if self._folder is not None:
+            raise RuntimeError("another profile runs")
+        self._folder = folder or DEFAULT
+        self.options = host_level, python_level
+        return self._folder
+
+    def stop(self) -> list[str]:
+        folder, self._folder = self._folder, None
+        self.num_stopped += 1
+        if folder == FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return [f"{folder}/fake.xplane.pb"]

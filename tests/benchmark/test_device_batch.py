@@ -1,0 +1,353 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from sgl_jax import bench_one_batch
+from sgl_jax.benchmark.device_batch import DeviceBatch, Shape
+from sgl_jax.benchmark.device_batch_arguments import parse
+from sgl_jax.benchmark.device_batch_main import run
+from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.engine.core import Core
+from sgl_jax.runtime.machine_limits import NotMeasured
+from sgl_jax.testing.fake_runner import FakeFlight, FakeRates, FakeRunner, FakeTokens, continuation
+from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+from simulated import make_core, make_request
+
+ROWS, CONTEXT, PAGE_SIZE, PAGES, CHUNK = 4, 64, 4, 40, 8
+
+
+class ScriptedRunner(FakeRunner):
+    """Its clock stands still, but for `seconds` that pass while the next step's tokens are waited for."""
+
+    def __init__(self, page_size: int = PAGE_SIZE, seconds: Sequence[float] = ()):
+        super().__init__(num_rows=ROWS, num_pages=PAGES + 1, page_size=page_size, context_length=CONTEXT)
+        self.now = 100.0
+        self.seconds = iter(seconds)
+        self.rates: FakeRates | None = FakeRates(20e9, 5e11)
+
+    def collect(self, flight: FakeFlight) -> FakeTokens:
+        self.now += next(self.seconds, 0.0)
+        return super().collect(flight)
+
+    def measure_limits(self) -> FakeRates:
+        if self.rates is None:
+            raise NotMeasured("the limits cannot be measured: nothing is free")
+        return self.rates
+
+
+def fake_core(runner: ScriptedRunner, **info: object) -> Core:
+    core = make_core(rows=ROWS, context_length=CONTEXT, num_usable_pages=PAGES)
+    known = {
+        "page_size": runner.page_size,
+        "max_running_requests": ROWS,
+        "max_total_tokens": PAGES * runner.page_size,
+        "chunked_prefill_size": CHUNK,
+        "weight_bytes": 1_000_000_000,
+        "kv_bytes_per_token": 1000,
+        "parameters_per_token": 5_000_000_000,
+    }
+    return Core(core.scheduler, runner, msgspec.structs.replace(core.info, **known | info))
+
+
+def no_tokenizer() -> Tokenizer:
+    raise AssertionError("none is needed")
+
+
+def measure(runner: ScriptedRunner, *words: object, tokenizer: Callable[[], Tokenizer] = no_tokenizer, **info) -> int:
+    args, _ = parse(["--model-path", "fake", *map(str, words)])
+    return run(args, fake_core(runner, **info), tokenizer, clock=lambda: runner.now)
+
+
+WARM_UP = [9.0] * 5  # 2 chunks of the prompts, 3 decode steps
+TIMED = [0.125, 0.25, 0.0625, 0.125, 0.25, 0.125]
+SHAPE = ("--batch-size", 2, "--input-len", 6, "--output-len", 5)
+
+
+# --- what is printed and written --------------------------------------------------------------------------------------
+
+
+def test_every_figure_to_the_digit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "out.jsonl"
+    assert measure(ScriptedRunner(seconds=WARM_UP + TIMED), *SHAPE, "--run-name", "r", "--result-filename", path) == 0
+    out = capsys.readouterr()
+    assert out.err == ""
+    assert out.out == (
+        "Batch size: 2, input length: 6, output length: 5\n"
+        "Prefill. latency: 0.37500 s, throughput:     32.00 token/s\n"
+        "Decode 0. Batch size: 2, latency: 0.06250 s, throughput:     32.00 token/s\n"
+        "Decode 1. Batch size: 2, latency: 0.12500 s, throughput:     16.00 token/s\n"
+        "Decode 2. Batch size: 2, latency: 0.25000 s, throughput:      8.00 token/s\n"
+        "Decode 3. Batch size: 2, latency: 0.12500 s, throughput:     16.00 token/s\n"
+        "Decode. median latency: 0.12500 s, median throughput:     16.00 token/s\n"
+        "Total. latency:  0.938 s, throughput:     23.47 token/s\n"  # 2 x (6 + 5) tokens in 0.9375 s
+        "Decode: 40.0% of the memory bandwidth (20.0 GB/s)\n"  # 1e9 + 2 x 8.5 x 1000 bytes in 0.125 s
+        "Prefill: 64.0% of the matmul rate (0.5 TFLOP/s in float32)\n\n"  # 2 x 5e9 x 12 operations in 0.375 s
+    )
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line) == {
+        "run_name": "r",
+        "batch_size": 2,
+        "input_len": 6,
+        "output_len": 5,
+        "prefill_latency": 0.375,
+        "prefill_throughput": 32.0,
+        "median_decode_latency": 0.125,
+        "median_decode_throughput": 16.0,
+        "total_latency": 0.9375,
+        "overall_throughput": 22 / 0.9375,
+        "compiles_after_ready": 0,
+        "model_path": "fake",
+        "dtype": "float32",
+        "device_kind": "none",
+        "num_devices": 1,
+        "machine_limits": {
+            "memory_gb_per_s": 20.0,
+            "matmul_tflop_per_s": 0.5,
+            "dtype": "float32",
+            "device_kind": "none",
+            "num_devices": 1,
+        },
+        "model_cost": {
+            "weight_bytes": 1_000_000_000,
+            "kv_bytes_per_token": 1000,
+            "parameters_per_token": 5_000_000_000,
+        },
+        "decode_bandwidth_share": pytest.approx(1_000_017_000 / 0.125 / 20e9),
+        "prefill_matmul_share": pytest.approx(0.64),
+    }
+
+
+def test_a_single_token_has_no_decode_steps(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "out.jsonl"
+    shape = ("--batch-size", 2, "--input-len", 4, "--output-len", 1)
+    assert measure(ScriptedRunner(seconds=[9.0, 0.5]), *shape, "--result-filename", path) == 0
+    assert capsys.readouterr().out == (
+        "Batch size: 2, input length: 4, output length: 1\n"
+        "Prefill. latency: 0.50000 s, throughput:     16.00 token/s\n"
+        "Total. latency:  0.500 s, throughput:     20.00 token/s\n"
+        "Prefill: 32.0% of the matmul rate (0.5 TFLOP/s in float32)\n\n"
+    )
+    found = json.loads(path.read_text())
+    assert found["median_decode_latency"] is found["decode_bandwidth_share"] is None
+
+
+def test_more_decode_steps_are_printed_on_request(capsys: pytest.CaptureFixture) -> None:
+    shape = ("--batch-size", 1, "--input-len", 4, "--output-len", 14, "--result-filename", "")
+    for more, printed in (((), [0, 1, 2, 3, 4]), (("--log-decode-step", 4), [0, 1, 2, 3, 4, 8, 12])):
+        measure(ScriptedRunner(seconds=[1.0] * 99), *shape, *more)
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split(".")[0] for line in lines if line.startswith("Decode ")] == [f"Decode {i}" for i in printed]
+
+
+def test_every_combination_is_measured_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    words = ("--batch-size", 1, 3, "--input-len", 5, 9, "--output-len", 2, 3, "--result-filename", path)
+    assert measure(ScriptedRunner(seconds=[1.0] * 999), *words) == 0
+    found = [json.loads(line) for line in path.read_text().splitlines()]
+    shapes = [(each["batch_size"], each["input_len"], each["output_len"]) for each in found]
+    assert shapes == [(b, i, o) for b in (1, 3) for i in (5, 9) for o in (2, 3)]
+
+
+def test_without_limits_there_are_no_shares_and_the_reason_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    runner, path = ScriptedRunner(seconds=WARM_UP + TIMED), tmp_path / "out.jsonl"
+    runner.rates = None
+    assert measure(runner, *SHAPE, "--result-filename", path) == 0
+    out = capsys.readouterr()
+    assert out.err == "bench_one_batch: the limits cannot be measured: nothing is free\n"
+    assert "%" not in out.out
+    found = json.loads(path.read_text())
+    assert found["machine_limits"] is found["decode_bandwidth_share"] is found["prefill_matmul_share"] is None
+
+
+def test_a_compile_while_timing_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    runner, path = ScriptedRunner(seconds=[1.0] * 99), tmp_path / "out.jsonl"
+    runner.compiles_after_ready = 2
+    assert measure(runner, *SHAPE, "--result-filename", path) == 1
+    assert "2 programs were compiled while it was timed" in capsys.readouterr().err
+    assert json.loads(path.read_text())["compiles_after_ready"] == 2
+
+
+# --- what is computed -------------------------------------------------------------------------------------------------
+
+
+def expected(prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    requests = (make_request(i, prompt, temperature=0.0) for i, prompt in enumerate(prompts))
+    return [continuation(request, num_tokens, 512) for request in requests]
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 16])
+@pytest.mark.parametrize("chunk", [1, 5, 64])
+@pytest.mark.parametrize("cut", [None, 1, 4])
+def test_tokens_are_right_for_all_pages_and_chunks(page_size: int, chunk: int, cut: int | None) -> None:
+    runner = ScriptedRunner(page_size)
+    info = fake_core(runner, chunked_prefill_size=chunk).info
+    prompts = [[7, 8, 9, 10, 11, 12, 13], [5], [21, 22, 23, 24]]
+    batch = DeviceBatch(runner, info, prompts, output_len=6)
+    if cut is not None:
+        batch.prefill(cut)
+    batch.prefill()
+    for _ in range(5):
+        batch.decode()
+    assert batch.outputs() == expected(prompts, 6)
+    assert max(plan.num_tokens for plan in runner.plans) <= max(chunk, 3)
+
+
+def test_a_batch_may_fill_the_pool_to_the_last_page() -> None:
+    runner = ScriptedRunner()
+    shape = Shape(ROWS, 30, 10)  # 4 rows of 10 pages
+    info = fake_core(runner).info
+    shape.check_fits(info)
+    prompts = [[i] * 30 for i in range(3, 3 + ROWS)]
+    batch = DeviceBatch(runner, info, prompts, 10)
+    batch.prefill()
+    for _ in range(9):
+        batch.decode()
+    assert batch.outputs() == expected(prompts, 10)
+
+
+def test_drawn_prompts_have_the_length_and_differ(tmp_path: Path) -> None:
+    runner = ScriptedRunner(seconds=[1.0] * 99)
+    measure(runner, "--batch-size", 3, "--input-len", 9, "--output-len", 2, "--result-filename", "")
+    timed = [plan for plan in runner.plans if not plan.from_device.any()][4:]  # 27 tokens in chunks of 8
+    prompts: dict[int, list[int]] = {}
+    for plan in timed:
+        ends = np.cumsum(plan.num_new)
+        for row, end, n in zip(plan.rows.tolist(), ends.tolist(), plan.num_new.tolist(), strict=True):
+            prompts.setdefault(row, []).extend(plan.tokens[end - n : end].tolist())
+    assert [len(prompts[row]) for row in range(3)] == [9, 9, 9]
+    assert len({tuple(prompt) for prompt in prompts.values()}) == 3
+
+
+def test_prompts_of_a_file_are_cut_and_repeated(tmp_path: Path, stories260k: Path) -> None:
+    tokenizer = load_tokenizer(str(stories260k))
+    path = tmp_path / "prompts.txt"
+    path.write_text("Once upon a time\n\nthere was a cat\n")
+    first, second = tokenizer.encode("Once upon a time"), tokenizer.encode("there was a cat")
+    length = len(first) + 2
+    runner = ScriptedRunner(seconds=[1.0] * 99)
+    words = ("--batch-size", 3, "--input-len", length, "--output-len", 1, "--prompt-filename", path)
+    measure(runner, *words, "--result-filename", "", tokenizer=lambda: tokenizer, chunked_prefill_size=64)
+    timed = runner.plans[1]
+    assert timed.tokens.reshape(3, length).tolist() == [
+        first + second[:2],
+        (second + first)[:length],
+        first + second[:2],
+    ]
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("--batch-size", 1, 5, "--input-len", 9),
+            "--batch-size is 5; 4 requests can run at once, raise --max-running-requests",
+        ),
+        (
+            ("--input-len", 60, "--output-len", 5),
+            "--input-len 60 and --output-len 5 make 65 tokens; a request may hold 64, raise --context-length",
+        ),
+        (
+            ("--batch-size", 4, "--input-len", 36, "--output-len", 8),
+            "4 requests of 44 tokens need 44 pages of 4 tokens; the KV pool has 40, raise --max-total-tokens",
+        ),
+    ],
+)
+def test_a_batch_that_does_not_fit_names_the_limit_before_anything_runs(words: tuple, said: str) -> None:
+    runner = ScriptedRunner()
+    with pytest.raises(BenchmarkError, match=said):
+        measure(runner, *words)
+    assert runner.plans == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--batch-size", "1", "0"), "--batch-size is 0; it must be at least 1"),
+        (("--log-decode-step", "-1"), "--log-decode-step is -1; it must be 0 or more"),
+        (("--cut-len", "4"), "--cut-len is 4; it must be at least 1, beside --correctness-test"),
+        (("--correct", "--input-len", "4"), "--input-len is for timed batches, --correctness-test has none"),
+        (("--correct", "--output-len", "4", "5"), "--output-len takes one number beside --correctness-test"),
+        (("--profile-filename-prefix", "x"), "--profile-filename-prefix needs --profile"),
+        (("--page-size", "3"), "--page-size is 3; it must be a power of two"),
+        (("--pages-size", "4"), "--pages-size is not a flag, did you mean --page-size?"),
+    ],
+)
+def test_flags_that_cannot_be_honoured_are_named(words: tuple, said: str, capsys: pytest.CaptureFixture) -> None:
+    assert bench_one_batch.main(["--model-path", "m", *words]) == 2
+    assert f"bench_one_batch: error: {said}" in capsys.readouterr().err
+
+
+def test_help_loads_no_jax() -> None:
+    check = (
+        "import sys\nfrom sgl_jax.bench_one_batch import main\n"
+        "try: main(['--help'])\nexcept SystemExit: print({'jax', 'numpy'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines()[0] == "usage: python -m sgl_jax.bench_one_batch --model-path PATH [flags]"
+    assert result.stdout.splitlines()[-1] == "set()"
+
+
+# --- the real thing ---------------------------------------------------------------------------------------------------
+
+type Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="module")
+def command(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
+    """The command on a model of two step programs, compiled once."""
+    compiled = tmp_path_factory.mktemp("compiled")
+    flags = ["--model-path", stories260k, "--compilation-cache-dir", compiled, "--device", "cpu"]
+    flags += ["--page-size", 16, "--max-running-requests", 4, "--chunked-prefill-size", 4, "--max-total-tokens", 2048]
+
+    def call(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
+        argv = [sys.executable, "-m", "sgl_jax.bench_one_batch", *map(str, flags), *map(str, words)]
+        return subprocess.run(argv, capture_output=True, text=True, timeout=240, check=False, cwd=folder)
+
+    return call
+
+
+def test_the_correctness_test_prints_the_tokens_of_transformers(command: Command, golden: Path, tmp_path: Path) -> None:
+    cases = json.loads((golden / "stories260k.json").read_text())["cases"]
+    cases = [case for case in cases if case["prompt"] and "\n" not in case["prompt"]]
+    assert cases
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(case["prompt"] for case in cases * 3))  # more than run at once
+    result = command(tmp_path, "--correct", "--cut-len", 2, "--output-len", 40, "--prompt-filename", path)
+    assert result.returncode == 0, result.stderr
+    blocks = result.stdout.split("========== Prompt ")[1:]
+    assert len(blocks) == len(cases) * 3
+    for i, block in enumerate(blocks):
+        case = cases[i % len(cases)]
+        head, inputs, outputs, text = block.rstrip().split("\n", 3)
+        assert head == f"{i} =========="
+        assert inputs == f"input ids: {case['prompt_ids']}"
+        assert outputs == f"output ids: {case['output_ids_200_greedy'][:40]}"
+        assert text.startswith(case["prompt"])
+
+
+def test_the_command_measures_a_real_model(command: Command, tmp_path: Path) -> None:
+    shape = ("--batch-size", 1, 4, "--input-len", 32, "--output-len", 8)
+    result = command(tmp_path, *shape, "--profile", "--port", 1234)
+    assert result.returncode == 0, result.stderr
+    assert "--port has no effect" in result.stderr
+    assert result.stdout.count("Prefill. latency: ") == result.stdout.count("Decode. median latency: ") == 2
+    found = [json.loads(line) for line in (tmp_path / "result.jsonl").read_text().splitlines()]
+    assert [(each["batch_size"], each["compiles_after_ready"]) for each in found] == [(1, 0), (4, 0)]
+    for each in found:
+        assert each["decode_bandwidth_share"] > 0 < each["prefill_matmul_share"]
+        assert each["total_latency"] > each["prefill_latency"] > 0
+    for batch_size in (1, 4):
+        assert list((tmp_path / f"profile_batch{batch_size}_input32_output8").rglob("*.xplane.pb"))

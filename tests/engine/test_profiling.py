@@ -1,0 +1,202 @@
+"""A profile's life: started, stopped, ended after so many complete steps, refused; and the stages of a step."""
+
+from __future__ import annotations
+
+import pytest
+
+from sgl_jax.engine.core import Core
+from sgl_jax.engine.messages import (
+    Abort,
+    Generate,
+    GetProfile,
+    ProfileAnswer,
+    ProfileStatus,
+    Refused,
+    StartProfile,
+    StopProfile,
+)
+from sgl_jax.engine.profiling import Profiler
+from sgl_jax.request import SamplingParams
+from sgl_jax.testing.fake_runner import FakeRunner
+from sgl_jax.testing.fake_tracer import DEFAULT, FULL, UNWRITABLE, FakeTracer
+from simulated import make_core
+
+
+@pytest.fixture
+def tracer() -> FakeTracer:
+    return FakeTracer()
+
+
+@pytest.fixture
+def profiler(tracer: FakeTracer) -> Profiler:
+    return Profiler(tracer)
+
+
+def ask(profiler: Profiler, command: StartProfile | StopProfile | GetProfile) -> ProfileStatus:
+    answer = profiler.handle(command)
+    assert isinstance(answer, ProfileAnswer)
+    assert answer.call == command.call
+    return answer.status
+
+
+def refusal(profiler: Profiler, command: StartProfile | StopProfile) -> tuple[str, str]:
+    answer = profiler.handle(command)
+    assert isinstance(answer, Refused)
+    assert answer.call == command.call
+    return answer.message, answer.param
+
+
+def run_steps(profiler: Profiler, n: int) -> None:
+    for _ in range(n):
+        profiler.launched()
+        profiler.collected()
+
+
+def test_from_start_to_stop(profiler: Profiler, tracer: FakeTracer) -> None:
+    assert ask(profiler, GetProfile(1)) == ProfileStatus()
+    started = ask(profiler, StartProfile(2, "/traces", None, 3, 1))
+    assert (started.running, started.output_dir, started.files) == (True, "/traces", [])
+    assert started.started_at > 1.7e9
+    assert tracer.options == (3, 1)
+    run_steps(profiler, 4)
+    assert ask(profiler, GetProfile(3)).steps_done == 4
+    stopped = ask(profiler, StopProfile(4))
+    assert (stopped.running, stopped.steps_done, stopped.files) == (False, 4, ["/traces/fake.xplane.pb"])
+    run_steps(profiler, 1)
+    assert ask(profiler, GetProfile(5)) == stopped
+
+
+def test_so_many_complete_steps_and_no_more(profiler: Profiler, tracer: FakeTracer) -> None:
+    profiler.launched()  # in flight already when the profile starts: not wholly in it
+    ask(profiler, StartProfile(1, num_steps=2))
+    for _ in range(2):
+        profiler.launched()
+        profiler.collected()
+        assert ask(profiler, GetProfile(1)).running
+    profiler.launched()
+    profiler.collected()
+    ended = ask(profiler, GetProfile(1))
+    assert (ended.running, ended.steps_done, ended.num_steps, tracer.num_stopped) == (False, 2, 2, 1)
+    assert ended.files == [f"{DEFAULT}/fake.xplane.pb"]
+    ask(profiler, StartProfile(2))
+    assert ask(profiler, GetProfile(2)).steps_done == 0
+
+
+def test_one_at_a_time(profiler: Profiler) -> None:
+    ask(profiler, StartProfile(1, "/traces"))
+    run_steps(profiler, 3)
+    message, param = refusal(profiler, StartProfile(2))
+    assert message.startswith("a profile is running since ")
+    assert message.endswith(" and has 3 steps in /traces; stop it first")
+    assert param == ""
+    assert ask(profiler, StopProfile(3)).steps_done == 3
+
+
+def test_stopping_what_does_not_run(profiler: Profiler) -> None:
+    assert refusal(profiler, StopProfile(1)) == ("no profile is running", "")
+    ask(profiler, StartProfile(2, "/traces", num_steps=1))
+    run_steps(profiler, 1)
+    message, _ = refusal(profiler, StopProfile(3))
+    assert message.startswith("no profile is running; the last one was started at ")
+    assert message.endswith(" and has 1 steps in /traces")
+
+
+def test_a_folder_that_cannot_be_written(tracer: FakeTracer) -> None:
+    message, param = refusal(Profiler(tracer), StartProfile(1, UNWRITABLE))
+    assert message == "output_dir is /unwritable, where nothing can be written: Permission denied"
+    assert param == "output_dir"
+    message, _ = refusal(Profiler(tracer, default_folder=UNWRITABLE), StartProfile(1))
+    assert message.startswith("no output_dir is given, and --profiler-dir is /unwritable, where nothing")
+
+
+def test_the_request_s_folder_then_the_flag_s_then_a_new_one(tracer: FakeTracer) -> None:
+    profiler = Profiler(tracer, default_folder="/default")
+    folders = []
+    for command in (StartProfile(1, "/asked"), StartProfile(1)):
+        folders.append(ask(profiler, command).output_dir)
+        profiler.close()
+    folders.append(ask(Profiler(tracer), StartProfile(1)).output_dir)
+    assert folders == ["/asked", "/default", DEFAULT]
+
+
+def test_a_recording_that_somebody_else_started(tracer: FakeTracer) -> None:
+    tracer.start(None, None, None)
+    assert refusal(Profiler(tracer), StartProfile(1)) == ("the profile could not be started: another profile runs", "")
+
+
+@pytest.mark.parametrize("num_steps", [None, 1])
+def test_a_profile_that_cannot_be_written_ends_all_the_same(profiler: Profiler, num_steps: int | None) -> None:
+    ask(profiler, StartProfile(1, FULL, num_steps))
+    error = f"the profile could not be written to {FULL}: [Errno 28] No space left on device"
+    run_steps(profiler, 1)
+    if num_steps is None:
+        assert refusal(profiler, StopProfile(2)) == (error, "")
+    status = ask(profiler, GetProfile(3))
+    assert (status.running, status.error, status.files) == (False, error, [])
+    assert ask(profiler, StartProfile(4)).error == ""
+
+
+def test_closing_writes_what_runs(profiler: Profiler, tracer: FakeTracer) -> None:
+    profiler.close()
+    assert tracer.num_stopped == 0
+    ask(profiler, StartProfile(1))
+    profiler.close()
+    assert tracer.num_stopped == 1
+    assert ask(profiler, GetProfile(2)).files
+
+
+def traced_core(overlap: bool) -> tuple[Core, FakeTracer]:
+    core = make_core(overlap=overlap)
+    runner = core.runner
+    assert isinstance(runner, FakeRunner)
+    return core, runner.tracer
+
+
+STEP = ["plan", "dispatch"]
+TAKE = ["collect", "process"]
+
+
+def test_stages_of_a_step() -> None:
+    core, tracer = traced_core(overlap=False)
+    core.handle(StartProfile(1, num_steps=2))
+    core.handle(Generate(1, [5, 6], SamplingParams(max_tokens=3)))
+    while core.busy:
+        core.step()
+    assert tracer.spans == ["step 0", *STEP, *TAKE, "step 1", *STEP, *TAKE]
+
+
+def test_with_overlap_a_profile_ends_when_its_last_step_is_complete() -> None:
+    core, tracer = traced_core(overlap=True)
+    core.handle(StartProfile(1, num_steps=2))
+    core.handle(Generate(1, [5, 6], SamplingParams(max_tokens=5)))
+    while core.busy:
+        core.step()
+    assert tracer.spans == ["step 0", *STEP, "step 1", *STEP, *TAKE, "step 2", *STEP, *TAKE]
+
+
+def test_a_running_profile_changes_no_token() -> None:
+    tokens = []
+    for profiled in (False, True):
+        core, _ = traced_core(overlap=True)
+        if profiled:
+            core.handle(StartProfile(1))
+        core.handle(Generate(1, [5, 6], SamplingParams(max_tokens=9, ignore_eos=True)))
+        found: list[int] = []
+        while core.busy:
+            for event in core.step():
+                found += getattr(event, "tokens", [])
+        tokens.append(found)
+    assert tokens[0] == tokens[1]
+    assert len(tokens[0]) == 9
+
+
+def test_answers_come_while_requests_run_and_after_an_abort() -> None:
+    core, _ = traced_core(overlap=True)
+    core.handle(Generate(1, [5, 6], SamplingParams(max_tokens=30, ignore_eos=True)))
+    core.handle(StartProfile(7))
+    assert isinstance(core.step()[0], ProfileAnswer)
+    core.handle(Abort([1]))
+    core.handle(StopProfile(8))
+    answers = [event for event in core.step() if isinstance(event, ProfileAnswer)]
+    assert [answer.call for answer in answers] == [8]
+    core.close()

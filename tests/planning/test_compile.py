@@ -1,0 +1,140 @@
+"""The command, as it is run; and that what it compiles for this machine is what a launch then finds in the cache."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+
+from sgl_jax import compile as command
+from sgl_jax.planning.programs import ProgramFacts
+from sgl_jax.runtime import topology
+
+SMALL = ["--dtype", "float32", "--max-running-requests", "2", "--chunked-prefill-size", "4", "--max-total-tokens", "64"]
+
+
+@pytest.fixture(autouse=True)
+def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The command sets up logging, the environment and jax for its process, which here is everyone's."""
+    platforms = jax.config.jax_platforms
+    monkeypatch.setattr(command.log, "setup", lambda level: None)
+    monkeypatch.setattr(topology, "set_tpu_environment", lambda: None)
+    yield
+    jax.config.update("jax_platforms", platforms)
+
+
+def run(*argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *argv], capture_output=True, text=True, timeout=280, check=False)
+
+
+def plan(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    code = command.main([*argv, "--plan"])
+    return code, *capsys.readouterr()
+
+
+def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path, tmp_path: Path) -> None:
+    flags = ["--model-path", str(stories260k), "--compilation-cache-dir", str(tmp_path), *SMALL]
+    first = run("-m", "sgl_jax.launch_server", "--compile-only", *flags)
+    assert first.returncode == 0, first.stderr
+    lines = re.findall(r"\[\d/\d\] (.*) \d+\.\d s \((.*)\)$", first.stderr, re.MULTILINE)
+    assert sorted(lines) == [
+        *[("load bias", "cache miss"), ("load counts", "cache miss"), ("load pages", "cache miss")],
+        *[("tokens=1 rows=1", "cache miss"), ("tokens=2 rows=2", "cache miss"), ("tokens=4 rows=2", "cache miss")],
+    ]
+    assert re.search(r"6 programs in \d+\.\d s, 0 of them from the cache", first.stderr)
+
+    launch = (
+        "import sys; from sgl_jax.observability import log; from sgl_jax.server_args import ServerArgs; "
+        "from sgl_jax.engine.startup import build_core; log.setup(); build_core(ServerArgs.from_cli(sys.argv[1:]))"
+    )
+    second = run("-c", launch, *flags)
+    assert second.returncode == 0, second.stderr
+    assert re.findall(r"\((cache \w+)\)$", second.stderr, re.MULTILINE) == ["cache hit"] * 6
+
+    again = run("-m", "sgl_jax.compile", "--topology", "cpu", "--json", "-", *flags)
+    assert again.returncode == 0, again.stderr
+    found = json.loads(again.stdout)
+    assert [program["cache_hit"] for program in found["programs"]] == [True] * 6
+    assert [program["name"] for program in found["programs"][:3]] == [step["program"] for step in found["steps"]]
+    assert found["compile_seconds"] > 0
+
+
+def test_the_plan_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = plan(capsys, "--topology", "v6e-4", "--model-path", "Qwen/Qwen3-8B")
+    assert code == 0
+    assert "Qwen3ForCausalLM, 8.19 billion parameters (Qwen3-8B, bundled)" in out
+    assert "v6e-4: 4 chips, 4 x TPU v6e, 31.2 GiB each" in out
+    assert re.search(r"KV holds +688,4\d\d tokens: 16\.8 full contexts of 40,960", out)
+    assert re.search(r"^ 256 +256 +decode .* memory +31,\d\d\d", out, re.MULTILINE)
+
+
+def test_the_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    args = ("--topology", "v6e-4", "--model-path", "Qwen3-8B", "--context", "2048", "--json")
+    code, out, _ = plan(capsys, *args, "-")
+    assert code == 0
+    found = json.loads(out)
+    plan(capsys, *args, str(file))
+    assert json.loads(file.read_text()) == found
+    assert (found["parameters"], found["num_devices"], found["counted_context"]) == (8_190_735_360, 4, 2048)
+    assert (found["programs"], found["compile_seconds"]) == (None, None)
+    step = found["steps"][0]
+    times = {limit: step[f"{limit}_seconds"] for limit in ("compute", "memory", "links")}
+    assert step["least_seconds"] == max(times.values()) == times[step["limit"]]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "says"),
+    [
+        (["--topology", "v6e-4", "--model-path", "Llama-3.1-70B"], 1, r"does not fit: .*\nv6e-8 \(8 chips"),
+        (["--topology", "v6e-5", "--model-path", "Qwen3-8B"], 2, "v6e-5: there are v6e in 1, 2, 4"),
+        (["--topology", "v6e-4", "--model-path", "./none"], 2, r"\./none does not exist"),
+        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--page-size", "3"], 2, "--page-size is 3"),
+        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--context", "0"], 2, "--context is 0"),
+        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--contxt", "9"], 2, "--contxt is not a flag"),
+        (["--model-path", "Qwen3-8B"], 2, "--topology"),
+    ],
+)
+def test_mistakes_are_one_line_and_an_exit_code(
+    capsys: pytest.CaptureFixture[str], argv: list[str], code: int, says: str
+) -> None:
+    got, out, err = plan(capsys, *argv)
+    assert (got, out) == (code, "")
+    assert re.search(says, err)
+    assert "Traceback" not in err
+
+
+def test_compiling_for_a_gpu_that_is_not_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--topology", "h200-1", "--model-path", "Qwen3-0.6B"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", "compile: error: h200-1: compiling for a GPU needs that GPU; --plan needs none\n")
+    assert plan(capsys, "--topology", "h200-1", "--model-path", "Qwen3-0.6B")[0] == 0
+
+
+def test_programs_that_leave_no_room_are_told_the_fraction_that_does() -> None:
+    from sgl_jax.planning.model import find_model
+    from sgl_jax.planning.plan import make_plan
+    from sgl_jax.planning.report import overflow
+    from sgl_jax.planning.target import find_target
+    from sgl_jax.server_args import ServerArgs
+
+    def facts(code: int, temp: int) -> ProgramFacts:
+        return ProgramFacts("p", 1.0, False, code, temp, 0, 2, 0)
+
+    def planned(**flags):
+        args = ServerArgs(model_path="Qwen3-8B", **flags)
+        return make_plan(args, find_model("Qwen3-8B"), find_target("v6e-4", 1), 1024)
+
+    heavy = [facts(10**9, 2 * 10**9), facts(10**9, 3 * 10**9)]  # 5 GB: all code, and one program's temporaries
+    assert overflow(planned(), [facts(10**7, 10**8)]) is None
+    said = overflow(planned(), heavy)
+    assert said is not None
+    fraction = re.search(r"--mem-fraction-static (0\.\d+) makes room", said)
+    assert fraction is not None
+    assert overflow(planned(mem_fraction_static=float(fraction[1]) - 0.005), heavy) is None

@@ -1,0 +1,75 @@
+"""The arithmetic of a step, against formulas written out by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from sgl_jax.planning.cost import Rates, StepCost, step_cost
+from sgl_jax.planning.model import find_model
+from sgl_jax.runtime.buckets import Bucket
+
+QWEN3_8B = find_model("Qwen3-8B").config
+
+
+def test_a_decode_step_of_qwen3_8b_on_four_devices() -> None:
+    cost = step_cost(QWEN3_8B, 4, 2, Bucket(256, 256), 1024)
+    # Per device: 36 layers of q 1024, k 256, v 256 out of 4096; o 1024 in; gate and up 3072 out, down 3072 in.
+    layer = 4096 * (1024 + 256 + 256) + 1024 * 4096 + 3 * 4096 * 3072
+    head = 151936 // 4 * 4096
+    attention = 4 * 8 * 128 * 36 * 256 * 1024  # two products of 8 heads with 1024 keys of 128
+    assert cost.flops == 2 * 256 * (36 * layer + head) + attention
+    norms = 36 * (2 * 4096 + 2 * 128)
+    token_kv = 36 * 2 * 2 * 128  # 2 KV heads
+    assert cost.memory_bytes == 2 * (36 * layer + norms + head + 256 * 4096 + token_kv * 256 * (1024 + 1))
+    assert cost.reduced_bytes == (2 * 36 + 1) * 256 * 4096 * 2
+
+
+def test_a_prompt_step_has_whole_prompts_or_the_end_of_one() -> None:
+    whole = step_cost(QWEN3_8B, 1, 2, Bucket(2048, 256), 1024)  # two prompts
+    end = step_cost(QWEN3_8B, 1, 2, Bucket(512, 256), 1024)  # tokens 512 to 1023 of one
+    layer = 4096 * (32 + 16) * 128 + 4096 * 4096 + 3 * 4096 * 12288
+    head = 151936 * 4096
+    per_key = 4 * 32 * 128 * 36
+    assert whole.flops == 2 * (2048 * 36 * layer + 256 * head) + per_key * 2 * sum(range(1, 1025))
+    assert end.flops == 2 * (512 * 36 * layer + 256 * head) + per_key * sum(range(513, 1025))
+    token_kv = 36 * 2 * 8 * 128
+    weights = 36 * (layer + 2 * 4096 + 2 * 128) + head
+    assert whole.memory_bytes == 2 * (weights + 2048 * 4096 + token_kv * (2048 + 2048))
+    assert end.memory_bytes == 2 * (weights + 512 * 4096 + token_kv * (1024 + 512))
+    assert whole.reduced_bytes == 0  # one device
+
+
+def test_a_window_limits_the_keys_and_the_kv_read() -> None:
+    windows = tuple(256 if layer % 2 else None for layer in range(36))
+    mixed = dataclasses.replace(QWEN3_8B, sliding_windows=windows)
+    token_kv = 2 * 8 * 128 * 2
+    full = step_cost(QWEN3_8B, 1, 2, Bucket(8, 8), 1024)
+    half = step_cost(mixed, 1, 2, Bucket(8, 8), 1024)
+    assert full.memory_bytes - half.memory_bytes == token_kv * 18 * 8 * (1024 - 256)
+    assert full.flops - half.flops == 4 * 32 * 128 * 18 * 8 * (1024 - 256)
+    prompt = step_cost(mixed, 1, 2, Bucket(1024, 256), 1024)
+    whole = step_cost(QWEN3_8B, 1, 2, Bucket(1024, 256), 1024)
+    seen = sum(min(position + 1, 256) for position in range(1024))
+    assert whole.flops - prompt.flops == 4 * 32 * 128 * 18 * (sum(range(1, 1025)) - seen)
+
+
+def test_kv_heads_that_devices_share_are_held_by_each() -> None:
+    of_8, of_16 = (step_cost(QWEN3_8B, n, 2, Bucket(64, 64), 1000) for n in (8, 16))
+    kv_read = 36 * 2 * 128 * 64 * 1000 * 2  # one KV head per device, in both
+    assert of_16.memory_bytes > of_8.memory_bytes / 2 + kv_read / 2
+
+
+@pytest.mark.parametrize(
+    ("cost", "limit", "seconds"),
+    [(StepCost(10, 1, 1), "compute", 10), (StepCost(1, 10, 1), "memory", 5), (StepCost(1, 1, 100), "links", 25)],
+)
+def test_the_slowest_resource_is_the_limit(cost: StepCost, limit: str, seconds: float) -> None:
+    bound = cost.bound(Rates(flops=1, bytes_per_s=2, all_reduce_bytes_per_s=4))
+    assert (bound.limit, bound.seconds) == (limit, seconds)
+
+
+def test_one_device_waits_for_no_other() -> None:
+    assert StepCost(1, 1, 0).bound(Rates(1, 1, math.inf)).links_s == 0

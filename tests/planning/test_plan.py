@@ -1,0 +1,121 @@
+"""What fits where, and what to change when it does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.planning.model import PlannedModel, bundled, find_model
+from sgl_jax.planning.plan import Misfit, Plan, make_plan
+from sgl_jax.planning.target import find_target
+from sgl_jax.runtime.topology import NoSuchTopology
+from sgl_jax.server_args import ServerArgs
+
+GIB = 1 << 30
+
+
+def plan(model: str | PlannedModel, topology: str, context: int = 1024, **flags) -> Plan:
+    args = ServerArgs(model_path=model if isinstance(model, str) else "model", **flags)
+    found = find_model(model) if isinstance(model, str) else model
+    return make_plan(args, found, find_target(topology, args.tp_size), context)
+
+
+def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
+    found = plan("Qwen3-8B", "v6e-4")
+    assert found.parameters == 8_190_735_360
+    weights = 2 * (2 * 151936 * 4096 + 36 * (4096 * 48 * 128 + 4096 * 4096 + 3 * 4096 * 12288)) // 4
+    norms = 2 * (36 * (2 * 4096 + 2 * 128) + 4096)  # on every device
+    assert found.launch.weight_bytes == weights + norms
+    assert found.launch.memory.bytes_per_token == 36 * 2 * 2 * 128 * 2
+    state = 257 * 4 * (1 + 2560 + 151936 // 4 + 3 * 1104)
+    tokens = (int(int(31.24 * GIB) * 0.88) - weights - norms - state) / (36 * 2 * 2 * 128 * 2)
+    assert found.launch.memory.num_tokens == pytest.approx(tokens, rel=1e-4)
+    assert found.full_contexts == pytest.approx(tokens / 40960, rel=1e-4)
+    decode = next(step for step in found.steps if step.bucket.num_tokens == 8)
+    assert decode.decodes
+    assert decode.bound is not None
+    # 3.78 GB of weights without the embedding, and 8 rows of 1024 tokens, at 1640 GB/s.
+    read = weights - 2 * 151936 * 4096 // 4 + 8 * 1024 * 36864
+    assert decode.bound.seconds == pytest.approx(read / 1640e9, rel=0.002)
+    assert decode.bound.limit == "memory"
+    assert decode.tokens_per_s == pytest.approx(8 / decode.bound.seconds)
+
+
+def test_a_topology_is_used_whole_unless_tp_size_says_less() -> None:
+    assert plan("Qwen3-8B", "v7x-4").target.num_devices == 8
+    assert plan("Qwen3-8B", "v6e-8", tp_size=4).target.num_devices == 4
+    with pytest.raises(NoSuchTopology, match="--tp-size is 8; v6e-4 has 4 devices"):
+        plan("Qwen3-8B", "v6e-4", tp_size=8)
+
+
+def test_what_does_not_fit_is_told_what_would() -> None:
+    with pytest.raises(Misfit) as caught:
+        plan("Llama-3.1-70B", "v6e-4")
+    reason, *advice = str(caught.value).splitlines()
+    assert "weights and row state take 35.32 GB of the 29.52 GB" in reason
+    assert len(advice) == 1
+    match = re.fullmatch(r"v6e-8 \(8 chips, --tp-size 8\) would fit, with ([\d,]+) tokens of KV", advice[0])
+    assert match is not None
+    assert int(match[1].replace(",", "")) == plan("Llama-3.1-70B", "v6e-8").launch.memory.num_tokens
+
+
+def test_each_single_change_that_helps_is_named_and_does_help() -> None:
+    with pytest.raises(Misfit) as caught:
+        plan("Qwen3-32B", "v5e-4", dtype="float32", mem_fraction_static=0.5)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(" ")[0] for line in lines] == ["v5e-16"]
+    assert plan("Qwen3-32B", "v5e-16", dtype="float32", mem_fraction_static=0.5).launch.memory.num_tokens > 0
+    with pytest.raises(Misfit) as caught:
+        plan("Qwen3-8B", "v6e-1", mem_fraction_static=0.3)
+    advice = str(caught.value)
+    fraction = re.search(
+        r"--mem-fraction-static 0\.97 would fit, with [\d,]+ tokens of KV \((0\.\d\d) is the least\)", advice
+    )
+    assert fraction is not None
+    assert plan("Qwen3-8B", "v6e-1", mem_fraction_static=float(fraction[1])).launch.memory.num_tokens > 0
+    with pytest.raises(Misfit):
+        plan("Qwen3-8B", "v6e-1", mem_fraction_static=float(fraction[1]) - 0.01)
+
+
+def test_heads_that_cannot_be_divided_are_refused_by_flag() -> None:
+    with pytest.raises(ValueError, match="--tp-size is 3; it must divide the model's 32 attention heads"):
+        plan("Qwen3-8B", "v6e-4", tp_size=3)
+
+
+def test_steps_are_counted_with_at_most_the_models_context() -> None:
+    assert plan("Qwen3-8B", "v6e-4", context=10**6).context == 40960
+    assert plan("Qwen3-8B", "v6e-4", context=10**6, context_length=2048).context == 2048
+
+
+@pytest.mark.parametrize(
+    ("name", "billions", "kv_bytes"),
+    [
+        *[("Qwen3-0.6B", 0.596, 114688), ("Qwen3-4B", 4.02, 147456), ("Qwen3-8B", 8.19, 147456)],
+        *[("Qwen3-14B", 14.77, 163840), ("Qwen3-32B", 32.76, 262144), ("Qwen2.5-7B", 7.62, 57344)],
+        *[("Llama-3.1-8B", 8.03, 131072), ("Llama-3.1-70B", 70.55, 327680)],
+    ],
+)
+def test_bundled_configs_have_the_published_sizes(name: str, billions: float, kv_bytes: int) -> None:
+    model = find_model(name)
+    one = dataclasses.replace(find_target("v7x-1", 1), num_devices=1, device_bytes=1 << 40)
+    found = make_plan(ServerArgs(model_path=name), model, one, 1024)
+    assert found.parameters / 1e9 == pytest.approx(billions, rel=0.002)
+    assert found.launch.memory.bytes_per_token == kv_bytes
+
+
+def test_every_bundled_config_is_one_we_serve() -> None:
+    assert {type(find_model(name).config) for name in bundled()} == {DecoderConfig}
+
+
+def test_a_hub_id_of_a_bundled_model_needs_no_network_and_a_path_wins(tmp_path: Path) -> None:
+    assert find_model("meta-llama/Llama-3.1-8B-Instruct").source == "Llama-3.1-8B, bundled"
+    folder = tmp_path / "Qwen3-8B"
+    folder.mkdir()
+    config = json.loads(bundled()["Qwen3-8B"]) | {"num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert find_model(str(folder)).config.num_layers == 2

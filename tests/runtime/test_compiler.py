@@ -1,0 +1,76 @@
+"""Compiling ahead: in threads, in order, as the caller would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all
+
+
+def product(name: str, size: int) -> Program:
+    x = jax.ShapeDtypeStruct((size, size), jnp.float32)
+    return Program(name, jax.jit(lambda a, b: a @ b), (x, x))
+
+
+def nothing(done: int, total: int, compiled: Compiled) -> None:
+    pass
+
+
+def test_all_are_compiled_and_each_is_reported() -> None:
+    reported = []
+    calls = compile_all(
+        [product(f"p{n}", n) for n in (2, 3, 4)], CompileWatch(), lambda *report: reported.append(report)
+    )
+    assert sorted(calls) == ["p2", "p3", "p4"]
+    assert [(done, total) for done, total, _ in reported] == [(1, 3), (2, 3), (3, 3)]
+    assert {compiled.program.name for _, _, compiled in reported} == {"p2", "p3", "p4"}
+    assert calls["p3"](jnp.eye(3), 2 * jnp.eye(3)).tolist() == (2 * jnp.eye(3)).tolist()
+
+
+def test_threads_compile_with_the_callers_matmul_precision() -> None:
+    seen = []
+
+    def look(x):
+        seen.append(jax.config.jax_default_matmul_precision)
+        return x
+
+    program = Program("p", jax.jit(look), (jax.ShapeDtypeStruct((2,), jnp.float32),))
+    with jax.default_matmul_precision("highest"):
+        compile_all([program], CompileWatch(), nothing)
+    assert seen == ["highest"]
+
+
+def test_the_first_failure_is_raised() -> None:
+    def broken(x):
+        raise ValueError("no such program")
+
+    programs = [Program("broken", jax.jit(broken), (jax.ShapeDtypeStruct((2,), jnp.float32),))]
+    with pytest.raises(ValueError, match="no such program"):
+        compile_all(programs + [product(f"p{n}", n) for n in range(2, 6)], CompileWatch(), nothing)
+
+
+def test_a_second_start_says_which_programs_were_in_the_cache(tmp_path: Path) -> None:
+    before = jax.config.jax_compilation_cache_dir
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    from jax._src import compilation_cache
+
+    compilation_cache.reset_cache()
+    try:
+        hits = []
+        for size in (37, 37, 41):
+            compile_all([product("p", size)], CompileWatch(), lambda i, n, compiled: hits.append(compiled.cache_hit))
+            jax.clear_caches()
+        assert hits == [False, True, False]
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()

@@ -1,0 +1,224 @@
+"""`python -m sgl_jax.check_env` on this machine, and on worse ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sgl_jax import __version__, check_env
+from sgl_jax.environment import packages
+from sgl_jax.environment.facts import PLATFORMS, Facts, Platform, Report, Verdict
+from sgl_jax.environment.report import render
+
+NO_PACKAGES = """
+import sys
+sys.path[:] = [path for path in sys.path if "site-packages" not in path]
+"""
+NO_JAX = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("jax", "jaxlib"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+"""
+
+# As much of a jax as the probe of a CPU needs, so that only one test waits for the real one.
+QUICK_JAX = """
+from types import SimpleNamespace
+__version__ = "0.12.0.1"
+config = SimpleNamespace(update=lambda name, value: None)
+device = SimpleNamespace(
+    id=0, device_kind="cpu", process_index=0, memory_stats=lambda: None, client=SimpleNamespace(platform_version="cpu")
+)
+devices = lambda platform: [device]
+local_devices = lambda backend: [device]
+process_index, process_count = lambda: 0, lambda: 1
+device_put = lambda array, device: array
+jit = lambda function: function
+"""
+
+
+@pytest.fixture
+def quick(tmp_path: Path) -> str:
+    """A PYTHONPATH with it."""
+    folder = tmp_path / "quick"
+    folder.mkdir()
+    (folder / "jax.py").write_text(QUICK_JAX)
+    return str(folder)
+
+
+def run(*arguments: str, **environ: str) -> SimpleNamespace:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "SGL_JAX_", "XLA_"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "sgl_jax.check_env", *arguments],
+        env={**kept, **environ},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    return SimpleNamespace(code=done.returncode, out=done.stdout, errors=done.stderr)
+
+
+def test_the_module_is_found_and_loads_neither_jax_nor_numpy() -> None:
+    code = (
+        "import sys; from sgl_jax import check_env; assert callable(check_env.check_env);"
+        "print(sorted({'jax', 'jaxlib', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_from_python_it_prints_what_it_returns(capsys: pytest.CaptureFixture[str]) -> None:
+    report = check_env.check_env()
+    assert capsys.readouterr().out == render(report)
+    assert report.sgl_jax == __version__
+    assert [verdict.platform for verdict in report.verdicts] == ["tpu", "gpu", "cpu"]
+    assert "cpu" in report.usable
+    assert report.facts.version("jax") == report.facts.probe("cpu").jax_version
+
+
+def test_json_for_machines_without_secrets_and_without_the_home_directory(tmp_path: Path, quick: str) -> None:
+    cache = tmp_path / "home" / "cache"
+    cache.mkdir(parents=True)
+    (cache / "jit_f-0-cache").write_bytes(b"1234")
+    done = run(
+        "--json",
+        PYTHONPATH=quick,
+        HOME=str(tmp_path / "home"),
+        JAX_COMPILATION_CACHE_DIR=str(cache),
+        JAX_PLATFORMS="cpu",
+        HF_TOKEN="hf_averysecretone",
+        SGL_JAX_API_KEY="another",
+    )
+    assert (done.code, done.errors) == (0, "")
+    found = json.loads(done.out)
+    assert found["usable"] == ["cpu"]
+    assert [verdict["usable"] for verdict in found["verdicts"]] == [False, False, True]
+    assert found["facts"]["compile_cache"] == {
+        "path": "~/cache",
+        "source": "by $JAX_COMPILATION_CACHE_DIR",
+        "state": "ready",
+        "problem": "",
+        "programs": 1,
+        "size": 4,
+    }
+    assert found["facts"]["environ"]["HF_TOKEN"] == found["facts"]["environ"]["SGL_JAX_API_KEY"] == "(set, hidden)"
+    for secret in ("averysecretone", "another", str(tmp_path / "home")):
+        assert secret not in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "usable", "code"),
+    [
+        ([], ("cpu",), 0),
+        ([], (), 1),
+        (["--platform", "cpu"], ("cpu",), 0),
+        (["--platform", "tpu"], ("cpu",), 1),
+        (["--json", "--platform", "tpu"], ("tpu",), 0),
+    ],
+)
+def test_the_exit_code_says_whether_a_platform_or_the_one_required_is_usable(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], usable: tuple[Platform, ...], code: int
+) -> None:
+    report = Report("0", tuple(Verdict(each, each in usable, "") for each in PLATFORMS), (), Facts())
+    monkeypatch.setattr(check_env, "look", lambda environ, timeout_s: report)
+    assert check_env.main(arguments) == code
+
+
+@pytest.mark.parametrize(
+    ("sitecustomize", "missing"), [(NO_JAX, ""), (NO_PACKAGES, "jax, jaxlib")], ids=["jax", "every package"]
+)
+def test_with_packages_hidden_it_says_so(tmp_path: Path, sitecustomize: str, missing: str) -> None:
+    (tmp_path / "sitecustomize.py").write_text(sitecustomize)
+    done = run(PYTHONPATH=str(tmp_path))
+    assert (done.code, done.errors) == (1, "")
+    assert done.out.splitlines()[1] == "Usable: no platform"
+    assert "  CPU  not usable  jax cannot be imported: ModuleNotFoundError: No module named 'jax'\n" in done.out
+    assert (f"  - not installed: {missing}" in done.out) == bool(missing)
+
+
+def test_a_jax_that_hangs_is_given_up_on(tmp_path: Path) -> None:
+    (tmp_path / "jax.py").write_text("import time; time.sleep(100)")
+    done = run("--timeout", "1.5", PYTHONPATH=str(tmp_path))
+    assert (done.code, done.errors) == (1, "")
+    assert "  CPU  not usable  jax gave no answer in 1.5 s while importing jax\n" in done.out
+
+
+def test_stopping_it_ends_the_processes_it_started(tmp_path: Path) -> None:
+    (tmp_path / "jax.py").write_text(
+        f"import os, time; open({str(tmp_path / 'pid')!r}, 'x').write(str(os.getpid()) + '!'); time.sleep(300)"
+    )
+    command = [sys.executable, "-m", "sgl_jax.check_env", "--timeout", "300"]
+    environ = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    with subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text().endswith("!"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) != 0
+    child = Path("/proc") / (tmp_path / "pid").read_text().rstrip("!") / "stat"
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_platform_named_that_does_not_work_makes_all_fail(quick: str) -> None:
+    done = run("--json", PYTHONPATH=quick, JAX_PLATFORMS="nonsense,cpu")
+    summary = json.loads(done.out)["verdicts"][2]["summary"]
+    assert done.code == 1
+    assert summary.endswith("but jax fails with JAX_PLATFORMS=nonsense,cpu: it knows no platform nonsense")
+
+
+def test_what_fails_while_looking_leaves_a_gap_and_a_notice(monkeypatch: pytest.MonkeyPatch, quick: str) -> None:
+    def broken() -> None:
+        raise RuntimeError("broken metadata")
+
+    monkeypatch.setattr(packages, "collect", broken)
+    report = check_env.look({"PYTHONPATH": quick}, 60.0)
+    assert report.facts.packages == ()
+    assert "could not look at packages: RuntimeError: broken metadata" in [each.text for each in report.notices]
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, ("/home/someone/.cache/sgl_jax", "the default")),
+        ({"XDG_CACHE_HOME": "/x"}, ("/x/sgl_jax", "by $XDG_CACHE_HOME")),
+        ({"XDG_CACHE_HOME": "relative"}, ("/home/someone/.cache/sgl_jax", "the default")),
+        (
+            {"XDG_CACHE_HOME": "/x", "JAX_COMPILATION_CACHE_DIR": "gs://b/c"},
+            ("gs://b/c", "by $JAX_COMPILATION_CACHE_DIR"),
+        ),
+        (
+            {"SGL_JAX_COMPILATION_CACHE_DIR": "~/c", "JAX_COMPILATION_CACHE_DIR": "/j"},
+            ("/home/someone/c", "by $SGL_JAX_COMPILATION_CACHE_DIR"),
+        ),
+    ],
+)
+def test_the_compile_cache_is_the_servers(
+    monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: tuple[str, str]
+) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert check_env.cache_folder(environ) == expected
+
+
+def test_output_that_cannot_hold_a_character_gets_it_escaped(quick: str) -> None:
+    done = run(PYTHONPATH=quick, PYTHONIOENCODING="ascii", HF_HOME="/daten/größe")
+    assert done.errors == ""
+    assert "/daten/gr\\xf6\\xdfe" in done.out
+
+
+@pytest.mark.parametrize("timeout", ["0", "-1", "inf", "nan", "soon"])
+def test_a_timeout_is_a_number_of_seconds(timeout: str) -> None:
+    done = run("--timeout", timeout)
+    assert done.code == 2
+    assert "error: argument --timeout: " in done.errors
