@@ -49,3 +49,7 @@ def smollm2() -> Path:
     if not found:
         pytest.skip(f"no {name} under {REPOSITORY / '.models'}; `make model` fetches it")
     return found[0]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fa-examples", type=int, default=4, help="random batches per property of the fa kernels")

@@ -191,12 +191,11 @@ class ServerArgs:
     )
 
     # --- kernels and compiling
-    attention_backend: Literal["fa", "native"] | None = flag(
+    attention_backend: str | None = flag(
         None,
         COMPILING,
-        "how attention is computed: Pallas kernels (fa) or plain XLA (native)",
+        "how attention is computed: Pallas kernels (fa, on TPU), plain XLA (native), or a backend of an installed package",
         unset="the best one for the device",
-        refused={"fa": "the Pallas kernels are not built yet; use native"},
     )
     compilation_cache_dir: str = flag(
         default_compilation_cache_dir,

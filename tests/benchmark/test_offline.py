@@ -12,6 +12,7 @@ import pytest
 
 from sgl_jax import Engine, bench_offline_throughput
 from sgl_jax.benchmark.datasets import load_prompts
+from sgl_jax.benchmark.engine_flags import engine_options
 from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.offline_arguments import parse
 from sgl_jax.benchmark.offline_main import run
@@ -242,6 +243,12 @@ def test_the_warm_up_leaves_no_trace_in_cache_or_figures(tokenizer: Tokenizer, c
 def test_requests_that_cannot_be_are_refused(tokenizer: Tokenizer, prompts: list, words: tuple, said: str) -> None:
     with pytest.raises(BenchmarkError, match=said):
         measure(tokenizer, ScriptedCore(), prompts, "--skip-warmup", *words)
+
+
+def test_the_engine_gets_the_flags_that_are_not_about_http() -> None:
+    _, server_args = parse(["--model-path", "m", "--page-size", "8", "--port", "5", "--disable-radix-cache"])
+    options = engine_options(server_args)
+    assert options == {"model_path": "m", "page_size": 8, "disable_radix_cache": True}
 
 
 @pytest.mark.parametrize(

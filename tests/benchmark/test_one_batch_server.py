@@ -343,3 +343,8 @@ def test_no_server_at_the_url_is_said_so(monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(one_batch_server, "_READY_TIMEOUT_S", 0.0)
     assert main(["--base-url", "http://127.0.0.1:1"]) == 2
     assert "no server answers at http://127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_a_server_that_has_not_logged_its_throughput_tells_none(capsys: pytest.CaptureFixture[str]) -> None:
+    measure(Script(**vars(EXACT) | {"info": INFO | {"internal_states": [{"last_gen_throughput": 0.0}]}}), *CASE)
+    assert "last generation" not in capsys.readouterr().out

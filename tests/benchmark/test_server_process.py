@@ -124,16 +124,17 @@ def test_ctrl_c_stops_the_server(small: list[str]) -> None:
     ends_with_the_benchmark(program, signal.SIGINT, small)
 
 
-def test_sigterm_stops_the_server_while_it_starts(small: list[str]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_other_signals_stop_the_server_while_it_starts(number: int, small: list[str]) -> None:
     program = (
-        "import subprocess, sys\n"
+        "import sys\n"
         "from sgl_jax.benchmark import server_process\n"
-        "class Told(subprocess.Popen):\n"
-        "    def __init__(self, *args, **more):\n"
-        "        super().__init__(*args, **more)\n"
-        "        print(self.pid, flush=True)\n"
-        "subprocess.Popen = Told\n"
+        "wait = server_process._wait_ready\n"
+        "def told(process, *more):\n"
+        "    print(process.pid, flush=True)\n"
+        "    wait(process, *more)\n"
+        "server_process._wait_ready = told\n"
         "with server_process.started_server(sys.argv[1:]):\n"
         "    pass\n"
     )
-    ends_with_the_benchmark(program, signal.SIGTERM, small)
+    ends_with_the_benchmark(program, number, small)

@@ -109,6 +109,15 @@ def test_a_line_of_json_says_what_was_measured_and_where(tmp_path: Path) -> None
     expected = {
         "isl": 20,
         "osl": 11,
+        "settings": {
+            "server": "a server",
+            "isl": 20,
+            "osl": 11,
+            "concurrency": 2,
+            "num_prompts": 6,
+            "dataset_name": "random-ids",
+            "tag": "t",
+        },
         "max_concurrency": 2,
         "num_prompts": 6,
         "command": "the command",

@@ -11,8 +11,6 @@ from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.observability import log
 from sgl_jax.server_args import FLAGS, SERVER, ServerArgs, ServerArgsError
 
-ENGINE_HAS = "stream_interval"  # of the HTTP server's flags
-
 logger = logging.getLogger(__name__)
 
 
@@ -43,7 +41,5 @@ def engine_options(server_args: ServerArgs) -> dict[str, Any]:
     """What `sgl_jax.Engine` is to be called with: the flags that differ from their defaults, without the HTTP server's."""
     values = {each: getattr(server_args, each.name) for each in FLAGS}
     return {
-        each.name: value
-        for each, value in values.items()
-        if not each.is_default(value) and (each.about.group != SERVER or each.name == ENGINE_HAS)
+        each.name: value for each, value in values.items() if not each.is_default(value) and each.about.group != SERVER
     }

@@ -99,7 +99,7 @@ class Offline:
         source = IdSource(info.vocab_size, self._engine.tokenizer, np.random.default_rng(0))
         ids = [source.ids(length) for _ in range(min(_WARM_UP_REQUESTS, info.max_running_requests))]
         before = self._engine.stats
-        self._engine.generate(input_ids=ids, sampling_params={"max_new_tokens": output, "ignore_eos": True})
+        self._answers(input_ids=ids, sampling_params={"max_new_tokens": output, "ignore_eos": True})
         self._settled(before.generated_tokens + output * len(ids))
         self._engine.flush_cache()
 
@@ -137,11 +137,13 @@ class Offline:
         """The answers to the first `count` prompts: texts are encoded here, within what is timed."""
         prompts, params = [prompt.prompt for prompt in self._prompts[:count]], self._params[:count]
         texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+        if len(texts) == len(prompts):
+            return self._answers(prompt=texts, sampling_params=params)
+        return self._answers(input_ids=[self._ids(prompt) for prompt in prompts], sampling_params=params)
+
+    def _answers(self, **call: Any) -> list[dict[str, Any]]:
         try:
-            if len(texts) == len(prompts):
-                return self._engine.generate(texts, params)
-            ids: Any = [self._ids(prompt) for prompt in prompts]
-            return self._engine.generate(input_ids=ids, sampling_params=params)
+            return self._engine.generate(**call)
         except InvalidParameter as error:
             raise BenchmarkError(f"a request is refused: {error}") from error
 

@@ -128,5 +128,6 @@ def _id_source(info: Mapping[str, Any], tokenizer_path: str | None, seed: int) -
 
 
 def _last_gen_throughput(info: Mapping[str, Any]) -> float | None:
+    """As the server logged it last; None where it does not tell, or has not logged any."""
     states = info.get("internal_states") or [{}]
-    return states[0].get("last_gen_throughput")
+    return states[0].get("last_gen_throughput") or None

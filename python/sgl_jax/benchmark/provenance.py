@@ -59,5 +59,6 @@ def machine(cpu_info: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
     except OSError:
         lines = []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpu = next(named, "") or platform.processor() or platform.machine()
-    return {"cpu": cpu, "cores": len(os.sched_getaffinity(0)), "system": platform.system()}
+    return {"cpu": cpu, "cores": cores, "system": platform.system()}

@@ -48,8 +48,8 @@ def server_arguments(flags: Sequence[str]) -> ServerArgs:
 def started_server(flags: Sequence[str], timeout_s: float = START_TIMEOUT_S) -> Iterator[StartedServer]:
     """Runs `python -m sgl_jax.launch_server` with these flags, on a free port unless they name one, until the block ends.
 
-    Its output goes to standard error, from warnings on unless --log-level is among the flags. SIGTERM and Ctrl-C end
-    the block too. Raises BenchmarkError for a flag that is refused, and when the server ends before it is ready or is
+    Its output goes to standard error, from warnings on unless --log-level is among the flags. SIGTERM, SIGHUP and Ctrl-C
+    end the block too. Raises BenchmarkError for a flag that is refused, and when the server ends before it is ready or is
     not ready after `timeout_s` seconds.
     """
     args = server_arguments(flags)
@@ -58,7 +58,7 @@ def started_server(flags: Sequence[str], timeout_s: float = START_TIMEOUT_S) -> 
     quiet = [] if _is_set("--log-level", flags, args) else ["--log-level", "warning"]
     command = [sys.executable, "-m", "sgl_jax.launch_server", *flags, *quiet, "--port", str(port)]
     start = time.perf_counter()
-    with _sigterm_raises():
+    with _ending_raises():
         # In a process group of its own: Ctrl-C in a terminal reaches the benchmark alone, which then stops the server.
         process = subprocess.Popen(command, stdout=_STDERR, process_group=0)
         try:
@@ -116,14 +116,16 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextlib.contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the block as an exception does, so that what it started is stopped. For the main thread."""
+def _ending_raises() -> Iterator[None]:
+    """SIGTERM, and SIGHUP of a terminal that closes, end the block as an exception does, so that what it started is
+    stopped. For the main thread."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

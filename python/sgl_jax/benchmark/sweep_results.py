@@ -5,29 +5,30 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.markdown import Column, markdown_table
-from sgl_jax.benchmark.sweep_arguments import Case, case_arguments
+from sgl_jax.benchmark.sweep_arguments import Case, sweep_parser
 
 type Record = dict[str, Any]
 
 # Flags that change nothing about what is measured, and those that the case and the server stand for.
 _NOT_SETTINGS = {
-    *("isl", "osl", "concurrency", "rounds", "output_dir", "start_timeout", "model_path"),
-    *("random_input_len", "random_output_len", "max_concurrency", "output_file", "plot"),
+    *("isl", "osl", "concurrency", "num_prompts", "rounds", "output_dir", "start_timeout", "model_path"),
     *("base_url", "host", "port", "header", "ready_check_timeout_sec", "request_timeout_sec"),
     *("profile_output_dir", "disable_tqdm", "output_details"),
 }
 
 
 def case_settings(args: argparse.Namespace, case: Case, server: Mapping[str, Any] | str) -> Record:
-    """What makes two measurements the same one. `server` is its URL, or the flags it was started with."""
-    flags = {name: value for name, value in vars(case_arguments(args, case)).items() if name not in _NOT_SETTINGS}
-    flags["request_rate"] = str(flags["request_rate"])  # JSON has no infinity
-    found = {"server": server, "isl": case.isl, "osl": case.osl, "concurrency": case.concurrency} | flags
+    """What makes two measurements the same one: the case, the server (its URL, or the flags it was started with), and
+    the flags that are not at their defaults."""
+    default = sweep_parser().get_default
+    given = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS and value != default(name)}
+    found = {"server": server} | asdict(case) | given
     return json.loads(json.dumps(found))  # as it is read again: lists for tuples
 
 

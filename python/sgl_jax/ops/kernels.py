@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from sgl_jax.ops.attention.api import Attention
+from sgl_jax.ops.attention.backends import Backend
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    attention: Attention
+    attention: Backend
     grouped_matmul: GroupedMatmul

@@ -10,12 +10,13 @@ import jax
 
 from sgl_jax.engine.launch_plan import LaunchPlan
 from sgl_jax.models.config import DecoderConfig
+from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.planning.target import Target
 from sgl_jax.runtime import hlo
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, matmul_precision
 from sgl_jax.runtime.placed_weights import abstract_weights
-from sgl_jax.runtime.platform import Platform, kernels_for
+from sgl_jax.runtime.platform import Platform
 from sgl_jax.runtime.programs import make_programs
 
 
@@ -41,7 +42,7 @@ def compile_launch(
     model: DecoderConfig,
     launch: LaunchPlan,
     target: Target,
-    attention_backend: str | None,
+    kernels: Kernels,
     report: Callable[[int, int, ProgramFacts], None],
 ) -> list[ProgramFacts]:
     """Compiles in parallel, small programs first. For devices that are here this fills the compile cache that the server
@@ -55,7 +56,7 @@ def compile_launch(
 
     with jax.default_matmul_precision(matmul_precision(launch.dtype)):
         absent = None if target.is_here else placement.mesh
-        programs = launch_programs(model, launch, target.platform, attention_backend, placement)
+        programs = launch_programs(model, launch, target.platform, kernels, placement)
         try:
             compile_all(programs, CompileWatch(), done, absent=absent)
         except jax.errors.JaxRuntimeError as error:
@@ -65,11 +66,11 @@ def compile_launch(
 
 
 def launch_programs(
-    model: DecoderConfig, launch: LaunchPlan, platform: Platform, attention_backend: str | None, placement: Placement
+    model: DecoderConfig, launch: LaunchPlan, platform: Platform, kernels: Kernels, placement: Placement
 ) -> list[Program]:
     """Those that a server would compile, from abstract weights."""
     weights = abstract_weights(model, launch.dtype, placement, stacked=platform.stacks_layers)
-    return make_programs(model, launch.runner, kernels_for(attention_backend, platform), placement, weights)
+    return make_programs(model, launch.runner, kernels, placement, weights)
 
 
 def read_facts(compiled: Compiled, num_layers: int) -> ProgramFacts:

@@ -91,6 +91,14 @@ class Module:
                 for called in each.calls:
                     yield from self.instructions(called, **inside)
 
+    def fused(self, instruction: Instruction) -> Iterator[Instruction]:
+        """What a fusion is made of, and itself if it is none."""
+        if instruction.opcode != "fusion":
+            yield instruction
+        for called in instruction.calls if instruction.opcode == "fusion" else ():
+            for each in self.computations[called]:
+                yield from self.fused(each)
+
     def layer_loop(self) -> Instruction | None:
         """The loop over the layers: of those in the entry computation, the one that carries most. None: unrolled."""
         loops = [each for each in self.computations[self.entry] if each.opcode == "while"]

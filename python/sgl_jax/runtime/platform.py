@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Literal
 
 import jax
 
-from sgl_jax.ops.attention import native
-from sgl_jax.ops.attention.api import Attention
+from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.kernels import Kernels
 
@@ -59,12 +57,7 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
 
 
 def kernels_for(attention_backend: str | None, platform: Platform) -> Kernels:
+    """The implementations to build steps with; None: the best attention for the platform. Raises NoSuchBackend."""
+    attention = find_backend(attention_backend or "native", platform.name, vectorise=platform.vectorises_rows)
     grouped_matmul = grouped_native.grouped_matmul if platform.name == "cpu" else grouped_native.ragged_dot
-    return Kernels(attention_for(attention_backend, platform), grouped_matmul)
-
-
-def attention_for(backend: str | None, platform: Platform) -> Attention:
-    """The attention implementation of a --attention-backend; None: the best for the platform."""
-    if backend in (None, "native"):
-        return functools.partial(native.paged_attention, vectorise=platform.vectorises_rows)
-    raise ValueError(f"--attention-backend {backend}: not built for {platform.name}; use native")
+    return Kernels(attention, grouped_matmul)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -49,7 +48,7 @@ def paged_attention(
     `blocks`: sizes other than the chip's (for tests).
     """
     num_tokens, num_heads, head_dim = q.shape
-    num_kv_heads, pool_dim = k.shape[1], kv.shape[4]
+    pool_dim = kv.shape[4]
     if pool_dim != pool_head_dim(head_dim):
         raise ValueError(
             f"attention backend fa needs a pool of head dim {pool_head_dim(head_dim)} for heads of {head_dim}, "

@@ -245,7 +245,7 @@ def attend_singles(
 
     Returns o [T, N * H], of which the first num_rows lines are set (zeros where meta[0] ends), and the pool.
     """
-    num_kv_heads, page_size, head_dim = kv.shape[1], kv.shape[3], kv.shape[4]
+    num_kv_heads, head_dim = kv.shape[1], kv.shape[4]
     lane_tiles = head_dim // LANES
     height = row_tile(kv.dtype)
     scratch: dict[str, Any] = {

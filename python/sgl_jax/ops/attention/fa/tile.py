@@ -46,7 +46,7 @@ def fold_lanes(x: jax.Array) -> jax.Array:
 
 
 State = tuple[jax.Array, jax.Array, jax.Array]  # top [R, 1], total [R, 128] whose lanes are to be summed, acc [R, H]
-Keep = Callable[[tuple[int, int], int], jax.Array]
+Keep = Callable[[tuple[int, ...], int], jax.Array]
 
 
 def attend(

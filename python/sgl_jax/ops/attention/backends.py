@@ -1,0 +1,62 @@
+"""The implementations of the attention contract by name: ours, and those that installed packages bring.
+
+A package brings one by an entry point in the group `sgl_jax.attention` that names a `Backend`
+(docs/features/attention_backend.md).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+from sgl_jax.ops.attention import native
+from sgl_jax.ops.attention.api import Attention
+
+GROUP = "sgl_jax.attention"
+
+
+class NoSuchBackend(ValueError):
+    """No backend has the name, or it does not run on the platform."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """An implementation, and what it asks of the pool. It is called as the contract says."""
+
+    attend: Attention
+    platforms: frozenset[str] = frozenset({"cpu", "gpu", "tpu"})
+    pool_head_dim: Callable[[int], int] = lambda head_dim: head_dim  # H of the pool, for heads of that size
+    page_multiple: Callable[[Any], int] = lambda dtype: 1  # page sizes must be multiples of it, for a pool of the dtype
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.attend(*args, **options)
+
+
+def find_backend(name: str, platform: str, *, vectorise: bool) -> Backend:
+    """The backend of a name, for "cpu", "gpu" or "tpu"; `vectorise` is native's. Raises NoSuchBackend, saying which
+    there are."""
+    brought = {point.name: point for point in metadata.entry_points(group=GROUP)}
+    if name == "native":
+        backend = Backend(functools.partial(native.paged_attention, vectorise=vectorise))
+    elif name == "fa":
+        backend = _fa()
+    elif name in brought:
+        backend = brought[name].load()
+        if not isinstance(backend, Backend):
+            raise NoSuchBackend(f"--attention-backend {name}: {brought[name].value} is no sgl_jax Backend")
+    else:
+        known = ", ".join(["native", "fa", *sorted(brought)])
+        raise NoSuchBackend(f"--attention-backend {name}: there is no such backend; there are {known}")
+    if platform not in backend.platforms:
+        runs_on = " and ".join(sorted(backend.platforms))
+        raise NoSuchBackend(f"--attention-backend {name}: it runs on {runs_on}, not on {platform}; use native")
+    return backend
+
+
+def _fa() -> Backend:
+    from sgl_jax.ops.attention.fa import call as fa  # imports Pallas, which takes a while
+
+    return Backend(fa.paged_attention, frozenset({"tpu"}), fa.pool_head_dim, fa.page_size_multiple)

@@ -1,0 +1,77 @@
+"""Backends by name, and those that other packages bring."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from batches import random_batch
+
+from sgl_jax.ops.attention import native
+from sgl_jax.ops.attention.api import make_ragged_batch
+from sgl_jax.ops.attention.backends import Backend, NoSuchBackend, find_backend
+
+PLUGIN = """
+from sgl_jax.ops.attention.backends import Backend
+from sgl_jax.ops.attention.native import paged_attention
+
+def doubled(q, k, v, kv, batch, **options):
+    out, kv = paged_attention(q, k, v, kv, batch, **options)
+    return 2 * out, kv
+
+backend = Backend(doubled, platforms=frozenset({"cpu"}), page_multiple=lambda dtype: 8)
+something = 3
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A package, as pip would install it, that brings the backends `double` and `wrong`."""
+    (tmp_path / "double_attention.py").write_text(PLUGIN)
+    info = tmp_path / "double_attention-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: double-attention\nVersion: 1.0\n")
+    points = "[sgl_jax.attention]\ndouble = double_attention:backend\nwrong = double_attention:something\n"
+    (info / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    metadata.MetadataPathFinder().invalidate_caches()
+    yield
+    sys.modules.pop("double_attention", None)
+
+
+def test_an_installed_package_brings_a_backend_that_computes(plugin):
+    backend = find_backend("double", "cpu", vectorise=False)
+    assert (backend.page_multiple(jnp.float32), backend.pool_head_dim(80)) == (8, 80)
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16, "num_tokens": 16, "num_rows": 2}
+    b = random_batch(np.random.default_rng(0), [(5, 1), (20, 9)], **sizes)
+    q, k, v, kv, *rows = (jnp.asarray(b[x]) for x in ("q", "k", "v", "kv", "page_table", "start", "num_new"))
+    batch = make_ragged_batch(*rows, jnp.int32(1), 16, 16)
+    options = {"first_page": b["first_page"], "scale": 0.25}
+    expected, _ = native.paged_attention(q, k, v, kv, batch, **options)
+    out, _ = backend(q, k, v, kv, batch, **options)
+    np.testing.assert_array_equal(out, 2 * expected)
+
+
+def test_what_is_no_backend_is_said(plugin):
+    with pytest.raises(NoSuchBackend, match="--attention-backend wrong: double_attention:something is no sgl_jax Back"):
+        find_backend("wrong", "cpu", vectorise=False)
+    with pytest.raises(NoSuchBackend, match=r"x: there is no such backend; there are native, fa, double, wrong$"):
+        find_backend("x", "cpu", vectorise=False)
+
+
+def test_a_backend_of_another_platform_is_refused(plugin):
+    with pytest.raises(NoSuchBackend, match=r"double: it runs on cpu, not on tpu; use native$"):
+        find_backend("double", "tpu", vectorise=True)
+    with pytest.raises(NoSuchBackend, match=r"fa: it runs on tpu, not on cpu; use native$"):
+        find_backend("fa", "cpu", vectorise=False)
+
+
+def test_fa_says_what_pool_it_needs():
+    backend = find_backend("fa", "tpu", vectorise=True)
+    assert isinstance(backend, Backend)
+    assert [backend.pool_head_dim(n) for n in (64, 80, 96, 128, 192, 256)] == [128, 128, 128, 128, 256, 256]
+    assert [backend.page_multiple(dtype) for dtype in (jnp.float32, jnp.bfloat16, jnp.int8)] == [8, 16, 32]

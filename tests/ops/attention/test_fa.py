@@ -1,0 +1,155 @@
+"""The fa kernels in interpret mode, where a race, a read of what was never written and a wrong byte are errors.
+
+`--fa-examples N` runs more random batches.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from batches import BLOCKS, EAGER, RACES, interpreted, random_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
+
+from sgl_jax.ops.attention import reference
+from sgl_jax.ops.attention.api import make_ragged_batch
+from sgl_jax.ops.attention.fa import call as fa
+from sgl_jax.ops.attention.fa.ring import PageRing
+
+TOKENS, ROWS = 96, 8
+
+
+@functools.cache
+def compiled(dtype, params, only_singles=False, **options):
+    @jax.jit
+    def call(b, num_single, **traced):
+        page_size = b["kv"].shape[3]
+        batch = make_ragged_batch(
+            b["page_table"], b["start"], b["num_new"], num_single, len(b["q"]), page_size, only_singles
+        )
+        q, k, v, kv = (b[name].astype(dtype) for name in ("q", "k", "v", "kv"))
+        return interpreted(
+            q, k, v, kv, batch, params=params, first_page=b["first_page"], scale=0.25, **options, **traced
+        )
+
+    return call
+
+
+def check(b, dtype=jnp.float32, params=RACES, atol=1e-5, only_singles=False, options=None, **traced):
+    """Outputs within atol of the reference, zeros for padding, and every byte of the pool."""
+    options = options or {}
+    for name in ("q", "k", "v", "kv"):
+        b[name] = np.asarray(jnp.asarray(b[name]).astype(dtype).astype(jnp.float32))
+    call = compiled(dtype, params, only_singles, **options)
+    arrays = {name: jnp.asarray(x) for name, x in b.items()}
+    num_single = jnp.int32((b["num_new"] == 1).sum())
+    out, kv = call(arrays, num_single, **{name: jnp.asarray(x) for name, x in traced.items()})
+    expected, expected_kv = reference.paged_attention(**b, scale=0.25, **options, **traced)
+    n = b["num_new"].sum()
+    np.testing.assert_allclose(np.asarray(out, np.float32)[:n], expected[:n], atol=atol)
+    np.testing.assert_array_equal(np.asarray(out, np.float32)[n:], 0)
+    np.testing.assert_array_equal(np.asarray(kv, np.float32), expected_kv.astype(np.float32))
+
+
+@st.composite
+def ragged_rows(draw, tokens=TOKENS, rows=ROWS, longest=200):
+    """(start, num_new) of some rows with one token, then of some chunks, that fit the tokens."""
+    singles = draw(st.lists(st.integers(0, longest - 1), max_size=rows))
+    chunks, left = [], tokens - len(singles)
+    for start in draw(st.lists(st.integers(0, longest - 2), max_size=min(4, rows - len(singles)))):
+        if left < 2:
+            break
+        chunks.append((start, draw(st.integers(2, min(left, longest - start)))))
+        left -= chunks[-1][1]
+    return [*((start, 1) for start in singles), *chunks]
+
+
+def batch_of(rows, seed=0, *, num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, num_tokens=TOKENS):
+    sizes = {"num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
+    b = random_batch(np.random.default_rng(seed), rows, **sizes, num_tokens=num_tokens, num_rows=ROWS)
+    spare = -len(b["kv"]) % 256
+    b["kv"] = np.concatenate([b["kv"], np.full((spare, *b["kv"].shape[1:]), 7, np.float32)])
+    return b
+
+
+def examples(request) -> int:
+    return request.config.getoption("--fa-examples")
+
+
+def test_random_batches_with_windows_match_reference_without_a_race(request):
+    @settings(max_examples=examples(request), deadline=None, derandomize=True, database=None)
+    @given(rows=ragged_rows(), window=st.sampled_from([1, 15, 16, 17, 64, 100, 1 << 30]), seed=st.integers(0, 99))
+    def run(rows, window, seed):
+        check(batch_of(rows, seed), window=window)
+
+    run()
+
+
+def test_random_bfloat16_batches_with_eager_copies_match_reference(request):
+    @settings(max_examples=examples(request), deadline=None, derandomize=True, database=None)
+    @given(rows=ragged_rows(), seed=st.integers(0, 99))
+    def run(rows, seed):
+        b = batch_of(rows, seed, num_heads=6, num_kv_heads=2, head_dim=8, page_size=32)
+        check(b, jnp.bfloat16, EAGER, atol=0.03)
+
+    run()
+
+
+def test_decode_programs_with_softcap_and_sinks_over_page_and_block_boundaries():
+    rows = [(length - 1, 1) for length in (1, 16, 17, 64, 65, 128, 129, 200)]
+    b = batch_of(rows, num_tokens=16)
+    sinks = np.array([0.5, -1, 2, 8], np.float32)
+    check(b, only_singles=True, options={"softcap": 3.0}, sinks=sinks)
+
+
+def test_heads_of_two_lane_tiles_and_a_group_of_one():
+    rows = [(30, 1), (3, 40), (64, 20)]
+    check(batch_of(rows, num_heads=2, num_kv_heads=2, head_dim=130), window=50)
+
+
+def test_rows_share_the_pages_of_a_prefix():
+    rows = [(70, 1), (65, 1), (64, 30), (64, 2)]
+    b = batch_of(rows)
+    b["page_table"][:4, :4] = b["page_table"][0, :4]
+    check(b, window=1 << 30)
+
+
+def test_what_no_row_owns_may_be_nan():
+    """Stale pages, the rest of a row's last page and the scratch page hold anything."""
+    rows = [(20, 1), (3, 40)]
+    b = batch_of(rows)
+    owned = np.zeros(b["kv"].shape[:1] + b["kv"].shape[3:4], bool)
+    for row, (start, num_new) in enumerate(rows):
+        for position in range(start + num_new):
+            owned[b["first_page"] + b["page_table"][row, position // 16], position % 16] = True
+    b["kv"] = np.where(owned[:, None, None, :, None], b["kv"], np.nan).astype(np.float32)
+    check(b, window=1 << 30)
+
+
+def test_the_race_detector_sees_a_missing_wait(monkeypatch):
+    monkeypatch.setattr(PageRing, "wait", lambda self, n: n % self.slots)
+    params = dataclasses.replace(RACES, dma_execution_mode="eager")  # copied at once, and still read unwarranted
+    with pytest.raises(Exception, match=r"(?i)race"):
+        check(batch_of([(20, 1), (40, 1)]), params=params)
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+@pytest.mark.parametrize(
+    ("pool", "message"),
+    [
+        ((9, 2, 2, 16, 64), "needs a pool of head dim 128 for heads of 64, this one has 64"),
+        ((9, 2, 2, 20, 128), "--page-size is 20"),
+    ],
+)
+def test_pools_it_cannot_use_are_refused(pool, message):
+    b = batch_of([(3, 1)], head_dim=64)
+    q, k, v, *rows = (jnp.asarray(b[name]) for name in ("q", "k", "v", "page_table", "start", "num_new"))
+    batch = make_ragged_batch(*rows, jnp.int32(1), TOKENS, pool[3])
+    with pytest.raises(ValueError, match=message):
+        fa.paged_attention(q, k, v, jnp.zeros(pool), batch, first_page=0, scale=1.0, blocks=BLOCKS)
