@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bench_one_batch": ("benchmark",),
     "bench_offline_throughput": ("benchmark",),
     "environment": ("observability",),
+    "profile_stages": ("benchmark",),
     "check_env": ("environment", "server_args"),
     "__main__": ("launch_server",),
     "__init__": ("engine", "request"),

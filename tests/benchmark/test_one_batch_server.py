@@ -229,9 +229,21 @@ def test_a_case_that_fails_is_told_the_others_go_on_and_the_exit_code_says_so(
     assert len(generations(calls)) == 3
     out, err = capsys.readouterr()
     assert err == (
-        "bench_one_batch_server: error: batch size 2, input_len 1024, output_len 16: HTTP 400 from /generate: too long\n"
+        "bench_one_batch_server: batch size 2, input_len 1024, output_len 16 failed: "
+        "HTTP 400 from /generate: too long\n"
     )
     assert [line for line in out.splitlines() if "batch" in line] == ["batch size: 1", "batch size: 4"]
+
+
+def test_a_warm_up_that_fails_is_told_and_the_cases_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    script = Script(**vars(EXACT) | {"fails": lambda request: (400, "too long") if request == 0 else None})
+    assert measure(script, *CASE)[0] == 0
+    out, err = capsys.readouterr()
+    assert out == BLOCK
+    assert err == (
+        "bench_one_batch_server: warming up with batch size 4, input_len 100, output_len 11 failed: "
+        "HTTP 400 from /generate: too long\n"
+    )
 
 
 def test_profiling_runs_each_case_once_more_in_a_trace() -> None:

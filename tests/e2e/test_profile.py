@@ -1,4 +1,4 @@
-"""A profile of the real engine: its files name the stages of so many steps."""
+"""A profile of the real engine: its files name the stages, and the device's time goes to stages too."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from pathlib import Path
 import pytest
 from exact import GREEDY, Build
 
+from sgl_jax import profile_stages
+from sgl_jax.benchmark.stages import find_profile, read_profile
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import Generate, GetProfile, ProfileAnswer, ProfileStatus, StartProfile, StopProfile
 from sgl_jax.request import SamplingParams
 
-PROMPT = list(range(5, 14))
+PROMPT = [5, 6, 7]
 
 
 @pytest.fixture(scope="module")
 def core(build: Build, stories260k: Path) -> Core:
-    return build(stories260k, max_running_requests=2, chunked_prefill_size=4, context_length=64, max_total_tokens=512)
+    return build(stories260k, max_running_requests=1, chunked_prefill_size=1, context_length=64, max_total_tokens=512)
 
 
 def run(core: Core, max_tokens: int) -> None:
@@ -51,3 +53,25 @@ def test_a_profile_of_four_steps(core: Core, tmp_path: Path) -> None:
     assert stages == ["plan", "dispatch"] + ["plan", "dispatch", "collect", "process"] * 4
     numbers = [int(span["args"]["step_num"]) for span in recorded if span["name"] == "step"]
     assert [number - numbers[0] for number in numbers] == [0, 1, 2, 3, 4]
+
+
+def test_where_the_time_went(core: Core, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    core.handle(StartProfile(1, str(tmp_path)))
+    run(core, max_tokens=6)
+    status = ask(core, StopProfile(2))
+    profile = read_profile(find_profile(Path(status.output_dir)))
+    num_steps = 3 + 5  # three prompt tokens one by one, and a token from the last of them
+    assert status.steps_done == num_steps
+    assert {stage: len(spans) for stage, spans in profile.host.items() if stage != "plan"} == {
+        "dispatch": num_steps,
+        "collect": num_steps,
+        "process": num_steps,
+    }
+    counts = {stage: count for stage, count, _ in profile.device_times()}  # a fused operation is of one stage
+    assert counts["logits"] >= num_steps
+    assert counts["sample"] >= num_steps
+    for stage in ("attention", "mlp"):
+        assert counts[stage] >= num_steps * 5  # layers
+    assert profile_stages.main([str(tmp_path), "--perfetto", str(tmp_path / "stages.json.gz")]) == 0
+    assert f"{num_steps} steps collected" in capsys.readouterr().out
+    assert (tmp_path / "stages.json.gz").stat().st_size > 0

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 
+from sgl_jax.benchmark.stages import DEVICE_STAGES
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.weights import declare
 from sgl_jax.parallel.placement import Placement
@@ -18,7 +19,7 @@ from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
 from sgl_jax.runtime.programs import RunnerConfig, make_programs
 
-STAGES = {"unpack", "embed", "attention", "mlp", "logits", "sample", "store", "prompt_logprobs"}
+STAGES = set(DEVICE_STAGES)
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["list", "scan"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,8 +16,10 @@ from sgl_jax.benchmark.datasets.source import IdSource
 from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.one_batch import BatchOptions, BatchResult, run_case
 from sgl_jax.benchmark.one_batch_arguments import Case, Target, cases, running_target
-from sgl_jax.benchmark.one_batch_report import Record, block, make_record, report
+from sgl_jax.benchmark.one_batch_report import block, make_record, report
+from sgl_jax.benchmark.roofline import MachineLimits
 from sgl_jax.benchmark.server_process import StartedServer, started_server
+from sgl_jax.benchmark.serving_report import append_jsonl
 
 CASE_FAILED, BAD_USE, INTERRUPTED = 1, 2, 130  # exit codes
 _READY_TIMEOUT_S = 60.0
@@ -33,7 +34,7 @@ def measure_batches(args: argparse.Namespace, server_flags: Sequence[str]) -> in
         with started_server(server_flags, args.start_timeout) as server:
             return asyncio.run(run(args, Target(server.url, server.api_key), server))
     except BenchmarkError as error:
-        print(f"bench_one_batch_server: error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return BAD_USE
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -53,28 +54,28 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
         options = BatchOptions(args.api_type, model, args.temperature, args.return_logprob, args.client_stream_interval)
         if not args.skip_warmup:
             await _warm_up(client, wanted, source, options)
-        limits = await client.measure_limits()
+        limits = await _limits(client)
         cost = None if limits is None else model_cost(info)
         start_seconds = None if started is None else started.start_seconds
-        records: list[Record] = []
+        measured, records = [], []
         for case in wanted:
             try:
                 result = await _measure(client, case, source, options)
             except BenchmarkError as error:
                 if started:
                     started.check()
-                print(f"bench_one_batch_server: error: {case}: {error}", file=sys.stderr)
+                _say(f"{case} failed: {error}")
                 continue
             throughput = _last_gen_throughput(await client.server_info())
+            measured.append(case)
             records.append(make_record(vars(args), result, throughput, limits, cost, start_seconds))
             print(block(records[-1]), flush=True)
             if args.result_filename:
-                with Path(args.result_filename).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(records[-1]) + "\n")
+                append_jsonl(Path(args.result_filename), records[-1])
         if args.show_report and records:
             print(report(records))
         if args.profile:
-            await _profile(client, wanted, source, options, args.profile_output_dir)
+            await _profile(client, measured, source, options, args.profile_output_dir)
     return 0 if len(records) == len(wanted) else CASE_FAILED
 
 
@@ -88,7 +89,15 @@ async def _warm_up(client: Client, wanted: Sequence[Case], source: IdSource, opt
     try:
         await _measure(client, case, source, options)
     except BenchmarkError as error:
-        raise BenchmarkError(f"warming up with {case} failed: {error}") from error
+        _say(f"warming up with {case} failed: {error}")  # so will the case of these sizes, and others may not
+
+
+async def _limits(client: Client) -> MachineLimits | None:
+    try:
+        return await client.measure_limits()
+    except ServerError as error:
+        _say(f"the machine's limits could not be measured: {error}")
+        return None
 
 
 async def _measure(client: Client, case: Case, source: IdSource, options: BatchOptions) -> BatchResult:
@@ -101,15 +110,19 @@ async def _measure(client: Client, case: Case, source: IdSource, options: BatchO
 
 
 async def _profile(
-    client: Client, wanted: Sequence[Case], source: IdSource, options: BatchOptions, output_dir: str | None
+    client: Client, measured: Sequence[Case], source: IdSource, options: BatchOptions, output_dir: str | None
 ) -> None:
-    """Every case once more, each in a trace of its own: what is measured runs without the profiler."""
-    for case in wanted:
+    """The cases once more, each in a trace of its own: what is measured runs without the profiler."""
+    for case in measured:
         await client.start_profile(output_dir)
         try:
             await _measure(client, case, source, options)
         finally:
             await client.stop_profile()
+
+
+def _say(line: str) -> None:
+    print(f"bench_one_batch_server: {line}", file=sys.stderr, flush=True)
 
 
 def _id_source(info: Mapping[str, Any], tokenizer_path: str | None, seed: int) -> IdSource:

@@ -167,6 +167,7 @@ def _latency_scale(axes: Axes, values: np.ndarray) -> None:
     """From zero, or logarithmic when single values would press the others flat."""
     if not len(values):
         axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes, color=GREY)
+        axes.set_yticks([])
         return
     if np.max(values) > 20 * np.median(values) > 0:
         log_scale(axes)
@@ -211,6 +212,9 @@ def _draw_percentiles(axes: Axes, run: ServingRun) -> None:
     axes.set_xticks([0, 25, 50, 75, 90, 99])
     if found:
         log_scale(axes)
+        # Tokens that came at once have gaps of microseconds: a scale down to them would press all else flat.
+        low = [percentile for values in found.values() if (percentile := np.percentile(values, 10)) > 0]
+        axes.set_ylim(bottom=0.7 * min(low, default=1.0))
         plain_numbers(axes.yaxis)
         legend(axes)
 

@@ -53,7 +53,7 @@ class StartProfile(_Message, frozen=True):
     call: int
     output_dir: str | None = None  # None: --profiler-dir, else a new folder
     num_steps: int | None = None  # the profile ends by itself after so many complete steps; None: when it is stopped
-    host_tracer_level: int | None = None  # 0 nothing, 1 the stages, 2 what is expensive, 3 everything; None: 2
+    host_tracer_level: int | None = None  # JAX's: 0, nothing of the host, to 3, everything; None: 2
     python_tracer_level: int | None = None  # 1: every Python call; None: 0
 
 

@@ -25,7 +25,7 @@ class StartProfileRequest(Body):
         None, description="the profile ends by itself after so many engine steps"
     )
     host_tracer_level: Annotated[int, Field(ge=0, le=3)] | None = Field(
-        None, description="2 if not set; 1: stages only"
+        None, description="of the host: 0 nothing to 3 everything; 2 if not set"
     )
     python_tracer_level: Annotated[int, Field(ge=0, le=1)] | None = Field(
         None, description="0 if not set; 1: every Python call"

@@ -14,7 +14,7 @@ from sgl_jax.ops.attention.fa.blocks import ChunkBlocks, DecodeBlocks
 from sgl_jax.ops.attention.fa.chunks import attend_chunks
 from sgl_jax.ops.attention.fa.decode import attend_singles
 from sgl_jax.ops.attention.fa.ring import IDS
-from sgl_jax.ops.attention.fa.tile import LANES, Scores, row_tile
+from sgl_jax.ops.attention.fa.tile import LANES, Scalars, Scores, row_tile
 
 TOKENS = 16  # packed tokens come in multiples of this: the rows of a bfloat16 tile
 
@@ -75,8 +75,9 @@ def paged_attention(
 
     dtype = kv.dtype
     table = jnp.pad(batch.page_table, ((0, 0), (0, -row_pages % IDS))).reshape(-1)
-    widest = jnp.int32(window if window is not None else 0)
-    meta = jnp.stack([batch.num_single, jnp.int32(first_page), widest])
+    scalars = Scalars(
+        *(jnp.asarray(x, jnp.int32).reshape(1) for x in (batch.num_single, first_page, 0 if window is None else window))
+    )
     if sinks is not None:
         lines = jnp.pad(sinks.astype(jnp.float32), (0, 8))[:, None]
         sinks = jnp.broadcast_to(lines, (num_heads + 8, LANES))
@@ -88,7 +89,7 @@ def paged_attention(
         flat(k),
         flat(v),
         kv,
-        meta,
+        scalars,
         batch.kv_lens,
         table,
         sinks,
@@ -105,7 +106,7 @@ def paged_attention(
             flat(v),
             out,
             kv,
-            meta,
+            scalars,
             batch.kv_lens,
             batch.cu_q_lens,
             jnp.pad(batch.token_page, (0, padded_tokens - num_tokens)),

@@ -1,7 +1,7 @@
 """Rows with several new tokens: their K and V go to the pool first, then tiles of queries walk their rows' pages.
 
 Tiles lie on fixed places of the packed tokens, so that q and o need no other layout than the matmuls around have; a tile
-where rows meet is computed once for each of them. The kernel owns every token from meta[0], the number of rows with one
+where rows meet is computed once for each of them. The kernel owns every token from the rows with one token, the number of rows with one
 token, on: their outputs, and zeros for padding.
 """
 
@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks
 from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
-from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scores, attend, join_pages
+from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages
 from sgl_jax.ops.attention.fa.write import WriteRefs, write_chunks, write_scratch
 
 
@@ -27,7 +27,9 @@ from sgl_jax.ops.attention.fa.write import WriteRefs, write_chunks, write_scratc
 class Refs:
     """What the kernel sees. B queries of a tile."""
 
-    meta: Ref  # SMEM i32[3]: rows with one token, first page of the layer, window
+    num_single: Ref  # SMEM i32[1]: rows with one token
+    first_page: Ref  # SMEM i32[1]: of the layer
+    window: Ref  # SMEM i32[1]
     kv_lens: Ref  # SMEM i32[S]
     cu_q_lens: Ref  # SMEM i32[S + 1]
     token_page: Ref  # SMEM i32[T]
@@ -53,16 +55,26 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
     num_rows = refs.kv_lens.shape[0]
     last_token = refs.cu_q_lens[num_rows]
     write_chunks(
-        WriteRefs(refs.meta, refs.kv_lens, refs.cu_q_lens, refs.token_page, refs.k, refs.v, refs.kv, **refs.write)
+        WriteRefs(
+            refs.num_single,
+            refs.first_page,
+            refs.kv_lens,
+            refs.cu_q_lens,
+            refs.token_page,
+            refs.k,
+            refs.v,
+            refs.kv,
+            **refs.write,
+        )
     )
 
-    pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.meta[1])
+    pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
     num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
     group = num_heads // num_kv_heads
     block_tokens = pages.pages * page_size
     tile_tokens = refs.q_tiles.shape[1]
-    window = refs.meta[2]
-    first_token = refs.meta[0]  # of chunks: rows with one token come first
+    window = refs.window[0]
+    first_token = refs.num_single[0]  # of chunks: rows with one token come first
     first_tile = div(first_token, tile_tokens)
     num_tiles = refs.q.shape[0] // tile_tokens
 
@@ -264,7 +276,7 @@ def attend_chunks(
     v: jax.Array,
     o: jax.Array,
     kv: jax.Array,
-    meta: jax.Array,
+    scalars: Scalars,
     kv_lens: jax.Array,
     cu_q_lens: jax.Array,
     token_page: jax.Array,
@@ -276,10 +288,10 @@ def attend_chunks(
     has_window: bool,
     blocks: ChunkBlocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """q and o [T, N * H], k and v [T, K * H], meta i32[3] (see Refs), token_page i32[T] without the layer's first page,
+    """q and o [T, N * H], k and v [T, K * H], token_page i32[T] without the layer's first page,
     table i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of blocks.queries.
 
-    Returns o with the lines from token meta[0] on set, and the pool. Both are changed in place when donated.
+    Returns o with the lines from token the rows with one token on set, and the pool. Both are changed in place when donated.
     """
     num_kv_heads, head_dim = kv.shape[1], kv.shape[4]
     tile = (blocks.queries, q.shape[1])
@@ -295,7 +307,7 @@ def attend_chunks(
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
         "write": write_scratch(kv, k, blocks.write_slots, blocks.write_pages),
     }
-    prefetch = ["meta", "kv_lens", "cu_q_lens", "token_page"]
+    prefetch = [*Scalars._fields, "kv_lens", "cu_q_lens", "token_page"]
     names = [*prefetch, "q", "k", "v", *(["sinks"] if sinks is not None else []), "table"]
 
     def body(*args):
@@ -338,4 +350,4 @@ def attend_chunks(
             + 2 * q.size * q.dtype.itemsize,
         ),
         name="fa_chunks",
-    )(meta, kv_lens, cu_q_lens, token_page, *inputs)
+    )(*scalars, kv_lens, cu_q_lens, token_page, *inputs)

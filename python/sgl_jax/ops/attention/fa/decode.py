@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import DecodeBlocks
 from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
-from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scores, attend, join_pages, row_tile
+from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, row_tile
 
 WRITES = 4  # tiles on their way back to the pool
 
@@ -28,7 +28,9 @@ WRITES = 4  # tiles on their way back to the pool
 class Refs:
     """What the kernel sees. R rows, a multiple of 16; C = H / 128 lane tiles."""
 
-    meta: Ref  # SMEM i32[3]: rows with one token, first page of the layer, window
+    num_single: Ref  # SMEM i32[1]: rows with one token
+    first_page: Ref  # SMEM i32[1]: of the layer
+    window: Ref  # SMEM i32[1]
     kv_lens: Ref  # SMEM i32[S]
     q: Ref  # VMEM [R, N * H]
     k: Ref  # VMEM [R, K * H]
@@ -45,14 +47,14 @@ class Refs:
 
 
 def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, has_window: bool):
-    pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.meta[1])
+    pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
     num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
     group = num_heads // num_kv_heads
     group_rows = -(-group // 8) * 8  # q heads of a KV head, as rows of a product
     block_tokens = pages.pages * page_size
     dtype = scores.dtype
-    num_rows = refs.meta[0]
-    window = refs.meta[2]
+    num_rows = refs.num_single[0]
+    window = refs.window[0]
     lane_tiles = range(head_dim // LANES)
 
     def spread(r, _):
@@ -230,7 +232,7 @@ def attend_singles(
     k: jax.Array,
     v: jax.Array,
     kv: jax.Array,
-    meta: jax.Array,
+    scalars: Scalars,
     kv_lens: jax.Array,
     table: jax.Array,
     sinks: jax.Array | None,
@@ -241,9 +243,9 @@ def attend_singles(
     has_window: bool,
     blocks: DecodeBlocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """q [T, N * H], k and v [T, K * H], meta i32[3] (see Refs), table i32[S * groups * IDS], sinks f32[N + 8, 128].
+    """q [T, N * H], k and v [T, K * H], table i32[S * groups * IDS], sinks f32[N + 8, 128].
 
-    Returns o [T, N * H], of which the first num_rows lines are set (zeros where meta[0] ends), and the pool.
+    Returns o [T, N * H], of which the first num_rows lines are set (zeros where the rows with one token ends), and the pool.
     """
     num_kv_heads, head_dim = kv.shape[1], kv.shape[4]
     lane_tiles = head_dim // LANES
@@ -255,7 +257,7 @@ def attend_singles(
         "write_sem": pltpu.SemaphoreType.DMA((WRITES,)),
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
     }
-    names = ["meta", "kv_lens", "q", "k", "v", *(["sinks"] if sinks is not None else []), "table"]
+    names = [*Scalars._fields, "kv_lens", "q", "k", "v", *(["sinks"] if sinks is not None else []), "table"]
 
     def body(*args):
         *plain, _kv_in, o, kv_out, rest = args
@@ -280,13 +282,13 @@ def attend_singles(
         body,
         out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=4,
             grid=(1,),
             in_specs=[rows(q), rows(k), rows(v), *([whole] if sinks is not None else []), hbm, hbm],
             out_specs=[rows(q), hbm],
             scratch_shapes=[scratch],
         ),
-        input_output_aliases={1 + len(inputs): 1},
+        input_output_aliases={3 + len(inputs): 1},
         compiler_params=pltpu.CompilerParams(
             disable_bounds_checks=True, disable_semaphore_checks=True, vmem_limit_bytes=blocks.vmem_limit
         ),
@@ -296,4 +298,4 @@ def attend_singles(
             bytes_accessed=2 * keys * num_kv_heads * head_dim * kv.dtype.itemsize + 2 * q.size * q.dtype.itemsize,
         ),
         name="fa_decode",
-    )(meta, kv_lens, *inputs)
+    )(*scalars, kv_lens, *inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,14 @@ from jax import lax
 LANES = 128
 AHEAD = 2  # scores asked for before the first softmax; 0, 1 and 4 need 6 to 22 % more bundles (docs/decisions)
 FLOOR = -1e30  # finite: a query with no key in sight yet must not produce inf - inf
+
+
+class Scalars(NamedTuple):
+    """What changes from step to step or from layer to layer, i32[1] each: an array of them would be an operation."""
+
+    num_single: Any  # rows with one token
+    first_page: Any  # of the layer
+    window: Any  # tokens; 0 if there is none
 
 
 @dataclasses.dataclass(frozen=True)

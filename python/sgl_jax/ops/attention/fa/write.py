@@ -26,7 +26,8 @@ class WriteRefs:
     """A segment is `pages` consecutive pages of a row, the first a multiple of `pages`. M tokens of a segment, W lines
     that surely hold them, C = H / 128."""
 
-    meta: Ref  # SMEM i32[3]: rows with one token, first page of the layer, window
+    num_single: Ref  # SMEM i32[1]: rows with one token
+    first_page: Ref  # SMEM i32[1]: of the layer
     kv_lens: Ref  # SMEM i32[S]
     cu_q_lens: Ref  # SMEM i32[S + 1]
     token_page: Ref  # SMEM i32[T]
@@ -104,7 +105,7 @@ def write_chunks(refs: WriteRefs) -> None:
         slot = rem(n, slots)
         first, _ = new_range(row)
         token = jnp.maximum(page * page_size, first) - refs.kv_lens[row] + refs.cu_q_lens[row + 1]
-        pool = refs.kv.at[refs.token_page[token] + refs.meta[1]]
+        pool = refs.kv.at[refs.token_page[token] + refs.first_page[0]]
         mine = refs.segments.at[slot, page - segment * pages]
         if to_pool:
             return pltpu.make_async_copy(mine, pool, refs.new_sem.at[slot])
@@ -174,7 +175,7 @@ def write_chunks(refs: WriteRefs) -> None:
         refs.counts[slot] = high - low
         return step(cursor), prepare(ahead)
 
-    row = refs.meta[0]
+    row = refs.num_single[0]
     first, _ = new_range(jnp.minimum(row, num_rows - 1))
     cursor = (jnp.int32(0), row, div(first, tokens))
     ahead = lax.fori_loop(0, slots // 2, lambda _, c: prepare(c), cursor)
