@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "runtime": ("models", "ops", "parallel", "request", "step_plan", "observability"),
     # A GGUF file carries its vocabulary: reading the file format is all that text/ takes from models/.
     "text": ("request", "models.gguf_file", "models.errors"),
-    "engine": ("scheduler", "cache", "runtime", "models", "text", "observability", *PLAIN_DATA, *SETTINGS),
+    "engine": ("scheduler", "cache", "runtime", "models", "parallel", "text", "observability", *PLAIN_DATA, *SETTINGS),
     "planning": ("engine", "runtime", "models", "ops", "parallel", "observability", *SETTINGS),
     "compile": ("planning", "runtime", "observability", *SETTINGS),
     "server": ("engine", "text", "observability", *PLAIN_DATA, *SETTINGS),

@@ -105,7 +105,6 @@ def test_defaults() -> None:
         ({"dtype": "float16"}, "--dtype is float16; float16 overflows .* use bfloat16"),
         ({"dtype": "half"}, "--dtype is half; float16 overflows .* use bfloat16"),
         ({"dtype": "int8"}, "--dtype is int8; it must be auto or float32 or bfloat16"),
-        ({"tp_size": 4}, "--tp-size is 4; it must be 1: more is not built yet"),
         ({"nnodes": 2}, "--nnodes is 2; it must be 1: more is not built yet"),
         ({"node_rank": 1}, "--node-rank is 1; it must be below --nnodes, which is 1"),
         ({"dist_init_addr": "host"}, "--dist-init-addr is host; it must be an address and a port"),

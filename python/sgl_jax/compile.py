@@ -77,7 +77,7 @@ def _run(own: argparse.Namespace, args: ServerArgs) -> int:
     from sgl_jax.planning.programs import DoesNotCompile, compile_launch
     from sgl_jax.planning.target import find_target
     from sgl_jax.runtime.compiler import use_compile_cache
-    from sgl_jax.runtime.platform import attention_for
+    from sgl_jax.runtime.platform import kernels_for
     from sgl_jax.runtime.topology import set_tpu_environment
 
     if own.topology not in ("cpu", "gpu"):  # nothing of this machine's is used, or taken from who runs on it
@@ -88,7 +88,7 @@ def _run(own: argparse.Namespace, args: ServerArgs) -> int:
         target = find_target(own.topology, args.tp_size)
         model = find_model(args.model_path, args.download_dir)
         plan = make_plan(args, model, target, own.context)
-        attention = attention_for(args.attention_backend, target.platform)
+        kernels = kernels_for(args.attention_backend, target.platform)
         if not own.plan:
             target.find_devices()  # what cannot be compiled for is said before the tables
     except Misfit as error:
@@ -104,7 +104,7 @@ def _run(own: argparse.Namespace, args: ServerArgs) -> int:
             use_compile_cache(args.compilation_cache_dir)
         started = time.perf_counter()
         try:
-            facts = compile_launch(model.config, plan.launch, target, attention, report_program)
+            facts = compile_launch(model.config, plan.launch, target, kernels, report_program)
         except DoesNotCompile as error:
             print(f"compile: it does not compile: {error}", file=sys.stderr)
             return DOES_NOT_FIT

@@ -22,6 +22,14 @@ FAMILIES = [
     "qwen2-yarn",
     "qwen3",
     "qwen3-tied",
+    "qwen2_moe",
+    "qwen2_moe-mixed",
+    "qwen3_moe",
+    "mixtral",
+    "gemma2",
+    "gemma3_text",
+    "glm4_moe",
+    "glm4_moe-air",
 ]
 
 

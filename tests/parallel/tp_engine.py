@@ -34,7 +34,7 @@ def answers(folder: str, tp_size: int) -> list[dict]:
         tp_size=tp_size,
         dtype="float32",
         max_running_requests=8,
-        chunked_prefill_size=32,
+        chunked_prefill_size=8,
         max_total_tokens=2048,
     ) as engine:
         out = engine.generate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from pathlib import Path
@@ -13,10 +12,10 @@ import pytest
 
 from sgl_jax.benchmark.stages import DEVICE_STAGES
 from sgl_jax.models.families import decoder_config
-from sgl_jax.models.weights import declare
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import Bucket
-from sgl_jax.runtime.platform import PLATFORMS, attention_for
+from sgl_jax.runtime.placed_weights import abstract_weights
+from sgl_jax.runtime.platform import PLATFORMS, kernels_for
 from sgl_jax.runtime.programs import RunnerConfig, make_programs
 
 STAGES = set(DEVICE_STAGES)
@@ -27,17 +26,9 @@ def test_every_stage_is_in_the_names_of_the_program_s_operations(stories260k: Pa
     model = decoder_config(json.loads((stories260k / "config.json").read_text()))
     placement = Placement.over(jax.devices("cpu")[:1])
 
-    def abstract(spec, *leading):
-        return jax.ShapeDtypeStruct((*leading, *spec.shape), np.float32, sharding=placement.sharding())
-
-    weights = declare(model)
-    layers = weights.layers
-    weights = jax.tree.map(abstract, weights)
-    if stacked:
-        stack = jax.tree.map(lambda spec: abstract(spec, model.num_layers), layers[0])
-        weights = dataclasses.replace(weights, layers=stack)
+    weights = abstract_weights(model, np.float32, placement, stacked=stacked)
     config = RunnerConfig("float32", 16, 9, 2, 64, (Bucket(8, 2),))
-    programs = make_programs(model, config, attention_for(None, PLATFORMS["cpu"]), placement, weights)
+    programs = make_programs(model, config, kernels_for(None, PLATFORMS["cpu"]), placement, weights)
     program = next(each for each in programs if each.name.startswith("tokens="))
     text = program.function.lower(*program.args).as_text(debug_info=True)
     paths = {tuple(name.split("/")) for name in re.findall(r'loc\("([^"]+)"', text)}

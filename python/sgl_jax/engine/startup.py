@@ -24,7 +24,7 @@ from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.compiler import Compiled, use_compile_cache
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.placed_weights import place_weight, stack_layers
-from sgl_jax.runtime.platform import Platform, attention_for, pick_devices
+from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.server_args import ServerArgs
@@ -61,7 +61,7 @@ def build_core(args: ServerArgs) -> Core:
     )
     placement = Placement.over(devices)
     weights = _load(checkpoint, model, plan.dtype, args, platform, placement)
-    runner = ModelRunner(weights, model, plan.runner, attention_for(args.attention_backend, platform), placement)
+    runner = ModelRunner(weights, model, plan.runner, kernels_for(args.attention_backend, platform), placement)
     runner.warm_up(_report_compile)
     cache = PrefixCache(memory.num_pages, plan.runner.page_size, enabled=not args.disable_radix_cache)
     scheduler = Scheduler(plan.scheduler, cache)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Literal
+
+Activation = Literal["silu", "gelu_tanh"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -12,6 +15,24 @@ class RopeConfig:
 
     inv_freq: tuple[float, ...]  # [rotary_dim / 2]
     attention_factor: float = 1.0  # YaRN's scale on cos and sin
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeConfig:
+    """A mixture of experts: how tokens choose, and what a chosen expert is."""
+
+    num_experts: int  # E
+    experts_per_token: int  # X
+    intermediate_size: int  # F of an expert
+    shared_intermediate_size: int = 0  # of the expert every token takes; 0: none
+    shared_gate: bool = False  # a sigmoid of the token scales the shared expert
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    score_bias: bool = False  # added to the scores for choosing, not for weighing
+    num_groups: int = 1  # experts are chosen from the best groups only
+    groups_per_token: int = 1
+    group_score: Literal["max", "top2"] = "max"  # a group's best expert, or the sum of its two best
+    normalise: bool = True  # the weights of the chosen sum to 1
+    scale: float = 1.0  # on the weights, after that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +50,19 @@ class DecoderConfig:
     rope: RopeConfig
     context_length: int
     rms_norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # norms scale by offset + weight
+    sandwich_norms: bool = False  # a norm after attention and after the MLP, too
     tie_embeddings: bool = False
+    embed_scale: float = 1.0  # on the embedded tokens
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before rope
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Activation = "silu"
+    moe: MoeConfig | None = None
+    moe_layers: tuple[bool, ...] | None = None  # which layers have experts in place of the MLP; None: all, if moe
     sliding_windows: tuple[int | None, ...] | None = None  # per layer; None: full attention in every layer
+    local_rope: RopeConfig | None = None  # of the layers with a window, where it differs
     attn_logit_softcap: float | None = None
     final_logit_softcap: float | None = None
     query_scale: float | None = None  # None: head_dim ** -0.5
@@ -45,17 +72,29 @@ class DecoderConfig:
         """How many tokens, itself included, a query of this layer sees; None: all before it."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
+    def has_experts(self, layer: int) -> bool:
+        return self.moe is not None and (self.moe_layers is None or self.moe_layers[layer])
+
+    def layer_groups(self) -> tuple[int, ...]:
+        """Sizes of the runs of layers with the same weights, in order: what can be stacked."""
+        runs = itertools.groupby(range(self.num_layers), self.has_experts)
+        return tuple(len(list(layers)) for _, layers in runs)
+
     def share(self, devices: int) -> DecoderConfig:
         """What one of `devices` tensor-parallel devices holds: its heads, its part of the MLP and of the vocabulary.
 
         Raises ValueError if the heads, the MLP or the vocabulary cannot be divided evenly; KV heads may be fewer than
         devices, which then hold copies.
         """
-        for what, number in (
-            ("attention heads", self.num_heads),
-            ("MLP neurons", self.intermediate_size),
-            ("vocabulary entries", self.vocab_size),
-        ):
+        sizes = {
+            "attention heads": self.num_heads,
+            "MLP neurons": self.intermediate_size,
+            "vocabulary entries": self.vocab_size,
+        }
+        if self.moe:
+            sizes["neurons of an expert"] = self.moe.intermediate_size
+            sizes["neurons of the shared expert"] = self.moe.shared_intermediate_size
+        for what, number in sizes.items():
             if number % devices:
                 raise ValueError(f"--tp-size is {devices}; it must divide the model's {number} {what}")
         if self.num_kv_heads % devices and devices % self.num_kv_heads:
@@ -68,6 +107,12 @@ class DecoderConfig:
             num_kv_heads=max(1, self.num_kv_heads // devices),
             intermediate_size=self.intermediate_size // devices,
             vocab_size=self.vocab_size // devices,
+            moe=self.moe
+            and dataclasses.replace(
+                self.moe,
+                intermediate_size=self.moe.intermediate_size // devices,
+                shared_intermediate_size=self.moe.shared_intermediate_size // devices,
+            ),
         )
 
     @property

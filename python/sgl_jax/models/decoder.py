@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
@@ -9,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.layers import ACTIVATIONS, apply_rope, rms_norm, rope_tables
-from sgl_jax.models.weights import LayerWeights, Weights, head
+from sgl_jax.models.layers import apply_rope, gated, rms_norm, rope_tables
+from sgl_jax.models.moe import LayerExperts, moe_layer
+from sgl_jax.models.weights import Experts, LayerWeights, Weights, head
+from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
 
 
@@ -33,34 +37,45 @@ class Attend(Protocol):
     ) -> tuple[Float[Array, "T N H"], Float[Array, "LP K 2 page H"]]: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What a step gives the decoder besides weights and tokens."""
+
+    positions: Int[Array, " T"]
+    valid: Bool[Array, " T"]  # False: padding
+    attend: Attend
+    grouped_matmul: GroupedMatmul
+    axis: TensorAxis = ONE_DEVICE
+
+
 def hidden_states(
     weights: Weights,
     config: DecoderConfig,
     tokens: Int[Array, " T"],
-    positions: Int[Array, " T"],
     kv: Float[Array, "LP K 2 page H"],
-    attend: Attend,
-    axis: TensorAxis = ONE_DEVICE,
+    context: Context,
 ) -> tuple[Float[Array, "T D"], Float[Array, "LP K 2 page H"]]:
     """The last layer's output, before the final norm, and the pool with this step's KV.
 
     On a device of a tensor axis, config and weights are its share; x is whole on every device.
     """
+    norm = functools.partial(rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset)
     with jax.named_scope("embed"):
-        x = _embed(weights.embed, tokens, axis)
-        rope = rope_tables(positions, config.rope)
+        x = _embed(weights.embed, tokens, context.axis)
+        x = x * jnp.asarray(config.embed_scale, x.dtype) if config.embed_scale != 1 else x
+        rope = _rope_of_layer(config, context.positions)
     windows = _windows(config)
 
-    def body(carry, layer: Int[Array, ""] | int, w: LayerWeights):
+    def body(carry, layer: Int[Array, ""] | int, w: LayerWeights, experts: LayerExperts | None):
         x, kv = carry
         with jax.named_scope("attention"):
-            h = rms_norm(x, w.attn_norm, config.rms_norm_eps)
+            h = norm(x, w.attn_norm)
             window = None if windows is None else jnp.asarray(windows)[layer]
-            h, kv = _attention(h, kv, w, config, rope, attend, axis, layer, window)
-            x = x + h
+            h, kv = _attention(h, kv, w, config, norm, rope(window), context, layer, window)
+            x = x + (h if w.post_attn_norm is None else norm(h, w.post_attn_norm))
         with jax.named_scope("mlp"):
-            h = rms_norm(x, w.mlp_norm, config.rms_norm_eps)
-            x = x + _mlp(h, w, config, axis)
+            h = _mlp(norm(x, w.mlp_norm), w, experts, config, context)
+            x = x + (h if w.post_mlp_norm is None else norm(h, w.post_mlp_norm))
         return x, kv
 
     return run_layers(body, (x, kv), weights.layers)
@@ -69,32 +84,63 @@ def hidden_states(
 def logits(weights: Weights, config: DecoderConfig, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
     """Final norm and output head, float32; of a device of a tensor axis, its share of the vocabulary."""
     with jax.named_scope("logits"):
-        h = rms_norm(hidden, weights.final_norm, config.rms_norm_eps)
+        h = rms_norm(hidden, weights.final_norm, config.rms_norm_eps, config.norm_offset)
         out = jnp.einsum("vd,sd->vs", head(weights), h, preferred_element_type=jnp.float32).T
         cap = config.final_logit_softcap
         return out if cap is None else cap * jnp.tanh(out / cap)
 
 
-def run_layers(body: Callable, carry, layers: list[LayerWeights] | LayerWeights):
-    """Thread the carry through body(carry, layer index, layer weights): a Python loop over a list, a scan over a stack.
+def run_layers(body: Callable, carry, layers: list[LayerWeights] | tuple[LayerWeights, ...]):
+    """Thread the carry through body(carry, layer index, layer weights, experts): a Python loop over a list, a scan over
+    each stack.
 
-    Which one a platform gets is decided where weights are placed (docs/decisions/0002-layers-list-or-scan.md).
+    Which one a platform gets is decided where weights are placed (docs/decisions/0002-layers-list-or-scan.md). The
+    experts of a stack are not sliced by the scan: grouped matmul wants them whole.
     """
     if isinstance(layers, list):
-        layer = jax.jit(body)  # traced and lowered once, not once per layer
+        layer = jax.jit(body)  # traced and lowered once for each kind of layer, not once per layer
         for i, w in enumerate(layers):
-            carry = layer(carry, jnp.int32(i), w)
+            w, experts = _split_experts(w)
+            experts = jax.tree.map(lambda leaf: leaf[None], experts)
+            carry = layer(carry, jnp.int32(i), w, experts and LayerExperts(experts, jnp.int32(0)))
         return carry
-    num_layers = jax.tree.leaves(layers)[0].shape[0]
-    carry, _ = lax.scan(lambda c, x: (body(c, *x), None), carry, (jnp.arange(num_layers), layers))
+    first = 0
+    for group in layers:
+        group, experts = _split_experts(group)
+        number = len(jax.tree.leaves(group)[0])
+
+        def one(carry, x, experts=experts, first=first):
+            i, w = x
+            return body(carry, first + i, w, experts and LayerExperts(experts, i)), None
+
+        carry, _ = lax.scan(one, carry, (jnp.arange(number), group))
+        first += number
     return carry
+
+
+def _split_experts(w: LayerWeights) -> tuple[LayerWeights, Experts | None]:
+    if w.moe is None:
+        return w, None
+    return dataclasses.replace(w, moe=dataclasses.replace(w.moe, experts=Experts(None, None))), w.moe.experts
+
+
+_NO_WINDOW = 2**30  # wider than any context
 
 
 def _windows(config: DecoderConfig) -> np.ndarray | None:
     """Each layer's window, i32[L], full attention as one wider than any context; None if no layer has a window."""
     if config.sliding_windows is None:
         return None
-    return np.array([w if w is not None else 2**30 for w in config.sliding_windows], np.int32)
+    return np.array([w if w is not None else _NO_WINDOW for w in config.sliding_windows], np.int32)
+
+
+def _rope_of_layer(config: DecoderConfig, positions: Int[Array, " T"]) -> Callable:
+    """A layer's window -> its rotation, (cos, sin)."""
+    tables = rope_tables(positions, config.rope)
+    if config.local_rope is None:
+        return lambda window: tables
+    both = jax.tree.map(lambda *x: jnp.stack(x), tables, rope_tables(positions, config.local_rope))
+    return lambda window: jax.tree.map(lambda x: x[(window < _NO_WINDOW).astype(jnp.int32)], both)
 
 
 def _embed(table: Float[Array, "V D"], tokens: Int[Array, " T"], axis: TensorAxis) -> Float[Array, "T D"]:
@@ -102,20 +148,23 @@ def _embed(table: Float[Array, "V D"], tokens: Int[Array, " T"], axis: TensorAxi
     return axis.sum(jnp.where(own[:, None], table.at[local].get(mode="clip"), 0))
 
 
-def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, attend: Attend, axis: TensorAxis, layer, window):
+def _attention(h, kv, w: LayerWeights, config: DecoderConfig, norm, rope, context: Context, layer, window):
     num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
     qkv = _project(h, w.qkv, w.qkv_bias).reshape(num_tokens, heads + 2 * kv_heads, head_dim)
     q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
     if config.qk_norm:
-        q, k = rms_norm(q, w.q_norm, config.rms_norm_eps), rms_norm(k, w.k_norm, config.rms_norm_eps)
+        q, k = norm(q, w.q_norm), norm(k, w.k_norm)
     q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-    out, kv = attend(q, k, v, kv, layer=layer, window=window)
-    return _project(out.reshape(num_tokens, heads * head_dim), w.o, w.o_bias, axis), kv
+    out, kv = context.attend(q, k, v, kv, layer=layer, window=window)
+    return _project(out.reshape(num_tokens, heads * head_dim), w.o, w.o_bias, context.axis), kv
 
 
-def _mlp(h, w: LayerWeights, config: DecoderConfig, axis: TensorAxis):
-    gate, up = jnp.split(_project(h, w.gate_up, w.gate_up_bias), 2, axis=-1)
-    return _project(ACTIVATIONS[config.activation](gate) * up, w.down, w.down_bias, axis)
+def _mlp(h, w: LayerWeights, experts: LayerExperts | None, config: DecoderConfig, context: Context):
+    if w.moe is None or experts is None or config.moe is None:
+        gate_up = _project(h, w.gate_up, w.gate_up_bias)
+        return _project(gated(gate_up, config.activation), w.down, w.down_bias, context.axis)
+    out = moe_layer(h, w.moe, experts, config.moe, config.activation, context.valid, context.grouped_matmul)
+    return context.axis.sum(out)
 
 
 def _project(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.config import DecoderConfig, RopeConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.rope import context_length, resolve_rope
 
@@ -37,24 +37,28 @@ def kv_heads(hf: dict[str, Any], absent: int | None = None) -> int:
     return hf.get("num_key_value_heads", absent) or required(hf, "num_attention_heads")
 
 
-def dense_decoder(
+def decoder(
     hf: dict[str, Any],
     *,
     architecture: str,
     num_kv_heads: int,
     head_dim: int | None = None,
-    qkv_bias: bool = False,
-    o_bias: bool = False,
-    mlp_bias: bool = False,
-    qk_norm: bool = False,
+    hidden_act: str | None = None,
+    tie_embeddings: bool = False,
+    rope: RopeConfig | None = None,
     sliding_windows: tuple[int | None, ...] | None = None,
+    **switches: Any,
 ) -> DecoderConfig:
-    """A DecoderConfig of the keys all families spell alike; the arguments are what the family decides."""
+    """A DecoderConfig of the keys all families spell alike; the arguments are what the family decides.
+
+    `tie_embeddings` is the family's default; `rope` is read from `hf` unless given; `switches` are DecoderConfig's.
+    """
+    hidden_act = hidden_act or hf.get("hidden_act", "silu")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", hf["quantization_config"])
         raise ModelError(f"config.json has quantization_config ({method}); quantised checkpoints are not supported")
-    if hf.get("hidden_act", "silu") not in _ACTIVATIONS:
-        raise ModelError(f"config.json sets hidden_act={hf['hidden_act']!r}; supported are {', '.join(_ACTIVATIONS)}")
+    if hidden_act not in _ACTIVATIONS:
+        raise ModelError(f"config.json sets hidden_act={hidden_act!r}; supported are {', '.join(_ACTIVATIONS)}")
     if unknown := [key for key in _SCALES if hf.get(key) not in (None, 1, 1.0)]:
         raise ModelError(f"config.json sets {', '.join(unknown)}; {architecture} has no such scale here")
     if (
@@ -80,17 +84,14 @@ def dense_decoder(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rope=resolve_rope(hf, head_dim),
+        rope=rope or resolve_rope(hf, head_dim),
         context_length=context_length(hf),
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        qkv_bias=qkv_bias,
-        o_bias=o_bias,
-        mlp_bias=mlp_bias,
-        qk_norm=qk_norm,
-        activation=_ACTIVATIONS[hf.get("hidden_act", "silu")],
+        tie_embeddings=bool(hf.get("tie_word_embeddings", tie_embeddings)),
+        activation=_ACTIVATIONS[hidden_act],
         sliding_windows=sliding_windows,
         eos_token_ids=eos_token_ids(hf),
+        **switches,
     )
 
 
@@ -100,6 +101,18 @@ def eos_token_ids(config: dict[str, Any]) -> tuple[int, ...]:
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
+def layer_windows(hf: dict[str, Any], window: int) -> tuple[int | None, ...]:
+    """Each layer's window as layer_types says."""
+    num_layers, known = required(hf, "num_hidden_layers"), {"full_attention": None, "sliding_attention": window}
+    unknown = sorted(set(hf["layer_types"]) - set(known))
+    if unknown or len(hf["layer_types"]) != num_layers:
+        raise ModelError(
+            f"config.json: layer_types must name {' or '.join(known)} for each of {num_layers} layers; "
+            f"it has {len(hf['layer_types'])} entries{', among them ' + ', '.join(unknown) if unknown else ''}"
+        )
+    return tuple(known[kind] for kind in hf["layer_types"])
+
+
 def qwen_sliding_windows(hf: dict[str, Any]) -> tuple[int | None, ...] | None:
     """Qwen 2 and 3: windows only when use_sliding_window says so, in the layers that layer_types names or, without it,
     from max_window_layers on."""
@@ -107,13 +120,6 @@ def qwen_sliding_windows(hf: dict[str, Any]) -> tuple[int | None, ...] | None:
         return None
     num_layers, window = required(hf, "num_hidden_layers"), hf["sliding_window"]
     if hf.get("layer_types") is not None:
-        known = {"full_attention": None, "sliding_attention": window}
-        unknown = sorted(set(hf["layer_types"]) - set(known))
-        if unknown or len(hf["layer_types"]) != num_layers:
-            raise ModelError(
-                f"config.json: layer_types must name {' or '.join(known)} for each of {num_layers} layers; "
-                f"it has {len(hf['layer_types'])} entries{', among them ' + ', '.join(unknown) if unknown else ''}"
-            )
-        return tuple(known[kind] for kind in hf["layer_types"])
+        return layer_windows(hf, window)
     full = required(hf, "max_window_layers")
     return tuple(window if layer >= full else None for layer in range(num_layers))

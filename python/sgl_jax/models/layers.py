@@ -7,14 +7,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sgl_jax.models.config import RopeConfig
+from sgl_jax.models.config import Activation, RopeConfig
 
 
-def rms_norm(x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
-    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32."""
+def rms_norm(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float, offset: float = 0.0
+) -> Float[Array, "*B D"]:
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32; scales by offset + weight."""
     x32 = x.astype(jnp.float32)
     scaled = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
+    return (scaled * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
 
 
 def rope_tables(positions: Int[Array, " T"], rope: RopeConfig) -> tuple[Float[Array, "T half"], Float[Array, "T half"]]:
@@ -39,3 +41,9 @@ ACTIVATIONS = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
+
+
+def gated(gate_up: Float[Array, "*B FF"], activation: Activation) -> Float[Array, "*B F"]:
+    """act(gate) * up, of gate and up side by side."""
+    gate, up = jnp.split(gate_up, 2, axis=-1)
+    return ACTIVATIONS[activation](gate) * up

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.hf_config import dense_decoder, kv_heads, required
+from sgl_jax.models.hf_config import decoder, kv_heads, required
 from sgl_jax.models.names import TensorNames
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
@@ -47,7 +47,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
 
 def _llama(hf: dict[str, Any]) -> DecoderConfig:
     attention_bias = bool(hf.get("attention_bias", False))
-    return dense_decoder(
+    return decoder(
         hf,
         architecture="LlamaForCausalLM",
         num_kv_heads=kv_heads(hf),
@@ -59,7 +59,7 @@ def _llama(hf: dict[str, Any]) -> DecoderConfig:
 
 def _mistral(hf: dict[str, Any]) -> DecoderConfig:
     window = hf.get("sliding_window", 4096)  # null is "none"; absent is the class default
-    return dense_decoder(
+    return decoder(
         hf,
         architecture="MistralForCausalLM",
         num_kv_heads=kv_heads(hf, absent=8),

@@ -38,7 +38,7 @@ def plan_weights(
     used = {names.lm_head} if config.tie_embeddings else set()
     for key_path, spec in jax.tree_util.tree_flatten_with_path(declare(config))[0]:
         path = jax.tree_util.keystr(key_path)
-        wanted = _wanted(path, config, names)
+        wanted = _wanted(path, spec, names)
         used.update(wanted)
         pieces = tuple(stored[name] for name in wanted if name in stored)
         missing += [name for name in wanted if name not in stored]
@@ -66,17 +66,17 @@ def plan_weights(
     return leaves
 
 
-def _wanted(path: str, config: DecoderConfig, names: TensorNames) -> tuple[str, ...]:
-    if match := re.fullmatch(r"\.layers\[(\d+)\]\.(\w+)", path):
+def _wanted(path: str, spec: WeightSpec, names: TensorNames) -> tuple[str, ...]:
+    if match := re.fullmatch(r"\.layers\[(\d+)\]\.([\w.]+)", path):
         layer, field = match.groups()
-        return tuple(pattern.format(i=layer) for pattern in names.layer[field])
+        matrices = range(spec.num_matrices)
+        return tuple(pattern.format(i=layer, e=e) for e in matrices for pattern in names.layer[field])
     return (getattr(names, path.removeprefix(".")),)
 
 
 def _shape_errors(leaf: Leaf) -> list[str]:
-    wanted = [(rows, *leaf.spec.shape[1:]) for rows in leaf.spec.parts or leaf.spec.shape[:1]]
     return [
         f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}"
-        for piece, shape in zip(leaf.pieces, wanted, strict=True)
+        for piece, shape in zip(leaf.pieces, leaf.spec.piece_shapes, strict=True)
         if piece.shape != shape
     ]

@@ -6,14 +6,14 @@ from typing import Any
 
 from sgl_jax.models import llama
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.hf_config import dense_decoder, kv_heads, qwen_sliding_windows
+from sgl_jax.models.hf_config import decoder, kv_heads, qwen_sliding_windows
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 NAMES = llama.NAMES
 
 
 def config(hf: dict[str, Any]) -> DecoderConfig:
-    return dense_decoder(
+    return decoder(
         hf,
         architecture="Qwen2ForCausalLM",
         num_kv_heads=kv_heads(hf, absent=32),

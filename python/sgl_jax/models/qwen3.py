@@ -6,7 +6,7 @@ from typing import Any
 
 from sgl_jax.models import llama
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.hf_config import dense_decoder, kv_heads, qwen_sliding_windows
+from sgl_jax.models.hf_config import decoder, kv_heads, qwen_sliding_windows
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 NAMES = llama.NAMES
@@ -14,7 +14,7 @@ NAMES = llama.NAMES
 
 def config(hf: dict[str, Any]) -> DecoderConfig:
     attention_bias = bool(hf.get("attention_bias", False))
-    return dense_decoder(
+    return decoder(
         hf,
         architecture="Qwen3ForCausalLM",
         num_kv_heads=kv_heads(hf, absent=32),

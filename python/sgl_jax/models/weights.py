@@ -8,12 +8,11 @@ identical trees; `runtime` stacks them where the platform scans over layers.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.config import DecoderConfig, MoeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,14 +21,44 @@ class WeightSpec:
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical axes, which parallel/ maps to the mesh
-    parts: tuple[int, ...] = ()  # rows of the tensors that lie one below the other in it; empty: it is one tensor
+    parts: tuple[int, ...] = ()  # output rows of the tensors that lie one below the other in it; empty: it is one
     unit: int = 1  # rows that stay together when a part is divided over devices: a head
+
+    @property
+    def num_matrices(self) -> int:
+        return self.shape[0] if len(self.shape) == 3 else 1
+
+    @property
+    def piece_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the stored tensors it is put together from: the parts of each matrix in turn."""
+        rows, *columns = self.shape[-2:]
+        return tuple((part, *columns) for part in self.parts or (rows,)) * self.num_matrices
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """E matrices each. Grouped matmul takes them with the layers' axis whole, and reads the layer's own by its index."""
+
+    gate_up: Any  # [E, 2F, D], gate then up
+    down: Any  # [E, D, F]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MoeWeights:
+    router: Any  # [E, D]
+    score_bias: Any  # [E]
+    experts: Experts
+    shared_gate_up: Any  # [2F, D]
+    shared_down: Any  # [D, F]
+    shared_gate: Any  # [1, D]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeights:
-    """One decoder layer. A weight the family lacks is None."""
+    """One decoder layer. A weight the family, or the layer, lacks is None."""
 
     attn_norm: Any  # [D]
     qkv: Any  # [(N + 2K) * H, D], q then k then v
@@ -38,58 +67,108 @@ class LayerWeights:
     k_norm: Any  # [H]
     o: Any  # [D, N * H]
     o_bias: Any  # [D]
+    post_attn_norm: Any  # [D]
     mlp_norm: Any  # [D]
     gate_up: Any  # [2F, D], gate then up
     gate_up_bias: Any  # [2F]
     down: Any  # [D, F]
     down_bias: Any  # [D]
+    moe: MoeWeights | None
+    post_mlp_norm: Any  # [D]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights:
     embed: Any  # [V, D]
-    layers: list[LayerWeights] | LayerWeights  # L of them, or one with every leaf stacked [L, …]
+    layers: list[LayerWeights] | tuple[LayerWeights, ...]  # L of them; or a stack [n, …] for each group of like layers
     final_norm: Any  # [D]
     lm_head: Any  # [V, D]; None: tied to embed
 
+    @property
+    def stacked(self) -> bool:
+        return isinstance(self.layers, tuple)
 
-def declare(c: DecoderConfig) -> Weights:
-    """The tree of WeightSpec that a model of this config has."""
-    d, f, v = c.hidden_size, c.intermediate_size, c.vocab_size
+
+def declare(c: DecoderConfig, *, stacked: bool = False) -> Weights:
+    """The tree of WeightSpec that a model of this config has, its layers in a list or stacked by groups."""
+    d, v = c.hidden_size, c.vocab_size
+    layers: Any = [_layer(c, c.has_experts(i)) for i in range(c.num_layers)]
+    if stacked:
+        sizes = c.layer_groups()
+        firsts = [layers[sum(sizes[:i])] for i in range(len(sizes))]
+        layers = tuple(_stack(first, n) for first, n in zip(firsts, sizes, strict=True))
+    return Weights(
+        embed=_spec((v, "vocab"), (d, "model")),
+        layers=layers,
+        final_norm=_spec((d, "model")),
+        lm_head=_spec((v, "vocab"), (d, "model"), when=not c.tie_embeddings),
+    )
+
+
+def _stack(layer: LayerWeights, n: int) -> LayerWeights:
+    return jax.tree.map(lambda s: dataclasses.replace(s, shape=(n, *s.shape), axes=(None, *s.axes)), layer)
+
+
+def _layer(c: DecoderConfig, has_experts: bool) -> LayerWeights:
+    d, f = c.hidden_size, c.intermediate_size
     q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     qkv_parts: dict[str, Any] = {"parts": (q_size, kv_size, kv_size), "unit": c.head_dim}
-
-    def spec(*shape_and_axes: tuple[int, str | None], when: bool = True, **parts: Any) -> WeightSpec | None:
-        return WeightSpec(*(tuple(x) for x in zip(*shape_and_axes, strict=True)), **parts) if when else None
-
-    layer = LayerWeights(
-        attn_norm=spec((d, "model")),
-        qkv=spec((q_size + 2 * kv_size, "heads"), (d, "model"), **qkv_parts),
-        qkv_bias=spec((q_size + 2 * kv_size, "heads"), when=c.qkv_bias, **qkv_parts),
-        q_norm=spec((c.head_dim, None), when=c.qk_norm),
-        k_norm=spec((c.head_dim, None), when=c.qk_norm),
-        o=spec((d, "model"), (q_size, "heads")),
-        o_bias=spec((d, "model"), when=c.o_bias),
-        mlp_norm=spec((d, "model")),
-        gate_up=spec((2 * f, "ffn"), (d, "model"), parts=(f, f)),
-        gate_up_bias=spec((2 * f, "ffn"), when=c.mlp_bias, parts=(f, f)),
-        down=spec((d, "model"), (f, "ffn")),
-        down_bias=spec((d, "model"), when=c.mlp_bias),
+    dense = not has_experts
+    return LayerWeights(
+        attn_norm=_spec((d, "model")),
+        qkv=_spec((q_size + 2 * kv_size, "heads"), (d, "model"), **qkv_parts),
+        qkv_bias=_spec((q_size + 2 * kv_size, "heads"), when=c.qkv_bias, **qkv_parts),
+        q_norm=_spec((c.head_dim, None), when=c.qk_norm),
+        k_norm=_spec((c.head_dim, None), when=c.qk_norm),
+        o=_spec((d, "model"), (q_size, "heads")),
+        o_bias=_spec((d, "model"), when=c.o_bias),
+        post_attn_norm=_spec((d, "model"), when=c.sandwich_norms),
+        mlp_norm=_spec((d, "model")),
+        gate_up=_spec((2 * f, "ffn"), (d, "model"), parts=(f, f), when=dense),
+        gate_up_bias=_spec((2 * f, "ffn"), parts=(f, f), when=dense and c.mlp_bias),
+        down=_spec((d, "model"), (f, "ffn"), when=dense),
+        down_bias=_spec((d, "model"), when=dense and c.mlp_bias),
+        moe=_moe(c.moe, d) if c.moe and has_experts else None,
+        post_mlp_norm=_spec((d, "model"), when=c.sandwich_norms),
     )
-    return Weights(
-        embed=spec((v, "vocab"), (d, "model")),
-        layers=[layer] * c.num_layers,
-        final_norm=spec((d, "model")),
-        lm_head=spec((v, "vocab"), (d, "model"), when=not c.tie_embeddings),
+
+
+def _moe(m: MoeConfig, d: int) -> MoeWeights:
+    e, f, shared = m.num_experts, m.intermediate_size, m.shared_intermediate_size
+    return MoeWeights(
+        router=_spec((e, None), (d, "model")),
+        score_bias=_spec((e, None), when=m.score_bias),
+        experts=Experts(
+            gate_up=_spec((e, "experts"), (2 * f, "ffn"), (d, "model"), parts=(f, f)),
+            down=_spec((e, "experts"), (d, "model"), (f, "ffn")),
+        ),
+        shared_gate_up=_spec((2 * shared, "ffn"), (d, "model"), parts=(shared, shared), when=shared > 0),
+        shared_down=_spec((d, "model"), (shared, "ffn"), when=shared > 0),
+        shared_gate=_spec((1, None), (d, "model"), when=m.shared_gate),
     )
+
+
+def _spec(*shape_and_axes: tuple[int, str | None], when: bool = True, **parts: Any) -> WeightSpec | None:
+    shape, axes = zip(*shape_and_axes, strict=True)
+    return WeightSpec(shape, axes, **parts) if when else None
 
 
 def parameters_per_token(config: DecoderConfig) -> int:
-    """Parameters each token is multiplied with: every matrix of the layers, and the head, tied or not; no lookup."""
+    """Parameters each token is multiplied with: every matrix of the layers, only the chosen experts', and the head,
+    tied or not; no lookup."""
     declared = declare(config)
-    matrices = [spec for spec in jax.tree.leaves(declared.layers) if len(spec.shape) == 2]
-    return sum(math.prod(spec.shape) for spec in [*matrices, head(declared)])
+    chosen = config.moe.experts_per_token if config.moe else 0
+
+    def used(spec: WeightSpec) -> int:
+        match spec.shape:
+            case (_, o, i):
+                return chosen * o * i
+            case (o, i):
+                return o * i
+        return 0
+
+    return sum(map(used, [*jax.tree.leaves(declared.layers), head(declared)]))
 
 
 def head(weights: Weights) -> Any:

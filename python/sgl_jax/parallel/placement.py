@@ -58,8 +58,8 @@ def _is_axes(x: Any) -> bool:
     return type(x) is tuple and all(axis is None or isinstance(axis, str) for axis in x)
 
 
-def interleave(array: np.ndarray, parts: Sequence[int], unit: int, size: int) -> np.ndarray:
-    """Reorder rows so that the i-th of `size` equal blocks holds the i-th share of every part.
+def interleave(array: np.ndarray, parts: Sequence[int], unit: int, size: int, axis: int = 0) -> np.ndarray:
+    """Reorder rows (of `axis`) so that the i-th of `size` equal blocks holds the i-th share of every part.
 
     A part is divided in whole units of `unit` rows. A part with fewer units than shares repeats them: neighbours get the
     same one (KV heads when there are more devices than heads).
@@ -68,8 +68,9 @@ def interleave(array: np.ndarray, parts: Sequence[int], unit: int, size: int) ->
         return array
 
     def share(part: np.ndarray, i: int) -> np.ndarray:
-        start = i * len(part) // size // unit * unit
-        return part[start : start + max(len(part) // size, unit)]
+        rows = part.shape[axis]
+        start = i * rows // size // unit * unit
+        return part.take(range(start, start + max(rows // size, unit)), axis)
 
-    pieces = np.split(array, np.cumsum(parts)[:-1])
-    return np.concatenate([share(part, i) for i in range(size) for part in pieces])
+    pieces = np.split(array, np.cumsum(parts)[:-1], axis)
+    return np.concatenate([share(part, i) for i in range(size) for part in pieces], axis)

@@ -12,7 +12,7 @@ from sgl_jax.planning.plan import Misfit, launch_of
 from sgl_jax.planning.programs import ProgramFacts, compile_launch
 from sgl_jax.planning.target import target_here
 from sgl_jax.runtime.compiler import use_compile_cache
-from sgl_jax.runtime.platform import attention_for
+from sgl_jax.runtime.platform import kernels_for
 from sgl_jax.server_args import ServerArgs
 
 FAILED = 1  # exit code
@@ -27,12 +27,12 @@ def compile_here(args: ServerArgs) -> int:
         target = target_here(args.device, args.tp_size)
         model = read_model(args.model_path, args.download_dir)
         launch = launch_of(args, model, target)
-        attention = attention_for(args.attention_backend, target.platform)
+        kernels = kernels_for(args.attention_backend, target.platform)
     except (Misfit, ValueError) as error:
         print(f"sgl_jax: error: {error}", file=sys.stderr)
         return FAILED
     use_compile_cache(args.compilation_cache_dir)
-    facts = compile_launch(model.config, launch, target, attention, report_program)
+    facts = compile_launch(model.config, launch, target, kernels, report_program)
     hits = sum(each.cache_hit for each in facts)
     logger.info(
         f"{len(facts)} programs in {time.perf_counter() - started:.1f} s, {hits} of them from the cache, "

@@ -10,7 +10,7 @@ import jax
 
 from sgl_jax.engine.launch_plan import LaunchPlan
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.ops.attention.api import Attention
+from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.planning.target import Target
 from sgl_jax.runtime import hlo
@@ -42,7 +42,7 @@ def compile_launch(
     model: DecoderConfig,
     launch: LaunchPlan,
     target: Target,
-    attention: Attention,
+    kernels: Kernels,
     report: Callable[[int, int, ProgramFacts], None],
 ) -> list[ProgramFacts]:
     """Compiles in parallel, small programs first. For devices that are here this fills the compile cache that the server
@@ -56,7 +56,7 @@ def compile_launch(
 
     with jax.default_matmul_precision(matmul_precision(launch.dtype)):
         absent = None if target.is_here else placement.mesh
-        programs = launch_programs(model, launch, target.platform, attention, placement)
+        programs = launch_programs(model, launch, target.platform, kernels, placement)
         try:
             compile_all(programs, CompileWatch(), done, absent=absent)
         except jax.errors.JaxRuntimeError as error:
@@ -66,11 +66,11 @@ def compile_launch(
 
 
 def launch_programs(
-    model: DecoderConfig, launch: LaunchPlan, platform: Platform, attention: Attention, placement: Placement
+    model: DecoderConfig, launch: LaunchPlan, platform: Platform, kernels: Kernels, placement: Placement
 ) -> list[Program]:
     """Those that a server would compile, from abstract weights."""
     weights = abstract_weights(model, launch.dtype, placement, stacked=platform.stacks_layers)
-    return make_programs(model, launch.runner, attention, placement, weights)
+    return make_programs(model, launch.runner, kernels, placement, weights)
 
 
 def read_facts(compiled: Compiled, num_layers: int) -> ProgramFacts:

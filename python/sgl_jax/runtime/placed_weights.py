@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,39 +11,30 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.weights import LayerWeights, Weights, WeightSpec, declare
+from sgl_jax.models.weights import Weights, WeightSpec, declare
 from sgl_jax.parallel.placement import Placement, interleave
 
 
 def place_weight(placement: Placement, spec: WeightSpec, array: np.ndarray) -> jax.Array:
     """One weight from the host to its devices."""
     if spec.parts:
-        array = interleave(array, spec.parts, spec.unit, placement.tensor.size)
+        array = interleave(array, spec.parts, spec.unit, placement.tensor.size, axis=max(0, array.ndim - 2))
     return jax.device_put(array, placement.sharding(spec.axes))
 
 
 def abstract_weights(config: DecoderConfig, dtype: Any, placement: Placement, *, stacked: bool) -> Weights:
     """What the weights of the whole model look like once placed, without there being any."""
-    specs = declare(config.share(placement.tensor.size))
 
-    def abstract(spec: WeightSpec, layers: tuple[int, ...] = ()) -> jax.ShapeDtypeStruct:
-        axes = (*(None for _ in layers), *spec.axes)
-        shape = placement.whole_shape((*layers, *spec.shape), axes)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(axes))
+    def abstract(spec: WeightSpec) -> jax.ShapeDtypeStruct:
+        shape = placement.whole_shape(spec.shape, spec.axes)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(spec.axes))
 
-    if not stacked:
-        return jax.tree.map(abstract, specs)
-    layer = jax.tree.map(lambda spec: abstract(spec, (config.num_layers,)), specs.layers[0])
-    return dataclasses.replace(jax.tree.map(abstract, dataclasses.replace(specs, layers=[])), layers=layer)
+    return jax.tree.map(abstract, declare(config.share(placement.tensor.size), stacked=stacked))
 
 
 def weight_axes(config: DecoderConfig, *, stacked: bool) -> Weights:
     """The logical axes of each placed weight."""
-    axes = jax.tree.map(lambda spec: spec.axes, declare(config))
-    if not stacked:
-        return axes
-    layer = jax.tree.map(lambda spec: (None, *spec.axes), declare(config).layers[0])
-    return dataclasses.replace(axes, layers=layer)
+    return jax.tree.map(lambda spec: spec.axes, declare(config, stacked=stacked))
 
 
 def weight_bytes(config: DecoderConfig, itemsize: int) -> int:
@@ -53,18 +43,17 @@ def weight_bytes(config: DecoderConfig, itemsize: int) -> int:
 
 
 def stack_layers(weights: Weights, placement: Placement, config: DecoderConfig) -> Weights:
-    """Put the L layers of each weight into one array [L, …], a weight at a time: at most one is held twice."""
+    """Put each group's layers into one array [n, …] per weight, a weight at a time: at most one is held twice."""
     layers = weights.layers
     assert isinstance(layers, list)
-    fields = {f.name: [getattr(layer, f.name) for layer in layers] for f in dataclasses.fields(layers[0])}
-    layers.clear()
-    axes = weight_axes(config, stacked=True).layers
-    stacked = {}
-    for name in list(fields):
-        leaves = fields.pop(name)
-        stacked[name] = None if leaves[0] is None else _stack(placement.sharding(getattr(axes, name)))(leaves)
-    return dataclasses.replace(weights, layers=LayerWeights(**stacked))
-
-
-def _stack(sharding: jax.sharding.Sharding) -> Callable[[list[jax.Array]], jax.Array]:
-    return jax.jit(jnp.stack, out_shardings=sharding)
+    groups = []
+    for number, declared in zip(config.layer_groups(), declare(config, stacked=True).layers, strict=True):
+        rows = [jax.tree.leaves(layer) for layer in layers[:number]]
+        tree = jax.tree.structure(layers[0])
+        del layers[:number]
+        stacked = []
+        for spec in jax.tree.leaves(declared):
+            stack = jax.jit(jnp.stack, out_shardings=placement.sharding(spec.axes))
+            stacked.append(stack([row.pop(0) for row in rows]))
+        groups.append(jax.tree.unflatten(tree, stacked))
+    return dataclasses.replace(weights, layers=tuple(groups))

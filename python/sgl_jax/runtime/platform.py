@@ -7,7 +7,9 @@ from typing import Literal
 
 import jax
 
-from sgl_jax.ops.attention.backends import Backend, find_backend
+from sgl_jax.ops.attention.backends import find_backend
+from sgl_jax.ops.grouped_matmul import native as grouped_native
+from sgl_jax.ops.kernels import Kernels
 
 Name = Literal["cpu", "gpu", "tpu"]
 
@@ -54,6 +56,8 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
     raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")
 
 
-def attention_for(backend: str | None, platform: Platform) -> Backend:
-    """The implementation of a --attention-backend; None: the best for the platform. Raises NoSuchBackend."""
-    return find_backend(backend or "native", platform.name, vectorise=platform.vectorises_rows)
+def kernels_for(attention_backend: str | None, platform: Platform) -> Kernels:
+    """The implementations to build steps with; None: the best attention for the platform. Raises NoSuchBackend."""
+    attention = find_backend(attention_backend or "native", platform.name, vectorise=platform.vectorises_rows)
+    grouped_matmul = grouped_native.grouped_matmul if platform.name == "cpu" else grouped_native.ragged_dot
+    return Kernels(attention, grouped_matmul)

@@ -11,7 +11,7 @@ import numpy as np
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import Weights
-from sgl_jax.ops.attention.api import Attention
+from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import Program
@@ -41,12 +41,12 @@ class RunnerConfig:
 
 
 def make_programs(
-    model: DecoderConfig, config: RunnerConfig, attention: Attention, placement: Placement, weights: Weights
+    model: DecoderConfig, config: RunnerConfig, kernels: Kernels, placement: Placement, weights: Weights
 ) -> list[Program]:
     """Every program of a launch, small buckets first. `weights` may be abstract; they are placed as they will be."""
     axis = placement.tensor
-    spec = StepSpec(model.share(axis.size), attention, config.num_pages, axis)
-    axes = weight_axes(model, stacked=not isinstance(weights.layers, list))
+    spec = StepSpec(model.share(axis.size), kernels, config.num_pages, axis)
+    axes = weight_axes(model, stacked=weights.stacked)
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights)
     kv, state = abstract_kv(model, config, placement), abstract_state(model, config, placement)
     programs = []

@@ -12,7 +12,7 @@ import numpy as np
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import Weights
-from sgl_jax.ops.attention.api import Attention
+from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import pick
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, compile_all, matmul_precision
@@ -53,11 +53,11 @@ class StepTokens:
 
 class ModelRunner:
     def __init__(
-        self, weights: Weights, model: DecoderConfig, config: RunnerConfig, attention: Attention, placement: Placement
+        self, weights: Weights, model: DecoderConfig, config: RunnerConfig, kernels: Kernels, placement: Placement
     ):
         self.config = config
         self.watch = CompileWatch()
-        self.programs = make_programs(model, config, attention, placement, weights)
+        self.programs = make_programs(model, config, kernels, placement, weights)
         self.tracer = JaxTracer()
         self._model = model
         self._devices = [*placement.mesh.devices.flat]

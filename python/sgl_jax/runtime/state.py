@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,9 @@ class DeviceState:
     bias_until: jax.Array  # i32[R + 1, W]: in force while the sampled position is below
 
 
-STATE_AXES = DeviceState((), (), (None, "vocab"), (), (), ())  # logical axes; the rest is whole on every device
+_WHOLE: Any = ()  # on every device
+_OVER_VOCAB: Any = (None, "vocab")
+STATE_AXES = DeviceState(_WHOLE, _WHOLE, _OVER_VOCAB, _WHOLE, _WHOLE, _WHOLE)  # logical axes
 
 
 def initial_state(num_rows: int, pages_per_row: int, vocab_size: int) -> DeviceState:

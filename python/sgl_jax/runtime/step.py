@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Int
 from sgl_jax.models import decoder
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import Weights
-from sgl_jax.ops.attention.api import Attention, RaggedBatch, make_ragged_batch
+from sgl_jax.ops.attention.api import RaggedBatch, make_ragged_batch
+from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime import sampler
@@ -34,7 +35,7 @@ class StepSpec:
     """What makes a step program, besides its bucket."""
 
     config: DecoderConfig  # one device's share of it
-    attention: Attention
+    kernels: Kernels
     pages_per_layer: int  # P
     axis: TensorAxis = ONE_DEVICE
 
@@ -66,7 +67,7 @@ def step(
         )
 
     def attend(q, k, v, kv, *, layer, window):
-        return spec.attention(
+        return spec.kernels.attention(
             q,
             k,
             v,
@@ -78,7 +79,9 @@ def step(
             softcap=spec.config.attn_logit_softcap,
         )
 
-    hidden, kv = decoder.hidden_states(weights, spec.config, tokens, batch.positions, kv, attend, spec.axis)
+    valid = jnp.arange(layout.bucket.num_tokens) < batch.cu_q_lens[-1]
+    context = decoder.Context(batch.positions, valid, attend, spec.kernels.grouped_matmul, spec.axis)
+    hidden, kv = decoder.hidden_states(weights, spec.config, tokens, kv, context)
     last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
     logits = decoder.logits(weights, spec.config, hidden[last])
     with jax.named_scope("sample"):

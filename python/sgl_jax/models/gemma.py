@@ -1,0 +1,76 @@
+"""Gemma 2 and Gemma 3 (text): norms around both halves of a layer, scaled embeddings, windows in most layers.
+
+Gemma 2 caps scores and logits; Gemma 3 norms each head instead and rotates the layers with a window by another base.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgl_jax.models import llama
+from sgl_jax.models.config import DecoderConfig, RopeConfig
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.hf_config import decoder, kv_heads, layer_windows, required
+from sgl_jax.models.rope import resolve_rope
+
+ARCHITECTURES = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+NAMES = llama.NAMES.with_layer(
+    {
+        "post_attn_norm": ("model.layers.{i}.post_attention_layernorm.weight",),
+        "mlp_norm": ("model.layers.{i}.pre_feedforward_layernorm.weight",),
+        "post_mlp_norm": ("model.layers.{i}.post_feedforward_layernorm.weight",),
+    }
+)
+
+
+def config(hf: dict[str, Any]) -> DecoderConfig:
+    architecture = hf["architectures"][0]
+    if hf.get("use_bidirectional_attention"):
+        raise ModelError("config.json sets use_bidirectional_attention; only causal attention is served")
+    is_gemma3 = architecture == "Gemma3ForCausalLM"
+    head_dim = hf.get("head_dim", 256)
+    rope, local_rope = _ropes(hf, head_dim) if is_gemma3 else (resolve_rope(hf, head_dim), None)
+    attention_bias = bool(hf.get("attention_bias", False))
+    return decoder(
+        {key: value for key, value in hf.items() if key not in ("rope_parameters", "rope_scaling")},
+        architecture=architecture,
+        num_kv_heads=kv_heads(hf),
+        head_dim=head_dim,
+        hidden_act=hf.get("hidden_activation") or "gelu_pytorch_tanh",
+        tie_embeddings=True,
+        rope=rope,
+        local_rope=local_rope,
+        sliding_windows=_windows(hf, period=hf.get("sliding_window_pattern", 6) if is_gemma3 else 2),
+        norm_offset=1.0,
+        sandwich_norms=True,
+        embed_scale=required(hf, "hidden_size") ** 0.5,
+        qkv_bias=attention_bias,
+        o_bias=attention_bias,
+        qk_norm=is_gemma3,
+        query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
+        attn_logit_softcap=hf.get("attn_logit_softcapping", None if is_gemma3 else 50.0),
+        final_logit_softcap=hf.get("final_logit_softcapping", None if is_gemma3 else 30.0),
+    )
+
+
+def _windows(hf: dict[str, Any], period: int) -> tuple[int | None, ...]:
+    """The last layer of each period sees everything, the others a window."""
+    window, layers = hf.get("sliding_window", 4096), required(hf, "num_hidden_layers")
+    if hf.get("layer_types") is not None:
+        return layer_windows(hf, window)
+    return tuple(window if (i + 1) % period else None for i in range(layers))
+
+
+def _ropes(hf: dict[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig]:
+    """Of the layers without and with a window: transformers 5 keeps both in rope_parameters, older files two bases."""
+    both = hf.get("rope_parameters") or {}
+    bare = {key: value for key, value in hf.items() if key not in ("rope_parameters", "rope_scaling")}
+    if "full_attention" in both:
+        wide, local = (
+            bare | {"rope_parameters": both["full_attention"]},
+            bare | {"rope_parameters": both["sliding_attention"]},
+        )
+    else:
+        wide = hf | {"rope_theta": hf.get("rope_theta", 1e6)}
+        local = bare | {"rope_theta": hf.get("rope_local_base_freq", 1e4)}
+    return resolve_rope(wide, head_dim), resolve_rope(local, head_dim)

@@ -1,0 +1,54 @@
+"""GLM-4.5 and 4.6: dense layers first, then experts chosen by sigmoid scores with a bias, and a shared one; half of each
+head is rotated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgl_jax.models import llama
+from sgl_jax.models.config import DecoderConfig, MoeConfig
+from sgl_jax.models.hf_config import decoder, kv_heads, required
+
+ARCHITECTURES = ("Glm4MoeForCausalLM",)
+NAMES = llama.NAMES.with_layer(
+    {
+        "moe.router": ("model.layers.{i}.mlp.gate.weight",),
+        "moe.score_bias": ("model.layers.{i}.mlp.gate.e_score_correction_bias",),
+        "moe.experts.gate_up": (
+            "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+            "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+        ),
+        "moe.experts.down": ("model.layers.{i}.mlp.experts.{e}.down_proj.weight",),
+        "moe.shared_gate_up": (
+            "model.layers.{i}.mlp.shared_experts.gate_proj.weight",
+            "model.layers.{i}.mlp.shared_experts.up_proj.weight",
+        ),
+        "moe.shared_down": ("model.layers.{i}.mlp.shared_experts.down_proj.weight",),
+    }
+)
+
+
+def config(hf: dict[str, Any]) -> DecoderConfig:
+    layers, dense = required(hf, "num_hidden_layers"), hf.get("first_k_dense_replace", 1)
+    expert_size = required(hf, "moe_intermediate_size")
+    return decoder(
+        hf | {"partial_rotary_factor": hf.get("partial_rotary_factor", 0.5)},
+        architecture="Glm4MoeForCausalLM",
+        num_kv_heads=kv_heads(hf),
+        qkv_bias=bool(hf.get("attention_bias", False)),
+        qk_norm=bool(hf.get("use_qk_norm", False)),
+        moe=MoeConfig(
+            num_experts=required(hf, "n_routed_experts"),
+            experts_per_token=required(hf, "num_experts_per_tok"),
+            intermediate_size=expert_size,
+            shared_intermediate_size=expert_size * hf.get("n_shared_experts", 1),
+            scoring="sigmoid",
+            score_bias=True,
+            num_groups=hf.get("n_group", 1),
+            groups_per_token=hf.get("topk_group", 1),
+            group_score="top2",
+            normalise=bool(hf.get("norm_topk_prob", True)),
+            scale=hf.get("routed_scaling_factor", 1.0),
+        ),
+        moe_layers=tuple(i >= dense for i in range(layers)),
+    )

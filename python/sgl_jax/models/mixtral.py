@@ -1,0 +1,36 @@
+"""Mixtral: Mistral with experts in place of every MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sgl_jax.models import llama
+from sgl_jax.models.config import DecoderConfig, MoeConfig
+from sgl_jax.models.hf_config import decoder, kv_heads, required
+
+ARCHITECTURES = ("MixtralForCausalLM",)
+NAMES = llama.NAMES.with_layer(
+    {
+        "moe.router": ("model.layers.{i}.block_sparse_moe.gate.weight",),
+        "moe.experts.gate_up": (
+            "model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight",
+            "model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight",
+        ),
+        "moe.experts.down": ("model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight",),
+    }
+)
+
+
+def config(hf: dict[str, Any]) -> DecoderConfig:
+    window = hf.get("sliding_window")
+    return decoder(
+        hf,
+        architecture="MixtralForCausalLM",
+        num_kv_heads=kv_heads(hf, absent=8),
+        sliding_windows=(window,) * required(hf, "num_hidden_layers") if window is not None else None,
+        moe=MoeConfig(
+            num_experts=hf.get("num_local_experts", 8),
+            experts_per_token=hf.get("num_experts_per_tok", 2),
+            intermediate_size=required(hf, "intermediate_size"),
+        ),
+    )

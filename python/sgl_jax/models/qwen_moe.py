@@ -1,0 +1,50 @@
+"""Qwen 2 and 3 with experts in place of the MLP, in all layers or every few; Qwen 2's also have a gated shared expert."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sgl_jax.models import llama, qwen2, qwen3
+from sgl_jax.models.config import DecoderConfig, MoeConfig
+from sgl_jax.models.hf_config import required
+
+ARCHITECTURES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+NAMES = llama.NAMES.with_layer(
+    {
+        "moe.router": ("model.layers.{i}.mlp.gate.weight",),
+        "moe.experts.gate_up": (
+            "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
+            "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
+        ),
+        "moe.experts.down": ("model.layers.{i}.mlp.experts.{e}.down_proj.weight",),
+        "moe.shared_gate_up": (
+            "model.layers.{i}.mlp.shared_expert.gate_proj.weight",
+            "model.layers.{i}.mlp.shared_expert.up_proj.weight",
+        ),
+        "moe.shared_down": ("model.layers.{i}.mlp.shared_expert.down_proj.weight",),
+        "moe.shared_gate": ("model.layers.{i}.mlp.shared_expert_gate.weight",),
+    }
+)
+
+
+def config(hf: dict[str, Any]) -> DecoderConfig:
+    architecture = hf["architectures"][0]
+    is_qwen2 = architecture == "Qwen2MoeForCausalLM"
+    dense = (qwen2 if is_qwen2 else qwen3).config(hf)
+    shared = required(hf, "shared_expert_intermediate_size") if is_qwen2 else 0
+    step, without = hf.get("decoder_sparse_step", 1), set(hf.get("mlp_only_layers") or ())
+    return dataclasses.replace(
+        dense,
+        architecture=architecture,
+        qkv_bias=bool(hf.get("qkv_bias", True)) if is_qwen2 else dense.qkv_bias,
+        moe=MoeConfig(
+            num_experts=required(hf, "num_experts"),
+            experts_per_token=required(hf, "num_experts_per_tok"),
+            intermediate_size=required(hf, "moe_intermediate_size"),
+            shared_intermediate_size=shared,
+            shared_gate=is_qwen2,
+            normalise=bool(hf.get("norm_topk_prob", False)),
+        ),
+        moe_layers=tuple(i not in without and (i + 1) % step == 0 for i in range(dense.num_layers)),
+    )

@@ -1,0 +1,14 @@
+"""The implementations a step is built with, one for each contract."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sgl_jax.ops.attention.backends import Backend
+from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    attention: Backend
+    grouped_matmul: GroupedMatmul
