@@ -19,7 +19,7 @@ CHUNK_KEYS = 1024
 CHUNK_UNIT_KEYS = 512
 CHUNK_QUERIES = 128
 WRITE_TOKENS = 128
-MIN_SLOTS, MAX_SLOTS = 4, 8
+MAX_SLOTS = 8
 EXPECTED_KEYS = 1024  # of a row, for the cost the compiler is told
 
 
@@ -61,10 +61,10 @@ def _power_of_two(n: int) -> int:
     return 1 << max(0, n.bit_length() - 1)
 
 
-def _ring(keys: int, page_size: int, row_pages: int, page_bytes: int, budget: int) -> tuple[int, int]:
-    """(slots, pages per slot): blocks of `keys` if MIN_SLOTS of them fit the budget, else smaller ones."""
+def _ring(keys: int, page_size: int, row_pages: int, page_bytes: int, slots: int, budget: int) -> tuple[int, int]:
+    """(slots, pages per slot): blocks of `keys` if so many slots of them fit the budget, else smaller ones."""
     pages = min(_power_of_two(keys // page_size), IDS, 2 * _power_of_two(max(1, row_pages - 1)))
-    while pages > 1 and MIN_SLOTS * pages * page_bytes > budget:
+    while pages > 1 and slots * pages * page_bytes > budget:
         pages //= 2
     return max(2, _power_of_two(min(MAX_SLOTS, budget // (pages * page_bytes)))), pages
 
@@ -72,7 +72,7 @@ def _ring(keys: int, page_size: int, row_pages: int, page_bytes: int, budget: in
 def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int) -> DecodeBlocks:
     """For a pool [LP, K, 2, page, H] and page tables of row_pages pages."""
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
-    slots, pages = _ring(DECODE_KEYS, page_size, row_pages, page_bytes, chip.vmem_bytes // 4)
+    slots, pages = _ring(DECODE_KEYS, page_size, row_pages, page_bytes, 4, chip.vmem_bytes // 8)
     unit = min(pages, _power_of_two(UNIT_KEYS // page_size))
     blocks = DecodeBlocks(slots, pages, unit, vmem_limit=chip.vmem_bytes * 7 // 8)
     return dataclasses.replace(blocks, **_tuned("decode", chip, kv_shape, dtype))
@@ -81,7 +81,7 @@ def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: 
 def chunk_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_tokens: int) -> ChunkBlocks:
     """As decode_blocks, for num_tokens packed tokens, a multiple of 16."""
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
-    slots, pages = _ring(CHUNK_KEYS, page_size, row_pages, page_bytes, chip.vmem_bytes // 8)
+    slots, pages = _ring(CHUNK_KEYS, page_size, row_pages, page_bytes, 2, chip.vmem_bytes // 8)
     write_pages = max(1, WRITE_TOKENS // page_size)
     write_slots = max(2, _power_of_two(min(MAX_SLOTS, chip.vmem_bytes // 16 // (2 * write_pages * page_bytes))))
     unit = min(pages, _power_of_two(CHUNK_UNIT_KEYS // page_size))

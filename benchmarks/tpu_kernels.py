@@ -1,0 +1,330 @@
+"""Scoreboard of the attention kernels for TPU, without a TPU: what libtpu compiles them to, counted in bundles.
+
+    python benchmarks/tpu_kernels.py --output benchmarks/tpu_kernels.json --report benchmarks/tpu_kernels.md
+
+A bundle is an instruction of the TensorCore: it takes one cycle, or more where it waits. So counts are lower bounds on
+time, exact for comparing kernels on the scalar and vector units, and silent about copies, whose floor is bytes over
+bandwidth. Needs libtpu (`pip install libtpu`), no TPU. Dumps stay in a temporary folder: libtpu's licence.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+CLOCK = {"v6e": 1.75e9, "v7x": 2.2e9}  # inferred: bfloat16 rate / (2 units x 256 x 256 x 2 per cycle)
+# Heads of one device: Qwen3-8B at TP 1, 4 and 8.
+SHAPES = {"TP1": (32, 8), "TP4": (8, 2), "TP8": (4, 1)}
+HEAD_DIM, ROWS, CHUNK_TOKENS = 128, 256, 2048
+CONTEXTS = (256, 1024, 4096)
+POOL_PAGES = 16384
+
+
+# --- reading final bundles --------------------------------------------------------------------------------------------
+
+_LINE = re.compile(r"\s*(?:0x[0-9a-f]+|\d+)\s+(LH|LB|LE|PB|PF|CT)?\s*: ?(>*)\s*(.*)")
+_COUNTED = {"matmul": r"= vmatmul", "dma": r"= dma\.(?!done)", "spill": r"_spill\]"}
+
+
+@dataclasses.dataclass
+class Loop:
+    """A loop of a kernel (the kernel itself at depth 0): straight pieces of code between branches, and loops inside."""
+
+    depth: int
+    pieces: list[dict[str, int]] = dataclasses.field(default_factory=lambda: [_piece()])
+    loops: list[Loop] = dataclasses.field(default_factory=list)
+
+    def total(self, what: str = "bundles") -> int:
+        """Of its own code, inner loops left out."""
+        return sum(piece[what] for piece in self.pieces)
+
+    def walk(self) -> Iterator[Loop]:
+        yield self
+        for loop in self.loops:
+            yield from loop.walk()
+
+
+def _piece() -> dict[str, int]:
+    return dict.fromkeys(("bundles", *_COUNTED), 0)
+
+
+def read_bundles(text: str) -> Loop:
+    """The loops of a `final_bundles` dump."""
+    root = Loop(0)
+    latest = [root]  # at each depth; a loop's closing branch is printed one level up, so lines go by their depth alone
+    for line in text.splitlines():
+        match = _LINE.match(line)
+        if not match:
+            continue
+        label, marks, code = match.groups()
+        if label == "LB":
+            loop = Loop(len(marks))
+            latest[len(marks) - 1].loops.append(loop)
+            latest[len(marks) :] = [loop]
+        current = latest[min(len(marks), len(latest) - 1)]
+        if label:
+            current.pieces.append(_piece())
+        piece = current.pieces[-1]
+        piece["bundles"] += 1
+        for name, pattern in _COUNTED.items():
+            piece[name] += len(re.findall(pattern, code))
+        if "sbr.rel" in code:
+            current.pieces.append(_piece())
+    return root
+
+
+def decode_figures(kernel: Loop) -> dict[str, int]:
+    """Bundles of the decode kernel: `key_block` for each whole block of keys after a row's first; a `row` of just one
+    whole block; and for shorter ones what the parts take."""
+    row = max((loop for loop in kernel.walk() if loop.depth == 1), key=lambda loop: loop.total("matmul"))
+    inner = [loop for loop in row.loops if loop.total("matmul")]
+    block = max(inner, key=lambda loop: loop.total("matmul"))
+    edge = min(inner, key=lambda loop: loop.total("matmul"))
+    page = next(loop for loop in row.loops if loop.total("dma") and not loop.total("matmul"))
+    products = sum(piece["bundles"] for piece in row.pieces if piece["matmul"])
+    copies = max(row.pieces, key=lambda piece: piece["dma"])["bundles"]
+    return {
+        "key_block": block.total(),
+        "row": row.total(),
+        "row_without_products_and_copies": row.total() - products - copies,
+        "edge_unit": edge.total(),
+        "page_alone": page.total(),
+        "spills_in_block": block.total("spill"),
+        "kernel": sum(loop.total() for loop in kernel.walk()),
+    }
+
+
+def chunk_figures(kernel: Loop) -> dict[str, int]:
+    """Bundles of the chunk kernel: per KV head for a tile of queries and a whole block, or an edge unit, of keys."""
+    heavy = sorted((loop for loop in kernel.walk() if loop.total("matmul")), key=lambda loop: loop.total("matmul"))
+    return {
+        "block_of_head": heavy[-1].total(),
+        "edge_unit_of_head": heavy[0].total(),
+        "spills_in_block": heavy[-1].total("spill"),
+        "kernel": sum(loop.total() for loop in kernel.walk()),
+    }
+
+
+def decode_bundles(figures: dict[str, int], context: int, block: int, unit: int, page: int) -> int:
+    """Of one row with so many keys."""
+    whole, rest = divmod(context, block)
+    if rest == 0:
+        return (whole - 1) * figures["key_block"] + figures["row"]
+    parts = -(-rest // unit) * figures["edge_unit"] + -(-rest // page) * figures["page_alone"]
+    return whole * figures["key_block"] + figures["row_without_products_and_copies"] + parts
+
+
+# --- compiling --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    chip: str  # v6e
+    shape: str  # TP4
+    page: int
+    kind: str  # decode, chunks
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.chip} {self.shape} page {self.page}"
+
+
+def cases() -> list[Case]:
+    every = [Case(chip, shape, 128, kind) for chip in CLOCK for shape in SHAPES for kind in ("decode", "chunks")]
+    return every + [Case(chip, "TP4", 16, "decode") for chip in CLOCK]
+
+
+def measure(selected: list[Case], dumps: Path) -> dict[str, dict[str, Any]]:
+    """Compile each case. To be called in a process that has loaded no jax."""
+    flags = f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles).*"
+    os.environ |= {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
+    from sgl_jax.runtime import topology
+
+    topology.set_tpu_environment()
+    results = {}
+    for case in selected:
+        before = set(dumps.glob("*"))
+        compiled, blocks = compile_case(case)
+        found = [f for f in set(dumps.glob("*final_bundles.txt")) - before if "schedule-analysis" not in f.name]
+        name = {"decode": "fa_decode", "chunks": "fa_chunks"}[case.kind]
+        (dump,) = (f for f in found if name in f.name)
+        read = decode_figures if case.kind == "decode" else chunk_figures
+        figures = read(read_bundles(dump.read_text()))
+        results[case.name] = dataclasses.asdict(case) | blocks | {"bundles": figures} | program_facts(compiled, name)
+    return results
+
+
+def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
+    """The attention of one layer: a decode step of 256 rows, or one of 2048 tokens."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from sgl_jax.ops.attention.api import RaggedBatch
+    from sgl_jax.ops.attention.fa import blocks as sizes
+    from sgl_jax.ops.attention.fa import call
+    from sgl_jax.runtime import topology
+
+    num_heads, num_kv_heads = SHAPES[case.shape]
+    only_singles = case.kind == "decode"
+    tokens = ROWS if only_singles else CHUNK_TOKENS
+    row_pages = 4096 // case.page
+    kv_shape = (POOL_PAGES * 16 // case.page, num_kv_heads, 2, case.page, HEAD_DIM)
+    mesh = Mesh(np.array(topology.tpu_devices(topology.parse(f"{case.chip}-1"))[:1]), ("x",))
+
+    def array(shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def layer(q, k, v, kv, table, kv_lens, cu, num_single, per_token, first_page):
+        batch = RaggedBatch(table, kv_lens, cu, num_single, *per_token, only_singles)
+        return call.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=HEAD_DIM**-0.5)
+
+    ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
+    args = (
+        *(array((tokens, heads, HEAD_DIM)) for heads in (num_heads, num_kv_heads, num_kv_heads)),
+        array(kv_shape),
+        ints(ROWS, row_pages),
+        ints(ROWS),
+        ints(ROWS + 1),
+        ints(),
+        (ints(tokens),) * 4,
+        ints(),
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        chip = sizes.current_chip()
+        traced = jax.jit(layer, donate_argnums=3).trace(*args)
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    if only_singles:
+        blocks = sizes.decode_blocks(chip, kv_shape, jnp.bfloat16, row_pages)
+    else:
+        blocks = sizes.chunk_blocks(chip, kv_shape, jnp.bfloat16, row_pages, tokens)
+    return compiled, {"block": blocks.pages * case.page, "unit": blocks.unit_pages * case.page} | {
+        "queries": getattr(blocks, "queries", 1),
+        "pool_bytes": 2 * math.prod(kv_shape),
+    }
+
+
+def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
+    memory = compiled.memory_analysis()
+    text = compiled.as_text()
+    call = next(line for line in text.splitlines() if "custom-call(" in line and f"/{kernel}/" in line)
+    used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', call)
+    assert used is not None
+    return {
+        "aliased_bytes": memory.alias_size_in_bytes,
+        "temp_bytes": memory.temp_size_in_bytes,
+        "vmem_bytes": int(used[1]),
+        "cost_flops": int(compiled.cost_analysis()["flops"]),
+    }
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def decode_bytes(context: int, page: int, num_heads: int, num_kv_heads: int) -> tuple[int, int]:
+    """(moved, least) between HBM and the core for one row of a layer: its pages, the row tile that takes the new token,
+    its page ids (512 bytes a block), q and o; least: its keys and values, the new ones, q and o."""
+    token = 2 * num_kv_heads * HEAD_DIM * 2
+    ends = 2 * num_heads * HEAD_DIM * 2 + token
+    moved = -(-context // page) * page * token + 16 * token + ends + 512 * -(-context // 1024)
+    return moved, context * token + token + ends
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def report(results: dict[str, dict[str, Any]], libtpu: str) -> str:
+    from sgl_jax.runtime.topology import CHIPS
+
+    lines = [
+        "# Attention kernels for TPU, in bundles",
+        "",
+        f"Made by `python benchmarks/tpu_kernels.py` with libtpu {libtpu}; nothing here ran on a TPU. A bundle is at least",
+        "a cycle of the core; copies run beside it and take at least bytes / bandwidth. The larger of the two columns",
+        "binds. Clocks are inferred from the chips' rates: v6e 1.75 GHz, v7x 2.2 GHz. bfloat16, head_dim 128.",
+        "",
+        "## Decode: one row of one layer",
+        "",
+        "| case | keys | bundles | copy floor, cycles | binds | bytes / least bytes |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in results.values():
+        if result["kind"] != "decode":
+            continue
+        rate = CHIPS[result["chip"]].bytes_per_s / CLOCK[result["chip"]]
+        for context in CONTEXTS:
+            bundles = decode_bundles(result["bundles"], context, result["block"], result["unit"], result["page"])
+            moved, least = decode_bytes(context, result["page"], *SHAPES[result["shape"]])
+            floor = round(moved / rate)
+            case = f"{result['chip']} {result['shape']} page {result['page']}"
+            binds = "copies" if floor > bundles else "bundles"
+            lines.append(f"| {case} | {context} | {bundles} | {floor} | {binds} | {moved / least:.3f} |")
+    lines += [
+        "",
+        "| case | bundles per block of keys | block | edge unit | page alone | spills in block | VMEM MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results.values():
+        if result["kind"] == "decode":
+            b = result["bundles"]
+            case = f"{result['chip']} {result['shape']} page {result['page']}"
+            lines.append(
+                f"| {case} | {b['key_block']} | {result['block']} | {b['edge_unit']} per {result['unit']} | "
+                f"{b['page_alone']} | {b['spills_in_block']} | {result['vmem_bytes'] / 1e6:.1f} |"
+            )
+    lines += [
+        "",
+        "## Chunks: a tile of queries and a KV head",
+        "",
+        "524288 multiplications and additions a bundle is the matrix units' rate; head_dim 128 can use half of it.",
+        "",
+        "| case | queries x heads x keys | bundles | flop per bundle | of the rate | edge unit | VMEM MB |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results.values():
+        if result["kind"] == "chunks":
+            b, (heads, kv_heads) = result["bundles"], SHAPES[result["shape"]]
+            group = heads // kv_heads
+            flop = 4 * result["queries"] * group * result["block"] * HEAD_DIM
+            lines.append(
+                f"| {result['chip']} {result['shape']} | {result['queries']} x {group} x {result['block']} | "
+                f"{b['block_of_head']} | {flop / b['block_of_head'] / 1e3:.0f}k | "
+                f"{flop / b['block_of_head'] / 524288:.0%} | {b['edge_unit_of_head']} per {result['unit']} | "
+                f"{result['vmem_bytes'] / 1e6:.1f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="a regular expression that names of cases must match")
+    parser.add_argument("--output", type=Path, help="JSON of all figures")
+    parser.add_argument("--report", type=Path, help="the tables, in Markdown")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as dumps:
+        results = measure([case for case in cases() if re.search(args.only, case.name)], Path(dumps))
+    libtpu = version("libtpu")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    record = {"libtpu": libtpu, "jax": version("jax"), "commit": commit.stdout.strip(), "cases": results}
+    if args.output:
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
+    text = report(results, libtpu)
+    if args.report:
+        args.report.write_text(text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The attention kernels as libtpu compiles them: in place, within VMEM, and in as few bundles as were committed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPT = REPOSITORY / "benchmarks" / "tpu_kernels.py"
+COMMITTED = json.loads(SCRIPT.with_suffix(".json").read_text())
+MEASURED = [name for name in COMMITTED["cases"] if "TP4 page 128" in name or name == "decode v7x TP1 page 128"]
+TOLERANCE = 1.03
+VMEM = {"v6e": 128 << 20, "v7x": 64 << 20}
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """In a process of its own: libtpu takes its flags once."""
+    out = tmp_path_factory.mktemp("kernels") / "kernels.json"
+    only = "|".join(f"^{name}$" for name in MEASURED)
+    command = [sys.executable, str(SCRIPT), "--only", only, "--output", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = json.loads(out.read_text())
+    if record["libtpu"] != COMMITTED["libtpu"]:
+        pytest.skip(f"bundles were committed for libtpu {COMMITTED['libtpu']}, this is {record['libtpu']}")
+    return record["cases"]
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_bundles_stay_within_what_was_committed(measured, name):
+    budget = COMMITTED["cases"][name]["bundles"]
+    assert {k: n for k, n in measured[name]["bundles"].items() if n > budget[k] * TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_the_pool_changes_in_place_and_vmem_is_left_for_others(measured, name):
+    case = measured[name]
+    assert case["aliased_bytes"] == case["pool_bytes"]
+    assert case["temp_bytes"] < 0.05 * case["pool_bytes"]  # activations, and nothing of the size of the pool
+    assert case["vmem_bytes"] < VMEM[case["chip"]] // 2
+    assert case["cost_flops"] > 0  # the compiler's scheduler is told what the call costs
+
+
+def test_decode_is_bound_by_copies_at_1024_keys_on_v6e():
+    """The committed figures, against bytes over bandwidth: what the kernel was built for."""
+    spec = importlib.util.spec_from_file_location("tpu_kernels", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    kernels = importlib.util.module_from_spec(spec)
+    sys.modules["tpu_kernels"] = kernels
+    spec.loader.exec_module(kernels)
+    cycles_per_byte = 1.75e9 / 1640e9
+    for shape in ("TP1", "TP4", "TP8"):
+        case = COMMITTED["cases"][f"decode v6e {shape} page 128"]
+        bundles = kernels.decode_bundles(case["bundles"], 1024, case["block"], case["unit"], 128)
+        moved, least = kernels.decode_bytes(1024, 128, *kernels.SHAPES[shape])
+        assert bundles < moved * cycles_per_byte
+        assert moved < 1.02 * least
