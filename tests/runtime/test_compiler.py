@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sgl_jax.runtime import compiler
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all
 
 
@@ -51,6 +52,18 @@ def test_the_first_failure_is_raised() -> None:
     programs = [Program("broken", jax.jit(broken), (jax.ShapeDtypeStruct((2,), jnp.float32),))]
     with pytest.raises(ValueError, match="no such program"):
         compile_all(programs + [product(f"p{n}", n) for n in range(2, 6)], CompileWatch(), nothing)
+
+
+def test_an_option_this_compiler_does_not_know_is_left_out_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = jax.devices()[0].device_kind
+    monkeypatch.setitem(compiler.COMPILER_OPTIONS, kind, {"xla_no_such_option": "false"})
+    calls = compile_all([product("p", 3)], CompileWatch(), nothing)
+    assert calls["p"](jnp.eye(3), jnp.eye(3)).tolist() == jnp.eye(3).tolist()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"this libtpu does not know xla_no_such_option; compiling without, which is slower on {kind}"
+    ]
 
 
 def test_a_second_start_says_which_programs_were_in_the_cache(tmp_path: Path) -> None:

@@ -66,8 +66,11 @@ class Instruction:
 
     @property
     def collective(self) -> str | None:
-        """Which collective it is or starts."""
+        """Which collective it is or starts. A v7x has some run by its SparseCores, as custom calls that keep the name;
+        there it is the end of the call, which has the result."""
         kind = self.opcode.removesuffix("-start")
+        if self.opcode in ("custom-call-done", "call-done"):
+            kind = next((kind for kind in _COLLECTIVES if self.name.startswith(kind)), "")
         return kind if kind in _COLLECTIVES else None
 
 
