@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from sgl_jax.models.config import QueryGrowth
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import decoder_config
 
@@ -115,3 +116,84 @@ def test_a_config_that_would_be_computed_wrongly_is_refused(stories260k, change,
 def test_an_eos_of_minus_one_means_none(stories260k):
     config = json.loads((stories260k / "config.json").read_text()) | {"eos_token_id": -1}
     assert decoder_config(config).eos_token_ids == ()
+
+
+QWEN1 = {
+    "architectures": ["QWenLMHeadModel"],
+    "vocab_size": 151936,
+    "hidden_size": 64,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "seq_length": 128,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+}
+
+
+def test_qwen1_ends_at_the_tokens_of_training_unless_dynamic_ntk_is_off(caplog):
+    config = decoder_config(QWEN1)
+    assert (config.context_length, config.query_growth) == (128, None)
+    assert (config.intermediate_size, config.num_kv_heads, config.qkv_bias, config.o_bias) == (128, 4, True, False)
+    assert "use_dynamic_ntk" in caplog.text
+    caplog.clear()
+    config = decoder_config(QWEN1 | {"use_dynamic_ntk": False})
+    assert (config.context_length, config.query_growth) == (512, QueryGrowth(128, 1))
+    assert decoder_config(QWEN1 | {"use_dynamic_ntk": False, "use_logn_attn": False}).query_growth is None
+    assert not caplog.text
+
+
+def test_a_qwen1_chat_model_stops_at_the_marks_of_chatml():
+    assert decoder_config(QWEN1, {"eos_token_id": 151643}).eos_token_ids == (151643,)
+    chat = {"eos_token_id": 151643, "chat_format": "chatml"}
+    assert decoder_config(QWEN1, chat).eos_token_ids == (151643, 151645, 151644)
+    assert decoder_config(QWEN1 | {"vocab_size": 512}, {"chat_format": "chatml"}).eos_token_ids == ()
+
+
+BAILING = BASE | {
+    "architectures": ["BailingMoeForCausalLM"],
+    "moe_intermediate_size": 32,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+BAILING_V2 = BAILING | {"architectures": ["BailingMoeV2ForCausalLM"], "n_group": 4, "topk_group": 2}
+
+
+def test_bailing_reads_what_its_two_versions_say():
+    config = decoder_config(BAILING | {"num_shared_experts": 2, "first_k_dense_replace": 1, "norm_head": True})
+    assert config.moe is not None
+    assert (config.moe.scoring, config.moe.shared_intermediate_size, config.moe.normalise) == ("softmax", 64, False)
+    assert (config.moe_layers, config.normalised_head, config.o_bias) == ((False, True, True, True), True, True)
+    config = decoder_config(BAILING_V2 | {"rotary_dim": 4, "routed_scaling_factor": 2.5, "use_bias": False})
+    assert config.moe is not None
+    assert (config.moe.scoring, config.moe.score_bias, config.moe.num_groups, config.moe.scale) == (
+        "sigmoid",
+        True,
+        4,
+        2.5,
+    )
+    assert (len(config.rope.inv_freq), config.o_bias, config.moe.shared_intermediate_size) == (2, False, 0)
+
+
+@pytest.mark.parametrize(
+    ("config", "change", "named"),
+    [
+        (QWEN1, {"scale_attn_weights": False}, "scale_attn_weights=False"),
+        (QWEN1, {"use_cache_quantization": True}, "use_cache_quantization"),
+        (QWEN1, {"visual": {"layers": 48}}, "visual"),
+        (QWEN1, {"kv_channels": 32}, "kv_channels=32"),
+        (QWEN1, {"seq_length": None}, "seq_length"),
+        (BAILING, {"multi_gate": True}, "multi_gate"),
+        (BAILING, {"n_group": 8}, "n_group=8"),
+        (BAILING, {"score_function": "sigmoid"}, "score_function"),
+        (BAILING, {"norm_head": True, "tie_word_embeddings": True}, "norm_head"),
+        (BAILING_V2, {"norm_topk_prob": False}, "norm_topk_prob"),
+        (BAILING_V2, {"rotary_dim": 4, "partial_rotary_factor": 0.5}, "rotary_dim=4"),
+        (BAILING_V2, {"moe_router_enable_shared_expert": False}, "moe_router_enable_shared_expert"),
+    ],
+)
+def test_qwen1_and_bailing_refuse_what_they_would_ignore(config, change, named):
+    decoder_config(config)
+    with pytest.raises(ModelError, match=named):
+        decoder_config(config | change)

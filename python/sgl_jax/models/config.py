@@ -18,6 +18,14 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class QueryGrowth:
+    """Queries grow with the logarithm of what they look at: by max(1, log(position + offset) / log(length))."""
+
+    length: int  # of the contexts that training saw
+    offset: int = 1  # 1: the query counts itself
+
+
+@dataclasses.dataclass(frozen=True)
 class MoeConfig:
     """A mixture of experts: how tokens choose, and what a chosen expert is."""
 
@@ -66,6 +74,8 @@ class DecoderConfig:
     attn_logit_softcap: float | None = None
     final_logit_softcap: float | None = None
     query_scale: float | None = None  # None: head_dim ** -0.5
+    query_growth: QueryGrowth | None = None
+    normalised_head: bool = False  # the head's columns are divided by their lengths when it is loaded
     eos_token_ids: tuple[int, ...] = ()
 
     def window(self, layer: int) -> int | None:

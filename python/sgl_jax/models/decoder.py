@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.layers import apply_rope, gated, rms_norm, rope_tables
+from sgl_jax.models.layers import apply_rope, gated, query_growth, rms_norm, rope_tables
 from sgl_jax.models.moe import LayerExperts, moe_layer
 from sgl_jax.models.weights import Experts, LayerWeights, Weights, head
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
@@ -155,6 +155,8 @@ def _attention(h, kv, w: LayerWeights, config: DecoderConfig, norm, rope, contex
     if config.qk_norm:
         q, k = norm(q, w.q_norm), norm(k, w.k_norm)
     q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    if config.query_growth is not None:
+        q = (q * query_growth(context.positions, config.query_growth)[:, None, None]).astype(q.dtype)
     out, kv = context.attend(q, k, v, kv, layer=layer, window=window)
     return _project(out.reshape(num_tokens, heads * head_dim), w.o, w.o_bias, context.axis), kv
 

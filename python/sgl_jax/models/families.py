@@ -6,7 +6,7 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
-from sgl_jax.models import gemma, glm4_moe, llama, mixtral, qwen2, qwen3, qwen_moe
+from sgl_jax.models import bailing, gemma, glm4_moe, llama, mixtral, qwen1, qwen2, qwen3, qwen_moe
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.hf_config import eos_token_ids
@@ -14,7 +14,7 @@ from sgl_jax.models.names import TensorNames
 
 FAMILIES: dict[str, ModuleType] = {
     architecture: module
-    for module in (llama, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe)
+    for module in (llama, qwen1, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, bailing)
     for architecture in module.ARCHITECTURES
 }
 
@@ -29,7 +29,11 @@ def decoder_config(hf: dict[str, Any], generation_config: dict[str, Any] | None 
             f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(FAMILIES))}"
         )
     config = FAMILIES[known[0]].config({**hf, "architectures": known})
-    eos = tuple(token for token in eos_token_ids(generation_config or {}) or config.eos_token_ids if token >= 0)
+    generation_config = generation_config or {}
+    eos = tuple(token for token in eos_token_ids(generation_config) or config.eos_token_ids if token >= 0)
+    if family_eos := getattr(FAMILIES[known[0]], "eos_token_ids", None):
+        more = (token for token in family_eos(generation_config) if token < config.vocab_size)
+        eos = tuple(dict.fromkeys((*eos, *more)))
     if any(token >= config.vocab_size for token in eos):
         raise ModelError(f"eos_token_id is {list(eos)}, but the vocabulary has the ids 0 to {config.vocab_size - 1}")
     return dataclasses.replace(config, eos_token_ids=eos)

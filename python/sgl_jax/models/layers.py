@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sgl_jax.models.config import Activation, RopeConfig
+from sgl_jax.models.config import Activation, QueryGrowth, RopeConfig
 
 
 def rms_norm(
@@ -35,6 +37,12 @@ def apply_rope(
     cos, sin = cos[:, None], sin[:, None]
     rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
     return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
+
+
+def query_growth(positions: Int[Array, " T"], growth: QueryGrowth) -> Float[Array, " T"]:
+    """What each query is multiplied with, float32. Source: https://kexue.fm/archives/8823, "log n" scaling."""
+    seen = jnp.maximum(positions + growth.offset, 1).astype(jnp.float32)
+    return jnp.maximum(1.0, jnp.log(seen) / math.log(growth.length))
 
 
 ACTIVATIONS = {

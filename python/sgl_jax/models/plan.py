@@ -11,7 +11,7 @@ import jax
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.names import TensorNames
-from sgl_jax.models.stored import StoredTensor
+from sgl_jax.models.stored import StoredTensor, with_unit_columns
 from sgl_jax.models.weights import WeightSpec, declare
 
 _SHOWN = 40  # names of one kind in an error; a wrong config can make thousands
@@ -42,6 +42,8 @@ def plan_weights(
         used.update(wanted)
         pieces = tuple(stored[name] for name in wanted if name in stored)
         missing += [name for name in wanted if name not in stored]
+        if path == ".lm_head" and config.normalised_head:
+            pieces = tuple(map(with_unit_columns, pieces))
         leaf = Leaf(path, spec, pieces)
         leaves.append(leaf)
         if len(pieces) == len(wanted):
@@ -77,6 +79,6 @@ def _wanted(path: str, spec: WeightSpec, names: TensorNames) -> tuple[str, ...]:
 def _shape_errors(leaf: Leaf) -> list[str]:
     return [
         f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}"
-        for piece, shape in zip(leaf.pieces, leaf.spec.piece_shapes, strict=True)
+        for piece, shape in zip(leaf.pieces, leaf.spec.piece_shapes(len(leaf.pieces)), strict=True)
         if piece.shape != shape
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import mmap
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from sgl_jax.models.errors import ModelError
+
+_ROWS = 4096  # read at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,19 @@ class StoredTensor:
 
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0])
+
+
+def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
+    """The matrix with each column divided by its length, in float32. The whole is read once for the lengths."""
+
+    @functools.cache
+    def lengths() -> np.ndarray:
+        squares = np.zeros(matrix.shape[1], np.float32)
+        for start in range(0, matrix.shape[0], _ROWS):
+            squares += np.square(matrix.rows(start, min(start + _ROWS, matrix.shape[0])).astype(np.float32)).sum(0)
+        return np.sqrt(squares) + np.float32(1e-7)
+
+    return dataclasses.replace(matrix, rows=lambda start, stop: matrix.rows(start, stop).astype(np.float32) / lengths())
 
 
 def map_file(path: Path) -> np.ndarray:

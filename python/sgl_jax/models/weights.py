@@ -28,11 +28,12 @@ class WeightSpec:
     def num_matrices(self) -> int:
         return self.shape[0] if len(self.shape) == 3 else 1
 
-    @property
-    def piece_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the stored tensors it is put together from: the parts of each matrix in turn."""
+    def piece_shapes(self, pieces: int) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the `pieces` stored tensors it is put together from: the parts of each matrix in turn, or, where a
+        checkpoint has them fused, each matrix whole."""
         rows, *columns = self.shape[-2:]
-        return tuple((part, *columns) for part in self.parts or (rows,)) * self.num_matrices
+        parts = (rows,) if pieces == self.num_matrices else self.parts
+        return tuple((part, *columns) for part in parts) * self.num_matrices
 
 
 @jax.tree_util.register_dataclass

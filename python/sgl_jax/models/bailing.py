@@ -1,0 +1,100 @@
+"""Bailing, of which Ling and Ring are made: q, k and v fused, dense layers first, then experts and a shared one.
+
+The first version routes by softmax. The second by sigmoid scores with a bias, within the best groups; it norms each head
+of q and k and rotates half of it. Sources: modeling_bailing_moe.py and modeling_bailing_moe_v2.py of the models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from sgl_jax.models import glm4_moe
+from sgl_jax.models.config import DecoderConfig, MoeConfig
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.hf_config import decoder, kv_heads, required
+
+ARCHITECTURES = ("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM")
+NAMES = dataclasses.replace(glm4_moe.NAMES, embed="model.word_embeddings.weight").with_layer(
+    {
+        "qkv": ("model.layers.{i}.attention.query_key_value.weight",),
+        "qkv_bias": ("model.layers.{i}.attention.query_key_value.bias",),
+        "q_norm": ("model.layers.{i}.attention.query_layernorm.weight",),
+        "k_norm": ("model.layers.{i}.attention.key_layernorm.weight",),
+        "o": ("model.layers.{i}.attention.dense.weight",),
+        "o_bias": ("model.layers.{i}.attention.dense.bias",),
+        "moe.score_bias": ("model.layers.{i}.mlp.gate.expert_bias",),
+    }
+)
+
+_REFUSED = {  # key -> the value it must have
+    "multi_gate": False,
+    "norm_softmax": False,
+    "use_sliding_window": False,
+    "use_rmsnorm": True,
+}
+
+
+def config(hf: dict[str, Any]) -> DecoderConfig:
+    architecture, layers = hf["architectures"][0], required(hf, "num_hidden_layers")
+    is_v2 = architecture == "BailingMoeV2ForCausalLM"
+    for key, usual in _REFUSED.items():
+        if hf.get(key, usual) not in (usual, None):
+            raise ModelError(f"config.json sets {key}={hf[key]!r}; {architecture} is served with {usual!r} only")
+    scoring = "sigmoid" if is_v2 else "softmax"
+    if hf.get("score_function", scoring) not in (scoring, None):
+        raise ModelError(
+            f"config.json sets score_function={hf['score_function']!r}; {architecture} routes by {scoring}"
+        )
+    if is_v2 and not hf.get("norm_topk_prob", True):
+        raise ModelError(f"config.json sets norm_topk_prob=false; {architecture} always normalises")
+    if not is_v2 and (hf.get("n_group") or 1) > 1:
+        raise ModelError(f"config.json sets n_group={hf['n_group']}; {architecture} routes without groups")
+    normalised_head = bool(hf.get("norm_head", False))
+    if normalised_head and hf.get("tie_word_embeddings"):
+        raise ModelError("config.json sets both norm_head and tie_word_embeddings; a tied head is served as it is")
+    head_dim = hf.get("head_dim") or required(hf, "hidden_size") // required(hf, "num_attention_heads")
+    dense, per_token = hf.get("first_k_dense_replace") or 0, required(hf, "num_experts_per_tok")
+    return decoder(
+        hf | {"partial_rotary_factor": _rotated(hf, head_dim, 0.5 if is_v2 else 1.0)},
+        architecture=architecture,
+        num_kv_heads=kv_heads(hf),
+        head_dim=head_dim,
+        qkv_bias=bool(hf.get("use_qkv_bias", False)),
+        o_bias=bool(hf.get("use_bias", True)),
+        qk_norm=bool(hf.get("use_qk_norm", False)),
+        normalised_head=normalised_head,
+        moe=MoeConfig(
+            num_experts=required(hf, "num_experts"),
+            experts_per_token=per_token,
+            intermediate_size=required(hf, "moe_intermediate_size"),
+            shared_intermediate_size=_shared_size(hf),
+            scoring=scoring,
+            score_bias=is_v2 and bool(hf.get("moe_router_enable_expert_bias", True)),
+            num_groups=required(hf, "n_group") if is_v2 else 1,
+            groups_per_token=required(hf, "topk_group") if is_v2 else 1,
+            group_score="top2",
+            normalise=per_token > 1 and bool(hf.get("norm_topk_prob", is_v2)),
+            scale=hf.get("routed_scaling_factor", 1.0) if is_v2 else 1.0,
+        ),
+        moe_layers=tuple(i >= dense for i in range(layers)),
+    )
+
+
+def _rotated(hf: dict[str, Any], head_dim: int, usual: float) -> float:
+    """The part of each head that is rotated; some configs say it twice."""
+    rotary_dim, factor = hf.get("rotary_dim"), hf.get("partial_rotary_factor")
+    if factor is None:
+        return usual if rotary_dim is None else rotary_dim / head_dim
+    if rotary_dim is not None and rotary_dim != int(head_dim * factor):
+        raise ModelError(
+            f"config.json: rotary_dim={rotary_dim} and partial_rotary_factor={factor} of {head_dim} contradict each other"
+        )
+    return factor
+
+
+def _shared_size(hf: dict[str, Any]) -> int:
+    number = hf.get("num_shared_experts") or 0
+    if not hf.get("moe_router_enable_shared_expert", True):
+        raise ModelError("config.json sets moe_router_enable_shared_expert=false; it is served with true only")
+    return number * (hf.get("moe_shared_expert_intermediate_size") or required(hf, "moe_intermediate_size"))

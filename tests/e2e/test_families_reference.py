@@ -1,0 +1,124 @@
+"""Families without a checkpoint of their own here give the tokens and logprobs of a plain second implementation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import reference_bailing
+import reference_qwen1
+from exact import GREEDY, TOLERANCE, Build
+from safetensors.numpy import load_file, save_file
+
+from simulated import Client
+
+PROMPT_LENGTHS = (1, 7, 33)
+STEPS = 8
+
+QWEN1 = reference_qwen1.CONFIG
+MODELS: dict[str, tuple[ModuleType, dict, int]] = {  # and the page size
+    "qwen1": (reference_qwen1, QWEN1, 16),
+    # The prompt of 33 and the end of that of 7 are beyond the tokens of training: queries grow.
+    "qwen1-logn": (reference_qwen1, QWEN1 | {"seq_length": 12, "use_dynamic_ntk": False, "rotary_pct": 0.25}, 1),
+    "bailing": (reference_bailing, reference_bailing.V1, 1),
+    "bailing-v2": (reference_bailing, reference_bailing.V2, 16),
+}
+
+
+def write(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_tokens_and_logprobs_of_the_reference(build: Build, tmp_path: Path, name: str) -> None:
+    """Prompts together, in chunks of four tokens: two step programs."""
+    reference, config, page_size = MODELS[name]
+    tensors = reference.checkpoint(config, seed=7)
+    folder = write(tmp_path, config, tensors)
+    rng = np.random.default_rng(3)
+    prompts = [rng.integers(0, config["vocab_size"], length).tolist() for length in PROMPT_LENGTHS]
+    core = build(folder, max_running_requests=4, page_size=page_size, chunked_prefill_size=4, max_total_tokens=256)
+    client = Client(core)
+    for key, prompt in enumerate(prompts):
+        client.submit(key, prompt, max_tokens=STEPS, logprobs=5, prompt_logprobs=0, **GREEDY)
+    client.run()
+    for key, prompt in enumerate(prompts):
+        got = client.answers[key]
+        expected = reference.logprobs(tensors, config, prompt + got.tokens)
+        steps = expected[len(prompt) - 1 : -1]
+        assert got.tokens == steps.argmax(-1).tolist()
+        for scored, row in zip(got.logprobs, steps, strict=True):
+            assert scored.top_ids[:5] == np.argsort(-row)[:5].tolist()
+            np.testing.assert_allclose(scored.top_logprobs[:5], np.sort(row)[::-1][:5], atol=TOLERANCE)
+        assert got.prompt is not None
+        assert got.prompt.logprobs is not None
+        ours = [scored.logprob for scored in got.prompt.logprobs[1:] if scored is not None]
+        theirs = [expected[i, token] for i, token in enumerate(prompt[1:])]
+        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+
+
+def qwen2_as_qwen1(source: Path, folder: Path) -> Path:
+    """A Qwen 2 checkpoint laid out as Qwen 1, the same function: KV heads repeated for each head of their group."""
+    old = json.loads((source / "config.json").read_text())
+    heads, kv_heads, hidden = old["num_attention_heads"], old["num_key_value_heads"], old["hidden_size"]
+    stored = {name: value.astype(np.float32) for name, value in load_file(source / "model.safetensors").items()}
+
+    def repeated(weight: np.ndarray) -> np.ndarray:
+        by_head = weight.reshape(kv_heads, hidden // heads, -1)
+        return np.repeat(by_head, heads // kv_heads, axis=0).reshape(hidden, *weight.shape[1:])
+
+    tensors = {
+        "transformer.wte.weight": stored["model.embed_tokens.weight"],
+        "transformer.ln_f.weight": stored["model.norm.weight"],
+        "lm_head.weight": stored["lm_head.weight"],
+    }
+    for i in range(old["num_hidden_layers"]):
+        at, to = f"model.layers.{i}", f"transformer.h.{i}"
+        for kind in ("weight", "bias"):
+            q, k, v = (stored[f"{at}.self_attn.{part}_proj.{kind}"] for part in "qkv")
+            tensors[f"{to}.attn.c_attn.{kind}"] = np.concatenate([q, repeated(k), repeated(v)])
+        for new, name in {
+            "ln_1": "input_layernorm",
+            "attn.c_proj": "self_attn.o_proj",
+            "ln_2": "post_attention_layernorm",
+            "mlp.w1": "mlp.up_proj",
+            "mlp.w2": "mlp.gate_proj",
+            "mlp.c_proj": "mlp.down_proj",
+        }.items():
+            tensors[f"{to}.{new}.weight"] = stored[f"{at}.{name}.weight"]
+    config = QWEN1 | {
+        "vocab_size": old["vocab_size"],
+        "hidden_size": hidden,
+        "num_hidden_layers": old["num_hidden_layers"],
+        "num_attention_heads": heads,
+        "kv_channels": hidden // heads,
+        "intermediate_size": 2 * old["intermediate_size"],
+        "layer_norm_epsilon": old["rms_norm_eps"],
+        "rotary_emb_base": old["rope_theta"],
+        "max_position_embeddings": old["max_position_embeddings"],
+        "seq_length": old["max_position_embeddings"],
+    }
+    return write(folder, config, tensors)
+
+
+def test_qwen2_laid_out_as_qwen1_gives_transformers_tokens_and_logprobs(
+    build: Build, shared_data: Path, tmp_path: Path
+) -> None:
+    source = shared_data / "oracle" / "qwen2"
+    cases = json.loads((source / "oracle.json").read_text())["cases"]
+    core = build(
+        qwen2_as_qwen1(source, tmp_path), max_running_requests=4, chunked_prefill_size=4, max_total_tokens=1024
+    )
+    client = Client(core)
+    for key, case in enumerate(cases):
+        client.submit(key, case["prompt_ids"], max_tokens=24, logprobs=5, **GREEDY)
+    client.run()
+    for key, case in enumerate(cases):
+        assert client.tokens[key] == case["greedy_ids"], case["name"]
+        for ours, theirs in zip(client.answers[key].logprobs, case["top5"], strict=True):
+            np.testing.assert_allclose(ours.top_logprobs[:5], [value for _, value in theirs], atol=TOLERANCE)
