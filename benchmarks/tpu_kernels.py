@@ -216,6 +216,46 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     }
 
 
+def measure_peer(dumps: Path) -> dict[str, dict[str, int]]:
+    """JAX's own ragged paged attention (it writes no KV) on the TP4 shape for v6e, with the blocks of its own table and
+    with ours: bundles of its heaviest loop, which covers so many queries and keys and all 8 heads, and of the rest of
+    its loop over rows and tiles."""
+    import warnings
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from sgl_jax.runtime import topology
+
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    mesh = Mesh(np.array(topology.tpu_devices(topology.parse("v6e-1"))[:1]), ("x",))
+
+    def array(shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
+    pool = array((POOL_PAGES // 8, 128, 4, HEAD_DIM))
+    results = {}
+    for name, tokens, keys, queries in (("decode", ROWS, 1024, 8), ("chunks", CHUNK_TOKENS, 1024, 128)):
+        options = {"num_kv_pages_per_block": keys // 128, "num_queries_per_block": queries, "sm_scale": 1.0}
+        before = set(dumps.glob("*"))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            args = array((tokens, 8, HEAD_DIM)), pool, ints(ROWS), ints(ROWS, 32), ints(ROWS + 1), ints(1)
+            traced = jax.jit(lambda *a, options=options: ragged_paged_attention(*a, **options)).trace(*args)
+            traced.lower(lowering_platforms=("tpu",)).compile()
+        found = set(dumps.glob("*ragged_paged*01-final_bundles.txt")) - before
+        loops = list(read_bundles(found.pop().read_text()).walk())
+        heavy = max(loops, key=lambda loop: loop.total("matmul"))
+        around = sum(loop.total() for loop in loops if 0 < loop.depth < heavy.depth)
+        results[name] = {"keys": keys, "queries": queries, "loop": heavy.total(), "around": around}
+        results[name]["spills"] = heavy.total("spill")
+    return results
+
+
 def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
     memory = compiled.memory_analysis()
     text = compiled.as_text()
@@ -245,7 +285,7 @@ def decode_bytes(context: int, page: int, num_heads: int, num_kv_heads: int) -> 
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def report(results: dict[str, dict[str, Any]], libtpu: str) -> str:
+def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], libtpu: str) -> str:
     from sgl_jax.runtime.topology import CHIPS
 
     lines = [
@@ -304,6 +344,24 @@ def report(results: dict[str, dict[str, Any]], libtpu: str) -> str:
                 f"{flop / b['block_of_head'] / 524288:.0%} | {b['edge_unit_of_head']} per {result['unit']} | "
                 f"{result['vmem_bytes'] / 1e6:.1f} |"
             )
+    if peer:
+        lines += [
+            "",
+            "## Beside JAX's own ragged paged attention",
+            "",
+            "v6e, TP4, page 128; its blocks set to the same 1024 keys. It takes new KV that something else has written.",
+            "",
+            "| | its bundles | ours |",
+            "|---|---|---|",
+        ]
+        ours = {kind: results[f"{kind} v6e TP4 page 128"]["bundles"] for kind in ("decode", "chunks")}
+        one, many = peer["decode"], peer["chunks"]
+        rows = [
+            ("decode, each 1024 keys of a row", one["loop"], ours["decode"]["key_block"]),
+            ("decode, a row of 1024 keys", one["loop"] + one["around"], ours["decode"]["row"]),
+            ("chunks, 128 queries x 8 heads x 1024 keys", many["loop"], 2 * ours["chunks"]["block_of_head"]),
+        ]
+        lines += [f"| {what} | {theirs} | {mine} |" for what, theirs, mine in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -315,12 +373,13 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as dumps:
         results = measure([case for case in cases() if re.search(args.only, case.name)], Path(dumps))
+        peer = {} if args.only else measure_peer(Path(dumps))
     libtpu = version("libtpu")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record = {"libtpu": libtpu, "jax": version("jax"), "commit": commit.stdout.strip(), "cases": results}
+    record = {"libtpu": libtpu, "jax": version("jax"), "commit": commit.stdout.strip(), "cases": results, "peer": peer}
     if args.output:
         args.output.write_text(json.dumps(record, indent=1) + "\n")
-    text = report(results, libtpu)
+    text = report(results, peer, libtpu)
     if args.report:
         args.report.write_text(text)
     sys.stdout.write(text)
