@@ -64,7 +64,7 @@ def step_cost(model: DecoderConfig, devices: int, itemsize: int, bucket: Bucket,
     share = model.share(devices)
     declared = declare(share)
     layers = sum(_size(spec) for spec in jax.tree.leaves(declared.layers))
-    matrices = sum(_size(spec) for spec in jax.tree.leaves(declared.layers) if len(spec.shape) == 2)
+    matrices = sum(_size(spec) for spec in jax.tree.leaves(declared.layers) if spec.is_matrix and not spec.num_experts)
     head_size = _size(head(declared))
     decoding = bucket.num_tokens <= bucket.num_rows
     keys, cached = 0, 0  # keys that queries look at, tokens whose KV is read; over all layers
