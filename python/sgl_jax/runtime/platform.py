@@ -26,6 +26,7 @@ class Platform:
     max_pool_tokens: int | None  # KV a default launch takes at most
     stacks_layers: bool  # scan over stacked layers; else a list, unrolled
     vectorises_rows: bool  # native attention takes the decoding rows side by side; else one after the other
+    attention: str = "native"  # the backend a launch takes
 
 
 PLATFORMS: dict[Name, Platform] = {
@@ -33,7 +34,7 @@ PLATFORMS: dict[Name, Platform] = {
     # faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in float32.
     "cpu": Platform("cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False, False),
     "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True),
-    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True),
+    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True, "fa"),
 }
 
 
@@ -58,6 +59,6 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
 
 def kernels_for(attention_backend: str | None, platform: Platform) -> Kernels:
     """The implementations to build steps with; None: the best attention for the platform. Raises NoSuchBackend."""
-    attention = find_backend(attention_backend or "native", platform.name, vectorise=platform.vectorises_rows)
+    attention = find_backend(attention_backend or platform.attention, platform.name, vectorise=platform.vectorises_rows)
     grouped_matmul = grouped_native.grouped_matmul if platform.name == "cpu" else grouped_native.ragged_dot
     return Kernels(attention, grouped_matmul)

@@ -7,11 +7,11 @@ p is `kv[i * P + p]`. Page 0 of each layer takes the KV of padding tokens and is
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 
 @jax.tree_util.register_dataclass
@@ -43,7 +43,7 @@ class Attention(Protocol):
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
-        kv: Float[Array, "LP K 2 page H"],
+        kv: Num[Array, "LP K 2 page H"],
         batch: RaggedBatch,
         *,
         first_page: Int[Array, ""] | int,  # layer * P
@@ -51,7 +51,8 @@ class Attention(Protocol):
         window: Int[Array, ""] | int | None = None,  # tokens a query sees, itself included
         softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
         sinks: Float[Array, " N"] | None = None,  # a logit per head that takes weight and gives nothing
-    ) -> tuple[Float[Array, "T N H"], Float[Array, "LP K 2 page H"]]: ...
+        kv_scales: tuple[float, float] | None = None,  # the pool holds K and V divided by these, rounded to its dtype
+    ) -> tuple[Float[Array, "T N H"], Num[Array, "LP K 2 page H"]]: ...
 
 
 def make_ragged_batch(
@@ -79,16 +80,31 @@ def make_ragged_batch(
     return RaggedBatch(page_table, start + num_new, cu, num_single, row, positions, token_page, offset, only_singles)
 
 
+def to_pool(x: Float[Array, "T K H"], dtype: Any, scale: float) -> Num[Array, "T K H"]:
+    """New K or V as a pool of the dtype holds it: divided by its scale, and for 8 bits cut off at the dtype's limits."""
+    if jnp.dtype(dtype).itemsize > 1 and scale == 1:
+        return x.astype(dtype)
+    x = x.astype(jnp.float32) / scale
+    if jnp.issubdtype(dtype, jnp.integer):
+        x, limit = jnp.round(x), float(jnp.iinfo(dtype).max)  # symmetric: -128 is not used
+    else:
+        limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -limit, limit).astype(dtype)
+
+
 def write_kv(
-    kv: Float[Array, "LP K 2 page H"],
+    kv: Num[Array, "LP K 2 page H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
     batch: RaggedBatch,
     first_page: Int[Array, ""] | int,
-) -> Float[Array, "LP K 2 page H"]:
+    kv_scales: tuple[float, float] | None = None,
+) -> Num[Array, "LP K 2 page H"]:
     """Put each token's K and V into its place in the pool."""
+    k_scale, v_scale = kv_scales or (1.0, 1.0)
+    k, v = to_pool(k, kv.dtype, k_scale), to_pool(v, kv.dtype, v_scale)
     _pages, num_kv_heads, _two, page_size, head_dim = kv.shape
-    new = jnp.stack([k, v], axis=2).astype(kv.dtype).reshape(-1, head_dim)  # [T * K * 2, H]
+    new = jnp.stack([k, v], axis=2).reshape(-1, head_dim)  # [T * K * 2, H]
     # The pool seen as lines of H, and a line the unit of writing: with larger units XLA TPU wants the pool in another
     # layout, and copies all of it there and back in every layer.
     slots = (batch.token_page + first_page)[:, None] * (2 * num_kv_heads) + jnp.arange(2 * num_kv_heads)
