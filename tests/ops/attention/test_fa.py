@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.ops.attention import native, reference
-from sgl_jax.ops.attention.api import make_ragged_batch, to_pool
+from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch, to_pool
 from sgl_jax.ops.attention.fa import call as fa
 from sgl_jax.ops.attention.fa.ring import PageRing
 
@@ -140,6 +140,20 @@ def test_decode_programs_with_softcap_and_sinks_over_page_and_block_boundaries()
 def test_heads_of_two_lane_tiles_and_a_group_of_one():
     rows = [(30, 1), (3, 40), (64, 20)]
     check(batch_of(rows, num_heads=2, num_kv_heads=2, head_dim=130), window=50)
+
+
+def test_norm_and_rotation_of_whole_heads_inside_equal_those_outside():
+    b = batch_of([(30, 1), (3, 40), (64, 20)], num_heads=2, num_kv_heads=1, head_dim=128)
+    rng = np.random.default_rng(1)
+    angles = rng.uniform(0, 6, (TOKENS, 64))
+    rope = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], 1), jnp.float32)
+    prepare = QKPrepare(*jnp.asarray(rng.uniform(0.5, 2, (2, 128)), jnp.float32), rope)
+    arrays = {name: jnp.asarray(x) for name, x in b.items()}
+    out, kv = compiled(jnp.float32, RACES)(arrays, jnp.int32(1), prepare=prepare)
+    b["q"], b["k"] = prepare(arrays["q"], arrays["k"])
+    expected, expected_kv = reference.paged_attention(**b, scale=0.25)
+    np.testing.assert_allclose(np.asarray(out)[:61], expected[:61], atol=1e-4)
+    np.testing.assert_allclose(np.asarray(kv), expected_kv, atol=1e-5)
 
 
 def test_rows_share_the_pages_of_a_prefix():

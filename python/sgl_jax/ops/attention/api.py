@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
 
@@ -34,6 +35,37 @@ class RaggedBatch:
     only_singles: bool = dataclasses.field(default=False, metadata={"static": True})  # no row ever has more tokens
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QKPrepare:
+    """What is to be done to q and k first: RMS norm of each head, then rotation, either may be missing."""
+
+    q_norm: jax.Array | None  # f32[H]: what the normed q is multiplied with
+    k_norm: jax.Array | None  # f32[H]; both norms or neither
+    rope: jax.Array | None  # f32[T, 2 * half]: cos then sin of each token's angles; i is rotated with half + i
+    eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
+
+    def __call__(self, q: Float[Array, "T N H"], k: Float[Array, "T K H"]):
+        """In plain operations: q and k prepared, in their own dtype, rounded after the norm and after the rotation."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _rms_norm(q, self.q_norm, self.eps), _rms_norm(k, self.k_norm, self.eps)
+        return (q, k) if self.rope is None else (_rotate(q, self.rope), _rotate(k, self.rope))
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    scaled = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _rotate(x: jax.Array, rope: jax.Array) -> jax.Array:
+    cos, sin = jnp.split(rope[:, None], 2, axis=-1)
+    half = cos.shape[-1]
+    x32 = x.astype(jnp.float32)
+    a, b, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
+
+
 @runtime_checkable  # so that tests can check annotations
 class Attention(Protocol):
     """Write the new KV, attend, return the output and the pool (same buffer when donated)."""
@@ -52,6 +84,7 @@ class Attention(Protocol):
         softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
         sinks: Float[Array, " N"] | None = None,  # a logit per head that takes weight and gives nothing
         kv_scales: tuple[float, float] | None = None,  # the pool holds K and V divided by these, rounded to its dtype
+        prepare: QKPrepare | None = None,  # done to q and k first; the pool holds prepared k
     ) -> tuple[Float[Array, "T N H"], Num[Array, "LP K 2 page H"]]: ...
 
 

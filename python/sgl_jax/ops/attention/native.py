@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, Num
 
-from sgl_jax.ops.attention.api import RaggedBatch, write_kv
+from sgl_jax.ops.attention.api import QKPrepare, RaggedBatch, write_kv
 
 TILE = 32
 KEYS_PER_TURN = 128  # keys a tile of TILE looks at per turn of its loop
@@ -34,9 +34,12 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     kv_scales: tuple[float, float] | None = None,
+    prepare: QKPrepare | None = None,
     vectorise: bool = False,
 ) -> tuple[Float[Array, "T N H"], Num[Array, "LP K 2 page H"]]:
     """See api.Attention. `vectorise`: run the tiles of one side by side (accelerators) instead of in turn (CPU)."""
+    if prepare is not None:
+        q, k = prepare(q, k)
     num_tokens, _num_heads, head_dim = q.shape
     num_rows, num_kv_heads = batch.page_table.shape[0], k.shape[1]
     kv = write_kv(kv, k, v, batch, first_page, kv_scales)
