@@ -15,6 +15,7 @@ import jax
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import declare, head
 from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.pool import Pool
 
 
 @dataclasses.dataclass(frozen=True)
