@@ -9,6 +9,7 @@ import jax
 
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.grouped_matmul import native as grouped_native
+from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
 
 Name = Literal["cpu", "gpu", "tpu"]
@@ -61,5 +62,12 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
 def kernels_for(attention_backend: str | None, platform: Platform) -> Kernels:
     """The implementations to build steps with; None: the best attention for the platform. Raises NoSuchBackend."""
     attention = find_backend(attention_backend or platform.attention, platform.name, vectorise=platform.vectorises_rows)
-    grouped_matmul = grouped_native.grouped_matmul if platform.name == "cpu" else grouped_native.ragged_dot
-    return Kernels(attention, grouped_matmul)
+    return Kernels(attention, _grouped_matmul(platform.name))
+
+
+def _grouped_matmul(platform: Name) -> GroupedMatmul:
+    if platform == "tpu":
+        from sgl_jax.ops.grouped_matmul import pallas_tpu  # imports Pallas, which takes a while
+
+        return pallas_tpu.grouped_matmul
+    return grouped_native.grouped_matmul if platform == "cpu" else grouped_native.ragged_dot
