@@ -134,15 +134,17 @@ class Case:
     shape: str  # TP4
     page: int
     kind: str  # decode, chunks
+    pool: str = "bfloat16"
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.chip} {self.shape} page {self.page}"
+        return f"{self.kind} {self.chip} {self.shape} page {self.page}" + f" {self.pool}" * (self.pool != "bfloat16")
 
 
 def cases() -> list[Case]:
     every = [Case(chip, shape, 128, kind) for chip in CLOCK for shape in SHAPES for kind in ("decode", "chunks")]
-    return every + [Case(chip, "TP4", 16, "decode") for chip in CLOCK]
+    eight_bits = [Case(chip, "TP4", 128, "decode", pool) for chip in CLOCK for pool in ("int8", "float8_e4m3fn")]
+    return every + [Case(chip, "TP4", 16, "decode") for chip in CLOCK] + eight_bits
 
 
 def measure(selected: list[Case], dumps: Path) -> dict[str, dict[str, Any]]:
@@ -194,7 +196,7 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
     args = (
         *(array((tokens, heads, HEAD_DIM)) for heads in (num_heads, num_kv_heads, num_kv_heads)),
-        array(kv_shape),
+        array(kv_shape, case.pool),
         ints(ROWS, row_pages),
         ints(ROWS),
         ints(ROWS + 1),
@@ -207,13 +209,53 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
         traced = jax.jit(layer, donate_argnums=3).trace(*args)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     if only_singles:
-        blocks = sizes.decode_blocks(chip, kv_shape, jnp.bfloat16, row_pages)
+        blocks = sizes.decode_blocks(chip, kv_shape, case.pool, row_pages)
     else:
-        blocks = sizes.chunk_blocks(chip, kv_shape, jnp.bfloat16, row_pages, tokens)
+        blocks = sizes.chunk_blocks(chip, kv_shape, case.pool, row_pages, tokens)
     return compiled, {"block": blocks.pages * case.page, "unit": blocks.unit_pages * case.page} | {
         "queries": getattr(blocks, "queries", 1),
-        "pool_bytes": 2 * math.prod(kv_shape),
+        "pool_bytes": jnp.dtype(case.pool).itemsize * math.prod(kv_shape),
     }
+
+
+def measure_peer(dumps: Path) -> dict[str, dict[str, int]]:
+    """JAX's own ragged paged attention (it writes no KV) on the TP4 shape for v6e, with the blocks of its own table and
+    with ours: bundles of its heaviest loop, which covers so many queries and keys and all 8 heads, and of the rest of
+    its loop over rows and tiles."""
+    import warnings
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    from sgl_jax.runtime import topology
+
+    warnings.simplefilter("ignore", DeprecationWarning)
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    mesh = Mesh(np.array(topology.tpu_devices(topology.parse("v6e-1"))[:1]), ("x",))
+
+    def array(shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
+    pool = array((POOL_PAGES // 8, 128, 4, HEAD_DIM))
+    results = {}
+    for name, tokens, keys, queries in (("decode", ROWS, 1024, 8), ("chunks", CHUNK_TOKENS, 1024, 128)):
+        options = {"num_kv_pages_per_block": keys // 128, "num_queries_per_block": queries, "sm_scale": 1.0}
+        before = set(dumps.glob("*"))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            args = array((tokens, 8, HEAD_DIM)), pool, ints(ROWS), ints(ROWS, 32), ints(ROWS + 1), ints(1)
+            traced = jax.jit(lambda *a, options=options: ragged_paged_attention(*a, **options)).trace(*args)
+            traced.lower(lowering_platforms=("tpu",)).compile()
+        found = set(dumps.glob("*ragged_paged*01-final_bundles.txt")) - before
+        loops = list(read_bundles(found.pop().read_text()).walk())
+        heavy = max(loops, key=lambda loop: loop.total("matmul"))
+        around = sum(loop.total() for loop in loops if 0 < loop.depth < heavy.depth)
+        results[name] = {"keys": keys, "queries": queries, "loop": heavy.total(), "around": around}
+        results[name]["spills"] = heavy.total("spill")
+    return results
 
 
 def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
@@ -233,19 +275,19 @@ def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def decode_bytes(context: int, page: int, num_heads: int, num_kv_heads: int) -> tuple[int, int]:
+def decode_bytes(context: int, page: int, num_heads: int, num_kv_heads: int, itemsize: int = 2) -> tuple[int, int]:
     """(moved, least) between HBM and the core for one row of a layer: its pages, the row tile that takes the new token,
     its page ids (512 bytes a block), q and o; least: its keys and values, the new ones, q and o."""
-    token = 2 * num_kv_heads * HEAD_DIM * 2
-    ends = 2 * num_heads * HEAD_DIM * 2 + token
-    moved = -(-context // page) * page * token + 16 * token + ends + 512 * -(-context // 1024)
+    token = 2 * num_kv_heads * HEAD_DIM * itemsize
+    ends = (2 * num_heads + 2 * num_kv_heads) * HEAD_DIM * 2
+    moved = -(-context // page) * page * token + 32 // itemsize * token + ends + 512 * -(-context // 1024)
     return moved, context * token + token + ends
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def report(results: dict[str, dict[str, Any]], libtpu: str) -> str:
+def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], libtpu: str) -> str:
     from sgl_jax.runtime.topology import CHIPS
 
     lines = [
@@ -253,7 +295,7 @@ def report(results: dict[str, dict[str, Any]], libtpu: str) -> str:
         "",
         f"Made by `python benchmarks/tpu_kernels.py` with libtpu {libtpu}; nothing here ran on a TPU. A bundle is at least",
         "a cycle of the core; copies run beside it and take at least bytes / bandwidth. The larger of the two columns",
-        "binds. Clocks are inferred from the chips' rates: v6e 1.75 GHz, v7x 2.2 GHz. bfloat16, head_dim 128.",
+        "binds. Clocks are inferred from the chips' rates: v6e 1.75 GHz, v7x 2.2 GHz. head_dim 128, q in bfloat16.",
         "",
         "## Decode: one row of one layer",
         "",
@@ -266,9 +308,11 @@ def report(results: dict[str, dict[str, Any]], libtpu: str) -> str:
         rate = CHIPS[result["chip"]].bytes_per_s / CLOCK[result["chip"]]
         for context in CONTEXTS:
             bundles = decode_bundles(result["bundles"], context, result["block"], result["unit"], result["page"])
-            moved, least = decode_bytes(context, result["page"], *SHAPES[result["shape"]])
+            moved, least = decode_bytes(
+                context, result["page"], *SHAPES[result["shape"]], 1 + (result["pool"] == "bfloat16")
+            )
             floor = round(moved / rate)
-            case = f"{result['chip']} {result['shape']} page {result['page']}"
+            case = f"{result['chip']} {result['shape']} page {result['page']} {result['pool']}"
             binds = "copies" if floor > bundles else "bundles"
             lines.append(f"| {case} | {context} | {bundles} | {floor} | {binds} | {moved / least:.3f} |")
     lines += [
@@ -279,7 +323,7 @@ def report(results: dict[str, dict[str, Any]], libtpu: str) -> str:
     for result in results.values():
         if result["kind"] == "decode":
             b = result["bundles"]
-            case = f"{result['chip']} {result['shape']} page {result['page']}"
+            case = f"{result['chip']} {result['shape']} page {result['page']} {result['pool']}"
             lines.append(
                 f"| {case} | {b['key_block']} | {result['block']} | {b['edge_unit']} per {result['unit']} | "
                 f"{b['page_alone']} | {b['spills_in_block']} | {result['vmem_bytes'] / 1e6:.1f} |"
@@ -304,6 +348,24 @@ def report(results: dict[str, dict[str, Any]], libtpu: str) -> str:
                 f"{flop / b['block_of_head'] / 524288:.0%} | {b['edge_unit_of_head']} per {result['unit']} | "
                 f"{result['vmem_bytes'] / 1e6:.1f} |"
             )
+    if peer:
+        lines += [
+            "",
+            "## Beside JAX's own ragged paged attention",
+            "",
+            "v6e, TP4, page 128; its blocks set to the same 1024 keys. It takes new KV that something else has written.",
+            "",
+            "| | its bundles | ours |",
+            "|---|---|---|",
+        ]
+        ours = {kind: results[f"{kind} v6e TP4 page 128"]["bundles"] for kind in ("decode", "chunks")}
+        one, many = peer["decode"], peer["chunks"]
+        rows = [
+            ("decode, each 1024 keys of a row", one["loop"], ours["decode"]["key_block"]),
+            ("decode, a row of 1024 keys", one["loop"] + one["around"], ours["decode"]["row"]),
+            ("chunks, 128 queries x 8 heads x 1024 keys", many["loop"], 2 * ours["chunks"]["block_of_head"]),
+        ]
+        lines += [f"| {what} | {theirs} | {mine} |" for what, theirs, mine in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -315,12 +377,13 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as dumps:
         results = measure([case for case in cases() if re.search(args.only, case.name)], Path(dumps))
+        peer = {} if args.only else measure_peer(Path(dumps))
     libtpu = version("libtpu")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record = {"libtpu": libtpu, "jax": version("jax"), "commit": commit.stdout.strip(), "cases": results}
+    record = {"libtpu": libtpu, "jax": version("jax"), "commit": commit.stdout.strip(), "cases": results, "peer": peer}
     if args.output:
         args.output.write_text(json.dumps(record, indent=1) + "\n")
-    text = report(results, libtpu)
+    text = report(results, peer, libtpu)
     if args.report:
         args.report.write_text(text)
     sys.stdout.write(text)

@@ -30,6 +30,7 @@ FAMILIES = [
     "gemma3_text",
     "glm4_moe",
     "glm4_moe-air",
+    "gpt_oss",
 ]
 
 

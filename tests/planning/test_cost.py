@@ -7,15 +7,23 @@ import math
 
 import pytest
 
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.planning.cost import Rates, StepCost, step_cost
 from sgl_jax.planning.model import find_model
 from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.pool import pool_of
 
 QWEN3_8B = find_model("Qwen3-8B").config
+NATIVE = find_backend("native", "cpu", vectorise=False)
+
+
+def cost_of(model: DecoderConfig, devices: int, itemsize: int, bucket: Bucket, context: int) -> StepCost:
+    return step_cost(model, devices, pool_of(model.share(devices), NATIVE), itemsize, bucket, context)
 
 
 def test_a_decode_step_of_qwen3_8b_on_four_devices() -> None:
-    cost = step_cost(QWEN3_8B, 4, 2, Bucket(256, 256), 1024)
+    cost = cost_of(QWEN3_8B, 4, 2, Bucket(256, 256), 1024)
     # Per device: 36 layers of q 1024, k 256, v 256 out of 4096; o 1024 in; gate and up 3072 out, down 3072 in.
     layer = 4096 * (1024 + 256 + 256) + 1024 * 4096 + 3 * 4096 * 3072
     head = 151936 // 4 * 4096
@@ -28,8 +36,8 @@ def test_a_decode_step_of_qwen3_8b_on_four_devices() -> None:
 
 
 def test_a_prompt_step_has_whole_prompts_or_the_end_of_one() -> None:
-    whole = step_cost(QWEN3_8B, 1, 2, Bucket(2048, 256), 1024)  # two prompts
-    end = step_cost(QWEN3_8B, 1, 2, Bucket(512, 256), 1024)  # tokens 512 to 1023 of one
+    whole = cost_of(QWEN3_8B, 1, 2, Bucket(2048, 256), 1024)  # two prompts
+    end = cost_of(QWEN3_8B, 1, 2, Bucket(512, 256), 1024)  # tokens 512 to 1023 of one
     layer = 4096 * (32 + 16) * 128 + 4096 * 4096 + 3 * 4096 * 12288
     head = 151936 * 4096
     per_key = 4 * 32 * 128 * 36
@@ -46,20 +54,28 @@ def test_a_window_limits_the_keys_and_the_kv_read() -> None:
     windows = tuple(256 if layer % 2 else None for layer in range(36))
     mixed = dataclasses.replace(QWEN3_8B, sliding_windows=windows)
     token_kv = 2 * 8 * 128 * 2
-    full = step_cost(QWEN3_8B, 1, 2, Bucket(8, 8), 1024)
-    half = step_cost(mixed, 1, 2, Bucket(8, 8), 1024)
+    full = cost_of(QWEN3_8B, 1, 2, Bucket(8, 8), 1024)
+    half = cost_of(mixed, 1, 2, Bucket(8, 8), 1024)
     assert full.memory_bytes - half.memory_bytes == token_kv * 18 * 8 * (1024 - 256)
     assert full.flops - half.flops == 4 * 32 * 128 * 18 * 8 * (1024 - 256)
-    prompt = step_cost(mixed, 1, 2, Bucket(1024, 256), 1024)
-    whole = step_cost(QWEN3_8B, 1, 2, Bucket(1024, 256), 1024)
+    prompt = cost_of(mixed, 1, 2, Bucket(1024, 256), 1024)
+    whole = cost_of(QWEN3_8B, 1, 2, Bucket(1024, 256), 1024)
     seen = sum(min(position + 1, 256) for position in range(1024))
     assert whole.flops - prompt.flops == 4 * 32 * 128 * 18 * (sum(range(1, 1025)) - seen)
 
 
-def test_kv_heads_that_devices_share_are_held_by_each() -> None:
-    of_8, of_16 = (step_cost(QWEN3_8B, n, 2, Bucket(64, 64), 1000) for n in (8, 16))
-    kv_read = 36 * 2 * 128 * 64 * 1000 * 2  # one KV head per device, in both
-    assert of_16.memory_bytes > of_8.memory_bytes / 2 + kv_read / 2
+def test_an_expert_is_multiplied_with_its_tokens_and_read_if_any_token_chose_it() -> None:
+    moe = find_model("Qwen3-30B-A3B").config
+    one, many = (cost_of(moe, 1, 2, Bucket(n, n), 1024) for n in (1, 4096))
+    attention = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048
+    router, expert = 2048 * 128, 3 * 2048 * 768
+    head, per_key = 151936 * 2048, 4 * 32 * 128 * 48
+    assert one.flops == 2 * (48 * (attention + router + 8 * expert) + head) + per_key * 1024
+    assert many.flops == 4096 * one.flops
+    weights = 48 * (attention + router + 2 * 2048 + 2 * 128) + head
+    assert one.memory_bytes == pytest.approx(2 * (weights + 48 * 8 * expert + 2048) + 98304 * 1025)
+    all_experts = 2 * (weights + 48 * 128 * expert + 4096 * 2048) + 4096 * 98304 * 1025
+    assert many.memory_bytes == pytest.approx(all_experts, rel=1e-6)
 
 
 @pytest.mark.parametrize(

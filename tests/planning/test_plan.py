@@ -98,6 +98,7 @@ def test_steps_are_counted_with_at_most_the_models_context() -> None:
         *[("Qwen3-0.6B", 0.596, 114688), ("Qwen3-4B", 4.02, 147456), ("Qwen3-8B", 8.19, 147456)],
         *[("Qwen3-14B", 14.77, 163840), ("Qwen3-32B", 32.76, 262144), ("Qwen2.5-7B", 7.62, 57344)],
         *[("Llama-3.1-8B", 8.03, 131072), ("Llama-3.1-70B", 70.55, 327680)],
+        *[("Gemma-2-9B", 9.24, 344064), ("Qwen3-30B-A3B", 30.53, 98304)],
     ],
 )
 def test_bundled_configs_have_the_published_sizes(name: str, billions: float, kv_bytes: int) -> None:

@@ -10,9 +10,11 @@ import jax
 import pytest
 
 from sgl_jax.models.config import DecoderConfig, RopeConfig
+from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.runtime import memory
-from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, kv_bytes_per_token, plan_memory
+from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, plan_memory
 from sgl_jax.runtime.platform import PLATFORMS
+from sgl_jax.runtime.pool import pool_of
 
 CONFIG = DecoderConfig(
     architecture="X",
@@ -31,7 +33,7 @@ OPTIONS = {
     "total_bytes": 10_000_000,
     "weight_bytes": 1_000_000,
     "state_bytes": 0,
-    "dtype_bytes": 4,
+    "bytes_per_token": 512,
     "page_size": 16,
     "context_length": 2048,
     "mem_fraction": 0.5,
@@ -54,35 +56,38 @@ def test_free_memory_is_what_kernel_and_container_leave(tmp_path: Path, monkeypa
 
 
 def test_bytes_of_a_token() -> None:
-    assert kv_bytes_per_token(CONFIG, 4) == 512
-    assert kv_bytes_per_token(CONFIG, 2) == 256
+    native = find_backend("native", "cpu", vectorise=False)
+    padded = dataclasses.replace(native, pool_head_dim=lambda head_dim: 128)
+    assert pool_of(CONFIG, native).values_per_token * 4 == 512
+    assert pool_of(CONFIG, padded).values_per_token * 4 == 4096
+    assert pool_of(CONFIG, native).shape(num_pages=10, page_size=16) == (20, 2, 2, 16, 16)
 
 
 def test_the_budget_less_the_weights_becomes_whole_pages_and_a_scratch_page() -> None:
-    plan = plan_memory(CONFIG, CPU, **OPTIONS)
+    plan = plan_memory(CPU, **OPTIONS)
     assert plan == MemoryPlan(10_000_000, 5_000_000, 1_000_000, 512, 16, 488 + 1)  # 7812 tokens: 488.25 pages
     assert plan.num_tokens == 488 * 16
     assert plan.kv_bytes == 489 * 16 * 512
 
 
 def test_max_total_tokens_is_what_requests_get() -> None:
-    plan = plan_memory(CONFIG, CPU, **(OPTIONS | {"max_total_tokens": 100}))
+    plan = plan_memory(CPU, **(OPTIONS | {"max_total_tokens": 100}))
     assert plan.num_tokens == 96
 
 
 def test_the_platform_sets_share_and_limit_where_the_user_does_not() -> None:
     cpu = dataclasses.replace(CPU, mem_fraction=0.25, max_pool_tokens=1024)
-    plan = plan_memory(CONFIG, cpu, **(OPTIONS | {"mem_fraction": None}))
+    plan = plan_memory(cpu, **(OPTIONS | {"mem_fraction": None}))
     assert (plan.budget_bytes, plan.num_tokens) == (2_500_000, 2048)  # one request of full context at least
-    plan = plan_memory(CONFIG, cpu, **(OPTIONS | {"mem_fraction": None, "context_length": 512}))
+    plan = plan_memory(cpu, **(OPTIONS | {"mem_fraction": None, "context_length": 512}))
     assert plan.num_tokens == 1024
-    plan = plan_memory(CONFIG, cpu, **(OPTIONS | {"mem_fraction": 0.25}))
+    plan = plan_memory(cpu, **(OPTIONS | {"mem_fraction": 0.25}))
     assert plan.num_tokens == 2928  # asked for by name, the share is used up
 
 
 def refusal(**options) -> str:
     with pytest.raises(DoesNotFit) as error:
-        plan_memory(CONFIG, CPU, **(OPTIONS | options))
+        plan_memory(CPU, **(OPTIONS | options))
     return str(error.value)
 
 

@@ -8,10 +8,12 @@ import dataclasses
 import numpy as np
 
 from sgl_jax.models.config import DecoderConfig
+from sgl_jax.ops.kernels import Kernels
 from sgl_jax.runtime.buckets import make_buckets
 from sgl_jax.runtime.memory import MemoryPlan, plan_memory
 from sgl_jax.runtime.placed_weights import weight_bytes
 from sgl_jax.runtime.platform import Platform
+from sgl_jax.runtime.pool import pool_of
 from sgl_jax.runtime.programs import RunnerConfig
 from sgl_jax.runtime.state import MAX_EOS_TOKENS, state_bytes
 from sgl_jax.scheduler.scheduler import SchedulerConfig
@@ -28,7 +30,13 @@ class LaunchPlan:
 
 
 def plan_launch(
-    args: ServerArgs, model: DecoderConfig, platform: Platform, *, stored_dtype: str | None, device_bytes: int
+    args: ServerArgs,
+    model: DecoderConfig,
+    platform: Platform,
+    kernels: Kernels,
+    *,
+    stored_dtype: str | None,
+    device_bytes: int,
 ) -> LaunchPlan:
     """`stored_dtype` is that of the checkpoint. Raises ValueError, naming the flag, for what cannot be honoured."""
     if len(model.eos_token_ids) > MAX_EOS_TOKENS:
@@ -42,17 +50,18 @@ def plan_launch(
     share = model.share(args.tp_size)
     dtype = _dtype(args, stored_dtype, platform)
     itemsize = np.dtype(dtype).itemsize
-    page_size = args.page_size or platform.page_size
+    pool = pool_of(share, kernels.attention)
+    multiple = kernels.attention.page_multiple(np.dtype(dtype))
+    page_size = -(-(args.page_size or platform.page_size) // multiple) * multiple
     context_length = args.context_length or model.context_length
     max_running = args.max_running_requests or platform.max_running_requests
     weights = weight_bytes(share, itemsize)
     memory = plan_memory(
-        share,
         platform,
         total_bytes=device_bytes,
         weight_bytes=weights,
         state_bytes=state_bytes(max_running, -(-context_length // page_size), share.vocab_size),
-        dtype_bytes=itemsize,
+        bytes_per_token=pool.values_per_token * itemsize,
         page_size=page_size,
         context_length=context_length,
         mem_fraction=args.mem_fraction_static,
@@ -77,6 +86,7 @@ def plan_launch(
         memory,
         RunnerConfig(
             dtype=dtype,
+            pool=pool,
             page_size=page_size,
             num_pages=memory.num_pages,
             num_rows=max_running,

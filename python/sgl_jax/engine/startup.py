@@ -42,10 +42,12 @@ def build_core(args: ServerArgs) -> Core:
 
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, download_dir=args.download_dir)
     model = decoder_config(checkpoint.config, checkpoint.generation_config)
+    kernels = kernels_for(args.attention_backend, platform)
     plan = plan_launch(  # before the weights are read: what does not fit should be said at once
         args,
         model,
         platform,
+        kernels,
         stored_dtype=checkpoint.dtype,
         device_bytes=device_memory(devices[0]) // _sharers(devices),
     )
@@ -61,7 +63,7 @@ def build_core(args: ServerArgs) -> Core:
     )
     placement = Placement.over(devices)
     weights = _load(checkpoint, model, plan.dtype, args, platform, placement)
-    runner = ModelRunner(weights, model, plan.runner, kernels_for(args.attention_backend, platform), placement)
+    runner = ModelRunner(weights, model, plan.runner, kernels, placement)
     runner.warm_up(_report_compile)
     cache = PrefixCache(memory.num_pages, plan.runner.page_size, enabled=not args.disable_radix_cache)
     scheduler = Scheduler(plan.scheduler, cache)

@@ -34,20 +34,23 @@ def plan_weights(
     stored: Mapping[str, StoredTensor], config: DecoderConfig, names: TensorNames, *, source: str
 ) -> list[Leaf]:
     """One leaf for each declared weight. Every misfit of the checkpoint is found first and told in one ModelError."""
+    stored = names.view(stored)
     leaves, missing, misshapen = [], [], []
     used = {names.lm_head} if config.tie_embeddings else set()
     for key_path, spec in jax.tree_util.tree_flatten_with_path(declare(config))[0]:
         path = jax.tree_util.keystr(key_path)
         wanted = _wanted(path, spec, names)
         used.update(wanted)
-        pieces = tuple(stored[name] for name in wanted if name in stored)
         missing += [name for name in wanted if name not in stored]
+        pieces = {name: stored[name] for name in wanted if name in stored}
+        misshapen += [
+            f"{piece.name} has {list(piece.shape)}, the config needs {list(wanted[name])}"
+            for name, piece in pieces.items()
+            if piece.shape != wanted[name]
+        ]
         if path == ".lm_head" and config.normalised_head:
-            pieces = tuple(map(with_unit_columns, pieces))
-        leaf = Leaf(path, spec, pieces)
-        leaves.append(leaf)
-        if len(pieces) == len(wanted):
-            misshapen += _shape_errors(leaf)
+            pieces = {name: with_unit_columns(piece) for name, piece in pieces.items()}
+        leaves.append(Leaf(path, spec, tuple(pieces.values())))
     surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in names.ignored)]
     unreadable = [f"{t.name} ({t.dtype})" for leaf in leaves for t in leaf.pieces if not t.supported]
     problems = [
@@ -68,17 +71,15 @@ def plan_weights(
     return leaves
 
 
-def _wanted(path: str, spec: WeightSpec, names: TensorNames) -> tuple[str, ...]:
-    if match := re.fullmatch(r"\.layers\[(\d+)\]\.([\w.]+)", path):
-        layer, field = match.groups()
-        matrices = range(spec.num_matrices)
-        return tuple(pattern.format(i=layer, e=e) for e in matrices for pattern in names.layer[field])
-    return (getattr(names, path.removeprefix(".")),)
-
-
-def _shape_errors(leaf: Leaf) -> list[str]:
-    return [
-        f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}"
-        for piece, shape in zip(leaf.pieces, leaf.spec.piece_shapes(len(leaf.pieces)), strict=True)
-        if piece.shape != shape
-    ]
+def _wanted(path: str, spec: WeightSpec, names: TensorNames) -> dict[str, tuple[int, ...]]:
+    """The stored tensors that make up a weight, in order, and the shape of each."""
+    match = re.fullmatch(r"\.layers\[(\d+)\]\.([\w.]+)", path)
+    if match is None:
+        return {getattr(names, path.removeprefix(".")): spec.shape}
+    layer, field = match.groups()
+    patterns = names.layer[field]
+    if spec.num_experts is None or "{e}" not in patterns[0]:
+        shapes = (spec.shape,) if len(patterns) == 1 else spec.piece_shapes  # one: its parts are stored fused
+        return dict(zip((pattern.format(i=layer) for pattern in patterns), shapes, strict=True))
+    of_each = (pattern.format(i=layer, e=e) for e in range(spec.num_experts) for pattern in patterns)
+    return dict(zip(of_each, spec.piece_shapes, strict=True))

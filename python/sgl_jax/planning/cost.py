@@ -8,12 +8,14 @@ once, activations and sampling for nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import declare, head
 from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.pool import Pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,43 +61,47 @@ class Bound:
         return max(times, key=times.__getitem__)
 
 
-def step_cost(model: DecoderConfig, devices: int, itemsize: int, bucket: Bucket, context: int) -> StepCost:
-    """A full step of the bucket, on one of `devices` tensor-parallel devices."""
+def step_cost(model: DecoderConfig, devices: int, pool: Pool, itemsize: int, bucket: Bucket, context: int) -> StepCost:
+    """A full step of the bucket, on one of `devices` tensor-parallel devices, each with such a pool."""
     share = model.share(devices)
     declared = declare(share)
-    layers = sum(_size(spec) for spec in jax.tree.leaves(declared.layers))
-    matrices = sum(_size(spec) for spec in jax.tree.leaves(declared.layers) if len(spec.shape) == 2)
-    head_size = _size(head(declared))
-    decoding = bucket.num_tokens <= bucket.num_rows
-    keys, cached = 0, 0  # keys that queries look at, tokens whose KV is read; over all layers
+    tokens, moe = bucket.num_tokens, model.moe
+    used, read = 0.0, 0.0  # values of the layers' weights that a token is multiplied with, and that are read
+    for spec in jax.tree.leaves(declared.layers):
+        size = math.prod(spec.shape)
+        if moe and spec.axes[0] == "experts":
+            chosen = moe.experts_per_token / moe.num_experts
+            used += size * chosen if spec.is_matrix else 0
+            read += size * (1 - (1 - chosen) ** tokens)  # of the experts that some token chose, if all are as likely
+        else:
+            used += size if spec.is_matrix else 0
+            read += size
+    head_size = math.prod(head(declared).shape)
+    keys, cached = 0.0, 0.0  # keys that queries look at, tokens whose KV is read; over all layers
     for layer in range(model.num_layers):
-        window = model.window(layer) or context
-        per_query, read = _visible(bucket, context, window, decoding)
-        keys += bucket.num_tokens * per_query
-        cached += read
-    token_kv = 2 * share.num_kv_heads * share.head_dim  # of one layer
+        per_query, of_layer = _visible(bucket, context, model.window(layer) or context)
+        keys += tokens * per_query
+        cached += of_layer
+    token_kv = pool.values_per_token / pool.num_layers
+    # Each layer sums the attention's and the MLP's output, and the embedding is looked up in shares.
+    sums = 2 * model.num_layers + 1 if devices > 1 else 0
     return StepCost(
-        flops=2 * matrices * bucket.num_tokens
-        + 2 * head_size * bucket.num_rows
-        + 4 * share.num_heads * share.head_dim * keys,
+        flops=2 * used * tokens + 2 * head_size * bucket.num_rows + 4 * share.num_heads * share.head_dim * keys,
         memory_bytes=itemsize
         * (
-            layers
+            read
             + head_size
-            + bucket.num_tokens * model.hidden_size  # of the embedding
-            + token_kv * (cached + bucket.num_tokens * model.num_layers)  # read, and written
+            + tokens * model.hidden_size  # of the embedding
+            + token_kv * (cached + tokens * model.num_layers)  # read, and written
         ),
-        # Each layer sums the attention's and the MLP's output, and the embedding is looked up in shares.
-        reduced_bytes=(2 * model.num_layers + 1) * bucket.num_tokens * model.hidden_size * itemsize
-        if devices > 1
-        else 0,
+        reduced_bytes=sums * tokens * model.hidden_size * itemsize,
     )
 
 
-def _visible(bucket: Bucket, context: int, window: int, decoding: bool) -> tuple[float, float]:
+def _visible(bucket: Bucket, context: int, window: int) -> tuple[float, float]:
     """In one layer: keys a query sees on average, and tokens whose KV is read."""
     tokens = bucket.num_tokens
-    if decoding:
+    if tokens <= bucket.num_rows:
         return min(context, window), tokens * min(context, window)
     if tokens <= context:  # the last part of one prompt
         first = context - tokens
@@ -107,10 +113,3 @@ def _mean_keys(first: int, end: int, window: int) -> float:
     """Mean over the queries at positions [first, end) of min(position + 1, window)."""
     grown = max(first, min(end, window))  # from here on each sees a whole window
     return ((first + 1 + grown) / 2 * (grown - first) + window * (end - grown)) / (end - first)
-
-
-def _size(spec) -> int:
-    size = 1
-    for n in spec.shape:
-        size *= n
-    return size

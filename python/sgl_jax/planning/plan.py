@@ -16,6 +16,7 @@ from sgl_jax.planning.model import PlannedModel
 from sgl_jax.planning.target import Target, find_target
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.memory import DoesNotFit
+from sgl_jax.runtime.platform import kernels_for
 from sgl_jax.runtime.topology import Topology, larger
 from sgl_jax.server_args import ServerArgs
 
@@ -64,7 +65,7 @@ def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: in
     rates, itemsize = target.rates(launch.dtype), np.dtype(launch.dtype).itemsize
     steps = []
     for bucket in launch.runner.buckets:
-        cost = step_cost(model.config, target.num_devices, itemsize, bucket, context)
+        cost = step_cost(model.config, target.num_devices, launch.runner.pool, itemsize, bucket, context)
         steps.append(PlannedStep(bucket, cost, cost.bound(rates) if rates else None))
     parameters = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(model.config)))
     return Plan(model, target, launch, parameters, context, tuple(steps))
@@ -104,7 +105,12 @@ def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> lis
 
 def _launch(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:
     return plan_launch(
-        args, model.config, target.platform, stored_dtype=model.stored_dtype, device_bytes=target.device_bytes
+        args,
+        model.config,
+        target.platform,
+        kernels_for(args.attention_backend, target.platform),
+        stored_dtype=model.stored_dtype,
+        device_bytes=target.device_bytes,
     )
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import jax
 
-from sgl_jax.models.config import DecoderConfig
 from sgl_jax.runtime.platform import Platform
 
 
@@ -73,18 +72,13 @@ def _container_bytes(name: str, folder: Path = Path("/sys/fs/cgroup")) -> int | 
     return int(text) if text.isdigit() else None
 
 
-def kv_bytes_per_token(config: DecoderConfig, dtype_bytes: int) -> int:
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype_bytes
-
-
 def plan_memory(
-    config: DecoderConfig,
     platform: Platform,
     *,
     total_bytes: int,
     weight_bytes: int,
     state_bytes: int,
-    dtype_bytes: int,
+    bytes_per_token: int,
     page_size: int,
     context_length: int,
     mem_fraction: float | None,
@@ -98,13 +92,12 @@ def plan_memory(
         )
     fraction = mem_fraction if mem_fraction is not None else platform.mem_fraction
     budget = int(total_bytes * fraction)
-    per_token = kv_bytes_per_token(config, dtype_bytes)
-    fitting = (budget - weight_bytes - state_bytes) // per_token
+    fitting = (budget - weight_bytes - state_bytes) // bytes_per_token
     if max_total_tokens is not None:
         tokens = max_total_tokens
         if fitting < tokens:
             raise DoesNotFit(
-                f"--max-total-tokens {tokens} takes {tokens * per_token / 1e9:.2f} GB of KV beside "
+                f"--max-total-tokens {tokens} takes {tokens * bytes_per_token / 1e9:.2f} GB of KV beside "
                 f"{(weight_bytes + state_bytes) / 1e9:.2f} GB of weights and row state, and --mem-fraction-static {fraction} of the device's "
                 f"{total_bytes / 1e9:.2f} GB is {budget / 1e9:.2f} GB: it holds {max(0, fitting)} tokens"
             )
@@ -117,7 +110,7 @@ def plan_memory(
         raise DoesNotFit(
             f"no room for KV: weights and row state take {(weight_bytes + state_bytes) / 1e9:.2f} GB of the {budget / 1e9:.2f} GB that "
             f"--mem-fraction-static {fraction} of {total_bytes / 1e9:.2f} GB allows, and a page of {page_size} tokens "
-            f"takes {page_size * per_token / 1e6:.2f} MB; raise --mem-fraction-static, lower --page-size or use a "
+            f"takes {page_size * bytes_per_token / 1e6:.2f} MB; raise --mem-fraction-static, lower --page-size or use a "
             f"smaller model"
         )
-    return MemoryPlan(total_bytes, budget, weight_bytes, per_token, page_size, num_pages + 1)
+    return MemoryPlan(total_bytes, budget, weight_bytes, bytes_per_token, page_size, num_pages + 1)

@@ -17,15 +17,15 @@ from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import Program
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.placed_weights import weight_axes
+from sgl_jax.runtime.pool import KV_AXES, Pool
 from sgl_jax.runtime.state import LOADERS, STATE_AXES, DeviceState, initial_state, loader_size, loaders
 from sgl_jax.runtime.step import StepSpec, step
-
-KV_AXES = (None, "kv_heads", None, None, None)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunnerConfig:
     dtype: str
+    pool: Pool  # of one device
     page_size: int
     num_pages: int  # P, of one layer, scratch page included
     num_rows: int  # requests running at once
@@ -48,7 +48,7 @@ def make_programs(
     spec = StepSpec(model.share(axis.size), kernels, config.num_pages, axis)
     axes = weight_axes(model, stacked=weights.stacked)
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights)
-    kv, state = abstract_kv(model, config, placement), abstract_state(model, config, placement)
+    kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
     programs = []
     for bucket in sorted(config.buckets):
         layout = config.layout(bucket)
@@ -71,10 +71,8 @@ def loader_name(name: str) -> str:
     return f"load {name}"
 
 
-def abstract_kv(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStruct:
-    kv_heads = model.share(placement.tensor.size).num_kv_heads
-    share = (model.num_layers * config.num_pages, kv_heads, 2, config.page_size, model.head_dim)
-    shape = placement.whole_shape(share, KV_AXES)
+def abstract_kv(config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStruct:
+    shape = placement.whole_shape(config.pool.shape(config.num_pages, config.page_size), KV_AXES)
     return jax.ShapeDtypeStruct(shape, np.dtype(config.dtype), sharding=placement.sharding(KV_AXES))
 
 

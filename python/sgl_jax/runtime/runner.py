@@ -63,7 +63,7 @@ class ModelRunner:
         self._devices = [*placement.mesh.devices.flat]
         self._weights = weights
         self._layouts = {b: config.layout(b) for b in config.buckets}
-        self._kv = zeros(abstract_kv(model, config, placement))
+        self._kv = zeros(abstract_kv(config, placement))
         self._state = zeros(abstract_state(model, config, placement))
         self._calls: dict[str, Any] = {}
         self._compiles_when_ready = 0

@@ -66,7 +66,7 @@ def step(
             inputs.from_device[batch.token_row], state.last_token[inputs.rows][batch.token_row], inputs.tokens
         )
 
-    def attend(q, k, v, kv, *, layer, window):
+    def attend(q, k, v, kv, *, layer, window, sinks):
         return spec.kernels.attention(
             q,
             k,
@@ -77,6 +77,7 @@ def step(
             scale=spec.config.scale,
             window=window,
             softcap=spec.config.attn_logit_softcap,
+            sinks=sinks,
         )
 
     valid = jnp.arange(layout.bucket.num_tokens) < batch.cu_q_lens[-1]

@@ -8,24 +8,27 @@ for the flags' defaults.
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.gguf_file import GgufFile, read_gguf
+from sgl_jax.text.byte_level import LLAMA3_WORDS, QWEN2_WORDS, by_regex
+from sgl_jax.text.sentencepiece_bpe import (
+    CONTROL,
+    NORMAL,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    Vocabulary,
+    decode_spaces,
+    sentencepiece_bpe,
+)
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5  # tokenizer.ggml.token_type
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_WORDS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _CONTRACTIONS + _WORDS + r"|\p{N}{1,3}" + _REST
-_QWEN2 = _CONTRACTIONS + _WORDS + r"|\p{N}" + _REST
 _LLAMA_CPP_DEFAULT = (  # one split after the other
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
@@ -63,18 +66,12 @@ def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
-def _by_regex(*patterns: str) -> Callable[[], pre_tokenizers.PreTokenizer]:
-    splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return lambda: pre_tokenizers.Sequence([*splits, to_bytes])
-
-
 _PRE = {
     "gpt-2": _Pre(_gpt2),
     "smollm": _Pre(_digits_then_gpt2),
-    "qwen2": _Pre(_by_regex(_QWEN2), normalizer=normalizers.NFC),
-    "default": _Pre(_by_regex(*_LLAMA_CPP_DEFAULT)),
-    "llama-bpe": _Pre(_by_regex(_LLAMA3), ignore_merges=True, add_bos=True),
+    "qwen2": _Pre(by_regex(QWEN2_WORDS), normalizer=normalizers.NFC),
+    "default": _Pre(by_regex(*_LLAMA_CPP_DEFAULT)),
+    "llama-bpe": _Pre(by_regex(LLAMA3_WORDS), ignore_merges=True, add_bos=True),
 }
 _PRE["llama3"] = _PRE["llama-v3"] = _PRE["llama-bpe"]
 
@@ -117,56 +114,40 @@ def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
 
 
 def _sentencepiece(file: GgufFile) -> Tokenizer:
-    """Sentencepiece merges the adjacent pair whose joined token scores best; ranking all pairs by that score says the
-    same as a merge list, as long as no two scores are equal."""
-    vocabulary, kinds, scores = _vocabulary(file), _kinds(file), _needed(file, "scores")
-    if odd := [t for t, i in vocabulary.items() if kinds[i] == _USER_DEFINED and "▁" in t]:
+    unk = file.get("tokenizer.ggml.unknown_token_id", 0)
+    vocabulary = Vocabulary(
+        _needed(file, "tokens"), _kinds(file), _needed(file, "scores"), _needed(file, "tokens")[unk], byte_fallback=True
+    )
+    odd = [p for p, kind in zip(vocabulary.pieces, vocabulary.kinds, strict=True) if kind == USER_DEFINED and "▁" in p]
+    if odd:
         raise ModelError(
             f"{file.path} has user-defined tokens with spaces ({odd[0]!r}), which cannot be matched exactly; "
             "give the model's own tokenizer.json with --tokenizer-path"
         )
-    joined = [(scores[i], t) for t, i in vocabulary.items() if kinds[i] == _NORMAL and len(t) > 1]
-    twice = [score for score, count in Counter(score for score, _ in joined).items() if count > 1]
-    if twice:
-        raise ModelError(
-            f"{file.path} has sentencepiece tokens of equal score ({twice[0]}), so the order of merges is not known; "
-            "give the model's own tokenizer.json with --tokenizer-path"
-        )
-    merges = []
-    for _, token in sorted(joined, reverse=True):
-        halves = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
-        halves = [(a, b) for a, b in halves if a in vocabulary and b in vocabulary]
-        merges += sorted(halves, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-    unk = file.get("tokenizer.ggml.unknown_token_id", 0)
-    unk_token = _needed(file, "tokens")[unk]
-    tokenizer = Tokenizer(BPE(vocabulary, merges, unk_token=unk_token, fuse_unk=True, byte_fallback=True))
+    tokenizer = sentencepiece_bpe(vocabulary, str(file.path))
+    prefix = file.get("tokenizer.ggml.add_space_prefix", True)
     replace = normalizers.Replace(" ", "▁")
-    to_text: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if file.get("tokenizer.ggml.add_space_prefix", True):
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace])
-        to_text.append(decoders.Strip(" ", 1, 0))
-    else:
-        tokenizer.normalizer = replace
-    tokenizer.decoder = decoders.Sequence(to_text)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
+    decode_spaces(tokenizer, prefix=prefix)
     return tokenizer
 
 
 def _vocabulary(file: GgufFile) -> dict[str, int]:
     """Token -> id, without the fillers that only round the table up."""
     tokens, kinds = _needed(file, "tokens"), _kinds(file)
-    return {token: i for i, token in enumerate(tokens) if kinds[i] != _UNUSED}
+    return {token: i for i, token in enumerate(tokens) if kinds[i] != UNUSED}
 
 
 def _kinds(file: GgufFile) -> list[int]:
-    return file.get("tokenizer.ggml.token_type") or [_NORMAL] * len(_needed(file, "tokens"))
+    return file.get("tokenizer.ggml.token_type") or [NORMAL] * len(_needed(file, "tokens"))
 
 
 def _add_special_tokens(tokenizer: Tokenizer, file: GgufFile) -> None:
     tokens, kinds = _needed(file, "tokens"), _kinds(file)
     added = [
-        AddedToken(tokens[i], special=kind in (_CONTROL, _UNKNOWN), normalized=False)
+        AddedToken(tokens[i], special=kind in (CONTROL, UNKNOWN), normalized=False)
         for i, kind in enumerate(kinds)
-        if kind in (_CONTROL, _UNKNOWN, _USER_DEFINED)
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
     ]
     tokenizer.add_tokens(added)
 

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from sgl_jax.models.errors import ModelError
+from sgl_jax.text.byte_level import BYTE_OF_CHAR
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -83,7 +84,7 @@ class Tokenizer:
         if piece is None:
             return b""
         if self._kind == "bytes":
-            return bytes(_BYTE_OF_CHAR[c] for c in piece if c in _BYTE_OF_CHAR)
+            return bytes(BYTE_OF_CHAR[c] for c in piece if c in BYTE_OF_CHAR)
         if self._kind == "sentencepiece":
             if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
                 return bytes([int(piece[3:5], 16)])
@@ -97,16 +98,6 @@ class Tokenizer:
                 "this model has no chat template; give one with --chat-template or use /v1/completions with a plain prompt"
             )
         return template
-
-
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
 
 
 def _piece_kind(backend: tokenizers.Tokenizer) -> str:

@@ -9,7 +9,7 @@ import pytest
 from batches import interpreted, random_batch
 
 from sgl_jax.ops.attention import native, reference
-from sgl_jax.ops.attention.api import make_ragged_batch
+from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch
 
 IMPLEMENTATIONS = {
     "native": native.paged_attention,
@@ -47,7 +47,7 @@ def compiled(attention, scale, softcap):
 
 def run(attention, b, *, scale, softcap=None, **traced):
     arrays = {name: jnp.asarray(x) for name, x in b.items()}
-    traced = {name: jnp.asarray(x) for name, x in traced.items()}
+    traced = jax.tree.map(jnp.asarray, traced)
     return compiled(attention, scale, softcap)(arrays, jnp.int32((b["num_new"] == 1).sum()), traced)
 
 
@@ -110,6 +110,42 @@ def test_window_softcap_and_sinks_match_reference(attention, options):
         num_rows=6,
     )
     check(attention, b, scale=0.25, **options)
+
+
+@pytest.mark.parametrize("half", [0, 5, 8])
+def test_prepared_q_and_k_are_normed_and_rotated_first(attention, half):
+    """Norm of each head, then rotation of its first 2 * half dimensions, against the same in numpy."""
+    if attention is interpreted and half != 5:
+        pytest.skip("not among the shapes that are interpreted")
+    b = random_batch(
+        np.random.default_rng(4),
+        MIXED,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        page_size=16,
+        num_tokens=128,
+        num_rows=6,
+    )
+    rng = np.random.default_rng(5)
+    angles = rng.uniform(0, 6, (128, half))
+    weights = [rng.uniform(0.5, 2, 16).astype(np.float32) for _ in range(2)]
+    rope = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32) if half else None
+
+    def prepared(x, weight):
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
+        pairs = x[..., :half] + 1j * x[..., half : 2 * half]
+        turned = pairs * np.exp(1j * angles[:, None])
+        return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], -1)
+
+    prepare = QKPrepare(*(None if x is None else jnp.asarray(x) for x in (*weights, rope)))
+    out, kv = run(attention, b, scale=0.25, prepare=prepare)
+    b |= {"q": prepared(b["q"], weights[0]), "k": prepared(b["k"], weights[1])}
+    expected, expected_kv = reference.paged_attention(**b, scale=0.25)
+    n = b["num_new"].sum()
+    np.testing.assert_allclose(np.asarray(out)[:n], expected[:n], atol=2e-5)
+    used = np.arange(len(kv)) != b["first_page"]
+    np.testing.assert_allclose(np.asarray(kv)[used], expected_kv[used], atol=1e-5)
 
 
 def test_empty_batch_leaves_the_pool_as_it_was(attention):

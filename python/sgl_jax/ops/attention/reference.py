@@ -6,13 +6,27 @@ import numpy as np
 
 
 def paged_attention(
-    q, k, v, kv, page_table, start, num_new, *, first_page=0, scale, window=None, softcap=None, sinks=None
+    q,
+    k,
+    v,
+    kv,
+    page_table,
+    start,
+    num_new,
+    *,
+    first_page=0,
+    scale,
+    window=None,
+    softcap=None,
+    sinks=None,
+    kv_scales=None,
 ):
     """q [T, N, H], k and v [T, K, H], kv [LP, K, 2, page, H], page_table [S, pages], start and num_new [S].
 
-    Returns (o [T, N, H], kv): tokens beyond the rows' are zero.
+    Returns (o [T, N, H], kv): tokens beyond the rows' are zero. With kv_scales, k and v are what the pool is to hold.
     """
     q, k, v, kv = (np.array(x, np.float64) for x in (q, k, v, kv))
+    k_scale, v_scale = kv_scales or (1.0, 1.0)
     page_size, group = kv.shape[3], q.shape[1] // k.shape[1]
     out = np.zeros_like(q)
     token = 0
@@ -30,12 +44,12 @@ def paged_attention(
             first = 0 if window is None else max(0, last - window + 1)
             for head in range(q.shape[1]):
                 keys, values = cached[head // group, :, first : last + 1]
-                scores = keys @ q[token + i, head] * scale
+                scores = keys @ q[token + i, head] * (scale * k_scale)
                 if softcap is not None:
                     scores = softcap * np.tanh(scores / softcap)
                 sink = -np.inf if sinks is None else float(sinks[head])
                 top = max(scores.max(), sink)
                 weights = np.exp(scores - top)
-                out[token + i, head] = weights @ values / (weights.sum() + np.exp(sink - top))
+                out[token + i, head] = v_scale * (weights @ values) / (weights.sum() + np.exp(sink - top))
         token += n
     return out, kv
