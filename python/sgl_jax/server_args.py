@@ -100,11 +100,22 @@ class ServerArgs:
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = flag(
         "auto", MODEL, "where weights come from; auto looks at the files, dummy makes random ones"
     )
+    model_package: str | None = flag(
+        None,
+        MODEL,
+        "a Python module with a model family of your own (docs/features/add_a_model.md)",
+        unset="our families and those of installed packages",
+        metavar="MODULE",
+    )
     download_dir: str | None = flag(
         None, MODEL, "where downloaded models are kept", unset="the Hugging Face cache", metavar="PATH"
     )
     chat_template: str | None = flag(
-        None, MODEL, "a file with the Jinja template of chat prompts", unset="the model's", metavar="PATH"
+        None,
+        MODEL,
+        "the Jinja template of chat prompts: a file, or chatml, gemma, llama-3 or qwen",
+        unset="the model's",
+        metavar="FILE",
     )
     random_seed: int | None = flag(
         None,

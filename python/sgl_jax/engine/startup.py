@@ -15,7 +15,7 @@ from sgl_jax.engine.launch_plan import plan_launch
 from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.families import decoder_config
+from sgl_jax.models.families import add_package, decoder_config
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.weights import Weights, parameters_per_token
 from sgl_jax.observability import log
@@ -41,7 +41,9 @@ def build_core(args: ServerArgs) -> Core:
     logger.info(log.changed_args_line(args.changed()))
 
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, download_dir=args.download_dir)
-    model = decoder_config(checkpoint.config, checkpoint.generation_config)
+    if args.model_package is not None:
+        add_package(args.model_package)
+    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
     kernels = kernels_for(args.attention_backend, platform)
     plan = plan_launch(  # before the weights are read: what does not fit should be said at once
         args,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections.abc import Mapping
+from importlib import metadata
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +14,8 @@ from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.hf_config import eos_token_ids
 from sgl_jax.models.names import TensorNames
+from sgl_jax.models.plan import plan_weights
+from sgl_jax.models.stored import StoredTensor
 
 FAMILIES: dict[str, ModuleType] = {
     architecture: module
@@ -19,14 +24,36 @@ FAMILIES: dict[str, ModuleType] = {
 }
 
 
-def decoder_config(hf: dict[str, Any], generation_config: dict[str, Any] | None = None) -> DecoderConfig:
-    """Translates config.json. End-of-sequence ids come from generation_config.json where it has them."""
+GROUP = "sgl_jax.models"  # entry points of installed packages: architecture = module
+
+
+def add_package(name: str) -> None:
+    """Serve the families of a module, or of the modules it names in FAMILIES; they come before ours of the same name.
+
+    A family's module is as those in this folder: ARCHITECTURES, NAMES and config. Raises ModelError.
+    """
+    try:
+        package = importlib.import_module(name)
+    except ImportError as error:
+        raise ModelError(f"--model-package {name} cannot be imported ({error}); is it on the Python path?") from error
+    for module in getattr(package, "FAMILIES", (package,)):
+        for architecture in _checked(module).ARCHITECTURES:
+            FAMILIES[architecture] = module
+
+
+def decoder_config(
+    hf: dict[str, Any],
+    generation_config: dict[str, Any] | None = None,
+    tensors: Mapping[str, StoredTensor] | None = None,
+) -> DecoderConfig:
+    """Translates config.json. End-of-sequence ids come from generation_config.json where it has them. With a
+    checkpoint's `tensors` an unknown architecture's relatives are named."""
     architectures = hf.get("architectures") or []
-    known = [a for a in architectures if a in FAMILIES]
+    known = [a for a in architectures if a in FAMILIES or _from_entry_point(a)]
     if not known:
         raise ModelError(
             f"config.json names the architecture {', '.join(architectures) or '(none)'} "
-            f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(FAMILIES))}"
+            f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(FAMILIES))}{_relatives(hf, tensors)}"
         )
     config = FAMILIES[known[0]].config({**hf, "architectures": known})
     generation_config = generation_config or {}
@@ -41,3 +68,40 @@ def decoder_config(hf: dict[str, Any], generation_config: dict[str, Any] | None 
 
 def tensor_names(config: DecoderConfig) -> TensorNames:
     return FAMILIES[config.architecture].NAMES
+
+
+def _checked(module: Any) -> ModuleType:
+    for needed in ("ARCHITECTURES", "NAMES", "config"):
+        if not hasattr(module, needed):
+            raise ModelError(f"{module.__name__} is no model family: it has no {needed} (docs/features/add_a_model.md)")
+    return module
+
+
+def _from_entry_point(architecture: str) -> bool:
+    for point in metadata.entry_points(group=GROUP, name=architecture):
+        FAMILIES[architecture] = _checked(point.load())
+    return architecture in FAMILIES
+
+
+def _relatives(hf: dict[str, Any], tensors: Mapping[str, StoredTensor] | None) -> str:
+    """Which families the checkpoint would fit if config.json named them."""
+    if not tensors:
+        return ""
+    fitting = []
+    for architecture, module in FAMILIES.items():
+        try:
+            plan_weights(tensors, module.config({**hf, "architectures": [architecture]}), module.NAMES, source="")
+        except (
+            ModelError,
+            ArithmeticError,
+            LookupError,
+            TypeError,
+        ):  # a config that means something else can do anything
+            continue
+        fitting.append(architecture)
+    if not fitting:
+        return ". Its tensors have the names and shapes of none of them"
+    return (
+        f". Its tensors have the names and shapes of {' and '.join(fitting)}: if it computes the same, "
+        "write that into architectures in config.json"
+    )

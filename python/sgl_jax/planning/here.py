@@ -25,7 +25,7 @@ def compile_here(args: ServerArgs) -> int:
     started = time.perf_counter()
     try:
         target = target_here(args.device, args.tp_size)
-        model = read_model(args.model_path, args.download_dir)
+        model = read_model(args.model_path, args.download_dir, args.model_package)
         launch = launch_of(args, model, target)
         kernels = kernels_for(args.attention_backend, target.platform)
     except (Misfit, ValueError) as error:

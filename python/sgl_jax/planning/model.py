@@ -10,7 +10,7 @@ from typing import Any
 
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.families import decoder_config
+from sgl_jax.models.families import add_package, decoder_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,17 +26,19 @@ def bundled() -> dict[str, str]:
     return {Path(file.name).stem: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".json")}
 
 
-def find_model(path: str, download_dir: str | None = None) -> PlannedModel:
+def find_model(path: str, download_dir: str | None = None, package: str | None = None) -> PlannedModel:
     """Reads configs only. A name or hub id whose config is bundled needs no network. Raises ModelError."""
     name = path.rpartition("/")[2].removesuffix("-Instruct")
     if not Path(path).expanduser().exists() and (text := bundled().get(name)):
         config: dict[str, Any] = json.loads(text)
         return PlannedModel(decoder_config(config), config["torch_dtype"], f"{name}, bundled")
-    return read_model(path, download_dir)
+    return read_model(path, download_dir, package)
 
 
-def read_model(path: str, download_dir: str | None = None) -> PlannedModel:
-    """The configs at a path or hub id. Raises ModelError."""
+def read_model(path: str, download_dir: str | None = None, package: str | None = None) -> PlannedModel:
+    """The configs at a path or hub id; `package` is --model-package. Raises ModelError."""
+    if package is not None:
+        add_package(package)
     checkpoint = open_checkpoint(path, load_format="dummy", download_dir=download_dir)
     config = decoder_config(checkpoint.config, checkpoint.generation_config)
     return PlannedModel(config, checkpoint.dtype, str(checkpoint.path))

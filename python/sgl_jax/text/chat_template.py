@@ -6,6 +6,8 @@ import datetime
 import json
 import uuid
 from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
@@ -16,6 +18,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 _NO_FINAL_TEXT = "continue_final_message needs a last message whose text appears in the rendered prompt"
+
+
+def bundled_templates() -> dict[str, str]:
+    """Templates that come with us, by name: what `--chat-template chatml` means."""
+    files = resources.files("sgl_jax.text").joinpath("templates").iterdir()
+    return {Path(file.name).stem: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".jinja")}
 
 
 class TemplateError(ValueError):

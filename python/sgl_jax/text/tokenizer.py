@@ -1,7 +1,8 @@
-"""The tokenizer of a model: from a Hugging Face directory or hub id (tokenizer.json), or from a GGUF file."""
+"""The tokenizer of a model: from a Hugging Face directory or hub id (tokenizer.json, else a vocabulary), or a GGUF file."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,13 @@ from tokenizers.decoders import DecodeStream
 
 from sgl_jax.models.errors import ModelError
 from sgl_jax.text.byte_level import BYTE_OF_CHAR
-from sgl_jax.text.chat_template import ChatTemplate, TemplateError
+from sgl_jax.text.chat_template import ChatTemplate, TemplateError, bundled_templates
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.*")
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.*"),
+    *("*.tiktoken", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
+)
 
 
 class TokenizerError(ValueError):
@@ -112,9 +116,9 @@ def _piece_kind(backend: tokenizers.Tokenizer) -> str:
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, download_dir: str | None = None) -> Tokenizer:
-    """`path`: a directory with tokenizer.json, a .gguf file, or a hub id.
+    """`path`: a directory with tokenizer.json or a vocabulary, a .gguf file, or a hub id.
 
-    `chat_template` is a file to use instead of the model's own, or the template itself. Raises TokenizerError, with a
+    `chat_template` is a file to use instead of the model's own, the name of one of ours, or the template itself. Raises TokenizerError, with a
     line for the user, when there is none or it cannot be read.
     """
     try:
@@ -135,7 +139,6 @@ def _load(path: str, override: str | None, download_dir: str | None) -> Tokenize
         ggufs = sorted(place.glob("*.gguf"))
         if ggufs:
             return _from_gguf(ggufs[0], override)
-        raise TokenizerError(f"{place} has no tokenizer.json; give a directory that has one with --tokenizer-path")
     return _from_directory(place, override)
 
 
@@ -146,10 +149,10 @@ def _first_line(error: Exception) -> str:
 def _read_override(chat_template: str | None) -> str | None:
     if chat_template is None or "{%" in chat_template or "{{" in chat_template:
         return chat_template
-    place = Path(chat_template).expanduser()
-    if not place.is_file():
-        raise TokenizerError(f"--chat-template {chat_template}: no such file")
-    return place.read_text(encoding="utf-8")
+    place, ours = Path(chat_template).expanduser(), bundled_templates()
+    if not place.is_file() and chat_template not in ours:
+        raise TokenizerError(f"--chat-template {chat_template}: no such file, and no name of {', '.join(sorted(ours))}")
+    return place.read_text(encoding="utf-8") if place.is_file() else ours[chat_template]
 
 
 def _download(name: str, download_dir: str | None) -> Path:
@@ -178,21 +181,60 @@ def _from_gguf(path: Path, override: str | None) -> Tokenizer:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Vocabulary:
+    backend: tokenizers.Tokenizer
+    special_tokens: dict[str, Any] = dataclasses.field(default_factory=dict)  # as far as the vocabulary itself knows
+    template: str | None = None  # the name of one of ours, for a family whose files have none
+    is_sentencepiece: bool = False
+
+
+def _vocabulary(place: Path) -> _Vocabulary:
+    """tokenizer.json first; then what has to be built."""
+    if (place / "tokenizer.json").is_file():
+        return _Vocabulary(tokenizers.Tokenizer.from_file(str(place / "tokenizer.json")))
+    if ranks := sorted(place.glob("*.tiktoken")):
+        from sgl_jax.text.tiktoken_file import load_tiktoken
+
+        tiktoken = load_tiktoken(ranks[0])
+        return _Vocabulary(tiktoken.tokenizer, {"eos_token": tiktoken.eos_token}, tiktoken.template)
+    if (place / "tokenizer.model").is_file():
+        from sgl_jax.text.sentencepiece_file import load_sentencepiece
+
+        model = load_sentencepiece(place / "tokenizer.model")
+        special = {"bos_token": model.bos_token, "eos_token": model.eos_token, "unk_token": model.unk_token}
+        special = {name: token for name, token in special.items() if token is not None}
+        return _Vocabulary(model.tokenizer, special, is_sentencepiece=True)
+    if not any((place / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
+        raise TokenizerError(
+            f"{place} has no tokenizer.json, *.tiktoken or tokenizer.model; "
+            "give a directory that has one with --tokenizer-path"
+        )
+    from sgl_jax.text.from_transformers import load_with_transformers
+
+    return _Vocabulary(load_with_transformers(place))
+
+
 def _from_directory(place: Path, override: str | None) -> Tokenizer:
-    backend = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
+    found = _vocabulary(place)
+    backend = found.backend
     backend.no_truncation()
     backend.no_padding()
     config = _read_json(place / "tokenizer_config.json")
-    special = _special_tokens(_read_json(place / "special_tokens_map.json") | config)
+    special = found.special_tokens | _special_tokens(_read_json(place / "special_tokens_map.json") | config)
     for name in ("bos_token", "eos_token"):
         if name not in special:
             token = _token_of_config(backend, _read_json(place / "config.json").get(f"{name}_id"))
             if token is not None:
                 special[name] = token
     sources = {"default": override} if override else _template_sources(place, config)
-    add_bos = config.get("add_bos_token")
-    if add_bos is False and not str(config.get("tokenizer_class")).startswith("Llama"):
+    if not sources and found.template is not None:
+        sources = {"default": bundled_templates()[found.template]}
+    add_bos, kind = config.get("add_bos_token"), str(config.get("tokenizer_class"))
+    if add_bos is False and not kind.startswith("Llama"):
         add_bos = None  # only the Llama classes let this field overrule tokenizer.json
+    if add_bos is None and found.is_sentencepiece and kind.startswith(("Llama", "Gemma", "CodeLlama")):
+        add_bos = True  # the default of these classes; the vocabulary itself does not say
     return Tokenizer(
         backend,
         bos_token=special.get("bos_token"),

@@ -1,0 +1,101 @@
+"""Families from outside the tree: a module named by --model-package, or an installed package's entry point."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sgl_jax.models import families
+from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.families import add_package, decoder_config
+from sgl_jax.models.loader import load_weights
+
+MODULE = """
+import dataclasses
+
+from sgl_jax.models import llama
+
+ARCHITECTURES = ("TinyTaleForCausalLM",)
+NAMES = llama.NAMES.with_layer({"o": ("model.layers.{i}.tale.out.weight",)})
+
+
+def config(hf):
+    same = llama.config(hf | {"architectures": ["LlamaForCausalLM"]})
+    return dataclasses.replace(same, architecture="TinyTaleForCausalLM")
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A package, as pip would install it, with one family; what it adds is taken back."""
+    (tmp_path / "tiny_tale.py").write_text(MODULE)
+    (tmp_path / "no_family.py").write_text("ARCHITECTURES = ()\n")
+    info = tmp_path / "tiny_tale-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-tale\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    metadata.MetadataPathFinder().invalidate_caches()
+    yield info
+    for name in ("tiny_tale", "no_family"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, stories260k: Path) -> Checkpoint:
+    """stories260k as the package's family has it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    config = json.loads((stories260k / "config.json").read_text()) | {"architectures": ["TinyTaleForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(stories260k / "model.safetensors")
+    renamed = {name.replace("self_attn.o_proj", "tale.out"): value for name, value in tensors.items()}
+    save_file(renamed, folder / "model.safetensors")
+    return open_checkpoint(str(folder))
+
+
+def assert_loads_as_the_original(checkpoint: Checkpoint, original: Checkpoint) -> None:
+    config = decoder_config(checkpoint.config)
+    assert config.architecture == "TinyTaleForCausalLM"
+    ours = load_weights(checkpoint, config, "float32")
+    theirs = load_weights(original, decoder_config(original.config), "float32")
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_a_module_named_by_the_flag(package: Path, checkpoint: Checkpoint, stories260k: Path) -> None:
+    with pytest.raises(ModelError, match="TinyTaleForCausalLM"):
+        decoder_config(checkpoint.config)
+    add_package("tiny_tale")
+    assert_loads_as_the_original(checkpoint, open_checkpoint(str(stories260k)))
+
+
+def test_an_entry_point_of_an_installed_package(package: Path, checkpoint: Checkpoint, stories260k: Path) -> None:
+    (package / "entry_points.txt").write_text("[sgl_jax.models]\nTinyTaleForCausalLM = tiny_tale\n")
+    assert_loads_as_the_original(checkpoint, open_checkpoint(str(stories260k)))
+
+
+def test_what_is_no_family_is_said(package: Path) -> None:
+    with pytest.raises(ModelError, match="no_family is no model family: it has no NAMES"):
+        add_package("no_family")
+    with pytest.raises(ModelError, match="--model-package nowhere_at_all cannot be imported"):
+        add_package("nowhere_at_all")
+
+
+def test_an_unknown_architecture_is_told_which_relative_its_tensors_fit(stories260k: Path) -> None:
+    stored = open_checkpoint(str(stories260k))
+    unknown = stored.config | {"architectures": ["NovelForCausalLM"]}
+    with pytest.raises(
+        ModelError, match=r"names and shapes of LlamaForCausalLM and MistralForCausalLM.*: if it computes"
+    ):
+        decoder_config(unknown, {}, stored.tensors)
+    fewer = {name: tensor for name, tensor in stored.tensors.items() if "down_proj" not in name}
+    with pytest.raises(ModelError, match=r"of none of them$"):
+        decoder_config(unknown, {}, fewer)

@@ -1,0 +1,227 @@
+"""Tokenizers built from vocabularies that are no tokenizer.json: tiktoken, sentencepiece, and what transformers converts.
+
+The expected ids are those of tiktoken 0.14 and sentencepiece 0.2.3, run on the same files.
+"""
+
+from __future__ import annotations
+
+import base64
+import itertools
+import struct
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgl_jax.models.errors import ModelError
+from sgl_jax.text.bpe_merges import merges_of
+from sgl_jax.text.chat_template import ChatTemplate
+from sgl_jax.text.sentencepiece_file import load_sentencepiece
+from sgl_jax.text.tiktoken_file import load_tiktoken
+from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+
+USER = [{"role": "user", "content": "Hi"}]
+
+
+@pytest.fixture(scope="module")
+def qwen1(shared_data: Path) -> Tokenizer:
+    return load_tokenizer(str(shared_data / "tokenizers" / "qwen1"))
+
+
+@pytest.fixture(scope="module")
+def grok1(shared_data: Path) -> Tokenizer:
+    return load_tokenizer(str(shared_data / "tokenizers" / "grok1"))
+
+
+TEXTS = (
+    "Hello world, don't DON'T 12345",
+    "Grüße, 世界! 🤗\n\tdone  ",
+    "  two  spaces \n\n x\u3000½ ﬁ",
+    "def f(x):\n    return x ** 2\n",
+    "e\u0301 <|im_start|>",
+)
+QWEN1_IDS = [
+    [9707, 1879, 11, 1513, 944, 44273, 17323, 220, 16, 17, 18, 19, 20],
+    [6464, 2391, 23455, 11, 220, 99489, 0, 11162, 97, 245, 198, 40495, 256],
+    [220, 1378, 220, 12621, 4710, 856, 22441, 26062, 32495, 70731],
+    [750, 282, 2075, 982, 262, 470, 856, 3070, 220, 17, 198],
+    [963, 220, 151644],
+]
+GROK1_IDS = [
+    [11770, 1135, 130111, 922, 130128, 130091, 36399, 130128, 130115, 130089, 15, 16, 17, 18, 19],
+    [108547, 27124, 130111, 130089, 34415, 130166, 130089, 309, 228, 233, 220, 4, 24, 14359, 325],
+    [325, 867, 325, 39602, 130089, 5, 1734, 130237, 130395, 22063],
+    [912, 346, 130120, 130122, 1129, 4, 336, 1885, 1734, 2012, 130089, 16, 4],
+    [381, 130923, 112586, 392, 130127, 3563, 47989],
+]
+
+
+@pytest.mark.parametrize(("text", "ids"), [*zip(TEXTS, QWEN1_IDS, strict=True)])
+def test_qwen1_encodes_as_tiktoken(qwen1: Tokenizer, text: str, ids: list[int]) -> None:
+    assert qwen1.encode(text) == ids
+
+
+@pytest.mark.parametrize(("text", "ids"), [*zip(TEXTS, GROK1_IDS, strict=True)])
+def test_grok1_encodes_as_sentencepiece(grok1: Tokenizer, text: str, ids: list[int]) -> None:
+    assert grok1.encode(text) == ids
+    assert grok1.decode(ids) == text
+
+
+def test_qwen1_is_qwen25_for_text(qwen1: Tokenizer, shared_data: Path) -> None:
+    """Both have one vocabulary; the later one comes as tokenizer.json."""
+    later = load_tokenizer(str(shared_data / "tokenizers" / "qwen2.5"))
+    prose = (shared_data / "datasets" / "text" / "war-and-peace.txt").read_text(encoding="utf-8")[:200_000]
+    assert qwen1.encode(prose) == later.encode(prose)
+    assert qwen1.decode(qwen1.encode(prose)) == prose
+
+
+def test_qwen1_special_tokens_and_template(qwen1: Tokenizer) -> None:
+    assert (qwen1.vocab_size, qwen1.eos_token_id, qwen1.bos_token_id) == (151851, 151643, None)
+    text = qwen1.chat_template().render(USER)
+    assert text == (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert [i for i in qwen1.encode(text) if i > 151643] == [151644, 151645, 151644, 151645, 151644]
+    assert qwen1.token_bytes(151850) == b"<|extra_204|>"
+
+
+def test_grok1_special_tokens(grok1: Tokenizer) -> None:
+    assert (grok1.vocab_size, grok1.bos_token_id, grok1.eos_token_id) == (131072, 1, 2)
+    ids = grok1.encode("a é")
+    assert b"".join(grok1.token_bytes(token) for token in ids) == " a é".encode()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.text("abc", min_size=2, max_size=5), unique=True, max_size=12), st.text("abc", max_size=12))
+def test_merges_join_as_ranks_do(tokens: list[str], text: str) -> None:
+    ranks = {token: rank for rank, token in enumerate(["a", "b", "c", *tokens])}
+    parts = list(text)
+    while True:  # tiktoken's rule
+        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]
+        if not pairs:
+            break
+        at = min(pairs)[1]
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(ranks, merges_of(ranks)))
+    assert model.encode(text).tokens == parts
+
+
+def write_ranks(path: Path, tokens: list[bytes]) -> Path:
+    path.write_bytes(b"\n".join(base64.b64encode(token) + b" %d" % i for i, token in enumerate(tokens)))
+    return path
+
+
+def test_tiktoken_files_that_cannot_be_read(tmp_path: Path) -> None:
+    every = [bytes([i]) for i in range(256)]
+    assert load_tiktoken(write_ranks(tmp_path / "qwen.tiktoken", every)).tokenizer.encode("é").ids == [0xC3, 0xA9]
+    with pytest.raises(ModelError, match=r"other\.tiktoken .* known are qwen\.tiktoken"):
+        load_tiktoken(write_ranks(tmp_path / "other.tiktoken", every))
+    with pytest.raises(ModelError, match="no token for 1 of the 256 bytes"):
+        load_tiktoken(write_ranks(tmp_path / "qwen.tiktoken", every[:-1]))
+    (tmp_path / "qwen.tiktoken").write_text("IQ== 0\nnot base64 1\n")
+    with pytest.raises(ModelError, match="line 2"):
+        load_tiktoken(tmp_path / "qwen.tiktoken")
+
+
+def field(number: int, value: int | bytes) -> bytes:
+    if isinstance(value, int):
+        return (
+            bytes([number << 3 & 127 | 128 * (number > 15)])
+            + (bytes([number >> 4]) if number > 15 else b"")
+            + bytes([value])
+        )
+    return bytes([number << 3 | 2, len(value)]) + value
+
+
+def sentencepiece_model(kind: int, pieces: list[tuple[str, float, int]], prefix: int = 1) -> bytes:
+    body = b""
+    for text, score, piece_kind in pieces:
+        body += field(1, field(1, text.encode()) + b"\x15" + struct.pack("<f", score) + field(3, piece_kind))
+    return body + field(2, field(3, kind)) + field(3, field(3, prefix) + field(4, 0))
+
+
+UNIGRAM = [("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3), ("▁", -2.0, 1), ("a", -3.0, 1), ("b", -3.0, 1)]
+
+
+def test_unigram_takes_the_likeliest_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sentencepiece_model(1, [*UNIGRAM, ("ab", -4.0, 1), ("▁a", -4.5, 1), ("<x>", 0.0, 4)]))
+    found = load_sentencepiece(path)
+    assert (found.bos_token, found.eos_token, found.unk_token) == ("<s>", "</s>", "<unk>")
+    assert found.tokenizer.encode("ab").tokens == ["▁", "ab"]  # -6, not -7.5
+    assert found.tokenizer.encode("a ab").tokens == ["▁a", "▁", "ab"]
+    assert found.tokenizer.encode("a<x>b").tokens == ["▁a", "<x>", "b"]
+    assert found.tokenizer.decode([7, 3, 6]) == "a ab"
+
+
+def test_sentencepiece_files_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    for content, message in [
+        (b"IQ== 0\n", "is no sentencepiece model"),
+        (b"", "has no pieces"),
+        (sentencepiece_model(3, UNIGRAM), "words or characters"),
+        (sentencepiece_model(2, [*UNIGRAM, ("ab", -4.0, 1), ("ba", -4.0, 1)]), "equal score"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match=message):
+            load_sentencepiece(path)
+        with pytest.raises(TokenizerError, match=message):
+            load_tokenizer(str(tmp_path))
+
+
+def test_llama_classes_put_bos_before_a_sentencepiece_text(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model(1, UNIGRAM))
+    assert load_tokenizer(str(tmp_path)).encode("a") == [3, 4]
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    assert load_tokenizer(str(tmp_path)).encode("a") == [1, 3, 4]
+
+
+def test_transformers_is_the_last_resort(tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json.* install transformers"):
+        load_tokenizer(str(tmp_path))
+
+    class AutoTokenizer:
+        @staticmethod
+        def from_pretrained(folder: str, trust_remote_code: bool) -> types.SimpleNamespace:
+            assert (folder, trust_remote_code) == (str(tmp_path), False)
+            return types.SimpleNamespace(
+                backend_tokenizer=tokenizers.Tokenizer.from_file(str(stories260k / "tokenizer.json"))
+            )
+
+    library = types.ModuleType("transformers")
+    library.__dict__["AutoTokenizer"] = AutoTokenizer
+    monkeypatch.setitem(sys.modules, "transformers", library)
+    assert load_tokenizer(str(tmp_path)).encode("Once", add_special_tokens=False) == [403]
+
+
+@pytest.mark.parametrize("name", ["chatml", "gemma", "llama-3", "qwen"])
+def test_bundled_templates_by_name(stories260k: Path, name: str) -> None:
+    begin, end, start = {
+        "chatml": ("<|im_start|>user\n", "<|im_end|>\n", "<|im_start|>assistant\n"),
+        "gemma": ("<s><start_of_turn>user\n", "<end_of_turn>\n", "<start_of_turn>model\n"),
+        "llama-3": (
+            "<s><|start_header_id|>user<|end_header_id|>\n\n",
+            "<|eot_id|>",
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        "qwen": (
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n",
+            "<|im_end|>\n",
+            "<|im_start|>assistant\n",
+        ),
+    }[name]
+    template: ChatTemplate = load_tokenizer(str(stories260k), chat_template=name).chat_template()
+    assert template.render(USER) == f"{begin}Hi{end}{start}"
+    assert template.render(USER, add_generation_prompt=False) == f"{begin}Hi{end}"
+
+
+def test_a_name_that_is_no_template_lists_those_there_are(stories260k: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"no such file, and no name of chatml, gemma, llama-3, qwen$"):
+        load_tokenizer(str(stories260k), chat_template="vicuna")
