@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from sgl_jax.benchmark.records import Outcome
-from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, decode_bandwidth_share, matmul_share
+from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, decode_bandwidth_share, limits_json, matmul_share
 
 
 @dataclass(frozen=True)
@@ -160,8 +159,7 @@ def compute_roofline(
 
 def roofline_json(roofline: Roofline) -> dict[str, Any]:
     return {
-        "machine_limits": msgspec.to_builtins(roofline.limits),
-        "model_cost": msgspec.to_builtins(roofline.cost),
+        **limits_json(roofline.limits, roofline.cost),
         "decode_rows": roofline.decode_rows,
         "decode_context": roofline.decode_context,
         "decode_bandwidth_share": roofline.decode_bandwidth_share,

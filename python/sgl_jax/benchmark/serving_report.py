@@ -132,10 +132,10 @@ def run_json(run: ServingRun, details: bool = False) -> dict[str, Any]:
     return found
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, flag: str = "--output-file") -> None:
     """Before the run, whose result would be lost. Raises BenchmarkError."""
     if path.is_dir() or not path.parent.is_dir():
-        raise BenchmarkError(f"--output-file is {path}; it must be a file in a folder that exists")
+        raise BenchmarkError(f"{flag} is {path}; it must be a file in a folder that exists")
 
 
 def append_jsonl(path: Path, result: dict[str, Any]) -> None:
