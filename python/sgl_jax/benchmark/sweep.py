@@ -140,8 +140,9 @@ class Sweep:
             return
         f = run.figures
         told = [f"{f.input_throughput:,.1f} tok/s in", f"{f.output_throughput:,.1f} tok/s out"]
-        for name, value in (("TTFT", f.median_ttft_ms), ("TPOT", f.median_tpot_ms)):
-            told += [] if value is None else [f"{name} {value:,.1f} ms"]
+        for name in ("TTFT", "TPOT"):
+            if (value := f.latency[f"median_{name.lower()}_ms"]) is not None:
+                told.append(f"{name} {value:,.1f} ms")
         say(TOOL, f"{case}: {', '.join(told)}")
 
     def _fail(self, case: Case, why: str) -> None:
