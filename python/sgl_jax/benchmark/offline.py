@@ -80,7 +80,7 @@ def run(
     if limits is not None and found.output_tokens:
         cost = ModelCost(info.weight_bytes, info.kv_bytes_per_token, info.parameters_per_token)
         roofline = found.roofline(cost, limits)
-    print(f"\n{block(found, args.backend)}")
+    print(f"\n{block(record(found), args.backend)}")
     if roofline is not None:
         print(f"\n{roofline_block(roofline)}")
     if args.result_filename:
@@ -115,22 +115,6 @@ class OfflineRun:
     context_tokens: float  # summed over output tokens: its prompt and half of its answer
     steps: int
     last_gen_throughput: float | None  # over the last decode log interval; None when the run was shorter
-
-    @property
-    def request_throughput(self) -> float:
-        return self.successful / self.duration_s
-
-    @property
-    def input_throughput(self) -> float:
-        return self.input_tokens / self.duration_s
-
-    @property
-    def output_throughput(self) -> float:
-        return self.output_tokens / self.duration_s
-
-    @property
-    def total_throughput(self) -> float:
-        return (self.input_tokens + self.output_tokens) / self.duration_s
 
     def roofline(self, cost: ModelCost, limits: MachineLimits) -> Roofline:
         rows = self.output_tokens / self.steps
@@ -250,27 +234,6 @@ class Offline:
         return stats
 
 
-def block(run: OfflineRun, backend: str) -> str:
-    """Labels, order and widths are those that existing parsers of such blocks know."""
-    return "\n".join(
-        (
-            heading("Offline Throughput Benchmark Result"),
-            line("Backend", backend),
-            line("Successful requests", run.successful),
-            line("Benchmark duration (s)", run.duration_s),
-            line("Total input tokens", run.input_tokens),
-            line("Total generated tokens", run.output_tokens),
-            line("Total cached tokens", run.cached_tokens),
-            line("Last generation throughput (tok/s)", run.last_gen_throughput),
-            line("Request throughput (req/s)", run.request_throughput),
-            line("Input token throughput (tok/s)", run.input_throughput),
-            line("Output token throughput (tok/s)", run.output_throughput),
-            line("Total token throughput (tok/s)", run.total_throughput),
-            footer(),
-        )
-    )
-
-
 def record(run: OfflineRun) -> dict[str, Any]:
     """The figures under the names that scripts know, for a line of JSON."""
     return {
@@ -281,8 +244,28 @@ def record(run: OfflineRun) -> dict[str, Any]:
         "total_cached_tokens": run.cached_tokens,
         "steps": run.steps,
         "last_gen_throughput": run.last_gen_throughput,
-        "request_throughput": run.request_throughput,
-        "input_throughput": run.input_throughput,
-        "output_throughput": run.output_throughput,
-        "total_throughput": run.total_throughput,
+        "request_throughput": run.successful / run.duration_s,
+        "input_throughput": run.input_tokens / run.duration_s,
+        "output_throughput": run.output_tokens / run.duration_s,
+        "total_throughput": (run.input_tokens + run.output_tokens) / run.duration_s,
     }
+
+
+_LABELS = {
+    "successful_requests": "Successful requests",
+    "total_latency": "Benchmark duration (s)",
+    "total_input_tokens": "Total input tokens",
+    "total_output_tokens": "Total generated tokens",
+    "total_cached_tokens": "Total cached tokens",
+    "last_gen_throughput": "Last generation throughput (tok/s)",
+    "request_throughput": "Request throughput (req/s)",
+    "input_throughput": "Input token throughput (tok/s)",
+    "output_throughput": "Output token throughput (tok/s)",
+    "total_throughput": "Total token throughput (tok/s)",
+}
+
+
+def block(found: Mapping[str, Any], backend: str) -> str:
+    """A `record` for people. Labels, order and widths are those that existing parsers of such blocks know."""
+    lines = [line(label, found[name]) for name, label in _LABELS.items()]
+    return "\n".join([heading("Offline Throughput Benchmark Result"), line("Backend", backend), *lines, footer()])
