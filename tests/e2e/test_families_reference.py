@@ -13,6 +13,8 @@ import reference_qwen1
 from exact import GREEDY, TOLERANCE, Build
 from safetensors.numpy import load_file, save_file
 
+from sgl_jax.models import families
+from sgl_jax.models.errors import ModelError
 from simulated import Client
 
 PROMPT_LENGTHS = (1, 7, 33)
@@ -122,3 +124,38 @@ def test_qwen2_laid_out_as_qwen1_gives_transformers_tokens_and_logprobs(
         assert client.tokens[key] == case["greedy_ids"], case["name"]
         for ours, theirs in zip(client.answers[key].logprobs, case["top5"], strict=True):
             np.testing.assert_allclose(ours.top_logprobs[:5], [value for _, value in theirs], atol=TOLERANCE)
+
+
+def test_a_family_of_a_package_is_served(
+    build: Build, stories260k: Path, golden: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tale_family.py").write_text(
+        """
+import dataclasses
+
+from sgl_jax.models import llama
+
+ARCHITECTURES = ("TaleForCausalLM",)
+NAMES = dataclasses.replace(llama.NAMES, embed="tale.words")
+
+
+def config(hf):
+    same = llama.config(hf | {"architectures": ["LlamaForCausalLM"]})
+    return dataclasses.replace(same, architecture="TaleForCausalLM")
+"""
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    config = json.loads((stories260k / "config.json").read_text()) | {"architectures": ["TaleForCausalLM"]}
+    tensors = load_file(stories260k / "model.safetensors")
+    tensors["tale.words"] = tensors.pop("model.embed_tokens.weight")
+    folder = write(tmp_path, config, tensors)
+    with pytest.raises(ModelError, match="TaleForCausalLM"):
+        build(folder)
+    core = build(folder, model_package="tale_family", chunked_prefill_size=4, max_running_requests=2)
+    case = json.loads((golden / "stories260k.json").read_text())["cases"][0]
+    client = Client(core)
+    client.submit(0, case["prompt_ids"], max_tokens=8, **GREEDY)
+    client.run()
+    assert core.info.architecture == "TaleForCausalLM"
+    assert client.tokens[0] == next(value for key, value in case.items() if key.startswith("output_ids"))[:8]

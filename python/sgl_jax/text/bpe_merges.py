@@ -7,8 +7,8 @@ import math
 from collections.abc import Mapping
 
 
-def merges_of[T: (bytes, str)](ranks: Mapping[T, float]) -> list[tuple[T, T]]:
-    """For each token of several bytes or characters, in order of rank (low is joined first), the two it is joined from.
+def merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
+    """For each token of several characters, in order of rank (low is joined first), the two it is joined from.
 
     Joining neighbours by the lowest rank of what they make, the leftmost first, leads to a token in one way, wherever it
     stands: joins that end inside it come in the same order as if it stood alone. A token that is never reached so has no

@@ -13,7 +13,7 @@ def load_with_transformers(folder: Path) -> Tokenizer:
     """What AutoTokenizer makes of the folder, without running code from it. Raises ModelError."""
     instead = "give a folder with tokenizer.json with --tokenizer-path"
     try:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer  # pyrefly: ignore[missing-import]
     except ImportError as error:
         raise ModelError(
             f"{folder} has no tokenizer.json, *.tiktoken or tokenizer.model; {instead}, or install transformers "

@@ -69,9 +69,12 @@ def load_sentencepiece(path: Path) -> SentencepieceTokenizer:
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     # User-defined pieces are cut out first, the longest before others. Spaces are ▁ by then: a piece that has some of its
     # own is never found, as in sentencepiece.
-    own = sorted((text for text, kind in zip(texts, kinds, strict=True) if kind == USER_DEFINED), key=len, reverse=True)
+    own: list[str] = sorted(
+        (text for text, kind in zip(texts, kinds, strict=True) if kind == USER_DEFINED), key=len, reverse=True
+    )
     if own:
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(map(re.escape, own))), behavior="isolated")
+        pattern = "|".join([re.escape(text) for text in own])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     decode_spaces(tokenizer, prefix=prefix)
     tokenizer.add_special_tokens(
         [

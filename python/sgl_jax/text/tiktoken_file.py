@@ -53,9 +53,8 @@ def load_tiktoken(path: Path) -> TiktokenTokenizer:
             f"{', '.join(_KINDS)}; give the model's tokenizer.json with --tokenizer-path"
         )
     ranks = _read(path)
-    spelled = {token: "".join(CHAR_OF_BYTE[byte] for byte in token) for token in ranks}
-    merges = [(spelled[a], spelled[b]) for a, b in merges_of(ranks)]
-    tokenizer = Tokenizer(BPE({spelled[t]: rank for t, rank in ranks.items()}, merges, ignore_merges=True))
+    spelled = {"".join(CHAR_OF_BYTE[byte] for byte in token): rank for token, rank in ranks.items()}
+    tokenizer = Tokenizer(BPE(spelled, merges_of(spelled), ignore_merges=True))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = kind.split()
     tokenizer.decoder = decoders.ByteLevel()
