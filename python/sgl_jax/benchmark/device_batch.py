@@ -104,9 +104,9 @@ class DeviceBatch:
         self._params = encode_params(_greedy(self._prompts[0], output_len))
         self._sampled: list[tuple[np.ndarray, np.ndarray]] = []  # of each step: rows, their tokens
 
-    def prefill(self, up_to: int | None = None) -> None:
-        """Compute the prompts, or the first `up_to` tokens of each; returns when the last step's tokens are here."""
-        flights = [self._runner.launch(plan) for plan in self._prefill_plans(up_to)]
+    def prefill(self) -> None:
+        """Compute the prompts; returns when the last step's tokens are here."""
+        flights = [self._runner.launch(plan) for plan in self._prefill_plans()]
         for flight in flights:
             self._collect(flight)
 
@@ -129,10 +129,9 @@ class DeviceBatch:
         tokens = self._runner.collect(flight).tokens
         self._sampled.append((plan.rows[plan.samples], tokens[plan.samples]))
 
-    def _prefill_plans(self, up_to: int | None) -> Iterator[StepPlan]:
+    def _prefill_plans(self) -> Iterator[StepPlan]:
         """Steps of as many prompt tokens as the engine takes, row after row."""
-        goal = self._prompt_len if up_to is None else np.minimum(self._prompt_len, up_to)
-        while (missing := goal - self._computed).any():
+        while (missing := self._prompt_len - self._computed).any():
             before = np.cumsum(missing) - missing
             num_new = np.clip(self._chunk - before, 0, missing)
             rows = np.flatnonzero(num_new).astype(np.int32)
