@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from sgl_jax import bench_one_batch
-from sgl_jax.benchmark.device_batch import DeviceBatch, Shape
+from sgl_jax.benchmark.device_batch import DeviceBatch, check_fits
 from sgl_jax.benchmark.device_batch_main import run
 from sgl_jax.benchmark.engine_flags import parse_one_batch
 from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark.one_batch_arguments import Case
 from sgl_jax.engine.core import Core
 from sgl_jax.runtime.machine_limits import NotMeasured
 from sgl_jax.testing.fake_runner import FakeFlight, FakeRates, FakeRunner, FakeTokens, continuation
@@ -188,9 +189,8 @@ def test_tokens_are_right_for_all_pages_and_chunks(page_size: int, chunk: int) -
 
 def test_a_batch_may_fill_the_pool_to_the_last_page() -> None:
     runner = ScriptedRunner()
-    shape = Shape(ROWS, 30, 10)  # 4 rows of 10 pages
     info = fake_core(runner).info
-    shape.check_fits(info)
+    check_fits(Case(ROWS, 30, 10), info)  # 4 rows of 10 pages
     prompts = [[i] * 30 for i in range(3, 3 + ROWS)]
     batch = DeviceBatch(runner, info, prompts, 10)
     batch.prefill()

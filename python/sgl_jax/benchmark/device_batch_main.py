@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,9 +13,10 @@ import jax
 import numpy as np
 
 from sgl_jax.benchmark.datasets.source import IdSource
-from sgl_jax.benchmark.device_batch import BatchTimes, DeviceBatch, Shape, time_batch
+from sgl_jax.benchmark.device_batch import BatchTimes, DeviceBatch, check_fits, time_batch
 from sgl_jax.benchmark.engine_flags import start_log
 from sgl_jax.benchmark.errors import SOME_FAILED, BenchmarkError, say
+from sgl_jax.benchmark.one_batch_arguments import Case, cases
 from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, limits_json, share_lines
 from sgl_jax.benchmark.serving_report import append_jsonl, check_writable
 from sgl_jax.engine.core import Core
@@ -52,28 +52,27 @@ def measure_batches(args: argparse.Namespace, server_args: ServerArgs) -> int:
 
 def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.perf_counter) -> int:
     """Everything after the start. Returns the exit code."""
-    shapes = [Shape(*each) for each in itertools.product(args.batch_size, args.input_len, args.output_len)]
-    for shape in shapes:
-        shape.check_fits(core.info)
+    for case in cases(args):
+        check_fits(case, core.info)
     source = IdSource(core.info.vocab_size, None, np.random.default_rng(args.seed))
 
-    def timed(shape: Shape) -> BatchTimes:
-        prompts = [source.ids(shape.input_len) for _ in range(shape.batch_size)]
-        return time_batch(DeviceBatch(core.runner, core.info, prompts, shape.output_len), shape, clock)
+    def timed(case: Case) -> BatchTimes:
+        prompts = [source.ids(case.input_len) for _ in range(case.batch_size)]
+        return time_batch(DeviceBatch(core.runner, core.info, prompts, case.output_len), case, clock)
 
     limits, cost = _measured_limits(core)
-    for shape in shapes:
-        timed(replace(shape, output_len=min(shape.output_len, _WARM_UP_TOKENS)))
-        times = timed(shape)
+    for case in cases(args):
+        timed(replace(case, output_len=min(case.output_len, _WARM_UP_TOKENS)))
+        times = timed(case)
         compiles = core.runner.compiles_after_ready
         print(block(times, limits, cost), flush=True)
         if args.result_filename:
             found = record(args.run_name, times, compiles, core.info, limits, cost)
             append_jsonl(Path(args.result_filename), found)
         if args.profile:
-            size = f"batch{shape.batch_size}_input{shape.input_len}_output{shape.output_len}"
+            size = f"batch{case.batch_size}_input{case.input_len}_output{case.output_len}"
             with jax.profiler.trace(folder := f"{args.profile_filename_prefix or 'profile'}_{size}"):
-                timed(shape)
+                timed(case)
             print(f"Trace: {folder}\n", flush=True)
     if compiles := core.runner.compiles_after_ready:
         say(TOOL, f"{compiles} programs were compiled while it was timed")
@@ -97,14 +96,14 @@ def _measured_limits(core: Core) -> tuple[MachineLimits | None, ModelCost]:
 
 def block(times: BatchTimes, limits: MachineLimits | None, cost: ModelCost) -> str:
     """The batch for people. Labels are those that existing scripts look for."""
-    shape = times.shape
+    case = times.case
     lines = [
-        f"Batch size: {shape.batch_size}, input length: {shape.input_len}, output length: {shape.output_len}",
+        f"Batch size: {case.batch_size}, input length: {case.input_len}, output length: {case.output_len}",
         f"Prefill. latency: {times.prefill_s:6.5f} s, throughput: {times.prefill_throughput:9.2f} token/s",
     ]
     for i, seconds in enumerate(times.decode_s[:_DECODE_LINES]):
-        rate = f"latency: {seconds:6.5f} s, throughput: {shape.batch_size / seconds:9.2f} token/s"
-        lines.append(f"Decode {i}. Batch size: {shape.batch_size}, {rate}")
+        rate = f"latency: {seconds:6.5f} s, throughput: {case.batch_size / seconds:9.2f} token/s"
+        lines.append(f"Decode {i}. Batch size: {case.batch_size}, {rate}")
     if times.median_decode_s is not None:
         lines.append(
             f"Decode. median latency: {times.median_decode_s:6.5f} s, "
@@ -123,9 +122,9 @@ def record(
     """The line of JSON: seconds, and tokens per second."""
     return {
         "run_name": run_name,
-        "batch_size": times.shape.batch_size,
-        "input_len": times.shape.input_len,
-        "output_len": times.shape.output_len,
+        "batch_size": times.case.batch_size,
+        "input_len": times.case.input_len,
+        "output_len": times.case.output_len,
         "prefill_latency": times.prefill_s,
         "prefill_throughput": times.prefill_throughput,
         "median_decode_latency": times.median_decode_s,

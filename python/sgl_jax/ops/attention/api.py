@@ -40,8 +40,8 @@ class RaggedBatch:
 class QKPrepare:
     """What is to be done to q and k first: RMS norm of each head, then rotation, either may be missing."""
 
-    q_norm: jax.Array | None  # f32[H]: what the normed q is multiplied with
-    k_norm: jax.Array | None  # f32[H]; both norms or neither
+    q_norm: jax.Array | None  # [H]: what the normed q is multiplied with
+    k_norm: jax.Array | None  # [H]; both norms or neither
     rope: jax.Array | None  # f32[T, 2 * half]: cos then sin of each token's angles; i is rotated with half + i
     eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -117,7 +116,7 @@ def paged_attention(
             cut(batch.kv_lens),
             cut(table).reshape(-1),
             sinks,
-            dataclasses.replace(prepared, rope=rope),
+            prepared._replace(rope=rope),
             num_heads=num_heads,
             num_rows=end - first,
             scores=scores,
