@@ -78,6 +78,7 @@ def step(
             window=window,
             softcap=spec.config.attn_logit_softcap,
             sinks=sinks,
+            temperature_length=spec.config.attn_temperature_length,
         )
 
     valid = jnp.arange(layout.bucket.num_tokens) < batch.cu_q_lens[-1]

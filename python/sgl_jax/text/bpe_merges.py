@@ -5,21 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 
-def merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
-    """For each token of several characters, in order of rank (low is joined first), the two it is joined from.
+def merges_of[T: (bytes, str)](ranks: Mapping[T, float]) -> list[tuple[T, T]]:
+    """For each token of several bytes or characters, in order of rank (low is joined first), the two it is joined from.
 
     Joining neighbours by the lowest rank of what they make, the leftmost first, leads to a token in one way, wherever it
     stands: joins that end inside it come in the same order as if it stood alone. A token that is never reached so has no
     pair.
     """
-    merges, unknown = [], math.inf
+    merges = []
     for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
-        parts = [token[i : i + 1] for i in range(len(token))]
+        parts: list[Any] = [token[i : i + 1] for i in range(len(token))]
         while len(parts) > 2:
-            best, at = min((ranks.get(a + b, unknown), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
-            if best == unknown:
+            best, at = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
+            if best == math.inf:
                 break
             parts[at : at + 2] = [parts[at] + parts[at + 1]]
         if len(parts) == 2:

@@ -12,11 +12,13 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from sgl_jax.models.errors import ModelError
+from sgl_jax.text import tok_json
 from sgl_jax.text.byte_level import BYTE_OF_CHAR
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError, bundled_templates
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _FILES = (
+    tok_json.NAME,
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.*"),
     *("*.tiktoken", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
 )
@@ -118,8 +120,8 @@ def _piece_kind(backend: tokenizers.Tokenizer) -> str:
 def load_tokenizer(path: str, chat_template: str | None = None, download_dir: str | None = None) -> Tokenizer:
     """`path`: a directory with tokenizer.json or a vocabulary, a .gguf file, or a hub id.
 
-    `chat_template` is a file to use instead of the model's own, the name of one of ours, or the template itself. Raises TokenizerError, with a
-    line for the user, when there is none or it cannot be read.
+    `chat_template` is a file to use instead of the model's own, the name of one of ours, or the template itself. Raises
+    TokenizerError, with a line for the user, when there is none or it cannot be read.
     """
     try:
         return _load(path, _read_override(chat_template), download_dir)
@@ -135,7 +137,9 @@ def _load(path: str, override: str | None, download_dir: str | None) -> Tokenize
         place = _download(path, download_dir)
     if place.suffix == ".gguf":
         return _from_gguf(place, override)
-    if not (place / "tokenizer.json").is_file():
+    if place.name == tok_json.NAME:
+        place = place.parent
+    if not any((place / name).is_file() for name in ("tokenizer.json", tok_json.NAME)):
         ggufs = sorted(place.glob("*.gguf"))
         if ggufs:
             return _from_gguf(ggufs[0], override)
@@ -185,7 +189,7 @@ def _from_gguf(path: Path, override: str | None) -> Tokenizer:
 class _Vocabulary:
     backend: tokenizers.Tokenizer
     special_tokens: dict[str, Any] = dataclasses.field(default_factory=dict)  # as far as the vocabulary itself knows
-    template: str | None = None  # the name of one of ours, for a family whose files have none
+    template: str | None = None  # for a family whose files have none
     is_sentencepiece: bool = False
 
 
@@ -193,11 +197,16 @@ def _vocabulary(place: Path) -> _Vocabulary:
     """tokenizer.json first; then what has to be built."""
     if (place / "tokenizer.json").is_file():
         return _Vocabulary(tokenizers.Tokenizer.from_file(str(place / "tokenizer.json")))
+    if (place / tok_json.NAME).is_file():
+        backend = tok_json.load_tok_json(place / tok_json.NAME)
+        return _Vocabulary(backend, {"eos_token": tok_json.EOS}, tok_json.CHAT_TEMPLATE)
     if ranks := sorted(place.glob("*.tiktoken")):
         from sgl_jax.text.tiktoken_file import load_tiktoken
 
         tiktoken = load_tiktoken(ranks[0])
-        return _Vocabulary(tiktoken.tokenizer, {"eos_token": tiktoken.eos_token}, tiktoken.template)
+        return _Vocabulary(
+            tiktoken.tokenizer, {"eos_token": tiktoken.eos_token}, bundled_templates()[tiktoken.template]
+        )
     if (place / "tokenizer.model").is_file():
         from sgl_jax.text.sentencepiece_file import load_sentencepiece
 
@@ -207,7 +216,7 @@ def _vocabulary(place: Path) -> _Vocabulary:
         return _Vocabulary(model.tokenizer, special, is_sentencepiece=True)
     if not any((place / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
         raise TokenizerError(
-            f"{place} has no tokenizer.json, *.tiktoken or tokenizer.model; "
+            f"{place} has no tokenizer.json, {tok_json.NAME}, *.tiktoken or tokenizer.model; "
             "give a directory that has one with --tokenizer-path"
         )
     from sgl_jax.text.from_transformers import load_with_transformers
@@ -228,8 +237,8 @@ def _from_directory(place: Path, override: str | None) -> Tokenizer:
             if token is not None:
                 special[name] = token
     sources = {"default": override} if override else _template_sources(place, config)
-    if not sources and found.template is not None:
-        sources = {"default": bundled_templates()[found.template]}
+    if "default" not in sources and found.template is not None:
+        sources["default"] = found.template
     add_bos, kind = config.get("add_bos_token"), str(config.get("tokenizer_class"))
     if add_bos is False and not kind.startswith("Llama"):
         add_bos = None  # only the Llama classes let this field overrule tokenizer.json

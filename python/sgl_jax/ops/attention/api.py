@@ -83,6 +83,7 @@ class Attention(Protocol):
         window: Int[Array, ""] | int | None = None,  # tokens a query sees, itself included
         softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
         sinks: Float[Array, " N"] | None = None,  # a logit per head that takes weight and gives nothing
+        temperature_length: int | None = None,  # capped scores are multiplied by max(1, log(position) / log(this))
         kv_scales: tuple[float, float] | None = None,  # the pool holds K and V divided by these, rounded to its dtype
         prepare: QKPrepare | None = None,  # done to q and k first; the pool holds prepared k
     ) -> tuple[Float[Array, "T N H"], Num[Array, "LP K 2 page H"]]: ...

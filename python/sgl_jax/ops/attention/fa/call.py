@@ -42,6 +42,7 @@ def paged_attention(
     window: Int[Array, ""] | int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    temperature_length: int | None = None,
     kv_scales: tuple[float, float] | None = None,
     prepare: QKPrepare | None = None,
     blocks: tuple[DecodeBlocks, ChunkBlocks] | None = None,
@@ -50,6 +51,11 @@ def paged_attention(
 
     `blocks`: sizes other than the chip's (for tests).
     """
+    if temperature_length is not None:
+        raise ValueError(
+            f"attention backend fa does not scale scores by position (temperature length {temperature_length}); "
+            "use --attention-backend native"
+        )
     num_tokens, num_heads, head_dim = q.shape
     pool_dim = kv.shape[4]
     if pool_dim != pool_head_dim(head_dim):
