@@ -30,6 +30,10 @@ FAMILIES = [
     "gemma3_text",
     "glm4_moe",
     "glm4_moe-air",
+    "deepseek_v2",
+    "deepseek_v2-lite",
+    "deepseek_v3",
+    "deepseek_v3-noqlora",
 ]
 
 

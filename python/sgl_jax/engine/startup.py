@@ -42,7 +42,7 @@ def build_core(args: ServerArgs) -> Core:
 
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, download_dir=args.download_dir)
     model = decoder_config(checkpoint.config, checkpoint.generation_config)
-    kernels = kernels_for(args.attention_backend, platform)
+    kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(  # before the weights are read: what does not fit should be said at once
         args,
         model,

@@ -3,6 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from sgl_jax.models.config import DecoderConfig
+
+
+class Rows(NamedTuple):
+    """Some rows of a stored tensor."""
+
+    stored: int  # how many it has
+    order: np.ndarray  # those that are taken, in this order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +31,9 @@ class TensorNames:
     layer: dict[
         str, tuple[str, ...]
     ]  # by path in LayerWeights ("moe.router"); a weight the config lacks is not looked for
+    rows: dict[str, Callable[[DecoderConfig], Rows]] = dataclasses.field(
+        default_factory=dict
+    )  # by path, for a weight of one tensor that takes some of its rows only, or in another order
     ignored: tuple[str, ...] = ()  # patterns of stored tensors that are no weights
 
     def with_layer(self, names: dict[str, tuple[str, ...]]) -> TensorNames:

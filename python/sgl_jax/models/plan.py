@@ -10,7 +10,7 @@ import jax
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.errors import ModelError
-from sgl_jax.models.names import TensorNames
+from sgl_jax.models.names import Rows, TensorNames
 from sgl_jax.models.stored import StoredTensor
 from sgl_jax.models.weights import WeightSpec, declare
 
@@ -39,21 +39,23 @@ def plan_weights(
     for key_path, spec in jax.tree_util.tree_flatten_with_path(declare(config))[0]:
         path = jax.tree_util.keystr(key_path)
         wanted = _wanted(path, spec, names)
+        rows = _rows(path, config, names)
         used.update(wanted)
         pieces = tuple(stored[name] for name in wanted if name in stored)
         missing += [name for name in wanted if name not in stored]
         leaf = Leaf(path, spec, pieces)
-        leaves.append(leaf)
         if len(pieces) == len(wanted):
-            misshapen += _shape_errors(leaf)
-    surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in names.ignored)]
+            misshapen += _shape_errors(leaf, rows)
+        leaves.append(leaf if rows is None else Leaf(path, spec, tuple(piece.take(rows.order) for piece in pieces)))
+    ignored = [*names.ignored, *_extra_layers(config, names)]
+    surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
     unreadable = [f"{t.name} ({t.dtype})" for leaf in leaves for t in leaf.pieces if not t.supported]
     problems = [
         f"{label}: {', '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''}"
         for label, found in (
-            ("missing tensors", missing),
+            ("missing tensors", list(dict.fromkeys(missing))),
             ("tensors this architecture has no place for", sorted(surplus)),
-            ("tensors of the wrong shape", misshapen),
+            ("tensors of the wrong shape", list(dict.fromkeys(misshapen))),
             ("tensors of an unsupported type", unreadable),
         )
         if found
@@ -74,9 +76,23 @@ def _wanted(path: str, spec: WeightSpec, names: TensorNames) -> tuple[str, ...]:
     return (getattr(names, path.removeprefix(".")),)
 
 
-def _shape_errors(leaf: Leaf) -> list[str]:
+def _rows(path: str, config: DecoderConfig, names: TensorNames) -> Rows | None:
+    of = names.rows.get(path.partition("].")[2])
+    return None if of is None else of(config)
+
+
+def _extra_layers(config: DecoderConfig, names: TensorNames) -> list[str]:
+    """Patterns of the tensors of layers that guess further tokens: they are stored after the last."""
+    layer = re.escape(names.layer["attn_norm"][0].partition("{i}")[0])
+    return [rf"^{layer}{config.num_layers + i}\." for i in range(config.num_extra_layers)]
+
+
+def _shape_errors(leaf: Leaf, rows: Rows | None) -> list[str]:
+    shapes = leaf.spec.piece_shapes
+    if rows is not None:
+        shapes = tuple((rows.stored, *shape[1:]) for shape in shapes)
     return [
         f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}"
-        for piece, shape in zip(leaf.pieces, leaf.spec.piece_shapes, strict=True)
+        for piece, shape in zip(leaf.pieces, shapes, strict=True)
         if piece.shape != shape
     ]

@@ -29,6 +29,17 @@ class StoredTensor:
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0])
 
+    def take(self, order: np.ndarray) -> StoredTensor:
+        """A tensor of these of its rows, in this order."""
+
+        def rows(start: int, stop: int) -> np.ndarray:
+            chosen = order[start:stop]
+            first = int(chosen.min())
+            return self.rows(first, int(chosen.max()) + 1)[chosen - first]
+
+        nbytes = self.nbytes // self.shape[0] * len(order)
+        return dataclasses.replace(self, shape=(len(order), *self.shape[1:]), nbytes=nbytes, rows=rows)
+
 
 def map_file(path: Path) -> np.ndarray:
     """The file's bytes as a read-only array backed by the page cache."""

@@ -42,13 +42,13 @@ class StepSpec:
 
 def step(
     weights: Weights,
-    kv: Float[Array, "LP K 2 page H"],
+    kv: Float[Array, "LP K planes page H"],
     state: DeviceState,
     vector: Int[Array, " size"],
     *,
     spec: StepSpec,
     layout: PlanLayout,
-) -> tuple[Float[Array, "LP K 2 page H"], DeviceState, StepOutputs]:
+) -> tuple[Float[Array, "LP K planes page H"], DeviceState, StepOutputs]:
     """Run one plan: update page tables, embed, layers, logits of each row's last token, sample, remember."""
     # Scopes name the stages in a profile (docs/features/profiling.md).
     with jax.named_scope("unpack"):
@@ -66,6 +66,9 @@ def step(
             inputs.from_device[batch.token_row], state.last_token[inputs.rows][batch.token_row], inputs.tokens
         )
 
+    latent = spec.config.mla  # other models' backends need not know value_dim
+    latent_options = {} if latent is None else {"value_dim": latent.kv_lora_rank}
+
     def attend(q, k, v, kv, *, layer, window):
         return spec.kernels.attention(
             q,
@@ -77,6 +80,7 @@ def step(
             scale=spec.config.scale,
             window=window,
             softcap=spec.config.attn_logit_softcap,
+            **latent_options,
         )
 
     valid = jnp.arange(layout.bucket.num_tokens) < batch.cu_q_lens[-1]

@@ -2,6 +2,9 @@
 
 The pool is one array for all layers, `kv[L * P, K, 2, page, H]`, K at index 0 and V at index 1 of axis 2; layer i's page
 p is `kv[i * P + p]`. Page 0 of each layer takes the KV of padding tokens and is never read.
+
+A latent pool has one plane in place of K and V, `kv[L * P, K, 1, page, H]`: the values are the first value_dim columns of
+the keys, and v is None.
 """
 
 from __future__ import annotations
@@ -42,8 +45,8 @@ class Attention(Protocol):
         self,
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
-        v: Float[Array, "T K H"],
-        kv: Float[Array, "LP K 2 page H"],
+        v: Float[Array, "T K H"] | None,
+        kv: Float[Array, "LP K planes page H"],
         batch: RaggedBatch,
         *,
         first_page: Int[Array, ""] | int,  # layer * P
@@ -51,7 +54,8 @@ class Attention(Protocol):
         window: Int[Array, ""] | int | None = None,  # tokens a query sees, itself included
         softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
         sinks: Float[Array, " N"] | None = None,  # a logit per head that takes weight and gives nothing
-    ) -> tuple[Float[Array, "T N H"], Float[Array, "LP K 2 page H"]]: ...
+        value_dim: int | None = None,  # V, of a latent pool
+    ) -> tuple[Float[Array, "T N V"], Float[Array, "LP K planes page H"]]: ...
 
 
 def make_ragged_batch(
@@ -80,17 +84,19 @@ def make_ragged_batch(
 
 
 def write_kv(
-    kv: Float[Array, "LP K 2 page H"],
+    kv: Float[Array, "LP K planes page H"],
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    v: Float[Array, "T K H"] | None,
     batch: RaggedBatch,
     first_page: Int[Array, ""] | int,
-) -> Float[Array, "LP K 2 page H"]:
+) -> Float[Array, "LP K planes page H"]:
     """Put each token's K and V into its place in the pool."""
-    _pages, num_kv_heads, _two, page_size, head_dim = kv.shape
-    new = jnp.stack([k, v], axis=2).astype(kv.dtype).reshape(-1, head_dim)  # [T * K * 2, H]
+    _pages, num_kv_heads, planes, page_size, head_dim = kv.shape
+    both = [k] if v is None else [k, v]
+    new = jnp.stack(both, axis=2).astype(kv.dtype).reshape(-1, head_dim)  # [T * K * planes, H]
     # The pool seen as lines of H, and a line the unit of writing: with larger units XLA TPU wants the pool in another
     # layout, and copies all of it there and back in every layer.
-    slots = (batch.token_page + first_page)[:, None] * (2 * num_kv_heads) + jnp.arange(2 * num_kv_heads)
-    lines = slots * page_size + batch.token_offset[:, None]  # [T, K * 2]
+    per_page = num_kv_heads * planes
+    slots = (batch.token_page + first_page)[:, None] * per_page + jnp.arange(per_page)
+    lines = slots * page_size + batch.token_offset[:, None]  # [T, K * planes]
     return kv.reshape(-1, head_dim).at[lines.reshape(-1)].set(new).reshape(kv.shape)
