@@ -134,15 +134,17 @@ class Case:
     shape: str  # TP4
     page: int
     kind: str  # decode, chunks
+    pool: str = "bfloat16"
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.chip} {self.shape} page {self.page}"
+        return f"{self.kind} {self.chip} {self.shape} page {self.page}" + f" {self.pool}" * (self.pool != "bfloat16")
 
 
 def cases() -> list[Case]:
     every = [Case(chip, shape, 128, kind) for chip in CLOCK for shape in SHAPES for kind in ("decode", "chunks")]
-    return every + [Case(chip, "TP4", 16, "decode") for chip in CLOCK]
+    eight_bits = [Case(chip, "TP4", 128, "decode", pool) for chip in CLOCK for pool in ("int8", "float8_e4m3fn")]
+    return every + [Case(chip, "TP4", 16, "decode") for chip in CLOCK] + eight_bits
 
 
 def measure(selected: list[Case], dumps: Path) -> dict[str, dict[str, Any]]:
@@ -194,7 +196,7 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
     args = (
         *(array((tokens, heads, HEAD_DIM)) for heads in (num_heads, num_kv_heads, num_kv_heads)),
-        array(kv_shape),
+        array(kv_shape, case.pool),
         ints(ROWS, row_pages),
         ints(ROWS),
         ints(ROWS + 1),
@@ -207,12 +209,12 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
         traced = jax.jit(layer, donate_argnums=3).trace(*args)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     if only_singles:
-        blocks = sizes.decode_blocks(chip, kv_shape, jnp.bfloat16, row_pages)
+        blocks = sizes.decode_blocks(chip, kv_shape, case.pool, row_pages)
     else:
-        blocks = sizes.chunk_blocks(chip, kv_shape, jnp.bfloat16, row_pages, tokens)
+        blocks = sizes.chunk_blocks(chip, kv_shape, case.pool, row_pages, tokens)
     return compiled, {"block": blocks.pages * case.page, "unit": blocks.unit_pages * case.page} | {
         "queries": getattr(blocks, "queries", 1),
-        "pool_bytes": 2 * math.prod(kv_shape),
+        "pool_bytes": jnp.dtype(case.pool).itemsize * math.prod(kv_shape),
     }
 
 
@@ -273,12 +275,12 @@ def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def decode_bytes(context: int, page: int, num_heads: int, num_kv_heads: int) -> tuple[int, int]:
+def decode_bytes(context: int, page: int, num_heads: int, num_kv_heads: int, itemsize: int = 2) -> tuple[int, int]:
     """(moved, least) between HBM and the core for one row of a layer: its pages, the row tile that takes the new token,
     its page ids (512 bytes a block), q and o; least: its keys and values, the new ones, q and o."""
-    token = 2 * num_kv_heads * HEAD_DIM * 2
-    ends = 2 * num_heads * HEAD_DIM * 2 + token
-    moved = -(-context // page) * page * token + 16 * token + ends + 512 * -(-context // 1024)
+    token = 2 * num_kv_heads * HEAD_DIM * itemsize
+    ends = (2 * num_heads + 2 * num_kv_heads) * HEAD_DIM * 2
+    moved = -(-context // page) * page * token + 32 // itemsize * token + ends + 512 * -(-context // 1024)
     return moved, context * token + token + ends
 
 
@@ -293,7 +295,7 @@ def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], 
         "",
         f"Made by `python benchmarks/tpu_kernels.py` with libtpu {libtpu}; nothing here ran on a TPU. A bundle is at least",
         "a cycle of the core; copies run beside it and take at least bytes / bandwidth. The larger of the two columns",
-        "binds. Clocks are inferred from the chips' rates: v6e 1.75 GHz, v7x 2.2 GHz. bfloat16, head_dim 128.",
+        "binds. Clocks are inferred from the chips' rates: v6e 1.75 GHz, v7x 2.2 GHz. head_dim 128, q in bfloat16.",
         "",
         "## Decode: one row of one layer",
         "",
@@ -306,9 +308,11 @@ def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], 
         rate = CHIPS[result["chip"]].bytes_per_s / CLOCK[result["chip"]]
         for context in CONTEXTS:
             bundles = decode_bundles(result["bundles"], context, result["block"], result["unit"], result["page"])
-            moved, least = decode_bytes(context, result["page"], *SHAPES[result["shape"]])
+            moved, least = decode_bytes(
+                context, result["page"], *SHAPES[result["shape"]], 1 + (result["pool"] == "bfloat16")
+            )
             floor = round(moved / rate)
-            case = f"{result['chip']} {result['shape']} page {result['page']}"
+            case = f"{result['chip']} {result['shape']} page {result['page']} {result['pool']}"
             binds = "copies" if floor > bundles else "bundles"
             lines.append(f"| {case} | {context} | {bundles} | {floor} | {binds} | {moved / least:.3f} |")
     lines += [
@@ -319,7 +323,7 @@ def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], 
     for result in results.values():
         if result["kind"] == "decode":
             b = result["bundles"]
-            case = f"{result['chip']} {result['shape']} page {result['page']}"
+            case = f"{result['chip']} {result['shape']} page {result['page']} {result['pool']}"
             lines.append(
                 f"| {case} | {b['key_block']} | {result['block']} | {b['edge_unit']} per {result['unit']} | "
                 f"{b['page_alone']} | {b['spills_in_block']} | {result['vmem_bytes'] / 1e6:.1f} |"

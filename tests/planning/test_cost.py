@@ -19,8 +19,7 @@ NATIVE = find_backend("native", "cpu", vectorise=False)
 
 
 def cost_of(model: DecoderConfig, devices: int, itemsize: int, bucket: Bucket, context: int) -> StepCost:
-    kv_bytes = pool_of(model.share(devices), NATIVE).values_per_token * itemsize
-    return step_cost(model, devices, itemsize, kv_bytes, bucket, context)
+    return step_cost(model, devices, pool_of(model.share(devices), NATIVE), itemsize, bucket, context)
 
 
 def test_a_decode_step_of_qwen3_8b_on_four_devices() -> None:
@@ -67,7 +66,7 @@ def test_a_window_limits_the_keys_and_the_kv_read() -> None:
 
 def test_an_expert_is_multiplied_with_its_tokens_and_read_if_any_token_chose_it() -> None:
     moe = find_model("Qwen3-30B-A3B").config
-    one, many = (step_cost(moe, 1, 2, 98304, Bucket(n, n), 1024) for n in (1, 4096))
+    one, many = (cost_of(moe, 1, 2, Bucket(n, n), 1024) for n in (1, 4096))
     attention = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048
     router, expert = 2048 * 128, 3 * 2048 * 768
     head, per_key = 151936 * 2048, 4 * 32 * 128 * 48

@@ -140,6 +140,16 @@ class DecoderConfig:
         )
 
     @property
+    def key_dim(self) -> int:
+        """Of a key, as the pool has it and attention multiplies it with queries."""
+        return self.mla.latent_dim if self.mla else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Of what attention sums: a value, or the part of a latent key that all values are made from."""
+        return self.mla.kv_lora_rank if self.mla else self.head_dim
+
+    @property
     def output_dim(self) -> int:
         """Of a head's output."""
         return self.mla.v_head_dim if self.mla else self.head_dim

@@ -65,7 +65,7 @@ def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: in
     rates, itemsize = target.rates(launch.dtype), np.dtype(launch.dtype).itemsize
     steps = []
     for bucket in launch.runner.buckets:
-        cost = step_cost(model.config, target.num_devices, itemsize, per_token, bucket, context)
+        cost = step_cost(model.config, target.num_devices, launch.runner.pool, itemsize, bucket, context)
         steps.append(PlannedStep(bucket, cost, cost.bound(rates) if rates else None))
     parameters = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(model.config)))
     return Plan(model, target, launch, parameters, context, tuple(steps))

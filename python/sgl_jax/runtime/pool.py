@@ -30,6 +30,5 @@ class Pool:
 
 def pool_of(share: DecoderConfig, attention: Backend) -> Pool:
     """The pool of a model, or of one device's share of it."""
-    if share.mla is not None:  # one vector of all heads, which is both key and value
-        return Pool(share.num_layers, 1, 1, attention.pool_head_dim(share.mla.latent_dim))
-    return Pool(share.num_layers, share.num_kv_heads, 2, attention.pool_head_dim(share.head_dim))
+    planes = 1 if share.mla else 2
+    return Pool(share.num_layers, share.num_kv_heads, planes, attention.pool_head_dim(share.key_dim))

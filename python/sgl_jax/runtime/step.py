@@ -66,8 +66,7 @@ def step(
             inputs.from_device[batch.token_row], state.last_token[inputs.rows][batch.token_row], inputs.tokens
         )
 
-    latent = spec.config.mla  # other models' backends need not know value_dim
-    latent_options = {} if latent is None else {"value_dim": latent.kv_lora_rank}
+    latent = {"value_dim": spec.config.value_dim} if spec.config.mla else {}  # not all backends know it
 
     def attend(q, k, v, kv, *, layer, window):
         return spec.kernels.attention(
@@ -80,7 +79,7 @@ def step(
             scale=spec.config.scale,
             window=window,
             softcap=spec.config.attn_logit_softcap,
-            **latent_options,
+            **latent,
         )
 
     valid = jnp.arange(layout.bucket.num_tokens) < batch.cu_q_lens[-1]

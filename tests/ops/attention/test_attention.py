@@ -9,7 +9,7 @@ import pytest
 from batches import interpreted, random_batch
 
 from sgl_jax.ops.attention import native, reference
-from sgl_jax.ops.attention.api import make_ragged_batch
+from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch
 
 IMPLEMENTATIONS = {
     "native": native.paged_attention,
@@ -33,22 +33,24 @@ def attention(request):
 
 
 @functools.cache
-def compiled(attention, scale, softcap):
+def compiled(attention, scale, softcap, static):
     """One program for all batches of a shape: what varies, the window too, is an argument."""
 
     @jax.jit
     def call(b, num_single, traced):
         batch = make_ragged_batch(b["page_table"], b["start"], b["num_new"], num_single, len(b["q"]), b["kv"].shape[3])
         arrays = b["q"], b["k"], b["v"], b["kv"], batch
-        return attention(*arrays, first_page=b["first_page"], scale=scale, softcap=softcap, **traced)
+        options = {"scale": scale, "softcap": softcap, **dict(static), **traced}
+        return attention(*arrays, first_page=b["first_page"], **options)
 
     return call
 
 
-def run(attention, b, *, scale, softcap=None, **traced):
-    arrays = {name: jnp.asarray(x) for name, x in b.items()}
-    traced = {name: jnp.asarray(x) for name, x in traced.items()}
-    return compiled(attention, scale, softcap)(arrays, jnp.int32((b["num_new"] == 1).sum()), traced)
+def run(attention, b, *, scale, softcap=None, value_dim=None, **traced):
+    arrays = jax.tree.map(jnp.asarray, b)
+    traced = jax.tree.map(jnp.asarray, traced)
+    static = () if value_dim is None else (("value_dim", value_dim),)
+    return compiled(attention, scale, softcap, static)(arrays, jnp.int32((b["num_new"] == 1).sum()), traced)
 
 
 def check(attention, b, **options):
@@ -112,6 +114,42 @@ def test_window_softcap_and_sinks_match_reference(attention, options):
     check(attention, b, scale=0.25, **options)
 
 
+@pytest.mark.parametrize("half", [0, 5, 8])
+def test_prepared_q_and_k_are_normed_and_rotated_first(attention, half):
+    """Norm of each head, then rotation of its first 2 * half dimensions, against the same in numpy."""
+    if attention is interpreted and half != 5:
+        pytest.skip("not among the shapes that are interpreted")
+    b = random_batch(
+        np.random.default_rng(4),
+        MIXED,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        page_size=16,
+        num_tokens=128,
+        num_rows=6,
+    )
+    rng = np.random.default_rng(5)
+    angles = rng.uniform(0, 6, (128, half))
+    weights = [rng.uniform(0.5, 2, 16).astype(np.float32) for _ in range(2)]
+    rope = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32) if half else None
+
+    def prepared(x, weight):
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
+        pairs = x[..., :half] + 1j * x[..., half : 2 * half]
+        turned = pairs * np.exp(1j * angles[:, None])
+        return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], -1)
+
+    prepare = QKPrepare(*(None if x is None else jnp.asarray(x) for x in (*weights, rope)))
+    out, kv = run(attention, b, scale=0.25, prepare=prepare)
+    b |= {"q": prepared(b["q"], weights[0]), "k": prepared(b["k"], weights[1])}
+    expected, expected_kv = reference.paged_attention(**b, scale=0.25)
+    n = b["num_new"].sum()
+    np.testing.assert_allclose(np.asarray(out)[:n], expected[:n], atol=2e-5)
+    used = np.arange(len(kv)) != b["first_page"]
+    np.testing.assert_allclose(np.asarray(kv)[used], expected_kv[used], atol=1e-5)
+
+
 def test_empty_batch_leaves_the_pool_as_it_was(attention):
     b = random_batch(
         np.random.default_rng(3), [], num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, num_tokens=128, num_rows=6
@@ -119,3 +157,14 @@ def test_empty_batch_leaves_the_pool_as_it_was(attention):
     _, kv = run(attention, b, scale=0.25)
     used = np.arange(len(kv)) != b["first_page"]
     np.testing.assert_array_equal(np.asarray(kv)[used], b["kv"][used])
+
+
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_latent_pool_keeps_one_vector_whose_first_columns_are_the_value(name, page_size, window):
+    sizes = {"num_heads": 6, "num_kv_heads": 1, "head_dim": 40, "page_size": page_size}
+    b = random_batch(np.random.default_rng(4), MIXED, **sizes, num_tokens=128, num_rows=6)
+    b |= {"kv": b["kv"][:, :, :1], "v": None}
+    options = {} if window is None else {"window": window}
+    check(IMPLEMENTATIONS[name], b, scale=0.2, value_dim=24, **options)

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
-from sgl_jax.ops.attention import reference
-from sgl_jax.ops.attention.api import make_ragged_batch
+from sgl_jax.ops.attention import native, reference
+from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch, to_pool
 from sgl_jax.ops.attention.fa import call as fa
 from sgl_jax.ops.attention.fa.ring import PageRing
 
@@ -101,6 +101,35 @@ def test_random_bfloat16_batches_with_eager_copies_match_reference(request):
     run()
 
 
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("attention", [functools.partial(interpreted, params=RACES), native.paged_attention])
+def test_eight_bit_pools_hold_scaled_values_and_are_read_back(attention, dtype):
+    rows = [(40, 1), (63, 1), (3, 40)]
+    b = batch_of(rows, page_size=32, num_tokens=64)
+    scales = (0.02, 0.03)
+    kv = to_pool(jnp.asarray(b["kv"]).reshape(len(b["kv"]), -1, 16), dtype, 0.03).reshape(b["kv"].shape)
+    q, k, v, *plain = (jnp.asarray(b[x]) for x in ("q", "k", "v", "page_table", "start", "num_new"))
+    batch = make_ragged_batch(*plain, jnp.int32(2), 64, 32)
+    options = {"first_page": b["first_page"], "scale": 0.25, "kv_scales": scales}
+    out, pool = jax.jit(functools.partial(attention, **options))(q, k, v, kv, batch)
+    b |= {"kv": kv, "k": to_pool(k, dtype, scales[0]), "v": to_pool(v, dtype, scales[1])}
+    b = {name: np.asarray(x, np.float32) if name in ("kv", "k", "v") else x for name, x in b.items()}
+    expected, expected_pool = reference.paged_attention(**b, scale=0.25, kv_scales=scales)
+    assert pool.dtype == dtype
+    mine = np.arange(len(kv)) != b["first_page"]  # the scratch page
+    np.testing.assert_array_equal(np.asarray(pool, np.float32)[mine], expected_pool[mine])
+    np.testing.assert_allclose(np.asarray(out)[:42], expected[:42], atol=0.03)
+
+
+def test_values_beyond_an_eight_bit_pool_are_cut_off():
+    x = jnp.array([[[-1000.0, -1.26, 0.0, 1.26, 1000.0]]])
+    np.testing.assert_array_equal(to_pool(x, jnp.int8, 0.5)[0, 0], [-127, -3, 0, 3, 127])
+    np.testing.assert_array_equal(
+        to_pool(x, jnp.float8_e4m3fn, 0.5)[0, 0].astype(jnp.float32), [-448, -2.5, 0, 2.5, 448]
+    )
+    np.testing.assert_array_equal(to_pool(x, jnp.float32, 1.0), x)
+
+
 def test_decode_programs_with_softcap_and_sinks_over_page_and_block_boundaries():
     rows = [(length - 1, 1) for length in (1, 16, 17, 64, 65, 128, 129, 200)]
     b = batch_of(rows, num_tokens=16)
@@ -111,6 +140,20 @@ def test_decode_programs_with_softcap_and_sinks_over_page_and_block_boundaries()
 def test_heads_of_two_lane_tiles_and_a_group_of_one():
     rows = [(30, 1), (3, 40), (64, 20)]
     check(batch_of(rows, num_heads=2, num_kv_heads=2, head_dim=130), window=50)
+
+
+def test_norm_and_rotation_of_whole_heads_inside_equal_those_outside():
+    b = batch_of([(30, 1), (3, 40), (64, 20)], num_heads=2, num_kv_heads=1, head_dim=128)
+    rng = np.random.default_rng(1)
+    angles = rng.uniform(0, 6, (TOKENS, 64))
+    rope = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], 1), jnp.float32)
+    prepare = QKPrepare(*jnp.asarray(rng.uniform(0.5, 2, (2, 128)), jnp.float32), rope)
+    arrays = {name: jnp.asarray(x) for name, x in b.items()}
+    out, kv = compiled(jnp.float32, RACES)(arrays, jnp.int32(1), prepare=prepare)
+    b["q"], b["k"] = prepare(arrays["q"], arrays["k"])
+    expected, expected_kv = reference.paged_attention(**b, scale=0.25)
+    np.testing.assert_allclose(np.asarray(out)[:61], expected[:61], atol=1e-4)
+    np.testing.assert_allclose(np.asarray(kv), expected_kv, atol=1e-5)
 
 
 def test_rows_share_the_pages_of_a_prefix():

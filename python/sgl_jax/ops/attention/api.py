@@ -10,11 +10,12 @@ the keys, and v is None.
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Float, Int, Num
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +38,37 @@ class RaggedBatch:
     only_singles: bool = dataclasses.field(default=False, metadata={"static": True})  # no row ever has more tokens
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class QKPrepare:
+    """What is to be done to q and k first: RMS norm of each head, then rotation, either may be missing."""
+
+    q_norm: jax.Array | None  # f32[H]: what the normed q is multiplied with
+    k_norm: jax.Array | None  # f32[H]; both norms or neither
+    rope: jax.Array | None  # f32[T, 2 * half]: cos then sin of each token's angles; i is rotated with half + i
+    eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
+
+    def __call__(self, q: Float[Array, "T N H"], k: Float[Array, "T K H"]):
+        """In plain operations: q and k prepared, in their own dtype, rounded after the norm and after the rotation."""
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = _rms_norm(q, self.q_norm, self.eps), _rms_norm(k, self.k_norm, self.eps)
+        return (q, k) if self.rope is None else (_rotate(q, self.rope), _rotate(k, self.rope))
+
+
+def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    x32 = x.astype(jnp.float32)
+    scaled = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+def _rotate(x: jax.Array, rope: jax.Array) -> jax.Array:
+    cos, sin = jnp.split(rope[:, None], 2, axis=-1)
+    half = cos.shape[-1]
+    x32 = x.astype(jnp.float32)
+    a, b, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
+
+
 @runtime_checkable  # so that tests can check annotations
 class Attention(Protocol):
     """Write the new KV, attend, return the output and the pool (same buffer when donated)."""
@@ -46,7 +78,7 @@ class Attention(Protocol):
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"] | None,
-        kv: Float[Array, "LP K planes page H"],
+        kv: Num[Array, "LP K planes page H"],
         batch: RaggedBatch,
         *,
         first_page: Int[Array, ""] | int,  # layer * P
@@ -54,8 +86,10 @@ class Attention(Protocol):
         window: Int[Array, ""] | int | None = None,  # tokens a query sees, itself included
         softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
         sinks: Float[Array, " N"] | None = None,  # a logit per head that takes weight and gives nothing
-        value_dim: int | None = None,  # V, of a latent pool
-    ) -> tuple[Float[Array, "T N V"], Float[Array, "LP K planes page H"]]: ...
+        kv_scales: tuple[float, float] | None = None,  # the pool holds K and V divided by these, rounded to its dtype
+        prepare: QKPrepare | None = None,  # done to q and k first; the pool holds prepared k
+        value_dim: int | None = None,  # V, of a latent pool; kv_scales' first is then that of the values, too
+    ) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page H"]]: ...
 
 
 def make_ragged_batch(
@@ -83,17 +117,31 @@ def make_ragged_batch(
     return RaggedBatch(page_table, start + num_new, cu, num_single, row, positions, token_page, offset, only_singles)
 
 
+def to_pool(x: Float[Array, "T K H"], dtype: Any, scale: float) -> Num[Array, "T K H"]:
+    """New K or V as a pool of the dtype holds it: divided by its scale, and for 8 bits cut off at the dtype's limits."""
+    if jnp.dtype(dtype).itemsize > 1 and scale == 1:
+        return x.astype(dtype)
+    x = x.astype(jnp.float32) / scale
+    if jnp.issubdtype(dtype, jnp.integer):
+        x, limit = jnp.round(x), float(jnp.iinfo(dtype).max)  # symmetric: -128 is not used
+    else:
+        limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(x, -limit, limit).astype(dtype)
+
+
 def write_kv(
-    kv: Float[Array, "LP K planes page H"],
+    kv: Num[Array, "LP K planes page H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"] | None,
     batch: RaggedBatch,
     first_page: Int[Array, ""] | int,
-) -> Float[Array, "LP K planes page H"]:
+    kv_scales: tuple[float, float] | None = None,
+) -> Num[Array, "LP K planes page H"]:
     """Put each token's K and V into its place in the pool."""
     _pages, num_kv_heads, planes, page_size, head_dim = kv.shape
-    both = [k] if v is None else [k, v]
-    new = jnp.stack(both, axis=2).astype(kv.dtype).reshape(-1, head_dim)  # [T * K * planes, H]
+    both = zip([k] if v is None else [k, v], kv_scales or (1.0, 1.0), strict=False)
+    new = jnp.stack([to_pool(x, kv.dtype, scale) for x, scale in both], axis=2)
+    new = new.reshape(-1, head_dim)  # [T * K * planes, H]
     # The pool seen as lines of H, and a line the unit of writing: with larger units XLA TPU wants the pool in another
     # layout, and copies all of it there and back in every layer.
     per_page = num_kv_heads * planes

@@ -12,9 +12,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from sgl_jax.ops.attention.api import RaggedBatch, write_kv
+from sgl_jax.ops.attention.api import QKPrepare, RaggedBatch, write_kv
 
 TILE = 32
 KEYS_PER_TURN = 128  # keys a tile of TILE looks at per turn of its loop
@@ -25,7 +25,7 @@ def paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"] | None,
-    kv: Float[Array, "LP K planes page H"],
+    kv: Num[Array, "LP K planes page H"],
     batch: RaggedBatch,
     *,
     first_page: Int[Array, ""] | int,
@@ -33,20 +33,26 @@ def paged_attention(
     window: Int[Array, ""] | int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    kv_scales: tuple[float, float] | None = None,
+    prepare: QKPrepare | None = None,
     value_dim: int | None = None,
     vectorise: bool = False,
-) -> tuple[Float[Array, "T N V"], Float[Array, "LP K planes page H"]]:
+) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page H"]]:
     """See api.Attention. `vectorise`: run the tiles of one side by side (accelerators) instead of in turn (CPU)."""
+    if prepare is not None:
+        q, k = prepare(q, k)
     num_tokens, num_heads, head_dim = q.shape
     value_dim = head_dim if value_dim is None else value_dim
     num_rows, num_kv_heads = batch.page_table.shape[0], k.shape[1]
-    kv = write_kv(kv, k, v, batch, first_page)
+    kv = write_kv(kv, k, v, batch, first_page, kv_scales)
+    k_scale, v_scale = kv_scales or (1.0, 1.0)
     attend = functools.partial(
         _attend_tile,
         kv=kv,
         first_page=first_page,
         value_dim=value_dim,
-        scale=scale,
+        scale=scale * k_scale,
+        v_scale=k_scale if v is None else v_scale,
         window=window,
         softcap=softcap,
         sinks=None if sinks is None else sinks.reshape(num_kv_heads, -1),
@@ -103,10 +109,11 @@ def _attend_tile(
     position: Int[Array, ""],
     kv_end: Int[Array, ""],
     *,
-    kv: Float[Array, "LP K planes page H"],
+    kv: Num[Array, "LP K planes page H"],
     first_page: Int[Array, ""] | int,
     value_dim: int,
     scale: float,
+    v_scale: float,
     window: Int[Array, ""] | int | None,
     softcap: float | None,
     sinks: Float[Array, "K G"] | None,
@@ -136,8 +143,8 @@ def _attend_tile(
     def body(turn: jax.Array, carry):
         top, total, acc = carry  # [K, B*G], [K, B*G], [K, B*G, V]
         k, v = load(turn)
-        if upcast:
-            k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+        if upcast or kv.dtype.itemsize == 1:
+            k, v = k.astype(grouped.dtype), v.astype(grouped.dtype)
         scores = jnp.einsum("kqh,kph->kqp", grouped, k, preferred_element_type=jnp.float32) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
@@ -161,5 +168,5 @@ def _attend_tile(
         total = jnp.ones(shape, jnp.float32)
     acc = jnp.zeros((*shape, value_dim), jnp.float32)
     top, total, acc = lax.fori_loop(first_turn, last_turn, body, (top, total, acc))
-    out = acc / jnp.maximum(total, 1e-30)[..., None]
+    out = acc / jnp.maximum(total, 1e-30)[..., None] * v_scale
     return out.reshape(num_kv_heads, num_queries, group, value_dim).transpose(1, 0, 2, 3)

@@ -19,13 +19,17 @@ def paged_attention(
     window=None,
     softcap=None,
     sinks=None,
+    kv_scales=None,
     value_dim=None,
 ):
     """q [T, N, H], k and v [T, K, H], kv [LP, K, 2, page, H], page_table [S, pages], start and num_new [S].
 
-    Returns (o [T, N, H], kv): tokens beyond the rows' are zero. With value_dim, v is None and kv [LP, K, 1, page, H].
+    Returns (o [T, N, H], kv): tokens beyond the rows' are zero. With kv_scales, k and v are what the pool is to hold. With
+    value_dim, v is None, kv [LP, K, 1, page, H] and o [T, N, value_dim].
     """
     q, k, kv = (np.array(x, np.float64) for x in (q, k, kv))
+    k_scale, v_scale = kv_scales or (1.0, 1.0)
+    v_scale = k_scale if value_dim else v_scale
     page_size, group = kv.shape[3], q.shape[1] // k.shape[1]
     out = np.zeros((*q.shape[:2], value_dim or q.shape[2]))
     token = 0
@@ -45,12 +49,12 @@ def paged_attention(
             for head in range(q.shape[1]):
                 keys = cached[head // group, 0, first : last + 1]
                 values = keys[:, :value_dim] if value_dim else cached[head // group, 1, first : last + 1]
-                scores = keys @ q[token + i, head] * scale
+                scores = keys @ q[token + i, head] * (scale * k_scale)
                 if softcap is not None:
                     scores = softcap * np.tanh(scores / softcap)
                 sink = -np.inf if sinks is None else float(sinks[head])
                 top = max(scores.max(), sink)
                 weights = np.exp(scores - top)
-                out[token + i, head] = weights @ values / (weights.sum() + np.exp(sink - top))
+                out[token + i, head] = v_scale * (weights @ values) / (weights.sum() + np.exp(sink - top))
         token += n
     return out, kv

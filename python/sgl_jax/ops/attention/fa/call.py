@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from sgl_jax.ops.attention.api import RaggedBatch
+from sgl_jax.ops.attention.api import QKPrepare, RaggedBatch, to_pool
 from sgl_jax.ops.attention.fa import blocks as block_sizes
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks, DecodeBlocks
 from sgl_jax.ops.attention.fa.chunks import attend_chunks
 from sgl_jax.ops.attention.fa.decode import attend_singles
+from sgl_jax.ops.attention.fa.prepare import operands
 from sgl_jax.ops.attention.fa.ring import IDS
 from sgl_jax.ops.attention.fa.tile import LANES, Scalars, Scores, row_tile
 
@@ -33,7 +34,7 @@ def paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"],
-    kv: Float[Array, "LP K 2 page HP"],
+    kv: Num[Array, "LP K 2 page HP"],
     batch: RaggedBatch,
     *,
     first_page: Int[Array, ""] | int,
@@ -41,8 +42,10 @@ def paged_attention(
     window: Int[Array, ""] | int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    kv_scales: tuple[float, float] | None = None,
+    prepare: QKPrepare | None = None,
     blocks: tuple[DecodeBlocks, ChunkBlocks] | None = None,
-) -> tuple[Float[Array, "T N H"], Float[Array, "LP K 2 page HP"]]:
+) -> tuple[Float[Array, "T N H"], Num[Array, "LP K 2 page HP"]]:
     """See api.Attention. The pool's head dim HP is pool_head_dim(H), its page size a multiple of page_size_multiple.
 
     `blocks`: sizes other than the chip's (for tests).
@@ -73,7 +76,12 @@ def paged_attention(
         pad = ((0, padded_tokens - num_tokens), (0, 0), (0, pool_dim - head_dim))
         return jnp.pad(x, pad).astype(dtype).reshape(padded_tokens, -1)
 
-    dtype = kv.dtype
+    # 8-bit pools: values go in as bfloat16 that the pool's type holds exactly.
+    dtype = jnp.dtype(kv.dtype) if kv.dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
+    k_scale, v_scale = kv_scales or (1.0, 1.0)
+    if prepare is not None and (kv.dtype.itemsize == 1 or kv_scales):
+        (q, k), prepare = prepare(q, k), None  # before they are divided and rounded
+    k, v = to_pool(k, kv.dtype, k_scale), to_pool(v, kv.dtype, v_scale)
     table = jnp.pad(batch.page_table, ((0, 0), (0, -row_pages % IDS))).reshape(-1)
     scalars = Scalars(
         *(jnp.asarray(x, jnp.int32).reshape(1) for x in (batch.num_single, first_page, 0 if window is None else window))
@@ -81,7 +89,8 @@ def paged_attention(
     if sinks is not None:
         lines = jnp.pad(sinks.astype(jnp.float32), (0, 8))[:, None]
         sinks = jnp.broadcast_to(lines, (num_heads + 8, LANES))
-    scores = Scores(scale, softcap, 1.0, dtype)
+    prepared = operands(prepare, padded_tokens, head_dim, pool_dim, q.dtype)
+    scores = Scores(scale * k_scale, softcap, v_scale, dtype)
     singles = min(num_rows, num_tokens)
     only_singles = batch.only_singles
     out, kv = attend_singles(
@@ -93,6 +102,7 @@ def paged_attention(
         batch.kv_lens,
         table,
         sinks,
+        prepared,
         num_heads=num_heads,
         num_rows=padded_tokens if only_singles else -(-singles // TOKENS) * TOKENS,
         scores=scores,
@@ -112,6 +122,7 @@ def paged_attention(
             jnp.pad(batch.token_page, (0, padded_tokens - num_tokens)),
             table,
             sinks,
+            prepared,
             num_heads=num_heads,
             scores=scores,
             has_window=window is not None,

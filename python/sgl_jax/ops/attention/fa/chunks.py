@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks
+from sgl_jax.ops.attention.fa.prepare import Operands, Prepare
 from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
 from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages
 from sgl_jax.ops.attention.fa.write import WriteRefs, write_chunks, write_scratch
@@ -37,6 +38,8 @@ class Refs:
     k: Ref  # HBM [T, K * H]
     v: Ref  # HBM [T, K * H]
     sinks: Ref | None  # VMEM f32[N + 8, 128]
+    norms: Ref | None  # VMEM f32[2, H]: weights of q's and of k's norm
+    rope: Ref | None  # HBM f32[T, H]: cos and sin (api.QKPrepare)
     table: Ref
     o: Ref  # HBM [T, N * H]
     kv: Ref  # HBM
@@ -49,24 +52,16 @@ class Refs:
     acc: Ref  # VMEM f32[N, B, H]
     ring: dict[str, Ref]
     write: dict[str, Ref]
+    rope_tiles: Ref = None  # VMEM f32[2, B, H]
 
 
-def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, has_window: bool):
+def _kernel(
+    refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, prepare: Prepare, has_window: bool
+):
     num_rows = refs.kv_lens.shape[0]
     last_token = refs.cu_q_lens[num_rows]
-    write_chunks(
-        WriteRefs(
-            refs.num_single,
-            refs.first_page,
-            refs.kv_lens,
-            refs.cu_q_lens,
-            refs.token_page,
-            refs.k,
-            refs.v,
-            refs.kv,
-            **refs.write,
-        )
-    )
+    shared = ("num_single", "first_page", "kv_lens", "cu_q_lens", "token_page", "k", "v", "norms", "rope", "kv")
+    write_chunks(WriteRefs(**{name: getattr(refs, name) for name in shared}, **refs.write), prepare)
 
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
     num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
@@ -139,12 +134,26 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
         target, source, sem = tile_copy(refs.o, refs.o_tiles, refs.o_sem, tile)
         return pltpu.make_async_copy(source, target, sem)
 
+    def tile_loads(tile):
+        yield load(refs.q, refs.q_tiles, refs.q_sem, tile)
+        if refs.rope is not None:
+            yield load(refs.rope, refs.rope_tiles, refs.q_sem, tile)
+
+    def prepare_tile(slot):
+        rope = refs.rope_tiles[slot] if refs.rope is not None else None
+        norm = refs.norms[0:1, :] if refs.norms is not None else None
+        for head in range(num_heads):
+            at = slot, slice(None), slice(head * head_dim, (head + 1) * head_dim)
+            x = prepare(refs.q_tiles[at].astype(jnp.float32), norm, rope)
+            refs.q_tiles[at] = x.astype(refs.q_tiles.dtype)
+
     def has_tokens(tile):
         return tile * tile_tokens < last_token
 
     @pl.when(first_token < last_token)
     def _():
-        load(refs.q, refs.q_tiles, refs.q_sem, first_tile).start()
+        for copy in tile_loads(first_tile):
+            copy.start()
 
     def one_pair(row, tile, n, cursor):
         """A tile's queries of one row over the row's blocks."""
@@ -228,11 +237,16 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
 
         @pl.when(has_tokens(tile) & (first_token < last_token))
         def _():
-            load(refs.q, refs.q_tiles, refs.q_sem, tile).wait()
+            for copy in tile_loads(tile):
+                copy.wait()
 
             @pl.when(has_tokens(tile + 1))
             def _():
-                load(refs.q, refs.q_tiles, refs.q_sem, tile + 1).start()
+                for copy in tile_loads(tile + 1):
+                    copy.start()
+
+            if refs.norms is not None or refs.rope is not None:
+                prepare_tile(rem(tile, 2))
 
         tile_end = jnp.minimum((tile + 1) * tile_tokens, last_token)
 
@@ -282,6 +296,7 @@ def attend_chunks(
     token_page: jax.Array,
     table: jax.Array,
     sinks: jax.Array | None,
+    prepare: Operands,
     *,
     num_heads: int,
     scores: Scores,
@@ -305,15 +320,20 @@ def attend_chunks(
         "total": pltpu.VMEM((*state, LANES), jnp.float32),
         "acc": pltpu.VMEM((*state, head_dim), jnp.float32),
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
-        "write": write_scratch(kv, k, blocks.write_slots, blocks.write_pages),
+        "write": write_scratch(kv, k, prepare.rope, blocks.write_slots, blocks.write_pages),
     }
+    if prepare.rope is not None:
+        scratch["rope_tiles"] = pltpu.VMEM((2, blocks.queries, head_dim), jnp.float32)
+    optional = {"sinks": sinks, "norms": prepare.norms, "rope": prepare.rope}
+    optional = {name: x for name, x in optional.items() if x is not None}
     prefetch = [*Scalars._fields, "kv_lens", "cu_q_lens", "token_page"]
-    names = [*prefetch, "q", "k", "v", *(["sinks"] if sinks is not None else []), "table"]
+    names = [*prefetch, "q", "k", "v", *optional, "table"]
 
     def body(*args):
         *plain, _o_in, _kv_in, o, kv_out, rest = args
         fields: dict[str, Any] = dict(zip(names, plain, strict=True))
-        fields.setdefault("sinks", None)
+        for name in ("sinks", "norms", "rope"):
+            fields.setdefault(name, None)
         groups = table.shape[0] // (kv_lens.shape[0] * ring.IDS)
         _kernel(
             Refs(**fields, o=o, kv=kv_out, **rest),
@@ -321,12 +341,13 @@ def attend_chunks(
             groups=groups,
             unit_pages=blocks.unit_pages,
             scores=scores,
+            prepare=prepare.spec,
             has_window=has_window,
         )
 
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    inputs = [q, k, v, *([sinks] if sinks is not None else []), table, o, kv]
+    inputs = [q, k, v, *optional.values(), table, o, kv]
     last = len(prefetch) + len(inputs)
     keys = q.shape[0] * blocks.expected_keys
     return pl.pallas_call(
@@ -335,7 +356,7 @@ def attend_chunks(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=(),
-            in_specs=[hbm, hbm, hbm, *([whole] if sinks is not None else []), hbm, hbm, hbm],
+            in_specs=[hbm, hbm, hbm, *(hbm if name == "rope" else whole for name in optional), hbm, hbm, hbm],
             out_specs=[hbm, hbm],
             scratch_shapes=[scratch],
         ),

@@ -18,6 +18,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import DecodeBlocks
+from sgl_jax.ops.attention.fa.prepare import Operands, Prepare
 from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
 from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, row_tile
 
@@ -36,6 +37,8 @@ class Refs:
     k: Ref  # VMEM [R, K * H]
     v: Ref  # VMEM [R, K * H]
     sinks: Ref | None  # VMEM f32[N + 8, 128]
+    norms: Ref | None  # VMEM f32[2, H]: weights of q's and of k's norm
+    rope: Ref | None  # VMEM f32[R, H]: cos and sin (api.QKPrepare)
     table: Ref
     o: Ref  # VMEM [R, N * H]
     kv: Ref  # HBM
@@ -46,7 +49,9 @@ class Refs:
     ring: dict[str, Ref]
 
 
-def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, has_window: bool):
+def _kernel(
+    refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, prepare: Prepare, has_window: bool
+):
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
     num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
     group = num_heads // num_kv_heads
@@ -60,17 +65,23 @@ def _kernel(refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores:
     def spread(r, _):
         """16 rows of [R, heads * H] to lines by (row, head)."""
         at = pl.ds(pl.multiple_of(r * 16, 16), 16)
-        for c in lane_tiles:
-            for n in range(num_heads):
-                lanes = slice(n * head_dim + c * LANES, n * head_dim + (c + 1) * LANES)
-                refs.heads[c, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads)] = refs.q[at, lanes].astype(
-                    jnp.float32
-                )
-            for h in range(num_kv_heads):
-                lanes = slice(h * head_dim + c * LANES, h * head_dim + (c + 1) * LANES)
-                for which, x in enumerate((refs.k, refs.v)):
-                    line = pl.ds((r * 16 * num_kv_heads + h) * 2 + which, 16, stride=2 * num_kv_heads)
-                    refs.new[c, line] = x[at, lanes].astype(jnp.float32)
+        rope = refs.rope[at, :] if refs.rope is not None else None
+        q_norm, k_norm = (refs.norms[i : i + 1, :] if refs.norms is not None else None for i in range(2))
+
+        def put(target, lines, x):
+            for c in lane_tiles:
+                target[c, lines] = x[:, c * LANES : (c + 1) * LANES]
+
+        def load(source, head):
+            return source[at, head * head_dim : (head + 1) * head_dim].astype(jnp.float32)
+
+        for n in range(num_heads):
+            x = prepare(load(refs.q, n), q_norm, rope)
+            put(refs.heads, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads), x)
+        for h in range(num_kv_heads):
+            line = (r * 16 * num_kv_heads + h) * 2
+            put(refs.new, pl.ds(line, 16, stride=2 * num_kv_heads), prepare(load(refs.k, h), k_norm, rope))
+            put(refs.new, pl.ds(line + 1, 16, stride=2 * num_kv_heads), load(refs.v, h))
 
     lax.fori_loop(0, cdiv(num_rows, 16), spread, None)
 
@@ -236,6 +247,7 @@ def attend_singles(
     kv_lens: jax.Array,
     table: jax.Array,
     sinks: jax.Array | None,
+    prepare: Operands,
     *,
     num_heads: int,
     num_rows: int,
@@ -257,12 +269,15 @@ def attend_singles(
         "write_sem": pltpu.SemaphoreType.DMA((WRITES,)),
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
     }
-    names = [*Scalars._fields, "kv_lens", "q", "k", "v", *(["sinks"] if sinks is not None else []), "table"]
+    optional = {"sinks": sinks, "norms": prepare.norms, "rope": prepare.rope}
+    optional = {name: x for name, x in optional.items() if x is not None}
+    names = [*Scalars._fields, "kv_lens", "q", "k", "v", *optional, "table"]
 
     def body(*args):
         *plain, _kv_in, o, kv_out, rest = args
         fields = dict(zip(names, plain, strict=True))
-        fields.setdefault("sinks", None)
+        for name in ("sinks", "norms", "rope"):
+            fields.setdefault(name, None)
         kernel(Refs(**fields, o=o, kv=kv_out, **rest))
 
     kernel = functools.partial(
@@ -271,12 +286,13 @@ def attend_singles(
         groups=table.shape[0] // (kv_lens.shape[0] * ring.IDS),
         unit_pages=blocks.unit_pages,
         scores=scores,
+        prepare=prepare.spec,
         has_window=has_window,
     )
     rows = lambda x: pl.BlockSpec((num_rows, x.shape[1]), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))  # noqa: E731
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    inputs = [q, k, v, *([sinks] if sinks is not None else []), table, kv]
+    inputs = [q, k, v, *optional.values(), table, kv]
     keys = num_rows * blocks.expected_keys
     return pl.pallas_call(
         body,
@@ -284,7 +300,14 @@ def attend_singles(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
-            in_specs=[rows(q), rows(k), rows(v), *([whole] if sinks is not None else []), hbm, hbm],
+            in_specs=[
+                rows(q),
+                rows(k),
+                rows(v),
+                *(rows(x) if name == "rope" else whole for name, x in optional.items()),
+                hbm,
+                hbm,
+            ],
             out_specs=[rows(q), hbm],
             scratch_shapes=[scratch],
         ),

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from sgl_jax.ops.attention.fa.prepare import Prepare
 from sgl_jax.ops.attention.fa.ring import Ref, cdiv, div, rem
 from sgl_jax.ops.attention.fa.tile import LANES
 
@@ -33,6 +34,8 @@ class WriteRefs:
     token_page: Ref  # SMEM i32[T]
     k: Ref  # HBM [T, K * H]
     v: Ref  # HBM [T, K * H]
+    norms: Ref | None  # VMEM f32[2, H]
+    rope: Ref | None  # HBM f32[T, H]
     kv: Ref  # HBM [LP, K, 2, page, H]
     lines: Ref  # VMEM [slots, 2, W, K * H]
     line_sem: Ref  # DMA [slots]
@@ -41,9 +44,10 @@ class WriteRefs:
     old_sem: Ref  # DMA [slots]
     new_sem: Ref  # DMA [slots]
     counts: Ref  # SMEM i32[slots]: pages of the slot on their way to the pool
+    rope_lines: Ref = None  # VMEM f32[slots, W, H]
 
 
-def write_scratch(kv: jax.Array, k: jax.Array, slots: int, pages: int) -> dict[str, Any]:
+def write_scratch(kv: jax.Array, k: jax.Array, rope: jax.Array | None, slots: int, pages: int) -> dict[str, Any]:
     _, num_kv_heads, _, page_size, head_dim = kv.shape
     tokens = pages * page_size
     lines = min(tokens + ALIGN, k.shape[0])
@@ -55,10 +59,10 @@ def write_scratch(kv: jax.Array, k: jax.Array, slots: int, pages: int) -> dict[s
         "old_sem": pltpu.SemaphoreType.DMA((slots,)),
         "new_sem": pltpu.SemaphoreType.DMA((slots,)),
         "counts": pltpu.SMEM((slots,), jnp.int32),
-    }
+    } | ({"rope_lines": pltpu.VMEM((slots, lines, head_dim), jnp.float32)} if rope is not None else {})
 
 
-def write_chunks(refs: WriteRefs) -> None:
+def write_chunks(refs: WriteRefs, prepare: Prepare) -> None:
     """Write all of them, and wait until they are in the pool."""
     num_rows = refs.kv_lens.shape[0]
     slots, pages, num_kv_heads, _, page_size, head_dim = refs.segments.shape
@@ -96,10 +100,10 @@ def write_chunks(refs: WriteRefs) -> None:
         token = segment * tokens - refs.kv_lens[row] + refs.cu_q_lens[row + 1]
         base = jnp.clip(div(jnp.maximum(token, 0), ALIGN) * ALIGN, 0, refs.k.shape[0] - num_lines)
         at = pl.ds(pl.multiple_of(base, ALIGN), num_lines)
-        sources = refs.k.at[at], refs.v.at[at]
-        return [
-            pltpu.make_async_copy(x, refs.lines.at[slot, i], refs.line_sem.at[slot]) for i, x in enumerate(sources)
-        ], token - base
+        pairs = [(refs.k, refs.lines.at[slot, 0]), (refs.v, refs.lines.at[slot, 1])]
+        if refs.rope is not None:
+            pairs.append((refs.rope, refs.rope_lines.at[slot]))
+        return [pltpu.make_async_copy(x.at[at], to, refs.line_sem.at[slot]) for x, to in pairs], token - base
 
     def page_copy(n, row, segment, page, to_pool):
         slot = rem(n, slots)
@@ -126,7 +130,7 @@ def write_chunks(refs: WriteRefs) -> None:
         wait = lambda _, __: pltpu.make_async_copy(one, one, refs.new_sem.at[slot]).wait()  # noqa: E731
         lax.fori_loop(0, refs.counts[slot], wait, None)
 
-    def prepare(cursor):
+    def fetch(cursor):
         n, row, segment = cursor
 
         @pl.when(is_row(row))
@@ -149,12 +153,15 @@ def write_chunks(refs: WriteRefs) -> None:
         for copy in lines:
             copy.wait()
         for_half_new_pages(row, segment, lambda page: page_copy(n, row, segment, page, False).wait())
+        rope = refs.rope_lines[slot] if refs.rope is not None else None
+        norm = refs.norms[1:2, :] if refs.norms is not None else None
         for which in range(2):
             for h in range(num_kv_heads):
+                x = refs.lines[slot, which, :, h * head_dim : (h + 1) * head_dim].astype(jnp.float32)
+                if which == 0:
+                    x = prepare(x, norm, rope)
                 for c in lane_tiles:
-                    lanes = slice(h * head_dim + c * LANES, h * head_dim + (c + 1) * LANES)
-                    x = refs.lines[slot, which, :, lanes].astype(jnp.float32)
-                    refs.shifted[which, h, c, pl.ds(tokens, num_lines)] = x
+                    refs.shifted[which, h, c, pl.ds(tokens, num_lines)] = x[:, c * LANES : (c + 1) * LANES]
         first, end = new_range(row)
         low, high = page_range(row, segment)
 
@@ -173,12 +180,12 @@ def write_chunks(refs: WriteRefs) -> None:
 
         lax.fori_loop(low, high, one_page, None)
         refs.counts[slot] = high - low
-        return step(cursor), prepare(ahead)
+        return step(cursor), fetch(ahead)
 
     row = refs.num_single[0]
     first, _ = new_range(jnp.minimum(row, num_rows - 1))
     cursor = (jnp.int32(0), row, div(first, tokens))
-    ahead = lax.fori_loop(0, slots // 2, lambda _, c: prepare(c), cursor)
+    ahead = lax.fori_loop(0, slots // 2, lambda _, c: fetch(c), cursor)
     (n, _, _), _ = lax.while_loop(lambda carry: is_row(carry[0][1]), write, (cursor, ahead))
 
     def finish(i, _):
