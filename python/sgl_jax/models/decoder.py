@@ -151,7 +151,7 @@ def _embed(table: Float[Array, "V D"], tokens: Int[Array, " T"], axis: TensorAxi
 
 def _attention(h, kv, w: LayerWeights, config: DecoderConfig, norm, rope, context: Context, layer, window):
     num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
-    if config.mla is not None:
+    if config.mla is not None and w.mla is not None:
         attend = functools.partial(context.attend, layer=layer, window=window)
         out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend)
         return _project(out, w.o, w.o_bias, context.axis), kv

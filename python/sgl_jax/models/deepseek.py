@@ -68,14 +68,17 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
 def _experts(hf: dict[str, Any], *, is_v3: bool) -> MoeConfig:
     size = required(hf, "moe_intermediate_size")
     grouped = is_v3 or hf.get("topk_method") == "group_limited_greedy"
+    experts, groups = required(hf, "n_routed_experts"), required(hf, "n_group") if grouped else 1
+    if experts % groups:
+        raise ModelError(f"config.json: n_routed_experts={experts} is no multiple of n_group={groups}")
     return MoeConfig(
-        num_experts=required(hf, "n_routed_experts"),
+        num_experts=experts,
         experts_per_token=required(hf, "num_experts_per_tok"),
         intermediate_size=size,
         shared_intermediate_size=size * (hf.get("n_shared_experts") or 0),
         scoring="sigmoid" if is_v3 else "softmax",
         score_bias=is_v3,
-        num_groups=required(hf, "n_group") if grouped else 1,
+        num_groups=groups,
         groups_per_token=required(hf, "topk_group") if grouped else 1,
         group_score="top2" if is_v3 else "max",
         normalise=is_v3 and bool(hf.get("norm_topk_prob", True)),

@@ -26,7 +26,7 @@ class NoSuchBackend(ValueError):
 class Backend:
     """An implementation, and what it asks of the pool. It is called as the contract says."""
 
-    attend: Attention
+    attend: Attention | Callable[..., Any]  # one that is not `latent` need not know value_dim
     platforms: frozenset[str] = frozenset({"cpu", "gpu", "tpu"})
     pool_head_dim: Callable[[int], int] = lambda head_dim: head_dim  # H of the pool, for heads of that size
     page_multiple: Callable[[Any], int] = lambda dtype: 1  # page sizes must be multiples of it, for a pool of the dtype
