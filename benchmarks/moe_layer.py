@@ -8,6 +8,7 @@ Both forms run in turn in one process, so their ratio is what counts on a shared
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -25,11 +26,12 @@ from sgl_jax.models.weights import Experts, MoeWeights
 from sgl_jax.ops.grouped_matmul import native
 
 D, MOE = 1024, MoeConfig(num_experts=64, experts_per_token=8, intermediate_size=384)
+SILU = functools.partial(gated, activation="silu")
 
 
 def grouped(x: jax.Array, w: MoeWeights, at: LayerExperts) -> jax.Array:
     valid = jnp.ones(len(x), bool)
-    return moe_layer(x, w, at, MOE, "silu", valid, native.grouped_matmul)
+    return moe_layer(x, w, at, MOE, SILU, valid, native.grouped_matmul)
 
 
 def dense(x: jax.Array, w: MoeWeights, at: LayerExperts) -> jax.Array:
@@ -38,7 +40,7 @@ def dense(x: jax.Array, w: MoeWeights, at: LayerExperts) -> jax.Array:
     share = (
         jnp.zeros((len(x), MOE.num_experts), x.dtype).at[jnp.arange(len(x))[:, None], ids].set(weights.astype(x.dtype))
     )
-    h = gated(jnp.einsum("efd,td->etf", at.experts.gate_up[at.layer], x), "silu")
+    h = SILU(jnp.einsum("efd,td->etf", at.experts.gate_up[at.layer], x))
     return jnp.einsum("edf,etf,te->td", at.experts.down[at.layer], h, share)
 
 
@@ -62,8 +64,8 @@ def main() -> None:
         return (jax.random.normal(next(keys), shape) * 0.02).astype(args.dtype)
 
     e, f = MOE.num_experts, MOE.intermediate_size
-    at = LayerExperts(Experts(gate_up=normal(1, e, 2 * f, D), down=normal(1, e, D, f)), jnp.int32(0))
-    w = MoeWeights(normal(e, D), None, at.experts, None, None, None)
+    at = LayerExperts(Experts(normal(1, e, 2 * f, D), None, normal(1, e, D, f), None), jnp.int32(0))
+    w = MoeWeights(normal(e, D), None, None, at.experts, None, None, None)
     results = []
     for tokens in args.tokens:
         x = normal(tokens, D) * 50

@@ -6,25 +6,35 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import dataclasses
-import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from sgl_jax import __version__
-from sgl_jax.environment import accelerators, machine, packages, privacy, probing
+from sgl_jax.environment import accelerators, machine, packages, probing
 from sgl_jax.environment.facts import PLATFORMS, Facts, Gpus, Machine, Platform, Probe, Report, Tpus
-from sgl_jax.environment.notices import notices
 from sgl_jax.environment.report import render
-from sgl_jax.environment.verdicts import judge
+from sgl_jax.environment.verdicts import judge, notices
 from sgl_jax.server_args import ENV_PREFIX, default_compilation_cache_dir, environment
+
+# Variables that change what jax, the accelerators' runtimes, downloads or this program do.
+_MATTER = re.compile(
+    r"(JAX|XLA|LIBTPU|TPU|CLOUD_TPU|MEGASCALE|PJRT|CUDA|NVIDIA|NCCL|ROCR|HIP|HF|HUGGING_?FACE|SGL_JAX|OMP|TF_CPP)_\w+"
+    r"|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|XDG_CACHE_HOME|TMPDIR"
+)
+_SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH")
+_SECRET = re.compile(r"\b(hf_\w{8,}|sk-[\w-]{8,}|gh[pousr]_\w{8,}|AKIA\w{8,})|(?<=://)[^/\s@]+(?=@)")
 
 
 def check_env(timeout_s: float = probing.TIMEOUT_S) -> Report:
     """Look, print the report to the standard output, and return it. `timeout_s` bounds the trying out of a platform."""
     report = look(environment(), timeout_s)
-    _print(render(report))
+    encoding = sys.stdout.encoding or "utf-8"
+    text = public(render(report), os.path.expanduser("~"))
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
     return report
 
 
@@ -39,7 +49,7 @@ def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Re
             failures.append(f"{what}: {type(error).__name__}: {error}")
             return otherwise
 
-    with concurrent.futures.ThreadPoolExecutor() as threads, probing.Processes() as processes:
+    with concurrent.futures.ThreadPoolExecutor() as threads, probing.Probes() as probes:
         gpus = threads.submit(attempt, "GPUs", accelerators.gpus, Gpus())  # nvidia-smi takes a second
         seen = Facts(
             packages=attempt("packages", packages.collect, ()),
@@ -50,32 +60,21 @@ def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Re
         def probe(platform: Platform) -> Probe:
             if reason := probing.reason_not_to(platform, seen):
                 return Probe(platform, "not started", reason)
-            return attempt(
-                f"trying {platform} out",
-                lambda: probing.try_out(platform, environ, timeout_s, seen.gpu_plugin, processes),
-                Probe(platform, "not started", "the process could not be started"),
-            )
+            alone = probing.variables(platform, environ, seen.gpu_name)
+            failed = Probe(platform, "not started", "the process could not be started")
+            return attempt(f"trying {platform} out", lambda: probes.run(platform, alone, timeout_s), failed)
 
-        probes = [threads.submit(probe, platform) for platform in PLATFORMS]
-        cache_path, cache_source = cache_folder(environ)
-        library = environ.get("TPU_LIBRARY_PATH")
-        facts = dataclasses.replace(
+        tried = [threads.submit(probe, platform) for platform in PLATFORMS]
+        cache = cache_folder(environ)
+        facts = replace(
             seen,
             machine=attempt("the machine", lambda: machine.look(environ), Machine()),
-            compile_cache=attempt("the compile cache", lambda: machine.compile_cache(cache_path, cache_source), None),
-            disks=attempt("disks", lambda: _disks(environ, cache_path), ()),
-            tpu_library_missing=library is not None and not os.path.isfile(library),
+            compile_cache=attempt("the compile cache", lambda: machine.compile_cache(*cache), None),
             gpus=gpus.result(),
-            probes=tuple(future.result() for future in probes),
+            probes=tuple(each.result() for each in tried),
+            not_found_out=tuple(failures),
         )
-    facts = dataclasses.replace(facts, not_found_out=tuple(failures))
-    report = Report(
-        sgl_jax=__version__,
-        verdicts=judge(facts),
-        notices=notices(facts),
-        facts=dataclasses.replace(facts, environ=privacy.variables(environ)),
-    )
-    return privacy.without_secrets(report, os.path.expanduser("~"))
+    return Report(__version__, judge(facts), notices(facts), replace(facts, environ=variables(environ)))
 
 
 def cache_folder(environ: Mapping[str, str]) -> tuple[str, str]:
@@ -87,17 +86,20 @@ def cache_folder(environ: Mapping[str, str]) -> tuple[str, str]:
     return default_compilation_cache_dir(environ), by_user
 
 
-def _disks(environ: Mapping[str, str], cache_path: str) -> tuple:
-    home = environ.get("HF_HOME") or os.path.join(environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
-    models = os.path.expanduser(environ.get("HF_HUB_CACHE") or os.path.join(home, "hub"))
-    folders = {"compile cache": cache_path, "model downloads": models}
-    return tuple(machine.disk(use, path) for use, path in folders.items() if "://" not in path)
+def variables(environ: Mapping[str, str]) -> dict[str, str]:
+    """Those that matter; the values of those that are secret by their name are hidden."""
+    return {
+        name: "(set, hidden)" if value and _SECRET_NAME.search(name) else value
+        for name, value in sorted(environ.items())
+        if _MATTER.fullmatch(name)
+    }
 
 
-def _print(text: str) -> None:
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    sys.stdout.flush()
+def public(text: str, home: str) -> str:
+    """The text without what looks like a secret, and with the home directory as ~: it is pasted into public issues."""
+    text = _SECRET.sub("(hidden)", text)
+    home = home.rstrip("/")
+    return re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text) if home else text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,7 +110,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         epilog="Exit code: 0 when a platform is usable (with --platform, that one), 1 when not.",
         allow_abbrev=False,
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     parser.add_argument("--platform", choices=PLATFORMS, help="the platform that must be usable (default: any)")
     parser.add_argument(
         "--timeout",
@@ -120,12 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if sys.stderr.isatty():
         print(f"trying the platforms out, for {options.timeout:g} s at most ...", file=sys.stderr)
-    if options.json:
-        report = look(environment(), options.timeout)
-        _print(json.dumps({"usable": report.usable, **dataclasses.asdict(report)}, indent=2) + "\n")
-    else:
-        report = check_env(options.timeout)
-    return 0 if (options.platform in report.usable if options.platform else report.usable) else 1
+    usable = check_env(options.timeout).usable
+    return 0 if (options.platform in usable if options.platform else usable) else 1
 
 
 def seconds(text: str) -> float:

@@ -33,6 +33,7 @@ FAMILIES = [
     "gemma3_text",
     "glm4_moe",
     "glm4_moe-air",
+    "gpt_oss",
     "deepseek_v2",
     "deepseek_v2-lite",
     "deepseek_v3",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sgl_jax.environment.facts import Device, Facts, Gpu, Gpus, Machine, Package, Platform, Probe, Tpus
+from sgl_jax.environment.facts import Device, Facts, Gpus, Machine, Package, Platform, Probe, Tpus
 
 JAX = Package("jax", "0.12.0.1", ">=0.11.2", "sgl-jax")
 LIBTPU = Package("libtpu", "0.0.50.1", "==0.0.50.*", "jax", optional=True)
@@ -13,7 +13,7 @@ CUDA12 = Package("jax-cuda12-plugin", "0.12.0.1", ">=0.12.0.1,<=0.12.0.1", "jax"
 ROCM = Package("jax-rocm7-plugin", "0.12.0.1", "==0.12.0.1.*", "jax", optional=True)
 
 GIB = 1 << 30
-V5E = Tpus(chips=("TPU v5e",) * 4, nodes=("/dev/vfio/0", "/dev/vfio/1"), huge_pages="always")
+V5E = Tpus(chips=("TPU v5e",) * 4, nodes=("/dev/vfio/0", "/dev/vfio/1"))
 V5E_DEVICES = tuple(
     Device(2 * y + x, "TPU v5 lite", memory=16 * GIB, memory_used=GIB, coords=(x, y, 0), core_on_chip=0, slice_index=0)
     for y in range(2)
@@ -21,12 +21,12 @@ V5E_DEVICES = tuple(
 )
 H200 = Gpus(
     nodes=("/dev/nvidia0", "/dev/nvidiactl"),
-    nvidia_on_pci=1,
+    on_pci=1,
     driver="580.82.07",
     nvidia_smi="ok",
-    gpus=(Gpu("NVIDIA H200", 140 * GIB, GIB, "9.0"),),
+    names=("NVIDIA H200",),
 )
-CPU = Machine(cpu_model="A Processor", cpus=8, cpus_allowed=4, memory=32 * GIB)
+CPU = Machine(cpu_model="A Processor", cpus=4, memory=32 * GIB)
 CPU_WORKS = Probe(
     "cpu", "ok", seconds=1.5, stage="computing", jax_version="0.12.0.1", runtime="cpu", devices=(Device(0, "cpu"),)
 )

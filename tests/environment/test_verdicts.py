@@ -11,6 +11,7 @@ from machines import (
     CUDA13,
     GIB,
     H200,
+    JAX,
     LIBTPU,
     ROCM,
     V5E,
@@ -20,19 +21,17 @@ from machines import (
 )
 
 from sgl_jax.environment.facts import (
-    Advice,
+    CompileCache,
     Device,
     Facts,
     Gpus,
-    Holder,
     Machine,
     Package,
     Platform,
     Probe,
-    Tpus,
     Verdict,
 )
-from sgl_jax.environment.verdicts import judge
+from sgl_jax.environment.verdicts import judge, notices
 
 JAX_TPU = 'uv pip install "jax[tpu]==0.12.0.1"'
 JAX_CUDA13 = 'uv pip install "jax[cuda13]==0.12.0.1"'
@@ -50,8 +49,8 @@ def verdict(given: Facts, platform: Platform) -> Verdict:
     return next(each for each in judge(given) if each.platform == platform)
 
 
-def lines(advice: tuple[Advice, ...]) -> list[str]:
-    return [f"{each.text}: {each.command}" if each.command else each.text for each in advice]
+def lines(advice: tuple[str, ...]) -> list[str]:
+    return [each.replace("\n", " ") for each in advice]
 
 
 def without_jax(platform: Platform, **more: object) -> Facts:
@@ -91,17 +90,7 @@ UNUSABLE = {
         "tpu",
         without_jax("tpu", tpus=V5E, packages=(LIBTPU,)),
         f"4 x TPU v5e on the PCI bus, but jax cannot be imported: {NO_JAX}",
-        ['reinstall jax: uv pip install "jax[tpu]>=0.11.2"'],
-    ),
-    "TPU held, seen in /proc": (
-        "tpu",
-        facts(
-            Probe("tpu", "not started", "in use by another process, and a TPU serves one at a time"),
-            packages=(LIBTPU,),
-            tpus=dataclasses.replace(V5E, holders=(Holder(4242, "python3", "/dev/vfio/0"),)),
-        ),
-        "in use by process 4242 (python3), and a TPU serves one at a time",
-        ["wait until it has ended, or stop it"],
+        ['install jax: uv pip install "jax[tpu]>=0.11.2"'],
     ),
     "TPU held, libtpu says by whom": (
         "tpu",
@@ -114,8 +103,8 @@ UNUSABLE = {
             packages=(LIBTPU,),
             tpus=V5E,
         ),
-        "in use by process 176028, and a TPU serves one at a time",
-        ["wait until it has ended, or stop it"],
+        "4 x TPU v5e on the PCI bus, but in use by process 176028, and a TPU serves one at a time",
+        [WHO, "wait until it has ended, or stop it"],
     ),
     "TPU held, nobody says by whom": (
         "tpu",
@@ -124,7 +113,7 @@ UNUSABLE = {
             packages=(LIBTPU,),
             tpus=V5E,
         ),
-        "in use by another process, and a TPU serves one at a time",
+        "4 x TPU v5e on the PCI bus, but in use by another process, and a TPU serves one at a time",
         [WHO, "wait until it has ended, or stop it"],
     ),
     "chips without device files": (
@@ -133,31 +122,17 @@ UNUSABLE = {
         "4 x TPU v5e on the PCI bus, but there is no /dev/accel* and no /dev/vfio/*",
         [TPU_CONTAINER],
     ),
-    "device files of somebody else": (
-        "tpu",
-        facts(
-            failed("tpu", "PERMISSION_DENIED"),
-            packages=(LIBTPU,),
-            tpus=Tpus(nodes=("/dev/accel0",), forbidden=("/dev/accel0",)),
-        ),
-        "1 device file of TPUs (/dev/accel0), but this user may not open /dev/accel0",
-        ["run as root or as a member of the files' group", TPU_CONTAINER],
-    ),
     "TPU does not answer": (
         "tpu",
         facts(
             Probe("tpu", "timeout", "no answer in 90 s", "initialising", 90.0),
             packages=(LIBTPU,),
             tpus=V5E,
-            environ={"TPU_WORKER_HOSTNAMES": "a,b,c,d"},
         ),
         "4 x TPU v5e on the PCI bus, but jax gave no answer in 90 s while initialising",
         [
-            "a slice of several hosts (TPU_WORKER_HOSTNAMES lists 4) starts only when all of them do: run this on all "
-            "at the same time",
+            "a slice of several hosts starts only when all of them do: run this on all at the same time",
             "give it longer: --timeout 300",
-            WHO,
-            REPORT,
         ],
     ),
     "libtpu of another jax": (
@@ -167,8 +142,8 @@ UNUSABLE = {
             packages=(dataclasses.replace(LIBTPU, version="0.0.52", fits=False),),
             tpus=V5E,
         ),
-        "4 x TPU v5e on the PCI bus, but jax cannot initialise it: killed by SIGSEGV",
-        [f"versions that do not fit together: libtpu is 0.0.52, jax needs ==0.0.50.*: {JAX_TPU}", REPORT],
+        "4 x TPU v5e on the PCI bus, but jax fails while initialising: killed by SIGSEGV",
+        [f"versions that do not fit together: libtpu is 0.0.52, jax needs ==0.0.50.*: {JAX_TPU}"],
     ),
     "TPU behind a lock file": (
         "tpu",
@@ -177,12 +152,10 @@ UNUSABLE = {
             packages=(LIBTPU,),
             tpus=V5E,
         ),
-        "4 x TPU v5e on the PCI bus, but jax cannot initialise it: ABORTED: Internal error when accessing libtpu "
+        "4 x TPU v5e on the PCI bus, but jax fails while initialising: ABORTED: Internal error when accessing libtpu "
         "multi-process lockfile.",
         [
-            "another process may just be loading libtpu: try again",
-            "if there is none, remove what one left behind: sudo rm /tmp/libtpu_lockfile",
-            REPORT,
+            "if no other process uses the TPU, remove what one left: sudo rm /tmp/libtpu_lockfile",
         ],
     ),
     # --- GPU
@@ -200,9 +173,9 @@ UNUSABLE = {
     ),
     "GPU without a driver": (
         "gpu",
-        facts(gpus=Gpus(nvidia_on_pci=2)),
-        "2 NVIDIA GPUs on the PCI bus, but no driver is loaded",
-        ["install NVIDIA's driver, version 580 or newer", GPU_CONTAINER],
+        facts(gpus=Gpus(on_pci=2)),
+        "2 x NVIDIA GPU on the PCI bus, but no driver is loaded",
+        ["install NVIDIA's, 580 or newer", GPU_CONTAINER],
     ),
     "GPU without a plugin": (
         "gpu",
@@ -219,13 +192,13 @@ UNUSABLE = {
     "GPU by its device files only": (
         "gpu",
         facts(gpus=Gpus(nodes=("/dev/nvidia0", "/dev/nvidiactl"))),
-        "2 device files of GPUs (/dev/nvidia0, /dev/nvidiactl), but jax has no plugin for it",
+        "GPUs (/dev/nvidia0, /dev/nvidiactl), but jax has no plugin for it",
         [f"install it: {JAX_CUDA13}"],
     ),
     "AMD GPU without a plugin": (
         "gpu",
-        facts(gpus=Gpus(nodes=("/dev/kfd",), amd=True)),
-        "1 device file of GPUs (/dev/kfd), but jax has no plugin for it",
+        facts(gpus=Gpus(nodes=("/dev/kfd",))),
+        "GPUs (/dev/kfd), but jax has no plugin for it",
         ['install it: uv pip install "jax[rocm7-local]==0.12.0.1"'],
     ),
     "driver too old for the plugin": (
@@ -257,14 +230,14 @@ UNUSABLE = {
         "gpu",
         without_jax("gpu", gpus=H200, packages=(CUDA13,)),
         f"1 x NVIDIA H200, but jax cannot be imported: {NO_JAX}",
-        ['reinstall jax: uv pip install "jax[cuda13]>=0.11.2"'],
+        ['install jax: uv pip install "jax[cuda13]>=0.11.2"'],
     ),
     "GPU hidden by a variable": (
         "gpu",
         facts(
             failed("gpu", "no supported devices"), packages=(CUDA13,), gpus=H200, environ={"CUDA_VISIBLE_DEVICES": ""}
         ),
-        '1 x NVIDIA H200, but CUDA_VISIBLE_DEVICES="" hides it',
+        "1 x NVIDIA H200, but CUDA_VISIBLE_DEVICES hides it",
         ["undo it: unset CUDA_VISIBLE_DEVICES"],
     ),
     "driver that does not answer": (
@@ -274,8 +247,8 @@ UNUSABLE = {
             packages=(CUDA13,),
             gpus=Gpus(nodes=("/dev/nvidia0",), nvidia_smi="no answer in 20 s"),
         ),
-        "1 device file of GPUs (/dev/nvidia0), but nvidia-smi: no answer in 20 s",
-        ["load or reinstall the driver, or restart the machine"],
+        "GPUs (/dev/nvidia0), but nvidia-smi: no answer in 20 s",
+        ["reload or reinstall the driver, or restart the machine"],
     ),
     "plugin without its libraries": (
         "gpu",
@@ -284,15 +257,15 @@ UNUSABLE = {
             packages=(CUDA13,),
             gpus=H200,
         ),
-        "1 x NVIDIA H200, but jax cannot initialise it: Exception (RuntimeError: Unable to load cuDNN. Is it "
+        "1 x NVIDIA H200, but jax fails while initialising: Exception (RuntimeError: Unable to load cuDNN. Is it "
         "installed?); AssertionError",
-        [f"cuDNN cannot be loaded: install it with jax: {JAX_CUDA13}", REPORT],
+        [f"cuDNN cannot be loaded: install it with jax: {JAX_CUDA13}"],
     ),
     "GPU full": (
         "gpu",
         facts(failed("gpu", "RESOURCE_EXHAUSTED: out of memory", "computing"), packages=(CUDA13,), gpus=H200),
-        "1 x NVIDIA H200, but jax computes wrongly or not at all: RESOURCE_EXHAUSTED: out of memory",
-        ["its memory is taken; see by whom: nvidia-smi", REPORT],
+        "1 x NVIDIA H200, but jax fails while computing: RESOURCE_EXHAUSTED: out of memory",
+        ["its memory is taken; see by whom: nvidia-smi"],
     ),
     # --- CPU
     "no jax": (
@@ -317,20 +290,20 @@ UNUSABLE = {
     "CPU without AVX": (
         "cpu",
         facts(Probe("cpu", "crashed", "killed by SIGILL", "importing jax")),
-        "jax ends when imported: killed by SIGILL",
+        "jax fails while importing jax: killed by SIGILL",
         ["this CPU lacks instructions that jaxlib is built with: use another machine"],
     ),
     "out of memory": (
         "cpu",
         facts(Probe("cpu", "crashed", "killed by SIGKILL", "initialising")),
-        "jax cannot initialise it: killed by SIGKILL",
+        "jax fails while initialising: killed by SIGKILL",
         ["most often for lack of memory: free some, or raise the container's limit"],
     ),
     "CPU does not answer": (
         "cpu",
         facts(Probe("cpu", "timeout", "no answer in 5 s", "importing jax")),
         "jax gave no answer in 5 s while importing jax",
-        ["the machine may be overloaded: give it longer, --timeout 300"],
+        ["give it longer: --timeout 300"],
     ),
     "process that did not start": (
         "cpu",
@@ -365,7 +338,7 @@ UNUSABLE = {
             gpus=H200,
             environ={"JAX_PLATFORMS": "gpu"},
         ),
-        "works (1 x NVIDIA H200), but jax fails with JAX_PLATFORMS=gpu: it takes gpu for CUDA, ROCm and oneAPI at once; "
+        "works (1 x NVIDIA H200), but jax fails with JAX_PLATFORMS=gpu: it takes gpu for CUDA and ROCm at once; "
         "write cuda",
         [UNSET],
     ),
@@ -374,7 +347,7 @@ UNUSABLE = {
         facts(
             Probe("gpu", "ok", devices=(Device(0, "gfx942"),)),
             packages=(ROCM,),
-            gpus=dataclasses.replace(H200, amd=True),
+            gpus=dataclasses.replace(H200),
             environ={"JAX_PLATFORMS": "cuda"},
         ),
         "works (1 x gfx942), but jax fails with JAX_PLATFORMS=cuda: cuda does not work",
@@ -448,3 +421,71 @@ def test_usable(platform: Platform, given: Facts, summary: str) -> None:
 def test_a_verdict_for_each_platform_whatever_is_known() -> None:
     assert [(v.platform, v.usable) for v in judge(Facts())] == [("tpu", False), ("gpu", False), ("cpu", False)]
     assert [(v.platform, v.usable) for v in judge(facts(CPU_WORKS))] == [("tpu", False), ("gpu", False), ("cpu", True)]
+
+
+NOTICES = {
+    "nothing": (facts(), []),
+    "not installed as a package": (
+        Facts(),
+        ["sgl_jax is not installed, or not with its packages; in the repository:\nuv pip install -e python"],
+    ),
+    "packages that are missing": (
+        facts(
+            packages=(
+                Package("msgspec", None, ">=0.20", "sgl-jax"),
+                Package("jaxlib", None, "", "jax"),
+                Package("matplotlib", None, ">=3.10", "sgl-jax", optional=True),
+            )
+        ),
+        ['not installed: msgspec, jaxlib\nuv pip install "msgspec>=0.20"'],
+    ),
+    "jax too old": (
+        facts(packages=(dataclasses.replace(JAX, version="0.10.0", fits=False),)),
+        ['jax is 0.10.0; sgl-jax needs >=0.11.2\nuv pip install "jax>=0.11.2"'],
+    ),
+    "jaxlib of another jax, on a TPU": (
+        facts(packages=(Package("jaxlib", "0.11.2", "==0.12.0.1", "jax", fits=False), LIBTPU)),
+        [f"jaxlib is 0.11.2; jax needs ==0.12.0.1\n{JAX_TPU}"],
+    ),
+    "jaxlib of another jax, on a CPU": (
+        facts(packages=(Package("jaxlib", "0.10.0", ">=0.11.2", "jax", fits=False),)),
+        ['jaxlib is 0.10.0; jax needs >=0.11.2\nuv pip install "jax==0.12.0.1"'],
+    ),
+    "cuDNN too old": (
+        facts(packages=(CUDA13, Package("nvidia-cudnn-cu13", "9.1", ">=9.12", "jax-cuda13-plugin", True, False))),
+        [f"nvidia-cudnn-cu13 is 9.1; jax-cuda13-plugin needs >=9.12\n{JAX_CUDA13}"],
+    ),
+    "compile cache that cannot be written": (
+        facts(compile_cache=CompileCache("/c", "by $X", "cannot be written", "Read-only file system")),
+        [
+            "the compile cache /c cannot be written (Read-only file system): every start compiles everything; "
+            "choose another\nexport JAX_COMPILATION_CACHE_DIR=..."
+        ],
+    ),
+    "compile cache on a full disk": (
+        facts(compile_cache=CompileCache("/c", "by $X", "is not there yet", free=GIB)),
+        ["only 1.0 GiB free for the compile cache (/c)"],
+    ),
+    "few open files": (
+        facts(machine=Machine(limits={"open files": (1024, None)})),
+        ["at most 1024 open files; each client connection takes one\nulimit -n 65536"],
+    ),
+    "few open files, and no more to be had": (
+        facts(machine=Machine(limits={"open files": (1024, 1024), "locked memory": (1, 1)})),
+        ["at most 1024 open files; each client connection takes one"],
+    ),
+    "a container with fewer CPUs than it sees": (
+        facts(machine=Machine(cpus=64, cgroup_cpus=2.5)),
+        ["the container may use 2.5 CPUs and sees 64: more threads than CPUs"],
+    ),
+    "a container with as many": (facts(machine=Machine(cpus=2, cgroup_cpus=2.0)), []),
+    "what could not be looked at": (
+        facts(not_found_out=("disks: OSError: x",)),
+        ["could not look at disks: OSError: x"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("given", "expected"), NOTICES.values(), ids=NOTICES)
+def test_what_should_be_known_is_told_and_nothing_else(given: Facts, expected: list[str]) -> None:
+    assert list(notices(given)) == expected

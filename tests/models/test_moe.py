@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from sgl_jax.models.config import MoeConfig
+from sgl_jax.models.layers import gated
 from sgl_jax.models.moe import LayerExperts, dispatch, route
 from sgl_jax.models.weights import Experts, MoeWeights
 from sgl_jax.ops.grouped_matmul import native
@@ -78,7 +81,7 @@ def test_dispatch_weighs_and_sums_and_leaves_padding_out() -> None:
         jnp.asarray(ids),
         jnp.asarray(valid),
         at,
-        "silu",
+        functools.partial(gated, activation="silu"),
         native.grouped_matmul,
     )
     expected = np.zeros((T, D))

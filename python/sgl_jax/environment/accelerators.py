@@ -5,15 +5,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from sgl_jax.environment.facts import Gpu, Gpus, Holder, Tpus
+from sgl_jax.environment.facts import Gpus, Tpus
 from sgl_jax.environment.machine import read
 
 _GOOGLE, _NVIDIA = "0x1ae0", "0x10de"
@@ -29,10 +27,7 @@ _TPUS = {
     "0x0083": "TPU 8i",
     "0x007c": "TPU 8t",
 }
-_LIBTPU_LOCK = "/tmp/libtpu_lockfile"  # held open by whoever has loaded libtpu, which refuses all others
 _DISPLAY = "0x03"  # PCI class: an NVIDIA card has audio and USB functions, too
-_QUERY = "name,memory.total,memory.used,compute_cap,driver_version"
-_WSL_NVIDIA_SMI = "/usr/lib/wsl/lib/nvidia-smi"
 NVIDIA_SMI_TIMEOUT_S = 20.0  # it hangs when the driver does
 
 Run = Callable[[Sequence[str], float], str]  # command, timeout in seconds -> its output; raises OSError
@@ -44,30 +39,18 @@ def tpus(root: Path = Path("/")) -> Tpus:
     nodes = _nodes(root, "dev", r"accel\d+")
     if chips or not on_pci:  # VFIO serves any device: where the bus can be seen, it must show TPUs as well
         nodes += _nodes(root, "dev/vfio", r"\d+")
-    pages = re.search(r"\[(\w+)\]", read(root / "sys/kernel/mm/transparent_hugepage/enabled"))
-    return Tpus(
-        chips=chips,
-        nodes=nodes,
-        forbidden=tuple(node for node in nodes if not os.access(root / node.lstrip("/"), os.R_OK | os.W_OK)),
-        holders=holders((*nodes, _LIBTPU_LOCK), root) if nodes else (),
-        huge_pages=pages[1] if pages else None,
-    )
+    return Tpus(chips, nodes)
 
 
 def gpus(root: Path = Path("/"), run: Run | None = None) -> Gpus:
     """`run` starts nvidia-smi; the default does so with a bound."""
-    driver = re.search(
-        r"Kernel Module.*?\s(\d+\.\d+(?:\.\d+)?)\s",  # also "NVIDIA UNIX Open Kernel Module for x86_64  580.82.07 …"
-        read(root / "proc/driver/nvidia/version"),
-    )
-    found, smi_driver, smi = _ask_nvidia_smi(run or _run)
+    names, driver, smi = _ask_nvidia_smi(run or _run)
     return Gpus(
         nodes=_nodes(root, "dev", r"nvidia\d+|nvidiactl|dxg|kfd"),
-        nvidia_on_pci=sum(v == _NVIDIA and kind.startswith(_DISPLAY) for v, _, kind in _pci_devices(root)),
-        driver=smi_driver or (driver[1] if driver else None),
+        on_pci=sum(v == _NVIDIA and kind.startswith(_DISPLAY) for v, _, kind in _pci_devices(root)),
+        driver=driver,
         nvidia_smi=smi,
-        gpus=found,
-        amd=(root / "dev/kfd").exists(),
+        names=names,
     )
 
 
@@ -85,42 +68,18 @@ def _nodes(root: Path, folder: str, pattern: str) -> tuple[str, ...]:
     return tuple(f"/{folder}/{name}" for name in names if re.fullmatch(pattern, name))
 
 
-def holders(nodes: Sequence[str], root: Path = Path("/")) -> tuple[Holder, ...]:
-    """Processes that have one of these files open; those of other users show only to root."""
-    found = {}
-    for folder in root.glob("proc/[0-9]*/fd"):
-        pid = int(folder.parent.name)
-        for node in sorted(_opened_files(folder).intersection(nodes)):
-            found.setdefault(pid, Holder(pid, read(folder.parent / "comm") or "unknown", node))
-    return tuple(found[pid] for pid in sorted(found))
-
-
-def _opened_files(folder: Path) -> set[str]:
-    opened = set()
-    with contextlib.suppress(OSError):  # another user's process, or one that has ended
-        for link in folder.iterdir():
-            with contextlib.suppress(OSError):
-                opened.add(os.readlink(link))
-    return opened
-
-
-def _ask_nvidia_smi(run: Run) -> tuple[tuple[Gpu, ...], str | None, str]:
+def _ask_nvidia_smi(run: Run) -> tuple[tuple[str, ...], str | None, str]:
     """(GPUs, driver version, "ok" or why there is no answer)."""
-    program = shutil.which("nvidia-smi") or (_WSL_NVIDIA_SMI if os.path.exists(_WSL_NVIDIA_SMI) else "nvidia-smi")
+    query = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader"]
     try:
-        output = run([program, f"--query-gpu={_QUERY}", "--format=csv,noheader,nounits"], NVIDIA_SMI_TIMEOUT_S)
+        output = run(query, NVIDIA_SMI_TIMEOUT_S)
     except FileNotFoundError:
         return (), None, "not found"
     except OSError as error:
         return (), None, str(error)
-    rows = [[part.strip() for part in line.split(",")] for line in output.splitlines()]
-    rows = [row for row in rows if len(row) == 5]
-    found = tuple(Gpu(name, _mib(total), _mib(used), capability) for name, total, used, capability, _ in rows)
-    return found, rows[0][4] if rows else None, "ok" if rows else "lists no GPU"
-
-
-def _mib(text: str) -> int | None:
-    return int(text) << 20 if text.isdigit() else None  # "[N/A]" where memory is shared
+    rows = [parts for line in output.splitlines() if len(parts := [part.strip() for part in line.split(",")]) == 3]
+    found = tuple(f"{name} ({memory})" for _, name, memory in rows)
+    return found, rows[0][0] if rows else None, "ok" if rows else "lists no GPU"
 
 
 def _run(command: Sequence[str], timeout_s: float) -> str:

@@ -5,6 +5,7 @@ None means: could not be found out. Sizes are bytes, times seconds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -14,23 +15,7 @@ PLATFORMS: tuple[Platform, ...] = ("tpu", "gpu", "cpu")  # in the order the prog
 
 Outcome = Literal["ok", "failed", "timeout", "crashed", "not started"]
 IMPORTING, INITIALISING, COMPUTING = "importing jax", "initialising", "computing"  # stages of a probe, in order
-
-
-def is_gpu_plugin(package: str) -> bool:
-    return package.startswith(("jax-cuda", "jax-rocm", "jax-oneapi")) and package.endswith("-plugin")
-
-
-def gpu_family(plugin: str | None) -> str:
-    """jax's name for the platform a GPU plugin brings."""
-    return next((family for family in ("rocm", "oneapi") if plugin and family in plugin), "cuda")
-
-
-@dataclass(frozen=True)
-class Advice:
-    """What to do: a sentence, and the command that does it where there is one."""
-
-    text: str
-    command: str = ""
+GPU_PLUGIN = re.compile(r"jax-(cuda\d+|rocm\d+)-plugin")
 
 
 @dataclass(frozen=True)
@@ -38,15 +23,7 @@ class Verdict:
     platform: Platform
     usable: bool
     summary: str  # the devices, or the reason
-    advice: tuple[Advice, ...] = ()
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something that does not stop the program and should be known."""
-
-    text: str
-    advice: tuple[Advice, ...] = ()
+    advice: tuple[str, ...] = ()  # what to do; a command stands in a line of its own
 
 
 @dataclass(frozen=True)
@@ -89,14 +66,10 @@ class Probe:
     devices: tuple[Device, ...] = ()  # of all processes
     log: tuple[str, ...] = ()  # warnings and errors jax logged
 
-
-@dataclass(frozen=True)
-class Holder:
-    """A process that has an accelerator open."""
-
-    pid: int
-    name: str
-    node: str
+    @property
+    def words(self) -> str:
+        """The error, and before it what jax had logged: a plugin that fails is logged, and then merely missing."""
+        return " ".join("; ".join((*self.log, self.message)).split())
 
 
 @dataclass(frozen=True)
@@ -105,9 +78,6 @@ class Tpus:
 
     chips: tuple[str, ...] = ()  # generation of each one on the PCI bus
     nodes: tuple[str, ...] = ()  # their device files
-    forbidden: tuple[str, ...] = ()  # those of them this user may not open
-    holders: tuple[Holder, ...] = ()
-    huge_pages: str | None = None  # always, madvise or never
 
     @property
     def visible(self) -> bool:
@@ -115,37 +85,22 @@ class Tpus:
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """As nvidia-smi describes it."""
-
-    name: str
-    memory: int | None = None
-    memory_used: int | None = None
-    compute_capability: str = ""
-
-
-@dataclass(frozen=True)
 class Gpus:
     """What the machine shows of GPUs without touching them."""
 
     nodes: tuple[str, ...] = ()  # device files
-    nvidia_on_pci: int = 0
+    on_pci: int = 0  # NVIDIA's
     driver: str | None = None  # NVIDIA's, as in 580.82.07
     nvidia_smi: str = "not found"  # "ok", or why it says nothing
-    gpus: tuple[Gpu, ...] = ()
-    amd: bool = False
+    names: tuple[str, ...] = ()  # as nvidia-smi lists them, with their memory
 
     @property
     def nvidia(self) -> bool:
-        return bool(self.gpus or self.nvidia_on_pci or any("/dev/nvidia" in n or n == "/dev/dxg" for n in self.nodes))
+        return bool(self.names or self.on_pci or any("nvidia" in node or node == "/dev/dxg" for node in self.nodes))
 
-
-@dataclass(frozen=True)
-class Limit:
-    name: str
-    soft: int | None  # None: no limit
-    hard: int | None
-    unit: str = ""
+    @property
+    def visible(self) -> bool:
+        return self.nvidia or bool(self.nodes)  # /dev/kfd is AMD's
 
 
 @dataclass(frozen=True)
@@ -153,36 +108,22 @@ class Machine:
     hostname: str = "unknown"
     system: str = "unknown"
     python: str = "unknown"
-    executable: str = "unknown"  # the Python that runs
     cpu_model: str = "unknown"
-    cpus: int | None = None
-    cpus_allowed: int | None = None  # by affinity
-    instruction_sets: tuple[str, ...] = ()
+    cpus: int | None = None  # that this process may use
     memory: int | None = None
-    memory_available: int | None = None
-    shared_memory: int | None = None  # size of /dev/shm
     container: str = ""  # its kind; empty: none seen
     cgroup_cpus: float | None = None  # None: not limited
     cgroup_memory: int | None = None
-    limits: tuple[Limit, ...] = ()
-
-
-@dataclass(frozen=True)
-class Disk:
-    use: str
-    path: str
-    free: int | None
-    total: int | None
+    limits: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)  # soft and hard, as `ulimit` shows
 
 
 @dataclass(frozen=True)
 class CompileCache:
     path: str
     source: str  # where the path comes from
-    state: Literal["ready", "will be made", "remote", "not writable"]
-    problem: str = ""
-    programs: int = 0
-    size: int = 0
+    state: str  # in words
+    problem: str = ""  # why nothing can be written there
+    free: int | None = None  # on its disk
 
 
 @dataclass(frozen=True)
@@ -195,9 +136,7 @@ class Facts:
     gpus: Gpus = field(default_factory=Gpus)
     probes: tuple[Probe, ...] = ()
     compile_cache: CompileCache | None = None
-    disks: tuple[Disk, ...] = ()
     environ: Mapping[str, str] = field(default_factory=dict)
-    tpu_library_missing: bool = False  # TPU_LIBRARY_PATH names no file
     not_found_out: tuple[str, ...] = ()  # what could not be looked at, and why
 
     def version(self, package: str) -> str | None:
@@ -208,9 +147,14 @@ class Facts:
         return next((each for each in self.probes if each.platform == platform), unknown)
 
     @property
-    def gpu_plugin(self) -> str | None:
-        """The installed package that brings GPUs to jax, as jax-cuda13-plugin."""
-        return next((p.name for p in self.packages if p.version and is_gpu_plugin(p.name)), None)
+    def gpu_plugin(self) -> str:
+        """The installed package that brings GPUs to jax, as jax-cuda13-plugin; empty: none."""
+        return next((each.name for each in self.packages if each.version and GPU_PLUGIN.fullmatch(each.name)), "")
+
+    @property
+    def gpu_name(self) -> str:
+        """jax's name for the platform that the plugin brings."""
+        return "rocm" if "rocm" in self.gpu_plugin else "cuda"
 
 
 @dataclass(frozen=True)
@@ -219,7 +163,7 @@ class Report:
 
     sgl_jax: str  # version
     verdicts: tuple[Verdict, ...]
-    notices: tuple[Notice, ...]
+    notices: tuple[str, ...]  # what does not stop the program; a command stands in a line of its own
     facts: Facts
 
     @property

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sgl_jax.environment.facts import IMPORTING, Device, Facts, Outcome, Platform, Probe, gpu_family
+from sgl_jax.environment.facts import IMPORTING, Device, Facts, Outcome, Platform, Probe
 
 TIMEOUT_S = 90.0  # a TPU host alone takes up to half a minute
 _GRACE_S = 5.0  # for a killed process to go; one that is stuck in the kernel does not
@@ -27,68 +27,68 @@ def reason_not_to(platform: Platform, facts: Facts) -> str:
             return "libtpu is not installed"
         if not (facts.tpus.visible or "JAX_FORCE_TPU_INIT" in facts.environ):
             return "no chip is visible, and libtpu would lock out others for nothing"
-        if facts.tpus.holders:
-            return "in use by another process, and a TPU serves one at a time"
-    if platform == "gpu" and facts.gpu_plugin is None:
+    if platform == "gpu" and not facts.gpu_plugin:
         return "no GPU plugin of jax is installed"
     return ""
 
 
-def variables(platform: Platform, environ: Mapping[str, str], plugin: str | None) -> dict[str, str]:
+def variables(platform: Platform, environ: Mapping[str, str], gpu_name: str = "cuda") -> dict[str, str]:
     """The environment of a probe: keeps it to one platform and little memory, and lets libtpu lock the TPU."""
     kept = {name: value for name, value in environ.items() if name != "ALLOW_MULTIPLE_LIBTPU_LOAD"}
-    family = gpu_family(plugin) if platform == "gpu" else platform
-    return kept | {"JAX_PLATFORMS": family, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    name = gpu_name if platform == "gpu" else platform
+    return kept | {"JAX_PLATFORMS": name, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
-class Processes:
-    """Those of probes. Leaving its `with`, by Ctrl-C for example, ends the ones that still run."""
+class Probes:
+    """The processes that try platforms out. Leaving its `with`, by Ctrl-C for example, ends those that still run."""
 
     def __init__(self) -> None:
-        self._all: list[subprocess.Popen[bytes]] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
 
-    def add(self, process: subprocess.Popen[bytes]) -> None:
-        self._all.append(process)
-
-    def __enter__(self) -> Processes:
+    def __enter__(self) -> Probes:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for process in self._all:
+        for process in self._processes:
             if process.poll() is None:
                 _kill(process)
 
-
-def try_out(
-    platform: Platform,
-    environ: Mapping[str, str],
-    timeout_s: float,
-    plugin: str | None = None,
-    processes: Processes | None = None,
-) -> Probe:
-    """Import jax, initialise the platform and compute on it, in a process with `environ` and a bound on its time."""
-    started = time.monotonic()
-    process = subprocess.Popen(
-        # -P: the script's own folder is not searched for modules.
-        [sys.executable, "-P", str(_SCRIPT), platform],
-        env=variables(platform, environ, plugin),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # ends with all that it started
-    )
-    if processes is not None:
-        processes.add(process)
-    timed_out = False
-    try:
-        output, errors = process.communicate(timeout=timeout_s)
-    except subprocess.TimeoutExpired:
-        timed_out = True
-        _kill(process)
-        output, errors = _last_words(process)
-    return _read(
-        platform, _merged(output), process.returncode, timed_out, timeout_s, time.monotonic() - started, errors
-    )
+    def run(self, platform: Platform, environ: Mapping[str, str], timeout_s: float) -> Probe:
+        """Import jax, initialise the platform and compute on it, with the variables `environ` and a bound on its time."""
+        started = time.monotonic()
+        process = subprocess.Popen(
+            # -P: the script's own folder is not searched for modules.
+            [sys.executable, "-P", str(_SCRIPT), platform],
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # ends with all that it started
+        )
+        self._processes.append(process)
+        timed_out = False
+        try:
+            output, errors = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            timed_out = True
+            _kill(process)
+            output, errors = _last_words(process)
+        found = _merged(output)
+        outcome: Outcome
+        if timed_out:
+            outcome, message = "timeout", f"no answer in {timeout_s:g} s"
+        elif found.pop("ok", False):
+            outcome, message = "ok", ""
+        elif "error" in found:
+            outcome, message = "failed", found.pop("error")
+        else:  # it could not tell; its last words may
+            outcome, message = "crashed", _death(process.returncode)
+            found["log"] = errors.decode(errors="replace").strip().splitlines()[-5:]
+        found["devices"] = tuple(map(_device, found.get("devices", ())))
+        found["log"] = tuple(found.get("log", ()))
+        seconds = round(time.monotonic() - started, 1)
+        found.setdefault("stage", IMPORTING)
+        return Probe(platform, outcome, message, seconds=seconds, **found)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -114,51 +114,12 @@ def _merged(output: bytes) -> dict[str, Any]:
     return found
 
 
-def _read(
-    platform: Platform,
-    found: Mapping[str, Any],
-    code: int | None,
-    timed_out: bool,
-    timeout_s: float,
-    seconds: float,
-    errors: bytes,
-) -> Probe:
-    outcome: Outcome
-    if timed_out:
-        outcome, message = "timeout", f"no answer in {timeout_s:g} s"
-    elif found.get("ok"):
-        outcome, message = "ok", ""
-    elif "error" in found:
-        outcome, message = "failed", found["error"]
-    else:
-        outcome, message = "crashed", _death(code)
-    log = tuple(found.get("log", ()))
-    if outcome == "crashed":  # it could not tell; its last words may
-        log = tuple(errors.decode(errors="replace").strip().splitlines()[-5:])
-    return Probe(
-        platform=platform,
-        outcome=outcome,
-        message=message,
-        stage=found.get("stage", IMPORTING),
-        seconds=round(seconds, 1),
-        jax_version=found.get("jax_version", ""),
-        runtime=found.get("runtime", ""),
-        process_index=found.get("process_index", 0),
-        process_count=found.get("process_count", 1),
-        devices=tuple(map(_device, found.get("devices", ()))),
-        log=log,
-    )
-
-
-def _device(found: Mapping[str, Any]) -> Device:
-    values: dict[str, Any] = dict(found)
-    if values["coords"] is not None:
-        values["coords"] = tuple(values["coords"])
-    return Device(**values)
+def _device(found: dict[str, Any]) -> Device:
+    return Device(**found | {"coords": found["coords"] and tuple(found["coords"])})
 
 
 def _death(code: int | None) -> str:
-    names = {each.value: each.name for each in signal.Signals}
     if code is not None and code < 0:
+        names = {each.value: each.name for each in signal.Signals}
         return f"killed by {names.get(-code, f'signal {-code}')}"
     return f"ended with exit code {code} and said nothing"

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import Literal
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +27,14 @@ class MoeConfig:
     shared_intermediate_size: int = 0  # of the expert every token takes; 0: none
     shared_gate: bool = False  # a sigmoid of the token scales the shared expert
     scoring: Literal["softmax", "sigmoid"] = "softmax"
+    router_bias: bool = False
     score_bias: bool = False  # added to the scores for choosing, not for weighing
     num_groups: int = 1  # experts are chosen from the best groups only
     groups_per_token: int = 1
     group_score: Literal["max", "top2"] = "max"  # a group's best expert, or the sum of its two best
     normalise: bool = True  # the weights of the chosen sum to 1
     scale: float = 1.0  # on the weights, after that
+    bias: bool = False  # each expert has biases
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +83,13 @@ class DecoderConfig:
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before rope
     activation: Activation = "silu"
+    gate_limit: float | None = None  # gate is at most this, up lies between minus this and this
     mla: MlaConfig | None = None  # in place of q, k and v; num_kv_heads is 1
     moe: MoeConfig | None = None
     moe_layers: tuple[bool, ...] | None = None  # which layers have experts in place of the MLP; None: all, if moe
     sliding_windows: tuple[int | None, ...] | None = None  # per layer; None: full attention in every layer
     local_rope: RopeConfig | None = None  # of the layers with a window, where it differs
+    attn_sinks: bool = False  # a logit per head that takes weight from the keys
     attn_logit_softcap: float | None = None
     final_logit_softcap: float | None = None
     query_scale: float | None = None  # None: head_dim ** -0.5

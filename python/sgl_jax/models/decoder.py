@@ -24,7 +24,7 @@ from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
 
 @runtime_checkable  # so that tests can check annotations
 class Attend(Protocol):
-    """Attention with the step's batch, pool geometry and backend filled in: (q, k, v, kv, layer, window) -> (o, kv)."""
+    """Attention with the step's batch, pool geometry and backend filled in: (q, k, v, kv, layer, window, sinks) -> (o, kv)."""
 
     def __call__(
         self,
@@ -35,6 +35,7 @@ class Attend(Protocol):
         *,
         layer: Int[Array, ""] | int,
         window: Int[Array, ""] | int | None,
+        sinks: Float[Array, " N"] | None,
     ) -> tuple[Float[Array, "T N V"], Float[Array, "LP K planes page H"]]: ...
 
 
@@ -122,7 +123,9 @@ def run_layers(body: Callable, carry, layers: list[LayerWeights] | tuple[LayerWe
 def _split_experts(w: LayerWeights) -> tuple[LayerWeights, Experts | None]:
     if w.moe is None:
         return w, None
-    return dataclasses.replace(w, moe=dataclasses.replace(w.moe, experts=Experts(None, None))), w.moe.experts
+    return dataclasses.replace(
+        w, moe=dataclasses.replace(w.moe, experts=Experts(None, None, None, None))
+    ), w.moe.experts
 
 
 _NO_WINDOW = 2**30  # wider than any context
@@ -152,7 +155,7 @@ def _embed(table: Float[Array, "V D"], tokens: Int[Array, " T"], axis: TensorAxi
 def _attention(h, kv, w: LayerWeights, config: DecoderConfig, norm, rope, context: Context, layer, window):
     num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
     if config.mla is not None and w.mla is not None:
-        attend = functools.partial(context.attend, layer=layer, window=window)
+        attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks)
         out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend)
         return _project(out, w.o, w.o_bias, context.axis), kv
     qkv = _project(h, w.qkv, w.qkv_bias).reshape(num_tokens, heads + 2 * kv_heads, head_dim)
@@ -160,15 +163,15 @@ def _attention(h, kv, w: LayerWeights, config: DecoderConfig, norm, rope, contex
     if config.qk_norm:
         q, k = norm(q, w.q_norm), norm(k, w.k_norm)
     q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-    out, kv = context.attend(q, k, v, kv, layer=layer, window=window)
+    out, kv = context.attend(q, k, v, kv, layer=layer, window=window, sinks=w.sinks)
     return _project(out.reshape(num_tokens, heads * head_dim), w.o, w.o_bias, context.axis), kv
 
 
 def _mlp(h, w: LayerWeights, experts: LayerExperts | None, config: DecoderConfig, context: Context):
+    act = functools.partial(gated, activation=config.activation, limit=config.gate_limit)
     if w.moe is None or experts is None or config.moe is None:
-        gate_up = _project(h, w.gate_up, w.gate_up_bias)
-        return _project(gated(gate_up, config.activation), w.down, w.down_bias, context.axis)
-    out = moe_layer(h, w.moe, experts, config.moe, config.activation, context.valid, context.grouped_matmul)
+        return _project(act(_project(h, w.gate_up, w.gate_up_bias)), w.down, w.down_bias, context.axis)
+    out = moe_layer(h, w.moe, experts, config.moe, act, context.valid, context.grouped_matmul, context.axis)
     return context.axis.sum(out)
 
 

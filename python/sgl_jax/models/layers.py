@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -37,13 +39,18 @@ def apply_rope(
     return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
 
 
-ACTIVATIONS = {
-    "silu": jax.nn.silu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+GATED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
+    "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
+    "swiglu_oai": lambda gate, up: (
+        gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)
+    ),  # github.com/openai/gpt-oss, torch/model.py
 }
 
 
-def gated(gate_up: Float[Array, "*B FF"], activation: Activation) -> Float[Array, "*B F"]:
-    """act(gate) * up, of gate and up side by side."""
+def gated(gate_up: Float[Array, "*B FF"], activation: Activation, limit: float | None = None) -> Float[Array, "*B F"]:
+    """The activation of gate and up, which lie side by side; `limit` bounds gate from above and up on both sides."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
-    return ACTIVATIONS[activation](gate) * up
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return GATED[activation](gate, up)

@@ -141,10 +141,11 @@ def _ahead[T](items: list[T], work: Callable[[T], np.ndarray]) -> Iterator[tuple
 def _assemble(leaf: Leaf, dtype: np.dtype, rounded: np.dtype | None) -> np.ndarray:
     """The weight's pieces one below the other, a block of rows at a time so that conversions stay in the cache."""
     out = aligned_empty(leaf.spec.shape, dtype)
-    lines = _plain(out).reshape(-1, *out.shape[2:]) if out.ndim == 3 else _plain(out)
+    one_by_one = leaf.spec.num_experts is not None and len(leaf.pieces[0].shape) < out.ndim  # experts' tensors
+    lines = _plain(out).reshape(-1, *out.shape[2:]) if one_by_one else _plain(out)
     row = 0
     for piece in leaf.pieces:
-        step = piece.shape[0] if out.ndim == 1 else max(1, BLOCK_VALUES // piece.shape[1])
+        step = max(1, BLOCK_VALUES // math.prod(piece.shape[1:]))
         for start in range(0, piece.shape[0], step):
             rows = _cast(piece.rows(start, min(start + step, piece.shape[0])), dtype, rounded)
             lines[row + start : row + start + len(rows)] = _plain(rows)

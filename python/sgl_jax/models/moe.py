@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from sgl_jax.models.config import Activation, MoeConfig
-from sgl_jax.models.layers import gated
+from sgl_jax.models.config import MoeConfig
 from sgl_jax.models.weights import Experts, MoeWeights
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
+from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
+
+Gated = Callable[[Float[Array, "M FF"]], Float[Array, "M F"]]  # the activation of gate and up side by side
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +31,8 @@ class LayerExperts:
 def route(x: Float[Array, "T D"], w: MoeWeights, moe: MoeConfig) -> tuple[Float[Array, "T X"], Int[Array, "T X"]]:
     """The weights, float32, and the ids of each token's experts."""
     logits = jnp.einsum("ed,td->te", w.router, x, preferred_element_type=jnp.float32)
+    if w.router_bias is not None:
+        logits += w.router_bias.astype(jnp.float32)
     scores = jax.nn.softmax(logits, axis=-1) if moe.scoring == "softmax" else jax.nn.sigmoid(logits)
     choice = scores if w.score_bias is None else scores + w.score_bias.astype(jnp.float32)
     if moe.num_groups > 1:
@@ -53,17 +58,25 @@ def dispatch(
     ids: Int[Array, "T X"],
     valid: Bool[Array, " T"],
     at: LayerExperts,
-    activation: Activation,
+    gated: Gated,
     grouped_matmul: GroupedMatmul,
+    axis: TensorAxis = ONE_DEVICE,
 ) -> Float[Array, "T D"]:
-    """Each token through its experts, weighed and summed. Tokens are sorted by expert; padding takes none."""
+    """Each token through its experts, weighed and summed. Tokens are sorted by expert; padding takes none.
+
+    On a device of a tensor axis: its share of the sum.
+    """
     num_experts, per_token = at.experts.down.shape[1], ids.shape[1]
     expert = jnp.where(valid[:, None], ids, num_experts).reshape(-1)  # [T * X], the last group is no group
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
-    h = grouped_matmul(x[order // per_token], at.experts.gate_up, at.layer, sizes)
-    h = gated(h, activation)
-    h = grouped_matmul(h, at.experts.down, at.layer, sizes)
+    experts, sorted_expert = at.experts, expert[order]
+    h = grouped_matmul(x[order // per_token], experts.gate_up, at.layer, sizes)
+    if experts.gate_up_bias is not None:
+        h += experts.gate_up_bias.at[at.layer, sorted_expert].get(mode="clip")
+    h = grouped_matmul(gated(h), experts.down, at.layer, sizes)
+    if experts.down_bias is not None:
+        h += axis.once(experts.down_bias.at[at.layer, sorted_expert].get(mode="clip"))
     back = h[jnp.argsort(order)].reshape(*ids.shape, -1)
     used = jnp.where(valid[:, None], weights, 0.0)[..., None]
     return jnp.where(used != 0, back * used, 0.0).sum(1).astype(x.dtype)
@@ -74,16 +87,17 @@ def moe_layer(
     w: MoeWeights,
     at: LayerExperts,
     moe: MoeConfig,
-    activation: Activation,
+    gated: Gated,
     valid: Bool[Array, " T"],
     grouped_matmul: GroupedMatmul,
+    axis: TensorAxis = ONE_DEVICE,
 ) -> Float[Array, "T D"]:
     """Routed experts plus the shared one. On a device of a tensor axis: its share of the sum."""
     weights, ids = route(x, w, moe)
-    out = dispatch(x, weights, ids, valid, at, activation, grouped_matmul)
+    out = dispatch(x, weights, ids, valid, at, gated, grouped_matmul, axis)
     if w.shared_down is None:
         return out
-    h = gated(jnp.einsum("fd,td->tf", w.shared_gate_up, x), activation)
+    h = gated(jnp.einsum("fd,td->tf", w.shared_gate_up, x))
     shared = jnp.einsum("df,tf->td", w.shared_down, h)
     if w.shared_gate is not None:
         shared *= jax.nn.sigmoid(jnp.einsum("od,td->to", w.shared_gate, x))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.stored import StoredTensor
+
+View = Callable[[Mapping[str, StoredTensor]], Mapping[str, StoredTensor]]
 
 
 class Rows(NamedTuple):
@@ -22,7 +25,8 @@ class Rows(NamedTuple):
 class TensorNames:
     """Names as a Hugging Face checkpoint has them; `{i}` stands for the layer, `{e}` for the expert.
 
-    A weight of several tensors is their concatenation along the output axis, the first.
+    A weight of several tensors is their concatenation along the output axis, the first. A name of experts without `{e}`
+    is one tensor of them all, [E, …].
     """
 
     embed: str
@@ -35,6 +39,7 @@ class TensorNames:
         default_factory=dict
     )  # by path, for a weight of one tensor that takes some of its rows only, or in another order
     ignored: tuple[str, ...] = ()  # patterns of stored tensors that are no weights
+    view: View = dict  # stored tensors that lie in another layout, as if in ours
 
     def with_layer(self, names: dict[str, tuple[str, ...]]) -> TensorNames:
         """These names, with some of a layer's added or changed."""

@@ -34,19 +34,23 @@ def plan_weights(
     stored: Mapping[str, StoredTensor], config: DecoderConfig, names: TensorNames, *, source: str
 ) -> list[Leaf]:
     """One leaf for each declared weight. Every misfit of the checkpoint is found first and told in one ModelError."""
+    stored = names.view(stored)
     leaves, missing, misshapen = [], [], []
     used = {names.lm_head} if config.tie_embeddings else set()
     for key_path, spec in jax.tree_util.tree_flatten_with_path(declare(config))[0]:
         path = jax.tree_util.keystr(key_path)
-        wanted = _wanted(path, spec, names)
-        rows = _rows(path, config, names)
+        of_rows = names.rows.get(path.partition("].")[2])
+        rows = of_rows(config) if of_rows else None
+        wanted = _wanted(path, spec, names, rows)
         used.update(wanted)
-        pieces = tuple(stored[name] for name in wanted if name in stored)
         missing += [name for name in wanted if name not in stored]
-        leaf = Leaf(path, spec, pieces)
-        if len(pieces) == len(wanted):
-            misshapen += _shape_errors(leaf, rows)
-        leaves.append(leaf if rows is None else Leaf(path, spec, tuple(piece.take(rows.order) for piece in pieces)))
+        pieces = {name: stored[name] for name in wanted if name in stored}
+        misshapen += [
+            f"{piece.name} has {list(piece.shape)}, the config needs {list(wanted[name])}"
+            for name, piece in pieces.items()
+            if piece.shape != wanted[name]
+        ]
+        leaves.append(Leaf(path, spec, tuple(piece.take(rows.order) if rows else piece for piece in pieces.values())))
     ignored = [*names.ignored, *_extra_layers(config, names)]
     surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
     unreadable = [f"{t.name} ({t.dtype})" for leaf in leaves for t in leaf.pieces if not t.supported]
@@ -68,31 +72,24 @@ def plan_weights(
     return leaves
 
 
-def _wanted(path: str, spec: WeightSpec, names: TensorNames) -> tuple[str, ...]:
-    if match := re.fullmatch(r"\.layers\[(\d+)\]\.([\w.]+)", path):
-        layer, field = match.groups()
-        matrices = range(spec.num_matrices)
-        return tuple(pattern.format(i=layer, e=e) for e in matrices for pattern in names.layer[field])
-    return (getattr(names, path.removeprefix(".")),)
-
-
-def _rows(path: str, config: DecoderConfig, names: TensorNames) -> Rows | None:
-    of = names.rows.get(path.partition("].")[2])
-    return None if of is None else of(config)
-
-
 def _extra_layers(config: DecoderConfig, names: TensorNames) -> list[str]:
     """Patterns of the tensors of layers that guess further tokens: they are stored after the last."""
     layer = re.escape(names.layer["attn_norm"][0].partition("{i}")[0])
     return [rf"^{layer}{config.num_layers + i}\." for i in range(config.num_extra_layers)]
 
 
-def _shape_errors(leaf: Leaf, rows: Rows | None) -> list[str]:
-    shapes = leaf.spec.piece_shapes
+def _wanted(path: str, spec: WeightSpec, names: TensorNames, rows: Rows | None) -> dict[str, tuple[int, ...]]:
+    """The stored tensors that make up a weight, in order, and the shape of each."""
+    match = re.fullmatch(r"\.layers\[(\d+)\]\.([\w.]+)", path)
+    if match is None:
+        return {getattr(names, path.removeprefix(".")): spec.shape}
+    layer, field = match.groups()
+    patterns = names.layer[field]
     if rows is not None:
-        shapes = tuple((rows.stored, *shape[1:]) for shape in shapes)
-    return [
-        f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}"
-        for piece, shape in zip(leaf.pieces, shapes, strict=True)
-        if piece.shape != shape
-    ]
+        (pattern,) = patterns
+        return {pattern.format(i=layer): (rows.stored, *spec.shape[1:])}
+    if spec.num_experts is None or "{e}" not in patterns[0]:
+        shapes = spec.piece_shapes if spec.num_experts is None else (spec.shape,)
+        return dict(zip((pattern.format(i=layer) for pattern in patterns), shapes, strict=True))
+    of_each = (pattern.format(i=layer, e=e) for e in range(spec.num_experts) for pattern in patterns)
+    return dict(zip(of_each, spec.piece_shapes, strict=True))

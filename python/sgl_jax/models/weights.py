@@ -8,6 +8,7 @@ identical trees; `runtime` stacks them where the platform scans over layers.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -25,29 +26,42 @@ class WeightSpec:
     unit: int = 1  # rows that stay together when a part is divided over devices: a head
 
     @property
-    def num_matrices(self) -> int:
-        return self.shape[0] if len(self.shape) == 3 else 1
+    def rows_axis(self) -> int:
+        """The axis of the output rows, which `parts` divides: the experts' comes before it."""
+        return 1 if self.axes[0] == "experts" else 0
+
+    @property
+    def num_experts(self) -> int | None:
+        return self.shape[0] if self.rows_axis else None
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) - self.rows_axis == 2
 
     @property
     def piece_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the stored tensors it is put together from: the parts of each matrix in turn."""
-        rows, *columns = self.shape[-2:]
-        return tuple((part, *columns) for part in self.parts or (rows,)) * self.num_matrices
+        """Shapes of the stored tensors it is put together from: its parts, of each expert in turn."""
+        rows, *columns = self.shape[self.rows_axis :]
+        return tuple((part, *columns) for part in self.parts or (rows,)) * (self.num_experts or 1)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Experts:
-    """E matrices each. Grouped matmul takes them with the layers' axis whole, and reads the layer's own by its index."""
+    """E matrices each. Grouped matmul takes them with the layers' axis whole, and reads the layer's own by its index;
+    the biases go with them."""
 
     gate_up: Any  # [E, 2F, D], gate then up
+    gate_up_bias: Any  # [E, 2F]
     down: Any  # [E, D, F]
+    down_bias: Any  # [E, D]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoeWeights:
     router: Any  # [E, D]
+    router_bias: Any  # [E]
     score_bias: Any  # [E]
     experts: Experts
     shared_gate_up: Any  # [2F, D]
@@ -80,6 +94,7 @@ class LayerWeights:
     qkv_bias: Any  # [(N + 2K) * H]
     q_norm: Any  # [H]
     k_norm: Any  # [H]
+    sinks: Any  # [N]
     mla: MlaWeights | None
     o: Any  # [D, N * H]
     o_bias: Any  # [D]
@@ -137,6 +152,7 @@ def _layer(c: DecoderConfig, has_experts: bool) -> LayerWeights:
         qkv_bias=_spec((q_size + 2 * kv_size, "heads"), when=c.qkv_bias, **qkv_parts),
         q_norm=_spec((c.head_dim, None), when=c.qk_norm),
         k_norm=_spec((c.head_dim, None), when=c.qk_norm),
+        sinks=_spec((c.num_heads, "heads"), when=c.attn_sinks),
         mla=_mla(c.mla, d, c.num_heads) if c.mla else None,
         o=_spec((d, "model"), (c.num_heads * c.output_dim, "heads")),
         o_bias=_spec((d, "model"), when=c.o_bias),
@@ -169,10 +185,13 @@ def _moe(m: MoeConfig, d: int) -> MoeWeights:
     e, f, shared = m.num_experts, m.intermediate_size, m.shared_intermediate_size
     return MoeWeights(
         router=_spec((e, None), (d, "model")),
+        router_bias=_spec((e, None), when=m.router_bias),
         score_bias=_spec((e, None), when=m.score_bias),
         experts=Experts(
             gate_up=_spec((e, "experts"), (2 * f, "ffn"), (d, "model"), parts=(f, f)),
+            gate_up_bias=_spec((e, "experts"), (2 * f, "ffn"), parts=(f, f), when=m.bias),
             down=_spec((e, "experts"), (d, "model"), (f, "ffn")),
+            down_bias=_spec((e, "experts"), (d, "model"), when=m.bias),
         ),
         shared_gate_up=_spec((2 * shared, "ffn"), (d, "model"), parts=(shared, shared), when=shared > 0),
         shared_down=_spec((d, "model"), (shared, "ffn"), when=shared > 0),
@@ -192,12 +211,10 @@ def parameters_per_token(config: DecoderConfig) -> int:
     chosen = config.moe.experts_per_token if config.moe else 0
 
     def used(spec: WeightSpec) -> int:
-        match spec.shape:
-            case (_, o, i):
-                return chosen * o * i
-            case (o, i):
-                return o * i
-        return 0
+        if not spec.is_matrix:
+            return 0
+        size = math.prod(spec.shape)
+        return size if spec.num_experts is None else size // spec.num_experts * chosen
 
     return sum(map(used, [*jax.tree.leaves(declared.layers), head(declared)]))
 

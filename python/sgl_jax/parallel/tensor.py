@@ -26,6 +26,10 @@ class TensorAxis:
         """The sum of every device's x, on each of them."""
         return x if self.size == 1 else lax.psum(x, TENSOR)
 
+    def once(self, x: jax.Array) -> jax.Array:
+        """x on the first device, zeros on the others: a term of a sum over the devices that counts once."""
+        return x if self.size == 1 else jnp.where(self.index() == 0, x, 0)
+
     def max(self, x: jax.Array) -> jax.Array:
         return x if self.size == 1 else lax.pmax(x, TENSOR)
 

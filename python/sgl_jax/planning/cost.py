@@ -15,6 +15,7 @@ import jax
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import declare, head
 from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.pool import Pool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,10 +71,10 @@ def step_cost(model: DecoderConfig, devices: int, pool: Pool, itemsize: int, buc
         size = math.prod(spec.shape)
         if moe and spec.axes[0] == "experts":
             chosen = moe.experts_per_token / moe.num_experts
-            used += size * chosen
+            used += size * chosen if spec.is_matrix else 0
             read += size * (1 - (1 - chosen) ** tokens)  # of the experts that some token chose, if all are as likely
         else:
-            used += size if len(spec.shape) == 2 else 0
+            used += size if spec.is_matrix else 0
             read += size
     head_size = math.prod(head(declared).shape)
     keys, cached = 0.0, 0.0  # keys that queries look at, tokens whose KV is read; over all layers

@@ -18,7 +18,7 @@ from sgl_jax.parallel.placement import Placement, interleave
 def place_weight(placement: Placement, spec: WeightSpec, array: np.ndarray) -> jax.Array:
     """One weight from the host to its devices."""
     if spec.parts:
-        array = interleave(array, spec.parts, spec.unit, placement.tensor.size, axis=max(0, array.ndim - 2))
+        array = interleave(array, spec.parts, spec.unit, placement.tensor.size, axis=spec.rows_axis)
     return jax.device_put(array, placement.sharding(spec.axes))
 
 

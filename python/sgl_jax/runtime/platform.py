@@ -10,6 +10,7 @@ import jax
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.grouped_matmul import native as grouped_native
+from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
 
 Name = Literal["cpu", "gpu", "tpu"]
@@ -32,10 +33,11 @@ class Platform:
 
 PLATFORMS: dict[Name, Platform] = {
     # One bf16 row costs more than two (benchmarks/LOG.md), so its smallest bucket has two. A scan compiles three times
-    # faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in float32.
+    # faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in float32. On TPU the
+    # weights of a list are fetched ahead, those of a scan are not (docs/decisions/0011-list-on-tpu.md).
     "cpu": Platform("cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False, False),
     "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True),
-    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True, "fa"),
+    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, False, True, "fa"),
 }
 
 
@@ -63,5 +65,12 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     latent = model.mla is not None
     name = attention_backend or ("native" if latent else platform.attention)
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
-    grouped_matmul = grouped_native.grouped_matmul if platform.name == "cpu" else grouped_native.ragged_dot
-    return Kernels(attention, grouped_matmul)
+    return Kernels(attention, _grouped_matmul(platform.name))
+
+
+def _grouped_matmul(platform: Name) -> GroupedMatmul:
+    if platform == "tpu":
+        from sgl_jax.ops.grouped_matmul import pallas_tpu  # imports Pallas, which takes a while
+
+        return pallas_tpu.grouped_matmul
+    return grouped_native.grouped_matmul if platform == "cpu" else grouped_native.ragged_dot

@@ -68,7 +68,7 @@ def step(
 
     latent = {"value_dim": spec.config.value_dim} if spec.config.mla else {}  # not all backends know it
 
-    def attend(q, k, v, kv, *, layer, window):
+    def attend(q, k, v, kv, *, layer, window, sinks):
         return spec.kernels.attention(
             q,
             k,
@@ -79,6 +79,7 @@ def step(
             scale=spec.config.scale,
             window=window,
             softcap=spec.config.attn_logit_softcap,
+            sinks=sinks,
             **latent,
         )
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 LANES = 128
-AHEAD = 2  # scores asked for before the first softmax; 0, 1 and 4 need 6 to 22 % more bundles (docs/decisions)
+AHEAD = 2  # scores asked for before the first softmax; 0, 1 and 3 need 8 to 22 % more bundles (docs/decisions/0012)
 FLOOR = -1e30  # finite: a query with no key in sight yet must not produce inf - inf
 
 

@@ -1,0 +1,75 @@
+"""Every shape of heads and every option of the attention kernels compiles for the chips: Mosaic refuses what it cannot
+lay out, and interpret mode does not know."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch
+from sgl_jax.ops.attention.fa import call as fa
+from sgl_jax.runtime import topology
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+TOKENS, ROWS, PAGES_PER_ROW = 64, 32, 40
+
+# chip, (N, K, H), pool dtype, page size, options
+CASES = [
+    ("v6e", (9, 3, 64), "bfloat16", 16, ("window",)),
+    ("v7x", (14, 2, 64), "bfloat16", 128, ("sinks", "prepare")),
+    ("v6e", (8, 4, 256), "bfloat16", 64, ("window", "softcap")),
+    ("v7x", (5, 5, 80), "bfloat16", 48, ("prepare",)),
+    ("v6e", (4, 1, 96), "float32", 8, ("sinks",)),
+    ("v7x", (4, 4, 192), "float8_e4m3fn", 32, ("window", "prepare")),
+    ("v6e", (64, 8, 128), "int8", 32, ()),
+]
+
+
+@pytest.mark.parametrize(("chip", "heads", "pool", "page", "options"), CASES, ids=str)
+def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, options):
+    topology.set_tpu_environment()
+    num_heads, num_kv_heads, head_dim = heads
+    mesh = Mesh(np.array(topology.tpu_devices(topology.parse(f"{chip}-1"))[:1]), ("x",))
+    dtype = jnp.float32 if pool == "float32" else jnp.bfloat16
+
+    def array(shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    def layer(q, k, v, kv, table, start, num_new, num_single, first_page, traced):
+        batch = make_ragged_batch(table, start, num_new, num_single, TOKENS, page)
+        static = {"softcap": 30.0} if "softcap" in options else {}
+        if kv.dtype.itemsize == 1:
+            static["kv_scales"] = (0.5, 0.25)
+        if "prepare" in options:
+            traced = traced | {"prepare": QKPrepare(*traced["prepare"])}
+        return fa.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=0.1, **static, **traced)
+
+    half = head_dim // 4  # a partial rotation
+    norm = array((head_dim,), jnp.float32)
+    traced = {
+        "window": array(()),
+        "sinks": array((num_heads,), jnp.float32),
+        "prepare": (norm, norm, array((TOKENS, 2 * half), jnp.float32)),
+    }
+    kv = array((512, num_kv_heads, 2, page, fa.pool_head_dim(head_dim)), pool)
+    args = (
+        *(array((TOKENS, n, head_dim), dtype) for n in (num_heads, num_kv_heads, num_kv_heads)),
+        kv,
+        array((ROWS, PAGES_PER_ROW)),
+        array((ROWS,)),
+        array((ROWS,)),
+        array(()),
+        array(()),
+        {name: x for name, x in traced.items() if name in options},
+    )
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        compiled = jax.jit(layer, donate_argnums=3).trace(*args).lower(lowering_platforms=("tpu",)).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes == kv.size * kv.dtype.itemsize
+    assert memory.temp_size_in_bytes < 0.1 * kv.size * kv.dtype.itemsize
