@@ -22,16 +22,11 @@ ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 # transformers does not normalise them; no published model asks for it.
 _SERVED: dict[str, dict[str, tuple[Any, ...]]] = {
     "DeepseekV2ForCausalLM": {
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "scoring_func": ("softmax",),
-        "topk_method": ("greedy", "group_limited_greedy"),
-        "norm_topk_prob": (False,),
+        **{"attention_bias": (False,), "mlp_bias": (False,), "norm_topk_prob": (False,)},
+        **{"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")},
     },
     "DeepseekV3ForCausalLM": {
-        "attention_bias": (False,),
-        "scoring_func": ("sigmoid",),
-        "topk_method": ("noaux_tc",),
+        **{"attention_bias": (False,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
     },
 }
 
@@ -86,56 +81,30 @@ def _experts(hf: dict[str, Any], *, is_v3: bool) -> MoeConfig:
     )
 
 
-def _latent(c: DecoderConfig) -> MlaConfig:
-    assert c.mla is not None
-    return c.mla
+def _rows(c: DecoderConfig, *, weight: str) -> Rows:
+    """The rows that a weight takes of its stored tensor: of every head the same, rotated parts in half-split order."""
+    m = c.mla
+    assert m is not None
+    rotated = np.arange(m.qk_rope_head_dim)
+    rotated = rotated.reshape(-1, 2).T.reshape(-1) if m.interleaved else rotated
+    nope, both = m.qk_nope_head_dim, m.qk_nope_head_dim + m.v_head_dim
+    heads, stride, rows = {
+        "q": (c.num_heads, m.head_dim, np.append(np.arange(nope), nope + rotated)),
+        "kv_down": (1, m.latent_dim, np.append(np.arange(m.kv_lora_rank), m.kv_lora_rank + rotated)),
+        "k_up": (c.num_heads, both, np.arange(nope)),
+        "v_up": (c.num_heads, both, np.arange(nope, both)),
+    }[weight]
+    return Rows(heads * stride, (np.arange(heads)[:, None] * stride + rows).reshape(-1))
 
 
-def _rotated(m: MlaConfig, start: int) -> np.ndarray:
-    """The rows of the rotated part, which begins at `start`, in the order of half-split pairs."""
-    rows = start + np.arange(m.qk_rope_head_dim)
-    return rows.reshape(-1, 2).T.reshape(-1) if m.interleaved else rows
-
-
-def _of_heads(c: DecoderConfig, rows: np.ndarray, stride: int) -> Rows:
-    """These of the `stride` rows of every head."""
-    return Rows(c.num_heads * stride, (np.arange(c.num_heads)[:, None] * stride + rows).reshape(-1))
-
-
-def _queries(c: DecoderConfig) -> Rows:
-    m = _latent(c)
-    return _of_heads(c, np.append(np.arange(m.qk_nope_head_dim), _rotated(m, m.qk_nope_head_dim)), m.head_dim)
-
-
-def _keys_and_values(c: DecoderConfig, *, keys: bool) -> Rows:
-    m = _latent(c)
-    both = np.arange(m.qk_nope_head_dim + m.v_head_dim)
-    return _of_heads(c, both[: m.qk_nope_head_dim] if keys else both[m.qk_nope_head_dim :], len(both))
-
-
-def _compressed(c: DecoderConfig) -> Rows:
-    m = _latent(c)
-    return Rows(m.latent_dim, np.append(np.arange(m.kv_lora_rank), _rotated(m, m.kv_lora_rank)))
-
-
+_TENSORS = {
+    **{"q": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"},
+    **{"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "k_up": "kv_b_proj", "v_up": "kv_b_proj"},
+}
+_TAKEN = {"q": "q", "q_up": "q", "kv_down": "kv_down", "k_up": "k_up", "v_up": "v_up"}
 NAMES = dataclasses.replace(
     glm4_moe.NAMES.with_layer(
-        {
-            "mla.q": ("model.layers.{i}.self_attn.q_proj.weight",),
-            "mla.q_down": ("model.layers.{i}.self_attn.q_a_proj.weight",),
-            "mla.q_norm": ("model.layers.{i}.self_attn.q_a_layernorm.weight",),
-            "mla.q_up": ("model.layers.{i}.self_attn.q_b_proj.weight",),
-            "mla.kv_down": ("model.layers.{i}.self_attn.kv_a_proj_with_mqa.weight",),
-            "mla.kv_norm": ("model.layers.{i}.self_attn.kv_a_layernorm.weight",),
-            "mla.k_up": ("model.layers.{i}.self_attn.kv_b_proj.weight",),
-            "mla.v_up": ("model.layers.{i}.self_attn.kv_b_proj.weight",),
-        }
+        {f"mla.{weight}": (f"model.layers.{{i}}.self_attn.{name}.weight",) for weight, name in _TENSORS.items()}
     ),
-    rows={
-        "mla.q": _queries,
-        "mla.q_up": _queries,
-        "mla.kv_down": _compressed,
-        "mla.k_up": functools.partial(_keys_and_values, keys=True),
-        "mla.v_up": functools.partial(_keys_and_values, keys=False),
-    },
+    rows={f"mla.{weight}": functools.partial(_rows, weight=taken) for weight, taken in _TAKEN.items()},
 )
