@@ -209,7 +209,7 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
         traced = jax.jit(layer, donate_argnums=3).trace(*args)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     if only_singles:
-        blocks = sizes.decode_blocks(chip, kv_shape, case.pool, row_pages)
+        blocks = sizes.decode_blocks(chip, kv_shape, case.pool, row_pages, num_heads)
     else:
         blocks = sizes.chunk_blocks(chip, kv_shape, case.pool, row_pages, tokens)
     return compiled, {"block": blocks.pages * case.page, "unit": blocks.unit_pages * case.page} | {

@@ -5,25 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sgl_jax.benchmark.errors import BenchmarkError
-
-BAD_USE, INTERRUPTED = 2, 130
+from sgl_jax.benchmark.engine_flags import parse_offline
+from sgl_jax.benchmark.errors import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when a request failed, 2 for a mistake in the use, 130 when interrupted."""
-    try:
-        from sgl_jax.benchmark.offline_arguments import parse
 
-        args, server_args = parse(argv)
-        from sgl_jax.benchmark.offline_main import measure_offline
+    def run() -> int:
+        args, server_args = parse_offline(argv)
+        from sgl_jax.benchmark.offline import measure_offline
 
         return measure_offline(args, server_args)
-    except BenchmarkError as error:
-        print(f"bench_offline_throughput: error: {error}", file=sys.stderr)
-        return BAD_USE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+
+    return exit_code("bench_offline_throughput", run)
 
 
 if __name__ == "__main__":

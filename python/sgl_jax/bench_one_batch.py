@@ -5,25 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sgl_jax.benchmark.errors import BenchmarkError
-
-BAD_USE, INTERRUPTED = 2, 130
+from sgl_jax.benchmark.engine_flags import parse_one_batch
+from sgl_jax.benchmark.errors import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when something compiled while it was timed, 2 for a mistake in the use."""
-    try:
-        from sgl_jax.benchmark.device_batch_arguments import parse
 
-        args, server_args = parse(argv)
+    def run() -> int:
+        args, server_args = parse_one_batch(argv)
         from sgl_jax.benchmark.device_batch_main import measure_batches
 
         return measure_batches(args, server_args)
-    except BenchmarkError as error:
-        print(f"bench_one_batch: error: {error}", file=sys.stderr)
-        return BAD_USE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+
+    return exit_code("bench_one_batch", run)
 
 
 if __name__ == "__main__":

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from sgl_jax.benchmark.errors import exit_code
+from sgl_jax.benchmark.one_batch_arguments import parse_one_batch
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when a case failed, 2 for a mistake in the use, 130 when interrupted."""
-    from sgl_jax.benchmark.one_batch_arguments import parse_one_batch
-
     args, server_flags = parse_one_batch(argv)
-    from sgl_jax.benchmark.one_batch_server import measure_batches
+    from sgl_jax.benchmark.one_batch_server import TOOL, measure_batches
 
-    return measure_batches(args, server_flags)
+    return exit_code(TOOL, lambda: measure_batches(args, server_flags))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from sgl_jax.benchmark.arguments import parse_serving
+from sgl_jax.benchmark.errors import exit_code
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when a request failed, 2 for a mistake in the use, 130 when interrupted."""
@@ -13,12 +16,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sgl_jax.benchmark.sweep import main as sweep
 
         return sweep(list(argv[1:]))
-    from sgl_jax.benchmark.arguments import parse_serving
-
     args = parse_serving(argv)
-    from sgl_jax.benchmark.serving_main import serve_load
+    from sgl_jax.benchmark.serving_main import TOOL, serve_load
 
-    return serve_load(args)
+    return exit_code(TOOL, lambda: serve_load(args))
 
 
 if __name__ == "__main__":

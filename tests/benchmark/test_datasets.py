@@ -412,27 +412,12 @@ def test_a_real_trace_has_the_sharing_it_says(shared_data: Path) -> None:
     assert len(blocks) == len(by_id), "different ids, different tokens"
 
 
-def test_azure_traces_give_times_and_lengths(tmp_path: Path, shared_data: Path) -> None:
-    path = tmp_path / "trace.csv"
-    path.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
-        "2023-11-16 18:15:46.6805900,37,4\r\n2023-11-16 18:16:47.9305900,39,10\r\n"
-    )
-    prompts = load(None, "--dataset-name", "azure", "--dataset-path", path, vocab_size=1000)
-    assert [(len(p.prompt), p.output_len, p.arrival_s) for p in prompts] == [(37, 4, 0.0), (39, 10, 61.25)]
-    real = shared_data / "datasets" / "azure_llm_traces" / "AzureLLMInferenceTrace_code.csv"
-    prompts = load(None, "--dataset-name", "azure", "--dataset-path", real, "--num-prompts", 3, vocab_size=1000)
-    assert [(p.prompt_len, p.output_len) for p in prompts][:2] == [(4808, 10), (3180, 8)]
-    assert prompts[1].arrival_s == pytest.approx(0.052, abs=1e-6)
-
-
 @pytest.mark.parametrize(
     ("name", "line", "said"),
     [
         ("mooncake", "{}", "line 1 is not a line of a Mooncake trace"),
         ("mooncake", json.dumps(mooncake_line(0, 513, 1, [1])), "line 1: 513 tokens in blocks of 512, but 1 hash_ids"),
         ("mooncake", json.dumps(mooncake_line(0, 5, 0, [1])), "line 1: 5 tokens in and 0 out; each must be at least 1"),
-        ("azure", "a,b\n1,2", "line 2 is not a line of an Azure trace"),
     ],
 )
 def test_a_bad_line_of_a_trace_is_named(tmp_path: Path, name: str, line: str, said: str) -> None:

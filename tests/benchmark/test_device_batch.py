@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from sgl_jax import bench_one_batch
-from sgl_jax.benchmark.device_batch import DeviceBatch, Shape
-from sgl_jax.benchmark.device_batch_arguments import parse
+from sgl_jax.benchmark.device_batch import DeviceBatch, check_fits
 from sgl_jax.benchmark.device_batch_main import run
+from sgl_jax.benchmark.engine_flags import parse_one_batch
 from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark.one_batch_arguments import Case
 from sgl_jax.engine.core import Core
 from sgl_jax.runtime.machine_limits import NotMeasured
 from sgl_jax.testing.fake_runner import FakeFlight, FakeRates, FakeRunner, FakeTokens, continuation
-from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 from simulated import make_core, make_request
 
 ROWS, CONTEXT, PAGE_SIZE, PAGES, CHUNK = 4, 64, 4, 40, 8
@@ -57,13 +57,9 @@ def fake_core(runner: ScriptedRunner, **info: object) -> Core:
     return Core(core.scheduler, runner, msgspec.structs.replace(core.info, **known | info))
 
 
-def no_tokenizer() -> Tokenizer:
-    raise AssertionError("none is needed")
-
-
-def measure(runner: ScriptedRunner, *words: object, tokenizer: Callable[[], Tokenizer] = no_tokenizer, **info) -> int:
-    args, _ = parse(["--model-path", "fake", *map(str, words)])
-    return run(args, fake_core(runner, **info), tokenizer, clock=lambda: runner.now)
+def measure(runner: ScriptedRunner, *words: object, **info) -> int:
+    args, _ = parse_one_batch(["--model-path", "fake", *map(str, words)])
+    return run(args, fake_core(runner, **info), clock=lambda: runner.now)
 
 
 WARM_UP = [9.0] * 5  # 2 chunks of the prompts, 3 decode steps
@@ -139,14 +135,6 @@ def test_a_single_token_has_no_decode_steps(tmp_path: Path, capsys: pytest.Captu
     assert found["median_decode_latency"] is found["decode_bandwidth_share"] is None
 
 
-def test_more_decode_steps_are_printed_on_request(capsys: pytest.CaptureFixture) -> None:
-    shape = ("--batch-size", 1, "--input-len", 4, "--output-len", 14, "--result-filename", "")
-    for more, printed in (((), [0, 1, 2, 3, 4]), (("--log-decode-step", 4), [0, 1, 2, 3, 4, 8, 12])):
-        measure(ScriptedRunner(seconds=[1.0] * 99), *shape, *more)
-        lines = capsys.readouterr().out.splitlines()
-        assert [line.split(".")[0] for line in lines if line.startswith("Decode ")] == [f"Decode {i}" for i in printed]
-
-
 def test_every_combination_is_measured_in_order(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     words = ("--batch-size", 1, 3, "--input-len", 5, 9, "--output-len", 2, 3, "--result-filename", path)
@@ -187,14 +175,11 @@ def expected(prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("chunk", [1, 5, 64])
-@pytest.mark.parametrize("cut", [None, 1, 4])
-def test_tokens_are_right_for_all_pages_and_chunks(page_size: int, chunk: int, cut: int | None) -> None:
+def test_tokens_are_right_for_all_pages_and_chunks(page_size: int, chunk: int) -> None:
     runner = ScriptedRunner(page_size)
     info = fake_core(runner, chunked_prefill_size=chunk).info
     prompts = [[7, 8, 9, 10, 11, 12, 13], [5], [21, 22, 23, 24]]
     batch = DeviceBatch(runner, info, prompts, output_len=6)
-    if cut is not None:
-        batch.prefill(cut)
     batch.prefill()
     for _ in range(5):
         batch.decode()
@@ -204,9 +189,8 @@ def test_tokens_are_right_for_all_pages_and_chunks(page_size: int, chunk: int, c
 
 def test_a_batch_may_fill_the_pool_to_the_last_page() -> None:
     runner = ScriptedRunner()
-    shape = Shape(ROWS, 30, 10)  # 4 rows of 10 pages
     info = fake_core(runner).info
-    shape.check_fits(info)
+    check_fits(Case(ROWS, 30, 10), info)  # 4 rows of 10 pages
     prompts = [[i] * 30 for i in range(3, 3 + ROWS)]
     batch = DeviceBatch(runner, info, prompts, 10)
     batch.prefill()
@@ -215,7 +199,7 @@ def test_a_batch_may_fill_the_pool_to_the_last_page() -> None:
     assert batch.outputs() == expected(prompts, 10)
 
 
-def test_drawn_prompts_have_the_length_and_differ(tmp_path: Path) -> None:
+def test_drawn_prompts_have_the_length_and_differ() -> None:
     runner = ScriptedRunner(seconds=[1.0] * 99)
     measure(runner, "--batch-size", 3, "--input-len", 9, "--output-len", 2, "--result-filename", "")
     timed = [plan for plan in runner.plans if not plan.from_device.any()][4:]  # 27 tokens in chunks of 8
@@ -226,23 +210,6 @@ def test_drawn_prompts_have_the_length_and_differ(tmp_path: Path) -> None:
             prompts.setdefault(row, []).extend(plan.tokens[end - n : end].tolist())
     assert [len(prompts[row]) for row in range(3)] == [9, 9, 9]
     assert len({tuple(prompt) for prompt in prompts.values()}) == 3
-
-
-def test_prompts_of_a_file_are_cut_and_repeated(tmp_path: Path, stories260k: Path) -> None:
-    tokenizer = load_tokenizer(str(stories260k))
-    path = tmp_path / "prompts.txt"
-    path.write_text("Once upon a time\n\nthere was a cat\n")
-    first, second = tokenizer.encode("Once upon a time"), tokenizer.encode("there was a cat")
-    length = len(first) + 2
-    runner = ScriptedRunner(seconds=[1.0] * 99)
-    words = ("--batch-size", 3, "--input-len", length, "--output-len", 1, "--prompt-filename", path)
-    measure(runner, *words, "--result-filename", "", tokenizer=lambda: tokenizer, chunked_prefill_size=64)
-    timed = runner.plans[1]
-    assert timed.tokens.reshape(3, length).tolist() == [
-        first + second[:2],
-        (second + first)[:length],
-        first + second[:2],
-    ]
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -275,11 +242,7 @@ def test_a_batch_that_does_not_fit_names_the_limit_before_anything_runs(words: t
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--batch-size", "1", "0"), "--batch-size is 0; it must be at least 1"),
-        (("--log-decode-step", "-1"), "--log-decode-step is -1; it must be 0 or more"),
-        (("--cut-len", "4"), "--cut-len is 4; it must be at least 1, beside --correctness-test"),
-        (("--correct", "--input-len", "4"), "--input-len is for timed batches, --correctness-test has none"),
-        (("--correct", "--output-len", "4", "5"), "--output-len takes one number beside --correctness-test"),
+        (("--result-filename", "/none/x"), "--result-filename is /none/x; it must be a file in a folder that exists"),
         (("--profile-filename-prefix", "x"), "--profile-filename-prefix needs --profile"),
         (("--page-size", "3"), "--page-size is 3; it must be a power of two"),
         (("--pages-size", "4"), "--pages-size is not a flag, did you mean --page-size?"),
@@ -317,25 +280,6 @@ def command(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Comm
         return subprocess.run(argv, capture_output=True, text=True, timeout=240, check=False, cwd=folder)
 
     return call
-
-
-def test_the_correctness_test_prints_the_tokens_of_transformers(command: Command, golden: Path, tmp_path: Path) -> None:
-    cases = json.loads((golden / "stories260k.json").read_text())["cases"]
-    cases = [case for case in cases if case["prompt"] and "\n" not in case["prompt"]]
-    assert cases
-    path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(case["prompt"] for case in cases * 3))  # more than run at once
-    result = command(tmp_path, "--correct", "--cut-len", 2, "--output-len", 40, "--prompt-filename", path)
-    assert result.returncode == 0, result.stderr
-    blocks = result.stdout.split("========== Prompt ")[1:]
-    assert len(blocks) == len(cases) * 3
-    for i, block in enumerate(blocks):
-        case = cases[i % len(cases)]
-        head, inputs, outputs, text = block.rstrip().split("\n", 3)
-        assert head == f"{i} =========="
-        assert inputs == f"input ids: {case['prompt_ids']}"
-        assert outputs == f"output ids: {case['output_ids_200_greedy'][:40]}"
-        assert text.startswith(case["prompt"])
 
 
 def test_the_command_measures_a_real_model(command: Command, tmp_path: Path) -> None:

@@ -12,10 +12,9 @@ import pytest
 
 from sgl_jax import Engine, bench_offline_throughput
 from sgl_jax.benchmark.datasets import load_prompts
-from sgl_jax.benchmark.engine_flags import engine_options
+from sgl_jax.benchmark.engine_flags import engine_options, parse_offline
 from sgl_jax.benchmark.errors import BenchmarkError
-from sgl_jax.benchmark.offline_arguments import parse
-from sgl_jax.benchmark.offline_main import run
+from sgl_jax.benchmark.offline import run
 from sgl_jax.benchmark.records import Prompt
 from sgl_jax.engine.messages import Abort, Command, Event, FlushCache, Generate, MeasureLimits, Refused, Stats
 from sgl_jax.testing.fake_core import FakeCore, fake_info
@@ -76,7 +75,7 @@ def clock(*times: float) -> Iterator[float]:
 
 
 def measure(tokenizer: Tokenizer, core: ScriptedCore, prompts: list[Prompt], *words: object, times=(10.0, 12.0)) -> int:
-    args, _ = parse(["--model-path", "fake", *map(str, words)])
+    args, _ = parse_offline(["--model-path", "fake", *map(str, words)])
     ticks = clock(*times)
     with Engine.from_core(lambda: core, tokenizer) as engine:
         return run(args, engine, prompts, clock=lambda: next(ticks))
@@ -176,7 +175,7 @@ def test_a_request_that_failed_is_not_counted_as_successful(
 
 def test_texts_are_sent_as_the_data_set_counts_them(tokenizer: Tokenizer) -> None:
     words = ("--num-prompts", 5, "--random-input", 20, "--random-output", 9, "--skip-warmup")
-    args, _ = parse(["--model-path", "fake", *map(str, words)])
+    args, _ = parse_offline(["--model-path", "fake", *map(str, words)])
     prompts = load_prompts(args, tokenizer, None, args.seed)
     core = ScriptedCore(5)
     measure(tokenizer, core, prompts, *words)
@@ -246,7 +245,7 @@ def test_requests_that_cannot_be_are_refused(tokenizer: Tokenizer, prompts: list
 
 
 def test_the_engine_gets_the_flags_that_are_not_about_http() -> None:
-    _, server_args = parse(["--model-path", "m", "--page-size", "8", "--port", "5", "--disable-radix-cache"])
+    _, server_args = parse_offline(["--model-path", "m", "--page-size", "8", "--port", "5", "--disable-radix-cache"])
     options = engine_options(server_args)
     assert options == {"model_path": "m", "page_size": 8, "disable_radix_cache": True}
 
@@ -254,8 +253,7 @@ def test_the_engine_gets_the_flags_that_are_not_about_http() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--extra-request-body", "{"), "--extra-request-body is not JSON"),
-        (("--extra-request-body", "[1]"), "--extra-request-body is [1]; it must be a JSON object"),
+        (("--result-filename", "/none/x"), "--result-filename is /none/x; it must be a file in a folder that exists"),
         (("--extra-request-body", '{"n": 2}'), "--extra-request-body has n 2; one answer to a prompt is measured"),
         (("--profile-output-dir", "x"), "--profile-output-dir needs --profile"),
         (("--page-size", "3"), "--page-size is 3; it must be a power of two"),

@@ -16,7 +16,6 @@ from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
 from sgl_jax.bench_one_batch_server import main
-from sgl_jax.benchmark import one_batch_server
 from sgl_jax.benchmark.client import ServerError
 from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.one_batch import BatchOptions, BatchResult, run_case
@@ -30,7 +29,6 @@ INFO = {
         "kv_bytes_per_token": 1000,
         "parameters_per_token": 500_000,
     },
-    "internal_states": [{"last_gen_throughput": 432.1}],
 }
 LIMITS = {
     "memory_gb_per_s": 1.0,
@@ -48,7 +46,6 @@ output_len: 11
 latency: 0.300 s
 ttft: 0.200 s
 itl: 10.00 ms
-last generation throughput: 432.10 tok/s
 input throughput: 2000.00 tok/s
 output throughput: 440.00 tok/s
 decode: 14.2% of the memory bandwidth (1.0 GB/s)
@@ -81,10 +78,10 @@ def test_a_case_is_printed_to_the_digit(api: str, capsys: pytest.CaptureFixture[
     assert code == 0
     assert capsys.readouterr().out == BLOCK
     path = {"native": "/generate", "openai": "/v1/completions"}[api]
-    warm_up, case = ["/flush_cache", path], ["/flush_cache", path, "/get_server_info"]
+    warm_up = case = ["/flush_cache", path]
     models = ["/v1/models"] if api == "openai" else []
     assert [path for path, _ in calls] == [
-        "/ready", "/get_server_info", *models, *warm_up, "/measure_limits", *case
+        "/get_server_info", *models, *warm_up, "/measure_limits", *case
     ]  # fmt: skip
 
 
@@ -100,11 +97,9 @@ def test_a_case_is_written_as_a_line_of_json(tmp_path: Path) -> None:
         "api_type": "native",
         "temperature": 0.0,
         "return_logprob": False,
-        "client_stream_interval": 1,
         "seed": 7,
         "batch_size": 4,
         "input_len": 100,
-        "input_len_step_percentage": 0.0,
         "output_len": 11,
         "input_tokens": 400,
         "cached_tokens": 0,
@@ -114,7 +109,6 @@ def test_a_case_is_written_as_a_line_of_json(tmp_path: Path) -> None:
         "input_throughput": 2000.0,
         "output_throughput": 440.0,
         "overall_throughput": 1480.0,
-        "last_gen_throughput": 432.1,
         "start_seconds": None,
         "machine_limits": LIMITS,
         "model_cost": {"weight_bytes": 1_000_000, "kv_bytes_per_token": 1000, "parameters_per_token": 500_000},
@@ -155,21 +149,15 @@ def test_prompts_are_the_seeds_and_no_two_alike() -> None:
     assert all(0 <= token < 1000 for prompt in first for token in prompt)
 
 
-def test_lengths_of_a_batch_vary_by_steps_around_the_mean(capsys: pytest.CaptureFixture[str]) -> None:
-    _, calls = measure(EXACT, *CASE, "--input-len-step-percentage", "0.1")
-    assert [len(prompt) for prompt in generations(calls)[1]["input_ids"]] == [85, 95, 105, 115]
-    assert "input throughput: 2000.00 tok/s" in capsys.readouterr().out
-
-
 def test_the_native_request_holds_the_batch_and_its_parameters() -> None:
-    flags = ("--temperature", "0.5", "--return-logprob", "--client-stream-interval", "4", "--skip-warmup")
+    flags = ("--temperature", "0.5", "--return-logprob", "--skip-warmup")
     _, calls = measure(EXACT, *CASE, *flags)
     (body,) = generations(calls)
     assert [len(prompt) for prompt in body.pop("input_ids")] == [100] * 4
     assert body == {
         "stream": True,
         "return_logprob": True,
-        "sampling_params": {"temperature": 0.5, "max_new_tokens": 11, "ignore_eos": True, "stream_interval": 4},
+        "sampling_params": {"temperature": 0.5, "max_new_tokens": 11, "ignore_eos": True},
     }
 
 
@@ -312,18 +300,9 @@ def test_a_row_that_the_server_aborts_fails_the_case() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--batch-size", "1", "0"], "--batch-size is 0; it must be at least 1"),
-        (["--temperature", "-1"], "--temperature is -1.0; it must be 0 or more"),
-        (["--client-stream-interval", "0"], "--client-stream-interval is 0; it must be at least 1"),
-        (
-            ["--client-stream-interval", "2", "--api-type", "openai"],
-            "--client-stream-interval is 2; OpenAI's API has no such field, use --api-type native",
-        ),
-        (
-            ["--batch-size", "9", "--input-len", "10", "--input-len-step-percentage", "0.25"],
-            "--input-len-step-percentage is 0.25; with batch size 9, input_len 10, output_len 16 the shortest prompt would "
-            "have 0 tokens, choose a smaller one",
-        ),
+        (["--batch-size", "1", "0"], "argument --batch-size: '0' is not a whole number from 1 on"),
+        (["--temperature", "-1"], "argument --temperature: '-1' is not a number from 0 on"),
+        (["--result-filename", "/none/x"], "--result-filename is /none/x; it must be a file in a folder that exists"),
         (["--page-size", "16"], "--page-size is for a server that is started; --base-url http://x runs already"),
         (["--zzz", "x"], "--zzz is not a flag; --help lists them all"),
     ],
@@ -351,12 +330,6 @@ def test_without_a_vocabulary_nothing_can_be_drawn() -> None:
         measure(Script())
 
 
-def test_no_server_at_the_url_is_said_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(one_batch_server, "_READY_TIMEOUT_S", 0.0)
+def test_no_server_at_the_url_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--base-url", "http://127.0.0.1:1"]) == 2
     assert "no server answers at http://127.0.0.1:1" in capsys.readouterr().err
-
-
-def test_a_server_that_has_not_logged_its_throughput_tells_none(capsys: pytest.CaptureFixture[str]) -> None:
-    measure(Script(**vars(EXACT) | {"info": INFO | {"internal_states": [{"last_gen_throughput": 0.0}]}}), *CASE)
-    assert "last generation" not in capsys.readouterr().out

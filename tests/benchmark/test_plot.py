@@ -111,7 +111,7 @@ def served(outcomes: list[Outcome], **config: object) -> ServingRun:
     return ServingRun(described, START, 4.0, outcomes, figures, roofline)
 
 
-def test_panels_have_titles_units_and_the_runs_figures() -> None:
+def test_panels_have_titles_and_units() -> None:
     figure = plot.run_figure(served(OUTCOMES, max_concurrency=2))
     suptitle = figure.get_suptitle()
     assert suptitle == "tiny  ·  sgl-jax  ·  random  ·  requests: 3  ·  request rate inf  ·  at most 2 at a time"
@@ -121,12 +121,8 @@ def test_panels_have_titles_units_and_the_runs_figures() -> None:
         ("Requests, as the client sees them", "", "requests"),
         ("Time to first token, by when the request was sent", "", "ms"),
         ("Inter-token latency, by when the token came", "time since the start of the run (s)", "ms"),
-        ("", "", ""),
         ("Latency percentiles", "percentile", "ms"),
     ]
-    text = figure.axes[4].texts[0].get_text()
-    assert "Output throughput              1.5 tok/s\n" in text
-    assert "TTFT               750.0     750.0     950.0     995.0\n" in text
     legends = [[each.get_text() for each in axes.get_legend().texts] for axes in figure.axes if axes.get_legend()]
     assert legends == [
         ["mean 1.5"],

@@ -115,3 +115,54 @@ def test_a_config_that_would_be_computed_wrongly_is_refused(stories260k, change,
 def test_an_eos_of_minus_one_means_none(stories260k):
     config = json.loads((stories260k / "config.json").read_text()) | {"eos_token_id": -1}
     assert decoder_config(config).eos_token_ids == ()
+
+
+GROK = {
+    "head_dim": 16,
+    "moe_intermediate_size": 96,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "residual_moe": True,
+    "embedding_multiplier_scale": 90.5,
+    "output_multiplier_scale": 0.5,
+    "final_logit_softcapping": 50,
+    "rope_theta": 208533496,
+    "rope_type": "original",
+    "scaling_factor": 16.0,
+    "attn_temperature_len": 1024,
+    "sliding_window_size": -1,
+    "hidden_act": None,
+}
+
+
+def test_grok():
+    config = decoder_config(hf("Grok1ForCausalLM", **GROK))
+    assert (config.embed_scale, config.logit_scale, config.attn_temperature_length) == (90.5, 0.5, 1024)
+    assert (config.attn_logit_softcap, config.final_logit_softcap, config.activation) == (30.0, 50.0, "gelu_tanh")
+    assert config.rope.inv_freq[1] == pytest.approx(208533496 ** (-1 / 8), rel=1e-6)
+    assert (config.eos_token_ids, config.tie_embeddings, config.sandwich_norms) == ((2,), False, True)
+    assert config.moe is not None
+    assert (config.moe.intermediate_size, config.intermediate_size) == (96, 128)
+    assert (config.moe.router_softcap, config.moe.normalise, config.moe.residual_scale) == (30.0, False, 0.5**0.5)
+    assert config.has_experts(0)
+    assert config.has_mlp(0)
+    bare = decoder_config(hf("Grok1ForCausalLM", **(GROK | {"residual_moe": False, "attn_temperature_len": -1})))
+    assert not bare.has_mlp(0)
+    assert bare.attn_temperature_length is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_type": "yarn_log"},
+        {"sliding_window_size": 128},
+        {"global_attn_every_n": 4},
+        {"attn_logit_softcapping_method": "sigmoid"},
+        {"moe_router_renormalize": True},
+        {"hidden_act": "silu"},
+        {"attn_temperature_len": 1},
+    ],
+)
+def test_what_of_grok_is_not_built_is_refused(change):
+    with pytest.raises(ModelError, match=next(iter(change))):
+        decoder_config(hf("Grok1ForCausalLM", **(GROK | change)))

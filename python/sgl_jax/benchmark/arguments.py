@@ -75,7 +75,7 @@ def add_server_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--ready-check-timeout-sec",
-        type=_real(0),
+        type=real(0),
         default=0.0,
         metavar="X",
         help="wait so long for the server to be ready (default: 0)",
@@ -104,13 +104,13 @@ def add_traffic_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_request_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("Requests")
-    group.add_argument("--temperature", type=_real(0), default=0.0, metavar="X", help="(default: 0, greedy)")
+    group.add_argument("--temperature", type=real(0), default=0.0, metavar="X", help="(default: 0, greedy)")
     group.add_argument("--disable-ignore-eos", action="store_true", help="let answers end before their length")
     group.add_argument("--disable-stream", action="store_true", help="ask for answers in one piece: only E2E is known")
     group.add_argument("--return-logprob", action="store_true", help="ask for the logprobs of the output")
     group.add_argument(
         "--extra-request-body",
-        type=_json_object,
+        type=json_object,
         default={},
         metavar="JSON",
         help="""merged into every request, as in '{"sampling_params": {"top_p": 0.9}}'""",
@@ -181,7 +181,7 @@ def whole_number(low: int):
     return read
 
 
-def _real(low: float):
+def real(low: float):
     def read(text: str) -> float:
         try:
             value = float(text)
@@ -217,7 +217,7 @@ def _header(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -21,6 +21,7 @@ REQUEST_TIMEOUT_S = 6 * 3600.0
 _CONTROL_TIMEOUT_S = 600.0  # flushing a cache, measuring limits, writing a trace
 _CONNECT_TIMEOUT_S = 60.0
 _POLL_S = 0.5
+NOT_OFFERED = (404, 405, 501)  # HTTP statuses of a server without that path
 _LIMIT_ATTEMPTS = 10
 _LONGEST_ERROR = 500  # characters of a server's answer that are shown
 
@@ -106,7 +107,7 @@ class Client:
         try:
             return await self.get(path)
         except ServerError as error:
-            if error.status in (404, 405, 501):
+            if error.status in NOT_OFFERED:
                 return None
             raise
 
@@ -151,7 +152,7 @@ class Client:
             try:
                 return msgspec.convert(await self.post("/measure_limits"), MachineLimits)
             except ServerError as error:
-                if error.status in (404, 405, 501):
+                if error.status in NOT_OFFERED:
                     return None
                 if error.status != 409 or attempt == _LIMIT_ATTEMPTS - 1:  # 409: a request still runs
                     raise

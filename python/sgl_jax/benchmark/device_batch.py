@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark.one_batch_arguments import Case
 from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, decode_bandwidth_share, matmul_share
 from sgl_jax.engine.core import Runner
 from sgl_jax.engine.messages import EngineInfo
@@ -22,44 +23,38 @@ from sgl_jax.scheduler.rows import encode_params
 from sgl_jax.step_plan import StepPlan
 
 
-@dataclass(frozen=True)
-class Shape:
-    batch_size: int
-    input_len: int
-    output_len: int
-
-    def check_fits(self, info: EngineInfo) -> None:
-        """Raises BenchmarkError with the limit that is in the way: the batch must run at once."""
-        if self.batch_size > info.max_running_requests:
-            raise BenchmarkError(
-                f"--batch-size is {self.batch_size}; {info.max_running_requests} requests can run at once, "
-                "raise --max-running-requests"
-            )
-        tokens = self.input_len + self.output_len
-        if tokens > info.context_length:
-            raise BenchmarkError(
-                f"--input-len {self.input_len} and --output-len {self.output_len} make {tokens} tokens; a request may "
-                f"hold {info.context_length}, raise --context-length if the model allows it"
-            )
-        pool = info.max_total_tokens // info.page_size
-        if (pages := self.batch_size * _pages(tokens, info.page_size)) > pool:
-            raise BenchmarkError(
-                f"{self.batch_size} requests of {tokens} tokens need {pages} pages of {info.page_size} tokens; the KV "
-                f"pool has {pool}, raise --max-total-tokens or --mem-fraction-static"
-            )
+def check_fits(case: Case, info: EngineInfo) -> None:
+    """Raises BenchmarkError with the limit that is in the way: the batch must run at once."""
+    if case.batch_size > info.max_running_requests:
+        raise BenchmarkError(
+            f"--batch-size is {case.batch_size}; {info.max_running_requests} requests can run at once, "
+            "raise --max-running-requests"
+        )
+    tokens = case.input_len + case.output_len
+    if tokens > info.context_length:
+        raise BenchmarkError(
+            f"--input-len {case.input_len} and --output-len {case.output_len} make {tokens} tokens; a request may "
+            f"hold {info.context_length}, raise --context-length if the model allows it"
+        )
+    pool = info.max_total_tokens // info.page_size
+    if (pages := case.batch_size * _pages(tokens, info.page_size)) > pool:
+        raise BenchmarkError(
+            f"{case.batch_size} requests of {tokens} tokens need {pages} pages of {info.page_size} tokens; the KV "
+            f"pool has {pool}, raise --max-total-tokens or --mem-fraction-static"
+        )
 
 
 @dataclass(frozen=True)
 class BatchTimes:
     """Seconds. Formulas at the top of this file; None where there is no decode step."""
 
-    shape: Shape
+    case: Case
     prefill_s: float
     decode_s: list[float]  # each step
 
     @property
     def prefill_throughput(self) -> float:
-        return self.shape.batch_size * self.shape.input_len / self.prefill_s
+        return self.case.batch_size * self.case.input_len / self.prefill_s
 
     @property
     def median_decode_s(self) -> float | None:
@@ -67,7 +62,7 @@ class BatchTimes:
 
     @property
     def median_decode_throughput(self) -> float | None:
-        return self.shape.batch_size / step if (step := self.median_decode_s) else None
+        return self.case.batch_size / step if (step := self.median_decode_s) else None
 
     @property
     def total_s(self) -> float:
@@ -75,17 +70,17 @@ class BatchTimes:
 
     @property
     def total_throughput(self) -> float:
-        return self.shape.batch_size * (self.shape.input_len + self.shape.output_len) / self.total_s
+        return self.case.batch_size * (self.case.input_len + self.case.output_len) / self.total_s
 
     def decode_bandwidth_share(self, cost: ModelCost, limits: MachineLimits) -> float | None:
         """Of the median step, with the KV of the mean one: the prompt and half of the output."""
         if (step := self.median_decode_s) is None:
             return None
-        context = self.shape.input_len + self.shape.output_len / 2
-        return decode_bandwidth_share(cost, limits, self.shape.batch_size, context, step)
+        context = self.case.input_len + self.case.output_len / 2
+        return decode_bandwidth_share(cost, limits, self.case.batch_size, context, step)
 
     def prefill_matmul_share(self, cost: ModelCost, limits: MachineLimits) -> float:
-        return matmul_share(cost, limits, self.shape.batch_size * self.shape.input_len, self.prefill_s)
+        return matmul_share(cost, limits, self.case.batch_size * self.case.input_len, self.prefill_s)
 
 
 class DeviceBatch:
@@ -104,9 +99,9 @@ class DeviceBatch:
         self._params = encode_params(_greedy(self._prompts[0], output_len))
         self._sampled: list[tuple[np.ndarray, np.ndarray]] = []  # of each step: rows, their tokens
 
-    def prefill(self, up_to: int | None = None) -> None:
-        """Compute the prompts, or the first `up_to` tokens of each; returns when the last step's tokens are here."""
-        flights = [self._runner.launch(plan) for plan in self._prefill_plans(up_to)]
+    def prefill(self) -> None:
+        """Compute the prompts; returns when the last step's tokens are here."""
+        flights = [self._runner.launch(plan) for plan in self._prefill_plans()]
         for flight in flights:
             self._collect(flight)
 
@@ -129,10 +124,9 @@ class DeviceBatch:
         tokens = self._runner.collect(flight).tokens
         self._sampled.append((plan.rows[plan.samples], tokens[plan.samples]))
 
-    def _prefill_plans(self, up_to: int | None) -> Iterator[StepPlan]:
+    def _prefill_plans(self) -> Iterator[StepPlan]:
         """Steps of as many prompt tokens as the engine takes, row after row."""
-        goal = self._prompt_len if up_to is None else np.minimum(self._prompt_len, up_to)
-        while (missing := goal - self._computed).any():
+        while (missing := self._prompt_len - self._computed).any():
             before = np.cumsum(missing) - missing
             num_new = np.clip(self._chunk - before, 0, missing)
             rows = np.flatnonzero(num_new).astype(np.int32)
@@ -171,18 +165,18 @@ class DeviceBatch:
         return np.stack([row, index, 1 + row * self._pages_per_row + index]).astype(np.int32)
 
 
-def time_batch(batch: DeviceBatch, shape: Shape, clock: Callable[[], float]) -> BatchTimes:
+def time_batch(batch: DeviceBatch, case: Case, clock: Callable[[], float]) -> BatchTimes:
     """`clock` in seconds is read at the start, when the prefill's tokens have come, and after each decode step."""
     before = clock()
     batch.prefill()
     now = clock()
     prefill, decode = now - before, []
-    for _ in range(shape.output_len - 1):
+    for _ in range(case.output_len - 1):
         before = now
         batch.decode()
         now = clock()
         decode.append(now - before)
-    return BatchTimes(shape, prefill, decode)
+    return BatchTimes(case, prefill, decode)
 
 
 def _pages[T: (int, np.ndarray)](tokens: T, page_size: int) -> T:

@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import argparse
-import itertools
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from sgl_jax.benchmark.datasets.source import IdSource
-from sgl_jax.benchmark.device_batch import BatchTimes, DeviceBatch, Shape, time_batch
-from sgl_jax.benchmark.device_batch_report import block, record
+from sgl_jax.benchmark.device_batch import BatchTimes, DeviceBatch, check_fits, time_batch
 from sgl_jax.benchmark.engine_flags import start_log
-from sgl_jax.benchmark.errors import BenchmarkError
-from sgl_jax.benchmark.roofline import MachineLimits, ModelCost
-from sgl_jax.benchmark.serving_report import append_jsonl
+from sgl_jax.benchmark.errors import SOME_FAILED, BenchmarkError, say
+from sgl_jax.benchmark.one_batch_arguments import Case, cases
+from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, limits_json, share_lines
+from sgl_jax.benchmark.serving_report import append_jsonl, check_writable
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.loop import one_line
-from sgl_jax.engine.messages import LimitsMeasured, MeasureLimits, Refused
+from sgl_jax.engine.messages import EngineInfo, LimitsMeasured, MeasureLimits, Refused
 from sgl_jax.engine.startup import build_core
 from sgl_jax.server_args import ServerArgs
-from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
-COMPILED = 1  # exit code
-_PROMPTS = ("The capital of France is", "The capital of the United Kingdom is", "Today is a sunny day and I like")
+TOOL = "bench_one_batch"
+_DECODE_LINES = 5  # steps printed one by one
 _WARM_UP_TOKENS = 4
 _NO_SCHEDULER = (  # flags that are about one
     "disable_radix_cache",
@@ -43,86 +41,43 @@ _NO_SCHEDULER = (  # flags that are about one
 def measure_batches(args: argparse.Namespace, server_args: ServerArgs) -> int:
     """Starts the engine's device side and runs. Returns the exit code; raises BenchmarkError."""
     start_log(server_args, _NO_SCHEDULER)
-    return run(args, _started(server_args), lambda: _tokenizer(server_args))
-
-
-def _started(server_args: ServerArgs) -> Core:
+    if args.result_filename:
+        check_writable(Path(args.result_filename), "--result-filename")
     try:
-        return build_core(server_args)
+        core = build_core(server_args)
     except (ValueError, OSError) as error:  # those are for the user to mend
         raise BenchmarkError(one_line(error)) from error
+    return run(args, core)
 
 
-def _tokenizer(server_args: ServerArgs) -> Tokenizer:
-    try:
-        return load_tokenizer(server_args.tokenizer_path or server_args.model_path, None, server_args.download_dir)
-    except TokenizerError as error:
-        raise BenchmarkError(str(error)) from error
+def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.perf_counter) -> int:
+    """Everything after the start. Returns the exit code."""
+    for case in cases(args):
+        check_fits(case, core.info)
+    source = IdSource(core.info.vocab_size, None, np.random.default_rng(args.seed))
 
-
-def run(
-    args: argparse.Namespace,
-    core: Core,
-    tokenizer: Callable[[], Tokenizer],
-    clock: Callable[[], float] | None = None,
-) -> int:
-    """Everything after the start. `tokenizer` is called where text is needed. Returns the exit code."""
-    if args.correctness_test:
-        _generate(args, core, tokenizer())
-        return 0
-    shapes = [Shape(*each) for each in itertools.product(args.batch_size, args.input_len, args.output_len)]
-    for shape in shapes:
-        shape.check_fits(core.info)
-    prompts = _timed_prompts(args, core.info.vocab_size, tokenizer, np.random.default_rng(args.seed))
-
-    def batch(shape: Shape) -> DeviceBatch:
-        return DeviceBatch(core.runner, core.info, prompts(shape.batch_size, shape.input_len), shape.output_len)
-
-    def timed(shape: Shape) -> BatchTimes:
-        return time_batch(batch(shape), shape, clock or time.perf_counter)
+    def timed(case: Case) -> BatchTimes:
+        prompts = [source.ids(case.input_len) for _ in range(case.batch_size)]
+        return time_batch(DeviceBatch(core.runner, core.info, prompts, case.output_len), case, clock)
 
     limits, cost = _measured_limits(core)
-    for shape in shapes:
-        timed(replace(shape, output_len=min(shape.output_len, _WARM_UP_TOKENS)))
-        times = timed(shape)
+    for case in cases(args):
+        timed(replace(case, output_len=min(case.output_len, _WARM_UP_TOKENS)))
+        times = timed(case)
         compiles = core.runner.compiles_after_ready
-        print(block(times, args.log_decode_step, limits, cost), flush=True)
+        print(block(times, limits, cost), flush=True)
         if args.result_filename:
             found = record(args.run_name, times, compiles, core.info, limits, cost)
             append_jsonl(Path(args.result_filename), found)
         if args.profile:
-            _trace(args.profile_filename_prefix, shape, lambda shape=shape: timed(shape))
+            size = f"batch{case.batch_size}_input{case.input_len}_output{case.output_len}"
+            with jax.profiler.trace(folder := f"{args.profile_filename_prefix or 'profile'}_{size}"):
+                timed(case)
+            print(f"Trace: {folder}\n", flush=True)
     if compiles := core.runner.compiles_after_ready:
-        print(f"bench_one_batch: {compiles} programs were compiled while it was timed", file=sys.stderr)
-        return COMPILED
+        say(TOOL, f"{compiles} programs were compiled while it was timed")
+        return SOME_FAILED
     return 0
-
-
-def _timed_prompts(
-    args: argparse.Namespace, vocab_size: int, tokenizer: Callable[[], Tokenizer], rng: np.random.Generator
-) -> Callable[[int, int], list[list[int]]]:
-    """A function from batch size and length to prompts: drawn ids, or the file's lines, repeated and cut."""
-    if args.prompt_filename is None:
-        source = IdSource(vocab_size, None, rng)
-        return lambda batch_size, length: [source.ids(length) for _ in range(batch_size)]
-    found = tokenizer()
-    lines = [found.encode(line) for line in _lines(args.prompt_filename)]
-
-    def cut(row: int, length: int) -> list[int]:
-        ids = itertools.chain.from_iterable(itertools.islice(itertools.cycle(lines), row % len(lines), None))
-        return list(itertools.islice(ids, length))
-
-    return lambda batch_size, length: [cut(row, length) for row in range(batch_size)]
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"--prompt-filename is {path}; it cannot be read: {error}") from error
-    if not lines:
-        raise BenchmarkError(f"--prompt-filename is {path}; it has no line with a prompt")
-    return lines
 
 
 def _measured_limits(core: Core) -> tuple[MachineLimits | None, ModelCost]:
@@ -135,33 +90,53 @@ def _measured_limits(core: Core) -> tuple[MachineLimits | None, ModelCost]:
             case LimitsMeasured(limits=limits):
                 return limits, cost
             case Refused(message=message):
-                print(f"bench_one_batch: {message}", file=sys.stderr)
+                say(TOOL, message)
     return None, cost
 
 
-def _trace(prefix: str, shape: Shape, work: Callable[[], object]) -> None:
-    folder = f"{prefix}_batch{shape.batch_size}_input{shape.input_len}_output{shape.output_len}"
-    with jax.profiler.trace(folder):
-        work()
-    print(f"Trace: {folder}\n", flush=True)
+def block(times: BatchTimes, limits: MachineLimits | None, cost: ModelCost) -> str:
+    """The batch for people. Labels are those that existing scripts look for."""
+    case = times.case
+    lines = [
+        f"Batch size: {case.batch_size}, input length: {case.input_len}, output length: {case.output_len}",
+        f"Prefill. latency: {times.prefill_s:6.5f} s, throughput: {times.prefill_throughput:9.2f} token/s",
+    ]
+    for i, seconds in enumerate(times.decode_s[:_DECODE_LINES]):
+        rate = f"latency: {seconds:6.5f} s, throughput: {case.batch_size / seconds:9.2f} token/s"
+        lines.append(f"Decode {i}. Batch size: {case.batch_size}, {rate}")
+    if times.median_decode_s is not None:
+        lines.append(
+            f"Decode. median latency: {times.median_decode_s:6.5f} s, "
+            f"median throughput: {times.median_decode_throughput:9.2f} token/s"
+        )
+    lines.append(f"Total. latency: {times.total_s:6.3f} s, throughput: {times.total_throughput:9.2f} token/s")
+    if limits is not None:
+        shares = times.decode_bandwidth_share(cost, limits), times.prefill_matmul_share(cost, limits)
+        lines += [line[0].upper() + line[1:] for line in share_lines(limits, *shares)]
+    return "\n".join(lines) + "\n"
 
 
-def _generate(args: argparse.Namespace, core: Core, tokenizer: Tokenizer) -> None:
-    """Prints what the first --output-len tokens after each prompt are."""
-    texts = list(_PROMPTS) if args.prompt_filename is None else _lines(args.prompt_filename)
-    prompts = [tokenizer.encode(text) for text in texts]
-    output_len, at_once = args.output_len[0], core.info.max_running_requests
-    number = itertools.count()
-    for group in itertools.batched(prompts, at_once):
-        Shape(len(group), max(map(len, group)), output_len).check_fits(core.info)
-        batch = DeviceBatch(core.runner, core.info, group, output_len)
-        if args.cut_len is not None:
-            batch.prefill(args.cut_len)
-        batch.prefill()
-        for _ in range(output_len - 1):
-            batch.decode()
-        for prompt, output in zip(group, batch.outputs(), strict=True):
-            print(f"========== Prompt {next(number)} ==========")
-            print(f"input ids: {prompt}")
-            print(f"output ids: {output}")
-            print(f"{tokenizer.decode([*prompt, *output])}\n", flush=True)
+def record(
+    run_name: str, times: BatchTimes, compiles: int, info: EngineInfo, limits: MachineLimits | None, cost: ModelCost
+) -> dict[str, Any]:
+    """The line of JSON: seconds, and tokens per second."""
+    return {
+        "run_name": run_name,
+        "batch_size": times.case.batch_size,
+        "input_len": times.case.input_len,
+        "output_len": times.case.output_len,
+        "prefill_latency": times.prefill_s,
+        "prefill_throughput": times.prefill_throughput,
+        "median_decode_latency": times.median_decode_s,
+        "median_decode_throughput": times.median_decode_throughput,
+        "total_latency": times.total_s,
+        "overall_throughput": times.total_throughput,
+        "compiles_after_ready": compiles,
+        "model_path": info.model_path,
+        "dtype": info.dtype,
+        "device_kind": info.device_kind,
+        "num_devices": info.num_devices,
+        "decode_bandwidth_share": limits and times.decode_bandwidth_share(cost, limits),
+        "prefill_matmul_share": limits and times.prefill_matmul_share(cost, limits),
+        **limits_json(limits, cost),
+    }

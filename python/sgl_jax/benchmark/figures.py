@@ -6,11 +6,19 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from sgl_jax.benchmark.records import Outcome
-from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, decode_bandwidth_share, matmul_share
+from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, decode_bandwidth_share, limits_json, matmul_share
+
+# Which statistics of which latency are reported.
+LATENCIES = {
+    "e2e_latency": ("mean", "median", "p90", "p99"),
+    "ttft": ("mean", "median", "p99"),
+    "tpot": ("mean", "median", "p99"),
+    "itl": ("mean", "median", "p95", "p99", "max"),
+}
+_PERCENTS = {"median": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
 
 
 @dataclass(frozen=True)
@@ -34,21 +42,7 @@ class Figures:
     max_output_tokens_per_s: float | None  # the most tokens within one second, counted from the start
     total_throughput: float
     concurrency: float  # sum of the latencies / duration
-    mean_e2e_latency_ms: float | None
-    median_e2e_latency_ms: float | None
-    p90_e2e_latency_ms: float | None
-    p99_e2e_latency_ms: float | None
-    mean_ttft_ms: float | None
-    median_ttft_ms: float | None
-    p99_ttft_ms: float | None
-    mean_tpot_ms: float | None
-    median_tpot_ms: float | None
-    p99_tpot_ms: float | None
-    mean_itl_ms: float | None
-    median_itl_ms: float | None
-    p95_itl_ms: float | None
-    p99_itl_ms: float | None
-    max_itl_ms: float | None
+    latency: dict[str, float | None]  # mean_ttft_ms and so on, for all of LATENCIES
 
 
 @dataclass(frozen=True)
@@ -85,10 +79,6 @@ def compute_figures(
     inputs = sum(outcome.prompt_len for outcome in good)
     outputs = sum(outcome.output_len for outcome in good)
     cached, hit_rate = _cached(good)
-    latencies = [outcome.latency_s for outcome in good]
-    ttfts = [outcome.ttft_s for outcome in good if outcome.ttft_s is not None]
-    tpots = [tpot for outcome in good if (tpot := tpot_s(outcome)) is not None]
-    gaps = [gap for outcome in good for gap in outcome.itl_s]
 
     def per_second(amount: float) -> float:
         return amount / duration_s if duration_s else 0.0
@@ -106,23 +96,23 @@ def compute_figures(
         output_throughput=per_second(outputs),
         max_output_tokens_per_s=_peak(good, start_s),
         total_throughput=per_second(inputs + outputs),
-        concurrency=per_second(sum(latencies)),
-        mean_e2e_latency_ms=_mean_ms(latencies),
-        median_e2e_latency_ms=_percentile_ms(latencies, 50),
-        p90_e2e_latency_ms=_percentile_ms(latencies, 90),
-        p99_e2e_latency_ms=_percentile_ms(latencies, 99),
-        mean_ttft_ms=_mean_ms(ttfts),
-        median_ttft_ms=_percentile_ms(ttfts, 50),
-        p99_ttft_ms=_percentile_ms(ttfts, 99),
-        mean_tpot_ms=_mean_ms(tpots),
-        median_tpot_ms=_percentile_ms(tpots, 50),
-        p99_tpot_ms=_percentile_ms(tpots, 99),
-        mean_itl_ms=_mean_ms(gaps),
-        median_itl_ms=_percentile_ms(gaps, 50),
-        p95_itl_ms=_percentile_ms(gaps, 95),
-        p99_itl_ms=_percentile_ms(gaps, 99),
-        max_itl_ms=_percentile_ms(gaps, 100),
+        concurrency=per_second(sum(outcome.latency_s for outcome in good)),
+        latency={
+            f"{statistic}_{name}_ms": _milliseconds(values, statistic)
+            for name, values in latencies_s(good).items()
+            for statistic in LATENCIES[name]
+        },
     )
+
+
+def latencies_s(good: Sequence[Outcome]) -> dict[str, list[float]]:
+    """The values behind the latencies, by their names in LATENCIES."""
+    return {
+        "e2e_latency": [outcome.latency_s for outcome in good],
+        "ttft": [outcome.ttft_s for outcome in good if outcome.ttft_s is not None],
+        "tpot": [tpot for outcome in good if (tpot := tpot_s(outcome)) is not None],
+        "itl": [gap for outcome in good for gap in outcome.itl_s],
+    }
 
 
 def tpot_s(outcome: Outcome) -> float | None:
@@ -150,8 +140,9 @@ def compute_roofline(
     rows = _decode_rows(streamed)
     context = float(np.mean([o.prompt_len + o.output_len / 2 for o in streamed])) if streamed else None
     bandwidth = matmul = None
-    if rows and context and figures.mean_itl_ms and limits.memory_gb_per_s:
-        bandwidth = decode_bandwidth_share(cost, limits, rows, context, figures.mean_itl_ms / 1e3)
+    step_ms = figures.latency["mean_itl_ms"]
+    if rows and context and step_ms and limits.memory_gb_per_s:
+        bandwidth = decode_bandwidth_share(cost, limits, rows, context, step_ms / 1e3)
     if duration_s and limits.matmul_tflop_per_s:
         computed = figures.total_input_tokens - (figures.total_cached_tokens or 0) + figures.total_output_tokens
         matmul = matmul_share(cost, limits, computed, duration_s)
@@ -160,8 +151,7 @@ def compute_roofline(
 
 def roofline_json(roofline: Roofline) -> dict[str, Any]:
     return {
-        "machine_limits": msgspec.to_builtins(roofline.limits),
-        "model_cost": msgspec.to_builtins(roofline.cost),
+        **limits_json(roofline.limits, roofline.cost),
         "decode_rows": roofline.decode_rows,
         "decode_context": roofline.decode_context,
         "decode_bandwidth_share": roofline.decode_bandwidth_share,
@@ -198,9 +188,7 @@ def _decode_rows(streamed: Iterable[Outcome]) -> float | None:
     return sum(end - start for start, end in spans) / busy if busy else None
 
 
-def _mean_ms(seconds: Sequence[float]) -> float | None:
-    return float(np.mean(seconds)) * 1e3 if seconds else None
-
-
-def _percentile_ms(seconds: Sequence[float], percent: float) -> float | None:
-    return float(np.percentile(seconds, percent)) * 1e3 if seconds else None
+def _milliseconds(seconds: Sequence[float], statistic: str) -> float | None:
+    if not seconds:
+        return None
+    return 1e3 * float(np.mean(seconds) if statistic == "mean" else np.percentile(seconds, _PERCENTS[statistic]))

@@ -8,29 +8,99 @@ matmul share            2 x parameters per token x (uncached input + output toke
 
 from __future__ import annotations
 
-import sys
+import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
+from sgl_jax.benchmark.datasets import load_prompts
 from sgl_jax.benchmark.datasets.framing import Framing
 from sgl_jax.benchmark.datasets.source import IdSource
-from sgl_jax.benchmark.errors import BenchmarkError
-from sgl_jax.benchmark.figures import Roofline
+from sgl_jax.benchmark.engine_flags import engine_options, start_log
+from sgl_jax.benchmark.errors import SOME_FAILED, BenchmarkError, say
+from sgl_jax.benchmark.figures import Roofline, roofline_json
 from sgl_jax.benchmark.records import Prompt
 from sgl_jax.benchmark.roofline import ModelCost, decode_bandwidth_share, matmul_share
-from sgl_jax.benchmark.serving_report import footer, heading, line
+from sgl_jax.benchmark.serving_report import append_jsonl, check_writable, footer, heading, line, roofline_block
 from sgl_jax.engine.engine import Engine
-from sgl_jax.engine.generation import Conflict
+from sgl_jax.engine.generation import Conflict, EngineFailed
 from sgl_jax.engine.messages import EngineInfo, MachineLimits, Stats
 from sgl_jax.engine.native import sampling_params
 from sgl_jax.request import InvalidParameter
+from sgl_jax.server_args import ServerArgs
+from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 
+TOOL = "bench_offline_throughput"
 _STATS_TIMEOUT_S = 5.0
 _WARM_UP_REQUESTS, _WARM_UP_INPUT, _WARM_UP_OUTPUT = 16, 256, 16  # at most
+
+
+_TRACED_PROMPTS = 16  # at most
+
+
+def measure_offline(args: argparse.Namespace, server_args: ServerArgs) -> int:
+    """Reads the data, starts an engine and runs. Returns the exit code; raises BenchmarkError."""
+    start_log(server_args)
+    if args.result_filename:
+        check_writable(Path(args.result_filename), "--result-filename")
+    if args.extra_request_body.get("n", 1) != 1:
+        raise BenchmarkError(
+            f"--extra-request-body has n {args.extra_request_body['n']}; one answer to a prompt is measured"
+        )
+    try:
+        path = server_args.tokenizer_path or server_args.model_path
+        tokenizer = load_tokenizer(path, server_args.chat_template, server_args.download_dir)
+        prompts = load_prompts(args, tokenizer, None, args.seed)  # before the model: a mistake should be said at once
+        with Engine(**engine_options(server_args)) as engine:
+            return run(args, engine, prompts)
+    except (TokenizerError, EngineFailed) as error:
+        raise BenchmarkError(str(error)) from error
+
+
+def run(
+    args: argparse.Namespace,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Everything after the start. Returns the exit code."""
+    sampling = {"temperature": 0.0, "ignore_eos": not args.disable_ignore_eos, **args.extra_request_body}
+    offline = Offline(engine, prompts, sampling)
+    if not args.skip_warmup:
+        offline.warm_up()
+    limits = offline.limits()
+    found = offline.run(clock)
+    info = engine.info
+    roofline = None
+    if limits is not None and found.output_tokens:
+        cost = ModelCost(info.weight_bytes, info.kv_bytes_per_token, info.parameters_per_token)
+        roofline = found.roofline(cost, limits)
+    print(f"\n{block(record(found), args.backend)}")
+    if roofline is not None:
+        print(f"\n{roofline_block(roofline)}")
+    if args.result_filename:
+        settings = {
+            "backend": args.backend,
+            "model_path": info.model_path,
+            "dtype": info.dtype,
+            "dataset_name": args.dataset_name,
+            "num_prompts": len(prompts),
+            "seed": args.seed,
+            "sampling_params": sampling,
+        }
+        shares = {} if roofline is None else roofline_json(roofline)
+        append_jsonl(Path(args.result_filename), settings | record(found) | shares)
+    if args.profile:
+        engine.flush_cache()
+        with jax.profiler.trace(folder := args.profile_output_dir or "profile_offline"):
+            offline.generate(_TRACED_PROMPTS)
+        print(f"\nTrace: {folder}")
+    return SOME_FAILED if found.successful < len(prompts) else 0
 
 
 @dataclass(frozen=True)
@@ -45,22 +115,6 @@ class OfflineRun:
     context_tokens: float  # summed over output tokens: its prompt and half of its answer
     steps: int
     last_gen_throughput: float | None  # over the last decode log interval; None when the run was shorter
-
-    @property
-    def request_throughput(self) -> float:
-        return self.successful / self.duration_s
-
-    @property
-    def input_throughput(self) -> float:
-        return self.input_tokens / self.duration_s
-
-    @property
-    def output_throughput(self) -> float:
-        return self.output_tokens / self.duration_s
-
-    @property
-    def total_throughput(self) -> float:
-        return (self.input_tokens + self.output_tokens) / self.duration_s
 
     def roofline(self, cost: ModelCost, limits: MachineLimits) -> Roofline:
         rows = self.output_tokens / self.steps
@@ -108,7 +162,7 @@ class Offline:
         try:
             return self._engine.measure_limits()
         except Conflict as error:
-            print(f"bench_offline_throughput: {error}", file=sys.stderr)
+            say(TOOL, str(error))
             return None
 
     def run(self, clock: Callable[[], float] = time.perf_counter) -> OfflineRun:
@@ -180,27 +234,6 @@ class Offline:
         return stats
 
 
-def block(run: OfflineRun, backend: str) -> str:
-    """Labels, order and widths are those that existing parsers of such blocks know."""
-    return "\n".join(
-        (
-            heading("Offline Throughput Benchmark Result"),
-            line("Backend", backend),
-            line("Successful requests", run.successful),
-            line("Benchmark duration (s)", run.duration_s),
-            line("Total input tokens", run.input_tokens),
-            line("Total generated tokens", run.output_tokens),
-            line("Total cached tokens", run.cached_tokens),
-            line("Last generation throughput (tok/s)", run.last_gen_throughput),
-            line("Request throughput (req/s)", run.request_throughput),
-            line("Input token throughput (tok/s)", run.input_throughput),
-            line("Output token throughput (tok/s)", run.output_throughput),
-            line("Total token throughput (tok/s)", run.total_throughput),
-            footer(),
-        )
-    )
-
-
 def record(run: OfflineRun) -> dict[str, Any]:
     """The figures under the names that scripts know, for a line of JSON."""
     return {
@@ -211,8 +244,28 @@ def record(run: OfflineRun) -> dict[str, Any]:
         "total_cached_tokens": run.cached_tokens,
         "steps": run.steps,
         "last_gen_throughput": run.last_gen_throughput,
-        "request_throughput": run.request_throughput,
-        "input_throughput": run.input_throughput,
-        "output_throughput": run.output_throughput,
-        "total_throughput": run.total_throughput,
+        "request_throughput": run.successful / run.duration_s,
+        "input_throughput": run.input_tokens / run.duration_s,
+        "output_throughput": run.output_tokens / run.duration_s,
+        "total_throughput": (run.input_tokens + run.output_tokens) / run.duration_s,
     }
+
+
+_LABELS = {
+    "successful_requests": "Successful requests",
+    "total_latency": "Benchmark duration (s)",
+    "total_input_tokens": "Total input tokens",
+    "total_output_tokens": "Total generated tokens",
+    "total_cached_tokens": "Total cached tokens",
+    "last_gen_throughput": "Last generation throughput (tok/s)",
+    "request_throughput": "Request throughput (req/s)",
+    "input_throughput": "Input token throughput (tok/s)",
+    "output_throughput": "Output token throughput (tok/s)",
+    "total_throughput": "Total token throughput (tok/s)",
+}
+
+
+def block(found: Mapping[str, Any], backend: str) -> str:
+    """A `record` for people. Labels, order and widths are those that existing parsers of such blocks know."""
+    lines = [line(label, found[name]) for name, label in _LABELS.items()]
+    return "\n".join([heading("Offline Throughput Benchmark Result"), line("Backend", backend), *lines, footer()])

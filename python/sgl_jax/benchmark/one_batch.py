@@ -32,7 +32,6 @@ class BatchOptions:
     model: str | None = None  # OpenAI's API names it
     temperature: float = 0.0
     return_logprob: bool = False
-    stream_interval: int = 1  # tokens per streamed event; native API only
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,6 @@ def _request(
     body: dict[str, Any] = {"stream": True}
     if options.api_type == "native":
         params = {"temperature": options.temperature, "max_new_tokens": case.output_len, "ignore_eos": True}
-        if options.stream_interval != 1:
-            params["stream_interval"] = options.stream_interval
         body |= {"input_ids": prompts, "sampling_params": params}
         if options.return_logprob:
             body["return_logprob"] = True

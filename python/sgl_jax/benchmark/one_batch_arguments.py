@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sgl_jax.benchmark.arguments import real, whole_number
 from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.server_process import START_TIMEOUT_S
 from sgl_jax.flags import FlagError, read_command_line
@@ -23,14 +24,8 @@ _WITH_BASE_URL = {"model_path", "served_model_name", "tokenizer_path", "api_key"
 @dataclass(frozen=True)
 class Case:
     batch_size: int
-    input_len: int  # tokens of a prompt, on average
+    input_len: int  # tokens of a prompt
     output_len: int
-    input_step: float = 0.0  # how much longer each prompt is than the one before it, as a share of input_len
-
-    def input_lens(self) -> list[int]:
-        """Tokens of each prompt, the middle of the batch having `input_len`."""
-        middle = (self.batch_size - 1) / 2
-        return [round(self.input_len * (1 + (row - middle) * self.input_step)) for row in range(self.batch_size)]
 
     def __str__(self) -> str:
         return f"batch size {self.batch_size}, input_len {self.input_len}, output_len {self.output_len}"
@@ -48,8 +43,7 @@ class Target:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """Every combination of the lists."""
-    sizes = itertools.product(args.batch_size, args.input_len, args.output_len)
-    return [Case(*each, args.input_len_step_percentage) for each in sizes]
+    return [Case(*each) for each in itertools.product(args.batch_size, args.input_len, args.output_len)]
 
 
 def parse_one_batch(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -57,8 +51,8 @@ def parse_one_batch(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
     honoured."""
     parser = one_batch_parser()
     args, server_flags = parser.parse_known_args(argv)
-    if mistake := _mistake(args):
-        parser.error(mistake)
+    if args.profile_output_dir is not None and not args.profile:
+        parser.error("--profile-output-dir needs --profile")
     return args, server_flags
 
 
@@ -73,42 +67,17 @@ def one_batch_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--base-url", default="", metavar="URL", help="a server that runs (default: one is started)")
-    add("--batch-size", type=int, nargs="+", default=[1], metavar="N", help="prompts in a request (default: 1)")
-    add("--input-len", type=int, nargs="+", default=[1024], metavar="N", help="tokens of a prompt (default: 1024)")
-    add("--output-len", type=int, nargs="+", default=[16], metavar="N", help="tokens to generate (default: 16)")
-    add(
-        "--input-len-step-percentage",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="each prompt of a batch is X times --input-len longer than the one before, the mean staying the same: "
-        "0.1 is 10 %% (default: 0, all alike)",
-    )
-    add("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
+    add_batch_arguments(parser)
+    add("--temperature", type=real(0), default=0.0, metavar="X", help="0 is greedy (default: 0)")
     add("--return-logprob", action="store_true", help="ask for the log probabilities of the output")
-    add(
-        "--client-stream-interval",
-        type=int,
-        default=1,
-        metavar="N",
-        help="tokens per streamed event that the request asks for; native API only (default: 1)",
-    )
     add("--api-type", choices=("native", "openai"), default="native", help="/generate or /v1/completions")
-    add("--seed", type=int, default=1, metavar="N", help="of the random prompts (default: 1)")
     add("--skip-warmup", action="store_true", help="measure from the first request on")
     add("--profile", action="store_true", help="then run each case once more in a trace (POST /start_profile)")
     add("--profile-output-dir", metavar="PATH", help="where the server writes the traces (default: its own choice)")
-    add("--run-name", default="default", metavar="NAME", help="a name for the results (default: default)")
-    add(
-        "--result-filename",
-        default="result.jsonl",
-        metavar="FILE",
-        help="one JSON object per case is appended; '' for none (default: result.jsonl)",
-    )
     add("--show-report", action="store_true", help="print all cases as a markdown table at the end")
     add(
         "--start-timeout",
-        type=float,
+        type=real(0),
         default=START_TIMEOUT_S,
         metavar="SECONDS",
         help=f"how long the server that is started may take (default: {START_TIMEOUT_S:g})",
@@ -116,27 +85,21 @@ def one_batch_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _mistake(args: argparse.Namespace) -> str | None:
-    """The first value that cannot be honoured."""
-    for name in ("batch_size", "input_len", "output_len"):
-        if min(values := getattr(args, name)) < 1:
-            return f"--{name.replace('_', '-')} is {min(values)}; it must be at least 1"
-    if args.temperature < 0:
-        return f"--temperature is {args.temperature}; it must be 0 or more"
-    interval = args.client_stream_interval
-    if interval < 1:
-        return f"--client-stream-interval is {interval}; it must be at least 1"
-    if interval != 1 and args.api_type == "openai":
-        return f"--client-stream-interval is {interval}; OpenAI's API has no such field, use --api-type native"
-    if args.profile_output_dir is not None and not args.profile:
-        return "--profile-output-dir needs --profile"
-    for case in cases(args):
-        if (shortest := min(case.input_lens())) < 1:
-            return (
-                f"--input-len-step-percentage is {case.input_step}; with {case} the shortest prompt would have "
-                f"{shortest} tokens, choose a smaller one"
-            )
-    return None
+def add_batch_arguments(parser: argparse.ArgumentParser) -> None:
+    """What bench_one_batch takes as well."""
+    whole = {"type": whole_number(1), "nargs": "+", "metavar": "N"}
+    add = parser.add_argument
+    add("--batch-size", **whole, default=[1], help="prompts in a batch (default: 1)")
+    add("--input-len", **whole, default=[1024], help="tokens of a prompt (default: 1024)")
+    add("--output-len", **whole, default=[16], help="tokens to generate, the prefill's included (default: 16)")
+    add("--seed", type=whole_number(0), default=1, metavar="N", help="of the random prompts (default: 1)")
+    add("--run-name", default="default", metavar="NAME", help="a name for the results (default: default)")
+    add(
+        "--result-filename",
+        default="result.jsonl",
+        metavar="FILE",
+        help="one JSON object per case is appended; '' for none (default: result.jsonl)",
+    )
 
 
 def running_target(base_url: str, server_flags: Sequence[str]) -> Target:

@@ -4,40 +4,46 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sgl_jax.benchmark.client import Client, ServerError, connect, model_cost
+from sgl_jax.benchmark.client import NOT_OFFERED, Client, ServerError, connect, model_cost
 from sgl_jax.benchmark.datasets.source import IdSource
-from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark.errors import SOME_FAILED, BenchmarkError, say
+from sgl_jax.benchmark.markdown import Column, markdown_table
 from sgl_jax.benchmark.one_batch import BatchOptions, BatchResult, run_case
 from sgl_jax.benchmark.one_batch_arguments import Case, Target, cases, running_target
-from sgl_jax.benchmark.one_batch_report import block, make_record, report
-from sgl_jax.benchmark.roofline import MachineLimits
+from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, limits_json, share_lines
 from sgl_jax.benchmark.server_process import StartedServer, started_server
-from sgl_jax.benchmark.serving_report import append_jsonl
+from sgl_jax.benchmark.serving_report import append_jsonl, check_writable
 
-CASE_FAILED, BAD_USE, INTERRUPTED = 1, 2, 130  # exit codes
-_READY_TIMEOUT_S = 60.0
+TOOL = "bench_one_batch_server"
 _WARM_UP = Case(16, 1024, 16)  # at most
+_COLUMNS = (
+    Column("batch size", "batch_size"),
+    Column("input len", "input_len"),
+    Column("output len", "output_len"),
+    Column("latency (s)", "latency", "{:.3f}"),
+    Column("ttft (s)", "ttft", "{:.3f}"),
+    Column("input throughput (tok/s)", "input_throughput", "{:.2f}"),
+    Column("output throughput (tok/s)", "output_throughput", "{:.2f}"),
+    Column("ITL (ms)", "itl", "{:.2f}", 1e3),
+    Column("decode, of memory bandwidth", "decode_bandwidth_share", "{:.1%}"),
+    Column("prefill, of matmul rate", "prefill_matmul_share", "{:.1%}"),
+)
 
 
 def measure_batches(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
     """Against the server at --base-url, or one started from these flags. Returns the exit code."""
-    try:
-        if args.base_url:
-            return asyncio.run(run(args, running_target(args.base_url, server_flags)))
-        with started_server(server_flags, args.start_timeout) as server:
-            return asyncio.run(run(args, Target(server.url, server.api_key), server))
-    except BenchmarkError as error:
-        _say(f"error: {error}")
-        return BAD_USE
-    except KeyboardInterrupt:
-        return INTERRUPTED
+    if args.result_filename:
+        check_writable(Path(args.result_filename), "--result-filename")
+    if args.base_url:
+        return asyncio.run(run(args, running_target(args.base_url, server_flags)))
+    with started_server(server_flags, args.start_timeout) as server:
+        return asyncio.run(run(args, Target(server.url, server.api_key), server))
 
 
 async def run(args: argparse.Namespace, target: Target, started: StartedServer | None = None) -> int:
@@ -45,18 +51,18 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
     wanted = cases(args)
     headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     async with connect(target.base_url, headers) as client:
-        await client.wait_until_ready(_READY_TIMEOUT_S)
         info = await client.server_info()
         source = _id_source(info, target.tokenizer_path, args.seed)
         model = None
         if args.api_type == "openai":
             model = target.served_model_name or await client.model_name()
-        options = BatchOptions(args.api_type, model, args.temperature, args.return_logprob, args.client_stream_interval)
+        options = BatchOptions(args.api_type, model, args.temperature, args.return_logprob)
         if not args.skip_warmup:
             await _warm_up(client, wanted, source, options)
         limits = await _limits(client)
         cost = None if limits is None else model_cost(info)
-        start_seconds = None if started is None else started.start_seconds
+        settings = {name: getattr(args, name) for name in ("run_name", "api_type", "temperature", "return_logprob")}
+        settings |= {"seed": args.seed, "start_seconds": started and round(started.start_seconds, 3)}
         measured, records = [], []
         for case in wanted:
             try:
@@ -64,19 +70,22 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
             except BenchmarkError as error:
                 if started:
                     started.check()
-                _say(f"{case} failed: {error}")
+                say(TOOL, f"{case} failed: {error}")
                 continue
-            throughput = _last_gen_throughput(await client.server_info())
             measured.append(case)
-            records.append(make_record(vars(args), result, throughput, limits, cost, start_seconds))
-            print(block(records[-1]), flush=True)
+            records.append(settings | make_record(result, limits, cost))
+            print(block(records[-1], limits), flush=True)
             if args.result_filename:
                 append_jsonl(Path(args.result_filename), records[-1])
         if args.show_report and records:
-            print(report(records))
-        if args.profile:
-            await _profile(client, measured, source, options, args.profile_output_dir)
-    return 0 if len(records) == len(wanted) else CASE_FAILED
+            print(markdown_table(_COLUMNS, records))
+        for case in measured if args.profile else ():  # once more: what is measured runs without the profiler
+            await client.start_profile(args.profile_output_dir)
+            try:
+                await _measure(client, case, source, options)
+            finally:
+                await client.stop_profile()
+    return 0 if len(records) == len(wanted) else SOME_FAILED
 
 
 async def _warm_up(client: Client, wanted: Sequence[Case], source: IdSource, options: BatchOptions) -> None:
@@ -88,15 +97,15 @@ async def _warm_up(client: Client, wanted: Sequence[Case], source: IdSource, opt
     )
     try:
         await _measure(client, case, source, options)
-    except BenchmarkError as error:
-        _say(f"warming up with {case} failed: {error}")  # so will the case of these sizes, and others may not
+    except BenchmarkError as error:  # so will the case of these sizes, and others may not
+        say(TOOL, f"warming up with {case} failed: {error}")
 
 
 async def _limits(client: Client) -> MachineLimits | None:
     try:
         return await client.measure_limits()
     except ServerError as error:
-        _say(f"the machine's limits could not be measured: {error}")
+        say(TOOL, f"the machine's limits could not be measured: {error}")
         return None
 
 
@@ -104,25 +113,9 @@ async def _measure(client: Client, case: Case, source: IdSource, options: BatchO
     try:
         await client.flush_cache()
     except ServerError as error:
-        if error.status not in (404, 405, 501):  # without it: the prompts are new, so there is little to find
+        if error.status not in NOT_OFFERED:  # without it: the prompts are new, so there is little to find
             raise
-    return await run_case(client, case, [source.ids(length) for length in case.input_lens()], options)
-
-
-async def _profile(
-    client: Client, measured: Sequence[Case], source: IdSource, options: BatchOptions, output_dir: str | None
-) -> None:
-    """The cases once more, each in a trace of its own: what is measured runs without the profiler."""
-    for case in measured:
-        await client.start_profile(output_dir)
-        try:
-            await _measure(client, case, source, options)
-        finally:
-            await client.stop_profile()
-
-
-def _say(line: str) -> None:
-    print(f"bench_one_batch_server: {line}", file=sys.stderr, flush=True)
+    return await run_case(client, case, [source.ids(case.input_len) for _ in range(case.batch_size)], options)
 
 
 def _id_source(info: Mapping[str, Any], tokenizer_path: str | None, seed: int) -> IdSource:
@@ -140,7 +133,43 @@ def _id_source(info: Mapping[str, Any], tokenizer_path: str | None, seed: int) -
     return IdSource(vocab_size, tokenizer, np.random.default_rng(seed))
 
 
-def _last_gen_throughput(info: Mapping[str, Any]) -> float | None:
-    """As the server logged it last; None where it does not tell, or has not logged any."""
-    states = info.get("internal_states") or [{}]
-    return states[0].get("last_gen_throughput") or None
+def make_record(result: BatchResult, limits: MachineLimits | None, cost: ModelCost | None) -> dict[str, Any]:
+    """Times in seconds, throughputs in tokens per second; None where there is nothing to tell."""
+    found = {
+        "batch_size": result.case.batch_size,
+        "input_len": result.case.input_len,
+        "output_len": result.case.output_len,
+        "input_tokens": result.input_tokens,
+        "cached_tokens": result.cached_tokens,
+        "latency": result.latency_s,
+        "ttft": result.ttft_s,
+        "itl": result.itl_s,
+        "input_throughput": result.input_throughput,
+        "output_throughput": result.output_throughput,
+        "overall_throughput": result.overall_throughput,
+        "decode_bandwidth_share": cost and limits and result.decode_bandwidth_share(cost, limits),
+        "prefill_matmul_share": cost and limits and result.prefill_matmul_share(cost, limits),
+    }
+    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+    return rounded | limits_json(limits, cost)
+
+
+def block(record: Mapping[str, Any], limits: MachineLimits | None) -> str:
+    """The case for people, a figure a line."""
+    lines = [
+        f"batch size: {record['batch_size']}",
+        f"input_len: {record['input_len']}",
+        f"output_len: {record['output_len']}",
+        f"latency: {record['latency']:.3f} s",
+        f"ttft: {record['ttft']:.3f} s",
+    ]
+    if record["itl"] is not None:
+        lines.append(f"itl: {record['itl'] * 1e3:.2f} ms")
+    lines.append(f"input throughput: {record['input_throughput']:.2f} tok/s")
+    if record["output_throughput"] is not None:
+        lines.append(f"output throughput: {record['output_throughput']:.2f} tok/s")
+    if limits is not None:
+        lines += share_lines(limits, record["decode_bandwidth_share"], record["prefill_matmul_share"])
+    if record["cached_tokens"]:
+        lines.append(f"cached tokens: {record['cached_tokens']} of {record['input_tokens']}, not computed again")
+    return "\n".join(lines) + "\n"

@@ -6,7 +6,7 @@ Drawn without a display. matplotlib is in the extra `bench` and imported only he
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -88,7 +88,7 @@ def run_figure(run: ServingRun) -> Figure:
         grid = figure.add_gridspec(4, 2, width_ratios=(1.7, 1))
         rate = figure.add_subplot(grid[0, 0])
         rows = [rate, *(figure.add_subplot(grid[row, 0], sharex=rate) for row in (1, 2, 3))]
-        edges = time_bins(run.duration_s, _STEPS_PER_BIN * (run.figures.median_itl_ms or 0.0) / 1e3)
+        edges = time_bins(run.duration_s, _STEPS_PER_BIN * (run.figures.latency["median_itl_ms"] or 0.0) / 1e3)
         _draw_rate(rows[0], run, edges)
         _draw_in_flight(rows[1], run)
         _draw_ttft(rows[2], run, edges)
@@ -97,8 +97,7 @@ def run_figure(run: ServingRun) -> Figure:
             axes.tick_params(labelbottom=False)
         rows[3].set_xlabel("time since the start of the run (s)")
         rows[3].set_xlim(-0.01 * run.duration_s, 1.01 * run.duration_s)  # what is sent at 0 is seen beside the axis
-        _write_figures(figure.add_subplot(grid[:2, 1]), run)
-        _draw_percentiles(figure.add_subplot(grid[2:, 1]), run)
+        _draw_percentiles(figure.add_subplot(grid[:, 1]), run)
     return figure
 
 
@@ -217,39 +216,3 @@ def _draw_percentiles(axes: Axes, run: ServingRun) -> None:
         axes.set_ylim(bottom=0.7 * min(low, default=1.0))
         plain_numbers(axes.yaxis)
         legend(axes)
-
-
-def _write_figures(axes: Axes, run: ServingRun) -> None:
-    """The run's figures as a table of text: rows may be read off and compared where curves may not."""
-    axes.set_axis_off()
-    axes.text(0, 1, "\n".join(_figure_lines(run)), family="monospace", fontsize=8.5, va="top", linespacing=1.35)
-
-
-def _figure_lines(run: ServingRun) -> list[str]:
-    f = run.figures
-    lines = [
-        _pair("Successful requests", f"{f.completed:,}"),
-        _pair("Failed requests", f"{f.failed:,}"),
-        _pair("Duration", f"{run.duration_s:,.2f} s"),
-        _pair("Request throughput", f"{f.request_throughput:,.2f} /s"),
-        _pair("Input throughput", f"{f.input_throughput:,.1f} tok/s"),
-        _pair("Output throughput", f"{f.output_throughput:,.1f} tok/s"),
-        _pair("Concurrency, mean", f"{f.concurrency:,.2f}"),
-    ]
-    if f.cache_hit_rate is not None:
-        lines.append(_pair("Cache hit rate", f"{f.cache_hit_rate:.1%}"))
-    if run.roofline is not None:
-        shares = {
-            "Decode, of bandwidth": run.roofline.decode_bandwidth_share,
-            "Matmul rate reached": run.roofline.matmul_share,
-        }
-        lines += [_pair(name, f"{share:.1%}") for name, share in shares.items() if share is not None]
-    lines += ["", f"{'latency (ms)':<14}" + "".join(f"{name:>10}" for name in ("mean", "p50", "p90", "p99"))]
-    for name, values in latencies_ms(run.outcomes).items():
-        numbers = (np.mean(values), *np.percentile(values, (50, 90, 99)))
-        lines.append(f"{name:<14}" + "".join(f"{number:>10,.1f}" for number in numbers))
-    return lines
-
-
-def _pair(name: str, value: Any) -> str:
-    return f"{name:<24}{value:>16}"

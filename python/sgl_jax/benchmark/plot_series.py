@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sgl_jax.benchmark.figures import arrivals, tpot_s
+from sgl_jax.benchmark.figures import arrivals, latencies_s
 from sgl_jax.benchmark.records import Outcome
 
 type Curve = np.ndarray  # float64, one value per point of a time axis
@@ -98,11 +98,6 @@ def spread(times: Curve, values: Curve, edges: Curve) -> Spread:
 
 def latencies_ms(outcomes: Sequence[Outcome]) -> dict[str, Curve]:
     """The values behind the run's percentiles, by what they are called; without those there are none of."""
-    good = [outcome for outcome in outcomes if outcome.ok]
-    seconds = {
-        "E2E": [o.latency_s for o in good],
-        "TTFT": [o.ttft_s for o in good if o.ttft_s is not None],
-        "TPOT": [tpot for o in good if (tpot := tpot_s(o)) is not None],
-        "ITL": [gap for o in good for gap in o.itl_s],
-    }
-    return {name: np.array(values) * 1e3 for name, values in seconds.items() if values}
+    names = {"e2e_latency": "E2E", "ttft": "TTFT", "tpot": "TPOT", "itl": "ITL"}
+    seconds = latencies_s([outcome for outcome in outcomes if outcome.ok])
+    return {names[name]: np.array(values) * 1e3 for name, values in seconds.items() if values}

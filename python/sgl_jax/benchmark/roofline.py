@@ -9,6 +9,9 @@ Decode reads every weight once and the KV of every row; prefill multiplies each 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+import msgspec
 
 from sgl_jax.engine.messages import MachineLimits
 
@@ -33,3 +36,18 @@ def decode_bandwidth_share(
 def matmul_share(cost: ModelCost, limits: MachineLimits, tokens: float, seconds: float) -> float:
     """Share of the matmul rate that computing `tokens` tokens in `seconds` reaches, 0 to 1."""
     return 2 * cost.parameters_per_token * tokens / seconds / (limits.matmul_tflop_per_s * 1e12)
+
+
+def share_lines(limits: MachineLimits, decode: float | None, prefill: float | None) -> list[str]:
+    """For people; a share that is None has no line."""
+    lines = []
+    if decode is not None:
+        lines.append(f"decode: {decode:.1%} of the memory bandwidth ({limits.memory_gb_per_s:.1f} GB/s)")
+    if prefill is not None:
+        rate = f"{limits.matmul_tflop_per_s:.3g} TFLOP/s in {limits.dtype}"
+        lines.append(f"prefill: {prefill:.1%} of the matmul rate ({rate})")
+    return lines
+
+
+def limits_json(limits: MachineLimits | None, cost: ModelCost | None) -> dict[str, Any]:
+    return {"machine_limits": msgspec.to_builtins(limits), "model_cost": msgspec.to_builtins(cost)}

@@ -12,7 +12,7 @@ from typing import Any
 from sgl_jax.benchmark import datasets
 from sgl_jax.benchmark.arguments import base_url, headers
 from sgl_jax.benchmark.client import allow_many_connections, connect
-from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark.errors import INTERRUPTED, SOME_FAILED, BenchmarkError, say
 from sgl_jax.benchmark.figures import ServingRun
 from sgl_jax.benchmark.protocols import BACKENDS, NATIVE, RequestOptions
 from sgl_jax.benchmark.serving import ServingConfig, run_serving
@@ -26,7 +26,7 @@ from sgl_jax.benchmark.serving_report import (
 )
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
-SOME_FAILED, BAD_USE, INTERRUPTED = 1, 2, 130
+TOOL = "bench_serving"
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,19 @@ class ServerFacts:
 
 
 def serve_load(args: argparse.Namespace) -> int:
-    """Runs what the flags say and prints the result. Returns the exit code."""
-    try:
-        if args.plot is not None:
-            from sgl_jax.benchmark.plot import check_plot
+    """Runs what the flags say and prints the result. Returns the exit code; raises BenchmarkError."""
+    if args.plot is not None:
+        from sgl_jax.benchmark.plot import check_plot
 
-            check_plot(args.plot)  # what is missing is said before the run, not after it
-        if args.output_file is not None:
-            check_writable(args.output_file)
-        allow_many_connections()
-        facts = asyncio.run(ask_server(args))
-        tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
-        prompts = datasets.load_prompts(args, tokenizer, facts.vocab_size, args.seed)
-        run = asyncio.run(run_serving(serving_config(args, facts), prompts, tokenizer, data_settings(args)))
-        report(run, args)
-    except BenchmarkError as error:
-        print(f"bench_serving: error: {error}", file=sys.stderr)
-        return BAD_USE
-    except KeyboardInterrupt:
-        print("bench_serving: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        check_plot(args.plot)  # what is missing is said before the run, not after it
+    if args.output_file is not None:
+        check_writable(args.output_file)
+    allow_many_connections()
+    facts = asyncio.run(ask_server(args))
+    tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
+    prompts = datasets.load_prompts(args, tokenizer, facts.vocab_size, args.seed)
+    run = asyncio.run(run_serving(serving_config(args, facts), prompts, tokenizer, data_settings(args)))
+    report(run, args)
     if run.interrupted:
         return INTERRUPTED
     return SOME_FAILED if run.figures.failed else 0
@@ -135,7 +128,7 @@ def report(run: ServingRun, args: argparse.Namespace) -> None:
     sys.stdout.flush()
     for line in (*run.notes, failure_line(run)):
         if line is not None:
-            print(f"bench_serving: {line}", file=sys.stderr)
+            say(TOOL, line)
     if args.output_file is not None:
         append_jsonl(args.output_file, run_json(run, args.output_details))
     if args.plot is not None:

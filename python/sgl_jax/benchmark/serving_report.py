@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from sgl_jax.benchmark.errors import BenchmarkError
-from sgl_jax.benchmark.figures import Roofline, ServingRun, roofline_json
+from sgl_jax.benchmark.figures import LATENCIES, Roofline, ServingRun, roofline_json
 
 _WIDTH = 50
 _UNKNOWN = "n/a"
+_LATENCY_TITLES = {
+    "e2e_latency": ("End-to-End Latency", "E2E Latency"),
+    "ttft": ("Time to First Token", "TTFT"),
+    "tpot": ("Time per Output Token (excl. 1st token)", "TPOT"),
+    "itl": ("Inter-Token Latency", "ITL"),
+}
 
 
 def standard_block(run: ServingRun) -> str:
@@ -40,25 +46,10 @@ def _standard_lines(run: ServingRun) -> Iterator[str]:
     yield line("Peak output token throughput (tok/s)", figures.max_output_tokens_per_s)
     yield line("Total token throughput (tok/s)", figures.total_throughput)
     yield line("Concurrency", figures.concurrency)
-    yield divider("End-to-End Latency")
-    yield line("Mean E2E Latency (ms)", figures.mean_e2e_latency_ms)
-    yield line("Median E2E Latency (ms)", figures.median_e2e_latency_ms)
-    yield line("P90 E2E Latency (ms)", figures.p90_e2e_latency_ms)
-    yield line("P99 E2E Latency (ms)", figures.p99_e2e_latency_ms)
-    yield divider("Time to First Token")
-    yield line("Mean TTFT (ms)", figures.mean_ttft_ms)
-    yield line("Median TTFT (ms)", figures.median_ttft_ms)
-    yield line("P99 TTFT (ms)", figures.p99_ttft_ms)
-    yield divider("Time per Output Token (excl. 1st token)")
-    yield line("Mean TPOT (ms)", figures.mean_tpot_ms)
-    yield line("Median TPOT (ms)", figures.median_tpot_ms)
-    yield line("P99 TPOT (ms)", figures.p99_tpot_ms)
-    yield divider("Inter-Token Latency")
-    yield line("Mean ITL (ms)", figures.mean_itl_ms)
-    yield line("Median ITL (ms)", figures.median_itl_ms)
-    yield line("P95 ITL (ms)", figures.p95_itl_ms)
-    yield line("P99 ITL (ms)", figures.p99_itl_ms)
-    yield line("Max ITL (ms)", figures.max_itl_ms)
+    for name, (title, label) in _LATENCY_TITLES.items():
+        yield divider(title)
+        for statistic in LATENCIES[name]:
+            yield line(f"{statistic.capitalize()} {label} (ms)", figures.latency[f"{statistic}_{name}_ms"])
     yield footer()
 
 
@@ -111,7 +102,9 @@ def failure_line(run: ServingRun) -> str | None:
 
 def run_json(run: ServingRun, details: bool = False) -> dict[str, Any]:
     """The object that goes into a JSONL file; with `details` also lists with one entry per request."""
-    found = run.config | {"duration": run.duration_s} | asdict(run.figures)
+    figures = asdict(run.figures)
+    latency = figures.pop("latency")
+    found = run.config | {"duration": run.duration_s} | figures | latency
     if run.interrupted:
         found["interrupted"] = True
     if run.roofline is not None:
@@ -132,10 +125,10 @@ def run_json(run: ServingRun, details: bool = False) -> dict[str, Any]:
     return found
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, flag: str = "--output-file") -> None:
     """Before the run, whose result would be lost. Raises BenchmarkError."""
     if path.is_dir() or not path.parent.is_dir():
-        raise BenchmarkError(f"--output-file is {path}; it must be a file in a folder that exists")
+        raise BenchmarkError(f"{flag} is {path}; it must be a file in a folder that exists")
 
 
 def append_jsonl(path: Path, result: dict[str, Any]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -12,16 +11,14 @@ from typing import Any
 
 from sgl_jax.benchmark import datasets
 from sgl_jax.benchmark.arguments import base_url, headers
-from sgl_jax.benchmark.client import ServerError, allow_many_connections, connect
-from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark.client import NOT_OFFERED, ServerError, allow_many_connections, connect
+from sgl_jax.benchmark.errors import SOME_FAILED, BenchmarkError, exit_code, say
 from sgl_jax.benchmark.figures import ServingRun
 from sgl_jax.benchmark.plot import require_matplotlib
 from sgl_jax.benchmark.provenance import command, commit, machine
 from sgl_jax.benchmark.server_process import StartedServer, server_arguments, started_server
 from sgl_jax.benchmark.serving import run_serving
 from sgl_jax.benchmark.serving_main import (
-    BAD_USE,
-    INTERRUPTED,
     ask_server,
     data_settings,
     find_tokenizer,
@@ -32,7 +29,7 @@ from sgl_jax.benchmark.sweep_arguments import Case, case_arguments, cases, parse
 from sgl_jax.benchmark.sweep_plot import plot_sweep
 from sgl_jax.benchmark.sweep_results import Record, Results, case_settings, table
 
-CASE_FAILED = 1
+TOOL = "sweep"
 RESULTS = "results.jsonl"
 # Flags of the server that say where it runs and not how.
 _OF_THE_PLACE = {"host", "port", "api_key", "log_level", "compilation_cache_dir"}
@@ -42,19 +39,19 @@ def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 when every case is measured, 1 when one failed, 2 for a mistake in the use, 130 when
     interrupted."""
     args, server_flags = parse_sweep(argv)
-    try:
+
+    def run() -> int:
         server = _described(args, server_flags)
         sweep = Sweep(args, server, command("sgl_jax.bench_serving", ["sweep", *argv]))
         try:
             return _run(sweep, server_flags)
+        except KeyboardInterrupt:
+            say(TOOL, "the same command goes on with what is left")
+            raise
         finally:
             sweep.report()
-    except BenchmarkError as error:
-        _say(f"error: {error}")
-        return BAD_USE
-    except KeyboardInterrupt:
-        _say("interrupted; the same command goes on with what is left")
-        return INTERRUPTED
+
+    return exit_code(TOOL, run)
 
 
 def _described(args: argparse.Namespace, server_flags: Sequence[str]) -> dict[str, Any] | str:
@@ -77,7 +74,7 @@ def _run(sweep: Sweep, server_flags: Sequence[str]) -> int:
             if server.api_key is not None:
                 here.header.append([("Authorization", f"Bearer {server.api_key}")])
             asyncio.run(sweep.measure(here, server))
-    return CASE_FAILED if sweep.failed else 0
+    return SOME_FAILED if sweep.failed else 0
 
 
 class Sweep:
@@ -92,8 +89,9 @@ class Sweep:
         self.pending = deque(case for case in self._settings if self._measured(case) is None)
         self._told: set[str] = set()
         if done := len(self._settings) - len(self.pending):
-            _say(
-                f"{done} of {len(self._settings)} cases are in {args.output_dir / RESULTS} already and are not repeated"
+            say(
+                TOOL,
+                f"{done} of {len(self._settings)} cases are in {args.output_dir / RESULTS} already and are not repeated",
             )
 
     def _measured(self, case: Case) -> Record | None:
@@ -136,19 +134,20 @@ class Sweep:
         for note in run.notes:
             if note not in self._told:
                 self._told.add(note)
-                _say(note)
+                say(TOOL, note)
         if (failure := failure_line(run)) is not None:
             self._fail(case, failure)
             return
         f = run.figures
         told = [f"{f.input_throughput:,.1f} tok/s in", f"{f.output_throughput:,.1f} tok/s out"]
-        for name, value in (("TTFT", f.median_ttft_ms), ("TPOT", f.median_tpot_ms)):
-            told += [] if value is None else [f"{name} {value:,.1f} ms"]
-        _say(f"{case}: {', '.join(told)}")
+        for name in ("TTFT", "TPOT"):
+            if (value := f.latency[f"median_{name.lower()}_ms"]) is not None:
+                told.append(f"{name} {value:,.1f} ms")
+        say(TOOL, f"{case}: {', '.join(told)}")
 
     def _fail(self, case: Case, why: str) -> None:
         self.failed.append(case)
-        _say(f"{case} failed: {why}")
+        say(TOOL, f"{case} failed: {why}")
 
     def report(self) -> None:
         """Prints the table and draws the pictures, of all cases that are measured by now."""
@@ -159,7 +158,7 @@ class Sweep:
         try:
             require_matplotlib()
         except BenchmarkError as error:
-            _say(f"no pictures: {error}, and run the same command again")
+            say(TOOL, f"no pictures: {error}, and run the same command again")
             return
         for isl, osl in dict.fromkeys((record["isl"], record["osl"]) for record in records):
             of_these = [record for record in records if (record["isl"], record["osl"]) == (isl, osl)]
@@ -172,11 +171,7 @@ async def _can_flush(args: argparse.Namespace) -> bool:
         try:
             await client.flush_cache()
         except ServerError as error:
-            if error.status in (404, 405, 501):
+            if error.status in NOT_OFFERED:
                 return False
             raise
     return True
-
-
-def _say(line: str) -> None:
-    print(f"sweep: {line}", file=sys.stderr, flush=True)

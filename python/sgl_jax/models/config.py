@@ -28,6 +28,7 @@ class MoeConfig:
     shared_gate: bool = False  # a sigmoid of the token scales the shared expert
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     router_bias: bool = False
+    router_softcap: float | None = None
     score_bias: bool = False  # added to the scores for choosing, not for weighing
     num_groups: int = 1  # experts are chosen from the best groups only
     groups_per_token: int = 1
@@ -35,6 +36,7 @@ class MoeConfig:
     normalise: bool = True  # the weights of the chosen sum to 1
     scale: float = 1.0  # on the weights, after that
     bias: bool = False  # each expert has biases
+    residual_scale: float | None = None  # the layer has its MLP, too, and this scales the sum; None: it has none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +93,8 @@ class DecoderConfig:
     local_rope: RopeConfig | None = None  # of the layers with a window, where it differs
     attn_sinks: bool = False  # a logit per head that takes weight from the keys
     attn_logit_softcap: float | None = None
+    attn_temperature_length: int | None = None  # capped scores grow with the log of the position beyond it
+    logit_scale: float = 1.0
     final_logit_softcap: float | None = None
     query_scale: float | None = None  # None: head_dim ** -0.5
     eos_token_ids: tuple[int, ...] = ()
@@ -102,6 +106,9 @@ class DecoderConfig:
 
     def has_experts(self, layer: int) -> bool:
         return self.moe is not None and (self.moe_layers is None or self.moe_layers[layer])
+
+    def has_mlp(self, layer: int) -> bool:
+        return not self.has_experts(layer) or (self.moe is not None and self.moe.residual_scale is not None)
 
     def layer_groups(self) -> tuple[int, ...]:
         """Sizes of the runs of layers with the same weights, in order: what can be stacked."""

@@ -88,6 +88,7 @@ def logits(weights: Weights, config: DecoderConfig, hidden: Float[Array, "S D"])
     with jax.named_scope("logits"):
         h = rms_norm(hidden, weights.final_norm, config.rms_norm_eps, config.norm_offset)
         out = jnp.einsum("vd,sd->vs", head(weights), h, preferred_element_type=jnp.float32).T
+        out = out * config.logit_scale if config.logit_scale != 1 else out
         cap = config.final_logit_softcap
         return out if cap is None else cap * jnp.tanh(out / cap)
 
@@ -168,11 +169,17 @@ def _attention(h, kv, w: LayerWeights, config: DecoderConfig, norm, rope, contex
 
 
 def _mlp(h, w: LayerWeights, experts: LayerExperts | None, config: DecoderConfig, context: Context):
+    """The MLP, the experts, or both, summed and scaled."""
     act = functools.partial(gated, activation=config.activation, limit=config.gate_limit)
-    if w.moe is None or experts is None or config.moe is None:
-        return _project(act(_project(h, w.gate_up, w.gate_up_bias)), w.down, w.down_bias, context.axis)
-    out = moe_layer(h, w.moe, experts, config.moe, act, context.valid, context.grouped_matmul, context.axis)
-    return context.axis.sum(out)
+    outs = []  # this device's share of each
+    if w.down is not None:
+        outs.append(_project(act(_project(h, w.gate_up, w.gate_up_bias)), w.down, None))
+    if w.moe is not None and experts is not None and config.moe is not None:
+        outs.append(moe_layer(h, w.moe, experts, config.moe, act, context.valid, context.grouped_matmul, context.axis))
+        if config.moe.residual_scale is not None:
+            outs = [sum(outs) * jnp.asarray(config.moe.residual_scale, h.dtype)]
+    out = context.axis.sum(outs[0])
+    return out if w.down_bias is None else out + w.down_bias
 
 
 def _project(

@@ -6,7 +6,7 @@ import dataclasses
 from types import ModuleType
 from typing import Any
 
-from sgl_jax.models import deepseek, gemma, glm4_moe, gpt_oss, llama, mixtral, qwen2, qwen3, qwen_moe
+from sgl_jax.models import deepseek, gemma, glm4_moe, gpt_oss, grok, llama, mixtral, qwen2, qwen3, qwen_moe
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.hf_config import eos_token_ids
@@ -14,7 +14,7 @@ from sgl_jax.models.names import TensorNames
 
 FAMILIES: dict[str, ModuleType] = {
     architecture: module
-    for module in (llama, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, gpt_oss, deepseek)
+    for module in (llama, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, gpt_oss, grok, deepseek)
     for architecture in module.ARCHITECTURES
 }
 

@@ -33,6 +33,8 @@ def route(x: Float[Array, "T D"], w: MoeWeights, moe: MoeConfig) -> tuple[Float[
     logits = jnp.einsum("ed,td->te", w.router, x, preferred_element_type=jnp.float32)
     if w.router_bias is not None:
         logits += w.router_bias.astype(jnp.float32)
+    if moe.router_softcap is not None:
+        logits = moe.router_softcap * jnp.tanh(logits / moe.router_softcap)
     scores = jax.nn.softmax(logits, axis=-1) if moe.scoring == "softmax" else jax.nn.sigmoid(logits)
     choice = scores if w.score_bias is None else scores + w.score_bias.astype(jnp.float32)
     if moe.num_groups > 1:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -51,3 +52,34 @@ def map_file(path: Path) -> np.ndarray:
     if hasattr(mapped, "madvise"):
         mapped.madvise(mmap.MADV_SEQUENTIAL)  # read ahead far: tensors are read front to back
     return np.frombuffer(mapped, np.uint8)
+
+
+def share_name(name: str, device: int) -> str:
+    """Under which name device's share of a tensor is found, where the files hold shares."""
+    return f"{name} (share {device})"
+
+
+def joined(name: str, parts: Sequence[StoredTensor], axis: int) -> StoredTensor:
+    """Matrices one below the other (axis 0) or side by side (axis 1) as one. Parts that do not fit together raise
+    ModelError with their shapes."""
+    if any(len(part.shape) != 2 for part in parts) or len({(part.shape[1 - axis], part.dtype) for part in parts}) != 1:
+        shapes = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
+        raise ModelError(f"{name} lies in parts that do not fit together along axis {axis}: {shapes}")
+    sizes = [part.shape[axis] for part in parts]
+    ends = list(itertools.accumulate(sizes))
+    shape = (ends[-1], parts[0].shape[1]) if axis == 0 else (parts[0].shape[0], ends[-1])
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        if axis == 1:
+            return np.concatenate([part.rows(start, stop) for part in parts], axis=1)
+        inside = [(part, end - size, end) for part, size, end in zip(parts, sizes, ends, strict=True)]
+        return np.concatenate(
+            [
+                part.rows(max(start - first, 0), min(stop, end) - first)
+                for part, first, end in inside
+                if first < stop and start < end
+            ]
+        )
+
+    nbytes, supported = sum(part.nbytes for part in parts), all(part.supported for part in parts)
+    return StoredTensor(name, shape, parts[0].dtype, nbytes, rows, supported)

@@ -124,7 +124,7 @@ class Weights:
 def declare(c: DecoderConfig, *, stacked: bool = False) -> Weights:
     """The tree of WeightSpec that a model of this config has, its layers in a list or stacked by groups."""
     d, v = c.hidden_size, c.vocab_size
-    layers: Any = [_layer(c, c.has_experts(i)) for i in range(c.num_layers)]
+    layers: Any = [_layer(c, c.has_experts(i), c.has_mlp(i)) for i in range(c.num_layers)]
     if stacked:
         sizes = c.layer_groups()
         firsts = [layers[sum(sizes[:i])] for i in range(len(sizes))]
@@ -141,11 +141,11 @@ def _stack(layer: LayerWeights, n: int) -> LayerWeights:
     return jax.tree.map(lambda s: dataclasses.replace(s, shape=(n, *s.shape), axes=(None, *s.axes)), layer)
 
 
-def _layer(c: DecoderConfig, has_experts: bool) -> LayerWeights:
+def _layer(c: DecoderConfig, has_experts: bool, dense: bool) -> LayerWeights:
     d, f = c.hidden_size, c.intermediate_size
     q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     qkv_parts: dict[str, Any] = {"parts": (q_size, kv_size, kv_size), "unit": c.head_dim}
-    dense, heads = not has_experts, c.mla is None
+    heads = c.mla is None
     return LayerWeights(
         attn_norm=_spec((d, "model")),
         qkv=_spec((q_size + 2 * kv_size, "heads"), (d, "model"), **qkv_parts, when=heads),

@@ -80,6 +80,7 @@ def step(
             window=window,
             softcap=spec.config.attn_logit_softcap,
             sinks=sinks,
+            temperature_length=spec.config.attn_temperature_length,
             **latent,
         )
 

@@ -11,10 +11,19 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from sgl_jax.models.errors import ModelError
+from sgl_jax.text import tok_json
+from sgl_jax.text.byte_level import BYTE_OF_CHAR
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.*")
+_FILES = (
+    "tokenizer.json",
+    tok_json.NAME,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "config.json",
+    "chat_template.*",
+)
 
 
 class TokenizerError(ValueError):
@@ -83,7 +92,7 @@ class Tokenizer:
         if piece is None:
             return b""
         if self._kind == "bytes":
-            return bytes(_BYTE_OF_CHAR[c] for c in piece if c in _BYTE_OF_CHAR)
+            return bytes(BYTE_OF_CHAR[c] for c in piece if c in BYTE_OF_CHAR)
         if self._kind == "sentencepiece":
             if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
                 return bytes([int(piece[3:5], 16)])
@@ -99,16 +108,6 @@ class Tokenizer:
         return template
 
 
-def _byte_of_char() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte, inverted."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in plain]
-    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
-
-
 def _piece_kind(backend: tokenizers.Tokenizer) -> str:
     """How a vocabulary piece spells its bytes: "bytes" (byte-level BPE), "sentencepiece" or "other"."""
     decoder = backend.decoder
@@ -121,7 +120,7 @@ def _piece_kind(backend: tokenizers.Tokenizer) -> str:
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, download_dir: str | None = None) -> Tokenizer:
-    """`path`: a directory with tokenizer.json, a .gguf file, or a hub id.
+    """`path`: a directory with tokenizer.json or tokenizer.tok.json, a .gguf file, or a hub id.
 
     `chat_template` is a file to use instead of the model's own, or the template itself. Raises TokenizerError, with a
     line for the user, when there is none or it cannot be read.
@@ -140,7 +139,9 @@ def _load(path: str, override: str | None, download_dir: str | None) -> Tokenize
         place = _download(path, download_dir)
     if place.suffix == ".gguf":
         return _from_gguf(place, override)
-    if not (place / "tokenizer.json").is_file():
+    if place.name == tok_json.NAME:
+        place = place.parent
+    if not any((place / name).is_file() for name in ("tokenizer.json", tok_json.NAME)):
         ggufs = sorted(place.glob("*.gguf"))
         if ggufs:
             return _from_gguf(ggufs[0], override)
@@ -188,17 +189,22 @@ def _from_gguf(path: Path, override: str | None) -> Tokenizer:
 
 
 def _from_directory(place: Path, override: str | None) -> Tokenizer:
-    backend = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
-    backend.no_truncation()
-    backend.no_padding()
     config = _read_json(place / "tokenizer_config.json")
     special = _special_tokens(_read_json(place / "special_tokens_map.json") | config)
+    sources = _template_sources(place, config)
+    if (place / "tokenizer.json").is_file():
+        backend = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
+    else:
+        backend = tok_json.load_tok_json(place / tok_json.NAME)
+        special, sources = {"eos_token": tok_json.EOS} | special, {"default": tok_json.CHAT_TEMPLATE} | sources
+    backend.no_truncation()
+    backend.no_padding()
     for name in ("bos_token", "eos_token"):
         if name not in special:
             token = _token_of_config(backend, _read_json(place / "config.json").get(f"{name}_id"))
             if token is not None:
                 special[name] = token
-    sources = {"default": override} if override else _template_sources(place, config)
+    sources = {"default": override} if override else sources
     add_bos = config.get("add_bos_token")
     if add_bos is False and not str(config.get("tokenizer_class")).startswith("Llama"):
         add_bos = None  # only the Llama classes let this field overrule tokenizer.json

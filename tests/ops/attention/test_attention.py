@@ -33,24 +33,25 @@ def attention(request):
 
 
 @functools.cache
-def compiled(attention, scale, softcap, static):
+def compiled(attention, scale, softcap, given):
     """One program for all batches of a shape: what varies, the window too, is an argument."""
 
     @jax.jit
     def call(b, num_single, traced):
         batch = make_ragged_batch(b["page_table"], b["start"], b["num_new"], num_single, len(b["q"]), b["kv"].shape[3])
         arrays = b["q"], b["k"], b["v"], b["kv"], batch
-        options = {"scale": scale, "softcap": softcap, **dict(static), **traced}
-        return attention(*arrays, first_page=b["first_page"], **options)
+        static = {"scale": scale, "softcap": softcap, **dict(given)}
+        return attention(*arrays, first_page=b["first_page"], **static, **traced)
 
     return call
 
 
-def run(attention, b, *, scale, softcap=None, value_dim=None, **traced):
+def run(attention, b, *, scale, softcap=None, temperature_length=None, value_dim=None, **traced):
     arrays = jax.tree.map(jnp.asarray, b)
     traced = jax.tree.map(jnp.asarray, traced)
-    static = () if value_dim is None else (("value_dim", value_dim),)
-    return compiled(attention, scale, softcap, static)(arrays, jnp.int32((b["num_new"] == 1).sum()), traced)
+    some = {"temperature_length": temperature_length, "value_dim": value_dim}
+    given = tuple((name, value) for name, value in some.items() if value is not None)
+    return compiled(attention, scale, softcap, given)(arrays, jnp.int32((b["num_new"] == 1).sum()), traced)
 
 
 def check(attention, b, **options):
@@ -112,6 +113,25 @@ def test_window_softcap_and_sinks_match_reference(attention, options):
         num_rows=6,
     )
     check(attention, b, scale=0.25, **options)
+
+
+def test_capped_scores_grow_with_the_position_of_the_query(attention):
+    b = random_batch(
+        np.random.default_rng(3),
+        MIXED,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        page_size=16,
+        num_tokens=128,
+        num_rows=6,
+    )
+    options = {"scale": 0.25, "softcap": 3.0, "temperature_length": 8}
+    if attention is interpreted:
+        with pytest.raises(ValueError, match="--attention-backend native"):
+            run(attention, b, **options)
+    else:
+        check(attention, b, **options)
 
 
 @pytest.mark.parametrize("half", [0, 5, 8])

@@ -137,21 +137,30 @@ def test_decode_programs_with_softcap_and_sinks_over_page_and_block_boundaries()
     check(b, only_singles=True, options={"softcap": 3.0}, sinks=sinks)
 
 
-def test_heads_of_two_lane_tiles_and_a_group_of_one():
-    rows = [(30, 1), (3, 40), (64, 20)]
-    check(batch_of(rows, num_heads=2, num_kv_heads=2, head_dim=130), window=50)
-
-
-def test_norm_and_rotation_of_whole_heads_inside_equal_those_outside():
-    b = batch_of([(30, 1), (3, 40), (64, 20)], num_heads=2, num_kv_heads=1, head_dim=128)
-    rng = np.random.default_rng(1)
-    angles = rng.uniform(0, 6, (TOKENS, 64))
-    rope = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], 1), jnp.float32)
-    prepare = QKPrepare(*jnp.asarray(rng.uniform(0.5, 2, (2, 128)), jnp.float32), rope)
+def test_rows_beyond_what_vmem_holds_are_served_in_turn():
+    """20 rows, 16 at a time; then the chunks."""
+    rows = [*((7 * i, 1) for i in range(20)), (9, 12), (60, 30)]
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "page_size": 16, "num_tokens": 64, "num_rows": 24}
+    b = random_batch(np.random.default_rng(0), rows, **sizes)
+    blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
     arrays = {name: jnp.asarray(x) for name, x in b.items()}
-    out, kv = compiled(jnp.float32, RACES)(arrays, jnp.int32(1), prepare=prepare)
-    b["q"], b["k"] = prepare(arrays["q"], arrays["k"])
+    out, kv = compiled(jnp.float32, RACES, blocks=blocks)(arrays, jnp.int32(20))
     expected, expected_kv = reference.paged_attention(**b, scale=0.25)
+    np.testing.assert_allclose(np.asarray(out)[:62], expected[:62], atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(out)[62:], 0)
+    np.testing.assert_array_equal(np.asarray(kv), expected_kv.astype(np.float32))
+
+
+def test_norm_and_rotation_inside_on_heads_of_two_lane_tiles_with_a_window():
+    b = batch_of([(30, 1), (3, 40), (64, 20)], num_heads=2, num_kv_heads=2, head_dim=256)
+    rng = np.random.default_rng(1)
+    angles = rng.uniform(0, 6, (TOKENS, 128))
+    rope = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], 1), jnp.float32)
+    prepare = QKPrepare(*jnp.asarray(rng.uniform(0.5, 2, (2, 256)), jnp.float32), rope)
+    arrays = {name: jnp.asarray(x) for name, x in b.items()}
+    out, kv = compiled(jnp.float32, RACES)(arrays, jnp.int32(1), prepare=prepare, window=jnp.int32(50))
+    b["q"], b["k"] = prepare(arrays["q"], arrays["k"])
+    expected, expected_kv = reference.paged_attention(**b, scale=0.25, window=50)
     np.testing.assert_allclose(np.asarray(out)[:61], expected[:61], atol=1e-4)
     np.testing.assert_allclose(np.asarray(kv), expected_kv, atol=1e-5)
 

@@ -26,7 +26,7 @@ V6E, V7X = Chip("TPU_V6E", 128 << 20), Chip("TPU_7X", 64 << 20)
 def test_blocks_fit_and_keep_what_the_kernels_rely_on(chip, kv_heads, page, head_dim, dtype, row_pages, tokens):
     shape = (100, kv_heads, 2, page, head_dim)
     page_bytes = kv_heads * 2 * page * head_dim * jnp.dtype(dtype).itemsize
-    decode = blocks.decode_blocks(chip, shape, dtype, row_pages)
+    decode = blocks.decode_blocks(chip, shape, dtype, row_pages, 4 * kv_heads)
     chunks = blocks.chunk_blocks(chip, shape, dtype, row_pages, tokens)
     for sizes in (decode, chunks):
         assert IDS % sizes.pages == 0
@@ -38,22 +38,24 @@ def test_blocks_fit_and_keep_what_the_kernels_rely_on(chip, kv_heads, page, head
     assert tokens % chunks.queries == 0
     assert chunks.queries % 16 == 0
     assert chunks.write_slots >= 2
+    assert decode.max_rows % 16 == 0
 
 
 def test_qwen3_8b_on_four_devices():
     """2 KV heads of 128: blocks of 1024 keys, 8 of them in flight, whatever the page."""
     for page in (16, 64, 128):
-        sizes = blocks.decode_blocks(V6E, (100, 2, 2, page, 128), jnp.bfloat16, 4096)
+        sizes = blocks.decode_blocks(V6E, (100, 2, 2, page, 128), jnp.bfloat16, 4096, 8)
+        assert sizes.max_rows >= 512
         assert (sizes.slots, sizes.pages * page, sizes.unit_pages * page) == (8, 1024, 256)
 
 
 def test_short_rows_get_no_larger_block_than_they_need():
-    assert blocks.decode_blocks(V6E, (100, 2, 2, 16, 128), jnp.bfloat16, 3).pages == 4
+    assert blocks.decode_blocks(V6E, (100, 2, 2, 16, 128), jnp.bfloat16, 3, 8).pages == 4
 
 
 @pytest.mark.parametrize("chip", [V6E, V7X])
 def test_the_table_overrides_by_chip_and_shape(monkeypatch, chip):
     key = "decode TPU_V6E kv_heads=2 page=16 head_dim=128 bfloat16"
     monkeypatch.setattr(blocks, "_table", lambda: {key: {"slots": 4}})
-    sizes = blocks.decode_blocks(chip, (100, 2, 2, 16, 128), jnp.bfloat16, 256)
+    sizes = blocks.decode_blocks(chip, (100, 2, 2, 16, 128), jnp.bfloat16, 256, 8)
     assert sizes.slots == (4 if chip is V6E else 8)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 1000
-_FROM_FILES = ("sharegpt", "custom", "mooncake", "azure")
-_OF_IDS = ("random-ids", "mooncake", "azure")
+_FROM_FILES = ("sharegpt", "custom", "mooncake")
+_OF_IDS = ("random-ids", "mooncake")
 _OF_TEXT = ("random", "sharegpt", "custom", "generated-shared-prefix")
 
 
@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset-path",
         metavar="PATH",
-        help="the file of sharegpt, custom, mooncake and azure; for random a text to use instead of the bundled one",
+        help="the file of sharegpt, custom and mooncake; for random a text to use instead of the bundled one",
     )
     number(
         "--num-prompts", None, f"prompts at most (default: {NUM_PROMPTS}; of generated-shared-prefix and custom, all)"
@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="mooncake, azure: arrival times are multiplied by this (default: 1)",
+        help="mooncake: arrival times are multiplied by this (default: 1)",
     )
     group.add_argument(
         "--apply-chat-template",
@@ -141,8 +141,6 @@ def _read(
             return generated.random_ids(args, tokenizer, vocab_size, rng)
         case "mooncake":
             return traces.mooncake(args, tokenizer, vocab_size, rng)
-        case "azure":
-            return traces.azure(args, tokenizer, vocab_size, rng)
     if tokenizer is None:
         raise BenchmarkError(
             f"--dataset-name is {name}, whose tokens must be counted; give --tokenizer, or use random-ids"

@@ -43,8 +43,8 @@ class RaggedBatch:
 class QKPrepare:
     """What is to be done to q and k first: RMS norm of each head, then rotation, either may be missing."""
 
-    q_norm: jax.Array | None  # f32[H]: what the normed q is multiplied with
-    k_norm: jax.Array | None  # f32[H]; both norms or neither
+    q_norm: jax.Array | None  # [H]: what the normed q is multiplied with
+    k_norm: jax.Array | None  # [H]; both norms or neither
     rope: jax.Array | None  # f32[T, 2 * half]: cos then sin of each token's angles; i is rotated with half + i
     eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
 
@@ -86,6 +86,7 @@ class Attention(Protocol):
         window: Int[Array, ""] | int | None = None,  # tokens a query sees, itself included
         softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
         sinks: Float[Array, " N"] | None = None,  # a logit per head that takes weight and gives nothing
+        temperature_length: int | None = None,  # capped scores are multiplied by max(1, log(position) / log(this))
         kv_scales: tuple[float, float] | None = None,  # the pool holds K and V divided by these, rounded to its dtype
         prepare: QKPrepare | None = None,  # done to q and k first; the pool holds prepared k
         value_dim: int | None = None,  # V, of a latent pool; kv_scales' first is then that of the values, too

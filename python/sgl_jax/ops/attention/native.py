@@ -8,6 +8,7 @@ longer ones are cut into tiles of TILE. On CPU tiles run one after another; else
 from __future__ import annotations
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,7 @@ def paged_attention(
     window: Int[Array, ""] | int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    temperature_length: int | None = None,
     kv_scales: tuple[float, float] | None = None,
     prepare: QKPrepare | None = None,
     value_dim: int | None = None,
@@ -56,6 +58,7 @@ def paged_attention(
         window=window,
         softcap=softcap,
         sinks=None if sinks is None else sinks.reshape(num_kv_heads, -1),
+        temperature_length=temperature_length,
         upcast=not vectorise,  # on CPU small products are faster in float32 (benchmarks/LOG.md)
     )
     tiled = q.reshape(num_tokens, num_kv_heads, -1, head_dim)
@@ -117,6 +120,7 @@ def _attend_tile(
     window: Int[Array, ""] | int | None,
     softcap: float | None,
     sinks: Float[Array, "K G"] | None,
+    temperature_length: int | None,
     pages_per_turn: int,
     upcast: bool,
 ) -> Float[Array, "B K G V"]:
@@ -148,6 +152,10 @@ def _attend_tile(
         scores = jnp.einsum("kqh,kph->kqp", grouped, k, preferred_element_type=jnp.float32) * scale
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
+        if temperature_length is not None:
+            log_position = jnp.log(jnp.maximum(query_pos, 1).astype(jnp.float32))
+            growth = jnp.maximum(1.0, log_position / math.log(temperature_length))  # [B, 1]
+            scores *= jnp.repeat(growth, group, axis=0)
         key_pos = turn * keys_per_turn + jnp.arange(keys_per_turn)[None]  # [1, p]
         visible = key_pos <= query_pos
         if window is not None:

@@ -19,6 +19,7 @@ def paged_attention(
     window=None,
     softcap=None,
     sinks=None,
+    temperature_length=None,
     kv_scales=None,
     value_dim=None,
 ):
@@ -52,6 +53,8 @@ def paged_attention(
                 scores = keys @ q[token + i, head] * (scale * k_scale)
                 if softcap is not None:
                     scores = softcap * np.tanh(scores / softcap)
+                if temperature_length is not None and last > temperature_length:
+                    scores *= np.log(last) / np.log(temperature_length)
                 sink = -np.inf if sinks is None else float(sinks[head])
                 top = max(scores.max(), sink)
                 weights = np.exp(scores - top)

@@ -42,6 +42,7 @@ def paged_attention(
     window: Int[Array, ""] | int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
+    temperature_length: int | None = None,
     kv_scales: tuple[float, float] | None = None,
     prepare: QKPrepare | None = None,
     blocks: tuple[DecodeBlocks, ChunkBlocks] | None = None,
@@ -50,6 +51,11 @@ def paged_attention(
 
     `blocks`: sizes other than the chip's (for tests).
     """
+    if temperature_length is not None:
+        raise ValueError(
+            f"attention backend fa does not scale scores by position (temperature length {temperature_length}); "
+            "use --attention-backend native"
+        )
     num_tokens, num_heads, head_dim = q.shape
     pool_dim = kv.shape[4]
     if pool_dim != pool_head_dim(head_dim):
@@ -67,7 +73,7 @@ def paged_attention(
     if blocks is None:
         chip = block_sizes.current_chip()
         blocks = (
-            block_sizes.decode_blocks(chip, kv.shape, kv.dtype, row_pages),
+            block_sizes.decode_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads),
             block_sizes.chunk_blocks(chip, kv.shape, kv.dtype, row_pages, padded_tokens),
         )
     padded_tokens = -(-num_tokens // blocks[1].queries) * blocks[1].queries
@@ -82,7 +88,7 @@ def paged_attention(
     if prepare is not None and (kv.dtype.itemsize == 1 or kv_scales):
         (q, k), prepare = prepare(q, k), None  # before they are divided and rounded
     k, v = to_pool(k, kv.dtype, k_scale), to_pool(v, kv.dtype, v_scale)
-    table = jnp.pad(batch.page_table, ((0, 0), (0, -row_pages % IDS))).reshape(-1)
+    table = jnp.pad(batch.page_table, ((0, 0), (0, -row_pages % IDS)))
     scalars = Scalars(
         *(jnp.asarray(x, jnp.int32).reshape(1) for x in (batch.num_single, first_page, 0 if window is None else window))
     )
@@ -91,36 +97,46 @@ def paged_attention(
         sinks = jnp.broadcast_to(lines, (num_heads + 8, LANES))
     prepared = operands(prepare, padded_tokens, head_dim, pool_dim, q.dtype)
     scores = Scores(scale * k_scale, softcap, v_scale, dtype)
-    singles = min(num_rows, num_tokens)
     only_singles = batch.only_singles
-    out, kv = attend_singles(
-        flat(q),
-        flat(k),
-        flat(v),
-        kv,
-        scalars,
-        batch.kv_lens,
-        table,
-        sinks,
-        prepared,
-        num_heads=num_heads,
-        num_rows=padded_tokens if only_singles else -(-singles // TOKENS) * TOKENS,
-        scores=scores,
-        has_window=window is not None,
-        blocks=blocks[0],
-    )
+    num_lines = padded_tokens if only_singles else -(-min(num_rows, num_tokens) // TOKENS) * TOKENS
+    q2, k2, v2 = flat(q), flat(k), flat(v)
+    parts = []
+    for first in range(0, num_lines, blocks[0].max_rows):  # more rows than VMEM holds are served in turn
+        end = min(num_lines, first + blocks[0].max_rows)
+        mine = scalars._replace(num_single=jnp.clip(scalars.num_single - first, 0, end - first))
+        # Where all rows are served at once the kernel takes what it needs of the whole arrays.
+        cut = (lambda x: x) if end - first == num_lines else (lambda x, first=first, end=end: x[first:end])
+        rope = None if prepared.rope is None else cut(prepared.rope)
+        part, kv = attend_singles(
+            cut(q2),
+            cut(k2),
+            cut(v2),
+            kv,
+            mine,
+            cut(batch.kv_lens),
+            cut(table).reshape(-1),
+            sinks,
+            prepared._replace(rope=rope),
+            num_heads=num_heads,
+            num_rows=end - first,
+            scores=scores,
+            has_window=window is not None,
+            blocks=blocks[0],
+        )
+        parts.append(part)
+    out = parts[0] if len(parts) == 1 else jnp.pad(jnp.concatenate(parts), ((0, padded_tokens - num_lines), (0, 0)))
     if not only_singles:
         out, kv = attend_chunks(
-            flat(q),
-            flat(k),
-            flat(v),
+            q2,
+            k2,
+            v2,
             out,
             kv,
             scalars,
             batch.kv_lens,
             batch.cu_q_lens,
             jnp.pad(batch.token_page, (0, padded_tokens - num_tokens)),
-            table,
+            table.reshape(-1),
             sinks,
             prepared,
             num_heads=num_heads,

@@ -38,7 +38,8 @@ class Refs:
     k: Ref  # HBM [T, K * H]
     v: Ref  # HBM [T, K * H]
     sinks: Ref | None  # VMEM f32[N + 8, 128]
-    norms: Ref | None  # VMEM f32[2, H]: weights of q's and of k's norm
+    q_norm: Ref | None  # VMEM [1, H]: weight of the norm
+    k_norm: Ref | None
     rope: Ref | None  # HBM f32[T, H]: cos and sin (api.QKPrepare)
     table: Ref
     o: Ref  # HBM [T, N * H]
@@ -60,7 +61,7 @@ def _kernel(
 ):
     num_rows = refs.kv_lens.shape[0]
     last_token = refs.cu_q_lens[num_rows]
-    shared = ("num_single", "first_page", "kv_lens", "cu_q_lens", "token_page", "k", "v", "norms", "rope", "kv")
+    shared = ("num_single", "first_page", "kv_lens", "cu_q_lens", "token_page", "k", "v", "k_norm", "rope", "kv")
     write_chunks(WriteRefs(**{name: getattr(refs, name) for name in shared}, **refs.write), prepare)
 
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
@@ -141,10 +142,9 @@ def _kernel(
 
     def prepare_tile(slot):
         rope = refs.rope_tiles[slot] if refs.rope is not None else None
-        norm = refs.norms[0:1, :] if refs.norms is not None else None
         for head in range(num_heads):
             at = slot, slice(None), slice(head * head_dim, (head + 1) * head_dim)
-            x = prepare(refs.q_tiles[at].astype(jnp.float32), norm, rope)
+            x = prepare(refs.q_tiles[at].astype(jnp.float32), refs.q_norm, rope)
             refs.q_tiles[at] = x.astype(refs.q_tiles.dtype)
 
     def has_tokens(tile):
@@ -245,7 +245,7 @@ def _kernel(
                 for copy in tile_loads(tile + 1):
                     copy.start()
 
-            if refs.norms is not None or refs.rope is not None:
+            if refs.q_norm is not None or refs.rope is not None:
                 prepare_tile(rem(tile, 2))
 
         tile_end = jnp.minimum((tile + 1) * tile_tokens, last_token)
@@ -324,7 +324,7 @@ def attend_chunks(
     }
     if prepare.rope is not None:
         scratch["rope_tiles"] = pltpu.VMEM((2, blocks.queries, head_dim), jnp.float32)
-    optional = {"sinks": sinks, "norms": prepare.norms, "rope": prepare.rope}
+    optional = {"sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm, "rope": prepare.rope}
     optional = {name: x for name, x in optional.items() if x is not None}
     prefetch = [*Scalars._fields, "kv_lens", "cu_q_lens", "token_page"]
     names = [*prefetch, "q", "k", "v", *optional, "table"]
@@ -332,7 +332,7 @@ def attend_chunks(
     def body(*args):
         *plain, _o_in, _kv_in, o, kv_out, rest = args
         fields: dict[str, Any] = dict(zip(names, plain, strict=True))
-        for name in ("sinks", "norms", "rope"):
+        for name in ("sinks", "q_norm", "k_norm", "rope"):
             fields.setdefault(name, None)
         groups = table.shape[0] // (kv_lens.shape[0] * ring.IDS)
         _kernel(

@@ -37,7 +37,8 @@ class Refs:
     k: Ref  # VMEM [R, K * H]
     v: Ref  # VMEM [R, K * H]
     sinks: Ref | None  # VMEM f32[N + 8, 128]
-    norms: Ref | None  # VMEM f32[2, H]: weights of q's and of k's norm
+    q_norm: Ref | None  # VMEM [1, H]: weight of the norm
+    k_norm: Ref | None
     rope: Ref | None  # VMEM f32[R, H]: cos and sin (api.QKPrepare)
     table: Ref
     o: Ref  # VMEM [R, N * H]
@@ -66,7 +67,6 @@ def _kernel(
         """16 rows of [R, heads * H] to lines by (row, head)."""
         at = pl.ds(pl.multiple_of(r * 16, 16), 16)
         rope = refs.rope[at, :] if refs.rope is not None else None
-        q_norm, k_norm = (refs.norms[i : i + 1, :] if refs.norms is not None else None for i in range(2))
 
         def put(target, lines, x):
             for c in lane_tiles:
@@ -76,11 +76,11 @@ def _kernel(
             return source[at, head * head_dim : (head + 1) * head_dim].astype(jnp.float32)
 
         for n in range(num_heads):
-            x = prepare(load(refs.q, n), q_norm, rope)
+            x = prepare(load(refs.q, n), refs.q_norm, rope)
             put(refs.heads, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads), x)
         for h in range(num_kv_heads):
             line = (r * 16 * num_kv_heads + h) * 2
-            put(refs.new, pl.ds(line, 16, stride=2 * num_kv_heads), prepare(load(refs.k, h), k_norm, rope))
+            put(refs.new, pl.ds(line, 16, stride=2 * num_kv_heads), prepare(load(refs.k, h), refs.k_norm, rope))
             put(refs.new, pl.ds(line + 1, 16, stride=2 * num_kv_heads), load(refs.v, h))
 
     lax.fori_loop(0, cdiv(num_rows, 16), spread, None)
@@ -269,14 +269,14 @@ def attend_singles(
         "write_sem": pltpu.SemaphoreType.DMA((WRITES,)),
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
     }
-    optional = {"sinks": sinks, "norms": prepare.norms, "rope": prepare.rope}
+    optional = {"sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm, "rope": prepare.rope}
     optional = {name: x for name, x in optional.items() if x is not None}
     names = [*Scalars._fields, "kv_lens", "q", "k", "v", *optional, "table"]
 
     def body(*args):
         *plain, _kv_in, o, kv_out, rest = args
         fields = dict(zip(names, plain, strict=True))
-        for name in ("sinks", "norms", "rope"):
+        for name in ("sinks", "q_norm", "k_norm", "rope"):
             fields.setdefault(name, None)
         kernel(Refs(**fields, o=o, kv=kv_out, **rest))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +21,13 @@ class Prepare:
 
     head_dim: int  # without padding
     eps: float
-    norms: bool
     half: int  # the rotation pairs dimension i with half + i; 0: none
     dtype: Any  # rounded to after the norm, as it is where the norm is an operation of its own
 
-    def __call__(self, x: jax.Array, weight: jax.Array | None, rope: jax.Array | None) -> jax.Array:
-        """x f32[R, H] of one head, the norm's weight f32[1, H], the table's lines f32[R, H] (QKPrepare.rope)."""
-        if weight is not None:
+    def __call__(self, x: jax.Array, norm: Ref | None, rope: jax.Array | None) -> jax.Array:
+        """x f32[R, H] of one head, the norm's weight VMEM [1, H], the table's lines f32[R, H] (QKPrepare.rope)."""
+        if norm is not None:
+            weight = norm[...].astype(jnp.float32)
             mean = jnp.sum(x * x, axis=1, keepdims=True) * (1 / self.head_dim)
             x = (x * lax.rsqrt(mean + self.eps) * weight).astype(self.dtype).astype(jnp.float32)
         if rope is None:
@@ -41,26 +41,26 @@ class Prepare:
         return x * cos + (left(x) if 2 * half == width else jnp.where(lane < half, left(x), right(x))) * sin
 
 
-@dataclasses.dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """A QKPrepare as the kernels take it."""
 
     spec: Prepare
-    norms: jax.Array | None  # f32[2, H]: of q, of k
+    q_norm: jax.Array | None  # [1, H], the weight as it is stored
+    k_norm: jax.Array | None
     rope: jax.Array | None  # f32[T, H]
 
 
 def operands(prepare: QKPrepare | None, num_tokens: int, head_dim: int, pool_dim: int, dtype: Any) -> Operands:
     """Padded to num_tokens lines and to the pool's head dim."""
     if prepare is None:
-        return Operands(Prepare(head_dim, 0.0, False, 0, dtype), None, None)
-    norms = rope = None
-    if prepare.q_norm is not None and prepare.k_norm is not None:
-        norms = jnp.stack([prepare.q_norm, prepare.k_norm]).astype(jnp.float32)
-        norms = jnp.pad(norms, ((0, 0), (0, pool_dim - head_dim)))
-    half = 0
-    if prepare.rope is not None:
-        lines, width = prepare.rope.shape
+        return Operands(Prepare(head_dim, 0.0, 0, dtype), None, None, None)
+
+    def line(weight: jax.Array | None) -> jax.Array | None:
+        return None if weight is None else jnp.pad(weight, (0, pool_dim - head_dim))[None]
+
+    half, rope = 0, prepare.rope
+    if rope is not None:
+        lines, width = rope.shape
         half = width // 2
-        rope = jnp.pad(prepare.rope.astype(jnp.float32), ((0, num_tokens - lines), (0, pool_dim - width)))
-    return Operands(Prepare(head_dim, prepare.eps, norms is not None, half, dtype), norms, rope)
+        rope = jnp.pad(rope.astype(jnp.float32), ((0, num_tokens - lines), (0, pool_dim - width)))
+    return Operands(Prepare(head_dim, prepare.eps, half, dtype), line(prepare.q_norm), line(prepare.k_norm), rope)

@@ -34,7 +34,7 @@ class WriteRefs:
     token_page: Ref  # SMEM i32[T]
     k: Ref  # HBM [T, K * H]
     v: Ref  # HBM [T, K * H]
-    norms: Ref | None  # VMEM f32[2, H]
+    k_norm: Ref | None  # VMEM [1, H]
     rope: Ref | None  # HBM f32[T, H]
     kv: Ref  # HBM [LP, K, 2, page, H]
     lines: Ref  # VMEM [slots, 2, W, K * H]
@@ -154,12 +154,11 @@ def write_chunks(refs: WriteRefs, prepare: Prepare) -> None:
             copy.wait()
         for_half_new_pages(row, segment, lambda page: page_copy(n, row, segment, page, False).wait())
         rope = refs.rope_lines[slot] if refs.rope is not None else None
-        norm = refs.norms[1:2, :] if refs.norms is not None else None
         for which in range(2):
             for h in range(num_kv_heads):
                 x = refs.lines[slot, which, :, h * head_dim : (h + 1) * head_dim].astype(jnp.float32)
                 if which == 0:
-                    x = prepare(x, norm, rope)
+                    x = prepare(x, refs.k_norm, rope)
                 for c in lane_tiles:
                     refs.shifted[which, h, c, pl.ds(tokens, num_lines)] = x[:, c * LANES : (c + 1) * LANES]
         first, end = new_range(row)

@@ -1,0 +1,103 @@
+"""Grok-2: norms around both halves of a layer, an MLP beside the experts, soft caps on scores, router and logits.
+
+Sources: github.com/sgl-project/sglang, python/sglang/srt/models/grok.py, which the release names for serving it; the
+activation is that of github.com/xai-org/grok-1, model.py. The weights come as eight devices saved them, each its share
+of the experts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sgl_jax.models import llama
+from sgl_jax.models.config import DecoderConfig, MoeConfig
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.hf_config import decoder, required
+from sgl_jax.models.stored import StoredTensor, joined, share_name
+
+ARCHITECTURES = ("Grok1ForCausalLM",)
+_EXPERT = "model.layers.{i}.block_sparse_moe.experts.{e}."
+_EOS = 2  # where config.json has none (sglang, python/sglang/srt/tokenizer/tiktoken_tokenizer.py)
+
+# Keys that change the result, and the values with which they do not change what is built here. rope_type "original" is
+# plain rope: rope_theta is stretched already (1e6 ** (log(16 * 8192 / 2 pi) / log(8192 / 2 pi)) = 208533496).
+_BUILT = {
+    "rope_type": (None, "original"),
+    "sliding_window_size": (None, -1),
+    "global_attn_every_n": (None, 1),
+    "attn_logit_softcapping_method": (None, "tanh"),
+    "moe_router_renormalize": (None, False),
+    "hidden_act": (None, "gelu", "gelu_new", "gelu_pytorch_tanh"),
+}
+
+
+def config(hf: dict[str, Any]) -> DecoderConfig:
+    if refused := [f"{key}={hf[key]!r}" for key, values in _BUILT.items() if hf.get(key) not in values]:
+        raise ModelError(f"config.json sets {', '.join(refused)}; this is not built for Grok1ForCausalLM")
+    temperature = hf.get("attn_temperature_len", -1)
+    if temperature == 1:
+        raise ModelError("config.json sets attn_temperature_len=1, whose logarithm is 0; it must be more, or negative")
+    return decoder(
+        hf
+        | {
+            "eos_token_id": hf.get("eos_token_id", _EOS),
+            "partial_rotary_factor": 0.5 if hf.get("rope_rotate_half_dims") else 1.0,
+        },
+        architecture="Grok1ForCausalLM",
+        num_kv_heads=required(hf, "num_key_value_heads"),
+        head_dim=hf.get("head_dim", 128),
+        hidden_act="gelu_pytorch_tanh",
+        sandwich_norms=True,
+        embed_scale=required(hf, "embedding_multiplier_scale"),
+        logit_scale=required(hf, "output_multiplier_scale"),
+        attn_logit_softcap=_cap(hf, "attn_logit_softcapping", 30.0),
+        attn_temperature_length=temperature if temperature > 0 else None,
+        final_logit_softcap=_cap(hf, "final_logit_softcapping", 0.0),
+        moe=MoeConfig(
+            num_experts=required(hf, "num_local_experts"),
+            experts_per_token=required(hf, "num_experts_per_tok"),
+            intermediate_size=hf.get("moe_intermediate_size") or required(hf, "intermediate_size"),
+            router_softcap=_cap(hf, "router_logit_softcapping", 30.0),
+            normalise=False,
+            residual_scale=0.5**0.5 if hf.get("residual_moe") else None,
+        ),
+    )
+
+
+def _cap(hf: dict[str, Any], key: str, absent: float) -> float | None:
+    value = hf.get(key, absent)
+    return float(value) if value and value > 0 else None
+
+
+def view(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The shares of each expert's matrices joined: w1 and w3 divide their rows, w2 its columns."""
+    tensors = dict(stored)
+    for first in stored:
+        found = re.fullmatch(r"(.*\.experts\.\d+\.(w[123])\.weight) \(share 0\)", first)
+        if found is None:
+            continue
+        name, kind = found.groups()
+        parts = []
+        while share_name(name, len(parts)) in tensors:
+            parts.append(tensors.pop(share_name(name, len(parts))))
+        tensors[name] = joined(name, parts, axis=1 if kind == "w2" else 0)
+    return tensors
+
+
+NAMES = dataclasses.replace(
+    llama.NAMES.with_layer(
+        {
+            "attn_norm": ("model.layers.{i}.pre_attn_norm.weight",),
+            "post_attn_norm": ("model.layers.{i}.post_attn_norm.weight",),
+            "mlp_norm": ("model.layers.{i}.pre_moe_norm.weight",),
+            "post_mlp_norm": ("model.layers.{i}.post_moe_norm.weight",),
+            "moe.router": ("model.layers.{i}.block_sparse_moe.gate.weight",),
+            "moe.experts.gate_up": (_EXPERT + "w1.weight", _EXPERT + "w3.weight"),
+            "moe.experts.down": (_EXPERT + "w2.weight",),
+        }
+    ),
+    view=view,
+)
