@@ -88,7 +88,7 @@ def _run(own: argparse.Namespace, args: ServerArgs) -> int:
         target = find_target(own.topology, args.tp_size)
         model = find_model(args.model_path, args.download_dir, args.model_package)
         plan = make_plan(args, model, target, own.context)
-        kernels = kernels_for(args.attention_backend, target.platform)
+        kernels = kernels_for(args.attention_backend, target.platform, model.config)
         if not own.plan:
             target.find_devices()  # what cannot be compiled for is said before the tables
     except Misfit as error:

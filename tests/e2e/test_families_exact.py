@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from exact import GREEDY, TOLERANCE, Build, assert_top5
 
+from sgl_jax.engine.core import Core
+from sgl_jax.runtime import platform
 from simulated import Client
 
 FAMILIES = [
@@ -31,6 +34,10 @@ FAMILIES = [
     "glm4_moe",
     "glm4_moe-air",
     "gpt_oss",
+    "deepseek_v2",
+    "deepseek_v2-lite",
+    "deepseek_v3",
+    "deepseek_v3-noqlora",
 ]
 
 
@@ -38,8 +45,23 @@ FAMILIES = [
 def test_each_family_gives_transformers_tokens_and_logprobs(build: Build, shared_data: Path, family: str) -> None:
     """All prompts at once, in chunks of four tokens: two step programs."""
     folder = shared_data / "oracle" / family
-    cases = json.loads((folder / "oracle.json").read_text(encoding="utf-8"))["cases"]
     core = build(folder, max_running_requests=4, chunked_prefill_size=4, max_total_tokens=1024)
+    assert_oracle(core, folder)
+
+
+def test_a_latent_pool_gives_them_in_pages_of_one_in_the_form_accelerators_get(
+    build: Build, shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers stacked and scanned, decoding rows side by side."""
+    form = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=True, vectorises_rows=True)
+    monkeypatch.setitem(platform.PLATFORMS, "cpu", form)
+    folder, pages = shared_data / "oracle" / "deepseek_v3", {"page_size": 1, "max_total_tokens": 1024}
+    assert_oracle(build(folder, max_running_requests=4, chunked_prefill_size=4, **pages), folder)
+
+
+def assert_oracle(core: Core, folder: Path) -> None:
+    """All of the folder's prompts at once."""
+    cases = json.loads((folder / "oracle.json").read_text(encoding="utf-8"))["cases"]
     client = Client(core)
     for key, case in enumerate(cases):
         client.submit(key, case["prompt_ids"], max_tokens=24, logprobs=5, prompt_logprobs=0, **GREEDY)

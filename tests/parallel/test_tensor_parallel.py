@@ -17,9 +17,10 @@ from sgl_jax.parallel.placement import interleave
 SCRIPT = Path(__file__).with_name("tp_engine.py")
 
 
-@pytest.fixture(scope="module", params=["qwen3", "qwen2_moe", "gemma3_text"])
+@pytest.fixture(scope="module", params=["qwen3", "qwen2_moe", "gemma3_text", "deepseek_v2"])
 def runs(request: pytest.FixtureRequest, shared_data: Path) -> dict[str, list[dict]]:
-    """qwen3 and gemma3_text have one KV head, fewer than devices; gemma3_text a tied head; qwen2_moe biases and experts."""
+    """qwen3 and gemma3_text have one KV head, fewer than devices; gemma3_text a tied head; qwen2_moe biases and experts;
+    deepseek_v2 one latent vector per token, whole on every device."""
     command = [sys.executable, str(SCRIPT), str(shared_data / "oracle" / request.param), "1", "2", "4-scan"]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280, check=False)

@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.config import DecoderConfig, MlaConfig
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.planning.cost import Rates, StepCost, step_cost
 from sgl_jax.planning.model import find_model
@@ -89,3 +89,10 @@ def test_the_slowest_resource_is_the_limit(cost: StepCost, limit: str, seconds: 
 
 def test_one_device_waits_for_no_other() -> None:
     assert StepCost(1, 1, 0).bound(Rates(1, 1, math.inf)).links_s == 0
+
+
+def test_latent_attention_reads_one_vector_per_token_and_takes_its_keys_as_values() -> None:
+    latent = dataclasses.replace(QWEN3_8B, num_kv_heads=1, mla=MlaConfig(512, None, 128, 64, 128))
+    near, far = (cost_of(latent, 4, 2, Bucket(8, 8), context) for context in (1024, 2048))
+    assert far.memory_bytes - near.memory_bytes == 2 * 36 * 576 * 8 * 1024
+    assert far.flops - near.flops == 36 * 8 * 8 * 1024 * 2 * (576 + 512)  # 8 of 32 heads

@@ -9,11 +9,11 @@ from pathlib import Path
 import jax
 import pytest
 
-from sgl_jax.models.config import DecoderConfig, RopeConfig
-from sgl_jax.ops.attention.backends import find_backend
+from sgl_jax.models.config import DecoderConfig, MlaConfig, RopeConfig
+from sgl_jax.ops.attention.backends import NoSuchBackend, find_backend
 from sgl_jax.runtime import memory
 from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, plan_memory
-from sgl_jax.runtime.platform import PLATFORMS
+from sgl_jax.runtime.platform import PLATFORMS, kernels_for
 from sgl_jax.runtime.pool import pool_of
 
 CONFIG = DecoderConfig(
@@ -61,6 +61,23 @@ def test_bytes_of_a_token() -> None:
     assert pool_of(CONFIG, native).values_per_token * 4 == 512
     assert pool_of(CONFIG, padded).values_per_token * 4 == 4096
     assert pool_of(CONFIG, native).shape(num_pages=10, page_size=16) == (20, 2, 2, 16, 16)
+
+
+def test_a_latent_pool_keeps_one_vector_for_all_heads_on_every_device() -> None:
+    native = find_backend("native", "cpu", vectorise=False)
+    latent = dataclasses.replace(CONFIG, num_kv_heads=1, mla=MlaConfig(512, None, 128, 64, 128))
+    for share in (latent, latent.share(2), latent.share(4)):
+        assert pool_of(share, native).shape(num_pages=10, page_size=16) == (20, 1, 1, 16, 576)
+        assert pool_of(share, native).values_per_token == 2 * 576
+
+
+def test_a_tpu_launch_takes_native_for_latent_attention() -> None:
+    latent = dataclasses.replace(CONFIG, num_kv_heads=1, mla=MlaConfig(512, None, 128, 64, 128))
+    tpu = PLATFORMS["tpu"]
+    assert not kernels_for(None, tpu, CONFIG).attention.latent  # fa
+    assert kernels_for(None, tpu, latent).attention.latent
+    with pytest.raises(NoSuchBackend, match="--attention-backend fa"):
+        kernels_for("fa", tpu, latent)
 
 
 def test_the_budget_less_the_weights_becomes_whole_pages_and_a_scratch_page() -> None:

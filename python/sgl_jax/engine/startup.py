@@ -44,7 +44,7 @@ def build_core(args: ServerArgs) -> Core:
     if args.model_package is not None:
         add_package(args.model_package)
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
-    kernels = kernels_for(args.attention_backend, platform)
+    kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(  # before the weights are read: what does not fit should be said at once
         args,
         model,

@@ -48,6 +48,28 @@ class MoeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MlaConfig:
+    """Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434): all heads read one vector per token, its
+    compressed keys and values beside one rotated key."""
+
+    kv_lora_rank: int  # C, of the compressed keys and values
+    q_lora_rank: int | None  # of compressed queries; None: they are not compressed
+    qk_nope_head_dim: int  # of a head's part without rope
+    qk_rope_head_dim: int  # of its part with rope
+    v_head_dim: int  # V
+    interleaved: bool = True  # stored so that rope turns neighbours; loading reorders the rows for half-split pairs
+
+    @property
+    def head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def latent_dim(self) -> int:
+        """Of what a token keeps."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig:
     """One frozen description of any decoder we serve. Letters as in docs/architecture.md."""
 
@@ -58,7 +80,7 @@ class DecoderConfig:
     num_layers: int  # L
     num_heads: int  # N
     num_kv_heads: int  # K
-    head_dim: int  # H
+    head_dim: int  # H; with MLA, of a head's query: both its parts
     rope: RopeConfig
     context_length: int
     rms_norm_eps: float = 1e-6
@@ -72,6 +94,7 @@ class DecoderConfig:
     qk_norm: bool = False  # RMS norm over each head of q and k, before rope
     activation: Activation = "silu"
     gate_limit: float | None = None  # gate is at most this, up lies between minus this and this
+    mla: MlaConfig | None = None  # in place of q, k and v; num_kv_heads is 1
     moe: MoeConfig | None = None
     moe_layers: tuple[bool, ...] | None = None  # which layers have experts in place of the MLP; None: all, if moe
     sliding_windows: tuple[int | None, ...] | None = None  # per layer; None: full attention in every layer
@@ -85,6 +108,7 @@ class DecoderConfig:
     query_growth: QueryGrowth | None = None
     normalised_head: bool = False  # the head's columns are divided by their lengths when it is loaded
     eos_token_ids: tuple[int, ...] = ()
+    num_extra_layers: int = 0  # stored after the last: heads that guess further tokens, which are not loaded
 
     def window(self, layer: int) -> int | None:
         """How many tokens, itself included, a query of this layer sees; None: all before it."""
@@ -135,6 +159,21 @@ class DecoderConfig:
                 shared_intermediate_size=self.moe.shared_intermediate_size // devices,
             ),
         )
+
+    @property
+    def key_dim(self) -> int:
+        """Of a key, as the pool has it and attention multiplies it with queries."""
+        return self.mla.latent_dim if self.mla else self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Of what attention sums: a value, or the part of a latent key that all values are made from."""
+        return self.mla.kv_lora_rank if self.mla else self.head_dim
+
+    @property
+    def output_dim(self) -> int:
+        """Of a head's output."""
+        return self.mla.v_head_dim if self.mla else self.head_dim
 
     @property
     def scale(self) -> float:

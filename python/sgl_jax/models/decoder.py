@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.layers import apply_rope, gated, query_growth, rms_norm, rope_tables
+from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.moe import LayerExperts, moe_layer
 from sgl_jax.models.weights import Experts, LayerWeights, Weights, head
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
@@ -29,13 +30,13 @@ class Attend(Protocol):
         self,
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
-        v: Float[Array, "T K H"],
-        kv: Float[Array, "LP K 2 page H"],
+        v: Float[Array, "T K H"] | None,
+        kv: Float[Array, "LP K planes page H"],
         *,
         layer: Int[Array, ""] | int,
         window: Int[Array, ""] | int | None,
         sinks: Float[Array, " N"] | None,
-    ) -> tuple[Float[Array, "T N H"], Float[Array, "LP K 2 page H"]]: ...
+    ) -> tuple[Float[Array, "T N V"], Float[Array, "LP K planes page H"]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,9 +54,9 @@ def hidden_states(
     weights: Weights,
     config: DecoderConfig,
     tokens: Int[Array, " T"],
-    kv: Float[Array, "LP K 2 page H"],
+    kv: Float[Array, "LP K planes page H"],
     context: Context,
-) -> tuple[Float[Array, "T D"], Float[Array, "LP K 2 page H"]]:
+) -> tuple[Float[Array, "T D"], Float[Array, "LP K planes page H"]]:
     """The last layer's output, before the final norm, and the pool with this step's KV.
 
     On a device of a tensor axis, config and weights are its share; x is whole on every device.
@@ -154,6 +155,10 @@ def _embed(table: Float[Array, "V D"], tokens: Int[Array, " T"], axis: TensorAxi
 
 def _attention(h, kv, w: LayerWeights, config: DecoderConfig, norm, rope, context: Context, layer, window):
     num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
+    if config.mla is not None and w.mla is not None:
+        attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks)
+        out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend)
+        return _project(out, w.o, w.o_bias, context.axis), kv
     qkv = _project(h, w.qkv, w.qkv_bias).reshape(num_tokens, heads + 2 * kv_heads, head_dim)
     q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
     if config.qk_norm:

@@ -9,7 +9,20 @@ from importlib import metadata
 from types import ModuleType
 from typing import Any
 
-from sgl_jax.models import bailing, gemma, glm4_moe, gpt_oss, grok, llama, mixtral, qwen1, qwen2, qwen3, qwen_moe
+from sgl_jax.models import (
+    bailing,
+    deepseek,
+    gemma,
+    glm4_moe,
+    gpt_oss,
+    grok,
+    llama,
+    mixtral,
+    qwen1,
+    qwen2,
+    qwen3,
+    qwen_moe,
+)
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.hf_config import eos_token_ids
@@ -19,7 +32,7 @@ from sgl_jax.models.stored import StoredTensor
 
 FAMILIES: dict[str, ModuleType] = {
     architecture: module
-    for module in (llama, qwen1, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, bailing, gpt_oss, grok)
+    for module in (llama, qwen1, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, bailing, gpt_oss, grok, deepseek)
     for architecture in module.ARCHITECTURES
 }
 

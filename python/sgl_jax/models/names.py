@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
+import numpy as np
+
+from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.stored import StoredTensor
 
 View = Callable[[Mapping[str, StoredTensor]], Mapping[str, StoredTensor]]
+
+
+class Rows(NamedTuple):
+    """Some rows of a stored tensor."""
+
+    stored: int  # how many it has
+    order: np.ndarray  # those that are taken, in this order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +35,9 @@ class TensorNames:
     layer: dict[
         str, tuple[str, ...]
     ]  # by path in LayerWeights ("moe.router"); a weight the config lacks is not looked for
+    rows: dict[str, Callable[[DecoderConfig], Rows]] = dataclasses.field(
+        default_factory=dict
+    )  # by path, for a weight of one tensor that takes some of its rows only, or in another order
     ignored: tuple[str, ...] = ()  # patterns of stored tensors that are no weights
     view: View = dict  # stored tensors that lie in another layout, as if in ours
 

@@ -10,7 +10,7 @@ import jax
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.errors import ModelError
-from sgl_jax.models.names import TensorNames
+from sgl_jax.models.names import Rows, TensorNames
 from sgl_jax.models.stored import StoredTensor, with_unit_columns
 from sgl_jax.models.weights import WeightSpec, declare
 
@@ -39,7 +39,9 @@ def plan_weights(
     used = {names.lm_head} if config.tie_embeddings else set()
     for key_path, spec in jax.tree_util.tree_flatten_with_path(declare(config))[0]:
         path = jax.tree_util.keystr(key_path)
-        wanted = _wanted(path, spec, names)
+        of_rows = names.rows.get(path.partition("].")[2])
+        rows = of_rows(config) if of_rows else None
+        wanted = _wanted(path, spec, names, rows)
         used.update(wanted)
         missing += [name for name in wanted if name not in stored]
         pieces = {name: stored[name] for name in wanted if name in stored}
@@ -50,15 +52,16 @@ def plan_weights(
         ]
         if path == ".lm_head" and config.normalised_head:
             pieces = {name: with_unit_columns(piece) for name, piece in pieces.items()}
-        leaves.append(Leaf(path, spec, tuple(pieces.values())))
-    surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in names.ignored)]
+        leaves.append(Leaf(path, spec, tuple(piece.take(rows.order) if rows else piece for piece in pieces.values())))
+    ignored = [*names.ignored, *_extra_layers(config, names)]
+    surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
     unreadable = [f"{t.name} ({t.dtype})" for leaf in leaves for t in leaf.pieces if not t.supported]
     problems = [
         f"{label}: {', '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''}"
         for label, found in (
-            ("missing tensors", missing),
+            ("missing tensors", list(dict.fromkeys(missing))),
             ("tensors this architecture has no place for", sorted(surplus)),
-            ("tensors of the wrong shape", misshapen),
+            ("tensors of the wrong shape", list(dict.fromkeys(misshapen))),
             ("tensors of an unsupported type", unreadable),
         )
         if found
@@ -71,13 +74,22 @@ def plan_weights(
     return leaves
 
 
-def _wanted(path: str, spec: WeightSpec, names: TensorNames) -> dict[str, tuple[int, ...]]:
+def _extra_layers(config: DecoderConfig, names: TensorNames) -> list[str]:
+    """Patterns of the tensors of layers that guess further tokens: they are stored after the last."""
+    layer = re.escape(names.layer["attn_norm"][0].partition("{i}")[0])
+    return [rf"^{layer}{config.num_layers + i}\." for i in range(config.num_extra_layers)]
+
+
+def _wanted(path: str, spec: WeightSpec, names: TensorNames, rows: Rows | None) -> dict[str, tuple[int, ...]]:
     """The stored tensors that make up a weight, in order, and the shape of each."""
     match = re.fullmatch(r"\.layers\[(\d+)\]\.([\w.]+)", path)
     if match is None:
         return {getattr(names, path.removeprefix(".")): spec.shape}
     layer, field = match.groups()
     patterns = names.layer[field]
+    if rows is not None:
+        (pattern,) = patterns
+        return {pattern.format(i=layer): (rows.stored, *spec.shape[1:])}
     if spec.num_experts is None or "{e}" not in patterns[0]:
         shapes = (spec.shape,) if len(patterns) == 1 else spec.piece_shapes  # one: its parts are stored fused
         return dict(zip((pattern.format(i=layer) for pattern in patterns), shapes, strict=True))

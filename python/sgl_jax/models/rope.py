@@ -130,7 +130,7 @@ def _llama3(p: dict[str, Any], dim: int, hf: dict[str, Any]) -> np.ndarray:
 def _yarn(p: dict[str, Any], dim: int, hf: dict[str, Any]) -> tuple[np.ndarray, float]:
     """https://arxiv.org/abs/2309.00071: dimensions that turn often keep their frequency, slow ones are interpolated."""
     original = _original_length(p, hf)
-    factor = p.get("factor") or hf["max_position_embeddings"] / original
+    factor = _yarn_factor(p, hf)
     base = p["rope_theta"]
 
     def dimension(num_rotations: float) -> float:
@@ -152,10 +152,22 @@ def _yarn(p: dict[str, Any], dim: int, hf: dict[str, Any]) -> tuple[np.ndarray, 
 def _yarn_attention_factor(p: dict[str, Any], factor: float) -> float:
     if p.get("attention_factor") is not None:
         return float(p["attention_factor"])
-
-    def scale(mscale: float) -> float:
-        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
-
     if p.get("mscale") and p.get("mscale_all_dim"):
-        return scale(p["mscale"]) / scale(p["mscale_all_dim"])
-    return scale(1)
+        return _mscale(factor, p["mscale"]) / _mscale(factor, p["mscale_all_dim"])
+    return _mscale(factor, 1)
+
+
+def _mscale(factor: float, mscale: float) -> float:
+    return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+
+def yarn_score_scale(hf: dict[str, Any]) -> float:
+    """What DeepSeek's models multiply attention scores with, beside the scale on cos and sin: 1 without mscale_all_dim."""
+    p = rope_parameters(hf)
+    if p["rope_type"] != "yarn" or not p.get("mscale_all_dim"):
+        return 1.0
+    return _mscale(_yarn_factor(p, hf), p["mscale_all_dim"]) ** 2
+
+
+def _yarn_factor(p: dict[str, Any], hf: dict[str, Any]) -> float:
+    return p.get("factor") or hf["max_position_embeddings"] / _original_length(p, hf)

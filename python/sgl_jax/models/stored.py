@@ -33,6 +33,17 @@ class StoredTensor:
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0])
 
+    def take(self, order: np.ndarray) -> StoredTensor:
+        """A tensor of these of its rows, in this order."""
+
+        def rows(start: int, stop: int) -> np.ndarray:
+            chosen = order[start:stop]
+            first = int(chosen.min())
+            return self.rows(first, int(chosen.max()) + 1)[chosen - first]
+
+        nbytes = self.nbytes // self.shape[0] * len(order)
+        return dataclasses.replace(self, shape=(len(order), *self.shape[1:]), nbytes=nbytes, rows=rows)
+
 
 def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
     """The matrix with each column divided by its length, in float32. The whole is read once for the lengths."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from sgl_jax.models.config import DecoderConfig, MoeConfig
+from sgl_jax.models.config import DecoderConfig, MlaConfig, MoeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +71,21 @@ class MoeWeights:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class MlaWeights:
+    """Queries come from the token, or from it compressed to Cq: then q is None, else q_down, q_norm and q_up are."""
+
+    q: Any  # [N * H, D], of each head the part without rope, then the part with it
+    q_down: Any  # [Cq, D]
+    q_norm: Any  # [Cq]
+    q_up: Any  # [N * H, Cq]
+    kv_down: Any  # [C + rope, D], the compressed, then the rotated key
+    kv_norm: Any  # [C]
+    k_up: Any  # [N * nope, C]
+    v_up: Any  # [N * V, C]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LayerWeights:
     """One decoder layer. A weight the family, or the layer, lacks is None."""
 
@@ -80,6 +95,7 @@ class LayerWeights:
     q_norm: Any  # [H]
     k_norm: Any  # [H]
     sinks: Any  # [N]
+    mla: MlaWeights | None
     o: Any  # [D, N * H]
     o_bias: Any  # [D]
     post_attn_norm: Any  # [D]
@@ -129,14 +145,16 @@ def _layer(c: DecoderConfig, has_experts: bool, dense: bool) -> LayerWeights:
     d, f = c.hidden_size, c.intermediate_size
     q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     qkv_parts: dict[str, Any] = {"parts": (q_size, kv_size, kv_size), "unit": c.head_dim}
+    heads = c.mla is None
     return LayerWeights(
         attn_norm=_spec((d, "model")),
-        qkv=_spec((q_size + 2 * kv_size, "heads"), (d, "model"), **qkv_parts),
+        qkv=_spec((q_size + 2 * kv_size, "heads"), (d, "model"), **qkv_parts, when=heads),
         qkv_bias=_spec((q_size + 2 * kv_size, "heads"), when=c.qkv_bias, **qkv_parts),
         q_norm=_spec((c.head_dim, None), when=c.qk_norm),
         k_norm=_spec((c.head_dim, None), when=c.qk_norm),
         sinks=_spec((c.num_heads, "heads"), when=c.attn_sinks),
-        o=_spec((d, "model"), (q_size, "heads")),
+        mla=_mla(c.mla, d, c.num_heads) if c.mla else None,
+        o=_spec((d, "model"), (c.num_heads * c.output_dim, "heads")),
         o_bias=_spec((d, "model"), when=c.o_bias),
         post_attn_norm=_spec((d, "model"), when=c.sandwich_norms),
         mlp_norm=_spec((d, "model")),
@@ -146,6 +164,20 @@ def _layer(c: DecoderConfig, has_experts: bool, dense: bool) -> LayerWeights:
         down_bias=_spec((d, "model"), when=dense and c.mlp_bias),
         moe=_moe(c.moe, d) if c.moe and has_experts else None,
         post_mlp_norm=_spec((d, "model"), when=c.sandwich_norms),
+    )
+
+
+def _mla(m: MlaConfig, d: int, heads: int) -> MlaWeights:
+    q_size, q_rank = heads * m.head_dim, m.q_lora_rank or 0
+    return MlaWeights(
+        q=_spec((q_size, "heads"), (d, "model"), when=not q_rank),
+        q_down=_spec((q_rank, None), (d, "model"), when=q_rank > 0),
+        q_norm=_spec((q_rank, None), when=q_rank > 0),
+        q_up=_spec((q_size, "heads"), (q_rank, None), when=q_rank > 0),
+        kv_down=_spec((m.latent_dim, None), (d, "model")),
+        kv_norm=_spec((m.kv_lora_rank, None)),
+        k_up=_spec((heads * m.qk_nope_head_dim, "heads"), (m.kv_lora_rank, None)),
+        v_up=_spec((heads * m.v_head_dim, "heads"), (m.kv_lora_rank, None)),
     )
 
 

@@ -85,8 +85,9 @@ def step_cost(model: DecoderConfig, devices: int, pool: Pool, itemsize: int, buc
     token_kv = pool.values_per_token / pool.num_layers
     # Each layer sums the attention's and the MLP's output, and the embedding is looked up in shares.
     sums = 2 * model.num_layers + 1 if devices > 1 else 0
+    per_key = 2 * share.num_heads * (share.key_dim + share.value_dim)
     return StepCost(
-        flops=2 * used * tokens + 2 * head_size * bucket.num_rows + 4 * share.num_heads * share.head_dim * keys,
+        flops=2 * used * tokens + 2 * head_size * bucket.num_rows + per_key * keys,
         memory_bytes=itemsize
         * (
             read

@@ -27,7 +27,7 @@ def compile_here(args: ServerArgs) -> int:
         target = target_here(args.device, args.tp_size)
         model = read_model(args.model_path, args.download_dir, args.model_package)
         launch = launch_of(args, model, target)
-        kernels = kernels_for(args.attention_backend, target.platform)
+        kernels = kernels_for(args.attention_backend, target.platform, model.config)
     except (Misfit, ValueError) as error:
         print(f"sgl_jax: error: {error}", file=sys.stderr)
         return FAILED

@@ -108,7 +108,7 @@ def _launch(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan
         args,
         model.config,
         target.platform,
-        kernels_for(args.attention_backend, target.platform),
+        kernels_for(args.attention_backend, target.platform, model.config),
         stored_dtype=model.stored_dtype,
         device_bytes=target.device_bytes,
     )

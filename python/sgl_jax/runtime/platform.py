@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax
 
+from sgl_jax.models.config import DecoderConfig
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
@@ -59,9 +60,11 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
     raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")
 
 
-def kernels_for(attention_backend: str | None, platform: Platform) -> Kernels:
-    """The implementations to build steps with; None: the best attention for the platform. Raises NoSuchBackend."""
-    attention = find_backend(attention_backend or platform.attention, platform.name, vectorise=platform.vectorises_rows)
+def kernels_for(attention_backend: str | None, platform: Platform, model: DecoderConfig) -> Kernels:
+    """The implementations to build steps with; None: the best attention for platform and model. Raises NoSuchBackend."""
+    latent = model.mla is not None
+    name = attention_backend or ("native" if latent else platform.attention)
+    attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
     return Kernels(attention, _grouped_matmul(platform.name))
 
 

@@ -16,7 +16,7 @@ class Pool:
 
     num_layers: int
     num_heads: int
-    planes: int  # K and V
+    planes: int  # K and V; 1 where values are a part of the keys
     width: int  # of a head, as the attention backend stores it
 
     @property
@@ -30,4 +30,5 @@ class Pool:
 
 def pool_of(share: DecoderConfig, attention: Backend) -> Pool:
     """The pool of a model, or of one device's share of it."""
-    return Pool(share.num_layers, share.num_kv_heads, 2, attention.pool_head_dim(share.head_dim))
+    planes = 1 if share.mla else 2
+    return Pool(share.num_layers, share.num_kv_heads, planes, attention.pool_head_dim(share.key_dim))

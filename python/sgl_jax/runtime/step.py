@@ -42,13 +42,13 @@ class StepSpec:
 
 def step(
     weights: Weights,
-    kv: Float[Array, "LP K 2 page H"],
+    kv: Float[Array, "LP K planes page H"],
     state: DeviceState,
     vector: Int[Array, " size"],
     *,
     spec: StepSpec,
     layout: PlanLayout,
-) -> tuple[Float[Array, "LP K 2 page H"], DeviceState, StepOutputs]:
+) -> tuple[Float[Array, "LP K planes page H"], DeviceState, StepOutputs]:
     """Run one plan: update page tables, embed, layers, logits of each row's last token, sample, remember."""
     # Scopes name the stages in a profile (docs/features/profiling.md).
     with jax.named_scope("unpack"):
@@ -66,6 +66,8 @@ def step(
             inputs.from_device[batch.token_row], state.last_token[inputs.rows][batch.token_row], inputs.tokens
         )
 
+    latent = {"value_dim": spec.config.value_dim} if spec.config.mla else {}  # not all backends know it
+
     def attend(q, k, v, kv, *, layer, window, sinks):
         return spec.kernels.attention(
             q,
@@ -79,6 +81,7 @@ def step(
             softcap=spec.config.attn_logit_softcap,
             sinks=sinks,
             temperature_length=spec.config.attn_temperature_length,
+            **latent,
         )
 
     valid = jnp.arange(layout.bucket.num_tokens) < batch.cu_q_lens[-1]

@@ -33,25 +33,25 @@ def attention(request):
 
 
 @functools.cache
-def compiled(attention, scale, softcap, temperature_length):
+def compiled(attention, scale, softcap, given):
     """One program for all batches of a shape: what varies, the window too, is an argument."""
 
     @jax.jit
     def call(b, num_single, traced):
         batch = make_ragged_batch(b["page_table"], b["start"], b["num_new"], num_single, len(b["q"]), b["kv"].shape[3])
         arrays = b["q"], b["k"], b["v"], b["kv"], batch
-        static = {"scale": scale, "softcap": softcap}
-        if temperature_length is not None:
-            static["temperature_length"] = temperature_length
+        static = {"scale": scale, "softcap": softcap, **dict(given)}
         return attention(*arrays, first_page=b["first_page"], **static, **traced)
 
     return call
 
 
-def run(attention, b, *, scale, softcap=None, temperature_length=None, **traced):
-    arrays = {name: jnp.asarray(x) for name, x in b.items()}
+def run(attention, b, *, scale, softcap=None, temperature_length=None, value_dim=None, **traced):
+    arrays = jax.tree.map(jnp.asarray, b)
     traced = jax.tree.map(jnp.asarray, traced)
-    return compiled(attention, scale, softcap, temperature_length)(arrays, jnp.int32((b["num_new"] == 1).sum()), traced)
+    some = {"temperature_length": temperature_length, "value_dim": value_dim}
+    given = tuple((name, value) for name, value in some.items() if value is not None)
+    return compiled(attention, scale, softcap, given)(arrays, jnp.int32((b["num_new"] == 1).sum()), traced)
 
 
 def check(attention, b, **options):
@@ -177,3 +177,14 @@ def test_empty_batch_leaves_the_pool_as_it_was(attention):
     _, kv = run(attention, b, scale=0.25)
     used = np.arange(len(kv)) != b["first_page"]
     np.testing.assert_array_equal(np.asarray(kv)[used], b["kv"][used])
+
+
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_latent_pool_keeps_one_vector_whose_first_columns_are_the_value(name, page_size, window):
+    sizes = {"num_heads": 6, "num_kv_heads": 1, "head_dim": 40, "page_size": page_size}
+    b = random_batch(np.random.default_rng(4), MIXED, **sizes, num_tokens=128, num_rows=6)
+    b |= {"kv": b["kv"][:, :, :1], "v": None}
+    options = {} if window is None else {"window": window}
+    check(IMPLEMENTATIONS[name], b, scale=0.2, value_dim=24, **options)

@@ -70,6 +70,13 @@ def test_a_backend_of_another_platform_is_refused(plugin):
         find_backend("fa", "cpu", vectorise=False)
 
 
+def test_a_backend_that_knows_no_latent_vectors_is_refused_for_a_model_that_keeps_them(plugin):
+    assert find_backend("native", "tpu", vectorise=True, latent=True).latent
+    for name, platform in (("fa", "tpu"), ("double", "cpu")):
+        with pytest.raises(NoSuchBackend, match=rf"--attention-backend {name}: .*latent .*\(MLA\); use native$"):
+            find_backend(name, platform, vectorise=True, latent=True)
+
+
 def test_fa_says_what_pool_it_needs():
     backend = find_backend("fa", "tpu", vectorise=True)
     assert isinstance(backend, Backend)

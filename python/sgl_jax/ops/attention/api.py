@@ -2,6 +2,9 @@
 
 The pool is one array for all layers, `kv[L * P, K, 2, page, H]`, K at index 0 and V at index 1 of axis 2; layer i's page
 p is `kv[i * P + p]`. Page 0 of each layer takes the KV of padding tokens and is never read.
+
+A latent pool has one plane in place of K and V, `kv[L * P, K, 1, page, H]`: the values are the first value_dim columns of
+the keys, and v is None.
 """
 
 from __future__ import annotations
@@ -74,8 +77,8 @@ class Attention(Protocol):
         self,
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
-        v: Float[Array, "T K H"],
-        kv: Num[Array, "LP K 2 page H"],
+        v: Float[Array, "T K H"] | None,
+        kv: Num[Array, "LP K planes page H"],
         batch: RaggedBatch,
         *,
         first_page: Int[Array, ""] | int,  # layer * P
@@ -86,7 +89,8 @@ class Attention(Protocol):
         temperature_length: int | None = None,  # capped scores are multiplied by max(1, log(position) / log(this))
         kv_scales: tuple[float, float] | None = None,  # the pool holds K and V divided by these, rounded to its dtype
         prepare: QKPrepare | None = None,  # done to q and k first; the pool holds prepared k
-    ) -> tuple[Float[Array, "T N H"], Num[Array, "LP K 2 page H"]]: ...
+        value_dim: int | None = None,  # V, of a latent pool; kv_scales' first is then that of the values, too
+    ) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page H"]]: ...
 
 
 def make_ragged_batch(
@@ -127,20 +131,21 @@ def to_pool(x: Float[Array, "T K H"], dtype: Any, scale: float) -> Num[Array, "T
 
 
 def write_kv(
-    kv: Num[Array, "LP K 2 page H"],
+    kv: Num[Array, "LP K planes page H"],
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    v: Float[Array, "T K H"] | None,
     batch: RaggedBatch,
     first_page: Int[Array, ""] | int,
     kv_scales: tuple[float, float] | None = None,
-) -> Num[Array, "LP K 2 page H"]:
+) -> Num[Array, "LP K planes page H"]:
     """Put each token's K and V into its place in the pool."""
-    k_scale, v_scale = kv_scales or (1.0, 1.0)
-    k, v = to_pool(k, kv.dtype, k_scale), to_pool(v, kv.dtype, v_scale)
-    _pages, num_kv_heads, _two, page_size, head_dim = kv.shape
-    new = jnp.stack([k, v], axis=2).reshape(-1, head_dim)  # [T * K * 2, H]
+    _pages, num_kv_heads, planes, page_size, head_dim = kv.shape
+    both = zip([k] if v is None else [k, v], kv_scales or (1.0, 1.0), strict=False)
+    new = jnp.stack([to_pool(x, kv.dtype, scale) for x, scale in both], axis=2)
+    new = new.reshape(-1, head_dim)  # [T * K * planes, H]
     # The pool seen as lines of H, and a line the unit of writing: with larger units XLA TPU wants the pool in another
     # layout, and copies all of it there and back in every layer.
-    slots = (batch.token_page + first_page)[:, None] * (2 * num_kv_heads) + jnp.arange(2 * num_kv_heads)
-    lines = slots * page_size + batch.token_offset[:, None]  # [T, K * 2]
+    per_page = num_kv_heads * planes
+    slots = (batch.token_page + first_page)[:, None] * per_page + jnp.arange(per_page)
+    lines = slots * page_size + batch.token_offset[:, None]  # [T, K * planes]
     return kv.reshape(-1, head_dim).at[lines.reshape(-1)].set(new).reshape(kv.shape)

@@ -26,21 +26,22 @@ class NoSuchBackend(ValueError):
 class Backend:
     """An implementation, and what it asks of the pool. It is called as the contract says."""
 
-    attend: Attention
+    attend: Attention | Callable[..., Any]  # one that is not `latent` need not know value_dim
     platforms: frozenset[str] = frozenset({"cpu", "gpu", "tpu"})
     pool_head_dim: Callable[[int], int] = lambda head_dim: head_dim  # H of the pool, for heads of that size
     page_multiple: Callable[[Any], int] = lambda dtype: 1  # page sizes must be multiples of it, for a pool of the dtype
+    latent: bool = False  # it takes pools of one plane, with `value_dim`
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.attend(*args, **options)
 
 
-def find_backend(name: str, platform: str, *, vectorise: bool) -> Backend:
-    """The backend of a name, for "cpu", "gpu" or "tpu"; `vectorise` is native's. Raises NoSuchBackend, saying which
-    there are."""
+def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = False) -> Backend:
+    """The backend of a name, for "cpu", "gpu" or "tpu"; `vectorise` is native's; `latent`: the model keeps one vector per
+    token. Raises NoSuchBackend, saying which there are."""
     brought = {point.name: point for point in metadata.entry_points(group=GROUP)}
     if name == "native":
-        backend = Backend(functools.partial(native.paged_attention, vectorise=vectorise))
+        backend = Backend(functools.partial(native.paged_attention, vectorise=vectorise), latent=True)
     elif name == "fa":
         backend = _fa()
     elif name in brought:
@@ -53,6 +54,10 @@ def find_backend(name: str, platform: str, *, vectorise: bool) -> Backend:
     if platform not in backend.platforms:
         runs_on = " and ".join(sorted(backend.platforms))
         raise NoSuchBackend(f"--attention-backend {name}: it runs on {runs_on}, not on {platform}; use native")
+    if latent and not backend.latent:
+        raise NoSuchBackend(
+            f"--attention-backend {name}: it cannot attend to the latent vectors of this model (MLA); use native"
+        )
     return backend
 
 

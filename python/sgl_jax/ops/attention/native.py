@@ -25,8 +25,8 @@ _FLOOR = -1e30  # finite: a row with no key in sight yet must not produce inf - 
 def paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    kv: Num[Array, "LP K 2 page H"],
+    v: Float[Array, "T K H"] | None,
+    kv: Num[Array, "LP K planes page H"],
     batch: RaggedBatch,
     *,
     first_page: Int[Array, ""] | int,
@@ -37,12 +37,14 @@ def paged_attention(
     temperature_length: int | None = None,
     kv_scales: tuple[float, float] | None = None,
     prepare: QKPrepare | None = None,
+    value_dim: int | None = None,
     vectorise: bool = False,
-) -> tuple[Float[Array, "T N H"], Num[Array, "LP K 2 page H"]]:
+) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page H"]]:
     """See api.Attention. `vectorise`: run the tiles of one side by side (accelerators) instead of in turn (CPU)."""
     if prepare is not None:
         q, k = prepare(q, k)
-    num_tokens, _num_heads, head_dim = q.shape
+    num_tokens, num_heads, head_dim = q.shape
+    value_dim = head_dim if value_dim is None else value_dim
     num_rows, num_kv_heads = batch.page_table.shape[0], k.shape[1]
     kv = write_kv(kv, k, v, batch, first_page, kv_scales)
     k_scale, v_scale = kv_scales or (1.0, 1.0)
@@ -50,8 +52,9 @@ def paged_attention(
         _attend_tile,
         kv=kv,
         first_page=first_page,
+        value_dim=value_dim,
         scale=scale * k_scale,
-        v_scale=v_scale,
+        v_scale=k_scale if v is None else v_scale,
         window=window,
         softcap=softcap,
         sinks=None if sinks is None else sinks.reshape(num_kv_heads, -1),
@@ -65,7 +68,7 @@ def paged_attention(
         query = lax.dynamic_slice_in_dim(tiled, row, 1)
         return attend(query, batch.page_table[row], kv_len - 1, kv_len, pages_per_turn=pages_per_turn)[0]
 
-    out = jnp.zeros((num_tokens + TILE, *tiled.shape[1:]), q.dtype)
+    out = jnp.zeros((num_tokens + TILE, *tiled.shape[1:3], value_dim), q.dtype)
     if vectorise:
         rows = jnp.arange(min(num_rows, num_tokens))
         ones = jax.vmap(functools.partial(single, pages_per_turn=_pages_per_turn(kv)))(rows)
@@ -74,7 +77,7 @@ def paged_attention(
         out = lax.fori_loop(0, batch.num_single, lambda row, out: out.at[row].set(single(row, 1).astype(q.dtype)), out)
     if num_tokens > 1:
         out = _attend_chunks(attend, tiled, out, batch, _pages_per_turn(kv))
-    return out[:num_tokens].reshape(q.shape), kv
+    return out[:num_tokens].reshape(num_tokens, num_heads, value_dim), kv
 
 
 def _pages_per_turn(kv: jax.Array) -> int:
@@ -109,8 +112,9 @@ def _attend_tile(
     position: Int[Array, ""],
     kv_end: Int[Array, ""],
     *,
-    kv: Num[Array, "LP K 2 page H"],
+    kv: Num[Array, "LP K planes page H"],
     first_page: Int[Array, ""] | int,
+    value_dim: int,
     scale: float,
     v_scale: float,
     window: Int[Array, ""] | int | None,
@@ -119,7 +123,7 @@ def _attend_tile(
     temperature_length: int | None,
     pages_per_turn: int,
     upcast: bool,
-) -> Float[Array, "B K G H"]:
+) -> Float[Array, "B K G V"]:
     """Queries at position, position + 1, … over the keys before kv_end; float32 result."""
     num_queries, num_kv_heads, group, head_dim = q.shape
     page_size = kv.shape[3]
@@ -134,14 +138,14 @@ def _attend_tile(
 
     def load(turn: jax.Array) -> tuple[jax.Array, jax.Array]:
         if pages_per_turn == 1:
-            block = lax.dynamic_index_in_dim(kv, pages[turn] + first_page, 0, keepdims=False)  # [K, 2, page, H]
-            return block[:, 0], block[:, 1]
-        ids = lax.dynamic_slice_in_dim(pages, turn * pages_per_turn, pages_per_turn) + first_page
-        block = kv[ids].transpose(1, 2, 0, 3, 4).reshape(num_kv_heads, 2, keys_per_turn, head_dim)
-        return block[:, 0], block[:, 1]
+            block = lax.dynamic_index_in_dim(kv, pages[turn] + first_page, 0, keepdims=False)  # [K, planes, page, H]
+        else:
+            ids = lax.dynamic_slice_in_dim(pages, turn * pages_per_turn, pages_per_turn) + first_page
+            block = kv[ids].transpose(1, 2, 0, 3, 4).reshape(num_kv_heads, -1, keys_per_turn, head_dim)
+        return block[:, 0], block[:, -1, :, :value_dim]
 
     def body(turn: jax.Array, carry):
-        top, total, acc = carry  # [K, B*G], [K, B*G], [K, B*G, H]
+        top, total, acc = carry  # [K, B*G], [K, B*G], [K, B*G, V]
         k, v = load(turn)
         if upcast or kv.dtype.itemsize == 1:
             k, v = k.astype(grouped.dtype), v.astype(grouped.dtype)
@@ -170,7 +174,7 @@ def _attend_tile(
     else:
         top = jnp.tile(sinks.astype(jnp.float32)[:, None], (1, num_queries, 1)).reshape(shape)
         total = jnp.ones(shape, jnp.float32)
-    acc = jnp.zeros((*shape, head_dim), jnp.float32)
+    acc = jnp.zeros((*shape, value_dim), jnp.float32)
     top, total, acc = lax.fori_loop(first_turn, last_turn, body, (top, total, acc))
     out = acc / jnp.maximum(total, 1e-30)[..., None] * v_scale
-    return out.reshape(num_kv_heads, num_queries, group, head_dim).transpose(1, 0, 2, 3)
+    return out.reshape(num_kv_heads, num_queries, group, value_dim).transpose(1, 0, 2, 3)

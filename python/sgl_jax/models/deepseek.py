@@ -1,0 +1,110 @@
+"""DeepSeek V2 and V3 and models in their layout (Moonlight, Kimi K2): latent attention; dense layers first, then experts
+chosen from the best groups, and shared ones. V3 scores experts by sigmoid, with a bias that balances the choice."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+
+from sgl_jax.models import glm4_moe
+from sgl_jax.models.config import DecoderConfig, MlaConfig, MoeConfig
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.hf_config import decoder, required
+from sgl_jax.models.names import Rows
+from sgl_jax.models.rope import resolve_rope, yarn_score_scale
+
+ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
+
+# Values we serve, where others would change the result. DeepSeek's own V2 code does not scale normalised weights, and
+# transformers does not normalise them; no published model asks for it.
+_SERVED: dict[str, dict[str, tuple[Any, ...]]] = {
+    "DeepseekV2ForCausalLM": {
+        **{"attention_bias": (False,), "mlp_bias": (False,), "norm_topk_prob": (False,)},
+        **{"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")},
+    },
+    "DeepseekV3ForCausalLM": {
+        **{"attention_bias": (False,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+    },
+}
+
+
+def config(hf: dict[str, Any]) -> DecoderConfig:
+    architecture = hf["architectures"][0]
+    for key, served in _SERVED[architecture].items():
+        if hf.get(key) is not None and hf[key] not in served:
+            values = " or ".join(map(repr, served))
+            raise ModelError(f"config.json sets {key}={hf[key]!r}; {architecture} is served with {values}")
+    mla = MlaConfig(
+        kv_lora_rank=required(hf, "kv_lora_rank"),
+        q_lora_rank=hf.get("q_lora_rank"),
+        qk_nope_head_dim=required(hf, "qk_nope_head_dim"),
+        qk_rope_head_dim=required(hf, "qk_rope_head_dim"),
+        v_head_dim=required(hf, "v_head_dim"),
+        interleaved=bool(hf.get("rope_interleave", True)),
+    )
+    dense, every = required(hf, "first_k_dense_replace"), hf.get("moe_layer_freq", 1)
+    return decoder(
+        hf,
+        architecture=architecture,
+        num_kv_heads=1,
+        head_dim=mla.head_dim,
+        rope=resolve_rope(hf, mla.qk_rope_head_dim),
+        query_scale=mla.head_dim**-0.5 * yarn_score_scale(hf),
+        mla=mla,
+        moe=_experts(hf, is_v3=architecture == "DeepseekV3ForCausalLM"),
+        moe_layers=tuple(i >= dense and i % every == 0 for i in range(required(hf, "num_hidden_layers"))),
+        num_extra_layers=hf.get("num_nextn_predict_layers") or 0,  # multi-token prediction
+    )
+
+
+def _experts(hf: dict[str, Any], *, is_v3: bool) -> MoeConfig:
+    size = required(hf, "moe_intermediate_size")
+    grouped = is_v3 or hf.get("topk_method") == "group_limited_greedy"
+    experts, groups = required(hf, "n_routed_experts"), required(hf, "n_group") if grouped else 1
+    if experts % groups:
+        raise ModelError(f"config.json: n_routed_experts={experts} is no multiple of n_group={groups}")
+    return MoeConfig(
+        num_experts=experts,
+        experts_per_token=required(hf, "num_experts_per_tok"),
+        intermediate_size=size,
+        shared_intermediate_size=size * (hf.get("n_shared_experts") or 0),
+        scoring="sigmoid" if is_v3 else "softmax",
+        score_bias=is_v3,
+        num_groups=groups,
+        groups_per_token=required(hf, "topk_group") if grouped else 1,
+        group_score="top2" if is_v3 else "max",
+        normalise=is_v3 and bool(hf.get("norm_topk_prob", True)),
+        scale=hf.get("routed_scaling_factor", 2.5 if is_v3 else 1.0),
+    )
+
+
+def _rows(c: DecoderConfig, *, weight: str) -> Rows:
+    """The rows that a weight takes of its stored tensor: of every head the same, rotated parts in half-split order."""
+    m = c.mla
+    assert m is not None
+    rotated = np.arange(m.qk_rope_head_dim)
+    rotated = rotated.reshape(-1, 2).T.reshape(-1) if m.interleaved else rotated
+    nope, both = m.qk_nope_head_dim, m.qk_nope_head_dim + m.v_head_dim
+    heads, stride, rows = {
+        "q": (c.num_heads, m.head_dim, np.append(np.arange(nope), nope + rotated)),
+        "kv_down": (1, m.latent_dim, np.append(np.arange(m.kv_lora_rank), m.kv_lora_rank + rotated)),
+        "k_up": (c.num_heads, both, np.arange(nope)),
+        "v_up": (c.num_heads, both, np.arange(nope, both)),
+    }[weight]
+    return Rows(heads * stride, (np.arange(heads)[:, None] * stride + rows).reshape(-1))
+
+
+_TENSORS = {
+    **{"q": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"},
+    **{"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "k_up": "kv_b_proj", "v_up": "kv_b_proj"},
+}
+_TAKEN = {"q": "q", "q_up": "q", "kv_down": "kv_down", "k_up": "k_up", "v_up": "v_up"}
+NAMES = dataclasses.replace(
+    glm4_moe.NAMES.with_layer(
+        {f"mla.{weight}": (f"model.layers.{{i}}.self_attn.{name}.weight",) for weight, name in _TENSORS.items()}
+    ),
+    rows={f"mla.{weight}": functools.partial(_rows, weight=taken) for weight, taken in _TAKEN.items()},
+)

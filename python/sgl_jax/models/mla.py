@@ -1,0 +1,46 @@
+"""Multi-head latent attention in absorbed form: what a token keeps is read as it is, never brought back to keys and values
+of each head. The up-projection of the keys is applied to the queries, that of the values to the output.
+
+Formulas: DeepSeek-V2 (https://arxiv.org/abs/2405.04434), section 2.1 and appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from sgl_jax.models.config import MlaConfig
+from sgl_jax.models.layers import apply_rope, rms_norm
+from sgl_jax.models.weights import MlaWeights
+
+_EPS = 1e-6  # of the norms of compressed vectors, whatever the model's own is
+
+
+def latent_attention(
+    h: Float[Array, "T D"],
+    kv: Float[Array, "LP 1 1 page R"],
+    w: MlaWeights,
+    mla: MlaConfig,
+    rope: tuple[Float[Array, "T half"], Float[Array, "T half"]],
+    attend: Callable,  # (q, k, v, kv) -> (o, kv)
+) -> tuple[Float[Array, "T NV"], Float[Array, "LP 1 1 page R"]]:
+    """The heads' outputs side by side, and the pool with this step's vectors. R = mla.latent_dim."""
+    if w.q is None:
+        q = _project(rms_norm(_project(h, w.q_down), w.q_norm, _EPS), w.q_up)
+    else:
+        q = _project(h, w.q)
+    q_nope, q_rope = jnp.split(q.reshape(len(h), -1, mla.head_dim), [mla.qk_nope_head_dim], axis=-1)
+    latent, k_rope = jnp.split(_project(h, w.kv_down), [mla.kv_lora_rank], axis=-1)
+    k_up = w.k_up.reshape(-1, mla.qk_nope_head_dim, mla.kv_lora_rank)
+    v_up = w.v_up.reshape(-1, mla.v_head_dim, mla.kv_lora_rank)
+
+    q = jnp.concatenate([jnp.einsum("npc,tnp->tnc", k_up, q_nope), apply_rope(q_rope, *rope)], axis=-1)
+    k = jnp.concatenate([rms_norm(latent, w.kv_norm, _EPS)[:, None], apply_rope(k_rope[:, None], *rope)], axis=-1)
+    out, kv = attend(q, k, None, kv)  # [T, N, C]
+    return jnp.einsum("nvc,tnc->tnv", v_up, out).reshape(len(h), -1), kv
+
+
+def _project(x: Float[Array, "T I"], w: Float[Array, "O I"]) -> Float[Array, "T O"]:
+    return jnp.einsum("oi,ti->ot", w, x).T
