@@ -166,6 +166,8 @@ def test_bailing_reads_what_its_two_versions_say():
     assert (config.moe.scoring, config.moe.shared_intermediate_size, config.moe.normalise) == ("softmax", 64, False)
     assert (config.moe_layers, config.normalised_head, config.o_bias) == ((False, True, True, True), True, True)
     config = decoder_config(BAILING_V2 | {"rotary_dim": 4, "routed_scaling_factor": 2.5, "use_bias": False})
+    assert config.num_extra_layers == 0
+    assert decoder_config(BAILING_V2 | {"num_nextn_predict_layers": 1}).num_extra_layers == 1
     assert config.moe is not None
     assert (config.moe.scoring, config.moe.score_bias, config.moe.num_groups, config.moe.scale) == (
         "sigmoid",
