@@ -30,7 +30,7 @@ class ProgramFacts:
     code_bytes: int  # lives in the device's memory beside weights and KV
     temp_bytes: int  # used while it runs
     aliased_bytes: int  # of arguments changed in place
-    collectives_per_layer: int
+    collectives: int  # in a step
     reduced_bytes: int  # by all collectives of a step
 
 
@@ -77,7 +77,7 @@ def read_facts(compiled: Compiled, num_layers: int) -> ProgramFacts:
     memory: Any = compiled.call.memory_analysis()
     module = hlo.read(compiled.call.as_text())
     always = [each for each in module.collectives() if not each.in_branch]
-    in_layers = [each for each in always if each.in_loop]
+    times = [num_layers if each.in_loop else 1 for each in always]
     return ProgramFacts(
         name=compiled.program.name,
         seconds=compiled.seconds,
@@ -85,6 +85,6 @@ def read_facts(compiled: Compiled, num_layers: int) -> ProgramFacts:
         code_bytes=memory.generated_code_size_in_bytes,
         temp_bytes=memory.temp_size_in_bytes,
         aliased_bytes=memory.alias_size_in_bytes,
-        collectives_per_layer=len(in_layers),
-        reduced_bytes=sum(each.nbytes * (num_layers if each.in_loop else 1) for each in always),
+        collectives=sum(times),
+        reduced_bytes=sum(each.nbytes * n for each, n in zip(always, times, strict=True)),
     )

@@ -55,12 +55,10 @@ def step_table(plan: Plan) -> Table:
 
 
 def program_table(facts: Sequence[ProgramFacts]) -> Table:
-    table = _table(
-        "program", "seconds", "code MB", "temp MB", "in place MB", "collectives/layer", "reduced MB", "cache"
-    )
+    table = _table("program", "seconds", "code MB", "temp MB", "in place MB", "collectives", "reduced MB", "cache")
     for each in facts:
         sizes = (_mb(each.code_bytes), _mb(each.temp_bytes), _mb(each.aliased_bytes))
-        links = (str(each.collectives_per_layer), _mb(each.reduced_bytes))
+        links = (str(each.collectives), _mb(each.reduced_bytes))
         table.add_row(each.name, f"{each.seconds:.1f}", *sizes, *links, "hit" if each.cache_hit else "miss")
     table.caption = f"Code of all programs: {size(sum(each.code_bytes for each in facts))} of each device's memory."
     return table
