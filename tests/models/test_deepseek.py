@@ -17,7 +17,7 @@ from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import decoder_config
-from sgl_jax.models.layers import rope_tables
+from sgl_jax.models.layers import rope_table
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.weights import Weights, declare, parameters_per_token
@@ -248,7 +248,7 @@ def test_the_absorbed_form_over_loaded_weights_is_the_published_formula(tmp_path
         probabilities = jax.nn.softmax(jnp.where(np.tri(9, dtype=bool), scores, -jnp.inf), axis=-1)
         return jnp.einsum("nts,skc->tnc", probabilities, k[..., : c.value_dim]), kv
 
-    rope = rope_tables(jnp.arange(9), c.rope)
+    rope = rope_table(jnp.arange(9), c.rope)
     with jax.default_matmul_precision("highest"):
         out, _ = latent_attention(jnp.asarray(h), jnp.zeros(()), weights.layers[0].mla, c.mla, rope, attend)
     expected = published(h.astype(np.float64), hf, {k: v.astype(np.float64) for k, v in tensors.items()}, c.scale)

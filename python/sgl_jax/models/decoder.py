@@ -14,11 +14,13 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.layers import apply_rope, gated, query_growth, rms_norm, rope_tables
+from sgl_jax.models.layers import gated, query_growth, rope_table
 from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.moe import LayerExperts, moe_layer
 from sgl_jax.models.weights import Experts, LayerWeights, Weights, head
+from sgl_jax.ops.attention.api import QKPrepare
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
+from sgl_jax.ops.norm_rope import rms_norm
 from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
 
 
@@ -36,6 +38,7 @@ class Attend(Protocol):
         layer: Int[Array, ""] | int,
         window: Int[Array, ""] | int | None,
         sinks: Float[Array, " N"] | None,
+        prepare: QKPrepare | None = None,
     ) -> tuple[Float[Array, "T N V"], Float[Array, "LP K planes page H"]]: ...
 
 
@@ -73,7 +76,7 @@ def hidden_states(
         with jax.named_scope("attention"):
             h = norm(x, w.attn_norm)
             window = None if windows is None else jnp.asarray(windows)[layer]
-            h, kv = _attention(h, kv, w, config, norm, rope(window), context, layer, window)
+            h, kv = _attention(h, kv, w, config, rope(window), context, layer, window)
             x = x + (h if w.post_attn_norm is None else norm(h, w.post_attn_norm))
         with jax.named_scope("mlp"):
             h = _mlp(norm(x, w.mlp_norm), w, experts, config, context)
@@ -140,12 +143,12 @@ def _windows(config: DecoderConfig) -> np.ndarray | None:
 
 
 def _rope_of_layer(config: DecoderConfig, positions: Int[Array, " T"]) -> Callable:
-    """A layer's window -> its rotation, (cos, sin)."""
-    tables = rope_tables(positions, config.rope)
+    """A layer's window -> its rotation, [T, 2 * half]."""
+    table = rope_table(positions, config.rope)
     if config.local_rope is None:
-        return lambda window: tables
-    both = jax.tree.map(lambda *x: jnp.stack(x), tables, rope_tables(positions, config.local_rope))
-    return lambda window: jax.tree.map(lambda x: x[(window < _NO_WINDOW).astype(jnp.int32)], both)
+        return lambda window: table
+    both = jnp.stack([table, rope_table(positions, config.local_rope)])
+    return lambda window: both[(window < _NO_WINDOW).astype(jnp.int32)]
 
 
 def _embed(table: Float[Array, "V D"], tokens: Int[Array, " T"], axis: TensorAxis) -> Float[Array, "T D"]:
@@ -153,21 +156,24 @@ def _embed(table: Float[Array, "V D"], tokens: Int[Array, " T"], axis: TensorAxi
     return axis.sum(jnp.where(own[:, None], table.at[local].get(mode="clip"), 0))
 
 
-def _attention(h, kv, w: LayerWeights, config: DecoderConfig, norm, rope, context: Context, layer, window):
+def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, context: Context, layer, window):
     num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
     if config.mla is not None and w.mla is not None:
         attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks)
         out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend)
         return _project(out, w.o, w.o_bias, context.axis), kv
-    qkv = _project(h, w.qkv, w.qkv_bias).reshape(num_tokens, heads + 2 * kv_heads, head_dim)
-    q, k, v = jnp.split(qkv, [heads, heads + kv_heads], axis=1)
-    if config.qk_norm:
-        q, k = norm(q, w.q_norm), norm(k, w.k_norm)
-    q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+    parts = jnp.split(_project(h, w.qkv, w.qkv_bias), [heads * head_dim, (heads + kv_heads) * head_dim], axis=-1)
+    q, k, v = (part.reshape(num_tokens, -1, head_dim) for part in parts)
     if config.query_growth is not None:
         q = (q * query_growth(context.positions, config.query_growth)[:, None, None]).astype(q.dtype)
-    out, kv = context.attend(q, k, v, kv, layer=layer, window=window, sinks=w.sinks)
+    prepare = QKPrepare(_scales(w.q_norm, config), _scales(w.k_norm, config), rope, config.rms_norm_eps)
+    out, kv = context.attend(q, k, v, kv, layer=layer, window=window, sinks=w.sinks, prepare=prepare)
     return _project(out.reshape(num_tokens, heads * head_dim), w.o, w.o_bias, context.axis), kv
+
+
+def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Array, " H"] | None:
+    """What a normed head is multiplied with."""
+    return norm if norm is None or config.norm_offset == 0 else norm.astype(jnp.float32) + config.norm_offset
 
 
 def _mlp(h, w: LayerWeights, experts: LayerExperts | None, config: DecoderConfig, context: Context):

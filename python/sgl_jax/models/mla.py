@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sgl_jax.models.config import MlaConfig
-from sgl_jax.models.layers import apply_rope, rms_norm
 from sgl_jax.models.weights import MlaWeights
+from sgl_jax.ops.norm_rope import rms_norm, rotate
 
 _EPS = 1e-6  # of the norms of compressed vectors, whatever the model's own is
 
@@ -23,7 +23,7 @@ def latent_attention(
     kv: Float[Array, "LP 1 1 page R"],
     w: MlaWeights,
     mla: MlaConfig,
-    rope: tuple[Float[Array, "T half"], Float[Array, "T half"]],
+    rope: Float[Array, "T rope"],
     attend: Callable,  # (q, k, v, kv) -> (o, kv)
 ) -> tuple[Float[Array, "T NV"], Float[Array, "LP 1 1 page R"]]:
     """The heads' outputs side by side, and the pool with this step's vectors. R = mla.latent_dim."""
@@ -36,8 +36,8 @@ def latent_attention(
     k_up = w.k_up.reshape(-1, mla.qk_nope_head_dim, mla.kv_lora_rank)
     v_up = w.v_up.reshape(-1, mla.v_head_dim, mla.kv_lora_rank)
 
-    q = jnp.concatenate([jnp.einsum("npc,tnp->tnc", k_up, q_nope), apply_rope(q_rope, *rope)], axis=-1)
-    k = jnp.concatenate([rms_norm(latent, w.kv_norm, _EPS)[:, None], apply_rope(k_rope[:, None], *rope)], axis=-1)
+    q = jnp.concatenate([jnp.einsum("npc,tnp->tnc", k_up, q_nope), rotate(q_rope, rope)], axis=-1)
+    k = jnp.concatenate([rms_norm(latent, w.kv_norm, _EPS)[:, None], rotate(k_rope[:, None], rope)], axis=-1)
     out, kv = attend(q, k, None, kv)  # [T, N, C]
     return jnp.einsum("nvc,tnc->tnv", v_up, out).reshape(len(h), -1), kv
 

@@ -68,7 +68,7 @@ def step(
 
     latent = {"value_dim": spec.config.value_dim} if spec.config.mla else {}  # not all backends know it
 
-    def attend(q, k, v, kv, *, layer, window, sinks):
+    def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
         return spec.kernels.attention(
             q,
             k,
@@ -80,6 +80,7 @@ def step(
             window=window,
             softcap=spec.config.attn_logit_softcap,
             sinks=sinks,
+            prepare=prepare,
             temperature_length=spec.config.attn_temperature_length,
             **latent,
         )

@@ -14,13 +14,15 @@ from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.records import Prompt
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sgl_jax.text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 NUM_PROMPTS = 1000
-_FROM_FILES = ("sharegpt", "custom", "mooncake", "azure")
-_OF_IDS = ("random-ids", "mooncake", "azure")
+_FROM_FILES = ("sharegpt", "custom", "mooncake")
+_OF_IDS = ("random-ids", "mooncake")
 _OF_TEXT = ("random", "sharegpt", "custom", "generated-shared-prefix")
 
 
@@ -41,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--dataset-path",
         metavar="PATH",
-        help="the file of sharegpt, custom, mooncake and azure; for random a text to use instead of the bundled one",
+        help="the file of sharegpt, custom and mooncake; for random a text to use instead of the bundled one",
     )
     number(
         "--num-prompts", None, f"prompts at most (default: {NUM_PROMPTS}; of generated-shared-prefix and custom, all)"
@@ -57,7 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 0)",
     )
     number(
-        "--sharegpt-output-len", None, "sharegpt, custom: tokens to generate (default: as the data say, else the answer's)"
+        "--sharegpt-output-len",
+        None,
+        "sharegpt, custom: tokens to generate (default: as the data say, else the answer's)",
     )
     number(
         "--sharegpt-context-len",
@@ -82,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="mooncake, azure: arrival times are multiplied by this (default: 1)",
+        help="mooncake: arrival times are multiplied by this (default: 1)",
     )
     group.add_argument(
         "--apply-chat-template",
@@ -108,40 +112,49 @@ def load_prompts(
     """
     import numpy as np
 
-    from sgl_jax.benchmark.datasets import conversations, generated, traces
-
     _check(args)
-    name = args.dataset_name
-    rng = np.random.default_rng(seed)
     limited = argparse.Namespace(**vars(args))
-    if limited.num_prompts is None and name not in ("generated-shared-prefix", "custom"):
+    limited.dataset_path = args.dataset_path or None  # scripts pass an empty one
+    if limited.num_prompts is None and args.dataset_name not in ("generated-shared-prefix", "custom"):
         limited.num_prompts = NUM_PROMPTS
-    match name:
-        case "random-ids":
-            prompts = generated.random_ids(limited, tokenizer, vocab_size, rng)
-        case "mooncake":
-            prompts = traces.mooncake(limited, tokenizer, vocab_size, rng)
-        case "azure":
-            prompts = traces.azure(limited, tokenizer, vocab_size, rng)
-        case _ if tokenizer is None:
-            raise BenchmarkError(
-                f"--dataset-name is {name}, whose tokens must be counted; give --tokenizer, or use random-ids"
-            )
-        case "random":
-            prompts = generated.random_texts(limited, tokenizer, rng)
-        case "generated-shared-prefix":
-            prompts = generated.shared_prefixes(limited, tokenizer, rng)
-        case "sharegpt":
-            prompts = conversations.sharegpt(limited, tokenizer, rng)
-        case "custom":
-            prompts = conversations.custom(limited, tokenizer)
-        case _:
-            raise BenchmarkError(f"--dataset-name is {name}; it must be one of {', '.join((*_OF_TEXT, *_OF_IDS))}")
+    try:
+        prompts = _read(limited, tokenizer, vocab_size, np.random.default_rng(seed))
+    except OSError as error:
+        raise BenchmarkError(f"--dataset-path is {args.dataset_path}; it cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise BenchmarkError(f"--dataset-path is {args.dataset_path}; it is not text in UTF-8: {error}") from error
     if not prompts:
         raise BenchmarkError(f"--dataset-path is {args.dataset_path}; nothing in it can be sent")
     if args.num_prompts is not None and len(prompts) < args.num_prompts:
         logger.warning("--num-prompts is %d; the data set has %d", args.num_prompts, len(prompts))
     return [_tokenized(prompt, tokenizer) for prompt in prompts] if args.tokenize_prompt else prompts
+
+
+def _read(
+    args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int | None, rng: np.random.Generator
+) -> list[Prompt]:
+    from sgl_jax.benchmark.datasets import conversations, generated, traces
+
+    name = args.dataset_name
+    match name:
+        case "random-ids":
+            return generated.random_ids(args, tokenizer, vocab_size, rng)
+        case "mooncake":
+            return traces.mooncake(args, tokenizer, vocab_size, rng)
+    if tokenizer is None:
+        raise BenchmarkError(
+            f"--dataset-name is {name}, whose tokens must be counted; give --tokenizer, or use random-ids"
+        )
+    match name:
+        case "random":
+            return generated.random_texts(args, tokenizer, rng)
+        case "generated-shared-prefix":
+            return generated.shared_prefixes(args, tokenizer, rng)
+        case "sharegpt":
+            return conversations.sharegpt(args, tokenizer, rng)
+        case "custom":
+            return conversations.custom(args, tokenizer)
+    raise BenchmarkError(f"--dataset-name is {name}; it must be one of {', '.join((*_OF_TEXT, *_OF_IDS))}")
 
 
 def _tokenized(prompt: Prompt, tokenizer: Tokenizer | None) -> Prompt:
@@ -179,8 +192,10 @@ def _check(args: argparse.Namespace) -> None:
         raise BenchmarkError(f"--random-range-ratio is {args.random_range_ratio}; it must be between 0 and 1")
     if not 0 < args.trace_slowdown_factor < float("inf"):
         raise BenchmarkError(f"--trace-slowdown-factor is {args.trace_slowdown_factor}; it must be above 0")
-    if args.dataset_name in _FROM_FILES and args.dataset_path is None:
+    if args.dataset_name in _FROM_FILES and not args.dataset_path:
         raise BenchmarkError(f"--dataset-name {args.dataset_name} needs --dataset-path; nothing is downloaded")
+    if args.dataset_path and args.dataset_name in ("random-ids", "generated-shared-prefix"):
+        logger.warning("--dataset-path has no effect: %s is drawn, not read", args.dataset_name)
     if args.dataset_name in _OF_IDS:
         for given, flag in (
             (args.apply_chat_template, "--apply-chat-template"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def _first_exchange(turns: Any) -> tuple[str, str] | None:
     said = [(turn.get("from", turn.get("role", "")), turn.get("value", turn.get("content"))) for turn in turns]
     if any(not isinstance(text, str) for _, text in said):
         raise ValueError
-    for (who, question), (other, answer) in zip(said, said[1:], strict=False):
+    for (who, question), (other, answer) in itertools.pairwise(said):
         if who in _USERS and other not in _USERS:
             return question, answer
     return None
@@ -89,9 +90,10 @@ def _first_exchange(turns: Any) -> tuple[str, str] | None:
 class _Line:
     """A line of a custom file, as it was written."""
 
-    prompt: str | list[int] | Messages
-    answer: str | None
-    output_len: int | None
+    prompt: str | list[int] = ""
+    messages: Messages | None = None  # in place of the prompt
+    answer: str | None = None
+    output_len: int | None = None
 
 
 def custom(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]:
@@ -101,8 +103,7 @@ def custom(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]:
     found: list[Prompt] = []
     for place, line in _custom_lines(Path(args.dataset_path)):
         try:
-            prompt = _framed(line.prompt, frame)
-            prompt_len = _count(prompt, tokenizer, frame)
+            prompt, prompt_len = _framed(line, tokenizer, frame)
             output_len = args.sharegpt_output_len or line.output_len
             if output_len is None and line.answer is not None:
                 output_len = len(tokenizer.encode(line.answer, add_special_tokens=False))
@@ -119,25 +120,13 @@ def custom(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]:
     return found
 
 
-def _framed(prompt: str | list[int] | Messages, frame: Framing) -> str | list[int] | Messages:
-    match prompt:
-        case str():
-            return frame(prompt)
-        case [int(), *_]:
-            return prompt
-        case _:
-            return frame.conversation(prompt)
-
-
-def _count(prompt: str | list[int] | Messages, tokenizer: Tokenizer, frame: Framing) -> int:
-    """Of messages, as the model's template writes them."""
-    match prompt:
-        case str():
-            return len(tokenizer.encode(prompt))
-        case [int(), *_]:
-            return len(prompt)
-        case _:
-            return len(tokenizer.encode(frame.render(prompt)))
+def _framed(line: _Line, tokenizer: Tokenizer, frame: Framing) -> tuple[str | list[int] | Messages, int]:
+    """The prompt to send, and its tokens: those of messages as the model's template writes them."""
+    if line.messages is None:
+        prompt = frame(line.prompt) if isinstance(line.prompt, str) else line.prompt
+        return prompt, len(tokenizer.encode(prompt)) if isinstance(prompt, str) else len(prompt)
+    sent = frame.conversation(line.messages)
+    return sent, len(tokenizer.encode(sent if isinstance(sent, str) else frame.render(sent)))
 
 
 def _custom_lines(path: Path) -> Iterator[tuple[str, _Line]]:
@@ -169,19 +158,19 @@ def _read_line(entry: dict[str, Any]) -> _Line:
         answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
         if not messages:
             raise ValueError('"messages" has no message to answer')
-        return _Line(messages, answer, output_len)
+        return _Line(messages=messages, answer=answer, output_len=output_len)
     if "conversations" in entry:
         exchange = _first_exchange(entry["conversations"])
         if exchange is None:
             raise ValueError('"conversations" has no question with an answer')
-        return _Line(*exchange, output_len)
+        return _Line(exchange[0], answer=exchange[1], output_len=output_len)
     prompt = entry["prompt"]
     if isinstance(prompt, list):
         if not prompt or any(type(token) is not int for token in prompt):
             raise ValueError('"prompt" must be a text or a list of token ids')
     elif not isinstance(prompt, str) or not prompt:
         raise ValueError('"prompt" must be a text or a list of token ids')
-    return _Line(prompt, None, output_len)
+    return _Line(prompt, output_len=output_len)
 
 
 def _content(content: Any) -> str:

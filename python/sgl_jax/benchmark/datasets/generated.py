@@ -17,8 +17,9 @@ _BETWEEN = "\n\n"  # system prompt and question
 def random_texts(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Prompt]:
     frame = Framing(tokenizer, args.apply_chat_template, args.prompt_suffix)
     source = TextSource(tokenizer, rng, args.dataset_path)
-    lengths = _drawn_lengths(args, rng, shortest=source.count(frame("")) + 1)
-    return [Prompt(source.piece(n, frame), n, out) for n, out in lengths]
+    overhead = source.count(frame(""))
+    lengths = _drawn_lengths(args, rng, shortest=overhead + 1)
+    return [Prompt(source.piece(n, frame, overhead), n, out) for n, out in lengths]
 
 
 def random_ids(
@@ -39,8 +40,13 @@ def shared_prefixes(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.rand
     prompts = []
     for _ in range(args.gsp_num_groups):
         system = source.piece(args.gsp_system_prompt_len) + _BETWEEN
+
+        def with_system(question: str, system: str = system) -> str:
+            return frame(system + question)
+
+        overhead = source.count(with_system(""))
         for _ in range(args.gsp_prompts_per_group):
-            text = source.piece(num_tokens, lambda question, system=system: frame(system + question))
+            text = source.piece(num_tokens, with_system, overhead)
             prompts.append(Prompt(text, num_tokens, args.gsp_output_len))
     return [prompts[i] for i in rng.permutation(len(prompts))[: args.num_prompts]]
 

@@ -1,15 +1,12 @@
 """Arrival times and lengths of real traffic; its prompts are token ids, made up so that they share what the trace shares.
 
 Mooncake's traces (FAST'25): JSON lines of timestamp (ms), input_length, output_length and hash_ids, one for each block of
-512 tokens; equal ids stand for equal blocks. Azure's (Splitwise, ISCA'24): CSV of TIMESTAMP, ContextTokens,
-GeneratedTokens.
+512 tokens; equal ids stand for equal blocks.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import itertools
 import json
 from collections.abc import Iterable, Iterator
@@ -37,7 +34,7 @@ class _Call:
     seconds: float
     input_len: int
     output_len: int
-    hash_ids: list[int] | None  # None: it shares nothing
+    hash_ids: list[int]
 
 
 def mooncake(
@@ -46,23 +43,8 @@ def mooncake(
     path = Path(args.dataset_path)
     if path.is_dir():
         path /= WORKLOADS[args.mooncake_workload]
-    with _opened(path) as file:
+    with path.open(encoding="utf-8", newline="") as file:
         return _prompts(_mooncake_calls(path, file), args, IdSource(vocab_size, tokenizer, rng), rng)
-
-
-def azure(
-    args: argparse.Namespace, tokenizer: Tokenizer | None, vocab_size: int | None, rng: np.random.Generator
-) -> list[Prompt]:
-    path = Path(args.dataset_path)
-    with _opened(path) as file:
-        return _prompts(_azure_calls(path, file), args, IdSource(vocab_size, tokenizer, rng), rng)
-
-
-def _opened(path: Path):
-    try:
-        return path.open(encoding="utf-8", newline="")
-    except OSError as error:
-        raise BenchmarkError(f"--dataset-path: {path} cannot be read: {error.strerror}") from error
 
 
 def _prompts(
@@ -73,8 +55,6 @@ def _prompts(
     blocks_key = int(rng.integers(2**63))
 
     def ids(call: _Call) -> list[int]:
-        if call.hash_ids is None:
-            return source.ids(call.input_len)
         blocks = (source.ids(BLOCK, np.random.default_rng((blocks_key, hash_id))) for hash_id in call.hash_ids)
         return list(itertools.islice(itertools.chain.from_iterable(blocks), call.input_len))
 
@@ -101,33 +81,12 @@ def _mooncake_calls(path: Path, lines: Iterable[str]) -> Iterator[_Call]:
             raise BenchmarkError(
                 f"{path} line {number} is not a line of a Mooncake trace (timestamp, input_length, output_length, hash_ids)"
             ) from error
-        _check(call, path, number)
-        if call.hash_ids is not None and len(call.hash_ids) != -(-call.input_len // BLOCK):
+        if call.input_len < 1 or call.output_len < 1:
+            raise BenchmarkError(
+                f"{path} line {number}: {call.input_len} tokens in and {call.output_len} out; each must be at least 1"
+            )
+        if len(call.hash_ids) != -(-call.input_len // BLOCK):
             raise BenchmarkError(
                 f"{path} line {number}: {call.input_len} tokens in blocks of {BLOCK}, but {len(call.hash_ids)} hash_ids"
             )
         yield call
-
-
-def _azure_calls(path: Path, lines: Iterable[str]) -> Iterator[_Call]:
-    for number, row in enumerate(csv.DictReader(lines), start=2):
-        try:
-            call = _Call(
-                datetime.datetime.fromisoformat(row["TIMESTAMP"]).replace(tzinfo=datetime.UTC).timestamp(),
-                int(row["ContextTokens"]),
-                int(row["GeneratedTokens"]),
-                None,
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise BenchmarkError(
-                f"{path} line {number} is not a line of an Azure trace (TIMESTAMP,ContextTokens,GeneratedTokens)"
-            ) from error
-        _check(call, path, number)
-        yield call
-
-
-def _check(call: _Call, path: Path, number: int) -> None:
-    if call.input_len < 1 or call.output_len < 1:
-        raise BenchmarkError(
-            f"{path} line {number}: {call.input_len} tokens in and {call.output_len} out; each must be at least 1"
-        )

@@ -14,8 +14,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Int, Num
+
+from sgl_jax.ops.norm_rope import rms_norm, rotate
 
 
 @jax.tree_util.register_dataclass
@@ -51,22 +52,8 @@ class QKPrepare:
     def __call__(self, q: Float[Array, "T N H"], k: Float[Array, "T K H"]):
         """In plain operations: q and k prepared, in their own dtype, rounded after the norm and after the rotation."""
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = _rms_norm(q, self.q_norm, self.eps), _rms_norm(k, self.k_norm, self.eps)
-        return (q, k) if self.rope is None else (_rotate(q, self.rope), _rotate(k, self.rope))
-
-
-def _rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    x32 = x.astype(jnp.float32)
-    scaled = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
-    return (scaled * weight.astype(jnp.float32)).astype(x.dtype)
-
-
-def _rotate(x: jax.Array, rope: jax.Array) -> jax.Array:
-    cos, sin = jnp.split(rope[:, None], 2, axis=-1)
-    half = cos.shape[-1]
-    x32 = x.astype(jnp.float32)
-    a, b, rest = x32[..., :half], x32[..., half : 2 * half], x32[..., 2 * half :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
+            q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
+        return (q, k) if self.rope is None else (rotate(q, self.rope), rotate(k, self.rope))
 
 
 @runtime_checkable  # so that tests can check annotations

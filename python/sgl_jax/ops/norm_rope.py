@@ -1,0 +1,29 @@
+"""RMS norm and rotation in plain operations, float32 inside."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+
+def rms_norm(
+    x: Float[Array, "*B D"], weight: Float[Array, " D"], eps: float, offset: float = 0.0
+) -> Float[Array, "*B D"]:
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32; scales by offset + weight."""
+    x32 = x.astype(jnp.float32)
+    scaled = x32 * lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (scaled * (weight.astype(jnp.float32) + offset)).astype(x.dtype)
+
+
+def rotate(x: Float[Array, "T heads H"], rope: Float[Array, "T rope"]) -> Float[Array, "T heads H"]:
+    """Rotate the first 2 * half dimensions of each head, paired first half with second (Su et al. 2021; GPT-NeoX order).
+
+    `rope` has cos, then sin, of each token's angles.
+    """
+    cos, sin = jnp.split(rope[:, None], 2, axis=-1)
+    half = cos.shape[-1]
+    x32 = x.astype(jnp.float32)
+    a, b, rest = x32[..., :half], x32[..., half : 2 * half], x[..., 2 * half :]
+    rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated
