@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sgl_jax.text.detokenizer import Detokenizer, StopMatcher
@@ -37,6 +37,7 @@ def test_pieces_add_up_to_the_text(text: str) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(st.integers(0, 2) | st.integers(259, 511), max_size=40))
+@example([0] * 8 + [261])  # many skipped tokens before a word with a leading space
 def test_one_by_one_is_as_all_at_once(tokens: list[int]) -> None:
     detokenizer = Detokenizer(STORIES, PROMPT)
     text, used = detokenizer.push(tokens)

@@ -40,7 +40,9 @@ class IncrementalDecoder:
         both = self._context + self._pending
         known = self._tokenizer.decode(self._context, self._skip)
         text = self._tokenizer.decode(both, self._skip)
-        self._context, self._pending = self._whole(both), []
+        self._pending = []
+        if text != known:  # skipped tokens alone are no context: what follows them would lose its leading space
+            self._context = self._whole(both)
         self._stream = self._tokenizer.decode_stream(self._context, self._skip)
         common = len(known) if text.startswith(known) else _common_prefix(known, text)
         return text[common:]
