@@ -68,7 +68,11 @@ def planned(model: str, topology: str, attention: str) -> tuple[Plan, dict[str, 
     plan = make_plan(args, find_model(model), target, 1024)
     placement = Placement.over(target.find_devices())
     programs = launch_programs(
-        plan.model.config, plan.launch, target.platform, kernels_for(attention, target.platform), placement
+        plan.model.config,
+        plan.launch,
+        target.platform,
+        kernels_for(attention, target.platform, plan.model.config),
+        placement,
     )
     return plan, {program.name: program for program in programs}, placement
 
