@@ -115,11 +115,11 @@ def test_what_is_printed_has_no_secrets_and_no_home_directory(tmp_path: Path, qu
     ("text", "expected"),
     [
         ("hf_abcdefghijkl sk-abcdefgh1", "(hidden) (hidden)"),
-        ("/root/y:/root2 /mnt/root/x", "~/y:/root2 /mnt/root/x"),
+        ("/homes/me/y:/homes/me2 /mnt/homes/me/x", "~/y:/homes/me2 /mnt/homes/me/x"),
     ],
 )
 def test_secrets_and_the_home_directory_are_cut_out_of_any_text(text: str, expected: str) -> None:
-    assert check_env.public(text, "/root") == expected
+    assert check_env.public(text, "/homes/me") == expected
     assert check_env.public("/usr/lib", "/") == "/usr/lib"
 
 
