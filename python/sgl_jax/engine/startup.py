@@ -68,7 +68,7 @@ def build_core(args: ServerArgs) -> Core:
     runner = ModelRunner(weights, model, plan.runner, kernels, placement)
     runner.warm_up(_report_compile)
     cache = PrefixCache(memory.num_pages, plan.runner.page_size, enabled=not args.disable_radix_cache)
-    scheduler = Scheduler(plan.scheduler, cache)
+    scheduler = Scheduler(plan.scheduler, [cache])
     info = EngineInfo(
         model_path=args.model_path,
         architecture=model.architecture,

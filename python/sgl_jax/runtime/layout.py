@@ -22,7 +22,7 @@ from sgl_jax.step_plan import Param, StepPlan
 class StepInputs:
     """A StepPlan on the device, padded to its bucket. Padding rows point at the state's spare last row."""
 
-    num_single: jax.Array  # i32[]
+    num_single: jax.Array  # i32[M]
     rows: jax.Array  # i32[S]
     start: jax.Array  # i32[S]
     num_new: jax.Array  # i32[S], 0 in padding
@@ -46,13 +46,14 @@ class PlanLayout:
     bucket: Bucket
     page_size: int
     spare_row: int
+    num_ranks: int = 1
 
     @functools.cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
         t, s = self.bucket.num_tokens, self.bucket.num_rows
         columns = ("rows", "start", "num_new", "samples", "from_device", "next_token")
         return {
-            "num_single": (),
+            "num_single": (self.num_ranks,),
             **dict.fromkeys(columns, (s,)),
             "params": (s, len(Param)),
             "tokens": (t,),

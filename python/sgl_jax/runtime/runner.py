@@ -134,9 +134,10 @@ def empty_plan() -> StepPlan:
     return StepPlan(
         keys=np.empty(0, np.int64),
         rows=ints,
+        rank=ints,
         start=ints,
         num_new=ints,
-        num_single=0,
+        num_single=np.zeros(1, np.int32),
         samples=bools,
         from_device=bools,
         next_token=ints,

@@ -58,7 +58,7 @@ def step(
             state.page_table[inputs.rows],
             inputs.start,
             inputs.num_new,
-            inputs.num_single,
+            inputs.num_single[0],
             layout.bucket.num_tokens,
             layout.page_size,
         )
