@@ -147,10 +147,10 @@ def empty_plan(num_ranks: int) -> StepPlan:
     return StepPlan(
         keys=np.empty(0, np.int64),
         rows=ints,
+        rank=ints,
         start=ints,
         num_new=ints,
         num_single=np.zeros(num_ranks, np.int32),
-        rank=ints,
         samples=bools,
         from_device=bools,
         next_token=ints,
