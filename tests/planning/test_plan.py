@@ -49,7 +49,7 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
 def test_a_topology_is_used_whole_unless_tp_size_says_less() -> None:
     assert plan("Qwen3-8B", "v7x-4").target.num_devices == 8
     assert plan("Qwen3-8B", "v6e-8", tp_size=4).target.num_devices == 4
-    with pytest.raises(NoSuchTopology, match="--tp-size is 8; v6e-4 has 4 devices"):
+    with pytest.raises(NoSuchTopology, match="--tp-size is 8 and --dp-size 1; v6e-4 has 4 devices"):
         plan("Qwen3-8B", "v6e-4", tp_size=8)
 
 
