@@ -64,7 +64,7 @@ def local_path(path: str, files: Sequence[str], downloads: Downloads, without: S
 def _from_hugging_face(name: str, files: Sequence[str], without: Sequence[str], downloads: Downloads) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     progress = Progress(name)
 
