@@ -27,6 +27,8 @@ CONFIGS = {
 }
 
 
+@pytest.mark.supports("48 layers make the program of 4", FOLDERS)
+@pytest.mark.supports("48 layers make the program of 4", CONFIGS)
 @pytest.mark.parametrize("architecture", [*FOLDERS, *CONFIGS])
 def test_48_layers_make_the_program_of_4(shared_data: Path, architecture: str) -> None:
     config = CONFIGS.get(architecture)
