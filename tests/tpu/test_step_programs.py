@@ -44,6 +44,14 @@ def test_what_a_step_needs_besides_is_small(step: StepProgram) -> None:
     assert step.temp_bytes < programs.TEMP_SHARE * step.pool_bytes
 
 
+def test_the_plan_agrees_with_the_program(step: StepProgram) -> None:
+    """What `sgl_jax.compile --plan` says by arithmetic of a config, against what was compiled."""
+    given, reduced = programs.planned_bytes(step)
+    assert step.argument_bytes == pytest.approx(given, rel=programs.AGREEMENT)
+    summed = programs.sums(step)[0] * step.activation_bytes
+    assert summed == pytest.approx(reduced, rel=programs.AGREEMENT)
+
+
 def test_no_matrix_is_copied_on_its_way_to_its_product(step: StepProgram) -> None:
     assert programs.weight_moves(step) == []
 
