@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -34,7 +35,9 @@ class Manifest(NamedTuple):
         return f"{self.file}:{self.kind}"
 
 
+@functools.cache
 def kubernetes() -> list[Manifest]:
+    """Read once: not to be changed."""
     files = sorted((DEPLOY / "gke").rglob("*.yaml"))
     return [
         Manifest(str(file.relative_to(DEPLOY)), each) for file in files for each in yaml.safe_load_all(file.read_text())
