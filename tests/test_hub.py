@@ -11,6 +11,7 @@ import sys
 import threading
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -190,10 +191,27 @@ def test_modelscope_goes_on_after_the_process_ended(hub: Hub, tmp_path: Path) ->
     assert hub.transfers("model.safetensors") == ["bytes=100-"]
 
 
+def test_two_at_once_fetch_each_file_once(hub: Hub, tmp_path: Path) -> None:
+    """As the two processes of a server do."""
+    hub.breaks = 0
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: modelscope(hub, tmp_path), range(2)))
+    assert contents(found[0]) == contents(found[1]) == CHOSEN
+    assert hub.transfers("model.safetensors") == hub.transfers("config.json") == [None]
+
+
+def test_a_part_that_was_whole_is_taken(hub: Hub, tmp_path: Path) -> None:
+    part = tmp_path / "org/model/config.json.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(FILES["config.json"])
+    assert contents(modelscope(hub, tmp_path)) == CHOSEN
+    assert hub.transfers("config.json") == []
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ("hash", r"model\.safetensors of org/model could not be fetched .*SHA-256 is not the one"),
+        ("hash", r"model\.safetensors of org/model could not be fetched .*it is not the file that is listed"),
         ("outside", r"lists a file outside its folder: \.\./\.\./config\.json"),
         ("gone", r"org/absent is no local path and could not be fetched from ModelScope .*check the name"),
     ],

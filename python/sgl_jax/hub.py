@@ -6,6 +6,7 @@ A download that broke off goes on where it stopped. What is there already is not
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import fnmatch
 import hashlib
 import http.client
@@ -120,7 +121,7 @@ def _from_modelscope(name: str, files: Sequence[str], without: Sequence[str], do
         target = folder / f["Path"]
         if not target.resolve().is_relative_to(folder.resolve()):
             raise HubError(f"{name} lists a file outside its folder: {f['Path']}")
-        if not (target.is_file() and target.stat().st_size == f["Size"]):
+        if not _is_whole(target, f["Size"]):
             query = urllib.parse.urlencode({"Revision": "master", "FilePath": f["Path"]})
             try:
                 _fetch_file(
@@ -148,29 +149,39 @@ def _fetch_file(
     """Into `target`, by way of a part file that a broken download leaves and the next one continues. Raises OSError."""
     target.parent.mkdir(parents=True, exist_ok=True)
     part, size = target.with_name(f"{target.name}.part"), about["Size"]
-    have = part.stat().st_size if part.exists() else 0
-    for attempt in range(_TRIES):
-        try:
-            with _open(url, token, start=have) as answer, open(part, "ab" if answer.status == 206 else "wb") as out:
-                have = have if answer.status == 206 else 0
-                while block := answer.read(_BLOCK):
-                    have += out.write(block)
-                    arrived(have)
-        except urllib.error.HTTPError:
-            raise
-        except (OSError, http.client.HTTPException) as error:
-            logger.warning("%s: the connection broke after %d of %d bytes (%s)", target.name, have, size, error)
-            time.sleep(min(attempt, 2))
-        if have >= size:
-            break
-    if have != size:
-        if have > size:
+    with open(part, "ab") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)  # both processes of a server fetch the tokenizer's files
+        if _is_whole(target, size):
+            part.unlink(missing_ok=True)
+            return
+        have = os.fstat(out.fileno()).st_size
+        for attempt in range(_TRIES):
+            if have >= size:
+                break
+            try:
+                with _open(url, token, start=have) as answer:
+                    if answer.status != 206:
+                        out.truncate(0)
+                        have = 0
+                    while block := answer.read(_BLOCK):
+                        have += out.write(block)
+                        arrived(have)
+            except urllib.error.HTTPError:
+                raise
+            except (OSError, http.client.HTTPException) as error:
+                logger.warning("%s: the connection broke after %d of %d bytes (%s)", target.name, have, size, error)
+                time.sleep(min(attempt, 2))
+        out.flush()
+        if have < size:
+            raise OSError(f"{have} of {size} bytes arrived")
+        if have > size or (about.get("Sha256") and _sha256(part) != about["Sha256"]):
             part.unlink()
-        raise OSError(f"{have} of {size} bytes arrived")
-    if about.get("Sha256") and _sha256(part) != about["Sha256"]:
-        part.unlink()
-        raise OSError("its SHA-256 is not the one that is listed")
-    os.replace(part, target)
+            raise OSError("it is not the file that is listed: its size or its SHA-256 differs")
+        os.replace(part, target)
+
+
+def _is_whole(target: Path, size: int) -> bool:
+    return target.is_file() and target.stat().st_size == size
 
 
 def _open(url: str, token: str | None, start: int = 0) -> Any:
