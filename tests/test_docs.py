@@ -105,3 +105,9 @@ def test_the_support_matrix_is_up_to_date() -> None:
     matrix = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))["support_matrix"]()
     assert matrix == (REPOSITORY / "docs" / "support_matrix.md").read_text(encoding="utf-8")
     assert "| `LlamaForCausalLM` | ✓ |" in matrix
+
+
+def test_the_model_family_that_is_shown_is_the_one_that_is_served() -> None:
+    family = (REPOSITORY / "python" / "sgl_jax" / "models" / "qwen3.py").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "features" / "add_a_model.md").read_text(encoding="utf-8")
+    assert family[family.index("ARCHITECTURES") :] in page
