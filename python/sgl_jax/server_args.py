@@ -28,6 +28,7 @@ from sgl_jax.flags import (
     variable_name,
 )
 from sgl_jax.flags import FlagError as ServerArgsError
+from sgl_jax.hub import MODELSCOPE, Downloads
 
 ENV_PREFIX = "SGL_JAX_"
 
@@ -76,13 +77,13 @@ class ServerArgs:
     model_path: str = required(
         About(
             MODEL,
-            "a folder with safetensors, a .gguf file or a Hugging Face id",
+            "a folder with safetensors, a .gguf file, a hub id, or config:NAME with --load-format dummy",
             aliases=("--model",),
             metavar="PATH",
         )
     )
     tokenizer_path: str | None = flag(
-        None, MODEL, "a folder, a .gguf file or a Hugging Face id", unset="the model's", metavar="PATH"
+        None, MODEL, "a folder, a .gguf file or a hub id", unset="the model's", metavar="PATH"
     )
     trust_remote_code: bool = flag(False, MODEL, "accepted, with no effect: code from a model folder is never run")
     served_model_name: str | None = flag(
@@ -108,7 +109,10 @@ class ServerArgs:
         metavar="MODULE",
     )
     download_dir: str | None = flag(
-        None, MODEL, "where downloaded models are kept", unset="the Hugging Face cache", metavar="PATH"
+        None, MODEL, "where downloaded models are kept", unset="the source's own cache", metavar="PATH"
+    )
+    download_source: Literal["huggingface", "modelscope"] = flag(
+        "huggingface", MODEL, "where a model that is named by its id is fetched from"
     )
     chat_template: str | None = flag(
         None,
@@ -322,6 +326,14 @@ class ServerArgs:
         if self.dist_init_addr is not None and self.nnodes == 1:
             found["--dist-init-addr"] = "--dist-init-addr is not used: there is one machine (--nnodes 1)."
         return found
+
+    @property
+    def downloads(self) -> Downloads:
+        """Where named models come from. ModelScope's own variables are honoured, as the Hugging Face library does with its."""
+        domain = os.environ.get("MODELSCOPE_DOMAIN") or MODELSCOPE
+        endpoint = domain if "://" in domain else f"https://{domain}"
+        token = os.environ.get("MODELSCOPE_API_TOKEN")
+        return Downloads(self.download_source, self.download_dir, endpoint, token)
 
     def changed(self) -> dict[str, Any]:
         """The values that differ from their defaults, for people to read: secrets are hidden."""

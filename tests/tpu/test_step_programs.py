@@ -32,6 +32,7 @@ def step(request: pytest.FixtureRequest) -> StepProgram:
     return programs.step_program(*request.param)
 
 
+@pytest.mark.supports("TPU, compiled only", CASES)
 def test_pool_and_state_change_in_place(step: StepProgram) -> None:
     donated = range(step.donated_leaves())
     assert [output for output, _ in step.module.aliased] == list(donated)
