@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ops": (),
     "parallel": (),
     "models": ("ops", "parallel"),
+    "multihost": SETTINGS,
     "runtime": ("models", "ops", "parallel", "request", "step_plan", "observability"),
     # A GGUF file carries its vocabulary: reading the file format is all that text/ takes from models/.
     "text": ("request", "models.gguf_file", "models.errors"),
@@ -69,7 +70,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 NOWHERE = {"torch", "transformers", "pickle"}  # test oracles, and a format that runs what it reads
 BUT = {("text.from_transformers", "transformers")}  # the optional extra, imported where it is called
 JAX = {"jax", "jaxlib"}
-WITHOUT_JAX = ("cache", "scheduler", "text", "server", "observability", "launch_server", *PLAIN_DATA, *SETTINGS)
+WITHOUT_JAX = (
+    "cache",
+    "scheduler",
+    "text",
+    "server",
+    "observability",
+    "multihost",
+    "launch_server",
+    *PLAIN_DATA,
+    *SETTINGS,
+)
 READS_ENVIRONMENT = "server_args"
 
 
