@@ -120,7 +120,7 @@ def test_defaults() -> None:
         ({"nnodes": 2}, "--nnodes is 2; --dist-init-addr must say where machine 0 is"),
         (
             {"tp_size": 3, "nnodes": 2, "dist_init_addr": "h:1"},
-            "--tp-size is 3; it must be a multiple of --nnodes, which is 2",
+            "--tp-size is 3 and --dp-size 1: 3 devices, which --nnodes 2 machines cannot share evenly",
         ),
         (
             {"dist_init_addr": "host:65535", "nnodes": 2},

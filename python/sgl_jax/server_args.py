@@ -239,6 +239,26 @@ class ServerArgs:
         rule=at_least(1),
         aliases=("--tensor-parallel-size",),
     )
+    dp_size: int = flag(
+        1,
+        PARALLEL,
+        "groups of --tp-size devices that attend to requests of their own; MLPs and experts are divided over all of them",
+        rule=at_least(1),
+        aliases=("--data-parallel-size",),
+    )
+    dp_schedule_policy: Literal["cache_aware", "fewest_running", "round_robin"] = flag(
+        "cache_aware", PARALLEL, "which of the groups takes a request"
+    )
+    ep_size: int = flag(
+        1,
+        PARALLEL,
+        "groups of devices that the experts are spread over; within a group each expert is divided",
+        rule=at_least(1),
+        aliases=("--expert-parallel-size",),
+    )
+    enable_sequence_parallel: bool = flag(
+        False, PARALLEL, "divide the tokens between attention and MLP, too, over the devices of a group"
+    )
     nnodes: int = flag(1, PARALLEL, "machines, each with an equal share of the devices", rule=between(1, 1024))
     node_rank: int = flag(0, PARALLEL, "which of the machines this is", rule=at_least(0), per_host=True)
     dist_init_addr: str | None = flag(
@@ -343,9 +363,11 @@ class ServerArgs:
                 f"--compile-only cannot be had with --nnodes {self.nnodes}: programs over several machines are compiled "
                 "when all of them have started",
             )
-        if self.tp_size % self.nnodes:
+        if self.tp_size * self.dp_size % self.nnodes:
             raise ServerArgsError(
-                "--tp-size", f"--tp-size is {self.tp_size}; it must be a multiple of --nnodes, which is {self.nnodes}"
+                "--tp-size",
+                f"--tp-size is {self.tp_size} and --dp-size {self.dp_size}: {self.tp_size * self.dp_size} devices, which "
+                f"--nnodes {self.nnodes} machines cannot share evenly",
             )
 
     def notices(self) -> dict[str, str]:

@@ -64,7 +64,7 @@ def overlap(request: pytest.FixtureRequest) -> bool:
 def check(client: Client) -> None:
     for answer in client.answers.values():
         answer.check(VOCAB)
-    cache = client.core.scheduler.cache
+    cache = client.core.scheduler.caches[0]
     assert cache.num_available_pages == cache.num_usable_pages
 
 

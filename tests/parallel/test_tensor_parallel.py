@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sgl_jax.models.config import DecoderConfig, RopeConfig
+from sgl_jax.parallel.grid import Grid
 from sgl_jax.parallel.placement import interleave
 
 SCRIPT = Path(__file__).with_name("tp_engine.py")
@@ -61,7 +62,7 @@ def _config(**changes: int) -> DecoderConfig:
 
 
 def test_a_device_holds_its_share() -> None:
-    share = _config().share(4)
+    share = _config().share(Grid(4))
     assert (share.num_heads, share.num_kv_heads, share.intermediate_size, share.vocab_size) == (2, 1, 8, 16)
 
 
@@ -76,4 +77,4 @@ def test_a_device_holds_its_share() -> None:
 )
 def test_a_size_that_does_not_divide_the_model_is_refused(changes: dict, devices: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _config(**changes).share(devices)
+        _config(**changes).share(Grid(devices))

@@ -103,7 +103,7 @@ def test_every_request_gets_its_tokens_and_every_page_comes_back(scenario: Scena
     for answer in client.answers.values():
         answer.check(VOCAB)
     assert len(client.flushed) == len(scenario.flushes)
-    cache = client.core.scheduler.cache
+    cache = client.core.scheduler.caches[0]
     assert cache.num_available_pages == cache.num_usable_pages
     cache.flush()
     assert cache.pool.num_free == cache.num_usable_pages
@@ -120,4 +120,6 @@ def test_no_step_exceeds_its_budgets(scenario: Scenario) -> None:
         assert plan.num_tokens <= config.max_step_tokens
         assert len(plan.rows) <= config.max_running_requests
         assert plan.num_new[~plan.from_device].sum() <= config.max_prefill_tokens
-        assert plan.page_updates.shape[1] <= len(plan.rows) + plan.num_tokens // client.core.scheduler.cache.page_size
+        assert (
+            plan.page_updates.shape[1] <= len(plan.rows) + plan.num_tokens // client.core.scheduler.caches[0].page_size
+        )

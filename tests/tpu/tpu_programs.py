@@ -66,7 +66,7 @@ def planned(model: str, topology: str, attention: str) -> tuple[Plan, dict[str, 
     args = ServerArgs(model_path=model, attention_backend=attention)
     target = find_target(topology, 1)
     plan = make_plan(args, find_model(model), target, 1024)
-    placement = Placement.over(target.find_devices())
+    placement = Placement.over(target.find_devices(), plan.launch.grid)
     programs = launch_programs(
         plan.model.config,
         plan.launch,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 
@@ -11,7 +10,7 @@ import jax
 from sgl_jax import __version__
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
-from sgl_jax.engine.launch_plan import plan_launch
+from sgl_jax.engine.launch_plan import grid_of, plan_launch
 from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.config import DecoderConfig
@@ -23,7 +22,7 @@ from sgl_jax.observability.progress import weight_progress
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.compiler import Compiled, use_compile_cache
 from sgl_jax.runtime.memory import device_memory
-from sgl_jax.runtime.placed_weights import place_weight, stack_layers
+from sgl_jax.runtime.placed_weights import Placer, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.scheduler.scheduler import Scheduler
@@ -36,7 +35,8 @@ def build_core(args: ServerArgs) -> Core:
     """Load the model, size memory, compile every program. Raises ValueError with a line for the user."""
     started = time.perf_counter()
     use_compile_cache(args.compilation_cache_dir)
-    platform, devices = pick_devices(args.device, args.tp_size)
+    grid = grid_of(args)
+    platform, devices = pick_devices(args.device, grid.num_devices)
     logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
     logger.info(log.changed_args_line(args.changed()))
 
@@ -59,16 +59,19 @@ def build_core(args: ServerArgs) -> Core:
             weights=plan.weight_bytes,
             kv=memory.kv_bytes,
             free=memory.total_bytes - plan.weight_bytes - memory.kv_bytes,
-            kv_tokens=memory.num_tokens,
+            kv_tokens=memory.num_tokens * grid.data,
             context_length=plan.runner.context_length,
         )
     )
-    placement = Placement.over(devices)
+    placement = Placement.over(devices, grid)
     weights = _load(checkpoint, model, plan.dtype, args, platform, placement)
     runner = ModelRunner(weights, model, plan.runner, kernels, placement)
     runner.warm_up(_report_compile)
-    cache = PrefixCache(memory.num_pages, plan.runner.page_size, enabled=not args.disable_radix_cache)
-    scheduler = Scheduler(plan.scheduler, cache)
+    caches = [
+        PrefixCache(memory.num_pages, plan.runner.page_size, enabled=not args.disable_radix_cache)
+        for _ in range(grid.data)
+    ]
+    scheduler = Scheduler(plan.scheduler, caches)
     info = EngineInfo(
         model_path=args.model_path,
         architecture=model.architecture,
@@ -80,12 +83,12 @@ def build_core(args: ServerArgs) -> Core:
         context_length=plan.runner.context_length,
         eos_token_ids=list(model.eos_token_ids),
         page_size=plan.runner.page_size,
-        max_total_tokens=memory.num_tokens,
+        max_total_tokens=memory.num_tokens * grid.data,
         max_running_requests=plan.runner.num_rows,
-        chunked_prefill_size=plan.scheduler.max_prefill_tokens,
+        chunked_prefill_size=plan.scheduler.max_prefill_tokens * grid.data,
         num_programs=len(runner.programs),
         weight_bytes=plan.weight_bytes * len(devices),
-        kv_bytes_per_token=memory.bytes_per_token * len(devices),
+        kv_bytes_per_token=memory.bytes_per_token * grid.tensor,
         parameters_per_token=parameters_per_token(model),
         start_seconds=time.perf_counter() - started,
     )
@@ -108,14 +111,14 @@ def _sharers(devices: list[jax.Device]) -> int:
 def _load(
     checkpoint: Checkpoint, model: DecoderConfig, dtype: str, args: ServerArgs, platform: Platform, placement: Placement
 ) -> Weights:
-    place = functools.partial(place_weight, placement)
+    placer = Placer(placement)
     with weight_progress(logger, checkpoint.total_bytes) as report:
         if checkpoint.format == "dummy":
-            weights = random_weights(model, dtype, args.random_seed or 0, place=place, report=report)
+            weights = random_weights(model, dtype, args.random_seed or 0, placer=placer, report=report)
         else:
             # A quantised GGUF means the same weights whatever the dtype: those of the model it was made from.
             rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
-            weights = load_weights(checkpoint, model, dtype, rounded_to=rounded_to, place=place, report=report)
+            weights = load_weights(checkpoint, model, dtype, rounded_to=rounded_to, placer=placer, report=report)
     return stack_layers(weights, placement, model) if platform.stacks_layers else weights
 
 

@@ -183,15 +183,16 @@ def _mla(m: MlaConfig, d: int, heads: int) -> MlaWeights:
 
 def _moe(m: MoeConfig, d: int) -> MoeWeights:
     e, f, shared = m.num_experts, m.intermediate_size, m.shared_intermediate_size
+    held = e // m.expert_groups
     return MoeWeights(
         router=_spec((e, None), (d, "model")),
         router_bias=_spec((e, None), when=m.router_bias),
         score_bias=_spec((e, None), when=m.score_bias),
         experts=Experts(
-            gate_up=_spec((e, "experts"), (2 * f, "ffn"), (d, "model"), parts=(f, f)),
-            gate_up_bias=_spec((e, "experts"), (2 * f, "ffn"), parts=(f, f), when=m.bias),
-            down=_spec((e, "experts"), (d, "model"), (f, "ffn")),
-            down_bias=_spec((e, "experts"), (d, "model"), when=m.bias),
+            gate_up=_spec((held, "experts"), (2 * f, "expert_ffn"), (d, "model"), parts=(f, f)),
+            gate_up_bias=_spec((held, "experts"), (2 * f, "expert_ffn"), parts=(f, f), when=m.bias),
+            down=_spec((held, "experts"), (d, "model"), (f, "expert_ffn")),
+            down_bias=_spec((held, "experts"), (d, "model"), when=m.bias),
         ),
         shared_gate_up=_spec((2 * shared, "ffn"), (d, "model"), parts=(shared, shared), when=shared > 0),
         shared_down=_spec((d, "model"), (shared, "ffn"), when=shared > 0),

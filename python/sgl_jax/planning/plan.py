@@ -59,13 +59,13 @@ class Plan:
 
 def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: int) -> Plan:
     """`context`: tokens each row has in the cache when steps are counted. Raises Misfit, or ValueError for a flag."""
-    args = dataclasses.replace(args, tp_size=target.num_devices)
+    args = dataclasses.replace(args, tp_size=target.num_devices // args.dp_size)
     launch = launch_of(args, model, target)
     context = min(context, launch.runner.context_length)
     rates, itemsize = target.rates(launch.dtype), np.dtype(launch.dtype).itemsize
     steps = []
     for bucket in launch.runner.buckets:
-        cost = step_cost(model.config, target.num_devices, launch.runner.pool, itemsize, bucket, context)
+        cost = step_cost(model.config, launch.grid, launch.runner.pool, itemsize, bucket, context)
         steps.append(PlannedStep(bucket, cost, cost.bound(rates) if rates else None))
     parameters = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(model.config)))
     return Plan(model, target, launch, parameters, context, tuple(steps))
@@ -94,8 +94,9 @@ def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> lis
         least = f" ({_least_fraction(args, model, target):.2f} is the least)" if "mem_fraction_static" in change else ""
         lines.append(f"{text} would fit, with {_room(found)}{least}")
     for topology in larger(target.topology) if target.topology else ():
-        more = find_target(topology.name, 1)
-        if found := _tried(dataclasses.replace(args, tp_size=more.num_devices), model, more):
+        more = find_target(topology.name)
+        tp_size = more.num_devices // args.dp_size
+        if found := _tried(dataclasses.replace(args, tp_size=tp_size), model, more):
             lines.append(f"{topology.name} ({_devices(topology)}) would fit, with {_room(found)}")
             break
     return lines or [

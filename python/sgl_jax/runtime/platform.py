@@ -54,7 +54,9 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
             continue
         if len(devices) < number:
             more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N divides a CPU into N" if name == "cpu" else ""
-            raise NoDevice(f"--tp-size is {number}; this machine has {len(devices)} {name} device(s){more}")
+            raise NoDevice(
+                f"the launch needs {number} devices (--tp-size times --dp-size); this machine has {len(devices)} {name} device(s){more}"
+            )
         return PLATFORMS[name], devices[:number]
     present = sorted({d.platform for d in jax.devices()})
     raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")

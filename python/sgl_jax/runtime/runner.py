@@ -76,7 +76,7 @@ class ModelRunner:
         """Compile every program and run each once, so that serving compiles nothing and starts at full speed."""
         with jax.default_matmul_precision(matmul_precision(self.config.dtype)):
             self._calls = compile_all(self.programs, self.watch, report)
-        nothing = empty_plan()
+        nothing = empty_plan(self.config.num_ranks)
         for layout in self._layouts.values():
             self.collect(InFlight(nothing, self._run_step(layout, layout.pack(nothing))))
         for name in LOADERS:
@@ -91,22 +91,35 @@ class ModelRunner:
         """Start a step: one vector to the device, one dispatch; rows with uncommon state load it first."""
         for load in plan.loads:
             self._load_row(load)
-        layout = self._layouts[pick(self.config.buckets, plan.num_tokens)]
+        layout = self._layout(plan)
         return InFlight(plan, self._run_step(layout, layout.pack(plan)))
 
     def collect(self, flight: InFlight) -> StepTokens:
         """Wait for a launched step and bring its tokens to the host, and logprobs only where asked for."""
         plan, outputs = flight.plan, flight.outputs
+        rows, tokens = self._layout(plan).places(plan)
+
+        def logprobs(of: Logprobs, places: Any) -> Logprobs:
+            return Logprobs(*(np.asarray(each)[places] for each in of))
+
         return StepTokens(
-            tokens=np.asarray(outputs.tokens)[: len(plan.rows)],
-            logprobs=Logprobs(*map(np.asarray, outputs.logprobs)) if plan.wants_logprobs else None,
-            prompt_logprobs=Logprobs(*map(np.asarray, outputs.prompt_logprobs)) if plan.wants_prompt_logprobs else None,
+            tokens=np.asarray(outputs.tokens)[rows],
+            logprobs=logprobs(outputs.logprobs, rows) if plan.wants_logprobs else None,
+            prompt_logprobs=logprobs(outputs.prompt_logprobs, tokens) if plan.wants_prompt_logprobs else None,
         )
 
     def measure_limits(self) -> Rates:
         """What the devices can do. Raises NotMeasured."""
         with self.watch.ignored():
             return measure_rates(self._devices, self.config.dtype)
+
+    def _layout(self, plan: StepPlan) -> PlanLayout:
+        """That of the smallest bucket which holds every rank's tokens."""
+        if self.config.num_ranks == 1:
+            most = plan.num_tokens
+        else:
+            most = int(np.bincount(plan.rank, plan.num_new, 1).max())
+        return self._layouts[pick(self.config.buckets, most)]
 
     def _run_step(self, layout: PlanLayout, vector: np.ndarray) -> StepOutputs:
         program = self._calls[step_name(layout.bucket)]
@@ -128,15 +141,16 @@ class ModelRunner:
 
 
 @functools.cache
-def empty_plan() -> StepPlan:
+def empty_plan(num_ranks: int) -> StepPlan:
     """A plan of no rows: what a warm-up runs."""
     ints, bools = np.empty(0, np.int32), np.empty(0, np.bool_)
     return StepPlan(
         keys=np.empty(0, np.int64),
         rows=ints,
+        rank=ints,
         start=ints,
         num_new=ints,
-        num_single=0,
+        num_single=np.zeros(num_ranks, np.int32),
         samples=bools,
         from_device=bools,
         next_token=ints,

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
+from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime.layout import StepInputs
 from sgl_jax.runtime.state import IN_PROMPT, DeviceState
@@ -37,7 +37,7 @@ class Logprobs(NamedTuple):
 
 
 def sample(
-    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: TensorAxis = ONE_DEVICE
+    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
     """The next token of each row; rows that do not sample get an arbitrary one."""
     logits = _adjust(logits, inputs, state, axis)
@@ -63,7 +63,7 @@ def sample(
 
 
 def token_logprobs(
-    logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""], axis: TensorAxis = ONE_DEVICE
+    logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""], axis: MeshAxis = ONE_DEVICE
 ) -> Logprobs:
     """Log probabilities of the chosen tokens and of the best ones; zeros unless wanted."""
 
@@ -90,7 +90,7 @@ def has_flag(inputs: StepInputs, flag: Flag) -> Bool[Array, " S"]:
     return (inputs.param(Param.FLAGS) & int(flag)) != 0
 
 
-def _argmax(x: Float[Array, "S V"], axis: TensorAxis) -> Int[Array, " S"]:
+def _argmax(x: Float[Array, "S V"], axis: MeshAxis) -> Int[Array, " S"]:
     """The first of the largest, over the whole vocabulary."""
     best = jnp.argmax(x, axis=-1, keepdims=True).astype(jnp.int32)
     values = axis.concatenate(jnp.take_along_axis(x, best, axis=-1))
@@ -98,7 +98,7 @@ def _argmax(x: Float[Array, "S V"], axis: TensorAxis) -> Int[Array, " S"]:
     return jnp.take_along_axis(ids, jnp.argmax(values, axis=-1, keepdims=True), axis=-1)[:, 0]
 
 
-def _top_k(x: Float[Array, "n V"], k: int, axis: TensorAxis) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+def _top_k(x: Float[Array, "n V"], k: int, axis: MeshAxis) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
     """The k largest of the whole vocabulary, best first, and their ids; all of them if there are fewer."""
     values, ids = lax.top_k(x, min(k, x.shape[-1]))
     if axis.size > 1:
@@ -110,7 +110,7 @@ def _top_k(x: Float[Array, "n V"], k: int, axis: TensorAxis) -> tuple[Float[Arra
 
 
 def _adjust(
-    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: TensorAxis = ONE_DEVICE
+    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, "S V"]:
     """logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
     biased, penalised = has_flag(inputs, Flag.BIAS), has_flag(inputs, Flag.PENALTIES)
@@ -150,7 +150,7 @@ def _threshold(
     top_p: Float[Array, " S"],
     min_p: Float[Array, " S"],
     filtered: Bool[Array, " S"],
-    axis: TensorAxis = ONE_DEVICE,
+    axis: MeshAxis = ONE_DEVICE,
 ) -> Float[Array, " S"]:
     """The smallest logit each row keeps. A row's answer does not depend on which way the others' are found."""
     vocab_size = x.shape[-1] * axis.size
@@ -182,7 +182,7 @@ def _bisect_threshold(
     top_k: Int[Array, " S"],
     top_p: Float[Array, " S"],
     min_p: Float[Array, " S"],
-    axis: TensorAxis = ONE_DEVICE,
+    axis: MeshAxis = ONE_DEVICE,
 ) -> Float[Array, " S"]:
     """The same by bisection over the bits of the logits: exact in 32 passes for top_k and 32 for top_p."""
     top = axis.max(x.max(-1))
@@ -217,7 +217,7 @@ def _largest(holds, num_rows: int) -> Float[Array, " S"]:
 
 
 def _invert(
-    x: Float[Array, "S V"], threshold: Float[Array, " S"], uniform: Float[Array, " S"], axis: TensorAxis = ONE_DEVICE
+    x: Float[Array, "S V"], threshold: Float[Array, " S"], uniform: Float[Array, " S"], axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
     """The token at which the cumulative distribution of the kept logits passes `uniform`.
 

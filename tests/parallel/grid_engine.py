@@ -1,13 +1,17 @@
-"""`python tp_engine.py FOLDER SIZE…`: what an engine of each size answers, as JSON lines. Run with 8 virtual CPU devices.
+"""`python grid_engine.py FOLDER GRID…`: what an engine on each grid of devices answers, as JSON lines. Run with 8 virtual
+CPU devices.
 
-SIZE is a --tp-size; with "-scan" after it the layers are stacked and scanned, as on accelerators. The requests use every feature whose state or arithmetic is divided over the devices.
+GRID is "1", or sizes like "tp2-dp2-ep4"; "sp" adds sequence parallelism, "scan" stacks and scans the layers, as some
+accelerators do. The requests use every feature whose state or arithmetic is divided over the devices.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
+from typing import Any
 
 import numpy as np
 
@@ -23,19 +27,27 @@ PARAMS = [
     {"temperature": 0.9, "sampling_seed": 2, "top_k": 20},
     {"temperature": 1.2, "sampling_seed": 3, "top_p": 0.8},
     {"temperature": 1.5, "sampling_seed": 4, "top_k": 200, "top_p": 0.95, "min_p": 0.01},
+    {"temperature": 0},
 ]
 
 
-def answers(folder: str, tp_size: int) -> list[dict]:
+def flags(grid: str) -> dict[str, Any]:
+    sizes = {f"{kind}_size": int(size) for kind, size in re.findall(r"(tp|dp|ep)(\d+)", grid)}
+    return sizes | {"enable_sequence_parallel": "sp" in grid.split("-")}
+
+
+def answers(folder: str, grid: str) -> list[dict]:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 500, n).tolist() for n in (1, 5, 20, 40, 33, 2, 17)]
+    prompts.append(prompts[3][:32] + prompts[4][:7])  # shares a prefix, if it comes to the same rank
+    sizes = flags(grid)
     with sgl_jax.Engine(
         model_path=folder,
-        tp_size=tp_size,
         dtype="float32",
         max_running_requests=8,
-        chunked_prefill_size=8,
+        chunked_prefill_size=16,
         max_total_tokens=2048,
+        **sizes,
     ) as engine:
         out = engine.generate(
             input_ids=prompts,
@@ -44,15 +56,14 @@ def answers(folder: str, tp_size: int) -> list[dict]:
             logprob_start_len=0,
             top_logprobs_num=5,
         )
-        assert engine.info.num_devices == tp_size
+        assert engine.info.num_devices == sizes.get("tp_size", 1) * sizes.get("dp_size", 1)
+        assert engine.stats.compiles_after_ready == 0
     return out
 
 
 if __name__ == "__main__":
-    for size in sys.argv[2:]:
-        tp_size, _, form = size.partition("-")
-        cpu = dataclasses.replace(
-            platform.PLATFORMS["cpu"], stacks_layers=form == "scan", vectorises_rows=form == "scan"
-        )
+    for grid in sys.argv[2:]:
+        scan = "scan" in grid.split("-")
+        cpu = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=scan, vectorises_rows=scan)
         platform.PLATFORMS["cpu"] = cpu
-        print(json.dumps(answers(sys.argv[1], int(tp_size))), flush=True)
+        print(json.dumps(answers(sys.argv[1], grid)), flush=True)
