@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 from pathlib import Path
-from typing import Any
 
 from sgl_jax import __version__
 from sgl_jax.multihost.wire import Identity, Scalar
 from sgl_jax.server_args import FLAGS, ServerArgs
 
 _PACKAGES = ("jax", "jaxlib", "libtpu")
+_CONFIGS = ("config.json", "generation_config.json")
 _TAIL = 1 << 16  # bytes of each weight file that are hashed: a fine-tune has its model's sizes, not its last values
 
 
-def identity_of(args: ServerArgs, path: Path, *configs: dict[str, Any]) -> Identity:
-    """`path`: the model's folder or file; `configs`: what was read of its configuration."""
+def identity_of(args: ServerArgs, path: Path) -> Identity:
+    """`path` is the model's folder or file."""
     versions = {"sgl_jax": __version__}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Identity(versions, shared_flags(args), model_files(path, *configs, weights=args.load_format != "dummy"))
+    return Identity(versions, shared_flags(args), model_files(path, weights=args.load_format != "dummy"))
 
 
 def shared_flags(args: ServerArgs) -> dict[str, Scalar]:
@@ -32,15 +31,12 @@ def shared_flags(args: ServerArgs) -> dict[str, Scalar]:
     return {each.option: getattr(args, each.name) for each in FLAGS if not each.about.per_host}
 
 
-def model_files(path: Path, *configs: dict[str, Any], weights: bool) -> dict[str, str]:
+def model_files(path: Path, *, weights: bool) -> dict[str, str]:
     """A fingerprint by file name, in words: the times of the files do not count, nor where they lie."""
-    text = json.dumps(configs, sort_keys=True).encode()
-    found = {"the configuration": hashlib.sha256(text).hexdigest()[:16]}
-    if weights:
-        files = [path] if path.is_file() else sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")])
-        names = ["the .gguf file"] if path.is_file() else [file.name for file in files]
-        found |= {name: _fingerprint(file) for name, file in zip(names, files, strict=True)}
-    return found
+    if path.is_file():
+        return {"the .gguf file": _fingerprint(path)}
+    patterns = [*_CONFIGS, *(("*.safetensors", "*.gguf") if weights else ())]
+    return {file.name: _fingerprint(file) for pattern in patterns for file in path.glob(pattern)}
 
 
 def _fingerprint(file: Path) -> str:
