@@ -36,17 +36,18 @@ def flags(grid: str) -> dict[str, Any]:
     return sizes | {"enable_sequence_parallel": "sp" in grid.split("-")}
 
 
-def answers(folder: str, grid: str) -> list[dict]:
+def answers(folder: str, grid: str) -> dict[str, Any]:
+    """Of requests that fill the pool, so that some are preempted, and of others that go on from the same prompts."""
     rng = np.random.default_rng(0)
-    prompts = [rng.integers(3, 500, n).tolist() for n in (1, 5, 20, 40, 33, 2, 17)]
-    prompts.append(prompts[3][:32] + prompts[4][:7])  # shares a prefix, if it comes to the same rank
+    prompts = [rng.integers(3, 500, n).tolist() for n in (1, 5, 20, 40, 33, 2, 17, 28)]
     sizes = flags(grid)
     with sgl_jax.Engine(
         model_path=folder,
         dtype="float32",
+        page_size=4,
         max_running_requests=8,
         chunked_prefill_size=16,
-        max_total_tokens=2048,
+        max_total_tokens=96 * sizes.get("dp_size", 1),
         **sizes,
     ) as engine:
         out = engine.generate(
@@ -56,9 +57,17 @@ def answers(folder: str, grid: str) -> list[dict]:
             logprob_start_len=0,
             top_logprobs_num=5,
         )
+        longer = [[*prompt, 7, 11, 13] for prompt in prompts[-2:]]
+        more = [engine.generate(input_ids=prompt, sampling_params=PARAMS[0] | COMMON) for prompt in longer + longer]
         assert engine.info.num_devices == sizes.get("tp_size", 1) * sizes.get("dp_size", 1)
-        assert engine.stats.compiles_after_ready == 0
-    return out
+        stats = engine.stats
+    return {
+        "answers": out,
+        "more": [each["output_ids"] for each in more],
+        "preemptions": stats.preemptions,
+        "cached_tokens": stats.cached_tokens,
+        "compiles_after_ready": stats.compiles_after_ready,
+    }
 
 
 if __name__ == "__main__":

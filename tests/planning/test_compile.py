@@ -76,7 +76,7 @@ def test_the_plan_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "Qwen3ForCausalLM, 8.19 billion parameters (Qwen3-8B, bundled)" in out
     assert "v6e-4: 4 chips, 4 x TPU v6e, 31.2 GiB each" in out
-    assert re.search(r"KV holds +688,4\d\d tokens: 16\.8 full contexts of 40,960", out)
+    assert re.search(r"KV holds +688,384 tokens: 16\.8 full contexts of 40,960", out)
     assert re.search(r"^ 256 +256 +decode .* memory +31,\d\d\d", out, re.MULTILINE)
 
 

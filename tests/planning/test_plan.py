@@ -32,10 +32,10 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
     norms = 2 * (36 * (2 * 4096 + 2 * 128) + 4096)  # on every device
     assert found.launch.weight_bytes == weights + norms
     assert found.launch.memory.bytes_per_token == 36 * 2 * 2 * 128 * 2
-    state = 257 * 4 * (1 + 2560 + 151936 // 4 + 3 * 1104)
-    tokens = (int(int(31.24 * GIB) * 0.88) - weights - norms - state) / (36 * 2 * 2 * 128 * 2)
-    assert found.launch.memory.num_tokens == pytest.approx(tokens, rel=1e-4)
-    assert found.full_contexts == pytest.approx(tokens / 40960, rel=1e-4)
+    state = 257 * 4 * (1 + 40960 // 128 + 151936 // 4 + 3 * 1104)
+    tokens = (int(int(31.24 * GIB) * 0.88) - weights - norms - state) // (36 * 2 * 2 * 128 * 2) // 128 * 128
+    assert found.launch.memory.num_tokens == tokens
+    assert found.full_contexts == pytest.approx(tokens / 40960)
     decode = next(step for step in found.steps if step.bucket.num_tokens == 8)
     assert decode.decodes
     assert decode.bound is not None
@@ -44,6 +44,13 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
     assert decode.bound.seconds == pytest.approx(read / 1640e9, rel=0.002)
     assert decode.bound.limit == "memory"
     assert decode.tokens_per_s == pytest.approx(8 / decode.bound.seconds)
+
+
+def test_pages_have_128_tokens_on_tpu_unless_asked_otherwise() -> None:
+    assert plan("Qwen3-8B", "v6e-4").launch.runner.page_size == 128
+    assert plan("Qwen3-8B", "v6e-4", page_size=16).launch.runner.page_size == 16
+    assert plan("Qwen3-8B", "v6e-4", attention_backend="native", page_size=1).launch.runner.page_size == 1
+    assert plan("Qwen3-0.6B", "cpu").launch.runner.page_size == 16
 
 
 def test_a_topology_is_used_whole_unless_tp_size_says_less() -> None:

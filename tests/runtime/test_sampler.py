@@ -275,6 +275,17 @@ def test_a_rows_token_does_not_depend_on_the_others() -> None:
         assert together == alone == backwards
 
 
+@pytest.mark.parametrize("vocab_size", [40, 1000])
+def test_rows_done_in_blocks_get_the_same_tokens(monkeypatch: pytest.MonkeyPatch, vocab_size: int) -> None:
+    rows = [dataclasses.replace(row, seed=i) for i, row in enumerate(mixed_rows() * 4)][:21]
+    logits = np.random.default_rng(3).normal(0, 3, (len(rows), vocab_size)).astype(np.float32)
+    inputs, state = step_of(rows, vocab_size, len(rows))
+    at_once = np.asarray(jax.jit(sampler.sample)(logits, inputs, state))
+    monkeypatch.setattr(sampler, "_ROWS_BYTES", 8 * 4 * vocab_size)
+    assert sampler.rows_at_once(vocab_size) == 8  # three blocks, the last of which does three rows again
+    np.testing.assert_array_equal(jax.jit(functools.partial(sampler.sample))(logits, inputs, state), at_once)
+
+
 def test_a_row_that_does_not_sample_changes_nothing() -> None:
     rows = mixed_rows()
     logits = np.stack([np.roll(flat(1000), 13 * i) for i in range(len(rows))])

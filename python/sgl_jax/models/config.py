@@ -111,6 +111,7 @@ class DecoderConfig:
     query_growth: QueryGrowth | None = None
     normalised_head: bool = False  # the head's columns are divided by their lengths when it is loaded
     eos_token_ids: tuple[int, ...] = ()
+    head_copies: int = 1  # of a device's share: devices with the same head, which all attend and project a part of the output
     num_extra_layers: int = 0  # stored after the last: heads that guess further tokens, which are not loaded
 
     def window(self, layer: int) -> int | None:
@@ -131,10 +132,12 @@ class DecoderConfig:
     def share(self, grid: Grid) -> DecoderConfig:
         """What one of the grid's devices holds: its heads, its part of the MLP, of the experts and of the vocabulary.
 
-        Raises ValueError if these cannot be divided evenly; KV heads may be fewer than devices, which then hold copies.
+        Raises ValueError if these cannot be divided evenly. Heads may be fewer than devices, which then hold copies.
         """
         everyone, moe = grid.num_devices, self.moe
-        _must_divide("--tp-size", grid.tensor, "attention heads", self.num_heads)
+        copies = max(1, grid.tensor // self.num_heads)
+        _must_divide("--tp-size", grid.tensor, "attention heads", self.num_heads * copies)
+        _must_divide("--tp-size over the attention heads", copies, "values of a head", self.output_dim)
         if self.num_kv_heads % grid.tensor and grid.tensor % self.num_kv_heads:
             raise ValueError(
                 f"--tp-size is {grid.tensor}; it must divide or be a multiple of the {self.num_kv_heads} KV heads"
@@ -159,7 +162,8 @@ class DecoderConfig:
             )
         return dataclasses.replace(
             self,
-            num_heads=self.num_heads // grid.tensor,
+            num_heads=max(1, self.num_heads // grid.tensor),
+            head_copies=copies,
             num_kv_heads=max(1, self.num_kv_heads // grid.tensor),
             intermediate_size=self.intermediate_size // everyone,
             vocab_size=self.vocab_size // everyone,

@@ -160,19 +160,25 @@ def _embed(table: Float[Array, "V D"], tokens: Int[Array, " MT"], grid: Grid) ->
 
 def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, context: Context, layer, window):
     h = context.grid.to_attention(h)
-    num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
+    attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks)
     if config.mla is not None and w.mla is not None:
-        attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks)
         out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend)
-        return _summed(_project(out, w.o), w.o_bias, context.grid.from_attention), kv
+    else:
+        out, kv = _heads_attention(h, kv, w, config, rope, context.positions, attend)
+    out = context.grid.own_columns(out, config.head_copies)
+    return _summed(_project(out, w.o), w.o_bias, context.grid.from_attention), kv
+
+
+def _heads_attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, positions, attend):
+    """The heads' outputs side by side, [T, N * H], and the pool."""
+    num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
     parts = jnp.split(_project(h, w.qkv, w.qkv_bias), [heads * head_dim, (heads + kv_heads) * head_dim], axis=-1)
     q, k, v = (part.reshape(num_tokens, -1, head_dim) for part in parts)
     if config.query_growth is not None:
-        q = (q * query_growth(context.positions, config.query_growth)[:, None, None]).astype(q.dtype)
+        q = (q * query_growth(positions, config.query_growth)[:, None, None]).astype(q.dtype)
     prepare = QKPrepare(_scales(w.q_norm, config), _scales(w.k_norm, config), rope, config.rms_norm_eps)
-    out, kv = context.attend(q, k, v, kv, layer=layer, window=window, sinks=w.sinks, prepare=prepare)
-    out = _project(out.reshape(num_tokens, heads * head_dim), w.o)
-    return _summed(out, w.o_bias, context.grid.from_attention), kv
+    out, kv = attend(q, k, v, kv, prepare=prepare)
+    return out.reshape(num_tokens, heads * head_dim), kv
 
 
 def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Array, " H"] | None:

@@ -122,6 +122,13 @@ class Grid:
         """Sums the devices' shares of the rank's tokens, [T, D], and gives each device what it has of them."""
         return self.tensor_axis.sum_scatter(x) if self.sequence else self.tensor_axis.sum(x)
 
+    def own_columns(self, x: jax.Array, copies: int) -> jax.Array:
+        """Where neighbours on the tensor axis hold copies of an x [T, n], this device's of their n / copies columns."""
+        if copies == 1:
+            return x
+        columns = x.shape[-1] // copies
+        return lax.dynamic_slice_in_dim(x, self.tensor_axis.index() % copies * columns, columns, axis=-1)
+
     def to_mlp(self, x: jax.Array) -> jax.Array:
         """The tokens of all ranks: [M * T, …]."""
         return self.all_axes.gather(x) if self.sequence else self.data_axis.gather(x)

@@ -34,6 +34,11 @@ class StepInputs:
     tokens: jax.Array  # i32[M * T]
     page_updates: jax.Array  # i32[3, U]
 
+    def by_row(self) -> dict[str, jax.Array]:
+        """The fields that have a value for each row, by name."""
+        names = ("rows", "start", "num_new", "samples", "from_device", "next_token", "params")
+        return {name: getattr(self, name) for name in names}
+
     def param(self, column: Param) -> jax.Array:
         """One sampling parameter of each row, [M * S]: i32 or f32 as Param says."""
         bits = self.params[:, column]

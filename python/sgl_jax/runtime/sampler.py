@@ -3,13 +3,15 @@
 logit_bias, penalties, temperature, top_k, top_p, min_p, in Hugging Face's order. The three filters come down to one
 threshold per row, the smallest logit kept. It is read off the best CANDIDATES logits where that is exact, and otherwise
 found by bisection. Then one uniform number, drawn from the row's (seed, position) alone, picks the token by inverting
-the cumulative distribution in vocabulary order. No sort over the vocabulary.
+the cumulative distribution in vocabulary order. No sort over the vocabulary. What is more than a greedy token is made for
+a block of rows at a time, so that its arrays of rows x vocabulary need little memory beside the logits.
 
 On a tensor axis each device has its share of the vocabulary, V here, and only candidates and sums pass between them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -26,6 +28,7 @@ from sgl_jax.step_plan import Flag, Param
 
 CANDIDATES = 64
 _BLOCK = 256  # vocabulary entries summed at once when inverting the distribution
+_ROWS_BYTES = 20 << 20  # of float32 logits that are worked on at once; a TPU holds some such arrays in VMEM
 
 
 class Logprobs(NamedTuple):
@@ -40,6 +43,30 @@ def sample(
     logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
     """The next token of each row; rows that do not sample get an arbitrary one."""
+    asked = has_flag(inputs, Flag.BIAS | Flag.PENALTIES) | inputs.samples & (inputs.param(Param.TEMPERATURE) > 0)
+    num_rows, block = len(logits), rows_at_once(logits.shape[-1])
+    if num_rows <= block:
+        return lax.cond(asked.any(), lambda: _sample(logits, inputs, state, axis), lambda: _argmax(logits, axis))
+
+    def sample_block(i, tokens):
+        first = jnp.minimum(i * block, num_rows - block)  # the last block may do rows again: a row depends on no other
+        of_block = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, block), inputs.by_row())
+        part = lax.dynamic_slice_in_dim(logits, first, block)
+        sampled = _sample(part, dataclasses.replace(inputs, **of_block), state, axis)
+        return lax.dynamic_update_slice_in_dim(tokens, sampled, first, 0)
+
+    def sample_blocks() -> Int[Array, " S"]:
+        return lax.fori_loop(0, -(-num_rows // block), sample_block, jnp.zeros(num_rows, jnp.int32))
+
+    return lax.cond(asked.any(), sample_blocks, lambda: _argmax(logits, axis))
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """How many rows are sampled at once, 8 at least: that many a TPU keeps in one tile."""
+    return max(8, 1 << (_ROWS_BYTES // (4 * vocab_size)).bit_length() - 1)
+
+
+def _sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: TensorAxis) -> Int[Array, " S"]:
     logits = _adjust(logits, inputs, state, axis)
     greedy = _argmax(logits, axis)
     temperature = inputs.param(Param.TEMPERATURE)
@@ -100,7 +127,8 @@ def _argmax(x: Float[Array, "S V"], axis: MeshAxis) -> Int[Array, " S"]:
 
 def _top_k(x: Float[Array, "n V"], k: int, axis: MeshAxis) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
     """The k largest of the whole vocabulary, best first, and their ids; all of them if there are fewer."""
-    values, ids = lax.top_k(x, min(k, x.shape[-1]))
+    # XLA for TPU has an operation for this, and sorts all of x instead if it sees that only parts of the result are used.
+    values, ids = lax.optimization_barrier(lax.top_k(x, min(k, x.shape[-1])))
     if axis.size > 1:
         values = axis.concatenate(values)
         ids = axis.concatenate(ids + axis.index() * x.shape[-1])
@@ -114,16 +142,18 @@ def _adjust(
 ) -> Float[Array, "S V"]:
     """logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
     biased, penalised = has_flag(inputs, Flag.BIAS), has_flag(inputs, Flag.PENALTIES)
+    # Row by row: XLA for TPU would copy all of token_counts for a gather, sort the places of a scatter over all rows, and
+    # take ten seconds of compiling for both (benchmarks/LOG.md).
 
     def add_bias(x):
         rows = inputs.rows
         in_force = biased[:, None] & ((inputs.start + inputs.num_new)[:, None] < state.bias_until[rows])
         values = jnp.where(in_force, state.bias_values[rows], 0.0)
         places, _ = axis.mine(state.bias_ids[rows], x.shape[-1])
-        return x.at[jnp.arange(len(rows))[:, None], places].add(values, mode="drop")
+        return lax.map(lambda row: row[0].at[row[1]].add(row[2], mode="drop"), (x, places, values))
 
     def penalise(x):
-        counts = state.token_counts[inputs.rows]
+        counts = lax.map(lambda row: state.token_counts[row], inputs.rows)
         in_output = counts & (IN_PROMPT - 1)
         repetition = inputs.param(Param.REPETITION)[:, None]
         y = jnp.where(counts != 0, jnp.where(x > 0, x / repetition, x * repetition), x)

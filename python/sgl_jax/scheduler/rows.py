@@ -66,6 +66,8 @@ class RowTable:
     def next_tokens(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
         """The next num_new[i] tokens of rows[i], i32[num_new.sum()] in row order; of one the host has not yet, any."""
         start, single = self.num_computed[rows], num_new == 1
+        if single.all():
+            return self.tokens[rows, np.minimum(start, self.num_known[rows] - 1)]
         at = np.cumsum(num_new) - num_new
         tokens = np.empty(int(num_new.sum()), np.int32)
         tokens[at[single]] = self.tokens[rows[single], np.minimum(start[single], self.num_known[rows[single]] - 1)]

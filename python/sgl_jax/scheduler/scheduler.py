@@ -67,7 +67,8 @@ class StepResult:
 class _Picks:
     """Rows chosen for the step under construction."""
 
-    budget: np.ndarray  # i64[M] prompt tokens the step has room for yet, by rank
+    num_decoding: int  # of the rows, those that decode: the first, by rank
+    budget: list[int]  # [M] prompt tokens the step has room for yet, by rank
     rows: list[np.ndarray] = dataclasses.field(default_factory=list)
     num_new: list[np.ndarray] = dataclasses.field(default_factory=list)
     loads: list[RowLoad] = dataclasses.field(default_factory=list)
@@ -103,7 +104,7 @@ class Scheduler:
         self.counters = Counters()
         self._requests: dict[int, Request] = {}  # every live request, by key
         self._handles: dict[int, Handle] = {}  # the locked prefix of each running row
-        self._running = np.empty(0, np.int32)  # rows in order of admission
+        self._running = np.empty(0, np.int32)  # rows by rank, within a rank in order of admission
         self._reload: set[int] = set()  # rows whose page table changed under them
 
     @property
@@ -169,8 +170,9 @@ class Scheduler:
             return None
         rows = np.concatenate(picks.rows)
         num_new = np.concatenate(picks.num_new)
-        order = np.argsort(2 * self.table.rank[rows] + (num_new > 1), kind="stable")  # by rank, single tokens first
-        rows, num_new = rows[order], num_new[order]
+        if len(rows) > picks.num_decoding:  # else they come in order
+            order = np.lexsort((num_new > 1, self.table.rank[rows]))  # by rank, single tokens first
+            rows, num_new = rows[order], num_new[order]
         plan = self._build(rows, num_new, picks)
         self._share_prompts(plan)
         self.counters.steps += 1
@@ -187,33 +189,41 @@ class Scheduler:
             decoding = t.has_sampled[run] & (remaining == 1)
             decode_rows = run[decoding & unfinished]
             rows, num_new = [decode_rows], [np.ones(len(decode_rows), np.int32)]
-            budget = np.minimum(
-                self.config.max_step_tokens - self._count_by_rank(decode_rows), self.config.max_prefill_tokens
-            )
+            limits = self.config
+            budget = [
+                min(limits.max_step_tokens - n, limits.max_prefill_tokens) for n in self._count_by_rank(decode_rows)
+            ]
             for i in np.flatnonzero(~decoding & unfinished):
                 rank = t.rank[run[i]]
-                n = min(remaining[i], budget[rank])
+                n = min(int(remaining[i]), budget[rank])
                 if n == 0:
                     continue
                 rows.append(run[i : i + 1])
                 num_new.append(np.array([n], np.int32))
                 budget[rank] -= n
             all_rows, all_new = np.concatenate(rows), np.concatenate(num_new)
+            if len(rows) > 1:
+                by_rank = np.argsort(t.rank[all_rows], kind="stable")
+                all_rows, all_new = all_rows[by_rank], all_new[by_rank]
             need = self._pages_needed(all_rows, all_new)
             short = self._rank_short_of_pages(all_rows, need)
             if short is None:
                 break
             self._preempt(int(run[t.rank[run] == short][-1]))
         if not len(all_rows):
-            return _Picks(budget)
-        return _Picks(budget, [all_rows], [all_new], page_updates=[self._give_pages(all_rows, need)])
+            return _Picks(0, budget)
+        return _Picks(len(decode_rows), budget, [all_rows], [all_new], page_updates=[self._give_pages(all_rows, need)])
 
-    def _count_by_rank(self, rows: np.ndarray) -> np.ndarray:
-        """How many of the rows each rank has, i64[M]."""
-        return np.bincount(self.table.rank[rows], minlength=len(self.caches))
+    def _count_by_rank(self, rows: np.ndarray) -> list[int]:
+        """How many of the rows each rank has, [M]."""
+        if len(self.caches) == 1:
+            return [len(rows)]
+        return np.bincount(self.table.rank[rows], minlength=len(self.caches)).tolist()
 
     def _rank_short_of_pages(self, rows: np.ndarray, need: np.ndarray) -> int | None:
         """The first rank that cannot give its rows need[i] pages each."""
+        if need.sum() <= min(cache.num_available_pages for cache in self.caches):
+            return None
         wanted = self._count_by_rank(np.repeat(rows, need))
         short = (rank for rank, cache in enumerate(self.caches) if wanted[rank] > cache.num_available_pages)
         return next(short, None)
@@ -232,26 +242,26 @@ class Scheduler:
             self._seat(request, place, picks)
             being_computed.add(place.next_page)
 
-    def _place(self, request: Request, budget: np.ndarray, being_computed: set[_Prefix]) -> _Place | None:
+    def _place(self, request: Request, budget: list[int], being_computed: set[_Prefix]) -> _Place | None:
         """The first rank in order of preference that can take it now, or that computes what it should wait for."""
         running = self._count_by_rank(self._running)
-        is_open = (budget > 0) & (running < self.config.max_running_requests)
-        if not is_open.any():
+        is_open = [b > 0 and n < self.config.max_running_requests for b, n in zip(budget, running, strict=True)]
+        if not any(is_open):
             return None
         tokens = self._usable_prefix(request)
         for rank in self._ranks_for(request, tokens, running):
             if is_open[rank]:
                 handle = self.caches[rank].match(request.namespace, tokens)
                 next_page = self._next_page(request, rank, handle.num_tokens)
-                if next_page in being_computed or self._fits(request, handle, rank, int(running[rank])):
+                if next_page in being_computed or self._fits(request, handle, rank, running[rank]):
                     return _Place(rank, handle, next_page)
         return None
 
-    def _ranks_for(self, request: Request, tokens: np.ndarray, running: np.ndarray) -> Sequence[int]:
+    def _ranks_for(self, request: Request, tokens: np.ndarray, running: list[int]) -> Sequence[int]:
         """All ranks, the preferred first."""
         if len(self.caches) == 1:
             return (0,)
-        loads = RankLoads(running.tolist(), [cache.num_available_pages for cache in self.caches])
+        loads = RankLoads(running, [cache.num_available_pages for cache in self.caches])
         return PLACEMENTS[self.config.placement](
             request.arrival, loads, lambda rank: self.caches[rank].num_cached(request.namespace, tokens)
         )
@@ -273,7 +283,8 @@ class Scheduler:
         del self.waiting[request.key]
         row = t.seat(request, rank)
         self._handles[row] = handle
-        self._running = np.append(self._running, np.int32(row))
+        last_of_rank = np.searchsorted(t.rank[self._running], rank, side="right")
+        self._running = np.insert(self._running, last_of_rank, row)
         t.num_computed[row] = handle.num_tokens
         t.num_pages[row] = handle.num_pages
         t.page_table[row, : handle.num_pages] = handle.pages
@@ -303,30 +314,23 @@ class Scheduler:
         return -(-(self.table.num_computed[rows] + num_new) // self._page_size) - self.table.num_pages[rows]
 
     def _give_pages(self, rows: np.ndarray, need: np.ndarray) -> np.ndarray:
-        """Append pages of their rank to the rows' tables, need[i] to rows[i]; returns the updates, i32[3, need.sum()].
-
-        The ranks must have them.
-        """
+        """Append pages of their rank to the tables of rows in order of rank, need[i] to rows[i]; the ranks must have
+        them. Returns the updates, i32[3, need.sum()]."""
         t = self.table
         each = np.repeat(np.arange(len(rows)), need)
         if not len(each):
             return np.empty((3, 0), np.int32)
-        pages = self._allocate(t.rank[rows[each]])
+        pages = self._allocate(rows[each])
         first = np.cumsum(need) - need
         index = t.num_pages[rows][each] + np.arange(len(pages)) - first[each]
         t.page_table[rows[each], index] = pages
         t.num_pages[rows] += need
         return np.stack([rows[each], index, pages]).astype(np.int32)
 
-    def _allocate(self, ranks: np.ndarray) -> np.ndarray:
-        """A page of each of these ranks, i32[len(ranks)]."""
-        pages = np.empty(len(ranks), np.int32)
-        for rank, cache in enumerate(self.caches):
-            mine = ranks == rank
-            allocated = cache.allocate(int(np.count_nonzero(mine)))
-            assert allocated is not None, f"rank {rank} was found to have these pages"
-            pages[mine] = allocated
-        return pages
+    def _allocate(self, rows: np.ndarray) -> np.ndarray:
+        """A page of its rank for each of these rows, which come in order of rank; i32[len(rows)]."""
+        pages = [cache.allocate(n) for cache, n in zip(self.caches, self._count_by_rank(rows), strict=True)]
+        return np.concatenate([p for p in pages if p is not None])  # none is: the caller looked
 
     def _build(self, rows: np.ndarray, num_new: np.ndarray, picks: _Picks) -> StepPlan:
         """Write the plan and advance the rows past it."""
@@ -347,7 +351,7 @@ class Scheduler:
             rank=t.rank[rows],
             start=start,
             num_new=num_new,
-            num_single=self._count_by_rank(rows[num_new == 1]).astype(np.int32),
+            num_single=np.array(self._count_by_rank(rows[num_new == 1]), np.int32),
             samples=samples,
             from_device=from_device,
             next_token=next_token.astype(np.int32),
@@ -458,7 +462,8 @@ class Scheduler:
             cache.check_invariants(pages)
         assert sorted(self._handles) == sorted(self._running.tolist())
         assert len(self._running) + t.num_free == len(self.caches) * self.config.max_running_requests
-        assert (self._count_by_rank(self._running) <= self.config.max_running_requests).all()
+        assert max(self._count_by_rank(self._running)) <= self.config.max_running_requests
+        assert (np.diff(t.rank[self._running]) >= 0).all()
         assert len(self.waiting) + len(self._running) == len(self._requests)
         run = self._running
         assert (t.num_computed[run] <= t.num_tokens[run]).all()

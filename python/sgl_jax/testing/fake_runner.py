@@ -192,13 +192,14 @@ class FakeRunner:
         assert len(plan.rows) > 0
         assert len(set(plan.rows.tolist())) == len(plan.rows), "a row is in the plan twice"
         assert (plan.num_new >= 1).all()
-        assert 0 <= plan.rank[0] <= plan.rank[-1] < self._num_ranks
-        assert (np.diff(plan.rank) >= 0).all(), "rows of one rank come together, by rank"
-        assert plan.num_single.shape == (self._num_ranks,)
-        for rank in range(self._num_ranks):
+        assert (np.diff(plan.rank) >= 0).all(), "rows come by rank"
+        first, last = plan.rank[0], plan.rank[-1]
+        assert 0 <= first <= last < self._num_ranks, f"ranks {first} to {last} of {self._num_ranks}"
+        assert plan.num_single.shape == (self._num_ranks,), "num_single is one number a rank"
+        for rank, num_single in enumerate(plan.num_single):
             is_single = plan.num_new[plan.rank == rank] == 1
-            assert plan.num_single[rank] == is_single.sum()
-            assert is_single[: plan.num_single[rank]].all(), "rows with one token come first in their rank"
+            assert num_single == is_single.sum(), f"rank {rank} has {is_single.sum()} rows with one token"
+            assert is_single[:num_single].all(), "rows with one token come first in their rank"
         for row, rank, from_device in zip(plan.rows, plan.rank, plan.from_device, strict=True):
             assert self._rows[row].rank == rank or not from_device, "a row that decodes moved to another rank"
             self._rows[row].rank = int(rank)
