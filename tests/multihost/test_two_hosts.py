@@ -86,16 +86,16 @@ def test_the_first_ends_the_others_and_each_reads_its_share(stories260k: Path, t
 
 
 def test_start_up_names_the_missing_hosts_and_gives_up(stories260k: Path, tmp_path: Path) -> None:
-    with hosts(tmp_path, stories260k, 3, 1, "--tp-size", "3", "--dist-timeout", "20") as all_hosts:
+    with hosts(tmp_path, stories260k, 4, 1, "--tp-size", "4", "--dist-timeout", "20") as all_hosts:
         leader = all_hosts.leader
         leaver, follower = all_hosts.join(1), all_hosts.join(2)
-        leader.wait_for("(node rank 1)")
         leader.wait_for("host 1 (127.0.0.1")
+        leader.wait_for("host 2 (127.0.0.1")
         leaver.process.send_signal(signal.SIGTERM)
         assert leaver.wait() == 0
         assert "Told to stop by SIGTERM" in leaver.text()
         leader.wait_for("ended: it was told to stop by SIGTERM")
-        line = f"gave up (--dist-timeout) waiting for 1 of 3 hosts at {all_hosts.address} (node rank 1)"
+        line = f"gave up (--dist-timeout) waiting for 2 of 4 hosts at {all_hosts.address} (node ranks 1, 3)"
         assert leader.wait() == 1
         assert f"sgl_jax: error: {line}" in leader.text()
         assert follower.wait() == 1

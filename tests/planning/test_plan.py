@@ -56,7 +56,7 @@ def test_pages_have_128_tokens_on_tpu_unless_asked_otherwise() -> None:
 def test_a_topology_is_used_whole_unless_tp_size_says_less() -> None:
     assert plan("Qwen3-8B", "v7x-4").target.num_devices == 8
     assert plan("Qwen3-8B", "v6e-8", tp_size=4).target.num_devices == 4
-    with pytest.raises(NoSuchTopology, match="--tp-size is 8; v6e-4 has 4 devices"):
+    with pytest.raises(NoSuchTopology, match="--tp-size is 8 and --dp-size 1; v6e-4 has 4 devices"):
         plan("Qwen3-8B", "v6e-4", tp_size=8)
 
 

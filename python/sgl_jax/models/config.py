@@ -111,7 +111,9 @@ class DecoderConfig:
     query_growth: QueryGrowth | None = None
     normalised_head: bool = False  # the head's columns are divided by their lengths when it is loaded
     eos_token_ids: tuple[int, ...] = ()
-    head_copies: int = 1  # of a device's share: devices with the same head, which all attend and project a part of the output
+    head_copies: int = (
+        1  # of a device's share: devices with the same head, which all attend and project a part of the output
+    )
     num_extra_layers: int = 0  # stored after the last: heads that guess further tokens, which are not loaded
 
     def window(self, layer: int) -> int | None:

@@ -66,7 +66,7 @@ def rows_at_once(vocab_size: int) -> int:
     return max(8, 1 << (_ROWS_BYTES // (4 * vocab_size)).bit_length() - 1)
 
 
-def _sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: TensorAxis) -> Int[Array, " S"]:
+def _sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: MeshAxis) -> Int[Array, " S"]:
     logits = _adjust(logits, inputs, state, axis)
     greedy = _argmax(logits, axis)
     temperature = inputs.param(Param.TEMPERATURE)
