@@ -1,4 +1,4 @@
-"""The engine over several machines: how each joins the others, and the core of the one that leads."""
+"""The engine over several machines: how each finds the others, and the core of the one that leads."""
 
 from __future__ import annotations
 
@@ -39,14 +39,17 @@ def lead(args: ServerArgs, die: Die) -> Leader:
     return leader
 
 
-def join(args: ServerArgs, die: Die) -> Follower:
-    """Finds machine 0 and joins it, as `lead` does there. Raises ValueError."""
+def find_leader(args: ServerArgs, die: Die) -> Follower:
+    """A machine that is not the first finds machine 0, which accepts it. Raises ValueError."""
     address = parse_address(args.dist_init_addr or "")
     identity = identity_of(args, _model(args))
-    follower = Follower(connect(address, args.node_rank, identity, args.dist_token or "", args.dist_timeout), die)
-    coordinator = str(address._replace(port=follower.wait_start()))
+    return Follower(connect(address, args.node_rank, identity, args.dist_token or "", args.dist_timeout), die)
+
+
+def join(args: ServerArgs, follower: Follower) -> None:
+    """Waits until every machine is there; jax is one over all of them then."""
+    coordinator = str(parse_address(args.dist_init_addr or "")._replace(port=follower.wait_start()))
     join_processes(coordinator, coordinator, args.nnodes, args.node_rank, args.dist_timeout)
-    return follower
 
 
 def _model(args: ServerArgs) -> Path:
