@@ -14,6 +14,8 @@ import httpx
 import pytest
 from two_hosts import PATIENCE_S, SIZES, flags_of, free_ports, hosts, on_one_device, prompts
 
+import sgl_jax
+from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.models.checkpoint import open_checkpoint
 
 TOKEN_OF_LOGS = re.compile(r"--dist-token (\S+)")
@@ -122,3 +124,10 @@ def test_start_up_names_the_missing_hosts_and_gives_up(stories260k: Path, tmp_pa
         assert f"sgl_jax: error: {line}" in leader.text()
         assert follower.wait() == 1
         assert f"sgl_jax: error: host 0 ({all_hosts.address}) ended: {line}" in follower.text()
+
+
+def test_an_engine_in_a_program_is_on_one_machine(stories260k: Path) -> None:
+    with pytest.raises(
+        EngineFailed, match="--nnodes is 2; an engine over several machines is started by sgl_jax.launch_server"
+    ):
+        sgl_jax.Engine(model_path=str(stories260k), nnodes=2, tp_size=2, dist_init_addr="127.0.0.1:1")

@@ -31,13 +31,13 @@ def follow(args: ServerArgs) -> NoReturn:
     hosts: list[Follower] = []
     threading.Thread(target=_end_on_signal, args=(hosts,), name="sgl-jax-signals", daemon=True).start()
 
-    from sgl_jax.engine.hosts import find_leader, join
+    from sgl_jax.engine.hosts import follow_leader, unite
     from sgl_jax.engine.loop import one_line
     from sgl_jax.engine.startup import build_device_side
 
     try:
-        hosts.append(find_leader(args, _die))
-        join(args, hosts[0])
+        hosts.append(follow_leader(args, _die))
+        unite(args, hosts[0])
         runner = build_device_side(args, hosts[0]).runner
         logger.info("Ready: this machine runs what machine 0 tells it to")
         for program, vector in hosts[0].runs():

@@ -10,7 +10,7 @@ from typing import NoReturn
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import Command, EngineInfo, Event
 from sgl_jax.models.checkpoint import fetch
-from sgl_jax.multihost.address import ANY, parse_address
+from sgl_jax.multihost.address import LOOPBACK, parse_address
 from sgl_jax.multihost.follower import Follower, connect
 from sgl_jax.multihost.identity import identity_of
 from sgl_jax.multihost.leader import Leader
@@ -29,27 +29,29 @@ class Alone:
 
 
 def lead(args: ServerArgs, die: Die) -> Leader:
-    """Waits for the other machines; jax is one over all of them then. Raises ValueError."""
+    """Machine 0 waits until all others are there. Raises ValueError."""
     address = parse_address(args.dist_init_addr or "")
     leader = Leader(address, args.nnodes, identity_of(args, _model(args)), args.dist_token or "", die)
     leader.gather(args.dist_timeout)
-    bind = address.next_port()
-    here = bind._replace(host="127.0.0.1" if bind.host == ANY[0] else "::1") if bind.host in ANY else bind
-    join_processes(str(here), str(bind), args.nnodes, 0, args.dist_timeout)
     return leader
 
 
-def find_leader(args: ServerArgs, die: Die) -> Follower:
-    """A machine that is not the first finds machine 0, which accepts it. Raises ValueError."""
+def follow_leader(args: ServerArgs, die: Die) -> Follower:
+    """Another machine finds machine 0, which accepts it. Raises ValueError."""
     address = parse_address(args.dist_init_addr or "")
     identity = identity_of(args, _model(args))
     return Follower(connect(address, args.node_rank, identity, args.dist_token or "", args.dist_timeout), die)
 
 
-def join(args: ServerArgs, follower: Follower) -> None:
-    """Waits until every machine is there; jax is one over all of them then."""
-    coordinator = str(parse_address(args.dist_init_addr or "")._replace(port=follower.wait_start()))
-    join_processes(coordinator, coordinator, args.nnodes, args.node_rank, args.dist_timeout)
+def unite(args: ServerArgs, hosts: Leader | Follower) -> None:
+    """Every machine calls it when all are there: jax is one over all of them then."""
+    bind = parse_address(args.dist_init_addr or "").next_port()
+    coordinator = bind
+    if isinstance(hosts, Follower):
+        coordinator = bind._replace(port=hosts.wait_start())
+    elif bind.host in LOOPBACK:
+        coordinator = bind._replace(host=LOOPBACK[bind.host])
+    join_processes(str(coordinator), str(bind), args.nnodes, args.node_rank, args.dist_timeout)
 
 
 def _model(args: ServerArgs) -> Path:

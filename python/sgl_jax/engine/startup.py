@@ -11,7 +11,7 @@ import jax
 from sgl_jax import __version__
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
-from sgl_jax.engine.hosts import Alone, Die, LeadingCore, lead
+from sgl_jax.engine.hosts import Alone, Die, LeadingCore, lead, unite
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
@@ -65,6 +65,7 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
     started = time.perf_counter()
     leader = lead(args, die)
     try:
+        unite(args, leader)
         device_side = build_device_side(args, leader)
     except Exception as error:
         leader.close(one_line(error))

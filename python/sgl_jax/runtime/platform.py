@@ -54,8 +54,8 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
             devices = jax.devices(name)
         except RuntimeError:
             continue
-        if jax.process_count() > 1:
-            return PLATFORMS[name], _of_each_process(name, devices, number)
+        if (processes := len({device.process_index for device in devices})) > 1:
+            return PLATFORMS[name], _of_each_process(name, devices, number, processes)
         if len(devices) < number:
             more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N divides a CPU into N" if name == "cpu" else ""
             raise NoDevice(
@@ -66,10 +66,10 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
     raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")
 
 
-def _of_each_process(name: Name, devices: list[jax.Device], number: int) -> list[jax.Device]:
-    share = number // jax.process_count()
+def _of_each_process(name: Name, devices: list[jax.Device], number: int, processes: int) -> list[jax.Device]:
+    share = number // processes
     found = []
-    for process in range(jax.process_count()):
+    for process in range(processes):
         own = [device for device in devices if device.process_index == process]
         if len(own) < share:
             raise NoDevice(
