@@ -85,10 +85,10 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     latent = model.mla is not None
     name = attention_backend or ("native" if latent else platform.attention)
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
-    return Kernels(attention, _grouped_matmul(platform.name))
+    return Kernels(attention, grouped_matmul_for(platform.name))
 
 
-def _grouped_matmul(platform: Name) -> GroupedMatmul:
+def grouped_matmul_for(platform: Name) -> GroupedMatmul:
     if platform == "tpu":
         from sgl_jax.ops.grouped_matmul import pallas_tpu  # imports Pallas, which takes a while
 
