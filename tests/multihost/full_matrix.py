@@ -11,7 +11,8 @@ import pytest
 from two_hosts import SIZES, flags_of, hosts, on_one_device, prompts
 
 NEW_TOKENS = 32
-TIGHT = flags_of(**{k: v for k, v in SIZES.items() if k != "dtype"}, page_size=4, max_total_tokens=256)
+TIGHT = flags_of(**{k: v for k, v in SIZES.items() if k != "dtype"}, page_size=4)
+TOKENS_OF_A_RANK = 112  # a whole request fits, two do not
 GRIDS = {
     "llama": ["--tp-size", "4", "--dp-size", "2"],
     "qwen3": ["--tp-size", "4", "--dp-size", "2", "--enable-sequence-parallel"],
@@ -26,7 +27,9 @@ GRIDS = {
 @pytest.mark.parametrize("family", GRIDS)
 def test_greedy_tokens_are_those_of_one_device(shared_data: Path, tmp_path: Path, family: str) -> None:
     model = shared_data / "oracle" / family
-    with hosts(tmp_path, model, 2, 4, *GRIDS[family], *TIGHT) as all_hosts:
+    ranks = int(GRIDS[family][GRIDS[family].index("--dp-size") + 1])
+    pool = flags_of(max_total_tokens=TOKENS_OF_A_RANK * ranks)
+    with hosts(tmp_path, model, 2, 4, *GRIDS[family], *TIGHT, *pool) as all_hosts:
         all_hosts.join(1)
         expected = on_one_device(model, NEW_TOKENS)
         all_hosts.wait_ready()

@@ -53,11 +53,11 @@ def free_address() -> Address:
 class Host0:
     """A leader that gathers in a thread."""
 
-    def __init__(self, nnodes: int = 2, token: str = "t", timeout_s: float = PATIENCE_S, **more: Any):
+    def __init__(self, nnodes: int = 2, token: str = "t", timeout_s: float = PATIENCE_S):
         self.deaths: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.outcome: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.address = free_address()
-        self.leader = Leader(self.address, nnodes, IDENTITY, token, self.deaths.put, **more)
+        self.leader = Leader(self.address, nnodes, IDENTITY, token, self.deaths.put)
         self._thread = threading.Thread(target=self._gather, args=(timeout_s,))
         self._thread.start()
 
@@ -99,8 +99,8 @@ def host0(**options: Any) -> Iterator[Host0]:
 
 
 @contextmanager
-def together(**more: Any) -> Iterator[tuple[Host0, Follower, queue.SimpleQueue[str]]]:
-    with host0(**more) as host:
+def together() -> Iterator[tuple[Host0, Follower, queue.SimpleQueue[str]]]:
+    with host0() as host:
         deaths: queue.SimpleQueue[str] = queue.SimpleQueue()
         follower = Follower(host.connect(), deaths.put)
         assert host.wait() == "together"

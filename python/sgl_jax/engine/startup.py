@@ -72,6 +72,7 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
         raise
     core = _core(args, device_side, started)
     device_side.runner.announce = leader.announce
+    leader.serve()
     return LeadingCore(core, leader)
 
 

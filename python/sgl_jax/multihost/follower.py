@@ -27,11 +27,11 @@ _CONNECT_S = 5.0
 class Follower:
     """`die(reason)` is called, in a thread of its own, when host 0 is lost or ends for a reason; it is to end the process."""
 
-    def __init__(self, link: Link, die: Callable[[str], None], *, silence_s: float = SILENCE_S):
+    def __init__(self, link: Link, die: Callable[[str], None]):
         self._link, self._die = link, die
         self._ended = False
         self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
-        self._watch = Watch(self._on_message, self._on_lost, silence_s=silence_s)
+        self._watch = Watch(self._on_message, self._on_lost)
         self._watch.add(link)
 
     def wait_start(self) -> int:
@@ -45,6 +45,7 @@ class Follower:
 
     def runs(self) -> Iterator[tuple[str, np.ndarray]]:
         """Programs and vectors, in the order in which every host runs them, until host 0 says that it was the last."""
+        self._watch.silence_s = SILENCE_S
         while True:
             message = self._messages.get()
             if isinstance(message, Ended):

@@ -38,8 +38,6 @@ class Leader:
         identity: Identity,
         token: str,
         die: Callable[[str], None],
-        *,
-        silence_s: float = SILENCE_S,
     ):
         self.address = address
         self._nnodes, self._identity, self._token, self._die = nnodes, identity, token, die
@@ -52,7 +50,7 @@ class Leader:
         self._gone = threading.Event()
         self._numbers: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._greeted = threading.Semaphore(_MOST_GREETED)
-        self._watch = Watch(self._on_message, self._on_lost, silence_s=silence_s)
+        self._watch = Watch(self._on_message, self._on_lost)
 
     # --- start-up
 
@@ -148,6 +146,10 @@ class Leader:
         self._claimed = {rank: other for rank, other in self._claimed.items() if other is not link}
 
     # --- work
+
+    def serve(self) -> None:
+        """From here on a host that is silent for seconds is lost."""
+        self._watch.silence_s = SILENCE_S
 
     def agree(self, value: int) -> int:
         """The least of what all hosts give. Every host calls it at the same point, and none goes on before the last."""

@@ -16,6 +16,7 @@ from sgl_jax.multihost.wire import Alive, Ended, Link, Message
 
 BEAT_S = 1.0
 SILENCE_S = 10.0  # a host that says nothing for so long is lost: its power or its cable went, nothing was closed
+START_SILENCE_S = 60.0  # while it loads and compiles, a library may keep its threads from running for a while
 
 
 class Watch:
@@ -28,10 +29,11 @@ class Watch:
         on_lost: Callable[[Link, str], None],
         *,
         beat_s: float = BEAT_S,
-        silence_s: float = SILENCE_S,
+        silence_s: float = START_SILENCE_S,
     ):
+        self.silence_s = silence_s  # may be changed while it runs
         self._on_message, self._on_lost = on_message, on_lost
-        self._beat_s, self._silence_s = beat_s, silence_s
+        self._beat_s = beat_s
         self._heard: dict[Link, float] = {}  # when last
         self._new: queue.SimpleQueue[Link] = queue.SimpleQueue()
         self._wake, self._woken = socket.socketpair()
@@ -92,7 +94,7 @@ class Watch:
         # Whoever was to be heard has been read just before: if this process stood still itself, nobody is blamed.
         for link in list(self._heard):
             silence = time.monotonic() - self._heard[link]
-            if silence > self._silence_s:
+            if silence > self.silence_s:
                 self._lose(selector, link, f"{link.peer} has said nothing for {silence:.0f} s")
                 continue
             try:

@@ -50,7 +50,14 @@ CHIPS = {
 }
 
 # What jax calls the devices, or begins to.
-_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "v7x"}
+_KINDS = {
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+    "TPU7x": "v7x",
+}
 _KINDS |= {"NVIDIA H100": "h100", "NVIDIA H200": "h200"}
 
 # Chips -> the grid that many of them form. Google rents these and no others (half a host of 2x2 included).
