@@ -1,6 +1,6 @@
 """Every family of the oracles over two processes with four devices each: not part of the suite, run it by name.
 
-`python -m pytest tests/multihost/full_matrix.py -n 0`
+`python -m pytest tests/multihost/all_families.py -n 0`
 """
 
 from __future__ import annotations
