@@ -20,24 +20,25 @@ PYTHON = Path(__file__).resolve().parents[1] / "python"
 PACKAGE = PYTHON / "sgl_jax"
 
 PLAIN_DATA = ("request", "step_plan", "engine.messages")  # what rooms say to each other
-SETTINGS = ("server_args", "flags")
+SETTINGS = ("server_args", "flags", "hub")
 
 # What a room may import of sgl_jax besides itself: a name stands for the module and everything in it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request": (),
     "flags": (),
-    "server_args": ("flags",),
+    "hub": (),
+    "server_args": ("flags", "hub"),
     "step_plan": ("request",),
     "observability": ("engine.messages",),
     "cache": (),
     "scheduler": ("cache", "request", "step_plan"),
     "ops": (),
     "parallel": (),
-    "models": ("ops", "parallel"),
+    "models": ("ops", "parallel", "hub"),
     "multihost": SETTINGS,
     "runtime": ("models", "ops", "parallel", "request", "step_plan", "observability"),
     # A GGUF file carries its vocabulary: reading the file format is all that text/ takes from models/.
-    "text": ("request", "models.gguf_file", "models.errors"),
+    "text": ("request", "hub", "models.gguf_file", "models.errors"),
     "engine": (
         "scheduler",
         "cache",

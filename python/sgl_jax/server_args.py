@@ -28,6 +28,7 @@ from sgl_jax.flags import (
     variable_name,
 )
 from sgl_jax.flags import FlagError as ServerArgsError
+from sgl_jax.hub import MODELSCOPE, Downloads
 
 ENV_PREFIX = "SGL_JAX_"
 
@@ -75,14 +76,14 @@ class ServerArgs:
     model_path: str = required(
         About(
             MODEL,
-            "a folder with safetensors, a .gguf file or a Hugging Face id",
+            "a folder with safetensors, a .gguf file, a hub id, or config:NAME with --load-format dummy",
             aliases=("--model",),
             metavar="PATH",
             per_host=True,  # the files are compared
         )
     )
     tokenizer_path: str | None = flag(
-        None, MODEL, "a folder, a .gguf file or a Hugging Face id", unset="the model's", metavar="PATH", per_host=True
+        None, MODEL, "a folder, a .gguf file or a hub id", unset="the model's", metavar="PATH", per_host=True
     )
     trust_remote_code: bool = flag(
         False, MODEL, "accepted, with no effect: code from a model folder is never run", per_host=True
@@ -110,7 +111,10 @@ class ServerArgs:
         metavar="MODULE",
     )
     download_dir: str | None = flag(
-        None, MODEL, "where downloaded models are kept", unset="the Hugging Face cache", metavar="PATH", per_host=True
+        None, MODEL, "where downloaded models are kept", unset="the source's own cache", metavar="PATH", per_host=True
+    )
+    download_source: Literal["huggingface", "modelscope"] = flag(
+        "huggingface", MODEL, "where a model that is named by its id is fetched from", per_host=True
     )
     chat_template: str | None = flag(
         None,
@@ -386,6 +390,14 @@ class ServerArgs:
                 "There is no --dist-token: whoever reaches the port of --dist-init-addr can join as one of the machines."
             )
         return found
+
+    @property
+    def downloads(self) -> Downloads:
+        """Where named models come from. ModelScope's own variables are honoured, as the Hugging Face library does with its."""
+        domain = os.environ.get("MODELSCOPE_DOMAIN") or MODELSCOPE
+        endpoint = domain if "://" in domain else f"https://{domain}"
+        token = os.environ.get("MODELSCOPE_API_TOKEN")
+        return Downloads(self.download_source, self.download_dir, endpoint, token)
 
     def changed(self) -> dict[str, Any]:
         """The values that differ from their defaults, for people to read: secrets are hidden."""

@@ -1,6 +1,6 @@
 """The step as a TPU would run it: compiled by libtpu for chips that are not here, and read.
 
-Default launches of real models: a scan over all their layers takes as long to compile as over two.
+Default launches of real models, with all their layers: 36 take little longer to compile than one.
 """
 
 from __future__ import annotations
@@ -48,8 +48,7 @@ def test_no_matrix_is_copied_on_its_way_to_its_product(step: StepProgram) -> Non
 
 
 def test_a_layer_has_four_products_with_weights(step: StepProgram) -> None:
-    twice = 2 * step.num_layers  # q/k/v and output; gate/up and down
-    assert programs.layer_products(step) == {"attention": twice, "mlp": twice}
+    assert programs.products(step) == programs.expected_products(step)
 
 
 def test_a_layer_sums_twice_over_the_devices(step: StepProgram) -> None:

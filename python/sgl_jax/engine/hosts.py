@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn
 
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import Command, EngineInfo, Event
-from sgl_jax.models.checkpoint import fetch
+from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.multihost.address import LOOPBACK, parse_address
 from sgl_jax.multihost.follower import Follower, connect
 from sgl_jax.multihost.identity import identity_of
 from sgl_jax.multihost.leader import Leader
+from sgl_jax.multihost.wire import Identity
 from sgl_jax.parallel.processes import join_processes
 from sgl_jax.server_args import ServerArgs
 
@@ -31,7 +31,7 @@ class Alone:
 def lead(args: ServerArgs, die: Die) -> Leader:
     """Machine 0 waits until all others are there. Raises ValueError."""
     address = parse_address(args.dist_init_addr or "")
-    leader = Leader(address, args.nnodes, identity_of(args, _model(args)), args.dist_token or "", die)
+    leader = Leader(address, args.nnodes, _identity(args), args.dist_token or "", die)
     leader.gather(args.dist_timeout)
     return leader
 
@@ -39,7 +39,7 @@ def lead(args: ServerArgs, die: Die) -> Leader:
 def follow_leader(args: ServerArgs, die: Die) -> Follower:
     """Another machine finds machine 0, which accepts it. Raises ValueError."""
     address = parse_address(args.dist_init_addr or "")
-    identity = identity_of(args, _model(args))
+    identity = _identity(args)
     return Follower(connect(address, args.node_rank, identity, args.dist_token or "", args.dist_timeout), die)
 
 
@@ -54,8 +54,10 @@ def unite(args: ServerArgs, hosts: Leader | Follower) -> None:
     join_processes(str(coordinator), str(bind), args.nnodes, args.node_rank, args.dist_timeout)
 
 
-def _model(args: ServerArgs) -> Path:
-    return fetch(args.model_path, download_dir=args.download_dir, weights=args.load_format != "dummy")
+def _identity(args: ServerArgs) -> Identity:
+    checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
+    configs = {"config.json": checkpoint.config, "generation_config.json": checkpoint.generation_config}
+    return identity_of(args, configs, None if checkpoint.format == "dummy" else checkpoint.path)
 
 
 class LeadingCore:

@@ -85,7 +85,7 @@ def build_device_side(args: ServerArgs, hosts: Leader | Follower | Alone) -> Dev
     logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
     logger.info(log.changed_args_line(args.changed()))
 
-    checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, download_dir=args.download_dir)
+    checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
     if args.model_package is not None:
         add_package(args.model_package)
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)

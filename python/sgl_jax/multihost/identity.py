@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 from pathlib import Path
+from typing import Any
 
 from sgl_jax import __version__
 from sgl_jax.multihost.wire import Identity, Scalar
 from sgl_jax.server_args import FLAGS, ServerArgs
 
 _PACKAGES = ("jax", "jaxlib", "libtpu")
-_CONFIGS = ("config.json", "generation_config.json")
 _TAIL = 1 << 16  # bytes of each weight file that are hashed: a fine-tune has its model's sizes, not its last values
 
 
-def identity_of(args: ServerArgs, path: Path) -> Identity:
-    """`path` is the model's folder or file."""
+def identity_of(args: ServerArgs, configs: dict[str, dict[str, Any]], weights: Path | None) -> Identity:
+    """`configs` by file name; `weights` is a folder or a file."""
     versions = {"sgl_jax": __version__}
     for name in _PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return Identity(versions, shared_flags(args), model_files(path, weights=args.load_format != "dummy"))
+    return Identity(versions, shared_flags(args), model_files(configs, weights))
 
 
 def shared_flags(args: ServerArgs) -> dict[str, Scalar]:
@@ -31,19 +32,24 @@ def shared_flags(args: ServerArgs) -> dict[str, Scalar]:
     return {each.option: getattr(args, each.name) for each in FLAGS if not each.about.per_host}
 
 
-def model_files(path: Path, *, weights: bool) -> dict[str, str]:
+def model_files(configs: dict[str, dict[str, Any]], weights: Path | None) -> dict[str, str]:
     """A fingerprint by file name, in words: the times of the files do not count, nor where they lie."""
-    if path.is_file():
-        return {"the .gguf file": _fingerprint(path)}
-    patterns = [*_CONFIGS, *(("*.safetensors", "*.gguf") if weights else ())]
-    return {file.name: _fingerprint(file) for pattern in patterns for file in path.glob(pattern)}
+    found = {name: _hash(json.dumps(config, sort_keys=True).encode()) for name, config in configs.items()}
+    if weights is not None and weights.is_file():
+        return found | {"the .gguf file": _fingerprint(weights)}
+    files = [] if weights is None else [*weights.glob("*.safetensors"), *weights.glob("*.gguf")]
+    return found | {file.name: _fingerprint(file) for file in files}
 
 
 def _fingerprint(file: Path) -> str:
     size = file.stat().st_size
     with open(file, "rb") as opened:
         opened.seek(max(size - _TAIL, 0))
-        return f"{size} bytes, ends in {hashlib.sha256(opened.read()).hexdigest()[:16]}"
+        return f"{size} bytes, ends in {_hash(opened.read())}"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
 
 
 def differences(here: Identity, there: Identity, other: str) -> list[str]:

@@ -141,9 +141,10 @@ def sampler_error(num_rows: int = 64, vocab_size: int = 32000) -> float:
     plan = StepPlan(
         keys=rows.astype(np.int64),
         rows=rows,
+        rank=np.zeros_like(rows),
         start=rows + 5,
         num_new=np.ones_like(rows),
-        num_single=num_rows,
+        num_single=np.array([num_rows], np.int32),
         samples=np.ones(num_rows, np.bool_),
         from_device=np.zeros(num_rows, np.bool_),
         next_token=np.full_like(rows, -1),
