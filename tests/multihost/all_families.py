@@ -30,6 +30,7 @@ def test_greedy_tokens_are_those_of_one_device(shared_data: Path, tmp_path: Path
     ranks = int(GRIDS[family][GRIDS[family].index("--dp-size") + 1])
     pool = flags_of(max_total_tokens=TOKENS_OF_A_RANK * ranks)
     with hosts(tmp_path, model, 2, 4, *GRIDS[family], *TIGHT, *pool) as all_hosts:
+        all_hosts.lead()
         all_hosts.join(1)
         expected = on_one_device(model, NEW_TOKENS)
         all_hosts.wait_ready()

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.timeout(600)
 def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(shared_data: Path, tmp_path: Path) -> None:
     model = shared_data / "oracle" / "qwen3"
     with hosts(tmp_path, model, 2, 4, "--tp-size", "4", "--dp-size", "2", *TIGHT) as all_hosts:
-        leader = all_hosts.leader
+        leader = all_hosts.lead()
         expected = on_one_device(model, NEW_TOKENS)  # while it starts
 
         # Hosts that do not fit are refused, and told why; the wait goes on.
@@ -100,6 +100,7 @@ def test_each_process_reads_its_share_of_the_files(stories260k: Path) -> None:
 def test_the_first_ends_the_others(stories260k: Path, tmp_path: Path) -> None:
     small = flags_of(max_running_requests=1, chunked_prefill_size=1, context_length=32, max_total_tokens=64)
     with hosts(tmp_path, stories260k, 2, 1, "--tp-size", "2", "--skip-server-warmup", *small) as all_hosts:
+        all_hosts.lead()
         follower = all_hosts.join(1)
         all_hosts.wait_ready()
         assert len(all_hosts.ask([5, 6, 7], max_new_tokens=4).json()["output_ids"]) == 4
@@ -110,9 +111,11 @@ def test_the_first_ends_the_others(stories260k: Path, tmp_path: Path) -> None:
 
 
 def test_start_up_names_the_missing_hosts_and_gives_up(stories260k: Path, tmp_path: Path) -> None:
-    with hosts(tmp_path, stories260k, 4, 1, "--tp-size", "4", "--dist-timeout", "20") as all_hosts:
-        leader = all_hosts.leader
+    with hosts(tmp_path, stories260k, 4, 1, "--tp-size", "4") as all_hosts:
         leaver, follower = all_hosts.join(1), all_hosts.join(2)
+        for host in (leaver, follower):
+            host.wait_for(f"waiting for host 0 at {all_hosts.address}: Connection refused")
+        leader = all_hosts.lead("--dist-timeout", "20")
         leader.wait_for("host 1 (127.0.0.1")
         leader.wait_for("host 2 (127.0.0.1")
         leaver.process.send_signal(signal.SIGTERM)

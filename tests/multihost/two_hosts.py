@@ -64,7 +64,7 @@ class Host:
 
 
 class Hosts:
-    """Host 0 and the flags that all share; more hosts are started by `join`."""
+    """The flags that all share, and those who were started: host 0 by `lead`, the others by `join`."""
 
     def __init__(self, folder: Path, model: Path, nnodes: int, devices: int, *flags: str):
         self._folder, self._devices = folder, devices
@@ -76,7 +76,10 @@ class Hosts:
         self.flags += ["--nnodes", str(nnodes), "--dist-init-addr", self.address, *flags]
         self.flags += ["--compilation-cache-dir", str(folder / "compiled")]
         self.all: list[Host] = []
-        self.leader = self.join(0, "--port", str(self.port))
+
+    def lead(self, *flags: str) -> Host:
+        self.leader = self.join(0, "--port", str(self.port), *flags)
+        return self.leader
 
     def join(self, rank: int, *flags: str, token: str = TOKEN) -> Host:
         log = self._folder / f"{len(self.all)}.log"
