@@ -105,7 +105,7 @@ def test_an_absent_key_means_what_transformers_classes_mean(architecture, extra,
     """Checked against transformers 5.23, tokens and logprobs, with random weights of these and other shapes."""
     config = decoder_config({"architectures": [architecture]} | SMALLEST | extra)
     found = dataclasses.asdict(config)
-    found["theta"] = round(config.rope.inv_freq[1] ** -len(config.rope.inv_freq))
+    found["theta"] = float(f"{config.rope.inv_freq[1] ** -len(config.rope.inv_freq):.4g}")
     for part in ("moe", "mla"):
         found |= {f"{part}.{key}": value for key, value in (found[part] or {}).items()}
     assert {key: found[key] for key in expected} == expected
@@ -149,6 +149,14 @@ def test_qwen_windows_need_use_sliding_window(architecture):
     assert config.sliding_windows == (8, None, 8, None)
     with pytest.raises(ModelError, match="chunked_attention"):
         decoder_config(hf(architecture, use_sliding_window=True, layer_types=["chunked_attention"] * 4, **window))
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"])
+def test_the_number_of_qwen_s_experts_has_two_names(architecture):
+    for key in ("num_experts", "num_local_experts"):
+        moe = decoder_config(hf(architecture, **{key: 6})).moe
+        assert moe is not None
+        assert moe.num_experts == 6
 
 
 def test_mistral_window_is_off_when_null_and_4096_when_absent():

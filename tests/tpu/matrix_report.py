@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 def source() -> str:
     """A digest of the modules that make programs."""
     package = REPOSITORY / "python" / "sgl_jax"
-    rooms = ("engine/launch_plan.py", "models", "ops", "parallel", "planning/configs", "runtime")
+    rooms = ("engine/launch_plan.py", "models", "ops", "parallel", "runtime")
     files = sorted(
         file for room in rooms for file in [package / room, *(package / room).rglob("*.*")] if file.is_file()
     )

@@ -19,6 +19,7 @@ from sgl_jax.runtime import hlo
 from sgl_jax.runtime.compiler import CompileWatch, Program, compile_all, matmul_precision
 from sgl_jax.runtime.hlo import Instruction, Module
 from sgl_jax.runtime.platform import kernels_for
+from sgl_jax.runtime.state import state_bytes
 from sgl_jax.server_args import ServerArgs
 
 MOVES = ("copy", "transpose", "dynamic-slice", "slice", "concatenate", "fusion", "custom-call-done", "call-done")
@@ -26,6 +27,7 @@ PRODUCTS = ("convolution", "dot")
 
 SMALL = 64 << 10  # bytes between devices besides activations: the best token of each row
 TEMP_SHARE = 0.02  # of the pool
+AGREEMENT = 0.02  # between arithmetic and the compiled program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +39,18 @@ class StepProgram:
     rows: int
     args: tuple[Any, ...]  # weights, pool, state, plan vector
     module: Module
+    argument_bytes: int
     temp_bytes: int
     aliased_bytes: int
 
     @property
     def pool_bytes(self) -> int:
         return self.plan.launch.memory.kv_bytes
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of bfloat16 between layers."""
+        return self.tokens * self.plan.model.config.hidden_size * 2
 
     @property
     def num_layers(self) -> int:
@@ -82,7 +90,17 @@ def step_program(model: str, topology: str, attention: str, tokens: int) -> Step
 def read(plan: Plan, tokens: int, rows: int, program: Program, call: Any) -> StepProgram:
     memory = call.memory_analysis()
     module = hlo.read(call.as_text())
-    return StepProgram(plan, tokens, rows, program.args, module, memory.temp_size_in_bytes, memory.alias_size_in_bytes)
+    sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes
+    return StepProgram(plan, tokens, rows, program.args, module, *sizes)
+
+
+def planned_bytes(step: StepProgram) -> tuple[int, int]:
+    """By arithmetic alone, of one device: what a step is given, and what it sums over the devices."""
+    launch, runner = step.plan.launch, step.plan.launch.runner
+    vocabulary = step.plan.model.config.vocab_size // step.plan.target.num_devices
+    state = state_bytes(runner.num_rows, runner.pages_per_row, vocabulary)
+    (bucket,) = (each for each in step.plan.steps if each.bucket.num_tokens == step.tokens)
+    return launch.weight_bytes + launch.memory.kv_bytes + state, int(bucket.cost.reduced_bytes)
 
 
 def sides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -141,7 +159,7 @@ def expected_products(step: StepProgram) -> Counter[str]:
 def sums(step: StepProgram) -> tuple[int, list[int]]:
     """Of a step that takes no branch: how often activations are summed over the devices, and the bytes of everything
     else that goes between them."""
-    activations = step.tokens * step.plan.model.config.hidden_size * 2
+    activations = step.activation_bytes
     always = [each for each in step.module.collectives() if not each.in_branch]
     others = [each.nbytes for each in always if each.nbytes != activations]
     return len(always) - len(others), others
@@ -173,4 +191,9 @@ def faults(step: StepProgram) -> list[str]:
         found.append(f"{activations} sums of activations over the devices, and others of {others} bytes")
     if largest_gathered_axis(step) >= step.plan.model.config.vocab_size // devices // 16:
         found.append(f"something {largest_gathered_axis(step)} long is gathered")
+    given, reduced = planned_bytes(step)
+    if abs(step.argument_bytes - given) > AGREEMENT * given:
+        found.append(f"it is given {step.argument_bytes} bytes, and {given} were planned")
+    if abs(activations * step.activation_bytes - reduced) > AGREEMENT * reduced:
+        found.append(f"{activations * step.activation_bytes} bytes are summed over the devices, {reduced} were planned")
     return found

@@ -19,7 +19,7 @@ DEFAULTS = {
     "Gemma2ForCausalLM": _BOTH
     | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192},
     "Gemma3ForCausalLM": _BOTH
-    | {"sliding_window_pattern": 6, "rope_local_base_freq": 1e4, "max_position_embeddings": 131072},
+    | {"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "max_position_embeddings": 131072},
 }
 NAMES = llama.NAMES.with_layer(
     {
@@ -78,6 +78,5 @@ def _ropes(hf: dict[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig]:
             bare | {"rope_parameters": both["sliding_attention"]},
         )
     else:
-        wide = hf | {"rope_theta": hf.get("rope_theta", 1e6)}
-        local = bare | {"rope_theta": hf["rope_local_base_freq"]}
+        wide, local = hf, bare | {"rope_theta": hf["rope_local_base_freq"]}
     return resolve_rope(wide, head_dim), resolve_rope(local, head_dim)

@@ -14,11 +14,11 @@ _WINDOWS = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embed
 DEFAULTS = {
     "Qwen2MoeForCausalLM": {
         **{"num_key_value_heads": 16, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
-        **{"num_experts": 60, "num_experts_per_tok": 4} | _WINDOWS,
+        **{"num_local_experts": 60, "num_experts_per_tok": 4} | _WINDOWS,
     },
     "Qwen3MoeForCausalLM": {
         **{"num_key_value_heads": 4, "moe_intermediate_size": 768},
-        **{"num_experts": 128, "num_experts_per_tok": 8} | _WINDOWS,
+        **{"num_local_experts": 128, "num_experts_per_tok": 8} | _WINDOWS,
     },
 }
 NAMES = llama.NAMES.with_layer(
@@ -51,7 +51,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
         sliding_windows=_windows(hf, is_qwen2),
         qkv_bias=bool(hf.get("qkv_bias", True)) if is_qwen2 else dense.qkv_bias,
         moe=MoeConfig(
-            num_experts=required(hf, "num_experts"),
+            num_experts=hf.get("num_experts") or required(hf, "num_local_experts"),  # transformers 5 writes the latter
             experts_per_token=required(hf, "num_experts_per_tok"),
             intermediate_size=required(hf, "moe_intermediate_size"),
             shared_intermediate_size=shared,
