@@ -66,8 +66,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "selftest": (
         "benchmark",
         "engine",
-        "planning",
         "runtime",
+        "models.bundled",
         "ops",
         "scheduler.rows",
         *PLAIN_DATA,
