@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "ops": (),
     "parallel": (),
     "models": ("ops", "parallel", "hub"),
+    "multihost": SETTINGS,
     "runtime": ("models", "ops", "parallel", "request", "step_plan", "observability"),
     # A GGUF file carries its vocabulary: reading the file format is all that text/ takes from models/.
     "text": ("request", "hub", "models.gguf_file", "models.errors"),
@@ -45,6 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "models",
         "ops",
         "parallel",
+        "multihost",
         "text",
         "observability",
         *PLAIN_DATA,
@@ -53,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "planning": ("engine", "runtime", "models", "ops", "parallel", "observability", *SETTINGS),
     "compile": ("planning", "runtime", "observability", *SETTINGS),
     "server": ("engine", "text", "observability", *PLAIN_DATA, *SETTINGS),
-    "launch_server": ("server", "planning", "observability", *SETTINGS),
+    "launch_server": ("server", "engine", "planning", "observability", *SETTINGS),
     "benchmark": ("engine", "text", "runtime", "models", "scheduler.rows", "observability", *PLAIN_DATA, *SETTINGS),
     "bench_serving": ("benchmark",),
     "bench_one_batch_server": ("benchmark",),
@@ -64,8 +66,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "selftest": (
         "benchmark",
         "engine",
-        "planning",
         "runtime",
+        "models.bundled",
         "ops",
         "scheduler.rows",
         *PLAIN_DATA,
@@ -80,7 +82,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 NOWHERE = {"torch", "transformers", "pickle"}  # test oracles, and a format that runs what it reads
 BUT = {("text.from_transformers", "transformers")}  # the optional extra, imported where it is called
 JAX = {"jax", "jaxlib"}
-WITHOUT_JAX = ("cache", "scheduler", "text", "server", "observability", "launch_server", *PLAIN_DATA, *SETTINGS)
+WITHOUT_JAX = (
+    "cache",
+    "scheduler",
+    "text",
+    "server",
+    "observability",
+    "multihost",
+    "launch_server",
+    *PLAIN_DATA,
+    *SETTINGS,
+)
 READS_ENVIRONMENT = "server_args"
 
 
