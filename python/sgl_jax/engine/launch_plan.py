@@ -30,6 +30,11 @@ class LaunchPlan:
     runner: RunnerConfig
     scheduler: SchedulerConfig
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV that requests can use, on all data ranks."""
+        return self.memory.num_tokens * self.grid.data
+
 
 def plan_launch(
     args: ServerArgs,
