@@ -32,9 +32,9 @@ def answers_in_every_way(core: Core, prompts: Sequence[list[int]], **params: Any
     whole = core.scheduler.config
     chunked = dataclasses.replace(whole, max_step_tokens=CHUNK, max_prefill_tokens=CHUNK)
     for config, together in itertools.product((whole, chunked), (True, False)):
-        pages = core.scheduler.cache
-        cache = PrefixCache(pages.num_usable_pages + 1, pages.page_size)
-        client = Client(Core(Scheduler(config, cache), core._runner, core.info, overlap=True, random_seed=0))
+        (pages,) = core.scheduler.caches
+        scheduler = Scheduler(config, [PrefixCache(pages.num_usable_pages + 1, pages.page_size)])
+        client = Client(Core(scheduler, core._runner, core.info, overlap=True, random_seed=0))
         for key, prompt in enumerate(prompts):
             client.submit(key, prompt, **GREEDY, **params)
             if not together:
