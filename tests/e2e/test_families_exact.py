@@ -11,43 +11,48 @@ from exact import ALL_PROMPTS, Build, assert_oracle
 
 from sgl_jax.runtime import platform
 
-FAMILIES = [
-    "llama",
-    "llama-attn-bias",
-    "llama-rope3",
-    "llama-tied",
-    "mistral",
-    "qwen2",
-    "qwen2-tied",
-    "qwen2-yarn",
-    "qwen3",
-    "qwen3-tied",
-    "qwen2_moe",
-    "qwen2_moe-mixed",
-    "qwen3_moe",
-    "mixtral",
-    "gemma2",
-    "gemma3_text",
-    "glm4_moe",
-    "glm4_moe-air",
-    "gpt_oss",
-    "deepseek_v2",
-    "deepseek_v2-lite",
-    "deepseek_v3",
-    "deepseek_v3-noqlora",
-]
+FAMILIES = {  # and the architecture that the folder's config.json names
+    "llama": "LlamaForCausalLM",
+    "llama-attn-bias": "LlamaForCausalLM",
+    "llama-rope3": "LlamaForCausalLM",
+    "llama-tied": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen2-tied": "Qwen2ForCausalLM",
+    "qwen2-yarn": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3-tied": "Qwen3ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
+    "qwen2_moe-mixed": "Qwen2MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "glm4_moe-air": "Glm4MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v2-lite": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
+    "deepseek_v3-noqlora": "DeepseekV3ForCausalLM",
+}
+SCANNED = ["gemma3_text", "gpt_oss", "qwen2_moe-mixed", "deepseek_v3"]
 
 
+@pytest.mark.supports("float32 on a CPU", FAMILIES)
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_gives_transformers_tokens_and_logprobs(
     build: Build, shared_data: Path, family: str, page_size: int
 ) -> None:
     folder = shared_data / "oracle" / family
-    assert_oracle(build(folder, bucket=ALL_PROMPTS, page_size=page_size, max_total_tokens=1024), folder)
+    core = build(folder, bucket=ALL_PROMPTS, page_size=page_size, max_total_tokens=1024)
+    assert core.info.architecture == FAMILIES[family]
+    assert_oracle(core, folder)
 
 
-@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "qwen2_moe-mixed", "deepseek_v3"])
+@pytest.mark.supports("layers scanned, as on a GPU", SCANNED)
+@pytest.mark.parametrize("family", SCANNED)
 def test_the_form_accelerators_get_gives_them(
     build: Build, shared_data: Path, monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:

@@ -38,6 +38,7 @@ def write(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
     return folder
 
 
+@pytest.mark.supports("float32 on a CPU", ["QWenLMHeadModel", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"])
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_tokens_and_logprobs_of_the_reference(build: Build, tmp_path: Path, name: str, page_size: int) -> None:

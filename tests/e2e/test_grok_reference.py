@@ -13,6 +13,7 @@ from exact import ALL_PROMPTS, TOLERANCE, Build, assert_reference
 STEPS = 12
 
 
+@pytest.mark.supports("float32 on a CPU", ["Grok1ForCausalLM"])
 @pytest.mark.parametrize("page_size", [1, 16])
 def test_tokens_and_logprobs_are_the_references(build: Build, tmp_path: Path, page_size: int) -> None:
     config = reference_grok.CONFIG

@@ -27,6 +27,7 @@ def runs(request: pytest.FixtureRequest, shared_data: Path) -> dict[str, dict[st
     return dict(zip(grids, run_grids(shared_data / "oracle" / request.param, grids), strict=True))
 
 
+@pytest.mark.supports("several devices, virtual", CASES)
 @pytest.mark.timeout(900)
 def test_tokens_and_logprobs_are_those_of_one_device(runs: dict[str, dict[str, Any]]) -> None:
     one = runs.pop("1")

@@ -137,7 +137,7 @@ class Core:
             events.append(StepOutput(stats=self._stats()))
         return events
 
-    def close(self) -> None:
+    def close(self, reason: str = "") -> None:
         """Nothing comes after this; a profile that still runs is written."""
         self._profiler.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 
@@ -10,13 +11,17 @@ import jax
 from sgl_jax import __version__
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
-from sgl_jax.engine.launch_plan import grid_of, plan_launch
+from sgl_jax.engine.hosts import Alone, Die, LeadingCore, lead, unite
+from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
+from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.families import add_package, decoder_config
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.weights import Weights, parameters_per_token
+from sgl_jax.multihost.follower import Follower
+from sgl_jax.multihost.leader import Leader
 from sgl_jax.observability import log
 from sgl_jax.observability.progress import weight_progress
 from sgl_jax.parallel.placement import Placement
@@ -31,16 +36,56 @@ from sgl_jax.server_args import ServerArgs
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceSide:
+    """What a machine has on its devices, ready to run, and what was decided on the way."""
+
+    model: DecoderConfig
+    platform: Platform
+    devices: list[jax.Device]  # of all machines
+    plan: LaunchPlan
+    runner: ModelRunner
+
+
 def build_core(args: ServerArgs) -> Core:
     """Load the model, size memory, compile every program. Raises ValueError with a line for the user."""
+    if args.nnodes > 1:
+        raise ValueError(
+            f"--nnodes is {args.nnodes}; an engine over several machines is started by sgl_jax.launch_server, on each of them"
+        )
     started = time.perf_counter()
+    return _core(args, build_device_side(args, Alone()), started)
+
+
+def launch(args: ServerArgs, die: Die) -> EngineCore:
+    """`build_core`, or on the first of several machines the core that leads the others. `die` ends the process from any
+    thread: a machine can be lost while the engine's own hangs."""
+    if args.nnodes == 1:
+        return build_core(args)
+    started = time.perf_counter()
+    leader = lead(args, die)
+    try:
+        unite(args, leader)
+        device_side = build_device_side(args, leader)
+    except Exception as error:
+        leader.close(one_line(error))
+        raise
+    core = _core(args, device_side, started)
+    device_side.runner.announce = leader.announce
+    leader.serve()
+    return LeadingCore(core, leader)
+
+
+def build_device_side(args: ServerArgs, hosts: Leader | Follower | Alone) -> DeviceSide:
+    """The same on every machine, and at the same time."""
     use_compile_cache(args.compilation_cache_dir)
     grid = grid_of(args)
     platform, devices = pick_devices(args.device, grid.num_devices)
+    here = [device for device in devices if device.process_index == jax.process_index()]
     logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
     logger.info(log.changed_args_line(args.changed()))
 
-    checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, download_dir=args.download_dir)
+    checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
     if args.model_package is not None:
         add_package(args.model_package)
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
@@ -51,7 +96,7 @@ def build_core(args: ServerArgs) -> Core:
         platform,
         kernels,
         stored_dtype=checkpoint.dtype,
-        device_bytes=device_memory(devices[0]) // _sharers(devices),
+        device_bytes=hosts.agree(device_memory(here[0]) // _sharers(here)),
     )
     memory = plan.memory
     logger.info(
@@ -66,7 +111,13 @@ def build_core(args: ServerArgs) -> Core:
     placement = Placement.over(devices, grid)
     weights = _load(checkpoint, model, plan.dtype, args, platform, placement)
     runner = ModelRunner(weights, model, plan.runner, kernels, placement)
-    runner.warm_up(_report_compile)
+    runner.warm_up(_report_compile, meet=lambda: hosts.agree(0))
+    return DeviceSide(model, platform, devices, plan, runner)
+
+
+def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
+    model, plan, runner, devices = device_side.model, device_side.plan, device_side.runner, device_side.devices
+    grid, memory = plan.grid, plan.memory
     caches = [
         PrefixCache(memory.num_pages, plan.runner.page_size, enabled=not args.disable_radix_cache)
         for _ in range(grid.data)
@@ -76,7 +127,7 @@ def build_core(args: ServerArgs) -> Core:
         model_path=args.model_path,
         architecture=model.architecture,
         dtype=plan.dtype,
-        platform=platform.name,
+        platform=device_side.platform.name,
         device_kind=devices[0].device_kind,
         num_devices=len(devices),
         vocab_size=model.vocab_size,

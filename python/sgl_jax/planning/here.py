@@ -26,7 +26,7 @@ def compile_here(args: ServerArgs) -> int:
     started = time.perf_counter()
     try:
         target = target_here(args.device, grid_of(args).num_devices)
-        model = read_model(args.model_path, args.download_dir, args.model_package)
+        model = read_model(args.model_path, args.downloads, args.model_package)
         launch = launch_of(args, model, target)
         kernels = kernels_for(args.attention_backend, target.platform, model.config)
     except (Misfit, ValueError) as error:

@@ -47,12 +47,15 @@ class NoDevice(ValueError):
 
 
 def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[jax.Device]]:
-    """`number` devices of the wanted platform, or of the best one present. Raises NoDevice if there are not as many."""
+    """`number` devices of the wanted platform, or of the best one present; with several processes, as many of each.
+    Raises NoDevice if there are not as many."""
     for name in [wanted] if wanted else ["tpu", "gpu", "cpu"]:
         try:
             devices = jax.devices(name)
         except RuntimeError:
             continue
+        if (processes := len({device.process_index for device in devices})) > 1:
+            return PLATFORMS[name], _of_each_process(name, devices, number, processes)
         if len(devices) < number:
             more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N divides a CPU into N" if name == "cpu" else ""
             raise NoDevice(
@@ -63,15 +66,29 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
     raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")
 
 
+def _of_each_process(name: Name, devices: list[jax.Device], number: int, processes: int) -> list[jax.Device]:
+    share = number // processes
+    found = []
+    for process in range(processes):
+        own = [device for device in devices if device.process_index == process]
+        if len(own) < share:
+            raise NoDevice(
+                f"the launch needs {number} devices (--tp-size times --dp-size), {share} of each machine; machine {process} "
+                f"has {len(own)} {name} device(s)"
+            )
+        found += own[:share]
+    return found
+
+
 def kernels_for(attention_backend: str | None, platform: Platform, model: DecoderConfig) -> Kernels:
     """The implementations to build steps with; None: the best attention for platform and model. Raises NoSuchBackend."""
     latent = model.mla is not None
     name = attention_backend or ("native" if latent else platform.attention)
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
-    return Kernels(attention, _grouped_matmul(platform.name))
+    return Kernels(attention, grouped_matmul_for(platform.name))
 
 
-def _grouped_matmul(platform: Name) -> GroupedMatmul:
+def grouped_matmul_for(platform: Name) -> GroupedMatmul:
     if platform == "tpu":
         from sgl_jax.ops.grouped_matmul import pallas_tpu  # imports Pallas, which takes a while
 

@@ -83,7 +83,7 @@ def _sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState,
             lambda: jnp.where(filtered, _threshold(scaled, top_k, top_p, min_p, filtered, axis), -jnp.inf),
             lambda: jnp.full(len(scaled), -jnp.inf),
         )
-        drawn = _invert(scaled, threshold, _uniforms(inputs), axis)
+        drawn = _invert(scaled, threshold, uniforms(inputs), axis)
         return jnp.where(random, drawn, greedy)
 
     return lax.cond(random.any(), draw, lambda: greedy)
@@ -165,7 +165,7 @@ def _adjust(
     return lax.cond(penalised.any(), penalise, lambda x: x, logits)
 
 
-def _uniforms(inputs: StepInputs) -> Float[Array, " S"]:
+def uniforms(inputs: StepInputs) -> Float[Array, " S"]:
     """One number in [0, 1) per row, from the request's seed and the position sampled."""
 
     def one(seed, position):
