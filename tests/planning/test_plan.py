@@ -22,7 +22,7 @@ GIB = 1 << 30
 def plan(model: str | PlannedModel, topology: str, context: int = 1024, **flags) -> Plan:
     args = ServerArgs(model_path=model if isinstance(model, str) else "model", **flags)
     found = find_model(model) if isinstance(model, str) else model
-    return make_plan(args, found, find_target(topology, args.tp_size), context)
+    return make_plan(args, found, find_target(topology, args.tp_size, args.dp_size), context)
 
 
 def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
@@ -129,3 +129,19 @@ def test_a_hub_id_of_a_bundled_model_needs_no_network_and_a_path_wins(tmp_path: 
     config = json.loads(bundled()["Qwen3-8B"]) | {"num_hidden_layers": 2}
     (folder / "config.json").write_text(json.dumps(config))
     assert find_model(str(folder)).config.num_layers == 2
+
+
+def test_limits_are_those_of_all_ranks_together() -> None:
+    found = plan("Qwen3-8B", "v6e-8", tp_size=4, dp_size=2, max_running_requests=64, max_total_tokens=65536)
+    assert found.launch.scheduler.max_running_requests == 32
+    assert found.launch.runner.num_rows == 64
+    assert found.launch.kv_tokens == 65536
+    with pytest.raises(ValueError, match="--max-running-requests is 5; it must be a multiple of --dp-size 2"):
+        plan("Qwen3-8B", "v6e-8", tp_size=4, dp_size=2, max_running_requests=5)
+
+
+def test_ranks_hold_more_than_copies_of_heads() -> None:
+    """With four KV heads, eight devices hold each twice; two ranks of four devices hold other tokens in that place."""
+    copies = plan("Qwen3-30B-A3B", "v6e-8", tp_size=8)
+    ranks = plan("Qwen3-30B-A3B", "v6e-8", tp_size=4, dp_size=2, ep_size=8)
+    assert ranks.launch.kv_tokens > 1.8 * copies.launch.kv_tokens

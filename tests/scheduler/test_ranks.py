@@ -157,6 +157,29 @@ def test_when_no_rank_fits_the_next_in_line_waits_and_all_behind_it() -> None:
     assert list(s.waiting) == [3, 4]
 
 
+def test_pages_for_growth_are_kept_for_the_rows_of_the_rank_alone() -> None:
+    s = make_scheduler(
+        ranks=2, placement="round_robin", page_size=4, num_usable_pages=8, context_length=32, step_tokens=32
+    )
+    for key in (3, 5, 7):
+        s.add(make_request(key, [key, key], max_tokens=4))
+    assert lines(step(s)) == [(1, 3, 0, 2), (1, 5, 0, 2), (1, 7, 0, 2)]
+    assert place(s, 8, list(range(27)), max_tokens=4) == 0  # 7 of 8 pages, and no row there that may grow
+    assert place(s, 9, [9] * 3, max_tokens=4) == 1
+
+
+def test_a_sibling_waits_for_its_rank_before_it_looks_for_pages_and_holds_nobody_up() -> None:
+    s = make_scheduler(
+        ranks=2, placement="round_robin", page_size=4, num_usable_pages=8, context_length=32, step_tokens=32
+    )
+    stem = list(range(100, 124))
+    s.add(make_request(2, stem, max_tokens=4))
+    s.add(make_request(4, [*stem[:12], *range(8)], max_tokens=4))
+    s.add(make_request(5, [5, 5], max_tokens=4))
+    assert lines(step(s)) == [(0, 2, 0, 24), (1, 5, 0, 2)]
+    assert lines(step(s)) == [(0, 2, 24, 1), (1, 5, 2, 1), (1, 4, 0, 20)]  # rank 0 has 3 of its pages, but no room
+
+
 def test_siblings_wait_for_their_prefix_on_one_rank_and_start_at_once_on_another() -> None:
     s = make_scheduler(ranks=2, placement="round_robin", page_size=4, step_tokens=32)
     stem = list(range(100, 108))
@@ -183,12 +206,12 @@ def test_the_youngest_of_the_rank_that_lacks_pages_is_preempted_and_may_move() -
     )
     s.add(make_request(2, [1, 2], max_tokens=7))
     s.add(make_request(4, [3, 4], max_tokens=7))
-    s.add(make_request(5, [5, 6], max_tokens=2))  # the youngest of all, on rank 1
+    s.add(make_request(5, [5, 6], max_tokens=4))  # the youngest of all, on rank 1
     assert lines(step(s)) == [(0, 2, 0, 2), (0, 4, 0, 2), (1, 5, 0, 2)]
     assert lines(step(s)) == [(0, 2, 2, 1), (0, 4, 2, 1), (1, 5, 2, 1)]
     step(s)
     plan = step(s)  # both rows of rank 0 want a third page; one is left
-    assert lines(plan) == [(0, 2, 4, 1)]
+    assert lines(plan) == [(0, 2, 4, 1), (1, 5, 4, 1)]
     assert s.counters.preemptions == 1
     assert list(s.waiting) == [4]
     plan = step(s)

@@ -30,6 +30,11 @@ class LaunchPlan:
     runner: RunnerConfig
     scheduler: SchedulerConfig
 
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV that requests can use, on all data ranks."""
+        return self.memory.num_tokens * self.grid.data
+
 
 def plan_launch(
     args: ServerArgs,
@@ -50,6 +55,10 @@ def plan_launch(
             f"--context-length is {args.context_length}; the model was made for {model.context_length} tokens at most"
         )
     grid = grid_of(args)
+    if (args.max_running_requests or 0) % grid.data:
+        raise ValueError(
+            f"--max-running-requests is {args.max_running_requests}; it must be a multiple of --dp-size {grid.data}"
+        )
     share = model.share(grid)
     dtype = _dtype(args, stored_dtype, platform)
     itemsize = np.dtype(dtype).itemsize

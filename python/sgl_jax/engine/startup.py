@@ -104,7 +104,7 @@ def build_device_side(args: ServerArgs, hosts: Leader | Follower | Alone) -> Dev
             weights=plan.weight_bytes,
             kv=memory.kv_bytes,
             free=memory.total_bytes - plan.weight_bytes - memory.kv_bytes,
-            kv_tokens=memory.num_tokens * grid.data,
+            kv_tokens=plan.kv_tokens,
             context_length=plan.runner.context_length,
         )
     )
@@ -134,7 +134,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         context_length=plan.runner.context_length,
         eos_token_ids=list(model.eos_token_ids),
         page_size=plan.runner.page_size,
-        max_total_tokens=memory.num_tokens * grid.data,
+        max_total_tokens=plan.kv_tokens,
         max_running_requests=plan.runner.num_rows,
         chunked_prefill_size=plan.scheduler.max_prefill_tokens * grid.data,
         num_programs=len(runner.programs),

@@ -84,6 +84,13 @@ class Grid:
     def num_devices(self) -> int:
         return self.tensor * self.data
 
+    @property
+    def flags(self) -> str:
+        """As a user would ask for it."""
+        others = (("--dp-size", self.data), ("--ep-size", self.expert))
+        sizes = [f"--tp-size {self.tensor}", *(f"{flag} {size}" for flag, size in others if size > 1)]
+        return " ".join([*sizes, "--enable-sequence-parallel"] if self.sequence else sizes)
+
     @functools.cached_property
     def tensor_axis(self) -> MeshAxis:
         return MeshAxis((TENSOR,), self.tensor)

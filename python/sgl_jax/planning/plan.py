@@ -30,7 +30,8 @@ class Misfit(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PlannedStep:
-    bucket: Bucket
+    bucket: Bucket  # of each data rank
+    num_tokens: int  # on all of them
     cost: StepCost
     bound: Bound | None  # None: the device's rates are unknown
 
@@ -40,7 +41,7 @@ class PlannedStep:
 
     @property
     def tokens_per_s(self) -> float | None:
-        return None if self.bound is None else self.bucket.num_tokens / self.bound.seconds
+        return None if self.bound is None else self.num_tokens / self.bound.seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Plan:
 
     @property
     def full_contexts(self) -> float:
-        return self.launch.memory.num_tokens / self.launch.runner.context_length
+        return self.launch.kv_tokens / self.launch.runner.context_length
 
 
 def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: int) -> Plan:
@@ -66,7 +67,9 @@ def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: in
     steps = []
     for bucket in launch.runner.buckets:
         cost = step_cost(model.config, launch.grid, launch.runner.pool, itemsize, bucket, context)
-        steps.append(PlannedStep(bucket, cost, cost.bound(rates) if rates else None))
+        steps.append(
+            PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, cost.bound(rates) if rates else None)
+        )
     parameters = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(model.config)))
     return Plan(model, target, launch, parameters, context, tuple(steps))
 
@@ -133,7 +136,7 @@ def _least_fraction(args: ServerArgs, model: PlannedModel, target: Target) -> fl
 
 
 def _room(launch: LaunchPlan) -> str:
-    return f"{launch.memory.num_tokens:,} tokens of KV"
+    return f"{launch.kv_tokens:,} tokens of KV"
 
 
 def _devices(topology: Topology) -> str:
