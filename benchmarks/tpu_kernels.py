@@ -24,11 +24,35 @@ from pathlib import Path
 from typing import Any
 
 CLOCK = {"v6e": 1.75e9, "v7x": 2.2e9}  # inferred: bfloat16 rate / (2 units x 256 x 256 x 2 per cycle)
-# Heads of one device: Qwen3-8B at TP 1, 4 and 8.
-SHAPES = {"TP1": (32, 8), "TP4": (8, 2), "TP8": (4, 1)}
-HEAD_DIM, ROWS, CHUNK_TOKENS = 128, 256, 2048
+ROWS, CHUNK_TOKENS = 256, 2048
 CONTEXTS = (256, 1024, 4096)
 POOL_PAGES = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Attention of one device."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int = 128
+    value_dim: int = 128
+    planes: int = 2  # 1: a latent pool, whose values are the first value_dim columns of the keys
+
+    @property
+    def width(self) -> int:
+        """Of a key in the pool."""
+        return -(-self.key_dim // 128) * 128
+
+    @property
+    def is_latent(self) -> bool:
+        return self.planes == 1
+
+
+# Qwen3-8B at TP 1, 4 and 8; DeepSeek-V3 at TP 1, 4 and 8, DeepSeek-V2-Lite at TP 1.
+SHAPES = {"TP1": Shape(32, 8), "TP4": Shape(8, 2), "TP8": Shape(4, 1)} | {
+    f"MLA-{heads}": Shape(heads, 1, 576, 512, planes=1) for heads in (128, 32, 16)
+}
 
 
 # --- reading final bundles --------------------------------------------------------------------------------------------
@@ -142,7 +166,7 @@ class Case:
 
 
 def cases() -> list[Case]:
-    every = [Case(chip, shape, 128, kind) for chip in CLOCK for shape in SHAPES for kind in ("decode", "chunks")]
+    every = [Case(chip, shape, 128, kind) for shape in SHAPES for chip in CLOCK for kind in ("decode", "chunks")]
     eight_bits = [Case(chip, "TP4", 128, "decode", pool) for chip in CLOCK for pool in ("int8", "float8_e4m3fn")]
     return every + [Case(chip, "TP4", 16, "decode") for chip in CLOCK] + eight_bits
 
@@ -160,7 +184,7 @@ def measure(selected: list[Case], dumps: Path) -> dict[str, dict[str, Any]]:
         compiled, blocks = compile_case(case)
         found = [f for f in set(dumps.glob("*final_bundles.txt")) - before if "schedule-analysis" not in f.name]
         name = {"decode": "fa_decode", "chunks": "fa_chunks"}[case.kind]
-        (dump,) = (f for f in found if name in f.name)
+        dump = min(f for f in found if name in f.name)  # rows that do not fit into VMEM at once are calls of their own
         read = decode_figures if case.kind == "decode" else chunk_figures
         figures = read(read_bundles(dump.read_text()))
         results[case.name] = dataclasses.asdict(case) | blocks | {"bundles": figures} | program_facts(compiled, name)
@@ -179,23 +203,25 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     from sgl_jax.ops.attention.fa import call
     from sgl_jax.runtime import topology
 
-    num_heads, num_kv_heads = SHAPES[case.shape]
-    only_singles = case.kind == "decode"
-    tokens = ROWS if only_singles else CHUNK_TOKENS
+    shape = SHAPES[case.shape]
+    tokens = ROWS if case.kind == "decode" else CHUNK_TOKENS
     row_pages = 4096 // case.page
-    kv_shape = (POOL_PAGES * 16 // case.page, num_kv_heads, 2, case.page, HEAD_DIM)
+    kv_shape = (POOL_PAGES * 16 // case.page, shape.num_kv_heads, shape.planes, case.page, shape.width)
+    latent = {"value_dim": shape.value_dim} if shape.is_latent else {}
     mesh = Mesh(np.array(topology.tpu_devices(topology.parse(f"{case.chip}-1"))[:1]), ("x",))
 
     def array(shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def layer(q, k, v, kv, table, kv_lens, cu, num_single, per_token, first_page):
-        batch = RaggedBatch(table, kv_lens, cu, num_single, *per_token, only_singles)
-        return call.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=HEAD_DIM**-0.5)
+        batch = RaggedBatch(table, kv_lens, cu, num_single, *per_token)
+        return call.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=shape.key_dim**-0.5, **latent)
 
     ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
     args = (
-        *(array((tokens, heads, HEAD_DIM)) for heads in (num_heads, num_kv_heads, num_kv_heads)),
+        array((tokens, shape.num_heads, shape.key_dim)),
+        array((tokens, shape.num_kv_heads, shape.key_dim)),
+        None if shape.is_latent else array((tokens, shape.num_kv_heads, shape.value_dim)),
         array(kv_shape, case.pool),
         ints(ROWS, row_pages),
         ints(ROWS),
@@ -208,10 +234,10 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
         chip = sizes.current_chip()
         traced = jax.jit(layer, donate_argnums=3).trace(*args)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    if only_singles:
-        blocks = sizes.decode_blocks(chip, kv_shape, case.pool, row_pages, num_heads)
+    if case.kind == "decode":
+        blocks = sizes.decode_blocks(chip, kv_shape, case.pool, row_pages, shape.num_heads)
     else:
-        blocks = sizes.chunk_blocks(chip, kv_shape, case.pool, row_pages, tokens)
+        blocks = sizes.chunk_blocks(chip, kv_shape, case.pool, row_pages, shape.num_heads, tokens)
     return compiled, {"block": blocks.pages * case.page, "unit": blocks.unit_pages * case.page} | {
         "queries": getattr(blocks, "queries", 1),
         "pool_bytes": jnp.dtype(case.pool).itemsize * math.prod(kv_shape),

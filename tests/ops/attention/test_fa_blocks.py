@@ -27,7 +27,7 @@ def test_blocks_fit_and_keep_what_the_kernels_rely_on(chip, kv_heads, page, head
     shape = (100, kv_heads, 2, page, head_dim)
     page_bytes = kv_heads * 2 * page * head_dim * jnp.dtype(dtype).itemsize
     decode = blocks.decode_blocks(chip, shape, dtype, row_pages, 4 * kv_heads)
-    chunks = blocks.chunk_blocks(chip, shape, dtype, row_pages, tokens)
+    chunks = blocks.chunk_blocks(chip, shape, dtype, row_pages, 4 * kv_heads, tokens)
     for sizes in (decode, chunks):
         assert IDS % sizes.pages == 0
         assert sizes.pages % sizes.unit_pages == 0
