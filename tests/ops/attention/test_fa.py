@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from sgl_jax.ops.attention import native, reference
 from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch, to_pool
 from sgl_jax.ops.attention.fa import call as fa
+from sgl_jax.ops.attention.fa import decode
 from sgl_jax.ops.attention.fa.ring import PageRing
 
 TOKENS, ROWS = 96, 8
@@ -117,11 +118,25 @@ def test_random_batches_over_a_latent_pool_match_reference_without_a_race(reques
     run()
 
 
-@pytest.mark.parametrize(("num_heads", "value_dim"), [(128, 130), (5, 24)])
-def test_any_number_of_heads_reads_one_latent_vector_in_bfloat16(num_heads, value_dim):
-    """More heads than a product takes, and fewer than a tile has rows."""
+@pytest.mark.parametrize(("num_heads", "value_dim"), [(48, 130), (5, 24)])
+def test_any_number_of_heads_reads_one_latent_vector_in_bfloat16(num_heads, value_dim, monkeypatch):
+    """More heads than a product and a turn take, and fewer than a tile has rows."""
+    monkeypatch.setattr(decode, "PART_HEADS", 24)
     b = latent_batch([(70, 1), (15, 1), (3, 29)], num_heads=num_heads, num_tokens=32)
     check(b, jnp.bfloat16, atol=0.05, options={"value_dim": value_dim, "softcap": 20.0})
+
+
+def test_latent_rows_beyond_what_vmem_holds_are_served_in_turn():
+    rows = [*((7 * i, 1) for i in range(20)), (9, 12)]
+    sizes = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 40, "page_size": 16, "num_tokens": 64, "num_rows": 24}
+    b = random_batch(np.random.default_rng(0), rows, **sizes)
+    b |= {"kv": b["kv"][:, :, :1], "v": None}
+    blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
+    out, kv = compiled(jnp.float32, RACES, blocks=blocks, value_dim=24)(jax.tree.map(jnp.asarray, b), jnp.int32(20))
+    expected, expected_kv = reference.paged_attention(**b, scale=0.25, value_dim=24)
+    np.testing.assert_allclose(np.asarray(out)[:32], expected[:32], atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(out)[32:], 0)
+    np.testing.assert_array_equal(np.asarray(kv), expected_kv.astype(np.float32))
 
 
 def test_scores_grow_with_the_position_of_the_query():

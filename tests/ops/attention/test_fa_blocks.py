@@ -49,6 +49,17 @@ def test_qwen3_8b_on_four_devices():
         assert (sizes.slots, sizes.pages * page, sizes.unit_pages * page) == (8, 1024, 256)
 
 
+@pytest.mark.parametrize(
+    ("chip", "heads", "queries", "rows"), [(V6E, 128, 32, 64), (V7X, 128, 16, 32), (V6E, 32, 128, 256)]
+)
+def test_many_heads_over_latent_vectors_of_576_leave_room_in_vmem(chip, heads, queries, rows):
+    """DeepSeek-V3 on one device and on four: what a query takes grows with its heads."""
+    shape = (100, 1, 1, 16, 640)
+    chunks = blocks.chunk_blocks(chip, shape, jnp.bfloat16, 256, heads, 2048)
+    assert (chunks.queries, chunks.pages * 16) == (queries, 1024)
+    assert blocks.decode_blocks(chip, shape, jnp.bfloat16, 256, heads).max_rows // 16 * 16 >= rows
+
+
 def test_short_rows_get_no_larger_block_than_they_need():
     assert blocks.decode_blocks(V6E, (100, 2, 2, 16, 128), jnp.bfloat16, 3, 8).pages == 4
 

@@ -74,9 +74,11 @@ def paged_attention(
         )
     padded_tokens = -(-num_tokens // blocks[1].queries) * blocks[1].queries
 
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, padded_tokens - num_tokens), (0, 0), (0, pool_dim - head_dim))).astype(dtype)
+
     def flat(x: jax.Array) -> jax.Array:
-        pad = ((0, padded_tokens - num_tokens), (0, 0), (0, pool_dim - head_dim))
-        return jnp.pad(x, pad).astype(dtype).reshape(padded_tokens, -1)
+        return padded(x).reshape(padded_tokens, -1)
 
     # 8-bit pools: values go in as bfloat16 that the pool's type holds exactly.
     dtype = jnp.dtype(kv.dtype) if kv.dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
@@ -97,7 +99,11 @@ def paged_attention(
     prepared = operands(prepare, padded_tokens, head_dim, pool_dim, q.dtype)
     scores = Scores(scale * k_scale, softcap, v_scale, dtype, temperature_length)
     num_lines = -(-min(num_rows, num_tokens) // TOKENS) * TOKENS
-    q2, k2, v2 = flat(q), flat(k), None if v is None else flat(v)
+    # Queries are products of all heads at once, or of each head by itself (models/mla.py): the kernels take them as those
+    # products lay them out.
+    heads_first = v is None
+    q2 = padded(q).swapaxes(0, 1) if heads_first else flat(q)
+    k2, v2 = flat(k), None if v is None else flat(v)
     parts = []
     for first in range(0, num_lines, blocks[0].max_rows):  # more rows than VMEM holds are served in turn
         end = min(num_lines, first + blocks[0].max_rows)
@@ -106,7 +112,7 @@ def paged_attention(
         cut = (lambda x: x) if end - first == num_lines else (lambda x, first=first, end=end: x[first:end])
         rope = None if prepared.rope is None else cut(prepared.rope)
         part, kv = attend_singles(
-            cut(q2),
+            cut(q2.swapaxes(0, 1)).swapaxes(0, 1) if heads_first else cut(q2),
             cut(k2),
             None if v2 is None else cut(v2),
             kv,
@@ -123,7 +129,10 @@ def paged_attention(
             blocks=blocks[0],
         )
         parts.append(part)
-    out = parts[0] if len(parts) == 1 else jnp.pad(jnp.concatenate(parts), ((0, padded_tokens - num_lines), (0, 0)))
+    out = parts[0]
+    if len(parts) > 1:
+        rest = [(0, 0)] * (out.ndim - 2) + [(0, padded_tokens - num_lines), (0, 0)]
+        out = jnp.pad(jnp.concatenate(parts, axis=-2), rest)
     out, kv = attend_chunks(
         q2,
         k2,
@@ -143,5 +152,6 @@ def paged_attention(
         has_window=window is not None,
         blocks=blocks[1],
     )
-    out = out[:num_tokens].reshape(num_tokens, num_heads, value_lanes)[..., :value_dim]
+    out = out.swapaxes(0, 1) if heads_first else out.reshape(padded_tokens, num_heads, value_lanes)
+    out = out[:num_tokens, :, :value_dim]
     return out.astype(q.dtype), kv

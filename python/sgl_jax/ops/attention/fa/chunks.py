@@ -20,17 +20,18 @@ from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks
 from sgl_jax.ops.attention.fa.prepare import Operands, Prepare
 from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
-from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, part_of
+from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, of_head, part_of
 from sgl_jax.ops.attention.fa.write import WriteRefs, write_chunks, write_scratch
 
-PRODUCT_QUERIES = 128  # queries of a product, over all its heads, as far as heads divide
+PRODUCT_QUERIES = 256  # queries of a product, over all its heads, as far as heads divide
 TURN = 6  # products of a turn at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
     """What the kernel sees. B queries of a tile; a product takes those of J heads, U = N / J products in all. V is H, or
-    less where the pool has one plane, whose first V columns are the values."""
+    less where the pool has one plane, whose first V columns are the values; q and o may have heads before tokens
+    (tile.of_head), and so have their tiles."""
 
     num_single: Ref  # SMEM i32[1]: rows with one token
     first_page: Ref  # SMEM i32[1]: of the layer
@@ -84,12 +85,12 @@ def _kernel(
     joined = num_heads // products  # heads of a product
     in_turn = part_of(group // joined, TURN)  # products of a turn, all of one KV head
     block_tokens = pages.pages * page_size
-    tile_tokens = refs.q_tiles.shape[1]
+    tile_tokens = refs.q_tiles.shape[-2]
     window = refs.window[0]
     first_row = refs.num_single[0]  # of chunks: rows with one token come first, a token each
     first_token = jnp.where(first_row < last_token, first_row, lines_set)
     first_tile = div(first_token, tile_tokens)
-    num_tiles = refs.q.shape[0] // tile_tokens
+    num_tiles = refs.q.shape[-2] // tile_tokens
 
     def positions(row, tile):
         """The positions [first, end) in its row of a tile's tokens of that row, and what to add to a token for its position."""
@@ -140,7 +141,8 @@ def _kernel(
     lax.fori_loop(0, pages.lead, lambda n, _: start(n, cursor[0]), None)
 
     def tile_copy(hbm, tiles, sem, tile):
-        at = hbm.at[pl.ds(pl.multiple_of(tile * tile_tokens, tile_tokens), tile_tokens)]
+        lines = pl.ds(pl.multiple_of(tile * tile_tokens, tile_tokens), tile_tokens)
+        at = hbm.at[:, lines] if len(hbm.shape) == 3 else hbm.at[lines]
         slot = rem(tile, 2)
         return at, tiles.at[slot], sem.at[slot]
 
@@ -161,14 +163,17 @@ def _kernel(
         rope = refs.rope_tiles[slot] if refs.rope is not None else None
 
         def one_head(head, _):
-            at = slot, slice(None), lanes_of(head, head_dim)
+            at = q_at(slot, head)
             x = prepare(refs.q_tiles[at].astype(jnp.float32), refs.q_norm, rope)
             refs.q_tiles[at] = x.astype(refs.q_tiles.dtype)
 
         lax.fori_loop(0, num_heads, one_head, None)
 
-    def lanes_of(head, width):
-        return pl.ds(pl.multiple_of(head * width, LANES), width)
+    def q_at(slot, head):
+        return slot, *of_head(refs.q.shape, slice(None), head, head_dim)
+
+    def o_at(slot, head):
+        return slot, *of_head(refs.o.shape, slice(None), head, value_dim)
 
     def for_heads(do):
         """do(product, head's rows in it, head) for each head."""
@@ -222,7 +227,7 @@ def _kernel(
 
                 def queries(product):
                     heads = [product * joined + j for j in range(joined)]
-                    return jnp.concatenate([refs.q_tiles[slot, :, lanes_of(n, head_dim)] for n in heads], axis=0)
+                    return jnp.concatenate([refs.q_tiles[q_at(slot, n)] for n in heads], axis=0)
 
                 states = [(refs.top[i][:, :1], refs.total[i], refs.acc[i]) for i in mine]
                 states = attend(states, [queries(i) for i in mine], [[load]] * in_turn, keep, scores, growth)
@@ -267,7 +272,7 @@ def _kernel(
             token = tile * tile_tokens + lax.broadcasted_iota(jnp.int32, (tile_tokens, value_dim), 0)
             mine = (token >= first - shift) & (token < end - shift)
             out = refs.acc[product, rows] / jnp.sum(refs.total[product, rows], axis=1, keepdims=True) * scores.v_scale
-            at = slot, slice(None), lanes_of(head, value_dim)
+            at = o_at(slot, head)
             refs.o_tiles[at] = jnp.where(mine, out, refs.o_tiles[at].astype(jnp.float32)).astype(refs.o_tiles.dtype)
 
         for_heads(put)
@@ -319,7 +324,7 @@ def _kernel(
         def _():
             def clear(_product, _rows, head):
                 token = tile * tile_tokens + lax.broadcasted_iota(jnp.int32, (tile_tokens, value_dim), 0)
-                at = rem(tile, 2), slice(None), lanes_of(head, value_dim)
+                at = o_at(rem(tile, 2), head)
                 out = jnp.where(token < last_token, refs.o_tiles[at].astype(jnp.float32), 0)
                 refs.o_tiles[at] = out.astype(refs.o_tiles.dtype)
 
@@ -356,19 +361,19 @@ def attend_chunks(
     has_window: bool,
     blocks: ChunkBlocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """q [T, N * H], k and v [T, K * H] (v None for a pool of one plane), o [T, N * V], token_page i32[T] without the layer's
-    first page, table i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of blocks.queries. Without a row of more
+    """q [T, N * H] or [N, T, H], k and v [T, K * H] (v None for a pool of one plane), o [T, N * V] or [N, T, V], token_page
+    i32[T] without the layer's first page, table i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of blocks.queries. Without a row of more
     than one token the first lines_set lines of o are as they should be.
 
     Returns o with the lines after the rows with one token set, and the pool. Both are changed in place when donated.
     """
     _, num_kv_heads, planes, _, head_dim = kv.shape
-    value_dim = o.shape[1] // num_heads
+    value_dim = o.shape[-1] if o.ndim == 3 else o.shape[-1] // num_heads
     joined = part_of(num_heads // num_kv_heads, max(1, PRODUCT_QUERIES // blocks.queries))
     state = (num_heads // joined, joined * blocks.queries)
     scratch: dict[str, Any] = {
-        "q_tiles": pltpu.VMEM((2, blocks.queries, q.shape[1]), q.dtype),
-        "o_tiles": pltpu.VMEM((2, blocks.queries, o.shape[1]), o.dtype),
+        "q_tiles": pltpu.VMEM((2, *q.shape[:-2], blocks.queries, q.shape[-1]), q.dtype),
+        "o_tiles": pltpu.VMEM((2, *o.shape[:-2], blocks.queries, o.shape[-1]), o.dtype),
         "q_sem": pltpu.SemaphoreType.DMA((2,)),
         "o_sem": pltpu.SemaphoreType.DMA((2,)),
         "top": pltpu.VMEM((*state, LANES), jnp.float32),
@@ -404,7 +409,7 @@ def attend_chunks(
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     inputs = [q, k, *optional.values(), table, o, kv]
     last = len(prefetch) + len(inputs)
-    keys = q.shape[0] * blocks.expected_keys
+    keys = q.shape[-2] * blocks.expected_keys
     return pl.pallas_call(
         body,
         out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype), jax.ShapeDtypeStruct(kv.shape, kv.dtype)],

@@ -20,9 +20,10 @@ from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import DecodeBlocks
 from sgl_jax.ops.attention.fa.prepare import Operands, Prepare
 from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
-from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, part_of, row_tile
+from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, of_head, part_of, row_tile
 
 WRITES = 4  # tiles on their way back to the pool
+UNROLLED_HEADS = 32  # of more heads, each is a turn of a loop where they are handled one by one
 PART_HEADS = 128  # query heads of a product at most
 ALONE = 2  # cuts of the keys of a block where there is but one product, for want of another to run beside its softmax
 
@@ -30,7 +31,7 @@ ALONE = 2  # cuts of the keys of a block where there is but one product, for wan
 @dataclasses.dataclass(frozen=True)
 class Refs:
     """What the kernel sees. R rows, a multiple of 16; C = H / 128 lane tiles. V is H, or less where the pool has one
-    plane, whose first V columns are the values."""
+    plane, whose first V columns are the values; q and o may have heads before rows (tile.of_head)."""
 
     num_single: Ref  # SMEM i32[1]: rows with one token
     first_page: Ref  # SMEM i32[1]: of the layer
@@ -58,7 +59,7 @@ def _kernel(
 ):
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
     _, num_kv_heads, planes, page_size, head_dim = refs.kv.shape
-    value_dim = refs.o.shape[1] // num_heads
+    value_dim = refs.o.shape[-1] if refs.o.ndim == 3 else refs.o.shape[-1] // num_heads
     group = num_heads // num_kv_heads
     part = part_of(group, PART_HEADS)  # q heads of a product
     part_rows = -(-part // 8) * 8
@@ -68,6 +69,9 @@ def _kernel(
     num_rows = refs.num_single[0]
     window = refs.window[0]
     lane_tiles, value_tiles = range(head_dim // LANES), range(value_dim // LANES)
+
+    def for_heads(do):
+        lax.fori_loop(0, num_heads, do, None, unroll=num_heads <= UNROLLED_HEADS)
 
     def spread(r, _):
         """16 rows of [R, heads * H] to lines by (row, head)."""
@@ -79,11 +83,13 @@ def _kernel(
                 target[c, lines] = x[:, c * LANES : (c + 1) * LANES]
 
         def load(source, head):
-            return source[at, head * head_dim : (head + 1) * head_dim].astype(jnp.float32)
+            return source[of_head(source.shape, at, head, head_dim)].astype(jnp.float32)
 
-        for n in range(num_heads):
+        def one_head(n, _):
             x = prepare(load(refs.q, n), refs.q_norm, rope)
             put(refs.heads, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads), x)
+
+        for_heads(one_head)
         for h in range(num_kv_heads):
             line, stride = (r * 16 * num_kv_heads + h) * planes, planes * num_kv_heads
             put(refs.new, pl.ds(line, 16, stride=stride), prepare(load(refs.k, h), refs.k_norm, rope))
@@ -204,13 +210,15 @@ def _kernel(
         """And back: o by (row, head) to [R, N * H]; zeros after the last row."""
         at = pl.ds(pl.multiple_of(r * 16, 16), 16)
         live = r * 16 + lax.broadcasted_iota(jnp.int32, (16, LANES), 0) < num_rows
-        for n in range(num_heads):
-            for c in value_tiles:
-                lanes = slice(n * value_dim + c * LANES, n * value_dim + (c + 1) * LANES)
-                x = refs.heads[c, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads)]
-                refs.o[at, lanes] = jnp.where(live, x, 0).astype(refs.o.dtype)
 
-    lax.fori_loop(0, refs.o.shape[0] // 16, gather, None)
+        def one_head(n, _):
+            lines = pl.ds(r * 16 * num_heads + n, 16, stride=num_heads)
+            x = jnp.concatenate([jnp.where(live, refs.heads[c, lines], 0) for c in value_tiles], 1)
+            refs.o[of_head(refs.o.shape, at, n, value_dim)] = x.astype(refs.o.dtype)
+
+        for_heads(one_head)
+
+    lax.fori_loop(0, refs.o.shape[-2] // 16, gather, None)
     for w in range(WRITES):
 
         @pl.when(num_rows > w)
@@ -269,11 +277,11 @@ def attend_singles(
     has_window: bool,
     blocks: DecodeBlocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """q [T, N * H], k and v [T, K * H] (v None for a pool of one plane),
-    table i32[S * groups * IDS], sinks f32[N + 8, 128].
+    """q [T, N * H] or [N, T, H], k and v [T, K * H] (v None for a pool of one plane), table i32[S * groups * IDS],
+    sinks f32[N + 8, 128].
 
-    Returns o [T, N * value_dim], of which the first num_rows lines are set (zeros after the rows with one token), and the
-    pool.
+    Returns o [T, N * value_dim] or [N, T, value_dim], of which the first num_rows lines are set (zeros after the rows with
+    one token), and the pool.
     """
     _, num_kv_heads, planes, _, head_dim = kv.shape
     lane_tiles = head_dim // LANES
@@ -304,8 +312,13 @@ def attend_singles(
         prepare=prepare.spec,
         has_window=has_window,
     )
-    out = jax.ShapeDtypeStruct((q.shape[0], num_heads * value_dim), q.dtype)
-    rows = lambda x: pl.BlockSpec((num_rows, x.shape[1]), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))  # noqa: E731
+    per_head = (num_heads, q.shape[1], value_dim)
+    out = jax.ShapeDtypeStruct(per_head if q.ndim == 3 else (q.shape[0], num_heads * value_dim), q.dtype)
+
+    def rows(x):
+        shape = (*x.shape[:-2], num_rows, x.shape[-1])
+        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape), pipeline_mode=pl.Buffered(1))
+
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     inputs = [q, k, *optional.values(), table, kv]

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 LANES = 128
 AHEAD = 2  # scores asked for before the first softmax; 0, 1 and 3 need 8 to 22 % more bundles (docs/decisions/0012)
@@ -40,6 +41,15 @@ class Scores:
             return None
         log = jnp.log(jnp.maximum(position, 1).astype(jnp.float32))
         return jnp.maximum(log * (1 / math.log(self.temperature_length)), 1)
+
+
+def of_head(shape: tuple[int, ...], lines: Any, head: Any, width: int) -> tuple[Any, ...]:
+    """Where a head's lines are in an array of the shape [T, N * width] or [N, T, width]."""
+    if len(shape) == 3:
+        return head, lines
+    if isinstance(head, int):
+        return lines, slice(head * width, (head + 1) * width)
+    return lines, pl.ds(pl.multiple_of(head * width, LANES), width)
 
 
 def part_of(group: int, most: int) -> int:
