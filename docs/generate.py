@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import ast
+import json
+from collections import defaultdict
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from sgl_jax.flags import Flag
+from sgl_jax.models.bundled import bundled
+from sgl_jax.models.families import FAMILIES
 from sgl_jax.server_args import ENV_PREFIX, FLAGS
 
 INTRODUCTION = f"""# Server arguments
@@ -56,6 +63,83 @@ def _values(flag: Flag) -> str:
     return f"{kind}, {flag.about.rule.text}" if flag.about.rule else kind
 
 
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+SUPPORT = """# Support matrix
+
+<!-- Written by `python docs/generate.py` from the marks `supports` in tests/: change them there. -->
+
+What tests show of each family. On a CPU in float32 and with layers scanned: tokens and logprobs are those of an independent
+reference, at page sizes 1 and 16, prompts whole and in chunks, alone and together. `not yet`: no test shows it, which is not
+to say that it fails. In bfloat16 every family is served, and none is compared with a reference. Quantised arithmetic is not
+built, and nothing here has run on a real TPU.
+
+"""
+
+
+def support_matrix() -> str:
+    """Families by what tests show of them, from the tests' source alone."""
+    cells: dict[tuple[str, str], list[str]] = defaultdict(list)
+    files: dict[str, set[str]] = defaultdict(set)
+    folders = _constants(REPOSITORY / "tests" / "e2e" / "test_families_exact.py")["FAMILIES"]
+    for file in sorted((REPOSITORY / "tests").rglob("test_*.py")):
+        for what, rows in _marks(file):
+            files[what].add(file.relative_to(REPOSITORY).as_posix())
+            for name, details in _rows(rows):
+                family = folders.get(name) or json.loads(bundled().get(name, "{}")).get("architectures", [name])[0]
+                cells[family, what] += details
+    columns = sorted(files, key=lambda what: -sum(key[1] == what for key in cells))
+    lines = [f"| architecture | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for family in FAMILIES:
+        shown = (", ".join(dict.fromkeys(cells.get((family, what), ["not yet"]))) for what in columns)
+        lines.append(f"| `{family}` | {' | '.join(shown)} |")
+    legend = [f"- {what}: {', '.join(f'`{name}`' for name in sorted(files[what]))}" for what in columns]
+    return SUPPORT + "\n".join([*lines, "", "Shown by", "", *legend]) + "\n"
+
+
+def _marks(file: Path) -> Iterator[tuple[str, Any]]:
+    """The arguments of each `@pytest.mark.supports` of a file; names stand for the file's constants."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        for mark in getattr(node, "decorator_list", ()):
+            if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.supports":
+                what, rows = mark.args
+                named = isinstance(rows, ast.Name)
+                yield ast.literal_eval(what), _constants(file)[rows.id] if named else ast.literal_eval(rows)
+
+
+def _constants(file: Path) -> dict[str, Any]:
+    """What a module's upper-case names stand for: plain values, and dicts of which only the keys are plain."""
+    found: dict[str, Any] = {}
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = _value(node.value)
+    return found
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Dict):
+        pairs = zip(node.keys, node.values, strict=True)
+        merged: dict[Any, Any] = {}
+        for key, value in pairs:
+            merged |= _value(value) if key is None else {ast.literal_eval(key): _value(value)}
+        return merged
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return None
+
+
+def _rows(rows: Any) -> Iterator[tuple[str, list[str]]]:
+    """Families, each with what is said of it: a dict's lists, or what follows the name in a tuple."""
+    for row in rows:
+        if isinstance(row, tuple):
+            yield row[0], [" ".join(map(str, row[1:3]))]
+        else:
+            said = rows[row] if isinstance(rows, dict) else None
+            yield row, said if isinstance(said, list) else ["✓"]
+
+
 if __name__ == "__main__":
-    Path(__file__).with_name("server_arguments.md").write_text(server_arguments(), encoding="utf-8")
-    print("wrote docs/server_arguments.md")
+    for name, text in {"server_arguments.md": server_arguments(), "support_matrix.md": support_matrix()}.items():
+        Path(__file__).with_name(name).write_text(text, encoding="utf-8")
+        print(f"wrote docs/{name}")

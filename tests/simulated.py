@@ -25,10 +25,13 @@ def make_scheduler(
     prefill_tokens: int | None = None,
     policy: str = "fcfs",
     radix: bool = True,
+    ranks: int = 1,
+    placement: str = "cache_aware",
 ) -> Scheduler:
+    """Pages, rows and token budgets are of each rank."""
     return Scheduler(
-        SchedulerConfig(rows, context_length, step_tokens, prefill_tokens or step_tokens, policy),
-        PrefixCache(num_usable_pages + 1, page_size, enabled=radix),
+        SchedulerConfig(rows, context_length, step_tokens, prefill_tokens or step_tokens, policy, placement),
+        [PrefixCache(num_usable_pages + 1, page_size, enabled=radix) for _ in range(ranks)],
     )
 
 
@@ -58,11 +61,12 @@ def make_core(
     **scheduler_options,
 ) -> Core:
     scheduler = make_scheduler(**scheduler_options)
-    config, cache = scheduler.config, scheduler.cache
+    config, caches = scheduler.config, scheduler.caches
     runner = FakeRunner(
-        num_rows=config.max_running_requests,
-        num_pages=cache.num_usable_pages + 1,
-        page_size=cache.page_size,
+        num_ranks=len(caches),
+        num_rows=len(caches) * config.max_running_requests,
+        num_pages=caches[0].num_usable_pages + 1,
+        page_size=caches[0].page_size,
         context_length=config.context_length,
         vocab_size=vocab_size,
         step_seconds=step_seconds,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,16 @@ def test_examples_say_how_to_run_them(example: Path) -> None:
     docstring = ast.get_docstring(ast.parse(example.read_text(encoding="utf-8")))
     assert docstring is not None
     assert f"python examples/{example.name}" in docstring
+
+
+def test_the_support_matrix_is_up_to_date() -> None:
+    """Fails after a mark `supports` changes until `python docs/generate.py` has run."""
+    matrix = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))["support_matrix"]()
+    assert matrix == (REPOSITORY / "docs" / "support_matrix.md").read_text(encoding="utf-8")
+    assert "| `LlamaForCausalLM` | ✓ |" in matrix
+
+
+def test_the_model_family_that_is_shown_is_the_one_that_is_served() -> None:
+    family = (REPOSITORY / "python" / "sgl_jax" / "models" / "qwen3.py").read_text(encoding="utf-8")
+    page = (REPOSITORY / "docs" / "features" / "add_a_model.md").read_text(encoding="utf-8")
+    assert family[family.index("ARCHITECTURES") :] in page

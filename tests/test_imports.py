@@ -20,23 +20,25 @@ PYTHON = Path(__file__).resolve().parents[1] / "python"
 PACKAGE = PYTHON / "sgl_jax"
 
 PLAIN_DATA = ("request", "step_plan", "engine.messages")  # what rooms say to each other
-SETTINGS = ("server_args", "flags")
+SETTINGS = ("server_args", "flags", "hub")
 
 # What a room may import of sgl_jax besides itself: a name stands for the module and everything in it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request": (),
     "flags": (),
-    "server_args": ("flags",),
+    "hub": (),
+    "server_args": ("flags", "hub"),
     "step_plan": ("request",),
     "observability": ("engine.messages",),
     "cache": (),
     "scheduler": ("cache", "request", "step_plan"),
     "ops": (),
     "parallel": (),
-    "models": ("ops", "parallel"),
+    "models": ("ops", "parallel", "hub"),
+    "multihost": SETTINGS,
     "runtime": ("models", "ops", "parallel", "request", "step_plan", "observability"),
     # A GGUF file carries its vocabulary: reading the file format is all that text/ takes from models/.
-    "text": ("request", "models.gguf_file", "models.errors"),
+    "text": ("request", "hub", "models.gguf_file", "models.errors"),
     "engine": (
         "scheduler",
         "cache",
@@ -44,6 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "models",
         "ops",
         "parallel",
+        "multihost",
         "text",
         "observability",
         *PLAIN_DATA,
@@ -52,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "planning": ("engine", "runtime", "models", "ops", "parallel", "observability", *SETTINGS),
     "compile": ("planning", "runtime", "observability", *SETTINGS),
     "server": ("engine", "text", "observability", *PLAIN_DATA, *SETTINGS),
-    "launch_server": ("server", "planning", "observability", *SETTINGS),
+    "launch_server": ("server", "engine", "planning", "observability", *SETTINGS),
     "benchmark": ("engine", "text", "runtime", "models", "scheduler.rows", "observability", *PLAIN_DATA, *SETTINGS),
     "bench_serving": ("benchmark",),
     "bench_one_batch_server": ("benchmark",),
@@ -60,7 +63,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bench_offline_throughput": ("benchmark",),
     "environment": ("observability",),
     "profile_stages": ("benchmark",),
-    "check_env": ("environment", "server_args"),
+    "selftest": (
+        "benchmark",
+        "engine",
+        "runtime",
+        "models.bundled",
+        "ops",
+        "scheduler.rows",
+        *PLAIN_DATA,
+        *SETTINGS,
+    ),
+    "check_env": ("environment", "selftest", "server_args"),
     "__main__": ("launch_server",),
     "__init__": ("engine", "request"),
     "testing": ("engine", "models", *PLAIN_DATA),
@@ -69,7 +82,17 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 NOWHERE = {"torch", "transformers", "pickle"}  # test oracles, and a format that runs what it reads
 BUT = {("text.from_transformers", "transformers")}  # the optional extra, imported where it is called
 JAX = {"jax", "jaxlib"}
-WITHOUT_JAX = ("cache", "scheduler", "text", "server", "observability", "launch_server", *PLAIN_DATA, *SETTINGS)
+WITHOUT_JAX = (
+    "cache",
+    "scheduler",
+    "text",
+    "server",
+    "observability",
+    "multihost",
+    "launch_server",
+    *PLAIN_DATA,
+    *SETTINGS,
+)
 READS_ENVIRONMENT = "server_args"
 
 

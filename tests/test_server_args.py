@@ -11,7 +11,15 @@ import pytest
 
 from sgl_jax.flags import HIDDEN, read_environ
 from sgl_jax.observability import log
-from sgl_jax.server_args import ENV_PREFIX, FLAGS, ServerArgs, ServerArgsError, default_compilation_cache_dir
+from sgl_jax.server_args import (
+    ENV_PREFIX,
+    FLAGS,
+    LOGGING,
+    SERVER,
+    ServerArgs,
+    ServerArgsError,
+    default_compilation_cache_dir,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -27,7 +35,10 @@ PUBLISHED = [
     "--model-path m --device cpu --dtype float32 --schedule-policy lpm --disable-radix-cache --disable-overlap-schedule",
     "--model-path m --load-format dummy --log-level debug --decode-log-interval 1 --stream-interval 4 --shutdown-timeout-s 5 "
     "--max-queued-requests 8 --chunked-prefill-size -1 --compilation-cache-dir /cache",
+    "--model-path Qwen/Qwen3-32B --tp-size 8 --nnodes 2 --node-rank 1 --dist-init-addr 10.0.0.1:10011 --device=tpu",
 ]
+
+TWO = {"nnodes": 2, "tp_size": 4, "dist_init_addr": "10.0.0.1:10011"}
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +116,18 @@ def test_defaults() -> None:
         ({"dtype": "float16"}, "--dtype is float16; float16 overflows .* use bfloat16"),
         ({"dtype": "half"}, "--dtype is half; float16 overflows .* use bfloat16"),
         ({"dtype": "int8"}, "--dtype is int8; it must be auto or float32 or bfloat16"),
-        ({"nnodes": 2}, "--nnodes is 2; it must be 1: more is not built yet"),
+        ({"nnodes": 0}, "--nnodes is 0; it must be between 1 and 1024"),
+        ({"nnodes": 2}, "--nnodes is 2; --dist-init-addr must say where machine 0 is"),
+        (
+            {"tp_size": 3, "nnodes": 2, "dist_init_addr": "h:1"},
+            "--tp-size is 3 and --dp-size 1: 3 devices, which --nnodes 2 machines cannot share evenly",
+        ),
+        (
+            {"dist_init_addr": "host:65535", "nnodes": 2},
+            "--dist-init-addr is host:65535; the port above it is needed, too",
+        ),
+        ({"compile_only": True, "nnodes": 2, "dist_init_addr": "h:1"}, "--compile-only cannot be had with --nnodes 2"),
+        ({"dist_timeout": -1.0}, "--dist-timeout is -1.0; it must be 0 or more seconds"),
         ({"node_rank": 1}, "--node-rank is 1; it must be below --nnodes, which is 1"),
         ({"dist_init_addr": "host"}, "--dist-init-addr is host; it must be an address and a port"),
         ({"dist_init_addr": "host:70000"}, "--dist-init-addr is host:70000; it must be an address and a port"),
@@ -253,6 +275,18 @@ def test_notices_say_what_was_accepted_without_effect() -> None:
     assert list(notices) == ["--trust-remote-code", "--enable-mixed-chunk", "--dist-init-addr"]
     assert "always on" in notices["--enable-mixed-chunk"]
     assert "never run" in notices["--trust-remote-code"]
+
+
+def test_machines_that_nothing_keeps_apart_from_strangers_are_a_notice() -> None:
+    assert list(ServerArgs(model_path="m", **TWO).notices()) == ["--dist-token"]
+    assert ServerArgs(model_path="m", dist_token="s", **TWO).notices() == {}
+
+
+def test_what_may_differ_between_machines_is_what_only_one_of_them_uses() -> None:
+    differ = {each.name for each in FLAGS if each.about.per_host}
+    assert {each.name for each in FLAGS if each.about.group in (SERVER, LOGGING)} <= differ
+    assert not differ & {"dtype", "load_format", "context_length", "random_seed", "page_size", "tp_size", "nnodes"}
+    assert {"model_path", "node_rank", "dist_init_addr", "dist_token", "compilation_cache_dir"} <= differ
 
 
 def test_secrets_are_never_shown() -> None:

@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m sgl_jax.check_env",
         description="What this machine has for serving: versions, devices, limits, and a verdict on TPU, GPU and CPU.",
-        epilog="Exit code: 0 when a platform is usable (with --platform, that one), 1 when not.",
+        epilog="Exit code: 0 when a platform is usable (with --platform, that one) and no self-test failed, else 1.",
         allow_abbrev=False,
     )
     parser.add_argument("--platform", choices=PLATFORMS, help="the platform that must be usable (default: any)")
@@ -118,11 +118,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="SECONDS",
         help="how long trying a platform out may take (default: %(default)g)",
     )
+    parser.add_argument(
+        "--selftest",
+        action="store_true",
+        help="then check kernels against references on the platform's devices, and time a step; takes minutes",
+    )
     options = parser.parse_args(argv)
     if sys.stderr.isatty():
         print(f"trying the platforms out, for {options.timeout:g} s at most ...", file=sys.stderr)
     usable = check_env(options.timeout).usable
-    return 0 if (options.platform in usable if options.platform else usable) else 1
+    if not (options.platform in usable if options.platform else usable):
+        return 1
+    if options.selftest:
+        # The best one that was found usable, as a server takes it.
+        platform = options.platform or next(name for name in PLATFORMS if name in usable)
+        return 0 if _selftest(platform) else 1
+    return 0
+
+
+def _selftest(platform: Platform) -> bool:
+    from sgl_jax.selftest.run import selftest  # imports jax, which a machine may not have
+
+    def say(line: str) -> None:
+        print(public(line, os.path.expanduser("~")), flush=True)
+
+    say("")
+    return selftest(platform, say)
 
 
 def seconds(text: str) -> float:

@@ -85,8 +85,8 @@ def _run(own: argparse.Namespace, args: ServerArgs) -> int:
         jax.config.update("jax_platforms", "cpu")
     console = rich.console.Console(width=None if sys.stdout.isatty() else 120, quiet=own.json == "-")
     try:
-        target = find_target(own.topology, args.tp_size)
-        model = find_model(args.model_path, args.download_dir, args.model_package)
+        target = find_target(own.topology, args.tp_size, args.dp_size)
+        model = find_model(args.model_path, args.downloads, args.model_package)
         plan = make_plan(args, model, target, own.context)
         kernels = kernels_for(args.attention_backend, target.platform, model.config)
         if not own.plan:

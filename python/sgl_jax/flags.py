@@ -52,6 +52,7 @@ class About(NamedTuple):
     refused: Mapping[str, str] = types.MappingProxyType({})  # values people try, and why they are not taken
     not_built: str = ""  # the feature this flag would turn on
     secret: bool = False
+    per_host: bool = False  # may differ between the hosts of one engine; all others must be the same on each
 
 
 def required(about: About) -> Any:

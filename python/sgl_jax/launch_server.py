@@ -29,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return compile_here(server_args)
 
+    if server_args.node_rank > 0:
+        from sgl_jax.engine.follower import follow
+
+        follow(server_args)
+
     from sgl_jax.server.lifecycle import serve
 
     return serve(server_args)

@@ -28,6 +28,7 @@ from sgl_jax.flags import (
     variable_name,
 )
 from sgl_jax.flags import FlagError as ServerArgsError
+from sgl_jax.hub import MODELSCOPE, Downloads
 
 ENV_PREFIX = "SGL_JAX_"
 
@@ -41,7 +42,6 @@ SPECULATIVE = "Speculative decoding"
 LOGGING = "Logging and profiling"
 
 _NO_FLOAT16 = "float16 overflows in models trained in bfloat16, and TPUs do not have it; use bfloat16"
-_ONE = Rule(lambda value: value == 1, "1: more is not built yet")
 _IN_0_1 = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 _NOT_NEGATIVE = Rule(lambda value: 0 <= value < float("inf"), "0 or more seconds")
 _PAGE_SIZE = Rule(lambda value: 1 <= value <= 1024 and value & (value - 1) == 0, "a power of two between 1 and 1024")
@@ -76,17 +76,20 @@ class ServerArgs:
     model_path: str = required(
         About(
             MODEL,
-            "a folder with safetensors, a .gguf file or a Hugging Face id",
+            "a folder with safetensors, a .gguf file, a hub id, or config:NAME with --load-format dummy",
             aliases=("--model",),
             metavar="PATH",
+            per_host=True,  # the files are compared
         )
     )
     tokenizer_path: str | None = flag(
-        None, MODEL, "a folder, a .gguf file or a Hugging Face id", unset="the model's", metavar="PATH"
+        None, MODEL, "a folder, a .gguf file or a hub id", unset="the model's", metavar="PATH", per_host=True
     )
-    trust_remote_code: bool = flag(False, MODEL, "accepted, with no effect: code from a model folder is never run")
+    trust_remote_code: bool = flag(
+        False, MODEL, "accepted, with no effect: code from a model folder is never run", per_host=True
+    )
     served_model_name: str | None = flag(
-        None, MODEL, "the model's name in the API", unset="as --model-path", metavar="NAME"
+        None, MODEL, "the model's name in the API", unset="as --model-path", metavar="NAME", per_host=True
     )
     context_length: int | None = flag(
         None, MODEL, "tokens of prompt and output one request may hold", unset="the model's", rule=at_least(2)
@@ -108,7 +111,10 @@ class ServerArgs:
         metavar="MODULE",
     )
     download_dir: str | None = flag(
-        None, MODEL, "where downloaded models are kept", unset="the Hugging Face cache", metavar="PATH"
+        None, MODEL, "where downloaded models are kept", unset="the source's own cache", metavar="PATH", per_host=True
+    )
+    download_source: Literal["huggingface", "modelscope"] = flag(
+        "huggingface", MODEL, "where a model that is named by its id is fetched from", per_host=True
     )
     chat_template: str | None = flag(
         None,
@@ -116,6 +122,7 @@ class ServerArgs:
         "the Jinja template of chat prompts: a file, or chatml, gemma, llama-3 or qwen",
         unset="the model's",
         metavar="FILE",
+        per_host=True,
     )
     random_seed: int | None = flag(
         None,
@@ -126,8 +133,10 @@ class ServerArgs:
     )
 
     # --- HTTP server
-    host: str = flag("127.0.0.1", SERVER, "address to listen on; 0.0.0.0 is every network", metavar="ADDRESS")
-    port: int = flag(30000, SERVER, "port to listen on; 0 takes any free one", rule=between(0, 65535))
+    host: str = flag(
+        "127.0.0.1", SERVER, "address to listen on; 0.0.0.0 is every network", metavar="ADDRESS", per_host=True
+    )
+    port: int = flag(30000, SERVER, "port to listen on; 0 takes any free one", rule=between(0, 65535), per_host=True)
     api_key: str | None = flag(
         None,
         SERVER,
@@ -135,10 +144,14 @@ class ServerArgs:
         unset="none needed",
         metavar="KEY",
         secret=True,
+        per_host=True,
     )
-    stream_interval: int = flag(1, SERVER, "tokens per streamed chunk", rule=at_least(1))
+    stream_interval: int = flag(1, SERVER, "tokens per streamed chunk", rule=at_least(1), per_host=True)
     skip_server_warmup: bool = flag(
-        False, SERVER, "skip the one request the server sends itself before it is ready; programs are compiled anyway"
+        False,
+        SERVER,
+        "skip the one request the server sends itself before it is ready; programs are compiled anyway",
+        per_host=True,
     )
     shutdown_timeout_s: float = flag(
         60.0,
@@ -146,6 +159,7 @@ class ServerArgs:
         "seconds that running requests get to finish after SIGTERM",
         metavar="SECONDS",
         rule=_NOT_NEGATIVE,
+        per_host=True,
     )
 
     # --- device and memory
@@ -214,6 +228,7 @@ class ServerArgs:
         "where compiled programs are kept between starts",
         unset="$JAX_COMPILATION_CACHE_DIR, else ~/.cache/sgl_jax",
         metavar="PATH",
+        per_host=True,
     )
 
     compile_only: bool = flag(
@@ -228,8 +243,28 @@ class ServerArgs:
         rule=at_least(1),
         aliases=("--tensor-parallel-size",),
     )
-    nnodes: int = flag(1, PARALLEL, "machines", rule=_ONE)
-    node_rank: int = flag(0, PARALLEL, "which of the machines this is", rule=at_least(0))
+    dp_size: int = flag(
+        1,
+        PARALLEL,
+        "groups of --tp-size devices that attend to requests of their own; MLPs and experts are divided over all of them",
+        rule=at_least(1),
+        aliases=("--data-parallel-size",),
+    )
+    dp_schedule_policy: Literal["cache_aware", "fewest_running", "round_robin"] = flag(
+        "cache_aware", PARALLEL, "which of the groups takes a request"
+    )
+    ep_size: int = flag(
+        1,
+        PARALLEL,
+        "groups of devices that the experts are spread over; within a group each expert is divided",
+        rule=at_least(1),
+        aliases=("--expert-parallel-size",),
+    )
+    enable_sequence_parallel: bool = flag(
+        False, PARALLEL, "divide the tokens between attention and MLP, too, over the devices of a group"
+    )
+    nnodes: int = flag(1, PARALLEL, "machines, each with an equal share of the devices", rule=between(1, 1024))
+    node_rank: int = flag(0, PARALLEL, "which of the machines this is", rule=at_least(0), per_host=True)
     dist_init_addr: str | None = flag(
         None,
         PARALLEL,
@@ -237,6 +272,25 @@ class ServerArgs:
         unset="not needed with one machine",
         metavar="HOST:PORT",
         rule=_HOST_PORT,
+        per_host=True,
+    )
+
+    dist_token: str | None = flag(
+        None,
+        PARALLEL,
+        "the secret by which the machines know each other (better set by its environment variable)",
+        unset="none: whoever reaches the port can join",
+        metavar="TOKEN",
+        secret=True,
+        per_host=True,  # it is proved, not sent
+    )
+    dist_timeout: float = flag(
+        300.0,
+        PARALLEL,
+        "seconds to wait for the other machines at start",
+        metavar="SECONDS",
+        rule=_NOT_NEGATIVE,
+        per_host=True,
     )
 
     # --- speculative decoding
@@ -257,15 +311,20 @@ class ServerArgs:
     )
 
     # --- logging
-    log_level: Literal["debug", "info", "warning", "error", "critical"] = flag("info", LOGGING, "what is logged")
+    log_level: Literal["debug", "info", "warning", "error", "critical"] = flag(
+        "info", LOGGING, "what is logged", per_host=True
+    )
     profiler_dir: str | None = flag(
         None,
         LOGGING,
         "where /start_profile writes if the request names no folder",
         unset="a new folder among the temporary files",
         metavar="PATH",
+        per_host=True,
     )
-    decode_log_interval: int = flag(40, LOGGING, "decode steps between two 'Decode batch' lines", rule=at_least(1))
+    decode_log_interval: int = flag(
+        40, LOGGING, "decode steps between two 'Decode batch' lines", rule=at_least(1), per_host=True
+    )
 
     def __post_init__(self) -> None:
         self.check()
@@ -278,6 +337,8 @@ class ServerArgs:
             raise ServerArgsError(
                 "--node-rank", f"--node-rank is {self.node_rank}; it must be below --nnodes, which is {self.nnodes}"
             )
+        if self.nnodes > 1:
+            self._check_machines()
         if self.enable_mixed_chunk is False:
             raise ServerArgsError(
                 "--enable-mixed-chunk",
@@ -288,6 +349,29 @@ class ServerArgs:
             raise ServerArgsError(
                 "--max-total-tokens",
                 f"--max-total-tokens is {tokens}; it must hold a page, and --page-size is {page_size}",
+            )
+
+    def _check_machines(self) -> None:
+        if self.dist_init_addr is None:
+            raise ServerArgsError(
+                "--nnodes",
+                f"--nnodes is {self.nnodes}; --dist-init-addr must say where machine 0 is, as HOST:PORT",
+            )
+        if self.dist_init_addr.endswith(":65535"):
+            raise ServerArgsError(
+                "--dist-init-addr", f"--dist-init-addr is {self.dist_init_addr}; the port above it is needed, too"
+            )
+        if self.compile_only:
+            raise ServerArgsError(
+                "--compile-only",
+                f"--compile-only cannot be had with --nnodes {self.nnodes}: programs over several machines are compiled "
+                "when all of them have started",
+            )
+        if self.tp_size * self.dp_size % self.nnodes:
+            raise ServerArgsError(
+                "--tp-size",
+                f"--tp-size is {self.tp_size} and --dp-size {self.dp_size}: {self.tp_size * self.dp_size} devices, which "
+                f"--nnodes {self.nnodes} machines cannot share evenly",
             )
 
     def notices(self) -> dict[str, str]:
@@ -301,7 +385,19 @@ class ServerArgs:
             found["--enable-mixed-chunk"] = "--enable-mixed-chunk has no effect: mixed batches are always on."
         if self.dist_init_addr is not None and self.nnodes == 1:
             found["--dist-init-addr"] = "--dist-init-addr is not used: there is one machine (--nnodes 1)."
+        if self.nnodes > 1 and self.dist_token is None:
+            found["--dist-token"] = (
+                "There is no --dist-token: whoever reaches the port of --dist-init-addr can join as one of the machines."
+            )
         return found
+
+    @property
+    def downloads(self) -> Downloads:
+        """Where named models come from. ModelScope's own variables are honoured, as the Hugging Face library does with its."""
+        domain = os.environ.get("MODELSCOPE_DOMAIN") or MODELSCOPE
+        endpoint = domain if "://" in domain else f"https://{domain}"
+        token = os.environ.get("MODELSCOPE_API_TOKEN")
+        return Downloads(self.download_source, self.download_dir, endpoint, token)
 
     def changed(self) -> dict[str, Any]:
         """The values that differ from their defaults, for people to read: secrets are hidden."""

@@ -36,26 +36,27 @@ class RowLoad:
     """State a row gets before the step, in a dispatch of its own: the uncommon part of an admission."""
 
     row: int
-    pages: np.ndarray | None  # the row's whole page table so far, after a prefix hit
+    pages: np.ndarray | None  # the row's whole page table so far (page ids of its rank), after a prefix hit
     request: Request | None  # given when its penalties, logit_bias or min_tokens need device state
     num_cached_tokens: int = 0  # what the prefix hit spared
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """S rows, those with one new token first; T new tokens in row order."""
+    """S rows by data rank, ascending; within a rank those with one new token first. T new tokens in row order."""
 
     keys: np.ndarray  # i64[S] request keys
-    rows: np.ndarray  # i32[S] lines of the device state
+    rows: np.ndarray  # i32[S] lines of the device state, numbered over all ranks
+    rank: np.ndarray  # i32[S] the data rank whose pages hold the row, 0 .. M-1
     start: np.ndarray  # i32[S] tokens computed before this step
     num_new: np.ndarray  # i32[S] tokens computed by this step, >= 1
-    num_single: int  # how many rows, from the first on, have num_new == 1
+    num_single: np.ndarray  # i32[M] how many rows of a rank, from its first on, have num_new == 1
     samples: np.ndarray  # bool[S] the last new token's logits are sampled
     from_device: np.ndarray  # bool[S] the one new token is the row's last sample, known to the device first
     next_token: np.ndarray  # i32[S] the prompt token after the last new one; -1 when there is none
     tokens: np.ndarray  # i32[T]; where from_device, ignored
     params: np.ndarray  # i32[S, len(Param)]
-    page_updates: np.ndarray  # i32[3, U] (row, index in its page table, page id)
+    page_updates: np.ndarray  # i32[3, U] (row, index in its page table, page id of the row's rank)
     loads: list[RowLoad]
 
     @property

@@ -107,6 +107,7 @@ def test_disabled_nothing_matches_and_nothing_is_kept() -> None:
     assert pages is not None
     assert cache.extend(handle, ids(1, 2), pages) is handle
     assert cache.match("", ids(1, 2)).num_pages == 0
+    assert cache.num_cached("", ids(1, 2)) == 0
     cache.check_invariants([pages])
     cache.free(pages)
     cache.unlock(handle)
@@ -169,6 +170,8 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(namespace=namespaces, tokens=texts)
     def match(self, namespace: str, tokens: list[int]) -> None:
+        num_cached = self.cache.num_cached(namespace, ids(*tokens))
+        assert self.cache.match(namespace, ids(*tokens)).num_tokens == num_cached
         assert self.cache.match(namespace, ids(*tokens)).pages.tolist() == self.matched(namespace, tokens)
 
     @rule(namespace=namespaces, tokens=texts)

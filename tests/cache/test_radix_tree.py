@@ -54,7 +54,16 @@ def tree() -> RadixTree:
     ],
 )
 def test_match_finds_the_longest_prefix_of_whole_pages(tree: RadixTree, tokens: list[int], pages: list[int]) -> None:
+    assert tree.num_matched("", ids(*tokens)) == len(pages)
     assert pages_of(tree.match("", ids(*tokens))) == pages
+
+
+def test_counting_a_match_splits_nothing_and_refreshes_no_age(tree: RadixTree) -> None:
+    put(tree, [5, 5], [21])
+    assert tree.num_matched("", ids(1, 1, 2, 2)) == 2
+    assert tree.num_matched("other", ids(1, 1, 2, 2)) == 0
+    assert shape(tree) == {(11, 12, 13): {}, (21,): {}}
+    assert tree.evict(1).tolist() == [11, 12, 13]  # still the oldest
 
 
 def test_a_match_inside_an_edge_splits_it_and_keeps_its_content(tree: RadixTree) -> None:

@@ -177,13 +177,7 @@ def save(folder: Path, c: dict, tensors: dict[str, np.ndarray]) -> Path:
     return folder
 
 
-def log_softmax(x: np.ndarray) -> np.ndarray:
+def logprobs(tensors: dict[str, np.ndarray], c: dict, tokens: list[int]) -> np.ndarray:
+    """Of every token at each position, [T, V]."""
+    x = logits(tensors, tokens, c)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
-
-
-def greedy(tensors: dict[str, np.ndarray], prompt: list[int], c: dict, steps: int) -> tuple[list[int], np.ndarray]:
-    """The tokens chosen after the prompt, and the logprobs of every token at each position before them, [T, V]."""
-    tokens = list(prompt)
-    for _ in range(steps):
-        tokens.append(int(logits(tensors, tokens, c)[-1].argmax()))
-    return tokens[len(prompt) :], log_softmax(logits(tensors, tokens[:-1], c))

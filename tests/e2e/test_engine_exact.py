@@ -27,9 +27,9 @@ def stories(build: Build, stories260k: Path) -> Core:
 
 def again(core: Core, *, radix: bool = True, overlap: bool = True, num_usable_pages: int | None = None) -> Core:
     """The same programs and weights below an empty cache and new settings."""
-    cache = core.scheduler.cache
+    cache = core.scheduler.caches[0]
     pages = num_usable_pages or cache.num_usable_pages
-    scheduler = Scheduler(core.scheduler.config, PrefixCache(pages + 1, cache.page_size, enabled=radix))
+    scheduler = Scheduler(core.scheduler.config, [PrefixCache(pages + 1, cache.page_size, enabled=radix)])
     return Core(scheduler, core._runner, core.info, overlap=overlap, random_seed=0)
 
 
@@ -64,7 +64,7 @@ def assert_golden(core: Core, cases: list[Golden]) -> Client:
     right = submit_golden(client, cases)
     client.run(max_steps=5000)
     assert {key: client.tokens[key] for key in right} == right
-    cache = core.scheduler.cache
+    cache = core.scheduler.caches[0]
     assert cache.num_available_pages == cache.num_usable_pages
     return client
 
@@ -82,6 +82,7 @@ def test_tokens_are_golden_with_radix_and_overlap_on_and_off(
     assert (second.stats[-1].cached_tokens > cached) == radix
 
 
+@pytest.mark.supports("layers scanned, as on a GPU", ["llama"])
 def test_tokens_are_golden_in_the_form_accelerators_get(
     build: Build, stories260k: Path, cases: list[Golden], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +116,7 @@ def test_tokens_are_golden_with_the_flags_that_switch_radix_and_overlap_off(
         disable_radix_cache=True,
         disable_overlap_schedule=True,
     )
-    assert not core.scheduler.cache.enabled
+    assert not core.scheduler.caches[0].enabled
     assert not core._overlap
     assert_golden(core, cases)
 

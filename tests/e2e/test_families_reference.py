@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from pathlib import Path
 from types import ModuleType
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import reference_bailing
 import reference_qwen1
-from exact import GREEDY, TOLERANCE, Build
+from exact import ALL_PROMPTS, GREEDY, Build, assert_oracle, assert_reference
 from safetensors.numpy import load_file, save_file
 
 from sgl_jax.models import families
@@ -21,12 +23,12 @@ PROMPT_LENGTHS = (1, 7, 33)
 STEPS = 8
 
 QWEN1 = reference_qwen1.CONFIG
-MODELS: dict[str, tuple[ModuleType, dict, int]] = {  # and the page size
-    "qwen1": (reference_qwen1, QWEN1, 16),
+MODELS: dict[str, tuple[ModuleType, dict]] = {
+    "qwen1": (reference_qwen1, QWEN1),
     # The prompt of 33 and the end of that of 7 are beyond the tokens of training: queries grow.
-    "qwen1-logn": (reference_qwen1, QWEN1 | {"seq_length": 12, "use_dynamic_ntk": False, "rotary_pct": 0.25}, 1),
-    "bailing": (reference_bailing, reference_bailing.V1, 1),
-    "bailing-v2": (reference_bailing, reference_bailing.V2, 16),
+    "qwen1-logn": (reference_qwen1, QWEN1 | {"seq_length": 12, "use_dynamic_ntk": False, "rotary_pct": 0.25}),
+    "bailing": (reference_bailing, reference_bailing.V1),
+    "bailing-v2": (reference_bailing, reference_bailing.V2),
 }
 
 
@@ -36,32 +38,16 @@ def write(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
     return folder
 
 
+@pytest.mark.supports("float32 on a CPU", ["QWenLMHeadModel", "BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"])
+@pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_tokens_and_logprobs_of_the_reference(build: Build, tmp_path: Path, name: str) -> None:
-    """Prompts together, in chunks of four tokens: two step programs."""
-    reference, config, page_size = MODELS[name]
+def test_the_tokens_and_logprobs_of_the_reference(build: Build, tmp_path: Path, name: str, page_size: int) -> None:
+    reference, config = MODELS[name]
     tensors = reference.checkpoint(config, seed=7)
-    folder = write(tmp_path, config, tensors)
+    core = build(write(tmp_path, config, tensors), bucket=ALL_PROMPTS, page_size=page_size, max_total_tokens=256)
     rng = np.random.default_rng(3)
     prompts = [rng.integers(0, config["vocab_size"], length).tolist() for length in PROMPT_LENGTHS]
-    core = build(folder, max_running_requests=4, page_size=page_size, chunked_prefill_size=4, max_total_tokens=256)
-    client = Client(core)
-    for key, prompt in enumerate(prompts):
-        client.submit(key, prompt, max_tokens=STEPS, logprobs=5, prompt_logprobs=0, **GREEDY)
-    client.run()
-    for key, prompt in enumerate(prompts):
-        got = client.answers[key]
-        expected = reference.logprobs(tensors, config, prompt + got.tokens)
-        steps = expected[len(prompt) - 1 : -1]
-        assert got.tokens == steps.argmax(-1).tolist()
-        for scored, row in zip(got.logprobs, steps, strict=True):
-            assert scored.top_ids[:5] == np.argsort(-row)[:5].tolist()
-            np.testing.assert_allclose(scored.top_logprobs[:5], np.sort(row)[::-1][:5], atol=TOLERANCE)
-        assert got.prompt is not None
-        assert got.prompt.logprobs is not None
-        ours = [scored.logprob for scored in got.prompt.logprobs[1:] if scored is not None]
-        theirs = [expected[i, token] for i, token in enumerate(prompt[1:])]
-        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+    assert_reference(core, prompts, functools.partial(reference.logprobs, tensors, config), STEPS)
 
 
 def qwen2_as_qwen1(source: Path, folder: Path) -> Path:
@@ -112,18 +98,8 @@ def test_qwen2_laid_out_as_qwen1_gives_transformers_tokens_and_logprobs(
     build: Build, shared_data: Path, tmp_path: Path
 ) -> None:
     source = shared_data / "oracle" / "qwen2"
-    cases = json.loads((source / "oracle.json").read_text())["cases"]
-    core = build(
-        qwen2_as_qwen1(source, tmp_path), max_running_requests=4, chunked_prefill_size=4, max_total_tokens=1024
-    )
-    client = Client(core)
-    for key, case in enumerate(cases):
-        client.submit(key, case["prompt_ids"], max_tokens=24, logprobs=5, **GREEDY)
-    client.run()
-    for key, case in enumerate(cases):
-        assert client.tokens[key] == case["greedy_ids"], case["name"]
-        for ours, theirs in zip(client.answers[key].logprobs, case["top5"], strict=True):
-            np.testing.assert_allclose(ours.top_logprobs[:5], [value for _, value in theirs], atol=TOLERANCE)
+    shutil.copy(source / "oracle.json", tmp_path)
+    assert_oracle(build(qwen2_as_qwen1(source, tmp_path), bucket=ALL_PROMPTS, max_total_tokens=1024), tmp_path)
 
 
 def test_a_family_of_a_package_is_served(
@@ -152,7 +128,7 @@ def config(hf):
     folder = write(tmp_path, config, tensors)
     with pytest.raises(ModelError, match="TaleForCausalLM"):
         build(folder)
-    core = build(folder, model_package="tale_family", chunked_prefill_size=4, max_running_requests=2)
+    core = build(folder, model_package="tale_family", bucket=ALL_PROMPTS)
     case = json.loads((golden / "stories260k.json").read_text())["cases"][0]
     client = Client(core)
     client.submit(0, case["prompt_ids"], max_tokens=8, **GREEDY)

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import numpy as np
+import pytest
 import reference_grok
-from exact import GREEDY, TOLERANCE, Build, assert_top5
-
-from simulated import Client
+from exact import ALL_PROMPTS, TOLERANCE, Build, assert_reference
 
 STEPS = 12
 
 
-def test_tokens_and_logprobs_are_the_references(build: Build, tmp_path: Path) -> None:
+@pytest.mark.supports("float32 on a CPU", ["Grok1ForCausalLM"])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_tokens_and_logprobs_are_the_references(build: Build, tmp_path: Path, page_size: int) -> None:
     config = reference_grok.CONFIG
     tensors = reference_grok.random_tensors(config)
     folder = reference_grok.save(tmp_path / "model", config, tensors)
-    core = build(folder, max_running_requests=4, chunked_prefill_size=8, max_total_tokens=1024, page_size=4)
-    client, rng = Client(core), np.random.default_rng(1)
+    core = build(folder, bucket=ALL_PROMPTS, max_total_tokens=1024, page_size=page_size)
+    rng = np.random.default_rng(1)
     prompts = [rng.integers(3, 128, n).tolist() for n in (1, 7, 33)]
-    for key, prompt in enumerate(prompts):
-        client.submit(key, prompt, max_tokens=STEPS, logprobs=5, prompt_logprobs=0, **GREEDY)
-    client.run()
-    for key, prompt in enumerate(prompts):
-        tokens, logprobs = reference_grok.greedy(tensors, prompt, config, STEPS)
-        got = client.answers[key]
-        assert got.tokens == tokens
-        chosen = logprobs[len(prompt) - 1 :]
-        best = [[(int(i), float(row[i])) for i in np.argsort(-row)[:5]] for row in chosen]
-        assert_top5(got.logprobs, best)
-        assert got.prompt is not None
-        assert got.prompt.logprobs is not None
-        ours = [scored.logprob for scored in got.prompt.logprobs[1:] if scored is not None]
-        theirs = [logprobs[t, token] for t, token in enumerate(prompt[1:])]
-        np.testing.assert_allclose(ours, theirs, atol=TOLERANCE)
+    assert_reference(core, prompts, functools.partial(reference_grok.logprobs, tensors, config), STEPS)
 
 
 def test_every_number_of_the_config_matters() -> None:

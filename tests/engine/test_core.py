@@ -64,7 +64,7 @@ def overlap(request: pytest.FixtureRequest) -> bool:
 def check(client: Client) -> None:
     for answer in client.answers.values():
         answer.check(VOCAB)
-    cache = client.core.scheduler.cache
+    cache = client.core.scheduler.caches[0]
     assert cache.num_available_pages == cache.num_usable_pages
 
 
@@ -348,6 +348,31 @@ def test_stats_count_running_waiting_and_the_share_of_pages_in_use() -> None:
     client.step()
     stats = client.stats[-1]
     assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (2, 1, 4 / 64)
+
+
+def test_stats_and_flush_are_over_all_data_ranks(overlap: bool) -> None:
+    client = Client(make_core(overlap=overlap, ranks=4, rows=1, placement="round_robin", num_usable_pages=16))
+    for key in range(5):
+        client.submit(key, [key, *LONG[:8]], max_tokens=3, ignore_eos=True)
+    client.step()
+    stats = client.stats[-1]
+    assert (stats.num_running, stats.num_waiting, stats.kv_usage) == (4, 1, 4 * 3 / 64)
+    client.run()
+    assert (client.stats[-1].kv_usage, client.stats[-1].cached_usage) == (0, 5 * 2 / 64)
+    client.core.handle(FlushCache(7))
+    client.step()
+    assert client.flushed == [CacheFlushed(7, 10)]
+    for answer in client.answers.values():
+        answer.check(VOCAB)
+
+
+def test_each_data_ranks_logprobs_reach_their_requests(overlap: bool) -> None:
+    client = Client(make_core(overlap=overlap, ranks=2, step_tokens=8))
+    for key in range(6):
+        client.submit(key, LONG[: 3 * key + 1], max_tokens=3 + key, logprobs=key, prompt_logprobs=1, ignore_eos=True)
+    client.run()
+    for answer in client.answers.values():
+        answer.check(VOCAB)
 
 
 def test_a_prompt_is_not_scored_again_at_each_decode() -> None:

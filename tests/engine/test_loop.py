@@ -117,8 +117,8 @@ def test_the_core_is_closed_after_a_shutdown_and_after_an_error() -> None:
     closed = []
 
     class Closing(FakeCore):
-        def close(self) -> None:
-            closed.append(self)
+        def close(self, reason: str = "") -> None:
+            closed.append(reason)
 
         def step(self) -> list[Event]:
             raise RuntimeError("no more memory")
@@ -128,7 +128,7 @@ def test_the_core_is_closed_after_a_shutdown_and_after_an_error() -> None:
         inbox.commands.put(command)
         with contextlib.suppress(RuntimeError):
             run(Closing(), inbox, Outbox())
-    assert len(closed) == 2
+    assert closed == ["", "RuntimeError: no more memory"]
 
 
 def test_errors_in_one_line() -> None:

@@ -8,9 +8,9 @@ import struct
 import huggingface_hub
 import numpy as np
 import pytest
-from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import save_file
 
+from sgl_jax.hub import Downloads
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.stored import joined
@@ -41,7 +41,7 @@ def test_a_hub_id_is_downloaded_without_other_layouts(stories260k, monkeypatch):
         return str(stories260k)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert open_checkpoint("org/model", download_dir="cache").path == stories260k
+    assert open_checkpoint("org/model", downloads=Downloads(folder="cache")).path == stories260k
     assert open_checkpoint("org/model", load_format="dummy").tensors == {}
     (repo_id, with_weights), (_, without) = calls
     assert (repo_id, with_weights["cache_dir"]) == ("org/model", "cache")
@@ -50,19 +50,18 @@ def test_a_hub_id_is_downloaded_without_other_layouts(stories260k, monkeypatch):
     assert "original/*" in with_weights["ignore_patterns"]
 
 
-def test_an_unreachable_hub_says_what_to_check(monkeypatch):
-    def download(repo_id, **options):
-        raise LocalEntryNotFoundError("not cached")
+@pytest.mark.parametrize("name", ["qwen3-8b", "Qwen3-8B"])
+def test_a_bundled_config_is_a_shape_without_weights(name):
+    checkpoint = open_checkpoint(f"config:{name}", load_format="dummy")
+    assert (checkpoint.format, checkpoint.dtype, checkpoint.tensors) == ("dummy", "bfloat16", {})
+    assert checkpoint.config["hidden_size"] == 4096
+    with pytest.raises(ModelError, match="without weights; it needs --load-format dummy"):
+        open_checkpoint(f"config:{name}")
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    with pytest.raises(ModelError, match=r"org/model .*HF_HUB_OFFLINE"):
-        open_checkpoint("org/model")
 
-
-@pytest.mark.parametrize("path", ["/no/such/model", "./nothing", "a/b/c", "some where"])
-def test_a_path_that_is_not_there(path):
-    with pytest.raises(ModelError, match="does not exist; give a model folder"):
-        open_checkpoint(path)
+def test_an_unknown_config_lists_those_there_are():
+    with pytest.raises(ModelError, match=r"no config 'qwen9'; there are .*Llama-3\.1-8B, .*Qwen3-8B"):
+        open_checkpoint("config:qwen9", load_format="dummy")
 
 
 def test_folders_that_hold_no_model(tmp_path):

@@ -21,6 +21,7 @@ from sgl_jax.models.layers import rope_table
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.weights import Weights, declare, parameters_per_token
+from sgl_jax.parallel.grid import Grid
 
 V2, V3 = "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM"
 TINY = {
@@ -144,7 +145,7 @@ def test_parameters_of_deepseek_v3() -> None:
 
 
 def test_a_device_holds_whole_latents_and_its_share_of_the_heads() -> None:
-    one, four = declare(config(**DEEPSEEK_V3)), declare(config(**DEEPSEEK_V3).share(4))
+    one, four = declare(config(**DEEPSEEK_V3)), declare(config(**DEEPSEEK_V3).share(Grid(4)))
     a, b = one.layers[0].mla, four.layers[0].mla
     assert (a.q_up.shape, b.q_up.shape) == ((128 * 192, 1536), (32 * 192, 1536))
     assert (a.k_up.shape, b.k_up.shape) == ((128 * 128, 512), (32 * 128, 512))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -48,6 +49,68 @@ def test_oracle_configs(shared_data, folder, expected):
     assert config.eos_token_ids == (2,)
 
 
+SMALLEST = {  # what no class has a usable default for
+    **{"vocab_size": 100, "hidden_size": 256, "intermediate_size": 72},
+    **{"num_hidden_layers": 4, "num_attention_heads": 32, "num_experts_per_tok": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "extra", "expected"),
+    [
+        ("LlamaForCausalLM", {}, {"num_kv_heads": 32, "head_dim": 8, "rms_norm_eps": 1e-6, "context_length": 2048}),
+        ("MistralForCausalLM", {}, {"num_kv_heads": 8, "sliding_windows": (4096,) * 4}),
+        ("Qwen2ForCausalLM", {"use_sliding_window": True}, {"num_kv_heads": 32, "sliding_windows": (None,) * 4}),
+        ("Qwen3ForCausalLM", {}, {"num_kv_heads": 32, "head_dim": 128, "context_length": 32768}),
+        (
+            "Qwen2MoeForCausalLM",
+            {"use_sliding_window": True, "max_window_layers": 3},
+            {"num_kv_heads": 16, "sliding_windows": (4096, None, 4096, None), "moe.shared_intermediate_size": 5632},
+        ),
+        (
+            "Qwen3MoeForCausalLM",
+            {"use_sliding_window": True, "sliding_window": 8},
+            {"num_kv_heads": 4, "head_dim": 8, "sliding_windows": (8,) * 4, "moe.num_experts": 128},
+        ),
+        ("MixtralForCausalLM", {}, {"num_kv_heads": 8, "rms_norm_eps": 1e-5, "theta": 1e6, "moe.num_experts": 8}),
+        (
+            "Gemma2ForCausalLM",
+            {},
+            {"num_kv_heads": 4, "head_dim": 256, "attn_logit_softcap": 50.0, "final_logit_softcap": 30.0},
+        ),
+        ("Gemma3ForCausalLM", {}, {"num_kv_heads": 4, "query_scale": 1 / 16, "attn_logit_softcap": None, "theta": 1e6}),
+        (
+            "Glm4MoeForCausalLM",
+            {"num_key_value_heads": 4},
+            {"num_kv_heads": 4, "rms_norm_eps": 1e-5, "moe.shared_intermediate_size": 1408, "qk_norm": False},
+        ),
+        (
+            "GptOssForCausalLM",
+            {},
+            {"num_kv_heads": 8, "head_dim": 64, "sliding_windows": (128, None) * 2, "rms_norm_eps": 1e-5},
+        ),
+        (
+            "DeepseekV2ForCausalLM",
+            {},
+            {"mla.q_lora_rank": 1536, "moe_layers": (True,) * 4, "moe.shared_intermediate_size": 2814, "moe.scale": 1},
+        ),
+        (
+            "DeepseekV3ForCausalLM",
+            {},
+            {"mla.v_head_dim": 128, "moe_layers": (False,) * 3 + (True,), "moe.num_groups": 8, "moe.scale": 2.5},
+        ),
+    ],
+)
+def test_an_absent_key_means_what_transformers_classes_mean(architecture, extra, expected):
+    """Checked against transformers 5.23, tokens and logprobs, with random weights of these and other shapes."""
+    config = decoder_config({"architectures": [architecture]} | SMALLEST | extra)
+    found = dataclasses.asdict(config)
+    found["theta"] = float(f"{config.rope.inv_freq[1] ** -len(config.rope.inv_freq):.4g}")
+    for part in ("moe", "mla"):
+        found |= {f"{part}.{key}": value for key, value in (found[part] or {}).items()}
+    assert {key: found[key] for key in expected} == expected
+
+
 def test_eos_comes_from_generation_config_first():
     config = hf("LlamaForCausalLM", eos_token_id=2)
     assert decoder_config(config).eos_token_ids == (2,)
@@ -86,6 +149,14 @@ def test_qwen_windows_need_use_sliding_window(architecture):
     assert config.sliding_windows == (8, None, 8, None)
     with pytest.raises(ModelError, match="chunked_attention"):
         decoder_config(hf(architecture, use_sliding_window=True, layer_types=["chunked_attention"] * 4, **window))
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"])
+def test_the_number_of_qwen_s_experts_has_two_names(architecture):
+    for key in ("num_experts", "num_local_experts"):
+        moe = decoder_config(hf(architecture, **{key: 6})).moe
+        assert moe is not None
+        assert moe.num_experts == 6
 
 
 def test_mistral_window_is_off_when_null_and_4096_when_absent():

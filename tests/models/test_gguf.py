@@ -32,6 +32,7 @@ def load(path, dtype="float32"):
     return checkpoint, config, load_weights(checkpoint, config, dtype)
 
 
+@pytest.mark.supports("stored quantised, dequantised while loading", {"llama": ["GGUF"]})
 def test_round_trip_of_a_llama(tmp_path):
     tensors = random_hf_tensors()
     types = {"embed": Q8_0, "q_proj": Q8_0, "k_proj": F16, "down": Q8_0, "up": F16}
@@ -73,6 +74,7 @@ def test_a_directory_with_one_gguf_and_dummy_weights(tmp_path):
         open_checkpoint(str(path), load_format="safetensors")
 
 
+@pytest.mark.supports("stored quantised, dequantised while loading", {"qwen2": ["GGUF"]})
 def test_qwen2_keeps_its_row_order_and_has_biases(tmp_path):
     tensors = random_hf_tensors()
     for i in range(2):
@@ -89,6 +91,7 @@ def test_qwen2_keeps_its_row_order_and_has_biases(tmp_path):
     np.testing.assert_array_equal(head(weights), tensors["lm_head.weight"])
 
 
+@pytest.mark.supports("stored quantised, dequantised while loading", {"qwen3": ["GGUF"]})
 def test_qwen3_has_head_norms_and_its_own_head_dim(tmp_path):
     tensors = random_hf_tensors()
     for i in range(2):

@@ -15,8 +15,10 @@ from safetensors.numpy import load_file, save_file
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import decoder_config
-from sgl_jax.models.loader import aligned_empty, load_weights, place_on_default_device, random_weights
+from sgl_jax.models.loader import OneDevice, aligned_empty, load_weights, random_weights
+from sgl_jax.models.share import share_of
 from sgl_jax.models.weights import Weights, declare, head
+from sgl_jax.parallel.grid import Grid
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -135,15 +137,15 @@ def test_every_misfit_is_named_at_once(stories260k, tmp_path):
     tensors["model.layers.9.input_layernorm.weight"] = np.zeros(64, np.float32)
     tensors["model.layers.2.mlp.up_proj.weight"] = np.zeros((64, 172), np.float32)
     tensors["model.layers.3.mlp.down_proj.weight"] = np.zeros((64, 172), np.int8)
-    placed = []
+    placer = Recorder()
     with pytest.raises(ModelError) as error:
-        load(copy_model(stories260k, tmp_path / "model", tensors), place=lambda spec, array: placed.append(array))
+        load(copy_model(stories260k, tmp_path / "model", tensors), placer=placer)
     text = str(error.value)
     assert re.search(r"missing tensors: .*layers\.1\.self_attn\.k_proj\.weight, model\.norm\.weight", text)
     assert re.search(r"no place for: model\.layers\.0\.self_attn\.q_proj\.bias, model\.layers\.9\.input_lay", text)
     assert "model.layers.2.mlp.up_proj.weight has [64, 172], the config needs [172, 64]" in text
     assert "model.layers.3.mlp.down_proj.weight (I8)" in text
-    assert not placed  # nothing was read in vain
+    assert not placer.placed  # nothing was read in vain
 
 
 def test_harmless_surplus_is_ignored(stories260k, tmp_path):
@@ -159,26 +161,46 @@ def test_an_untied_head_must_be_there(stories260k, tmp_path):
         load(copy_model(stories260k, tmp_path / "model", as_float32(stories260k), tie_word_embeddings=False))
 
 
-def test_place_sees_each_spec_and_progress_ends_at_the_whole(stories260k):
-    seen, reports = [], []
+class Recorder(OneDevice):
+    def __init__(self):
+        self.placed = []
 
-    def place(spec, array):
-        assert spec.shape == array.shape
-        assert array.dtype == np.float32
-        seen.append(spec.axes)
-        return array
+    def place(self, spec, arrays):
+        self.placed.append((spec, *arrays))
+        return arrays[0]
 
-    weights = load(stories260k, place=place, report=lambda fraction, num_bytes: reports.append((fraction, num_bytes)))
-    assert len(seen) == len(jax.tree.leaves(weights))
+
+def test_the_placer_sees_each_spec_and_progress_ends_at_the_whole(stories260k):
+    placer, reports = Recorder(), []
+    weights = load(stories260k, placer=placer, report=lambda fraction, num_bytes: reports.append((fraction, num_bytes)))
+    assert all(spec.shape == array.shape and array.dtype == np.float32 for spec, array in placer.placed)
+    assert len(placer.placed) == len(jax.tree.leaves(weights))
     assert reports == sorted(reports)
     assert reports[-1] == (1.0, open_checkpoint(str(stories260k)).total_bytes)
+
+
+class SecondOfTwo(OneDevice):
+    """Reads what the second of two tensor-parallel devices holds."""
+
+    def shares(self, spec):
+        return [share_of(spec, Grid(tensor=2), 1)]
+
+
+@pytest.mark.parametrize("model", ["stories260k", "stories260k-qwen2moe", "oracle/gpt_oss", "oracle/deepseek_v2"])
+def test_a_share_is_read_as_if_cut_from_the_whole(shared_data, model):
+    """Experts one by one and fused in one tensor, rows in parts, and reordered ones."""
+    whole, half = load(shared_data / model), load(shared_data / model, placer=SecondOfTwo())
+    declared = declare(decoder_config(open_checkpoint(str(shared_data / model)).config))
+    for spec, all_of_it, share in zip(*map(jax.tree.leaves, (declared, whole, half)), strict=True):
+        wanted = share_of(spec, Grid(tensor=2), 1).of(np.asarray(all_of_it))
+        np.testing.assert_array_equal(np.asarray(share), wanted, err_msg=str(spec))
 
 
 def test_the_cpu_adopts_our_buffers_instead_of_copying():
     if jax.default_backend() != "cpu":
         pytest.skip("only a CPU can share memory with numpy")
     buffer = aligned_empty((3, 5), np.dtype(np.float32))
-    assert place_on_default_device(None, buffer).unsafe_buffer_pointer() == buffer.ctypes.data
+    assert OneDevice().place(None, [buffer]).unsafe_buffer_pointer() == buffer.ctypes.data
 
 
 @pytest.mark.parametrize("dtype", [np.dtype(np.float32), BFLOAT16], ids=str)

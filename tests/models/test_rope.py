@@ -29,6 +29,12 @@ def test_theta_defaults_to_ten_thousand():
     close(resolve_rope({}, 16).inv_freq, plain(1e4, 16))
 
 
+def test_dynamic_is_plain_up_to_the_length_where_contexts_end():
+    config = {"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    assert resolve_rope(config, 32).inv_freq == resolve_rope({}, 32).inv_freq
+    assert context_length(config) == 64
+
+
 def test_linear_divides_every_frequency():
     close(
         resolve_rope({"rope_scaling": {"type": "linear", "factor": 4.0}}, 32).inv_freq, [f / 4 for f in plain(1e4, 32)]
@@ -112,7 +118,7 @@ def test_gguf_factors_divide_one_frequency_each():
 @pytest.mark.parametrize(
     ("scaling", "named"),
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic'"),
+        ({"rope_type": "longrope", "factor": 2.0}, "'longrope'"),
         ({"rope_type": "longrope"}, "'longrope'"),
         ({"rope_type": "default", "mrope_section": [16, 24, 24]}, "mrope_section"),
         ({"rope_type": "linear", "factor": 2.0, "beta_fast": 3}, "beta_fast"),

@@ -18,6 +18,20 @@ from sgl_jax.planning.programs import ProgramFacts
 from sgl_jax.runtime import topology
 
 SMALL = ["--dtype", "float32", "--max-running-requests", "1", "--chunked-prefill-size", "2", "--max-total-tokens", "64"]
+NO_PART_OF_A_PROGRAM = (
+    *("--port", "0", "--served-model-name", "other", "--random-seed", "7", "--schedule-policy", "lpm"),
+    *("--max-queued-requests", "3", "--disable-radix-cache", "--disable-overlap-schedule", "--stream-interval", "4"),
+    *(
+        "--decode-log-interval",
+        "5",
+        "--shutdown-timeout-s",
+        "1",
+        "--api-key",
+        "k",
+        "--dp-schedule-policy",
+        "round_robin",
+    ),
+)
 
 
 @pytest.fixture(autouse=True)
@@ -54,9 +68,13 @@ def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path,
         "import sys; from sgl_jax.observability import log; from sgl_jax.server_args import ServerArgs; "
         "from sgl_jax.engine.startup import build_core; log.setup(); build_core(ServerArgs.from_cli(sys.argv[1:]))"
     )
-    second = run("-c", launch, *flags)
+    second = run("-c", launch, *flags, *NO_PART_OF_A_PROGRAM)
     assert second.returncode == 0, second.stderr
     assert re.findall(r"\((cache \w+)\)$", second.stderr, re.MULTILINE) == ["cache hit"] * 5
+    other = run("-c", launch, *flags, "--page-size", "8")
+    assert other.returncode == 0, other.stderr
+    found = dict(re.findall(r"\[\d/\d\] (.*) \d+\.\d s \((.*)\)$", other.stderr, re.MULTILINE))
+    assert (found["tokens=1 rows=1"], found["tokens=2 rows=1"]) == ("cache miss", "cache miss")
 
     again = run("-m", "sgl_jax.compile", "--topology", "cpu", "--json", "-", *flags)
     assert again.returncode == 0, again.stderr
@@ -76,7 +94,7 @@ def test_the_plan_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "Qwen3ForCausalLM, 8.19 billion parameters (Qwen3-8B, bundled)" in out
     assert "v6e-4: 4 chips, 4 x TPU v6e, 31.2 GiB each" in out
-    assert re.search(r"KV holds +688,4\d\d tokens: 16\.8 full contexts of 40,960", out)
+    assert re.search(r"KV holds +688,384 tokens: 16\.8 full contexts of 40,960", out)
     assert re.search(r"^ 256 +256 +decode .* memory +31,\d\d\d", out, re.MULTILINE)
 
 

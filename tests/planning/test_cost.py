@@ -9,6 +9,7 @@ import pytest
 
 from sgl_jax.models.config import DecoderConfig, MlaConfig
 from sgl_jax.ops.attention.backends import find_backend
+from sgl_jax.parallel.grid import Grid
 from sgl_jax.planning.cost import Rates, StepCost, step_cost
 from sgl_jax.planning.model import find_model
 from sgl_jax.runtime.buckets import Bucket
@@ -19,7 +20,7 @@ NATIVE = find_backend("native", "cpu", vectorise=False)
 
 
 def cost_of(model: DecoderConfig, devices: int, itemsize: int, bucket: Bucket, context: int) -> StepCost:
-    return step_cost(model, devices, pool_of(model.share(devices), NATIVE), itemsize, bucket, context)
+    return step_cost(model, Grid(devices), pool_of(model.share(Grid(devices)), NATIVE), itemsize, bucket, context)
 
 
 def test_a_decode_step_of_qwen3_8b_on_four_devices() -> None:

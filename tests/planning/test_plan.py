@@ -22,7 +22,7 @@ GIB = 1 << 30
 def plan(model: str | PlannedModel, topology: str, context: int = 1024, **flags) -> Plan:
     args = ServerArgs(model_path=model if isinstance(model, str) else "model", **flags)
     found = find_model(model) if isinstance(model, str) else model
-    return make_plan(args, found, find_target(topology, args.tp_size), context)
+    return make_plan(args, found, find_target(topology, args.tp_size, args.dp_size), context)
 
 
 def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
@@ -32,10 +32,10 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
     norms = 2 * (36 * (2 * 4096 + 2 * 128) + 4096)  # on every device
     assert found.launch.weight_bytes == weights + norms
     assert found.launch.memory.bytes_per_token == 36 * 2 * 2 * 128 * 2
-    state = 257 * 4 * (1 + 2560 + 151936 // 4 + 3 * 1104)
-    tokens = (int(int(31.24 * GIB) * 0.88) - weights - norms - state) / (36 * 2 * 2 * 128 * 2)
-    assert found.launch.memory.num_tokens == pytest.approx(tokens, rel=1e-4)
-    assert found.full_contexts == pytest.approx(tokens / 40960, rel=1e-4)
+    state = 257 * 4 * (1 + 40960 // 128 + 151936 // 4 + 3 * 1104)
+    tokens = (int(int(31.24 * GIB) * 0.88) - weights - norms - state) // (36 * 2 * 2 * 128 * 2) // 128 * 128
+    assert found.launch.memory.num_tokens == tokens
+    assert found.full_contexts == pytest.approx(tokens / 40960)
     decode = next(step for step in found.steps if step.bucket.num_tokens == 8)
     assert decode.decodes
     assert decode.bound is not None
@@ -46,10 +46,17 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
     assert decode.tokens_per_s == pytest.approx(8 / decode.bound.seconds)
 
 
+def test_pages_have_128_tokens_on_tpu_unless_asked_otherwise() -> None:
+    assert plan("Qwen3-8B", "v6e-4").launch.runner.page_size == 128
+    assert plan("Qwen3-8B", "v6e-4", page_size=16).launch.runner.page_size == 16
+    assert plan("Qwen3-8B", "v6e-4", attention_backend="native", page_size=1).launch.runner.page_size == 1
+    assert plan("Qwen3-0.6B", "cpu").launch.runner.page_size == 16
+
+
 def test_a_topology_is_used_whole_unless_tp_size_says_less() -> None:
     assert plan("Qwen3-8B", "v7x-4").target.num_devices == 8
     assert plan("Qwen3-8B", "v6e-8", tp_size=4).target.num_devices == 4
-    with pytest.raises(NoSuchTopology, match="--tp-size is 8; v6e-4 has 4 devices"):
+    with pytest.raises(NoSuchTopology, match="--tp-size is 8 and --dp-size 1; v6e-4 has 4 devices"):
         plan("Qwen3-8B", "v6e-4", tp_size=8)
 
 
@@ -99,11 +106,13 @@ def test_steps_are_counted_with_at_most_the_models_context() -> None:
         *[("Qwen3-14B", 14.77, 163840), ("Qwen3-32B", 32.76, 262144), ("Qwen2.5-7B", 7.62, 57344)],
         *[("Llama-3.1-8B", 8.03, 131072), ("Llama-3.1-70B", 70.55, 327680)],
         *[("Gemma-2-9B", 9.24, 344064), ("Qwen3-30B-A3B", 30.53, 98304)],
+        # A head of gpt-oss has 64 values, of which a TPU makes 128.
+        *[("Mixtral-8x7B", 46.70, 131072), ("gpt-oss-20b", 20.91, 2 * 49152), ("DeepSeek-V3", 671.03, 61 * 576 * 2)],
     ],
 )
 def test_bundled_configs_have_the_published_sizes(name: str, billions: float, kv_bytes: int) -> None:
     model = find_model(name)
-    one = dataclasses.replace(find_target("v7x-1", 1), num_devices=1, device_bytes=1 << 40)
+    one = dataclasses.replace(find_target("v7x-1", 1), num_devices=1, device_bytes=1 << 42)
     found = make_plan(ServerArgs(model_path=name), model, one, 1024)
     assert found.parameters / 1e9 == pytest.approx(billions, rel=0.002)
     assert found.launch.memory.bytes_per_token == kv_bytes
@@ -114,9 +123,25 @@ def test_every_bundled_config_is_one_we_serve() -> None:
 
 
 def test_a_hub_id_of_a_bundled_model_needs_no_network_and_a_path_wins(tmp_path: Path) -> None:
-    assert find_model("meta-llama/Llama-3.1-8B-Instruct").source == "Llama-3.1-8B, bundled"
+    assert find_model("meta-llama/Llama-3.1-8B-Instruct").source == "config:Llama-3.1-8B"
     folder = tmp_path / "Qwen3-8B"
     folder.mkdir()
     config = json.loads(bundled()["Qwen3-8B"]) | {"num_hidden_layers": 2}
     (folder / "config.json").write_text(json.dumps(config))
     assert find_model(str(folder)).config.num_layers == 2
+
+
+def test_limits_are_those_of_all_ranks_together() -> None:
+    found = plan("Qwen3-8B", "v6e-8", tp_size=4, dp_size=2, max_running_requests=64, max_total_tokens=65536)
+    assert found.launch.scheduler.max_running_requests == 32
+    assert found.launch.runner.num_rows == 64
+    assert found.launch.kv_tokens == 65536
+    with pytest.raises(ValueError, match="--max-running-requests is 5; it must be a multiple of --dp-size 2"):
+        plan("Qwen3-8B", "v6e-8", tp_size=4, dp_size=2, max_running_requests=5)
+
+
+def test_ranks_hold_more_than_copies_of_heads() -> None:
+    """With four KV heads, eight devices hold each twice; two ranks of four devices hold other tokens in that place."""
+    copies = plan("Qwen3-30B-A3B", "v6e-8", tp_size=8)
+    ranks = plan("Qwen3-30B-A3B", "v6e-8", tp_size=4, dp_size=2, ep_size=8)
+    assert ranks.launch.kv_tokens > 1.8 * copies.launch.kv_tokens

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 import pytest
-from jax import lax
 
 from sgl_jax.runtime import hlo
 from sgl_jax.runtime.hlo import Array
@@ -57,6 +54,12 @@ def test_collectives_are_known_by_their_starts_too() -> None:
     assert [(i.collective, i.op_name) for i in found][:2] == [("all-reduce", "jit(step)/mlp/psum"), ("all-gather", "")]
 
 
+def test_what_an_instruction_takes() -> None:
+    module = hlo.read(TEXT)
+    taken = {i.name: i.operands for i in module.computations["main"]}
+    assert taken == {"a": ("0",), "w.2": ("t",), "cc": ("p", "a", "a"), "f": ("a",)}
+
+
 def test_the_compilers_estimate_is_zero_where_it_has_none() -> None:
     assert {i.name: i.cycles for i in hlo.read(TEXT).instructions()} | {"f": 2120, "g": 0} == {
         "w.2": 0,
@@ -79,17 +82,3 @@ def test_bytes_of_each_type(dtype: str) -> None:
         f"HloModule m\n\nENTRY %e () -> x {{\n  %a = {dtype}[3,4]{{1,0}} copy(%b)\n}}\n"
     ).instructions()
     assert instruction.nbytes == 12 * bits // 8
-
-
-def test_the_layer_loop_of_a_real_program() -> None:
-    def scanned(x, weights):
-        x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)
-        return x
-
-    args = jax.ShapeDtypeStruct((8, 64), jnp.float32), jax.ShapeDtypeStruct((3, 64, 64), jnp.float32)
-    module = hlo.read(jax.jit(scanned, donate_argnums=0).lower(*args).compile().as_text())
-    loop = module.layer_loop()
-    assert loop is not None
-    assert Array("f32", (3, 64, 64)) in loop.arrays
-    assert any(Array("f32", (8, 64)) in i.arrays for i in module.layer_instructions())
-    assert module.aliased == ((0, 0),)

@@ -24,9 +24,10 @@ def random_plan(rng: np.random.Generator, num_new: list[int], num_updates: int) 
     return StepPlan(
         keys=np.arange(n),
         rows=rng.permutation(64)[:n].astype(np.int32),
+        rank=np.zeros(n, np.int32),
         start=ints(n),
         num_new=np.array(num_new, np.int32),
-        num_single=sum(x == 1 for x in num_new),
+        num_single=np.array([sum(x == 1 for x in num_new)], np.int32),
         samples=rng.random(n) < 0.5,
         from_device=rng.random(n) < 0.5,
         next_token=ints(n),

@@ -11,6 +11,7 @@ import pytest
 
 from sgl_jax.models.config import DecoderConfig, MlaConfig, RopeConfig
 from sgl_jax.ops.attention.backends import NoSuchBackend, find_backend
+from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime import memory
 from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, plan_memory
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
@@ -66,7 +67,7 @@ def test_bytes_of_a_token() -> None:
 def test_a_latent_pool_keeps_one_vector_for_all_heads_on_every_device() -> None:
     native = find_backend("native", "cpu", vectorise=False)
     latent = dataclasses.replace(CONFIG, num_kv_heads=1, mla=MlaConfig(512, None, 128, 64, 128))
-    for share in (latent, latent.share(2), latent.share(4)):
+    for share in (latent, latent.share(Grid(2)), latent.share(Grid(4))):
         assert pool_of(share, native).shape(num_pages=10, page_size=16) == (20, 1, 1, 16, 576)
         assert pool_of(share, native).values_per_token == 2 * 576
 

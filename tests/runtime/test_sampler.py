@@ -60,9 +60,10 @@ def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[StepInputs
     plan = StepPlan(
         keys=np.arange(n),
         rows=np.arange(n, dtype=np.int32),
+        rank=np.zeros(n, np.int32),
         start=lengths - 1,
         num_new=np.ones(n, np.int32),
-        num_single=n,
+        num_single=np.array([n], np.int32),
         samples=np.ones(n, np.bool_),
         from_device=np.zeros(n, np.bool_),
         next_token=np.full(n, -1, np.int32),
@@ -272,6 +273,17 @@ def test_a_rows_token_does_not_depend_on_the_others() -> None:
         backwards = sample(logits[::-1], rows[::-1], num_rows=16)[::-1]
         alone = [sample(logits[i : i + 1], [row], num_rows=16)[0] for i, row in enumerate(rows)]
         assert together == alone == backwards
+
+
+@pytest.mark.parametrize("vocab_size", [40, 1000])
+def test_rows_done_in_blocks_get_the_same_tokens(monkeypatch: pytest.MonkeyPatch, vocab_size: int) -> None:
+    rows = [dataclasses.replace(row, seed=i) for i, row in enumerate(mixed_rows() * 4)][:21]
+    logits = np.random.default_rng(3).normal(0, 3, (len(rows), vocab_size)).astype(np.float32)
+    inputs, state = step_of(rows, vocab_size, len(rows))
+    at_once = np.asarray(jax.jit(sampler.sample)(logits, inputs, state))
+    monkeypatch.setattr(sampler, "_ROWS_BYTES", 8 * 4 * vocab_size)
+    assert sampler.rows_at_once(vocab_size) == 8  # three blocks, the last of which does three rows again
+    np.testing.assert_array_equal(jax.jit(functools.partial(sampler.sample))(logits, inputs, state), at_once)
 
 
 def test_a_row_that_does_not_sample_changes_nothing() -> None:

@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 
 import hypothesis.strategies as st
+import numpy as np
+import pytest
 from hypothesis import given, settings
 
 from sgl_jax.engine.messages import Abort, FlushCache
+from sgl_jax.scheduler.placement import PLACEMENTS
 from simulated import Client, make_core
 
 VOCAB = 17  # small: outputs repeat, share prefixes, and meet stop tokens
@@ -35,7 +38,7 @@ class Scenario:
 
 
 @st.composite
-def scenarios(draw: st.DrawFn) -> Scenario:
+def scenarios(draw: st.DrawFn, ranks: tuple[int, ...] = (1,)) -> Scenario:
     page_size = draw(st.sampled_from([1, 4, 16]))
     rows = draw(st.integers(1, 5))
     context_length = draw(st.integers(12, 40))
@@ -51,6 +54,8 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         "policy": draw(st.sampled_from(["fcfs", "lpm"])),
         "radix": draw(st.booleans()),
         "overlap": draw(st.booleans()),
+        "ranks": draw(st.sampled_from(ranks)),
+        "placement": draw(st.sampled_from(sorted(PLACEMENTS))),
     }
     steps = st.integers(0, 20)
     arrivals = draw(st.lists(arrival(context_length, steps), min_size=2, max_size=9))
@@ -96,28 +101,76 @@ def run(scenario: Scenario) -> Client:
     raise AssertionError("still busy after 1000 steps")
 
 
-@settings(max_examples=700, derandomize=True, deadline=None, database=None, print_blob=True)
-@given(scenarios())
-def test_every_request_gets_its_tokens_and_every_page_comes_back(scenario: Scenario) -> None:
-    client = run(scenario)
+def check(scenario: Scenario, client: Client) -> None:
+    """Every answer is the one computed by hand, and every page of every rank is back."""
     for answer in client.answers.values():
         answer.check(VOCAB)
     assert len(client.flushed) == len(scenario.flushes)
-    cache = client.core.scheduler.cache
-    assert cache.num_available_pages == cache.num_usable_pages
-    cache.flush()
-    assert cache.pool.num_free == cache.num_usable_pages
-    counters = client.core.scheduler.counters
-    assert counters.generated_tokens == sum(map(len, client.tokens.values()))
+    scheduler = client.core.scheduler
+    for cache in scheduler.caches:
+        assert cache.num_available_pages == cache.num_usable_pages
+    scheduler.flush()
+    for cache in scheduler.caches:
+        assert cache.pool.num_free == cache.num_usable_pages
+    assert scheduler.counters.generated_tokens == sum(map(len, client.tokens.values()))
 
 
-@settings(max_examples=60, derandomize=True, deadline=None, database=None, print_blob=True)
+@settings(max_examples=700, derandomize=True, deadline=None, database=None, print_blob=True)
 @given(scenarios())
+def test_every_request_gets_its_tokens_and_every_page_comes_back(scenario: Scenario) -> None:
+    check(scenario, run(scenario))
+
+
+@settings(max_examples=200, derandomize=True, deadline=None, database=None, print_blob=True)
+@given(scenarios(ranks=(2, 4)))
+def test_on_several_ranks_every_request_gets_the_tokens_of_one_rank(scenario: Scenario) -> None:
+    client = run(scenario)
+    check(scenario, client)
+    alone = run(dataclasses.replace(scenario, core={**scenario.core, "ranks": 1}))
+    for key, answer in client.answers.items():
+        if (other := alone.answers[key]).reason == answer.reason:
+            n = min(len(answer.tokens), len(other.tokens))  # an abort leaves more of it to who was faster
+            assert answer.tokens[:n] == other.tokens[:n]
+            assert answer.reason is not None
+            assert n == len(answer.tokens) == len(other.tokens) or answer.reason.type == "abort"
+
+
+@settings(max_examples=120, derandomize=True, deadline=None, database=None, print_blob=True)
+@given(scenarios(ranks=(1, 2, 4)))
 def test_no_step_exceeds_its_budgets(scenario: Scenario) -> None:
     client = run(scenario)
     config = client.core.scheduler.config
     for plan in client.core._runner.plans:
-        assert plan.num_tokens <= config.max_step_tokens
-        assert len(plan.rows) <= config.max_running_requests
-        assert plan.num_new[~plan.from_device].sum() <= config.max_prefill_tokens
-        assert plan.page_updates.shape[1] <= len(plan.rows) + plan.num_tokens // client.core.scheduler.cache.page_size
+        for rank in np.unique(plan.rank):
+            of_rank = plan.rank == rank
+            num_tokens, num_rows = plan.num_new[of_rank].sum(), of_rank.sum()
+            assert num_tokens <= config.max_step_tokens
+            assert num_rows <= config.max_running_requests
+            assert plan.num_new[of_rank & ~plan.from_device].sum() <= config.max_prefill_tokens
+            updates = np.isin(plan.page_updates[0], plan.rows[of_rank]).sum()
+            assert updates <= num_rows + num_tokens // scenario.core["page_size"]
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_under_page_pressure_preempt_share_prefixes_and_answer_right(ranks: int, placement: str) -> None:
+    """The same as above where it is known to happen: every rank runs, preempts and finds prefixes."""
+    core = make_core(
+        vocab_size=VOCAB, eos=0, ranks=ranks, placement=placement, rows=4, num_usable_pages=14, context_length=40
+    )
+    client = Client(core)
+    for key in range(8 * ranks):
+        stem = STEMS[key % 2][: 4 * (key % 4)]
+        client.submit(
+            key, [*stem, key % VOCAB, 5], max_tokens=24, ignore_eos=True, temperature=0.5 * (key % 3), seed=key
+        )
+    for step in range(12):
+        client.step()
+        if step == 8:
+            core.handle(Abort([1, 2]))
+    client.run()
+    for answer in client.answers.values():
+        answer.check(VOCAB)
+    assert core.scheduler.counters.preemptions > 0
+    assert core.scheduler.counters.cached_tokens > 0
+    assert {rank for plan in core._runner.plans for rank in plan.rank.tolist()} == set(range(ranks))

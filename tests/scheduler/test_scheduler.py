@@ -45,7 +45,7 @@ def finish_all(scheduler: Scheduler) -> None:
     """Everything gone, every page back."""
     assert not scheduler.has_requests
     scheduler.check_invariants()
-    assert scheduler.cache.num_available_pages == scheduler.cache.num_usable_pages
+    assert scheduler.caches[0].num_available_pages == scheduler.caches[0].num_usable_pages
 
 
 def test_a_long_prompt_is_cut_into_chunks_and_then_decodes() -> None:
@@ -169,7 +169,7 @@ def test_without_radix_nothing_is_shared_and_nothing_stays() -> None:
     assert lines(plan) == [(1, 0, 12, True, False), (2, 0, 4, False, False)]
     plan, _ = step(s, 50)
     assert lines(plan) == [(2, 4, 8, True, False)]
-    assert s.cache.pool.num_free == s.cache.num_usable_pages
+    assert s.caches[0].pool.num_free == s.caches[0].num_usable_pages
 
 
 def test_a_sibling_waits_one_step_for_the_prefix_another_row_computes() -> None:
@@ -214,7 +214,7 @@ def test_the_youngest_is_preempted_and_resumes_behind_its_cached_pages() -> None
     s.add(make_request(2, [3, 4], max_tokens=5))
     assert lines(step(s, 10, 20)[0]) == [(1, 0, 2, True, False), (2, 0, 2, True, False)]
     step(s, 11, 21)  # tokens 3: pages 1 3 and 2 4
-    assert s.cache.num_available_pages == 1
+    assert s.caches[0].num_available_pages == 1
     step(s, 12, 22)
     plan, result = step(s, 13)  # both want a page, one is left
     assert lines(plan) == [(1, 4, 1, True, True)]
@@ -224,7 +224,7 @@ def test_the_youngest_is_preempted_and_resumes_behind_its_cached_pages() -> None
     assert waiting.row == -1
     assert waiting.tokens.tolist() == [3, 4, 20, 21, 22]
     assert waiting.announced
-    assert s.cache.num_available_pages == 2  # its two whole pages stay in the tree, unlocked
+    assert s.caches[0].num_available_pages == 2  # its two whole pages stay in the tree, unlocked
 
     plan, _ = step(s, 14)
     assert lines(plan) == [(1, 5, 1, True, True)]

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 from sgl_jax.server_args import ServerArgs
 from sgl_jax.testing.fake_core import FakeCore
 
 
-def quick(server_args: ServerArgs) -> FakeCore:
+def quick(server_args: ServerArgs, die: Callable[[str], None]) -> FakeCore:
     return FakeCore()
 
 
-def slow(server_args: ServerArgs) -> FakeCore:
+def slow(server_args: ServerArgs, die: Callable[[str], None]) -> FakeCore:
     return FakeCore(step_seconds=0.05)
 
 
-def failing_at_start(server_args: ServerArgs) -> FakeCore:
+def failing_at_start(server_args: ServerArgs, die: Callable[[str], None]) -> FakeCore:
     raise ValueError("the weights do not fit: 10 GiB are needed, 8 GiB are there; choose a smaller model")
 
 
@@ -27,10 +28,10 @@ class _FailsWhenRunning(FakeCore):
         return super().step()
 
 
-def failing_when_running(server_args: ServerArgs) -> FakeCore:
+def failing_when_running(server_args: ServerArgs, die: Callable[[str], None]) -> FakeCore:
     return _FailsWhenRunning()
 
 
-def never_ready(server_args: ServerArgs) -> FakeCore:
+def never_ready(server_args: ServerArgs, die: Callable[[str], None]) -> FakeCore:
     time.sleep(60)
     return FakeCore()

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import math
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,13 +19,15 @@ from sgl_jax.runtime import hlo
 from sgl_jax.runtime.compiler import CompileWatch, Program, compile_all, matmul_precision
 from sgl_jax.runtime.hlo import Instruction, Module
 from sgl_jax.runtime.platform import kernels_for
+from sgl_jax.runtime.state import state_bytes
 from sgl_jax.server_args import ServerArgs
 
-# A custom call may be no more than the parts of a prefetched matrix seen as one; one that moves ends in a -done.
 MOVES = ("copy", "transpose", "dynamic-slice", "slice", "concatenate", "fusion", "custom-call-done", "call-done")
+PRODUCTS = ("convolution", "dot")
 
 SMALL = 64 << 10  # bytes between devices besides activations: the best token of each row
 TEMP_SHARE = 0.02  # of the pool
+AGREEMENT = 0.02  # between arithmetic and the compiled program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class StepProgram:
     rows: int
     args: tuple[Any, ...]  # weights, pool, state, plan vector
     module: Module
+    argument_bytes: int
     temp_bytes: int
     aliased_bytes: int
 
@@ -46,12 +48,9 @@ class StepProgram:
         return self.plan.launch.memory.kv_bytes
 
     @property
-    def layer_weights(self) -> set[tuple[int, ...]]:
-        """The shape of each matrix of a layer, on one device, its sides in order of length."""
-        weights = jax.tree.leaves(self.args[0].layers)
-        shards = [leaf.sharding.shard_shape(leaf.shape) for leaf in weights]
-        per_layer = int(self.args[0].stacked)
-        return {sides(shape[per_layer:]) for shape in shards if len(shape) == 2 + per_layer}
+    def activation_bytes(self) -> int:
+        """Of bfloat16 between layers."""
+        return self.tokens * self.plan.model.config.hidden_size * 2
 
     @property
     def num_layers(self) -> int:
@@ -66,7 +65,7 @@ def planned(model: str, topology: str, attention: str | None) -> tuple[Plan, dic
     args = ServerArgs(model_path=model, attention_backend=attention)
     target = find_target(topology, 1)
     plan = make_plan(args, find_model(model), target, 1024)
-    placement = Placement.over(target.find_devices())
+    placement = Placement.over(target.find_devices(), plan.launch.grid)
     programs = launch_programs(
         plan.model.config,
         plan.launch,
@@ -91,7 +90,17 @@ def step_program(model: str, topology: str, attention: str | None, tokens: int) 
 def read(plan: Plan, tokens: int, rows: int, program: Program, call: Any) -> StepProgram:
     memory = call.memory_analysis()
     module = hlo.read(call.as_text())
-    return StepProgram(plan, tokens, rows, program.args, module, memory.temp_size_in_bytes, memory.alias_size_in_bytes)
+    sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes
+    return StepProgram(plan, tokens, rows, program.args, module, *sizes)
+
+
+def planned_bytes(step: StepProgram) -> tuple[int, int]:
+    """By arithmetic alone, of one device: what a step is given, and what it sums over the devices."""
+    launch, runner = step.plan.launch, step.plan.launch.runner
+    vocabulary = step.plan.model.config.vocab_size // step.plan.target.num_devices
+    state = state_bytes(runner.num_rows, runner.pages_per_row, vocabulary)
+    (bucket,) = (each for each in step.plan.steps if each.bucket.num_tokens == step.tokens)
+    return launch.weight_bytes + launch.memory.kv_bytes + state, int(bucket.cost.reduced_bytes)
 
 
 def sides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -108,42 +117,52 @@ def pool_copies(step: StepProgram) -> list[Instruction]:
     ]
 
 
-def layers(step: StepProgram) -> Iterator[tuple[Instruction, int]]:
-    """What runs for the layers, and how often: once each where layers are a list, else as often as the loop turns."""
-    stacked = step.args[0].stacked
-    if not stacked:
-        yield from ((each, 1) for each in step.module.instructions() if not each.in_branch)
-    else:
-        yield from ((each, step.num_layers) for each in step.module.layer_instructions())
-
-
 def weight_moves(step: StepProgram) -> list[Instruction]:
-    """Instructions whose result has the shape of one of a layer's matrices: what is multiplied should be read where it
-    lies. A prefetch (copy-start, slice-start) into the chip's own memory is none."""
-    return [
-        each
-        for each, _ in layers(step)
-        if each.opcode in MOVES and any(sides(array.shape) in step.layer_weights for array in each.arrays)
-    ]
-
-
-def layer_products(step: StepProgram) -> Counter[str]:
-    """How many products with weights there are, by the scope they come from, over all layers."""
-    found: Counter[str] = Counter()
-    for each, times in layers(step):
-        for inner in step.module.fused(each):
-            if inner.opcode in ("convolution", "dot") and "oi,ti->ot" in inner.op_name:
-                found[inner.op_name.rpartition("/oi,ti->ot")[0].rpartition("/")[2]] += times
+    """Instructions that make another of a layer's matrices: what is multiplied should be read where it lies. A prefetch
+    (copy-start, slice-start, and what puts its parts together) into the chip's own memory is none."""
+    weights: dict[str, tuple[int, ...]] = {}  # what is a matrix of a layer, or a prefetched one: its sides
+    found = []
+    for each in step.module.computations[step.module.entry]:
+        if each.opcode == "parameter" and each.op_name.startswith("weights.layers"):
+            (array,) = each.arrays
+            if len(sides(array.shape)) > 1:
+                weights[each.name] = sides(array.shape)
+        for weight in {weights[name] for name in each.operands if name in weights}:
+            same = any(sides(array.shape) == weight for array in each.arrays)
+            if each.opcode in MOVES and same and not any(i.opcode in PRODUCTS for i in step.module.fused(each)):
+                found.append(each)
+            elif each.opcode != "fusion" and (same or each.opcode.endswith(("-start", "-done", "get-tuple-element"))):
+                weights[each.name] = weight
     return found
+
+
+def products(step: StepProgram) -> Counter[str]:
+    """How many products with the layers' weights there are: dense ones by the scope they come from, and of experts."""
+    found: Counter[str] = Counter()
+    for each in step.module.instructions():
+        if each.opcode == "custom-call" and each.name.startswith("grouped_matmul"):
+            found["experts"] += 1
+        for inner in step.module.fused(each) if not each.in_branch else ():
+            if inner.opcode in PRODUCTS and "oi,ti->ot" in inner.op_name:
+                found[inner.op_name.rpartition("/oi,ti->ot")[0].rpartition("/")[2]] += 1
+    return found
+
+
+def expected_products(step: StepProgram) -> Counter[str]:
+    """q/k/v and output; gate/up and down, or those of the experts, each for all of them."""
+    layers = step.args[0].layers
+    dense = sum(layer.down is not None for layer in layers)
+    experts = sum(layer.moe is not None for layer in layers)
+    return +Counter(attention=2 * len(layers), mlp=2 * dense, experts=2 * experts)
 
 
 def sums(step: StepProgram) -> tuple[int, list[int]]:
     """Of a step that takes no branch: how often activations are summed over the devices, and the bytes of everything
     else that goes between them."""
-    activations = step.tokens * step.plan.model.config.hidden_size * 2
+    activations = step.activation_bytes
     always = [each for each in step.module.collectives() if not each.in_branch]
-    times = [step.num_layers if each.in_loop else 1 for each in always if each.nbytes == activations]
-    return sum(times), [each.nbytes for each in always if each.nbytes != activations]
+    others = [each.nbytes for each in always if each.nbytes != activations]
+    return len(always) - len(others), others
 
 
 def largest_gathered_axis(step: StepProgram) -> int:
@@ -165,11 +184,16 @@ def faults(step: StepProgram) -> list[str]:
         found.append(f"{step.temp_bytes / 1e6:.0f} MB of temporaries, the pool has {step.pool_bytes / 1e6:.0f} MB")
     if moves := weight_moves(step):
         found.append(f"matrices of a layer are copied by {', '.join(each.name for each in moves)}")
-    if (products := layer_products(step)) != Counter(attention=2 * step.num_layers, mlp=2 * step.num_layers):
-        found.append(f"{step.num_layers} layers have as products with weights {dict(products)}")
+    if products(step) != expected_products(step):
+        found.append(f"products with weights are {dict(products(step))}, not {dict(expected_products(step))}")
     activations, others = sums(step)
     if activations != (2 * step.num_layers + 1 if devices > 1 else 0) or sum(others) > SMALL:
         found.append(f"{activations} sums of activations over the devices, and others of {others} bytes")
     if largest_gathered_axis(step) >= step.plan.model.config.vocab_size // devices // 16:
         found.append(f"something {largest_gathered_axis(step)} long is gathered")
+    given, reduced = planned_bytes(step)
+    if abs(step.argument_bytes - given) > AGREEMENT * given:
+        found.append(f"it is given {step.argument_bytes} bytes, and {given} were planned")
+    if abs(activations * step.activation_bytes - reduced) > AGREEMENT * reduced:
+        found.append(f"{activations * step.activation_bytes} bytes are summed over the devices, {reduced} were planned")
     return found

@@ -145,9 +145,10 @@ class DeviceBatch:
         return StepPlan(
             keys=rows.astype(np.int64),
             rows=rows,
+            rank=np.zeros_like(rows),
             start=start,
             num_new=num_new,
-            num_single=int(np.count_nonzero(num_new == 1)),
+            num_single=np.array([np.count_nonzero(num_new == 1)], np.int32),
             samples=end >= self._prompt_len[rows],
             from_device=start >= self._prompt_len[rows],
             next_token=next_token,

@@ -31,6 +31,7 @@ _WARM_UP_TOKENS = 4
 _NO_SCHEDULER = (  # flags that are about one
     "disable_radix_cache",
     "schedule_policy",
+    "dp_schedule_policy",
     "max_queued_requests",
     "enable_mixed_chunk",
     "disable_overlap_schedule",
@@ -41,6 +42,11 @@ _NO_SCHEDULER = (  # flags that are about one
 def measure_batches(args: argparse.Namespace, server_args: ServerArgs) -> int:
     """Starts the engine's device side and runs. Returns the exit code; raises BenchmarkError."""
     start_log(server_args, _NO_SCHEDULER)
+    if server_args.dp_size > 1:
+        raise BenchmarkError(
+            f"--dp-size is {server_args.dp_size}; this tool runs one batch on one rank, leave it out "
+            "(bench_offline_throughput measures several)"
+        )
     if args.result_filename:
         check_writable(Path(args.result_filename), "--result-filename")
     try:

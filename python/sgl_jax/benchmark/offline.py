@@ -54,7 +54,7 @@ def measure_offline(args: argparse.Namespace, server_args: ServerArgs) -> int:
         )
     try:
         path = server_args.tokenizer_path or server_args.model_path
-        tokenizer = load_tokenizer(path, server_args.chat_template, server_args.download_dir)
+        tokenizer = load_tokenizer(path, server_args.chat_template, server_args.downloads)
         prompts = load_prompts(args, tokenizer, None, args.seed)  # before the model: a mistake should be said at once
         with Engine(**engine_options(server_args)) as engine:
             return run(args, engine, prompts)

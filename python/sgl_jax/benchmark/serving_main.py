@@ -77,7 +77,7 @@ def find_tokenizer(given: str | None, model: str | None, facts: ServerFacts) -> 
         if given is not None:
             return load_tokenizer(given)
         for path in (facts.tokenizer_path, model):
-            if path is not None and Path(path).expanduser().exists():
+            if path is not None and (path.startswith("config:") or Path(path).expanduser().exists()):
                 return load_tokenizer(path)
     except TokenizerError as error:
         raise BenchmarkError(f"no tokenizer: {error}; say where one is with --tokenizer PATH") from error

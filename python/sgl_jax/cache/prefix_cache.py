@@ -44,6 +44,11 @@ class PrefixCache:
         return self.pool.num_pages - 1
 
     @property
+    def num_unused_pages(self) -> int:
+        """Pages that hold a cached prefix no request uses now."""
+        return self.tree.num_evictable_pages
+
+    @property
     def num_available_pages(self) -> int:
         """Pages `allocate` can hand out now, evicting what it must."""
         return self.pool.num_free + self.tree.num_evictable_pages
@@ -54,6 +59,10 @@ class PrefixCache:
         path = [n.pages for n in node.path][::-1]
         pages = np.concatenate(path) if path else np.empty(0, np.int32)
         return Handle(node, pages, len(pages) * self.page_size)
+
+    def num_cached(self, namespace: str, tokens: np.ndarray) -> int:
+        """How many tokens `match` would find. Changes nothing: for who asks several caches and uses one."""
+        return self.tree.num_matched(namespace, tokens) * self.page_size if self.enabled else 0
 
     def lock(self, handle: Handle) -> None:
         """Keep the prefix until `unlock`. Locks count."""

@@ -69,6 +69,15 @@ class RadixTree:
             child.last_used = now
             node, tokens = child, tokens[n * self.page_size :]
 
+    def num_matched(self, namespace: str, tokens: np.ndarray) -> int:
+        """How many whole pages of tokens a `match` would find. Changes nothing, no ages either."""
+        node, num_pages = self._roots.get(namespace), 0
+        while node is not None and (child := node.children.get(self._key(tokens))) is not None:
+            n = self._num_shared_pages(child.tokens, tokens)
+            num_pages += n
+            node, tokens = (child, tokens[n * self.page_size :]) if n == len(child.pages) else (None, tokens)
+        return num_pages
+
     def insert(self, below: Node, tokens: np.ndarray, pages: np.ndarray) -> Node:
         """Hang tokens (whole pages, not a prefix of any child: match first) below a node; the tree takes the pages."""
         if len(pages) == 0:

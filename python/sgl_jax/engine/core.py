@@ -111,7 +111,7 @@ class Core:
                 if ended:
                     self._events.append(StepOutput(finished=ended))
             case FlushCache(call=call):
-                self._events.append(CacheFlushed(call, self.scheduler.cache.flush()))
+                self._events.append(CacheFlushed(call, self.scheduler.flush()))
             case MeasureLimits(call=call):
                 self._events.append(self._measure_limits(call))
             case StartProfile() | StopProfile() | GetProfile():
@@ -137,7 +137,7 @@ class Core:
             events.append(StepOutput(stats=self._stats()))
         return events
 
-    def close(self) -> None:
+    def close(self, reason: str = "") -> None:
         """Nothing comes after this; a profile that still runs is written."""
         self._profiler.close()
 
@@ -238,7 +238,7 @@ class Core:
             num_running=s.num_running,
             num_waiting=len(s.waiting),
             kv_usage=s.kv_usage,
-            cached_usage=s.cache.tree.num_evictable_pages / s.cache.num_usable_pages,
+            cached_usage=s.cached_usage,
             gen_throughput=self._speed.tokens_per_s,
             compiles_after_ready=self._runner.compiles_after_ready,
             **dataclasses.asdict(s.counters),

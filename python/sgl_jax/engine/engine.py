@@ -46,7 +46,7 @@ class Engine:
             return build_core(args)
 
         def tokenizer() -> Tokenizer:
-            return load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.download_dir)
+            return load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
 
         self._start(build, tokenizer, args.stream_interval, args.max_queued_requests)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.ops.kernels import Kernels
+from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime.buckets import make_buckets
 from sgl_jax.runtime.memory import MemoryPlan, plan_memory
 from sgl_jax.runtime.placed_weights import weight_bytes
@@ -23,10 +24,16 @@ from sgl_jax.server_args import ServerArgs
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
     dtype: str
+    grid: Grid
     weight_bytes: int  # of each device
     memory: MemoryPlan  # of each device
     runner: RunnerConfig
     scheduler: SchedulerConfig
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of KV that requests can use, on all data ranks."""
+        return self.memory.num_tokens * self.grid.data
 
 
 def plan_launch(
@@ -47,41 +54,48 @@ def plan_launch(
         raise ValueError(
             f"--context-length is {args.context_length}; the model was made for {model.context_length} tokens at most"
         )
-    share = model.share(args.tp_size)
+    grid = grid_of(args)
+    if (args.max_running_requests or 0) % grid.data:
+        raise ValueError(
+            f"--max-running-requests is {args.max_running_requests}; it must be a multiple of --dp-size {grid.data}"
+        )
+    share = model.share(grid)
     dtype = _dtype(args, stored_dtype, platform)
     itemsize = np.dtype(dtype).itemsize
     pool = pool_of(share, kernels.attention)
     multiple = kernels.attention.page_multiple(np.dtype(dtype))
     page_size = -(-(args.page_size or platform.page_size) // multiple) * multiple
     context_length = args.context_length or model.context_length
-    max_running = args.max_running_requests or platform.max_running_requests
+    max_running = -(-(args.max_running_requests or platform.max_running_requests) // grid.data)  # of each data rank
     weights = weight_bytes(share, itemsize)
     memory = plan_memory(
         platform,
         total_bytes=device_bytes,
         weight_bytes=weights,
-        state_bytes=state_bytes(max_running, -(-context_length // page_size), share.vocab_size),
+        state_bytes=state_bytes(max_running * grid.data, -(-context_length // page_size), share.vocab_size),
         bytes_per_token=pool.values_per_token * itemsize,
         page_size=page_size,
         context_length=context_length,
         mem_fraction=args.mem_fraction_static,
-        max_total_tokens=args.max_total_tokens,
+        max_total_tokens=args.max_total_tokens and -(-args.max_total_tokens // grid.data),
     )
+    of_each = " on each data rank" if grid.data > 1 else ""
     for flag, value, most in (
         ("--context-length", args.context_length, memory.num_tokens),
-        ("--max-running-requests", args.max_running_requests, memory.num_pages - 1),
+        ("--max-running-requests", args.max_running_requests, (memory.num_pages - 1) * grid.data),
     ):
         if value is not None and value > most:
             raise ValueError(
-                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens in pages of {page_size} allows {most}; "
+                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} allows {most}; "
                 f"lower it, or raise --max-total-tokens or --mem-fraction-static"
             )
     context_length = min(context_length, memory.num_tokens)
     max_running = min(max_running, memory.num_pages - 1)
-    prefill_tokens = _prefill_tokens(args, platform, context_length)
+    prefill_tokens = _prefill_tokens(args, platform, context_length, grid.data)
     step_tokens = max(prefill_tokens, max_running)  # every running request has room for one token
     return LaunchPlan(
         dtype,
+        grid,
         weights,
         memory,
         RunnerConfig(
@@ -89,9 +103,12 @@ def plan_launch(
             pool=pool,
             page_size=page_size,
             num_pages=memory.num_pages,
-            num_rows=max_running,
+            num_rows=max_running * grid.data,
             context_length=context_length,
-            buckets=make_buckets(step_tokens, max_running, platform.smallest_bucket[dtype]),
+            buckets=make_buckets(
+                step_tokens, max_running, platform.smallest_bucket[dtype], grid.tensor if grid.sequence else 1
+            ),
+            num_ranks=grid.data,
         ),
         SchedulerConfig(
             max_running_requests=max_running,
@@ -99,6 +116,7 @@ def plan_launch(
             max_step_tokens=step_tokens,
             max_prefill_tokens=prefill_tokens,
             policy=args.schedule_policy,
+            placement=args.dp_schedule_policy,
         ),
     )
 
@@ -110,9 +128,13 @@ def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:
     return "float32" if stored == "float32" else platform.dtype
 
 
-def _prefill_tokens(args: ServerArgs, platform: Platform, context_length: int) -> int:
-    """The prompt tokens a step computes at most, whether of one prompt or several."""
+def grid_of(args: ServerArgs) -> Grid:
+    return Grid(args.tp_size, args.dp_size, args.ep_size, args.enable_sequence_parallel)
+
+
+def _prefill_tokens(args: ServerArgs, platform: Platform, context_length: int, num_ranks: int) -> int:
+    """The prompt tokens a data rank computes at most in a step, whether of one prompt or several."""
     chunk = args.chunked_prefill_size or platform.chunked_prefill_size
     if chunk == -1:
         chunk = args.max_prefill_tokens
-    return min(chunk, args.max_prefill_tokens, context_length)
+    return min(-(-min(chunk, args.max_prefill_tokens) // num_ranks), context_length)

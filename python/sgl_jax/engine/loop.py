@@ -29,8 +29,8 @@ class EngineCore(Protocol):
         """One iteration: plan, dispatch, collect the step before. Also returns the events kept by `handle`."""
         ...
 
-    def close(self) -> None:
-        """The last call: nothing comes after it."""
+    def close(self, reason: str = "") -> None:
+        """The last call: nothing comes after it. `reason`: why the engine failed; empty when it was told to leave."""
         ...
 
 
@@ -46,6 +46,7 @@ class Outbox(Protocol):
 
 def run(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
     """Serves commands until Shutdown. Idle, it is blocked on the inbox; an error is sent as EngineDied and raised."""
+    reason = ""
     try:
         outbox.send(Ready(core.info))
         while True:
@@ -59,10 +60,11 @@ def run(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
                 outbox.send(event)
     except Exception as error:
         logger.exception("the engine failed")
-        outbox.send(EngineDied(one_line(error)))
+        reason = one_line(error)
+        outbox.send(EngineDied(reason))
         raise
     finally:
-        core.close()
+        core.close(reason)
 
 
 def one_line(error: BaseException) -> str:

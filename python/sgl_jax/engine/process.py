@@ -8,6 +8,7 @@ ignored here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -15,15 +16,16 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
-CORE_FACTORY = "sgl_jax.engine.startup:build_core"
+CORE_FACTORY = "sgl_jax.engine.startup:launch"
 FAILED = 1  # exit code
 LINGER_MS = 2000  # the last words of an engine that dies still get out
 
 
 def spawn(server_args: Any, core_factory: str, commands: str, events: str) -> subprocess.Popen[bytes]:
-    """`core_factory` is "module:function", called with `server_args` in the child."""
+    """`core_factory` is "module:function", called in the child with `server_args` and `die`: a function that ends the
+    child at once and sends its argument as the reason, whatever the other threads are at."""
     kind = type(server_args)
     config = {
         "args_type": f"{kind.__module__}:{kind.__qualname__}",
@@ -57,7 +59,7 @@ def main() -> int:
     try:
         server_args = _named(config["args_type"])(**config["args"])
         log.setup(server_args.log_level)
-        core = _named(config["core_factory"])(server_args)
+        core = _named(config["core_factory"])(server_args, functools.partial(_die, config["events"]))
     except Exception as error:
         if not isinstance(error, ValueError | OSError):  # those are for the user to mend; anything else is ours
             import logging
@@ -73,6 +75,18 @@ def main() -> int:
     finally:
         context.destroy(linger=LINGER_MS)
     return 0
+
+
+def _die(events: str, reason: str) -> NoReturn:
+    import zmq
+
+    from sgl_jax.engine.messages import EngineDied
+    from sgl_jax.engine.transport import ZmqOutbox
+
+    context: zmq.Context[Any] = zmq.Context()  # its own: sockets belong to threads
+    ZmqOutbox(context, events).send(EngineDied(reason))
+    context.destroy(linger=LINGER_MS)
+    os._exit(FAILED)
 
 
 def _end_with_parent() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import logging
 import time
 
@@ -11,19 +11,23 @@ import jax
 from sgl_jax import __version__
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
-from sgl_jax.engine.launch_plan import plan_launch
+from sgl_jax.engine.hosts import Alone, Die, LeadingCore, lead, unite
+from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
+from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.families import add_package, decoder_config
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.weights import Weights, parameters_per_token
+from sgl_jax.multihost.follower import Follower
+from sgl_jax.multihost.leader import Leader
 from sgl_jax.observability import log
 from sgl_jax.observability.progress import weight_progress
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.compiler import Compiled, use_compile_cache
 from sgl_jax.runtime.memory import device_memory
-from sgl_jax.runtime.placed_weights import place_weight, stack_layers
+from sgl_jax.runtime.placed_weights import Placer, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.scheduler.scheduler import Scheduler
@@ -32,15 +36,56 @@ from sgl_jax.server_args import ServerArgs
 logger = logging.getLogger(__name__)
 
 
+@dataclasses.dataclass(frozen=True)
+class DeviceSide:
+    """What a machine has on its devices, ready to run, and what was decided on the way."""
+
+    model: DecoderConfig
+    platform: Platform
+    devices: list[jax.Device]  # of all machines
+    plan: LaunchPlan
+    runner: ModelRunner
+
+
 def build_core(args: ServerArgs) -> Core:
     """Load the model, size memory, compile every program. Raises ValueError with a line for the user."""
+    if args.nnodes > 1:
+        raise ValueError(
+            f"--nnodes is {args.nnodes}; an engine over several machines is started by sgl_jax.launch_server, on each of them"
+        )
     started = time.perf_counter()
+    return _core(args, build_device_side(args, Alone()), started)
+
+
+def launch(args: ServerArgs, die: Die) -> EngineCore:
+    """`build_core`, or on the first of several machines the core that leads the others. `die` ends the process from any
+    thread: a machine can be lost while the engine's own hangs."""
+    if args.nnodes == 1:
+        return build_core(args)
+    started = time.perf_counter()
+    leader = lead(args, die)
+    try:
+        unite(args, leader)
+        device_side = build_device_side(args, leader)
+    except Exception as error:
+        leader.close(one_line(error))
+        raise
+    core = _core(args, device_side, started)
+    device_side.runner.announce = leader.announce
+    leader.serve()
+    return LeadingCore(core, leader)
+
+
+def build_device_side(args: ServerArgs, hosts: Leader | Follower | Alone) -> DeviceSide:
+    """The same on every machine, and at the same time."""
     use_compile_cache(args.compilation_cache_dir)
-    platform, devices = pick_devices(args.device, args.tp_size)
+    grid = grid_of(args)
+    platform, devices = pick_devices(args.device, grid.num_devices)
+    here = [device for device in devices if device.process_index == jax.process_index()]
     logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
     logger.info(log.changed_args_line(args.changed()))
 
-    checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, download_dir=args.download_dir)
+    checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
     if args.model_package is not None:
         add_package(args.model_package)
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
@@ -51,7 +96,7 @@ def build_core(args: ServerArgs) -> Core:
         platform,
         kernels,
         stored_dtype=checkpoint.dtype,
-        device_bytes=device_memory(devices[0]) // _sharers(devices),
+        device_bytes=hosts.agree(device_memory(here[0]) // _sharers(here)),
     )
     memory = plan.memory
     logger.info(
@@ -59,33 +104,42 @@ def build_core(args: ServerArgs) -> Core:
             weights=plan.weight_bytes,
             kv=memory.kv_bytes,
             free=memory.total_bytes - plan.weight_bytes - memory.kv_bytes,
-            kv_tokens=memory.num_tokens,
+            kv_tokens=plan.kv_tokens,
             context_length=plan.runner.context_length,
         )
     )
-    placement = Placement.over(devices)
+    placement = Placement.over(devices, grid)
     weights = _load(checkpoint, model, plan.dtype, args, platform, placement)
     runner = ModelRunner(weights, model, plan.runner, kernels, placement)
-    runner.warm_up(_report_compile)
-    cache = PrefixCache(memory.num_pages, plan.runner.page_size, enabled=not args.disable_radix_cache)
-    scheduler = Scheduler(plan.scheduler, cache)
+    runner.warm_up(_report_compile, meet=lambda: hosts.agree(0))
+    return DeviceSide(model, platform, devices, plan, runner)
+
+
+def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
+    model, plan, runner, devices = device_side.model, device_side.plan, device_side.runner, device_side.devices
+    grid, memory = plan.grid, plan.memory
+    caches = [
+        PrefixCache(memory.num_pages, plan.runner.page_size, enabled=not args.disable_radix_cache)
+        for _ in range(grid.data)
+    ]
+    scheduler = Scheduler(plan.scheduler, caches)
     info = EngineInfo(
         model_path=args.model_path,
         architecture=model.architecture,
         dtype=plan.dtype,
-        platform=platform.name,
+        platform=device_side.platform.name,
         device_kind=devices[0].device_kind,
         num_devices=len(devices),
         vocab_size=model.vocab_size,
         context_length=plan.runner.context_length,
         eos_token_ids=list(model.eos_token_ids),
         page_size=plan.runner.page_size,
-        max_total_tokens=memory.num_tokens,
+        max_total_tokens=plan.kv_tokens,
         max_running_requests=plan.runner.num_rows,
-        chunked_prefill_size=plan.scheduler.max_prefill_tokens,
+        chunked_prefill_size=plan.scheduler.max_prefill_tokens * grid.data,
         num_programs=len(runner.programs),
         weight_bytes=plan.weight_bytes * len(devices),
-        kv_bytes_per_token=memory.bytes_per_token * len(devices),
+        kv_bytes_per_token=memory.bytes_per_token * grid.tensor,
         parameters_per_token=parameters_per_token(model),
         start_seconds=time.perf_counter() - started,
     )
@@ -108,14 +162,14 @@ def _sharers(devices: list[jax.Device]) -> int:
 def _load(
     checkpoint: Checkpoint, model: DecoderConfig, dtype: str, args: ServerArgs, platform: Platform, placement: Placement
 ) -> Weights:
-    place = functools.partial(place_weight, placement)
+    placer = Placer(placement)
     with weight_progress(logger, checkpoint.total_bytes) as report:
         if checkpoint.format == "dummy":
-            weights = random_weights(model, dtype, args.random_seed or 0, place=place, report=report)
+            weights = random_weights(model, dtype, args.random_seed or 0, placer=placer, report=report)
         else:
             # A quantised GGUF means the same weights whatever the dtype: those of the model it was made from.
             rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
-            weights = load_weights(checkpoint, model, dtype, rounded_to=rounded_to, place=place, report=report)
+            weights = load_weights(checkpoint, model, dtype, rounded_to=rounded_to, placer=placer, report=report)
     return stack_layers(weights, placement, model) if platform.stacks_layers else weights
 
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from sgl_jax.hub import HUGGING_FACE, Downloads, HubError, local_path
+from sgl_jax.models.bundled import bundled_config, bundled_name
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.gguf import gguf_config, gguf_tensors
 from sgl_jax.models.gguf_file import read_gguf
@@ -42,9 +44,17 @@ class Checkpoint:
         return self.config.get("dtype") or self.config.get("torch_dtype")
 
 
-def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", download_dir: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", downloads: Downloads = HUGGING_FACE) -> Checkpoint:
     """Reads configs and headers; no weight is read yet. A hub id is downloaded first."""
-    local = fetch(path, download_dir=download_dir, weights=load_format != "dummy")
+    if (name := bundled_name(path)) is not None:
+        if load_format != "dummy":
+            raise ModelError(f"--model-path {path} is a config without weights; it needs --load-format dummy")
+        return Checkpoint(Path(path), "dummy", bundled_config(name), {}, Path(path), {})
+    files = _TOKENIZER_FILES + (["*.safetensors"] if load_format != "dummy" else [])
+    try:
+        local = local_path(path, files, downloads, without=_OTHER_LAYOUTS)
+    except HubError as error:
+        raise ModelError(str(error)) from error
     file = _gguf_file(local, load_format)
     if file is not None:
         gguf = read_gguf(file)
@@ -58,33 +68,6 @@ def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", download_dir
     if load_format == "dummy":
         return Checkpoint(local, "dummy", config, generation_config, local, {})
     return Checkpoint(local, "safetensors", config, generation_config, local, _safetensors(local))
-
-
-def fetch(path: str, *, download_dir: str | None = None, weights: bool = True) -> Path:
-    """The local folder or file that `path` means; a hub id is downloaded, without its weights if they are not wanted."""
-    local = Path(path).expanduser()
-    if local.exists():
-        return local
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
-        raise ModelError(f"{path} does not exist; give a model folder, a .gguf file or a hub id like Qwen/Qwen3-0.6B")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = _TOKENIZER_FILES + (["*.safetensors"] if weights else [])
-    try:
-        return Path(
-            snapshot_download(path, cache_dir=download_dir, allow_patterns=patterns, ignore_patterns=_OTHER_LAYOUTS)
-        )
-    except LocalEntryNotFoundError as e:
-        raise ModelError(
-            f"{path} is neither a local path nor in the download cache, and the hub cannot be reached; "
-            "check the path, the network, HF_ENDPOINT and HF_HUB_OFFLINE, or point --download-dir at a filled cache"
-        ) from e
-    except (HfHubHTTPError, OSError, ValueError) as e:
-        raise ModelError(
-            f"{path} is no local path and could not be fetched from the hub: {e}; "
-            "check the name, and set HF_TOKEN if the model is gated"
-        ) from e
 
 
 def _gguf_file(local: Path, load_format: LoadFormat) -> Path | None:

@@ -6,6 +6,8 @@ import dataclasses
 import itertools
 from typing import Literal
 
+from sgl_jax.parallel.grid import Grid
+
 Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
 
 
@@ -45,6 +47,7 @@ class MoeConfig:
     scale: float = 1.0  # on the weights, after that
     bias: bool = False  # each expert has biases
     residual_scale: float | None = None  # the layer has its MLP, too, and this scales the sum; None: it has none
+    expert_groups: int = 1  # of a device's share: groups of devices that the experts are spread over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +111,9 @@ class DecoderConfig:
     query_growth: QueryGrowth | None = None
     normalised_head: bool = False  # the head's columns are divided by their lengths when it is loaded
     eos_token_ids: tuple[int, ...] = ()
+    head_copies: int = (
+        1  # of a device's share: devices with the same head, which all attend and project a part of the output
+    )
     num_extra_layers: int = 0  # stored after the last: heads that guess further tokens, which are not loaded
 
     def window(self, layer: int) -> int | None:
@@ -125,39 +131,45 @@ class DecoderConfig:
         runs = itertools.groupby(range(self.num_layers), self.has_experts)
         return tuple(len(list(layers)) for _, layers in runs)
 
-    def share(self, devices: int) -> DecoderConfig:
-        """What one of `devices` tensor-parallel devices holds: its heads, its part of the MLP and of the vocabulary.
+    def share(self, grid: Grid) -> DecoderConfig:
+        """What one of the grid's devices holds: its heads, its part of the MLP, of the experts and of the vocabulary.
 
-        Raises ValueError if the heads, the MLP or the vocabulary cannot be divided evenly; KV heads may be fewer than
-        devices, which then hold copies.
+        Raises ValueError if these cannot be divided evenly. Heads may be fewer than devices, which then hold copies.
         """
-        sizes = {
-            "attention heads": self.num_heads,
-            "MLP neurons": self.intermediate_size,
-            "vocabulary entries": self.vocab_size,
-        }
-        if self.moe:
-            sizes["neurons of an expert"] = self.moe.intermediate_size
-            sizes["neurons of the shared expert"] = self.moe.shared_intermediate_size
-        for what, number in sizes.items():
-            if number % devices:
-                raise ValueError(f"--tp-size is {devices}; it must divide the model's {number} {what}")
-        if self.num_kv_heads % devices and devices % self.num_kv_heads:
+        everyone, moe = grid.num_devices, self.moe
+        copies = max(1, grid.tensor // self.num_heads)
+        _must_divide("--tp-size", grid.tensor, "attention heads", self.num_heads * copies)
+        _must_divide("--tp-size over the attention heads", copies, "values of a head", self.output_dim)
+        if self.num_kv_heads % grid.tensor and grid.tensor % self.num_kv_heads:
             raise ValueError(
-                f"--tp-size is {devices}; it must divide or be a multiple of the {self.num_kv_heads} KV heads"
+                f"--tp-size is {grid.tensor}; it must divide or be a multiple of the {self.num_kv_heads} KV heads"
+            )
+        over_all = "--tp-size" if grid.data == 1 else "--tp-size times --dp-size"
+        if any(map(self.has_mlp, range(self.num_layers))):
+            _must_divide(over_all, everyone, "MLP neurons", self.intermediate_size)
+        _must_divide(over_all, everyone, "vocabulary entries", self.vocab_size)
+        if everyone % grid.expert:
+            raise ValueError(f"--ep-size is {grid.expert}; it must divide the {everyone} devices")
+        if grid.expert > 1 and not moe:
+            raise ValueError(f"--ep-size is {grid.expert}; {self.architecture} has no experts to spread, leave it out")
+        if moe:
+            _must_divide("--ep-size", grid.expert, "experts", moe.num_experts)
+            _must_divide(f"{over_all} over --ep-size", grid.expert_width, "neurons of an expert", moe.intermediate_size)
+            _must_divide(over_all, everyone, "neurons of the shared expert", moe.shared_intermediate_size)
+            moe = dataclasses.replace(
+                moe,
+                intermediate_size=moe.intermediate_size // grid.expert_width,
+                shared_intermediate_size=moe.shared_intermediate_size // everyone,
+                expert_groups=grid.expert,
             )
         return dataclasses.replace(
             self,
-            num_heads=self.num_heads // devices,
-            num_kv_heads=max(1, self.num_kv_heads // devices),
-            intermediate_size=self.intermediate_size // devices,
-            vocab_size=self.vocab_size // devices,
-            moe=self.moe
-            and dataclasses.replace(
-                self.moe,
-                intermediate_size=self.moe.intermediate_size // devices,
-                shared_intermediate_size=self.moe.shared_intermediate_size // devices,
-            ),
+            num_heads=max(1, self.num_heads // grid.tensor),
+            head_copies=copies,
+            num_kv_heads=max(1, self.num_kv_heads // grid.tensor),
+            intermediate_size=self.intermediate_size // everyone,
+            vocab_size=self.vocab_size // everyone,
+            moe=moe,
         )
 
     @property
@@ -178,3 +190,8 @@ class DecoderConfig:
     @property
     def scale(self) -> float:
         return self.query_scale if self.query_scale is not None else self.head_dim**-0.5
+
+
+def _must_divide(flag: str, divisor: int, what: str, number: int) -> None:
+    if number % divisor:
+        raise ValueError(f"{flag} is {divisor}; it must divide the model's {number} {what}")

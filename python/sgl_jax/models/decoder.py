@@ -21,7 +21,7 @@ from sgl_jax.models.weights import Experts, LayerWeights, Weights, head
 from sgl_jax.ops.attention.api import QKPrepare
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.norm_rope import rms_norm
-from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
+from sgl_jax.parallel.grid import LONE, Grid
 
 
 @runtime_checkable  # so that tests can check annotations
@@ -47,26 +47,27 @@ class Context:
     """What a step gives the decoder besides weights and tokens."""
 
     positions: Int[Array, " T"]
-    valid: Bool[Array, " T"]  # False: padding
+    valid: Bool[Array, " MT"]  # of the tokens of all ranks; False: padding
     attend: Attend
     grouped_matmul: GroupedMatmul
-    axis: TensorAxis = ONE_DEVICE
+    grid: Grid = LONE
 
 
 def hidden_states(
     weights: Weights,
     config: DecoderConfig,
-    tokens: Int[Array, " T"],
+    tokens: Int[Array, " MT"],
     kv: Float[Array, "LP K planes page H"],
     context: Context,
 ) -> tuple[Float[Array, "T D"], Float[Array, "LP K planes page H"]]:
     """The last layer's output, before the final norm, and the pool with this step's KV.
 
-    On a device of a tensor axis, config and weights are its share; x is whole on every device.
+    On one of many devices, config and weights are its share, tokens those of all M ranks, the output its rank's; in
+    between x is what grid gives it of its rank's.
     """
     norm = functools.partial(rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset)
     with jax.named_scope("embed"):
-        x = _embed(weights.embed, tokens, context.axis)
+        x = _embed(weights.embed, tokens, context.grid)
         x = x * jnp.asarray(config.embed_scale, x.dtype) if config.embed_scale != 1 else x
         rope = _rope_of_layer(config, context.positions)
     windows = _windows(config)
@@ -83,11 +84,12 @@ def hidden_states(
             x = x + (h if w.post_mlp_norm is None else norm(h, w.post_mlp_norm))
         return x, kv
 
-    return run_layers(body, (x, kv), weights.layers)
+    x, kv = run_layers(body, (x, kv), weights.layers)
+    return context.grid.to_attention(x), kv
 
 
 def logits(weights: Weights, config: DecoderConfig, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
-    """Final norm and output head, float32; of a device of a tensor axis, its share of the vocabulary."""
+    """Final norm and output head, float32; of one of many devices, its share of the vocabulary."""
     with jax.named_scope("logits"):
         h = rms_norm(hidden, weights.final_norm, config.rms_norm_eps, config.norm_offset)
         out = jnp.einsum("vd,sd->vs", head(weights), h, preferred_element_type=jnp.float32).T
@@ -151,24 +153,32 @@ def _rope_of_layer(config: DecoderConfig, positions: Int[Array, " T"]) -> Callab
     return lambda window: both[(window < _NO_WINDOW).astype(jnp.int32)]
 
 
-def _embed(table: Float[Array, "V D"], tokens: Int[Array, " T"], axis: TensorAxis) -> Float[Array, "T D"]:
-    local, own = axis.mine(tokens, len(table))
-    return axis.sum(jnp.where(own[:, None], table.at[local].get(mode="clip"), 0))
+def _embed(table: Float[Array, "V D"], tokens: Int[Array, " MT"], grid: Grid) -> Float[Array, "t D"]:
+    local, own = grid.all_axes.mine(tokens, len(table))
+    return grid.from_mlp(jnp.where(own[:, None], table.at[local].get(mode="clip"), 0))
 
 
 def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, context: Context, layer, window):
-    num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
+    h = context.grid.to_attention(h)
+    attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks)
     if config.mla is not None and w.mla is not None:
-        attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks)
         out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend)
-        return _project(out, w.o, w.o_bias, context.axis), kv
+    else:
+        out, kv = _heads_attention(h, kv, w, config, rope, context.positions, attend)
+    out = context.grid.own_columns(out, config.head_copies)
+    return _summed(_project(out, w.o), w.o_bias, context.grid.from_attention), kv
+
+
+def _heads_attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, positions, attend):
+    """The heads' outputs side by side, [T, N * H], and the pool."""
+    num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
     parts = jnp.split(_project(h, w.qkv, w.qkv_bias), [heads * head_dim, (heads + kv_heads) * head_dim], axis=-1)
     q, k, v = (part.reshape(num_tokens, -1, head_dim) for part in parts)
     if config.query_growth is not None:
-        q = (q * query_growth(context.positions, config.query_growth)[:, None, None]).astype(q.dtype)
+        q = (q * query_growth(positions, config.query_growth)[:, None, None]).astype(q.dtype)
     prepare = QKPrepare(_scales(w.q_norm, config), _scales(w.k_norm, config), rope, config.rms_norm_eps)
-    out, kv = context.attend(q, k, v, kv, layer=layer, window=window, sinks=w.sinks, prepare=prepare)
-    return _project(out.reshape(num_tokens, heads * head_dim), w.o, w.o_bias, context.axis), kv
+    out, kv = attend(q, k, v, kv, prepare=prepare)
+    return out.reshape(num_tokens, heads * head_dim), kv
 
 
 def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Array, " H"] | None:
@@ -179,23 +189,25 @@ def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Arr
 def _mlp(h, w: LayerWeights, experts: LayerExperts | None, config: DecoderConfig, context: Context):
     """The MLP, the experts, or both, summed and scaled."""
     act = functools.partial(gated, activation=config.activation, limit=config.gate_limit)
+    h = context.grid.to_mlp(h)
     outs = []  # this device's share of each
     if w.down is not None:
-        outs.append(_project(act(_project(h, w.gate_up, w.gate_up_bias)), w.down, None))
+        outs.append(_project(act(_project(h, w.gate_up, w.gate_up_bias)), w.down))
     if w.moe is not None and experts is not None and config.moe is not None:
-        outs.append(moe_layer(h, w.moe, experts, config.moe, act, context.valid, context.grouped_matmul, context.axis))
+        outs.append(moe_layer(h, w.moe, experts, config.moe, act, context.valid, context.grouped_matmul, context.grid))
         if config.moe.residual_scale is not None:
             outs = [sum(outs) * jnp.asarray(config.moe.residual_scale, h.dtype)]
-    out = context.axis.sum(outs[0])
-    return out if w.down_bias is None else out + w.down_bias
+    return _summed(outs[0], w.down_bias, context.grid.from_mlp)
 
 
 def _project(
-    x: Float[Array, "T I"],
-    w: Float[Array, "O I"],
-    bias: Float[Array, " O"] | None,
-    inputs_over: TensorAxis = ONE_DEVICE,
+    x: Float[Array, "T I"], w: Float[Array, "O I"], bias: Float[Array, " O"] | None = None
 ) -> Float[Array, "T O"]:
-    """`inputs_over`: the axis that divides I."""
-    out = inputs_over.sum(jnp.einsum("oi,ti->ot", w, x).T)
+    out = jnp.einsum("oi,ti->ot", w, x).T
+    return out if bias is None else out + bias
+
+
+def _summed(share: Float[Array, "T D"], bias: Float[Array, " D"] | None, over: Callable) -> Float[Array, "t D"]:
+    """The devices' shares as `over` sums them, and what is added once."""
+    out = over(share)
     return out if bias is None else out + bias

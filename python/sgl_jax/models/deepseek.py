@@ -18,6 +18,15 @@ from sgl_jax.models.rope import resolve_rope, yarn_score_scale
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 
+_MLA = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+_V2 = {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407, "routed_scaling_factor": 1.0}
+_V3 = {"n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048, "routed_scaling_factor": 2.5}
+_V3 |= {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
+DEFAULTS = {
+    "DeepseekV2ForCausalLM": _MLA | _V2 | {"first_k_dense_replace": 0, "max_position_embeddings": 2048},
+    "DeepseekV3ForCausalLM": _MLA | _V3 | {"first_k_dense_replace": 3, "max_position_embeddings": 4096},
+}
+
 # Values we serve, where others would change the result. DeepSeek's own V2 code does not scale normalised weights, and
 # transformers does not normalise them; no published model asks for it.
 _SERVED: dict[str, dict[str, tuple[Any, ...]]] = {
@@ -77,7 +86,7 @@ def _experts(hf: dict[str, Any], *, is_v3: bool) -> MoeConfig:
         groups_per_token=required(hf, "topk_group") if grouped else 1,
         group_score="top2" if is_v3 else "max",
         normalise=is_v3 and bool(hf.get("norm_topk_prob", True)),
-        scale=hf.get("routed_scaling_factor", 2.5 if is_v3 else 1.0),
+        scale=required(hf, "routed_scaling_factor"),
     )
 
 

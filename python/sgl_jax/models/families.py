@@ -68,7 +68,7 @@ def decoder_config(
             f"config.json names the architecture {', '.join(architectures) or '(none)'} "
             f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(FAMILIES))}{_relatives(hf, tensors)}"
         )
-    config = FAMILIES[known[0]].config({**hf, "architectures": known})
+    config = _translated(known[0], hf)
     generation_config = generation_config or {}
     eos = tuple(token for token in eos_token_ids(generation_config) or config.eos_token_ids if token >= 0)
     if family_eos := getattr(FAMILIES[known[0]], "eos_token_ids", None):
@@ -77,6 +77,12 @@ def decoder_config(
     if any(token >= config.vocab_size for token in eos):
         raise ModelError(f"eos_token_id is {list(eos)}, but the vocabulary has the ids 0 to {config.vocab_size - 1}")
     return dataclasses.replace(config, eos_token_ids=eos)
+
+
+def _translated(architecture: str, hf: dict[str, Any]) -> DecoderConfig:
+    module = FAMILIES[architecture]
+    defaults = getattr(module, "DEFAULTS", {}).get(architecture, {})
+    return module.config(defaults | hf | {"architectures": [architecture]})
 
 
 def tensor_names(config: DecoderConfig) -> TensorNames:
@@ -103,7 +109,7 @@ def _relatives(hf: dict[str, Any], tensors: Mapping[str, StoredTensor] | None) -
     fitting = []
     for architecture, module in FAMILIES.items():
         try:
-            plan_weights(tensors, module.config({**hf, "architectures": [architecture]}), module.NAMES, source="")
+            plan_weights(tensors, _translated(architecture, hf), module.NAMES, source="")
         except (
             ModelError,
             ArithmeticError,

@@ -14,6 +14,13 @@ from sgl_jax.models.hf_config import decoder, kv_heads, layer_windows, required
 from sgl_jax.models.rope import resolve_rope
 
 ARCHITECTURES = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
+_BOTH = {"num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+DEFAULTS = {
+    "Gemma2ForCausalLM": _BOTH
+    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192},
+    "Gemma3ForCausalLM": _BOTH
+    | {"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "max_position_embeddings": 131072},
+}
 NAMES = llama.NAMES.with_layer(
     {
         "post_attn_norm": ("model.layers.{i}.post_attention_layernorm.weight",),
@@ -28,7 +35,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     if hf.get("use_bidirectional_attention"):
         raise ModelError("config.json sets use_bidirectional_attention; only causal attention is served")
     is_gemma3 = architecture == "Gemma3ForCausalLM"
-    head_dim = hf.get("head_dim", 256)
+    head_dim = required(hf, "head_dim")
     rope, local_rope = _ropes(hf, head_dim) if is_gemma3 else (resolve_rope(hf, head_dim), None)
     attention_bias = bool(hf.get("attention_bias", False))
     return decoder(
@@ -40,22 +47,22 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
         tie_embeddings=True,
         rope=rope,
         local_rope=local_rope,
-        sliding_windows=_windows(hf, period=hf.get("sliding_window_pattern", 6) if is_gemma3 else 2),
+        sliding_windows=_windows(hf, period=hf["sliding_window_pattern"] if is_gemma3 else 2),
         norm_offset=1.0,
         sandwich_norms=True,
         embed_scale=required(hf, "hidden_size") ** 0.5,
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         qk_norm=is_gemma3,
-        query_scale=hf.get("query_pre_attn_scalar", 256) ** -0.5,
-        attn_logit_softcap=hf.get("attn_logit_softcapping", None if is_gemma3 else 50.0),
-        final_logit_softcap=hf.get("final_logit_softcapping", None if is_gemma3 else 30.0),
+        query_scale=required(hf, "query_pre_attn_scalar") ** -0.5,
+        attn_logit_softcap=hf.get("attn_logit_softcapping"),
+        final_logit_softcap=hf.get("final_logit_softcapping"),
     )
 
 
 def _windows(hf: dict[str, Any], period: int) -> tuple[int | None, ...]:
     """The last layer of each period sees everything, the others a window."""
-    window, layers = hf.get("sliding_window", 4096), required(hf, "num_hidden_layers")
+    window, layers = required(hf, "sliding_window"), required(hf, "num_hidden_layers")
     if hf.get("layer_types") is not None:
         return layer_windows(hf, window)
     return tuple(window if (i + 1) % period else None for i in range(layers))
@@ -71,6 +78,5 @@ def _ropes(hf: dict[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig]:
             bare | {"rope_parameters": both["sliding_attention"]},
         )
     else:
-        wide = hf | {"rope_theta": hf.get("rope_theta", 1e6)}
-        local = bare | {"rope_theta": hf.get("rope_local_base_freq", 1e4)}
+        wide, local = hf, bare | {"rope_theta": hf["rope_local_base_freq"]}
     return resolve_rope(wide, head_dim), resolve_rope(local, head_dim)

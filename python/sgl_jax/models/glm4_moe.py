@@ -10,6 +10,13 @@ from sgl_jax.models.config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, required
 
 ARCHITECTURES = ("Glm4MoeForCausalLM",)
+DEFAULTS = {
+    "Glm4MoeForCausalLM": {
+        **{"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "n_shared_experts": 1},
+        **{"moe_intermediate_size": 1408, "n_routed_experts": 128, "num_experts_per_tok": 8},
+        **{"first_k_dense_replace": 1, "max_position_embeddings": 131072},
+    }
+}
 NAMES = llama.NAMES.with_layer(
     {
         "moe.router": ("model.layers.{i}.mlp.gate.weight",),
@@ -29,10 +36,10 @@ NAMES = llama.NAMES.with_layer(
 
 
 def config(hf: dict[str, Any]) -> DecoderConfig:
-    layers, dense = required(hf, "num_hidden_layers"), hf.get("first_k_dense_replace", 1)
+    layers, dense = required(hf, "num_hidden_layers"), required(hf, "first_k_dense_replace")
     expert_size = required(hf, "moe_intermediate_size")
     return decoder(
-        hf | {"partial_rotary_factor": hf.get("partial_rotary_factor", 0.5)},
+        hf,
         architecture="Glm4MoeForCausalLM",
         num_kv_heads=kv_heads(hf),
         qkv_bias=bool(hf.get("attention_bias", False)),
@@ -41,7 +48,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
             num_experts=required(hf, "n_routed_experts"),
             experts_per_token=required(hf, "num_experts_per_tok"),
             intermediate_size=expert_size,
-            shared_intermediate_size=expert_size * hf.get("n_shared_experts", 1),
+            shared_intermediate_size=expert_size * required(hf, "n_shared_experts"),
             scoring="sigmoid",
             score_bias=True,
             num_groups=hf.get("n_group", 1),

@@ -20,32 +20,46 @@ from sgl_jax.models.mxfp4 import stored_mxfp4
 from sgl_jax.models.stored import StoredTensor
 
 ARCHITECTURES = ("GptOssForCausalLM",)
+_YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+DEFAULTS = {
+    "GptOssForCausalLM": {
+        **{
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "sliding_window": 128,
+            "attention_bias": True,
+            "swiglu_limit": 7.0,
+        },
+        **{"rms_norm_eps": 1e-5, "rope_theta": 150000.0, "max_position_embeddings": 131072, "num_local_experts": 128},
+        "rope_scaling": _YARN | {"original_max_position_embeddings": 4096},
+    }
+}
 _EXPERTS = "model.layers.{i}.mlp.experts."
 
 
 def config(hf: dict[str, Any]) -> DecoderConfig:
-    layers, bias = required(hf, "num_hidden_layers"), bool(hf.get("attention_bias", True))
+    layers, bias = required(hf, "num_hidden_layers"), bool(hf["attention_bias"])
     types = hf.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
     is_mxfp4 = (hf.get("quantization_config") or {}).get("quant_method") == "mxfp4"  # the tensors themselves tell
     dense = decoder(
         {key: value for key, value in hf.items() if not (is_mxfp4 and key == "quantization_config")},
         architecture="GptOssForCausalLM",
-        num_kv_heads=kv_heads(hf, absent=8),
-        head_dim=hf.get("head_dim", 64),
-        sliding_windows=layer_windows(hf | {"layer_types": types}, hf.get("sliding_window", 128)),
+        num_kv_heads=kv_heads(hf),
+        head_dim=required(hf, "head_dim"),
+        sliding_windows=layer_windows(hf | {"layer_types": types}, required(hf, "sliding_window")),
         qkv_bias=bias,
         o_bias=bias,
         attn_sinks=True,
-        gate_limit=hf.get("swiglu_limit", 7.0),
+        gate_limit=hf["swiglu_limit"],
         moe=MoeConfig(
             num_experts=required(hf, "num_local_experts"),
-            experts_per_token=hf.get("num_experts_per_tok") or required(hf, "experts_per_token"),
+            experts_per_token=hf.get("num_experts_per_tok") or hf.get("experts_per_token", 4),
             intermediate_size=required(hf, "intermediate_size"),
             router_bias=True,
             bias=True,
         ),
     )
-    return dataclasses.replace(dense, activation="swiglu_oai", rms_norm_eps=hf.get("rms_norm_eps", 1e-5))
+    return dataclasses.replace(dense, activation="swiglu_oai")
 
 
 def view(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -32,9 +32,9 @@ def required(hf: dict[str, Any], key: str) -> Any:
     return hf[key]
 
 
-def kv_heads(hf: dict[str, Any], absent: int | None = None) -> int:
-    """num_key_value_heads: null means as many as query heads; `absent` is the family's default for no such key."""
-    return hf.get("num_key_value_heads", absent) or required(hf, "num_attention_heads")
+def kv_heads(hf: dict[str, Any]) -> int:
+    """num_key_value_heads; null and no such key mean as many as query heads."""
+    return hf.get("num_key_value_heads") or required(hf, "num_attention_heads")
 
 
 def decoder(
@@ -121,5 +121,4 @@ def qwen_sliding_windows(hf: dict[str, Any]) -> tuple[int | None, ...] | None:
     num_layers, window = required(hf, "num_hidden_layers"), hf["sliding_window"]
     if hf.get("layer_types") is not None:
         return layer_windows(hf, window)
-    full = required(hf, "max_window_layers")
-    return tuple(window if layer >= full else None for layer in range(num_layers))
+    return tuple(window if layer >= hf["max_window_layers"] else None for layer in range(num_layers))

@@ -9,6 +9,10 @@ from sgl_jax.models.hf_config import decoder, kv_heads, required
 from sgl_jax.models.names import TensorNames
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
+DEFAULTS = {
+    "LlamaForCausalLM": {"max_position_embeddings": 2048},
+    "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
+}
 
 NAMES = TensorNames(
     embed="model.embed_tokens.weight",
@@ -58,10 +62,10 @@ def _llama(hf: dict[str, Any]) -> DecoderConfig:
 
 
 def _mistral(hf: dict[str, Any]) -> DecoderConfig:
-    window = hf.get("sliding_window", 4096)  # null is "none"; absent is the class default
+    window = hf.get("sliding_window")
     return decoder(
         hf,
         architecture="MistralForCausalLM",
-        num_kv_heads=kv_heads(hf, absent=8),
+        num_kv_heads=kv_heads(hf),
         sliding_windows=(window,) * required(hf, "num_hidden_layers") if window is not None else None,
     )

@@ -2,17 +2,19 @@
 
 Each weight is put together in one host buffer of the target dtype, handed to `place` and forgotten, so beside the
 placed weights only the few being worked on are in memory. Threads do the copying (numpy releases the GIL); `place` and
-`report` are called from the caller's thread, in an order that depends on the model alone.
+`report` are called from the caller's thread, in an order that depends on the model alone. Of a weight that is divided
+over devices only the shares of this process's devices are read.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes  # noqa: F401  (numpy then knows "bfloat16")
@@ -22,10 +24,34 @@ from sgl_jax.models.checkpoint import Checkpoint
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.families import tensor_names
 from sgl_jax.models.plan import Leaf, plan_weights
+from sgl_jax.models.share import Share, as_slice, share_of
+from sgl_jax.models.stored import StoredTensor
 from sgl_jax.models.weights import Weights, WeightSpec, declare
+from sgl_jax.parallel.grid import LONE
 
-Place = Callable[[WeightSpec, np.ndarray], Any]
 Report = Callable[[float, int], None]  # fraction done, bytes of the checkpoint done
+
+
+class Placer(Protocol):
+    """Which parts of each weight are wanted here, and where they go."""
+
+    def shares(self, spec: WeightSpec) -> Sequence[Share]: ...
+
+    def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> Any:
+        """The weight from its shares, in their order; the arrays are the placer's from here on."""
+        ...
+
+
+class OneDevice:
+    """Whole weights on the default device."""
+
+    def shares(self, spec: WeightSpec) -> Sequence[Share]:
+        return [share_of(spec, LONE, 0)]
+
+    def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
+        (array,) = arrays
+        return jax.device_put(array)
+
 
 BLOCK_VALUES = 1 << 20  # converted at a time
 _RANDOM_VALUES = 1_048_573  # prime
@@ -38,7 +64,7 @@ def load_weights(
     dtype: Any,
     *,
     rounded_to: Any = None,
-    place: Place | None = None,
+    placer: Placer | None = None,
     report: Report | None = None,
 ) -> Weights:
     """Raises one ModelError that lists every missing, surplus and misshapen tensor, before any of them is read.
@@ -50,8 +76,13 @@ def load_weights(
     leaves.sort(key=lambda leaf: leaf.path.startswith(".layers"))  # the two big ones first, at the same time
     total = sum(leaf.nbytes for leaf in leaves)
     placed, done = {}, 0
-    for leaf, array in _ahead(leaves, lambda leaf: _assemble(leaf, dtype, rounded)):
-        placed[leaf.path] = (place or place_on_default_device)(leaf.spec, array)
+    placer = placer or OneDevice()
+
+    def assemble(leaf: Leaf) -> list[np.ndarray]:
+        return [_assemble(leaf, share, dtype, rounded) for share in placer.shares(leaf.spec)]
+
+    for leaf, arrays in _ahead(leaves, assemble):
+        placed[leaf.path] = placer.place(leaf.spec, arrays)
         done += leaf.nbytes
         if report is not None:
             report(done / total, round(done / total * checkpoint.total_bytes))
@@ -63,7 +94,7 @@ def random_weights(
     dtype: Any,
     seed: int = 0,
     *,
-    place: Place | None = None,
+    placer: Placer | None = None,
     report: Report | None = None,
 ) -> Weights:
     """Small random weights (--load-format dummy): norms are 1, the rest normal with deviation 0.02."""
@@ -77,8 +108,13 @@ def random_weights(
     normal = np.random.Generator(np.random.SFC64(seed)).standard_normal(_RANDOM_VALUES, np.float32)
     values = _plain((normal * np.float32(0.02)).astype(dtype))
 
-    def draw(indexed: tuple[int, Leaf]) -> np.ndarray:
-        index, leaf = indexed
+    placer = placer or OneDevice()
+
+    def draw(indexed: tuple[int, Leaf]) -> list[np.ndarray]:
+        whole = draw_whole(*indexed)
+        return [share.of(whole) for share in placer.shares(indexed[1].spec)]
+
+    def draw_whole(index: int, leaf: Leaf) -> np.ndarray:
         out = aligned_empty(leaf.spec.shape, dtype)
         if leaf.path.endswith("norm"):
             out[...] = 1
@@ -95,17 +131,12 @@ def random_weights(
         return out
 
     placed, done = {}, 0
-    for (_, leaf), array in _ahead(list(enumerate(leaves)), draw):
-        placed[leaf.path] = (place or place_on_default_device)(leaf.spec, array)
+    for (_, leaf), arrays in _ahead(list(enumerate(leaves)), draw):
+        placed[leaf.path] = placer.place(leaf.spec, arrays)
         done += math.prod(leaf.spec.shape)
         if report is not None:
             report(done / total, done * dtype.itemsize)
     return _fill(config, placed)
-
-
-def place_on_default_device(spec: WeightSpec, array: np.ndarray) -> jax.Array:
-    del spec
-    return jax.device_put(array)
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -119,10 +150,10 @@ def _fill(config: DecoderConfig, placed: dict[str, Any]) -> Weights:
     return jax.tree_util.tree_map_with_path(lambda path, _: placed[jax.tree_util.keystr(path)], declare(config))
 
 
-def _ahead[T](items: list[T], work: Callable[[T], np.ndarray]) -> Iterator[tuple[T, np.ndarray]]:
+def _ahead[T, R](items: list[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
     """Works on a few items at a time in threads and yields the results in order."""
     workers = min(16, os.cpu_count() or 1)
-    running: deque[tuple[T, Future[np.ndarray]]] = deque()
+    running: deque[tuple[T, Future[R]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
         try:
             for item in items:
@@ -138,19 +169,42 @@ def _ahead[T](items: list[T], work: Callable[[T], np.ndarray]) -> Iterator[tuple
                 future.cancel()
 
 
-def _assemble(leaf: Leaf, dtype: np.dtype, rounded: np.dtype | None) -> np.ndarray:
-    """The weight's pieces one below the other, a block of rows at a time so that conversions stay in the cache."""
-    out = aligned_empty(leaf.spec.shape, dtype)
-    one_by_one = leaf.spec.num_experts is not None and len(leaf.pieces[0].shape) < out.ndim  # experts' tensors
-    lines = _plain(out).reshape(-1, *out.shape[2:]) if one_by_one else _plain(out)
+def _assemble(leaf: Leaf, share: Share, dtype: np.dtype, rounded: np.dtype | None) -> np.ndarray:
+    """The share of a weight, put together from its pieces a block of rows at a time so that conversions stay in the cache."""
+    shape = share.shape if leaf.spec.num_experts is not None else share.shape[1:]
+    out = aligned_empty(shape, dtype)
+    lines = _plain(out).reshape(-1, *share.shape[2:])
     row = 0
-    for piece in leaf.pieces:
-        step = max(1, BLOCK_VALUES // math.prod(piece.shape[1:]))
-        for start in range(0, piece.shape[0], step):
-            rows = _cast(piece.rows(start, min(start + step, piece.shape[0])), dtype, rounded)
-            lines[row + start : row + start + len(rows)] = _plain(rows)
-        row += piece.shape[0]
+    for block in _blocks(leaf, share):
+        rows = block if share.columns is None else block[:, as_slice(share.columns)]
+        lines[row : row + len(rows)] = _plain(_cast(rows, dtype, rounded))
+        row += len(rows)
     return out
+
+
+def _blocks(leaf: Leaf, share: Share) -> Iterator[np.ndarray]:
+    """The share's rows in order, columns whole."""
+    per_expert = len(leaf.pieces) // (leaf.spec.num_experts or 1)
+    fused = leaf.spec.num_experts is not None and len(leaf.pieces[0].shape) == len(leaf.spec.shape)
+    for expert in share.experts:
+        if fused:  # one tensor has the matrices of all experts
+            (piece,) = leaf.pieces
+            (matrix,) = piece.rows(expert, expert + 1)
+            yield from (matrix[as_slice(run)] for run in share.rows)
+        else:
+            yield from _rows(leaf.pieces[expert * per_expert : (expert + 1) * per_expert], share.rows)
+
+
+def _rows(pieces: Sequence[StoredTensor], runs: Sequence[range]) -> Iterator[np.ndarray]:
+    """Runs of the rows of tensors that lie one below the other."""
+    ends = list(itertools.accumulate(piece.shape[0] for piece in pieces))
+    for run in runs:
+        for piece, end in zip(pieces, ends, strict=True):
+            first = end - piece.shape[0]
+            start, stop = max(run.start, first) - first, min(run.stop, end) - first
+            step = max(1, BLOCK_VALUES // math.prod(piece.shape[1:]))
+            for at in range(start, stop, step):
+                yield piece.rows(at, min(at + step, stop))
 
 
 def _cast(rows: np.ndarray, dtype: np.dtype, rounded: np.dtype | None) -> np.ndarray:

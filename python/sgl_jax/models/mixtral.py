@@ -9,6 +9,12 @@ from sgl_jax.models.config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, required
 
 ARCHITECTURES = ("MixtralForCausalLM",)
+DEFAULTS = {
+    "MixtralForCausalLM": {
+        **{"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "max_position_embeddings": 131072},
+        **{"num_local_experts": 8, "num_experts_per_tok": 2},
+    }
+}
 NAMES = llama.NAMES.with_layer(
     {
         "moe.router": ("model.layers.{i}.block_sparse_moe.gate.weight",),
@@ -26,11 +32,11 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     return decoder(
         hf,
         architecture="MixtralForCausalLM",
-        num_kv_heads=kv_heads(hf, absent=8),
+        num_kv_heads=kv_heads(hf),
         sliding_windows=(window,) * required(hf, "num_hidden_layers") if window is not None else None,
         moe=MoeConfig(
-            num_experts=hf.get("num_local_experts", 8),
-            experts_per_token=hf.get("num_experts_per_tok", 2),
+            num_experts=required(hf, "num_local_experts"),
+            experts_per_token=required(hf, "num_experts_per_tok"),
             intermediate_size=required(hf, "intermediate_size"),
         ),
     )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sgl_jax.models.config import MoeConfig
 from sgl_jax.models.weights import Experts, MoeWeights
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
-from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
+from sgl_jax.parallel.grid import LONE, Grid
 
 Gated = Callable[[Float[Array, "M FF"]], Float[Array, "M F"]]  # the activation of gate and up side by side
 
@@ -62,26 +62,29 @@ def dispatch(
     at: LayerExperts,
     gated: Gated,
     grouped_matmul: GroupedMatmul,
-    axis: TensorAxis = ONE_DEVICE,
+    grid: Grid = LONE,
 ) -> Float[Array, "T D"]:
     """Each token through its experts, weighed and summed. Tokens are sorted by expert; padding takes none.
 
-    On a device of a tensor axis: its share of the sum.
+    On one of many devices: its share of the sum, from the experts it holds, or from its part of their neurons.
     """
-    num_experts, per_token = at.experts.down.shape[1], ids.shape[1]
-    expert = jnp.where(valid[:, None], ids, num_experts).reshape(-1)  # [T * X], the last group is no group
+    held, per_token = at.experts.down.shape[1], ids.shape[1]
+    group, part = divmod(grid.all_axes.index(), grid.expert_width)
+    places = ids - group * held
+    used = valid[:, None] & (places >= 0) & (places < held)
+    expert = jnp.where(used, places, held).reshape(-1)  # [T * X], the last group is no group
     order = jnp.argsort(expert, stable=True)
-    sizes = jnp.zeros(num_experts, jnp.int32).at[expert].add(1, mode="drop")
+    sizes = jnp.zeros(held, jnp.int32).at[expert].add(1, mode="drop")
     experts, sorted_expert = at.experts, expert[order]
     h = grouped_matmul(x[order // per_token], experts.gate_up, at.layer, sizes)
     if experts.gate_up_bias is not None:
         h += experts.gate_up_bias.at[at.layer, sorted_expert].get(mode="clip")
     h = grouped_matmul(gated(h), experts.down, at.layer, sizes)
     if experts.down_bias is not None:
-        h += axis.once(experts.down_bias.at[at.layer, sorted_expert].get(mode="clip"))
+        bias = experts.down_bias.at[at.layer, sorted_expert].get(mode="clip")
+        h += jnp.where(part == 0, bias, 0)  # once in the sum over the devices that share an expert
     back = h[jnp.argsort(order)].reshape(*ids.shape, -1)
-    used = jnp.where(valid[:, None], weights, 0.0)[..., None]
-    return jnp.where(used != 0, back * used, 0.0).sum(1).astype(x.dtype)
+    return jnp.where(used[..., None], back * weights[..., None], 0.0).sum(1).astype(x.dtype)
 
 
 def moe_layer(
@@ -92,11 +95,11 @@ def moe_layer(
     gated: Gated,
     valid: Bool[Array, " T"],
     grouped_matmul: GroupedMatmul,
-    axis: TensorAxis = ONE_DEVICE,
+    grid: Grid = LONE,
 ) -> Float[Array, "T D"]:
-    """Routed experts plus the shared one. On a device of a tensor axis: its share of the sum."""
+    """Routed experts plus the shared one. On one of many devices: its share of the sum."""
     weights, ids = route(x, w, moe)
-    out = dispatch(x, weights, ids, valid, at, gated, grouped_matmul, axis)
+    out = dispatch(x, weights, ids, valid, at, gated, grouped_matmul, grid)
     if w.shared_down is None:
         return out
     h = gated(jnp.einsum("fd,td->tf", w.shared_gate_up, x))

@@ -9,6 +9,12 @@ from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, qwen_sliding_windows
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
+DEFAULTS = {
+    "Qwen2ForCausalLM": {
+        **{"num_key_value_heads": 32, "max_position_embeddings": 32768},
+        **{"sliding_window": 4096, "max_window_layers": 28},
+    }
+}
 NAMES = llama.NAMES
 
 
@@ -16,7 +22,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     return decoder(
         hf,
         architecture="Qwen2ForCausalLM",
-        num_kv_heads=kv_heads(hf, absent=32),
+        num_kv_heads=kv_heads(hf),
         qkv_bias=True,
         sliding_windows=qwen_sliding_windows(hf),
     )

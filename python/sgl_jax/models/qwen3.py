@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from sgl_jax.models import llama
+from sgl_jax.models import llama, qwen2
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, qwen_sliding_windows
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
+DEFAULTS = {"Qwen3ForCausalLM": qwen2.DEFAULTS["Qwen2ForCausalLM"] | {"head_dim": 128}}
 NAMES = llama.NAMES
 
 
@@ -17,8 +18,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     return decoder(
         hf,
         architecture="Qwen3ForCausalLM",
-        num_kv_heads=kv_heads(hf, absent=32),
-        head_dim=hf.get("head_dim") or 128,
+        num_kv_heads=kv_heads(hf),
         qkv_bias=attention_bias,
         o_bias=attention_bias,
         qk_norm=True,

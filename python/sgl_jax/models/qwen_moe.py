@@ -7,9 +7,20 @@ from typing import Any
 
 from sgl_jax.models import llama, qwen2, qwen3
 from sgl_jax.models.config import DecoderConfig, MoeConfig
-from sgl_jax.models.hf_config import required
+from sgl_jax.models.hf_config import qwen_sliding_windows, required
 
 ARCHITECTURES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
+_WINDOWS = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
+DEFAULTS = {
+    "Qwen2MoeForCausalLM": {
+        **{"num_key_value_heads": 16, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
+        **{"num_local_experts": 60, "num_experts_per_tok": 4} | _WINDOWS,
+    },
+    "Qwen3MoeForCausalLM": {
+        **{"num_key_value_heads": 4, "moe_intermediate_size": 768},
+        **{"num_local_experts": 128, "num_experts_per_tok": 8} | _WINDOWS,
+    },
+}
 NAMES = llama.NAMES.with_layer(
     {
         "moe.router": ("model.layers.{i}.mlp.gate.weight",),
@@ -37,9 +48,10 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     return dataclasses.replace(
         dense,
         architecture=architecture,
+        sliding_windows=_windows(hf, is_qwen2),
         qkv_bias=bool(hf.get("qkv_bias", True)) if is_qwen2 else dense.qkv_bias,
         moe=MoeConfig(
-            num_experts=required(hf, "num_experts"),
+            num_experts=hf.get("num_experts") or required(hf, "num_local_experts"),  # transformers 5 writes the latter
             experts_per_token=required(hf, "num_experts_per_tok"),
             intermediate_size=required(hf, "moe_intermediate_size"),
             shared_intermediate_size=shared,
@@ -48,3 +60,14 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
         ),
         moe_layers=tuple(i not in without and (i + 1) % step == 0 for i in range(dense.num_layers)),
     )
+
+
+def _windows(hf: dict[str, Any], is_qwen2: bool) -> tuple[int | None, ...] | None:
+    """Unlike the dense models': Qwen 2 has windows in every other of the first layers, Qwen 3 in all."""
+    windows, layers = qwen_sliding_windows(hf), required(hf, "num_hidden_layers")
+    if windows is None or (is_qwen2 and hf.get("layer_types") is not None):
+        return windows
+    window = hf["sliding_window"]
+    if not is_qwen2:
+        return (window,) * layers
+    return tuple(window if i % 2 == 0 and i < hf["max_window_layers"] else None for i in range(layers))

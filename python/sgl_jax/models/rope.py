@@ -20,6 +20,7 @@ _COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _KEYS = {
     "default": set(),
     "linear": {"factor"},
+    "dynamic": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {
         *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
@@ -29,6 +30,7 @@ _KEYS = {
 }
 _REQUIRED = {
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": (),
     "gguf_factors": ("factors",),
@@ -76,6 +78,7 @@ def resolve_rope(hf: dict[str, Any], head_dim: int) -> RopeConfig:
         raise ModelError(f"rope rotates {dim} of a head's {head_dim} values; it must be an even number of at least 2")
     resolve = {
         "default": lambda: (_inv_freq(p["rope_theta"], dim), 1.0),
+        "dynamic": lambda: (_inv_freq(p["rope_theta"], dim), 1.0),  # up to max_position_embeddings, where contexts end
         "linear": lambda: (_inv_freq(p["rope_theta"], dim) / np.float32(p["factor"]), 1.0),
         "llama3": lambda: (_llama3(p, dim, hf), 1.0),
         "yarn": lambda: _yarn(p, dim, hf),

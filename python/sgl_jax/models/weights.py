@@ -154,7 +154,7 @@ def _layer(c: DecoderConfig, has_experts: bool, dense: bool) -> LayerWeights:
         k_norm=_spec((c.head_dim, None), when=c.qk_norm),
         sinks=_spec((c.num_heads, "heads"), when=c.attn_sinks),
         mla=_mla(c.mla, d, c.num_heads) if c.mla else None,
-        o=_spec((d, "model"), (c.num_heads * c.output_dim, "heads")),
+        o=_spec((d, "model"), (c.num_heads * c.output_dim // c.head_copies, "heads")),
         o_bias=_spec((d, "model"), when=c.o_bias),
         post_attn_norm=_spec((d, "model"), when=c.sandwich_norms),
         mlp_norm=_spec((d, "model")),
@@ -170,28 +170,29 @@ def _layer(c: DecoderConfig, has_experts: bool, dense: bool) -> LayerWeights:
 def _mla(m: MlaConfig, d: int, heads: int) -> MlaWeights:
     q_size, q_rank = heads * m.head_dim, m.q_lora_rank or 0
     return MlaWeights(
-        q=_spec((q_size, "heads"), (d, "model"), when=not q_rank),
+        q=_spec((q_size, "heads"), (d, "model"), unit=m.head_dim, when=not q_rank),
         q_down=_spec((q_rank, None), (d, "model"), when=q_rank > 0),
         q_norm=_spec((q_rank, None), when=q_rank > 0),
-        q_up=_spec((q_size, "heads"), (q_rank, None), when=q_rank > 0),
+        q_up=_spec((q_size, "heads"), (q_rank, None), unit=m.head_dim, when=q_rank > 0),
         kv_down=_spec((m.latent_dim, None), (d, "model")),
         kv_norm=_spec((m.kv_lora_rank, None)),
-        k_up=_spec((heads * m.qk_nope_head_dim, "heads"), (m.kv_lora_rank, None)),
-        v_up=_spec((heads * m.v_head_dim, "heads"), (m.kv_lora_rank, None)),
+        k_up=_spec((heads * m.qk_nope_head_dim, "heads"), (m.kv_lora_rank, None), unit=m.qk_nope_head_dim),
+        v_up=_spec((heads * m.v_head_dim, "heads"), (m.kv_lora_rank, None), unit=m.v_head_dim),
     )
 
 
 def _moe(m: MoeConfig, d: int) -> MoeWeights:
     e, f, shared = m.num_experts, m.intermediate_size, m.shared_intermediate_size
+    held = e // m.expert_groups
     return MoeWeights(
         router=_spec((e, None), (d, "model")),
         router_bias=_spec((e, None), when=m.router_bias),
         score_bias=_spec((e, None), when=m.score_bias),
         experts=Experts(
-            gate_up=_spec((e, "experts"), (2 * f, "ffn"), (d, "model"), parts=(f, f)),
-            gate_up_bias=_spec((e, "experts"), (2 * f, "ffn"), parts=(f, f), when=m.bias),
-            down=_spec((e, "experts"), (d, "model"), (f, "ffn")),
-            down_bias=_spec((e, "experts"), (d, "model"), when=m.bias),
+            gate_up=_spec((held, "experts"), (2 * f, "expert_ffn"), (d, "model"), parts=(f, f)),
+            gate_up_bias=_spec((held, "experts"), (2 * f, "expert_ffn"), parts=(f, f), when=m.bias),
+            down=_spec((held, "experts"), (d, "model"), (f, "expert_ffn")),
+            down_bias=_spec((held, "experts"), (d, "model"), when=m.bias),
         ),
         shared_gate_up=_spec((2 * shared, "ffn"), (d, "model"), parts=(shared, shared), when=shared > 0),
         shared_down=_spec((d, "model"), (shared, "ffn"), when=shared > 0),

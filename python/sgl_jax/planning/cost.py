@@ -14,6 +14,7 @@ import jax
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import declare, head
+from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.pool import Pool
 
@@ -61,20 +62,21 @@ class Bound:
         return max(times, key=times.__getitem__)
 
 
-def step_cost(model: DecoderConfig, devices: int, pool: Pool, itemsize: int, bucket: Bucket, context: int) -> StepCost:
-    """A full step of the bucket, on one of `devices` tensor-parallel devices, each with such a pool."""
-    share = model.share(devices)
+def step_cost(model: DecoderConfig, grid: Grid, pool: Pool, itemsize: int, bucket: Bucket, context: int) -> StepCost:
+    """A step of a full bucket on every data rank, on one of the grid's devices, each with such a pool."""
+    share = model.share(grid)
     declared = declare(share)
     tokens, moe = bucket.num_tokens, model.moe
-    used, read = 0.0, 0.0  # values of the layers' weights that a token is multiplied with, and that are read
+    of_all_ranks = tokens * grid.data
+    used, read = 0.0, 0.0  # of the layers' weights: values times tokens that they are multiplied with; values read
     for spec in jax.tree.leaves(declared.layers):
         size = math.prod(spec.shape)
         if moe and spec.axes[0] == "experts":
             chosen = moe.experts_per_token / moe.num_experts
-            used += size * chosen if spec.is_matrix else 0
-            read += size * (1 - (1 - chosen) ** tokens)  # of the experts that some token chose, if all are as likely
+            used += size * chosen * of_all_ranks if spec.is_matrix else 0
+            read += size * (1 - (1 - chosen) ** of_all_ranks)  # of the experts some token chose, if all are as likely
         else:
-            used += size if spec.is_matrix else 0
+            used += size * (of_all_ranks if "ffn" in spec.axes else tokens) if spec.is_matrix else 0
             read += size
     head_size = math.prod(head(declared).shape)
     keys, cached = 0.0, 0.0  # keys that queries look at, tokens whose KV is read; over all layers
@@ -83,11 +85,14 @@ def step_cost(model: DecoderConfig, devices: int, pool: Pool, itemsize: int, buc
         keys += tokens * per_query
         cached += of_layer
     token_kv = pool.values_per_token / pool.num_layers
-    # Each layer sums the attention's and the MLP's output, and the embedding is looked up in shares.
-    sums = 2 * model.num_layers + 1 if devices > 1 else 0
+    # Each layer sums the attention's and the MLP's output, and the embedding is looked up in shares. Summing the tokens of
+    # all ranks and giving each rank its own is half a sum of all of them; gathering them before is the other half.
+    within = tokens if grid.tensor > 1 else 0
+    across = of_all_ranks if grid.data > 1 else 0
+    summed = (2 * model.num_layers + 1) * within + (model.num_layers + 1) * across
     per_key = 2 * share.num_heads * (share.key_dim + share.value_dim)
     return StepCost(
-        flops=2 * used * tokens + 2 * head_size * bucket.num_rows + per_key * keys,
+        flops=2 * used + 2 * head_size * bucket.num_rows * grid.data + per_key * keys,
         memory_bytes=itemsize
         * (
             read
@@ -95,7 +100,7 @@ def step_cost(model: DecoderConfig, devices: int, pool: Pool, itemsize: int, buc
             + tokens * model.hidden_size  # of the embedding
             + token_kv * (cached + tokens * model.num_layers)  # read, and written
         ),
-        reduced_bytes=sums * tokens * model.hidden_size * itemsize,
+        reduced_bytes=summed * model.hidden_size * itemsize,
     )
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 
+from sgl_jax.engine.launch_plan import grid_of
 from sgl_jax.observability import log
 from sgl_jax.planning.model import read_model
 from sgl_jax.planning.plan import Misfit, launch_of
@@ -24,8 +25,8 @@ def compile_here(args: ServerArgs) -> int:
     """Returns the exit code."""
     started = time.perf_counter()
     try:
-        target = target_here(args.device, args.tp_size)
-        model = read_model(args.model_path, args.download_dir, args.model_package)
+        target = target_here(args.device, grid_of(args).num_devices)
+        model = read_model(args.model_path, args.downloads, args.model_package)
         launch = launch_of(args, model, target)
         kernels = kernels_for(args.attention_backend, target.platform, model.config)
     except (Misfit, ValueError) as error:

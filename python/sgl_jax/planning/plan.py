@@ -30,7 +30,8 @@ class Misfit(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PlannedStep:
-    bucket: Bucket
+    bucket: Bucket  # of each data rank
+    num_tokens: int  # on all of them
     cost: StepCost
     bound: Bound | None  # None: the device's rates are unknown
 
@@ -40,7 +41,7 @@ class PlannedStep:
 
     @property
     def tokens_per_s(self) -> float | None:
-        return None if self.bound is None else self.bucket.num_tokens / self.bound.seconds
+        return None if self.bound is None else self.num_tokens / self.bound.seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,19 +55,21 @@ class Plan:
 
     @property
     def full_contexts(self) -> float:
-        return self.launch.memory.num_tokens / self.launch.runner.context_length
+        return self.launch.kv_tokens / self.launch.runner.context_length
 
 
 def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: int) -> Plan:
     """`context`: tokens each row has in the cache when steps are counted. Raises Misfit, or ValueError for a flag."""
-    args = dataclasses.replace(args, tp_size=target.num_devices)
+    args = dataclasses.replace(args, tp_size=target.num_devices // args.dp_size)
     launch = launch_of(args, model, target)
     context = min(context, launch.runner.context_length)
     rates, itemsize = target.rates(launch.dtype), np.dtype(launch.dtype).itemsize
     steps = []
     for bucket in launch.runner.buckets:
-        cost = step_cost(model.config, target.num_devices, launch.runner.pool, itemsize, bucket, context)
-        steps.append(PlannedStep(bucket, cost, cost.bound(rates) if rates else None))
+        cost = step_cost(model.config, launch.grid, launch.runner.pool, itemsize, bucket, context)
+        steps.append(
+            PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, cost.bound(rates) if rates else None)
+        )
     parameters = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(model.config)))
     return Plan(model, target, launch, parameters, context, tuple(steps))
 
@@ -94,8 +97,9 @@ def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> lis
         least = f" ({_least_fraction(args, model, target):.2f} is the least)" if "mem_fraction_static" in change else ""
         lines.append(f"{text} would fit, with {_room(found)}{least}")
     for topology in larger(target.topology) if target.topology else ():
-        more = find_target(topology.name, 1)
-        if found := _tried(dataclasses.replace(args, tp_size=more.num_devices), model, more):
+        more = find_target(topology.name)
+        tp_size = more.num_devices // args.dp_size
+        if found := _tried(dataclasses.replace(args, tp_size=tp_size), model, more):
             lines.append(f"{topology.name} ({_devices(topology)}) would fit, with {_room(found)}")
             break
     return lines or [
@@ -132,7 +136,7 @@ def _least_fraction(args: ServerArgs, model: PlannedModel, target: Target) -> fl
 
 
 def _room(launch: LaunchPlan) -> str:
-    return f"{launch.memory.num_tokens:,} tokens of KV"
+    return f"{launch.kv_tokens:,} tokens of KV"
 
 
 def _devices(topology: Topology) -> str:

@@ -47,7 +47,7 @@ def compile_launch(
 ) -> list[ProgramFacts]:
     """Compiles in parallel, small programs first. For devices that are here this fills the compile cache that the server
     reads. Raises NoSuchTopology or DoesNotCompile."""
-    placement = Placement.over(target.find_devices())
+    placement = Placement.over(target.find_devices(), launch.grid)
     facts = []
 
     def done(index: int, total: int, compiled: Compiled) -> None:

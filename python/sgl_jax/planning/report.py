@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,13 +23,13 @@ def fit_table(plan: Plan) -> Table:
     for name, text in (
         ("model", f"{config.architecture}, {_count(plan.parameters)} parameters ({plan.model.source})"),
         ("devices", f"{target.name}: {chips}{target.num_devices} x {target.kind}, {size(target.device_bytes)} each"),
-        ("launch", f"--tp-size {target.num_devices}, {launch.dtype}"),
+        ("launch", f"{launch.grid.flags}, {launch.dtype}"),
         ("weights per device", size(launch.weight_bytes)),
         ("KV per device", f"{size(memory.kv_bytes)} in {memory.num_pages:,} pages of {memory.page_size} tokens"),
         ("KV per token and device", f"{memory.bytes_per_token:,} bytes"),
         (
             "KV holds",
-            f"{memory.num_tokens:,} tokens: {plan.full_contexts:,.1f} full contexts of {runner.context_length:,}",
+            f"{launch.kv_tokens:,} tokens: {plan.full_contexts:,.1f} full contexts of {runner.context_length:,}",
         ),
         ("left per device", size(memory.total_bytes - launch.weight_bytes - memory.kv_bytes)),
         ("running requests", f"{runner.num_rows} at most"),
@@ -90,12 +91,13 @@ def as_data(plan: Plan, facts: Sequence[ProgramFacts] | None, seconds: float | N
         "device_kind": target.kind,
         "num_chips": target.topology.num_chips if target.topology else None,
         "num_devices": target.num_devices,
+        "grid": dataclasses.asdict(launch.grid),
         "dtype": launch.dtype,
         "device_bytes": memory.total_bytes,
         "weight_bytes": launch.weight_bytes,
         "kv_bytes": memory.kv_bytes,
         "kv_bytes_per_token": memory.bytes_per_token,
-        "kv_tokens": memory.num_tokens,
+        "kv_tokens": launch.kv_tokens,
         "full_contexts": plan.full_contexts,
         "context_length": runner.context_length,
         "page_size": runner.page_size,

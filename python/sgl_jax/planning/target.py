@@ -44,14 +44,16 @@ class Target:
         return Rates(chip.flops[dtype], chip.bytes_per_s, 1 / seconds_per_byte if seconds_per_byte else math.inf)
 
 
-def find_target(name: str, tp_size: int) -> Target:
+def find_target(name: str, tp_size: int = 1, dp_size: int = 1) -> Target:
     """`tp_size` 1, the default of the flag, takes all devices of a topology. Raises NoSuchTopology or NoDevice."""
     if name in ("cpu", "gpu"):
-        return target_here(name, tp_size)
+        return target_here(name, tp_size * dp_size)
     topology = parse(name)
-    if tp_size > topology.num_devices:
-        raise NoSuchTopology(f"--tp-size is {tp_size}; {name} has {topology.num_devices} devices")
-    number = tp_size if tp_size > 1 else topology.num_devices
+    number = tp_size * dp_size if tp_size > 1 else topology.num_devices
+    if number > topology.num_devices or number % dp_size:
+        raise NoSuchTopology(
+            f"--tp-size is {tp_size} and --dp-size {dp_size}; {name} has {topology.num_devices} devices"
+        )
     chip = topology.chip
     return Target(
         name,
@@ -64,9 +66,9 @@ def find_target(name: str, tp_size: int) -> Target:
     )
 
 
-def target_here(wanted: Name | None, tp_size: int) -> Target:
+def target_here(wanted: Name | None, number: int) -> Target:
     """Devices of this machine, as the server picks them. Raises NoDevice."""
-    platform, devices = pick_devices(wanted, tp_size)
+    platform, devices = pick_devices(wanted, number)
     sharers = len(devices) if platform.name == "cpu" else 1  # virtual CPU devices live in one memory
     memory = device_memory(devices[0]) // sharers
-    return Target(platform.name, devices[0].device_kind, platform, tp_size, memory, None, lambda: devices)
+    return Target(platform.name, devices[0].device_kind, platform, number, memory, None, lambda: devices)

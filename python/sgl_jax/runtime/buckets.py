@@ -13,15 +13,17 @@ class Bucket:
     num_rows: int  # S
 
 
-def make_buckets(max_step_tokens: int, max_running_requests: int, smallest: int) -> tuple[Bucket, ...]:
-    """Token counts are the smallest, then 8, 32, … up to the running rows, and doubles beyond. A bucket has a row per
-    token up to max_running_requests, so any step fits the smallest bucket that holds its tokens."""
+def make_buckets(
+    max_step_tokens: int, max_running_requests: int, smallest: int, multiple: int = 1
+) -> tuple[Bucket, ...]:
+    """Token counts are the smallest, then 8, 32, … up to the running rows, and doubles beyond, rounded up to multiples. A
+    bucket has a row per token up to max_running_requests, so any step fits the smallest bucket that holds its tokens."""
     sizes = {smallest, max_running_requests, max_step_tokens}
     size = 8
     while size < max_step_tokens:
         sizes.add(size)
         size *= 4 if size < max_running_requests else 2
-    sizes = {max(s, smallest) for s in sizes}
+    sizes = {-(-max(s, smallest) // multiple) * multiple for s in sizes}
     return tuple(Bucket(t, min(t, max(max_running_requests, smallest))) for t in sorted(sizes))
 
 

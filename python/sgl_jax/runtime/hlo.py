@@ -54,6 +54,7 @@ class Instruction:
     name: str
     opcode: str
     arrays: tuple[Array, ...]  # of the result
+    operands: tuple[str, ...]  # names of the instructions it takes; of a parameter its number
     calls: tuple[str, ...]  # computations it runs; a fusion's is part of it
     op_name: str  # the path of named scopes it comes from
     cycles: int  # the TPU compiler's estimate; 0: none
@@ -102,16 +103,6 @@ class Module:
             for each in self.computations[called]:
                 yield from self.fused(each)
 
-    def layer_loop(self) -> Instruction | None:
-        """The loop over the layers: of those in the entry computation, the one that carries most. None: unrolled."""
-        loops = [each for each in self.computations[self.entry] if each.opcode == "while"]
-        return max(loops, key=lambda loop: loop.nbytes, default=None)
-
-    def layer_instructions(self) -> list[Instruction]:
-        """What one turn of the loop over the layers runs, inner loops included."""
-        loop = self.layer_loop()
-        return [each for called in loop.calls for each in self.instructions(called)] if loop else []
-
     def collectives(self) -> list[Instruction]:
         return [each for each in self.instructions() if each.collective]
 
@@ -145,10 +136,16 @@ def _instruction(name: str, result: str, opcode: str, rest: str) -> Instruction:
     branches = _BRANCHES.search(rest)
     calls = _CALLED.findall(rest) + ([b.strip(" %") for b in branches[1].split(",")] if branches else [])
     op_name, cycles = re.search(r'op_name="([^"]*)"', rest), re.search(r'"estimated_cycles":"(\d+)"', rest)
+    operands = re.findall(r"[\w.\-]+", re.sub(r"/\*.*?\*/", "", rest.partition(")")[0]))
     estimate = int(cycles[1]) if cycles else 0
-    # The largest number stands for "no estimate".
     return Instruction(
-        name, opcode, arrays, tuple(calls), op_name[1] if op_name else "", estimate if estimate < 1 << 62 else 0
+        name,
+        opcode,
+        arrays,
+        tuple(operands),
+        tuple(calls),
+        op_name[1] if op_name else "",
+        estimate if estimate < 1 << 62 else 0,  # the largest number stands for "no estimate"
     )
 
 

@@ -20,21 +20,27 @@ from sgl_jax.step_plan import Param, StepPlan
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """A StepPlan on the device, padded to its bucket. Padding rows point at the state's spare last row."""
+    """A StepPlan on the device. Each of the M ranks' rows and tokens are padded to the bucket's S and T, rank after rank.
+    Padding rows point at the state's spare last row."""
 
-    num_single: jax.Array  # i32[]
-    rows: jax.Array  # i32[S]
-    start: jax.Array  # i32[S]
-    num_new: jax.Array  # i32[S], 0 in padding
-    samples: jax.Array  # bool[S]
-    from_device: jax.Array  # bool[S]
-    next_token: jax.Array  # i32[S]
-    params: jax.Array  # i32[S, len(Param)]
-    tokens: jax.Array  # i32[T]
+    num_single: jax.Array  # i32[M]
+    rows: jax.Array  # i32[M * S]
+    start: jax.Array  # i32[M * S]
+    num_new: jax.Array  # i32[M * S], 0 in padding
+    samples: jax.Array  # bool[M * S]
+    from_device: jax.Array  # bool[M * S]
+    next_token: jax.Array  # i32[M * S]
+    params: jax.Array  # i32[M * S, len(Param)]
+    tokens: jax.Array  # i32[M * T]
     page_updates: jax.Array  # i32[3, U]
 
+    def by_row(self) -> dict[str, jax.Array]:
+        """The fields that have a value for each row, by name."""
+        names = ("rows", "start", "num_new", "samples", "from_device", "next_token", "params")
+        return {name: getattr(self, name) for name in names}
+
     def param(self, column: Param) -> jax.Array:
-        """One sampling parameter of each row, [S]: i32 or f32 as Param says."""
+        """One sampling parameter of each row, [M * S]: i32 or f32 as Param says."""
         bits = self.params[:, column]
         return lax.bitcast_convert_type(bits, jnp.float32) if column >= Param.TEMPERATURE else bits
 
@@ -46,13 +52,15 @@ class PlanLayout:
     bucket: Bucket
     page_size: int
     spare_row: int
+    num_ranks: int = 1  # M
 
     @functools.cached_property
     def parts(self) -> dict[str, tuple[int, ...]]:
-        t, s = self.bucket.num_tokens, self.bucket.num_rows
+        m = self.num_ranks
+        t, s = m * self.bucket.num_tokens, m * self.bucket.num_rows
         columns = ("rows", "start", "num_new", "samples", "from_device", "next_token")
         return {
-            "num_single": (),
+            "num_single": (m,),
             **dict.fromkeys(columns, (s,)),
             "params": (s, len(Param)),
             "tokens": (t,),
@@ -78,17 +86,29 @@ class PlanLayout:
         """i32[size], freshly allocated: the device may read it after this returns."""
         vector = np.zeros(self.size, np.int32)
         parts = self._split(vector)
-        s = len(plan.rows)
-        parts["num_single"][...] = plan.num_single
+        rows, tokens = self.places(plan)
+        parts["num_single"][:] = plan.num_single
         parts["rows"][:] = self.spare_row
         for name in ("rows", "start", "num_new", "samples", "from_device", "next_token", "params"):
-            parts[name][:s] = getattr(plan, name)
-        parts["tokens"][: plan.num_tokens] = plan.tokens
+            parts[name][rows] = getattr(plan, name)
+        parts["tokens"][tokens] = plan.tokens
         parts["page_updates"][0] = self.spare_row
         parts["page_updates"][:, : plan.page_updates.shape[1]] = plan.page_updates
         return vector
+
+    def places(self, plan: StepPlan) -> tuple[np.ndarray | slice, np.ndarray | slice]:
+        """Where a plan's rows and tokens are among the step's M * S and M * T."""
+        if self.num_ranks == 1:
+            return slice(len(plan.rows)), slice(plan.num_tokens)
+        rank_of_token = np.repeat(plan.rank, plan.num_new)
+        return _places(plan.rank, self.bucket.num_rows), _places(rank_of_token, self.bucket.num_tokens)
 
     def unpack(self, vector: Int[Array, " size"]) -> StepInputs:
         parts = self._split(vector)
         flags = {name: parts.pop(name) != 0 for name in ("samples", "from_device")}
         return StepInputs(**parts, **flags)
+
+
+def _places(rank: np.ndarray, room: int) -> np.ndarray:
+    """Those of each rank, which come together and in order, from the beginning of the rank's room."""
+    return rank * room + np.arange(len(rank)) - np.searchsorted(rank, rank)

@@ -55,6 +55,8 @@ def measure_rates(devices: Sequence[jax.Device], dtype: str, probe: Probe | None
 
     Takes a quarter of the free memory at most, about 2 s on two CPU cores. Raises NotMeasured where there is too little.
     """
+    if any(device.process_index != jax.process_index() for device in devices):
+        raise NotMeasured("the limits cannot be measured over several machines; measure those of each with --nnodes 1")
     on_cpu = devices[0].platform == "cpu"
     probe = probe or (_CPU if on_cpu else _ACCELERATOR)
     distinct = devices[:1] if on_cpu else devices  # virtual CPU devices are the same cores, and one uses them all

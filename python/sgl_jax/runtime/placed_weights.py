@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,15 +12,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.share import Share, share_of
 from sgl_jax.models.weights import Weights, WeightSpec, declare
-from sgl_jax.parallel.placement import Placement, interleave
+from sgl_jax.parallel.placement import Placement
 
 
-def place_weight(placement: Placement, spec: WeightSpec, array: np.ndarray) -> jax.Array:
-    """One weight from the host to its devices."""
-    if spec.parts:
-        array = interleave(array, spec.parts, spec.unit, placement.tensor.size, axis=spec.rows_axis)
-    return jax.device_put(array, placement.sharding(spec.axes))
+@dataclasses.dataclass(frozen=True)
+class Placer:
+    """Puts each weight on its devices as its declaration says. Only what this process's devices hold is asked for."""
+
+    placement: Placement
+
+    def shares(self, spec: WeightSpec) -> list[Share]:
+        return [*self._devices_of_shares(spec)]
+
+    def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
+        held = zip(self._devices_of_shares(spec).values(), arrays, strict=True)
+        pieces = [jax.device_put(array, device) for devices, array in held for device in devices]
+        shape = self.placement.whole_shape(arrays[0].shape, spec.axes)
+        return jax.make_array_from_single_device_arrays(shape, self.placement.sharding(spec.axes), pieces)
+
+    def _devices_of_shares(self, spec: WeightSpec) -> dict[Share, list[jax.Device]]:
+        """Of this process's devices."""
+        found: dict[Share, list[jax.Device]] = {}
+        for number, device in enumerate(self.placement.mesh.devices.flat):
+            if device.process_index == jax.process_index():
+                found.setdefault(share_of(spec, self.placement.grid, number), []).append(device)
+        return found
 
 
 def abstract_weights(config: DecoderConfig, dtype: Any, placement: Placement, *, stacked: bool) -> Weights:
@@ -29,7 +48,7 @@ def abstract_weights(config: DecoderConfig, dtype: Any, placement: Placement, *,
         shape = placement.whole_shape(spec.shape, spec.axes)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(spec.axes))
 
-    return jax.tree.map(abstract, declare(config.share(placement.tensor.size), stacked=stacked))
+    return jax.tree.map(abstract, declare(config.share(placement.grid), stacked=stacked))
 
 
 def weight_axes(config: DecoderConfig, *, stacked: bool) -> Weights:

@@ -34,10 +34,11 @@ class Platform:
 PLATFORMS: dict[Name, Platform] = {
     # One bf16 row costs more than two (benchmarks/LOG.md), so its smallest bucket has two. A scan compiles three times
     # faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in float32. On TPU the
-    # weights of a list are fetched ahead, those of a scan are not (docs/decisions/0011-list-on-tpu.md).
+    # weights of a list are fetched ahead, those of a scan are not (docs/decisions/0011-list-on-tpu.md); pages of 128 tokens
+    # cost its kernels half of what pages of 16 do (0015-pages-of-128-on-tpu.md).
     "cpu": Platform("cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False, False),
     "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True),
-    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, False, True, "fa"),
+    "tpu": Platform("tpu", "bfloat16", 128, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, False, True, "fa"),
 }
 
 
@@ -46,18 +47,37 @@ class NoDevice(ValueError):
 
 
 def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[jax.Device]]:
-    """`number` devices of the wanted platform, or of the best one present. Raises NoDevice if there are not as many."""
+    """`number` devices of the wanted platform, or of the best one present; with several processes, as many of each.
+    Raises NoDevice if there are not as many."""
     for name in [wanted] if wanted else ["tpu", "gpu", "cpu"]:
         try:
             devices = jax.devices(name)
         except RuntimeError:
             continue
+        if (processes := len({device.process_index for device in devices})) > 1:
+            return PLATFORMS[name], _of_each_process(name, devices, number, processes)
         if len(devices) < number:
             more = "; XLA_FLAGS=--xla_force_host_platform_device_count=N divides a CPU into N" if name == "cpu" else ""
-            raise NoDevice(f"--tp-size is {number}; this machine has {len(devices)} {name} device(s){more}")
+            raise NoDevice(
+                f"the launch needs {number} devices (--tp-size times --dp-size); this machine has {len(devices)} {name} device(s){more}"
+            )
         return PLATFORMS[name], devices[:number]
     present = sorted({d.platform for d in jax.devices()})
     raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")
+
+
+def _of_each_process(name: Name, devices: list[jax.Device], number: int, processes: int) -> list[jax.Device]:
+    share = number // processes
+    found = []
+    for process in range(processes):
+        own = [device for device in devices if device.process_index == process]
+        if len(own) < share:
+            raise NoDevice(
+                f"the launch needs {number} devices (--tp-size times --dp-size), {share} of each machine; machine {process} "
+                f"has {len(own)} {name} device(s)"
+            )
+        found += own[:share]
+    return found
 
 
 def kernels_for(attention_backend: str | None, platform: Platform, model: DecoderConfig) -> Kernels:
@@ -65,10 +85,10 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     name = attention_backend or platform.attention
     latent = model.mla is not None
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
-    return Kernels(attention, _grouped_matmul(platform.name))
+    return Kernels(attention, grouped_matmul_for(platform.name))
 
 
-def _grouped_matmul(platform: Name) -> GroupedMatmul:
+def grouped_matmul_for(platform: Name) -> GroupedMatmul:
     if platform == "tpu":
         from sgl_jax.ops.grouped_matmul import pallas_tpu  # imports Pallas, which takes a while
 

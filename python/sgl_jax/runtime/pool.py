@@ -7,7 +7,7 @@ import dataclasses
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.ops.attention.backends import Backend
 
-KV_AXES = (None, "kv_heads", None, None, None)  # logical axes
+KV_AXES = ("pages", "kv_heads", None, None, None)  # logical axes; each data rank has pages of its own
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,25 +27,26 @@ class RunnerConfig:
     dtype: str
     pool: Pool  # of one device
     page_size: int
-    num_pages: int  # P, of one layer, scratch page included
-    num_rows: int  # requests running at once
+    num_pages: int  # P, of one layer of a data rank, scratch page included
+    num_rows: int  # requests running at once, on all ranks
     context_length: int
-    buckets: tuple[Bucket, ...]
+    buckets: tuple[Bucket, ...]  # of each rank
+    num_ranks: int = 1  # M
 
     @property
     def pages_per_row(self) -> int:
         return -(-self.context_length // self.page_size)
 
     def layout(self, bucket: Bucket) -> PlanLayout:
-        return PlanLayout(bucket, self.page_size, self.num_rows)
+        return PlanLayout(bucket, self.page_size, self.num_rows, self.num_ranks)
 
 
 def make_programs(
     model: DecoderConfig, config: RunnerConfig, kernels: Kernels, placement: Placement, weights: Weights
 ) -> list[Program]:
     """Every program of a launch, small buckets first. `weights` may be abstract; they are placed as they will be."""
-    axis = placement.tensor
-    spec = StepSpec(model.share(axis.size), kernels, config.num_pages, axis)
+    grid = placement.grid
+    spec = StepSpec(model.share(grid), kernels, config.num_pages, grid)
     axes = weight_axes(model, stacked=weights.stacked)
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights)
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
@@ -57,7 +58,7 @@ def make_programs(
         jitted = jax.jit(function, donate_argnums=(1, 2))
         programs.append(Program(step_name(bucket), jitted, (weights, kv, state, _vector(layout.size, placement))))
     for name in LOADERS:
-        function = placement.run(loaders(axis)[name], (STATE_AXES, ()), STATE_AXES)
+        function = placement.run(loaders(grid.all_axes)[name], (STATE_AXES, ()), STATE_AXES)
         vector = _vector(loader_size(name, config.pages_per_row, model.vocab_size), placement)
         programs.append(Program(loader_name(name), jax.jit(function, donate_argnums=0), (state, vector)))
     return programs

@@ -33,6 +33,8 @@ from sgl_jax.runtime.step import StepOutputs
 from sgl_jax.runtime.tracing import JaxTracer
 from sgl_jax.step_plan import Param, RowLoad, StepPlan
 
+_LOADER_NAMES = frozenset(map(loader_name, LOADERS))
+
 
 @dataclasses.dataclass(frozen=True)
 class InFlight:
@@ -66,24 +68,30 @@ class ModelRunner:
         self._kv = zeros(abstract_kv(config, placement))
         self._state = zeros(abstract_state(model, config, placement))
         self._calls: dict[str, Any] = {}
+        # Told each program and its vector before they run, where other processes must run them, too.
+        self.announce: Callable[[str, np.ndarray], None] | None = None
         self._compiles_when_ready = 0
 
     @property
     def compiles_after_ready(self) -> int:
         return self.watch.count - self._compiles_when_ready
 
-    def warm_up(self, report: Callable[[int, int, Compiled], None]) -> None:
-        """Compile every program and run each once, so that serving compiles nothing and starts at full speed."""
+    def warm_up(self, report: Callable[[int, int, Compiled], None], meet: Callable[[], Any] = lambda: None) -> None:
+        """Compile every program and run each once, so that serving compiles nothing and starts at full speed.
+
+        `meet` is called in between, to wait until every process has compiled: a collective does not wait for minutes.
+        """
         with jax.default_matmul_precision(matmul_precision(self.config.dtype)):
             self._calls = compile_all(self.programs, self.watch, report)
-        nothing = empty_plan()
+        meet()
+        nothing = empty_plan(self.config.num_ranks)
         for layout in self._layouts.values():
-            self.collect(InFlight(nothing, self._run_step(layout, layout.pack(nothing))))
+            self.collect(InFlight(nothing, self._step(step_name(layout.bucket), layout.pack(nothing))))
         for name in LOADERS:
             size = loader_size(name, self.config.pages_per_row, self._model.vocab_size)
             vector = np.zeros(size, np.int32)
             vector[0] = self.config.num_rows
-            self._load(name, vector)
+            self._load(loader_name(name), vector)
         jax.block_until_ready(self._state)
         self._compiles_when_ready = self.watch.count
 
@@ -91,16 +99,21 @@ class ModelRunner:
         """Start a step: one vector to the device, one dispatch; rows with uncommon state load it first."""
         for load in plan.loads:
             self._load_row(load)
-        layout = self._layouts[pick(self.config.buckets, plan.num_tokens)]
-        return InFlight(plan, self._run_step(layout, layout.pack(plan)))
+        layout = self._layout(plan)
+        return InFlight(plan, self._step(step_name(layout.bucket), layout.pack(plan)))
 
     def collect(self, flight: InFlight) -> StepTokens:
         """Wait for a launched step and bring its tokens to the host, and logprobs only where asked for."""
         plan, outputs = flight.plan, flight.outputs
+        rows, tokens = self._layout(plan).places(plan)
+
+        def logprobs(of: Logprobs, places: Any) -> Logprobs:
+            return Logprobs(*(np.asarray(each)[places] for each in of))
+
         return StepTokens(
-            tokens=np.asarray(outputs.tokens)[: len(plan.rows)],
-            logprobs=Logprobs(*map(np.asarray, outputs.logprobs)) if plan.wants_logprobs else None,
-            prompt_logprobs=Logprobs(*map(np.asarray, outputs.prompt_logprobs)) if plan.wants_prompt_logprobs else None,
+            tokens=np.asarray(outputs.tokens)[rows],
+            logprobs=logprobs(outputs.logprobs, rows) if plan.wants_logprobs else None,
+            prompt_logprobs=logprobs(outputs.prompt_logprobs, tokens) if plan.wants_prompt_logprobs else None,
         )
 
     def measure_limits(self) -> Rates:
@@ -108,35 +121,54 @@ class ModelRunner:
         with self.watch.ignored():
             return measure_rates(self._devices, self.config.dtype)
 
-    def _run_step(self, layout: PlanLayout, vector: np.ndarray) -> StepOutputs:
-        program = self._calls[step_name(layout.bucket)]
-        self._kv, self._state, outputs = program(self._weights, self._kv, self._state, vector)
+    def _layout(self, plan: StepPlan) -> PlanLayout:
+        """That of the smallest bucket which holds every rank's tokens."""
+        if self.config.num_ranks == 1:
+            most = plan.num_tokens
+        else:
+            most = int(np.bincount(plan.rank, plan.num_new, 1).max())
+        return self._layouts[pick(self.config.buckets, most)]
+
+    def execute(self, name: str, vector: np.ndarray) -> None:
+        """Run a program that another process announced; it reads the results."""
+        if name in _LOADER_NAMES:
+            self._load(name, vector)
+        else:
+            self._step(name, vector)
+
+    def _step(self, name: str, vector: np.ndarray) -> StepOutputs:
+        if self.announce is not None:
+            self.announce(name, vector)
+        self._kv, self._state, outputs = self._calls[name](self._weights, self._kv, self._state, vector)
         return outputs
 
     def _load_row(self, load: RowLoad) -> None:
         if load.pages is not None:
-            self._load("pages", pack_pages(load.row, load.pages, self.config.pages_per_row))
+            self._load(loader_name("pages"), pack_pages(load.row, load.pages, self.config.pages_per_row))
         if load.request is not None:
             p = load.request.params
             if p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1:
-                self._load("counts", pack_counts(load.row, load.request, self._model.vocab_size))
+                self._load(loader_name("counts"), pack_counts(load.row, load.request, self._model.vocab_size))
             if p.logit_bias or p.min_tokens:
-                self._load("bias", pack_bias(load.row, load.request))
+                self._load(loader_name("bias"), pack_bias(load.row, load.request))
 
     def _load(self, name: str, vector: np.ndarray) -> None:
-        self._state = self._calls[loader_name(name)](self._state, vector)
+        if self.announce is not None:
+            self.announce(name, vector)
+        self._state = self._calls[name](self._state, vector)
 
 
 @functools.cache
-def empty_plan() -> StepPlan:
+def empty_plan(num_ranks: int) -> StepPlan:
     """A plan of no rows: what a warm-up runs."""
     ints, bools = np.empty(0, np.int32), np.empty(0, np.bool_)
     return StepPlan(
         keys=np.empty(0, np.int64),
         rows=ints,
+        rank=ints,
         start=ints,
         num_new=ints,
-        num_single=0,
+        num_single=np.zeros(num_ranks, np.int32),
         samples=bools,
         from_device=bools,
         next_token=ints,

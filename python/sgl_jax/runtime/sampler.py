@@ -3,13 +3,15 @@
 logit_bias, penalties, temperature, top_k, top_p, min_p, in Hugging Face's order. The three filters come down to one
 threshold per row, the smallest logit kept. It is read off the best CANDIDATES logits where that is exact, and otherwise
 found by bisection. Then one uniform number, drawn from the row's (seed, position) alone, picks the token by inverting
-the cumulative distribution in vocabulary order. No sort over the vocabulary.
+the cumulative distribution in vocabulary order. No sort over the vocabulary. What is more than a greedy token is made for
+a block of rows at a time, so that its arrays of rows x vocabulary need little memory beside the logits.
 
 On a tensor axis each device has its share of the vocabulary, V here, and only candidates and sums pass between them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
+from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime.layout import StepInputs
 from sgl_jax.runtime.state import IN_PROMPT, DeviceState
@@ -26,6 +28,7 @@ from sgl_jax.step_plan import Flag, Param
 
 CANDIDATES = 64
 _BLOCK = 256  # vocabulary entries summed at once when inverting the distribution
+_ROWS_BYTES = 20 << 20  # of float32 logits that are worked on at once; a TPU holds some such arrays in VMEM
 
 
 class Logprobs(NamedTuple):
@@ -37,9 +40,33 @@ class Logprobs(NamedTuple):
 
 
 def sample(
-    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: TensorAxis = ONE_DEVICE
+    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
     """The next token of each row; rows that do not sample get an arbitrary one."""
+    asked = has_flag(inputs, Flag.BIAS | Flag.PENALTIES) | inputs.samples & (inputs.param(Param.TEMPERATURE) > 0)
+    num_rows, block = len(logits), rows_at_once(logits.shape[-1])
+    if num_rows <= block:
+        return lax.cond(asked.any(), lambda: _sample(logits, inputs, state, axis), lambda: _argmax(logits, axis))
+
+    def sample_block(i, tokens):
+        first = jnp.minimum(i * block, num_rows - block)  # the last block may do rows again: a row depends on no other
+        of_block = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, block), inputs.by_row())
+        part = lax.dynamic_slice_in_dim(logits, first, block)
+        sampled = _sample(part, dataclasses.replace(inputs, **of_block), state, axis)
+        return lax.dynamic_update_slice_in_dim(tokens, sampled, first, 0)
+
+    def sample_blocks() -> Int[Array, " S"]:
+        return lax.fori_loop(0, -(-num_rows // block), sample_block, jnp.zeros(num_rows, jnp.int32))
+
+    return lax.cond(asked.any(), sample_blocks, lambda: _argmax(logits, axis))
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """How many rows are sampled at once, 8 at least: that many a TPU keeps in one tile."""
+    return max(8, 1 << (_ROWS_BYTES // (4 * vocab_size)).bit_length() - 1)
+
+
+def _sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: MeshAxis) -> Int[Array, " S"]:
     logits = _adjust(logits, inputs, state, axis)
     greedy = _argmax(logits, axis)
     temperature = inputs.param(Param.TEMPERATURE)
@@ -56,14 +83,14 @@ def sample(
             lambda: jnp.where(filtered, _threshold(scaled, top_k, top_p, min_p, filtered, axis), -jnp.inf),
             lambda: jnp.full(len(scaled), -jnp.inf),
         )
-        drawn = _invert(scaled, threshold, _uniforms(inputs), axis)
+        drawn = _invert(scaled, threshold, uniforms(inputs), axis)
         return jnp.where(random, drawn, greedy)
 
     return lax.cond(random.any(), draw, lambda: greedy)
 
 
 def token_logprobs(
-    logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""], axis: TensorAxis = ONE_DEVICE
+    logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""], axis: MeshAxis = ONE_DEVICE
 ) -> Logprobs:
     """Log probabilities of the chosen tokens and of the best ones; zeros unless wanted."""
 
@@ -90,7 +117,7 @@ def has_flag(inputs: StepInputs, flag: Flag) -> Bool[Array, " S"]:
     return (inputs.param(Param.FLAGS) & int(flag)) != 0
 
 
-def _argmax(x: Float[Array, "S V"], axis: TensorAxis) -> Int[Array, " S"]:
+def _argmax(x: Float[Array, "S V"], axis: MeshAxis) -> Int[Array, " S"]:
     """The first of the largest, over the whole vocabulary."""
     best = jnp.argmax(x, axis=-1, keepdims=True).astype(jnp.int32)
     values = axis.concatenate(jnp.take_along_axis(x, best, axis=-1))
@@ -98,9 +125,10 @@ def _argmax(x: Float[Array, "S V"], axis: TensorAxis) -> Int[Array, " S"]:
     return jnp.take_along_axis(ids, jnp.argmax(values, axis=-1, keepdims=True), axis=-1)[:, 0]
 
 
-def _top_k(x: Float[Array, "n V"], k: int, axis: TensorAxis) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
+def _top_k(x: Float[Array, "n V"], k: int, axis: MeshAxis) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
     """The k largest of the whole vocabulary, best first, and their ids; all of them if there are fewer."""
-    values, ids = lax.top_k(x, min(k, x.shape[-1]))
+    # XLA for TPU has an operation for this, and sorts all of x instead if it sees that only parts of the result are used.
+    values, ids = lax.optimization_barrier(lax.top_k(x, min(k, x.shape[-1])))
     if axis.size > 1:
         values = axis.concatenate(values)
         ids = axis.concatenate(ids + axis.index() * x.shape[-1])
@@ -110,20 +138,22 @@ def _top_k(x: Float[Array, "n V"], k: int, axis: TensorAxis) -> tuple[Float[Arra
 
 
 def _adjust(
-    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: TensorAxis = ONE_DEVICE
+    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, "S V"]:
     """logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
     biased, penalised = has_flag(inputs, Flag.BIAS), has_flag(inputs, Flag.PENALTIES)
+    # Row by row: XLA for TPU would copy all of token_counts for a gather, sort the places of a scatter over all rows, and
+    # take ten seconds of compiling for both (benchmarks/LOG.md).
 
     def add_bias(x):
         rows = inputs.rows
         in_force = biased[:, None] & ((inputs.start + inputs.num_new)[:, None] < state.bias_until[rows])
         values = jnp.where(in_force, state.bias_values[rows], 0.0)
         places, _ = axis.mine(state.bias_ids[rows], x.shape[-1])
-        return x.at[jnp.arange(len(rows))[:, None], places].add(values, mode="drop")
+        return lax.map(lambda row: row[0].at[row[1]].add(row[2], mode="drop"), (x, places, values))
 
     def penalise(x):
-        counts = state.token_counts[inputs.rows]
+        counts = lax.map(lambda row: state.token_counts[row], inputs.rows)
         in_output = counts & (IN_PROMPT - 1)
         repetition = inputs.param(Param.REPETITION)[:, None]
         y = jnp.where(counts != 0, jnp.where(x > 0, x / repetition, x * repetition), x)
@@ -135,7 +165,7 @@ def _adjust(
     return lax.cond(penalised.any(), penalise, lambda x: x, logits)
 
 
-def _uniforms(inputs: StepInputs) -> Float[Array, " S"]:
+def uniforms(inputs: StepInputs) -> Float[Array, " S"]:
     """One number in [0, 1) per row, from the request's seed and the position sampled."""
 
     def one(seed, position):
@@ -150,7 +180,7 @@ def _threshold(
     top_p: Float[Array, " S"],
     min_p: Float[Array, " S"],
     filtered: Bool[Array, " S"],
-    axis: TensorAxis = ONE_DEVICE,
+    axis: MeshAxis = ONE_DEVICE,
 ) -> Float[Array, " S"]:
     """The smallest logit each row keeps. A row's answer does not depend on which way the others' are found."""
     vocab_size = x.shape[-1] * axis.size
@@ -182,7 +212,7 @@ def _bisect_threshold(
     top_k: Int[Array, " S"],
     top_p: Float[Array, " S"],
     min_p: Float[Array, " S"],
-    axis: TensorAxis = ONE_DEVICE,
+    axis: MeshAxis = ONE_DEVICE,
 ) -> Float[Array, " S"]:
     """The same by bisection over the bits of the logits: exact in 32 passes for top_k and 32 for top_p."""
     top = axis.max(x.max(-1))
@@ -217,7 +247,7 @@ def _largest(holds, num_rows: int) -> Float[Array, " S"]:
 
 
 def _invert(
-    x: Float[Array, "S V"], threshold: Float[Array, " S"], uniform: Float[Array, " S"], axis: TensorAxis = ONE_DEVICE
+    x: Float[Array, "S V"], threshold: Float[Array, " S"], uniform: Float[Array, " S"], axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
     """The token at which the cumulative distribution of the kept logits passes `uniform`.
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from sgl_jax.parallel.tensor import ONE_DEVICE, TensorAxis
+from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS, Request
 from sgl_jax.runtime.layout import StepInputs
 
@@ -63,7 +63,7 @@ def apply_page_updates(state: DeviceState, inputs: StepInputs) -> DeviceState:
 
 
 def store_samples(
-    state: DeviceState, inputs: StepInputs, tokens: Int[Array, " S"], counted: jax.Array, axis: TensorAxis = ONE_DEVICE
+    state: DeviceState, inputs: StepInputs, tokens: Int[Array, " S"], counted: jax.Array, axis: MeshAxis = ONE_DEVICE
 ) -> DeviceState:
     """Remember the sampled tokens; `counted` bool[S]: rows that also count them."""
     rows = inputs.rows
@@ -83,7 +83,7 @@ def load_pages(state: DeviceState, vector: Int[Array, " n"]) -> DeviceState:
     return dataclasses.replace(state, page_table=state.page_table.at[vector[0]].set(vector[1:]))
 
 
-def load_counts(state: DeviceState, vector: Int[Array, " n"], axis: TensorAxis = ONE_DEVICE) -> DeviceState:
+def load_counts(state: DeviceState, vector: Int[Array, " n"], axis: MeshAxis = ONE_DEVICE) -> DeviceState:
     share = state.token_counts.shape[-1]
     counts = jax.lax.dynamic_slice_in_dim(vector, 1 + axis.index() * share, share)
     return dataclasses.replace(state, token_counts=state.token_counts.at[vector[0]].set(counts))
@@ -103,7 +103,7 @@ def load_bias(state: DeviceState, vector: Int[Array, " n"]) -> DeviceState:
 LOADERS = ("pages", "counts", "bias")
 
 
-def loaders(axis: TensorAxis) -> dict[str, Callable[[DeviceState, jax.Array], DeviceState]]:
+def loaders(axis: MeshAxis) -> dict[str, Callable[[DeviceState, jax.Array], DeviceState]]:
     return {"pages": load_pages, "counts": functools.partial(load_counts, axis=axis), "bias": load_bias}
 
 

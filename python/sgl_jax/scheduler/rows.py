@@ -17,6 +17,7 @@ class RowTable:
 
         self.requests: list[Request | None] = [None] * num_rows
         self.key = np.full(num_rows, -1, np.int64)
+        self.rank = column()  # the data rank that holds the row's pages; any row may be of any rank
         self.prompt_len = column()
         self.max_total = column()  # tokens at which the request ends by length
         self.num_known = column()  # tokens the host has
@@ -34,12 +35,13 @@ class RowTable:
     def num_free(self) -> int:
         return len(self._free)
 
-    def seat(self, request: Request) -> int:
+    def seat(self, request: Request, rank: int = 0) -> int:
         """Give the request a row; counters are set, pages are not."""
         row = request.row = self._free.pop()
         n = len(request.tokens)
         self.requests[row] = request
         self.key[row] = request.key
+        self.rank[row] = rank
         self.prompt_len[row] = len(request.prompt)
         self.max_total[row] = request.max_total_tokens
         self.num_known[row] = self.num_tokens[row] = n
@@ -60,6 +62,18 @@ class RowTable:
         self.key[row] = -1
         self._free.append(row)
         return request
+
+    def next_tokens(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
+        """The next num_new[i] tokens of rows[i], i32[num_new.sum()] in row order; of one the host has not yet, any."""
+        start, single = self.num_computed[rows], num_new == 1
+        if single.all():
+            return self.tokens[rows, np.minimum(start, self.num_known[rows] - 1)]
+        at = np.cumsum(num_new) - num_new
+        tokens = np.empty(int(num_new.sum()), np.int32)
+        tokens[at[single]] = self.tokens[rows[single], np.minimum(start[single], self.num_known[rows[single]] - 1)]
+        for i in np.flatnonzero(~single):
+            tokens[at[i] : at[i] + num_new[i]] = self.tokens[rows[i], start[i] : start[i] + num_new[i]]
+        return tokens
 
     def _set_stop_ids(self, row: int, ids: np.ndarray) -> None:
         missing = len(ids) - self.stop_ids.shape[1]

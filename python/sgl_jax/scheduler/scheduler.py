@@ -8,16 +8,22 @@ each step spends a budget of tokens over them. Chunked prefill, prefix hits, mix
     process  the step's tokens: appended, stop conditions checked, finished requests' pages go to the tree
 
 `schedule` may be called again before `process`: a token in flight is counted in `num_tokens` and read on the device.
+
+With M data ranks there are M caches, each with pages and a tree of its own; a row has a rank from its admission on. A
+rank is an index: the column `rank` of the rows, and numbers [M].
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from sgl_jax.cache.prefix_cache import Handle, PrefixCache
 from sgl_jax.request import FinishReason, Request
+from sgl_jax.scheduler.placement import PLACEMENTS, RankLoads
 from sgl_jax.scheduler.policy import POLICIES
 from sgl_jax.scheduler.rows import RowTable
 from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan
@@ -25,11 +31,14 @@ from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
+    """Limits are of each data rank: M ranks run M times as many requests and tokens in a step."""
+
     max_running_requests: int
     context_length: int
     max_step_tokens: int  # budget of a step, at least max_running_requests
     max_prefill_tokens: int  # of it, tokens of prompts
-    policy: str = "fcfs"
+    policy: str = "fcfs"  # who is admitted next: scheduler.policy.POLICIES
+    placement: str = "cache_aware"  # on which rank: scheduler.placement.PLACEMENTS
 
 
 @dataclasses.dataclass(slots=True)
@@ -58,27 +67,44 @@ class StepResult:
 class _Picks:
     """Rows chosen for the step under construction."""
 
-    budget: int  # prompt tokens the step has room for yet
+    num_decoding: int  # of the rows, those that decode: the first, by rank
+    budget: list[int]  # [M] prompt tokens the step has room for yet, by rank
     rows: list[np.ndarray] = dataclasses.field(default_factory=list)
     num_new: list[np.ndarray] = dataclasses.field(default_factory=list)
     loads: list[RowLoad] = dataclasses.field(default_factory=list)
     page_updates: list[np.ndarray] = dataclasses.field(default_factory=list)
 
 
+class _Place(NamedTuple):
+    """Where a waiting request may go."""
+
+    rank: int
+    handle: Handle  # the cached prefix it would start behind
+    next_page: _Prefix
+
+
+type _Prefix = tuple[int, str, bytes]  # rank, namespace, tokens
+
+
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, cache: PrefixCache):
+    def __init__(self, config: SchedulerConfig, caches: Sequence[PrefixCache]):
+        """One cache for each data rank, alike but for their number of pages."""
         if config.max_step_tokens < config.max_running_requests:
             raise ValueError(
                 f"a step of {config.max_step_tokens} tokens cannot hold {config.max_running_requests} decoding requests"
             )
+        kinds = {(cache.page_size, cache.enabled) for cache in caches}
+        if len(kinds) != 1:
+            raise ValueError(f"the caches of all ranks must be alike; their (page size, enabled) are {sorted(kinds)}")
+        ((self._page_size, self._shares),) = kinds
         self.config = config
-        self.cache = cache
-        self.table = RowTable(config.max_running_requests, config.context_length, cache.page_size)
+        self.caches = tuple(caches)
+        self.table = RowTable(len(caches) * config.max_running_requests, config.context_length, self._page_size)
         self.waiting: dict[int, Request] = {}  # by key
         self.counters = Counters()
         self._requests: dict[int, Request] = {}  # every live request, by key
         self._handles: dict[int, Handle] = {}  # the locked prefix of each running row
-        self._running = np.empty(0, np.int32)  # rows in order of admission
+        self._running = np.empty(0, np.int32)  # rows by rank, within a rank in order of admission
         self._reload: set[int] = set()  # rows whose page table changed under them
 
     @property
@@ -90,9 +116,19 @@ class Scheduler:
         return bool(self._requests)
 
     @property
+    def num_pages(self) -> int:
+        """Usable pages of all ranks."""
+        return sum(cache.num_usable_pages for cache in self.caches)
+
+    @property
     def kv_usage(self) -> float:
-        """Share of the pool in use by running requests."""
-        return 1 - self.cache.num_available_pages / self.cache.num_usable_pages
+        """Share of all ranks' pages in use by running requests. A mean: while one rank has room, requests go there."""
+        return 1 - sum(cache.num_available_pages for cache in self.caches) / self.num_pages
+
+    @property
+    def cached_usage(self) -> float:
+        """Share of all ranks' pages that hold cached prefixes no request uses."""
+        return sum(cache.num_unused_pages for cache in self.caches) / self.num_pages
 
     @property
     def num_running_tokens(self) -> int:
@@ -104,6 +140,10 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Let a request wait. Its max_total_tokens must fit the context, and the context the pool."""
         self._requests[request.key] = self.waiting[request.key] = request
+
+    def flush(self) -> int:
+        """Evict every prefix no running request holds, on all ranks; returns how many pages became free."""
+        return sum(cache.flush() for cache in self.caches)
 
     def abort(self, key: int) -> bool:
         """End a request, its pages released; False if there is no such request. A step in flight loses its token."""
@@ -130,15 +170,17 @@ class Scheduler:
             return None
         rows = np.concatenate(picks.rows)
         num_new = np.concatenate(picks.num_new)
-        order = np.argsort(num_new > 1, kind="stable")  # single tokens first
-        rows, num_new = rows[order], num_new[order]
+        if len(rows) > picks.num_decoding:  # else they come in order
+            order = np.lexsort((num_new > 1, self.table.rank[rows]))  # by rank, single tokens first
+            rows, num_new = rows[order], num_new[order]
         plan = self._build(rows, num_new, picks)
         self._share_prompts(plan)
         self.counters.steps += 1
         return plan
 
     def _pick_running(self) -> _Picks:
-        """The running rows this step serves, their new pages allocated; preempts the youngest until they fit."""
+        """The running rows this step serves, their new pages allocated; preempts the youngest of a rank until they
+        fit there."""
         t = self.table
         while True:
             run = self._running
@@ -147,63 +189,102 @@ class Scheduler:
             decoding = t.has_sampled[run] & (remaining == 1)
             decode_rows = run[decoding & unfinished]
             rows, num_new = [decode_rows], [np.ones(len(decode_rows), np.int32)]
-            budget = self._prefill_budget(len(decode_rows))
+            limits = self.config
+            budget = [
+                min(limits.max_step_tokens - n, limits.max_prefill_tokens) for n in self._count_by_rank(decode_rows)
+            ]
             for i in np.flatnonzero(~decoding & unfinished):
-                n = min(int(remaining[i]), budget)
+                rank = t.rank[run[i]]
+                n = min(int(remaining[i]), budget[rank])
                 if n == 0:
-                    break
+                    continue
                 rows.append(run[i : i + 1])
                 num_new.append(np.array([n], np.int32))
-                budget -= n
+                budget[rank] -= n
             all_rows, all_new = np.concatenate(rows), np.concatenate(num_new)
+            if len(rows) > 1:
+                by_rank = np.argsort(t.rank[all_rows], kind="stable")
+                all_rows, all_new = all_rows[by_rank], all_new[by_rank]
             need = self._pages_needed(all_rows, all_new)
-            pages = self.cache.allocate(int(need.sum()))
-            if pages is not None:
+            short = self._rank_short_of_pages(all_rows, need)
+            if short is None:
                 break
-            self._preempt(int(run[-1]))
+            self._preempt(int(run[t.rank[run] == short][-1]))
         if not len(all_rows):
-            return _Picks(budget)
-        return _Picks(budget, [all_rows], [all_new], page_updates=[self._give_pages(all_rows, need, pages)])
+            return _Picks(0, budget)
+        return _Picks(len(decode_rows), budget, [all_rows], [all_new], page_updates=[self._give_pages(all_rows, need)])
 
-    def _prefill_budget(self, num_decoding: int) -> int:
-        return min(self.config.max_step_tokens - num_decoding, self.config.max_prefill_tokens)
+    def _count_by_rank(self, rows: np.ndarray) -> list[int]:
+        """How many of the rows each rank has, [M]."""
+        if len(self.caches) == 1:
+            return [len(rows)]
+        return np.bincount(self.table.rank[rows], minlength=len(self.caches)).tolist()
+
+    def _rank_short_of_pages(self, rows: np.ndarray, need: np.ndarray) -> int | None:
+        """The first rank that cannot give its rows need[i] pages each."""
+        if need.sum() <= min(cache.num_available_pages for cache in self.caches):
+            return None
+        wanted = self._count_by_rank(np.repeat(rows, need))
+        short = (rank for rank, cache in enumerate(self.caches) if wanted[rank] > cache.num_available_pages)
+        return next(short, None)
 
     def _admit(self, picks: _Picks) -> None:
-        """Seat waiting requests while budget, rows and pages last."""
+        """Seat waiting requests while a rank has budget, rows and pages for the next of them."""
         if not self.waiting or not self.table.num_free:
             return
         being_computed = self._prefixes_being_computed()
-        for request in POLICIES[self.config.policy](self.waiting.values(), self.cache):
-            if picks.budget <= 0 or not self.table.num_free:
+        for request in POLICIES[self.config.policy](self.waiting.values(), self.caches):
+            place = self._place(request, picks.budget, being_computed)
+            if place is None:
                 return
-            handle = self._match(request)
-            if being_computed and self._next_page(request, handle.num_tokens) in being_computed:
-                continue  # another row is computing the same page: the next step will find it cached
-            num_new = min(len(request.tokens) - handle.num_tokens, picks.budget)
-            if not self._fits(request, handle):
-                return
-            self._seat(request, handle, num_new, picks)
-            being_computed.add(self._next_page(request, handle.num_tokens))
-            picks.budget -= num_new
+            if place.next_page in being_computed:
+                continue  # another row of the rank is computing the same page: the next step will find it cached
+            self._seat(request, place, picks)
+            being_computed.add(place.next_page)
 
-    def _match(self, request: Request) -> Handle:
-        """The cached prefix it may use: one token must be left to compute, and all of them if each is to be scored."""
-        usable = 0 if request.wants_prompt_logprobs else len(request.tokens) - 1
-        return self.cache.match(request.namespace, request.tokens[:usable])
+    def _place(self, request: Request, budget: list[int], being_computed: set[_Prefix]) -> _Place | None:
+        """The first rank in order of preference that can take it now, or that computes what it should wait for."""
+        running = self._count_by_rank(self._running)
+        is_open = [b > 0 and n < self.config.max_running_requests for b, n in zip(budget, running, strict=True)]
+        if not any(is_open):
+            return None
+        tokens = self._usable_prefix(request)
+        for rank in self._ranks_for(request, tokens, running):
+            if is_open[rank]:
+                handle = self.caches[rank].match(request.namespace, tokens)
+                next_page = self._next_page(request, rank, handle.num_tokens)
+                if next_page in being_computed or self._fits(request, handle, rank, running[rank]):
+                    return _Place(rank, handle, next_page)
+        return None
 
-    def _fits(self, request: Request, handle: Handle) -> bool:
-        """Room for all its tokens so far, and one more page for each running row, lest it be preempted at once."""
+    def _ranks_for(self, request: Request, tokens: np.ndarray, running: list[int]) -> Sequence[int]:
+        """All ranks, the preferred first."""
+        if len(self.caches) == 1:
+            return (0,)
+        loads = RankLoads(running, [cache.num_available_pages for cache in self.caches])
+        return PLACEMENTS[self.config.placement](
+            request.arrival, loads, lambda rank: self.caches[rank].num_cached(request.namespace, tokens)
+        )
+
+    def _usable_prefix(self, request: Request) -> np.ndarray:
+        """What may come from the cache: one token must be left to compute, and all of them if each is to be scored."""
+        return request.tokens[: 0 if request.wants_prompt_logprobs else len(request.tokens) - 1]
+
+    def _fits(self, request: Request, handle: Handle, rank: int, num_running: int) -> bool:
+        """Room for all its tokens so far, and one more page for each row the rank runs, lest it be preempted at once."""
         locked_anew = sum(len(n.pages) for n in handle.node.path if n.num_locks == 0)
-        need = -(-(len(request.tokens) + 1) // self.cache.page_size) - handle.num_pages
-        return need + self.num_running <= self.cache.num_available_pages - locked_anew
+        need = -(-(len(request.tokens) + 1) // self._page_size) - handle.num_pages
+        return need + num_running <= self.caches[rank].num_available_pages - locked_anew
 
-    def _seat(self, request: Request, handle: Handle, num_new: int, picks: _Picks) -> None:
+    def _seat(self, request: Request, place: _Place, picks: _Picks) -> None:
         t = self.table
-        self.cache.lock(handle)
+        rank, handle = place.rank, place.handle
+        self.caches[rank].lock(handle)
         del self.waiting[request.key]
-        row = t.seat(request)
+        row = t.seat(request, rank)
         self._handles[row] = handle
-        self._running = np.append(self._running, np.int32(row))
+        last_of_rank = np.searchsorted(t.rank[self._running], rank, side="right")
+        self._running = np.insert(self._running, last_of_rank, row)
         t.num_computed[row] = handle.num_tokens
         t.num_pages[row] = handle.num_pages
         t.page_table[row, : handle.num_pages] = handle.pages
@@ -222,43 +303,42 @@ class Scheduler:
                     num_cached_tokens=handle.num_tokens,
                 )
             )
+        num_new = min(len(request.tokens) - handle.num_tokens, picks.budget[rank])
+        picks.budget[rank] -= num_new
         rows, new = np.array([row], np.int32), np.array([num_new], np.int32)
-        need = self._pages_needed(rows, new)
-        pages = self.cache.allocate(int(need.sum()))
-        assert pages is not None, "_fits promised these pages"
         picks.rows.append(rows)
         picks.num_new.append(new)
-        picks.page_updates.append(self._give_pages(rows, need, pages))
+        picks.page_updates.append(self._give_pages(rows, self._pages_needed(rows, new)))
 
     def _pages_needed(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
-        page_size = self.cache.page_size
-        return -(-(self.table.num_computed[rows] + num_new) // page_size) - self.table.num_pages[rows]
+        return -(-(self.table.num_computed[rows] + num_new) // self._page_size) - self.table.num_pages[rows]
 
-    def _give_pages(self, rows: np.ndarray, need: np.ndarray, pages: np.ndarray) -> np.ndarray:
-        """Append pages to the rows' tables, need[i] to rows[i]; returns the updates, i32[3, len(pages)]."""
+    def _give_pages(self, rows: np.ndarray, need: np.ndarray) -> np.ndarray:
+        """Append pages of their rank to the tables of rows in order of rank, need[i] to rows[i]; the ranks must have
+        them. Returns the updates, i32[3, need.sum()]."""
         t = self.table
-        if not len(pages):
-            return np.empty((3, 0), np.int32)
         each = np.repeat(np.arange(len(rows)), need)
+        if not len(each):
+            return np.empty((3, 0), np.int32)
+        pages = self._allocate(rows[each])
         first = np.cumsum(need) - need
         index = t.num_pages[rows][each] + np.arange(len(pages)) - first[each]
         t.page_table[rows[each], index] = pages
         t.num_pages[rows] += need
         return np.stack([rows[each], index, pages]).astype(np.int32)
 
+    def _allocate(self, rows: np.ndarray) -> np.ndarray:
+        """A page of its rank for each of these rows, which come in order of rank; i32[len(rows)]."""
+        pages = [cache.allocate(n) for cache, n in zip(self.caches, self._count_by_rank(rows), strict=True)]
+        return np.concatenate([p for p in pages if p is not None])  # none is: the caller looked
+
     def _build(self, rows: np.ndarray, num_new: np.ndarray, picks: _Picks) -> StepPlan:
         """Write the plan and advance the rows past it."""
         t = self.table
         start = t.num_computed[rows]
         from_device = t.has_sampled[rows]
-        num_single = int(np.count_nonzero(num_new == 1))
         end = start + num_new
         samples = end == t.num_tokens[rows]
-        known = np.minimum(start[:num_single], t.num_known[rows[:num_single]] - 1)
-        tokens = [t.tokens[rows[:num_single], known]]
-        tokens += [
-            t.tokens[r, s:e] for r, s, e in zip(rows[num_single:], start[num_single:], end[num_single:], strict=True)
-        ]
         is_prompt = end < t.prompt_len[rows]
         next_token = np.where(is_prompt, t.tokens[rows, np.minimum(end, t.tokens.shape[1] - 1)], -1)
         loads = picks.loads
@@ -268,13 +348,14 @@ class Scheduler:
         plan = StepPlan(
             keys=t.key[rows],
             rows=rows,
+            rank=t.rank[rows],
             start=start,
             num_new=num_new,
-            num_single=num_single,
+            num_single=np.array(self._count_by_rank(rows[num_new == 1]), np.int32),
             samples=samples,
             from_device=from_device,
             next_token=next_token.astype(np.int32),
-            tokens=np.concatenate(tokens) if len(tokens) > 1 else tokens[0],
+            tokens=t.next_tokens(rows, num_new),
             params=t.params[rows],
             page_updates=np.concatenate(picks.page_updates, axis=1)
             if picks.page_updates
@@ -297,29 +378,30 @@ class Scheduler:
     def _hand_over(self, row: int) -> None:
         """Extend the row's handle over all its computed whole pages."""
         t = self.table
-        num_pages = min(int(t.num_computed[row]), int(t.num_known[row])) // self.cache.page_size
+        num_pages = min(int(t.num_computed[row]), int(t.num_known[row])) // self._page_size
         handle = self._handles[row]
-        if num_pages <= handle.num_pages or not self.cache.enabled:
+        if num_pages <= handle.num_pages or not self._shares:
             return
         pages = t.page_table[row, :num_pages].copy()
-        tokens = t.tokens[row, : num_pages * self.cache.page_size]
-        handle = self._handles[row] = self.cache.extend(handle, tokens, pages)
+        tokens = t.tokens[row, : num_pages * self._page_size]
+        handle = self._handles[row] = self.caches[t.rank[row]].extend(handle, tokens, pages)
         if not np.array_equal(handle.pages, pages):
             t.page_table[row, :num_pages] = handle.pages
             self._reload.add(row)
 
-    def _prefixes_being_computed(self) -> set[tuple[str, bytes]]:
+    def _prefixes_being_computed(self) -> set[_Prefix]:
         """The prefix each row in prefill is about to complete."""
         t = self.table
         prefilling = self._running[~t.has_sampled[self._running]]
-        return {self._next_page(r, int(t.num_computed[r.row])) for r in map(t.requests.__getitem__, prefilling) if r}
+        requests = [r for r in map(t.requests.__getitem__, prefilling) if r]
+        return {self._next_page(r, int(t.rank[r.row]), int(t.num_computed[r.row])) for r in requests}
 
-    def _next_page(self, request: Request, num_computed: int) -> tuple[str, bytes]:
+    def _next_page(self, request: Request, rank: int, num_computed: int) -> _Prefix:
         """A prefix, named by its tokens: up to the end of the page that comes next. Unique if the page stays partial."""
-        end = (num_computed // self.cache.page_size + 1) * self.cache.page_size
-        if not self.cache.enabled or end > len(request.tokens) - 1:
-            return f"{request.key}", b""
-        return request.namespace, request.tokens[:end].tobytes()
+        end = (num_computed // self._page_size + 1) * self._page_size
+        if not self._shares or end > len(request.tokens) - 1:
+            return rank, f"{request.key}", b""
+        return rank, request.namespace, request.tokens[:end].tobytes()
 
     def _preempt(self, row: int) -> None:
         """Back to waiting, pages released (the tree keeps what it can). A token in flight is dropped and sampled anew:
@@ -331,10 +413,10 @@ class Scheduler:
     def _leave_row(self, row: int) -> Request:
         t = self.table
         self._hand_over(row)
-        handle = self._handles.pop(row)
+        handle, cache = self._handles.pop(row), self.caches[t.rank[row]]
         self._reload.discard(row)
-        self.cache.free(t.page_table[row, handle.num_pages : t.num_pages[row]])
-        self.cache.unlock(handle)
+        cache.free(t.page_table[row, handle.num_pages : t.num_pages[row]])
+        cache.unlock(handle)
         self._running = self._running[self._running != row]
         return t.unseat(row)
 
@@ -373,16 +455,21 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raises AssertionError unless every page and row has exactly one owner and every counter is in order."""
         t = self.table
-        owned = [t.page_table[r, self._handles[r].num_pages : t.num_pages[r]] for r in self._running.tolist()]
-        self.cache.check_invariants(owned)
+        owned: list[list[np.ndarray]] = [[] for _ in self.caches]
+        for r in self._running.tolist():
+            owned[t.rank[r]].append(t.page_table[r, self._handles[r].num_pages : t.num_pages[r]])
+        for cache, pages in zip(self.caches, owned, strict=True):
+            cache.check_invariants(pages)
         assert sorted(self._handles) == sorted(self._running.tolist())
-        assert len(self._running) + t.num_free == self.config.max_running_requests
+        assert len(self._running) + t.num_free == len(self.caches) * self.config.max_running_requests
+        assert max(self._count_by_rank(self._running)) <= self.config.max_running_requests
+        assert (np.diff(t.rank[self._running]) >= 0).all()
         assert len(self.waiting) + len(self._running) == len(self._requests)
         run = self._running
         assert (t.num_computed[run] <= t.num_tokens[run]).all()
         in_flight = t.num_tokens[run] - t.num_known[run]
         assert ((in_flight >= 0) & (in_flight <= 2)).all(), "more tokens in flight than steps"
-        assert (t.num_pages[run] == -(-t.num_computed[run] // self.cache.page_size)).all()
+        assert (t.num_pages[run] == -(-t.num_computed[run] // self._page_size)).all()
         for row in run.tolist():
             handle = self._handles[row]
             assert np.array_equal(t.page_table[row, : handle.num_pages], handle.pages)

@@ -93,7 +93,7 @@ class _Server:
             asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
         args = self._args
         tokenizer = await asyncio.to_thread(
-            load_tokenizer, args.tokenizer_path or args.model_path, args.chat_template, args.download_dir
+            load_tokenizer, args.tokenizer_path or args.model_path, args.chat_template, args.downloads
         )
         service = GenerationService(
             self._transport,

@@ -134,7 +134,7 @@ class FakeCore:
         self._profiler.collected()
         return [*events, StepOutput(keys, tokens, finished, prompts, logprobs, self._stats())]
 
-    def close(self) -> None:
+    def close(self, reason: str = "") -> None:
         self._profiler.close()
 
     def _prefill(self, row: _Row) -> PromptScored:

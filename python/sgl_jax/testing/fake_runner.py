@@ -3,6 +3,8 @@
 The KV of a token is a number that depends on the token and on the KV of the token before it, and the next token is a
 hash of the KV of the whole sequence; both are read through the page table that plans have built up. So a wrong page, a
 stale one, a page with two owners, a missing load or a wrong order gives a wrong token. `continuation` says what is right.
+
+Each data rank has pages of its own, under the same ids.
 """
 
 from __future__ import annotations
@@ -125,6 +127,7 @@ class _Row:
     """Device state of a row."""
 
     page_table: np.ndarray
+    rank: int = -1  # of the step before
     last_token: int = -1
     output: list[int] = dataclasses.field(default_factory=list)  # loaded and counted for rows with penalties
     held_back: frozenset[int] = frozenset()
@@ -150,14 +153,15 @@ class FakeRunner:
         context_length: int,
         vocab_size: int = 512,
         step_seconds: float = 0.0,
+        num_ranks: int = 1,
     ):
-        """num_pages counts the scratch page."""
+        """num_rows are of all data ranks, num_pages of each; they count its scratch page."""
         pages_per_row = -(-context_length // page_size)
         self.page_size, self.vocab_size, self.step_seconds = page_size, vocab_size, step_seconds
         self.tracer = FakeTracer()
         self.plans: list[StepPlan] = []  # everything launched, for tests to read
-        self._kv: list[int] = [0] * (num_pages * page_size)
-        self._num_pages = num_pages
+        self._kv: list[int] = [0] * (num_ranks * num_pages * page_size)
+        self._num_pages, self._num_ranks = num_pages, num_ranks
         self._rows = [_Row(np.zeros(pages_per_row, np.int32)) for _ in range(num_rows)]
         self._num_collected = 0
 
@@ -188,12 +192,21 @@ class FakeRunner:
         assert len(plan.rows) > 0
         assert len(set(plan.rows.tolist())) == len(plan.rows), "a row is in the plan twice"
         assert (plan.num_new >= 1).all()
-        assert plan.num_single == (plan.num_new == 1).sum()
-        assert (plan.num_new[: plan.num_single] == 1).all(), "rows with one token come first"
+        assert (np.diff(plan.rank) >= 0).all(), "rows come by rank"
+        first, last = plan.rank[0], plan.rank[-1]
+        assert 0 <= first <= last < self._num_ranks, f"ranks {first} to {last} of {self._num_ranks}"
+        assert plan.num_single.shape == (self._num_ranks,), "num_single is one number a rank"
+        for rank, num_single in enumerate(plan.num_single):
+            is_single = plan.num_new[plan.rank == rank] == 1
+            assert num_single == is_single.sum(), f"rank {rank} has {is_single.sum()} rows with one token"
+            assert is_single[:num_single].all(), "rows with one token come first in their rank"
+        for row, rank, from_device in zip(plan.rows, plan.rank, plan.from_device, strict=True):
+            assert self._rows[row].rank == rank or not from_device, "a row that decodes moved to another rank"
+            self._rows[row].rank = int(rank)
         assert plan.num_tokens == plan.num_new.sum()
         assert (plan.num_new[plan.from_device] == 1).all()
-        fields = (plan.rows, plan.start, plan.num_new, plan.next_token, plan.tokens, plan.params, plan.page_updates)
-        assert {x.dtype for x in fields} == {np.dtype(np.int32)}
+        fields = (plan.rows, plan.rank, plan.start, plan.num_new, plan.num_single, plan.next_token, plan.tokens)
+        assert {x.dtype for x in (*fields, plan.params, plan.page_updates)} == {np.dtype(np.int32)}
 
     def _load_state(self, row: _Row, request: Request) -> None:
         row.output = request.tokens[len(request.prompt) :].tolist()
@@ -206,6 +219,8 @@ class FakeRunner:
         places = [self._places(i, plan) for i in range(len(plan.rows))]
         written = [p for (own, start) in places for p in own[start:]]
         assert len(set(written)) == len(written), "two rows write to one place"
+        read = {p for (own, start) in places for p in own[:start]}
+        assert not read.intersection(written), "a row reads a place that another writes"
         sampled = np.zeros(len(plan.rows), np.int32)
         kv_of_token = [0] * plan.num_tokens
         for i, (own, start) in enumerate(places):
@@ -230,6 +245,7 @@ class FakeRunner:
         start, end = int(plan.start[i]), int(plan.start[i] + plan.num_new[i])
         position = np.arange(end)
         pages = self._rows[plan.rows[i]].page_table[position // self.page_size]
+        pages = pages + plan.rank[i] * self._num_pages
         return (pages * self.page_size + position % self.page_size).tolist(), start
 
     def _sample(self, row: _Row, params: np.ndarray, kv: list[int]) -> int:

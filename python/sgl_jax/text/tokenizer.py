@@ -11,9 +11,10 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
+from sgl_jax.hub import HUGGING_FACE, Downloads, HubError, local_path
 from sgl_jax.models.errors import ModelError
 from sgl_jax.text import tok_json
-from sgl_jax.text.byte_level import BYTE_OF_CHAR
+from sgl_jax.text.byte_level import BYTE_OF_CHAR, CHAR_OF_BYTE
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError, bundled_templates
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -117,24 +118,22 @@ def _piece_kind(backend: tokenizers.Tokenizer) -> str:
     return "other"
 
 
-def load_tokenizer(path: str, chat_template: str | None = None, download_dir: str | None = None) -> Tokenizer:
-    """`path`: a directory with tokenizer.json or a vocabulary, a .gguf file, or a hub id.
+def load_tokenizer(path: str, chat_template: str | None = None, downloads: Downloads = HUGGING_FACE) -> Tokenizer:
+    """`path`: a directory with tokenizer.json or a vocabulary, a .gguf file, or a hub id; a config: has bytes for tokens.
 
     `chat_template` is a file to use instead of the model's own, the name of one of ours, or the template itself. Raises
     TokenizerError, with a line for the user, when there is none or it cannot be read.
     """
     try:
-        return _load(path, _read_override(chat_template), download_dir)
-    except (OSError, ModelError) as error:
+        return _load(path, _read_override(chat_template), downloads)
+    except (OSError, ModelError, HubError) as error:
         raise TokenizerError(_first_line(error)) from error
 
 
-def _load(path: str, override: str | None, download_dir: str | None) -> Tokenizer:
-    place = Path(path).expanduser()
-    if not place.exists():
-        if place.suffix == ".gguf" or path.count("/") > 1 or path.startswith((".", "~")):
-            raise TokenizerError(f"{path} does not exist; give a model folder, a .gguf file or a hub id")
-        place = _download(path, download_dir)
+def _load(path: str, override: str | None, downloads: Downloads) -> Tokenizer:
+    if path.startswith("config:"):
+        return _of_bytes(override)
+    place = local_path(path, _FILES, downloads)
     if place.suffix == ".gguf":
         return _from_gguf(place, override)
     if place.name == tok_json.NAME:
@@ -159,15 +158,13 @@ def _read_override(chat_template: str | None) -> str | None:
     return place.read_text(encoding="utf-8") if place.is_file() else ours[chat_template]
 
 
-def _download(name: str, download_dir: str | None) -> Path:
-    import huggingface_hub
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(_FILES), cache_dir=download_dir))
-    except Exception as error:  # a name that is no hub id, no network, no access: one line each
-        raise TokenizerError(
-            f"{name} is neither a directory nor a model that can be fetched: {_first_line(error)}"
-        ) from error
+def _of_bytes(override: str | None) -> Tokenizer:
+    """For a model that is only a shape: a text's tokens are its bytes, and a token above them has no text."""
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({char: byte for byte, char in CHAR_OF_BYTE.items()}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    source = override or bundled_templates()["chatml"]
+    return Tokenizer(backend, chat_templates={"default": ChatTemplate(source)})
 
 
 def _from_gguf(path: Path, override: str | None) -> Tokenizer:

@@ -1,0 +1,207 @@
+"""Models that are named, not pointed at: fetched from the Hugging Face hub or from ModelScope, and kept.
+
+A download that broke off goes on where it stopped. What is there already is not fetched again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import fnmatch
+import hashlib
+import http.client
+import json
+import logging
+import os
+import re
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
+
+MODELSCOPE = "https://www.modelscope.cn"
+_TRIES = 5  # of a file whose connection breaks
+_BLOCK = 1 << 20  # bytes read at a time
+
+
+class HubError(ValueError):
+    """A name is no path and no model that can be fetched. The message says what to check."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Downloads:
+    """Where named models come from and are kept."""
+
+    source: Literal["huggingface", "modelscope"] = "huggingface"
+    folder: str | None = None  # None: the source's own cache
+    endpoint: str = MODELSCOPE  # of ModelScope; the Hugging Face library finds its own
+    token: str | None = None  # of ModelScope, for models that need one
+
+
+HUGGING_FACE = Downloads()
+
+
+def local_path(path: str, files: Sequence[str], downloads: Downloads, without: Sequence[str] = ()) -> Path:
+    """The folder or file that `path` means. A hub id is downloaded: what matches `files` and not `without`.
+
+    Raises HubError.
+    """
+    local = Path(path).expanduser()
+    if local.exists():
+        return local
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) or local.suffix == ".gguf":
+        raise HubError(
+            f"{path}: no such file or folder; give a model folder, a .gguf file or a hub id like Qwen/Qwen3-0.6B"
+        )
+    download = _from_modelscope if downloads.source == "modelscope" else _from_hugging_face
+    return download(path, files, without, downloads)
+
+
+def _from_hugging_face(name: str, files: Sequence[str], without: Sequence[str], downloads: Downloads) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from tqdm.auto import tqdm
+
+    progress = Progress(name)
+
+    class Reported(tqdm):
+        """The library's bars that count bytes, as lines in our log."""
+
+        def __init__(self, *args: Any, **options: Any):
+            self._counts_bytes = options.get("unit") == "B"
+            super().__init__(*args, **options | {"disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            self.n += n or 0
+            if self._counts_bytes:
+                progress.at(int(self.n), int(self.total or 0))
+
+    try:
+        found = snapshot_download(
+            name,
+            cache_dir=downloads.folder,
+            allow_patterns=list(files),
+            ignore_patterns=list(without),
+            tqdm_class=Reported,
+        )
+    except LocalEntryNotFoundError as error:
+        raise HubError(
+            f"{name} is neither a local path nor in the download cache, and the hub cannot be reached; "
+            "check the path, the network, HF_ENDPOINT and HF_HUB_OFFLINE, or point --download-dir at a filled cache"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise HubError(
+            f"{name} is no local path and could not be fetched from the hub: {reason}; "
+            "check the name, and set HF_TOKEN if the model is gated"
+        ) from error
+    return Path(found)
+
+
+def _from_modelscope(name: str, files: Sequence[str], without: Sequence[str], downloads: Downloads) -> Path:
+    """ModelScope's API: one request lists the files with sizes and hashes, one fetches each."""
+    model = f"{downloads.endpoint.rstrip('/')}/api/v1/models/{urllib.parse.quote(name)}/repo"
+    folder = Path(downloads.folder or "~/.cache/modelscope/hub/models").expanduser() / name
+    try:
+        with _open(f"{model}/files?Revision=master&Recursive=true", downloads.token) as answer:
+            listed = json.load(answer)["Data"]["Files"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise HubError(
+            f"{name} is no local path and could not be fetched from ModelScope ({downloads.endpoint}): {error}; "
+            "check the name, the network, and MODELSCOPE_API_TOKEN if the model needs one"
+        ) from error
+    chosen = [f for f in listed if f.get("Type") != "tree" and _matches(f["Path"], files, without)]
+    progress, done, total = Progress(name), 0, sum(f["Size"] for f in chosen)
+    for f in chosen:
+        target = folder / f["Path"]
+        if not target.resolve().is_relative_to(folder.resolve()):
+            raise HubError(f"{name} lists a file outside its folder: {f['Path']}")
+        if not _is_whole(target, f["Size"]):
+            query = urllib.parse.urlencode({"Revision": "master", "FilePath": f["Path"]})
+            try:
+                _fetch_file(
+                    f"{model}?{query}", target, f, downloads.token, lambda n, done=done: progress.at(done + n, total)
+                )
+            except OSError as error:
+                raise HubError(
+                    f"{f['Path']} of {name} could not be fetched from ModelScope: {error}; "
+                    "start again: what has arrived is kept"
+                ) from error
+        done += f["Size"]
+    return folder
+
+
+def _matches(path: str, files: Iterable[str], without: Iterable[str]) -> bool:
+    def fits(patterns: Iterable[str]) -> bool:
+        return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+
+    return fits(files) and not fits(without)
+
+
+def _fetch_file(
+    url: str, target: Path, about: dict[str, Any], token: str | None, arrived: Callable[[int], None]
+) -> None:
+    """Into `target`, by way of a part file that a broken download leaves and the next one continues. Raises OSError."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part, size = target.with_name(f"{target.name}.part"), about["Size"]
+    with open(part, "ab") as out:
+        fcntl.flock(out, fcntl.LOCK_EX)  # both processes of a server fetch the tokenizer's files
+        if _is_whole(target, size):
+            part.unlink(missing_ok=True)
+            return
+        have = os.fstat(out.fileno()).st_size
+        for attempt in range(_TRIES):
+            if have >= size:
+                break
+            try:
+                with _open(url, token, start=have) as answer:
+                    if answer.status != 206:
+                        out.truncate(0)
+                        have = 0
+                    while block := answer.read(_BLOCK):
+                        have += out.write(block)
+                        arrived(have)
+            except urllib.error.HTTPError:
+                raise
+            except (OSError, http.client.HTTPException) as error:
+                logger.warning("%s: the connection broke after %d of %d bytes (%s)", target.name, have, size, error)
+                time.sleep(min(attempt, 2))
+        out.flush()
+        if have < size:
+            raise OSError(f"{have} of {size} bytes arrived")
+        if have > size or (about.get("Sha256") and _sha256(part) != about["Sha256"]):
+            part.unlink()
+            raise OSError("it is not the file that is listed: its size or its SHA-256 differs")
+        os.replace(part, target)
+
+
+def _is_whole(target: Path, size: int) -> bool:
+    return target.is_file() and target.stat().st_size == size
+
+
+def _open(url: str, token: str | None, start: int = 0) -> Any:
+    headers = {"User-Agent": "sgl-jax"} | ({"Range": f"bytes={start}-"} if start else {})
+    headers |= {"Authorization": f"Bearer {token}"} if token else {}
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Progress:
+    """A line in the log every few seconds: how much of a download has arrived, of what is known to come."""
+
+    def __init__(self, name: str, seconds: float = 10.0):
+        self._name, self._seconds, self._last = name, seconds, time.monotonic()
+
+    def at(self, done: int, total: int) -> None:
+        if time.monotonic() - self._last >= self._seconds:
+            self._last = time.monotonic()
+            logger.info("downloading %s: %.2f of %.2f GB", self._name, done / 1e9, total / 1e9)

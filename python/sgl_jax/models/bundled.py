@@ -1,0 +1,35 @@
+"""The config.json files that come with us: `--model-path config:qwen3-8b` is a model's shape without its weights."""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from sgl_jax.models.errors import ModelError
+
+PREFIX = "config:"
+
+
+@functools.cache
+def bundled() -> dict[str, str]:
+    """The text of each bundled config.json, by the model's name."""
+    files = resources.files("sgl_jax.models").joinpath("configs").iterdir()
+    return {Path(file.name).stem: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".json")}
+
+
+def bundled_name(path: str) -> str | None:
+    """The model that config:NAME means, whatever its case; None for another path. Raises ModelError for an unknown name."""
+    if not path.startswith(PREFIX):
+        return None
+    wanted = path.removeprefix(PREFIX)
+    found = {name.lower(): name for name in bundled()}.get(wanted.lower())
+    if found is None:
+        raise ModelError(f"there is no config {wanted!r}; there are {', '.join(sorted(bundled()))}")
+    return found
+
+
+def bundled_config(name: str) -> dict[str, Any]:
+    return json.loads(bundled()[name])

@@ -1,0 +1,71 @@
+"""What the hosts of one engine must have in common: versions, flags and the model's files; and how they differ."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+from sgl_jax import __version__
+from sgl_jax.multihost.wire import Identity, Scalar
+from sgl_jax.server_args import FLAGS, ServerArgs
+
+_PACKAGES = ("jax", "jaxlib", "libtpu")
+_TAIL = 1 << 16  # bytes of each weight file that are hashed: a fine-tune has its model's sizes, not its last values
+
+
+def identity_of(args: ServerArgs, configs: dict[str, dict[str, Any]], weights: Path | None) -> Identity:
+    """`configs` by file name; `weights` is a folder or a file."""
+    versions = {"sgl_jax": __version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Identity(versions, shared_flags(args), model_files(configs, weights))
+
+
+def shared_flags(args: ServerArgs) -> dict[str, Scalar]:
+    """Values by option, of all flags that must agree."""
+    return {each.option: getattr(args, each.name) for each in FLAGS if not each.about.per_host}
+
+
+def model_files(configs: dict[str, dict[str, Any]], weights: Path | None) -> dict[str, str]:
+    """A fingerprint by file name, in words: the times of the files do not count, nor where they lie."""
+    found = {name: _hash(json.dumps(config, sort_keys=True).encode()) for name, config in configs.items()}
+    if weights is not None and weights.is_file():
+        return found | {"the .gguf file": _fingerprint(weights)}
+    files = [] if weights is None else [*weights.glob("*.safetensors"), *weights.glob("*.gguf")]
+    return found | {file.name: _fingerprint(file) for file in files}
+
+
+def _fingerprint(file: Path) -> str:
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        opened.seek(max(size - _TAIL, 0))
+        return f"{size} bytes, ends in {_hash(opened.read())}"
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
+def differences(here: Identity, there: Identity, other: str) -> list[str]:
+    """One sentence for each thing that differs. `here` is host 0's, `other` names the other host."""
+    found = []
+    for mine, theirs, what in (
+        (here.versions, there.versions, "{} is {} on {other} and {} on host 0"),
+        (here.flags, there.flags, "{} is {} on {other} and {} on host 0"),
+        (here.model, there.model, "the model differs: {} is {} on {other} and {} on host 0"),
+    ):
+        for name in sorted(mine.keys() | theirs.keys()):
+            a, b = mine.get(name), theirs.get(name)
+            if (a, type(a)) != (b, type(b)):
+                found.append(what.format(name, _shown(b), _shown(a), other=other))
+    return found
+
+
+def _shown(value: Scalar) -> str:
+    return "not there or not set" if value is None else str(value)

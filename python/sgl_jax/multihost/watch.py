@@ -1,0 +1,113 @@
+"""One thread that reads every connection, says Alive on each, and notices within seconds who is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from sgl_jax.multihost.errors import HostsError
+from sgl_jax.multihost.handshake import printable
+from sgl_jax.multihost.wire import Alive, Ended, Link, Message
+
+BEAT_S = 1.0
+SILENCE_S = 10.0  # a host that says nothing for so long is lost: its power or its cable went, nothing was closed
+START_SILENCE_S = 60.0  # while it loads and compiles, a library may keep its threads from running for a while
+
+
+class Watch:
+    """`on_message(link, message)` and `on_lost(link, reason)` are called in the thread; a lost link is closed and said
+    once. An Ended with a reason is a loss with that reason; one without is a message."""
+
+    def __init__(
+        self,
+        on_message: Callable[[Link, Message], None],
+        on_lost: Callable[[Link, str], None],
+        *,
+        beat_s: float = BEAT_S,
+        silence_s: float = START_SILENCE_S,
+    ):
+        self.silence_s = silence_s  # may be changed while it runs
+        self._on_message, self._on_lost = on_message, on_lost
+        self._beat_s = beat_s
+        self._heard: dict[Link, float] = {}  # when last
+        self._new: queue.SimpleQueue[Link] = queue.SimpleQueue()
+        self._wake, self._woken = socket.socketpair()
+        self._woken.setblocking(False)
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, name="sgl-jax-hosts", daemon=True)
+        self._thread.start()
+
+    def add(self, link: Link) -> None:
+        self._new.put(link)
+        self._wake.send(b"x")
+
+    def close(self) -> None:
+        """Stops watching; the links stay as they are. Not from the thread itself. May be called twice."""
+        if self._ending:
+            return
+        self._ending = True
+        self._wake.send(b"x")
+        self._thread.join()
+        self._wake.close()
+        self._woken.close()
+
+    def _run(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._woken, selectors.EVENT_READ)
+            due = time.monotonic()
+            while not self._ending:
+                for key, _ in selector.select(max(due - time.monotonic(), 0.0)):
+                    if isinstance(key.fileobj, Link):
+                        self._read(selector, key.fileobj)
+                    else:
+                        with contextlib.suppress(BlockingIOError):
+                            self._woken.recv(1024)
+                while not self._new.empty():
+                    link = self._new.get()
+                    selector.register(link, selectors.EVENT_READ)
+                    self._heard[link] = time.monotonic()
+                    self._read(selector, link)  # what came with the handshake's last word wakes nobody
+                if time.monotonic() >= due:
+                    due = time.monotonic() + self._beat_s
+                    self._beat(selector)
+
+    def _read(self, selector: selectors.BaseSelector, link: Link) -> None:
+        try:
+            messages = link.receive_ready()
+        except (HostsError, OSError) as error:
+            self._lose(selector, link, _reason(link, error))
+            return
+        self._heard[link] = time.monotonic()
+        for message in messages:
+            if isinstance(message, Ended) and message.reason:
+                self._lose(selector, link, f"{link.peer} ended: {printable(message.reason)}")
+                return
+            if not isinstance(message, Alive):
+                self._on_message(link, message)
+
+    def _beat(self, selector: selectors.BaseSelector) -> None:
+        # Whoever was to be heard has been read just before: if this process stood still itself, nobody is blamed.
+        for link in list(self._heard):
+            silence = time.monotonic() - self._heard[link]
+            if silence > self.silence_s:
+                self._lose(selector, link, f"{link.peer} has said nothing for {silence:.0f} s")
+                continue
+            try:
+                link.try_send(Alive())
+            except (HostsError, OSError) as error:
+                self._lose(selector, link, _reason(link, error))
+
+    def _lose(self, selector: selectors.BaseSelector, link: Link, reason: str) -> None:
+        selector.unregister(link)
+        del self._heard[link]
+        link.close()
+        self._on_lost(link, reason)
+
+
+def _reason(link: Link, error: Exception) -> str:
+    return str(error) if isinstance(error, HostsError) else f"the connection to {link.peer} broke: {error}"

@@ -1,0 +1,18 @@
+"""jax over several processes: one program on all their devices, each process feeding and reading its own."""
+
+from __future__ import annotations
+
+import jax
+
+
+def join_processes(coordinator: str, bind: str, number: int, index: int, timeout_s: float) -> None:
+    """Makes this process one of `number`; afterwards jax.devices() has the devices of all. Blocks until all have called
+    it. To be called before anything looks for devices.
+
+    `coordinator` is HOST:PORT of process 0, which listens on `bind`.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which means "end" here
+    jax.distributed.initialize(
+        coordinator, number, index, coordinator_bind_address=bind, initialization_timeout=max(int(timeout_s), 30)
+    )

@@ -1,0 +1,134 @@
+"""Two processes with four devices each are one engine: its tokens, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import httpx
+import pytest
+from two_hosts import PATIENCE_S, SIZES, flags_of, free_ports, hosts, on_one_device, prompts
+
+import sgl_jax
+from sgl_jax.engine.generation import EngineFailed
+from sgl_jax.models.checkpoint import open_checkpoint
+
+TOKEN_OF_LOGS = re.compile(r"--dist-token (\S+)")
+NEW_TOKENS = 32
+# Eight requests do not fit: rows are preempted.
+TIGHT = flags_of(**{k: v for k, v in SIZES.items() if k != "dtype"}, page_size=4, max_total_tokens=256)
+
+pytestmark = pytest.mark.timeout(600)
+
+
+def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(shared_data: Path, tmp_path: Path) -> None:
+    model = shared_data / "oracle" / "qwen3"
+    with hosts(tmp_path, model, 2, 4, "--tp-size", "4", "--dp-size", "2", *TIGHT) as all_hosts:
+        leader = all_hosts.lead()
+        expected = on_one_device(model, NEW_TOKENS)  # while it starts
+
+        # Hosts that do not fit are refused, and told why; the wait goes on.
+        refused = [all_hosts.join(1, "--page-size", "8"), all_hosts.join(1, token="another")]
+        for host, reason in zip(
+            refused, ("--page-size is 8 on host 1 and 4 on host 0", "the tokens differ"), strict=True
+        ):
+            assert host.wait() == 1
+            assert f"sgl_jax: error: host 0 ({all_hosts.address}) refuses this host: {reason}" in host.text()
+        assert f"waiting for 1 of 2 hosts at {all_hosts.address} (node rank 1)" in leader.text()
+        assert leader.process.poll() is None
+
+        follower = all_hosts.join(1, "--log-level", "debug")
+        all_hosts.wait_ready()
+        for host in (leader, follower):
+            assert TOKEN_OF_LOGS.findall(host.text()) == ["'***'"]
+
+        first = all_hosts.ask(prompts(), max_new_tokens=NEW_TOKENS).json()
+        assert [answer["output_ids"] for answer in first] == expected
+        assert all_hosts.metric("preemptions_total") > 0
+        again = all_hosts.ask(prompts(), max_new_tokens=NEW_TOKENS).json()
+        assert [answer["output_ids"] for answer in again] == expected
+        assert sum(answer["meta_info"]["cached_tokens"] for answer in again) > 0
+        assert all_hosts.metric("compiles_after_ready_total") == 0
+
+        # Penalties and logit bias go ahead of a step in programs of their own.
+        params = {"max_new_tokens": 8, "repetition_penalty": 1.3, "logit_bias": {"17": 50.0}}
+        assert all_hosts.ask(prompts()[0], **params).json()["output_ids"][0] == 17
+        assert "over several machines" in httpx.post(f"{all_hosts.url}/measure_limits", timeout=60).text
+
+        answers: list[httpx.Response] = []
+        asking = [
+            threading.Thread(target=lambda ids=ids: answers.append(all_hosts.ask(ids, max_new_tokens=60)))
+            for ids in prompts()
+        ]
+        for thread in asking:
+            thread.start()
+        while all_hosts.metric("num_requests_running") == 0:
+            pass
+        follower.process.kill()
+        for thread in asking:
+            thread.join(30)
+        assert len(answers) == len(asking)
+        lost = [answer.json()["error"]["message"] for answer in answers if answer.status_code == 500]
+        assert lost
+        assert all(re.search(r"host 1 \(127\.0\.0\.1:\d+\) closed the connection", message) for message in lost)
+        assert leader.process.wait(30) == 1
+        assert re.search(r"sgl_jax: error: host 1 \(127\.0\.0\.1:\d+\) closed the connection", leader.text())
+
+
+def test_each_process_reads_its_share_of_the_files(stories260k: Path) -> None:
+    port = str(free_ports())
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    script = str(Path(__file__).with_name("loading.py"))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, script, str(stories260k), rank, port], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        for rank in ("0", "1")
+    ]
+    printed = [process.communicate(timeout=PATIENCE_S)[0].split()[-2:] for process in processes]
+    tensors = open_checkpoint(str(stories260k)).tensors.values()
+    matrices, vectors = (sum(t.nbytes for t in tensors if len(t.shape) == n) for n in (2, 1))
+    # Every matrix is divided by four; norms are whole on each of the two devices, and read once.
+    assert [[int(n) for n in each] for each in printed] == [[matrices // 2 + vectors, matrices // 2 + 2 * vectors]] * 2
+
+
+def test_the_first_ends_the_others(stories260k: Path, tmp_path: Path) -> None:
+    small = flags_of(max_running_requests=1, chunked_prefill_size=1, context_length=32, max_total_tokens=64)
+    with hosts(tmp_path, stories260k, 2, 1, "--tp-size", "2", "--skip-server-warmup", *small) as all_hosts:
+        all_hosts.lead()
+        follower = all_hosts.join(1)
+        all_hosts.wait_ready()
+        assert len(all_hosts.ask([5, 6, 7], max_new_tokens=4).json()["output_ids"]) == 4
+        all_hosts.leader.process.send_signal(signal.SIGTERM)
+        assert all_hosts.leader.wait() == 0
+        assert follower.wait() == 0
+        assert "Machine 0 has ended" in follower.text()
+
+
+def test_start_up_names_the_missing_hosts_and_gives_up(stories260k: Path, tmp_path: Path) -> None:
+    with hosts(tmp_path, stories260k, 4, 1, "--tp-size", "4") as all_hosts:
+        leaver, follower = all_hosts.join(1), all_hosts.join(2)
+        for host in (leaver, follower):
+            host.wait_for(f"waiting for host 0 at {all_hosts.address}: Connection refused")
+        leader = all_hosts.lead("--dist-timeout", "20")
+        leader.wait_for("host 1 (127.0.0.1")
+        leader.wait_for("host 2 (127.0.0.1")
+        leaver.process.send_signal(signal.SIGTERM)
+        assert leaver.wait() == 0
+        assert "Told to stop by SIGTERM" in leaver.text()
+        leader.wait_for("ended: it was told to stop by SIGTERM")
+        line = f"gave up (--dist-timeout) waiting for 2 of 4 hosts at {all_hosts.address} (node ranks 1, 3)"
+        assert leader.wait() == 1
+        assert f"sgl_jax: error: {line}" in leader.text()
+        assert follower.wait() == 1
+        assert f"sgl_jax: error: host 0 ({all_hosts.address}) ended: {line}" in follower.text()
+
+
+def test_an_engine_in_a_program_is_on_one_machine(stories260k: Path) -> None:
+    with pytest.raises(EngineFailed, match="--nnodes is 2; an engine over several machines is started by"):
+        sgl_jax.Engine(model_path=str(stories260k), nnodes=2, tp_size=2, dist_init_addr="127.0.0.1:1")

@@ -1,0 +1,78 @@
+"""`python grid_engine.py FOLDER GRID…`: what an engine on each grid of devices answers, as JSON lines. Run with 8 virtual
+CPU devices.
+
+GRID is "1", or sizes like "tp2-dp2-ep4"; "sp" adds sequence parallelism, "scan" stacks and scans the layers, as some
+accelerators do. The requests use every feature whose state or arithmetic is divided over the devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from typing import Any
+
+import numpy as np
+
+import sgl_jax
+from sgl_jax.runtime import platform
+
+COMMON = {"max_new_tokens": 16, "ignore_eos": True}
+PARAMS = [
+    {"temperature": 0},
+    {"temperature": 0, "repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.4},
+    {"temperature": 0, "logit_bias": {"17": 4.0, "300": 3.5, "511": 3.0}},
+    {"temperature": 1.0, "sampling_seed": 1},
+    {"temperature": 0.9, "sampling_seed": 2, "top_k": 20},
+    {"temperature": 1.2, "sampling_seed": 3, "top_p": 0.8},
+    {"temperature": 1.5, "sampling_seed": 4, "top_k": 200, "top_p": 0.95, "min_p": 0.01},
+    {"temperature": 0},
+]
+
+
+def flags(grid: str) -> dict[str, Any]:
+    sizes = {f"{kind}_size": int(size) for kind, size in re.findall(r"(tp|dp|ep)(\d+)", grid)}
+    return sizes | {"enable_sequence_parallel": "sp" in grid.split("-")}
+
+
+def answers(folder: str, grid: str) -> dict[str, Any]:
+    """Of requests that fill the pool, so that some are preempted, and of others that go on from the same prompts."""
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(3, 500, n).tolist() for n in (1, 5, 20, 40, 33, 2, 17, 28)]
+    sizes = flags(grid)
+    with sgl_jax.Engine(
+        model_path=folder,
+        dtype="float32",
+        page_size=4,
+        max_running_requests=8,
+        chunked_prefill_size=16,
+        max_total_tokens=96 * sizes.get("dp_size", 1),
+        **sizes,
+    ) as engine:
+        out = engine.generate(
+            input_ids=prompts,
+            sampling_params=[p | COMMON for p in PARAMS],
+            return_logprob=True,
+            logprob_start_len=0,
+            top_logprobs_num=5,
+        )
+        longer = [[*prompt, 7, 11, 13] for prompt in prompts[-2:]]
+        more = [engine.generate(input_ids=prompt, sampling_params=PARAMS[0] | COMMON) for prompt in longer + longer]
+        assert engine.info.num_devices == sizes.get("tp_size", 1) * sizes.get("dp_size", 1)
+        stats = engine.stats
+    return {
+        "answers": out,
+        "more": [each["output_ids"] for each in more],
+        "preemptions": stats.preemptions,
+        "cached_tokens": stats.cached_tokens,
+        "compiles_after_ready": stats.compiles_after_ready,
+    }
+
+
+if __name__ == "__main__":
+    for grid in sys.argv[2:]:
+        scan = "scan" in grid.split("-")
+        cpu = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=scan, vectorises_rows=scan)
+        platform.PLATFORMS["cpu"] = cpu
+        print(json.dumps(answers(sys.argv[1], grid)), flush=True)

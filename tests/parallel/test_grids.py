@@ -1,0 +1,42 @@
+"""Any grid of devices gives the tokens of one: engines on 1 to 8 of 8 virtual CPU devices, with requests preempted and
+prefixes found. `make test-grids-full` has every family on every grid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from grids import assert_same, run_grids
+
+# gemma2 has 4 heads for tp8; qwen3, qwen3_moe and deepseek_v2 have fewer KV heads than devices; gpt_oss has biases in its
+# experts, two devices to each with tp4-ep2.
+CASES = {
+    "llama": ["tp2-scan", "dp4"],
+    "qwen3": ["tp4-sp", "dp2-tp4"],
+    "gemma2": ["tp8", "dp2-tp2"],
+    "qwen3_moe": ["tp4", "dp2-tp2-ep4"],
+    "deepseek_v2": ["tp2", "dp2-tp4-ep4-sp-scan"],
+    "gpt_oss": ["tp4-ep2"],
+}
+
+
+@pytest.fixture(scope="module", params=CASES)
+def runs(request: pytest.FixtureRequest, shared_data: Path) -> dict[str, dict[str, Any]]:
+    grids = ["1", *CASES[request.param]]
+    return dict(zip(grids, run_grids(shared_data / "oracle" / request.param, grids), strict=True))
+
+
+@pytest.mark.supports("several devices, virtual", CASES)
+@pytest.mark.timeout(900)
+def test_tokens_and_logprobs_are_those_of_one_device(runs: dict[str, dict[str, Any]]) -> None:
+    one = runs.pop("1")
+    for many in runs.values():
+        assert_same(one, many)
+    assert one["preemptions"] > 0
+
+
+@pytest.mark.timeout(900)
+def test_ranks_preempt_their_own(runs: dict[str, dict[str, Any]]) -> None:
+    two_ranks = [run["preemptions"] for grid, run in runs.items() if "dp2" in grid]
+    assert all(two_ranks)

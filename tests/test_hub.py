@@ -1,0 +1,249 @@
+"""Models that are named: what is fetched, from where, and what is said when it cannot be. The hubs are scripted, on loopback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import urllib.parse
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from sgl_jax.hub import Downloads, HubError, Progress, local_path
+from sgl_jax.server_args import ServerArgs
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "config.json": b'{"architectures": []}',
+    "model.safetensors": bytes(range(256)) * 40,
+    "original/model.safetensors": b"the same again",
+    "README.md": b"# no",
+}
+WANTED = ["*.json", "*.safetensors"]
+
+
+class Hub(ThreadingHTTPServer):
+    """Both hubs' paths for one model, org/model. Breaks the first transfer of the weights in the middle."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.files = dict(FILES)
+        self.listed_sha256 = hashlib.sha256(FILES["model.safetensors"]).hexdigest()
+        self.seen: list[tuple[str, str, str | None]] = []  # method, what, Range
+        self.authorizations: set[str | None] = set()
+        self.breaks = 1
+        self.breaks_at = 5000
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def transfers(self, name: str) -> list[str | None]:
+        return [span for method, what, span in self.seen if method == "GET" and what == name]
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        hub, url = self.server, urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        hub.authorizations.add(self.headers.get("Authorization"))
+        if url.path == "/api/v1/models/org/model/repo/files":
+            shas = {"model.safetensors": hub.listed_sha256}
+            listed = [{"Path": n, "Size": len(b), "Type": "blob", "Sha256": shas.get(n)} for n, b in hub.files.items()]
+            self._json(
+                {"Code": 200, "Data": {"Files": [*listed, {"Path": "original", "Size": 0, "Type": "tree"}]}}, body
+            )
+        elif url.path == "/api/v1/models/org/model/repo":
+            self._file(query["FilePath"], body)
+        elif url.path.startswith("/api/models/org/model/tree/"):
+            entries = [{"type": "file", "path": n, "size": len(b), "oid": _etag(b)} for n, b in hub.files.items()]
+            self._json(entries, body)
+        elif url.path.startswith("/api/models/org/model"):
+            siblings = [{"rfilename": n, "size": len(b)} for n, b in hub.files.items()]
+            self._json({"id": "org/model", "sha": COMMIT, "siblings": siblings}, body)
+        elif url.path.startswith("/org/model/resolve/"):
+            self._file(url.path.split("/", 5)[5], body)
+        else:
+            self.send_error(404)
+
+    def _json(self, value: object, body: bool) -> None:
+        self._bytes(json.dumps(value).encode(), body, {"Content-Type": "application/json"})
+
+    def _file(self, name: str, body: bool) -> None:
+        hub, span = self.server, self.headers.get("Range")
+        hub.seen.append((self.command, name, span))
+        content = hub.files[name]
+        start = int(span.removeprefix("bytes=").partition("-")[0]) if span else 0
+        headers = {"ETag": f'"{_etag(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if body and name == "model.safetensors" and hub.breaks:
+            hub.breaks -= 1
+            self._bytes(content, body, headers, stop_after=hub.breaks_at)
+        else:
+            self._bytes(content[start:], body, headers, status=206 if span else 200)
+
+    def _bytes(
+        self, content: bytes, body: bool, headers: dict, status: int = 200, stop_after: int | None = None
+    ) -> None:
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(content))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content[:stop_after])
+        if stop_after is not None:
+            self.close_connection = True
+
+
+def _etag(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def fetch_in_a_process(cache: Path, **environ: str) -> subprocess.CompletedProcess[str]:
+    """The Hugging Face library reads its variables when it is imported."""
+    source = (
+        "import logging; logging.basicConfig(level='INFO')\n"
+        "from sgl_jax import hub\n"
+        "hub.Progress.__init__.__defaults__ = (0.0,)\n"
+        f"print(hub.local_path('org/model', {WANTED}, hub.Downloads(folder={str(cache)!r}), ['original/*']))"
+    )
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and "proxy" not in k.lower()}
+    return subprocess.run(
+        [sys.executable, "-c", source], env=keep | environ, capture_output=True, text=True, timeout=100, check=False
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
+
+
+CHOSEN = {name: FILES[name] for name in ("config.json", "model.safetensors")}
+
+
+def test_hugging_face_from_hf_endpoint_resumed_reported_and_then_offline(hub: Hub, tmp_path: Path) -> None:
+    chunk = 10 << 20  # what the library writes at a time
+    hub.files["model.safetensors"], hub.breaks_at = bytes(chunk + 5000), chunk + 3000
+    first = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1")
+    assert first.returncode == 0, first.stderr
+    assert contents(Path(first.stdout.strip())) == {name: hub.files[name] for name in CHOSEN}
+    assert hub.transfers("model.safetensors") == [None, f"bytes={chunk}-"]
+    assert "downloading org/model: 0.01 of 0.01 GB" in first.stderr
+    number = len(hub.seen)
+    offline = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
+    assert (offline.returncode, offline.stdout) == (0, first.stdout)
+    assert len(hub.seen) == number
+    empty = fetch_in_a_process(tmp_path / "other", HF_HUB_OFFLINE="1")
+    assert "HubError: org/model is neither a local path nor in the download cache" in empty.stderr
+
+
+def modelscope(hub: Hub, cache: Path, **options: str) -> Path:
+    downloads = Downloads("modelscope", str(cache), hub.url, **options)
+    return local_path("org/model", WANTED, downloads, without=["original/*"])
+
+
+def test_modelscope_fetches_what_is_wanted_and_goes_on_where_it_broke_off(hub: Hub, tmp_path: Path) -> None:
+    found = modelscope(hub, tmp_path, token="secret")
+    assert found == tmp_path / "org/model"
+    assert contents(found) == CHOSEN
+    assert hub.transfers("model.safetensors") == [None, "bytes=5000-"]
+    assert hub.authorizations == {"Bearer secret"}
+    number = len(hub.seen)
+    assert modelscope(hub, tmp_path) == found
+    assert len(hub.seen) == number  # nothing is fetched twice
+
+
+def test_modelscope_goes_on_after_the_process_ended(hub: Hub, tmp_path: Path) -> None:
+    part = tmp_path / "org/model/model.safetensors.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(FILES["model.safetensors"][:100])
+    hub.breaks = 0
+    assert contents(modelscope(hub, tmp_path)) == CHOSEN
+    assert hub.transfers("model.safetensors") == ["bytes=100-"]
+
+
+def test_two_at_once_fetch_each_file_once(hub: Hub, tmp_path: Path) -> None:
+    """As the two processes of a server do."""
+    hub.breaks = 0
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: modelscope(hub, tmp_path), range(2)))
+    assert contents(found[0]) == contents(found[1]) == CHOSEN
+    assert hub.transfers("model.safetensors") == hub.transfers("config.json") == [None]
+
+
+def test_a_part_that_was_whole_is_taken(hub: Hub, tmp_path: Path) -> None:
+    part = tmp_path / "org/model/config.json.part"
+    part.parent.mkdir(parents=True)
+    part.write_bytes(FILES["config.json"])
+    assert contents(modelscope(hub, tmp_path)) == CHOSEN
+    assert hub.transfers("config.json") == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("hash", r"model\.safetensors of org/model could not be fetched .*it is not the file that is listed"),
+        ("outside", r"lists a file outside its folder: \.\./\.\./config\.json"),
+        ("gone", r"org/absent is no local path and could not be fetched from ModelScope .*check the name"),
+    ],
+)
+def test_what_modelscope_cannot_give(hub: Hub, tmp_path: Path, spoil: str, message: str) -> None:
+    if spoil == "hash":
+        hub.listed_sha256 = "0" * 64
+    elif spoil == "outside":
+        hub.files = {"../../config.json": b"{}"}
+    name = "org/absent" if spoil == "gone" else "org/model"
+    with pytest.raises(HubError, match=message):
+        local_path(name, WANTED, Downloads("modelscope", str(tmp_path), hub.url))
+    assert not (tmp_path / "org/model/model.safetensors").exists()
+
+
+def test_the_source_is_a_flag_and_its_address_modelscopes_own_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MODELSCOPE_DOMAIN", raising=False)
+    monkeypatch.setenv("MODELSCOPE_API_TOKEN", "secret")
+    args = ServerArgs(model_path="org/model", download_source="modelscope", download_dir="there")
+    assert args.downloads == Downloads("modelscope", "there", "https://www.modelscope.cn", "secret")
+    monkeypatch.setenv("MODELSCOPE_DOMAIN", "www.modelscope.ai")
+    assert args.downloads.endpoint == "https://www.modelscope.ai"
+
+
+@pytest.mark.parametrize("path", ["/no/such/model", "./nothing", "~/nothing", "a/b/c", "some where", "absent.gguf"])
+def test_a_path_that_is_not_there_is_no_hub_id(path: str) -> None:
+    with pytest.raises(HubError, match=r": no such file or folder; give a model folder"):
+        local_path(path, WANTED, Downloads())
+
+
+def test_progress_is_a_line_every_few_seconds(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        Progress("org/model").at(1, 2)
+        Progress("org/model", seconds=0.0).at(1_500_000_000, 3_000_000_000)
+    assert [record.message for record in caplog.records] == ["downloading org/model: 1.50 of 3.00 GB"]
