@@ -155,10 +155,11 @@ def _kernel(
             cuts = ALONE if len(first_heads) == 1 and part_rows > 8 and keep is None and count % ALONE == 0 else 1
             some = count // cuts
 
+            def load(h, first, which):
+                return join_pages(pages.buffer, slot, first_page + first, some, h, which, value_dim)
+
             def keys(h):
-                firsts = range(0, count, some)
-                at = lambda first: (pages.buffer, slot, first_page + first, some, h)  # noqa: E731
-                return [lambda which, first=first: join_pages(*at(first), which, value_dim) for first in firsts]
+                return [functools.partial(load, h, first) for first in range(0, count, some)]
 
             return attend(state, q, [keys(head // group) for head in first_heads], keep, scores, growth)
 
@@ -300,7 +301,7 @@ def attend_singles(
 
     def body(*args):
         *plain, _kv_in, o, kv_out, rest = args
-        fields = dict(zip(names, plain, strict=True)) | dict.fromkeys(missing)
+        fields: dict[str, Any] = dict(zip(names, plain, strict=True)) | dict.fromkeys(missing)
         kernel(Refs(**fields, o=o, kv=kv_out, **rest))
 
     kernel = functools.partial(
