@@ -171,13 +171,19 @@ def cases() -> list[Case]:
     return every + [Case(chip, "TP4", 16, "decode") for chip in CLOCK] + eight_bits
 
 
-def measure(selected: list[Case], dumps: Path) -> dict[str, dict[str, Any]]:
-    """Compile each case. To be called in a process that has loaded no jax."""
-    flags = f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles).*"
+def use_dumps(folder: Path) -> None:
+    """Have libtpu leave final bundles there. To be called in a process that has loaded no jax."""
+    flags = (
+        f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles).*"
+    )
     os.environ |= {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
     from sgl_jax.runtime import topology
 
     topology.set_tpu_environment()
+
+
+def measure(selected: list[Case], dumps: Path) -> dict[str, dict[str, Any]]:
+    """Compile each case; after use_dumps."""
     results = {}
     for case in selected:
         before = set(dumps.glob("*"))
@@ -313,7 +319,7 @@ def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
         "aliased_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "vmem_bytes": int(used[1]),
-        "cost_flops": int(compiled.cost_analysis()["flops"]),
+        "cost_flops": int(compiled.cost_analysis().get("flops", 0)),
     }
 
 
@@ -437,8 +443,9 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="the tables, in Markdown")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as dumps:
-        results = measure([case for case in cases() if re.search(args.only, case.name)], Path(dumps))
+        use_dumps(Path(dumps))
         peer = {} if args.only else measure_peer(Path(dumps))
+        results = measure([case for case in cases() if re.search(args.only, case.name)], Path(dumps))
     libtpu = version("libtpu")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     record = {"libtpu": libtpu, "jax": version("jax"), "commit": commit.stdout.strip(), "cases": results, "peer": peer}
