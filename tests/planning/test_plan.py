@@ -46,9 +46,10 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
     assert decode.tokens_per_s == pytest.approx(8 / decode.bound.seconds)
 
 
-def test_pages_have_128_tokens_on_tpu_unless_asked_otherwise() -> None:
+def test_pages_have_128_tokens_for_the_kernels_of_a_tpu_unless_asked_otherwise() -> None:
     assert plan("Qwen3-8B", "v6e-4").launch.runner.page_size == 128
     assert plan("Qwen3-8B", "v6e-4", page_size=16).launch.runner.page_size == 16
+    assert plan("Qwen3-8B", "v6e-4", attention_backend="native").launch.runner.page_size == 16
     assert plan("Qwen3-8B", "v6e-4", attention_backend="native", page_size=1).launch.runner.page_size == 1
     assert plan("Qwen3-0.6B", "cpu").launch.runner.page_size == 16
 
