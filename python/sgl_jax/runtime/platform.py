@@ -80,9 +80,9 @@ def _of_each_process(name: Name, devices: list[jax.Device], number: int, process
 
 
 def kernels_for(attention_backend: str | None, platform: Platform, model: DecoderConfig) -> Kernels:
-    """The implementations to build steps with; None: the best attention for platform and model. Raises NoSuchBackend."""
+    """The implementations to build steps with; None: the best attention for the platform. Raises NoSuchBackend."""
+    name = attention_backend or platform.attention
     latent = model.mla is not None
-    name = attention_backend or ("native" if latent else platform.attention)
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
     return Kernels(attention, grouped_matmul_for(platform.name))
 

@@ -66,4 +66,5 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
 def _fa() -> Backend:
     from sgl_jax.ops.attention.fa import call as fa  # imports Pallas, which takes a while
 
-    return Backend(fa.paged_attention, frozenset({"tpu"}), fa.pool_head_dim, fa.page_size_multiple, page_size=_FA_PAGE)
+    sizes = fa.pool_head_dim, fa.page_size_multiple
+    return Backend(fa.paged_attention, frozenset({"tpu"}), *sizes, latent=True, page_size=_FA_PAGE)
