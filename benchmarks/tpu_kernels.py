@@ -24,11 +24,35 @@ from pathlib import Path
 from typing import Any
 
 CLOCK = {"v6e": 1.75e9, "v7x": 2.2e9}  # inferred: bfloat16 rate / (2 units x 256 x 256 x 2 per cycle)
-# Heads of one device: Qwen3-8B at TP 1, 4 and 8.
-SHAPES = {"TP1": (32, 8), "TP4": (8, 2), "TP8": (4, 1)}
-HEAD_DIM, ROWS, CHUNK_TOKENS = 128, 256, 2048
+ROWS, CHUNK_TOKENS = 256, 2048
 CONTEXTS = (256, 1024, 4096)
 POOL_PAGES = 16384
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Attention of one device."""
+
+    num_heads: int
+    num_kv_heads: int
+    key_dim: int = 128
+    value_dim: int = 128
+    planes: int = 2  # 1: a latent pool, whose values are the first value_dim columns of the keys
+
+    @property
+    def width(self) -> int:
+        """Of a key in the pool."""
+        return -(-self.key_dim // 128) * 128
+
+    @property
+    def is_latent(self) -> bool:
+        return self.planes == 1
+
+
+# Qwen3-8B at TP 1, 4 and 8; DeepSeek-V3 at TP 1 and 4.
+SHAPES = {"TP1": Shape(32, 8), "TP4": Shape(8, 2), "TP8": Shape(4, 1)} | {
+    f"MLA-{heads}": Shape(heads, 1, 576, 512, planes=1) for heads in (128, 32)
+}
 
 
 # --- reading final bundles --------------------------------------------------------------------------------------------
@@ -142,27 +166,34 @@ class Case:
 
 
 def cases() -> list[Case]:
-    every = [Case(chip, shape, 128, kind) for chip in CLOCK for shape in SHAPES for kind in ("decode", "chunks")]
+    every = [Case(chip, shape, 128, kind) for shape in SHAPES for chip in CLOCK for kind in ("decode", "chunks")]
     eight_bits = [Case(chip, "TP4", 128, "decode", pool) for chip in CLOCK for pool in ("int8", "float8_e4m3fn")]
     return every + [Case(chip, "TP4", 16, "decode") for chip in CLOCK] + eight_bits
 
 
-def measure(selected: list[Case], dumps: Path) -> dict[str, dict[str, Any]]:
-    """Compile each case. To be called in a process that has loaded no jax."""
-    flags = f"--xla_jf_dump_to={dumps} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles).*"
+def use_dumps(folder: Path) -> None:
+    """Have libtpu leave final bundles there. To be called in a process that has loaded no jax."""
+    flags = (
+        f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles).*"
+    )
     os.environ |= {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
     from sgl_jax.runtime import topology
 
     topology.set_tpu_environment()
+
+
+def measure(selected: list[Case], dumps: Path) -> dict[str, dict[str, Any]]:
+    """Compile each case; after use_dumps."""
     results = {}
     for case in selected:
         before = set(dumps.glob("*"))
         compiled, blocks = compile_case(case)
         found = [f for f in set(dumps.glob("*final_bundles.txt")) - before if "schedule-analysis" not in f.name]
         name = {"decode": "fa_decode", "chunks": "fa_chunks"}[case.kind]
-        (dump,) = (f for f in found if name in f.name)
+        dump = min(f for f in found if name in f.name)  # rows that do not fit into VMEM at once are calls of their own
         read = decode_figures if case.kind == "decode" else chunk_figures
         figures = read(read_bundles(dump.read_text()))
+        print(case.name, figures, file=sys.stderr, flush=True)
         results[case.name] = dataclasses.asdict(case) | blocks | {"bundles": figures} | program_facts(compiled, name)
     return results
 
@@ -179,23 +210,25 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     from sgl_jax.ops.attention.fa import call
     from sgl_jax.runtime import topology
 
-    num_heads, num_kv_heads = SHAPES[case.shape]
-    only_singles = case.kind == "decode"
-    tokens = ROWS if only_singles else CHUNK_TOKENS
+    shape = SHAPES[case.shape]
+    tokens = ROWS if case.kind == "decode" else CHUNK_TOKENS
     row_pages = 4096 // case.page
-    kv_shape = (POOL_PAGES * 16 // case.page, num_kv_heads, 2, case.page, HEAD_DIM)
+    kv_shape = (POOL_PAGES * 16 // case.page, shape.num_kv_heads, shape.planes, case.page, shape.width)
+    latent = {"value_dim": shape.value_dim} if shape.is_latent else {}
     mesh = Mesh(np.array(topology.tpu_devices(topology.parse(f"{case.chip}-1"))[:1]), ("x",))
 
     def array(shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     def layer(q, k, v, kv, table, kv_lens, cu, num_single, per_token, first_page):
-        batch = RaggedBatch(table, kv_lens, cu, num_single, *per_token, only_singles)
-        return call.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=HEAD_DIM**-0.5)
+        batch = RaggedBatch(table, kv_lens, cu, num_single, *per_token)
+        return call.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=shape.key_dim**-0.5, **latent)
 
     ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
     args = (
-        *(array((tokens, heads, HEAD_DIM)) for heads in (num_heads, num_kv_heads, num_kv_heads)),
+        array((tokens, shape.num_heads, shape.key_dim)),
+        array((tokens, shape.num_kv_heads, shape.key_dim)),
+        None if shape.is_latent else array((tokens, shape.num_kv_heads, shape.value_dim)),
         array(kv_shape, case.pool),
         ints(ROWS, row_pages),
         ints(ROWS),
@@ -208,14 +241,25 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
         chip = sizes.current_chip()
         traced = jax.jit(layer, donate_argnums=3).trace(*args)
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-    if only_singles:
-        blocks = sizes.decode_blocks(chip, kv_shape, case.pool, row_pages, num_heads)
+    if case.kind == "decode":
+        blocks = sizes.decode_blocks(chip, kv_shape, case.pool, row_pages, shape.num_heads)
     else:
-        blocks = sizes.chunk_blocks(chip, kv_shape, case.pool, row_pages, tokens)
+        blocks = sizes.chunk_blocks(chip, kv_shape, case.pool, row_pages, shape.num_heads, tokens)
     return compiled, {"block": blocks.pages * case.page, "unit": blocks.unit_pages * case.page} | {
         "queries": getattr(blocks, "queries", 1),
+        "heads_in_turn": heads_in_turn(shape, blocks.queries) if isinstance(blocks, sizes.ChunkBlocks) else 0,
         "pool_bytes": jnp.dtype(case.pool).itemsize * math.prod(kv_shape),
     }
+
+
+def heads_in_turn(shape: Shape, queries: int) -> int:
+    """Query heads that a turn of the chunk kernel's loop takes."""
+    from sgl_jax.ops.attention.fa import chunks
+    from sgl_jax.ops.attention.fa.tile import part_of
+
+    group = shape.num_heads // shape.num_kv_heads
+    joined = part_of(group, max(1, chunks.PRODUCT_QUERIES // queries))
+    return joined * part_of(group // joined, chunks.TURN)
 
 
 def measure_peer(dumps: Path) -> dict[str, dict[str, int]]:
@@ -240,48 +284,60 @@ def measure_peer(dumps: Path) -> dict[str, dict[str, int]]:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
-    pool = array((POOL_PAGES // 8, 128, 4, HEAD_DIM))
+    pool = array((POOL_PAGES // 8, 128, 4, 128))
     results = {}
     for name, tokens, keys, queries in (("decode", ROWS, 1024, 8), ("chunks", CHUNK_TOKENS, 1024, 128)):
         options = {"num_kv_pages_per_block": keys // 128, "num_queries_per_block": queries, "sm_scale": 1.0}
         before = set(dumps.glob("*"))
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            args = array((tokens, 8, HEAD_DIM)), pool, ints(ROWS), ints(ROWS, 32), ints(ROWS + 1), ints(1)
+            args = array((tokens, 8, 128)), pool, ints(ROWS), ints(ROWS, 32), ints(ROWS + 1), ints(1)
             traced = jax.jit(lambda *a, options=options: ragged_paged_attention(*a, **options)).trace(*args)
-            traced.lower(lowering_platforms=("tpu",)).compile()
+            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
         found = set(dumps.glob("*ragged_paged*01-final_bundles.txt")) - before
         loops = list(read_bundles(found.pop().read_text()).walk())
         heavy = max(loops, key=lambda loop: loop.total("matmul"))
         around = sum(loop.total() for loop in loops if 0 < loop.depth < heavy.depth)
         results[name] = {"keys": keys, "queries": queries, "loop": heavy.total(), "around": around}
         results[name]["spills"] = heavy.total("spill")
+        results[name] |= program_facts(compiled, "ragged_paged_attention")
     return results
 
 
 def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
+    """Of a program around a kernel; copied: results of the copies and transpositions beside it."""
+    from sgl_jax.runtime import hlo
+
     memory = compiled.memory_analysis()
     text = compiled.as_text()
-    call = next(line for line in text.splitlines() if "custom-call(" in line and f"/{kernel}/" in line)
+    call = next(line for line in text.splitlines() if "custom-call(" in line and kernel in line)
     used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', call)
     assert used is not None
+    around = [each for each in hlo.read(text).instructions() if each.opcode in ("copy", "transpose", "copy-start")]
     return {
+        "code_bytes": memory.generated_code_size_in_bytes,
+        "copied_bytes": sum(each.nbytes for each in around),
         "aliased_bytes": memory.alias_size_in_bytes,
         "temp_bytes": memory.temp_size_in_bytes,
         "vmem_bytes": int(used[1]),
-        "cost_flops": int(compiled.cost_analysis()["flops"]),
+        "cost_flops": int(compiled.cost_analysis().get("flops", 0)),
     }
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def decode_bytes(context: int, page: int, num_heads: int, num_kv_heads: int, itemsize: int = 2) -> tuple[int, int]:
+def decode_bytes(context: int, page: int, shape: Shape, itemsize: int = 2) -> tuple[int, int]:
     """(moved, least) between HBM and the core for one row of a layer: its pages, the row tile that takes the new token,
-    its page ids (512 bytes a block), q and o; least: its keys and values, the new ones, q and o."""
-    token = 2 * num_kv_heads * HEAD_DIM * itemsize
-    ends = (2 * num_heads + 2 * num_kv_heads) * HEAD_DIM * 2
-    moved = -(-context // page) * page * token + 32 // itemsize * token + ends + 512 * -(-context // 1024)
-    return moved, context * token + token + ends
+    its page ids (512 bytes a block), q and o; least: its keys and values, the new ones, q and o, nothing padded."""
+
+    def ends(width: int) -> int:
+        values = -(-shape.value_dim // 128) * 128
+        return (shape.num_heads * (width + values) + shape.planes * shape.num_kv_heads * width) * 2
+
+    token = shape.planes * shape.num_kv_heads * shape.width * itemsize
+    least = shape.planes * shape.num_kv_heads * shape.key_dim * itemsize
+    moved = -(-context // page) * page * token + 32 // itemsize * token + ends(shape.width)
+    return moved + 512 * -(-context // 1024), (context + 1) * least + ends(shape.key_dim)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -295,7 +351,9 @@ def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], 
         "",
         f"Made by `python benchmarks/tpu_kernels.py` with libtpu {libtpu}; nothing here ran on a TPU. A bundle is at least",
         "a cycle of the core; copies run beside it and take at least bytes / bandwidth. The larger of the two columns",
-        "binds. Clocks are inferred from the chips' rates: v6e 1.75 GHz, v7x 2.2 GHz. head_dim 128, q in bfloat16.",
+        "binds. Clocks are inferred from the chips' rates: v6e 1.75 GHz, v7x 2.2 GHz. q in bfloat16. TP1, 4 and 8: heads of",
+        "128, those of Qwen3-8B. MLA-N: N heads over a latent pool, 512 + 64 numbers a token padded to 640, the first 512",
+        "the value: DeepSeek-V3 on one device and on 4.",
         "",
         "## Decode: one row of one layer",
         "",
@@ -309,7 +367,7 @@ def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], 
         for context in CONTEXTS:
             bundles = decode_bundles(result["bundles"], context, result["block"], result["unit"], result["page"])
             moved, least = decode_bytes(
-                context, result["page"], *SHAPES[result["shape"]], 1 + (result["pool"] == "bfloat16")
+                context, result["page"], SHAPES[result["shape"]], 1 + (result["pool"] == "bfloat16")
             )
             floor = round(moved / rate)
             case = f"{result['chip']} {result['shape']} page {result['page']} {result['pool']}"
@@ -330,18 +388,17 @@ def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], 
             )
     lines += [
         "",
-        "## Chunks: a tile of queries and a KV head",
+        "## Chunks: a turn over the heads of a tile of queries",
         "",
-        "524288 multiplications and additions a bundle is the matrix units' rate; head_dim 128 can use half of it.",
+        "524288 multiplications and additions a bundle is the matrix units' rate; heads of 128 can use half of it.",
         "",
         "| case | queries x heads x keys | bundles | flop per bundle | of the rate | edge unit | VMEM MB |",
         "|---|---|---|---|---|---|---|",
     ]
     for result in results.values():
         if result["kind"] == "chunks":
-            b, (heads, kv_heads) = result["bundles"], SHAPES[result["shape"]]
-            group = heads // kv_heads
-            flop = 4 * result["queries"] * group * result["block"] * HEAD_DIM
+            b, shape, group = result["bundles"], SHAPES[result["shape"]], result["heads_in_turn"]
+            flop = 2 * result["queries"] * group * result["block"] * (shape.key_dim + shape.value_dim)
             lines.append(
                 f"| {result['chip']} {result['shape']} | {result['queries']} x {group} x {result['block']} | "
                 f"{b['block_of_head']} | {flop / b['block_of_head'] / 1e3:.0f}k | "
@@ -353,19 +410,29 @@ def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], 
             "",
             "## Beside JAX's own ragged paged attention",
             "",
-            "v6e, TP4, page 128; its blocks set to the same 1024 keys. It takes new KV that something else has written.",
+            "v6e, TP4, page 128; its blocks set to the same 1024 keys. It takes new KV that something else has written, so a",
+            "program with it has a scatter more. Bytes are those of the whole program of one layer: 256 rows with a token, or",
+            "2048 tokens. Interpret mode cannot run it (no `ref.bitcast`), so its error is not known; ours is below 1e-5 in",
+            "float32 (`tests/ops/attention/`).",
             "",
-            "| | its bundles | ours |",
+            "| | its | ours |",
             "|---|---|---|",
         ]
-        ours = {kind: results[f"{kind} v6e TP4 page 128"]["bundles"] for kind in ("decode", "chunks")}
+        mine = {kind: results[f"{kind} v6e TP4 page 128"] for kind in ("decode", "chunks")}
+        ours = {kind: each["bundles"] for kind, each in mine.items()}
         one, many = peer["decode"], peer["chunks"]
         rows = [
-            ("decode, each 1024 keys of a row", one["loop"], ours["decode"]["key_block"]),
-            ("decode, a row of 1024 keys", one["loop"] + one["around"], ours["decode"]["row"]),
-            ("chunks, 128 queries x 8 heads x 1024 keys", many["loop"], 2 * ours["chunks"]["block_of_head"]),
+            ("bundles: decode, each 1024 keys of a row", one["loop"], ours["decode"]["key_block"]),
+            ("bundles: decode, a row of 1024 keys", one["loop"] + one["around"], ours["decode"]["row"]),
+            ("bundles: chunks, 128 queries x 8 heads x 1024 keys", many["loop"], 2 * ours["chunks"]["block_of_head"]),
         ]
-        lines += [f"| {what} | {theirs} | {mine} |" for what, theirs, mine in rows]
+        facts = {"VMEM": "vmem_bytes", "program": "code_bytes", "copied beside the kernel": "copied_bytes"}
+        rows += [
+            (f"kB of {what}, {kind}", round(peer[kind][name] / 1e3), round(mine[kind][name] / 1e3))
+            for what, name in facts.items()
+            for kind in ("decode", "chunks")
+        ]
+        lines += [f"| {what} | {theirs} | {our} |" for what, theirs, our in rows]
     return "\n".join(lines) + "\n"
 
 
@@ -376,8 +443,9 @@ def main() -> None:
     parser.add_argument("--report", type=Path, help="the tables, in Markdown")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as dumps:
-        results = measure([case for case in cases() if re.search(args.only, case.name)], Path(dumps))
+        use_dumps(Path(dumps))
         peer = {} if args.only else measure_peer(Path(dumps))
+        results = measure([case for case in cases() if re.search(args.only, case.name)], Path(dumps))
     libtpu = version("libtpu")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     record = {"libtpu": libtpu, "jax": version("jax"), "commit": commit.stdout.strip(), "cases": results, "peer": peer}

@@ -61,6 +61,6 @@ def test_decode_is_bound_by_copies_at_1024_keys_on_v6e():
     for shape in ("TP1", "TP4", "TP8"):
         case = COMMITTED["cases"][f"decode v6e {shape} page 128"]
         bundles = kernels.decode_bundles(case["bundles"], 1024, case["block"], case["unit"], 128)
-        moved, least = kernels.decode_bytes(1024, 128, *kernels.SHAPES[shape])
+        moved, least = kernels.decode_bytes(1024, 128, kernels.SHAPES[shape])
         assert bundles < moved * cycles_per_byte
         assert moved < 1.02 * least

@@ -4,6 +4,7 @@ lay out, and interpret mode does not know."""
 from __future__ import annotations
 
 import importlib.util
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +29,10 @@ CASES = [
     ("v6e", (4, 1, 96), "float32", 8, ("sinks",)),
     ("v7x", (4, 4, 192), "float8_e4m3fn", 32, ("window", "prepare")),
     ("v6e", (64, 8, 128), "int8", 32, ()),
+    ("v6e", (8, 1, 128), "bfloat16", 128, ("softcap", "growth")),
+    ("v6e", (128, 1, 576), "bfloat16", 16, ("latent",)),
+    ("v7x", (32, 1, 576), "bfloat16", 128, ("latent", "window")),
+    ("v7x", (16, 1, 576), "float8_e4m3fn", 32, ("latent",)),
 ]
 
 
@@ -43,7 +48,11 @@ def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, opti
 
     def layer(q, k, v, kv, table, start, num_new, num_single, first_page, traced):
         batch = make_ragged_batch(table, start, num_new, num_single, TOKENS, page)
-        static = {"softcap": 30.0} if "softcap" in options else {}
+        static: dict[str, Any] = {"softcap": 30.0} if "softcap" in options else {}
+        if "growth" in options:
+            static["temperature_length"] = 1024
+        if "latent" in options:
+            static["value_dim"] = 512
         if kv.dtype.itemsize == 1:
             static["kv_scales"] = (0.5, 0.25)
         if "prepare" in options:
@@ -57,9 +66,16 @@ def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, opti
         "sinks": array((num_heads,), jnp.float32),
         "prepare": (norm, norm, array((TOKENS, 2 * half), jnp.float32)),
     }
-    kv = array((512, num_kv_heads, 2, page, fa.pool_head_dim(head_dim)), pool)
+    planes = 1 if "latent" in options else 2
+    kv = array(
+        ((262144 if "latent" in options else 16384) // page, num_kv_heads, planes, page, fa.pool_head_dim(head_dim)),
+        pool,
+    )
+    new = array((TOKENS, num_kv_heads, head_dim), dtype)
     args = (
-        *(array((TOKENS, n, head_dim), dtype) for n in (num_heads, num_kv_heads, num_kv_heads)),
+        array((TOKENS, num_heads, head_dim), dtype),
+        new,
+        None if "latent" in options else new,
         kv,
         array((ROWS, PAGES_PER_ROW)),
         array((ROWS,)),

@@ -61,7 +61,7 @@ class StepProgram:
 
 
 @functools.cache
-def planned(model: str, topology: str, attention: str) -> tuple[Plan, dict[str, Program], Placement]:
+def planned(model: str, topology: str, attention: str | None) -> tuple[Plan, dict[str, Program], Placement]:
     args = ServerArgs(model_path=model, attention_backend=attention)
     target = find_target(topology, 1)
     plan = make_plan(args, find_model(model), target, 1024)
@@ -77,7 +77,7 @@ def planned(model: str, topology: str, attention: str) -> tuple[Plan, dict[str, 
 
 
 @functools.cache
-def step_program(model: str, topology: str, attention: str, tokens: int) -> StepProgram:
+def step_program(model: str, topology: str, attention: str | None, tokens: int) -> StepProgram:
     """The default launch's program of that many tokens. Compiled once in a test run."""
     plan, programs, placement = planned(model, topology, attention)
     step = next(step for step in plan.steps if step.bucket.num_tokens == tokens)

@@ -64,7 +64,8 @@ def plan_launch(
     itemsize = np.dtype(dtype).itemsize
     pool = pool_of(share, kernels.attention)
     multiple = kernels.attention.page_multiple(np.dtype(dtype))
-    page_size = -(-(args.page_size or platform.page_size) // multiple) * multiple
+    wanted = args.page_size or kernels.attention.page_size or platform.page_size
+    page_size = -(-wanted // multiple) * multiple
     context_length = args.context_length or model.context_length
     max_running = -(-(args.max_running_requests or platform.max_running_requests) // grid.data)  # of each data rank
     weights = weight_bytes(share, itemsize)

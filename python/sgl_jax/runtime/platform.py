@@ -34,11 +34,10 @@ class Platform:
 PLATFORMS: dict[Name, Platform] = {
     # One bf16 row costs more than two (benchmarks/LOG.md), so its smallest bucket has two. A scan compiles three times
     # faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in float32. On TPU the
-    # weights of a list are fetched ahead, those of a scan are not (docs/decisions/0011-list-on-tpu.md); pages of 128 tokens
-    # cost its kernels half of what pages of 16 do (0015-pages-of-128-on-tpu.md).
+    # weights of a list are fetched ahead, those of a scan are not (docs/decisions/0011-list-on-tpu.md).
     "cpu": Platform("cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False, False),
     "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True),
-    "tpu": Platform("tpu", "bfloat16", 128, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, False, True, "fa"),
+    "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, False, True, "fa"),
 }
 
 
@@ -81,9 +80,9 @@ def _of_each_process(name: Name, devices: list[jax.Device], number: int, process
 
 
 def kernels_for(attention_backend: str | None, platform: Platform, model: DecoderConfig) -> Kernels:
-    """The implementations to build steps with; None: the best attention for platform and model. Raises NoSuchBackend."""
+    """The implementations to build steps with; None: the best attention for the platform. Raises NoSuchBackend."""
+    name = attention_backend or platform.attention
     latent = model.mla is not None
-    name = attention_backend or ("native" if latent else platform.attention)
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
     return Kernels(attention, grouped_matmul_for(platform.name))
 

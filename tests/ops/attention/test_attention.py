@@ -126,12 +126,7 @@ def test_capped_scores_grow_with_the_position_of_the_query(attention):
         num_tokens=128,
         num_rows=6,
     )
-    options = {"scale": 0.25, "softcap": 3.0, "temperature_length": 8}
-    if attention is interpreted:
-        with pytest.raises(ValueError, match="--attention-backend native"):
-            run(attention, b, **options)
-    else:
-        check(attention, b, **options)
+    check(attention, b, scale=0.25, softcap=3.0, temperature_length=8)
 
 
 @pytest.mark.parametrize("half", [0, 5, 8])
@@ -179,9 +174,10 @@ def test_empty_batch_leaves_the_pool_as_it_was(attention):
     np.testing.assert_array_equal(np.asarray(kv)[used], b["kv"][used])
 
 
-@pytest.mark.parametrize("name", ["native", "native-vectorised"])
-@pytest.mark.parametrize("page_size", [1, 16])
-@pytest.mark.parametrize("window", [None, 20])
+LATENT = [(name, page, window) for name in ("native", "native-vectorised") for page in (1, 16) for window in (None, 20)]
+
+
+@pytest.mark.parametrize(("name", "page_size", "window"), [*LATENT, ("fa", 16, 20)])
 def test_a_latent_pool_keeps_one_vector_whose_first_columns_are_the_value(name, page_size, window):
     sizes = {"num_heads": 6, "num_kv_heads": 1, "head_dim": 40, "page_size": page_size}
     b = random_batch(np.random.default_rng(4), MIXED, **sizes, num_tokens=128, num_rows=6)

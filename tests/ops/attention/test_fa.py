@@ -20,20 +20,19 @@ from jax.experimental.pallas import tpu as pltpu
 from sgl_jax.ops.attention import native, reference
 from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch, to_pool
 from sgl_jax.ops.attention.fa import call as fa
+from sgl_jax.ops.attention.fa import decode
 from sgl_jax.ops.attention.fa.ring import PageRing
 
 TOKENS, ROWS = 96, 8
 
 
 @functools.cache
-def compiled(dtype, params, only_singles=False, **options):
+def compiled(dtype, params, **options):
     @jax.jit
     def call(b, num_single, **traced):
         page_size = b["kv"].shape[3]
-        batch = make_ragged_batch(
-            b["page_table"], b["start"], b["num_new"], num_single, len(b["q"]), page_size, only_singles
-        )
-        q, k, v, kv = (b[name].astype(dtype) for name in ("q", "k", "v", "kv"))
+        batch = make_ragged_batch(b["page_table"], b["start"], b["num_new"], num_single, len(b["q"]), page_size)
+        q, k, v, kv = (b[name] if b[name] is None else b[name].astype(dtype) for name in ("q", "k", "v", "kv"))
         return interpreted(
             q, k, v, kv, batch, params=params, first_page=b["first_page"], scale=0.25, **options, **traced
         )
@@ -41,13 +40,14 @@ def compiled(dtype, params, only_singles=False, **options):
     return call
 
 
-def check(b, dtype=jnp.float32, params=RACES, atol=1e-5, only_singles=False, options=None, **traced):
+def check(b, dtype=jnp.float32, params=RACES, atol=1e-5, options=None, **traced):
     """Outputs within atol of the reference, zeros for padding, and every byte of the pool."""
     options = options or {}
     for name in ("q", "k", "v", "kv"):
-        b[name] = np.asarray(jnp.asarray(b[name]).astype(dtype).astype(jnp.float32))
-    call = compiled(dtype, params, only_singles, **options)
-    arrays = {name: jnp.asarray(x) for name, x in b.items()}
+        if b[name] is not None:
+            b[name] = np.asarray(jnp.asarray(b[name]).astype(dtype).astype(jnp.float32))
+    call = compiled(dtype, params, **options)
+    arrays = jax.tree.map(jnp.asarray, b)
     num_single = jnp.int32((b["num_new"] == 1).sum())
     out, kv = call(arrays, num_single, **{name: jnp.asarray(x) for name, x in traced.items()})
     expected, expected_kv = reference.paged_attention(**b, scale=0.25, **options, **traced)
@@ -101,6 +101,54 @@ def test_random_bfloat16_batches_with_eager_copies_match_reference(request):
     run()
 
 
+def latent_batch(rows, seed=0, *, num_heads=8, head_dim=144, page_size=16, num_tokens=TOKENS):
+    """One plane; keys of two lane tiles, of which the values are less."""
+    b = batch_of(
+        rows, seed, num_heads=num_heads, num_kv_heads=1, head_dim=head_dim, page_size=page_size, num_tokens=num_tokens
+    )
+    return b | {"kv": b["kv"][:, :, :1], "v": None}
+
+
+def test_random_batches_over_a_latent_pool_match_reference_without_a_race(request):
+    @settings(max_examples=examples(request), deadline=None, derandomize=True, database=None)
+    @given(rows=ragged_rows(), window=st.sampled_from([1, 16, 17, 100, 1 << 30]), seed=st.integers(0, 99))
+    def run(rows, window, seed):
+        check(latent_batch(rows, seed), window=window, atol=1e-4, options={"value_dim": 128})
+
+    run()
+
+
+@pytest.mark.parametrize(("num_heads", "value_dim"), [(48, 130), (5, 24)])
+def test_any_number_of_heads_reads_one_latent_vector_in_bfloat16(num_heads, value_dim, monkeypatch):
+    """More heads than a product and a turn take, and fewer than a tile has rows."""
+    monkeypatch.setattr(decode, "PART_HEADS", 24)
+    b = latent_batch([(70, 1), (15, 1), (3, 29)], num_heads=num_heads, num_tokens=32)
+    check(b, jnp.bfloat16, atol=0.05, options={"value_dim": value_dim, "softcap": 20.0})
+
+
+def test_latent_rows_beyond_what_vmem_holds_are_served_in_turn():
+    rows = [*((7 * i, 1) for i in range(20)), (9, 12)]
+    sizes = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 40, "page_size": 16, "num_tokens": 64, "num_rows": 24}
+    b = random_batch(np.random.default_rng(0), rows, **sizes)
+    b |= {"kv": b["kv"][:, :, :1], "v": None}
+    blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
+    out, kv = compiled(jnp.float32, RACES, blocks=blocks, value_dim=24)(jax.tree.map(jnp.asarray, b), jnp.int32(20))
+    expected, expected_kv = reference.paged_attention(**b, scale=0.25, value_dim=24)
+    np.testing.assert_allclose(np.asarray(out)[:32], expected[:32], atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(out)[32:], 0)
+    np.testing.assert_array_equal(np.asarray(kv), expected_kv.astype(np.float32))
+
+
+def test_scores_grow_with_the_position_of_the_query():
+    b = batch_of([(0, 1), (190, 1), (3, 40)])
+    check(b, options={"temperature_length": 8})
+
+
+def test_chunks_leave_what_decode_has_set_and_clear_the_rest():
+    """8 rows set the first 16 lines; tiles have 32."""
+    check(batch_of([(i, 1) for i in range(3)], num_tokens=64))
+
+
 @pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
 @pytest.mark.parametrize("attention", [functools.partial(interpreted, params=RACES), native.paged_attention])
 def test_eight_bit_pools_hold_scaled_values_and_are_read_back(attention, dtype):
@@ -130,11 +178,11 @@ def test_values_beyond_an_eight_bit_pool_are_cut_off():
     np.testing.assert_array_equal(to_pool(x, jnp.float32, 1.0), x)
 
 
-def test_decode_programs_with_softcap_and_sinks_over_page_and_block_boundaries():
+def test_decode_with_softcap_and_sinks_over_page_and_block_boundaries():
     rows = [(length - 1, 1) for length in (1, 16, 17, 64, 65, 128, 129, 200)]
     b = batch_of(rows, num_tokens=16)
     sinks = np.array([0.5, -1, 2, 8], np.float32)
-    check(b, only_singles=True, options={"softcap": 3.0}, sinks=sinks)
+    check(b, options={"softcap": 3.0}, sinks=sinks)
 
 
 def test_rows_beyond_what_vmem_holds_are_served_in_turn():

@@ -27,7 +27,7 @@ def test_blocks_fit_and_keep_what_the_kernels_rely_on(chip, kv_heads, page, head
     shape = (100, kv_heads, 2, page, head_dim)
     page_bytes = kv_heads * 2 * page * head_dim * jnp.dtype(dtype).itemsize
     decode = blocks.decode_blocks(chip, shape, dtype, row_pages, 4 * kv_heads)
-    chunks = blocks.chunk_blocks(chip, shape, dtype, row_pages, tokens)
+    chunks = blocks.chunk_blocks(chip, shape, dtype, row_pages, 4 * kv_heads, tokens)
     for sizes in (decode, chunks):
         assert IDS % sizes.pages == 0
         assert sizes.pages % sizes.unit_pages == 0
@@ -47,6 +47,17 @@ def test_qwen3_8b_on_four_devices():
         sizes = blocks.decode_blocks(V6E, (100, 2, 2, page, 128), jnp.bfloat16, 4096, 8)
         assert sizes.max_rows >= 512
         assert (sizes.slots, sizes.pages * page, sizes.unit_pages * page) == (8, 1024, 256)
+
+
+@pytest.mark.parametrize(
+    ("chip", "heads", "queries", "rows"), [(V6E, 128, 32, 64), (V7X, 128, 16, 32), (V6E, 32, 128, 256)]
+)
+def test_many_heads_over_latent_vectors_of_576_leave_room_in_vmem(chip, heads, queries, rows):
+    """DeepSeek-V3 on one device and on four: what a query takes grows with its heads."""
+    shape = (100, 1, 1, 16, 640)
+    chunks = blocks.chunk_blocks(chip, shape, jnp.bfloat16, 256, heads, 2048)
+    assert (chunks.queries, chunks.pages * 16) == (queries, 1024)
+    assert blocks.decode_blocks(chip, shape, jnp.bfloat16, 256, heads).max_rows // 16 * 16 >= rows
 
 
 def test_short_rows_get_no_larger_block_than_they_need():

@@ -36,7 +36,6 @@ class RaggedBatch:
     positions: jax.Array  # i32[T]: its position in the row's sequence
     token_page: jax.Array  # i32[T]: the layer-0 page its KV goes to; 0 for padding
     token_offset: jax.Array  # i32[T]: and the place in that page
-    only_singles: bool = dataclasses.field(default=False, metadata={"static": True})  # no row ever has more tokens
 
 
 @jax.tree_util.register_dataclass
@@ -87,12 +86,8 @@ def make_ragged_batch(
     num_single: Int[Array, ""],
     num_tokens: int,
     page_size: int,
-    only_singles: bool = False,
 ) -> RaggedBatch:
-    """Derive the batch for `num_tokens` packed tokens (static, padding included) from what a plan says of each row.
-
-    `only_singles` promises that no plan has a row of more than one token: such a program has no code for chunks.
-    """
+    """Derive the batch for `num_tokens` packed tokens (static, padding included) from what a plan says of each row."""
     num_rows = len(start)
     cu = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(num_new, dtype=jnp.int32)])
     token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -102,7 +97,7 @@ def make_ragged_batch(
     positions = jnp.where(valid, start[row] + token - cu[row], 0)
     token_page = jnp.where(valid, page_table[row, positions // page_size], 0)
     offset = positions % page_size
-    return RaggedBatch(page_table, start + num_new, cu, num_single, row, positions, token_page, offset, only_singles)
+    return RaggedBatch(page_table, start + num_new, cu, num_single, row, positions, token_page, offset)
 
 
 def to_pool(x: Float[Array, "T K H"], dtype: Any, scale: float) -> Num[Array, "T K H"]:

@@ -16,6 +16,7 @@ from sgl_jax.ops.attention import native
 from sgl_jax.ops.attention.api import Attention
 
 GROUP = "sgl_jax.attention"
+_FA_PAGE = 128  # half the work that pages of 16 are (docs/decisions/0015-pages-of-128-on-tpu.md)
 
 
 class NoSuchBackend(ValueError):
@@ -31,6 +32,7 @@ class Backend:
     pool_head_dim: Callable[[int], int] = lambda head_dim: head_dim  # H of the pool, for heads of that size
     page_multiple: Callable[[Any], int] = lambda dtype: 1  # page sizes must be multiples of it, for a pool of the dtype
     latent: bool = False  # it takes pools of one plane, with `value_dim`
+    page_size: int | None = None  # what it likes best, for launches that are not told; None: the platform's
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.attend(*args, **options)
@@ -64,4 +66,5 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
 def _fa() -> Backend:
     from sgl_jax.ops.attention.fa import call as fa  # imports Pallas, which takes a while
 
-    return Backend(fa.paged_attention, frozenset({"tpu"}), fa.pool_head_dim, fa.page_size_multiple)
+    sizes = fa.pool_head_dim, fa.page_size_multiple
+    return Backend(fa.paged_attention, frozenset({"tpu"}), *sizes, latent=True, page_size=_FA_PAGE)

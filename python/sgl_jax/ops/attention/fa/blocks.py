@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.ops.attention.fa.ring import IDS
+from sgl_jax.ops.attention.fa.tile import LANES
 
 DECODE_KEYS = 1024  # more make no turn cheaper per key; fewer leave scalar work unpaid
 UNIT_KEYS = 256  # an edge block is attended to in such steps: what fills a matrix unit once
@@ -71,7 +72,7 @@ def _ring(keys: int, page_size: int, row_pages: int, page_bytes: int, slots: int
 
 
 def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_heads: int) -> DecodeBlocks:
-    """For a pool [LP, K, 2, page, H], page tables of row_pages pages and num_heads query heads."""
+    """For a pool [LP, K, planes, page, H], page tables of row_pages pages and num_heads query heads."""
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
     slots, pages = _ring(DECODE_KEYS, page_size, row_pages, page_bytes, 4, chip.vmem_bytes // 8)
     unit = min(pages, _power_of_two(UNIT_KEYS // page_size))
@@ -82,14 +83,18 @@ def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: 
     return dataclasses.replace(blocks, **_tuned("decode", chip, kv_shape, dtype))
 
 
-def chunk_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_tokens: int) -> ChunkBlocks:
+def chunk_blocks(
+    chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_heads: int, num_tokens: int
+) -> ChunkBlocks:
     """As decode_blocks, for num_tokens packed tokens, a multiple of 16."""
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
     slots, pages = _ring(CHUNK_KEYS, page_size, row_pages, page_bytes, 2, chip.vmem_bytes // 8)
     write_pages = max(1, WRITE_TOKENS // page_size)
     write_slots = max(2, _power_of_two(min(MAX_SLOTS, chip.vmem_bytes // 16 // (2 * write_pages * page_bytes))))
     unit = min(pages, _power_of_two(CHUNK_UNIT_KEYS // page_size))
-    queries = min(CHUNK_QUERIES, num_tokens)
+    # A query has two slots of bfloat16 q and o, and acc, top and total in float32.
+    query_bytes = num_heads * (2 * 2 * 2 * kv_shape[4] + 4 * (kv_shape[4] + 2 * LANES))
+    queries = min(CHUNK_QUERIES, num_tokens, max(16, _power_of_two(chip.vmem_bytes // 3 // query_bytes)))
     blocks = ChunkBlocks(
         min(slots, 4), pages, unit, queries, write_pages, write_slots, vmem_limit=chip.vmem_bytes * 7 // 8
     )

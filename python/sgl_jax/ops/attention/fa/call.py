@@ -33,8 +33,8 @@ def page_size_multiple(dtype: Any) -> int:
 def paged_attention(
     q: Float[Array, "T N H"],
     k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
-    kv: Num[Array, "LP K 2 page HP"],
+    v: Float[Array, "T K H"] | None,
+    kv: Num[Array, "LP K planes page HP"],
     batch: RaggedBatch,
     *,
     first_page: Int[Array, ""] | int,
@@ -45,17 +45,13 @@ def paged_attention(
     temperature_length: int | None = None,
     kv_scales: tuple[float, float] | None = None,
     prepare: QKPrepare | None = None,
+    value_dim: int | None = None,
     blocks: tuple[DecodeBlocks, ChunkBlocks] | None = None,
-) -> tuple[Float[Array, "T N H"], Num[Array, "LP K 2 page HP"]]:
+) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page HP"]]:
     """See api.Attention. The pool's head dim HP is pool_head_dim(H), its page size a multiple of page_size_multiple.
 
     `blocks`: sizes other than the chip's (for tests).
     """
-    if temperature_length is not None:
-        raise ValueError(
-            f"attention backend fa does not scale scores by position (temperature length {temperature_length}); "
-            "use --attention-backend native"
-        )
     num_tokens, num_heads, head_dim = q.shape
     pool_dim = kv.shape[4]
     if pool_dim != pool_head_dim(head_dim):
@@ -74,20 +70,25 @@ def paged_attention(
         chip = block_sizes.current_chip()
         blocks = (
             block_sizes.decode_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads),
-            block_sizes.chunk_blocks(chip, kv.shape, kv.dtype, row_pages, padded_tokens),
+            block_sizes.chunk_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads, padded_tokens),
         )
     padded_tokens = -(-num_tokens // blocks[1].queries) * blocks[1].queries
 
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, padded_tokens - num_tokens), (0, 0), (0, pool_dim - head_dim))).astype(dtype)
+
     def flat(x: jax.Array) -> jax.Array:
-        pad = ((0, padded_tokens - num_tokens), (0, 0), (0, pool_dim - head_dim))
-        return jnp.pad(x, pad).astype(dtype).reshape(padded_tokens, -1)
+        return padded(x).reshape(padded_tokens, -1)
 
     # 8-bit pools: values go in as bfloat16 that the pool's type holds exactly.
     dtype = jnp.dtype(kv.dtype) if kv.dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
     k_scale, v_scale = kv_scales or (1.0, 1.0)
     if prepare is not None and (kv.dtype.itemsize == 1 or kv_scales):
         (q, k), prepare = prepare(q, k), None  # before they are divided and rounded
-    k, v = to_pool(k, kv.dtype, k_scale), to_pool(v, kv.dtype, v_scale)
+    k = to_pool(k, kv.dtype, k_scale)
+    v, v_scale = (None, k_scale) if v is None else (to_pool(v, kv.dtype, v_scale), v_scale)
+    value_dim = head_dim if value_dim is None else value_dim
+    value_lanes = pool_head_dim(value_dim)
     table = jnp.pad(batch.page_table, ((0, 0), (0, -row_pages % IDS)))
     scalars = Scalars(
         *(jnp.asarray(x, jnp.int32).reshape(1) for x in (batch.num_single, first_page, 0 if window is None else window))
@@ -96,10 +97,13 @@ def paged_attention(
         lines = jnp.pad(sinks.astype(jnp.float32), (0, 8))[:, None]
         sinks = jnp.broadcast_to(lines, (num_heads + 8, LANES))
     prepared = operands(prepare, padded_tokens, head_dim, pool_dim, q.dtype)
-    scores = Scores(scale * k_scale, softcap, v_scale, dtype)
-    only_singles = batch.only_singles
-    num_lines = padded_tokens if only_singles else -(-min(num_rows, num_tokens) // TOKENS) * TOKENS
-    q2, k2, v2 = flat(q), flat(k), flat(v)
+    scores = Scores(scale * k_scale, softcap, v_scale, dtype, temperature_length)
+    num_lines = -(-min(num_rows, num_tokens) // TOKENS) * TOKENS
+    # Queries are products of all heads at once, or of each head by itself (models/mla.py): the kernels take them as those
+    # products lay them out.
+    heads_first = v is None
+    q2 = padded(q).swapaxes(0, 1) if heads_first else flat(q)
+    k2, v2 = flat(k), None if v is None else flat(v)
     parts = []
     for first in range(0, num_lines, blocks[0].max_rows):  # more rows than VMEM holds are served in turn
         end = min(num_lines, first + blocks[0].max_rows)
@@ -108,9 +112,9 @@ def paged_attention(
         cut = (lambda x: x) if end - first == num_lines else (lambda x, first=first, end=end: x[first:end])
         rope = None if prepared.rope is None else cut(prepared.rope)
         part, kv = attend_singles(
-            cut(q2),
+            cut(q2.swapaxes(0, 1)).swapaxes(0, 1) if heads_first else cut(q2),
             cut(k2),
-            cut(v2),
+            None if v2 is None else cut(v2),
             kv,
             mine,
             cut(batch.kv_lens),
@@ -118,31 +122,36 @@ def paged_attention(
             sinks,
             prepared._replace(rope=rope),
             num_heads=num_heads,
+            value_dim=value_lanes,
             num_rows=end - first,
             scores=scores,
             has_window=window is not None,
             blocks=blocks[0],
         )
         parts.append(part)
-    out = parts[0] if len(parts) == 1 else jnp.pad(jnp.concatenate(parts), ((0, padded_tokens - num_lines), (0, 0)))
-    if not only_singles:
-        out, kv = attend_chunks(
-            q2,
-            k2,
-            v2,
-            out,
-            kv,
-            scalars,
-            batch.kv_lens,
-            batch.cu_q_lens,
-            jnp.pad(batch.token_page, (0, padded_tokens - num_tokens)),
-            table.reshape(-1),
-            sinks,
-            prepared,
-            num_heads=num_heads,
-            scores=scores,
-            has_window=window is not None,
-            blocks=blocks[1],
-        )
-    out = out[:num_tokens].reshape(num_tokens, num_heads, pool_dim)[..., :head_dim]
+    out = parts[0]
+    if len(parts) > 1:
+        rest = [(0, 0)] * (out.ndim - 2) + [(0, padded_tokens - num_lines), (0, 0)]
+        out = jnp.pad(jnp.concatenate(parts, axis=-2), rest)
+    out, kv = attend_chunks(
+        q2,
+        k2,
+        v2,
+        out,
+        kv,
+        scalars,
+        batch.kv_lens,
+        batch.cu_q_lens,
+        jnp.pad(batch.token_page, (0, padded_tokens - num_tokens)),
+        table.reshape(-1),
+        sinks,
+        prepared,
+        num_heads=num_heads,
+        lines_set=num_lines,
+        scores=scores,
+        has_window=window is not None,
+        blocks=blocks[1],
+    )
+    out = out.swapaxes(0, 1) if heads_first else out.reshape(padded_tokens, num_heads, value_lanes)
+    out = out[:num_tokens, :, :value_dim]
     return out.astype(q.dtype), kv

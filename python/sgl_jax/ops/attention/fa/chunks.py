@@ -1,8 +1,8 @@
 """Rows with several new tokens: their K and V go to the pool first, then tiles of queries walk their rows' pages.
 
 Tiles lie on fixed places of the packed tokens, so that q and o need no other layout than the matmuls around have; a tile
-where rows meet is computed once for each of them. The kernel owns every token from the rows with one token, the number of rows with one
-token, on: their outputs, and zeros for padding.
+where rows meet is computed once for each of them. The kernel owns every token after the rows with one token: their
+outputs, and zeros for padding. Without such rows it has nothing to do but zeros where decode has not put them.
 """
 
 from __future__ import annotations
@@ -20,13 +20,18 @@ from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks
 from sgl_jax.ops.attention.fa.prepare import Operands, Prepare
 from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
-from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages
+from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, of_head, part_of
 from sgl_jax.ops.attention.fa.write import WriteRefs, write_chunks, write_scratch
+
+PRODUCT_QUERIES = 256  # queries of a product, over all its heads, as far as heads divide
+TURN = 6  # products of a turn at most
 
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """What the kernel sees. B queries of a tile."""
+    """What the kernel sees. B queries of a tile; a product takes those of J heads, U = N / J products in all. V is H, or
+    less where the pool has one plane, whose first V columns are the values; q and o may have heads before tokens
+    (tile.of_head), and so have their tiles."""
 
     num_single: Ref  # SMEM i32[1]: rows with one token
     first_page: Ref  # SMEM i32[1]: of the layer
@@ -36,28 +41,36 @@ class Refs:
     token_page: Ref  # SMEM i32[T]
     q: Ref  # HBM [T, N * H]
     k: Ref  # HBM [T, K * H]
-    v: Ref  # HBM [T, K * H]
+    v: Ref | None  # HBM [T, K * H]
     sinks: Ref | None  # VMEM f32[N + 8, 128]
     q_norm: Ref | None  # VMEM [1, H]: weight of the norm
     k_norm: Ref | None
     rope: Ref | None  # HBM f32[T, H]: cos and sin (api.QKPrepare)
     table: Ref
-    o: Ref  # HBM [T, N * H]
+    o: Ref  # HBM [T, N * V]
     kv: Ref  # HBM
     q_tiles: Ref  # VMEM [2, B, N * H]
-    o_tiles: Ref  # VMEM [2, B, N * H]
+    o_tiles: Ref  # VMEM [2, B, N * V]
     q_sem: Ref  # DMA [2]
     o_sem: Ref  # DMA [2]
-    top: Ref  # VMEM f32[N, B, 128]: the same in all lanes
-    total: Ref  # VMEM f32[N, B, 128]: lanes are to be summed
-    acc: Ref  # VMEM f32[N, B, H]
+    top: Ref  # VMEM f32[U, J * B, 128]: the same in all lanes
+    total: Ref  # VMEM f32[U, J * B, 128]: lanes are to be summed
+    acc: Ref  # VMEM f32[U, J * B, V]
     ring: dict[str, Ref]
     write: dict[str, Ref]
     rope_tiles: Ref = None  # VMEM f32[2, B, H]
 
 
 def _kernel(
-    refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, prepare: Prepare, has_window: bool
+    refs: Refs,
+    *,
+    num_heads: int,
+    groups: int,
+    unit_pages: int,
+    lines_set: int,
+    scores: Scores,
+    prepare: Prepare,
+    has_window: bool,
 ):
     num_rows = refs.kv_lens.shape[0]
     last_token = refs.cu_q_lens[num_rows]
@@ -65,14 +78,19 @@ def _kernel(
     write_chunks(WriteRefs(**{name: getattr(refs, name) for name in shared}, **refs.write), prepare)
 
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
-    num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
+    _, num_kv_heads, _, page_size, head_dim = refs.kv.shape
+    value_dim = refs.acc.shape[2]
     group = num_heads // num_kv_heads
+    products = refs.acc.shape[0]
+    joined = num_heads // products  # heads of a product
+    in_turn = part_of(group // joined, TURN)  # products of a turn, all of one KV head
     block_tokens = pages.pages * page_size
-    tile_tokens = refs.q_tiles.shape[1]
+    tile_tokens = refs.q_tiles.shape[-2]
     window = refs.window[0]
-    first_token = refs.num_single[0]  # of chunks: rows with one token come first
+    first_row = refs.num_single[0]  # of chunks: rows with one token come first, a token each
+    first_token = jnp.where(first_row < last_token, first_row, lines_set)
     first_tile = div(first_token, tile_tokens)
-    num_tiles = refs.q.shape[0] // tile_tokens
+    num_tiles = refs.q.shape[-2] // tile_tokens
 
     def positions(row, tile):
         """The positions [first, end) in its row of a tile's tokens of that row, and what to add to a token for its position."""
@@ -117,13 +135,14 @@ def _kernel(
         def _():
             pages.start(n)
 
-    row = jnp.minimum(first_token, num_rows - 1)
-    cursor = (jnp.int32(0), first_token, first_tile, *block_range(row, first_tile))
+    row = jnp.minimum(first_row, num_rows - 1)
+    cursor = (jnp.int32(0), first_row, first_tile, *block_range(row, first_tile))
     cursor = lax.fori_loop(0, pages.notice, lambda _, c: announce(c), cursor)
     lax.fori_loop(0, pages.lead, lambda n, _: start(n, cursor[0]), None)
 
     def tile_copy(hbm, tiles, sem, tile):
-        at = hbm.at[pl.ds(pl.multiple_of(tile * tile_tokens, tile_tokens), tile_tokens)]
+        lines = pl.ds(pl.multiple_of(tile * tile_tokens, tile_tokens), tile_tokens)
+        at = hbm.at[:, lines] if len(hbm.shape) == 3 else hbm.at[lines]
         slot = rem(tile, 2)
         return at, tiles.at[slot], sem.at[slot]
 
@@ -142,10 +161,28 @@ def _kernel(
 
     def prepare_tile(slot):
         rope = refs.rope_tiles[slot] if refs.rope is not None else None
-        for head in range(num_heads):
-            at = slot, slice(None), slice(head * head_dim, (head + 1) * head_dim)
+
+        def one_head(head, _):
+            at = q_at(slot, head)
             x = prepare(refs.q_tiles[at].astype(jnp.float32), refs.q_norm, rope)
             refs.q_tiles[at] = x.astype(refs.q_tiles.dtype)
+
+        lax.fori_loop(0, num_heads, one_head, None)
+
+    def q_at(slot, head):
+        return slot, *of_head(refs.q.shape, slice(None), head, head_dim)
+
+    def o_at(slot, head):
+        return slot, *of_head(refs.o.shape, slice(None), head, value_dim)
+
+    def for_heads(do):
+        """do(product, head's rows in it, head) for each head."""
+
+        def one(product, _):
+            for j in range(joined):
+                do(product, slice(j * tile_tokens, (j + 1) * tile_tokens), product * joined + j)
+
+        lax.fori_loop(0, products, one, None)
 
     def has_tokens(tile):
         return tile * tile_tokens < last_token
@@ -161,29 +198,45 @@ def _kernel(
         first, end, shift = positions(row, tile)
         low = first_key(first)
 
-        for head in range(num_heads):
+        def fresh(product, rows, head):
+            shape = tile_tokens, LANES
             if refs.sinks is None:
-                refs.top[head] = jnp.full(refs.top.shape[1:], FLOOR)
-                refs.total[head] = jnp.zeros(refs.total.shape[1:], jnp.float32)
+                refs.top[product, rows] = jnp.full(shape, FLOOR)
+                refs.total[product, rows] = jnp.zeros(shape, jnp.float32)
             else:
-                refs.top[head] = jnp.broadcast_to(refs.sinks[head : head + 1], refs.top.shape[1:])
-                refs.total[head] = jnp.full(refs.total.shape[1:], 1 / LANES, jnp.float32)
-            refs.acc[head] = jnp.zeros(refs.acc.shape[1:], jnp.float32)
+                refs.top[product, rows] = jnp.broadcast_to(refs.sinks[pl.ds(head, 1)], shape)
+                refs.total[product, rows] = jnp.full(shape, 1 / LANES, jnp.float32)
+            refs.acc[product, rows] = jnp.zeros((tile_tokens, value_dim), jnp.float32)
+
+        for_heads(fresh)
+
+        def query(width):
+            """The position of each query of a product, [J * B, width]."""
+            one_head = tile * tile_tokens + shift + lax.broadcasted_iota(jnp.int32, (tile_tokens, width), 0)
+            return jnp.concatenate([one_head] * joined, axis=0)
+
+        growth = scores.growth(query(1))
 
         def over(page_slot, first_page, count, keep):
-            def one_kv_head(h, _):
-                heads = [h * group + g for g in range(group)]
-                lanes = [pl.ds(pl.multiple_of(head * head_dim, LANES), head_dim) for head in heads]
-                states = [(refs.top[head][:, :1], refs.total[head], refs.acc[head]) for head in heads]
-                load = lambda which: join_pages(pages.buffer, page_slot, first_page, count, h, which)  # noqa: E731
-                queries = [refs.q_tiles[slot, :, at] for at in lanes]
-                states = attend(states, queries, [load] * group, keep, scores)
-                for head, (top, total, acc) in zip(heads, states, strict=True):
-                    refs.top[head] = jnp.broadcast_to(top, refs.top.shape[1:])
-                    refs.total[head] = total
-                    refs.acc[head] = acc
+            def one_turn(turn, _):
+                mine = [turn * in_turn + i for i in range(in_turn)]
+                h = div(mine[0] * joined, group)
 
-            lax.fori_loop(0, num_kv_heads, one_kv_head, None)
+                def load(which):
+                    return join_pages(pages.buffer, page_slot, first_page, count, h, which, value_dim)
+
+                def queries(product):
+                    heads = [product * joined + j for j in range(joined)]
+                    return jnp.concatenate([refs.q_tiles[q_at(slot, n)] for n in heads], axis=0)
+
+                states = [(refs.top[i][:, :1], refs.total[i], refs.acc[i]) for i in mine]
+                states = attend(states, [queries(i) for i in mine], [[load]] * in_turn, keep, scores, growth)
+                for i, (top, total, acc) in zip(mine, states, strict=True):
+                    refs.top[i] = jnp.broadcast_to(top, refs.top.shape[1:])
+                    refs.total[i] = total
+                    refs.acc[i] = acc
+
+            lax.fori_loop(0, products // in_turn, one_turn, None)
 
         def edge(page_slot, base):
             unit = unit_pages * page_size
@@ -193,8 +246,8 @@ def _kernel(
                     key = base + u * unit + lax.broadcasted_iota(jnp.int32, shape, axis)
                     if axis == 0:  # of V: what has been copied
                         return (key >= low) & (key < end)
-                    query = tile * tile_tokens + shift + lax.broadcasted_iota(jnp.int32, shape, 0)
-                    return (key <= query) & (key > query - window) if has_window else key <= query
+                    position = query(shape[1])
+                    return (key <= position) & (key > position - window) if has_window else key <= position
 
                 over(page_slot, u * unit_pages, unit_pages, keep)
 
@@ -214,12 +267,15 @@ def _kernel(
             return n + 1, cursor
 
         n, cursor = lax.fori_loop(*block_range(row, tile), one_block, (n, cursor))
-        token = tile * tile_tokens + lax.broadcasted_iota(jnp.int32, refs.acc.shape[1:], 0)
-        mine = (token >= first - shift) & (token < end - shift)
-        for head in range(num_heads):
-            out = refs.acc[head] / jnp.sum(refs.total[head], axis=1, keepdims=True) * scores.v_scale
-            at = slot, slice(None), slice(head * head_dim, (head + 1) * head_dim)
+
+        def put(product, rows, head):
+            token = tile * tile_tokens + lax.broadcasted_iota(jnp.int32, (tile_tokens, value_dim), 0)
+            mine = (token >= first - shift) & (token < end - shift)
+            out = refs.acc[product, rows] / jnp.sum(refs.total[product, rows], axis=1, keepdims=True) * scores.v_scale
+            at = o_at(slot, head)
             refs.o_tiles[at] = jnp.where(mine, out, refs.o_tiles[at].astype(jnp.float32)).astype(refs.o_tiles.dtype)
+
+        for_heads(put)
         return n, cursor
 
     def one_tile(tile, carry):
@@ -266,17 +322,18 @@ def _kernel(
 
         @pl.when((tile + 1) * tile_tokens > last_token)
         def _():
-            slot = rem(tile, 2)
-            token = tile * tile_tokens + lax.broadcasted_iota(jnp.int32, refs.acc.shape[1:], 0)
-            for head in range(num_heads):
-                at = slot, slice(None), slice(head * head_dim, (head + 1) * head_dim)
+            def clear(_product, _rows, head):
+                token = tile * tile_tokens + lax.broadcasted_iota(jnp.int32, (tile_tokens, value_dim), 0)
+                at = o_at(rem(tile, 2), head)
                 out = jnp.where(token < last_token, refs.o_tiles[at].astype(jnp.float32), 0)
                 refs.o_tiles[at] = out.astype(refs.o_tiles.dtype)
+
+            for_heads(clear)
 
         store(tile).start()
         return n, cursor, row
 
-    lax.fori_loop(first_tile, num_tiles, one_tile, (jnp.int32(0), cursor, first_token))
+    lax.fori_loop(first_tile, num_tiles, one_tile, (jnp.int32(0), cursor, first_row))
     for back in (2, 1):
 
         @pl.when(num_tiles - first_tile >= back)
@@ -287,7 +344,7 @@ def _kernel(
 def attend_chunks(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     o: jax.Array,
     kv: jax.Array,
     scalars: Scalars,
@@ -299,47 +356,50 @@ def attend_chunks(
     prepare: Operands,
     *,
     num_heads: int,
+    lines_set: int,
     scores: Scores,
     has_window: bool,
     blocks: ChunkBlocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """q and o [T, N * H], k and v [T, K * H], token_page i32[T] without the layer's first page,
-    table i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of blocks.queries.
+    """q [T, N * H] or [N, T, H], k and v [T, K * H] (v None for a pool of one plane), o [T, N * V] or [N, T, V], token_page
+    i32[T] without the layer's first page, table i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of blocks.queries. Without a row of more
+    than one token the first lines_set lines of o are as they should be.
 
-    Returns o with the lines from token the rows with one token on set, and the pool. Both are changed in place when donated.
+    Returns o with the lines after the rows with one token set, and the pool. Both are changed in place when donated.
     """
-    num_kv_heads, head_dim = kv.shape[1], kv.shape[4]
-    tile = (blocks.queries, q.shape[1])
-    state = (num_heads, blocks.queries)
+    _, num_kv_heads, planes, _, head_dim = kv.shape
+    value_dim = o.shape[-1] if o.ndim == 3 else o.shape[-1] // num_heads
+    joined = part_of(num_heads // num_kv_heads, max(1, PRODUCT_QUERIES // blocks.queries))
+    state = (num_heads // joined, joined * blocks.queries)
     scratch: dict[str, Any] = {
-        "q_tiles": pltpu.VMEM((2, *tile), q.dtype),
-        "o_tiles": pltpu.VMEM((2, *tile), o.dtype),
+        "q_tiles": pltpu.VMEM((2, *q.shape[:-2], blocks.queries, q.shape[-1]), q.dtype),
+        "o_tiles": pltpu.VMEM((2, *o.shape[:-2], blocks.queries, o.shape[-1]), o.dtype),
         "q_sem": pltpu.SemaphoreType.DMA((2,)),
         "o_sem": pltpu.SemaphoreType.DMA((2,)),
         "top": pltpu.VMEM((*state, LANES), jnp.float32),
         "total": pltpu.VMEM((*state, LANES), jnp.float32),
-        "acc": pltpu.VMEM((*state, head_dim), jnp.float32),
+        "acc": pltpu.VMEM((*state, value_dim), jnp.float32),
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
         "write": write_scratch(kv, k, prepare.rope, blocks.write_slots, blocks.write_pages),
     }
     if prepare.rope is not None:
         scratch["rope_tiles"] = pltpu.VMEM((2, blocks.queries, head_dim), jnp.float32)
-    optional = {"sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm, "rope": prepare.rope}
+    optional = {"v": v, "sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm, "rope": prepare.rope}
+    missing = [name for name, x in optional.items() if x is None]
     optional = {name: x for name, x in optional.items() if x is not None}
     prefetch = [*Scalars._fields, "kv_lens", "cu_q_lens", "token_page"]
-    names = [*prefetch, "q", "k", "v", *optional, "table"]
+    names = [*prefetch, "q", "k", *optional, "table"]
 
     def body(*args):
         *plain, _o_in, _kv_in, o, kv_out, rest = args
-        fields: dict[str, Any] = dict(zip(names, plain, strict=True))
-        for name in ("sinks", "q_norm", "k_norm", "rope"):
-            fields.setdefault(name, None)
+        fields: dict[str, Any] = dict(zip(names, plain, strict=True)) | dict.fromkeys(missing)
         groups = table.shape[0] // (kv_lens.shape[0] * ring.IDS)
         _kernel(
             Refs(**fields, o=o, kv=kv_out, **rest),
             num_heads=num_heads,
             groups=groups,
             unit_pages=blocks.unit_pages,
+            lines_set=lines_set,
             scores=scores,
             prepare=prepare.spec,
             has_window=has_window,
@@ -347,16 +407,16 @@ def attend_chunks(
 
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    inputs = [q, k, v, *optional.values(), table, o, kv]
+    inputs = [q, k, *optional.values(), table, o, kv]
     last = len(prefetch) + len(inputs)
-    keys = q.shape[0] * blocks.expected_keys
+    keys = q.shape[-2] * blocks.expected_keys
     return pl.pallas_call(
         body,
         out_shape=[jax.ShapeDtypeStruct(o.shape, o.dtype), jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=(),
-            in_specs=[hbm, hbm, hbm, *(hbm if name == "rope" else whole for name in optional), hbm, hbm, hbm],
+            in_specs=[hbm, hbm, *(hbm if name in ("v", "rope") else whole for name in optional), hbm, hbm, hbm],
             out_specs=[hbm, hbm],
             scratch_shapes=[scratch],
         ),
@@ -365,10 +425,10 @@ def attend_chunks(
             disable_bounds_checks=True, disable_semaphore_checks=True, vmem_limit_bytes=blocks.vmem_limit
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * keys * num_heads * head_dim,
+            flops=2 * keys * num_heads * (head_dim + value_dim),
             transcendentals=keys * num_heads,
-            bytes_accessed=2 * keys // blocks.queries * num_kv_heads * head_dim * kv.dtype.itemsize
-            + 2 * q.size * q.dtype.itemsize,
+            bytes_accessed=planes * keys // blocks.queries * num_kv_heads * head_dim * kv.dtype.itemsize
+            + (q.size + o.size) * q.dtype.itemsize,
         ),
         name="fa_chunks",
     )(*scalars, kv_lens, cu_q_lens, token_page, *inputs)

@@ -20,14 +20,18 @@ from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import DecodeBlocks
 from sgl_jax.ops.attention.fa.prepare import Operands, Prepare
 from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
-from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, row_tile
+from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, of_head, part_of, row_tile
 
 WRITES = 4  # tiles on their way back to the pool
+UNROLLED_HEADS = 32  # of more heads, each is a turn of a loop where they are handled one by one
+PART_HEADS = 128  # query heads of a product at most
+ALONE = 2  # cuts of the keys of a block where there is but one product, for want of another to run beside its softmax
 
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """What the kernel sees. R rows, a multiple of 16; C = H / 128 lane tiles."""
+    """What the kernel sees. R rows, a multiple of 16; C = H / 128 lane tiles. V is H, or less where the pool has one
+    plane, whose first V columns are the values; q and o may have heads before rows (tile.of_head)."""
 
     num_single: Ref  # SMEM i32[1]: rows with one token
     first_page: Ref  # SMEM i32[1]: of the layer
@@ -35,17 +39,17 @@ class Refs:
     kv_lens: Ref  # SMEM i32[S]
     q: Ref  # VMEM [R, N * H]
     k: Ref  # VMEM [R, K * H]
-    v: Ref  # VMEM [R, K * H]
+    v: Ref | None  # VMEM [R, K * H]
     sinks: Ref | None  # VMEM f32[N + 8, 128]
     q_norm: Ref | None  # VMEM [1, H]: weight of the norm
     k_norm: Ref | None
     rope: Ref | None  # VMEM f32[R, H]: cos and sin (api.QKPrepare)
     table: Ref
-    o: Ref  # VMEM [R, N * H]
+    o: Ref  # VMEM [R, N * V]
     kv: Ref  # HBM
     heads: Ref  # VMEM f32[C, R * N + pad, 128]: q by (row, head); o takes its place row by row
-    new: Ref  # VMEM f32[C, R * K * 2, 128]: K and V by (row, KV head, which)
-    tiles: Ref  # VMEM [WRITES, K, 2, row tile, H]
+    new: Ref  # VMEM f32[C, R * K * planes, 128]: K and V by (row, KV head, which)
+    tiles: Ref  # VMEM [WRITES, K, planes, row tile, H]
     write_sem: Ref  # DMA [WRITES]
     ring: dict[str, Ref]
 
@@ -54,14 +58,20 @@ def _kernel(
     refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, prepare: Prepare, has_window: bool
 ):
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
-    num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
+    _, num_kv_heads, planes, page_size, head_dim = refs.kv.shape
+    value_dim = refs.o.shape[-1] if refs.o.ndim == 3 else refs.o.shape[-1] // num_heads
     group = num_heads // num_kv_heads
-    group_rows = -(-group // 8) * 8  # q heads of a KV head, as rows of a product
+    part = part_of(group, PART_HEADS)  # q heads of a product
+    part_rows = -(-part // 8) * 8
+    first_heads = range(0, num_heads, part)
     block_tokens = pages.pages * page_size
     dtype = scores.dtype
     num_rows = refs.num_single[0]
     window = refs.window[0]
-    lane_tiles = range(head_dim // LANES)
+    lane_tiles, value_tiles = range(head_dim // LANES), range(value_dim // LANES)
+
+    def for_heads(do):
+        lax.fori_loop(0, num_heads, do, None, unroll=num_heads <= UNROLLED_HEADS)
 
     def spread(r, _):
         """16 rows of [R, heads * H] to lines by (row, head)."""
@@ -73,15 +83,18 @@ def _kernel(
                 target[c, lines] = x[:, c * LANES : (c + 1) * LANES]
 
         def load(source, head):
-            return source[at, head * head_dim : (head + 1) * head_dim].astype(jnp.float32)
+            return source[of_head(source.shape, at, head, head_dim)].astype(jnp.float32)
 
-        for n in range(num_heads):
+        def one_head(n, _):
             x = prepare(load(refs.q, n), refs.q_norm, rope)
             put(refs.heads, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads), x)
+
+        for_heads(one_head)
         for h in range(num_kv_heads):
-            line = (r * 16 * num_kv_heads + h) * 2
-            put(refs.new, pl.ds(line, 16, stride=2 * num_kv_heads), prepare(load(refs.k, h), refs.k_norm, rope))
-            put(refs.new, pl.ds(line + 1, 16, stride=2 * num_kv_heads), load(refs.v, h))
+            line, stride = (r * 16 * num_kv_heads + h) * planes, planes * num_kv_heads
+            put(refs.new, pl.ds(line, 16, stride=stride), prepare(load(refs.k, h), refs.k_norm, rope))
+            if refs.v is not None:
+                put(refs.new, pl.ds(line + 1, 16, stride=stride), load(refs.v, h))
 
     lax.fori_loop(0, cdiv(num_rows, 16), spread, None)
 
@@ -121,16 +134,17 @@ def _kernel(
         n, cursor = carry
         kv_len, first = refs.kv_lens[row], first_key(row)
         begin, end = block_range(row)
-        lines = [pl.ds(row * num_heads + h * group, group_rows) for h in range(num_kv_heads)]
+        lines = [pl.ds(row * num_heads + head, part_rows) for head in first_heads]
         q = [jnp.concatenate([refs.heads[c, at] for c in lane_tiles], 1).astype(dtype) for at in lines]
+        growth = scores.growth(jnp.full((part_rows, 1), kv_len - 1))
 
-        def fresh(h):
+        def fresh(head):
             if refs.sinks is None:
-                top, total = jnp.full((group_rows, 1), FLOOR), jnp.zeros((group_rows, LANES), jnp.float32)
+                top, total = jnp.full((part_rows, 1), FLOOR), jnp.zeros((part_rows, LANES), jnp.float32)
             else:
-                top = refs.sinks[h * group : h * group + group_rows, :1]
-                total = jnp.full((group_rows, LANES), 1 / LANES, jnp.float32)  # lanes are summed at the end
-            return top, total, jnp.zeros((group_rows, head_dim), jnp.float32)
+                top = refs.sinks[head : head + part_rows, :1]
+                total = jnp.full((part_rows, LANES), 1 / LANES, jnp.float32)  # lanes are summed at the end
+            return top, total, jnp.zeros((part_rows, value_dim), jnp.float32)
 
         def fetch(n, cursor):
             start(n + pages.lead, cursor[0])
@@ -138,10 +152,16 @@ def _kernel(
             return slot, announce(cursor)  # after the waits, where it is scheduled among the products
 
         def over(state, slot, first_page, count, keep):
-            def keys(h):
-                return lambda which: join_pages(pages.buffer, slot, first_page, count, h, which)
+            cuts = ALONE if len(first_heads) == 1 and part_rows > 8 and keep is None and count % ALONE == 0 else 1
+            some = count // cuts
 
-            return attend(state, q, [keys(h) for h in range(num_kv_heads)], keep, scores)
+            def load(h, first, which):
+                return join_pages(pages.buffer, slot, first_page + first, some, h, which, value_dim)
+
+            def keys(h):
+                return [functools.partial(load, h, first) for first in range(0, count, some)]
+
+            return attend(state, q, [keys(head // group) for head in first_heads], keep, scores, growth)
 
         def whole(state, slot):
             return over(state, slot, 0, pages.pages, None)
@@ -170,7 +190,7 @@ def _kernel(
                 state = whole(state, slot)
             return n + 1, cursor, state
 
-        state = [fresh(h) for h in range(num_kv_heads)]
+        state = [fresh(head) for head in first_heads]
         n, cursor, state = lax.fori_loop(begin, end - 1, inner, (n, cursor, state))
         slot, cursor = fetch(n, cursor)
         block = end - 1
@@ -181,8 +201,8 @@ def _kernel(
         state = lax.cond(is_whole, lambda s: whole(s, slot), lambda s: edge(s, slot, block), state)
         for (_, total, acc), at in zip(state, lines, strict=True):
             out = acc / jnp.sum(total, axis=1, keepdims=True) * scores.v_scale
-            for c in lane_tiles:
-                refs.heads[c, pl.ds(at.start, group)] = out[:group, c * LANES : (c + 1) * LANES]
+            for c in value_tiles:
+                refs.heads[c, pl.ds(at.start, part)] = out[:part, c * LANES : (c + 1) * LANES]
         return n + 1, cursor
 
     lax.fori_loop(0, num_rows, one_row, (jnp.int32(0), cursor))
@@ -191,13 +211,15 @@ def _kernel(
         """And back: o by (row, head) to [R, N * H]; zeros after the last row."""
         at = pl.ds(pl.multiple_of(r * 16, 16), 16)
         live = r * 16 + lax.broadcasted_iota(jnp.int32, (16, LANES), 0) < num_rows
-        for n in range(num_heads):
-            for c in lane_tiles:
-                lanes = slice(n * head_dim + c * LANES, n * head_dim + (c + 1) * LANES)
-                x = refs.heads[c, pl.ds(r * 16 * num_heads + n, 16, stride=num_heads)]
-                refs.o[at, lanes] = jnp.where(live, x, 0).astype(refs.o.dtype)
 
-    lax.fori_loop(0, refs.o.shape[0] // 16, gather, None)
+        def one_head(n, _):
+            lines = pl.ds(r * 16 * num_heads + n, 16, stride=num_heads)
+            x = jnp.concatenate([jnp.where(live, refs.heads[c, lines], 0) for c in value_tiles], 1)
+            refs.o[of_head(refs.o.shape, at, n, value_dim)] = x.astype(refs.o.dtype)
+
+        for_heads(one_head)
+
+    lax.fori_loop(0, refs.o.shape[-2] // 16, gather, None)
     for w in range(WRITES):
 
         @pl.when(num_rows > w)
@@ -212,7 +234,7 @@ def _written(refs: Refs, w):
 
 def _insert(refs: Refs, pages: PageRing, row, n, slot, block) -> None:
     """Put the row's new K and V into its last block, and send the row tile around them back to the pool."""
-    num_kv_heads, page_size, head_dim = refs.kv.shape[1], refs.kv.shape[3], refs.kv.shape[4]
+    _, num_kv_heads, planes, page_size, head_dim = refs.kv.shape
     height = refs.tiles.shape[3]
     place = refs.kv_lens[row] - 1
     page = div(place, page_size)
@@ -226,9 +248,9 @@ def _insert(refs: Refs, pages: PageRing, row, n, slot, block) -> None:
 
     here = lax.broadcasted_iota(jnp.int32, (height, head_dim), 0) == offset - top
     for h in range(num_kv_heads):
-        for which in range(2):
+        for which in range(planes):
             at = slot, page - block * pages.pages, h, which, pl.ds(top, height)
-            line = pl.ds((row * num_kv_heads + h) * 2 + which, 1)
+            line = pl.ds((row * num_kv_heads + h) * planes + which, 1)
             new = jnp.concatenate([refs.new[c, line] for c in range(head_dim // LANES)], 1)
             old = pages.buffer[at]
             tile = jnp.where(here, new, old.astype(jnp.float32)).astype(old.dtype)
@@ -241,7 +263,7 @@ def _insert(refs: Refs, pages: PageRing, row, n, slot, block) -> None:
 def attend_singles(
     q: jax.Array,
     k: jax.Array,
-    v: jax.Array,
+    v: jax.Array | None,
     kv: jax.Array,
     scalars: Scalars,
     kv_lens: jax.Array,
@@ -250,34 +272,36 @@ def attend_singles(
     prepare: Operands,
     *,
     num_heads: int,
+    value_dim: int,
     num_rows: int,
     scores: Scores,
     has_window: bool,
     blocks: DecodeBlocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """q [T, N * H], k and v [T, K * H], table i32[S * groups * IDS], sinks f32[N + 8, 128].
+    """q [T, N * H] or [N, T, H], k and v [T, K * H] (v None for a pool of one plane), table i32[S * groups * IDS],
+    sinks f32[N + 8, 128].
 
-    Returns o [T, N * H], of which the first num_rows lines are set (zeros where the rows with one token ends), and the pool.
+    Returns o [T, N * value_dim] or [N, T, value_dim], of which the first num_rows lines are set (zeros after the rows with
+    one token), and the pool.
     """
-    num_kv_heads, head_dim = kv.shape[1], kv.shape[4]
+    _, num_kv_heads, planes, _, head_dim = kv.shape
     lane_tiles = head_dim // LANES
     height = row_tile(kv.dtype)
     scratch: dict[str, Any] = {
         "heads": pltpu.VMEM((lane_tiles, num_rows * num_heads + 16, LANES), jnp.float32),
-        "new": pltpu.VMEM((lane_tiles, num_rows * num_kv_heads * 2, LANES), jnp.float32),
-        "tiles": pltpu.VMEM((WRITES, num_kv_heads, 2, height, head_dim), kv.dtype),
+        "new": pltpu.VMEM((lane_tiles, num_rows * num_kv_heads * planes, LANES), jnp.float32),
+        "tiles": pltpu.VMEM((WRITES, num_kv_heads, planes, height, head_dim), kv.dtype),
         "write_sem": pltpu.SemaphoreType.DMA((WRITES,)),
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
     }
-    optional = {"sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm, "rope": prepare.rope}
+    optional = {"v": v, "sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm, "rope": prepare.rope}
+    missing = [name for name, x in optional.items() if x is None]
     optional = {name: x for name, x in optional.items() if x is not None}
-    names = [*Scalars._fields, "kv_lens", "q", "k", "v", *optional, "table"]
+    names = [*Scalars._fields, "kv_lens", "q", "k", *optional, "table"]
 
     def body(*args):
         *plain, _kv_in, o, kv_out, rest = args
-        fields = dict(zip(names, plain, strict=True))
-        for name in ("sinks", "q_norm", "k_norm", "rope"):
-            fields.setdefault(name, None)
+        fields: dict[str, Any] = dict(zip(names, plain, strict=True)) | dict.fromkeys(missing)
         kernel(Refs(**fields, o=o, kv=kv_out, **rest))
 
     kernel = functools.partial(
@@ -289,26 +313,31 @@ def attend_singles(
         prepare=prepare.spec,
         has_window=has_window,
     )
-    rows = lambda x: pl.BlockSpec((num_rows, x.shape[1]), lambda *_: (0, 0), pipeline_mode=pl.Buffered(1))  # noqa: E731
+    per_head = (num_heads, q.shape[1], value_dim)
+    out = jax.ShapeDtypeStruct(per_head if q.ndim == 3 else (q.shape[0], num_heads * value_dim), q.dtype)
+
+    def rows(x):
+        shape = (*x.shape[:-2], num_rows, x.shape[-1])
+        return pl.BlockSpec(shape, lambda *_: (0,) * len(shape), pipeline_mode=pl.Buffered(1))
+
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    inputs = [q, k, v, *optional.values(), table, kv]
+    inputs = [q, k, *optional.values(), table, kv]
     keys = num_rows * blocks.expected_keys
     return pl.pallas_call(
         body,
-        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
+        out_shape=[out, jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=4,
             grid=(1,),
             in_specs=[
                 rows(q),
                 rows(k),
-                rows(v),
-                *(rows(x) if name == "rope" else whole for name, x in optional.items()),
+                *(rows(x) if name in ("v", "rope") else whole for name, x in optional.items()),
                 hbm,
                 hbm,
             ],
-            out_specs=[rows(q), hbm],
+            out_specs=[rows(out), hbm],
             scratch_shapes=[scratch],
         ),
         input_output_aliases={3 + len(inputs): 1},
@@ -316,9 +345,10 @@ def attend_singles(
             disable_bounds_checks=True, disable_semaphore_checks=True, vmem_limit_bytes=blocks.vmem_limit
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * keys * num_heads * head_dim,
+            flops=2 * keys * num_heads * (head_dim + value_dim),
             transcendentals=keys * num_heads,
-            bytes_accessed=2 * keys * num_kv_heads * head_dim * kv.dtype.itemsize + 2 * q.size * q.dtype.itemsize,
+            bytes_accessed=planes * keys * num_kv_heads * head_dim * kv.dtype.itemsize
+            + (q.size + out.size) * q.dtype.itemsize,
         ),
         name="fa_decode",
     )(*scalars, kv_lens, *inputs)

@@ -39,9 +39,9 @@ def cdiv(x: Any, n: int) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class PageRing:
-    kv: Ref  # HBM [LP, K, 2, page, H]
+    kv: Ref  # HBM [LP, K, planes, page, H]
     table: Ref  # HBM i32[S * groups * IDS]: each row's page ids, padded to whole groups
-    buffer: Ref  # VMEM [slots, pages, K, 2, page, H]
+    buffer: Ref  # VMEM [slots, pages, K, planes, page, H]
     page_sem: Ref  # DMA [slots]
     ids: Ref  # SMEM i32[items * IDS]
     id_sem: Ref  # DMA [items]

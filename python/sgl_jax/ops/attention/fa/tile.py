@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 
 LANES = 128
 AHEAD = 2  # scores asked for before the first softmax; 0, 1 and 3 need 8 to 22 % more bundles (docs/decisions/0012)
@@ -31,6 +33,31 @@ class Scores:
     softcap: float | None
     v_scale: float
     dtype: Any  # of the operands of both products
+    temperature_length: int | None = None  # as in api.Attention
+
+    def growth(self, position: jax.Array) -> jax.Array | None:
+        """What capped scores of queries at the positions, i32[R, 1], are multiplied with: f32[R, 1]."""
+        if self.temperature_length is None:
+            return None
+        log = jnp.log(jnp.maximum(position, 1).astype(jnp.float32))
+        return jnp.maximum(log * (1 / math.log(self.temperature_length)), 1)
+
+
+def of_head(shape: tuple[int, ...], lines: Any, head: Any, width: int) -> tuple[Any, ...]:
+    """Where a head's lines are in an array of the shape [T, N * width] or [N, T, width]."""
+    if len(shape) == 3:
+        return head, lines
+    if isinstance(head, int):
+        return lines, slice(head * width, (head + 1) * width)
+    return lines, pl.ds(pl.multiple_of(head * width, LANES), width)
+
+
+def part_of(group: int, most: int) -> int:
+    """Into parts of how many query heads a group is best divided, at most `most` if that gives no small parts."""
+    if group <= most:
+        return group
+    part = max(n for n in range(1, most + 1) if group % n == 0)
+    return part if 4 * part >= most else group
 
 
 def row_tile(dtype: Any) -> int:
@@ -38,9 +65,12 @@ def row_tile(dtype: Any) -> int:
     return 32 // jnp.dtype(dtype).itemsize
 
 
-def join_pages(buffer: Any, slot: Any, first: Any, count: int, head: Any, which: int) -> jax.Array:
-    """K (which 0) or V (1) of one KV head in pages [first, first + count) of a ring slot: [count * page, H]."""
-    return jnp.concatenate([buffer[slot, first + j, head, which] for j in range(count)], axis=0)
+def join_pages(buffer: Any, slot: Any, first: Any, count: int, head: Any, which: int, value_dim: int) -> jax.Array:
+    """K (which 0) or V (1) of one KV head in pages [first, first + count) of a ring slot: [count * page, H], V's first
+    value_dim columns. Of a pool of one plane V is a part of K."""
+    plane = min(which, buffer.shape[3] - 1)
+    columns = slice(0, value_dim if which else buffer.shape[5])
+    return jnp.concatenate([buffer[slot, first + j, head, plane, :, columns] for j in range(count)], axis=0)
 
 
 def fold_lanes(x: jax.Array) -> jax.Array:
@@ -53,19 +83,21 @@ def fold_lanes(x: jax.Array) -> jax.Array:
     return parts[0]
 
 
-State = tuple[jax.Array, jax.Array, jax.Array]  # top [R, 1], total [R, 128] whose lanes are to be summed, acc [R, H]
+State = tuple[jax.Array, jax.Array, jax.Array]  # top [R, 1], total [R, 128] whose lanes are to be summed, acc [R, V]
 Keep = Callable[[tuple[int, ...], int], jax.Array]
+Load = Callable[[int], jax.Array]  # of 0, some keys [W, H]; of 1, their values [W, V]
 
 
 def attend(
     states: list[State],
     queries: list[jax.Array],
-    keys: list[Callable[[int], jax.Array]],
+    keys: list[list[Load]],
     keep: Keep | None,
     scores: Scores,
+    growth: jax.Array | None = None,
 ) -> list[State]:
-    """One step of online softmax for several heads: queries [R, H] each, and functions that load K (of 0) or V (of 1)
-    of its keys, [W, H].
+    """One step of online softmax for several products: queries [R, H] each, the loads of its keys, one after the other, and
+    the queries' Scores.growth.
 
     keep(shape, axis) says which keys count, where key i lies at index i of the axis: scores and V of others are not
     used, whatever they hold. The matrix units keep program order, so the scores of the next heads are asked for before
@@ -78,29 +110,30 @@ def attend(
         b = b if b.dtype in (scores.dtype, jnp.float8_e4m3fn) else b.astype(scores.dtype)
         return lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
-    def score(head: int) -> jax.Array:
-        s = dot(queries[head], keys[head](0), ((1,), (1,))) * scores.scale
+    states = list(states)
+    work = [(head, load) for head, loads in enumerate(keys) for load in loads]
+
+    def score(head: int, load: Load) -> jax.Array:
+        s = dot(queries[head], load(0), ((1,), (1,)))
+        last = scores.scale if scores.softcap is None else scores.softcap
         if scores.softcap is not None:
-            s = scores.softcap * jnp.tanh(s * (1 / scores.softcap))
+            s = jnp.tanh(s * (scores.scale / scores.softcap))
+        s *= last if growth is None else last * growth
         return s if keep is None else jnp.where(keep(s.shape, 1), s, FLOOR)
 
-    def weigh(head: int, s: jax.Array) -> State:
+    def weigh(head: int, load: Load, s: jax.Array) -> State:
         top, total, acc = states[head]
         new_top = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
         rescale = jnp.exp(top - new_top)
         p = jnp.exp(s - new_top)
-        v = keys[head](1)
+        v = load(1)
         if keep is not None:
             v = jnp.where(keep(v.shape, 0), v.astype(jnp.float32), 0)
         weighted = dot(p.astype(scores.dtype), v, ((1,), (0,)))
         return new_top, total * rescale + fold_lanes(p), acc * rescale + weighted
 
-    asked: list[jax.Array] = []
-    done: list[State] = []
-    for head in range(len(states)):
-        asked.append(score(head))
-        if head >= AHEAD:
-            done.append(weigh(head - AHEAD, asked[head - AHEAD]))
-    for head in range(len(done), len(states)):
-        done.append(weigh(head, asked[head]))
-    return done
+    asked = [score(*each) for each in work[:AHEAD]]
+    for i, (head, load) in enumerate(work):
+        asked += [score(*each) for each in work[i + AHEAD : i + AHEAD + 1]]
+        states[head] = weigh(head, load, asked[i])
+    return states

@@ -33,14 +33,14 @@ class WriteRefs:
     cu_q_lens: Ref  # SMEM i32[S + 1]
     token_page: Ref  # SMEM i32[T]
     k: Ref  # HBM [T, K * H]
-    v: Ref  # HBM [T, K * H]
+    v: Ref | None  # HBM [T, K * H]
     k_norm: Ref | None  # VMEM [1, H]
     rope: Ref | None  # HBM f32[T, H]
-    kv: Ref  # HBM [LP, K, 2, page, H]
-    lines: Ref  # VMEM [slots, 2, W, K * H]
+    kv: Ref  # HBM [LP, K, planes, page, H]
+    lines: Ref  # VMEM [slots, planes, W, K * H]
     line_sem: Ref  # DMA [slots]
-    shifted: Ref  # VMEM f32[2, K, C, M + W + M, 128]
-    segments: Ref  # VMEM [slots, pages, K, 2, page, H]
+    shifted: Ref  # VMEM f32[planes, K, C, M + W + M, 128]
+    segments: Ref  # VMEM [slots, pages, K, planes, page, H]
     old_sem: Ref  # DMA [slots]
     new_sem: Ref  # DMA [slots]
     counts: Ref  # SMEM i32[slots]: pages of the slot on their way to the pool
@@ -48,13 +48,13 @@ class WriteRefs:
 
 
 def write_scratch(kv: jax.Array, k: jax.Array, rope: jax.Array | None, slots: int, pages: int) -> dict[str, Any]:
-    _, num_kv_heads, _, page_size, head_dim = kv.shape
+    _, num_kv_heads, planes, page_size, head_dim = kv.shape
     tokens = pages * page_size
     lines = min(tokens + ALIGN, k.shape[0])
     return {
-        "lines": pltpu.VMEM((slots, 2, lines, k.shape[1]), k.dtype),
+        "lines": pltpu.VMEM((slots, planes, lines, k.shape[1]), k.dtype),
         "line_sem": pltpu.SemaphoreType.DMA((slots,)),
-        "shifted": pltpu.VMEM((2, num_kv_heads, head_dim // LANES, lines + 2 * tokens, LANES), jnp.float32),
+        "shifted": pltpu.VMEM((planes, num_kv_heads, head_dim // LANES, lines + 2 * tokens, LANES), jnp.float32),
         "segments": pltpu.VMEM((slots, pages, *kv.shape[1:]), kv.dtype),
         "old_sem": pltpu.SemaphoreType.DMA((slots,)),
         "new_sem": pltpu.SemaphoreType.DMA((slots,)),
@@ -65,7 +65,7 @@ def write_scratch(kv: jax.Array, k: jax.Array, rope: jax.Array | None, slots: in
 def write_chunks(refs: WriteRefs, prepare: Prepare) -> None:
     """Write all of them, and wait until they are in the pool."""
     num_rows = refs.kv_lens.shape[0]
-    slots, pages, num_kv_heads, _, page_size, head_dim = refs.segments.shape
+    slots, pages, num_kv_heads, planes, page_size, head_dim = refs.segments.shape
     tokens = pages * page_size
     num_lines = refs.lines.shape[2]
     last_token = refs.cu_q_lens[num_rows]
@@ -100,7 +100,8 @@ def write_chunks(refs: WriteRefs, prepare: Prepare) -> None:
         token = segment * tokens - refs.kv_lens[row] + refs.cu_q_lens[row + 1]
         base = jnp.clip(div(jnp.maximum(token, 0), ALIGN) * ALIGN, 0, refs.k.shape[0] - num_lines)
         at = pl.ds(pl.multiple_of(base, ALIGN), num_lines)
-        pairs = [(refs.k, refs.lines.at[slot, 0]), (refs.v, refs.lines.at[slot, 1])]
+        new = [refs.k] if refs.v is None else [refs.k, refs.v]
+        pairs = [(x, refs.lines.at[slot, which]) for which, x in enumerate(new)]
         if refs.rope is not None:
             pairs.append((refs.rope, refs.rope_lines.at[slot]))
         return [pltpu.make_async_copy(x.at[at], to, refs.line_sem.at[slot]) for x, to in pairs], token - base
@@ -154,7 +155,7 @@ def write_chunks(refs: WriteRefs, prepare: Prepare) -> None:
             copy.wait()
         for_half_new_pages(row, segment, lambda page: page_copy(n, row, segment, page, False).wait())
         rope = refs.rope_lines[slot] if refs.rope is not None else None
-        for which in range(2):
+        for which in range(planes):
             for h in range(num_kv_heads):
                 x = refs.lines[slot, which, :, h * head_dim : (h + 1) * head_dim].astype(jnp.float32)
                 if which == 0:
@@ -168,7 +169,7 @@ def write_chunks(refs: WriteRefs, prepare: Prepare) -> None:
             j = page - segment * pages
             place = page * page_size + lax.broadcasted_iota(jnp.int32, (page_size, LANES), 0)
             new = (place >= first) & (place < end)
-            for which in range(2):
+            for which in range(planes):
                 for h in range(num_kv_heads):
                     for c in lane_tiles:
                         x = refs.shifted[which, h, c, pl.ds(tokens + offset + j * page_size, page_size)]
