@@ -145,13 +145,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--report", type=Path, required=True)
-    parser.add_argument("--only", metavar="MODEL:TOPOLOGY", help="this cell anew; the others stay as they are")
+    parser.add_argument("--only", metavar="MODEL:TOPOLOGY", help="this cell anew; without it, those that are not there yet")
     args = parser.parse_args()
     before = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     cells = {(each["model"], each["topology"]): each for each in before}
     for name, grids in GRIDS.items():
         for topology in grids:
-            if args.only in (None, f"{name}:{topology}"):
+            wanted = (name, topology) not in cells if args.only is None else args.only == f"{name}:{topology}"
+            if wanted:
                 cells[name, topology] = cell(name, topology)
                 print(name, topology, "compiled", flush=True)
                 order = [cells[key] for key in ((n, t) for n in GRIDS for t in GRIDS[n]) if key in cells]
