@@ -193,8 +193,10 @@ def _open(url: str, token: str | None, start: int = 0) -> Any:
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Large files are kept by other hosts, to which urllib would send the token, too."""
 
-    def redirect_request(self, req: urllib.request.Request, *args: Any) -> urllib.request.Request | None:
-        onward = super().redirect_request(req, *args)
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        onward = super().redirect_request(req, fp, code, msg, headers, newurl)
         if onward is not None and (onward.type, onward.host) != (req.type, req.host):
             onward.remove_header("Authorization")
         return onward
