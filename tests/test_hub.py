@@ -16,9 +16,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from sgl_jax.hub import Downloads, HubError, Progress, local_path
 from sgl_jax.server_args import ServerArgs
+from sgl_jax.text.tokenizer import load_tokenizer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -278,3 +280,12 @@ def test_progress_is_a_line_every_few_seconds(caplog: pytest.LogCaptureFixture) 
         Progress("org/model").at(1, 2)
         Progress("org/model", seconds=0.0).at(1_500_000_000, 3_000_000_000)
     assert [record.message for record in caplog.records] == ["downloading org/model: 1.50 of 3.00 GB"]
+
+
+def test_a_tokenizer_by_name_comes_with_all_its_templates(hub: Hub, tmp_path: Path) -> None:
+    bare = tokenizers.Tokenizer(tokenizers.models.BPE()).to_str().encode()
+    named = "additional_chat_templates/rag.jinja"
+    hub.files = {"tokenizer.json": bare, "chat_template.jinja": b"one", named: b"two", "model.safetensors": b"no"}
+    tokenizer = load_tokenizer("org/model", downloads=Downloads("modelscope", str(tmp_path), hub.url))
+    assert tokenizer.chat_template("rag") is not tokenizer.chat_template()
+    assert set(contents(tmp_path / "org/model")) == {"tokenizer.json", "chat_template.jinja", named}

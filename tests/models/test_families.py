@@ -216,6 +216,15 @@ def test_qwen1_ends_at_the_tokens_of_training_unless_dynamic_ntk_is_off(caplog):
     assert not caplog.text
 
 
+def test_contexts_end_with_the_first_of_dual_chunks(caplog):
+    """As of Qwen2.5-7B-Instruct-1M, whose chunks are of 262144 tokens."""
+    chunks = {"chunk_size": 100, "local_size": 30, "original_max_position_embeddings": 100}
+    config = decoder_config(hf("Qwen2ForCausalLM", dual_chunk_attention_config=chunks))
+    assert config.context_length == 70
+    assert "dual_chunk_attention_config" in caplog.text
+    assert decoder_config(hf("Qwen2ForCausalLM", dual_chunk_attention_config=None)).context_length == 512
+
+
 def test_a_qwen1_chat_model_stops_at_the_marks_of_chatml():
     assert decoder_config(QWEN1, {"eos_token_id": 151643}).eos_token_ids == (151643,)
     chat = {"eos_token_id": 151643, "chat_format": "chatml"}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 from sgl_jax.models.config import DecoderConfig, RopeConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.rope import context_length, resolve_rope
+
+logger = logging.getLogger(__name__)
 
 _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "silu": "silu",
@@ -85,7 +88,7 @@ def decoder(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rope=rope or resolve_rope(hf, head_dim),
-        context_length=context_length(hf),
+        context_length=_plain_length(hf),
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_embeddings=bool(hf.get("tie_word_embeddings", tie_embeddings)),
         activation=_ACTIVATIONS[hidden_act],
@@ -94,6 +97,23 @@ def decoder(
         num_extra_layers=hf.get("num_nextn_predict_layers") or 0,  # multi-token prediction
         **switches,
     )
+
+
+def _plain_length(hf: dict[str, Any]) -> int:
+    """The context in which positions are what rope says: Qwen2.5-1M's dual chunk attention changes them behind its first
+    chunk (https://arxiv.org/abs/2402.17463, section 3)."""
+    length, chunks = context_length(hf), hf.get("dual_chunk_attention_config")
+    if not chunks:
+        return length
+    first = required(chunks, "chunk_size") - required(chunks, "local_size")
+    if first < length:
+        logger.warning(
+            "Contexts are limited to %d tokens, not %d: beyond, dual_chunk_attention_config would change positions. Remove it "
+            "from config.json to go on without.",
+            first,
+            length,
+        )
+    return min(first, length)
 
 
 def eos_token_ids(config: dict[str, Any]) -> tuple[int, ...]:

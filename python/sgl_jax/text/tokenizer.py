@@ -21,6 +21,7 @@ _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token
 _FILES = (
     tok_json.NAME,
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.*"),
+    "additional_chat_templates/*.jinja",
     *("*.tiktoken", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
 )
 
