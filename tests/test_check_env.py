@@ -96,6 +96,7 @@ def test_what_is_printed_has_no_secrets_and_no_home_directory(tmp_path: Path, qu
         JAX_PLATFORMS="cpu",
         HF_TOKEN="hf_averysecretone",
         HF_ENDPOINT="https://me:pw@host/x",
+        MODELSCOPE_API_TOKEN="averysecretone",
         SGL_JAX_API_KEY="another",
         AWS_SECRET_ACCESS_KEY="third",
     )
@@ -105,6 +106,7 @@ def test_what_is_printed_has_no_secrets_and_no_home_directory(tmp_path: Path, qu
         "folder ~/cache (by $JAX_COMPILATION_CACHE_DIR)",
         "HF_TOKEN (set, hidden)",
         "HF_ENDPOINT https://(hidden)@host/x",
+        "MODELSCOPE_API_TOKEN (set, hidden)",
     ):
         assert shown in words
     for secret in ("averysecretone", "another", "third", "me:pw", str(tmp_path / "home")):

@@ -37,9 +37,11 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.files = dict(FILES)
         self.listed_sha256 = hashlib.sha256(FILES["model.safetensors"]).hexdigest()
+        self.listed_beside: list = []
         self.seen: list[tuple[str, str, str | None]] = []  # method, what, Range
         self.authorizations: set[str | None] = set()
         self.breaks = 1
+        self.store: str | None = None  # another host, to which ModelScope's files are redirected
         self.breaks_at = 5000
 
     @property
@@ -68,10 +70,15 @@ class _Handler(BaseHTTPRequestHandler):
         hub.authorizations.add(self.headers.get("Authorization"))
         if url.path == "/api/v1/models/org/model/repo/files":
             shas = {"model.safetensors": hub.listed_sha256}
-            listed = [{"Path": n, "Size": len(b), "Type": "blob", "Sha256": shas.get(n)} for n, b in hub.files.items()]
+            listed: list = [
+                {"Path": n, "Size": len(b), "Type": "blob", "Sha256": shas.get(n)} for n, b in hub.files.items()
+            ]
+            listed += hub.listed_beside
             self._json(
                 {"Code": 200, "Data": {"Files": [*listed, {"Path": "original", "Size": 0, "Type": "tree"}]}}, body
             )
+        elif url.path == "/api/v1/models/org/model/repo" and hub.store and "Stored" not in query:
+            self._bytes(b"", body, {"Location": f"{hub.store}{self.path}&Stored=1"}, status=302)
         elif url.path == "/api/v1/models/org/model/repo":
             self._file(query["FilePath"], body)
         elif url.path.startswith("/api/models/org/model/tree/"):
@@ -191,6 +198,25 @@ def test_modelscope_goes_on_after_the_process_ended(hub: Hub, tmp_path: Path) ->
     assert hub.transfers("model.safetensors") == ["bytes=100-"]
 
 
+@pytest.mark.parametrize("host", ["the same", "another"])
+def test_the_token_of_modelscope_is_for_its_own_host_only(hub: Hub, tmp_path: Path, host: str) -> None:
+    """Large files are redirected to a store. One that breaks off goes on there as well."""
+    with Hub() as other:
+        thread = threading.Thread(target=other.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        try:
+            store = hub if host == "the same" else other
+            hub.store = store.url
+            found = modelscope(hub, tmp_path, token="secret")
+        finally:
+            other.shutdown()
+            thread.join()
+    assert contents(found) == CHOSEN
+    assert store.transfers("model.safetensors") == [None, "bytes=5000-"]
+    assert hub.authorizations == {"Bearer secret"}
+    assert other.authorizations == (set() if host == "the same" else {None})
+
+
 def test_two_at_once_fetch_each_file_once(hub: Hub, tmp_path: Path) -> None:
     """As the two processes of a server do."""
     hub.breaks = 0
@@ -213,12 +239,15 @@ def test_a_part_that_was_whole_is_taken(hub: Hub, tmp_path: Path) -> None:
     [
         ("hash", r"model\.safetensors of org/model could not be fetched .*it is not the file that is listed"),
         ("outside", r"lists a file outside its folder: \.\./\.\./config\.json"),
+        ("listing", r"org/model is no local path and could not be fetched from ModelScope .*'Size'"),
         ("gone", r"org/absent is no local path and could not be fetched from ModelScope .*check the name"),
     ],
 )
 def test_what_modelscope_cannot_give(hub: Hub, tmp_path: Path, spoil: str, message: str) -> None:
     if spoil == "hash":
         hub.listed_sha256 = "0" * 64
+    elif spoil == "listing":
+        hub.listed_beside = [{"Path": "more.json", "Type": "blob"}]
     elif spoil == "outside":
         hub.files = {"../../config.json": b"{}"}
     name = "org/absent" if spoil == "gone" else "org/model"
@@ -236,7 +265,9 @@ def test_the_source_is_a_flag_and_its_address_modelscopes_own_variable(monkeypat
     assert args.downloads.endpoint == "https://www.modelscope.ai"
 
 
-@pytest.mark.parametrize("path", ["/no/such/model", "./nothing", "~/nothing", "a/b/c", "some where", "absent.gguf"])
+@pytest.mark.parametrize(
+    "path", ["/no/such/model", "./nothing", "~/nothing", "a/b/c", "org/..", "some where", "absent.gguf"]
+)
 def test_a_path_that_is_not_there_is_no_hub_id(path: str) -> None:
     with pytest.raises(HubError, match=r": no such file or folder; give a model folder"):
         local_path(path, WANTED, Downloads())

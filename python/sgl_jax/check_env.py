@@ -21,7 +21,8 @@ from sgl_jax.server_args import ENV_PREFIX, default_compilation_cache_dir, envir
 
 # Variables that change what jax, the accelerators' runtimes, downloads or this program do.
 _MATTER = re.compile(
-    r"(JAX|XLA|LIBTPU|TPU|CLOUD_TPU|MEGASCALE|PJRT|CUDA|NVIDIA|NCCL|ROCR|HIP|HF|HUGGING_?FACE|SGL_JAX|OMP|TF_CPP)_\w+"
+    r"(JAX|XLA|LIBTPU|TPU|CLOUD_TPU|MEGASCALE|PJRT|CUDA|NVIDIA|NCCL|ROCR|HIP|SGL_JAX|OMP|TF_CPP)_\w+"
+    r"|(HF|HUGGING_?FACE|MODELSCOPE)_\w+"
     r"|LD_LIBRARY_PATH|LD_PRELOAD|PYTHONPATH|XDG_CACHE_HOME|TMPDIR"
 )
 _SECRET_NAME = re.compile(r"TOKEN|KEY|SECRET|PASS|CREDENTIAL|AUTH")

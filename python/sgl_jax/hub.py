@@ -54,7 +54,7 @@ def local_path(path: str, files: Sequence[str], downloads: Downloads, without: S
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path) or local.suffix == ".gguf":
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or local.suffix == ".gguf":
         raise HubError(
             f"{path}: no such file or folder; give a model folder, a .gguf file or a hub id like Qwen/Qwen3-0.6B"
         )
@@ -110,13 +110,13 @@ def _from_modelscope(name: str, files: Sequence[str], without: Sequence[str], do
     try:
         with _open(f"{model}/files?Revision=master&Recursive=true", downloads.token) as answer:
             listed = json.load(answer)["Data"]["Files"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        chosen = [f for f in listed if f.get("Type") != "tree" and _matches(f["Path"], files, without)]
+        progress, done, total = Progress(name), 0, sum(f["Size"] for f in chosen)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise HubError(
             f"{name} is no local path and could not be fetched from ModelScope ({downloads.endpoint}): {error}; "
             "check the name, the network, and MODELSCOPE_API_TOKEN if the model needs one"
         ) from error
-    chosen = [f for f in listed if f.get("Type") != "tree" and _matches(f["Path"], files, without)]
-    progress, done, total = Progress(name), 0, sum(f["Size"] for f in chosen)
     for f in chosen:
         target = folder / f["Path"]
         if not target.resolve().is_relative_to(folder.resolve()):
@@ -187,7 +187,19 @@ def _is_whole(target: Path, size: int) -> bool:
 def _open(url: str, token: str | None, start: int = 0) -> Any:
     headers = {"User-Agent": "sgl-jax"} | ({"Range": f"bytes={start}-"} if start else {})
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
-    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30)
+    return urllib.request.build_opener(_Redirects).open(urllib.request.Request(url, headers=headers), timeout=30)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Large files are kept by other hosts, to which urllib would send the token, too."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        onward = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if onward is not None and (onward.type, onward.host) != (req.type, req.host):
+            onward.remove_header("Authorization")
+        return onward
 
 
 def _sha256(path: Path) -> str:

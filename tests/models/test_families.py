@@ -9,7 +9,8 @@ import pytest
 
 from sgl_jax.models.config import QueryGrowth
 from sgl_jax.models.errors import ModelError
-from sgl_jax.models.families import decoder_config
+from sgl_jax.models.families import decoder_config, tensor_names
+from sgl_jax.models.plan import plan_weights
 
 BASE = {
     "vocab_size": 100,
@@ -237,8 +238,6 @@ def test_bailing_reads_what_its_two_versions_say():
     assert (config.moe.scoring, config.moe.shared_intermediate_size, config.moe.normalise) == ("softmax", 64, False)
     assert (config.moe_layers, config.normalised_head, config.o_bias) == ((False, True, True, True), True, True)
     config = decoder_config(BAILING_V2 | {"rotary_dim": 4, "routed_scaling_factor": 2.5, "use_bias": False})
-    assert config.num_extra_layers == 0
-    assert decoder_config(BAILING_V2 | {"num_nextn_predict_layers": 1}).num_extra_layers == 1
     assert config.moe is not None
     assert (config.moe.scoring, config.moe.score_bias, config.moe.num_groups, config.moe.scale) == (
         "sigmoid",
@@ -247,6 +246,20 @@ def test_bailing_reads_what_its_two_versions_say():
         2.5,
     )
     assert (len(config.rope.inv_freq), config.o_bias, config.moe.shared_intermediate_size) == (2, False, 0)
+
+
+GLM = BASE | {"architectures": ["Glm4MoeForCausalLM"], "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("base", [GLM, BAILING, BAILING_V2])
+def test_layers_that_guess_further_tokens_are_counted_and_not_loaded(base):
+    """Published checkpoints of GLM-4.5 have one."""
+    assert decoder_config(base).num_extra_layers == 0
+    config = decoder_config(base | {"num_nextn_predict_layers": 1})
+    assert (config.num_extra_layers, config.num_layers) == (1, 4)
+    stored = dict.fromkeys(["model.layers.4.eh_proj.weight", "model.layers.5.eh_proj.weight"])
+    with pytest.raises(ModelError, match=r"no place for: model\.layers\.5\.eh_proj\.weight$"):
+        plan_weights(stored, config, tensor_names(config), source="a checkpoint of little else")
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,7 @@ def test_every_bundled_config_is_one_we_serve() -> None:
 
 def test_a_hub_id_of_a_bundled_model_needs_no_network_and_a_path_wins(tmp_path: Path) -> None:
     assert find_model("meta-llama/Llama-3.1-8B-Instruct").source == "config:Llama-3.1-8B"
+    assert find_model("google/gemma-2-9b").source == "config:Gemma-2-9B"
     folder = tmp_path / "Qwen3-8B"
     folder.mkdir()
     config = json.loads(bundled()["Qwen3-8B"]) | {"num_hidden_layers": 2}

@@ -78,7 +78,6 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
             scale=hf.get("routed_scaling_factor", 1.0) if is_v2 else 1.0,
         ),
         moe_layers=tuple(i >= dense for i in range(layers)),
-        num_extra_layers=hf.get("num_nextn_predict_layers") or 0,  # multi-token prediction
     )
 
 

@@ -65,7 +65,6 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
         mla=mla,
         moe=_experts(hf, is_v3=architecture == "DeepseekV3ForCausalLM"),
         moe_layers=tuple(i >= dense and i % every == 0 for i in range(required(hf, "num_hidden_layers"))),
-        num_extra_layers=hf.get("num_nextn_predict_layers") or 0,  # multi-token prediction
     )
 
 

@@ -91,6 +91,7 @@ def decoder(
         activation=_ACTIVATIONS[hidden_act],
         sliding_windows=sliding_windows,
         eos_token_ids=eos_token_ids(hf),
+        num_extra_layers=hf.get("num_nextn_predict_layers") or 0,  # multi-token prediction
         **switches,
     )
 

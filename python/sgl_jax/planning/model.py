@@ -21,8 +21,9 @@ class PlannedModel:
 
 def find_model(path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None) -> PlannedModel:
     """Reads configs only. A name or hub id whose config is bundled needs no network. Raises ModelError."""
-    name = path.rpartition("/")[2].removesuffix("-Instruct")
-    if name in bundled() and not Path(path).expanduser().exists():
+    names = {name.lower(): name for name in bundled()}
+    name = names.get(path.rpartition("/")[2].removesuffix("-Instruct").lower())
+    if name is not None and not Path(path).expanduser().exists():
         path = PREFIX + name
     return read_model(path, downloads, package)
 
