@@ -72,6 +72,13 @@ def test_what_does_not_fit_is_told_what_would() -> None:
     assert int(match[1].replace(",", "")) == plan("Llama-3.1-70B", "v6e-8").launch.memory.num_tokens
 
 
+def test_what_would_fit_is_told_with_the_flags_of_all_ranks() -> None:
+    with pytest.raises(Misfit) as caught:
+        plan("Llama-3.1-70B", "v6e-4", dp_size=2)
+    *_, advice = str(caught.value).splitlines()
+    assert "(16 chips, --tp-size 8 --dp-size 2) would fit" in advice or "(8 chips, --tp-size 4 --dp-size 2)" in advice
+
+
 def test_each_single_change_that_helps_is_named_and_does_help() -> None:
     with pytest.raises(Misfit) as caught:
         plan("Qwen3-32B", "v5e-4", dtype="float32", mem_fraction_static=0.5)

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from sgl_jax.models.config import DecoderConfig, MlaConfig, RopeConfig
-from sgl_jax.ops.attention.backends import NoSuchBackend, find_backend
+from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime import memory
 from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, plan_memory
@@ -72,13 +72,12 @@ def test_a_latent_pool_keeps_one_vector_for_all_heads_on_every_device() -> None:
         assert pool_of(share, native).values_per_token == 2 * 576
 
 
-def test_a_tpu_launch_takes_native_for_latent_attention() -> None:
+def test_a_tpu_launch_takes_fa_for_heads_and_for_latent_vectors() -> None:
     latent = dataclasses.replace(CONFIG, num_kv_heads=1, mla=MlaConfig(512, None, 128, 64, 128))
-    tpu = PLATFORMS["tpu"]
-    assert not kernels_for(None, tpu, CONFIG).attention.latent  # fa
-    assert kernels_for(None, tpu, latent).attention.latent
-    with pytest.raises(NoSuchBackend, match="--attention-backend fa"):
-        kernels_for("fa", tpu, latent)
+    fa = find_backend("fa", "tpu", vectorise=True)
+    assert fa.latent
+    for model in (CONFIG, latent):
+        assert kernels_for(None, PLATFORMS["tpu"], model).attention == fa
 
 
 def test_the_budget_less_the_weights_becomes_whole_pages_and_a_scratch_page() -> None:
@@ -137,6 +136,17 @@ def test_fewer_tokens_than_two_pages_are_refused_for_what_they_are() -> None:
     assert "--max-total-tokens 31" in message
     assert "at least 32" in message
     assert "weights" not in message
+
+
+def test_tokens_of_several_ranks_are_told_as_they_were_given() -> None:
+    """The flag is of all ranks together, the pool of each."""
+    assert plan_memory(CPU, **(OPTIONS | {"max_total_tokens": 129, "num_ranks": 4})).num_pages == 2 + 1
+    message = refusal(max_total_tokens=100, num_ranks=4)
+    assert "--max-total-tokens 100 is less than two pages of 16 tokens on each of 4 data ranks" in message
+    assert "at least 128" in message
+    message = refusal(max_total_tokens=40_000, num_ranks=4)
+    assert "--max-total-tokens 40000 takes 0.01 GB of KV on each of 4 data ranks" in message
+    assert f"it holds {4 * 7812} tokens" in message
 
 
 def test_a_devices_memory_is_found() -> None:

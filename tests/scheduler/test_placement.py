@@ -36,9 +36,12 @@ def test_fewest_running_then_most_pages_then_the_lowest(loads: RankLoads, expect
     [
         (IDLE, [0, 0, 0, 0], [0, 1, 2, 3]),
         (BUSY, [0, 0, 0, 0], [2, 1, 3, 0]),
-        (BUSY, [8, 0, 0, 0], [0, 2, 1, 3]),  # a prefix counts more than any load
+        (BUSY, [8, 0, 0, 0], [0, 2, 1, 3]),  # a prefix counts more than a load
         (BUSY, [8, 0, 4, 12], [3, 0, 2, 1]),
         (BUSY, [8, 8, 8, 0], [2, 1, 0, 3]),
+        (RankLoads([8, 0, 0, 0], [9, 9, 9, 9]), [8, 0, 0, 0], [0, 1, 2, 3]),
+        (RankLoads([9, 0, 0, 0], [9, 9, 9, 9]), [8, 0, 0, 0], [1, 2, 3, 0]),  # but not more than idle ranks
+        (RankLoads([16, 17, 4, 5], [9, 9, 9, 9]), [4, 8, 0, 0], [0, 2, 3, 1]),
     ],
 )
 def test_cache_aware_takes_the_longest_prefix_and_then_the_fewest_running(

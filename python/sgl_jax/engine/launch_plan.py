@@ -78,7 +78,8 @@ def plan_launch(
         page_size=page_size,
         context_length=context_length,
         mem_fraction=args.mem_fraction_static,
-        max_total_tokens=args.max_total_tokens and -(-args.max_total_tokens // grid.data),
+        max_total_tokens=args.max_total_tokens,
+        num_ranks=grid.data,
     )
     of_each = " on each data rank" if grid.data > 1 else ""
     for flag, value, most in (

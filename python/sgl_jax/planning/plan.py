@@ -84,9 +84,10 @@ def launch_of(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPl
 
 def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> list[str]:
     """One line for each single change that would make it fit, with what is gained; a last line if there is none."""
+    few = -(-_FEW_REQUESTS // args.dp_size) * args.dp_size
     changes: list[tuple[str, dict[str, Any]]] = [
         (f"--mem-fraction-static {_MOST_MEMORY}", {"mem_fraction_static": _MOST_MEMORY}),
-        (f"--max-running-requests {_FEW_REQUESTS}", {"max_running_requests": _FEW_REQUESTS}),
+        (f"--max-running-requests {few}", {"max_running_requests": few}),
         ("--dtype bfloat16", {"dtype": "bfloat16"}),
         ("leaving out --max-total-tokens", {"max_total_tokens": None}),
     ]
@@ -100,7 +101,7 @@ def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> lis
         more = find_target(topology.name)
         tp_size = more.num_devices // args.dp_size
         if found := _tried(dataclasses.replace(args, tp_size=tp_size), model, more):
-            lines.append(f"{topology.name} ({_devices(topology)}) would fit, with {_room(found)}")
+            lines.append(f"{topology.name} ({_devices(topology, found)}) would fit, with {_room(found)}")
             break
     return lines or [
         "nothing that was tried makes it fit: more memory, fewer running requests, more chips of this kind"
@@ -139,5 +140,5 @@ def _room(launch: LaunchPlan) -> str:
     return f"{launch.kv_tokens:,} tokens of KV"
 
 
-def _devices(topology: Topology) -> str:
-    return f"{topology.num_chips} chips, --tp-size {topology.num_devices}"
+def _devices(topology: Topology, launch: LaunchPlan) -> str:
+    return f"{topology.num_chips} chips, {launch.grid.flags}"

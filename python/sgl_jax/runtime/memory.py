@@ -83,23 +83,28 @@ def plan_memory(
     context_length: int,
     mem_fraction: float | None,
     max_total_tokens: int | None,
+    num_ranks: int = 1,
 ) -> MemoryPlan:
-    """Divide the device's memory; state_bytes is what the rows keep on the device beside their KV. Raises DoesNotFit when not one request of two pages fits."""
-    if max_total_tokens is not None and max_total_tokens < 2 * page_size:
+    """Divide the device's memory; state_bytes is what the rows keep on the device beside their KV, max_total_tokens is of
+    all data ranks together. Raises DoesNotFit when not one request of two pages fits."""
+    least = 2 * page_size * num_ranks
+    of_each = f" on each of {num_ranks} data ranks" if num_ranks > 1 else ""
+    if max_total_tokens is not None and max_total_tokens < least:
         raise DoesNotFit(
-            f"--max-total-tokens {max_total_tokens} is less than two pages of {page_size} tokens; "
-            f"set it to at least {2 * page_size} or lower --page-size"
+            f"--max-total-tokens {max_total_tokens} is less than two pages of {page_size} tokens{of_each}; "
+            f"set it to at least {least} or lower --page-size"
         )
     fraction = mem_fraction if mem_fraction is not None else platform.mem_fraction
     budget = int(total_bytes * fraction)
     fitting = (budget - weight_bytes - state_bytes) // bytes_per_token
     if max_total_tokens is not None:
-        tokens = max_total_tokens
+        tokens = -(-max_total_tokens // num_ranks)
         if fitting < tokens:
             raise DoesNotFit(
-                f"--max-total-tokens {tokens} takes {tokens * bytes_per_token / 1e9:.2f} GB of KV beside "
-                f"{(weight_bytes + state_bytes) / 1e9:.2f} GB of weights and row state, and --mem-fraction-static {fraction} of the device's "
-                f"{total_bytes / 1e9:.2f} GB is {budget / 1e9:.2f} GB: it holds {max(0, fitting)} tokens"
+                f"--max-total-tokens {max_total_tokens} takes {tokens * bytes_per_token / 1e9:.2f} GB of KV{of_each} beside "
+                f"{(weight_bytes + state_bytes) / 1e9:.2f} GB of weights and row state, and --mem-fraction-static "
+                f"{fraction} of the device's {total_bytes / 1e9:.2f} GB is {budget / 1e9:.2f} GB: it holds "
+                f"{max(0, fitting) * num_ranks} tokens"
             )
     else:
         tokens = fitting

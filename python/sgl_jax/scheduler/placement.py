@@ -17,6 +17,10 @@ class RankLoads:
     num_available_pages: Sequence[int]  # free ones, and those of prefixes nobody uses
 
 
+# A step lasts as long as that of its fullest rank, so a prefix is worth only so much more of a queue: beyond these many
+# times the requests of the emptiest rank, and so many more, a rank is taken last.
+_TIMES, _MORE = 2, 8
+
 type NumCached = Callable[[int], int]  # the request's cached tokens on a rank; asked by who needs it
 type Placement = Callable[[int, RankLoads, NumCached], list[int]]
 
@@ -34,8 +38,12 @@ def fewest_running(arrival: int, loads: RankLoads, num_cached: NumCached) -> lis
 
 
 def cache_aware(arrival: int, loads: RankLoads, num_cached: NumCached) -> list[int]:
-    """The longest cached prefix of the request; between equals as fewest_running."""
-    return sorted(fewest_running(arrival, loads, num_cached), key=lambda r: -num_cached(r))
+    """The longest cached prefix of the request, on ranks that do not run far more than the emptiest; between equals as
+    fewest_running."""
+    most = _TIMES * min(loads.num_running) + _MORE
+    return sorted(
+        fewest_running(arrival, loads, num_cached), key=lambda r: (loads.num_running[r] > most, -num_cached(r))
+    )
 
 
 PLACEMENTS: dict[str, Placement] = {
