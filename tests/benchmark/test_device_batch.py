@@ -244,6 +244,7 @@ def test_a_batch_that_does_not_fit_names_the_limit_before_anything_runs(words: t
     [
         (("--result-filename", "/none/x"), "--result-filename is /none/x; it must be a file in a folder that exists"),
         (("--profile-filename-prefix", "x"), "--profile-filename-prefix needs --profile"),
+        (("--compile-only",), "--compile-only leaves nothing to measure"),
         (("--page-size", "3"), "--page-size is 3; it must be a power of two"),
         (("--pages-size", "4"), "--pages-size is not a flag, did you mean --page-size?"),
     ],

@@ -256,8 +256,9 @@ def test_the_engine_gets_the_flags_that_are_not_about_http() -> None:
         (("--result-filename", "/none/x"), "--result-filename is /none/x; it must be a file in a folder that exists"),
         (("--extra-request-body", '{"n": 2}'), "--extra-request-body has n 2; one answer to a prompt is measured"),
         (("--profile-output-dir", "x"), "--profile-output-dir needs --profile"),
+        (("--compile-only",), "--compile-only leaves nothing to measure"),
         (("--page-size", "3"), "--page-size is 3; it must be a power of two"),
-        (("--tokenizer-path", "/none/at/all"), "/none/at/all does not exist"),
+        (("--tokenizer-path", "/none/at/all"), "/none/at/all: no such file or folder"),
     ],
 )
 @pytest.mark.usefixtures("untouched_log")

@@ -92,7 +92,7 @@ def test_an_engine_in_a_program_does_not_only_compile(stories260k: Path) -> None
 def test_the_plan_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = plan(capsys, "--topology", "v6e-4", "--model-path", "Qwen/Qwen3-8B")
     assert code == 0
-    assert "Qwen3ForCausalLM, 8.19 billion parameters (Qwen3-8B, bundled)" in out
+    assert "Qwen3ForCausalLM, 8.19 billion parameters (config:Qwen3-8B)" in out
     assert "v6e-4: 4 chips, 4 x TPU v6e, 31.2 GiB each" in out
     assert re.search(r"KV holds +688,384 tokens: 16\.8 full contexts of 40,960", out)
     assert re.search(r"^ 256 +256 +decode .* memory +31,\d\d\d", out, re.MULTILINE)
@@ -118,7 +118,7 @@ def test_the_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
     [
         (["--topology", "v6e-4", "--model-path", "Llama-3.1-70B"], 1, r"does not fit: .*\nv6e-8 \(8 chips"),
         (["--topology", "v6e-5", "--model-path", "Qwen3-8B"], 2, "v6e-5: there are v6e in 1, 2, 4"),
-        (["--topology", "v6e-4", "--model-path", "./none"], 2, r"\./none does not exist"),
+        (["--topology", "v6e-4", "--model-path", "./none"], 2, r"\./none: no such file or folder"),
         (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--page-size", "3"], 2, "--page-size is 3"),
         (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--context", "0"], 2, "--context is 0"),
         (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--contxt", "9"], 2, "--contxt is not a flag"),

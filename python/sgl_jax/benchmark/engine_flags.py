@@ -77,9 +77,12 @@ def _read(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[
         if getattr(args, flag, None) is not None and not args.profile:
             raise BenchmarkError(f"--{flag.replace('_', '-')} needs --profile")
     try:
-        return args, ServerArgs.from_cli(rest)
+        server_args = ServerArgs.from_cli(rest)
     except ServerArgsError as error:
         raise BenchmarkError(str(error)) from None
+    if server_args.compile_only:
+        raise BenchmarkError("--compile-only leaves nothing to measure; it is a flag of sgl_jax.launch_server alone")
+    return args, server_args
 
 
 def start_log(server_args: ServerArgs, without_effect: Collection[str] = ()) -> None:
