@@ -362,8 +362,8 @@ def attend_chunks(
     blocks: ChunkBlocks,
 ) -> tuple[jax.Array, jax.Array]:
     """q [T, N * H] or [N, T, H], k and v [T, K * H] (v None for a pool of one plane), o [T, N * V] or [N, T, V], token_page
-    i32[T] without the layer's first page, table i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of blocks.queries. Without a row of more
-    than one token the first lines_set lines of o are as they should be.
+    i32[T] without the layer's first page, table i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of
+    blocks.queries. Without a row of more than one token the first lines_set lines of o are as they should be.
 
     Returns o with the lines after the rows with one token set, and the pool. Both are changed in place when donated.
     """
