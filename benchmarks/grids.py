@@ -145,7 +145,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--report", type=Path, required=True)
-    parser.add_argument("--only", metavar="MODEL:TOPOLOGY", help="this cell anew; without it, those that are not there yet")
+    parser.add_argument(
+        "--only", metavar="MODEL:TOPOLOGY", help="this cell anew; without it, those that are not there yet"
+    )
     args = parser.parse_args()
     before = json.loads(args.output.read_text())["cells"] if args.output.exists() else []
     cells = {(each["model"], each["topology"]): each for each in before}

@@ -279,6 +279,12 @@ def test_notices_say_what_was_accepted_without_effect() -> None:
 
 def test_machines_that_nothing_keeps_apart_from_strangers_are_a_notice() -> None:
     assert list(ServerArgs(model_path="m", **TWO).notices()) == ["--dist-token"]
+    idle = ServerArgs(model_path="m", enable_sequence_parallel=True, dp_schedule_policy="round_robin")
+    assert list(idle.notices()) == ["--enable-sequence-parallel", "--dp-schedule-policy"]
+    busy = ServerArgs(
+        model_path="m", enable_sequence_parallel=True, tp_size=2, dp_schedule_policy="round_robin", dp_size=2
+    )
+    assert busy.notices() == {}
     assert ServerArgs(model_path="m", dist_token="s", **TWO).notices() == {}
 
 

@@ -385,6 +385,10 @@ class ServerArgs:
             found["--enable-mixed-chunk"] = "--enable-mixed-chunk has no effect: mixed batches are always on."
         if self.dist_init_addr is not None and self.nnodes == 1:
             found["--dist-init-addr"] = "--dist-init-addr is not used: there is one machine (--nnodes 1)."
+        if self.enable_sequence_parallel and self.tp_size == 1:
+            found["--enable-sequence-parallel"] = "--enable-sequence-parallel has no effect with --tp-size 1."
+        if self.dp_size == 1 and self.dp_schedule_policy != "cache_aware":
+            found["--dp-schedule-policy"] = "--dp-schedule-policy has no effect with --dp-size 1."
         if self.nnodes > 1 and self.dist_token is None:
             found["--dist-token"] = (
                 "There is no --dist-token: whoever reaches the port of --dist-init-addr can join as one of the machines."
