@@ -128,7 +128,8 @@ def _argmax(x: Float[Array, "S V"], axis: MeshAxis) -> Int[Array, " S"]:
 def _top_k(x: Float[Array, "n V"], k: int, axis: MeshAxis) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
     """The k largest of the whole vocabulary, best first, and their ids; all of them if there are fewer."""
     # XLA for TPU has an operation for this, and sorts all of x instead if it sees that only parts of the result are used.
-    values, ids = lax.optimization_barrier(lax.top_k(x, min(k, x.shape[-1])))
+    # One barrier for each: jaxlib 0.11.2 fails to compile one around both.
+    values, ids = map(lax.optimization_barrier, lax.top_k(x, min(k, x.shape[-1])))
     if axis.size > 1:
         values = axis.concatenate(values)
         ids = axis.concatenate(ids + axis.index() * x.shape[-1])

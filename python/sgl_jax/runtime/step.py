@@ -111,7 +111,7 @@ def _tokens(inputs: StepInputs, state: DeviceState, layout: PlanLayout) -> Int[A
     m, s = layout.num_ranks, layout.bucket.num_rows
     tokens = inputs.tokens.reshape(m, -1)
     sampled = jnp.where(inputs.from_device, state.last_token[inputs.rows], tokens[:, :s].reshape(-1))
-    return tokens.at[:, :s].set(sampled.reshape(m, s)).reshape(-1)
+    return jnp.concatenate([sampled.reshape(m, s), tokens[:, s:]], axis=1).reshape(-1)
 
 
 def _prompt_logprobs(
