@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -262,10 +263,44 @@ def heads_in_turn(shape: Shape, queries: int) -> int:
     return joined * part_of(group // joined, chunks.TURN)
 
 
-def measure_peer(dumps: Path) -> dict[str, dict[str, int]]:
-    """JAX's own ragged paged attention (it writes no KV) on the TP4 shape for v6e, with the blocks of its own table and
-    with ours: bundles of its heaviest loop, which covers so many queries and keys and all 8 heads, and of the rest of
-    its loop over rows and tiles."""
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """Another's attention, on the TP4 shape for v6e with pages of 128."""
+
+    name: str
+    kernels: dict[str, str]  # by kind: what names of its dumps contain
+    rows: dict[str, int]  # by kind: rows that a turn of its heaviest loop takes
+    keys: int  # of each of them, with all 8 heads
+    layer: Callable[..., Any]  # (keys, queries) -> of arrays as `pool` and measure_peers make them
+    pool: tuple[int, ...]
+
+
+def peers() -> list[Peer]:
+    """JAX's own, which writes no KV, with 1024 keys a block as ours; tokamax's with the blocks it chooses."""
+    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+
+    from sgl_jax.ops.attention import tokamax
+    from sgl_jax.ops.attention.api import RaggedBatch
+
+    def of_jax(queries, q, k, v, kv, table, kv_lens, cu, num_single, per_token):
+        options = {"num_kv_pages_per_block": 8, "num_queries_per_block": queries, "sm_scale": 1.0}
+        return ragged_paged_attention(q, kv, kv_lens, table, cu, num_single.reshape(1), **options), kv
+
+    def of_tokamax(queries, q, k, v, kv, table, kv_lens, cu, num_single, per_token):
+        batch = RaggedBatch(table, kv_lens, cu, num_single, *per_token)
+        return tokamax.paged_attention(q, k, v, kv, batch, first_page=0, scale=1.0)
+
+    names = "ragged_paged_attention"
+    page = tokamax.backend.pool_order.page(2, 2, 128, 128, "bfloat16")
+    return [
+        Peer("jax", {"decode": names, "chunks": names}, {"decode": 1, "chunks": 1}, 1024, of_jax, (128, 4, 128)),
+        Peer("tokamax", {"decode": "RPAd", "chunks": "RPAm"}, {"decode": 8, "chunks": 2}, 512, of_tokamax, page),
+    ]
+
+
+def measure_peers(dumps: Path) -> dict[str, dict[str, dict[str, int]]]:
+    """Bundles of each peer's heaviest loop, and of all of its loop over rows and tiles with what lies in that once, for
+    1024 keys of a row and for 128 queries x 8 heads x 1024 keys."""
     import warnings
 
     import jax
@@ -276,30 +311,34 @@ def measure_peer(dumps: Path) -> dict[str, dict[str, int]]:
     from sgl_jax.runtime import topology
 
     warnings.simplefilter("ignore", DeprecationWarning)
-    from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
-
     mesh = Mesh(np.array(topology.tpu_devices(topology.parse("v6e-1"))[:1]), ("x",))
 
     def array(shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
     ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
-    pool = array((POOL_PAGES // 8, 128, 4, 128))
-    results = {}
-    for name, tokens, keys, queries in (("decode", ROWS, 1024, 8), ("chunks", CHUNK_TOKENS, 1024, 128)):
-        options = {"num_kv_pages_per_block": keys // 128, "num_queries_per_block": queries, "sm_scale": 1.0}
-        before = set(dumps.glob("*"))
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            args = array((tokens, 8, 128)), pool, ints(ROWS), ints(ROWS, 32), ints(ROWS + 1), ints(1)
-            traced = jax.jit(lambda *a, options=options: ragged_paged_attention(*a, **options)).trace(*args)
-            compiled = traced.lower(lowering_platforms=("tpu",)).compile()
-        found = set(dumps.glob("*ragged_paged*01-final_bundles.txt")) - before
-        loops = list(read_bundles(found.pop().read_text()).walk())
-        heavy = max(loops, key=lambda loop: loop.total("matmul"))
-        around = sum(loop.total() for loop in loops if 0 < loop.depth < heavy.depth)
-        results[name] = {"keys": keys, "queries": queries, "loop": heavy.total(), "around": around}
-        results[name]["spills"] = heavy.total("spill")
-        results[name] |= program_facts(compiled, "ragged_paged_attention")
+    results: dict[str, dict[str, dict[str, int]]] = {}
+    for peer in peers():
+        results[peer.name] = {}
+        for kind, tokens, queries in (("decode", ROWS, 8), ("chunks", CHUNK_TOKENS, 128)):
+            new = array((tokens, 2, 128))
+            pool = array((POOL_PAGES // 8, *peer.pool))
+            rows = ints(ROWS, 32), ints(ROWS), ints(ROWS + 1), ints(), (ints(tokens),) * 4
+            before = set(dumps.glob("*"))
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                layer = jax.jit(functools.partial(peer.layer, queries), donate_argnums=3)
+                traced = layer.trace(array((tokens, 8, 128)), new, new, pool, *rows)
+                compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+            kernel = peer.kernels[kind]
+            (dump,) = set(dumps.glob(f"*{kernel}*01-final_bundles.txt")) - before
+            loops = list(read_bundles(dump.read_text()).walk())
+            heavy = max(loops, key=lambda loop: loop.total("matmul"))
+            turns = 1024 / peer.keys / peer.rows[kind]
+            results[peer.name][kind] = {
+                "loop": round(heavy.total() * turns),
+                "all": round(sum(loop.total() for loop in loops if loop.depth) * turns),
+                "spills": heavy.total("spill"),
+            } | program_facts(compiled, kernel)
     return results
 
 
@@ -310,7 +349,8 @@ def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     call = next(line for line in text.splitlines() if "custom-call(" in line and kernel in line)
-    used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', call)
+    attributes = text[text.index(call) :]  # may go on over the next lines
+    used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', attributes)
     assert used is not None
     around = [each for each in hlo.read(text).instructions() if each.opcode in ("copy", "transpose", "copy-start")]
     return {
@@ -343,7 +383,7 @@ def decode_bytes(context: int, page: int, shape: Shape, itemsize: int = 2) -> tu
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], libtpu: str) -> str:
+def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[str, int]]], libtpu: str) -> str:
     from sgl_jax.runtime.topology import CHIPS
 
     lines = [
@@ -405,35 +445,44 @@ def report(results: dict[str, dict[str, Any]], peer: dict[str, dict[str, int]], 
                 f"{flop / b['block_of_head'] / 524288:.0%} | {b['edge_unit_of_head']} per {result['unit']} | "
                 f"{result['vmem_bytes'] / 1e6:.1f} |"
             )
-    if peer:
+    if peers:
         lines += [
             "",
-            "## Beside JAX's own ragged paged attention",
+            "## Beside others",
             "",
-            "v6e, TP4, page 128; its blocks set to the same 1024 keys. It takes new KV that something else has written, so a",
-            "program with it has a scatter more. Bytes are those of the whole program of one layer: 256 rows with a token, or",
-            "2048 tokens. Interpret mode cannot run it (no `ref.bitcast`), so its error is not known; ours is below 1e-5 in",
-            "float32 (`tests/ops/attention/`). What is copied beside ours turns q and o from [T, N, H], as this program gets them,",
-            "to [T, N * H], the form in which a step splits them off its products; copies of a whole step are not counted here.",
+            "v6e, TP4, page 128. JAX's own ragged paged attention (`jax.experimental.pallas.ops.tpu`), its blocks set to the same",
+            "1024 keys: it takes new KV that something else has written, so a program with it has a scatter more. tokamax's",
+            "(`--attention-backend tokamax`), with the blocks that it chooses: 512 keys of 8 rows, or of 2 chunks. Its work list",
+            "is made by three more kernels a step, which are not counted. Bytes are those of the whole program of one layer: 256",
+            "rows with a token, or 2048 tokens. Interpret mode cannot run theirs (no `ref.bitcast`), so their errors are not known;",
+            "ours is below 1e-5 in float32 (`tests/ops/attention/`). What is copied beside ours turns q and o from [T, N, H], as",
+            "this program gets them, to [T, N * H], the form in which a step splits them off its products; copies of a whole step",
+            "are not counted here.",
             "",
-            "| | its | ours |",
-            "|---|---|---|",
+            f"| | {' | '.join(peers)} | ours |",
+            f"|---|{'---|' * len(peers)}---|",
         ]
         mine = {kind: results[f"{kind} v6e TP4 page 128"] for kind in ("decode", "chunks")}
         ours = {kind: each["bundles"] for kind, each in mine.items()}
-        one, many = peer["decode"], peer["chunks"]
         rows = [
-            ("bundles: decode, each 1024 keys of a row", one["loop"], ours["decode"]["key_block"]),
-            ("bundles: decode, a row of 1024 keys", one["loop"] + one["around"], ours["decode"]["row"]),
-            ("bundles: chunks, 128 queries x 8 heads x 1024 keys", many["loop"], 2 * ours["chunks"]["block_of_head"]),
+            ("bundles: decode, each 1024 keys of a row", "decode", "loop", ours["decode"]["key_block"]),
+            ("bundles: decode, a row of 1024 keys", "decode", "all", ours["decode"]["row"]),
+            (
+                "bundles: chunks, 128 queries x 8 heads x 1024 keys",
+                "chunks",
+                "loop",
+                2 * ours["chunks"]["block_of_head"],
+            ),
+        ]
+        lines += [
+            f"| {what} | {' | '.join(str(peer[kind][name]) for peer in peers.values())} | {our} |"
+            for what, kind, name, our in rows
         ]
         facts = {"VMEM": "vmem_bytes", "program": "code_bytes", "copied beside the kernel": "copied_bytes"}
-        rows += [
-            (f"kB of {what}, {kind}", round(peer[kind][name] / 1e3), round(mine[kind][name] / 1e3))
-            for what, name in facts.items()
-            for kind in ("decode", "chunks")
-        ]
-        lines += [f"| {what} | {theirs} | {our} |" for what, theirs, our in rows]
+        for what, name in facts.items():
+            for kind in ("decode", "chunks"):
+                kilobytes = [round(each[kind][name] / 1e3) for each in (*peers.values(), mine)]
+                lines.append(f"| kB of {what}, {kind} | {' | '.join(map(str, kilobytes))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -445,14 +494,20 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as dumps:
         use_dumps(Path(dumps))
-        peer = {} if args.only else measure_peer(Path(dumps))
+        others = {} if args.only else measure_peers(Path(dumps))
         results = measure([case for case in cases() if re.search(args.only, case.name)], Path(dumps))
     libtpu = version("libtpu")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    record = {"libtpu": libtpu, "jax": version("jax"), "commit": commit.stdout.strip(), "cases": results, "peer": peer}
+    record = {
+        "libtpu": libtpu,
+        "jax": version("jax"),
+        "commit": commit.stdout.strip(),
+        "cases": results,
+        "peers": others,
+    }
     if args.output:
         args.output.write_text(json.dumps(record, indent=1) + "\n")
-    text = report(results, peer, libtpu)
+    text = report(results, others, libtpu)
     if args.report:
         args.report.write_text(text)
     sys.stdout.write(text)

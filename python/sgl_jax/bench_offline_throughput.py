@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sgl_jax.benchmark.engine_flags import parse_offline
-from sgl_jax.benchmark.errors import exit_code
+from sgl_jax.benchmark.batch_arguments import parse_offline
+from sgl_jax.benchmark.terminal import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from sgl_jax.benchmark.arguments import parse_serving
-from sgl_jax.benchmark.errors import exit_code
+from sgl_jax.benchmark.terminal import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         return sweep(list(argv[1:]))
     args = parse_serving(argv)
-    from sgl_jax.benchmark.serving_main import TOOL, serve_load
+    from sgl_jax.benchmark.serving import TOOL, serve_load
 
     return exit_code(TOOL, lambda: serve_load(args))
 

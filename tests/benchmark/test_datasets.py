@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sgl_jax.benchmark.datasets import add_arguments, load_prompts
+from sgl_jax.benchmark.arguments import add_dataset_arguments
+from sgl_jax.benchmark.datasets import load_prompts
 from sgl_jax.benchmark.datasets.source import TextSource, bundled_text
-from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.records import Prompt
+from sgl_jax.benchmark.terminal import BenchmarkError
 from sgl_jax.text.chat_template import ChatTemplate
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -28,7 +29,7 @@ def qwen3(shared_data: Path) -> Tokenizer:
 
 def flags(*words: object) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    add_arguments(parser)
+    add_dataset_arguments(parser)
     return parser.parse_args([str(word) for word in words])
 
 
@@ -433,13 +434,23 @@ def test_a_bad_line_of_a_trace_is_named(tmp_path: Path, name: str, line: str, sa
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--num-prompts", 0), "--num-prompts is 0; it must be at least 1"),
-        (("--random-range-ratio", 1.5), "--random-range-ratio is 1.5; it must be between 0 and 1"),
-        (("--gsp-output-len", 0), "--gsp-output-len is 0; it must be at least 1"),
-        (
-            ("--dataset-name", "mooncake", "--mooncake-slowdown-factor", 0),
-            "--trace-slowdown-factor is 0.0; it must be above 0",
-        ),
+        (("--num-prompts", 0), "--num-prompts: '0' is not a whole number from 1 on"),
+        (("--random-range-ratio", 1.5), "--random-range-ratio: '1.5' is not a number between 0 and 1"),
+        (("--gsp-output-len", 0), "--gsp-output-len: '0' is not a whole number from 1 on"),
+        (("--mooncake-slowdown-factor", 0), "--mooncake-slowdown-factor: '0' is not a number above 0"),
+        (("--mooncake-slowdown-factor", "inf"), "--mooncake-slowdown-factor: 'inf' is not a number above 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(words: tuple, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        flags(*words)
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
         (("--dataset-name", "sharegpt"), "--dataset-name sharegpt needs --dataset-path; nothing is downloaded"),
         (
             ("--dataset-name", "sharegpt", "--dataset-path", "/none"),

@@ -11,11 +11,11 @@ import msgspec
 import pytest
 
 from sgl_jax import Engine, bench_offline_throughput
+from sgl_jax.benchmark.batch_arguments import parse_offline
 from sgl_jax.benchmark.datasets import load_prompts
-from sgl_jax.benchmark.engine_flags import engine_options, parse_offline
-from sgl_jax.benchmark.errors import BenchmarkError
-from sgl_jax.benchmark.offline import run
+from sgl_jax.benchmark.offline import engine_options, run
 from sgl_jax.benchmark.records import Prompt
+from sgl_jax.benchmark.terminal import BenchmarkError
 from sgl_jax.engine.messages import Abort, Command, Event, FlushCache, Generate, MeasureLimits, Refused, Stats
 from sgl_jax.testing.fake_core import FakeCore, fake_info
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer

@@ -16,11 +16,11 @@ from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
 from sgl_jax.bench_one_batch_server import main
+from sgl_jax.benchmark.batch_arguments import Case, Target, one_batch_server_parser, running_target
 from sgl_jax.benchmark.client import ServerError
-from sgl_jax.benchmark.errors import BenchmarkError
-from sgl_jax.benchmark.one_batch import BatchOptions, BatchResult, run_case
-from sgl_jax.benchmark.one_batch_arguments import Case, Target, one_batch_parser, running_target
-from sgl_jax.benchmark.one_batch_server import run
+from sgl_jax.benchmark.one_batch_server import BatchResult, run, run_case
+from sgl_jax.benchmark.protocols import COMPLETIONS, NATIVE, RequestOptions
+from sgl_jax.benchmark.terminal import BenchmarkError
 
 INFO = {
     "engine": {
@@ -59,7 +59,7 @@ def measure(script: Script, *flags: str, target: dict[str, Any] | None = None) -
 
     async def all_of_it() -> tuple[int, list[tuple[str, Any]]]:
         async with ScriptedServer(script).running() as server:
-            args = one_batch_parser().parse_args(["--result-filename", "", *flags])
+            args = one_batch_server_parser().parse_args(["--result-filename", "", *flags])
             return await run(args, Target(server.url, **(target or {}))), server.received
 
     return run_in_virtual_time(all_of_it())
@@ -81,7 +81,7 @@ def test_a_case_is_printed_to_the_digit(api: str, capsys: pytest.CaptureFixture[
     warm_up = case = ["/flush_cache", path]
     models = ["/v1/models"] if api == "openai" else []
     assert [path for path, _ in calls] == [
-        "/get_server_info", *models, *warm_up, "/measure_limits", *case
+        "/get_server_info", *models, *warm_up, "/measure_limits", "/get_server_info", *case
     ]  # fmt: skip
 
 
@@ -262,13 +262,15 @@ def native(row: int, tokens: int, **meta: Any) -> dict[str, Any]:
 
 def one_request(case: Case, *events: tuple[float, dict[str, Any]], api: str = "native") -> BatchResult:
     client: Any = Events(*events)
-    return run_in_virtual_time(run_case(client, case, [[5] * case.input_len] * case.batch_size, BatchOptions(api)))
+    protocol = {"native": NATIVE, "openai": COMPLETIONS}[api]
+    prompts = [[5] * case.input_len] * case.batch_size
+    return run_in_virtual_time(run_case(client, case, prompts, protocol, RequestOptions()))
 
 
 def test_ttft_is_when_the_last_row_has_its_first_token() -> None:
     events = [(1.0, native(1, 1)), (1.25, native(1, 2)), (1.5, native(0, 1)), (2.0, native(0, 2))]
     result = one_request(Case(2, 10, 2), *events)
-    assert (result.ttft_s, result.latency_s, result.itl_s) == (1.5, 2.0, 0.5)
+    assert (result.ttft_s, result.latency_s, result.record(None)["itl"]) == (1.5, 2.0, 0.5)
 
 
 def test_in_openais_stream_a_row_has_begun_with_its_first_text() -> None:
@@ -315,7 +317,7 @@ def test_what_cannot_be_honoured_is_refused(flags: list[str], message: str, caps
 
 
 def test_help_is_light() -> None:
-    check = "import sys, sgl_jax.benchmark.one_batch_arguments as a; a.one_batch_parser(); print(list(sys.modules))"
+    check = "import sys, sgl_jax.benchmark.batch_arguments as a; a.one_batch_server_parser(); print(list(sys.modules))"
     loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
     assert not {"numpy", "aiohttp", "jax", "msgspec"} & set(ast.literal_eval(loaded.stdout))
 

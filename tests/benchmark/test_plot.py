@@ -12,8 +12,7 @@ import pytest
 
 from sgl_jax.bench_serving import main
 from sgl_jax.benchmark import plot
-from sgl_jax.benchmark.errors import BenchmarkError
-from sgl_jax.benchmark.figures import ServingRun, compute_figures, compute_roofline
+from sgl_jax.benchmark.figures import ServingRun, compute_figures, compute_shares
 from sgl_jax.benchmark.plot_series import (
     first_tokens,
     gaps,
@@ -24,7 +23,8 @@ from sgl_jax.benchmark.plot_series import (
     token_rate,
 )
 from sgl_jax.benchmark.records import Outcome
-from sgl_jax.benchmark.roofline import MachineLimits, ModelCost
+from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, Roofline
+from sgl_jax.benchmark.terminal import BenchmarkError
 
 START = 100.0
 
@@ -62,16 +62,16 @@ def test_tokens_that_came_without_a_count_share_the_answers_length() -> None:
 
 
 def test_requests_wait_until_their_first_token_and_run_until_their_end() -> None:
-    found = in_flight(OUTCOMES, START)
-    assert found.times.tolist() == [0.0, 0.25, 0.5, 1.25, 1.5, 3.75]
-    assert found.waiting.tolist() == [1, 2, 1, 0, 0, 0]  # the failed one is over when it was sent
-    assert found.running.tolist() == [0, 0, 1, 2, 1, 0]
+    times, waiting, running = in_flight(OUTCOMES, START)
+    assert times.tolist() == [0.0, 0.25, 0.5, 1.25, 1.5, 3.75]
+    assert waiting.tolist() == [1, 2, 1, 0, 0, 0]  # the failed one is over when it was sent
+    assert running.tolist() == [0, 0, 1, 2, 1, 0]
 
 
 def test_a_request_that_is_not_streamed_only_waits() -> None:
     whole = Outcome(8, START + 1, output_len=4, latency_s=2.0)
-    found = in_flight([whole], START)
-    assert (found.times.tolist(), found.waiting.tolist(), found.running.tolist()) == ([1.0, 3.0], [1, 0], [0, 0])
+    times, waiting, running = in_flight([whole], START)
+    assert (times.tolist(), waiting.tolist(), running.tolist()) == ([1.0, 3.0], [1, 0], [0, 0])
 
 
 def test_ttft_is_at_the_time_of_sending_and_itl_at_the_tokens() -> None:
@@ -106,9 +106,10 @@ def test_the_values_behind_the_percentiles_are_those_that_succeeded() -> None:
 def served(outcomes: list[Outcome], **config: object) -> ServingRun:
     figures = compute_figures(outcomes, START, 4.0)
     limits = MachineLimits(1.0, 0.01, "float32", "cpu", 1)
-    roofline = compute_roofline(outcomes, figures, 4.0, limits, ModelCost(1_000_000, 1000, 500_000))
+    roofline = Roofline(limits, ModelCost(1_000_000, 1000, 500_000))
+    shares = compute_shares(outcomes, figures, 4.0, roofline)
     described = {"backend": "sgl-jax", "model": "tiny", "dataset_name": "random", "request_rate": "inf"} | config
-    return ServingRun(described, START, 4.0, outcomes, figures, roofline)
+    return ServingRun(described, START, 4.0, outcomes, figures, shares)
 
 
 def test_panels_have_titles_and_units() -> None:

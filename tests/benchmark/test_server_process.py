@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.server_process import started_server
+from sgl_jax.benchmark.terminal import BenchmarkError
 
 SMALL = ["--device", "cpu", "--dtype", "float32", "--context-length", "64", "--max-total-tokens", "256"]
 SMALL += ["--max-running-requests", "2", "--chunked-prefill-size", "8"]

@@ -16,12 +16,12 @@ from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
 from sgl_jax.benchmark.client import connect
-from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.figures import ServingRun
 from sgl_jax.benchmark.protocols import BACKENDS, RequestOptions
 from sgl_jax.benchmark.records import Prompt
+from sgl_jax.benchmark.report import failure_line, shares_block, standard_block
 from sgl_jax.benchmark.serving import ServingConfig, run_serving
-from sgl_jax.benchmark.serving_report import failure_line, roofline_block, standard_block
+from sgl_jax.benchmark.terminal import BenchmarkError
 
 # Two at a time. Sent at, first token after, gap, ended at:
 #   0: 0     0.25  4 x 0.125  0.75
@@ -227,7 +227,7 @@ OPTIONS = RequestOptions(
     model="m",
     temperature=0.5,
     return_logprob=True,
-    extra_body={"sampling_params": {"top_p": 0.5}, "temperature": 0.25},
+    extra_request_body={"sampling_params": {"top_p": 0.5}, "temperature": 0.25},
 )
 NATIVE = {
     "sampling_params": {"temperature": 0.5, "max_new_tokens": 3, "ignore_eos": True, "top_p": 0.5},
@@ -351,8 +351,8 @@ def test_the_share_of_the_machine() -> None:
     """
     script = Script(ttft_s=lambda _: 0.25, itl_s=lambda _: 0.125, cached_tokens=lambda _: 4, info=INFO, limits=LIMITS)
     run, _ = bench(script, [Prompt([1] * 8, 8, 5), Prompt([1] * 16, 16, 5)])
-    assert run.roofline is not None
-    assert roofline_block(run.roofline).splitlines() == [
+    assert run.shares is not None
+    assert shares_block(run.shares).splitlines() == [
         "============== Share of the Machine ==============",
         "Device:                                  2 x abacus",
         "Memory bandwidth (GB/s):                 20.00     ",
@@ -370,27 +370,27 @@ def test_rows_of_a_decode_step_are_those_that_decode_not_those_that_wait() -> No
         ttft_s=lambda request: (1.0, 2.5)[request], itl_s=lambda _: 0.5, info=INFO, limits=LIMITS, cached_tokens=None
     )
     run, _ = bench(script, [Prompt([1], 1, 5)] * 2)
-    assert run.roofline is not None
-    assert run.roofline.decode_rows == 4 / 3.5
+    assert run.shares is not None
+    assert run.shares["decode_rows"] == 4 / 3.5
     assert run.figures.concurrency == 7.5 / 4.5
 
 
 def test_a_server_that_does_not_report_limits_is_said_to() -> None:
     run, _ = bench(Script(), PROMPTS)
-    assert run.roofline is None
+    assert run.shares is None
     assert run.notes == ["this server does not report the limits of its machine, so no share of them is given"]
 
 
 def test_limits_are_asked_for_again_while_the_server_is_busy() -> None:
     script = Script(limits=LIMITS, info=INFO, refused={"/measure_limits": [(409, "busy")] * 3})
     run, server = bench(script, PROMPTS)
-    assert run.roofline is not None
+    assert run.shares is not None
     assert [path for path, _ in server.received].count("/measure_limits") == 4
 
 
 def test_a_server_that_stays_busy_costs_the_shares_not_the_run() -> None:
     run, _ = bench(Script(limits=LIMITS, info=INFO, refused={"/measure_limits": [(409, "busy")] * 50}), PROMPTS)
-    assert run.roofline is None
+    assert run.shares is None
     assert run.figures.completed == 4
     assert run.notes == ["the machine's limits could not be measured: HTTP 409 from /measure_limits: busy"]
 

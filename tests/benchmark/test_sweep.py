@@ -15,10 +15,10 @@ from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
 from sgl_jax.bench_serving import main
-from sgl_jax.benchmark import provenance, sweep_plot
-from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark import plot, provenance
 from sgl_jax.benchmark.sweep import Sweep
 from sgl_jax.benchmark.sweep_arguments import Case, cases, parse_sweep
+from sgl_jax.benchmark.terminal import BenchmarkError
 
 COST = {"weight_bytes": 1_000_000, "kv_bytes_per_token": 1000, "parameters_per_token": 1_000_000}
 LIMITS = {
@@ -257,15 +257,15 @@ def case(concurrency: int, tpot: float | None, ttft: float, throughput: float, o
 
 def test_points_are_by_concurrency_and_of_prompt_tokens_where_nothing_is_decoded() -> None:
     records = [case(8, 30.0, 200.0, 90.0), case(1, 10.0, 100.0, 30.0)]
-    assert sweep_plot.curves(records) == {
+    assert plot.curves(records) == {
         "TPOT": [(1, 10.0, 30.0), (8, 30.0, 90.0)],
         "TTFT": [(1, 100.0, 30.0), (8, 200.0, 90.0)],
     }
-    assert sweep_plot.curves([case(1, None, 100.0, 30.0, osl=1)]) == {"TTFT": [(1, 100.0, 300.0)]}
+    assert plot.curves([case(1, None, 100.0, 30.0, osl=1)]) == {"TTFT": [(1, 100.0, 300.0)]}
 
 
 def test_the_picture_has_titles_units_and_concurrencies() -> None:
-    figure = sweep_plot.sweep_figure([case(8, 30.0, 200.0, 90.0), case(1, 10.0, 100.0, 30.0)])
+    figure = plot.sweep_figure([case(8, 30.0, 200.0, 90.0), case(1, 10.0, 100.0, 30.0)])
     assert figure.get_suptitle() == "ISL 4, OSL 8  ·  tiny"
     assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes] == [
         ("median TPOT (ms)", "output throughput (tokens/s)"),

@@ -11,17 +11,17 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.protocols import Protocol, Reading
 from sgl_jax.benchmark.records import Outcome
-from sgl_jax.benchmark.roofline import MachineLimits, ModelCost
+from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, Roofline
 from sgl_jax.benchmark.sse import EventParser
+from sgl_jax.benchmark.terminal import BenchmarkError
 
 REQUEST_TIMEOUT_S = 6 * 3600.0
 _CONTROL_TIMEOUT_S = 600.0  # flushing a cache, measuring limits, writing a trace
 _CONNECT_TIMEOUT_S = 60.0
 _POLL_S = 0.5
-NOT_OFFERED = (404, 405, 501)  # HTTP statuses of a server without that path
+_NOT_OFFERED = (404, 405, 501)  # HTTP statuses of a server without that path
 _LIMIT_ATTEMPTS = 10
 _LONGEST_ERROR = 500  # characters of a server's answer that are shown
 
@@ -33,6 +33,11 @@ class ServerError(BenchmarkError):
         super().__init__(message)
         self.status = status
 
+    @property
+    def not_offered(self) -> bool:
+        """The server has no such path."""
+        return self.status in _NOT_OFFERED
+
 
 class Client:
     """Calls to one server. Each raises ServerError when it does not succeed."""
@@ -42,16 +47,31 @@ class Client:
         self.base_url = base_url
         self._timeout = aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=_CONNECT_TIMEOUT_S)
 
-    async def get(self, path: str) -> Any:
-        """The JSON of the answer; None when it is empty or no JSON."""
-        return await self._control("GET", path, None)
+    async def answer(self, path: str, body: bytes) -> Any:
+        """A generation request's answer in one piece."""
+        async with self._request("POST", path, body, self._timeout) as response:
+            return _checked(await response.read())
 
-    async def post(self, path: str, body: Any = None) -> Any:
-        """The JSON of the answer; None when it is empty or no JSON."""
-        return await self._control("POST", path, None if body is None else msgspec.json.encode(body))
+    async def events(self, path: str, body: bytes) -> AsyncGenerator[Any]:
+        """A stream's events. An error among them, or an end without [DONE], raises ServerError."""
+        parser, done = EventParser(), False
+        async with self._request("POST", path, body, self._timeout) as response:
+            if response.content_type == "application/json":
+                _checked(await response.read())
+                raise ServerError("asked for a stream, the server answered in one piece")
+            async for chunk in response.content.iter_any():
+                for data in parser.feed(chunk):
+                    if data == b"[DONE]":
+                        done = True  # and on to the end of the body, so that the connection can be used again
+                    elif not done:
+                        yield _checked(data)
+        if not done:
+            raise ServerError("the stream ended early, without [DONE]")
 
-    async def _control(self, method: str, path: str, data: bytes | None) -> Any:
+    async def _control(self, method: str, path: str, body: Any = None) -> Any:
+        """The JSON of the answer; None when it is empty or no JSON."""
         timeout = aiohttp.ClientTimeout(total=_CONTROL_TIMEOUT_S, sock_connect=_CONNECT_TIMEOUT_S)
+        data = None if body is None else msgspec.json.encode(body)
         async with self._request(method, path, data, timeout) as response:
             content = await response.read()
         try:
@@ -59,38 +79,16 @@ class Client:
         except msgspec.DecodeError:
             return None
 
-    async def answer(self, path: str, body: bytes) -> Any:
-        """A generation request's answer in one piece."""
-        async with self._request("POST", path, body, self._timeout) as response:
-            return _checked(_decode(await response.read()))
-
-    async def events(self, path: str, body: bytes) -> AsyncGenerator[Any]:
-        """A stream's events. An error among them, or an end without [DONE], raises ServerError."""
-        parser, done = EventParser(), False
-        async with self._request("POST", path, body, self._timeout) as response:
-            if response.content_type == "application/json":
-                _checked(_decode(await response.read()))
-                raise ServerError("asked for a stream, the server answered in one piece")
-            async for chunk in response.content.iter_any():
-                for data in parser.feed(chunk):
-                    if data == b"[DONE]":
-                        done = True  # and on to the end of the body, so that the connection can be used again
-                    elif not done:
-                        yield _checked(_decode(data))
-        if not done:
-            raise ServerError("the stream ended early, without [DONE]")
-
     @asynccontextmanager
     async def _request(
         self, method: str, path: str, data: bytes | None, timeout: aiohttp.ClientTimeout
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         headers = {} if data is None else {"Content-Type": "application/json"}
+        url = self.base_url + path
         try:
-            async with self._session.request(
-                method, self.base_url + path, data=data, headers=headers, timeout=timeout
-            ) as response:
+            async with self._session.request(method, url, data=data, headers=headers, timeout=timeout) as response:
                 if response.status != 200:
-                    said = _message(await response.read()) or response.reason or ""
+                    said = _error_text(await response.read()) or response.reason or ""
                     raise ServerError(f"HTTP {response.status} from {path}: {said}", response.status)
                 yield response
         except aiohttp.ClientConnectorError as error:
@@ -105,9 +103,9 @@ class Client:
     async def get_if_offered(self, path: str) -> Any:
         """None when the server has no such path."""
         try:
-            return await self.get(path)
+            return await self._control("GET", path)
         except ServerError as error:
-            if error.status in NOT_OFFERED:
+            if error.not_offered:
                 return None
             raise
 
@@ -122,15 +120,23 @@ class Client:
         models = found.get("data") if isinstance(found, dict) else None
         return models[0].get("id") if models else None
 
-    async def flush_cache(self) -> None:
-        await self.post("/flush_cache")
+    async def flush_cache(self) -> bool:
+        """Whether the server has that."""
+        try:
+            await self._control("POST", "/flush_cache")
+        except ServerError as error:
+            if error.not_offered:
+                return False
+            raise
+        return True
 
     async def start_profile(self, output_dir: str | None = None, num_steps: int | None = None) -> None:
         fields = {"output_dir": output_dir, "num_steps": num_steps}
-        await self.post("/start_profile", {name: value for name, value in fields.items() if value is not None})
+        given = {name: value for name, value in fields.items() if value is not None}
+        await self._control("POST", "/start_profile", given)
 
     async def stop_profile(self) -> None:
-        await self.post("/stop_profile")
+        await self._control("POST", "/stop_profile")
 
     async def wait_until_ready(self, timeout_s: float) -> None:
         """Until requests are taken. Raises ServerError with the last answer after `timeout_s` seconds."""
@@ -146,27 +152,21 @@ class Client:
                     raise ServerError(f"not ready after {timeout_s:g} s: {error}", error.status) from error
             await asyncio.sleep(_POLL_S)
 
-    async def measure_limits(self) -> MachineLimits | None:
-        """Measured now, by the server; None when it does not offer that."""
+    async def roofline(self) -> Roofline | None:
+        """The machine's limits, measured now by the server, and its model's cost; None when it does not offer that."""
         for attempt in range(_LIMIT_ATTEMPTS):
             try:
-                return msgspec.convert(await self.post("/measure_limits"), MachineLimits)
+                limits = msgspec.convert(await self._control("POST", "/measure_limits"), MachineLimits)
+                cost = msgspec.convert((await self.server_info()).get("engine"), ModelCost)
+                return Roofline(limits, cost)
             except ServerError as error:
-                if error.status in NOT_OFFERED:
+                if error.not_offered:
                     return None
                 if error.status != 409 or attempt == _LIMIT_ATTEMPTS - 1:  # 409: a request still runs
-                    raise
+                    raise ServerError(f"the machine's limits could not be measured: {error}", error.status) from error
             except msgspec.ValidationError as error:
-                raise ServerError(f"/measure_limits answered something else than limits: {error}") from error
+                raise ServerError(f"the machine's limits are not told as known: {error}") from error
             await asyncio.sleep(_POLL_S)
-        return None
-
-
-def model_cost(server_info: Mapping[str, Any]) -> ModelCost | None:
-    """From /get_server_info; None when the server does not say what its model costs."""
-    try:
-        return msgspec.convert(server_info.get("engine"), ModelCost)
-    except msgspec.ValidationError:
         return None
 
 
@@ -188,6 +188,9 @@ def allow_many_connections() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+# --- one request ------------------------------------------------------------------------------------------------------
 
 
 async def measured(client: Client, protocol: Protocol, body: bytes, prompt_len: int, stream: bool) -> Outcome:
@@ -239,41 +242,33 @@ async def _whole(client: Client, protocol: Protocol, body: bytes, outcome: Outco
     outcome.output_len = reading.output_tokens
 
 
+# --- errors in words --------------------------------------------------------------------------------------------------
+
+
 def _reason(error: OSError) -> str:
     """ "Connection refused", where asyncio's own text only repeats the address."""
     return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
 
 
-def _decode(data: bytes) -> Any:
+def _checked(content: bytes) -> Any:
+    """The JSON of an answer or event, unless it is an error."""
     try:
-        return msgspec.json.decode(data)
+        event = msgspec.json.decode(content)
     except msgspec.DecodeError as error:
-        raise ServerError(f"the server sent what is no JSON: {_shortened(data)}") from error
-
-
-def _checked(event: Any) -> Any:
-    """The event, unless it is an error."""
+        raise ServerError(f"the server sent what is no JSON: {_error_text(content)}") from error
     if isinstance(event, dict) and (event.get("error") or event.get("object") == "error"):
-        raise ServerError(f"the server answered an error: {_error_text(event)}")
+        raise ServerError(f"the server answered an error: {_error_text(content)}")
     return event
 
 
-def _message(content: bytes) -> str:
+def _error_text(content: bytes) -> str:
+    """The message of an error in one of the shapes servers use, or the text as it is."""
     try:
-        return _error_text(msgspec.json.decode(content))
+        said = msgspec.json.decode(content)
     except msgspec.DecodeError:
-        return _shortened(content)
-
-
-def _error_text(event: Any) -> str:
-    """The message of an error in one of the shapes servers use."""
-    if not isinstance(event, dict):
-        return str(event)[:_LONGEST_ERROR]
-    error = event.get("error") or event
-    if isinstance(error, dict):
-        error = error.get("message") or error.get("detail") or error
-    return str(error)[:_LONGEST_ERROR]
-
-
-def _shortened(content: bytes) -> str:
-    return " ".join(content.decode("utf-8", "replace").split())[:_LONGEST_ERROR]
+        said = " ".join(content.decode("utf-8", "replace").split())
+    if isinstance(said, dict):
+        said = said.get("error") or said
+    if isinstance(said, dict):
+        said = said.get("message") or said.get("detail") or said
+    return str(said)[:_LONGEST_ERROR]

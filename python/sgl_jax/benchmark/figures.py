@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sgl_jax.benchmark.records import Outcome
-from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, decode_bandwidth_share, limits_json, matmul_share
+from sgl_jax.benchmark.roofline import Roofline
 
 # Which statistics of which latency are reported.
 LATENCIES = {
@@ -46,18 +46,6 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Roofline:
-    """How near the run came to the machine's limits, which were measured just before it (see roofline.py)."""
-
-    limits: MachineLimits
-    cost: ModelCost
-    decode_rows: float | None  # requests past their first token, mean over the time when there is any
-    decode_context: float | None  # tokens of such a request: its prompt and half of its output, mean
-    decode_bandwidth_share: float | None  # of a step that takes the mean ITL
-    matmul_share: float | None  # all uncached prompt tokens and output tokens, over the duration
-
-
-@dataclass(frozen=True)
 class ServingRun:
     """One run against a server, complete: what was asked for, what came of each request, and the figures."""
 
@@ -66,7 +54,7 @@ class ServingRun:
     duration_s: float
     outcomes: list[Outcome]  # in the data set's order; only the finished ones when the run was interrupted
     figures: Figures
-    roofline: Roofline | None = None  # None: the server does not report its limits
+    shares: dict[str, Any] | None = None  # of the machine, see run_shares; None: the server does not report its limits
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)  # what the user should know, a line each
 
@@ -133,30 +121,19 @@ def arrivals(outcome: Outcome) -> tuple[list[float], float]:
     return times, outcome.output_len / len(times)
 
 
-def compute_roofline(
-    outcomes: Sequence[Outcome], figures: Figures, duration_s: float, limits: MachineLimits, cost: ModelCost
-) -> Roofline:
+def compute_shares(
+    outcomes: Sequence[Outcome], figures: Figures, duration_s: float, roofline: Roofline
+) -> dict[str, Any]:
+    """How near the run came to the machine's limits, which were measured just before it.
+
+    Rows are requests past their first token, the mean over the time when there is any; the context of one is its prompt
+    and half of its output, the mean; a step takes the mean ITL. Computed are uncached prompt tokens and output tokens.
+    """
     streamed = [o for o in outcomes if o.ok and o.ttft_s is not None]
-    rows = _decode_rows(streamed)
     context = float(np.mean([o.prompt_len + o.output_len / 2 for o in streamed])) if streamed else None
-    bandwidth = matmul = None
-    step_ms = figures.latency["mean_itl_ms"]
-    if rows and context and step_ms and limits.memory_gb_per_s:
-        bandwidth = decode_bandwidth_share(cost, limits, rows, context, step_ms / 1e3)
-    if duration_s and limits.matmul_tflop_per_s:
-        computed = figures.total_input_tokens - (figures.total_cached_tokens or 0) + figures.total_output_tokens
-        matmul = matmul_share(cost, limits, computed, duration_s)
-    return Roofline(limits, cost, rows, context, bandwidth, matmul)
-
-
-def roofline_json(roofline: Roofline) -> dict[str, Any]:
-    return {
-        **limits_json(roofline.limits, roofline.cost),
-        "decode_rows": roofline.decode_rows,
-        "decode_context": roofline.decode_context,
-        "decode_bandwidth_share": roofline.decode_bandwidth_share,
-        "matmul_share": roofline.matmul_share,
-    }
+    step_s = (figures.latency["mean_itl_ms"] or 0.0) / 1e3
+    computed = figures.total_input_tokens - (figures.total_cached_tokens or 0) + figures.total_output_tokens
+    return roofline.run_shares(_decode_rows(streamed), context, step_s, computed, duration_s)
 
 
 def _cached(good: Iterable[Outcome]) -> tuple[int | None, float | None]:

@@ -1,167 +1,295 @@
-"""One batch of prompts sent as one streaming request, and what its times come to.
+"""What `python -m sgl_jax.bench_one_batch` does with its flags: batches driven on the device itself, with
+no scheduler and no prefix cache, every step waited for.
 
-    ttft               from sending until every row of the batch has its first token: the prefill of the whole batch
-    latency            from sending to the end of the answer
-    itl                (latency - ttft) / (output_len - 1)
-    input throughput   prompt tokens / ttft
-    output throughput  batch_size x output_len / (latency - ttft)
-
-Nothing follows the first token when output_len is 1: itl and output throughput are None then.
+prefill throughput  prompt tokens / time until every row's first token is on the host
+decode latency      of one step, from the tokens before to its own tokens on the host
+decode throughput   rows / decode latency
+total throughput    prompt and output tokens / (prefill + all decode steps)
 """
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+import argparse
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-import msgspec
+import jax
+import numpy as np
 
-from sgl_jax.benchmark.client import Client, ServerError
-from sgl_jax.benchmark.errors import BenchmarkError
-from sgl_jax.benchmark.one_batch_arguments import Case
-from sgl_jax.benchmark.protocols import COMPLETIONS, NATIVE
-from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, decode_bandwidth_share, matmul_share
+from sgl_jax.benchmark.batch_arguments import Case, cases, start_log
+from sgl_jax.benchmark.datasets.source import IdSource
+from sgl_jax.benchmark.report import append_jsonl, check_writable
+from sgl_jax.benchmark.roofline import NO_BATCH_SHARES, ModelCost, Roofline, share_lines
+from sgl_jax.benchmark.terminal import SOME_FAILED, BenchmarkError, say
+from sgl_jax.engine.core import Core, Runner
+from sgl_jax.engine.loop import one_line
+from sgl_jax.engine.messages import EngineInfo, LimitsMeasured, MeasureLimits, Refused
+from sgl_jax.engine.startup import build_core
+from sgl_jax.request import Request, SamplingParams
+from sgl_jax.scheduler.rows import encode_params
+from sgl_jax.server_args import ServerArgs
+from sgl_jax.step_plan import StepPlan
+
+TOOL = "bench_one_batch"
+_DECODE_LINES = 5  # steps printed one by one
+_WARM_UP_TOKENS = 4
+_NO_SCHEDULER = (  # flags that are about one
+    "disable_radix_cache",
+    "schedule_policy",
+    "dp_schedule_policy",
+    "max_queued_requests",
+    "enable_mixed_chunk",
+    "disable_overlap_schedule",
+    "decode_log_interval",
+)
+
+
+def measure_batches(args: argparse.Namespace, server_args: ServerArgs) -> int:
+    """Starts the engine's device side and runs. Returns the exit code; raises BenchmarkError."""
+    start_log(server_args, _NO_SCHEDULER)
+    if server_args.dp_size > 1:
+        raise BenchmarkError(
+            f"--dp-size is {server_args.dp_size}; this tool runs one batch on one rank, leave it out "
+            "(bench_offline_throughput measures several)"
+        )
+    if args.result_filename:
+        check_writable(Path(args.result_filename), "--result-filename")
+    try:
+        core = build_core(server_args)
+    except (ValueError, OSError) as error:  # those are for the user to mend
+        raise BenchmarkError(one_line(error)) from error
+    return run(args, core)
+
+
+def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.perf_counter) -> int:
+    """Everything after the start. Returns the exit code."""
+    for case in cases(args):
+        check_fits(case, core.info)
+    source = IdSource(core.info.vocab_size, None, np.random.default_rng(args.seed))
+
+    def timed(case: Case) -> BatchTimes:
+        prompts = [source.ids(case.input_len) for _ in range(case.batch_size)]
+        return time_batch(DeviceBatch(core.runner, core.info, prompts, case.output_len), case, clock)
+
+    roofline = _measured_roofline(core)
+    for case in cases(args):
+        timed(replace(case, output_len=min(case.output_len, _WARM_UP_TOKENS)))
+        times = timed(case)
+        found = {"run_name": args.run_name} | record(times, core.runner.compiles_after_ready, core.info, roofline)
+        print(block(found, times), flush=True)
+        if args.result_filename:
+            append_jsonl(Path(args.result_filename), found)
+        if args.profile:
+            size = f"batch{case.batch_size}_input{case.input_len}_output{case.output_len}"
+            with jax.profiler.trace(folder := f"{args.profile_filename_prefix or 'profile'}_{size}"):
+                timed(case)
+            print(f"Trace: {folder}\n", flush=True)
+    if compiles := core.runner.compiles_after_ready:
+        say(TOOL, f"{compiles} programs were compiled while it was timed")
+        return SOME_FAILED
+    return 0
+
+
+def _measured_roofline(core: Core) -> Roofline | None:
+    """None, said on standard error, where the limits cannot be measured."""
+    core.handle(MeasureLimits(0))
+    for event in core.step():
+        match event:
+            case LimitsMeasured(limits=limits):
+                return Roofline(limits, ModelCost.of(core.info))
+            case Refused(message=message):
+                say(TOOL, message)
+    return None
+
+
+def record(times: BatchTimes, compiles: int, info: EngineInfo, roofline: Roofline | None) -> dict[str, Any]:
+    """The line of JSON: seconds, tokens per second; None where there is no decode step. Shares of the machine, 0 to 1, are
+    of the median step with the KV of the mean one: the prompt and half of the output."""
+    rows, input_len, output_len = times.case.batch_size, times.case.input_len, times.case.output_len
+    median, total = times.median_decode_s, times.prefill_s + sum(times.decode_s)
+    shares = NO_BATCH_SHARES
+    if roofline is not None:
+        context = input_len + output_len / 2
+        shares = roofline.batch_shares(rows, context, median, rows * input_len, times.prefill_s)
+    return vars(times.case) | {
+        "prefill_latency": times.prefill_s,
+        "prefill_throughput": rows * input_len / times.prefill_s,
+        "median_decode_latency": median,
+        "median_decode_throughput": rows / median if median else None,
+        "total_latency": total,
+        "overall_throughput": rows * (input_len + output_len) / total,
+        "compiles_after_ready": compiles,
+        "model_path": info.model_path,
+        "dtype": info.dtype,
+        "device_kind": info.device_kind,
+        "num_devices": info.num_devices,
+        **shares,
+    }
+
+
+def block(found: Mapping[str, Any], times: BatchTimes) -> str:
+    """The batch for people. Labels are those that existing scripts look for."""
+
+    def figures(seconds: float, throughput: float, name: str = "") -> str:
+        return f"{name}latency: {seconds:6.5f} s, {name}throughput: {throughput:9.2f} token/s"
+
+    rows = times.case.batch_size
+    lines = [
+        f"Batch size: {rows}, input length: {times.case.input_len}, output length: {times.case.output_len}",
+        f"Prefill. {figures(times.prefill_s, found['prefill_throughput'])}",
+    ]
+    for i, seconds in enumerate(times.decode_s[:_DECODE_LINES]):
+        lines.append(f"Decode {i}. Batch size: {rows}, {figures(seconds, rows / seconds)}")
+    if (median := times.median_decode_s) is not None:
+        lines.append(f"Decode. {figures(median, found['median_decode_throughput'], 'median ')}")
+    total = f"latency: {found['total_latency']:6.3f} s, throughput: {found['overall_throughput']:9.2f} token/s"
+    lines += [f"Total. {total}", *(line[0].upper() + line[1:] for line in share_lines(found))]
+    return "\n".join(lines) + "\n"
+
+
+# --- a batch on the device ----------------------------------------------------------------------------------------------
+
+
+def check_fits(case: Case, info: EngineInfo) -> None:
+    """Raises BenchmarkError with the limit that is in the way: the batch must run at once."""
+    if case.batch_size > info.max_running_requests:
+        raise BenchmarkError(
+            f"--batch-size is {case.batch_size}; {info.max_running_requests} requests can run at once, "
+            "raise --max-running-requests"
+        )
+    tokens = case.input_len + case.output_len
+    if tokens > info.context_length:
+        raise BenchmarkError(
+            f"--input-len {case.input_len} and --output-len {case.output_len} make {tokens} tokens; a request may "
+            f"hold {info.context_length}, raise --context-length if the model allows it"
+        )
+    pool = info.max_total_tokens // info.page_size
+    if (pages := case.batch_size * _pages(tokens, info.page_size)) > pool:
+        raise BenchmarkError(
+            f"{case.batch_size} requests of {tokens} tokens need {pages} pages of {info.page_size} tokens; the KV "
+            f"pool has {pool}, raise --max-total-tokens or --mem-fraction-static"
+        )
 
 
 @dataclass(frozen=True)
-class BatchOptions:
-    api_type: str = "native"  # or "openai"
-    model: str | None = None  # OpenAI's API names it
-    temperature: float = 0.0
-    return_logprob: bool = False
-
-
-@dataclass(frozen=True)
-class BatchResult:
-    """Times in seconds, throughputs in tokens per second; formulas at the top of this file."""
+class BatchTimes:
+    """Seconds."""
 
     case: Case
-    input_tokens: int  # of the whole batch
-    cached_tokens: int | None  # of them, found in the server's prefix cache; None: the server does not tell
-    ttft_s: float
-    latency_s: float
+    prefill_s: float
+    decode_s: list[float]  # each step
 
     @property
-    def itl_s(self) -> float | None:
-        return (self.latency_s - self.ttft_s) / (self.case.output_len - 1) if self.case.output_len > 1 else None
-
-    @property
-    def input_throughput(self) -> float:
-        return self.input_tokens / self.ttft_s
-
-    @property
-    def output_throughput(self) -> float | None:
-        if self.case.output_len == 1 or self.latency_s <= self.ttft_s:
-            return None
-        return self.case.batch_size * self.case.output_len / (self.latency_s - self.ttft_s)
-
-    @property
-    def overall_throughput(self) -> float:
-        return (self.input_tokens + self.case.batch_size * self.case.output_len) / self.latency_s
-
-    def decode_bandwidth_share(self, cost: ModelCost, limits: MachineLimits) -> float | None:
-        """Of the decode steps, all rows in each; a row's context is its prompt and half of its output."""
-        if not self.itl_s or not limits.memory_gb_per_s:
-            return None
-        context = self.input_tokens / self.case.batch_size + self.case.output_len / 2
-        return decode_bandwidth_share(cost, limits, self.case.batch_size, context, self.itl_s)
-
-    def prefill_matmul_share(self, cost: ModelCost, limits: MachineLimits) -> float | None:
-        """Of the time until the last row's first token; cached tokens are not computed."""
-        if not limits.matmul_tflop_per_s:
-            return None
-        return matmul_share(cost, limits, self.input_tokens - (self.cached_tokens or 0), self.ttft_s)
+    def median_decode_s(self) -> float | None:
+        """None where there is no decode step."""
+        return float(np.median(self.decode_s)) if self.decode_s else None
 
 
-async def run_case(client: Client, case: Case, prompts: Sequence[Sequence[int]], options: BatchOptions) -> BatchResult:
-    """Raises ServerError when the request fails, and BenchmarkError when a row does not get all its tokens."""
-    path, body, rows = _request(case, prompts, options)
-    data = msgspec.json.encode(body)  # before the clock runs
-    now = asyncio.get_running_loop().time
-    start, ttft = now(), None
-    try:
-        async with aclosing(client.events(path, data)) as events:
-            async for event in events:
-                rows.read(event)
-                if ttft is None and not rows.waiting:
-                    ttft = now() - start
-    except (AttributeError, LookupError, TypeError) as error:
-        raise ServerError(f"the answer is not one of {path}: {type(error).__name__}: {error}") from error
-    latency = now() - start
-    wanted = case.batch_size * case.output_len
-    if ttft is None or rows.output_tokens not in (None, wanted):
-        raise BenchmarkError(f"the answer has {rows.output_tokens or 0} of {wanted} tokens")
-    return BatchResult(case, sum(map(len, prompts)), rows.cached_tokens, ttft, latency)
+class DeviceBatch:
+    """Greedy requests in rows of their own, computed together.
 
-
-def _request(
-    case: Case, prompts: Sequence[Sequence[int]], options: BatchOptions
-) -> tuple[str, dict[str, Any], _NativeRows | _OpenAIRows]:
-    """The path, the body, and what reads the events of the answer."""
-    body: dict[str, Any] = {"stream": True}
-    if options.api_type == "native":
-        params = {"temperature": options.temperature, "max_new_tokens": case.output_len, "ignore_eos": True}
-        body |= {"input_ids": prompts, "sampling_params": params}
-        if options.return_logprob:
-            body["return_logprob"] = True
-        return NATIVE.path, body, _NativeRows(case.batch_size)
-    body |= {"prompt": prompts, "max_tokens": case.output_len, "temperature": options.temperature}
-    body |= {"ignore_eos": True, "stream_options": {"include_usage": True}}
-    if options.model is not None:
-        body["model"] = options.model
-    if options.return_logprob:
-        body["logprobs"] = 1
-    return COMPLETIONS.path, body, _OpenAIRows(case.batch_size)
-
-
-class _NativeRows:
-    """What /generate has said of each row: every event repeats the row's token count."""
-
-    def __init__(self, batch_size: int):
-        self.waiting = set(range(batch_size))  # for their first token
-        self._output = [0] * batch_size
-        self._cached: dict[int, int] = {}
-
-    def read(self, event: Mapping[str, Any]) -> None:
-        row, meta = event.get("index", 0), event["meta_info"]
-        finish = meta.get("finish_reason")
-        if isinstance(finish, dict) and finish.get("type") == "abort":
-            raise ServerError(f"the server aborted row {row}: {finish.get('message') or 'no reason given'}")
-        self._output[row] = meta["completion_tokens"]
-        if self._output[row]:
-            self.waiting.discard(row)
-        if "cached_tokens" in meta:
-            self._cached[row] = meta["cached_tokens"]
-
-    @property
-    def output_tokens(self) -> int:
-        return sum(self._output)
-
-    @property
-    def cached_tokens(self) -> int | None:
-        return sum(self._cached.values()) if self._cached else None
-
-
-class _OpenAIRows:
-    """What /v1/completions has said: text by row, and the batch's tokens at the end.
-
-    A row's first token is its first text. A token without text, a part of a character, shows with the next one.
+    Row r owns the pages [1 + r x n, 1 + (r + 1) x n), n being what the longest row needs; page 0 is the scratch page.
     """
 
-    def __init__(self, batch_size: int):
-        self.waiting = set(range(batch_size))
-        self.output_tokens: int | None = None
-        self.cached_tokens: int | None = None
+    def __init__(self, runner: Runner, info: EngineInfo, prompts: Sequence[Sequence[int]], output_len: int):
+        self._runner = runner
+        self._page_size, self._chunk = info.page_size, info.chunked_prefill_size
+        self._prompts = [np.array(prompt, np.int32) for prompt in prompts]
+        self._prompt_len = np.array([len(prompt) for prompt in prompts], np.int32)
+        self._computed = np.zeros(len(prompts), np.int32)
+        self._pages_per_row = _pages(int(self._prompt_len.max()) + output_len, info.page_size)
+        longest = len(prompts[0]) + output_len
+        params, no_stops = SamplingParams(temperature=0.0, ignore_eos=True), np.empty(0, np.int32)
+        greedy = Request(
+            key=0, prompt=self._prompts[0], params=params, namespace="", seed=0, max_total_tokens=longest,
+            stop_token_ids=no_stops, arrival=0,
+        )  # fmt: skip
+        self._params = encode_params(greedy)
+        self._sampled: list[tuple[np.ndarray, np.ndarray]] = []  # of each step: rows, their tokens
 
-    def read(self, event: Mapping[str, Any]) -> None:
-        for choice in event.get("choices") or ():
-            if choice.get("finish_reason") in ("abort", "error"):
-                raise ServerError(f"the server aborted row {choice['index']}")
-            if choice.get("text") or choice.get("finish_reason"):
-                self.waiting.discard(choice["index"])
-        if usage := event.get("usage"):
-            self.output_tokens = usage["completion_tokens"]
-            self.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    def prefill(self) -> None:
+        """Compute the prompts; returns when the last step's tokens are here."""
+        flights = [self._runner.launch(plan) for plan in self._prefill_plans()]
+        for flight in flights:
+            self._collect(flight)
+
+    def decode(self) -> None:
+        """One more token for every row."""
+        rows = np.arange(len(self._prompts), dtype=np.int32)
+        unknown = np.zeros_like(rows)  # the device has the tokens
+        self._collect(self._runner.launch(self._plan(rows, np.ones_like(rows), unknown, np.full_like(rows, -1))))
+
+    def outputs(self) -> list[list[int]]:
+        """What was sampled, by row."""
+        found: list[list[int]] = [[] for _ in self._prompts]
+        for rows, tokens in self._sampled:
+            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+                found[row].append(token)
+        return found
+
+    def _collect(self, flight) -> None:
+        plan: StepPlan = flight.plan
+        tokens = self._runner.collect(flight).tokens
+        self._sampled.append((plan.rows[plan.samples], tokens[plan.samples]))
+
+    def _prefill_plans(self) -> Iterator[StepPlan]:
+        """Steps of as many prompt tokens as the engine takes, row after row."""
+        while (missing := self._prompt_len - self._computed).any():
+            before = np.cumsum(missing) - missing
+            num_new = np.clip(self._chunk - before, 0, missing)
+            rows = np.flatnonzero(num_new).astype(np.int32)
+            rows = rows[np.argsort(num_new[rows] > 1, kind="stable")]  # single tokens first
+            start, end = self._computed[rows], self._computed[rows] + num_new[rows]
+            tokens = np.concatenate([self._prompts[r][s:e] for r, s, e in zip(rows, start, end, strict=True)])
+            follows = [
+                p[e] if e < len(p) else -1 for p, e in zip(map(self._prompts.__getitem__, rows), end, strict=True)
+            ]
+            yield self._plan(rows, num_new[rows].astype(np.int32), tokens, np.array(follows, np.int32))
+
+    def _plan(self, rows: np.ndarray, num_new: np.ndarray, tokens: np.ndarray, next_token: np.ndarray) -> StepPlan:
+        """The next tokens of these rows, which then count as computed."""
+        start = self._computed[rows]
+        end = self._computed[rows] = start + num_new
+        return StepPlan(
+            keys=rows.astype(np.int64),
+            rows=rows,
+            rank=np.zeros_like(rows),
+            start=start,
+            num_new=num_new,
+            num_single=np.array([np.count_nonzero(num_new == 1)], np.int32),
+            samples=end >= self._prompt_len[rows],
+            from_device=start >= self._prompt_len[rows],
+            next_token=next_token,
+            tokens=tokens,
+            params=np.tile(self._params, (len(rows), 1)),
+            page_updates=self._page_updates(rows, _pages(start, self._page_size), _pages(end, self._page_size)),
+            loads=[],
+        )
+
+    def _page_updates(self, rows: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+        """Each row's pages number first to last: i32[3, U] (row, index, page)."""
+        need = last - first
+        row = np.repeat(rows, need)
+        index = np.repeat(first - (np.cumsum(need) - need), need) + np.arange(len(row))
+        return np.stack([row, index, 1 + row * self._pages_per_row + index]).astype(np.int32)
+
+
+def time_batch(batch: DeviceBatch, case: Case, clock: Callable[[], float]) -> BatchTimes:
+    """`clock` in seconds is read at the start, when the prefill's tokens have come, and after each decode step."""
+    before = clock()
+    batch.prefill()
+    now = clock()
+    prefill, decode = now - before, []
+    for _ in range(case.output_len - 1):
+        before = now
+        batch.decode()
+        now = clock()
+        decode.append(now - before)
+    return BatchTimes(case, prefill, decode)
+
+
+def _pages[T: (int, np.ndarray)](tokens: T, page_size: int) -> T:
+    return -(-tokens // page_size)

@@ -1,27 +1,41 @@
-"""What `python -m sgl_jax.bench_one_batch_server` does with its flags: one batch after the other through a server."""
+"""What `python -m sgl_jax.bench_one_batch_server` does with its flags: batches of prompts, each sent as one streaming
+request.
+
+    ttft               from sending until every row of the batch has its first token: the prefill of the whole batch
+    latency            from sending to the end of the answer
+    itl                (latency - ttft) / (output_len - 1)
+    input throughput   prompt tokens / ttft
+    output throughput  batch_size x output_len / (latency - ttft)
+
+Nothing follows the first token when output_len is 1: itl and output throughput are None then.
+"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
 from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from sgl_jax.benchmark.client import NOT_OFFERED, Client, ServerError, connect, model_cost
+from sgl_jax.benchmark.batch_arguments import Case, Target, cases, running_target
+from sgl_jax.benchmark.client import Client, ServerError, connect
 from sgl_jax.benchmark.datasets.source import IdSource
-from sgl_jax.benchmark.errors import SOME_FAILED, BenchmarkError, say
-from sgl_jax.benchmark.markdown import Column, markdown_table
-from sgl_jax.benchmark.one_batch import BatchOptions, BatchResult, run_case
-from sgl_jax.benchmark.one_batch_arguments import Case, Target, cases, running_target
-from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, limits_json, share_lines
+from sgl_jax.benchmark.protocols import COMPLETIONS, NATIVE, Protocol, Reading, RequestOptions
+from sgl_jax.benchmark.records import Prompt
+from sgl_jax.benchmark.report import append_jsonl, check_writable
+from sgl_jax.benchmark.roofline import NO_BATCH_SHARES, Roofline, share_lines
 from sgl_jax.benchmark.server_process import StartedServer, started_server
-from sgl_jax.benchmark.serving_report import append_jsonl, check_writable
+from sgl_jax.benchmark.terminal import SOME_FAILED, BenchmarkError, Column, markdown_table, say
+from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 
 TOOL = "bench_one_batch_server"
-_WARM_UP = Case(16, 1024, 16)  # at most
+_WARM_UP = (16, 1024, 16)  # prompts of so many tokens, and tokens to generate, at most
 _COLUMNS = (
     Column("batch size", "batch_size"),
     Column("input len", "input_len"),
@@ -51,30 +65,39 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
     wanted = cases(args)
     headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     async with connect(target.base_url, headers) as client:
-        info = await client.server_info()
-        source = _id_source(info, target.tokenizer_path, args.seed)
-        model = None
+        source = _id_source(await client.server_info(), target.tokenizer_path, args.seed)
+        protocol, model = NATIVE, None
         if args.api_type == "openai":
-            model = target.served_model_name or await client.model_name()
-        options = BatchOptions(args.api_type, model, args.temperature, args.return_logprob)
+            protocol, model = COMPLETIONS, target.served_model_name or await client.model_name()
+        options = RequestOptions(model, args.temperature, return_logprob=args.return_logprob)
+
+        async def measure(case: Case) -> BatchResult:
+            await client.flush_cache()  # without one: the prompts are new, so there is little to find
+            prompts = [source.ids(case.input_len) for _ in range(case.batch_size)]
+            return await run_case(client, case, prompts, protocol, options)
+
         if not args.skip_warmup:
-            await _warm_up(client, wanted, source, options)
-        limits = await _limits(client)
-        cost = None if limits is None else model_cost(info)
+            sizes = (max(args.batch_size), max(args.input_len), max(args.output_len))
+            case = Case(*map(min, sizes, _WARM_UP))
+            try:
+                await measure(case)
+            except BenchmarkError as error:  # so will the case of these sizes, and others may not
+                say(TOOL, f"warming up with {case} failed: {error}")
+        roofline = await _roofline(client)
         settings = {name: getattr(args, name) for name in ("run_name", "api_type", "temperature", "return_logprob")}
         settings |= {"seed": args.seed, "start_seconds": started and round(started.start_seconds, 3)}
         measured, records = [], []
         for case in wanted:
             try:
-                result = await _measure(client, case, source, options)
+                result = await measure(case)
             except BenchmarkError as error:
                 if started:
                     started.check()
                 say(TOOL, f"{case} failed: {error}")
                 continue
             measured.append(case)
-            records.append(settings | make_record(result, limits, cost))
-            print(block(records[-1], limits), flush=True)
+            records.append(settings | result.record(roofline))
+            print(block(records[-1]), flush=True)
             if args.result_filename:
                 append_jsonl(Path(args.result_filename), records[-1])
         if args.show_report and records:
@@ -82,79 +105,72 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
         for case in measured if args.profile else ():  # once more: what is measured runs without the profiler
             await client.start_profile(args.profile_output_dir)
             try:
-                await _measure(client, case, source, options)
+                await measure(case)
             finally:
                 await client.stop_profile()
     return 0 if len(records) == len(wanted) else SOME_FAILED
 
 
-async def _warm_up(client: Client, wanted: Sequence[Case], source: IdSource, options: BatchOptions) -> None:
-    """One request of the cases' greatest sizes, within bounds; not measured."""
-    case = Case(
-        min(_WARM_UP.batch_size, max(case.batch_size for case in wanted)),
-        min(_WARM_UP.input_len, max(case.input_len for case in wanted)),
-        min(_WARM_UP.output_len, max(case.output_len for case in wanted)),
-    )
+async def _roofline(client: Client) -> Roofline | None:
     try:
-        await _measure(client, case, source, options)
-    except BenchmarkError as error:  # so will the case of these sizes, and others may not
-        say(TOOL, f"warming up with {case} failed: {error}")
-
-
-async def _limits(client: Client) -> MachineLimits | None:
-    try:
-        return await client.measure_limits()
+        return await client.roofline()
     except ServerError as error:
-        say(TOOL, f"the machine's limits could not be measured: {error}")
+        say(TOOL, str(error))
         return None
 
 
-async def _measure(client: Client, case: Case, source: IdSource, options: BatchOptions) -> BatchResult:
-    try:
-        await client.flush_cache()
-    except ServerError as error:
-        if error.status not in NOT_OFFERED:  # without it: the prompts are new, so there is little to find
-            raise
-    return await run_case(client, case, [source.ids(case.input_len) for _ in range(case.batch_size)], options)
-
-
 def _id_source(info: Mapping[str, Any], tokenizer_path: str | None, seed: int) -> IdSource:
-    tokenizer = None
-    if tokenizer_path is not None:
-        from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
-
-        try:
-            tokenizer = load_tokenizer(tokenizer_path)
-        except TokenizerError as error:
-            raise BenchmarkError(f"--tokenizer-path: {error}") from error
+    try:
+        tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
+    except TokenizerError as error:
+        raise BenchmarkError(f"--tokenizer-path: {error}") from error
     vocab_size = (info.get("engine") or {}).get("vocab_size")
     if vocab_size is None and tokenizer is None:
         raise BenchmarkError("the server does not tell the size of its vocabulary; give --tokenizer-path")
     return IdSource(vocab_size, tokenizer, np.random.default_rng(seed))
 
 
-def make_record(result: BatchResult, limits: MachineLimits | None, cost: ModelCost | None) -> dict[str, Any]:
-    """Times in seconds, throughputs in tokens per second; None where there is nothing to tell."""
-    found = {
-        "batch_size": result.case.batch_size,
-        "input_len": result.case.input_len,
-        "output_len": result.case.output_len,
-        "input_tokens": result.input_tokens,
-        "cached_tokens": result.cached_tokens,
-        "latency": result.latency_s,
-        "ttft": result.ttft_s,
-        "itl": result.itl_s,
-        "input_throughput": result.input_throughput,
-        "output_throughput": result.output_throughput,
-        "overall_throughput": result.overall_throughput,
-        "decode_bandwidth_share": cost and limits and result.decode_bandwidth_share(cost, limits),
-        "prefill_matmul_share": cost and limits and result.prefill_matmul_share(cost, limits),
-    }
-    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
-    return rounded | limits_json(limits, cost)
+# --- one batch --------------------------------------------------------------------------------------------------------
 
 
-def block(record: Mapping[str, Any], limits: MachineLimits | None) -> str:
+@dataclass(frozen=True)
+class BatchResult:
+    """Formulas at the top of this file."""
+
+    case: Case
+    input_tokens: int  # of the whole batch
+    cached_tokens: int | None  # of them, found in the server's prefix cache; None: the server does not tell
+    ttft_s: float
+    latency_s: float
+
+    def record(self, roofline: Roofline | None) -> dict[str, Any]:
+        """Times in seconds, throughputs in tokens per second, of the machine 0 to 1; None where there is nothing to tell.
+
+        A row's context is its prompt and half of its output; cached tokens are not computed.
+        """
+        rows, output_len = self.case.batch_size, self.case.output_len
+        decode_s = self.latency_s - self.ttft_s
+        itl = decode_s / (output_len - 1) if output_len > 1 else None
+        context = self.input_tokens / rows + output_len / 2
+        computed = self.input_tokens - (self.cached_tokens or 0)
+        shares = NO_BATCH_SHARES
+        if roofline is not None:
+            shares = roofline.batch_shares(rows, context, itl, computed, self.ttft_s)
+        found = vars(self.case) | {
+            "input_tokens": self.input_tokens,
+            "cached_tokens": self.cached_tokens,
+            "latency": self.latency_s,
+            "ttft": self.ttft_s,
+            "itl": itl,
+            "input_throughput": self.input_tokens / self.ttft_s,
+            "output_throughput": rows * output_len / decode_s if output_len > 1 and decode_s > 0 else None,
+            "overall_throughput": (self.input_tokens + rows * output_len) / self.latency_s,
+            **shares,
+        }
+        return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
+
+
+def block(record: Mapping[str, Any]) -> str:
     """The case for people, a figure a line."""
     lines = [
         f"batch size: {record['batch_size']}",
@@ -168,8 +184,69 @@ def block(record: Mapping[str, Any], limits: MachineLimits | None) -> str:
     lines.append(f"input throughput: {record['input_throughput']:.2f} tok/s")
     if record["output_throughput"] is not None:
         lines.append(f"output throughput: {record['output_throughput']:.2f} tok/s")
-    if limits is not None:
-        lines += share_lines(limits, record["decode_bandwidth_share"], record["prefill_matmul_share"])
+    lines += share_lines(record)
     if record["cached_tokens"]:
         lines.append(f"cached tokens: {record['cached_tokens']} of {record['input_tokens']}, not computed again")
     return "\n".join(lines) + "\n"
+
+
+async def run_case(
+    client: Client, case: Case, prompts: Sequence[list[int]], protocol: Protocol, options: RequestOptions
+) -> BatchResult:
+    """Raises ServerError when the request fails, and BenchmarkError when a row does not get all its tokens."""
+    batch: Any = prompts  # where other requests have one
+    body = protocol.body(Prompt(batch, case.input_len, case.output_len), options, None)
+    data = msgspec.json.encode(body)  # before the clock runs
+    rows = _Rows(protocol, case.batch_size)
+    now = asyncio.get_running_loop().time
+    start, ttft = now(), None
+    try:
+        async with aclosing(client.events(protocol.path, data)) as events:
+            async for event in events:
+                rows.read(event)
+                if ttft is None and not rows.waiting:
+                    ttft = now() - start
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ServerError(f"the answer is not one of {protocol.path}: {type(error).__name__}: {error}") from error
+    latency = now() - start
+    output, cached = rows.totals()
+    wanted = case.batch_size * case.output_len
+    if ttft is None or output not in (None, wanted):
+        raise BenchmarkError(f"the answer has {output or 0} of {wanted} tokens")
+    return BatchResult(case, sum(map(len, prompts)), cached, ttft, latency)
+
+
+class _Rows:
+    """What a stream has said of each row, and of the batch: /generate counts a row's tokens, /v1/completions all rows'.
+
+    With /v1/completions a row's first token is its first text. A token without text, a part of a character, shows with
+    the next one.
+    """
+
+    def __init__(self, protocol: Protocol, batch_size: int):
+        self.waiting = set(range(batch_size))  # for their first token
+        self._protocol = protocol
+        self._rows = [Reading() for _ in range(batch_size)]
+        self._batch = Reading()
+
+    def read(self, event: dict[str, Any]) -> None:
+        if self._protocol is NATIVE:
+            parts = {event.get("index", 0): event}
+        else:
+            parts = {choice["index"]: {"choices": [choice]} for choice in event.get("choices") or ()}
+            self._protocol.read(event | {"choices": []}, self._batch)
+        for row, part in parts.items():
+            reading = self._rows[row]
+            self._protocol.read(part, reading)
+            if reading.aborted:
+                raise ServerError(f"the server aborted row {row}: {reading.aborted}")
+            ended = "choices" in part and part["choices"][0].get("finish_reason")
+            if reading.output_tokens or reading.text or ended:
+                self.waiting.discard(row)
+
+    def totals(self) -> tuple[int | None, int | None]:
+        """(output tokens, cached tokens) of the batch; None: not told."""
+        if self._protocol is not NATIVE:
+            return self._batch.output_tokens, self._batch.cached_tokens
+        cached = [reading.cached_tokens for reading in self._rows if reading.cached_tokens is not None]
+        return sum(reading.output_tokens or 0 for reading in self._rows), sum(cached) if cached else None

@@ -1,18 +1,19 @@
-"""A serving run as one picture: what happened over its time, and the latencies that came of it.
+"""Pictures: a serving run over its time and the latencies that came of it, and a sweep's throughput against latency.
 
-Drawn without a display. matplotlib is in the extra `bench` and imported only here and in sweep_plot.py.
+Drawn without a display. matplotlib is in the extra `bench` and imported only to draw.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.figures import ServingRun
 from sgl_jax.benchmark.plot_series import (
+    Curve,
     Spread,
     first_tokens,
     gaps,
@@ -22,6 +23,7 @@ from sgl_jax.benchmark.plot_series import (
     time_bins,
     token_rate,
 )
+from sgl_jax.benchmark.terminal import BenchmarkError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +49,7 @@ _DPI = 120
 _STEPS_PER_BIN = 10  # bins hold at least so many tokens of a request, or the rate would show single steps
 _MOST_DOTS = 3000
 _LATENCY_COLOURS = {"E2E": GREY, "TTFT": BLUE, "TPOT": GREEN, "ITL": ORANGE}
+_SPELT = {"TPOT": "time per output token", "TTFT": "time to first token"}
 
 
 def check_plot(path: Path) -> None:
@@ -66,16 +69,23 @@ def require_matplotlib() -> None:
 
 
 def plot_run(run: ServingRun, path: Path) -> None:
-    """Writes the picture as PNG. Raises BenchmarkError without matplotlib, or when the file cannot be written."""
-    check_plot(path)
-    save(run_figure(run), path)
+    """Writes the picture as PNG. Raises BenchmarkError when the file cannot be written."""
+    _save(run_figure(run), path)
 
 
-def save(figure: Figure, path: Path) -> None:
+def plot_sweep(records: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """`records` are of one ISL and OSL. Raises BenchmarkError when the file cannot be written."""
+    _save(sweep_figure(records), path)
+
+
+def _save(figure: Figure, path: Path) -> None:
     try:
         figure.savefig(path, dpi=_DPI, format="png")
     except OSError as error:
         raise BenchmarkError(f"{path} cannot be written: {error.strerror}") from error
+
+
+# --- a run ------------------------------------------------------------------------------------------------------------
 
 
 def run_figure(run: ServingRun) -> Figure:
@@ -112,78 +122,90 @@ def _title(run: ServingRun) -> str:
     return "  ·  ".join(said)
 
 
-def _draw_rate(axes: Axes, run: ServingRun, edges: np.ndarray) -> None:
-    axes.set_title("Output throughput")
-    axes.set_ylabel("tokens/s")
+def _draw_rate(axes: Axes, run: ServingRun, edges: Curve) -> None:
+    axes.set(title="Output throughput", ylabel="tokens/s")
     axes.stairs(token_rate(run.outcomes, run.start_s, edges), edges, color=BLUE, fill=True, alpha=0.35)
     mean = run.figures.output_throughput
     axes.axhline(mean, color=BLUE, linewidth=1.2, label=f"mean {mean:,.1f}")
     axes.set_ylim(bottom=0)
-    plain_numbers(axes.yaxis)
-    legend(axes)
+    _plain_numbers(axes.yaxis)
+    _legend(axes)
 
 
 def _draw_in_flight(axes: Axes, run: ServingRun) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    axes.set_title("Requests, as the client sees them")
-    axes.set_ylabel("requests")
-    found = in_flight(run.outcomes, run.start_s)
-    stack = (found.running, found.waiting)
+    axes.set(title="Requests, as the client sees them", ylabel="requests")
+    times, waiting, running = in_flight(run.outcomes, run.start_s)
     labels = ("running (streaming)", "waiting for the first token")
-    axes.stackplot(found.times, *stack, step="post", labels=labels, colors=(GREEN, ORANGE), alpha=0.6)
+    axes.stackplot(times, running, waiting, step="post", labels=labels, colors=(GREEN, ORANGE), alpha=0.6)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    legend(axes)
+    _legend(axes)
 
 
-def _draw_ttft(axes: Axes, run: ServingRun, edges: np.ndarray) -> None:
-    axes.set_title("Time to first token, by when the request was sent")
-    axes.set_ylabel("ms")
+def _draw_ttft(axes: Axes, run: ServingRun, edges: Curve) -> None:
+    axes.set(title="Time to first token, by when the request was sent", ylabel="ms")
     times, ttfts = first_tokens(run.outcomes, run.start_s)
     every = -(-len(times) // _MOST_DOTS) or 1
     axes.plot(times[::every], ttfts[::every], ".", color=BLUE, markersize=4, alpha=0.5, label="a request")
-    _draw_spread(axes, spread(times, ttfts, edges), BLUE, with_p99=False)
+    _draw_spread(axes, spread(times, ttfts, edges), {"median": BLUE})
     _latency_scale(axes, ttfts)
 
 
-def _draw_itl(axes: Axes, run: ServingRun, edges: np.ndarray) -> None:
-    axes.set_title("Inter-token latency, by when the token came")
-    axes.set_ylabel("ms")
+def _draw_itl(axes: Axes, run: ServingRun, edges: Curve) -> None:
+    axes.set(title="Inter-token latency, by when the token came", ylabel="ms")
     times, itls = gaps(run.outcomes, run.start_s)
-    _draw_spread(axes, spread(times, itls, edges), ORANGE, with_p99=True)
+    _draw_spread(axes, spread(times, itls, edges), {"p99": RED, "median": ORANGE})
     _latency_scale(axes, itls)
 
 
-def _draw_spread(axes: Axes, found: Spread, colour: str, with_p99: bool) -> None:
+def _draw_spread(axes: Axes, found: Spread, colours: Mapping[str, str]) -> None:
     seen = ~np.isnan(found.median)
-    if with_p99:
-        axes.plot(found.centres[seen], found.p99[seen], "-", color=RED, linewidth=1.2, marker=".", label="p99")
-    axes.plot(found.centres[seen], found.median[seen], "-", color=colour, linewidth=1.6, marker=".", label="median")
+    for name, colour in colours.items():
+        width = 1.6 if name == "median" else 1.2
+        axes.plot(
+            found.centres[seen], getattr(found, name)[seen], "-", color=colour, linewidth=width, marker=".", label=name
+        )
 
 
-def _latency_scale(axes: Axes, values: np.ndarray) -> None:
+def _latency_scale(axes: Axes, values: Curve) -> None:
     """From zero, or logarithmic when single values would press the others flat."""
     if not len(values):
         axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes, color=GREY)
         axes.set_yticks([])
         return
     if np.max(values) > 20 * np.median(values) > 0:
-        log_scale(axes)
+        _log_scale(axes)
     else:
         axes.set_ylim(bottom=0)
-    plain_numbers(axes.yaxis)
-    legend(axes)
+    _plain_numbers(axes.yaxis)
+    _legend(axes)
 
 
-def legend(axes: Axes) -> None:
+def _draw_percentiles(axes: Axes, run: ServingRun) -> None:
+    axes.set(title="Latency percentiles", xlabel="percentile", ylabel="ms")
+    percents = np.linspace(0, 100, 201)
+    found = latencies_ms(run.outcomes)
+    for name, values in found.items():
+        axes.plot(percents, np.percentile(values, percents), color=_LATENCY_COLOURS[name], linewidth=1.8, label=name)
+    axes.set(xlim=(0, 100), xticks=[0, 25, 50, 75, 90, 99])
+    if found:
+        _log_scale(axes)
+        # Tokens that came at once have gaps of microseconds: a scale down to them would press all else flat.
+        low = [percentile for values in found.values() if (percentile := np.percentile(values, 10)) > 0]
+        axes.set_ylim(bottom=0.7 * min(low, default=1.0))
+        _plain_numbers(axes.yaxis)
+        _legend(axes)
+
+
+def _legend(axes: Axes) -> None:
     """Above the panel on the right, where no curve is."""
-    axes.legend(
-        loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=4, borderaxespad=0.1, handlelength=1.2, columnspacing=1.2
-    )
+    place: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1.0, 0.98), "borderaxespad": 0.1}
+    axes.legend(**place, ncols=4, handlelength=1.2, columnspacing=1.2)
 
 
-def log_scale(axes: Axes) -> None:
+def _log_scale(axes: Axes) -> None:
     """On the y axis, with enough numbers also where the values span less than a power of ten."""
     from matplotlib.ticker import LogLocator
 
@@ -191,28 +213,64 @@ def log_scale(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
 
 
-def plain_numbers(axis: Axis) -> None:
+def _plain_numbers(axis: Axis) -> None:
     """2,000 and 0.5, not powers of ten."""
-    from matplotlib.ticker import FuncFormatter, NullFormatter
+    from matplotlib.ticker import NullFormatter
 
-    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,.10g}"))
+    axis.set_major_formatter(lambda value, place: f"{value:,.10g}")
     axis.set_minor_formatter(NullFormatter())
 
 
-def _draw_percentiles(axes: Axes, run: ServingRun) -> None:
-    axes.set_title("Latency percentiles")
-    axes.set_xlabel("percentile")
-    axes.set_ylabel("ms")
-    percents = np.linspace(0, 100, 201)
-    found = latencies_ms(run.outcomes)
-    for name, values in found.items():
-        axes.plot(percents, np.percentile(values, percents), color=_LATENCY_COLOURS[name], linewidth=1.8, label=name)
-    axes.set_xlim(0, 100)
-    axes.set_xticks([0, 25, 50, 75, 90, 99])
-    if found:
-        log_scale(axes)
-        # Tokens that came at once have gaps of microseconds: a scale down to them would press all else flat.
-        low = [percentile for values in found.values() if (percentile := np.percentile(values, 10)) > 0]
-        axes.set_ylim(bottom=0.7 * min(low, default=1.0))
-        plain_numbers(axes.yaxis)
-        legend(axes)
+# --- a sweep: one picture per ISL and OSL, a point per concurrency -----------------------------------------------------
+
+
+def curves(records: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float, float]]]:
+    """By latency, its points: (concurrency, median latency in ms, tokens/s), concurrency rising.
+
+    The tokens are generated ones, or those of the prompts when OSL is 1: such a case measures prefill, and has no TPOT.
+    """
+    found = {}
+    for latency in ("TPOT", "TTFT"):
+        x, y = f"median_{latency.lower()}_ms", f"{_counted(records)}_throughput"
+        points = [(each["max_concurrency"], each[x], each[y]) for each in records if each.get(x) is not None]
+        if points:
+            found[latency] = sorted(points)
+    return found
+
+
+def _counted(records: Sequence[Mapping[str, Any]]) -> str:
+    return "input" if records[0]["osl"] == 1 else "output"
+
+
+def sweep_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    found = curves(records)
+    first = records[0]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.0 * max(len(found), 1), 4.8), layout="constrained")
+        named = [str(first[name]) for name in ("model", "backend") if first.get(name)]
+        title = "  ·  ".join([f"ISL {first['isl']}, OSL {first['osl']}", *named])
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+        for place, (latency, points) in enumerate(found.items(), 1):
+            axes = figure.add_subplot(1, len(found), place)
+            axes.set(
+                title=f"Throughput against {_SPELT[latency]}",
+                xlabel=f"median {latency} (ms)",
+                ylabel=f"{_counted(records)} throughput (tokens/s)",
+            )
+            _draw_points(axes, points, _LATENCY_COLOURS[latency])
+    return figure
+
+
+def _draw_points(axes: Axes, points: Sequence[tuple[int, float, float]], colour: str) -> None:
+    concurrencies, xs, ys = zip(*points, strict=True)
+    axes.plot(xs, ys, "o-", color=colour, linewidth=1.6, markersize=5)
+    for concurrency, x, y in zip(concurrencies, xs, ys, strict=True):
+        # Above on the left, where a curve that rises to the right is not.
+        axes.annotate(f"{concurrency}", (x, y), xytext=(-4, 5), textcoords="offset points", ha="right", fontsize=8.5)
+    axes.text(0.98, 0.03, "numbers at the points: requests at a time", ha="right", transform=axes.transAxes, fontsize=8)
+    axes.set(xlim=(-0.04 * max(xs), 1.08 * max(xs)), ylim=(0, 1.12 * max(ys)))
+    _plain_numbers(axes.xaxis)
+    _plain_numbers(axes.yaxis)

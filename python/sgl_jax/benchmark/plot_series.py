@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,17 +20,7 @@ _MOST_BINS, _FEWEST_BINS = 60, 8
 _STEPS = (1.0, 2.0, 5.0, 10.0)
 
 
-@dataclass(frozen=True)
-class InFlight:
-    """Requests the client has sent and not seen the end of; counts hold from their time to the next."""
-
-    times: Curve
-    waiting: Curve  # without a first token
-    running: Curve  # with one
-
-
-@dataclass(frozen=True)
-class Spread:
+class Spread(NamedTuple):
     """Median and 99th percentile of the values in each bin, NaN where a bin has none; `centres` are the bins'."""
 
     centres: Curve
@@ -61,8 +51,11 @@ def token_rate(outcomes: Sequence[Outcome], start_s: float, edges: Curve) -> Cur
     return counts / np.diff(edges)
 
 
-def in_flight(outcomes: Sequence[Outcome], start_s: float) -> InFlight:
-    """A request waits from being sent until its first token, and runs until its end; without tokens it only waits."""
+def in_flight(outcomes: Sequence[Outcome], start_s: float) -> tuple[Curve, Curve, Curve]:
+    """(times, waiting, running): requests the client has sent and not seen the end of, each count from its time to the next.
+
+    A request waits from being sent until its first token, and runs until its end; without tokens it only waits.
+    """
     changes = []  # (time, waiting, running)
     for outcome in outcomes:
         sent = outcome.sent_s - start_s
@@ -72,7 +65,7 @@ def in_flight(outcomes: Sequence[Outcome], start_s: float) -> InFlight:
     table = np.array(sorted(changes), dtype=float).reshape(-1, 3)
     times, last = np.unique(table[::-1, 0], return_index=True)
     counts = np.cumsum(table[:, 1:], axis=0)[len(table) - 1 - last]  # after all changes at that time
-    return InFlight(times, counts[:, 0], counts[:, 1])
+    return times, counts[:, 0], counts[:, 1]
 
 
 def first_tokens(outcomes: Sequence[Outcome], start_s: float) -> tuple[Curve, Curve]:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.records import Prompt
+from sgl_jax.benchmark.terminal import BenchmarkError
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class RequestOptions:
     ignore_eos: bool = True
     stream: bool = True
     return_logprob: bool = False
-    extra_body: Mapping[str, Any] = field(default_factory=dict)  # merged into the body last, objects field by field
+    extra_request_body: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # merged into the body last, objects field by field
 
 
 @dataclass
@@ -48,7 +50,7 @@ def request_body(
     protocol: Protocol, prompt: Prompt, options: RequestOptions, lora: str | None = None
 ) -> dict[str, Any]:
     """Raises BenchmarkError when the protocol cannot carry this kind of prompt."""
-    return _merged(protocol.body(prompt, options, lora), options.extra_body)
+    return _merged(protocol.body(prompt, options, lora), options.extra_request_body)
 
 
 def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,46 +8,80 @@ Decode reads every weight once and the KV of every row; prefill multiplies each 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
-from sgl_jax.engine.messages import MachineLimits
+from sgl_jax.engine.messages import EngineInfo, MachineLimits
 
 
-@dataclass(frozen=True)
-class ModelCost:
+class ModelCost(msgspec.Struct, frozen=True):
     """What one step of the model costs at least, from the engine's own account."""
 
     weight_bytes: int
     kv_bytes_per_token: int
     parameters_per_token: int  # parameters a token is multiplied with: no embedding rows, only the active experts
 
-
-def decode_bandwidth_share(
-    cost: ModelCost, limits: MachineLimits, rows: float, context: float, step_seconds: float
-) -> float:
-    """Share of the memory bandwidth that decode steps of `rows` rows with `context` tokens each reach, 0 to 1."""
-    step_bytes = cost.weight_bytes + rows * context * cost.kv_bytes_per_token
-    return step_bytes / step_seconds / (limits.memory_gb_per_s * 1e9)
+    @classmethod
+    def of(cls, info: EngineInfo) -> ModelCost:
+        return cls(info.weight_bytes, info.kv_bytes_per_token, info.parameters_per_token)
 
 
-def matmul_share(cost: ModelCost, limits: MachineLimits, tokens: float, seconds: float) -> float:
-    """Share of the matmul rate that computing `tokens` tokens in `seconds` reaches, 0 to 1."""
-    return 2 * cost.parameters_per_token * tokens / seconds / (limits.matmul_tflop_per_s * 1e12)
+@dataclass(frozen=True)
+class Roofline:
+    """What bounds a model on a machine, and shares of it, 0 to 1; None where there is nothing to compute one from."""
+
+    limits: MachineLimits
+    cost: ModelCost
+
+    def decode_share(self, rows: float | None, context: float | None, step_s: float | None) -> float | None:
+        """Of the memory bandwidth, that decode steps of `rows` rows with `context` tokens each reach in `step_s`."""
+        if not (rows and context and step_s and self.limits.memory_gb_per_s):
+            return None
+        step_bytes = self.cost.weight_bytes + rows * context * self.cost.kv_bytes_per_token
+        return step_bytes / step_s / (self.limits.memory_gb_per_s * 1e9)
+
+    def matmul_share(self, tokens: float, seconds: float) -> float | None:
+        """Of the matmul rate, that computing `tokens` tokens in `seconds` reaches."""
+        if not (seconds and self.limits.matmul_tflop_per_s):
+            return None
+        return 2 * self.cost.parameters_per_token * tokens / seconds / (self.limits.matmul_tflop_per_s * 1e12)
+
+    def run_shares(
+        self, rows: float | None, context: float | None, step_s: float | None, tokens: float, seconds: float
+    ) -> dict[str, Any]:
+        """Of a run under load: its mean decode step, and all that was computed; under their names in JSON."""
+        return self._measured() | {
+            "decode_rows": rows,
+            "decode_context": context,
+            "decode_bandwidth_share": self.decode_share(rows, context, step_s),
+            "matmul_share": self.matmul_share(tokens, seconds),
+        }
+
+    def batch_shares(
+        self, rows: int, context: float, step_s: float | None, prefill_tokens: int, prefill_s: float
+    ) -> dict[str, Any]:
+        """Of a single batch: a decode step, and the prefill; under their names in JSON."""
+        return self._measured() | {
+            "decode_bandwidth_share": self.decode_share(rows, context, step_s),
+            "prefill_matmul_share": self.matmul_share(prefill_tokens, prefill_s),
+        }
+
+    def _measured(self) -> dict[str, Any]:
+        return {"machine_limits": msgspec.to_builtins(self.limits), "model_cost": msgspec.to_builtins(self.cost)}
 
 
-def share_lines(limits: MachineLimits, decode: float | None, prefill: float | None) -> list[str]:
-    """For people; a share that is None has no line."""
-    lines = []
-    if decode is not None:
-        lines.append(f"decode: {decode:.1%} of the memory bandwidth ({limits.memory_gb_per_s:.1f} GB/s)")
-    if prefill is not None:
-        rate = f"{limits.matmul_tflop_per_s:.3g} TFLOP/s in {limits.dtype}"
-        lines.append(f"prefill: {prefill:.1%} of the matmul rate ({rate})")
+NO_BATCH_SHARES = dict.fromkeys(("machine_limits", "model_cost", "decode_bandwidth_share", "prefill_matmul_share"))
+
+
+def share_lines(record: Mapping[str, Any]) -> list[str]:
+    """The shares of a single batch for people; one that is None has no line."""
+    limits, lines = record["machine_limits"], []
+    if (share := record["decode_bandwidth_share"]) is not None:
+        lines.append(f"decode: {share:.1%} of the memory bandwidth ({limits['memory_gb_per_s']:.1f} GB/s)")
+    if (share := record["prefill_matmul_share"]) is not None:
+        rate = f"{limits['matmul_tflop_per_s']:.3g} TFLOP/s in {limits['dtype']}"
+        lines.append(f"prefill: {share:.1%} of the matmul rate ({rate})")
     return lines
-
-
-def limits_json(limits: MachineLimits | None, cost: ModelCost | None) -> dict[str, Any]:
-    return {"machine_limits": msgspec.to_builtins(limits), "model_cost": msgspec.to_builtins(cost)}

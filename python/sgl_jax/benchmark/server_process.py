@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark.terminal import BenchmarkError
 from sgl_jax.server_args import ServerArgs, ServerArgsError
 
 START_TIMEOUT_S = 1800.0

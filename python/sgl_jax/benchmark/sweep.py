@@ -4,35 +4,50 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from sgl_jax.benchmark import datasets
 from sgl_jax.benchmark.arguments import base_url, headers
-from sgl_jax.benchmark.client import NOT_OFFERED, ServerError, allow_many_connections, connect
-from sgl_jax.benchmark.errors import SOME_FAILED, BenchmarkError, exit_code, say
+from sgl_jax.benchmark.client import allow_many_connections, connect
+from sgl_jax.benchmark.datasets import load_prompts
 from sgl_jax.benchmark.figures import ServingRun
-from sgl_jax.benchmark.plot import require_matplotlib
+from sgl_jax.benchmark.plot import plot_sweep, require_matplotlib
 from sgl_jax.benchmark.provenance import command, commit, machine
+from sgl_jax.benchmark.report import append_jsonl, failure_line, run_json
 from sgl_jax.benchmark.server_process import StartedServer, server_arguments, started_server
-from sgl_jax.benchmark.serving import run_serving
-from sgl_jax.benchmark.serving_main import (
-    ask_server,
-    data_settings,
-    find_tokenizer,
-    serving_config,
-)
-from sgl_jax.benchmark.serving_report import failure_line, run_json
-from sgl_jax.benchmark.sweep_arguments import Case, case_arguments, cases, parse_sweep
-from sgl_jax.benchmark.sweep_plot import plot_sweep
-from sgl_jax.benchmark.sweep_results import Record, Results, case_settings, table
+from sgl_jax.benchmark.serving import ask_server, data_settings, find_tokenizer, run_serving, serving_config
+from sgl_jax.benchmark.sweep_arguments import Case, cases, parse_sweep, sweep_parser
+from sgl_jax.benchmark.terminal import SOME_FAILED, BenchmarkError, Column, exit_code, markdown_table, say
+
+type Record = dict[str, Any]
 
 TOOL = "sweep"
 RESULTS = "results.jsonl"
 # Flags of the server that say where it runs and not how.
 _OF_THE_PLACE = {"host", "port", "api_key", "log_level", "compilation_cache_dir"}
+# Flags that change nothing about what is measured, and those that the case and the server stand for.
+_NOT_SETTINGS = {
+    *("isl", "osl", "concurrency", "num_prompts", "rounds", "output_dir", "start_timeout", "model_path"),
+    *("base_url", "host", "port", "header", "ready_check_timeout_sec", "request_timeout_sec"),
+    *("profile_output_dir", "disable_tqdm", "output_details"),
+}
+_COLUMNS = (
+    Column("ISL", "isl"),
+    Column("OSL", "osl"),
+    Column("concurrency", "max_concurrency"),
+    Column("input tok/s", "input_throughput", "{:,.1f}"),
+    Column("output tok/s", "output_throughput", "{:,.1f}"),
+    Column("TTFT, median (ms)", "median_ttft_ms", "{:,.1f}"),
+    Column("TPOT, median (ms)", "median_tpot_ms", "{:,.2f}"),
+    Column("ITL, p99 (ms)", "p99_itl_ms", "{:,.2f}"),
+    Column("decode, of bandwidth", "decode_bandwidth_share", "{:.1%}"),
+    Column("of matmul rate", "matmul_share", "{:.1%}"),
+)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,44 +56,41 @@ def main(argv: Sequence[str]) -> int:
     args, server_flags = parse_sweep(argv)
 
     def run() -> int:
-        server = _described(args, server_flags)
+        server: Mapping[str, Any] | str = base_url(args)
+        if args.model_path is not None:
+            changed = server_arguments(server_flags).changed()
+            server = {name: value for name, value in changed.items() if name not in _OF_THE_PLACE}
         sweep = Sweep(args, server, command("sgl_jax.bench_serving", ["sweep", *argv]))
+        allow_many_connections()
         try:
-            return _run(sweep, server_flags)
+            while sweep.pending:
+                _measure(sweep, server_flags)  # again, when a case was the end of a server that was started
         except KeyboardInterrupt:
             say(TOOL, "the same command goes on with what is left")
             raise
         finally:
             sweep.report()
+        return SOME_FAILED if sweep.failed else 0
 
     return exit_code(TOOL, run)
 
 
-def _described(args: argparse.Namespace, server_flags: Sequence[str]) -> dict[str, Any] | str:
-    """The server as results name it: its URL, or the flags it is started with."""
-    if args.model_path is None:
-        return base_url(args)
-    changed = server_arguments(server_flags).changed()
-    return {name: value for name, value in changed.items() if name not in _OF_THE_PLACE}
-
-
-def _run(sweep: Sweep, server_flags: Sequence[str]) -> int:
-    allow_many_connections()
-    args = sweep.args
-    while sweep.pending:
-        if not server_flags:
-            asyncio.run(sweep.measure(args))
-            continue
-        with started_server(server_flags, args.start_timeout) as server:  # again, when a case was its end
-            here = argparse.Namespace(**vars(args) | {"base_url": server.url, "header": [*args.header]})
-            if server.api_key is not None:
-                here.header.append([("Authorization", f"Bearer {server.api_key}")])
-            asyncio.run(sweep.measure(here, server))
-    return SOME_FAILED if sweep.failed else 0
+def _measure(sweep: Sweep, server_flags: Sequence[str]) -> None:
+    if not server_flags:
+        asyncio.run(sweep.measure(sweep.args))
+        return
+    with started_server(server_flags, sweep.args.start_timeout) as server:
+        here = argparse.Namespace(**vars(sweep.args) | {"base_url": server.url, "header": [*sweep.args.header]})
+        if server.api_key is not None:
+            here.header.append([("Authorization", f"Bearer {server.api_key}")])
+        asyncio.run(sweep.measure(here, server))
 
 
 class Sweep:
-    """The cases of a grid: those measured in an earlier run, those still to do, and those that failed."""
+    """The cases of a grid: those measured in an earlier run, those still to do, and those that failed.
+
+    `server` is what results name it by: its URL, or the flags it is started with.
+    """
 
     def __init__(self, args: argparse.Namespace, server: Mapping[str, Any] | str, command: str):
         self.args = args
@@ -89,10 +101,8 @@ class Sweep:
         self.pending = deque(case for case in self._settings if self._measured(case) is None)
         self._told: set[str] = set()
         if done := len(self._settings) - len(self.pending):
-            say(
-                TOOL,
-                f"{done} of {len(self._settings)} cases are in {args.output_dir / RESULTS} already and are not repeated",
-            )
+            where = f"in {args.output_dir / RESULTS} already and are not repeated"
+            say(TOOL, f"{done} of {len(self._settings)} cases are {where}")
 
     def _measured(self, case: Case) -> Record | None:
         return self._results.find(self._settings[case])
@@ -104,13 +114,16 @@ class Sweep:
         """
         facts = await ask_server(args)
         tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
-        can_flush = await _can_flush(args)
+        async with connect(base_url(args), headers(args)) as client:
+            can_flush = await client.flush_cache()
         while self.pending and (started is None or started.process.poll() is None):
             case = self.pending.popleft()
-            flags = case_arguments(args, case)
+            flags = argparse.Namespace(**vars(args))
+            flags.random_input_len, flags.random_output_len = case.isl, case.osl
+            flags.max_concurrency, flags.num_prompts = case.concurrency, case.num_prompts
             flags.flush_cache = can_flush  # what is sent before, the warm-up's prompt too, must not be found again
             try:
-                prompts = datasets.load_prompts(flags, tokenizer, facts.vocab_size, flags.seed)
+                prompts = load_prompts(flags, tokenizer, facts.vocab_size, flags.seed)
                 run = await run_serving(serving_config(flags, facts), prompts, tokenizer, data_settings(flags))
             except BenchmarkError as error:
                 self._fail(case, str(error))
@@ -154,7 +167,7 @@ class Sweep:
         records = [record for case in self._settings if (record := self._measured(case)) is not None]
         if not records:
             return
-        print(table(records), flush=True)
+        print(markdown_table(_COLUMNS, records), flush=True)
         try:
             require_matplotlib()
         except BenchmarkError as error:
@@ -165,13 +178,41 @@ class Sweep:
             plot_sweep(of_these, self.args.output_dir / f"isl{isl}_osl{osl}.png")
 
 
-async def _can_flush(args: argparse.Namespace) -> bool:
-    """Whether the server has /flush_cache."""
-    async with connect(base_url(args), headers(args)) as client:
+def case_settings(args: argparse.Namespace, case: Case, server: Mapping[str, Any] | str) -> Record:
+    """What makes two measurements the same one: the case, the server, and the flags that are not at their defaults."""
+    default = sweep_parser().get_default
+    given = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS and value != default(name)}
+    return json.loads(json.dumps({"server": server} | asdict(case) | given))  # as it is read again: lists for tuples
+
+
+class Results:
+    """A file of JSON lines, one object per measured case under its settings; the last one of the same settings counts."""
+
+    def __init__(self, path: Path):
+        self._path = path
         try:
-            await client.flush_cache()
-        except ServerError as error:
-            if error.status in NOT_OFFERED:
-                return False
-            raise
-    return True
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = path.read_text(encoding="utf-8") if path.exists() else ""
+        except OSError as error:
+            raise BenchmarkError(f"--output-dir: {error.filename}: {error.strerror}") from error
+        self._records = [record for line in text.splitlines() if (record := _read(line)) is not None]
+        self._open_line = "\n" if text and not text.endswith("\n") else ""  # ends it: a run was killed while it wrote
+
+    def find(self, settings: Record) -> Record | None:
+        """The case's result; None when it was not measured, or a request of it failed."""
+        found = next((record for record in reversed(self._records) if record.get("settings") == settings), None)
+        return None if found is None or found.get("failed") else found
+
+    def append(self, record: Record) -> None:
+        """Raises BenchmarkError when it cannot be written."""
+        append_jsonl(self._path, record, before=self._open_line)
+        self._open_line = ""
+        self._records.append(record)
+
+
+def _read(line: str) -> Record | None:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) else None

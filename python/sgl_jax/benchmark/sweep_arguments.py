@@ -11,15 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgl_jax.benchmark import datasets
-from sgl_jax.benchmark.arguments import (
-    add_output_arguments,
-    add_request_arguments,
-    add_run_arguments,
-    add_server_arguments,
-    add_traffic_arguments,
-    whole_number,
-)
+from sgl_jax.benchmark.arguments import add_serving_arguments, new_parser, whole_number
 from sgl_jax.benchmark.server_process import START_TIMEOUT_S
 
 MIN_PROMPTS = 4  # of a case, however few requests run at a time
@@ -56,51 +48,21 @@ def cases(args: argparse.Namespace) -> list[Case]:
     ]
 
 
-def case_arguments(args: argparse.Namespace, case: Case) -> argparse.Namespace:
-    """bench_serving's flags for one case."""
-    lengths = {"random_input_len": case.isl, "random_output_len": case.osl}
-    return argparse.Namespace(
-        **vars(args) | lengths | {"max_concurrency": case.concurrency, "num_prompts": case.num_prompts}
-    )
-
-
 def sweep_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        usage="python -m sgl_jax.bench_serving sweep --isl N… --osl N… --concurrency N… --output-dir DIR [flags]",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        allow_abbrev=False,  # what is not known may be the server's
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
-    )
-    group = parser.add_argument_group("Sweep")
+    usage = "python -m sgl_jax.bench_serving sweep --isl N… --osl N… --concurrency N… --output-dir DIR [flags]"
+    parser = new_parser(usage, _DESCRIPTION, _EPILOG)
+    add = parser.add_argument_group("Sweep").add_argument
     whole = {"type": whole_number(1), "nargs": "+", "metavar": "N", "required": True}
-    group.add_argument("--isl", **whole, help="tokens of a prompt")
-    group.add_argument("--osl", **whole, help="tokens to generate")
-    group.add_argument("--concurrency", **whole, help="requests at a time")
-    group.add_argument(
-        "--output-dir", type=Path, required=True, metavar="DIR", help="for results.jsonl and the pictures"
-    )
-    group.add_argument(
-        "--rounds",
-        type=whole_number(1),
-        default=3,
-        metavar="N",
-        help=f"prompts of a case are N x concurrency, at least {MIN_PROMPTS} (default: 3); --num-prompts is for all cases",
-    )
-    group.add_argument("--model-path", metavar="PATH", help="start a server with this model (default: one runs)")
-    group.add_argument(
-        "--start-timeout",
-        type=float,
-        default=START_TIMEOUT_S,
-        metavar="SECONDS",
-        help=f"how long the server that is started may take (default: {START_TIMEOUT_S:g})",
-    )
-    add_server_arguments(parser)
-    datasets.add_arguments(parser)
-    add_traffic_arguments(parser)
-    add_request_arguments(parser)
-    add_run_arguments(parser)
-    add_output_arguments(parser)
+    add("--isl", **whole, help="tokens of a prompt")
+    add("--osl", **whole, help="tokens to generate")
+    add("--concurrency", **whole, help="requests at a time")
+    add("--output-dir", type=Path, required=True, metavar="DIR", help="for results.jsonl and the pictures")
+    text = f"prompts of a case are N x concurrency, at least {MIN_PROMPTS} (default: 3); --num-prompts is for all cases"
+    add("--rounds", type=whole_number(1), default=3, metavar="N", help=text)
+    add("--model-path", metavar="PATH", help="start a server with this model (default: one runs)")
+    text = f"how long the server that is started may take (default: {START_TIMEOUT_S:g})"
+    add("--start-timeout", type=float, default=START_TIMEOUT_S, metavar="SECONDS", help=text)
+    add_serving_arguments(parser)
     for action in parser._actions:
         if action.dest in _INSTEAD:
             action.help = argparse.SUPPRESS
@@ -119,9 +81,8 @@ def parse_sweep(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if getattr(args, name) is not None:
             parser.error(f"--{name.replace('_', '-')} is not for a sweep, which has {instead}")
     if args.dataset_name not in _LENGTHS_APPLY:
-        parser.error(
-            f"--dataset-name is {args.dataset_name}; a sweep sets lengths, choose {' or '.join(_LENGTHS_APPLY)}"
-        )
+        choices = " or ".join(_LENGTHS_APPLY)
+        parser.error(f"--dataset-name is {args.dataset_name}; a sweep sets lengths, choose {choices}")
     if args.model_path is None:
         if rest:
             parser.error(f"{rest[0]} is not a flag of bench_serving; the server's are taken with --model-path")

@@ -8,8 +8,8 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import numpy as np
 
-from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.records import Outcome, Prompt
+from sgl_jax.benchmark.terminal import BenchmarkError
 
 
 def poisson_times(count: int, rate: float, seed: int) -> list[float]:

@@ -17,7 +17,7 @@ from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import Program
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.placed_weights import weight_axes
-from sgl_jax.runtime.pool import KV_AXES, Pool
+from sgl_jax.runtime.pool import Pool
 from sgl_jax.runtime.state import LOADERS, STATE_AXES, DeviceState, initial_state, loader_size, loaders
 from sgl_jax.runtime.step import StepSpec, step
 
@@ -47,14 +47,14 @@ def make_programs(
     """Every program of a launch, small buckets first. `weights` may be abstract; they are placed as they will be."""
     grid = placement.grid
     spec = StepSpec(model.share(grid), kernels, config.num_pages, grid)
-    axes = weight_axes(model, stacked=weights.stacked)
+    axes, kv_axes = weight_axes(model, stacked=weights.stacked), config.pool.order.axes
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights)
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
     programs = []
     for bucket in sorted(config.buckets):
         layout = config.layout(bucket)
         function = functools.partial(step, spec=spec, layout=layout)
-        function = placement.run(function, (axes, KV_AXES, STATE_AXES, ()), (KV_AXES, STATE_AXES, ()))
+        function = placement.run(function, (axes, kv_axes, STATE_AXES, ()), (kv_axes, STATE_AXES, ()))
         jitted = jax.jit(function, donate_argnums=(1, 2))
         programs.append(Program(step_name(bucket), jitted, (weights, kv, state, _vector(layout.size, placement))))
     for name in LOADERS:
@@ -73,8 +73,9 @@ def loader_name(name: str) -> str:
 
 
 def abstract_kv(config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStruct:
-    shape = placement.whole_shape(config.pool.shape(config.num_pages, config.page_size), KV_AXES)
-    return jax.ShapeDtypeStruct(shape, np.dtype(config.dtype), sharding=placement.sharding(KV_AXES))
+    axes, dtype = config.pool.order.axes, np.dtype(config.dtype)
+    shape = placement.whole_shape(config.pool.shape(config.num_pages, config.page_size, dtype), axes)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(axes))
 
 
 def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:

@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from sgl_jax.benchmark.device_batch import DeviceBatch, time_batch
-from sgl_jax.benchmark.one_batch_arguments import Case
+from sgl_jax.benchmark.batch_arguments import Case
+from sgl_jax.benchmark.one_batch import DeviceBatch, time_batch
 from sgl_jax.engine.startup import build_core
 from sgl_jax.models.bundled import bundled
 from sgl_jax.runtime.machine_limits import Rates, measure_rates

@@ -59,7 +59,9 @@ def test_an_installed_package_brings_a_backend_that_computes(plugin):
 def test_what_is_no_backend_is_said(plugin):
     with pytest.raises(NoSuchBackend, match="--attention-backend wrong: double_attention:something is no sgl_jax Back"):
         find_backend("wrong", "cpu", vectorise=False)
-    with pytest.raises(NoSuchBackend, match=r"x: there is no such backend; there are native, fa, double, wrong$"):
+    with pytest.raises(
+        NoSuchBackend, match=r"x: there is no such backend; there are native, fa, double, tokamax, wrong$"
+    ):
         find_backend("x", "cpu", vectorise=False)
 
 

@@ -6,15 +6,14 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from sgl_jax.benchmark.datasets.framing import Framing, Messages
-from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark.datasets.source import Framing, Messages
 from sgl_jax.benchmark.records import Prompt
+from sgl_jax.benchmark.terminal import BenchmarkError
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError
 
 # What published results with ShareGPT leave out, in tokens.
@@ -26,7 +25,7 @@ _LENGTHS = ("output_len", "output_tokens", "max_tokens", "max_completion_tokens"
 _FORMS = '"prompt", "messages" or "conversations"'
 
 
-def sharegpt(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Prompt]:
+def sharegpt(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[Prompt]:
     """The first question of each conversation, in a drawn order; the answer says how much to generate.
 
     Left out: under 4 tokens of either, and over 1024 of the prompt or 2048 together, or over --sharegpt-context-len
@@ -34,25 +33,22 @@ def sharegpt(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Gene
     """
     frame = Framing(tokenizer, args.apply_chat_template, args.prompt_suffix)
     conversations = _sharegpt_entries(Path(args.dataset_path))
-    found: list[Prompt] = []
     for i in rng.permutation(len(conversations)):
         question, answer = conversations[i]
         text = frame(question)
-        prompt_len = len(tokenizer.encode(text))
-        output_len = args.sharegpt_output_len or len(tokenizer.encode(answer, add_special_tokens=False))
-        if prompt_len < _SHORTEST or output_len < _SHORTEST:
-            continue
-        if _fits(args, prompt_len, output_len, _LONGEST_PROMPT, _LONGEST_TOTAL):
-            found.append(Prompt(text, prompt_len, output_len))
-        if len(found) == args.num_prompts:
-            break
-    return found
+        prompt_len = len(frame.ids(text))
+        output_len = args.sharegpt_output_len or _answer_len(answer, tokenizer)
+        total = prompt_len + output_len
+        if args.sharegpt_context_len is not None:
+            fits = total <= args.sharegpt_context_len
+        else:
+            fits = prompt_len <= _LONGEST_PROMPT and total <= _LONGEST_TOTAL
+        if fits and min(prompt_len, output_len) >= _SHORTEST:
+            yield Prompt(text, prompt_len, output_len)
 
 
-def _fits(args: argparse.Namespace, prompt_len: int, output_len: int, prompt: float, total: float) -> bool:
-    if args.sharegpt_context_len is not None:
-        return prompt_len + output_len <= args.sharegpt_context_len
-    return prompt_len <= prompt and prompt_len + output_len <= total
+def _answer_len(answer: str, tokenizer: Tokenizer) -> int:
+    return len(tokenizer.encode(answer, add_special_tokens=False))
 
 
 def _sharegpt_entries(path: Path) -> list[tuple[str, str]]:
@@ -67,9 +63,8 @@ def _sharegpt_entries(path: Path) -> list[tuple[str, str]]:
         try:
             exchange = _first_exchange(entry.get("conversations", entry.get("conversation")))
         except (TypeError, KeyError, AttributeError, ValueError):
-            raise BenchmarkError(
-                f'{path}: entry {i} is not {{"conversations": [{{"from": …, "value": …}}, …]}}'
-            ) from None
+            form = '{"conversations": [{"from": …, "value": …}, …]}'
+            raise BenchmarkError(f"{path}: entry {i} is not {form}") from None
         if exchange is not None:
             found.append(exchange)
     return found
@@ -86,65 +81,48 @@ def _first_exchange(turns: Any) -> tuple[str, str] | None:
     return None
 
 
-@dataclass
-class _Line:
-    """A line of a custom file, as it was written."""
-
-    prompt: str | list[int] = ""
-    messages: Messages | None = None  # in place of the prompt
-    answer: str | None = None
-    output_len: int | None = None
-
-
-def custom(args: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]:
-    """The file's lines in their order. How much is generated: --sharegpt-output-len, else the line's own
+def custom(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[Prompt]:
+    """The file's lines in their order; nothing is drawn. How much is generated: --sharegpt-output-len, else the line's own
     number, else its answer's length. Left out: what is over --sharegpt-context-len."""
     frame = Framing(tokenizer, args.apply_chat_template, args.prompt_suffix)
-    found: list[Prompt] = []
-    for place, line in _custom_lines(Path(args.dataset_path)):
-        try:
-            prompt, prompt_len = _framed(line, tokenizer, frame)
-            output_len = args.sharegpt_output_len or line.output_len
-            if output_len is None and line.answer is not None:
-                output_len = len(tokenizer.encode(line.answer, add_special_tokens=False))
-        except (BenchmarkError, TokenizerError) as error:
-            raise BenchmarkError(f"{place}: {error}") from error
-        if not output_len:
-            raise BenchmarkError(
-                f'{place}: neither an "output_len" nor an answer says how much to generate; give --sharegpt-output-len'
-            )
-        if _fits(args, prompt_len, output_len, float("inf"), float("inf")):
-            found.append(Prompt(prompt, prompt_len, output_len))
-        if len(found) == args.num_prompts:
-            break
-    return found
-
-
-def _framed(line: _Line, tokenizer: Tokenizer, frame: Framing) -> tuple[str | list[int] | Messages, int]:
-    """The prompt to send, and its tokens: those of messages as the model's template writes them."""
-    if line.messages is None:
-        prompt = frame(line.prompt) if isinstance(line.prompt, str) else line.prompt
-        return prompt, len(tokenizer.encode(prompt)) if isinstance(prompt, str) else len(prompt)
-    sent = frame.conversation(line.messages)
-    return sent, len(tokenizer.encode(sent if isinstance(sent, str) else frame.render(sent)))
-
-
-def _custom_lines(path: Path) -> Iterator[tuple[str, _Line]]:
-    """Each line that is not empty, with its place for messages."""
-    with path.open(encoding="utf-8") as file:
-        for number, text in enumerate(file, start=1):
-            if not text.strip():
+    with Path(args.dataset_path).open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
                 continue
-            place = f"{path} line {number}"
+            place = f"{args.dataset_path} line {number}"
+            prompt, answer, output_len = _custom_line(line, place)
             try:
-                entry = json.loads(text)
-            except ValueError as error:
-                raise BenchmarkError(f"{place} is not JSON: {error}") from error
-            try:
-                yield place, _read_line(entry)
-            except (TypeError, KeyError, AttributeError, ValueError) as error:
-                said = str(error) if type(error) is ValueError else f"it needs {_FORMS}"
-                raise BenchmarkError(f"{place}: {said}") from error
+                if isinstance(prompt, str):
+                    prompt = frame(prompt)
+                elif isinstance(prompt[0], dict):
+                    prompt = frame.conversation(prompt)
+                prompt_len = len(frame.ids(prompt))
+            except (BenchmarkError, TokenizerError) as error:
+                raise BenchmarkError(f"{place}: {error}") from error
+            output_len = args.sharegpt_output_len or output_len or _answer_len(answer, tokenizer)
+            if not output_len:
+                raise BenchmarkError(
+                    f'{place}: neither an "output_len" nor an answer says how much to generate; '
+                    "give --sharegpt-output-len"
+                )
+            if args.sharegpt_context_len is None or prompt_len + output_len <= args.sharegpt_context_len:
+                yield Prompt(prompt, prompt_len, output_len)
+
+
+type _Line = tuple[str | list[int] | Messages, str, int | None]  # prompt, answer ("": none), the output length it says
+
+
+def _custom_line(text: str, place: str) -> _Line:
+    """Raises BenchmarkError, naming the place, for what cannot be read."""
+    try:
+        entry = json.loads(text)
+    except ValueError as error:
+        raise BenchmarkError(f"{place} is not JSON: {error}") from error
+    try:
+        return _read_line(entry)
+    except (TypeError, KeyError, AttributeError, ValueError) as error:
+        said = str(error) if type(error) is ValueError else f"it needs {_FORMS}"
+        raise BenchmarkError(f"{place}: {said}") from error
 
 
 def _read_line(entry: dict[str, Any]) -> _Line:
@@ -155,22 +133,20 @@ def _read_line(entry: dict[str, Any]) -> _Line:
         raise ValueError(f"the output length is {output_len}; it must be a whole number above 0")
     if "messages" in entry:
         messages = [{"role": str(each["role"]), "content": _content(each["content"])} for each in entry["messages"]]
-        answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else None
+        answer = messages.pop()["content"] if messages and messages[-1]["role"] == "assistant" else ""
         if not messages:
             raise ValueError('"messages" has no message to answer')
-        return _Line(messages=messages, answer=answer, output_len=output_len)
+        return messages, answer, output_len
     if "conversations" in entry:
         exchange = _first_exchange(entry["conversations"])
         if exchange is None:
             raise ValueError('"conversations" has no question with an answer')
-        return _Line(exchange[0], answer=exchange[1], output_len=output_len)
+        return *exchange, output_len
     prompt = entry["prompt"]
-    if isinstance(prompt, list):
-        if not prompt or any(type(token) is not int for token in prompt):
-            raise ValueError('"prompt" must be a text or a list of token ids')
-    elif not isinstance(prompt, str) or not prompt:
+    is_ids = isinstance(prompt, list) and all(type(token) is int for token in prompt)
+    if not prompt or not (is_ids or isinstance(prompt, str)):
         raise ValueError('"prompt" must be a text or a list of token ids')
-    return _Line(prompt, output_len=output_len)
+    return prompt, "", output_len
 
 
 def _content(content: Any) -> str:

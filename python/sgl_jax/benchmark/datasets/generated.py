@@ -6,8 +6,7 @@ import argparse
 
 import numpy as np
 
-from sgl_jax.benchmark.datasets.framing import Framing
-from sgl_jax.benchmark.datasets.source import IdSource, TextSource
+from sgl_jax.benchmark.datasets.source import Framing, IdSource, TextSource
 from sgl_jax.benchmark.records import Prompt
 from sgl_jax.text.tokenizer import Tokenizer
 
@@ -29,6 +28,16 @@ def random_ids(
     return [Prompt(source.ids(n), n, out) for n, out in _drawn_lengths(args, rng, shortest=1)]
 
 
+def _drawn_lengths(args: argparse.Namespace, rng: np.random.Generator, shortest: int) -> list[tuple[int, int]]:
+    """(input, output) lengths, each drawn evenly from [ratio x most, most]."""
+
+    def draw(most: int, least: int) -> list[int]:
+        low = min(max(int(most * args.random_range_ratio), least), most)
+        return rng.integers(low, most + 1, args.num_prompts).tolist()
+
+    return list(zip(draw(args.random_input_len, shortest), draw(args.random_output_len, 1), strict=True))
+
+
 def shared_prefixes(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Generator) -> list[Prompt]:
     """Groups of prompts in a drawn order; those of a group begin with the same --gsp-system-prompt-len tokens.
 
@@ -48,14 +57,4 @@ def shared_prefixes(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.rand
         for _ in range(args.gsp_prompts_per_group):
             text = source.piece(num_tokens, with_system, overhead)
             prompts.append(Prompt(text, num_tokens, args.gsp_output_len))
-    return [prompts[i] for i in rng.permutation(len(prompts))[: args.num_prompts]]
-
-
-def _drawn_lengths(args: argparse.Namespace, rng: np.random.Generator, shortest: int) -> list[tuple[int, int]]:
-    """(input, output) lengths, each drawn evenly from [ratio x most, most]."""
-
-    def draw(most: int, least: int) -> list[int]:
-        low = min(max(int(most * args.random_range_ratio), least), most)
-        return rng.integers(low, most + 1, args.num_prompts).tolist()
-
-    return list(zip(draw(args.random_input_len, shortest), draw(args.random_output_len, 1), strict=True))
+    return [prompts[i] for i in rng.permutation(len(prompts))]

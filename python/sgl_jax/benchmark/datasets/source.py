@@ -1,15 +1,16 @@
-"""Where prompts of a wanted length come from: a bundled text, cut to an exact number of tokens, or drawn token ids."""
+"""Where prompts of a wanted length come from: a text, cut to an exact number of tokens and framed, or drawn token ids."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import resources
 
 import numpy as np
 
-from sgl_jax.benchmark.errors import BenchmarkError
+from sgl_jax.benchmark.terminal import BenchmarkError
+from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import Tokenizer
 
 _NUM_WALKS = 24  # cuts tried from one beginning before another is taken
@@ -18,6 +19,43 @@ _MOST_TEXT = 2**22  # characters read of a file of the user's
 _SPREAD = 64  # without a tokenizer the outer 1/64 of the vocabulary at either end is left out
 
 type Frame = Callable[[str], str]
+type Messages = list[dict[str, str]]
+
+
+class Framing:
+    """What stands around a prompt's text: the model's chat template and --prompt-suffix. Called with the text, it gives
+    the text to send."""
+
+    def __init__(self, tokenizer: Tokenizer, apply_chat_template: bool = False, suffix: str = ""):
+        self._tokenizer, self._is_chat, self._suffix = tokenizer, apply_chat_template, suffix
+
+    def __call__(self, text: str) -> str:
+        text += self._suffix
+        return self.render([{"role": "user", "content": text}]) if self._is_chat else text
+
+    def conversation(self, messages: Messages) -> str | Messages:
+        """The text to send with --apply-chat-template, else the messages, the suffix after the last one."""
+        if self._suffix:
+            messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + self._suffix}]
+        return self.render(messages) if self._is_chat else messages
+
+    def render(self, messages: Messages) -> str:
+        """As the model's template writes it, but for a BOS at the beginning where encoding the text adds one."""
+        tokenizer = self._tokenizer
+        try:
+            text = tokenizer.chat_template().render(messages)
+        except TemplateError as error:
+            raise BenchmarkError(f"--apply-chat-template: {error}") from error
+        bos = tokenizer.bos_token
+        if bos is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
+            text = text.removeprefix(bos)
+        return text
+
+    def ids(self, prompt: str | list[int] | Messages) -> list[int]:
+        """A prompt's tokens; those of messages are what the model's template writes."""
+        if isinstance(prompt, list) and isinstance(prompt[0], int):
+            return prompt
+        return self._tokenizer.encode(prompt if isinstance(prompt, str) else self.render(prompt))
 
 
 @functools.cache
@@ -35,7 +73,8 @@ class TextSource:
     def __init__(self, tokenizer: Tokenizer, rng: np.random.Generator, path: str | None = None):
         self._tokenizer = tokenizer
         self._text = bundled_text() if path is None else _text_of(path)
-        self._starts = _shuffled(rng, [match.start() for match in re.finditer(r"\S+", self._text)])
+        words = [match.start() for match in re.finditer(r"\S+", self._text)]
+        self._starts = iter(rng.permutation(words).tolist())
 
     def piece(self, num_tokens: int, frame: Frame = str, overhead: int | None = None) -> str:
         """`frame` of some text, of exactly `num_tokens` tokens; the source goes back to its beginning at its end.
@@ -50,8 +89,12 @@ class TextSource:
                 f"make it longer"
             )
         for _ in range(_NUM_STARTS):
-            found = self._cut(self._next_start(), num_tokens, num_tokens - overhead, frame)
-            if found is not None:
+            if (start := next(self._starts, None)) is None:
+                raise BenchmarkError(
+                    "the text has too few words for that many different prompts; lower --num-prompts or "
+                    "use --dataset-name random-ids"
+                )
+            if (found := self._cut(start, num_tokens, num_tokens - overhead, frame)) is not None:
                 return found
         raise BenchmarkError(
             f"no text of exactly {num_tokens} tokens was found for this tokenizer; use --dataset-name random-ids"
@@ -59,15 +102,6 @@ class TextSource:
 
     def count(self, text: str) -> int:
         return len(self._tokenizer.encode(text))
-
-    def _next_start(self) -> int:
-        start = next(self._starts, None)
-        if start is None:
-            raise BenchmarkError(
-                "the text has too few words for that many different prompts; lower --num-prompts or "
-                "use --dataset-name random-ids"
-            )
-        return start
 
     def _cut(self, start: int, num_tokens: int, expected: int, frame: Frame) -> str | None:
         """Around the text from `start` on, as long as it takes; None where no cut gives the number."""
@@ -88,15 +122,12 @@ class TextSource:
         """More text than needed, and where its first `num_tokens` tokens end."""
         size = 6 * num_tokens + 64  # characters; English has 4 to 5 a token, small vocabularies 2
         while True:
-            text = self._from(start, size)
+            repeats = (start + size) // len(self._text) + 1
+            text = (self._text * repeats if repeats > 1 else self._text)[start : start + size]
             offsets = self._tokenizer.backend.encode(text, add_special_tokens=False).offsets
             if len(offsets) > num_tokens:
                 return text, offsets[num_tokens - 1][1]
             size *= 2
-
-    def _from(self, start: int, size: int) -> str:
-        repeats = (start + size) // len(self._text) + 1
-        return (self._text * repeats)[start : start + size] if repeats > 1 else self._text[start : start + size]
 
 
 def _text_of(path: str) -> str:
@@ -105,10 +136,6 @@ def _text_of(path: str) -> str:
     if not text.strip():
         raise BenchmarkError(f"--dataset-path is {path}, which holds no text")
     return text
-
-
-def _shuffled(rng: np.random.Generator, values: list[int]) -> Iterator[int]:
-    return iter(rng.permutation(values).tolist())
 
 
 class IdSource:

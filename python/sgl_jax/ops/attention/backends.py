@@ -24,6 +24,20 @@ class NoSuchBackend(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class PoolOrder:
+    """How a pool lies in memory, for a backend that wants another order than the contract's `[LP, K, planes, page, H]`."""
+
+    page: Callable[[int, int, int, int, Any], tuple[int, ...]]  # (K, planes, page, H, dtype) -> the shape of a page
+    axes: tuple[str | None, ...]  # of the pool: "pages" first, and "kv_heads" where tensor parallelism divides it
+
+
+HEADS_FIRST = PoolOrder(
+    page=lambda heads, planes, page_size, width, dtype: (heads, planes, page_size, width),
+    axes=("pages", "kv_heads", None, None, None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
 class Backend:
     """An implementation, and what it asks of the pool. It is called as the contract says."""
 
@@ -34,6 +48,7 @@ class Backend:
     latent: bool = False  # it takes pools of one plane, with `value_dim`
     joined: bool = False  # it takes q, k and v side by side, k and v None (api.py)
     page_size: int | None = None  # what it likes best, for launches that are not told; None: the platform's
+    pool_order: PoolOrder = HEADS_FIRST
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         return self.attend(*args, **options)
@@ -48,7 +63,10 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
     elif name == "fa":
         backend = _fa()
     elif name in brought:
-        backend = brought[name].load()
+        try:
+            backend = brought[name].load()
+        except ImportError as problem:
+            raise NoSuchBackend(f"--attention-backend {name}: {problem}") from problem
         if not isinstance(backend, Backend):
             raise NoSuchBackend(f"--attention-backend {name}: {brought[name].value} is no sgl_jax Backend")
     else:

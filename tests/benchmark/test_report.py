@@ -9,9 +9,9 @@ import pytest
 from scripted_run import INFO, LIMITS, bench
 from scripted_server import Script
 
-from sgl_jax.benchmark.errors import BenchmarkError
 from sgl_jax.benchmark.records import Prompt
-from sgl_jax.benchmark.serving_report import append_jsonl, check_writable, run_json
+from sgl_jax.benchmark.report import append_jsonl, check_writable, run_json
+from sgl_jax.benchmark.terminal import BenchmarkError
 
 SCRIPT = Script(
     ttft_s=lambda _: 0.25,

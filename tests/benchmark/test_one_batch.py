@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 
 from sgl_jax import bench_one_batch
-from sgl_jax.benchmark.device_batch import DeviceBatch, check_fits
-from sgl_jax.benchmark.device_batch_main import run
-from sgl_jax.benchmark.engine_flags import parse_one_batch
-from sgl_jax.benchmark.errors import BenchmarkError
-from sgl_jax.benchmark.one_batch_arguments import Case
+from sgl_jax.benchmark.batch_arguments import Case, parse_one_batch
+from sgl_jax.benchmark.one_batch import DeviceBatch, check_fits, run
+from sgl_jax.benchmark.terminal import BenchmarkError
 from sgl_jax.engine.core import Core
 from sgl_jax.runtime.machine_limits import NotMeasured
 from sgl_jax.testing.fake_runner import FakeFlight, FakeRates, FakeRunner, FakeTokens, continuation

@@ -1,0 +1,131 @@
+"""What a run prints and writes: the block of lines that people compare, the machine's share, the JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sgl_jax.benchmark.figures import LATENCIES, ServingRun
+from sgl_jax.benchmark.terminal import BenchmarkError
+
+type Rows = Mapping[str, str | float | None]  # by label
+
+_WIDTH = 50
+_LATENCY_TITLES = {
+    "e2e_latency": ("End-to-End Latency", "E2E Latency"),
+    "ttft": ("Time to First Token", "TTFT"),
+    "tpot": ("Time per Output Token (excl. 1st token)", "TPOT"),
+    "itl": ("Inter-Token Latency", "ITL"),
+}
+
+
+def block(title: str, rows: Rows, sections: Mapping[str, Rows] | None = None) -> str:
+    """Labels, order and widths are those that existing parsers of such blocks know."""
+    lines = [f"{f' {title} ':=^{_WIDTH}}", *_lines(rows)]
+    for section, more in (sections or {}).items():
+        lines += [f"{section:-^{_WIDTH}}", *_lines(more)]
+    return "\n".join([*lines, "=" * _WIDTH])
+
+
+def _lines(rows: Rows) -> list[str]:
+    """A figure with two decimals, a count as it is; None is n/a."""
+    shown = {
+        label: f"{value:.2f}" if isinstance(value, float) else "n/a" if value is None else str(value)
+        for label, value in rows.items()
+    }
+    return [f"{label + ':':<40} {value:<10}" for label, value in shown.items()]
+
+
+def standard_block(run: ServingRun) -> str:
+    figures = run.figures
+    cached = {} if figures.cache_hit_rate is None else {
+        "Total cached tokens": figures.total_cached_tokens,
+        "Cache hit rate": f"{figures.cache_hit_rate:.2%}",
+    }  # fmt: skip
+    rows = {
+        "Backend": run.config["backend"],
+        "Traffic request rate": str(run.config["request_rate"]),
+        "Max request concurrency": run.config["max_concurrency"] or "not set",
+        "Successful requests": figures.completed,
+        "Benchmark duration (s)": run.duration_s,
+        "Total input tokens": figures.total_input_tokens,
+        "Total generated tokens": figures.total_output_tokens,
+        "Total generated tokens (retokenized)": figures.total_output_tokens_retokenized,
+        **cached,
+        "Request throughput (req/s)": figures.request_throughput,
+        "Input token throughput (tok/s)": figures.input_throughput,
+        "Output token throughput (tok/s)": figures.output_throughput,
+        "Peak output token throughput (tok/s)": figures.max_output_tokens_per_s,
+        "Total token throughput (tok/s)": figures.total_throughput,
+        "Concurrency": figures.concurrency,
+    }
+    sections = {
+        title: {f"{each.capitalize()} {label} (ms)": figures.latency[f"{each}_{name}_ms"] for each in LATENCIES[name]}
+        for name, (title, label) in _LATENCY_TITLES.items()
+    }
+    return block("Serving Benchmark Result", rows, sections)
+
+
+def shares_block(shares: Mapping[str, Any]) -> str:
+    limits = shares["machine_limits"]
+    rows = {
+        "Device": f"{limits['num_devices']} x {limits['device_kind']}",
+        "Memory bandwidth (GB/s)": limits["memory_gb_per_s"],
+        f"Matmul rate, {limits['dtype']} (TFLOP/s)": limits["matmul_tflop_per_s"],
+        "Decode bandwidth share (%)": _percent(shares["decode_bandwidth_share"]),
+        "Matmul share (%)": _percent(shares["matmul_share"]),
+    }
+    return block("Share of the Machine", rows)
+
+
+def _percent(share: float | None) -> float | None:
+    return None if share is None else share * 100
+
+
+def failure_line(run: ServingRun) -> str | None:
+    """How many requests failed, and why the first of them did."""
+    first = next((outcome.error for outcome in run.outcomes if not outcome.ok), None)
+    if first is None:
+        return None
+    return f"{run.figures.failed} of {len(run.outcomes)} requests failed, the first with: {first}"
+
+
+def run_json(run: ServingRun, details: bool = False) -> dict[str, Any]:
+    """The object that goes into a JSONL file; with `details` also lists with one entry per request."""
+    figures = asdict(run.figures)
+    latency = figures.pop("latency")
+    found = run.config | {"duration": run.duration_s} | figures | latency | (run.shares or {})
+    if run.interrupted:
+        found["interrupted"] = True
+    if details:
+        outcomes = run.outcomes
+        found |= {
+            "input_lens": [outcome.prompt_len for outcome in outcomes],
+            "output_lens": [outcome.output_len for outcome in outcomes],
+            "start_times": [outcome.sent_s - run.start_s for outcome in outcomes],
+            "latencies": [outcome.latency_s for outcome in outcomes],
+            "ttfts": [outcome.ttft_s for outcome in outcomes],
+            "itls": [outcome.itl_s for outcome in outcomes],
+            "cached_tokens": [outcome.cached_tokens for outcome in outcomes],
+            "generated_texts": [outcome.text for outcome in outcomes],
+            "errors": [outcome.error for outcome in outcomes],
+        }
+    return found
+
+
+def check_writable(path: Path, flag: str = "--output-file") -> None:
+    """Before the run, whose result would be lost. Raises BenchmarkError."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise BenchmarkError(f"{flag} is {path}; it must be a file in a folder that exists")
+
+
+def append_jsonl(path: Path, result: Mapping[str, Any], before: str = "") -> None:
+    """`before` goes ahead of the line. Raises BenchmarkError when the file cannot be written."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{before}{json.dumps(result)}\n")
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be written: {error.strerror}") from error

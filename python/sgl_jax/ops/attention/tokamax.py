@@ -1,0 +1,109 @@
+"""The backend `tokamax`: its batched ragged paged attention, found by this package's own entry point like any other's.
+
+Its kernels keep K and V of a token side by side, `[LP, page, 2 K / packing, packing, H]`, where packing is how many values
+share 32 bits, and write the new KV themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Array, Float, Int, Num
+
+from sgl_jax.ops.attention.api import QKPrepare, RaggedBatch
+from sgl_jax.ops.attention.backends import Backend, PoolOrder
+
+try:
+    from tokamax.ops.tpu import BatchedRpa
+except ImportError as problem:
+    raise ImportError(f"tokamax cannot be imported ({problem}); pip install 'sgl-jax[tokamax]' brings it") from problem
+
+_KERNELS = BatchedRpa(bypass_device_check=True)  # programs are compiled where there is no TPU, too
+_LANES = 128
+_SCALARS = 7 / 8  # of the scalar memory, for the page table; what else its kernels keep there takes under an eighth
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv: Num[Array, "LP page pairs packing HP"],
+    batch: RaggedBatch,
+    *,
+    first_page: Int[Array, ""] | int,
+    scale: float,
+    window: Int[Array, ""] | int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    temperature_length: int | None = None,
+    kv_scales: tuple[float, float] | None = None,
+    prepare: QKPrepare | None = None,
+    op: Callable[..., Any] = _KERNELS,
+) -> tuple[Float[Array, "T N H"], Num[Array, "LP page pairs packing HP"]]:
+    """See api.Attention; the pool is ordered as `backend.pool_order` says. `op`: another than the kernels (for tests).
+
+    Raises ValueError for what its kernels cannot do.
+    """
+    refused = {
+        "sliding windows": window is not None,  # it takes one as a constant; ours differ by layer
+        "attention sinks": sinks is not None,
+        "scores that grow with the position": temperature_length is not None,
+        "8-bit KV": kv_scales is not None or kv.dtype.itemsize == 1,
+    }
+    for what, asked in refused.items():
+        if asked:
+            raise ValueError(f"--attention-backend tokamax cannot do {what}; use fa or native")
+    page_size = kv.shape[1]
+    if page_size & (page_size - 1):
+        raise ValueError(f"--attention-backend tokamax needs --page-size to be a power of two; it is {page_size}")
+    _check_scalars(batch.page_table)
+    if prepare is not None:
+        q, k = prepare(q, k)
+    num_single = batch.num_single.reshape(1)
+    num_rows = jnp.sum(batch.cu_q_lens[1:] > batch.cu_q_lens[:-1], dtype=jnp.int32).reshape(1)
+    return op(
+        q,
+        k.astype(kv.dtype),
+        v.astype(kv.dtype),
+        kv,
+        batch.kv_lens,
+        (batch.page_table + first_page).reshape(-1),
+        batch.cu_q_lens,
+        jnp.concatenate([num_single, num_single, num_rows]),  # where decoding, equal and other rows end
+        sm_scale=scale,
+        soft_cap=softcap,
+    )
+
+
+def _check_scalars(page_table: jax.Array) -> None:
+    try:
+        size = pltpu.get_tpu_info().smem_capacity_bytes
+    except ValueError:  # no TPU to compile for
+        return
+    if page_table.size * 4 > _SCALARS * size:
+        rows, pages = page_table.shape
+        raise ValueError(
+            f"--attention-backend tokamax keeps all page ids in scalar memory: {rows} rows of {pages} pages take "
+            f"{page_table.size * 4} of {size} bytes; lower --max-running-requests or --context-length, raise --page-size, "
+            f"or use fa"
+        )
+
+
+def _page(heads: int, planes: int, page_size: int, width: int, dtype: Any) -> tuple[int, ...]:
+    packing = 4 // np.dtype(dtype).itemsize
+    return page_size, -(-heads * planes // packing), packing, width
+
+
+backend = Backend(
+    paged_attention,
+    platforms=frozenset({"tpu"}),
+    pool_head_dim=lambda head_dim: -(-head_dim // _LANES) * _LANES,
+    page_multiple=lambda dtype: 16,
+    page_size=128,
+    pool_order=PoolOrder(_page, ("pages", None, "kv_heads", None, None)),
+)

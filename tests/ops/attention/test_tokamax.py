@@ -1,0 +1,124 @@
+"""The backend `tokamax`: what it tells tokamax's operation, by way of tokamax's own reference for it, and what it refuses.
+
+Its kernels run on TPUs alone; that they compile for one is tests/tpu/test_tokamax_step.py.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from batches import random_batch
+
+from sgl_jax.ops.attention import reference
+from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch
+from sgl_jax.ops.attention.backends import NoSuchBackend, find_backend
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SIZES = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "page_size": 16, "num_rows": 6}
+ROWS = [(0, 1), (37, 1), (15, 1), (0, 20), (33, 9)]
+
+
+@pytest.fixture(scope="module")
+def tokamax():
+    return pytest.importorskip("sgl_jax.ops.attention.tokamax")
+
+
+def side_by_side(kv: np.ndarray) -> np.ndarray:
+    """A pool [LP, K, 2, page, H] in float32 as its kernels order it."""
+    pages, heads, planes, page_size, width = kv.shape
+    return kv.transpose(0, 3, 1, 2, 4).reshape(pages, page_size, heads * planes, 1, width)
+
+
+def reference_op():
+    from tokamax.ops import ragged_paged_attention
+
+    def op(q, k, v, kv, *rows, **options):
+        flat = kv.reshape(*kv.shape[:2], -1, kv.shape[-1])  # the reference's pool has heads in one axis
+        out, flat = ragged_paged_attention(q, k, v, flat, *rows, implementation="reference", **options)
+        return out, flat.reshape(kv.shape)
+
+    return op
+
+
+def called(tokamax, b, num_tokens, **options):
+    rows = (jnp.asarray(b[x]) for x in ("page_table", "start", "num_new"))
+    batch = make_ragged_batch(*rows, jnp.int32(sum(n == 1 for n in b["num_new"])), num_tokens, SIZES["page_size"])
+    q, k, v = (jnp.asarray(b[x]) for x in ("q", "k", "v"))
+    kv = jnp.asarray(side_by_side(b["kv"]))
+    return tokamax.paged_attention(q, k, v, kv, batch, first_page=b["first_page"], **options)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("prepared", [False, True])
+def test_its_operation_is_told_rows_and_pages_as_they_are(tokamax, softcap, prepared):
+    rng = np.random.default_rng(3)
+    b = random_batch(rng, ROWS, num_tokens=40, **SIZES)
+    angles = rng.uniform(0, 3, (40, 64)).astype(np.float32)
+    rope = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
+    prepare = QKPrepare(jnp.full(128, 1.5), jnp.full(128, 0.5), rope) if prepared else None
+    out, kv = called(tokamax, b, 40, scale=0.1, softcap=softcap, prepare=prepare, op=reference_op())
+    q, k = (np.asarray(x) for x in prepare(jnp.asarray(b["q"]), jnp.asarray(b["k"]))) if prepare else (b["q"], b["k"])
+    expected, pool = reference.paged_attention(
+        q, k, b["v"], b["kv"], b["page_table"], b["start"], b["num_new"], first_page=b["first_page"], scale=0.1,
+        softcap=softcap,
+    )  # fmt: skip
+    used = int(b["num_new"].sum())
+    np.testing.assert_allclose(out[:used], expected[:used], atol=2e-5)
+    np.testing.assert_allclose(kv, side_by_side(pool), atol=1e-6)
+
+
+def test_its_pool_has_k_and_v_of_a_token_side_by_side_in_32_bits(tokamax):
+    backend = find_backend("tokamax", "tpu", vectorise=True)
+    assert backend.pool_order.page(8, 2, 128, 128, "bfloat16") == (128, 8, 2, 128)
+    assert backend.pool_order.page(1, 2, 128, 128, "float32") == (128, 2, 1, 128)
+    assert (backend.page_size, backend.pool_head_dim(80), backend.latent) == (128, 128, False)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": jnp.int32(8)}, "sliding windows"),
+        ({"sinks": jnp.zeros(4)}, "attention sinks"),
+        ({"temperature_length": 1024}, "scores that grow with the position"),
+        ({"kv_scales": (1.0, 1.0)}, "8-bit KV"),
+    ],
+)
+def test_what_its_kernels_cannot_do_is_refused(tokamax, options, message):
+    b = random_batch(np.random.default_rng(0), ROWS, num_tokens=40, **SIZES)
+    with pytest.raises(ValueError, match=f"--attention-backend tokamax cannot do {message}; use fa or native"):
+        called(tokamax, b, 40, scale=0.1, op=print, **options)
+
+
+def test_pages_that_are_no_power_of_two_are_refused(tokamax):
+    batch = make_ragged_batch(
+        jnp.zeros((1, 4), jnp.int32), jnp.zeros(1, jnp.int32), jnp.ones(1, jnp.int32), jnp.int32(1), 8, 48
+    )
+    q, k, kv = jnp.zeros((8, 4, 128)), jnp.zeros((8, 2, 128)), jnp.zeros((8, 48, 4, 1, 128))
+    with pytest.raises(ValueError, match="--page-size to be a power of two; it is 48"):
+        tokamax.paged_attention(q, k, k, kv, batch, first_page=0, scale=0.1, op=print)
+
+
+def test_more_page_ids_than_scalar_memory_holds_are_refused(tokamax, monkeypatch: pytest.MonkeyPatch):
+    chip = types.SimpleNamespace()
+    monkeypatch.setattr(tokamax.pltpu, "get_tpu_info", lambda: chip)
+    b = random_batch(np.random.default_rng(0), ROWS, num_tokens=40, **SIZES)
+    rows, pages = b["page_table"].shape
+    chip.smem_capacity_bytes = rows * pages * 4
+    with pytest.raises(ValueError, match=rf"{rows} rows of {pages} pages .*; lower --max-running-requests or"):
+        called(tokamax, b, 40, scale=0.1, op=print)
+    chip.smem_capacity_bytes *= 2
+    called(tokamax, b, 40, scale=0.1, op=reference_op())
+
+
+def test_without_the_package_the_launch_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delitem(sys.modules, "sgl_jax.ops.attention.tokamax", raising=False)
+    monkeypatch.setitem(sys.modules, "tokamax.ops.tpu", None)
+    with pytest.raises(
+        NoSuchBackend, match=r"--attention-backend tokamax: .*pip install 'sgl-jax\[tokamax\]' brings it$"
+    ):
+        find_backend("tokamax", "tpu", vectorise=True)
