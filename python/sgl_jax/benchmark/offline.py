@@ -21,7 +21,7 @@ from sgl_jax.benchmark.batch_arguments import start_log
 from sgl_jax.benchmark.datasets import load_prompts
 from sgl_jax.benchmark.datasets.source import Framing, IdSource
 from sgl_jax.benchmark.records import Prompt
-from sgl_jax.benchmark.report import append_jsonl, block, check_writable, shares_block
+from sgl_jax.benchmark.report import append_jsonl, block, check_writable, labelled, shares_block
 from sgl_jax.benchmark.roofline import ModelCost, Roofline
 from sgl_jax.benchmark.terminal import SOME_FAILED, BenchmarkError, say
 from sgl_jax.engine.engine import Engine
@@ -36,18 +36,6 @@ TOOL = "bench_offline_throughput"
 _STATS_TIMEOUT_S = 5.0
 _WARM_UP_REQUESTS, _WARM_UP_INPUT, _WARM_UP_OUTPUT = 16, 256, 16  # at most
 _TRACED_PROMPTS = 16  # at most
-_LABELS = {
-    "successful_requests": "Successful requests",
-    "total_latency": "Benchmark duration (s)",
-    "total_input_tokens": "Total input tokens",
-    "total_output_tokens": "Total generated tokens",
-    "total_cached_tokens": "Total cached tokens",
-    "last_gen_throughput": "Last generation throughput (tok/s)",
-    "request_throughput": "Request throughput (req/s)",
-    "input_throughput": "Input token throughput (tok/s)",
-    "output_throughput": "Output token throughput (tok/s)",
-    "total_throughput": "Total token throughput (tok/s)",
-}
 
 
 def measure_offline(args: argparse.Namespace, server_args: ServerArgs) -> int:
@@ -87,8 +75,7 @@ def run(
         offline.warm_up()
     roofline = offline.roofline()
     found, shares = offline.run(clock, roofline)
-    rows = {"Backend": args.backend} | {label: found[name] for name, label in _LABELS.items()}
-    print("\n" + block("Offline Throughput Benchmark Result", rows))
+    print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
     if shares:
         print("\n" + shares_block(shares))
     if args.result_filename:

@@ -98,7 +98,7 @@ def run_figure(run: ServingRun) -> Figure:
         grid = figure.add_gridspec(4, 2, width_ratios=(1.7, 1))
         rate = figure.add_subplot(grid[0, 0])
         rows = [rate, *(figure.add_subplot(grid[row, 0], sharex=rate) for row in (1, 2, 3))]
-        edges = time_bins(run.duration_s, _STEPS_PER_BIN * (run.figures.latency["median_itl_ms"] or 0.0) / 1e3)
+        edges = time_bins(run.duration_s, _STEPS_PER_BIN * (run.figures["median_itl_ms"] or 0.0) / 1e3)
         _draw_rate(rows[0], run, edges)
         _draw_in_flight(rows[1], run)
         _draw_ttft(rows[2], run, edges)
@@ -125,7 +125,7 @@ def _title(run: ServingRun) -> str:
 def _draw_rate(axes: Axes, run: ServingRun, edges: Curve) -> None:
     axes.set(title="Output throughput", ylabel="tokens/s")
     axes.stairs(token_rate(run.outcomes, run.start_s, edges), edges, color=BLUE, fill=True, alpha=0.35)
-    mean = run.figures.output_throughput
+    mean = run.figures["output_throughput"]
     axes.axhline(mean, color=BLUE, linewidth=1.2, label=f"mean {mean:,.1f}")
     axes.set_ylim(bottom=0)
     _plain_numbers(axes.yaxis)

@@ -63,7 +63,7 @@ def serve_load(args: argparse.Namespace) -> int:
     report(run, args)
     if run.interrupted:
         return INTERRUPTED
-    return SOME_FAILED if run.figures.failed else 0
+    return SOME_FAILED if run.figures["failed"] else 0
 
 
 async def ask_server(args: argparse.Namespace) -> ServerFacts:

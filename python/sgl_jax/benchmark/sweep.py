@@ -151,10 +151,9 @@ class Sweep:
         if (failure := failure_line(run)) is not None:
             self._fail(case, failure)
             return
-        f = run.figures
-        told = [f"{f.input_throughput:,.1f} tok/s in", f"{f.output_throughput:,.1f} tok/s out"]
+        told = [f"{run.figures[f'{way}put_throughput']:,.1f} tok/s {way}" for way in ("in", "out")]
         for name in ("TTFT", "TPOT"):
-            if (value := f.latency[f"median_{name.lower()}_ms"]) is not None:
+            if (value := run.figures[f"median_{name.lower()}_ms"]) is not None:
                 told.append(f"{name} {value:,.1f} ms")
         say(TOOL, f"{case}: {', '.join(told)}")
 
