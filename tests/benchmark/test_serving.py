@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from scripted_run import INFO, LIMITS, bench
+from scripted_run import INFO, LIMITS, bench, serving_args
 from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
 from sgl_jax.benchmark.client import connect
 from sgl_jax.benchmark.figures import ServingRun
-from sgl_jax.benchmark.protocols import BACKENDS, RequestOptions
+from sgl_jax.benchmark.protocols import BACKENDS
 from sgl_jax.benchmark.records import Prompt
 from sgl_jax.benchmark.report import failure_line, shares_block, standard_block
-from sgl_jax.benchmark.serving import ServingConfig, run_serving
+from sgl_jax.benchmark.serving import run_serving
 from sgl_jax.benchmark.terminal import BenchmarkError
 
 # Two at a time. Sent at, first token after, gap, ended at:
@@ -95,8 +95,7 @@ def test_held_back_text_counts_its_tokens_once() -> None:
         app = web.Application()
         app.router.add_post("/generate", answer)
         async with TestServer(app) as server:
-            config = ServingConfig("sgl-jax", str(server.make_url("")), warmup_requests=0)
-            return await run_serving(config, [Prompt([1], 1, 3)])
+            return await run_serving(serving_args(str(server.make_url(""))), None, [Prompt([1], 1, 3)])
 
     (outcome,) = run_in_virtual_time(main()).outcomes
     assert (outcome.error, outcome.text, outcome.output_len) == ("", "abcd", 3)
@@ -104,7 +103,7 @@ def test_held_back_text_counts_its_tokens_once() -> None:
 
 
 def test_without_streaming_only_whole_latencies_are_known() -> None:
-    run, server = bench(SCRIPT, PROMPTS, max_concurrency=2, options=RequestOptions(stream=False))
+    run, server = bench(SCRIPT, PROMPTS, max_concurrency=2, disable_stream=True)
     lines = BLOCK.splitlines()
     first = next(i for i, line in enumerate(lines) if "Time to First Token" in line)
     expected = [
@@ -223,12 +222,13 @@ def test_no_prompts_is_an_error() -> None:
 
 # --- what is sent -----------------------------------------------------------------------------------------------------
 
-OPTIONS = RequestOptions(
-    model="m",
-    temperature=0.5,
-    return_logprob=True,
-    extra_request_body={"sampling_params": {"top_p": 0.5}, "temperature": 0.25},
-)
+OPTIONS = {
+    "temperature": 0.5,
+    "return_logprob": True,
+    "extra_request_body": {"sampling_params": {"top_p": 0.5}, "temperature": 0.25},
+    "lora_name": ["tales"],
+    "header": [[("Authorization", "Bearer key")]],
+}
 NATIVE = {
     "sampling_params": {"temperature": 0.5, "max_new_tokens": 3, "ignore_eos": True, "top_p": 0.5},
     "temperature": 0.25,
@@ -267,19 +267,16 @@ OPENAI = {
     ],
 )
 def test_the_body_of_a_request(backend: str, prompt: Any, body: dict[str, Any]) -> None:
-    headers = {"Authorization": "Bearer key"}
-    run, server = bench(
-        Script(), [Prompt(prompt, 2, 3)], backend=backend, options=OPTIONS, lora_names=("tales",), headers=headers
-    )
+    run, server = bench(Script(), [Prompt(prompt, 2, 3)], model="m", backend=backend, **OPTIONS)
     assert run.figures["failed"] == 0
     assert server.received[-1] == (BACKENDS[backend].protocol.path, body)
     assert server.headers[-1]["Authorization"] == "Bearer key"
-    assert "headers" not in run.config
+    assert "Bearer key" not in str(run.config)
 
 
 def test_answers_may_end_when_eos_is_not_ignored() -> None:
     for backend in ("sgl-jax", "vllm"):
-        _, server = bench(Script(), [Prompt("a", 1, 3)], backend=backend, options=RequestOptions(ignore_eos=False))
+        _, server = bench(Script(), [Prompt("a", 1, 3)], backend=backend, disable_ignore_eos=True)
         body = server.received[-1][1]
         assert "ignore_eos" not in body
         assert "ignore_eos" not in body.get("sampling_params", {})
@@ -300,7 +297,7 @@ def test_a_prompt_that_the_api_cannot_carry_is_refused(backend: str, prompt: Any
 
 def test_adapters_are_drawn_by_the_seed() -> None:
     def drawn(seed: int) -> list[str]:
-        _, server = bench(Script(), [Prompt("a", 1, 1)] * 20, max_concurrency=1, lora_names=("x", "y"), seed=seed)
+        _, server = bench(Script(), [Prompt("a", 1, 1)] * 20, max_concurrency=1, lora_name=["x", "y"], seed=seed)
         return [body["lora_path"] for path, body in server.received if path == "/generate"]
 
     assert set(drawn(1)) == {"x", "y"}
@@ -401,8 +398,8 @@ def test_a_run_that_is_cancelled_has_the_figures_of_what_is_finished() -> None:
     async def main() -> ServingRun:
         server = ScriptedServer(Script(ttft_s=lambda _: 1.0))
         async with server.running():
-            config = ServingConfig("sgl-jax", server.url, max_concurrency=1, warmup_requests=0, profile=True)
-            task = asyncio.ensure_future(run_serving(config, [Prompt([1], 1, 1)] * 4))
+            args = serving_args(server.url, max_concurrency=1, profile=True)
+            task = asyncio.ensure_future(run_serving(args, None, [Prompt([1], 1, 1)] * 4))
             await asyncio.sleep(2.25)
             task.cancel()
             run = await task

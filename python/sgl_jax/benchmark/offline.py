@@ -62,10 +62,7 @@ def engine_options(server_args: ServerArgs) -> dict[str, Any]:
 
 
 def run(
-    args: argparse.Namespace,
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    clock: Callable[[], float] = time.perf_counter,
+    args: argparse.Namespace, engine: Engine, prompts: Sequence[Prompt], clock: Callable[[], float] = time.perf_counter
 ) -> int:
     """Everything after the start. `clock`, in seconds, is read before the prompts are given and after the last answer.
     Returns the exit code."""

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from sgl_jax.benchmark.records import Prompt
 from sgl_jax.benchmark.terminal import BenchmarkError
 
+REQUEST_TIMEOUT_S = 6 * 3600.0
+
 
 @dataclass(frozen=True)
 class RequestOptions:
