@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -41,8 +40,7 @@ _TRACED_PROMPTS = 16  # at most
 def measure_offline(args: argparse.Namespace, server_args: ServerArgs) -> int:
     """Reads the data, starts an engine and runs. Returns the exit code; raises BenchmarkError."""
     start_log(server_args)
-    if args.result_filename:
-        check_writable(Path(args.result_filename), "--result-filename")
+    check_writable(args.result_filename, "--result-filename")
     if (n := args.extra_request_body.get("n", 1)) != 1:
         raise BenchmarkError(f"--extra-request-body has n {n}; one answer to a prompt is measured")
     try:
@@ -75,17 +73,16 @@ def run(
     print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
     if shares:
         print("\n" + shares_block(shares))
-    if args.result_filename:
-        settings = {
-            "backend": args.backend,
-            "model_path": engine.info.model_path,
-            "dtype": engine.info.dtype,
-            "dataset_name": args.dataset_name,
-            "num_prompts": len(prompts),
-            "seed": args.seed,
-            "sampling_params": sampling,
-        }
-        append_jsonl(Path(args.result_filename), settings | found | shares)
+    settings = {
+        "backend": args.backend,
+        "model_path": engine.info.model_path,
+        "dtype": engine.info.dtype,
+        "dataset_name": args.dataset_name,
+        "num_prompts": len(prompts),
+        "seed": args.seed,
+        "sampling_params": sampling,
+    }
+    append_jsonl(args.result_filename, settings | found | shares)
     if args.profile:
         engine.flush_cache()
         with jax.profiler.trace(folder := args.profile_output_dir or "profile_offline"):

@@ -127,14 +127,16 @@ def run_json(run: ServingRun, details: bool = False) -> dict[str, Any]:
     return found
 
 
-def check_writable(path: Path, flag: str = "--output-file") -> None:
-    """Before the run, whose result would be lost. Raises BenchmarkError."""
-    if path.is_dir() or not path.parent.is_dir():
+def check_writable(path: Path | None, flag: str) -> None:
+    """Before the run, whose result would be lost. Raises BenchmarkError. None: nothing is to be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise BenchmarkError(f"{flag} is {path}; it must be a file in a folder that exists")
 
 
-def append_jsonl(path: Path, result: Mapping[str, Any], before: str = "") -> None:
-    """`before` goes ahead of the line. Raises BenchmarkError when the file cannot be written."""
+def append_jsonl(path: Path | None, result: Mapping[str, Any], before: str = "") -> None:
+    """A line, `before` ahead of it; none without a path. Raises BenchmarkError when the file cannot be written."""
+    if path is None:
+        return
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{before}{json.dumps(result)}\n")

@@ -44,8 +44,7 @@ def serve_load(args: argparse.Namespace) -> int:
     """Runs what the flags say and prints the result. Returns the exit code; raises BenchmarkError."""
     if args.plot is not None:
         check_plot(args.plot)  # what is missing is said before the run, not after it
-    if args.output_file is not None:
-        check_writable(args.output_file)
+    check_writable(args.output_file, "--output-file")
     allow_many_connections()
     facts = asyncio.run(ask_server(args))
     tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
@@ -90,8 +89,7 @@ def report(run: ServingRun, args: argparse.Namespace) -> None:
     for line in (*run.notes, failure_line(run)):
         if line is not None:
             say(TOOL, line)
-    if args.output_file is not None:
-        append_jsonl(args.output_file, run_json(run, args.output_details))
+    append_jsonl(args.output_file, run_json(run, args.output_details))
     if args.plot is not None:
         plot_run(run, args.plot)
 
