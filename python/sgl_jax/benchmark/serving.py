@@ -143,11 +143,15 @@ async def run_serving(
             raise BenchmarkError("--flush-cache: the server has no /flush_cache")
         roofline = await _roofline(client, notes)
         with request_progress(len(prompts), not args.disable_tqdm) as advance:
+
+            async def one(i: int) -> Outcome:
+                outcome = await send(bodies[i], prompts[i])
+                advance()
+                return outcome
+
             async with _profile(client, args, notes):
                 start = loop.time()
-                sent, complete = await drive(
-                    lambda i: send(bodies[i], prompts[i]), times, args.max_concurrency, lambda outcome: advance()
-                )
+                sent, complete = await drive(one, times, args.max_concurrency)
                 duration = loop.time() - start
     outcomes = [outcome for outcome in sent if outcome is not None]
     count_tokens = None if tokenizer is None else lambda text: len(tokenizer.encode(text, add_special_tokens=False))
