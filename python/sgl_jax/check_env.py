@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from sgl_jax import __version__
-from sgl_jax.environment import accelerators, machine, packages, probing
+from sgl_jax.environment import machine, packages, probing
 from sgl_jax.environment.facts import PLATFORMS, Facts, Gpus, Machine, Platform, Probe, Report, Tpus
 from sgl_jax.environment.report import render
 from sgl_jax.environment.verdicts import judge, notices
@@ -50,11 +51,11 @@ def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Re
             failures.append(f"{what}: {type(error).__name__}: {error}")
             return otherwise
 
-    with concurrent.futures.ThreadPoolExecutor() as threads, probing.Probes() as probes:
-        gpus = threads.submit(attempt, "GPUs", accelerators.gpus, Gpus())  # nvidia-smi takes a second
+    with concurrent.futures.ThreadPoolExecutor() as threads, contextlib.ExitStack() as at_exit:
+        gpus = threads.submit(attempt, "GPUs", machine.gpus, Gpus())  # nvidia-smi takes a second
         seen = Facts(
             packages=attempt("packages", packages.collect, ()),
-            tpus=attempt("TPUs", accelerators.tpus, Tpus()),
+            tpus=attempt("TPUs", machine.tpus, Tpus()),
             environ=environ,
         )
 
@@ -63,7 +64,9 @@ def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Re
                 return Probe(platform, "not started", reason)
             alone = probing.variables(platform, environ, seen.gpu_name)
             failed = Probe(platform, "not started", "the process could not be started")
-            return attempt(f"trying {platform} out", lambda: probes.run(platform, alone, timeout_s), failed)
+            return attempt(
+                f"trying {platform} out", lambda: probing.try_out(platform, alone, timeout_s, at_exit), failed
+            )
 
         tried = [threads.submit(probe, platform) for platform in PLATFORMS]
         cache = cache_folder(environ)

@@ -11,13 +11,12 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from sgl_jax.benchmark.protocols import Protocol, Reading
+from sgl_jax.benchmark.protocols import REQUEST_TIMEOUT_S, Protocol, Reading
 from sgl_jax.benchmark.records import Outcome
 from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, Roofline
 from sgl_jax.benchmark.sse import EventParser
 from sgl_jax.benchmark.terminal import BenchmarkError
 
-REQUEST_TIMEOUT_S = 6 * 3600.0
 _CONTROL_TIMEOUT_S = 600.0  # flushing a cache, measuring limits, writing a trace
 _CONNECT_TIMEOUT_S = 60.0
 _POLL_S = 0.5
@@ -165,7 +164,7 @@ class Client:
                 if error.status != 409 or attempt == _LIMIT_ATTEMPTS - 1:  # 409: a request still runs
                     raise ServerError(f"the machine's limits could not be measured: {error}", error.status) from error
             except msgspec.ValidationError as error:
-                raise ServerError(f"the machine's limits are not told as known: {error}") from error
+                raise ServerError(f"the server told something else than limits and model cost: {error}") from error
             await asyncio.sleep(_POLL_S)
         return None
 

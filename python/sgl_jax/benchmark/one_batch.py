@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ import numpy as np
 from sgl_jax.benchmark.batch_arguments import Case, cases, start_log
 from sgl_jax.benchmark.datasets.source import IdSource
 from sgl_jax.benchmark.report import append_jsonl, check_writable
-from sgl_jax.benchmark.roofline import NO_BATCH_SHARES, ModelCost, Roofline, share_lines
+from sgl_jax.benchmark.roofline import ModelCost, Roofline, batch_shares, share_lines
 from sgl_jax.benchmark.terminal import SOME_FAILED, BenchmarkError, say
 from sgl_jax.engine.core import Core, Runner
 from sgl_jax.engine.loop import one_line
@@ -55,8 +54,7 @@ def measure_batches(args: argparse.Namespace, server_args: ServerArgs) -> int:
             f"--dp-size is {server_args.dp_size}; this tool runs one batch on one rank, leave it out "
             "(bench_offline_throughput measures several)"
         )
-    if args.result_filename:
-        check_writable(Path(args.result_filename), "--result-filename")
+    check_writable(args.result_filename, "--result-filename")
     try:
         core = build_core(server_args)
     except (ValueError, OSError) as error:  # those are for the user to mend
@@ -80,8 +78,7 @@ def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.
         times = timed(case)
         found = {"run_name": args.run_name} | record(times, core.runner.compiles_after_ready, core.info, roofline)
         print(block(found, times), flush=True)
-        if args.result_filename:
-            append_jsonl(Path(args.result_filename), found)
+        append_jsonl(args.result_filename, found)
         if args.profile:
             size = f"batch{case.batch_size}_input{case.input_len}_output{case.output_len}"
             with jax.profiler.trace(folder := f"{args.profile_filename_prefix or 'profile'}_{size}"):
@@ -110,10 +107,7 @@ def record(times: BatchTimes, compiles: int, info: EngineInfo, roofline: Rooflin
     of the median step with the KV of the mean one: the prompt and half of the output."""
     rows, input_len, output_len = times.case.batch_size, times.case.input_len, times.case.output_len
     median, total = times.median_decode_s, times.prefill_s + sum(times.decode_s)
-    shares = NO_BATCH_SHARES
-    if roofline is not None:
-        context = input_len + output_len / 2
-        shares = roofline.batch_shares(rows, context, median, rows * input_len, times.prefill_s)
+    context = input_len + output_len / 2
     return vars(times.case) | {
         "prefill_latency": times.prefill_s,
         "prefill_throughput": rows * input_len / times.prefill_s,
@@ -126,7 +120,7 @@ def record(times: BatchTimes, compiles: int, info: EngineInfo, roofline: Rooflin
         "dtype": info.dtype,
         "device_kind": info.device_kind,
         "num_devices": info.num_devices,
-        **shares,
+        **batch_shares(roofline, rows, context, median, rows * input_len, times.prefill_s),
     }
 
 
@@ -208,32 +202,19 @@ class DeviceBatch:
             stop_token_ids=no_stops, arrival=0,
         )  # fmt: skip
         self._params = encode_params(greedy)
-        self._sampled: list[tuple[np.ndarray, np.ndarray]] = []  # of each step: rows, their tokens
 
     def prefill(self) -> None:
         """Compute the prompts; returns when the last step's tokens are here."""
         flights = [self._runner.launch(plan) for plan in self._prefill_plans()]
         for flight in flights:
-            self._collect(flight)
+            self._runner.collect(flight)
 
     def decode(self) -> None:
         """One more token for every row."""
         rows = np.arange(len(self._prompts), dtype=np.int32)
         unknown = np.zeros_like(rows)  # the device has the tokens
-        self._collect(self._runner.launch(self._plan(rows, np.ones_like(rows), unknown, np.full_like(rows, -1))))
-
-    def outputs(self) -> list[list[int]]:
-        """What was sampled, by row."""
-        found: list[list[int]] = [[] for _ in self._prompts]
-        for rows, tokens in self._sampled:
-            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-                found[row].append(token)
-        return found
-
-    def _collect(self, flight) -> None:
-        plan: StepPlan = flight.plan
-        tokens = self._runner.collect(flight).tokens
-        self._sampled.append((plan.rows[plan.samples], tokens[plan.samples]))
+        plan = self._plan(rows, np.ones_like(rows), unknown, np.full_like(rows, -1))
+        self._runner.collect(self._runner.launch(plan))
 
     def _prefill_plans(self) -> Iterator[StepPlan]:
         """Steps of as many prompt tokens as the engine takes, row after row."""
@@ -243,10 +224,9 @@ class DeviceBatch:
             rows = np.flatnonzero(num_new).astype(np.int32)
             rows = rows[np.argsort(num_new[rows] > 1, kind="stable")]  # single tokens first
             start, end = self._computed[rows], self._computed[rows] + num_new[rows]
-            tokens = np.concatenate([self._prompts[r][s:e] for r, s, e in zip(rows, start, end, strict=True)])
-            follows = [
-                p[e] if e < len(p) else -1 for p, e in zip(map(self._prompts.__getitem__, rows), end, strict=True)
-            ]
+            prompts = [self._prompts[row] for row in rows]
+            tokens = np.concatenate([p[s:e] for p, s, e in zip(prompts, start, end, strict=True)])
+            follows = [p[e] if e < len(p) else -1 for p, e in zip(prompts, end, strict=True)]
             yield self._plan(rows, num_new[rows].astype(np.int32), tokens, np.array(follows, np.int32))
 
     def _plan(self, rows: np.ndarray, num_new: np.ndarray, tokens: np.ndarray, next_token: np.ndarray) -> StepPlan:
