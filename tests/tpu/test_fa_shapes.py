@@ -30,6 +30,8 @@ CASES = [
     ("v7x", (4, 4, 192), "float8_e4m3fn", 32, ("window", "prepare")),
     ("v6e", (64, 8, 128), "int8", 32, ()),
     ("v6e", (8, 1, 128), "bfloat16", 128, ("softcap", "growth")),
+    ("v6e", (32, 8, 128), "bfloat16", 128, ("joined", "prepare")),
+    ("v7x", (8, 4, 256), "bfloat16", 128, ("joined", "window", "softcap")),
     ("v6e", (128, 1, 576), "bfloat16", 16, ("latent",)),
     ("v7x", (32, 1, 576), "bfloat16", 128, ("latent", "window")),
     ("v7x", (16, 1, 576), "float8_e4m3fn", 32, ("latent",)),
@@ -57,6 +59,8 @@ def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, opti
             static["kv_scales"] = (0.5, 0.25)
         if "prepare" in options:
             traced = traced | {"prepare": QKPrepare(*traced["prepare"])}
+        if "joined" in options:
+            q, k, v = jnp.concatenate([q, k, v], axis=1), None, None
         return fa.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=0.1, **static, **traced)
 
     half = head_dim // 4  # a partial rotation

@@ -18,7 +18,7 @@ from sgl_jax.models.layers import gated, query_growth, rope_table
 from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.moe import LayerExperts, moe_layer
 from sgl_jax.models.weights import Experts, LayerWeights, Weights, head
-from sgl_jax.ops.attention.api import QKPrepare
+from sgl_jax.ops.attention.api import QKPrepare, split_heads
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.norm_rope import rms_norm
 from sgl_jax.parallel.grid import LONE, Grid
@@ -26,12 +26,13 @@ from sgl_jax.parallel.grid import LONE, Grid
 
 @runtime_checkable  # so that tests can check annotations
 class Attend(Protocol):
-    """Attention with the step's batch, pool geometry and backend filled in: (q, k, v, kv, layer, window, sinks) -> (o, kv)."""
+    """Attention with the step's batch, pool geometry and backend filled in: (q, k, v, kv, layer, window, sinks) -> (o, kv).
+    Without k, q has all three side by side (ops/attention/api.py)."""
 
     def __call__(
         self,
-        q: Float[Array, "T N H"],
-        k: Float[Array, "T K H"],
+        q: Float[Array, "T heads H"],
+        k: Float[Array, "T K H"] | None,
         v: Float[Array, "T K H"] | None,
         kv: Float[Array, "LP K planes page H"],
         *,
@@ -171,14 +172,13 @@ def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, context: Con
 
 def _heads_attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, positions, attend):
     """The heads' outputs side by side, [T, N * H], and the pool."""
-    num_tokens, heads, kv_heads, head_dim = len(h), config.num_heads, config.num_kv_heads, config.head_dim
-    parts = jnp.split(_project(h, w.qkv, w.qkv_bias), [heads * head_dim, (heads + kv_heads) * head_dim], axis=-1)
-    q, k, v = (part.reshape(num_tokens, -1, head_dim) for part in parts)
+    q, k, v = _project(h, w.qkv, w.qkv_bias).reshape(len(h), -1, config.head_dim), None, None
     if config.query_growth is not None:
+        q, k, v = split_heads(q, config.num_kv_heads)
         q = (q * query_growth(positions, config.query_growth)[:, None, None]).astype(q.dtype)
     prepare = QKPrepare(_scales(w.q_norm, config), _scales(w.k_norm, config), rope, config.rms_norm_eps)
     out, kv = attend(q, k, v, kv, prepare=prepare)
-    return out.reshape(num_tokens, heads * head_dim), kv
+    return out.reshape(len(h), -1), kv
 
 
 def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Array, " H"] | None:

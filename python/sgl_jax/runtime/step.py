@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from sgl_jax.models import decoder
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import Weights
-from sgl_jax.ops.attention.api import RaggedBatch, make_ragged_batch
+from sgl_jax.ops.attention.api import RaggedBatch, make_ragged_batch, split_heads
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import LONE, Grid
 from sgl_jax.request import MAX_LOGPROBS
@@ -75,6 +75,8 @@ def step(
     latent = {"value_dim": spec.config.value_dim} if spec.config.mla else {}  # not all backends know it
 
     def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
+        if k is None and not spec.kernels.attention.joined:
+            q, k, v = split_heads(q, spec.config.num_kv_heads)
         return spec.kernels.attention(
             q,
             k,

@@ -213,6 +213,52 @@ def test_norm_and_rotation_inside_on_heads_of_two_lane_tiles_with_a_window():
     np.testing.assert_allclose(np.asarray(kv), expected_kv, atol=1e-5)
 
 
+def beside(b):
+    """With q, k and v as one product makes them."""
+    return b | {"q": np.concatenate([b["q"], b["k"], b["v"]], axis=1), "k": None, "v": None}
+
+
+@pytest.mark.parametrize(("heads", "head_dim", "dtype"), [((4, 2), 128, jnp.bfloat16), ((3, 1), 256, jnp.float32)])
+def test_q_k_and_v_side_by_side_give_the_same_as_apart(heads, head_dim, dtype):
+    b = batch_of([(70, 1), (15, 1), (3, 29), (40, 30)], num_heads=heads[0], num_kv_heads=heads[1], head_dim=head_dim)
+    rng = np.random.default_rng(1)
+    rope = jnp.asarray(rng.uniform(-1, 1, (TOKENS, head_dim)), jnp.float32)
+    prepare = QKPrepare(*jnp.asarray(rng.uniform(0.5, 2, (2, head_dim)), jnp.float32), rope)
+    call = functools.partial(compiled(dtype, RACES), num_single=jnp.int32(2), prepare=prepare, window=jnp.int32(50))
+    out, kv = call(jax.tree.map(jnp.asarray, b))
+    joined_out, joined_kv = call(jax.tree.map(jnp.asarray, beside(b)))
+    np.testing.assert_array_equal(joined_out, out)
+    np.testing.assert_array_equal(joined_kv, kv)
+
+
+def test_side_by_side_rows_beyond_what_vmem_holds_are_served_in_turn():
+    rows = [*((7 * i, 1) for i in range(20)), (9, 12)]
+    sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "page_size": 16, "num_tokens": 64, "num_rows": 24}
+    b = random_batch(np.random.default_rng(0), rows, **sizes)
+    blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
+    call = functools.partial(compiled(jnp.float32, RACES, blocks=blocks), num_single=jnp.int32(20))
+    out, kv = call(jax.tree.map(jnp.asarray, b))
+    joined_out, joined_kv = call(jax.tree.map(jnp.asarray, beside(b)))
+    np.testing.assert_array_equal(joined_out, out)
+    np.testing.assert_array_equal(joined_kv, kv)
+
+
+def test_heads_that_need_padding_and_eight_bit_pools_take_the_three_apart():
+    b = batch_of([(20, 1), (3, 40)])  # heads of 16
+    call = functools.partial(compiled(jnp.float32, RACES), num_single=jnp.int32(1))
+    for apart, joined in zip(call(b), call(beside(b)), strict=True):
+        np.testing.assert_array_equal(joined, apart)
+    b = batch_of([(20, 1), (3, 40)], head_dim=128, page_size=32)
+    pool = jnp.asarray(b["kv"]).astype(jnp.float8_e4m3fn)
+    plain = [jnp.asarray(b[name]) for name in ("page_table", "start", "num_new")]
+    options = {"batch": make_ragged_batch(*plain, jnp.int32(1), TOKENS, 32), "first_page": b["first_page"]}
+    options |= {"scale": 0.25, "kv_scales": (0.02, 0.03)}
+    attention = jax.jit(functools.partial(interpreted, params=RACES, **options))
+    results = [attention(each["q"], each["k"], each["v"], pool) for each in (b, beside(b))]
+    for apart, joined in zip(*results, strict=True):
+        np.testing.assert_array_equal(np.asarray(joined, np.float32), np.asarray(apart, np.float32))
+
+
 def test_rows_share_the_pages_of_a_prefix():
     rows = [(70, 1), (65, 1), (64, 30), (64, 2)]
     b = batch_of(rows)

@@ -5,6 +5,9 @@ p is `kv[i * P + p]`. Page 0 of each layer takes the KV of padding tokens and is
 
 A latent pool has one plane in place of K and V, `kv[L * P, K, 1, page, H]`: the values are the first value_dim columns of
 the keys, and v is None.
+
+A product makes q, k and v side by side. Backends that say so (Backend.joined) are given them like that, as q with k and v
+None; for all others split_heads takes them apart first.
 """
 
 from __future__ import annotations
@@ -61,8 +64,8 @@ class Attention(Protocol):
 
     def __call__(
         self,
-        q: Float[Array, "T N H"],
-        k: Float[Array, "T K H"],
+        q: Float[Array, "T heads H"],  # N of them, or N + 2K
+        k: Float[Array, "T K H"] | None,
         v: Float[Array, "T K H"] | None,
         kv: Num[Array, "LP K planes page H"],
         batch: RaggedBatch,
@@ -98,6 +101,15 @@ def make_ragged_batch(
     token_page = jnp.where(valid, page_table[row, positions // page_size], 0)
     offset = positions % page_size
     return RaggedBatch(page_table, start + num_new, cu, num_single, row, positions, token_page, offset)
+
+
+def split_heads(qkv: Float[Array, "T heads H"], num_kv_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q [T, N, H], k and v [T, K, H] of the three side by side."""
+    num_tokens, num_heads, head_dim = qkv.shape
+    ends = (num_heads - 2 * num_kv_heads) * head_dim, (num_heads - num_kv_heads) * head_dim
+    q, k, v = jnp.split(qkv.reshape(num_tokens, -1), ends, axis=-1)  # of lines, as the product made them
+    q, k, v = (x.reshape(num_tokens, -1, head_dim) for x in (q, k, v))
+    return q, k, v
 
 
 def to_pool(x: Float[Array, "T K H"], dtype: Any, scale: float) -> Num[Array, "T K H"]:

@@ -46,6 +46,7 @@ class Backend:
     pool_head_dim: Callable[[int], int] = lambda head_dim: head_dim  # H of the pool, for heads of that size
     page_multiple: Callable[[Any], int] = lambda dtype: 1  # page sizes must be multiples of it, for a pool of the dtype
     latent: bool = False  # it takes pools of one plane, with `value_dim`
+    joined: bool = False  # it takes q, k and v side by side, k and v None (api.py)
     page_size: int | None = None  # what it likes best, for launches that are not told; None: the platform's
     pool_order: PoolOrder = HEADS_FIRST
 
@@ -85,4 +86,4 @@ def _fa() -> Backend:
     from sgl_jax.ops.attention.fa import call as fa  # imports Pallas, which takes a while
 
     sizes = fa.pool_head_dim, fa.page_size_multiple
-    return Backend(fa.paged_attention, frozenset({"tpu"}), *sizes, latent=True, page_size=_FA_PAGE)
+    return Backend(fa.paged_attention, frozenset({"tpu"}), *sizes, latent=True, joined=True, page_size=_FA_PAGE)

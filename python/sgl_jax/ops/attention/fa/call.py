@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from sgl_jax.ops.attention.api import QKPrepare, RaggedBatch, to_pool
+from sgl_jax.ops.attention.api import QKPrepare, RaggedBatch, split_heads, to_pool
 from sgl_jax.ops.attention.fa import blocks as block_sizes
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks, DecodeBlocks
 from sgl_jax.ops.attention.fa.chunks import attend_chunks
@@ -31,8 +31,8 @@ def page_size_multiple(dtype: Any) -> int:
 
 
 def paged_attention(
-    q: Float[Array, "T N H"],
-    k: Float[Array, "T K H"],
+    q: Float[Array, "T heads H"],
+    k: Float[Array, "T K H"] | None,
     v: Float[Array, "T K H"] | None,
     kv: Num[Array, "LP K planes page HP"],
     batch: RaggedBatch,
@@ -52,8 +52,12 @@ def paged_attention(
 
     `blocks`: sizes other than the chip's (for tests).
     """
-    num_tokens, num_heads, head_dim = q.shape
-    pool_dim = kv.shape[4]
+    num_tokens, head_dim = q.shape[0], q.shape[2]
+    _, num_kv_heads, _, _, pool_dim = kv.shape
+    if k is None and (head_dim != pool_dim or kv.dtype.itemsize == 1 or kv_scales):
+        q, k, v = split_heads(q, num_kv_heads)  # heads are to be padded, or k and v made what the pool holds
+    joined = k is None
+    num_heads = q.shape[1] - 2 * num_kv_heads if joined else q.shape[1]
     if pool_dim != pool_head_dim(head_dim):
         raise ValueError(
             f"attention backend fa needs a pool of head dim {pool_head_dim(head_dim)} for heads of {head_dim}, "
@@ -83,10 +87,11 @@ def paged_attention(
     # 8-bit pools: values go in as bfloat16 that the pool's type holds exactly.
     dtype = jnp.dtype(kv.dtype) if kv.dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
     k_scale, v_scale = kv_scales or (1.0, 1.0)
-    if prepare is not None and (kv.dtype.itemsize == 1 or kv_scales):
+    if prepare is not None and k is not None and (kv.dtype.itemsize == 1 or kv_scales):
         (q, k), prepare = prepare(q, k), None  # before they are divided and rounded
-    k = to_pool(k, kv.dtype, k_scale)
-    v, v_scale = (None, k_scale) if v is None else (to_pool(v, kv.dtype, v_scale), v_scale)
+    heads_first = v is None and not joined
+    v_scale = k_scale if heads_first else v_scale
+    k, v = (None if x is None else to_pool(x, kv.dtype, scale) for x, scale in ((k, k_scale), (v, v_scale)))
     value_dim = head_dim if value_dim is None else value_dim
     value_lanes = pool_head_dim(value_dim)
     table = jnp.pad(batch.page_table, ((0, 0), (0, -row_pages % IDS)))
@@ -101,9 +106,8 @@ def paged_attention(
     num_lines = -(-min(num_rows, num_tokens) // TOKENS) * TOKENS
     # Queries are products of all heads at once, or of each head by itself (models/mla.py): the kernels take them as those
     # products lay them out.
-    heads_first = v is None
     q2 = padded(q).swapaxes(0, 1) if heads_first else flat(q)
-    k2, v2 = flat(k), None if v is None else flat(v)
+    k2, v2 = (None if x is None else flat(x) for x in (k, v))
     parts = []
     for first in range(0, num_lines, blocks[0].max_rows):  # more rows than VMEM holds are served in turn
         end = min(num_lines, first + blocks[0].max_rows)
@@ -113,7 +117,7 @@ def paged_attention(
         rope = None if prepared.rope is None else cut(prepared.rope)
         part, kv = attend_singles(
             cut(q2.swapaxes(0, 1)).swapaxes(0, 1) if heads_first else cut(q2),
-            cut(k2),
+            None if k2 is None else cut(k2),
             None if v2 is None else cut(v2),
             kv,
             mine,

@@ -21,7 +21,7 @@ from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks
 from sgl_jax.ops.attention.fa.prepare import Operands, Prepare
 from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
-from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, of_head, part_of
+from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, of_head, part_of, views
 from sgl_jax.ops.attention.fa.write import WriteRefs, write_chunks, write_scratch
 
 PRODUCT_QUERIES = 256  # queries of a product, over all its heads, as far as heads divide
@@ -352,7 +352,7 @@ def _kernel(
 
 def attend_chunks(
     q: jax.Array,
-    k: jax.Array,
+    k: jax.Array | None,
     v: jax.Array | None,
     o: jax.Array,
     kv: jax.Array,
@@ -370,9 +370,10 @@ def attend_chunks(
     has_window: bool,
     blocks: ChunkBlocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """q [T, N * H] or [N, T, H], k and v [T, K * H] (v None for a pool of one plane), o [T, N * V] or [N, T, V], token_page
-    i32[T] without the layer's first page, table i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of
-    blocks.queries. Without a row of more than one token the first lines_set lines of o are as they should be.
+    """q [T, N * H] or [N, T, H], k and v [T, K * H] (v None for a pool of one plane); or, without k and v, q with all
+    three (tile.views). o [T, N * V] or [N, T, V], token_page i32[T] without the layer's first page, table
+    i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of blocks.queries. Without a row of more than one token the
+    first lines_set lines of o are as they should be.
 
     Returns o with the lines after the rows with one token set, and the pool. Both are changed in place when donated.
     """
@@ -380,8 +381,9 @@ def attend_chunks(
     value_dim = o.shape[-1] if o.ndim == 3 else o.shape[-1] // num_heads
     joined, _ = products_of(num_heads, num_kv_heads, blocks.queries)
     state = (num_heads // joined, joined * blocks.queries)
+    q_lines = (blocks.queries, num_heads * head_dim) if q.ndim == 2 else (num_heads, blocks.queries, head_dim)
     scratch: dict[str, Any] = {
-        "q_tiles": pltpu.VMEM((2, *q.shape[:-2], blocks.queries, q.shape[-1]), q.dtype),
+        "q_tiles": pltpu.VMEM((2, *q_lines), q.dtype),
         "o_tiles": pltpu.VMEM((2, *o.shape[:-2], blocks.queries, o.shape[-1]), o.dtype),
         "q_sem": pltpu.SemaphoreType.DMA((2,)),
         "o_sem": pltpu.SemaphoreType.DMA((2,)),
@@ -389,19 +391,22 @@ def attend_chunks(
         "total": pltpu.VMEM((*state, LANES), jnp.float32),
         "acc": pltpu.VMEM((*state, value_dim), jnp.float32),
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
-        "write": write_scratch(kv, k, prepare.rope, blocks.write_slots, blocks.write_pages),
+        "write": write_scratch(kv, q, prepare.rope, blocks.write_slots, blocks.write_pages),
     }
     if prepare.rope is not None:
         scratch["rope_tiles"] = pltpu.VMEM((2, blocks.queries, head_dim), jnp.float32)
-    optional = {"v": v, "sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm, "rope": prepare.rope}
+    optional = {"k": k, "v": v, "sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm}
+    optional["rope"] = prepare.rope
     missing = [name for name, x in optional.items() if x is None]
     optional = {name: x for name, x in optional.items() if x is not None}
     prefetch = [*Scalars._fields, "kv_lens", "cu_q_lens", "token_page"]
-    names = [*prefetch, "q", "k", *optional, "table"]
+    names = [*prefetch, "q", *optional, "table"]
 
     def body(*args):
         *plain, _o_in, _kv_in, o, kv_out, rest = args
         fields: dict[str, Any] = dict(zip(names, plain, strict=True)) | dict.fromkeys(missing)
+        if k is None:
+            fields |= views(fields["q"], num_heads, num_kv_heads)
         groups = table.shape[0] // (kv_lens.shape[0] * ring.IDS)
         _kernel(
             Refs(**fields, o=o, kv=kv_out, **rest),
@@ -416,7 +421,7 @@ def attend_chunks(
 
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    inputs = [q, k, *optional.values(), table, o, kv]
+    inputs = [q, *optional.values(), table, o, kv]
     last = len(prefetch) + len(inputs)
     keys = q.shape[-2] * blocks.expected_keys
     return pl.pallas_call(
@@ -425,7 +430,7 @@ def attend_chunks(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetch),
             grid=(),
-            in_specs=[hbm, hbm, *(hbm if name in ("v", "rope") else whole for name in optional), hbm, hbm, hbm],
+            in_specs=[hbm, *(hbm if name in ("k", "v", "rope") else whole for name in optional), hbm, hbm, hbm],
             out_specs=[hbm, hbm],
             scratch_shapes=[scratch],
         ),

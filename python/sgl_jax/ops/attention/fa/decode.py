@@ -20,7 +20,18 @@ from sgl_jax.ops.attention.fa import ring
 from sgl_jax.ops.attention.fa.blocks import DecodeBlocks
 from sgl_jax.ops.attention.fa.prepare import Operands, Prepare
 from sgl_jax.ops.attention.fa.ring import PageRing, Ref, cdiv, div, rem
-from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Scalars, Scores, attend, join_pages, of_head, part_of, row_tile
+from sgl_jax.ops.attention.fa.tile import (
+    FLOOR,
+    LANES,
+    Scalars,
+    Scores,
+    attend,
+    join_pages,
+    of_head,
+    part_of,
+    row_tile,
+    views,
+)
 
 WRITES = 4  # tiles on their way back to the pool
 UNROLLED_HEADS = 32  # of more heads, each is a turn of a loop where they are handled one by one
@@ -262,7 +273,7 @@ def _insert(refs: Refs, pages: PageRing, row, n, slot, block) -> None:
 
 def attend_singles(
     q: jax.Array,
-    k: jax.Array,
+    k: jax.Array | None,
     v: jax.Array | None,
     kv: jax.Array,
     scalars: Scalars,
@@ -278,8 +289,8 @@ def attend_singles(
     has_window: bool,
     blocks: DecodeBlocks,
 ) -> tuple[jax.Array, jax.Array]:
-    """q [T, N * H] or [N, T, H], k and v [T, K * H] (v None for a pool of one plane), table i32[S * groups * IDS],
-    sinks f32[N + 8, 128].
+    """q [T, N * H] or [N, T, H], k and v [T, K * H] (v None for a pool of one plane); or, without k and v, q with all
+    three (tile.views). table i32[S * groups * IDS], sinks f32[N + 8, 128].
 
     Returns o [T, N * value_dim] or [N, T, value_dim], of which the first num_rows lines are set (zeros after the rows with
     one token), and the pool.
@@ -294,14 +305,17 @@ def attend_singles(
         "write_sem": pltpu.SemaphoreType.DMA((WRITES,)),
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
     }
-    optional = {"v": v, "sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm, "rope": prepare.rope}
+    optional = {"k": k, "v": v, "sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm}
+    optional["rope"] = prepare.rope
     missing = [name for name, x in optional.items() if x is None]
     optional = {name: x for name, x in optional.items() if x is not None}
-    names = [*Scalars._fields, "kv_lens", "q", "k", *optional, "table"]
+    names = [*Scalars._fields, "kv_lens", "q", *optional, "table"]
 
     def body(*args):
         *plain, _kv_in, o, kv_out, rest = args
         fields: dict[str, Any] = dict(zip(names, plain, strict=True)) | dict.fromkeys(missing)
+        if k is None:
+            fields |= views(fields["q"], num_heads, num_kv_heads)
         kernel(Refs(**fields, o=o, kv=kv_out, **rest))
 
     kernel = functools.partial(
@@ -322,7 +336,7 @@ def attend_singles(
 
     whole = pl.BlockSpec(memory_space=pltpu.VMEM)
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    inputs = [q, k, *optional.values(), table, kv]
+    inputs = [q, *optional.values(), table, kv]
     keys = num_rows * blocks.expected_keys
     return pl.pallas_call(
         body,
@@ -332,8 +346,7 @@ def attend_singles(
             grid=(1,),
             in_specs=[
                 rows(q),
-                rows(k),
-                *(rows(x) if name in ("v", "rope") else whole for name, x in optional.items()),
+                *(rows(x) if name in ("k", "v", "rope") else whole for name, x in optional.items()),
                 hbm,
                 hbm,
             ],

@@ -55,6 +55,13 @@ def of_head(shape: tuple[int, ...], lines: Any, head: Any, width: int) -> tuple[
     return lines, pl.ds(pl.multiple_of(head * width, LANES), width)
 
 
+def views(qkv: Any, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
+    """q, k and v in a ref [T, (N + 2K) * H] of all three, heads of whole lane tiles."""
+    width = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
+    ends = [0, *(n * width for n in (num_heads, num_heads + num_kv_heads, num_heads + 2 * num_kv_heads))]
+    return {name: qkv.at[:, slice(*ends[i : i + 2])] for i, name in enumerate("qkv")}
+
+
 def part_of(group: int, most: int) -> int:
     """Into parts of how many query heads a group is best divided, at most `most` if that gives no small parts."""
     if group <= most:

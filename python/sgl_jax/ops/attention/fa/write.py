@@ -47,12 +47,12 @@ class WriteRefs:
     rope_lines: Ref = None  # VMEM f32[slots, W, H]
 
 
-def write_scratch(kv: jax.Array, k: jax.Array, rope: jax.Array | None, slots: int, pages: int) -> dict[str, Any]:
+def write_scratch(kv: jax.Array, q: jax.Array, rope: jax.Array | None, slots: int, pages: int) -> dict[str, Any]:
     _, num_kv_heads, planes, page_size, head_dim = kv.shape
     tokens = pages * page_size
-    lines = min(tokens + ALIGN, k.shape[0])
+    lines = min(tokens + ALIGN, q.shape[-2])
     return {
-        "lines": pltpu.VMEM((slots, planes, lines, k.shape[1]), k.dtype),
+        "lines": pltpu.VMEM((slots, planes, lines, num_kv_heads * head_dim), q.dtype),
         "line_sem": pltpu.SemaphoreType.DMA((slots,)),
         "shifted": pltpu.VMEM((planes, num_kv_heads, head_dim // LANES, lines + 2 * tokens, LANES), jnp.float32),
         "segments": pltpu.VMEM((slots, pages, *kv.shape[1:]), kv.dtype),
