@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "compile": ("planning", "runtime", "observability", *SETTINGS),
     "server": ("engine", "text", "observability", *PLAIN_DATA, *SETTINGS),
     "launch_server": ("server", "engine", "planning", "observability", *SETTINGS),
-    "benchmark": ("engine", "text", "runtime", "models", "scheduler.rows", "observability", *PLAIN_DATA, *SETTINGS),
+    "benchmark": ("engine", "environment.machine", "text", "scheduler.rows", "observability", *PLAIN_DATA, *SETTINGS),
     "bench_serving": ("benchmark",),
     "bench_one_batch_server": ("benchmark",),
     "bench_one_batch": ("benchmark",),

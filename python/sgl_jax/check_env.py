@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from sgl_jax import __version__
-from sgl_jax.environment import accelerators, machine, packages, probing
+from sgl_jax.environment import machine, packages, probing
 from sgl_jax.environment.facts import PLATFORMS, Facts, Gpus, Machine, Platform, Probe, Report, Tpus
 from sgl_jax.environment.report import render
 from sgl_jax.environment.verdicts import judge, notices
@@ -51,10 +51,10 @@ def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Re
             return otherwise
 
     with concurrent.futures.ThreadPoolExecutor() as threads, probing.Probes() as probes:
-        gpus = threads.submit(attempt, "GPUs", accelerators.gpus, Gpus())  # nvidia-smi takes a second
+        gpus = threads.submit(attempt, "GPUs", machine.gpus, Gpus())  # nvidia-smi takes a second
         seen = Facts(
             packages=attempt("packages", packages.collect, ()),
-            tpus=attempt("TPUs", accelerators.tpus, Tpus()),
+            tpus=attempt("TPUs", machine.tpus, Tpus()),
             environ=environ,
         )
 

@@ -94,9 +94,11 @@ def test_runs_are_appended(tmp_path: Path) -> None:
     append_jsonl(file, {"a": 1})
     append_jsonl(file, {"a": 2})
     assert file.read_text() == '{"a": 1}\n{"a": 2}\n'
-    check_writable(file)
+    check_writable(file, "--output-file")
     for bad in (tmp_path, tmp_path / "none" / "runs.jsonl"):
         with pytest.raises(BenchmarkError, match=r"--output-file is .*; it must be a file in a folder that exists"):
-            check_writable(bad)
+            check_writable(bad, "--output-file")
+    append_jsonl(None, {})
+    check_writable(None, "--output-file")
     with pytest.raises(BenchmarkError, match="cannot be written: No such file or directory"):
         append_jsonl(tmp_path / "none" / "runs.jsonl", {})

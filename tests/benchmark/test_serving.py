@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from scripted_run import INFO, LIMITS, bench
+from scripted_run import INFO, LIMITS, bench, serving_args
 from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
 from sgl_jax.benchmark.client import connect
 from sgl_jax.benchmark.figures import ServingRun
-from sgl_jax.benchmark.protocols import BACKENDS, RequestOptions
+from sgl_jax.benchmark.protocols import BACKENDS
 from sgl_jax.benchmark.records import Prompt
 from sgl_jax.benchmark.report import failure_line, shares_block, standard_block
-from sgl_jax.benchmark.serving import ServingConfig, run_serving
+from sgl_jax.benchmark.serving import run_serving
 from sgl_jax.benchmark.terminal import BenchmarkError
 
 # Two at a time. Sent at, first token after, gap, ended at:
@@ -56,7 +56,7 @@ def test_tokens_that_come_together_share_their_gap() -> None:
     (outcome,) = run.outcomes
     assert outcome.itl_s == [0.125] * 7
     assert (outcome.ttft_s, outcome.latency_s, outcome.output_len) == (0.5, 1.375, 8)
-    assert run.figures.latency["mean_tpot_ms"] == 125.0
+    assert run.figures["mean_tpot_ms"] == 125.0
 
 
 @pytest.mark.parametrize(("usage_each_event", "gaps"), [(True, [0.125] * 7), (False, [0.5, 0.375])])
@@ -65,7 +65,7 @@ def test_a_chunk_is_a_token_unless_the_server_counts(usage_each_event: bool, gap
     run, _ = bench(script, [Prompt([1, 2], 2, 8)], backend="vllm")
     assert run.outcomes[0].itl_s == gaps
     assert run.outcomes[0].output_len == 8  # the usage at the end says so
-    assert run.figures.max_output_tokens_per_s == pytest.approx(4 if usage_each_event else 16 / 3)
+    assert run.figures["max_output_tokens_per_s"] == pytest.approx(4 if usage_each_event else 16 / 3)
 
 
 def test_tokens_without_text_are_seen_when_the_answer_ends() -> None:
@@ -95,8 +95,7 @@ def test_held_back_text_counts_its_tokens_once() -> None:
         app = web.Application()
         app.router.add_post("/generate", answer)
         async with TestServer(app) as server:
-            config = ServingConfig("sgl-jax", str(server.make_url("")), warmup_requests=0)
-            return await run_serving(config, [Prompt([1], 1, 3)])
+            return await run_serving(serving_args(str(server.make_url(""))), None, [Prompt([1], 1, 3)])
 
     (outcome,) = run_in_virtual_time(main()).outcomes
     assert (outcome.error, outcome.text, outcome.output_len) == ("", "abcd", 3)
@@ -104,7 +103,7 @@ def test_held_back_text_counts_its_tokens_once() -> None:
 
 
 def test_without_streaming_only_whole_latencies_are_known() -> None:
-    run, server = bench(SCRIPT, PROMPTS, max_concurrency=2, options=RequestOptions(stream=False))
+    run, server = bench(SCRIPT, PROMPTS, max_concurrency=2, disable_stream=True)
     lines = BLOCK.splitlines()
     first = next(i for i, line in enumerate(lines) if "Time to First Token" in line)
     expected = [
@@ -157,11 +156,11 @@ def test_failures_are_counted_and_left_out_of_the_figures() -> None:
         "",
     ]
     figures = run.figures
-    assert (figures.completed, figures.failed) == (2, 4)
-    assert (figures.total_input_tokens, figures.total_output_tokens) == (16, 4)
+    assert (figures["completed"], figures["failed"]) == (2, 4)
+    assert (figures["total_input_tokens"], figures["total_output_tokens"]) == (16, 4)
     assert run.duration_s == 2 * 0.375 + 3 * 0.25
-    assert figures.output_throughput == 4 / 1.5
-    shown = [figures.latency[name] for name in ("mean_ttft_ms", "mean_itl_ms", "p99_e2e_latency_ms")]
+    assert figures["output_throughput"] == 4 / 1.5
+    shown = [figures[name] for name in ("mean_ttft_ms", "mean_itl_ms", "p99_e2e_latency_ms")]
     assert shown == [250.0, 125.0, 375.0]
     assert failure_line(run) == ("4 of 6 requests failed, the first with: HTTP 503 from /generate: the queue is full")
 
@@ -173,15 +172,15 @@ def test_failures_are_counted_and_left_out_of_the_figures() -> None:
 def test_a_broken_stream_is_a_failure(how: str, error: str, backend: str) -> None:
     run, _ = bench(Script(breaks=lambda _: how), [Prompt("a", 1, 4)], backend=backend)
     assert run.outcomes[0].error.startswith(error)
-    assert run.figures.completed == 0
+    assert run.figures["completed"] == 0
 
 
 def test_when_all_fail_there_are_no_latencies() -> None:
     run, _ = bench(Script(fails=lambda _: (500, "no")), [Prompt("a", 1, 4)])
     figures = run.figures
-    assert (figures.completed, figures.output_throughput, figures.concurrency) == (0, 0.0, 0.0)
-    assert figures.max_output_tokens_per_s is None
-    assert set(figures.latency.values()) == {None}
+    assert (figures["completed"], figures["output_throughput"], figures["concurrency"]) == (0, 0.0, 0.0)
+    assert figures["max_output_tokens_per_s"] is None
+    assert {value for name, value in figures.items() if name.endswith("_ms")} == {None}
     assert standard_block(run).count("n/a") == 17
 
 
@@ -223,12 +222,13 @@ def test_no_prompts_is_an_error() -> None:
 
 # --- what is sent -----------------------------------------------------------------------------------------------------
 
-OPTIONS = RequestOptions(
-    model="m",
-    temperature=0.5,
-    return_logprob=True,
-    extra_request_body={"sampling_params": {"top_p": 0.5}, "temperature": 0.25},
-)
+OPTIONS = {
+    "temperature": 0.5,
+    "return_logprob": True,
+    "extra_request_body": {"sampling_params": {"top_p": 0.5}, "temperature": 0.25},
+    "lora_name": ["tales"],
+    "header": [[("Authorization", "Bearer key")]],
+}
 NATIVE = {
     "sampling_params": {"temperature": 0.5, "max_new_tokens": 3, "ignore_eos": True, "top_p": 0.5},
     "temperature": 0.25,
@@ -267,19 +267,16 @@ OPENAI = {
     ],
 )
 def test_the_body_of_a_request(backend: str, prompt: Any, body: dict[str, Any]) -> None:
-    headers = {"Authorization": "Bearer key"}
-    run, server = bench(
-        Script(), [Prompt(prompt, 2, 3)], backend=backend, options=OPTIONS, lora_names=("tales",), headers=headers
-    )
-    assert run.figures.failed == 0
+    run, server = bench(Script(), [Prompt(prompt, 2, 3)], model="m", backend=backend, **OPTIONS)
+    assert run.figures["failed"] == 0
     assert server.received[-1] == (BACKENDS[backend].protocol.path, body)
     assert server.headers[-1]["Authorization"] == "Bearer key"
-    assert "headers" not in run.config
+    assert "Bearer key" not in str(run.config)
 
 
 def test_answers_may_end_when_eos_is_not_ignored() -> None:
     for backend in ("sgl-jax", "vllm"):
-        _, server = bench(Script(), [Prompt("a", 1, 3)], backend=backend, options=RequestOptions(ignore_eos=False))
+        _, server = bench(Script(), [Prompt("a", 1, 3)], backend=backend, disable_ignore_eos=True)
         body = server.received[-1][1]
         assert "ignore_eos" not in body
         assert "ignore_eos" not in body.get("sampling_params", {})
@@ -300,7 +297,7 @@ def test_a_prompt_that_the_api_cannot_carry_is_refused(backend: str, prompt: Any
 
 def test_adapters_are_drawn_by_the_seed() -> None:
     def drawn(seed: int) -> list[str]:
-        _, server = bench(Script(), [Prompt("a", 1, 1)] * 20, max_concurrency=1, lora_names=("x", "y"), seed=seed)
+        _, server = bench(Script(), [Prompt("a", 1, 1)] * 20, max_concurrency=1, lora_name=["x", "y"], seed=seed)
         return [body["lora_path"] for path, body in server.received if path == "/generate"]
 
     assert set(drawn(1)) == {"x", "y"}
@@ -372,7 +369,7 @@ def test_rows_of_a_decode_step_are_those_that_decode_not_those_that_wait() -> No
     run, _ = bench(script, [Prompt([1], 1, 5)] * 2)
     assert run.shares is not None
     assert run.shares["decode_rows"] == 4 / 3.5
-    assert run.figures.concurrency == 7.5 / 4.5
+    assert run.figures["concurrency"] == 7.5 / 4.5
 
 
 def test_a_server_that_does_not_report_limits_is_said_to() -> None:
@@ -391,7 +388,7 @@ def test_limits_are_asked_for_again_while_the_server_is_busy() -> None:
 def test_a_server_that_stays_busy_costs_the_shares_not_the_run() -> None:
     run, _ = bench(Script(limits=LIMITS, info=INFO, refused={"/measure_limits": [(409, "busy")] * 50}), PROMPTS)
     assert run.shares is None
-    assert run.figures.completed == 4
+    assert run.figures["completed"] == 4
     assert run.notes == ["the machine's limits could not be measured: HTTP 409 from /measure_limits: busy"]
 
 
@@ -401,8 +398,8 @@ def test_a_run_that_is_cancelled_has_the_figures_of_what_is_finished() -> None:
     async def main() -> ServingRun:
         server = ScriptedServer(Script(ttft_s=lambda _: 1.0))
         async with server.running():
-            config = ServingConfig("sgl-jax", server.url, max_concurrency=1, warmup_requests=0, profile=True)
-            task = asyncio.ensure_future(run_serving(config, [Prompt([1], 1, 1)] * 4))
+            args = serving_args(server.url, max_concurrency=1, profile=True)
+            task = asyncio.ensure_future(run_serving(args, None, [Prompt([1], 1, 1)] * 4))
             await asyncio.sleep(2.25)
             task.cancel()
             run = await task
@@ -412,7 +409,7 @@ def test_a_run_that_is_cancelled_has_the_figures_of_what_is_finished() -> None:
     run = run_in_virtual_time(main())
     assert run.interrupted
     assert run.duration_s == pytest.approx(2.25)
-    assert (run.figures.completed, run.figures.failed, run.figures.total_output_tokens) == (2, 0, 2)
+    assert (run.figures["completed"], run.figures["failed"], run.figures["total_output_tokens"]) == (2, 0, 2)
     assert run.notes[-1] == "interrupted: 2 of 4 requests were not finished"
 
 

@@ -36,6 +36,7 @@ def test_processor_memory_and_system_are_read(tmp_path: Path) -> None:
 
 def test_a_machine_without_proc_is_described_as_far_as_it_goes(tmp_path: Path) -> None:
     found = look({}, tmp_path)
+    assert found.cpu_model
     assert (found.memory, found.container, found.cgroup_cpus, found.cgroup_memory) == (None, "", None, None)
 
 

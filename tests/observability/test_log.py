@@ -90,6 +90,15 @@ def test_a_second_setup_replaces_the_first(stream: CountingStream) -> None:
     assert stream.getvalue().count("said") == 1
 
 
+def test_lines_go_to_what_stderr_is_at_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A progress bar puts something in its place, which writes above the bar."""
+    log.setup("info")
+    later = io.StringIO()
+    monkeypatch.setattr("sys.stderr", later)
+    logging.getLogger("sgl_jax").info("above")
+    assert later.getvalue().endswith("above\n")
+
+
 def test_access_lines_of_probes_and_scrapers_are_dropped(stream: CountingStream) -> None:
     log.setup("info", stream)
     log.setup("info", stream)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
+import threading
 from pathlib import Path
 
 import jax
@@ -52,6 +55,23 @@ def test_the_first_failure_is_raised() -> None:
     programs = [Program("broken", jax.jit(broken), (jax.ShapeDtypeStruct((2,), jnp.float32),))]
     with pytest.raises(ValueError, match="no such program"):
         compile_all(programs + [product(f"p{n}", n) for n in range(2, 6)], CompileWatch(), nothing)
+
+
+def test_what_has_not_begun_is_left_once_it_is_stopped() -> None:
+    stopped = threading.Event()
+    traced = []
+
+    def stop(x):
+        traced.append(len(traced))
+        stopped.set()
+        return x
+
+    programs = [
+        Program(f"p{n}", jax.jit(stop), (jax.ShapeDtypeStruct((n,), jnp.float32),)) for n in range(99)
+    ]
+    with pytest.raises(concurrent.futures.CancelledError):
+        compile_all(programs, CompileWatch(), nothing, stopped=stopped)
+    assert 1 <= len(traced) <= (os.cpu_count() or 1)
 
 
 def test_an_option_this_compiler_does_not_know_is_left_out_with_a_warning(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgl_jax.benchmark.protocols import BACKENDS
+from sgl_jax.benchmark.protocols import BACKENDS, REQUEST_TIMEOUT_S
 
 NUM_PROMPTS = 1000  # of data sets that are drawn without end, or too large to be sent as a whole
 OF_TEXT = ("random", "sharegpt", "custom", "generated-shared-prefix")
@@ -75,7 +75,7 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     add("--extra-request-body", type=json_object, default={}, metavar="JSON", help=text)
     add("--lora-name", nargs="+", default=[], metavar="NAME", help="adapters; one is drawn for each request")
     text = "a request that takes longer has failed (default: six hours)"
-    add("--request-timeout-sec", type=above_zero, default=6 * 3600.0, metavar="X", help=text)
+    add("--request-timeout-sec", type=above_zero, default=REQUEST_TIMEOUT_S, metavar="X", help=text)
 
     add = parser.add_argument_group("Run").add_argument
     add("--seed", type=whole_number(0), default=1, metavar="N", help="of all that is drawn (default: 1)")

@@ -10,6 +10,7 @@ import itertools
 import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from sgl_jax.benchmark.arguments import add_dataset_arguments, json_object, new_parser, real, whole_number
 from sgl_jax.benchmark.server_process import START_TIMEOUT_S, server_arguments
@@ -41,6 +42,10 @@ def cases(args: argparse.Namespace) -> list[Case]:
     return [Case(*each) for each in itertools.product(args.batch_size, args.input_len, args.output_len)]
 
 
+def _path(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
 def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     whole = {"type": whole_number(1), "nargs": "+", "metavar": "N"}
     add = parser.add_argument
@@ -50,7 +55,7 @@ def _add_batch_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=whole_number(0), default=1, metavar="N", help="of the random prompts (default: 1)")
     add("--run-name", default="default", metavar="NAME", help="a name for the results (default: default)")
     text = "one JSON object per case is appended; '' for none (default: result.jsonl)"
-    add("--result-filename", default="result.jsonl", metavar="FILE", help=text)
+    add("--result-filename", type=_path, default=Path("result.jsonl"), metavar="FILE", help=text)
 
 
 # --- through a server -------------------------------------------------------------------------------------------------
@@ -145,7 +150,7 @@ def parse_offline(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Serve
     add("--skip-warmup", action="store_true", help="measure from the first request on")
     add("--profile", action="store_true", help="then run the first prompts once more in a trace")
     add("--profile-output-dir", metavar="PATH", help="where the trace goes (default: profile_offline)")
-    add("--result-filename", default="", metavar="FILE", help="one JSON object is appended (default: none)")
+    add("--result-filename", type=_path, metavar="FILE", help="one JSON object is appended (default: none)")
     return _read(parser, argv)
 
 

@@ -11,13 +11,12 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from sgl_jax.benchmark.protocols import Protocol, Reading
+from sgl_jax.benchmark.protocols import REQUEST_TIMEOUT_S, Protocol, Reading
 from sgl_jax.benchmark.records import Outcome
 from sgl_jax.benchmark.roofline import MachineLimits, ModelCost, Roofline
 from sgl_jax.benchmark.sse import EventParser
 from sgl_jax.benchmark.terminal import BenchmarkError
 
-REQUEST_TIMEOUT_S = 6 * 3600.0
 _CONTROL_TIMEOUT_S = 600.0  # flushing a cache, measuring limits, writing a trace
 _CONNECT_TIMEOUT_S = 60.0
 _POLL_S = 0.5

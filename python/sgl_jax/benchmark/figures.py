@@ -11,6 +11,8 @@ import numpy as np
 from sgl_jax.benchmark.records import Outcome
 from sgl_jax.benchmark.roofline import Roofline
 
+type Figures = dict[str, Any]  # numbers, or None: nothing to compute it from, or the server does not tell
+
 # Which statistics of which latency are reported.
 LATENCIES = {
     "e2e_latency": ("mean", "median", "p90", "p99"),
@@ -19,30 +21,6 @@ LATENCIES = {
     "itl": ("mean", "median", "p95", "p99", "max"),
 }
 _PERCENTS = {"median": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Over the requests that succeeded. None: nothing to compute it from, or the server does not tell.
-
-    Throughputs are per second of the run's duration. TPOT is a request's (latency - TTFT) / (output tokens - 1); ITL is
-    over all gaps of all requests. Percentiles interpolate linearly, as numpy's do.
-    """
-
-    completed: int
-    failed: int
-    total_input_tokens: int
-    total_output_tokens: int
-    total_output_tokens_retokenized: int | None  # the texts, encoded again with the tokenizer
-    total_cached_tokens: int | None
-    cache_hit_rate: float | None  # cached of all prompt tokens, 0 to 1
-    request_throughput: float
-    input_throughput: float
-    output_throughput: float
-    max_output_tokens_per_s: float | None  # the most tokens within one second, counted from the start
-    total_throughput: float
-    concurrency: float  # sum of the latencies / duration
-    latency: dict[str, float | None]  # mean_ttft_ms and so on, for all of LATENCIES
 
 
 @dataclass(frozen=True)
@@ -62,7 +40,13 @@ class ServingRun:
 def compute_figures(
     outcomes: Sequence[Outcome], start_s: float, duration_s: float, count_tokens: Callable[[str], int] | None = None
 ) -> Figures:
-    """`count_tokens` gives the tokens of a text, for the retokenized total."""
+    """Over the requests that succeeded. `count_tokens` gives the tokens of a text, for the retokenized total.
+
+    Throughputs are per second of the run's duration; the greatest is the most tokens within one second, counted from the
+    start. Concurrency is the sum of the latencies / duration. Cached is a share of all prompt tokens, 0 to 1. TPOT is a
+    request's (latency - TTFT) / (output tokens - 1); ITL is over all gaps of all requests. Latencies are mean_ttft_ms and
+    so on, for all of LATENCIES; percentiles interpolate linearly, as numpy's do.
+    """
     good = [outcome for outcome in outcomes if outcome.ok]
     inputs = sum(outcome.prompt_len for outcome in good)
     outputs = sum(outcome.output_len for outcome in good)
@@ -71,26 +55,25 @@ def compute_figures(
     def per_second(amount: float) -> float:
         return amount / duration_s if duration_s else 0.0
 
-    return Figures(
-        completed=len(good),
-        failed=len(outcomes) - len(good),
-        total_input_tokens=inputs,
-        total_output_tokens=outputs,
-        total_output_tokens_retokenized=None if count_tokens is None else sum(count_tokens(o.text) for o in good),
-        total_cached_tokens=cached,
-        cache_hit_rate=hit_rate,
-        request_throughput=per_second(len(good)),
-        input_throughput=per_second(inputs),
-        output_throughput=per_second(outputs),
-        max_output_tokens_per_s=_peak(good, start_s),
-        total_throughput=per_second(inputs + outputs),
-        concurrency=per_second(sum(outcome.latency_s for outcome in good)),
-        latency={
-            f"{statistic}_{name}_ms": _milliseconds(values, statistic)
-            for name, values in latencies_s(good).items()
-            for statistic in LATENCIES[name]
-        },
-    )
+    return {
+        "completed": len(good),
+        "failed": len(outcomes) - len(good),
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "total_output_tokens_retokenized": None if count_tokens is None else sum(count_tokens(o.text) for o in good),
+        "total_cached_tokens": cached,
+        "cache_hit_rate": hit_rate,
+        "request_throughput": per_second(len(good)),
+        "input_throughput": per_second(inputs),
+        "output_throughput": per_second(outputs),
+        "max_output_tokens_per_s": _peak(good, start_s),
+        "total_throughput": per_second(inputs + outputs),
+        "concurrency": per_second(sum(outcome.latency_s for outcome in good)),
+    } | {
+        f"{statistic}_{name}_ms": _milliseconds(values, statistic)
+        for name, values in latencies_s(good).items()
+        for statistic in LATENCIES[name]
+    }
 
 
 def latencies_s(good: Sequence[Outcome]) -> dict[str, list[float]]:
@@ -110,6 +93,12 @@ def tpot_s(outcome: Outcome) -> float | None:
     return (outcome.latency_s - outcome.ttft_s) / (outcome.output_len - 1)
 
 
+def _milliseconds(seconds: Sequence[float], statistic: str) -> float | None:
+    if not seconds:
+        return None
+    return 1e3 * float(np.mean(seconds) if statistic == "mean" else np.percentile(seconds, _PERCENTS[statistic]))
+
+
 def arrivals(outcome: Outcome) -> tuple[list[float], float]:
     """When something of the answer came, on the loop's clock, and how many tokens each time stands for.
 
@@ -119,31 +108,6 @@ def arrivals(outcome: Outcome) -> tuple[list[float], float]:
         return [], 0.0
     times = [float(t) for t in outcome.sent_s + np.cumsum([outcome.ttft_s, *outcome.itl_s])]
     return times, outcome.output_len / len(times)
-
-
-def compute_shares(
-    outcomes: Sequence[Outcome], figures: Figures, duration_s: float, roofline: Roofline
-) -> dict[str, Any]:
-    """How near the run came to the machine's limits, which were measured just before it.
-
-    Rows are requests past their first token, the mean over the time when there is any; the context of one is its prompt
-    and half of its output, the mean; a step takes the mean ITL. Computed are uncached prompt tokens and output tokens.
-    """
-    streamed = [o for o in outcomes if o.ok and o.ttft_s is not None]
-    context = float(np.mean([o.prompt_len + o.output_len / 2 for o in streamed])) if streamed else None
-    step_s = (figures.latency["mean_itl_ms"] or 0.0) / 1e3
-    computed = figures.total_input_tokens - (figures.total_cached_tokens or 0) + figures.total_output_tokens
-    return roofline.run_shares(_decode_rows(streamed), context, step_s, computed, duration_s)
-
-
-def _cached(good: Iterable[Outcome]) -> tuple[int | None, float | None]:
-    """Cached tokens, and their share of the prompts' tokens: both as the server counts, where it tells."""
-    told = [outcome for outcome in good if outcome.cached_tokens is not None]
-    if not told:
-        return None, None
-    cached = sum(outcome.cached_tokens or 0 for outcome in told)
-    prompts = sum(outcome.prompt_len if outcome.prompt_tokens is None else outcome.prompt_tokens for outcome in told)
-    return cached, cached / prompts if prompts else 0.0
 
 
 def _peak(good: Iterable[Outcome], start_s: float) -> float | None:
@@ -156,6 +120,31 @@ def _peak(good: Iterable[Outcome], start_s: float) -> float | None:
     return max(seconds.values(), default=None)
 
 
+def _cached(good: Iterable[Outcome]) -> tuple[int | None, float | None]:
+    """Cached tokens, and their share of the prompts' tokens: both as the server counts, where it tells."""
+    told = [outcome for outcome in good if outcome.cached_tokens is not None]
+    if not told:
+        return None, None
+    cached = sum(outcome.cached_tokens or 0 for outcome in told)
+    prompts = sum(outcome.prompt_len if outcome.prompt_tokens is None else outcome.prompt_tokens for outcome in told)
+    return cached, cached / prompts if prompts else 0.0
+
+
+def compute_shares(
+    outcomes: Sequence[Outcome], figures: Figures, duration_s: float, roofline: Roofline
+) -> dict[str, Any]:
+    """How near the run came to the machine's limits, which were measured just before it.
+
+    Rows are requests past their first token, the mean over the time when there is any; the context of one is its prompt
+    and half of its output, the mean; a step takes the mean ITL. Computed are uncached prompt tokens and output tokens.
+    """
+    streamed = [o for o in outcomes if o.ok and o.ttft_s is not None]
+    context = float(np.mean([o.prompt_len + o.output_len / 2 for o in streamed])) if streamed else None
+    step_s = (figures["mean_itl_ms"] or 0.0) / 1e3
+    computed = figures["total_input_tokens"] - (figures["total_cached_tokens"] or 0) + figures["total_output_tokens"]
+    return roofline.run_shares(_decode_rows(streamed), context, step_s, computed, duration_s)
+
+
 def _decode_rows(streamed: Iterable[Outcome]) -> float | None:
     spans = sorted((o.sent_s + (o.ttft_s or 0.0), o.sent_s + o.latency_s) for o in streamed)
     busy, until = 0.0, float("-inf")
@@ -163,9 +152,3 @@ def _decode_rows(streamed: Iterable[Outcome]) -> float | None:
         busy += max(end - max(start, until), 0.0)
         until = max(until, end)
     return sum(end - start for start, end in spans) / busy if busy else None
-
-
-def _milliseconds(seconds: Sequence[float], statistic: str) -> float | None:
-    if not seconds:
-        return None
-    return 1e3 * float(np.mean(seconds) if statistic == "mean" else np.percentile(seconds, _PERCENTS[statistic]))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from sgl_jax.benchmark.batch_arguments import start_log
 from sgl_jax.benchmark.datasets import load_prompts
 from sgl_jax.benchmark.datasets.source import Framing, IdSource
 from sgl_jax.benchmark.records import Prompt
-from sgl_jax.benchmark.report import append_jsonl, block, check_writable, shares_block
+from sgl_jax.benchmark.report import append_jsonl, block, check_writable, labelled, shares_block
 from sgl_jax.benchmark.roofline import ModelCost, Roofline
 from sgl_jax.benchmark.terminal import SOME_FAILED, BenchmarkError, say
 from sgl_jax.engine.engine import Engine
@@ -36,25 +35,12 @@ TOOL = "bench_offline_throughput"
 _STATS_TIMEOUT_S = 5.0
 _WARM_UP_REQUESTS, _WARM_UP_INPUT, _WARM_UP_OUTPUT = 16, 256, 16  # at most
 _TRACED_PROMPTS = 16  # at most
-_LABELS = {
-    "successful_requests": "Successful requests",
-    "total_latency": "Benchmark duration (s)",
-    "total_input_tokens": "Total input tokens",
-    "total_output_tokens": "Total generated tokens",
-    "total_cached_tokens": "Total cached tokens",
-    "last_gen_throughput": "Last generation throughput (tok/s)",
-    "request_throughput": "Request throughput (req/s)",
-    "input_throughput": "Input token throughput (tok/s)",
-    "output_throughput": "Output token throughput (tok/s)",
-    "total_throughput": "Total token throughput (tok/s)",
-}
 
 
 def measure_offline(args: argparse.Namespace, server_args: ServerArgs) -> int:
     """Reads the data, starts an engine and runs. Returns the exit code; raises BenchmarkError."""
     start_log(server_args)
-    if args.result_filename:
-        check_writable(Path(args.result_filename), "--result-filename")
+    check_writable(args.result_filename, "--result-filename")
     if (n := args.extra_request_body.get("n", 1)) != 1:
         raise BenchmarkError(f"--extra-request-body has n {n}; one answer to a prompt is measured")
     try:
@@ -74,10 +60,7 @@ def engine_options(server_args: ServerArgs) -> dict[str, Any]:
 
 
 def run(
-    args: argparse.Namespace,
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    clock: Callable[[], float] = time.perf_counter,
+    args: argparse.Namespace, engine: Engine, prompts: Sequence[Prompt], clock: Callable[[], float] = time.perf_counter
 ) -> int:
     """Everything after the start. `clock`, in seconds, is read before the prompts are given and after the last answer.
     Returns the exit code."""
@@ -87,21 +70,19 @@ def run(
         offline.warm_up()
     roofline = offline.roofline()
     found, shares = offline.run(clock, roofline)
-    rows = {"Backend": args.backend} | {label: found[name] for name, label in _LABELS.items()}
-    print("\n" + block("Offline Throughput Benchmark Result", rows))
+    print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
     if shares:
         print("\n" + shares_block(shares))
-    if args.result_filename:
-        settings = {
-            "backend": args.backend,
-            "model_path": engine.info.model_path,
-            "dtype": engine.info.dtype,
-            "dataset_name": args.dataset_name,
-            "num_prompts": len(prompts),
-            "seed": args.seed,
-            "sampling_params": sampling,
-        }
-        append_jsonl(Path(args.result_filename), settings | found | shares)
+    settings = {
+        "backend": args.backend,
+        "model_path": engine.info.model_path,
+        "dtype": engine.info.dtype,
+        "dataset_name": args.dataset_name,
+        "num_prompts": len(prompts),
+        "seed": args.seed,
+        "sampling_params": sampling,
+    }
+    append_jsonl(args.result_filename, settings | found | shares)
     if args.profile:
         engine.flush_cache()
         with jax.profiler.trace(folder := args.profile_output_dir or "profile_offline"):

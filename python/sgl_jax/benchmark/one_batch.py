@@ -13,7 +13,6 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -55,8 +54,7 @@ def measure_batches(args: argparse.Namespace, server_args: ServerArgs) -> int:
             f"--dp-size is {server_args.dp_size}; this tool runs one batch on one rank, leave it out "
             "(bench_offline_throughput measures several)"
         )
-    if args.result_filename:
-        check_writable(Path(args.result_filename), "--result-filename")
+    check_writable(args.result_filename, "--result-filename")
     try:
         core = build_core(server_args)
     except (ValueError, OSError) as error:  # those are for the user to mend
@@ -80,8 +78,7 @@ def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.
         times = timed(case)
         found = {"run_name": args.run_name} | record(times, core.runner.compiles_after_ready, core.info, roofline)
         print(block(found, times), flush=True)
-        if args.result_filename:
-            append_jsonl(Path(args.result_filename), found)
+        append_jsonl(args.result_filename, found)
         if args.profile:
             size = f"batch{case.batch_size}_input{case.input_len}_output{case.output_len}"
             with jax.profiler.trace(folder := f"{args.profile_filename_prefix or 'profile'}_{size}"):
@@ -208,32 +205,19 @@ class DeviceBatch:
             stop_token_ids=no_stops, arrival=0,
         )  # fmt: skip
         self._params = encode_params(greedy)
-        self._sampled: list[tuple[np.ndarray, np.ndarray]] = []  # of each step: rows, their tokens
 
     def prefill(self) -> None:
         """Compute the prompts; returns when the last step's tokens are here."""
         flights = [self._runner.launch(plan) for plan in self._prefill_plans()]
         for flight in flights:
-            self._collect(flight)
+            self._runner.collect(flight)
 
     def decode(self) -> None:
         """One more token for every row."""
         rows = np.arange(len(self._prompts), dtype=np.int32)
         unknown = np.zeros_like(rows)  # the device has the tokens
-        self._collect(self._runner.launch(self._plan(rows, np.ones_like(rows), unknown, np.full_like(rows, -1))))
-
-    def outputs(self) -> list[list[int]]:
-        """What was sampled, by row."""
-        found: list[list[int]] = [[] for _ in self._prompts]
-        for rows, tokens in self._sampled:
-            for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-                found[row].append(token)
-        return found
-
-    def _collect(self, flight) -> None:
-        plan: StepPlan = flight.plan
-        tokens = self._runner.collect(flight).tokens
-        self._sampled.append((plan.rows[plan.samples], tokens[plan.samples]))
+        plan = self._plan(rows, np.ones_like(rows), unknown, np.full_like(rows, -1))
+        self._runner.collect(self._runner.launch(plan))
 
     def _prefill_plans(self) -> Iterator[StepPlan]:
         """Steps of as many prompt tokens as the engine takes, row after row."""
@@ -243,10 +227,9 @@ class DeviceBatch:
             rows = np.flatnonzero(num_new).astype(np.int32)
             rows = rows[np.argsort(num_new[rows] > 1, kind="stable")]  # single tokens first
             start, end = self._computed[rows], self._computed[rows] + num_new[rows]
-            tokens = np.concatenate([self._prompts[r][s:e] for r, s, e in zip(rows, start, end, strict=True)])
-            follows = [
-                p[e] if e < len(p) else -1 for p, e in zip(map(self._prompts.__getitem__, rows), end, strict=True)
-            ]
+            prompts = [self._prompts[row] for row in rows]
+            tokens = np.concatenate([p[s:e] for p, s, e in zip(prompts, start, end, strict=True)])
+            follows = [p[e] if e < len(p) else -1 for p, e in zip(prompts, end, strict=True)]
             yield self._plan(rows, num_new[rows].astype(np.int32), tokens, np.array(follows, np.int32))
 
     def _plan(self, rows: np.ndarray, num_new: np.ndarray, tokens: np.ndarray, next_token: np.ndarray) -> StepPlan:

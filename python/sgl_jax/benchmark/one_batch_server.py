@@ -17,7 +17,6 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -52,8 +51,7 @@ _COLUMNS = (
 
 def measure_batches(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
     """Against the server at --base-url, or one started from these flags. Returns the exit code."""
-    if args.result_filename:
-        check_writable(Path(args.result_filename), "--result-filename")
+    check_writable(args.result_filename, "--result-filename")
     if args.base_url:
         return asyncio.run(run(args, running_target(args.base_url, server_flags)))
     with started_server(server_flags, args.start_timeout) as server:
@@ -98,8 +96,7 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
             measured.append(case)
             records.append(settings | result.record(roofline))
             print(block(records[-1]), flush=True)
-            if args.result_filename:
-                append_jsonl(Path(args.result_filename), records[-1])
+            append_jsonl(args.result_filename, records[-1])
         if args.show_report and records:
             print(markdown_table(_COLUMNS, records))
         for case in measured if args.profile else ():  # once more: what is measured runs without the profiler

@@ -11,18 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sgl_jax.benchmark import plot_series as series
 from sgl_jax.benchmark.figures import ServingRun
-from sgl_jax.benchmark.plot_series import (
-    Curve,
-    Spread,
-    first_tokens,
-    gaps,
-    in_flight,
-    latencies_ms,
-    spread,
-    time_bins,
-    token_rate,
-)
 from sgl_jax.benchmark.terminal import BenchmarkError
 
 if TYPE_CHECKING:
@@ -98,15 +88,15 @@ def run_figure(run: ServingRun) -> Figure:
         grid = figure.add_gridspec(4, 2, width_ratios=(1.7, 1))
         rate = figure.add_subplot(grid[0, 0])
         rows = [rate, *(figure.add_subplot(grid[row, 0], sharex=rate) for row in (1, 2, 3))]
-        edges = time_bins(run.duration_s, _STEPS_PER_BIN * (run.figures.latency["median_itl_ms"] or 0.0) / 1e3)
+        edges = series.time_bins(run.duration_s, _STEPS_PER_BIN * (run.figures["median_itl_ms"] or 0.0) / 1e3)
         _draw_rate(rows[0], run, edges)
         _draw_in_flight(rows[1], run)
         _draw_ttft(rows[2], run, edges)
         _draw_itl(rows[3], run, edges)
         for axes in rows[:3]:
             axes.tick_params(labelbottom=False)
-        rows[3].set_xlabel("time since the start of the run (s)")
-        rows[3].set_xlim(-0.01 * run.duration_s, 1.01 * run.duration_s)  # what is sent at 0 is seen beside the axis
+        shown = (-0.01 * run.duration_s, 1.01 * run.duration_s)  # what is sent at 0 is seen beside the axis
+        rows[3].set(xlabel="time since the start of the run (s)", xlim=shown)
         _draw_percentiles(figure.add_subplot(grid[:, 1]), run)
     return figure
 
@@ -122,10 +112,10 @@ def _title(run: ServingRun) -> str:
     return "  ·  ".join(said)
 
 
-def _draw_rate(axes: Axes, run: ServingRun, edges: Curve) -> None:
+def _draw_rate(axes: Axes, run: ServingRun, edges: series.Curve) -> None:
     axes.set(title="Output throughput", ylabel="tokens/s")
-    axes.stairs(token_rate(run.outcomes, run.start_s, edges), edges, color=BLUE, fill=True, alpha=0.35)
-    mean = run.figures.output_throughput
+    axes.stairs(series.token_rate(run.outcomes, run.start_s, edges), edges, color=BLUE, fill=True, alpha=0.35)
+    mean = run.figures["output_throughput"]
     axes.axhline(mean, color=BLUE, linewidth=1.2, label=f"mean {mean:,.1f}")
     axes.set_ylim(bottom=0)
     _plain_numbers(axes.yaxis)
@@ -136,7 +126,7 @@ def _draw_in_flight(axes: Axes, run: ServingRun) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set(title="Requests, as the client sees them", ylabel="requests")
-    times, waiting, running = in_flight(run.outcomes, run.start_s)
+    times, waiting, running = series.in_flight(run.outcomes, run.start_s)
     labels = ("running (streaming)", "waiting for the first token")
     axes.stackplot(times, running, waiting, step="post", labels=labels, colors=(GREEN, ORANGE), alpha=0.6)
     axes.set_ylim(bottom=0)
@@ -144,32 +134,30 @@ def _draw_in_flight(axes: Axes, run: ServingRun) -> None:
     _legend(axes)
 
 
-def _draw_ttft(axes: Axes, run: ServingRun, edges: Curve) -> None:
+def _draw_ttft(axes: Axes, run: ServingRun, edges: series.Curve) -> None:
     axes.set(title="Time to first token, by when the request was sent", ylabel="ms")
-    times, ttfts = first_tokens(run.outcomes, run.start_s)
+    times, ttfts = series.first_tokens(run.outcomes, run.start_s)
     every = -(-len(times) // _MOST_DOTS) or 1
     axes.plot(times[::every], ttfts[::every], ".", color=BLUE, markersize=4, alpha=0.5, label="a request")
-    _draw_spread(axes, spread(times, ttfts, edges), {"median": BLUE})
+    _draw_bins(axes, series.spread(times, ttfts, edges), "median", BLUE)
     _latency_scale(axes, ttfts)
 
 
-def _draw_itl(axes: Axes, run: ServingRun, edges: Curve) -> None:
+def _draw_itl(axes: Axes, run: ServingRun, edges: series.Curve) -> None:
     axes.set(title="Inter-token latency, by when the token came", ylabel="ms")
-    times, itls = gaps(run.outcomes, run.start_s)
-    _draw_spread(axes, spread(times, itls, edges), {"p99": RED, "median": ORANGE})
+    times, itls = series.gaps(run.outcomes, run.start_s)
+    found = series.spread(times, itls, edges)
+    _draw_bins(axes, found, "p99", RED)
+    _draw_bins(axes, found, "median", ORANGE)
     _latency_scale(axes, itls)
 
 
-def _draw_spread(axes: Axes, found: Spread, colours: Mapping[str, str]) -> None:
+def _draw_bins(axes: Axes, found: series.Spread, name: str, colour: str) -> None:
     seen = ~np.isnan(found.median)
-    for name, colour in colours.items():
-        width = 1.6 if name == "median" else 1.2
-        axes.plot(
-            found.centres[seen], getattr(found, name)[seen], "-", color=colour, linewidth=width, marker=".", label=name
-        )
+    axes.plot(found.centres[seen], getattr(found, name)[seen], ".-", color=colour, linewidth=1.4, label=name)
 
 
-def _latency_scale(axes: Axes, values: Curve) -> None:
+def _latency_scale(axes: Axes, values: series.Curve) -> None:
     """From zero, or logarithmic when single values would press the others flat."""
     if not len(values):
         axes.text(0.5, 0.5, "nothing was measured", ha="center", transform=axes.transAxes, color=GREY)
@@ -186,7 +174,7 @@ def _latency_scale(axes: Axes, values: Curve) -> None:
 def _draw_percentiles(axes: Axes, run: ServingRun) -> None:
     axes.set(title="Latency percentiles", xlabel="percentile", ylabel="ms")
     percents = np.linspace(0, 100, 201)
-    found = latencies_ms(run.outcomes)
+    found = series.latencies_ms(run.outcomes)
     for name, values in found.items():
         axes.plot(percents, np.percentile(values, percents), color=_LATENCY_COLOURS[name], linewidth=1.8, label=name)
     axes.set(xlim=(0, 100), xticks=[0, 25, 50, 75, 90, 99])

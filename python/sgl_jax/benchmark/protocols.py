@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from sgl_jax.benchmark.records import Prompt
 from sgl_jax.benchmark.terminal import BenchmarkError
 
+REQUEST_TIMEOUT_S = 6 * 3600.0
+
 
 @dataclass(frozen=True)
 class RequestOptions:
@@ -23,9 +25,8 @@ class RequestOptions:
     ignore_eos: bool = True
     stream: bool = True
     return_logprob: bool = False
-    extra_request_body: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # merged into the body last, objects field by field
+    # Merged into the body last, objects field by field.
+    extra_request_body: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -61,32 +62,26 @@ def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]
     return found
 
 
+def _given(**fields: Any) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 # --- the native API ---------------------------------------------------------------------------------------------------
 
 
 def _native_body(prompt: Prompt, options: RequestOptions, lora: str | None) -> dict[str, Any]:
-    params = {"temperature": options.temperature, "max_new_tokens": prompt.output_len}
-    body: dict[str, Any] = {
-        _native_field(prompt): prompt.prompt,
-        "sampling_params": params | ({"ignore_eos": True} if options.ignore_eos else {}),
-        "stream": options.stream,
-    }
-    if options.return_logprob:
-        body["return_logprob"] = True
-    if lora is not None:
-        body["lora_path"] = lora
-    return body
-
-
-def _native_field(prompt: Prompt) -> str:
-    if isinstance(prompt.prompt, str):
-        return "text"
-    if prompt.prompt and isinstance(prompt.prompt[0], dict):
+    if prompt.kind == "messages":
         raise BenchmarkError(
             "the native API takes text or token ids, and these prompts are chat messages; "
             "use a chat backend, or --apply-chat-template with a tokenizer"
         )
-    return "input_ids"
+    sampling = {"temperature": options.temperature, "max_new_tokens": prompt.output_len}
+    return {"text" if prompt.kind == "text" else "input_ids": prompt.prompt} | _given(
+        sampling_params=sampling | _given(ignore_eos=options.ignore_eos or None),
+        stream=options.stream,
+        return_logprob=options.return_logprob or None,
+        lora_path=lora,
+    )
 
 
 def _read_native(event: dict[str, Any], reading: Reading) -> None:
@@ -104,37 +99,34 @@ def _read_native(event: dict[str, Any], reading: Reading) -> None:
 
 
 def _completions_body(prompt: Prompt, options: RequestOptions, lora: str | None) -> dict[str, Any]:
-    if not isinstance(prompt.prompt, str) and prompt.prompt and isinstance(prompt.prompt[0], dict):
+    if prompt.kind == "messages":
         raise BenchmarkError(
             "completions take text or token ids, and these prompts are chat messages; use a chat backend"
         )
-    body = {"prompt": prompt.prompt, "max_tokens": prompt.output_len} | _openai_fields(options, lora)
-    return body | ({"logprobs": 1} if options.return_logprob else {})
+    logprobs = 1 if options.return_logprob else None
+    return _openai_body(options, lora, prompt=prompt.prompt, max_tokens=prompt.output_len, logprobs=logprobs)
 
 
 def _chat_body(prompt: Prompt, options: RequestOptions, lora: str | None) -> dict[str, Any]:
-    messages = prompt.prompt
-    if isinstance(messages, str):
-        messages = [{"role": "user", "content": messages}]
-    elif not messages or not isinstance(messages[0], dict):
+    if prompt.kind == "ids":
         raise BenchmarkError(
             "chat takes text, and these prompts are token ids; use --dataset-name random, whose prompts are text, "
             "or a backend that is not chat"
         )
-    body = {"messages": messages, "max_completion_tokens": prompt.output_len} | _openai_fields(options, lora)
-    return body | ({"logprobs": True} if options.return_logprob else {})
+    messages = [{"role": "user", "content": prompt.prompt}] if prompt.kind == "text" else prompt.prompt
+    logprobs = True if options.return_logprob else None
+    return _openai_body(options, lora, messages=messages, max_completion_tokens=prompt.output_len, logprobs=logprobs)
 
 
-def _openai_fields(options: RequestOptions, lora: str | None) -> dict[str, Any]:
-    fields: dict[str, Any] = {"temperature": options.temperature, "stream": options.stream}
-    model = options.model if lora is None else lora
-    if model is not None:
-        fields["model"] = model
-    if options.stream:
-        fields["stream_options"] = {"include_usage": True}
-    if options.ignore_eos:
-        fields["ignore_eos"] = True  # not OpenAI's own; a server that refuses it needs --disable-ignore-eos
-    return fields
+def _openai_body(options: RequestOptions, lora: str | None, **own: Any) -> dict[str, Any]:
+    return _given(
+        **own,
+        model=options.model if lora is None else lora,
+        temperature=options.temperature,
+        stream=options.stream,
+        stream_options={"include_usage": True} if options.stream else None,
+        ignore_eos=options.ignore_eos or None,  # not OpenAI's own; a server that refuses it needs --disable-ignore-eos
+    )
 
 
 def _read_openai(event: dict[str, Any], reading: Reading) -> None:
@@ -157,10 +149,8 @@ CHAT = Protocol("/v1/chat/completions", _chat_body, _read_openai)
 
 
 class Backend(NamedTuple):
-    """A name for `--backend`: the API, and the port the engine of that name listens on by default."""
-
     protocol: Protocol
-    port: int
+    port: int  # the engine of that name listens on by default
 
 
 BACKENDS: dict[str, Backend] = {

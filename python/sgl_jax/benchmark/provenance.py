@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shlex
 import subprocess
@@ -10,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sgl_jax.environment.machine import look
 from sgl_jax.flags import HIDDEN
 from sgl_jax.server_args import FLAGS
 
@@ -35,30 +35,19 @@ def command(module: str, argv: Sequence[str]) -> str:
 
 def commit() -> str | None:
     """Of the repository this package is run from, with "+" when its files were changed; None outside of one."""
-    folder = Path(__file__).parent
 
     def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=30, check=True
-        )
-        return done.stdout.strip()
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # the repository is ours, not one we are installed inside of
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # the repository is ours, not one we are installed in
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "..") else "")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def machine(cpu_info: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """The one this program runs on, the server's as well when it was started here."""
-    try:
-        lines = cpu_info.read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    cpu = next(named, "") or platform.processor() or platform.machine()
-    return {"cpu": cpu, "cores": cores, "system": platform.system()}
+    found = look({})
+    return {"cpu": found.cpu_model, "cores": found.cpus, "system": platform.system()}

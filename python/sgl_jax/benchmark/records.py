@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,12 @@ class Prompt:
     prompt_len: int  # tokens, as the tokenizer at hand counts them
     output_len: int  # tokens to generate
     arrival_s: float | None = None  # seconds after the start of the run, in data sets that carry times
+
+    @property
+    def kind(self) -> Literal["text", "ids", "messages"]:
+        if isinstance(self.prompt, str):
+            return "text"
+        return "messages" if self.prompt and isinstance(self.prompt[0], dict) else "ids"
 
 
 @dataclass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +38,45 @@ def _lines(rows: Rows) -> list[str]:
     return [f"{label + ':':<40} {value:<10}" for label, value in shown.items()]
 
 
+_LABELS = {  # of all tools' figures
+    "completed": "Successful requests",
+    "successful_requests": "Successful requests",
+    "duration": "Benchmark duration (s)",
+    "total_latency": "Benchmark duration (s)",
+    "total_input_tokens": "Total input tokens",
+    "total_output_tokens": "Total generated tokens",
+    "total_output_tokens_retokenized": "Total generated tokens (retokenized)",
+    "total_cached_tokens": "Total cached tokens",
+    "cache_hit_rate": "Cache hit rate",
+    "last_gen_throughput": "Last generation throughput (tok/s)",
+    "request_throughput": "Request throughput (req/s)",
+    "input_throughput": "Input token throughput (tok/s)",
+    "output_throughput": "Output token throughput (tok/s)",
+    "max_output_tokens_per_s": "Peak output token throughput (tok/s)",
+    "total_throughput": "Total token throughput (tok/s)",
+    "concurrency": "Concurrency",
+}
+
+
+def labelled(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the figures that a block shows, in its order."""
+    return {label: found[name] for name, label in _LABELS.items() if name in found}
+
+
 def standard_block(run: ServingRun) -> str:
-    figures = run.figures
-    cached = {} if figures.cache_hit_rate is None else {
-        "Total cached tokens": figures.total_cached_tokens,
-        "Cache hit rate": f"{figures.cache_hit_rate:.2%}",
-    }  # fmt: skip
+    found = run.figures | {"duration": run.duration_s}
+    if found["cache_hit_rate"] is None:  # the server does not tell
+        del found["total_cached_tokens"], found["cache_hit_rate"]
+    else:
+        found["cache_hit_rate"] = f"{found['cache_hit_rate']:.2%}"
     rows = {
         "Backend": run.config["backend"],
         "Traffic request rate": str(run.config["request_rate"]),
         "Max request concurrency": run.config["max_concurrency"] or "not set",
-        "Successful requests": figures.completed,
-        "Benchmark duration (s)": run.duration_s,
-        "Total input tokens": figures.total_input_tokens,
-        "Total generated tokens": figures.total_output_tokens,
-        "Total generated tokens (retokenized)": figures.total_output_tokens_retokenized,
-        **cached,
-        "Request throughput (req/s)": figures.request_throughput,
-        "Input token throughput (tok/s)": figures.input_throughput,
-        "Output token throughput (tok/s)": figures.output_throughput,
-        "Peak output token throughput (tok/s)": figures.max_output_tokens_per_s,
-        "Total token throughput (tok/s)": figures.total_throughput,
-        "Concurrency": figures.concurrency,
+        **labelled(found),
     }
     sections = {
-        title: {f"{each.capitalize()} {label} (ms)": figures.latency[f"{each}_{name}_ms"] for each in LATENCIES[name]}
+        title: {f"{each.capitalize()} {label} (ms)": found[f"{each}_{name}_ms"] for each in LATENCIES[name]}
         for name, (title, label) in _LATENCY_TITLES.items()
     }
     return block("Serving Benchmark Result", rows, sections)
@@ -90,14 +103,12 @@ def failure_line(run: ServingRun) -> str | None:
     first = next((outcome.error for outcome in run.outcomes if not outcome.ok), None)
     if first is None:
         return None
-    return f"{run.figures.failed} of {len(run.outcomes)} requests failed, the first with: {first}"
+    return f"{run.figures['failed']} of {len(run.outcomes)} requests failed, the first with: {first}"
 
 
 def run_json(run: ServingRun, details: bool = False) -> dict[str, Any]:
     """The object that goes into a JSONL file; with `details` also lists with one entry per request."""
-    figures = asdict(run.figures)
-    latency = figures.pop("latency")
-    found = run.config | {"duration": run.duration_s} | figures | latency | (run.shares or {})
+    found = run.config | {"duration": run.duration_s} | run.figures | (run.shares or {})
     if run.interrupted:
         found["interrupted"] = True
     if details:
@@ -116,14 +127,16 @@ def run_json(run: ServingRun, details: bool = False) -> dict[str, Any]:
     return found
 
 
-def check_writable(path: Path, flag: str = "--output-file") -> None:
-    """Before the run, whose result would be lost. Raises BenchmarkError."""
-    if path.is_dir() or not path.parent.is_dir():
+def check_writable(path: Path | None, flag: str) -> None:
+    """Before the run, whose result would be lost. Raises BenchmarkError. None: nothing is to be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise BenchmarkError(f"{flag} is {path}; it must be a file in a folder that exists")
 
 
-def append_jsonl(path: Path, result: Mapping[str, Any], before: str = "") -> None:
-    """`before` goes ahead of the line. Raises BenchmarkError when the file cannot be written."""
+def append_jsonl(path: Path | None, result: Mapping[str, Any], before: str = "") -> None:
+    """A line, `before` ahead of it; none without a path. Raises BenchmarkError when the file cannot be written."""
+    if path is None:
+        return
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(f"{before}{json.dumps(result)}\n")

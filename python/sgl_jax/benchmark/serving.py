@@ -6,23 +6,16 @@ import argparse
 import asyncio
 import random
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from sgl_jax.benchmark.arguments import base_url, dataset_settings, headers
-from sgl_jax.benchmark.client import (
-    REQUEST_TIMEOUT_S,
-    Client,
-    ServerError,
-    allow_many_connections,
-    connect,
-    measured,
-)
+from sgl_jax.benchmark.client import Client, ServerError, allow_many_connections, connect, measured
 from sgl_jax.benchmark.datasets import load_prompts
 from sgl_jax.benchmark.figures import ServingRun, compute_figures, compute_shares
 from sgl_jax.benchmark.plot import check_plot, plot_run
@@ -36,8 +29,6 @@ from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 TOOL = "bench_serving"
 WARMUP_OUTPUT_LEN = 32  # tokens, at most
-# Of a run's settings, those that say nothing about its result. Headers may hold a key.
-_NOT_DESCRIBED = {"options", "headers", "use_trace_timestamps", "request_timeout_s", "show_progress"}
 
 
 @dataclass(frozen=True)
@@ -53,17 +44,16 @@ def serve_load(args: argparse.Namespace) -> int:
     """Runs what the flags say and prints the result. Returns the exit code; raises BenchmarkError."""
     if args.plot is not None:
         check_plot(args.plot)  # what is missing is said before the run, not after it
-    if args.output_file is not None:
-        check_writable(args.output_file)
+    check_writable(args.output_file, "--output-file")
     allow_many_connections()
     facts = asyncio.run(ask_server(args))
     tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
     prompts = load_prompts(args, tokenizer, facts.vocab_size, args.seed)
-    run = asyncio.run(run_serving(serving_config(args, facts), prompts, tokenizer, data_settings(args)))
+    run = asyncio.run(run_serving(args, facts.model, prompts, tokenizer))
     report(run, args)
     if run.interrupted:
         return INTERRUPTED
-    return SOME_FAILED if run.figures.failed else 0
+    return SOME_FAILED if run.figures["failed"] else 0
 
 
 async def ask_server(args: argparse.Namespace) -> ServerFacts:
@@ -91,34 +81,6 @@ def find_tokenizer(given: str | None, model: str | None, facts: ServerFacts) -> 
     return None
 
 
-def serving_config(args: argparse.Namespace, facts: ServerFacts) -> ServingConfig:
-    options = RequestOptions(
-        model=facts.model,
-        temperature=args.temperature,
-        ignore_eos=not args.disable_ignore_eos,
-        stream=not args.disable_stream,
-        return_logprob=args.return_logprob,
-        extra_request_body=args.extra_request_body,
-    )
-    same = {each.name: getattr(args, each.name) for each in fields(ServingConfig) if hasattr(args, each.name)}
-    other: dict[str, Any] = {
-        "base_url": base_url(args),
-        "options": options,
-        "lora_names": tuple(args.lora_name),
-        "headers": headers(args),
-        "request_timeout_s": args.request_timeout_sec,
-        "show_progress": not args.disable_tqdm,
-    }
-    return ServingConfig(**same | other)
-
-
-def data_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """The data set's flags and the tag, for the result's JSON, which has the number of prompts that were sent."""
-    settings = dataset_settings(args)
-    del settings["num_prompts"]
-    return settings | {"tag": args.tag}
-
-
 def report(run: ServingRun, args: argparse.Namespace) -> None:
     print(f"\n{standard_block(run)}")
     if run.shares is not None:
@@ -127,8 +89,7 @@ def report(run: ServingRun, args: argparse.Namespace) -> None:
     for line in (*run.notes, failure_line(run)):
         if line is not None:
             say(TOOL, line)
-    if args.output_file is not None:
-        append_jsonl(args.output_file, run_json(run, args.output_details))
+    append_jsonl(args.output_file, run_json(run, args.output_details))
     if args.plot is not None:
         plot_run(run, args.plot)
 
@@ -136,81 +97,61 @@ def report(run: ServingRun, args: argparse.Namespace) -> None:
 # --- a run --------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ServingConfig:
-    """What is sent to which server, and how."""
-
-    backend: str  # a name in BACKENDS
-    base_url: str
-    options: RequestOptions = field(default_factory=RequestOptions)
-    request_rate: float = float("inf")  # requests per second
-    use_trace_timestamps: bool = False
-    max_concurrency: int | None = None
-    warmup_requests: int = 1
-    flush_cache: bool = False  # after warming up
-    profile: bool = False
-    profile_output_dir: str | None = None
-    profile_num_steps: int | None = None
-    lora_names: tuple[str, ...] = ()  # one is drawn for each request
-    seed: int = 1
-    headers: Mapping[str, str] = field(default_factory=dict)
-    request_timeout_s: float = REQUEST_TIMEOUT_S
-    show_progress: bool = True
-
-    def described(self) -> dict[str, Any]:
-        """What a reader of the result needs."""
-        rate: float | str = "trace" if self.use_trace_timestamps else self.request_rate
-        settings = {name: value for name, value in vars(self).items() if name not in _NOT_DESCRIBED}
-        settings["request_rate"] = "inf" if rate == float("inf") else rate  # JSON has no infinity
-        return settings | asdict(self.options)
-
-
 async def run_serving(
-    config: ServingConfig,
-    prompts: Sequence[Prompt],
-    tokenizer: Tokenizer | None = None,
-    settings: Mapping[str, Any] | None = None,
+    args: argparse.Namespace, model: str | None, prompts: Sequence[Prompt], tokenizer: Tokenizer | None = None
 ) -> ServingRun:
-    """`settings` are what else describes the run, for its JSON. Raises BenchmarkError when the run cannot be made.
+    """With the flags of bench_serving. Raises BenchmarkError when the run cannot be made.
 
     Requests that fail are in the outcomes. Cancelled while requests run, it returns what is finished.
     """
-    protocol = BACKENDS[config.backend].protocol
+    options = RequestOptions(
+        model=model,
+        temperature=args.temperature,
+        ignore_eos=not args.disable_ignore_eos,
+        stream=not args.disable_stream,
+        return_logprob=args.return_logprob,
+        extra_request_body=args.extra_request_body,
+    )
+    protocol = BACKENDS[args.backend].protocol
     if not prompts:
         raise BenchmarkError("the data set has no prompts")
-    if config.use_trace_timestamps:
+    if args.use_trace_timestamps:
         times = trace_times(prompts)
     else:
-        times = poisson_times(len(prompts), config.request_rate, config.seed)
-    draw = random.Random(config.seed)
-    loras = [draw.choice(config.lora_names) if config.lora_names else None for _ in prompts]
+        times = poisson_times(len(prompts), args.request_rate, args.seed)
+    draw = random.Random(args.seed)
+    loras = [draw.choice(args.lora_name) if args.lora_name else None for _ in prompts]
 
     def encoded(prompt: Prompt, lora: str | None) -> bytes:
-        return msgspec.json.encode(request_body(protocol, prompt, config.options, lora))
+        return msgspec.json.encode(request_body(protocol, prompt, options, lora))
 
     # Encoded before the clock runs: the client shares the machine with what it measures.
     bodies = [encoded(prompt, lora) for prompt, lora in zip(prompts, loras, strict=True)]
     short = replace(prompts[0], output_len=min(prompts[0].output_len, WARMUP_OUTPUT_LEN))
     notes: list[str] = []
     loop = asyncio.get_running_loop()
-    async with connect(config.base_url, config.headers, config.request_timeout_s) as client:
+    async with connect(base_url(args), headers(args), args.request_timeout_sec) as client:
 
         async def send(body: bytes, prompt: Prompt) -> Outcome:
-            return await measured(client, protocol, body, prompt.prompt_len, config.options.stream)
+            return await measured(client, protocol, body, prompt.prompt_len, options.stream)
 
-        warm_up = (send(encoded(short, loras[0]), short) for _ in range(config.warmup_requests))
+        warm_up = (send(encoded(short, loras[0]), short) for _ in range(args.warmup_requests))
         warmed_up = await asyncio.gather(*warm_up)
         if warmed_up and not any(outcome.ok for outcome in warmed_up):
             raise BenchmarkError(f"warming up failed: {warmed_up[0].error}")
-        if config.flush_cache and not await client.flush_cache():
+        if args.flush_cache and not await client.flush_cache():
             raise BenchmarkError("--flush-cache: the server has no /flush_cache")
         roofline = await _roofline(client, notes)
-        with request_progress(len(prompts), config.show_progress) as advance:
-            async with _profile(client, config, notes):
+        with request_progress(len(prompts), not args.disable_tqdm) as advance:
+
+            async def one(i: int) -> Outcome:
+                outcome = await send(bodies[i], prompts[i])
+                advance()
+                return outcome
+
+            async with _profile(client, args, notes):
                 start = loop.time()
-                sent, complete = await drive(
-                    lambda i: send(bodies[i], prompts[i]), times, config.max_concurrency, lambda outcome: advance()
-                )
+                sent, complete = await drive(one, times, args.max_concurrency)
                 duration = loop.time() - start
     outcomes = [outcome for outcome in sent if outcome is not None]
     count_tokens = None if tokenizer is None else lambda text: len(tokenizer.encode(text, add_special_tokens=False))
@@ -218,8 +159,24 @@ async def run_serving(
     shares = None if roofline is None else compute_shares(outcomes, figures, duration, roofline)
     if not complete:
         notes.append(f"interrupted: {len(prompts) - len(outcomes)} of {len(prompts)} requests were not finished")
-    described = config.described() | {"num_prompts": len(prompts)} | dict(settings or {})
-    return ServingRun(described, start, duration, outcomes, figures, shares, not complete, notes)
+    return ServingRun(
+        _described(args, options, len(prompts)), start, duration, outcomes, figures, shares, not complete, notes
+    )
+
+
+def _described(args: argparse.Namespace, options: RequestOptions, num_prompts: int) -> dict[str, Any]:
+    """What a reader of the result needs; not the headers, which may hold a key."""
+    rate: float | str = "trace" if args.use_trace_timestamps else args.request_rate
+    same = ("backend", "max_concurrency", "warmup_requests", "flush_cache", "profile", "seed", "tag")
+    return {
+        "base_url": base_url(args),
+        **asdict(options),
+        "request_rate": "inf" if rate == float("inf") else rate,  # JSON has no infinity
+        "lora_names": args.lora_name,
+        **{name: getattr(args, name) for name in same},
+        **dataset_settings(args),
+        "num_prompts": num_prompts,
+    }
 
 
 async def _roofline(client: Client, notes: list[str]) -> Roofline | None:
@@ -234,14 +191,14 @@ async def _roofline(client: Client, notes: list[str]) -> Roofline | None:
 
 
 @asynccontextmanager
-async def _profile(client: Client, config: ServingConfig, notes: list[str]) -> AsyncIterator[None]:
-    if not config.profile:
+async def _profile(client: Client, args: argparse.Namespace, notes: list[str]) -> AsyncIterator[None]:
+    if not args.profile:
         yield
         return
-    await client.start_profile(config.profile_output_dir, config.profile_num_steps)
+    await client.start_profile(args.profile_output_dir, args.profile_num_steps)
     yield
     try:
         await client.stop_profile()
     except ServerError as error:
-        if config.profile_num_steps is None:  # otherwise it has stopped by itself
+        if args.profile_num_steps is None:  # otherwise it has stopped by itself
             notes.append(f"the profile could not be stopped: {error}")

@@ -20,7 +20,7 @@ from sgl_jax.benchmark.plot import plot_sweep, require_matplotlib
 from sgl_jax.benchmark.provenance import command, commit, machine
 from sgl_jax.benchmark.report import append_jsonl, failure_line, run_json
 from sgl_jax.benchmark.server_process import StartedServer, server_arguments, started_server
-from sgl_jax.benchmark.serving import ask_server, data_settings, find_tokenizer, run_serving, serving_config
+from sgl_jax.benchmark.serving import ask_server, find_tokenizer, run_serving
 from sgl_jax.benchmark.sweep_arguments import Case, cases, parse_sweep, sweep_parser
 from sgl_jax.benchmark.terminal import SOME_FAILED, BenchmarkError, Column, exit_code, markdown_table, say
 
@@ -124,7 +124,7 @@ class Sweep:
             flags.flush_cache = can_flush  # what is sent before, the warm-up's prompt too, must not be found again
             try:
                 prompts = load_prompts(flags, tokenizer, facts.vocab_size, flags.seed)
-                run = await run_serving(serving_config(flags, facts), prompts, tokenizer, data_settings(flags))
+                run = await run_serving(flags, facts.model, prompts, tokenizer)
             except BenchmarkError as error:
                 self._fail(case, str(error))
                 continue
@@ -151,10 +151,9 @@ class Sweep:
         if (failure := failure_line(run)) is not None:
             self._fail(case, failure)
             return
-        f = run.figures
-        told = [f"{f.input_throughput:,.1f} tok/s in", f"{f.output_throughput:,.1f} tok/s out"]
+        told = [f"{run.figures[f'{way}put_throughput']:,.1f} tok/s {way}" for way in ("in", "out")]
         for name in ("TTFT", "TPOT"):
-            if (value := f.latency[f"median_{name.lower()}_ms"]) is not None:
+            if (value := run.figures[f"median_{name.lower()}_ms"]) is not None:
                 told.append(f"{name} {value:,.1f} ms")
         say(TOOL, f"{case}: {', '.join(told)}")
 

@@ -36,7 +36,6 @@ async def drive(
     send: Callable[[int], Awaitable[Outcome]],
     times: Sequence[float],
     max_concurrency: int | None,
-    on_done: Callable[[Outcome], None] = lambda outcome: None,
 ) -> tuple[list[Outcome | None], bool]:
     """Calls `send(i)` at `times[i]` seconds from now, at most `max_concurrency` at a time; the others wait their turn.
 
@@ -50,8 +49,7 @@ async def drive(
 
     async def one(i: int) -> None:
         async with turns:
-            outcome = outcomes[i] = await send(i)
-        on_done(outcome)
+            outcomes[i] = await send(i)
 
     try:
         async with asyncio.TaskGroup() as group:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
+import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 
@@ -109,9 +113,11 @@ def build_device_side(args: ServerArgs, hosts: Leader | Follower | Alone) -> Dev
         )
     )
     placement = Placement.over(devices, grid)
-    weights = _load(checkpoint, model, plan.dtype, args, platform, placement)
-    runner = ModelRunner(weights, model, plan.runner, kernels, placement)
-    runner.warm_up(_report_compile, meet=lambda: hosts.agree(0))
+    runner = ModelRunner(model, plan.runner, kernels, placement, stacks_layers=platform.stacks_layers)
+    with _compiling(runner) as compiled:
+        weights = _load(checkpoint, model, plan.dtype, args, platform, placement)
+        compiled.result()
+    runner.start(weights, meet=lambda: hosts.agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
 
 
@@ -152,6 +158,18 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         decode_log_interval=args.decode_log_interval,
         profiler_dir=args.profiler_dir,
     )
+
+
+@contextlib.contextmanager
+def _compiling(runner: ModelRunner) -> Iterator[Future[None]]:
+    """Its programs compile in a thread beside the block; an error in the block leaves those that have not begun."""
+    stopped = threading.Event()
+    thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-compile")
+    try:
+        yield thread.submit(runner.compile, _report_compile, stopped)
+    finally:
+        stopped.set()
+        thread.shutdown(wait=False)
 
 
 def _sharers(devices: list[jax.Device]) -> int:

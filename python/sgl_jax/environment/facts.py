@@ -114,7 +114,7 @@ class Machine:
     container: str = ""  # its kind; empty: none seen
     cgroup_cpus: float | None = None  # None: not limited
     cgroup_memory: int | None = None
-    limits: dict[str, tuple[int | None, int | None]] = field(default_factory=dict)  # soft and hard, as `ulimit` shows
+    limits: dict[str, tuple[int | None, ...]] = field(default_factory=dict)  # soft and hard, as `ulimit` shows
 
 
 @dataclass(frozen=True)

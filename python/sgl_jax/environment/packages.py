@@ -37,7 +37,7 @@ def collect(look_up: Callable[[str], Installed] = installed) -> tuple[Package, .
         return tuple(Package(name, look_up(name).version, needed_by=OURS) for name in ("jax", "jaxlib", "numpy"))
     rows: dict[str, Package] = {}
 
-    def add(text: str, needed_by: str, optional: bool) -> None:
+    def add(text: str, needed_by: str, optional: bool = False) -> None:
         requirement = Requirement(text)
         # lower limits first, as people write them
         needs = ",".join(sorted(map(str, requirement.specifier), key=lambda clause: clause.startswith("<")))
@@ -46,23 +46,23 @@ def collect(look_up: Callable[[str], Installed] = installed) -> tuple[Package, .
         if requirement.name not in rows or not fits:  # of several requirements of jaxlib the one that is not met
             rows[requirement.name] = Package(requirement.name, version, needs, needed_by, optional, fits)
 
-    ours, jax = look_up(OURS).requires, look_up("jax").requires
+    ours = look_up(OURS).requires
+    jax = [(Requirement(text).name, text) for text in look_up("jax").requires]
     for text in (text for text in ours or ("jax",) if not _extra(text)):
-        add(text, OURS if ours else "", False)
+        add(text, OURS if ours else "")
         if Requirement(text).name == "jax":
-            add(next((each for each in jax if Requirement(each).name == "jaxlib"), "jaxlib"), "jax", False)
+            add(next((each for name, each in jax if name == "jaxlib"), "jaxlib"), "jax")
     libtpu = look_up("libtpu").version is not None
-    for text in jax:
-        name = Requirement(text).name
+    for name, text in jax:
         if _extra(text) == "tpu" and (name == "libtpu" or (name == "jaxlib" and libtpu)):
-            add(text, "jax", name == "libtpu")
+            add(text, "jax", optional=name == "libtpu")
         if GPU_PLUGIN.fullmatch(name) and look_up(name).version:
-            add(text, "jax", True)
+            add(text, "jax", optional=True)
             for part in look_up(name).requires:
                 if look_up(Requirement(part).name).version:
-                    add(part, name, True)
+                    add(part, name, optional=True)
     for text in (text for text in ours if _extra(text) in ("bench", "transformers")):
-        add(text, OURS, True)
+        add(text, OURS, optional=True)
     return tuple(rows.values())
 
 

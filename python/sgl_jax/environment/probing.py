@@ -66,24 +66,22 @@ class Probes:
             start_new_session=True,  # ends with all that it started
         )
         self._processes.append(process)
-        timed_out = False
+        outcome: Outcome = "ok"
+        message = ""
         try:
             output, errors = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
-            timed_out = True
+            outcome, message = "timeout", f"no answer in {timeout_s:g} s"
             _kill(process)
             output, errors = _last_words(process)
         found = _merged(output)
-        outcome: Outcome
-        if timed_out:
-            outcome, message = "timeout", f"no answer in {timeout_s:g} s"
-        elif found.pop("ok", False):
-            outcome, message = "ok", ""
-        elif "error" in found:
-            outcome, message = "failed", found.pop("error")
-        else:  # it could not tell; its last words may
-            outcome, message = "crashed", _death(process.returncode)
-            found["log"] = errors.decode(errors="replace").strip().splitlines()[-5:]
+        error = found.pop("error", None)
+        if not found.pop("ok", False) and outcome == "ok":
+            if error is not None:
+                outcome, message = "failed", error
+            else:  # it could not tell; its last words may
+                outcome, message = "crashed", _death(process.returncode)
+                found["log"] = errors.decode(errors="replace").strip().splitlines()[-5:]
         found["devices"] = tuple(map(_device, found.get("devices", ())))
         found["log"] = tuple(found.get("log", ()))
         seconds = round(time.monotonic() - started, 1)

@@ -107,10 +107,10 @@ def _machine(machine: Machine) -> Iterator[tuple[str, str]]:
     yield "container", machine.container or "none seen"
 
 
-def _limits(machine: Machine) -> Iterator[tuple[str, str, str]]:
-    for name, (soft, hard) in machine.limits.items():
+def _limits(machine: Machine) -> Iterator[tuple[str, ...]]:
+    for name, limits in machine.limits.items():
         show = size if "memory" in name else str
-        yield name, "no limit" if soft is None else show(soft), "no limit" if hard is None else show(hard)
+        yield name, *("no limit" if each is None else show(each) for each in limits)
 
 
 def _compile_cache(cache: CompileCache | None) -> Iterator[tuple[str, str]]:

@@ -13,16 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from sgl_jax.environment.facts import (
-    IMPORTING,
-    PLATFORMS,
-    Device,
-    Facts,
-    Package,
-    Platform,
-    Probe,
-    Verdict,
-)
+from sgl_jax.environment.facts import IMPORTING, PLATFORMS, Device, Facts, Package, Platform, Probe, Verdict
 from sgl_jax.environment.packages import OURS
 from sgl_jax.observability.log import size
 
@@ -62,14 +53,15 @@ type Problem = tuple[str, list[str]]
 
 def judge(facts: Facts) -> tuple[Verdict, ...]:
     """One verdict per platform, in the order in which the program prefers them."""
+    problems = {"tpu": _tpu_problem, "gpu": _gpu_problem, "cpu": _cpu_problem}
     verdicts: dict[str, Verdict] = {}
     for platform in PLATFORMS:
         if facts.probe(platform).outcome == "ok":
             verdicts[platform] = Verdict(platform, True, _what_works(platform, facts))
         else:
-            reason, advice = {"tpu": _tpu_problem, "gpu": _gpu_problem, "cpu": _cpu_problem}[platform](facts)
+            reason, advice = problems[platform](facts)
             verdicts[platform] = Verdict(platform, False, reason, tuple(advice))
-    return tuple(_under_jax_platforms(verdicts[platform], verdicts, facts) for platform in PLATFORMS)
+    return tuple(_under_jax_platforms(verdict, verdicts, facts) for verdict in verdicts.values())
 
 
 def _what_works(platform: Platform, facts: Facts) -> str:
@@ -197,15 +189,13 @@ def _if_absent(platform: Platform, facts: Facts) -> str:
 
 def _failure(probe: Probe) -> str:
     said = textwrap.shorten(probe.words, _LONGEST, placeholder=" ...")
-    match probe.outcome, probe.stage:
-        case "not started", _:
-            return f"it was not tried: {probe.message}"
-        case "timeout", stage:
-            return f"jax gave {probe.message} while {stage}"
-        case "failed", stage if stage == IMPORTING:
-            return f"jax cannot be imported: {said}"
-        case _, stage:
-            return f"jax fails while {stage}: {said}"
+    if probe.outcome == "not started":
+        return f"it was not tried: {probe.message}"
+    if probe.outcome == "timeout":
+        return f"jax gave {probe.message} while {probe.stage}"
+    if probe.outcome == "failed" and probe.stage == IMPORTING:
+        return f"jax cannot be imported: {said}"
+    return f"jax fails while {probe.stage}: {said}"
 
 
 def _what_helps(facts: Facts, command: str, probe: Probe) -> list[str]:
@@ -217,8 +207,7 @@ def _what_helps(facts: Facts, command: str, probe: Probe) -> list[str]:
         found.append(_TIMEOUT)
     if probe.outcome == "failed" and probe.stage == IMPORTING:
         found.append(f"{'reinstall' if facts.version('jax') else 'install'} jax:\n{command}")
-    wrong = [each for each in facts.packages if not each.fits and each.needed_by.startswith("jax")]
-    if wrong:
+    if wrong := [each for each in facts.packages if not each.fits and each.needed_by.startswith("jax")]:
         text = "; ".join(f"{each.name} is {each.version}, {each.needed_by} needs {each.needs}" for each in wrong)
         found.append(f"versions that do not fit together: {text}:\n{command}")
     return found or [_REPORT]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import shlex
 import sys
@@ -27,8 +28,18 @@ class _Formatter(logging.Formatter):
         return True
 
 
-class _Handler(logging.StreamHandler[TextIO]):
+class _Handler(logging.StreamHandler[Any]):
     """Ours, so that a second `setup` replaces it. StreamHandler flushes after each record."""
+
+
+class _Stderr(io.TextIOBase):
+    """What sys.stderr is at the time: while there is a progress bar, lines go above it."""
+
+    def write(self, text: str) -> int:
+        return sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 class _NotQuiet(logging.Filter):
@@ -45,7 +56,7 @@ def setup(level: str = "info", stream: TextIO | None = None) -> None:
     Our lines and uvicorn's appear from `level` up, those of other libraries from WARNING up. Start uvicorn with
     `log_config=None`, or it puts its own handlers back.
     """
-    handler = _Handler(stream or sys.stderr)
+    handler = _Handler(stream or _Stderr())
     handler.setFormatter(_Formatter())
     root = logging.getLogger()
     for old in [h for h in root.handlers if isinstance(h, _Handler)]:

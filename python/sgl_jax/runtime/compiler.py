@@ -101,14 +101,17 @@ def compile_all(
     report: Callable[[int, int, Compiled], None],
     *,
     absent: jax.sharding.Mesh | None = None,
+    stopped: threading.Event | None = None,
 ) -> dict[str, Any]:
     """Compile programs in parallel threads, in their order; name -> callable. report(how many are done, of how many,
     which). `absent`: the mesh of TPUs that are not here; such programs can be read, not called. The first failure is
-    raised, and what has not been begun is left."""
+    raised, and what has not been begun is left; so it is once another thread sets `stopped`, with CancelledError."""
     programs = list(programs)
     precision = jax.config.jax_default_matmul_precision  # the caller's, which threads do not inherit
 
     def one(program: Program) -> Compiled:
+        if stopped is not None and stopped.is_set():
+            raise concurrent.futures.CancelledError
         watch.took_hit()
         start = time.perf_counter()
         with jax.default_matmul_precision(precision):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from sgl_jax.runtime.buckets import pick
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, compile_all, matmul_precision
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.machine_limits import Rates, measure_rates
+from sgl_jax.runtime.placed_weights import abstract_weights
 from sgl_jax.runtime.programs import (
     RunnerConfig,
     abstract_kv,
@@ -54,19 +56,24 @@ class StepTokens:
 
 
 class ModelRunner:
+    """`compile` and `start` make it ready; programs compile from what the weights will look like, so the weights may be
+    read meanwhile."""
+
     def __init__(
-        self, weights: Weights, model: DecoderConfig, config: RunnerConfig, kernels: Kernels, placement: Placement
+        self, model: DecoderConfig, config: RunnerConfig, kernels: Kernels, placement: Placement, *, stacks_layers: bool
     ):
         self.config = config
         self.watch = CompileWatch()
+        weights = abstract_weights(model, config.dtype, placement, stacked=stacks_layers)
         self.programs = make_programs(model, config, kernels, placement, weights)
         self.tracer = JaxTracer()
         self._model = model
         self._devices = [*placement.mesh.devices.flat]
-        self._weights = weights
+        self._placement = placement
         self._layouts = {b: config.layout(b) for b in config.buckets}
-        self._kv = zeros(abstract_kv(config, placement))
-        self._state = zeros(abstract_state(model, config, placement))
+        self._weights: Weights | None = None
+        self._kv: Any = None
+        self._state: Any = None
         self._calls: dict[str, Any] = {}
         # Told each program and its vector before they run, where other processes must run them, too.
         self.announce: Callable[[str, np.ndarray], None] | None = None
@@ -76,13 +83,19 @@ class ModelRunner:
     def compiles_after_ready(self) -> int:
         return self.watch.count - self._compiles_when_ready
 
-    def warm_up(self, report: Callable[[int, int, Compiled], None], meet: Callable[[], Any] = lambda: None) -> None:
-        """Compile every program and run each once, so that serving compiles nothing and starts at full speed.
-
-        `meet` is called in between, to wait until every process has compiled: a collective does not wait for minutes.
-        """
+    def compile(self, report: Callable[[int, int, Compiled], None], stopped: threading.Event) -> None:
+        """Every program; from any thread. `stopped`: as for compile_all."""
         with jax.default_matmul_precision(matmul_precision(self.config.dtype)):
-            self._calls = compile_all(self.programs, self.watch, report)
+            self._calls = compile_all(self.programs, self.watch, report, stopped=stopped)
+
+    def start(self, weights: Weights, meet: Callable[[], Any] = lambda: None) -> None:
+        """Make KV and state, and run each program once, so that serving compiles nothing and starts at full speed.
+
+        `meet` is called before, to wait until every process has compiled: a collective does not wait for minutes.
+        """
+        self._weights = weights
+        self._kv = zeros(abstract_kv(self.config, self._placement))
+        self._state = zeros(abstract_state(self._model, self.config, self._placement))
         meet()
         nothing = empty_plan(self.config.num_ranks)
         for layout in self._layouts.values():

@@ -47,7 +47,10 @@ def load_prompts(
         raise BenchmarkError(f"--dataset-path is {args.dataset_path}; nothing in it can be sent")
     if args.num_prompts is not None and len(prompts) < args.num_prompts:
         logger.warning("--num-prompts is %d; the data set has %d", args.num_prompts, len(prompts))
-    return [_tokenized(prompt, tokenizer) for prompt in prompts] if args.tokenize_prompt else prompts
+    if args.tokenize_prompt and tokenizer is not None:  # without one they are ids already
+        ids = Framing(tokenizer).ids
+        prompts = [replace(prompt, prompt=ids(prompt.prompt)) for prompt in prompts]
+    return prompts
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -78,10 +81,3 @@ def _read(
         "custom": custom,
     }
     return list(itertools.islice(of_text[name](args, tokenizer, rng), args.num_prompts))
-
-
-def _tokenized(prompt: Prompt, tokenizer: Tokenizer | None) -> Prompt:
-    if isinstance(prompt.prompt, list) and isinstance(prompt.prompt[0], int):
-        return prompt
-    assert tokenizer is not None, "ids are made without one, and nothing else"
-    return replace(prompt, prompt=Framing(tokenizer).ids(prompt.prompt))

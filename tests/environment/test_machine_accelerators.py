@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from sgl_jax.environment.accelerators import gpus, tpus
 from sgl_jax.environment.facts import Gpus, Tpus
+from sgl_jax.environment.machine import gpus, tpus
 
 
 def on_pci(root: Path, *devices: tuple[str, str, str]) -> Path:
@@ -102,5 +102,5 @@ def test_a_real_nvidia_smi_that_fails_or_hangs_is_bounded(tmp_path: Path, monkey
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     assert gpus(tmp_path).nvidia_smi == "NVIDIA-SMI has failed because it could not reach the driver."
     program.write_text("#!/bin/sh\nexec sleep 100\n")
-    monkeypatch.setattr("sgl_jax.environment.accelerators.NVIDIA_SMI_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("sgl_jax.environment.machine.NVIDIA_SMI_TIMEOUT_S", 0.2)
     assert gpus(tmp_path).nvidia_smi == "no answer in 0.2 s"
