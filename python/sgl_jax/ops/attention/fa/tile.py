@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 
 LANES = 128
 MATRIX = 256  # rows and columns of a matrix unit
-AHEAD = 2  # scores asked for before the first softmax; decode needs 8 to 22 % more bundles with 0, 1 or 3 (docs/decisions/0012)
+AHEAD = 2  # scores asked for before the first softmax (benchmarks/LOG.md)
 FLOOR = -1e30  # finite: a query with no key in sight yet must not produce inf - inf
 
 
