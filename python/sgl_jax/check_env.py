@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import os
 import re
 import sys
@@ -50,7 +51,7 @@ def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Re
             failures.append(f"{what}: {type(error).__name__}: {error}")
             return otherwise
 
-    with concurrent.futures.ThreadPoolExecutor() as threads, probing.Probes() as probes:
+    with concurrent.futures.ThreadPoolExecutor() as threads, contextlib.ExitStack() as at_exit:
         gpus = threads.submit(attempt, "GPUs", machine.gpus, Gpus())  # nvidia-smi takes a second
         seen = Facts(
             packages=attempt("packages", packages.collect, ()),
@@ -63,7 +64,9 @@ def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Re
                 return Probe(platform, "not started", reason)
             alone = probing.variables(platform, environ, seen.gpu_name)
             failed = Probe(platform, "not started", "the process could not be started")
-            return attempt(f"trying {platform} out", lambda: probes.run(platform, alone, timeout_s), failed)
+            return attempt(
+                f"trying {platform} out", lambda: probing.try_out(platform, alone, timeout_s, at_exit), failed
+            )
 
         tried = [threads.submit(probe, platform) for platform in PLATFORMS]
         cache = cache_folder(environ)

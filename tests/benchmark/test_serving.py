@@ -330,6 +330,11 @@ def test_a_run_is_not_made_when_warming_up_fails() -> None:
         bench(Script(fails=lambda _: (400, "bad")), [Prompt("a", 1, 4)], warmup_requests=2)
 
 
+def test_a_server_without_a_cache_to_flush_is_an_error_that_names_the_flag() -> None:
+    with pytest.raises(BenchmarkError, match="--flush-cache: the server has no /flush_cache"):
+        bench(Script(refused={"/flush_cache": [(404, "no such path")]}), [Prompt("a", 1, 1)], flush_cache=True)
+
+
 def test_the_profilers_directory_and_steps_are_passed_on() -> None:
     _, server = bench(Script(), [Prompt("a", 1, 1)], profile=True, profile_output_dir="/tmp/trace", profile_num_steps=5)
     assert ("/start_profile", {"output_dir": "/tmp/trace", "num_steps": 5}) in server.received

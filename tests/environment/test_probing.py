@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from machines import CUDA13, H200, LIBTPU, V5E, facts
 
 from sgl_jax.environment.facts import Device, Facts, Platform, Probe
-from sgl_jax.environment.probing import Probes, reason_not_to, variables
+from sgl_jax.environment.probing import reason_not_to, try_out, variables
 
 # A jax of four TPU chips, as far as the probe looks.
 FAKE_JAX = """
@@ -52,19 +53,19 @@ def with_jax(tmp_path: Path, source: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
-def try_out(platform: Platform, environ: dict[str, str], timeout_s: float) -> Probe:
-    with Probes() as probes:
-        return probes.run(platform, variables(platform, environ), timeout_s)
+def probed(platform: Platform, environ: dict[str, str], timeout_s: float) -> Probe:
+    with contextlib.ExitStack() as at_exit:
+        return try_out(platform, variables(platform, environ), timeout_s, at_exit)
 
 
 def test_the_cpu_of_this_machine() -> None:
-    probe = try_out("cpu", {**os.environ, "JAX_PLATFORMS": "nonsense", "XLA_FLAGS": ""}, 120.0)
+    probe = probed("cpu", {**os.environ, "JAX_PLATFORMS": "nonsense", "XLA_FLAGS": ""}, 120.0)
     assert (probe.outcome, probe.message, probe.stage, probe.runtime) == ("ok", "", "computing", "cpu")
     assert probe.devices == (Device(0, "cpu"),)
 
 
 def test_devices_of_all_processes_are_described(tmp_path: Path) -> None:
-    probe = try_out("tpu", with_jax(tmp_path, FAKE_JAX), 60.0)
+    probe = probed("tpu", with_jax(tmp_path, FAKE_JAX), 60.0)
     assert (probe.outcome, probe.message) == ("ok", "")
     assert (probe.jax_version, probe.runtime, probe.process_index, probe.process_count) == (
         "0.12.0.1",
@@ -81,7 +82,7 @@ def test_devices_of_all_processes_are_described(tmp_path: Path) -> None:
 
 def test_a_wrong_product_is_noticed(tmp_path: Path) -> None:
     source = FAKE_JAX.replace("lambda function: function", "lambda function: lambda x: x")
-    probe = try_out("tpu", with_jax(tmp_path, source), 60.0)
+    probe = probed("tpu", with_jax(tmp_path, source), 60.0)
     assert (probe.outcome, probe.stage) == ("failed", "computing")
     assert probe.message == "ArithmeticError: ones times ones, 128 wide, gave values from 1.0 to 1.0"
 
@@ -110,13 +111,13 @@ def test_a_wrong_product_is_noticed(tmp_path: Path) -> None:
 def test_failures_are_told_with_their_stage(
     tmp_path: Path, source: str, outcome: str, stage: str, message: str
 ) -> None:
-    probe = try_out("tpu", with_jax(tmp_path, source), 60.0)
+    probe = probed("tpu", with_jax(tmp_path, source), 60.0)
     assert (probe.outcome, probe.stage, probe.message) == (outcome, stage, message)
 
 
 def test_last_words_of_a_crash_are_kept(tmp_path: Path) -> None:
     source = "import os, sys; print('F0000 check failed', file=sys.stderr); sys.stderr.flush(); os.abort()"
-    probe = try_out("tpu", with_jax(tmp_path, source), 60.0)
+    probe = probed("tpu", with_jax(tmp_path, source), 60.0)
     assert (probe.outcome, probe.message, probe.log) == ("crashed", "killed by SIGABRT", ("F0000 check failed",))
 
 
@@ -129,7 +130,7 @@ def test_one_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
         f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
         "time.sleep(100)\n"
     )
-    probe = try_out("tpu", with_jax(tmp_path, source), 3.0)
+    probe = probed("tpu", with_jax(tmp_path, source), 3.0)
     assert (probe.outcome, probe.message, probe.stage) == ("timeout", "no answer in 3 s", "importing jax")
     for pid in pids.read_text().split():  # gone, or dead and waiting for their parent to notice
         state = Path(f"/proc/{pid}/stat")

@@ -66,9 +66,7 @@ def test_what_has_not_begun_is_left_once_it_is_stopped() -> None:
         stopped.set()
         return x
 
-    programs = [
-        Program(f"p{n}", jax.jit(stop), (jax.ShapeDtypeStruct((n,), jnp.float32),)) for n in range(99)
-    ]
+    programs = [Program(f"p{n}", jax.jit(stop), (jax.ShapeDtypeStruct((n,), jnp.float32),)) for n in range(99)]
     with pytest.raises(concurrent.futures.CancelledError):
         compile_all(programs, CompileWatch(), nothing, stopped=stopped)
     assert 1 <= len(traced) <= (os.cpu_count() or 1)

@@ -164,7 +164,7 @@ class Client:
                 if error.status != 409 or attempt == _LIMIT_ATTEMPTS - 1:  # 409: a request still runs
                     raise ServerError(f"the machine's limits could not be measured: {error}", error.status) from error
             except msgspec.ValidationError as error:
-                raise ServerError(f"the machine's limits are not told as known: {error}") from error
+                raise ServerError(f"the server told something else than limits and model cost: {error}") from error
             await asyncio.sleep(_POLL_S)
         return None
 

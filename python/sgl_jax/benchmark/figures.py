@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,12 +13,18 @@ from sgl_jax.benchmark.roofline import Roofline
 
 type Figures = dict[str, Any]  # numbers, or None: nothing to compute it from, or the server does not tell
 
-# Which statistics of which latency are reported.
+
+class Latency(NamedTuple):
+    title: str
+    label: str
+    statistics: tuple[str, ...]  # that are reported
+
+
 LATENCIES = {
-    "e2e_latency": ("mean", "median", "p90", "p99"),
-    "ttft": ("mean", "median", "p99"),
-    "tpot": ("mean", "median", "p99"),
-    "itl": ("mean", "median", "p95", "p99", "max"),
+    "e2e_latency": Latency("End-to-End Latency", "E2E Latency", ("mean", "median", "p90", "p99")),
+    "ttft": Latency("Time to First Token", "TTFT", ("mean", "median", "p99")),
+    "tpot": Latency("Time per Output Token (excl. 1st token)", "TPOT", ("mean", "median", "p99")),
+    "itl": Latency("Inter-Token Latency", "ITL", ("mean", "median", "p95", "p99", "max")),
 }
 _PERCENTS = {"median": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
 
@@ -72,7 +78,7 @@ def compute_figures(
     } | {
         f"{statistic}_{name}_ms": _milliseconds(values, statistic)
         for name, values in latencies_s(good).items()
-        for statistic in LATENCIES[name]
+        for statistic in LATENCIES[name].statistics
     }
 
 

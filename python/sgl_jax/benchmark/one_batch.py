@@ -21,7 +21,7 @@ import numpy as np
 from sgl_jax.benchmark.batch_arguments import Case, cases, start_log
 from sgl_jax.benchmark.datasets.source import IdSource
 from sgl_jax.benchmark.report import append_jsonl, check_writable
-from sgl_jax.benchmark.roofline import NO_BATCH_SHARES, ModelCost, Roofline, share_lines
+from sgl_jax.benchmark.roofline import ModelCost, Roofline, batch_shares, share_lines
 from sgl_jax.benchmark.terminal import SOME_FAILED, BenchmarkError, say
 from sgl_jax.engine.core import Core, Runner
 from sgl_jax.engine.loop import one_line
@@ -107,10 +107,7 @@ def record(times: BatchTimes, compiles: int, info: EngineInfo, roofline: Rooflin
     of the median step with the KV of the mean one: the prompt and half of the output."""
     rows, input_len, output_len = times.case.batch_size, times.case.input_len, times.case.output_len
     median, total = times.median_decode_s, times.prefill_s + sum(times.decode_s)
-    shares = NO_BATCH_SHARES
-    if roofline is not None:
-        context = input_len + output_len / 2
-        shares = roofline.batch_shares(rows, context, median, rows * input_len, times.prefill_s)
+    context = input_len + output_len / 2
     return vars(times.case) | {
         "prefill_latency": times.prefill_s,
         "prefill_throughput": rows * input_len / times.prefill_s,
@@ -123,7 +120,7 @@ def record(times: BatchTimes, compiles: int, info: EngineInfo, roofline: Rooflin
         "dtype": info.dtype,
         "device_kind": info.device_kind,
         "num_devices": info.num_devices,
-        **shares,
+        **batch_shares(roofline, rows, context, median, rows * input_len, times.prefill_s),
     }
 
 

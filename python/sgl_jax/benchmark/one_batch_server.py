@@ -28,7 +28,7 @@ from sgl_jax.benchmark.datasets.source import IdSource
 from sgl_jax.benchmark.protocols import COMPLETIONS, NATIVE, Protocol, Reading, RequestOptions
 from sgl_jax.benchmark.records import Prompt
 from sgl_jax.benchmark.report import append_jsonl, check_writable
-from sgl_jax.benchmark.roofline import NO_BATCH_SHARES, Roofline, share_lines
+from sgl_jax.benchmark.roofline import Roofline, batch_shares, share_lines
 from sgl_jax.benchmark.server_process import StartedServer, started_server
 from sgl_jax.benchmark.terminal import SOME_FAILED, BenchmarkError, Column, markdown_table, say
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
@@ -150,9 +150,6 @@ class BatchResult:
         itl = decode_s / (output_len - 1) if output_len > 1 else None
         context = self.input_tokens / rows + output_len / 2
         computed = self.input_tokens - (self.cached_tokens or 0)
-        shares = NO_BATCH_SHARES
-        if roofline is not None:
-            shares = roofline.batch_shares(rows, context, itl, computed, self.ttft_s)
         found = vars(self.case) | {
             "input_tokens": self.input_tokens,
             "cached_tokens": self.cached_tokens,
@@ -162,7 +159,7 @@ class BatchResult:
             "input_throughput": self.input_tokens / self.ttft_s,
             "output_throughput": rows * output_len / decode_s if output_len > 1 and decode_s > 0 else None,
             "overall_throughput": (self.input_tokens + rows * output_len) / self.latency_s,
-            **shares,
+            **batch_shares(roofline, rows, context, itl, computed, self.ttft_s),
         }
         return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
 

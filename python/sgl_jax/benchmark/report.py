@@ -13,12 +13,6 @@ from sgl_jax.benchmark.terminal import BenchmarkError
 type Rows = Mapping[str, str | float | None]  # by label
 
 _WIDTH = 50
-_LATENCY_TITLES = {
-    "e2e_latency": ("End-to-End Latency", "E2E Latency"),
-    "ttft": ("Time to First Token", "TTFT"),
-    "tpot": ("Time per Output Token (excl. 1st token)", "TPOT"),
-    "itl": ("Inter-Token Latency", "ITL"),
-}
 
 
 def block(title: str, rows: Rows, sections: Mapping[str, Rows] | None = None) -> str:
@@ -76,8 +70,8 @@ def standard_block(run: ServingRun) -> str:
         **labelled(found),
     }
     sections = {
-        title: {f"{each.capitalize()} {label} (ms)": found[f"{each}_{name}_ms"] for each in LATENCIES[name]}
-        for name, (title, label) in _LATENCY_TITLES.items()
+        of.title: {f"{each.capitalize()} {of.label} (ms)": found[f"{each}_{name}_ms"] for each in of.statistics}
+        for name, of in LATENCIES.items()
     }
     return block("Serving Benchmark Result", rows, sections)
 

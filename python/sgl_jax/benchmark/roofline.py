@@ -53,27 +53,27 @@ class Roofline:
         self, rows: float | None, context: float | None, step_s: float | None, tokens: float, seconds: float
     ) -> dict[str, Any]:
         """Of a run under load: its mean decode step, and all that was computed; under their names in JSON."""
-        return self._measured() | {
+        return self.measured() | {
             "decode_rows": rows,
             "decode_context": context,
             "decode_bandwidth_share": self.decode_share(rows, context, step_s),
             "matmul_share": self.matmul_share(tokens, seconds),
         }
 
-    def batch_shares(
-        self, rows: int, context: float, step_s: float | None, prefill_tokens: int, prefill_s: float
-    ) -> dict[str, Any]:
-        """Of a single batch: a decode step, and the prefill; under their names in JSON."""
-        return self._measured() | {
-            "decode_bandwidth_share": self.decode_share(rows, context, step_s),
-            "prefill_matmul_share": self.matmul_share(prefill_tokens, prefill_s),
-        }
-
-    def _measured(self) -> dict[str, Any]:
+    def measured(self) -> dict[str, Any]:
         return {"machine_limits": msgspec.to_builtins(self.limits), "model_cost": msgspec.to_builtins(self.cost)}
 
 
-NO_BATCH_SHARES = dict.fromkeys(("machine_limits", "model_cost", "decode_bandwidth_share", "prefill_matmul_share"))
+def batch_shares(
+    roofline: Roofline | None, rows: int, context: float, step_s: float | None, prefill_tokens: int, prefill_s: float
+) -> dict[str, Any]:
+    """Of a single batch: a decode step, and the prefill; under their names in JSON. All None without a roofline."""
+    if roofline is None:
+        return dict.fromkeys(("machine_limits", "model_cost", "decode_bandwidth_share", "prefill_matmul_share"))
+    return roofline.measured() | {
+        "decode_bandwidth_share": roofline.decode_share(rows, context, step_s),
+        "prefill_matmul_share": roofline.matmul_share(prefill_tokens, prefill_s),
+    }
 
 
 def share_lines(record: Mapping[str, Any]) -> list[str]:

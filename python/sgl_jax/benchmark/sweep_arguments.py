@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sgl_jax.benchmark.arguments import add_serving_arguments, new_parser, whole_number
+from sgl_jax.benchmark.arguments import add_serving_arguments, new_parser, real, whole_number
 from sgl_jax.benchmark.server_process import START_TIMEOUT_S
 
 MIN_PROMPTS = 4  # of a case, however few requests run at a time
@@ -61,7 +61,7 @@ def sweep_parser() -> argparse.ArgumentParser:
     add("--rounds", type=whole_number(1), default=3, metavar="N", help=text)
     add("--model-path", metavar="PATH", help="start a server with this model (default: one runs)")
     text = f"how long the server that is started may take (default: {START_TIMEOUT_S:g})"
-    add("--start-timeout", type=float, default=START_TIMEOUT_S, metavar="SECONDS", help=text)
+    add("--start-timeout", type=real(0), default=START_TIMEOUT_S, metavar="SECONDS", help=text)
     add_serving_arguments(parser)
     for action in parser._actions:
         if action.dest in _INSTEAD:

@@ -39,60 +39,50 @@ def variables(platform: Platform, environ: Mapping[str, str], gpu_name: str = "c
     return kept | {"JAX_PLATFORMS": name, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
-class Probes:
-    """The processes that try platforms out. Leaving its `with`, by Ctrl-C for example, ends those that still run."""
+def try_out(platform: Platform, environ: Mapping[str, str], timeout_s: float, at_exit: contextlib.ExitStack) -> Probe:
+    """Import jax, initialise the platform and compute on it, with the variables `environ` and a bound on its time.
 
-    def __init__(self) -> None:
-        self._processes: list[subprocess.Popen[bytes]] = []
-
-    def __enter__(self) -> Probes:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for process in self._processes:
-            if process.poll() is None:
-                _kill(process)
-
-    def run(self, platform: Platform, environ: Mapping[str, str], timeout_s: float) -> Probe:
-        """Import jax, initialise the platform and compute on it, with the variables `environ` and a bound on its time."""
-        started = time.monotonic()
-        process = subprocess.Popen(
-            # -P: the script's own folder is not searched for modules.
-            [sys.executable, "-P", str(_SCRIPT), platform],
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,  # ends with all that it started
-        )
-        self._processes.append(process)
-        outcome: Outcome = "ok"
-        message = ""
-        try:
-            output, errors = process.communicate(timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            outcome, message = "timeout", f"no answer in {timeout_s:g} s"
-            _kill(process)
-            output, errors = _last_words(process)
-        found = _merged(output)
-        error = found.pop("error", None)
-        if not found.pop("ok", False) and outcome == "ok":
-            if error is not None:
-                outcome, message = "failed", error
-            else:  # it could not tell; its last words may
-                outcome, message = "crashed", _death(process.returncode)
-                found["log"] = errors.decode(errors="replace").strip().splitlines()[-5:]
-        found["devices"] = tuple(map(_device, found.get("devices", ())))
-        found["log"] = tuple(found.get("log", ()))
-        seconds = round(time.monotonic() - started, 1)
-        found.setdefault("stage", IMPORTING)
-        return Probe(platform, outcome, message, seconds=seconds, **found)
+    Leaving `at_exit`, by Ctrl-C for example, ends the process if it still runs.
+    """
+    started = time.monotonic()
+    process = subprocess.Popen(
+        # -P: the script's own folder is not searched for modules.
+        [sys.executable, "-P", str(_SCRIPT), platform],
+        env=dict(environ),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # ends with all that it started
+    )
+    at_exit.callback(_kill, process)
+    outcome: Outcome = "ok"
+    message = ""
+    try:
+        output, errors = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        outcome, message = "timeout", f"no answer in {timeout_s:g} s"
+        _kill(process)
+        output, errors = _last_words(process)
+    found = _merged(output)
+    error = found.pop("error", None)
+    if not found.pop("ok", False) and outcome == "ok":
+        if error is not None:
+            outcome, message = "failed", error
+        else:  # it could not tell; its last words may
+            outcome, message = "crashed", _death(process.returncode)
+            found["log"] = errors.decode(errors="replace").strip().splitlines()[-5:]
+    found["devices"] = tuple(map(_device, found.get("devices", ())))
+    found["log"] = tuple(found.get("log", ()))
+    seconds = round(time.monotonic() - started, 1)
+    found.setdefault("stage", IMPORTING)
+    return Probe(platform, outcome, message, seconds=seconds, **found)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """With its children: it leads a session of its own."""
+    """If it still runs, with its children: it leads a session of its own."""
     with contextlib.suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _last_words(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sgl_jax.benchmark.datasets.source import Framing, Messages
+from sgl_jax.benchmark.datasets.source import Framing, Messages, lines_of
 from sgl_jax.benchmark.records import Prompt
 from sgl_jax.benchmark.terminal import BenchmarkError
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError
@@ -85,28 +85,23 @@ def custom(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Genera
     """The file's lines in their order; nothing is drawn. How much is generated: --sharegpt-output-len, else the line's own
     number, else its answer's length. Left out: what is over --sharegpt-context-len."""
     frame = Framing(tokenizer, args.apply_chat_template, args.prompt_suffix)
-    with Path(args.dataset_path).open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            place = f"{args.dataset_path} line {number}"
-            prompt, answer, output_len = _custom_line(line, place)
-            try:
-                if isinstance(prompt, str):
-                    prompt = frame(prompt)
-                elif isinstance(prompt[0], dict):
-                    prompt = frame.conversation(prompt)
-                prompt_len = len(frame.ids(prompt))
-            except (BenchmarkError, TokenizerError) as error:
-                raise BenchmarkError(f"{place}: {error}") from error
-            output_len = args.sharegpt_output_len or output_len or _answer_len(answer, tokenizer)
-            if not output_len:
-                raise BenchmarkError(
-                    f'{place}: neither an "output_len" nor an answer says how much to generate; '
-                    "give --sharegpt-output-len"
-                )
-            if args.sharegpt_context_len is None or prompt_len + output_len <= args.sharegpt_context_len:
-                yield Prompt(prompt, prompt_len, output_len)
+    for place, line in lines_of(args.dataset_path):
+        prompt, answer, output_len = _custom_line(line, place)
+        try:
+            if isinstance(prompt, str):
+                prompt = frame(prompt)
+            elif isinstance(prompt[0], dict):
+                prompt = frame.conversation(prompt)
+            prompt_len = len(frame.ids(prompt))
+        except (BenchmarkError, TokenizerError) as error:
+            raise BenchmarkError(f"{place}: {error}") from error
+        output_len = args.sharegpt_output_len or output_len or _answer_len(answer, tokenizer)
+        if not output_len:
+            raise BenchmarkError(
+                f'{place}: neither an "output_len" nor an answer says how much to generate; give --sharegpt-output-len'
+            )
+        if args.sharegpt_context_len is None or prompt_len + output_len <= args.sharegpt_context_len:
+            yield Prompt(prompt, prompt_len, output_len)
 
 
 type _Line = tuple[str | list[int] | Messages, str, int | None]  # prompt, answer ("": none), the output length it says

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import resources
+from pathlib import Path
 
 import numpy as np
 
@@ -136,6 +137,14 @@ def _text_of(path: str) -> str:
     if not text.strip():
         raise BenchmarkError(f"--dataset-path is {path}, which holds no text")
     return text
+
+
+def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
+    """(its place for messages, the line) of each line of a file that is not empty."""
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"{path} line {number}", line
 
 
 class IdSource:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
-from sgl_jax.benchmark.datasets.source import IdSource
+from sgl_jax.benchmark.datasets.source import IdSource, lines_of
 from sgl_jax.benchmark.records import Prompt
 from sgl_jax.benchmark.terminal import BenchmarkError
 from sgl_jax.text.tokenizer import Tokenizer
@@ -38,8 +38,7 @@ def mooncake(
     path = Path(args.dataset_path)
     if path.is_dir():
         path /= f"{args.mooncake_workload}_trace.jsonl"
-    with path.open(encoding="utf-8", newline="") as file:
-        calls = sorted(itertools.islice(_calls(path, file), args.num_prompts), key=lambda call: call.timestamp)
+    calls = sorted(itertools.islice(_calls(path), args.num_prompts), key=lambda call: call.timestamp)
     source = IdSource(vocab_size, tokenizer, rng)
     blocks_key = int(rng.integers(2**63))
 
@@ -53,11 +52,8 @@ def mooncake(
     return [Prompt(ids(call), call.input_length, call.output_length, arrival_s(call)) for call in calls]
 
 
-def _calls(path: Path, lines: Iterable[str]) -> Iterator[_Call]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path} line {number}"
+def _calls(path: Path) -> Iterator[_Call]:
+    for place, line in lines_of(path):
         try:
             call = msgspec.json.decode(line, type=_Call, strict=False)
         except msgspec.DecodeError as error:
