@@ -23,12 +23,17 @@ from sgl_jax.runtime.compiler import Compiled, CompileWatch, compile_all, matmul
 from sgl_jax.runtime.programs import step_name
 
 ATTENTION = "fa"
+KNOWN = {
+    ("Gemma-2-9B", "v6e-1"): "logits of 256 rows are 262 MB, 2.4 % of the pool that weights leave (benchmarks/LOG.md)"
+}
 
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("topology", matrix_report.TOPOLOGIES)
 @pytest.mark.parametrize("model", matrix_report.MODELS)
-def test_launch(model: str, topology: str) -> None:
+def test_launch(model: str, topology: str, request: pytest.FixtureRequest) -> None:
+    if reason := KNOWN.get((model, topology)):
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
     made_from = {"versions": matrix_report.versions(), "source": matrix_report.source()}
     known = matrix_report.read().get(f"{model} {topology}", {})
     if all(known.get(name) == value for name, value in made_from.items()):

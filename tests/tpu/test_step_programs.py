@@ -41,10 +41,7 @@ def test_pool_and_state_change_in_place(step: StepProgram) -> None:
     assert programs.pool_copies(step) == []
 
 
-def test_what_a_step_needs_besides_is_small(step: StepProgram, request: pytest.FixtureRequest) -> None:
-    if "-native-" in request.node.name:
-        reason = "native attention gathers 128 keys of every row side by side, twice 134 MB: 2.5 % of the pool"
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_what_a_step_needs_besides_is_small(step: StepProgram) -> None:
     assert step.temp_bytes < programs.TEMP_SHARE * step.pool_bytes
 
 

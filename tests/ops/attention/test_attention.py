@@ -67,6 +67,15 @@ def check(attention, b, **options):
 MIXED = [(0, 1), (40, 1), (5, 1), (0, 70), (33, 9), (100, 32)]
 
 
+@pytest.mark.parametrize("page_size", [256, 200])
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+def test_pages_longer_than_a_turn_match_reference(name, page_size):
+    rows = [(40, 1), (130, 1), (399, 1), (0, 20), (250, 9)]
+    sizes = {"num_heads": 6, "num_kv_heads": 3, "head_dim": 16, "page_size": page_size}
+    b = random_batch(np.random.default_rng(5), rows, **sizes, num_tokens=32, num_rows=6)
+    check(IMPLEMENTATIONS[name], b, scale=0.3, window=150)
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 128])
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), [(9, 3, 64), (4, 4, 20), (8, 1, 80)])
 def test_mixed_batch_matches_reference(attention, page_size, num_heads, num_kv_heads, head_dim):

@@ -127,7 +127,9 @@ def _attend_tile(
     """Queries at position, position + 1, … over the keys before kv_end; float32 result."""
     num_queries, num_kv_heads, group, head_dim = q.shape
     page_size = kv.shape[3]
-    keys_per_turn = pages_per_turn * page_size
+    # Where rows go side by side, what all of them read in a turn lies in memory at once: long pages take several turns.
+    parts = 1 if upcast or page_size % KEYS_PER_TURN else page_size // KEYS_PER_TURN
+    keys_per_turn = pages_per_turn * page_size // parts
     query_pos = position + jnp.arange(num_queries)[:, None]  # [B, 1]
     pages = jnp.pad(pages, (0, -len(pages) % pages_per_turn))
     first_turn = jnp.maximum(position - window + 1, 0) // keys_per_turn if window is not None else 0
@@ -137,12 +139,18 @@ def _attend_tile(
     grouped = q.transpose(1, 0, 2, 3).reshape(num_kv_heads, num_queries * group, head_dim)
 
     def load(turn: jax.Array) -> tuple[jax.Array, jax.Array]:
-        if pages_per_turn == 1:
+        if pages_per_turn == 1 and upcast:
             block = lax.dynamic_index_in_dim(kv, pages[turn] + first_page, 0, keepdims=False)  # [K, planes, page, H]
-        else:
-            ids = lax.dynamic_slice_in_dim(pages, turn * pages_per_turn, pages_per_turn) + first_page
-            block = kv[ids].transpose(1, 2, 0, 3, 4).reshape(num_kv_heads, -1, keys_per_turn, head_dim)
-        return block[:, 0], block[:, -1, :, :value_dim]
+            return block[:, 0], block[:, -1, :, :value_dim]
+        ids = lax.dynamic_slice_in_dim(pages, turn // parts * pages_per_turn, pages_per_turn) + first_page
+        # The pool seen head by head: of whole pages as long as heads are wide XLA TPU would copy all of the pool into
+        # another layout, with K of all heads side by side.
+        of_heads = kv.reshape(-1, page_size // parts, head_dim)
+        planes = kv.shape[2]
+        at = (ids * num_kv_heads + jnp.arange(num_kv_heads)[:, None]) * planes  # [K, pages]
+        k, v = (of_heads[(at + plane) * parts + turn % parts] for plane in (0, planes - 1))
+        shape = num_kv_heads, keys_per_turn, head_dim
+        return k.reshape(shape), v.reshape(shape)[..., :value_dim]
 
     def body(turn: jax.Array, carry):
         top, total, acc = carry  # [K, B*G], [K, B*G], [K, B*G, V]
