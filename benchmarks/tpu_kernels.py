@@ -256,11 +256,8 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
 def heads_in_turn(shape: Shape, queries: int) -> int:
     """Query heads that a turn of the chunk kernel's loop takes."""
     from sgl_jax.ops.attention.fa import chunks
-    from sgl_jax.ops.attention.fa.tile import part_of
 
-    group = shape.num_heads // shape.num_kv_heads
-    joined = part_of(group, max(1, chunks.PRODUCT_QUERIES // queries))
-    return joined * part_of(group // joined, chunks.TURN)
+    return math.prod(chunks.products_of(shape.num_heads, shape.num_kv_heads, queries))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -471,7 +468,7 @@ def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[s
                 "bundles: chunks, 128 queries x 8 heads x 1024 keys",
                 "chunks",
                 "loop",
-                2 * ours["chunks"]["block_of_head"],
+                ours["chunks"]["block_of_head"] * 8 // mine["chunks"]["heads_in_turn"],
             ),
         ]
         lines += [

@@ -139,6 +139,14 @@ def test_latent_rows_beyond_what_vmem_holds_are_served_in_turn():
     np.testing.assert_array_equal(np.asarray(kv), expected_kv.astype(np.float32))
 
 
+@pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
+def test_products_of_many_queries_over_several_blocks_with_sinks(dtype, atol):
+    """256 of one KV head, so that their sums come out of the product with V, and both KV heads in a turn."""
+    b = batch_of([(70, 1), (150, 29), (3, 40)], num_heads=16, num_tokens=96)
+    sinks = np.linspace(-2, 8, 16).astype(np.float32)
+    check(b, dtype, atol=atol, options={"temperature_length": 8, "softcap": 3.0}, sinks=sinks)
+
+
 def test_scores_grow_with_the_position_of_the_query():
     b = batch_of([(0, 1), (190, 1), (3, 40)])
     check(b, options={"temperature_length": 8})

@@ -8,6 +8,7 @@ outputs, and zeros for padding. Without such rows it has nothing to do but zeros
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -25,6 +26,13 @@ from sgl_jax.ops.attention.fa.write import WriteRefs, write_chunks, write_scratc
 
 PRODUCT_QUERIES = 256  # queries of a product, over all its heads, as far as heads divide
 TURN = 6  # products of a turn at most
+
+
+def products_of(num_heads: int, num_kv_heads: int, queries: int) -> tuple[int, int]:
+    """Heads of a product for a tile of so many queries, all of one KV head, and products of a turn."""
+    group = num_heads // num_kv_heads
+    joined = part_of(group, max(1, PRODUCT_QUERIES // queries))
+    return joined, max(part_of(group // joined, TURN), part_of(num_heads // joined, TURN))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,10 +90,9 @@ def _kernel(
     value_dim = refs.acc.shape[2]
     group = num_heads // num_kv_heads
     products = refs.acc.shape[0]
-    joined = num_heads // products  # heads of a product
-    in_turn = part_of(group // joined, TURN)  # products of a turn, all of one KV head
     block_tokens = pages.pages * page_size
     tile_tokens = refs.q_tiles.shape[-2]
+    joined, in_turn = products_of(num_heads, num_kv_heads, tile_tokens)
     window = refs.window[0]
     first_row = refs.num_single[0]  # of chunks: rows with one token come first, a token each
     first_token = jnp.where(first_row < last_token, first_row, lines_set)
@@ -198,41 +205,43 @@ def _kernel(
         first, end, shift = positions(row, tile)
         low = first_key(first)
 
+        def query(width, heads):
+            """The position of each query of so many heads of a product, [heads * B, width]."""
+            one_head = tile * tile_tokens + shift + lax.broadcasted_iota(jnp.int32, (tile_tokens, width), 0)
+            return jnp.concatenate([one_head] * heads, axis=0)
+
+        factor = scores.factor(query(LANES, joined))
+
         def fresh(product, rows, head):
             shape = tile_tokens, LANES
             if refs.sinks is None:
                 refs.top[product, rows] = jnp.full(shape, FLOOR)
                 refs.total[product, rows] = jnp.zeros(shape, jnp.float32)
             else:
-                refs.top[product, rows] = jnp.broadcast_to(refs.sinks[pl.ds(head, 1)], shape)
+                sink = jnp.broadcast_to(refs.sinks[pl.ds(head, 1)], shape)
+                refs.top[product, rows] = sink / scores.factor(query(LANES, 1))
                 refs.total[product, rows] = jnp.full(shape, 1 / LANES, jnp.float32)
             refs.acc[product, rows] = jnp.zeros((tile_tokens, value_dim), jnp.float32)
 
         for_heads(fresh)
 
-        def query(width):
-            """The position of each query of a product, [J * B, width]."""
-            one_head = tile * tile_tokens + shift + lax.broadcasted_iota(jnp.int32, (tile_tokens, width), 0)
-            return jnp.concatenate([one_head] * joined, axis=0)
-
-        growth = scores.growth(query(1))
-
         def over(page_slot, first_page, count, keep):
             def one_turn(turn, _):
                 mine = [turn * in_turn + i for i in range(in_turn)]
-                h = div(mine[0] * joined, group)
 
-                def load(which):
+                def load(product, which):
+                    h = div(product * joined, group)
                     return join_pages(pages.buffer, page_slot, first_page, count, h, which, value_dim)
 
                 def queries(product):
                     heads = [product * joined + j for j in range(joined)]
                     return jnp.concatenate([refs.q_tiles[q_at(slot, n)] for n in heads], axis=0)
 
-                states = [(refs.top[i][:, :1], refs.total[i], refs.acc[i]) for i in mine]
-                states = attend(states, [queries(i) for i in mine], [[load]] * in_turn, keep, scores, growth)
+                states = [(refs.top[i], refs.total[i], refs.acc[i]) for i in mine]
+                keys = [[functools.partial(load, i)] for i in mine]
+                states = attend(states, [queries(i) for i in mine], keys, keep, scores, factor)
                 for i, (top, total, acc) in zip(mine, states, strict=True):
-                    refs.top[i] = jnp.broadcast_to(top, refs.top.shape[1:])
+                    refs.top[i] = top
                     refs.total[i] = total
                     refs.acc[i] = acc
 
@@ -246,7 +255,7 @@ def _kernel(
                     key = base + u * unit + lax.broadcasted_iota(jnp.int32, shape, axis)
                     if axis == 0:  # of V: what has been copied
                         return (key >= low) & (key < end)
-                    position = query(shape[1])
+                    position = query(shape[1], joined)
                     return (key <= position) & (key > position - window) if has_window else key <= position
 
                 over(page_slot, u * unit_pages, unit_pages, keep)
@@ -370,7 +379,7 @@ def attend_chunks(
     """
     _, num_kv_heads, planes, _, head_dim = kv.shape
     value_dim = o.shape[-1] if o.ndim == 3 else o.shape[-1] // num_heads
-    joined = part_of(num_heads // num_kv_heads, max(1, PRODUCT_QUERIES // blocks.queries))
+    joined, _ = products_of(num_heads, num_kv_heads, blocks.queries)
     state = (num_heads // joined, joined * blocks.queries)
     q_lines = (blocks.queries, num_heads * head_dim) if q.ndim == 2 else (num_heads, blocks.queries, head_dim)
     scratch: dict[str, Any] = {

@@ -147,13 +147,13 @@ def _kernel(
         begin, end = block_range(row)
         lines = [pl.ds(row * num_heads + head, part_rows) for head in first_heads]
         q = [jnp.concatenate([refs.heads[c, at] for c in lane_tiles], 1).astype(dtype) for at in lines]
-        growth = scores.growth(jnp.full((part_rows, 1), kv_len - 1))
+        factor = scores.factor(jnp.full((part_rows, LANES), kv_len - 1))
 
         def fresh(head):
             if refs.sinks is None:
-                top, total = jnp.full((part_rows, 1), FLOOR), jnp.zeros((part_rows, LANES), jnp.float32)
+                top, total = jnp.full((part_rows, LANES), FLOOR), jnp.zeros((part_rows, LANES), jnp.float32)
             else:
-                top = refs.sinks[head : head + part_rows, :1]
+                top = refs.sinks[head : head + part_rows] / factor
                 total = jnp.full((part_rows, LANES), 1 / LANES, jnp.float32)  # lanes are summed at the end
             return top, total, jnp.zeros((part_rows, value_dim), jnp.float32)
 
@@ -172,7 +172,7 @@ def _kernel(
             def keys(h):
                 return [functools.partial(load, h, first) for first in range(0, count, some)]
 
-            return attend(state, q, [keys(head // group) for head in first_heads], keep, scores, growth)
+            return attend(state, q, [keys(head // group) for head in first_heads], keep, scores, factor)
 
         def whole(state, slot):
             return over(state, slot, 0, pages.pages, None)

@@ -13,7 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 LANES = 128
-AHEAD = 2  # scores asked for before the first softmax; 0, 1 and 3 need 8 to 22 % more bundles (docs/decisions/0012)
+MATRIX = 256  # rows and columns of a matrix unit
+AHEAD = 2  # scores asked for before the first softmax (benchmarks/LOG.md)
 FLOOR = -1e30  # finite: a query with no key in sight yet must not produce inf - inf
 
 
@@ -35,12 +36,14 @@ class Scores:
     dtype: Any  # of the operands of both products
     temperature_length: int | None = None  # as in api.Attention
 
-    def growth(self, position: jax.Array) -> jax.Array | None:
-        """What capped scores of queries at the positions, i32[R, 1], are multiplied with: f32[R, 1]."""
+    def factor(self, position: jax.Array) -> float | jax.Array:
+        """What products of queries at the positions, i32[R, 128], are multiplied with once they are capped: a positive
+        number, or f32[R, 128]."""
+        last = self.scale if self.softcap is None else self.softcap
         if self.temperature_length is None:
-            return None
+            return last
         log = jnp.log(jnp.maximum(position, 1).astype(jnp.float32))
-        return jnp.maximum(log * (1 / math.log(self.temperature_length)), 1)
+        return last * jnp.maximum(log * (1 / math.log(self.temperature_length)), 1)
 
 
 def of_head(shape: tuple[int, ...], lines: Any, head: Any, width: int) -> tuple[Any, ...]:
@@ -90,7 +93,14 @@ def fold_lanes(x: jax.Array) -> jax.Array:
     return parts[0]
 
 
-State = tuple[jax.Array, jax.Array, jax.Array]  # top [R, 1], total [R, 128] whose lanes are to be summed, acc [R, V]
+def widen(x: jax.Array, width: int) -> jax.Array:
+    """[R, 128] with all lanes the same to [R, width]."""
+    return jnp.concatenate([x] * -(-width // LANES), axis=1)[:, :width]
+
+
+# top [R, 128], all its lanes the same; total [R, 128], whose lanes are to be summed; acc [R, V]. A top of [R, 1] is spread
+# over lanes once more at each use, and the chunk kernel waits for that: 1499 bundles where 1335 do.
+State = tuple[jax.Array, jax.Array, jax.Array]
 Keep = Callable[[tuple[int, ...], int], jax.Array]
 Load = Callable[[int], jax.Array]  # of 0, some keys [W, H]; of 1, their values [W, V]
 
@@ -101,10 +111,10 @@ def attend(
     keys: list[list[Load]],
     keep: Keep | None,
     scores: Scores,
-    growth: jax.Array | None = None,
+    factor: float | jax.Array,
 ) -> list[State]:
     """One step of online softmax for several products: queries [R, H] each, the loads of its keys, one after the other, and
-    the queries' Scores.growth.
+    the queries' Scores.factor. Products are compared and subtracted as they are, and become scores in the exponent.
 
     keep(shape, axis) says which keys count, where key i lies at index i of the axis: scores and V of others are not
     used, whatever they hold. The matrix units keep program order, so the scores of the next heads are asked for before
@@ -122,22 +132,30 @@ def attend(
 
     def score(head: int, load: Load) -> jax.Array:
         s = dot(queries[head], load(0), ((1,), (1,)))
-        last = scores.scale if scores.softcap is None else scores.softcap
         if scores.softcap is not None:
             s = jnp.tanh(s * (scores.scale / scores.softcap))
-        s *= last if growth is None else last * growth
         return s if keep is None else jnp.where(keep(s.shape, 1), s, FLOOR)
+
+    factor = factor * math.log2(math.e)
 
     def weigh(head: int, load: Load, s: jax.Array) -> State:
         top, total, acc = states[head]
         new_top = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
-        rescale = jnp.exp(top - new_top)
-        p = jnp.exp(s - new_top)
+        rescale = jnp.exp2((top - new_top) * factor)
+        p = jnp.exp2(
+            (s - widen(new_top, s.shape[1])) * (widen(factor, s.shape[1]) if isinstance(factor, jax.Array) else factor)
+        )
         v = load(1)
         if keep is not None:
             v = jnp.where(keep(v.shape, 0), v.astype(jnp.float32), 0)
+        width = acc.shape[1]
+        if width % MATRIX == LANES and len(p) > LANES:
+            # V leaves half of a matrix unit idle: that half adds up p. With few queries loading it would take longer.
+            one = lax.broadcasted_iota(jnp.int32, (len(v), LANES), 1) == 0
+            v = jnp.concatenate([v, one.astype(jnp.float32).astype(v.dtype)], axis=1)
         weighted = dot(p.astype(scores.dtype), v, ((1,), (0,)))
-        return new_top, total * rescale + fold_lanes(p), acc * rescale + weighted
+        added = fold_lanes(p) if v.shape[1] == width else weighted[:, width:]
+        return new_top, total * rescale + added, acc * widen(rescale, width) + weighted[:, :width]
 
     asked = [score(*each) for each in work[:AHEAD]]
     for i, (head, load) in enumerate(work):
