@@ -57,3 +57,21 @@ def test_weights_that_cannot_be_read_end_the_launch_at_once(
     assert time.monotonic() - began < 50
     over.set()
     assert ended.wait(60)
+
+
+def test_a_program_that_cannot_be_compiled_ends_the_reading_of_weights(
+    stories260k, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def compiles(runner, report, stopped):
+        raise ValueError("the backend cannot do sinks")
+
+    def load_weights(*args, report, **options):
+        for step in range(600):
+            report(step / 600, step)
+            time.sleep(0.1)
+        pytest.fail("all weights were read")
+
+    monkeypatch.setattr(ModelRunner, "compile", compiles)
+    monkeypatch.setattr(startup, "load_weights", load_weights)
+    with pytest.raises(ValueError, match="cannot do sinks"):
+        startup.build_core(arguments(stories260k, tmp_path))

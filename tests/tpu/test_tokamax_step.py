@@ -26,7 +26,7 @@ CONFIG = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "max_position_embeddings": 40960,
+    "max_position_embeddings": 16384,
     "rope_theta": 1000000,
     "rms_norm_eps": 1e-6,
     "hidden_act": "silu",
@@ -39,7 +39,7 @@ CONFIG = {
 def step(tmp_path_factory: pytest.TempPathFactory) -> StepProgram:
     folder: Path = tmp_path_factory.mktemp("qwen3")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    return programs.step_program(str(folder), "v6e-4", "tokamax", 256)
+    return programs.step_program(str(folder), "v6e-4", "tokamax", 2048)
 
 
 def test_devices_hold_the_heads_of_their_own(step: StepProgram) -> None:

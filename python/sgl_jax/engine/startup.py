@@ -115,7 +115,7 @@ def build_device_side(args: ServerArgs, hosts: Leader | Follower | Alone) -> Dev
     placement = Placement.over(devices, grid)
     runner = ModelRunner(model, plan.runner, kernels, placement, stacks_layers=platform.stacks_layers)
     with _compiling(runner) as compiled:
-        weights = _load(checkpoint, model, plan.dtype, args, platform, placement)
+        weights = _load(checkpoint, model, plan.dtype, args, platform, placement, compiled)
         compiled.result()
     runner.start(weights, meet=lambda: hosts.agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
@@ -162,7 +162,8 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
 
 @contextlib.contextmanager
 def _compiling(runner: ModelRunner) -> Iterator[Future[None]]:
-    """Its programs compile in a thread beside the block; an error in the block leaves those that have not begun."""
+    """Its programs compile in a thread beside the block. An error in the block is not held up by those in progress (the
+    interpreter's end is), and leaves those that have not begun."""
     stopped = threading.Event()
     thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-compile")
     try:
@@ -178,10 +179,23 @@ def _sharers(devices: list[jax.Device]) -> int:
 
 
 def _load(
-    checkpoint: Checkpoint, model: DecoderConfig, dtype: str, args: ServerArgs, platform: Platform, placement: Placement
+    checkpoint: Checkpoint,
+    model: DecoderConfig,
+    dtype: str,
+    args: ServerArgs,
+    platform: Platform,
+    placement: Placement,
+    compiled: Future[None],
 ) -> Weights:
+    """Stops for a program that cannot be compiled."""
     placer = Placer(placement)
-    with weight_progress(logger, checkpoint.total_bytes) as report:
+    with weight_progress(logger, checkpoint.total_bytes) as show:
+
+        def report(fraction: float, num_bytes: int) -> None:
+            show(fraction, num_bytes)
+            if compiled.done():
+                compiled.result()
+
         if checkpoint.format == "dummy":
             weights = random_weights(model, dtype, args.random_seed or 0, placer=placer, report=report)
         else:

@@ -103,16 +103,38 @@ def test_pages_that_are_no_power_of_two_are_refused(tokamax):
         tokamax.paged_attention(q, k, k, kv, batch, first_page=0, scale=0.1, op=print)
 
 
-def test_more_page_ids_than_scalar_memory_holds_are_refused(tokamax, monkeypatch: pytest.MonkeyPatch):
-    chip = types.SimpleNamespace()
+@pytest.fixture
+def v6e(tokamax, monkeypatch: pytest.MonkeyPatch):
+    chip = types.SimpleNamespace(smem_capacity_bytes=1 << 20, vmem_capacity_bytes=128 << 20)
     monkeypatch.setattr(tokamax.pltpu, "get_tpu_info", lambda: chip)
-    b = random_batch(np.random.default_rng(0), ROWS, num_tokens=40, **SIZES)
-    rows, pages = b["page_table"].shape
-    chip.smem_capacity_bytes = rows * pages * 4
-    with pytest.raises(ValueError, match=rf"{rows} rows of {pages} pages .*; lower --max-running-requests or"):
-        called(tokamax, b, 40, scale=0.1, op=print)
-    chip.smem_capacity_bytes *= 2
-    called(tokamax, b, 40, scale=0.1, op=reference_op())
+
+
+POOL = (4096, 128, 2, 2, 128)  # of 2 KV heads
+
+
+@pytest.mark.parametrize(
+    ("rows", "pages", "tokens", "keys"),
+    [
+        (64, 64, 2048, 512),  # 80 chunks and part-chunks, 2 at a time, of 16 blocks: 640 steps
+        (256, 128, 256, 1024),  # 130 chunks of 32 blocks would be 2080 steps
+        (256, 128, 2048, 2048),  # 272 of 16 would be 2176, 8 are 1088
+    ],
+)
+def test_blocks_grow_until_the_work_list_holds_the_worst_step(tokamax, v6e, rows, pages, tokens, keys):
+    assert tokamax._sized(POOL, 2, (rows, pages), tokens).config.bkv_sz == keys
+
+
+@pytest.mark.parametrize(
+    ("pool", "rows", "pages", "tokens"),
+    [
+        (POOL, 512, 257, 512),  # page ids take more than half of scalar memory
+        (POOL, 256, 320, 2048),  # 2720 steps with blocks of 2048; those of 4096 take all of VMEM
+        ((4096, 128, 8, 2, 128), 256, 128, 2048),  # 8 KV heads: blocks of 1024 are the largest
+    ],
+)
+def test_more_than_its_memory_holds_is_refused(tokamax, v6e, pool, rows, pages, tokens):
+    with pytest.raises(ValueError, match=rf"{rows} rows of {pages} pages of 128 and {tokens} tokens .* lower --max-"):
+        tokamax._sized(pool, 2, (rows, pages), tokens)
 
 
 def test_without_the_package_the_launch_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):

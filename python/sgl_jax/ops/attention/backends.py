@@ -77,7 +77,7 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
         raise NoSuchBackend(f"--attention-backend {name}: it runs on {runs_on}, not on {platform}; use native")
     if latent and not backend.latent:
         raise NoSuchBackend(
-            f"--attention-backend {name}: it cannot attend to the latent vectors of this model (MLA); use native"
+            f"--attention-backend {name}: it cannot attend to the latent vectors of this model (MLA); leave the flag out"
         )
     return backend
 

@@ -6,10 +6,10 @@ share 32 bits, and write the new KV themselves.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
@@ -19,13 +19,19 @@ from sgl_jax.ops.attention.api import QKPrepare, RaggedBatch
 from sgl_jax.ops.attention.backends import Backend, PoolOrder
 
 try:
-    from tokamax.ops.tpu import BatchedRpa
+    from tokamax.ops.tpu import BatchedRpa, BatchedRpaConfig
 except ImportError as problem:
     raise ImportError(f"tokamax cannot be imported ({problem}); pip install 'sgl-jax[tokamax]' brings it") from problem
 
 _KERNELS = BatchedRpa(bypass_device_check=True)  # programs are compiled where there is no TPU, too
 _LANES = 128
-_SCALARS = 7 / 8  # of the scalar memory, for the page table; what else its kernels keep there takes under an eighth
+_SCALARS = (
+    1 / 2
+)  # of the scalar memory, for the page table; half is for the work list's part that is being made or done
+_STEPS = (
+    15 * 128
+)  # that its work list holds at least: 16 times as many as scalar memory does, in lines of 128, the last unused
+_KEYS = 512, 1024, 2048, 4096  # of a block
 
 
 def paged_attention(
@@ -43,7 +49,7 @@ def paged_attention(
     temperature_length: int | None = None,
     kv_scales: tuple[float, float] | None = None,
     prepare: QKPrepare | None = None,
-    op: Callable[..., Any] = _KERNELS,
+    op: Callable[..., Any] | None = None,
 ) -> tuple[Float[Array, "T N H"], Num[Array, "LP page pairs packing HP"]]:
     """See api.Attention; the pool is ordered as `backend.pool_order` says. `op`: another than the kernels (for tests).
 
@@ -61,7 +67,8 @@ def paged_attention(
     page_size = kv.shape[1]
     if page_size & (page_size - 1):
         raise ValueError(f"--attention-backend tokamax needs --page-size to be a power of two; it is {page_size}")
-    _check_scalars(batch.page_table)
+    if op is None:
+        op = _sized(kv.shape, kv.dtype.itemsize, batch.page_table.shape, len(q))
     if prepare is not None:
         q, k = prepare(q, k)
     num_single = batch.num_single.reshape(1)
@@ -80,18 +87,29 @@ def paged_attention(
     )
 
 
-def _check_scalars(page_table: jax.Array) -> None:
+def _sized(kv_shape: tuple[int, ...], itemsize: int, table_shape: tuple[int, ...], num_tokens: int) -> BatchedRpa:
+    """The operation with blocks of as few keys as do, so that its work list holds the worst step there can be: it is of one
+    size, and what is more would be written past its end."""
+    _, page_size, pairs, packing, width = kv_shape
+    rows, pages = table_shape
     try:
-        size = pltpu.get_tpu_info().smem_capacity_bytes
+        chip = pltpu.get_tpu_info()
     except ValueError:  # no TPU to compile for
-        return
-    if page_table.size * 4 > _SCALARS * size:
-        rows, pages = page_table.shape
-        raise ValueError(
-            f"--attention-backend tokamax keeps all page ids in scalar memory: {rows} rows of {pages} pages take "
-            f"{page_table.size * 4} of {size} bytes; lower --max-running-requests or --context-length, raise --page-size, "
-            f"or use fa"
-        )
+        return _KERNELS
+    default = BatchedRpaConfig()
+    fits = rows * pages * 4 <= _SCALARS * chip.smem_capacity_bytes
+    for keys in _KEYS if fits else ():
+        blocks = -(-pages * page_size // keys)
+        chunks = -(-num_tokens // default.prefill_bq_sz) + min(rows, num_tokens // 2)  # that a row ends cuts a tile
+        steps = blocks * max(-(-rows // default.decode_batch_size), -(-chunks // default.prefill_batch_size))
+        buffers = default.decode_batch_size * default.n_buffer * keys * pairs * packing * width * itemsize
+        if steps <= _STEPS and buffers <= chip.vmem_capacity_bytes // 2:
+            return _KERNELS.replace(config=dataclasses.replace(default, bkv_sz=keys))
+    raise ValueError(
+        f"--attention-backend tokamax keeps all page ids and a list of all work in memory of fixed size: {rows} rows of "
+        f"{pages} pages of {page_size} and {num_tokens} tokens a step are too many; lower --max-running-requests, "
+        f"--context-length or --chunked-prefill-size, or use fa"
+    )
 
 
 def _page(heads: int, planes: int, page_size: int, width: int, dtype: Any) -> tuple[int, ...]:

@@ -32,7 +32,8 @@ def products_of(num_heads: int, num_kv_heads: int, queries: int) -> tuple[int, i
     """Heads of a product for a tile of so many queries, all of one KV head, and products of a turn."""
     group = num_heads // num_kv_heads
     joined = part_of(group, max(1, PRODUCT_QUERIES // queries))
-    return joined, max(part_of(group // joined, TURN), part_of(num_heads // joined, TURN))
+    of_group, of_all = (part_of(number // joined, TURN) for number in (group, num_heads))
+    return joined, of_all if of_group < of_all <= TURN else of_group
 
 
 @dataclasses.dataclass(frozen=True)
