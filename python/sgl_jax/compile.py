@@ -108,6 +108,9 @@ def _run(own: argparse.Namespace, args: ServerArgs) -> int:
         except DoesNotCompile as error:
             print(f"compile: it does not compile: {error}", file=sys.stderr)
             return DOES_NOT_FIT
+        except ValueError as error:  # what an attention backend cannot do shows only now
+            print(f"compile: error: {error}", file=sys.stderr)
+            return BAD_USE
         seconds = time.perf_counter() - started
         console.print(report.program_table(facts))
         console.print(f"Compiled {len(facts)} programs in {seconds:.0f} s.")

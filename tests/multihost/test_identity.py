@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 from pathlib import Path
@@ -62,3 +63,13 @@ def test_flags_of_one_machine_alone_are_not_compared(folder: Path) -> None:
     a, b = (identity_of(args, CONFIGS, folder) for args in (one, wider))
     assert differences(a, b, "host 1") == ["--tp-size is 4 on host 1 and 2 on host 0"]
     assert differences(a, a, "host 1") == []
+
+
+def test_the_package_of_a_brought_attention_backend_is_compared(folder: Path) -> None:
+    """Another version makes other programs."""
+    plain, brought = (
+        identity_of(ServerArgs(model_path="a", attention_backend=name), CONFIGS, folder).versions
+        for name in ("fa", "tokamax")
+    )
+    assert "tokamax" not in plain
+    assert brought["tokamax"] == importlib.metadata.version("tokamax")

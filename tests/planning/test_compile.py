@@ -14,8 +14,10 @@ import pytest
 
 from sgl_jax import Engine
 from sgl_jax import compile as command
+from sgl_jax.planning import here, programs
 from sgl_jax.planning.programs import ProgramFacts
 from sgl_jax.runtime import topology
+from sgl_jax.server_args import ServerArgs
 
 SMALL = ["--dtype", "float32", "--max-running-requests", "1", "--chunked-prefill-size", "2", "--max-total-tokens", "64"]
 NO_PART_OF_A_PROGRAM = (
@@ -51,6 +53,21 @@ def run(*argv: str) -> subprocess.CompletedProcess[str]:
 def plan(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
     code = command.main([*argv, "--plan"])
     return code, *capsys.readouterr()
+
+
+def test_what_a_backend_refuses_while_a_program_is_traced_is_one_line(
+    stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuses(*args):
+        raise ValueError("--attention-backend x cannot do sinks")
+
+    flags = ["--model-path", str(stories260k), "--compilation-cache-dir", str(tmp_path), *SMALL]
+    monkeypatch.setattr(programs, "compile_launch", refuses)
+    assert command.main(["--topology", "cpu", *flags]) == command.BAD_USE
+    assert capsys.readouterr().err.endswith("compile: error: --attention-backend x cannot do sinks\n")
+    monkeypatch.setattr(here, "compile_launch", refuses)
+    assert here.compile_here(ServerArgs.from_cli(flags)) == here.FAILED
+    assert capsys.readouterr().err.endswith("sgl_jax: error: --attention-backend x cannot do sinks\n")
 
 
 def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path, tmp_path: Path) -> None:

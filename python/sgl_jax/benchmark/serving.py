@@ -65,7 +65,10 @@ async def ask_server(args: argparse.Namespace) -> ServerFacts:
         model = args.served_model_name or args.model or await client.model_name()
     if model is None and BACKENDS[args.backend].protocol is not NATIVE:
         raise BenchmarkError(f"the server at {base_url(args)} names no model in /v1/models; give --model")
-    return ServerFacts(model, info.get("tokenizer_path"), (info.get("engine") or {}).get("vocab_size"))
+    engine = info.get("engine")  # of ours a mapping; another server's may be anything
+    return ServerFacts(
+        model, info.get("tokenizer_path"), engine.get("vocab_size") if isinstance(engine, dict) else None
+    )
 
 
 def find_tokenizer(given: str | None, model: str | None, facts: ServerFacts) -> Tokenizer | None:

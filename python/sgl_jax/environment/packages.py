@@ -61,7 +61,7 @@ def collect(look_up: Callable[[str], Installed] = installed) -> tuple[Package, .
             for part in look_up(name).requires:
                 if look_up(Requirement(part).name).version:
                     add(part, name, optional=True)
-    for text in (text for text in ours if _extra(text) in ("bench", "transformers")):
+    for text in (text for text in ours if _extra(text) in ("bench", "tokamax", "transformers")):
         add(text, OURS, optional=True)
     return tuple(rows.values())
 

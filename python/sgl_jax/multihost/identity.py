@@ -13,18 +13,25 @@ from sgl_jax.multihost.wire import Identity, Scalar
 from sgl_jax.server_args import FLAGS, ServerArgs
 
 _PACKAGES = ("jax", "jaxlib", "libtpu")
+_BACKENDS = "sgl_jax.attention"  # the entry points of attention backends
 _TAIL = 1 << 16  # bytes of each weight file that are hashed: a fine-tune has its model's sizes, not its last values
 
 
 def identity_of(args: ServerArgs, configs: dict[str, dict[str, Any]], weights: Path | None) -> Identity:
     """`configs` by file name; `weights` is a folder or a file."""
     versions = {"sgl_jax": __version__}
-    for name in _PACKAGES:
+    for name in (*_PACKAGES, *_packages_of(args.attention_backend)):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return Identity(versions, shared_flags(args), model_files(configs, weights))
+
+
+def _packages_of(backend: str | None) -> list[str]:
+    """The package of an attention backend that is not ours, and the one of that name, if it is called as its backend is."""
+    points = importlib.metadata.entry_points(group=_BACKENDS, name=backend or "")
+    return [name for point in points for name in (point.dist.name if point.dist else "", point.name) if name]
 
 
 def shared_flags(args: ServerArgs) -> dict[str, Scalar]:

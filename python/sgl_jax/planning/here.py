@@ -29,11 +29,11 @@ def compile_here(args: ServerArgs) -> int:
         model = read_model(args.model_path, args.downloads, args.model_package)
         launch = launch_of(args, model, target)
         kernels = kernels_for(args.attention_backend, target.platform, model.config)
+        use_compile_cache(args.compilation_cache_dir)
+        facts = compile_launch(model.config, launch, target, kernels, report_program)
     except (Misfit, ValueError) as error:
         print(f"sgl_jax: error: {error}", file=sys.stderr)
         return FAILED
-    use_compile_cache(args.compilation_cache_dir)
-    facts = compile_launch(model.config, launch, target, kernels, report_program)
     hits = sum(each.cache_hit for each in facts)
     logger.info(
         f"{len(facts)} programs in {time.perf_counter() - started:.1f} s, {hits} of them from the cache, "
