@@ -65,4 +65,6 @@ def test_launch(model: str, topology: str, request: pytest.FixtureRequest) -> No
     data = as_data(plan, sorted(facts, key=lambda each: list(programs).index(each.name)), time.perf_counter() - started)
     entry = when | {"attention": ATTENTION, "faults": sorted(faults)} | spent | data
     matrix_report.add(model, topology, entry)
+    tpu_programs.planned.cache_clear()  # or twenty launches' programs fill 24 GB
+    jax.clear_caches()
     assert faults == []
