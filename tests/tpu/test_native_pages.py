@@ -17,7 +17,7 @@ from sgl_jax.runtime import topology
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
-TOKENS, ROWS, POOL_TOKENS = 128, 32, 1 << 18
+TOKENS, ROWS, POOL_TOKENS = 128, 32, 1 << 19
 
 
 # A page as long as a head is wide is what XLA once copied the pool for.
