@@ -74,7 +74,8 @@ $(OLDEST_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)
 	$(UV) venv --quiet --clear --python "$$(cat .python-version)" $(OLDEST_VENV)
 	sed '/^jax==/d; /^jaxlib==/d' python/constraints.txt > $(OLDEST_VENV)/constraints.txt
 	$(UV) pip install --quiet --python $(OLDEST_VENV)/bin/python --constraints $(OLDEST_VENV)/constraints.txt \
-		-e "python[cpu]" jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) beartype httpx hypothesis pytest pytest-timeout pytest-xdist
+		-e "python[cpu]" jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) beartype httpx hypothesis pytest pytest-timeout pytest-xdist \
+		safetensors
 	@touch $@
 
 model: $(DEFAULT_MODEL)
