@@ -8,6 +8,7 @@ there is not compiled again as long as what makes programs has not changed; so i
 from __future__ import annotations
 
 import datetime
+import re
 import time
 from typing import Any
 
@@ -23,22 +24,28 @@ from sgl_jax.runtime.compiler import Compiled, CompileWatch, compile_all, matmul
 from sgl_jax.runtime.programs import step_name
 
 ATTENTION = "fa"
+# What is known not to hold (benchmarks/LOG.md), as its sentences begin. Any other fault fails, and so does one that is gone.
 KNOWN = {
-    ("Qwen3-32B", "v6e-4"): "with 2048 tokens one of 64 q/k/v products is made twice, 0.2 % of the step's work",
-    ("Gemma-2-9B", "v6e-1"): "logits of 256 rows are 262 MB, 2.4 % of the pool that weights leave (benchmarks/LOG.md)",
+    ("Qwen3-32B", "v6e-4"): r"tokens=2048 rows=256: products with weights are \{'attention': 129,",  # one of 64 twice
+    ("Gemma-2-9B", "v6e-1"): r"tokens=\d+ rows=\d+: \d+ MB of temporaries",  # logits of 262 MB, 2.4 % of a small pool
 }
+
+
+def check(model: str, topology: str, faults: list[str]) -> None:
+    known = KNOWN.get((model, topology))
+    assert [fault for fault in faults if known is None or not re.match(known, fault)] == []
+    assert known is None or faults, "a known fault is gone: take it out of KNOWN"
 
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("topology", matrix_report.TOPOLOGIES)
 @pytest.mark.parametrize("model", matrix_report.MODELS)
-def test_launch(model: str, topology: str, request: pytest.FixtureRequest) -> None:
-    if reason := KNOWN.get((model, topology)):
-        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+def test_launch(model: str, topology: str) -> None:
     made_from = {"versions": matrix_report.versions(), "source": matrix_report.source()}
     known = matrix_report.read().get(f"{model} {topology}", {})
     if all(known.get(name) == value for name, value in made_from.items()):
-        assert known.get("faults", []) == []
+        if "misfit" not in known:
+            check(model, topology, known["faults"])
         pytest.skip(known.get("misfit", "it is in the report, and nothing has changed since"))
     when = made_from | {"date": datetime.date.today().isoformat()}
     try:
@@ -67,4 +74,4 @@ def test_launch(model: str, topology: str, request: pytest.FixtureRequest) -> No
     matrix_report.add(model, topology, entry)
     tpu_programs.planned.cache_clear()  # or twenty launches' programs fill 24 GB
     jax.clear_caches()
-    assert faults == []
+    check(model, topology, faults)
