@@ -24,6 +24,7 @@ NUM_DRAWS = 2048  # rows of the batch that shows a distribution: one compile for
 _sample = jax.jit(sampler.sample)
 _threshold = jax.jit(sampler._threshold)
 _bisect_threshold = jax.jit(sampler._bisect_threshold)
+_invert = jax.jit(sampler._invert)
 _adjust = jax.jit(sampler._adjust)
 
 
@@ -206,6 +207,21 @@ def test_the_kept_tokens_are_exactly_numpys_whatever_the_way(vocab_size: int, ma
         np.testing.assert_array_equal(row >= together[i], kept, err_msg=str(filters[i]))
         np.testing.assert_array_equal(row >= bisected[i], kept, err_msg=str(filters[i]))
         assert alone == together[i]
+
+
+def test_no_uniform_draws_a_token_without_weight() -> None:
+    """Few kept of many: their sums, added as a tree, move by a rounding over blocks of tokens that weigh nothing."""
+    vocab_size, kept, steps = 151_936, 50, 2**23  # a uniform float32 is a multiple of 2^-23
+    for seed in range(2):
+        x = np.random.default_rng(seed).normal(0, 2, vocab_size).astype(np.float32)
+        x -= x.max()
+        threshold = np.sort(x)[-kept]
+        cumulative = np.cumsum(np.where(x >= threshold, np.exp(x.astype(np.float64)), 0))
+        edges = np.round(cumulative[x >= threshold] / cumulative[-1] * steps)
+        uniform = np.clip(np.concatenate([edges - 1, edges, edges + 1]), 0, steps - 1).astype(np.float32) / steps
+        alike = np.broadcast_to(x, (len(uniform), vocab_size))
+        tokens = _invert(alike, np.full(len(uniform), threshold), uniform)
+        assert (x[np.asarray(tokens)] >= threshold).all()
 
 
 @pytest.mark.parametrize("vocab_size", [20, 200])

@@ -257,20 +257,24 @@ def _invert(
     num_rows, vocab_size = x.shape
     weights = jnp.where(x >= threshold[:, None], jnp.exp(x), 0.0)
     weights = jnp.pad(weights, ((0, 0), (0, -vocab_size % _BLOCK))).reshape(num_rows, -1, _BLOCK)
-    cumulative = jnp.cumsum(weights.sum(-1), axis=-1)
-    over_devices = jnp.cumsum(axis.concatenate(cumulative[:, -1:]), axis=-1)
-    goal = uniform * over_devices[:, -1]
-    device = _first_above(over_devices, goal)
-    rows = jnp.arange(num_rows)
-    goal -= jnp.where(device > 0, over_devices[rows, device - 1], 0.0)
-    block = _first_above(cumulative, goal)
-    goal -= jnp.where(block > 0, cumulative[rows, block - 1], 0.0)
-    within = _first_above(jnp.cumsum(weights[rows, block], axis=-1), goal)
+    of_blocks = weights.sum(-1)
+    of_devices = axis.concatenate(of_blocks.sum(-1, keepdims=True))
+    device, goal = _passed(of_devices, uniform * of_devices.sum(-1))
+    block, goal = _passed(of_blocks, goal)
+    within, _ = _passed(weights[jnp.arange(num_rows), block], goal)
     token = axis.index() * vocab_size + block * _BLOCK + within
     return axis.sum(jnp.where(device == axis.index(), token, 0)).astype(jnp.int32)
 
 
-def _first_above(cumulative: Float[Array, "S n"], goal: Float[Array, " S"]) -> Int[Array, " S"]:
-    """The first index whose cumulative weight exceeds the goal; the last that adds weight if rounding leaves none."""
-    last = jnp.argmax(cumulative, axis=-1)  # the first to reach the total
-    return jnp.minimum((cumulative <= goal[:, None]).sum(-1), last)
+def _passed(weights: Float[Array, "S n"], goal: Float[Array, " S"]) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
+    """The first index at which the cumulative weight exceeds the goal, and what of the goal is left for within it.
+
+    Always one that has weight, the last if rounding leaves no other: the sums of a tree of additions may also rise, or
+    fall, over indices that add nothing.
+    """
+    cumulative = jnp.cumsum(weights, axis=-1)
+    places = jnp.arange(weights.shape[-1])
+    last = jnp.max(jnp.where(weights > 0, places, 0), axis=-1, keepdims=True)
+    index = jnp.min(jnp.where((cumulative > goal[:, None]) & (weights > 0), places, last), axis=-1)
+    before = cumulative[jnp.arange(len(goal)), index - 1]
+    return index, jnp.maximum(goal - jnp.where(index > 0, before, 0.0), 0.0)
