@@ -25,13 +25,12 @@ except ImportError as problem:
 
 _KERNELS = BatchedRpa(bypass_device_check=True)  # programs are compiled where there is no TPU, too
 _LANES = 128
-_SCALARS = (
-    1 / 2
-)  # of the scalar memory, for the page table; half is for the work list's part that is being made or done
-_STEPS = (
-    15 * 128
-)  # that its work list holds at least: 16 times as many as scalar memory does, in lines of 128, the last unused
-_KEYS = 512, 1024, 2048, 4096  # of a block
+# Of the scalar memory, for the page table; half is for the work list's part that is being made or done.
+_SCALARS = 1 / 2
+# That its work list holds at least: 16 times as many as scalar memory does, in lines of 128, the last unused.
+_STEPS = 15 * 128
+# Of a block.
+_KEYS = 512, 1024, 2048, 4096
 
 
 def paged_attention(
