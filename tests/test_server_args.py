@@ -72,6 +72,7 @@ def test_values_arrive_with_their_types() -> None:
         "max_running_requests": 256,
         "page_size": 128,
         "attention_backend": "native",
+        "tp_size": 1,
     }
 
 

@@ -236,10 +236,11 @@ class ServerArgs:
     )
 
     # --- several devices and machines
-    tp_size: int = flag(
-        1,
+    tp_size: int | None = flag(
+        None,
         PARALLEL,
         "devices each layer is divided over",
+        unset="1; sgl_jax.compile takes all of a topology",
         rule=at_least(1),
         aliases=("--tensor-parallel-size",),
     )
@@ -367,10 +368,10 @@ class ServerArgs:
                 f"--compile-only cannot be had with --nnodes {self.nnodes}: programs over several machines are compiled "
                 "when all of them have started",
             )
-        if self.tp_size * self.dp_size % self.nnodes:
+        if self.num_devices % self.nnodes:
             raise ServerArgsError(
                 "--tp-size",
-                f"--tp-size is {self.tp_size} and --dp-size {self.dp_size}: {self.tp_size * self.dp_size} devices, which "
+                f"--tp-size is {self.tp_size or 1} and --dp-size {self.dp_size}: {self.num_devices} devices, which "
                 f"--nnodes {self.nnodes} machines cannot share evenly",
             )
 
@@ -385,7 +386,7 @@ class ServerArgs:
             found["--enable-mixed-chunk"] = "--enable-mixed-chunk has no effect: mixed batches are always on."
         if self.dist_init_addr is not None and self.nnodes == 1:
             found["--dist-init-addr"] = "--dist-init-addr is not used: there is one machine (--nnodes 1)."
-        if self.enable_sequence_parallel and self.tp_size == 1:
+        if self.enable_sequence_parallel and self.tp_size in (None, 1):
             found["--enable-sequence-parallel"] = "--enable-sequence-parallel has no effect with --tp-size 1."
         if self.dp_size == 1 and self.dp_schedule_policy != "cache_aware":
             found["--dp-schedule-policy"] = "--dp-schedule-policy has no effect with --dp-size 1."
@@ -394,6 +395,10 @@ class ServerArgs:
                 "There is no --dist-token: whoever reaches the port of --dist-init-addr can join as one of the machines."
             )
         return found
+
+    @property
+    def num_devices(self) -> int:
+        return (self.tp_size or 1) * self.dp_size
 
     @property
     def downloads(self) -> Downloads:

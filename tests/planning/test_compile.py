@@ -170,7 +170,7 @@ def test_programs_that_leave_no_room_are_told_the_fraction_that_does() -> None:
 
     def planned(**flags):
         args = ServerArgs(model_path="Qwen3-8B", **flags)
-        return make_plan(args, find_model("Qwen3-8B"), find_target("v6e-4", 1), 1024)
+        return make_plan(args, find_model("Qwen3-8B"), find_target("v6e-4"), 1024)
 
     heavy = [facts(10**9, 2 * 10**9), facts(10**9, 3 * 10**9)]  # 5 GB: all code, and one program's temporaries
     assert overflow(planned(), [facts(10**7, 10**8)]) is None

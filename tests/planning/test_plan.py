@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sgl_jax.models.config import DecoderConfig
+from sgl_jax.parallel.grid import Grid
 from sgl_jax.planning.model import PlannedModel, bundled, find_model
 from sgl_jax.planning.plan import Misfit, Plan, make_plan
 from sgl_jax.planning.target import find_target
@@ -56,7 +57,12 @@ def test_pages_have_128_tokens_for_the_kernels_of_a_tpu_unless_asked_otherwise()
 
 def test_a_topology_is_used_whole_unless_tp_size_says_less() -> None:
     assert plan("Qwen3-8B", "v7x-4").target.num_devices == 8
+    assert plan("Qwen3-8B", "v7x-4", dp_size=2).launch.grid == Grid(4, 2)
     assert plan("Qwen3-8B", "v6e-8", tp_size=4).target.num_devices == 4
+    assert plan("Qwen3-8B", "v6e-8", tp_size=1, dp_size=2).launch.grid == Grid(1, 2)
+    assert plan("Qwen3-0.6B", "cpu").launch.grid == Grid(1)
+    with pytest.raises(NoSuchTopology, match="--dp-size is 3; v6e-4 has 4 devices"):
+        plan("Qwen3-8B", "v6e-4", dp_size=3)
     with pytest.raises(NoSuchTopology, match="--tp-size is 8 and --dp-size 1; v6e-4 has 4 devices"):
         plan("Qwen3-8B", "v6e-4", tp_size=8)
 
@@ -120,7 +126,7 @@ def test_steps_are_counted_with_at_most_the_models_context() -> None:
 )
 def test_bundled_configs_have_the_published_sizes(name: str, billions: float, kv_bytes: int) -> None:
     model = find_model(name)
-    one = dataclasses.replace(find_target("v7x-1", 1), num_devices=1, device_bytes=1 << 42)
+    one = dataclasses.replace(find_target("v7x-1"), num_devices=1, device_bytes=1 << 42)
     found = make_plan(ServerArgs(model_path=name), model, one, 1024)
     assert found.parameters / 1e9 == pytest.approx(billions, rel=0.002)
     assert found.launch.memory.bytes_per_token == kv_bytes

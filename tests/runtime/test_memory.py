@@ -123,6 +123,11 @@ def test_weights_bigger_than_the_budget_are_refused() -> None:
     assert "no room for KV" in refusal(weight_bytes=6_000_000)
 
 
+def test_weights_bigger_than_the_device_need_more_devices() -> None:
+    message = refusal(weight_bytes=9_600_000)
+    assert message.endswith("; divide it over more devices with --tp-size, or use a smaller model")
+
+
 def test_more_tokens_than_fit_are_refused_with_the_number_that_would() -> None:
     message = refusal(max_total_tokens=8000)
     assert "--max-total-tokens 8000" in message

@@ -63,7 +63,7 @@ class StepProgram:
 @functools.cache
 def planned(model: str, topology: str, attention: str | None) -> tuple[Plan, dict[str, Program], Placement]:
     args = ServerArgs(model_path=model, attention_backend=attention)
-    target = find_target(topology, 1)
+    target = find_target(topology)
     plan = make_plan(args, find_model(model), target, 1024)
     placement = Placement.over(target.find_devices(), plan.launch.grid)
     programs = launch_programs(

@@ -131,7 +131,7 @@ def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:
 
 
 def grid_of(args: ServerArgs) -> Grid:
-    return Grid(args.tp_size, args.dp_size, args.ep_size, args.enable_sequence_parallel)
+    return Grid(args.tp_size or 1, args.dp_size, args.ep_size, args.enable_sequence_parallel)
 
 
 def _prefill_tokens(args: ServerArgs, platform: Platform, context_length: int, num_ranks: int) -> int:

@@ -44,16 +44,15 @@ class Target:
         return Rates(chip.flops[dtype], chip.bytes_per_s, 1 / seconds_per_byte if seconds_per_byte else math.inf)
 
 
-def find_target(name: str, tp_size: int = 1, dp_size: int = 1) -> Target:
-    """`tp_size` 1, the default of the flag, takes all devices of a topology. Raises NoSuchTopology or NoDevice."""
+def find_target(name: str, tp_size: int | None = None, dp_size: int = 1) -> Target:
+    """Without `tp_size` all devices of a topology, one of this machine for each data rank. Raises NoSuchTopology or NoDevice."""
     if name in ("cpu", "gpu"):
-        return target_here(name, tp_size * dp_size)
+        return target_here(name, (tp_size or 1) * dp_size)
     topology = parse(name)
-    number = tp_size * dp_size if tp_size > 1 else topology.num_devices
+    number = topology.num_devices if tp_size is None else tp_size * dp_size
     if number > topology.num_devices or number % dp_size:
-        raise NoSuchTopology(
-            f"--tp-size is {tp_size} and --dp-size {dp_size}; {name} has {topology.num_devices} devices"
-        )
+        asked = f"--dp-size is {dp_size}" if tp_size is None else f"--tp-size is {tp_size} and --dp-size {dp_size}"
+        raise NoSuchTopology(f"{asked}; {name} has {topology.num_devices} devices")
     chip = topology.chip
     return Target(
         name,

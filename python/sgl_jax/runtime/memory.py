@@ -112,10 +112,15 @@ def plan_memory(
             tokens = min(tokens, max(platform.max_pool_tokens, context_length))
     num_pages = tokens // page_size
     if num_pages < 2:
+        held = weight_bytes + state_bytes
+        advice = (
+            "raise --mem-fraction-static, lower --page-size or use a smaller model"
+            if held < 0.95 * total_bytes
+            else "divide it over more devices with --tp-size, or use a smaller model"
+        )
         raise DoesNotFit(
-            f"no room for KV: weights and row state take {(weight_bytes + state_bytes) / 1e9:.2f} GB of the {budget / 1e9:.2f} GB that "
+            f"no room for KV: weights and row state take {held / 1e9:.2f} GB of the {budget / 1e9:.2f} GB that "
             f"--mem-fraction-static {fraction} of {total_bytes / 1e9:.2f} GB allows, and a page of {page_size} tokens "
-            f"takes {page_size * bytes_per_token / 1e6:.2f} MB; raise --mem-fraction-static, lower --page-size or use a "
-            f"smaller model"
+            f"takes {page_size * bytes_per_token / 1e6:.2f} MB; {advice}"
         )
     return MemoryPlan(total_bytes, budget, weight_bytes, bytes_per_token, page_size, num_pages + 1)

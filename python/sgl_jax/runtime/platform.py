@@ -47,7 +47,9 @@ class NoDevice(ValueError):
 
 def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[jax.Device]]:
     """`number` devices of the wanted platform, or of the best one present; with several processes, as many of each.
-    Raises NoDevice if there are not as many."""
+    Raises NoDevice if there are not as many. Where the CPU is wanted, nothing else is looked for from then on."""
+    if wanted == "cpu":
+        jax.config.update("jax_platforms", "cpu")  # or libtpu takes the chips of whoever else runs here
     for name in [wanted] if wanted else ["tpu", "gpu", "cpu"]:
         try:
             devices = jax.devices(name)
@@ -62,7 +64,10 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
             )
         return PLATFORMS[name], devices[:number]
     present = sorted({d.platform for d in jax.devices()})
-    raise NoDevice(f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; leave it out")
+    raise NoDevice(
+        f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; "
+        "`python -m sgl_jax.check_env` says why"
+    )
 
 
 def _of_each_process(name: Name, devices: list[jax.Device], number: int, processes: int) -> list[jax.Device]:

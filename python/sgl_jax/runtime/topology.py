@@ -136,9 +136,7 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
     if topology.chip.platform != "tpu":
         raise NoSuchTopology(f"{topology.name}: compiling for a GPU needs that GPU; --plan needs none")
     if importlib.util.find_spec("libtpu") is None:
-        raise NoSuchTopology(
-            f'{topology.name}: compiling for a TPU needs libtpu; `pip install "sgl-jax[tpu]"`, or use --plan'
-        )
+        raise NoSuchTopology(f"{topology.name}: compiling for a TPU needs libtpu; `pip install libtpu`, or use --plan")
     from jax.experimental import topologies
 
     kind = topology.name.partition("-")[0]

@@ -20,8 +20,6 @@ def selftest(platform_name: Name | None, say: Callable[[str], None]) -> bool:
     """On all devices of the platform, or of the best one present; lines to `say` as they come. Whether nothing failed.
     Raises NoDevice."""
     started = time.perf_counter()
-    if platform_name == "cpu":
-        jax.config.update("jax_platforms", "cpu")  # libtpu would look for chips first, and complain
     platform, _ = pick_devices(platform_name)
     devices = jax.local_devices(backend=platform.name)
     say(f"Self-test on {len(devices)} x {devices[0].device_kind}, sgl_jax {__version__}, {_versions()}")

@@ -21,7 +21,7 @@ from sgl_jax.ops.attention.backends import Backend, PoolOrder
 try:
     from tokamax.ops.tpu import BatchedRpa, BatchedRpaConfig
 except ImportError as problem:
-    raise ImportError(f"tokamax cannot be imported ({problem}); pip install 'sgl-jax[tokamax]' brings it") from problem
+    raise ImportError(f"tokamax cannot be imported ({problem}); it needs `pip install tokamax`") from problem
 
 _KERNELS = BatchedRpa(bypass_device_check=True)  # programs are compiled where there is no TPU, too
 _LANES = 128
