@@ -237,8 +237,8 @@ class GenerationService:
         """Sends the command made for a new call, and waits for its answer; raises what the engine refuses."""
         self.check_ready()
         call = self._new_key()
+        self._transport.send(command(call))  # what cannot be sent leaves nothing behind
         self._calls[call] = future = asyncio.get_running_loop().create_future()
-        self._transport.send(command(call))
         return await future
 
     def _checked(self, request: GenerationRequest) -> GenerationRequest:
@@ -290,14 +290,15 @@ class GenerationService:
         generation = Generation(self, requests, stream)
         now = time.perf_counter()
         for i, request in enumerate(requests):
-            keys = self._keys_of[request.request_id] = [self._new_key() for _ in range(request.params.n)]
+            keys = [self._new_key() for _ in range(request.params.n)]
+            for index, key in enumerate(keys):
+                params = _engine_params(request.params, index)
+                self._transport.send(Generate(key, request.prompt_ids, params, request.namespace))
+            self._keys_of[request.request_id] = keys
             for index, key in enumerate(keys):
                 choice = Choice(key, i, index, generation, self._detokenizer(request), now)
                 generation.open.append(choice)
                 self._choices[key] = choice
-                self._transport.send(
-                    Generate(key, request.prompt_ids, _engine_params(request.params, index), request.namespace)
-                )
         self._num_queued += wanted
         self._idle.clear()
         return generation
@@ -336,14 +337,15 @@ class GenerationService:
         text, used = choice.detokenizer.push(shown)
         if choice.detokenizer.matched is None and reason is not None:
             text += choice.detokenizer.finish()
-        if choice.detokenizer.matched is not None:
-            if used < len(shown):
-                tokens, logprobs = tokens[:used], logprobs[:used]
+        if choice.request.score_only:  # the engine makes a token all the same
+            text, tokens, logprobs = "", [], []
+            if reason is not None and reason.type != "abort":
+                reason = FinishReason("length")
+        elif choice.detokenizer.matched is not None:
+            tokens, logprobs = tokens[:used], logprobs[:used]
             if reason is None:
                 self.drop([choice])
             reason = FinishReason("stop", choice.detokenizer.matched)
-        elif choice.request.score_only and reason is not None:
-            text, tokens, logprobs, reason = "", [], [], FinishReason("length")
         return Update(
             choice.prompt,
             choice.index,
