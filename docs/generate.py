@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from sgl_jax import foreign_flags
 from sgl_jax.flags import Flag
 from sgl_jax.models.bundled import bundled
 from sgl_jax.models.families import FAMILIES
@@ -48,11 +50,7 @@ def _row(flag: Flag) -> str:
     names = ", ".join(f"`{option}`" for option in flag.options)
     default = flag.default_text.removeprefix("default: ")
     about = flag.about
-    text = about.help[0].upper() + about.help[1:] + "."
-    if about.not_built:
-        text += f" Refused for now: {about.not_built} is not built yet."
-    for value, reason in about.refused.items():
-        text += f" `{value}` is refused: {reason}."
+    text = ". ".join((about.help[0].upper() + about.help[1:], *flag.refusals)) + "."
     return f"| {names} | {_values(flag)} | {default} | {text} |\n".replace("$", "\\$")
 
 
@@ -61,6 +59,50 @@ def _values(flag: Flag) -> str:
         return ", ".join(f"`{choice}`" for choice in flag.choices)
     kind = {int: "whole number", float: "number", str: "text", bool: "switch"}[flag.kind]
     return f"{kind}, {flag.about.rule.text}" if flag.about.rule else kind
+
+
+COMING_FROM = """# Coming from SGLang or vLLM
+
+<!-- Written by `python docs/generate.py` from python/sgl_jax/foreign_flags.py: change it there. -->
+
+Most flags have SGLang's names and OpenAI's clients need no change. Whatever is not honoured is refused by name, never ignored:
+a flag of the tables below is answered with what stands there, on the command line, in the environment and in a config file,
+and so are the requests' parameters ([openai_api.md](openai_api.md), [native_api.md](native_api.md)).
+
+What has the same name and another meaning, or another place:
+
+- `vllm serve MODEL` is `python -m sgl_jax.launch_server --model-path MODEL`; the port is 30000.
+- `--tp-size 4 --dp-size 2` are eight devices: `--tp-size` counts those of one group, not all of them
+  ([parallelism.md](parallelism.md)).
+- `--page-size` is a power of two. `--trust-remote-code` is taken and runs nothing.
+- A request without `temperature` has 1: a model's `generation_config.json` gives no defaults ([sampling.md](sampling.md)).
+- `/tokenize` takes `prompt` or `messages`, not `text`.
+- Paths: `/get_model_info` and `/get_server_info` (not `/model_info`, `/server_info`), `/metrics` (also for what `/get_load`
+  says), `/health` (also for `/ping`). Not there: `/v1/embeddings`, `/v1/responses`, `/v1/score`, `/v1/rerank`,
+  `/pause_generation`.
+
+"""
+
+
+def coming_from() -> str:
+    others = {
+        names: f"not built: {feature.rpartition(' ')[0].removesuffix(',')}"
+        for feature, names in foreign_flags.NOT_BUILT.items()
+    }
+    tables = {"Another name": foreign_flags.RENAMED, "Another way": foreign_flags.OTHERWISE, "Not built": others}
+    parts = []
+    for title, table in tables.items():
+        rows = (f"| {_names(names)} | {_flags_marked(said)} |\n" for names, said in table.items())
+        parts.append(f"## {title}\n\n| flag | here |\n|---|---|\n{''.join(rows)}")
+    return COMING_FROM + "\n".join(parts)
+
+
+def _flags_marked(text: str) -> str:
+    return re.sub(r"--[\w-]+", r"`\g<0>`", text)
+
+
+def _names(patterns: str) -> str:
+    return ", ".join(f"`{pattern.replace('*', '…')}`" for pattern in patterns.split())
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -146,6 +188,11 @@ def _rows(rows: Any) -> Iterator[tuple[str, list[str]]]:
 
 
 if __name__ == "__main__":
-    for name, text in {"server_arguments.md": server_arguments(), "support_matrix.md": support_matrix()}.items():
-        Path(__file__).with_name(name).write_text(text, encoding="utf-8")
+    pages = {
+        "server_arguments.md": server_arguments(),
+        "support_matrix.md": support_matrix(),
+        "features/coming_from.md": coming_from(),
+    }
+    for name, text in pages.items():
+        (REPOSITORY / "docs" / name).write_text(text, encoding="utf-8")
         print(f"wrote docs/{name}")

@@ -143,6 +143,22 @@ def test_the_exit_code_says_whether_a_platform_or_the_one_required_is_usable(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--platfrom", "cpu"], "--platfrom is not a flag, did you mean --platform?"),
+        (["--platform", "xpu"], "--platform: invalid choice: 'xpu'"),
+        (["--timeout", "0"], "--timeout: 0 is not a number of seconds above 0"),
+        (["--selftest", "yes"], "--selftest takes no value"),
+    ],
+)
+def test_a_mistake_in_the_use_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
+    assert check_env.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"check_env: error: {said}")
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
     ("sitecustomize", "missing"), [(NO_JAX, ""), (NO_PACKAGES, "jax, jaxlib, numpy")], ids=["jax", "every package"]
 )
 def test_with_packages_hidden_it_says_so(tmp_path: Path, sitecustomize: str, missing: str) -> None:
@@ -228,4 +244,4 @@ def test_output_that_cannot_hold_a_character_gets_it_escaped(quick: str) -> None
 def test_a_timeout_is_a_number_of_seconds(timeout: str) -> None:
     done = run("--timeout", timeout)
     assert done.code == 2
-    assert "error: argument --timeout: " in done.errors
+    assert "check_env: error: --timeout: " in done.errors

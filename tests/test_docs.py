@@ -113,6 +113,13 @@ def test_the_support_matrix_is_up_to_date() -> None:
     assert "| `LlamaForCausalLM` | ✓ |" in matrix
 
 
+def test_the_page_for_users_of_other_servers_is_up_to_date() -> None:
+    """Fails after foreign_flags.py changes until `python docs/generate.py` has run."""
+    page = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))["coming_from"]()
+    assert page == (REPOSITORY / "docs" / "features" / "coming_from.md").read_text(encoding="utf-8")
+    assert "| `--max-num-seqs` | `--max-running-requests` |" in page
+
+
 def test_the_model_family_that_is_shown_is_the_one_that_is_served() -> None:
     family = (REPOSITORY / "python" / "sgl_jax" / "models" / "qwen3.py").read_text(encoding="utf-8")
     page = (REPOSITORY / "docs" / "features" / "add_a_model.md").read_text(encoding="utf-8")

@@ -20,14 +20,16 @@ PYTHON = Path(__file__).resolve().parents[1] / "python"
 PACKAGE = PYTHON / "sgl_jax"
 
 PLAIN_DATA = ("request", "step_plan", "engine.messages")  # what rooms say to each other
-SETTINGS = ("server_args", "flags", "hub")
+SETTINGS = ("server_args", "flags", "flag_parser", "foreign_flags", "hub")
 
 # What a room may import of sgl_jax besides itself: a name stands for the module and everything in it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request": (),
-    "flags": (),
+    "flag_parser": (),
+    "flags": ("flag_parser",),
+    "foreign_flags": (),
     "hub": (),
-    "server_args": ("flags", "hub"),
+    "server_args": ("flags", "foreign_flags", "hub"),
     "step_plan": ("request",),
     "observability": ("engine.messages",),
     "cache": (),
@@ -73,7 +75,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *PLAIN_DATA,
         *SETTINGS,
     ),
-    "check_env": ("environment", "selftest", "server_args"),
+    "check_env": ("environment", "selftest", "server_args", "flag_parser"),
     "__main__": ("launch_server",),
     "__init__": ("engine", "request"),
     "testing": ("engine", "models", *PLAIN_DATA),

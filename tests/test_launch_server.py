@@ -79,8 +79,8 @@ def test_serves_with_the_parsed_args_and_returns_the_servers_exit_code(served: l
 def test_what_has_no_effect_is_said_once(served: list[ServerArgs], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="sgl_jax")
     for _ in range(2):
-        launch_server.main(["--model-path", "m", "--enable-mixed-chunk"])
+        launch_server.main(["--model-path", "m", "--trust-remote-code"])
     assert len(served) == 2
-    assert [r.getMessage() for r in caplog.records if "--enable-mixed-chunk" in r.getMessage()] == [
-        "--enable-mixed-chunk has no effect: mixed batches are always on."
+    assert [r.getMessage() for r in caplog.records if "--trust-remote-code" in r.getMessage()] == [
+        "--trust-remote-code has no effect: models run on our own code, code from a model folder is never run."
     ]

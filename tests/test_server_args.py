@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sgl_jax.flags import HIDDEN, read_environ
+from sgl_jax.foreign_flags import ELSEWHERE, RENAMED
 from sgl_jax.observability import log
 from sgl_jax.server_args import (
     ENV_PREFIX,
@@ -132,7 +133,7 @@ def test_defaults() -> None:
         ({"node_rank": 1}, "--node-rank is 1; it must be below --nnodes, which is 1"),
         ({"dist_init_addr": "host"}, "--dist-init-addr is host; it must be an address and a port"),
         ({"dist_init_addr": "host:70000"}, "--dist-init-addr is host:70000; it must be an address and a port"),
-        ({"enable_mixed_chunk": False}, "--enable-mixed-chunk is off; it cannot be"),
+        ({"enable_mixed_chunk": False}, "--enable-mixed-chunk is False; steps are always shared"),
         (
             {"speculative_algorithm": "EAGLE3"},
             "--speculative-algorithm is EAGLE3; speculative decoding is not built yet",
@@ -169,7 +170,23 @@ def test_python_callers_get_a_type_error_for_an_unknown_or_missing_name() -> Non
         ("--model-path m --page 16", "--page is not a flag"),
         ("--model-path m --zzz", "--zzz is not a flag; --help lists them all"),
         ("--model-path m 16", "'16' follows no flag"),
-        ("--model-path m --trust-remote-code true", "'true' follows no flag"),
+        ("true --model-path m --trust-remote-code", "'true' follows no flag; every value needs one"),
+        (
+            "--model-path m --trust-remote-code true",
+            "^--trust-remote-code takes no value; --no-trust-remote-code turns it off$",
+        ),
+        (
+            "--model-path m --trust-remote-code=true",
+            "^--trust-remote-code takes no value; --no-trust-remote-code turns it off$",
+        ),
+        ("--model-path m --no-trust-remote-code=true", "^--no-trust-remote-code takes no value$"),
+        ("--model-path m --max-model-len 8", "^--max-model-len is not a flag: here it is --context-length$"),
+        ("--model-path m --gpu-memory-utilization=.9", "is not a flag: here it is --mem-fraction-static$"),
+        ("--model-path m -tp 4", "^-tp is not a flag: here it is --tp-size$"),
+        ("--model-path m --enable-metrics", "is not a flag: /metrics is always there$"),
+        ("--model-path m --quantization fp8", "^--quantization is not a flag: quantised arithmetic is not built$"),
+        ("--model-path m --max-loras 2", "^--max-loras is not a flag: LoRA is not built$"),
+        ("--model-path m --log-request-headers", "^--log-request-headers is not a flag; --help lists them all$"),
         ("--model-path m --port", "--port: expected one argument"),
         ("--model-path m --port abc", "--port is abc; it must be a whole number$"),
         ("--model-path m --mem-fraction-static 80%", "--mem-fraction-static is 80%; it must be a number"),
@@ -179,6 +196,52 @@ def test_python_callers_get_a_type_error_for_an_unknown_or_missing_name() -> Non
 def test_refused_command_lines(line: str, message: str) -> None:
     with pytest.raises(ServerArgsError, match=message):
         parse(line)
+
+
+def test_no_flag_of_ours_is_taken_for_another_programs_and_what_is_named_in_its_place_is_ours() -> None:
+    ours = {option for flag in FLAGS for option in flag.options}
+    assert not [option for option in ours for pattern in ELSEWHERE if option == pattern]
+    assert set(RENAMED.values()) <= ours
+    named = {word.rstrip(",;") for said in ELSEWHERE.values() for word in said.split() if word.startswith("--")}
+    assert named <= ours
+
+
+def test_flags_of_other_programs_are_known_in_the_environment_and_in_a_file_too(tmp_path: Path) -> None:
+    with pytest.raises(ServerArgsError, match="SGL_JAX_MAX_NUM_SEQS names no flag: here it is --max-running-requests"):
+        parse(SGL_JAX_MAX_NUM_SEQS="4")
+    config = tmp_path / "server.yaml"
+    config.write_text("max_model_len: 8192")
+    with pytest.raises(ServerArgsError, match="its key max_model_len is not a flag: here it is --context-length"):
+        parse(f"--model-path m --config {config}")
+
+
+def test_short_names_of_the_parallel_sizes() -> None:
+    args = parse("--model-path m --tp 4 --dp 2 --ep 8")
+    assert (args.tp_size, args.dp_size, args.ep_size) == (4, 2, 8)
+
+
+def test_help_says_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "how tokens are drafted (default: off). Refused for now: speculative decoding is not built yet" in text
+    assert "`cuda` is refused: write gpu" in text
+
+
+def test_the_defaults_that_are_told_are_the_platforms() -> None:
+    from sgl_jax.runtime.platform import PLATFORMS
+
+    told = {flag.name: flag.about.unset for flag in FLAGS}
+    tpu, gpu, cpu = (PLATFORMS[name] for name in ("tpu", "gpu", "cpu"))
+    for name, value in (
+        ("mem_fraction_static", "mem_fraction"),
+        ("max_running_requests", "max_running_requests"),
+        ("chunked_prefill_size", "chunked_prefill_size"),
+    ):
+        assert getattr(tpu, value) == getattr(gpu, value)
+        assert told[name].startswith(f"{getattr(tpu, value)}, on CPU {getattr(cpu, value)}")
+    assert {each.page_size for each in (tpu, gpu, cpu)} == {16}
+    assert told["page_size"].endswith("else 16")
 
 
 def test_command_line_wins_over_environment_over_config_file_over_defaults(tmp_path: Path) -> None:
@@ -272,9 +335,8 @@ def test_compilation_cache_dir_follows_jax_then_the_users_cache(monkeypatch: pyt
 
 def test_notices_say_what_was_accepted_without_effect() -> None:
     assert ServerArgs(model_path="m").notices() == {}
-    notices = parse(PUBLISHED[0] + " --enable-mixed-chunk").notices()
-    assert list(notices) == ["--trust-remote-code", "--enable-mixed-chunk", "--dist-init-addr"]
-    assert "always on" in notices["--enable-mixed-chunk"]
+    notices = parse(PUBLISHED[0]).notices()
+    assert list(notices) == ["--trust-remote-code", "--dist-init-addr"]
     assert "never run" in notices["--trust-remote-code"]
 
 

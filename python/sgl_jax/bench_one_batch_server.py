@@ -11,10 +11,14 @@ from sgl_jax.benchmark.terminal import exit_code
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 when a case failed, 2 for a mistake in the use, 130 when interrupted."""
-    args, server_flags = parse_one_batch_server(argv)
-    from sgl_jax.benchmark.one_batch_server import TOOL, measure_batches
 
-    return exit_code(TOOL, lambda: measure_batches(args, server_flags))
+    def run() -> int:
+        args, server_flags = parse_one_batch_server(argv)
+        from sgl_jax.benchmark.one_batch_server import measure_batches
+
+        return measure_batches(args, server_flags)
+
+    return exit_code("bench_one_batch_server", run)
 
 
 if __name__ == "__main__":

@@ -16,10 +16,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sgl_jax.benchmark.sweep import main as sweep
 
         return sweep(list(argv[1:]))
-    args = parse_serving(argv)
-    from sgl_jax.benchmark.serving import TOOL, serve_load
 
-    return exit_code(TOOL, lambda: serve_load(args))
+    def run() -> int:
+        args = parse_serving(argv)
+        from sgl_jax.benchmark.serving import serve_load
+
+        return serve_load(args)
+
+    return exit_code("bench_serving", run)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from sgl_jax.environment import machine, packages, probing
 from sgl_jax.environment.facts import PLATFORMS, Facts, Gpus, Machine, Platform, Probe, Report, Tpus
 from sgl_jax.environment.report import render
 from sgl_jax.environment.verdicts import judge, notices
+from sgl_jax.flag_parser import FlagError, Parser
 from sgl_jax.server_args import ENV_PREFIX, default_compilation_cache_dir, environment
 
 # Variables that change what jax, the accelerators' runtimes, downloads or this program do.
@@ -107,8 +108,26 @@ def public(text: str, home: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 when a platform, or the one asked for, is usable, else 1."""
-    parser = argparse.ArgumentParser(
+    """Returns the exit code: 0 when a platform, or the one asked for, is usable, else 1; 2 for a mistake in the use."""
+    try:
+        options = _parser().read(argv)
+    except FlagError as error:
+        print(f"check_env: error: {error}", file=sys.stderr)
+        return 2
+    if sys.stderr.isatty():
+        print(f"trying the platforms out, for {options.timeout:g} s at most ...", file=sys.stderr)
+    usable = check_env(options.timeout).usable
+    if not (options.platform in usable if options.platform else usable):
+        return 1
+    if options.selftest:
+        # The best one that was found usable, as a server takes it.
+        platform = options.platform or next(name for name in PLATFORMS if name in usable)
+        return 0 if _selftest(platform) else 1
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m sgl_jax.check_env",
         description="What this machine has for serving: versions, devices, limits, and a verdict on TPU, GPU and CPU.",
         epilog="Exit code: 0 when a platform is usable (with --platform, that one) and no self-test failed, else 1.",
@@ -127,17 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="then check kernels against references on the platform's devices, and time a step; takes minutes",
     )
-    options = parser.parse_args(argv)
-    if sys.stderr.isatty():
-        print(f"trying the platforms out, for {options.timeout:g} s at most ...", file=sys.stderr)
-    usable = check_env(options.timeout).usable
-    if not (options.platform in usable if options.platform else usable):
-        return 1
-    if options.selftest:
-        # The best one that was found usable, as a server takes it.
-        platform = options.platform or next(name for name in PLATFORMS if name in usable)
-        return 0 if _selftest(platform) else 1
-    return 0
+    return parser
 
 
 def _selftest(platform: Platform) -> bool:

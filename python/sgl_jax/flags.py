@@ -11,18 +11,12 @@ import os
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from sgl_jax.flag_parser import NOTHING, Elsewhere, FlagError, Parser, hint_about, option_named
+
 HIDDEN = "***"
-
-
-class FlagError(ValueError):
-    """A value that cannot be honoured: the message states flag, value, limit and what to do."""
-
-    def __init__(self, flag: str, message: str):
-        super().__init__(message)
-        self.flag = flag  # as on the command line; empty when the error is about no single flag
 
 
 class Rule(NamedTuple):
@@ -89,7 +83,7 @@ class Flag(NamedTuple):
 
     @property
     def option(self) -> str:
-        return "--" + self.name.replace("_", "-")
+        return option_named(self.name)
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -113,6 +107,13 @@ class Flag(NamedTuple):
         if self.kind is bool:
             return f"default: {'on' if self.field.default else 'off'}"
         return f"default: {self.field.default}"
+
+    @property
+    def refusals(self) -> list[str]:
+        """What of it is not taken, a sentence each."""
+        about = self.about
+        found = [f"Refused for now: {about.not_built} is not built yet"] if about.not_built else []
+        return found + [f"`{value}` is refused: {reason}" for value, reason in about.refused.items()]
 
     def is_default(self, value: Any) -> bool:
         if self.field.default_factory is not dataclasses.MISSING:
@@ -173,16 +174,18 @@ def flags_of(cls: type) -> tuple[Flag, ...]:
 # --- where values come from: each reader returns raw values by field name ---------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> typing.NoReturn:
-        raise FlagError("", message.removeprefix("argument "))
-
-
 def read_command_line(
-    flags: Sequence[Flag], argv: Sequence[str], *, usage: str, description: str, epilog: str, version: str
+    flags: Sequence[Flag],
+    argv: Sequence[str],
+    *,
+    usage: str = "",
+    description: str = "",
+    epilog: str = "",
+    version: str = "",
+    elsewhere: Elsewhere = NOTHING,
 ) -> dict[str, Any]:
     """Also takes --config, kept under "config". `--help` and `--version` print and exit."""
-    parser = _Parser(
+    parser = Parser(
         usage=usage,
         description=description,
         epilog=epilog,
@@ -200,7 +203,7 @@ def read_command_line(
         if each.about.group not in groups:
             groups[each.about.group] = parser.add_argument_group(each.about.group)
         group = groups[each.about.group]
-        text = f"{each.about.help} ({each.default_text})"
+        text = ". ".join((f"{each.about.help} ({each.default_text})", *each.refusals))
         if each.kind is bool:
             group.add_argument(*each.options, dest=each.name, action="store_true", help=text)
             off = f"--no-{each.option.removeprefix('--')}"
@@ -209,16 +212,13 @@ def read_command_line(
             group.add_argument(*each.options, dest=each.name, metavar=each.metavar, help=text)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        word = unknown[0].split("=")[0]
-        if not word.startswith("-"):
-            raise FlagError("", f"{word!r} follows no flag; every value needs one, as in --model-path PATH")
-        close = _nearest(word, ["--config", *(option for each in flags for option in each.options)])
-        hint = f", did you mean {close}?" if close else "; --help lists them all"
-        raise FlagError(word, f"{word} is not a flag{hint}")
+        raise parser.unknown(unknown[0], argv, elsewhere)
     return vars(given)
 
 
-def read_environ(flags: Sequence[Flag], environ: Mapping[str, str], prefix: str) -> dict[str, Any]:
+def read_environ(
+    flags: Sequence[Flag], environ: Mapping[str, str], prefix: str, elsewhere: Elsewhere = NOTHING
+) -> dict[str, Any]:
     """An empty variable counts as unset: that is how compose files and charts leave one out."""
     # Kubernetes describes every Service of a namespace in variables made from the Service's name, so a Service called
     # sgl-jax sets SGL_JAX_PORT=tcp://10.0.0.1:30000 and more. They are not ours.
@@ -233,8 +233,8 @@ def read_environ(flags: Sequence[Flag], environ: Mapping[str, str], prefix: str)
         if service_link.fullmatch(variable) and (variable not in names or "://" in value):
             continue
         if variable not in names:
-            close = _nearest(variable, names)
-            hint = f", did you mean {close}?" if close else ""
+            options = {option_named(name): variable for variable, name in names.items()}
+            hint = hint_about(option_named(variable.removeprefix(prefix).lower()), options, elsewhere)
             raise FlagError(variable, f"the environment variable {variable} names no flag{hint}")
         found[names[variable]] = value
     return found
@@ -244,11 +244,11 @@ def variable_name(flag: Flag, prefix: str) -> str:
     return prefix + flag.name.upper()
 
 
-def read_config(flags: Sequence[Flag], path: str) -> dict[str, Any]:
+def read_config(flags: Sequence[Flag], path: str, elsewhere: Elsewhere = NOTHING) -> dict[str, Any]:
     """Keys are flag names or aliases, with - or _; a null value counts as not given."""
     import yaml
 
-    names = {option.removeprefix("--"): flag.name for flag in flags for option in flag.options}
+    names = {option: flag.name for flag in flags for option in flag.options}
     said = f"--config is {path}"
     try:
         with open(os.path.expanduser(path), encoding="utf-8") as file:
@@ -261,18 +261,13 @@ def read_config(flags: Sequence[Flag], path: str) -> dict[str, Any]:
         raise FlagError("--config", f"{said}; it must hold lines like 'page-size: 16'")
     found = {}
     for key, value in (content or {}).items():
-        name = names.get(str(key).replace("_", "-"))
+        option = option_named(str(key))
+        name = names.get(option)
         if name is None:
-            close = _nearest(str(key).replace("_", "-"), names)
-            hint = f", did you mean {close}?" if close else "; --help lists them all"
+            options = {option: option.removeprefix("--") for option in names}
+            hint = hint_about(option, options, elsewhere) or "; --help lists them all"
             raise FlagError("--config", f"{said}; its key {key} is not a flag{hint}")
         if name in found:
             raise FlagError("--config", f"{said}; it sets {name.replace('_', '-')} twice, keep one")
         found[name] = value
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _nearest(word: str, names: Iterable[str]) -> str | None:
-    import difflib
-
-    return next(iter(difflib.get_close_matches(word, names, n=1)), None)

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from sgl_jax.benchmark.arguments import new_parser
+from sgl_jax.benchmark.terminal import exit_code
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m sgl_jax.profile_stages", description="Where a profile's time went.")
+    return exit_code("profile_stages", lambda: _show(argv))
+
+
+def _show(argv: list[str] | None) -> int:
+    usage = "python -m sgl_jax.profile_stages PROFILE [--perfetto FILE]"
+    parser = new_parser(usage, "Where a profile's time went.")
     parser.add_argument("profile", type=Path, help="an .xplane.pb file, or a folder: its newest one")
     parser.add_argument("--perfetto", type=Path, metavar="FILE", help="also write the stages as a trace, a .json.gz")
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
 
     from sgl_jax.benchmark.stages import find_profile, read_profile, table, write_perfetto
 

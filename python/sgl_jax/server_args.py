@@ -28,6 +28,7 @@ from sgl_jax.flags import (
     variable_name,
 )
 from sgl_jax.flags import FlagError as ServerArgsError
+from sgl_jax.foreign_flags import ELSEWHERE
 from sgl_jax.hub import MODELSCOPE, Downloads
 
 ENV_PREFIX = "SGL_JAX_"
@@ -146,7 +147,7 @@ class ServerArgs:
         secret=True,
         per_host=True,
     )
-    stream_interval: int = flag(1, SERVER, "tokens per streamed chunk", rule=at_least(1), per_host=True)
+    stream_interval: int = flag(1, SERVER, "tokens per streamed chunk after the first", rule=at_least(1), per_host=True)
     skip_server_warmup: bool = flag(
         False,
         SERVER,
@@ -170,7 +171,7 @@ class ServerArgs:
         None,
         DEVICE,
         "share of the device's memory for weights and KV cache",
-        unset="chosen for the device",
+        unset="0.88, on CPU 0.4",
         metavar="SHARE",
         rule=_IN_0_1,
     )
@@ -182,7 +183,11 @@ class ServerArgs:
         rule=at_least(1),
     )
     page_size: int | None = flag(
-        None, DEVICE, "tokens per page, the unit of prefix sharing", unset="chosen for the device", rule=_PAGE_SIZE
+        None,
+        DEVICE,
+        "tokens per page, the unit of prefix sharing",
+        unset="128 with the fa kernels, else 16",
+        rule=_PAGE_SIZE,
     )
     disable_radix_cache: bool = flag(False, DEVICE, "never reuse the KV of a shared prefix")
 
@@ -191,7 +196,11 @@ class ServerArgs:
         "fcfs", SCHEDULING, "who is admitted first: first come, or longest prefix match"
     )
     max_running_requests: int | None = flag(
-        None, SCHEDULING, "requests in one step", unset="chosen for device and memory", rule=at_least(1)
+        None,
+        SCHEDULING,
+        "requests in one step",
+        unset="256, on CPU 32; less if the KV cache is small",
+        rule=at_least(1),
     )
     max_queued_requests: int | None = flag(
         None,
@@ -203,13 +212,18 @@ class ServerArgs:
     chunked_prefill_size: int | None = flag(
         None,
         SCHEDULING,
-        "most prompt tokens in a step; with -1 only --max-prefill-tokens limits it",
-        unset="chosen for the device",
+        "most prompt tokens in a step; --max-prefill-tokens counts if it is smaller, or with -1",
+        unset="2048, on CPU 256",
         rule=_CHUNK,
     )
-    max_prefill_tokens: int = flag(16384, SCHEDULING, "most prompt tokens in a step", rule=at_least(1))
-    enable_mixed_chunk: bool | None = flag(
-        None, SCHEDULING, "accepted, with no effect: prompts and decodes always share steps", unset="always on"
+    max_prefill_tokens: int = flag(
+        16384, SCHEDULING, "most prompt tokens in a step where --chunked-prefill-size allows more", rule=at_least(1)
+    )
+    enable_mixed_chunk: bool = flag(
+        True,
+        SCHEDULING,
+        "prompts and decodes share steps, always",
+        refused={"False": "steps are always shared, leave the flag out"},
     )
     disable_overlap_schedule: bool = flag(
         False, SCHEDULING, "plan a step only when the tokens of the one before have arrived"
@@ -242,14 +256,14 @@ class ServerArgs:
         "devices each layer is divided over",
         unset="1; sgl_jax.compile takes all of a topology",
         rule=at_least(1),
-        aliases=("--tensor-parallel-size",),
+        aliases=("--tensor-parallel-size", "--tp"),
     )
     dp_size: int = flag(
         1,
         PARALLEL,
         "groups of --tp-size devices that attend to requests of their own; MLPs and experts are divided over all of them",
         rule=at_least(1),
-        aliases=("--data-parallel-size",),
+        aliases=("--data-parallel-size", "--dp"),
     )
     dp_schedule_policy: Literal["cache_aware", "fewest_running", "round_robin"] = flag(
         "cache_aware", PARALLEL, "which of the groups takes a request"
@@ -259,7 +273,7 @@ class ServerArgs:
         PARALLEL,
         "groups of devices that the experts are spread over; within a group each expert is divided",
         rule=at_least(1),
-        aliases=("--expert-parallel-size",),
+        aliases=("--expert-parallel-size", "--ep"),
     )
     enable_sequence_parallel: bool = flag(
         False, PARALLEL, "divide the tokens between attention and MLP, too, over the devices of a group"
@@ -340,11 +354,6 @@ class ServerArgs:
             )
         if self.nnodes > 1:
             self._check_machines()
-        if self.enable_mixed_chunk is False:
-            raise ServerArgsError(
-                "--enable-mixed-chunk",
-                "--enable-mixed-chunk is off; it cannot be: prompts and decodes always share steps, leave the flag out",
-            )
         tokens, page_size = self.max_total_tokens, self.page_size
         if tokens is not None and page_size is not None and tokens < page_size:
             raise ServerArgsError(
@@ -382,8 +391,6 @@ class ServerArgs:
             found["--trust-remote-code"] = (
                 "--trust-remote-code has no effect: models run on our own code, code from a model folder is never run."
             )
-        if self.enable_mixed_chunk:
-            found["--enable-mixed-chunk"] = "--enable-mixed-chunk has no effect: mixed batches are always on."
         if self.dist_init_addr is not None and self.nnodes == 1:
             found["--dist-init-addr"] = "--dist-init-addr is not used: there is one machine (--nnodes 1)."
         if self.enable_sequence_parallel and self.tp_size in (None, 1):
@@ -428,13 +435,14 @@ class ServerArgs:
             description="Serve a large language model to OpenAI clients.",
             epilog=_EPILOG,
             version=f"sgl_jax {__version__}",
+            elsewhere=ELSEWHERE,
         )
-        variables = read_environ(FLAGS, environ, ENV_PREFIX)
+        variables = read_environ(FLAGS, environ, ENV_PREFIX, ELSEWHERE)
         config = command_line.pop("config", variables.pop("config", None))
         values: dict[str, Any] = {"compilation_cache_dir": default_compilation_cache_dir(environ)}
         sources: dict[str, str] = {}  # by option, for error messages
         if config is not None:
-            values |= (found := read_config(FLAGS, config))
+            values |= (found := read_config(FLAGS, config, ELSEWHERE))
             sources |= {BY_NAME[name].option: f" (set in {config})" for name in found}
         values |= variables
         sources |= {BY_NAME[name].option: f" (set by {variable_name(BY_NAME[name], ENV_PREFIX)})" for name in variables}

@@ -132,3 +132,5 @@ def test_what_is_no_profile_is_said(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "is not a profile" in capsys.readouterr().err
     assert profile_stages.main([str(tmp_path / "none")]) == 1
     assert "no .xplane.pb file there" in capsys.readouterr().err
+    assert profile_stages.main([str(tmp_path), "--perfeto", "x"]) == 2
+    assert capsys.readouterr().err == "profile_stages: error: --perfeto is not a flag, did you mean --perfetto?\n"

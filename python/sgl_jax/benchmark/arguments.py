@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from sgl_jax.benchmark.protocols import BACKENDS, REQUEST_TIMEOUT_S
+from sgl_jax.flag_parser import Parser
 
 NUM_PROMPTS = 1000  # of data sets that are drawn without end, or too large to be sent as a whole
 OF_TEXT = ("random", "sharegpt", "custom", "generated-shared-prefix")
 OF_IDS = ("random-ids", "mooncake")
 
 
-def serving_parser() -> argparse.ArgumentParser:
+def serving_parser() -> Parser:
     parser = new_parser(
         "python -m sgl_jax.bench_serving [flags]\n       python -m sgl_jax.bench_serving sweep [flags]",
         "Sends the requests of a data set to a server and measures what comes back.",
@@ -28,9 +29,9 @@ def serving_parser() -> argparse.ArgumentParser:
 
 
 def parse_serving(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Prints what is wrong and exits with code 2 for flags that cannot be honoured."""
+    """Raises FlagError for flags that cannot be honoured."""
     parser = serving_parser()
-    args = parser.parse_args(argv)
+    args = parser.read(argv)
     if args.use_trace_timestamps and args.request_rate != float("inf"):
         parser.error("--use-trace-timestamps and --request-rate both say when to send; give one")
     if not args.profile and (args.profile_output_dir or args.profile_num_steps):
@@ -42,11 +43,9 @@ def parse_serving(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def new_parser(
-    usage: str, description: str, epilog: str | None = None, *, allow_abbrev: bool = False
-) -> argparse.ArgumentParser:
+def new_parser(usage: str, description: str, epilog: str | None = None, *, allow_abbrev: bool = False) -> Parser:
     """Without abbreviations by default: what a parser does not know may be a flag of the server."""
-    return argparse.ArgumentParser(
+    return Parser(
         usage=usage,
         description=description,
         epilog=epilog,

@@ -16,6 +16,7 @@ from sgl_jax.benchmark.arguments import add_dataset_arguments, json_object, new_
 from sgl_jax.benchmark.server_process import START_TIMEOUT_S, server_arguments
 from sgl_jax.benchmark.terminal import BenchmarkError
 from sgl_jax.flags import FlagError, read_command_line
+from sgl_jax.foreign_flags import ELSEWHERE
 from sgl_jax.observability import log
 from sgl_jax.server_args import FLAGS, SERVER, ServerArgs
 
@@ -94,8 +95,7 @@ def one_batch_server_parser() -> argparse.ArgumentParser:
 
 
 def parse_one_batch_server(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and what is left for the server. Prints what is wrong and exits with code 2 where they cannot be
-    honoured."""
+    """The flags, and what is left for the server. Raises FlagError where they cannot be honoured."""
     parser = one_batch_server_parser()
     args, server_flags = parser.parse_known_args(argv)
     if args.profile_output_dir is not None and not args.profile:
@@ -106,7 +106,7 @@ def parse_one_batch_server(argv: Sequence[str] | None = None) -> tuple[argparse.
 def running_target(base_url: str, server_flags: Sequence[str]) -> Target:
     """The server that runs at `base_url`; flags about how a server is started are refused."""
     try:
-        given = read_command_line(FLAGS, server_flags, usage="", description="", epilog="", version="")
+        given = read_command_line(FLAGS, server_flags, elsewhere=ELSEWHERE)
     except FlagError as error:
         raise BenchmarkError(str(error)) from None
     for name in given:

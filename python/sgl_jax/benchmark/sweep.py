@@ -53,9 +53,9 @@ _COLUMNS = (
 def main(argv: Sequence[str]) -> int:
     """Returns the exit code: 0 when every case is measured, 1 when one failed, 2 for a mistake in the use, 130 when
     interrupted."""
-    args, server_flags = parse_sweep(argv)
 
     def run() -> int:
+        args, server_flags = parse_sweep(argv)
         server: Mapping[str, Any] | str = base_url(args)
         if args.model_path is not None:
             changed = server_arguments(server_flags).changed()

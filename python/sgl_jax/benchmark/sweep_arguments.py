@@ -73,8 +73,8 @@ def sweep_parser() -> argparse.ArgumentParser:
 
 
 def parse_sweep(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags, and those of the server to start (none without --model-path). Prints what is wrong and exits with code
-    2 where they cannot be honoured."""
+    """The flags, and those of the server to start (none without --model-path). Raises FlagError where they cannot be
+    honoured."""
     parser = sweep_parser()
     args, rest = parser.parse_known_args(argv)
     for name, instead in _INSTEAD.items():

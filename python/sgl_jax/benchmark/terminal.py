@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sgl_jax.flag_parser import FlagError
+
 SOME_FAILED, BAD_USE, INTERRUPTED = 1, 2, 130
 
 
@@ -15,10 +17,10 @@ class BenchmarkError(Exception):
 
 
 def exit_code(tool: str, run: Callable[[], int]) -> int:
-    """What `run` returns; 2 for a BenchmarkError, 130 for Ctrl-C."""
+    """What `run` returns; 2 for a BenchmarkError and for a flag that is refused, 130 for Ctrl-C."""
     try:
         return run()
-    except BenchmarkError as error:
+    except (BenchmarkError, FlagError) as error:
         say(tool, f"error: {error}")
         return BAD_USE
     except KeyboardInterrupt:

@@ -1,0 +1,74 @@
+"""How a command line is read, and what is said of one that cannot be: for the server's flags and every tool's own."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+
+type Elsewhere = Mapping[str, str]  # by patterns of other programs' flags: what completes "… is not a flag: …"
+NOTHING: Elsewhere = types.MappingProxyType({})
+
+
+class FlagError(ValueError):
+    """A value that cannot be honoured: the message states flag, value, limit and what to do."""
+
+    def __init__(self, flag: str, message: str):
+        super().__init__(message)
+        self.flag = flag  # as on the command line; empty when the error is about no single flag
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises FlagError, a line with a hint, where argparse prints the usage and ends the process."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        option, _, said = message.removeprefix("argument ").partition(": ")
+        if said.startswith("ignored explicit argument"):  # argparse's words for --switch=true, which is an error
+            raise self._takes_no_value(option.split("/")[0])
+        raise FlagError("", message.removeprefix("argument "))
+
+    def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
+        """Of a tool that has no flags but these; None is this process's command line."""
+        argv = sys.argv[1:] if argv is None else argv
+        found, unknown = self.parse_known_args(argv)
+        if unknown:
+            raise self.unknown(unknown[0], argv)
+        return found
+
+    def unknown(self, word: str, argv: Sequence[str], elsewhere: Elsewhere = NOTHING) -> FlagError:
+        """About the first word of `argv` that could not be read."""
+        if not word.startswith("-"):
+            for before, at in itertools.pairwise(argv):
+                action = self._option_string_actions.get(before)
+                if at == word and action is not None and action.nargs == 0:
+                    return self._takes_no_value(before)
+            return FlagError("", f"{word!r} follows no flag; every value needs one")
+        word = word.partition("=")[0]
+        options = {option: option for option in self._option_string_actions}
+        hint = hint_about(word, options, elsewhere) or "; --help lists them all"
+        return FlagError(word, f"{word} is not a flag{hint}")
+
+    def _takes_no_value(self, switch: str) -> FlagError:
+        off = f"--no-{switch.removeprefix('--')}"
+        hint = f"; {off} turns it off" if off in self._option_string_actions else ""
+        return FlagError(switch, f"{switch} takes no value{hint}")
+
+
+def option_named(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def hint_about(option: str, options: Mapping[str, str], elsewhere: Elsewhere) -> str:
+    """What another program's flag is here, else the one of `options` that is very much like it, as its value has it."""
+    import difflib
+    import fnmatch
+
+    for pattern, said in elsewhere.items():
+        if fnmatch.fnmatchcase(option, pattern):
+            return f": {said}"
+    # 0.75: --max-model-len is not like --max-total-tokens
+    close = next(iter(difflib.get_close_matches(option, options, n=1, cutoff=0.75)), None)
+    return f", did you mean {options[close]}?" if close else ""
