@@ -13,6 +13,7 @@ _MAX_INT = 2**31 - 1  # what a device row holds
 MAX_LOGPROBS = 20  # OpenAI's limit; the step program always returns this many candidates
 MAX_LOGIT_BIAS = 1024  # entries a device row can hold
 MAX_STOP_TOKENS = 64  # token ids that can be held back until min_tokens
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # stop strings, and characters of one: each token's text is searched for all
 
 
 class InvalidParameter(ValueError):
@@ -68,8 +69,15 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             )
         if isinstance(self.stop, str):
             raise InvalidParameter("stop", f"stop is the string {self.stop!r}; it must be a sequence of strings")
-        if any(not s for s in self.stop):
+        if len(self.stop) > MAX_STOPS:
+            raise InvalidParameter("stop", f"stop has {len(self.stop)} strings; the limit is {MAX_STOPS}")
+        lengths = [len(each) for each in self.stop]
+        if not all(lengths):
             raise InvalidParameter("stop", "a stop string must not be empty")
+        if max(lengths, default=0) > MAX_STOP_LENGTH:
+            raise InvalidParameter(
+                "stop", f"a stop string has {max(lengths)} characters; the limit is {MAX_STOP_LENGTH}"
+            )
 
     def _check_ranges(self) -> None:
         for name, low, high in (

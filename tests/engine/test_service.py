@@ -7,10 +7,20 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from sgl_jax.engine.generation import EngineFailed, GenerationRequest, QueueFull, ServiceUnavailable
-from sgl_jax.engine.messages import Abort, EngineDied, Finished, Generate, PromptScored, Ready, StepOutput
+from sgl_jax.engine.messages import (
+    Abort,
+    EngineDied,
+    Finished,
+    Generate,
+    PromptScored,
+    Ready,
+    StepOutput,
+    TokenLogprobs,
+)
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import FinishReason, InvalidParameter, SamplingParams
 from sgl_jax.testing.fake_core import fake_info
@@ -125,6 +135,52 @@ def test_a_stop_string_aborts_and_drops_what_came_after() -> None:
         assert transport.sent[-1] == Abort([key])
         transport.emit(StepOutput([key], [TIME], finished=[Finished(key, FinishReason("abort"))]))
         assert service.num_live == 0
+
+    run(test)
+
+
+def test_a_stop_string_in_the_last_token_before_eos_leaves_eos_out() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        generation = service.submit([request(stop=("time",), logprobs=0)], stream=False)
+        [key] = transport.keys()
+        for token in (A, TIME):
+            transport.emit(StepOutput([key], [token], logprobs={0: TokenLogprobs(-1.0)}))
+        eos = Finished(key, FinishReason("stop", 2))
+        transport.emit(StepOutput([key], [2], logprobs={0: TokenLogprobs(-1.0)}, finished=[eos]))
+        [update] = await collect(generation)
+        assert (update.text, update.token_ids, len(update.logprobs)) == (" a ", [A, TIME], 2)
+        assert update.finish == FinishReason("stop", "time")
+
+    run(test)
+
+
+@pytest.mark.parametrize(("ended", "finish"), [("length", "length"), ("stop", "length"), ("abort", "abort")])
+def test_scoring_shows_no_token_whatever_it_is_and_says_when_it_was_aborted(ended: Any, finish: str) -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        asked = GenerationRequest([ONCE], SamplingParams(max_tokens=1, stop=("upon",)), score_only=True)
+        generation = service.submit([asked], stream=False)
+        [key] = transport.keys()
+        tokens = ([], []) if ended == "abort" else ([key], [UPON])
+        transport.emit(StepOutput(*tokens, finished=[Finished(key, FinishReason(ended))]))
+        [update] = await collect(generation)
+        assert (update.text, update.token_ids, update.finish) == ("", [], FinishReason(finish))
+        assert service.num_live == 0
+
+    run(test)
+
+
+def test_what_cannot_be_sent_leaves_nothing_behind() -> None:
+    async def test() -> None:
+        service, transport = await opened(max_queued_requests=1)
+        transport.send = msgspec.msgpack.encode
+        asked = GenerationRequest([ONCE], SamplingParams(), "same", namespace="\ud800")
+        for _ in range(2):
+            with pytest.raises(UnicodeEncodeError):
+                service.submit([asked], stream=False)
+            assert service.num_live == 0
+        assert await service.drain(0.1)
 
     run(test)
 

@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import httpx
+import msgspec
 import openai
 import uvicorn
 
+from sgl_jax.engine.messages import Command
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
 from sgl_jax.server.app import create_app
@@ -26,6 +28,13 @@ TEMPLATE = Path(__file__).parent / "plain_template.jinja"
 
 def tokenizer() -> Tokenizer:
     return load_tokenizer(MODEL, str(TEMPLATE))
+
+
+class EncodingTransport(ThreadTransport):
+    """Commands cross as they do to another process."""
+
+    def send(self, command: Command) -> None:
+        super().send(msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=Command))
 
 
 class LiveServer:
@@ -47,7 +56,7 @@ class LiveServer:
     async def _main(self) -> None:
         self.loop = asyncio.get_running_loop()
         self.service = GenerationService(
-            ThreadTransport(self._core),
+            EncodingTransport(self._core),
             tokenizer(),
             stream_interval=self.args.stream_interval,
             max_queued_requests=self.args.max_queued_requests,

@@ -40,6 +40,8 @@ def error(answer: httpx.Response) -> dict:
         (CHAT, HELLO | {"logit_bias": {"a": 1}}, "logit_bias.a"),
         (CHAT, HELLO | {"logit_bias": {"512": 1}}, "logit_bias"),
         (CHAT, HELLO | {"stop_token_ids": [512]}, "stop_token_ids"),
+        (CHAT, HELLO | {"stop": ["a"] * 65}, "stop"),
+        (CHAT, HELLO | {"stop": "a" * 1025}, "stop"),
         (CHAT, HELLO | {"top_logprobs": 2}, "top_logprobs"),
         (CHAT, HELLO | {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         (CHAT, HELLO | {"stream_options": {"include_usage": True}}, "stream_options"),
@@ -99,13 +101,28 @@ def test_malformed_json(http: httpx.Client, body: bytes) -> None:
     assert "JSON" in error(answer)["message"]
 
 
-@pytest.mark.parametrize("field", ["rid", "model", "cache_salt", "user"])
-def test_lone_surrogates_break_nothing(http: httpx.Client, field: str) -> None:
-    text = json.dumps(HELLO | {field: "\ud800"})
-    answer = http.post(CHAT, content=text, headers={"Content-Type": "application/json"})
-    assert answer.status_code in (200, 400, 404)
-    content = b'{"messages": [{"role": "user", "content": "\\ud800"}]}'
-    assert http.post(CHAT, content=content, headers={"Content-Type": "application/json"}).status_code == 400
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        (CHAT, {"messages": [{"role": "user", "content": "\ud800"}]}, 400),
+        (CHAT, HELLO | {"rid": "\ud800"}, 400),
+        (CHAT, HELLO | {"model": "\ud800"}, 404),
+        (CHAT, HELLO | {"user": "\ud800"}, 200),
+        (CHAT, HELLO | {"cache_salt": "\ud800"}, 400),
+        ("/generate", {"text": "a", "extra_key": "\ud800"}, 400),
+    ],
+)
+def test_lone_surrogates_break_nothing(http: httpx.Client, path: str, body: dict, status: int) -> None:
+    answer = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    if status == 400:
+        assert error(answer)["type"] == "invalid_request_error"
+
+
+def test_arguments_of_a_past_tool_call_may_be_anything(http: httpx.Client) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[" * 100_000}}
+    past = {"role": "assistant", "content": "a", "tool_calls": [call]}
+    assert http.post(CHAT, json={"messages": [*HELLO["messages"], past]}).status_code == 200
 
 
 def test_a_prompt_that_does_not_fit_is_told_the_three_numbers(client: openai.OpenAI) -> None:

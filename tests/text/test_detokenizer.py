@@ -51,6 +51,27 @@ def test_any_bytes_give_valid_text(tokens: list[int]) -> None:
     "".join(pieces(STORIES, tokens)).encode()
 
 
+def in_batches(tokenizer: Tokenizer, tokens: list[int], size: int) -> str:
+    detokenizer = Detokenizer(tokenizer, PROMPT if tokenizer is STORIES else tokenizer.encode("The"))
+    shown = [detokenizer.push(tokens[i : i + size])[0] for i in range(0, len(tokens), size)]
+    return "".join(shown) + detokenizer.finish()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 8, 16, 100])
+def test_a_batch_of_tokens_may_end_inside_a_character(smollm2: Path, size: int) -> None:
+    text = "今日は良い天気ですね。散歩に行きましょう😀👩‍👩‍👧 안녕하세요"
+    for tokenizer in (STORIES, load_tokenizer(str(smollm2))):
+        found = in_batches(tokenizer, tokenizer.encode(text, add_special_tokens=False), size)
+        assert found.removeprefix(" ") == text
+
+
+def test_text_cut_inside_a_character_is_the_same_streamed_or_not() -> None:
+    tokens = STORIES.encode("今日は良い天気", add_special_tokens=False)[:-1]
+    whole = in_batches(STORIES, tokens, len(tokens))
+    assert whole == in_batches(STORIES, tokens, 1)
+    assert whole.startswith(" 今日は良い天")
+
+
 def test_a_character_of_four_tokens_comes_whole() -> None:
     tokens = STORIES.encode("🤗!", add_special_tokens=False)
     assert pieces(STORIES, tokens) == [" ", "", "", "", "🤗", "!", ""]
@@ -125,6 +146,13 @@ def test_stop_strings_do_not_count_before_min_tokens() -> None:
     total = len(tokens)
     found = "".join(pieces(STORIES, tokens, stop=["upon"], min_tokens=total - 1))
     assert found == STORIES.decode(PROMPT + tokens[:-1])[len("There was") :] + " "
+
+
+def test_a_stop_string_that_ends_after_min_tokens_counts() -> None:
+    tokens = STORIES.encode("upon a time", add_special_tokens=False)
+    assert "".join(pieces(STORIES, tokens, stop=["upon a"], min_tokens=1)) == " "
+    first = len(STORIES.encode("upon a", add_special_tokens=False))
+    assert "".join(pieces(STORIES, tokens, stop=["upon a", "n"], min_tokens=first)) == " upon a time"
 
 
 @given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), st.data())

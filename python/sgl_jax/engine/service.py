@@ -9,21 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any
 
 import msgspec
 
+from sgl_jax.engine import admission
 from sgl_jax.engine.generation import (
     Choice,
     Conflict,
-    DuplicateRequestId,
     EngineFailed,
     Generation,
     GenerationRequest,
-    PromptTooLong,
-    QueueFull,
     ServiceUnavailable,
     Update,
 )
@@ -237,68 +234,28 @@ class GenerationService:
         """Sends the command made for a new call, and waits for its answer; raises what the engine refuses."""
         self.check_ready()
         call = self._new_key()
+        self._transport.send(command(call))  # what cannot be sent leaves nothing behind
         self._calls[call] = future = asyncio.get_running_loop().create_future()
-        self._transport.send(command(call))
         return await future
 
     def _checked(self, request: GenerationRequest) -> GenerationRequest:
-        params, info = request.params, self.info
-        params.validate(info.vocab_size)
-        field, ids = request.prompt_field, request.prompt_ids
-        if not ids:
-            raise InvalidParameter(field, f"{field} is empty; at least one token is needed")
-        if min(ids) < 0 or max(ids) >= info.vocab_size:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise InvalidParameter(field, f"{field} has token id {wrong}; the vocabulary is 0..{info.vocab_size - 1}")
-        limit = min(info.context_length, info.max_total_tokens)
-        room = limit - len(ids)
-        asked = params.max_tokens
-        if room < (asked or 1):
-            wanted = "max_tokens is not set" if asked is None else f"max_tokens is {asked}"
-            raise PromptTooLong(
-                field, f"the prompt has {len(ids)} tokens and {wanted}; prompt and output together hold {limit} at most"
-            )
-        if asked is None:
-            params = msgspec.structs.replace(params, max_tokens=room)
-            if params.min_tokens > room:
-                raise InvalidParameter(
-                    "min_tokens", f"min_tokens is {params.min_tokens}; there is room for {room} tokens"
-                )
-        request_id = request.request_id or uuid.uuid4().hex
-        if request_id in self._keys_of:
-            raise DuplicateRequestId("rid", f"request id {request_id} belongs to a running request")
-        return GenerationRequest(ids, params, request_id, request.namespace, field, request.score_only)
+        return admission.checked(request, self.info, self._keys_of)
 
     def _submit(self, requests: list[GenerationRequest], stream: bool) -> Generation:
-        if len({request.request_id for request in requests}) != len(requests):
-            raise DuplicateRequestId("rid", "two requests have the same id")
-        wanted = sum(request.params.n for request in requests)
-        if self._max_queued is not None and wanted > self._max_queued:  # no waiting would help
-            n, field = max(request.params.n for request in requests), requests[0].prompt_field
-            if n > self._max_queued or len(requests) == 1:
-                raise InvalidParameter("n", f"n is {n}; the limit is {self._max_queued} (--max-queued-requests)")
-            raise InvalidParameter(
-                field,
-                f"{field} has {len(requests)} prompts, with n {wanted} requests; "
-                f"the limit is {self._max_queued} (--max-queued-requests)",
-            )
-        if self._max_queued is not None and self._num_queued + wanted > self._max_queued:
-            raise QueueFull(
-                f"{self._num_queued} requests are waiting and {wanted} came; the limit is {self._max_queued} "
-                "(--max-queued-requests)"
-            )
+        admission.check_queue(requests, self._num_queued, self._max_queued)
         generation = Generation(self, requests, stream)
         now = time.perf_counter()
         for i, request in enumerate(requests):
-            keys = self._keys_of[request.request_id] = [self._new_key() for _ in range(request.params.n)]
+            keys = [self._new_key() for _ in range(request.params.n)]
+            for index, key in enumerate(keys):
+                params = _engine_params(request.params, index)
+                self._transport.send(Generate(key, request.prompt_ids, params, request.namespace))
+            self._keys_of[request.request_id] = keys
             for index, key in enumerate(keys):
                 choice = Choice(key, i, index, generation, self._detokenizer(request), now)
                 generation.open.append(choice)
                 self._choices[key] = choice
-                self._transport.send(
-                    Generate(key, request.prompt_ids, _engine_params(request.params, index), request.namespace)
-                )
-        self._num_queued += wanted
+        self._num_queued += len(generation.open)
         self._idle.clear()
         return generation
 
@@ -336,14 +293,15 @@ class GenerationService:
         text, used = choice.detokenizer.push(shown)
         if choice.detokenizer.matched is None and reason is not None:
             text += choice.detokenizer.finish()
-        if choice.detokenizer.matched is not None:
-            if used < len(shown):
-                tokens, logprobs = tokens[:used], logprobs[:used]
+        if choice.request.score_only:  # the engine makes a token all the same
+            text, tokens, logprobs = "", [], []
+            if reason is not None and reason.type != "abort":
+                reason = FinishReason("length")
+        elif choice.detokenizer.matched is not None:
+            tokens, logprobs = tokens[:used], logprobs[:used]
             if reason is None:
                 self.drop([choice])
             reason = FinishReason("stop", choice.detokenizer.matched)
-        elif choice.request.score_only and reason is not None:
-            text, tokens, logprobs, reason = "", [], [], FinishReason("length")
         return Update(
             choice.prompt,
             choice.index,

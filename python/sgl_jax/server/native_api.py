@@ -19,6 +19,7 @@ from sgl_jax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, Inval
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.openai_types import (
     Body,
+    CacheKey,
     Count,
     DetokenizeRequest,
     Penalty,
@@ -84,7 +85,7 @@ class GenerateRequest(Body):
     top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
     return_text_in_logprobs: bool | None = None
-    extra_key: str | None = Field(None, description="requests share cached prefixes only within one key")
+    extra_key: CacheKey | None = Field(None, description="requests share cached prefixes only within one key")
     # SGLang's, not supported
     audio_data: None = None
     bootstrap_host: None = None

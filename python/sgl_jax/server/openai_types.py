@@ -20,6 +20,7 @@ TokenId = Annotated[int, Field(ge=0, le=_INT64_MAX)]
 TokenIdText = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
 StopString = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=1, le=_INT64_MAX)]
+CacheKey = Annotated[str, Field(max_length=1024)]
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -57,7 +58,7 @@ class SamplingFields(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     rid: Annotated[str, Field(min_length=1)] | None = Field(None, description="a name for /abort_request")
-    cache_salt: str | None = Field(None, description="requests share cached prefixes only within one salt")
+    cache_salt: CacheKey | None = Field(None, description="requests share cached prefixes only within one salt")
     # harmless
     user: str | None = None
     metadata: dict[str, str] | None = None

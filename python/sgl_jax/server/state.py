@@ -96,7 +96,7 @@ def template_messages(messages: Sequence[Message], knows_developer: bool) -> lis
 
 
 def _template_call(call: dict[str, Any]) -> dict[str, Any]:
-    with contextlib.suppress(ValueError):  # not JSON: the template sees the text the client sent
+    with contextlib.suppress(ValueError, RecursionError):  # not JSON: the template sees the text the client sent
         call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     return call
 

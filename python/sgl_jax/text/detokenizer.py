@@ -22,10 +22,10 @@ class IncrementalDecoder:
         self._pending: list[int] = []  # tokens whose text is not
         self._stream = tokenizer.decode_stream(self._context, skip_special_tokens)
 
-    def push(self, tokens: Sequence[int]) -> str:
-        self._pending.extend(tokens)
+    def push(self, token: int) -> str:
+        self._pending.append(token)
         try:
-            text = self._stream.step(self._tokenizer.backend, list(tokens))
+            text = self._stream.step(self._tokenizer.backend, token)
         except Exception:  # the library's "invalid prefix": the context decodes differently once more follows it
             return self.flush()
         if text is None:
@@ -70,16 +70,18 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def push(self, text: str) -> str:
-        """What can be shown now. After a match (`matched` is set) nothing more comes out."""
+    def push(self, text: str, may_match: bool = True) -> str:
+        """What can be shown now. After a match (`matched` is set) nothing more comes out. Stop strings that end in a
+        text that may not match do not count."""
         if not self._stops or not text:
             return text
-        text = self._held + text
-        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            at, _, self.matched = min(found)
-            self._held = ""
-            return text[: at + len(self.matched)] if self._keep_match else text[:at]
+        old, text = len(self._held), self._held + text
+        if may_match:
+            ends_new = ((stop, text.find(stop, max(old - len(stop) + 1, 0))) for stop in self._stops)
+            if found := [(at, -len(stop), stop) for stop, at in ends_new if at >= 0]:
+                at, _, self.matched = min(found)
+                self._held = ""
+                return text[: at + len(self.matched)] if self._keep_match else text[:at]
         held = next((k for k in range(min(self._longest - 1, len(text)), 0, -1) if self._may_start(text[-k:])), 0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
@@ -106,34 +108,26 @@ class Detokenizer:
         min_tokens: int = 0,
     ):
         self._decoder = IncrementalDecoder(tokenizer, prompt_ids, skip_special_tokens)
-        self._stops = StopMatcher(stop, include_stop_str_in_output) if stop else None
-        self._ignore_stops = min_tokens  # stop strings ending in these first tokens do not count
+        self._stops = StopMatcher(stop, include_stop_str_in_output)
+        self._min_tokens = min_tokens  # stop strings ending in these first tokens do not count
+        self._num_tokens = 0
 
     @property
     def matched(self) -> str | None:
         """The stop string that ended the text, if one did."""
-        return self._stops.matched if self._stops else None
+        return self._stops.matched
 
     def push(self, tokens: Sequence[int]) -> tuple[str, int]:
         """The text that can be shown now, and how many of the tokens were used (all, unless a stop string came)."""
-        if self._stops is None:
-            return self._decoder.push(tokens), len(tokens)
-        shown = ""
-        for i, token in enumerate(tokens):
-            text = self._decoder.push((token,))
-            if self._ignore_stops > 0:
-                self._ignore_stops -= 1
-                shown += text
-                continue
-            shown += self._stops.push(text)
+        shown = []
+        for used, token in enumerate(tokens, 1):
+            self._num_tokens += 1
+            shown.append(self._stops.push(self._decoder.push(token), self._num_tokens > self._min_tokens))
             if self._stops.matched is not None:
-                return shown, i + 1
-        return shown, len(tokens)
+                return "".join(shown), used
+        return "".join(shown), len(tokens)
 
     def finish(self) -> str:
         """The text still held back, when no more tokens come. A stop string may still show up in it."""
-        text = self._decoder.flush()
-        if self._stops is None:
-            return text
-        shown = self._stops.push(text)
+        shown = self._stops.push(self._decoder.flush())
         return shown if self._stops.matched is not None else shown + self._stops.flush()
