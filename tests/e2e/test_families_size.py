@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import reference_bailing
@@ -30,10 +29,11 @@ CONFIGS = {
 @pytest.mark.supports("48 layers make the program of 4", FOLDERS)
 @pytest.mark.supports("48 layers make the program of 4", CONFIGS)
 @pytest.mark.parametrize("architecture", [*FOLDERS, *CONFIGS])
-def test_48_layers_make_the_program_of_4(shared_data: Path, architecture: str) -> None:
+def test_48_layers_make_the_program_of_4(request: pytest.FixtureRequest, architecture: str) -> None:
     config = CONFIGS.get(architecture)
     if config is None:
-        config = json.loads((shared_data / "oracle" / FOLDERS[architecture] / "config.json").read_text())
+        folder = request.getfixturevalue("shared_data") / "oracle" / FOLDERS[architecture]
+        config = json.loads((folder / "config.json").read_text())
     shallow, deep = (
         len(program.function.lower(*program.args).as_text())
         for program in (step_program(at_depth(config, layers)) for layers in DEPTHS)

@@ -94,6 +94,56 @@ def test_unknown_parameter_has_its_code(http: httpx.Client) -> None:
     assert error(http.post(CHAT, json=HELLO | {"verbosity": "low"}))["code"] == "unsupported_parameter"
 
 
+STRUCTURED = "structured output is not built"
+IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (CHAT, {"response_format": {"type": "json_object"}}, f"response_format.type json_object {{}}: {STRUCTURED}"),
+        (
+            CHAT,
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            f"response_format.type json_schema {{}}: {STRUCTURED}",
+        ),
+        (CHAT, {"tools": [{"type": "function"}]}, "tools {}: tool calls are not built"),
+        (CHAT, {"tool_choice": "auto"}, "tool_choice auto {}: tool calls are not built"),
+        (
+            CHAT,
+            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
+            "tool_choice {}: tool calls are not built",
+        ),
+        (CHAT, {"modalities": ["audio"]}, "modalities[0] audio {}: images, audio and video are not built"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}]},
+            "messages[0].content[1].type image_url {}: images, audio and video are not built",
+        ),
+        (CHAT, {"guided_json": {}}, f"guided_json {{}}: {STRUCTURED}"),
+        (
+            CHAT,
+            {"separate_reasoning": True},
+            "separate_reasoning {}: splitting the reasoning from the answer is not built",
+        ),
+        (CHAT, {"verbosity": "low"}, "verbosity {}"),
+        ("/v1/completions", {"prompt": "a", "regex": "a"}, f"regex {{}}: {STRUCTURED}"),
+        ("/v1/completions", {"prompt": "a", "lora_path": "a"}, "lora_path {}: LoRA is not built"),
+        ("/generate", {"text": "a", "image_data": ["a"]}, "image_data {}: images, audio and video are not built"),
+        ("/generate", {"text": "a", "sampling_params": {"ebnf": "a"}}, f"sampling_params.ebnf {{}}: {STRUCTURED}"),
+    ],
+)
+def test_what_is_not_built_is_said_to_be(http: httpx.Client, path: str, body: dict, message: str) -> None:
+    found = error(http.post(path, json=HELLO | body if path == CHAT else body))
+    assert found["message"] == message.format("is not supported")
+    assert found["code"] == "unsupported_parameter"
+
+
+def test_a_wrong_choice_is_no_missing_feature(http: httpx.Client) -> None:
+    found = error(http.post(CHAT, json={"messages": [{"role": "robot", "content": "a"}]}))
+    assert found["code"] == "invalid_value"
+
+
 @pytest.mark.parametrize("body", [b"{", b'{"messages": [}', b"[]", b"", b"\xff"])
 def test_malformed_json(http: httpx.Client, body: bytes) -> None:
     answer = http.post(CHAT, content=body, headers={"Content-Type": "application/json"})

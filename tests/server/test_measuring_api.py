@@ -92,7 +92,7 @@ def test_what_is_asked_for_reaches_the_tracer_and_nothing_is_left_to_it_otherwis
         ({"python_tracer_level": 2}, "python_tracer_level", "invalid_value"),
         ({"start_step": 3}, "start_step", "unsupported_parameter"),
         ({"activities": ["GPU"]}, "activities", "unsupported_parameter"),
-        ({"profile_by_stage": True}, "profile_by_stage", "invalid_value"),
+        ({"profile_by_stage": True}, "profile_by_stage", "unsupported_parameter"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(http: httpx.Client, body: dict, param: str, code: str) -> None:
@@ -100,6 +100,21 @@ def test_what_cannot_be_honoured_is_refused_by_name(http: httpx.Client, body: di
     assert answer.status_code == 400
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == (param, code)
+    assert not http.get("/profile_status").json()["running"]
+
+
+@pytest.mark.parametrize("method", ["GET", "POST"])
+def test_parameters_in_the_url_are_refused_not_ignored(http: httpx.Client, method: str) -> None:
+    answer = http.request(method, "/start_profile?num_steps=1")
+    assert (answer.status_code, answer.json()["error"]) == (
+        400,
+        {
+            "message": "num_steps is not taken from the URL; POST it in a JSON body",
+            "type": "invalid_request_error",
+            "param": "num_steps",
+            "code": "unknown_parameter",
+        },
+    )
     assert not http.get("/profile_status").json()["running"]
 
 

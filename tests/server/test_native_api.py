@@ -99,7 +99,7 @@ def test_what_is_not_supported_is_said_so(http: httpx.Client, name: str, value: 
     assert refused.status_code == 400
     found = refused.json()["error"]
     assert (found["param"], found["code"]) == (name, "unsupported_parameter")
-    assert found["message"] == f"{name} is not supported"
+    assert found["message"].startswith(f"{name} is not supported")
     assert http.post("/generate", json={"text": "a", name: None}).status_code == 200
 
 

@@ -25,6 +25,7 @@ from sgl_jax.cache.prefix_cache import Handle, PrefixCache
 from sgl_jax.request import FinishReason, Request
 from sgl_jax.scheduler.placement import PLACEMENTS, RankLoads
 from sgl_jax.scheduler.policy import POLICIES
+from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
 from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan
 
@@ -96,16 +97,14 @@ class Scheduler:
         kinds = {(cache.page_size, cache.enabled) for cache in caches}
         if len(kinds) != 1:
             raise ValueError(f"the caches of all ranks must be alike; their (page size, enabled) are {sorted(kinds)}")
-        ((self._page_size, self._shares),) = kinds
         self.config = config
         self.caches = tuple(caches)
-        self.table = RowTable(len(caches) * config.max_running_requests, config.context_length, self._page_size)
+        self.table = RowTable(len(caches) * config.max_running_requests, config.context_length, caches[0].page_size)
+        self._pages = RowPages(self.table, caches)
         self.waiting: dict[int, Request] = {}  # by key
         self.counters = Counters()
         self._requests: dict[int, Request] = {}  # every live request, by key
-        self._handles: dict[int, Handle] = {}  # the locked prefix of each running row
         self._running = np.empty(0, np.int32)  # rows by rank, within a rank in order of admission
-        self._reload: set[int] = set()  # rows whose page table changed under them
 
     @property
     def num_running(self) -> int:
@@ -174,7 +173,7 @@ class Scheduler:
             order = np.lexsort((num_new > 1, self.table.rank[rows]))  # by rank, single tokens first
             rows, num_new = rows[order], num_new[order]
         plan = self._build(rows, num_new, picks)
-        self._share_prompts(plan)
+        self._pages.share(rows[~plan.from_device])
         self.counters.steps += 1
         return plan
 
@@ -191,7 +190,8 @@ class Scheduler:
             rows, num_new = [decode_rows], [np.ones(len(decode_rows), np.int32)]
             limits = self.config
             budget = [
-                min(limits.max_step_tokens - n, limits.max_prefill_tokens) for n in self._count_by_rank(decode_rows)
+                min(limits.max_step_tokens - n, limits.max_prefill_tokens)
+                for n in self._pages.count_by_rank(decode_rows)
             ]
             for i in np.flatnonzero(~decoding & unfinished):
                 rank = t.rank[run[i]]
@@ -205,28 +205,14 @@ class Scheduler:
             if len(rows) > 1:
                 by_rank = np.argsort(t.rank[all_rows], kind="stable")
                 all_rows, all_new = all_rows[by_rank], all_new[by_rank]
-            need = self._pages_needed(all_rows, all_new)
-            short = self._rank_short_of_pages(all_rows, need)
+            need = self._pages.needed(all_rows, all_new)
+            short = self._pages.short_rank(all_rows, need)
             if short is None:
                 break
             self._preempt(int(run[t.rank[run] == short][-1]))
         if not len(all_rows):
             return _Picks(0, budget)
-        return _Picks(len(decode_rows), budget, [all_rows], [all_new], page_updates=[self._give_pages(all_rows, need)])
-
-    def _count_by_rank(self, rows: np.ndarray) -> list[int]:
-        """How many of the rows each rank has, [M]."""
-        if len(self.caches) == 1:
-            return [len(rows)]
-        return np.bincount(self.table.rank[rows], minlength=len(self.caches)).tolist()
-
-    def _rank_short_of_pages(self, rows: np.ndarray, need: np.ndarray) -> int | None:
-        """The first rank that cannot give its rows need[i] pages each."""
-        if need.sum() <= min(cache.num_available_pages for cache in self.caches):
-            return None
-        wanted = self._count_by_rank(np.repeat(rows, need))
-        short = (rank for rank, cache in enumerate(self.caches) if wanted[rank] > cache.num_available_pages)
-        return next(short, None)
+        return _Picks(len(decode_rows), budget, [all_rows], [all_new], page_updates=[self._pages.give(all_rows, need)])
 
     def _admit(self, picks: _Picks) -> None:
         """Seat waiting requests while a rank has budget, rows and pages for the next of them."""
@@ -244,7 +230,7 @@ class Scheduler:
 
     def _place(self, request: Request, budget: list[int], being_computed: set[_Prefix]) -> _Place | None:
         """The first rank in order of preference that can take it now, or that computes what it should wait for."""
-        running = self._count_by_rank(self._running)
+        running = self._pages.count_by_rank(self._running)
         is_open = [b > 0 and n < self.config.max_running_requests for b, n in zip(budget, running, strict=True)]
         if not any(is_open):
             return None
@@ -273,21 +259,17 @@ class Scheduler:
     def _fits(self, request: Request, handle: Handle, rank: int, num_running: int) -> bool:
         """Room for all its tokens so far, and one more page for each row the rank runs, lest it be preempted at once."""
         locked_anew = sum(len(n.pages) for n in handle.node.path if n.num_locks == 0)
-        need = -(-(len(request.tokens) + 1) // self._page_size) - handle.num_pages
+        need = -(-(len(request.tokens) + 1) // self._pages.page_size) - handle.num_pages
         return need + num_running <= self.caches[rank].num_available_pages - locked_anew
 
     def _seat(self, request: Request, place: _Place, picks: _Picks) -> None:
         t = self.table
         rank, handle = place.rank, place.handle
-        self.caches[rank].lock(handle)
         del self.waiting[request.key]
         row = t.seat(request, rank)
-        self._handles[row] = handle
+        self._pages.seat(row, handle)
         last_of_rank = np.searchsorted(t.rank[self._running], rank, side="right")
         self._running = np.insert(self._running, last_of_rank, row)
-        t.num_computed[row] = handle.num_tokens
-        t.num_pages[row] = handle.num_pages
-        t.page_table[row, : handle.num_pages] = handle.pages
         if not request.admitted:
             request.admitted = True
             request.num_cached_tokens = handle.num_tokens
@@ -308,29 +290,7 @@ class Scheduler:
         rows, new = np.array([row], np.int32), np.array([num_new], np.int32)
         picks.rows.append(rows)
         picks.num_new.append(new)
-        picks.page_updates.append(self._give_pages(rows, self._pages_needed(rows, new)))
-
-    def _pages_needed(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
-        return -(-(self.table.num_computed[rows] + num_new) // self._page_size) - self.table.num_pages[rows]
-
-    def _give_pages(self, rows: np.ndarray, need: np.ndarray) -> np.ndarray:
-        """Append pages of their rank to the tables of rows in order of rank, need[i] to rows[i]; the ranks must have
-        them. Returns the updates, i32[3, need.sum()]."""
-        t = self.table
-        each = np.repeat(np.arange(len(rows)), need)
-        if not len(each):
-            return np.empty((3, 0), np.int32)
-        pages = self._allocate(rows[each])
-        first = np.cumsum(need) - need
-        index = t.num_pages[rows][each] + np.arange(len(pages)) - first[each]
-        t.page_table[rows[each], index] = pages
-        t.num_pages[rows] += need
-        return np.stack([rows[each], index, pages]).astype(np.int32)
-
-    def _allocate(self, rows: np.ndarray) -> np.ndarray:
-        """A page of its rank for each of these rows, which come in order of rank; i32[len(rows)]."""
-        pages = [cache.allocate(n) for cache, n in zip(self.caches, self._count_by_rank(rows), strict=True)]
-        return np.concatenate([p for p in pages if p is not None])  # none is: the caller looked
+        picks.page_updates.append(self._pages.give(rows, self._pages.needed(rows, new)))
 
     def _build(self, rows: np.ndarray, num_new: np.ndarray, picks: _Picks) -> StepPlan:
         """Write the plan and advance the rows past it."""
@@ -341,17 +301,13 @@ class Scheduler:
         samples = end == t.num_tokens[rows]
         is_prompt = end < t.prompt_len[rows]
         next_token = np.where(is_prompt, t.tokens[rows, np.minimum(end, t.tokens.shape[1] - 1)], -1)
-        loads = picks.loads
-        if self._reload:
-            loads = loads + [RowLoad(r, t.page_table[r, : t.num_pages[r]].copy(), None) for r in sorted(self._reload)]
-            self._reload.clear()
         plan = StepPlan(
             keys=t.key[rows],
             rows=rows,
             rank=t.rank[rows],
             start=start,
             num_new=num_new,
-            num_single=np.array(self._count_by_rank(rows[num_new == 1]), np.int32),
+            num_single=np.array(self._pages.count_by_rank(rows[num_new == 1]), np.int32),
             samples=samples,
             from_device=from_device,
             next_token=next_token.astype(np.int32),
@@ -360,7 +316,7 @@ class Scheduler:
             page_updates=np.concatenate(picks.page_updates, axis=1)
             if picks.page_updates
             else np.empty((3, 0), np.int32),
-            loads=loads,
+            loads=picks.loads + self._pages.take_reloads(),
         )
         sampled = rows[samples]
         t.num_computed[rows] = end
@@ -369,25 +325,6 @@ class Scheduler:
         if plan.wants_prompt_logprobs:  # a prompt that is computed is scored
             t.params[sampled, Param.FLAGS] &= ~int(Flag.PROMPT_LOGPROBS)
         return plan
-
-    def _share_prompts(self, plan: StepPlan) -> None:
-        """Put prompt pages this plan computes into the tree: steps run in order, so later plans may read them."""
-        for row in plan.rows[~plan.from_device]:
-            self._hand_over(int(row))
-
-    def _hand_over(self, row: int) -> None:
-        """Extend the row's handle over all its computed whole pages."""
-        t = self.table
-        num_pages = min(int(t.num_computed[row]), int(t.num_known[row])) // self._page_size
-        handle = self._handles[row]
-        if num_pages <= handle.num_pages or not self._shares:
-            return
-        pages = t.page_table[row, :num_pages].copy()
-        tokens = t.tokens[row, : num_pages * self._page_size]
-        handle = self._handles[row] = self.caches[t.rank[row]].extend(handle, tokens, pages)
-        if not np.array_equal(handle.pages, pages):
-            t.page_table[row, :num_pages] = handle.pages
-            self._reload.add(row)
 
     def _prefixes_being_computed(self) -> set[_Prefix]:
         """The prefix each row in prefill is about to complete."""
@@ -398,8 +335,8 @@ class Scheduler:
 
     def _next_page(self, request: Request, rank: int, num_computed: int) -> _Prefix:
         """A prefix, named by its tokens: up to the end of the page that comes next. Unique if the page stays partial."""
-        end = (num_computed // self._page_size + 1) * self._page_size
-        if not self._shares or end > len(request.tokens) - 1:
+        end = (num_computed // self._pages.page_size + 1) * self._pages.page_size
+        if not self._pages.are_shared or end > len(request.tokens) - 1:
             return rank, f"{request.key}", b""
         return rank, request.namespace, request.tokens[:end].tobytes()
 
@@ -411,14 +348,9 @@ class Scheduler:
         self.waiting[request.key] = request
 
     def _leave_row(self, row: int) -> Request:
-        t = self.table
-        self._hand_over(row)
-        handle, cache = self._handles.pop(row), self.caches[t.rank[row]]
-        self._reload.discard(row)
-        cache.free(t.page_table[row, handle.num_pages : t.num_pages[row]])
-        cache.unlock(handle)
+        self._pages.release(row)
         self._running = self._running[self._running != row]
-        return t.unseat(row)
+        return self.table.unseat(row)
 
     def _forget(self, request: Request) -> None:
         self.waiting.pop(request.key, None)
@@ -455,21 +387,12 @@ class Scheduler:
     def check_invariants(self) -> None:
         """Raises AssertionError unless every page and row has exactly one owner and every counter is in order."""
         t = self.table
-        owned: list[list[np.ndarray]] = [[] for _ in self.caches]
-        for r in self._running.tolist():
-            owned[t.rank[r]].append(t.page_table[r, self._handles[r].num_pages : t.num_pages[r]])
-        for cache, pages in zip(self.caches, owned, strict=True):
-            cache.check_invariants(pages)
-        assert sorted(self._handles) == sorted(self._running.tolist())
         assert len(self._running) + t.num_free == len(self.caches) * self.config.max_running_requests
-        assert max(self._count_by_rank(self._running)) <= self.config.max_running_requests
+        assert max(self._pages.count_by_rank(self._running)) <= self.config.max_running_requests
         assert (np.diff(t.rank[self._running]) >= 0).all()
         assert len(self.waiting) + len(self._running) == len(self._requests)
         run = self._running
         assert (t.num_computed[run] <= t.num_tokens[run]).all()
         in_flight = t.num_tokens[run] - t.num_known[run]
         assert ((in_flight >= 0) & (in_flight <= 2)).all(), "more tokens in flight than steps"
-        assert (t.num_pages[run] == -(-t.num_computed[run] // self._page_size)).all()
-        for row in run.tolist():
-            handle = self._handles[row]
-            assert np.array_equal(t.page_table[row, : handle.num_pages], handle.pages)
+        self._pages.check_invariants(run)

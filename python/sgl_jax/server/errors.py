@@ -22,6 +22,7 @@ from sgl_jax.engine.generation import (
     ServiceUnavailable,
 )
 from sgl_jax.request import InvalidParameter
+from sgl_jax.server.not_built import feature_of
 from sgl_jax.server.responses import ErrorBody, ErrorResponse
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError
@@ -115,16 +116,25 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         return ApiError(
             400, "the body must be a JSON object, sent with Content-Type: application/json", code="invalid_json"
         )
+    context = first.get("ctx", {})
     match first["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" if feature_of(field) is None:
             return ApiError(400, f"{field} is not a parameter of this request", param=field, code="unknown_parameter")
+        case "extra_forbidden" | "none_required":
+            return _unsupported(field)
+        case "too_long" if context.get("max_length") == 0:
+            return _unsupported(field)
+        case "literal_error" if " or " not in context["expected"]:  # the one value that asks for nothing
+            return _unsupported(field, first["input"])
         case "missing":
             return ApiError(400, f"{field} is missing", param=field, code="missing_parameter")
-        case "none_required":
-            return ApiError(400, f"{field} is not supported", param=field, code="unsupported_parameter")
-        case "too_long" if first.get("ctx", {}).get("max_length") == 0:
-            return ApiError(400, f"{field} is not supported", param=field, code="unsupported_parameter")
     return ApiError(400, f"{field}: {first['msg']}", param=field, code="invalid_value")
+
+
+def _unsupported(field: str, value: Any = None) -> ApiError:
+    named = f"{field} {value}" if isinstance(value, str) else field
+    reason = f": {feature} not built" if (feature := feature_of(named)) else ""
+    return ApiError(400, f"{named} is not supported{reason}", param=field, code="unsupported_parameter")
 
 
 def _field(loc: Sequence[Any], body: Any) -> tuple[str, int]:

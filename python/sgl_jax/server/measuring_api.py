@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
 from sgl_jax.engine.messages import MachineLimits, ProfileStatus
 from sgl_jax.server.documentation import documented
+from sgl_jax.server.errors import ApiError
 from sgl_jax.server.openai_types import Body
 from sgl_jax.server.state import ServerState, json_response
 
@@ -43,8 +44,16 @@ class StartProfileRequest(Body):
     with_stack: Literal[False] | None = None
 
 
+def _without_query(request: Request) -> None:
+    """What stands behind a ? would be ignored, and a profile without its num_steps has no end."""
+    for name in request.query_params:
+        raise ApiError(
+            400, f"{name} is not taken from the URL; POST it in a JSON body", param=name, code="unknown_parameter"
+        )
+
+
 def router(state: ServerState) -> APIRouter:
-    routes = APIRouter(tags=["Measuring"])
+    routes = APIRouter(tags=["Measuring"], dependencies=[Depends(_without_query)])
     service = state.service
 
     @routes.post("/measure_limits", **documented(MachineLimits, body=False, conflict=True))
