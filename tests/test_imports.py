@@ -55,7 +55,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *SETTINGS,
     ),
     "planning": ("engine", "runtime", "models", "ops", "parallel", "observability", *SETTINGS),
-    "compile": ("planning", "runtime", "observability", *SETTINGS),
+    "compile": ("planning", "observability", *SETTINGS),
     "server": ("engine", "text", "observability", *PLAIN_DATA, *SETTINGS),
     "launch_server": ("server", "engine", "planning", "observability", *SETTINGS),
     "benchmark": ("engine", "environment.machine", "text", "scheduler.rows", "observability", *PLAIN_DATA, *SETTINGS),

@@ -4,19 +4,14 @@ docs/features/compile.md."""
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
-
-import rich.console
 
 from sgl_jax.observability import log
 from sgl_jax.server_args import ServerArgs, ServerArgsError
 
-DOES_NOT_FIT, BAD_USE, INTERRUPTED = 1, 2, 130  # exit codes
+BAD_USE, INTERRUPTED = 2, 130  # exit codes
 
 _DESCRIPTION = """Says what a launch needs and costs on accelerators that need not be here, and compiles its programs.
 Takes every flag of the server as well: python -m sgl_jax.launch_server --help."""
@@ -33,7 +28,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         own, rest = _parser().parse_known_args(argv)
         if own.context < 1:
             raise ServerArgsError("--context", f"--context is {own.context}; it must be at least 1")
-        return _run(own, ServerArgs.from_cli(rest))
+        args = ServerArgs.from_cli(rest)
+        if args.compile_only:
+            raise ServerArgsError(
+                "--compile-only",
+                "--compile-only is a flag of sgl_jax.launch_server alone; this command compiles unless --plan is given",
+            )
+        log.setup(args.log_level)
+        from sgl_jax.planning.commands import compile_for
+
+        return compile_for(args, own.topology, own.context, only_plan=own.plan, json_file=own.json)
     except ServerArgsError as error:
         print(f"compile: error: {error}", file=sys.stderr)
         return BAD_USE
@@ -64,65 +68,6 @@ def _parser() -> argparse.ArgumentParser:
         help="tokens each row has in the cache when steps are counted (default: 1024)",
     )
     return parser
-
-
-def _run(own: argparse.Namespace, args: ServerArgs) -> int:
-    log.setup(args.log_level)
-    import jax
-
-    from sgl_jax.planning import report
-    from sgl_jax.planning.here import report_program
-    from sgl_jax.planning.model import find_model
-    from sgl_jax.planning.plan import Misfit, make_plan
-    from sgl_jax.planning.programs import DoesNotCompile, compile_launch
-    from sgl_jax.planning.target import find_target
-    from sgl_jax.runtime.compiler import use_compile_cache
-    from sgl_jax.runtime.platform import kernels_for
-    from sgl_jax.runtime.topology import set_tpu_environment
-
-    if own.topology not in ("cpu", "gpu"):  # nothing of this machine's is used, or taken from who runs on it
-        set_tpu_environment()
-        jax.config.update("jax_platforms", "cpu")
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 120, quiet=own.json == "-")
-    try:
-        target = find_target(own.topology, args.tp_size, args.dp_size)
-        model = find_model(args.model_path, args.downloads, args.model_package)
-        plan = make_plan(args, model, target, own.context)
-        kernels = kernels_for(args.attention_backend, target.platform, model.config)
-        if not own.plan:
-            target.find_devices()  # what cannot be compiled for is said before the tables
-    except Misfit as error:
-        print(f"compile: it does not fit: {error}", file=sys.stderr)
-        return DOES_NOT_FIT
-    except ValueError as error:  # of the user's making: a flag, a model, a topology
-        print(f"compile: error: {error}", file=sys.stderr)
-        return BAD_USE
-    console.print(report.fit_table(plan), report.step_table(plan))
-    facts, seconds, surplus = None, None, None
-    if not own.plan:
-        if target.is_here:
-            use_compile_cache(args.compilation_cache_dir)
-        started = time.perf_counter()
-        try:
-            facts = compile_launch(model.config, plan.launch, target, kernels, report_program)
-        except DoesNotCompile as error:
-            print(f"compile: it does not compile: {error}", file=sys.stderr)
-            return DOES_NOT_FIT
-        except ValueError as error:  # what an attention backend cannot do shows only now
-            print(f"compile: error: {error}", file=sys.stderr)
-            return BAD_USE
-        seconds = time.perf_counter() - started
-        console.print(report.program_table(facts))
-        console.print(f"Compiled {len(facts)} programs in {seconds:.0f} s.")
-        if surplus := report.overflow(plan, facts):
-            print(f"compile: it does not fit: {surplus}", file=sys.stderr)
-    if own.json:
-        text = json.dumps(report.as_data(plan, facts, seconds), indent=2) + "\n"
-        if own.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(own.json).write_text(text, encoding="utf-8")
-    return DOES_NOT_FIT if surplus else 0
 
 
 if __name__ == "__main__":

@@ -54,12 +54,19 @@ def local_path(path: str, files: Sequence[str], downloads: Downloads, without: S
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) or local.suffix == ".gguf":
+    if not is_hub_id(path):
         raise HubError(
             f"{path}: no such file or folder; give a model folder, a .gguf file or a hub id like Qwen/Qwen3-0.6B"
         )
     download = _from_modelscope if downloads.source == "modelscope" else _from_hugging_face
     return download(path, files, without, downloads)
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether it has the form of a model's id and is nothing on this machine's disks."""
+    local = Path(path).expanduser()
+    has_form = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None and local.suffix != ".gguf"
+    return has_form and not local.exists()
 
 
 def _from_hugging_face(name: str, files: Sequence[str], without: Sequence[str], downloads: Downloads) -> Path:

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.once(logger, flag, message)
 
     if server_args.compile_only:
-        from sgl_jax.planning.here import compile_here
+        from sgl_jax.planning.commands import compile_here
 
         return compile_here(server_args)
 

@@ -11,15 +11,27 @@ import numpy as np
 import pytest
 
 from sgl_jax import bench_one_batch
+from sgl_jax.benchmark import one_batch
 from sgl_jax.benchmark.batch_arguments import Case, parse_one_batch
 from sgl_jax.benchmark.one_batch import DeviceBatch, check_fits, run
 from sgl_jax.benchmark.terminal import BenchmarkError
+from sgl_jax.engine import startup
 from sgl_jax.engine.core import Core
+from sgl_jax.engine.launch_plan import LaunchPlan
+from sgl_jax.planning.model import read_model
+from sgl_jax.planning.plan import launch_of
+from sgl_jax.planning.target import target_here
 from sgl_jax.runtime.machine_limits import NotMeasured
+from sgl_jax.runtime.runner import ModelRunner
+from sgl_jax.server_args import ServerArgs
 from sgl_jax.testing.fake_runner import FakeFlight, FakeRates, FakeRunner, FakeTokens, continuation
 from simulated import make_core, make_request
 
 ROWS, CONTEXT, PAGE_SIZE, PAGES, CHUNK = 4, 64, 4, 40, 8
+LIMITS = [
+    *("--max-running-requests", ROWS, "--context-length", CONTEXT),
+    *("--page-size", PAGE_SIZE, "--max-total-tokens", PAGES * PAGE_SIZE),
+]
 
 
 class ScriptedRunner(FakeRunner):
@@ -167,6 +179,12 @@ def test_a_compile_while_timing_is_a_failure(tmp_path: Path, capsys: pytest.Capt
     assert json.loads(path.read_text())["compiles_after_ready"] == 2
 
 
+@pytest.fixture
+def plan(stories260k: Path) -> LaunchPlan:
+    args = ServerArgs.from_cli(["--model-path", str(stories260k), *map(str, LIMITS)])
+    return launch_of(args, read_model(args.model_path), target_here("cpu", 1))
+
+
 # --- what is computed -------------------------------------------------------------------------------------------------
 
 
@@ -189,10 +207,10 @@ def test_tokens_are_right_for_all_pages_and_chunks(page_size: int, chunk: int) -
     assert max(plan.num_tokens for plan in runner.plans) <= max(chunk, 3)
 
 
-def test_a_batch_may_fill_the_pool_to_the_last_page() -> None:
+def test_a_batch_may_fill_the_pool_to_the_last_page(plan: LaunchPlan) -> None:
     runner = ScriptedRunner()
     info = fake_core(runner).info
-    check_fits(Case(ROWS, 30, 10), info)  # 4 rows of 10 pages
+    check_fits(Case(ROWS, 30, 10), plan)  # 4 rows of 10 pages
     prompts = [[i] * 30 for i in range(3, 3 + ROWS)]
     batch = DeviceBatch(runner, info, prompts, 10)
     batch.prefill()
@@ -218,27 +236,37 @@ def test_drawn_prompts_have_the_length_and_differ() -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("case", "said"),
     [
         (
-            ("--batch-size", 1, 5, "--input-len", 9),
+            Case(5, 9, 16),
             "--batch-size is 5; 4 requests can run at once, raise --max-running-requests",
         ),
         (
-            ("--input-len", 60, "--output-len", 5),
+            Case(1, 60, 5),
             "--input-len 60 and --output-len 5 make 65 tokens; a request may hold 64, raise --context-length",
         ),
         (
-            ("--batch-size", 4, "--input-len", 36, "--output-len", 8),
+            Case(4, 36, 8),
             "4 requests of 44 tokens need 44 pages of 4 tokens; the KV pool has 40, raise --max-total-tokens",
         ),
     ],
 )
-def test_a_batch_that_does_not_fit_names_the_limit_before_anything_runs(words: tuple, said: str) -> None:
-    runner = ScriptedRunner()
+def test_a_batch_that_does_not_fit_names_the_limit(plan: LaunchPlan, case: Case, said: str) -> None:
     with pytest.raises(BenchmarkError, match=said):
-        measure(runner, *words)
-    assert runner.plans == []
+        check_fits(case, plan)
+
+
+def test_a_batch_that_does_not_fit_ends_the_start(
+    stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(one_batch, "start_log", lambda *about: None)
+    monkeypatch.setattr(startup, "_load", lambda *model: pytest.fail("weights were read"))
+    monkeypatch.setattr(ModelRunner, "compile", lambda *programs: pytest.fail("programs were compiled"))
+    flags = ["--model-path", stories260k, "--device", "cpu", "--compilation-cache-dir", tmp_path, *LIMITS]
+    shape = ["--batch-size", 1, 5, "--input-len", 9, "--result-filename", ""]
+    assert bench_one_batch.main([*map(str, flags), *map(str, shape)]) == 2
+    assert "error: --batch-size is 5; 4 requests can run at once" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

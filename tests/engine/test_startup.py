@@ -2,22 +2,119 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import pytest
 
+from scripted_hub import Hub, serving
 from sgl_jax.engine import startup
+from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.server_args import ServerArgs
 
 
-def arguments(model: Path, cache: Path) -> ServerArgs:
+def arguments(model: Path | str, cache: Path) -> ServerArgs:
     return ServerArgs(
         model_path=str(model), dtype="float32", device="cpu", compilation_cache_dir=str(cache), max_total_tokens=1024,
         max_running_requests=1, chunked_prefill_size=8,
     )  # fmt: skip
+
+
+@pytest.fixture
+def hub(stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A ModelScope whose org/model is stories260k."""
+    with serving() as found:
+        found.files = {file.name: file.read_bytes() for file in stories260k.iterdir()}
+        found.listed_sha256, found.breaks = None, 0
+        monkeypatch.setenv("MODELSCOPE_DOMAIN", found.url)
+        yield found
+
+
+def named(folder: Path, **flags) -> ServerArgs:
+    """A launch of the hub's model."""
+    given = arguments("org/model", folder / "programs")
+    source = {"download_source": "modelscope", "download_dir": str(folder / "models")}
+    return dataclasses.replace(given, **source | flags)
+
+
+class Enough(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"attention_backend": "flash"}, "--attention-backend flash: there is no such backend"),
+        ({"context_length": 10**6}, "--context-length is 1000000; the model was made for 512"),
+        ({"mem_fraction_static": 1e-6, "max_total_tokens": None}, "no room for KV"),
+        ({"load_format": "gguf"}, "holds 0 .gguf files"),
+    ],
+)
+def test_what_a_launch_refuses_is_said_before_weights_are_fetched(
+    hub: Hub, tmp_path: Path, flags: dict, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        startup.build_core(named(tmp_path, **flags))
+    assert hub.transfers("config.json") == [None]
+    assert hub.transfers("model.safetensors") == []
+
+
+def test_a_model_that_cannot_be_served_is_not_fetched(hub: Hub, tmp_path: Path) -> None:
+    hub.files["config.json"] = json.dumps({"architectures": ["OtherForCausalLM"]}).encode()
+    with pytest.raises(ValueError, match=r"config\.json names the architecture OtherForCausalLM"):
+        startup.build_core(named(tmp_path))
+    del hub.files["config.json"]
+    with pytest.raises(ValueError, match=r"org/model has no config\.json"):
+        startup.build_core(named(tmp_path / "empty"))
+    assert hub.transfers("model.safetensors") == []
+
+
+def test_a_named_model_that_is_accepted_is_fetched_and_loaded(hub: Hub, tmp_path: Path, stories260k: Path) -> None:
+    seen = []
+
+    def accept(plan) -> None:
+        seen.append((plan.kv_tokens, hub.transfers("model.safetensors")))
+
+    core = startup.build_core(named(tmp_path), accept)
+    assert core.info.weight_bytes == sum(t.nbytes for t in open_checkpoint(str(stories260k)).tensors.values())
+    core.close()
+    assert seen == [(1024, []), (1024, [None])]  # before and after the weights are fetched
+
+
+def test_a_gguf_file_in_the_folder_of_downloads_brings_its_config(hub: Hub, tmp_path: Path) -> None:
+    """As another tool may have put it there."""
+    del hub.files["config.json"], hub.files["model.safetensors"]
+    file = tmp_path / "models/org/model/stories.gguf"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"no GGUF")
+    with pytest.raises(ValueError, match=r"stories\.gguf"):
+        startup.build_core(named(tmp_path))
+
+
+def test_devices_left_unused_are_warned_of_unless_tp_size_says_so(
+    stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def enough(plan) -> None:
+        raise Enough
+
+    def warnings(args: ServerArgs) -> list[str]:
+        caplog.clear()
+        with pytest.raises(Enough):
+            startup.build_core(args, enough)
+        return [record.message for record in caplog.records if record.levelname == "WARNING"]
+
+    args = arguments(stories260k, tmp_path)
+    assert warnings(args) == []
+    one = jax.local_devices(backend="cpu")[0]
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [one] * 4)
+    assert warnings(args) == ["3 of 4 cpu devices are not used; --tp-size 4 takes all"]
+    assert warnings(dataclasses.replace(args, tp_size=1)) == []
 
 
 def test_programs_compile_while_the_weights_are_read(stories260k, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:

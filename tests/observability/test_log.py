@@ -128,6 +128,12 @@ def test_banner_counts_devices_by_kind() -> None:
     )
 
 
+def test_unused_devices_and_the_flag_that_takes_them() -> None:
+    assert log.unused_devices_line("tpu", 1, 4, 1) == "3 of 4 tpu devices are not used; --tp-size 4 takes all"
+    assert log.unused_devices_line("tpu", 2, 8, 2) == "6 of 8 tpu devices are not used; --tp-size 4 takes all"
+    assert log.unused_devices_line("gpu", 3, 4, 3) == "1 of 4 gpu devices are not used"
+
+
 def test_changed_args_line() -> None:
     assert log.changed_args_line({}) == "Arguments: all at their defaults"
     assert log.changed_args_line({"model_path": "a b", "page_size": 16, "disable_radix_cache": True}) == (

@@ -14,9 +14,8 @@ import pytest
 
 from sgl_jax import Engine
 from sgl_jax import compile as command
-from sgl_jax.planning import here, programs
+from sgl_jax.planning import commands
 from sgl_jax.planning.programs import ProgramFacts
-from sgl_jax.runtime import topology
 from sgl_jax.server_args import ServerArgs
 
 SMALL = ["--dtype", "float32", "--max-running-requests", "1", "--chunked-prefill-size", "2", "--max-total-tokens", "64"]
@@ -41,7 +40,7 @@ def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The command sets up logging, the environment and jax for its process, which here is everyone's."""
     platforms = jax.config.jax_platforms
     monkeypatch.setattr(command.log, "setup", lambda level: None)
-    monkeypatch.setattr(topology, "set_tpu_environment", lambda: None)
+    monkeypatch.setattr(commands, "set_tpu_environment", lambda: None)
     yield
     jax.config.update("jax_platforms", platforms)
 
@@ -62,11 +61,10 @@ def test_what_a_backend_refuses_while_a_program_is_traced_is_one_line(
         raise ValueError("--attention-backend x cannot do sinks")
 
     flags = ["--model-path", str(stories260k), "--compilation-cache-dir", str(tmp_path), *SMALL]
-    monkeypatch.setattr(programs, "compile_launch", refuses)
+    monkeypatch.setattr(commands, "compile_launch", refuses)
     assert command.main(["--topology", "cpu", *flags]) == command.BAD_USE
     assert capsys.readouterr().err.endswith("compile: error: --attention-backend x cannot do sinks\n")
-    monkeypatch.setattr(here, "compile_launch", refuses)
-    assert here.compile_here(ServerArgs.from_cli(flags)) == here.FAILED
+    assert commands.compile_here(ServerArgs.from_cli(flags)) == commands.FAILED
     assert capsys.readouterr().err.endswith("sgl_jax: error: --attention-backend x cannot do sinks\n")
 
 
@@ -140,6 +138,14 @@ def test_the_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--context", "0"], 2, "--context is 0"),
         (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--contxt", "9"], 2, "--contxt is not a flag"),
         (["--model-path", "Qwen3-8B"], 2, "--topology"),
+        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--device", "cpu"], 2, "--device is cpu; .*v6e-4 is tpu"),
+        (
+            ["--topology", "h200-1", "--model-path", "Qwen3-8B", "--device", "tpu"],
+            2,
+            "--device is tpu; .*h200-1 is gpu",
+        ),
+        (["--topology", "cpu", "--model-path", "Qwen3-8B", "--device", "gpu"], 2, "--device is gpu; .*cpu is cpu"),
+        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--compile-only"], 2, "--compile-only is a flag of"),
     ],
 )
 def test_mistakes_are_one_line_and_an_exit_code(
@@ -149,6 +155,10 @@ def test_mistakes_are_one_line_and_an_exit_code(
     assert (got, out) == (code, "")
     assert re.search(says, err)
     assert "Traceback" not in err
+
+
+def test_the_device_of_the_topology_may_be_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert plan(capsys, "--topology", "v6e-4", "--model-path", "Qwen3-8B", "--device", "tpu")[0] == 0
 
 
 def test_compiling_for_a_gpu_that_is_not_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from sgl_jax.benchmark.report import append_jsonl, check_writable
 from sgl_jax.benchmark.roofline import ModelCost, Roofline, batch_shares, share_lines
 from sgl_jax.benchmark.terminal import SOME_FAILED, BenchmarkError, say
 from sgl_jax.engine.core import Core, Runner
+from sgl_jax.engine.launch_plan import LaunchPlan
 from sgl_jax.engine.loop import one_line
 from sgl_jax.engine.messages import EngineInfo, LimitsMeasured, MeasureLimits, Refused
 from sgl_jax.engine.startup import build_core
@@ -55,8 +56,13 @@ def measure_batches(args: argparse.Namespace, server_args: ServerArgs) -> int:
             "(bench_offline_throughput measures several)"
         )
     check_writable(args.result_filename, "--result-filename")
+
+    def accept(plan: LaunchPlan) -> None:
+        for case in cases(args):
+            check_fits(case, plan)
+
     try:
-        core = build_core(server_args)
+        core = build_core(server_args, accept)
     except (ValueError, OSError) as error:  # those are for the user to mend
         raise BenchmarkError(one_line(error)) from error
     return run(args, core)
@@ -64,8 +70,6 @@ def measure_batches(args: argparse.Namespace, server_args: ServerArgs) -> int:
 
 def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.perf_counter) -> int:
     """Everything after the start. Returns the exit code."""
-    for case in cases(args):
-        check_fits(case, core.info)
     source = IdSource(core.info.vocab_size, None, np.random.default_rng(args.seed))
 
     def timed(case: Case) -> BatchTimes:
@@ -147,23 +151,24 @@ def block(found: Mapping[str, Any], times: BatchTimes) -> str:
 # --- a batch on the device ----------------------------------------------------------------------------------------------
 
 
-def check_fits(case: Case, info: EngineInfo) -> None:
+def check_fits(case: Case, plan: LaunchPlan) -> None:
     """Raises BenchmarkError with the limit that is in the way: the batch must run at once."""
-    if case.batch_size > info.max_running_requests:
+    limits = plan.runner
+    if case.batch_size > limits.num_rows:
         raise BenchmarkError(
-            f"--batch-size is {case.batch_size}; {info.max_running_requests} requests can run at once, "
+            f"--batch-size is {case.batch_size}; {limits.num_rows} requests can run at once, "
             "raise --max-running-requests"
         )
     tokens = case.input_len + case.output_len
-    if tokens > info.context_length:
+    if tokens > limits.context_length:
         raise BenchmarkError(
             f"--input-len {case.input_len} and --output-len {case.output_len} make {tokens} tokens; a request may "
-            f"hold {info.context_length}, raise --context-length if the model allows it"
+            f"hold {limits.context_length}, raise --context-length if the model allows it"
         )
-    pool = info.max_total_tokens // info.page_size
-    if (pages := case.batch_size * _pages(tokens, info.page_size)) > pool:
+    pool = plan.kv_tokens // limits.page_size
+    if (pages := case.batch_size * _pages(tokens, limits.page_size)) > pool:
         raise BenchmarkError(
-            f"{case.batch_size} requests of {tokens} tokens need {pages} pages of {info.page_size} tokens; the KV "
+            f"{case.batch_size} requests of {tokens} tokens need {pages} pages of {limits.page_size} tokens; the KV "
             f"pool has {pool}, raise --max-total-tokens or --mem-fraction-static"
         )
 

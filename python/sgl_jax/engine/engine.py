@@ -38,7 +38,9 @@ class Engine:
             if BY_NAME[name].about.group == SERVER and name != "stream_interval":
                 raise TypeError(f"Engine has no HTTP server, so {name} would do nothing; leave it out")
         if args.compile_only:
-            raise TypeError("an Engine is there to generate; sgl_jax.planning.here.compile_here(args) only compiles")
+            raise TypeError(
+                "an Engine is there to generate; sgl_jax.planning.commands.compile_here(args) only compiles"
+            )
 
         def build() -> EngineCore:
             from sgl_jax.engine.startup import build_core

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
@@ -19,8 +19,10 @@ from sgl_jax.engine.hosts import Alone, Die, LeadingCore, lead, unite
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
+from sgl_jax.hub import is_hub_id, local_path
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import add_package, decoder_config
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.weights import Weights, parameters_per_token
@@ -28,6 +30,7 @@ from sgl_jax.multihost.follower import Follower
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.observability import log
 from sgl_jax.observability.progress import weight_progress
+from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.compiler import Compiled, use_compile_cache
 from sgl_jax.runtime.memory import device_memory
@@ -38,6 +41,8 @@ from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
+
+type Accept = Callable[[LaunchPlan], None]  # raises if the plan will not do
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +56,15 @@ class DeviceSide:
     runner: ModelRunner
 
 
-def build_core(args: ServerArgs) -> Core:
-    """Load the model, size memory, compile every program. Raises ValueError with a line for the user."""
+def build_core(args: ServerArgs, accept: Accept = lambda plan: None) -> Core:
+    """Load the model, size memory, compile every program. Raises ValueError with a line for the user, and before any weight
+    is fetched or read what `accept` does."""
     if args.nnodes > 1:
         raise ValueError(
             f"--nnodes is {args.nnodes}; an engine over several machines is started by sgl_jax.launch_server, on each of them"
         )
     started = time.perf_counter()
-    return _core(args, build_device_side(args, Alone()), started)
+    return _core(args, build_device_side(args, Alone(), accept), started)
 
 
 def launch(args: ServerArgs, die: Die) -> EngineCore:
@@ -80,7 +86,9 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
     return LeadingCore(core, leader)
 
 
-def build_device_side(args: ServerArgs, hosts: Leader | Follower | Alone) -> DeviceSide:
+def build_device_side(
+    args: ServerArgs, hosts: Leader | Follower | Alone, accept: Accept = lambda plan: None
+) -> DeviceSide:
     """The same on every machine, and at the same time."""
     use_compile_cache(args.compilation_cache_dir)
     grid = grid_of(args)
@@ -88,20 +96,17 @@ def build_device_side(args: ServerArgs, hosts: Leader | Follower | Alone) -> Dev
     here = [device for device in devices if device.process_index == jax.process_index()]
     logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
     logger.info(log.changed_args_line(args.changed()))
+    present = len(jax.local_devices(backend=platform.name)) * args.nnodes
+    if args.tp_size is None and present > len(devices):
+        logger.warning(log.unused_devices_line(platform.name, len(devices), present, args.dp_size))
 
+    device_bytes = hosts.agree(device_memory(here[0]) // _sharers(here))
+    # What cannot be is said at once: before the weights are fetched, and before they are read.
+    if (configs := _configs_ahead(args)) is not None:
+        accept(_decide(args, configs, platform, device_bytes)[2])
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
-    if args.model_package is not None:
-        add_package(args.model_package)
-    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
-    kernels = kernels_for(args.attention_backend, platform, model)
-    plan = plan_launch(  # before the weights are read: what does not fit should be said at once
-        args,
-        model,
-        platform,
-        kernels,
-        stored_dtype=checkpoint.dtype,
-        device_bytes=hosts.agree(device_memory(here[0]) // _sharers(here)),
-    )
+    model, kernels, plan = _decide(args, checkpoint, platform, device_bytes)
+    accept(plan)
     memory = plan.memory
     logger.info(
         log.memory_table(
@@ -119,6 +124,32 @@ def build_device_side(args: ServerArgs, hosts: Leader | Follower | Alone) -> Dev
         compiled.result()
     runner.start(weights, meet=lambda: hosts.agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
+
+
+def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
+    """The configs alone of a model that is named by its hub id. None: there is nothing to fetch after them, or it has been
+    fetched, as it is before several machines find each other."""
+    if args.load_format == "dummy" or args.nnodes > 1 or not is_hub_id(args.model_path):
+        return None
+    folder = local_path(args.model_path, ["config.json", "generation_config.json"], args.downloads)
+    if any(folder.glob("*.gguf")):  # someone put it there, and it may bring the config
+        return None
+    if not (folder / "config.json").exists():
+        raise ModelError(
+            f"{args.model_path} has no config.json; give a model of Hugging Face's format, or the path of a .gguf file"
+        )
+    return open_checkpoint(str(folder), load_format="gguf" if args.load_format == "gguf" else "dummy")
+
+
+def _decide(
+    args: ServerArgs, checkpoint: Checkpoint, platform: Platform, device_bytes: int
+) -> tuple[DecoderConfig, Kernels, LaunchPlan]:
+    if args.model_package is not None:
+        add_package(args.model_package)
+    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
+    kernels = kernels_for(args.attention_backend, platform, model)
+    plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
+    return model, kernels, plan
 
 
 def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:

@@ -90,6 +90,12 @@ def banner(version: str, model: str, devices: Sequence[str]) -> str:
     return f"sgl_jax {version} | model {model} | {kinds}"
 
 
+def unused_devices_line(platform: str, used: int, present: int, groups: int) -> str:
+    """`groups` of devices hold the model, each with a part of it on each of its devices."""
+    advice = f"; --tp-size {present // groups} takes all" if present % groups == 0 else ""
+    return f"{present - used} of {present} {platform} devices are not used{advice}"
+
+
 def changed_args_line(changed: Mapping[str, Any]) -> str:
     """What differs from the defaults (ServerArgs.changed()), as a command line that can be copied."""
     words = []
