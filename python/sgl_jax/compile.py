@@ -3,11 +3,10 @@ docs/features/compile.md."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from sgl_jax.flag_parser import Parser
 from sgl_jax.observability import log
 from sgl_jax.server_args import ServerArgs, ServerArgsError
 
@@ -15,11 +14,6 @@ BAD_USE, INTERRUPTED = 2, 130  # exit codes
 
 _DESCRIPTION = """Says what a launch needs and costs on accelerators that need not be here, and compiles its programs.
 Takes every flag of the server as well: python -m sgl_jax.launch_server --help."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ServerArgsError("", message)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="python -m sgl_jax.compile",
         usage="%(prog)s --topology NAME --model-path PATH [--plan] [--json FILE] [--context N] [server flags]",
         description=_DESCRIPTION,

@@ -41,7 +41,6 @@ _NO_SCHEDULER = (  # flags that are about one
     "schedule_policy",
     "dp_schedule_policy",
     "max_queued_requests",
-    "enable_mixed_chunk",
     "disable_overlap_schedule",
     "decode_log_interval",
 )
