@@ -29,7 +29,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "flags": ("flag_parser",),
     "foreign_flags": (),
     "hub": (),
-    "server_args": ("flags", "foreign_flags", "hub"),
+    "server_args": ("flag_parser", "flags", "foreign_flags", "hub"),
     "step_plan": ("request",),
     "observability": ("engine.messages",),
     "cache": (),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sgl_jax.flag_parser import FlagError
 from sgl_jax.flags import HIDDEN, read_environ
 from sgl_jax.foreign_flags import ELSEWHERE, RENAMED
 from sgl_jax.observability import log
@@ -18,7 +19,6 @@ from sgl_jax.server_args import (
     LOGGING,
     SERVER,
     ServerArgs,
-    ServerArgsError,
     default_compilation_cache_dir,
 )
 
@@ -144,14 +144,14 @@ def test_defaults() -> None:
     ],
 )
 def test_refused_values(given: dict[str, object], message: str) -> None:
-    with pytest.raises(ServerArgsError, match=message) as caught:
+    with pytest.raises(FlagError, match=message) as caught:
         ServerArgs(**{"model_path": "m"} | given)
     assert caught.value.flag == "--" + next(iter(given)).replace("_", "-")
 
 
 def test_every_flag_refuses_a_value_of_another_type() -> None:
     for flag in FLAGS:
-        with pytest.raises(ServerArgsError, match=flag.option):
+        with pytest.raises(FlagError, match=flag.option):
             ServerArgs(**{"model_path": "m", flag.name: [1]})
 
 
@@ -194,7 +194,7 @@ def test_python_callers_get_a_type_error_for_an_unknown_or_missing_name() -> Non
     ],
 )
 def test_refused_command_lines(line: str, message: str) -> None:
-    with pytest.raises(ServerArgsError, match=message):
+    with pytest.raises(FlagError, match=message):
         parse(line)
 
 
@@ -207,11 +207,11 @@ def test_no_flag_of_ours_is_taken_for_another_programs_and_what_is_named_in_its_
 
 
 def test_flags_of_other_programs_are_known_in_the_environment_and_in_a_file_too(tmp_path: Path) -> None:
-    with pytest.raises(ServerArgsError, match="SGL_JAX_MAX_NUM_SEQS names no flag: here it is --max-running-requests"):
+    with pytest.raises(FlagError, match="SGL_JAX_MAX_NUM_SEQS names no flag: here it is --max-running-requests"):
         parse(SGL_JAX_MAX_NUM_SEQS="4")
     config = tmp_path / "server.yaml"
     config.write_text("max_model_len: 8192")
-    with pytest.raises(ServerArgsError, match="its key max_model_len is not a flag: here it is --context-length"):
+    with pytest.raises(FlagError, match="its key max_model_len is not a flag: here it is --context-length"):
         parse(f"--model-path m --config {config}")
 
 
@@ -279,7 +279,7 @@ def test_a_switch_set_elsewhere_can_be_taken_back(tmp_path: Path) -> None:
 def test_refused_config_files(tmp_path: Path, text: str, message: str) -> None:
     config = tmp_path / "server.yaml"
     config.write_text(text)
-    with pytest.raises(ServerArgsError, match=message):
+    with pytest.raises(FlagError, match=message):
         parse(f"--model-path m --config {config}")
 
 
@@ -289,7 +289,7 @@ def test_config_files_may_be_empty_and_hold_nulls_but_must_exist(tmp_path: Path)
     assert parse(f"--model-path m --config {config}").changed() == {"model_path": "m"}
     config.write_text("page-size: null\n")
     assert parse(f"--model-path m --config {config}").page_size is None
-    with pytest.raises(ServerArgsError, match=r"--config is .*; it cannot be read: No such file"):
+    with pytest.raises(FlagError, match=r"--config is .*; it cannot be read: No such file"):
         parse(f"--model-path m --config {tmp_path / 'absent.yaml'}")
 
 
@@ -300,9 +300,9 @@ def test_every_flag_can_be_set_by_its_environment_variable() -> None:
 
 
 def test_refused_environment_variables() -> None:
-    with pytest.raises(ServerArgsError, match="SGL_JAX_PAGESIZE names no flag, did you mean SGL_JAX_PAGE_SIZE"):
+    with pytest.raises(FlagError, match="SGL_JAX_PAGESIZE names no flag, did you mean SGL_JAX_PAGE_SIZE"):
         parse(SGL_JAX_PAGESIZE="16")
-    with pytest.raises(ServerArgsError, match=r"--port is x; it must be a whole number \(set by SGL_JAX_PORT\)"):
+    with pytest.raises(FlagError, match=r"--port is x; it must be a whole number \(set by SGL_JAX_PORT\)"):
         parse(SGL_JAX_PORT="x")
     assert parse(PAGE_SIZE="16", sgl_jax_page_size="16").page_size is None
 
@@ -364,7 +364,7 @@ def test_secrets_are_never_shown() -> None:
     assert args.to_dict()["api_key"] == args.changed()["api_key"] == HIDDEN
     assert "hunter2" not in repr(args)
     assert ServerArgs(model_path="m").to_dict()["api_key"] is None
-    with pytest.raises(ServerArgsError) as caught:
+    with pytest.raises(FlagError) as caught:
         ServerArgs(model_path="m", api_key=123456)  # type: ignore[arg-type]
     assert "123456" not in str(caught.value)
 

@@ -6,9 +6,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sgl_jax.flag_parser import Parser
+from sgl_jax.flag_parser import FlagError, Parser
 from sgl_jax.observability import log
-from sgl_jax.server_args import ServerArgs, ServerArgsError
+from sgl_jax.server_args import ServerArgs
 
 BAD_USE, INTERRUPTED = 2, 130  # exit codes
 
@@ -21,10 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         own, rest = _parser().parse_known_args(argv)
         if own.context < 1:
-            raise ServerArgsError("--context", f"--context is {own.context}; it must be at least 1")
+            raise FlagError("--context", f"--context is {own.context}; it must be at least 1")
         args = ServerArgs.from_cli(rest)
         if args.compile_only:
-            raise ServerArgsError(
+            raise FlagError(
                 "--compile-only",
                 "--compile-only is a flag of sgl_jax.launch_server alone; this command compiles unless --plan is given",
             )
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from sgl_jax.planning.commands import compile_for
 
         return compile_for(args, own.topology, own.context, only_plan=own.plan, json_file=own.json)
-    except ServerArgsError as error:
+    except FlagError as error:
         print(f"compile: error: {error}", file=sys.stderr)
         return BAD_USE
     except KeyboardInterrupt:

@@ -6,8 +6,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
+from sgl_jax.flag_parser import FlagError
 from sgl_jax.observability import log
-from sgl_jax.server_args import ServerArgs, ServerArgsError
+from sgl_jax.server_args import ServerArgs
 
 BAD_FLAG = 2  # exit code
 
@@ -16,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serves until told to stop. Returns the exit code."""
     try:
         server_args = ServerArgs.from_cli(argv)
-    except ServerArgsError as error:
+    except FlagError as error:
         print(f"sgl_jax: error: {error}", file=sys.stderr)
         return BAD_FLAG
     log.setup(server_args.log_level)

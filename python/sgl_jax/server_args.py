@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sgl_jax import __version__
+from sgl_jax.flag_parser import FlagError
 from sgl_jax.flags import (
     About,
     Rule,
@@ -27,7 +28,6 @@ from sgl_jax.flags import (
     required,
     variable_name,
 )
-from sgl_jax.flags import FlagError as ServerArgsError
 from sgl_jax.foreign_flags import ELSEWHERE
 from sgl_jax.hub import MODELSCOPE, Downloads
 
@@ -345,40 +345,40 @@ class ServerArgs:
         self.check()
 
     def check(self) -> None:
-        """Raises ServerArgsError for the first value that cannot be honoured. Runs at construction."""
+        """Raises FlagError for the first value that cannot be honoured. Runs at construction."""
         for each in FLAGS:
             each.check(getattr(self, each.name))
         if self.node_rank >= self.nnodes:
-            raise ServerArgsError(
+            raise FlagError(
                 "--node-rank", f"--node-rank is {self.node_rank}; it must be below --nnodes, which is {self.nnodes}"
             )
         if self.nnodes > 1:
             self._check_machines()
         tokens, page_size = self.max_total_tokens, self.page_size
         if tokens is not None and page_size is not None and tokens < page_size:
-            raise ServerArgsError(
+            raise FlagError(
                 "--max-total-tokens",
                 f"--max-total-tokens is {tokens}; it must hold a page, and --page-size is {page_size}",
             )
 
     def _check_machines(self) -> None:
         if self.dist_init_addr is None:
-            raise ServerArgsError(
+            raise FlagError(
                 "--nnodes",
                 f"--nnodes is {self.nnodes}; --dist-init-addr must say where machine 0 is, as HOST:PORT",
             )
         if self.dist_init_addr.endswith(":65535"):
-            raise ServerArgsError(
+            raise FlagError(
                 "--dist-init-addr", f"--dist-init-addr is {self.dist_init_addr}; the port above it is needed, too"
             )
         if self.compile_only:
-            raise ServerArgsError(
+            raise FlagError(
                 "--compile-only",
                 f"--compile-only cannot be had with --nnodes {self.nnodes}: programs over several machines are compiled "
                 "when all of them have started",
             )
         if self.num_devices % self.nnodes:
-            raise ServerArgsError(
+            raise FlagError(
                 "--tp-size",
                 f"--tp-size is {self.tp_size or 1} and --dp-size {self.dp_size}: {self.num_devices} devices, which "
                 f"--nnodes {self.nnodes} machines cannot share evenly",
@@ -449,11 +449,11 @@ class ServerArgs:
         values |= command_line
         sources |= {BY_NAME[name].option: "" for name in command_line}
         if "model_path" not in values:
-            raise ServerArgsError("--model-path", f"--model-path is missing; give {BY_NAME['model_path'].about.help}")
+            raise FlagError("--model-path", f"--model-path is missing; give {BY_NAME['model_path'].about.help}")
         try:
             return cls(**{name: BY_NAME[name].read(value) for name, value in values.items()})
-        except ServerArgsError as error:
-            raise ServerArgsError(error.flag, f"{error}{sources.get(error.flag, '')}") from None
+        except FlagError as error:
+            raise FlagError(error.flag, f"{error}{sources.get(error.flag, '')}") from None
 
 
 FLAGS = flags_of(ServerArgs)

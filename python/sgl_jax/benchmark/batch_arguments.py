@@ -15,7 +15,8 @@ from pathlib import Path
 from sgl_jax.benchmark.arguments import add_dataset_arguments, json_object, new_parser, real, whole_number
 from sgl_jax.benchmark.server_process import START_TIMEOUT_S, server_arguments
 from sgl_jax.benchmark.terminal import BenchmarkError
-from sgl_jax.flags import FlagError, read_command_line
+from sgl_jax.flag_parser import FlagError
+from sgl_jax.flags import read_command_line
 from sgl_jax.foreign_flags import ELSEWHERE
 from sgl_jax.observability import log
 from sgl_jax.server_args import FLAGS, SERVER, ServerArgs

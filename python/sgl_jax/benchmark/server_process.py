@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from types import FrameType
 
 from sgl_jax.benchmark.terminal import BenchmarkError
-from sgl_jax.server_args import ServerArgs, ServerArgsError
+from sgl_jax.flag_parser import FlagError
+from sgl_jax.server_args import ServerArgs
 
 START_TIMEOUT_S = 1800.0
 STOP_TIMEOUT_S = 30.0
@@ -40,7 +41,7 @@ def server_arguments(flags: Sequence[str]) -> ServerArgs:
     """Raises BenchmarkError for a flag that the server refuses."""
     try:
         return ServerArgs.from_cli(flags)
-    except ServerArgsError as error:
+    except FlagError as error:
         raise BenchmarkError(str(error)) from None
 
 
