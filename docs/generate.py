@@ -142,7 +142,8 @@ def support_matrix() -> str:
 
 def _file(name: str) -> str:
     """As the table's legend has it; ¹ where tests are skipped without the data beside the repository."""
-    return f"`{name}`" + "¹" * ("shared_data" in (REPOSITORY / name).read_text(encoding="utf-8"))
+    source = (REPOSITORY / name).read_text(encoding="utf-8")
+    return f"`{name}`" + "¹" * ("shared_data" in source or "shared: Callable" in source)
 
 
 def _marks(file: Path) -> Iterator[tuple[str, Any]]:

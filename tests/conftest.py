@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,16 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no shared data at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def shared(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """A file or folder of the shared data, by its path there: a copy in tests/data is as good."""
+
+    def find(path: str) -> Path:
+        return DATA / path if (DATA / path).exists() else request.getfixturevalue("shared_data") / path
+
+    return find
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ prompts whole and in chunks, alone and together."""
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,9 +44,9 @@ SCANNED = ["gemma3_text", "gpt_oss", "qwen2_moe-mixed", "deepseek_v3"]
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_gives_transformers_tokens_and_logprobs(
-    build: Build, shared_data: Path, family: str, page_size: int
+    build: Build, shared: Callable[[str], Path], family: str, page_size: int
 ) -> None:
-    folder = shared_data / "oracle" / family
+    folder = shared(f"oracle/{family}")
     core = build(folder, bucket=ALL_PROMPTS, page_size=page_size, max_total_tokens=1024)
     assert core.info.architecture == FAMILIES[family]
     assert_oracle(core, folder)
@@ -54,12 +55,12 @@ def test_each_family_gives_transformers_tokens_and_logprobs(
 @pytest.mark.supports("layers scanned, as on a GPU", SCANNED)
 @pytest.mark.parametrize("family", SCANNED)
 def test_the_form_accelerators_get_gives_them(
-    build: Build, shared_data: Path, monkeypatch: pytest.MonkeyPatch, family: str
+    build: Build, shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """Layers stacked in groups and scanned, decoding rows side by side."""
     form = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=True, vectorises_rows=True)
     monkeypatch.setitem(platform.PLATFORMS, "cpu", form)
-    folder = shared_data / "oracle" / family
+    folder = shared(f"oracle/{family}")
     assert_oracle(build(folder, bucket=ALL_PROMPTS, page_size=1, max_total_tokens=1024), folder)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -21,8 +22,8 @@ LAYER = "model.layers.1.mlp.experts."
 
 
 @pytest.fixture(scope="module")
-def oracle(shared_data: Path) -> Path:
-    return shared_data / "oracle" / "gpt_oss"
+def gpt_oss(shared: Callable[[str], Path]) -> Path:
+    return shared("oracle/gpt_oss")
 
 
 def load(path: Path, dtype: str = "float32"):
@@ -56,8 +57,8 @@ def test_mxfp4_values_are_e2m1_times_a_power_of_two() -> None:
     assert np.isnan(dequantize(blocks[:1, :1], np.full((1, 1), 255, np.uint8))).all()
 
 
-def test_experts_are_turned_and_their_gate_rows_come_first(oracle: Path) -> None:
-    stored, experts = load_file(oracle / "model.safetensors"), load(oracle).layers[1].moe.experts
+def test_experts_are_turned_and_their_gate_rows_come_first(gpt_oss: Path) -> None:
+    stored, experts = load_file(gpt_oss / "model.safetensors"), load(gpt_oss).layers[1].moe.experts
     for e in (0, 7):
         gate_up, bias = (stored[LAYER + n][e].astype(np.float32) for n in ("gate_up_proj", "gate_up_proj_bias"))
         np.testing.assert_array_equal(experts.gate_up[e][:64], gate_up[:, 0::2].T)
@@ -69,11 +70,11 @@ def test_experts_are_turned_and_their_gate_rows_come_first(oracle: Path) -> None
 
 @pytest.mark.supports("stored quantised, dequantised while loading", {"gpt_oss": ["MXFP4"]})
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_mxfp4_loads_as_the_bfloat16_checkpoint_of_the_same_values(oracle: Path, tmp_path: Path, dtype: str) -> None:
+def test_mxfp4_loads_as_the_bfloat16_checkpoint_of_the_same_values(gpt_oss: Path, tmp_path: Path, dtype: str) -> None:
     """The published layout: blocks u8[E, out, in / 32, 16], scales u8[E, out, in / 32], no transposition."""
-    config = json.loads((oracle / "config.json").read_text())
+    config = json.loads((gpt_oss / "config.json").read_text())
     rng, packed, plain = np.random.default_rng(0), {}, {}
-    for name, array in load_file(oracle / "model.safetensors").items():
+    for name, array in load_file(gpt_oss / "model.safetensors").items():
         if not name.endswith("_proj") or "experts" not in name:
             packed[name] = plain[name] = array
             continue
@@ -91,23 +92,23 @@ def test_mxfp4_loads_as_the_bfloat16_checkpoint_of_the_same_values(oracle: Path,
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def test_misfits_are_told_with_both_shapes(oracle: Path, tmp_path: Path) -> None:
-    tensors = load_file(oracle / "model.safetensors")
+def test_misfits_are_told_with_both_shapes(gpt_oss: Path, tmp_path: Path) -> None:
+    tensors = load_file(gpt_oss / "model.safetensors")
     tensors[LAYER + "down_proj"] = np.zeros((8, 64, 32), np.float32)
     tensors["model.layers.0.mlp.experts.gate_up_proj_blocks"] = np.zeros((8, 128, 2, 16), np.uint8)
     tensors["model.layers.2.mlp.experts.down_proj_blocks"] = np.zeros((8, 64, 2, 8), np.uint8)
     tensors["model.layers.2.mlp.experts.down_proj_scales"] = np.zeros((8, 64, 2), np.uint8)
     del tensors["model.layers.2.mlp.experts.down_proj"]
     with pytest.raises(ModelError) as error:
-        load(write(tmp_path / "model", json.loads((oracle / "config.json").read_text()), tensors))
+        load(write(tmp_path / "model", json.loads((gpt_oss / "config.json").read_text()), tensors))
     text = str(error.value)
     assert f"{LAYER}down_proj (turned to [E, out, in]) has [8, 32, 64], the config needs [8, 64, 64]" in text
     assert "no place for: model.layers.0.mlp.experts.gate_up_proj_blocks" in text  # without its scales
     assert "down_proj_blocks (MXFP4 of blocks [8, 64, 2, 8] and scales [8, 64, 2])" in text
 
 
-def test_config(oracle: Path) -> None:
-    hf = json.loads((oracle / "config.json").read_text())
+def test_config(gpt_oss: Path) -> None:
+    hf = json.loads((gpt_oss / "config.json").read_text())
     config = decoder_config(hf)
     assert (config.activation, config.gate_limit, config.attn_sinks) == ("swiglu_oai", 7.0, True)
     assert (config.qkv_bias, config.o_bias, config.head_dim, config.rms_norm_eps) == (True, True, 16, 1e-5)

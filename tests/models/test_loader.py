@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -68,8 +69,8 @@ def test_each_weight_is_its_tensors_one_below_the_other(stories260k):
     "folder",
     ["llama", "llama-attn-bias", "llama-tied", "qwen2", "qwen2-tied", "qwen2-yarn", "qwen3", "qwen3-tied", "mistral"],
 )
-def test_oracle_checkpoints_fill_every_weight(shared_data, folder, dtype):
-    path = shared_data / "oracle" / folder
+def test_oracle_checkpoints_fill_every_weight(shared: Callable[[str], Path], folder, dtype):
+    path = shared(f"oracle/{folder}")
     config = decoder_config(json.loads((path / "config.json").read_text()))
     weights = load(path, dtype)
     assert_filled(weights, config, dtype)
@@ -187,10 +188,11 @@ class SecondOfTwo(OneDevice):
 
 
 @pytest.mark.parametrize("model", ["stories260k", "stories260k-qwen2moe", "oracle/gpt_oss", "oracle/deepseek_v2"])
-def test_a_share_is_read_as_if_cut_from_the_whole(shared_data, model):
+def test_a_share_is_read_as_if_cut_from_the_whole(shared: Callable[[str], Path], model):
     """Experts one by one and fused in one tensor, rows in parts, and reordered ones."""
-    whole, half = load(shared_data / model), load(shared_data / model, placer=SecondOfTwo())
-    declared = declare(decoder_config(open_checkpoint(str(shared_data / model)).config))
+    folder = shared(model)
+    whole, half = load(folder), load(folder, placer=SecondOfTwo())
+    declared = declare(decoder_config(open_checkpoint(str(folder)).config))
     for spec, all_of_it, share in zip(*map(jax.tree.leaves, (declared, whole, half)), strict=True):
         wanted = share_of(spec, Grid(tensor=2), 1).of(np.asarray(all_of_it))
         np.testing.assert_array_equal(np.asarray(share), wanted, err_msg=str(spec))

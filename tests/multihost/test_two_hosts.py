@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -26,8 +27,10 @@ TIGHT = flags_of(**{k: v for k, v in SIZES.items() if k != "dtype"}, page_size=4
 pytestmark = pytest.mark.timeout(600)
 
 
-def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(shared_data: Path, tmp_path: Path) -> None:
-    model = shared_data / "oracle" / "qwen3"
+def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(
+    shared: Callable[[str], Path], tmp_path: Path
+) -> None:
+    model = shared("oracle/qwen3_moe")
     with hosts(tmp_path, model, 2, 4, "--tp-size", "4", "--dp-size", "2", *TIGHT) as all_hosts:
         leader = all_hosts.lead()
         expected = on_one_device(model, NEW_TOKENS)  # while it starts

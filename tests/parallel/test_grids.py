@@ -3,6 +3,7 @@ prefixes found. `make test-grids-full` has every family on every grid."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def runs(request: pytest.FixtureRequest, shared_data: Path) -> dict[str, dict[str, Any]]:
+def runs(request: pytest.FixtureRequest, shared: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
     grids = ["1", *CASES[request.param]]
-    return dict(zip(grids, run_grids(shared_data / "oracle" / request.param, grids), strict=True))
+    return dict(zip(grids, run_grids(shared(f"oracle/{request.param}"), grids), strict=True))
 
 
 @pytest.mark.supports("several devices, virtual", CASES)
