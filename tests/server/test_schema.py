@@ -50,6 +50,21 @@ def test_no_input_breaks_the_server(fuzzed: LiveServer, mode: GenerationMode) ->
         fuzz()
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/completions", {"prompt": "a"}),
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 4}}),
+    ],
+)
+def test_streams_are_as_documented(fuzzed: LiveServer, path: str, body: dict) -> None:
+    operation = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")[path]["POST"]
+    case = operation.Case(body=body | {"stream": True}, media_type="application/json")
+    answer = case.call_and_validate(checks=CHECKS, timeout=10)
+    assert answer.headers["content-type"][0].startswith("text/event-stream")
+
+
 def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     assert set(document["paths"]) == {

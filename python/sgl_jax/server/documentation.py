@@ -13,6 +13,8 @@ from sgl_jax.server import responses
 from sgl_jax.server.responses import ErrorResponse
 
 _REF = "#/components/schemas/{name}"
+# Of each event: OpenAPI 3.1 has no word for one of a stream, and tools read the schema so.
+_SERVER_SENT_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 _ERRORS = {
     400: "A value is wrong or not supported; `param` names the field",
     401: "The API key is missing or wrong",
@@ -43,7 +45,7 @@ def documented(
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
     content: dict[str, Any] = {media_type: {"schema": schema}}
     if stream:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        content["text/event-stream"] = {"schema": _SERVER_SENT_EVENT}
     found: dict[int | str, dict[str, Any]] = {200: {"description": "Success", "content": content}}
     statuses = [400] * body + [401] * guarded + [404] * model + [409] * conflict + [429] * stream + [500, 503] * engine
     error = {"application/json": {"schema": {"$ref": _REF.format(name=ErrorResponse.__name__)}}}
