@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from sgl_jax.multihost.address import Address, parse_address
-from sgl_jax.multihost.errors import HostsError, WireError
+from sgl_jax.multihost.errors import HostsError, LinkClosed, WireError
 from sgl_jax.multihost.follower import Follower, connect
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.multihost.watch import Watch
@@ -350,6 +351,16 @@ def test_a_connection_that_closes_without_a_word_is_a_loss() -> None:
         follower._link._socket.shutdown(socket.SHUT_RDWR)
         assert host.deaths.get(timeout=PATIENCE_S).endswith("closed the connection")
         assert deaths.get(timeout=PATIENCE_S) == f"host 0 ({host.address}) closed the connection"
+
+
+def test_a_connection_that_is_reset_was_closed() -> None:
+    """As a process that dies leaves one, whose messages it had not all read."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as here:
+        there, _ = server.accept()
+        there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        there.close()
+        with pytest.raises(LinkClosed, match=r"^host 1 closed the connection$"):
+            Link(here, "host 1").receive(PATIENCE_S)
 
 
 def test_an_error_of_this_host_stays_what_it_was() -> None:

@@ -157,7 +157,7 @@ class Link:
         try:
             while (message := self._next()) is None:
                 self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
-                self._take(self._socket.recv(_CHUNK))
+                self._read()
             return message
         finally:
             self._socket.settimeout(None)
@@ -165,7 +165,7 @@ class Link:
     def receive_ready(self) -> list[Message]:
         """The messages that are here, without waiting for more. Raises WireError, LinkClosed or OSError."""
         with contextlib.suppress(BlockingIOError):
-            self._take(self._socket.recv(_CHUNK, socket.MSG_DONTWAIT))
+            self._read(socket.MSG_DONTWAIT)
         messages = []
         while (message := self._next()) is not None:
             messages.append(message)
@@ -176,7 +176,11 @@ class Link:
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes a thread that is blocked in it
         self._socket.close()
 
-    def _take(self, data: bytes) -> None:
+    def _read(self, flags: int = 0) -> None:
+        try:
+            data = self._socket.recv(_CHUNK, flags)
+        except ConnectionResetError:  # it closed before it had read all of ours
+            data = b""
         if not data:
             raise LinkClosed(f"{self.peer} closed the connection")
         self._buffer += data
