@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no shared data at {path}")
     return path
+
+
+@pytest.fixture(autouse=True)
+def compile_cache_of_its_own() -> Iterator[None]:
+    """An engine in this process keeps programs in its folder, and jax goes on doing so: tests after it would."""
+    yield
+    if (jax := sys.modules.get("jax")) is not None and jax.config.jax_compilation_cache_dir is not None:
+        from jax.experimental.compilation_cache import compilation_cache
+
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

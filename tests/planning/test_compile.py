@@ -38,11 +38,12 @@ NO_PART_OF_A_PROGRAM = (
 @pytest.fixture(autouse=True)
 def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The command sets up logging, the environment and jax for its process, which here is everyone's."""
-    platforms = jax.config.jax_platforms
+    before = {name: getattr(jax.config, name) for name in ("jax_platforms", "jax_enable_compilation_cache")}
     monkeypatch.setattr(command.log, "setup", lambda level: None)
     monkeypatch.setattr(commands, "set_tpu_environment", lambda: None)
     yield
-    jax.config.update("jax_platforms", platforms)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def run(*argv: str) -> subprocess.CompletedProcess[str]:

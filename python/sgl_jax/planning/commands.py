@@ -61,6 +61,7 @@ def _compile_for(args: ServerArgs, topology: str, context: int, only_plan: bool,
     if topology not in ("cpu", "gpu"):  # nothing of this machine's is used, or taken from who runs on it
         set_tpu_environment()
         jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_enable_compilation_cache", False)  # nothing here could read back what it would keep
     target = find_target(topology, args.tp_size, args.dp_size)
     if args.device not in (None, target.platform.name):
         raise ValueError(f"--device is {args.device}; --topology {topology} is {target.platform.name}: leave it out")
