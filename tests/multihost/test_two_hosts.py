@@ -121,6 +121,7 @@ def test_start_up_names_the_missing_hosts_and_gives_up(stories260k: Path, tmp_pa
         leader = all_hosts.lead("--dist-timeout", "20")
         leader.wait_for("host 1 (127.0.0.1")
         leader.wait_for("host 2 (127.0.0.1")
+        leaver.wait_for(f"Connected to host 0 at {all_hosts.address} as node rank 1")
         leaver.process.send_signal(signal.SIGTERM)
         assert leaver.wait() == 0
         assert "Told to stop by SIGTERM" in leaver.text()

@@ -36,7 +36,8 @@ def follow(args: ServerArgs) -> NoReturn:
     from sgl_jax.engine.startup import build_device_side
 
     try:
-        hosts.append(follow_leader(args, _die))
+        hosts.append(follow_leader(args, _die))  # from here on machine 0 is told why this one ends
+        logger.info("Connected to host 0 at %s as node rank %d", args.dist_init_addr, args.node_rank)
         unite(args, hosts[0])
         runner = build_device_side(args, hosts[0]).runner
         logger.info("Ready: this machine runs what machine 0 tells it to")

@@ -94,7 +94,6 @@ def connect(address: Address, node_rank: int, identity: Identity, token: str, ti
             except BaseException:
                 link.close()
                 raise
-            logger.info("Connected to host 0 at %s as node rank %d", address, node_rank)
             return link
         except (OSError, LinkClosed) as error:
             reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
