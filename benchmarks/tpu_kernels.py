@@ -221,8 +221,8 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     def array(shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    def layer(q, k, v, kv, table, kv_lens, cu, num_single, per_token, first_page):
-        batch = RaggedBatch(table, kv_lens, cu, num_single, *per_token)
+    def layer(q, k, v, kv, table, kv_lens, cu, num_short, per_token, first_page):
+        batch = RaggedBatch(table, kv_lens, cu, num_short, *per_token)
         return call.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=shape.key_dim**-0.5, **latent)
 
     ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
@@ -279,12 +279,12 @@ def peers() -> list[Peer]:
     from sgl_jax.ops.attention import tokamax
     from sgl_jax.ops.attention.api import RaggedBatch
 
-    def of_jax(queries, q, k, v, kv, table, kv_lens, cu, num_single, per_token):
+    def of_jax(queries, q, k, v, kv, table, kv_lens, cu, num_short, per_token):
         options = {"num_kv_pages_per_block": 8, "num_queries_per_block": queries, "sm_scale": 1.0}
-        return ragged_paged_attention(q, kv, kv_lens, table, cu, num_single.reshape(1), **options), kv
+        return ragged_paged_attention(q, kv, kv_lens, table, cu, num_short.reshape(1), **options), kv
 
-    def of_tokamax(queries, q, k, v, kv, table, kv_lens, cu, num_single, per_token):
-        batch = RaggedBatch(table, kv_lens, cu, num_single, *per_token)
+    def of_tokamax(queries, q, k, v, kv, table, kv_lens, cu, num_short, per_token):
+        batch = RaggedBatch(table, kv_lens, cu, num_short, *per_token)
         return tokamax.paged_attention(q, k, v, kv, batch, first_page=0, scale=1.0)
 
     names = "ragged_paged_attention"

@@ -50,7 +50,7 @@ class StepPlan:
     rank: np.ndarray  # i32[S] the data rank whose pages hold the row, 0 .. M-1
     start: np.ndarray  # i32[S] tokens computed before this step
     num_new: np.ndarray  # i32[S] tokens computed by this step, >= 1
-    num_single: np.ndarray  # i32[M] how many rows of a rank, from its first on, have num_new == 1
+    num_short: np.ndarray  # i32[M] how many rows of a rank, from its first on, have num_new == 1
     samples: np.ndarray  # bool[S] the last new token's logits are sampled
     from_device: np.ndarray  # bool[S] the one new token is the row's last sample, known to the device first
     next_token: np.ndarray  # i32[S] the prompt token after the last new one; -1 when there is none

@@ -27,7 +27,7 @@ def random_plan(rng: np.random.Generator, num_new: list[int], num_updates: int) 
         rank=np.zeros(n, np.int32),
         start=ints(n),
         num_new=np.array(num_new, np.int32),
-        num_single=np.array([sum(x == 1 for x in num_new)], np.int32),
+        num_short=np.array([sum(x == 1 for x in num_new)], np.int32),
         samples=rng.random(n) < 0.5,
         from_device=rng.random(n) < 0.5,
         next_token=ints(n),
@@ -49,7 +49,7 @@ def test_what_is_packed_is_unpacked_and_the_rest_is_padding(num_new: list[int], 
     assert (vector.shape, vector.dtype) == ((layout.size,), np.int32)
     inputs = layout.unpack(jnp.asarray(vector))
     n = len(num_new)
-    assert inputs.num_single == plan.num_single
+    assert inputs.num_short == plan.num_short
     for name in ("rows", "start", "num_new", "samples", "from_device", "next_token", "params"):
         np.testing.assert_array_equal(getattr(inputs, name)[:n], getattr(plan, name), err_msg=name)
     np.testing.assert_array_equal(inputs.tokens[: plan.num_tokens], plan.tokens)

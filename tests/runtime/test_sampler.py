@@ -64,7 +64,7 @@ def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[StepInputs
         rank=np.zeros(n, np.int32),
         start=lengths - 1,
         num_new=np.ones(n, np.int32),
-        num_single=np.array([n], np.int32),
+        num_short=np.array([n], np.int32),
         samples=np.ones(n, np.bool_),
         from_device=np.zeros(n, np.bool_),
         next_token=np.full(n, -1, np.int32),

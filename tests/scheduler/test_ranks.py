@@ -47,15 +47,15 @@ def test_rows_come_by_rank_and_each_rank_has_its_single_tokens_first() -> None:
     plan = step(s)
     assert lines(plan) == [(0, 2, 0, 2), (1, 1, 0, 3)]
     assert plan.tokens.tolist() == [4, 5, 1, 2, 3]
-    assert plan.num_single.tolist() == [0, 0]
+    assert plan.num_short.tolist() == [0, 0]
     s.add(make_request(3, [6, 7, 8, 9]))
     s.add(make_request(4, [10, 11]))
     s.add(make_request(5, [12]))
     plan = step(s)
     assert lines(plan) == [(0, 2, 2, 1), (0, 4, 0, 2), (1, 1, 3, 1), (1, 5, 0, 1), (1, 3, 0, 4)]
     assert plan.tokens.tolist() == [50, 10, 11, 50, 12, 6, 7, 8, 9]
-    assert plan.num_single.tolist() == [1, 2]
-    assert plan.num_single.dtype == plan.rank.dtype == np.int32
+    assert plan.num_short.tolist() == [1, 2]
+    assert plan.num_short.dtype == plan.rank.dtype == np.int32
     assert len(set(plan.rows.tolist())) == 5
 
 

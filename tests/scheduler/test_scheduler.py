@@ -95,7 +95,7 @@ def test_decodes_and_prompts_share_a_step_and_decodes_come_first() -> None:
     s.add(make_request(3, [30, 31]))
     plan, _ = step(s, 11)
     assert lines(plan) == [(1, 3, 1, True, True), (2, 0, 7, False, False)]
-    assert plan.num_single == 1
+    assert plan.num_short == 1
     assert plan.tokens.tolist()[1:] == list(range(20, 27))
     plan, _ = step(s, 12, 90, 91)
     assert lines(plan) == [(1, 4, 1, True, True), (2, 7, 3, True, False), (3, 0, 2, True, False)]
@@ -110,7 +110,7 @@ def test_a_prompt_of_one_token_is_packed_with_the_decodes() -> None:
     s.add(make_request(2, [9]))
     plan, _ = step(s, 20, 10)
     assert lines(plan) == [(2, 0, 1, True, False), (1, 0, 3, True, False)]
-    assert plan.num_single == 1
+    assert plan.num_short == 1
     assert plan.tokens.tolist() == [9, 1, 2, 3]
 
 

@@ -48,8 +48,8 @@ def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, opti
     def array(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    def layer(q, k, v, kv, table, start, num_new, num_single, first_page, traced):
-        batch = make_ragged_batch(table, start, num_new, num_single, TOKENS, page)
+    def layer(q, k, v, kv, table, start, num_new, num_short, first_page, traced):
+        batch = make_ragged_batch(table, start, num_new, num_short, TOKENS, page)
         static: dict[str, Any] = {"softcap": 30.0} if "softcap" in options else {}
         if "growth" in options:
             static["temperature_length"] = 1024

@@ -32,8 +32,8 @@ def test_the_pool_is_not_copied(page: int, heads: int, planes: int) -> None:
     def array(shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
-    def layer(q, k, v, kv, table, start, num_new, num_single, first_page):
-        batch = make_ragged_batch(table, start, num_new, num_single, TOKENS, page)
+    def layer(q, k, v, kv, table, start, num_new, num_short, first_page):
+        batch = make_ragged_batch(table, start, num_new, num_short, TOKENS, page)
         attend = functools.partial(native.paged_attention, vectorise=True, first_page=first_page, scale=0.1)
         return attend(q, k, v, kv, batch, value_dim=None if planes == 2 else 64)
 

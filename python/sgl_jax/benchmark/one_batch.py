@@ -243,7 +243,7 @@ class DeviceBatch:
             rank=np.zeros_like(rows),
             start=start,
             num_new=num_new,
-            num_single=np.array([np.count_nonzero(num_new == 1)], np.int32),
+            num_short=np.array([np.count_nonzero(num_new == 1)], np.int32),
             samples=end >= self._prompt_len[rows],
             from_device=start >= self._prompt_len[rows],
             next_token=next_token,

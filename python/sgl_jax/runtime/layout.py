@@ -23,7 +23,7 @@ class StepInputs:
     """A StepPlan on the device. Each of the M ranks' rows and tokens are padded to the bucket's S and T, rank after rank.
     Padding rows point at the state's spare last row."""
 
-    num_single: jax.Array  # i32[M]
+    num_short: jax.Array  # i32[M]
     rows: jax.Array  # i32[M * S]
     start: jax.Array  # i32[M * S]
     num_new: jax.Array  # i32[M * S], 0 in padding
@@ -60,7 +60,7 @@ class PlanLayout:
         t, s = m * self.bucket.num_tokens, m * self.bucket.num_rows
         columns = ("rows", "start", "num_new", "samples", "from_device", "next_token")
         return {
-            "num_single": (m,),
+            "num_short": (m,),
             **dict.fromkeys(columns, (s,)),
             "params": (s, len(Param)),
             "tokens": (t,),
@@ -87,7 +87,7 @@ class PlanLayout:
         vector = np.zeros(self.size, np.int32)
         parts = self._split(vector)
         rows, tokens = self.places(plan)
-        parts["num_single"][:] = plan.num_single
+        parts["num_short"][:] = plan.num_short
         parts["rows"][:] = self.spare_row
         for name in ("rows", "start", "num_new", "samples", "from_device", "next_token", "params"):
             parts[name][rows] = getattr(plan, name)

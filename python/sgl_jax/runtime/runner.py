@@ -181,7 +181,7 @@ def empty_plan(num_ranks: int) -> StepPlan:
         rank=ints,
         start=ints,
         num_new=ints,
-        num_single=np.zeros(num_ranks, np.int32),
+        num_short=np.zeros(num_ranks, np.int32),
         samples=bools,
         from_device=bools,
         next_token=ints,

@@ -64,7 +64,7 @@ def step(
             state.page_table[ranks.own(inputs.rows)],
             ranks.own(inputs.start),
             ranks.own(inputs.num_new),
-            ranks.own(inputs.num_single)[0],
+            ranks.own(inputs.num_short)[0],
             bucket.num_tokens,
             layout.page_size,
         )

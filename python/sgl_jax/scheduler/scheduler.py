@@ -307,7 +307,7 @@ class Scheduler:
             rank=t.rank[rows],
             start=start,
             num_new=num_new,
-            num_single=np.array(self._pages.count_by_rank(rows[num_new == 1]), np.int32),
+            num_short=np.array(self._pages.count_by_rank(rows[num_new == 1]), np.int32),
             samples=samples,
             from_device=from_device,
             next_token=next_token.astype(np.int32),

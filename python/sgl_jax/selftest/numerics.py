@@ -95,8 +95,8 @@ def attention_error(backend: Backend, dtype: str) -> float:
 
     @jax.jit
     def attend(q, k, v, kv, table, start, num_new):
-        num_single = jnp.int32(4)
-        batch = make_ragged_batch(table, start, num_new, num_single, num_tokens, page_size)
+        num_short = jnp.int32(4)
+        batch = make_ragged_batch(table, start, num_new, num_short, num_tokens, page_size)
         return backend(q, k, v, kv, batch, **options)
 
     exact_q, exact_k, exact_v, exact_kv = (np.asarray(x, np.float64) for x in (q, k, v, kv[..., :head_dim]))
@@ -144,7 +144,7 @@ def sampler_error(num_rows: int = 64, vocab_size: int = 32000) -> float:
         rank=np.zeros_like(rows),
         start=rows + 5,
         num_new=np.ones_like(rows),
-        num_single=np.array([num_rows], np.int32),
+        num_short=np.array([num_rows], np.int32),
         samples=np.ones(num_rows, np.bool_),
         from_device=np.zeros(num_rows, np.bool_),
         next_token=np.full_like(rows, -1),

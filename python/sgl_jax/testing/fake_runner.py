@@ -195,17 +195,17 @@ class FakeRunner:
         assert (np.diff(plan.rank) >= 0).all(), "rows come by rank"
         first, last = plan.rank[0], plan.rank[-1]
         assert 0 <= first <= last < self._num_ranks, f"ranks {first} to {last} of {self._num_ranks}"
-        assert plan.num_single.shape == (self._num_ranks,), "num_single is one number a rank"
-        for rank, num_single in enumerate(plan.num_single):
-            is_single = plan.num_new[plan.rank == rank] == 1
-            assert num_single == is_single.sum(), f"rank {rank} has {is_single.sum()} rows with one token"
-            assert is_single[:num_single].all(), "rows with one token come first in their rank"
+        assert plan.num_short.shape == (self._num_ranks,), "num_short is one number a rank"
+        for rank, num_short in enumerate(plan.num_short):
+            is_short = plan.num_new[plan.rank == rank] == 1
+            assert num_short == is_short.sum(), f"rank {rank} has {is_short.sum()} rows with one token"
+            assert is_short[:num_short].all(), "rows with one token come first in their rank"
         for row, rank, from_device in zip(plan.rows, plan.rank, plan.from_device, strict=True):
             assert self._rows[row].rank == rank or not from_device, "a row that decodes moved to another rank"
             self._rows[row].rank = int(rank)
         assert plan.num_tokens == plan.num_new.sum()
         assert (plan.num_new[plan.from_device] == 1).all()
-        fields = (plan.rows, plan.rank, plan.start, plan.num_new, plan.num_single, plan.next_token, plan.tokens)
+        fields = (plan.rows, plan.rank, plan.start, plan.num_new, plan.num_short, plan.next_token, plan.tokens)
         assert {x.dtype for x in (*fields, plan.params, plan.page_updates)} == {np.dtype(np.int32)}
 
     def _load_state(self, row: _Row, request: Request) -> None:

@@ -37,8 +37,8 @@ def compiled(attention, scale, softcap, given):
     """One program for all batches of a shape: what varies, the window too, is an argument."""
 
     @jax.jit
-    def call(b, num_single, traced):
-        batch = make_ragged_batch(b["page_table"], b["start"], b["num_new"], num_single, len(b["q"]), b["kv"].shape[3])
+    def call(b, num_short, traced):
+        batch = make_ragged_batch(b["page_table"], b["start"], b["num_new"], num_short, len(b["q"]), b["kv"].shape[3])
         arrays = b["q"], b["k"], b["v"], b["kv"], batch
         static = {"scale": scale, "softcap": softcap, **dict(given)}
         return attention(*arrays, first_page=b["first_page"], **static, **traced)

@@ -29,9 +29,9 @@ TOKENS, ROWS = 96, 8
 @functools.cache
 def compiled(dtype, params, **options):
     @jax.jit
-    def call(b, num_single, **traced):
+    def call(b, num_short, **traced):
         page_size = b["kv"].shape[3]
-        batch = make_ragged_batch(b["page_table"], b["start"], b["num_new"], num_single, len(b["q"]), page_size)
+        batch = make_ragged_batch(b["page_table"], b["start"], b["num_new"], num_short, len(b["q"]), page_size)
         q, k, v, kv = (b[name] if b[name] is None else b[name].astype(dtype) for name in ("q", "k", "v", "kv"))
         return interpreted(
             q, k, v, kv, batch, params=params, first_page=b["first_page"], scale=0.25, **options, **traced
@@ -48,8 +48,8 @@ def check(b, dtype=jnp.float32, params=RACES, atol=1e-5, options=None, **traced)
             b[name] = np.asarray(jnp.asarray(b[name]).astype(dtype).astype(jnp.float32))
     call = compiled(dtype, params, **options)
     arrays = jax.tree.map(jnp.asarray, b)
-    num_single = jnp.int32((b["num_new"] == 1).sum())
-    out, kv = call(arrays, num_single, **{name: jnp.asarray(x) for name, x in traced.items()})
+    num_short = jnp.int32((b["num_new"] == 1).sum())
+    out, kv = call(arrays, num_short, **{name: jnp.asarray(x) for name, x in traced.items()})
     expected, expected_kv = reference.paged_attention(**b, scale=0.25, **options, **traced)
     n = b["num_new"].sum()
     np.testing.assert_allclose(np.asarray(out, np.float32)[:n], expected[:n], atol=atol)
@@ -232,7 +232,7 @@ def test_q_k_and_v_side_by_side_give_the_same_as_apart(heads, head_dim, dtype):
     rng = np.random.default_rng(1)
     rope = jnp.asarray(rng.uniform(-1, 1, (TOKENS, head_dim)), jnp.float32)
     prepare = QKPrepare(*jnp.asarray(rng.uniform(0.5, 2, (2, head_dim)), jnp.float32), rope)
-    call = functools.partial(compiled(dtype, RACES), num_single=jnp.int32(2), prepare=prepare, window=jnp.int32(50))
+    call = functools.partial(compiled(dtype, RACES), num_short=jnp.int32(2), prepare=prepare, window=jnp.int32(50))
     out, kv = call(jax.tree.map(jnp.asarray, b))
     joined_out, joined_kv = call(jax.tree.map(jnp.asarray, beside(b)))
     np.testing.assert_array_equal(joined_out, out)
@@ -244,7 +244,7 @@ def test_side_by_side_rows_beyond_what_vmem_holds_are_served_in_turn():
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "page_size": 16, "num_tokens": 64, "num_rows": 24}
     b = random_batch(np.random.default_rng(0), rows, **sizes)
     blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
-    call = functools.partial(compiled(jnp.float32, RACES, blocks=blocks), num_single=jnp.int32(20))
+    call = functools.partial(compiled(jnp.float32, RACES, blocks=blocks), num_short=jnp.int32(20))
     out, kv = call(jax.tree.map(jnp.asarray, b))
     joined_out, joined_kv = call(jax.tree.map(jnp.asarray, beside(b)))
     np.testing.assert_array_equal(joined_out, out)
@@ -253,7 +253,7 @@ def test_side_by_side_rows_beyond_what_vmem_holds_are_served_in_turn():
 
 def test_heads_that_need_padding_and_eight_bit_pools_take_the_three_apart():
     b = batch_of([(20, 1), (3, 40)])  # heads of 16
-    call = functools.partial(compiled(jnp.float32, RACES), num_single=jnp.int32(1))
+    call = functools.partial(compiled(jnp.float32, RACES), num_short=jnp.int32(1))
     for apart, joined in zip(call(b), call(beside(b)), strict=True):
         np.testing.assert_array_equal(joined, apart)
     b = batch_of([(20, 1), (3, 40)], head_dim=128, page_size=32)

@@ -28,13 +28,13 @@ class RaggedBatch:
     """Which packed tokens belong to which row, and where their KV lives.
 
     Row s owns tokens [cu_q_lens[s], cu_q_lens[s+1]), at the end of its kv_lens[s] tokens. Rows with one token come
-    first: num_single of them. Rows past the last real one are empty; tokens past cu_q_lens[-1] are padding.
+    first: num_short of them. Rows past the last real one are empty; tokens past cu_q_lens[-1] are padding.
     """
 
     page_table: jax.Array  # i32[S, pages]: a page id of layer 0 for each page_size tokens
     kv_lens: jax.Array  # i32[S]: tokens in the cache, this step's included
     cu_q_lens: jax.Array  # i32[S + 1]
-    num_single: jax.Array  # i32[]
+    num_short: jax.Array  # i32[]
     token_row: jax.Array  # i32[T]: the row of each token
     positions: jax.Array  # i32[T]: its position in the row's sequence
     token_page: jax.Array  # i32[T]: the layer-0 page its KV goes to; 0 for padding
@@ -86,7 +86,7 @@ def make_ragged_batch(
     page_table: Int[Array, "S pages"],
     start: Int[Array, " S"],
     num_new: Int[Array, " S"],
-    num_single: Int[Array, ""],
+    num_short: Int[Array, ""],
     num_tokens: int,
     page_size: int,
 ) -> RaggedBatch:
@@ -100,7 +100,7 @@ def make_ragged_batch(
     positions = jnp.where(valid, start[row] + token - cu[row], 0)
     token_page = jnp.where(valid, page_table[row, positions // page_size], 0)
     offset = positions % page_size
-    return RaggedBatch(page_table, start + num_new, cu, num_single, row, positions, token_page, offset)
+    return RaggedBatch(page_table, start + num_new, cu, num_short, row, positions, token_page, offset)
 
 
 def split_heads(qkv: Float[Array, "T heads H"], num_kv_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -64,7 +64,7 @@ def paged_attention(
     tiled = q.reshape(num_tokens, num_kv_heads, -1, head_dim)
 
     def single(row: jax.Array, pages_per_turn: int) -> jax.Array:
-        kv_len = jnp.where(row < batch.num_single, batch.kv_lens[row], 0)
+        kv_len = jnp.where(row < batch.num_short, batch.kv_lens[row], 0)
         query = lax.dynamic_slice_in_dim(tiled, row, 1)
         return attend(query, batch.page_table[row], kv_len - 1, kv_len, pages_per_turn=pages_per_turn)[0]
 
@@ -74,7 +74,7 @@ def paged_attention(
         ones = jax.vmap(functools.partial(single, pages_per_turn=_pages_per_turn(kv)))(rows)
         out = lax.dynamic_update_slice_in_dim(out, ones.astype(q.dtype), 0, 0)
     else:
-        out = lax.fori_loop(0, batch.num_single, lambda row, out: out.at[row].set(single(row, 1).astype(q.dtype)), out)
+        out = lax.fori_loop(0, batch.num_short, lambda row, out: out.at[row].set(single(row, 1).astype(q.dtype)), out)
     if num_tokens > 1:
         out = _attend_chunks(attend, tiled, out, batch, _pages_per_turn(kv))
     return out[:num_tokens].reshape(num_tokens, num_heads, value_dim), kv
@@ -89,7 +89,7 @@ def _attend_chunks(attend, tiled, out, batch: RaggedBatch, pages_per_turn: int) 
     come in token order, overwrite, or that lies in padding."""
     num_new = jnp.diff(batch.cu_q_lens)
     rows = jnp.arange(len(num_new))
-    num_tiles = jnp.where(rows < batch.num_single, 0, -(-num_new // TILE))
+    num_tiles = jnp.where(rows < batch.num_short, 0, -(-num_new // TILE))
     cu_tiles = jnp.cumsum(num_tiles)
     padded = jnp.pad(tiled, ((0, TILE), (0, 0), (0, 0), (0, 0)))
 

@@ -70,7 +70,7 @@ def paged_attention(
         op = _sized(kv.shape, kv.dtype.itemsize, batch.page_table.shape, len(q))
     if prepare is not None:
         q, k = prepare(q, k)
-    num_single = batch.num_single.reshape(1)
+    num_short = batch.num_short.reshape(1)
     num_rows = jnp.sum(batch.cu_q_lens[1:] > batch.cu_q_lens[:-1], dtype=jnp.int32).reshape(1)
     return op(
         q,
@@ -80,7 +80,7 @@ def paged_attention(
         batch.kv_lens,
         (batch.page_table + first_page).reshape(-1),
         batch.cu_q_lens,
-        jnp.concatenate([num_single, num_single, num_rows]),  # where decoding, equal and other rows end
+        jnp.concatenate([num_short, num_short, num_rows]),  # where decoding, equal and other rows end
         sm_scale=scale,
         soft_cap=softcap,
     )

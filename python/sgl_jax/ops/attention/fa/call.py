@@ -96,7 +96,7 @@ def paged_attention(
     value_lanes = pool_head_dim(value_dim)
     table = jnp.pad(batch.page_table, ((0, 0), (0, -row_pages % IDS)))
     scalars = Scalars(
-        *(jnp.asarray(x, jnp.int32).reshape(1) for x in (batch.num_single, first_page, 0 if window is None else window))
+        *(jnp.asarray(x, jnp.int32).reshape(1) for x in (batch.num_short, first_page, 0 if window is None else window))
     )
     if sinks is not None:
         lines = jnp.pad(sinks.astype(jnp.float32), (0, 8))[:, None]
@@ -111,7 +111,7 @@ def paged_attention(
     parts = []
     for first in range(0, num_lines, blocks[0].max_rows):  # more rows than VMEM holds are served in turn
         end = min(num_lines, first + blocks[0].max_rows)
-        mine = scalars._replace(num_single=jnp.clip(scalars.num_single - first, 0, end - first))
+        mine = scalars._replace(num_short=jnp.clip(scalars.num_short - first, 0, end - first))
         # Where all rows are served at once the kernel takes what it needs of the whole arrays.
         cut = (lambda x: x) if end - first == num_lines else (lambda x, first=first, end=end: x[first:end])
         rope = None if prepared.rope is None else cut(prepared.rope)

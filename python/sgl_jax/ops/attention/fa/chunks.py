@@ -42,7 +42,7 @@ class Refs:
     less where the pool has one plane, whose first V columns are the values; q and o may have heads before tokens
     (tile.of_head), and so have their tiles."""
 
-    num_single: Ref  # SMEM i32[1]: rows with one token
+    num_short: Ref  # SMEM i32[1]: rows with one token
     first_page: Ref  # SMEM i32[1]: of the layer
     window: Ref  # SMEM i32[1]
     kv_lens: Ref  # SMEM i32[S]
@@ -83,7 +83,7 @@ def _kernel(
 ):
     num_rows = refs.kv_lens.shape[0]
     last_token = refs.cu_q_lens[num_rows]
-    shared = ("num_single", "first_page", "kv_lens", "cu_q_lens", "token_page", "k", "v", "k_norm", "rope", "kv")
+    shared = ("num_short", "first_page", "kv_lens", "cu_q_lens", "token_page", "k", "v", "k_norm", "rope", "kv")
     write_chunks(WriteRefs(**{name: getattr(refs, name) for name in shared}, **refs.write), prepare)
 
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
@@ -95,7 +95,7 @@ def _kernel(
     tile_tokens = refs.q_tiles.shape[-2]
     joined, in_turn = products_of(num_heads, num_kv_heads, tile_tokens)
     window = refs.window[0]
-    first_row = refs.num_single[0]  # of chunks: rows with one token come first, a token each
+    first_row = refs.num_short[0]  # of chunks: rows with one token come first, a token each
     first_token = jnp.where(first_row < last_token, first_row, lines_set)
     first_tile = div(first_token, tile_tokens)
     num_tiles = refs.q.shape[-2] // tile_tokens

@@ -44,7 +44,7 @@ class Refs:
     """What the kernel sees. R rows, a multiple of 16; C = H / 128 lane tiles. V is H, or less where the pool has one
     plane, whose first V columns are the values; q and o may have heads before rows (tile.of_head)."""
 
-    num_single: Ref  # SMEM i32[1]: rows with one token
+    num_short: Ref  # SMEM i32[1]: rows with one token
     first_page: Ref  # SMEM i32[1]: of the layer
     window: Ref  # SMEM i32[1]
     kv_lens: Ref  # SMEM i32[S]
@@ -77,7 +77,7 @@ def _kernel(
     first_heads = range(0, num_heads, part)
     block_tokens = pages.pages * page_size
     dtype = scores.dtype
-    num_rows = refs.num_single[0]
+    num_rows = refs.num_short[0]
     window = refs.window[0]
     lane_tiles, value_tiles = range(head_dim // LANES), range(value_dim // LANES)
 

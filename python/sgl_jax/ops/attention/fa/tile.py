@@ -21,7 +21,7 @@ FLOOR = -1e30  # finite: a query with no key in sight yet must not produce inf -
 class Scalars(NamedTuple):
     """What changes from step to step or from layer to layer, i32[1] each: an array of them would be an operation."""
 
-    num_single: Any  # rows with one token
+    num_short: Any  # rows with one token
     first_page: Any  # of the layer
     window: Any  # tokens; 0 if there is none
 

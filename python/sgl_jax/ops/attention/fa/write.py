@@ -27,7 +27,7 @@ class WriteRefs:
     """A segment is `pages` consecutive pages of a row, the first a multiple of `pages`. M tokens of a segment, W lines
     that surely hold them, C = H / 128."""
 
-    num_single: Ref  # SMEM i32[1]: rows with one token
+    num_short: Ref  # SMEM i32[1]: rows with one token
     first_page: Ref  # SMEM i32[1]: of the layer
     kv_lens: Ref  # SMEM i32[S]
     cu_q_lens: Ref  # SMEM i32[S + 1]
@@ -182,7 +182,7 @@ def write_chunks(refs: WriteRefs, prepare: Prepare) -> None:
         refs.counts[slot] = high - low
         return step(cursor), fetch(ahead)
 
-    row = refs.num_single[0]
+    row = refs.num_short[0]
     first, _ = new_range(jnp.minimum(row, num_rows - 1))
     cursor = (jnp.int32(0), row, div(first, tokens))
     ahead = lax.fori_loop(0, slots // 2, lambda _, c: fetch(c), cursor)
