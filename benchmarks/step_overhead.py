@@ -30,8 +30,9 @@ from sgl_jax.runtime.buckets import make_buckets, pick
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.tracing import JaxTracer
 from sgl_jax.scheduler.scheduler import Scheduler, SchedulerConfig
-from sgl_jax.step_plan import StepPlan
+from sgl_jax.step_plan import StepPlan, StepTokens
 from sgl_jax.testing.fake_core import fake_info
+from sgl_jax.testing.fake_runner import FakeRates
 
 PAGE_SIZE = 16
 PROMPT_TOKENS = 1000
@@ -41,13 +42,12 @@ STEP_TOKENS = 2048
 @dataclasses.dataclass(frozen=True)
 class Flight:
     plan: StepPlan
+    result: StepTokens
 
-
-@dataclasses.dataclass(frozen=True)
-class Tokens:
-    tokens: np.ndarray
-    logprobs: None = None
-    prompt_logprobs: None = None
+    def collect(self) -> StepTokens:
+        assert not self.plan.wants_logprobs
+        assert not self.plan.wants_prompt_logprobs
+        return self.result
 
 
 class PackingRunner:
@@ -59,17 +59,15 @@ class PackingRunner:
         self.tracer = JaxTracer()  # its annotations are part of a step's work, recorded or not
         self.buckets = make_buckets(STEP_TOKENS, num_rows, 8)
         self.layouts = {bucket: PlanLayout(bucket, PAGE_SIZE, num_rows, num_ranks) for bucket in self.buckets}
-        self.tokens = np.full(num_rows, 7, np.int32)
+        self.tokens, self.accepted = np.full((num_rows, 1), 7, np.int32), np.ones(num_rows, np.int32)
 
     def launch(self, plan: StepPlan) -> Flight:
-        self.layouts[pick(self.buckets, plan.num_tokens)].pack(plan)
-        return Flight(plan)
+        num_rows = len(plan.rows)
+        self.layouts[pick(self.buckets, plan.num_tokens, num_rows, plan.width)].pack(plan)
+        return Flight(plan, StepTokens(self.tokens[:num_rows], self.accepted[:num_rows], None, None))
 
-    def collect(self, flight: Flight) -> Tokens:
-        plan = flight.plan
-        assert not plan.wants_logprobs
-        assert not plan.wants_prompt_logprobs
-        return Tokens(self.tokens[: len(plan.rows)])
+    def measure_limits(self) -> FakeRates:
+        return FakeRates()
 
 
 def steady_core(num_rows: int, num_steps: int, *, overlap: bool, num_ranks: int = 1) -> Core:

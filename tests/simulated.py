@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 
@@ -11,6 +13,7 @@ from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import CacheFlushed, Event, Generate, PromptScored, Stats, StepOutput, TokenLogprobs
 from sgl_jax.request import FinishReason, Request, SamplingParams
 from sgl_jax.scheduler.scheduler import Scheduler, SchedulerConfig
+from sgl_jax.step_plan import StepPlan, StepTokens
 from sgl_jax.testing.fake_core import fake_info
 from sgl_jax.testing.fake_runner import FakeRunner, continuation, kv_chain, logprob_of
 
@@ -27,12 +30,21 @@ def make_scheduler(
     radix: bool = True,
     ranks: int = 1,
     placement: str = "cache_aware",
+    width: Callable[[int], int] = lambda num_decoding: 1,
 ) -> Scheduler:
     """Pages, rows and token budgets are of each rank."""
     return Scheduler(
-        SchedulerConfig(rows, context_length, step_tokens, prefill_tokens or step_tokens, policy, placement),
+        SchedulerConfig(rows, context_length, step_tokens, prefill_tokens or step_tokens, policy, placement, width),
         [PrefixCache(num_usable_pages + 1, page_size, enabled=radix) for _ in range(ranks)],
     )
+
+
+def step_tokens(plan: StepPlan, tokens: np.ndarray, num_accepted: np.ndarray | None = None) -> StepTokens:
+    """A step's result: tokens [S] or [S, W], of which so many are accepted (all, if it is not said)."""
+    tokens = tokens.reshape(len(plan.rows), plan.width).astype(np.int32)
+    if num_accepted is None:
+        num_accepted = np.where(plan.from_device, plan.width, 1)
+    return StepTokens(tokens, num_accepted, None, None)
 
 
 def make_request(
@@ -70,6 +82,7 @@ def make_core(
         context_length=config.context_length,
         vocab_size=vocab_size,
         step_seconds=step_seconds,
+        width=config.max_width,
     )
     info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos)
     return Core(scheduler, runner, info, overlap=overlap, random_seed=random_seed)
@@ -165,7 +178,8 @@ class Client:
         assert isinstance(event, StepOutput)
         if event.stats is not None:
             self.stats.append(event.stats)
-        assert len(event.keys) == len(event.tokens) == len(set(event.keys))
+        assert len(event.keys) == len(event.tokens)
+        assert max(Counter(event.keys).values(), default=0) <= self.core.scheduler.config.max_width
         for i, (key, token) in enumerate(zip(event.keys, event.tokens, strict=True)):
             answer = self.answers[key]
             assert answer.reason is None, "a token after the end"

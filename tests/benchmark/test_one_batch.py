@@ -24,7 +24,8 @@ from sgl_jax.planning.target import target_here
 from sgl_jax.runtime.machine_limits import NotMeasured
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.server_args import ServerArgs
-from sgl_jax.testing.fake_runner import FakeFlight, FakeRates, FakeRunner, FakeTokens, continuation
+from sgl_jax.step_plan import StepTokens
+from sgl_jax.testing.fake_runner import FakeFlight, FakeRates, FakeRunner, continuation
 from simulated import make_core, make_request
 
 ROWS, CONTEXT, PAGE_SIZE, PAGES, CHUNK = 4, 64, 4, 40, 8
@@ -44,10 +45,10 @@ class ScriptedRunner(FakeRunner):
         self.rates: FakeRates | None = FakeRates(20e9, 5e11)
         self.outputs: dict[int, list[int]] = {}  # what was sampled, by row
 
-    def collect(self, flight: FakeFlight) -> FakeTokens:
+    def collect(self, flight: FakeFlight) -> StepTokens:
         self.now += next(self.seconds, 0.0)
         found = super().collect(flight)
-        for row, token in zip(flight.plan.rows[flight.plan.samples], found.tokens[flight.plan.samples], strict=True):
+        for row, token in zip(flight.plan.rows[flight.plan.samples], found.tokens[flight.plan.samples, 0], strict=True):
             self.outputs.setdefault(int(row), []).append(int(token))
         return found
 

@@ -34,7 +34,7 @@ def answers_in_every_way(core: Core, prompts: Sequence[list[int]], **params: Any
     for config, together in itertools.product((whole, chunked), (True, False)):
         (pages,) = core.scheduler.caches
         scheduler = Scheduler(config, [PrefixCache(pages.num_usable_pages + 1, pages.page_size)])
-        client = Client(Core(scheduler, core._runner, core.info, overlap=True, random_seed=0))
+        client = Client(Core(scheduler, core.runner, core.info, overlap=True, random_seed=0))
         for key, prompt in enumerate(prompts):
             client.submit(key, prompt, **GREEDY, **params)
             if not together:

@@ -31,7 +31,7 @@ def again(core: Core, *, radix: bool = True, overlap: bool = True, num_usable_pa
     cache = core.scheduler.caches[0]
     pages = num_usable_pages or cache.num_usable_pages
     scheduler = Scheduler(core.scheduler.config, [PrefixCache(pages + 1, cache.page_size, enabled=radix)])
-    return Core(scheduler, core._runner, core.info, overlap=overlap, random_seed=0)
+    return Core(scheduler, core.runner, core.info, overlap=overlap, random_seed=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,7 +200,7 @@ def test_tokens_are_golden_among_32_others_and_nothing_compiles(
 ) -> None:
     """The others carry every parameter there is, come in four waves, and in a small pool push each other out."""
     core = again(stories, num_usable_pages=num_usable_pages)
-    compiled = core._runner.compiles_after_ready
+    compiled = core.runner.compiles_after_ready
     client = Client(core)
     rng = np.random.default_rng(3)
     submit_others(client, cases, rng, 0, 8)
@@ -213,7 +213,7 @@ def test_tokens_are_golden_among_32_others_and_nothing_compiles(
     assert {key: client.tokens[key] for key in right} == right
     assert all(answer.reason is not None for answer in client.answers.values())
     assert (client.stats[-1].preemptions > 0) == (num_usable_pages is not None)
-    assert core._runner.compiles_after_ready == compiled
+    assert core.runner.compiles_after_ready == compiled
 
 
 def test_nothing_compiles_after_ready(build: Build, stories260k: Path, cases: list[Golden]) -> None:

@@ -50,7 +50,7 @@ def test_limits_that_cannot_be_measured_are_an_answer(monkeypatch: pytest.Monkey
         raise ValueError("no memory is free")
 
     core = make_core()
-    monkeypatch.setattr(core._runner, "measure_limits", no_room)
+    monkeypatch.setattr(core.runner, "measure_limits", no_room)
     core.handle(MeasureLimits(7))
     assert core.step()[0] == Refused(7, "no memory is free")
     assert not core.busy
@@ -80,7 +80,7 @@ def test_tokens_come_one_a_step_and_the_last_with_the_finish(overlap: bool) -> N
 def test_with_overlap_a_step_is_launched_before_the_one_before_is_collected() -> None:
     core = make_core(overlap=True)
     core.handle(Generate(5, [1, 2, 3], SamplingParams(max_tokens=2)))
-    launched = lambda: len(core._runner.plans)  # noqa: E731
+    launched = lambda: len(core.runner.plans)  # noqa: E731
     first = core.step()
     assert (launched(), [e.keys for e in first if isinstance(e, StepOutput)]) == (1, [[]])
     second = core.step()
@@ -98,7 +98,7 @@ def test_the_host_plans_while_the_device_computes() -> None:
     seconds = {}
     for overlap in (True, False):
         core = make_core(overlap=overlap, step_seconds=0.04)
-        runner = core._runner
+        runner = core.runner
         launch = runner.launch
 
         def slow_launch(plan, launch=launch):
@@ -379,5 +379,5 @@ def test_a_prompt_is_not_scored_again_at_each_decode() -> None:
     client = Client(make_core())
     client.submit(1, LONG, max_tokens=6, prompt_logprobs=1, ignore_eos=True)
     client.run()
-    flags = [bool(plan.params[0, Param.FLAGS] & Flag.PROMPT_LOGPROBS) for plan in client.core._runner.plans]
+    flags = [bool(plan.params[0, Param.FLAGS] & Flag.PROMPT_LOGPROBS) for plan in client.core.runner.plans]
     assert flags == [True, True, False, False, False, False, False]

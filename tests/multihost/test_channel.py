@@ -124,12 +124,16 @@ def in_thread[T](call: Callable[[], T]) -> Callable[[], T]:
 
 def test_runs_arrive_as_they_were_announced_and_end_with_the_leader() -> None:
     with together() as (host, follower, deaths):
-        sent = [("tokens=8 rows=2", np.arange(300_000, dtype=np.int32)), ("load pages", np.array([-1, 2**31 - 1]))]
-        for program, vector in sent:
-            host.leader.announce(program, vector.astype(np.int32))
-        got = in_thread(lambda: [(program, vector.tolist()) for program, vector in follower.runs()])
+        sent = [
+            ("tokens=8 rows=2", np.arange(300_000, dtype=np.int32), ""),
+            ("load pages", np.array([-1, 2**31 - 1]), ""),
+            ("load adapter", np.array([3]), "/adapters/a name"),
+        ]
+        for program, vector, source in sent:
+            host.leader.announce(program, vector.astype(np.int32), source)
+        got = in_thread(lambda: [(program, vector.tolist(), source) for program, vector, source in follower.runs()])
         closing = in_thread(host.leader.close)
-        assert got() == [(program, vector.tolist()) for program, vector in sent]
+        assert got() == [(program, vector.tolist(), source) for program, vector, source in sent]
         follower.close()
         closing()
         assert deaths.empty()

@@ -3,8 +3,8 @@
 import pytest
 
 from sgl_jax.runtime.buckets import Bucket, make_buckets, pick
+from sgl_jax.runtime.loads import LOADS
 from sgl_jax.runtime.platform import PLATFORMS
-from sgl_jax.runtime.state import LOADERS
 
 
 def test_tokens_grow_fourfold_up_to_the_rows_and_twofold_beyond() -> None:
@@ -27,7 +27,7 @@ def test_one_request_with_a_chunk_of_one_has_one_bucket() -> None:
 def test_a_default_launch_compiles_at_most_twelve_programs(platform) -> None:
     for smallest in platform.smallest_bucket.values():
         buckets = make_buckets(platform.chunked_prefill_size, platform.max_running_requests, smallest)
-        assert len(buckets) + len(LOADERS) <= 12
+        assert len(buckets) + len(LOADS) <= 12
 
 
 @pytest.mark.parametrize(
@@ -43,5 +43,7 @@ def test_every_step_fits_the_smallest_bucket_that_holds_its_tokens(step_tokens: 
 
 
 def test_a_step_beyond_the_largest_bucket_is_refused_with_both_numbers() -> None:
-    with pytest.raises(ValueError, match="a step of 257 tokens; the largest bucket holds 256"):
+    with pytest.raises(
+        ValueError, match="a step of 257 tokens in 0 rows of width 1; the largest bucket holds 256 tokens in 64 rows"
+    ):
         pick(make_buckets(256, 64, 2), 257)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from sgl_jax.runtime.buckets import Bucket
-from sgl_jax.runtime.layout import PlanLayout
+from sgl_jax.runtime.layout import PlanLayout, param_of
 from sgl_jax.step_plan import Param, StepPlan
 
 
@@ -21,20 +21,16 @@ def random_plan(rng: np.random.Generator, num_new: list[int], num_updates: int) 
     def ints(*shape: int) -> np.ndarray:
         return rng.integers(-(2**31), 2**31, shape, dtype=np.int32)
 
-    return StepPlan(
-        keys=np.arange(n),
+    return StepPlan.of(
+        np.array(num_new, np.int32),
         rows=rng.permutation(64)[:n].astype(np.int32),
-        rank=np.zeros(n, np.int32),
         start=ints(n),
-        num_new=np.array(num_new, np.int32),
-        num_short=np.array([sum(x == 1 for x in num_new)], np.int32),
         samples=rng.random(n) < 0.5,
         from_device=rng.random(n) < 0.5,
         next_token=ints(n),
         tokens=ints(sum(num_new)),
         params=ints(n, len(Param)),
         page_updates=ints(3, num_updates),
-        loads=[],
     )
 
 
@@ -49,7 +45,7 @@ def test_what_is_packed_is_unpacked_and_the_rest_is_padding(num_new: list[int], 
     assert (vector.shape, vector.dtype) == ((layout.size,), np.int32)
     inputs = layout.unpack(jnp.asarray(vector))
     n = len(num_new)
-    assert inputs.num_short == plan.num_short
+    assert inputs.num_short == plan.num_short == sum(n == 1 for n in num_new)
     for name in ("rows", "start", "num_new", "samples", "from_device", "next_token", "params"):
         np.testing.assert_array_equal(getattr(inputs, name)[:n], getattr(plan, name), err_msg=name)
     np.testing.assert_array_equal(inputs.tokens[: plan.num_tokens], plan.tokens)
@@ -71,9 +67,9 @@ def test_floats_and_unsigned_numbers_keep_their_bits() -> None:
     params[1, Param.SEED] = np.uint32(2**32 - 3).view(np.int32)
     inputs = layout.unpack(jnp.asarray(layout.pack(dataclasses.replace(plan, params=params))))
     columns = list(Param)[Param.TEMPERATURE :]
-    got = np.array([np.asarray(inputs.param(column))[1] for column in columns], np.float32)
+    got = np.array([np.asarray(param_of(inputs.params, column))[1] for column in columns], np.float32)
     assert got.view(np.int32).tolist() == floats.view(np.int32).tolist()
-    assert np.asarray(inputs.param(Param.SEED)).astype(np.uint32)[1] == 2**32 - 3
+    assert np.asarray(param_of(inputs.params, Param.SEED)).astype(np.uint32)[1] == 2**32 - 3
 
 
 def test_each_vector_is_a_new_one() -> None:
@@ -103,7 +99,7 @@ def test_the_worst_case_of_page_updates_is_reached() -> None:
     layout = PlanLayout(Bucket(16, 8), page_size=4, spare_row=9)
     num_new = [1] * 7 + [9]
     needed = 7 + 3
-    assert layout.parts["page_updates"] == (3, 12)
+    assert layout.shapes["page_updates"] == (3, 12)
     layout.pack(random_plan(np.random.default_rng(0), num_new, needed))
     with pytest.raises(ValueError, match="could not broadcast"):
         layout.pack(random_plan(np.random.default_rng(0), num_new, 13))

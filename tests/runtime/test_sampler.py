@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sgl_jax.parallel.grid import ONE_DEVICE
 from sgl_jax.request import MAX_LOGPROBS, Request, SamplingParams
 from sgl_jax.runtime import sampler
-from sgl_jax.runtime.buckets import Bucket
-from sgl_jax.runtime.layout import PlanLayout, StepInputs
-from sgl_jax.runtime.state import DeviceState, initial_state, load_bias, load_counts, pack_bias, pack_counts
+from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes
+from sgl_jax.runtime.sampler import SampleLines
+from sgl_jax.runtime.state import DeviceState, initial_state
 from sgl_jax.scheduler.rows import encode_params
-from sgl_jax.step_plan import Param, StepPlan
+from sgl_jax.step_plan import Param, RowLoad
 
 NUM_DRAWS = 2048  # rows of the batch that shows a distribution: one compile for each vocabulary size
 
@@ -54,34 +55,28 @@ class Row:
         return request
 
 
-def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[StepInputs, DeviceState]:
-    """Inputs and device state of a step that samples each row's next token, padded to num_rows."""
+def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[SampleLines, DeviceState]:
+    """Lines and device state of a step that samples each row's next token, padded to num_rows."""
     n = len(rows)
-    lengths = np.array([len(r.prompt) + len(r.output) for r in rows], np.int32)
-    plan = StepPlan(
-        keys=np.arange(n),
-        rows=np.arange(n, dtype=np.int32),
-        rank=np.zeros(n, np.int32),
-        start=lengths - 1,
-        num_new=np.ones(n, np.int32),
-        num_short=np.array([n], np.int32),
-        samples=np.ones(n, np.bool_),
-        from_device=np.zeros(n, np.bool_),
-        next_token=np.full(n, -1, np.int32),
-        tokens=np.zeros(n, np.int32),
-        params=np.stack([encode_params(r.request) for r in rows]),
-        page_updates=np.empty((3, 0), np.int32),
-        loads=[],
+    params = np.zeros((num_rows, len(Param)), np.int32)
+    params[:n] = [encode_params(r.request) for r in rows]
+    position = np.zeros(num_rows, np.int32)
+    position[:n] = [len(r.prompt) + len(r.output) for r in rows]
+    lines = SampleLines(
+        rows=jnp.where(jnp.arange(num_rows) < n, jnp.arange(num_rows), num_rows),
+        position=jnp.asarray(position),
+        samples=jnp.arange(num_rows) < n,
+        params=jnp.asarray(params),
+        drafts=jnp.zeros((num_rows, 0), jnp.int32),
     )
-    layout = PlanLayout(Bucket(num_rows, num_rows), 1, num_rows)
     state = initial_state(num_rows, 1, vocab_size)
-    for i, row in enumerate(rows):
-        p = row.params
-        if p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1:
-            state = load_counts(state, jnp.asarray(pack_counts(i, row.request, vocab_size)))
-        if p.logit_bias or p.min_tokens:
-            state = load_bias(state, jnp.asarray(pack_bias(i, row.request)))
-    return layout.unpack(jnp.asarray(layout.pack(plan))), state
+    sizes = LoadSizes(num_rows, 1, vocab_size)
+    loads = [RowLoad(i, None, row.request) for i, row in enumerate(rows)]
+    for kind in LOADS:
+        layout = LoadLayout(kind, sizes)
+        for vector in layout.pack(loads):
+            state = layout.run(state, jnp.asarray(vector), axis=ONE_DEVICE)
+    return lines, state
 
 
 def sample(logits: np.ndarray, rows: list[Row], num_rows: int | None = None) -> list[int]:
@@ -89,22 +84,22 @@ def sample(logits: np.ndarray, rows: list[Row], num_rows: int | None = None) -> 
     num_rows = num_rows or len(rows)
     padded = np.full((num_rows, logits.shape[1]), 7.0, np.float32)
     padded[: len(rows)] = logits
-    inputs, state = step_of(rows, logits.shape[1], num_rows)
-    return np.asarray(_sample(padded, inputs, state))[: len(rows)].tolist()
+    lines, state = step_of(rows, logits.shape[1], num_rows)
+    return np.asarray(_sample(padded, lines, state))[: len(rows)].tolist()
 
 
 @functools.cache
-def many_rows(vocab_size: int) -> tuple[StepInputs, DeviceState]:
+def many_rows(vocab_size: int) -> tuple[SampleLines, DeviceState]:
     return step_of([Row(SamplingParams())] * NUM_DRAWS, vocab_size, NUM_DRAWS)
 
 
 def draws(logits: np.ndarray, **params) -> np.ndarray:
     """How often each token comes in NUM_DRAWS rows that differ by their seed only, in one call."""
-    inputs, state = many_rows(len(logits))
+    lines, state = many_rows(len(logits))
     columns = np.tile(encode_params(Row(SamplingParams(**params)).request), (NUM_DRAWS, 1))
     columns[:, Param.SEED] = np.arange(NUM_DRAWS)
-    inputs = dataclasses.replace(inputs, params=jnp.asarray(columns))
-    tokens = np.asarray(_sample(np.tile(logits, (NUM_DRAWS, 1)), inputs, state))
+    lines = dataclasses.replace(lines, params=jnp.asarray(columns))
+    tokens = np.asarray(_sample(np.tile(logits, (NUM_DRAWS, 1)), lines, state))
     return np.bincount(tokens, minlength=len(logits))
 
 
@@ -295,20 +290,20 @@ def test_a_rows_token_does_not_depend_on_the_others() -> None:
 def test_rows_done_in_blocks_get_the_same_tokens(monkeypatch: pytest.MonkeyPatch, vocab_size: int) -> None:
     rows = [dataclasses.replace(row, seed=i) for i, row in enumerate(mixed_rows() * 4)][:21]
     logits = np.random.default_rng(3).normal(0, 3, (len(rows), vocab_size)).astype(np.float32)
-    inputs, state = step_of(rows, vocab_size, len(rows))
-    at_once = np.asarray(jax.jit(sampler.sample)(logits, inputs, state))
-    monkeypatch.setattr(sampler, "_ROWS_BYTES", 8 * 4 * vocab_size)
-    assert sampler.rows_at_once(vocab_size) == 8  # three blocks, the last of which does three rows again
-    np.testing.assert_array_equal(jax.jit(functools.partial(sampler.sample))(logits, inputs, state), at_once)
+    lines, state = step_of(rows, vocab_size, len(rows))
+    at_once = np.asarray(jax.jit(sampler.sample)(logits, lines, state))
+    monkeypatch.setattr(sampler, "_LINES_BYTES", 8 * 4 * vocab_size)
+    assert sampler.lines_at_once(vocab_size) == 8  # three blocks, the last of which does three rows again
+    np.testing.assert_array_equal(jax.jit(functools.partial(sampler.sample))(logits, lines, state), at_once)
 
 
 def test_a_row_that_does_not_sample_changes_nothing() -> None:
     rows = mixed_rows()
     logits = np.stack([np.roll(flat(1000), 13 * i) for i in range(len(rows))])
-    inputs, state = step_of(rows, 1000, len(rows))
-    expected = np.asarray(_sample(logits, inputs, state))
+    lines, state = step_of(rows, 1000, len(rows))
+    expected = np.asarray(_sample(logits, lines, state))
     some = np.arange(len(rows)) % 2 == 0
-    tokens = np.asarray(_sample(logits, dataclasses.replace(inputs, samples=inputs.samples & some), state))
+    tokens = np.asarray(_sample(logits, dataclasses.replace(lines, samples=lines.samples & some), state))
     assert tokens[some].tolist() == expected[some].tolist()
 
 
@@ -329,8 +324,8 @@ def test_seed_and_position_decide_the_token() -> None:
 
 
 def adjusted(logits: np.ndarray, row: Row) -> np.ndarray:
-    inputs, state = step_of([row], len(logits), 1)
-    return np.asarray(_adjust(logits[None], inputs, state))[0]
+    lines, state = step_of([row], len(logits), 1)
+    return np.asarray(_adjust(logits[None], lines, state))[0]
 
 
 LOGITS = np.array([2.0, -2.0, 1.0, -1.0, 0.5, 3.0], np.float32)
@@ -379,11 +374,11 @@ def test_held_back_tokens_are_never_drawn() -> None:
 
 def test_rows_without_flags_ignore_what_their_row_of_the_state_holds() -> None:
     logits = np.tile(LOGITS, (2, 1))
-    inputs, _ = step_of(
+    lines, _ = step_of(
         [Row(SamplingParams(temperature=0.0)), Row(SamplingParams(temperature=0.0, logit_bias={1: 9}))], 6, 2
     )
     _, state = step_of([Row(SamplingParams(logit_bias={2: 50.0}, presence_penalty=2.0), output=[5])] * 2, 6, 2)
-    assert np.asarray(_sample(logits, inputs, state)).tolist() == [5, 2]
+    assert np.asarray(_sample(logits, lines, state)).tolist() == [5, 2]
 
 
 def test_logprobs_are_of_the_raw_distribution() -> None:

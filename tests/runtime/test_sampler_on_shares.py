@@ -35,16 +35,16 @@ def test_shares_and_blocks_change_no_token() -> None:
 def main() -> None:
     rows = [dataclasses.replace(row, seed=i) for i, row in enumerate(one_device.mixed_rows() * 2)][:21]
     logits = np.random.default_rng(3).normal(0, 3, (len(rows), VOCAB)).astype(np.float32)
-    inputs, state = one_device.step_of(rows, VOCAB, len(rows))
-    wanted = np.asarray(jax.jit(sampler.sample)(logits, inputs, state))
+    lines, state = one_device.step_of(rows, VOCAB, len(rows))
+    wanted = np.asarray(jax.jit(sampler.sample)(logits, lines, state))
     axis, whole, shares = MeshAxis(("tensor",), DEVICES), PartitionSpec(), PartitionSpec(None, "tensor")
     mesh = Mesh(np.array(jax.devices()), axis.names)
     places = dataclasses.replace(jax.tree.map(lambda _: whole, state), token_counts=shares)
-    sampler._ROWS_BYTES = 8 * 4 * (VOCAB // DEVICES)
-    assert sampler.rows_at_once(VOCAB // DEVICES) == 8
+    sampler._LINES_BYTES = 8 * 4 * (VOCAB // DEVICES)
+    assert sampler.lines_at_once(VOCAB // DEVICES) == 8
     function = functools.partial(sampler.sample, axis=axis)
     shared = jax.shard_map(function, mesh=mesh, in_specs=(shares, whole, places), out_specs=whole, check_vma=False)
-    np.testing.assert_array_equal(jax.jit(shared)(logits, inputs, state), wanted)
+    np.testing.assert_array_equal(jax.jit(shared)(logits, lines, state), wanted)
     print("the same")
 
 

@@ -1,12 +1,14 @@
 """Whatever arrives, whenever: every request is answered with the tokens computed by hand, and every page comes back.
 
 The engine core runs over a fake device whose tokens depend on every page of a sequence, so that a page that is wrong,
-stale or shared by mistake shows as a wrong token.
+stale or shared by mistake shows as a wrong token. All properties hold for rows of any width: with drafts that are accepted
+and rejected, output is that of W = 1, which is what is computed by hand.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,7 +17,12 @@ from hypothesis import given, settings
 
 from sgl_jax.engine.messages import Abort, FlushCache
 from sgl_jax.scheduler.placement import PLACEMENTS
+from sgl_jax.step_plan import row_tokens
 from simulated import Client, make_core
+
+# W of a step with so many decoding rows: none are drafted for, all are, or only small batches are.
+WIDTHS = {"1": lambda n: 1, "4": lambda n: 4, "4 to 1": lambda n: {1: 4, 2: 2}.get(n, 1)}
+EXAMPLES = {"1": 1.0, "4": 0.6, "4 to 1": 0.4}  # share of a property's examples
 
 VOCAB = 17  # small: outputs repeat, share prefixes, and meet stop tokens
 STEMS = [[1, 2, 3, 4] * 6, [1, 2, 3, 4, 1, 2, 9, 9] * 3]
@@ -38,18 +45,21 @@ class Scenario:
 
 
 @st.composite
-def scenarios(draw: st.DrawFn, ranks: tuple[int, ...] = (1,)) -> Scenario:
+def scenarios(draw: st.DrawFn, width: str = "1", ranks: tuple[int, ...] = (1,)) -> Scenario:
     page_size = draw(st.sampled_from([1, 4, 16]))
     rows = draw(st.integers(1, 5))
     context_length = draw(st.integers(12, 40))
-    smallest = -(-context_length // page_size)
+    widths = [WIDTHS[width](n) for n in range(1, rows + 1)]
+    smallest = -(-row_tokens(context_length, max(widths)) // page_size)
+    most_decoding = max(n * w for n, w in enumerate(widths, 1))
     core = {
+        "width": WIDTHS[width],
         "page_size": page_size,
         "rows": rows,
         "context_length": context_length,
         # One request always fits; more do, or push each other out.
         "num_usable_pages": smallest + draw(st.integers(0, smallest)),
-        "step_tokens": draw(st.integers(rows, 24)),
+        "step_tokens": draw(st.integers(most_decoding, 24)),
         "prefill_tokens": draw(st.integers(1, 24)),
         "policy": draw(st.sampled_from(["fcfs", "lpm"])),
         "radix": draw(st.booleans()),
@@ -115,15 +125,32 @@ def check(scenario: Scenario, client: Client) -> None:
     assert scheduler.counters.generated_tokens == sum(map(len, client.tokens.values()))
 
 
-@settings(max_examples=700, derandomize=True, deadline=None, database=None, print_blob=True)
-@given(scenarios())
-def test_every_request_gets_its_tokens_and_every_page_comes_back(scenario: Scenario) -> None:
-    check(scenario, run(scenario))
+def for_scenarios(width: str, examples: int, ranks: tuple[int, ...], property_of: Callable[[Scenario], None]) -> None:
+    """The property holds for so many scenarios, and a share of them for other widths than 1."""
+    profile = settings(
+        max_examples=int(examples * EXAMPLES[width]),
+        derandomize=True,
+        deadline=None,
+        database=None,
+        print_blob=True,
+    )
+    profile(given(scenarios(width, ranks))(property_of))()
 
 
-@settings(max_examples=200, derandomize=True, deadline=None, database=None, print_blob=True)
-@given(scenarios(ranks=(2, 4)))
-def test_on_several_ranks_every_request_gets_the_tokens_of_one_rank(scenario: Scenario) -> None:
+@pytest.mark.parametrize("width", WIDTHS)
+def test_every_request_gets_its_tokens_and_every_page_comes_back(width: str) -> None:
+    def holds(scenario: Scenario) -> None:
+        check(scenario, run(scenario))
+
+    for_scenarios(width, 700, (1,), holds)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_on_several_ranks_every_request_gets_the_tokens_of_one_rank(width: str) -> None:
+    for_scenarios(width, 200, (2, 4), _answers_of_one_rank)
+
+
+def _answers_of_one_rank(scenario: Scenario) -> None:
     client = run(scenario)
     check(scenario, client)
     alone = run(dataclasses.replace(scenario, core={**scenario.core, "ranks": 1}))
@@ -135,12 +162,15 @@ def test_on_several_ranks_every_request_gets_the_tokens_of_one_rank(scenario: Sc
             assert n == len(answer.tokens) == len(other.tokens) or answer.reason.type == "abort"
 
 
-@settings(max_examples=120, derandomize=True, deadline=None, database=None, print_blob=True)
-@given(scenarios(ranks=(1, 2, 4)))
-def test_no_step_exceeds_its_budgets(scenario: Scenario) -> None:
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_step_exceeds_its_budgets(width: str) -> None:
+    for_scenarios(width, 120, (1, 2, 4), _stays_in_its_budgets)
+
+
+def _stays_in_its_budgets(scenario: Scenario) -> None:
     client = run(scenario)
     config = client.core.scheduler.config
-    for plan in client.core._runner.plans:
+    for plan in client.core.runner.plans:
         for rank in np.unique(plan.rank):
             of_rank = plan.rank == rank
             num_tokens, num_rows = plan.num_new[of_rank].sum(), of_rank.sum()
@@ -151,12 +181,22 @@ def test_no_step_exceeds_its_budgets(scenario: Scenario) -> None:
             assert updates <= num_rows + num_tokens // scenario.core["page_size"]
 
 
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_under_page_pressure_preempt_share_prefixes_and_answer_right(ranks: int, placement: str) -> None:
+def test_ranks_under_page_pressure_preempt_share_prefixes_and_answer_right(
+    ranks: int, placement: str, width: str
+) -> None:
     """The same as above where it is known to happen: every rank runs, preempts and finds prefixes."""
     core = make_core(
-        vocab_size=VOCAB, eos=0, ranks=ranks, placement=placement, rows=4, num_usable_pages=14, context_length=40
+        vocab_size=VOCAB,
+        eos=0,
+        ranks=ranks,
+        placement=placement,
+        rows=4,
+        num_usable_pages=14,
+        context_length=40,
+        width=WIDTHS[width],
     )
     client = Client(core)
     for key in range(8 * ranks):
@@ -173,4 +213,4 @@ def test_ranks_under_page_pressure_preempt_share_prefixes_and_answer_right(ranks
         answer.check(VOCAB)
     assert core.scheduler.counters.preemptions > 0
     assert core.scheduler.counters.cached_tokens > 0
-    assert {rank for plan in core._runner.plans for rank in plan.rank.tolist()} == set(range(ranks))
+    assert {rank for plan in core.runner.plans for rank in plan.rank.tolist()} == set(range(ranks))

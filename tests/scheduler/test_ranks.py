@@ -9,7 +9,7 @@ from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.scheduler.placement import PLACEMENTS
 from sgl_jax.scheduler.scheduler import Scheduler, SchedulerConfig
 from sgl_jax.step_plan import StepPlan
-from simulated import make_request, make_scheduler
+from simulated import make_request, make_scheduler, step_tokens
 
 
 def lines(plan: StepPlan | None) -> list[tuple]:
@@ -28,7 +28,7 @@ def step(scheduler: Scheduler, token: int = 50) -> StepPlan:
     """One step in which every row that samples gets this token."""
     plan = scheduler.schedule()
     assert plan is not None
-    scheduler.process(plan, np.full(len(plan.rows), token, np.int32))
+    scheduler.process(plan, step_tokens(plan, np.full(len(plan.rows), token)))
     scheduler.check_invariants()
     return plan
 
@@ -53,7 +53,7 @@ def test_rows_come_by_rank_and_each_rank_has_its_single_tokens_first() -> None:
     s.add(make_request(5, [12]))
     plan = step(s)
     assert lines(plan) == [(0, 2, 2, 1), (0, 4, 0, 2), (1, 1, 3, 1), (1, 5, 0, 1), (1, 3, 0, 4)]
-    assert plan.tokens.tolist() == [50, 10, 11, 50, 12, 6, 7, 8, 9]
+    assert plan.tokens.tolist() == [0, 10, 11, 0, 12, 6, 7, 8, 9]
     assert plan.num_short.tolist() == [1, 2]
     assert plan.num_short.dtype == plan.rank.dtype == np.int32
     assert len(set(plan.rows.tolist())) == 5
@@ -216,7 +216,7 @@ def test_the_youngest_of_the_rank_that_lacks_pages_is_preempted_and_may_move() -
     assert list(s.waiting) == [4]
     plan = step(s)
     assert lines(plan) == [(0, 2, 5, 1), (1, 4, 0, 5)]  # moved: nothing of it is cached there
-    assert plan.tokens.tolist() == [50, 3, 4, 50, 50, 50]
+    assert plan.tokens.tolist() == [0, 3, 4, 50, 50, 50]
     while s.has_requests:
         step(s)
     assert all(cache.num_available_pages == cache.num_usable_pages for cache in s.caches)

@@ -8,7 +8,7 @@ import pytest
 from sgl_jax.request import FinishReason
 from sgl_jax.scheduler.scheduler import Scheduler, StepResult
 from sgl_jax.step_plan import Flag, Param, StepPlan
-from simulated import make_request, make_scheduler
+from simulated import make_request, make_scheduler, step_tokens
 
 
 def lines(plan: StepPlan | None) -> list[tuple]:
@@ -36,7 +36,7 @@ def step(scheduler: Scheduler, *sampled: int) -> tuple[StepPlan, StepResult]:
     assert plan is not None
     tokens = np.zeros(len(plan.rows), np.int32)
     tokens[plan.samples] = sampled
-    result = scheduler.process(plan, tokens)
+    result = scheduler.process(plan, step_tokens(plan, tokens))
     scheduler.check_invariants()
     return plan, result
 
@@ -258,8 +258,8 @@ def test_a_token_in_flight_of_a_preempted_request_is_dropped_and_sampled_again()
     assert lines(plan) == [(1, 4, 1, True, True)]
     assert s.waiting[2].tokens.tolist() == [3, 4, 20, 21]
     assert in_flight is not None
-    result = s.process(in_flight, np.array([12, 22], np.int32))
-    assert (result.keys.tolist(), result.tokens.tolist(), result.index.tolist()) == ([1], [12], [0])
+    result = s.process(in_flight, step_tokens(in_flight, np.array([12, 22])))
+    assert (result.keys.tolist(), result.tokens.tolist(), result.lines.tolist()) == ([1], [12], [0])
     assert s.waiting[2].tokens.tolist() == [3, 4, 20, 21]
     s.check_invariants()
 
@@ -272,13 +272,13 @@ def test_a_step_planned_ahead_takes_its_tokens_from_the_device() -> None:
     assert lines(second) == [(1, 3, 1, True, True)]
     assert first is not None
     assert second is not None
-    s.process(first, np.array([50], np.int32))
+    s.process(first, step_tokens(first, np.array([50])))
     third = s.schedule()
     assert lines(third) == [(1, 4, 1, True, True)]
-    result = s.process(second, np.array([77], np.int32))  # a stop token: the third step was for nothing
+    result = s.process(second, step_tokens(second, np.array([77])))  # a stop token: the third step was for nothing
     assert [(r.key, reason) for r, reason in result.finished] == [(1, FinishReason("stop", 77))]
     assert third is not None
-    assert s.process(third, np.array([60], np.int32)).keys.tolist() == []
+    assert s.process(third, step_tokens(third, np.array([60]))).keys.tolist() == []
     finish_all(s)
 
 
@@ -289,8 +289,8 @@ def test_no_step_is_planned_past_the_last_token() -> None:
     assert s.schedule() is None
     assert first is not None
     assert second is not None
-    assert s.process(first, np.array([5], np.int32)).finished == []
-    assert [r.key for r, _ in s.process(second, np.array([6], np.int32)).finished] == [1]
+    assert s.process(first, step_tokens(first, np.array([5]))).finished == []
+    assert [r.key for r, _ in s.process(second, step_tokens(second, np.array([6]))).finished] == [1]
     assert s.counters.steps == 2
     finish_all(s)
 
@@ -306,8 +306,8 @@ def test_a_result_for_a_row_that_changed_hands_is_dropped() -> None:
     assert first is not None
     assert second is not None
     assert first.rows.tolist() == second.rows.tolist()
-    assert s.process(first, np.array([9], np.int32)).keys.tolist() == []
-    assert s.process(second, np.array([8], np.int32)).keys.tolist() == [2]
+    assert s.process(first, step_tokens(first, np.array([9]))).keys.tolist() == []
+    assert s.process(second, step_tokens(second, np.array([8]))).keys.tolist() == [2]
     assert not s.abort(1)
     assert s.abort(2)
     finish_all(s)
@@ -402,7 +402,7 @@ def test_a_prompt_is_scored_while_it_is_computed_and_no_longer() -> None:
     for plan in (first, second, third):
         assert plan is not None
         flags.append(bool(plan.params[0, Param.FLAGS] & Flag.PROMPT_LOGPROBS))
-        s.process(plan, np.array([50], np.int32))
+        s.process(plan, step_tokens(plan, np.array([50])))
     assert flags == [True, True, False]
 
 

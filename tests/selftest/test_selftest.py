@@ -59,8 +59,8 @@ def test_a_wrong_sampler_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics.sampler, "sample", lambda *args: (right(*args) + 1) % 500)
     assert numerics.sampler_error(8, 500) == 1.0
 
-    def elsewhere(logits, inputs, state):
-        return right(logits, dataclasses.replace(inputs, start=inputs.start + 1), state)
+    def elsewhere(logits, lines, state):
+        return right(logits, dataclasses.replace(lines, position=lines.position + 1), state)
 
     monkeypatch.setattr(numerics.sampler, "sample", elsewhere)
     assert numerics.sampler_error(8, 500) > 0.01

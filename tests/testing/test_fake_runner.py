@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
-from sgl_jax.step_plan import Param, StepPlan
+from sgl_jax.step_plan import StepPlan
 from sgl_jax.testing.fake_runner import FakeRunner, kv_chain, summary_of, token_of
 
 PAGE = 4
@@ -16,27 +18,27 @@ def ints(*values: int) -> np.ndarray:
 
 
 def plan(
-    rank: list[int], pages: list[int], *, num_new: int | list[int] = 3, start: int | list[int] = 0, **changes
+    rank: list[int],
+    pages: list[int],
+    *,
+    num_new: int | list[int] = 3,
+    start: int | list[int] = 0,
+    width: int = 1,
+    **changes,
 ) -> StepPlan:
     """Row i, of rank[i], computes num_new tokens [i, i, …]; pages[i] becomes its first page."""
     n = len(rank)
     new = np.broadcast_to(ints(*np.atleast_1d(num_new)), n).copy()
-    fields = {
-        "keys": np.arange(n),
-        "rows": np.arange(n, dtype=np.int32),
-        "rank": ints(*rank),
-        "start": np.broadcast_to(ints(*np.atleast_1d(start)), n),
-        "num_new": new,
-        "num_short": np.bincount(ints(*rank)[new == 1], minlength=2).astype(np.int32),
-        "samples": np.ones(n, np.bool_),
-        "from_device": np.zeros(n, np.bool_),
-        "next_token": np.full(n, -1, np.int32),
-        "tokens": np.repeat(np.arange(n, dtype=np.int32), new),
-        "params": np.zeros((n, len(Param)), np.int32),
-        "page_updates": np.array([[i, 0, page] for i, page in enumerate(pages)], np.int32).reshape(-1, 3).T,
-        "loads": [],
-    }
-    return StepPlan(**fields | changes)
+    built = StepPlan.of(
+        new,
+        num_ranks=2,
+        width=width,
+        rank=ints(*rank),
+        start=np.broadcast_to(ints(*np.atleast_1d(start)), n),
+        tokens=np.repeat(np.arange(n, dtype=np.int32), new),
+        page_updates=np.array([[i, 0, page] for i, page in enumerate(pages)], np.int32).reshape(-1, 3).T,
+    )
+    return dataclasses.replace(built, **changes)
 
 
 def decode(rank: list[int]) -> StepPlan:
@@ -54,10 +56,12 @@ def right(row: int) -> int:
 
 def test_one_page_id_on_two_ranks_is_two_pages() -> None:
     runner = two_ranks()
-    result = runner.collect(runner.launch(plan([0, 1], [1, 1])))
-    assert result.tokens.tolist() == [right(0), right(1)]
-    result = runner.collect(runner.launch(decode([0, 1])))
-    assert result.tokens.tolist() == [token_of(summary_of(kv_chain([i] * 3 + [right(i)])), 4, 512) for i in (0, 1)]
+    result = runner.launch(plan([0, 1], [1, 1])).collect()
+    assert result.tokens[:, 0].tolist() == [right(0), right(1)]
+    result = runner.launch(decode([0, 1])).collect()
+    assert result.tokens[:, 0].tolist() == [
+        token_of(summary_of(kv_chain([i] * 3 + [right(i)])), 4, 512) for i in (0, 1)
+    ]
 
 
 def test_one_page_for_two_rows_of_a_rank_is_found_when_both_write() -> None:
@@ -77,7 +81,7 @@ def test_a_page_that_another_row_wrote_since_gives_a_wrong_token() -> None:
     runner.launch(plan([1], [2]))
     runner.launch(plan([1], [], rows=ints(1), page_updates=ints(1, 0, 2)[:, None], tokens=ints(7, 7, 7)))
     expected = token_of(summary_of(kv_chain([0] * 3 + [right(0)])), 4, 512)
-    assert runner.launch(decode([1])).result.tokens[0] != expected
+    assert runner.launch(decode([1])).result.tokens[0, 0] != expected
 
 
 @pytest.mark.parametrize(
@@ -86,8 +90,8 @@ def test_a_page_that_another_row_wrote_since_gives_a_wrong_token() -> None:
         (plan([1, 0], [1, 1]), "rows come by rank"),
         (plan([0, 2], [1, 1], num_short=ints(0, 0)), "ranks 0 to 2 of 2"),
         (plan([0, 1], [1, 1], num_new=1, num_short=ints(2)), "one number a rank"),
-        (plan([0, 1], [1, 1], num_new=1, num_short=ints(2, 0)), "rank 0 has 1 rows with one token"),
-        (plan([0, 0, 1], [1, 2, 1], num_new=[2, 1, 1]), "rows with one token come first in their rank"),
+        (plan([0, 1], [1, 1], num_new=1, num_short=ints(2, 0)), "rank 0 has 1 short rows"),
+        (plan([0, 0, 1], [1, 2, 1], num_new=[2, 1, 1]), "short rows come first in their rank"),
         (plan([0, 1], [1, 4]), "page 4 of 4"),
     ],
 )
@@ -98,8 +102,8 @@ def test_a_plan_that_breaks_its_promises_is_refused(broken: StepPlan, message: s
 
 def test_single_tokens_of_a_rank_may_follow_the_prompts_of_the_rank_before() -> None:
     runner = two_ranks()
-    result = runner.collect(runner.launch(plan([0, 1, 1], [1, 1, 2], num_new=[3, 1, 3])))
-    assert result.tokens[[0, 2]].tolist() == [right(0), right(2)]
+    result = runner.launch(plan([0, 1, 1], [1, 1, 2], num_new=[3, 1, 3])).collect()
+    assert result.tokens[[0, 2], 0].tolist() == [right(0), right(2)]
 
 
 def test_a_row_that_decodes_stays_on_its_rank() -> None:

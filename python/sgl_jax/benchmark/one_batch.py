@@ -211,14 +211,14 @@ class DeviceBatch:
         """Compute the prompts; returns when the last step's tokens are here."""
         flights = [self._runner.launch(plan) for plan in self._prefill_plans()]
         for flight in flights:
-            self._runner.collect(flight)
+            flight.collect()
 
     def decode(self) -> None:
         """One more token for every row."""
         rows = np.arange(len(self._prompts), dtype=np.int32)
         unknown = np.zeros_like(rows)  # the device has the tokens
         plan = self._plan(rows, np.ones_like(rows), unknown, np.full_like(rows, -1))
-        self._runner.collect(self._runner.launch(plan))
+        self._runner.launch(plan).collect()
 
     def _prefill_plans(self) -> Iterator[StepPlan]:
         """Steps of as many prompt tokens as the engine takes, row after row."""
@@ -237,20 +237,17 @@ class DeviceBatch:
         """The next tokens of these rows, which then count as computed."""
         start = self._computed[rows]
         end = self._computed[rows] = start + num_new
-        return StepPlan(
+        return StepPlan.of(
+            num_new,
             keys=rows.astype(np.int64),
             rows=rows,
-            rank=np.zeros_like(rows),
             start=start,
-            num_new=num_new,
-            num_short=np.array([np.count_nonzero(num_new == 1)], np.int32),
             samples=end >= self._prompt_len[rows],
             from_device=start >= self._prompt_len[rows],
             next_token=next_token,
             tokens=tokens,
             params=np.tile(self._params, (len(rows), 1)),
             page_updates=self._page_updates(rows, _pages(start, self._page_size), _pages(end, self._page_size)),
-            loads=[],
         )
 
     def _page_updates(self, rows: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:

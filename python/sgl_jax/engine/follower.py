@@ -41,8 +41,8 @@ def follow(args: ServerArgs) -> NoReturn:
         unite(args, hosts[0])
         runner = build_device_side(args, hosts[0]).runner
         logger.info("Ready: this machine runs what machine 0 tells it to")
-        for program, vector in hosts[0].runs():
-            runner.execute(program, vector)
+        for program, vector, source in hosts[0].runs():
+            runner.execute(program, vector, source)
     except Exception as error:
         if not isinstance(error, ValueError | OSError):  # those are for the user to mend
             logger.exception("the engine failed")

@@ -6,6 +6,8 @@ import contextlib
 from collections.abc import Callable
 from typing import NoReturn
 
+import numpy as np
+
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import Command, EngineInfo, Event
 from sgl_jax.models.checkpoint import open_checkpoint
@@ -22,10 +24,13 @@ type Die = Callable[[str], NoReturn]
 
 
 class Alone:
-    """What Leader and Follower are to an engine on one machine."""
+    """Stands in for Leader and Follower in an engine on one machine."""
 
     def agree(self, value: int) -> int:
         return value
+
+    def announce(self, program: str, vector: np.ndarray, source: str = "") -> None:
+        """There is nobody to tell."""
 
 
 def lead(args: ServerArgs, die: Die) -> Leader:

@@ -81,7 +81,6 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
         leader.close(one_line(error))
         raise
     core = _core(args, device_side, started)
-    device_side.runner.announce = leader.announce
     leader.serve()
     return LeadingCore(core, leader)
 
@@ -118,11 +117,13 @@ def build_device_side(
         )
     )
     placement = Placement.over(devices, grid)
-    runner = ModelRunner(model, plan.runner, kernels, placement, stacks_layers=platform.stacks_layers)
+    runner = ModelRunner(
+        model, plan.runner, kernels, placement, stacks_layers=platform.stacks_layers, announce=hosts.announce
+    )
     with _compiling(runner) as compiled:
         weights = _load(checkpoint, model, plan.dtype, args, platform, placement, compiled)
         compiled.result()
-    runner.start(weights, meet=lambda: hosts.agree(0))
+    runner.start(weights, barrier=lambda: hosts.agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
 
 

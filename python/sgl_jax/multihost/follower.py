@@ -43,8 +43,12 @@ class Follower:
         self._link.send(Number(value))
         return self._expect(Number).value
 
-    def runs(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Programs and vectors, in the order in which every host runs them, until host 0 says that it was the last."""
+    def announce(self, program: str, vector: np.ndarray, source: str = "") -> None:
+        """Nobody waits for what a follower runs: host 0 has told everyone."""
+
+    def runs(self) -> Iterator[tuple[str, np.ndarray, str]]:
+        """Programs, vectors and sources of payloads ("": none), in the order in which every host runs them, until host 0
+        says that it was the last."""
         self._watch.silence_s = SILENCE_S
         while True:
             message = self._messages.get()
@@ -52,7 +56,7 @@ class Follower:
                 return
             if not isinstance(message, Run):
                 raise HostsError(f"{self._link.peer} sent {type(message).__name__} where Run was due")
-            yield message.program, np.frombuffer(message.vector, "<i4")
+            yield message.program, np.frombuffer(message.vector, "<i4"), message.source
 
     def close(self, reason: str = "") -> None:
         """Leaves. Host 0 takes it for a loss, with this reason, unless it said itself that the work is done."""

@@ -157,9 +157,10 @@ class Leader:
         self._tell(Number(least))
         return least
 
-    def announce(self, program: str, vector: np.ndarray) -> None:
-        """Tells every host to run this program with this vector; to be called right before this one does."""
-        self._tell(run_message(program, vector))
+    def announce(self, program: str, vector: np.ndarray, source: str = "") -> None:
+        """Tells every host to run this program with this vector, and a payload that each reads from the source; to be
+        called right before this one does."""
+        self._tell(run_message(program, vector, source))
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:

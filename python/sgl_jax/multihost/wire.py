@@ -17,7 +17,7 @@ import numpy as np
 
 from sgl_jax.multihost.errors import LinkClosed, WireError
 
-PROTOCOL = 1  # raised when a message changes; Challenge stays as it is
+PROTOCOL = 2  # raised when a message changes; Challenge stays as it is
 HANDSHAKE_LIMIT = 1 << 20  # bytes of a frame, from those who have not proved anything yet
 LIMIT = 1 << 28  # bytes of a frame between hosts that know each other
 _HEADER = struct.Struct(">I")
@@ -87,10 +87,12 @@ class Number(_Message, frozen=True):
 
 
 class Run(_Message, frozen=True):
-    """Run this program with this vector: little-endian i32."""
+    """Run this program with this vector, little-endian i32, and with the payload that the receiver reads from the source
+    itself, if there is one."""
 
     program: str
     vector: bytes
+    source: str = ""
 
 
 class Ended(_Message, frozen=True):
@@ -105,8 +107,8 @@ _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Message).decode
 
 
-def run_message(program: str, vector: np.ndarray) -> Run:
-    return Run(program, vector.astype("<i4", copy=False).tobytes())
+def run_message(program: str, vector: np.ndarray, source: str = "") -> Run:
+    return Run(program, vector.astype("<i4", copy=False).tobytes(), source)
 
 
 def frame(message: Message) -> bytes:

@@ -75,7 +75,7 @@ def launch_programs(
 
 def read_facts(compiled: Compiled, num_layers: int) -> ProgramFacts:
     memory: Any = compiled.call.memory_analysis()
-    module = hlo.read(compiled.call.as_text())
+    module = hlo.read(compiled.call.as_text() or "")
     always = [each for each in module.collectives() if not each.in_branch]
     times = [num_layers if each.in_loop else 1 for each in always]
     return ProgramFacts(

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.monitoring
+import numpy as np
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +28,28 @@ COMPILER_OPTIONS = {
 }
 
 
+type Payload = jax.Array | np.ndarray | list[Payload] | dict[str, Payload]
+
+
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function and the (abstract) arguments it will be called with."""
+    """A jitted function of device values, an i32 vector and perhaps a payload, and the (abstract) arguments it is compiled
+    for: the values it takes, the vector, the payload. It returns the values it gives, as a tuple.
+
+    A value it takes and gives is donated; one it only gives is its result. A payload is what no vector holds, such as the
+    weights of an adapter: every process reads its own from the source that is announced.
+    """
 
     name: str
-    function: Any
-    args: tuple
+    function: jax.stages.Wrapped
+    args: tuple[Any, ...]
+    takes: tuple[str, ...] = ()
+    gives: tuple[str, ...] = ()
+    read: Callable[[str], Payload] | None = None  # source -> payload
+
+    @property
+    def vector_shape(self) -> tuple[int, ...]:
+        return self.args[len(self.takes)].shape
 
     @property
     def device_kind(self) -> str:
@@ -46,7 +62,7 @@ class Program:
 @dataclasses.dataclass(frozen=True)
 class Compiled:
     program: Program
-    call: Any
+    call: jax.stages.Compiled
     seconds: float
     cache_hit: bool
 
@@ -102,7 +118,7 @@ def compile_all(
     *,
     absent: jax.sharding.Mesh | None = None,
     stopped: threading.Event | None = None,
-) -> dict[str, Any]:
+) -> dict[str, jax.stages.Compiled]:
     """Compile programs in parallel threads, in their order; name -> callable. report(how many are done, of how many,
     which). `absent`: the mesh of TPUs that are not here; such programs can be read, not called. The first failure is
     raised, and what has not been begun is left; so it is once another thread sets `stopped`, with CancelledError."""
@@ -123,7 +139,7 @@ def compile_all(
                     call = _compiled(lowered, program.device_kind)
         return Compiled(program, call, time.perf_counter() - start, watch.took_hit())
 
-    done: dict[str, Any] = {}
+    done: dict[str, jax.stages.Compiled] = {}
     with concurrent.futures.ThreadPoolExecutor(min(len(programs), os.cpu_count() or 1)) as threads:
         try:
             for future in concurrent.futures.as_completed([threads.submit(one, p) for p in programs]):
@@ -135,7 +151,7 @@ def compile_all(
     return done
 
 
-def _compiled(lowered: Any, device_kind: str) -> Any:
+def _compiled(lowered: jax.stages.Lowered, device_kind: str) -> jax.stages.Compiled:
     options = COMPILER_OPTIONS.get(device_kind)
     try:
         return lowered.compile(compiler_options=options)

@@ -8,46 +8,38 @@ import itertools
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
 
 from sgl_jax.runtime.buckets import Bucket
-from sgl_jax.step_plan import Param, StepPlan
+from sgl_jax.step_plan import COLUMNS, Column, Param, Per, StepPlan
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """A StepPlan on the device. Each of the M ranks' rows and tokens are padded to the bucket's S and T, rank after rank.
-    Padding rows point at the state's spare last row."""
+    """A StepPlan's columns on the device, as attributes. Each of the M ranks' rows and tokens are padded to the bucket's S
+    and T, rank after rank: a column is [M * S, …] or [M * T], i32 or bool. Padding rows are the state's spare last row,
+    with num_new 0."""
 
-    num_short: jax.Array  # i32[M]
-    rows: jax.Array  # i32[M * S]
-    start: jax.Array  # i32[M * S]
-    num_new: jax.Array  # i32[M * S], 0 in padding
-    samples: jax.Array  # bool[M * S]
-    from_device: jax.Array  # bool[M * S]
-    next_token: jax.Array  # i32[M * S]
-    params: jax.Array  # i32[M * S, len(Param)]
-    tokens: jax.Array  # i32[M * T]
-    page_updates: jax.Array  # i32[3, U]
+    columns: dict[str, jax.Array]
 
-    def by_row(self) -> dict[str, jax.Array]:
-        """The fields that have a value for each row, by name."""
-        names = ("rows", "start", "num_new", "samples", "from_device", "next_token", "params")
-        return {name: getattr(self, name) for name in names}
+    def __getattr__(self, name: str) -> jax.Array:
+        if name == "columns" or name not in self.columns:
+            raise AttributeError(name)
+        return self.columns[name]
 
-    def param(self, column: Param) -> jax.Array:
-        """One sampling parameter of each row, [M * S]: i32 or f32 as Param says."""
-        bits = self.params[:, column]
-        return lax.bitcast_convert_type(bits, jnp.float32) if column >= Param.TEMPERATURE else bits
+
+def param_of(params: Int[Array, "rows params"], column: Param) -> jax.Array:
+    """One sampling parameter of each row: i32 or f32 as Param says."""
+    bits = params[:, column]
+    return lax.bitcast_convert_type(bits, jax.numpy.float32) if column >= Param.TEMPERATURE else bits
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanLayout:
-    """Where each part of a bucket's vector lies."""
+    """Where each column of a plan lies in a bucket's vector."""
 
     bucket: Bucket
     page_size: int
@@ -55,45 +47,47 @@ class PlanLayout:
     num_ranks: int = 1  # M
 
     @functools.cached_property
-    def parts(self) -> dict[str, tuple[int, ...]]:
-        m = self.num_ranks
-        t, s = m * self.bucket.num_tokens, m * self.bucket.num_rows
-        columns = ("rows", "start", "num_new", "samples", "from_device", "next_token")
-        return {
-            "num_short": (m,),
-            **dict.fromkeys(columns, (s,)),
-            "params": (s, len(Param)),
-            "tokens": (t,),
-            "page_updates": (3, s + t // self.page_size),
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The padded shape of each column."""
+        tokens, rows = self.num_ranks * self.bucket.num_tokens, self.num_ranks * self.bucket.num_rows
+        # A row may begin a page with its first token, and fills others with the rest.
+        sizes = {
+            Per.RANK: self.num_ranks,
+            Per.ROW: rows,
+            Per.TOKEN: tokens,
+            Per.UPDATE: rows + tokens // self.page_size,
         }
+        return {name: _shape(column, sizes[column.per]) for name, column in COLUMNS.items()}
 
     @functools.cached_property
     def size(self) -> int:
-        return sum(map(math.prod, self.parts.values()))
+        return sum(map(math.prod, self.shapes.values()))
 
     @functools.cached_property
-    def _places(self) -> list[tuple[str, slice, tuple[int, ...]]]:
-        ends = list(itertools.accumulate(map(math.prod, self.parts.values()), initial=0))
+    def _slices(self) -> list[tuple[str, Column, slice, tuple[int, ...]]]:
+        ends = list(itertools.accumulate(map(math.prod, self.shapes.values()), initial=0))
         return [
-            (name, slice(start, end), shape)
-            for (name, shape), (start, end) in zip(self.parts.items(), itertools.pairwise(ends), strict=True)
+            (name, column, slice(start, end), self.shapes[name])
+            for (name, column), (start, end) in zip(COLUMNS.items(), itertools.pairwise(ends), strict=True)
         ]
-
-    def _split(self, vector):
-        return {name: vector[place].reshape(shape) for name, place, shape in self._places}
 
     def pack(self, plan: StepPlan) -> np.ndarray:
         """i32[size], freshly allocated: the device may read it after this returns."""
         vector = np.zeros(self.size, np.int32)
-        parts = self._split(vector)
         rows, tokens = self.places(plan)
-        parts["num_short"][:] = plan.num_short
-        parts["rows"][:] = self.spare_row
-        for name in ("rows", "start", "num_new", "samples", "from_device", "next_token", "params"):
-            parts[name][rows] = getattr(plan, name)
-        parts["tokens"][tokens] = plan.tokens
-        parts["page_updates"][0] = self.spare_row
-        parts["page_updates"][:, : plan.page_updates.shape[1]] = plan.page_updates
+        for name, column, place, shape in self._slices:
+            packed, values = vector[place].reshape(shape), getattr(plan, name)
+            if column.names_rows:
+                (packed if column.width == 1 else packed[0])[:] = self.spare_row
+            match column.per:
+                case Per.RANK:
+                    packed[:] = values
+                case Per.ROW:
+                    packed[rows] = values
+                case Per.TOKEN:
+                    packed[tokens] = values
+                case Per.UPDATE:
+                    packed[..., : values.shape[-1]] = values
         return vector
 
     def places(self, plan: StepPlan) -> tuple[np.ndarray | slice, np.ndarray | slice]:
@@ -104,11 +98,20 @@ class PlanLayout:
         return _places(plan.rank, self.bucket.num_rows), _places(rank_of_token, self.bucket.num_tokens)
 
     def unpack(self, vector: Int[Array, " size"]) -> StepInputs:
-        parts = self._split(vector)
-        flags = {name: parts.pop(name) != 0 for name in ("samples", "from_device")}
-        return StepInputs(**parts, **flags)
+        """The columns of a packed plan, inside a program."""
+        columns = {}
+        for name, column, place, shape in self._slices:
+            values = vector[place].reshape(shape)
+            columns[name] = values != 0 if column.is_bool else values
+        return StepInputs(columns)
+
+
+def _shape(column: Column, size: int) -> tuple[int, ...]:
+    if column.width == 1:
+        return (size,)
+    return (column.width, size) if column.per is Per.UPDATE else (size, column.width)
 
 
 def _places(rank: np.ndarray, room: int) -> np.ndarray:
-    """Those of each rank, which come together and in order, from the beginning of the rank's room."""
+    """The padded index of each item, given the ascending ranks of the items and the room a rank has."""
     return rank * room + np.arange(len(rank)) - np.searchsorted(rank, rank)

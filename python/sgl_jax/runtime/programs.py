@@ -12,14 +12,20 @@ import numpy as np
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.kernels import Kernels
+from sgl_jax.parallel.grid import MeshAxis
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import Program
 from sgl_jax.runtime.layout import PlanLayout
+from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes
 from sgl_jax.runtime.placed_weights import weight_axes
 from sgl_jax.runtime.pool import Pool
-from sgl_jax.runtime.state import LOADERS, STATE_AXES, DeviceState, initial_state, loader_size, loaders
+from sgl_jax.runtime.speculate import Drafter
+from sgl_jax.runtime.state import STATE_AXES, DeviceState, initial_state
 from sgl_jax.runtime.step import StepSpec, step
+from sgl_jax.step_plan import row_tokens
+
+WEIGHTS, KV, STATE, OUTPUTS = "weights", "kv", "state", "outputs"  # names of device values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,19 +40,34 @@ class RunnerConfig:
     num_ranks: int = 1  # M
 
     @property
+    def width(self) -> int:
+        """W of the widest bucket."""
+        return max(bucket.width for bucket in self.buckets)
+
+    @property
     def pages_per_row(self) -> int:
-        return -(-self.context_length // self.page_size)
+        return -(-row_tokens(self.context_length, self.width) // self.page_size)
 
     def layout(self, bucket: Bucket) -> PlanLayout:
         return PlanLayout(bucket, self.page_size, self.num_rows, self.num_ranks)
 
+    def loads(self, model: DecoderConfig) -> list[LoadLayout]:
+        """The layouts of row loads, one of each kind."""
+        sizes = LoadSizes(self.num_rows, self.pages_per_row, model.vocab_size)
+        return [LoadLayout(kind, sizes) for kind in LOADS]
+
 
 def make_programs(
-    model: DecoderConfig, config: RunnerConfig, kernels: Kernels, placement: Placement, weights: Weights
+    model: DecoderConfig,
+    config: RunnerConfig,
+    kernels: Kernels,
+    placement: Placement,
+    weights: Weights,
+    drafter: Drafter | None = None,
 ) -> list[Program]:
     """Every program of a launch, small buckets first. `weights` may be abstract; they are placed as they will be."""
     grid = placement.grid
-    spec = StepSpec(model.share(grid), kernels, config.num_pages, grid)
+    spec = StepSpec(model.share(grid), kernels, config.num_pages, grid, drafter)
     axes, kv_axes = weight_axes(model, stacked=weights.stacked), config.pool.order.axes
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights)
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
@@ -56,20 +77,25 @@ def make_programs(
         function = functools.partial(step, spec=spec, layout=layout)
         function = placement.run(function, (axes, kv_axes, STATE_AXES, ()), (kv_axes, STATE_AXES, ()))
         jitted = jax.jit(function, donate_argnums=(1, 2))
-        programs.append(Program(step_name(bucket), jitted, (weights, kv, state, _vector(layout.size, placement))))
-    for name in LOADERS:
-        function = placement.run(loaders(grid.all_axes)[name], (STATE_AXES, ()), STATE_AXES)
-        vector = _vector(loader_size(name, config.pages_per_row, model.vocab_size), placement)
-        programs.append(Program(loader_name(name), jax.jit(function, donate_argnums=0), (state, vector)))
+        args = weights, kv, state, _vector(layout.size, placement)
+        programs.append(
+            Program(step_name(bucket), jitted, args, takes=(WEIGHTS, KV, STATE), gives=(KV, STATE, OUTPUTS))
+        )
+    for load in config.loads(model):
+        run = functools.partial(_load, load=load, axis=grid.all_axes)
+        jitted = jax.jit(placement.run(run, (STATE_AXES, ()), (STATE_AXES,)), donate_argnums=0)
+        args = state, _vector(load.size, placement)
+        programs.append(Program(load.kind.program, jitted, args, takes=(STATE,), gives=(STATE,)))
     return programs
 
 
+def _load(state: DeviceState, vector: jax.Array, *, load: LoadLayout, axis: MeshAxis) -> tuple[DeviceState]:
+    return (load.run(state, vector, axis=axis),)
+
+
 def step_name(bucket: Bucket) -> str:
-    return f"tokens={bucket.num_tokens} rows={bucket.num_rows}"
-
-
-def loader_name(name: str) -> str:
-    return f"load {name}"
+    width = f" width={bucket.width}" if bucket.width > 1 else ""
+    return f"tokens={bucket.num_tokens} rows={bucket.num_rows}{width}"
 
 
 def abstract_kv(config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStruct:
@@ -79,7 +105,9 @@ def abstract_kv(config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStr
 
 
 def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:
-    shapes = jax.eval_shape(lambda: initial_state(config.num_rows, config.pages_per_row, model.vocab_size))
+    shapes = jax.eval_shape(
+        lambda: initial_state(config.num_rows, config.pages_per_row, model.vocab_size, config.width)
+    )
     return jax.tree.map(
         lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.sharding(axes)), shapes, STATE_AXES
     )

@@ -1,12 +1,10 @@
-"""Owns what lives on the device — weights, KV pool, row state — and the programs that change it."""
+"""Owns what lives on the device, weights, KV pool and row state, and runs the programs that change it."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import threading
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
@@ -16,26 +14,37 @@ from sgl_jax.models.weights import Weights
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import pick
-from sgl_jax.runtime.compiler import Compiled, CompileWatch, compile_all, matmul_precision
+from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, matmul_precision
 from sgl_jax.runtime.layout import PlanLayout
+from sgl_jax.runtime.loads import pack_loads
 from sgl_jax.runtime.machine_limits import Rates, measure_rates
 from sgl_jax.runtime.placed_weights import abstract_weights
 from sgl_jax.runtime.programs import (
+    KV,
+    OUTPUTS,
+    STATE,
+    WEIGHTS,
     RunnerConfig,
     abstract_kv,
     abstract_state,
-    loader_name,
     make_programs,
     step_name,
     zeros,
 )
 from sgl_jax.runtime.sampler import Logprobs
-from sgl_jax.runtime.state import LOADERS, loader_size, pack_bias, pack_counts, pack_pages
+from sgl_jax.runtime.speculate import Drafter
+from sgl_jax.runtime.state import DeviceState
 from sgl_jax.runtime.step import StepOutputs
 from sgl_jax.runtime.tracing import JaxTracer
-from sgl_jax.step_plan import Param, RowLoad, StepPlan
+from sgl_jax.step_plan import StepPlan, StepTokens, TokenScores, empty_plan
 
-_LOADER_NAMES = frozenset(map(loader_name, LOADERS))
+# Told each program that is to run, its vector and the source of its payload ("": it has none), right before it runs.
+type Announce = Callable[[str, np.ndarray, str], None]
+type DeviceValue = Weights | DeviceState | StepOutputs | jax.Array
+
+
+def announce_to_nobody(program: str, vector: np.ndarray, source: str) -> None:
+    """The Announce of a runner whose devices all belong to this process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,39 +53,55 @@ class InFlight:
 
     plan: StepPlan
     outputs: StepOutputs
+    rows: np.ndarray | slice  # where the plan's rows and tokens are in the padded outputs
+    tokens: np.ndarray | slice
+
+    def collect(self) -> StepTokens:
+        """Wait for the step and bring its tokens to the host, and logprobs only where asked for."""
+        plan, outputs = self.plan, self.outputs
+        return StepTokens(
+            tokens=np.asarray(outputs.tokens)[self.rows],
+            num_accepted=np.asarray(outputs.num_accepted)[self.rows],
+            logprobs=_scores(outputs.logprobs, self.rows, plan.width) if plan.wants_logprobs else None,
+            prompt_logprobs=_scores(outputs.prompt_logprobs, self.tokens) if plan.wants_prompt_logprobs else None,
+        )
 
 
-@dataclasses.dataclass(frozen=True)
-class StepTokens:
-    """A finished step on the host, in the plan's row order."""
-
-    tokens: np.ndarray  # i32[S]
-    logprobs: Logprobs | None  # numpy, [S, …]; None unless some row asked
-    prompt_logprobs: Logprobs | None  # numpy, [T, …]
+def _scores(found: Logprobs, at: np.ndarray | slice, width: int = 1) -> TokenScores:
+    """The scores of the items at these places, `width` lines each."""
+    lines = (np.asarray(each) for each in found)
+    return TokenScores(*(x.reshape(-1, width, *x.shape[1:])[at].reshape(-1, *x.shape[1:]) for x in lines))
 
 
 class ModelRunner:
-    """`compile` and `start` make it ready; programs compile from what the weights will look like, so the weights may be
-    read meanwhile."""
+    """Runs steps. `compile` and `start` make it ready; programs compile from what the weights will look like, so the weights
+    may be read meanwhile."""
 
     def __init__(
-        self, model: DecoderConfig, config: RunnerConfig, kernels: Kernels, placement: Placement, *, stacks_layers: bool
+        self,
+        model: DecoderConfig,
+        config: RunnerConfig,
+        kernels: Kernels,
+        placement: Placement,
+        *,
+        stacks_layers: bool,
+        announce: Announce = announce_to_nobody,
+        drafter: Drafter | None = None,
     ):
         self.config = config
         self.watch = CompileWatch()
         weights = abstract_weights(model, config.dtype, placement, stacked=stacks_layers)
-        self.programs = make_programs(model, config, kernels, placement, weights)
+        self.programs = make_programs(model, config, kernels, placement, weights, drafter)
         self.tracer = JaxTracer()
         self._model = model
         self._devices = [*placement.mesh.devices.flat]
         self._placement = placement
-        self._layouts = {b: config.layout(b) for b in config.buckets}
-        self._weights: Weights | None = None
-        self._kv: Any = None
-        self._state: Any = None
-        self._calls: dict[str, Any] = {}
-        # Told each program and its vector before they run, where other processes must run them, too.
-        self.announce: Callable[[str, np.ndarray], None] | None = None
+        self._announce = announce
+        self._layouts = {bucket: config.layout(bucket) for bucket in config.buckets}
+        self._loads = config.loads(model)
+        self._by_name = {program.name: program for program in self.programs}
+        self._calls: dict[str, jax.stages.Compiled] = {}
+        self._values: dict[str, DeviceValue] = {}
         self._compiles_when_ready = 0
 
     @property
@@ -84,109 +109,77 @@ class ModelRunner:
         return self.watch.count - self._compiles_when_ready
 
     def compile(self, report: Callable[[int, int, Compiled], None], stopped: threading.Event) -> None:
-        """Every program; from any thread. `stopped`: as for compile_all."""
+        """Compile every program; from any thread. `stopped`: as for compile_all."""
         with jax.default_matmul_precision(matmul_precision(self.config.dtype)):
             self._calls = compile_all(self.programs, self.watch, report, stopped=stopped)
 
-    def start(self, weights: Weights, meet: Callable[[], Any] = lambda: None) -> None:
+    def start(self, weights: Weights, barrier: Callable[[], object] = lambda: None) -> None:
         """Make KV and state, and run each program once, so that serving compiles nothing and starts at full speed.
 
-        `meet` is called before, to wait until every process has compiled: a collective does not wait for minutes.
+        `barrier` is called before, to wait until every process has compiled: a collective does not wait for minutes.
         """
-        self._weights = weights
-        self._kv = zeros(abstract_kv(self.config, self._placement))
-        self._state = zeros(abstract_state(self._model, self.config, self._placement))
-        meet()
-        nothing = empty_plan(self.config.num_ranks)
-        for layout in self._layouts.values():
-            self.collect(InFlight(nothing, self._step(step_name(layout.bucket), layout.pack(nothing))))
-        for name in LOADERS:
-            size = loader_size(name, self.config.pages_per_row, self._model.vocab_size)
-            vector = np.zeros(size, np.int32)
-            vector[0] = self.config.num_rows
-            self._load(loader_name(name), vector)
-        jax.block_until_ready(self._state)
+        self._values = {
+            WEIGHTS: weights,
+            KV: zeros(abstract_kv(self.config, self._placement)),
+            STATE: zeros(abstract_state(self._model, self.config, self._placement)),
+        }
+        barrier()
+        empty_steps = {
+            step_name(bucket): layout.pack(empty_plan(self.config.num_ranks, bucket.width))
+            for bucket, layout in self._layouts.items()
+        }
+        for program in self.programs:
+            vector = empty_steps.get(program.name, np.zeros(program.vector_shape, np.int32))
+            jax.block_until_ready(self._call(program, vector, *_nothing_to_read(program)))
+        jax.block_until_ready(self._values[STATE])
         self._compiles_when_ready = self.watch.count
 
     def launch(self, plan: StepPlan) -> InFlight:
-        """Start a step: one vector to the device, one dispatch; rows with uncommon state load it first."""
-        for load in plan.loads:
-            self._load_row(load)
+        """Start a step: one vector to the device, one dispatch; before it, one of each kind of row load there is."""
+        for program, vector in pack_loads(self._loads, plan.loads):
+            self.run(program, vector)
         layout = self._layout(plan)
-        return InFlight(plan, self._step(step_name(layout.bucket), layout.pack(plan)))
+        outputs = self.run(step_name(layout.bucket), layout.pack(plan))
+        assert isinstance(outputs, StepOutputs)
+        return InFlight(plan, outputs, *layout.places(plan))
 
-    def collect(self, flight: InFlight) -> StepTokens:
-        """Wait for a launched step and bring its tokens to the host, and logprobs only where asked for."""
-        plan, outputs = flight.plan, flight.outputs
-        rows, tokens = self._layout(plan).places(plan)
+    def run(self, name: str, vector: np.ndarray, source: str = "") -> DeviceValue | None:
+        """Run a program here and, announced, in every other process. Returns what it gives besides the values it takes."""
+        self._announce(name, vector, source)
+        return self.execute(name, vector, source)
 
-        def logprobs(of: Logprobs, places: Any) -> Logprobs:
-            return Logprobs(*(np.asarray(each)[places] for each in of))
-
-        return StepTokens(
-            tokens=np.asarray(outputs.tokens)[rows],
-            logprobs=logprobs(outputs.logprobs, rows) if plan.wants_logprobs else None,
-            prompt_logprobs=logprobs(outputs.prompt_logprobs, tokens) if plan.wants_prompt_logprobs else None,
-        )
+    def execute(self, name: str, vector: np.ndarray, source: str = "") -> DeviceValue | None:
+        """Run a program that another process announced, with the payload read here."""
+        program = self._by_name[name]
+        payload = (program.read(source),) if source and program.read else ()
+        return self._call(program, vector, *payload)
 
     def measure_limits(self) -> Rates:
         """What the devices can do. Raises NotMeasured."""
         with self.watch.ignored():
             return measure_rates(self._devices, self.config.dtype)
 
+    def _call(self, program: Program, vector: np.ndarray, *payload: object) -> DeviceValue | None:
+        taken = [self._values[name] for name in program.takes]
+        given = self._calls[program.name](*taken, vector, *payload)
+        result = None
+        for name, value in zip(program.gives, given, strict=True):
+            if name == OUTPUTS:
+                result = value
+            else:
+                self._values[name] = value
+        return result
+
     def _layout(self, plan: StepPlan) -> PlanLayout:
-        """That of the smallest bucket which holds every rank's tokens."""
+        """The layout of the smallest bucket which holds every rank's tokens and rows."""
         if self.config.num_ranks == 1:
-            most = plan.num_tokens
+            tokens, rows = plan.num_tokens, len(plan.rows)
         else:
-            most = int(np.bincount(plan.rank, plan.num_new, 1).max())
-        return self._layouts[pick(self.config.buckets, most)]
-
-    def execute(self, name: str, vector: np.ndarray) -> None:
-        """Run a program that another process announced; it reads the results."""
-        if name in _LOADER_NAMES:
-            self._load(name, vector)
-        else:
-            self._step(name, vector)
-
-    def _step(self, name: str, vector: np.ndarray) -> StepOutputs:
-        if self.announce is not None:
-            self.announce(name, vector)
-        self._kv, self._state, outputs = self._calls[name](self._weights, self._kv, self._state, vector)
-        return outputs
-
-    def _load_row(self, load: RowLoad) -> None:
-        if load.pages is not None:
-            self._load(loader_name("pages"), pack_pages(load.row, load.pages, self.config.pages_per_row))
-        if load.request is not None:
-            p = load.request.params
-            if p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1:
-                self._load(loader_name("counts"), pack_counts(load.row, load.request, self._model.vocab_size))
-            if p.logit_bias or p.min_tokens:
-                self._load(loader_name("bias"), pack_bias(load.row, load.request))
-
-    def _load(self, name: str, vector: np.ndarray) -> None:
-        if self.announce is not None:
-            self.announce(name, vector)
-        self._state = self._calls[name](self._state, vector)
+            tokens = int(np.bincount(plan.rank, plan.num_new, 1).max())
+            rows = int(np.bincount(plan.rank, minlength=1).max())
+        return self._layouts[pick(self.config.buckets, tokens, rows, plan.width)]
 
 
-@functools.cache
-def empty_plan(num_ranks: int) -> StepPlan:
-    """A plan of no rows: what a warm-up runs."""
-    ints, bools = np.empty(0, np.int32), np.empty(0, np.bool_)
-    return StepPlan(
-        keys=np.empty(0, np.int64),
-        rows=ints,
-        rank=ints,
-        start=ints,
-        num_new=ints,
-        num_short=np.zeros(num_ranks, np.int32),
-        samples=bools,
-        from_device=bools,
-        next_token=ints,
-        tokens=ints,
-        params=np.empty((0, len(Param)), np.int32),
-        page_updates=np.empty((3, 0), np.int32),
-        loads=[],
-    )
+def _nothing_to_read(program: Program) -> tuple[object, ...]:
+    """A payload of zeros for a program that reads one."""
+    return () if program.read is None else (zeros(program.args[-1]),)

@@ -1,12 +1,15 @@
 """Logits to tokens, inside the step program: any mix of parameters in one batch, without a recompile.
 
 logit_bias, penalties, temperature, top_k, top_p, min_p, in Hugging Face's order. The three filters come down to one
-threshold per row, the smallest logit kept. It is read off the best CANDIDATES logits where that is exact, and otherwise
+threshold per line, the smallest logit kept. It is read off the best CANDIDATES logits where that is exact, and otherwise
 found by bisection. Then one uniform number, drawn from the row's (seed, position) alone, picks the token by inverting
-the cumulative distribution in vocabulary order. No sort over the vocabulary. What is more than a greedy token is made for
-a block of rows at a time, so that its arrays of rows x vocabulary need little memory beside the logits.
+the cumulative distribution in vocabulary order. No sort over the vocabulary. Lines that need more than the best token are
+processed in blocks, to bound the [lines, vocabulary] temporaries.
 
-On a tensor axis each device has its share of the vocabulary, V here, and only candidates and sums pass between them.
+A line is a place at which a token is sampled. A row that decodes has W of them: after its last token and after each of
+its W - 1 drafts. A line depends on no other.
+
+On a tensor axis each device holds a shard of the vocabulary, V here, and only candidates and sums pass between them.
 """
 
 from __future__ import annotations
@@ -16,74 +19,89 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGPROBS
-from sgl_jax.runtime.layout import StepInputs
+from sgl_jax.runtime.layout import param_of
 from sgl_jax.runtime.state import IN_PROMPT, DeviceState
 from sgl_jax.step_plan import Flag, Param
 
 CANDIDATES = 64
 _BLOCK = 256  # vocabulary entries summed at once when inverting the distribution
-_ROWS_BYTES = 20 << 20  # of float32 logits that are worked on at once; a TPU holds some such arrays in VMEM
+_LINES_BYTES = 20 << 20  # of float32 logits that are worked on at once; a TPU holds some such arrays in VMEM
 
 
 class Logprobs(NamedTuple):
-    """Of the model's own distribution, before bias, penalties and temperature. Zeros when nobody asked."""
+    """Log probabilities under the model's own distribution, before bias, penalties and temperature. Zeros when nobody
+    asked."""
 
-    chosen: jax.Array | np.ndarray  # f32[n]
-    top_ids: jax.Array | np.ndarray  # i32[n, MAX_LOGPROBS], best first
-    top_logprobs: jax.Array | np.ndarray  # f32[n, MAX_LOGPROBS]
+    chosen: jax.Array  # f32[n]
+    top_ids: jax.Array  # i32[n, MAX_LOGPROBS], best first
+    top_logprobs: jax.Array  # f32[n, MAX_LOGPROBS]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SampleLines:
+    """Where tokens are sampled, line by line."""
+
+    rows: jax.Array  # i32[lines]: of the device state
+    position: jax.Array  # i32[lines]: of the token to be sampled, in its sequence
+    samples: jax.Array  # bool[lines]: False where the token is not used
+    params: jax.Array  # i32[lines, len(Param)]
+    drafts: jax.Array  # i32[lines, W - 1]: drafts before the line, which count as generated; -1: none
+
+    def param(self, column: Param) -> jax.Array:
+        return param_of(self.params, column)
 
 
 def sample(
-    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: MeshAxis = ONE_DEVICE
+    logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
-    """The next token of each row; rows that do not sample get an arbitrary one."""
-    asked = has_flag(inputs, Flag.BIAS | Flag.PENALTIES) | inputs.samples & (inputs.param(Param.TEMPERATURE) > 0)
-    num_rows, block = len(logits), rows_at_once(logits.shape[-1])
-    if num_rows <= block:
-        return lax.cond(asked.any(), lambda: _sample(logits, inputs, state, axis), lambda: _argmax(logits, axis))
+    """The next token of each of S lines; lines that do not sample get an arbitrary one."""
+    asked = has_flag(lines.params, Flag.BIAS | Flag.PENALTIES) | lines.samples & (lines.param(Param.TEMPERATURE) > 0)
+    num_lines, block = len(logits), lines_at_once(logits.shape[-1])
+    if num_lines <= block:
+        return lax.cond(asked.any(), lambda: _sample(logits, lines, state, axis), lambda: _argmax(logits, axis))
 
     def sample_block(i, tokens):
-        first = jnp.minimum(i * block, num_rows - block)  # the last block may do rows again: a row depends on no other
-        of_block = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, block), inputs.by_row())
+        first = jnp.minimum(i * block, num_lines - block)  # the last block may repeat lines of the one before
+        of_block = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, block), lines)
         part = lax.dynamic_slice_in_dim(logits, first, block)
-        sampled = _sample(part, dataclasses.replace(inputs, **of_block), state, axis)
+        sampled = _sample(part, of_block, state, axis)
         return lax.dynamic_update_slice_in_dim(tokens, sampled, first, 0)
 
     def sample_blocks() -> Int[Array, " S"]:
-        return lax.fori_loop(0, -(-num_rows // block), sample_block, jnp.zeros(num_rows, jnp.int32))
+        return lax.fori_loop(0, -(-num_lines // block), sample_block, jnp.zeros(num_lines, jnp.int32))
 
     return lax.cond(asked.any(), sample_blocks, lambda: _argmax(logits, axis))
 
 
-def rows_at_once(vocab_size: int) -> int:
-    """How many rows are sampled at once, 8 at least: that many a TPU keeps in one tile."""
-    return max(8, 1 << (_ROWS_BYTES // (4 * vocab_size)).bit_length() - 1)
+def lines_at_once(vocab_size: int) -> int:
+    """How many lines are sampled at once: at least 8, which a TPU keeps in one tile."""
+    return max(8, 1 << (_LINES_BYTES // (4 * vocab_size)).bit_length() - 1)
 
 
-def _sample(logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: MeshAxis) -> Int[Array, " S"]:
-    logits = _adjust(logits, inputs, state, axis)
+def _sample(logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis) -> Int[Array, " S"]:
+    logits = _adjust(logits, lines, state, axis)
     greedy = _argmax(logits, axis)
-    temperature = inputs.param(Param.TEMPERATURE)
-    random = inputs.samples & (temperature > 0)
+    temperature = lines.param(Param.TEMPERATURE)
+    random = lines.samples & (temperature > 0)
 
     def draw() -> Int[Array, " S"]:
         # The best logit becomes 0: however small the temperature, it does not overflow.
         scaled = (logits - axis.max(logits.max(-1, keepdims=True))) / jnp.where(random, temperature, 1.0)[:, None]
-        top_k = inputs.param(Param.TOP_K)
-        top_p, min_p = inputs.param(Param.TOP_P), inputs.param(Param.MIN_P)
+        top_k = lines.param(Param.TOP_K)
+        top_p, min_p = lines.param(Param.TOP_P), lines.param(Param.MIN_P)
         filtered = random & ((top_k < logits.shape[-1] * axis.size) | (top_p < 1) | (min_p > 0))
         threshold = lax.cond(
             filtered.any(),
             lambda: jnp.where(filtered, _threshold(scaled, top_k, top_p, min_p, filtered, axis), -jnp.inf),
             lambda: jnp.full(len(scaled), -jnp.inf),
         )
-        drawn = _invert(scaled, threshold, uniforms(inputs), axis)
+        drawn = _invert(scaled, threshold, uniforms(lines), axis)
         return jnp.where(random, drawn, greedy)
 
     return lax.cond(random.any(), draw, lambda: greedy)
@@ -113,8 +131,9 @@ def no_logprobs(n: int) -> Logprobs:
     return Logprobs(jnp.zeros(n, jnp.float32), jnp.zeros(wide, jnp.int32), jnp.zeros(wide, jnp.float32))
 
 
-def has_flag(inputs: StepInputs, flag: Flag) -> Bool[Array, " S"]:
-    return (inputs.param(Param.FLAGS) & int(flag)) != 0
+def has_flag(params: Int[Array, "rows params"], flag: Flag) -> Bool[Array, " rows"]:
+    """Whether a row, or a line, has any of the flags."""
+    return (param_of(params, Param.FLAGS) & int(flag)) != 0
 
 
 def _argmax(x: Float[Array, "S V"], axis: MeshAxis) -> Int[Array, " S"]:
@@ -139,40 +158,41 @@ def _top_k(x: Float[Array, "n V"], k: int, axis: MeshAxis) -> tuple[Float[Array,
 
 
 def _adjust(
-    logits: Float[Array, "S V"], inputs: StepInputs, state: DeviceState, axis: MeshAxis = ONE_DEVICE
+    logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, "S V"]:
-    """logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
-    biased, penalised = has_flag(inputs, Flag.BIAS), has_flag(inputs, Flag.PENALTIES)
-    # Row by row: XLA for TPU would copy all of token_counts for a gather, sort the places of a scatter over all rows, and
+    """Logits with logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
+    biased, penalised = has_flag(lines.params, Flag.BIAS), has_flag(lines.params, Flag.PENALTIES)
+    # Line by line: XLA for TPU would copy all of token_counts for a gather, sort the places of a scatter over all rows, and
     # take ten seconds of compiling for both (benchmarks/LOG.md).
 
     def add_bias(x):
-        rows = inputs.rows
-        in_force = biased[:, None] & ((inputs.start + inputs.num_new)[:, None] < state.bias_until[rows])
+        rows = lines.rows
+        in_force = biased[:, None] & (lines.position[:, None] < state.bias_until[rows])
         values = jnp.where(in_force, state.bias_values[rows], 0.0)
         places, _ = axis.mine(state.bias_ids[rows], x.shape[-1])
-        return lax.map(lambda row: row[0].at[row[1]].add(row[2], mode="drop"), (x, places, values))
+        return lax.map(lambda line: line[0].at[line[1]].add(line[2], mode="drop"), (x, places, values))
 
     def penalise(x):
-        counts = lax.map(lambda row: state.token_counts[row], inputs.rows)
+        places, _ = axis.mine(lines.drafts, x.shape[-1])
+        counts = lax.map(lambda line: state.token_counts[line[0]].at[line[1]].add(1, mode="drop"), (lines.rows, places))
         in_output = counts & (IN_PROMPT - 1)
-        repetition = inputs.param(Param.REPETITION)[:, None]
+        repetition = lines.param(Param.REPETITION)[:, None]
         y = jnp.where(counts != 0, jnp.where(x > 0, x / repetition, x * repetition), x)
-        y -= inputs.param(Param.FREQUENCY)[:, None] * in_output
-        y -= inputs.param(Param.PRESENCE)[:, None] * (in_output > 0)
+        y -= lines.param(Param.FREQUENCY)[:, None] * in_output
+        y -= lines.param(Param.PRESENCE)[:, None] * (in_output > 0)
         return jnp.where(penalised[:, None], y, x)
 
     logits = lax.cond(biased.any(), add_bias, lambda x: x, logits)
     return lax.cond(penalised.any(), penalise, lambda x: x, logits)
 
 
-def uniforms(inputs: StepInputs) -> Float[Array, " S"]:
-    """One number in [0, 1) per row, from the request's seed and the position sampled."""
+def uniforms(lines: SampleLines) -> Float[Array, " S"]:
+    """One number in [0, 1) per line, from the request's seed and the position sampled."""
 
     def one(seed, position):
         return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
 
-    return jax.vmap(one)(inputs.param(Param.SEED).astype(jnp.uint32), inputs.start + inputs.num_new)
+    return jax.vmap(one)(lines.param(Param.SEED).astype(jnp.uint32), lines.position)
 
 
 def _threshold(

@@ -17,29 +17,32 @@ from sgl_jax.ops.attention.api import RaggedBatch, make_ragged_batch, split_head
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import LONE, Grid
 from sgl_jax.request import MAX_LOGPROBS
-from sgl_jax.runtime import sampler
+from sgl_jax.runtime import sampler, speculate
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.sampler import Logprobs
+from sgl_jax.runtime.speculate import Drafter
 from sgl_jax.runtime.state import DeviceState, apply_page_updates, store_samples
 from sgl_jax.step_plan import Flag
 
 
 class StepOutputs(NamedTuple):
-    """Of the rows and tokens of all M ranks, padding included, on every device."""
+    """Results for the rows and tokens of all M ranks, padding included, on every device."""
 
-    tokens: jax.Array  # i32[M * S]
-    logprobs: Logprobs  # of the sampled tokens, [M * S]
+    tokens: jax.Array  # i32[M * S, W]
+    num_accepted: jax.Array  # i32[M * S]
+    logprobs: Logprobs  # of the sampled tokens, [M * S * W]
     prompt_logprobs: Logprobs  # of the token after each packed token, [M * T]
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """What makes a step program, besides its bucket."""
+    """A step program's static parts, besides its bucket."""
 
     config: DecoderConfig  # one device's share of it
     kernels: Kernels
     pages_per_layer: int  # P, of a rank
     grid: Grid = LONE
+    drafter: Drafter | None = None
 
 
 def step(
@@ -51,7 +54,7 @@ def step(
     spec: StepSpec,
     layout: PlanLayout,
 ) -> tuple[Float[Array, "LP K planes page H"], DeviceState, StepOutputs]:
-    """Run one plan: update page tables, embed, layers, logits of each row's last token, sample, remember.
+    """Run one plan: update page tables, embed, layers, logits where tokens are sampled, sample, remember, draft.
 
     Every device knows the whole plan. Attention is its rank's; MLPs and the sampler take what all ranks have.
     """
@@ -59,16 +62,16 @@ def step(
     # Scopes name the stages in a profile (docs/features/profiling.md).
     with jax.named_scope("unpack"):
         inputs = layout.unpack(vector)
-        state = apply_page_updates(state, inputs)
+        state = apply_page_updates(state, inputs.page_updates)
+        rows = speculate.row_tokens(inputs, state, layout)
         batch = make_ragged_batch(
             state.page_table[ranks.own(inputs.rows)],
-            ranks.own(inputs.start),
+            ranks.own(rows.start),
             ranks.own(inputs.num_new),
             ranks.own(inputs.num_short)[0],
             bucket.num_tokens,
             layout.page_size,
         )
-        tokens = _tokens(inputs, state, layout)
         used = inputs.num_new.reshape(layout.num_ranks, -1).sum(-1, keepdims=True)
         valid = (jnp.arange(bucket.num_tokens) < used).reshape(-1)
 
@@ -94,26 +97,25 @@ def step(
         )
 
     context = decoder.Context(batch.positions, valid, attend, spec.kernels.grouped_matmul, spec.grid)
-    hidden, kv = decoder.hidden_states(weights, spec.config, tokens, kv, context)
-    last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
-    logits = decoder.logits(weights, spec.config, ranks.gather(hidden[last]))
+    hidden, kv = decoder.hidden_states(weights, spec.config, rows.packed, kv, context)
+    sampled_at = speculate.sampled_tokens(batch, ranks.own(inputs.from_device), bucket.width)
+    features = ranks.gather(hidden[sampled_at])  # [M * S * W, D]
+    logits = decoder.logits(weights, spec.config, features)
     with jax.named_scope("sample"):
-        sampled = sampler.sample(logits, inputs, state, everyone)
-        wanted = sampler.has_flag(inputs, Flag.LOGPROBS)
-        logprobs = sampler.token_logprobs(logits, sampled, (wanted & inputs.samples).any(), everyone)
+        lines = speculate.sample_lines(inputs, rows, bucket.width)
+        sampled = sampler.sample(logits, lines, state, everyone)
+        wanted = sampler.has_flag(lines.params, Flag.LOGPROBS)
+        logprobs = sampler.token_logprobs(logits, sampled, (wanted & lines.samples).any(), everyone)
     with jax.named_scope("store"):
-        state = store_samples(state, inputs, sampled, sampler.has_flag(inputs, Flag.PENALTIES), everyone)
+        tokens = sampled.reshape(-1, bucket.width)
+        num_accepted = speculate.count_accepted(tokens, rows.drafts)
+        length = rows.start + jnp.where(inputs.from_device, num_accepted, inputs.num_new)
+        counted = sampler.has_flag(inputs.params, Flag.PENALTIES)
+        state = store_samples(state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone)
+        state = speculate.draft(state, inputs.rows, features, num_accepted, spec.drafter)
     with jax.named_scope("prompt_logprobs"):
-        prompt_logprobs = _prompt_logprobs(weights, spec, inputs, batch, tokens, hidden)
-    return kv, state, StepOutputs(sampled, logprobs, prompt_logprobs)
-
-
-def _tokens(inputs: StepInputs, state: DeviceState, layout: PlanLayout) -> Int[Array, " MT"]:
-    """All ranks' tokens. Rows that decode come first in their rank, a token each: the device knows it."""
-    m, s = layout.num_ranks, layout.bucket.num_rows
-    tokens = inputs.tokens.reshape(m, -1)
-    sampled = jnp.where(inputs.from_device, state.last_token[inputs.rows], tokens[:, :s].reshape(-1))
-    return jnp.concatenate([sampled.reshape(m, s), tokens[:, s:]], axis=1).reshape(-1)
+        prompt_logprobs = _prompt_logprobs(weights, spec, inputs, batch, rows.packed, hidden)
+    return kv, state, StepOutputs(tokens, num_accepted, logprobs, prompt_logprobs)
 
 
 def _prompt_logprobs(
@@ -127,7 +129,7 @@ def _prompt_logprobs(
     """How likely the model found each next prompt token: [M * T], computed S at a time, and only if someone asked."""
     ranks, everyone = spec.grid.data_axis, spec.grid.all_axes
     num_tokens, num_rows = len(tokens), len(inputs.rows)
-    wanted = sampler.has_flag(inputs, Flag.PROMPT_LOGPROBS) & (inputs.num_new > 0)
+    wanted = sampler.has_flag(inputs.params, Flag.PROMPT_LOGPROBS) & (inputs.num_new > 0)
 
     def compute() -> Logprobs:
         is_last = jnp.arange(len(hidden)) == batch.cu_q_lens[1:][batch.token_row] - 1

@@ -47,8 +47,10 @@ class RowPages:
     # --- growing ------------------------------------------------------------------------------------------------------
 
     def needed(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
-        """How many more pages each row needs for num_new[i] tokens."""
-        return -(-(self._table.num_computed[rows] + num_new) // self.page_size) - self._table.num_pages[rows]
+        """How many more pages each row needs for num_new[i] tokens. It may have some already, given for drafts that were
+        rejected."""
+        end = self._table.num_computed[rows] + num_new
+        return np.maximum(-(-end // self.page_size) - self._table.num_pages[rows], 0)
 
     def short_rank(self, rows: np.ndarray, need: np.ndarray) -> int | None:
         """The first rank that cannot give its rows need[i] pages each."""
@@ -104,8 +106,9 @@ class RowPages:
         self._reload.clear()
         return [RowLoad(row, t.page_table[row, : t.num_pages[row]].copy(), None) for row in rows]
 
-    def check_invariants(self, running: np.ndarray) -> None:
-        """Raises AssertionError unless every page has exactly one owner."""
+    def check_invariants(self, running: np.ndarray, num_rejected: int) -> None:
+        """Raises AssertionError unless every page has exactly one owner, and every row pages for what it computes and
+        perhaps for num_rejected tokens more."""
         t = self._table
         assert sorted(self._handles) == sorted(running.tolist())
         owned: list[list[np.ndarray]] = [[] for _ in self._caches]
@@ -114,4 +117,6 @@ class RowPages:
             assert np.array_equal(t.page_table[row, : handle.num_pages], handle.pages)
         for cache, pages in zip(self._caches, owned, strict=True):
             cache.check_invariants(pages)
-        assert (t.num_pages[running] == -(-t.num_computed[running] // self.page_size)).all()
+        computed, num_pages = t.num_computed[running], t.num_pages[running]
+        assert (num_pages >= -(-computed // self.page_size)).all()
+        assert (num_pages <= -(-(computed + num_rejected) // self.page_size)).all()

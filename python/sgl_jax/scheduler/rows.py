@@ -1,4 +1,9 @@
-"""The running requests as columns: numpy arrays indexed by row, so that a decode step costs no Python per request."""
+"""The running requests as columns: numpy arrays indexed by row, so that a decode step costs no Python per request.
+
+The host knows num_known tokens of a row. A step in flight adds 1 to W, so what the row will have when all of them are done
+lies between num_sure and num_tokens. Pages are given for the upper bound; whether a request needs another step is decided by
+the lower one. With W = 1 the two are equal.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,7 @@ _WIDTH = 8  # stop ids a row has room for before the table widens
 
 
 class RowTable:
-    def __init__(self, num_rows: int, context_length: int, page_size: int):
+    def __init__(self, num_rows: int, context_length: int, pages_per_row: int):
         def column(dtype: type = np.int32) -> np.ndarray:
             return np.zeros(num_rows, dtype)
 
@@ -21,12 +26,13 @@ class RowTable:
         self.prompt_len = column()
         self.max_total = column()  # tokens at which the request ends by length
         self.num_known = column()  # tokens the host has
-        self.num_tokens = column()  # num_known, plus the sampled tokens still on their way (one per step in flight)
-        self.num_computed = column()  # tokens whose KV is written, or will be by the steps in flight
+        self.num_sure = column()  # num_known, plus one for each step in flight that samples
+        self.num_tokens = column()  # num_known, plus all that the steps in flight may sample
+        self.num_computed = column()  # tokens whose KV is written, or may be by the steps in flight
         self.num_pages = column()
-        self.has_sampled = column(np.bool_)  # the device holds the row's last token
+        self.has_sampled = column(np.bool_)  # the row decodes: the device holds its last token
         self.tokens = np.zeros((num_rows, context_length), np.int32)  # [:, :num_known] are valid
-        self.page_table = np.zeros((num_rows, -(-context_length // page_size)), np.int32)  # [:, :num_pages] are valid
+        self.page_table = np.zeros((num_rows, pages_per_row), np.int32)  # [:, :num_pages] are valid
         self.stop_ids = np.full((num_rows, _WIDTH), -1, np.int32)
         self.params = np.zeros((num_rows, len(Param)), np.int32)
         self._free = list(range(num_rows - 1, -1, -1))
@@ -44,7 +50,7 @@ class RowTable:
         self.rank[row] = rank
         self.prompt_len[row] = len(request.prompt)
         self.max_total[row] = request.max_total_tokens
-        self.num_known[row] = self.num_tokens[row] = n
+        self.num_known[row] = self.num_sure[row] = self.num_tokens[row] = n
         self.num_computed[row] = self.num_pages[row] = 0
         self.has_sampled[row] = False
         self.tokens[row, :n] = request.tokens
@@ -64,15 +70,11 @@ class RowTable:
         return request
 
     def next_tokens(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
-        """The next num_new[i] tokens of rows[i], i32[num_new.sum()] in row order; of one the host has not yet, any."""
-        start, single = self.num_computed[rows], num_new == 1
-        if single.all():
-            return self.tokens[rows, np.minimum(start, self.num_known[rows] - 1)]
-        at = np.cumsum(num_new) - num_new
-        tokens = np.empty(int(num_new.sum()), np.int32)
-        tokens[at[single]] = self.tokens[rows[single], np.minimum(start[single], self.num_known[rows[single]] - 1)]
-        for i in np.flatnonzero(~single):
-            tokens[at[i] : at[i] + num_new[i]] = self.tokens[rows[i], start[i] : start[i] + num_new[i]]
+        """The next num_new[i] tokens of rows[i], i32[num_new.sum()] in row order; zeros for rows that decode."""
+        tokens = np.zeros(int(num_new.sum()), np.int32)
+        start, end = self.num_computed[rows], np.cumsum(num_new)
+        for i in np.flatnonzero(~self.has_sampled[rows]):
+            tokens[end[i] - num_new[i] : end[i]] = self.tokens[rows[i], start[i] : start[i] + num_new[i]]
         return tokens
 
     def _set_stop_ids(self, row: int, ids: np.ndarray) -> None:

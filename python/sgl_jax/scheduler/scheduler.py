@@ -3,11 +3,14 @@
 There is no prefill phase and no decode phase: every running request has `num_computed` tokens chasing `num_tokens`, and
 each step spends a budget of tokens over them. Chunked prefill, prefix hits, mixed batches and preemption follow from it.
 
+A row that decodes computes W tokens, its last one and W - 1 drafts, and gains 1 to W. How many is known when the step is
+processed, so counters of a row with steps in flight are bounds (scheduler/rows.py).
+
     add      a request waits
     schedule one step's plan: running rows first, then as many waiting requests as fit
     process  the step's tokens: appended, stop conditions checked, finished requests' pages go to the tree
 
-`schedule` may be called again before `process`: a token in flight is counted in `num_tokens` and read on the device.
+`schedule` may be called again before `process`: tokens in flight are counted in `num_tokens` and read on the device.
 
 With M data ranks there are M caches, each with pages and a tree of its own; a row has a rank from its admission on. A
 rank is an index: the column `rank` of the rows, and numbers [M].
@@ -16,7 +19,8 @@ rank is an index: the column `rank` of the rows, and numbers [M].
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,19 +31,29 @@ from sgl_jax.scheduler.placement import PLACEMENTS, RankLoads
 from sgl_jax.scheduler.policy import POLICIES
 from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
-from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan
+from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan, StepTokens, row_tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits are of each data rank: M ranks run M times as many requests and tokens in a step."""
+    """Limits for each data rank: M ranks run M times as many requests and tokens in a step."""
 
     max_running_requests: int
     context_length: int
-    max_step_tokens: int  # budget of a step, at least max_running_requests
+    max_step_tokens: int  # budget of a step, at least W for each running request
     max_prefill_tokens: int  # of it, tokens of prompts
     policy: str = "fcfs"  # who is admitted next: scheduler.policy.POLICIES
     placement: str = "cache_aware"  # on which rank: scheduler.placement.PLACEMENTS
+    width: Callable[[int], int] = lambda num_decoding: 1  # W of a step whose fullest rank has so many decoding rows
+
+    @functools.cached_property
+    def max_width(self) -> int:
+        return max(map(self.width, range(1, self.max_running_requests + 1)))
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of KV that a row may take up."""
+        return row_tokens(self.context_length, self.max_width)
 
 
 @dataclasses.dataclass(slots=True)
@@ -55,25 +69,35 @@ class Counters:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a processed step means for requests; `index` leads back into the plan's rows."""
+    """The new tokens of a processed step: n of them, those of a row in order."""
 
-    index: np.ndarray  # i64[n] positions in the plan of the rows below
     keys: np.ndarray  # i64[n]
     tokens: np.ndarray  # i32[n]
-    first: list[Request]  # these just got their first token
+    lines: np.ndarray  # i64[n] where each was sampled, among the plan's S * W lines
+    first: list[Request]  # requests that just got their first token
     finished: list[tuple[Request, FinishReason]]
+    scored: dict[int, Request]  # by row of the plan, requests whose logprobs, or those of their prompts, were asked for
 
 
 @dataclasses.dataclass(slots=True)
 class _Picks:
     """Rows chosen for the step under construction."""
 
+    width: int  # W
     num_decoding: int  # of the rows, those that decode: the first, by rank
     budget: list[int]  # [M] prompt tokens the step has room for yet, by rank
     rows: list[np.ndarray] = dataclasses.field(default_factory=list)
     num_new: list[np.ndarray] = dataclasses.field(default_factory=list)
     loads: list[RowLoad] = dataclasses.field(default_factory=list)
     page_updates: list[np.ndarray] = dataclasses.field(default_factory=list)
+    num_cached_tokens: int = 0  # found in the cache by those admitted
+
+
+class _Taken(NamedTuple):
+    """Which of a step's sampled tokens, [n, W], requests take: indices of the two axes."""
+
+    row: np.ndarray | slice
+    line: np.ndarray | int
 
 
 class _Place(NamedTuple):
@@ -90,16 +114,22 @@ type _Prefix = tuple[int, str, bytes]  # rank, namespace, tokens
 class Scheduler:
     def __init__(self, config: SchedulerConfig, caches: Sequence[PrefixCache]):
         """One cache for each data rank, alike but for their number of pages."""
-        if config.max_step_tokens < config.max_running_requests:
-            raise ValueError(
-                f"a step of {config.max_step_tokens} tokens cannot hold {config.max_running_requests} decoding requests"
-            )
+        for num_decoding in range(1, config.max_running_requests + 1):
+            if config.max_step_tokens < num_decoding * config.width(num_decoding):
+                raise ValueError(
+                    f"a step of {config.max_step_tokens} tokens cannot hold {num_decoding} decoding requests"
+                    f" of {config.width(num_decoding)} tokens each"
+                )
         kinds = {(cache.page_size, cache.enabled) for cache in caches}
         if len(kinds) != 1:
             raise ValueError(f"the caches of all ranks must be alike; their (page size, enabled) are {sorted(kinds)}")
         self.config = config
         self.caches = tuple(caches)
-        self.table = RowTable(len(caches) * config.max_running_requests, config.context_length, caches[0].page_size)
+        self.table = RowTable(
+            len(caches) * config.max_running_requests,
+            config.context_length,
+            -(-config.row_tokens // caches[0].page_size),
+        )
         self._pages = RowPages(self.table, caches)
         self.waiting: dict[int, Request] = {}  # by key
         self.counters = Counters()
@@ -131,6 +161,7 @@ class Scheduler:
 
     @property
     def num_running_tokens(self) -> int:
+        """Tokens that running requests have computed, or may have by the steps in flight."""
         return int(self.table.num_computed[self._running].sum())
 
     def find(self, key: int) -> Request | None:
@@ -170,7 +201,8 @@ class Scheduler:
         rows = np.concatenate(picks.rows)
         num_new = np.concatenate(picks.num_new)
         if len(rows) > picks.num_decoding:  # else they come in order
-            order = np.lexsort((num_new > 1, self.table.rank[rows]))  # by rank, single tokens first
+            kind = np.where(self.table.has_sampled[rows], 0, np.where(num_new <= picks.width, 1, 2))
+            order = np.lexsort((kind, self.table.rank[rows]))
             rows, num_new = rows[order], num_new[order]
         plan = self._build(rows, num_new, picks)
         self._pages.share(rows[~plan.from_device])
@@ -183,22 +215,20 @@ class Scheduler:
         t = self.table
         while True:
             run = self._running
-            remaining = t.num_tokens[run] - t.num_computed[run]
-            unfinished = t.num_tokens[run] < t.max_total[run]
-            decoding = t.has_sampled[run] & (remaining == 1)
+            decoding = t.has_sampled[run]
+            unfinished = t.num_sure[run] < t.max_total[run]
             decode_rows = run[decoding & unfinished]
-            rows, num_new = [decode_rows], [np.ones(len(decode_rows), np.int32)]
+            of_rank = self._pages.count_by_rank(decode_rows)
+            width = self.config.width(max(*of_rank, 1))
+            rows, num_new = [decode_rows], [np.full(len(decode_rows), width, np.int32)]
             limits = self.config
-            budget = [
-                min(limits.max_step_tokens - n, limits.max_prefill_tokens)
-                for n in self._pages.count_by_rank(decode_rows)
-            ]
-            for i in np.flatnonzero(~decoding & unfinished):
-                rank = t.rank[run[i]]
-                n = min(int(remaining[i]), budget[rank])
+            budget = [min(limits.max_step_tokens - n * width, limits.max_prefill_tokens) for n in of_rank]
+            for row in run[~decoding & unfinished]:
+                rank = t.rank[row]
+                n = min(int(t.num_tokens[row] - t.num_computed[row]), budget[rank])
                 if n == 0:
                     continue
-                rows.append(run[i : i + 1])
+                rows.append(row[None])
                 num_new.append(np.array([n], np.int32))
                 budget[rank] -= n
             all_rows, all_new = np.concatenate(rows), np.concatenate(num_new)
@@ -211,8 +241,9 @@ class Scheduler:
                 break
             self._preempt(int(run[t.rank[run] == short][-1]))
         if not len(all_rows):
-            return _Picks(0, budget)
-        return _Picks(len(decode_rows), budget, [all_rows], [all_new], page_updates=[self._pages.give(all_rows, need)])
+            return _Picks(width, 0, budget)
+        updates = [self._pages.give(all_rows, need)]
+        return _Picks(width, len(decode_rows), budget, [all_rows], [all_new], page_updates=updates)
 
     def _admit(self, picks: _Picks) -> None:
         """Seat waiting requests while a rank has budget, rows and pages for the next of them."""
@@ -257,10 +288,12 @@ class Scheduler:
         return request.tokens[: 0 if request.wants_prompt_logprobs else len(request.tokens) - 1]
 
     def _fits(self, request: Request, handle: Handle, rank: int, num_running: int) -> bool:
-        """Room for all its tokens so far, and one more page for each row the rank runs, lest it be preempted at once."""
+        """Room for all its tokens so far, and for another step of each row the rank runs, lest it be preempted at once."""
         locked_anew = sum(len(n.pages) for n in handle.node.path if n.num_locks == 0)
-        need = -(-(len(request.tokens) + 1) // self._pages.page_size) - handle.num_pages
-        return need + num_running <= self.caches[rank].num_available_pages - locked_anew
+        page_size, width = self._pages.page_size, self.config.max_width
+        need = -(-(len(request.tokens) + width) // page_size) - handle.num_pages
+        of_others = num_running * -(-width // page_size)
+        return need + of_others <= self.caches[rank].num_available_pages - locked_anew
 
     def _seat(self, request: Request, place: _Place, picks: _Picks) -> None:
         t = self.table
@@ -275,16 +308,11 @@ class Scheduler:
             request.num_cached_tokens = handle.num_tokens
             self.counters.prompt_tokens += len(request.prompt)
             self.counters.cached_tokens += handle.num_tokens
+        picks.num_cached_tokens += handle.num_tokens
         needs_state = bool(t.params[row, Param.FLAGS] & (Flag.PENALTIES | Flag.BIAS))
         if handle.num_pages or needs_state:
-            picks.loads.append(
-                RowLoad(
-                    row,
-                    handle.pages if handle.num_pages else None,
-                    request if needs_state else None,
-                    num_cached_tokens=handle.num_tokens,
-                )
-            )
+            pages = handle.pages if handle.num_pages else None
+            picks.loads.append(RowLoad(row, pages, request if needs_state else None))
         num_new = min(len(request.tokens) - handle.num_tokens, picks.budget[rank])
         picks.budget[rank] -= num_new
         rows, new = np.array([row], np.int32), np.array([num_new], np.int32)
@@ -298,33 +326,43 @@ class Scheduler:
         start = t.num_computed[rows]
         from_device = t.has_sampled[rows]
         end = start + num_new
-        samples = end == t.num_tokens[rows]
-        is_prompt = end < t.prompt_len[rows]
-        next_token = np.where(is_prompt, t.tokens[rows, np.minimum(end, t.tokens.shape[1] - 1)], -1)
-        plan = StepPlan(
+        samples = from_device | (end == t.num_tokens[rows])
+        of_prompts = {} if picks.num_decoding == len(rows) else self._prompt_columns(rows, num_new, end)
+        plan = StepPlan.of(
+            num_new,
+            num_ranks=len(self.caches),
+            width=picks.width,
             keys=t.key[rows],
-            rows=rows,
             rank=t.rank[rows],
+            loads=picks.loads + self._pages.take_reloads(),
+            num_cached_tokens=picks.num_cached_tokens,
+            rows=rows,
             start=start,
-            num_new=num_new,
-            num_short=np.array(self._pages.count_by_rank(rows[num_new == 1]), np.int32),
             samples=samples,
             from_device=from_device,
-            next_token=next_token.astype(np.int32),
-            tokens=t.next_tokens(rows, num_new),
             params=t.params[rows],
             page_updates=np.concatenate(picks.page_updates, axis=1)
             if picks.page_updates
             else np.empty((3, 0), np.int32),
-            loads=picks.loads + self._pages.take_reloads(),
+            **of_prompts,
         )
-        sampled = rows[samples]
         t.num_computed[rows] = end
-        t.num_tokens[sampled] += 1
+        sampled = rows[samples]
+        t.num_tokens[sampled] = end[samples] + 1
+        t.num_sure[sampled] += 1
         t.has_sampled[sampled] = True
         if plan.wants_prompt_logprobs:  # a prompt that is computed is scored
             t.params[sampled, Param.FLAGS] &= ~int(Flag.PROMPT_LOGPROBS)
         return plan
+
+    def _prompt_columns(self, rows: np.ndarray, num_new: np.ndarray, end: np.ndarray) -> dict[str, np.ndarray]:
+        """Columns of the plan that matter only where a row computes tokens which the host knows."""
+        t = self.table
+        follows = t.tokens[rows, np.minimum(end, t.tokens.shape[1] - 1)]
+        return {
+            "next_token": np.where(end < t.prompt_len[rows], follows, np.int32(-1)),
+            "tokens": t.next_tokens(rows, num_new),
+        }
 
     def _prefixes_being_computed(self) -> set[_Prefix]:
         """The prefix each row in prefill is about to complete."""
@@ -358,26 +396,64 @@ class Scheduler:
 
     # --- results ------------------------------------------------------------------------------------------------------
 
-    def process(self, plan: StepPlan, sampled: np.ndarray) -> StepResult:
-        """Take in a step's tokens: sampled i32[S], meaningful where plan.samples. Rows that changed hands are skipped."""
+    def process(self, plan: StepPlan, step: StepTokens) -> StepResult:
+        """Take in a step's tokens, up to the one at which a request ends. Rows that changed hands are skipped."""
         t = self.table
-        index = np.flatnonzero(plan.samples & (t.key[plan.rows] == plan.keys))
-        rows, tokens = plan.rows[index], sampled[index]
+        alive = t.key[plan.rows] == plan.keys
+        scored = self._scored(plan, alive) if step.has_scores else {}
+        index = np.flatnonzero(plan.samples & alive)
+        rows, tokens, gained = plan.rows[index], step.tokens[index], step.num_accepted[index]
         known = t.num_known[rows]
         first = [t.requests[row] for row in rows[known == t.prompt_len[rows]]]
-        t.tokens[rows, known] = tokens
-        t.num_known[rows] = known + 1
-        self.counters.generated_tokens += len(rows)
+        if plan.width > 1:  # the bounds close in on what the device accepted, from where it goes on
+            rejected = np.where(plan.from_device[index], plan.width, 1) - gained
+            t.num_sure[rows] += gained - 1
+            t.num_tokens[rows] -= rejected
+            t.num_computed[rows] -= rejected
 
-        stopped = (t.stop_ids[rows] == tokens[:, None]).any(1)
-        ended = stopped | (known + 1 >= t.max_total[rows])
-        finished = []
-        for i in np.flatnonzero(ended):
-            reason = FinishReason("stop", int(tokens[i])) if stopped[i] else FinishReason("length")
-            request = self._leave_row(int(rows[i]))
-            self._forget(request)
-            finished.append((request, reason))
-        return StepResult(index, plan.keys[index], tokens, [r for r in first if self._announce(r)], finished)
+        is_stop = t.stop_ids.take(rows, axis=0)[:, None] == tokens[:, :, None]  # [n, W, stop ids]
+        at_stop = np.flatnonzero(is_stop) // (plan.width * t.stop_ids.shape[1])
+        at_length = np.flatnonzero(known + gained >= t.max_total[rows])
+        may_end = sorted({*at_stop.tolist(), *at_length.tolist()})
+        ends = [(i, *self._end(rows[i], tokens[i, : gained[i]])) for i in may_end]
+        for i, num_tokens, _ in ends:
+            gained[i] = num_tokens
+
+        taken = (
+            _Taken(slice(None), 0) if plan.width == 1 else _Taken(*np.nonzero(np.arange(plan.width) < gained[:, None]))
+        )
+        new_tokens = tokens[taken]
+        t.tokens[rows[taken.row], known[taken.row] + taken.line] = new_tokens
+        t.num_known[rows] = known + gained
+        self.counters.generated_tokens += len(new_tokens)
+        return StepResult(
+            keys=plan.keys[index][taken.row],
+            tokens=new_tokens,
+            lines=index[taken.row] * plan.width + taken.line,
+            first=[r for r in first if self._announce(r)],
+            finished=[(self._finish(int(rows[i])), reason) for i, _, reason in ends if reason is not None],
+            scored=scored,
+        )
+
+    def _end(self, row: int, tokens: np.ndarray) -> tuple[int, FinishReason | None]:
+        """How many of a row's new tokens its request takes, and why it ends with them, if it does."""
+        t = self.table
+        room = int(t.max_total[row] - t.num_known[row])
+        stops = np.flatnonzero(np.isin(tokens[:room], t.stop_ids[row]))
+        if len(stops):
+            return int(stops[0]) + 1, FinishReason("stop", int(tokens[stops[0]]))
+        return (room, FinishReason("length")) if len(tokens) >= room else (len(tokens), None)
+
+    def _finish(self, row: int) -> Request:
+        request = self._leave_row(row)
+        self._forget(request)
+        return request
+
+    def _scored(self, plan: StepPlan, alive: np.ndarray) -> dict[int, Request]:
+        """The requests of rows with a flag that asks for logprobs, by row of the plan."""
+        wanted = plan.params[:, Param.FLAGS] & (Flag.LOGPROBS | Flag.PROMPT_LOGPROBS) != 0
+        found = ((int(i), self.table.requests[plan.rows[i]]) for i in np.flatnonzero(wanted & alive))
+        return {i: request for i, request in found if request is not None}
 
     def _announce(self, request: Request | None) -> bool:
         assert request is not None
@@ -391,8 +467,12 @@ class Scheduler:
         assert max(self._pages.count_by_rank(self._running)) <= self.config.max_running_requests
         assert (np.diff(t.rank[self._running]) >= 0).all()
         assert len(self.waiting) + len(self._running) == len(self._requests)
-        run = self._running
+        run, width = self._running, self.config.max_width
         assert (t.num_computed[run] <= t.num_tokens[run]).all()
+        assert (t.num_known[run] <= t.num_sure[run]).all()
+        assert (t.num_sure[run] <= t.num_tokens[run]).all()
+        assert (t.num_sure[run] - t.num_known[run] <= 2).all(), "a row has more than two steps in flight"
         in_flight = t.num_tokens[run] - t.num_known[run]
-        assert ((in_flight >= 0) & (in_flight <= 2)).all(), "more tokens in flight than steps"
-        self._pages.check_invariants(run)
+        assert (in_flight <= 2 * width).all(), "more tokens in flight than two steps make"
+        assert (t.num_tokens[run] - t.num_computed[run] == 1)[t.has_sampled[run]].all()
+        self._pages.check_invariants(run, 2 * (width - 1))

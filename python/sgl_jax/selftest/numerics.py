@@ -17,13 +17,11 @@ from sgl_jax.ops.grouped_matmul import reference as grouped_reference
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.request import Request, SamplingParams
 from sgl_jax.runtime import sampler
-from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import matmul_precision
-from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.platform import Platform, grouped_matmul_for
+from sgl_jax.runtime.sampler import SampleLines
 from sgl_jax.runtime.state import initial_state
 from sgl_jax.scheduler.rows import encode_params
-from sgl_jax.step_plan import StepPlan
 
 BACKENDS = ("native", "fa")
 # Of values around 1: a rounding of the dtype at each of the few places where one happens.
@@ -136,30 +134,20 @@ def sampler_error(num_rows: int = 64, vocab_size: int = 32000) -> float:
     ]
     params = [settings[i % len(settings)] for i in range(num_rows)]
     logits = np.random.default_rng(3).normal(0, 2, (num_rows, vocab_size)).astype(np.float32)
-    layout = PlanLayout(Bucket(num_rows, num_rows), 16, num_rows)
-    rows = np.arange(num_rows, dtype=np.int32)
-    plan = StepPlan(
-        keys=rows.astype(np.int64),
+    rows = jnp.arange(num_rows)
+    lines = SampleLines(
         rows=rows,
-        rank=np.zeros_like(rows),
-        start=rows + 5,
-        num_new=np.ones_like(rows),
-        num_short=np.array([num_rows], np.int32),
-        samples=np.ones(num_rows, np.bool_),
-        from_device=np.zeros(num_rows, np.bool_),
-        next_token=np.full_like(rows, -1),
-        tokens=np.zeros_like(rows),
-        params=np.stack([encode_params(_request(p, seed)) for seed, p in enumerate(params)]),
-        page_updates=np.empty((3, 0), np.int32),
-        loads=[],
+        position=rows + 6,
+        samples=jnp.ones(num_rows, jnp.bool_),
+        params=jnp.asarray(np.stack([encode_params(_request(p, seed)) for seed, p in enumerate(params)])),
+        drafts=jnp.zeros((num_rows, 0), jnp.int32),
     )
 
     @jax.jit
-    def draw(logits, vector):
-        inputs = layout.unpack(vector)
-        return sampler.sample(logits, inputs, initial_state(num_rows, 1, vocab_size)), sampler.uniforms(inputs)
+    def draw(logits, lines):
+        return sampler.sample(logits, lines, initial_state(num_rows, 1, vocab_size)), sampler.uniforms(lines)
 
-    tokens, uniforms = map(np.asarray, draw(logits, layout.pack(plan)))
+    tokens, uniforms = map(np.asarray, draw(logits, lines))
     return max(
         _missed(logits[i].astype(np.float64), p, int(tokens[i]), float(uniforms[i])) for i, p in enumerate(params)
     )

@@ -4,6 +4,10 @@ The KV of a token is a number that depends on the token and on the KV of the tok
 hash of the KV of the whole sequence; both are read through the page table that plans have built up. So a wrong page, a
 stale one, a page with two owners, a missing load or a wrong order gives a wrong token. `continuation` says what is right.
 
+Rows of width W are verified as a real device does: drafts are computed like known tokens, a token is sampled after each, and
+drafts hold while they equal what was sampled. The drafter guesses right more often than not, so that rows of a batch advance
+at different speeds.
+
 Each data rank has pages of its own, under the same ids.
 """
 
@@ -17,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sgl_jax.request import MAX_LOGPROBS, Request
-from sgl_jax.step_plan import Flag, Param, StepPlan
+from sgl_jax.step_plan import Flag, Param, StepPlan, StepTokens, TokenScores, row_tokens
 from sgl_jax.testing.fake_tracer import FakeTracer
 
 _MASK = 2**64 - 1
@@ -106,20 +110,17 @@ def continuation(request: Request, num_tokens: int, vocab_size: int) -> list[int
 
 
 @dataclasses.dataclass(frozen=True)
-class FakeTokens:
-    """As runtime.runner.StepTokens; logprobs are (chosen [n], top ids [n, MAX_LOGPROBS], top logprobs)."""
-
-    tokens: np.ndarray
-    logprobs: tuple[np.ndarray, np.ndarray, np.ndarray] | None
-    prompt_logprobs: tuple[np.ndarray, np.ndarray, np.ndarray] | None
-
-
-@dataclasses.dataclass(frozen=True)
 class FakeFlight:
+    """A step that was computed at its launch."""
+
+    runner: FakeRunner
     plan: StepPlan
     number: int
     ready_at: float
-    result: FakeTokens
+    result: StepTokens
+
+    def collect(self) -> StepTokens:
+        return self.runner.collect(self)
 
 
 @dataclasses.dataclass
@@ -128,7 +129,9 @@ class _Row:
 
     page_table: np.ndarray
     rank: int = -1  # of the step before
+    length: int = 0
     last_token: int = -1
+    drafts: list[int] = dataclasses.field(default_factory=list)
     output: list[int] = dataclasses.field(default_factory=list)  # loaded and counted for rows with penalties
     held_back: frozenset[int] = frozenset()
     held_until: int = 0
@@ -140,7 +143,7 @@ class FakeRates(NamedTuple):
 
 
 class FakeRunner:
-    """engine.core.Runner. Steps compute at launch, as a device would in order; `collect` returns step_seconds later."""
+    """An engine.core.Runner. Steps compute at launch, as a device would in order; they are collected step_seconds later."""
 
     compiles_after_ready = 0
 
@@ -154,16 +157,18 @@ class FakeRunner:
         vocab_size: int = 512,
         step_seconds: float = 0.0,
         num_ranks: int = 1,
+        width: int = 1,
     ):
-        """num_rows are of all data ranks, num_pages of each; they count its scratch page."""
-        pages_per_row = -(-context_length // page_size)
+        """`num_rows` counts the rows of all data ranks, `num_pages` the pages of each, its scratch page included; `width` is W
+        of the widest step."""
+        pages_per_row = -(-row_tokens(context_length, width) // page_size)
         self.page_size, self.vocab_size, self.step_seconds = page_size, vocab_size, step_seconds
         self.tracer = FakeTracer()
         self.plans: list[StepPlan] = []  # everything launched, for tests to read
         self._kv: list[int] = [0] * (num_ranks * num_pages * page_size)
-        self._num_pages, self._num_ranks = num_pages, num_ranks
-        self._rows = [_Row(np.zeros(pages_per_row, np.int32)) for _ in range(num_rows)]
         self._num_collected = 0
+        self._num_pages, self._num_ranks, self._width = num_pages, num_ranks, width
+        self._rows = [_Row(np.zeros(pages_per_row, np.int32)) for _ in range(num_rows)]
 
     def launch(self, plan: StepPlan) -> FakeFlight:
         self._check(plan)
@@ -179,9 +184,9 @@ class FakeRunner:
             self._rows[r].page_table[index] = page
         result = self._run(plan)
         self.plans.append(plan)
-        return FakeFlight(plan, len(self.plans), time.monotonic() + self.step_seconds, result)
+        return FakeFlight(self, plan, len(self.plans), time.monotonic() + self.step_seconds, result)
 
-    def collect(self, flight: FakeFlight) -> FakeTokens:
+    def collect(self, flight: FakeFlight) -> StepTokens:
         self._num_collected += 1
         assert flight.number == self._num_collected, "steps are collected in the order of their launch"
         time.sleep(max(0.0, flight.ready_at - time.monotonic()))
@@ -197,14 +202,19 @@ class FakeRunner:
         assert 0 <= first <= last < self._num_ranks, f"ranks {first} to {last} of {self._num_ranks}"
         assert plan.num_short.shape == (self._num_ranks,), "num_short is one number a rank"
         for rank, num_short in enumerate(plan.num_short):
-            is_short = plan.num_new[plan.rank == rank] == 1
-            assert num_short == is_short.sum(), f"rank {rank} has {is_short.sum()} rows with one token"
-            assert is_short[:num_short].all(), "rows with one token come first in their rank"
+            is_short = plan.num_new[plan.rank == rank] <= plan.width
+            assert num_short == is_short.sum(), f"rank {rank} has {is_short.sum()} short rows"
+            assert is_short[:num_short].all(), "short rows come first in their rank"
+            decodes = plan.from_device[plan.rank == rank]
+            assert decodes[: decodes.sum()].all(), "rows that decode come first in their rank"
         for row, rank, from_device in zip(plan.rows, plan.rank, plan.from_device, strict=True):
             assert self._rows[row].rank == rank or not from_device, "a row that decodes moved to another rank"
             self._rows[row].rank = int(rank)
         assert plan.num_tokens == plan.num_new.sum()
-        assert (plan.num_new[plan.from_device] == 1).all()
+        assert (plan.num_new[plan.from_device] == plan.width).all()
+        for row, start in zip(plan.rows[plan.from_device], plan.start[plan.from_device], strict=True):
+            length = self._rows[row].length
+            assert length <= start <= length + 2 * (self._width - 1), f"row {row} has {length} tokens, start is {start}"
         fields = (plan.rows, plan.rank, plan.start, plan.num_new, plan.num_short, plan.next_token, plan.tokens)
         assert {x.dtype for x in (*fields, plan.params, plan.page_updates)} == {np.dtype(np.int32)}
 
@@ -213,42 +223,74 @@ class FakeRunner:
         row.held_back = frozenset(request.stop_token_ids.tolist())
         row.held_until = len(request.prompt) + request.params.min_tokens
 
-    def _run(self, plan: StepPlan) -> FakeTokens:
+    def _run(self, plan: StepPlan) -> StepTokens:
+        num_rows, width = len(plan.rows), plan.width
         first = (np.cumsum(plan.num_new) - plan.num_new).tolist()
         # Every row reads its inputs before any writes its KV: a page with two owners in one step must not go unseen.
-        places = [self._places(i, plan) for i in range(len(plan.rows))]
+        places = [self._places(i, plan) for i in range(num_rows)]
         written = [p for (own, start) in places for p in own[start:]]
         assert len(set(written)) == len(written), "two rows write to one place"
         read = {p for (own, start) in places for p in own[:start]}
         assert not read.intersection(written), "a row reads a place that another writes"
-        sampled = np.zeros(len(plan.rows), np.int32)
         kv_of_token = [0] * plan.num_tokens
         for i, (own, start) in enumerate(places):
-            row = self._rows[plan.rows[i]]
-            tokens = plan.tokens[first[i] : first[i] + int(plan.num_new[i])].tolist()
-            if plan.from_device[i]:
-                assert row.last_token >= 0, "no last token on the device"
-                tokens = [row.last_token]
             before = self._kv[own[start - 1]] if start else 0
-            for j, token in enumerate(tokens):
+            for j, token in enumerate(self._tokens(i, plan, first[i])):
                 before = self._kv[own[start + j]] = kv_of_token[first[i] + j] = kv_of(before, token)
-        for i, (own, _) in enumerate(places):
-            row = self._rows[plan.rows[i]]
-            sampled[i] = self._sample(row, plan.params[i], [self._kv[p] for p in own])
+        sampled, accepted = np.zeros((num_rows, width), np.int32), np.ones(num_rows, np.int32)
+        kv_of_line = [[0] * width for _ in range(num_rows)]  # the KV of the token after which each was sampled
+        for i, (own, start) in enumerate(places):
+            row, kv = self._rows[plan.rows[i]], [self._kv[p] for p in own]
+            if plan.from_device[i]:
+                tokens = self._verify(row, plan.params[i], kv, start)
+                sampled[i, : len(tokens)], accepted[i] = tokens, len(tokens)
+                kv_of_line[i][: len(tokens)] = kv[start : start + len(tokens)]
+                row.length = start + len(tokens)
+            else:
+                tokens = [self._sample(row, plan.params[i], kv, row.output)]
+                sampled[i, 0], kv_of_line[i][0] = tokens[0], kv[-1]
+                row.length = start + int(plan.num_new[i])
             if plan.samples[i]:
-                row.last_token = int(sampled[i])
-                row.output.append(row.last_token)
-        return FakeTokens(sampled, *self._logprobs(plan, sampled, kv_of_token))
+                row.last_token = tokens[-1]
+                row.output += tokens
+                row.drafts = self._draft(row, plan.params[i], [self._kv[p] for p in own[: row.length]])
+        return StepTokens(sampled, accepted, *self._logprobs(plan, sampled, kv_of_line, kv_of_token))
+
+    def _tokens(self, i: int, plan: StepPlan, first: int) -> list[int]:
+        """The tokens that row i of the plan computes: those of the plan, or its last one and its drafts."""
+        row, num_new = self._rows[plan.rows[i]], int(plan.num_new[i])
+        if not plan.from_device[i]:
+            return plan.tokens[first : first + num_new].tolist()
+        assert row.last_token >= 0, "no last token on the device"
+        return [row.last_token, *row.drafts[: num_new - 1]]
 
     def _places(self, i: int, plan: StepPlan) -> tuple[list[int], int]:
         """Where the KV of each of the row's tokens lies, this step's included, and how many are older."""
-        start, end = int(plan.start[i]), int(plan.start[i] + plan.num_new[i])
-        position = np.arange(end)
+        start = self._rows[plan.rows[i]].length if plan.from_device[i] else int(plan.start[i])
+        position = np.arange(start + int(plan.num_new[i]))
         pages = self._rows[plan.rows[i]].page_table[position // self.page_size]
         pages = pages + plan.rank[i] * self._num_pages
         return (pages * self.page_size + position % self.page_size).tolist(), start
 
-    def _sample(self, row: _Row, params: np.ndarray, kv: list[int]) -> int:
+    def _verify(self, row: _Row, params: np.ndarray, kv: list[int], start: int) -> list[int]:
+        """The tokens that a row which decodes gains: sampled after each of its tokens, until one is not its draft."""
+        tokens: list[int] = []
+        for end in range(start + 1, len(kv) + 1):
+            tokens.append(self._sample(row, params, kv[:end], [*row.output, *tokens]))
+            if end == len(kv) or tokens[-1] != row.drafts[end - start - 1]:
+                return tokens
+        raise AssertionError("a row that decodes has a token")
+
+    def _draft(self, row: _Row, params: np.ndarray, kv: list[int]) -> list[int]:
+        """Guesses at what comes after the row's last token: right, but for one time in three."""
+        drafts: list[int] = []
+        for _ in range(self._width - 1):
+            kv = [*kv, kv_of(kv[-1], [row.last_token, *drafts][-1])]
+            right = self._sample(row, params, kv, [*row.output, *drafts])
+            drafts.append(right if _mix(kv[-1]) % 3 else (right + 1) % self.vocab_size)
+        return drafts
+
+    def _sample(self, row: _Row, params: np.ndarray, kv: list[int], output: list[int]) -> int:
         flags = int(params[Param.FLAGS])
         held_back = row.held_back if flags & Flag.BIAS and len(kv) < row.held_until else frozenset[int]()
         return token_of(
@@ -257,24 +299,27 @@ class FakeRunner:
             self.vocab_size,
             temperature=float(params[Param.TEMPERATURE :].view(np.float32)[0]),
             seed=int(params[Param.SEED : Param.SEED + 1].view(np.uint32)[0]),
-            output=row.output if flags & Flag.PENALTIES else None,
+            output=output if flags & Flag.PENALTIES else None,
             held_back=held_back,
         )
 
-    def _logprobs(self, plan: StepPlan, sampled: np.ndarray, kv: list[int]):
+    def _logprobs(
+        self, plan: StepPlan, sampled: np.ndarray, kv_of_line: list[list[int]], kv: list[int]
+    ) -> tuple[TokenScores | None, TokenScores | None]:
         last = np.cumsum(plan.num_new) - 1
         following = np.roll(plan.tokens, -1)
         following[last] = plan.next_token
-        rows = self._scored([kv[t] for t in last], sampled.tolist()) if plan.wants_logprobs else None
+        lines = [each for row in kv_of_line for each in row]
+        rows = self._scored(lines, sampled.reshape(-1).tolist()) if plan.wants_logprobs else None
         tokens = self._scored(kv, following.tolist()) if plan.wants_prompt_logprobs else None
         return rows, tokens
 
     def measure_limits(self) -> FakeRates:
         return FakeRates()
 
-    def _scored(self, kv: list[int], tokens: list[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _scored(self, kv: list[int], tokens: list[int]) -> TokenScores:
         """Best first are the tokens after the chosen one, at its logprob, its logprob - 1, …"""
         chosen = np.array([logprob_of(k, t) for k, t in zip(kv, tokens, strict=True)], np.float32)
         steps = np.arange(MAX_LOGPROBS)
         ids = (np.array(tokens)[:, None] + 1 + steps) % self.vocab_size
-        return chosen, ids.astype(np.int32), (chosen[:, None] - steps).astype(np.float32)
+        return TokenScores(chosen, ids.astype(np.int32), (chosen[:, None] - steps).astype(np.float32))
