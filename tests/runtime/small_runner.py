@@ -1,0 +1,54 @@
+"""A real runner of the small checkpoint, ready to step, for tests of what the device does."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import jax
+
+from sgl_jax.cache.prefix_cache import PrefixCache
+from sgl_jax.engine.core import Core
+from sgl_jax.models.checkpoint import open_checkpoint
+from sgl_jax.models.families import decoder_config
+from sgl_jax.models.loader import load_weights
+from sgl_jax.parallel.placement import Placement
+from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.platform import PLATFORMS, kernels_for
+from sgl_jax.runtime.pool import pool_of
+from sgl_jax.runtime.programs import RunnerConfig
+from sgl_jax.runtime.runner import Announce, ModelRunner, announce_to_nobody
+from sgl_jax.runtime.speculate import Drafter
+from sgl_jax.scheduler.scheduler import Scheduler, SchedulerConfig
+from sgl_jax.testing.fake_core import fake_info
+
+ROWS, CONTEXT, PAGE_SIZE, PAGES = 4, 96, 4, 120
+
+
+def small_runner(
+    folder: Path, *, width: int = 1, drafter: Drafter | None = None, announce: Announce = announce_to_nobody
+) -> ModelRunner:
+    """In float32 on one CPU device, compiled and started."""
+    checkpoint = open_checkpoint(str(folder), load_format="auto")
+    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
+    placement = Placement.over(jax.devices("cpu")[:1])
+    kernels = kernels_for(None, PLATFORMS["cpu"], model)
+    config = RunnerConfig(
+        "float32", pool_of(model, kernels.attention), PAGE_SIZE, PAGES + 1, ROWS, CONTEXT, (Bucket(32, ROWS, width),)
+    )
+    runner = ModelRunner(
+        model, config, kernels, placement, stacks_layers=False, announce=announce, drafter=drafter
+    )  # fmt: skip
+    runner.compile(lambda *_: None, threading.Event())
+    runner.start(load_weights(checkpoint, model, "float32"))
+    return runner
+
+
+def small_core(runner: ModelRunner, *, overlap: bool = True) -> Core:
+    """An engine core over the runner, with an empty cache."""
+    width = runner.config.width
+    scheduler = Scheduler(
+        SchedulerConfig(ROWS, CONTEXT, 32, 32, width=lambda num_decoding: width), [PrefixCache(PAGES + 1, PAGE_SIZE)]
+    )
+    info = fake_info(vocab_size=512, context_length=CONTEXT, eos_token_id=2)
+    return Core(scheduler, runner, info, overlap=overlap, random_seed=0)

@@ -1,0 +1,95 @@
+"""What the runner dispatches, tells other processes, and hands back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_runner import PAGE_SIZE, ROWS, small_core, small_runner
+
+from sgl_jax.runtime import runner as runner_module
+from sgl_jax.runtime.compiler import Program
+from sgl_jax.runtime.programs import STATE
+from sgl_jax.runtime.runner import ModelRunner
+from simulated import Client
+
+
+class Announced(list[tuple[str, str]]):
+    """Programs and sources, in the order in which they were announced."""
+
+    def __call__(self, program: str, vector: np.ndarray, source: str) -> None:
+        assert vector.dtype == np.int32
+        self.append((program, source))
+
+
+@pytest.fixture(scope="module")
+def announced() -> Announced:
+    return Announced()
+
+
+@pytest.fixture(scope="module")
+def runner(stories260k: Path, announced: Announced) -> ModelRunner:
+    return small_runner(stories260k, announce=announced)
+
+
+def test_a_start_announces_nothing(runner: ModelRunner, announced: Announced) -> None:
+    """Every process makes its own."""
+    assert runner.compiles_after_ready == 0
+    assert announced == []
+
+
+def test_a_step_of_prefix_hits_is_two_dispatches_and_a_steady_one_is_one(
+    runner: ModelRunner, announced: Announced
+) -> None:
+    client = Client(small_core(runner))
+    prompt = [1, *range(10, 10 + 3 * PAGE_SIZE)]
+    client.submit(0, prompt, max_tokens=1)
+    client.run()
+    for key in range(1, 1 + ROWS):
+        client.submit(key, [*prompt, key], max_tokens=4, ignore_eos=True)
+    announced.clear()
+    client.run()
+    steps = [name for name, _ in announced]
+    assert steps == ["load pages"] + ["tokens=32 rows=4"] * 4
+    assert [answer.prompt and answer.prompt.num_cached_tokens for answer in client.answers.values()][1:] == [12] * ROWS
+    assert runner.compiles_after_ready == 0
+
+
+def test_a_program_with_a_payload_is_announced_by_its_source_and_reads_it_itself(
+    stories260k: Path, announced: Announced, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter, say: its weights are no vector, and every host has the file."""
+    files = {"a.safetensors": jnp.full((2, 3), 5, jnp.int32), "b.safetensors": jnp.full((2, 3), 9, jnp.int32)}
+
+    def put(state, vector, payload):
+        table = jax.lax.dynamic_update_slice(state.page_table, payload, (vector[0], 0))
+        return (runner_module.dataclasses.replace(state, page_table=table),)
+
+    make = runner_module.make_programs
+
+    def with_one_more(*args):
+        programs = make(*args)
+        state = next(program.args[0] for program in programs if program.takes == (STATE,))
+        vector = jax.ShapeDtypeStruct((1,), np.int32)
+        args = state, vector, jax.ShapeDtypeStruct((2, 3), np.int32, sharding=state.length.sharding)
+        more = Program("load files", jax.jit(put, donate_argnums=0), args, (STATE,), (STATE,), files.__getitem__)
+        return [*programs, more]
+
+    monkeypatch.setattr(runner_module, "make_programs", with_one_more)
+    told = Announced()
+    leads, follows = small_runner(stories260k, announce=told), small_runner(stories260k)
+    assert leads.run("load files", np.array([1], np.int32), "a.safetensors") is None
+    assert told == [("load files", "a.safetensors")]
+    files["a.safetensors"] = files["b.safetensors"]  # a file of the same name on another host
+    follows.execute("load files", np.array([1], np.int32), "a.safetensors")
+    for each, value in ((leads, 5), (follows, 9)):
+        state = each._values[STATE]
+        assert np.asarray(state.page_table)[:4, :4].tolist() == [
+            [0] * 4,
+            [value] * 3 + [0],
+            [value] * 3 + [0],
+            [0] * 4,
+        ]
