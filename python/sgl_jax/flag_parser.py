@@ -61,14 +61,19 @@ def option_named(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def said_of(option: str, patterns: Elsewhere) -> str:
+    """Looks the option up by the patterns; empty if none is like it."""
+    import fnmatch
+
+    return next((said for pattern, said in patterns.items() if fnmatch.fnmatchcase(option, pattern)), "")
+
+
 def hint_about(option: str, options: Mapping[str, str], elsewhere: Elsewhere) -> str:
     """What another program's flag is here, else the one of `options` that is very much like it, as its value has it."""
     import difflib
-    import fnmatch
 
-    for pattern, said in elsewhere.items():
-        if fnmatch.fnmatchcase(option, pattern):
-            return f": {said}"
+    if said := said_of(option, elsewhere):
+        return f": {said}"
     # 0.75: --max-model-len is not like --max-total-tokens
     close = next(iter(difflib.get_close_matches(option, options, n=1, cutoff=0.75)), None)
     return f", did you mean {options[close]}?" if close else ""

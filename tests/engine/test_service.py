@@ -319,3 +319,19 @@ def test_what_is_refused(asked: GenerationRequest, param: str, message: str) -> 
         assert transport.sent == []  # all or nothing
 
     run(test)
+
+
+def test_what_is_refused_is_told_in_the_requests_own_words() -> None:
+    async def test() -> None:
+        service, _ = await opened()
+        names = {"prompt": "messages", "max_tokens": "max_completion_tokens"}
+        asked = GenerationRequest([ONCE] * 500, SamplingParams(max_tokens=13), "max_tokens 1", names=names)
+        with pytest.raises(InvalidParameter, match=r"500 tokens and max_completion_tokens is 13; .* 512") as raised:
+            service.submit([asked], stream=False)
+        assert raised.value.param == "messages"
+        running = GenerationRequest([ONCE], SamplingParams(max_tokens=13), "max_tokens 1", names=names)
+        service.submit([running], stream=False)
+        with pytest.raises(InvalidParameter, match=r"^request id max_tokens 1 belongs to a running request$"):
+            service.submit([running], stream=False)
+
+    run(test)

@@ -22,7 +22,7 @@ from sgl_jax.engine.generation import (
     ServiceUnavailable,
 )
 from sgl_jax.request import InvalidParameter
-from sgl_jax.server.not_built import feature_of
+from sgl_jax.server.bodies import feature_of
 from sgl_jax.server.responses import ErrorBody, ErrorResponse
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError
@@ -128,6 +128,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
             return _unsupported(field, first["input"])
         case "missing":
             return ApiError(400, f"{field} is missing", param=field, code="missing_parameter")
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            return ApiError(400, f"{field}: {first['msg']}; it is {first['input']}", param=field, code="invalid_value")
     return ApiError(400, f"{field}: {first['msg']}", param=field, code="invalid_value")
 
 

@@ -12,9 +12,9 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sgl_jax.engine.messages import MachineLimits, ProfileStatus
+from sgl_jax.server.bodies import Body
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.errors import ApiError
-from sgl_jax.server.openai_types import Body
 from sgl_jax.server.state import ServerState, json_response
 
 

@@ -14,9 +14,9 @@ import msgspec
 from starlette.responses import Response
 
 from sgl_jax.engine.service import GenerationService
-from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.request import InvalidParameter
 from sgl_jax.server.errors import ApiError, unknown_model
-from sgl_jax.server.openai_types import Message, SamplingFields, TemplateFields
+from sgl_jax.server.openai_types import Message, TemplateFields
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
@@ -99,48 +99,6 @@ def _template_call(call: dict[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(ValueError, RecursionError):  # not JSON: the template sees the text the client sent
         call["function"]["arguments"] = json.loads(call["function"]["arguments"])
     return call
-
-
-# request field -> SamplingParams field, where they are the same
-_PLAIN = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "ignore_eos",
-    "min_tokens",
-    "skip_special_tokens",
-    "n",
-)
-
-
-def openai_params(body: SamplingFields, **more: Any) -> SamplingParams:
-    """The request's parameters; `more` are those that chat and completions write differently."""
-    values = {name: value for name in _PLAIN if (value := getattr(body, name)) is not None}
-    if body.stop is not None:
-        values["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    if body.stop_token_ids is not None:
-        values["stop_token_ids"] = tuple(body.stop_token_ids)
-    if body.logit_bias is not None:
-        values["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
-    if body.no_stop_trim is not None:
-        values["include_stop_str_in_output"] = body.no_stop_trim
-    if body.stream_options is not None and not body.stream:
-        raise InvalidParameter("stream_options", "stream_options needs stream")
-    return SamplingParams(**values, **more)
-
-
-def renamed(error: InvalidParameter, names: dict[str, str]) -> InvalidParameter:
-    """The error in the words the user wrote: our max_tokens may be their max_completion_tokens."""
-    theirs = names.get(error.param, error.param)
-    text = str(error)
-    for name, shown in names.items():
-        text = text.replace(f"{name} ", f"{shown} ")
-    return type(error)(theirs, text)
 
 
 def json_response(value: Any) -> Response:
