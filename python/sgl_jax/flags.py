@@ -35,7 +35,7 @@ def at_least(low: int) -> Rule:
 
 
 class About(NamedTuple):
-    """What a flag's field cannot say by its name, type and default."""
+    """Describes a flag beyond its field's name, type and default."""
 
     group: str
     help: str
@@ -123,7 +123,7 @@ class Flag(NamedTuple):
         return HIDDEN if value is not None and self.about.secret else value
 
     def read(self, value: Any) -> Any:
-        """Text from outside as this flag's type. What cannot be read is returned as it is, for `check` to refuse."""
+        """Reads text from outside as this flag's type; returns unreadable text as it is, for `check` to refuse."""
         if not isinstance(value, str):
             return value
         if self.kind is bool:

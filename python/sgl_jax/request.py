@@ -65,7 +65,7 @@ class About(NamedTuple):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How tokens are chosen and when to stop.
+    """Parameters of choosing tokens and of stopping.
 
     A field declares its parameter once: checks, both APIs, device columns and documentation derive from it.
     Order on the device: logit_bias, penalties, temperature, top_k, top_p, min_p (Hugging Face's order).
@@ -146,12 +146,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def has_penalties(self) -> bool:
-        """Whether the device counts this request's tokens."""
+        """Is true if the device must count the request's tokens."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
     def has_bias(self) -> bool:
-        """Whether the device changes this request's logits, by logit_bias or by holding stop tokens back."""
+        """Is true if the device changes logits for logit_bias or min_tokens."""
         return bool(self.logit_bias or self.min_tokens)
 
     def validate(self, vocab_size: int, in_range: bool = False) -> None:

@@ -1,7 +1,7 @@
 """Every flag of the server, declared once: the command line, its help, the environment, the config file and the
 documentation are all derived from the fields of ServerArgs. The only module that reads the environment.
 
-Imports nothing heavy. What needs a device to be decided stays None here and is resolved by runtime/.
+Imports nothing heavy. A value that depends on the device stays None here; runtime/ decides it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def default_compilation_cache_dir(environ: Mapping[str, str] | None = None) -> s
 
 @dataclass(frozen=True, kw_only=True)
 class ServerArgs:
-    """What the user asked for, checked. None means: decided at start, from the model and the devices."""
+    """The user's flags, checked. None means: decided at start, from the model and the devices."""
 
     # --- model and tokenizer
     model_path: str = required(
@@ -399,7 +399,7 @@ class ServerArgs:
 
     @property
     def downloads(self) -> Downloads:
-        """Where named models come from. ModelScope's own variables are honoured, as the Hugging Face library does with its."""
+        """The source of named models. ModelScope's own variables are honoured, as the Hugging Face library does with its."""
         domain = os.environ.get("MODELSCOPE_DOMAIN") or MODELSCOPE
         endpoint = domain if "://" in domain else f"https://{domain}"
         token = os.environ.get("MODELSCOPE_API_TOKEN")

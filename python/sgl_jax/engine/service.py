@@ -55,7 +55,7 @@ from sgl_jax.text.tokenizer import Tokenizer
 
 
 class GenerationService:
-    """Everything between an API call and the engine's messages."""
+    """Turns API calls into the engine's messages, and its events into answers."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class GenerationService:
 
     @property
     def ready_once(self) -> bool:
-        """Whether the engine ever got ready; until then it does not listen to commands."""
+        """Is true once the engine has been ready; until then it does not listen to commands."""
         return self._info is not None
 
     @property

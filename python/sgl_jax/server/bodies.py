@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from sgl_jax.engine.generation import Given
 from sgl_jax.engine.native import in_our_names, num_tokens
@@ -106,7 +107,7 @@ def _kind(parameter: Parameter, low: int | None) -> object:
     return parameter.kind
 
 
-def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] = PARAMETERS) -> Any:
+def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] = PARAMETERS) -> FieldInfo:
     """The limits of a parameter's number as a pydantic Field. `low` is the least number where it differs in this API."""
     [parameter] = (each for each in parameters if each.name == name)
     about = parameter.about

@@ -1,4 +1,4 @@
-"""What the endpoints share, and the steps every request goes through before it is submitted."""
+"""State that the endpoints share, and the steps of every request before it is submitted."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import msgspec
 from starlette.responses import Response
 
 from sgl_jax.engine.service import GenerationService
-from sgl_jax.request import InvalidParameter
+from sgl_jax.request import InvalidParameter, Json
 from sgl_jax.server.errors import ApiError, unknown_model
 from sgl_jax.server.openai_types import Message, TemplateFields
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError
@@ -68,13 +68,13 @@ class ServerState:
 
 
 async def encoding[**P, R](num_characters: int, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """The call, which encodes so many characters; in a thread if it would hold up other requests."""
+    """Makes a call that encodes so many characters; in a thread if it would hold up other requests."""
     if num_characters >= _ENCODE_ELSEWHERE:
         return await asyncio.to_thread(call, *args, **kwargs)
     return call(*args, **kwargs)
 
 
-def template_messages(messages: Sequence[Message], knows_developer: bool) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[Message], knows_developer: bool) -> list[dict[str, Json]]:
     """Messages as templates expect them: content as one string, tool arguments as objects."""
     found = []
     for i, message in enumerate(messages):
@@ -84,7 +84,7 @@ def template_messages(messages: Sequence[Message], knows_developer: bool) -> lis
         if isinstance(content, list):
             content = "".join(part.text for part in content)
         role = "system" if message.role == "developer" and not knows_developer else message.role
-        entry: dict[str, Any] = {"role": role, "content": content or ""}
+        entry: dict[str, Json] = {"role": role, "content": content or ""}
         for name in ("name", "tool_call_id", "reasoning_content"):
             value = getattr(message, name)
             if value is not None:
@@ -101,10 +101,10 @@ def _template_call(call: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
-def json_response(value: Any) -> Response:
+def json_response(value: object) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
 
 def gone() -> Response:
-    """For a client that went away; nobody reads it."""
+    """Makes the answer for a client that went away; nobody reads it."""
     return ApiError(499, "the client closed the connection", code="client_closed").response()
