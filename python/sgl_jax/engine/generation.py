@@ -11,7 +11,6 @@ from typing import Literal
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.request import FinishReason, InvalidParameter, Names, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
-from sgl_jax.text.tokenizer import Tokenizer
 
 _ONLY_WHEN_FINISHED = 1 << 62
 
@@ -87,58 +86,30 @@ class Update:
     prompt_logprobs: list[TokenLogprobs | None] | None  # with the first update, if asked for
 
 
+@dataclass(eq=False, slots=True)
 class Choice:
     """One request of the engine. Tokens gather here until `take` turns them into text."""
 
-    __slots__ = (
-        "arrived",
-        "detokenizer",
-        "generation",
-        "index",
-        "key",
-        "last_token_at",
-        "logprobs",
-        "num_cached_tokens",
-        "prompt",
-        "prompt_logprobs",
-        "reason",
-        "request",
-        "stream_interval",
-        "tokens",
-        "wake_at",
-    )
+    key: int
+    prompt: int  # index of its request in the generation
+    index: int  # 0 <= index < n
+    generation: Generation
+    request: GenerationRequest
+    detokenizer: Detokenizer
+    stream_interval: int  # tokens per update after the first, in a stream
+    arrived: float
+    last_token_at: float = 0.0  # 0: no token yet
+    wake_at: int = field(init=False)  # tokens that make an update
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # until it is handed out
+    reason: FinishReason | None = None  # why the engine ended it
 
-    def __init__(
-        self,
-        key: int,
-        prompt: int,
-        index: int,
-        generation: Generation,
-        tokenizer: Tokenizer,
-        stream_interval: int,
-        now: float,
-    ):
-        self.key, self.prompt, self.index = key, prompt, index
-        self.generation = generation
-        self.request = generation.requests[prompt]
-        params = self.request.params
-        self.detokenizer = Detokenizer(
-            tokenizer,
-            self.request.prompt_ids,
-            skip_special_tokens=params.skip_special_tokens,
-            stop=params.stop,
-            include_stop_str_in_output=params.include_stop_str_in_output,
-            min_tokens=params.min_tokens,
-        )
-        self.tokens: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.num_cached_tokens = 0
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None  # until it is handed out
-        self.reason: FinishReason | None = None  # why the engine ended it
-        self.arrived = now
-        self.last_token_at = 0.0  # 0: no token yet
-        self.wake_at = 1 if generation.stream or params.stop else _ONLY_WHEN_FINISHED  # tokens
-        self.stream_interval = stream_interval if generation.stream else self.wake_at
+    def __post_init__(self) -> None:
+        self.wake_at = 1 if self.generation.stream or self.request.params.stop else _ONLY_WHEN_FINISHED
+        if not self.generation.stream:
+            self.stream_interval = self.wake_at
 
     def take(self) -> Update | None:
         """Turns the tokens that came into an update; None if they are too few for one."""

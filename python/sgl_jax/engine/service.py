@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
@@ -25,7 +25,6 @@ from sgl_jax.engine.generation import (
     GenerationRequest,
     Outcome,
     ServiceUnavailable,
-    Update,
 )
 from sgl_jax.engine.messages import (
     Abort,
@@ -51,6 +50,7 @@ from sgl_jax.engine.messages import (
 from sgl_jax.engine.transport import Transport
 from sgl_jax.observability.metrics import RequestMetrics
 from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import Tokenizer
 
 
@@ -155,15 +155,6 @@ class GenerationService:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    async def generate(self, request: GenerationRequest, stream: bool = True) -> AsyncIterator[list[Update]]:
-        """Yields the updates of one request's choices. See `submit`."""
-        generation = self.submit([request], stream)
-        try:
-            async for updates in generation.updates():
-                yield updates
-        finally:
-            generation.abort()
-
     def submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
         """Checks and sends; either all the requests are accepted or none.
 
@@ -203,10 +194,21 @@ class GenerationService:
             for index in range(request.params.n):
                 key, params = next(self._keys), _engine_params(request.params, index)
                 self._transport.send(Generate(key, request.prompt_ids, params, request.namespace))
-                choice = Choice(key, i, index, generation, self.tokenizer, interval, now)
+                choice = Choice(key, i, index, generation, request, self._detokenizer(request), interval, now)
                 generation.open.append(choice)
         self._choices.add(generation.open)
         return generation
+
+    def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
+        params = request.params
+        return Detokenizer(
+            self.tokenizer,
+            request.prompt_ids,
+            skip_special_tokens=params.skip_special_tokens,
+            stop=params.stop,
+            include_stop_str_in_output=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens,
+        )
 
     def _drop(self, keys: Iterable[int], outcome: Outcome) -> None:
         """Aborts those of the choices that the engine still runs; nobody waits for them any more."""
