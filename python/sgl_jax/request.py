@@ -157,13 +157,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def validate(self, vocab_size: int, in_range: bool = False) -> None:
         """Raises InvalidParameter for the first value that cannot be honoured. `in_range` says that each number has
         been compared with its limits already."""
-        for parameter in parameters_of(type(self)):
+        numbers, lists = _checks(type(self))
+        for parameter, low, high in () if in_range else numbers:
             value = getattr(self, parameter.name)
-            if isinstance(value, dict | tuple | str):
-                if value:
-                    parameter.check_entries(value, vocab_size)
-            elif not in_range and value is not None:
-                parameter.check_number(value)
+            if value is not None and not low <= value <= high:  # NaN is outside
+                raise parameter.out_of_range(value)
+        for parameter in lists:
+            if entries := getattr(self, parameter.name):
+                parameter.check_entries(entries, vocab_size)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidParameter(
                 "min_tokens",
@@ -193,15 +194,16 @@ class Parameter(NamedTuple):
             return self.about.must
         return f"be at least {low}" if high is None else f"be between {low} and {high}"
 
-    def check_number(self, value: float) -> None:
-        if self.about.above and value == self.about.low:
-            raise self._error("{param} is {value}; it must be above {low:g}", value=value, low=self.about.low)
-        if not self._holds(value):
-            raise self._error("{param} is {value}; it must {limit}", value=value, limit=self.limit)
+    @property
+    def range(self) -> tuple[float, float]:
+        low = -math.inf if self.about.low is None else self.about.low
+        high = math.inf if self.about.high is None else self.about.high
+        return (math.nextafter(low, high) if self.about.above else low), high
 
-    def _holds(self, value: float) -> bool:
-        low, high = self.about.low, self.about.high
-        return low is None or low <= value <= (math.inf if high is None else high)  # NaN is outside
+    def out_of_range(self, value: float) -> InvalidParameter:
+        if self.about.above and value == self.about.low:
+            return self._error("{param} is {value}; it must be above {low:g}", value=value, low=self.about.low)
+        return self._error("{param} is {value}; it must {limit}", value=value, limit=self.limit)
 
     def check_entries(self, value: Mapping[int, float] | Sequence[int] | Sequence[str], vocab_size: int) -> None:
         """Checks a list's or dictionary's length and entries. Numbers among them are token ids."""
@@ -222,10 +224,9 @@ class Parameter(NamedTuple):
         if (longest := max(map(len, strings), default=0)) > MAX_STOP_LENGTH:
             text = "a stop string has {count} characters; the limit is {limit}"
             raise self._error(text, count=longest, limit=MAX_STOP_LENGTH)
-        if isinstance(value, Mapping) and not all(map(self._holds, value.values())):
-            raise self._error(
-                "{param} values must be between {low} and {high}", low=self.about.low, high=self.about.high
-            )
+        low, high = self.range
+        if isinstance(value, Mapping) and not all(low <= each <= high for each in value.values()):
+            raise self._error("{param} values must be between {low} and {high}", low=low, high=high)
 
     def _error(self, text: str, **values: object) -> InvalidParameter:
         return InvalidParameter(self.name, text.replace("{param}", f"{{{self.name}}}"), **values)
@@ -243,6 +244,13 @@ def parameters_of(cls: type[SamplingParams]) -> tuple[Parameter, ...]:
         default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
         found.append(Parameter(field.name, kind, default, about))
     return tuple(found)
+
+
+@functools.cache
+def _checks(cls: type[SamplingParams]) -> tuple[list[tuple[Parameter, float, float]], list[Parameter]]:
+    """The parameters that are numbers, with their ranges, and those that are lists or dictionaries."""
+    numbers = [(each, *each.range) for each in parameters_of(cls) if each.kind in (int, float)]
+    return numbers, [each for each in parameters_of(cls) if typing.get_origin(each.kind) in (tuple, dict)]
 
 
 PARAMETERS = parameters_of(SamplingParams)
