@@ -7,6 +7,7 @@ Sampling parameters carry the names of the SGLang family (max_new_tokens, sampli
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 
@@ -15,13 +16,11 @@ import msgspec
 from sgl_jax.engine.generation import GenerationRequest, Given, Update
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.request import (
-    PARAMETERS,
     Api,
     FinishReason,
     InvalidParameter,
     Json,
     Names,
-    Parameter,
     SamplingParams,
     parameters_of,
 )
@@ -33,16 +32,24 @@ LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 type Params = Mapping[str, Json] | SamplingParams | Given
 
 
+@functools.cache
+def names_in(api: Api, cls: type[SamplingParams] = SamplingParams) -> tuple[Names, Names]:
+    """Returns our names by those of the API, and the API's preferred names by ours."""
+    parameters = parameters_of(cls)
+    ours = {name: each.name for each in parameters for name in each.names(api)}
+    return ours, {each.name: each.names(api)[0] for each in parameters if each.names(api)}
+
+
 def in_our_names[T](
-    given: Mapping[str, T], api: Api, parameters: Sequence[Parameter] = PARAMETERS
+    given: Mapping[str, T], api: Api, cls: type[SamplingParams] = SamplingParams
 ) -> tuple[dict[str, T], Names]:
     """Returns a request's values by our names, and the request's names by ours. None counts as not given.
 
     Raises InvalidParameter for a name that the API does not have, and for a parameter under two names.
     """
-    ours = {name: each.name for each in parameters for name in each.names(api)}
+    ours, preferred = names_in(api, cls)
     values: dict[str, T] = {}
-    names = {each.name: each.names(api)[0] for each in parameters if each.names(api)}
+    names = dict(preferred)
     for name, value in given.items():
         if name not in ours:
             raise InvalidParameter(name, f"{name} is not a sampling parameter; they are {', '.join(ours)}")
@@ -63,7 +70,7 @@ def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingP
         return params
     if isinstance(params, SamplingParams):
         return Given(params)
-    values, names = in_our_names(params or {}, "native", parameters_of(cls))
+    values, names = in_our_names(params or {}, "native", cls)
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = (stop,)
     values["max_tokens"], score_only = num_tokens(values.get("max_tokens"))

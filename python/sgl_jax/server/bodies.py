@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from sgl_jax.engine.generation import Given
-from sgl_jax.engine.native import in_our_names, num_tokens
+from sgl_jax.engine.native import in_our_names, names_in, num_tokens
 from sgl_jax.not_built import NOT_BUILT, Feature
-from sgl_jax.request import PARAMETERS, Api, Names, Parameter, SamplingParams, parameters_of
+from sgl_jax.request import PARAMETERS, Api, Names, Parameter, SamplingParams
 
 INT64_MAX = 2**63 - 1
 
@@ -118,7 +118,7 @@ def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] 
 
 def native_params(body: Body, cls: type[SamplingParams] = SamplingParams) -> Given:
     """Reads the parameters of a body with the native API's `sampling_fields`."""
-    values, names = _written(body, "native", parameters_of(cls))
+    values, names = _written(body, "native", cls)
     max_tokens, score_only = num_tokens(values.get("max_tokens"))
     return Given(cls(**values | {"max_tokens": max_tokens}), names, score_only, in_range=True)
 
@@ -128,21 +128,21 @@ def openai_params(
 ) -> Given:
     """Reads the parameters of a body with OpenAI's `sampling_fields`. `own` has by our names those that the body writes
     in a form of its own, and `names` their names there."""
-    values, theirs = _written(body, "openai", parameters_of(cls))
+    values, theirs = _written(body, "openai", cls)
     values.update(own)
     return Given(cls(**values), {**theirs, **names}, in_range=True)
 
 
-def _written(body: Body, api: Api, parameters: Sequence[Parameter]) -> tuple[dict[str, Any], Names]:
-    written = {name: getattr(body, name) for each in parameters for name in each.names(api)}
-    values, names = in_our_names(written, api, parameters)
-    return {each.name: _as_declared(values[each.name], each) for each in parameters if each.name in values}, names
+def _written(body: Body, api: Api, cls: type[SamplingParams]) -> tuple[dict[str, Any], Names]:
+    """The body's values as SamplingParams declares them, by our names, and the body's names."""
+    names = (name for name in names_in(api, cls)[0] if name in body.model_fields_set)
+    return in_our_names({name: _as_declared(getattr(body, name)) for name in names}, api, cls)
 
 
-def _as_declared(value: Any, parameter: Parameter) -> Any:
+def _as_declared(value: Any) -> Any:
     """A value of the type that pydantic checked, as the type that SamplingParams declares."""
-    if typing.get_origin(parameter.kind) is tuple:
-        return (value,) if isinstance(value, str) else tuple(value)
+    if isinstance(value, list):
+        return tuple(value)
     if isinstance(value, dict):
         return {int(token): bias for token, bias in value.items()}
-    return value
+    return (value,) if isinstance(value, str) else value  # one stop string
