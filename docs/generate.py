@@ -6,7 +6,7 @@ import ast
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from sgl_jax import foreign_flags
 from sgl_jax.flags import Flag
 from sgl_jax.models.bundled import bundled
 from sgl_jax.models.families import FAMILIES
+from sgl_jax.not_built import NOT_BUILT, Feature
+from sgl_jax.request import PARAMETERS, Api, Parameter
 from sgl_jax.server_args import ENV_PREFIX, FLAGS
 
 INTRODUCTION = f"""# Server arguments
@@ -63,7 +65,7 @@ def _values(flag: Flag) -> str:
 
 COMING_FROM = """# Coming from SGLang or vLLM
 
-<!-- Written by `python docs/generate.py` from python/sgl_jax/foreign_flags.py: change it there. -->
+<!-- Written by `python docs/generate.py` from python/sgl_jax/foreign_flags.py and not_built.py: change it there. -->
 
 Most flags have SGLang's names and OpenAI's clients need no change. Whatever is not honoured is refused by name, never ignored:
 a flag of the tables below is answered with what stands there, on the command line, in the environment and in a config file,
@@ -84,17 +86,22 @@ What has the same name and another meaning, or another place:
 """
 
 
-def coming_from() -> str:
-    others = {
-        names: f"not built: {feature.rpartition(' ')[0].removesuffix(',')}"
-        for feature, names in foreign_flags.NOT_BUILT.items()
-    }
-    tables = {"Another name": foreign_flags.RENAMED, "Another way": foreign_flags.OTHERWISE, "Not built": others}
+def coming_from(features: Iterable[Feature] = NOT_BUILT) -> str:
+    tables = {"Another name": foreign_flags.RENAMED, "Another way": foreign_flags.OTHERWISE}
     parts = []
     for title, table in tables.items():
         rows = (f"| {_names(names)} | {_flags_marked(said)} |\n" for names, said in table.items())
         parts.append(f"## {title}\n\n| flag | here |\n|---|---|\n{''.join(rows)}")
-    return COMING_FROM + "\n".join(parts)
+    return COMING_FROM + "\n".join([*parts, not_built_table(features)])
+
+
+def not_built_table(features: Iterable[Feature]) -> str:
+    """Features that are not built, and the flags and request fields that are answered with their names."""
+    rows = (
+        f"| {feature.name.rpartition(' ')[0].removesuffix(',')} | {_names(feature.flags)} | {_names(feature.fields)} |\n"
+        for feature in features
+    )
+    return f"## Not built\n\n| feature | flags | request fields |\n|---|---|---|\n{''.join(rows)}"
 
 
 def _flags_marked(text: str) -> str:
@@ -103,6 +110,43 @@ def _flags_marked(text: str) -> str:
 
 def _names(patterns: str) -> str:
     return ", ".join(f"`{pattern.replace('*', '…')}`" for pattern in patterns.split())
+
+
+def sampling_table(parameters: Iterable[Parameter] = PARAMETERS) -> str:
+    """The sampling parameters: their names in both APIs, defaults and limits."""
+    rows = "".join(
+        f"| `{each.name}` | {_api_names(each, 'native')} | {_api_names(each, 'openai')} | {_default(each)} | "
+        f"{'; '.join(filter(None, (each.about.help, _limits(each))))} |\n"
+        for each in parameters
+    )
+    return f"| `SamplingParams` | native API | OpenAI's | default | meaning and limits |\n|---|---|---|---|---|\n{rows}"
+
+
+def _api_names(parameter: Parameter, api: Api) -> str:
+    return ", ".join("same" if name == parameter.name else f"`{name}`" for name in parameter.names(api)) or "–"
+
+
+def _default(parameter: Parameter) -> str:
+    return "" if parameter.default is None or parameter.default in ((), {}) else f"{parameter.default}".lower()
+
+
+def _limits(parameter: Parameter) -> str:
+    about = parameter.about
+    numbers = (
+        "" if about.low is None else f"above {about.low:g}, up to {about.high:g}" if about.above else parameter.limit
+    )
+    numbers = numbers.removeprefix("be ").replace("fit 64 bits", "64 bits")
+    return ", ".join(filter(None, (about.entries and f"{about.entries} entries at most", numbers)))
+
+
+BEGIN, END = "<!-- Written by `python docs/generate.py` from request.py: change it there. -->\n\n", "\n<!-- End. -->"
+
+
+def sampling() -> str:
+    """The page about sampling, with its table as the code has it."""
+    text = (REPOSITORY / "docs" / "features" / "sampling.md").read_text(encoding="utf-8")
+    before, _, rest = text.partition(BEGIN)
+    return before + BEGIN + sampling_table() + END + rest.partition(END)[2]
 
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -193,6 +237,7 @@ if __name__ == "__main__":
         "server_arguments.md": server_arguments(),
         "support_matrix.md": support_matrix(),
         "features/coming_from.md": coming_from(),
+        "features/sampling.md": sampling(),
     }
     for name, text in pages.items():
         (REPOSITORY / "docs" / name).write_text(text, encoding="utf-8")

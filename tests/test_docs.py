@@ -144,10 +144,17 @@ def test_the_support_matrix_is_up_to_date() -> None:
 
 
 def test_the_page_for_users_of_other_servers_is_up_to_date() -> None:
-    """Fails after foreign_flags.py changes until `python docs/generate.py` has run."""
+    """Fails after foreign_flags.py or not_built.py changes until `python docs/generate.py` has run."""
     page = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))["coming_from"]()
     assert page == (REPOSITORY / "docs" / "features" / "coming_from.md").read_text(encoding="utf-8")
     assert "| `--max-num-seqs` | `--max-running-requests` |" in page
+
+
+def test_the_table_of_sampling_parameters_is_up_to_date() -> None:
+    """Fails after SamplingParams changes until `python docs/generate.py` has run."""
+    page = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))["sampling"]()
+    assert page == (REPOSITORY / "docs" / "features" / "sampling.md").read_text(encoding="utf-8")
+    assert "| `min_p` | same | same | 0.0 |" in page
 
 
 def test_the_model_family_that_is_shown_is_the_one_that_is_served() -> None:

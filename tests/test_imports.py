@@ -20,14 +20,15 @@ PYTHON = Path(__file__).resolve().parents[1] / "python"
 PACKAGE = PYTHON / "sgl_jax"
 
 PLAIN_DATA = ("request", "step_plan", "engine.messages")  # what rooms say to each other
-SETTINGS = ("server_args", "flags", "flag_parser", "foreign_flags", "hub")
+SETTINGS = ("server_args", "flags", "flag_parser", "foreign_flags", "not_built", "hub")
 
 # What a room may import of sgl_jax besides itself: a name stands for the module and everything in it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request": (),
     "flag_parser": (),
     "flags": ("flag_parser",),
-    "foreign_flags": (),
+    "not_built": (),
+    "foreign_flags": ("not_built",),
     "hub": (),
     "server_args": ("flag_parser", "flags", "foreign_flags", "hub"),
     "step_plan": ("request",),

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import runpy
+from pathlib import Path
+from typing import Annotated
+
+import pydantic
 import pytest
 
-from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.engine.generation import DuplicateRequestId
+from sgl_jax.engine.native import sampling_params
+from sgl_jax.request import PARAMETERS, About, Api, InvalidParameter, SamplingParams, parameters_of
+from sgl_jax.server.bodies import Body, native_params, openai_params, sampling_fields, with_fields
+from sgl_jax.step_plan import Param
 
 
 @pytest.mark.parametrize(
@@ -42,3 +51,75 @@ def test_the_edges_are_allowed():
     SamplingParams(
         temperature=1e4, repetition_penalty=1e-3, top_k=2**31 - 1, min_p=1.0, seed=-(2**63), logit_bias={99: -100.0}
     ).validate(vocab_size=100)
+
+
+def test_the_limits_are_compared_once() -> None:
+    """Whoever compared the numbers says so: a body's fields have the same limits."""
+    SamplingParams(temperature=-1.0).validate(vocab_size=100, in_range=True)
+    with pytest.raises(InvalidParameter):
+        SamplingParams(stop_token_ids=(100,)).validate(vocab_size=100, in_range=True)
+
+
+class Warm(SamplingParams, frozen=True, kw_only=True):
+    """SamplingParams with one more parameter, and nothing else about it anywhere."""
+
+    warmth: Annotated[float, About("how friendly", 0.0, 9.0, native=("warmth", "heat"))] = 0.5
+
+
+ONE_MORE = parameters_of(Warm)
+
+
+def test_one_declaration_makes_a_parameter() -> None:
+    with pytest.raises(InvalidParameter, match=r"^warmth is 9\.5; it must be between 0\.0 and 9\.0$"):
+        Warm(warmth=9.5).validate(vocab_size=100)
+    Warm(warmth=9.0).validate(vocab_size=100)
+
+    given = sampling_params({"heat": 2, "seed": 1}, Warm)
+    assert (given.params, given.score_only) == (Warm(max_tokens=128, warmth=2.0, seed=1), False)
+    heat = sampling_params({"heat": 10}, Warm)
+    with pytest.raises(InvalidParameter, match=r"^warmth is 10\.0; it must be between 0\.0 and 9\.0$") as refused:
+        heat.params.validate(vocab_size=100)
+    named = refused.value.named(heat.names)
+    assert (str(named), named.param) == ("heat is 10.0; it must be between 0.0 and 9.0", "heat")
+    with pytest.raises(InvalidParameter, match="heat and warmth are the same parameter; give one"):
+        sampling_params({"warmth": 1, "heat": 1}, Warm)
+
+    table = runpy.run_path(str(Path(__file__).parents[1] / "docs" / "generate.py"))["sampling_table"]
+    assert "| `warmth` | same, `heat` | same | 0.5 | how friendly; between 0.0 and 9.0 |" in table(ONE_MORE)
+
+
+@pytest.mark.parametrize("api", ["native", "openai"])
+def test_one_declaration_makes_a_field_of_a_body(api: Api) -> None:
+    @with_fields(sampling_fields(api, ONE_MORE))
+    class Asked(Body):
+        """A body."""
+
+    read = {"native": lambda body: native_params(body, Warm), "openai": lambda body: openai_params(body, {}, {}, Warm)}
+    given = read[api](Asked.model_validate({"warmth": 2}))
+    assert given.params.warmth == 2.0
+    assert given.in_range
+    with pytest.raises(pydantic.ValidationError, match="less than or equal to 9"):
+        Asked.model_validate({"warmth": 10})
+    with pytest.raises(pydantic.ValidationError, match="valid number"):
+        Asked.model_validate({"warmth": "2"})
+    assert ("heat" in Asked.model_fields) == (api == "native")
+    assert Asked.model_json_schema()["properties"]["warmth"]["description"] == "how friendly"
+
+
+def test_an_error_is_told_in_the_users_words_and_its_values_are_left_alone() -> None:
+    text = "{min_tokens} is {value}, above {max_tokens} {limit}"
+    error = InvalidParameter("min_tokens", text, value="max_tokens {max_tokens} ", limit=3)
+    assert str(error) == "min_tokens is max_tokens {max_tokens} , above max_tokens 3"
+    named = error.named({"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens", "value": "x"})
+    assert (str(named), named.param) == (
+        "min_new_tokens is max_tokens {max_tokens} , above max_new_tokens 3",
+        "min_new_tokens",
+    )
+    plain = DuplicateRequestId("rid", "request id max_tokens {max_tokens} belongs to a running request")
+    assert str(plain.named({"max_tokens": "max_new_tokens"})) == str(plain)
+    assert isinstance(plain.named({}), DuplicateRequestId)
+
+
+def test_every_device_column_but_the_flags_has_its_parameter() -> None:
+    columns = [each.about.column for each in PARAMETERS if each.about.column]
+    assert sorted([*columns, "FLAGS"]) == sorted(column.name for column in Param)

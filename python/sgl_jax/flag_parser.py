@@ -1,4 +1,4 @@
-"""How a command line is read, and what is said of one that cannot be: for the server's flags and every tool's own."""
+"""Reads command lines, and says what is wrong with one: for the server's flags and every tool's own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         raise FlagError("", message.removeprefix("argument "))
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Of a tool that has no flags but these; None is this process's command line."""
+        """Reads the command line of a tool that has no flags but these; None is this process's."""
         argv = sys.argv[1:] if argv is None else argv
         found, unknown = self.parse_known_args(argv)
         if unknown:
@@ -61,14 +61,20 @@ def option_named(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def hint_about(option: str, options: Mapping[str, str], elsewhere: Elsewhere) -> str:
-    """What another program's flag is here, else the one of `options` that is very much like it, as its value has it."""
-    import difflib
+def said_of(option: str, patterns: Elsewhere) -> str:
+    """Looks the option up by the patterns; empty if none is like it."""
     import fnmatch
 
-    for pattern, said in elsewhere.items():
-        if fnmatch.fnmatchcase(option, pattern):
-            return f": {said}"
+    return next((said for pattern, said in patterns.items() if fnmatch.fnmatchcase(option, pattern)), "")
+
+
+def hint_about(option: str, options: Mapping[str, str], elsewhere: Elsewhere) -> str:
+    """Returns the end of an error message: the answer to another program's flag, else the value in `options` of the one that
+    is very much like it."""
+    import difflib
+
+    if said := said_of(option, elsewhere):
+        return f": {said}"
     # 0.75: --max-model-len is not like --max-total-tokens
     close = next(iter(difflib.get_close_matches(option, options, n=1, cutoff=0.75)), None)
     return f", did you mean {options[close]}?" if close else ""

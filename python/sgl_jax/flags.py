@@ -14,7 +14,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from sgl_jax.flag_parser import NOTHING, Elsewhere, FlagError, Parser, hint_about, option_named
+from sgl_jax.flag_parser import NOTHING, Elsewhere, FlagError, Parser, hint_about, option_named, said_of
 
 HIDDEN = "***"
 
@@ -35,7 +35,7 @@ def at_least(low: int) -> Rule:
 
 
 class About(NamedTuple):
-    """What a flag's field cannot say by its name, type and default."""
+    """Describes a flag beyond its field's name, type and default."""
 
     group: str
     help: str
@@ -44,7 +44,6 @@ class About(NamedTuple):
     aliases: tuple[str, ...] = ()
     metavar: str = ""  # "PATH" also expands a leading ~
     refused: Mapping[str, str] = types.MappingProxyType({})  # values people try, and why they are not taken
-    not_built: str = ""  # the feature this flag would turn on
     secret: bool = False
     per_host: bool = False  # may differ between the hosts of one engine; all others must be the same on each
 
@@ -72,6 +71,7 @@ class Flag(NamedTuple):
     kind: type
     optional: bool
     choices: tuple[str, ...]
+    not_built: str  # the feature it would turn on, with its verb; empty: it is built
 
     @property
     def name(self) -> str:
@@ -110,10 +110,9 @@ class Flag(NamedTuple):
 
     @property
     def refusals(self) -> list[str]:
-        """What of it is not taken, a sentence each."""
-        about = self.about
-        found = [f"Refused for now: {about.not_built} is not built yet"] if about.not_built else []
-        return found + [f"`{value}` is refused: {reason}" for value, reason in about.refused.items()]
+        """Values that are not taken, a sentence each."""
+        found = [f"Refused for now: {self.not_built} not built yet"] if self.not_built else []
+        return found + [f"`{value}` is refused: {reason}" for value, reason in self.about.refused.items()]
 
     def is_default(self, value: Any) -> bool:
         if self.field.default_factory is not dataclasses.MISSING:
@@ -124,7 +123,7 @@ class Flag(NamedTuple):
         return HIDDEN if value is not None and self.about.secret else value
 
     def read(self, value: Any) -> Any:
-        """Text from outside as this flag's type. What cannot be read is returned as it is, for `check` to refuse."""
+        """Reads text from outside as this flag's type; returns unreadable text as it is, for `check` to refuse."""
         if not isinstance(value, str):
             return value
         if self.kind is bool:
@@ -146,8 +145,8 @@ class Flag(NamedTuple):
             raise FlagError(self.option, f"{said}; it must be {_KINDS[self.kind][0]}")
         if value == "":
             raise FlagError(self.option, f"{self.option} is empty; give a value or leave the flag out")
-        if self.about.not_built:
-            raise FlagError(self.option, f"{said}; {self.about.not_built} is not built yet, leave the flag out")
+        if self.not_built:
+            raise FlagError(self.option, f"{said}; {self.not_built} not built yet, leave the flag out")
         if reason := self.about.refused.get(str(value)):
             raise FlagError(self.option, f"{said}; {reason}")
         if self.choices and value not in self.choices:
@@ -157,7 +156,8 @@ class Flag(NamedTuple):
             raise FlagError(self.option, f"{said}; it must be {self.about.rule.text}")
 
 
-def flags_of(cls: type) -> tuple[Flag, ...]:
+def flags_of(cls: type, not_built: Elsewhere = NOTHING) -> tuple[Flag, ...]:
+    """Reads the fields of the class. `not_built` has by patterns of flags the features that are not built."""
     hints = typing.get_type_hints(cls)
     flags = []
     for field in dataclasses.fields(cls):
@@ -167,7 +167,7 @@ def flags_of(cls: type) -> tuple[Flag, ...]:
             optional = True
         if typing.get_origin(hint) is Literal:
             hint, choices = str, typing.get_args(hint)
-        flags.append(Flag(field, hint, optional, choices))
+        flags.append(Flag(field, hint, optional, choices, said_of(option_named(field.name), not_built)))
     return tuple(flags)
 
 

@@ -1,8 +1,12 @@
-"""Flags of vLLM and SGLang that are not ours, and what stands for them here: for error messages and
-docs/features/coming_from.md. Names are patterns: `*` stands for any text.
+"""Flags of vLLM and SGLang that are not ours, and the answer to them: for error messages and docs/features/coming_from.md.
+Names are patterns: `*` stands for any text.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sgl_jax.not_built import NOT_BUILT, Feature
 
 RENAMED = {
     "--max-model-len --max-seq-len": "--context-length",
@@ -52,30 +56,17 @@ OTHERWISE = {
     "--json-model-override-args --hf-overrides": "change config.json in a folder of your own",
 }
 
-NOT_BUILT = {
-    "quantised arithmetic is": "-q --quantization*",
-    "LoRA is": "--*lora*",
-    "tool calls are": "--tool-call-parser --enable-auto-tool-choice --tool-server",
-    "splitting the reasoning from the answer is": "--reasoning-parser --enable-reasoning",
-    "structured output is": "--grammar-backend --guided-decoding-backend --structured-outputs-config --constrained-json-*",
-    "speculative decoding is": "--speculative-* --spec-*",
-    "embedding and scoring are": "--is-embedding --task --runner --convert --pooler-config",
-    "reading images, audio and video is": "--multimodal --enable-multimodal --limit-mm-per-prompt --mm-*",
-    "a KV cache outside the devices' memory is": "--enable-hierarchical-cache --hicache-* --cpu-offload-gb --swap-space "
-    "--kv-offloading-*",
-    "prefill and decode on engines of their own are": "--disaggregation-* --pd-* --kv-transfer-config",
-    "pipeline parallelism is": "-pp --pp --pp-size --pipeline-parallel-size",
-    "priority of requests is": "--enable-priority-scheduling --schedule-low-priority-values-first",
-    "a server without a tokenizer is": "--skip-tokenizer-init",
-    "cutting prompts that are too long is": "--allow-auto-truncate",
-    "ending a server whose step hangs is": "--watchdog-timeout --soft-watchdog-timeout",
-    "HTTPS, and answering other web pages (CORS), are": "--ssl-* --root-path --allow-credentials --allowed-*",
-}
 
-_SAID = {
-    **{names: f"here it is {ours}" for names, ours in RENAMED.items()},
-    **OTHERWISE,
-    **{names: f"{feature} not built" for feature, names in NOT_BUILT.items()},
-}
-# By pattern, what completes the sentence "… is not a flag: …".
-ELSEWHERE = {name: said for names, said in _SAID.items() for name in names.split()}
+def flags_not_built(features: Iterable[Feature] = NOT_BUILT) -> dict[str, str]:
+    """By pattern, the feature that is not built, with its verb."""
+    return {pattern: feature.name for feature in features for pattern in feature.flags.split()}
+
+
+def elsewhere(features: Iterable[Feature] = NOT_BUILT) -> dict[str, str]:
+    """By pattern, the end of the sentence "… is not a flag: …"."""
+    said = {names: f"here it is {ours}" for names, ours in RENAMED.items()} | OTHERWISE
+    found = {name: text for names, text in said.items() for name in names.split()}
+    return found | {pattern: f"{feature} not built" for pattern, feature in flags_not_built(features).items()}
+
+
+ELSEWHERE = elsewhere()

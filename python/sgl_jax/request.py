@@ -1,117 +1,259 @@
-"""What a user asks of a generation, and how it ended: plain host data shared by every room of the house."""
+"""A user's sampling parameters, declared once, and plain host data about a request that all rooms share."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from typing import Literal
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Literal, NamedTuple, Self
 
 import msgspec
 import numpy as np
 
-_MAX_INT = 2**31 - 1  # what a device row holds
 MAX_LOGPROBS = 20  # OpenAI's limit; the step program always returns this many candidates
 MAX_LOGIT_BIAS = 1024  # entries a device row can hold
 MAX_STOP_TOKENS = 64  # token ids that can be held back until min_tokens
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # stop strings, and characters of one: each token's text is searched for all
+_MAX_INT32 = 2**31 - 1  # the largest number a device row can hold
+
+type Json = bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None
+type Api = Literal["native", "openai"]
+type Names = Mapping[str, str]  # by our names of fields, the names that the user wrote where they differ
 
 
 class InvalidParameter(ValueError):
-    """A request's parameter cannot be honoured. `param` names the field as the user wrote it."""
+    """A request's parameter cannot be honoured; `param` names the field.
 
-    def __init__(self, param: str, message: str):
-        super().__init__(message)
-        self.param = param
+    With `values` the message is a template: {limit} stands for values["limit"], and any other name in braces for the
+    field of that name, so that `named` can write the user's own name for it.
+    """
+
+    def __init__(self, param: str, message: str, **values: object):
+        self.param, self.template, self.values = param, message, values
+        super().__init__(self._text({}))
+
+    def named(self, names: Names) -> Self:
+        """Returns the error in the user's words."""
+        return type(self)(names.get(self.param, self.param), self._text(names))
+
+    def _text(self, names: Names) -> str:
+        return self.template.format_map(_Words({**names, **self.values})) if self.values else self.template
+
+
+class _Words(dict[str, object]):
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+class About(NamedTuple):
+    """Describes a sampling parameter beyond its name, type and default. `low` and `high` limit a number or the values
+    of a dictionary; `entries` limits the length of a list or dictionary."""
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: bool = False  # `low` itself is refused
+    must: str = ""  # completes "it must …" where the limits do not say it well
+    or_zero: bool = False  # the native API takes 0 too, for a request that only scores its prompt
+    entries: int | None = None
+    column: str = ""  # the step_plan.Param that holds it on the device
+    native: tuple[str, ...] | None = None  # its names in the native API, the preferred first; None: as ours
+    openai: tuple[str, ...] | None = None  # the same for OpenAI's; empty: none, or written in a form of its own
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """How tokens are chosen and when to stop.
+    """Parameters of choosing tokens and of stopping.
 
+    A field declares its parameter once: checks, both APIs, device columns and documentation derive from it.
     Order on the device: logit_bias, penalties, temperature, top_k, top_p, min_p (Hugging Face's order).
     """
 
-    max_tokens: int | None = None  # None: as many as the context holds
-    min_tokens: int = 0  # eos and stop_token_ids cannot be sampled before
-    temperature: float = 1.0  # 0: greedy
-    top_p: float = 1.0
-    top_k: int = -1  # -1 or 0: off
-    min_p: float = 0.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    repetition_penalty: float = 1.0
-    logit_bias: dict[int, float] = {}
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    n: int = 1
-    logprobs: int | None = None  # None: off; k: the sampled token's logprob and the k best
-    prompt_logprobs: int | None = None  # the same for each prompt token
-    skip_special_tokens: bool = True
-    include_stop_str_in_output: bool = False
-    stream_interval: int | None = None  # tokens per streamed update after the first; None: the server's
+    max_tokens: Annotated[
+        int | None,
+        About(
+            "most tokens to generate; if not set 128 in the native API, 16 in completions, in chat as many as fit",
+            low=1,
+            or_zero=True,
+            native=("max_new_tokens", "max_tokens"),
+            openai=(),
+        ),
+    ] = None
+    min_tokens: Annotated[
+        int,
+        About(
+            "eos and stop_token_ids cannot be sampled before",
+            low=0,
+            high=_MAX_INT32,
+            native=("min_new_tokens", "min_tokens"),
+        ),
+    ] = 0
+    temperature: Annotated[float, About("0 is greedy", 0.0, 1e4, column="TEMPERATURE")] = 1.0
+    top_p: Annotated[
+        float, About("keeps the likeliest tokens whose probabilities sum to it", 0.0, 1.0, above=True, column="TOP_P")
+    ] = 1.0
+    top_k: Annotated[
+        int, About("keeps so many of the likeliest tokens; -1 or 0 is off", -1, _MAX_INT32, column="TOP_K")
+    ] = -1
+    min_p: Annotated[
+        float, About("keeps tokens at least this likely relative to the likeliest", 0.0, 1.0, column="MIN_P")
+    ] = 0.0
+    presence_penalty: Annotated[
+        float, About("taken off the logits of tokens in the output", -2.0, 2.0, column="PRESENCE")
+    ] = 0.0
+    frequency_penalty: Annotated[
+        float, About("taken off once for each time the token is in the output", -2.0, 2.0, column="FREQUENCY")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, About("divides the logits of tokens of prompt and output", 1e-3, 1e3, column="REPETITION")
+    ] = 1.0
+    logit_bias: Annotated[
+        dict[int, float], About("by token id, added to the logit", -100, 100, entries=MAX_LOGIT_BIAS)
+    ] = {}
+    seed: Annotated[
+        int | None,
+        About(
+            "makes the draws repeatable; choice i of n has seed + i",
+            -(2**63),
+            2**64 - 1,
+            must="fit 64 bits",
+            column="SEED",
+            native=("sampling_seed", "seed"),
+        ),
+    ] = None
+    stop: Annotated[tuple[str, ...], About("the text ends before the first of these", entries=MAX_STOPS)] = ()
+    stop_token_ids: Annotated[
+        tuple[int, ...], About("token ids that end the text, like eos", entries=MAX_STOP_TOKENS)
+    ] = ()
+    ignore_eos: Annotated[bool, About("eos does not end the text")] = False
+    n: Annotated[int, About("choices per prompt", 1, 128)] = 1
+    logprobs: Annotated[
+        int | None, About("logprobs of the output, and of the k best tokens", 0, MAX_LOGPROBS, native=(), openai=())
+    ] = None
+    prompt_logprobs: Annotated[
+        int | None, About("the same for each prompt token", 0, MAX_LOGPROBS, native=(), openai=())
+    ] = None
+    skip_special_tokens: Annotated[bool, About("leave special tokens out of the text")] = True
+    include_stop_str_in_output: Annotated[
+        bool, About("keep the stop string in the text", native=("no_stop_trim",), openai=("no_stop_trim",))
+    ] = False
+    stream_interval: Annotated[
+        int | None,
+        About("tokens per streamed event after the first; --stream-interval if not set", low=1, openai=()),
+    ] = None
 
-    def validate(self, vocab_size: int) -> None:
-        """Raises InvalidParameter for the first value outside its range."""
-        self._check_ranges()
-        for name, ids in (("logit_bias", self.logit_bias), ("stop_token_ids", self.stop_token_ids)):
-            for token in ids:
-                if not 0 <= token < vocab_size:
-                    raise InvalidParameter(name, f"{name} has token id {token}; the vocabulary is 0..{vocab_size - 1}")
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise InvalidParameter(
-                "logit_bias", f"logit_bias has {len(self.logit_bias)} entries; the limit is {MAX_LOGIT_BIAS}"
-            )
-        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
-            raise InvalidParameter(
-                "stop_token_ids",
-                f"stop_token_ids has {len(self.stop_token_ids)} entries; the limit is {MAX_STOP_TOKENS}",
-            )
-        if isinstance(self.stop, str):
-            raise InvalidParameter("stop", f"stop is the string {self.stop!r}; it must be a sequence of strings")
-        if len(self.stop) > MAX_STOPS:
-            raise InvalidParameter("stop", f"stop has {len(self.stop)} strings; the limit is {MAX_STOPS}")
-        lengths = [len(each) for each in self.stop]
-        if not all(lengths):
-            raise InvalidParameter("stop", "a stop string must not be empty")
-        if max(lengths, default=0) > MAX_STOP_LENGTH:
-            raise InvalidParameter(
-                "stop", f"a stop string has {max(lengths)} characters; the limit is {MAX_STOP_LENGTH}"
-            )
+    @property
+    def has_penalties(self) -> bool:
+        """Is true if the device must count the request's tokens."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
-    def _check_ranges(self) -> None:
-        for name, low, high in (
-            ("temperature", 0.0, 1e4),
-            ("top_p", 0.0, 1.0),
-            ("min_p", 0.0, 1.0),
-            ("presence_penalty", -2.0, 2.0),
-            ("frequency_penalty", -2.0, 2.0),
-            ("repetition_penalty", 1e-3, 1e3),
-            ("min_tokens", 0, _MAX_INT),
-            ("top_k", -1, _MAX_INT),
-            ("n", 1, 128),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:  # not a number included
-                raise InvalidParameter(name, f"{name} is {value}; it must be between {low} and {high}")
-        if self.top_p == 0:
-            raise InvalidParameter("top_p", "top_p is 0; it must be above 0")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise InvalidParameter("max_tokens", f"max_tokens is {self.max_tokens}; it must be at least 1")
+    @property
+    def has_bias(self) -> bool:
+        """Is true if the device changes logits for logit_bias or min_tokens."""
+        return bool(self.logit_bias or self.min_tokens)
+
+    def validate(self, vocab_size: int, in_range: bool = False) -> None:
+        """Raises InvalidParameter for the first value that cannot be honoured. `in_range` says that each number has
+        been compared with its limits already."""
+        numbers, lists = _checks(type(self))
+        for parameter, low, high in () if in_range else numbers:
+            value = getattr(self, parameter.name)
+            if value is not None and not low <= value <= high:  # NaN is outside
+                raise parameter.out_of_range(value)
+        for parameter in lists:
+            if entries := getattr(self, parameter.name):
+                parameter.check_entries(entries, vocab_size)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidParameter("min_tokens", f"min_tokens is {self.min_tokens}, above max_tokens {self.max_tokens}")
-        if self.stream_interval is not None and self.stream_interval < 1:
             raise InvalidParameter(
-                "stream_interval", f"stream_interval is {self.stream_interval}; it must be at least 1"
+                "min_tokens",
+                "{min_tokens} is {value}, above {max_tokens} {limit}",
+                value=self.min_tokens,
+                limit=self.max_tokens,
             )
-        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
-            raise InvalidParameter("seed", f"seed is {self.seed}; it must fit 64 bits")
-        for name in ("logprobs", "prompt_logprobs"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= MAX_LOGPROBS:
-                raise InvalidParameter(name, f"{name} is {value}; it must be between 0 and {MAX_LOGPROBS}")
-        if any(not math.isfinite(b) or abs(b) > 100 for b in self.logit_bias.values()):
-            raise InvalidParameter("logit_bias", "logit_bias values must be between -100 and 100")
+
+
+class Parameter(NamedTuple):
+    """A field of SamplingParams, read from its declaration."""
+
+    name: str
+    kind: object  # its type, without None
+    default: object
+    about: About
+
+    def names(self, api: Api) -> tuple[str, ...]:
+        names = self.about.native if api == "native" else self.about.openai
+        return (self.name,) if names is None else names
+
+    @property
+    def limit(self) -> str:
+        """Completes "it must …"; empty for a parameter without limits."""
+        low, high = self.about.low, self.about.high
+        if self.about.must or low is None:
+            return self.about.must
+        return f"be at least {low}" if high is None else f"be between {low} and {high}"
+
+    @property
+    def range(self) -> tuple[float, float]:
+        low = -math.inf if self.about.low is None else self.about.low
+        high = math.inf if self.about.high is None else self.about.high
+        return (math.nextafter(low, high) if self.about.above else low), high
+
+    def out_of_range(self, value: float) -> InvalidParameter:
+        if self.about.above and value == self.about.low:
+            return self._error("{param} is {value}; it must be above {low:g}", value=value, low=self.about.low)
+        return self._error("{param} is {value}; it must {limit}", value=value, limit=self.limit)
+
+    def check_entries(self, value: Mapping[int, float] | Sequence[int] | Sequence[str], vocab_size: int) -> None:
+        """Checks a list's or dictionary's length and entries. Numbers among them are token ids."""
+        if isinstance(value, str):
+            raise self._error("{param} is the string {value!r}; it must be a sequence of strings", value=value)
+        strings = [entry for entry in value if isinstance(entry, str)]
+        for token in (entry for entry in value if isinstance(entry, int)):
+            if not 0 <= token < vocab_size:
+                text = "{param} has token id {value}; the vocabulary is 0..{last}"
+                raise self._error(text, value=token, last=vocab_size - 1)
+        if len(value) > (limit := self.about.entries or len(value)):
+            kind = "strings" if strings else "entries"
+            raise self._error(
+                "{param} has {count} {kind}; the limit is {limit}", count=len(value), kind=kind, limit=limit
+            )
+        if "" in strings:
+            raise InvalidParameter(self.name, "a stop string must not be empty")
+        if (longest := max(map(len, strings), default=0)) > MAX_STOP_LENGTH:
+            text = "a stop string has {count} characters; the limit is {limit}"
+            raise self._error(text, count=longest, limit=MAX_STOP_LENGTH)
+        low, high = self.range
+        if isinstance(value, Mapping) and not all(low <= each <= high for each in value.values()):
+            raise self._error("{param} values must be between {low} and {high}", low=low, high=high)
+
+    def _error(self, text: str, **values: object) -> InvalidParameter:
+        return InvalidParameter(self.name, text.replace("{param}", f"{{{self.name}}}"), **values)
+
+
+@functools.cache
+def parameters_of(cls: type[SamplingParams]) -> tuple[Parameter, ...]:
+    """Reads the declarations of the class."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    found = []
+    for field in msgspec.structs.fields(cls):
+        kind, about = typing.get_args(hints[field.name])
+        if types.NoneType in (kinds := typing.get_args(kind)):
+            (kind,) = (each for each in kinds if each is not types.NoneType)
+        default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+        found.append(Parameter(field.name, kind, default, about))
+    return tuple(found)
+
+
+@functools.cache
+def _checks(cls: type[SamplingParams]) -> tuple[list[tuple[Parameter, float, float]], list[Parameter]]:
+    """The parameters that are numbers, with their ranges, and those that are lists or dictionaries."""
+    numbers = [(each, *each.range) for each in parameters_of(cls) if each.kind in (int, float)]
+    return numbers, [each for each in parameters_of(cls) if typing.get_origin(each.kind) in (tuple, dict)]
+
+
+PARAMETERS = parameters_of(SamplingParams)
 
 
 class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):

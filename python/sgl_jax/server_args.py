@@ -1,7 +1,7 @@
 """Every flag of the server, declared once: the command line, its help, the environment, the config file and the
 documentation are all derived from the fields of ServerArgs. The only module that reads the environment.
 
-Imports nothing heavy. What needs a device to be decided stays None here and is resolved by runtime/.
+Imports nothing heavy. A value that depends on the device stays None here; runtime/ decides it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sgl_jax.flags import (
     required,
     variable_name,
 )
-from sgl_jax.foreign_flags import ELSEWHERE
+from sgl_jax.foreign_flags import ELSEWHERE, flags_not_built
 from sgl_jax.hub import MODELSCOPE, Downloads
 
 ENV_PREFIX = "SGL_JAX_"
@@ -71,7 +71,7 @@ def default_compilation_cache_dir(environ: Mapping[str, str] | None = None) -> s
 
 @dataclass(frozen=True, kw_only=True)
 class ServerArgs:
-    """What the user asked for, checked. None means: decided at start, from the model and the devices."""
+    """The user's flags, checked. None means: decided at start, from the model and the devices."""
 
     # --- model and tokenizer
     model_path: str = required(
@@ -309,21 +309,11 @@ class ServerArgs:
     )
 
     # --- speculative decoding
-    speculative_algorithm: str | None = flag(
-        None, SPECULATIVE, "how tokens are drafted", unset="off", metavar="NAME", not_built="speculative decoding"
-    )
-    speculative_draft_model_path: str | None = flag(
-        None, SPECULATIVE, "the draft model", unset="none", metavar="PATH", not_built="speculative decoding"
-    )
-    speculative_num_steps: int | None = flag(
-        None, SPECULATIVE, "draft steps", unset="none", not_built="speculative decoding"
-    )
-    speculative_eagle_topk: int | None = flag(
-        None, SPECULATIVE, "branches per draft step", unset="none", not_built="speculative decoding"
-    )
-    speculative_num_draft_tokens: int | None = flag(
-        None, SPECULATIVE, "draft tokens to verify", unset="none", not_built="speculative decoding"
-    )
+    speculative_algorithm: str | None = flag(None, SPECULATIVE, "how tokens are drafted", unset="off", metavar="NAME")
+    speculative_draft_model_path: str | None = flag(None, SPECULATIVE, "the draft model", unset="none", metavar="PATH")
+    speculative_num_steps: int | None = flag(None, SPECULATIVE, "draft steps", unset="none")
+    speculative_eagle_topk: int | None = flag(None, SPECULATIVE, "branches per draft step", unset="none")
+    speculative_num_draft_tokens: int | None = flag(None, SPECULATIVE, "draft tokens to verify", unset="none")
 
     # --- logging
     log_level: Literal["debug", "info", "warning", "error", "critical"] = flag(
@@ -409,7 +399,7 @@ class ServerArgs:
 
     @property
     def downloads(self) -> Downloads:
-        """Where named models come from. ModelScope's own variables are honoured, as the Hugging Face library does with its."""
+        """The source of named models. ModelScope's own variables are honoured, as the Hugging Face library does with its."""
         domain = os.environ.get("MODELSCOPE_DOMAIN") or MODELSCOPE
         endpoint = domain if "://" in domain else f"https://{domain}"
         token = os.environ.get("MODELSCOPE_API_TOKEN")
@@ -456,7 +446,7 @@ class ServerArgs:
             raise FlagError(error.flag, f"{error}{sources.get(error.flag, '')}") from None
 
 
-FLAGS = flags_of(ServerArgs)
+FLAGS = flags_of(ServerArgs, flags_not_built())
 BY_NAME = {each.name: each for each in FLAGS}
 
 _EPILOG = f"""Every flag is also an environment variable ({variable_name(BY_NAME["page_size"], ENV_PREFIX)}=16 for

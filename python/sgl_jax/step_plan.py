@@ -18,7 +18,10 @@ from sgl_jax.request import Request
 
 
 class Param(enum.IntEnum):
-    """Columns of a row's sampling parameters, i32; the float ones hold the bits of a float32."""
+    """Columns of a row's sampling parameters, i32; the float ones hold the bits of a float32.
+
+    A parameter of SamplingParams names its column; FLAGS alone belongs to none.
+    """
 
     SEED = 0
     FLAGS = 1
@@ -32,6 +35,8 @@ class Param(enum.IntEnum):
 
 
 class Flag(enum.IntFlag):
+    """Bits of Param.FLAGS: the parts of the sampler that a row needs."""
+
     LOGPROBS = 1
     PENALTIES = 2
     BIAS = 4  # logit_bias or min_tokens

@@ -10,7 +10,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from sgl_jax.engine.generation import EngineFailed, GenerationRequest, QueueFull, ServiceUnavailable
+from sgl_jax.engine.generation import (
+    Choice,
+    EngineFailed,
+    Generation,
+    GenerationRequest,
+    QueueFull,
+    ServiceUnavailable,
+)
 from sgl_jax.engine.messages import (
     Abort,
     EngineDied,
@@ -24,6 +31,7 @@ from sgl_jax.engine.messages import (
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import FinishReason, InvalidParameter, SamplingParams
 from sgl_jax.testing.fake_core import fake_info
+from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import load_tokenizer
 
 STORIES = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k"))
@@ -317,5 +325,43 @@ def test_what_is_refused(asked: GenerationRequest, param: str, message: str) -> 
             service.submit([request(), asked], stream=False)
         assert raised.value.param == param
         assert transport.sent == []  # all or nothing
+
+    run(test)
+
+
+def test_what_is_refused_is_told_in_the_requests_own_words() -> None:
+    async def test() -> None:
+        service, _ = await opened()
+        names = {"prompt": "messages", "max_tokens": "max_completion_tokens"}
+        asked = GenerationRequest([ONCE] * 500, SamplingParams(max_tokens=13), "max_tokens 1", names=names)
+        with pytest.raises(InvalidParameter, match=r"500 tokens and max_completion_tokens is 13; .* 512") as raised:
+            service.submit([asked], stream=False)
+        assert raised.value.param == "messages"
+        running = GenerationRequest([ONCE], SamplingParams(max_tokens=13), "max_tokens 1", names=names)
+        service.submit([running], stream=False)
+        with pytest.raises(InvalidParameter, match=r"^request id max_tokens 1 belongs to a running request$"):
+            service.submit([running], stream=False)
+
+    run(test)
+
+
+def test_a_generation_needs_no_service_but_a_way_to_drop_keys() -> None:
+    async def test() -> None:
+        dropped: list[tuple[list[int], str]] = []
+        asked = [request(ONCE, stop=("on a",)), request(ONCE)]
+        generation = Generation(asked, True, lambda keys, outcome: dropped.append(([*keys], outcome)))
+        for key, each in enumerate(asked):
+            detokenizer = Detokenizer(STORIES, each.prompt_ids, stop=each.params.stop)
+            generation.open.append(Choice(key, key, 0, generation, each, detokenizer, 1, 0.0))
+        updates = generation.updates()
+        for choice in generation.open:
+            choice.tokens += [UPON, A]
+        generation.wake.set()
+        stopped, running = await anext(updates)
+        assert (stopped.text, stopped.finish) == (" up", FinishReason("stop", "on a"))
+        assert (running.text, running.finish) == (" upon a", None)
+        assert dropped == [([0], "stop")]
+        await updates.aclose()
+        assert dropped == [([0], "stop"), ([1], "abort")]
 
     run(test)

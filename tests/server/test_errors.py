@@ -305,3 +305,41 @@ def test_when_the_engine_dies_clients_get_errors() -> None:
             client.completions.create(model="stories", prompt="a", extra_body={"ignore_eos": True})
         with pytest.raises(openai.APIError):
             list(client.completions.create(model="stories", prompt="a", stream=True))
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        (CHAT, HELLO | {"max_completion_tokens": 600}, "max_completion_tokens is 600"),
+        (CHAT, HELLO | {"max_tokens": 600}, "and max_tokens is 600"),
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 600}}, "max_new_tokens is 600"),
+        ("/generate", {"text": "a", "sampling_params": {"max_tokens": 600}}, "and max_tokens is 600"),
+        (
+            "/generate",
+            {"text": "a", "sampling_params": {"min_tokens": 4, "max_new_tokens": 3}},
+            "min_tokens is 4, above max_new_tokens 3",
+        ),
+        (
+            CHAT,
+            HELLO | {"temperature": 1e5},
+            "temperature: Input should be less than or equal to 10000; it is 100000.0",
+        ),
+    ],
+)
+def test_a_parameter_has_the_name_that_the_user_wrote(http: httpx.Client, path: str, body: dict, message: str) -> None:
+    answer = http.post(path, json=body)
+    assert answer.status_code == 400
+    assert message in error(answer)["message"]
+
+
+def test_a_request_id_is_not_taken_for_a_parameter() -> None:
+    body = HELLO | {"rid": "max_tokens 1", "max_completion_tokens": 400, "ignore_eos": True}
+    with LiveServer(lambda: FakeCore(step_seconds=1)) as server, server.http() as http:
+        waiting = threading.Thread(target=lambda: http.post(CHAT, json=body))
+        waiting.start()
+        while server.service.num_live < 1:
+            time.sleep(0.005)
+        found = error(http.post(CHAT, json=body))
+        http.post("/abort_request", json={"rid": "max_tokens 1"})
+        waiting.join()
+    assert found["message"] == "request id max_tokens 1 belongs to a running request"

@@ -99,7 +99,7 @@ class Offline:
         self._engine = engine
         self._prompts = prompts
         try:
-            self._params = [sampling_params({"max_new_tokens": each.output_len, **sampling})[0] for each in prompts]
+            self._params = [sampling_params({"max_new_tokens": each.output_len, **sampling}).params for each in prompts]
         except InvalidParameter as error:
             raise BenchmarkError(f"--extra-request-body: {error}") from error
         self._limit = min(engine.info.context_length, engine.info.max_total_tokens)

@@ -1,4 +1,4 @@
-"""What is refused before the engine hears of it: requests that cannot be honoured, and more than the queue holds."""
+"""Checks before the engine hears of a request: whether it can be honoured, and whether the queue holds it."""
 
 from __future__ import annotations
 
@@ -13,38 +13,47 @@ from sgl_jax.request import InvalidParameter
 
 
 def checked(request: GenerationRequest, info: EngineInfo, running: Container[str]) -> GenerationRequest:
-    """The request with max_tokens and an id, if it left them open. `running`: ids that are taken.
+    """Returns the request with max_tokens and an id, if it left them open. `running` holds the ids that are taken.
 
-    Raises InvalidParameter, PromptTooLong or DuplicateRequestId.
+    Raises InvalidParameter, PromptTooLong or DuplicateRequestId, in the request's own words.
     """
-    params = request.params
-    params.validate(info.vocab_size)
-    field, ids = request.prompt_field, request.prompt_ids
-    if not ids:
-        raise InvalidParameter(field, f"{field} is empty; at least one token is needed")
-    if min(ids) < 0 or max(ids) >= info.vocab_size:
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise InvalidParameter(field, f"{field} has token id {wrong}; the vocabulary is 0..{info.vocab_size - 1}")
-    limit = min(info.context_length, info.max_total_tokens)
-    room = limit - len(ids)
-    asked = params.max_tokens
-    if room < (asked or 1):
-        wanted = "max_tokens is not set" if asked is None else f"max_tokens is {asked}"
-        raise PromptTooLong(
-            field, f"the prompt has {len(ids)} tokens and {wanted}; prompt and output together hold {limit} at most"
-        )
-    if asked is None:
-        params = msgspec.structs.replace(params, max_tokens=room)
-        if params.min_tokens > room:
-            raise InvalidParameter("min_tokens", f"min_tokens is {params.min_tokens}; there is room for {room} tokens")
+    try:
+        request.params.validate(info.vocab_size, request.in_range)
+        max_tokens = _max_tokens(request, info)
+    except InvalidParameter as error:
+        raise error.named(request.names) from None
     request_id = request.request_id or uuid.uuid4().hex
     if request_id in running:
         raise DuplicateRequestId("rid", f"request id {request_id} belongs to a running request")
-    return GenerationRequest(ids, params, request_id, request.namespace, field, request.score_only)
+    params = msgspec.structs.replace(request.params, max_tokens=max_tokens)
+    return GenerationRequest(
+        request.prompt_ids, params, request_id, request.namespace, request.names, request.score_only, in_range=True
+    )
+
+
+def _max_tokens(request: GenerationRequest, info: EngineInfo) -> int:
+    """Checks the prompt and returns how many tokens may follow it."""
+    ids, asked = request.prompt_ids, request.params.max_tokens
+    if not ids:
+        raise InvalidParameter("prompt", "{prompt} is empty; at least {count} token is needed", count="one")
+    if min(ids) < 0 or max(ids) >= info.vocab_size:
+        wrong = min(ids) if min(ids) < 0 else max(ids)
+        text = "{prompt} has token id {value}; the vocabulary is 0..{last}"
+        raise InvalidParameter("prompt", text, value=wrong, last=info.vocab_size - 1)
+    limit = min(info.context_length, info.max_total_tokens)
+    room = limit - len(ids)
+    if room < (asked or 1):
+        wanted = "not set" if asked is None else asked
+        text = "the prompt has {count} tokens and {max_tokens} is {wanted}; prompt and output together hold {limit} at most"
+        raise PromptTooLong("prompt", text, count=len(ids), wanted=wanted, limit=limit)
+    if asked is None and request.params.min_tokens > room:
+        text = "{min_tokens} is {value}; there is room for {room} tokens"
+        raise InvalidParameter("min_tokens", text, value=request.params.min_tokens, room=room)
+    return room if asked is None else asked
 
 
 def check_queue(requests: Sequence[GenerationRequest], num_queued: int, limit: int | None) -> None:
-    """Whether requests submitted together may join num_queued others; `limit` is --max-queued-requests.
+    """Checks that requests submitted together may join num_queued others; `limit` is --max-queued-requests.
 
     Raises QueueFull, InvalidParameter if waiting would not help, or DuplicateRequestId for an id that comes twice.
     """
@@ -54,14 +63,12 @@ def check_queue(requests: Sequence[GenerationRequest], num_queued: int, limit: i
         return
     wanted = sum(request.params.n for request in requests)
     if wanted > limit:
-        n, field = max(request.params.n for request in requests), requests[0].prompt_field
+        n = max(request.params.n for request in requests)
         if n > limit or len(requests) == 1:
             raise InvalidParameter("n", f"n is {n}; the limit is {limit} (--max-queued-requests)")
-        raise InvalidParameter(
-            field,
-            f"{field} has {len(requests)} prompts, with n {wanted} requests; "
-            f"the limit is {limit} (--max-queued-requests)",
-        )
+        text = "{prompt} has {count} prompts, with n {wanted} requests; the limit is {limit} (--max-queued-requests)"
+        error = InvalidParameter("prompt", text, count=len(requests), wanted=wanted, limit=limit)
+        raise error.named(requests[0].names)
     if num_queued + wanted > limit:
         raise QueueFull(
             f"{num_queued} requests are waiting and {wanted} came; the limit is {limit} (--max-queued-requests)"

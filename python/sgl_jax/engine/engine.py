@@ -14,15 +14,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from typing import Any, Self
 
 from sgl_jax.engine.generation import EngineFailed
-from sgl_jax.engine.job import Job, Params, make_job
+from sgl_jax.engine.job import Job, make_job
 from sgl_jax.engine.loop import EngineCore
 from sgl_jax.engine.messages import EngineInfo, MachineLimits, ProfileStatus, Stats
-from sgl_jax.engine.native import LogprobOptions
+from sgl_jax.engine.native import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
+from sgl_jax.request import Json
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
-
-_END = object()
 
 
 class Engine:
@@ -112,11 +111,12 @@ class Engine:
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
     ) -> Any:
-        """One answer for one prompt, a list for a list or for n > 1. With `stream`, an iterator of growing answers.
+        """Returns one answer for one prompt, a list for a list or for n > 1. With `stream`, an iterator of growing answers.
 
         Streamed answers of several prompts or choices carry their place in the list as "index".
         """
-        job = self._job(
+        job = make_job(
+            self.tokenizer,
             prompt,
             input_ids,
             sampling_params,
@@ -143,14 +143,14 @@ class Engine:
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
     ) -> Any:
-        """`generate` for asyncio, in any loop; with `stream` the awaited value is an async iterator."""
+        """Does as `generate`, for asyncio and in any loop; with `stream` the awaited value is an async iterator."""
         options = LogprobOptions(
             return_logprob=return_logprob,
             top_logprobs_num=top_logprobs_num,
             logprob_start_len=logprob_start_len,
             return_text_in_logprobs=return_text_in_logprobs,
         )
-        job = self._job(prompt, input_ids, sampling_params, rid, options)
+        job = make_job(self.tokenizer, prompt, input_ids, sampling_params, rid, options)
         if stream:
             return self._aiterate(job)
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(job.result(self._service), self._live_loop()))
@@ -164,7 +164,7 @@ class Engine:
         return self._call(self._service.flush_cache())
 
     def measure_limits(self) -> MachineLimits:
-        """What the devices can do, measured now: takes seconds. Raises Conflict while there are requests."""
+        """Measures what the devices can do, in seconds. Raises Conflict while there are requests."""
         return self._call(self._service.measure_limits())
 
     def start_profile(
@@ -186,7 +186,7 @@ class Engine:
         return self._call(self._service.stop_profile())
 
     def profile_status(self) -> ProfileStatus:
-        """Of the profile that runs, or of the last one."""
+        """Returns the state of the profile that runs, or of the last one."""
         return self._call(self._service.profile_status())
 
     def shutdown(self) -> None:
@@ -221,29 +221,24 @@ class Engine:
             raise
         return asyncio.run_coroutine_threadsafe(work, loop).result()
 
-    def _job(
-        self, prompt: Any, input_ids: Any, params: Any, rid: str | Sequence[str] | None, options: LogprobOptions
-    ) -> Job:
-        return make_job(self.tokenizer, prompt, input_ids, params, rid, options)
-
-    def _iterate(self, job: Job) -> Iterator[dict[str, Any]]:
-        found: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    def _iterate(self, job: Job) -> Iterator[dict[str, Json]]:
+        found: queue.SimpleQueue[dict[str, Json] | None] = queue.SimpleQueue()
 
         async def pump() -> None:
             async for answer in job.stream(self._service):
                 found.put(answer)
 
         future = asyncio.run_coroutine_threadsafe(pump(), self._live_loop())
-        future.add_done_callback(lambda _: found.put(_END))
+        future.add_done_callback(lambda _: found.put(None))
         try:
-            while (answer := found.get()) is not _END:
+            while (answer := found.get()) is not None:
                 yield answer
             future.result()
         finally:
             future.cancel()
 
-    async def _aiterate(self, job: Job) -> AsyncIterator[dict[str, Any]]:
-        found: asyncio.Queue[Any] = asyncio.Queue()
+    async def _aiterate(self, job: Job) -> AsyncIterator[dict[str, Json]]:
+        found: asyncio.Queue[dict[str, Json] | None] = asyncio.Queue()
         mine = asyncio.get_running_loop()
 
         async def pump() -> None:
@@ -252,12 +247,12 @@ class Engine:
 
         def ended(_: concurrent.futures.Future[None]) -> None:
             if not mine.is_closed():
-                mine.call_soon_threadsafe(found.put_nowait, _END)
+                mine.call_soon_threadsafe(found.put_nowait, None)
 
         future = asyncio.run_coroutine_threadsafe(pump(), self._live_loop())
         future.add_done_callback(ended)
         try:
-            while (answer := await found.get()) is not _END:
+            while (answer := await found.get()) is not None:
                 yield answer
             future.result()
         finally:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
 
 from sgl_jax.engine.messages import TokenLogprobs
-from sgl_jax.request import FinishReason, InvalidParameter, SamplingParams
+from sgl_jax.request import FinishReason, InvalidParameter, Names, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
 
 _ONLY_WHEN_FINISHED = 1 << 62
 
+type Outcome = Literal["stop", "length", "abort"]
+type Drop = Callable[[Iterable[int], Outcome], None]
+
 
 class ServiceUnavailable(RuntimeError):
-    """Not now: the engine is still starting, or the server is shutting down."""
+    """The engine is still starting, or the server is shutting down."""
 
 
 class QueueFull(RuntimeError):
@@ -24,7 +27,7 @@ class QueueFull(RuntimeError):
 
 
 class Conflict(RuntimeError):
-    """What was asked cannot be done in the state the engine is in."""
+    """The engine is in no state for the command."""
 
 
 class EngineFailed(RuntimeError):
@@ -39,6 +42,16 @@ class DuplicateRequestId(InvalidParameter):
     """A running request has this id."""
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Sampling parameters as a request gave them."""
+
+    params: SamplingParams
+    names: Names = field(default_factory=dict)
+    score_only: bool = False  # the prompt's logprobs are wanted, nothing is to be generated
+    in_range: bool = False  # each number has been compared with its limits
+
+
 @dataclass(slots=True)
 class GenerationRequest:
     """One prompt. `params.n` choices of it are generated."""
@@ -47,13 +60,21 @@ class GenerationRequest:
     params: SamplingParams
     request_id: str = ""  # made up when empty
     namespace: str = ""
-    prompt_field: str = "prompt"  # what the user called the prompt, for error messages
-    score_only: bool = False  # the prompt's logprobs are wanted, nothing is to be generated
+    names: Names = field(default_factory=dict)  # for error messages; "prompt" among them
+    score_only: bool = False
+    in_range: bool = False
+
+    @classmethod
+    def of(
+        cls, prompt_ids: list[int], prompt_name: str, given: Given, request_id: str, namespace: str
+    ) -> GenerationRequest:
+        names = {**given.names, "prompt": prompt_name}
+        return cls(prompt_ids, given.params, request_id, namespace, names, given.score_only, given.in_range)
 
 
 @dataclass(slots=True)
 class Update:
-    """What is new of one choice. A choice's last update has `finish`."""
+    """News of one choice. A choice's last update has `finish`."""
 
     prompt: int  # index of its request among those submitted together
     choice: int  # 0 <= choice < n
@@ -65,79 +86,100 @@ class Update:
     prompt_logprobs: list[TokenLogprobs | None] | None  # with the first update, if asked for
 
 
+@dataclass(eq=False, slots=True)
 class Choice:
-    """One request of the engine. Tokens gather here until the consumer takes them."""
+    """One request of the engine. Tokens gather here until `take` turns them into text."""
 
-    __slots__ = (
-        "arrived",
-        "detokenizer",
-        "generation",
-        "index",
-        "key",
-        "last_token_at",
-        "logprobs",
-        "num_cached_tokens",
-        "prompt",
-        "prompt_logprobs",
-        "reason",
-        "request",
-        "tokens",
-        "wake_at",
-    )
+    key: int
+    prompt: int  # index of its request in the generation
+    index: int  # 0 <= index < n
+    generation: Generation
+    request: GenerationRequest
+    detokenizer: Detokenizer
+    stream_interval: int  # tokens per update after the first, in a stream
+    arrived: float
+    last_token_at: float = 0.0  # 0: no token yet
+    wake_at: int = field(init=False)  # tokens that make an update
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # until it is handed out
+    reason: FinishReason | None = None  # why the engine ended it
 
-    def __init__(self, key: int, prompt: int, index: int, generation: Generation, detokenizer: Detokenizer, now: float):
-        self.key, self.prompt, self.index = key, prompt, index
-        self.generation = generation
-        self.request = generation.requests[prompt]
-        self.detokenizer = detokenizer
-        self.tokens: list[int] = []
-        self.logprobs: list[TokenLogprobs] = []
-        self.num_cached_tokens = 0
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None  # until it is handed out
-        self.reason: FinishReason | None = None
-        self.arrived = now
-        self.last_token_at = 0.0  # 0: no token yet
-        self.wake_at = 1 if generation.stream or self.request.params.stop else _ONLY_WHEN_FINISHED
+    def __post_init__(self) -> None:
+        self.wake_at = 1 if self.generation.stream or self.request.params.stop else _ONLY_WHEN_FINISHED
+        if not self.generation.stream:
+            self.stream_interval = self.wake_at
 
-
-class Source(Protocol):
-    """What a Generation needs of the service."""
-
-    def take(self, choice: Choice) -> Update | None: ...
-
-    def drop(self, choices: Iterable[Choice]) -> None: ...
+    def take(self) -> Update | None:
+        """Turns the tokens that came into an update; None if they are too few for one."""
+        tokens, reason = self.tokens, self.reason
+        if reason is None and len(tokens) < self.wake_at:
+            return None
+        self.wake_at = self.stream_interval
+        logprobs, self.tokens, self.logprobs = self.logprobs, [], []
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        shown = tokens
+        ended_by_token = reason is not None and reason.type == "stop" and isinstance(reason.matched, int)
+        if ended_by_token and not self.request.params.include_stop_str_in_output:
+            shown = tokens[:-1]
+        detokenizer = self.detokenizer
+        text, used = detokenizer.push(shown)
+        if reason is not None and detokenizer.matched is None:
+            text += detokenizer.finish()
+        if self.request.score_only:  # the engine makes a token all the same
+            text, tokens, logprobs = "", [], []
+            if reason is not None and reason.type != "abort":
+                reason = FinishReason("length")
+        elif detokenizer.matched is not None:
+            tokens, logprobs = tokens[:used], logprobs[:used]
+            reason = FinishReason("stop", detokenizer.matched)
+        return Update(self.prompt, self.index, text, tokens, logprobs, reason, self.num_cached_tokens, prompt_logprobs)
 
 
 class Generation:
-    """Requests submitted together and their choices. Iterate `updates()` once; leaving it early aborts the rest."""
+    """Requests submitted together and their choices. Iterate `updates()` once; leaving it early aborts the rest.
 
-    def __init__(self, source: Source, requests: list[GenerationRequest], stream: bool):
+    `drop` tells the engine that nobody waits for these keys any more; keys that it has finished with are ignored.
+    """
+
+    def __init__(self, requests: list[GenerationRequest], stream: bool, drop: Drop):
         self.requests = requests
         self.stream = stream
         self.created = time.time()
-        self._source = source
+        self._drop = drop
         self.open: list[Choice] = []
         self.wake = asyncio.Event()
         self.error: Exception | None = None
 
     async def updates(self) -> AsyncIterator[list[Update]]:
-        """What came since the last turn, at most one update per choice. Raises EngineFailed or ServiceUnavailable."""
+        """Yields what came since the last turn, at most one update per choice. Raises EngineFailed or
+        ServiceUnavailable."""
         try:
             while self.open:
                 await self.wake.wait()
                 self.wake.clear()
                 if self.error is not None:
                     raise self.error
-                found = [update for choice in self.open if (update := self._source.take(choice)) is not None]
-                if found:
-                    if any(update.finish is not None for update in found):
-                        done = {(update.prompt, update.choice) for update in found if update.finish is not None}
-                        self.open = [c for c in self.open if (c.prompt, c.index) not in done]
+                if found := self._take():
                     yield found
         finally:
             self.abort()
 
+    def _take(self) -> list[Update]:
+        found, still_open = [], []
+        for choice in self.open:
+            update = choice.take()
+            if update is not None:
+                found.append(update)
+            if update is None or update.finish is None:
+                still_open.append(choice)
+            elif choice.reason is None:  # a stop string matched, of which the engine does not know
+                self._drop([choice.key], "stop")
+        self.open = still_open
+        return found
+
     def abort(self) -> None:
         """Stops what still runs. Nothing more comes out of `updates`."""
-        self._source.drop(self.open)
+        self._drop([choice.key for choice in self.open], "abort")
         self.open = []

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from sgl_jax.engine.generation import Generation, GenerationRequest
-from sgl_jax.engine.native import Answer, LogprobOptions, native_name, sampling_params
+from sgl_jax.engine.generation import Generation, GenerationRequest, Given
+from sgl_jax.engine.native import Answer, LogprobOptions, Params, sampling_params
 from sgl_jax.engine.service import GenerationService
-from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.request import InvalidParameter, Json, SamplingParams
 from sgl_jax.text.tokenizer import Tokenizer
 
-type Params = Mapping[str, Any] | SamplingParams
-type Result = dict[str, Any] | list[dict[str, Any]]
+type Result = dict[str, Json] | list[dict[str, Json]]
 
 
 class Job:
@@ -24,16 +23,13 @@ class Job:
         self._options, self._tokenizer = options, tokenizer
 
     def submit(self, service: GenerationService, stream: bool) -> Generation:
-        """Raises what `GenerationService.submit` raises, with the native names of parameters."""
-        try:
-            generation = service.submit(self.requests, stream)
-        except InvalidParameter as error:
-            raise native_name(error) from error
+        """Submits the requests; raises what `GenerationService.submit` raises."""
+        generation = service.submit(self.requests, stream)
         self.requests = generation.requests
         return generation
 
     def answers(self) -> dict[tuple[int, int], Answer]:
-        """Empty answers by (prompt, choice), in the order of the answer's list."""
+        """Makes empty answers by (prompt, choice), in the order of the answer's list."""
         return {
             (i, choice): Answer(request, request.request_id, self._tokenizer, self._options)
             for i, request in enumerate(self.requests)
@@ -49,12 +45,12 @@ class Job:
         found = [answer.to_dict() for answer in answers.values()]
         return found if self.is_list else found[0]
 
-    async def stream(self, service: GenerationService) -> AsyncIterator[dict[str, Any]]:
+    async def stream(self, service: GenerationService) -> AsyncIterator[dict[str, Json]]:
         generation = self.submit(service, stream=True)
         async for answer in self.stream_of(generation):
             yield answer
 
-    async def stream_of(self, generation: Generation) -> AsyncIterator[dict[str, Any]]:
+    async def stream_of(self, generation: Generation) -> AsyncIterator[dict[str, Json]]:
         answers = self.answers()
         index = {place: i for i, place in enumerate(answers)}
         try:
@@ -70,14 +66,14 @@ class Job:
 
 def make_job(
     tokenizer: Tokenizer,
-    text: str | Sequence[str] | None,
-    input_ids: Any,
+    text: object,
+    input_ids: object,
     params: Params | Sequence[Params | None] | None,
     rid: str | Sequence[str] | None,
     options: LogprobOptions,
     namespace: str = "",
 ) -> Job:
-    """Raises InvalidParameter or TokenizerError; nothing has been sent then."""
+    """Makes the call's requests. Raises InvalidParameter or TokenizerError; nothing has been sent then."""
     if (text is None) == (input_ids is None):
         raise InvalidParameter("text", "give either text or input_ids")
     if input_ids is None:
@@ -88,15 +84,16 @@ def make_job(
         prompts, is_list = _token_lists(input_ids)
     if not prompts:
         raise InvalidParameter(field, f"{field} is an empty list")
-    all_params = _one_each("sampling_params", params, len(prompts), (Mapping, SamplingParams))
-    rids = _one_each("rid", rid, len(prompts), (str,))
+    all_params = _one_each(
+        "sampling_params", params, len(prompts), (Mapping, SamplingParams, Given), "Mapping or SamplingParams"
+    )
+    rids = _one_each("rid", rid, len(prompts), (str,), "str")
     if isinstance(rid, str) and len(prompts) > 1:
         rids = [f"{rid}_{i}" for i in range(len(prompts))]
     requests = []
     for ids, each, request_id in zip(prompts, all_params, rids, strict=True):
-        parsed, score_only = sampling_params(each)
-        parsed = options.apply(parsed, len(ids))
-        requests.append(GenerationRequest(ids, parsed, request_id or "", namespace, field, score_only))
+        given = options.apply(sampling_params(each), len(ids))
+        requests.append(GenerationRequest.of(ids, field, given, request_id or "", namespace))
     return Job(requests, is_list, options, tokenizer)
 
 
@@ -119,11 +116,12 @@ def _token_lists(input_ids: Any) -> tuple[list[list[int]], bool]:
     raise InvalidParameter("input_ids", "input_ids must be a list of token ids or a list of such lists")
 
 
-def _one_each(name: str, value: Any, count: int, single: tuple[type, ...]) -> Sequence[Any]:
+def _one_each(name: str, value: Any, count: int, single: tuple[type, ...], kind: str) -> Sequence[Any]:
+    """Returns `count` values: the one that was given for all, or those of a list."""
     if value is None or isinstance(value, single):
         return [value] * count
     if not isinstance(value, Sequence) or any(v is not None and not isinstance(v, single) for v in value):
-        raise InvalidParameter(name, f"{name} must be {' or '.join(t.__name__ for t in single)}, or a list of them")
+        raise InvalidParameter(name, f"{name} must be {kind}, or a list of them")
     if len(value) != count:
         raise InvalidParameter(name, f"{name} has {len(value)} entries for {count} prompts")
     return value

@@ -1,4 +1,4 @@
-"""The native request and answer format: what POST /generate and Engine.generate share.
+"""The native request and answer format, which POST /generate and Engine.generate share.
 
 Sampling parameters carry the names of the SGLang family (max_new_tokens, sampling_seed, …); answers are
 {"text", "output_ids", "meta_info"}, cumulative when streamed.
@@ -6,114 +6,122 @@ Sampling parameters carry the names of the SGLang family (max_new_tokens, sampli
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import msgspec
 
-from sgl_jax.engine.generation import GenerationRequest, Update
+from sgl_jax.engine.generation import GenerationRequest, Given, Update
 from sgl_jax.engine.messages import TokenLogprobs
-from sgl_jax.request import FinishReason, InvalidParameter, SamplingParams
+from sgl_jax.request import (
+    Api,
+    FinishReason,
+    InvalidParameter,
+    Json,
+    Names,
+    SamplingParams,
+    parameters_of,
+)
 from sgl_jax.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_NEW_TOKENS = 128
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 
-# native name -> ours, where they differ
-_RENAMED = {"max_new_tokens": "max_tokens", "min_new_tokens": "min_tokens", "sampling_seed": "seed"}
-_NATIVE_NAME = {"max_tokens": "max_new_tokens", "min_tokens": "min_new_tokens"}
-_SAME = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "logit_bias",
-    "seed",
-    "stop",
-    "stop_token_ids",
-    "ignore_eos",
-    "n",
-    "skip_special_tokens",
-    "stream_interval",
-)
-NAMES = (*_RENAMED, *_SAME, "max_tokens", "min_tokens", "no_stop_trim")
+type Params = Mapping[str, Json] | SamplingParams | Given
 
 
-def sampling_params(given: Mapping[str, Any] | SamplingParams | None) -> tuple[SamplingParams, bool]:
-    """The parameters in our names, and whether no token is to be generated (max_new_tokens 0: only score the prompt).
+@functools.cache
+def names_in(api: Api, cls: type[SamplingParams] = SamplingParams) -> tuple[Names, Names]:
+    """Returns our names by those of the API, and the API's preferred names by ours."""
+    parameters = parameters_of(cls)
+    ours = {name: each.name for each in parameters for name in each.names(api)}
+    return ours, {each.name: each.names(api)[0] for each in parameters if each.names(api)}
+
+
+def in_our_names[T](
+    given: Mapping[str, T], api: Api, cls: type[SamplingParams] = SamplingParams
+) -> tuple[dict[str, T], Names]:
+    """Returns a request's values by our names, and the request's names by ours. None counts as not given.
+
+    Raises InvalidParameter for a name that the API does not have, and for a parameter under two names.
+    """
+    ours, preferred = names_in(api, cls)
+    values: dict[str, T] = {}
+    names = dict(preferred)
+    for name, value in given.items():
+        if name not in ours:
+            raise InvalidParameter(name, f"{name} is not a sampling parameter; they are {', '.join(ours)}")
+        if value is None:
+            continue
+        if ours[name] in values:
+            raise InvalidParameter(name, f"{name} and {names[ours[name]]} are the same parameter; give one")
+        values[ours[name]], names[ours[name]] = value, name
+    return values, names
+
+
+def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingParams) -> Given:
+    """Reads parameters in the native names; max_new_tokens 0 only scores the prompt.
 
     Raises InvalidParameter with the name as the user wrote it.
     """
-    if isinstance(given, SamplingParams):
-        return given, False
-    values: dict[str, Any] = {"max_tokens": DEFAULT_MAX_NEW_TOKENS}
-    seen: dict[str, str] = {}
-    for name, value in (given or {}).items():
-        if name not in NAMES:
-            raise InvalidParameter(name, f"{name} is not a sampling parameter; they are {', '.join(NAMES)}")
-        ours = _RENAMED.get(name, name)
-        if ours in seen:
-            raise InvalidParameter(name, f"{name} and {seen[ours]} are the same parameter; give one")
-        seen[ours] = name
-        if value is None:
-            continue
-        if ours == "no_stop_trim":
-            ours = "include_stop_str_in_output"
-        elif ours == "stop" and isinstance(value, str):
-            value = (value,)
-        values[ours] = value
-    score_only = values["max_tokens"] == 0 and values["max_tokens"] is not False
-    if score_only:
-        values["max_tokens"] = 1
+    if isinstance(params, Given):
+        return params
+    if isinstance(params, SamplingParams):
+        return Given(params)
+    values, names = in_our_names(params or {}, "native", cls)
+    if isinstance(stop := values.get("stop"), str):
+        values["stop"] = (stop,)
+    values["max_tokens"], score_only = num_tokens(values.get("max_tokens"))
     try:
-        return msgspec.convert(values, SamplingParams, str_keys=True), score_only
+        return Given(msgspec.convert(values, cls, str_keys=True), names, score_only)
     except msgspec.ValidationError as error:
-        raise _readable(error, seen) from error
+        raise _readable(error, names) from error
 
 
-def _readable(error: msgspec.ValidationError, seen: Mapping[str, str]) -> InvalidParameter:
-    """msgspec says "Expected `float`, got `str` - at `$.temperature`"."""
+def num_tokens(max_tokens: Json) -> tuple[Json, bool]:
+    """Returns max_tokens for a native request's value, and whether no token is wanted: the engine makes one then."""
+    if max_tokens is None:
+        return DEFAULT_MAX_NEW_TOKENS, False
+    score_only = max_tokens == 0 and max_tokens is not False
+    return 1 if score_only else max_tokens, score_only
+
+
+def _readable(error: msgspec.ValidationError, names: Names) -> InvalidParameter:
+    """Takes apart what msgspec says: "Expected `float`, got `str` - at `$.temperature`"."""
     text, _, path = str(error).partition(" - at `")
     ours = path.strip("`").removeprefix("$.").partition("[")[0]
-    name = seen.get(ours, ours) or "sampling_params"
+    name = names.get(ours, ours) or "sampling_params"
     return InvalidParameter(name, f"{name}: {text}")
 
 
-def native_name(error: InvalidParameter) -> InvalidParameter:
-    """The same error, speaking of max_new_tokens where ours is max_tokens."""
-    text = str(error)
-    for ours, native in _NATIVE_NAME.items():
-        text = text.replace(f"{ours} ", f"{native} ")
-    return type(error)(_NATIVE_NAME.get(error.param, error.param), text)
-
-
 class LogprobOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a native request says about logprobs."""
+    """The fields of a native request that are about logprobs."""
 
     return_logprob: bool = False
     top_logprobs_num: int = 0
     logprob_start_len: int = -1  # from this prompt token on; -1: only the output's
     return_text_in_logprobs: bool = False
 
-    def apply(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
+    def apply(self, given: Given, num_prompt_tokens: int) -> Given:
+        """Returns the parameters with these options; raises InvalidParameter."""
         if not self.return_logprob:
             if self.top_logprobs_num:
                 raise InvalidParameter("top_logprobs_num", "top_logprobs_num needs return_logprob")
-            return params
+            return given
         if not -1 <= self.logprob_start_len <= num_prompt_tokens:
             raise InvalidParameter(
                 "logprob_start_len",
                 f"logprob_start_len is {self.logprob_start_len}; it must be -1 or within the {num_prompt_tokens} prompt tokens",
             )
-        return msgspec.structs.replace(
-            params,
+        params = msgspec.structs.replace(
+            given.params,
             logprobs=self.top_logprobs_num,
             prompt_logprobs=None if self.logprob_start_len < 0 else self.top_logprobs_num,
         )
+        names = {**given.names, "logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
+        return dataclasses.replace(given, params=params, names=names)
 
 
 class Answer:
@@ -141,8 +149,8 @@ class Answer:
                 start = self._options.logprob_start_len
                 self._input.extend(self._request.prompt_ids[start:], update.prompt_logprobs[start:])
 
-    def to_dict(self) -> dict[str, Any]:
-        meta: dict[str, Any] = {
+    def to_dict(self) -> dict[str, Json]:
+        meta: dict[str, Json] = {
             "id": self._id,
             "finish_reason": None if self.finish is None else finish_dict(self.finish, len(self.output_ids)),
             "prompt_tokens": len(self._request.prompt_ids),
@@ -182,7 +190,7 @@ def finite(logprob: float) -> float:
     return max(logprob, LOWEST_LOGPROB)
 
 
-def finish_dict(finish: FinishReason, num_tokens: int) -> dict[str, Any]:
+def finish_dict(finish: FinishReason, num_tokens: int) -> dict[str, Json]:
     if finish.type == "length":
         return {"type": "length", "length": num_tokens}
     if finish.type == "abort":

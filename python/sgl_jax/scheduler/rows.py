@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from sgl_jax.request import Request
+from sgl_jax.request import PARAMETERS, Request
 from sgl_jax.step_plan import Flag, Param
 
 _WIDTH = 8  # stop ids a row has room for before the table widens
@@ -85,22 +85,26 @@ class RowTable:
         self.stop_ids[row, : len(ids)] = ids
 
 
+# The float parameters of a row by column, in the order of their columns.
+_BY_COLUMN = {each.about.column: each.name for each in PARAMETERS}
+_FLOATS = tuple(_BY_COLUMN[column.name] for column in Param if column >= Param.TEMPERATURE)
+
+
 def encode_params(request: Request) -> np.ndarray:
     """A request's sampling parameters as the step program reads them, i32[len(Param)]."""
     p = request.params
     flags = Flag(0)
     if p.logprobs is not None:
         flags |= Flag.LOGPROBS
-    if p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1:
+    if p.has_penalties:
         flags |= Flag.PENALTIES
-    if p.logit_bias or p.min_tokens:
+    if p.has_bias:
         flags |= Flag.BIAS
     if request.wants_prompt_logprobs:
         flags |= Flag.PROMPT_LOGPROBS
     encoded = np.empty(len(Param), np.int32)
     encoded[Param.SEED] = np.uint32(request.seed).view(np.int32)
     encoded[Param.FLAGS] = int(flags)
-    encoded[Param.TOP_K] = min(p.top_k, 2**31 - 1) if p.top_k > 0 else 2**31 - 1
-    floats = (p.temperature, p.top_p, p.min_p, p.presence_penalty, p.frequency_penalty, p.repetition_penalty)
-    encoded[Param.TEMPERATURE :] = np.array(floats, np.float32).view(np.int32)
+    encoded[Param.TOP_K] = p.top_k if p.top_k > 0 else 2**31 - 1
+    encoded[Param.TEMPERATURE :] = np.array([getattr(p, name) for name in _FLOATS], np.float32).view(np.int32)
     return encoded

@@ -13,7 +13,7 @@ from sgl_jax.server import responses
 from sgl_jax.server.responses import ErrorResponse
 
 _REF = "#/components/schemas/{name}"
-# Of each event: OpenAPI 3.1 has no word for one of a stream, and tools read the schema so.
+# Describes each event: OpenAPI 3.1 has no word for a stream of them, and tools read the schema so.
 _SERVER_SENT_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 _ERRORS = {
     400: "A value is wrong or not supported; `param` names the field",

@@ -22,7 +22,7 @@ from sgl_jax.engine.generation import (
     ServiceUnavailable,
 )
 from sgl_jax.request import InvalidParameter
-from sgl_jax.server.not_built import feature_of
+from sgl_jax.server.bodies import feature_of
 from sgl_jax.server.responses import ErrorBody, ErrorResponse
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError
@@ -64,7 +64,7 @@ def unknown_model(name: str, served: str) -> ApiError:
 
 
 def as_api_error(error: Exception) -> ApiError | None:
-    """What to answer for an error of ours; None for one that nobody expected."""
+    """Returns the answer to an error of ours; None for one that nobody expected."""
     match error:
         case ApiError():
             return error
@@ -104,7 +104,7 @@ def _http_message(error: HTTPException) -> str:
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
-    # Where a value fails every branch of a union, the branch that got furthest tells most.
+    # A value may fail every branch of a union; the branch that got furthest tells most.
     found = [(each, *_field(each["loc"][1:], error.body)) for each in error.errors()]
     first, field, _ = max(found, key=lambda item: item[2])
     if first["type"] == "json_invalid":
@@ -128,10 +128,12 @@ def _validation_error(error: RequestValidationError) -> ApiError:
             return _unsupported(field, first["input"])
         case "missing":
             return ApiError(400, f"{field} is missing", param=field, code="missing_parameter")
+        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
+            return ApiError(400, f"{field}: {first['msg']}; it is {first['input']}", param=field, code="invalid_value")
     return ApiError(400, f"{field}: {first['msg']}", param=field, code="invalid_value")
 
 
-def _unsupported(field: str, value: Any = None) -> ApiError:
+def _unsupported(field: str, value: object = None) -> ApiError:
     named = f"{field} {value}" if isinstance(value, str) else field
     reason = f": {feature} not built" if (feature := feature_of(named)) else ""
     return ApiError(400, f"{named} is not supported{reason}", param=field, code="unsupported_parameter")

@@ -1,4 +1,4 @@
-"""What the machine can do and where the time goes: /measure_limits, /start_profile, /stop_profile, /profile_status.
+"""Measurements of the machine and of where the time goes: /measure_limits, /start_profile, /stop_profile, /profile_status.
 
 Fields of type None are SGLang's but not supported here: any value but null is refused, by name.
 """
@@ -12,9 +12,9 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sgl_jax.engine.messages import MachineLimits, ProfileStatus
+from sgl_jax.server.bodies import Body
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.errors import ApiError
-from sgl_jax.server.openai_types import Body
 from sgl_jax.server.state import ServerState, json_response
 
 
@@ -45,7 +45,7 @@ class StartProfileRequest(Body):
 
 
 def _without_query(request: Request) -> None:
-    """What stands behind a ? would be ignored, and a profile without its num_steps has no end."""
+    """Refuses parameters in the URL: they would be ignored, and a profile without its num_steps has no end."""
     for name in request.query_params:
         raise ApiError(
             400, f"{name} is not taken from the URL; POST it in a JSON body", param=name, code="unknown_parameter"
@@ -80,7 +80,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.get("/profile_status", **documented(ProfileStatus, body=False))
     async def profile_status() -> Response:
-        """Of the profile that runs, or else of the last one."""
+        """Returns the state of the profile that runs, or else of the last one."""
         return json_response(await service.profile_status())
 
     return routes

@@ -15,64 +15,35 @@ from starlette.responses import Response
 from sgl_jax.engine.generation import Generation
 from sgl_jax.engine.job import Job, make_job
 from sgl_jax.engine.native import LogprobOptions
-from sgl_jax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS, InvalidParameter
-from sgl_jax.server.documentation import documented
-from sgl_jax.server.openai_types import (
+from sgl_jax.request import InvalidParameter
+from sgl_jax.server.bodies import (
     Body,
     CacheKey,
-    Count,
-    DetokenizeRequest,
-    Penalty,
-    Probability,
-    StopString,
     TokenId,
-    TokenIdText,
-    TokenizeRequest,
+    limits,
+    native_params,
+    off_fields,
+    sampling_fields,
+    with_fields,
 )
+from sgl_jax.server.documentation import documented
+from sgl_jax.server.openai_types import DetokenizeRequest, TokenizeRequest
 from sgl_jax.server.responses import Aborted, CacheFlush, DetokenizeResponse, GenerateAnswer, TokenizeResponse
 from sgl_jax.server.sse import DONE, EventStream, event, unless_disconnected
 from sgl_jax.server.state import ServerState, encoding, gone, json_response
 
-_INT64_MAX = 2**63 - 1
 Name = Annotated[str, Field(min_length=1)]
 
 
+@with_fields(sampling_fields("native"), off_fields("NativeSamplingParams"))
 class NativeSamplingParams(Body):
-    max_new_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = Field(None, description="128 if not set")
-    max_tokens: Count | None = Field(None, description="another name for max_new_tokens")
-    min_new_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_INT64_MAX)] | None = None
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    logit_bias: (
-        Annotated[dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)] | None
-    ) = None
-    sampling_seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: StopString | list[StopString] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
-    ignore_eos: bool | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    skip_special_tokens: bool | None = None
-    no_stop_trim: bool | None = None
-    stream_interval: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None = Field(
-        None, description="tokens per streamed event after the first; the server's --stream-interval if not set"
-    )
     # SGLang's, not supported
     custom_params: None = None
-    ebnf: None = None
-    json_schema: None = None
-    regex: None = None
     spaces_between_special_tokens: None = None
     stop_regex: None = None
-    structural_tag: None = None
 
 
+@with_fields(off_fields("GenerateRequest"))
 class GenerateRequest(Body):
     """Either `text` or `input_ids`, one or a list; parameters and rid one for all or a list."""
 
@@ -82,27 +53,16 @@ class GenerateRequest(Body):
     rid: Name | list[Name] | None = None
     stream: bool | None = None
     return_logprob: bool | None = None
-    top_logprobs_num: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    top_logprobs_num: Annotated[int, limits("logprobs")] | None = None
     logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
     return_text_in_logprobs: bool | None = None
     extra_key: CacheKey | None = Field(None, description="requests share cached prefixes only within one key")
     # SGLang's, not supported
-    audio_data: None = None
-    bootstrap_host: None = None
-    bootstrap_port: None = None
-    bootstrap_room: None = None
     custom_logit_processor: None = None
     data_parallel_rank: None = None
-    image_data: None = None
-    input_embeds: None = None
-    lora_id: None = None
-    lora_path: None = None
-    modalities: None = None
-    priority: None = None
     return_hidden_states: None = None
     session_params: None = None
     token_ids_logprob: None = None
-    video_data: None = None
 
 
 class AbortRequest(Body):
@@ -115,7 +75,6 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/generate", **documented(GenerateAnswer, stream=True))
     async def generate(body: GenerateRequest, request: Request) -> Response:
-        state.service.check_ready()
         texts = [body.text] if isinstance(body.text, str) else body.text or ()
         job = await encoding(sum(map(len, texts)), _job, state, body)
         if body.stream:
@@ -167,11 +126,9 @@ def router(state: ServerState) -> APIRouter:
 
 
 def _job(state: ServerState, body: GenerateRequest) -> Job:
-    given = body.sampling_params
-    params: Any = (
-        [each.model_dump(exclude_none=True) for each in given]
-        if isinstance(given, list)
-        else given and given.model_dump(exclude_none=True)
+    asked = body.sampling_params
+    params = (
+        None if asked is None else native_params(asked) if isinstance(asked, Body) else list(map(native_params, asked))
     )
     options = LogprobOptions(
         return_logprob=bool(body.return_logprob),

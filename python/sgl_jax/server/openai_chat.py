@@ -9,10 +9,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sgl_jax.engine.generation import Generation, GenerationRequest, Update
+from sgl_jax.engine.generation import Generation, GenerationRequest, Given, Update
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.engine.native import finite
-from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.request import InvalidParameter
+from sgl_jax.server.bodies import openai_params
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.openai_stream import ChunkWriter
 from sgl_jax.server.openai_types import ChatCompletionRequest
@@ -25,7 +26,7 @@ from sgl_jax.server.responses import (
     TopLogprob,
 )
 from sgl_jax.server.sse import DONE, EventStream, unless_disconnected
-from sgl_jax.server.state import ServerState, gone, json_response, openai_params, renamed
+from sgl_jax.server.state import ServerState, gone, json_response
 from sgl_jax.server.usage import UsageCounter
 from sgl_jax.text.tokenizer import Tokenizer
 
@@ -35,15 +36,12 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/chat/completions", **documented(ChatCompletion, stream=True, model=True))
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-        state.service.check_ready()
         state.check_model(body.model)
-        params = _params(body)
+        body.check_stream_options()
+        given = _given(body)
         prompt_ids = await state.encode_chat(body.messages, body)
-        asked = GenerationRequest(prompt_ids, params, body.rid or "", body.cache_salt or "", "messages")
-        try:
-            generation = state.service.submit([asked], stream=bool(body.stream))
-        except InvalidParameter as error:
-            raise renamed(error, _shown_names(body)) from error
+        asked = GenerationRequest.of(prompt_ids, "messages", given, body.rid or "", body.cache_salt or "")
+        generation = state.service.submit([asked], stream=bool(body.stream))
         chat = _Chat(state, body, generation)
         if body.stream:
             return EventStream(generation, chat.events())
@@ -53,21 +51,15 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-def _params(body: ChatCompletionRequest) -> SamplingParams:
+def _given(body: ChatCompletionRequest) -> Given:
     limits = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise InvalidParameter("max_tokens", "max_tokens and max_completion_tokens differ; give one")
     if body.top_logprobs is not None and not body.logprobs:
         raise InvalidParameter("top_logprobs", "top_logprobs needs logprobs")
-    return openai_params(
-        body,
-        max_tokens=next(iter(limits), None),
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-    )
-
-
-def _shown_names(body: ChatCompletionRequest) -> dict[str, str]:
-    return {} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    names = {} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
+    return openai_params(body, {"max_tokens": next(iter(limits), None), "logprobs": logprobs}, names)
 
 
 class _Chat:

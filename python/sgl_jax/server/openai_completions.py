@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -9,16 +10,17 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sgl_jax.engine.generation import Generation, GenerationRequest, Update
+from sgl_jax.engine.generation import Generation, GenerationRequest, Given, Update
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.engine.native import finite
-from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.request import InvalidParameter
+from sgl_jax.server.bodies import openai_params
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.openai_stream import ChunkWriter
 from sgl_jax.server.openai_types import CompletionRequest
 from sgl_jax.server.responses import Completion, CompletionChoice, CompletionLogprobs
 from sgl_jax.server.sse import DONE, EventStream, unless_disconnected
-from sgl_jax.server.state import ServerState, gone, json_response, openai_params
+from sgl_jax.server.state import ServerState, gone, json_response
 from sgl_jax.server.usage import UsageCounter
 from sgl_jax.text.tokenizer import Tokenizer
 
@@ -30,12 +32,12 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/completions", **documented(Completion, stream=True, model=True))
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        state.service.check_ready()
         state.check_model(body.model)
-        params, score_only = _params(body)
+        body.check_stream_options()
+        given = _given(body)
         prompts, echoes = await _prompts(state, body)
         asked = [
-            GenerationRequest(ids, params, _rid(body, i, len(prompts)), body.cache_salt or "", "prompt", score_only)
+            GenerationRequest.of(ids, "prompt", given, _rid(body, i, len(prompts)), body.cache_salt or "")
             for i, ids in enumerate(prompts)
         ]
         generation = state.service.submit(asked, stream=bool(body.stream))
@@ -48,22 +50,20 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-def _params(body: CompletionRequest) -> tuple[SamplingParams, bool]:
-    """The parameters, and whether nothing is to be generated: `echo` with `max_tokens` 0 scores the prompt."""
-    n = body.n or 1
-    if body.best_of is not None and body.best_of != n:
-        raise InvalidParameter("best_of", f"best_of is {body.best_of}; only n, which is {n}, is supported")
+def _given(body: CompletionRequest) -> Given:
+    """Reads the parameters. `echo` with `max_tokens` 0 scores the prompt and generates nothing."""
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    score_only = max_tokens == 0
-    if score_only and not body.echo:
+    if max_tokens == 0 and not body.echo:
         raise InvalidParameter("max_tokens", "max_tokens is 0; it must be at least 1 unless echo is set")
-    params = openai_params(
-        body,
-        max_tokens=max(max_tokens, 1),
-        logprobs=body.logprobs,
-        prompt_logprobs=body.logprobs if body.echo else None,
-    )
-    return params, score_only
+    own = {
+        "max_tokens": max(max_tokens, 1),
+        "logprobs": body.logprobs,
+        "prompt_logprobs": body.logprobs if body.echo else None,
+    }
+    given = openai_params(body, own, {})
+    if body.best_of not in (None, given.params.n):
+        raise InvalidParameter("best_of", f"best_of is {body.best_of}; only n, which is {given.params.n}, is supported")
+    return dataclasses.replace(given, score_only=max_tokens == 0)
 
 
 async def _prompts(state: ServerState, body: CompletionRequest) -> tuple[list[list[int]], list[str]]:

@@ -8,24 +8,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from sgl_jax.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOP_TOKENS
-
-_INT64_MAX = 2**63 - 1
-
-Probability = Annotated[float, Field(gt=0, le=1)]
-Penalty = Annotated[float, Field(ge=-2, le=2)]
-TokenId = Annotated[int, Field(ge=0, le=_INT64_MAX)]
-TokenIdText = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
-StopString = Annotated[str, Field(min_length=1)]
-Count = Annotated[int, Field(ge=1, le=_INT64_MAX)]
-CacheKey = Annotated[str, Field(max_length=1024)]
-EmptyList = Annotated[list[Any], Field(max_length=0)]
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+from sgl_jax.request import InvalidParameter
+from sgl_jax.server.bodies import (
+    INT64_MAX,
+    Body,
+    CacheKey,
+    EmptyList,
+    TokenId,
+    limits,
+    off_fields,
+    sampling_fields,
+    with_fields,
+)
 
 
 class StreamOptions(Body):
@@ -33,28 +29,11 @@ class StreamOptions(Body):
     include_obfuscation: Literal[False] | None = None
 
 
+@with_fields(sampling_fields("openai"))
 class SamplingFields(Body):
-    """What chat and completion requests share."""
+    """Fields of both chat and completion requests."""
 
     model: str | None = Field(None, description="the served model's name; may be left out")
-    temperature: Annotated[float, Field(ge=0)] | None = None
-    top_p: Probability | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_INT64_MAX)] | None = Field(None, description="-1 or 0: off")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    logit_bias: (
-        Annotated[dict[TokenIdText, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_LOGIT_BIAS)] | None
-    ) = Field(None, description="by token id")
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
-    stop: StopString | list[StopString] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS)] | None = None
-    ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
-    skip_special_tokens: bool | None = None
-    no_stop_trim: bool | None = Field(None, description="keep the stop string in the text")
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     rid: Annotated[str, Field(min_length=1)] | None = Field(None, description="a name for /abort_request")
@@ -68,9 +47,10 @@ class SamplingFields(Body):
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
 
-
-class TextFormat(Body):
-    type: Literal["text"]
+    def check_stream_options(self) -> None:
+        """Raises InvalidParameter for options of a stream where there is none."""
+        if self.stream_options is not None and not self.stream:
+            raise InvalidParameter("stream_options", "stream_options needs stream")
 
 
 class TextPart(Body):
@@ -90,6 +70,7 @@ class ToolCall(Body):
     index: int | None = None
 
 
+@with_fields(off_fields("Message"))
 class Message(Body):
     """A turn of the conversation. Earlier tool calls and their results are shown to the model as its template says."""
 
@@ -101,8 +82,6 @@ class Message(Body):
     reasoning_content: str | None = None
     refusal: str | None = None
     annotations: EmptyList | None = None
-    audio: None = None
-    function_call: None = None
 
 
 class TemplateFields(Body):
@@ -111,34 +90,27 @@ class TemplateFields(Body):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
 
 
+@with_fields(off_fields("ChatCompletionRequest"))
 class ChatCompletionRequest(SamplingFields, TemplateFields):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Count | None = None
-    max_tokens: Count | None = None
+    max_completion_tokens: Annotated[int, limits("max_tokens")] | None = None
+    max_tokens: Annotated[int, limits("max_tokens")] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: EmptyList | None = None
-    tool_choice: Literal["none"] | None = None
+    top_logprobs: Annotated[int, limits("logprobs")] | None = None
     parallel_tool_calls: bool | None = Field(None, description="without tools there is nothing to call")
-    functions: EmptyList | None = None
-    function_call: Literal["none"] | None = None
-    response_format: TextFormat | None = None
-    modalities: Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None = None
-    audio: None = None
     prediction: None = None
     reasoning_effort: None = None
     verbosity: None = None
-    web_search_options: None = None
 
 
+@with_fields(off_fields("CompletionRequest"))
 class CompletionRequest(SamplingFields):
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = Field(None, description="16 if not set")
+    max_tokens: Annotated[int, limits("max_tokens", low=0)] | None = Field(None, description="16 if not set")
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    best_of: Count | None = Field(None, description="refused unless it equals n")
+    logprobs: Annotated[int, limits("logprobs")] | None = None
+    best_of: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = Field(None, description="refused unless it equals n")
     suffix: None = None
-    response_format: TextFormat | None = None
 
 
 class TokenizeRequest(TemplateFields):

@@ -23,7 +23,7 @@ DONE = b"data: [DONE]\n\n"
 _encode = msgspec.json.encode
 
 
-def event(value: Any) -> bytes:
+def event(value: object) -> bytes:
     return b"data: " + _encode(value) + b"\n\n"
 
 

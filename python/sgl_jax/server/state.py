@@ -1,4 +1,4 @@
-"""What the endpoints share, and the steps every request goes through before it is submitted."""
+"""State that the endpoints share, and the steps of every request before it is submitted."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import msgspec
 from starlette.responses import Response
 
 from sgl_jax.engine.service import GenerationService
-from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.request import InvalidParameter, Json
 from sgl_jax.server.errors import ApiError, unknown_model
-from sgl_jax.server.openai_types import Message, SamplingFields, TemplateFields
+from sgl_jax.server.openai_types import Message, TemplateFields
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
@@ -68,13 +68,13 @@ class ServerState:
 
 
 async def encoding[**P, R](num_characters: int, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """The call, which encodes so many characters; in a thread if it would hold up other requests."""
+    """Makes a call that encodes so many characters; in a thread if it would hold up other requests."""
     if num_characters >= _ENCODE_ELSEWHERE:
         return await asyncio.to_thread(call, *args, **kwargs)
     return call(*args, **kwargs)
 
 
-def template_messages(messages: Sequence[Message], knows_developer: bool) -> list[dict[str, Any]]:
+def template_messages(messages: Sequence[Message], knows_developer: bool) -> list[dict[str, Json]]:
     """Messages as templates expect them: content as one string, tool arguments as objects."""
     found = []
     for i, message in enumerate(messages):
@@ -84,7 +84,7 @@ def template_messages(messages: Sequence[Message], knows_developer: bool) -> lis
         if isinstance(content, list):
             content = "".join(part.text for part in content)
         role = "system" if message.role == "developer" and not knows_developer else message.role
-        entry: dict[str, Any] = {"role": role, "content": content or ""}
+        entry: dict[str, Json] = {"role": role, "content": content or ""}
         for name in ("name", "tool_call_id", "reasoning_content"):
             value = getattr(message, name)
             if value is not None:
@@ -101,52 +101,10 @@ def _template_call(call: dict[str, Any]) -> dict[str, Any]:
     return call
 
 
-# request field -> SamplingParams field, where they are the same
-_PLAIN = (
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "presence_penalty",
-    "frequency_penalty",
-    "repetition_penalty",
-    "seed",
-    "ignore_eos",
-    "min_tokens",
-    "skip_special_tokens",
-    "n",
-)
-
-
-def openai_params(body: SamplingFields, **more: Any) -> SamplingParams:
-    """The request's parameters; `more` are those that chat and completions write differently."""
-    values = {name: value for name in _PLAIN if (value := getattr(body, name)) is not None}
-    if body.stop is not None:
-        values["stop"] = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop)
-    if body.stop_token_ids is not None:
-        values["stop_token_ids"] = tuple(body.stop_token_ids)
-    if body.logit_bias is not None:
-        values["logit_bias"] = {int(token): bias for token, bias in body.logit_bias.items()}
-    if body.no_stop_trim is not None:
-        values["include_stop_str_in_output"] = body.no_stop_trim
-    if body.stream_options is not None and not body.stream:
-        raise InvalidParameter("stream_options", "stream_options needs stream")
-    return SamplingParams(**values, **more)
-
-
-def renamed(error: InvalidParameter, names: dict[str, str]) -> InvalidParameter:
-    """The error in the words the user wrote: our max_tokens may be their max_completion_tokens."""
-    theirs = names.get(error.param, error.param)
-    text = str(error)
-    for name, shown in names.items():
-        text = text.replace(f"{name} ", f"{shown} ")
-    return type(error)(theirs, text)
-
-
-def json_response(value: Any) -> Response:
+def json_response(value: object) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
 
 
 def gone() -> Response:
-    """For a client that went away; nobody reads it."""
+    """Makes the answer for a client that went away; nobody reads it."""
     return ApiError(499, "the client closed the connection", code="client_closed").response()

@@ -90,7 +90,6 @@ def logprob_of(kv: int, token: int) -> float:
 def continuation(request: Request, num_tokens: int, vocab_size: int) -> list[int]:
     """The right answer: num_tokens tokens after the request's prompt, stop tokens not looked at."""
     params = request.params
-    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
     kv = kv_chain(request.prompt.tolist())
     output: list[int] = []
     while len(output) < num_tokens:
@@ -101,7 +100,7 @@ def continuation(request: Request, num_tokens: int, vocab_size: int) -> list[int
             vocab_size,
             temperature=params.temperature,
             seed=request.seed,
-            output=output if penalties else None,
+            output=output if params.has_penalties else None,
             held_back=frozenset(held_back),
         )
         output.append(token)

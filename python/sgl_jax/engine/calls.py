@@ -1,0 +1,45 @@
+"""Commands that the engine answers: each is sent with a number, under which its answer comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+
+from sgl_jax.engine.messages import Command, MachineLimits, ProfileStatus
+
+type Answer = int | MachineLimits | ProfileStatus
+
+
+class Calls:
+    """The calls that wait for their answer."""
+
+    def __init__(self, check_ready: Callable[[], None], send: Callable[[Command], None]):
+        self._check_ready, self._send = check_ready, send
+        self._numbers = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Answer]] = {}
+
+    async def ask[T: Answer](self, command: Callable[[int], Command], answer: type[T]) -> T:
+        """Sends the command made for a new call and waits for its answer; raises what the engine refuses."""
+        self._check_ready()
+        call = next(self._numbers)
+        self._send(command(call))  # before anything is kept: a command may be impossible to encode
+        self._waiting[call] = future = asyncio.get_running_loop().create_future()
+        found = await future
+        assert isinstance(found, answer)
+        return found
+
+    def answer(self, call: int, answer: Answer | Exception) -> None:
+        """Hands the answer to the one who waits, if someone still does."""
+        future = self._waiting.pop(call, None)
+        if future is None or future.done():
+            return
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
+
+    def fail(self, error: Exception) -> None:
+        """Ends every call with the error."""
+        for call in list(self._waiting):
+            self.answer(call, error)

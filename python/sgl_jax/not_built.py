@@ -1,0 +1,92 @@
+"""Features that are not built, and everything by which a user may ask for one. Deleting a row opens the feature's door
+everywhere: the server's flags, hints about other engines' flags, the request bodies and the documentation read this
+table.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Feature(NamedTuple):
+    name: str  # with its verb: "… not built" completes the sentence
+    flags: str = ""  # patterns, `*` for any text: flags of this server that are refused, and other engines' flags
+    fields: str = ""  # request fields, and values of `type` and its like, that are refused with the feature's name
+    null: Mapping[str, str] = types.MappingProxyType({})  # by request body: fields of which only null is taken
+    off: Mapping[str, str] = types.MappingProxyType({})  # by request body: fields of which one value means "off"
+
+
+NOT_BUILT = (
+    Feature(
+        "structured output is",
+        flags="--grammar-backend --guided-decoding-backend --structured-outputs-config --constrained-json-*",
+        fields="response_format json_schema json_object structural_tag regex ebnf grammar structured_outputs guided_json "
+        "guided_regex guided_choice guided_grammar guided_decoding_backend",
+        null={"NativeSamplingParams": "ebnf json_schema regex structural_tag"},
+        off={"ChatCompletionRequest": "response_format", "CompletionRequest": "response_format"},
+    ),
+    Feature(
+        "tool calls are",
+        flags="--tool-call-parser --enable-auto-tool-choice --tool-server",
+        fields="tools tool_choice functions function_call",
+        null={"Message": "function_call"},
+        off={"ChatCompletionRequest": "tools tool_choice functions function_call"},
+    ),
+    Feature(
+        "splitting the reasoning from the answer is",
+        flags="--reasoning-parser --enable-reasoning",
+        fields="separate_reasoning stream_reasoning include_reasoning",
+    ),
+    Feature("speculative decoding is", flags="--speculative-* --spec-*"),
+    Feature("quantised arithmetic is", flags="-q --quantization*"),
+    Feature(
+        "LoRA is",
+        flags="--*lora*",
+        fields="lora_path lora_id lora_request",
+        null={"GenerateRequest": "lora_path lora_id"},
+    ),
+    Feature(
+        "images, audio and video are",
+        flags="--multimodal --enable-multimodal --limit-mm-per-prompt --mm-*",
+        fields="image_url image_data input_audio audio audio_data video_url video_data modalities mm_processor_kwargs",
+        null={
+            "GenerateRequest": "image_data audio_data video_data modalities",
+            "ChatCompletionRequest": "audio",
+            "Message": "audio",
+        },
+        off={"ChatCompletionRequest": "modalities"},
+    ),
+    Feature("embedding and scoring are", flags="--is-embedding --task --runner --convert --pooler-config"),
+    Feature(
+        "a KV cache outside the devices' memory is",
+        flags="--enable-hierarchical-cache --hicache-* --cpu-offload-gb --swap-space --kv-offloading-*",
+    ),
+    Feature(
+        "prefill and decode on engines of their own are",
+        flags="--disaggregation-* --pd-* --kv-transfer-config",
+        fields="bootstrap_host bootstrap_port bootstrap_room kv_transfer_params",
+        null={"GenerateRequest": "bootstrap_host bootstrap_port bootstrap_room"},
+    ),
+    Feature("pipeline parallelism is", flags="-pp --pp --pp-size --pipeline-parallel-size"),
+    Feature(
+        "scheduling by priority is",
+        flags="--enable-priority-scheduling --schedule-low-priority-values-first",
+        fields="priority",
+        null={"GenerateRequest": "priority"},
+    ),
+    Feature("a server without a tokenizer is", flags="--skip-tokenizer-init"),
+    Feature(
+        "cutting prompts that are too long is",
+        flags="--allow-auto-truncate",
+        fields="truncate_prompt_tokens",
+    ),
+    Feature("ending a server whose step hangs is", flags="--watchdog-timeout --soft-watchdog-timeout"),
+    Feature(
+        "HTTPS, and answering other web pages (CORS), are", flags="--ssl-* --root-path --allow-credentials --allowed-*"
+    ),
+    Feature("web search is", fields="web_search_options", null={"ChatCompletionRequest": "web_search_options"}),
+    Feature("beam search is", fields="use_beam_search length_penalty"),
+    Feature("prompts as vectors are", fields="input_embeds prompt_embeds", null={"GenerateRequest": "input_embeds"}),
+)

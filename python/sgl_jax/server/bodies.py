@@ -1,0 +1,148 @@
+"""Parts of request bodies: types of fields, and the fields that come from tables, which are the sampling parameters
+(request.py) and the features that are not built (not_built.py)."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
+
+from sgl_jax.engine.generation import Given
+from sgl_jax.engine.native import in_our_names, names_in, num_tokens
+from sgl_jax.not_built import NOT_BUILT, Feature
+from sgl_jax.request import PARAMETERS, Api, Names, Parameter, SamplingParams
+
+INT64_MAX = 2**63 - 1
+
+TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
+TokenIdText = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
+StopString = Annotated[str, Field(min_length=1)]
+CacheKey = Annotated[str, Field(max_length=1024)]
+EmptyList = Annotated[list[Any], Field(max_length=0)]
+
+type Fields = Mapping[str, tuple[object, object]]  # a type and a default each, as pydantic.create_model takes them
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class TextFormat(Body):
+    type: Literal["text"]
+
+
+# The types of fields that take a value for "off" beside null.
+_OFF: Mapping[str, object] = {
+    "tools": EmptyList | None,
+    "tool_choice": Literal["none"] | None,
+    "functions": EmptyList | None,
+    "function_call": Literal["none"] | None,
+    "response_format": TextFormat | None,
+    "modalities": Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None,
+}
+
+
+def with_fields[B: type[Body]](*tables: Fields) -> Callable[[B], B]:
+    """Decorates a body: adds the tables' fields to those it declares."""
+
+    def add(body: B) -> B:
+        fields: dict[str, Any] = {name: field for table in tables for name, field in table.items()}
+        made = pydantic.create_model(body.__name__, __base__=body, __module__=body.__module__, **fields)
+        made.__doc__ = body.__doc__
+        return typing.cast(B, made)
+
+    return add
+
+
+# --- features that are not built --------------------------------------------------------------------------------------
+
+
+def off_fields(body: str, features: Iterable[Feature] = NOT_BUILT) -> Fields:
+    """Fields of the body of this name that would ask for a feature that is not built: they take what asks for nothing."""
+    found: dict[str, tuple[object, object]] = {}
+    for feature in features:
+        found |= dict.fromkeys(feature.null.get(body, "").split(), (None, None))
+        found |= {name: (_OFF[name], None) for name in feature.off.get(body, "").split()}
+    return found
+
+
+def feature_of(field: str, features: Iterable[Feature] = NOT_BUILT) -> str | None:
+    """Names what is not built, with its verb: "tool calls are" for `tools` or `messages[0].function_call`. The innermost
+    name that is known counts."""
+    known = {name: feature.name for feature in features for name in feature.fields.split()}
+    return next((known[name] for name in reversed(re.findall(r"\w+", field)) if name in known), None)
+
+
+# --- sampling parameters ----------------------------------------------------------------------------------------------
+
+
+def sampling_fields(api: Api, parameters: Sequence[Parameter] = PARAMETERS) -> Fields:
+    """The parameters' fields by each of their names in the API."""
+    found: dict[str, tuple[object, object]] = {}
+    for each in parameters:
+        kind: Any = _kind(each, low=0 if api == "native" and each.about.or_zero else None)
+        names = each.names(api)
+        for name in names:
+            text = each.about.help if name == names[0] else f"another name for {names[0]}"
+            found[name] = (kind | None, Field(None, description=text))
+    return found
+
+
+def _kind(parameter: Parameter, low: int | None) -> object:
+    """The type of the parameter's value in JSON."""
+    entries = Field(max_length=parameter.about.entries)
+    if parameter.kind in (int, float):
+        return Annotated[parameter.kind, limits(parameter.name, low, [parameter])]
+    if parameter.kind == tuple[str, ...]:
+        return StopString | list[StopString]
+    if parameter.kind == tuple[int, ...]:
+        return Annotated[list[TokenId], entries]
+    if parameter.kind == dict[int, float]:
+        return Annotated[dict[TokenIdText, Annotated[float, limits(parameter.name, low, [parameter])]], entries]
+    return parameter.kind
+
+
+def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] = PARAMETERS) -> FieldInfo:
+    """The limits of a parameter's number as a pydantic Field. `low` is the least number where it differs in this API."""
+    [parameter] = (each for each in parameters if each.name == name)
+    about = parameter.about
+    low = about.low if low is None else low
+    high = INT64_MAX if about.high is None and parameter.kind is int else about.high
+    return Field(gt=low, le=high) if about.above else Field(ge=low, le=high)
+
+
+def native_params(body: Body, cls: type[SamplingParams] = SamplingParams) -> Given:
+    """Reads the parameters of a body with the native API's `sampling_fields`."""
+    values, names = _written(body, "native", cls)
+    max_tokens, score_only = num_tokens(values.get("max_tokens"))
+    return Given(cls(**values | {"max_tokens": max_tokens}), names, score_only, in_range=True)
+
+
+def openai_params(
+    body: Body, own: Mapping[str, int | None], names: Names, cls: type[SamplingParams] = SamplingParams
+) -> Given:
+    """Reads the parameters of a body with OpenAI's `sampling_fields`. `own` has by our names those that the body writes
+    in a form of its own, and `names` their names there."""
+    values, theirs = _written(body, "openai", cls)
+    values.update(own)
+    return Given(cls(**values), {**theirs, **names}, in_range=True)
+
+
+def _written(body: Body, api: Api, cls: type[SamplingParams]) -> tuple[dict[str, Any], Names]:
+    """The body's values as SamplingParams declares them, by our names, and the body's names."""
+    names = (name for name in names_in(api, cls)[0] if name in body.model_fields_set)
+    return in_our_names({name: _as_declared(getattr(body, name)) for name in names}, api, cls)
+
+
+def _as_declared(value: Any) -> Any:
+    """A value of the type that pydantic checked, as the type that SamplingParams declares."""
+    if isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, dict):
+        return {int(token): bias for token, bias in value.items()}
+    return (value,) if isinstance(value, str) else value  # one stop string
