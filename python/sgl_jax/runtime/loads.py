@@ -17,7 +17,6 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from sgl_jax.parallel.grid import MeshAxis
-from sgl_jax.request import Request
 from sgl_jax.runtime.state import BIAS_WIDTH, IN_PROMPT, DeviceState
 from sgl_jax.step_plan import RowLoad
 
@@ -63,7 +62,7 @@ def _store_pages(state: DeviceState, row: jax.Array, pages: jax.Array, axis: Mes
 
 def _pack_counts(load: RowLoad, counts: np.ndarray) -> bool:
     request = load.request
-    if request is None or not has_penalties(request):
+    if request is None or not request.params.has_penalties:
         return False
     np.add.at(counts, request.tokens[len(request.prompt) :], 1)
     counts[request.prompt] |= IN_PROMPT
@@ -79,7 +78,7 @@ def _store_counts(state: DeviceState, row: jax.Array, counts: jax.Array, axis: M
 def _pack_bias(load: RowLoad, payload: np.ndarray) -> bool:
     """logit_bias as given, and the stop tokens at -inf until min_tokens are out."""
     request = load.request
-    if request is None or not (request.params.logit_bias or request.params.min_tokens):
+    if request is None or not request.params.has_bias:
         return False
     p, stops = request.params, request.stop_token_ids
     ids, bits, until = payload.reshape(3, BIAS_WIDTH)
@@ -112,11 +111,6 @@ LOADS: tuple[LoadKind, ...] = (
     LoadKind("counts", lambda sizes: sizes.vocab_size, _pack_counts, _store_counts),
     LoadKind("bias", lambda sizes: 3 * BIAS_WIDTH, _pack_bias, _store_bias),
 )
-
-
-def has_penalties(request: Request) -> bool:
-    p = request.params
-    return bool(p.presence_penalty or p.frequency_penalty or p.repetition_penalty != 1)
 
 
 @dataclasses.dataclass(frozen=True)
