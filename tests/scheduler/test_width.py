@@ -1,0 +1,187 @@
+"""Rows of width W: small scenarios whose plans and bounds were worked out by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sgl_jax.request import FinishReason
+from sgl_jax.scheduler.scheduler import Scheduler, StepResult
+from sgl_jax.step_plan import StepPlan, row_tokens
+from simulated import make_request, make_scheduler, step_tokens
+
+W = 4
+
+
+def scheduler(**options) -> Scheduler:
+    return make_scheduler(**{"page_size": 4, "step_tokens": 32, "width": lambda n: W} | options)
+
+
+def plan_of(s: Scheduler) -> StepPlan:
+    plan = s.schedule()
+    assert plan is not None
+    s.check_invariants()
+    return plan
+
+
+def take(s: Scheduler, plan: StepPlan, *rows: list[int], accepted: list[int] | None = None) -> StepResult:
+    """Process a step whose rows sampled these tokens; a row with fewer than W is filled with the token 9."""
+    tokens = np.array([[*row, *[9] * (W - len(row))] for row in rows])
+    counts = [len(row) for row in rows] if accepted is None else accepted
+    result = s.process(plan, step_tokens(plan, tokens[:, : plan.width], np.array(counts, np.int32)))
+    s.check_invariants()
+    return result
+
+
+def started(s: Scheduler, **params) -> None:
+    """Request 1, of three tokens, has its first token."""
+    s.add(make_request(1, [1, 2, 3], **params))
+    take(s, plan_of(s), [50])
+
+
+def test_a_row_that_decodes_has_its_last_token_and_three_drafts() -> None:
+    s = scheduler()
+    started(s)
+    plan = plan_of(s)
+    assert (plan.width, plan.num_new.tolist(), plan.from_device.tolist(), plan.samples.tolist()) == (
+        4,
+        [4],
+        [True],
+        [True],
+    )
+    assert (plan.start.tolist(), plan.tokens.tolist(), plan.num_short.tolist()) == ([3], [0, 0, 0, 0], [1])
+
+
+def test_a_step_gives_a_row_the_tokens_it_accepted() -> None:
+    s = scheduler()
+    started(s)
+    result = take(s, plan_of(s), [51, 52, 53])
+    assert (result.keys.tolist(), result.tokens.tolist(), result.lines.tolist()) == ([1, 1, 1], [51, 52, 53], [0, 1, 2])
+    assert plan_of(s).start.tolist() == [6]
+    assert s.counters.generated_tokens == 4
+
+
+def test_a_plan_ahead_starts_at_the_upper_bound_and_the_bound_closes_in() -> None:
+    s = scheduler()
+    started(s)
+    first, second = plan_of(s), plan_of(s)
+    assert [first.start.tolist(), second.start.tolist()] == [[3], [7]]
+    take(s, first, [51])  # three drafts were rejected
+    third = plan_of(s)
+    assert third.start.tolist() == [8]  # 3 + 1 computed and known, and 4 that may come of the second step
+    take(s, second, [52, 53, 54, 55])
+    take(s, third, [56])
+    assert plan_of(s).start.tolist() == [9]
+
+
+def test_pages_are_given_for_the_upper_bound_and_kept_when_drafts_are_rejected() -> None:
+    s = scheduler()
+    started(s)
+    first, second = plan_of(s), plan_of(s)  # tokens 3 .. 6, then 7 .. 10 at the most
+    assert [p.page_updates[1].tolist() for p in (first, second)] == [[1], [2]]
+    take(s, first, [51])
+    take(s, second, [52])
+    assert plan_of(s).page_updates.shape[1] == 0  # tokens 5 .. 8 have the three pages already
+
+
+def test_a_row_goes_on_while_its_lower_bound_is_short_of_the_end() -> None:
+    """With the bound of what steps in flight may give, it would stop here and never end."""
+    s = scheduler()
+    started(s, max_tokens=4)
+    first = plan_of(s)  # may give tokens 5 to 8 of 7
+    second = plan_of(s)  # but perhaps only one of the three that are missing
+    take(s, first, [51])
+    third = plan_of(s)
+    assert s.schedule() is None  # two steps in flight give the two that are missing
+    take(s, second, [52])
+    assert s.schedule() is None
+    result = take(s, third, [53])
+    assert [(r.key, reason) for r, reason in result.finished] == [(1, FinishReason("length"))]
+
+
+def test_tokens_past_the_end_are_not_the_request_s() -> None:
+    s = scheduler()
+    started(s, max_tokens=3)
+    result = take(s, plan_of(s), [51, 52, 53, 54])
+    assert result.tokens.tolist() == [51, 52]
+    assert [(r.key, reason) for r, reason in result.finished] == [(1, FinishReason("length"))]
+    assert result.finished[0][0].tokens.tolist() == [1, 2, 3, 50, 51, 52]
+
+
+@pytest.mark.parametrize(("at", "accepted"), [(0, 4), (1, 4), (3, 4), (1, 2)])
+def test_a_stop_token_ends_a_row_s_run(at: int, accepted: int) -> None:
+    s = scheduler()
+    started(s, stop=(77,))
+    tokens = [51, 52, 53, 54]
+    tokens[at] = 77
+    result = take(s, plan_of(s), tokens, accepted=[accepted])
+    assert result.tokens.tolist() == tokens[: at + 1]
+    assert [(r.key, reason) for r, reason in result.finished] == [(1, FinishReason("stop", 77))]
+    assert not s.has_requests
+
+
+def test_a_stop_token_among_rejected_drafts_ends_nothing() -> None:
+    s = scheduler()
+    started(s, stop=(77,))
+    result = take(s, plan_of(s), [51, 77, 77, 77], accepted=[1])
+    assert (result.tokens.tolist(), result.finished) == ([51], [])
+
+
+def test_short_prompts_come_between_rows_that_decode_and_long_ones() -> None:
+    s = scheduler()
+    started(s)
+    for key, length in ((2, 6), (3, 4), (4, 1)):
+        s.add(make_request(key, [key * 10 + i for i in range(length)]))
+    plan = plan_of(s)
+    assert plan.keys.tolist() == [1, 3, 4, 2]
+    assert plan.num_new.tolist() == [4, 4, 1, 6]
+    assert plan.num_short.tolist() == [3]
+    assert plan.tokens.tolist() == [0, 0, 0, 0, 30, 31, 32, 33, 40, 20, 21, 22, 23, 24, 25]
+
+
+def test_a_page_table_has_room_for_drafts_beyond_the_context() -> None:
+    """The last steps of a row that fills the context compute drafts past its end, on pages of their own."""
+    s = scheduler(page_size=1, context_length=12, num_usable_pages=18, step_tokens=16)
+    started(s, max_tokens=9)
+    most = 0
+    for _ in range(4):
+        first, second = plan_of(s), plan_of(s)
+        most = max(most, *first.page_updates[1], *second.page_updates[1])
+        take(s, first, [51])
+        take(s, second, [52])
+    assert not s.has_requests
+    assert most == row_tokens(12, W) - 2  # counted from 0; and the very last token of a row is never computed
+    assert s.table.page_table.shape[1] == row_tokens(12, W) == 18
+
+
+def test_a_preempted_row_comes_back_with_what_was_known() -> None:
+    s = scheduler(rows=2, num_usable_pages=6, context_length=16)
+    for key in (1, 2):
+        s.add(make_request(key, [key, 2, 3], max_tokens=12))
+    take(s, plan_of(s), [50], [60])
+    take(s, plan_of(s), [51, 52], [61, 62])
+    in_flight = plan_of(s)  # to token 10 at most: three pages each
+    after = plan_of(s)
+    assert (after.keys.tolist(), s.counters.preemptions) == ([1], 1)
+    assert take(s, in_flight, [53], [63, 64]).keys.tolist() == [1]  # the other's tokens are dropped
+    take(s, after, [54])
+    request = s.find(2)
+    assert request is not None
+    assert request.tokens.tolist() == [2, 2, 3, 60, 61, 62]
+
+
+def test_a_width_that_a_step_cannot_hold_is_refused() -> None:
+    with pytest.raises(ValueError, match="a step of 16 tokens cannot hold 5 decoding requests of 4 tokens each"):
+        make_scheduler(rows=5, step_tokens=16, width=lambda n: W)
+
+
+def test_the_width_follows_the_number_of_decoding_rows() -> None:
+    s = scheduler(width=lambda n: {1: 4, 2: 2}.get(n, 1))
+    widths = []
+    for key in range(1, 4):
+        s.add(make_request(key, [key]))
+        plan = plan_of(s)
+        take(s, plan, *[[50 + key]] * len(plan.rows))
+        widths.append(plan.width)
+    assert widths == [4, 4, 2]
+    assert plan_of(s).num_new.tolist() == [1, 1, 1]
