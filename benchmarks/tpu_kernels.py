@@ -160,10 +160,12 @@ class Case:
     page: int
     kind: str  # decode, chunks
     pool: str = "bfloat16"
+    width: int = 1  # W: tokens of a decoding row
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.chip} {self.shape} page {self.page}" + f" {self.pool}" * (self.pool != "bfloat16")
+        extra = [self.pool] * (self.pool != "bfloat16") + [f"W={self.width}"] * (self.width > 1)
+        return " ".join([f"{self.kind} {self.chip} {self.shape} page {self.page}", *extra])
 
 
 def cases() -> list[Case]:
@@ -206,16 +208,17 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from sgl_jax.ops.attention.api import RaggedBatch
+    from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch
     from sgl_jax.ops.attention.fa import blocks as sizes
     from sgl_jax.ops.attention.fa import call
     from sgl_jax.runtime import topology
 
     shape = SHAPES[case.shape]
-    tokens = ROWS if case.kind == "decode" else CHUNK_TOKENS
+    tokens = ROWS * case.width if case.kind == "decode" else CHUNK_TOKENS
     row_pages = 4096 // case.page
     kv_shape = (POOL_PAGES * 16 // case.page, shape.num_kv_heads, shape.planes, case.page, shape.width)
-    latent = {"value_dim": shape.value_dim} if shape.is_latent else {}
+    value_dim = shape.value_dim if shape.is_latent else None
+    spec = AttentionSpec(shape.key_dim**-0.5, value_dim=value_dim, width=case.width)
     mesh = Mesh(np.array(topology.tpu_devices(topology.parse(f"{case.chip}-1"))[:1]), ("x",))
 
     def array(shape, dtype=jnp.bfloat16):
@@ -223,7 +226,7 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
 
     def layer(q, k, v, kv, table, kv_lens, cu, num_short, per_token, first_page):
         batch = RaggedBatch(table, kv_lens, cu, num_short, *per_token)
-        return call.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=shape.key_dim**-0.5, **latent)
+        return call.paged_attention(q, k, v, kv, batch, AttentionLayer(spec, first_page))
 
     ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
     args = (
@@ -277,7 +280,7 @@ def peers() -> list[Peer]:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     from sgl_jax.ops.attention import tokamax
-    from sgl_jax.ops.attention.api import RaggedBatch
+    from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch
 
     def of_jax(queries, q, k, v, kv, table, kv_lens, cu, num_short, per_token):
         options = {"num_kv_pages_per_block": 8, "num_queries_per_block": queries, "sm_scale": 1.0}
@@ -285,7 +288,7 @@ def peers() -> list[Peer]:
 
     def of_tokamax(queries, q, k, v, kv, table, kv_lens, cu, num_short, per_token):
         batch = RaggedBatch(table, kv_lens, cu, num_short, *per_token)
-        return tokamax.paged_attention(q, k, v, kv, batch, first_page=0, scale=1.0)
+        return tokamax.paged_attention(q, k, v, kv, batch, AttentionLayer(AttentionSpec(1.0), 0))
 
     names = "ragged_paged_attention"
     page = tokamax.backend.pool_order.page(2, 2, 128, 128, "bfloat16")

@@ -9,18 +9,18 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batches import random_batch
+from batches import arguments, random_batch
 
 from sgl_jax.ops.attention import native
-from sgl_jax.ops.attention.api import make_ragged_batch
+from sgl_jax.ops.attention.api import AttentionSpec
 from sgl_jax.ops.attention.backends import Backend, NoSuchBackend, find_backend
 
 PLUGIN = """
 from sgl_jax.ops.attention.backends import Backend
 from sgl_jax.ops.attention.native import paged_attention
 
-def doubled(q, k, v, kv, batch, **options):
-    out, kv = paged_attention(q, k, v, kv, batch, **options)
+def doubled(q, k, v, kv, batch, layer):
+    out, kv = paged_attention(q, k, v, kv, batch, layer)
     return 2 * out, kv
 
 backend = Backend(doubled, platforms=frozenset({"cpu"}), page_multiple=lambda dtype: 8)
@@ -48,11 +48,9 @@ def test_an_installed_package_brings_a_backend_that_computes(plugin):
     assert (backend.page_multiple(jnp.float32), backend.pool_head_dim(80)) == (8, 80)
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16, "num_tokens": 16, "num_rows": 2}
     b = random_batch(np.random.default_rng(0), [(5, 1), (20, 9)], **sizes)
-    q, k, v, kv, *rows = (jnp.asarray(b[x]) for x in ("q", "k", "v", "kv", "page_table", "start", "num_new"))
-    batch = make_ragged_batch(*rows, jnp.int32(1), 16, 16)
-    options = {"first_page": b["first_page"], "scale": 0.25}
-    expected, _ = native.paged_attention(q, k, v, kv, batch, **options)
-    out, _ = backend(q, k, v, kv, batch, **options)
+    given = arguments(b, AttentionSpec(0.25))
+    expected, _ = native.paged_attention(*given)
+    out, _ = backend(*given)
     np.testing.assert_array_equal(out, 2 * expected)
 
 

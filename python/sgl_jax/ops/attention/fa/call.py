@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Num
 
-from sgl_jax.ops.attention.api import QKPrepare, RaggedBatch, split_heads, to_pool
+from sgl_jax.ops.attention.api import AttentionLayer, RaggedBatch, split_heads, to_pool
 from sgl_jax.ops.attention.fa import blocks as block_sizes
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks, DecodeBlocks
 from sgl_jax.ops.attention.fa.chunks import attend_chunks
@@ -36,16 +36,8 @@ def paged_attention(
     v: Float[Array, "T K H"] | None,
     kv: Num[Array, "LP K planes page HP"],
     batch: RaggedBatch,
+    layer: AttentionLayer,
     *,
-    first_page: Int[Array, ""] | int,
-    scale: float,
-    window: Int[Array, ""] | int | None = None,
-    softcap: float | None = None,
-    sinks: Float[Array, " N"] | None = None,
-    temperature_length: int | None = None,
-    kv_scales: tuple[float, float] | None = None,
-    prepare: QKPrepare | None = None,
-    value_dim: int | None = None,
     blocks: tuple[DecodeBlocks, ChunkBlocks] | None = None,
 ) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page HP"]]:
     """See api.Attention. The pool's head dim HP is pool_head_dim(H), its page size a multiple of page_size_multiple.
@@ -54,7 +46,7 @@ def paged_attention(
     """
     num_tokens, head_dim = q.shape[0], q.shape[2]
     _, num_kv_heads, _, _, pool_dim = kv.shape
-    if k is None and (head_dim != pool_dim or kv.dtype.itemsize == 1 or kv_scales):
+    if k is None and (head_dim != pool_dim or kv.dtype.itemsize == 1 or layer.kv_scales is not None):
         q, k, v = split_heads(q, num_kv_heads)  # heads are to be padded, or k and v made what the pool holds
     joined = k is None
     num_heads = q.shape[1] - 2 * num_kv_heads if joined else q.shape[1]
@@ -86,23 +78,24 @@ def paged_attention(
 
     # 8-bit pools: values go in as bfloat16 that the pool's type holds exactly.
     dtype = jnp.dtype(kv.dtype) if kv.dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
-    k_scale, v_scale = kv_scales or (1.0, 1.0)
-    if prepare is not None and k is not None and (kv.dtype.itemsize == 1 or kv_scales):
+    spec, window, sinks, prepare = layer.spec, layer.window, layer.sinks, layer.prepare
+    if prepare is not None and k is not None and (kv.dtype.itemsize == 1 or layer.kv_scales is not None):
         (q, k), prepare = prepare(q, k), None  # before they are divided and rounded
     heads_first = v is None and not joined
-    v_scale = k_scale if heads_first else v_scale
-    k, v = (None if x is None else to_pool(x, kv.dtype, scale) for x, scale in ((k, k_scale), (v, v_scale)))
-    value_dim = head_dim if value_dim is None else value_dim
+    k, v = (None if x is None else to_pool(x, kv.dtype, scale) for x, scale in zip((k, v), layer.scales, strict=True))
+    value_dim = head_dim if spec.value_dim is None else spec.value_dim
     value_lanes = pool_head_dim(value_dim)
     table = jnp.pad(batch.page_table, ((0, 0), (0, -row_pages % IDS)))
+    numbers = batch.num_short, layer.first_page, 0 if window is None else window
     scalars = Scalars(
-        *(jnp.asarray(x, jnp.int32).reshape(1) for x in (batch.num_short, first_page, 0 if window is None else window))
+        *(jnp.asarray(x, jnp.int32).reshape(1) for x in numbers),
+        kv_scales=None if layer.kv_scales is None else jnp.stack(layer.scales).astype(jnp.float32),
     )
     if sinks is not None:
         lines = jnp.pad(sinks.astype(jnp.float32), (0, 8))[:, None]
         sinks = jnp.broadcast_to(lines, (num_heads + 8, LANES))
     prepared = operands(prepare, padded_tokens, head_dim, pool_dim, q.dtype)
-    scores = Scores(scale * k_scale, softcap, v_scale, dtype, temperature_length)
+    scores = Scores(spec.scale, spec.softcap, spec.temperature_length, dtype)
     num_lines = -(-min(num_rows, num_tokens) // TOKENS) * TOKENS
     # Queries are products of all heads at once, or of each head by itself (models/mla.py): the kernels take them as those
     # products lay them out.

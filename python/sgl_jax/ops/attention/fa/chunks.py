@@ -45,6 +45,7 @@ class Refs:
     num_short: Ref  # SMEM i32[1]: rows with one token
     first_page: Ref  # SMEM i32[1]: of the layer
     window: Ref  # SMEM i32[1]
+    kv_scales: Ref | None  # SMEM f32[2]
     kv_lens: Ref  # SMEM i32[S]
     cu_q_lens: Ref  # SMEM i32[S + 1]
     token_page: Ref  # SMEM i32[T]
@@ -86,6 +87,7 @@ def _kernel(
     shared = ("num_short", "first_page", "kv_lens", "cu_q_lens", "token_page", "k", "v", "k_norm", "rope", "kv")
     write_chunks(WriteRefs(**{name: getattr(refs, name) for name in shared}, **refs.write), prepare)
 
+    scores = scores.scaled(refs.kv_scales)
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
     _, num_kv_heads, _, page_size, head_dim = refs.kv.shape
     value_dim = refs.acc.shape[2]
@@ -398,9 +400,9 @@ def attend_chunks(
         scratch["rope_tiles"] = pltpu.VMEM((2, blocks.queries, head_dim), jnp.float32)
     optional = {"k": k, "v": v, "sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm}
     optional["rope"] = prepare.rope
-    missing = [name for name, x in optional.items() if x is None]
+    prefetch = scalars.given() | {"kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "token_page": token_page}
+    missing = [name for name, x in (optional | scalars._asdict()).items() if x is None]
     optional = {name: x for name, x in optional.items() if x is not None}
-    prefetch = [*Scalars._fields, "kv_lens", "cu_q_lens", "token_page"]
     names = [*prefetch, "q", *optional, "table"]
 
     def body(*args):
@@ -446,4 +448,4 @@ def attend_chunks(
             + (q.size + o.size) * q.dtype.itemsize,
         ),
         name="fa_chunks",
-    )(*scalars, kv_lens, cu_q_lens, token_page, *inputs)
+    )(*prefetch.values(), *inputs)

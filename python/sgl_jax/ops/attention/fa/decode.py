@@ -47,6 +47,7 @@ class Refs:
     num_short: Ref  # SMEM i32[1]: rows with one token
     first_page: Ref  # SMEM i32[1]: of the layer
     window: Ref  # SMEM i32[1]
+    kv_scales: Ref | None  # SMEM f32[2]
     kv_lens: Ref  # SMEM i32[S]
     q: Ref  # VMEM [R, N * H]
     k: Ref  # VMEM [R, K * H]
@@ -68,6 +69,7 @@ class Refs:
 def _kernel(
     refs: Refs, *, num_heads: int, groups: int, unit_pages: int, scores: Scores, prepare: Prepare, has_window: bool
 ):
+    scores = scores.scaled(refs.kv_scales)
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
     _, num_kv_heads, planes, page_size, head_dim = refs.kv.shape
     value_dim = refs.o.shape[-1] if refs.o.ndim == 3 else refs.o.shape[-1] // num_heads
@@ -307,9 +309,10 @@ def attend_singles(
     }
     optional = {"k": k, "v": v, "sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm}
     optional["rope"] = prepare.rope
-    missing = [name for name, x in optional.items() if x is None]
+    prefetch = scalars.given() | {"kv_lens": kv_lens}
+    missing = [name for name, x in (optional | scalars._asdict()).items() if x is None]
     optional = {name: x for name, x in optional.items() if x is not None}
-    names = [*Scalars._fields, "kv_lens", "q", *optional, "table"]
+    names = [*prefetch, "q", *optional, "table"]
 
     def body(*args):
         *plain, _kv_in, o, kv_out, rest = args
@@ -342,7 +345,7 @@ def attend_singles(
         body,
         out_shape=[out, jax.ShapeDtypeStruct(kv.shape, kv.dtype)],
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=4,
+            num_scalar_prefetch=len(prefetch),
             grid=(1,),
             in_specs=[
                 rows(q),
@@ -353,7 +356,7 @@ def attend_singles(
             out_specs=[rows(out), hbm],
             scratch_shapes=[scratch],
         ),
-        input_output_aliases={3 + len(inputs): 1},
+        input_output_aliases={len(prefetch) + len(inputs) - 1: 1},
         compiler_params=pltpu.CompilerParams(
             disable_bounds_checks=True, disable_semaphore_checks=True, vmem_limit_bytes=blocks.vmem_limit
         ),
@@ -364,4 +367,4 @@ def attend_singles(
             + (q.size + out.size) * q.dtype.itemsize,
         ),
         name="fa_decode",
-    )(*scalars, kv_lens, *inputs)
+    )(*prefetch.values(), *inputs)
