@@ -12,7 +12,7 @@ from sgl_jax.ops.attention.fa.blocks import ChunkBlocks, DecodeBlocks
 VMEM = 64 << 20
 # Small, so that short rows already have several blocks, tiles and turns of each ring.
 BLOCKS = (
-    DecodeBlocks(slots=2, pages=4, unit_pages=2, vmem_limit=VMEM, max_rows=512),
+    DecodeBlocks(slots=2, pages=4, unit_pages=2, vmem_limit=VMEM, max_tokens=512),
     ChunkBlocks(slots=2, pages=4, unit_pages=2, queries=32, write_pages=2, write_slots=4, vmem_limit=VMEM),
 )
 RACES = pltpu.InterpretParams(

@@ -48,17 +48,31 @@ def check(b, dtype=jnp.float32, params=RACES, atol=1e-5, spec=SPEC, num_short=No
     np.testing.assert_array_equal(np.asarray(kv, np.float32), expected_kv.astype(np.float32))
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    width: int  # W
+    short: list[tuple[int, int]]  # (start, num_new), of at most W tokens
+    chunks: list[tuple[int, int]]
+
+    def check(self, make, dtype=jnp.float32, params=RACES, value_dim=None, **options):
+        spec = AttentionSpec(0.25, value_dim=value_dim, width=self.width)
+        b = make(self.short + self.chunks)
+        check(b, dtype, params, spec=spec, num_short=len(self.short), **options)
+
+
 @st.composite
-def ragged_rows(draw, tokens=TOKENS, rows=ROWS, longest=200):
-    """(start, num_new) of some rows with one token, then of some chunks, that fit the tokens."""
-    singles = draw(st.lists(st.integers(0, longest - 1), max_size=rows))
-    chunks, left = [], tokens - len(singles)
-    for start in draw(st.lists(st.integers(0, longest - 2), max_size=min(4, rows - len(singles)))):
+def ragged_rows(draw, widths=(1, 2, 4), tokens=TOKENS, rows=ROWS, longest=200):
+    """Some short rows, ragged up to W tokens, then some chunks, that fit the tokens."""
+    width = draw(st.sampled_from(widths))
+    numbers = draw(st.lists(st.integers(1, width), max_size=rows))
+    short = [(draw(st.integers(0, longest - n)), n) for n in numbers]
+    chunks, left = [], tokens - sum(numbers)
+    for start in draw(st.lists(st.integers(0, longest - 2), max_size=min(4, rows - len(short)))):
         if left < 2:
             break
         chunks.append((start, draw(st.integers(2, min(left, longest - start)))))
         left -= chunks[-1][1]
-    return [*((start, 1) for start in singles), *chunks]
+    return Rows(width, short, chunks)
 
 
 def batch_of(rows, seed=0, *, num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, num_tokens=TOKENS):
@@ -77,7 +91,7 @@ def test_random_batches_with_windows_match_reference_without_a_race(request):
     @settings(max_examples=examples(request), deadline=None, derandomize=True, database=None)
     @given(rows=ragged_rows(), window=st.sampled_from([1, 15, 16, 17, 64, 100, 1 << 30]), seed=st.integers(0, 99))
     def run(rows, window, seed):
-        check(batch_of(rows, seed), window=window)
+        rows.check(lambda each: batch_of(each, seed), window=window)
 
     run()
 
@@ -86,8 +100,8 @@ def test_random_bfloat16_batches_with_eager_copies_match_reference(request):
     @settings(max_examples=examples(request), deadline=None, derandomize=True, database=None)
     @given(rows=ragged_rows(), seed=st.integers(0, 99))
     def run(rows, seed):
-        b = batch_of(rows, seed, num_heads=6, num_kv_heads=2, head_dim=8, page_size=32)
-        check(b, jnp.bfloat16, EAGER, atol=0.03)
+        sizes = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "page_size": 32}
+        rows.check(lambda each: batch_of(each, seed, **sizes), jnp.bfloat16, EAGER, atol=0.03)
 
     run()
 
@@ -104,7 +118,7 @@ def test_random_batches_over_a_latent_pool_match_reference_without_a_race(reques
     @settings(max_examples=examples(request), deadline=None, derandomize=True, database=None)
     @given(rows=ragged_rows(), window=st.sampled_from([1, 16, 17, 100, 1 << 30]), seed=st.integers(0, 99))
     def run(rows, window, seed):
-        check(latent_batch(rows, seed), window=window, atol=1e-4, spec=AttentionSpec(0.25, value_dim=128))
+        rows.check(lambda each: latent_batch(each, seed), window=window, atol=1e-4, value_dim=128)
 
     run()
 
@@ -122,7 +136,7 @@ def test_latent_rows_beyond_what_vmem_holds_are_served_in_turn():
     sizes = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 40, "page_size": 16, "num_tokens": 64, "num_rows": 24}
     b = random_batch(np.random.default_rng(0), rows, **sizes)
     b |= {"kv": b["kv"][:, :, :1], "v": None}
-    blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
+    blocks = dataclasses.replace(BLOCKS[0], max_tokens=16), BLOCKS[1]
     check(b, blocks=blocks, spec=AttentionSpec(0.25, value_dim=24))
 
 
@@ -137,6 +151,46 @@ def test_products_of_many_queries_over_several_blocks_with_sinks(dtype, atol):
 def test_scores_grow_with_the_position_of_the_query():
     b = batch_of([(0, 1), (190, 1), (3, 40)])
     check(b, spec=AttentionSpec(0.25, temperature_length=8))
+
+
+STRADDLING = [(14, 4), (62, 3), (127, 4), (190, 1), (0, 4), (61, 3), (15, 2)]  # borders of tiles, pages and blocks
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_short_rows_straddle_borders_with_every_option(dtype):
+    """New tokens on both sides of a border of a row tile (8 or 16), a page (16) or a block (64), and a chunk after them."""
+    b = batch_of([*STRADDLING, (60, 7)], num_heads=6, num_tokens=32)
+    sinks = np.linspace(-2, 8, 6).astype(np.float32)
+    spec = AttentionSpec(0.25, 3.0, 8, width=4)
+    check(b, dtype, atol=1e-5 if dtype == jnp.float32 else 0.03, spec=spec, num_short=7, sinks=sinks, window=37)
+
+
+def test_short_rows_that_fill_whole_tiles_and_blocks():
+    b = batch_of([(60, 4), (124, 4), (0, 1), (63, 1), (64, 4)], num_tokens=16)
+    check(b, spec=AttentionSpec(0.25, width=4), num_short=5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_short_rows_beyond_what_vmem_holds_are_served_in_turn(fused):
+    """10 rows, 4 at a time, whose tokens begin anywhere."""
+    rows = [(7 * i, 1 + i * i % 4) for i in range(10)]
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "page_size": 16, "num_tokens": 64, "num_rows": 12}
+    b = random_batch(np.random.default_rng(0), [*rows, (9, 20)], **sizes)
+    blocks = dataclasses.replace(BLOCKS[0], max_tokens=16), BLOCKS[1]
+    spec = AttentionSpec(0.25, width=4)
+    if fused:
+        same_fused(b, jnp.float32, blocks, spec, num_short=10)
+    else:
+        check(b, blocks=blocks, spec=spec, num_short=10)
+
+
+@pytest.mark.parametrize(("num_heads", "value_dim"), [(48, 130), (5, 24)])
+def test_short_rows_over_a_latent_pool_in_bfloat16(num_heads, value_dim, monkeypatch):
+    """More heads than a product takes of 4 queries, and fewer than a tile has lines."""
+    monkeypatch.setattr(decode, "PART_HEADS", 96)
+    b = latent_batch([(61, 4), (15, 2), (3, 1), (3, 19)], num_heads=num_heads, num_tokens=32)
+    spec = AttentionSpec(0.25, softcap=20.0, value_dim=value_dim, width=4)
+    check(b, jnp.bfloat16, atol=0.05, spec=spec, num_short=3)
 
 
 def test_chunks_leave_what_decode_has_set_and_clear_the_rest():
@@ -181,7 +235,7 @@ def test_rows_beyond_what_vmem_holds_are_served_in_turn():
     rows = [*((7 * i, 1) for i in range(20)), (9, 12), (60, 30)]
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "page_size": 16, "num_tokens": 64, "num_rows": 24}
     b = random_batch(np.random.default_rng(0), rows, **sizes)
-    blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
+    blocks = dataclasses.replace(BLOCKS[0], max_tokens=16), BLOCKS[1]
     check(b, blocks=blocks)
 
 
@@ -198,11 +252,11 @@ def test_norm_and_rotation_inside_on_heads_of_two_lane_tiles_with_a_window():
     np.testing.assert_allclose(np.asarray(new), expected_kv, atol=1e-5)
 
 
-def same_fused(b, dtype, blocks, **arrays):
+def same_fused(b, dtype, blocks, spec=SPEC, num_short=None, **arrays):
     """Compare, bit by bit, with the same q, k and v as one product makes them."""
     b = b if dtype is None else rounded(b, dtype)
     fused = b | {"q": jnp.concatenate([b["q"], b["k"], b["v"]], axis=1), "k": None, "v": None}
-    results = [compiled(blocks=blocks)(*arguments(each, SPEC, **arrays)) for each in (b, fused)]
+    results = [compiled(blocks=blocks)(*arguments(each, spec, num_short, **arrays)) for each in (b, fused)]
     for apart, joined in zip(*results, strict=True):
         np.testing.assert_array_equal(np.asarray(joined, np.float32), np.asarray(apart, np.float32))
 
@@ -220,7 +274,7 @@ def test_side_by_side_rows_beyond_what_vmem_holds_are_served_in_turn():
     rows = [*((7 * i, 1) for i in range(20)), (9, 12)]
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "page_size": 16, "num_tokens": 64, "num_rows": 24}
     b = random_batch(np.random.default_rng(0), rows, **sizes)
-    blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
+    blocks = dataclasses.replace(BLOCKS[0], max_tokens=16), BLOCKS[1]
     same_fused(b, jnp.float32, blocks)
 
 

@@ -22,7 +22,7 @@ FLOOR = -1e30  # finite: a query with no key in sight yet must not produce inf -
 class Scalars(NamedTuple):
     """Numbers that change by step or by layer, an array each: one array of all would be an operation to make."""
 
-    num_short: jax.Array  # i32[1]
+    num_short: jax.Array  # i32[1]: rows of at most W tokens
     first_page: jax.Array  # i32[1]: of the layer
     window: jax.Array  # i32[1]: keys; 0 if there is none
     kv_scales: jax.Array | None  # f32[2]: factors of K and V as the pool has them; None: 1
