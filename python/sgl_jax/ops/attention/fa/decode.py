@@ -176,7 +176,8 @@ def _kernel(
     lax.fori_loop(0, pages.lead, lambda n, _: start(n, cursor[0]), None)
 
     def one_row(row, carry):
-        n, cursor, written = carry
+        n, cursor, *counted = carry
+        written = row if width == 1 else counted[0]  # row tiles
         kv_len, first = refs.kv_lens[row], first_key(row)
         begin, end = block_range(row)
         token, number = new_tokens(row)
@@ -247,7 +248,10 @@ def _kernel(
             n, cursor, written, state = carry
             slot, cursor = fetch(n, cursor)
             written = _insert(refs, pages, new, n, slot, block, written, width)
-            is_whole = (block + 1) * block_tokens <= new.position + 1
+            if width == 1:
+                is_whole = kv_len == end * block_tokens
+            else:
+                is_whole = new.position + 1 >= (block + 1) * block_tokens
             if has_window:
                 is_whole &= block * block_tokens >= all_see
             state = lax.cond(is_whole, lambda s: whole(s, slot), lambda s: edge(s, slot, block), state)
@@ -270,9 +274,11 @@ def _kernel(
                 else:  # later lines are queries of rows to come
                     mine = lax.broadcasted_iota(jnp.int32, x.shape, 0) < number * part
                     refs.heads[c, at] = jnp.where(mine, x, refs.heads[c, at])
-        return n, cursor, written
+        return (n, cursor) if width == 1 else (n, cursor, written)
 
-    _, _, written = lax.fori_loop(0, num_rows, one_row, (jnp.int32(0), cursor, jnp.int32(0)))
+    carry = (jnp.int32(0), cursor) if width == 1 else (jnp.int32(0), cursor, jnp.int32(0))
+    _, _, *counted = lax.fori_loop(0, num_rows, one_row, carry)
+    written = num_rows if width == 1 else counted[0]
 
     def gather(r, _):
         """Bring 16 tokens of o back to [R, N * H]; zeros after the last row."""
@@ -314,10 +320,12 @@ def _insert(refs: Refs, pages: PageRing, new: NewTokens, n, slot, block, written
     height = refs.tiles.shape[3]
     block_tokens = pages.pages * page_size
 
-    def one_tile(index, written):
-        """Handle a tile, counted in the row."""
-        page = div(index, page_size // height)
-        top = pl.multiple_of(rem(index, page_size // height) * height, height)
+    def one_tile(place, written):
+        """Handle the tile of a place in the row: that of the new token where W = 1, else the tile's first."""
+        page = div(place, page_size)
+        offset = rem(place, page_size)
+        top = pl.multiple_of(div(offset, height) * height, height)
+        first = offset - top if width == 1 else new.position - place  # of the new tokens, counted in the tile
         w = rem(written, WRITES)
 
         @pl.when(written >= WRITES)
@@ -325,18 +333,16 @@ def _insert(refs: Refs, pages: PageRing, new: NewTokens, n, slot, block, written
             _written(refs, w).wait()
 
         line = lax.broadcasted_iota(jnp.int32, (height, head_dim), 0)
-        places = [new.position + i - index * height for i in range(width)]
-        places = [places[0], *(jnp.where(i < new.number, places[i], -1) for i in range(1, width))]
+        heres = [line == first, *(line == jnp.where(i < new.number, first + i, -1) for i in range(1, width))]
         for h in range(num_kv_heads):
             for which in range(planes):
                 at = slot, page - block * pages.pages, h, which, pl.ds(top, height)
-                old = pages.buffer[at]
-                tile = old.astype(jnp.float32)
-                for i, place in enumerate(places):
+                tile = pages.buffer[at].astype(jnp.float32)
+                for i, here in enumerate(heres):
                     source = pl.ds(((new.token + i) * num_kv_heads + h) * planes + which, 1)
                     x = jnp.concatenate([refs.new[c, source] for c in range(head_dim // LANES)], 1)
-                    tile = jnp.where(line == place, x, tile)
-                tile = tile.astype(old.dtype)
+                    tile = jnp.where(here, x, tile)
+                tile = tile.astype(pages.buffer.dtype)
                 pages.buffer[at] = tile
                 refs.tiles[w, h, which] = tile
         target = refs.kv.at[pages.page_id(n, page), :, :, pl.ds(top, height)]
@@ -344,10 +350,12 @@ def _insert(refs: Refs, pages: PageRing, new: NewTokens, n, slot, block, written
         return written + 1
 
     if width == 1:
-        return one_tile(div(new.position, height), written)
+        return one_tile(new.position, written)
     first = jnp.maximum(new.position, block * block_tokens)
     end = jnp.minimum(new.position + new.number, (block + 1) * block_tokens)
-    return lax.fori_loop(div(first, height), cdiv(end, height), one_tile, written)
+    return lax.fori_loop(
+        div(first, height), cdiv(end, height), lambda tile, written: one_tile(tile * height, written), written
+    )
 
 
 def part_heads(group: int, width: int) -> int:
