@@ -169,6 +169,71 @@ def test_empty_batch_leaves_the_pool_as_it_was(attention):
     np.testing.assert_array_equal(np.asarray(kv)[used], b["kv"][used])
 
 
+SHORT = [(0, 1), (38, 4), (5, 2), (14, 4), (0, 3), (126, 3)]  # rows of at most 4 tokens, on both sides of page borders
+
+
+@pytest.mark.parametrize("width", [4, 7])
+@pytest.mark.parametrize("page_size", [1, 16, 128])
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 9, "softcap": 3.0, "temperature_length": 8, "sinks": True}], ids=len
+)
+def test_short_rows_of_up_to_w_tokens_match_reference(name, page_size, width, options):
+    """Short rows alone; before chunks, of which one is no longer than they are; and with a window and a sink."""
+    options = options | ({"sinks": np.array([0.5, -1, 2, 8], np.float32)} if options else {})
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": page_size, "num_rows": 9}
+    for rows in (SHORT, [*SHORT, (33, 2), (100, 32), (0, 40)]):
+        b = random_batch(np.random.default_rng(6), rows, **sizes, num_tokens=128)
+        check(IMPLEMENTATIONS[name], b, num_short=len(SHORT), scale=0.25, width=width, **options)
+
+
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+def test_short_rows_fill_all_packed_tokens(name):
+    """More rows than one, no padding, and W more than the last row has left."""
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16}
+    b = random_batch(np.random.default_rng(7), [(3, 4), (30, 1), (60, 3)], **sizes, num_tokens=8, num_rows=3)
+    check(IMPLEMENTATIONS[name], b, num_short=3, scale=0.25, width=4)
+
+
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+def test_a_latent_pool_serves_short_rows_of_up_to_w_tokens(name):
+    sizes = {"num_heads": 6, "num_kv_heads": 1, "head_dim": 40, "page_size": 16}
+    b = random_batch(np.random.default_rng(8), [*SHORT, (20, 30)], **sizes, num_tokens=64, num_rows=8)
+    b |= {"kv": b["kv"][:, :, :1], "v": None}
+    check(IMPLEMENTATIONS[name], b, num_short=6, scale=0.2, value_dim=24, width=4)
+
+
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+def test_layers_of_one_program_have_kv_scales_of_their_own(name):
+    """[L, 2], indexed by a traced layer."""
+    b = random_batch(
+        np.random.default_rng(9),
+        MIXED,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        page_size=16,
+        num_tokens=128,
+        num_rows=6,
+    )
+    b["kv"] = jnp.asarray(b["kv"] * 20).astype(jnp.int8)
+    q, k, v, kv, batch, layer = batches.arguments(b, AttentionSpec(0.25))
+    scales = jnp.array([[0.05, 0.03], [0.02, 0.04]])
+
+    @jax.jit
+    def attend(i):
+        at = dataclasses.replace(layer, first_page=i * (len(kv) // 2), kv_scales=scales[i])
+        return IMPLEMENTATIONS[name](q, k, v, kv, batch, at)
+
+    used = np.arange(len(kv)) % (len(kv) // 2) > 0  # not the scratch pages
+    for i in range(2):
+        at = dataclasses.replace(layer, first_page=i * (len(kv) // 2), kv_scales=scales[i])
+        expected, expected_kv = reference.paged_attention(q, k, v, kv, batch, at)
+        out, new = attend(i)
+        np.testing.assert_allclose(np.asarray(out)[:114], expected[:114], atol=2e-5)
+        np.testing.assert_array_equal(np.asarray(new, np.float64)[used], expected_kv[used])
+
+
 LATENT = [(name, page, window) for name in ("native", "native-vectorised") for page in (1, 16) for window in (None, 20)]
 
 
