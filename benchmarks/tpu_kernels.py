@@ -110,19 +110,23 @@ def read_bundles(text: str) -> Loop:
 
 
 def decode_figures(kernel: Loop) -> dict[str, int]:
-    """Bundles of the decode kernel: `key_block` for each whole block of keys after a row's first; a `row` of just one
-    whole block; and for shorter ones what the parts take."""
-    row = max((loop for loop in kernel.walk() if loop.depth == 1), key=lambda loop: loop.total("matmul"))
-    inner = [loop for loop in row.loops if loop.total("matmul")]
-    block = max(inner, key=lambda loop: loop.total("matmul"))
-    edge = min(inner, key=lambda loop: loop.total("matmul"))
-    page = next(loop for loop in row.loops if loop.total("dma") and not loop.total("matmul"))
-    products = sum(piece["bundles"] for piece in row.pieces if piece["matmul"])
-    copies = max(row.pieces, key=lambda piece: piece["dma"])["bundles"]
+    """Read bundles of the decode kernel: `key_block` for each block of keys that all queries see; a `row` whose last
+    block is whole; and the parts of shorter ones. With W > 1 the blocks that get new tokens are a loop, counted once."""
+    products_in = lambda loop: sum(each.total("matmul") for each in loop.walk())  # noqa: E731
+    row = max((loop for loop in kernel.walk() if loop.depth == 1), key=products_in)
+    last = next((loop for loop in row.loops if products_in(loop) > loop.total("matmul")), row)
+    inner = [loop for loop in (*row.loops, *last.loops) if loop is not last]
+    heavy = sorted((loop for loop in inner if loop.total("matmul")), key=lambda loop: loop.total("matmul"))
+    copying = sorted((loop for loop in inner if loop.total("dma") and not loop.total("matmul")), key=Loop.total)
+    block, edge, page = heavy[-1], heavy[0], copying[0]
+    own = [piece for loop in {id(each): each for each in (row, last)}.values() for piece in loop.pieces]
+    total = sum(piece["bundles"] for piece in own) + (copying[-1].total() if last is not row else 0)
+    products = sum(piece["bundles"] for piece in own if piece["matmul"])
+    copies = max(own, key=lambda piece: piece["dma"])["bundles"]
     return {
         "key_block": block.total(),
-        "row": row.total(),
-        "row_without_products_and_copies": row.total() - products - copies,
+        "row": total,
+        "row_without_products_and_copies": total - products - copies,
         "edge_unit": edge.total(),
         "page_alone": page.total(),
         "spills_in_block": block.total("spill"),
@@ -141,11 +145,13 @@ def chunk_figures(kernel: Loop) -> dict[str, int]:
     }
 
 
-def decode_bundles(figures: dict[str, int], context: int, block: int, unit: int, page: int) -> int:
-    """Of one row with so many keys."""
+def decode_bundles(figures: dict[str, int], context: int, block: int, unit: int, page: int, width: int = 1) -> int:
+    """Return the bundles of one row with so many keys, its `width` new ones included."""
     whole, rest = divmod(context, block)
-    if rest == 0:
+    if rest == 0 and width == 1:
         return (whole - 1) * figures["key_block"] + figures["row"]
+    whole = (context - width) // block  # no block with several new tokens is seen whole by the first query
+    rest = context - whole * block
     parts = -(-rest // unit) * figures["edge_unit"] + -(-rest // page) * figures["page_alone"]
     return whole * figures["key_block"] + figures["row_without_products_and_copies"] + parts
 
@@ -160,16 +166,19 @@ class Case:
     page: int
     kind: str  # decode, chunks
     pool: str = "bfloat16"
+    width: int = 1  # W: tokens of a decoding row
 
     @property
     def name(self) -> str:
-        return f"{self.kind} {self.chip} {self.shape} page {self.page}" + f" {self.pool}" * (self.pool != "bfloat16")
+        extra = [self.pool] * (self.pool != "bfloat16") + [f"W={self.width}"] * (self.width > 1)
+        return " ".join([f"{self.kind} {self.chip} {self.shape} page {self.page}", *extra])
 
 
 def cases() -> list[Case]:
     every = [Case(chip, shape, 128, kind) for shape in SHAPES for chip in CLOCK for kind in ("decode", "chunks")]
     eight_bits = [Case(chip, "TP4", 128, "decode", pool) for chip in CLOCK for pool in ("int8", "float8_e4m3fn")]
-    return every + [Case(chip, "TP4", 16, "decode") for chip in CLOCK] + eight_bits
+    wide = [Case(chip, shape, 128, "decode", width=4) for shape in SHAPES for chip in CLOCK]
+    return every + [Case(chip, "TP4", 16, "decode") for chip in CLOCK] + eight_bits + wide
 
 
 def use_dumps(folder: Path) -> None:
@@ -206,16 +215,17 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from sgl_jax.ops.attention.api import RaggedBatch
+    from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch
     from sgl_jax.ops.attention.fa import blocks as sizes
     from sgl_jax.ops.attention.fa import call
     from sgl_jax.runtime import topology
 
     shape = SHAPES[case.shape]
-    tokens = ROWS if case.kind == "decode" else CHUNK_TOKENS
+    tokens = ROWS * case.width if case.kind == "decode" else CHUNK_TOKENS
     row_pages = 4096 // case.page
     kv_shape = (POOL_PAGES * 16 // case.page, shape.num_kv_heads, shape.planes, case.page, shape.width)
-    latent = {"value_dim": shape.value_dim} if shape.is_latent else {}
+    value_dim = shape.value_dim if shape.is_latent else None
+    spec = AttentionSpec(shape.key_dim**-0.5, value_dim=value_dim, width=case.width)
     mesh = Mesh(np.array(topology.tpu_devices(topology.parse(f"{case.chip}-1"))[:1]), ("x",))
 
     def array(shape, dtype=jnp.bfloat16):
@@ -223,7 +233,7 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
 
     def layer(q, k, v, kv, table, kv_lens, cu, num_short, per_token, first_page):
         batch = RaggedBatch(table, kv_lens, cu, num_short, *per_token)
-        return call.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=shape.key_dim**-0.5, **latent)
+        return call.paged_attention(q, k, v, kv, batch, AttentionLayer(spec, first_page))
 
     ints = lambda *shape: array(shape, jnp.int32)  # noqa: E731
     args = (
@@ -277,7 +287,7 @@ def peers() -> list[Peer]:
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     from sgl_jax.ops.attention import tokamax
-    from sgl_jax.ops.attention.api import RaggedBatch
+    from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch
 
     def of_jax(queries, q, k, v, kv, table, kv_lens, cu, num_short, per_token):
         options = {"num_kv_pages_per_block": 8, "num_queries_per_block": queries, "sm_scale": 1.0}
@@ -285,7 +295,7 @@ def peers() -> list[Peer]:
 
     def of_tokamax(queries, q, k, v, kv, table, kv_lens, cu, num_short, per_token):
         batch = RaggedBatch(table, kv_lens, cu, num_short, *per_token)
-        return tokamax.paged_attention(q, k, v, kv, batch, first_page=0, scale=1.0)
+        return tokamax.paged_attention(q, k, v, kv, batch, AttentionLayer(AttentionSpec(1.0), 0))
 
     names = "ragged_paged_attention"
     page = tokamax.backend.pool_order.page(2, 2, 128, 128, "bfloat16")
@@ -363,9 +373,10 @@ def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def decode_bytes(context: int, page: int, shape: Shape, itemsize: int = 2) -> tuple[int, int]:
-    """(moved, least) between HBM and the core for one row of a layer: its pages, the row tile that takes the new token,
-    its page ids (512 bytes a block), q and o; least: its keys and values, the new ones, q and o, nothing padded."""
+def decode_bytes(context: int, page: int, shape: Shape, itemsize: int = 2, width: int = 1) -> tuple[int, int]:
+    """Return (moved, least) between HBM and the core for one row of a layer: its pages, the row tile that takes the new
+    tokens (or two, if they straddle), its page ids (512 bytes a block), q and o; least: its keys and values, the new ones,
+    q and o, nothing padded."""
 
     def ends(width: int) -> int:
         values = -(-shape.value_dim // 128) * 128
@@ -373,11 +384,18 @@ def decode_bytes(context: int, page: int, shape: Shape, itemsize: int = 2) -> tu
 
     token = shape.planes * shape.num_kv_heads * shape.width * itemsize
     least = shape.planes * shape.num_kv_heads * shape.key_dim * itemsize
-    moved = -(-context // page) * page * token + 32 // itemsize * token + ends(shape.width)
-    return moved + 512 * -(-context // 1024), (context + 1) * least + ends(shape.key_dim)
+    tile = 32 // itemsize
+    tiles = tile + width - 1  # on average: lines of a tile, times 1 + (W - 1) / lines
+    moved = -(-context // page) * page * token + tiles * token + width * ends(shape.width)
+    return moved + 512 * -(-context // 1024), (context + width) * least + width * ends(shape.key_dim)
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
+
+
+def _label(result: dict[str, Any]) -> str:
+    width = result.get("width", 1)
+    return f"{result['chip']} {result['shape']} page {result['page']} {result['pool']}" + f" W={width}" * (width > 1)
 
 
 def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[str, int]]], libtpu: str) -> str:
@@ -390,7 +408,7 @@ def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[s
         "a cycle of the core; copies run beside it and take at least bytes / bandwidth. The larger of the two columns",
         "binds. Clocks are inferred from the chips' rates: v6e 1.75 GHz, v7x 2.2 GHz. q in bfloat16. TP1, 4 and 8: heads of",
         "128, those of Qwen3-8B. MLA-N: N heads over a latent pool, 512 + 64 numbers a token padded to 640, the first 512",
-        "the value: DeepSeek-V3 on one device and on 4.",
+        "the value: DeepSeek-V3 on one device and on 4. W=4: rows of 4 new tokens, the last of so many keys.",
         "",
         "## Decode: one row of one layer",
         "",
@@ -402,12 +420,13 @@ def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[s
             continue
         rate = CHIPS[result["chip"]].bytes_per_s / CLOCK[result["chip"]]
         for context in CONTEXTS:
-            bundles = decode_bundles(result["bundles"], context, result["block"], result["unit"], result["page"])
-            moved, least = decode_bytes(
-                context, result["page"], SHAPES[result["shape"]], 1 + (result["pool"] == "bfloat16")
-            )
+            width = result.get("width", 1)
+            sizes = result["block"], result["unit"], result["page"], width
+            bundles = decode_bundles(result["bundles"], context, *sizes)
+            itemsize = 1 + (result["pool"] == "bfloat16")
+            moved, least = decode_bytes(context, result["page"], SHAPES[result["shape"]], itemsize, width)
             floor = round(moved / rate)
-            case = f"{result['chip']} {result['shape']} page {result['page']} {result['pool']}"
+            case = _label(result)
             binds = "copies" if floor > bundles else "bundles"
             lines.append(f"| {case} | {context} | {bundles} | {floor} | {binds} | {moved / least:.3f} |")
     lines += [
@@ -418,7 +437,7 @@ def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[s
     for result in results.values():
         if result["kind"] == "decode":
             b = result["bundles"]
-            case = f"{result['chip']} {result['shape']} page {result['page']} {result['pool']}"
+            case = _label(result)
             lines.append(
                 f"| {case} | {b['key_block']} | {result['block']} | {b['edge_unit']} per {result['unit']} | "
                 f"{b['page_alone']} | {b['spills_in_block']} | {result['vmem_bytes'] / 1e6:.1f} |"

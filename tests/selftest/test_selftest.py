@@ -36,11 +36,13 @@ def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run() -> 
 def test_a_wrong_attention_is_found() -> None:
     right = find_backend("native", "cpu", vectorise=False)
 
-    def off(*args, scale, **options):
-        return right(*args, scale=1.2 * scale, **options)
+    def off(*args):
+        *arrays, layer = args
+        spec = dataclasses.replace(layer.spec, scale=1.2 * layer.spec.scale)
+        return right(*arrays, dataclasses.replace(layer, spec=spec))
 
-    def forgets(*args, **options):  # the new KV of one token
-        out, kv = right(*args, **options)
+    def forgets(*args):  # the new KV of one token
+        out, kv = right(*args)
         return out, kv.at[-1].set(0)
 
     for wrong in (off, forgets):

@@ -4,7 +4,6 @@ lay out, and interpret mode does not know."""
 from __future__ import annotations
 
 import importlib.util
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch
+from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, QKPrepare, make_ragged_batch
 from sgl_jax.ops.attention.fa import call as fa
 from sgl_jax.runtime import topology
 
@@ -38,8 +37,9 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("width", [1, 4])
 @pytest.mark.parametrize(("chip", "heads", "pool", "page", "options"), CASES, ids=str)
-def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, options):
+def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, options, width):
     topology.set_tpu_environment()
     num_heads, num_kv_heads, head_dim = heads
     mesh = Mesh(np.array(topology.tpu_devices(topology.parse(f"{chip}-1"))[:1]), ("x",))
@@ -50,23 +50,23 @@ def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, opti
 
     def layer(q, k, v, kv, table, start, num_new, num_short, first_page, traced):
         batch = make_ragged_batch(table, start, num_new, num_short, TOKENS, page)
-        static: dict[str, Any] = {"softcap": 30.0} if "softcap" in options else {}
+        static = {"softcap": 30.0} if "softcap" in options else {}
         if "growth" in options:
             static["temperature_length"] = 1024
         if "latent" in options:
             static["value_dim"] = 512
-        if kv.dtype.itemsize == 1:
-            static["kv_scales"] = (0.5, 0.25)
         if "prepare" in options:
             traced = traced | {"prepare": QKPrepare(*traced["prepare"])}
         if "joined" in options:
             q, k, v = jnp.concatenate([q, k, v], axis=1), None, None
-        return fa.paged_attention(q, k, v, kv, batch, first_page=first_page, scale=0.1, **static, **traced)
+        spec = AttentionSpec(0.1, **static, width=width)
+        return fa.paged_attention(q, k, v, kv, batch, AttentionLayer(spec, first_page, **traced))
 
     half = head_dim // 4  # a partial rotation
     norm = array((head_dim,), jnp.float32)
     traced = {
         "window": array(()),
+        "kv_scales": array((2,), jnp.float32),
         "sinks": array((num_heads,), jnp.float32),
         "prepare": (norm, norm, array((TOKENS, 2 * half), jnp.float32)),
     }
@@ -86,7 +86,7 @@ def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, opti
         array((ROWS,)),
         array(()),
         array(()),
-        {name: x for name, x in traced.items() if name in options},
+        {name: x for name, x in traced.items() if name in options or (name == "kv_scales" and kv.dtype.itemsize == 1)},
     )
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         compiled = jax.jit(layer, donate_argnums=3).trace(*args).lower(lowering_platforms=("tpu",)).compile()

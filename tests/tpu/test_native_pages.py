@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 
 import jax
@@ -12,7 +11,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgl_jax.ops.attention import native
-from sgl_jax.ops.attention.api import make_ragged_batch
+from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, make_ragged_batch
 from sgl_jax.runtime import topology
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
@@ -22,10 +21,19 @@ TOKENS, ROWS, POOL_TOKENS = 128, 32, 1 << 19
 
 # A page as long as a head is wide is what XLA once copied the pool for.
 @pytest.mark.parametrize(
-    ("page", "heads", "planes"),
-    [(1, 2, 2), (2, 2, 2), (4, 2, 2), (128, 8, 2), (128, 1, 1), (1024, 8, 2)],
+    ("page", "heads", "planes", "width"),
+    [
+        (1, 2, 2, 1),
+        (2, 2, 2, 1),
+        (4, 2, 2, 1),
+        (128, 8, 2, 1),
+        (128, 8, 2, 4),
+        (128, 1, 1, 1),
+        (128, 1, 1, 4),
+        (1024, 8, 2, 1),
+    ],
 )
-def test_the_pool_is_not_copied(page: int, heads: int, planes: int) -> None:
+def test_the_pool_is_not_copied(page: int, heads: int, planes: int, width: int) -> None:
     topology.set_tpu_environment()
     mesh = Mesh(np.array(topology.tpu_devices(topology.parse("v6e-1"))[:1]), ("x",))
 
@@ -34,8 +42,8 @@ def test_the_pool_is_not_copied(page: int, heads: int, planes: int) -> None:
 
     def layer(q, k, v, kv, table, start, num_new, num_short, first_page):
         batch = make_ragged_batch(table, start, num_new, num_short, TOKENS, page)
-        attend = functools.partial(native.paged_attention, vectorise=True, first_page=first_page, scale=0.1)
-        return attend(q, k, v, kv, batch, value_dim=None if planes == 2 else 64)
+        spec = AttentionSpec(0.1, value_dim=None if planes == 2 else 64, width=width)
+        return native.paged_attention(q, k, v, kv, batch, AttentionLayer(spec, first_page), vectorise=True)
 
     new = array((TOKENS, heads, 128), jnp.bfloat16)
     kv = array((POOL_TOKENS // page, heads, planes, page, 128), jnp.bfloat16)

@@ -26,8 +26,8 @@ from sgl_jax.parallel.grid import LONE, Grid
 
 @runtime_checkable  # so that tests can check annotations
 class Attend(Protocol):
-    """Attention with the step's batch, pool geometry and backend filled in: (q, k, v, kv, layer, window, sinks) -> (o, kv).
-    Without k, q has all three side by side (ops/attention/api.py)."""
+    """Attention with the step's batch, spec, page counts and backend filled in. Without k and v, q is all three fused
+    (ops/attention/api.py)."""
 
     def __call__(
         self,

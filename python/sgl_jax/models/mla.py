@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -24,7 +25,7 @@ def latent_attention(
     w: MlaWeights,
     mla: MlaConfig,
     rope: Float[Array, "T rope"],
-    attend: Callable,  # (q, k, v, kv) -> (o, kv)
+    attend: Callable[[jax.Array, jax.Array, None, jax.Array], tuple[jax.Array, jax.Array]],  # (q, k, v, kv) -> (o, kv)
 ) -> tuple[Float[Array, "T NV"], Float[Array, "LP 1 1 page R"]]:
     """The heads' outputs side by side, and the pool with this step's vectors. R = mla.latent_dim."""
     if w.q is None:

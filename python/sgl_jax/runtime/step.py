@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from sgl_jax.models import decoder
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.weights import Weights
-from sgl_jax.ops.attention.api import RaggedBatch, make_ragged_batch, split_heads
+from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch, make_ragged_batch, split_heads
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import LONE, Grid
 from sgl_jax.request import MAX_LOGPROBS
@@ -75,26 +75,14 @@ def step(
         used = inputs.num_new.reshape(layout.num_ranks, -1).sum(-1, keepdims=True)
         valid = (jnp.arange(bucket.num_tokens) < used).reshape(-1)
 
-    latent = {"value_dim": spec.config.value_dim} if spec.config.mla else {}  # not all backends know it
+    attention = _attention_spec(spec.config, bucket.width)
 
     def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
         if k is None and not spec.kernels.attention.joined:
             q, k, v = split_heads(q, spec.config.num_kv_heads)
-        return spec.kernels.attention(
-            q,
-            k,
-            v,
-            kv,
-            batch,
-            first_page=layer * spec.pages_per_layer,
-            scale=spec.config.scale,
-            window=window,
-            softcap=spec.config.attn_logit_softcap,
-            sinks=sinks,
-            prepare=prepare,
-            temperature_length=spec.config.attn_temperature_length,
-            **latent,
-        )
+        first_page = layer * spec.pages_per_layer
+        arrays = AttentionLayer(attention, first_page, window=window, sinks=sinks, prepare=prepare)
+        return spec.kernels.attention(q, k, v, kv, batch, arrays)
 
     context = decoder.Context(batch.positions, valid, attend, spec.kernels.grouped_matmul, spec.grid)
     hidden, kv = decoder.hidden_states(weights, spec.config, rows.packed, kv, context)
@@ -116,6 +104,12 @@ def step(
     with jax.named_scope("prompt_logprobs"):
         prompt_logprobs = _prompt_logprobs(weights, spec, inputs, batch, rows.packed, hidden)
     return kv, state, StepOutputs(tokens, num_accepted, logprobs, prompt_logprobs)
+
+
+def _attention_spec(config: DecoderConfig, width: int) -> AttentionSpec:
+    value_dim = config.value_dim if config.mla else None
+    softcap, length = config.attn_logit_softcap, config.attn_temperature_length
+    return AttentionSpec(config.scale, softcap, length, value_dim, width)
 
 
 def _prompt_logprobs(

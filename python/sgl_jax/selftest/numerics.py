@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgl_jax.ops.attention import reference as attention_reference
-from sgl_jax.ops.attention.api import make_ragged_batch
+from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, make_ragged_batch
 from sgl_jax.ops.attention.backends import Backend, NoSuchBackend, find_backend
 from sgl_jax.ops.grouped_matmul import reference as grouped_reference
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
@@ -71,7 +71,7 @@ def _run(name: str, allowed: float, dtype: str, error: Callable[[], float]) -> C
 
 
 def attention_error(backend: Backend, dtype: str) -> float:
-    """The largest difference of outputs, for decoding rows and chunks together in a pool of two layers."""
+    """Return the largest difference of outputs, for decoding rows and chunks together in a pool of two layers."""
     heads, kv_heads, head_dim, num_tokens, num_rows = 8, 2, 128, 256, 8
     multiple = backend.page_multiple(np.dtype(dtype))
     page_size = -(-16 // multiple) * multiple
@@ -89,19 +89,11 @@ def attention_error(backend: Backend, dtype: str) -> float:
     q = random(num_tokens, heads, head_dim)
     k, v = random(num_tokens, kv_heads, head_dim), random(num_tokens, kv_heads, head_dim)
     kv = random(2 * num_pages, kv_heads, 2, page_size, width)
-    options = {"first_page": num_pages, "scale": head_dim**-0.5}
-
-    @jax.jit
-    def attend(q, k, v, kv, table, start, num_new):
-        num_short = jnp.int32(4)
-        batch = make_ragged_batch(table, start, num_new, num_short, num_tokens, page_size)
-        return backend(q, k, v, kv, batch, **options)
-
-    exact_q, exact_k, exact_v, exact_kv = (np.asarray(x, np.float64) for x in (q, k, v, kv[..., :head_dim]))
-    wanted, pool = attention_reference.paged_attention(
-        exact_q, exact_k, exact_v, exact_kv, table, start, num_new, **options
-    )
-    out, new_pool = attend(q, k, v, kv, table, start, num_new)
+    rows = (jnp.asarray(x) for x in (table, start, num_new, np.int32(4)))
+    batch = make_ragged_batch(*rows, num_tokens, page_size)
+    layer = AttentionLayer(AttentionSpec(head_dim**-0.5), jnp.int32(num_pages))
+    wanted, pool = attention_reference.paged_attention(q, k, v, kv[..., :head_dim], batch, layer)
+    out, new_pool = jax.jit(backend)(q, k, v, kv, batch, layer)
     used = int(num_new.sum())
     error = np.abs(np.asarray(out, np.float64) - wanted)[:used].max()
     pages = np.arange(1, num_pages)  # page 0 of a layer holds nothing

@@ -1,18 +1,18 @@
 """Random ragged batches, and the fa kernels in interpret mode, for the attention tests."""
 
-import functools
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 
+from sgl_jax.ops.attention.api import AttentionLayer, make_ragged_batch
 from sgl_jax.ops.attention.fa import call as fa
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks, DecodeBlocks
 
 VMEM = 64 << 20
 # Small, so that short rows already have several blocks, tiles and turns of each ring.
 BLOCKS = (
-    DecodeBlocks(slots=2, pages=4, unit_pages=2, vmem_limit=VMEM, max_rows=512),
+    DecodeBlocks(slots=2, pages=4, unit_pages=2, vmem_limit=VMEM, max_tokens=512),
     ChunkBlocks(slots=2, pages=4, unit_pages=2, queries=32, write_pages=2, write_slots=4, vmem_limit=VMEM),
 )
 RACES = pltpu.InterpretParams(
@@ -21,19 +21,32 @@ RACES = pltpu.InterpretParams(
 EAGER = pltpu.InterpretParams(dma_execution_mode="eager", uninitialized_memory="nan")  # copies run when started
 
 
-@functools.wraps(fa.paged_attention)
-def interpreted(q, k, v, kv, batch, *, params=RACES, blocks=BLOCKS, **options):
-    """fa on the CPU, for a pool of any head_dim."""
+def interpreted(q, k, v, kv, batch, layer, *, params=RACES, blocks=BLOCKS):
+    """Run fa on the CPU, for a pool of any head_dim."""
     head_dim = q.shape[-1]
     pad = fa.pool_head_dim(head_dim) - head_dim
     wide = jnp.pad(kv, [(0, 0)] * 4 + [(0, pad)])
     with pltpu.force_tpu_interpret_mode(params):
-        out, wide = fa.paged_attention(q, k, v, wide, batch, blocks=blocks, **options)
+        out, wide = fa.paged_attention(q, k, v, wide, batch, layer, blocks=blocks)
     return out, wide[..., :head_dim]
 
 
+_ragged = jax.jit(make_ragged_batch, static_argnums=(4, 5))
+
+
+def arguments(b, spec, num_short=None, **arrays):
+    """Make the six arguments of the contract from a random_batch; `arrays` are those of AttentionLayer."""
+    if num_short is None:
+        num_short = (b["num_new"] == 1).sum()
+    rows = (jnp.asarray(b[name]) for name in ("page_table", "start", "num_new"))
+    batch = _ragged(*rows, jnp.int32(num_short), len(b["q"]), b["kv"].shape[3])
+    layer = AttentionLayer(spec, jnp.int32(b["first_page"]), **jax.tree.map(jnp.asarray, arrays))
+    q, k, v, kv = (None if b[name] is None else jnp.asarray(b[name]) for name in ("q", "k", "v", "kv"))
+    return q, k, v, kv, batch, layer
+
+
 def random_batch(rng, rows, *, num_heads, num_kv_heads, head_dim, page_size, num_tokens, num_rows, layer=1):
-    """rows: (start, num_new) with the single-token ones first. Pages are dealt at random."""
+    """Make a batch of rows (start, num_new), the short ones first. Pages are dealt at random."""
     pages_per_row = 12 * 16 // page_size + 8
     num_pages = 4 + sum(-(-(s + n) // page_size) for s, n in rows)
     num_pages += -num_pages % 32  # few shapes, so few programs

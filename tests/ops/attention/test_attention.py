@@ -1,7 +1,9 @@
 """One test body for every implementation of the attention contract, against the reference."""
 
+import dataclasses
 import functools
 
+import batches
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,9 @@ import pytest
 from batches import interpreted, random_batch
 
 from sgl_jax.ops.attention import native, reference
-from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch
+from sgl_jax.ops.attention.api import AttentionSpec, QKPrepare
 
+SPEC_FIELDS = {field.name for field in dataclasses.fields(AttentionSpec)}
 IMPLEMENTATIONS = {
     "native": native.paged_attention,
     "native-vectorised": functools.partial(native.paged_attention, vectorise=True),
@@ -32,36 +35,32 @@ def attention(request):
     return IMPLEMENTATIONS[request.param]
 
 
-@functools.cache
-def compiled(attention, scale, softcap, given):
-    """One program for all batches of a shape: what varies, the window too, is an argument."""
-
-    @jax.jit
-    def call(b, num_short, traced):
-        batch = make_ragged_batch(b["page_table"], b["start"], b["num_new"], num_short, len(b["q"]), b["kv"].shape[3])
-        arrays = b["q"], b["k"], b["v"], b["kv"], batch
-        static = {"scale": scale, "softcap": softcap, **dict(given)}
-        return attention(*arrays, first_page=b["first_page"], **static, **traced)
-
-    return call
-
-
-def run(attention, b, *, scale, softcap=None, temperature_length=None, value_dim=None, **traced):
-    arrays = jax.tree.map(jnp.asarray, b)
-    traced = jax.tree.map(jnp.asarray, traced)
-    some = {"temperature_length": temperature_length, "value_dim": value_dim}
-    given = tuple((name, value) for name, value in some.items() if value is not None)
-    return compiled(attention, scale, softcap, given)(arrays, jnp.int32((b["num_new"] == 1).sum()), traced)
-
-
-def check(attention, b, **options):
-    out, kv = run(attention, b, **options)
-    expected, expected_kv = reference.paged_attention(**b, **options)
+def check(attention, b, *, num_short=None, atol=1e-6, prepare=None, **options):
+    """Compare outputs and pool with the reference. `options` are fields of AttentionSpec, and arrays of AttentionLayer."""
+    static = {name: options.pop(name) for name in SPEC_FIELDS & options.keys()}
+    arguments = batches.arguments(b, AttentionSpec(**static), num_short, **options)
+    *_, layer = arguments
+    out, kv = jax.jit(attention)(*arguments[:-1], dataclasses.replace(layer, prepare=prepare))
+    b = b if prepare is None else prepared(b, prepare)
+    expected, expected_kv = reference.paged_attention(b["q"], b["k"], b["v"], b["kv"], *arguments[4:])
     n = b["num_new"].sum()
     np.testing.assert_allclose(np.asarray(out)[:n], expected[:n], atol=2e-5)
     used = np.ones(len(expected_kv), bool)
     used[b["first_page"]] = False  # the scratch page
-    np.testing.assert_allclose(np.asarray(kv)[used], expected_kv[used], atol=1e-6)
+    np.testing.assert_allclose(np.asarray(kv)[used], expected_kv[used], atol=atol)
+
+
+def prepared(b, prepare):
+    """Norm and rotate q and k of the batch in numpy."""
+    half = 0 if prepare.rope is None else prepare.rope.shape[1] // 2
+    turn = 1 if prepare.rope is None else (np.asarray(prepare.rope) @ np.kron([[1], [1j]], np.eye(half)))[:, None]
+
+    def one(x, weight):
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * np.asarray(weight)
+        turned = (x[..., :half] + 1j * x[..., half : 2 * half]) * turn
+        return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], -1)
+
+    return b | {"q": one(b["q"], prepare.q_norm), "k": one(b["k"], prepare.k_norm)}
 
 
 MIXED = [(0, 1), (40, 1), (5, 1), (0, 70), (33, 9), (100, 32)]
@@ -157,30 +156,82 @@ def test_prepared_q_and_k_are_normed_and_rotated_first(attention, half):
     angles = rng.uniform(0, 6, (128, half))
     weights = [rng.uniform(0.5, 2, 16).astype(np.float32) for _ in range(2)]
     rope = np.concatenate([np.cos(angles), np.sin(angles)], 1).astype(np.float32) if half else None
-
-    def prepared(x, weight):
-        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * weight
-        pairs = x[..., :half] + 1j * x[..., half : 2 * half]
-        turned = pairs * np.exp(1j * angles[:, None])
-        return np.concatenate([turned.real, turned.imag, x[..., 2 * half :]], -1)
-
     prepare = QKPrepare(*(None if x is None else jnp.asarray(x) for x in (*weights, rope)))
-    out, kv = run(attention, b, scale=0.25, prepare=prepare)
-    b |= {"q": prepared(b["q"], weights[0]), "k": prepared(b["k"], weights[1])}
-    expected, expected_kv = reference.paged_attention(**b, scale=0.25)
-    n = b["num_new"].sum()
-    np.testing.assert_allclose(np.asarray(out)[:n], expected[:n], atol=2e-5)
-    used = np.arange(len(kv)) != b["first_page"]
-    np.testing.assert_allclose(np.asarray(kv)[used], expected_kv[used], atol=1e-5)
+    check(attention, b, scale=0.25, prepare=prepare, atol=1e-5)
 
 
 def test_empty_batch_leaves_the_pool_as_it_was(attention):
     b = random_batch(
         np.random.default_rng(3), [], num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, num_tokens=128, num_rows=6
     )
-    _, kv = run(attention, b, scale=0.25)
+    _, kv = jax.jit(attention)(*batches.arguments(b, AttentionSpec(0.25)))
     used = np.arange(len(kv)) != b["first_page"]
     np.testing.assert_array_equal(np.asarray(kv)[used], b["kv"][used])
+
+
+SHORT = [(0, 1), (38, 4), (5, 2), (14, 4), (0, 3), (126, 3)]  # rows of at most 4 tokens, on both sides of page borders
+
+
+@pytest.mark.parametrize("width", [4, 7])
+@pytest.mark.parametrize("page_size", [1, 16, 128])
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 9, "softcap": 3.0, "temperature_length": 8, "sinks": True}], ids=len
+)
+def test_short_rows_of_up_to_w_tokens_match_reference(name, page_size, width, options):
+    """Short rows alone; before chunks, of which one is no longer than they are; and with a window and a sink."""
+    options = options | ({"sinks": np.array([0.5, -1, 2, 8], np.float32)} if options else {})
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": page_size, "num_rows": 9}
+    for rows in (SHORT, [*SHORT, (33, 2), (100, 32), (0, 40)]):
+        b = random_batch(np.random.default_rng(6), rows, **sizes, num_tokens=128)
+        check(IMPLEMENTATIONS[name], b, num_short=len(SHORT), scale=0.25, width=width, **options)
+
+
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+def test_short_rows_fill_all_packed_tokens(name):
+    """More rows than one, no padding, and W more than the last row has left."""
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16}
+    b = random_batch(np.random.default_rng(7), [(3, 4), (30, 1), (60, 3)], **sizes, num_tokens=8, num_rows=3)
+    check(IMPLEMENTATIONS[name], b, num_short=3, scale=0.25, width=4)
+
+
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+def test_a_latent_pool_serves_short_rows_of_up_to_w_tokens(name):
+    sizes = {"num_heads": 6, "num_kv_heads": 1, "head_dim": 40, "page_size": 16}
+    b = random_batch(np.random.default_rng(8), [*SHORT, (20, 30)], **sizes, num_tokens=64, num_rows=8)
+    b |= {"kv": b["kv"][:, :, :1], "v": None}
+    check(IMPLEMENTATIONS[name], b, num_short=6, scale=0.2, value_dim=24, width=4)
+
+
+@pytest.mark.parametrize("name", ["native", "native-vectorised"])
+def test_layers_of_one_program_have_kv_scales_of_their_own(name):
+    """[L, 2], indexed by a traced layer."""
+    b = random_batch(
+        np.random.default_rng(9),
+        MIXED,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        page_size=16,
+        num_tokens=128,
+        num_rows=6,
+    )
+    b["kv"] = jnp.asarray(b["kv"] * 20).astype(jnp.int8)
+    q, k, v, kv, batch, layer = batches.arguments(b, AttentionSpec(0.25))
+    scales = jnp.array([[0.05, 0.03], [0.02, 0.04]])
+
+    @jax.jit
+    def attend(i):
+        at = dataclasses.replace(layer, first_page=i * (len(kv) // 2), kv_scales=scales[i])
+        return IMPLEMENTATIONS[name](q, k, v, kv, batch, at)
+
+    used = np.arange(len(kv)) % (len(kv) // 2) > 0  # not the scratch pages
+    for i in range(2):
+        at = dataclasses.replace(layer, first_page=i * (len(kv) // 2), kv_scales=scales[i])
+        expected, expected_kv = reference.paged_attention(q, k, v, kv, batch, at)
+        out, new = attend(i)
+        np.testing.assert_allclose(np.asarray(out)[:114], expected[:114], atol=2e-5)
+        np.testing.assert_array_equal(np.asarray(new, np.float64)[used], expected_kv[used])
 
 
 LATENT = [(name, page, window) for name in ("native", "native-vectorised") for page in (1, 16) for window in (None, 20)]

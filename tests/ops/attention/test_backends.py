@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import types
 from importlib import metadata
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batches import random_batch
+from batches import arguments, random_batch
 
-from sgl_jax.ops.attention import native
-from sgl_jax.ops.attention.api import make_ragged_batch
+import sgl_jax
+from sgl_jax.ops.attention import backends, native
+from sgl_jax.ops.attention.api import AttentionSpec, write_kv
 from sgl_jax.ops.attention.backends import Backend, NoSuchBackend, find_backend
 
 PLUGIN = """
 from sgl_jax.ops.attention.backends import Backend
 from sgl_jax.ops.attention.native import paged_attention
 
-def doubled(q, k, v, kv, batch, **options):
-    out, kv = paged_attention(q, k, v, kv, batch, **options)
+def doubled(q, k, v, kv, batch, layer):
+    out, kv = paged_attention(q, k, v, kv, batch, layer)
     return 2 * out, kv
 
 backend = Backend(doubled, platforms=frozenset({"cpu"}), page_multiple=lambda dtype: 8)
@@ -48,12 +52,36 @@ def test_an_installed_package_brings_a_backend_that_computes(plugin):
     assert (backend.page_multiple(jnp.float32), backend.pool_head_dim(80)) == (8, 80)
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16, "num_tokens": 16, "num_rows": 2}
     b = random_batch(np.random.default_rng(0), [(5, 1), (20, 9)], **sizes)
-    q, k, v, kv, *rows = (jnp.asarray(b[x]) for x in ("q", "k", "v", "kv", "page_table", "start", "num_new"))
-    batch = make_ragged_batch(*rows, jnp.int32(1), 16, 16)
-    options = {"first_page": b["first_page"], "scale": 0.25}
-    expected, _ = native.paged_attention(q, k, v, kv, batch, **options)
-    out, _ = backend(q, k, v, kv, batch, **options)
+    given = arguments(b, AttentionSpec(0.25))
+    expected, _ = native.paged_attention(*given)
+    out, _ = backend(*given)
     np.testing.assert_array_equal(out, 2 * expected)
+
+
+def dense(q, k, v, kv, batch, layer):
+    """Attend to all pages of a row's table at once: a whole backend for models without windows and soft caps."""
+    q, k = (q, k) if layer.prepare is None else layer.prepare(q, k)
+    kv = write_kv(kv, k, v, batch, layer)
+    pages = kv[batch.page_table + layer.first_page]  # [S, pages, K, 2, page, H]
+    rows, _, heads, _, _, width = pages.shape
+    keys, values = pages.transpose(3, 0, 2, 1, 4, 5).reshape(2, rows, heads, -1, width)[:, batch.token_row]
+    scores = jnp.einsum("tkgh,tkph->tkgp", q.reshape(len(q), heads, -1, width), keys) * layer.spec.scale
+    visible = jnp.arange(keys.shape[2]) <= batch.positions[:, None]
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum("tkgp,tkph->tkgh", weights, values).reshape(q.shape), kv
+
+
+def test_a_backend_of_a_dozen_lines_serves_the_reference_s_tokens(monkeypatch, stories260k: Path, golden: Path):
+    point = types.SimpleNamespace(name="dense", load=lambda: Backend(dense, platforms=frozenset({"cpu"})))
+    brought = types.SimpleNamespace(entry_points=lambda group: [point] if group == backends.GROUP else [])
+    monkeypatch.setattr(backends, "metadata", brought)
+    cases = json.loads((golden / "stories260k.json").read_text())["cases"]
+    options = {"max_running_requests": 4, "chunked_prefill_size": 8, "max_total_tokens": 1024, "context_length": 128}
+    options |= {"dtype": "float32", "device": "cpu", "attention_backend": "dense"}
+    greedy = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    with sgl_jax.Engine(model_path=str(stories260k), **options) as engine:
+        answers = engine.generate(input_ids=[case["prompt_ids"] for case in cases], sampling_params=greedy)
+    assert [answer["output_ids"] for answer in answers] == [case["output_ids_200_greedy"][:24] for case in cases]
 
 
 def test_what_is_no_backend_is_said(plugin):

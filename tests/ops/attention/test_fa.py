@@ -12,62 +12,67 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batches import BLOCKS, EAGER, RACES, interpreted, random_batch
+from batches import BLOCKS, EAGER, RACES, arguments, interpreted, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.ops.attention import native, reference
-from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch, to_pool
+from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, QKPrepare, make_ragged_batch, to_pool
 from sgl_jax.ops.attention.fa import call as fa
 from sgl_jax.ops.attention.fa import decode
 from sgl_jax.ops.attention.fa.ring import PageRing
 
 TOKENS, ROWS = 96, 8
+SPEC = AttentionSpec(0.25)
 
 
 @functools.cache
-def compiled(dtype, params, **options):
-    @jax.jit
-    def call(b, num_short, **traced):
-        page_size = b["kv"].shape[3]
-        batch = make_ragged_batch(b["page_table"], b["start"], b["num_new"], num_short, len(b["q"]), page_size)
-        q, k, v, kv = (b[name] if b[name] is None else b[name].astype(dtype) for name in ("q", "k", "v", "kv"))
-        return interpreted(
-            q, k, v, kv, batch, params=params, first_page=b["first_page"], scale=0.25, **options, **traced
-        )
-
-    return call
+def compiled(params=RACES, blocks=BLOCKS):
+    return jax.jit(functools.partial(interpreted, params=params, blocks=blocks))
 
 
-def check(b, dtype=jnp.float32, params=RACES, atol=1e-5, options=None, **traced):
+def rounded(b, dtype):
+    """Round the numbers of a batch to the dtype."""
+    return b | {name: jnp.asarray(b[name]).astype(dtype) for name in ("q", "k", "v", "kv") if b[name] is not None}
+
+
+def check(b, dtype=jnp.float32, params=RACES, atol=1e-5, spec=SPEC, num_short=None, blocks=BLOCKS, **arrays):
     """Outputs within atol of the reference, zeros for padding, and every byte of the pool."""
-    options = options or {}
-    for name in ("q", "k", "v", "kv"):
-        if b[name] is not None:
-            b[name] = np.asarray(jnp.asarray(b[name]).astype(dtype).astype(jnp.float32))
-    call = compiled(dtype, params, **options)
-    arrays = jax.tree.map(jnp.asarray, b)
-    num_short = jnp.int32((b["num_new"] == 1).sum())
-    out, kv = call(arrays, num_short, **{name: jnp.asarray(x) for name, x in traced.items()})
-    expected, expected_kv = reference.paged_attention(**b, scale=0.25, **options, **traced)
+    given = arguments(rounded(b, dtype), spec, num_short, **arrays)
+    out, kv = compiled(params, blocks)(*given)
+    expected, expected_kv = reference.paged_attention(*given)
     n = b["num_new"].sum()
     np.testing.assert_allclose(np.asarray(out, np.float32)[:n], expected[:n], atol=atol)
     np.testing.assert_array_equal(np.asarray(out, np.float32)[n:], 0)
     np.testing.assert_array_equal(np.asarray(kv, np.float32), expected_kv.astype(np.float32))
 
 
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    width: int  # W
+    short: list[tuple[int, int]]  # (start, num_new), of at most W tokens
+    chunks: list[tuple[int, int]]
+
+    def check(self, make, dtype=jnp.float32, params=RACES, value_dim=None, **options):
+        spec = AttentionSpec(0.25, value_dim=value_dim, width=self.width)
+        b = make(self.short + self.chunks)
+        check(b, dtype, params, spec=spec, num_short=len(self.short), **options)
+
+
 @st.composite
-def ragged_rows(draw, tokens=TOKENS, rows=ROWS, longest=200):
-    """(start, num_new) of some rows with one token, then of some chunks, that fit the tokens."""
-    singles = draw(st.lists(st.integers(0, longest - 1), max_size=rows))
-    chunks, left = [], tokens - len(singles)
-    for start in draw(st.lists(st.integers(0, longest - 2), max_size=min(4, rows - len(singles)))):
+def ragged_rows(draw, widths=(1, 2, 4), tokens=TOKENS, rows=ROWS, longest=200):
+    """Some short rows, ragged up to W tokens, then some chunks, that fit the tokens."""
+    width = draw(st.sampled_from(widths))
+    numbers = draw(st.lists(st.integers(1, width), max_size=rows))
+    short = [(draw(st.integers(0, longest - n)), n) for n in numbers]
+    chunks, left = [], tokens - sum(numbers)
+    for start in draw(st.lists(st.integers(0, longest - 2), max_size=min(4, rows - len(short)))):
         if left < 2:
             break
         chunks.append((start, draw(st.integers(2, min(left, longest - start)))))
         left -= chunks[-1][1]
-    return [*((start, 1) for start in singles), *chunks]
+    return Rows(width, short, chunks)
 
 
 def batch_of(rows, seed=0, *, num_heads=4, num_kv_heads=2, head_dim=16, page_size=16, num_tokens=TOKENS):
@@ -86,7 +91,7 @@ def test_random_batches_with_windows_match_reference_without_a_race(request):
     @settings(max_examples=examples(request), deadline=None, derandomize=True, database=None)
     @given(rows=ragged_rows(), window=st.sampled_from([1, 15, 16, 17, 64, 100, 1 << 30]), seed=st.integers(0, 99))
     def run(rows, window, seed):
-        check(batch_of(rows, seed), window=window)
+        rows.check(lambda each: batch_of(each, seed), window=window)
 
     run()
 
@@ -95,8 +100,8 @@ def test_random_bfloat16_batches_with_eager_copies_match_reference(request):
     @settings(max_examples=examples(request), deadline=None, derandomize=True, database=None)
     @given(rows=ragged_rows(), seed=st.integers(0, 99))
     def run(rows, seed):
-        b = batch_of(rows, seed, num_heads=6, num_kv_heads=2, head_dim=8, page_size=32)
-        check(b, jnp.bfloat16, EAGER, atol=0.03)
+        sizes = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 8, "page_size": 32}
+        rows.check(lambda each: batch_of(each, seed, **sizes), jnp.bfloat16, EAGER, atol=0.03)
 
     run()
 
@@ -113,7 +118,7 @@ def test_random_batches_over_a_latent_pool_match_reference_without_a_race(reques
     @settings(max_examples=examples(request), deadline=None, derandomize=True, database=None)
     @given(rows=ragged_rows(), window=st.sampled_from([1, 16, 17, 100, 1 << 30]), seed=st.integers(0, 99))
     def run(rows, window, seed):
-        check(latent_batch(rows, seed), window=window, atol=1e-4, options={"value_dim": 128})
+        rows.check(lambda each: latent_batch(each, seed), window=window, atol=1e-4, value_dim=128)
 
     run()
 
@@ -123,7 +128,7 @@ def test_any_number_of_heads_reads_one_latent_vector_in_bfloat16(num_heads, valu
     """More heads than a product and a turn take, and fewer than a tile has rows."""
     monkeypatch.setattr(decode, "PART_HEADS", 24)
     b = latent_batch([(70, 1), (15, 1), (3, 29)], num_heads=num_heads, num_tokens=32)
-    check(b, jnp.bfloat16, atol=0.05, options={"value_dim": value_dim, "softcap": 20.0})
+    check(b, jnp.bfloat16, atol=0.05, spec=AttentionSpec(0.25, softcap=20.0, value_dim=value_dim))
 
 
 def test_latent_rows_beyond_what_vmem_holds_are_served_in_turn():
@@ -131,12 +136,8 @@ def test_latent_rows_beyond_what_vmem_holds_are_served_in_turn():
     sizes = {"num_heads": 4, "num_kv_heads": 1, "head_dim": 40, "page_size": 16, "num_tokens": 64, "num_rows": 24}
     b = random_batch(np.random.default_rng(0), rows, **sizes)
     b |= {"kv": b["kv"][:, :, :1], "v": None}
-    blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
-    out, kv = compiled(jnp.float32, RACES, blocks=blocks, value_dim=24)(jax.tree.map(jnp.asarray, b), jnp.int32(20))
-    expected, expected_kv = reference.paged_attention(**b, scale=0.25, value_dim=24)
-    np.testing.assert_allclose(np.asarray(out)[:32], expected[:32], atol=1e-5)
-    np.testing.assert_array_equal(np.asarray(out)[32:], 0)
-    np.testing.assert_array_equal(np.asarray(kv), expected_kv.astype(np.float32))
+    blocks = dataclasses.replace(BLOCKS[0], max_tokens=16), BLOCKS[1]
+    check(b, blocks=blocks, spec=AttentionSpec(0.25, value_dim=24))
 
 
 @pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
@@ -144,12 +145,52 @@ def test_products_of_many_queries_over_several_blocks_with_sinks(dtype, atol):
     """256 of one KV head, so that their sums come out of the product with V, and both KV heads in a turn."""
     b = batch_of([(70, 1), (150, 29), (3, 40)], num_heads=16, num_tokens=96)
     sinks = np.linspace(-2, 8, 16).astype(np.float32)
-    check(b, dtype, atol=atol, options={"temperature_length": 8, "softcap": 3.0}, sinks=sinks)
+    check(b, dtype, atol=atol, spec=AttentionSpec(0.25, 3.0, 8), sinks=sinks)
 
 
 def test_scores_grow_with_the_position_of_the_query():
     b = batch_of([(0, 1), (190, 1), (3, 40)])
-    check(b, options={"temperature_length": 8})
+    check(b, spec=AttentionSpec(0.25, temperature_length=8))
+
+
+STRADDLING = [(14, 4), (62, 3), (127, 4), (190, 1), (0, 4), (61, 3), (15, 2)]  # borders of tiles, pages and blocks
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_short_rows_straddle_borders_with_every_option(dtype):
+    """New tokens on both sides of a border of a row tile (8 or 16), a page (16) or a block (64), and a chunk after them."""
+    b = batch_of([*STRADDLING, (60, 7)], num_heads=6, num_tokens=32)
+    sinks = np.linspace(-2, 8, 6).astype(np.float32)
+    spec = AttentionSpec(0.25, 3.0, 8, width=4)
+    check(b, dtype, atol=1e-5 if dtype == jnp.float32 else 0.03, spec=spec, num_short=7, sinks=sinks, window=37)
+
+
+def test_short_rows_that_fill_whole_tiles_and_blocks():
+    b = batch_of([(60, 4), (124, 4), (0, 1), (63, 1), (64, 4)], num_tokens=16)
+    check(b, spec=AttentionSpec(0.25, width=4), num_short=5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_short_rows_beyond_what_vmem_holds_are_served_in_turn(fused):
+    """10 rows, 4 at a time, whose tokens begin anywhere."""
+    rows = [(7 * i, 1 + i * i % 4) for i in range(10)]
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "page_size": 16, "num_tokens": 64, "num_rows": 12}
+    b = random_batch(np.random.default_rng(0), [*rows, (9, 20)], **sizes)
+    blocks = dataclasses.replace(BLOCKS[0], max_tokens=16), BLOCKS[1]
+    spec = AttentionSpec(0.25, width=4)
+    if fused:
+        same_fused(b, jnp.float32, blocks, spec, num_short=10)
+    else:
+        check(b, blocks=blocks, spec=spec, num_short=10)
+
+
+@pytest.mark.parametrize(("num_heads", "value_dim"), [(48, 130), (5, 24)])
+def test_short_rows_over_a_latent_pool_in_bfloat16(num_heads, value_dim, monkeypatch):
+    """More heads than a product takes of 4 queries, and fewer than a tile has lines."""
+    monkeypatch.setattr(decode, "PART_HEADS", 96)
+    b = latent_batch([(61, 4), (15, 2), (3, 1), (3, 19)], num_heads=num_heads, num_tokens=32)
+    spec = AttentionSpec(0.25, softcap=20.0, value_dim=value_dim, width=4)
+    check(b, jnp.bfloat16, atol=0.05, spec=spec, num_short=3)
 
 
 def test_chunks_leave_what_decode_has_set_and_clear_the_rest():
@@ -162,17 +203,13 @@ def test_chunks_leave_what_decode_has_set_and_clear_the_rest():
 def test_eight_bit_pools_hold_scaled_values_and_are_read_back(attention, dtype):
     rows = [(40, 1), (63, 1), (3, 40)]
     b = batch_of(rows, page_size=32, num_tokens=64)
-    scales = (0.02, 0.03)
-    kv = to_pool(jnp.asarray(b["kv"]).reshape(len(b["kv"]), -1, 16), dtype, 0.03).reshape(b["kv"].shape)
-    q, k, v, *plain = (jnp.asarray(b[x]) for x in ("q", "k", "v", "page_table", "start", "num_new"))
-    batch = make_ragged_batch(*plain, jnp.int32(2), 64, 32)
-    options = {"first_page": b["first_page"], "scale": 0.25, "kv_scales": scales}
-    out, pool = jax.jit(functools.partial(attention, **options))(q, k, v, kv, batch)
-    b |= {"kv": kv, "k": to_pool(k, dtype, scales[0]), "v": to_pool(v, dtype, scales[1])}
-    b = {name: np.asarray(x, np.float32) if name in ("kv", "k", "v") else x for name, x in b.items()}
-    expected, expected_pool = reference.paged_attention(**b, scale=0.25, kv_scales=scales)
+    scales = np.array([[0.5, 2], [0.02, 0.03]], np.float32)  # of two layers; this is the second
+    b["kv"] = to_pool(jnp.asarray(b["kv"]).reshape(len(b["kv"]), -1, 16), dtype, 0.03).reshape(b["kv"].shape)
+    given = arguments(b, SPEC, kv_scales=scales[1])
+    out, pool = jax.jit(attention)(*given)
+    expected, expected_pool = reference.paged_attention(*given)
     assert pool.dtype == dtype
-    mine = np.arange(len(kv)) != b["first_page"]  # the scratch page
+    mine = np.arange(len(pool)) != b["first_page"]  # the scratch page
     np.testing.assert_array_equal(np.asarray(pool, np.float32)[mine], expected_pool[mine])
     np.testing.assert_allclose(np.asarray(out)[:42], expected[:42], atol=0.03)
 
@@ -190,7 +227,7 @@ def test_decode_with_softcap_and_sinks_over_page_and_block_boundaries():
     rows = [(length - 1, 1) for length in (1, 16, 17, 64, 65, 128, 129, 200)]
     b = batch_of(rows, num_tokens=16)
     sinks = np.array([0.5, -1, 2, 8], np.float32)
-    check(b, options={"softcap": 3.0}, sinks=sinks)
+    check(b, spec=AttentionSpec(0.25, 3.0), sinks=sinks)
 
 
 def test_rows_beyond_what_vmem_holds_are_served_in_turn():
@@ -198,13 +235,8 @@ def test_rows_beyond_what_vmem_holds_are_served_in_turn():
     rows = [*((7 * i, 1) for i in range(20)), (9, 12), (60, 30)]
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "page_size": 16, "num_tokens": 64, "num_rows": 24}
     b = random_batch(np.random.default_rng(0), rows, **sizes)
-    blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
-    arrays = {name: jnp.asarray(x) for name, x in b.items()}
-    out, kv = compiled(jnp.float32, RACES, blocks=blocks)(arrays, jnp.int32(20))
-    expected, expected_kv = reference.paged_attention(**b, scale=0.25)
-    np.testing.assert_allclose(np.asarray(out)[:62], expected[:62], atol=1e-5)
-    np.testing.assert_array_equal(np.asarray(out)[62:], 0)
-    np.testing.assert_array_equal(np.asarray(kv), expected_kv.astype(np.float32))
+    blocks = dataclasses.replace(BLOCKS[0], max_tokens=16), BLOCKS[1]
+    check(b, blocks=blocks)
 
 
 def test_norm_and_rotation_inside_on_heads_of_two_lane_tiles_with_a_window():
@@ -213,17 +245,20 @@ def test_norm_and_rotation_inside_on_heads_of_two_lane_tiles_with_a_window():
     angles = rng.uniform(0, 6, (TOKENS, 128))
     rope = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], 1), jnp.float32)
     prepare = QKPrepare(*jnp.asarray(rng.uniform(0.5, 2, (2, 256)), jnp.float32), rope)
-    arrays = {name: jnp.asarray(x) for name, x in b.items()}
-    out, kv = compiled(jnp.float32, RACES)(arrays, jnp.int32(1), prepare=prepare, window=jnp.int32(50))
-    b["q"], b["k"] = prepare(arrays["q"], arrays["k"])
-    expected, expected_kv = reference.paged_attention(**b, scale=0.25, window=50)
+    q, k, v, kv, batch, layer = arguments(b, SPEC, num_short=1, window=50)
+    out, new = compiled()(q, k, v, kv, batch, dataclasses.replace(layer, prepare=prepare))
+    expected, expected_kv = reference.paged_attention(*prepare(q, k), v, kv, batch, layer)
     np.testing.assert_allclose(np.asarray(out)[:61], expected[:61], atol=1e-4)
-    np.testing.assert_allclose(np.asarray(kv), expected_kv, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(new), expected_kv, atol=1e-5)
 
 
-def beside(b):
-    """With q, k and v as one product makes them."""
-    return b | {"q": np.concatenate([b["q"], b["k"], b["v"]], axis=1), "k": None, "v": None}
+def same_fused(b, dtype, blocks, spec=SPEC, num_short=None, **arrays):
+    """Compare, bit by bit, with the same q, k and v as one product makes them."""
+    b = b if dtype is None else rounded(b, dtype)
+    fused = b | {"q": jnp.concatenate([b["q"], b["k"], b["v"]], axis=1), "k": None, "v": None}
+    results = [compiled(blocks=blocks)(*arguments(each, spec, num_short, **arrays)) for each in (b, fused)]
+    for apart, joined in zip(*results, strict=True):
+        np.testing.assert_array_equal(np.asarray(joined, np.float32), np.asarray(apart, np.float32))
 
 
 @pytest.mark.parametrize(("heads", "head_dim", "dtype"), [((4, 2), 128, jnp.bfloat16), ((3, 1), 256, jnp.float32)])
@@ -232,39 +267,23 @@ def test_q_k_and_v_side_by_side_give_the_same_as_apart(heads, head_dim, dtype):
     rng = np.random.default_rng(1)
     rope = jnp.asarray(rng.uniform(-1, 1, (TOKENS, head_dim)), jnp.float32)
     prepare = QKPrepare(*jnp.asarray(rng.uniform(0.5, 2, (2, head_dim)), jnp.float32), rope)
-    call = functools.partial(compiled(dtype, RACES), num_short=jnp.int32(2), prepare=prepare, window=jnp.int32(50))
-    out, kv = call(jax.tree.map(jnp.asarray, b))
-    joined_out, joined_kv = call(jax.tree.map(jnp.asarray, beside(b)))
-    np.testing.assert_array_equal(joined_out, out)
-    np.testing.assert_array_equal(joined_kv, kv)
+    same_fused(b, dtype, BLOCKS, prepare=prepare, window=50)
 
 
 def test_side_by_side_rows_beyond_what_vmem_holds_are_served_in_turn():
     rows = [*((7 * i, 1) for i in range(20)), (9, 12)]
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 128, "page_size": 16, "num_tokens": 64, "num_rows": 24}
     b = random_batch(np.random.default_rng(0), rows, **sizes)
-    blocks = dataclasses.replace(BLOCKS[0], max_rows=16), BLOCKS[1]
-    call = functools.partial(compiled(jnp.float32, RACES, blocks=blocks), num_short=jnp.int32(20))
-    out, kv = call(jax.tree.map(jnp.asarray, b))
-    joined_out, joined_kv = call(jax.tree.map(jnp.asarray, beside(b)))
-    np.testing.assert_array_equal(joined_out, out)
-    np.testing.assert_array_equal(joined_kv, kv)
+    blocks = dataclasses.replace(BLOCKS[0], max_tokens=16), BLOCKS[1]
+    same_fused(b, jnp.float32, blocks)
 
 
 def test_heads_that_need_padding_and_eight_bit_pools_take_the_three_apart():
     b = batch_of([(20, 1), (3, 40)])  # heads of 16
-    call = functools.partial(compiled(jnp.float32, RACES), num_short=jnp.int32(1))
-    for apart, joined in zip(call(b), call(beside(b)), strict=True):
-        np.testing.assert_array_equal(joined, apart)
+    same_fused(b, jnp.float32, BLOCKS)
     b = batch_of([(20, 1), (3, 40)], head_dim=128, page_size=32)
-    pool = jnp.asarray(b["kv"]).astype(jnp.float8_e4m3fn)
-    plain = [jnp.asarray(b[name]) for name in ("page_table", "start", "num_new")]
-    options = {"batch": make_ragged_batch(*plain, jnp.int32(1), TOKENS, 32), "first_page": b["first_page"]}
-    options |= {"scale": 0.25, "kv_scales": (0.02, 0.03)}
-    attention = jax.jit(functools.partial(interpreted, params=RACES, **options))
-    results = [attention(each["q"], each["k"], each["v"], pool) for each in (b, beside(b))]
-    for apart, joined in zip(*results, strict=True):
-        np.testing.assert_array_equal(np.asarray(joined, np.float32), np.asarray(apart, np.float32))
+    b["kv"] = jnp.asarray(b["kv"]).astype(jnp.float8_e4m3fn)
+    same_fused(b, None, BLOCKS, kv_scales=jnp.array([0.02, 0.03]))
 
 
 def test_rows_share_the_pages_of_a_prefix():
@@ -306,4 +325,4 @@ def test_pools_it_cannot_use_are_refused(pool, message):
     q, k, v, *rows = (jnp.asarray(b[name]) for name in ("q", "k", "v", "page_table", "start", "num_new"))
     batch = make_ragged_batch(*rows, jnp.int32(1), TOKENS, pool[3])
     with pytest.raises(ValueError, match=message):
-        fa.paged_attention(q, k, v, jnp.zeros(pool), batch, first_page=0, scale=1.0, blocks=BLOCKS)
+        fa.paged_attention(q, k, v, jnp.zeros(pool), batch, AttentionLayer(SPEC, 0), blocks=BLOCKS)

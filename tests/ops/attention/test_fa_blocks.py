@@ -38,14 +38,14 @@ def test_blocks_fit_and_keep_what_the_kernels_rely_on(chip, kv_heads, page, head
     assert tokens % chunks.queries == 0
     assert chunks.queries % 16 == 0
     assert chunks.write_slots >= 2
-    assert decode.max_rows % 16 == 0
+    assert decode.max_tokens % 16 == 0
 
 
 def test_qwen3_8b_on_four_devices():
     """2 KV heads of 128: blocks of 1024 keys, 8 of them in flight, whatever the page."""
     for page in (16, 64, 128):
         sizes = blocks.decode_blocks(V6E, (100, 2, 2, page, 128), jnp.bfloat16, 4096, 8)
-        assert sizes.max_rows >= 512
+        assert sizes.max_tokens >= 512
         assert (sizes.slots, sizes.pages * page, sizes.unit_pages * page) == (8, 1024, 256)
 
 
@@ -57,7 +57,7 @@ def test_many_heads_over_latent_vectors_of_576_leave_room_in_vmem(chip, heads, q
     shape = (100, 1, 1, 16, 640)
     chunks = blocks.chunk_blocks(chip, shape, jnp.bfloat16, 256, heads, 2048)
     assert (chunks.queries, chunks.pages * 16) == (queries, 1024)
-    assert blocks.decode_blocks(chip, shape, jnp.bfloat16, 256, heads).max_rows // 16 * 16 >= rows
+    assert blocks.decode_blocks(chip, shape, jnp.bfloat16, 256, heads).max_tokens // 16 * 16 >= rows
 
 
 def test_short_rows_get_no_larger_block_than_they_need():

@@ -11,10 +11,10 @@ import types
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batches import random_batch
+from batches import arguments, random_batch
 
 from sgl_jax.ops.attention import reference
-from sgl_jax.ops.attention.api import QKPrepare, make_ragged_batch
+from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, QKPrepare, make_ragged_batch
 from sgl_jax.ops.attention.backends import NoSuchBackend, find_backend
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -45,12 +45,9 @@ def reference_op():
     return op
 
 
-def called(tokamax, b, num_tokens, **options):
-    rows = (jnp.asarray(b[x]) for x in ("page_table", "start", "num_new"))
-    batch = make_ragged_batch(*rows, jnp.int32(sum(n == 1 for n in b["num_new"])), num_tokens, SIZES["page_size"])
-    q, k, v = (jnp.asarray(b[x]) for x in ("q", "k", "v"))
-    kv = jnp.asarray(side_by_side(b["kv"]))
-    return tokamax.paged_attention(q, k, v, kv, batch, first_page=b["first_page"], **options)
+def called(tokamax, b, spec, op, **arrays):
+    q, k, v, _, batch, layer = arguments(b, spec, **arrays)
+    return tokamax.paged_attention(q, k, v, jnp.asarray(side_by_side(b["kv"])), batch, layer, op=op)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
@@ -61,12 +58,9 @@ def test_its_operation_is_told_rows_and_pages_as_they_are(tokamax, softcap, prep
     angles = rng.uniform(0, 3, (40, 64)).astype(np.float32)
     rope = jnp.asarray(np.concatenate([np.cos(angles), np.sin(angles)], axis=1))
     prepare = QKPrepare(jnp.full(128, 1.5), jnp.full(128, 0.5), rope) if prepared else None
-    out, kv = called(tokamax, b, 40, scale=0.1, softcap=softcap, prepare=prepare, op=reference_op())
-    q, k = (np.asarray(x) for x in prepare(jnp.asarray(b["q"]), jnp.asarray(b["k"]))) if prepare else (b["q"], b["k"])
-    expected, pool = reference.paged_attention(
-        q, k, b["v"], b["kv"], b["page_table"], b["start"], b["num_new"], first_page=b["first_page"], scale=0.1,
-        softcap=softcap,
-    )  # fmt: skip
+    spec = AttentionSpec(0.1, softcap)
+    out, kv = called(tokamax, b, spec, reference_op(), prepare=prepare)
+    expected, pool = reference.paged_attention(*arguments(b, spec, prepare=prepare))
     used = int(b["num_new"].sum())
     np.testing.assert_allclose(out[:used], expected[:used], atol=2e-5)
     np.testing.assert_allclose(kv, side_by_side(pool), atol=1e-6)
@@ -80,18 +74,20 @@ def test_its_pool_has_k_and_v_of_a_token_side_by_side_in_32_bits(tokamax):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("spec", "arrays", "message"),
     [
-        ({"window": jnp.int32(8)}, "sliding windows"),
-        ({"sinks": jnp.zeros(4)}, "attention sinks"),
-        ({"temperature_length": 1024}, "scores that grow with the position"),
-        ({"kv_scales": (1.0, 1.0)}, "8-bit KV"),
+        ({}, {"window": jnp.int32(8)}, "sliding windows"),
+        ({}, {"sinks": jnp.zeros(4)}, "attention sinks"),
+        ({"temperature_length": 1024}, {}, "scores that grow with the position"),
+        ({}, {"kv_scales": jnp.ones(2)}, "8-bit KV"),
+        ({"value_dim": 64}, {}, "latent pools"),
+        ({"width": 4}, {}, "decoding rows of 4 tokens"),
     ],
 )
-def test_what_its_kernels_cannot_do_is_refused(tokamax, options, message):
+def test_what_its_kernels_cannot_do_is_refused(tokamax, spec, arrays, message):
     b = random_batch(np.random.default_rng(0), ROWS, num_tokens=40, **SIZES)
     with pytest.raises(ValueError, match=f"--attention-backend tokamax cannot do {message}; use fa or native"):
-        called(tokamax, b, 40, scale=0.1, op=print, **options)
+        called(tokamax, b, AttentionSpec(0.1, **spec), print, **arrays)
 
 
 def test_pages_that_are_no_power_of_two_are_refused(tokamax):
@@ -100,7 +96,7 @@ def test_pages_that_are_no_power_of_two_are_refused(tokamax):
     )
     q, k, kv = jnp.zeros((8, 4, 128)), jnp.zeros((8, 2, 128)), jnp.zeros((8, 48, 4, 1, 128))
     with pytest.raises(ValueError, match="--page-size to be a power of two; it is 48"):
-        tokamax.paged_attention(q, k, k, kv, batch, first_page=0, scale=0.1, op=print)
+        tokamax.paged_attention(q, k, k, kv, batch, AttentionLayer(AttentionSpec(0.1), 0), op=print)
 
 
 @pytest.fixture

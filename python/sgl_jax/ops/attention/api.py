@@ -1,22 +1,23 @@
 """The attention contract. One call serves any mix of prompt chunks and decoding rows.
 
-The pool is one array for all layers, `kv[L * P, K, 2, page, H]`, K at index 0 and V at index 1 of axis 2; layer i's page
-p is `kv[i * P + p]`. Page 0 of each layer takes the KV of padding tokens and is never read.
+The pool is one array for all layers, `kv[L * P, K, 2, page, H]`, K at index 0 and V at index 1 of axis 2; page p of layer i
+is `kv[i * P + p]`. Page 0 of each layer takes the KV of padding tokens and is never read.
 
 A latent pool has one plane in place of K and V, `kv[L * P, K, 1, page, H]`: the values are the first value_dim columns of
 the keys, and v is None.
 
-A product makes q, k and v side by side. Backends that say so (Backend.joined) are given them like that, as q with k and v
-None; for all others split_heads takes them apart first.
+One product makes q, k and v fused, `[T, N + 2K, H]`. Backends that say so (Backend.joined) get them as that product made
+them, as q with k and v None; for all others split_heads takes them apart first.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from sgl_jax.ops.norm_rope import rms_norm, rotate
@@ -25,10 +26,11 @@ from sgl_jax.ops.norm_rope import rms_norm, rotate
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class RaggedBatch:
-    """Which packed tokens belong to which row, and where their KV lives.
+    """Says which packed tokens belong to which row, and where their KV lives.
 
-    Row s owns tokens [cu_q_lens[s], cu_q_lens[s+1]), at the end of its kv_lens[s] tokens. Rows with one token come
-    first: num_short of them. Rows past the last real one are empty; tokens past cu_q_lens[-1] are padding.
+    Row s owns tokens [cu_q_lens[s], cu_q_lens[s+1]), the last ones of its kv_lens[s] tokens. Short rows come first:
+    num_short of them, each with at least one new token and at most W (AttentionSpec.width). Rows past the last real one
+    are empty; tokens past cu_q_lens[-1] are padding.
     """
 
     page_table: jax.Array  # i32[S, pages]: a page id of layer 0 for each page_size tokens
@@ -44,18 +46,49 @@ class RaggedBatch:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QKPrepare:
-    """What is to be done to q and k first: RMS norm of each head, then rotation, either may be missing."""
+    """The RMS norm of each head of q and k, then their rotation; either may be missing."""
 
-    q_norm: jax.Array | None  # [H]: what the normed q is multiplied with
+    q_norm: jax.Array | None  # [H]: the factors of the normed q
     k_norm: jax.Array | None  # [H]; both norms or neither
     rope: jax.Array | None  # f32[T, 2 * half]: cos then sin of each token's angles; i is rotated with half + i
     eps: float = dataclasses.field(default=1e-6, metadata={"static": True})
 
     def __call__(self, q: Float[Array, "T N H"], k: Float[Array, "T K H"]):
-        """In plain operations: q and k prepared, in their own dtype, rounded after the norm and after the rotation."""
+        """Prepare q and k in plain operations, in their own dtype, rounded after the norm and after the rotation."""
         if self.q_norm is not None and self.k_norm is not None:
             q, k = rms_norm(q, self.q_norm, self.eps), rms_norm(k, self.k_norm, self.eps)
         return (q, k) if self.rope is None else (rotate(q, self.rope), rotate(k, self.rope))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionSpec:
+    """The static part of attention: one for all layers of a program."""
+
+    scale: float
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
+    temperature_length: int | None = None  # capped scores are multiplied by max(1, log(position) / log(this))
+    value_dim: int | None = None  # V of a latent pool; None: the pool has planes for K and V
+    width: int = 1  # W: the most new tokens a short row may have (RaggedBatch)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class AttentionLayer:
+    """The attention of one layer: the program's spec, and the arrays that differ by layer."""
+
+    spec: AttentionSpec = dataclasses.field(metadata={"static": True})
+    first_page: jax.Array | int  # i32[]: layer * P
+    window: jax.Array | int | None = None  # i32[]: keys a query sees, its own included
+    sinks: jax.Array | None = None  # [N]: a logit per head that takes weight and gives nothing
+    kv_scales: jax.Array | None = None  # f32[2]: the pool holds K / [0] and V / [1]; a latent pool divides by [0]
+    prepare: QKPrepare | None = None  # done to q and k first; the pool holds prepared k
+
+    @property
+    def scales(self) -> tuple[jax.Array | float, jax.Array | float]:
+        """The factors of K and of V as they are read from the pool; 1.0 where nothing divided them."""
+        if self.kv_scales is None:
+            return 1.0, 1.0
+        return self.kv_scales[0], self.kv_scales[0 if self.spec.value_dim is not None else 1]
 
 
 @runtime_checkable  # so that tests can check annotations
@@ -64,21 +97,12 @@ class Attention(Protocol):
 
     def __call__(
         self,
-        q: Float[Array, "T heads H"],  # N of them, or N + 2K
+        q: Float[Array, "T heads H"],  # N heads, or N + 2K without k and v
         k: Float[Array, "T K H"] | None,
         v: Float[Array, "T K H"] | None,
         kv: Num[Array, "LP K planes page H"],
         batch: RaggedBatch,
-        *,
-        first_page: Int[Array, ""] | int,  # layer * P
-        scale: float,
-        window: Int[Array, ""] | int | None = None,  # tokens a query sees, itself included
-        softcap: float | None = None,  # scores become softcap * tanh(scores / softcap)
-        sinks: Float[Array, " N"] | None = None,  # a logit per head that takes weight and gives nothing
-        temperature_length: int | None = None,  # capped scores are multiplied by max(1, log(position) / log(this))
-        kv_scales: tuple[float, float] | None = None,  # the pool holds K and V divided by these, rounded to its dtype
-        prepare: QKPrepare | None = None,  # done to q and k first; the pool holds prepared k
-        value_dim: int | None = None,  # V, of a latent pool; kv_scales' first is then that of the values, too
+        layer: AttentionLayer,
     ) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page H"]]: ...
 
 
@@ -90,7 +114,10 @@ def make_ragged_batch(
     num_tokens: int,
     page_size: int,
 ) -> RaggedBatch:
-    """Derive the batch for `num_tokens` packed tokens (static, padding included) from what a plan says of each row."""
+    """Derive the batch of `num_tokens` packed tokens (static, padding included) from the plan's columns.
+
+    Rows lie in the order of the columns, those of at most W new tokens first: `num_short` of them.
+    """
     num_rows = len(start)
     cu = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(num_new, dtype=jnp.int32)])
     token = jnp.arange(num_tokens, dtype=jnp.int32)
@@ -104,7 +131,7 @@ def make_ragged_batch(
 
 
 def split_heads(qkv: Float[Array, "T heads H"], num_kv_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q [T, N, H], k and v [T, K, H] of the three side by side."""
+    """Cut fused q, k and v apart: q [T, N, H], k and v [T, K, H]."""
     num_tokens, num_heads, head_dim = qkv.shape
     ends = (num_heads - 2 * num_kv_heads) * head_dim, (num_heads - num_kv_heads) * head_dim
     q, k, v = jnp.split(qkv.reshape(num_tokens, -1), ends, axis=-1)  # of lines, as the product made them
@@ -112,9 +139,9 @@ def split_heads(qkv: Float[Array, "T heads H"], num_kv_heads: int) -> tuple[jax.
     return q, k, v
 
 
-def to_pool(x: Float[Array, "T K H"], dtype: Any, scale: float) -> Num[Array, "T K H"]:
-    """New K or V as a pool of the dtype holds it: divided by its scale, and for 8 bits cut off at the dtype's limits."""
-    if jnp.dtype(dtype).itemsize > 1 and scale == 1:
+def to_pool(x: Float[Array, "T K H"], dtype: DTypeLike, scale: Float[Array, ""] | float) -> Num[Array, "T K H"]:
+    """Divide new K or V by its scale and round it to the pool's dtype; 8-bit types saturate."""
+    if jnp.dtype(dtype).itemsize > 1 and isinstance(scale, float) and scale == 1:
         return x.astype(dtype)
     x = x.astype(jnp.float32) / scale
     if jnp.issubdtype(dtype, jnp.integer):
@@ -129,17 +156,16 @@ def write_kv(
     k: Float[Array, "T K H"],
     v: Float[Array, "T K H"] | None,
     batch: RaggedBatch,
-    first_page: Int[Array, ""] | int,
-    kv_scales: tuple[float, float] | None = None,
+    layer: AttentionLayer,
 ) -> Num[Array, "LP K planes page H"]:
     """Put each token's K and V into its place in the pool."""
     _pages, num_kv_heads, planes, page_size, head_dim = kv.shape
-    both = zip([k] if v is None else [k, v], kv_scales or (1.0, 1.0), strict=False)
+    both = zip([k] if v is None else [k, v], layer.scales, strict=False)
     new = jnp.stack([to_pool(x, kv.dtype, scale) for x, scale in both], axis=2)
     new = new.reshape(-1, head_dim)  # [T * K * planes, H]
     # The pool seen as lines of H, and a line the unit of writing: with larger units XLA TPU wants the pool in another
     # layout, and copies all of it there and back in every layer.
     per_page = num_kv_heads * planes
-    slots = (batch.token_page + first_page)[:, None] * per_page + jnp.arange(per_page)
+    slots = (batch.token_page + layer.first_page)[:, None] * per_page + jnp.arange(per_page)
     lines = slots * page_size + batch.token_offset[:, None]  # [T, K * planes]
     return kv.reshape(-1, head_dim).at[lines.reshape(-1)].set(new).reshape(kv.shape)

@@ -10,10 +10,12 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from importlib import metadata
-from typing import Any
+
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
 
 from sgl_jax.ops.attention import native
-from sgl_jax.ops.attention.api import Attention
+from sgl_jax.ops.attention.api import Attention, AttentionLayer, RaggedBatch
 
 GROUP = "sgl_jax.attention"
 _FA_PAGE = 128  # half the work that pages of 16 are (docs/decisions/0015-pages-of-128-on-tpu.md)
@@ -25,9 +27,9 @@ class NoSuchBackend(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PoolOrder:
-    """How a pool lies in memory, for a backend that wants another order than the contract's `[LP, K, planes, page, H]`."""
+    """The order of a pool in memory, for a backend that wants another than the contract's `[LP, K, planes, page, H]`."""
 
-    page: Callable[[int, int, int, int, Any], tuple[int, ...]]  # (K, planes, page, H, dtype) -> the shape of a page
+    page: Callable[[int, int, int, int, DTypeLike], tuple[int, ...]]  # (K, planes, page, H, dtype): the shape of a page
     axes: tuple[str | None, ...]  # of the pool: "pages" first, and "kv_heads" where tensor parallelism divides it
 
 
@@ -39,24 +41,34 @@ HEADS_FIRST = PoolOrder(
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """An implementation, and what it asks of the pool. It is called as the contract says."""
+    """An implementation of the contract, and its demands on the pool."""
 
-    attend: Attention | Callable[..., Any]  # one that is not `latent` need not know value_dim
+    attend: Attention
     platforms: frozenset[str] = frozenset({"cpu", "gpu", "tpu"})
     pool_head_dim: Callable[[int], int] = lambda head_dim: head_dim  # H of the pool, for heads of that size
-    page_multiple: Callable[[Any], int] = lambda dtype: 1  # page sizes must be multiples of it, for a pool of the dtype
-    latent: bool = False  # it takes pools of one plane, with `value_dim`
-    joined: bool = False  # it takes q, k and v side by side, k and v None (api.py)
-    page_size: int | None = None  # what it likes best, for launches that are not told; None: the platform's
+    page_multiple: Callable[[DTypeLike], int] = lambda dtype: (
+        1
+    )  # page sizes must be multiples of it, by the pool's dtype
+    latent: bool = False  # it takes pools of one plane (AttentionSpec.value_dim)
+    joined: bool = False  # it takes q, k and v fused, k and v None (api.py)
+    page_size: int | None = None  # the default for launches that name none; None: the platform's
     pool_order: PoolOrder = HEADS_FIRST
 
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        return self.attend(*args, **options)
+    def __call__(
+        self,
+        q: Float[Array, "T heads H"],
+        k: Float[Array, "T K H"] | None,
+        v: Float[Array, "T K H"] | None,
+        kv: Num[Array, "LP ..."],
+        batch: RaggedBatch,
+        layer: AttentionLayer,
+    ) -> tuple[Float[Array, "T N V"], Num[Array, "LP ..."]]:
+        return self.attend(q, k, v, kv, batch, layer)
 
 
 def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = False) -> Backend:
-    """The backend of a name, for "cpu", "gpu" or "tpu"; `vectorise` is native's; `latent`: the model keeps one vector per
-    token. Raises NoSuchBackend, saying which there are."""
+    """Return the backend of a name for "cpu", "gpu" or "tpu"; `vectorise` is native's; `latent`: the model keeps one
+    vector per token. Raises NoSuchBackend, which lists the backends there are."""
     brought = {point.name: point for point in metadata.entry_points(group=GROUP)}
     if name == "native":
         backend = Backend(functools.partial(native.paged_attention, vectorise=vectorise), latent=True)

@@ -1,63 +1,64 @@
-"""What paged attention means: one row at a time, dense, float64 numpy. For tests."""
+"""The meaning of paged attention: one row at a time, dense, float64 numpy. For tests."""
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Num
+
+from sgl_jax.ops.attention.api import AttentionLayer, RaggedBatch, to_pool
+
+_Numbers = Array | np.ndarray
 
 
 def paged_attention(
-    q,
-    k,
-    v,
-    kv,
-    page_table,
-    start,
-    num_new,
-    *,
-    first_page=0,
-    scale,
-    window=None,
-    softcap=None,
-    sinks=None,
-    temperature_length=None,
-    kv_scales=None,
-    value_dim=None,
-):
-    """q [T, N, H], k and v [T, K, H], kv [LP, K, 2, page, H], page_table [S, pages], start and num_new [S].
-
-    Returns (o [T, N, H], kv): tokens beyond the rows' are zero. With kv_scales, k and v are what the pool is to hold. With
-    value_dim, v is None, kv [LP, K, 1, page, H] and o [T, N, value_dim].
-    """
-    q, k, kv = (np.array(x, np.float64) for x in (q, k, kv))
-    k_scale, v_scale = kv_scales or (1.0, 1.0)
-    v_scale = k_scale if value_dim else v_scale
-    page_size, group = kv.shape[3], q.shape[1] // k.shape[1]
-    out = np.zeros((*q.shape[:2], value_dim or q.shape[2]))
-    token = 0
-    for row, (s, n) in enumerate(zip(np.asarray(start), np.asarray(num_new), strict=True)):
-        for i in range(n):
-            page = first_page + page_table[row][(s + i) // page_size]
-            kv[page, :, 0, (s + i) % page_size] = k[token + i]
-            if value_dim is None:
-                kv[page, :, 1, (s + i) % page_size] = v[token + i]
-        pages = first_page + np.asarray(page_table[row][: -(-(s + n) // page_size)])
-        if n == 0:
+    q: Float[_Numbers, "T N H"],
+    k: Float[_Numbers, "T K H"],
+    v: Float[_Numbers, "T K H"] | None,
+    kv: Num[_Numbers, "LP K planes page H"],
+    batch: RaggedBatch,
+    layer: AttentionLayer,
+) -> tuple[Float[np.ndarray, "T N V"], Float[np.ndarray, "LP K planes page H"]]:
+    """See api.Attention, for arrays of numbers; padding has outputs of zero, and nothing is written for it."""
+    spec = layer.spec
+    if layer.prepare is not None:
+        q, k = layer.prepare(jnp.asarray(q), jnp.asarray(k))
+    k_scale, v_scale = (float(x) for x in layer.scales)
+    if layer.kv_scales is not None:
+        k, v = (None if x is None else to_pool(x, kv.dtype, s) for x, s in ((k, k_scale), (v, v_scale)))
+    q, kv = np.array(q, np.float64), np.array(kv, np.float64)
+    new = [np.array(x, np.float64) for x in (k, v) if x is not None]
+    value_dim = q.shape[2] if spec.value_dim is None else spec.value_dim
+    page_size, group, first_page = kv.shape[3], q.shape[1] // kv.shape[1], int(layer.first_page)
+    out = np.zeros((*q.shape[:2], value_dim))
+    table, kv_lens, cu = (np.asarray(x) for x in (batch.page_table, batch.kv_lens, batch.cu_q_lens))
+    for row, pages in enumerate(table + first_page):
+        tokens = range(cu[row], cu[row + 1])
+        position = kv_lens[row] - cu[row + 1]  # of a token, less its number
+        for token in tokens:
+            page, offset = divmod(position + token, page_size)
+            for plane, x in enumerate(new):
+                kv[pages[page], :, plane, offset] = x[token]
+        if not tokens:
             continue
-        cached = np.concatenate(list(kv[pages]), axis=2)  # [K, 2, pages * page, H]
-        for i in range(n):
-            last = s + i
-            first = 0 if window is None else max(0, last - window + 1)
+        cached = np.concatenate(
+            list(kv[pages[: -(-kv_lens[row] // page_size)]]), axis=2
+        )  # [K, planes, pages * page, H]
+        for token in tokens:
+            last = position + token
+            first = 0 if layer.window is None else max(0, last - int(layer.window) + 1)
+            growth = 1.0
+            if spec.temperature_length is not None and last > spec.temperature_length:
+                growth = np.log(last) / np.log(spec.temperature_length)
             for head in range(q.shape[1]):
-                keys = cached[head // group, 0, first : last + 1]
-                values = keys[:, :value_dim] if value_dim else cached[head // group, 1, first : last + 1]
-                scores = keys @ q[token + i, head] * (scale * k_scale)
-                if softcap is not None:
-                    scores = softcap * np.tanh(scores / softcap)
-                if temperature_length is not None and last > temperature_length:
-                    scores *= np.log(last) / np.log(temperature_length)
-                sink = -np.inf if sinks is None else float(sinks[head])
+                seen = cached[head // group, :, first : last + 1]
+                scores = seen[0] @ q[token, head] * (spec.scale * k_scale)
+                if spec.softcap is not None:
+                    scores = spec.softcap * np.tanh(scores / spec.softcap)
+                scores *= growth
+                sink = -np.inf if layer.sinks is None else float(layer.sinks[head])
                 top = max(scores.max(), sink)
                 weights = np.exp(scores - top)
-                out[token + i, head] = v_scale * (weights @ values) / (weights.sum() + np.exp(sink - top))
-        token += n
+                summed = weights @ seen[-1][:, :value_dim]
+                out[token, head] = v_scale * summed / (weights.sum() + np.exp(sink - top))
     return out, kv

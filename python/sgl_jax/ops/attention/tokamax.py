@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float, Int, Num
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Num
 
-from sgl_jax.ops.attention.api import QKPrepare, RaggedBatch
+from sgl_jax.ops.attention.api import AttentionLayer, RaggedBatch
 from sgl_jax.ops.attention.backends import Backend, PoolOrder
 
 try:
@@ -25,51 +26,49 @@ except ImportError as problem:
 
 _KERNELS = BatchedRpa(bypass_device_check=True)  # programs are compiled where there is no TPU, too
 _LANES = 128
-# Of the scalar memory, for the page table; half is for the work list's part that is being made or done.
+# Fraction of scalar memory the page table may fill. The kernels need the rest for their work list.
 _SCALARS = 1 / 2
-# That its work list holds at least: 16 times as many as scalar memory does, in lines of 128, the last unused.
+# Lower bound of the work list's capacity, in steps: it has 16 lines of 128, and the last one is not used.
 _STEPS = 15 * 128
-# Of a block.
-_KEYS = 512, 1024, 2048, 4096
+_KEYS = 512, 1024, 2048, 4096  # block sizes to try, in keys
 
 
 def paged_attention(
     q: Float[Array, "T N H"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    k: Float[Array, "T K H"] | None,
+    v: Float[Array, "T K H"] | None,
     kv: Num[Array, "LP page pairs packing HP"],
     batch: RaggedBatch,
+    layer: AttentionLayer,
     *,
-    first_page: Int[Array, ""] | int,
-    scale: float,
-    window: Int[Array, ""] | int | None = None,
-    softcap: float | None = None,
-    sinks: Float[Array, " N"] | None = None,
-    temperature_length: int | None = None,
-    kv_scales: tuple[float, float] | None = None,
-    prepare: QKPrepare | None = None,
-    op: Callable[..., Any] | None = None,
+    op: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
 ) -> tuple[Float[Array, "T N H"], Num[Array, "LP page pairs packing HP"]]:
     """See api.Attention; the pool is ordered as `backend.pool_order` says. `op`: another than the kernels (for tests).
 
-    Raises ValueError for what its kernels cannot do.
+    Raises ValueError for features its kernels lack.
     """
+    spec = layer.spec
     refused = {
-        "sliding windows": window is not None,  # it takes one as a constant; ours differ by layer
-        "attention sinks": sinks is not None,
-        "scores that grow with the position": temperature_length is not None,
-        "8-bit KV": kv_scales is not None or kv.dtype.itemsize == 1,
+        "sliding windows": layer.window is not None,  # it takes one as a constant; ours differ by layer
+        "attention sinks": layer.sinks is not None,
+        "scores that grow with the position": spec.temperature_length is not None,
+        "8-bit KV": layer.kv_scales is not None or kv.dtype.itemsize == 1,
+        "latent pools": spec.value_dim is not None,
+        # Its decode_query_size may do, but nothing here can run its kernels to see.
+        f"decoding rows of {spec.width} tokens": spec.width > 1,
     }
     for what, asked in refused.items():
         if asked:
             raise ValueError(f"--attention-backend tokamax cannot do {what}; use fa or native")
+    if k is None or v is None:
+        raise ValueError("--attention-backend tokamax takes q, k and v apart")
     page_size = kv.shape[1]
     if page_size & (page_size - 1):
         raise ValueError(f"--attention-backend tokamax needs --page-size to be a power of two; it is {page_size}")
     if op is None:
         op = _sized(kv.shape, kv.dtype.itemsize, batch.page_table.shape, len(q))
-    if prepare is not None:
-        q, k = prepare(q, k)
+    if layer.prepare is not None:
+        q, k = layer.prepare(q, k)
     num_short = batch.num_short.reshape(1)
     num_rows = jnp.sum(batch.cu_q_lens[1:] > batch.cu_q_lens[:-1], dtype=jnp.int32).reshape(1)
     return op(
@@ -78,17 +77,19 @@ def paged_attention(
         v.astype(kv.dtype),
         kv,
         batch.kv_lens,
-        (batch.page_table + first_page).reshape(-1),
+        (batch.page_table + layer.first_page).reshape(-1),
         batch.cu_q_lens,
         jnp.concatenate([num_short, num_short, num_rows]),  # where decoding, equal and other rows end
-        sm_scale=scale,
-        soft_cap=softcap,
+        sm_scale=spec.scale,
+        soft_cap=spec.softcap,
     )
 
 
 def _sized(kv_shape: tuple[int, ...], itemsize: int, table_shape: tuple[int, ...], num_tokens: int) -> BatchedRpa:
-    """The operation with blocks of as few keys as do, so that its work list holds the worst step there can be: it is of one
-    size, and what is more would be written past its end."""
+    """Return the operation with the smallest blocks of keys whose work list holds the worst possible step.
+
+    The list has one size, and the kernels write steps beyond it past its end.
+    """
     _, page_size, pairs, packing, width = kv_shape
     rows, pages = table_shape
     try:
@@ -111,7 +112,7 @@ def _sized(kv_shape: tuple[int, ...], itemsize: int, table_shape: tuple[int, ...
     )
 
 
-def _page(heads: int, planes: int, page_size: int, width: int, dtype: Any) -> tuple[int, ...]:
+def _page(heads: int, planes: int, page_size: int, width: int, dtype: DTypeLike) -> tuple[int, ...]:
     packing = 4 // np.dtype(dtype).itemsize
     return page_size, -(-heads * planes // packing), packing, width
 

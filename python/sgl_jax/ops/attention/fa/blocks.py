@@ -36,7 +36,7 @@ class DecodeBlocks:
     pages: int  # in a slot: a power of two, at most IDS
     unit_pages: int  # per step in an edge block; divides pages
     vmem_limit: int
-    max_rows: int  # served by one call, whose q, o and new KV lie in VMEM; a multiple of 16
+    max_tokens: int  # of the short rows of one call, whose q, o and new KV lie in VMEM; a multiple of 16
     expected_keys: int = EXPECTED_KEYS
 
 
@@ -76,10 +76,10 @@ def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: 
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
     slots, pages = _ring(DECODE_KEYS, page_size, row_pages, page_bytes, 4, chip.vmem_bytes // 8)
     unit = min(pages, _power_of_two(UNIT_KEYS // page_size))
-    # A row has q and o as they come, at most float32, and both once more in float32; so for the new K and V.
-    row_bytes = (3 * num_heads + 4 * kv_shape[1]) * kv_shape[4] * 4
-    max_rows = max(16, chip.vmem_bytes // 2 // row_bytes // 16 * 16)
-    blocks = DecodeBlocks(slots, pages, unit, chip.vmem_bytes * 7 // 8, max_rows)
+    # A token has q and o as they come, at most float32, and both once more in float32; so for the new K and V.
+    token_bytes = (3 * num_heads + 4 * kv_shape[1]) * kv_shape[4] * 4
+    max_tokens = max(16, chip.vmem_bytes // 2 // token_bytes // 16 * 16)
+    blocks = DecodeBlocks(slots, pages, unit, chip.vmem_bytes * 7 // 8, max_tokens)
     return dataclasses.replace(blocks, **_tuned("decode", chip, kv_shape, dtype))
 
 

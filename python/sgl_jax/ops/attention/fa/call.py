@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
-from sgl_jax.ops.attention.api import QKPrepare, RaggedBatch, split_heads, to_pool
+from sgl_jax.ops.attention.api import AttentionLayer, RaggedBatch, split_heads, to_pool
 from sgl_jax.ops.attention.fa import blocks as block_sizes
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks, DecodeBlocks
 from sgl_jax.ops.attention.fa.chunks import attend_chunks
-from sgl_jax.ops.attention.fa.decode import attend_singles
-from sgl_jax.ops.attention.fa.prepare import operands
+from sgl_jax.ops.attention.fa.decode import attend_short
+from sgl_jax.ops.attention.fa.prepare import Operands, operands
 from sgl_jax.ops.attention.fa.ring import IDS
 from sgl_jax.ops.attention.fa.tile import LANES, Scalars, Scores, row_tile
 
@@ -21,12 +23,12 @@ TOKENS = 16  # packed tokens come in multiples of this: the rows of a bfloat16 t
 
 
 def pool_head_dim(head_dim: int) -> int:
-    """The head dim of a pool for this backend: whole lane tiles, which is what the chip's memory would take anyway."""
+    """Return the head dim of a pool for this backend: whole lane tiles, as the chip's memory pads it anyway."""
     return -(-head_dim // LANES) * LANES
 
 
-def page_size_multiple(dtype: Any) -> int:
-    """Page sizes must be multiples of this."""
+def page_size_multiple(dtype: DTypeLike) -> int:
+    """Return what page sizes must be multiples of."""
     return row_tile(dtype)
 
 
@@ -36,16 +38,8 @@ def paged_attention(
     v: Float[Array, "T K H"] | None,
     kv: Num[Array, "LP K planes page HP"],
     batch: RaggedBatch,
+    layer: AttentionLayer,
     *,
-    first_page: Int[Array, ""] | int,
-    scale: float,
-    window: Int[Array, ""] | int | None = None,
-    softcap: float | None = None,
-    sinks: Float[Array, " N"] | None = None,
-    temperature_length: int | None = None,
-    kv_scales: tuple[float, float] | None = None,
-    prepare: QKPrepare | None = None,
-    value_dim: int | None = None,
     blocks: tuple[DecodeBlocks, ChunkBlocks] | None = None,
 ) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page HP"]]:
     """See api.Attention. The pool's head dim HP is pool_head_dim(H), its page size a multiple of page_size_multiple.
@@ -53,94 +47,40 @@ def paged_attention(
     `blocks`: sizes other than the chip's (for tests).
     """
     num_tokens, head_dim = q.shape[0], q.shape[2]
-    _, num_kv_heads, _, _, pool_dim = kv.shape
-    if k is None and (head_dim != pool_dim or kv.dtype.itemsize == 1 or kv_scales):
-        q, k, v = split_heads(q, num_kv_heads)  # heads are to be padded, or k and v made what the pool holds
-    joined = k is None
-    num_heads = q.shape[1] - 2 * num_kv_heads if joined else q.shape[1]
-    if pool_dim != pool_head_dim(head_dim):
-        raise ValueError(
-            f"attention backend fa needs a pool of head dim {pool_head_dim(head_dim)} for heads of {head_dim}, "
-            f"this one has {pool_dim}"
-        )
-    if kv.shape[3] % page_size_multiple(kv.dtype):
-        raise ValueError(
-            f"attention backend fa needs pages of a multiple of {page_size_multiple(kv.dtype)} {kv.dtype} tokens; "
-            f"--page-size is {kv.shape[3]}"
-        )
-    num_rows, row_pages = batch.page_table.shape
-    padded_tokens = -(-num_tokens // TOKENS) * TOKENS
+    _check_pool(kv, head_dim)
+    spec, divides = layer.spec, kv.dtype.itemsize == 1 or layer.kv_scales is not None
+    if k is None and (head_dim != kv.shape[4] or divides):
+        q, k, v = split_heads(q, kv.shape[1])  # heads are to be padded, or k and v made what the pool holds
+    num_heads = q.shape[1] - 2 * kv.shape[1] if k is None else q.shape[1]
     if blocks is None:
-        chip = block_sizes.current_chip()
-        blocks = (
-            block_sizes.decode_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads),
-            block_sizes.chunk_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads, padded_tokens),
-        )
+        blocks = _blocks(kv, batch.page_table.shape[1], num_heads, num_tokens)
     padded_tokens = -(-num_tokens // blocks[1].queries) * blocks[1].queries
-
-    def padded(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, ((0, padded_tokens - num_tokens), (0, 0), (0, pool_dim - head_dim))).astype(dtype)
-
-    def flat(x: jax.Array) -> jax.Array:
-        return padded(x).reshape(padded_tokens, -1)
-
+    prepare, q_dtype = layer.prepare, q.dtype
+    if prepare is not None and k is not None and divides:
+        (q, k), prepare = prepare(q, k), None  # before they are divided and rounded
+    k, v = (None if x is None else to_pool(x, kv.dtype, scale) for x, scale in zip((k, v), layer.scales, strict=True))
     # 8-bit pools: values go in as bfloat16 that the pool's type holds exactly.
     dtype = jnp.dtype(kv.dtype) if kv.dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
-    k_scale, v_scale = kv_scales or (1.0, 1.0)
-    if prepare is not None and k is not None and (kv.dtype.itemsize == 1 or kv_scales):
-        (q, k), prepare = prepare(q, k), None  # before they are divided and rounded
-    heads_first = v is None and not joined
-    v_scale = k_scale if heads_first else v_scale
-    k, v = (None if x is None else to_pool(x, kv.dtype, scale) for x, scale in ((k, k_scale), (v, v_scale)))
-    value_dim = head_dim if value_dim is None else value_dim
-    value_lanes = pool_head_dim(value_dim)
-    table = jnp.pad(batch.page_table, ((0, 0), (0, -row_pages % IDS)))
-    scalars = Scalars(
-        *(jnp.asarray(x, jnp.int32).reshape(1) for x in (batch.num_short, first_page, 0 if window is None else window))
+    tokens = _Tokens(
+        *_packed(q, k, v, padded_tokens, kv.shape[4], dtype),
+        prepare=operands(prepare, padded_tokens, head_dim, kv.shape[4], q_dtype),
+        sinks=_sink_lines(layer, num_heads),
     )
-    if sinks is not None:
-        lines = jnp.pad(sinks.astype(jnp.float32), (0, 8))[:, None]
-        sinks = jnp.broadcast_to(lines, (num_heads + 8, LANES))
-    prepared = operands(prepare, padded_tokens, head_dim, pool_dim, q.dtype)
-    scores = Scores(scale * k_scale, softcap, v_scale, dtype, temperature_length)
-    num_lines = -(-min(num_rows, num_tokens) // TOKENS) * TOKENS
-    # Queries are products of all heads at once, or of each head by itself (models/mla.py): the kernels take them as those
-    # products lay them out.
-    q2 = padded(q).swapaxes(0, 1) if heads_first else flat(q)
-    k2, v2 = (None if x is None else flat(x) for x in (k, v))
-    parts = []
-    for first in range(0, num_lines, blocks[0].max_rows):  # more rows than VMEM holds are served in turn
-        end = min(num_lines, first + blocks[0].max_rows)
-        mine = scalars._replace(num_short=jnp.clip(scalars.num_short - first, 0, end - first))
-        # Where all rows are served at once the kernel takes what it needs of the whole arrays.
-        cut = (lambda x: x) if end - first == num_lines else (lambda x, first=first, end=end: x[first:end])
-        rope = None if prepared.rope is None else cut(prepared.rope)
-        part, kv = attend_singles(
-            cut(q2.swapaxes(0, 1)).swapaxes(0, 1) if heads_first else cut(q2),
-            None if k2 is None else cut(k2),
-            None if v2 is None else cut(v2),
-            kv,
-            mine,
-            cut(batch.kv_lens),
-            cut(table).reshape(-1),
-            sinks,
-            prepared._replace(rope=rope),
-            num_heads=num_heads,
-            value_dim=value_lanes,
-            num_rows=end - first,
-            scores=scores,
-            has_window=window is not None,
-            blocks=blocks[0],
-        )
-        parts.append(part)
-    out = parts[0]
-    if len(parts) > 1:
-        rest = [(0, 0)] * (out.ndim - 2) + [(0, padded_tokens - num_lines), (0, 0)]
-        out = jnp.pad(jnp.concatenate(parts, axis=-2), rest)
+    table = jnp.pad(batch.page_table, ((0, 0), (0, -batch.page_table.shape[1] % IDS)))
+    numbers = batch.num_short, layer.first_page, 0 if layer.window is None else layer.window
+    scalars = Scalars(
+        *(jnp.asarray(x, jnp.int32).reshape(1) for x in numbers),
+        kv_scales=None if layer.kv_scales is None else jnp.stack(layer.scales).astype(jnp.float32),
+    )
+    scores = Scores(spec.scale, spec.softcap, spec.temperature_length, dtype)
+    value_dim = head_dim if spec.value_dim is None else spec.value_dim
+    out, kv, lines_set = _attend_short(
+        tokens, kv, scalars, batch, table, scores, num_heads, pool_head_dim(value_dim), layer, num_tokens, blocks[0]
+    )
     out, kv = attend_chunks(
-        q2,
-        k2,
-        v2,
+        tokens.q,
+        tokens.k,
+        tokens.v,
         out,
         kv,
         scalars,
@@ -148,14 +88,144 @@ def paged_attention(
         batch.cu_q_lens,
         jnp.pad(batch.token_page, (0, padded_tokens - num_tokens)),
         table.reshape(-1),
-        sinks,
-        prepared,
+        tokens.sinks,
+        tokens.prepare,
         num_heads=num_heads,
-        lines_set=num_lines,
+        lines_set=lines_set,
         scores=scores,
-        has_window=window is not None,
+        has_window=layer.window is not None,
         blocks=blocks[1],
     )
-    out = out.swapaxes(0, 1) if heads_first else out.reshape(padded_tokens, num_heads, value_lanes)
-    out = out[:num_tokens, :, :value_dim]
-    return out.astype(q.dtype), kv
+    heads_first = out.ndim == 3
+    out = out.swapaxes(0, 1) if heads_first else out.reshape(padded_tokens, num_heads, -1)
+    return out[:num_tokens, :, :value_dim].astype(q_dtype), kv
+
+
+class _Tokens(NamedTuple):
+    """What the kernels read of the packed tokens, T of them with padding."""
+
+    q: jax.Array  # [T, N * H] or [N, T, H]; fused: [T, (N + 2K) * H]
+    k: jax.Array | None  # [T, K * H]
+    v: jax.Array | None
+    prepare: Operands
+    sinks: jax.Array | None  # f32[N + 8, 128]: the same in all lanes
+
+    def cut(self, start: jax.Array | int, lines: int) -> _Tokens:
+        """Take the tokens [start, start + lines)."""
+
+        def some(x: jax.Array | None) -> jax.Array | None:
+            if x is None:
+                return None
+            if isinstance(start, int):
+                return x[..., start : start + lines, :]
+            room = [(0, 0)] * (x.ndim - 2) + [(0, lines), (0, 0)]
+            return lax.dynamic_slice_in_dim(jnp.pad(x, room), start, lines, axis=x.ndim - 2)
+
+        prepare = self.prepare._replace(rope=some(self.prepare.rope))
+        return self._replace(q=some(self.q), k=some(self.k), v=some(self.v), prepare=prepare)
+
+
+def _attend_short(
+    tokens: _Tokens,
+    kv: Num[Array, "LP K planes page HP"],
+    scalars: Scalars,
+    batch: RaggedBatch,
+    table: Int[Array, "S ids"],
+    scores: Scores,
+    num_heads: int,
+    value_lanes: int,
+    layer: AttentionLayer,
+    num_tokens: int,
+    blocks: DecodeBlocks,
+) -> tuple[jax.Array, jax.Array, int]:
+    """Run the decode kernel over all short rows, in turns of as many as VMEM holds. Returns o, the pool, and how many
+    lines of o are set."""
+    width = layer.spec.width
+    num_rows = min(len(batch.kv_lens), num_tokens)
+    all_lines = min(_whole(num_rows * width), _whole(num_tokens))
+    options = {"num_heads": num_heads, "value_dim": value_lanes, "width": width, "scores": scores, "blocks": blocks}
+    options["has_window"] = layer.window is not None
+
+    def attend(tokens: _Tokens, kv, scalars, kv_lens, cu_q_lens, table, lines):
+        rows = kv_lens, cu_q_lens, table.reshape(-1)
+        q, k, v, prepare, sinks = tokens
+        return attend_short(q, k, v, kv, scalars, *rows, sinks, prepare, num_tokens=lines, **options)
+
+    # Where all rows are served at once the kernel takes what it needs of the whole arrays.
+    if all_lines <= blocks.max_tokens:
+        out, kv = attend(tokens, kv, scalars, batch.kv_lens, batch.cu_q_lens, table, all_lines)
+        return out, kv, all_lines
+    per_turn = blocks.max_tokens // width
+    q = tokens.q
+    out = (
+        jnp.zeros((q.shape[0], q.shape[1] + blocks.max_tokens, value_lanes), q.dtype)
+        if q.ndim == 3
+        else jnp.zeros((len(q) + blocks.max_tokens, num_heads * value_lanes), q.dtype)
+    )
+    for first in range(0, num_rows, per_turn):
+        rows = slice(first, first + per_turn)
+        start = first if width == 1 else batch.cu_q_lens[first]
+        lines = _whole(min(blocks.max_tokens, all_lines - first * width))
+        mine = scalars._replace(num_short=jnp.clip(scalars.num_short - first, 0, per_turn))
+        cu_q_lens = batch.cu_q_lens[first : first + per_turn + 1] - start
+        part, kv = attend(tokens.cut(start, lines), kv, mine, batch.kv_lens[rows], cu_q_lens, table[rows], lines)
+        out = lax.dynamic_update_slice_in_dim(out, part, start, axis=out.ndim - 2)
+    return out[..., : q.shape[-2], :], kv, all_lines
+
+
+def _packed(
+    q: Float[Array, "T heads H"],
+    k: Num[Array, "T K H"] | None,
+    v: Num[Array, "T K H"] | None,
+    num_tokens: int,
+    pool_dim: int,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """Pad to num_tokens and to the pool's head dim, and lay out as the products around have them.
+
+    Queries are products of all heads at once, or of each head by itself (models/mla.py, where v is None).
+    """
+
+    def padded(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, num_tokens - len(x)), (0, 0), (0, pool_dim - x.shape[2]))).astype(dtype)
+
+    def flat(x: jax.Array) -> jax.Array:
+        return padded(x).reshape(num_tokens, -1)
+
+    heads_first = v is None and k is not None
+    k, v = (None if x is None else flat(x) for x in (k, v))
+    return padded(q).swapaxes(0, 1) if heads_first else flat(q), k, v
+
+
+def _sink_lines(layer: AttentionLayer, num_heads: int) -> Float[Array, "lines 128"] | None:
+    if layer.sinks is None:
+        return None
+    lines = jnp.pad(layer.sinks.astype(jnp.float32), (0, 8))[:, None]
+    return jnp.broadcast_to(lines, (num_heads + 8, LANES))
+
+
+def _blocks(kv: jax.Array, row_pages: int, num_heads: int, num_tokens: int) -> tuple[DecodeBlocks, ChunkBlocks]:
+    """Choose the sizes for the chip that the program is traced for."""
+    chip = block_sizes.current_chip()
+    return (
+        block_sizes.decode_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads),
+        block_sizes.chunk_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads, _whole(num_tokens)),
+    )
+
+
+def _whole(tokens: int) -> int:
+    """Round up to a multiple of TOKENS."""
+    return -(-tokens // TOKENS) * TOKENS
+
+
+def _check_pool(kv: jax.Array, head_dim: int) -> None:
+    if kv.shape[4] != pool_head_dim(head_dim):
+        raise ValueError(
+            f"attention backend fa needs a pool of head dim {pool_head_dim(head_dim)} for heads of {head_dim}, "
+            f"this one has {kv.shape[4]}"
+        )
+    if kv.shape[3] % page_size_multiple(kv.dtype):
+        raise ValueError(
+            f"attention backend fa needs pages of a multiple of {page_size_multiple(kv.dtype)} {kv.dtype} tokens; "
+            f"--page-size is {kv.shape[3]}"
+        )

@@ -1,7 +1,7 @@
-"""Rows with several new tokens: their K and V go to the pool first, then tiles of queries walk their rows' pages.
+"""Rows of more tokens than short ones: their K and V go to the pool first, then tiles of queries walk their rows' pages.
 
 Tiles lie on fixed places of the packed tokens, so that q and o need no other layout than the matmuls around have; a tile
-where rows meet is computed once for each of them. The kernel owns every token after the rows with one token: their
+where rows meet is computed once for each of them. The kernel owns every token after those of the short rows: their
 outputs, and zeros for padding. Without such rows it has nothing to do but zeros where decode has not put them.
 """
 
@@ -42,9 +42,10 @@ class Refs:
     less where the pool has one plane, whose first V columns are the values; q and o may have heads before tokens
     (tile.of_head), and so have their tiles."""
 
-    num_short: Ref  # SMEM i32[1]: rows with one token
+    num_short: Ref  # SMEM i32[1]: rows that are left to the decode kernel
     first_page: Ref  # SMEM i32[1]: of the layer
     window: Ref  # SMEM i32[1]
+    kv_scales: Ref | None  # SMEM f32[2]
     kv_lens: Ref  # SMEM i32[S]
     cu_q_lens: Ref  # SMEM i32[S + 1]
     token_page: Ref  # SMEM i32[T]
@@ -86,6 +87,7 @@ def _kernel(
     shared = ("num_short", "first_page", "kv_lens", "cu_q_lens", "token_page", "k", "v", "k_norm", "rope", "kv")
     write_chunks(WriteRefs(**{name: getattr(refs, name) for name in shared}, **refs.write), prepare)
 
+    scores = scores.scaled(refs.kv_scales)
     pages = PageRing(**refs.ring, kv=refs.kv, table=refs.table, groups=groups, first_page=refs.first_page[0])
     _, num_kv_heads, _, page_size, head_dim = refs.kv.shape
     value_dim = refs.acc.shape[2]
@@ -95,8 +97,9 @@ def _kernel(
     tile_tokens = refs.q_tiles.shape[-2]
     joined, in_turn = products_of(num_heads, num_kv_heads, tile_tokens)
     window = refs.window[0]
-    first_row = refs.num_short[0]  # of chunks: rows with one token come first, a token each
-    first_token = jnp.where(first_row < last_token, first_row, lines_set)
+    first_row = refs.num_short[0]
+    first_token = refs.cu_q_lens[first_row]
+    first_token = jnp.where(first_token < last_token, first_token, lines_set)
     first_tile = div(first_token, tile_tokens)
     num_tiles = refs.q.shape[-2] // tile_tokens
 
@@ -296,7 +299,7 @@ def _kernel(
             store(tile - 2).wait()
 
         @pl.when((tile == first_tile) & (first_token > tile * tile_tokens))
-        def _():  # outputs of rows with one token share this tile
+        def _():  # outputs of short rows share this tile
             copy = load(refs.o, refs.o_tiles, refs.o_sem, tile)
             copy.start()
             copy.wait()
@@ -373,10 +376,10 @@ def attend_chunks(
 ) -> tuple[jax.Array, jax.Array]:
     """q [T, N * H] or [N, T, H], k and v [T, K * H] (v None for a pool of one plane); or, without k and v, q with all
     three (tile.views). o [T, N * V] or [N, T, V], token_page i32[T] without the layer's first page, table
-    i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of blocks.queries. Without a row of more than one token the
+    i32[S * groups * IDS], sinks f32[N + 8, 128]; T a multiple of blocks.queries. If all rows are short, the
     first lines_set lines of o are as they should be.
 
-    Returns o with the lines after the rows with one token set, and the pool. Both are changed in place when donated.
+    Returns o with the lines after the short rows' set, and the pool. Both are changed in place when donated.
     """
     _, num_kv_heads, planes, _, head_dim = kv.shape
     value_dim = o.shape[-1] if o.ndim == 3 else o.shape[-1] // num_heads
@@ -398,9 +401,9 @@ def attend_chunks(
         scratch["rope_tiles"] = pltpu.VMEM((2, blocks.queries, head_dim), jnp.float32)
     optional = {"k": k, "v": v, "sinks": sinks, "q_norm": prepare.q_norm, "k_norm": prepare.k_norm}
     optional["rope"] = prepare.rope
-    missing = [name for name, x in optional.items() if x is None]
+    prefetch = scalars.given() | {"kv_lens": kv_lens, "cu_q_lens": cu_q_lens, "token_page": token_page}
+    missing = [name for name, x in (optional | scalars._asdict()).items() if x is None]
     optional = {name: x for name, x in optional.items() if x is not None}
-    prefetch = [*Scalars._fields, "kv_lens", "cu_q_lens", "token_page"]
     names = [*prefetch, "q", *optional, "table"]
 
     def body(*args):
@@ -446,4 +449,4 @@ def attend_chunks(
             + (q.size + o.size) * q.dtype.itemsize,
         ),
         name="fa_chunks",
-    )(*scalars, kv_lens, cu_q_lens, token_page, *inputs)
+    )(*prefetch.values(), *inputs)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
 
 LANES = 128
 MATRIX = 256  # rows and columns of a matrix unit
@@ -19,26 +20,37 @@ FLOOR = -1e30  # finite: a query with no key in sight yet must not produce inf -
 
 
 class Scalars(NamedTuple):
-    """What changes from step to step or from layer to layer, i32[1] each: an array of them would be an operation."""
+    """Numbers that change by step or by layer, an array each: one array of all would be an operation to make."""
 
-    num_short: Any  # rows with one token
-    first_page: Any  # of the layer
-    window: Any  # tokens; 0 if there is none
+    num_short: jax.Array  # i32[1]: rows of at most W tokens
+    first_page: jax.Array  # i32[1]: of the layer
+    window: jax.Array  # i32[1]: keys; 0 if there is none
+    kv_scales: jax.Array | None  # f32[2]: factors of K and V as the pool has them; None: 1
+
+    def given(self) -> dict[str, jax.Array]:
+        """Name those that are not None."""
+        return {name: x for name, x in self._asdict().items() if x is not None}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """How products of q and k become scores, and what the stored V is multiplied with."""
+    """The way from products of q and k to scores, and the factor of the stored V."""
 
-    scale: float
+    scale: float | jax.Array
     softcap: float | None
-    v_scale: float
-    dtype: Any  # of the operands of both products
-    temperature_length: int | None = None  # as in api.Attention
+    temperature_length: int | None  # as in api.AttentionSpec
+    dtype: DTypeLike  # of the operands of both products
+    v_scale: float | jax.Array = 1.0
+
+    def scaled(self, kv_scales: Any) -> Scores:
+        """Take the factors of K and V, SMEM f32[2], into account; None: 1."""
+        if kv_scales is None:
+            return self
+        return dataclasses.replace(self, scale=self.scale * kv_scales[0], v_scale=kv_scales[1])
 
     def factor(self, position: jax.Array) -> float | jax.Array:
-        """What products of queries at the positions, i32[R, 128], are multiplied with once they are capped: a positive
-        number, or f32[R, 128]."""
+        """Return the factor of capped products of queries at the positions, i32[R, 128]: a positive number, or
+        f32[R, 128]."""
         last = self.scale if self.softcap is None else self.softcap
         if self.temperature_length is None:
             return last
@@ -133,7 +145,7 @@ def attend(
     def score(head: int, load: Load) -> jax.Array:
         s = dot(queries[head], load(0), ((1,), (1,)))
         if scores.softcap is not None:
-            s = jnp.tanh(s * (scores.scale / scores.softcap))
+            s = jnp.tanh(s * (scores.scale * (1 / scores.softcap)))
         return s if keep is None else jnp.where(keep(s.shape, 1), s, FLOOR)
 
     factor = factor * math.log2(math.e)
@@ -142,9 +154,7 @@ def attend(
         top, total, acc = states[head]
         new_top = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
         rescale = jnp.exp2((top - new_top) * factor)
-        p = jnp.exp2(
-            (s - widen(new_top, s.shape[1])) * (widen(factor, s.shape[1]) if isinstance(factor, jax.Array) else factor)
-        )
+        p = jnp.exp2((s - widen(new_top, s.shape[1])) * (widen(factor, s.shape[1]) if jnp.ndim(factor) else factor))
         v = load(1)
         if keep is not None:
             v = jnp.where(keep(v.shape, 0), v.astype(jnp.float32), 0)

@@ -1,4 +1,4 @@
-"""K and V of rows with several new tokens, from packed lines to pages in the pool.
+"""K and V of rows after the short ones, from packed lines to pages in the pool.
 
 A row's first new token may lie anywhere in its page and anywhere in the packed tokens, so lines are shifted on their way:
 they are copied in as float32, read at an offset, and put between what a half new page held before.
@@ -27,7 +27,7 @@ class WriteRefs:
     """A segment is `pages` consecutive pages of a row, the first a multiple of `pages`. M tokens of a segment, W lines
     that surely hold them, C = H / 128."""
 
-    num_short: Ref  # SMEM i32[1]: rows with one token
+    num_short: Ref  # SMEM i32[1]: rows that are left to the decode kernel
     first_page: Ref  # SMEM i32[1]: of the layer
     kv_lens: Ref  # SMEM i32[S]
     cu_q_lens: Ref  # SMEM i32[S + 1]

@@ -1,0 +1,155 @@
+"""Rows of width W in the real step: output is that of W = 1, whatever the drafts are worth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_runner import small_core, small_runner
+
+from sgl_jax.runtime import speculate
+from sgl_jax.runtime.layout import StepInputs
+from sgl_jax.runtime.programs import STATE
+from sgl_jax.runtime.runner import ModelRunner
+from sgl_jax.runtime.speculate import Drafter, DraftInputs, RowTokens
+from sgl_jax.runtime.state import NO_DRAFT, DeviceState
+from simulated import Client
+
+W, VOCAB = 4, 512
+STORY = [1, 403, 407, 261, 378]
+CASES: list[dict] = [
+    {"temperature": 0.0},
+    {"temperature": 1.0, "seed": 5},
+    {"temperature": 1.3, "seed": -7, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+    {"temperature": 0.0, "frequency_penalty": 0.7, "presence_penalty": 0.3},
+    {"temperature": 0.8, "seed": 3, "repetition_penalty": 1.3},
+    {"temperature": 0.0, "logit_bias": {300: 6.0}, "min_tokens": 20, "stop_token_ids": (300, 261)},
+    {"temperature": 0.0, "logprobs": 3, "prompt_logprobs": 2},
+    {"temperature": 0.7, "seed": 11, "logprobs": 1, "frequency_penalty": 0.4},
+]
+
+
+def run(runner: ModelRunner, *, overlap: bool = True) -> Client:
+    """Twelve requests, more than there are rows, and prompts of several lengths with common beginnings."""
+    client = Client(small_core(runner, overlap=overlap))
+    for key in range(12):
+        prompt = [*STORY * (key % 3), *STORY[: 1 + key % 5]]
+        client.submit(key, prompt, max_tokens=30 - key, ignore_eos=key % 4 > 0, **CASES[key % len(CASES)])
+    client.run()
+    return client
+
+
+@pytest.fixture(scope="module")
+def plain(stories260k: Path) -> ModelRunner:
+    return small_runner(stories260k)
+
+
+@pytest.fixture(scope="module")
+def expected(plain: ModelRunner) -> Client:
+    return run(plain)
+
+
+def an_oracle(expected: Client, wrong_every: int) -> Drafter:
+    """Drafts the very tokens that the requests get, known by length and last token, but for every so many."""
+    sequences = [[*a.request.prompt.tolist(), *a.tokens] for a in expected.answers.values()]
+    table = np.full((len(sequences), 128), NO_DRAFT, np.int32)
+    for i, tokens in enumerate(sequences):
+        table[i, : len(tokens)] = tokens
+    known = jnp.asarray(table)
+
+    def drafts(after: DraftInputs) -> jnp.ndarray:
+        at = after.length[:, None] + 1 + jnp.arange(W - 1)
+        fits = after.last_token[:, None] == known[:, after.length].T  # [S, sequences]
+        found = known[jnp.argmax(fits, axis=1)[:, None], at]
+        is_wrong = (after.last_token[:, None] + at) % wrong_every == 0
+        return jnp.where(is_wrong, (found + 1) % VOCAB, found)
+
+    return drafts
+
+
+def no_drafts(after: DraftInputs) -> jnp.ndarray:
+    return jnp.full((len(after.length), W - 1), NO_DRAFT, jnp.int32)
+
+
+def the_same_again(after: DraftInputs) -> jnp.ndarray:
+    return jnp.repeat(after.last_token[:, None], W - 1, axis=1)
+
+
+DRAFTERS: dict[str, Callable[[Client], Drafter]] = {
+    "none": lambda expected: no_drafts,
+    "the same again": lambda expected: the_same_again,
+    "right": lambda expected: an_oracle(expected, 10**6),
+    "often right": lambda expected: an_oracle(expected, 5),
+}
+
+
+@pytest.mark.parametrize("drafter", DRAFTERS)
+def test_output_does_not_depend_on_drafts(stories260k: Path, expected: Client, drafter: str) -> None:
+    runner = small_runner(stories260k, width=W, drafter=DRAFTERS[drafter](expected))
+    for overlap in (True, False):
+        client = run(runner, overlap=overlap)
+        for key, right in expected.answers.items():
+            answer = client.answers[key]
+            assert (answer.tokens, answer.reason) == (right.tokens, right.reason), (key, overlap)
+            assert len(answer.logprobs) == len(right.logprobs)
+            for ours, theirs in zip(answer.logprobs, right.logprobs, strict=True):
+                assert ours.top_ids == theirs.top_ids
+                np.testing.assert_allclose(
+                    [ours.logprob, *ours.top_logprobs], [theirs.logprob, *theirs.top_logprobs], atol=1e-4
+                )
+        if drafter == "right":
+            assert client.core.scheduler.counters.steps < 0.6 * expected.core.scheduler.counters.steps
+
+
+def test_a_step_writes_the_length_of_rows_that_do_not_decode(plain: ModelRunner) -> None:
+    """Else a row's first decode step would start where the request before it ended."""
+    client = Client(small_core(plain, overlap=False))
+    client.submit(0, [1, *range(100, 140)], max_tokens=8, ignore_eos=True)
+    client.step()  # 32 tokens of the prompt
+    state = plain._values[STATE]
+    assert isinstance(state, DeviceState)
+    request = client.answers[0].request
+    assert int(state.length[request.row]) == 32
+    client.step()
+    state = plain._values[STATE]
+    assert isinstance(state, DeviceState)
+    assert int(state.length[request.row]) == 41
+    client.run()
+
+
+@pytest.mark.parametrize(
+    ("sampled", "drafts", "accepted"),
+    [
+        ([5, 6, 7, 8], [5, 6, 7], 4),
+        ([5, 6, 7, 8], [5, 6, 9], 3),
+        ([5, 6, 7, 8], [9, 6, 7], 1),  # what comes after a draft that fails was computed from a wrong token
+        ([5, 6, 7, 8], [NO_DRAFT] * 3, 1),
+        ([5, 6, 7, 8], [5, NO_DRAFT, 7], 2),
+        ([5], [], 1),
+    ],
+)
+def test_drafts_hold_up_to_the_first_that_differs(sampled: list[int], drafts: list[int], accepted: int) -> None:
+    drafts_array = jnp.asarray(drafts, jnp.int32).reshape(1, -1)
+    assert speculate.count_accepted(jnp.asarray([sampled]), drafts_array).tolist() == [accepted]
+
+
+def test_lines_of_a_row_that_decodes_follow_each_other_and_a_prompt_has_one() -> None:
+    inputs = StepInputs(
+        {
+            "rows": jnp.array([2, 0, 9]),
+            "from_device": jnp.array([True, False, False]),
+            "samples": jnp.array([True, True, False]),
+            "num_new": jnp.array([3, 5, 0]),
+            "params": jnp.zeros((3, 9), jnp.int32),
+        }
+    )
+    tokens = RowTokens(jnp.array([10, 4, 0]), jnp.array([[7, 8], [-1, -1], [-1, -1]]), jnp.zeros(0))
+    lines = speculate.sample_lines(inputs, tokens, 3)
+    assert lines.rows.tolist() == [2, 2, 2, 0, 0, 0, 9, 9, 9]
+    assert lines.position[:4].tolist() == [11, 12, 13, 9]
+    assert lines.samples.tolist() == [True] * 3 + [True, False, False] + [False] * 3
+    assert lines.drafts[:3].tolist() == [[-1, -1], [7, -1], [7, 8]]  # tokens that count as generated before each line
+    assert (lines.drafts[3:] == -1).all()
