@@ -16,14 +16,17 @@ import signal
 import subprocess
 import sys
 import threading
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 CORE_FACTORY = "sgl_jax.engine.startup:launch"
 FAILED = 1  # exit code
 LINGER_MS = 2000  # the last words of an engine that dies still get out
 
 
-def spawn(server_args: Any, core_factory: str, commands: str, events: str) -> subprocess.Popen[bytes]:
+def spawn(server_args: DataclassInstance, core_factory: str, commands: str, events: str) -> subprocess.Popen[bytes]:
     """`core_factory` is "module:function", called in the child with `server_args` and `die`: a function that ends the
     child at once and sends its argument as the reason, whatever the other threads are at."""
     kind = type(server_args)
@@ -51,7 +54,7 @@ def main() -> int:
 
     from sgl_jax.engine.loop import one_line, run
     from sgl_jax.engine.messages import EngineDied
-    from sgl_jax.engine.transport import ZmqInbox, ZmqOutbox
+    from sgl_jax.engine.sockets import ZmqInbox, ZmqOutbox
     from sgl_jax.observability import log
 
     context: zmq.Context[Any] = zmq.Context()
@@ -81,7 +84,7 @@ def _die(events: str, reason: str) -> NoReturn:
     import zmq
 
     from sgl_jax.engine.messages import EngineDied
-    from sgl_jax.engine.transport import ZmqOutbox
+    from sgl_jax.engine.sockets import ZmqOutbox
 
     context: zmq.Context[Any] = zmq.Context()  # its own: sockets belong to threads
     ZmqOutbox(context, events).send(EngineDied(reason))

@@ -16,13 +16,17 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import zmq
 
 from sgl_jax.engine.loop import EngineCore, one_line, run
 from sgl_jax.engine.messages import Command, EngineDied, Event, Shutdown
+from sgl_jax.engine.process import spawn
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _RECONNECT_MS = 10
 _LAST_WORDS_S = 0.5
@@ -105,39 +109,10 @@ class ThreadTransport:
 # --- a process --------------------------------------------------------------------------------------------------------
 
 
-class ZmqInbox:
-    """The engine's end for commands."""
-
-    def __init__(self, context: zmq.Context[Any], address: str):
-        self._socket = context.socket(zmq.PULL)
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
-        self._decode = msgspec.msgpack.Decoder(Command).decode
-
-    def get(self, block: bool) -> Command | None:
-        try:
-            return self._decode(self._socket.recv(0 if block else zmq.NOBLOCK))
-        except zmq.Again:
-            return None
-
-
-class ZmqOutbox:
-    """The engine's end for events."""
-
-    def __init__(self, context: zmq.Context[Any], address: str):
-        self._socket = context.socket(zmq.PUSH)
-        self._socket.set_hwm(0)
-        self._socket.connect(address)
-        self._encode = msgspec.msgpack.Encoder().encode
-
-    def send(self, event: Event) -> None:
-        self._socket.send(self._encode(event))
-
-
 class ProcessTransport:
     """The engine in a child process of ours, started by `launch`; sockets in a private folder."""
 
-    def __init__(self, server_args: Any, core_factory: str):
+    def __init__(self, server_args: DataclassInstance, core_factory: str):
         self._server_args, self._core_factory = server_args, core_factory
         self._folder = ""
         self._context: zmq.Context[Any] | None = None
@@ -168,8 +143,6 @@ class ProcessTransport:
         self._commands.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._commands.connect(commands)
         self._events.bind(events)
-        from sgl_jax.engine.process import spawn
-
         self._process = spawn(self._server_args, self._core_factory, commands, events)
 
     def start(self, on_event: OnEvent) -> None:

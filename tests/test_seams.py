@@ -1,0 +1,124 @@
+"""Rooms hand each other typed things: nothing that one room imports from another says `Any`, and imports form no circle.
+
+A room is a folder of the package, or a file at its top. Inside a room `Any` is for what has no better type: trees of
+arrays whose leaves are also specs and axes, JSON as it was read, and what jax and other libraries leave open.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from test_imports import PACKAGE, modules
+
+# What a room shows to others and cannot be typed more closely, and why.
+EXCEPTIONS: dict[str, str] = {}
+# How many times rooms say `Any` inside, at most: fewer is welcome, more needs a reason here.
+INSIDE: dict[str, int] = {}
+
+
+def used_elsewhere(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    """By module, the names that other rooms import from it; "*" where they import the module."""
+    used: dict[str, set[str]] = defaultdict(set)
+    for name, tree in trees.items():
+        for source, imported in imported_names(tree, trees):
+            if source.split(".")[0] != name.split(".")[0]:
+                used[source].add(imported)
+    return used
+
+
+def imported_names(tree: ast.Module, trees: dict[str, ast.Module]) -> Iterator[tuple[str, str]]:
+    """(module, name) of each import from the package; the name is "*" for a whole module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sgl_jax":
+            module = (node.module or "").removeprefix("sgl_jax").removeprefix(".")
+            for alias in node.names:
+                whole = f"{module}.{alias.name}".removeprefix(".")
+                yield (whole, "*") if whole in trees else (module, alias.name)
+
+
+def says_any(annotation: ast.expr | None) -> bool:
+    return annotation is not None and any(isinstance(n, ast.Name) and n.id == "Any" for n in ast.walk(annotation))
+
+
+def untyped(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[str]:
+    """Parameters, and the result, that are `Any` or have it within."""
+    a = function.args
+    for each in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg):
+        if each is not None and says_any(each.annotation):
+            yield f"{name}({each.arg})"
+    if says_any(function.returns):
+        yield f"{name} ->"
+
+
+def untyped_in_class(node: ast.ClassDef, name: str) -> Iterator[str]:
+    for each in node.body:
+        if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
+            if not each.name.startswith("_") or each.name in ("__init__", "__call__"):
+                yield from untyped(each, f"{name}.{each.name}")
+        elif isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
+            if says_any(each.annotation) and not each.target.id.startswith("_"):
+                yield f"{name}.{each.target.id}"
+
+
+def open_seams(package: Path) -> set[str]:
+    trees = dict(modules(package))
+    found: set[str] = set()
+    for module, names in used_elsewhere(trees).items():
+        for node in trees[module].body if module in trees else ():
+            name = getattr(node, "name", None)
+            name = name.id if isinstance(name, ast.Name) else name
+            if name is None or (name not in names and not ("*" in names and not name.startswith("_"))):
+                continue
+            where = f"{module}.{name}"
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                found.update(untyped(node, where))
+            elif isinstance(node, ast.ClassDef):
+                found.update(untyped_in_class(node, where))
+            elif isinstance(node, ast.TypeAlias) and says_any(node.value):
+                found.add(where)
+    return found
+
+
+def test_no_room_shows_any_to_another() -> None:
+    assert open_seams(PACKAGE) == set(EXCEPTIONS)
+
+
+def test_rooms_say_any_inside_no_more_often_than_is_listed() -> None:
+    counts: dict[str, int] = defaultdict(int)
+    for name, tree in modules(PACKAGE):
+        room = name.split(".")[0]
+        counts[room] += sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree))
+    assert {room: n for room, n in counts.items() if n > INSIDE.get(room, 0)} == {}
+
+
+def test_imports_form_no_circle() -> None:
+    trees = dict(modules(PACKAGE))
+    graph = {
+        name: {source for source, _ in imported_names(tree, trees) if source in trees and source != name}
+        for name, tree in trees.items()
+    }
+    assert [*graphlib.TopologicalSorter(graph).static_order()]  # raises CycleError, which names the circle
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("def f(x: Any): ...", {"b.a.f(x)"}),
+        ("def f() -> dict[str, Any]: ...", {"b.a.f ->"}),
+        ("class f:\n    x: Any\n    _y: Any", {"b.a.f.x"}),
+        ("class f:\n    def g(self, *x: Any): ...\n    def _h(self, x: Any): ...", {"b.a.f.g(x)"}),
+        ("type f = list[Any]", {"b.a.f"}),
+        ("def g(x: Any): ...", set()),
+    ],
+)
+def test_the_check_itself_sees_each_kind(tmp_path: Path, source: str, found: set[str]) -> None:
+    for name, text in (("b/a.py", source), ("b/c.py", ""), ("d.py", "from sgl_jax.b.a import f")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert open_seams(tmp_path) == found
