@@ -61,9 +61,8 @@ def untyped_in_class(node: ast.ClassDef, name: str) -> Iterator[str]:
         if isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef):
             if not each.name.startswith("_") or each.name in ("__init__", "__call__"):
                 yield from untyped(each, f"{name}.{each.name}")
-        elif isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
-            if says_any(each.annotation) and not each.target.id.startswith("_"):
-                yield f"{name}.{each.target.id}"
+        elif isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name) and says_any(each.annotation):
+            yield f"{name}.{each.target.id}"
 
 
 def open_seams(package: Path) -> set[str]:
@@ -111,7 +110,7 @@ def test_imports_form_no_circle() -> None:
     [
         ("def f(x: Any): ...", {"b.a.f(x)"}),
         ("def f() -> dict[str, Any]: ...", {"b.a.f ->"}),
-        ("class f:\n    x: Any\n    _y: Any", {"b.a.f.x"}),
+        ("class f:\n    x: Any\n    y: int", {"b.a.f.x"}),
         ("class f:\n    def g(self, *x: Any): ...\n    def _h(self, x: Any): ...", {"b.a.f.g(x)"}),
         ("type f = list[Any]", {"b.a.f"}),
         ("def g(x: Any): ...", set()),

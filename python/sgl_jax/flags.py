@@ -18,11 +18,13 @@ from sgl_jax.flag_parser import NOTHING, Elsewhere, FlagError, Parser, hint_abou
 
 HIDDEN = "***"
 
+type Setting = str | int | float | bool | None  # a flag's value
+
 
 class Rule(NamedTuple):
     """A limit on a flag's value; `text` completes the sentence "it must be …"."""
 
-    holds: Callable[[Any], bool]
+    holds: Callable[..., bool]  # of a value of the flag's own type
     text: str
 
 
@@ -48,13 +50,25 @@ class About(NamedTuple):
     per_host: bool = False  # may differ between the hosts of one engine; all others must be the same on each
 
 
-def required(about: About) -> Any:
+def required[T](about: About) -> T:
     return dataclasses.field(metadata={"about": about})
 
 
-def flag(default: Any, group: str, help: str, **more: Any) -> Any:
+def flag[T: Setting](
+    default: T | Callable[[], T],
+    group: str,
+    help: str,
+    *,
+    unset: str = "",
+    rule: Rule | None = None,
+    aliases: tuple[str, ...] = (),
+    metavar: str = "",
+    refused: Mapping[str, str] = types.MappingProxyType({}),
+    secret: bool = False,
+    per_host: bool = False,
+) -> T:
     """A dataclass field: a default value, or a function that makes it, and an About."""
-    about = About(group, help, **more)
+    about = About(group, help, unset, rule, aliases, metavar, refused, secret, per_host)
     if callable(default):
         return dataclasses.field(default_factory=default, metadata={"about": about})
     return dataclasses.field(default=default, repr=not about.secret, metadata={"about": about})
@@ -114,15 +128,15 @@ class Flag(NamedTuple):
         found = [f"Refused for now: {self.not_built} not built yet"] if self.not_built else []
         return found + [f"`{value}` is refused: {reason}" for value, reason in self.about.refused.items()]
 
-    def is_default(self, value: Any) -> bool:
+    def is_default(self, value: Setting) -> bool:
         if self.field.default_factory is not dataclasses.MISSING:
             return value == self.field.default_factory()
         return not self.required and value == self.field.default
 
-    def shown(self, value: Any) -> Any:
+    def shown[T](self, value: T) -> T | str:
         return HIDDEN if value is not None and self.about.secret else value
 
-    def read(self, value: Any) -> Any:
+    def read(self, value: object) -> object:
         """Reads text from outside as this flag's type; returns unreadable text as it is, for `check` to refuse."""
         if not isinstance(value, str):
             return value
@@ -135,7 +149,7 @@ class Flag(NamedTuple):
         except ValueError:
             return value
 
-    def check(self, value: Any) -> None:
+    def check(self, value: object) -> None:
         """Raises FlagError unless the value is of the type, among the choices and within the limit."""
         if value is None and self.optional:
             return
@@ -183,7 +197,7 @@ def read_command_line(
     epilog: str = "",
     version: str = "",
     elsewhere: Elsewhere = NOTHING,
-) -> dict[str, Any]:
+) -> dict[str, str | bool]:
     """Also takes --config, kept under "config". `--help` and `--version` print and exit."""
     parser = Parser(
         usage=usage,
@@ -218,7 +232,7 @@ def read_command_line(
 
 def read_environ(
     flags: Sequence[Flag], environ: Mapping[str, str], prefix: str, elsewhere: Elsewhere = NOTHING
-) -> dict[str, Any]:
+) -> dict[str, str]:
     """An empty variable counts as unset: that is how compose files and charts leave one out."""
     # Kubernetes describes every Service of a namespace in variables made from the Service's name, so a Service called
     # sgl-jax sets SGL_JAX_PORT=tcp://10.0.0.1:30000 and more. They are not ours.
@@ -244,7 +258,7 @@ def variable_name(flag: Flag, prefix: str) -> str:
     return prefix + flag.name.upper()
 
 
-def read_config(flags: Sequence[Flag], path: str, elsewhere: Elsewhere = NOTHING) -> dict[str, Any]:
+def read_config(flags: Sequence[Flag], path: str, elsewhere: Elsewhere = NOTHING) -> dict[str, object]:
     """Keys are flag names or aliases, with - or _; a null value counts as not given."""
     import yaml
 

@@ -18,6 +18,7 @@ from sgl_jax.flag_parser import FlagError
 from sgl_jax.flags import (
     About,
     Rule,
+    Setting,
     at_least,
     between,
     flag,
@@ -405,12 +406,12 @@ class ServerArgs:
         token = os.environ.get("MODELSCOPE_API_TOKEN")
         return Downloads(self.download_source, self.download_dir, endpoint, token)
 
-    def changed(self) -> dict[str, Any]:
+    def changed(self) -> dict[str, Setting]:
         """The values that differ from their defaults, for people to read: secrets are hidden."""
         values = {each: getattr(self, each.name) for each in FLAGS}
         return {each.name: each.shown(value) for each, value in values.items() if not each.is_default(value)}
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Setting]:
         """All values, for people to read: secrets are hidden."""
         return {each.name: each.shown(getattr(self, each.name)) for each in FLAGS}
 
@@ -429,10 +430,10 @@ class ServerArgs:
         )
         variables = read_environ(FLAGS, environ, ENV_PREFIX, ELSEWHERE)
         config = command_line.pop("config", variables.pop("config", None))
-        values: dict[str, Any] = {"compilation_cache_dir": default_compilation_cache_dir(environ)}
+        values: dict[str, object] = {"compilation_cache_dir": default_compilation_cache_dir(environ)}
         sources: dict[str, str] = {}  # by option, for error messages
         if config is not None:
-            values |= (found := read_config(FLAGS, config, ELSEWHERE))
+            values |= (found := read_config(FLAGS, str(config), ELSEWHERE))
             sources |= {BY_NAME[name].option: f" (set in {config})" for name in found}
         values |= variables
         sources |= {BY_NAME[name].option: f" (set by {variable_name(BY_NAME[name], ENV_PREFIX)})" for name in variables}
@@ -441,7 +442,8 @@ class ServerArgs:
         if "model_path" not in values:
             raise FlagError("--model-path", f"--model-path is missing; give {BY_NAME['model_path'].about.help}")
         try:
-            return cls(**{name: BY_NAME[name].read(value) for name, value in values.items()})
+            read: dict[str, Any] = {name: BY_NAME[name].read(value) for name, value in values.items()}
+            return cls(**read)  # which checks types and values
         except FlagError as error:
             raise FlagError(error.flag, f"{error}{sources.get(error.flag, '')}") from None
 

@@ -114,8 +114,8 @@ def running_target(base_url: str, server_flags: Sequence[str]) -> Target:
         if name not in _WITH_BASE_URL:
             option = "--" + name.replace("_", "-")
             raise BenchmarkError(f"{option} is for a server that is started; --base-url {base_url} runs already")
-    given.pop("model_path", None)
-    return Target(base_url, **given)
+    texts = {name: str(value) for name, value in given.items() if name != "model_path"}
+    return Target(base_url, **texts)
 
 
 # --- in a process of their own ----------------------------------------------------------------------------------------

@@ -173,7 +173,8 @@ class Offline:
 
     def _answers(self, **call: Any) -> list[dict[str, Any]]:
         try:
-            return self._engine.generate(**call)
+            answers: Any = self._engine.generate(**call)  # of a list of prompts, a list
+            return answers
         except InvalidParameter as error:
             raise BenchmarkError(f"a request is refused: {error}") from error
 

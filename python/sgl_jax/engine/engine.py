@@ -20,19 +20,23 @@ from sgl_jax.engine.messages import EngineInfo, MachineLimits, ProfileStatus, St
 from sgl_jax.engine.native import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
+from sgl_jax.flags import Setting
 from sgl_jax.request import Json
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+type Reply = dict[str, Json]  # {"text", "output_ids", "meta_info"}
 
 
 class Engine:
     """Loads a model and generates. `server_args` are the flags of the server, in snake case."""
 
-    def __init__(self, model_path: str | None = None, **server_args: Any):
+    def __init__(self, model_path: str | None = None, **server_args: Setting):
         from sgl_jax.server_args import BY_NAME, SERVER, ServerArgs
 
         if model_path is None:
             raise TypeError("Engine needs model_path")
-        args = ServerArgs(model_path=model_path, **server_args)
+        given: dict[str, Any] = {"model_path": model_path, **server_args}
+        args = ServerArgs(**given)  # which checks types and values
         for name in server_args:
             if BY_NAME[name].about.group == SERVER and name != "stream_interval":
                 raise TypeError(f"Engine has no HTTP server, so {name} would do nothing; leave it out")
@@ -110,7 +114,7 @@ class Engine:
         logprob_start_len: int = -1,
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
-    ) -> Any:
+    ) -> Reply | list[Reply] | Iterator[Reply]:
         """Returns one answer for one prompt, a list for a list or for n > 1. With `stream`, an iterator of growing answers.
 
         Streamed answers of several prompts or choices carry their place in the list as "index".
@@ -142,7 +146,7 @@ class Engine:
         logprob_start_len: int = -1,
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
-    ) -> Any:
+    ) -> Reply | list[Reply] | AsyncIterator[Reply]:
         """Does as `generate`, for asyncio and in any loop; with `stream` the awaited value is an async iterator."""
         options = LogprobOptions(
             return_logprob=return_logprob,

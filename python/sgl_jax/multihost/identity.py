@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from sgl_jax import __version__
 from sgl_jax.multihost.wire import Identity, Scalar
@@ -17,7 +17,7 @@ _BACKENDS = "sgl_jax.attention"  # the entry points of attention backends
 _TAIL = 1 << 16  # bytes of each weight file that are hashed: a fine-tune has its model's sizes, not its last values
 
 
-def identity_of(args: ServerArgs, configs: dict[str, dict[str, Any]], weights: Path | None) -> Identity:
+def identity_of(args: ServerArgs, configs: Mapping[str, Mapping[str, object]], weights: Path | None) -> Identity:
     """`configs` by file name; `weights` is a folder or a file."""
     versions = {"sgl_jax": __version__}
     for name in (*_PACKAGES, *_packages_of(args.attention_backend)):
@@ -39,7 +39,7 @@ def shared_flags(args: ServerArgs) -> dict[str, Scalar]:
     return {each.option: getattr(args, each.name) for each in FLAGS if not each.about.per_host}
 
 
-def model_files(configs: dict[str, dict[str, Any]], weights: Path | None) -> dict[str, str]:
+def model_files(configs: Mapping[str, Mapping[str, object]], weights: Path | None) -> dict[str, str]:
     """A fingerprint by file name, in words: the times of the files do not count, nor where they lie."""
     found = {name: _hash(json.dumps(config, sort_keys=True).encode()) for name, config in configs.items()}
     if weights is not None and weights.is_file():

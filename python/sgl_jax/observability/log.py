@@ -96,7 +96,7 @@ def unused_devices_line(platform: str, used: int, present: int, groups: int) -> 
     return f"{present - used} of {present} {platform} devices are not used{advice}"
 
 
-def changed_args_line(changed: Mapping[str, Any]) -> str:
+def changed_args_line(changed: Mapping[str, object]) -> str:
     """What differs from the defaults (ServerArgs.changed()), as a command line that can be copied."""
     words = []
     for name, value in changed.items():

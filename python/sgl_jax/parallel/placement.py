@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,7 +47,7 @@ class Placement:
         sizes = [math.prod(self.mesh.shape[name] for name in RULES.get(axis or "", ())) for axis in axes]
         return tuple(n * size for n, size in zip(share, sizes, strict=True))
 
-    def run(self, function: Any, in_axes: Any, out_axes: Any) -> Any:
+    def run[R](self, function: Callable[..., R], in_axes: object, out_axes: object) -> Callable[..., R]:
         """`function` on every device with its shares of the arguments; trees of Axes say how they are divided."""
         if self.grid.num_devices == 1:
             return function

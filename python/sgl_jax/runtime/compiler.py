@@ -10,7 +10,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.monitoring
@@ -42,14 +41,16 @@ class Program:
 
     name: str
     function: jax.stages.Wrapped
-    args: tuple[Any, ...]
+    args: tuple[object, ...]
     takes: tuple[str, ...] = ()
     gives: tuple[str, ...] = ()
     read: Callable[[str], Payload] | None = None  # source -> payload
 
     @property
     def vector_shape(self) -> tuple[int, ...]:
-        return self.args[len(self.takes)].shape
+        vector = self.args[len(self.takes)]
+        assert isinstance(vector, jax.ShapeDtypeStruct)
+        return vector.shape
 
     @property
     def device_kind(self) -> str:
