@@ -82,7 +82,7 @@ def step_program(model: str, topology: str, attention: str | None, tokens: int) 
     plan, programs, placement = planned(model, topology, attention)
     step = next(step for step in plan.steps if step.bucket.num_tokens == tokens)
     program = programs[f"tokens={tokens} rows={step.bucket.num_rows}"]
-    with jax.default_matmul_precision(matmul_precision(plan.launch.dtype)):
+    with jax.default_matmul_precision(matmul_precision(plan.launch.runner.compute_dtype)):
         calls = compile_all([program], CompileWatch(), lambda *report: None, absent=placement.mesh)
     return read(plan, tokens, step.bucket.num_rows, program, calls[program.name])
 

@@ -24,7 +24,8 @@ from sgl_jax.runtime.step import StepSpec, step
 
 @dataclasses.dataclass(frozen=True)
 class RunnerConfig:
-    dtype: str
+    compute_dtype: str  # of activations, and so of what is multiplied
+    weight_dtype: str  # of weights that no weight format holds otherwise
     pool: Pool  # of one device
     page_size: int
     num_pages: int  # P, of one layer of a data rank, scratch page included
@@ -42,11 +43,11 @@ class RunnerConfig:
 
 
 def make_programs(
-    model: DecoderConfig, config: RunnerConfig, kernels: Kernels, placement: Placement, weights: Weights
+    model: DecoderConfig, config: RunnerConfig, kernels: Kernels, placement: Placement, weights: Weights[Any]
 ) -> list[Program]:
     """Every program of a launch, small buckets first. `weights` may be abstract; they are placed as they will be."""
     grid = placement.grid
-    spec = StepSpec(model.share(grid), kernels, config.num_pages, grid)
+    spec = StepSpec(model.share(grid), kernels, config.num_pages, config.compute_dtype, grid)
     axes, kv_axes = weight_axes(model, stacked=weights.stacked), config.pool.order.axes
     weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights)
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
@@ -73,9 +74,9 @@ def loader_name(name: str) -> str:
 
 
 def abstract_kv(config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStruct:
-    axes, dtype = config.pool.order.axes, np.dtype(config.dtype)
-    shape = placement.whole_shape(config.pool.shape(config.num_pages, config.page_size, dtype), axes)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(axes))
+    axes = config.pool.order.axes
+    shape = placement.whole_shape(config.pool.shape(config.num_pages, config.page_size), axes)
+    return jax.ShapeDtypeStruct(shape, np.dtype(config.pool.dtype), sharding=placement.sharding(axes))
 
 
 def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:

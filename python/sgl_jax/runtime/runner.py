@@ -64,14 +64,14 @@ class ModelRunner:
     ):
         self.config = config
         self.watch = CompileWatch()
-        weights = abstract_weights(model, config.dtype, placement, stacked=stacks_layers)
+        weights = abstract_weights(model, config.weight_dtype, placement, stacked=stacks_layers)
         self.programs = make_programs(model, config, kernels, placement, weights)
         self.tracer = JaxTracer()
         self._model = model
         self._devices = [*placement.mesh.devices.flat]
         self._placement = placement
         self._layouts = {b: config.layout(b) for b in config.buckets}
-        self._weights: Weights | None = None
+        self._weights: Weights[jax.Array] | None = None
         self._kv: Any = None
         self._state: Any = None
         self._calls: dict[str, Any] = {}
@@ -85,10 +85,10 @@ class ModelRunner:
 
     def compile(self, report: Callable[[int, int, Compiled], None], stopped: threading.Event) -> None:
         """Every program; from any thread. `stopped`: as for compile_all."""
-        with jax.default_matmul_precision(matmul_precision(self.config.dtype)):
+        with jax.default_matmul_precision(matmul_precision(self.config.compute_dtype)):
             self._calls = compile_all(self.programs, self.watch, report, stopped=stopped)
 
-    def start(self, weights: Weights, meet: Callable[[], Any] = lambda: None) -> None:
+    def start(self, weights: Weights[jax.Array], meet: Callable[[], Any] = lambda: None) -> None:
         """Make KV and state, and run each program once, so that serving compiles nothing and starts at full speed.
 
         `meet` is called before, to wait until every process has compiled: a collective does not wait for minutes.
@@ -132,7 +132,7 @@ class ModelRunner:
     def measure_limits(self) -> Rates:
         """What the devices can do. Raises NotMeasured."""
         with self.watch.ignored():
-            return measure_rates(self._devices, self.config.dtype)
+            return measure_rates(self._devices, self.config.compute_dtype)
 
     def _layout(self, plan: StepPlan) -> PlanLayout:
         """That of the smallest bucket which holds every rank's tokens."""

@@ -39,11 +39,12 @@ class StepSpec:
     config: DecoderConfig  # one device's share of it
     kernels: Kernels
     pages_per_layer: int  # P, of a rank
+    compute_dtype: str
     grid: Grid = LONE
 
 
 def step(
-    weights: Weights,
+    weights: Weights[jax.Array],
     kv: Float[Array, "LP K planes page H"],
     state: DeviceState,
     vector: Int[Array, " size"],
@@ -93,7 +94,9 @@ def step(
             **latent,
         )
 
-    context = decoder.Context(batch.positions, valid, attend, spec.kernels.grouped_matmul, spec.grid)
+    context = decoder.Context(
+        batch.positions, valid, attend, spec.kernels.grouped_matmul, spec.compute_dtype, spec.grid
+    )
     hidden, kv = decoder.hidden_states(weights, spec.config, tokens, kv, context)
     last = jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
     logits = decoder.logits(weights, spec.config, ranks.gather(hidden[last]))
@@ -117,7 +120,7 @@ def _tokens(inputs: StepInputs, state: DeviceState, layout: PlanLayout) -> Int[A
 
 
 def _prompt_logprobs(
-    weights: Weights,
+    weights: Weights[jax.Array],
     spec: StepSpec,
     inputs: StepInputs,
     batch: RaggedBatch,
