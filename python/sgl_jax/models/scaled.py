@@ -36,15 +36,11 @@ class Scaled:
 
     def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
         """Join each tensor with the scales that stand beside it as "NAME_scale"."""
-        pairs = [
-            name for name, each in stored.items() if each.dtype == _STORED.get(self.dtype) and name + _SCALE in stored
-        ]
-        joined = {name: stored_scaled(name, stored[name], stored[name + _SCALE]) for name in pairs}
-        return {
-            name: joined.get(name, each)
-            for name, each in stored.items()
-            if name.removesuffix(_SCALE) not in joined or name in joined
-        }
+        tensors = dict(stored)
+        for name, values in stored.items():
+            if values.dtype == _STORED.get(self.dtype) and name + _SCALE in stored:
+                tensors[name] = stored_scaled(name, values, tensors.pop(name + _SCALE))
+        return tensors
 
     def declare(self, site: Site | ExpertSite, spec: WeightSpec) -> Matrix[WeightSpec]:
         """Values of the scheme's dtype, and scales for the same rows."""
@@ -66,12 +62,9 @@ class Scaled:
     def read(self, tensor: StoredTensor) -> Quantised[StoredTensor]:
         """The stored values and scales where they have this form, or those that its floats are rounded to."""
         scales = (*tensor.shape[:-1], tensor.shape[-1] // (self.group or tensor.shape[-1]))
-        if (
-            tensor.planes
-            and tensor.planes["values"].dtype == _STORED.get(self.dtype)
-            and tensor.planes["scales"].shape == scales
-        ):
-            return Quantised(tensor.planes["values"], tensor.planes["scales"], self)
+        planes = tensor.planes
+        if planes and planes["values"].dtype == _STORED.get(self.dtype) and planes["scales"].shape == scales:
+            return Quantised(planes["values"], planes["scales"], self)
 
         def plane(index: int, shape: tuple[int, ...], dtype: str) -> StoredTensor:
             def rows(start: int, stop: int) -> np.ndarray:
