@@ -46,7 +46,7 @@ class Attend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a step gives the decoder besides weights and tokens."""
+    """The arguments of the decoder that belong to one step, besides its tokens."""
 
     positions: Int[Array, " T"]
     valid: Bool[Array, " MT"]  # of the tokens of all ranks; False: padding

@@ -112,24 +112,10 @@ def random_weights(
     values = _plain((normal * np.float32(0.02)).astype(np.dtype(dtype)))
     placer = placer or OneDevice()
 
-    def draw(index: int, path: str, spec: WeightSpec) -> np.ndarray:
-        out = aligned_empty(spec.shape, np.dtype(spec.dtype))
-        if path.endswith("norm"):
-            out[...] = 1
-            return out
-        flat = _plain(out).reshape(-1)
-        at = int(np.random.Generator(np.random.SFC64([seed, index])).integers(values.size))
-        filled = 0
-        while filled < flat.size:
-            count = min(values.size - at, flat.size - filled)
-            flat[filled : filled + count] = values[at : at + count]
-            filled, at = filled + count, (at + count) % values.size
-        return out
-
     def shares(weight: tuple[int, tuple[str, WeightSpec, Matrix[WeightSpec]]]) -> list[tuple[Leaf, list[np.ndarray]]]:
         """Draw a weight and divide its arrays."""
         index, (path, plain, spec) = weight
-        whole = draw(index, path, plain)
+        whole = _draw(plain, path, values, np.random.Generator(np.random.SFC64([seed, index])))
         leaves = leaves_of(path, spec, [in_memory(path, whole)])
         if isinstance(spec, WeightSpec):
             return [(leaf, [share.of(whole) for share in placer.shares(leaf.spec)]) for leaf in leaves]
@@ -145,7 +131,23 @@ def random_weights(
     return _fill(declared, placed)
 
 
+def _draw(spec: WeightSpec, path: str, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A whole weight of random values, read round and round from somewhere."""
+    out = aligned_empty(spec.shape, np.dtype(spec.dtype))
+    if path.endswith("norm"):
+        out[...] = 1
+        return out
+    flat, at = _plain(out).reshape(-1), int(rng.integers(values.size))
+    filled = 0
+    while filled < flat.size:
+        count = min(values.size - at, flat.size - filled)
+        flat[filled : filled + count] = values[at : at + count]
+        filled, at = filled + count, (at + count) % values.size
+    return out
+
+
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array whose buffer jax adopts on a CPU."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT

@@ -1,4 +1,4 @@
-"""What one device holds of a weight, and so what has to be read of it."""
+"""The shard of a weight that a device holds, and so the part of it that has to be read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def as_slice(run: range) -> slice:
 
 
 def share_of(spec: WeightSpec, grid: Grid, device: int) -> Share:
-    """Each part of the rows is divided by itself, in whole units. A part with fewer units than devices is repeated:
+    """Find a device's share. Each part of the rows is divided by itself, in whole units. A part with fewer units than devices is repeated:
     neighbours get the same one (KV heads when there are more devices than heads). Raises ValueError where columns that
     stay together would be cut."""
     has_columns = spec.is_matrix

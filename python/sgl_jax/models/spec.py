@@ -61,7 +61,7 @@ class WeightSpec:
     @property
     def nbytes(self) -> int:
         """Bytes on a device, which packs two int4 values in a byte."""
-        return math.prod(self.shape) * bits(self.dtype) // 8
+        return -(-math.prod(self.shape) * bits(self.dtype) // 8)
 
 
 def bits(dtype: str) -> int:

@@ -74,7 +74,7 @@ def step_cost(
     weight_dtype: str,
     compute_dtype: str,
 ) -> StepCost:
-    """A step of a full bucket on every data rank, on one of the grid's devices, each with such a pool."""
+    """Count a step of a full bucket on every data rank, for one of the grid's devices, each with such a pool."""
     share = model.share(grid)
     plain, held = declare_plain(share, weight_dtype), declare(share, weight_dtype)
     tokens, moe = bucket.num_tokens, model.moe

@@ -12,7 +12,7 @@ from sgl_jax.ops.attention.backends import Backend, PoolOrder
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """What a token keeps in the pool, on one device."""
+    """The keys and values that a device keeps of a token: how many, in which order, in which dtype."""
 
     num_layers: int
     num_heads: int

@@ -43,7 +43,11 @@ class RunnerConfig:
 
 
 def make_programs(
-    model: DecoderConfig, config: RunnerConfig, kernels: Kernels, placement: Placement, weights: Weights[Any]
+    model: DecoderConfig,
+    config: RunnerConfig,
+    kernels: Kernels,
+    placement: Placement,
+    weights: Weights[jax.ShapeDtypeStruct],
 ) -> list[Program]:
     """Every program of a launch, small buckets first. `weights` may be abstract; they are placed as they will be."""
     grid = placement.grid
