@@ -92,7 +92,7 @@ def collectives(plan: Plan, model: PlannedModel, tokens: int, depth: int) -> Cou
     placement = Placement.over(plan.target.find_devices(), launch.grid)
     programs = launch_programs(config, launch, platform, kernels_for(None, platform, config), placement)
     program = next(each for each in programs if each.name.startswith(f"tokens={tokens} "))
-    with jax.default_matmul_precision(matmul_precision(launch.dtype)):
+    with jax.default_matmul_precision(matmul_precision(launch.runner.compute_dtype)):
         calls = compile_all([program], CompileWatch(), lambda *report: None, absent=placement.mesh)
     found: Counter[str] = Counter()
     for each in hlo.read(calls[program.name].as_text()).collectives():

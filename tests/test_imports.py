@@ -71,6 +71,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "engine",
         "runtime",
         "models.bundled",
+        "models.families",
+        "models.weights",
         "ops",
         "scheduler.rows",
         *PLAIN_DATA,

@@ -135,7 +135,7 @@ def test_what_would_be_computed_otherwise_is_refused(changes: dict, named: str) 
 def test_parameters_of_deepseek_v3() -> None:
     """671 billion, of which a token meets 37 billion, as published; the embedding is counted in the first."""
     c = config(**DEEPSEEK_V3)
-    total = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(c)))
+    total = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(c, "float32")))
     assert round(total / 1e9) == 671
     attention = 7168 * (1536 + 576) + 128 * (192 * 1536 + (128 + 128) * 512) + 7168 * 128 * 128
     expert = 3 * 7168 * 2048
@@ -145,7 +145,7 @@ def test_parameters_of_deepseek_v3() -> None:
 
 
 def test_a_device_holds_whole_latents_and_its_share_of_the_heads() -> None:
-    one, four = declare(config(**DEEPSEEK_V3)), declare(config(**DEEPSEEK_V3).share(Grid(4)))
+    one, four = declare(config(**DEEPSEEK_V3), "float32"), declare(config(**DEEPSEEK_V3).share(Grid(4)), "float32")
     a, b = one.layers[0].mla, four.layers[0].mla
     assert (a.q_up.shape, b.q_up.shape) == ((128 * 192, 1536), (32 * 192, 1536))
     assert (a.k_up.shape, b.k_up.shape) == ((128 * 128, 512), (32 * 128, 512))

@@ -42,7 +42,7 @@ def as_float32(folder: Path) -> dict[str, np.ndarray]:
 
 
 def assert_filled(weights: Weights, config, dtype: np.dtype) -> None:
-    specs = jax.tree_util.tree_flatten_with_path(declare(config))[0]
+    specs = jax.tree_util.tree_flatten_with_path(declare(config, dtype))[0]
     leaves = jax.tree_util.tree_flatten_with_path(weights)[0]
     assert [(path, spec.shape, dtype) for path, spec in specs] == [(path, x.shape, x.dtype) for path, x in leaves]
 
@@ -192,7 +192,7 @@ def test_a_share_is_read_as_if_cut_from_the_whole(shared: Callable[[str], Path],
     """Experts one by one and fused in one tensor, rows in parts, and reordered ones."""
     folder = shared(model)
     whole, half = load(folder), load(folder, placer=SecondOfTwo())
-    declared = declare(decoder_config(open_checkpoint(str(folder)).config))
+    declared = declare(decoder_config(open_checkpoint(str(folder)).config), "float32")
     for spec, all_of_it, share in zip(*map(jax.tree.leaves, (declared, whole, half)), strict=True):
         wanted = share_of(spec, Grid(tensor=2), 1).of(np.asarray(all_of_it))
         np.testing.assert_array_equal(np.asarray(share), wanted, err_msg=str(spec))

@@ -2,7 +2,7 @@
 CPU devices.
 
 GRID is "1", or sizes like "tp2-dp2-ep4"; "sp" adds sequence parallelism, "scan" stacks and scans the layers, as some
-accelerators do. The requests use every feature whose state or arithmetic is divided over the devices.
+accelerators do, and "int8" holds their matrices as int8 with scales. The requests use every feature whose state or arithmetic is divided over the devices.
 """
 
 from __future__ import annotations
@@ -16,6 +16,10 @@ from typing import Any
 import numpy as np
 
 import sgl_jax
+from sgl_jax.engine import startup
+from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.families import decoder_config
+from sgl_jax.models.scaled import Scaled
 from sgl_jax.runtime import platform
 
 COMMON = {"max_new_tokens": 16, "ignore_eos": True}
@@ -70,9 +74,14 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
     }
 
 
+def quantised_config(*args: Any) -> DecoderConfig:
+    return dataclasses.replace(decoder_config(*args), weight_scheme=Scaled("int8", 8))
+
+
 if __name__ == "__main__":
     for grid in sys.argv[2:]:
         scan = "scan" in grid.split("-")
         cpu = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=scan, vectorises_rows=scan)
         platform.PLATFORMS["cpu"] = cpu
+        startup.decoder_config = quantised_config if "int8" in grid.split("-") else decoder_config
         print(json.dumps(answers(sys.argv[1], grid)), flush=True)

@@ -41,3 +41,10 @@ def test_tokens_and_logprobs_are_those_of_one_device(runs: dict[str, dict[str, A
 def test_ranks_preempt_their_own(runs: dict[str, dict[str, Any]]) -> None:
     two_ranks = [run["preemptions"] for grid, run in runs.items() if "dp2" in grid]
     assert all(two_ranks)
+
+
+@pytest.mark.timeout(900)
+def test_quantised_weights_are_divided_with_their_scales(shared: Callable[[str], Path]) -> None:
+    one, *others = run_grids(shared("oracle/qwen3_moe"), ["int8", "tp2-int8", "dp2-tp2-ep4-int8-scan"])
+    for many in others:
+        assert_same(one, many)

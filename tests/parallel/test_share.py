@@ -7,7 +7,7 @@ import pytest
 
 from sgl_jax.models.config import DecoderConfig, MoeConfig, RopeConfig
 from sgl_jax.models.share import share_of
-from sgl_jax.models.weights import WeightSpec
+from sgl_jax.models.spec import WeightSpec
 from sgl_jax.parallel.grid import Grid
 
 
@@ -18,29 +18,29 @@ def rows_of(spec: WeightSpec, grid: Grid) -> list[list[int]]:
 
 
 def test_each_device_gets_a_share_of_every_part() -> None:
-    qkv = WeightSpec((12,), ("heads",), parts=(8, 4), unit=2)  # 4 heads of q, then 2 of k
+    qkv = WeightSpec((12,), ("heads",), "float32", parts=(8, 4), unit=2)  # 4 heads of q, then 2 of k
     assert rows_of(qkv, Grid(tensor=2)) == [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7, 10, 11]]
 
 
 def test_heads_that_are_fewer_than_devices_are_repeated() -> None:
-    qkv = WeightSpec((12,), ("heads",), parts=(8, 4), unit=2)
+    qkv = WeightSpec((12,), ("heads",), "float32", parts=(8, 4), unit=2)
     assert rows_of(qkv, Grid(tensor=4)) == [[0, 1, 8, 9], [2, 3, 8, 9], [4, 5, 10, 11], [6, 7, 10, 11]]
 
 
 def test_ranks_hold_the_same_heads_and_other_neurons() -> None:
     grid = Grid(tensor=2, data=2)
-    heads, ffn = WeightSpec((4,), ("heads",)), WeightSpec((8,), ("ffn",), parts=(4, 4))
+    heads, ffn = WeightSpec((4,), ("heads",), "float32"), WeightSpec((8,), ("ffn",), "float32", parts=(4, 4))
     assert rows_of(heads, grid) == [[0, 1], [2, 3], [0, 1], [2, 3]]
     assert rows_of(ffn, grid) == [[0, 4], [1, 5], [2, 6], [3, 7]]
 
 
 def test_columns_are_divided_where_the_inputs_are() -> None:
-    down = WeightSpec((2, 4), ("model", "ffn"))
+    down = WeightSpec((2, 4), ("model", "ffn"), "float32")
     assert rows_of(down, Grid(tensor=2)) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
 def test_experts_are_spread_over_groups_and_divided_within() -> None:
-    up = WeightSpec((2, 2, 1), ("experts", "expert_ffn", "model"))
+    up = WeightSpec((2, 2, 1), ("experts", "expert_ffn", "model"), "float32")
     assert rows_of(up, Grid(tensor=2, expert=2)) == [[[[0], [1]]], [[[2], [3]]]]
     assert rows_of(up, Grid(tensor=4, expert=2)) == [[[[0]]], [[[1]]], [[[2]]], [[[3]]]]
     assert rows_of(up, Grid(tensor=2)) == [[[[0]], [[2]]], [[[1]], [[3]]]]

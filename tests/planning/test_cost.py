@@ -19,12 +19,13 @@ QWEN3_8B = find_model("Qwen3-8B").config
 NATIVE = find_backend("native", "cpu", vectorise=False)
 
 
-def cost_of(model: DecoderConfig, devices: int, itemsize: int, bucket: Bucket, context: int) -> StepCost:
-    return step_cost(model, Grid(devices), pool_of(model.share(Grid(devices)), NATIVE), itemsize, bucket, context)
+def cost_of(model: DecoderConfig, devices: int, dtype: str, bucket: Bucket, context: int) -> StepCost:
+    pool = pool_of(model.share(Grid(devices)), NATIVE, dtype)
+    return step_cost(model, Grid(devices), pool, bucket, context, weight_dtype=dtype, compute_dtype=dtype)
 
 
 def test_a_decode_step_of_qwen3_8b_on_four_devices() -> None:
-    cost = cost_of(QWEN3_8B, 4, 2, Bucket(256, 256), 1024)
+    cost = cost_of(QWEN3_8B, 4, "bfloat16", Bucket(256, 256), 1024)
     # Per device: 36 layers of q 1024, k 256, v 256 out of 4096; o 1024 in; gate and up 3072 out, down 3072 in.
     layer = 4096 * (1024 + 256 + 256) + 1024 * 4096 + 3 * 4096 * 3072
     head = 151936 // 4 * 4096
@@ -37,8 +38,8 @@ def test_a_decode_step_of_qwen3_8b_on_four_devices() -> None:
 
 
 def test_a_prompt_step_has_whole_prompts_or_the_end_of_one() -> None:
-    whole = cost_of(QWEN3_8B, 1, 2, Bucket(2048, 256), 1024)  # two prompts
-    end = cost_of(QWEN3_8B, 1, 2, Bucket(512, 256), 1024)  # tokens 512 to 1023 of one
+    whole = cost_of(QWEN3_8B, 1, "bfloat16", Bucket(2048, 256), 1024)  # two prompts
+    end = cost_of(QWEN3_8B, 1, "bfloat16", Bucket(512, 256), 1024)  # tokens 512 to 1023 of one
     layer = 4096 * (32 + 16) * 128 + 4096 * 4096 + 3 * 4096 * 12288
     head = 151936 * 4096
     per_key = 4 * 32 * 128 * 36
@@ -55,19 +56,19 @@ def test_a_window_limits_the_keys_and_the_kv_read() -> None:
     windows = tuple(256 if layer % 2 else None for layer in range(36))
     mixed = dataclasses.replace(QWEN3_8B, sliding_windows=windows)
     token_kv = 2 * 8 * 128 * 2
-    full = cost_of(QWEN3_8B, 1, 2, Bucket(8, 8), 1024)
-    half = cost_of(mixed, 1, 2, Bucket(8, 8), 1024)
+    full = cost_of(QWEN3_8B, 1, "bfloat16", Bucket(8, 8), 1024)
+    half = cost_of(mixed, 1, "bfloat16", Bucket(8, 8), 1024)
     assert full.memory_bytes - half.memory_bytes == token_kv * 18 * 8 * (1024 - 256)
     assert full.flops - half.flops == 4 * 32 * 128 * 18 * 8 * (1024 - 256)
-    prompt = cost_of(mixed, 1, 2, Bucket(1024, 256), 1024)
-    whole = cost_of(QWEN3_8B, 1, 2, Bucket(1024, 256), 1024)
+    prompt = cost_of(mixed, 1, "bfloat16", Bucket(1024, 256), 1024)
+    whole = cost_of(QWEN3_8B, 1, "bfloat16", Bucket(1024, 256), 1024)
     seen = sum(min(position + 1, 256) for position in range(1024))
     assert whole.flops - prompt.flops == 4 * 32 * 128 * 18 * (sum(range(1, 1025)) - seen)
 
 
 def test_an_expert_is_multiplied_with_its_tokens_and_read_if_any_token_chose_it() -> None:
     moe = find_model("Qwen3-30B-A3B").config
-    one, many = (cost_of(moe, 1, 2, Bucket(n, n), 1024) for n in (1, 4096))
+    one, many = (cost_of(moe, 1, "bfloat16", Bucket(n, n), 1024) for n in (1, 4096))
     attention = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048
     router, expert = 2048 * 128, 3 * 2048 * 768
     head, per_key = 151936 * 2048, 4 * 32 * 128 * 48
@@ -94,6 +95,6 @@ def test_one_device_waits_for_no_other() -> None:
 
 def test_latent_attention_reads_one_vector_per_token_and_takes_its_keys_as_values() -> None:
     latent = dataclasses.replace(QWEN3_8B, num_kv_heads=1, mla=MlaConfig(512, None, 128, 64, 128))
-    near, far = (cost_of(latent, 4, 2, Bucket(8, 8), context) for context in (1024, 2048))
+    near, far = (cost_of(latent, 4, "bfloat16", Bucket(8, 8), context) for context in (1024, 2048))
     assert far.memory_bytes - near.memory_bytes == 2 * 36 * 576 * 8 * 1024
     assert far.flops - near.flops == 36 * 8 * 8 * 1024 * 2 * (576 + 512)  # 8 of 32 heads

@@ -33,9 +33,9 @@ def small_runner(
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
     placement = Placement.over(jax.devices("cpu")[:1])
     kernels = kernels_for(None, PLATFORMS["cpu"], model)
-    config = RunnerConfig(
-        "float32", pool_of(model, kernels.attention), PAGE_SIZE, PAGES + 1, ROWS, CONTEXT, (Bucket(32, ROWS, width),)
-    )
+    pool = pool_of(model, kernels.attention, "float32")
+    buckets = (Bucket(32, ROWS, width),)
+    config = RunnerConfig("float32", "float32", pool, PAGE_SIZE, PAGES + 1, ROWS, CONTEXT, buckets)
     runner = ModelRunner(
         model, config, kernels, placement, stacks_layers=False, announce=announce, drafter=drafter
     )  # fmt: skip

@@ -29,7 +29,9 @@ def test_every_stage_is_in_the_names_of_the_program_s_operations(stories260k: Pa
 
     weights = abstract_weights(model, np.float32, placement, stacked=stacked)
     kernels = kernels_for(None, PLATFORMS["cpu"], model)
-    config = RunnerConfig("float32", pool_of(model, kernels.attention), 16, 9, 2, 64, (Bucket(8, 2),))
+    config = RunnerConfig(
+        "float32", "float32", pool_of(model, kernels.attention, "float32"), 16, 9, 2, 64, (Bucket(8, 2),)
+    )
     programs = make_programs(model, config, kernels, placement, weights)
     program = next(each for each in programs if each.name.startswith("tokens="))
     text = program.function.lower(*program.args).as_text(debug_info=True)

@@ -66,7 +66,7 @@ def test_launch(model: str, topology: str) -> None:
             faults.extend(f"{name}: {fault}" for fault in tpu_programs.faults(step))
 
     started, used = time.perf_counter(), time.process_time()
-    with jax.default_matmul_precision(matmul_precision(plan.launch.dtype)):
+    with jax.default_matmul_precision(matmul_precision(plan.launch.runner.compute_dtype)):
         compile_all(programs.values(), CompileWatch(), read, absent=placement.mesh)
     spent = {"cpu_seconds": round(time.process_time() - used, 1)}  # of all threads, reading the programs included
     data = as_data(plan, sorted(facts, key=lambda each: list(programs).index(each.name)), time.perf_counter() - started)

@@ -41,7 +41,7 @@ def collectives(topology: str, tokens: int, args: ServerArgs) -> Counter[tuple[s
     kernels = kernels_for(None, target.platform, model.config)
     programs = launch_programs(model.config, plan.launch, target.platform, kernels, placement)
     program = next(each for each in programs if each.name.startswith(f"tokens={tokens} "))
-    with jax.default_matmul_precision(matmul_precision(plan.launch.dtype)):
+    with jax.default_matmul_precision(matmul_precision(plan.launch.runner.compute_dtype)):
         calls = compile_all([program], CompileWatch(), lambda *report: None, absent=placement.mesh)
     found = [each for each in hlo.read(calls[program.name].as_text()).collectives() if not each.in_branch]
     return Counter((each.collective or "", array.shape) for each in found for array in each.arrays[-1:])

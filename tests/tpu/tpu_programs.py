@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from sgl_jax.models.weights import site_of
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.planning.model import find_model
 from sgl_jax.planning.plan import Plan, make_plan
@@ -82,7 +83,7 @@ def step_program(model: str, topology: str, attention: str | None, tokens: int) 
     plan, programs, placement = planned(model, topology, attention)
     step = next(step for step in plan.steps if step.bucket.num_tokens == tokens)
     program = programs[f"tokens={tokens} rows={step.bucket.num_rows}"]
-    with jax.default_matmul_precision(matmul_precision(plan.launch.dtype)):
+    with jax.default_matmul_precision(matmul_precision(plan.launch.runner.compute_dtype)):
         calls = compile_all([program], CompileWatch(), lambda *report: None, absent=placement.mesh)
     return read(plan, tokens, step.bucket.num_rows, program, calls[program.name])
 
@@ -137,7 +138,7 @@ def weight_moves(step: StepProgram) -> list[Instruction]:
 
 
 def products(step: StepProgram) -> Counter[str]:
-    """How many products with the layers' weights there are: dense ones by the scope they come from, and of experts."""
+    """How many products with weights there are: dense ones by the scope they come from, and of experts."""
     found: Counter[str] = Counter()
     for each in step.module.instructions():
         if each.opcode == "custom-call" and each.name.startswith("grouped_matmul"):
@@ -148,12 +149,15 @@ def products(step: StepProgram) -> Counter[str]:
     return found
 
 
+# The scope of a site's products: by its name, or by the part of the layer it is in.
+_SCOPES = {"gate_up": "mlp", "down": "mlp", "": "attention", "mla": "attention", "moe": "mlp", "moe.experts": "experts"}
+
+
 def expected_products(step: StepProgram) -> Counter[str]:
-    """q/k/v and output; gate/up and down, or those of the experts, each for all of them."""
-    layers = step.args[0].layers
-    dense = sum(layer.down is not None for layer in layers)
-    experts = sum(layer.moe is not None for layer in layers)
-    return +Counter(attention=2 * len(layers), mlp=2 * dense, experts=2 * experts)
+    """One product for each declared matrix that has a site, and one with the output head, which may be the embedding."""
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(step.args[0])[0]]
+    sites = [site for site in map(site_of, paths) if site not in (None, "lm_head")]
+    return Counter(logits=1) + Counter(_SCOPES.get(site, _SCOPES[site.rpartition(".")[0]]) for site in sites)
 
 
 def sums(step: StepProgram) -> tuple[int, list[int]]:

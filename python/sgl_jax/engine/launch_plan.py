@@ -23,7 +23,6 @@ from sgl_jax.server_args import ServerArgs
 
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
-    dtype: str
     grid: Grid
     weight_bytes: int  # of each device
     memory: MemoryPlan  # of each device
@@ -61,20 +60,19 @@ def plan_launch(
         )
     share = model.share(grid)
     dtype = _dtype(args, stored_dtype, platform)
-    itemsize = np.dtype(dtype).itemsize
-    pool = pool_of(share, kernels.attention)
-    multiple = kernels.attention.page_multiple(np.dtype(dtype))
+    pool = pool_of(share, kernels.attention, dtype)
+    multiple = kernels.attention.page_multiple(np.dtype(pool.dtype))
     wanted = args.page_size or kernels.attention.page_size or platform.page_size
     page_size = -(-wanted // multiple) * multiple
     context_length = args.context_length or model.context_length
     max_running = -(-(args.max_running_requests or platform.max_running_requests) // grid.data)  # of each data rank
-    weights = weight_bytes(share, itemsize)
+    weights = weight_bytes(share, dtype)
     memory = plan_memory(
         platform,
         total_bytes=device_bytes,
         weight_bytes=weights,
         state_bytes=state_bytes(max_running * grid.data, -(-context_length // page_size), share.vocab_size),
-        bytes_per_token=pool.values_per_token * itemsize,
+        bytes_per_token=pool.bytes_per_token,
         page_size=page_size,
         context_length=context_length,
         mem_fraction=args.mem_fraction_static,
@@ -96,12 +94,12 @@ def plan_launch(
     prefill_tokens = _prefill_tokens(args, platform, context_length, grid.data)
     step_tokens = max(prefill_tokens, max_running)  # every running request has room for one token
     return LaunchPlan(
-        dtype,
         grid,
         weights,
         memory,
         RunnerConfig(
-            dtype=dtype,
+            compute_dtype=dtype,
+            weight_dtype=dtype,
             pool=pool,
             page_size=page_size,
             num_pages=memory.num_pages,

@@ -25,7 +25,7 @@ from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import add_package, decoder_config
 from sgl_jax.models.loader import load_weights, random_weights
-from sgl_jax.models.weights import Weights, parameters_per_token
+from sgl_jax.models.weights import Weights, declare, parameters_per_token
 from sgl_jax.multihost.follower import Follower
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.observability import log
@@ -121,7 +121,7 @@ def build_device_side(
         model, plan.runner, kernels, placement, stacks_layers=platform.stacks_layers, announce=hosts.announce
     )
     with _compiling(runner) as compiled:
-        weights = _load(checkpoint, model, plan.dtype, args, platform, placement, compiled)
+        weights = _load(checkpoint, model, plan.runner.weight_dtype, args, platform, placement, compiled)
         compiled.result()
     runner.start(weights, barrier=lambda: hosts.agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
@@ -164,7 +164,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
     info = EngineInfo(
         model_path=args.model_path,
         architecture=model.architecture,
-        dtype=plan.dtype,
+        dtype=plan.runner.compute_dtype,
         platform=device_side.platform.name,
         device_kind=devices[0].device_kind,
         num_devices=len(devices),
@@ -218,7 +218,7 @@ def _load(
     platform: Platform,
     placement: Placement,
     compiled: Future[None],
-) -> Weights:
+) -> Weights[jax.Array]:
     """Stops for a program that cannot be compiled."""
     placer = Placer(placement)
     with weight_progress(logger, checkpoint.total_bytes) as show:
@@ -234,7 +234,7 @@ def _load(
             # A quantised GGUF means the same weights whatever the dtype: those of the model it was made from.
             rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
             weights = load_weights(checkpoint, model, dtype, rounded_to=rounded_to, placer=placer, report=report)
-    return stack_layers(weights, placement, model) if platform.stacks_layers else weights
+    return stack_layers(weights, placement, declare(model, dtype, stacked=True)) if platform.stacks_layers else weights
 
 
 def _report_compile(done: int, total: int, compiled: Compiled) -> None:

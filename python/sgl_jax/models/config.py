@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from typing import Literal
 
+from sgl_jax.models.quantised import Scheme
 from sgl_jax.parallel.grid import Grid
 
 Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
@@ -109,6 +110,7 @@ class DecoderConfig:
     final_logit_softcap: float | None = None
     query_scale: float | None = None  # None: head_dim ** -0.5
     query_growth: QueryGrowth | None = None
+    weight_scheme: Scheme | None = None  # the format that matrices are stored and held in; None: plain floats
     normalised_head: bool = False  # the head's columns are divided by their lengths when it is loaded
     eos_token_ids: tuple[int, ...] = ()
     head_copies: int = (

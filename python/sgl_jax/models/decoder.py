@@ -15,9 +15,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.layers import gated, query_growth, rope_table
+from sgl_jax.models.linear import linear
 from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.moe import LayerExperts, moe_layer
-from sgl_jax.models.weights import Experts, LayerWeights, Weights, head
+from sgl_jax.models.weights import Experts, Layers, LayerWeights, Weights, head
 from sgl_jax.ops.attention.api import QKPrepare, split_heads
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.norm_rope import rms_norm
@@ -45,17 +46,18 @@ class Attend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What a step gives the decoder besides weights and tokens."""
+    """The arguments of the decoder that belong to one step, besides its tokens."""
 
     positions: Int[Array, " T"]
     valid: Bool[Array, " MT"]  # of the tokens of all ranks; False: padding
     attend: Attend
     grouped_matmul: GroupedMatmul
+    compute_dtype: str  # of the activations
     grid: Grid = LONE
 
 
 def hidden_states(
-    weights: Weights,
+    weights: Weights[jax.Array],
     config: DecoderConfig,
     tokens: Int[Array, " MT"],
     kv: Float[Array, "LP K planes page H"],
@@ -68,12 +70,12 @@ def hidden_states(
     """
     norm = functools.partial(rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset)
     with jax.named_scope("embed"):
-        x = _embed(weights.embed, tokens, context.grid)
+        x = _embed(weights.embed, tokens, context)
         x = x * jnp.asarray(config.embed_scale, x.dtype) if config.embed_scale != 1 else x
         rope = _rope_of_layer(config, context.positions)
     windows = _windows(config)
 
-    def body(carry, layer: Int[Array, ""] | int, w: LayerWeights, experts: LayerExperts | None):
+    def body(carry, layer: Int[Array, ""] | int, w: LayerWeights[jax.Array], experts: LayerExperts | None):
         x, kv = carry
         with jax.named_scope("attention"):
             h = norm(x, w.attn_norm)
@@ -89,17 +91,17 @@ def hidden_states(
     return context.grid.to_attention(x), kv
 
 
-def logits(weights: Weights, config: DecoderConfig, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
+def logits(weights: Weights[jax.Array], config: DecoderConfig, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
     """Final norm and output head, float32; of one of many devices, its share of the vocabulary."""
     with jax.named_scope("logits"):
         h = rms_norm(hidden, weights.final_norm, config.rms_norm_eps, config.norm_offset)
-        out = jnp.einsum("vd,sd->vs", head(weights), h, preferred_element_type=jnp.float32).T
+        out = linear(h, head(weights), site="lm_head", out_dtype=jnp.float32)
         out = out * config.logit_scale if config.logit_scale != 1 else out
         cap = config.final_logit_softcap
         return out if cap is None else cap * jnp.tanh(out / cap)
 
 
-def run_layers(body: Callable, carry, layers: list[LayerWeights] | tuple[LayerWeights, ...]):
+def run_layers(body: Callable, carry, layers: Layers[jax.Array]):
     """Thread the carry through body(carry, layer index, layer weights, experts): a Python loop over a list, a scan over
     each stack.
 
@@ -127,12 +129,10 @@ def run_layers(body: Callable, carry, layers: list[LayerWeights] | tuple[LayerWe
     return carry
 
 
-def _split_experts(w: LayerWeights) -> tuple[LayerWeights, Experts | None]:
+def _split_experts(w: LayerWeights[jax.Array]) -> tuple[LayerWeights[jax.Array], Experts[jax.Array] | None]:
     if w.moe is None:
         return w, None
-    return dataclasses.replace(
-        w, moe=dataclasses.replace(w.moe, experts=Experts(None, None, None, None))
-    ), w.moe.experts
+    return dataclasses.replace(w, moe=dataclasses.replace(w.moe, experts=None)), w.moe.experts
 
 
 _NO_WINDOW = 2**30  # wider than any context
@@ -154,12 +154,13 @@ def _rope_of_layer(config: DecoderConfig, positions: Int[Array, " T"]) -> Callab
     return lambda window: both[(window < _NO_WINDOW).astype(jnp.int32)]
 
 
-def _embed(table: Float[Array, "V D"], tokens: Int[Array, " MT"], grid: Grid) -> Float[Array, "t D"]:
-    local, own = grid.all_axes.mine(tokens, len(table))
-    return grid.from_mlp(jnp.where(own[:, None], table.at[local].get(mode="clip"), 0))
+def _embed(table: Float[Array, "V D"], tokens: Int[Array, " MT"], context: Context) -> Float[Array, "t D"]:
+    local, own = context.grid.all_axes.mine(tokens, len(table))
+    x = jnp.where(own[:, None], table.at[local].get(mode="clip").astype(context.compute_dtype), 0)
+    return context.grid.from_mlp(x)
 
 
-def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, context: Context, layer, window):
+def _attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, context: Context, layer, window):
     h = context.grid.to_attention(h)
     attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks)
     if config.mla is not None and w.mla is not None:
@@ -167,12 +168,12 @@ def _attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, context: Con
     else:
         out, kv = _heads_attention(h, kv, w, config, rope, context.positions, attend)
     out = context.grid.own_columns(out, config.head_copies)
-    return _summed(_project(out, w.o), w.o_bias, context.grid.from_attention), kv
+    return _summed(linear(out, w.o, site="o"), w.o_bias, context.grid.from_attention), kv
 
 
-def _heads_attention(h, kv, w: LayerWeights, config: DecoderConfig, rope, positions, attend):
+def _heads_attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, positions, attend):
     """The heads' outputs side by side, [T, N * H], and the pool."""
-    q, k, v = _project(h, w.qkv, w.qkv_bias).reshape(len(h), -1, config.head_dim), None, None
+    q, k, v = linear(h, w.qkv, w.qkv_bias, site="qkv").reshape(len(h), -1, config.head_dim), None, None
     if config.query_growth is not None:
         q, k, v = split_heads(q, config.num_kv_heads)
         q = (q * query_growth(positions, config.query_growth)[:, None, None]).astype(q.dtype)
@@ -186,13 +187,13 @@ def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Arr
     return norm if norm is None or config.norm_offset == 0 else norm.astype(jnp.float32) + config.norm_offset
 
 
-def _mlp(h, w: LayerWeights, experts: LayerExperts | None, config: DecoderConfig, context: Context):
+def _mlp(h, w: LayerWeights[jax.Array], experts: LayerExperts | None, config: DecoderConfig, context: Context):
     """The MLP, the experts, or both, summed and scaled."""
     act = functools.partial(gated, activation=config.activation, limit=config.gate_limit)
     h = context.grid.to_mlp(h)
     outs = []  # this device's share of each
     if w.down is not None:
-        outs.append(_project(act(_project(h, w.gate_up, w.gate_up_bias)), w.down))
+        outs.append(linear(act(linear(h, w.gate_up, w.gate_up_bias, site="gate_up")), w.down, site="down"))
     if w.moe is not None and experts is not None and config.moe is not None:
         outs.append(moe_layer(h, w.moe, experts, config.moe, act, context.valid, context.grouped_matmul, context.grid))
         if config.moe.residual_scale is not None:
@@ -200,14 +201,7 @@ def _mlp(h, w: LayerWeights, experts: LayerExperts | None, config: DecoderConfig
     return _summed(outs[0], w.down_bias, context.grid.from_mlp)
 
 
-def _project(
-    x: Float[Array, "T I"], w: Float[Array, "O I"], bias: Float[Array, " O"] | None = None
-) -> Float[Array, "T O"]:
-    out = jnp.einsum("oi,ti->ot", w, x).T
-    return out if bias is None else out + bias
-
-
 def _summed(share: Float[Array, "T D"], bias: Float[Array, " D"] | None, over: Callable) -> Float[Array, "t D"]:
-    """The devices' shares as `over` sums them, and what is added once."""
+    """Sum the devices' shares with `over`, then add the bias once."""
     out = over(share)
-    return out if bias is None else out + bias
+    return out if bias is None else out + bias.astype(out.dtype)

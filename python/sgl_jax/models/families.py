@@ -109,7 +109,7 @@ def _relatives(hf: dict[str, Any], tensors: Mapping[str, StoredTensor] | None) -
     fitting = []
     for architecture, module in FAMILIES.items():
         try:
-            plan_weights(tensors, _translated(architecture, hf), module.NAMES, source="")
+            plan_weights(tensors, _translated(architecture, hf), "float32", module.NAMES, source="")
         except (
             ModelError,
             ArithmeticError,

@@ -91,15 +91,19 @@ def _as_they_are(x: np.ndarray) -> np.ndarray:
 
 
 def _turned(tensor: StoredTensor, turn: Callable[[np.ndarray], np.ndarray], *, swapped: bool = False) -> StoredTensor:
-    """`turn` is applied to each slice of experts; `swapped` says that it changes the two axes of the matrices."""
+    """Apply `turn` to each slice of experts, and to the planes' slices alike; `swapped` says that it changes the two axes of
+    the matrices."""
 
     def rows(start: int, stop: int) -> np.ndarray:
         return turn(tensor.rows(start, stop))
 
     if not swapped:
-        return dataclasses.replace(tensor, rows=rows)
+        planes = {name: _turned(plane, turn) for name, plane in tensor.planes.items()}
+        return dataclasses.replace(tensor, rows=rows, planes=planes)
     e, i, o = tensor.shape
-    return dataclasses.replace(tensor, name=f"{tensor.name} (turned to [E, out, in])", shape=(e, o, i), rows=rows)
+    return dataclasses.replace(
+        tensor, name=f"{tensor.name} (turned to [E, out, in])", shape=(e, o, i), rows=rows, planes={}
+    )
 
 
 NAMES = dataclasses.replace(

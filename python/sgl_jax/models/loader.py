@@ -14,31 +14,34 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import ml_dtypes  # noqa: F401  (numpy then knows "bfloat16")
 import numpy as np
+from jax.typing import DTypeLike
 
 from sgl_jax.models.checkpoint import Checkpoint
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.families import tensor_names
-from sgl_jax.models.plan import Leaf, plan_weights
+from sgl_jax.models.plan import Leaf, flat_weights, leaves_of, plan_weights
+from sgl_jax.models.quantised import Matrix
 from sgl_jax.models.share import Share, as_slice, share_of
-from sgl_jax.models.stored import StoredTensor
-from sgl_jax.models.weights import Weights, WeightSpec, declare
+from sgl_jax.models.spec import WeightSpec
+from sgl_jax.models.stored import StoredTensor, in_memory
+from sgl_jax.models.weights import Weights, declare
 from sgl_jax.parallel.grid import LONE
 
 Report = Callable[[float, int], None]  # fraction done, bytes of the checkpoint done
 
 
 class Placer(Protocol):
-    """Which parts of each weight are wanted here, and where they go."""
+    """Says which shares of each array are wanted here, and puts them in their place."""
 
     def shares(self, spec: WeightSpec) -> Sequence[Share]: ...
 
-    def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> Any:
-        """The weight from its shares, in their order; the arrays are the placer's from here on."""
+    def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
+        """The array from its shares, in their order; the arrays are the placer's from here on."""
         ...
 
 
@@ -61,93 +64,98 @@ _ALIGNMENT = 64  # jax on a CPU adopts a buffer so aligned instead of copying it
 def load_weights(
     checkpoint: Checkpoint,
     config: DecoderConfig,
-    dtype: Any,
+    dtype: DTypeLike,
     *,
-    rounded_to: Any = None,
+    rounded_to: DTypeLike | None = None,
     placer: Placer | None = None,
     report: Report | None = None,
-) -> Weights:
+) -> Weights[jax.Array]:
     """Raises one ModelError that lists every missing, surplus and misshapen tensor, before any of them is read.
 
     `rounded_to` rounds every value to that dtype before it is stored as `dtype`: float32 arithmetic on bfloat16 weights.
     """
-    dtype, rounded = np.dtype(dtype), None if rounded_to is None else np.dtype(rounded_to)
-    leaves = plan_weights(checkpoint.tensors, config, tensor_names(config), source=str(checkpoint.path))
+    tensors = checkpoint.tensors
+    if rounded_to is not None:
+        tensors = {name: tensor.rounded(rounded_to) for name, tensor in tensors.items()}
+    leaves = plan_weights(tensors, config, dtype, tensor_names(config), source=str(checkpoint.path))
     leaves.sort(key=lambda leaf: leaf.path.startswith(".layers"))  # the two big ones first, at the same time
     total = sum(leaf.nbytes for leaf in leaves)
     placed, done = {}, 0
     placer = placer or OneDevice()
 
     def assemble(leaf: Leaf) -> list[np.ndarray]:
-        return [_assemble(leaf, share, dtype, rounded) for share in placer.shares(leaf.spec)]
+        return [_assemble(leaf, share) for share in placer.shares(leaf.spec)]
 
     for leaf, arrays in _ahead(leaves, assemble):
         placed[leaf.path] = placer.place(leaf.spec, arrays)
         done += leaf.nbytes
         if report is not None:
             report(done / total, round(done / total * checkpoint.total_bytes))
-    return _fill(config, placed)
+    return _fill(declare(config, dtype), placed)
 
 
 def random_weights(
     config: DecoderConfig,
-    dtype: Any,
+    dtype: DTypeLike,
     seed: int = 0,
     *,
     placer: Placer | None = None,
     report: Report | None = None,
-) -> Weights:
+) -> Weights[jax.Array]:
     """Small random weights (--load-format dummy): norms are 1, the rest normal with deviation 0.02."""
-    dtype = np.dtype(dtype)
-    paths = jax.tree_util.tree_flatten_with_path(declare(config))[0]
-    leaves = [Leaf(jax.tree_util.keystr(path), spec, ()) for path, spec in paths]
-    total = sum(math.prod(leaf.spec.shape) for leaf in leaves)
+    declared = declare(config, dtype)
+    total = sum(spec.nbytes for spec in jax.tree.leaves(declared))
 
     # Drawing billions of normals takes minutes; reading a million over and over, from another start each time, does not.
     # The prime length keeps the rows of a matrix apart.
     normal = np.random.Generator(np.random.SFC64(seed)).standard_normal(_RANDOM_VALUES, np.float32)
-    values = _plain((normal * np.float32(0.02)).astype(dtype))
-
+    values = _plain((normal * np.float32(0.02)).astype(np.dtype(dtype)))
     placer = placer or OneDevice()
 
-    def draw(indexed: tuple[int, Leaf]) -> list[np.ndarray]:
-        whole = draw_whole(*indexed)
-        return [share.of(whole) for share in placer.shares(indexed[1].spec)]
-
-    def draw_whole(index: int, leaf: Leaf) -> np.ndarray:
-        out = aligned_empty(leaf.spec.shape, dtype)
-        if leaf.path.endswith("norm"):
-            out[...] = 1
-            return out
-        flat, at = (
-            _plain(out).reshape(-1),
-            int(np.random.Generator(np.random.SFC64([seed, index])).integers(values.size)),
-        )
-        filled = 0
-        while filled < flat.size:
-            count = min(values.size - at, flat.size - filled)
-            flat[filled : filled + count] = values[at : at + count]
-            filled, at = filled + count, (at + count) % values.size
-        return out
+    def shares(weight: tuple[int, tuple[str, WeightSpec, Matrix[WeightSpec]]]) -> list[tuple[Leaf, list[np.ndarray]]]:
+        """Draw a weight and divide its arrays."""
+        index, (path, plain, spec) = weight
+        whole = _draw(plain, path, values, np.random.Generator(np.random.SFC64([seed, index])))
+        leaves = leaves_of(path, spec, [in_memory(path, whole)])
+        if isinstance(spec, WeightSpec):
+            return [(leaf, [share.of(whole) for share in placer.shares(leaf.spec)]) for leaf in leaves]
+        return [(leaf, [_assemble(leaf, share) for share in placer.shares(leaf.spec)]) for leaf in leaves]
 
     placed, done = {}, 0
-    for (_, leaf), arrays in _ahead(list(enumerate(leaves)), draw):
-        placed[leaf.path] = placer.place(leaf.spec, arrays)
-        done += math.prod(leaf.spec.shape)
-        if report is not None:
-            report(done / total, done * dtype.itemsize)
-    return _fill(config, placed)
+    for _, arrays_of_leaves in _ahead([*enumerate(flat_weights(config, dtype))], shares):
+        for leaf, arrays in arrays_of_leaves:
+            placed[leaf.path] = placer.place(leaf.spec, arrays)
+            done += leaf.spec.nbytes
+            if report is not None:
+                report(done / total, done)
+    return _fill(declared, placed)
+
+
+def _draw(spec: WeightSpec, path: str, values: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """A whole weight of random values, read round and round from somewhere."""
+    out = aligned_empty(spec.shape, np.dtype(spec.dtype))
+    if path.endswith("norm"):
+        out[...] = 1
+        return out
+    flat, at = _plain(out).reshape(-1), int(rng.integers(values.size))
+    filled = 0
+    while filled < flat.size:
+        count = min(values.size - at, flat.size - filled)
+        flat[filled : filled + count] = values[at : at + count]
+        filled, at = filled + count, (at + count) % values.size
+    return out
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array whose buffer jax adopts on a CPU."""
     size = math.prod(shape) * dtype.itemsize
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % _ALIGNMENT
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _fill(config: DecoderConfig, placed: dict[str, Any]) -> Weights:
-    return jax.tree_util.tree_map_with_path(lambda path, _: placed[jax.tree_util.keystr(path)], declare(config))
+def _fill(declared: Weights[WeightSpec], placed: dict[str, jax.Array]) -> Weights[jax.Array]:
+    return jax.tree_util.tree_map_with_path(lambda path, _: placed[jax.tree_util.keystr(path)], declared)
 
 
 def _ahead[T, R](items: list[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
@@ -169,15 +177,16 @@ def _ahead[T, R](items: list[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]
                 future.cancel()
 
 
-def _assemble(leaf: Leaf, share: Share, dtype: np.dtype, rounded: np.dtype | None) -> np.ndarray:
-    """The share of a weight, put together from its pieces a block of rows at a time so that conversions stay in the cache."""
+def _assemble(leaf: Leaf, share: Share) -> np.ndarray:
+    """Put the share of an array together from its pieces, a block of rows at a time so that conversions stay in the cache."""
     shape = share.shape if leaf.spec.num_experts is not None else share.shape[1:]
+    dtype = np.dtype(leaf.spec.dtype)
     out = aligned_empty(shape, dtype)
     lines = _plain(out).reshape(-1, *share.shape[2:])
     row = 0
     for block in _blocks(leaf, share):
         rows = block if share.columns is None else block[:, as_slice(share.columns)]
-        lines[row : row + len(rows)] = _plain(_cast(rows, dtype, rounded))
+        lines[row : row + len(rows)] = _plain(rows.astype(dtype, copy=False))
         row += len(rows)
     return out
 
@@ -207,12 +216,6 @@ def _rows(pieces: Sequence[StoredTensor], runs: Sequence[range]) -> Iterator[np.
                 yield piece.rows(at, min(at + step, stop))
 
 
-def _cast(rows: np.ndarray, dtype: np.dtype, rounded: np.dtype | None) -> np.ndarray:
-    if rounded is not None:
-        rows = rows.astype(rounded, copy=False)
-    return rows.astype(dtype, copy=False)
-
-
 def _plain(x: np.ndarray) -> np.ndarray:
-    """bfloat16 seen as integers: numpy copies its own types faster than foreign ones."""
-    return x.view(np.uint16) if x.dtype.itemsize == 2 else x
+    """View bfloat16 and narrower values as integers: numpy copies its own types faster than foreign ones."""
+    return x.view({1: np.uint8, 2: np.uint16}.get(x.dtype.itemsize, x.dtype))

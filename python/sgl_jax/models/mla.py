@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sgl_jax.models.config import MlaConfig
+from sgl_jax.models.linear import linear
 from sgl_jax.models.weights import MlaWeights
 from sgl_jax.ops.norm_rope import rms_norm, rotate
 
@@ -22,26 +23,22 @@ _EPS = 1e-6  # of the norms of compressed vectors, whatever the model's own is
 def latent_attention(
     h: Float[Array, "T D"],
     kv: Float[Array, "LP 1 1 page R"],
-    w: MlaWeights,
+    w: MlaWeights[jax.Array],
     mla: MlaConfig,
     rope: Float[Array, "T rope"],
     attend: Callable[[jax.Array, jax.Array, None, jax.Array], tuple[jax.Array, jax.Array]],  # (q, k, v, kv) -> (o, kv)
 ) -> tuple[Float[Array, "T NV"], Float[Array, "LP 1 1 page R"]]:
     """The heads' outputs side by side, and the pool with this step's vectors. R = mla.latent_dim."""
-    if w.q is None:
-        q = _project(rms_norm(_project(h, w.q_down), w.q_norm, _EPS), w.q_up)
+    if w.q_norm is None:
+        q = linear(h, w.q, site="mla.q")
     else:
-        q = _project(h, w.q)
+        q = linear(rms_norm(linear(h, w.q_down, site="mla.q_down"), w.q_norm, _EPS), w.q_up, site="mla.q_up")
     q_nope, q_rope = jnp.split(q.reshape(len(h), -1, mla.head_dim), [mla.qk_nope_head_dim], axis=-1)
-    latent, k_rope = jnp.split(_project(h, w.kv_down), [mla.kv_lora_rank], axis=-1)
-    k_up = w.k_up.reshape(-1, mla.qk_nope_head_dim, mla.kv_lora_rank)
-    v_up = w.v_up.reshape(-1, mla.v_head_dim, mla.kv_lora_rank)
+    latent, k_rope = jnp.split(linear(h, w.kv_down, site="mla.kv_down"), [mla.kv_lora_rank], axis=-1)
+    k_up = w.k_up.astype(h.dtype).reshape(-1, mla.qk_nope_head_dim, mla.kv_lora_rank)
+    v_up = w.v_up.astype(h.dtype).reshape(-1, mla.v_head_dim, mla.kv_lora_rank)
 
     q = jnp.concatenate([jnp.einsum("npc,tnp->tnc", k_up, q_nope), rotate(q_rope, rope)], axis=-1)
     k = jnp.concatenate([rms_norm(latent, w.kv_norm, _EPS)[:, None], rotate(k_rope[:, None], rope)], axis=-1)
     out, kv = attend(q, k, None, kv)  # [T, N, C]
     return jnp.einsum("nvc,tnc->tnv", v_up, out).reshape(len(h), -1), kv
-
-
-def _project(x: Float[Array, "T I"], w: Float[Array, "O I"]) -> Float[Array, "T O"]:
-    return jnp.einsum("oi,ti->ot", w, x).T

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.config import MoeConfig
+from sgl_jax.models.linear import grouped_linear, linear
 from sgl_jax.models.weights import Experts, MoeWeights
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.parallel.grid import LONE, Grid
@@ -22,17 +23,17 @@ Gated = Callable[[Float[Array, "M FF"]], Float[Array, "M F"]]  # the activation 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerExperts:
-    """The experts of one layer, where they are: the matrices of all layers, and an index."""
+    """The matrices of all layers' experts, and the index of one layer."""
 
-    experts: Experts  # leaves [L, E, …]
-    layer: Any  # i32[]
+    experts: Experts[jax.Array]  # leaves [L, E, …]
+    layer: Int[Array, ""]
 
 
-def route(x: Float[Array, "T D"], w: MoeWeights, moe: MoeConfig) -> tuple[Float[Array, "T X"], Int[Array, "T X"]]:
-    """The weights, float32, and the ids of each token's experts."""
-    logits = jnp.einsum("ed,td->te", w.router, x, preferred_element_type=jnp.float32)
-    if w.router_bias is not None:
-        logits += w.router_bias.astype(jnp.float32)
+def route(
+    x: Float[Array, "T D"], w: MoeWeights[jax.Array], moe: MoeConfig
+) -> tuple[Float[Array, "T X"], Int[Array, "T X"]]:
+    """Choose each token's experts: their weights, float32, and their ids."""
+    logits = linear(x, w.router, w.router_bias, site="moe.router", out_dtype=jnp.float32)
     if moe.router_softcap is not None:
         logits = moe.router_softcap * jnp.tanh(logits / moe.router_softcap)
     scores = jax.nn.softmax(logits, axis=-1) if moe.scoring == "softmax" else jax.nn.sigmoid(logits)
@@ -68,7 +69,7 @@ def dispatch(
 
     On one of many devices: its share of the sum, from the experts it holds, or from its part of their neurons.
     """
-    held, per_token = at.experts.down.shape[1], ids.shape[1]
+    held, per_token = jax.tree.leaves(at.experts.down)[0].shape[1], ids.shape[1]
     group, part = divmod(grid.all_axes.index(), grid.expert_width)
     places = ids - group * held
     used = valid[:, None] & (places >= 0) & (places < held)
@@ -76,12 +77,13 @@ def dispatch(
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.zeros(held, jnp.int32).at[expert].add(1, mode="drop")
     experts, sorted_expert = at.experts, expert[order]
-    h = grouped_matmul(x[order // per_token], experts.gate_up, at.layer, sizes)
+    multiply = functools.partial(grouped_linear, layer=at.layer, group_sizes=sizes, grouped_matmul=grouped_matmul)
+    h = multiply(x[order // per_token], experts.gate_up, site="moe.experts.gate_up")
     if experts.gate_up_bias is not None:
-        h += experts.gate_up_bias.at[at.layer, sorted_expert].get(mode="clip")
-    h = grouped_matmul(gated(h), experts.down, at.layer, sizes)
+        h += experts.gate_up_bias.at[at.layer, sorted_expert].get(mode="clip").astype(h.dtype)
+    h = multiply(gated(h), experts.down, site="moe.experts.down")
     if experts.down_bias is not None:
-        bias = experts.down_bias.at[at.layer, sorted_expert].get(mode="clip")
+        bias = experts.down_bias.at[at.layer, sorted_expert].get(mode="clip").astype(h.dtype)
         h += jnp.where(part == 0, bias, 0)  # once in the sum over the devices that share an expert
     back = h[jnp.argsort(order)].reshape(*ids.shape, -1)
     return jnp.where(used[..., None], back * weights[..., None], 0.0).sum(1).astype(x.dtype)
@@ -89,7 +91,7 @@ def dispatch(
 
 def moe_layer(
     x: Float[Array, "T D"],
-    w: MoeWeights,
+    w: MoeWeights[jax.Array],
     at: LayerExperts,
     moe: MoeConfig,
     gated: Gated,
@@ -102,8 +104,8 @@ def moe_layer(
     out = dispatch(x, weights, ids, valid, at, gated, grouped_matmul, grid)
     if w.shared_down is None:
         return out
-    h = gated(jnp.einsum("fd,td->tf", w.shared_gate_up, x))
-    shared = jnp.einsum("df,tf->td", w.shared_down, h)
+    h = gated(linear(x, w.shared_gate_up, site="moe.shared_gate_up"))
+    shared = linear(h, w.shared_down, site="moe.shared_down")
     if w.shared_gate is not None:
-        shared *= jax.nn.sigmoid(jnp.einsum("od,td->to", w.shared_gate, x))
+        shared *= jax.nn.sigmoid(linear(x, w.shared_gate, site="moe.shared_gate"))
     return out + shared

@@ -24,7 +24,8 @@ def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def stored_mxfp4(name: str, blocks: StoredTensor, scales: StoredTensor) -> StoredTensor:
-    """The floats of a pair of tensors, u8[R, …, I / 32, 16] and u8[R, …, I / 32], as one tensor [R, …, I]."""
+    """The floats of a pair of tensors, u8[R, …, I / 32, 16] and u8[R, …, I / 32], as one tensor [R, …, I] whose planes
+    are the pair."""
     fits = len(blocks.shape) > 2 and blocks.shape[-1] * 2 == BLOCK and blocks.shape[:-1] == scales.shape
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -37,4 +38,5 @@ def stored_mxfp4(name: str, blocks: StoredTensor, scales: StoredTensor) -> Store
         blocks.nbytes + scales.nbytes,
         rows,
         supported=fits and blocks.dtype == scales.dtype == "U8",
+        planes={"values": blocks, "scales": scales},
     )

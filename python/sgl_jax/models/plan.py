@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
+from jax.typing import DTypeLike
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.names import Rows, TensorNames
+from sgl_jax.models.quantised import Matrix, Quantised, is_quantised
+from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor, with_unit_columns
-from sgl_jax.models.weights import WeightSpec, declare
+from sgl_jax.models.weights import declare, declare_plain
 
 _SHOWN = 40  # names of one kind in an error; a wrong config can make thousands
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One weight to be assembled from stored tensors."""
+    """One array to be assembled from stored tensors."""
 
     path: str  # in the tree of weights: ".layers[3].qkv"
     spec: WeightSpec
@@ -31,14 +34,14 @@ class Leaf:
 
 
 def plan_weights(
-    stored: Mapping[str, StoredTensor], config: DecoderConfig, names: TensorNames, *, source: str
+    stored: Mapping[str, StoredTensor], config: DecoderConfig, dtype: DTypeLike, names: TensorNames, *, source: str
 ) -> list[Leaf]:
-    """One leaf for each declared weight. Every misfit of the checkpoint is found first and told in one ModelError."""
-    stored = names.view(stored)
-    leaves, missing, misshapen = [], [], []
+    """One leaf for each declared array. Every misfit of the checkpoint is found first and told in one ModelError."""
+    stored = names.view(config.weight_scheme.view(stored) if config.weight_scheme else stored)
+    pieces_of, missing, misshapen = [], [], []
     used = {names.lm_head} if config.tie_embeddings else set()
-    for key_path, spec in jax.tree_util.tree_flatten_with_path(declare(config))[0]:
-        path = jax.tree_util.keystr(key_path)
+    weights = flat_weights(config, dtype)
+    for path, spec, _ in weights:
         of_rows = names.rows.get(path.partition("].")[2])
         rows = of_rows(config) if of_rows else None
         wanted = _wanted(path, spec, names, rows)
@@ -52,10 +55,10 @@ def plan_weights(
         ]
         if path == ".lm_head" and config.normalised_head:
             pieces = {name: with_unit_columns(piece) for name, piece in pieces.items()}
-        leaves.append(Leaf(path, spec, tuple(piece.take(rows.order) if rows else piece for piece in pieces.values())))
+        pieces_of.append([piece.take(rows.order) if rows else piece for piece in pieces.values()])
     ignored = [*names.ignored, *_extra_layers(config, names)]
     surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
-    unreadable = [f"{t.name} ({t.dtype})" for leaf in leaves for t in leaf.pieces if not t.supported]
+    unreadable = [f"{t.name} ({t.dtype})" for pieces in pieces_of for t in pieces if not t.supported]
     problems = [
         f"{label}: {', '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''}"
         for label, found in (
@@ -71,7 +74,26 @@ def plan_weights(
             f"{source} does not fit its config ({config.architecture}, {config.num_layers} layers):\n  "
             + "\n  ".join(problems)
         )
-    return leaves
+    filled = zip(weights, pieces_of, strict=True)
+    return [leaf for (path, _, held), pieces in filled for leaf in leaves_of(path, held, pieces)]
+
+
+def flat_weights(config: DecoderConfig, dtype: DTypeLike) -> list[tuple[str, WeightSpec, Matrix[WeightSpec]]]:
+    """Each weight's path in the tree, its spec as the model defines it, and its spec as it is held."""
+    plain, _ = jax.tree_util.tree_flatten_with_path(declare_plain(config, dtype))
+    held = jax.tree.leaves(declare(config, dtype), is_leaf=is_quantised)
+    return [(jax.tree_util.keystr(path), spec, as_held) for (path, spec), as_held in zip(plain, held, strict=True)]
+
+
+def leaves_of(path: str, spec: Matrix[WeightSpec], pieces: Sequence[StoredTensor]) -> list[Leaf]:
+    """The arrays of a weight: one, or the values and the scales that a scheme reads from each piece."""
+    if not isinstance(spec, Quantised):
+        return [Leaf(path, spec, tuple(pieces))]
+    read = [spec.scheme.read(piece) for piece in pieces]
+    return [
+        Leaf(f"{path}.values", spec.values, tuple(each.values for each in read)),
+        Leaf(f"{path}.scales", spec.scales, tuple(each.scales for each in read)),
+    ]
 
 
 def _extra_layers(config: DecoderConfig, names: TensorNames) -> list[str]:

@@ -24,6 +24,12 @@ DTYPES = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+# Values of quantised tensors, which mean nothing without a scheme: readable as they are stored.
+QUANTISED = {
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -46,17 +52,16 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 def _stored(path: Path, name: str, entry: dict, body: np.ndarray) -> StoredTensor:
     shape, (begin, end) = tuple(entry["shape"]), entry["data_offsets"]
-    dtype: np.dtype[Any] | None = DTYPES.get(entry["dtype"])
+    dtype: np.dtype[Any] | None = (DTYPES | QUANTISED).get(entry["dtype"])
     if not 0 <= begin <= end <= body.size:
         raise ModelError(
             f"{path} is cut short: {name} lies at bytes {begin}..{end} of the data, of which the file has {body.size}; "
             "download it again"
         )
-    itemsize = 1 if entry["dtype"] == "U8" else dtype and dtype.itemsize  # bytes: packed values, for those who know how
-    if itemsize is not None and math.prod(shape) * itemsize != end - begin:
+    if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
         raise ModelError(f"{path}: {name} has shape {shape} of {entry['dtype']} but {end - begin} bytes of data")
 
     def rows(start: int, stop: int) -> np.ndarray:
         return body[begin:end].view(dtype or np.uint8).reshape(shape)[start:stop]
 
-    return StoredTensor(name, shape, entry["dtype"], end - begin, rows, supported=dtype is not None)
+    return StoredTensor(name, shape, entry["dtype"], end - begin, rows, supported=entry["dtype"] in DTYPES)

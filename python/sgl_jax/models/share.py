@@ -1,4 +1,4 @@
-"""What one device holds of a weight, and so what has to be read of it."""
+"""The shard of a weight that a device holds, and so the part of it that has to be read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from sgl_jax.models.weights import WeightSpec
+from sgl_jax.models.spec import WeightSpec
 from sgl_jax.parallel.grid import Grid
 
 
@@ -38,8 +38,9 @@ def as_slice(run: range) -> slice:
 
 
 def share_of(spec: WeightSpec, grid: Grid, device: int) -> Share:
-    """Each part of the rows is divided by itself, in whole units. A part with fewer units than devices is repeated:
-    neighbours get the same one (KV heads when there are more devices than heads)."""
+    """Find a device's share. Each part of the rows is divided by itself, in whole units. A part with fewer units than devices is repeated:
+    neighbours get the same one (KV heads when there are more devices than heads). Raises ValueError where columns that
+    stay together would be cut."""
     has_columns = spec.is_matrix
     rows_axis = spec.axes[spec.rows_axis]
     start, runs = 0, []
@@ -54,8 +55,15 @@ def share_of(spec: WeightSpec, grid: Grid, device: int) -> Share:
     return Share(
         experts=_run(spec.num_experts, grid.part("experts", device)) if spec.num_experts is not None else range(1),
         rows=tuple(runs),
-        columns=_run(spec.shape[-1], grid.part(spec.axes[-1], device)) if has_columns else None,
+        columns=_columns(spec, grid.part(spec.axes[-1], device)) if has_columns else None,
     )
+
+
+def _columns(spec: WeightSpec, part: tuple[int, int]) -> range:
+    size, n = spec.shape[-1], part[1]
+    if size % (n * spec.column_unit):
+        raise ValueError(f"{size} columns in groups of {spec.column_unit} over {n} devices: a group would be cut")
+    return _run(size, part)
 
 
 def _run(size: int, part: tuple[int, int]) -> range:

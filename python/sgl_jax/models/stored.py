@@ -6,10 +6,11 @@ import dataclasses
 import functools
 import itertools
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from sgl_jax.models.errors import ModelError
 
@@ -20,7 +21,8 @@ _ROWS = 4096  # read at a time
 class StoredTensor:
     """`rows(start, stop)` gives a slice of the first axis as floats, so that no tensor need be held whole.
 
-    The slice may be a read-only view of the mapped file. A quantised tensor comes dequantised to float32.
+    The slice may be a read-only view of the mapped file. A quantised tensor comes dequantised to float32; its `planes` are
+    the tensors that its file holds, by name ("values", "scales"), each with as many rows as the tensor, as they are stored.
     """
 
     name: str  # the Hugging Face name, whatever the file calls it
@@ -28,13 +30,23 @@ class StoredTensor:
     dtype: str  # as the file calls it: "BF16", "Q4_1"
     nbytes: int  # in the file
     rows: Callable[[int, int], np.ndarray]
-    supported: bool = True  # False: a type that `rows` cannot read
+    supported: bool = True  # False: `rows` gives the numbers of the file, which are no floats by themselves
+    planes: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)  # of a quantised tensor, undequantised
 
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0])
 
+    def changed(self, rows: Callable[[int, int], np.ndarray]) -> StoredTensor:
+        """The tensor with other values, which its planes no longer say."""
+        return dataclasses.replace(self, rows=rows, planes={})
+
+    def rounded(self, dtype: DTypeLike) -> StoredTensor:
+        """The tensor with every value rounded to the dtype. Its planes stay as they are stored."""
+        kind = np.dtype(dtype)
+        return dataclasses.replace(self, rows=lambda start, stop: self.rows(start, stop).astype(kind, copy=False))
+
     def take(self, order: np.ndarray) -> StoredTensor:
-        """A tensor of these of its rows, in this order."""
+        """The tensor of some of its rows, in this order; so are its planes."""
 
         def rows(start: int, stop: int) -> np.ndarray:
             chosen = order[start:stop]
@@ -42,7 +54,13 @@ class StoredTensor:
             return self.rows(first, int(chosen.max()) + 1)[chosen - first]
 
         nbytes = self.nbytes // self.shape[0] * len(order)
-        return dataclasses.replace(self, shape=(len(order), *self.shape[1:]), nbytes=nbytes, rows=rows)
+        planes = {name: plane.take(order) for name, plane in self.planes.items()}
+        return dataclasses.replace(self, shape=(len(order), *self.shape[1:]), nbytes=nbytes, rows=rows, planes=planes)
+
+
+def in_memory(name: str, array: np.ndarray) -> StoredTensor:
+    """An array as if it were stored."""
+    return StoredTensor(name, array.shape, array.dtype.name, array.nbytes, lambda start, stop: array[start:stop])
 
 
 def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
@@ -55,7 +73,7 @@ def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
             squares += np.square(matrix.rows(start, min(start + _ROWS, matrix.shape[0])).astype(np.float32)).sum(0)
         return np.sqrt(squares) + np.float32(1e-7)
 
-    return dataclasses.replace(matrix, rows=lambda start, stop: matrix.rows(start, stop).astype(np.float32) / lengths())
+    return matrix.changed(lambda start, stop: matrix.rows(start, stop).astype(np.float32) / lengths())
 
 
 def map_file(path: Path) -> np.ndarray:
@@ -76,8 +94,8 @@ def share_name(name: str, device: int) -> str:
 
 
 def joined(name: str, parts: Sequence[StoredTensor], axis: int) -> StoredTensor:
-    """Matrices one below the other (axis 0) or side by side (axis 1) as one. Parts that do not fit together raise
-    ModelError with their shapes."""
+    """Matrices one below the other (axis 0) or side by side (axis 1) as one, and so their planes. Parts that do not fit
+    together raise ModelError with their shapes."""
     if any(len(part.shape) != 2 for part in parts) or len({(part.shape[1 - axis], part.dtype) for part in parts}) != 1:
         shapes = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
         raise ModelError(f"{name} lies in parts that do not fit together along axis {axis}: {shapes}")
@@ -98,4 +116,7 @@ def joined(name: str, parts: Sequence[StoredTensor], axis: int) -> StoredTensor:
         )
 
     nbytes, supported = sum(part.nbytes for part in parts), all(part.supported for part in parts)
-    return StoredTensor(name, shape, parts[0].dtype, nbytes, rows, supported)
+    planes = {
+        plane: joined(f"{name} ({plane})", [part.planes[plane] for part in parts], axis) for plane in parts[0].planes
+    }
+    return StoredTensor(name, shape, parts[0].dtype, nbytes, rows, supported, planes)

@@ -11,9 +11,11 @@ import dataclasses
 import math
 
 import jax
+import numpy as np
 
 from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.weights import declare, head
+from sgl_jax.models.spec import WeightSpec
+from sgl_jax.models.weights import declare, declare_plain, head
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.pool import Pool
@@ -62,29 +64,41 @@ class Bound:
         return max(times, key=times.__getitem__)
 
 
-def step_cost(model: DecoderConfig, grid: Grid, pool: Pool, itemsize: int, bucket: Bucket, context: int) -> StepCost:
-    """A step of a full bucket on every data rank, on one of the grid's devices, each with such a pool."""
+def step_cost(
+    model: DecoderConfig,
+    grid: Grid,
+    pool: Pool,
+    bucket: Bucket,
+    context: int,
+    *,
+    weight_dtype: str,
+    compute_dtype: str,
+) -> StepCost:
+    """Count a step of a full bucket on every data rank, for one of the grid's devices, each with such a pool."""
     share = model.share(grid)
-    declared = declare(share)
+    plain, held = declare_plain(share, weight_dtype), declare(share, weight_dtype)
     tokens, moe = bucket.num_tokens, model.moe
     of_all_ranks = tokens * grid.data
-    used, read = 0.0, 0.0  # of the layers' weights: values times tokens that they are multiplied with; values read
-    for spec in jax.tree.leaves(declared.layers):
-        size = math.prod(spec.shape)
-        if moe and spec.axes[0] == "experts":
-            chosen = moe.experts_per_token / moe.num_experts
-            used += size * chosen * of_all_ranks if spec.is_matrix else 0
-            read += size * (1 - (1 - chosen) ** of_all_ranks)  # of the experts some token chose, if all are as likely
-        else:
-            used += size * (of_all_ranks if "ffn" in spec.axes else tokens) if spec.is_matrix else 0
-            read += size
-    head_size = math.prod(head(declared).shape)
+    chosen = moe.experts_per_token / moe.num_experts if moe else 0.0
+
+    def used(spec: WeightSpec) -> float:
+        """Values of a matrix times the tokens they are multiplied with."""
+        if not spec.is_matrix:
+            return 0.0
+        of_tokens = of_all_ranks if "ffn" in spec.axes else tokens
+        return math.prod(spec.shape) * (chosen * of_all_ranks if spec.axes[0] == "experts" else of_tokens)
+
+    def read(spec: WeightSpec) -> float:
+        """Bytes, where all experts are as likely to be chosen: those of the experts that some token chose."""
+        return spec.nbytes * (1 - (1 - chosen) ** of_all_ranks if spec.axes[0] == "experts" else 1)
+
+    head_size = math.prod(plain.embed.shape)
     keys, cached = 0.0, 0.0  # keys that queries look at, tokens whose KV is read; over all layers
     for layer in range(model.num_layers):
         per_query, of_layer = _visible(bucket, context, model.window(layer) or context)
         keys += tokens * per_query
         cached += of_layer
-    token_kv = pool.values_per_token / pool.num_layers
+    token_kv = pool.bytes_per_token / pool.num_layers
     # Each layer sums the attention's and the MLP's output, and the embedding is looked up in shares. Summing the tokens of
     # all ranks and giving each rank its own is half a sum of all of them; gathering them before is the other half.
     within = tokens if grid.tensor > 1 else 0
@@ -92,15 +106,14 @@ def step_cost(model: DecoderConfig, grid: Grid, pool: Pool, itemsize: int, bucke
     summed = (2 * model.num_layers + 1) * within + (model.num_layers + 1) * across
     per_key = 2 * share.num_heads * (share.key_dim + share.value_dim)
     return StepCost(
-        flops=2 * used + 2 * head_size * bucket.num_rows * grid.data + per_key * keys,
-        memory_bytes=itemsize
-        * (
-            read
-            + head_size
-            + tokens * model.hidden_size  # of the embedding
-            + token_kv * (cached + tokens * model.num_layers)  # read, and written
-        ),
-        reduced_bytes=summed * model.hidden_size * itemsize,
+        flops=2 * sum(map(used, jax.tree.leaves(plain.layers)))
+        + 2 * head_size * bucket.num_rows * grid.data
+        + per_key * keys,
+        memory_bytes=sum(map(read, jax.tree.leaves(held.layers)))
+        + sum(spec.nbytes for spec in jax.tree.leaves(head(held)))
+        + tokens * model.hidden_size * np.dtype(weight_dtype).itemsize  # of the embedding
+        + token_kv * (cached + tokens * model.num_layers),  # read, and written
+        reduced_bytes=summed * model.hidden_size * np.dtype(compute_dtype).itemsize,
     )
 
 

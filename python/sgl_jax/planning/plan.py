@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
-import jax
-import numpy as np
-
 from sgl_jax.engine.launch_plan import LaunchPlan, plan_launch
-from sgl_jax.models.weights import declare
+from sgl_jax.models.weights import parameters
 from sgl_jax.planning.cost import Bound, StepCost, step_cost
 from sgl_jax.planning.model import PlannedModel
 from sgl_jax.planning.target import Target, find_target
@@ -63,15 +59,23 @@ def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: in
     args = dataclasses.replace(args, tp_size=target.num_devices // args.dp_size)
     launch = launch_of(args, model, target)
     context = min(context, launch.runner.context_length)
-    rates, itemsize = target.rates(launch.dtype), np.dtype(launch.dtype).itemsize
+    runner = launch.runner
+    rates = target.rates(runner.compute_dtype)
     steps = []
-    for bucket in launch.runner.buckets:
-        cost = step_cost(model.config, launch.grid, launch.runner.pool, itemsize, bucket, context)
+    for bucket in runner.buckets:
+        cost = step_cost(
+            model.config,
+            launch.grid,
+            runner.pool,
+            bucket,
+            context,
+            weight_dtype=runner.weight_dtype,
+            compute_dtype=runner.compute_dtype,
+        )
         steps.append(
             PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, cost.bound(rates) if rates else None)
         )
-    parameters = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(model.config)))
-    return Plan(model, target, launch, parameters, context, tuple(steps))
+    return Plan(model, target, launch, parameters(model.config), context, tuple(steps))
 
 
 def launch_of(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:

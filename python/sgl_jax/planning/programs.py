@@ -54,7 +54,7 @@ def compile_launch(
         facts.append(read_facts(compiled, model.num_layers))
         report(index, total, facts[-1])
 
-    with jax.default_matmul_precision(matmul_precision(launch.dtype)):
+    with jax.default_matmul_precision(matmul_precision(launch.runner.compute_dtype)):
         absent = None if target.is_here else placement.mesh
         programs = launch_programs(model, launch, target.platform, kernels, placement)
         try:
@@ -69,7 +69,7 @@ def launch_programs(
     model: DecoderConfig, launch: LaunchPlan, platform: Platform, kernels: Kernels, placement: Placement
 ) -> list[Program]:
     """Those that a server would compile, from abstract weights."""
-    weights = abstract_weights(model, launch.dtype, placement, stacked=platform.stacks_layers)
+    weights = abstract_weights(model, launch.runner.weight_dtype, placement, stacked=platform.stacks_layers)
     return make_programs(model, launch.runner, kernels, placement, weights)
 
 

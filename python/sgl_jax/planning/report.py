@@ -23,7 +23,7 @@ def fit_table(plan: Plan) -> Table:
     for name, text in (
         ("model", f"{config.architecture}, {_count(plan.parameters)} parameters ({plan.model.source})"),
         ("devices", f"{target.name}: {chips}{target.num_devices} x {target.kind}, {size(target.device_bytes)} each"),
-        ("launch", f"{launch.grid.flags}, {launch.dtype}"),
+        ("launch", f"{launch.grid.flags}, {launch.runner.compute_dtype}"),
         ("weights per device", size(launch.weight_bytes)),
         ("KV per device", f"{size(memory.kv_bytes)} in {memory.num_pages:,} pages of {memory.page_size} tokens"),
         ("KV per token and device", f"{memory.bytes_per_token:,} bytes"),
@@ -92,7 +92,7 @@ def as_data(plan: Plan, facts: Sequence[ProgramFacts] | None, seconds: float | N
         "num_chips": target.topology.num_chips if target.topology else None,
         "num_devices": target.num_devices,
         "grid": dataclasses.asdict(launch.grid),
-        "dtype": launch.dtype,
+        "dtype": launch.runner.compute_dtype,
         "device_bytes": memory.total_bytes,
         "weight_bytes": launch.weight_bytes,
         "kv_bytes": memory.kv_bytes,

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.share import Share, share_of
-from sgl_jax.models.weights import Weights, WeightSpec, declare
-from sgl_jax.parallel.placement import Placement
+from sgl_jax.models.spec import WeightSpec
+from sgl_jax.models.weights import Weights, declare
+from sgl_jax.parallel.placement import Axes, Placement
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,37 +41,45 @@ class Placer:
         return found
 
 
-def abstract_weights(config: DecoderConfig, dtype: Any, placement: Placement, *, stacked: bool) -> Weights:
-    """What the weights of the whole model look like once placed, without there being any."""
+def abstract_weights(
+    config: DecoderConfig, dtype: DTypeLike, placement: Placement, *, stacked: bool
+) -> Weights[jax.ShapeDtypeStruct]:
+    """Shapes, dtypes and shardings of the whole model's weights once they are placed, without any data."""
 
     def abstract(spec: WeightSpec) -> jax.ShapeDtypeStruct:
         shape = placement.whole_shape(spec.shape, spec.axes)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(spec.axes))
+        return jax.ShapeDtypeStruct(shape, np.dtype(spec.dtype), sharding=placement.sharding(spec.axes))
 
-    return jax.tree.map(abstract, declare(config.share(placement.grid), stacked=stacked))
+    return jax.tree.map(abstract, declare(config.share(placement.grid), dtype, stacked=stacked))
 
 
-def weight_axes(config: DecoderConfig, *, stacked: bool) -> Weights:
+def weight_axes(config: DecoderConfig, *, stacked: bool) -> Weights[Axes]:
     """The logical axes of each placed weight."""
-    return jax.tree.map(lambda spec: spec.axes, declare(config, stacked=stacked))
+    return jax.tree.map(lambda spec: spec.axes, declare(config, "float32", stacked=stacked))  # the same for any dtype
 
 
-def weight_bytes(config: DecoderConfig, itemsize: int) -> int:
-    """Bytes of a model, or of one device's share of it."""
-    return sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(config))) * itemsize
+def weight_bytes(config: DecoderConfig, dtype: DTypeLike) -> int:
+    """Bytes of a model's weights, or of one device's shard of them."""
+    return sum(spec.nbytes for spec in jax.tree.leaves(declare(config, dtype)))
 
 
-def stack_layers(weights: Weights, placement: Placement, config: DecoderConfig) -> Weights:
-    """Put each group's layers into one array [n, …] per weight, a weight at a time: at most one is held twice."""
+def stack_layers(
+    weights: Weights[jax.Array], placement: Placement, declared: Weights[WeightSpec]
+) -> Weights[jax.Array]:
+    """Put each group's layers into one array [n, …] per weight, as `declared` has them stacked.
+
+    One weight is stacked at a time, so that at most one is held twice.
+    """
     layers = weights.layers
     assert isinstance(layers, list)
     groups = []
-    for number, declared in zip(config.layer_groups(), declare(config, stacked=True).layers, strict=True):
+    for group in declared.layers:
+        number = jax.tree.leaves(group)[0].shape[0]
         rows = [jax.tree.leaves(layer) for layer in layers[:number]]
         tree = jax.tree.structure(layers[0])
         del layers[:number]
         stacked = []
-        for spec in jax.tree.leaves(declared):
+        for spec in jax.tree.leaves(group):
             stack = jax.jit(jnp.stack, out_shardings=placement.sharding(spec.axes))
             stacked.append(stack([row.pop(0) for row in rows]))
         groups.append(jax.tree.unflatten(tree, stacked))

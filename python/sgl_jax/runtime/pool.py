@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+
+import numpy as np
 
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.ops.attention.backends import Backend, PoolOrder
@@ -11,27 +12,29 @@ from sgl_jax.ops.attention.backends import Backend, PoolOrder
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """What a token keeps in the pool, on one device."""
+    """The keys and values that a device keeps of a token: how many, in which order, in which dtype."""
 
     num_layers: int
     num_heads: int
     planes: int  # K and V; 1 where values are a part of the keys
     width: int  # of a head, as the attention backend stores it
     order: PoolOrder
+    dtype: str
 
     @property
-    def values_per_token(self) -> int:
-        """In all layers."""
-        return self.num_layers * self.num_heads * self.planes * self.width
+    def bytes_per_token(self) -> int:
+        """Bytes a token takes in all layers."""
+        values = self.num_layers * self.num_heads * self.planes * self.width
+        return values * np.dtype(self.dtype).itemsize
 
-    def shape(self, num_pages: int, page_size: int, dtype: Any) -> tuple[int, ...]:
-        """`num_pages` are those of a layer."""
-        page = self.order.page(self.num_heads, self.planes, page_size, self.width, dtype)
+    def shape(self, num_pages: int, page_size: int) -> tuple[int, ...]:
+        """The shape of the whole pool, for `num_pages` pages in each layer."""
+        page = self.order.page(self.num_heads, self.planes, page_size, self.width, np.dtype(self.dtype))
         return (self.num_layers * num_pages, *page)
 
 
-def pool_of(share: DecoderConfig, attention: Backend) -> Pool:
+def pool_of(share: DecoderConfig, attention: Backend, dtype: str) -> Pool:
     """The pool of a model, or of one device's share of it."""
     planes = 1 if share.mla else 2
     width = attention.pool_head_dim(share.key_dim)
-    return Pool(share.num_layers, share.num_kv_heads, planes, width, attention.pool_order)
+    return Pool(share.num_layers, share.num_kv_heads, planes, width, attention.pool_order, dtype)

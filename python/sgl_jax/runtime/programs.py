@@ -30,7 +30,8 @@ WEIGHTS, KV, STATE, OUTPUTS = "weights", "kv", "state", "outputs"  # names of de
 
 @dataclasses.dataclass(frozen=True)
 class RunnerConfig:
-    dtype: str
+    compute_dtype: str  # of activations, and so of what is multiplied
+    weight_dtype: str  # of weights that no weight format holds otherwise
     pool: Pool  # of one device
     page_size: int
     num_pages: int  # P, of one layer of a data rank, scratch page included
@@ -62,14 +63,13 @@ def make_programs(
     config: RunnerConfig,
     kernels: Kernels,
     placement: Placement,
-    weights: Weights,
+    weights: Weights[jax.ShapeDtypeStruct],
     drafter: Drafter | None = None,
 ) -> list[Program]:
-    """Every program of a launch, small buckets first. `weights` may be abstract; they are placed as they will be."""
+    """Every program of a launch, small buckets first. `weights` are abstract; they are placed as they will be."""
     grid = placement.grid
-    spec = StepSpec(model.share(grid), kernels, config.num_pages, grid, drafter)
+    spec = StepSpec(model.share(grid), kernels, config.num_pages, config.compute_dtype, grid, drafter)
     axes, kv_axes = weight_axes(model, stacked=weights.stacked), config.pool.order.axes
-    weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), weights)
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
     programs = []
     for bucket in sorted(config.buckets):
@@ -99,9 +99,9 @@ def step_name(bucket: Bucket) -> str:
 
 
 def abstract_kv(config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStruct:
-    axes, dtype = config.pool.order.axes, np.dtype(config.dtype)
-    shape = placement.whole_shape(config.pool.shape(config.num_pages, config.page_size, dtype), axes)
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(axes))
+    axes = config.pool.order.axes
+    shape = placement.whole_shape(config.pool.shape(config.num_pages, config.page_size), axes)
+    return jax.ShapeDtypeStruct(shape, np.dtype(config.pool.dtype), sharding=placement.sharding(axes))
 
 
 def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:

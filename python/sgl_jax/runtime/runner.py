@@ -40,7 +40,7 @@ from sgl_jax.step_plan import StepPlan, StepTokens, TokenScores, empty_plan
 
 # Told each program that is to run, its vector and the source of its payload ("": it has none), right before it runs.
 type Announce = Callable[[str, np.ndarray, str], None]
-type DeviceValue = Weights | DeviceState | StepOutputs | jax.Array
+type DeviceValue = Weights[jax.Array] | DeviceState | StepOutputs | jax.Array
 
 
 def announce_to_nobody(program: str, vector: np.ndarray, source: str) -> None:
@@ -90,7 +90,7 @@ class ModelRunner:
     ):
         self.config = config
         self.watch = CompileWatch()
-        weights = abstract_weights(model, config.dtype, placement, stacked=stacks_layers)
+        weights = abstract_weights(model, config.weight_dtype, placement, stacked=stacks_layers)
         self.programs = make_programs(model, config, kernels, placement, weights, drafter)
         self.tracer = JaxTracer()
         self._model = model
@@ -110,10 +110,10 @@ class ModelRunner:
 
     def compile(self, report: Callable[[int, int, Compiled], None], stopped: threading.Event) -> None:
         """Compile every program; from any thread. `stopped`: as for compile_all."""
-        with jax.default_matmul_precision(matmul_precision(self.config.dtype)):
+        with jax.default_matmul_precision(matmul_precision(self.config.compute_dtype)):
             self._calls = compile_all(self.programs, self.watch, report, stopped=stopped)
 
-    def start(self, weights: Weights, barrier: Callable[[], object] = lambda: None) -> None:
+    def start(self, weights: Weights[jax.Array], barrier: Callable[[], object] = lambda: None) -> None:
         """Make KV and state, and run each program once, so that serving compiles nothing and starts at full speed.
 
         `barrier` is called before, to wait until every process has compiled: a collective does not wait for minutes.
@@ -157,7 +157,7 @@ class ModelRunner:
     def measure_limits(self) -> Rates:
         """What the devices can do. Raises NotMeasured."""
         with self.watch.ignored():
-            return measure_rates(self._devices, self.config.dtype)
+            return measure_rates(self._devices, self.config.compute_dtype)
 
     def _call(self, program: Program, vector: np.ndarray, *payload: object) -> DeviceValue | None:
         taken = [self._values[name] for name in program.takes]

@@ -41,12 +41,13 @@ class StepSpec:
     config: DecoderConfig  # one device's share of it
     kernels: Kernels
     pages_per_layer: int  # P, of a rank
+    compute_dtype: str
     grid: Grid = LONE
     drafter: Drafter | None = None
 
 
 def step(
-    weights: Weights,
+    weights: Weights[jax.Array],
     kv: Float[Array, "LP K planes page H"],
     state: DeviceState,
     vector: Int[Array, " size"],
@@ -84,7 +85,9 @@ def step(
         arrays = AttentionLayer(attention, first_page, window=window, sinks=sinks, prepare=prepare)
         return spec.kernels.attention(q, k, v, kv, batch, arrays)
 
-    context = decoder.Context(batch.positions, valid, attend, spec.kernels.grouped_matmul, spec.grid)
+    context = decoder.Context(
+        batch.positions, valid, attend, spec.kernels.grouped_matmul, spec.compute_dtype, spec.grid
+    )
     hidden, kv = decoder.hidden_states(weights, spec.config, rows.packed, kv, context)
     sampled_at = speculate.sampled_tokens(batch, ranks.own(inputs.from_device), bucket.width)
     features = ranks.gather(hidden[sampled_at])  # [M * S * W, D]
@@ -113,7 +116,7 @@ def _attention_spec(config: DecoderConfig, width: int) -> AttentionSpec:
 
 
 def _prompt_logprobs(
-    weights: Weights,
+    weights: Weights[jax.Array],
     spec: StepSpec,
     inputs: StepInputs,
     batch: RaggedBatch,

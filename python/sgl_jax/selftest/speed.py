@@ -16,6 +16,8 @@ from sgl_jax.benchmark.batch_arguments import Case
 from sgl_jax.benchmark.one_batch import DeviceBatch, time_batch
 from sgl_jax.engine.startup import build_core
 from sgl_jax.models.bundled import bundled
+from sgl_jax.models.families import decoder_config
+from sgl_jax.models.weights import declare
 from sgl_jax.runtime.machine_limits import Rates, measure_rates
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.platform import Platform
@@ -102,7 +104,7 @@ def step_time(platform: Platform, tp_size: int, shape: Shape) -> StepTime:
     context = shape.case.input_len + shape.case.output_len / 2
     weights = core.info.weight_bytes
     if not config.get("tie_word_embeddings"):  # of the embedding a step reads a line per row, as good as nothing
-        weights -= config["vocab_size"] * config["hidden_size"] * np.dtype(core.info.dtype).itemsize
+        weights -= declare(decoder_config(config), core.info.dtype).embed.nbytes
     step_bytes = weights + shape.case.batch_size * context * core.info.kv_bytes_per_token
     assert times.median_decode_s is not None  # the case has decode steps
     return StepTime(shape, tp_size, times.median_decode_s, step_bytes)

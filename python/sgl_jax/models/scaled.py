@@ -1,0 +1,119 @@
+"""Matrices of int8, float8 or int4 values with a float32 scale for each output channel, or for each group of inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jaxtyping import Array, Float
+
+from sgl_jax.models.quantised import Matrix, Quantised
+from sgl_jax.models.spec import ExpertSite, Site, WeightSpec
+from sgl_jax.models.stored import StoredTensor
+
+_LARGEST = {
+    name: float((ml_dtypes.finfo if name.startswith("float") else ml_dtypes.iinfo)(name).max)
+    for name in ("int8", "int4", "float8_e4m3fn")
+}
+_STORED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}  # as safetensors files call them
+_SCALE = "_scale"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaled:
+    """A scheme: value [o, i] stands for value * scale[o, i // group]. With one group, the scale is the channel's.
+
+    Scales follow the output axis wherever it is divided over devices; a group of inputs is never divided.
+    """
+
+    dtype: str  # of the values: "int8", "int4", "float8_e4m3fn"
+    group: int | None = None  # inputs with a scale of their own; None: all inputs of a channel share one
+    exempt: tuple[str, ...] = ("moe.router", "moe.shared_gate", "lm_head")  # sites of matrices that stay plain
+
+    def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
+        """Join each tensor with the scales that stand beside it as "NAME_scale"."""
+        tensors = dict(stored)
+        for name, values in stored.items():
+            if values.dtype == _STORED.get(self.dtype) and name + _SCALE in stored:
+                tensors[name] = stored_scaled(name, values, tensors.pop(name + _SCALE))
+        return tensors
+
+    def declare(self, site: Site | ExpertSite, spec: WeightSpec) -> Matrix[WeightSpec]:
+        """Values of the scheme's dtype, and scales for the same rows."""
+        if site in self.exempt:
+            return spec
+        inputs, group = spec.shape[-1], self.group or spec.shape[-1]
+        if inputs % group:
+            raise ValueError(
+                f"{site}: its {inputs} inputs on a device are not whole groups of {group}, which share a scale"
+            )
+        scales = dataclasses.replace(
+            spec,
+            shape=(*spec.shape[:-1], inputs // group),
+            axes=(*spec.axes[:-1], spec.axes[-1] if self.group else None),
+            dtype="float32",
+        )
+        return Quantised(dataclasses.replace(spec, dtype=self.dtype, column_unit=self.group or 1), scales, self)
+
+    def read(self, tensor: StoredTensor) -> Quantised[StoredTensor]:
+        """The stored values and scales where they have this form, or those that its floats are rounded to."""
+        scales = (*tensor.shape[:-1], tensor.shape[-1] // (self.group or tensor.shape[-1]))
+        planes = tensor.planes
+        if planes and planes["values"].dtype == _STORED.get(self.dtype) and planes["scales"].shape == scales:
+            return Quantised(planes["values"], planes["scales"], self)
+
+        def plane(index: int, shape: tuple[int, ...], dtype: str) -> StoredTensor:
+            def rows(start: int, stop: int) -> np.ndarray:
+                return self.quantise(tensor.rows(start, stop))[index]
+
+            return dataclasses.replace(tensor, shape=shape, dtype=dtype, rows=rows, planes={})
+
+        return Quantised(plane(0, tensor.shape, self.dtype), plane(1, scales, "float32"), self)
+
+    def quantise(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Values [..., O, I] and scales [..., O, groups]: the largest value of a group becomes the dtype's largest."""
+        groups = matrix.astype(np.float32).reshape(*matrix.shape[:-1], -1, self.group or matrix.shape[-1])
+        largest = _LARGEST[self.dtype]
+        scales = np.abs(groups).max(-1) / np.float32(largest)
+        values = groups / np.where(scales == 0, 1, scales)[..., None]
+        values = values if self.dtype.startswith("float") else np.rint(values)
+        return np.clip(values, -largest, largest).astype(self.dtype).reshape(matrix.shape), scales
+
+    def dequantise(self, w: Quantised[jax.Array]) -> Float[Array, "*B O I"]:
+        """Each value times the scale of its group, float32."""
+        groups = w.values.astype(jnp.float32).reshape(*w.scales.shape, -1)
+        return (groups * w.scales[..., None]).reshape(w.values.shape)
+
+
+def stored_scaled(name: str, values: StoredTensor, scales: StoredTensor) -> StoredTensor:
+    """The floats of values [O, I] and scales [O], or [O, groups], as one tensor whose planes are the two."""
+    scales = _as_matrix(scales)
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        factors = scales.rows(start, stop).astype(np.float32)
+        groups = values.rows(start, stop).astype(np.float32).reshape(*factors.shape, -1)
+        return (groups * factors[..., None]).reshape(len(factors), -1)
+
+    fits = len(values.shape) == 2 and scales.shape[0] == values.shape[0] and not values.shape[1] % scales.shape[1]
+    return StoredTensor(
+        name,
+        values.shape,
+        f"{values.dtype} with scales {list(scales.shape)}",
+        values.nbytes + scales.nbytes,
+        rows,
+        supported=fits,
+        planes={"values": values, "scales": scales},
+    )
+
+
+def _as_matrix(scales: StoredTensor) -> StoredTensor:
+    """Scales of channels as groups: [O] becomes [O, 1]."""
+    if len(scales.shape) > 1:
+        return scales
+    return dataclasses.replace(
+        scales, shape=(*scales.shape, 1), rows=lambda start, stop: scales.rows(start, stop)[:, None]
+    )

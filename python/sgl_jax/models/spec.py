@@ -1,0 +1,70 @@
+"""A weight before there is data for it, and the names of the products that weights take part in."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+
+# A dense product, by the path of its matrix in a layer's weights; the head is "lm_head", tied or not.
+Site = Literal[
+    "qkv",
+    "o",
+    "gate_up",
+    "down",
+    "mla.q",
+    "mla.q_down",
+    "mla.q_up",
+    "mla.kv_down",
+    "moe.router",
+    "moe.shared_gate_up",
+    "moe.shared_down",
+    "moe.shared_gate",
+    "lm_head",
+]
+ExpertSite = Literal["moe.experts.gate_up", "moe.experts.down"]  # one matrix for each expert
+SITES: dict[str, Site | ExpertSite] = {site: site for site in get_args(Site) + get_args(ExpertSite)}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightSpec:
+    """The shape, the logical axes and the dtype of one array. A leaf of the declared tree."""
+
+    shape: tuple[int, ...]
+    axes: tuple[str | None, ...]  # logical axes, which parallel/ maps to the mesh
+    dtype: str  # "bfloat16", "int4"
+    parts: tuple[int, ...] = ()  # output rows of each of the matrices fused in it; empty: it is one matrix
+    unit: int = 1  # rows that stay together when a part is divided over devices: a head
+    column_unit: int = 1  # columns that stay together when the columns are divided: a group with one scale
+
+    @property
+    def rows_axis(self) -> int:
+        """The axis of the output rows, which `parts` divides. The axis of experts comes before it."""
+        return 1 if self.axes[0] == "experts" else 0
+
+    @property
+    def num_experts(self) -> int | None:
+        return self.shape[0] if self.rows_axis else None
+
+    @property
+    def is_matrix(self) -> bool:
+        return len(self.shape) - self.rows_axis == 2
+
+    @property
+    def piece_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the stored tensors that make up the weight: its parts, for each expert in turn."""
+        rows, *columns = self.shape[self.rows_axis :]
+        return tuple((part, *columns) for part in self.parts or (rows,)) * (self.num_experts or 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on a device, which packs two int4 values in a byte."""
+        return -(-math.prod(self.shape) * bits(self.dtype) // 8)
+
+
+def bits(dtype: str) -> int:
+    """Bits of one value."""
+    kind = jnp.dtype(dtype)
+    return jnp.iinfo(kind).bits if jnp.issubdtype(kind, jnp.integer) else jnp.finfo(kind).bits

@@ -1,0 +1,85 @@
+"""Stored tensors keep the numbers of their file beside the floats these mean."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from sgl_jax.models.errors import ModelError
+from sgl_jax.models.gpt_oss import view
+from sgl_jax.models.mxfp4 import dequantize, stored_mxfp4
+from sgl_jax.models.safetensors_file import read_safetensors
+from sgl_jax.models.scaled import stored_scaled
+from sgl_jax.models.stored import StoredTensor, in_memory, joined
+
+RNG = np.random.default_rng(0)
+
+
+def pair(rows: int, columns: int, groups: int) -> tuple[StoredTensor, np.ndarray]:
+    """An int8 matrix with scales, and its floats."""
+    values = RNG.integers(-127, 128, (rows, columns)).astype(np.int8)
+    scales = RNG.random((rows, groups)).astype(np.float32)
+    stored = stored_scaled("w", in_memory("w", values), in_memory("w_scale", scales))
+    return stored, values * scales.repeat(columns // groups, axis=1)
+
+
+def test_int8_and_bytes_are_read_as_the_file_has_them(tmp_path) -> None:
+    tensors = {"a": RNG.integers(-128, 128, (3, 4)).astype(np.int8), "b": np.arange(6, dtype=np.uint8).reshape(2, 3)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    stored = read_safetensors(tmp_path / "x.safetensors")
+    for name, tensor in tensors.items():
+        assert stored[name].read().dtype == tensor.dtype
+        np.testing.assert_array_equal(stored[name].read(), tensor)
+        assert not stored[name].supported  # as floats
+
+
+def test_planes_follow_the_rows_that_are_taken() -> None:
+    stored, floats = pair(6, 8, 2)
+    order = np.array([4, 1, 2])
+    taken = stored.take(order)
+    np.testing.assert_array_equal(taken.read(), floats[order])
+    for name, plane in stored.planes.items():
+        np.testing.assert_array_equal(taken.planes[name].read(), plane.read()[order])
+    assert taken.planes["values"].read().dtype == np.int8
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_planes_are_joined_as_their_tensors_are(axis: int) -> None:
+    """Side by side, the scales of channels become those of groups."""
+    parts, floats = zip(*(pair(4, 8, 1) for _ in range(3)), strict=True)
+    whole = joined("whole", parts, axis)
+    np.testing.assert_array_equal(whole.read(), np.concatenate(floats, axis))
+    values, scales = whole.planes["values"].read(), whole.planes["scales"].read()
+    np.testing.assert_array_equal(values, np.concatenate([part.planes["values"].read() for part in parts], axis))
+    np.testing.assert_array_equal(values * scales.repeat(8, axis=1), whole.read())
+
+
+def test_planes_that_do_not_fit_together_are_refused() -> None:
+    one, two = pair(4, 8, 1)[0], pair(4, 8, 2)[0]
+    with pytest.raises(ModelError, match=r"parts that do not fit together along axis 0"):
+        joined("whole", [one, two], 0)
+
+
+def test_other_values_and_rounding() -> None:
+    stored, floats = pair(4, 8, 2)
+    assert stored.changed(stored.rows).planes == {}
+    half = stored.rounded("float16")
+    np.testing.assert_array_equal(half.read(), floats.astype(np.float16))
+    assert half.planes == stored.planes
+
+
+def test_mxfp4_keeps_its_blocks_through_a_family_s_view() -> None:
+    """The rows of gate and up are put in halves, and so are those of blocks and scales."""
+    blocks = RNG.integers(0, 256, (2, 6, 3, 16)).astype(np.uint8)
+    scales = RNG.integers(120, 130, (2, 6, 3)).astype(np.uint8)
+    stored = [in_memory("b", blocks), in_memory("s", scales)]
+    pair = stored_mxfp4("w", *stored)
+    assert [plane.read().tolist() for plane in pair.planes.values()] == [blocks.tolist(), scales.tolist()]
+    base = "model.layers.0.mlp.experts.gate_up_proj"
+    tensor = view(dict(zip((f"{base}_blocks", f"{base}_scales"), stored, strict=True)))[base]
+    planes = [tensor.planes[name].read() for name in ("values", "scales")]
+    order = [0, 2, 4, 1, 3, 5]
+    np.testing.assert_array_equal(planes[0], blocks[:, order])
+    np.testing.assert_array_equal(planes[1], scales[:, order])
+    np.testing.assert_array_equal(dequantize(*planes), tensor.read())
