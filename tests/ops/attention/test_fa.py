@@ -165,6 +165,26 @@ def test_short_rows_straddle_borders_with_every_option(dtype):
     check(b, dtype, atol=1e-5 if dtype == jnp.float32 else 0.03, spec=spec, num_short=7, sinks=sinks, window=37)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_short_row_s_pages_are_read_once_for_all_its_queries(monkeypatch, window):
+    read = []
+
+    def announce(self, n, row, block, first, end):
+        jax.debug.callback(lambda *item: read.append([int(x) for x in item]), row, first, end)
+        announced(self, n, row, block, first, end)
+
+    announced = PageRing.announce
+    monkeypatch.setattr(PageRing, "announce", announce)
+    b = batch_of(STRADDLING, num_tokens=32)
+    given = arguments(b, AttentionSpec(0.25, width=4), num_short=7, window=window)
+    jax.block_until_ready(jax.jit(functools.partial(interpreted, params=EAGER))(*given))
+    jax.effects_barrier()
+    pages = [[row, page] for row, first, end in read for page in range(first, end)]
+    lowest = [0 if window is None else max(start + 1 - window, 0) // 16 for start, _ in STRADDLING]
+    expected = [[i, page] for i, (s, n) in enumerate(STRADDLING) for page in range(lowest[i], -(-(s + n) // 16))]
+    assert sorted(pages) == expected
+
+
 def test_short_rows_that_fill_whole_tiles_and_blocks():
     b = batch_of([(60, 4), (124, 4), (0, 1), (63, 1), (64, 4)], num_tokens=16)
     check(b, spec=AttentionSpec(0.25, width=4), num_short=5)
