@@ -51,7 +51,7 @@ class Refs:
     window: Ref  # SMEM i32[1]
     kv_scales: Ref | None  # SMEM f32[2]
     kv_lens: Ref  # SMEM i32[S]
-    cu_q_lens: Ref | None  # SMEM i32[S + 1]; None where W = 1: row s is token s
+    cu_q_lens: Ref  # SMEM i32[S + 1]; None where W = 1, whose row s is token s
     q: Ref  # VMEM [R, N * H]
     k: Ref  # VMEM [R, K * H]
     v: Ref | None  # VMEM [R, K * H]
