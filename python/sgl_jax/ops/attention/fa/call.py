@@ -154,18 +154,24 @@ def _in_turn(
 
     if lines <= at_once:  # the kernel takes what it needs of the whole arrays
         return attend(tokens, kv, scalars, slice(None), batch.cu_q_lens, lines)
-    out, per_turn = None, at_once // width
-    for first in range(0, min(len(batch.kv_lens), -(-lines // width)), per_turn):
-        start = first if width == 1 else batch.cu_q_lens[first]
+    per_turn = at_once // width
+    firsts = range(0, min(len(batch.kv_lens), -(-lines // width)), per_turn)
+    starts = [first if width == 1 else batch.cu_q_lens[first] for first in firsts]
+    parts = []
+    for first, start in zip(firsts, starts, strict=True):
         some = _whole(min(at_once, lines - first * width))
         mine = scalars._replace(num_short=jnp.clip(scalars.num_short - first, 0, per_turn))
         cu_q_lens = batch.cu_q_lens[first : first + per_turn + 1] - start
         part, kv = attend(tokens.cut(start, some), kv, mine, slice(first, first + per_turn), cu_q_lens, some)
-        if out is None:
-            out = jnp.zeros((*part.shape[:-2], tokens.q.shape[-2] + at_once, part.shape[-1]), part.dtype)
-        out = lax.dynamic_update_slice_in_dim(out, part, start, axis=out.ndim - 2)
-    assert out is not None
-    return out[..., : tokens.q.shape[-2], :], kv
+        parts.append(part)
+    out = jnp.concatenate(parts, axis=-2)
+    if width > 1:  # the tokens of a turn begin where those of the turn before end
+        token = jnp.arange(lines)
+        turn = jnp.sum(token[:, None] >= jnp.stack(starts[1:]), axis=1)
+        line = turn * at_once + token - jnp.stack(starts)[turn]
+        out = jnp.take(out, line, axis=-2, mode="fill", fill_value=0)
+    rest = [(0, 0)] * (out.ndim - 2) + [(0, tokens.q.shape[-2] - lines), (0, 0)]
+    return jnp.pad(out, rest), kv
 
 
 def _packed(

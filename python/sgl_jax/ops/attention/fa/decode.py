@@ -106,7 +106,7 @@ def _kernel(
     def line_of(token, head):
         """The line of a token's head in refs.heads."""
         before = head // part if isinstance(head, int) else div(head, part)
-        return (before * refs.o.shape[-2] + token) * part + head - before * part
+        return token * part + (before * (refs.o.shape[-2] - 1) * part + head)
 
     def query(shape):
         """The query of each line of a product, counted in its row."""
@@ -181,7 +181,7 @@ def _kernel(
         kv_len, first = refs.kv_lens[row], first_key(row)
         begin, end = block_range(row)
         token, number = new_tokens(row)
-        new = NewTokens(token, number, kv_len - number)
+        new = NewTokens(token, number, refs.kv_lens[row] - number)
         lines = [pl.ds(line_of(token, head), part_rows) for head in first_heads]
         q = [jnp.concatenate([refs.heads[c, at] for c in lane_tiles], 1).astype(dtype) for at in lines]
         position = jnp.full((part_rows, LANES), new.position)
