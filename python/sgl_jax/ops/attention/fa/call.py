@@ -52,7 +52,7 @@ def paged_attention(
     _check_pool(kv, head_dim)
     spec, divides = layer.spec, kv.dtype.itemsize == 1 or layer.kv_scales is not None
     if k is None and (head_dim != kv.shape[4] or divides):
-        q, k, v = split_heads(q, kv.shape[1])  # heads are to be padded, or k and v made what the pool holds
+        q, k, v = split_heads(q, kv.shape[1])  # heads are to be padded, or k and v divided and rounded
     num_heads = q.shape[1] - 2 * kv.shape[1] if k is None else q.shape[1]
     if blocks is None:
         blocks = _blocks(kv, batch.page_table.shape[1], num_heads, num_tokens)
@@ -112,7 +112,7 @@ def paged_attention(
 
 
 class _Tokens(NamedTuple):
-    """What the kernels read of the packed tokens, T of them with padding."""
+    """The packed tokens as the kernels take them, T of them with padding."""
 
     q: jax.Array  # [T, N * H] or [N, T, H]; fused: [T, (N + 2K) * H]
     k: jax.Array | None  # [T, K * H]
@@ -124,10 +124,13 @@ class _Tokens(NamedTuple):
         """Take the tokens [start, start + lines)."""
 
         def some(x: jax.Array) -> jax.Array:
+            x = x.swapaxes(0, -2)  # cut with heads first, latent queries were copied twice
             if isinstance(start, int):
-                return x[..., start : start + lines, :]
-            room = [(0, 0)] * (x.ndim - 2) + [(0, lines), (0, 0)]
-            return lax.dynamic_slice_in_dim(jnp.pad(x, room), start, lines, axis=x.ndim - 2)
+                x = x[start : start + lines]
+            else:
+                room = [(0, lines)] + [(0, 0)] * (x.ndim - 1)
+                x = lax.dynamic_slice_in_dim(jnp.pad(x, room), start, lines)
+            return x.swapaxes(0, -2)
 
         k, v, rope = (None if x is None else some(x) for x in (self.k, self.v, self.prepare.rope))
         return self._replace(q=some(self.q), k=k, v=v, prepare=self.prepare._replace(rope=rope))
