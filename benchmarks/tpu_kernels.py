@@ -130,6 +130,7 @@ def decode_figures(kernel: Loop) -> dict[str, int]:
         "edge_unit": edge.total(),
         "page_alone": page.total(),
         "spills_in_block": block.total("spill"),
+        "copies_in_block": block.total("dma"),
         "kernel": sum(loop.total() for loop in kernel.walk()),
     }
 

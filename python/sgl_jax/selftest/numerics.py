@@ -89,7 +89,7 @@ def attention_error(backend: Backend, dtype: str) -> float:
     q = random(num_tokens, heads, head_dim)
     k, v = random(num_tokens, kv_heads, head_dim), random(num_tokens, kv_heads, head_dim)
     kv = random(2 * num_pages, kv_heads, 2, page_size, width)
-    rows = (jnp.asarray(x) for x in (table, start, num_new, np.int32(4)))
+    rows = jnp.asarray(table), jnp.asarray(start), jnp.asarray(num_new), jnp.int32(4)
     batch = make_ragged_batch(*rows, num_tokens, page_size)
     layer = AttentionLayer(AttentionSpec(head_dim**-0.5), jnp.int32(num_pages))
     wanted, pool = attention_reference.paged_attention(q, k, v, kv[..., :head_dim], batch, layer)

@@ -165,19 +165,39 @@ def test_short_rows_straddle_borders_with_every_option(dtype):
     check(b, dtype, atol=1e-5 if dtype == jnp.float32 else 0.03, spec=spec, num_short=7, sinks=sinks, window=37)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_a_short_row_s_pages_are_read_once_for_all_its_queries(monkeypatch, window):
+    read = []
+
+    def announce(self, n, row, block, first, end):
+        jax.debug.callback(lambda *item: read.append([int(x) for x in item]), row, first, end)
+        announced(self, n, row, block, first, end)
+
+    announced = PageRing.announce
+    monkeypatch.setattr(PageRing, "announce", announce)
+    b = batch_of(STRADDLING, num_tokens=32)
+    given = arguments(b, AttentionSpec(0.25, width=4), num_short=7, window=window)
+    jax.block_until_ready(jax.jit(functools.partial(interpreted, params=EAGER))(*given))
+    jax.effects_barrier()
+    pages = [[row, page] for row, first, end in read for page in range(first, end)]
+    lowest = [0 if window is None else max(start + 1 - window, 0) // 16 for start, _ in STRADDLING]
+    expected = [[i, page] for i, (s, n) in enumerate(STRADDLING) for page in range(lowest[i], -(-(s + n) // 16))]
+    assert sorted(pages) == expected
+
+
 def test_short_rows_that_fill_whole_tiles_and_blocks():
     b = batch_of([(60, 4), (124, 4), (0, 1), (63, 1), (64, 4)], num_tokens=16)
     check(b, spec=AttentionSpec(0.25, width=4), num_short=5)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-def test_short_rows_beyond_what_vmem_holds_are_served_in_turn(fused):
-    """10 rows, 4 at a time, whose tokens begin anywhere."""
-    rows = [(7 * i, 1 + i * i % 4) for i in range(10)]
+@pytest.mark.parametrize(("width", "fused"), [(4, False), (4, True), (3, False)])
+def test_short_rows_beyond_what_vmem_holds_are_served_in_turn(width, fused):
+    """10 rows, 4 or 5 at a time, whose tokens begin anywhere."""
+    rows = [(7 * i, 1 + i % width) for i in range(10)]
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "page_size": 16, "num_tokens": 64, "num_rows": 12}
     b = random_batch(np.random.default_rng(0), [*rows, (9, 20)], **sizes)
     blocks = dataclasses.replace(BLOCKS[0], max_tokens=16), BLOCKS[1]
-    spec = AttentionSpec(0.25, width=4)
+    spec = AttentionSpec(0.25, width=width)
     if fused:
         same_fused(b, jnp.float32, blocks, spec, num_short=10)
     else:

@@ -46,9 +46,7 @@ class Backend:
     attend: Attention
     platforms: frozenset[str] = frozenset({"cpu", "gpu", "tpu"})
     pool_head_dim: Callable[[int], int] = lambda head_dim: head_dim  # H of the pool, for heads of that size
-    page_multiple: Callable[[DTypeLike], int] = lambda dtype: (
-        1
-    )  # page sizes must be multiples of it, by the pool's dtype
+    page_multiple: Callable[[DTypeLike], int] = lambda dtype: 1  # of page sizes, for a pool of the dtype
     latent: bool = False  # it takes pools of one plane (AttentionSpec.value_dim)
     joined: bool = False  # it takes q, k and v fused, k and v None (api.py)
     page_size: int | None = None  # the default for launches that name none; None: the platform's

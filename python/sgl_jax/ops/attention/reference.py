@@ -25,9 +25,10 @@ def paged_attention(
         q, k = layer.prepare(jnp.asarray(q), jnp.asarray(k))
     k_scale, v_scale = (float(x) for x in layer.scales)
     if layer.kv_scales is not None:
-        k, v = (None if x is None else to_pool(x, kv.dtype, s) for x, s in ((k, k_scale), (v, v_scale)))
-    q, kv = np.array(q, np.float64), np.array(kv, np.float64)
+        k = to_pool(jnp.asarray(k), kv.dtype, k_scale)
+        v = None if v is None else to_pool(jnp.asarray(v), kv.dtype, v_scale)
     new = [np.array(x, np.float64) for x in (k, v) if x is not None]
+    q, kv = np.array(q, np.float64), np.array(kv, np.float64)
     value_dim = q.shape[2] if spec.value_dim is None else spec.value_dim
     page_size, group, first_page = kv.shape[3], q.shape[1] // kv.shape[1], int(layer.first_page)
     out = np.zeros((*q.shape[:2], value_dim))

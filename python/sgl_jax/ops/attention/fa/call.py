@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -50,7 +52,7 @@ def paged_attention(
     _check_pool(kv, head_dim)
     spec, divides = layer.spec, kv.dtype.itemsize == 1 or layer.kv_scales is not None
     if k is None and (head_dim != kv.shape[4] or divides):
-        q, k, v = split_heads(q, kv.shape[1])  # heads are to be padded, or k and v made what the pool holds
+        q, k, v = split_heads(q, kv.shape[1])  # heads are to be padded, or k and v divided and rounded
     num_heads = q.shape[1] - 2 * kv.shape[1] if k is None else q.shape[1]
     if blocks is None:
         blocks = _blocks(kv, batch.page_table.shape[1], num_heads, num_tokens)
@@ -74,9 +76,17 @@ def paged_attention(
     )
     scores = Scores(spec.scale, spec.softcap, spec.temperature_length, dtype)
     value_dim = head_dim if spec.value_dim is None else spec.value_dim
-    out, kv, lines_set = _attend_short(
-        tokens, kv, scalars, batch, table, scores, num_heads, pool_head_dim(value_dim), layer, num_tokens, blocks[0]
+    decode = functools.partial(
+        attend_short,
+        num_heads=num_heads,
+        value_dim=pool_head_dim(value_dim),
+        width=spec.width,
+        scores=scores,
+        has_window=layer.window is not None,
+        blocks=blocks[0],
     )
+    most = min(_whole(min(len(batch.kv_lens), num_tokens) * spec.width), _whole(num_tokens))
+    out, kv = _in_turn(decode, tokens, kv, scalars, batch, table, most, spec.width, blocks[0].max_tokens)
     out, kv = attend_chunks(
         tokens.q,
         tokens.k,
@@ -91,7 +101,7 @@ def paged_attention(
         tokens.sinks,
         tokens.prepare,
         num_heads=num_heads,
-        lines_set=lines_set,
+        lines_set=most,
         scores=scores,
         has_window=layer.window is not None,
         blocks=blocks[1],
@@ -102,7 +112,7 @@ def paged_attention(
 
 
 class _Tokens(NamedTuple):
-    """What the kernels read of the packed tokens, T of them with padding."""
+    """The packed tokens as the kernels take them, T of them with padding."""
 
     q: jax.Array  # [T, N * H] or [N, T, H]; fused: [T, (N + 2K) * H]
     k: jax.Array | None  # [T, K * H]
@@ -113,64 +123,58 @@ class _Tokens(NamedTuple):
     def cut(self, start: jax.Array | int, lines: int) -> _Tokens:
         """Take the tokens [start, start + lines)."""
 
-        def some(x: jax.Array | None) -> jax.Array | None:
-            if x is None:
-                return None
+        def some(x: jax.Array) -> jax.Array:
+            x = x.swapaxes(0, -2)  # cut with heads first, latent queries were copied twice
             if isinstance(start, int):
-                return x[..., start : start + lines, :]
-            room = [(0, 0)] * (x.ndim - 2) + [(0, lines), (0, 0)]
-            return lax.dynamic_slice_in_dim(jnp.pad(x, room), start, lines, axis=x.ndim - 2)
+                x = x[start : start + lines]
+            else:
+                room = [(0, lines)] + [(0, 0)] * (x.ndim - 1)
+                x = lax.dynamic_slice_in_dim(jnp.pad(x, room), start, lines)
+            return x.swapaxes(0, -2)
 
-        prepare = self.prepare._replace(rope=some(self.prepare.rope))
-        return self._replace(q=some(self.q), k=some(self.k), v=some(self.v), prepare=prepare)
+        k, v, rope = (None if x is None else some(x) for x in (self.k, self.v, self.prepare.rope))
+        return self._replace(q=some(self.q), k=k, v=v, prepare=self.prepare._replace(rope=rope))
 
 
-def _attend_short(
+def _in_turn(
+    decode: Callable[..., tuple[jax.Array, jax.Array]],
     tokens: _Tokens,
     kv: Num[Array, "LP K planes page HP"],
     scalars: Scalars,
     batch: RaggedBatch,
     table: Int[Array, "S ids"],
-    scores: Scores,
-    num_heads: int,
-    value_lanes: int,
-    layer: AttentionLayer,
-    num_tokens: int,
-    blocks: DecodeBlocks,
-) -> tuple[jax.Array, jax.Array, int]:
-    """Run the decode kernel over all short rows, in turns of as many as VMEM holds. Returns o, the pool, and how many
-    lines of o are set."""
-    width = layer.spec.width
-    num_rows = min(len(batch.kv_lens), num_tokens)
-    all_lines = min(_whole(num_rows * width), _whole(num_tokens))
-    options = {"num_heads": num_heads, "value_dim": value_lanes, "width": width, "scores": scores, "blocks": blocks}
-    options["has_window"] = layer.window is not None
+    lines: int,
+    width: int,
+    at_once: int,
+) -> tuple[jax.Array, Num[Array, "LP K planes page HP"]]:
+    """Run `decode` over the short rows, which have at most `lines` tokens, in turns of `at_once` tokens. Returns o, whose
+    first `lines` lines are set, and the pool."""
 
-    def attend(tokens: _Tokens, kv, scalars, kv_lens, cu_q_lens, table, lines):
-        rows = kv_lens, cu_q_lens, table.reshape(-1)
+    def attend(tokens: _Tokens, kv, scalars, rows, cu_q_lens, lines):
         q, k, v, prepare, sinks = tokens
-        return attend_short(q, k, v, kv, scalars, *rows, sinks, prepare, num_tokens=lines, **options)
+        flat = table[rows].reshape(-1)
+        return decode(q, k, v, kv, scalars, batch.kv_lens[rows], cu_q_lens, flat, sinks, prepare, num_tokens=lines)
 
-    # Where all rows are served at once the kernel takes what it needs of the whole arrays.
-    if all_lines <= blocks.max_tokens:
-        out, kv = attend(tokens, kv, scalars, batch.kv_lens, batch.cu_q_lens, table, all_lines)
-        return out, kv, all_lines
-    per_turn = blocks.max_tokens // width
-    q = tokens.q
-    out = (
-        jnp.zeros((q.shape[0], q.shape[1] + blocks.max_tokens, value_lanes), q.dtype)
-        if q.ndim == 3
-        else jnp.zeros((len(q) + blocks.max_tokens, num_heads * value_lanes), q.dtype)
-    )
-    for first in range(0, num_rows, per_turn):
-        rows = slice(first, first + per_turn)
-        start = first if width == 1 else batch.cu_q_lens[first]
-        lines = _whole(min(blocks.max_tokens, all_lines - first * width))
+    if lines <= at_once:  # the kernel takes what it needs of the whole arrays
+        return attend(tokens, kv, scalars, slice(None), batch.cu_q_lens, lines)
+    per_turn = at_once // width
+    firsts = range(0, min(len(batch.kv_lens), -(-lines // width)), per_turn)
+    starts = [first if width == 1 else batch.cu_q_lens[first] for first in firsts]
+    parts = []
+    for first, start in zip(firsts, starts, strict=True):
+        some = _whole(min(at_once, lines - first * width))
         mine = scalars._replace(num_short=jnp.clip(scalars.num_short - first, 0, per_turn))
         cu_q_lens = batch.cu_q_lens[first : first + per_turn + 1] - start
-        part, kv = attend(tokens.cut(start, lines), kv, mine, batch.kv_lens[rows], cu_q_lens, table[rows], lines)
-        out = lax.dynamic_update_slice_in_dim(out, part, start, axis=out.ndim - 2)
-    return out[..., : q.shape[-2], :], kv, all_lines
+        part, kv = attend(tokens.cut(start, some), kv, mine, slice(first, first + per_turn), cu_q_lens, some)
+        parts.append(part)
+    out = jnp.concatenate(parts, axis=-2)
+    if width > 1:  # the tokens of a turn begin where those of the turn before end
+        token = jnp.arange(lines)
+        turn = jnp.sum(token[:, None] >= jnp.stack(starts[1:]), axis=1)
+        line = turn * at_once + token - jnp.stack(starts)[turn]
+        out = jnp.take(out, line, axis=-2, mode="fill", fill_value=0)
+    rest = [(0, 0)] * (out.ndim - 2) + [(0, tokens.q.shape[-2] - lines), (0, 0)]
+    return jnp.pad(out, rest), kv
 
 
 def _packed(

@@ -38,7 +38,7 @@ def products_of(num_heads: int, num_kv_heads: int, queries: int) -> tuple[int, i
 
 @dataclasses.dataclass(frozen=True)
 class Refs:
-    """What the kernel sees. B queries of a tile; a product takes those of J heads, U = N / J products in all. V is H, or
+    """The refs of the kernel. B queries of a tile; a product takes those of J heads, U = N / J products in all. V is H, or
     less where the pool has one plane, whose first V columns are the values; q and o may have heads before tokens
     (tile.of_head), and so have their tiles."""
 

@@ -51,7 +51,7 @@ class Refs:
     window: Ref  # SMEM i32[1]
     kv_scales: Ref | None  # SMEM f32[2]
     kv_lens: Ref  # SMEM i32[S]
-    cu_q_lens: Ref | None  # SMEM i32[S + 1]; None where W = 1: row s is token s
+    cu_q_lens: Ref  # SMEM i32[S + 1]; None where W = 1, whose row s is token s
     q: Ref  # VMEM [R, N * H]
     k: Ref  # VMEM [R, K * H]
     v: Ref | None  # VMEM [R, K * H]
@@ -93,23 +93,22 @@ def _kernel(
     num_rows = refs.num_short[0]
     window = refs.window[0]
     lane_tiles, value_tiles = range(head_dim // LANES), range(value_dim // LANES)
-
     num_tokens = num_rows if width == 1 else refs.cu_q_lens[num_rows]
 
     def new_tokens(row):
-        """The first new token of a row, and how many it has."""
+        """Return the first new token of a row, and how many it has."""
         if width == 1:
             return row, 1
         first = refs.cu_q_lens[row]
         return first, refs.cu_q_lens[row + 1] - first
 
     def line_of(token, head):
-        """The line of a token's head in refs.heads."""
-        before = head // part if isinstance(head, int) else div(head, part)
-        return (before * refs.o.shape[-2] + token) * part + head - before * part
+        """Return the line of a token's head in refs.heads: (index of the part * R + token) * part + head of the part."""
+        index = head // part if isinstance(head, int) else div(head, part)
+        return token * part + (index * (refs.o.shape[-2] - 1) * part + head)
 
     def query(shape):
-        """The query of each line of a product, counted in its row."""
+        """Return the query of each line of a product, counted in its row."""
         at = lax.broadcasted_iota(jnp.int32, shape, 0)
         return sum(((at >= w * part).astype(jnp.int32) for w in range(1, width)), jnp.zeros(shape, jnp.int32))
 
@@ -142,7 +141,7 @@ def _kernel(
     lax.fori_loop(0, cdiv(num_tokens, 16), spread, None)
 
     def first_key(row):
-        """The first key that the row's first query sees."""
+        """Return the first key that the row's first query sees."""
         earlier = new_tokens(row)[1] - 1
         return jnp.maximum(refs.kv_lens[row] - earlier - window, 0) if has_window else jnp.int32(0)
 
@@ -181,7 +180,7 @@ def _kernel(
         kv_len, first = refs.kv_lens[row], first_key(row)
         begin, end = block_range(row)
         token, number = new_tokens(row)
-        new = NewTokens(token, number, kv_len - number)
+        new = NewTokens(token, number, refs.kv_lens[row] - number)
         lines = [pl.ds(line_of(token, head), part_rows) for head in first_heads]
         q = [jnp.concatenate([refs.heads[c, at] for c in lane_tiles], 1).astype(dtype) for at in lines]
         position = jnp.full((part_rows, LANES), new.position)

@@ -154,7 +154,8 @@ def attend(
         top, total, acc = states[head]
         new_top = jnp.maximum(top, jnp.max(s, axis=1, keepdims=True))
         rescale = jnp.exp2((top - new_top) * factor)
-        p = jnp.exp2((s - widen(new_top, s.shape[1])) * (widen(factor, s.shape[1]) if jnp.ndim(factor) else factor))
+        by_line = isinstance(factor, jax.Array) and factor.ndim > 0
+        p = jnp.exp2((s - widen(new_top, s.shape[1])) * (widen(factor, s.shape[1]) if by_line else factor))
         v = load(1)
         if keep is not None:
             v = jnp.where(keep(v.shape, 0), v.astype(jnp.float32), 0)
