@@ -16,10 +16,24 @@ import pytest
 
 from test_imports import PACKAGE, modules
 
-# What a room shows to others and cannot be typed more closely, and why.
-EXCEPTIONS: dict[str, str] = {}
-# How many times rooms say `Any` inside, at most: fewer is welcome, more needs a reason here.
-INSIDE: dict[str, int] = {}
+# How many times each room says `Any` inside, at most. Fewer is welcome; more needs a better reason than haste.
+INSIDE = {
+    "benchmark": 69,  # JSON of reports, and of servers that are measured
+    "ops": 31,  # Pallas refs and traced scalars inside kernels
+    "text": 28,  # protobuf fields and tokenizer files as they were read
+    "models": 29,  # config.json as it was read
+    "server": 25,  # pydantic's and FastAPI's open types
+    "engine": 13,
+    "environment": 8,
+    "hub": 6,
+    "planning": 6,
+    "runtime": 4,
+    "flags": 2,
+    "__init__": 1,
+    "observability": 1,
+    "parallel": 1,
+    "server_args": 1,
+}
 
 
 def used_elsewhere(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
@@ -85,7 +99,7 @@ def open_seams(package: Path) -> set[str]:
 
 
 def test_no_room_shows_any_to_another() -> None:
-    assert open_seams(PACKAGE) == set(EXCEPTIONS)
+    assert open_seams(PACKAGE) == set()
 
 
 def test_rooms_say_any_inside_no_more_often_than_is_listed() -> None:

@@ -7,12 +7,12 @@ of q and k and rotates half of it. Sources: modeling_bailing_moe.py and modeling
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from sgl_jax.models import glm4_moe
 from sgl_jax.models.config import DecoderConfig, MoeConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.hf_config import decoder, kv_heads, required
+from sgl_jax.models.raw_config import RawConfig, replaced
 
 ARCHITECTURES = ("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM")
 NAMES = dataclasses.replace(glm4_moe.NAMES, embed="model.word_embeddings.weight").with_layer(
@@ -35,7 +35,7 @@ _REFUSED = {  # key -> the value it must have
 }
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     architecture, layers = hf["architectures"][0], required(hf, "num_hidden_layers")
     is_v2 = architecture == "BailingMoeV2ForCausalLM"
     for key, usual in _REFUSED.items():
@@ -56,7 +56,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     head_dim = hf.get("head_dim") or required(hf, "hidden_size") // required(hf, "num_attention_heads")
     dense, per_token = hf.get("first_k_dense_replace") or 0, required(hf, "num_experts_per_tok")
     return decoder(
-        hf | {"partial_rotary_factor": _rotated(hf, head_dim, 0.5 if is_v2 else 1.0)},
+        replaced(hf, {"partial_rotary_factor": _rotated(hf, head_dim, 0.5 if is_v2 else 1.0)}),
         architecture=architecture,
         num_kv_heads=kv_heads(hf),
         head_dim=head_dim,
@@ -81,7 +81,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     )
 
 
-def _rotated(hf: dict[str, Any], head_dim: int, usual: float) -> float:
+def _rotated(hf: RawConfig, head_dim: int, usual: float) -> float:
     """The part of each head that is rotated; some configs say it twice."""
     rotary_dim, factor = hf.get("rotary_dim"), hf.get("partial_rotary_factor")
     if factor is None:
@@ -93,7 +93,7 @@ def _rotated(hf: dict[str, Any], head_dim: int, usual: float) -> float:
     return factor
 
 
-def _shared_size(hf: dict[str, Any]) -> int:
+def _shared_size(hf: RawConfig) -> int:
     number = hf.get("num_shared_experts") or 0
     if not hf.get("moe_router_enable_shared_expert", True):
         raise ModelError("config.json sets moe_router_enable_shared_expert=false; it is served with true only")

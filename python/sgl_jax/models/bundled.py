@@ -6,9 +6,9 @@ import functools
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from sgl_jax.models.errors import ModelError
+from sgl_jax.models.raw_config import RawConfig
 
 PREFIX = "config:"
 
@@ -31,5 +31,5 @@ def bundled_name(path: str) -> str | None:
     return found
 
 
-def bundled_config(name: str) -> dict[str, Any]:
-    return json.loads(bundled()[name])
+def bundled_config(name: str) -> RawConfig:
+    return RawConfig(json.loads(bundled()[name]))

@@ -7,13 +7,14 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sgl_jax.hub import HUGGING_FACE, Downloads, HubError, local_path
 from sgl_jax.models.bundled import bundled_config, bundled_name
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.gguf import gguf_config, gguf_tensors
 from sgl_jax.models.gguf_file import read_gguf
+from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.safetensors_file import read_safetensors
 from sgl_jax.models.stored import StoredTensor, share_name
 
@@ -29,8 +30,8 @@ _SHARE = re.compile(r"-TP-(\d{3})\.safetensors$")  # saved by each device of a t
 class Checkpoint:
     path: Path  # the folder or the .gguf file
     format: Literal["safetensors", "gguf", "dummy"]
-    config: dict[str, Any]  # config.json, or what it would have been
-    generation_config: dict[str, Any]  # may be empty
+    config: RawConfig  # config.json, or what it would have been
+    generation_config: RawConfig  # may be empty
     tokenizer_path: Path  # a folder with tokenizer.json and the like, or a .gguf file
     tensors: Mapping[str, StoredTensor]  # by Hugging Face name; none for "dummy"
 
@@ -49,7 +50,7 @@ def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", downloads: D
     if (name := bundled_name(path)) is not None:
         if load_format != "dummy":
             raise ModelError(f"--model-path {path} is a config without weights; it needs --load-format dummy")
-        return Checkpoint(Path(path), "dummy", bundled_config(name), {}, Path(path), {})
+        return Checkpoint(Path(path), "dummy", bundled_config(name), RawConfig(), Path(path), {})
     files = _TOKENIZER_FILES + (["*.safetensors"] if load_format != "dummy" else [])
     try:
         local = local_path(path, files, downloads, without=_OTHER_LAYOUTS)
@@ -60,11 +61,11 @@ def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", downloads: D
         gguf = read_gguf(file)
         dummy = load_format == "dummy"
         tensors = {} if dummy else gguf_tensors(gguf)
-        return Checkpoint(file, "dummy" if dummy else "gguf", gguf_config(gguf), {}, file, tensors)
+        return Checkpoint(file, "dummy" if dummy else "gguf", gguf_config(gguf), RawConfig(), file, tensors)
     config = _read_json(local / "config.json")
     if config is None:
         raise ModelError(f"{local} has no config.json; --model-path needs a Hugging Face model folder or a .gguf file")
-    generation_config = _read_json(local / "generation_config.json") or {}
+    generation_config = _read_json(local / "generation_config.json") or RawConfig()
     if load_format == "dummy":
         return Checkpoint(local, "dummy", config, generation_config, local, {})
     return Checkpoint(local, "safetensors", config, generation_config, local, _safetensors(local))
@@ -116,10 +117,10 @@ def _safetensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def _read_json(path: Path) -> RawConfig | None:
     if not path.exists():
         return None
     try:
-        return json.loads(path.read_text())
+        return RawConfig(json.loads(path.read_text()))
     except ValueError as e:
         raise ModelError(f"{path} is not valid JSON: {e}") from e

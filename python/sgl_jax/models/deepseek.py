@@ -14,6 +14,7 @@ from sgl_jax.models.config import DecoderConfig, MlaConfig, MoeConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.hf_config import decoder, required
 from sgl_jax.models.names import Rows
+from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.rope import resolve_rope, yarn_score_scale
 
 ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
@@ -40,7 +41,7 @@ _SERVED: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     architecture = hf["architectures"][0]
     for key, served in _SERVED[architecture].items():
         if hf.get(key) is not None and hf[key] not in served:
@@ -68,7 +69,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     )
 
 
-def _experts(hf: dict[str, Any], *, is_v3: bool) -> MoeConfig:
+def _experts(hf: RawConfig, *, is_v3: bool) -> MoeConfig:
     size = required(hf, "moe_intermediate_size")
     grouped = is_v3 or hf.get("topk_method") == "group_limited_greedy"
     experts, groups = required(hf, "n_routed_experts"), required(hf, "n_group") if grouped else 1

@@ -28,6 +28,7 @@ from sgl_jax.models.errors import ModelError
 from sgl_jax.models.hf_config import eos_token_ids
 from sgl_jax.models.names import TensorNames
 from sgl_jax.models.plan import plan_weights
+from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
 
 FAMILIES: dict[str, ModuleType] = {
@@ -55,12 +56,13 @@ def add_package(name: str) -> None:
 
 
 def decoder_config(
-    hf: dict[str, Any],
-    generation_config: dict[str, Any] | None = None,
+    hf: Mapping[str, object],
+    generation_config: Mapping[str, object] | None = None,
     tensors: Mapping[str, StoredTensor] | None = None,
 ) -> DecoderConfig:
     """Translates config.json. End-of-sequence ids come from generation_config.json where it has them. With a
     checkpoint's `tensors` an unknown architecture's relatives are named."""
+    hf, generation_config = RawConfig(hf), RawConfig(generation_config or {})
     architectures = hf.get("architectures") or []
     known = [a for a in architectures if a in FAMILIES or _from_entry_point(a)]
     if not known:
@@ -69,7 +71,6 @@ def decoder_config(
             f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(FAMILIES))}{_relatives(hf, tensors)}"
         )
     config = _translated(known[0], hf)
-    generation_config = generation_config or {}
     eos = tuple(token for token in eos_token_ids(generation_config) or config.eos_token_ids if token >= 0)
     if family_eos := getattr(FAMILIES[known[0]], "eos_token_ids", None):
         more = (token for token in family_eos(generation_config) if token < config.vocab_size)
@@ -79,7 +80,7 @@ def decoder_config(
     return dataclasses.replace(config, eos_token_ids=eos)
 
 
-def _translated(architecture: str, hf: dict[str, Any]) -> DecoderConfig:
+def _translated(architecture: str, hf: RawConfig) -> DecoderConfig:
     module = FAMILIES[architecture]
     defaults = getattr(module, "DEFAULTS", {}).get(architecture, {})
     return module.config(defaults | hf | {"architectures": [architecture]})
@@ -102,7 +103,7 @@ def _from_entry_point(architecture: str) -> bool:
     return architecture in FAMILIES
 
 
-def _relatives(hf: dict[str, Any], tensors: Mapping[str, StoredTensor] | None) -> str:
+def _relatives(hf: RawConfig, tensors: Mapping[str, StoredTensor] | None) -> str:
     """Which families the checkpoint would fit if config.json named them."""
     if not tensors:
         return ""

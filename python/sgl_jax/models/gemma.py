@@ -5,12 +5,11 @@ Gemma 2 caps scores and logits; Gemma 3 norms each head instead and rotates the 
 
 from __future__ import annotations
 
-from typing import Any
-
 from sgl_jax.models import llama
 from sgl_jax.models.config import DecoderConfig, RopeConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.hf_config import decoder, kv_heads, layer_windows, required
+from sgl_jax.models.raw_config import RawConfig, replaced, without
 from sgl_jax.models.rope import resolve_rope
 
 ARCHITECTURES = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
@@ -30,7 +29,7 @@ NAMES = llama.NAMES.with_layer(
 )
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     architecture = hf["architectures"][0]
     if hf.get("use_bidirectional_attention"):
         raise ModelError("config.json sets use_bidirectional_attention; only causal attention is served")
@@ -39,7 +38,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     rope, local_rope = _ropes(hf, head_dim) if is_gemma3 else (resolve_rope(hf, head_dim), None)
     attention_bias = bool(hf.get("attention_bias", False))
     return decoder(
-        {key: value for key, value in hf.items() if key not in ("rope_parameters", "rope_scaling")},
+        without(hf, "rope_parameters", "rope_scaling"),
         architecture=architecture,
         num_kv_heads=kv_heads(hf),
         head_dim=head_dim,
@@ -60,7 +59,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     )
 
 
-def _windows(hf: dict[str, Any], period: int) -> tuple[int | None, ...]:
+def _windows(hf: RawConfig, period: int) -> tuple[int | None, ...]:
     """The last layer of each period sees everything, the others a window."""
     window, layers = required(hf, "sliding_window"), required(hf, "num_hidden_layers")
     if hf.get("layer_types") is not None:
@@ -68,15 +67,15 @@ def _windows(hf: dict[str, Any], period: int) -> tuple[int | None, ...]:
     return tuple(window if (i + 1) % period else None for i in range(layers))
 
 
-def _ropes(hf: dict[str, Any], head_dim: int) -> tuple[RopeConfig, RopeConfig]:
+def _ropes(hf: RawConfig, head_dim: int) -> tuple[RopeConfig, RopeConfig]:
     """Of the layers without and with a window: transformers 5 keeps both in rope_parameters, older files two bases."""
     both = hf.get("rope_parameters") or {}
-    bare = {key: value for key, value in hf.items() if key not in ("rope_parameters", "rope_scaling")}
+    bare = without(hf, "rope_parameters", "rope_scaling")
     if "full_attention" in both:
         wide, local = (
-            bare | {"rope_parameters": both["full_attention"]},
-            bare | {"rope_parameters": both["sliding_attention"]},
+            replaced(bare, {"rope_parameters": both["full_attention"]}),
+            replaced(bare, {"rope_parameters": both["sliding_attention"]}),
         )
     else:
-        wide, local = hf, bare | {"rope_theta": hf["rope_local_base_freq"]}
+        wide, local = hf, replaced(bare, {"rope_theta": hf["rope_local_base_freq"]})
     return resolve_rope(wide, head_dim), resolve_rope(local, head_dim)

@@ -15,6 +15,7 @@ import numpy as np
 
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.gguf_file import GgufFile, GgufTensor
+from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -50,23 +51,25 @@ _PLAIN_TYPES = {
 }
 
 
-def gguf_config(file: GgufFile) -> dict[str, Any]:
+def gguf_config(file: GgufFile) -> RawConfig:
     """The config.json this model would have had."""
-    arch = file.get("general.architecture")
+    arch = file.get("general.architecture", str)
     if arch not in _ARCHITECTURES:
         raise ModelError(f"{file.path} has architecture {arch!r}; supported GGUF ones are {', '.join(_ARCHITECTURES)}")
-    meta = {k.removeprefix(f"{arch}."): _shortest(v) for k, v in file.metadata.items() if k.startswith(f"{arch}.")}
+    meta: dict[str, Any] = {
+        k.removeprefix(f"{arch}."): _shortest(v) for k, v in file.metadata.items() if k.startswith(f"{arch}.")
+    }
     _refuse_unknown(file, arch, meta)
 
     num_heads = meta["attention.head_count"]
     head_dim = meta.get("attention.key_length") or meta["embedding_length"] // num_heads
-    eos = [file.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    eos = [file.get(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot", "eom")]
     attention_bias = arch != "qwen2" and "blk.0.attn_q.bias" in file.tensors
-    return {
+    config = {
         "architectures": [_ARCHITECTURES[arch]],
         "model_type": arch,
         "attention_bias": attention_bias,
-        "bos_token_id": file.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": file.get("tokenizer.ggml.bos_token_id", int),
         "eos_token_id": list(dict.fromkeys(i for i in eos if i is not None)),
         "head_dim": head_dim,
         "hidden_act": "silu",
@@ -86,6 +89,7 @@ def gguf_config(file: GgufFile) -> dict[str, Any]:
         "use_sliding_window": False,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
     }
+    return RawConfig(config)
 
 
 def _refuse_unknown(file: GgufFile, arch: str, meta: dict[str, Any]) -> None:
@@ -134,11 +138,10 @@ def _rope_scaling(file: GgufFile, meta: dict[str, Any]) -> dict[str, Any] | None
 
 def gguf_tensors(file: GgufFile) -> dict[str, StoredTensor]:
     """The tensors under their Hugging Face names; a name we have no translation for is kept and so reported later."""
-    arch = file.get("general.architecture")
-    heads = file.get(f"{arch}.attention.head_count")
-    per_head = (
-        {"attn_q": heads, "attn_k": file.get(f"{arch}.attention.head_count_kv", heads)} if arch == "llama" else {}
-    )
+    arch = file.get("general.architecture", str)
+    heads = file.get(f"{arch}.attention.head_count", int) or 0
+    kv_heads = file.get(f"{arch}.attention.head_count_kv", int) or heads
+    per_head = {"attn_q": heads, "attn_k": kv_heads} if arch == "llama" else {}
     tensors = {}
     for tensor in file.tensors.values():
         if tensor.name != _ROPE_FACTORS:

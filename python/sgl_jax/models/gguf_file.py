@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +47,15 @@ class GgufTensor:
 class GgufFile:
     path: Path
     data: np.ndarray  # u8[file size], mapped
-    metadata: dict[str, Any]
+    metadata: Mapping[str, object]
     tensors: dict[str, GgufTensor]
 
-    def get(self, key: str, default: Any = None) -> Any:
-        return self.metadata.get(key, default)
+    def get[T](self, key: str, kind: type[T]) -> T | None:
+        """The value of a key, None where there is none. Raises ModelError for a value of another kind."""
+        value = self.metadata.get(key)
+        if value is None or isinstance(value, kind):
+            return value
+        raise ModelError(f"{self.path} has {key} {value!r}; it must be of type {kind.__name__}")
 
 
 def read_gguf(path: str | Path) -> GgufFile:
@@ -64,7 +69,7 @@ def read_gguf(path: str | Path) -> GgufFile:
         raise ModelError(f"{path} is GGUF version {version}; supported are {VERSIONS}, little-endian")
     try:
         num_tensors, num_pairs = cursor.integer("<Q"), cursor.integer("<Q")
-        metadata = {cursor.string(): cursor.value(cursor.integer("<I")) for _ in range(num_pairs)}
+        metadata: dict[str, Any] = {cursor.string(): cursor.value(cursor.integer("<I")) for _ in range(num_pairs)}
         described = [_tensor(cursor) for _ in range(num_tensors)]
     except (struct.error, IndexError, UnicodeDecodeError, ValueError, KeyError) as e:
         raise ModelError(f"{path} is cut short or damaged at byte {cursor.at} ({e}); download it again") from e

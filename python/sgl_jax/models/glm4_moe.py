@@ -3,11 +3,10 @@ head is rotated."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from sgl_jax.models import llama
 from sgl_jax.models.config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, required
+from sgl_jax.models.raw_config import RawConfig
 
 ARCHITECTURES = ("Glm4MoeForCausalLM",)
 DEFAULTS = {
@@ -35,7 +34,7 @@ NAMES = llama.NAMES.with_layer(
 )
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     layers, dense = required(hf, "num_hidden_layers"), required(hf, "first_k_dense_replace")
     expert_size = required(hf, "moe_intermediate_size")
     return decoder(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from sgl_jax.models import llama
 from sgl_jax.models.config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, layer_windows, required
 from sgl_jax.models.mxfp4 import stored_mxfp4
+from sgl_jax.models.raw_config import RawConfig, replaced, without
 from sgl_jax.models.stored import StoredTensor
 
 ARCHITECTURES = ("GptOssForCausalLM",)
@@ -37,16 +37,16 @@ DEFAULTS = {
 _EXPERTS = "model.layers.{i}.mlp.experts."
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     layers, bias = required(hf, "num_hidden_layers"), bool(hf["attention_bias"])
     types = hf.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
     is_mxfp4 = (hf.get("quantization_config") or {}).get("quant_method") == "mxfp4"  # the tensors themselves tell
     dense = decoder(
-        {key: value for key, value in hf.items() if not (is_mxfp4 and key == "quantization_config")},
+        without(hf, "quantization_config") if is_mxfp4 else hf,
         architecture="GptOssForCausalLM",
         num_kv_heads=kv_heads(hf),
         head_dim=required(hf, "head_dim"),
-        sliding_windows=layer_windows(hf | {"layer_types": types}, required(hf, "sliding_window")),
+        sliding_windows=layer_windows(replaced(hf, {"layer_types": types}), required(hf, "sliding_window")),
         qkv_bias=bias,
         o_bias=bias,
         attn_sinks=True,

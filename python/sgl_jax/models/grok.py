@@ -10,12 +10,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from sgl_jax.models import llama
 from sgl_jax.models.config import DecoderConfig, MoeConfig
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.hf_config import decoder, required
+from sgl_jax.models.raw_config import RawConfig, replaced
 from sgl_jax.models.stored import StoredTensor, joined, share_name
 
 ARCHITECTURES = ("Grok1ForCausalLM",)
@@ -34,18 +34,20 @@ _BUILT = {
 }
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     if refused := [f"{key}={hf[key]!r}" for key, values in _BUILT.items() if hf.get(key) not in values]:
         raise ModelError(f"config.json sets {', '.join(refused)}; this is not built for Grok1ForCausalLM")
     temperature = hf.get("attn_temperature_len", -1)
     if temperature == 1:
         raise ModelError("config.json sets attn_temperature_len=1, whose logarithm is 0; it must be more, or negative")
     return decoder(
-        hf
-        | {
-            "eos_token_id": hf.get("eos_token_id", _EOS),
-            "partial_rotary_factor": 0.5 if hf.get("rope_rotate_half_dims") else 1.0,
-        },
+        replaced(
+            hf,
+            {
+                "eos_token_id": hf.get("eos_token_id", _EOS),
+                "partial_rotary_factor": 0.5 if hf.get("rope_rotate_half_dims") else 1.0,
+            },
+        ),
         architecture="Grok1ForCausalLM",
         num_kv_heads=required(hf, "num_key_value_heads"),
         head_dim=hf.get("head_dim", 128),
@@ -67,7 +69,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     )
 
 
-def _cap(hf: dict[str, Any], key: str, absent: float) -> float | None:
+def _cap(hf: RawConfig, key: str, absent: float) -> float | None:
     value = hf.get(key, absent)
     return float(value) if value and value > 0 else None
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from sgl_jax.models.config import DecoderConfig, RopeConfig
 from sgl_jax.models.errors import ModelError
+from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.rope import context_length, resolve_rope
 
 logger = logging.getLogger(__name__)
@@ -29,19 +30,19 @@ _SCALES = (
 )
 
 
-def required(hf: dict[str, Any], key: str) -> Any:
+def required(hf: RawConfig, key: str) -> Any:
     if hf.get(key) is None:
         raise ModelError(f"config.json has no {key}; it is needed to build the model")
     return hf[key]
 
 
-def kv_heads(hf: dict[str, Any]) -> int:
+def kv_heads(hf: RawConfig) -> int:
     """num_key_value_heads; null and no such key mean as many as query heads."""
     return hf.get("num_key_value_heads") or required(hf, "num_attention_heads")
 
 
 def decoder(
-    hf: dict[str, Any],
+    hf: RawConfig,
     *,
     architecture: str,
     num_kv_heads: int,
@@ -99,7 +100,7 @@ def decoder(
     )
 
 
-def _plain_length(hf: dict[str, Any]) -> int:
+def _plain_length(hf: RawConfig) -> int:
     """The context in which positions are what rope says: Qwen2.5-1M's dual chunk attention changes them behind its first
     chunk (https://arxiv.org/abs/2402.17463, section 3)."""
     length, chunks = context_length(hf), hf.get("dual_chunk_attention_config")
@@ -116,13 +117,13 @@ def _plain_length(hf: dict[str, Any]) -> int:
     return min(first, length)
 
 
-def eos_token_ids(config: dict[str, Any]) -> tuple[int, ...]:
+def eos_token_ids(config: RawConfig) -> tuple[int, ...]:
     """eos_token_id is one id, a list of them, or absent."""
     ids = config.get("eos_token_id")
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
-def layer_windows(hf: dict[str, Any], window: int) -> tuple[int | None, ...]:
+def layer_windows(hf: RawConfig, window: int) -> tuple[int | None, ...]:
     """Each layer's window as layer_types says."""
     num_layers, known = required(hf, "num_hidden_layers"), {"full_attention": None, "sliding_attention": window}
     unknown = sorted(set(hf["layer_types"]) - set(known))
@@ -134,7 +135,7 @@ def layer_windows(hf: dict[str, Any], window: int) -> tuple[int | None, ...]:
     return tuple(known[kind] for kind in hf["layer_types"])
 
 
-def qwen_sliding_windows(hf: dict[str, Any]) -> tuple[int | None, ...] | None:
+def qwen_sliding_windows(hf: RawConfig) -> tuple[int | None, ...] | None:
     """Qwen 2 and 3: windows only when use_sliding_window says so, in the layers that layer_types names or, without it,
     from max_window_layers on."""
     if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:

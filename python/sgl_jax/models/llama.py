@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, required
 from sgl_jax.models.names import TensorNames
+from sgl_jax.models.raw_config import RawConfig
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 DEFAULTS = {
@@ -44,12 +43,12 @@ NAMES = TensorNames(
 )
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     architecture = hf["architectures"][0]
     return _mistral(hf) if architecture == "MistralForCausalLM" else _llama(hf)
 
 
-def _llama(hf: dict[str, Any]) -> DecoderConfig:
+def _llama(hf: RawConfig) -> DecoderConfig:
     attention_bias = bool(hf.get("attention_bias", False))
     return decoder(
         hf,
@@ -61,7 +60,7 @@ def _llama(hf: dict[str, Any]) -> DecoderConfig:
     )
 
 
-def _mistral(hf: dict[str, Any]) -> DecoderConfig:
+def _mistral(hf: RawConfig) -> DecoderConfig:
     window = hf.get("sliding_window")
     return decoder(
         hf,

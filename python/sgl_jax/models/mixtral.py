@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sgl_jax.models import llama
 from sgl_jax.models.config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, required
+from sgl_jax.models.raw_config import RawConfig
 
 ARCHITECTURES = ("MixtralForCausalLM",)
 DEFAULTS = {
@@ -27,7 +26,7 @@ NAMES = llama.NAMES.with_layer(
 )
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     window = hf.get("sliding_window")
     return decoder(
         hf,

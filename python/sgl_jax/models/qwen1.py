@@ -9,12 +9,12 @@ go on, plainly rotated, and use_logn_attn lets queries grow there.
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 from sgl_jax.models.config import DecoderConfig, QueryGrowth
 from sgl_jax.models.errors import ModelError
 from sgl_jax.models.hf_config import decoder, required
 from sgl_jax.models.names import TensorNames
+from sgl_jax.models.raw_config import RawConfig, replaced
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ _REFUSED = {  # key -> its value in every model that was published as this archi
 }
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     heads, hidden_size = required(hf, "num_attention_heads"), required(hf, "hidden_size")
     for key, usual in _REFUSED.items():
         if hf.get(key, usual) not in (usual, None):
@@ -75,7 +75,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
         "partial_rotary_factor": hf.get("rotary_pct", 1.0),
     }
     return decoder(
-        hf | translated,
+        replaced(hf, translated),
         architecture="QWenLMHeadModel",
         num_kv_heads=heads,
         qkv_bias=True,
@@ -85,6 +85,6 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     )
 
 
-def eos_token_ids(generation_config: dict[str, Any]) -> tuple[int, ...]:
+def eos_token_ids(generation_config: RawConfig) -> tuple[int, ...]:
     """What ends an answer beside generation_config's eos: a chat model's own code stops at the marks of ChatML."""
     return _CHATML_STOPS if generation_config.get("chat_format") == "chatml" else ()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sgl_jax.models import llama
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, qwen_sliding_windows
+from sgl_jax.models.raw_config import RawConfig
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
 DEFAULTS = {
@@ -18,7 +17,7 @@ DEFAULTS = {
 NAMES = llama.NAMES
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     return decoder(
         hf,
         architecture="Qwen2ForCausalLM",

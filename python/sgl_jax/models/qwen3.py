@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from sgl_jax.models import llama, qwen2
 from sgl_jax.models.config import DecoderConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, qwen_sliding_windows
+from sgl_jax.models.raw_config import RawConfig
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
 DEFAULTS = {"Qwen3ForCausalLM": qwen2.DEFAULTS["Qwen2ForCausalLM"] | {"head_dim": 128}}
 NAMES = llama.NAMES
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     attention_bias = bool(hf.get("attention_bias", False))
     return decoder(
         hf,

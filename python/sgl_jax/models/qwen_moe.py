@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from sgl_jax.models import llama, qwen2, qwen3
 from sgl_jax.models.config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import qwen_sliding_windows, required
+from sgl_jax.models.raw_config import RawConfig
 
 ARCHITECTURES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 _WINDOWS = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
@@ -39,7 +39,7 @@ NAMES = llama.NAMES.with_layer(
 )
 
 
-def config(hf: dict[str, Any]) -> DecoderConfig:
+def config(hf: RawConfig) -> DecoderConfig:
     architecture = hf["architectures"][0]
     is_qwen2 = architecture == "Qwen2MoeForCausalLM"
     dense = (qwen2 if is_qwen2 else qwen3).config(hf)
@@ -62,7 +62,7 @@ def config(hf: dict[str, Any]) -> DecoderConfig:
     )
 
 
-def _windows(hf: dict[str, Any], is_qwen2: bool) -> tuple[int | None, ...] | None:
+def _windows(hf: RawConfig, is_qwen2: bool) -> tuple[int | None, ...] | None:
     """Unlike the dense models': Qwen 2 has windows in every other of the first layers, Qwen 3 in all."""
     windows, layers = qwen_sliding_windows(hf), required(hf, "num_hidden_layers")
     if windows is None or (is_qwen2 and hf.get("layer_types") is not None):

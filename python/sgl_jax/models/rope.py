@@ -14,6 +14,7 @@ import numpy as np
 
 from sgl_jax.models.config import RopeConfig
 from sgl_jax.models.errors import ModelError
+from sgl_jax.models.raw_config import RawConfig
 
 # What each kind reads. Any other key would be a promise we do not keep, so it is refused.
 _COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
@@ -38,7 +39,7 @@ _REQUIRED = {
 }
 
 
-def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
+def rope_parameters(hf: RawConfig) -> dict[str, Any]:
     """The rope settings, wherever this config keeps them: transformers 5 writes `rope_parameters`, older ones
     `rope_scaling` beside `rope_theta`."""
     scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
@@ -71,7 +72,7 @@ def rope_parameters(hf: dict[str, Any]) -> dict[str, Any]:
     return scaling
 
 
-def resolve_rope(hf: dict[str, Any], head_dim: int) -> RopeConfig:
+def resolve_rope(hf: RawConfig, head_dim: int) -> RopeConfig:
     p = rope_parameters(hf)
     dim = int(head_dim * p["partial_rotary_factor"])
     if dim < 2 or dim % 2:
@@ -88,7 +89,7 @@ def resolve_rope(hf: dict[str, Any], head_dim: int) -> RopeConfig:
     return RopeConfig(tuple(float(x) for x in inv_freq), attention_factor)
 
 
-def context_length(hf: dict[str, Any]) -> int:
+def context_length(hf: RawConfig) -> int:
     """Tokens the model is meant for. YaRN configs differ in whether max_position_embeddings is already the stretched
     length, so the larger reading is taken; the other kinds store the stretched length."""
     p, limit = rope_parameters(hf), int(hf["max_position_embeddings"])
@@ -97,7 +98,7 @@ def context_length(hf: dict[str, Any]) -> int:
     return limit
 
 
-def _original_length(p: dict[str, Any], hf: dict[str, Any]) -> int:
+def _original_length(p: dict[str, Any], hf: RawConfig) -> int:
     return p.get("original_max_position_embeddings") or hf["max_position_embeddings"]
 
 
@@ -117,7 +118,7 @@ def _gguf_factors(p: dict[str, Any], dim: int) -> np.ndarray:
     return _inv_freq(p["rope_theta"], dim) / factors
 
 
-def _llama3(p: dict[str, Any], dim: int, hf: dict[str, Any]) -> np.ndarray:
+def _llama3(p: dict[str, Any], dim: int, hf: RawConfig) -> np.ndarray:
     """Low frequencies divided by factor, high ones kept, a linear blend between."""
     inv_freq = _inv_freq(p["rope_theta"], dim)
     factor, low, high = (np.float32(p[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
@@ -130,7 +131,7 @@ def _llama3(p: dict[str, Any], dim: int, hf: dict[str, Any]) -> np.ndarray:
     )
 
 
-def _yarn(p: dict[str, Any], dim: int, hf: dict[str, Any]) -> tuple[np.ndarray, float]:
+def _yarn(p: dict[str, Any], dim: int, hf: RawConfig) -> tuple[np.ndarray, float]:
     """https://arxiv.org/abs/2309.00071: dimensions that turn often keep their frequency, slow ones are interpolated."""
     original = _original_length(p, hf)
     factor = _yarn_factor(p, hf)
@@ -164,7 +165,7 @@ def _mscale(factor: float, mscale: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
 
 
-def yarn_score_scale(hf: dict[str, Any]) -> float:
+def yarn_score_scale(hf: RawConfig) -> float:
     """What DeepSeek's models multiply attention scores with, beside the scale on cos and sin: 1 without mscale_all_dim."""
     p = rope_parameters(hf)
     if p["rope_type"] != "yarn" or not p.get("mscale_all_dim"):
@@ -172,5 +173,5 @@ def yarn_score_scale(hf: dict[str, Any]) -> float:
     return _mscale(_yarn_factor(p, hf), p["mscale_all_dim"]) ** 2
 
 
-def _yarn_factor(p: dict[str, Any], hf: dict[str, Any]) -> float:
+def _yarn_factor(p: dict[str, Any], hf: RawConfig) -> float:
     return p.get("factor") or hf["max_position_embeddings"] / _original_length(p, hf)

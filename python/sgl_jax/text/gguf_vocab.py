@@ -78,7 +78,7 @@ _PRE["llama3"] = _PRE["llama-v3"] = _PRE["llama-bpe"]
 
 def load_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
     file = read_gguf(path)
-    model = file.get("tokenizer.ggml.model")
+    model = file.get("tokenizer.ggml.model", str)
     if model == "gpt2":
         tokenizer, default_bos = _byte_level(file)
     elif model == "llama":
@@ -90,15 +90,16 @@ def load_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
         )
     _add_special_tokens(tokenizer, file)
     bos, eos = _token(file, "bos"), _token(file, "eos")
-    add_bos = bool(file.get("tokenizer.ggml.add_bos_token", default_bos)) and bos is not None
-    add_eos = bool(file.get("tokenizer.ggml.add_eos_token", False)) and eos is not None
+    wants_bos = file.get("tokenizer.ggml.add_bos_token", int)
+    add_bos = bool(default_bos if wants_bos is None else wants_bos) and bos is not None
+    add_eos = bool(file.get("tokenizer.ggml.add_eos_token", int)) and eos is not None
     _frame(tokenizer, bos if add_bos else None, eos if add_eos else None)
-    return GgufTokenizer(tokenizer, bos, eos, add_bos, file.get("tokenizer.chat_template"))
+    return GgufTokenizer(tokenizer, bos, eos, add_bos, file.get("tokenizer.chat_template", str))
 
 
 def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
-    name = file.get("tokenizer.ggml.pre")
-    pre = _PRE.get(name)
+    name = file.get("tokenizer.ggml.pre", str)
+    pre = _PRE.get(name or "")
     if pre is None:
         raise ModelError(
             f"{file.path} {'names no pre-tokenizer' if name is None else f'uses the pre-tokenizer {name!r}'}; those that can be rebuilt are {', '.join(_PRE)}; "
@@ -114,7 +115,7 @@ def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
 
 
 def _sentencepiece(file: GgufFile) -> Tokenizer:
-    unk = file.get("tokenizer.ggml.unknown_token_id", 0)
+    unk = file.get("tokenizer.ggml.unknown_token_id", int) or 0
     vocabulary = Vocabulary(
         _needed(file, "tokens"), _kinds(file), _needed(file, "scores"), _needed(file, "tokens")[unk], byte_fallback=True
     )
@@ -125,7 +126,7 @@ def _sentencepiece(file: GgufFile) -> Tokenizer:
             "give the model's own tokenizer.json with --tokenizer-path"
         )
     tokenizer = sentencepiece_bpe(vocabulary, str(file.path))
-    prefix = file.get("tokenizer.ggml.add_space_prefix", True)
+    prefix = file.get("tokenizer.ggml.add_space_prefix", int) != 0
     replace = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
     decode_spaces(tokenizer, prefix=prefix)
@@ -139,7 +140,7 @@ def _vocabulary(file: GgufFile) -> dict[str, int]:
 
 
 def _kinds(file: GgufFile) -> list[int]:
-    return file.get("tokenizer.ggml.token_type") or [NORMAL] * len(_needed(file, "tokens"))
+    return file.get("tokenizer.ggml.token_type", list) or [NORMAL] * len(_needed(file, "tokens"))
 
 
 def _add_special_tokens(tokenizer: Tokenizer, file: GgufFile) -> None:
@@ -162,7 +163,7 @@ def _frame(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
 
 
 def _token(file: GgufFile, name: str) -> str | None:
-    token_id = file.get(f"tokenizer.ggml.{name}_token_id")
+    token_id = file.get(f"tokenizer.ggml.{name}_token_id", int)
     return None if token_id is None else _needed(file, "tokens")[token_id]
 
 
@@ -174,7 +175,7 @@ def _pair(merge: str, file: GgufFile) -> tuple[str, str]:
 
 
 def _needed(file: GgufFile, name: str) -> list[Any]:
-    values = file.get(f"tokenizer.ggml.{name}")
+    values = file.get(f"tokenizer.ggml.{name}", list)
     if not values:
         raise ModelError(f"{file.path} has no tokenizer.ggml.{name}; give the tokenizer with --tokenizer-path")
     return values
