@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import pydantic
 import pytest
 
@@ -45,6 +46,33 @@ def test_a_value_the_device_could_not_honour_is_refused_by_name(param, value):
     with pytest.raises(InvalidParameter) as refused:
         SamplingParams(**{param: value}).validate(vocab_size=100)
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        *((each.name, None) for each in PARAMETERS if each.default is not None and each.kind is not bool),
+        ("logit_bias", [1]),
+        ("logit_bias", {"1": 1.0}),
+        ("logit_bias", {1: None}),
+        ("logit_bias", "abc"),
+        ("stop", ""),
+        ("stop", (1,)),
+        ("stop_token_ids", ("1",)),
+        ("stop_token_ids", 1),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_name(param, value):
+    """Parameters made in this process reach the engine as they are: nothing else would look at their types."""
+    with pytest.raises(InvalidParameter, match=rf"^{param} is .*; it must be ") as refused:
+        SamplingParams(**{param: value}).validate(vocab_size=100)
+    assert refused.value.param == param
+
+
+def test_numpy_numbers_and_lists_are_taken():
+    ids = np.array([3, 4], np.int32)
+    bias = {np.int64(1): np.float32(2)}
+    SamplingParams(stop_token_ids=ids, stop=["a"], logit_bias=bias, top_k=np.int32(3)).validate(vocab_size=100)
 
 
 def test_the_edges_are_allowed():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import numbers
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Literal, NamedTuple, Self
 
 import msgspec
@@ -157,21 +158,18 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     def validate(self, vocab_size: int, in_range: bool = False) -> None:
         """Raises InvalidParameter for the first value that cannot be honoured. `in_range` says that each number has
         been compared with its limits already."""
-        numbers, lists = _checks(type(self))
-        for parameter, low, high in () if in_range else numbers:
+        bounded, lists = _checks(type(self))
+        for parameter, low, high in () if in_range else bounded:
             value = getattr(self, parameter.name)
-            if value is not None and not low <= value <= high:  # NaN is outside
+            if value is None and parameter.default is None:
+                continue
+            if value is None or not low <= value <= high:  # NaN is outside
                 raise parameter.out_of_range(value)
         for parameter in lists:
-            if entries := getattr(self, parameter.name):
-                parameter.check_entries(entries, vocab_size)
+            parameter.check_entries(getattr(self, parameter.name), vocab_size)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise InvalidParameter(
-                "min_tokens",
-                "{min_tokens} is {value}, above {max_tokens} {limit}",
-                value=self.min_tokens,
-                limit=self.max_tokens,
-            )
+            text = "{min_tokens} is {value}, above {max_tokens} {limit}"
+            raise InvalidParameter("min_tokens", text, value=self.min_tokens, limit=self.max_tokens)
 
 
 class Parameter(NamedTuple):
@@ -200,25 +198,22 @@ class Parameter(NamedTuple):
         high = math.inf if self.about.high is None else self.about.high
         return (math.nextafter(low, high) if self.about.above else low), high
 
-    def out_of_range(self, value: float) -> InvalidParameter:
+    def out_of_range(self, value: float | None) -> InvalidParameter:
         if self.about.above and value == self.about.low:
             return self._error("{param} is {value}; it must be above {low:g}", value=value, low=self.about.low)
         return self._error("{param} is {value}; it must {limit}", value=value, limit=self.limit)
 
     def check_entries(self, value: Mapping[int, float] | Sequence[int] | Sequence[str], vocab_size: int) -> None:
-        """Checks a list's or dictionary's length and entries. Numbers among them are token ids."""
-        if isinstance(value, str):
-            raise self._error("{param} is the string {value!r}; it must be a sequence of strings", value=value)
+        """Checks a list's or dictionary's type, length and entries. Numbers among them are token ids."""
+        self._check_types(value)
         strings = [entry for entry in value if isinstance(entry, str)]
-        for token in (entry for entry in value if isinstance(entry, int)):
+        for token in (entry for entry in value if not isinstance(entry, str)):
             if not 0 <= token < vocab_size:
                 text = "{param} has token id {value}; the vocabulary is 0..{last}"
                 raise self._error(text, value=token, last=vocab_size - 1)
         if len(value) > (limit := self.about.entries or len(value)):
-            kind = "strings" if strings else "entries"
-            raise self._error(
-                "{param} has {count} {kind}; the limit is {limit}", count=len(value), kind=kind, limit=limit
-            )
+            text = f"{{param}} has {{count}} {'strings' if strings else 'entries'}; the limit is {{limit}}"
+            raise self._error(text, count=len(value), limit=limit)
         if "" in strings:
             raise InvalidParameter(self.name, "a stop string must not be empty")
         if (longest := max(map(len, strings), default=0)) > MAX_STOP_LENGTH:
@@ -227,6 +222,18 @@ class Parameter(NamedTuple):
         low, high = self.range
         if isinstance(value, Mapping) and not all(low <= each <= high for each in value.values()):
             raise self._error("{param} values must be between {low} and {high}", low=low, high=high)
+
+    def _check_types(self, value: object) -> None:
+        """Refuses a value of another type than the declared one: parameters made in this process were not converted."""
+        is_dict, of_strings = typing.get_origin(self.kind) is dict, self.kind == tuple[str, ...]
+        fits = isinstance(value, Mapping if is_dict else Collection) and not isinstance(value, str | bytes)
+        fits = fits and all(isinstance(each, str if of_strings else numbers.Integral) for each in value)
+        if isinstance(value, Mapping) and fits:
+            fits = all(isinstance(each, numbers.Real) for each in value.values())
+        if not fits:
+            form = "sequence of strings" if of_strings else "sequence of token ids"
+            text = f"{{param}} is {'the string ' if isinstance(value, str) else ''}{{value!r}}; it must be a {{form}}"
+            raise self._error(text, value=value, form="dictionary of numbers by token id" if is_dict else form)
 
     def _error(self, text: str, **values: object) -> InvalidParameter:
         return InvalidParameter(self.name, text.replace("{param}", f"{{{self.name}}}"), **values)
