@@ -69,6 +69,13 @@ def test_a_value_of_another_type_is_refused_by_name(param, value):
     assert refused.value.param == param
 
 
+@pytest.mark.parametrize(("value", "got"), [({"a": 1}, "str"), ({1: "a"}, "str"), ({1.5: 1}, "float")])
+def test_a_dictionary_that_cannot_be_converted_is_refused_by_name(value, got):
+    with pytest.raises(InvalidParameter, match=rf"^logit_bias: Expected .* got `{got}`$") as refused:
+        sampling_params({"logit_bias": value})
+    assert refused.value.param == "logit_bias"
+
+
 def test_numpy_numbers_and_lists_are_taken():
     ids = np.array([3, 4], np.int32)
     bias = {np.int64(1): np.float32(2)}

@@ -166,7 +166,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             if value is None or not low <= value <= high:  # NaN is outside
                 raise parameter.out_of_range(value)
         for parameter in lists:
-            parameter.check_entries(getattr(self, parameter.name), vocab_size)
+            if (entries := getattr(self, parameter.name)) is not parameter.default:
+                parameter.check_entries(entries, vocab_size)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             text = "{min_tokens} is {value}, above {max_tokens} {limit}"
             raise InvalidParameter("min_tokens", text, value=self.min_tokens, limit=self.max_tokens)

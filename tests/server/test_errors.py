@@ -39,6 +39,7 @@ def error(answer: httpx.Response) -> dict:
         (CHAT, HELLO | {"stop": [""]}, "stop[0]"),
         (CHAT, HELLO | {"logit_bias": {"a": 1}}, "logit_bias.a"),
         (CHAT, HELLO | {"logit_bias": {"512": 1}}, "logit_bias"),
+        (CHAT, HELLO | {"logit_bias": {"1": 1, "01": 2}}, "logit_bias"),
         (CHAT, HELLO | {"stop_token_ids": [512]}, "stop_token_ids"),
         (CHAT, HELLO | {"stop": ["a"] * 65}, "stop"),
         (CHAT, HELLO | {"stop": "a" * 1025}, "stop"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 import time
 from collections.abc import Mapping, Sequence
 
@@ -89,10 +90,10 @@ def num_tokens(max_tokens: Json) -> tuple[Json, bool]:
 
 
 def _readable(error: msgspec.ValidationError, names: Names) -> InvalidParameter:
-    """Takes apart what msgspec says: "Expected `float`, got `str` - at `$.temperature`"."""
-    text, _, path = str(error).partition(" - at `")
-    ours = path.strip("`").removeprefix("$.").partition("[")[0]
-    name = names.get(ours, ours) or "sampling_params"
+    """Takes apart msgspec's words: "Expected `float`, got `str` - at `$.temperature`", or "… at `key` in `$.logit_bias`"."""
+    text = str(error).partition(" - at `")[0]
+    path = re.search(r"\$\.(\w+)", str(error))
+    name = names.get(path[1], path[1]) if path else "sampling_params"
     return InvalidParameter(name, f"{name}: {text}")
 
 

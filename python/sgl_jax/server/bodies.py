@@ -15,7 +15,7 @@ from pydantic.fields import FieldInfo
 from sgl_jax.engine.generation import Given
 from sgl_jax.engine.native import in_our_names, names_in, num_tokens
 from sgl_jax.not_built import NOT_BUILT, Feature
-from sgl_jax.request import PARAMETERS, Api, Names, Parameter, SamplingParams
+from sgl_jax.request import PARAMETERS, Api, InvalidParameter, Names, Parameter, SamplingParams
 
 INT64_MAX = 2**63 - 1
 
@@ -136,13 +136,19 @@ def openai_params(
 def _written(body: Body, api: Api, cls: type[SamplingParams]) -> tuple[dict[str, Any], Names]:
     """The body's values as SamplingParams declares them, by our names, and the body's names."""
     names = (name for name in names_in(api, cls)[0] if name in body.model_fields_set)
-    return in_our_names({name: _as_declared(getattr(body, name)) for name in names}, api, cls)
+    return in_our_names({name: _as_declared(name, getattr(body, name)) for name in names}, api, cls)
 
 
-def _as_declared(value: Any) -> Any:
-    """A value of the type that pydantic checked, as the type that SamplingParams declares."""
+def _as_declared(name: str, value: Any) -> Any:
+    """A value of the type that pydantic checked, as the type that SamplingParams declares. Raises InvalidParameter where
+    one token id is written in two ways."""
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, dict):
-        return {int(token): bias for token, bias in value.items()}
+        found: dict[int, float] = {}
+        for token, bias in value.items():
+            if int(token) in found:
+                raise InvalidParameter(name, f"{name} has token id {int(token)} twice")
+            found[int(token)] = bias
+        return found
     return (value,) if isinstance(value, str) else value  # one stop string
