@@ -76,6 +76,15 @@ def test_folders_that_hold_no_model(tmp_path):
         open_checkpoint(str(tmp_path))
 
 
+@pytest.mark.parametrize(("text", "kind"), [("[1]", "list"), ('["ab"]', "list"), ("1", "int"), ("null", "NoneType")])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_config_that_is_no_object_is_named(tmp_path, name, text, kind):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ModelError, match=rf"{name} holds a JSON {kind}; it must hold an object"):
+        open_checkpoint(str(tmp_path), load_format="dummy")
+
+
 def test_two_gguf_files_are_one_too_many(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")

@@ -121,6 +121,9 @@ def _read_json(path: Path) -> RawConfig | None:
     if not path.exists():
         return None
     try:
-        return RawConfig(json.loads(path.read_text()))
+        found = json.loads(path.read_text())
     except ValueError as e:
         raise ModelError(f"{path} is not valid JSON: {e}") from e
+    if not isinstance(found, dict):
+        raise ModelError(f"{path} holds a JSON {type(found).__name__}; it must hold an object")
+    return RawConfig(found)

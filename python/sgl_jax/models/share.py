@@ -38,9 +38,9 @@ def as_slice(run: range) -> slice:
 
 
 def share_of(spec: WeightSpec, grid: Grid, device: int) -> Share:
-    """Find a device's share. Each part of the rows is divided by itself, in whole units. A part with fewer units than devices is repeated:
-    neighbours get the same one (KV heads when there are more devices than heads). Raises ValueError where columns that
-    stay together would be cut."""
+    """Find a device's share. Each part of the rows is divided by itself, in whole units. A part with fewer units than
+    devices is repeated: neighbours get the same one (KV heads when there are more devices than heads). Raises ValueError
+    where columns that stay together would be cut."""
     has_columns = spec.is_matrix
     rows_axis = spec.axes[spec.rows_axis]
     start, runs = 0, []
