@@ -75,7 +75,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_tokens: Annotated[
         int | None,
         About(
-            "most tokens to generate; if not set 128 in the native API, 16 in completions, in chat as many as fit",
+            "most tokens; if not set 128 natively (0 only scores the prompt), 16 in completions, in chat as many as fit",
             low=1,
             or_zero=True,
             native=("max_new_tokens", "max_tokens"),

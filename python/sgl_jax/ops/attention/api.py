@@ -29,8 +29,8 @@ class RaggedBatch:
     """Says which packed tokens belong to which row, and where their KV lives.
 
     Row s owns tokens [cu_q_lens[s], cu_q_lens[s+1]), the last ones of its kv_lens[s] tokens. Short rows come first:
-    num_short of them, each with at least one new token and at most W (AttentionSpec.width). Rows past the last real one
-    are empty; tokens past cu_q_lens[-1] are padding.
+    num_short of them, each with at least one new token and at most W (AttentionSpec.width), and S * W <= T. Rows past the
+    last real one are empty; tokens past cu_q_lens[-1] are padding.
     """
 
     page_table: jax.Array  # i32[S, pages]: a page id of layer 0 for each page_size tokens
