@@ -23,6 +23,7 @@ from sgl_jax.models.quantised import Quantised
 from sgl_jax.models.scaled import Scaled
 from sgl_jax.models.share import share_of
 from sgl_jax.models.spec import WeightSpec
+from sgl_jax.models.stored import in_memory
 from sgl_jax.models.weights import declare
 from sgl_jax.ops.grouped_matmul import native, reference
 from sgl_jax.parallel.grid import Grid
@@ -151,6 +152,22 @@ def test_trees_with_quantised_leaves_are_declared_placed_and_stacked(shared: Cal
     assert jax.tree.structure(stacked) == jax.tree.structure(abstract)
     axes = weight_axes(config, stacked=True).layers[0].o
     assert (axes.values, axes.scales) == ((None, "model", "heads"), (None, "model", None))
+
+
+def test_a_matrix_is_rounded_a_block_at_a_time() -> None:
+    matrix = RNG.standard_normal((300, 16384)).astype(np.float32)
+    read = []
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        read.append(stop - start)
+        return matrix[start:stop]
+
+    scheme = Scaled("int8")
+    planes = scheme.read(dataclasses.replace(in_memory("w", matrix), rows=rows))
+    values, scales = scheme.quantise(matrix)
+    np.testing.assert_array_equal(planes.scales.read(), scales)
+    np.testing.assert_array_equal(planes.values.read(), values)
+    assert (max(read), sum(read)) == (64, 600)
 
 
 STORED = {"int8": np.int8, "float8_e4m3fn": ml_dtypes.float8_e4m3fn}

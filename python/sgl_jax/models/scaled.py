@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -21,6 +22,7 @@ _LARGEST = {
 }
 _STORED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}  # as safetensors files call them
 _SCALE = "_scale"
+_VALUES = 1 << 20  # rounded at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +68,12 @@ class Scaled:
         if planes and planes["values"].dtype == _STORED.get(self.dtype) and planes["scales"].shape == scales:
             return Quantised(planes["values"], planes["scales"], self)
 
+        step = max(1, _VALUES // math.prod(tensor.shape[1:]))  # a whole matrix has as few scales as a block has values
+
         def plane(index: int, shape: tuple[int, ...], dtype: str) -> StoredTensor:
             def rows(start: int, stop: int) -> np.ndarray:
-                return self.quantise(tensor.rows(start, stop))[index]
+                blocks = (tensor.rows(at, min(at + step, stop)) for at in range(start, stop, step))
+                return np.concatenate([self.quantise(block)[index] for block in blocks])
 
             return dataclasses.replace(tensor, shape=shape, dtype=dtype, rows=rows, planes={})
 
