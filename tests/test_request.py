@@ -52,6 +52,8 @@ def test_a_value_the_device_could_not_honour_is_refused_by_name(param, value):
     ("param", "value"),
     [
         *((each.name, None) for each in PARAMETERS if each.default is not None and each.kind is not bool),
+        *((each.name, 1.5) for each in PARAMETERS if each.kind is int),
+        ("temperature", "1"),
         ("logit_bias", [1]),
         ("logit_bias", {"1": 1.0}),
         ("logit_bias", {1: None}),
@@ -64,7 +66,7 @@ def test_a_value_the_device_could_not_honour_is_refused_by_name(param, value):
 )
 def test_a_value_of_another_type_is_refused_by_name(param, value):
     """Parameters made in this process reach the engine as they are: nothing else would look at their types."""
-    with pytest.raises(InvalidParameter, match=rf"^{param} is .*; it must be ") as refused:
+    with pytest.raises(InvalidParameter, match=rf"^{param} (is .*; it|values) must be ") as refused:
         SamplingParams(**{param: value}).validate(vocab_size=100)
     assert refused.value.param == param
 

@@ -15,8 +15,7 @@ import msgspec
 import numpy as np
 
 MAX_LOGPROBS = 20  # OpenAI's limit; the step program always returns this many candidates
-MAX_LOGIT_BIAS = 1024  # entries a device row can hold
-MAX_STOP_TOKENS = 64  # token ids that can be held back until min_tokens
+MAX_LOGIT_BIAS, MAX_STOP_TOKENS = 1024, 64  # a device row's biases, and token ids that it holds back until min_tokens
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # stop strings, and characters of one: each token's text is searched for all
 _MAX_INT32 = 2**31 - 1  # the largest number a device row can hold
 
@@ -85,10 +84,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     min_tokens: Annotated[
         int,
         About(
-            "eos and stop_token_ids cannot be sampled before",
-            low=0,
-            high=_MAX_INT32,
-            native=("min_new_tokens", "min_tokens"),
+            "eos and stop_token_ids cannot be sampled before", 0, _MAX_INT32, native=("min_new_tokens", "min_tokens")
         ),
     ] = 0
     temperature: Annotated[float, About("0 is greedy", 0.0, 1e4, column="TEMPERATURE")] = 1.0
@@ -160,10 +156,10 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         been compared with its limits already."""
         bounded, lists = _checks(type(self))
         for parameter, low, high in () if in_range else bounded:
-            value = getattr(self, parameter.name)
-            if value is None and parameter.default is None:
+            if (value := getattr(self, parameter.name)) is None and parameter.default is None:
                 continue
-            if value is None or not low <= value <= high:  # NaN is outside
+            parameter.check_type(value)
+            if not low <= value <= high:  # NaN is outside
                 raise parameter.out_of_range(value)
         for parameter in lists:
             if (entries := getattr(self, parameter.name)) is not parameter.default:
@@ -199,45 +195,49 @@ class Parameter(NamedTuple):
         high = math.inf if self.about.high is None else self.about.high
         return (math.nextafter(low, high) if self.about.above else low), high
 
-    def out_of_range(self, value: float | None) -> InvalidParameter:
+    def out_of_range(self, value: float) -> InvalidParameter:
         if self.about.above and value == self.about.low:
             return self._error("{param} is {value}; it must be above {low:g}", value=value, low=self.about.low)
         return self._error("{param} is {value}; it must {limit}", value=value, limit=self.limit)
 
     def check_entries(self, value: Mapping[int, float] | Sequence[int] | Sequence[str], vocab_size: int) -> None:
         """Checks a list's or dictionary's type, length and entries. Numbers among them are token ids."""
-        self._check_types(value)
+        self.check_type(value)
         strings = [entry for entry in value if isinstance(entry, str)]
-        for token in (entry for entry in value if not isinstance(entry, str)):
-            if not 0 <= token < vocab_size:
-                text = "{param} has token id {value}; the vocabulary is 0..{last}"
-                raise self._error(text, value=token, last=vocab_size - 1)
+        if wrong := [entry for entry in value if not (isinstance(entry, str) or 0 <= entry < vocab_size)]:
+            text = "{param} has token id {value}; the vocabulary is 0..{last}"
+            raise self._error(text, value=wrong[0], last=vocab_size - 1)
         if len(value) > (limit := self.about.entries or len(value)):
-            text = f"{{param}} has {{count}} {'strings' if strings else 'entries'}; the limit is {{limit}}"
-            raise self._error(text, count=len(value), limit=limit)
+            raise self._error("{param} has {count} entries; the limit is {limit}", count=len(value), limit=limit)
         if "" in strings:
             raise InvalidParameter(self.name, "a stop string must not be empty")
         if (longest := max(map(len, strings), default=0)) > MAX_STOP_LENGTH:
             text = "a stop string has {count} characters; the limit is {limit}"
             raise self._error(text, count=longest, limit=MAX_STOP_LENGTH)
         low, high = self.range
-        if isinstance(value, Mapping) and not all(low <= each <= high for each in value.values()):
+        biases = value.values() if isinstance(value, Mapping) else ()
+        if not all(isinstance(each, numbers.Real) and low <= each <= high for each in biases):
             raise self._error("{param} values must be between {low} and {high}", low=low, high=high)
 
-    def _check_types(self, value: object) -> None:
+    def check_type(self, value: object) -> None:
         """Refuses a value of another type than the declared one: parameters made in this process were not converted."""
-        is_dict, of_strings = typing.get_origin(self.kind) is dict, self.kind == tuple[str, ...]
-        fits = isinstance(value, Mapping if is_dict else Collection) and not isinstance(value, str | bytes)
-        fits = fits and all(isinstance(each, str if of_strings else numbers.Integral) for each in value)
-        if isinstance(value, Mapping) and fits:
-            fits = all(isinstance(each, numbers.Real) for each in value.values())
-        if not fits:
-            form = "sequence of strings" if of_strings else "sequence of token ids"
-            text = f"{{param}} is {'the string ' if isinstance(value, str) else ''}{{value!r}}; it must be a {{form}}"
-            raise self._error(text, value=value, form="dictionary of numbers by token id" if is_dict else form)
+        container, entry, form = _TYPES[self.kind]
+        fits = isinstance(value, container) and not isinstance(value, str | bytes)
+        if not fits or (isinstance(value, Collection) and not all(isinstance(each, entry) for each in value)):
+            raise self._error("{param} is {value!r}; it must be {form}", value=value, form=form)
 
     def _error(self, text: str, **values: object) -> InvalidParameter:
         return InvalidParameter(self.name, text.replace("{param}", f"{{{self.name}}}"), **values)
+
+
+# By declared type: the types of the value and of its entries, numpy's included, and its description.
+_TYPES: Mapping[object, tuple[type, type, str]] = {
+    int: (numbers.Integral, object, "a whole number"),
+    float: (numbers.Real, object, "a number"),
+    tuple[str, ...]: (Collection, str, "a sequence of strings"),
+    tuple[int, ...]: (Collection, numbers.Integral, "a sequence of token ids"),
+    dict[int, float]: (Mapping, numbers.Integral, "a dictionary of numbers by token id"),
+}
 
 
 @functools.cache
