@@ -11,6 +11,7 @@ import jax
 from sgl_jax.models import loader
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.families import decoder_config
+from sgl_jax.models.share import as_slice
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.parallel.processes import join_processes
@@ -25,14 +26,15 @@ if __name__ == "__main__":
     _, devices = pick_devices("cpu", grid.num_devices)
     assert [device.process_index for device in devices] == [0, 0, 1, 1]
 
-    copied, lock, cast = [0], threading.Lock(), loader._cast
+    copied, lock, blocks = [0], threading.Lock(), loader._blocks
 
-    def counting(rows, dtype, rounded):
-        with lock:
-            copied[0] += rows.nbytes
-        return cast(rows, dtype, rounded)
+    def counting(leaf, share):
+        for block in blocks(leaf, share):
+            with lock:
+                copied[0] += (block if share.columns is None else block[:, as_slice(share.columns)]).nbytes
+            yield block
 
-    loader._cast = counting
+    loader._blocks = counting
     checkpoint = open_checkpoint(folder)
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
     weights = loader.load_weights(checkpoint, model, "float32", placer=Placer(Placement.over(devices, grid)))
