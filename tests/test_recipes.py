@@ -28,7 +28,7 @@ def run_edited(folder: Path, edits: Edits, script: str) -> str:
         lines = path.read_text(encoding="utf-8").splitlines()
         at = [i for i, each in enumerate(lines) if each.strip() == line]
         assert len(at) == 1, f"{name} has the line {line!r} {len(at)} times"
-        indent = lines[at[0]][: len(lines[at[0]]) - len(lines[at[0]].lstrip())]
+        indent = lines[at[0]][: len(lines[at[0]]) - len(lines[at[0]].lstrip())] + "    " * line.endswith(":")
         lines[at[0] + 1 : at[0] + 1] = textwrap.indent(textwrap.dedent(text).strip(), indent).splitlines()
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     environment = os.environ | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"}
@@ -108,3 +108,29 @@ def test_a_row_load_is_an_entry_of_a_table_and_its_array_of_the_state(tmp_path: 
         print(np.asarray(state.mask)[[2, 3, 6]].tolist())
     """
     assert run_edited(tmp_path, edits, script) == "load pages\nload mask\n[[0, 0, 0], [3, 7, 9], [6, 7, 9]]\n"
+
+
+def test_a_sampling_parameter_for_the_device_is_a_field_and_a_column(tmp_path: Path) -> None:
+    edits: Edits = [
+        (
+            "request.py",
+            "class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):",
+            """
+            depth: Annotated[int, About("how far to look", 0, 9, column="DEPTH")] = 4
+            warmth: Annotated[float, About("how friendly", 0.0, 9.0, column="WARMTH")] = 0.5
+            """,
+        ),
+        ("step_plan.py", "TOP_K = enum.auto()  # vocabulary size or more: off", "DEPTH = enum.auto()"),
+        ("step_plan.py", "REPETITION = enum.auto()", "WARMTH = enum.auto()"),
+    ]
+    script = """
+        import numpy as np
+        from sgl_jax.request import Request, SamplingParams
+        from sgl_jax.scheduler.rows import encode_params
+        from sgl_jax.step_plan import Param
+
+        asked = SamplingParams(depth=7, warmth=2.5, top_k=3)
+        row = encode_params(Request(1, np.array([1], np.int32), asked, "", 0, 20, np.empty(0, np.int32), 1))
+        print(row[Param.DEPTH], row[Param.WARMTH :].view(np.float32)[0], row[Param.TOP_K])
+    """
+    assert run_edited(tmp_path, edits, script) == "7 2.5 3\n"

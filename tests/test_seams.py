@@ -57,7 +57,11 @@ def imported_names(tree: ast.Module, trees: dict[str, ast.Module]) -> Iterator[t
 
 
 def says_any(annotation: ast.expr | None) -> bool:
-    return annotation is not None and any(isinstance(n, ast.Name) and n.id == "Any" for n in ast.walk(annotation))
+    return annotation is not None and any(is_any(node) for node in ast.walk(annotation))
+
+
+def is_any(node: ast.AST) -> bool:
+    return (isinstance(node, ast.Name) and node.id == "Any") or (isinstance(node, ast.Attribute) and node.attr == "Any")
 
 
 def untyped(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[str]:
@@ -84,8 +88,7 @@ def open_seams(package: Path) -> set[str]:
     found: set[str] = set()
     for module, names in used_elsewhere(trees).items():
         for node in trees[module].body if module in trees else ():
-            name = getattr(node, "name", None)
-            name = name.id if isinstance(name, ast.Name) else name
+            name = name_of(node)
             if name is None or (name not in names and not ("*" in names and not name.startswith("_"))):
                 continue
             where = f"{module}.{name}"
@@ -93,9 +96,23 @@ def open_seams(package: Path) -> set[str]:
                 found.update(untyped(node, where))
             elif isinstance(node, ast.ClassDef):
                 found.update(untyped_in_class(node, where))
-            elif isinstance(node, ast.TypeAlias) and says_any(node.value):
+            elif (isinstance(node, ast.TypeAlias | ast.Assign) and says_any(node.value)) or (
+                isinstance(node, ast.AnnAssign) and says_any(node.annotation)
+            ):
                 found.add(where)
     return found
+
+
+def name_of(node: ast.stmt) -> str | None:
+    """The name that a statement of a module defines, if it is one that the check knows."""
+    match node:
+        case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+            return node.name
+        case ast.TypeAlias(name=ast.Name(id=name)):
+            return name
+        case ast.Assign(targets=[ast.Name(id=name)]) | ast.AnnAssign(target=ast.Name(id=name)):
+            return name
+    return None
 
 
 def test_no_room_shows_any_to_another() -> None:
@@ -106,7 +123,7 @@ def test_rooms_say_any_inside_no_more_often_than_is_listed() -> None:
     counts: dict[str, int] = defaultdict(int)
     for name, tree in modules(PACKAGE):
         room = name.split(".")[0]
-        counts[room] += sum(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(tree))
+        counts[room] += sum(is_any(node) for node in ast.walk(tree))
     assert {room: n for room, n in counts.items() if n > INSIDE.get(room, 0)} == {}
 
 
@@ -127,6 +144,9 @@ def test_imports_form_no_circle() -> None:
         ("class f:\n    x: Any\n    y: int", {"b.a.f.x"}),
         ("class f:\n    def g(self, *x: Any): ...\n    def _h(self, x: Any): ...", {"b.a.f.g(x)"}),
         ("type f = list[Any]", {"b.a.f"}),
+        ("f = dict[str, Any]", {"b.a.f"}),
+        ("f: Any = 3", {"b.a.f"}),
+        ("def f(x: typing.Any): ...", {"b.a.f(x)"}),
         ("def g(x: Any): ...", set()),
     ],
 )

@@ -24,14 +24,14 @@ class Param(enum.IntEnum):
     """
 
     SEED = 0
-    FLAGS = 1
-    TOP_K = 2  # vocabulary size or more: off
-    TEMPERATURE = 3  # float from here on; 0: greedy
-    TOP_P = 4
-    MIN_P = 5
-    PRESENCE = 6
-    FREQUENCY = 7
-    REPETITION = 8
+    FLAGS = enum.auto()
+    TOP_K = enum.auto()  # vocabulary size or more: off
+    TEMPERATURE = enum.auto()  # float from here on; 0: greedy
+    TOP_P = enum.auto()
+    MIN_P = enum.auto()
+    PRESENCE = enum.auto()
+    FREQUENCY = enum.auto()
+    REPETITION = enum.auto()
 
 
 class Flag(enum.IntFlag):

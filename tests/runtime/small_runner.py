@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -26,29 +27,39 @@ ROWS, CONTEXT, PAGE_SIZE, PAGES = 4, 96, 4, 120
 
 
 def small_runner(
-    folder: Path, *, width: int = 1, drafter: Drafter | None = None, announce: Announce = announce_to_nobody
+    folder: Path,
+    *,
+    widths: tuple[int, ...] = (1,),
+    drafter: Drafter | None = None,
+    announce: Announce = announce_to_nobody,
 ) -> ModelRunner:
-    """In float32 on one CPU device, compiled and started."""
+    """In float32 on one CPU device, compiled and started, with a bucket of each width."""
     checkpoint = open_checkpoint(str(folder), load_format="auto")
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
     placement = Placement.over(jax.devices("cpu")[:1])
     kernels = kernels_for(None, PLATFORMS["cpu"], model)
     pool = pool_of(model, kernels.attention, "float32")
-    buckets = (Bucket(32, ROWS, width),)
+    buckets = tuple(Bucket(32, ROWS, width) for width in widths)
     config = RunnerConfig("float32", "float32", pool, PAGE_SIZE, PAGES + 1, ROWS, CONTEXT, buckets)
-    runner = ModelRunner(
-        model, config, kernels, placement, stacks_layers=False, announce=announce, drafter=drafter
-    )  # fmt: skip
+    runner = ModelRunner(model, config, kernels, placement, stacks_layers=False, announce=announce, drafter=drafter)
     runner.compile(lambda *_: None, threading.Event())
     runner.start(load_weights(checkpoint, model, "float32"))
     return runner
 
 
-def small_core(runner: ModelRunner, *, overlap: bool = True) -> Core:
-    """An engine core over the runner, with an empty cache."""
-    width = runner.config.width
+def small_core(
+    runner: ModelRunner,
+    *,
+    overlap: bool = True,
+    width: Callable[[int], int] | None = None,
+    num_pages: int = PAGES,
+) -> Core:
+    """An engine core over the runner, with an empty cache of some of its pages. Steps have the runner's greatest width unless
+    `width` says which."""
+    greatest = runner.config.width
     scheduler = Scheduler(
-        SchedulerConfig(ROWS, CONTEXT, 32, 32, width=lambda num_decoding: width), [PrefixCache(PAGES + 1, PAGE_SIZE)]
+        SchedulerConfig(ROWS, CONTEXT, 32, 32, width=width or (lambda num_decoding: greatest)),
+        [PrefixCache(num_pages + 1, PAGE_SIZE)],
     )
     info = fake_info(vocab_size=512, context_length=CONTEXT, eos_token_id=2)
     return Core(scheduler, runner, info, overlap=overlap, random_seed=0)

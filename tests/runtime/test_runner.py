@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from sgl_jax.runtime import runner as runner_module
 from sgl_jax.runtime.compiler import Program
 from sgl_jax.runtime.programs import STATE
 from sgl_jax.runtime.runner import ModelRunner
+from sgl_jax.step_plan import StepPlan
 from simulated import Client
 
 
@@ -56,6 +58,20 @@ def test_a_step_of_prefix_hits_is_two_dispatches_and_a_steady_one_is_one(
     assert steps == ["load pages"] + ["tokens=32 rows=4"] * 4
     assert [answer.prompt and answer.prompt.num_cached_tokens for answer in client.answers.values()][1:] == [12] * ROWS
     assert runner.compiles_after_ready == 0
+
+
+class LeftThere:
+    """A device value that nobody may bring to the host."""
+
+    def __array__(self, *args, **kwargs) -> np.ndarray:
+        raise AssertionError("brought to the host")
+
+
+def test_the_host_fetches_only_the_tokens_of_a_step_of_width_one(runner: ModelRunner) -> None:
+    flight = runner.launch(StepPlan.of(np.ones(2, np.int32)))
+    others = {name: LeftThere() for name in flight.outputs._fields if name != "tokens"}
+    step = dataclasses.replace(flight, outputs=flight.outputs._replace(**others)).collect()
+    assert (step.tokens.shape, step.num_accepted.tolist()) == ((2, 1), [1, 1])
 
 
 def test_a_program_with_a_payload_is_announced_by_its_source_and_reads_it_itself(

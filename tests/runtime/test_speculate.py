@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from small_runner import small_core, small_runner
 
+from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.runtime import speculate
 from sgl_jax.runtime.layout import StepInputs
 from sgl_jax.runtime.programs import STATE
@@ -32,9 +33,9 @@ CASES: list[dict] = [
 ]
 
 
-def run(runner: ModelRunner, *, overlap: bool = True) -> Client:
+def run(runner: ModelRunner, **options) -> Client:
     """Twelve requests, more than there are rows, and prompts of several lengths with common beginnings."""
-    client = Client(small_core(runner, overlap=overlap))
+    client = Client(small_core(runner, **options))
     for key in range(12):
         prompt = [*STORY * (key % 3), *STORY[: 1 + key % 5]]
         client.submit(key, prompt, max_tokens=30 - key, ignore_eos=key % 4 > 0, **CASES[key % len(CASES)])
@@ -86,22 +87,59 @@ DRAFTERS: dict[str, Callable[[Client], Drafter]] = {
 }
 
 
+def check(client: Client, expected: Client) -> None:
+    """The answers are those of W = 1."""
+    for key, right in expected.answers.items():
+        answer = client.answers[key]
+        assert (answer.tokens, answer.reason) == (right.tokens, right.reason), key
+        assert_close(answer.logprobs, right.logprobs)
+        assert answer.prompt is not None
+        assert right.prompt is not None
+        assert (answer.prompt.logprobs is None) == (right.prompt.logprobs is None)
+        assert_close((answer.prompt.logprobs or [])[1:], (right.prompt.logprobs or [])[1:])
+
+
+def assert_close(ours: Sequence[TokenLogprobs | None], theirs: Sequence[TokenLogprobs | None]) -> None:
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert our is not None
+        assert their is not None
+        assert our.top_ids == their.top_ids
+        np.testing.assert_allclose([our.logprob, *our.top_logprobs], [their.logprob, *their.top_logprobs], atol=1e-4)
+
+
+def state_of(runner: ModelRunner) -> DeviceState:
+    state = runner._values[STATE]
+    assert isinstance(state, DeviceState)
+    return state
+
+
 @pytest.mark.parametrize("drafter", DRAFTERS)
 def test_output_does_not_depend_on_drafts(stories260k: Path, expected: Client, drafter: str) -> None:
-    runner = small_runner(stories260k, width=W, drafter=DRAFTERS[drafter](expected))
+    runner = small_runner(stories260k, widths=(W,), drafter=DRAFTERS[drafter](expected))
     for overlap in (True, False):
         client = run(runner, overlap=overlap)
-        for key, right in expected.answers.items():
-            answer = client.answers[key]
-            assert (answer.tokens, answer.reason) == (right.tokens, right.reason), (key, overlap)
-            assert len(answer.logprobs) == len(right.logprobs)
-            for ours, theirs in zip(answer.logprobs, right.logprobs, strict=True):
-                assert ours.top_ids == theirs.top_ids
-                np.testing.assert_allclose(
-                    [ours.logprob, *ours.top_logprobs], [theirs.logprob, *theirs.top_logprobs], atol=1e-4
-                )
+        check(client, expected)
         if drafter == "right":
             assert client.core.scheduler.counters.steps < 0.6 * expected.core.scheduler.counters.steps
+
+
+def test_output_does_not_depend_on_widths_that_change_with_the_batch_nor_on_preemption(
+    stories260k: Path, expected: Client
+) -> None:
+    runner = small_runner(stories260k, widths=(1, 2, W), drafter=an_oracle(expected, 5))
+    for width in (lambda n: {1: W, 2: 2}.get(n, 1), lambda n: W if n % 2 else 1):
+        client = run(runner, width=width, num_pages=16)
+        check(client, expected)
+        assert client.core.scheduler.counters.preemptions > 0
+    assert runner.compiles_after_ready == 0
+
+
+def test_without_a_drafter_rows_of_width_w_have_no_drafts(stories260k: Path, expected: Client) -> None:
+    runner = small_runner(stories260k, widths=(W,))
+    for _ in range(2):  # after the start, and after steps
+        assert (np.asarray(state_of(runner).draft) == NO_DRAFT).all()
+        check(run(runner), expected)
 
 
 def test_a_step_writes_the_length_of_rows_that_do_not_decode(plain: ModelRunner) -> None:
@@ -109,14 +147,10 @@ def test_a_step_writes_the_length_of_rows_that_do_not_decode(plain: ModelRunner)
     client = Client(small_core(plain, overlap=False))
     client.submit(0, [1, *range(100, 140)], max_tokens=8, ignore_eos=True)
     client.step()  # 32 tokens of the prompt
-    state = plain._values[STATE]
-    assert isinstance(state, DeviceState)
-    request = client.answers[0].request
-    assert int(state.length[request.row]) == 32
+    row = client.answers[0].request.row
+    assert int(state_of(plain).length[row]) == 32
     client.step()
-    state = plain._values[STATE]
-    assert isinstance(state, DeviceState)
-    assert int(state.length[request.row]) == 41
+    assert int(state_of(plain).length[row]) == 41
     client.run()
 
 

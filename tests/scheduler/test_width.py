@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from sgl_jax.request import FinishReason
-from sgl_jax.scheduler.scheduler import Scheduler, StepResult
+from sgl_jax.scheduler.results import StepResult
+from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.step_plan import StepPlan, row_tokens
 from simulated import make_request, make_scheduler, step_tokens
 

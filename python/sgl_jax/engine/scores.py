@@ -6,7 +6,7 @@ import numpy as np
 
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.request import Request
-from sgl_jax.scheduler.scheduler import StepResult
+from sgl_jax.scheduler.results import StepResult
 from sgl_jax.step_plan import Flag, Param, StepPlan, TokenScores
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -105,12 +106,20 @@ def abstract_kv(config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStr
 
 
 def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:
-    shapes = jax.eval_shape(
-        lambda: initial_state(config.num_rows, config.pages_per_row, model.vocab_size, config.width)
-    )
+    shapes = jax.eval_shape(_initial_state(model, config))
     return jax.tree.map(
         lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.sharding(axes)), shapes, STATE_AXES
     )
+
+
+def empty_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:
+    """The state of no rows, made on its devices."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, config, placement))
+    return jax.jit(_initial_state(model, config), out_shardings=shardings)()
+
+
+def _initial_state(model: DecoderConfig, config: RunnerConfig) -> Callable[[], DeviceState]:
+    return functools.partial(initial_state, config.num_rows, config.pages_per_row, model.vocab_size, config.width)
 
 
 def _vector(size: int, placement: Placement) -> jax.ShapeDtypeStruct:

@@ -26,7 +26,7 @@ from sgl_jax.runtime.programs import (
     WEIGHTS,
     RunnerConfig,
     abstract_kv,
-    abstract_state,
+    empty_state,
     make_programs,
     step_name,
     zeros,
@@ -61,10 +61,15 @@ class InFlight:
         plan, outputs = self.plan, self.outputs
         return StepTokens(
             tokens=np.asarray(outputs.tokens)[self.rows],
-            num_accepted=np.asarray(outputs.num_accepted)[self.rows],
+            num_accepted=self._num_accepted(),
             logprobs=_scores(outputs.logprobs, self.rows, plan.width) if plan.wants_logprobs else None,
             prompt_logprobs=_scores(outputs.prompt_logprobs, self.tokens) if plan.wants_prompt_logprobs else None,
         )
+
+    def _num_accepted(self) -> np.ndarray:
+        if self.plan.width == 1:  # known, and a transfer costs
+            return np.ones(len(self.plan.rows), np.int32)
+        return np.asarray(self.outputs.num_accepted)[self.rows]
 
 
 def _scores(found: Logprobs, at: np.ndarray | slice, width: int = 1) -> TokenScores:
@@ -121,7 +126,7 @@ class ModelRunner:
         self._values = {
             WEIGHTS: weights,
             KV: zeros(abstract_kv(self.config, self._placement)),
-            STATE: zeros(abstract_state(self._model, self.config, self._placement)),
+            STATE: empty_state(self._model, self.config, self._placement),
         }
         barrier()
         empty_steps = {

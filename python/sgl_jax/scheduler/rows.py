@@ -85,8 +85,9 @@ class RowTable:
         self.stop_ids[row, : len(ids)] = ids
 
 
-# The float parameters of a row by column, in the order of their columns.
+# The parameters that a row's columns hold as they are: their names, in the order of the columns.
 _BY_COLUMN = {each.about.column: each.name for each in PARAMETERS}
+_INTS = tuple(_BY_COLUMN[column.name] for column in Param if Param.FLAGS < column < Param.TEMPERATURE)
 _FLOATS = tuple(_BY_COLUMN[column.name] for column in Param if column >= Param.TEMPERATURE)
 
 
@@ -105,6 +106,8 @@ def encode_params(request: Request) -> np.ndarray:
     encoded = np.empty(len(Param), np.int32)
     encoded[Param.SEED] = np.uint32(request.seed).view(np.int32)
     encoded[Param.FLAGS] = int(flags)
-    encoded[Param.TOP_K] = p.top_k if p.top_k > 0 else 2**31 - 1
+    encoded[Param.FLAGS + 1 : Param.TEMPERATURE] = [getattr(p, name) for name in _INTS]
+    if p.top_k <= 0:
+        encoded[Param.TOP_K] = 2**31 - 1
     encoded[Param.TEMPERATURE :] = np.array([getattr(p, name) for name in _FLOATS], np.float32).view(np.int32)
     return encoded

@@ -19,41 +19,19 @@ rank is an index: the column `rank` of the rows, and numbers [M].
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
-from sgl_jax.cache.prefix_cache import Handle, PrefixCache
-from sgl_jax.request import FinishReason, Request
-from sgl_jax.scheduler.placement import PLACEMENTS, RankLoads
+from sgl_jax.cache.prefix_cache import PrefixCache
+from sgl_jax.request import Request
+from sgl_jax.scheduler.admission import Admission, Place
+from sgl_jax.scheduler.config import SchedulerConfig
 from sgl_jax.scheduler.policy import POLICIES
+from sgl_jax.scheduler.results import StepResult, take_tokens
 from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
-from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan, StepTokens, row_tokens
-
-
-@dataclasses.dataclass(frozen=True)
-class SchedulerConfig:
-    """Limits for each data rank: M ranks run M times as many requests and tokens in a step."""
-
-    max_running_requests: int
-    context_length: int
-    max_step_tokens: int  # budget of a step, at least W for each running request
-    max_prefill_tokens: int  # of it, tokens of prompts
-    policy: str = "fcfs"  # who is admitted next: scheduler.policy.POLICIES
-    placement: str = "cache_aware"  # on which rank: scheduler.placement.PLACEMENTS
-    width: Callable[[int], int] = lambda num_decoding: 1  # W of a step whose fullest rank has so many decoding rows
-
-    @functools.cached_property
-    def max_width(self) -> int:
-        return max(map(self.width, range(1, self.max_running_requests + 1)))
-
-    @property
-    def row_tokens(self) -> int:
-        """Tokens of KV that a row may take up."""
-        return row_tokens(self.context_length, self.max_width)
+from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan, StepTokens
 
 
 @dataclasses.dataclass(slots=True)
@@ -65,18 +43,6 @@ class Counters:
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepResult:
-    """The new tokens of a processed step: n of them, those of a row in order."""
-
-    keys: np.ndarray  # i64[n]
-    tokens: np.ndarray  # i32[n]
-    lines: np.ndarray  # i64[n] where each was sampled, among the plan's S * W lines
-    first: list[Request]  # requests that just got their first token
-    finished: list[tuple[Request, FinishReason]]
-    scored: dict[int, Request]  # by row of the plan, requests whose logprobs, or those of their prompts, were asked for
 
 
 @dataclasses.dataclass(slots=True)
@@ -91,24 +57,6 @@ class _Picks:
     loads: list[RowLoad] = dataclasses.field(default_factory=list)
     page_updates: list[np.ndarray] = dataclasses.field(default_factory=list)
     num_cached_tokens: int = 0  # found in the cache by those admitted
-
-
-class _Taken(NamedTuple):
-    """Which of a step's sampled tokens, [n, W], requests take: indices of the two axes."""
-
-    row: np.ndarray | slice
-    line: np.ndarray | int
-
-
-class _Place(NamedTuple):
-    """Where a waiting request may go."""
-
-    rank: int
-    handle: Handle  # the cached prefix it would start behind
-    next_page: _Prefix
-
-
-type _Prefix = tuple[int, str, bytes]  # rank, namespace, tokens
 
 
 class Scheduler:
@@ -131,6 +79,7 @@ class Scheduler:
             -(-config.row_tokens // caches[0].page_size),
         )
         self._pages = RowPages(self.table, caches)
+        self._admission = Admission(config, self.caches, self.table, self._pages)
         self.waiting: dict[int, Request] = {}  # by key
         self.counters = Counters()
         self._requests: dict[int, Request] = {}  # every live request, by key
@@ -249,9 +198,9 @@ class Scheduler:
         """Seat waiting requests while a rank has budget, rows and pages for the next of them."""
         if not self.waiting or not self.table.num_free:
             return
-        being_computed = self._prefixes_being_computed()
+        being_computed = self._admission.prefixes_being_computed(self._running)
         for request in POLICIES[self.config.policy](self.waiting.values(), self.caches):
-            place = self._place(request, picks.budget, being_computed)
+            place = self._admission.place(request, picks.budget, self._running, being_computed)
             if place is None:
                 return
             if place.next_page in being_computed:
@@ -259,43 +208,7 @@ class Scheduler:
             self._seat(request, place, picks)
             being_computed.add(place.next_page)
 
-    def _place(self, request: Request, budget: list[int], being_computed: set[_Prefix]) -> _Place | None:
-        """The first rank in order of preference that can take it now, or that computes what it should wait for."""
-        running = self._pages.count_by_rank(self._running)
-        is_open = [b > 0 and n < self.config.max_running_requests for b, n in zip(budget, running, strict=True)]
-        if not any(is_open):
-            return None
-        tokens = self._usable_prefix(request)
-        for rank in self._ranks_for(request, tokens, running):
-            if is_open[rank]:
-                handle = self.caches[rank].match(request.namespace, tokens)
-                next_page = self._next_page(request, rank, handle.num_tokens)
-                if next_page in being_computed or self._fits(request, handle, rank, running[rank]):
-                    return _Place(rank, handle, next_page)
-        return None
-
-    def _ranks_for(self, request: Request, tokens: np.ndarray, running: list[int]) -> Sequence[int]:
-        """All ranks, the preferred first."""
-        if len(self.caches) == 1:
-            return (0,)
-        loads = RankLoads(running, [cache.num_available_pages for cache in self.caches])
-        return PLACEMENTS[self.config.placement](
-            request.arrival, loads, lambda rank: self.caches[rank].num_cached(request.namespace, tokens)
-        )
-
-    def _usable_prefix(self, request: Request) -> np.ndarray:
-        """What may come from the cache: one token must be left to compute, and all of them if each is to be scored."""
-        return request.tokens[: 0 if request.wants_prompt_logprobs else len(request.tokens) - 1]
-
-    def _fits(self, request: Request, handle: Handle, rank: int, num_running: int) -> bool:
-        """Room for all its tokens so far, and for another step of each row the rank runs, lest it be preempted at once."""
-        locked_anew = sum(len(n.pages) for n in handle.node.path if n.num_locks == 0)
-        page_size, width = self._pages.page_size, self.config.max_width
-        need = -(-(len(request.tokens) + width) // page_size) - handle.num_pages
-        of_others = num_running * -(-width // page_size)
-        return need + of_others <= self.caches[rank].num_available_pages - locked_anew
-
-    def _seat(self, request: Request, place: _Place, picks: _Picks) -> None:
+    def _seat(self, request: Request, place: Place, picks: _Picks) -> None:
         t = self.table
         rank, handle = place.rank, place.handle
         del self.waiting[request.key]
@@ -364,20 +277,6 @@ class Scheduler:
             "tokens": t.next_tokens(rows, num_new),
         }
 
-    def _prefixes_being_computed(self) -> set[_Prefix]:
-        """The prefix each row in prefill is about to complete."""
-        t = self.table
-        prefilling = self._running[~t.has_sampled[self._running]]
-        requests = [r for r in map(t.requests.__getitem__, prefilling) if r]
-        return {self._next_page(r, int(t.rank[r.row]), int(t.num_computed[r.row])) for r in requests}
-
-    def _next_page(self, request: Request, rank: int, num_computed: int) -> _Prefix:
-        """A prefix, named by its tokens: up to the end of the page that comes next. Unique if the page stays partial."""
-        end = (num_computed // self._pages.page_size + 1) * self._pages.page_size
-        if not self._pages.are_shared or end > len(request.tokens) - 1:
-            return rank, f"{request.key}", b""
-        return rank, request.namespace, request.tokens[:end].tobytes()
-
     def _preempt(self, row: int) -> None:
         """Back to waiting, pages released (the tree keeps what it can). A token in flight is dropped and sampled anew:
         sampling depends on seed and position alone."""
@@ -402,47 +301,18 @@ class Scheduler:
         alive = t.key[plan.rows] == plan.keys
         scored = self._scored(plan, alive) if step.has_scores else {}
         index = np.flatnonzero(plan.samples & alive)
-        rows, tokens, gained = plan.rows[index], step.tokens[index], step.num_accepted[index]
-        known = t.num_known[rows]
-        first = [t.requests[row] for row in rows[known == t.prompt_len[rows]]]
-        if plan.width > 1:  # the bounds close in on what the device accepted, from where it goes on
-            rejected = np.where(plan.from_device[index], plan.width, 1) - gained
-            t.num_sure[rows] += gained - 1
-            t.num_tokens[rows] -= rejected
-            t.num_computed[rows] -= rejected
-
-        is_stop = t.stop_ids.take(rows, axis=0)[:, None] == tokens[:, :, None]  # [n, W, stop ids]
-        at_stop = np.flatnonzero(is_stop) // (plan.width * t.stop_ids.shape[1])
-        at_length = np.flatnonzero(known + gained >= t.max_total[rows])
-        may_end = sorted({*at_stop.tolist(), *at_length.tolist()})
-        ends = [(i, *self._end(rows[i], tokens[i, : gained[i]])) for i in may_end]
-        for i, num_tokens, _ in ends:
-            gained[i] = num_tokens
-
-        taken = (
-            _Taken(slice(None), 0) if plan.width == 1 else _Taken(*np.nonzero(np.arange(plan.width) < gained[:, None]))
-        )
-        new_tokens = tokens[taken]
-        t.tokens[rows[taken.row], known[taken.row] + taken.line] = new_tokens
-        t.num_known[rows] = known + gained
-        self.counters.generated_tokens += len(new_tokens)
+        rows = plan.rows[index]
+        first = [t.requests[row] for row in rows[t.num_known[rows] == t.prompt_len[rows]]]
+        taken = take_tokens(t, plan, step, index)
+        self.counters.generated_tokens += len(taken.tokens)
         return StepResult(
-            keys=plan.keys[index][taken.row],
-            tokens=new_tokens,
-            lines=index[taken.row] * plan.width + taken.line,
+            keys=plan.keys[index][taken.of],
+            tokens=taken.tokens,
+            lines=index[taken.of] * plan.width + taken.line,
             first=[r for r in first if self._announce(r)],
-            finished=[(self._finish(int(rows[i])), reason) for i, _, reason in ends if reason is not None],
+            finished=[(self._finish(int(rows[i])), reason) for i, reason in taken.ends],
             scored=scored,
         )
-
-    def _end(self, row: int, tokens: np.ndarray) -> tuple[int, FinishReason | None]:
-        """How many of a row's new tokens its request takes, and why it ends with them, if it does."""
-        t = self.table
-        room = int(t.max_total[row] - t.num_known[row])
-        stops = np.flatnonzero(np.isin(tokens[:room], t.stop_ids[row]))
-        if len(stops):
-            return int(stops[0]) + 1, FinishReason("stop", int(tokens[stops[0]]))
-        return (room, FinishReason("length")) if len(tokens) >= room else (len(tokens), None)
 
     def _finish(self, row: int) -> Request:
         request = self._leave_row(row)

@@ -1,0 +1,31 @@
+"""The limits of a scheduler, and its policies by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+from sgl_jax.step_plan import row_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits for each data rank: M ranks run M times as many requests and tokens in a step."""
+
+    max_running_requests: int
+    context_length: int
+    max_step_tokens: int  # budget of a step, at least W for each running request
+    max_prefill_tokens: int  # of it, tokens of prompts
+    policy: str = "fcfs"  # who is admitted next: scheduler.policy.POLICIES
+    placement: str = "cache_aware"  # on which rank: scheduler.placement.PLACEMENTS
+    width: Callable[[int], int] = lambda num_decoding: 1  # W of a step whose fullest rank has so many decoding rows
+
+    @functools.cached_property
+    def max_width(self) -> int:
+        return max(map(self.width, range(1, self.max_running_requests + 1)))
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of KV that a row may take up."""
+        return row_tokens(self.context_length, self.max_width)
