@@ -156,7 +156,7 @@ class ModelRunner:
     def execute(self, name: str, vector: np.ndarray, source: str = "") -> DeviceValue | None:
         """Run a program that another process announced, with the payload read here."""
         program = self._by_name[name]
-        payload = (program.read(source),) if source and program.read else ()
+        payload = () if program.read is None else (program.read(source),)
         return self._call(program, vector, *payload)
 
     def measure_limits(self) -> Rates:
