@@ -25,7 +25,7 @@ class DeviceState:
 
     length: jax.Array  # i32[R + 1]: tokens whose KV is final; where the row's next step starts, if it decodes
     last_token: jax.Array  # i32[R + 1]: the one after them, sampled last
-    draft: jax.Array  # i32[R + 1, W - 1]: guesses at those that follow; NO_DRAFT where there is none
+    draft: jax.Array  # i32[R + 1, max(W - 1, 1)]: guesses at those that follow; NO_DRAFT where there is none
     page_table: jax.Array  # i32[R + 1, pages]
     token_counts: jax.Array  # i32[R + 1, V]: times in the output, plus IN_PROMPT; kept for rows with penalties
     bias_ids: jax.Array  # i32[R + 1, B]: tokens whose logit changes, for rows with Flag.BIAS
@@ -45,7 +45,8 @@ def initial_state(num_rows: int, pages_per_row: int, vocab_size: int, width: int
     return DeviceState(
         length=jnp.zeros(n, jnp.int32),
         last_token=jnp.zeros(n, jnp.int32),
-        draft=jnp.full((n, width - 1), NO_DRAFT, jnp.int32),
+        # One column at least: jaxlib 0.11.2 crashes compiling a program that is given an empty array on several devices.
+        draft=jnp.full((n, max(width - 1, 1)), NO_DRAFT, jnp.int32),
         page_table=jnp.zeros((n, pages_per_row), jnp.int32),
         token_counts=jnp.zeros((n, vocab_size), jnp.int32),
         bias_ids=jnp.zeros((n, BIAS_WIDTH), jnp.int32),
