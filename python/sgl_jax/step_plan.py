@@ -1,4 +1,4 @@
-"""What one step computes, and what came of it: written by the scheduler, packed and run by the runtime.
+"""The plan of one step and its results: written by the scheduler, packed and run by the runtime.
 
 A plan is a table of columns. Each column is declared once, in StepPlan; the vector that crosses to the device, what the
 step program reads from it, the empty plan and the builder all derive from COLUMNS.

@@ -122,7 +122,7 @@ def running_target(base_url: str, server_flags: Sequence[str]) -> Target:
 
 
 def parse_one_batch(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ServerArgs]:
-    """Of bench_one_batch. Raises BenchmarkError for a flag of the server that is refused."""
+    """Parse the flags of bench_one_batch. Raises BenchmarkError for a flag of the server that is refused."""
     parser = new_parser(
         "python -m sgl_jax.bench_one_batch --model-path PATH [flags]",
         "Measures single batches on the device: a prefill and decode steps, with no server and no scheduler. "
@@ -136,7 +136,7 @@ def parse_one_batch(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Ser
 
 
 def parse_offline(argv: Sequence[str] | None) -> tuple[argparse.Namespace, ServerArgs]:
-    """Of bench_offline_throughput. Raises BenchmarkError for a flag of the server that is refused."""
+    """Parse the flags of bench_offline_throughput. Raises BenchmarkError for a flag of the server that is refused."""
     parser = new_parser(
         "python -m sgl_jax.bench_offline_throughput --model-path PATH [flags]",
         "Measures how fast an engine in this process works off a data set, all of it given at once. " + _SERVERS_TOO,
@@ -156,7 +156,7 @@ def parse_offline(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Serve
 
 
 def _read(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, ServerArgs]:
-    """What `parser` does not know must be a flag of the server."""
+    """Parse the flags; one that `parser` does not know must be the server's."""
     args, rest = parser.parse_known_args(argv)
     for flag in ("profile_output_dir", "profile_filename_prefix"):
         if getattr(args, flag, None) is not None and not args.profile:

@@ -54,7 +54,7 @@ def measure_offline(args: argparse.Namespace, server_args: ServerArgs) -> int:
 
 
 def engine_options(server_args: ServerArgs) -> dict[str, Any]:
-    """What `sgl_jax.Engine` is to be called with: the flags that differ from their defaults, without the HTTP server's."""
+    """Arguments for `sgl_jax.Engine`: the flags that differ from their defaults, without the HTTP server's."""
     values = {each: getattr(server_args, each.name) for each in FLAGS if each.about.group != SERVER}
     return {each.name: value for each, value in values.items() if not each.is_default(value)}
 

@@ -1,4 +1,4 @@
-"""What `python -m sgl_jax.bench_one_batch` does with its flags: batches driven on the device itself, with
+"""The work of `python -m sgl_jax.bench_one_batch`: batches driven on the device itself, with
 no scheduler and no prefix cache, every step waited for.
 
 prefill throughput  prompt tokens / time until every row's first token is on the host

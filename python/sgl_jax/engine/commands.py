@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 
 class Rates(Protocol):
-    """What the devices were measured to do, all of them together."""
+    """The rates measured of all devices together."""
 
     @property
     def read_bytes_per_s(self) -> float: ...

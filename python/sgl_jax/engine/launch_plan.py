@@ -1,4 +1,4 @@
-"""What a launch decides before any weight is read: sizes, limits and buckets, from the flags, the model and a device's
+"""The decisions of a launch before any weight is read: sizes, limits and buckets, from the flags, the model and a device's
 memory. The same decisions are made for devices that are not here (`sgl_jax.compile`)."""
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ type Accept = Callable[[LaunchPlan], None]  # raises if the plan will not do
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSide:
-    """What a machine has on its devices, ready to run, and what was decided on the way."""
+    """The programs and arrays on a host's devices, ready to run, and what was decided on the way."""
 
     model: DecoderConfig
     platform: Platform

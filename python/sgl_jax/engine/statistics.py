@@ -1,4 +1,4 @@
-"""What the engine reports of itself: gauges and counters for the API side, and a log line now and then."""
+"""Reports of the engine on itself: gauges and counters for the API side, and a log line now and then."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class MlaConfig:
 
     @property
     def latent_dim(self) -> int:
-        """Of what a token keeps."""
+        """Width of what a token keeps in the pool."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
@@ -134,7 +134,7 @@ class DecoderConfig:
         return tuple(len(list(layers)) for _, layers in runs)
 
     def share(self, grid: Grid) -> DecoderConfig:
-        """What one of the grid's devices holds: its heads, its part of the MLP, of the experts and of the vocabulary.
+        """The shard that one of the grid's devices holds: its heads, its part of the MLP, of the experts and of the vocabulary.
 
         Raises ValueError if these cannot be divided evenly. Heads may be fewer than devices, which then hold copies.
         """
@@ -176,17 +176,17 @@ class DecoderConfig:
 
     @property
     def key_dim(self) -> int:
-        """Of a key, as the pool has it and attention multiplies it with queries."""
+        """Width of a key, as the pool has it and attention multiplies it with queries."""
         return self.mla.latent_dim if self.mla else self.head_dim
 
     @property
     def value_dim(self) -> int:
-        """Of what attention sums: a value, or the part of a latent key that all values are made from."""
+        """Width of what attention sums: a value, or the part of a latent key that all values are made from."""
         return self.mla.kv_lora_rank if self.mla else self.head_dim
 
     @property
     def output_dim(self) -> int:
-        """Of a head's output."""
+        """Width of a head's output."""
         return self.mla.v_head_dim if self.mla else self.head_dim
 
     @property

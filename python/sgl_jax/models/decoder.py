@@ -183,7 +183,7 @@ def _heads_attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, r
 
 
 def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Array, " H"] | None:
-    """What a normed head is multiplied with."""
+    """The factors of a normed head."""
     return norm if norm is None or config.norm_offset == 0 else norm.astype(jnp.float32) + config.norm_offset
 
 

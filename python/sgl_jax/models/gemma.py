@@ -68,7 +68,7 @@ def _windows(hf: RawConfig, period: int) -> tuple[int | None, ...]:
 
 
 def _ropes(hf: RawConfig, head_dim: int) -> tuple[RopeConfig, RopeConfig]:
-    """Of the layers without and with a window: transformers 5 keeps both in rope_parameters, older files two bases."""
+    """Read the rotations of layers without and with a window: transformers 5 keeps both in rope_parameters, older files two bases."""
     both = hf.get("rope_parameters") or {}
     bare = without(hf, "rope_parameters", "rope_scaling")
     if "full_attention" in both:

@@ -215,7 +215,7 @@ def _gguf_package() -> tuple[Any, Any, Any]:
 
 
 def _matrix_dtype(file: GgufFile) -> str:
-    """What the weights are worth: float32 or float16 where a matrix is stored so, else bfloat16."""
+    """The dtype that loses nothing of the weights: float32 or float16 where a matrix is stored so, else bfloat16."""
     types = {t.type for t in file.tensors.values() if len(t.shape) > 1}
     return "float32" if types == {0} else "float16" if types <= {0, 1} else "bfloat16"
 

@@ -1,4 +1,4 @@
-"""What the family files share: reading a config.json strictly. A value that would be ignored is refused instead."""
+"""Functions that the family files share: reading a config.json strictly. A value that would be ignored is refused instead."""
 
 from __future__ import annotations
 

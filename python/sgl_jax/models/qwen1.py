@@ -86,5 +86,5 @@ def config(hf: RawConfig) -> DecoderConfig:
 
 
 def eos_token_ids(generation_config: RawConfig) -> tuple[int, ...]:
-    """What ends an answer beside generation_config's eos: a chat model's own code stops at the marks of ChatML."""
+    """Tokens that end an answer beside generation_config's eos: a chat model's own code stops at the marks of ChatML."""
     return _CHATML_STOPS if generation_config.get("chat_format") == "chatml" else ()

@@ -166,7 +166,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def yarn_score_scale(hf: RawConfig) -> float:
-    """What DeepSeek's models multiply attention scores with, beside the scale on cos and sin: 1 without mscale_all_dim."""
+    """The factor of attention scores in DeepSeek's models, beside the scale on cos and sin: 1 without mscale_all_dim."""
     p = rope_parameters(hf)
     if p["rope_type"] != "yarn" or not p.get("mscale_all_dim"):
         return 1.0

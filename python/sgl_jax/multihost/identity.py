@@ -1,4 +1,4 @@
-"""What the hosts of one engine must have in common: versions, flags and the model's files; and how they differ."""
+"""The things that the hosts of one engine must have in common: versions, flags and the model's files; and how they differ."""
 
 from __future__ import annotations
 

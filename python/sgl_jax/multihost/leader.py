@@ -164,7 +164,7 @@ class Leader:
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
-        """What fails inside because a host was lost is raised as HostsError, with that reason."""
+        """Raise what fails inside because a host was lost as HostsError, with that reason."""
         try:
             yield
         except Exception as error:

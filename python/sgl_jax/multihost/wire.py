@@ -32,7 +32,7 @@ type Scalar = str | int | float | bool | None
 
 
 class Identity(msgspec.Struct, frozen=True):
-    """What all hosts must have in common."""
+    """The things that all hosts must have in common."""
 
     versions: dict[str, str]  # by package
     flags: dict[str, Scalar]  # by option

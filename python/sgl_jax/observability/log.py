@@ -33,7 +33,7 @@ class _Handler(logging.StreamHandler[Any]):
 
 
 class _Stderr(io.TextIOBase):
-    """What sys.stderr is at the time: while there is a progress bar, lines go above it."""
+    """The sys.stderr of the moment: while there is a progress bar, lines go above it."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text)
@@ -97,7 +97,7 @@ def unused_devices_line(platform: str, used: int, present: int, groups: int) -> 
 
 
 def changed_args_line(changed: Mapping[str, object]) -> str:
-    """What differs from the defaults (ServerArgs.changed()), as a command line that can be copied."""
+    """Write the values that differ from the defaults (ServerArgs.changed()) as a command line that can be copied."""
     words = []
     for name, value in changed.items():
         option = name.replace("_", "-")

@@ -1,4 +1,4 @@
-"""What a step costs each device at least: operations, bytes from memory, bytes between chips; and so its least time.
+"""The least cost of a step on each device: operations, bytes from memory, bytes between chips; and so its least time.
 
 A decode step has a row per token, each with `context` tokens in the cache. A prompt step has whole prompts of `context`
 tokens, or the end of one if it is longer than the step. Counted is what must be: each weight read once, each row's KV read
@@ -23,7 +23,7 @@ from sgl_jax.runtime.pool import Pool
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Of one device, and of what links it to the others."""
+    """Rates of one device, and of the links to the others."""
 
     flops: float
     bytes_per_s: float
@@ -32,7 +32,7 @@ class Rates:
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-    """Of one device."""
+    """Costs of one device."""
 
     flops: float
     memory_bytes: float

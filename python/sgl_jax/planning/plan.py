@@ -79,7 +79,7 @@ def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: in
 
 
 def launch_of(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:
-    """What a launch decides. Raises Misfit, or ValueError for a flag."""
+    """Decide a launch. Raises Misfit, or ValueError for a flag."""
     try:
         return _launch(args, model, target)
     except DoesNotFit as error:

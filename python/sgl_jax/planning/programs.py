@@ -22,7 +22,7 @@ from sgl_jax.runtime.programs import make_programs
 
 @dataclasses.dataclass(frozen=True)
 class ProgramFacts:
-    """Of one device. Bytes of collectives are those of a step that takes no branch: no penalties, no logprobs."""
+    """Facts of one device. Bytes of collectives are those of a step that takes no branch: no penalties, no logprobs."""
 
     name: str
     seconds: float  # to trace, lower and compile
@@ -68,7 +68,7 @@ def compile_launch(
 def launch_programs(
     model: DecoderConfig, launch: LaunchPlan, platform: Platform, kernels: Kernels, placement: Placement
 ) -> list[Program]:
-    """Those that a server would compile, from abstract weights."""
+    """Make the programs that a server would compile, from abstract weights."""
     weights = abstract_weights(model, launch.runner.weight_dtype, placement, stacked=platform.stacks_layers)
     return make_programs(model, launch.runner, kernels, placement, weights)
 

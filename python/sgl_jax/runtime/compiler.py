@@ -54,7 +54,7 @@ class Program:
 
     @property
     def device_kind(self) -> str:
-        """Of the devices its arguments lie on; of the default ones where the arguments do not say."""
+        """Kind of the devices its arguments lie on; of the default ones where the arguments do not say."""
         sharding = jax.tree.leaves(self.args)[0].sharding
         device = next(iter(sharding.device_set)) if sharding is not None else jax.devices()[0]
         return device.device_kind
@@ -92,7 +92,7 @@ class CompileWatch:
 
     @contextlib.contextmanager
     def ignored(self) -> Iterator[None]:
-        """What this thread compiles inside is asked for, and does not count: it is no part of serving."""
+        """Leave out of the count what this thread compiles inside: it is asked for, and no part of serving."""
         self._thread.ignored = True
         try:
             yield
@@ -108,7 +108,7 @@ def use_compile_cache(folder: str) -> None:
 
 
 def matmul_precision(dtype: str) -> str:
-    """What jax.default_matmul_precision is to be: float32 models are computed in float32, not in passes of bfloat16."""
+    """The value for jax.default_matmul_precision: float32 models are computed in float32, not in passes of bfloat16."""
     return "highest" if dtype == "float32" else "default"
 
 

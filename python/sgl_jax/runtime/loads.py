@@ -26,7 +26,7 @@ _FOREVER = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class LoadSizes:
-    """What the size of a row's payload depends on."""
+    """The numbers on which the size of a row's payload depends."""
 
     num_rows: int  # R
     pages_per_row: int

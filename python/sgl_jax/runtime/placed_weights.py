@@ -33,7 +33,7 @@ class Placer:
         return jax.make_array_from_single_device_arrays(shape, self.placement.sharding(spec.axes), pieces)
 
     def _devices_of_shares(self, spec: WeightSpec) -> dict[Share, list[jax.Device]]:
-        """Of this process's devices."""
+        """The shards of this process's devices, and which devices hold each."""
         found: dict[Share, list[jax.Device]] = {}
         for number, device in enumerate(self.placement.mesh.devices.flat):
             if device.process_index == jax.process_index():

@@ -160,7 +160,7 @@ class ModelRunner:
         return self._call(program, vector, *payload)
 
     def measure_limits(self) -> Rates:
-        """What the devices can do. Raises NotMeasured."""
+        """Measure what the devices can do. Raises NotMeasured."""
         with self.watch.ignored():
             return measure_rates(self._devices, self.config.compute_dtype)
 

@@ -23,7 +23,7 @@ from sgl_jax.runtime.state import NO_DRAFT, DeviceState
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftInputs:
-    """What a drafter may look at: each row after its step."""
+    """Inputs of a drafter: each row after its step."""
 
     hidden: jax.Array  # [S, D]: the last layer's output at the row's last accepted token
     last_token: jax.Array  # i32[S]: the token sampled after it

@@ -1,4 +1,4 @@
-"""What a running row keeps on the device between steps."""
+"""State that a running row keeps on the device between steps."""
 
 from __future__ import annotations
 

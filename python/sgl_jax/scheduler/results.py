@@ -1,4 +1,4 @@
-"""What a step's tokens mean for the rows that sampled them: bounds close in, tokens are appended, requests end."""
+"""Taking a step's tokens into the rows that sampled them: bounds close in, tokens are appended, requests end."""
 
 from __future__ import annotations
 

@@ -167,7 +167,7 @@ def _request(params: SamplingParams, seed: int) -> Request:
 
 
 def sum_error(devices: Sequence[jax.Device]) -> float:
-    """Of a sum over all devices, of whole numbers, which is exact."""
+    """The error of a sum of whole numbers over all devices, which is exact."""
     mesh = Mesh(np.array(devices), ("all",))
     values = np.arange(len(devices) * 4096, dtype=np.float32).reshape(len(devices), -1) % 1024
     placed = jax.device_put(values, NamedSharding(mesh, PartitionSpec("all")))

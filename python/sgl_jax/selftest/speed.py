@@ -1,4 +1,4 @@
-"""What the devices do a second, and how near a decode step of a real model's shape comes to that."""
+"""Measured rates of the devices, and how near a decode step of a real model's shape comes to that."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ LARGE_BYTES = 30e9
 
 @dataclasses.dataclass(frozen=True)
 class DeviceRates:
-    """Of all devices together."""
+    """Rates of all devices together."""
 
     measured: Rates
     chip: Chip | None  # the maker's figures of one device; None: not in runtime/topology.py

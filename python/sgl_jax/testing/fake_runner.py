@@ -50,7 +50,7 @@ def kv_chain(tokens: Iterable[int]) -> list[int]:
 
 
 def summary_of(kv: Sequence[int] | np.ndarray) -> int:
-    """What a query sees of a sequence: every position counts, each with another weight."""
+    """Summarise what a query sees of a sequence: every position counts, each with another weight."""
     values = np.asarray(kv, np.uint64)
     weights = 2 * np.arange(len(values), dtype=np.uint64) + np.uint64(1)
     return int((values * weights).sum(dtype=np.uint64))
