@@ -59,7 +59,8 @@ def test_a_plan_column_is_one_declaration_and_one_line_that_fills_it(tmp_path: P
         from sgl_jax.request import Request, SamplingParams
         from sgl_jax.runtime.buckets import Bucket
         from sgl_jax.runtime.layout import PlanLayout
-        from sgl_jax.scheduler.scheduler import Scheduler, SchedulerConfig
+        from sgl_jax.scheduler.config import SchedulerConfig
+        from sgl_jax.scheduler.scheduler import Scheduler
         from sgl_jax.step_plan import empty_plan
 
         scheduler = Scheduler(SchedulerConfig(4, 64, 16, 16), [PrefixCache(33, 4)])

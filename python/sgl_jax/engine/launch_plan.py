@@ -17,7 +17,7 @@ from sgl_jax.runtime.platform import Platform
 from sgl_jax.runtime.pool import pool_of
 from sgl_jax.runtime.programs import RunnerConfig
 from sgl_jax.runtime.state import MAX_EOS_TOKENS, state_bytes
-from sgl_jax.scheduler.scheduler import SchedulerConfig
+from sgl_jax.scheduler.config import SchedulerConfig
 from sgl_jax.server_args import ServerArgs
 
 
