@@ -42,7 +42,7 @@ def check_env(timeout_s: float = probing.TIMEOUT_S) -> Report:
 
 
 def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Report:
-    """What this machine has. Nothing is raised for something missing or broken: the report says so."""
+    """Find out what this machine has. Nothing is raised for something missing or broken: the report says so."""
     failures: list[str] = []
 
     def attempt[T](what: str, function: Callable[[], T], otherwise: T) -> T:
@@ -92,7 +92,7 @@ def cache_folder(environ: Mapping[str, str]) -> tuple[str, str]:
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
-    """Those that matter; the values of those that are secret by their name are hidden."""
+    """Pick the variables that matter, and hide the values of those that are secret by their name."""
     return {
         name: "(set, hidden)" if value and _SECRET_NAME.search(name) else value
         for name, value in sorted(environ.items())

@@ -113,6 +113,7 @@ class StepPlan:
     rank: np.ndarray  # i32[S] the data rank whose pages hold the row, 0 .. M-1
     width: int  # W
     loads: list[RowLoad]
+    flags: Flag  # those of any row
     num_cached_tokens: int  # prompt tokens which the requests admitted by this plan found in the prefix cache
     num_short: Annotated[np.ndarray, Column(Per.RANK)]  # i32[M] rows of a rank, from its first on, with num_new <= W
     rows: Annotated[np.ndarray, Column(Per.ROW, _numbers, names_rows=True)]  # i32[S] lines of the state, over all ranks
@@ -158,7 +159,8 @@ class StepPlan:
             if num_ranks == 1
             else np.bincount(rank[is_short], minlength=num_ranks).astype(np.int32)
         )
-        return cls(keys, rank, width, [*loads], num_cached_tokens, **columns)
+        flags = Flag(int(np.bitwise_or.reduce(columns["params"][:, Param.FLAGS])))
+        return cls(keys, rank, width, [*loads], flags, num_cached_tokens, **columns)
 
     @property
     def num_tokens(self) -> int:
@@ -166,11 +168,11 @@ class StepPlan:
 
     @property
     def wants_logprobs(self) -> bool:
-        return bool((self.params[:, Param.FLAGS] & Flag.LOGPROBS).any())
+        return Flag.LOGPROBS in self.flags
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return bool((self.params[:, Param.FLAGS] & Flag.PROMPT_LOGPROBS).any())
+        return Flag.PROMPT_LOGPROBS in self.flags
 
 
 def columns_of(plan: type[StepPlan]) -> dict[str, Column]:
@@ -182,7 +184,7 @@ def columns_of(plan: type[StepPlan]) -> dict[str, Column]:
 COLUMNS = columns_of(StepPlan)
 
 
-def row_tokens(context_length: int, width: int) -> int:
+def row_capacity(context_length: int, width: int) -> int:
     """Tokens that a row's page table must hold. Beyond the context it may compute drafts that are not needed: the last step
     planned begins before the end, one step of W tokens may be in flight before it, and it has W tokens itself."""
     return context_length + 2 * (width - 1)

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 
 from sgl_jax.engine.messages import Abort, FlushCache
 from sgl_jax.scheduler.placement import PLACEMENTS
-from sgl_jax.step_plan import row_tokens
+from sgl_jax.step_plan import row_capacity
 from simulated import Client, make_core
 
 # W of a step with so many decoding rows: none are drafted for, all are, or only small batches are.
@@ -50,7 +50,7 @@ def scenarios(draw: st.DrawFn, width: str = "1", ranks: tuple[int, ...] = (1,)) 
     rows = draw(st.integers(1, 5))
     context_length = draw(st.integers(12, 40))
     widths = [WIDTHS[width](n) for n in range(1, rows + 1)]
-    smallest = -(-row_tokens(context_length, max(widths)) // page_size)
+    smallest = -(-row_capacity(context_length, max(widths)) // page_size)
     most_decoding = max(n * w for n, w in enumerate(widths, 1))
     core = {
         "width": WIDTHS[width],

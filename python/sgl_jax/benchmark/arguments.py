@@ -161,7 +161,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def dataset_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags of the data set say."""
+    """Read the flags of the data set."""
     parser = argparse.ArgumentParser()
     add_dataset_arguments(parser)
     return {name: getattr(args, name) for name in vars(parser.parse_args([]))}

@@ -109,7 +109,7 @@ class Client:
             raise
 
     async def server_info(self) -> dict[str, Any]:
-        """Of /get_server_info; empty when the server has none."""
+        """The answer of /get_server_info; empty when the server has none."""
         info = await self.get_if_offered("/get_server_info")
         return info if isinstance(info, dict) else {}
 

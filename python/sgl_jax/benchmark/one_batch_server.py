@@ -1,4 +1,4 @@
-"""What `python -m sgl_jax.bench_one_batch_server` does with its flags: batches of prompts, each sent as one streaming
+"""The work of `python -m sgl_jax.bench_one_batch_server`: batches of prompts, each sent as one streaming
 request.
 
     ttft               from sending until every row of the batch has its first token: the prefill of the whole batch
@@ -211,7 +211,7 @@ async def run_case(
 
 
 class _Rows:
-    """What a stream has said of each row, and of the batch: /generate counts a row's tokens, /v1/completions all rows'.
+    """Counts of what a stream has said of each row, and of the batch: /generate counts a row's tokens, /v1/completions all rows'.
 
     With /v1/completions a row's first token is its first text. A token without text, a part of a character, shows with
     the next one.

@@ -18,7 +18,7 @@ REQUEST_TIMEOUT_S = 6 * 3600.0
 
 @dataclass(frozen=True)
 class RequestOptions:
-    """What all requests of a run have in common."""
+    """Options that all requests of a run have in common."""
 
     model: str | None = None  # OpenAI's APIs name it; the native one does not
     temperature: float = 0.0
@@ -31,7 +31,7 @@ class RequestOptions:
 
 @dataclass
 class Reading:
-    """What a server has said of one answer so far. None: not told."""
+    """Everything that a server has said of one answer so far. None: not told."""
 
     text: str = ""
     output_tokens: int | None = None

@@ -34,7 +34,7 @@ def command(module: str, argv: Sequence[str]) -> str:
 
 
 def commit() -> str | None:
-    """Of the repository this package is run from, with "+" when its files were changed; None outside of one."""
+    """The commit of the repository this package is run from, with "+" when its files were changed; None outside of one."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *words]

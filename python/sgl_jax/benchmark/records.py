@@ -1,4 +1,4 @@
-"""What a benchmark sends, and what came of it: the plain data between data sets, clients and reports."""
+"""Requests of a benchmark and what came of them: the plain data between data sets, clients and reports."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Prompt:
 
 @dataclass
 class Outcome:
-    """What came of one request. Times are seconds on the event loop's clock.
+    """The outcome of one request. Times are seconds on the event loop's clock.
 
     `itl_s` has one gap per token after the first event; tokens that arrive together share their gap equally.
     """

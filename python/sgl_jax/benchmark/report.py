@@ -1,4 +1,4 @@
-"""What a run prints and writes: the block of lines that people compare, the machine's share, the JSON."""
+"""Output of a run: the block of lines that people compare, the machine's share, the JSON."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _LABELS = {  # of all tools' figures
 
 
 def labelled(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the figures that a block shows, in its order."""
+    """The figures that a block shows, in its order."""
     return {label: found[name] for name, label in _LABELS.items() if name in found}
 
 

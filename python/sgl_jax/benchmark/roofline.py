@@ -18,7 +18,7 @@ from sgl_jax.engine.messages import EngineInfo, MachineLimits
 
 
 class ModelCost(msgspec.Struct, frozen=True):
-    """What one step of the model costs at least, from the engine's own account."""
+    """The least cost of one step of the model, from the engine's own account."""
 
     weight_bytes: int
     kv_bytes_per_token: int
@@ -31,20 +31,20 @@ class ModelCost(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Roofline:
-    """What bounds a model on a machine, and shares of it, 0 to 1; None where there is nothing to compute one from."""
+    """Bounds of a model on a machine, and shares of them, 0 to 1; None where there is nothing to compute one from."""
 
     limits: MachineLimits
     cost: ModelCost
 
     def decode_share(self, rows: float | None, context: float | None, step_s: float | None) -> float | None:
-        """Of the memory bandwidth, that decode steps of `rows` rows with `context` tokens each reach in `step_s`."""
+        """The share of the memory bandwidth that decode steps of `rows` rows with `context` tokens each reach in `step_s`."""
         if not (rows and context and step_s and self.limits.memory_gb_per_s):
             return None
         step_bytes = self.cost.weight_bytes + rows * context * self.cost.kv_bytes_per_token
         return step_bytes / step_s / (self.limits.memory_gb_per_s * 1e9)
 
     def matmul_share(self, tokens: float, seconds: float) -> float | None:
-        """Of the matmul rate, that computing `tokens` tokens in `seconds` reaches."""
+        """The share of the matmul rate that computing `tokens` tokens in `seconds` reaches."""
         if not (seconds and self.limits.matmul_tflop_per_s):
             return None
         return 2 * self.cost.parameters_per_token * tokens / seconds / (self.limits.matmul_tflop_per_s * 1e12)
@@ -52,7 +52,7 @@ class Roofline:
     def run_shares(
         self, rows: float | None, context: float | None, step_s: float | None, tokens: float, seconds: float
     ) -> dict[str, Any]:
-        """Of a run under load: its mean decode step, and all that was computed; under their names in JSON."""
+        """Shares of a run under load: its mean decode step, and all that was computed; under their names in JSON."""
         return self.measured() | {
             "decode_rows": rows,
             "decode_context": context,
@@ -67,7 +67,7 @@ class Roofline:
 def batch_shares(
     roofline: Roofline | None, rows: int, context: float, step_s: float | None, prefill_tokens: int, prefill_s: float
 ) -> dict[str, Any]:
-    """Of a single batch: a decode step, and the prefill; under their names in JSON. All None without a roofline."""
+    """Shares of a single batch: a decode step, and the prefill; under their names in JSON. All None without a roofline."""
     if roofline is None:
         return dict.fromkeys(("machine_limits", "model_cost", "decode_bandwidth_share", "prefill_matmul_share"))
     return roofline.measured() | {

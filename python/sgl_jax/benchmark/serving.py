@@ -1,4 +1,4 @@
-"""What `python -m sgl_jax.bench_serving` does with its flags: a load on a server, and what it measured."""
+"""The work of `python -m sgl_jax.bench_serving`: a load on a server, and what it measured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WARMUP_OUTPUT_LEN = 32  # tokens, at most
 
 @dataclass(frozen=True)
 class ServerFacts:
-    """What a server says about itself. None: it does not."""
+    """Facts that a server states about itself. None: it does not."""
 
     model: str | None
     tokenizer_path: str | None
@@ -107,14 +107,7 @@ async def run_serving(
 
     Requests that fail are in the outcomes. Cancelled while requests run, it returns what is finished.
     """
-    options = RequestOptions(
-        model=model,
-        temperature=args.temperature,
-        ignore_eos=not args.disable_ignore_eos,
-        stream=not args.disable_stream,
-        return_logprob=args.return_logprob,
-        extra_request_body=args.extra_request_body,
-    )
+    options = _options(args, model)
     protocol = BACKENDS[args.backend].protocol
     if not prompts:
         raise BenchmarkError("the data set has no prompts")
@@ -167,8 +160,19 @@ async def run_serving(
     )
 
 
+def _options(args: argparse.Namespace, model: str | None) -> RequestOptions:
+    return RequestOptions(
+        model=model,
+        temperature=args.temperature,
+        ignore_eos=not args.disable_ignore_eos,
+        stream=not args.disable_stream,
+        return_logprob=args.return_logprob,
+        extra_request_body=args.extra_request_body,
+    )
+
+
 def _described(args: argparse.Namespace, options: RequestOptions, num_prompts: int) -> dict[str, Any]:
-    """What a reader of the result needs; not the headers, which may hold a key."""
+    """The settings that a reader of the result needs; not the headers, which may hold a key."""
     rate: float | str = "trace" if args.use_trace_timestamps else args.request_rate
     same = ("backend", "max_concurrency", "warmup_requests", "flush_cache", "profile", "seed", "tag")
     return {

@@ -178,7 +178,7 @@ class Sweep:
 
 
 def case_settings(args: argparse.Namespace, case: Case, server: Mapping[str, Any] | str) -> Record:
-    """What makes two measurements the same one: the case, the server, and the flags that are not at their defaults."""
+    """The values that make two measurements the same one: the case, the server, and the flags that are not at their defaults."""
     default = sweep_parser().get_default
     given = {name: value for name, value in vars(args).items() if name not in _NOT_SETTINGS and value != default(name)}
     return json.loads(json.dumps({"server": server} | asdict(case) | given))  # as it is read again: lists for tuples

@@ -1,4 +1,4 @@
-"""What all measuring tools do on a terminal: say a mistake in one line, show progress and tables, end with a code."""
+"""Functions of all measuring tools on a terminal: say a mistake in one line, show progress and tables, end with a code."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class BenchmarkError(Exception):
 
 
 def exit_code(tool: str, run: Callable[[], int]) -> int:
-    """What `run` returns; 2 for a BenchmarkError and for a flag that is refused, 130 for Ctrl-C."""
+    """Exit codes that `run` returns; 2 for a BenchmarkError and for a flag that is refused, 130 for Ctrl-C."""
     try:
         return run()
     except (BenchmarkError, FlagError) as error:

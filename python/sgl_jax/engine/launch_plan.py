@@ -14,7 +14,7 @@ from sgl_jax.runtime.buckets import make_buckets
 from sgl_jax.runtime.memory import MemoryPlan, plan_memory
 from sgl_jax.runtime.placed_weights import weight_bytes
 from sgl_jax.runtime.platform import Platform
-from sgl_jax.runtime.pool import pool_of
+from sgl_jax.runtime.pool import Pool, pool_of
 from sgl_jax.runtime.programs import RunnerConfig
 from sgl_jax.runtime.state import MAX_EOS_TOKENS, state_bytes
 from sgl_jax.scheduler.config import SchedulerConfig
@@ -44,26 +44,14 @@ def plan_launch(
     stored_dtype: str | None,
     device_bytes: int,
 ) -> LaunchPlan:
-    """`stored_dtype` is that of the checkpoint. Raises ValueError, naming the flag, for what cannot be honoured."""
-    if len(model.eos_token_ids) > MAX_EOS_TOKENS:
-        raise ValueError(
-            f"the model has {len(model.eos_token_ids)} end-of-sequence tokens; at most {MAX_EOS_TOKENS} fit"
-        )
-    if args.context_length is not None and args.context_length > model.context_length:
-        raise ValueError(
-            f"--context-length is {args.context_length}; the model was made for {model.context_length} tokens at most"
-        )
+    """Decide a launch; `stored_dtype` is that of the checkpoint. Raises ValueError, naming the flag, for what cannot be
+    honoured."""
     grid = grid_of(args)
-    if (args.max_running_requests or 0) % grid.data:
-        raise ValueError(
-            f"--max-running-requests is {args.max_running_requests}; it must be a multiple of --dp-size {grid.data}"
-        )
+    _check_model(args, model, grid)
     share = model.share(grid)
     dtype = _dtype(args, stored_dtype, platform)
     pool = pool_of(share, kernels.attention, dtype)
-    multiple = kernels.attention.page_multiple(np.dtype(pool.dtype))
-    wanted = args.page_size or kernels.attention.page_size or platform.page_size
-    page_size = -(-wanted // multiple) * multiple
+    page_size = _page_size(args, platform, kernels, pool)
     context_length = args.context_length or model.context_length
     max_running = -(-(args.max_running_requests or platform.max_running_requests) // grid.data)  # of each data rank
     weights = weight_bytes(share, dtype)
@@ -79,16 +67,7 @@ def plan_launch(
         max_total_tokens=args.max_total_tokens,
         num_ranks=grid.data,
     )
-    of_each = " on each data rank" if grid.data > 1 else ""
-    for flag, value, most in (
-        ("--context-length", args.context_length, memory.num_tokens),
-        ("--max-running-requests", args.max_running_requests, (memory.num_pages - 1) * grid.data),
-    ):
-        if value is not None and value > most:
-            raise ValueError(
-                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} allows {most}; "
-                f"lower it, or raise --max-total-tokens or --mem-fraction-static"
-            )
+    _check_pool(args, memory, page_size, grid)
     context_length = min(context_length, memory.num_tokens)
     max_running = min(max_running, memory.num_pages - 1)
     prefill_tokens = _prefill_tokens(args, platform, context_length, grid.data)
@@ -111,14 +90,44 @@ def plan_launch(
             num_ranks=grid.data,
         ),
         SchedulerConfig(
-            max_running_requests=max_running,
-            context_length=context_length,
-            max_step_tokens=step_tokens,
-            max_prefill_tokens=prefill_tokens,
-            policy=args.schedule_policy,
-            placement=args.dp_schedule_policy,
+            max_running, context_length, step_tokens, prefill_tokens, args.schedule_policy, args.dp_schedule_policy
         ),
     )
+
+
+def _page_size(args: ServerArgs, platform: Platform, kernels: Kernels, pool: Pool) -> int:
+    """Tokens of a page: as asked, or as the backend or the platform likes, rounded up to what the backend can use."""
+    multiple = kernels.attention.page_multiple(np.dtype(pool.dtype))
+    wanted = args.page_size or kernels.attention.page_size or platform.page_size
+    return -(-wanted // multiple) * multiple
+
+
+def _check_model(args: ServerArgs, model: DecoderConfig, grid: Grid) -> None:
+    if len(model.eos_token_ids) > MAX_EOS_TOKENS:
+        raise ValueError(
+            f"the model has {len(model.eos_token_ids)} end-of-sequence tokens; at most {MAX_EOS_TOKENS} fit"
+        )
+    if args.context_length is not None and args.context_length > model.context_length:
+        raise ValueError(
+            f"--context-length is {args.context_length}; the model was made for {model.context_length} tokens at most"
+        )
+    if (args.max_running_requests or 0) % grid.data:
+        raise ValueError(
+            f"--max-running-requests is {args.max_running_requests}; it must be a multiple of --dp-size {grid.data}"
+        )
+
+
+def _check_pool(args: ServerArgs, memory: MemoryPlan, page_size: int, grid: Grid) -> None:
+    of_each = " on each data rank" if grid.data > 1 else ""
+    for flag, value, most in (
+        ("--context-length", args.context_length, memory.num_tokens),
+        ("--max-running-requests", args.max_running_requests, (memory.num_pages - 1) * grid.data),
+    ):
+        if value is not None and value > most:
+            raise ValueError(
+                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} allows {most}; "
+                f"lower it, or raise --max-total-tokens or --mem-fraction-static"
+            )
 
 
 def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:

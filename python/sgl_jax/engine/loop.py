@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class EngineCore(Protocol):
-    """What the loop drives. One thread calls it; nothing here blocks except `step`, for one iteration."""
+    """A core that the loop drives. One thread calls it; nothing here blocks except `step`, for one iteration."""
 
     @property
     def info(self) -> EngineInfo: ...

@@ -79,7 +79,7 @@ Command = Generate | Abort | FlushCache | MeasureLimits | StartProfile | StopPro
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """What the engine resolved at start: sent once, in Ready."""
+    """Settings that the engine resolved at start: sent once, in Ready."""
 
     model_path: str
     architecture: str
@@ -145,7 +145,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class StepOutput(_Message, frozen=True):
-    """What one step produced, one message per step: `tokens[i]` is the next token of request `keys[i]`.
+    """Results of one step, one message per step: `tokens[i]` is the next token of request `keys[i]`.
 
     A finished request's last token is in `tokens` (a stop token included) and its Finished in `finished`.
     """
@@ -164,7 +164,7 @@ class CacheFlushed(_Message, frozen=True):
 
 
 class MachineLimits(msgspec.Struct, frozen=True):
-    """What the engine's devices can do, all of them together, as measured."""
+    """Rates of the engine's devices, all of them together, as measured."""
 
     memory_gb_per_s: float  # reading, 1e9 bytes
     matmul_tflop_per_s: float  # of `dtype`, 1e12 operations
@@ -179,7 +179,7 @@ class LimitsMeasured(_Message, frozen=True):
 
 
 class ProfileStatus(msgspec.Struct, frozen=True):
-    """Of the profile that runs, or else of the last one."""
+    """State of the profile that runs, or else of the last one."""
 
     running: bool = False
     output_dir: str = ""

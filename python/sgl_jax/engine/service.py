@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 import msgspec
 
-from sgl_jax.engine import admission
+from sgl_jax.engine import checks
 from sgl_jax.engine.calls import Calls
 from sgl_jax.engine.choices import LiveChoices
 from sgl_jax.engine.generation import (
@@ -185,8 +185,8 @@ class GenerationService:
         return len(keys)
 
     def _submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
-        checked = [admission.checked(request, self.info, self._choices.keys_of) for request in requests]
-        admission.check_queue(checked, self._choices.num_queued, self._max_queued)
+        checked = [checks.checked(request, self.info, self._choices.keys_of) for request in requests]
+        checks.check_queue(checked, self._choices.num_queued, self._max_queued)
         generation = Generation(checked, stream, self._drop)
         now = time.perf_counter()
         for i, request in enumerate(checked):

@@ -1,4 +1,4 @@
-"""What is known about a machine: the plain data between those who look, those who judge and those who print.
+"""Facts about a machine: the plain data between those who look, those who judge and those who print.
 
 None means: could not be found out. Sizes are bytes, times seconds.
 """
@@ -74,7 +74,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Tpus:
-    """What the machine shows of TPUs without touching them."""
+    """Signs of TPUs that the machine shows without touching them."""
 
     chips: tuple[str, ...] = ()  # generation of each one on the PCI bus
     nodes: tuple[str, ...] = ()  # their device files
@@ -86,7 +86,7 @@ class Tpus:
 
 @dataclass(frozen=True)
 class Gpus:
-    """What the machine shows of GPUs without touching them."""
+    """Signs of GPUs that the machine shows without touching them."""
 
     nodes: tuple[str, ...] = ()  # device files
     on_pci: int = 0  # NVIDIA's
@@ -159,7 +159,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Report:
-    """What check_env found. The variables in `facts` are those that matter, their secrets hidden."""
+    """Everything that check_env found. The variables in `facts` are those that matter, their secrets hidden."""
 
     sgl_jax: str  # version
     verdicts: tuple[Verdict, ...]

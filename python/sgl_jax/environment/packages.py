@@ -30,7 +30,7 @@ def installed(name: str) -> Installed:
 
 
 def collect(look_up: Callable[[str], Installed] = installed) -> tuple[Package, ...]:
-    """What sgl_jax needs, in its own order; then what jax and its GPU plugin need of an accelerator's."""
+    """Collect the packages that sgl_jax needs, in its own order; then those that jax and its GPU plugin need of an accelerator's."""
     try:
         from packaging.requirements import Requirement
     except ImportError:  # then versions are all there is to say

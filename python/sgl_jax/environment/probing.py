@@ -86,7 +86,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 
 def _last_words(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
-    """What a killed process had written."""
+    """The text that a killed process had written."""
     try:
         return process.communicate(timeout=_GRACE_S)
     except subprocess.TimeoutExpired as stuck:

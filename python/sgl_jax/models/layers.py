@@ -19,7 +19,7 @@ def rope_table(positions: Int[Array, " T"], rope: RopeConfig) -> Float[Array, "T
 
 
 def query_growth(positions: Int[Array, " T"], growth: QueryGrowth) -> Float[Array, " T"]:
-    """What each query is multiplied with, float32. Source: https://kexue.fm/archives/8823, "log n" scaling."""
+    """The factor of each query, float32. Source: https://kexue.fm/archives/8823, "log n" scaling."""
     seen = jnp.maximum(positions + growth.offset, 1).astype(jnp.float32)
     return jnp.maximum(1.0, jnp.log(seen) / math.log(growth.length))
 

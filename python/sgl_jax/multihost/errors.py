@@ -1,4 +1,4 @@
-"""What goes wrong between hosts, in lines for the user."""
+"""Errors between hosts, in lines for the user."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ class HostsError(ValueError):
 
 
 class WireError(HostsError):
-    """What came over the wire is none of our messages."""
+    """A frame that came over the wire is none of our messages."""
 
 
 class LinkClosed(HostsError):

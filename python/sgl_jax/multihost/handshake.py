@@ -88,7 +88,7 @@ def _refuse(link: Link, reason: str) -> None:
 
 
 def printable(text: str) -> str:
-    """What another host said, fit for one line of a log."""
+    """Shorten what another host said, fit for one line of a log."""
     return "".join(c if c.isprintable() else " " for c in text[:2000])
 
 

@@ -1,1 +1,1 @@
-"""What the server says about itself: logs, metrics, profiles."""
+"""The server about itself: logs, metrics, profiles."""

@@ -1,4 +1,4 @@
-"""What Prometheus reads: request times seen by the API process, and the engine's own gauges and counters."""
+"""Metrics for Prometheus: request times seen by the API process, and the engine's own gauges and counters."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class MeshAxis:
         return x if self.size == 1 else lax.all_gather(x, self.names, axis=0, tiled=True)
 
     def sum_scatter(self, x: jax.Array) -> jax.Array:
-        """Of the sum of every device's x, this device's part of the first axis: undoes `gather`, and sums."""
+        """Sum every device's x and keep this device's part of the first axis: undoes `gather`, and sums."""
         return x if self.size == 1 else lax.psum_scatter(x, self.names, scatter_dimension=0, tiled=True)
 
     def own(self, x: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ class MeshAxis:
         return lax.dynamic_slice_in_dim(x, self.index() * part, part)
 
     def mine(self, ids: jax.Array, share: int) -> tuple[jax.Array, jax.Array]:
-        """Of ids into an axis divided in shares: their places in this device's share, `share` if they lie elsewhere; and
+        """Find ids into an axis divided in shares: their places in this device's share, `share` if they lie elsewhere; and
         which are its own."""
         places = ids - self.index() * share
         own = (places >= 0) & (places < share)

@@ -1,1 +1,1 @@
-"""What a launch would need and cost on devices that may not be here: arithmetic, and compiling ahead of time."""
+"""Needs and costs of a launch on devices that may not be here: arithmetic, and compiling ahead of time."""

@@ -1,4 +1,4 @@
-"""What `python -m sgl_jax.compile` and `--compile-only` do with their flags: plan a launch, compile its programs."""
+"""The work of `python -m sgl_jax.compile` and `--compile-only`: plan a launch, compile its programs."""
 
 from __future__ import annotations
 

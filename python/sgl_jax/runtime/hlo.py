@@ -96,7 +96,7 @@ class Module:
                     yield from self.instructions(called, **inside)
 
     def fused(self, instruction: Instruction) -> Iterator[Instruction]:
-        """What a fusion is made of, and itself if it is none."""
+        """The instructions that a fusion is made of, and itself if it is none."""
         if instruction.opcode != "fusion":
             yield instruction
         for called in instruction.calls if instruction.opcode == "fusion" else ():

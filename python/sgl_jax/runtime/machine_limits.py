@@ -1,4 +1,4 @@
-"""What the devices can do, measured: bytes read from memory per second, operations of a matrix product per second.
+"""Measured rates of the devices: bytes read from memory per second, operations of a matrix product per second.
 
 Both are a product with one matrix, repeated inside one program, each product the factor of the next: nothing can be
 left out, and dispatch is paid once. Matrix times vector reads the matrix once and does little else, as a decode step

@@ -57,7 +57,7 @@ def free_memory(device: jax.Device) -> int | None:
 
 
 def _available_memory(path: Path = Path("/proc/meminfo")) -> int:
-    """What the machine can give without swapping; where the kernel does not say, what is not used at all."""
+    """Bytes that the machine can give without swapping; where the kernel does not say, what is not used at all."""
     if path.is_file() and (found := re.search(r"^MemAvailable:\s+(\d+) kB$", path.read_text(), re.MULTILINE)):
         return int(found[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")

@@ -1,4 +1,4 @@
-"""What each platform likes: the choices a user leaves open are made here, by device, from measurements."""
+"""Preferences of each platform: the choices a user leaves open are made here, by device, from measurements."""
 
 from __future__ import annotations
 

@@ -81,8 +81,7 @@ def step(
     def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
         if k is None and not spec.kernels.attention.joined:
             q, k, v = split_heads(q, spec.config.num_kv_heads)
-        first_page = layer * spec.pages_per_layer
-        arrays = AttentionLayer(attention, first_page, window=window, sinks=sinks, prepare=prepare)
+        arrays = AttentionLayer(attention, layer * spec.pages_per_layer, window=window, sinks=sinks, prepare=prepare)
         return spec.kernels.attention(q, k, v, kv, batch, arrays)
 
     context = decoder.Context(

@@ -64,7 +64,7 @@ class Admission:
         )
 
     def _usable_prefix(self, request: Request) -> np.ndarray:
-        """The tokens that may come from the cache: one token must be left to compute, and all of them if each is to be scored."""
+        """The tokens that may come from the cache: all but one, or none if each is to be scored."""
         return request.tokens[: 0 if request.wants_prompt_logprobs else len(request.tokens) - 1]
 
     def _fits(self, request: Request, handle: Handle, rank: int, num_running: int) -> bool:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from sgl_jax.step_plan import row_tokens
+from sgl_jax.step_plan import row_capacity
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,6 @@ class SchedulerConfig:
         return max(map(self.width, range(1, self.max_running_requests + 1)))
 
     @property
-    def row_tokens(self) -> int:
+    def row_capacity(self) -> int:
         """Tokens of KV that a row may take up."""
-        return row_tokens(self.context_length, self.max_width)
+        return row_capacity(self.context_length, self.max_width)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RankLoads:
-    """What a placement may look at: one number a rank."""
+    """Loads that a placement may look at: one number a rank."""
 
     num_running: Sequence[int]
     num_available_pages: Sequence[int]  # free ones, and those of prefixes nobody uses

@@ -16,7 +16,7 @@ def fcfs(waiting: Iterable[Request], caches: Sequence[PrefixCache]) -> list[Requ
 
 
 def longest_prefix_match(waiting: Iterable[Request], caches: Sequence[PrefixCache]) -> list[Request]:
-    """Those with the most cached tokens on any rank first, so that a prefix is used before it is evicted; then by
+    """The requests with the most cached tokens on any rank first, so that a prefix is used before it is evicted; then by
     arrival."""
     waiting = list(waiting)
     if len(waiting) > _MAX_MATCHED:

@@ -76,7 +76,7 @@ class Scheduler:
         self.table = RowTable(
             len(caches) * config.max_running_requests,
             config.context_length,
-            -(-config.row_tokens // caches[0].page_size),
+            -(-config.row_capacity // caches[0].page_size),
         )
         self._pages = RowPages(self.table, caches)
         self._admission = Admission(config, self.caches, self.table, self._pages)

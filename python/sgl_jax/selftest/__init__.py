@@ -1,1 +1,1 @@
-"""What `check_env --selftest` runs on a machine's own devices: kernels against references, and speed against bounds."""
+"""Checks that `check_env --selftest` runs on a machine's own devices: kernels against references, and speed against bounds."""

@@ -54,7 +54,7 @@ def check_line(check: Check) -> str:
 
 
 def rate_lines(rates: DeviceRates) -> list[str]:
-    """Of one device: on an issue people compare chips."""
+    """Rates of one device: on an issue people compare chips."""
     number, chip = rates.num_devices, rates.chip
     read = rates.measured.read_bytes_per_s / number
     flops = rates.measured.matmul_flop_per_s / number

@@ -23,6 +23,12 @@ _HEALTH_TIMEOUT_S = 20.0
 
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter()
+    for add in (_add_health, _add_models, _add_information):
+        add(routes, state)
+    return routes
+
+
+def _add_health(routes: APIRouter, state: ServerState) -> None:
     service = state.service
 
     @routes.head("/health", include_in_schema=False)
@@ -63,6 +69,8 @@ def router(state: ServerState) -> APIRouter:
             generation.abort()
         return json_response(Status("generating")) if alive else gone()
 
+
+def _add_models(routes: APIRouter, state: ServerState) -> None:
     @routes.get("/v1/models", tags=["OpenAI"], **documented(ModelList, body=False))
     async def models() -> Response:
         return json_response(ModelList([_card(state)]))
@@ -72,6 +80,10 @@ def router(state: ServerState) -> APIRouter:
         if model != state.model_name:
             raise unknown_model(model, state.model_name)
         return json_response(_card(state))
+
+
+def _add_information(routes: APIRouter, state: ServerState) -> None:
+    service = state.service
 
     @routes.get("/get_model_info", tags=["Information"], **documented(ModelInfo, body=False))
     async def get_model_info() -> Response:
@@ -118,8 +130,6 @@ def router(state: ServerState) -> APIRouter:
         """For Prometheus."""
         text, media_type = exposition(service.metrics, service.stats)
         return Response(text, media_type=media_type)
-
-    return routes
 
 
 def _card(state: ServerState) -> ModelCard:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sgl_jax.request import MAX_LOGPROBS, Request
-from sgl_jax.step_plan import Flag, Param, StepPlan, StepTokens, TokenScores, row_tokens
+from sgl_jax.step_plan import Flag, Param, StepPlan, StepTokens, TokenScores, row_capacity
 from sgl_jax.testing.fake_tracer import FakeTracer
 
 _MASK = 2**64 - 1
@@ -160,7 +160,7 @@ class FakeRunner:
     ):
         """`num_rows` counts the rows of all data ranks, `num_pages` the pages of each, its scratch page included; `width` is W
         of the widest step."""
-        pages_per_row = -(-row_tokens(context_length, width) // page_size)
+        pages_per_row = -(-row_capacity(context_length, width) // page_size)
         self.page_size, self.vocab_size, self.step_seconds = page_size, vocab_size, step_seconds
         self.tracer = FakeTracer()
         self.plans: list[StepPlan] = []  # everything launched, for tests to read

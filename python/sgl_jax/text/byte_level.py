@@ -1,4 +1,4 @@
-"""What byte-level BPE vocabularies share: bytes spelled as printable characters, and patterns that cut text into words."""
+"""Parts that byte-level BPE vocabularies share: bytes spelled as printable characters, and patterns that cut text into words."""
 
 from __future__ import annotations
 

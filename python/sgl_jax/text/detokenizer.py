@@ -71,7 +71,7 @@ class StopMatcher:
         self.matched: str | None = None
 
     def push(self, text: str, may_match: bool = True) -> str:
-        """What can be shown now. After a match (`matched` is set) nothing more comes out. Stop strings that end in a
+        """Return what can be shown now. After a match (`matched` is set) nothing more comes out. Stop strings that end in a
         text that may not match do not count."""
         if not self._stops or not text:
             return text

@@ -10,7 +10,7 @@ from sgl_jax.models.errors import ModelError
 
 
 def load_with_transformers(folder: Path) -> Tokenizer:
-    """What AutoTokenizer makes of the folder, without running code from it. Raises ModelError."""
+    """Read the folder with AutoTokenizer, without running code from it. Raises ModelError."""
     instead = "give a folder with tokenizer.json with --tokenizer-path"
     try:
         from transformers import AutoTokenizer  # pyrefly: ignore[missing-import]

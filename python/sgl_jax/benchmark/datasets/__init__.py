@@ -1,4 +1,4 @@
-"""What a benchmark sends: prompts drawn, read from a file of conversations, or made after a trace. Nothing is fetched.
+"""Prompts that a benchmark sends: drawn, read from a file of conversations, or made after a trace. Nothing is fetched.
 
 Everything is drawn from one generator, so a seed says it all.
 """

@@ -24,7 +24,7 @@ type Messages = list[dict[str, str]]
 
 
 class Framing:
-    """What stands around a prompt's text: the model's chat template and --prompt-suffix. Called with the text, it gives
+    """The text around a prompt's text: the model's chat template and --prompt-suffix. Called with the text, it gives
     the text to send."""
 
     def __init__(self, tokenizer: Tokenizer, apply_chat_template: bool = False, suffix: str = ""):

@@ -1,4 +1,4 @@
-"""What grouped matmul means, row by row in float64 numpy. For tests."""
+"""Reference of grouped matmul, row by row in float64 numpy. For tests."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Ref = Any
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """What is done to q and k, as far as a program knows it."""
+    """The static part of what is done to q and k."""
 
     head_dim: int  # without padding
     eps: float
