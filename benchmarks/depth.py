@@ -18,7 +18,7 @@ import jax
 from layer_depth import DEPTHS, at_depth, step_program
 from test_families_size import CONFIGS, FOLDERS
 
-from sgl_jax.benchmark.provenance import commit, machine
+from sgl_jax.tools.benchmark.provenance import commit, machine
 
 ORACLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "oracle"
 

@@ -20,15 +20,15 @@ from typing import Any
 import jax
 
 from sgl_jax.parallel.placement import Placement
+from sgl_jax.planning import hlo
+from sgl_jax.planning.launch_programs import launch_programs
 from sgl_jax.planning.model import PlannedModel, find_model
 from sgl_jax.planning.plan import Misfit, Plan, make_plan
-from sgl_jax.planning.programs import launch_programs
-from sgl_jax.planning.report import as_data
+from sgl_jax.planning.plan_report import as_data
 from sgl_jax.planning.target import find_target
-from sgl_jax.runtime import hlo
 from sgl_jax.runtime.compiler import CompileWatch, compile_all, matmul_precision
 from sgl_jax.runtime.platform import kernels_for
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 DEPTHS = (2, 4)
 CONTEXT = 1024

@@ -29,8 +29,8 @@ from sgl_jax.request import SamplingParams
 from sgl_jax.runtime.buckets import make_buckets, pick
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.tracing import JaxTracer
-from sgl_jax.scheduler.config import SchedulerConfig
 from sgl_jax.scheduler.scheduler import Scheduler
+from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.step_plan import StepPlan, StepTokens
 from sgl_jax.testing.fake_core import fake_info
 from sgl_jax.testing.fake_runner import FakeRates

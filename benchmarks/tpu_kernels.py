@@ -188,7 +188,7 @@ def use_dumps(folder: Path) -> None:
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles).*"
     )
     os.environ |= {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
-    from sgl_jax.runtime import topology
+    from sgl_jax.planning import topology
 
     topology.set_tpu_environment()
 
@@ -219,7 +219,7 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
     from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch
     from sgl_jax.ops.attention.fa import blocks as sizes
     from sgl_jax.ops.attention.fa import call
-    from sgl_jax.runtime import topology
+    from sgl_jax.planning import topology
 
     shape = SHAPES[case.shape]
     tokens = ROWS * case.width if case.kind == "decode" else CHUNK_TOKENS
@@ -316,7 +316,7 @@ def measure_peers(dumps: Path) -> dict[str, dict[str, dict[str, int]]]:
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-    from sgl_jax.runtime import topology
+    from sgl_jax.planning import topology
 
     warnings.simplefilter("ignore", DeprecationWarning)
     mesh = Mesh(np.array(topology.tpu_devices(topology.parse("v6e-1"))[:1]), ("x",))
@@ -352,7 +352,7 @@ def measure_peers(dumps: Path) -> dict[str, dict[str, dict[str, int]]]:
 
 def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
     """Of a program around a kernel; copied: results of the copies and transpositions beside it."""
-    from sgl_jax.runtime import hlo
+    from sgl_jax.planning import hlo
 
     memory = compiled.memory_analysis()
     text = compiled.as_text()
@@ -400,7 +400,7 @@ def _label(result: dict[str, Any]) -> str:
 
 
 def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[str, int]]], libtpu: str) -> str:
-    from sgl_jax.runtime.topology import CHIPS
+    from sgl_jax.planning.topology import CHIPS
 
     lines = [
         "# Attention kernels for TPU, in bundles",

@@ -11,17 +11,17 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from sgl_jax import foreign_flags
-from sgl_jax.flags import Flag
 from sgl_jax.models.bundled import bundled
 from sgl_jax.models.families import FAMILIES
-from sgl_jax.not_built import NOT_BUILT, Feature
 from sgl_jax.request import PARAMETERS, Api, Parameter
-from sgl_jax.server_args import ENV_PREFIX, FLAGS
+from sgl_jax.settings import foreign_flags
+from sgl_jax.settings.flags import Flag
+from sgl_jax.settings.not_built import NOT_BUILT, Feature
+from sgl_jax.settings.server_args import ENV_PREFIX, FLAGS
 
 INTRODUCTION = f"""# Server arguments
 
-<!-- Written by `python docs/generate.py` from python/sgl_jax/server_args.py: change it there. -->
+<!-- Written by `python docs/generate.py` from python/sgl_jax/settings/server_args.py: change it there. -->
 
 ```
 python -m sgl_jax.launch_server --model-path PATH [flags]
@@ -65,7 +65,7 @@ def _values(flag: Flag) -> str:
 
 COMING_FROM = """# Coming from SGLang or vLLM
 
-<!-- Written by `python docs/generate.py` from python/sgl_jax/foreign_flags.py and not_built.py: change it there. -->
+<!-- Written by `python docs/generate.py` from python/sgl_jax/settings/foreign_flags.py and settings/not_built.py: change it there. -->
 
 Most flags have SGLang's names and OpenAI's clients need no change. Whatever is not honoured is refused by name, never ignored:
 a flag of the tables below is answered with what stands there, on the command line, in the environment and in a config file,

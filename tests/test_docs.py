@@ -144,7 +144,7 @@ def test_the_support_matrix_is_up_to_date() -> None:
 
 
 def test_the_page_for_users_of_other_servers_is_up_to_date() -> None:
-    """Fails after foreign_flags.py or not_built.py changes until `python docs/generate.py` has run."""
+    """Fails after settings/foreign_flags.py or settings/not_built.py changes until `python docs/generate.py` has run."""
     page = runpy.run_path(str(REPOSITORY / "docs" / "generate.py"))["coming_from"]()
     assert page == (REPOSITORY / "docs" / "features" / "coming_from.md").read_text(encoding="utf-8")
     assert "| `--max-num-seqs` | `--max-running-requests` |" in page

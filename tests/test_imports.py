@@ -20,28 +20,22 @@ PYTHON = Path(__file__).resolve().parents[1] / "python"
 PACKAGE = PYTHON / "sgl_jax"
 
 PLAIN_DATA = ("request", "step_plan", "engine.messages")  # what rooms say to each other
-SETTINGS = ("server_args", "flags", "flag_parser", "foreign_flags", "not_built", "hub")
 
 # What a room may import of sgl_jax besides itself: a name stands for the module and everything in it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request": (),
-    "flag_parser": (),
-    "flags": ("flag_parser",),
-    "not_built": (),
-    "foreign_flags": ("not_built",),
-    "hub": (),
-    "server_args": ("flag_parser", "flags", "foreign_flags", "hub"),
+    "settings": (),
     "step_plan": ("request",),
     "observability": ("engine.messages",),
     "cache": (),
     "scheduler": ("cache", "request", "step_plan"),
     "ops": (),
     "parallel": (),
-    "models": ("ops", "parallel", "hub"),
-    "multihost": SETTINGS,
+    "models": ("ops", "parallel", "settings.hub"),
+    "multihost": ("settings",),
     "runtime": ("models", "ops", "parallel", "request", "step_plan", "observability"),
     # A GGUF file carries its vocabulary: reading the file format is all that text/ takes from models/.
-    "text": ("request", "hub", "models.gguf_file", "models.errors"),
+    "text": ("request", "settings.hub", "models.gguf_file", "models.model_errors"),
     "engine": (
         "scheduler",
         "cache",
@@ -52,36 +46,34 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "multihost",
         "text",
         "observability",
+        "settings",
         *PLAIN_DATA,
-        *SETTINGS,
     ),
-    "planning": ("engine", "runtime", "models", "ops", "parallel", "observability", *SETTINGS),
-    "compile": ("planning", "observability", *SETTINGS),
-    "server": ("engine", "text", "observability", *PLAIN_DATA, *SETTINGS),
-    "launch_server": ("server", "engine", "planning", "observability", *SETTINGS),
-    "benchmark": ("engine", "environment.machine", "text", "scheduler.rows", "observability", *PLAIN_DATA, *SETTINGS),
-    "bench_serving": ("benchmark",),
-    "bench_one_batch_server": ("benchmark",),
-    "bench_one_batch": ("benchmark",),
-    "bench_offline_throughput": ("benchmark",),
-    "environment": ("observability",),
-    "profile_stages": ("benchmark",),
-    "selftest": (
-        "benchmark",
+    "planning": ("engine", "runtime", "models", "ops", "parallel", "observability", "settings"),
+    "compile": ("planning", "observability", "settings"),
+    "server": ("engine", "text", "observability", "settings", *PLAIN_DATA),
+    "launch_server": ("server", "engine", "planning", "observability", "settings"),
+    "tools": (
         "engine",
-        "runtime",
-        "models.bundled",
-        "models.families",
-        "models.weights",
+        "models",
+        "observability",
         "ops",
-        "scheduler.rows",
+        "planning",
+        "runtime",
+        "scheduler",
+        "settings",
+        "text",
         *PLAIN_DATA,
-        *SETTINGS,
     ),
-    "check_env": ("environment", "selftest", "server_args", "flag_parser"),
+    "bench_serving": ("tools.benchmark",),
+    "bench_one_batch_server": ("tools.benchmark",),
+    "bench_one_batch": ("tools.benchmark",),
+    "bench_offline_throughput": ("tools.benchmark",),
+    "profile_stages": ("tools.benchmark",),
+    "check_env": ("tools", "settings"),
     "__main__": ("launch_server",),
     "__init__": ("engine", "request"),
-    "testing": ("engine", "models", *PLAIN_DATA),
+    "testing": ("engine", "models", "settings", *PLAIN_DATA),
 }
 
 NOWHERE = {"torch", "transformers", "pickle"}  # test oracles, and a format that runs what it reads
@@ -95,10 +87,10 @@ WITHOUT_JAX = (
     "observability",
     "multihost",
     "launch_server",
+    "settings",
     *PLAIN_DATA,
-    *SETTINGS,
 )
-READS_ENVIRONMENT = "server_args"
+READS_ENVIRONMENT = "settings.server_args"
 
 
 def modules(package: Path) -> Iterator[tuple[str, ast.Module]]:
@@ -175,7 +167,7 @@ def test_imports_point_one_way() -> None:
             "from sgl_jax.runtime.step import make_step",
             "scheduler.a imports sgl_jax.runtime.step.make_step",
         ),
-        ("ops/b/a.py", "from sgl_jax.models import config", "ops.b.a imports sgl_jax.models.config"),
+        ("ops/b/a.py", "from sgl_jax.models import moe", "ops.b.a imports sgl_jax.models.moe"),
         ("models/__init__.py", "import sgl_jax.runtime", "models imports sgl_jax.runtime"),
         ("runtime/a.py", "from sgl_jax import scheduler", "runtime.a imports sgl_jax.scheduler"),
         ("text/a.py", "from sgl_jax.models.gguf import x", "text.a imports sgl_jax.models.gguf.x"),
@@ -206,7 +198,10 @@ def test_the_check_itself_lets_the_right_direction_pass(tmp_path: Path) -> None:
     (tmp_path / "server" / "a.py").write_text(
         "import os\nfrom sgl_jax import __version__\nfrom sgl_jax.engine import service\n"
     )
-    (tmp_path / "server_args.py").write_text("import os\nos.environ\nfrom sgl_jax.flags import Flag\n")
+    (tmp_path / "settings").mkdir()
+    (tmp_path / "settings" / "server_args.py").write_text(
+        "import os\nos.environ\nfrom sgl_jax.settings.flags import Flag\n"
+    )
     assert violations(tmp_path) == []
 
 

@@ -10,7 +10,7 @@ import types
 import pytest
 
 from sgl_jax import launch_server
-from sgl_jax.server_args import FLAGS, ServerArgs
+from sgl_jax.settings.server_args import FLAGS, ServerArgs
 
 HELP_SECONDS = 0.6  # the bar is 0.3 on a quiet machine; a test machine is rarely quiet
 
@@ -52,7 +52,7 @@ def test_help_is_instant_grouped_and_complete() -> None:
 def test_parsing_imports_nothing_heavy() -> None:
     result = run(
         "-c",
-        "import sys; import sgl_jax.launch_server; from sgl_jax.server_args import ServerArgs;"
+        "import sys; import sgl_jax.launch_server; from sgl_jax.settings.server_args import ServerArgs;"
         "ServerArgs.from_cli(['--model-path', 'm'], {});"
         "print([name for name in ('jax', 'numpy', 'fastapi', 'uvicorn', 'zmq', 'yaml') if name in sys.modules])",
     )

@@ -59,7 +59,7 @@ def test_a_plan_column_is_one_declaration_and_one_line_that_fills_it(tmp_path: P
         from sgl_jax.request import Request, SamplingParams
         from sgl_jax.runtime.buckets import Bucket
         from sgl_jax.runtime.layout import PlanLayout
-        from sgl_jax.scheduler.config import SchedulerConfig
+        from sgl_jax.scheduler.scheduler_config import SchedulerConfig
         from sgl_jax.scheduler.scheduler import Scheduler
         from sgl_jax.step_plan import empty_plan
 
@@ -83,8 +83,8 @@ def test_a_row_load_is_an_entry_of_a_table_and_its_array_of_the_state(tmp_path: 
             return dataclasses.replace(state, mask=_put_row(state.mask, row, payload))
     """
     edits: Edits = [
-        ("runtime/state.py", "page_table: jax.Array  # i32[R + 1, pages]", "mask: jax.Array  # i32[R + 1, 3]"),
-        ("runtime/state.py", "last_token=jnp.zeros(n, jnp.int32),", "mask=jnp.zeros((n, 3), jnp.int32),"),
+        ("runtime/device_state.py", "page_table: jax.Array  # i32[R + 1, pages]", "mask: jax.Array  # i32[R + 1, 3]"),
+        ("runtime/device_state.py", "last_token=jnp.zeros(n, jnp.int32),", "mask=jnp.zeros((n, 3), jnp.int32),"),
         ("runtime/loads.py", "_FOREVER = 2**31 - 1", functions),
         (
             "runtime/loads.py",
@@ -96,7 +96,7 @@ def test_a_row_load_is_an_entry_of_a_table_and_its_array_of_the_state(tmp_path: 
         import jax, numpy as np
         from sgl_jax.parallel.grid import ONE_DEVICE
         from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes, pack_loads
-        from sgl_jax.runtime.state import initial_state
+        from sgl_jax.runtime.device_state import initial_state
         from sgl_jax.step_plan import RowLoad
 
         layouts = {kind.program: LoadLayout(kind, LoadSizes(8, 4, 16)) for kind in LOADS}

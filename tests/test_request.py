@@ -11,7 +11,7 @@ import pydantic
 import pytest
 
 from sgl_jax.engine.generation import DuplicateRequestId
-from sgl_jax.engine.native import sampling_params
+from sgl_jax.engine.native_params import sampling_params
 from sgl_jax.request import PARAMETERS, About, Api, InvalidParameter, SamplingParams, parameters_of
 from sgl_jax.server.bodies import Body, native_params, openai_params, sampling_fields, with_fields
 from sgl_jax.step_plan import Param

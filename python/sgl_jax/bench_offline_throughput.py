@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sgl_jax.benchmark.batch_arguments import parse_offline
-from sgl_jax.benchmark.terminal import exit_code
+from sgl_jax.tools.benchmark.batch_arguments import parse_offline
+from sgl_jax.tools.benchmark.terminal import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         args, server_args = parse_offline(argv)
-        from sgl_jax.benchmark.offline import measure_offline
+        from sgl_jax.tools.benchmark.offline import measure_offline
 
         return measure_offline(args, server_args)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sgl_jax.benchmark.batch_arguments import parse_one_batch_server
-from sgl_jax.benchmark.terminal import exit_code
+from sgl_jax.tools.benchmark.batch_arguments import parse_one_batch_server
+from sgl_jax.tools.benchmark.terminal import exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -14,7 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> int:
         args, server_flags = parse_one_batch_server(argv)
-        from sgl_jax.benchmark.one_batch_server import measure_batches
+        from sgl_jax.tools.benchmark.one_batch_server import measure_batches
 
         return measure_batches(args, server_flags)
 

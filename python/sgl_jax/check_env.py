@@ -14,12 +14,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from sgl_jax import __version__
-from sgl_jax.environment import machine, packages, probing
-from sgl_jax.environment.facts import PLATFORMS, Facts, Gpus, Machine, Platform, Probe, Report, Tpus
-from sgl_jax.environment.report import render
-from sgl_jax.environment.verdicts import judge, notices
-from sgl_jax.flag_parser import FlagError, Parser
-from sgl_jax.server_args import ENV_PREFIX, default_compilation_cache_dir, environment
+from sgl_jax.settings.flag_parser import FlagError, Parser
+from sgl_jax.settings.server_args import ENV_PREFIX, default_compilation_cache_dir, environment
+from sgl_jax.tools.environment import machine, packages, probing
+from sgl_jax.tools.environment.environment_report import render
+from sgl_jax.tools.environment.facts import PLATFORMS, Facts, Gpus, Machine, Platform, Probe, Report, Tpus
+from sgl_jax.tools.environment.verdicts import judge, notices
 
 # Variables that change what jax, the accelerators' runtimes, downloads or this program do.
 _MATTER = re.compile(
@@ -150,7 +150,7 @@ def _parser() -> Parser:
 
 
 def _selftest(platform: Platform) -> bool:
-    from sgl_jax.selftest.run import selftest  # imports jax, which a machine may not have
+    from sgl_jax.tools.selftest.run import selftest  # imports jax, which a machine may not have
 
     def say(line: str) -> None:
         print(public(line, os.path.expanduser("~")), flush=True)

@@ -6,9 +6,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from sgl_jax.flag_parser import FlagError, Parser
 from sgl_jax.observability import log
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.flag_parser import FlagError, Parser
+from sgl_jax.settings.server_args import ServerArgs
 
 BAD_USE, INTERRUPTED = 2, 130  # exit codes
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "--compile-only is a flag of sgl_jax.launch_server alone; this command compiles unless --plan is given",
             )
         log.setup(args.log_level)
-        from sgl_jax.planning.commands import compile_for
+        from sgl_jax.planning.compile_command import compile_for
 
         return compile_for(args, own.topology, own.context, only_plan=own.plan, json_file=own.json)
     except FlagError as error:

@@ -6,9 +6,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from sgl_jax.flag_parser import FlagError
 from sgl_jax.observability import log
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.flag_parser import FlagError
+from sgl_jax.settings.server_args import ServerArgs
 
 BAD_FLAG = 2  # exit code
 
@@ -26,12 +26,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         log.once(logger, flag, message)
 
     if server_args.compile_only:
-        from sgl_jax.planning.commands import compile_here
+        from sgl_jax.planning.compile_command import compile_here
 
         return compile_here(server_args)
 
     if server_args.node_rank > 0:
-        from sgl_jax.engine.follower import follow
+        from sgl_jax.engine.follower_loop import follow
 
         follow(server_args)
 

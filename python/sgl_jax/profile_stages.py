@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sgl_jax.benchmark.arguments import new_parser
-from sgl_jax.benchmark.terminal import exit_code
+from sgl_jax.tools.benchmark.arguments import new_parser
+from sgl_jax.tools.benchmark.terminal import exit_code
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,7 +20,7 @@ def _show(argv: list[str] | None) -> int:
     parser.add_argument("--perfetto", type=Path, metavar="FILE", help="also write the stages as a trace, a .json.gz")
     args = parser.read(argv)
 
-    from sgl_jax.benchmark.stages import find_profile, read_profile, table, write_perfetto
+    from sgl_jax.tools.benchmark.stages import find_profile, read_profile, table, write_perfetto
 
     try:
         path = find_profile(args.profile)

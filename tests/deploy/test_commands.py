@@ -17,7 +17,7 @@ from manifests import the
 from sgl_jax.engine.messages import Stats
 from sgl_jax.observability.metrics import RequestMetrics, exposition
 from sgl_jax.server.app import create_app
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 type Command = tuple[list[str], dict[str, str]]  # arguments and environment
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import manifests
 import pytest
 
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 PYPROJECT = tomllib.loads((manifests.REPOSITORY / "python" / "pyproject.toml").read_text())
 

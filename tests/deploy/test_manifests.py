@@ -13,7 +13,7 @@ import yaml
 from manifests import Manifest, the
 
 from sgl_jax.server.lifecycle import _LAST_WORDS_S
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 SCHEMAS = manifests.schemas()
 # Their schemas are not here: GKE's come with its clusters, and the other two are files for programs, not objects.

@@ -7,7 +7,7 @@ from sgl_jax.engine import launch_plan
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.startup import build_core
 from sgl_jax.runtime.buckets import Bucket
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ import jax
 from sgl_jax.engine.launch_plan import plan_launch
 from sgl_jax.models.families import decoder_config
 from sgl_jax.parallel.placement import Placement
-from sgl_jax.planning.programs import launch_programs
+from sgl_jax.planning.launch_programs import launch_programs
 from sgl_jax.runtime.compiler import Program
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 DEPTHS = (4, 48)
 _ARGS = {"dtype": "float32", "max_running_requests": 8, "chunked_prefill_size": 8, "max_total_tokens": 1024}

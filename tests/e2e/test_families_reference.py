@@ -17,7 +17,7 @@ from exact import ALL_PROMPTS, GREEDY, Build, assert_oracle, assert_reference
 from safetensors.numpy import load_file, save_file
 
 from sgl_jax.models import families
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 from simulated import Client
 
 PROMPT_LENGTHS = (1, 7, 33)

@@ -16,7 +16,7 @@ from scripted_hub import Hub, serving
 from sgl_jax.engine import startup
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.runtime.runner import ModelRunner
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 
 def arguments(model: Path | str, cache: Path) -> ServerArgs:

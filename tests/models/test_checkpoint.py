@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sgl_jax.hub import Downloads
 from sgl_jax.models.checkpoint import open_checkpoint
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.stored import joined
+from sgl_jax.settings.hub import Downloads
 
 
 def test_a_folder(stories260k):

@@ -14,12 +14,12 @@ import pytest
 from safetensors.numpy import save_file
 
 from sgl_jax.models.checkpoint import open_checkpoint
-from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.layers import rope_table
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.mla import latent_attention
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.weights import Weights, declare, parameters_per_token
 from sgl_jax.parallel.grid import Grid
 

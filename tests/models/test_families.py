@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from sgl_jax.models.config import QueryGrowth
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import QueryGrowth
 from sgl_jax.models.families import decoder_config, tensor_names
-from sgl_jax.models.plan import plan_weights
+from sgl_jax.models.model_errors import ModelError
+from sgl_jax.models.weight_plan import plan_weights
 
 BASE = {
     "vocab_size": 100,

@@ -19,10 +19,10 @@ from models.gguf_fixture import (
     write_gguf,
 )
 from sgl_jax.models.checkpoint import open_checkpoint
-from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.gguf_file import read_gguf
 from sgl_jax.models.loader import load_weights
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.weights import head
 
 

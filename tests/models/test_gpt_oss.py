@@ -13,9 +13,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sgl_jax.models.checkpoint import open_checkpoint
-from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.loader import load_weights
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.mxfp4 import dequantize
 
 LAYER = "model.layers.1.mlp.experts."

@@ -14,9 +14,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sgl_jax.models.checkpoint import open_checkpoint
-from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.loader import OneDevice, aligned_empty, load_weights, random_weights
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.share import share_of
 from sgl_jax.models.weights import Weights, declare, head
 from sgl_jax.parallel.grid import Grid

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from sgl_jax.models import families
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
-from sgl_jax.models.errors import ModelError
 from sgl_jax.models.families import add_package, decoder_config
 from sgl_jax.models.loader import load_weights
+from sgl_jax.models.model_errors import ModelError
 
 MODULE = """
 import dataclasses

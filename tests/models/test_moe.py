@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgl_jax.models.config import MoeConfig
+from sgl_jax.models.decoder_config import MoeConfig
 from sgl_jax.models.layers import gated
 from sgl_jax.models.moe import LayerExperts, dispatch, route
 from sgl_jax.models.weights import Experts, MoeWeights

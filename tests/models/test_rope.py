@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.rope import context_length, resolve_rope
 
 

@@ -15,7 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from sgl_jax.models.checkpoint import open_checkpoint
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.linear import grouped_linear, linear
 from sgl_jax.models.loader import load_weights, random_weights

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from sgl_jax.models.errors import ModelError
 from sgl_jax.models.gpt_oss import view
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.mxfp4 import dequantize, stored_mxfp4
 from sgl_jax.models.safetensors_file import read_safetensors
 from sgl_jax.models.scaled import stored_scaled

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from sgl_jax.multihost.address import Address, parse_address
-from sgl_jax.multihost.errors import HostsError, LinkClosed, WireError
 from sgl_jax.multihost.follower import Follower, connect
+from sgl_jax.multihost.host_errors import HostsError, LinkClosed, WireError
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.multihost.watch import Watch
 from sgl_jax.multihost.wire import (

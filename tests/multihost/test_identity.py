@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from sgl_jax.multihost.identity import differences, identity_of, model_files, shared_flags
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 CONFIGS = {"config.json": {"a": 1, "b": [2]}, "generation_config.json": {}}
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import sgl_jax
 from sgl_jax.engine import startup
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.scaled import Scaled
 from sgl_jax.runtime import platform

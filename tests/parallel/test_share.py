@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sgl_jax.models.config import DecoderConfig, MoeConfig, RopeConfig
+from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig, RopeConfig
 from sgl_jax.models.share import share_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.parallel.grid import Grid

@@ -14,9 +14,9 @@ import pytest
 
 from sgl_jax import Engine
 from sgl_jax import compile as command
-from sgl_jax.planning import commands
-from sgl_jax.planning.programs import ProgramFacts
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.planning import compile_command
+from sgl_jax.planning.launch_programs import ProgramFacts
+from sgl_jax.settings.server_args import ServerArgs
 
 SMALL = ["--dtype", "float32", "--max-running-requests", "1", "--chunked-prefill-size", "2", "--max-total-tokens", "64"]
 NO_PART_OF_A_PROGRAM = (
@@ -40,7 +40,7 @@ def own_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The command sets up logging, the environment and jax for its process, which here is everyone's."""
     before = {name: getattr(jax.config, name) for name in ("jax_platforms", "jax_enable_compilation_cache")}
     monkeypatch.setattr(command.log, "setup", lambda level: None)
-    monkeypatch.setattr(commands, "set_tpu_environment", lambda: None)
+    monkeypatch.setattr(compile_command, "set_tpu_environment", lambda: None)
     yield
     for name, value in before.items():
         jax.config.update(name, value)
@@ -62,10 +62,10 @@ def test_what_a_backend_refuses_while_a_program_is_traced_is_one_line(
         raise ValueError("--attention-backend x cannot do sinks")
 
     flags = ["--model-path", str(stories260k), "--compilation-cache-dir", str(tmp_path), *SMALL]
-    monkeypatch.setattr(commands, "compile_launch", refuses)
+    monkeypatch.setattr(compile_command, "compile_launch", refuses)
     assert command.main(["--topology", "cpu", *flags]) == command.BAD_USE
     assert capsys.readouterr().err.endswith("compile: error: --attention-backend x cannot do sinks\n")
-    assert commands.compile_here(ServerArgs.from_cli(flags)) == commands.FAILED
+    assert compile_command.compile_here(ServerArgs.from_cli(flags)) == commands.FAILED
     assert capsys.readouterr().err.endswith("sgl_jax: error: --attention-backend x cannot do sinks\n")
 
 
@@ -81,7 +81,7 @@ def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path,
     assert re.search(r"5 programs in \d+\.\d s, 0 of them from the cache", first.stderr)
 
     launch = (
-        "import sys; from sgl_jax.observability import log; from sgl_jax.server_args import ServerArgs; "
+        "import sys; from sgl_jax.observability import log; from sgl_jax.settings.server_args import ServerArgs; "
         "from sgl_jax.engine.startup import build_core; log.setup(); build_core(ServerArgs.from_cli(sys.argv[1:]))"
     )
     second = run("-c", launch, *flags, *NO_PART_OF_A_PROGRAM)
@@ -172,9 +172,9 @@ def test_compiling_for_a_gpu_that_is_not_here_is_refused(capsys: pytest.CaptureF
 def test_programs_that_leave_no_room_are_told_the_fraction_that_does() -> None:
     from sgl_jax.planning.model import find_model
     from sgl_jax.planning.plan import make_plan
-    from sgl_jax.planning.report import overflow
+    from sgl_jax.planning.plan_report import overflow
     from sgl_jax.planning.target import find_target
-    from sgl_jax.server_args import ServerArgs
+    from sgl_jax.settings.server_args import ServerArgs
 
     def facts(code: int, temp: int) -> ProgramFacts:
         return ProgramFacts("p", 1.0, False, code, temp, 0, 2, 0)

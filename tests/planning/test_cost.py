@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from sgl_jax.models.config import DecoderConfig, MlaConfig
+from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.planning.cost import Rates, StepCost, step_cost

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.planning.model import PlannedModel, bundled, find_model
 from sgl_jax.planning.plan import Misfit, Plan, make_plan
 from sgl_jax.planning.target import find_target
-from sgl_jax.runtime.topology import NoSuchTopology
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.planning.topology import NoSuchTopology
+from sgl_jax.settings.server_args import ServerArgs
 
 GIB = 1 << 30
 
@@ -48,11 +48,11 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
 
 
 def test_pages_have_128_tokens_for_the_kernels_of_a_tpu_unless_asked_otherwise() -> None:
-    assert plan("Qwen3-8B", "v6e-4").launch.runner.page_size == 128
-    assert plan("Qwen3-8B", "v6e-4", page_size=16).launch.runner.page_size == 16
-    assert plan("Qwen3-8B", "v6e-4", attention_backend="native").launch.runner.page_size == 16
-    assert plan("Qwen3-8B", "v6e-4", attention_backend="native", page_size=1).launch.runner.page_size == 1
-    assert plan("Qwen3-0.6B", "cpu").launch.runner.page_size == 16
+    assert plan("Qwen3-8B", "v6e-4").launch.runner_config.page_size == 128
+    assert plan("Qwen3-8B", "v6e-4", page_size=16).launch.runner_config.page_size == 16
+    assert plan("Qwen3-8B", "v6e-4", attention_backend="native").launch.runner_config.page_size == 16
+    assert plan("Qwen3-8B", "v6e-4", attention_backend="native", page_size=1).launch.runner_config.page_size == 1
+    assert plan("Qwen3-0.6B", "cpu").launch.runner_config.page_size == 16
 
 
 def test_a_topology_is_used_whole_unless_tp_size_says_less() -> None:
@@ -148,8 +148,8 @@ def test_a_hub_id_of_a_bundled_model_needs_no_network_and_a_path_wins(tmp_path: 
 
 def test_limits_are_those_of_all_ranks_together() -> None:
     found = plan("Qwen3-8B", "v6e-8", tp_size=4, dp_size=2, max_running_requests=64, max_total_tokens=65536)
-    assert found.launch.scheduler.max_running_requests == 32
-    assert found.launch.runner.num_rows == 64
+    assert found.launch.scheduler_config.max_running_requests == 32
+    assert found.launch.runner_config.num_rows == 64
     assert found.launch.kv_tokens == 65536
     with pytest.raises(ValueError, match="--max-running-requests is 5; it must be a multiple of --dp-size 2"):
         plan("Qwen3-8B", "v6e-8", tp_size=4, dp_size=2, max_running_requests=5)

@@ -20,8 +20,8 @@ from sgl_jax.runtime.pool import pool_of
 from sgl_jax.runtime.programs import RunnerConfig
 from sgl_jax.runtime.runner import Announce, ModelRunner, announce_to_nobody
 from sgl_jax.runtime.speculate import Drafter
-from sgl_jax.scheduler.config import SchedulerConfig
 from sgl_jax.scheduler.scheduler import Scheduler
+from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.testing.fake_core import fake_info
 
 ROWS, CONTEXT, PAGE_SIZE, PAGES = 4, 96, 4, 120

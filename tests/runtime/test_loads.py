@@ -11,8 +11,8 @@ import pytest
 
 from sgl_jax.parallel.grid import ONE_DEVICE
 from sgl_jax.request import Request, SamplingParams
+from sgl_jax.runtime.device_state import BIAS_WIDTH, IN_PROMPT, DeviceState, initial_state
 from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes, pack_loads
-from sgl_jax.runtime.state import BIAS_WIDTH, IN_PROMPT, DeviceState, initial_state
 from sgl_jax.step_plan import RowLoad
 
 SIZES = LoadSizes(num_rows=200, pages_per_row=300, vocab_size=50)

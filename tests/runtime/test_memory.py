@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from sgl_jax.models.config import DecoderConfig, MlaConfig, RopeConfig
+from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, RopeConfig
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime import memory

@@ -14,9 +14,9 @@ from scipy import stats
 from sgl_jax.parallel.grid import ONE_DEVICE
 from sgl_jax.request import MAX_LOGPROBS, Request, SamplingParams
 from sgl_jax.runtime import sampler
+from sgl_jax.runtime.device_state import DeviceState, initial_state
 from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes
 from sgl_jax.runtime.sampler import SampleLines
-from sgl_jax.runtime.state import DeviceState, initial_state
 from sgl_jax.scheduler.rows import encode_params
 from sgl_jax.step_plan import Param, RowLoad
 

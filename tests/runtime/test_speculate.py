@@ -12,11 +12,11 @@ from small_runner import small_core, small_runner
 
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.runtime import speculate
+from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState
 from sgl_jax.runtime.layout import StepInputs
 from sgl_jax.runtime.programs import STATE
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.runtime.speculate import Drafter, DraftInputs, RowTokens
-from sgl_jax.runtime.state import NO_DRAFT, DeviceState
 from simulated import Client
 
 W, VOCAB = 4, 512

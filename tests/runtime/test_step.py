@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from sgl_jax.benchmark.stages import DEVICE_STAGES
 from sgl_jax.models.families import decoder_config
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import Bucket
@@ -18,6 +17,7 @@ from sgl_jax.runtime.placed_weights import abstract_weights
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
 from sgl_jax.runtime.pool import pool_of
 from sgl_jax.runtime.programs import RunnerConfig, make_programs
+from sgl_jax.tools.benchmark.stages import DEVICE_STAGES
 
 STAGES = set(DEVICE_STAGES)
 

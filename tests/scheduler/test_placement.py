@@ -2,7 +2,7 @@
 
 import pytest
 
-from sgl_jax.scheduler.placement import PLACEMENTS, RankLoads
+from sgl_jax.scheduler.rank_order import PLACEMENTS, RankLoads
 
 IDLE = RankLoads([0, 0, 0, 0], [9, 9, 9, 9])
 BUSY = RankLoads([3, 1, 1, 2], [9, 4, 6, 9])

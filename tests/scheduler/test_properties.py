@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 
 from sgl_jax.engine.messages import Abort, FlushCache
-from sgl_jax.scheduler.placement import PLACEMENTS
+from sgl_jax.scheduler.rank_order import PLACEMENTS
 from sgl_jax.step_plan import row_capacity
 from simulated import Client, make_core
 

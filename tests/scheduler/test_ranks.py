@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from sgl_jax.cache.prefix_cache import PrefixCache
-from sgl_jax.scheduler.config import SchedulerConfig
-from sgl_jax.scheduler.placement import PLACEMENTS
+from sgl_jax.scheduler.rank_order import PLACEMENTS
 from sgl_jax.scheduler.scheduler import Scheduler
+from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.step_plan import StepPlan
 from simulated import make_request, make_scheduler, step_tokens
 

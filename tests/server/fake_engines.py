@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.testing.fake_core import FakeCore
 
 

@@ -4,7 +4,7 @@ import sys
 
 from sgl_jax.observability import log
 from sgl_jax.server.lifecycle import serve
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 if __name__ == "__main__":
     args = ServerArgs.from_cli(sys.argv[2:])

@@ -11,7 +11,7 @@ import pytest
 from gguf import GGUFWriter
 from tokenizers import Tokenizer
 
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text.gguf_vocab import load_gguf_tokenizer
 
 ODD_TEXT = [

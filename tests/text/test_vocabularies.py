@@ -17,7 +17,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text.bpe_merges import merges_of
 from sgl_jax.text.chat_template import ChatTemplate
 from sgl_jax.text.sentencepiece_file import load_sentencepiece

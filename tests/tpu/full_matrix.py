@@ -17,9 +17,9 @@ import matrix_report
 import pytest
 import tpu_programs
 
+from sgl_jax.planning.launch_programs import read_facts
 from sgl_jax.planning.plan import Misfit
-from sgl_jax.planning.programs import read_facts
-from sgl_jax.planning.report import as_data
+from sgl_jax.planning.plan_report import as_data
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, compile_all, matmul_precision
 from sgl_jax.runtime.programs import step_name
 
@@ -66,7 +66,7 @@ def test_launch(model: str, topology: str) -> None:
             faults.extend(f"{name}: {fault}" for fault in tpu_programs.faults(step))
 
     started, used = time.perf_counter(), time.process_time()
-    with jax.default_matmul_precision(matmul_precision(plan.launch.runner.compute_dtype)):
+    with jax.default_matmul_precision(matmul_precision(plan.launch.runner_config.compute_dtype)):
         compile_all(programs.values(), CompileWatch(), read, absent=placement.mesh)
     spent = {"cpu_seconds": round(time.process_time() - used, 1)}  # of all threads, reading the programs included
     data = as_data(plan, sorted(facts, key=lambda each: list(programs).index(each.name)), time.perf_counter() - started)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, QKPrepare, make_ragged_batch
 from sgl_jax.ops.attention.fa import call as fa
-from sgl_jax.runtime import topology
+from sgl_jax.planning import topology
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 

@@ -13,14 +13,14 @@ import jax
 import pytest
 
 from sgl_jax.parallel.placement import Placement
+from sgl_jax.planning import hlo
+from sgl_jax.planning.launch_programs import launch_programs
 from sgl_jax.planning.model import find_model
 from sgl_jax.planning.plan import make_plan
-from sgl_jax.planning.programs import launch_programs
 from sgl_jax.planning.target import find_target
-from sgl_jax.runtime import hlo
 from sgl_jax.runtime.compiler import CompileWatch, compile_all, matmul_precision
 from sgl_jax.runtime.platform import kernels_for
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
@@ -41,7 +41,7 @@ def collectives(topology: str, tokens: int, args: ServerArgs) -> Counter[tuple[s
     kernels = kernels_for(None, target.platform, model.config)
     programs = launch_programs(model.config, plan.launch, target.platform, kernels, placement)
     program = next(each for each in programs if each.name.startswith(f"tokens={tokens} "))
-    with jax.default_matmul_precision(matmul_precision(plan.launch.runner.compute_dtype)):
+    with jax.default_matmul_precision(matmul_precision(plan.launch.runner_config.compute_dtype)):
         calls = compile_all([program], CompileWatch(), lambda *report: None, absent=placement.mesh)
     found = [each for each in hlo.read(calls[program.name].as_text()).collectives() if not each.in_branch]
     return Counter((each.collective or "", array.shape) for each in found for array in each.arrays[-1:])

@@ -11,7 +11,7 @@ from jax import lax
 
 from sgl_jax.ops.grouped_matmul import pallas_tpu
 from sgl_jax.parallel.placement import Placement
-from sgl_jax.runtime.topology import parse, tpu_devices
+from sgl_jax.planning.topology import parse, tpu_devices
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 

@@ -12,16 +12,16 @@ import jax
 
 from sgl_jax.models.weights import site_of
 from sgl_jax.parallel.placement import Placement
+from sgl_jax.planning import hlo
+from sgl_jax.planning.hlo import Instruction, Module
+from sgl_jax.planning.launch_programs import launch_programs
 from sgl_jax.planning.model import find_model
 from sgl_jax.planning.plan import Plan, make_plan
-from sgl_jax.planning.programs import launch_programs
 from sgl_jax.planning.target import find_target
-from sgl_jax.runtime import hlo
 from sgl_jax.runtime.compiler import CompileWatch, Program, compile_all, matmul_precision
-from sgl_jax.runtime.hlo import Instruction, Module
+from sgl_jax.runtime.device_state import state_bytes
 from sgl_jax.runtime.platform import kernels_for
-from sgl_jax.runtime.state import state_bytes
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 MOVES = ("copy", "transpose", "dynamic-slice", "slice", "concatenate", "fusion", "custom-call-done", "call-done")
 PRODUCTS = ("convolution", "dot")
@@ -83,7 +83,7 @@ def step_program(model: str, topology: str, attention: str | None, tokens: int) 
     plan, programs, placement = planned(model, topology, attention)
     step = next(step for step in plan.steps if step.bucket.num_tokens == tokens)
     program = programs[f"tokens={tokens} rows={step.bucket.num_rows}"]
-    with jax.default_matmul_precision(matmul_precision(plan.launch.runner.compute_dtype)):
+    with jax.default_matmul_precision(matmul_precision(plan.launch.runner_config.compute_dtype)):
         calls = compile_all([program], CompileWatch(), lambda *report: None, absent=placement.mesh)
     return read(plan, tokens, step.bucket.num_rows, program, calls[program.name])
 
@@ -97,7 +97,7 @@ def read(plan: Plan, tokens: int, rows: int, program: Program, call: Any) -> Ste
 
 def planned_bytes(step: StepProgram) -> tuple[int, int]:
     """By arithmetic alone, of one device: what a step is given, and what it sums over the devices."""
-    launch, runner = step.plan.launch, step.plan.launch.runner
+    launch, runner = step.plan.launch, step.plan.launch.runner_config
     vocabulary = step.plan.model.config.vocab_size // step.plan.target.num_devices
     state = state_bytes(runner.num_rows, runner.pages_per_row, vocabulary)
     (bucket,) = (each for each in step.plan.steps if each.bucket.num_tokens == step.tokens)

@@ -17,11 +17,11 @@ from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.job import Job, make_job
 from sgl_jax.engine.loop import EngineCore
 from sgl_jax.engine.messages import EngineInfo, MachineLimits, ProfileStatus, Stats
-from sgl_jax.engine.native import LogprobOptions, Params
+from sgl_jax.engine.native_params import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
-from sgl_jax.flags import Setting
 from sgl_jax.request import Json
+from sgl_jax.settings.flags import Setting
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 type Reply = dict[str, Json]  # {"text", "output_ids", "meta_info"}
@@ -31,7 +31,7 @@ class Engine:
     """Loads a model and generates. `server_args` are the flags of the server, in snake case."""
 
     def __init__(self, model_path: str | None = None, **server_args: Setting):
-        from sgl_jax.server_args import BY_NAME, SERVER, ServerArgs
+        from sgl_jax.settings.server_args import BY_NAME, SERVER, ServerArgs
 
         if model_path is None:
             raise TypeError("Engine needs model_path")
@@ -42,7 +42,7 @@ class Engine:
                 raise TypeError(f"Engine has no HTTP server, so {name} would do nothing; leave it out")
         if args.compile_only:
             raise TypeError(
-                "an Engine is there to generate; sgl_jax.planning.commands.compile_here(args) only compiles"
+                "an Engine is there to generate; sgl_jax.planning.compile_command.compile_here(args) only compiles"
             )
 
         def build() -> EngineCore:

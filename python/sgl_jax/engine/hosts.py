@@ -17,7 +17,7 @@ from sgl_jax.multihost.identity import identity_of
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.multihost.wire import Identity
 from sgl_jax.parallel.processes import join_processes
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 # Ends the process at once and says why, from any thread: the engine's own may hang in a collective.
 type Die = Callable[[str], NoReturn]

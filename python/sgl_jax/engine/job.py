@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from sgl_jax.engine.generation import Generation, GenerationRequest, Given
-from sgl_jax.engine.native import Answer, LogprobOptions, Params, sampling_params
+from sgl_jax.engine.native_params import Answer, LogprobOptions, Params, sampling_params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json, SamplingParams
 from sgl_jax.text.tokenizer import Tokenizer

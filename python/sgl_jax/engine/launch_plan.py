@@ -7,18 +7,18 @@ import dataclasses
 
 import numpy as np
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime.buckets import make_buckets
+from sgl_jax.runtime.device_state import MAX_EOS_TOKENS, state_bytes
 from sgl_jax.runtime.memory import MemoryPlan, plan_memory
 from sgl_jax.runtime.placed_weights import weight_bytes
 from sgl_jax.runtime.platform import Platform
 from sgl_jax.runtime.pool import Pool, pool_of
 from sgl_jax.runtime.programs import RunnerConfig
-from sgl_jax.runtime.state import MAX_EOS_TOKENS, state_bytes
-from sgl_jax.scheduler.config import SchedulerConfig
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.scheduler.scheduler_config import SchedulerConfig
+from sgl_jax.settings.server_args import ServerArgs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +26,8 @@ class LaunchPlan:
     grid: Grid
     weight_bytes: int  # of each device
     memory: MemoryPlan  # of each device
-    runner: RunnerConfig
-    scheduler: SchedulerConfig
+    runner_config: RunnerConfig
+    scheduler_config: SchedulerConfig
 
     @property
     def kv_tokens(self) -> int:

@@ -19,12 +19,11 @@ from sgl_jax.engine.hosts import Alone, Die, LeadingCore, lead, unite
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
-from sgl_jax.hub import is_hub_id, local_path
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
-from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import add_package, decoder_config
 from sgl_jax.models.loader import load_weights, random_weights
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.weights import Weights, declare, parameters_per_token
 from sgl_jax.multihost.follower import Follower
 from sgl_jax.multihost.leader import Leader
@@ -38,7 +37,8 @@ from sgl_jax.runtime.placed_weights import Placer, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.scheduler.scheduler import Scheduler
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.hub import is_hub_id, local_path
+from sgl_jax.settings.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
@@ -113,15 +113,15 @@ def build_device_side(
             kv=memory.kv_bytes,
             free=memory.total_bytes - plan.weight_bytes - memory.kv_bytes,
             kv_tokens=plan.kv_tokens,
-            context_length=plan.runner.context_length,
+            context_length=plan.runner_config.context_length,
         )
     )
     placement = Placement.over(devices, grid)
     runner = ModelRunner(
-        model, plan.runner, kernels, placement, stacks_layers=platform.stacks_layers, announce=hosts.announce
+        model, plan.runner_config, kernels, placement, stacks_layers=platform.stacks_layers, announce=hosts.announce
     )
     with _compiling(runner) as compiled:
-        weights = _load(checkpoint, model, plan.runner.weight_dtype, args, platform, placement, compiled)
+        weights = _load(checkpoint, model, plan.runner_config.weight_dtype, args, platform, placement, compiled)
         compiled.result()
     runner.start(weights, barrier=lambda: hosts.agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
@@ -157,24 +157,24 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
     model, plan, runner, devices = device_side.model, device_side.plan, device_side.runner, device_side.devices
     grid, memory = plan.grid, plan.memory
     caches = [
-        PrefixCache(memory.num_pages, plan.runner.page_size, enabled=not args.disable_radix_cache)
+        PrefixCache(memory.num_pages, plan.runner_config.page_size, enabled=not args.disable_radix_cache)
         for _ in range(grid.data)
     ]
-    scheduler = Scheduler(plan.scheduler, caches)
+    scheduler = Scheduler(plan.scheduler_config, caches)
     info = EngineInfo(
         model_path=args.model_path,
         architecture=model.architecture,
-        dtype=plan.runner.compute_dtype,
+        dtype=plan.runner_config.compute_dtype,
         platform=device_side.platform.name,
         device_kind=devices[0].device_kind,
         num_devices=len(devices),
         vocab_size=model.vocab_size,
-        context_length=plan.runner.context_length,
+        context_length=plan.runner_config.context_length,
         eos_token_ids=list(model.eos_token_ids),
-        page_size=plan.runner.page_size,
+        page_size=plan.runner_config.page_size,
         max_total_tokens=plan.kv_tokens,
-        max_running_requests=plan.runner.num_rows,
-        chunked_prefill_size=plan.scheduler.max_prefill_tokens * grid.data,
+        max_running_requests=plan.runner_config.num_rows,
+        chunked_prefill_size=plan.scheduler_config.max_prefill_tokens * grid.data,
         num_programs=len(runner.programs),
         weight_bytes=plan.weight_bytes * len(devices),
         kv_bytes_per_token=memory.bytes_per_token * grid.tensor,

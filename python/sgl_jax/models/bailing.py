@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 
 from sgl_jax.models import glm4_moe
-from sgl_jax.models.config import DecoderConfig, MoeConfig
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, required
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig, replaced
 
 ARCHITECTURES = ("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM")

@@ -7,7 +7,7 @@ import json
 from importlib import resources
 from pathlib import Path
 
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig
 
 PREFIX = "config:"

@@ -9,14 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from sgl_jax.hub import HUGGING_FACE, Downloads, HubError, local_path
 from sgl_jax.models.bundled import bundled_config, bundled_name
-from sgl_jax.models.errors import ModelError
 from sgl_jax.models.gguf import gguf_config, gguf_tensors
 from sgl_jax.models.gguf_file import read_gguf
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.safetensors_file import read_safetensors
 from sgl_jax.models.stored import StoredTensor, share_name
+from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.layers import gated, query_growth, rope_table
 from sgl_jax.models.linear import linear
 from sgl_jax.models.mla import latent_attention

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from sgl_jax.models import glm4_moe
-from sgl_jax.models.config import DecoderConfig, MlaConfig, MoeConfig
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, required
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.names import Rows
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.rope import resolve_rope, yarn_score_scale

@@ -23,13 +23,13 @@ from sgl_jax.models import (
     qwen3,
     qwen_moe,
 )
-from sgl_jax.models.config import DecoderConfig
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.hf_config import eos_token_ids
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.names import TensorNames
-from sgl_jax.models.plan import plan_weights
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
+from sgl_jax.models.weight_plan import plan_weights
 
 FAMILIES: dict[str, ModuleType] = {
     architecture: module

@@ -6,9 +6,9 @@ Gemma 2 caps scores and logits; Gemma 3 norms each head instead and rotates the 
 from __future__ import annotations
 
 from sgl_jax.models import llama
-from sgl_jax.models.config import DecoderConfig, RopeConfig
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import DecoderConfig, RopeConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, layer_windows, required
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig, replaced, without
 from sgl_jax.models.rope import resolve_rope
 

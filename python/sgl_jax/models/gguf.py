@@ -13,8 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sgl_jax.models.errors import ModelError
 from sgl_jax.models.gguf_file import GgufFile, GgufTensor
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.stored import map_file
 
 VERSIONS = (2, 3)

@@ -4,7 +4,7 @@ head is rotated."""
 from __future__ import annotations
 
 from sgl_jax.models import llama
-from sgl_jax.models.config import DecoderConfig, MoeConfig
+from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, required
 from sgl_jax.models.raw_config import RawConfig
 

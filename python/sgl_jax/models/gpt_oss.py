@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from sgl_jax.models import llama
-from sgl_jax.models.config import DecoderConfig, MoeConfig
+from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, layer_windows, required
 from sgl_jax.models.mxfp4 import stored_mxfp4
 from sgl_jax.models.raw_config import RawConfig, replaced, without

@@ -12,9 +12,9 @@ import re
 from collections.abc import Mapping
 
 from sgl_jax.models import llama
-from sgl_jax.models.config import DecoderConfig, MoeConfig
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, required
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig, replaced
 from sgl_jax.models.stored import StoredTensor, joined, share_name
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any, Literal
 
-from sgl_jax.models.config import DecoderConfig, RopeConfig
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import DecoderConfig, RopeConfig
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.rope import context_length, resolve_rope
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from sgl_jax.models.config import Activation, QueryGrowth, RopeConfig
+from sgl_jax.models.decoder_config import Activation, QueryGrowth, RopeConfig
 
 
 def rope_table(positions: Int[Array, " T"], rope: RopeConfig) -> Float[Array, "T rope"]:

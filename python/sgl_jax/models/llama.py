@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, required
 from sgl_jax.models.names import TensorNames
 from sgl_jax.models.raw_config import RawConfig

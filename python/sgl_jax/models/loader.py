@@ -22,13 +22,13 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sgl_jax.models.checkpoint import Checkpoint
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import tensor_names
-from sgl_jax.models.plan import Leaf, flat_weights, leaves_of, plan_weights
 from sgl_jax.models.quantised import Matrix
 from sgl_jax.models.share import Share, as_slice, share_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor, in_memory
+from sgl_jax.models.weight_plan import Leaf, flat_weights, leaves_of, plan_weights
 from sgl_jax.models.weights import Weights, declare
 from sgl_jax.parallel.grid import LONE
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sgl_jax.models.config import MlaConfig
+from sgl_jax.models.decoder_config import MlaConfig
 from sgl_jax.models.linear import linear
 from sgl_jax.models.weights import MlaWeights
 from sgl_jax.ops.norm_rope import rms_norm, rotate

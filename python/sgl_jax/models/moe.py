@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from sgl_jax.models.config import MoeConfig
+from sgl_jax.models.decoder_config import MoeConfig
 from sgl_jax.models.linear import grouped_linear, linear
 from sgl_jax.models.weights import Experts, MoeWeights
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul

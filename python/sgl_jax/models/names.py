@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.stored import StoredTensor
 
 View = Callable[[Mapping[str, StoredTensor]], Mapping[str, StoredTensor]]

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import logging
 
-from sgl_jax.models.config import DecoderConfig, QueryGrowth
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import DecoderConfig, QueryGrowth
 from sgl_jax.models.hf_config import decoder, required
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.names import TensorNames
 from sgl_jax.models.raw_config import RawConfig, replaced
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sgl_jax.models import llama
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.hf_config import decoder, kv_heads, qwen_sliding_windows
 from sgl_jax.models.raw_config import RawConfig
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from sgl_jax.models import llama, qwen2, qwen3
-from sgl_jax.models.config import DecoderConfig, MoeConfig
+from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import qwen_sliding_windows, required
 from sgl_jax.models.raw_config import RawConfig
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from sgl_jax.models.config import RopeConfig
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.decoder_config import RopeConfig
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig
 
 # What each kind reads. Any other key would be a promise we do not keep, so it is refused.

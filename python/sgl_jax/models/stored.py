@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 
 _ROWS = 4096  # read at a time
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from sgl_jax.models.config import DecoderConfig, MlaConfig, MoeConfig
+from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, MoeConfig
 from sgl_jax.models.quantised import Matrix
 from sgl_jax.models.spec import SITES, ExpertSite, Site, WeightSpec
 

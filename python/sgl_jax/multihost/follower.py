@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from sgl_jax.multihost.address import Address
-from sgl_jax.multihost.errors import HostsError, LinkClosed
 from sgl_jax.multihost.handshake import introduce
+from sgl_jax.multihost.host_errors import HostsError, LinkClosed
 from sgl_jax.multihost.watch import SILENCE_S, Watch
 from sgl_jax.multihost.wire import Ended, Identity, Link, Message, Number, Run, Start
 

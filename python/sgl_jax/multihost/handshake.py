@@ -10,7 +10,7 @@ import hmac
 import secrets
 from collections.abc import Callable
 
-from sgl_jax.multihost.errors import HostsError, WireError
+from sgl_jax.multihost.host_errors import HostsError, WireError
 from sgl_jax.multihost.identity import differences
 from sgl_jax.multihost.wire import (
     LIMIT,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sgl_jax import __version__
 from sgl_jax.multihost.wire import Identity, Scalar
-from sgl_jax.server_args import FLAGS, ServerArgs
+from sgl_jax.settings.server_args import FLAGS, ServerArgs
 
 _PACKAGES = ("jax", "jaxlib", "libtpu")
 _BACKENDS = "sgl_jax.attention"  # the entry points of attention backends

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from sgl_jax.multihost.address import Address, peer_name
-from sgl_jax.multihost.errors import HostsError
 from sgl_jax.multihost.handshake import RefusedError, admit
+from sgl_jax.multihost.host_errors import HostsError
 from sgl_jax.multihost.watch import SILENCE_S, Watch
 from sgl_jax.multihost.wire import Ended, Identity, Link, Message, Number, Start, frame, run_message
 

@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from sgl_jax.multihost.errors import HostsError
 from sgl_jax.multihost.handshake import printable
+from sgl_jax.multihost.host_errors import HostsError
 from sgl_jax.multihost.wire import Alive, Ended, Link, Message
 
 BEAT_S = 1.0

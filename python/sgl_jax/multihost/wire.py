@@ -15,7 +15,7 @@ import time
 import msgspec
 import numpy as np
 
-from sgl_jax.multihost.errors import LinkClosed, WireError
+from sgl_jax.multihost.host_errors import LinkClosed, WireError
 
 PROTOCOL = 2  # raised when a message changes; Challenge stays as it is
 HANDSHAKE_LIMIT = 1 << 20  # bytes of a frame, from those who have not proved anything yet

@@ -13,7 +13,7 @@ import math
 import jax
 import numpy as np
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.weights import declare, declare_plain, head
 from sgl_jax.parallel.grid import Grid

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sgl_jax.hub import HUGGING_FACE, Downloads
 from sgl_jax.models.bundled import PREFIX, bundled
 from sgl_jax.models.checkpoint import open_checkpoint
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import add_package, decoder_config
+from sgl_jax.settings.hub import HUGGING_FACE, Downloads
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ from sgl_jax.models.weights import parameters
 from sgl_jax.planning.cost import Bound, StepCost, step_cost
 from sgl_jax.planning.model import PlannedModel
 from sgl_jax.planning.target import Target, find_target
+from sgl_jax.planning.topology import Topology, larger
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.memory import DoesNotFit
 from sgl_jax.runtime.platform import kernels_for
-from sgl_jax.runtime.topology import Topology, larger
-from sgl_jax.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 _FEW_REQUESTS = 8
 _MOST_MEMORY = 0.97  # of a device for weights and KV; the rest is for programs and what they need while they run
@@ -51,26 +51,26 @@ class Plan:
 
     @property
     def full_contexts(self) -> float:
-        return self.launch.kv_tokens / self.launch.runner.context_length
+        return self.launch.kv_tokens / self.launch.runner_config.context_length
 
 
 def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: int) -> Plan:
     """`context`: tokens each row has in the cache when steps are counted. Raises Misfit, or ValueError for a flag."""
     args = dataclasses.replace(args, tp_size=target.num_devices // args.dp_size)
     launch = launch_of(args, model, target)
-    context = min(context, launch.runner.context_length)
-    runner = launch.runner
-    rates = target.rates(runner.compute_dtype)
+    config = launch.runner_config
+    context = min(context, config.context_length)
+    rates = target.rates(config.compute_dtype)
     steps = []
-    for bucket in runner.buckets:
+    for bucket in config.buckets:
         cost = step_cost(
             model.config,
             launch.grid,
-            runner.pool,
+            config.pool,
             bucket,
             context,
-            weight_dtype=runner.weight_dtype,
-            compute_dtype=runner.compute_dtype,
+            weight_dtype=config.weight_dtype,
+            compute_dtype=config.compute_dtype,
         )
         steps.append(
             PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, cost.bound(rates) if rates else None)

@@ -17,7 +17,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from sgl_jax.parallel.grid import MeshAxis
-from sgl_jax.runtime.state import BIAS_WIDTH, IN_PROMPT, DeviceState
+from sgl_jax.runtime.device_state import BIAS_WIDTH, IN_PROMPT, DeviceState
 from sgl_jax.step_plan import RowLoad
 
 _VECTOR_SIZE = 32 << 10  # i32 values of a load's vector: room for many rows, and as cheap to copy as a dispatch

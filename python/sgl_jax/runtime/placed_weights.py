@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.share import Share, share_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.weights import Weights, declare

@@ -7,7 +7,7 @@ from typing import Literal
 
 import jax
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul

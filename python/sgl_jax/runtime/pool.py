@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.attention.backends import Backend, PoolOrder
 
 

@@ -10,19 +10,19 @@ from typing import Any
 import jax
 import numpy as np
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import MeshAxis
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import Program
+from sgl_jax.runtime.device_state import STATE_AXES, DeviceState, initial_state
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes
 from sgl_jax.runtime.placed_weights import weight_axes
 from sgl_jax.runtime.pool import Pool
 from sgl_jax.runtime.speculate import Drafter
-from sgl_jax.runtime.state import STATE_AXES, DeviceState, initial_state
 from sgl_jax.runtime.step import StepSpec, step
 from sgl_jax.step_plan import row_capacity
 

@@ -9,12 +9,13 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import pick
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, matmul_precision
+from sgl_jax.runtime.device_state import DeviceState
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.loads import pack_loads
 from sgl_jax.runtime.machine_limits import Rates, measure_rates
@@ -33,7 +34,6 @@ from sgl_jax.runtime.programs import (
 )
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.speculate import Drafter
-from sgl_jax.runtime.state import DeviceState
 from sgl_jax.runtime.step import StepOutputs
 from sgl_jax.runtime.tracing import JaxTracer
 from sgl_jax.step_plan import StepPlan, StepTokens, TokenScores, empty_plan

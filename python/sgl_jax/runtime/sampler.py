@@ -24,8 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGPROBS
+from sgl_jax.runtime.device_state import IN_PROMPT, DeviceState
 from sgl_jax.runtime.layout import param_of
-from sgl_jax.runtime.state import IN_PROMPT, DeviceState
 from sgl_jax.step_plan import Flag, Param
 
 CANDIDATES = 64

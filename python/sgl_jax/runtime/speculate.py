@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.ops.attention.api import RaggedBatch
+from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.sampler import SampleLines
-from sgl_jax.runtime.state import NO_DRAFT, DeviceState
 
 
 @jax.tree_util.register_dataclass

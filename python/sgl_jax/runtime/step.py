@@ -11,17 +11,17 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sgl_jax.models import decoder
-from sgl_jax.models.config import DecoderConfig
+from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch, make_ragged_batch, split_heads
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import LONE, Grid
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime import sampler, speculate
+from sgl_jax.runtime.device_state import DeviceState, apply_page_updates, store_samples
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.speculate import Drafter
-from sgl_jax.runtime.state import DeviceState, apply_page_updates, store_samples
 from sgl_jax.step_plan import Flag
 
 

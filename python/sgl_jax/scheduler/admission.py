@@ -9,10 +9,10 @@ import numpy as np
 
 from sgl_jax.cache.prefix_cache import Handle, PrefixCache
 from sgl_jax.request import Request
-from sgl_jax.scheduler.config import SchedulerConfig
-from sgl_jax.scheduler.placement import PLACEMENTS, RankLoads
+from sgl_jax.scheduler.rank_order import PLACEMENTS, RankLoads
 from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
+from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 
 
 class Place(NamedTuple):

@@ -26,11 +26,11 @@ import numpy as np
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.request import Request
 from sgl_jax.scheduler.admission import Admission, Place
-from sgl_jax.scheduler.config import SchedulerConfig
 from sgl_jax.scheduler.policy import POLICIES
 from sgl_jax.scheduler.results import StepResult, take_tokens
 from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
+from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan, StepTokens
 
 

@@ -12,11 +12,11 @@ from sgl_jax import __version__
 from sgl_jax.engine.generation import GenerationRequest
 from sgl_jax.observability.metrics import exposition
 from sgl_jax.request import SamplingParams
+from sgl_jax.server.app_state import ServerState, gone, json_response
 from sgl_jax.server.documentation import documented
-from sgl_jax.server.errors import ApiError, unknown_model
+from sgl_jax.server.error_envelope import ApiError, unknown_model
 from sgl_jax.server.responses import ModelCard, ModelInfo, ModelList, ServerInfo, Status, Version
 from sgl_jax.server.sse import unless_disconnected
-from sgl_jax.server.state import ServerState, gone, json_response
 
 _HEALTH_TIMEOUT_S = 20.0
 

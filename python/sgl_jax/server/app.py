@@ -10,12 +10,20 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sgl_jax import __version__
 from sgl_jax.engine.service import GenerationService
-from sgl_jax.server import admin_api, documentation, errors, measuring_api, native_api, openai_chat, openai_completions
-from sgl_jax.server.errors import ApiError
-from sgl_jax.server.state import ServerState
+from sgl_jax.server import (
+    admin_api,
+    documentation,
+    error_envelope,
+    measuring_api,
+    native_api,
+    openai_chat,
+    openai_completions,
+)
+from sgl_jax.server.app_state import ServerState
+from sgl_jax.server.error_envelope import ApiError
 
 if TYPE_CHECKING:
-    from sgl_jax.server_args import ServerArgs
+    from sgl_jax.settings.server_args import ServerArgs
 
 _OPEN_PATHS = frozenset({"/health", "/ready"})
 
@@ -51,7 +59,7 @@ def create_app(service: GenerationService, server_args: ServerArgs) -> FastAPI:
     state = ServerState(service, server_args)
     for module in (openai_chat, openai_completions, native_api, measuring_api, admin_api):
         app.include_router(module.router(state))
-    errors.install(app)
+    error_envelope.install(app)
     documentation.install(app)
     if server_args.api_key is not None:
         app.add_middleware(ApiKeyGuard, api_key=server_args.api_key)

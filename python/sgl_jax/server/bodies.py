@@ -1,5 +1,5 @@
 """Parts of request bodies: types of fields, and the fields that come from tables, which are the sampling parameters
-(request.py) and the features that are not built (not_built.py)."""
+(request.py) and the features that are not built (settings/not_built.py)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from sgl_jax.engine.generation import Given
-from sgl_jax.engine.native import in_our_names, names_in, num_tokens
-from sgl_jax.not_built import NOT_BUILT, Feature
+from sgl_jax.engine.native_params import in_our_names, names_in, num_tokens
 from sgl_jax.request import PARAMETERS, Api, InvalidParameter, Names, Parameter, SamplingParams
+from sgl_jax.settings.not_built import NOT_BUILT, Feature
 
 INT64_MAX = 2**63 - 1
 

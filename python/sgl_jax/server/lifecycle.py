@@ -29,7 +29,7 @@ from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 
 if TYPE_CHECKING:
-    from sgl_jax.server_args import ServerArgs
+    from sgl_jax.settings.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 

@@ -12,10 +12,10 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sgl_jax.engine.messages import MachineLimits, ProfileStatus
+from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.bodies import Body
 from sgl_jax.server.documentation import documented
-from sgl_jax.server.errors import ApiError
-from sgl_jax.server.state import ServerState, json_response
+from sgl_jax.server.error_envelope import ApiError
 
 
 class StartProfileRequest(Body):

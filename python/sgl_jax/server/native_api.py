@@ -14,8 +14,9 @@ from starlette.responses import Response
 
 from sgl_jax.engine.generation import Generation
 from sgl_jax.engine.job import Job, make_job
-from sgl_jax.engine.native import LogprobOptions
+from sgl_jax.engine.native_params import LogprobOptions
 from sgl_jax.request import InvalidParameter
+from sgl_jax.server.app_state import ServerState, encoding, gone, json_response
 from sgl_jax.server.bodies import (
     Body,
     CacheKey,
@@ -30,7 +31,6 @@ from sgl_jax.server.documentation import documented
 from sgl_jax.server.openai_types import DetokenizeRequest, TokenizeRequest
 from sgl_jax.server.responses import Aborted, CacheFlush, DetokenizeResponse, GenerateAnswer, TokenizeResponse
 from sgl_jax.server.sse import DONE, EventStream, event, unless_disconnected
-from sgl_jax.server.state import ServerState, encoding, gone, json_response
 
 Name = Annotated[str, Field(min_length=1)]
 

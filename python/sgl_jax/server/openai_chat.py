@@ -11,8 +11,9 @@ from starlette.responses import Response
 
 from sgl_jax.engine.generation import Generation, GenerationRequest, Given, Update
 from sgl_jax.engine.messages import TokenLogprobs
-from sgl_jax.engine.native import finite
+from sgl_jax.engine.native_params import finite
 from sgl_jax.request import InvalidParameter
+from sgl_jax.server.app_state import ServerState, gone, json_response
 from sgl_jax.server.bodies import openai_params
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.openai_stream import ChunkWriter
@@ -26,7 +27,6 @@ from sgl_jax.server.responses import (
     TopLogprob,
 )
 from sgl_jax.server.sse import DONE, EventStream, unless_disconnected
-from sgl_jax.server.state import ServerState, gone, json_response
 from sgl_jax.server.usage import UsageCounter
 from sgl_jax.text.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sgl_jax.engine.generation import Generation
-from sgl_jax.server.errors import ApiError, as_api_error
+from sgl_jax.server.error_envelope import ApiError, as_api_error
 
 logger = logging.getLogger(__name__)
 

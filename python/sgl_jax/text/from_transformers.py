@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 
 
 def load_with_transformers(folder: Path) -> Tokenizer:

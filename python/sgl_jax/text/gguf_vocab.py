@@ -15,8 +15,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-from sgl_jax.models.errors import ModelError
 from sgl_jax.models.gguf_file import GgufFile, read_gguf
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text.byte_level import LLAMA3_WORDS, QWEN2_WORDS, by_regex
 from sgl_jax.text.sentencepiece_bpe import (
     CONTROL,

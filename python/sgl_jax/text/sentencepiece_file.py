@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text.sentencepiece_bpe import (
     CONTROL,
     NORMAL,

@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text.bpe_merges import merges_of
 from sgl_jax.text.byte_level import CHAR_OF_BYTE, QWEN2_WORDS, by_regex
 

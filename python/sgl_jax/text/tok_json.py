@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders
 from tokenizers.models import BPE
 
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text.bpe_merges import merges_of
 from sgl_jax.text.byte_level import CHAR_OF_BYTE, QWEN2_WORDS, by_regex
 

@@ -11,8 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from sgl_jax.hub import HUGGING_FACE, Downloads, HubError, local_path
-from sgl_jax.models.errors import ModelError
+from sgl_jax.models.model_errors import ModelError
+from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path
 from sgl_jax.text import tok_json
 from sgl_jax.text.byte_level import BYTE_OF_CHAR, CHAR_OF_BYTE
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError, bundled_templates

@@ -1,0 +1,1 @@
+"""Every flag of a launch, how it is read, and where models are found."""

@@ -1,0 +1,287 @@
+"""Flags from a dataclass: its fields, with an About each, become command line, environment, config file and docs.
+
+Imports nothing heavy, so that `--help` is instant, and reads no environment of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from sgl_jax.settings.flag_parser import NOTHING, Elsewhere, FlagError, Parser, hint_about, option_named, said_of
+
+HIDDEN = "***"
+
+type Setting = str | int | float | bool | None  # a flag's value
+
+
+class Rule(NamedTuple):
+    """A limit on a flag's value; `text` completes the sentence "it must be …"."""
+
+    holds: Callable[..., bool]  # of a value of the flag's own type
+    text: str
+
+
+def between(low: float, high: float) -> Rule:
+    return Rule(lambda value: low <= value <= high, f"between {low} and {high}")
+
+
+def at_least(low: int) -> Rule:
+    return Rule(lambda value: value >= low, f"at least {low}")
+
+
+class About(NamedTuple):
+    """Describes a flag beyond its field's name, type and default."""
+
+    group: str
+    help: str
+    unset: str = ""  # what happens when the flag is not given, where the default value does not say it
+    rule: Rule | None = None
+    aliases: tuple[str, ...] = ()
+    metavar: str = ""  # "PATH" also expands a leading ~
+    refused: Mapping[str, str] = types.MappingProxyType({})  # values people try, and why they are not taken
+    secret: bool = False
+    per_host: bool = False  # may differ between the hosts of one engine; all others must be the same on each
+
+
+def required[T](about: About) -> T:
+    return dataclasses.field(metadata={"about": about})
+
+
+def flag[T: Setting](
+    default: T | Callable[[], T],
+    group: str,
+    help: str,
+    *,
+    unset: str = "",
+    rule: Rule | None = None,
+    aliases: tuple[str, ...] = (),
+    metavar: str = "",
+    refused: Mapping[str, str] = types.MappingProxyType({}),
+    secret: bool = False,
+    per_host: bool = False,
+) -> T:
+    """A dataclass field: a default value, or a function that makes it, and an About."""
+    about = About(group, help, unset, rule, aliases, metavar, refused, secret, per_host)
+    if callable(default):
+        return dataclasses.field(default_factory=default, metadata={"about": about})
+    return dataclasses.field(default=default, repr=not about.secret, metadata={"about": about})
+
+
+_KINDS = {int: ("a whole number", "N"), float: ("a number", "X"), str: ("text", "TEXT"), bool: ("true or false", "")}
+_TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+class Flag(NamedTuple):
+    """One field, as the command line, the checks and the documentation see it."""
+
+    field: dataclasses.Field[Any]
+    kind: type
+    optional: bool
+    choices: tuple[str, ...]
+    not_built: str  # the feature it would turn on, with its verb; empty: it is built
+
+    @property
+    def name(self) -> str:
+        return self.field.name
+
+    @property
+    def about(self) -> About:
+        return self.field.metadata["about"]
+
+    @property
+    def option(self) -> str:
+        return option_named(self.name)
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        return (self.option, *self.about.aliases)
+
+    @property
+    def metavar(self) -> str:
+        return "{" + ",".join(self.choices) + "}" if self.choices else self.about.metavar or _KINDS[self.kind][1]
+
+    @property
+    def required(self) -> bool:
+        return self.field.default is self.field.default_factory is dataclasses.MISSING
+
+    @property
+    def default_text(self) -> str:
+        """The default in words."""
+        if self.required:
+            return "required"
+        if self.about.unset:
+            return f"default: {self.about.unset}"
+        if self.kind is bool:
+            return f"default: {'on' if self.field.default else 'off'}"
+        return f"default: {self.field.default}"
+
+    @property
+    def refusals(self) -> list[str]:
+        """Values that are not taken, a sentence each."""
+        found = [f"Refused for now: {self.not_built} not built yet"] if self.not_built else []
+        return found + [f"`{value}` is refused: {reason}" for value, reason in self.about.refused.items()]
+
+    def is_default(self, value: Setting) -> bool:
+        if self.field.default_factory is not dataclasses.MISSING:
+            return value == self.field.default_factory()
+        return not self.required and value == self.field.default
+
+    def shown[T](self, value: T) -> T | str:
+        return HIDDEN if value is not None and self.about.secret else value
+
+    def read(self, value: object) -> object:
+        """Reads text from outside as this flag's type; returns unreadable text as it is, for `check` to refuse."""
+        if not isinstance(value, str):
+            return value
+        if self.kind is bool:
+            return _TRUTH.get(value.lower(), value)
+        if self.kind is str:
+            return os.path.expanduser(value) if self.about.metavar == "PATH" else value
+        try:
+            return self.kind(value)
+        except ValueError:
+            return value
+
+    def check(self, value: object) -> None:
+        """Raises FlagError unless the value is of the type, among the choices and within the limit."""
+        if value is None and self.optional:
+            return
+        said = f"{self.option} is {self.shown(value)}"
+        accepted = (int, float) if self.kind is float else self.kind
+        if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
+            raise FlagError(self.option, f"{said}; it must be {_KINDS[self.kind][0]}")
+        if value == "":
+            raise FlagError(self.option, f"{self.option} is empty; give a value or leave the flag out")
+        if self.not_built:
+            raise FlagError(self.option, f"{said}; {self.not_built} not built yet, leave the flag out")
+        if reason := self.about.refused.get(str(value)):
+            raise FlagError(self.option, f"{said}; {reason}")
+        if self.choices and value not in self.choices:
+            taken = [choice for choice in self.choices if choice not in self.about.refused]
+            raise FlagError(self.option, f"{said}; it must be {' or '.join(taken)}")
+        if self.about.rule and not self.about.rule.holds(value):
+            raise FlagError(self.option, f"{said}; it must be {self.about.rule.text}")
+
+
+def flags_of(cls: type, not_built: Elsewhere = NOTHING) -> tuple[Flag, ...]:
+    """Reads the fields of the class. `not_built` has by patterns of flags the features that are not built."""
+    hints = typing.get_type_hints(cls)
+    flags = []
+    for field in dataclasses.fields(cls):
+        hint, optional, choices = hints[field.name], False, ()
+        if types.NoneType in typing.get_args(hint):
+            (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
+            optional = True
+        if typing.get_origin(hint) is Literal:
+            hint, choices = str, typing.get_args(hint)
+        flags.append(Flag(field, hint, optional, choices, said_of(option_named(field.name), not_built)))
+    return tuple(flags)
+
+
+# --- where values come from: each reader returns raw values by field name ---------------------------------------------
+
+
+def read_command_line(
+    flags: Sequence[Flag],
+    argv: Sequence[str],
+    *,
+    usage: str = "",
+    description: str = "",
+    epilog: str = "",
+    version: str = "",
+    elsewhere: Elsewhere = NOTHING,
+) -> dict[str, str | bool]:
+    """Also takes --config, kept under "config". `--help` and `--version` print and exit."""
+    parser = Parser(
+        usage=usage,
+        description=description,
+        epilog=epilog,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=34),
+    )
+    general = parser.add_argument_group("General")
+    general.add_argument("-h", "--help", action="help", help="show this text and exit")
+    general.add_argument("--version", action="version", version=version, help="show the version and exit")
+    general.add_argument("--config", metavar="FILE", help="a YAML file of flags, one 'page-size: 16' per line")
+    groups: dict[str, Any] = {}
+    for each in flags:
+        if each.about.group not in groups:
+            groups[each.about.group] = parser.add_argument_group(each.about.group)
+        group = groups[each.about.group]
+        text = ". ".join((f"{each.about.help} ({each.default_text})", *each.refusals))
+        if each.kind is bool:
+            group.add_argument(*each.options, dest=each.name, action="store_true", help=text)
+            off = f"--no-{each.option.removeprefix('--')}"
+            group.add_argument(off, dest=each.name, action="store_false", help=argparse.SUPPRESS)
+        else:
+            group.add_argument(*each.options, dest=each.name, metavar=each.metavar, help=text)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise parser.unknown(unknown[0], argv, elsewhere)
+    return vars(given)
+
+
+def read_environ(
+    flags: Sequence[Flag], environ: Mapping[str, str], prefix: str, elsewhere: Elsewhere = NOTHING
+) -> dict[str, str]:
+    """An empty variable counts as unset: that is how compose files and charts leave one out."""
+    # Kubernetes describes every Service of a namespace in variables made from the Service's name, so a Service called
+    # sgl-jax sets SGL_JAX_PORT=tcp://10.0.0.1:30000 and more. They are not ours.
+    service_link = re.compile(
+        rf"{prefix}(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
+    )
+    names = {variable_name(flag, prefix): flag.name for flag in flags} | {f"{prefix}CONFIG": "config"}
+    found = {}
+    for variable, value in environ.items():
+        if not variable.startswith(prefix) or not value:
+            continue
+        if service_link.fullmatch(variable) and (variable not in names or "://" in value):
+            continue
+        if variable not in names:
+            options = {option_named(name): variable for variable, name in names.items()}
+            hint = hint_about(option_named(variable.removeprefix(prefix).lower()), options, elsewhere)
+            raise FlagError(variable, f"the environment variable {variable} names no flag{hint}")
+        found[names[variable]] = value
+    return found
+
+
+def variable_name(flag: Flag, prefix: str) -> str:
+    return prefix + flag.name.upper()
+
+
+def read_config(flags: Sequence[Flag], path: str, elsewhere: Elsewhere = NOTHING) -> dict[str, object]:
+    """Keys are flag names or aliases, with - or _; a null value counts as not given."""
+    import yaml
+
+    names = {option: flag.name for flag in flags for option in flag.options}
+    said = f"--config is {path}"
+    try:
+        with open(os.path.expanduser(path), encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        raise FlagError("--config", f"{said}; it cannot be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FlagError("--config", f"{said}; it is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict | None):
+        raise FlagError("--config", f"{said}; it must hold lines like 'page-size: 16'")
+    found = {}
+    for key, value in (content or {}).items():
+        option = option_named(str(key))
+        name = names.get(option)
+        if name is None:
+            options = {option: option.removeprefix("--") for option in names}
+            hint = hint_about(option, options, elsewhere) or "; --help lists them all"
+            raise FlagError("--config", f"{said}; its key {key} is not a flag{hint}")
+        if name in found:
+            raise FlagError("--config", f"{said}; it sets {name.replace('_', '-')} twice, keep one")
+        found[name] = value
+    return {name: value for name, value in found.items() if value is not None}

@@ -1,0 +1,72 @@
+"""Flags of vLLM and SGLang that are not ours, and the answer to them: for error messages and docs/features/coming_from.md.
+Names are patterns: `*` stands for any text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sgl_jax.settings.not_built import NOT_BUILT, Feature
+
+RENAMED = {
+    "--max-model-len --max-seq-len": "--context-length",
+    "--gpu-memory-utilization": "--mem-fraction-static",
+    "--max-num-seqs": "--max-running-requests",
+    "--max-num-batched-tokens": "--chunked-prefill-size",
+    "--block-size": "--page-size",
+    "--no-enable-prefix-caching": "--disable-radix-cache",
+    "--no-async-scheduling": "--disable-overlap-schedule",
+    "--scheduling-policy": "--schedule-policy",
+    "--tokenizer": "--tokenizer-path",
+    "--seed": "--random-seed",
+    "-tp": "--tp-size",
+    "-dp": "--dp-size",
+    "-ep --enable-expert-parallel": "--ep-size",
+    "--load-balance-method": "--dp-schedule-policy",
+    "--master-addr --nccl-init-addr": "--dist-init-addr",
+    "--log-level-http --uvicorn-log-level": "--log-level",
+}
+
+OTHERWISE = {
+    "--enable-metrics*": "/metrics is always there",
+    "--enable-cache-report --enable-prompt-tokens-details": "answers always say how many tokens were cached",
+    "--enable-prefix-caching": "prefixes are shared unless --disable-radix-cache is given",
+    "--enable-chunked-prefill": "prompts are always computed in chunks, of --chunked-prefill-size",
+    "--async-scheduling": "steps overlap unless --disable-overlap-schedule is given",
+    "--disable-precompile --precompile-* --enforce-eager --disable-cuda-graph* --cuda-graph-* --enable-torch-compile "
+    "--compilation-config": "all programs are compiled before the server is ready, and kept in --compilation-cache-dir",
+    "--enable-dp-attention": "--dp-size is that, and --tp-size then counts the devices of one group",
+    "--headless": "the machine with --node-rank 0 alone has an HTTP server",
+    "--num-gpu-blocks-override": "--max-total-tokens says it in tokens",
+    "--schedule-conservativeness": "when the KV cache is full, requests are preempted; --max-running-requests limits them",
+    "--kv-cache-dtype": "the KV cache has the type of --dtype; a quantised one is not built",
+    "--moe-backend --sampling-backend": "it is chosen for the device",
+    "--model-impl": "models run on our own code only",
+    "--tokenizer-mode --tokenizer-backend": "the model's files decide",
+    "--generation-config --override-generation-config --preferred-sampling-params": "what a request leaves out has the "
+    "defaults of docs/features/sampling.md, for every model",
+    "--enable-deterministic-*": "a request's seed makes its draws repeatable",
+    "--max-logprobs": "a request gets 20 at most",
+    "--log-requests* --enable-log-requests --disable-log-requests --max-log-len": "of a request only one line is logged, "
+    "with its path and status",
+    "--disable-log-stats": "--log-level and --decode-log-interval say what is logged",
+    "--sleep-on-idle": "an idle engine always sleeps",
+    "--revision --code-revision --tokenizer-revision": "a hub model is taken in its newest revision; give a folder with "
+    "another one",
+    "--json-model-override-args --hf-overrides": "change config.json in a folder of your own",
+}
+
+
+def flags_not_built(features: Iterable[Feature] = NOT_BUILT) -> dict[str, str]:
+    """By pattern, the feature that is not built, with its verb."""
+    return {pattern: feature.name for feature in features for pattern in feature.flags.split()}
+
+
+def elsewhere(features: Iterable[Feature] = NOT_BUILT) -> dict[str, str]:
+    """By pattern, the end of the sentence "… is not a flag: …"."""
+    said = {names: f"here it is {ours}" for names, ours in RENAMED.items()} | OTHERWISE
+    found = {name: text for names, text in said.items() for name in names.split()}
+    return found | {pattern: f"{feature} not built" for pattern, feature in flags_not_built(features).items()}
+
+
+ELSEWHERE = elsewhere()

@@ -1,0 +1,81 @@
+"""One table says what is not built: flags, hints, request bodies and documentation follow it."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pydantic
+import pytest
+
+from sgl_jax.server.bodies import Body, feature_of, off_fields, with_fields
+from sgl_jax.server.native_api import GenerateRequest, NativeSamplingParams
+from sgl_jax.server.openai_types import ChatCompletionRequest, CompletionRequest, Message
+from sgl_jax.settings.flag_parser import FlagError
+from sgl_jax.settings.flags import Flag, flags_of
+from sgl_jax.settings.foreign_flags import elsewhere, flags_not_built
+from sgl_jax.settings.not_built import NOT_BUILT, Feature
+from sgl_jax.settings.server_args import FLAGS, ServerArgs
+
+BODIES = {body.__name__: body for body in (GenerateRequest, NativeSamplingParams, ChatCompletionRequest, Message)}
+BODIES["CompletionRequest"] = CompletionRequest
+
+
+def without(name: str) -> tuple[Feature, ...]:
+    found = tuple(feature for feature in NOT_BUILT if feature.name != name)
+    assert len(found) == len(NOT_BUILT) - 1
+    return found
+
+
+def pages(features: tuple[Feature, ...]) -> str:
+    return runpy.run_path(str(Path(__file__).parents[2] / "docs" / "generate.py"))["coming_from"](features)
+
+
+def steps_flag(features: tuple[Feature, ...]) -> Flag:
+    flags = flags_of(ServerArgs, flags_not_built(features))
+    return next(each for each in flags if each.name == "speculative_num_steps")
+
+
+def test_a_row_taken_out_opens_the_door_for_our_own_flags() -> None:
+    with pytest.raises(FlagError, match="speculative decoding is not built yet"):
+        steps_flag(NOT_BUILT).check(3)
+    opened = steps_flag(without("speculative decoding is"))
+    opened.check(3)
+    assert opened.refusals == []
+
+
+def test_a_row_taken_out_opens_the_door_for_flags_fields_bodies_and_documentation() -> None:
+    opened = without("structured output is")
+    for features, closed in ((NOT_BUILT, True), (opened, False)):
+        assert ("--grammar-backend" in elsewhere(features)) == closed
+        assert (feature_of("sampling_params.regex", features) is not None) == closed
+        assert ("regex" in off_fields("NativeSamplingParams", features)) == closed
+        assert ("response_format" in off_fields("ChatCompletionRequest", features)) == closed
+        assert ("| structured output |" in pages(features)) == closed
+
+    @with_fields(off_fields("NativeSamplingParams", opened))
+    class Opened(Body):
+        regex: str | None = None
+
+    assert Opened.model_validate({"regex": "a"}).regex == "a"
+    with pytest.raises(pydantic.ValidationError):
+        NativeSamplingParams.model_validate({"regex": "a"})
+
+
+def test_fields_that_bodies_declare_themselves_ask_for_no_feature_of_the_table() -> None:
+    for name, body in BODIES.items():
+        assert off_fields(name).keys() <= body.model_fields.keys()
+        closed = {field for field, about in body.model_fields.items() if about.annotation is type(None)}
+        assert [field for field in closed - off_fields(name).keys() if feature_of(field)] == []
+
+
+def test_the_table_names_no_body_and_no_field_in_vain() -> None:
+    for feature in NOT_BUILT:
+        for body, fields in [*feature.null.items(), *feature.off.items()]:
+            assert body in BODIES
+            assert set(fields.split()) <= set(feature.fields.split()), feature.name
+
+
+def test_no_flag_of_ours_is_refused_by_accident() -> None:
+    refused = {each.name for each in FLAGS if each.not_built}
+    assert refused == {each.name for each in FLAGS if each.name.startswith("speculative_")}

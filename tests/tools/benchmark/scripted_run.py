@@ -1,0 +1,45 @@
+"""A run of bench_serving's load against a scripted server, in virtual time."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+from scripted_server import Script, ScriptedServer
+from virtual_time import run_in_virtual_time
+
+from sgl_jax.tools.benchmark.arguments import parse_serving
+from sgl_jax.tools.benchmark.figures import ServingRun
+from sgl_jax.tools.benchmark.records import Prompt
+from sgl_jax.tools.benchmark.serving import run_serving
+
+COST = {"weight_bytes": 1_000_000_000, "kv_bytes_per_token": 10_000_000, "parameters_per_token": 50_000_000_000}
+INFO = {"engine": COST | {"vocab_size": 7}}
+LIMITS = {
+    "memory_gb_per_s": 20.0,
+    "matmul_tflop_per_s": 10.0,
+    "dtype": "bfloat16",
+    "device_kind": "abacus",
+    "num_devices": 2,
+}
+
+
+def serving_args(url: str, **changed: Any) -> argparse.Namespace:
+    """bench_serving's flags, with no warm-up, but for those that are `changed`."""
+    args = parse_serving(["--base-url", url, "--warmup-requests", "0", "--disable-tqdm"])
+    assert set(changed) <= set(vars(args))
+    return argparse.Namespace(**vars(args) | changed)
+
+
+async def ran(
+    script: Script, prompts: Sequence[Prompt], tokenizer: Any = None, model: str | None = None, **changed: Any
+) -> tuple[ServingRun, ScriptedServer]:
+    server = ScriptedServer(script)
+    async with server.running():
+        run = await run_serving(serving_args(server.url, **changed), model, prompts, tokenizer)
+    return run, server
+
+
+def bench(script: Script, prompts: Sequence[Prompt], *more: Any, **changed: Any) -> tuple[ServingRun, ScriptedServer]:
+    return run_in_virtual_time(ran(script, prompts, *more, **changed))

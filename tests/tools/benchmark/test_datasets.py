@@ -1,0 +1,492 @@
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sgl_jax.text.chat_template import ChatTemplate
+from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+from sgl_jax.tools.benchmark.arguments import add_dataset_arguments
+from sgl_jax.tools.benchmark.datasets import load_prompts
+from sgl_jax.tools.benchmark.datasets.source import TextSource, bundled_text
+from sgl_jax.tools.benchmark.records import Prompt
+from sgl_jax.tools.benchmark.terminal import BenchmarkError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stories260k: Path) -> Tokenizer:
+    return load_tokenizer(str(stories260k))
+
+
+@pytest.fixture(scope="module")
+def qwen3(shared_data: Path) -> Tokenizer:
+    return load_tokenizer(str(shared_data / "tokenizers" / "qwen3"))
+
+
+def flags(*words: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_dataset_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
+
+
+def load(tokenizer: Tokenizer | None, *words: object, seed: int = 1, vocab_size: int | None = None) -> list[Prompt]:
+    return load_prompts(flags(*words), tokenizer, vocab_size, seed)
+
+
+def shared(a: list[int], b: list[int]) -> int:
+    """How many tokens two prompts begin with together."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+RANDOM = ("--dataset-name", "random", "--num-prompts")
+
+
+# --- random -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_bundled_text_is_small_and_begins_with_the_book() -> None:
+    assert bundled_text().startswith('CHAPTER I\n\n"Well, Prince, so Genoa and Lucca are now just family estates')
+    assert 200_000 < len(bundled_text().encode()) < 300_000
+    assert "gutenberg" not in bundled_text().lower()
+
+
+@pytest.mark.parametrize("length", [2, 3, 17, 250])
+def test_random_text_has_exactly_the_length_the_server_counts(tokenizer: Tokenizer, length: int) -> None:
+    prompts = load(tokenizer, *RANDOM, 25, "--random-input-len", length, "--random-range-ratio", 1)
+    assert [prompt.prompt_len for prompt in prompts] == [length] * 25
+    assert [len(tokenizer.encode(prompt.prompt)) for prompt in prompts] == [length] * 25
+
+
+def test_random_text_is_exact_for_a_big_vocabulary_and_longer_than_the_source(qwen3: Tokenizer) -> None:
+    prompts = load(qwen3, *RANDOM, 2, "--random-input-len", 70_000, "--random-range-ratio", 1)
+    assert [len(qwen3.encode(prompt.prompt)) for prompt in prompts] == [70_000, 70_000]
+    prompts = load(qwen3, *RANDOM, 50, "--random-input-len", 60)
+    assert [len(qwen3.encode(prompt.prompt)) for prompt in prompts] == [prompt.prompt_len for prompt in prompts]
+
+
+def test_random_prompts_share_no_prefix_worth_a_page(qwen3: Tokenizer) -> None:
+    prompts = load(qwen3, *RANDOM, 200, "--random-input-len", 64, "--random-range-ratio", 1)
+    ids = sorted(qwen3.encode(prompt.prompt) for prompt in prompts)
+    assert max(shared(a, b) for a, b in pairwise(ids)) < 8
+
+
+def test_lengths_are_drawn_between_ratio_and_most_and_reach_both_ends(tokenizer: Tokenizer) -> None:
+    words = (*RANDOM, 400, "--random-input", 20, "--random-output", 10, "--random-range-ratio", 0.5)
+    prompts = load(tokenizer, *words)
+    assert {prompt.prompt_len for prompt in prompts} == set(range(10, 21))
+    assert {prompt.output_len for prompt in prompts} == set(range(5, 11))
+
+
+def test_ratio_0_draws_from_the_shortest_text_on(tokenizer: Tokenizer) -> None:
+    prompts = load(tokenizer, *RANDOM, 200, "--random-input", 5, "--random-output", 3)
+    assert {prompt.prompt_len for prompt in prompts} == {2, 3, 4, 5}  # BOS and a text of a token at least
+    assert {prompt.output_len for prompt in prompts} == {1, 2, 3}
+
+
+def test_the_seed_says_it_all(tokenizer: Tokenizer) -> None:
+    for name in ("random", "random-ids", "generated-shared-prefix"):
+        words = ("--dataset-name", name, "--num-prompts", 6, "--random-input-len", 30, "--gsp-num-groups", 3)
+        words += ("--gsp-prompts-per-group", 2, "--gsp-system-prompt-len", 20, "--gsp-question-len", 10)
+        assert load(tokenizer, *words) == load(tokenizer, *words)
+        assert load(tokenizer, *words) != load(tokenizer, *words, seed=2)
+
+
+def test_another_text_can_be_the_source(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("one two three four five six seven eight nine ten " * 5)
+    prompts = load(tokenizer, *RANDOM, 5, "--dataset-path", path, "--random-input-len", 12, "--random-range-ratio", 1)
+    assert len(prompts) == 5
+    assert all(str(prompt.prompt) in path.read_text() for prompt in prompts)
+
+
+def test_a_source_that_runs_out_of_beginnings_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("one two three four five " * 2)
+    with pytest.raises(BenchmarkError, match="too few words for that many different prompts; lower --num-prompts"):
+        load(tokenizer, *RANDOM, 11, "--dataset-path", path, "--random-input-len", 6, "--random-range-ratio", 1)
+
+
+def test_chat_template_and_suffix_count_towards_the_length(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate("<s>{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}bot:")
+    chat = Tokenizer(tokenizer.backend, bos_token="<s>", eos_token="</s>", chat_templates={"default": template})
+    words = ("--random-input-len", 40, "--random-range-ratio", 1, "--apply-chat-template", "--prompt-suffix", " (end)")
+    (prompt,) = load(chat, *RANDOM, 1, *words)
+    assert isinstance(prompt.prompt, str)
+    assert prompt.prompt.startswith("user: ")  # the template's own BOS is left to the server's encoding
+    assert prompt.prompt.endswith(" (end)\nbot:")
+    assert len(chat.encode(prompt.prompt)) == prompt.prompt_len == 40
+
+
+def test_a_frame_longer_than_the_prompt_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(BenchmarkError, match="a prompt of 8 tokens cannot be made: what stands around its text has"):
+        TextSource(tokenizer, np.random.default_rng(0)).piece(8, lambda text: f"{text} and much more of it")
+
+
+def test_tokenized_prompts_are_the_ids_of_their_text(tokenizer: Tokenizer) -> None:
+    words = (*RANDOM, 3, "--random-input-len", 30)
+    texts, ids = load(tokenizer, *words), load(tokenizer, *words, "--tokenize-prompt")
+    assert [prompt.prompt for prompt in ids] == [tokenizer.encode(str(prompt.prompt)) for prompt in texts]
+    assert [prompt.prompt_len for prompt in ids] == [prompt.prompt_len for prompt in texts]
+
+
+# --- token ids --------------------------------------------------------------------------------------------------------
+
+
+def test_random_ids_are_none_of_the_added_tokens(tokenizer: Tokenizer) -> None:
+    prompts = load(
+        tokenizer, "--dataset-name", "random-ids", "--num-prompts", 40, "--random-input", 200, "--random-range-ratio", 1
+    )
+    assert {len(prompt.prompt) for prompt in prompts} == {200}
+    drawn = {token for prompt in prompts for token in prompt.prompt}
+    assert drawn == set(range(3, 512))  # <unk>, <s> and </s> are 0, 1 and 2
+
+
+def test_random_ids_need_no_tokenizer_where_the_vocabulary_is_known() -> None:
+    words = ("--dataset-name", "random-ids", "--num-prompts", 20, "--random-input", 400, "--random-range-ratio", 1)
+    prompts = load(None, *words, vocab_size=640)
+    assert {token for prompt in prompts for token in prompt.prompt} == set(range(10, 630))
+    with pytest.raises(BenchmarkError, match="a vocabulary whose size is not known; give --tokenizer"):
+        load(None, *words)
+
+
+def test_ids_of_the_model_are_not_drawn_beyond_the_tokenizer(tokenizer: Tokenizer) -> None:
+    words = ("--dataset-name", "random-ids", "--num-prompts", 10, "--random-input", 400, "--random-range-ratio", 1)
+    drawn = {token for prompt in load(tokenizer, *words, vocab_size=300) for token in prompt.prompt}
+    assert drawn == set(range(3, 300))
+    drawn = {token for prompt in load(tokenizer, *words, vocab_size=1000) for token in prompt.prompt}
+    assert max(drawn) < 512
+
+
+# --- shared prefixes --------------------------------------------------------------------------------------------------
+
+
+def test_a_group_shares_its_system_prompt_and_nothing_else(tokenizer: Tokenizer) -> None:
+    words = ("--gsp-num-groups", 3, "--gsp-prompts-per-group", 4, "--gsp-output-len", 7)
+    words += ("--gsp-system-prompt-len", 40, "--gsp-question-len", 20)
+    prompts = load(tokenizer, "--dataset-name", "generated-shared-prefix", *words)
+    assert [(prompt.prompt_len, prompt.output_len) for prompt in prompts] == [(60, 7)] * 12
+    ids = [tokenizer.encode(str(prompt.prompt)) for prompt in prompts]
+    assert {len(each) for each in ids} == {60}
+    groups: dict[tuple[int, ...], int] = {}
+    for each in ids:
+        groups[tuple(each[:39])] = groups.get(tuple(each[:39]), 0) + 1
+    assert sorted(groups.values()) == [4, 4, 4]
+    assert max(shared(a, b) for a, b in pairwise(sorted(ids))) < 50
+    order = [list(groups).index(tuple(each[:39])) for each in ids]
+    assert order != sorted(order), "the groups are mixed"
+
+
+def test_num_prompts_limits_the_groups(tokenizer: Tokenizer) -> None:
+    words = ("--dataset-name", "generated-shared-prefix", "--gsp-num-groups", 2, "--gsp-prompts-per-group", 3)
+    words += ("--gsp-system-prompt-len", 20, "--gsp-question-len", 10)
+    assert len(load(tokenizer, *words)) == 6
+    assert load(tokenizer, *words, "--num-prompts", 4) == load(tokenizer, *words)[:4]
+
+
+# --- conversations ----------------------------------------------------------------------------------------------------
+
+
+def turns(*texts: str) -> dict:
+    names = ("human", "gpt")
+    return {"conversations": [{"from": names[i % 2], "value": text} for i, text in enumerate(texts)]}
+
+
+def write(path: Path, entries: list) -> Path:
+    path.write_text("\n".join(each if isinstance(each, str) else json.dumps(each) for each in entries))
+    return path
+
+
+def sharegpt_file(tmp_path: Path, *entries: object) -> Path:
+    path = tmp_path / "sharegpt.json"
+    path.write_text(json.dumps(entries))
+    return path
+
+
+def test_sharegpt_takes_the_first_question_and_its_answers_length(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = sharegpt_file(
+        tmp_path,
+        turns("Once upon a time", "there was a little girl", "and then?", "she slept"),
+        {"conversations": [{"from": "gpt", "value": "no question"}]},
+        {"conversations": []},
+        {
+            "conversations": [
+                {"from": "system", "value": "x"},
+                *turns("Who was there?", "The little cat was")["conversations"],
+            ]
+        },
+    )
+    prompts = load(tokenizer, "--dataset-name", "sharegpt", "--dataset-path", path)
+    assert sorted((str(p.prompt), p.prompt_len, p.output_len) for p in prompts) == [
+        (
+            "Once upon a time",
+            len(tokenizer.encode("Once upon a time")),
+            len(tokenizer.encode("there was a little girl")) - 1,
+        ),
+        ("Who was there?", len(tokenizer.encode("Who was there?")), len(tokenizer.encode("The little cat was")) - 1),
+    ]
+
+
+def test_sharegpt_leaves_out_what_published_results_leave_out(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    def text(num_tokens: int) -> str:
+        return TextSource(tokenizer, np.random.default_rng(0)).piece(num_tokens)
+
+    kept = [(4, 4), (1024, 500), (5, 2043)]
+    left_out = [(3, 50), (50, 3), (1025, 4), (1024, 1025)]
+    path = sharegpt_file(tmp_path, *(turns(text(n), text(out + 1)) for n, out in kept + left_out))
+    words = ("--dataset-name", "sharegpt", "--dataset-path", path)
+    found = [(p.prompt_len, p.output_len) for p in load(tokenizer, *words)]
+    assert sorted(found) == sorted(kept)
+    found = [(p.prompt_len, p.output_len) for p in load(tokenizer, *words, "--sharegpt-context-len", 1029)]
+    assert sorted(found) == [(4, 4), (1025, 4)]
+    found = [(p.prompt_len, p.output_len) for p in load(tokenizer, *words, "--sharegpt-output-len", 9)]
+    assert sorted(found) == [(4, 9), (5, 9), (50, 9), (1024, 9), (1024, 9)]
+
+
+def test_sharegpt_real_conversations(qwen3: Tokenizer, shared_data: Path) -> None:
+    path = shared_data / "datasets" / "sharegpt_like.json"
+    words = ("--dataset-name", "sharegpt", "--dataset-path", path)
+    prompts = load(qwen3, *words, "--num-prompts", 60)
+    assert len(prompts) == 60
+    assert prompts == load(qwen3, *words, "--num-prompts", 60)
+    assert [p.prompt_len for p in prompts] == [len(qwen3.encode(str(p.prompt))) for p in prompts]
+    assert all(p.prompt_len >= 4 and p.output_len >= 4 and p.prompt_len + p.output_len <= 2048 for p in prompts)
+    assert prompts != load(qwen3, *words, "--num-prompts", 60, seed=2)
+
+
+def test_custom_lines_of_every_form_keep_their_order(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    message = {"role": "user", "content": "Tell me more"}
+    answer = {"role": "assistant", "content": "The cat was happy"}
+    template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}bot:")
+    chat = Tokenizer(tokenizer.backend, bos_token="<s>", eos_token="</s>", chat_templates={"default": template})
+    path = write(
+        tmp_path / "custom.jsonl",
+        [
+            {"prompt": "Once upon a time", "output_len": 5},
+            "",
+            {"prompt": [5, 6, 7], "max_tokens": 6},
+            turns("Who was there?", "The little cat was"),
+            {"messages": [message, answer]},
+            {
+                "custom_id": "1",
+                "method": "POST",
+                "url": "/v1/chat/completions",
+                "body": {"model": "m", "messages": [message], "max_completion_tokens": 8},
+            },
+            {
+                "messages": [
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "Tell me"}, {"type": "text", "text": " more"}],
+                    }
+                ],
+                "output_tokens": 9,
+            },
+        ],
+    )
+    words = ("--dataset-name", "custom", "--dataset-path", path)
+    prompts = load(chat, *words)
+    rendered = "user: Tell me more\nbot:"
+
+    def count(text: str) -> int:
+        return len(tokenizer.encode(text))
+
+    assert prompts == [
+        Prompt("Once upon a time", count("Once upon a time"), 5),
+        Prompt([5, 6, 7], 3, 6),
+        Prompt("Who was there?", count("Who was there?"), count("The little cat was") - 1),
+        Prompt([message], count(rendered), count("The cat was happy") - 1),
+        Prompt([message], count(rendered), 8),
+        Prompt([message], count(rendered), 9),
+    ]
+    assert load(chat, *words, "--num-prompts", 2) == prompts[:2]
+    assert {p.output_len for p in load(chat, *words, "--sharegpt-output-len", 3)} == {3}
+    assert load(chat, *words, "--apply-chat-template")[3].prompt == rendered
+    assert load(chat, *words, "--tokenize-prompt")[3].prompt == tokenizer.encode(rendered)
+    assert load(chat, *words, "--prompt-suffix", "!")[3].prompt == [{"role": "user", "content": "Tell me more!"}]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{oops", "custom.jsonl line 2 is not JSON"),
+        ({"text": "x"}, 'custom.jsonl line 2: it needs "prompt", "messages" or "conversations"'),
+        ("[1]", 'custom.jsonl line 2: it needs "prompt", "messages" or "conversations"'),
+        ({"prompt": ""}, 'custom.jsonl line 2: "prompt" must be a text or a list of token ids'),
+        ({"prompt": ["a"]}, 'custom.jsonl line 2: "prompt" must be a text or a list of token ids'),
+        (
+            {"prompt": "x", "output_len": 0},
+            "custom.jsonl line 2: the output length is 0; it must be a whole number above 0",
+        ),
+        ({"prompt": "x"}, 'custom.jsonl line 2: neither an "output_len" nor an answer says how much to generate'),
+        ({"messages": []}, 'custom.jsonl line 2: "messages" has no message to answer'),
+        ({"conversations": []}, 'custom.jsonl line 2: "conversations" has no question with an answer'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "a message has content that is not text",
+        ),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "output_len": 1},
+            "line 2: .* this model has no chat template",
+        ),
+    ],
+)
+def test_a_bad_line_is_named(tokenizer: Tokenizer, tmp_path: Path, line: object, said: str) -> None:
+    path = write(tmp_path / "custom.jsonl", [{"prompt": "fine", "output_len": 1}, line])
+    with pytest.raises(BenchmarkError, match=said):
+        load(tokenizer, "--dataset-name", "custom", "--dataset-path", path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("no", "is not JSON.*; JSON lines are --dataset-name custom"),
+        ("{}", "holds no list of conversations"),
+        ('[{"conversations": [{"value": 1}]}]', "entry 0 is not"),
+        ("[[]]", "entry 0 is not"),
+        ("[]", "nothing in it can be sent"),
+    ],
+)
+def test_a_file_that_is_not_sharegpts_is_refused(tokenizer: Tokenizer, tmp_path: Path, content: str, said: str) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(BenchmarkError, match=said):
+        load(tokenizer, "--dataset-name", "sharegpt", "--dataset-path", path)
+
+
+# --- traces -----------------------------------------------------------------------------------------------------------
+
+
+def mooncake_line(timestamp: int, input_length: int, output_length: int, hash_ids: list[int]) -> dict:
+    return {
+        "timestamp": timestamp,
+        "input_length": input_length,
+        "output_length": output_length,
+        "hash_ids": hash_ids,
+    }
+
+
+def test_equal_hash_ids_are_equal_tokens(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "conversation_trace.jsonl",
+        [
+            mooncake_line(1000, 1100, 5, [46, 47, 48]),
+            mooncake_line(4000, 600, 7, [46, 60]),
+            mooncake_line(2500, 1536, 6, [46, 47, 49]),
+        ],
+    )
+    for given in (path, tmp_path):
+        prompts = load(
+            tokenizer, "--dataset-name", "mooncake", "--dataset-path", given, "--mooncake-slowdown-factor", 2
+        )
+        assert [(p.prompt_len, p.output_len, p.arrival_s) for p in prompts] == [
+            (1100, 5, 0.0),
+            (1536, 6, 3.0),
+            (600, 7, 6.0),
+        ]
+        first, second, third = (p.prompt for p in prompts)
+        assert [len(first), len(second), len(third)] == [1100, 1536, 600]
+        assert (shared(first, second), shared(first, third)) == (1024, 512)
+    assert load(tokenizer, "--dataset-name", "mooncake", "--dataset-path", path, seed=2)[0].prompt != first
+
+
+def test_a_real_trace_has_the_sharing_it_says(shared_data: Path) -> None:
+    words = ("--dataset-name", "mooncake", "--dataset-path", shared_data / "datasets" / "mooncake")
+    prompts = load(None, *words, "--num-prompts", 60, vocab_size=50_000)
+    with (shared_data / "datasets" / "mooncake" / "conversation_trace.jsonl").open() as file:
+        lines = [json.loads(next(file)) for _ in range(60)]
+    lines.sort(key=lambda line: line["timestamp"])
+    assert [p.prompt_len for p in prompts] == [line["input_length"] for line in lines]
+    assert [p.output_len for p in prompts] == [line["output_length"] for line in lines]
+    assert [p.arrival_s for p in prompts] == [line["timestamp"] / 1000 for line in lines]
+    by_id: dict[int, list[int]] = {}
+    for prompt, line in zip(prompts, lines, strict=True):
+        for i, hash_id in enumerate(line["hash_ids"]):
+            block = prompt.prompt[512 * i : 512 * (i + 1)]
+            known = by_id.setdefault(hash_id, block)
+            n = min(len(known), len(block))
+            assert known[:n] == block[:n]
+    blocks = {tuple(block[:8]) for block in by_id.values()}
+    assert len(blocks) == len(by_id), "different ids, different tokens"
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "said"),
+    [
+        ("mooncake", "{}", "line 1 is not a line of a Mooncake trace"),
+        ("mooncake", json.dumps(mooncake_line(0, 513, 1, [1])), "line 1: 513 tokens in blocks of 512, but 1 hash_ids"),
+        ("mooncake", json.dumps(mooncake_line(0, 5, 0, [1])), "line 1: 5 tokens in and 0 out; each must be at least 1"),
+    ],
+)
+def test_a_bad_line_of_a_trace_is_named(tmp_path: Path, name: str, line: str, said: str) -> None:
+    path = tmp_path / "trace"
+    path.write_text(line)
+    with pytest.raises(BenchmarkError, match=said):
+        load(None, "--dataset-name", name, "--dataset-path", path, vocab_size=1000)
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--num-prompts", 0), "--num-prompts: '0' is not a whole number from 1 on"),
+        (("--random-range-ratio", 1.5), "--random-range-ratio: '1.5' is not a number between 0 and 1"),
+        (("--gsp-output-len", 0), "--gsp-output-len: '0' is not a whole number from 1 on"),
+        (("--mooncake-slowdown-factor", 0), "--mooncake-slowdown-factor: '0' is not a number above 0"),
+        (("--mooncake-slowdown-factor", "inf"), "--mooncake-slowdown-factor: 'inf' is not a number above 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_by_name(words: tuple, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        flags(*words)
+    assert exit.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--dataset-name", "sharegpt"), "--dataset-name sharegpt needs --dataset-path; nothing is downloaded"),
+        (
+            ("--dataset-name", "sharegpt", "--dataset-path", "/none"),
+            "--dataset-path is /none; it cannot be read: No such file",
+        ),
+        (("--dataset-name", "random-ids", "--apply-chat-template"), "--apply-chat-template needs prompts of text"),
+        (("--dataset-name", "random-ids", "--prompt-suffix", "x"), "--prompt-suffix needs prompts of text"),
+        (("--random-input", 1, "--random-range-ratio", 1), "a prompt of 1 tokens cannot be made: what stands around"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(tokenizer: Tokenizer, words: tuple, said: str) -> None:
+    with pytest.raises(BenchmarkError, match=said):
+        load(tokenizer, *words)
+
+
+def test_text_needs_a_tokenizer() -> None:
+    with pytest.raises(
+        BenchmarkError, match="--dataset-name is random, whose tokens must be counted; give --tokenizer"
+    ):
+        load(None, vocab_size=1000)
+
+
+def test_a_data_set_smaller_than_asked_for_is_said(
+    tokenizer: Tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write(tmp_path / "custom.jsonl", [{"prompt": "fine", "output_len": 1}])
+    assert len(load(tokenizer, "--dataset-name", "custom", "--dataset-path", path, "--num-prompts", 5)) == 1
+    assert "--num-prompts is 5; the data set has 1" in caplog.text
+
+
+def test_no_name_given_means_random_and_needs_no_file(tokenizer: Tokenizer) -> None:
+    assert len(load(tokenizer, "--dataset-path", "", "--num-prompts", 2, "--random-input", 10)) == 2
+
+
+def test_both_spellings_of_the_lengths() -> None:
+    short = flags("--random-input=5", "--random-output=6")
+    assert (short.random_input_len, short.random_output_len) == (5, 6)
+    long = flags("--random-input-len", 5, "--random-output-len", 6)
+    assert vars(long) == vars(short)

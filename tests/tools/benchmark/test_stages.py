@@ -1,0 +1,136 @@
+"""Where a profile's time went: intervals, sums, the printed table, and files that are no profile."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sgl_jax import profile_stages
+from sgl_jax.tools.benchmark.stages import (
+    DEVICE_STAGES,
+    HOST_STAGES,
+    OTHER,
+    Profile,
+    StageTime,
+    _messages,
+    find_profile,
+    merged,
+    read_profile,
+    stage_of,
+    table,
+    write_perfetto,
+)
+
+MS = 1e6  # ns
+
+# Two steps. On the device a loop of attention holds its own operations, and a copy of no stage runs beside the mlp.
+PROFILE = Profile(
+    steps=[(0.0, 10 * MS), (10 * MS, 20 * MS)],
+    host={
+        "plan": [(0.0, 1 * MS), (10 * MS, 10.5 * MS)],
+        "dispatch": [(1 * MS, 2 * MS), (11 * MS, 12 * MS)],
+        "collect": [(2 * MS, 9 * MS), (12 * MS, 19 * MS)],
+        "process": [(9 * MS, 9.25 * MS), (19 * MS, 19.25 * MS)],
+    },
+    device={stage: [] for stage in DEVICE_STAGES}
+    | {
+        "attention": [(3 * MS, 5 * MS), (3 * MS, 4 * MS), (4.5 * MS, 5 * MS)],
+        "mlp": [(5 * MS, 7 * MS), (13 * MS, 14 * MS)],
+        OTHER: [(6 * MS, 7.5 * MS), (14 * MS, 14.5 * MS)],
+    },
+)
+
+
+def test_time_without_overlaps() -> None:
+    assert merged([(5, 6), (0, 2), (1, 3), (3, 4), (1, 2)]) == [(0, 4), (5, 6)]
+    assert merged([]) == []
+
+
+@pytest.mark.parametrize(
+    ("scope", "stage"),
+    [
+        ("jit(step)/jit(main)/attention/dot_general", "attention"),
+        ("jit(step)/while/body/mlp/logistic", "mlp"),
+        ("jit(step)/prompt_logprobs/logits/dot_general", "prompt_logprobs"),
+        ("jit(step)/attentions/add", OTHER),
+        ("", OTHER),
+    ],
+)
+def test_the_outermost_stage_of_a_path(scope: str, stage: str) -> None:
+    assert stage_of(scope) == stage
+
+
+def test_sums_by_stage() -> None:
+    assert PROFILE.host_times()[0] == StageTime("plan", 2, 1.5)
+    assert PROFILE.device_milliseconds == 2 + 2.5 + 1.5
+    assert PROFILE.device_times() == [
+        StageTime("attention", 3, 2.0),
+        StageTime("mlp", 2, 3.0),
+        StageTime(OTHER, 2, 1.0),  # what ran beside the mlp is the mlp's
+    ]
+
+
+def test_the_printed_table() -> None:
+    assert table(PROFILE) == "\n".join(
+        [
+            "                            count        ms   ms a step    share",
+            "host",
+            "  plan                          2       1.5       0.750",
+            "  dispatch                      2       2.0       1.000",
+            "  collect                       2      14.0       7.000",
+            "  process                       2       0.5       0.250",
+            "device                                  6.0       3.000",
+            "  attention                     3       2.0       1.000    33.3%",
+            "  mlp                           2       3.0       1.500    50.0%",
+            "  other                         2       1.0       0.500    16.7%",
+        ]
+    )
+
+
+def test_a_profile_of_nothing_is_a_table_too() -> None:
+    nothing = Profile([], {stage: [] for stage in HOST_STAGES}, {stage: [] for stage in (*DEVICE_STAGES, OTHER)})
+    assert table(nothing).endswith("  other                         0       0.0       0.000     0.0%")
+
+
+def test_the_perfetto_file_has_a_track_for_the_host_and_for_each_stage(tmp_path: Path) -> None:
+    write_perfetto(PROFILE, tmp_path / "stages.json.gz")
+    events = json.loads(gzip.decompress((tmp_path / "stages.json.gz").read_bytes()))["traceEvents"]
+    tracks = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    spans = [(tracks[e["tid"]], e["name"], e["ts"], e["dur"]) for e in events if e["ph"] == "X"]
+    assert sorted(tracks.values()) == ["attention", "host", "mlp", "other"]
+    assert [span for span in spans if span[0] == "attention"] == [("attention", "attention", 3000.0, 2000.0)]
+    assert [name for track, name, start, _ in spans if track == "host" and start < 10_000] == ["step", *HOST_STAGES]
+
+
+def test_fields_of_a_message_whatever_is_between_them() -> None:
+    # field 1 "ab", field 2 varint 300, field 3 of 8 bytes, field 4 of 4 bytes, field 1 "c"
+    message = b"\x0a\x02ab" + b"\x10\xac\x02" + b"\x19" + bytes(8) + b"\x25" + bytes(4) + b"\x0a\x01c"
+    assert [bytes(found) for found in _messages(memoryview(message), 1)] == [b"ab", b"c"]
+    with pytest.raises(ValueError, match="wire type 3 at byte 1"):
+        list(_messages(memoryview(b"\x0b"), 1))
+
+
+def test_the_newest_profile_of_a_folder(tmp_path: Path) -> None:
+    for seconds, name in ((20, "b"), (30, "a"), (10, "c")):
+        file = tmp_path / name / "vm.xplane.pb"
+        file.parent.mkdir()
+        file.write_bytes(b"")
+        os.utime(file, (seconds, seconds))
+    assert find_profile(tmp_path) == tmp_path / "a" / "vm.xplane.pb"
+    assert find_profile(tmp_path / "c" / "vm.xplane.pb").parent.name == "c"
+
+
+def test_what_is_no_profile_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.xplane.pb").write_bytes(b"\x0b not a profile")
+    with pytest.raises(ValueError, match=r"x\.xplane\.pb is not a profile"):
+        read_profile(tmp_path / "x.xplane.pb")
+    assert profile_stages.main([str(tmp_path)]) == 1
+    assert "is not a profile" in capsys.readouterr().err
+    assert profile_stages.main([str(tmp_path / "none")]) == 1
+    assert "no .xplane.pb file there" in capsys.readouterr().err
+    assert profile_stages.main([str(tmp_path), "--perfeto", "x"]) == 2
+    assert capsys.readouterr().err == "profile_stages: error: --perfeto is not a flag, did you mean --perfetto?\n"

@@ -1,0 +1,364 @@
+"""bench_serving sweep: every case once, results that survive being cut off, and a picture per ISL and OSL."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import struct
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted_server import Script, ScriptedServer
+from virtual_time import run_in_virtual_time
+
+from sgl_jax.bench_serving import main
+from sgl_jax.tools.benchmark import plot, provenance
+from sgl_jax.tools.benchmark.sweep import Sweep
+from sgl_jax.tools.benchmark.sweep_arguments import Case, cases, parse_sweep
+from sgl_jax.tools.benchmark.terminal import BenchmarkError
+from sgl_jax.tools.environment.machine import look
+
+COST = {"weight_bytes": 1_000_000, "kv_bytes_per_token": 1000, "parameters_per_token": 1_000_000}
+LIMITS = {
+    "memory_gb_per_s": 1.0,
+    "matmul_tflop_per_s": 0.01,
+    "dtype": "float32",
+    "device_kind": "abacus",
+    "num_devices": 1,
+}
+# First token after 100 ms, then one every 10 ms.
+EXACT = Script(info={"engine": COST | {"vocab_size": 1000}}, limits=LIMITS)
+GRID = ["--isl", "20", "--osl", "1", "11", "--concurrency", "1", "2", "--dataset-name", "random-ids"]
+
+
+@dataclass
+class Swept:
+    sweep: Sweep
+    calls: list[tuple[str, Any]]
+    folder: Path
+
+    @property
+    def measured(self) -> list[tuple[int, int, int]]:
+        """(ISL, OSL, requests) of the load that was sent in this run, case by case; warm-ups left out."""
+        loads: list[list[tuple[int, int]]] = []
+        for path, body in self.calls:
+            if path == "/measure_limits":  # the last thing before a case's load
+                loads.append([])
+            elif path == "/generate" and loads:
+                loads[-1].append((len(body["input_ids"]), body["sampling_params"]["max_new_tokens"]))
+            elif path == "/flush_cache" and loads:
+                loads[-1].pop()  # the request before a flush was the next case's warm-up
+        return [(*load[0], len(load)) for load in loads]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "results.jsonl").read_text().splitlines()]
+
+
+def swept(folder: Path, *flags: str, script: Script = EXACT, server: Any = "a server") -> Swept:
+    args, _ = parse_sweep([*GRID, "--output-dir", str(folder), "--base-url", "http://scripted", *flags])
+    sweep = Sweep(args, server, "the command")
+
+    async def beside_the_server() -> list[tuple[str, Any]]:
+        async with ScriptedServer(script).running() as scripted:
+            args.base_url = scripted.url
+            if sweep.pending:
+                await sweep.measure(args)
+        return scripted.received
+
+    calls = run_in_virtual_time(beside_the_server())
+    sweep.report()
+    return Swept(sweep, calls, folder)
+
+
+TABLE = """\
+| ISL | OSL | concurrency | input tok/s | output tok/s | TTFT, median (ms) | TPOT, median (ms) | ITL, p99 (ms) \
+| decode, of bandwidth | of matmul rate |
+|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+| 20 | 1 | 1 | 200.0 | 10.0 | 100.0 | – | – | – | 4.2% |
+| 20 | 1 | 2 | 400.0 | 20.0 | 100.0 | – | – | – | 8.4% |
+| 20 | 11 | 1 | 100.0 | 55.0 | 100.0 | 10.00 | 10.00 | 10.3% | 3.1% |
+| 20 | 11 | 2 | 200.0 | 110.0 | 100.0 | 10.00 | 10.00 | 10.5% | 6.2% |
+"""
+
+
+def test_every_case_is_measured_and_the_table_is_right_to_the_digit(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = swept(tmp_path)
+    assert found.measured == [(20, 1, 4), (20, 1, 6), (20, 11, 4), (20, 11, 6)]
+    out, err = capsys.readouterr()
+    assert out == TABLE
+    assert err.splitlines()[-1] == (
+        "sweep: ISL 20, OSL 11, concurrency 2: 200.0 tok/s in, 110.0 tok/s out, TTFT 100.0 ms, TPOT 10.0 ms"
+    )
+    assert found.sweep.failed == []
+
+
+def test_the_cache_is_flushed_between_the_warm_up_and_each_case(tmp_path: Path) -> None:
+    found = swept(tmp_path, "--osl", "1", "--concurrency", "1")
+    paths = [path for path, _ in found.calls]
+    load = ["/generate", "/flush_cache", "/measure_limits", "/get_server_info", *["/generate"] * 4]
+    assert paths == ["/get_server_info", "/v1/models", "/flush_cache", *load]
+
+
+def test_a_line_of_json_says_what_was_measured_and_where(tmp_path: Path) -> None:
+    record = swept(tmp_path, "--osl", "11", "--concurrency", "2", "--tag", "t").records[0]
+    expected = {
+        "isl": 20,
+        "osl": 11,
+        "settings": {
+            "server": "a server",
+            "isl": 20,
+            "osl": 11,
+            "concurrency": 2,
+            "num_prompts": 6,
+            "dataset_name": "random-ids",
+            "tag": "t",
+        },
+        "max_concurrency": 2,
+        "num_prompts": 6,
+        "command": "the command",
+        "commit": provenance.commit(),
+        "machine": provenance.machine(),
+        "start_seconds": None,
+        "completed": 6,
+        "failed": 0,
+        "tag": "t",
+        "machine_limits": LIMITS,
+        "model_cost": COST,
+    }
+    assert {name: record[name] for name in expected} == expected
+    assert record["output_throughput"] == pytest.approx(110.0)
+    assert record["median_tpot_ms"] == pytest.approx(10.0)
+    assert record["decode_bandwidth_share"] == pytest.approx(0.1051)  # (1e6 + 2 x 25.5 x 1000) B / 10 ms / 1 GB/s
+    assert record["matmul_share"] == pytest.approx(0.062)  # 2 x 1e6 x (120 + 66) / 0.6 s / 0.01 TFLOP/s
+
+
+def test_what_is_measured_is_not_measured_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    swept(tmp_path, "--osl", "1")
+    capsys.readouterr()
+    found = swept(tmp_path)
+    assert found.measured == [(20, 11, 4), (20, 11, 6)]
+    out, err = capsys.readouterr()
+    assert out == TABLE
+    assert "2 of 4 cases are in" in err
+    assert swept(tmp_path).calls == []
+    assert capsys.readouterr().out == TABLE
+
+
+def test_other_settings_are_another_measurement(tmp_path: Path) -> None:
+    one = ("--osl", "1", "--concurrency", "1")
+    assert len(swept(tmp_path, *one).measured) == 1
+    for other in (("--seed", "2"), ("--request-rate", "5"), ("--num-prompts", "5"), ("--tag", "t")):
+        assert len(swept(tmp_path, *one, *other).measured) == 1, other
+    assert len(swept(tmp_path, *one, server={"model_path": "m"}).measured) == 1
+    for same in ((), ("--seed", "2"), ("--disable-tqdm",), ("--rounds", "4"), ("--header", "a=b")):
+        assert swept(tmp_path, *one, *same).measured == [], same
+
+
+def test_a_line_that_was_cut_off_costs_its_case_and_no_other(tmp_path: Path) -> None:
+    swept(tmp_path)
+    file = tmp_path / "results.jsonl"
+    whole = file.read_text()
+    file.write_text(whole[:-40])
+    assert swept(tmp_path).measured == [(20, 11, 6)]
+    assert file.read_text().startswith(whole[:-40] + "\n")
+    assert swept(tmp_path).measured == []
+
+
+def test_a_case_that_fails_is_told_the_others_go_on_and_it_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(request: int) -> tuple[int, str] | None:
+        return (400, "too many") if request == 8 else None  # of the second case, after two warm-ups
+
+    found = swept(tmp_path, script=Script(**vars(EXACT) | {"fails": fails}))
+    assert found.sweep.failed == [Case(20, 1, 2, 6)]
+    err = capsys.readouterr().err
+    assert (
+        "sweep: ISL 20, OSL 1, concurrency 2 failed: 1 of 6 requests failed, the first with: "
+        "HTTP 400 from /generate: too many\n" in err
+    )
+    assert [record["failed"] for record in found.records] == [0, 1, 0, 0]
+    assert swept(tmp_path).measured == [(20, 1, 6)]
+
+
+def test_a_case_that_cannot_be_run_at_all_is_told_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(**vars(EXACT) | {"fails": lambda request: (400, "too long") if request == 0 else None})
+    found = swept(tmp_path, script=script)
+    assert found.sweep.failed == [Case(20, 1, 1, 4)]
+    assert "concurrency 1 failed: warming up failed: HTTP 400 from /generate: too long\n" in capsys.readouterr().err
+    assert len(found.records) == 3
+
+
+def test_a_sweep_that_is_stopped_keeps_what_is_complete_and_goes_on_later(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stops(request: int) -> None:
+        if request == 8:  # as Ctrl-C does it
+            next(task for task in asyncio.all_tasks() if "beside_the_server" in repr(task)).cancel()
+
+    with pytest.raises(KeyboardInterrupt):
+        swept(tmp_path, script=Script(**vars(EXACT) | {"fails": stops}))
+    assert swept(tmp_path).measured == [(20, 1, 6), (20, 11, 4), (20, 11, 6)]
+    assert capsys.readouterr().out == TABLE
+
+
+def test_another_engine_without_flushing_and_limits_is_measured_too(
+    tmp_path: Path, stories260k: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handle = ScriptedServer._handle
+
+    async def without_flush(self: ScriptedServer, request: Any) -> Any:
+        response = await handle(self, request)
+        if request.path == "/flush_cache":
+            response.set_status(404)
+        return response
+
+    monkeypatch.setattr(ScriptedServer, "_handle", without_flush)
+    flags = ("--osl", "11", "--concurrency", "1", "2", "--tokenizer", str(stories260k), "--backend", "vllm")
+    found = swept(tmp_path, *flags, script=Script())
+    assert [path for path, _ in found.calls].count("/flush_cache") == 1
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "| 20 | 11 | 2 | 200.0 | 110.0 | 100.0 | 10.00 | 10.00 |"
+    assert err.count("does not report the limits") == 1
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_drawn_for_each_isl_and_osl(tmp_path: Path) -> None:
+    swept(tmp_path)
+    sizes = {}
+    for path in tmp_path.glob("*.png"):
+        content = path.read_bytes()
+        assert content.startswith(b"\x89PNG\r\n\x1a\n")
+        sizes[path.name] = struct.unpack(">II", content[16:24])
+    assert sizes == {"isl20_osl1.png": (720, 576), "isl20_osl11.png": (1440, 576)}
+
+
+def case(concurrency: int, tpot: float | None, ttft: float, throughput: float, osl: int = 8) -> dict[str, Any]:
+    return {
+        "isl": 4,
+        "osl": osl,
+        "model": "tiny",
+        "max_concurrency": concurrency,
+        "median_tpot_ms": tpot,
+        "median_ttft_ms": ttft,
+        "output_throughput": throughput,
+        "input_throughput": throughput * 10,
+    }
+
+
+def test_points_are_by_concurrency_and_of_prompt_tokens_where_nothing_is_decoded() -> None:
+    records = [case(8, 30.0, 200.0, 90.0), case(1, 10.0, 100.0, 30.0)]
+    assert plot.curves(records) == {
+        "TPOT": [(1, 10.0, 30.0), (8, 30.0, 90.0)],
+        "TTFT": [(1, 100.0, 30.0), (8, 200.0, 90.0)],
+    }
+    assert plot.curves([case(1, None, 100.0, 30.0, osl=1)]) == {"TTFT": [(1, 100.0, 300.0)]}
+
+
+def test_the_picture_has_titles_units_and_concurrencies() -> None:
+    figure = plot.sweep_figure([case(8, 30.0, 200.0, 90.0), case(1, 10.0, 100.0, 30.0)])
+    assert figure.get_suptitle() == "ISL 4, OSL 8  ·  tiny"
+    assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes] == [
+        ("median TPOT (ms)", "output throughput (tokens/s)"),
+        ("median TTFT (ms)", "output throughput (tokens/s)"),
+    ]
+    assert [text.get_text() for text in figure.axes[0].texts][:2] == ["1", "8"]
+
+
+def test_without_matplotlib_all_is_measured_and_the_message_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    swept(tmp_path)
+    out, err = capsys.readouterr()
+    assert out == TABLE
+    assert err.splitlines()[-1] == (
+        'sweep: no pictures: drawing needs matplotlib: pip install "sgl-jax[bench]", and run the same command again'
+    )
+
+
+# --- flags ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_published_grid_is_one_command() -> None:
+    command = "--isl 1024 4096 8192 --osl 1 1024 --concurrency 8 16 32 64 128 256 --output-dir d"
+    args, server_flags = parse_sweep(command.split())
+    grid = cases(args)
+    assert server_flags == []
+    assert len(grid) == 36
+    assert (grid[0], grid[-1]) == (Case(1024, 1, 8, 24), Case(8192, 1024, 256, 768))
+    assert (args.random_range_ratio, args.dataset_name) == (1.0, "random")
+
+
+def test_with_a_model_the_servers_flags_are_the_servers() -> None:
+    flags = ["--model-path", "m", "--dtype", "float32", "--port", "5", "--served-model-name", "s", "--seed", "3"]
+    args, server_flags = parse_sweep([*GRID, "--output-dir", "d", *flags])
+    assert server_flags == ["--model-path", "m", "--dtype", "float32", "--port", "5", "--served-model-name", "s"]
+    assert (args.seed, args.served_model_name) == (3, "s")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--max-concurrency", "3"], "--max-concurrency is not for a sweep, which has --concurrency"),
+        (["--random-input", "3"], "--random-input-len is not for a sweep, which has --isl"),
+        (["--output-file", "f"], "--output-file is not for a sweep, which has --output-dir"),
+        (["--plot", "f.png"], "--plot is not for a sweep, which has --output-dir"),
+        (
+            ["--dataset-name", "sharegpt"],
+            "--dataset-name is sharegpt; a sweep sets lengths, choose random or random-ids",
+        ),
+        (["--dtype", "float32"], "--dtype is not a flag of bench_serving; the server's are taken with --model-path"),
+        (
+            ["--model-path", "m", "--base-url", "http://x"],
+            "--model-path starts a server, and --base-url http://x names one that runs; give one",
+        ),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", *GRID, "--output-dir", "d", *flags]) == 2
+    assert capsys.readouterr().err == f"sweep: error: {message}\n"
+
+
+def test_no_server_and_a_refused_flag_of_the_server_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["sweep", *GRID, "--output-dir", str(tmp_path)]
+    assert main([*flags, "--base-url", "http://127.0.0.1:1"]) == 2
+    assert "sweep: error: no server answers at http://127.0.0.1:1" in capsys.readouterr().err
+    assert main([*flags, "--model-path", "m", "--page-size", "48"]) == 2
+    assert "sweep: error: --page-size is 48; it must be a power of two" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BenchmarkError, match=r"^--output-dir: "):
+        swept(tmp_path / "file" / "folder")
+
+
+# --- where a result comes from ----------------------------------------------------------------------------------------
+
+
+def test_the_command_can_be_run_again_and_has_no_secrets() -> None:
+    argv = ["--isl", "1", "--api-key", "k1", "--api-key=k2", "--header", "A=Bearer k3", "B=k4", "--tag", "a b=c"]
+    assert provenance.command("m", argv) == (
+        "python -m m --isl 1 --api-key '***' '--api-key=***' --header 'A=***' 'B=***' --tag 'a b=c'"
+    )
+
+
+def test_the_machine_is_named_by_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = replace(look({}), cpu_model="Some CPU 9000", cpus=3)
+    monkeypatch.setattr(provenance, "look", lambda environment: found)
+    monkeypatch.setattr(platform, "system", lambda: "Some System")
+    assert provenance.machine() == {"cpu": "Some CPU 9000", "cores": 3, "system": "Some System"}

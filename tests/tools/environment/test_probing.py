@@ -1,0 +1,174 @@
+"""Trying a platform out: in a process of its own, bounded, whatever jax does there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from pathlib import Path
+
+import pytest
+from machines import CUDA13, H200, LIBTPU, V5E, facts
+
+from sgl_jax.tools.environment.facts import Device, Facts, Platform, Probe
+from sgl_jax.tools.environment.probing import reason_not_to, try_out, variables
+
+# A jax of four TPU chips, as far as the probe looks.
+FAKE_JAX = """
+import logging
+import os
+from types import SimpleNamespace
+__version__ = "0.12.0.1"
+config = SimpleNamespace(update=lambda name, value: None)
+client = SimpleNamespace(platform_version="a runtime")
+
+def devices(platform):
+    print("a library that prints")
+    os.write(1, b"and one below Python")
+    logging.getLogger("jax").warning("something odd")
+    assert (platform, os.environ["JAX_PLATFORMS"]) == ("tpu", "tpu")
+    return [
+        SimpleNamespace(
+            id=id, device_kind="TPU v5 lite", process_index=id // 2, coords=[id % 2, id // 2, 0], core_on_chip=0,
+            slice_index=0, client=client, memory_stats=memory if id < 2 else refuse,
+        )
+        for id in range(4)
+    ]
+
+def memory():
+    return {"bytes_limit": 16 << 30, "bytes_in_use": 4096}
+
+def refuse():
+    raise RuntimeError("a device of another process")
+
+local_devices = lambda backend: devices(backend)[:2]
+process_index, process_count = lambda: 0, lambda: 2
+device_put = lambda array, device: array
+jit = lambda function: function
+"""
+
+
+def with_jax(tmp_path: Path, source: str) -> dict[str, str]:
+    """An environment in which `import jax` runs this."""
+    (tmp_path / "jax.py").write_text(source)
+    return {**os.environ, "PYTHONPATH": str(tmp_path)}
+
+
+def probed(platform: Platform, environ: dict[str, str], timeout_s: float) -> Probe:
+    with contextlib.ExitStack() as at_exit:
+        return try_out(platform, variables(platform, environ), timeout_s, at_exit)
+
+
+def test_the_cpu_of_this_machine() -> None:
+    probe = probed("cpu", {**os.environ, "JAX_PLATFORMS": "nonsense", "XLA_FLAGS": ""}, 120.0)
+    assert (probe.outcome, probe.message, probe.stage, probe.runtime) == ("ok", "", "computing", "cpu")
+    assert probe.devices == (Device(0, "cpu"),)
+
+
+def test_devices_of_all_processes_are_described(tmp_path: Path) -> None:
+    probe = probed("tpu", with_jax(tmp_path, FAKE_JAX), 60.0)
+    assert (probe.outcome, probe.message) == ("ok", "")
+    assert (probe.jax_version, probe.runtime, probe.process_index, probe.process_count) == (
+        "0.12.0.1",
+        "a runtime",
+        0,
+        2,
+    )
+    assert probe.log == ("something odd", "something odd")
+    assert probe.devices[1:3] == (
+        Device(1, "TPU v5 lite", 0, 16 << 30, 4096, (1, 0, 0), 0, 0),
+        Device(2, "TPU v5 lite", 1, None, None, (0, 1, 0), 0, 0),
+    )
+
+
+def test_a_wrong_product_is_noticed(tmp_path: Path) -> None:
+    source = FAKE_JAX.replace("lambda function: function", "lambda function: lambda x: x")
+    probe = probed("tpu", with_jax(tmp_path, source), 60.0)
+    assert (probe.outcome, probe.stage) == ("failed", "computing")
+    assert probe.message == "ArithmeticError: ones times ones, 128 wide, gave values from 1.0 to 1.0"
+
+
+@pytest.mark.parametrize(
+    ("source", "outcome", "stage", "message"),
+    [
+        (
+            "raise ModuleNotFoundError(\"No module named 'jax'\")",
+            "failed",
+            "importing jax",
+            "ModuleNotFoundError: No module named 'jax'",
+        ),
+        ("assert False", "failed", "importing jax", "AssertionError"),
+        ("import sys; sys.exit(3)", "failed", "importing jax", "SystemExit: 3"),
+        ("import os; os._exit(4)", "crashed", "importing jax", "ended with exit code 4 and said nothing"),
+        ("import os; os.kill(os.getpid(), 11)", "crashed", "importing jax", "killed by SIGSEGV"),
+        (
+            FAKE_JAX.replace("    print(", "    raise RuntimeError('No TPU\\nfound')\n    print("),
+            "failed",
+            "initialising",
+            "RuntimeError: No TPU\nfound",
+        ),
+    ],
+)
+def test_failures_are_told_with_their_stage(
+    tmp_path: Path, source: str, outcome: str, stage: str, message: str
+) -> None:
+    probe = probed("tpu", with_jax(tmp_path, source), 60.0)
+    assert (probe.outcome, probe.stage, probe.message) == (outcome, stage, message)
+
+
+def test_last_words_of_a_crash_are_kept(tmp_path: Path) -> None:
+    source = "import os, sys; print('F0000 check failed', file=sys.stderr); sys.stderr.flush(); os.abort()"
+    probe = probed("tpu", with_jax(tmp_path, source), 60.0)
+    assert (probe.outcome, probe.message, probe.log) == ("crashed", "killed by SIGABRT", ("F0000 check failed",))
+
+
+def has_ended(pid: str) -> bool:
+    """Gone, or dead and waiting for its parent to notice."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return True
+    return state.rpartition(")")[2].split()[0] == "Z"
+
+
+def test_one_that_hangs_is_ended_with_its_children(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    pids.touch()
+    source = (
+        "import os, subprocess, time\n"
+        "child = subprocess.Popen(['sleep', '100'])\n"
+        f"open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{child.pid}}')\n"
+        "time.sleep(100)\n"
+    )
+    probe = probed("tpu", with_jax(tmp_path, source), 3.0)
+    assert (probe.outcome, probe.message, probe.stage) == ("timeout", "no answer in 3 s", "importing jax")
+    deadline = time.monotonic() + 10  # a killed process may have to be given the CPU before it dies
+    for pid in pids.read_text().split():
+        while not has_ended(pid):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+REASONS = [
+    ("cpu", facts(), ""),
+    ("tpu", facts(tpus=V5E), "libtpu is not installed"),
+    ("tpu", facts(packages=(LIBTPU,)), "no chip is visible, and libtpu would lock out others for nothing"),
+    ("tpu", facts(packages=(LIBTPU,), environ={"JAX_FORCE_TPU_INIT": "1"}), ""),
+    ("tpu", facts(packages=(LIBTPU,), tpus=V5E), ""),
+    ("tpu", facts(tpus=V5E, environ={"TPU_LIBRARY_PATH": "/lib/libtpu.so"}), ""),
+    ("gpu", facts(gpus=H200), "no GPU plugin of jax is installed"),
+    ("gpu", facts(packages=(CUDA13,)), ""),
+]
+
+
+@pytest.mark.parametrize(("platform", "given", "reason"), REASONS)
+def test_what_cannot_work_or_would_disturb_is_not_tried(platform: Platform, given: Facts, reason: str) -> None:
+    assert reason_not_to(platform, given) == reason
+
+
+def test_a_probe_sees_one_platform_and_takes_little_of_it() -> None:
+    environ = {"A": "1", "JAX_PLATFORMS": "tpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    common = {"A": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    assert variables("tpu", environ) == {**common, "JAX_PLATFORMS": "tpu"}
+    assert variables("gpu", environ, "cuda") == {**common, "JAX_PLATFORMS": "cuda"}
+    assert variables("gpu", environ, "rocm") == {**common, "JAX_PLATFORMS": "rocm"}
