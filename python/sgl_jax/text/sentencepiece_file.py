@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 
 from sgl_jax.models.model_errors import ModelError
+from sgl_jax.text.protobuf import fields
 from sgl_jax.text.sentencepiece_bpe import (
     CONTROL,
     NORMAL,
@@ -101,48 +101,13 @@ def _special(token: int, texts: list[str], kinds: list[int]) -> str | None:
     return texts[token] if token < len(texts) and kinds[token] == CONTROL else None
 
 
-def _last(fields: dict[int, list[Any]], number: int, default: Any) -> Any:
-    return fields.get(number, [default])[-1]
+def _last(found: dict[int, list[Any]], number: int, default: Any) -> Any:
+    return found.get(number, [default])[-1]
 
 
 def _fields(message: bytes) -> dict[int, list[Any]]:
-    """A message's values by field number: varints as int, all else as bytes."""
+    """Return a message's values by field number: varints as int, all else as bytes."""
     found: dict[int, list[Any]] = {}
-    for number, value in _read(message):
+    for number, value in fields(message):
         found.setdefault(number, []).append(value)
     return found
-
-
-def _read(message: bytes) -> Iterator[tuple[int, Any]]:
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        match key & 7:
-            case 0:
-                value, at = _varint(message, at)
-                yield key >> 3, value
-                continue
-            case 1:
-                size = 8
-            case 2:
-                size, at = _varint(message, at)
-            case 5:
-                size = 4
-            case other:
-                raise ValueError(f"wire type {other} at byte {at}")
-        if at + size > len(message):
-            raise ValueError("it ends too early")
-        yield key >> 3, message[at : at + size]
-        at += size
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if at >= len(message) or shift > 63:
-            raise ValueError("it ends too early")
-        byte = message[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at
