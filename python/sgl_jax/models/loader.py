@@ -23,7 +23,7 @@ from jax.typing import DTypeLike
 
 from sgl_jax.models.checkpoint import Checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.families import tensor_names
+from sgl_jax.models.families import FAMILIES, Families, tensor_names
 from sgl_jax.models.quantised import Matrix
 from sgl_jax.models.share import Share, as_slice, share_of
 from sgl_jax.models.spec import WeightSpec
@@ -66,6 +66,7 @@ def load_weights(
     config: DecoderConfig,
     dtype: DTypeLike,
     *,
+    families: Families = FAMILIES,
     rounded_to: DTypeLike | None = None,
     placer: Placer | None = None,
     report: Report | None = None,
@@ -77,7 +78,7 @@ def load_weights(
     tensors = checkpoint.tensors
     if rounded_to is not None:
         tensors = {name: tensor.rounded(rounded_to) for name, tensor in tensors.items()}
-    leaves = plan_weights(tensors, config, dtype, tensor_names(config), source=str(checkpoint.path))
+    leaves = plan_weights(tensors, config, dtype, tensor_names(config, families), source=str(checkpoint.path))
     leaves.sort(key=lambda leaf: leaf.path.startswith(".layers"))  # the two big ones first, at the same time
     total = sum(leaf.nbytes for leaf in leaves)
     placed, done = {}, 0

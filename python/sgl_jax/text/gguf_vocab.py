@@ -66,14 +66,16 @@ def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
 
 
+_LLAMA3 = _Pre(by_regex(LLAMA3_WORDS), ignore_merges=True, add_bos=True)
 _PRE = {
     "gpt-2": _Pre(_gpt2),
     "smollm": _Pre(_digits_then_gpt2),
     "qwen2": _Pre(by_regex(QWEN2_WORDS), normalizer=normalizers.NFC),
     "default": _Pre(by_regex(*_LLAMA_CPP_DEFAULT)),
-    "llama-bpe": _Pre(by_regex(LLAMA3_WORDS), ignore_merges=True, add_bos=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
 }
-_PRE["llama3"] = _PRE["llama-v3"] = _PRE["llama-bpe"]
 
 
 def load_gguf_tokenizer(path: str | Path) -> GgufTokenizer:

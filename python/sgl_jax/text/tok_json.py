@@ -31,8 +31,11 @@ CHAT_TEMPLATE = """\
 
 _SPLITS = {"V1": QWEN2_WORDS}  # by the name in word_split
 # Special tokens that a text may hold; the others are spelled with regular tokens there.
-_ALLOWED = {"<|pad|>", "<|separator|>", EOS}
-_ALLOWED |= {f"<|reserved_{i}|>" for i in range(3, 128)} | {f"<|control{i}|>" for i in range(1, 705)}
+_ALLOWED = {
+    *("<|pad|>", "<|separator|>", EOS),
+    *(f"<|reserved_{i}|>" for i in range(3, 128)),
+    *(f"<|control{i}|>" for i in range(1, 705)),
+}
 
 
 def load_tok_json(path: Path) -> Tokenizer:
