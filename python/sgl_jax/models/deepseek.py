@@ -36,7 +36,7 @@ _SERVED: dict[str, dict[str, tuple[Any, ...]]] = {
         **{"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")},
     },
     "DeepseekV3ForCausalLM": {
-        **{"attention_bias": (False,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+        **{"attention_bias": (False,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)}
     },
 }
 
