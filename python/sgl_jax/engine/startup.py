@@ -21,7 +21,7 @@ from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.families import add_package, decoder_config
+from sgl_jax.models.families import Families, decoder_config, known_families
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.weights import Weights, declare, parameters_per_token
@@ -100,11 +100,12 @@ def build_device_side(
         logger.warning(log.unused_devices_line(platform.name, len(devices), present, args.dp_size))
 
     device_bytes = hosts.agree(device_memory(here[0]) // _sharers(here))
+    families = known_families(args.model_package)
     # What cannot be is said at once: before the weights are fetched, and before they are read.
     if (configs := _configs_ahead(args)) is not None:
-        accept(_decide(args, configs, platform, device_bytes)[2])
+        accept(_decide(args, families, configs, platform, device_bytes)[2])
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
-    model, kernels, plan = _decide(args, checkpoint, platform, device_bytes)
+    model, kernels, plan = _decide(args, families, checkpoint, platform, device_bytes)
     accept(plan)
     memory = plan.memory
     logger.info(
@@ -121,7 +122,9 @@ def build_device_side(
         model, plan.runner_config, kernels, placement, stacks_layers=platform.stacks_layers, announce=hosts.announce
     )
     with _compiling(runner) as compiled:
-        weights = _load(checkpoint, model, plan.runner_config.weight_dtype, args, platform, placement, compiled)
+        weights = _load(
+            checkpoint, model, families, plan.runner_config.weight_dtype, args, platform, placement, compiled
+        )
         compiled.result()
     runner.start(weights, barrier=lambda: hosts.agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
@@ -143,11 +146,9 @@ def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
 
 
 def _decide(
-    args: ServerArgs, checkpoint: Checkpoint, platform: Platform, device_bytes: int
+    args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int
 ) -> tuple[DecoderConfig, Kernels, LaunchPlan]:
-    if args.model_package is not None:
-        add_package(args.model_package)
-    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
+    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
     return model, kernels, plan
@@ -213,6 +214,7 @@ def _sharers(devices: list[jax.Device]) -> int:
 def _load(
     checkpoint: Checkpoint,
     model: DecoderConfig,
+    families: Families,
     dtype: str,
     args: ServerArgs,
     platform: Platform,
@@ -233,7 +235,9 @@ def _load(
         else:
             # A quantised GGUF means the same weights whatever the dtype: those of the model it was made from.
             rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
-            weights = load_weights(checkpoint, model, dtype, rounded_to=rounded_to, placer=placer, report=report)
+            weights = load_weights(
+                checkpoint, model, dtype, families=families, rounded_to=rounded_to, placer=placer, report=report
+            )
     return stack_layers(weights, placement, declare(model, dtype, stacked=True)) if platform.stacks_layers else weights
 
 
