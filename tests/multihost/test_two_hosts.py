@@ -110,7 +110,7 @@ def test_the_first_ends_the_others(stories260k: Path, tmp_path: Path) -> None:
         all_hosts.leader.process.send_signal(signal.SIGTERM)
         assert all_hosts.leader.wait() == 0
         assert follower.wait() == 0
-        assert "Machine 0 has ended" in follower.text()
+        assert "Host 0 has ended" in follower.text()
 
 
 def test_start_up_names_the_missing_hosts_and_gives_up(stories260k: Path, tmp_path: Path) -> None:
