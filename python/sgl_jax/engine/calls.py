@@ -1,4 +1,4 @@
-"""Commands that the engine answers: each is sent with a number, under which its answer comes back."""
+"""Calls of the engine: a command is sent with a number, and its answer comes back with the same number."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ type Answer = int | MachineLimits | ProfileStatus
 
 
 class Calls:
-    """The calls that wait for their answer."""
+    """Calls that wait for their answer."""
 
     def __init__(self, check_ready: Callable[[], None], send: Callable[[Command], None]):
         self._check_ready, self._send = check_ready, send
@@ -20,17 +20,17 @@ class Calls:
         self._waiting: dict[int, asyncio.Future[Answer]] = {}
 
     async def ask[T: Answer](self, command: Callable[[int], Command], answer: type[T]) -> T:
-        """Sends the command made for a new call and waits for its answer; raises what the engine refuses."""
+        """Send the command made for a new call and wait for its answer. Raises Conflict or InvalidParameter for a refusal."""
         self._check_ready()
         call = next(self._numbers)
-        self._send(command(call))  # before anything is kept: a command may be impossible to encode
+        self._send(command(call))  # before the call is kept, since a command may be impossible to encode
         self._waiting[call] = future = asyncio.get_running_loop().create_future()
         found = await future
         assert isinstance(found, answer)
         return found
 
     def answer(self, call: int, answer: Answer | Exception) -> None:
-        """Hands the answer to the one who waits, if someone still does."""
+        """Hand the answer to its caller, if it still waits."""
         future = self._waiting.pop(call, None)
         if future is None or future.done():
             return
@@ -40,6 +40,6 @@ class Calls:
             future.set_result(answer)
 
     def fail(self, error: Exception) -> None:
-        """Ends every call with the error."""
+        """End every call with the error."""
         for call in list(self._waiting):
             self.answer(call, error)

@@ -21,9 +21,9 @@ from sgl_jax.engine.generation import (
     Choice,
     Conflict,
     EngineFailed,
+    FinishType,
     Generation,
     GenerationRequest,
-    Outcome,
     ServiceUnavailable,
 )
 from sgl_jax.engine.messages import (
@@ -61,7 +61,6 @@ class GenerationService:
         self,
         transport: Transport,
         tokenizer: Tokenizer,
-        *,
         stream_interval: int = 1,
         max_queued_requests: int | None = None,
     ):
@@ -210,7 +209,7 @@ class GenerationService:
             min_tokens=params.min_tokens,
         )
 
-    def _drop(self, keys: Iterable[int], outcome: Outcome) -> None:
+    def _drop(self, keys: Iterable[int], outcome: FinishType) -> None:
         """Aborts those of the choices that the engine still runs; nobody waits for them any more."""
         live = self._choices.drop(keys, outcome)
         if live and self._failure is None:

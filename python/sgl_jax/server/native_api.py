@@ -13,7 +13,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sgl_jax.engine.generation import Generation
-from sgl_jax.engine.job import Job, make_job
+from sgl_jax.engine.native_call import NativeCall, native_call
 from sgl_jax.engine.native_params import LogprobOptions
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState, encoding, gone, json_response
@@ -125,7 +125,7 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-def _job(state: ServerState, body: GenerateRequest) -> Job:
+def _job(state: ServerState, body: GenerateRequest) -> NativeCall:
     asked = body.sampling_params
     params = (
         None if asked is None else native_params(asked) if isinstance(asked, Body) else list(map(native_params, asked))
@@ -136,10 +136,10 @@ def _job(state: ServerState, body: GenerateRequest) -> Job:
         logprob_start_len=-1 if body.logprob_start_len is None else body.logprob_start_len,
         return_text_in_logprobs=bool(body.return_text_in_logprobs),
     )
-    return make_job(state.tokenizer, body.text, body.input_ids, params, body.rid, options, body.extra_key or "")
+    return native_call(state.tokenizer, body.text, body.input_ids, params, body.rid, options, body.extra_key or "")
 
 
-async def _events(job: Job, generation: Generation) -> AsyncIterator[bytes]:
+async def _events(job: NativeCall, generation: Generation) -> AsyncIterator[bytes]:
     async for answer in job.stream_of(generation):
         yield event(answer)
     yield DONE
