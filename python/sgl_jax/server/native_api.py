@@ -1,4 +1,4 @@
-"""POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache.
+"""Native API: POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache.
 
 Fields of type None are SGLang's but not supported here: any value but null is refused, by name.
 """
@@ -16,7 +16,7 @@ from sgl_jax.engine.generation import Generation
 from sgl_jax.engine.native_call import NativeCall, native_call
 from sgl_jax.engine.native_params import LogprobOptions
 from sgl_jax.request import InvalidParameter
-from sgl_jax.server.app_state import ServerState, encoding, gone, json_response
+from sgl_jax.server.app_state import ServerState, encoding, json_response
 from sgl_jax.server.bodies import (
     Body,
     CacheKey,
@@ -30,7 +30,7 @@ from sgl_jax.server.bodies import (
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.openai_types import DetokenizeRequest, TokenizeRequest
 from sgl_jax.server.responses import Aborted, CacheFlush, DetokenizeResponse, GenerateAnswer, TokenizeResponse
-from sgl_jax.server.sse import DONE, EventStream, event, unless_disconnected
+from sgl_jax.server.sse import DONE, EventStream, event, json_unless_disconnected
 
 Name = Annotated[str, Field(min_length=1)]
 
@@ -76,12 +76,11 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/generate", **documented(GenerateAnswer, stream=True))
     async def generate(body: GenerateRequest, request: Request) -> Response:
         texts = [body.text] if isinstance(body.text, str) else body.text or ()
-        job = await encoding(sum(map(len, texts)), _job, state, body)
+        call = await encoding(sum(map(len, texts)), _call, state, body)
         if body.stream:
-            generation = job.submit(state.service, stream=True)
-            return EventStream(generation, _events(job, generation))
-        found = await unless_disconnected(request, job.result(state.service))
-        return gone() if found is None else json_response(found)
+            generation = call.submit(state.service, stream=True)
+            return EventStream(generation, _events(call, generation))
+        return await json_unless_disconnected(request, call.result(state.service))
 
     @routes.post("/tokenize", **documented(TokenizeResponse, model=True))
     async def tokenize(body: TokenizeRequest) -> Response:
@@ -125,21 +124,18 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-def _job(state: ServerState, body: GenerateRequest) -> NativeCall:
-    asked = body.sampling_params
-    params = (
-        None if asked is None else native_params(asked) if isinstance(asked, Body) else list(map(native_params, asked))
-    )
+def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
+    params = body.sampling_params
+    if params is not None:
+        params = native_params(params) if isinstance(params, Body) else [native_params(each) for each in params]
+    start = -1 if body.logprob_start_len is None else body.logprob_start_len
     options = LogprobOptions(
-        return_logprob=bool(body.return_logprob),
-        top_logprobs_num=body.top_logprobs_num or 0,
-        logprob_start_len=-1 if body.logprob_start_len is None else body.logprob_start_len,
-        return_text_in_logprobs=bool(body.return_text_in_logprobs),
+        bool(body.return_logprob), body.top_logprobs_num or 0, start, bool(body.return_text_in_logprobs)
     )
     return native_call(state.tokenizer, body.text, body.input_ids, params, body.rid, options, body.extra_key or "")
 
 
-async def _events(job: NativeCall, generation: Generation) -> AsyncIterator[bytes]:
-    async for answer in job.stream_of(generation):
+async def _events(call: NativeCall, generation: Generation) -> AsyncIterator[bytes]:
+    async for answer in call.stream_of(generation):
         yield event(answer)
     yield DONE
