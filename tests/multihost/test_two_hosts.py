@@ -61,7 +61,6 @@ def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(
         # Penalties and logit bias go ahead of a step in programs of their own.
         params = {"max_new_tokens": 8, "repetition_penalty": 1.3, "logit_bias": {"17": 50.0}}
         assert all_hosts.ask(prompts()[0], **params).json()["output_ids"][0] == 17
-        assert "over several machines" in httpx.post(f"{all_hosts.url}/measure_limits", timeout=60).text
 
         answers: list[httpx.Response] = []
         asking = [

@@ -6,9 +6,9 @@ import asyncio
 import itertools
 from collections.abc import Callable
 
-from sgl_jax.engine.messages import Command, MachineLimits, ProfileStatus
+from sgl_jax.engine.messages import Command, ProfileStatus
 
-type Answer = int | MachineLimits | ProfileStatus
+type Answer = int | ProfileStatus
 
 
 class Calls:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Protocol
-
 import numpy as np
 
 from sgl_jax.engine.messages import (
@@ -17,10 +14,6 @@ from sgl_jax.engine.messages import (
     FlushCache,
     Generate,
     GetProfile,
-    LimitsMeasured,
-    MachineLimits,
-    MeasureLimits,
-    Refused,
     StartProfile,
     StopProfile,
 )
@@ -28,35 +21,16 @@ from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import FinishReason, Request
 from sgl_jax.scheduler.scheduler import Scheduler
 
-logger = logging.getLogger(__name__)
-
-
-class Rates(Protocol):
-    """The rates measured of all devices together."""
-
-    @property
-    def read_bytes_per_s(self) -> float: ...
-
-    @property
-    def matmul_flop_per_s(self) -> float: ...
-
-
-class Measurable(Protocol):
-    def measure_limits(self) -> Rates:
-        """Measure what the devices can do. Raises ValueError, with a line for the user, where that is impossible."""
-        ...
-
 
 class Commands:
     def __init__(
         self,
         scheduler: Scheduler,
-        devices: Measurable,
         info: EngineInfo,
         profiler: Profiler,
         random_seed: int | None,
     ):
-        self._scheduler, self._devices, self._info, self._profiler = scheduler, devices, info, profiler
+        self._scheduler, self._info, self._profiler = scheduler, info, profiler
         self._seeds = np.random.default_rng(random_seed)
         self._num_arrived = 0
         self._answers: list[Event] = []
@@ -82,8 +56,6 @@ class Commands:
                 self._aborted += [Finished(key, reason) for key in keys if self._scheduler.abort(key)]
             case FlushCache(call=call):
                 self._answers.append(CacheFlushed(call, self._scheduler.flush()))
-            case MeasureLimits(call=call):
-                self._answers.append(self._measure_limits(call))
             case StartProfile() | StopProfile() | GetProfile():
                 self._answers.append(self._profiler.handle(command))
 
@@ -102,30 +74,6 @@ class Commands:
             max_total_tokens=len(command.prompt_ids) + min(params.max_tokens or room, room),
             stop_token_ids=np.array(sorted({*eos, *params.stop_token_ids}), np.int32),
             arrival=self._num_arrived,
-        )
-
-    def _measure_limits(self, call: int) -> LimitsMeasured | Refused:
-        s, info = self._scheduler, self._info
-        if s.has_requests:
-            return Refused(
-                call,
-                f"{s.num_running} requests run and {len(s.waiting)} wait, and would be measured along; "
-                "ask again when there are none",
-            )
-        logger.info("Measuring the limits of %s; requests that come meanwhile wait", info.device_kind)
-        try:
-            found = self._devices.measure_limits()
-        except ValueError as error:
-            return Refused(call, str(error))
-        return LimitsMeasured(
-            call,
-            MachineLimits(
-                memory_gb_per_s=found.read_bytes_per_s / 1e9,
-                matmul_tflop_per_s=found.matmul_flop_per_s / 1e12,
-                dtype=info.dtype,
-                device_kind=info.device_kind,
-                num_devices=info.num_devices,
-            ),
         )
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from sgl_jax.engine.commands import Commands, Measurable
+from sgl_jax.engine.commands import Commands
 from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished, PromptScored, StepOutput
 from sgl_jax.engine.profiling import Profiler, Tracer
 from sgl_jax.engine.scores import gather_prompt_scores, scores_of_tokens
@@ -19,7 +19,7 @@ from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.step_plan import Flight, StepPlan
 
 
-class Runner(Measurable, Protocol):
+class Runner(Protocol):
     """The device side, as the core needs it (runtime.runner, or testing.fake_runner)."""
 
     @property
@@ -48,7 +48,7 @@ class Core:
         self.runner = runner
         self._overlap = overlap
         self._profiler = Profiler(runner.tracer, profiler_dir)
-        self._commands = Commands(scheduler, runner, info, self._profiler, random_seed)
+        self._commands = Commands(scheduler, info, self._profiler, random_seed)
         self._statistics = Statistics(scheduler, decode_log_interval)
         self._in_flight: Flight | None = None
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.loop import EngineCore
-from sgl_jax.engine.messages import EngineInfo, MachineLimits, ProfileStatus, Stats
+from sgl_jax.engine.messages import EngineInfo, ProfileStatus, Stats
 from sgl_jax.engine.native_call import NativeCall, Reply, native_call
 from sgl_jax.engine.native_params import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
@@ -137,10 +137,6 @@ class Engine:
     def flush_cache(self) -> int:
         """Drop the cached prefixes that no request uses, and return how many pages became free."""
         return self._call(self._service.flush_cache())
-
-    def measure_limits(self) -> MachineLimits:
-        """Measures what the devices can do, in seconds. Raises Conflict while there are requests."""
-        return self._call(self._service.measure_limits())
 
     def start_profile(
         self,

@@ -38,15 +38,6 @@ class FlushCache(_Message, frozen=True):
     call: int
 
 
-class MeasureLimits(_Message, frozen=True):
-    """Measure what the engine's devices can do; takes seconds, in which nothing else runs.
-
-    Answered by LimitsMeasured with the same call, or by Refused while there are requests.
-    """
-
-    call: int
-
-
 class StartProfile(_Message, frozen=True):
     """Record what engine and device do. Answered by ProfileAnswer, or by Refused if a profile runs already."""
 
@@ -73,7 +64,7 @@ class Shutdown(_Message, frozen=True):
     """Leave the loop at once; running requests are dropped. The API side drains before it sends this."""
 
 
-Command = Generate | Abort | FlushCache | MeasureLimits | StartProfile | StopProfile | GetProfile | Shutdown
+Command = Generate | Abort | FlushCache | StartProfile | StopProfile | GetProfile | Shutdown
 
 # --- engine -> API side ---------------------------------------------------------------------------------------------
 
@@ -163,21 +154,6 @@ class CacheFlushed(_Message, frozen=True):
     num_pages: int  # pages that became free
 
 
-class MachineLimits(msgspec.Struct, frozen=True):
-    """Rates of the engine's devices, all of them together, as measured."""
-
-    memory_gb_per_s: float  # reading, 1e9 bytes
-    matmul_tflop_per_s: float  # of `dtype`, 1e12 operations
-    dtype: str
-    device_kind: str
-    num_devices: int
-
-
-class LimitsMeasured(_Message, frozen=True):
-    call: int
-    limits: MachineLimits
-
-
 class ProfileStatus(msgspec.Struct, frozen=True):
     """State of the profile that runs, or else of the last one."""
 
@@ -209,4 +185,4 @@ class EngineDied(_Message, frozen=True):
     message: str
 
 
-Event = Ready | StepOutput | CacheFlushed | LimitsMeasured | ProfileAnswer | Refused | EngineDied
+Event = Ready | StepOutput | CacheFlushed | ProfileAnswer | Refused | EngineDied

@@ -35,9 +35,6 @@ from sgl_jax.engine.messages import (
     FlushCache,
     Generate,
     GetProfile,
-    LimitsMeasured,
-    MachineLimits,
-    MeasureLimits,
     ProfileAnswer,
     ProfileStatus,
     Ready,
@@ -221,13 +218,6 @@ class GenerationService:
         """Drops every cached prefix no request holds; returns the pages that became free."""
         return await self._calls.ask(FlushCache, int)
 
-    async def measure_limits(self) -> MachineLimits:
-        """Measures what the engine's devices can do. Takes seconds, in which the engine does nothing else.
-
-        Raises Conflict while requests run or wait, or where it cannot be measured.
-        """
-        return await self._calls.ask(MeasureLimits, MachineLimits)
-
     async def start_profile(
         self,
         output_dir: str | None = None,
@@ -261,8 +251,6 @@ class GenerationService:
                     self.stats = event.stats
             case CacheFlushed(call=call, num_pages=num_pages):
                 self._calls.answer(call, num_pages)
-            case LimitsMeasured(call=call, limits=limits):
-                self._calls.answer(call, limits)
             case ProfileAnswer(call=call, status=status):
                 self._calls.answer(call, status)
             case Refused(call=call, message=message, param=param):

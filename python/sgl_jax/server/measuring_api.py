@@ -1,4 +1,4 @@
-"""Measurements of the machine and of where the time goes: /measure_limits, /start_profile, /stop_profile, /profile_status.
+"""Measurements of where the time goes: /start_profile, /stop_profile, /profile_status.
 
 Fields of type None are SGLang's but not supported here: any value but null is refused, by name.
 """
@@ -11,7 +11,7 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from sgl_jax.engine.messages import MachineLimits, ProfileStatus
+from sgl_jax.engine.messages import ProfileStatus
 from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.bodies import Body
 from sgl_jax.server.documentation import documented
@@ -55,11 +55,6 @@ def _without_query(request: Request) -> None:
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Measuring"], dependencies=[Depends(_without_query)])
     service = state.service
-
-    @routes.post("/measure_limits", **documented(MachineLimits, body=False, conflict=True))
-    async def measure_limits() -> Response:
-        """Measures the devices: takes seconds, in which requests wait; 409 while there are any."""
-        return json_response(await service.measure_limits())
 
     @routes.get("/start_profile", include_in_schema=False)
     @routes.post("/start_profile", **documented(ProfileStatus, conflict=True))

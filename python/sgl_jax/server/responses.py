@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from sgl_jax.engine.messages import MachineLimits as MachineLimits
 from sgl_jax.engine.messages import ProfileStatus as ProfileStatus
 
 
