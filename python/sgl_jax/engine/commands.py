@@ -23,13 +23,7 @@ from sgl_jax.scheduler.scheduler import Scheduler
 
 
 class Commands:
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        info: EngineInfo,
-        profiler: Profiler,
-        random_seed: int | None,
-    ):
+    def __init__(self, scheduler: Scheduler, info: EngineInfo, profiler: Profiler, random_seed: int | None):
         self._scheduler, self._info, self._profiler = scheduler, info, profiler
         self._seeds = np.random.default_rng(random_seed)
         self._num_arrived = 0
@@ -41,7 +35,7 @@ class Commands:
         return bool(self._answers or self._aborted)
 
     def take_answers(self) -> tuple[list[Event], list[Finished]]:
-        """The answers since the last call, and the requests that were aborted."""
+        """Return the answers since the last call, and the requests that were aborted."""
         taken = self._answers, self._aborted
         self._answers, self._aborted = [], []
         return taken
@@ -78,6 +72,6 @@ class Commands:
 
 
 def _fold(seed: int) -> int:
-    """A seed of up to 64 bits, negative ones included, in 32: small ones stay as they are."""
+    """Fold a seed of up to 64 bits, which may be negative, into 32 bits. One that fits 32 bits stays as it is."""
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     return low ^ (high * 0x9E3779B9 & 0xFFFFFFFF)

@@ -1,8 +1,8 @@
-"""The API side of the engine: checks requests, sends them, and pushes the engine's events to those who wait for them.
+"""API side of the engine: checks requests, sends them, and hands the engine's events to the consumers that wait for them.
 
 One asyncio loop owns a service. The engine sends one message per step for all requests; `LiveChoices.push` only appends
-tokens to each choice's list and wakes the consumers that have something to do. Detokenising happens in the consumer,
-which takes everything that came since it last ran.
+tokens to each choice's list and wakes the consumers that have something to do. A consumer detokenises all tokens that
+came since it last ran.
 """
 
 from __future__ import annotations
@@ -50,6 +50,8 @@ from sgl_jax.request import InvalidParameter, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import Tokenizer
 
+_STARTING = "the engine is still starting"
+
 
 class GenerationService:
     """Turns API calls into the engine's messages, and its events into answers."""
@@ -70,34 +72,26 @@ class GenerationService:
         self._info: EngineInfo | None = None
         self._failure: str | None = None
         self._failed = asyncio.Event()
-        self._ready = asyncio.Event()
+        self._settled = asyncio.Event()  # the engine is ready, or has died
         self._choices = LiveChoices()
         self._keys = itertools.count(1)
         self._calls = Calls(self.check_ready, transport.send)
 
-    # --- life ---------------------------------------------------------------------------------------------------------
-
     async def start(self) -> EngineInfo:
-        """Starts the engine and waits until it is ready. Requests are refused until `open`."""
+        """Start the engine and wait until it is ready. Requests are refused until `open`. Raises EngineFailed."""
         self._transport.start(self._on_event)
-        ready = asyncio.ensure_future(self._ready.wait())
-        failed = asyncio.ensure_future(self._failed.wait())
-        try:
-            await asyncio.wait((ready, failed), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ready.cancel()
-            failed.cancel()
+        await self._settled.wait()
         if self._failure is not None:
             raise EngineFailed(self._failure)
         return self.info
 
     def open(self) -> None:
-        """Accepts requests from now on, and measures them: the warm-up does not count."""
+        """Accept requests from now on, and begin to measure them: the warm-up does not count."""
         self._choices.metrics = RequestMetrics()
         self.accepting = True
 
     async def drain(self, timeout: float) -> bool:
-        """Accepts nothing more and waits for what runs. False if something still does after `timeout` seconds."""
+        """Accept no more requests and wait for those that run. False if some still run after `timeout` seconds."""
         self.accepting = False
         try:
             await asyncio.wait_for(self._choices.idle.wait(), timeout)
@@ -106,25 +100,25 @@ class GenerationService:
         return True
 
     async def close(self, timeout: float = 10.0) -> None:
-        """Ends every request with an error and the engine with a Shutdown."""
+        """End every request with an error and the engine with a Shutdown."""
         self.accepting = False
         self._fail_all(ServiceUnavailable("the server is shutting down"))
         await self._transport.close(timeout)
 
     async def wait_failed(self) -> str:
-        """Returns when the engine has died, with its message."""
+        """Wait until the engine has died, and return its message."""
         await self._failed.wait()
         return self._failure or ""
 
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
-            raise ServiceUnavailable("the engine is still starting")
+            raise ServiceUnavailable(_STARTING)
         return self._info
 
     @property
     def ready_once(self) -> bool:
-        """Is true once the engine has been ready; until then it does not listen to commands."""
+        """Whether the engine has been ready; until then it does not read commands."""
         return self._info is not None
 
     @property
@@ -137,7 +131,7 @@ class GenerationService:
 
     @property
     def num_live(self) -> int:
-        """Choices the engine runs or holds for us."""
+        """Number of choices that have not ended."""
         return len(self._choices)
 
     def check_ready(self) -> None:
@@ -145,31 +139,26 @@ class GenerationService:
         if self._failure is not None:
             raise EngineFailed(f"the engine died: {self._failure}")
         if not self.accepting:
-            raise ServiceUnavailable(
-                "the engine is still starting" if self._info is None else "the server takes no requests now"
-            )
-
-    # --- requests -----------------------------------------------------------------------------------------------------
+            starting = self._info is None
+            raise ServiceUnavailable(_STARTING if starting else "the server takes no requests now")
 
     def submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
-        """Checks and sends; either all the requests are accepted or none.
+        """Check and send requests, of which either all are accepted or none. Without `stream` a choice has one update.
 
-        Raises InvalidParameter, QueueFull, ServiceUnavailable or EngineFailed. Without `stream`, the updates of a
-        choice come in one piece when it has finished.
+        Raises InvalidParameter, QueueFull, ServiceUnavailable or EngineFailed.
         """
         self.check_ready()
         return self._submit(requests, stream)
 
-    async def warm_up(self, num_tokens: int = 4) -> None:
-        """Generates a little before `open`, so that the first user meets a path that has been walked."""
-        token = self.tokenizer.bos_token_id or 0
-        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-        generation = self._submit([GenerationRequest([token], params)], stream=False)
+    async def warm_up(self) -> None:
+        """Generate a little before `open`, so that the first user does not wait for what only the first request does."""
+        params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+        generation = self._submit([GenerationRequest([self.tokenizer.bos_token_id or 0], params)], stream=False)
         async for _ in generation.updates():
             pass
 
     def abort(self, request_id: str) -> int:
-        """Aborts the request with this public id; its consumer gets finish reason "abort". Returns how many choices."""
+        """Abort the request with this public id; its consumer gets finish reason "abort". Return how many choices it has."""
         return self._abort(self._choices.keys_of.get(request_id, []))
 
     def abort_all(self) -> int:
@@ -207,15 +196,13 @@ class GenerationService:
         )
 
     def _drop(self, keys: Iterable[int], outcome: FinishType) -> None:
-        """Aborts those of the choices that the engine still runs; nobody waits for them any more."""
+        """Abort those of the choices that the engine still runs, since nobody waits for them any more."""
         live = self._choices.drop(keys, outcome)
         if live and self._failure is None:
             self._transport.send(Abort(live))
 
-    # --- commands that are answered -----------------------------------------------------------------------------------
-
     async def flush_cache(self) -> int:
-        """Drops every cached prefix no request holds; returns the pages that became free."""
+        """Drop every cached prefix that no request holds, and return how many pages became free."""
         return await self._calls.ask(FlushCache, int)
 
     async def start_profile(
@@ -225,23 +212,19 @@ class GenerationService:
         host_tracer_level: int | None = None,
         python_tracer_level: int | None = None,
     ) -> ProfileStatus:
-        """Records what engine and device do, from now until stopped or for num_steps steps: see StartProfile.
+        """Record what engine and device do, until stopped or for num_steps steps: see StartProfile.
 
         Raises Conflict if a profile runs already, InvalidParameter for a folder that cannot be written.
         """
-        return await self._calls.ask(
-            lambda call: StartProfile(call, output_dir, num_steps, host_tracer_level, python_tracer_level),
-            ProfileStatus,
-        )
+        levels = host_tracer_level, python_tracer_level
+        return await self._calls.ask(lambda call: StartProfile(call, output_dir, num_steps, *levels), ProfileStatus)
 
     async def stop_profile(self) -> ProfileStatus:
-        """Ends the profile and writes it. Raises Conflict if none runs."""
+        """End the profile and write it. Raises Conflict if none runs."""
         return await self._calls.ask(StopProfile, ProfileStatus)
 
     async def profile_status(self) -> ProfileStatus:
         return await self._calls.ask(GetProfile, ProfileStatus)
-
-    # --- events of the engine -----------------------------------------------------------------------------------------
 
     def _on_event(self, event: Event) -> None:
         match event:
@@ -257,12 +240,13 @@ class GenerationService:
                 self._calls.answer(call, InvalidParameter(param, message) if param else Conflict(message))
             case Ready(info=info):
                 self._info = info
-                self._ready.set()
+                self._settled.set()
             case EngineDied(message=message):
                 if self._failure is None:
                     self._failure = message
                     self._fail_all(EngineFailed(f"the engine died: {message}"))
                     self._failed.set()
+                    self._settled.set()
 
     def _fail_all(self, error: Exception) -> None:
         self._choices.fail(error)
@@ -270,8 +254,8 @@ class GenerationService:
 
 
 def _engine_params(params: SamplingParams, index: int) -> SamplingParams:
-    """Returns what the engine has to know of choice `index`: stop strings, n and streaming are this side's business,
-    and each choice has its own seed."""
+    """Return the parameters of choice `index` for the engine, which knows nothing of stop strings, n and streaming. Each
+    choice has its own seed."""
     seed = params.seed
     if seed is not None and index:
         seed += index

@@ -102,7 +102,6 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
     @routes.get("/get_server_info", tags=["Information"], **documented(ServerInfo, body=False))
     async def get_server_info() -> Response:
         """Returns every flag at the top level (secrets hidden), what the engine resolved, and its latest numbers."""
-        stats = service.stats
         engine = msgspec.to_builtins(service.info)
         return json_response(
             {
@@ -112,8 +111,7 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
                 "max_total_num_tokens": engine["max_total_tokens"],
                 "engine": engine,
                 "internal_states": [
-                    {"last_gen_throughput": stats.gen_throughput}
-                    | {name: getattr(stats, name) for name in stats.__struct_fields__}
+                    {"last_gen_throughput": service.stats.gen_throughput} | msgspec.structs.asdict(service.stats)
                 ],
             }
         )

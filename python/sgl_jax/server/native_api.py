@@ -1,7 +1,4 @@
-"""Native API: POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache.
-
-Fields of type None are SGLang's but not supported here: any value but null is refused, by name.
-"""
+"""Native API: POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache."""
 
 from __future__ import annotations
 
@@ -23,6 +20,7 @@ from sgl_jax.server.bodies import (
     TokenId,
     limits,
     native_params,
+    null_fields,
     off_fields,
     sampling_fields,
     with_fields,
@@ -35,15 +33,16 @@ from sgl_jax.server.sse import DONE, EventStream, event, json_unless_disconnecte
 Name = Annotated[str, Field(min_length=1)]
 
 
-@with_fields(sampling_fields("native"), off_fields("NativeSamplingParams"))
+_SGLANG_SAMPLING = "custom_params spaces_between_special_tokens stop_regex"
+_SGLANG_GENERATE = "custom_logit_processor data_parallel_rank return_hidden_states session_params token_ids_logprob"
+
+
+@with_fields(sampling_fields("native"), off_fields("NativeSamplingParams"), null_fields(_SGLANG_SAMPLING))
 class NativeSamplingParams(Body):
-    # SGLang's, not supported
-    custom_params: None = None
-    spaces_between_special_tokens: None = None
-    stop_regex: None = None
+    pass
 
 
-@with_fields(off_fields("GenerateRequest"))
+@with_fields(off_fields("GenerateRequest"), null_fields(_SGLANG_GENERATE))
 class GenerateRequest(Body):
     """Either `text` or `input_ids`, one or a list; parameters and rid one for all or a list."""
 
@@ -57,12 +56,6 @@ class GenerateRequest(Body):
     logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
     return_text_in_logprobs: bool | None = None
     extra_key: CacheKey | None = Field(None, description="requests share cached prefixes only within one key")
-    # SGLang's, not supported
-    custom_logit_processor: None = None
-    data_parallel_rank: None = None
-    return_hidden_states: None = None
-    session_params: None = None
-    token_ids_logprob: None = None
 
 
 class AbortRequest(Body):

@@ -14,7 +14,7 @@ from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import openai_params
 from sgl_jax.server.documentation import documented
-from sgl_jax.server.openai_stream import OpenAIAnswer, Scores
+from sgl_jax.server.openai_stream import LogprobList, OpenAIAnswer
 from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.server.responses import (
     AssistantMessage,
@@ -56,7 +56,7 @@ def _given(body: ChatCompletionRequest) -> Given:
 class _Chat(OpenAIAnswer[ChatLogprobs]):
     id_prefix, chunk_object = "chatcmpl", "chat.completion.chunk"
 
-    def scored(self, index: int, tokens: Sequence[int], scores: Scores) -> ChatLogprobs:
+    def scored(self, index: int, tokens: Sequence[int], scores: LogprobList) -> ChatLogprobs:
         content = []
         for token, score in zip(tokens, scores, strict=True):
             if score is not None:

@@ -15,7 +15,7 @@ from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import openai_params
 from sgl_jax.server.documentation import documented
-from sgl_jax.server.openai_stream import OpenAIAnswer, Scores
+from sgl_jax.server.openai_stream import LogprobList, OpenAIAnswer
 from sgl_jax.server.openai_types import CompletionRequest
 from sgl_jax.server.responses import Completion, CompletionChoice, CompletionLogprobs
 
@@ -70,7 +70,7 @@ class _Completion(OpenAIAnswer[CompletionLogprobs]):
         super().__init__(state, body, generation, body.logprobs is not None, echoes)
         self._offsets: dict[int, int] = {}  # by choice: characters of its tokens so far
 
-    def scored(self, index: int, tokens: Sequence[int], scores: Scores) -> CompletionLogprobs:
+    def scored(self, index: int, tokens: Sequence[int], scores: LogprobList) -> CompletionLogprobs:
         offset = self._offsets.get(index, 0)
         found = CompletionLogprobs([], [], [], [])
         for token, score in zip(tokens, scores, strict=True):

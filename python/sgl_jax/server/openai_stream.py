@@ -20,7 +20,7 @@ from sgl_jax.server.sse import DONE, EventStream, json_unless_disconnected
 
 _encode = msgspec.json.encode
 
-type Scores = Sequence[TokenLogprobs | None]  # None for the first prompt token, which nothing comes before
+type LogprobList = Sequence[TokenLogprobs | None]  # None: for the first token of a prompt
 
 
 class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
@@ -54,7 +54,7 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
         return await json_unless_disconnected(request, self._whole())
 
     @abstractmethod
-    def scored(self, index: int, tokens: Sequence[int], scores: Scores) -> Logprobs:
+    def scored(self, index: int, tokens: Sequence[int], scores: LogprobList) -> Logprobs:
         """Return the log probabilities of the choice's next tokens, in the form of the endpoint."""
 
     @abstractmethod
@@ -109,7 +109,7 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
             yield self._head + b'],"usage":' + _encode(self.usage()) + b"}\n\n"
         yield DONE
 
-    def _news(self, update: Update) -> tuple[int, bool, str, Sequence[int], Scores]:
+    def _news(self, update: Update) -> tuple[int, bool, str, Sequence[int], LogprobList]:
         """Return the choice's index, whether this is its first update, and its new text, tokens and scores.
 
         An echo and the scores of the prompt come before the first of them.

@@ -24,7 +24,7 @@ def event(value: object) -> bytes:
 
 
 class EventStream(Response):
-    """Sends the events of a generation as they come. When the client goes away, the generation is aborted."""
+    """Sends the events of a generation as they come, and aborts the generation when the client goes away."""
 
     media_type = "text/event-stream"
 
