@@ -4,19 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from sgl_jax.engine.messages import (
-    Abort,
-    CacheFlushed,
-    Command,
-    EngineInfo,
-    Event,
-    Finished,
-    FlushCache,
-    Generate,
-    GetProfile,
-    StartProfile,
-    StopProfile,
-)
+from sgl_jax.engine import messages
+from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished
 from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import FinishReason, Request
 from sgl_jax.scheduler.scheduler import Scheduler
@@ -43,17 +32,17 @@ class Commands:
     def handle(self, command: Command) -> None:
         """Carry out a command."""
         match command:
-            case Generate():
+            case messages.Generate():
                 self._scheduler.add(self._request(command))
-            case Abort(keys=keys):
+            case messages.Abort(keys=keys):
                 reason = FinishReason("abort")
                 self._aborted += [Finished(key, reason) for key in keys if self._scheduler.abort(key)]
-            case FlushCache(call=call):
-                self._answers.append(CacheFlushed(call, self._scheduler.flush()))
-            case StartProfile() | StopProfile() | GetProfile():
+            case messages.FlushCache(call=call):
+                self._answers.append(messages.CacheFlushed(call, self._scheduler.flush()))
+            case messages.StartProfile() | messages.StopProfile() | messages.GetProfile():
                 self._answers.append(self._profiler.handle(command))
 
-    def _request(self, command: Generate) -> Request:
+    def _request(self, command: messages.Generate) -> Request:
         params = command.params
         seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
         eos = () if params.ignore_eos else self._info.eos_token_ids

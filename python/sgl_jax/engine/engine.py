@@ -131,8 +131,11 @@ class Engine:
 
     def abort(self, rid: str) -> None:
         """End the request with this id; its finish reason is "abort"."""
-        self._check_open()
-        self._loop.call_soon_threadsafe(self._service.abort, rid)
+
+        async def abort() -> int:
+            return self._service.abort(rid)
+
+        self._call(abort())
 
     def flush_cache(self) -> int:
         """Drop the cached prefixes that no request uses, and return how many pages became free."""
@@ -179,15 +182,11 @@ class Engine:
         self._thread.join()
         self._loop.close()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise EngineFailed("the engine was shut down")
-
     def _submit[T](self, work: Coroutine[object, None, T]) -> concurrent.futures.Future[T]:
         """Start the work in the loop that owns the service."""
         if self._closed:
             work.close()  # or Python warns that it was never awaited
-        self._check_open()
+            raise EngineFailed("the engine was shut down")
         return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _call[T](self, work: Coroutine[object, None, T]) -> T:
@@ -223,7 +222,7 @@ class Engine:
         """Start a stream. Its answers are put, and None when it has ended, from the engine's threads."""
 
         async def pump() -> None:
-            async for answer in call.stream(self._service):
+            async for answer in call.stream(self._service.submit(call.requests, stream=True)):
                 put(answer)
 
         future = self._submit(pump())

@@ -26,19 +26,15 @@ class EngineCore(Protocol):
     @property
     def busy(self) -> bool:
         """Whether `step` has work: requests to run, a step in flight, or events not yet handed out."""
-        ...
 
     def handle(self, command: Command) -> None:
         """Take a command in. Events that it produces at once (an abort's Finished) come out of the next `step`."""
-        ...
 
     def step(self) -> list[Event]:
         """Plan and dispatch a step and collect the one before. Returns its events and those kept by `handle`."""
-        ...
 
     def close(self, reason: str = "") -> None:
         """End the core; nothing is called after it. `reason` says why the engine failed; empty: it was told to leave."""
-        ...
 
 
 def run(core: EngineCore, receive: Receive, send: Send) -> None:

@@ -18,16 +18,13 @@ class NativeCall:
     """The requests of one call. Its answer is one reply, or a list with one for each prompt and choice."""
 
     def __init__(self, requests: list[GenerationRequest], is_list: bool, options: LogprobOptions, tokenizer: Tokenizer):
-        self._requests = requests
+        self.requests = requests
         self._is_list = is_list or any(request.params.n > 1 for request in requests)
         self._options, self._tokenizer = options, tokenizer
 
-    def submit(self, service: GenerationService, stream: bool) -> Generation:
-        """Submit the requests; raises what `GenerationService.submit` raises."""
-        return service.submit(self._requests, stream)
-
     async def result(self, service: GenerationService) -> Reply | list[Reply]:
-        generation = self.submit(service, stream=False)
+        """Submit the requests and return the answer. Raises what `GenerationService.submit` raises."""
+        generation = service.submit(self.requests, stream=False)
         answers = self._answers(generation)
         async for updates in generation.updates():
             for update in updates:
@@ -35,11 +32,7 @@ class NativeCall:
         found = [answer.to_dict() for answer in answers.values()]
         return found if self._is_list else found[0]
 
-    async def stream(self, service: GenerationService) -> AsyncIterator[Reply]:
-        async for answer in self.stream_of(self.submit(service, stream=True)):
-            yield answer
-
-    async def stream_of(self, generation: Generation) -> AsyncIterator[Reply]:
+    async def stream(self, generation: Generation) -> AsyncIterator[Reply]:
         """Yield a growing reply for each update of the submitted requests; with "index" if the answer is a list."""
         answers = self._answers(generation)
         index = {key: i for i, key in enumerate(answers)}

@@ -22,22 +22,18 @@ class Tracer(Protocol):
 
     def step(self, number: int) -> AbstractContextManager[object]:
         """Mark the block as one step of the engine."""
-        ...
 
     def stage(self, name: str) -> AbstractContextManager[object]:
         """Mark the block as a named part of the step."""
-        ...
 
     def start(self, folder: str | None, host_level: int | None, python_level: int | None) -> str:
         """Record from now on, and return the folder, which is a new one if None was given.
 
         Raises OSError or ValueError if it cannot be written, RuntimeError if another recording runs in the process.
         """
-        ...
 
     def stop(self) -> list[str]:
         """Write the recording and return its files. Raises OSError, RuntimeError or ValueError."""
-        ...
 
 
 class Profiler:

@@ -10,12 +10,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from sgl_jax.engine import checks
-from sgl_jax.engine.calls import Calls
+from sgl_jax.engine import checks, messages
 from sgl_jax.engine.choices import LiveChoices
 from sgl_jax.engine.generation import (
     Choice,
@@ -26,24 +25,7 @@ from sgl_jax.engine.generation import (
     GenerationRequest,
     ServiceUnavailable,
 )
-from sgl_jax.engine.messages import (
-    Abort,
-    CacheFlushed,
-    EngineDied,
-    EngineInfo,
-    Event,
-    FlushCache,
-    Generate,
-    GetProfile,
-    ProfileAnswer,
-    ProfileStatus,
-    Ready,
-    Refused,
-    StartProfile,
-    Stats,
-    StepOutput,
-    StopProfile,
-)
+from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Stats
 from sgl_jax.engine.transport import Transport
 from sgl_jax.observability.metrics import RequestMetrics
 from sgl_jax.request import InvalidParameter, SamplingParams
@@ -70,19 +52,20 @@ class GenerationService:
         self._stream_interval = stream_interval
         self._max_queued = max_queued_requests
         self._info: EngineInfo | None = None
-        self._failure: str | None = None
-        self._failed = asyncio.Event()
+        self.failure: str | None = None  # why the engine has died
+        self.failed = asyncio.Event()  # it has
         self._settled = asyncio.Event()  # the engine is ready, or has died
         self._choices = LiveChoices()
         self._keys = itertools.count(1)
-        self._calls = Calls(self.check_ready, transport.send)
+        self._calls = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[int | ProfileStatus]] = {}  # of calls that wait, by their number
 
     async def start(self) -> EngineInfo:
         """Start the engine and wait until it is ready. Requests are refused until `open`. Raises EngineFailed."""
         self._transport.start(self._on_event)
         await self._settled.wait()
-        if self._failure is not None:
-            raise EngineFailed(self._failure)
+        if self.failure is not None:
+            raise EngineFailed(self.failure)
         return self.info
 
     def open(self) -> None:
@@ -105,11 +88,6 @@ class GenerationService:
         self._fail_all(ServiceUnavailable("the server is shutting down"))
         await self._transport.close(timeout)
 
-    async def wait_failed(self) -> str:
-        """Wait until the engine has died, and return its message."""
-        await self._failed.wait()
-        return self._failure or ""
-
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
@@ -122,10 +100,6 @@ class GenerationService:
         return self._info is not None
 
     @property
-    def failure(self) -> str | None:
-        return self._failure
-
-    @property
     def metrics(self) -> RequestMetrics:
         return self._choices.metrics
 
@@ -136,8 +110,8 @@ class GenerationService:
 
     def check_ready(self) -> None:
         """Raises EngineFailed or ServiceUnavailable unless requests are accepted."""
-        if self._failure is not None:
-            raise EngineFailed(f"the engine died: {self._failure}")
+        if self.failure is not None:
+            raise EngineFailed(f"the engine died: {self.failure}")
         if not self.accepting:
             starting = self._info is None
             raise ServiceUnavailable(_STARTING if starting else "the server takes no requests now")
@@ -166,7 +140,7 @@ class GenerationService:
 
     def _abort(self, keys: Sequence[int]) -> int:
         if keys:
-            self._transport.send(Abort([*keys]))
+            self._transport.send(messages.Abort([*keys]))
         return len(keys)
 
     def _submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
@@ -178,7 +152,7 @@ class GenerationService:
             interval = request.params.stream_interval or self._stream_interval
             for index in range(request.params.n):
                 key, params = next(self._keys), _engine_params(request.params, index)
-                self._transport.send(Generate(key, request.prompt_ids, params, request.namespace))
+                self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace))
                 choice = Choice(key, i, index, generation, request, self._detokenizer(request), interval, now)
                 generation.open.append(choice)
         self._choices.add(generation.open)
@@ -198,12 +172,12 @@ class GenerationService:
     def _drop(self, keys: Iterable[int], outcome: FinishType) -> None:
         """Abort those of the choices that the engine still runs, since nobody waits for them any more."""
         live = self._choices.drop(keys, outcome)
-        if live and self._failure is None:
-            self._transport.send(Abort(live))
+        if live and self.failure is None:
+            self._transport.send(messages.Abort(live))
 
     async def flush_cache(self) -> int:
         """Drop every cached prefix that no request holds, and return how many pages became free."""
-        return await self._calls.ask(FlushCache, int)
+        return await self._ask(messages.FlushCache, int)
 
     async def start_profile(
         self,
@@ -212,45 +186,65 @@ class GenerationService:
         host_tracer_level: int | None = None,
         python_tracer_level: int | None = None,
     ) -> ProfileStatus:
-        """Record what engine and device do, until stopped or for num_steps steps: see StartProfile.
+        """Record what engine and device do, until stopped or for num_steps steps: see messages.StartProfile.
 
         Raises Conflict if a profile runs already, InvalidParameter for a folder that cannot be written.
         """
         levels = host_tracer_level, python_tracer_level
-        return await self._calls.ask(lambda call: StartProfile(call, output_dir, num_steps, *levels), ProfileStatus)
+        return await self._ask(lambda call: messages.StartProfile(call, output_dir, num_steps, *levels), ProfileStatus)
 
     async def stop_profile(self) -> ProfileStatus:
         """End the profile and write it. Raises Conflict if none runs."""
-        return await self._calls.ask(StopProfile, ProfileStatus)
+        return await self._ask(messages.StopProfile, ProfileStatus)
 
     async def profile_status(self) -> ProfileStatus:
-        return await self._calls.ask(GetProfile, ProfileStatus)
+        return await self._ask(messages.GetProfile, ProfileStatus)
+
+    async def _ask[T: int | ProfileStatus](self, command: Callable[[int], Command], answer: type[T]) -> T:
+        """Send the command made for a new call and wait for its answer. Raises Conflict or InvalidParameter for a refusal."""
+        self.check_ready()
+        call = next(self._calls)
+        self._transport.send(command(call))  # before the call is kept, since a command may be impossible to encode
+        self._answers[call] = future = asyncio.get_running_loop().create_future()
+        found = await future
+        assert isinstance(found, answer)
+        return found
+
+    def _answer(self, call: int, answer: int | ProfileStatus | Exception) -> None:
+        future = self._answers.pop(call, None)
+        if future is None or future.done():  # its caller waits no more
+            return
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
 
     def _on_event(self, event: Event) -> None:
         match event:
-            case StepOutput():
+            case messages.StepOutput():
                 self._choices.push(event)
                 if event.stats is not None:
                     self.stats = event.stats
-            case CacheFlushed(call=call, num_pages=num_pages):
-                self._calls.answer(call, num_pages)
-            case ProfileAnswer(call=call, status=status):
-                self._calls.answer(call, status)
-            case Refused(call=call, message=message, param=param):
-                self._calls.answer(call, InvalidParameter(param, message) if param else Conflict(message))
-            case Ready(info=info):
+            case messages.CacheFlushed(call=call, num_pages=num_pages):
+                self._answer(call, num_pages)
+            case messages.ProfileAnswer(call=call, status=status):
+                self._answer(call, status)
+            case messages.Refused(call=call, message=message, param=param):
+                self._answer(call, InvalidParameter(param, message) if param else Conflict(message))
+            case messages.Ready(info=info):
                 self._info = info
                 self._settled.set()
-            case EngineDied(message=message):
-                if self._failure is None:
-                    self._failure = message
+            case messages.EngineDied(message=message):
+                if self.failure is None:
+                    self.failure = message
                     self._fail_all(EngineFailed(f"the engine died: {message}"))
-                    self._failed.set()
+                    self.failed.set()
                     self._settled.set()
 
     def _fail_all(self, error: Exception) -> None:
         self._choices.fail(error)
-        self._calls.fail(error)
+        for call in list(self._answers):
+            self._answer(call, error)
 
 
 def _engine_params(params: SamplingParams, index: int) -> SamplingParams:

@@ -100,7 +100,8 @@ def build_device_side(
         logger.warning(log.unused_devices_line(platform.name, len(devices), present, args.dp_size))
 
     agree = hosts.agree if hosts else lambda value: value
-    device_bytes = agree(device_memory(here[0]) // _num_sharing(here))
+    num_sharing = len(here) if platform.name == "cpu" else 1  # virtual CPU devices all have the same memory
+    device_bytes = agree(device_memory(here[0]) // num_sharing)
     # A launch that cannot be is refused before the weights are fetched, and again before they are read.
     if (configs := _configs_ahead(args)) is not None:
         accept(_decide(args, configs, platform, device_bytes)[2])
@@ -207,11 +208,6 @@ def _compiling(runner: ModelRunner) -> Iterator[Future[None]]:
         thread.shutdown(wait=False)
 
 
-def _num_sharing(devices: list[jax.Device]) -> int:
-    """Return how many of the devices have the same memory: virtual CPU devices all do."""
-    return len(devices) if devices[0].platform == "cpu" else 1
-
-
 def _load(
     checkpoint: Checkpoint,
     model: DecoderConfig,
@@ -240,8 +236,5 @@ def _load(
 
 
 def _report_compile(done: int, total: int, compiled: Compiled) -> None:
-    logger.info(
-        log.compile_line(
-            done, total, program=compiled.program.name, seconds=compiled.seconds, cache_hit=compiled.cache_hit
-        )
-    )
+    name, seconds = compiled.program.name, compiled.seconds
+    logger.info(log.compile_line(done, total, program=name, seconds=seconds, cache_hit=compiled.cache_hit))

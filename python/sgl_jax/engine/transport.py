@@ -12,11 +12,9 @@ import os
 import queue
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
@@ -41,13 +39,11 @@ class Transport(Protocol):
 
     def start(self, on_event: OnEvent) -> None:
         """Start the engine. Called once, in the running loop that is to receive the events."""
-        ...
 
     def send(self, command: Command) -> None: ...
 
     async def close(self, timeout: float) -> None:
         """Send Shutdown and wait for the engine to leave, at most `timeout` seconds."""
-        ...
 
 
 class ThreadTransport:
@@ -190,5 +186,5 @@ def _private_folder() -> str:
     folder = tempfile.mkdtemp(prefix="sgl-jax-")  # mode 0700
     if len(os.fsencode(folder)) + len("/commands") > _MAX_IPC_PATH:
         os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="sgl-jax-", dir=Path("/tmp") if sys.platform != "win32" else None)
+        folder = tempfile.mkdtemp(prefix="sgl-jax-", dir="/tmp")
     return folder

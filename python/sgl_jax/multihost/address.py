@@ -28,7 +28,3 @@ class Address(NamedTuple):
 def parse_address(text: str) -> Address:
     host, _, port = text.rpartition(":")
     return Address(host.removeprefix("[").removesuffix("]"), int(port))
-
-
-def peer_name(address: tuple) -> str:
-    return str(Address(*address[:2]))

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sgl_jax.multihost.address import Address, peer_name
+from sgl_jax.multihost.address import Address
 from sgl_jax.multihost.handshake import RefusedError, admit
 from sgl_jax.multihost.watch import SILENCE_S, Watch
-from sgl_jax.multihost.wire import Ended, HostMessage, HostsError, Identity, Link, Number, Start, frame, run_message
+from sgl_jax.multihost.wire import Ended, HostMessage, HostsError, Identity, Link, Number, Run, Start, frame
 
 logger = logging.getLogger(__name__)
 
@@ -47,8 +47,6 @@ class Leader:
         self._greeted = threading.Semaphore(_MOST_GREETED)
         self._watch = Watch(self._on_message, self._on_lost)
 
-    # --- start-up
-
     def gather(self, timeout_s: float) -> None:
         """Wait until every host is connected, and let them go on. Raises HostsError after `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
@@ -61,7 +59,7 @@ class Leader:
         self._tell(Start(self.address.port + 1))
         logger.info("All %d hosts are here", self._nnodes)
 
-    def waiting_line(self) -> str:
+    def _waiting_line(self) -> str:
         missing = [str(rank) for rank in range(1, self._nnodes) if rank not in self._links]
         ranks = f"node rank{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
         return f"waiting for {len(missing)} of {self._nnodes} hosts at {self.address} ({ranks})"
@@ -89,7 +87,7 @@ class Leader:
                 if len(self._links) == self._nnodes - 1:
                     self._together = True
                     return
-                line = self.waiting_line()
+                line = self._waiting_line()
                 refusals = "".join(f"; {reason}" for reason in self._refusals.values())
             now = time.monotonic()
             if now > deadline:
@@ -103,7 +101,7 @@ class Leader:
                 if not self._greeted.acquire(blocking=False):
                     connection.close()
                     continue
-                link = Link(connection, peer_name(where))
+                link = Link(connection, str(Address(*where[:2])))
                 threading.Thread(target=self._greet, args=(link,), name="sgl-jax-greet", daemon=True).start()
 
     def _greet(self, link: Link) -> None:
@@ -140,8 +138,6 @@ class Leader:
         self._links = {rank: other for rank, other in self._links.items() if other is not link}
         self._claimed = {rank: other for rank, other in self._claimed.items() if other is not link}
 
-    # --- work
-
     def serve(self) -> None:
         """Treat a host as lost from now on when it is silent for SILENCE_S seconds."""
         self._watch.silence_s = SILENCE_S
@@ -156,7 +152,7 @@ class Leader:
     def announce(self, program: str, vector: np.ndarray, source: str = "") -> None:
         """Tell every host to run this program with this vector, and with a payload that each reads from the source. To be
         called right before this host runs it."""
-        self._tell(run_message(program, vector, source))
+        self._tell(Run(program, vector.astype("<i4", copy=False).tobytes(), source))
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
@@ -190,8 +186,6 @@ class Leader:
         data = frame(message)
         for link in self._links.values():
             link.send_frame(data)
-
-    # --- in the watching thread
 
     def _on_message(self, link: Link, message: HostMessage) -> None:
         if isinstance(message, Number):

@@ -13,7 +13,6 @@ import threading
 import time
 
 import msgspec
-import numpy as np
 
 PROTOCOL = 2  # raised when a message changes; Challenge stays as it is
 HANDSHAKE_LIMIT = 1 << 20  # bytes of a frame from a peer that has not proved anything yet
@@ -118,10 +117,6 @@ HostMessage = (
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(HostMessage).decode
-
-
-def run_message(program: str, vector: np.ndarray, source: str = "") -> Run:
-    return Run(program, vector.astype("<i4", copy=False).tobytes(), source)
 
 
 def frame(message: HostMessage) -> bytes:

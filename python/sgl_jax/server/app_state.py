@@ -57,10 +57,11 @@ class ServerState:
     async def encode_chat(self, messages: Sequence[Message], options: TemplateFields) -> list[int]:
         """Encode a conversation as the model's template writes it. Templates spell out their special tokens."""
         template = self.tokenizer.chat_template()
-        final = bool(options.continue_final_message)
+        shown = template_messages(messages, knows_developer="developer" in template.source)
+        final, prompt = bool(options.continue_final_message), options.add_generation_prompt
         text = template.render(
-            template_messages(messages, knows_developer="developer" in template.source),
-            add_generation_prompt=not final if options.add_generation_prompt is None else options.add_generation_prompt,
+            shown,
+            add_generation_prompt=not final if prompt is None else prompt,
             continue_final_message=final,
             template_kwargs=options.chat_template_kwargs,
         )

@@ -119,7 +119,7 @@ class _Server:
                 await listening
 
     async def _serve(self, service: GenerationService) -> int:
-        failed = asyncio.ensure_future(service.wait_failed())
+        failed = asyncio.ensure_future(service.failed.wait())
         stop, stop_now = asyncio.ensure_future(self._stop.wait()), asyncio.ensure_future(self._stop_now.wait())
         starting = asyncio.ensure_future(self._get_ready(service))
         try:

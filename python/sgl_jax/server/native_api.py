@@ -71,7 +71,7 @@ def router(state: ServerState) -> APIRouter:
         texts = [body.text] if isinstance(body.text, str) else body.text or ()
         call = await encoding(sum(map(len, texts)), _call, state, body)
         if body.stream:
-            generation = call.submit(state.service, stream=True)
+            generation = state.service.submit(call.requests, stream=True)
             return EventStream(generation, _events(call, generation))
         return await json_unless_disconnected(request, call.result(state.service))
 
@@ -129,6 +129,6 @@ def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
 
 
 async def _events(call: NativeCall, generation: Generation) -> AsyncIterator[bytes]:
-    async for answer in call.stream_of(generation):
+    async for answer in call.stream(generation):
         yield event(answer)
     yield DONE

@@ -11,19 +11,13 @@ from starlette.responses import Response
 from sgl_jax.engine.generation import FinishType, GenerationRequest, Given
 from sgl_jax.engine.native_params import finite
 from sgl_jax.request import InvalidParameter
+from sgl_jax.server import responses
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import openai_params
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.openai_stream import LogprobList, OpenAIAnswer
 from sgl_jax.server.openai_types import ChatCompletionRequest
-from sgl_jax.server.responses import (
-    AssistantMessage,
-    ChatChoice,
-    ChatCompletion,
-    ChatLogprobs,
-    ChatTokenLogprob,
-    TopLogprob,
-)
+from sgl_jax.server.responses import ChatCompletion, ChatLogprobs
 
 
 def router(state: ServerState) -> APIRouter:
@@ -61,23 +55,22 @@ class _Chat(OpenAIAnswer[ChatLogprobs]):
         for token, score in zip(tokens, scores, strict=True):
             if score is not None:
                 best = zip(score.top_ids, score.top_logprobs, strict=True)
-                top = [TopLogprob(*self._spelled(other, logprob)) for other, logprob in best]
-                content.append(ChatTokenLogprob(*self._spelled(token, score.logprob), top))
+                top = [responses.TopLogprob(*self._spelled(other, logprob)) for other, logprob in best]
+                content.append(responses.ChatTokenLogprob(*self._spelled(token, score.logprob), top))
         return ChatLogprobs(content)
 
     def _spelled(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
         return self.tokenizer.token_text(token), finite(logprob), list(self.tokenizer.token_bytes(token))
 
-    def answer(self, texts: list[str], logprobs: list[ChatLogprobs | None], finish: list[FinishType]) -> ChatCompletion:
+    def answer(self, texts: list[str], scores: list[ChatLogprobs | None], finish: list[FinishType]) -> ChatCompletion:
         choices = [
-            ChatChoice(i, AssistantMessage("assistant", text), logprobs[i], finish[i]) for i, text in enumerate(texts)
+            responses.ChatChoice(i, responses.AssistantMessage("assistant", text), scores[i], finish[i])
+            for i, text in enumerate(texts)
         ]
         return ChatCompletion(self.id, "chat.completion", self.created, self.model, choices, self.usage())
 
-    def chunks(
-        self, index: int, first: bool, text: str, logprobs: ChatLogprobs | None, finish: FinishType | None
-    ) -> bytes:
-        found = self.chunk(index, b'"delta":{"role":"assistant","content":""}', None, None) if first else b""
-        if text or logprobs is not None:
-            found += self.chunk(index, b'"delta":{"content":' + msgspec.json.encode(text) + b"}", logprobs, None)
-        return found if finish is None else found + self.chunk(index, b'"delta":{}', None, finish)
+    def chunks(self, i: int, first: bool, text: str, scores: ChatLogprobs | None, finish: FinishType | None) -> bytes:
+        found = self.chunk(i, b'"delta":{"role":"assistant","content":""}', None, None) if first else b""
+        if text or scores is not None:
+            found += self.chunk(i, b'"delta":{"content":' + msgspec.json.encode(text) + b"}", scores, None)
+        return found if finish is None else found + self.chunk(i, b'"delta":{}', None, finish)

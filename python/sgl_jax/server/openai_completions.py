@@ -90,15 +90,13 @@ class _Completion(OpenAIAnswer[CompletionLogprobs]):
         self._offsets[index] = offset
         return found
 
-    def answer(
-        self, texts: list[str], logprobs: list[CompletionLogprobs | None], finish: list[FinishType]
-    ) -> Completion:
-        choices = [CompletionChoice(i, text, logprobs[i], finish[i]) for i, text in enumerate(texts)]
+    def answer(self, texts: list[str], scores: list[CompletionLogprobs | None], finish: list[FinishType]) -> Completion:
+        choices = [CompletionChoice(i, text, scores[i], finish[i]) for i, text in enumerate(texts)]
         return Completion(self.id, "text_completion", self.created, self.model, choices, self.usage())
 
     def chunks(
-        self, index: int, first: bool, text: str, logprobs: CompletionLogprobs | None, finish: FinishType | None
+        self, i: int, first: bool, text: str, scores: CompletionLogprobs | None, finish: FinishType | None
     ) -> bytes:
-        if not text and logprobs is None and finish is None:
+        if not text and scores is None and finish is None:
             return b""
-        return self.chunk(index, b'"text":' + msgspec.json.encode(text), logprobs, finish)
+        return self.chunk(i, b'"text":' + msgspec.json.encode(text), scores, finish)

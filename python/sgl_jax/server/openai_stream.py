@@ -58,12 +58,12 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
         """Return the log probabilities of the choice's next tokens, in the form of the endpoint."""
 
     @abstractmethod
-    def answer(self, texts: list[str], logprobs: list[Logprobs | None], finish: list[FinishType]) -> msgspec.Struct:
+    def answer(self, texts: list[str], scores: list[Logprobs | None], finish: list[FinishType]) -> msgspec.Struct:
         """Make the whole answer from its choices."""
 
     @abstractmethod
-    def chunks(self, index: int, first: bool, text: str, logprobs: Logprobs | None, finish: FinishType | None) -> bytes:
-        """Make the chunks of an update; `first`: it is the first one of this choice."""
+    def chunks(self, i: int, first: bool, text: str, scores: Logprobs | None, finish: FinishType | None) -> bytes:
+        """Make the chunks of an update of choice `i`; `first`: it is the first one of this choice."""
 
     def chunk(self, index: int, payload: bytes, logprobs: Logprobs | None, finish: FinishType | None) -> bytes:
         """Encode a chunk as a server-sent event; `payload` is the name and value of the choice's own field, in JSON."""
