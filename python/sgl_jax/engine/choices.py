@@ -1,4 +1,4 @@
-"""Choices that the engine runs for this process. The tokens of each step, which come in one message, are pushed into them."""
+"""Choices that the engine runs for this process. One message per step brings the tokens of all of them."""
 
 from __future__ import annotations
 

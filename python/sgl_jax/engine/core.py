@@ -99,7 +99,7 @@ class Core:
         return launched
 
     def _collect(self, flight: Flight, aborted: list[Finished]) -> StepOutput:
-        """Wait for a launched step, and return its tokens and the finished requests, to which `aborted` ones are added."""
+        """Wait for a launched step, and return its tokens and the requests that finished in it or were aborted."""
         plan = flight.plan
         with self._profiler.stage("collect"):
             tokens = flight.collect()

@@ -46,33 +46,31 @@ class Engine:
 
             return build_core(args)
 
-        def tokenizer() -> Tokenizer:
-            return load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
-
+        tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
         self._start(build, tokenizer, args.stream_interval, args.max_queued_requests)
 
     @classmethod
     def from_core(cls, build_core: Callable[[], EngineCore], tokenizer: Tokenizer) -> Self:
         """Make an engine around a given core; `build_core` is called in the engine's thread."""
         engine = cls.__new__(cls)
-        engine._start(build_core, lambda: tokenizer)
+        engine._start(build_core, tokenizer)
         return engine
 
     def _start(
         self,
         build_core: Callable[[], EngineCore],
-        tokenizer: Callable[[], Tokenizer],
+        tokenizer: Tokenizer,
         stream_interval: int = 1,
         max_queued: int | None = None,
     ) -> None:
+        self.tokenizer = tokenizer
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sgl-jax-api", daemon=True)
         self._thread.start()
         try:
-            self.tokenizer = tokenizer()
             transport = ThreadTransport(build_core)
-            self._service = GenerationService(transport, self.tokenizer, stream_interval, max_queued)
+            self._service = GenerationService(transport, tokenizer, stream_interval, max_queued)
             self._call(self._service.start())
             self._service.open()
         except BaseException:
@@ -101,7 +99,7 @@ class Engine:
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
     ) -> Reply | list[Reply] | Iterator[Reply]:
-        """Return one answer for one prompt, a list for a list or for n > 1; with `stream` an iterator of growing answers.
+        """Return an answer for one prompt, a list for a list or n > 1; with `stream` an iterator of growing answers.
 
         Streamed answers of several prompts or choices carry their index in that list as "index".
         """
@@ -219,7 +217,7 @@ class Engine:
             future.cancel()
 
     def _pump(self, call: NativeCall, put: Callable[[Reply | None], None]) -> concurrent.futures.Future[None]:
-        """Start a stream. Its answers are put, and None when it has ended, from the engine's threads."""
+        """Start a stream: `put` is called in another thread with each answer, and with None at the end."""
 
         async def pump() -> None:
             async for answer in call.stream(self._service.submit(call.requests, stream=True)):

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Self
 
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.request import FinishReason, InvalidParameter, Names, SamplingParams
@@ -65,10 +65,8 @@ class GenerationRequest:
     in_range: bool = False
 
     @classmethod
-    def of(
-        cls, prompt_ids: list[int], prompt_name: str, given: Given, request_id: str, namespace: str
-    ) -> GenerationRequest:
-        """Make a request of a prompt that the user gave as `prompt_name`."""
+    def of(cls, prompt_ids: list[int], prompt_name: str, given: Given, request_id: str, namespace: str) -> Self:
+        """Make a request of a prompt that the user gave under `prompt_name`."""
         names = {**given.names, "prompt": prompt_name}
         return cls(prompt_ids, given.params, request_id, namespace, names, given.score_only, given.in_range)
 
@@ -89,7 +87,7 @@ class Update:
 
 @dataclass(eq=False, slots=True)
 class Choice:
-    """One choice of a request, which is a request of its own to the engine. Gathers tokens until `take` turns them into text."""
+    """One choice of a request; to the engine it is a request. Gathers tokens until `take` makes text of them."""
 
     key: int
     prompt: int  # index of its request in the generation

@@ -23,6 +23,8 @@ from sgl_jax.settings.server_args import ServerArgs
 
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
+    """Sizes and limits of an engine."""
+
     grid: Grid
     weight_bytes: int  # on each device
     memory: MemoryPlan  # of each device
@@ -44,10 +46,10 @@ def plan_launch(
     stored_dtype: str | None,
     device_bytes: int,
 ) -> LaunchPlan:
-    """Decide a launch; `stored_dtype` is the checkpoint's. Raises ValueError that names a flag which cannot be honoured."""
+    """Decide a launch; `stored_dtype` is the checkpoint's. Raises ValueError for a flag that cannot be honoured."""
     grid = grid_of(args)
     _check_model(args, model, grid)
-    share = model.share(grid)
+    share = model.share(grid)  # the shard of each device
     dtype = _dtype(args, stored_dtype, platform)
     pool = pool_of(share, kernels.attention, dtype)
     page_size = _page_size(args, platform, kernels, pool)
@@ -95,7 +97,7 @@ def plan_launch(
 
 
 def _page_size(args: ServerArgs, platform: Platform, kernels: Kernels, pool: Pool) -> int:
-    """Return the tokens of a page: --page-size, else the backend's or the platform's, rounded up to the backend's multiple."""
+    """Return tokens per page: --page-size, else the backend's or the platform's, as a multiple of the backend's."""
     multiple = kernels.attention.page_multiple(np.dtype(pool.dtype))
     wanted = args.page_size or kernels.attention.page_size or platform.page_size
     return -(-wanted // multiple) * multiple
@@ -119,10 +121,9 @@ def _check_pool(args: ServerArgs, memory: MemoryPlan, page_size: int, grid: Grid
         ("--max-running-requests", args.max_running_requests, (memory.num_pages - 1) * grid.data),
     ):
         if value is not None and value > most:
-            raise ValueError(
-                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} allows {most}; "
-                f"lower it, or raise --max-total-tokens or --mem-fraction-static"
-            )
+            pool = f"the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size}"
+            cure = "lower it, or raise --max-total-tokens or --mem-fraction-static"
+            raise ValueError(f"{flag} is {value}; {pool} allows {most}; {cure}")
 
 
 def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:

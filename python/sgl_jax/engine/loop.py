@@ -10,10 +10,8 @@ from sgl_jax.engine.messages import Command, EngineDied, EngineInfo, Event, Read
 
 logger = logging.getLogger(__name__)
 
-
-type Receive = Callable[
-    [bool], Command | None
-]  # receive(block): the next command; without `block` None if there is none
+# `receive(block)` returns the next command; without `block` None if there is none.
+type Receive = Callable[[bool], Command | None]
 type Send = Callable[[Event], None]
 
 
@@ -34,7 +32,7 @@ class EngineCore(Protocol):
         """Plan and dispatch a step and collect the one before. Returns its events and those kept by `handle`."""
 
     def close(self, reason: str = "") -> None:
-        """End the core; nothing is called after it. `reason` says why the engine failed; empty: it was told to leave."""
+        """End the core; nothing is called after it. `reason`: why the engine failed; empty: it was told to leave."""
 
 
 def run(core: EngineCore, receive: Receive, send: Send) -> None:

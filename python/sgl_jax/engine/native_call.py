@@ -1,4 +1,4 @@
-"""Native calls, those of /generate and of Engine.generate: prompts and parameters in, requests submitted, answers out."""
+"""Native calls, by /generate and Engine.generate: prompts and parameters in, requests submitted, answers out."""
 
 from __future__ import annotations
 

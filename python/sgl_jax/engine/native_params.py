@@ -74,8 +74,8 @@ def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingP
 
 
 def num_tokens(max_tokens: Json) -> tuple[Json, bool]:
-    """Return max_tokens for a native request's value, and whether the prompt is only to be scored. The engine generates one
-    token even then."""
+    """Return max_tokens for a native request's value, and whether the prompt is only to be scored. The engine generates
+    one token even then."""
     if max_tokens is None:
         return DEFAULT_MAX_NEW_TOKENS, False
     score_only = max_tokens == 0 and max_tokens is not False
@@ -107,11 +107,8 @@ class LogprobOptions(msgspec.Struct, frozen=True):
         if not -1 <= (start := self.logprob_start_len) <= num_prompt_tokens:
             text = f"logprob_start_len is {start}; it must be -1 or within the {num_prompt_tokens} prompt tokens"
             raise InvalidParameter("logprob_start_len", text)
-        params = msgspec.structs.replace(
-            given.params,
-            logprobs=self.top_logprobs_num,
-            prompt_logprobs=None if start < 0 else self.top_logprobs_num,
-        )
+        top = self.top_logprobs_num
+        params = msgspec.structs.replace(given.params, logprobs=top, prompt_logprobs=None if start < 0 else top)
         names = {**given.names, "logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
         return dataclasses.replace(given, params=params, names=names)
 

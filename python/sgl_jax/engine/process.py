@@ -129,7 +129,7 @@ def _die(events: str, reason: str) -> NoReturn:
 
 
 def _end_with_parent() -> None:
-    # The buffered sys.stdin will not do: its lock, held by a blocked read, would be fatal when the interpreter ends.
+    # A blocked read of the buffered sys.stdin would hold its lock, which is fatal when the interpreter ends.
     while os.read(0, 1024):
         pass
     os._exit(FAILED)

@@ -21,7 +21,7 @@ def scores_of_tokens(plan: StepPlan, step: StepResult, scores: TokenScores) -> d
 
 
 def gather_prompt_scores(plan: StepPlan, scored: dict[int, Request], scores: TokenScores) -> None:
-    """Add the scores of prompt tokens to their requests. The line of a packed token scores the prompt token after it."""
+    """Add the scores of prompt tokens to their requests. The line of a packed token scores the token after it."""
     ends = np.cumsum(plan.num_new)
     for row, request in scored.items():
         if not plan.params[row, Param.FLAGS] & Flag.PROMPT_LOGPROBS:

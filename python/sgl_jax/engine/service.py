@@ -1,4 +1,4 @@
-"""API side of the engine: checks requests, sends them, and hands the engine's events to the consumers that wait for them.
+"""API side of the engine: checks requests, sends them, and hands the engine's events to their consumers.
 
 One asyncio loop owns a service. The engine sends one message per step for all requests; `LiveChoices.push` only appends
 tokens to each choice's list and wakes the consumers that have something to do. A consumer detokenises all tokens that
@@ -53,8 +53,8 @@ class GenerationService:
         self._max_queued = max_queued_requests
         self._info: EngineInfo | None = None
         self.failure: str | None = None  # why the engine has died
-        self.failed = asyncio.Event()  # it has
-        self._settled = asyncio.Event()  # the engine is ready, or has died
+        self.failed = asyncio.Event()  # set when it has died
+        self._settled = asyncio.Event()  # set when it is ready or has died
         self._choices = LiveChoices()
         self._keys = itertools.count(1)
         self._calls = itertools.count(1)
@@ -117,22 +117,23 @@ class GenerationService:
             raise ServiceUnavailable(_STARTING if starting else "the server takes no requests now")
 
     def submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
-        """Check and send requests, of which either all are accepted or none. Without `stream` a choice has one update.
+        """Check and send requests, of which either all are accepted or none.
 
-        Raises InvalidParameter, QueueFull, ServiceUnavailable or EngineFailed.
+        Without `stream` a choice is updated when it ends, or sooner if it has stop strings. Raises InvalidParameter,
+        QueueFull, ServiceUnavailable or EngineFailed.
         """
         self.check_ready()
         return self._submit(requests, stream)
 
     async def warm_up(self) -> None:
-        """Generate a little before `open`, so that the first user does not wait for what only the first request does."""
+        """Generate a little before `open`, since the first request takes longer than later ones."""
         params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
         generation = self._submit([GenerationRequest([self.tokenizer.bos_token_id or 0], params)], stream=False)
         async for _ in generation.updates():
             pass
 
     def abort(self, request_id: str) -> int:
-        """Abort the request with this public id; its consumer gets finish reason "abort". Return how many choices it has."""
+        """Abort the request with this id, whose consumer gets finish reason "abort". Return its number of choices."""
         return self._abort(self._choices.keys_of.get(request_id, []))
 
     def abort_all(self) -> int:
@@ -201,7 +202,7 @@ class GenerationService:
         return await self._ask(messages.GetProfile, ProfileStatus)
 
     async def _ask[T: int | ProfileStatus](self, command: Callable[[int], Command], answer: type[T]) -> T:
-        """Send the command made for a new call and wait for its answer. Raises Conflict or InvalidParameter for a refusal."""
+        """Send a command, made for a new call's number, and return its answer. Raises Conflict or InvalidParameter."""
         self.check_ready()
         call = next(self._calls)
         self._transport.send(command(call))  # before the call is kept, since a command may be impossible to encode
@@ -248,7 +249,7 @@ class GenerationService:
 
 
 def _engine_params(params: SamplingParams, index: int) -> SamplingParams:
-    """Return the parameters of choice `index` for the engine, which knows nothing of stop strings, n and streaming. Each
+    """Return the parameters of choice `index` for the engine, which knows no stop strings, no n and no streaming. Each
     choice has its own seed."""
     seed = params.seed
     if seed is not None and index:

@@ -67,8 +67,8 @@ def build_core(args: ServerArgs, accept: Accept = lambda plan: None) -> Core:
 
 
 def launch(args: ServerArgs, die: Die) -> EngineCore:
-    """Build the core of a single host, or the leading core of host 0. `die` ends the process from any thread, since a host
-    can be lost while the engine's own thread hangs."""
+    """Build the core of a single host, or the leading core of host 0. `die` ends the process from any thread, since a
+    host can be lost while the engine's own thread hangs."""
     if args.nnodes == 1:
         return build_core(args)
     started = time.perf_counter()
@@ -87,8 +87,8 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
 def build_device_side(
     args: ServerArgs, hosts: Leader | Follower | None, accept: Accept = lambda plan: None
 ) -> DeviceSide:
-    """Load and compile for the devices of this host. `hosts` reaches the other hosts, which do the same at the same time;
-    None: there are none."""
+    """Load and compile for the devices of this host. `hosts` reaches the other hosts, which do the same at the same
+    time; None: there are none."""
     use_compile_cache(args.compilation_cache_dir)
     grid = grid_of(args)
     platform, devices = pick_devices(args.device, grid.num_devices)
@@ -100,7 +100,7 @@ def build_device_side(
         logger.warning(log.unused_devices_line(platform.name, len(devices), present, args.dp_size))
 
     agree = hosts.agree if hosts else lambda value: value
-    num_sharing = len(here) if platform.name == "cpu" else 1  # virtual CPU devices all have the same memory
+    num_sharing = len(here) if here[0].platform == "cpu" else 1  # virtual CPU devices all have the same memory
     device_bytes = agree(device_memory(here[0]) // num_sharing)
     # A launch that cannot be is refused before the weights are fetched, and again before they are read.
     if (configs := _configs_ahead(args)) is not None:
@@ -131,8 +131,8 @@ def build_device_side(
 
 
 def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
-    """Fetch the configs alone of a model that is named by its hub id. None: there are no weights to fetch after them, or
-    they have been fetched, as they are before several hosts find each other."""
+    """Fetch the configs alone of a model that is named by its hub id. None: there are no weights to fetch, or they have
+    been fetched, as they are before several hosts find each other."""
     if args.load_format == "dummy" or args.nnodes > 1 or not is_hub_id(args.model_path):
         return None
     folder = local_path(args.model_path, ["config.json", "generation_config.json"], args.downloads)
@@ -197,8 +197,8 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
 
 @contextlib.contextmanager
 def _compiling(runner: ModelRunner) -> Iterator[Future[None]]:
-    """Compile the runner's programs in a thread beside the block. An error in the block is raised at once: it does not wait
-    for programs that are being compiled (the interpreter's end does), and no further one begins."""
+    """Compile the runner's programs in a thread beside the block. An error in the block is raised at once: it does not
+    wait for programs that are being compiled (the interpreter's end does), and no further one begins."""
     stopped = threading.Event()
     thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-compile")
     try:
@@ -217,7 +217,7 @@ def _load(
     placement: Placement,
     compiled: Future[None],
 ) -> Weights[jax.Array]:
-    """Read the weights, or make them up for --load-format dummy. Raises the error of a program that cannot be compiled."""
+    """Read the weights, or make random ones for --load-format dummy. Raises the error of a program's compilation."""
     placer = Placer(placement)
     with weight_progress(logger, checkpoint.total_bytes) as show:
 

@@ -1,4 +1,4 @@
-"""Transports of messages between the API side and the engine: to a thread of this process, or by ZMQ to another process.
+"""Transports of messages between the API side and the engine, which is a thread of this process or a child process.
 
 The API side is one asyncio loop. A transport calls `on_event` in that loop, in the order the engine sent the events,
 and reports an engine that ends without a message as EngineDied.
@@ -102,10 +102,6 @@ class ProcessTransport:
         self._fd = -1
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Event).decode
-
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
 
     def launch(self) -> None:
         """Start the process, which loads while the caller goes on. `start` does it, too, if this was not called."""

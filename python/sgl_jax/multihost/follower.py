@@ -48,8 +48,7 @@ class Follower:
         return checked(self._messages.get(), wire.Number, self._link.peer).value
 
     def runs(self) -> Iterator[tuple[str, np.ndarray, str]]:
-        """Yield a program, its vector and the source of its payload ("": none) for each run that host 0 announces, in the
-        order in which every host runs them."""
+        """Yield a program, its vector and the source of its payload ("": none) for each run that host 0 announces."""
         self._watch.silence_s = SILENCE_S
         while True:
             message = self._messages.get()

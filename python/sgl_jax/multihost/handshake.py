@@ -1,4 +1,4 @@
-"""Handshake between host 0 and another host: each proves that it has the token, then they compare versions, flags and model.
+"""Handshake of host 0 and another host: each proves that it has the token, then host 0 compares their identities.
 
 Both sides send a random number and answer the other's with HMAC-SHA256 under the token and their own role, so that no
 answer can be sent back or used again. Later messages are neither encrypted nor signed: the network must be private.

@@ -1,4 +1,4 @@
-"""Versions, flags and model files that the hosts of one engine must have in common, and how two hosts differ in them."""
+"""Versions, flags and model files that all hosts of an engine must have in common, and how two hosts differ."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def identity_of(args: ServerArgs, configs: Mapping[str, Mapping[str, object]], w
 
 
 def _packages_of(backend: str | None) -> list[str]:
-    """Return the package that brings an attention backend, and the backend's own name, which may be another package's."""
+    """Return the package that brings an attention backend, and the backend's name, which may be a package, too."""
     points = importlib.metadata.entry_points(group=_BACKENDS, name=backend or "")
     return [name for point in points for name in (point.dist.name if point.dist else "", point.name) if name]
 

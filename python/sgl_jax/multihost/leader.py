@@ -150,8 +150,8 @@ class Leader:
         return least
 
     def announce(self, program: str, vector: np.ndarray, source: str = "") -> None:
-        """Tell every host to run this program with this vector, and with a payload that each reads from the source. To be
-        called right before this host runs it."""
+        """Tell every host to run this program with this vector, and with a payload that each reads from the source. It
+        is called right before this host runs it."""
         self._tell(Run(program, vector.astype("<i4", copy=False).tobytes(), source))
 
     @contextlib.contextmanager

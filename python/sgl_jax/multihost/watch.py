@@ -19,7 +19,7 @@ START_SILENCE_S = 60.0  # while it loads and compiles, a library may keep its th
 
 
 class Watch:
-    """Calls `on_message(link, message)` and `on_lost(link, reason)` in its thread. A lost link is closed and reported once.
+    """Calls `on_message(link, message)` and `on_lost(link, reason)` in its thread; a lost link is closed first.
 
     An Ended with a reason is a loss with that reason; an Ended without one is a message.
     """

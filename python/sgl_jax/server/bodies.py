@@ -65,7 +65,7 @@ def null_fields(names: str) -> Fields:
 
 
 def off_fields(body: str, features: Iterable[Feature] = NOT_BUILT) -> Fields:
-    """Make the fields of a body that would ask for features that are not built: they accept only values that ask for none."""
+    """Make the fields of a body that belong to features that are not built: they accept only values that mean "off"."""
     found: dict[str, tuple[object, object]] = {}
     for feature in features:
         found |= null_fields(feature.null.get(body, ""))
@@ -74,8 +74,8 @@ def off_fields(body: str, features: Iterable[Feature] = NOT_BUILT) -> Fields:
 
 
 def feature_of(field: str, features: Iterable[Feature] = NOT_BUILT) -> str | None:
-    """Return the feature that a field belongs to, with its verb: "tool calls are" for `messages[0].function_call`, whose
-    innermost known name decides. None: the field belongs to none."""
+    """Return the feature that a field belongs to, with its verb: "tool calls are" for `messages[0].function_call`. The
+    innermost known name decides. None: it belongs to none."""
     known = {name: feature.name for feature in features for name in feature.fields.split()}
     return next((known[name] for name in reversed(re.findall(r"\w+", field)) if name in known), None)
 
@@ -107,7 +107,7 @@ def _kind(parameter: Parameter, low: int | None) -> object:
 
 
 def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] = PARAMETERS) -> FieldInfo:
-    """Return the limits of a parameter's number as a pydantic Field. `low`: the least number, where this API has its own."""
+    """Return the limits of a parameter's number as a pydantic Field. `low`: the least number, if this API differs."""
     [parameter] = (each for each in parameters if each.name == name)
     about = parameter.about
     low = about.low if low is None else low

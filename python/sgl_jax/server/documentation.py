@@ -1,4 +1,4 @@
-"""Schema of the API, /openapi.json: requests from their pydantic models, answers from the msgspec structs, and errors."""
+"""Schema of the API, /openapi.json: requests from pydantic models, answers from msgspec structs, and errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def documented(
 ) -> dict[str, Any]:
     """Document a route's answers: its own, and the errors it can give.
 
-    `stream`: it can stream; `model`: it checks a model's name; `body`: it reads a body; `engine`: it needs a live engine;
+    `stream`: it can stream; `model`: it checks a model's name; `body`: it reads a body; `engine`: it needs the engine;
     `guarded`: it needs the API key; `conflict`: the state of the engine may not allow it.
     """
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}

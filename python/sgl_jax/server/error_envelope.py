@@ -13,14 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from sgl_jax.engine.generation import (
-    Conflict,
-    DuplicateRequestId,
-    EngineFailed,
-    PromptTooLong,
-    QueueFull,
-    ServiceUnavailable,
-)
+from sgl_jax.engine import generation
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.bodies import feature_of
 from sgl_jax.server.responses import ErrorBody, ErrorResponse
@@ -33,15 +26,15 @@ _BAD_REQUEST = "invalid_request_error"
 
 # By kind, the first that fits: status, type, code, and the param where the error does not name it.
 _EXPECTED: Mapping[type[Exception], tuple[int, str, str, str | None]] = {
-    PromptTooLong: (400, _BAD_REQUEST, "context_length_exceeded", None),
-    DuplicateRequestId: (400, _BAD_REQUEST, "duplicate_request_id", None),
+    generation.PromptTooLong: (400, _BAD_REQUEST, "context_length_exceeded", None),
+    generation.DuplicateRequestId: (400, _BAD_REQUEST, "duplicate_request_id", None),
     InvalidParameter: (400, _BAD_REQUEST, "invalid_value", None),
     TokenizerError: (400, _BAD_REQUEST, "invalid_value", "prompt"),
     TemplateError: (400, _BAD_REQUEST, "invalid_value", "messages"),
-    QueueFull: (429, "rate_limit_error", "queue_full", None),
-    Conflict: (409, _BAD_REQUEST, "conflict", None),
-    ServiceUnavailable: (503, "service_unavailable", "not_ready", None),
-    EngineFailed: (500, "server_error", "engine_failed", None),
+    generation.QueueFull: (429, "rate_limit_error", "queue_full", None),
+    generation.Conflict: (409, _BAD_REQUEST, "conflict", None),
+    generation.ServiceUnavailable: (503, "service_unavailable", "not_ready", None),
+    generation.EngineFailed: (500, "server_error", "engine_failed", None),
 }
 
 

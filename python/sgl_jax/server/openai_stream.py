@@ -1,4 +1,4 @@
-"""Answers of OpenAI's endpoints, whole or as a stream, of which only the parts that change between chunks are encoded anew."""
+"""Answers of OpenAI's endpoints, whole or as a stream. A chunk encodes only the parts that differ between chunks."""
 
 from __future__ import annotations
 

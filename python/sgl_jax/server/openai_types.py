@@ -1,4 +1,4 @@
-"""Requests of the OpenAI endpoints. An unknown field is refused by name, and so is a known one that is not supported."""
+"""Requests of the OpenAI endpoints. Unknown fields, and known ones that are not supported, are refused by name."""
 
 from __future__ import annotations
 
