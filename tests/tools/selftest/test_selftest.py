@@ -12,8 +12,8 @@ import pytest
 from sgl_jax import check_env
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.grouped_matmul import native
+from sgl_jax.planning.machine_rates import Rates
 from sgl_jax.planning.topology import CHIPS, chip_of
-from sgl_jax.runtime.machine_limits import Rates
 from sgl_jax.runtime.platform import PLATFORMS, pick_devices
 from sgl_jax.tools.environment.facts import Facts, Report
 from sgl_jax.tools.selftest import numerics, run
