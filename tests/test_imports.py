@@ -88,6 +88,7 @@ WITHOUT_JAX = (
     "multihost",
     "launch_server",
     "settings",
+    "runtime.control_groups",
     *PLAIN_DATA,
 )
 READS_ENVIRONMENT = "settings.server_args"

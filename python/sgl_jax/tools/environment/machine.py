@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sgl_jax.observability.log import size
+from sgl_jax.runtime import control_groups
 from sgl_jax.tools.environment.facts import CompileCache, Gpus, Machine, Tpus
 
 _CACHE_SUFFIX = "-cache"  # of jax's own files; next to each lies one that notes when it was last read
@@ -44,7 +45,6 @@ def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
     model = _found(r"^(?:model name|Model)\s*:\s*(.+)$", root / "proc/cpuinfo")
     memory = _found(r"^MemTotal:\s+(\d+) kB$", root / "proc/meminfo")
     distribution = _found(r'^PRETTY_NAME="?([^"\n]+)', root / "etc/os-release")
-    cgroup_cpus, cgroup_memory = cgroup_limits(root)
     return Machine(
         hostname=socket.gethostname() or "unknown",
         system=", ".join((*distribution, f"{platform.system()} {platform.release()}")),
@@ -53,22 +53,14 @@ def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         memory=int(memory[0]) << 10 if memory else None,
         container=_container(environ, root),
-        cgroup_cpus=cgroup_cpus,
-        cgroup_memory=cgroup_memory,
+        cgroup_cpus=control_groups.cpu_limit(root),
+        cgroup_memory=control_groups.memory_limit(root),
         limits=resource_limits(),
     )
 
 
-def _read(path: Path) -> str:
-    """A small text file, empty when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
 def _found(pattern: str, path: Path) -> list:
-    return re.findall(pattern, _read(path), re.MULTILINE)
+    return re.findall(pattern, control_groups.read(path), re.MULTILINE)
 
 
 def _container(environ: Mapping[str, str], root: Path) -> str:
@@ -76,17 +68,6 @@ def _container(environ: Mapping[str, str], root: Path) -> str:
         return "Kubernetes"
     marks = {"Docker": ".dockerenv", "Podman": "run/.containerenv"}
     return next((kind for kind, mark in marks.items() if (root / mark).exists()), "")
-
-
-def cgroup_limits(root: Path = Path("/")) -> tuple[float | None, int | None]:
-    """(processors, bytes) this process may use by its cgroup and those above it; None: no limit."""
-    inside = Path(next(iter(_found(r"^0::/(.*)$", root / "proc/self/cgroup")), ""))
-    cpus, memory = [], []
-    for group in (inside, *inside.parents):  # in a container the path may be the host's: then only the root exists
-        folder = root / "sys/fs/cgroup" / group
-        cpus += [int(quota) / int(period) for quota, period in _found(r"^(\d+) (\d+)$", folder / "cpu.max")]
-        memory += map(int, _found(r"^\d+$", folder / "memory.max"))
-    return min(cpus, default=None), min(memory, default=None)
 
 
 def resource_limits() -> dict[str, tuple[int | None, ...]]:
@@ -170,7 +151,14 @@ def gpus(root: Path = Path("/"), run: Run | None = None) -> Gpus:
 def _pci_devices(root: Path) -> list[tuple[str, str, str]]:
     """(vendor, device, class), each like 0x1ae0, of what is on the PCI bus; function 0 only, the one that counts."""
     folders = sorted(root.glob("sys/bus/pci/devices/*.0"))
-    return [(_read(each / "vendor"), _read(each / "device"), _read(each / "class")) for each in folders]
+    return [
+        (
+            control_groups.read(each / "vendor"),
+            control_groups.read(each / "device"),
+            control_groups.read(each / "class"),
+        )
+        for each in folders
+    ]
 
 
 def _nodes(root: Path, folder: str, pattern: str) -> tuple[str, ...]:
