@@ -105,7 +105,7 @@ def run_layers(body: Callable, carry, layers: Layers[jax.Array]):
     """Thread the carry through body(carry, layer index, layer weights, experts): a Python loop over a list, a scan over
     each stack.
 
-    Which one a platform gets is decided where weights are placed (docs/decisions/0002-layers-list-or-scan.md). The
+    Which one a platform gets is decided where weights are placed (docs/decisions/0.02-layers-list-or-scan.md). The
     experts of a stack are not sliced by the scan: grouped matmul wants them whole.
     """
     if isinstance(layers, list):
