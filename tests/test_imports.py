@@ -89,6 +89,7 @@ WITHOUT_JAX = (
     "multihost",
     "launch_server",
     "settings",
+    "runtime.control_groups",
     *PLAIN_DATA,
 )
 READS_ENVIRONMENT = "settings.server_args"
