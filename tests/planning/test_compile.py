@@ -65,7 +65,7 @@ def test_what_a_backend_refuses_while_a_program_is_traced_is_one_line(
     monkeypatch.setattr(compile_command, "compile_launch", refuses)
     assert command.main(["--topology", "cpu", *flags]) == command.BAD_USE
     assert capsys.readouterr().err.endswith("compile: error: --attention-backend x cannot do sinks\n")
-    assert compile_command.compile_here(ServerArgs.from_cli(flags)) == commands.FAILED
+    assert compile_command.compile_here(ServerArgs.from_cli(flags)) == compile_command.FAILED
     assert capsys.readouterr().err.endswith("sgl_jax: error: --attention-backend x cannot do sinks\n")
 
 

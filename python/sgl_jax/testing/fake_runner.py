@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Collection, Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -122,11 +121,6 @@ class _Row:
     output: list[int] = dataclasses.field(default_factory=list)  # loaded, then counted, for rows with penalties
     held_back: list[int] = dataclasses.field(default_factory=list)  # stop tokens, until the length is held_until
     held_until: int = 0
-
-
-class FakeRates(NamedTuple):
-    read_bytes_per_s: float = 20e9
-    matmul_flop_per_s: float = 5e11
 
 
 class FakeRunner:
@@ -288,9 +282,6 @@ class FakeRunner:
             output=output if flags & Flag.PENALTIES else None,
             held_back=row.held_back if flags & Flag.BIAS and len(kv) < row.held_until else (),
         )
-
-    def measure_limits(self) -> FakeRates:
-        return FakeRates()
 
     def _scored(self, kv: list[int], tokens: np.ndarray) -> TokenScores:
         """Score tokens. The best ones are the ids after the chosen one, at its logprob, its logprob - 1, …"""
