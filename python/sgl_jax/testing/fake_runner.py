@@ -195,7 +195,7 @@ class FakeRunner:
             state = self._rows[row]
             assert state.rank == rank or not decodes, "a row that decodes moved to another rank"
             most = state.length + 2 * (self._width - 1)
-            assert state.length <= start <= most or not decodes, (
+            assert not decodes or state.length <= start <= most, (
                 f"row {row} has {state.length} tokens, start is {start}"
             )
             state.rank = int(rank)
