@@ -155,13 +155,11 @@ class StepPlan:
         return Flag.PROMPT_LOGPROBS in self.flags
 
 
-def columns_of(plan: type[StepPlan]) -> dict[str, Column]:
-    """Read the columns that a plan class declares: by name, in order."""
-    hints = get_type_hints(plan, include_extras=True)
-    return {name: note for name, hint in hints.items() for note in getattr(hint, "__metadata__", ())}
-
-
-COLUMNS = columns_of(StepPlan)
+COLUMNS: dict[str, Column] = {
+    name: column
+    for name, hint in get_type_hints(StepPlan, include_extras=True).items()
+    for column in getattr(hint, "__metadata__", ())
+}
 
 
 def row_capacity(context_length: int, width: int) -> int:

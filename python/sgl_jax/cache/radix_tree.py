@@ -56,26 +56,16 @@ class RadixTree:
         node = self._roots.get(namespace)
         if node is None:  # `insert` keeps the root: most namespaces never cache a page
             node = Node(np.empty(0, np.int32), np.empty(0, np.int32), None, namespace)
-        now = next(self._clock)
-        node.last_used = now
-        while True:
-            child = node.children.get(self._key(tokens))
-            if child is None:
-                return node
-            n = self._num_shared_pages(child.tokens, tokens)
-            if n < len(child.pages):
-                child = self._split(child, n)
-            child.last_used = now
-            node, tokens = child, tokens[n * self.page_size :]
+        node.last_used = now = next(self._clock)
+        for child, num_pages in self._walk(node, tokens):
+            node = child if num_pages == len(child.pages) else self._split(child, num_pages)
+            node.last_used = now
+        return node
 
     def num_matched(self, namespace: str, tokens: np.ndarray) -> int:
         """Count the whole pages that `match` would find. Changes nothing, ages included."""
-        node, num_pages = self._roots.get(namespace), 0
-        while node is not None and (child := node.children.get(self._key(tokens))) is not None:
-            n = self._num_shared_pages(child.tokens, tokens)
-            num_pages += n
-            node, tokens = (child, tokens[n * self.page_size :]) if n == len(child.pages) else (None, tokens)
-        return num_pages
+        root = self._roots.get(namespace)
+        return 0 if root is None else sum(num_pages for _, num_pages in self._walk(root, tokens))
 
     def insert(self, below: Node, tokens: np.ndarray, pages: np.ndarray) -> Node:
         """Add tokens below the node that `match` found for them; return the new node. The tree takes the pages, which must
@@ -140,10 +130,16 @@ class RadixTree:
     def _key(self, tokens: np.ndarray) -> bytes:
         return tokens[: self.page_size].tobytes()
 
-    def _num_shared_pages(self, a: np.ndarray, b: np.ndarray) -> int:
-        n = min(len(a), len(b))
-        different = np.flatnonzero(a[:n] != b[:n])
-        return int(different[0] if len(different) else n) // self.page_size
+    def _walk(self, node: Node, tokens: np.ndarray) -> Iterator[tuple[Node, int]]:
+        """Yield the nodes below `node` that hold a prefix of tokens, and how many pages of each: all but in the last one."""
+        is_whole = True
+        while is_whole and (child := node.children.get(self._key(tokens))) is not None:
+            n = min(len(child.tokens), len(tokens))
+            different = np.flatnonzero(child.tokens[:n] != tokens[:n])
+            num_pages = int(different[0] if len(different) else n) // self.page_size
+            node, tokens = child, tokens[num_pages * self.page_size :]
+            is_whole = num_pages == len(child.pages)  # before the caller splits the node
+            yield child, num_pages
 
     def _split(self, node: Node, num_pages: int) -> Node:
         """Split a node after num_pages; return the upper part, a new node between the parent and the old node."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
@@ -124,13 +125,11 @@ def compile_all(
             raise concurrent.futures.CancelledError
         watch.took_hit()
         start = time.perf_counter()
-        with jax.default_matmul_precision(precision):
-            if absent is None:
-                call = _compiled(program.function.lower(*program.args), program.device_kind)
-            else:
-                with jax.sharding.use_abstract_mesh(absent.abstract_mesh):  # tells kernels the TPU's generation
-                    lowered = program.function.trace(*program.args).lower(lowering_platforms=("tpu",))
-                    call = _compiled(lowered, program.device_kind)
+        # The abstract mesh tells kernels the TPU's generation.
+        mesh = jax.sharding.use_abstract_mesh(absent.abstract_mesh) if absent else contextlib.nullcontext()
+        with jax.default_matmul_precision(precision), mesh:
+            lowered = program.function.trace(*program.args).lower(lowering_platforms=("tpu",) if absent else None)
+            call = _compiled(lowered, program.device_kind)
         return Compiled(program, call, time.perf_counter() - start, watch.took_hit())
 
     done: dict[str, jax.stages.Compiled] = {}

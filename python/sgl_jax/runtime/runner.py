@@ -13,24 +13,14 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
+from sgl_jax.runtime import programs
 from sgl_jax.runtime.buckets import pick
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, matmul_precision
 from sgl_jax.runtime.device_state import DeviceState
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.loads import pack_loads
 from sgl_jax.runtime.placed_weights import abstract_weights
-from sgl_jax.runtime.programs import (
-    KV,
-    OUTPUTS,
-    STATE,
-    WEIGHTS,
-    RunnerConfig,
-    abstract_kv,
-    empty_state,
-    make_programs,
-    step_name,
-    zeros,
-)
+from sgl_jax.runtime.programs import KV, OUTPUTS, STATE, WEIGHTS, RunnerConfig, step_name, zeros
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.speculate import Drafter
 from sgl_jax.runtime.step import StepOutputs
@@ -94,7 +84,7 @@ class ModelRunner:
         self.config = config
         self.watch = CompileWatch()
         weights = abstract_weights(model, config.weight_dtype, placement, stacked=stacks_layers)
-        self.programs = make_programs(model, config, kernels, placement, weights, drafter)
+        self.programs = programs.make_programs(model, config, kernels, placement, weights, drafter)
         self.tracer = JaxTracer()
         self._model = model
         self._devices = [*placement.mesh.devices.flat]
@@ -123,8 +113,8 @@ class ModelRunner:
         """
         self._values = {
             WEIGHTS: weights,
-            KV: zeros(abstract_kv(self.config, self._placement)),
-            STATE: empty_state(self._model, self.config, self._placement),
+            KV: zeros(programs.abstract_kv(self.config, self._placement)),
+            STATE: programs.empty_state(self._model, self.config, self._placement),
         }
         barrier()
         empty_steps = {
