@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from messages import says
 from sgl_jax.engine.messages import (
     Abort,
     CacheFlushed,
@@ -41,7 +42,7 @@ def test_limits_are_not_measured_beside_requests(waiting: bool) -> None:
     core.handle(MeasureLimits(7))
     refused = core.step()[0]
     assert isinstance(refused, Refused)
-    assert refused.message.startswith(f"1 requests run and {int(waiting)} wait")
+    assert says(refused.message, f"1 … {int(waiting)}")
     assert (refused.call, refused.param) == (7, "")
 
 
