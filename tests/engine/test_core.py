@@ -6,16 +6,11 @@ import time
 
 import pytest
 
-from messages import says
 from sgl_jax.engine.messages import (
     Abort,
     CacheFlushed,
     FlushCache,
     Generate,
-    LimitsMeasured,
-    MachineLimits,
-    MeasureLimits,
-    Refused,
     Stats,
     StepOutput,
 )
@@ -25,36 +20,6 @@ from simulated import Client, make_core
 
 VOCAB = 512
 LONG = list(range(100, 130))  # a prompt of 30 tokens: 7 pages of 4 and two tokens
-
-
-def test_limits_are_what_the_runner_measures_in_the_units_people_read() -> None:
-    core = make_core()
-    core.handle(MeasureLimits(7))
-    assert core.step()[0] == LimitsMeasured(7, MachineLimits(20.0, 0.5, "float32", "none", 1))
-
-
-@pytest.mark.parametrize("waiting", [False, True])
-def test_limits_are_not_measured_beside_requests(waiting: bool) -> None:
-    core = make_core(rows=1)
-    for key in range(1 + waiting):
-        core.handle(Generate(key, [1, 2, 3], SamplingParams(max_tokens=3)))
-    core.step()
-    core.handle(MeasureLimits(7))
-    refused = core.step()[0]
-    assert isinstance(refused, Refused)
-    assert says(refused.message, f"1 … {int(waiting)}")
-    assert (refused.call, refused.param) == (7, "")
-
-
-def test_limits_that_cannot_be_measured_are_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room():
-        raise ValueError("no memory is free")
-
-    core = make_core()
-    monkeypatch.setattr(core.runner, "measure_limits", no_room)
-    core.handle(MeasureLimits(7))
-    assert core.step()[0] == Refused(7, "no memory is free")
-    assert not core.busy
 
 
 @pytest.fixture(params=[True, False], ids=["overlap", "plain"])

@@ -14,7 +14,7 @@ import sgl_jax
 from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import Conflict, EngineFailed
 from sgl_jax.request import InvalidParameter, SamplingParams
-from sgl_jax.testing.fake_core import FAKE_LIMITS, FakeCore
+from sgl_jax.testing.fake_core import FakeCore
 from sgl_jax.testing.fake_tracer import DEFAULT, UNWRITABLE
 from sgl_jax.text.tokenizer import load_tokenizer
 
@@ -77,16 +77,6 @@ def test_flush_cache(engine: Engine) -> None:
     engine.generate("flush")
     assert engine.flush_cache() > 0
     assert engine.flush_cache() == 0
-
-
-def test_limits_are_measured_when_nothing_runs() -> None:
-    with Engine.from_core(lambda: FakeCore(step_seconds=0.005), STORIES) as engine:
-        assert engine.measure_limits() == FAKE_LIMITS
-        answers = engine.generate("Once", {"ignore_eos": True}, stream=True)
-        next(answers)
-        with pytest.raises(Conflict, match="1 requests run"):
-            engine.measure_limits()
-        answers.close()
 
 
 def test_profiles(engine: Engine) -> None:

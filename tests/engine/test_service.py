@@ -283,7 +283,8 @@ def test_death_fails_everything_and_everyone() -> None:
                 await waiting
         with pytest.raises(EngineFailed):
             service.submit([request()], stream=True)
-        assert await service.wait_failed() == "out of memory"
+        await service.failed.wait()
+        assert service.failure == "out of memory"
 
     run(test)
 

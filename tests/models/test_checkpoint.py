@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.stored import joined
+from sgl_jax.models.stored import concatenated
 from sgl_jax.settings.hub import Downloads
 
 
@@ -129,14 +129,14 @@ def test_shares_of_tensor_parallel_devices_are_kept_apart_and_joined(stories260k
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     stored = open_checkpoint(str(tmp_path)).tensors
     assert sorted(stored) == ["columns (share 0)", "columns (share 1)", "norm", "rows (share 0)", "rows (share 1)"]
-    rows = joined("rows", [stored["rows (share 0)"], stored["rows (share 1)"]], axis=0)
-    columns = joined("columns", [stored["columns (share 0)"], stored["columns (share 1)"]], axis=1)
+    rows = concatenated("rows", [stored["rows (share 0)"], stored["rows (share 1)"]], axis=0)
+    columns = concatenated("columns", [stored["columns (share 0)"], stored["columns (share 1)"]], axis=1)
     for start, stop in [(0, 4), (1, 3), (0, 1), (3, 4)]:
         np.testing.assert_array_equal(rows.rows(start, stop), whole[start:stop])
         np.testing.assert_array_equal(columns.rows(start, stop), whole[start:stop])
     assert rows.shape == columns.shape == (4, 6)
     with pytest.raises(ModelError, match=r"axis 0.* \[2, 6\] F32, \[4, 3\] F32"):
-        joined("rows", [stored["rows (share 0)"], stored["columns (share 1)"]], axis=0)
+        concatenated("rows", [stored["rows (share 0)"], stored["columns (share 1)"]], axis=0)
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):

@@ -83,7 +83,7 @@ def config(**changes) -> DecoderConfig:
 def test_v3_chooses_by_biased_sigmoid_scores_from_the_best_pairs_of_groups() -> None:
     c = config()
     assert c.moe is not None
-    moe = (c.moe.scoring, c.moe.score_bias, c.moe.group_score, c.moe.normalise, c.moe.scale, c.moe.num_groups)
+    moe = (c.moe.scoring, c.moe.correction_bias, c.moe.group_score, c.moe.normalise, c.moe.scale, c.moe.num_groups)
     assert moe == ("sigmoid", True, "top2", True, 2.5, 2)
     assert c.moe.shared_intermediate_size == 16
     assert c.moe_layers == (False, True)
@@ -94,7 +94,7 @@ def test_v2_chooses_by_softmax_with_or_without_groups() -> None:
     grouped, greedy = config(**V2_ROUTING).moe, config(**V2_ROUTING | {"topk_method": "greedy"}).moe
     assert grouped is not None
     assert greedy is not None
-    assert (grouped.scoring, grouped.score_bias, grouped.group_score) == ("softmax", False, "max")
+    assert (grouped.scoring, grouped.correction_bias, grouped.group_score) == ("softmax", False, "max")
     assert (grouped.normalise, grouped.scale) == (False, 16.0)
     assert (grouped.num_groups, greedy.num_groups) == (2, 1)
 

@@ -19,7 +19,6 @@ import pytest
 from messages import says
 from sgl_jax.multihost.address import Address, parse_address
 from sgl_jax.multihost.follower import Follower, connect
-from sgl_jax.multihost.host_errors import HostsError, LinkClosed, WireError
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.multihost.watch import Watch
 from sgl_jax.multihost.wire import (
@@ -28,10 +27,13 @@ from sgl_jax.multihost.wire import (
     Alive,
     Challenge,
     Ended,
+    HostMessage,
+    HostsError,
     Identity,
     Link,
-    Message,
+    LinkClosed,
     Welcome,
+    WireError,
     frame,
 )
 
@@ -393,7 +395,7 @@ def test_a_frame_over_the_limit_between_hosts_is_a_loss() -> None:
 def test_silence_is_a_loss_and_being_alive_is_none() -> None:
     a, b = socket.socketpair()
     lost: queue.SimpleQueue[str] = queue.SimpleQueue()
-    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[HostMessage] = queue.SimpleQueue()
     mine, theirs = Link(_as_tcp(a), "host 1"), Link(_as_tcp(b), "host 0")
     watch = Watch(
         lambda _, message: messages.put(message), lambda _, reason: lost.put(reason), beat_s=0.05, silence_s=1.0

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import re
-from collections.abc import Iterator
 
 import pytest
 
@@ -13,7 +12,6 @@ from messages import says
 from sgl_jax.observability import log
 
 STAMP = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] "
-LOGGERS = ("", "sgl_jax", "uvicorn", "uvicorn.error", "uvicorn.access")
 
 
 class CountingStream(io.StringIO):
@@ -25,15 +23,9 @@ class CountingStream(io.StringIO):
 
 
 @pytest.fixture
-def stream() -> Iterator[CountingStream]:
-    """Where the lines go; every logger `setup` touches is put back afterwards."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
-    before = [(one.handlers[:], one.filters[:], one.level, one.propagate) for one in loggers]
-    yield CountingStream()
-    for one, (handlers, filters, level, propagate) in zip(loggers, before, strict=True):
-        one.handlers[:], one.filters[:] = handlers, filters
-        one.setLevel(level)
-        one.propagate = propagate
+def stream() -> CountingStream:
+    """Where the lines go."""
+    return CountingStream()
 
 
 def test_lines_have_a_time_stamp_and_are_flushed(stream: CountingStream) -> None:

@@ -62,7 +62,7 @@ def test_a_device_holds_its_share() -> None:
 
 def test_a_head_may_have_several_devices() -> None:
     share = config(num_heads=4).share(Grid(tensor=8))
-    assert (share.num_heads, share.num_kv_heads, share.head_copies) == (1, 1, 2)
+    assert (share.num_heads, share.num_kv_heads, share.head_replicas) == (1, 1, 2)
 
 
 MOE = MoeConfig(num_experts=6, experts_per_token=2, intermediate_size=12)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -44,17 +43,17 @@ OPTIONS = {
 CPU = PLATFORMS["cpu"]
 
 
-def test_free_memory_is_what_kernel_and_container_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "meminfo").write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:  4000 kB\n")
-    (tmp_path / "memory.max").write_text("3000\n")
-    (tmp_path / "memory.current").write_text("1000\n")
-    assert memory._available_memory(tmp_path / "meminfo") == 4000 * 1024
-    assert memory._available_memory(tmp_path / "none") > 0
-    monkeypatch.setattr(memory, "_available_memory", lambda: 2500)
-    monkeypatch.setattr(memory, "_container_bytes", partial(memory._container_bytes, folder=tmp_path))
-    assert memory.free_memory(jax.devices("cpu")[0]) == 2000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory.free_memory(jax.devices("cpu")[0]) == 2500
+def test_free_memory_is_what_kernel_and_control_groups_leave(tmp_path: Path) -> None:
+    meminfo, limit = tmp_path / "proc/meminfo", tmp_path / "sys/fs/cgroup/memory.max"
+    for file in (meminfo, limit):
+        file.parent.mkdir(parents=True)
+    cpu = jax.devices("cpu")[0]
+    assert memory.free_memory(cpu, tmp_path) > 0
+    meminfo.write_text("MemTotal:  9000 kB\nMemFree:  10 kB\nMemAvailable:  4000 kB\n")
+    assert memory.free_memory(cpu, tmp_path) == 4000 * 1024
+    limit.write_text("3000\n")
+    limit.with_name("memory.current").write_text("1000\n")
+    assert memory.free_memory(cpu, tmp_path) == 2000
 
 
 def test_bytes_of_a_token() -> None:

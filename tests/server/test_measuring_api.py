@@ -1,35 +1,14 @@
-"""What the machine can do, and profiles, asked over HTTP."""
+"""Profiles, asked for over HTTP."""
 
 from __future__ import annotations
 
 import httpx
-import msgspec
 import pytest
 from live_server import LiveServer
 
 from messages import says
-from sgl_jax.testing.fake_core import FAKE_LIMITS, FakeCore
+from sgl_jax.testing.fake_core import FakeCore
 from sgl_jax.testing.fake_tracer import DEFAULT, UNWRITABLE
-
-
-def test_limits_of_the_machine(http: httpx.Client) -> None:
-    answer = http.post("/measure_limits")
-    assert (answer.status_code, answer.json()) == (200, msgspec.to_builtins(FAKE_LIMITS))
-    assert http.get("/measure_limits").status_code == 405
-    assert http.get("/get_server_info").json()["engine"]["parameters_per_token"] == 0
-
-
-def test_limits_are_not_measured_while_a_request_runs(slow: LiveServer) -> None:
-    body = {"text": "Once", "sampling_params": {"ignore_eos": True, "max_new_tokens": 400}, "stream": True}
-    with slow.http() as http, slow.http() as other:
-        with http.stream("POST", "/generate", json=body) as stream:
-            lines = stream.iter_lines()  # kept: without it the stream would be closed
-            next(lines)
-            refused = other.post("/measure_limits")
-        assert refused.status_code == 409
-        found = refused.json()["error"]
-        assert (found["type"], found["param"], found["code"]) == ("invalid_request_error", None, "conflict")
-        assert says(found["message"], "1 requests")
 
 
 def test_an_engine_that_dies_meanwhile_is_an_answer_too() -> None:
@@ -38,7 +17,7 @@ def test_an_engine_that_dies_meanwhile_is_an_answer_too() -> None:
             raise RuntimeError("the device is lost")
 
     with LiveServer(Dies) as server, server.http() as http:
-        answer = http.post("/measure_limits")
+        answer = http.post("/start_profile")
         assert (answer.status_code, answer.json()["error"]["code"]) == (500, "engine_failed")
 
 
@@ -125,7 +104,6 @@ def test_a_profile_that_runs_at_the_end_is_written() -> None:
 def test_the_api_key_guards_all_of_it() -> None:
     with LiveServer(api_key="secret") as server, server.http() as http:
         for method, path in (
-            ("POST", "/measure_limits"),
             ("POST", "/start_profile"),
             ("GET", "/start_profile"),
             ("POST", "/stop_profile"),

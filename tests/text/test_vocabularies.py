@@ -118,7 +118,7 @@ def write_ranks(path: Path, tokens: list[bytes]) -> Path:
 
 def test_tiktoken_files_that_cannot_be_read(tmp_path: Path) -> None:
     every = [bytes([i]) for i in range(256)]
-    assert load_tiktoken(write_ranks(tmp_path / "qwen.tiktoken", every)).tokenizer.encode("é").ids == [0xC3, 0xA9]
+    assert load_tiktoken(write_ranks(tmp_path / "qwen.tiktoken", every)).backend.encode("é").ids == [0xC3, 0xA9]
     with pytest.raises(ModelError, match=r"other\.tiktoken.* qwen\.tiktoken"):
         load_tiktoken(write_ranks(tmp_path / "other.tiktoken", every))
     with pytest.raises(ModelError, match=r"qwen.tiktoken.* 1 .*256"):
@@ -152,11 +152,11 @@ def test_unigram_takes_the_likeliest_pieces(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.model"
     path.write_bytes(sentencepiece_model(1, [*UNIGRAM, ("ab", -4.0, 1), ("▁a", -4.5, 1), ("<x>", 0.0, 4)]))
     found = load_sentencepiece(path)
-    assert (found.bos_token, found.eos_token, found.unk_token) == ("<s>", "</s>", "<unk>")
-    assert found.tokenizer.encode("ab").tokens == ["▁", "ab"]  # -6, not -7.5
-    assert found.tokenizer.encode("a ab").tokens == ["▁a", "▁", "ab"]
-    assert found.tokenizer.encode("a<x>b").tokens == ["▁a", "<x>", "b"]
-    assert found.tokenizer.decode([7, 3, 6]) == "a ab"
+    assert found.special_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert found.backend.encode("ab").tokens == ["▁", "ab"]  # -6, not -7.5
+    assert found.backend.encode("a ab").tokens == ["▁a", "▁", "ab"]
+    assert found.backend.encode("a<x>b").tokens == ["▁a", "<x>", "b"]
+    assert found.backend.decode([7, 3, 6]) == "a ab"
 
 
 def test_sentencepiece_files_that_cannot_be_read(tmp_path: Path) -> None:

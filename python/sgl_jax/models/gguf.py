@@ -5,7 +5,6 @@ Sources: llama.cpp `gguf-py/gguf/constants.py` (keys, names) and `convert_hf_to_
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from typing import Any
@@ -206,7 +205,6 @@ def _quantised_type(file: GgufFile, tensor: GgufTensor) -> tuple[str, int, int, 
     return label, *sizes[kinds(tensor.type)], quant.dequantize_rows
 
 
-@functools.cache
 def _gguf_package() -> tuple[Any, Any, Any]:
     from gguf import quants
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType

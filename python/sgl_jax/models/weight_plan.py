@@ -56,7 +56,7 @@ def plan_weights(
         if path == ".lm_head" and config.normalised_head:
             pieces = {name: with_unit_columns(piece) for name, piece in pieces.items()}
         pieces_of.append([piece.take(rows.order) if rows else piece for piece in pieces.values()])
-    ignored = [*names.ignored, *_extra_layers(config, names)]
+    ignored = [*names.ignored, *_mtp_layers(config, names)]
     surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
     unreadable = [f"{t.name} ({t.dtype})" for pieces in pieces_of for t in pieces if not t.supported]
     problems = [
@@ -96,10 +96,10 @@ def leaves_of(path: str, spec: Matrix[WeightSpec], pieces: Sequence[StoredTensor
     ]
 
 
-def _extra_layers(config: DecoderConfig, names: TensorNames) -> list[str]:
-    """Patterns of the tensors of layers that guess further tokens: they are stored after the last."""
+def _mtp_layers(config: DecoderConfig, names: TensorNames) -> list[str]:
+    """Return name patterns of the MTP layers, which are numbered after the last decoder layer."""
     layer = re.escape(names.layer["attn_norm"][0].partition("{i}")[0])
-    return [rf"^{layer}{config.num_layers + i}\." for i in range(config.num_extra_layers)]
+    return [rf"^{layer}{config.num_layers + i}\." for i in range(config.num_mtp_layers)]
 
 
 def _wanted(path: str, spec: WeightSpec, names: TensorNames, rows: Rows | None) -> dict[str, tuple[int, ...]]:

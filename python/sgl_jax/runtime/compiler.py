@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.monitoring
@@ -78,7 +77,7 @@ class CompileWatch:
         jax.monitoring.register_event_listener(self._on_event)
 
     def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _COMPILED and not getattr(self._thread, "ignored", False):
+        if event == _COMPILED:
             self.count += 1
 
     def _on_event(self, event: str, **kwargs: str | int) -> None:
@@ -89,15 +88,6 @@ class CompileWatch:
         """Whether this thread read a program from the cache since it last asked."""
         hit, self._thread.hit = getattr(self._thread, "hit", False), False
         return hit
-
-    @contextlib.contextmanager
-    def ignored(self) -> Iterator[None]:
-        """Leave out of the count what this thread compiles inside: it is asked for, and no part of serving."""
-        self._thread.ignored = True
-        try:
-            yield
-        finally:
-            self._thread.ignored = False
 
 
 def use_compile_cache(folder: str) -> None:

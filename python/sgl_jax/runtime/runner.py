@@ -18,7 +18,6 @@ from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_al
 from sgl_jax.runtime.device_state import DeviceState
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.loads import pack_loads
-from sgl_jax.runtime.machine_limits import Rates, measure_rates
 from sgl_jax.runtime.placed_weights import abstract_weights
 from sgl_jax.runtime.programs import (
     KV,
@@ -158,11 +157,6 @@ class ModelRunner:
         program = self._by_name[name]
         payload = () if program.read is None else (program.read(source),)
         return self._call(program, vector, *payload)
-
-    def measure_limits(self) -> Rates:
-        """Measure what the devices can do. Raises NotMeasured."""
-        with self.watch.ignored():
-            return measure_rates(self._devices, self.config.compute_dtype)
 
     def _call(self, program: Program, vector: np.ndarray, *payload: object) -> DeviceValue | None:
         taken = [self._values[name] for name in program.takes]

@@ -20,11 +20,7 @@ from sgl_jax.engine.messages import (
     FlushCache,
     Generate,
     GetProfile,
-    LimitsMeasured,
-    MachineLimits,
-    MeasureLimits,
     PromptScored,
-    Refused,
     Shutdown,
     StartProfile,
     Stats,
@@ -58,11 +54,6 @@ def fake_info(vocab_size: int = 512, context_length: int = 512, eos_token_id: in
         parameters_per_token=0,
         start_seconds=0.0,
     )
-
-
-FAKE_LIMITS = MachineLimits(
-    memory_gb_per_s=20.0, matmul_tflop_per_s=0.5, dtype="float32", device_kind="none", num_devices=1
-)
 
 
 @dataclass
@@ -101,10 +92,6 @@ class FakeCore:
             case FlushCache(call=call):
                 self._kept.append(CacheFlushed(call, len(self._seen_prompts)))
                 self._seen_prompts.clear()
-            case MeasureLimits(call=call) if self._rows:
-                self._kept.append(Refused(call, f"{len(self._rows)} requests run; ask again when there are none"))
-            case MeasureLimits(call=call):
-                self._kept.append(LimitsMeasured(call, FAKE_LIMITS))
             case StartProfile() | StopProfile() | GetProfile():
                 self._kept.append(self._profiler.handle(command))
             case Shutdown():

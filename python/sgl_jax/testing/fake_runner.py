@@ -16,7 +16,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -134,11 +133,6 @@ class _Row:
     output: list[int] = dataclasses.field(default_factory=list)  # loaded and counted for rows with penalties
     held_back: frozenset[int] = frozenset()
     held_until: int = 0
-
-
-class FakeRates(NamedTuple):
-    read_bytes_per_s: float = 20e9
-    matmul_flop_per_s: float = 5e11
 
 
 class FakeRunner:
@@ -312,9 +306,6 @@ class FakeRunner:
         rows = self._scored(lines, sampled.reshape(-1).tolist()) if plan.wants_logprobs else None
         tokens = self._scored(kv, following.tolist()) if plan.wants_prompt_logprobs else None
         return rows, tokens
-
-    def measure_limits(self) -> FakeRates:
-        return FakeRates()
 
     def _scored(self, kv: list[int], tokens: list[int]) -> TokenScores:
         """Best first are the tokens after the chosen one, at its logprob, its logprob - 1, …"""

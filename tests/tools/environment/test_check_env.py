@@ -14,7 +14,7 @@ import pytest
 
 from messages import says
 from sgl_jax import __version__, check_env
-from sgl_jax.tools.environment import packages
+from sgl_jax.tools.environment import check_command, packages
 from sgl_jax.tools.environment.environment_report import render
 from sgl_jax.tools.environment.facts import PLATFORMS, Facts, Platform, Report, Verdict
 
@@ -80,7 +80,7 @@ def test_the_module_is_found_and_loads_neither_jax_nor_numpy() -> None:
 
 def test_from_python_it_prints_what_it_returns(capsys: pytest.CaptureFixture[str]) -> None:
     report = check_env.check_env()
-    assert capsys.readouterr().out == check_env.public(render(report), os.path.expanduser("~"))
+    assert capsys.readouterr().out == check_command.public(render(report), os.path.expanduser("~"))
     assert report.sgl_jax == __version__
     assert [verdict.platform for verdict in report.verdicts] == ["tpu", "gpu", "cpu"]
     assert "cpu" in report.usable
@@ -122,8 +122,8 @@ def test_what_is_printed_has_no_secrets_and_no_home_directory(tmp_path: Path, qu
     ],
 )
 def test_secrets_and_the_home_directory_are_cut_out_of_any_text(text: str, expected: str) -> None:
-    assert check_env.public(text, "/homes/me") == expected
-    assert check_env.public("/usr/lib", "/") == "/usr/lib"
+    assert check_command.public(text, "/homes/me") == expected
+    assert check_command.public("/usr/lib", "/") == "/usr/lib"
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_the_exit_code_says_whether_a_platform_or_the_one_required_is_usable(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], usable: tuple[Platform, ...], code: int
 ) -> None:
     report = Report("0", tuple(Verdict(each, each in usable, "") for each in PLATFORMS), (), Facts())
-    monkeypatch.setattr(check_env, "look", lambda environ, timeout_s: report)
+    monkeypatch.setattr(check_command, "look", lambda environ, timeout_s: report)
     assert check_env.main(arguments) == code
 
 
@@ -233,7 +233,7 @@ def test_the_compile_cache_is_the_servers(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: tuple[str, str]
 ) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    assert check_env.cache_folder(environ) == expected
+    assert check_command.cache_folder(environ) == expected
 
 
 def test_output_that_cannot_hold_a_character_gets_it_escaped(quick: str) -> None:

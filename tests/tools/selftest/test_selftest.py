@@ -13,13 +13,14 @@ from messages import says
 from sgl_jax import check_env
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.grouped_matmul import native
+from sgl_jax.planning.machine_rates import Rates
 from sgl_jax.planning.topology import CHIPS, chip_of
-from sgl_jax.runtime.machine_limits import Rates
 from sgl_jax.runtime.platform import PLATFORMS, pick_devices
+from sgl_jax.tools.environment import check_command
 from sgl_jax.tools.environment.facts import Facts, Report
-from sgl_jax.tools.selftest import numerics, run
+from sgl_jax.tools.selftest import numerics, run, speed
 from sgl_jax.tools.selftest.numerics import Check
-from sgl_jax.tools.selftest.speed import LARGE, ON_CPU, DeviceRates, StepTime, shape_for
+from sgl_jax.tools.selftest.speed import LARGE, ON_CPU, StepTime, shape_for
 
 
 def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run() -> None:
@@ -83,7 +84,7 @@ def test_the_sum_over_devices_is_exact() -> None:
 
 
 def test_lines_name_shares_of_what_the_maker_says_where_he_is_known() -> None:
-    rates = DeviceRates(Rates(4 * 1312e9, 4 * 459e12), CHIPS["v6e"], 4, "bfloat16")
+    rates, chip = Rates(1312e9, 459e12), CHIPS["v6e"]
     pinned = (
         "memory … 1312 GB/s … 80% … 1640 GB/s",
         "bfloat16 … 459 TFLOP/s … 50% … 918 TFLOP/s",
@@ -91,12 +92,12 @@ def test_lines_name_shares_of_what_the_maker_says_where_he_is_known() -> None:
         "2.00 ms … 50%",
         "1.60 ms … 40%",
     )
-    lines = [*run.rate_lines(rates), *run.step_lines(StepTime(LARGE, 4, 0.004, 4 * 1312e9 * 0.002), rates)]
+    steps = speed.step_lines(StepTime(LARGE, 4, 0.004, 4 * 1312e9 * 0.002), rates, chip)
+    lines = [*speed.rate_lines(rates, chip, "bfloat16"), *steps]
     assert [says(line, each) for line, each in zip(lines, pinned, strict=True)] == [True] * 5
-    unknown = dataclasses.replace(rates, chip=None)
-    assert "%" not in (line := run.rate_lines(unknown)[0])
+    assert "%" not in (line := speed.rate_lines(rates, None, "bfloat16")[0])
     assert says(line, "memory … 1312 GB/s")
-    assert len(run.step_lines(StepTime(ON_CPU, 1, 0.1, 1e9), unknown)) == 2
+    assert len(speed.step_lines(StepTime(ON_CPU, 1, 0.1, 1e9), rates, None)) == 2
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_the_command_tests_the_best_usable_platform(monkeypatch: pytest.MonkeyPa
         return platform == "cpu"
 
     monkeypatch.setattr(run, "selftest", selftest)
-    monkeypatch.setattr(check_env, "check_env", lambda timeout: report("gpu", "cpu"))
+    monkeypatch.setattr(check_command, "check_env", lambda timeout: report("gpu", "cpu"))
     assert check_env.main(["--selftest"]) == 1
     assert check_env.main(["--selftest", "--platform", "cpu"]) == 0
     assert check_env.main(["--selftest", "--platform", "tpu"]) == 1  # not usable: nothing to test
@@ -147,7 +148,7 @@ def test_the_command_tests_the_best_usable_platform(monkeypatch: pytest.MonkeyPa
 
 def test_the_whole_of_it_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "checks", lambda platform, devices: iter([Check("one", 0.5, 1.0)]))
-    monkeypatch.setattr(run, "device_rates", lambda *_: DeviceRates(Rates(1e10, 1e11), None, 1, "bfloat16"))
+    monkeypatch.setattr(speed, "device_rates", lambda *_: Rates(1e10, 1e11))
     lines: list[str] = []
     platforms = jax.config.jax_platforms
     try:
@@ -157,5 +158,5 @@ def test_the_whole_of_it_here(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join(lines)
     assert f"  ok      {'one':30s} 0.5, 1 allowed" in text
     assert "a decode step of Qwen3-0.6B, 2 layers of it, 8 rows of 64 tokens, --tp-size 1: " in text
-    assert lines[-1].startswith("All passed, in ")
+    assert lines[-1].startswith("\nAll passed, in ")
     assert np.isfinite(float(text.rpartition("--tp-size 1: ")[2].partition(" ms")[0]))
