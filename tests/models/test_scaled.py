@@ -116,9 +116,9 @@ def test_a_group_is_never_cut() -> None:
     assert isinstance(declared, Quantised)
     assert share_of(declared.scales, Grid(2), 1).columns == range(1, 2)
     for plane in (declared.values, declared.scales):
-        with pytest.raises(ValueError, match="over 4 devices: a group would be cut"):
+        with pytest.raises(ValueError, match=r"4 devices.* group"):
             share_of(plane, Grid(4), 0)
-    with pytest.raises(ValueError, match="down: its 16 inputs on a device are not whole groups of 32"):
+    with pytest.raises(ValueError, match=r"down.* 16 .*32"):
         Scaled("int8", 32).declare("down", dataclasses.replace(DOWN, shape=(8, 16)))
 
 
