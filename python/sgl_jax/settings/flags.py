@@ -36,6 +36,9 @@ def at_least(low: int) -> Rule:
     return Rule(lambda value: value >= low, f"at least {low}")
 
 
+NOT_NEGATIVE = Rule(lambda value: 0 <= value < float("inf"), "0 or more seconds")
+
+
 class About(NamedTuple):
     """Describes a flag beyond its field's name, type and default."""
 
