@@ -43,8 +43,10 @@ def _max_tokens(request: GenerationRequest, info: EngineInfo) -> int:
     room = limit - len(ids)
     if room < (asked or 1):
         wanted = "not set" if asked is None else asked
-        text = "the prompt has {count} tokens and {max_tokens} is {wanted}; "
-        text += "prompt and output together hold {limit} at most"
+        text = (
+            "the prompt has {count} tokens and {max_tokens} is {wanted}; "
+            "prompt and output together hold {limit} at most"
+        )
         raise PromptTooLong("prompt", text, count=len(ids), wanted=wanted, limit=limit)
     if asked is None and request.params.min_tokens > room:
         text = "{min_tokens} is {value}; there is room for {room} tokens"
