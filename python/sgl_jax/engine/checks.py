@@ -16,7 +16,7 @@ from sgl_jax.request import InvalidParameter
 def checked(request: GenerationRequest, info: EngineInfo, running: Container[str]) -> GenerationRequest:
     """Return the request with max_tokens and an id, if it left them open. `running` holds the ids that are taken.
 
-    Raises InvalidParameter, PromptTooLong or DuplicateRequestId, in the names that the request used.
+    Raises InvalidParameter, PromptTooLong or DuplicateRequestId, with names as the request used them.
     """
     try:
         request.params.validate(info.vocab_size, request.in_range)
