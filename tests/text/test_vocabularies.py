@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.bpe_merges import merges_of
+from sgl_jax.text.bpe import merges_of
 from sgl_jax.text.chat_template import ChatTemplate
 from sgl_jax.text.sentencepiece_file import load_sentencepiece
 from sgl_jax.text.tiktoken_file import load_tiktoken

@@ -1,4 +1,4 @@
-"""The one decoder: embed, layers, norm, logits. What differs between families are switches of DecoderConfig."""
+"""The one decoder: embed, layers, norm, logits. Families differ in switches of DecoderConfig."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from sgl_jax.parallel.grid import LONE, Grid
 
 @runtime_checkable  # so that tests can check annotations
 class Attend(Protocol):
-    """Attention with the step's batch, spec, page counts and backend filled in. Without k and v, q is all three fused
-    (ops/attention/api.py)."""
+    """Attention with the step's batch, spec, page counts and backend filled in (ops/attention/api.py).
+
+    Where k and v are None, q is all three fused.
+    """
 
     def __call__(
         self,
@@ -46,13 +48,13 @@ class Attend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The arguments of the decoder that belong to one step, besides its tokens."""
+    """Arguments of the decoder that belong to one step, besides its tokens."""
 
     positions: Int[Array, " T"]
-    valid: Bool[Array, " MT"]  # of the tokens of all ranks; False: padding
+    valid: Bool[Array, " MT"]  # tokens of all ranks; False: padding
     attend: Attend
     grouped_matmul: GroupedMatmul
-    compute_dtype: str  # of the activations
+    compute_dtype: str  # dtype of the activations
     grid: Grid = LONE
 
 

@@ -1,4 +1,4 @@
-"""Makes a GGUF file look like a Hugging Face checkpoint: the config, the tensor names, and llama.cpp's row order undone.
+"""Translates a GGUF file to a Hugging Face checkpoint: the config, the tensor names and the order of rows.
 
 Sources: llama.cpp `gguf-py/gguf/constants.py` (keys, names) and `convert_hf_to_gguf.py` (what was done to the weights).
 """
@@ -20,31 +20,18 @@ from sgl_jax.models.stored import StoredTensor
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # Every `<architecture>.*` key that is read below or cannot change the result; any other one is refused.
-_KNOWN_KEYS = frozenset(
-    [
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "feed_forward_length",
-        "vocab_size",
-        "tensor_data_layout",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "attention.layer_norm_rms_epsilon",
-        "rope.freq_base",
-        "rope.dimension_count",
-        "rope.scale_linear",
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.finetuned",
-        "rope.scaling.attn_factor",
-        "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow",
-    ]
-)
+_SIZES = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "tensor_data_layout",
+}
+_ATTENTION = ("head_count", "head_count_kv", "key_length", "value_length", "layer_norm_rms_epsilon")
+_ROPE = {"rope.freq_base", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"}
+_YARN = ("original_context_length", "finetuned", "attn_factor", "yarn_beta_fast", "yarn_beta_slow")
+_KNOWN_KEYS = _SIZES | {f"attention.{key}" for key in _ATTENTION} | _ROPE | {f"rope.scaling.{key}" for key in _YARN}
 _HARMLESS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
 _NEEDED_KEYS = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 
@@ -63,11 +50,7 @@ _LAYER_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # becomes part of the config
-_PLAIN_TYPES = {
-    0: ("F32", np.dtype(np.float32)),
-    1: ("F16", np.dtype(np.float16)),
-    30: ("BF16", np.dtype(ml_dtypes.bfloat16)),
-}
+_PLAIN_TYPES = {0: ("F32", np.dtype("f4")), 1: ("F16", np.dtype("f2")), 30: ("BF16", np.dtype(ml_dtypes.bfloat16))}
 
 
 def gguf_config(file: GgufFile) -> RawConfig:

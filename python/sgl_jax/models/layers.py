@@ -1,4 +1,4 @@
-"""The pieces of a decoder layer, as functions of arrays."""
+"""Pieces of a decoder layer, as functions of arrays."""
 
 from __future__ import annotations
 

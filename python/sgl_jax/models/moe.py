@@ -84,7 +84,7 @@ def dispatch(
     h = multiply(gated(h), experts.down, site="moe.experts.down")
     if experts.down_bias is not None:
         bias = experts.down_bias.at[at.layer, sorted_expert].get(mode="clip").astype(h.dtype)
-        h += jnp.where(part == 0, bias, 0)  # once in the sum over the devices that share an expert
+        h += jnp.where(part == 0, bias, 0)  # added by one of the devices that share an expert
     back = h[jnp.argsort(order)].reshape(*ids.shape, -1)
     return jnp.where(used[..., None], back * weights[..., None], 0.0).sum(1).astype(x.dtype)
 

@@ -40,7 +40,7 @@ NAMES = TensorNames(
 )
 
 _CHATML_STOPS = (151645, 151644)  # <|im_end|>, <|im_start|>
-# Values that every model has which was published as this architecture.
+# Every model that was published as this architecture has these values, and none of these keys.
 _SERVED = {"scale_attn_weights": True, "use_cache_quantization": False}
 _SERVED_WITHOUT = dict.fromkeys(("visual", "audio", "num_key_value_heads"))
 

@@ -20,9 +20,9 @@ _LARGEST = {
     name: float((ml_dtypes.finfo if name.startswith("float") else ml_dtypes.iinfo)(name).max)
     for name in ("int8", "int4", "float8_e4m3fn")
 }
-_STORED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}  # as safetensors files call them
+_STORED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}  # names in safetensors files
 _SCALE = "_scale"
-_VALUES = 1 << 20  # rounded at a time
+_VALUES = 1 << 20  # values that are rounded at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Scaled:
     Scales follow the output axis wherever it is divided over devices; a group of inputs is never divided.
     """
 
-    dtype: str  # of the values: "int8", "int4", "float8_e4m3fn"
-    group: int | None = None  # inputs with a scale of their own; None: all inputs of a channel share one
+    dtype: str  # dtype of the values: "int8", "int4", "float8_e4m3fn"
+    group: int | None = None  # inputs that share a scale; None: all inputs of a channel do
     exempt: tuple[str, ...] = ("moe.router", "moe.shared_gate", "lm_head")  # sites of matrices that stay plain
 
     def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:

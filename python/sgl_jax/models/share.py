@@ -1,4 +1,4 @@
-"""The shard of a weight that a device holds, and so the part of it that has to be read."""
+"""Finds the shard of a weight that a device holds, which is the part that has to be read."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Share:
 
     experts: range
     rows: tuple[range, ...]
-    columns: range | None  # None: a vector has none
+    columns: range | None  # None for a vector
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape with an axis of experts, which dense weights have, too."""
+        """Shape of the part, with an axis of experts even for dense weights."""
         columns = () if self.columns is None else (len(self.columns),)
         return (len(self.experts), sum(map(len, self.rows)), *columns)
 

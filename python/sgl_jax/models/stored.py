@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 from sgl_jax.models.model_errors import ModelError
 
 _BLOCK_VALUES = 1 << 20  # converted at a time, so that they stay in the cache
-_ROWS = 4096  # read at a time
+_ROWS = 4096  # summed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,17 +28,17 @@ class StoredTensor:
 
     name: str  # the Hugging Face name, whatever the file calls it
     shape: tuple[int, ...]
-    dtype: str  # as the file calls it: "BF16", "Q4_1"
-    nbytes: int  # in the file
+    dtype: str  # the file's name for it: "BF16", "Q4_1"
+    nbytes: int  # size in the file
     rows: Callable[[int, int], np.ndarray]
     supported: bool = True  # False: `rows` gives the numbers of the file, which are no floats by themselves
-    planes: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)  # of a quantised tensor, undequantised
+    planes: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)  # of a quantised tensor
 
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0])
 
     def changed(self, change: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
-        """Return the tensor with a function applied to each slice of its rows. It has no planes: they do not say that."""
+        """Return the tensor with a function applied to each slice of its rows. Its planes, which would contradict, go."""
         return dataclasses.replace(self, rows=lambda start, stop: change(self.rows(start, stop)), planes={})
 
     def rounded(self, dtype: DTypeLike) -> StoredTensor:
