@@ -1,7 +1,8 @@
 """Bailing, of which Ling and Ring are made: q, k and v fused, dense layers first, then experts and a shared one.
 
-The first version routes by softmax. The second routes by sigmoid scores with a correction bias, within the best groups; it
-norms each head of q and k and rotates half of it. Sources: modeling_bailing_moe.py and modeling_bailing_moe_v2.py of the models.
+The first version routes by softmax. The second routes by sigmoid scores with a correction bias, within the best groups;
+it norms each head of q and k and rotates half of it. Sources: modeling_bailing_moe.py and modeling_bailing_moe_v2.py of
+the models.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Finds the config.json files that come with us: `--model-path config:qwen3-8b` is a model's shape without its weights."""
+"""Finds the config.json files that come with us: `--model-path config:qwen3-8b` is a model without its weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bundled() -> dict[str, str]:
 
 
 def bundled_name(path: str) -> str | None:
-    """Return the model that config:NAME means, in any case; None for another path. Raises ModelError for an unknown name."""
+    """Return the model that config:NAME means; None for another path. Raises ModelError for an unknown name."""
     if not path.startswith(PREFIX):
         return None
     wanted = path.removeprefix(PREFIX)

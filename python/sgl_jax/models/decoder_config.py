@@ -53,8 +53,8 @@ class MoeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MlaConfig:
-    """Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434): all heads read one vector per token, which
-    is its compressed keys and values and one rotated key."""
+    """Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434): all heads read one vector per token,
+    which is its compressed keys and values and one rotated key."""
 
     kv_lora_rank: int  # C, width of the compressed keys and values
     q_lora_rank: int | None  # width of compressed queries; None: they are not compressed
@@ -113,8 +113,8 @@ class DecoderConfig:
     weight_scheme: Scheme | None = None  # format in which matrices are held; None: plain floats
     normalised_head: bool = False  # loading divides the head's columns by their lengths
     eos_token_ids: tuple[int, ...] = ()
-    # In a device's shard, devices that hold a replica of the same head, because there are more devices than heads. All of
-    # them attend with it, and each projects a part of its output.
+    # In a device's shard, devices that hold the same head, because there are more devices than heads. All of them attend
+    # with it, and each projects a part of its output.
     head_replicas: int = 1
     num_mtp_layers: int = 0  # multi-token prediction; they are stored after the last layer, and not loaded
 
@@ -134,8 +134,8 @@ class DecoderConfig:
         return tuple(len(list(layers)) for _, layers in runs)
 
     def share(self, grid: Grid) -> DecoderConfig:
-        """Return the model that one of the grid's devices holds: its heads, its part of the MLP, of the experts and of the
-        vocabulary.
+        """Return the model that one of the grid's devices holds: its heads, its part of the MLP, of the experts and of
+        the vocabulary.
 
         Raises ValueError if these cannot be divided evenly. Heads may be fewer than devices, which then hold replicas.
         """
@@ -182,7 +182,7 @@ class DecoderConfig:
 
     @property
     def value_dim(self) -> int:
-        """Width of the vectors that attention sums: a value, or the part of a latent key that all values are made from."""
+        """Width of the vectors that attention sums: a value, or the part of a latent key that makes the values."""
         return self.mla.kv_lora_rank if self.mla else self.head_dim
 
     @property

@@ -1,5 +1,6 @@
-"""DeepSeek V2 and V3 and models in their layout (Moonlight, Kimi K2): latent attention; dense layers first, then experts
-chosen from the best groups, and shared ones. V3 scores experts by sigmoid, with a correction bias that balances the choice."""
+"""DeepSeek V2 and V3 and models in their layout (Moonlight, Kimi K2): latent attention; dense layers first, then
+experts chosen from the best groups, and shared ones. V3 scores experts by sigmoid, with a correction bias that balances
+the choice."""
 
 from __future__ import annotations
 
@@ -86,7 +87,7 @@ def _experts(hf: RawConfig, *, is_v3: bool) -> MoeConfig:
 
 
 def _rows(c: DecoderConfig, *, weight: str) -> Rows:
-    """Return the rows of its stored tensor that a weight takes: the same of every head, with rotated parts half-split."""
+    """Return the rows of its stored tensor that a weight takes: the same of every head, rotated ones half-split."""
     m = c.mla
     assert m is not None
     rotated = np.arange(m.qk_rope_head_dim)

@@ -44,10 +44,11 @@ GROUP = "sgl_jax.models"  # entry points of installed packages: architecture = m
 
 
 def known_families(package: str | None) -> Families:
-    """Return our families and those of the module that --model-package names, which replace ours of the same architecture.
+    """Return our families and those of the module that --model-package names, which replace ours of the same
+    architecture.
 
-    A family is a module with ARCHITECTURES, NAMES and config, like those in this folder. The named module is one, or lists
-    several in FAMILIES. Raises ModelError if it cannot be imported or lacks one of these names.
+    A family is a module with ARCHITECTURES, NAMES and config, like those in this folder. The named module is one, or
+    lists several in FAMILIES. Raises ModelError if it cannot be imported or lacks one of these names.
     """
     if package is None:
         return FAMILIES
@@ -69,7 +70,8 @@ def decoder_config(
 ) -> DecoderConfig:
     """Translate config.json. End-of-sequence ids come from generation_config.json if it has them.
 
-    Raises ModelError for an unknown architecture. The error names the families that the checkpoint's `tensors` would fit.
+    Raises ModelError for an unknown architecture. The error names the families that the checkpoint's `tensors` would
+    fit.
     """
     hf, generation_config = RawConfig(hf), RawConfig(generation_config or {})
     architectures = hf.get("architectures") or []

@@ -57,7 +57,7 @@ def config(hf: RawConfig) -> DecoderConfig:
 
 
 def _windows(hf: RawConfig, period: int) -> tuple[int | None, ...]:
-    """Return layer_types' windows, or else full attention for the last layer of each period and a window for the others."""
+    """Return layer_types' windows, or else windows for all layers but the last of each period."""
     window, layers = required(hf, "sliding_window"), required(hf, "num_hidden_layers")
     if hf.get("layer_types") is not None:
         return layer_windows(hf, window)

@@ -207,7 +207,7 @@ def _quantised_type(file: GgufFile, tensor: GgufTensor) -> tuple[str, int, int, 
 
 
 def _matrix_dtype(file: GgufFile) -> str:
-    """Return the dtype that loses nothing of the weights: float32 or float16 where a matrix is stored so, else bfloat16."""
+    """Return the dtype that keeps the weights: float32 or float16 where a matrix is stored so, else bfloat16."""
     types = {t.type for t in file.tensors.values() if len(t.shape) > 1}
     return "float32" if types == {0} else "float16" if types <= {0, 1} else "bfloat16"
 

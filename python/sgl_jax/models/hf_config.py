@@ -54,8 +54,9 @@ def decoder(
 ) -> DecoderConfig:
     """Translate the keys that all families spell alike. The arguments are decisions of the family.
 
-    Arguments that are None are read from `hf`, except `sliding_windows`, where None is full attention. `tie_embeddings` holds
-    if `hf` does not say. `switches` are fields of DecoderConfig. Raises ModelError for missing keys and values not served.
+    Arguments that are None are read from `hf`, except `sliding_windows`, where None is full attention. `tie_embeddings`
+    holds if `hf` does not say. `switches` are fields of DecoderConfig. Raises ModelError for missing keys and values
+    not served.
     """
     architecture = architecture or hf["architectures"][0]
     hidden_act = hidden_act or hf.get("hidden_act", "silu")
@@ -140,8 +141,8 @@ def uniform_windows(hf: RawConfig) -> tuple[int | None, ...] | None:
 
 
 def qwen_sliding_windows(hf: RawConfig) -> tuple[int | None, ...] | None:
-    """Return the windows of Qwen 2 and 3: none unless use_sliding_window is set, else in the layers that layer_types names
-    or, without it, from max_window_layers on."""
+    """Return the windows of Qwen 2 and 3: none unless use_sliding_window is set, else in the layers that layer_types
+    names or, without it, from max_window_layers on."""
     if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
         return None
     num_layers, window = required(hf, "num_hidden_layers"), hf["sliding_window"]

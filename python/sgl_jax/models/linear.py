@@ -1,7 +1,7 @@
 """Products of activations with weights: one function for every dense matrix, one for the experts' matrices.
 
-Weights are [out, in] and stand on the left, which is the fastest order on a CPU (docs/decisions/0006-weights-out-in.md).
-A quantised matrix is dequantised and then multiplied.
+Weights are [out, in] and stand on the left, which is the fastest order on a CPU
+(docs/decisions/0006-weights-out-in.md). A quantised matrix is dequantised and then multiplied.
 """
 
 from __future__ import annotations

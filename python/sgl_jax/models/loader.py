@@ -40,7 +40,7 @@ class Placer(Protocol):
     def shares(self, spec: WeightSpec) -> Sequence[Share]: ...
 
     def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
-        """Make the array from its shards, in the order of `shares`. The buffers of `arrays` may become the array's own."""
+        """Make the array from its shards, in the order of `shares`. It may keep the buffers of `arrays`."""
         ...
 
 
@@ -71,8 +71,8 @@ def load_weights(
 ) -> Weights[jax.Array]:
     """Read a checkpoint's weights. `families` are those that `config` was made with.
 
-    `rounded_to` rounds every value to that dtype before it is stored as `dtype`: float32 arithmetic on bfloat16 weights.
-    Raises one ModelError that lists every missing, surplus and misshapen tensor, before any of them is read.
+    `rounded_to` rounds every value to that dtype before it is stored as `dtype`: float32 arithmetic on bfloat16
+    weights. Raises one ModelError that lists every missing, surplus and misshapen tensor, before any of them is read.
     """
     tensors = checkpoint.tensors
     if rounded_to is not None:
@@ -91,7 +91,7 @@ def random_weights(
 ) -> Weights[jax.Array]:
     """Make small random weights (--load-format dummy): norms are 1, the rest normal with deviation 0.02."""
     # Drawing billions of normals takes minutes; reading a million over and over, from another start in each weight, does
-    # not. As their number is prime, the rows of a matrix differ.
+    # not. Their number is prime, so that the rows of a matrix differ.
     normal = np.random.Generator(np.random.SFC64(seed)).standard_normal(_RANDOM_VALUES, np.float32)
     values = np.tile((normal * np.float32(0.02)).astype(np.dtype(dtype)), 2)
     leaves = []
@@ -103,7 +103,7 @@ def random_weights(
 
 
 def _random(path: str, spec: WeightSpec, values: np.ndarray, offset: int) -> StoredTensor:
-    """Describe a weight whose values are the random ones from `offset` on, over and over. `values` holds these twice."""
+    """Describe a weight of the random values from `offset` on, over and over. `values` holds them twice."""
     width = math.prod(spec.shape[1:])
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -161,7 +161,7 @@ def _ahead[T, R](items: list[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]
 
 
 def _assemble(leaf: Leaf, share: Share) -> np.ndarray:
-    """Put a shard of an array together from its pieces, a block of rows at a time so that conversions stay in the cache."""
+    """Put a shard of an array together from its pieces, in blocks of rows so that conversions stay in the cache."""
     shape = share.shape if leaf.spec.num_experts is not None else share.shape[1:]
     dtype = np.dtype(leaf.spec.dtype)
     out = aligned_empty(shape, dtype)

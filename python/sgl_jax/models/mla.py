@@ -1,5 +1,5 @@
-"""Multi-head latent attention in absorbed form: a token's latent vector is read as it is, never expanded to keys and values of
-each head. The up-projection of the keys is applied to the queries, that of the values to the output.
+"""Multi-head latent attention in absorbed form: a token's latent vector is read as it is, never expanded to keys and
+values of each head. The up-projection of the keys is applied to the queries, that of the values to the output.
 
 Formulas: DeepSeek-V2 (https://arxiv.org/abs/2405.04434), section 2.1 and appendix C.
 """

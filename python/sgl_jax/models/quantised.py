@@ -1,7 +1,7 @@
 """Second leaf type of the weights: a matrix of small numbers, beside scales that give them their size.
 
-A scheme says what the numbers of such a matrix mean. It has everything that is peculiar to a weight format: how files hold
-it, which matrices are declared in it, how stored tensors become its arrays, and which matrix these stand for.
+A scheme says what the numbers of such a matrix mean. It has everything that is peculiar to a weight format: how files
+hold it, which matrices are declared in it, how stored tensors become its arrays, and which matrix these stand for.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Scheme(Protocol):
         ...
 
     def declare(self, site: Site | ExpertSite, spec: WeightSpec) -> Matrix[WeightSpec]:
-        """Return the matrix as this format stores it, or the spec unchanged where the format leaves the matrix alone."""
+        """Return the matrix as this format stores it, or the spec unchanged if the format exempts it."""
         ...
 
     def read(self, tensor: StoredTensor) -> Quantised[StoredTensor]:

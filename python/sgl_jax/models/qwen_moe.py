@@ -1,4 +1,4 @@
-"""Qwen 2 and 3 with experts in place of the MLP, in all layers or every few; Qwen 2's also have a gated shared expert."""
+"""Qwen 2 and 3 with experts in place of the MLP, in all layers or every few. Qwen 2 has a gated shared expert, too."""
 
 from __future__ import annotations
 

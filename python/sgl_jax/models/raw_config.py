@@ -7,7 +7,7 @@ from typing import Any
 
 
 class RawConfig(dict[str, Any]):
-    """Content of config.json or generation_config.json. Types of values are checked where they are used (hf_config.py)."""
+    """Content of config.json or generation_config.json. Values are checked where they are used (hf_config.py)."""
 
 
 def replaced(config: Mapping[str, Any], values: Mapping[str, Any]) -> RawConfig:

@@ -1,7 +1,7 @@
 """Rotary embedding parameters of a config.json, resolved to frequencies.
 
-Formulas: transformers 5, `modeling_rope_utils.py` (default, linear, llama3, yarn). The arithmetic is float32 in the same
-order as there: an exponent rounded otherwise moves a frequency by 1e-6 of itself, which long contexts can see.
+Formulas: transformers 5, `modeling_rope_utils.py` (default, linear, llama3, yarn). The arithmetic is float32 in the
+same order as there: an exponent rounded otherwise moves a frequency by 1e-6 of itself, which long contexts can see.
 "gguf_factors" is ours: a GGUF file stores llama3 scaling as one divisor per frequency (tensor rope_freqs.weight).
 """
 
@@ -91,8 +91,8 @@ def resolve_rope(hf: RawConfig, head_dim: int) -> RopeConfig:
 def context_length(hf: RawConfig) -> int:
     """Return the model's longest context, in tokens.
 
-    YaRN configs differ in whether max_position_embeddings is already the stretched length, so the larger reading is taken;
-    the other types store the stretched length.
+    YaRN configs differ in whether max_position_embeddings is already the stretched length, so the larger reading is
+    taken; the other types store the stretched length.
     """
     p, limit = rope_parameters(hf), int(hf["max_position_embeddings"])
     if p["rope_type"] == "yarn" and p.get("factor"):

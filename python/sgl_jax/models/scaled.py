@@ -45,7 +45,7 @@ class Scaled:
         return tensors
 
     def declare(self, site: Site | ExpertSite, spec: WeightSpec) -> Matrix[WeightSpec]:
-        """Declare values of the scheme's dtype, and scales for the same rows. Raises ValueError where a group is cut."""
+        """Declare values of the scheme's dtype and scales for the same rows. Raises ValueError if a group is cut."""
         if site in self.exempt:
             return spec
         inputs, group = spec.shape[-1], self.group or spec.shape[-1]
@@ -80,7 +80,8 @@ class Scaled:
         return Quantised(plane(0, tensor.shape, self.dtype), plane(1, scales, "float32"), self)
 
     def quantise(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return values [..., O, I] and scales [..., O, groups]: the largest value of a group becomes the dtype's largest."""
+        """Return values [..., O, I] and scales [..., O, groups]. A group's largest value becomes the dtype's
+        largest."""
         groups = matrix.astype(np.float32).reshape(*matrix.shape[:-1], -1, self.group or matrix.shape[-1])
         largest = _LARGEST[self.dtype]
         scales = np.abs(groups).max(-1) / np.float32(largest)

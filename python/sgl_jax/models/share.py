@@ -10,8 +10,8 @@ from sgl_jax.parallel.grid import Grid
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Indices of the part of a weight that a device holds: runs of output rows and one run of columns, the same for each of
-    some experts."""
+    """Indices of the part of a weight that a device holds: runs of output rows and one run of columns, the same for
+    each of some experts."""
 
     experts: range
     rows: tuple[range, ...]
@@ -31,8 +31,8 @@ def as_slice(run: range) -> slice:
 def share_of(spec: WeightSpec, grid: Grid, device: int) -> Share:
     """Find a device's shard. Each part of the rows is divided by itself, in whole units.
 
-    A part with fewer units than devices is replicated: neighbours hold the same unit (KV heads when there are more devices
-    than heads). Raises ValueError where columns that stay together would be cut.
+    A part with fewer units than devices is replicated: neighbours hold the same unit (KV heads when there are more
+    devices than heads). Raises ValueError where columns that stay together would be cut.
     """
     start, runs = 0, []
     for size in spec.parts or (spec.shape[spec.rows_axis],):

@@ -20,10 +20,12 @@ _ROWS = 4096  # summed at a time
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Description of a tensor. `rows(start, stop)` reads a slice of its first axis as floats, so that none is held whole.
+    """Description of a tensor. `rows(start, stop)` reads a slice of its first axis as floats, so that none is held
+    whole.
 
-    The slice may be a read-only view of the mapped file. A quantised tensor is read dequantised to float32. Its `planes` are
-    the tensors that the file holds for it ("values", "scales"), as they are stored, each with as many rows as the tensor.
+    The slice may be a read-only view of the mapped file. A quantised tensor is read dequantised to float32. Its
+    `planes` are the tensors that the file holds for it ("values", "scales"), as they are stored, each with as many rows
+    as the tensor.
     """
 
     name: str  # the Hugging Face name, whatever the file calls it
@@ -38,7 +40,7 @@ class StoredTensor:
         return self.rows(0, self.shape[0])
 
     def changed(self, change: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
-        """Return the tensor with a function applied to each slice of its rows. Its planes, which would contradict, go."""
+        """Return the tensor with a function applied to each slice of rows, and without its planes."""
         return dataclasses.replace(self, rows=lambda start, stop: change(self.rows(start, stop)), planes={})
 
     def rounded(self, dtype: DTypeLike) -> StoredTensor:
@@ -73,7 +75,7 @@ def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
 
 
 def map_file(path: Path) -> np.ndarray:
-    """Map a file's bytes as a read-only array, u8[size], backed by the page cache. Raises ModelError for an empty file."""
+    """Map a file's bytes as a read-only u8[size], backed by the page cache. Raises ModelError for an empty file."""
     with open(path, "rb") as f:
         try:
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)

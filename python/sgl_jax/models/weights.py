@@ -1,11 +1,12 @@
-"""Declares the decoder's weights, each once: shape, logical axes and dtype. Loading and random weights are maps over them.
+"""Declares the decoder's weights, each once: shape, logical axes and dtype. Loading and random weights are maps over
+them.
 
-Matrices are [out, in], as checkpoints have them: nothing is transposed at load, a tied head is the embedding itself, and
-XLA CPU multiplies fastest with the weight on the left (docs/decisions/0006-weights-out-in.md). Layers are a list of
+Matrices are [out, in], as checkpoints have them: nothing is transposed at load, a tied head is the embedding itself,
+and XLA CPU multiplies fastest with the weight on the left (docs/decisions/0006-weights-out-in.md). Layers are a list of
 trees; `runtime` stacks like ones where the platform scans over layers.
 
-One tree serves for specs, arrays, abstract arrays and axes: `Weights[WeightSpec]`, `Weights[jax.Array]`. A quantised matrix
-is a small tree of leaves in the place of one leaf.
+One tree serves for specs, arrays, abstract arrays and axes: `Weights[WeightSpec]`, `Weights[jax.Array]`. A quantised
+matrix is a small tree of leaves in the place of one leaf.
 """
 
 from __future__ import annotations
@@ -217,8 +218,8 @@ def parameters(config: DecoderConfig) -> int:
 
 
 def parameters_per_token(config: DecoderConfig) -> int:
-    """Count the parameters that each token is multiplied with: every matrix of the layers, of experts only the chosen ones,
-    and the head, tied or not."""
+    """Count the parameters that each token is multiplied with: every matrix of the layers, of experts only the chosen
+    ones, and the head, tied or not."""
     declared = declare_plain(config, "float32")
     chosen = config.moe.experts_per_token if config.moe else 0
     matrices = [spec for spec in jax.tree.leaves((declared.layers, head(declared))) if spec.is_matrix]

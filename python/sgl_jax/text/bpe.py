@@ -1,4 +1,4 @@
-"""Parts of BPE tokenizers: merges from ranks, bytes spelled as printable characters, patterns that cut text into words."""
+"""Parts of BPE tokenizers: merges from ranks, bytes as printable characters, patterns that cut text into words."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
 def bpe_of_ranks(ranks: Mapping[bytes, int], special: Mapping[bytes, int], words: str) -> Tokenizer:
     """Return a tokenizer that merges as tiktoken does: first the neighbours that make the token of lowest rank.
 
-    A rank is the token's id, too. The pattern `words` cuts text into words; a word that is a token stays whole. `special`
-    tokens have ids but are never made by merging.
+    A rank is the token's id, too. The pattern `words` cuts text into words; a word that is a token stays whole.
+    `special` tokens have ids but are never made by merging.
     """
     spelled = {"".join(CHAR_OF_BYTE[byte] for byte in token): i for token, i in {**ranks, **special}.items()}
     of_ranks = {"".join(CHAR_OF_BYTE[byte] for byte in token): rank for token, rank in ranks.items()}
@@ -47,7 +47,8 @@ def bpe_of_ranks(ranks: Mapping[bytes, int], special: Mapping[bytes, int], words
 
 
 def merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
-    """Return the two tokens that each token of several characters is merged from, in order of rank; low ranks merge first.
+    """Return the two tokens that each token of several characters is merged from, in order of rank; low ranks merge
+    first.
 
     The pair is found by merging the token's own characters. In a longer text merges inside the token come in the same
     order. A token that merging never reaches has no pair.

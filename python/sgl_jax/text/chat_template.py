@@ -31,7 +31,7 @@ class TemplateError(ValueError):
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """Tag `{% generation %}…{% endgeneration %}`, which marks the assistant's text for training. Its body is kept as it is."""
+    """Tag `{% generation %}…{% endgeneration %}`, which marks the assistant's text for training. Its body is kept."""
 
     tags = {"generation"}  # noqa: RUF012
 

@@ -1,4 +1,4 @@
-"""Turns tokens of one request into text as they come, without broken characters and without the start of a stop string."""
+"""Turns tokens into text as they come, without broken characters and without the start of a stop string."""
 
 from __future__ import annotations
 

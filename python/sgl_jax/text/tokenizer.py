@@ -1,4 +1,4 @@
-"""Loads a model's tokenizer from a Hugging Face directory or hub id (tokenizer.json, else a vocabulary), or a GGUF file."""
+"""Loads a tokenizer from a Hugging Face directory or hub id (tokenizer.json, else a vocabulary), or a GGUF file."""
 
 from __future__ import annotations
 
@@ -125,10 +125,11 @@ def _piece_kind(backend: tokenizers.Tokenizer) -> str:
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, downloads: Downloads = HUGGING_FACE) -> Tokenizer:
-    """Load from a directory with tokenizer.json or a vocabulary, a .gguf file, or a hub id. The tokens of config:NAME are bytes.
+    """Load from a directory with tokenizer.json or a vocabulary, a .gguf file, or a hub id. The tokens of config:NAME
+    are bytes.
 
-    `chat_template` replaces the model's own: a file, the name of one of ours, or the template itself. Raises TokenizerError,
-    with a line for the user, when there is no tokenizer or it cannot be read.
+    `chat_template` replaces the model's own: a file, the name of one of ours, or the template itself. Raises
+    TokenizerError, with a line for the user, when there is no tokenizer or it cannot be read.
     """
     try:
         return _load(path, _read_override(chat_template), downloads)
@@ -173,7 +174,7 @@ def _tokenizer(
 
 
 def _of_bytes(override: str | None) -> Tokenizer:
-    """Make a tokenizer for a model that is only a shape: a text's tokens are its bytes; a token above them has no text."""
+    """Make a tokenizer for a config without a model: a text's tokens are its bytes; tokens above have no text."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({char: byte for byte, char in CHAR_OF_BYTE.items()}, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
