@@ -1,4 +1,4 @@
-"""Tokenizers built from vocabularies that are no tokenizer.json: tiktoken, sentencepiece, and what transformers converts.
+"""Tokenizers are built from vocabularies without tokenizer.json: tiktoken, sentencepiece, and those transformers converts.
 
 The expected ids are those of tiktoken 0.14 and sentencepiece 0.2.3, run on the same files.
 """

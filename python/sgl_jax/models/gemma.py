@@ -65,8 +65,7 @@ def _windows(hf: RawConfig, period: int) -> tuple[int | None, ...]:
 
 
 def _ropes(hf: RawConfig, head_dim: int) -> tuple[RopeConfig, RopeConfig]:
-    """Read the rotations of layers without and with a window: transformers 5 keeps both in rope_parameters, older files
-    two bases."""
+    """Read the rope of layers without and with a window: both are in rope_parameters, or older files have two bases."""
     both, bare = hf.get("rope_parameters") or {}, without(hf, "rope_parameters", "rope_scaling")
     if "full_attention" in both:
         kinds = ("full_attention", "sliding_attention")

@@ -114,7 +114,7 @@ def _rope_scaling(file: GgufFile, meta: dict[str, Any]) -> dict[str, Any] | None
     if _ROPE_FACTORS in file.tensors:
         if kind != "none":
             raise ModelError(f"{file.path} has both {_ROPE_FACTORS} and rope scaling {kind!r}; only one is supported")
-        factors = _stored(file, file.tensors[_ROPE_FACTORS], _ROPE_FACTORS, None).read()
+        factors = _stored(file, file.tensors[_ROPE_FACTORS], _ROPE_FACTORS).read()
         return {"rope_type": "gguf_factors", "factors": factors.tolist()}
     if kind == "none":
         return None
@@ -143,8 +143,9 @@ def gguf_tensors(file: GgufFile) -> dict[str, StoredTensor]:
     for tensor in file.tensors.values():
         if tensor.name != _ROPE_FACTORS:
             name, kind = _translate(tensor.name)
-            order = _half_split_order(tensor.shape[0], per_head[kind]) if kind in per_head else None
-            tensors[name] = _stored(file, tensor, name, order)
+            tensors[name] = _stored(file, tensor, name)
+            if kind in per_head:
+                tensors[name] = tensors[name].take(_half_split_order(tensor.shape[0], per_head[kind]))
     return tensors
 
 
@@ -165,7 +166,7 @@ def _half_split_order(num_rows: int, num_heads: int) -> np.ndarray:
     return np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _stored(file: GgufFile, tensor: GgufTensor, name: str, order: np.ndarray | None) -> StoredTensor:
+def _stored(file: GgufFile, tensor: GgufTensor, name: str) -> StoredTensor:
     shape = tensor.shape
     if tensor.type in _PLAIN_TYPES:
         label, dtype = _PLAIN_TYPES[tensor.type]
@@ -185,10 +186,9 @@ def _stored(file: GgufFile, tensor: GgufTensor, name: str, order: np.ndarray | N
     stored = stored.reshape(*shape[:-1], -1) if len(shape) > 1 else stored.reshape(shape[0] // block_values, -1)
 
     def rows(start: int, stop: int) -> np.ndarray:
-        if len(shape) == 1:
-            values = dequantize(stored).reshape(shape)
-            return values[start:stop] if order is None else values[order[start:stop]]
-        return dequantize(stored[start:stop] if order is None else stored[order[start:stop]])
+        if len(shape) == 1:  # a row of blocks
+            return dequantize(stored).reshape(shape)[start:stop]
+        return dequantize(stored[start:stop])
 
     return StoredTensor(name, shape, label, nbytes, rows)
 

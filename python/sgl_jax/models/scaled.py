@@ -80,8 +80,7 @@ class Scaled:
         return Quantised(plane(0, tensor.shape, self.dtype), plane(1, scales, "float32"), self)
 
     def quantise(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return values [..., O, I] and scales [..., O, groups]. A group's largest value becomes the dtype's
-        largest."""
+        """Return values [..., O, I] and scales [..., O, groups]. A group's largest value becomes that of the dtype."""
         groups = matrix.astype(np.float32).reshape(*matrix.shape[:-1], -1, self.group or matrix.shape[-1])
         largest = _LARGEST[self.dtype]
         scales = np.abs(groups).max(-1) / np.float32(largest)

@@ -10,8 +10,7 @@ from sgl_jax.parallel.grid import Grid
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Indices of the part of a weight that a device holds: runs of output rows and one run of columns, the same for
-    each of some experts."""
+    """Part of a weight that a device holds: for each of some experts, the same runs of output rows and of columns."""
 
     experts: range
     rows: tuple[range, ...]

@@ -45,9 +45,12 @@ def plan_weights(
         rows = of_rows(config) if of_rows else None
         wanted = _wanted(path, spec, names, rows)
         used.update(wanted)
-        missing += [name for name in wanted if name not in stored]
         pieces = []
-        for piece, shape in ((stored[name], shape) for name, shape in wanted.items() if name in stored):
+        for name, shape in wanted.items():
+            if name not in stored:
+                missing.append(name)
+                continue
+            piece = stored[name]
             if piece.shape != shape:
                 misshapen.append(f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}")
             if not piece.supported:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tokenizers.decoders import DecodeStream
+
 from sgl_jax.text.tokenizer import Tokenizer
 
 _CONTEXT = 6  # prompt tokens that are decoded, too, so that the first token keeps its leading space
@@ -20,7 +22,7 @@ class IncrementalDecoder:
         # Tokens whose text is already out, without those of an unfinished character at the end.
         self._context = self._whole(prompt_ids[-_CONTEXT - _LOOK_BACK :])
         self._pending: list[int] = []  # tokens whose text is held back
-        self._stream = tokenizer.decode_stream(self._context, skip_special_tokens)
+        self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
 
     def push(self, token: int) -> str:
         self._pending.append(token)
@@ -43,7 +45,7 @@ class IncrementalDecoder:
         self._pending = []
         if text != known:  # after skipped tokens alone the next token would lose its leading space
             self._context = self._whole(both)
-        self._stream = self._tokenizer.decode_stream(self._context, self._skip)
+        self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
         changed = (i for i, (old, new) in enumerate(zip(known, text, strict=False)) if old != new)
         return text[next(changed, min(len(known), len(text))) :]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path
@@ -75,10 +74,6 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
-
-    def decode_stream(self, context: Sequence[int], skip_special_tokens: bool) -> DecodeStream:
-        """Return a stream that goes on after `context` without repeating its text."""
-        return DecodeStream(ids=list(context), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token: int) -> bytes:
         """Return the bytes of one token. A character may need several tokens."""
