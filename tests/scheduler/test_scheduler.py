@@ -8,7 +8,7 @@ import pytest
 from sgl_jax.request import FinishReason
 from sgl_jax.scheduler.results import StepResult
 from sgl_jax.scheduler.scheduler import Scheduler
-from sgl_jax.step_plan import Flag, Param, StepPlan
+from sgl_jax.step_plan import Param, RowFlag, StepPlan
 from simulated import make_request, make_scheduler, step_tokens
 
 
@@ -402,7 +402,7 @@ def test_a_prompt_is_scored_while_it_is_computed_and_no_longer() -> None:
     first, second, third = s.schedule(), s.schedule(), s.schedule()
     for plan in (first, second, third):
         assert plan is not None
-        flags.append(bool(plan.params[0, Param.FLAGS] & Flag.PROMPT_LOGPROBS))
+        flags.append(bool(plan.params[0, Param.FLAGS] & RowFlag.PROMPT_LOGPROBS))
         s.process(plan, step_tokens(plan, np.array([50])))
     assert flags == [True, True, False]
 
@@ -450,7 +450,7 @@ def test_sampling_parameters_are_encoded_by_column() -> None:
     assert floats.tolist() == [[0.5, 0.25, 0.125, 0, 0, 1], [1, 1, 0, 1.5, -0.5, 2]]
     assert plan.params[:, Param.SEED].tolist() == [1, 2]
     assert plan.params[:, Param.TOP_K].tolist() == [7, 2**31 - 1]
-    assert plan.params[:, Param.FLAGS].tolist() == [Flag.LOGPROBS | Flag.BIAS, Flag.PENALTIES]
+    assert plan.params[:, Param.FLAGS].tolist() == [RowFlag.LOGPROBS | RowFlag.BIAS, RowFlag.PENALTIES]
 
 
 def test_a_step_must_hold_a_token_of_every_running_request() -> None:
