@@ -235,7 +235,7 @@ SHARED_CLASS_NAMES = {"About", "Backend", "Chip", "Column", "Probe", "Target"}
 
 
 def test_a_name_is_of_one_room() -> None:
-    """A file name, or a class name, leads a reader to one place. Only implementations of one interface share file names."""
+    """A file name or a class name leads a reader to one place. Only implementations of one interface share file names."""
     files: dict[str, set[str]] = defaultdict(set)
     classes: dict[str, set[str]] = defaultdict(set)
     for path in sorted(PACKAGE.rglob("*.py")):
