@@ -110,19 +110,17 @@ def test_an_entry_point_of_an_installed_package(package: Path, checkpoint: Check
 
 
 def test_what_is_no_family_is_said(package: Path) -> None:
-    with pytest.raises(ModelError, match="no_family is no model family: it has no NAMES"):
+    with pytest.raises(ModelError, match=r"no_family .*NAMES"):
         known_families("no_family")
-    with pytest.raises(ModelError, match="--model-package nowhere_at_all cannot be imported"):
+    with pytest.raises(ModelError, match="--model-package nowhere_at_all"):
         known_families("nowhere_at_all")
 
 
 def test_an_unknown_architecture_is_told_which_relative_its_tensors_fit(stories260k: Path) -> None:
     stored = open_checkpoint(str(stories260k))
     unknown = stored.config | {"architectures": ["NovelForCausalLM"]}
-    with pytest.raises(
-        ModelError, match=r"names and shapes of LlamaForCausalLM and MistralForCausalLM.*: if it computes"
-    ):
+    with pytest.raises(ModelError, match=r"NovelForCausalLM .*LlamaForCausalLM and MistralForCausalLM"):
         decoder_config(unknown, {}, stored.tensors)
     fewer = {name: tensor for name, tensor in stored.tensors.items() if "down_proj" not in name}
-    with pytest.raises(ModelError, match=r"of none of them$"):
+    with pytest.raises(ModelError, match=r"NovelForCausalLM .*none"):
         decoder_config(unknown, {}, fewer)

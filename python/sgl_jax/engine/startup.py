@@ -60,8 +60,10 @@ def build_core(args: ServerArgs, accept: Accept = lambda plan: None) -> Core:
     """Load the model, size memory, compile every program. Raises ValueError with a line for the user, and whatever
     `accept` raises, which is called before any weight is fetched or read."""
     if args.nnodes > 1:
-        how = "an engine over several machines is started by sgl_jax.launch_server, on each of them"
-        raise ValueError(f"--nnodes is {args.nnodes}; {how}")
+        raise ValueError(
+            f"--nnodes is {args.nnodes}; an engine over several machines is started by sgl_jax.launch_server, "
+            "on each of them"
+        )
     started = time.perf_counter()
     return _core(args, build_device_side(args, None, accept), started)
 

@@ -79,7 +79,7 @@ def step(
     attention = _attention_spec(spec.config, bucket.width)
 
     def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
-        if k is None and not spec.kernels.attention.joined:
+        if k is None and not spec.kernels.attention.fused:
             q, k, v = split_heads(q, spec.config.num_kv_heads)
         arrays = AttentionLayer(attention, layer * spec.pages_per_layer, window=window, sinks=sinks, prepare=prepare)
         return spec.kernels.attention(q, k, v, kv, batch, arrays)
