@@ -1,5 +1,4 @@
-"""What models need and say to each other on several TPUs, without a TPU: per-device bytes, and the collectives of the
-compiled decode step.
+"""Tabulate models' bytes per device and the collectives of their compiled decode steps, for several TPUs, without one.
 
     python benchmarks/grids.py --output benchmarks/grids.json --report benchmarks/grids.md [--only MODEL:TOPOLOGY]
 

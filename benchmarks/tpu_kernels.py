@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def width(self) -> int:
-        """Of a key in the pool."""
+        """Values of a key as the pool stores it: whole tiles of 128."""
         return -(-self.key_dim // 128) * 128
 
     @property
@@ -71,7 +71,7 @@ class Loop:
     loops: list[Loop] = dataclasses.field(default_factory=list)
 
     def total(self, what: str = "bundles") -> int:
-        """Of its own code, inner loops left out."""
+        """Sum of `what` over this loop's own code, inner loops left out."""
         return sum(piece[what] for piece in self.pieces)
 
     def walk(self) -> Iterator[Loop]:
@@ -278,7 +278,7 @@ class Peer:
     name: str
     kernels: dict[str, str]  # by kind: what names of its dumps contain
     rows: dict[str, int]  # by kind: rows that a turn of its heaviest loop takes
-    keys: int  # of each of them, with all 8 heads
+    keys: int  # read by each such row, with all 8 heads
     layer: Callable[..., Any]  # (keys, queries) -> of arrays as `pool` and measure_peers make them
     pool: tuple[int, ...]
 
@@ -351,7 +351,7 @@ def measure_peers(dumps: Path) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
-    """Of a program around a kernel; copied: results of the copies and transpositions beside it."""
+    """Return the memory of a program around a kernel, and the bytes that copies and transpositions beside it make."""
     from sgl_jax.planning import hlo
 
     memory = compiled.memory_analysis()

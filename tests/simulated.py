@@ -91,7 +91,7 @@ def make_core(
 
 @dataclasses.dataclass
 class Answer:
-    """What has come back for one request."""
+    """Events that came back for one request, put together."""
 
     request: Request
     tokens: list[int] = dataclasses.field(default_factory=list)

@@ -21,7 +21,7 @@ Edits = list[tuple[str, str, str]]  # a file, a line of it, and the text that co
 
 
 def run_edited(folder: Path, edits: Edits, script: str) -> str:
-    """What the script prints when it imports a copy of the package with the edits."""
+    """Return what the script prints when it imports a copy of the package with the edits."""
     shutil.copytree(PACKAGE, folder / "sgl_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name, line, text in edits:
         path = folder / "sgl_jax" / name

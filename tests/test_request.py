@@ -1,4 +1,4 @@
-"""What a request may ask: the limits, each named."""
+"""Limits of a request's parameters, each refused by name."""
 
 from __future__ import annotations
 

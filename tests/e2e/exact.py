@@ -1,4 +1,4 @@
-"""What the tests of exact tokens share."""
+"""Prompts, sizes and assertions shared by the tests of exact tokens."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.scheduler.scheduler import Scheduler
 from simulated import Answer, Client
 
-TOLERANCE = 2e-3  # of logprobs
+TOLERANCE = 2e-3  # absolute, between logprobs
 CHUNK = 7  # tokens; no divisor of a page or a prompt
-ALL_PROMPTS = Bucket(112, 4)  # those of 1, 7, 33 and 70 tokens whole in one step
+ALL_PROMPTS = Bucket(112, 4)  # holds the prompts of 1, 7, 33 and 70 tokens whole in one step
 
 Build = Callable[..., Core]
 
@@ -84,7 +84,7 @@ def assert_top5(scored: list[TokenLogprobs], top5: Sequence[Sequence[Sequence[fl
 
 
 def assert_prompt(got: Answer, logprobs: Sequence[float]) -> None:
-    """Those of the prompt's tokens after the first."""
+    """Compare the logprobs of the prompt's tokens after the first."""
     assert got.prompt is not None
     assert got.prompt.logprobs is not None
     assert got.prompt.logprobs[0] is None

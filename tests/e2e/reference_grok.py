@@ -178,6 +178,6 @@ def save(folder: Path, c: dict, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def logprobs(tensors: dict[str, np.ndarray], c: dict, tokens: list[int]) -> np.ndarray:
-    """Of every token at each position, [T, V]."""
+    """Return the logprobs of every token at each position, [T, V]."""
     x = logits(tensors, tokens, c)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))

@@ -15,7 +15,7 @@ CONFIG = {
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "kv_channels": 16,
-    "intermediate_size": 160,  # of both halves
+    "intermediate_size": 160,  # counts both halves
     "layer_norm_epsilon": 1e-6,
     "max_position_embeddings": 128,
     "seq_length": 128,

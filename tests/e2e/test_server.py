@@ -202,7 +202,7 @@ def test_a_client_that_leaves_gives_its_pages_back(server):
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of a process and its children, from /proc."""
+    """Seconds of CPU a process and its children have used, from /proc."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -14,7 +14,7 @@ F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantiz
 
 
 def llama_cpp_permute(weights: np.ndarray, num_heads: int) -> np.ndarray:
-    """What convert_hf_to_gguf.py does to the q and k of Llama models."""
+    """Reorder rows as convert_hf_to_gguf.py does for the q and k of Llama models."""
     rows = weights.shape[0]
     return (
         weights.reshape(num_heads, 2, rows // num_heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)

@@ -1,4 +1,4 @@
-"""What --model-path may be, and what is said when it is something else."""
+"""Paths that --model-path takes, and the errors for any other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the declared weights add up to."""
+"""Sums over the declared weights: parameters and bytes."""
 
 from __future__ import annotations
 

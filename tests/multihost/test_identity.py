@@ -1,4 +1,4 @@
-"""What hosts compare: the same model is the same wherever it lies, and any other is not."""
+"""Hosts compare versions, flags and models: one model is equal to itself in any folder, and to no other."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def flags_of(**sizes: Any) -> list[str]:
 
 
 def prompts() -> list[list[int]]:
-    """Of many lengths; two of three begin alike."""
+    """Prompts of many lengths; two of three begin alike."""
     rng = np.random.default_rng(0)
     common = rng.integers(3, 500, 24).tolist()
     return [

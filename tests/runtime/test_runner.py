@@ -1,4 +1,4 @@
-"""What the runner dispatches, tells other processes, and hands back."""
+"""The runner's dispatches, its announcements to other processes, and its results."""
 
 from __future__ import annotations
 

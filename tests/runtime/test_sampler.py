@@ -179,7 +179,7 @@ def test_tokens_are_drawn_from_the_filtered_distribution(make, vocab_size: int, 
 
 
 def thresholds(x: np.ndarray, filters: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row of scaled logits x, with the row's filters: as the sampler finds it, and by bisection alone."""
+    """Return the rows' thresholds for scaled logits x: as the sampler finds them, and by bisection alone."""
     defaults = {"top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0}
     dtypes = {"top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
     columns = [np.array([f.get(name, defaults[name]) for f in filters], dtypes[name]) for name in defaults]
@@ -227,7 +227,7 @@ def test_tokens_tied_at_the_kth_place_are_all_kept_and_all_weigh(vocab_size: int
     logits[0] = 1.0
     logits[1 : 1 + num_alike] = 0.0
     num_alike = min(num_alike, vocab_size - 1)
-    # Of the mass e + num_alike, the first token alone is less than 0.7.
+    # The first token has the mass e of e + num_alike, less than 0.7.
     assert np.e / (np.e + num_alike) < 0.7
     assert [t.tolist() for t in thresholds(logits[None], [{"top_k": 2, "top_p": 0.7}])] == [[0.0], [0.0]]
 

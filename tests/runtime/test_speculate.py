@@ -159,7 +159,7 @@ def test_a_step_writes_the_length_of_rows_that_do_not_decode(plain: ModelRunner)
     [
         ([5, 6, 7, 8], [5, 6, 7], 4),
         ([5, 6, 7, 8], [5, 6, 9], 3),
-        ([5, 6, 7, 8], [9, 6, 7], 1),  # what comes after a draft that fails was computed from a wrong token
+        ([5, 6, 7, 8], [9, 6, 7], 1),  # behind a draft that fails, all is computed from a wrong token
         ([5, 6, 7, 8], [NO_DRAFT] * 3, 1),
         ([5, 6, 7, 8], [5, NO_DRAFT, 7], 2),
         ([5], [], 1),

@@ -24,7 +24,7 @@ def tracer() -> Iterator[JaxTracer]:
 
 
 def names(files: list[str]) -> list[str]:
-    """Of what was recorded, in order."""
+    """Names of the recorded spans, in order."""
     (path,) = [file for file in files if file.endswith(".trace.json.gz")]
     events = json.loads(gzip.decompress(Path(path).read_bytes()))["traceEvents"]
     spans = [event for event in events if event.get("ph") == "X"]

@@ -23,7 +23,7 @@ def test_round_robin_goes_by_arrival_whatever_the_loads(arrival: int, expected: 
     ("loads", "expected"),
     [
         (IDLE, [0, 1, 2, 3]),  # equals: the lowest rank
-        (BUSY, [2, 1, 3, 0]),  # of ranks 1 and 2 the one with more pages
+        (BUSY, [2, 1, 3, 0]),  # ranks 1 and 2 are alike but for pages: the one with more comes first
         (RankLoads([1, 1, 0, 1], [5, 7, 1, 7]), [2, 1, 3, 0]),
     ],
 )

@@ -62,7 +62,7 @@ def kernels():
 
 
 def least_cycles(kernels, shape: str, width: int) -> tuple[int, float, int, int]:
-    """Of a row of 1024 keys on v6e, committed: bundles, cycles of its copies, bytes moved, the least bytes."""
+    """Committed figures of a row of 1024 keys on v6e: bundles, cycles of its copies, bytes moved, the least bytes."""
     case = COMMITTED["cases"][f"decode v6e {shape} page 128" + f" W={width}" * (width > 1)]
     bundles = kernels.decode_bundles(case["bundles"], 1024, case["block"], case["unit"], 128, width)
     moved, least = kernels.decode_bytes(1024, 128, kernels.SHAPES[shape], width=width)

@@ -105,7 +105,7 @@ def v6e(tokamax, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokamax.pltpu, "get_tpu_info", lambda: chip)
 
 
-POOL = (4096, 128, 2, 2, 128)  # of 2 KV heads
+POOL = (4096, 128, 2, 2, 128)  # 2 KV heads
 
 
 @pytest.mark.parametrize(
