@@ -100,7 +100,7 @@ def test_the_limits_are_compared_once() -> None:
 class Warm(SamplingParams, frozen=True, kw_only=True):
     """SamplingParams with one more parameter, and nothing else about it anywhere."""
 
-    warmth: Annotated[float, About("how friendly", 0.0, 9.0, native=("warmth", "heat"))] = 0.5
+    warmth: Annotated[float, About("how friendly", 0.0, 9.0, native="warmth heat")] = 0.5
 
 
 ONE_MORE = parameters_of(Warm)

@@ -60,7 +60,7 @@ def test_with_overlap_a_step_is_launched_before_the_one_before_is_collected() ->
 
 
 def test_the_host_plans_while_the_device_computes() -> None:
-    """8 steps of 40 ms each on the device and about as much on the host take little longer than 8 steps."""
+    """Check that 8 steps of 40 ms on the device, with as much work on the host, take little longer than 8 steps."""
     seconds = {}
     for overlap in (True, False):
         core = make_core(overlap=overlap, step_seconds=0.04)
@@ -112,7 +112,7 @@ def test_an_abort_while_waiting_ends_the_request_without_a_token(overlap: bool) 
 
 @pytest.mark.parametrize("after", range(1, 6))
 def test_an_abort_at_any_step_ends_the_request_and_returns_its_pages(overlap: bool, after: int) -> None:
-    """Steps 1 to 3 are chunks of the prompt, later ones decode; with overlap one is in flight each time."""
+    """Steps 1 to 3 are chunks of the prompt, later ones decode; with overlap one step is always in flight."""
     client = Client(make_core(overlap=overlap, step_tokens=12))
     client.submit(1, LONG, max_tokens=20)
     for _ in range(after):

@@ -26,7 +26,7 @@ from sgl_jax.testing.fake_core import FakeCore
 
 
 class Inbox:
-    """Remembers how it was asked."""
+    """Queue of commands that counts blocking calls."""
 
     def __init__(self) -> None:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()

@@ -1,4 +1,4 @@
-"""A profile's life: started, stopped, ended after so many complete steps, refused; and the stages of a step."""
+"""Profiles: started, stopped, ended after a number of complete steps, refused; and the stages of a step."""
 
 from __future__ import annotations
 

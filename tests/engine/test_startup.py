@@ -29,7 +29,7 @@ def arguments(model: Path | str, cache: Path) -> ServerArgs:
 
 @pytest.fixture
 def hub(stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """A ModelScope whose org/model is stories260k."""
+    """Fake ModelScope whose org/model is stories260k."""
     with serving() as found:
         found.files = {file.name: file.read_bytes() for file in stories260k.iterdir()}
         found.listed_sha256, found.breaks = None, 0
@@ -38,7 +38,7 @@ def hub(stories260k: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 def named(folder: Path, **flags) -> ServerArgs:
-    """A launch of the hub's model."""
+    """Make the arguments for a launch of the hub's model."""
     given = arguments("org/model", folder / "programs")
     source = {"download_source": "modelscope", "download_dir": str(folder / "models")}
     return dataclasses.replace(given, **source | flags)
@@ -89,7 +89,7 @@ def test_a_named_model_that_is_accepted_is_fetched_and_loaded(hub: Hub, tmp_path
 
 
 def test_a_gguf_file_in_the_folder_of_downloads_brings_its_config(hub: Hub, tmp_path: Path) -> None:
-    """As another tool may have put it there."""
+    """A GGUF file that another tool has put into the folder is used."""
     del hub.files["config.json"], hub.files["model.safetensors"]
     file = tmp_path / "models/org/model/stories.gguf"
     file.parent.mkdir(parents=True)
@@ -137,7 +137,7 @@ def test_programs_compile_while_the_weights_are_read(stories260k, tmp_path, monk
 def test_weights_that_cannot_be_read_end_the_launch_at_once(
     stories260k, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The compiling thread is not waited for: its programs may take minutes."""
+    """Check that nobody waits for the compiling thread, whose programs may take minutes."""
     over, ended = threading.Event(), threading.Event()
 
     def compiles(runner, report, stopped):

@@ -20,6 +20,7 @@ from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.share import share_of
 from sgl_jax.models.weights import Weights, declare, head
 from sgl_jax.parallel.grid import Grid
+from shards import cut
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -194,7 +195,7 @@ def test_a_share_is_read_as_if_cut_from_the_whole(shared: Callable[[str], Path],
     whole, half = load(folder), load(folder, placer=SecondOfTwo())
     declared = declare(decoder_config(open_checkpoint(str(folder)).config), "float32")
     for spec, all_of_it, share in zip(*map(jax.tree.leaves, (declared, whole, half)), strict=True):
-        wanted = share_of(spec, Grid(tensor=2), 1).of(np.asarray(all_of_it))
+        wanted = cut(np.asarray(all_of_it), share_of(spec, Grid(tensor=2), 1))
         np.testing.assert_array_equal(np.asarray(share), wanted, err_msg=str(spec))
 
 

@@ -11,7 +11,8 @@ from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.mxfp4 import dequantize, stored_mxfp4
 from sgl_jax.models.safetensors_file import read_safetensors
 from sgl_jax.models.scaled import stored_scaled
-from sgl_jax.models.stored import StoredTensor, concatenated, in_memory
+from sgl_jax.models.stored import StoredTensor, concatenated
+from shards import in_memory
 
 RNG = np.random.default_rng(0)
 

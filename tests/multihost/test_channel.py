@@ -42,7 +42,7 @@ IDENTITY = Identity({"jax": "1.0"}, {"--page-size": 16, "--dtype": "auto"}, {"mo
 
 
 def free_address() -> Address:
-    """A port that is free, and the one above it, too."""
+    """Find a port that is free, and the one above it, too."""
     for _ in range(50):
         with socket.create_server(("127.0.0.1", 0)) as a:
             port = a.getsockname()[1]
@@ -55,7 +55,7 @@ def free_address() -> Address:
 
 
 class Host0:
-    """A leader that gathers in a thread."""
+    """Leader that waits for the other hosts in a thread."""
 
     def __init__(self, nnodes: int = 2, token: str = "t", timeout_s: float = PATIENCE_S):
         self.deaths: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -79,7 +79,7 @@ class Host0:
         return connect(self.address, rank, identity, token, PATIENCE_S)
 
     def complete(self) -> None:
-        """Another host joins, and with it all are there."""
+        """Let the last missing host join."""
         link = self.connect()
         assert self.wait() == "together"
         link.close()
@@ -116,7 +116,7 @@ def together() -> Iterator[tuple[Host0, Follower, queue.SimpleQueue[str]]]:
 
 
 def in_thread[T](call: Callable[[], T]) -> Callable[[], T]:
-    """Starts the call; the function that is returned waits for its result."""
+    """Start a call in a thread, and return a function that waits for its result."""
     results: queue.SimpleQueue[T] = queue.SimpleQueue()
     threading.Thread(target=lambda: results.put(call()), daemon=True).start()
     return lambda: results.get(timeout=PATIENCE_S)
@@ -166,7 +166,7 @@ def test_a_wrong_token_is_refused_on_both_sides(caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING), host0() as host:
         with pytest.raises(HostsError, match=r"host 0 \(127.0.0.1:\d+\) .*token"):
             host.connect(token="other")
-        host.complete()  # it goes on waiting for one that has the token
+        host.complete()  # host 0 goes on waiting for a host that has the token
     assert says(caplog.text, "refused … --dist-token")
 
 
@@ -177,7 +177,7 @@ def test_a_follower_does_not_believe_a_host_0_without_the_token() -> None:
             link = Link(listener.accept()[0], "stranger")
             link.send(Challenge(PROTOCOL, b"0" * 32))
             answer = link.receive(PATIENCE_S)
-            # The follower's own proof, sent back, is none.
+            # The follower's own proof, sent back to it, proves nothing.
             link.send_frame(frame(Welcome(answer.proof)))
             heard.append(in_time(link))
             link.close()
@@ -355,7 +355,7 @@ def test_a_connection_that_closes_without_a_word_is_a_loss() -> None:
 
 
 def test_a_connection_that_is_reset_was_closed() -> None:
-    """As a process that dies leaves one, whose messages it had not all read."""
+    """A process that dies with unread messages resets its connection, and is reported as one that closed it."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as here:
         there, _ = server.accept()
         there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

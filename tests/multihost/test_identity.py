@@ -1,4 +1,4 @@
-"""Hosts compare versions, flags and models: one model is equal to itself in any folder, and to no other."""
+"""Identities of hosts: a model is the same in any folder, and another model differs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_flags_of_one_machine_alone_are_not_compared(folder: Path) -> None:
 
 
 def test_the_package_of_a_brought_attention_backend_is_compared(folder: Path) -> None:
-    """Another version makes other programs."""
+    """Check the version of the backend's package, since another version makes other programs."""
     plain, brought = (
         identity_of(ServerArgs(model_path="a", attention_backend=name), CONFIGS, folder).versions
         for name in ("fa", "tokamax")

@@ -36,7 +36,7 @@ def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(
         leader = all_hosts.lead()
         expected = on_one_device(model, NEW_TOKENS)  # while it starts
 
-        # Hosts that do not fit are refused, and told why; the wait goes on.
+        # Hosts that differ are refused and told why, and host 0 goes on waiting.
         refused = [all_hosts.join(1, "--page-size", "8"), all_hosts.join(1, token="another")]
         for host, reason in zip(refused, ("--page-size … 8 on host 1 … 4 on host 0", "tokens differ"), strict=True):
             assert host.wait() == 1

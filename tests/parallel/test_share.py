@@ -9,12 +9,13 @@ from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig, RopeConfig
 from sgl_jax.models.share import share_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.parallel.grid import Grid
+from shards import cut
 
 
 def rows_of(spec: WeightSpec, grid: Grid) -> list[list[int]]:
     """Row numbers that each device holds of a weight whose rows are numbered."""
     whole = np.arange(np.prod(spec.shape)).reshape(spec.shape)
-    return [share_of(spec, grid, device).of(whole).tolist() for device in range(grid.num_devices)]
+    return [cut(whole, share_of(spec, grid, device)).tolist() for device in range(grid.num_devices)]
 
 
 def test_each_device_gets_a_share_of_every_part() -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sgl_jax.step_plan import StepPlan
-from sgl_jax.testing.fake_runner import FakeRunner, kv_chain, summary_of, token_of
+from sgl_jax.testing.fake_runner import FakeRunner, kv_chain, token_of
 
 PAGE = 4
 
@@ -51,7 +51,7 @@ def two_ranks() -> FakeRunner:
 
 
 def right(row: int) -> int:
-    return token_of(summary_of(kv_chain([row] * 3)), 3, 512)
+    return token_of(kv_chain([row] * 3), 512)
 
 
 def test_one_page_id_on_two_ranks_is_two_pages() -> None:
@@ -59,9 +59,7 @@ def test_one_page_id_on_two_ranks_is_two_pages() -> None:
     result = runner.launch(plan([0, 1], [1, 1])).collect()
     assert result.tokens[:, 0].tolist() == [right(0), right(1)]
     result = runner.launch(decode([0, 1])).collect()
-    assert result.tokens[:, 0].tolist() == [
-        token_of(summary_of(kv_chain([i] * 3 + [right(i)])), 4, 512) for i in (0, 1)
-    ]
+    assert result.tokens[:, 0].tolist() == [token_of(kv_chain([i] * 3 + [right(i)]), 512) for i in (0, 1)]
 
 
 def test_one_page_for_two_rows_of_a_rank_is_found_when_both_write() -> None:
@@ -80,7 +78,7 @@ def test_a_page_that_another_row_wrote_since_gives_a_wrong_token() -> None:
     runner = two_ranks()
     runner.launch(plan([1], [2]))
     runner.launch(plan([1], [], rows=ints(1), page_updates=ints(1, 0, 2)[:, None], tokens=ints(7, 7, 7)))
-    expected = token_of(summary_of(kv_chain([0] * 3 + [right(0)])), 4, 512)
+    expected = token_of(kv_chain([0] * 3 + [right(0)]), 512)
     assert runner.launch(decode([1])).result.tokens[0, 0] != expected
 
 

@@ -16,7 +16,7 @@ from sgl_jax.request import InvalidParameter
 def checked(request: GenerationRequest, info: EngineInfo, running: Container[str]) -> GenerationRequest:
     """Return the request with max_tokens and an id, if it left them open. `running` holds the ids that are taken.
 
-    Raises InvalidParameter, PromptTooLong or DuplicateRequestId, in the names that the request used.
+    Raises InvalidParameter, PromptTooLong or DuplicateRequestId, with names as the request used them.
     """
     try:
         request.params.validate(info.vocab_size, request.in_range)
@@ -43,8 +43,10 @@ def _max_tokens(request: GenerationRequest, info: EngineInfo) -> int:
     room = limit - len(ids)
     if room < (asked or 1):
         wanted = "not set" if asked is None else asked
-        text = "the prompt has {count} tokens and {max_tokens} is {wanted}; "
-        text += "prompt and output together hold {limit} at most"
+        text = (
+            "the prompt has {count} tokens and {max_tokens} is {wanted}; "
+            "prompt and output together hold {limit} at most"
+        )
         raise PromptTooLong("prompt", text, count=len(ids), wanted=wanted, limit=limit)
     if asked is None and request.params.min_tokens > room:
         text = "{min_tokens} is {value}; there is room for {room} tokens"

@@ -77,8 +77,8 @@ class Core:
         if not self.busy:
             self._statistics.speed.pause()
             self.scheduler.check_invariants()
-        if self._statistics.are_due(idle=not self.busy):
-            stats = self._statistics.take(self.runner.compiles_after_ready)
+        stats = self._statistics.take_due(self.runner.compiles_after_ready, idle=not self.busy)
+        if stats is not None:
             output = msgspec.structs.replace(output or StepOutput(), stats=stats)
         return events if output is None else [*events, output]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
 from sgl_jax.engine.messages import TokenLogprobs
@@ -43,32 +43,21 @@ class DuplicateRequestId(InvalidParameter):
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """Sampling parameters as a request gave them."""
-
-    params: SamplingParams
-    names: Names = field(default_factory=dict)
-    score_only: bool = False  # only the prompt's logprobs are wanted
-    in_range: bool = False  # each number has been compared with its limits
-
-
-@dataclass(slots=True)
 class GenerationRequest:
-    """One prompt, of which `params.n` choices are generated."""
+    """One prompt, of which `params.n` choices are generated. While parameters are read the prompt is empty."""
 
     prompt_ids: list[int]
     params: SamplingParams
     request_id: str = ""  # empty: one is generated
     namespace: str = ""
     names: Names = field(default_factory=dict)  # for error messages; "prompt" among them
-    score_only: bool = False
-    in_range: bool = False
+    score_only: bool = False  # only the prompt's logprobs are wanted
+    in_range: bool = False  # each number has been compared with its limits
 
-    @classmethod
-    def of(cls, prompt_ids: list[int], prompt_name: str, given: Given, request_id: str, namespace: str) -> Self:
-        """Make a request of a prompt that the user gave under `prompt_name`."""
-        names = {**given.names, "prompt": prompt_name}
-        return cls(prompt_ids, given.params, request_id, namespace, names, given.score_only, given.in_range)
+    def for_prompt(self, ids: list[int], name: str, request_id: str | None, namespace: str | None) -> Self:
+        """Return this request for a prompt that the user gave under `name`."""
+        names = {**self.names, "prompt": name}
+        return replace(self, prompt_ids=ids, request_id=request_id or "", namespace=namespace or "", names=names)
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from sgl_jax.engine.core import Core
-from sgl_jax.engine.messages import Command, EngineInfo, Event
+from sgl_jax.engine.messages import Command, Event
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.multihost.address import LOOPBACK, parse_address
 from sgl_jax.multihost.follower import Follower, connect
@@ -17,7 +17,7 @@ from sgl_jax.multihost.wire import Identity
 from sgl_jax.parallel.processes import join_processes
 from sgl_jax.settings.server_args import ServerArgs
 
-# Ends the process at once with the reason given, from any thread: the engine's own may hang in a collective.
+# Ends the process with a reason, at once and from any thread, since the engine's own may hang in a collective.
 type Die = Callable[[str], NoReturn]
 
 
@@ -56,10 +56,7 @@ class LeadingCore:
 
     def __init__(self, core: Core, leader: Leader):
         self._core, self._leader = core, leader
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._core.info
+        self.info = core.info
 
     @property
     def busy(self) -> bool:

@@ -108,8 +108,8 @@ def _check_model(args: ServerArgs, model: DecoderConfig, grid: Grid) -> None:
         count = len(model.eos_token_ids)
         raise ValueError(f"the model has {count} end-of-sequence tokens; at most {MAX_EOS_TOKENS} fit")
     if (length := args.context_length) is not None and length > model.context_length:
-        made_for = f"the model was made for {model.context_length} tokens at most"
-        raise ValueError(f"--context-length is {length}; {made_for}")
+        most = model.context_length
+        raise ValueError(f"--context-length is {length}; the model was made for {most} tokens at most")
     if (rows := args.max_running_requests or 0) % grid.data:
         raise ValueError(f"--max-running-requests is {rows}; it must be a multiple of --dp-size {grid.data}")
 
@@ -121,9 +121,10 @@ def _check_pool(args: ServerArgs, memory: MemoryPlan, page_size: int, grid: Grid
         ("--max-running-requests", args.max_running_requests, (memory.num_pages - 1) * grid.data),
     ):
         if value is not None and value > most:
-            pool = f"the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size}"
-            cure = "lower it, or raise --max-total-tokens or --mem-fraction-static"
-            raise ValueError(f"{flag} is {value}; {pool} allows {most}; {cure}")
+            raise ValueError(
+                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} "
+                f"allows {most}; lower it, or raise --max-total-tokens or --mem-fraction-static"
+            )
 
 
 def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:

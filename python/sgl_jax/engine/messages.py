@@ -11,7 +11,7 @@ from sgl_jax.request import FinishReason, SamplingParams
 
 
 class _Message(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
-    pass
+    """Map that names its type."""
 
 
 class _CallMessage(_Message, frozen=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from sgl_jax.engine.generation import Generation, GenerationRequest, Given
+from sgl_jax.engine.generation import Generation, GenerationRequest
 from sgl_jax.engine.native_params import LogprobOptions, NativeAnswer, Params, sampling_params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json, SamplingParams
@@ -75,7 +75,7 @@ def native_call(
         prompts, is_list = _token_lists(input_ids)
     if not prompts:
         raise InvalidParameter(field, f"{field} is an empty list")
-    kinds = (Mapping, SamplingParams, Given)
+    kinds = (Mapping, SamplingParams, GenerationRequest)
     all_params = _one_each("sampling_params", params, len(prompts), kinds, "Mapping or SamplingParams")
     rids = _one_each("rid", rid, len(prompts), (str,), "str")
     if isinstance(rid, str) and len(prompts) > 1:
@@ -83,7 +83,7 @@ def native_call(
     requests = []
     for ids, each, request_id in zip(prompts, all_params, rids, strict=True):
         given = options.apply(sampling_params(each), len(ids))
-        requests.append(GenerationRequest.of(ids, field, given, request_id or "", namespace))
+        requests.append(given.for_prompt(ids, field, request_id, namespace))
     return NativeCall(requests, is_list, options, tokenizer)
 
 

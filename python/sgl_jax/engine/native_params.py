@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from sgl_jax.engine.generation import GenerationRequest, Given, Update
+from sgl_jax.engine.generation import GenerationRequest, Update
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.request import Api, FinishReason, InvalidParameter, Json, Names, SamplingParams, parameters_of
 from sgl_jax.text.tokenizer import Tokenizer
@@ -22,7 +22,7 @@ from sgl_jax.text.tokenizer import Tokenizer
 DEFAULT_MAX_NEW_TOKENS = 128
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 
-type Params = Mapping[str, Json] | SamplingParams | Given
+type Params = Mapping[str, Json] | SamplingParams | GenerationRequest
 
 
 @functools.cache
@@ -54,23 +54,24 @@ def in_our_names[T](
     return values, names
 
 
-def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingParams) -> Given:
+def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:
     """Read parameters in the native names; max_new_tokens 0 only scores the prompt.
 
     Raises InvalidParameter with the name as the user wrote it.
     """
-    if isinstance(params, Given):
+    if isinstance(params, GenerationRequest):
         return params
     if isinstance(params, SamplingParams):
-        return Given(params)
+        return GenerationRequest([], params)
     values, names = in_our_names(params or {}, "native", cls)
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = (stop,)
     values["max_tokens"], score_only = num_tokens(values.get("max_tokens"))
     try:
-        return Given(msgspec.convert(values, cls, str_keys=True), names, score_only)
+        read = msgspec.convert(values, cls, str_keys=True)
     except msgspec.ValidationError as error:
         raise _readable(error, names) from error
+    return GenerationRequest([], read, names=names, score_only=score_only)
 
 
 def num_tokens(max_tokens: Json) -> tuple[Json, bool]:
@@ -98,8 +99,8 @@ class LogprobOptions(msgspec.Struct, frozen=True):
     logprob_start_len: int = -1  # from this prompt token on; -1: only the output's
     return_text_in_logprobs: bool = False
 
-    def apply(self, given: Given, num_prompt_tokens: int) -> Given:
-        """Return the parameters with these options. Raises InvalidParameter."""
+    def apply(self, given: GenerationRequest, num_prompt_tokens: int) -> GenerationRequest:
+        """Return the request with these options. Raises InvalidParameter."""
         if not self.return_logprob:
             if self.top_logprobs_num:
                 raise InvalidParameter("top_logprobs_num", "top_logprobs_num needs return_logprob")

@@ -33,7 +33,7 @@ from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.compiler import Compiled, use_compile_cache
 from sgl_jax.runtime.memory import device_memory
-from sgl_jax.runtime.placed_weights import Placer, stack_layers
+from sgl_jax.runtime.placed_weights import DevicePlacer, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
 from sgl_jax.runtime.runner import ModelRunner, announce_to_nobody
 from sgl_jax.scheduler.scheduler import Scheduler
@@ -60,8 +60,10 @@ def build_core(args: ServerArgs, accept: Accept = lambda plan: None) -> Core:
     """Load the model, size memory, compile every program. Raises ValueError with a line for the user, and whatever
     `accept` raises, which is called before any weight is fetched or read."""
     if args.nnodes > 1:
-        how = "an engine over several machines is started by sgl_jax.launch_server, on each of them"
-        raise ValueError(f"--nnodes is {args.nnodes}; {how}")
+        raise ValueError(
+            f"--nnodes is {args.nnodes}; an engine over several machines is started by sgl_jax.launch_server, "
+            "on each of them"
+        )
     started = time.perf_counter()
     return _core(args, build_device_side(args, None, accept), started)
 
@@ -220,7 +222,7 @@ def _load(
     compiled: Future[None],
 ) -> Weights[jax.Array]:
     """Read the weights, or make random ones for --load-format dummy. Raises the error of a program's compilation."""
-    placer = Placer(placement)
+    placer = DevicePlacer(placement)
     with weight_progress(logger, checkpoint.total_bytes) as show:
 
         def report(fraction: float, num_bytes: int) -> None:

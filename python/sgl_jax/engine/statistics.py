@@ -22,16 +22,12 @@ class Statistics:
         self._scheduler = scheduler
         self._due = 0.0
 
-    def are_due(self, *, idle: bool) -> bool:
-        """Whether it is time to send them: every _INTERVAL_S seconds, and always when the engine falls idle."""
-        now = time.monotonic()
+    def take_due(self, compiles_after_ready: int, *, idle: bool) -> Stats | None:
+        """Return them every _INTERVAL_S seconds, and always when the engine falls idle; None between."""
+        now, s = time.monotonic(), self._scheduler
         if now < self._due and not idle:
-            return False
+            return None
         self._due = now + _INTERVAL_S
-        return True
-
-    def take(self, compiles_after_ready: int) -> Stats:
-        s = self._scheduler
         return Stats(
             num_running=s.num_running,
             num_waiting=len(s.waiting),

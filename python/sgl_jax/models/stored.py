@@ -59,11 +59,6 @@ class StoredTensor:
         return dataclasses.replace(self, shape=(len(order), *self.shape[1:]), nbytes=nbytes, rows=rows, planes=planes)
 
 
-def in_memory(name: str, array: np.ndarray) -> StoredTensor:
-    """Describe an array as if it were stored."""
-    return StoredTensor(name, array.shape, array.dtype.name, array.nbytes, lambda start, stop: array[start:stop])
-
-
 def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
     """Return the matrix with each column divided by its length, in float32. The whole is read once for the lengths."""
 

@@ -29,7 +29,7 @@ def identity_of(args: ServerArgs, configs: Mapping[str, Mapping[str, object]], w
 
 
 def _packages_of(backend: str | None) -> list[str]:
-    """Return the package that brings an attention backend, and the backend's name, which may be a package, too."""
+    """Return names of packages to compare: the one that brings the attention backend, and the one named as it is."""
     points = importlib.metadata.entry_points(group=_BACKENDS, name=backend or "")
     return [name for point in points for name in (point.dist.name if point.dist else "", point.name) if name]
 
@@ -62,15 +62,15 @@ def _hash(data: bytes) -> str:
 def differences(here: Identity, there: Identity, other: str) -> list[str]:
     """Return a sentence for each difference. `here` is host 0's identity, `other` names the other host."""
     found = []
-    for mine, theirs, what in (
-        (here.versions, there.versions, "{} is {} on {other} and {} on host 0"),
-        (here.flags, there.flags, "{} is {} on {other} and {} on host 0"),
-        (here.model, there.model, "the model differs: {} is {} on {other} and {} on host 0"),
+    for mine, theirs, prefix in (
+        (here.versions, there.versions, ""),
+        (here.flags, there.flags, ""),
+        (here.model, there.model, "the model differs: "),
     ):
         for name in sorted(mine.keys() | theirs.keys()):
             a, b = mine.get(name), theirs.get(name)
             if (a, type(a)) != (b, type(b)):
-                found.append(what.format(name, _shown(b), _shown(a), other=other))
+                found.append(f"{prefix}{name} is {_shown(b)} on {other} and {_shown(a)} on host 0")
     return found
 
 

@@ -217,5 +217,7 @@ def _check_free(family: socket.AddressFamily, address: Address) -> None:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        text = f"port {address.port}, one above that of --dist-init-addr, is for jax's coordinator and is in use"
-        raise HostsError(f"{text}; choose another --dist-init-addr") from error
+        raise HostsError(
+            f"port {address.port}, one above that of --dist-init-addr, is for jax's coordinator and is in use; "
+            "choose another --dist-init-addr"
+        ) from error

@@ -44,7 +44,7 @@ class Identity(msgspec.Struct, frozen=True):
 
 
 class _HostMessage(msgspec.Struct, tag=True, frozen=True):
-    pass
+    """Map that names its type."""
 
 
 class Challenge(_HostMessage, frozen=True):

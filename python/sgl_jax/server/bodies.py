@@ -12,7 +12,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from sgl_jax.engine.generation import Given
+from sgl_jax.engine.generation import GenerationRequest
 from sgl_jax.engine.native_params import in_our_names, names_in, num_tokens
 from sgl_jax.request import PARAMETERS, Api, InvalidParameter, Names, Parameter, SamplingParams
 from sgl_jax.settings.not_built import NOT_BUILT, Feature
@@ -115,21 +115,22 @@ def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] 
     return Field(gt=low, le=high) if about.above else Field(ge=low, le=high)
 
 
-def native_params(body: Body, cls: type[SamplingParams] = SamplingParams) -> Given:
+def native_params(body: Body, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:
     """Read the parameters of a body that has the native API's `sampling_fields`."""
     values, names = _written(body, "native", cls)
     max_tokens, score_only = num_tokens(values.get("max_tokens"))
-    return Given(cls(**values | {"max_tokens": max_tokens}), names, score_only, in_range=True)
+    params = cls(**values | {"max_tokens": max_tokens})
+    return GenerationRequest([], params, names=names, score_only=score_only, in_range=True)
 
 
 def openai_params(
     body: Body, own: Mapping[str, int | None], names: Names, cls: type[SamplingParams] = SamplingParams
-) -> Given:
+) -> GenerationRequest:
     """Read the parameters of a body that has OpenAI's `sampling_fields`. `own` has, by our names, values that the body
     gives in a form of its own, and `names` their names there."""
     values, theirs = _written(body, "openai", cls)
     values.update(own)
-    return Given(cls(**values), {**theirs, **names}, in_range=True)
+    return GenerationRequest([], cls(**values), names={**theirs, **names}, in_range=True)
 
 
 def _written(body: Body, api: Api, cls: type[SamplingParams]) -> tuple[dict[str, Any], Names]:

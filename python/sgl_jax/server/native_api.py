@@ -81,15 +81,15 @@ def router(state: ServerState) -> APIRouter:
         limit = state.service.info.context_length
         if (body.prompt is None) == (body.messages is None):
             raise InvalidParameter("prompt", "give either prompt or messages")
-        if body.messages is not None:
-            ids = await state.encode_chat(body.messages, body)
-            return json_response(TokenizeResponse([*ids], len(ids), limit))
         special = body.add_special_tokens is not False
-        if isinstance(body.prompt, str):
+        if isinstance(body.prompt, list):
+            rows = [await state.encode(prompt, "prompt", special) for prompt in body.prompt]
+            return json_response(TokenizeResponse([*rows], [len(row) for row in rows], limit))
+        if body.prompt is not None:
             ids = await state.encode(body.prompt, "prompt", special)
-            return json_response(TokenizeResponse([*ids], len(ids), limit))
-        rows = [await state.encode(prompt, "prompt", special) for prompt in body.prompt or ()]
-        return json_response(TokenizeResponse([*rows], [len(row) for row in rows], limit))
+        else:
+            ids = await state.encode_chat(body.messages or (), body)
+        return json_response(TokenizeResponse([*ids], len(ids), limit))
 
     @routes.post("/detokenize", **documented(DetokenizeResponse, model=True))
     async def detokenize(body: DetokenizeRequest) -> Response:

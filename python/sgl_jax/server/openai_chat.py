@@ -8,7 +8,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sgl_jax.engine.generation import FinishType, GenerationRequest, Given
+from sgl_jax.engine.generation import FinishType, GenerationRequest
 from sgl_jax.engine.native_params import finite
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server import responses
@@ -27,16 +27,16 @@ def router(state: ServerState) -> APIRouter:
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         state.check_model(body.model)
         body.check_stream_options()
-        given = _given(body)
+        given = _parameters(body)
         prompt_ids = await state.encode_chat(body.messages, body)
-        asked = GenerationRequest.of(prompt_ids, "messages", given, body.rid or "", body.cache_salt or "")
+        asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt)
         generation = state.service.submit([asked], stream=bool(body.stream))
         return await _Chat(state, body, generation, bool(body.logprobs)).respond(request)
 
     return routes
 
 
-def _given(body: ChatCompletionRequest) -> Given:
+def _parameters(body: ChatCompletionRequest) -> GenerationRequest:
     limits = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise InvalidParameter("max_tokens", "max_tokens and max_completion_tokens differ; give one")

@@ -9,7 +9,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sgl_jax.engine.generation import FinishType, Generation, GenerationRequest, Given
+from sgl_jax.engine.generation import FinishType, Generation, GenerationRequest
 from sgl_jax.engine.native_params import finite
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
@@ -29,13 +29,13 @@ def router(state: ServerState) -> APIRouter:
     async def completions(body: CompletionRequest, request: Request) -> Response:
         state.check_model(body.model)
         body.check_stream_options()
-        given = _given(body)
+        given = _parameters(body)
         prompts = _prompts(body)
         asked = []
         for i, prompt in enumerate(prompts):
             ids = await state.encode(prompt, "prompt") if isinstance(prompt, str) else prompt
             rid = body.rid if body.rid is None or len(prompts) == 1 else f"{body.rid}_{i}"
-            asked.append(GenerationRequest.of(ids, "prompt", given, rid or "", body.cache_salt or ""))
+            asked.append(given.for_prompt(ids, "prompt", rid, body.cache_salt))
         generation = state.service.submit(asked, stream=bool(body.stream))
         echoes = [each if isinstance(each, str) else state.tokenizer.decode(each) for each in prompts if body.echo]
         return await _Completion(state, body, generation, echoes).respond(request)
@@ -43,7 +43,7 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-def _given(body: CompletionRequest) -> Given:
+def _parameters(body: CompletionRequest) -> GenerationRequest:
     """Read the parameters. `echo` with `max_tokens` 0 scores the prompt and generates nothing."""
     max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     if max_tokens == 0 and not body.echo:
