@@ -52,7 +52,7 @@ def test_oracle_configs(shared: Callable[[str], Path], folder, expected):
     assert config.eos_token_ids == (2,)
 
 
-SMALLEST = {  # what no class has a usable default for
+SMALLEST = {  # keys for which no config class has a usable default
     **{"vocab_size": 100, "hidden_size": 256, "intermediate_size": 72},
     **{"num_hidden_layers": 4, "num_attention_heads": 32, "num_experts_per_tok": 3},
 }

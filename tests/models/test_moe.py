@@ -79,7 +79,7 @@ def test_dispatch_weighs_and_sums_and_leaves_padding_out() -> None:
     ids = RNG.integers(0, E, (T, X)).astype(np.int32)
     weights = RNG.random((T, X)).astype(np.float32)
     valid = np.array([True, True, False, True, True, False])
-    tokens = np.where(valid[:, None], TOKENS, np.nan)  # what padding holds must not matter
+    tokens = np.where(valid[:, None], TOKENS, np.nan)  # values of padding must not matter
     at = LayerExperts(_experts(gate_up, down), jnp.int32(0))
     out = dispatch(
         jnp.asarray(tokens),

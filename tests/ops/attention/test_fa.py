@@ -223,7 +223,7 @@ def test_chunks_leave_what_decode_has_set_and_clear_the_rest():
 def test_eight_bit_pools_hold_scaled_values_and_are_read_back(attention, dtype):
     rows = [(40, 1), (63, 1), (3, 40)]
     b = batch_of(rows, page_size=32, num_tokens=64)
-    scales = np.array([[0.5, 2], [0.02, 0.03]], np.float32)  # of two layers; this is the second
+    scales = np.array([[0.5, 2], [0.02, 0.03]], np.float32)  # one line for each of two layers; the second is used
     b["kv"] = to_pool(jnp.asarray(b["kv"]).reshape(len(b["kv"]), -1, 16), dtype, 0.03).reshape(b["kv"].shape)
     given = arguments(b, SPEC, kv_scales=scales[1])
     out, pool = jax.jit(attention)(*given)
