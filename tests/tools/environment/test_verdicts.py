@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from machines import (
@@ -26,6 +27,7 @@ from sgl_jax.tools.environment.facts import (
     Facts,
     Gpus,
     Machine,
+    Outcome,
     Package,
     Platform,
     Probe,
@@ -40,6 +42,7 @@ GPU_CONTAINER = "in a container, pass the GPUs through: docker run --gpus all ..
 NOTHING = "nothing to do, unless this machine should have one"
 REPORT = "if the message does not help, report it together with this text"
 WHO = "see who has it (another user's process shows only to root): sudo lsof -w /dev/accel* /dev/vfio/*"
+LONGER = "give it longer: --timeout 300"
 UNSET = "let jax choose: unset JAX_PLATFORMS"
 DOCKER = Machine(container="Docker")
 NO_JAX = "ModuleNotFoundError: No module named 'jax'"
@@ -59,153 +62,125 @@ def without_jax(platform: Platform, **more: object) -> Facts:
     return dataclasses.replace(found, packages=(jax, *found.packages[1:]))
 
 
-UNUSABLE = {
-    # --- TPU
-    "no chip": ("tpu", facts(), "no TPU chip is visible: no /dev/accel*, none on the PCI bus", [NOTHING]),
-    "no chip in a container": (
-        "tpu",
-        facts(machine=DOCKER),
-        "no TPU chip is visible: no /dev/accel*, none on the PCI bus",
-        [TPU_CONTAINER],
-    ),
-    "libtpu without a chip": (
-        "tpu",
-        facts(packages=(LIBTPU,)),
-        "libtpu 0.0.50.1 is installed, but no TPU chip is visible: no /dev/accel*, none on the PCI bus",
-        [NOTHING],
-    ),
+def on_tpu(*probes: Probe, **more: Any) -> Facts:
+    """A machine with four chips and libtpu."""
+    return facts(*probes, **{"packages": (LIBTPU,), "tpus": V5E, **more})
+
+
+def on_gpu(*probes: Probe, **more: Any) -> Facts:
+    """A machine with one GPU and jax's plugin for it."""
+    return facts(*probes, **{"packages": (CUDA13,), "gpus": H200, **more})
+
+
+def ended(platform: Platform, outcome: Outcome, message: str, stage: str = "initialising") -> Probe:
+    return Probe(platform, outcome, message, stage)
+
+
+def told(value: str, *probes: Probe, **more: Any) -> Facts:
+    return facts(*probes, environ={"JAX_PLATFORMS": value}, **more)
+
+
+CHIPS, GPU = "4 x TPU v5e on the PCI bus, but ", "1 x NVIDIA H200, but "
+NO_TPU = "no TPU chip is visible: no /dev/accel*, none on the PCI bus"
+NO_GPU = "no GPU is visible: no /dev/nvidia*, no /dev/kfd, none on the PCI bus"
+WAIT = "wait until it has ended, or stop it"
+CPU_WORDS = "A Processor, 4 CPUs, 32.0 GiB"
+JAX_WITHOUT_VERSION = 'install jax: uv pip install "jax{}>=0.11.2"'
+
+HELD = (
+    "RuntimeError: Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 176028. "
+    "Not attempting to load libtpu.so in this process."
+)
+BUSY = "UNKNOWN: TPU initialization failed: open(/dev/vfio/1): Device or resource busy"
+LOCK_FILE = "ABORTED: Internal error when accessing libtpu multi-process lockfile."
+CUDNN = "Exception (RuntimeError: Unable to load cuDNN. Is it installed?)"
+JAXLIB = Package("jaxlib", "0.10.0", ">=0.11.2,<=0.12.0.1", "jax", fits=False)
+
+TPU_CASES = {
+    "no chip": (facts(), NO_TPU, [NOTHING]),
+    "no chip in a container": (facts(machine=DOCKER), NO_TPU, [TPU_CONTAINER]),
+    "libtpu without a chip": (facts(packages=(LIBTPU,)), f"libtpu 0.0.50.1 is installed, but {NO_TPU}", [NOTHING]),
     "chips without libtpu": (
-        "tpu",
         facts(tpus=V5E),
-        "4 x TPU v5e on the PCI bus, but libtpu is not installed",
+        f"{CHIPS}libtpu is not installed",
         [f"install it with jax: {JAX_TPU}"],
     ),
     "chips without jax and libtpu": (
-        "tpu",
         without_jax("tpu", tpus=V5E),
-        "4 x TPU v5e on the PCI bus, but libtpu is not installed",
+        f"{CHIPS}libtpu is not installed",
         ['install it with jax: uv pip install "jax[tpu]>=0.11.2"'],
     ),
     "chips and libtpu without jax": (
-        "tpu",
         without_jax("tpu", tpus=V5E, packages=(LIBTPU,)),
-        f"4 x TPU v5e on the PCI bus, but jax cannot be imported: {NO_JAX}",
-        ['install jax: uv pip install "jax[tpu]>=0.11.2"'],
+        f"{CHIPS}jax cannot be imported: {NO_JAX}",
+        [JAX_WITHOUT_VERSION.format("[tpu]")],
     ),
     "TPU held, libtpu says by whom": (
-        "tpu",
-        facts(
-            failed(
-                "tpu",
-                "RuntimeError: Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with "
-                "pid 176028. Not attempting to load libtpu.so in this process.",
-            ),
-            packages=(LIBTPU,),
-            tpus=V5E,
-        ),
-        "4 x TPU v5e on the PCI bus, but in use by process 176028, and a TPU serves one at a time",
-        [WHO, "wait until it has ended, or stop it"],
+        on_tpu(failed("tpu", HELD)),
+        f"{CHIPS}in use by process 176028, and a TPU serves one at a time",
+        [WHO, WAIT],
     ),
     "TPU held, nobody says by whom": (
-        "tpu",
-        facts(
-            failed("tpu", "UNKNOWN: TPU initialization failed: open(/dev/vfio/1): Device or resource busy"),
-            packages=(LIBTPU,),
-            tpus=V5E,
-        ),
-        "4 x TPU v5e on the PCI bus, but in use by another process, and a TPU serves one at a time",
-        [WHO, "wait until it has ended, or stop it"],
+        on_tpu(failed("tpu", BUSY)),
+        f"{CHIPS}in use by another process, and a TPU serves one at a time",
+        [WHO, WAIT],
     ),
     "chips without device files": (
-        "tpu",
-        facts(failed("tpu", "NOT_FOUND"), packages=(LIBTPU,), tpus=dataclasses.replace(V5E, nodes=())),
-        "4 x TPU v5e on the PCI bus, but there is no /dev/accel* and no /dev/vfio/*",
+        on_tpu(failed("tpu", "NOT_FOUND"), tpus=dataclasses.replace(V5E, nodes=())),
+        f"{CHIPS}there is no /dev/accel* and no /dev/vfio/*",
         [TPU_CONTAINER],
     ),
     "TPU does not answer": (
-        "tpu",
-        facts(
-            Probe("tpu", "timeout", "no answer in 90 s", "initialising", 90.0),
-            packages=(LIBTPU,),
-            tpus=V5E,
-        ),
-        "4 x TPU v5e on the PCI bus, but jax gave no answer in 90 s while initialising",
-        [
-            "a slice of several hosts starts only when all of them do: run this on all at the same time",
-            "give it longer: --timeout 300",
-        ],
+        on_tpu(ended("tpu", "timeout", "no answer in 90 s")),
+        f"{CHIPS}jax gave no answer in 90 s while initialising",
+        ["a slice of several hosts starts only when all of them do: run this on all at the same time", LONGER],
     ),
     "libtpu of another jax": (
-        "tpu",
-        facts(
-            Probe("tpu", "crashed", "killed by SIGSEGV", "initialising", 3.0),
+        on_tpu(
+            ended("tpu", "crashed", "killed by SIGSEGV"),
             packages=(dataclasses.replace(LIBTPU, version="0.0.52", fits=False),),
-            tpus=V5E,
         ),
-        "4 x TPU v5e on the PCI bus, but jax fails while initialising: killed by SIGSEGV",
+        f"{CHIPS}jax fails while initialising: killed by SIGSEGV",
         [f"versions that do not fit together: libtpu is 0.0.52, jax needs ==0.0.50.*: {JAX_TPU}"],
     ),
     "TPU behind a lock file": (
-        "tpu",
-        facts(
-            failed("tpu", "ABORTED: Internal error when accessing libtpu multi-process lockfile."),
-            packages=(LIBTPU,),
-            tpus=V5E,
-        ),
-        "4 x TPU v5e on the PCI bus, but jax fails while initialising: ABORTED: Internal error when accessing libtpu "
-        "multi-process lockfile.",
-        [
-            "if no other process uses the TPU, remove what one left: sudo rm /tmp/libtpu_lockfile",
-        ],
+        on_tpu(failed("tpu", LOCK_FILE)),
+        f"{CHIPS}jax fails while initialising: {LOCK_FILE}",
+        ["if no other process uses the TPU, remove what one left: sudo rm /tmp/libtpu_lockfile"],
     ),
-    # --- GPU
-    "no GPU": (
-        "gpu",
-        facts(),
-        "no GPU is visible: no /dev/nvidia*, no /dev/kfd, none on the PCI bus",
-        [NOTHING],
-    ),
+    "not there, and not told either": (told("cpu"), NO_TPU, [NOTHING]),
+}
+GPU_CASES = {
+    "no GPU": (facts(), NO_GPU, [NOTHING]),
     "plugin without a GPU in a container": (
-        "gpu",
-        facts(failed("gpu", "AssertionError"), packages=(CUDA13,), machine=DOCKER),
-        "jax-cuda13-plugin 0.12.0.1 is installed, but no GPU is visible: no /dev/nvidia*, no /dev/kfd, none on the PCI bus",
+        on_gpu(failed("gpu", "AssertionError"), gpus=Gpus(), machine=DOCKER),
+        f"jax-cuda13-plugin 0.12.0.1 is installed, but {NO_GPU}",
         [GPU_CONTAINER],
     ),
     "GPU without a driver": (
-        "gpu",
         facts(gpus=Gpus(on_pci=2)),
         "2 x NVIDIA GPU on the PCI bus, but no driver is loaded",
         ["install NVIDIA's, 580 or newer", GPU_CONTAINER],
     ),
-    "GPU without a plugin": (
-        "gpu",
-        facts(gpus=H200),
-        "1 x NVIDIA H200, but jax has no plugin for it",
-        [f"install it: {JAX_CUDA13}"],
-    ),
+    "GPU without a plugin": (facts(gpus=H200), f"{GPU}jax has no plugin for it", [f"install it: {JAX_CUDA13}"]),
     "GPU without a plugin, driver of CUDA 12": (
-        "gpu",
         facts(gpus=dataclasses.replace(H200, driver="535.183.01")),
-        "1 x NVIDIA H200, but jax has no plugin for it",
+        f"{GPU}jax has no plugin for it",
         ['install it: uv pip install "jax[cuda12]==0.12.0.1"'],
     ),
     "GPU by its device files only": (
-        "gpu",
         facts(gpus=Gpus(nodes=("/dev/nvidia0", "/dev/nvidiactl"))),
         "GPUs (/dev/nvidia0, /dev/nvidiactl), but jax has no plugin for it",
         [f"install it: {JAX_CUDA13}"],
     ),
     "AMD GPU without a plugin": (
-        "gpu",
         facts(gpus=Gpus(nodes=("/dev/kfd",))),
         "GPUs (/dev/kfd), but jax has no plugin for it",
         ['install it: uv pip install "jax[rocm7-local]==0.12.0.1"'],
     ),
     "driver too old for the plugin": (
-        "gpu",
-        facts(
+        on_gpu(
             failed("gpu", "RuntimeError: Unable to load CUDA. Is it installed?"),
-            packages=(CUDA13,),
             gpus=dataclasses.replace(H200, driver="550.54.14"),
         ),
         "NVIDIA's driver is 550.54.14; jax-cuda13-plugin needs 580 or newer",
@@ -215,71 +190,63 @@ UNUSABLE = {
         ],
     ),
     "driver too old for any": (
-        "gpu",
-        facts(packages=(CUDA12,), gpus=dataclasses.replace(H200, driver="470.239.06")),
+        on_gpu(packages=(CUDA12,), gpus=dataclasses.replace(H200, driver="470.239.06")),
         "NVIDIA's driver is 470.239.06; jax-cuda12-plugin needs 525 or newer",
         ["update the driver to 580 or newer"],
     ),
+    "driver too old for any, without a plugin": (
+        facts(gpus=dataclasses.replace(H200, driver="470.239.06")),
+        "NVIDIA's driver is 470.239.06; jax needs 525 or newer",
+        ["update the driver to 580 or newer"],
+    ),
     "driver without a version": (
-        "gpu",
         facts(gpus=dataclasses.replace(H200, driver="[N/A]")),
-        "1 x NVIDIA H200, but jax has no plugin for it",
+        f"{GPU}jax has no plugin for it",
         [f"install it: {JAX_CUDA13}"],
     ),
     "GPU without jax": (
-        "gpu",
         without_jax("gpu", gpus=H200, packages=(CUDA13,)),
-        f"1 x NVIDIA H200, but jax cannot be imported: {NO_JAX}",
-        ['install jax: uv pip install "jax[cuda13]>=0.11.2"'],
+        f"{GPU}jax cannot be imported: {NO_JAX}",
+        [JAX_WITHOUT_VERSION.format("[cuda13]")],
     ),
     "GPU hidden by a variable": (
-        "gpu",
-        facts(
-            failed("gpu", "no supported devices"), packages=(CUDA13,), gpus=H200, environ={"CUDA_VISIBLE_DEVICES": ""}
-        ),
-        "1 x NVIDIA H200, but CUDA_VISIBLE_DEVICES hides it",
+        on_gpu(failed("gpu", "no supported devices"), environ={"CUDA_VISIBLE_DEVICES": ""}),
+        f"{GPU}CUDA_VISIBLE_DEVICES hides it",
         ["undo it: unset CUDA_VISIBLE_DEVICES"],
     ),
     "driver that does not answer": (
-        "gpu",
-        facts(
-            Probe("gpu", "timeout", "no answer in 90 s", "initialising"),
-            packages=(CUDA13,),
+        on_gpu(
+            ended("gpu", "timeout", "no answer in 90 s"),
             gpus=Gpus(nodes=("/dev/nvidia0",), nvidia_smi="no answer in 20 s"),
         ),
         "GPUs (/dev/nvidia0), but nvidia-smi: no answer in 20 s",
         ["reload or reinstall the driver, or restart the machine"],
     ),
     "plugin without its libraries": (
-        "gpu",
-        facts(
-            failed("gpu", "AssertionError", log=("Exception (RuntimeError: Unable to load cuDNN. Is it installed?)",)),
-            packages=(CUDA13,),
-            gpus=H200,
-        ),
-        "1 x NVIDIA H200, but jax fails while initialising: Exception (RuntimeError: Unable to load cuDNN. Is it "
-        "installed?); AssertionError",
+        on_gpu(failed("gpu", "AssertionError", log=(CUDNN,))),
+        f"{GPU}jax fails while initialising: {CUDNN}; AssertionError",
         [f"cuDNN cannot be loaded: install it with jax: {JAX_CUDA13}"],
     ),
     "GPU full": (
-        "gpu",
-        facts(failed("gpu", "RESOURCE_EXHAUSTED: out of memory", "computing"), packages=(CUDA13,), gpus=H200),
-        "1 x NVIDIA H200, but jax fails while computing: RESOURCE_EXHAUSTED: out of memory",
+        on_gpu(failed("gpu", "RESOURCE_EXHAUSTED: out of memory", "computing")),
+        f"{GPU}jax fails while computing: RESOURCE_EXHAUSTED: out of memory",
         ["its memory is taken; see by whom: nvidia-smi"],
     ),
-    # --- CPU
-    "no jax": (
-        "cpu",
-        without_jax("cpu"),
-        f"jax cannot be imported: {NO_JAX}",
-        ['install jax: uv pip install "jax>=0.11.2"'],
+    "gpu told for all families": (
+        told("gpu", Probe("gpu", "ok", devices=(Device(0, "NVIDIA H200"),)), packages=(CUDA13,), gpus=H200),
+        "works (1 x NVIDIA H200), but jax fails with JAX_PLATFORMS=gpu: it takes gpu for CUDA and ROCm at once; write cuda",
+        [UNSET],
     ),
+    "the other family of GPUs told": (
+        told("cuda", Probe("gpu", "ok", devices=(Device(0, "gfx942"),)), packages=(ROCM,), gpus=H200),
+        "works (1 x gfx942), but jax fails with JAX_PLATFORMS=cuda: cuda does not work",
+        [UNSET],
+    ),
+}
+CPU_CASES = {
+    "no jax": (without_jax("cpu"), f"jax cannot be imported: {NO_JAX}", [JAX_WITHOUT_VERSION.format("")]),
     "jax that cannot be imported, with another jaxlib": (
-        "cpu",
-        facts(
-            failed("cpu", "ImportError: jaxlib is version 0.10.0", "importing jax"),
-            packages=(Package("jaxlib", "0.10.0", ">=0.11.2,<=0.12.0.1", "jax", fits=False),),
-        ),
+        facts(failed("cpu", "ImportError: jaxlib is version 0.10.0", "importing jax"), packages=(JAXLIB,)),
         "jax cannot be imported: ImportError: jaxlib is version 0.10.0",
         [
             'reinstall jax: uv pip install "jax==0.12.0.1"',
@@ -288,77 +255,45 @@ UNUSABLE = {
         ],
     ),
     "CPU without AVX": (
-        "cpu",
-        facts(Probe("cpu", "crashed", "killed by SIGILL", "importing jax")),
+        facts(ended("cpu", "crashed", "killed by SIGILL", "importing jax")),
         "jax fails while importing jax: killed by SIGILL",
         ["this CPU lacks instructions that jaxlib is built with: use another machine"],
     ),
     "out of memory": (
-        "cpu",
-        facts(Probe("cpu", "crashed", "killed by SIGKILL", "initialising")),
+        facts(ended("cpu", "crashed", "killed by SIGKILL")),
         "jax fails while initialising: killed by SIGKILL",
         ["most often for lack of memory: free some, or raise the container's limit"],
     ),
     "CPU does not answer": (
-        "cpu",
-        facts(Probe("cpu", "timeout", "no answer in 5 s", "importing jax")),
+        facts(ended("cpu", "timeout", "no answer in 5 s", "importing jax")),
         "jax gave no answer in 5 s while importing jax",
-        ["give it longer: --timeout 300"],
+        [LONGER],
     ),
     "process that did not start": (
-        "cpu",
-        facts(Probe("cpu", "not started", "the process could not be started")),
+        facts(ended("cpu", "not started", "the process could not be started")),
         "it was not tried: the process could not be started",
         [REPORT],
     ),
-    # --- JAX_PLATFORMS
     "another platform is told": (
-        "cpu",
-        facts(Probe("tpu", "ok", devices=V5E_DEVICES), tpus=V5E, environ={"JAX_PLATFORMS": "tpu"}),
-        "works (A Processor, 4 CPUs, 32.0 GiB), but JAX_PLATFORMS=tpu keeps jax from it",
+        told("tpu", Probe("tpu", "ok", devices=V5E_DEVICES), tpus=V5E),
+        f"works ({CPU_WORDS}), but JAX_PLATFORMS=tpu keeps jax from it",
         [UNSET],
     ),
     "a platform that fails is told, too": (
-        "cpu",
-        facts(environ={"JAX_PLATFORMS": "tpu, cpu"}),
-        "works (A Processor, 4 CPUs, 32.0 GiB), but jax fails with JAX_PLATFORMS=tpu, cpu: tpu does not work",
+        told("tpu, cpu"),
+        f"works ({CPU_WORDS}), but jax fails with JAX_PLATFORMS=tpu, cpu: tpu does not work",
         [UNSET],
     ),
     "a platform that nobody knows": (
-        "cpu",
-        facts(environ={"JAX_PLATFORMS": "cuda12,cpu"}),
-        "works (A Processor, 4 CPUs, 32.0 GiB), but jax fails with JAX_PLATFORMS=cuda12,cpu: it knows no platform cuda12",
+        told("cuda12,cpu"),
+        f"works ({CPU_WORDS}), but jax fails with JAX_PLATFORMS=cuda12,cpu: it knows no platform cuda12",
         [UNSET],
     ),
-    "gpu for all families": (
-        "gpu",
-        facts(
-            Probe("gpu", "ok", devices=(Device(0, "NVIDIA H200"),)),
-            packages=(CUDA13,),
-            gpus=H200,
-            environ={"JAX_PLATFORMS": "gpu"},
-        ),
-        "works (1 x NVIDIA H200), but jax fails with JAX_PLATFORMS=gpu: it takes gpu for CUDA and ROCm at once; "
-        "write cuda",
-        [UNSET],
-    ),
-    "the other family of GPUs": (
-        "gpu",
-        facts(
-            Probe("gpu", "ok", devices=(Device(0, "gfx942"),)),
-            packages=(ROCM,),
-            gpus=dataclasses.replace(H200),
-            environ={"JAX_PLATFORMS": "cuda"},
-        ),
-        "works (1 x gfx942), but jax fails with JAX_PLATFORMS=cuda: cuda does not work",
-        [UNSET],
-    ),
-    "not there, and not told either": (
-        "tpu",
-        facts(environ={"JAX_PLATFORMS": "cpu"}),
-        "no TPU chip is visible: no /dev/accel*, none on the PCI bus",
-        [NOTHING],
-    ),
+}
+UNUSABLE = {
+    f"{platform}: {name}": (platform, *case)
+    for platform, cases in (("tpu", TPU_CASES), ("gpu", GPU_CASES), ("cpu", CPU_CASES))
+    for name, case in cases.items()
 }
 
 
@@ -368,17 +303,15 @@ def test_why_not_and_what_to_do(platform: Platform, given: Facts, summary: str, 
     assert (found.usable, found.summary, lines(found.advice)) == (False, summary, advice)
 
 
+MANY_TPUS = tuple(Device(id, "TPU v3", id // 4, 8 * GIB, 0, (id // 2 % 2, 0, 0), id % 2, id // 4) for id in range(8))
+H200_DEVICE = Device(0, "NVIDIA H200", memory=105 * GIB)
 USABLE = {
-    "CPU": ("cpu", facts(), "A Processor, 4 CPUs, 32.0 GiB"),
-    "CPU, told": ("cpu", facts(environ={"JAX_PLATFORMS": "cpu"}), "A Processor, 4 CPUs, 32.0 GiB"),
-    "CPU, with CUDA told where there is none": (
-        "cpu",
-        facts(environ={"JAX_PLATFORMS": "cuda,cpu"}),
-        "A Processor, 4 CPUs, 32.0 GiB",
-    ),
+    "CPU": ("cpu", facts(), CPU_WORDS),
+    "CPU, told": ("cpu", told("cpu"), CPU_WORDS),
+    "CPU, with CUDA told where there is none": ("cpu", told("cuda,cpu"), CPU_WORDS),
     "TPU": (
         "tpu",
-        facts(Probe("tpu", "ok", devices=V5E_DEVICES), tpus=V5E, environ={"JAX_PLATFORMS": "tpu,cpu"}),
+        told("tpu,cpu", Probe("tpu", "ok", devices=V5E_DEVICES), tpus=V5E),
         "4 x TPU v5 lite, 16.0 GiB for jax each, 2x2x1 chips",
     ),
     "TPU that nothing but its probe shows": (
@@ -388,26 +321,12 @@ USABLE = {
     ),
     "TPU of several hosts, slices and cores": (
         "tpu",
-        facts(
-            Probe(
-                "tpu",
-                "ok",
-                process_count=2,
-                devices=tuple(
-                    Device(id, "TPU v3", id // 4, 8 * GIB, 0, (id // 2 % 2, 0, 0), id % 2, id // 4) for id in range(8)
-                ),
-            )
-        ),
+        facts(Probe("tpu", "ok", process_count=2, devices=MANY_TPUS)),
         "8 x TPU v3, 8.0 GiB for jax each, 2x1x1 chips of 2 cores, 2 slices, 2 processes",
     ),
     "GPU": (
         "gpu",
-        facts(
-            Probe("gpu", "ok", devices=(Device(0, "NVIDIA H200", memory=105 * GIB),)),
-            packages=(CUDA13,),
-            gpus=H200,
-            environ={"JAX_PLATFORMS": "cuda"},
-        ),
+        told("cuda", Probe("gpu", "ok", devices=(H200_DEVICE,)), packages=(CUDA13,), gpus=H200),
         "1 x NVIDIA H200, 105.0 GiB for jax",
     ),
 }

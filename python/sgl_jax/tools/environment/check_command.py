@@ -122,13 +122,13 @@ def _parser() -> Parser:
     )
     parser.add_argument("--platform", choices=PLATFORMS, help="the platform that must be usable (default: any)")
     timeout = "how long trying a platform out may take (default: %(default)g)"
-    parser.add_argument("--timeout", type=_seconds, default=probing.TIMEOUT_S, metavar="SECONDS", help=timeout)
+    parser.add_argument("--timeout", type=seconds, default=probing.TIMEOUT_S, metavar="SECONDS", help=timeout)
     selftest = "then check kernels against references on the platform's devices, and time a step; takes minutes"
     parser.add_argument("--selftest", action="store_true", help=selftest)
     return parser
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")
