@@ -1,4 +1,4 @@
-"""The work of `python -m sgl_jax.check_env`: look at the machine, print the report, and run the self-test if asked."""
+"""Work of `python -m sgl_jax.check_env`: look at the machine, print the report, and run the self-test if asked."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr.isatty():
         print(f"trying the platforms out, for {options.timeout:g} s at most ...", file=sys.stderr)
     usable = check_env(options.timeout).usable
-    # Without --platform the best one that was found usable, as a server takes it.
+    # Without --platform it is the best usable one, which a server would take.
     platform = options.platform or next(iter(usable), None)
     if platform not in usable:
         return 1
