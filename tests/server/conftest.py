@@ -18,7 +18,7 @@ def live() -> Iterator[LiveServer]:
 
 @pytest.fixture(scope="module")
 def slow() -> Iterator[LiveServer]:
-    """5 ms a step, so that tokens come one by one."""
+    """Serve with 5 ms per step, so that tokens come one by one."""
     with LiveServer(lambda: FakeCore(step_seconds=0.005)) as server:
         yield server
 
@@ -39,3 +39,12 @@ def client(live: LiveServer) -> Iterator[openai.OpenAI]:
 def slow_client(slow: LiveServer) -> Iterator[openai.OpenAI]:
     with slow.openai() as client:
         yield client
+
+
+@pytest.fixture(autouse=True)
+def empty_prefix_caches(request: pytest.FixtureRequest) -> None:
+    """The tests of a file have one server: none finds the prompts of another in its cache."""
+    for name in ("live", "slow"):
+        if name in request.fixturenames:
+            server: LiveServer = request.getfixturevalue(name)
+            httpx.post(f"{server.url}/flush_cache").raise_for_status()

@@ -51,7 +51,7 @@ class Server:
         )
 
     def long_request(self, tokens: int = 40) -> tuple[threading.Thread, list[httpx.Response]]:
-        """A request in a thread; returns when the engine works on it."""
+        """Start a request in a thread, and return when the engine works on it."""
         answers: list[httpx.Response] = []
         body = {"text": "a", "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True}}
 
@@ -101,7 +101,7 @@ def test_sigterm_drains_and_refuses_new_requests() -> None:
     with running("slow") as server:
         server.wait_ready()
         thread, answers = server.long_request()
-        os.kill(server.engine_pid(), signal.SIGTERM)  # a container may signal the engine too: it does not care
+        os.kill(server.engine_pid(), signal.SIGTERM)  # a container may signal the engine too, which ignores it
         server.process.send_signal(signal.SIGTERM)
         time.sleep(0.2)
         refused = httpx.post(f"{server.url}/generate", json={"text": "a"})
@@ -184,7 +184,7 @@ def test_while_the_engine_loads_the_server_answers_and_can_be_stopped() -> None:
             try:
                 assert httpx.get(f"{server.url}/health").status_code == 200
                 break
-            except httpx.TransportError:  # it binds at once and answers a moment later
+            except httpx.TransportError:  # the server binds at once and answers a moment later
                 time.sleep(0.02)
         assert httpx.get(f"{server.url}/ready").status_code == 503
         assert httpx.post(f"{server.url}/generate", json={"text": "a"}).status_code == 503

@@ -8,7 +8,7 @@ from pathlib import Path
 from sgl_jax.models.bundled import PREFIX, bundled
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.families import add_package, decoder_config
+from sgl_jax.models.families import decoder_config, known_families
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads
 
 
@@ -30,8 +30,6 @@ def find_model(path: str, downloads: Downloads = HUGGING_FACE, package: str | No
 
 def read_model(path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None) -> PlannedModel:
     """Read the configs at a path or hub id, or a bundled one; `package` is --model-package. Raises ModelError."""
-    if package is not None:
-        add_package(package)
     checkpoint = open_checkpoint(path, load_format="dummy", downloads=downloads)
-    config = decoder_config(checkpoint.config, checkpoint.generation_config)
+    config = decoder_config(checkpoint.config, checkpoint.generation_config, families=known_families(package))
     return PlannedModel(config, checkpoint.dtype, str(checkpoint.path))

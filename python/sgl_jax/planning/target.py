@@ -9,8 +9,8 @@ from collections.abc import Callable
 import jax
 
 from sgl_jax.planning.cost import Rates
+from sgl_jax.planning.machine_rates import NotMeasured, measure_rates
 from sgl_jax.planning.topology import NoSuchTopology, Topology, parse, tpu_devices
-from sgl_jax.runtime.machine_limits import NotMeasured, measure_rates
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.platform import PLATFORMS, Name, Platform, pick_devices
 

@@ -1,4 +1,4 @@
-"""How many tokens of KV fit, and the limits that follow."""
+"""Memory of a device, and its division into weights and KV pages."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from sgl_jax.runtime.platform import Platform
 
 
 class DoesNotFit(ValueError):
-    """The model or its KV does not fit the device; the message says by how much and what to change."""
+    """The model or its KV does not fit the device; the message says by how much, and what to change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    total_bytes: int  # of the device
-    budget_bytes: int  # weights and KV may use
+    """Division of a device's memory."""
+
+    total_bytes: int  # memory of the device
+    budget_bytes: int  # limit of weights, row state and KV together
     weight_bytes: int
-    bytes_per_token: int  # of KV
+    bytes_per_token: int  # KV of a token
     page_size: int
     num_pages: int  # scratch page included
 
@@ -33,7 +35,7 @@ class MemoryPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of KV requests can use."""
+        """Tokens of KV that requests can use."""
         return (self.num_pages - 1) * self.page_size
 
 
@@ -79,8 +81,8 @@ def plan_memory(
     max_total_tokens: int | None,
     num_ranks: int = 1,
 ) -> MemoryPlan:
-    """Divide the device's memory; state_bytes is what the rows keep on the device beside their KV, max_total_tokens is of
-    all data ranks together. Raises DoesNotFit when not one request of two pages fits."""
+    """Divide the device's memory. `state_bytes`: row state besides KV; `max_total_tokens`: for all data ranks together. Raises
+    DoesNotFit if not even one request of two pages fits."""
     least = 2 * page_size * num_ranks
     of_each = f" on each of {num_ranks} data ranks" if num_ranks > 1 else ""
     if max_total_tokens is not None and max_total_tokens < least:

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from messages import says
 from sgl_jax import check_env
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.grouped_matmul import native
+from sgl_jax.planning.machine_rates import Rates
 from sgl_jax.planning.topology import CHIPS, chip_of
-from sgl_jax.runtime.machine_limits import Rates
 from sgl_jax.runtime.platform import PLATFORMS, pick_devices
 from sgl_jax.tools.environment import check_command
 from sgl_jax.tools.environment.facts import Facts, Report
@@ -30,7 +31,7 @@ def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run() -> 
         "attention fa, bfloat16",
         "attention fa, float32",
     ]
-    assert found["attention fa, float32"].note == "it runs on tpu, not on cpu"
+    assert says(found["attention fa, float32"].note, "tpu … cpu")
     assert {"attention native, float32", "grouped matmul, bfloat16", "sampler"} <= set(found)
 
 
@@ -84,16 +85,18 @@ def test_the_sum_over_devices_is_exact() -> None:
 
 def test_lines_name_shares_of_what_the_maker_says_where_he_is_known() -> None:
     rates, chip = Rates(1312e9, 459e12), CHIPS["v6e"]
-    assert speed.rate_lines(rates, chip, "bfloat16") == [
-        "  memory is read at 1312 GB/s a device, 80% of the maker's 1640 GB/s",
-        "  products in bfloat16 at 459 TFLOP/s a device, 50% of the maker's 918 TFLOP/s",
-    ]
-    assert speed.step_lines(StepTime(LARGE, 4, 0.004, 4 * 1312e9 * 0.002), rates, chip) == [
-        "  a decode step of Qwen3-8B, 64 rows of 1024 tokens, --tp-size 4: 4.00 ms",
-        "  reading its weights and KV takes 2.00 ms at the measured rate: 50% of it",
-        "  and 1.60 ms at the maker's: 40%",
-    ]
-    assert speed.rate_lines(rates, None, "bfloat16")[0] == "  memory is read at 1312 GB/s a device"
+    pinned = (
+        "memory … 1312 GB/s … 80% … 1640 GB/s",
+        "bfloat16 … 459 TFLOP/s … 50% … 918 TFLOP/s",
+        "Qwen3-8B … 64 rows … 1024 tokens … --tp-size 4 … 4.00 ms",
+        "2.00 ms … 50%",
+        "1.60 ms … 40%",
+    )
+    steps = speed.step_lines(StepTime(LARGE, 4, 0.004, 4 * 1312e9 * 0.002), rates, chip)
+    lines = [*speed.rate_lines(rates, chip, "bfloat16"), *steps]
+    assert [says(line, each) for line, each in zip(lines, pinned, strict=True)] == [True] * 5
+    assert "%" not in (line := speed.rate_lines(rates, None, "bfloat16")[0])
+    assert says(line, "memory … 1312 GB/s")
     assert len(speed.step_lines(StepTime(ON_CPU, 1, 0.1, 1e9), rates, None)) == 2
 
 

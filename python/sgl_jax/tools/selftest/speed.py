@@ -17,8 +17,8 @@ from sgl_jax.engine.startup import build_core
 from sgl_jax.models.bundled import bundled
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.weights import declare
+from sgl_jax.planning.machine_rates import Rates, measure_rates
 from sgl_jax.planning.topology import Chip, chip_of
-from sgl_jax.runtime.machine_limits import Rates, measure_rates
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.platform import Platform
 from sgl_jax.settings.server_args import ServerArgs
