@@ -33,7 +33,6 @@ from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.step_plan import StepPlan, StepTokens
 from sgl_jax.testing.fake_core import fake_info
-from sgl_jax.testing.fake_runner import FakeRates
 
 PAGE_SIZE = 16
 PROMPT_TOKENS = 1000
@@ -66,9 +65,6 @@ class PackingRunner:
         num_rows = len(plan.rows)
         self.layouts[pick(self.buckets, plan.num_tokens, num_rows, plan.width)].pack(plan)
         return Flight(plan, StepTokens(self.tokens[:num_rows], self.accepted[:num_rows], None, None))
-
-    def measure_limits(self) -> FakeRates:
-        return FakeRates()
 
 
 def steady_core(num_rows: int, num_steps: int, *, overlap: bool, num_ranks: int = 1) -> Core:

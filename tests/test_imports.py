@@ -70,6 +70,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bench_one_batch": ("tools.benchmark",),
     "bench_offline_throughput": ("tools.benchmark",),
     "profile_stages": ("tools.benchmark",),
+    "measure_limits": ("tools.benchmark",),
     "check_env": ("tools", "settings"),
     "__main__": ("launch_server",),
     "__init__": ("engine", "request"),
@@ -88,6 +89,7 @@ WITHOUT_JAX = (
     "multihost",
     "launch_server",
     "settings",
+    "runtime.control_groups",
     *PLAIN_DATA,
 )
 READS_ENVIRONMENT = "settings.server_args"

@@ -49,7 +49,7 @@ def test_a_plan_column_is_one_declaration_and_one_line_that_fills_it(tmp_path: P
         (
             "step_plan.py",
             "start: Annotated[np.ndarray, Column(Per.ROW)]  # i32[S] tokens computed before this step",
-            "adapter: Annotated[np.ndarray, Column(Per.ROW, _minus_ones)]  # i32[S]",
+            "adapter: Annotated[np.ndarray, Column(Per.ROW, -1)]  # i32[S]",
         ),
         ("scheduler/scheduler.py", "rows=rows,", "adapter=t.key[rows].astype(np.int32) * 10,"),
     ]
@@ -88,18 +88,18 @@ def test_a_row_load_is_an_entry_of_a_table_and_its_array_of_the_state(tmp_path: 
         ("runtime/loads.py", "_FOREVER = 2**31 - 1", functions),
         (
             "runtime/loads.py",
-            'LoadKind("pages", lambda sizes: sizes.pages_per_row, _pack_pages, _store_pages),',
-            'LoadKind("mask", lambda sizes: 3, _pack_mask, _store_mask),',
+            'LoadKind("pages", lambda pages, vocab: pages, _pack_pages, _store_pages),',
+            'LoadKind("mask", lambda pages, vocab: 3, _pack_mask, _store_mask),',
         ),
     ]
     script = """
         import jax, numpy as np
         from sgl_jax.parallel.grid import ONE_DEVICE
-        from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes, pack_loads
+        from sgl_jax.runtime.loads import LOADS, LoadLayout, pack_loads
         from sgl_jax.runtime.device_state import initial_state
         from sgl_jax.step_plan import RowLoad
 
-        layouts = {kind.program: LoadLayout(kind, LoadSizes(8, 4, 16)) for kind in LOADS}
+        layouts = {kind.program: LoadLayout(kind, 8, kind.size(4, 16)) for kind in LOADS}
         state = initial_state(8, 4, 16)
         loads = [RowLoad(2, np.array([5], np.int32), None), RowLoad(3, None, None), RowLoad(6, None, None)]
         for name, vector in pack_loads([*layouts.values()], loads):

@@ -64,9 +64,9 @@ def test_extending_part_of_what_one_owns_leaves_the_rest_to_the_caller() -> None
     handle = cache.extend(handle, ids(1, 1, 2, 2), pages[:2])
     assert handle.pages.tolist() == [1, 2]
     cache.check_invariants([pages[2:]])
-    with pytest.raises(AssertionError, match="5 pages accounted of 6"):
+    with pytest.raises(AssertionError, match=r"5 .*6"):
         cache.check_invariants([])
-    with pytest.raises(AssertionError, match="a page has two owners"):
+    with pytest.raises(AssertionError, match="two owners"):
         cache.check_invariants([pages[:1]])
 
 

@@ -11,8 +11,6 @@ import pytest
 
 import sgl_jax
 from sgl_jax.engine.generation import EngineFailed
-from sgl_jax.runtime import machine_limits
-from sgl_jax.runtime.machine_limits import Probe
 
 SMALL = {"max_running_requests": 4, "chunked_prefill_size": 4, "max_total_tokens": 1024, "context_length": 256}
 GREEDY = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
@@ -60,17 +58,6 @@ def test_asyncio_gives_the_same(engine, cases):
     assert [a["output_ids"] for a in asyncio.run(both())] == [c["output_ids_200_greedy"][:40] for c in cases[:2]]
 
 
-def test_limits_of_this_machine(engine, monkeypatch):
-    monkeypatch.setattr(machine_limits, "_CPU", Probe(1 << 20, 1, 128, 1))  # the real one takes 2 s and 1 GiB
-    limits = engine.measure_limits()
-    assert (limits.dtype, limits.device_kind, limits.num_devices) == ("float32", "cpu", 1)
-    assert limits.memory_gb_per_s > 0
-    assert limits.matmul_tflop_per_s > 0
-    assert engine.info.parameters_per_token == 259_328
-    engine.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 1})
-    assert engine.stats.compiles_after_ready == 0
-
-
 def test_random_weights_need_only_a_config(stories260k, tmp_path):
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((stories260k / name).read_bytes())
@@ -81,12 +68,12 @@ def test_random_weights_need_only_a_config(stories260k, tmp_path):
 
 
 def test_flags_of_the_http_server_are_refused(stories260k):
-    with pytest.raises(TypeError, match="port would do nothing"):
+    with pytest.raises(TypeError, match=r"port .*nothing"):
         sgl_jax.Engine(model_path=str(stories260k), port=8000)
 
 
 def test_a_device_that_is_not_there_is_one_line(stories260k):
-    with pytest.raises(EngineFailed, match="--device tpu: jax sees no tpu on this machine, only cpu"):
+    with pytest.raises(EngineFailed, match=r"--device tpu.* only cpu"):
         sgl_jax.Engine(model_path=str(stories260k), device="tpu", **SMALL)
 
 
@@ -98,5 +85,5 @@ def test_a_device_that_is_not_there_is_one_line(stories260k):
     ],
 )
 def test_a_limit_the_pool_cannot_hold_is_refused(stories260k, flag, options):
-    with pytest.raises(EngineFailed, match=rf"{flag} is \d+; the KV pool of 96 tokens"):
+    with pytest.raises(EngineFailed, match=rf"{flag} .*\d+.* 96 tokens"):
         sgl_jax.Engine(model_path=str(stories260k), device="cpu", page_size=16, **options)

@@ -16,7 +16,6 @@ import reference_qwen1
 from exact import ALL_PROMPTS, GREEDY, Build, assert_oracle, assert_reference
 from safetensors.numpy import load_file, save_file
 
-from sgl_jax.models import families
 from sgl_jax.models.model_errors import ModelError
 from simulated import Client
 
@@ -122,7 +121,6 @@ def config(hf):
 """
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     config = json.loads((stories260k / "config.json").read_text()) | {"architectures": ["TaleForCausalLM"]}
     tensors = load_file(stories260k / "model.safetensors")
     tensors["tale.words"] = tensors.pop("model.embed_tokens.weight")

@@ -14,7 +14,7 @@ import sgl_jax
 from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import Conflict, EngineFailed
 from sgl_jax.request import InvalidParameter, SamplingParams
-from sgl_jax.testing.fake_core import FAKE_LIMITS, FakeCore
+from sgl_jax.testing.fake_core import FakeCore
 from sgl_jax.testing.fake_tracer import DEFAULT, UNWRITABLE
 from sgl_jax.text.tokenizer import load_tokenizer
 
@@ -79,27 +79,17 @@ def test_flush_cache(engine: Engine) -> None:
     assert engine.flush_cache() == 0
 
 
-def test_limits_are_measured_when_nothing_runs() -> None:
-    with Engine.from_core(lambda: FakeCore(step_seconds=0.005), STORIES) as engine:
-        assert engine.measure_limits() == FAKE_LIMITS
-        answers = engine.generate("Once", {"ignore_eos": True}, stream=True)
-        next(answers)
-        with pytest.raises(Conflict, match="1 requests run"):
-            engine.measure_limits()
-        answers.close()
-
-
 def test_profiles(engine: Engine) -> None:
     assert engine.start_profile("/traces", 3, host_tracer_level=1).running
-    with pytest.raises(Conflict, match="a profile is running since"):
+    with pytest.raises(Conflict, match="profile is running"):
         engine.start_profile()
     engine.generate("Once upon a time")
     assert engine.profile_status().steps_done == 3
-    with pytest.raises(Conflict, match="no profile is running; the last one was started at"):
+    with pytest.raises(Conflict, match="no profile is running"):
         engine.stop_profile()
     engine.start_profile()
     assert engine.stop_profile().files == [f"{DEFAULT}/fake.xplane.pb"]
-    with pytest.raises(InvalidParameter, match="where nothing can be written: Permission denied"):
+    with pytest.raises(InvalidParameter, match=f"output_dir .*{UNWRITABLE}.*Permission denied"):
         engine.start_profile(UNWRITABLE)
 
 

@@ -26,7 +26,7 @@ from sgl_jax.testing.fake_core import FakeCore
 
 
 class Inbox:
-    """Remembers how it was asked."""
+    """Queue of commands that counts blocking calls."""
 
     def __init__(self) -> None:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
@@ -60,7 +60,7 @@ class Loop:
             return step()
 
         core.step = counted
-        self.thread = threading.Thread(target=run, args=(core, self.inbox, self.outbox))
+        self.thread = threading.Thread(target=run, args=(core, self.inbox.get, self.outbox.send))
 
     def __enter__(self) -> Loop:
         self.thread.start()
@@ -108,7 +108,7 @@ def test_an_error_is_the_last_event_and_is_raised() -> None:
     outbox, inbox = Outbox(), Inbox()
     inbox.commands.put(Generate(1, [5], SamplingParams()))
     with pytest.raises(RuntimeError):
-        run(Broken(), inbox, outbox)
+        run(Broken(), inbox.get, outbox.send)
     assert isinstance(outbox.next(), Ready)
     assert outbox.next() == EngineDied("RuntimeError: no more memory")
 
@@ -127,7 +127,7 @@ def test_the_core_is_closed_after_a_shutdown_and_after_an_error() -> None:
         inbox = Inbox()
         inbox.commands.put(command)
         with contextlib.suppress(RuntimeError):
-            run(Closing(), inbox, Outbox())
+            run(Closing(), inbox.get, Outbox().send)
     assert closed == ["", "RuntimeError: no more memory"]
 
 

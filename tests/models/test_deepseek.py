@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from messages import says
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import decoder_config
@@ -82,7 +83,7 @@ def config(**changes) -> DecoderConfig:
 def test_v3_chooses_by_biased_sigmoid_scores_from_the_best_pairs_of_groups() -> None:
     c = config()
     assert c.moe is not None
-    moe = (c.moe.scoring, c.moe.score_bias, c.moe.group_score, c.moe.normalise, c.moe.scale, c.moe.num_groups)
+    moe = (c.moe.scoring, c.moe.correction_bias, c.moe.group_score, c.moe.normalise, c.moe.scale, c.moe.num_groups)
     assert moe == ("sigmoid", True, "top2", True, 2.5, 2)
     assert c.moe.shared_intermediate_size == 16
     assert c.moe_layers == (False, True)
@@ -93,7 +94,7 @@ def test_v2_chooses_by_softmax_with_or_without_groups() -> None:
     grouped, greedy = config(**V2_ROUTING).moe, config(**V2_ROUTING | {"topk_method": "greedy"}).moe
     assert grouped is not None
     assert greedy is not None
-    assert (grouped.scoring, grouped.score_bias, grouped.group_score) == ("softmax", False, "max")
+    assert (grouped.scoring, grouped.correction_bias, grouped.group_score) == ("softmax", False, "max")
     assert (grouped.normalise, grouped.scale) == (False, 16.0)
     assert (grouped.num_groups, greedy.num_groups) == (2, 1)
 
@@ -116,10 +117,10 @@ def test_yarn_scales_the_scores_by_the_square_of_mscale_all_dim() -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"attention_bias": True}, r"attention_bias=True; DeepseekV3ForCausalLM is served with False"),
+        ({"attention_bias": True}, r"attention_bias=True.* DeepseekV3ForCausalLM .*False"),
         ({"scoring_func": "softmax"}, "scoring_func='softmax'"),
-        ({"topk_method": "greedy"}, "topk_method='greedy'; .* 'noaux_tc'"),
-        (V2_ROUTING | {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'; .* 'greedy' or 'group_limited_greedy'"),
+        ({"topk_method": "greedy"}, "topk_method='greedy'.* 'noaux_tc'"),
+        (V2_ROUTING | {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'.* 'greedy' .*'group_limited_greedy'"),
         (V2_ROUTING | {"norm_topk_prob": True}, "norm_topk_prob=True"),
         ({"kv_lora_rank": None}, "kv_lora_rank"),
         ({"n_group": None}, "n_group"),
@@ -260,7 +261,7 @@ def test_layers_that_guess_further_tokens_are_left_out_where_the_config_has_them
     tensors = stored_tensors(TINY, extra_layers=1) | {"model.layers.2.eh_proj.weight": np.ones((24, 48), np.float32)}
     weights, _ = load(tmp_path / "model", TINY, tensors)
     assert len(weights.layers) == 2
-    with pytest.raises(ModelError, match=r"no place for: model\.layers\.2\.eh_proj\.weight"):
+    with pytest.raises(ModelError, match=r"model\.layers\.2\.eh_proj\.weight"):
         load(tmp_path / "model", TINY | {"num_nextn_predict_layers": 0}, tensors)
 
 
@@ -269,7 +270,8 @@ def test_a_tensor_of_two_weights_is_missed_or_misfits_once(tmp_path: Path) -> No
     tensors = stored_tensors(TINY)
     with pytest.raises(ModelError) as caught:
         load(tmp_path / "model", TINY, tensors | {name: np.ones((26, 10), np.float32)})
-    assert str(caught.value).endswith(f"tensors of the wrong shape: {name} has [26, 10], the config needs [27, 10]")
+    assert says(str(caught.value), f"shape … {name} … [26, 10] … [27, 10]")
+    assert str(caught.value).count(name) == 1
     del tensors[name]
     with pytest.raises(ModelError) as caught:
         load(tmp_path / "model", TINY, tensors)

@@ -51,9 +51,15 @@ def _by_hand(moe: MoeConfig, bias: np.ndarray | None) -> tuple[np.ndarray, np.nd
     [
         ({}, None),
         ({"normalise": False}, None),
-        ({"scoring": "sigmoid", "score_bias": True, "scale": 2.5}, BIAS),
+        ({"scoring": "sigmoid", "correction_bias": True, "scale": 2.5}, BIAS),
         (
-            {"scoring": "sigmoid", "score_bias": True, "num_groups": 4, "groups_per_token": 2, "group_score": "top2"},
+            {
+                "scoring": "sigmoid",
+                "correction_bias": True,
+                "num_groups": 4,
+                "groups_per_token": 2,
+                "group_score": "top2",
+            },
             BIAS,
         ),
         ({"num_groups": 4, "groups_per_token": 1, "normalise": False, "scale": 16.0}, None),

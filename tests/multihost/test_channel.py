@@ -16,9 +16,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from messages import says
 from sgl_jax.multihost.address import Address, parse_address
 from sgl_jax.multihost.follower import Follower, connect
-from sgl_jax.multihost.host_errors import HostsError, LinkClosed, WireError
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.multihost.watch import Watch
 from sgl_jax.multihost.wire import (
@@ -27,10 +27,13 @@ from sgl_jax.multihost.wire import (
     Alive,
     Challenge,
     Ended,
+    HostMessage,
+    HostsError,
     Identity,
     Link,
-    Message,
+    LinkClosed,
     Welcome,
+    WireError,
     frame,
 )
 
@@ -39,7 +42,7 @@ IDENTITY = Identity({"jax": "1.0"}, {"--page-size": 16, "--dtype": "auto"}, {"mo
 
 
 def free_address() -> Address:
-    """A port that is free, and the one above it, too."""
+    """Find a port that is free, and the one above it, too."""
     for _ in range(50):
         with socket.create_server(("127.0.0.1", 0)) as a:
             port = a.getsockname()[1]
@@ -52,7 +55,7 @@ def free_address() -> Address:
 
 
 class Host0:
-    """A leader that gathers in a thread."""
+    """Leader that waits for the other hosts in a thread."""
 
     def __init__(self, nnodes: int = 2, token: str = "t", timeout_s: float = PATIENCE_S):
         self.deaths: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -76,7 +79,7 @@ class Host0:
         return connect(self.address, rank, identity, token, PATIENCE_S)
 
     def complete(self) -> None:
-        """Another host joins, and with it all are there."""
+        """Let the last missing host join."""
         link = self.connect()
         assert self.wait() == "together"
         link.close()
@@ -113,7 +116,7 @@ def together() -> Iterator[tuple[Host0, Follower, queue.SimpleQueue[str]]]:
 
 
 def in_thread[T](call: Callable[[], T]) -> Callable[[], T]:
-    """Starts the call; the function that is returned waits for its result."""
+    """Start a call in a thread, and return a function that waits for its result."""
     results: queue.SimpleQueue[T] = queue.SimpleQueue()
     threading.Thread(target=lambda: results.put(call()), daemon=True).start()
     return lambda: results.get(timeout=PATIENCE_S)
@@ -161,10 +164,10 @@ def test_hosts_agree_on_the_least_number() -> None:
 
 def test_a_wrong_token_is_refused_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), host0() as host:
-        with pytest.raises(HostsError, match=r"host 0 \(127.0.0.1:\d+\) refuses this host: the tokens differ"):
+        with pytest.raises(HostsError, match=r"host 0 \(127.0.0.1:\d+\) .*token"):
             host.connect(token="other")
-        host.complete()  # it goes on waiting for one that has the token
-    assert "is refused: the tokens differ; give every host the same --dist-token" in caplog.text
+        host.complete()  # host 0 goes on waiting for a host that has the token
+    assert says(caplog.text, "refused … --dist-token")
 
 
 def test_a_follower_does_not_believe_a_host_0_without_the_token() -> None:
@@ -174,7 +177,7 @@ def test_a_follower_does_not_believe_a_host_0_without_the_token() -> None:
             link = Link(listener.accept()[0], "stranger")
             link.send(Challenge(PROTOCOL, b"0" * 32))
             answer = link.receive(PATIENCE_S)
-            # The follower's own proof, sent back, is none.
+            # The follower's own proof, sent back to it, proves nothing.
             link.send_frame(frame(Welcome(answer.proof)))
             heard.append(in_time(link))
             link.close()
@@ -188,7 +191,7 @@ def test_a_follower_does_not_believe_a_host_0_without_the_token() -> None:
         heard: list[str] = []
         thread = threading.Thread(target=pretend)
         thread.start()
-        with pytest.raises(HostsError, match="the tokens differ"):
+        with pytest.raises(HostsError, match="tokens differ"):
             connect(Address("127.0.0.1", listener.getsockname()[1]), 1, IDENTITY, "t", PATIENCE_S)
         thread.join(PATIENCE_S)
         assert heard == ["closed"]  # no Hello: it learns nothing about us
@@ -204,9 +207,7 @@ def test_another_version_of_the_protocol_is_refused() -> None:
             link.close()
 
         talk = in_thread(pretend)
-        with pytest.raises(
-            HostsError, match=f"speaks version {PROTOCOL + 1} of the protocol, and this host {PROTOCOL}"
-        ):
+        with pytest.raises(HostsError, match=f"{PROTOCOL + 1} .*this host .*{PROTOCOL}"):
             connect(address, 1, IDENTITY, "t", PATIENCE_S)
         talk()
 
@@ -214,18 +215,18 @@ def test_another_version_of_the_protocol_is_refused() -> None:
 @pytest.mark.parametrize(
     ("part", "theirs", "message"),
     [
-        ("versions", {"jax": "2.0"}, "jax is 2.0 on host 1 and 1.0 on host 0"),
-        ("versions", {"jax": "1.0", "libtpu": "3"}, "libtpu is 3 on host 1 and not there or not set on host 0"),
-        ("flags", {"--page-size": 32, "--dtype": "auto"}, "--page-size is 32 on host 1 and 16 on host 0"),
+        ("versions", {"jax": "2.0"}, "jax … 2.0 on host 1 … 1.0 on host 0"),
+        ("versions", {"jax": "1.0", "libtpu": "3"}, "libtpu … 3 on host 1 … not set on host 0"),
+        ("flags", {"--page-size": 32, "--dtype": "auto"}, "--page-size … 32 on host 1 … 16 on host 0"),
         (
             "flags",
             {"--page-size": None, "--dtype": "bfloat16"},
-            "--dtype is bfloat16 on host 1 and auto on host 0; --page-size is not there or not set on host 1 and 16 on host 0",
+            "--dtype … bfloat16 on host 1 … auto on host 0; --page-size … not set on host 1 … 16 on host 0",
         ),
         (
             "model",
             {"model.safetensors": "13 bytes"},
-            "the model differs: model.safetensors is 13 bytes on host 1 and 12 bytes on host 0",
+            "model.safetensors … 13 bytes on host 1 … 12 bytes on host 0",
         ),
     ],
 )
@@ -233,16 +234,14 @@ def test_what_differs_is_refused_with_both_values(part: str, theirs: dict, messa
     with host0(timeout_s=1.0) as host:
         with pytest.raises(HostsError) as refused:
             host.connect(identity=msgspec.structs.replace(IDENTITY, **{part: theirs}))
-        assert str(refused.value) == f"host 0 ({host.address}) refuses this host: {message}"
-        gave_up = host.wait()
-        assert gave_up.startswith(f"gave up (--dist-timeout) waiting for 1 of 2 hosts at {host.address} (node rank 1)")
-        assert gave_up.endswith(f"is refused: {message}")
+        assert says(str(refused.value), f"host 0 ({host.address}) refuses … {message}")
+        assert says(host.wait(), f"--dist-timeout … 1 of 2 hosts … {host.address} … node rank 1 … refused … {message}")
 
 
 @pytest.mark.parametrize("rank", [0, 2, -1])
 def test_a_node_rank_that_is_not_waited_for_is_refused(rank: int) -> None:
     with host0() as host:
-        with pytest.raises(HostsError, match=f"--node-rank is {rank}; host 0 waits for 1 to 1"):
+        with pytest.raises(HostsError, match=f"--node-rank .*{rank}.* host 0 .*1 to 1"):
             host.connect(rank)
         host.complete()
 
@@ -250,7 +249,7 @@ def test_a_node_rank_that_is_not_waited_for_is_refused(rank: int) -> None:
 def test_a_node_rank_that_is_taken_is_refused_until_it_leaves() -> None:
     with host0(nnodes=3) as host:
         first = host.connect(1)
-        with pytest.raises(HostsError, match="--node-rank is 1; that host is here already, as host 1"):
+        with pytest.raises(HostsError, match=r"--node-rank .*1.* host 1"):
             host.connect(1)
         first.close()
         links = [host.connect(2)]
@@ -272,31 +271,31 @@ def test_the_line_names_who_is_missing_and_all_give_up_with_it(caplog: pytest.Lo
     with caplog.at_level(logging.INFO), host0(nnodes=4, timeout_s=2.0) as host:
         deaths: queue.SimpleQueue[str] = queue.SimpleQueue()
         follower = Follower(host.connect(2), deaths.put)
-        line = f"gave up (--dist-timeout) waiting for 2 of 4 hosts at {host.address} (node ranks 1, 3)"
-        assert host.wait() == line
-        assert deaths.get(timeout=PATIENCE_S) == f"host 0 ({host.address}) ended: {line}"
+        line = host.wait()
+        assert says(line, f"--dist-timeout … 2 of 4 hosts … {host.address} … node ranks 1, 3")
+        assert says(deaths.get(timeout=PATIENCE_S), f"host 0 ({host.address}) ended … {line}")
         follower.close()
-    assert f"waiting for 3 of 4 hosts at {host.address} (node ranks 1, 2, 3)" in caplog.messages
+    assert any(says(each, f"3 of 4 hosts … {host.address} … node ranks 1, 2, 3") for each in caplog.messages)
 
 
 def test_a_follower_gives_up_with_the_reason() -> None:
     address = free_address()
     with pytest.raises(HostsError) as given_up:
         connect(address, 1, IDENTITY, "", 0.3)
-    assert str(given_up.value) == f"gave up (--dist-timeout) waiting for host 0 at {address}: Connection refused"
+    assert says(str(given_up.value), f"--dist-timeout … host 0 … {address} … Connection refused")
 
 
 def test_the_coordinators_port_must_be_free() -> None:
     address = free_address()
     with socket.create_server(address.next_port()):
         leader = Leader(address, 2, IDENTITY, "", lambda reason: None)
-        with pytest.raises(HostsError, match=f"port {address.port + 1}, one above that of --dist-init-addr"):
+        with pytest.raises(HostsError, match=f"port {address.port + 1}.* --dist-init-addr"):
             leader.gather(PATIENCE_S)
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
     leader = Leader(Address("192.0.2.1", 10011), 2, IDENTITY, "", lambda reason: None)
-    with pytest.raises(HostsError, match=r"192.0.2.1:10011; cannot listen there: this machine has no such address"):
+    with pytest.raises(HostsError, match=r"192.0.2.1:10011.* address"):
         leader.gather(PATIENCE_S)
 
 
@@ -315,10 +314,10 @@ def test_addresses_read_as_they_print(text: str, host: str, port: int) -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"GET / HTTP/1.1\r\n\r\n", f"sent a frame of {int.from_bytes(b'GET ')} bytes; the limit is {HANDSHAKE_LIMIT}"),
-        (b"\0\0\0\4\xff\xff\xff\xff", "sent what is no message of ours"),
-        (frame(Alive()), "sent Alive where Answer was due"),
-        ((HANDSHAKE_LIMIT + 1).to_bytes(4), f"sent a frame of {HANDSHAKE_LIMIT + 1} bytes"),
+        (b"GET / HTTP/1.1\r\n\r\n", f"{int.from_bytes(b'GET ')} bytes … {HANDSHAKE_LIMIT}"),
+        (b"\0\0\0\4\xff\xff\xff\xff", "no message of ours"),
+        (frame(Alive()), "Alive … Answer"),
+        ((HANDSHAKE_LIMIT + 1).to_bytes(4), f"{HANDSHAKE_LIMIT + 1} bytes … {HANDSHAKE_LIMIT}"),
     ],
     ids=["http", "garbage", "out of turn", "oversized"],
 )
@@ -329,7 +328,7 @@ def test_a_stranger_is_put_off_and_the_wait_goes_on(data: bytes, said: str, capl
             while stranger.recv(4096):  # its Challenge, then the end
                 pass
         host.complete()
-    assert said in caplog.text
+    assert says(caplog.text, said)
 
 
 def test_a_stranger_that_says_nothing_keeps_nobody_waiting() -> None:
@@ -343,9 +342,7 @@ def test_a_stranger_that_says_nothing_keeps_nobody_waiting() -> None:
 def test_a_host_that_goes_away_is_noticed_and_so_is_why() -> None:
     with together() as (host, follower, _):
         follower.close("it was told to stop (SIGTERM)")
-        reason = host.deaths.get(timeout=PATIENCE_S)
-        assert reason.startswith("host 1 (127.0.0.1:")
-        assert reason.endswith(") ended: it was told to stop (SIGTERM)")
+        assert says(host.deaths.get(timeout=PATIENCE_S), "host 1 (127.0.0.1: … ended … it was told to stop (SIGTERM)")
         with pytest.raises(HostsError, match="told to stop"), host.leader.blaming():
             raise RuntimeError("a collective failed")
 
@@ -353,17 +350,17 @@ def test_a_host_that_goes_away_is_noticed_and_so_is_why() -> None:
 def test_a_connection_that_closes_without_a_word_is_a_loss() -> None:
     with together() as (host, follower, deaths):
         follower._link._socket.shutdown(socket.SHUT_RDWR)
-        assert host.deaths.get(timeout=PATIENCE_S).endswith("closed the connection")
-        assert deaths.get(timeout=PATIENCE_S) == f"host 0 ({host.address}) closed the connection"
+        assert says(host.deaths.get(timeout=PATIENCE_S), "host 1 … closed")
+        assert says(deaths.get(timeout=PATIENCE_S), f"host 0 ({host.address}) … closed")
 
 
 def test_a_connection_that_is_reset_was_closed() -> None:
-    """As a process that dies leaves one, whose messages it had not all read."""
+    """A process that dies with unread messages resets its connection, and is reported as one that closed it."""
     with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as here:
         there, _ = server.accept()
         there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         there.close()
-        with pytest.raises(LinkClosed, match=r"^host 1 closed the connection$"):
+        with pytest.raises(LinkClosed, match=r"^host 1 .*closed"):
             Link(here, "host 1").receive(PATIENCE_S)
 
 
@@ -378,29 +375,27 @@ def test_when_one_of_several_is_lost_the_others_hear_which() -> None:
         first, second = Follower(host.connect(1), deaths.put), Follower(host.connect(2), lambda reason: None)
         assert host.wait() == "together"
         second.close("out of memory")
-        assert ") ended: out of memory" in host.deaths.get(timeout=PATIENCE_S)
-        reason = deaths.get(timeout=PATIENCE_S)
-        assert reason.startswith(f"host 0 ({host.address}) ended: host 2 (")
-        assert reason.endswith(") ended: out of memory")
+        assert says(host.deaths.get(timeout=PATIENCE_S), "host 2 … ended … out of memory")
+        assert says(deaths.get(timeout=PATIENCE_S), f"host 0 ({host.address}) ended … host 2 … out of memory")
         first.close()
 
 
 def test_the_leaders_reason_reaches_the_followers() -> None:
     with together() as (host, _, deaths):
         host.leader.close("the device is lost")
-        assert deaths.get(timeout=PATIENCE_S) == f"host 0 ({host.address}) ended: the device is lost"
+        assert says(deaths.get(timeout=PATIENCE_S), f"host 0 ({host.address}) ended … the device is lost")
 
 
 def test_a_frame_over_the_limit_between_hosts_is_a_loss() -> None:
     with together() as (host, follower, _):
         follower._link.send_frame(b"\xff\xff\xff\xff")
-        assert "sent a frame of 4294967295 bytes" in host.deaths.get(timeout=PATIENCE_S)
+        assert says(host.deaths.get(timeout=PATIENCE_S), "4294967295 bytes")
 
 
 def test_silence_is_a_loss_and_being_alive_is_none() -> None:
     a, b = socket.socketpair()
     lost: queue.SimpleQueue[str] = queue.SimpleQueue()
-    messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    messages: queue.SimpleQueue[HostMessage] = queue.SimpleQueue()
     mine, theirs = Link(_as_tcp(a), "host 1"), Link(_as_tcp(b), "host 0")
     watch = Watch(
         lambda _, message: messages.put(message), lambda _, reason: lost.put(reason), beat_s=0.05, silence_s=1.0
@@ -412,7 +407,7 @@ def test_silence_is_a_loss_and_being_alive_is_none() -> None:
     assert lost.empty()
     theirs.send(Ended())
     assert messages.get(timeout=PATIENCE_S) == Ended()  # and no Alive before it
-    assert lost.get(timeout=PATIENCE_S).startswith("host 1 has said nothing for ")
+    assert says(lost.get(timeout=PATIENCE_S), "host 1 … nothing … 1")
     watch.close()
     theirs.close()
 

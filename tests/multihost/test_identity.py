@@ -1,4 +1,4 @@
-"""What hosts compare: the same model is the same wherever it lies, and any other is not."""
+"""Identities of hosts: a model is the same in any folder, and another model differs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from messages import says
 from sgl_jax.multihost.identity import differences, identity_of, model_files, shared_flags
 from sgl_jax.settings.server_args import ServerArgs
 
@@ -61,12 +62,13 @@ def test_flags_of_one_machine_alone_are_not_compared(folder: Path) -> None:
     assert not {"--api-key", "--dist-token", "--model-path"} & shared_flags(one).keys()
     wider = ServerArgs(model_path="a", **common | {"tp_size": 4})
     a, b = (identity_of(args, CONFIGS, folder) for args in (one, wider))
-    assert differences(a, b, "host 1") == ["--tp-size is 4 on host 1 and 2 on host 0"]
+    [said] = differences(a, b, "host 1")
+    assert says(said, "--tp-size … 4 on host 1 … 2 on host 0")
     assert differences(a, a, "host 1") == []
 
 
 def test_the_package_of_a_brought_attention_backend_is_compared(folder: Path) -> None:
-    """Another version makes other programs."""
+    """Check the version of the backend's package, since another version makes other programs."""
     plain, brought = (
         identity_of(ServerArgs(model_path="a", attention_backend=name), CONFIGS, folder).versions
         for name in ("fa", "tokamax")

@@ -19,13 +19,13 @@ import numpy as np
 import sgl_jax
 from sgl_jax.observability.log import READY
 
-PATIENCE_S = 240.0  # for what takes seconds on a machine that does nothing else
+PATIENCE_S = 240.0  # for steps that take seconds on an idle machine
 TOKEN = "a-secret-of-the-hosts"
 SIZES = {"dtype": "float32", "max_running_requests": 8, "chunked_prefill_size": 8, "context_length": 96}
 
 
 def free_ports() -> int:
-    """A port that is free, and the one above it, too."""
+    """Find a port that is free, and the one above it, too."""
     for _ in range(50):
         with socket.create_server(("127.0.0.1", 0)) as a:
             port = a.getsockname()[1]
@@ -35,7 +35,7 @@ def free_ports() -> int:
 
 
 class Host:
-    """One machine's process; its log is a file."""
+    """Process of one host, whose log is a file."""
 
     def __init__(self, log: Path, flags: Sequence[str], devices: int, token: str = TOKEN):
         self.log = log
@@ -51,7 +51,7 @@ class Host:
         return self.log.read_text(errors="replace")
 
     def wait_for(self, words: str) -> str:
-        """The log up to now, once the words are in it."""
+        """Wait until the words are in the log, and return it."""
         deadline = time.monotonic() + PATIENCE_S
         while words not in (text := self.text()):
             assert self.process.poll() is None, text[-4000:]
@@ -64,7 +64,7 @@ class Host:
 
 
 class Hosts:
-    """The flags that all share, and those who were started: host 0 by `lead`, the others by `join`."""
+    """Hosts with common flags; `lead` starts host 0, `join` another one."""
 
     def __init__(self, folder: Path, model: Path, nnodes: int, devices: int, *flags: str):
         self._folder, self._devices = folder, devices
@@ -116,7 +116,7 @@ def flags_of(**sizes: Any) -> list[str]:
 
 
 def prompts() -> list[list[int]]:
-    """Of many lengths; two of three begin alike."""
+    """Make prompts of many lengths, two of three of which begin alike."""
     rng = np.random.default_rng(0)
     common = rng.integers(3, 500, 24).tolist()
     return [
@@ -126,7 +126,7 @@ def prompts() -> list[list[int]]:
 
 
 def on_one_device(model: Path, max_new_tokens: int) -> list[list[int]]:
-    """The greedy answers of an engine on one device, with room for all and no prefix cache."""
+    """Return the greedy answers of an engine on one device, with room for all and no prefix cache."""
     sizes = SIZES | {"max_total_tokens": 4096, "disable_radix_cache": True, "device": "cpu"}
     with sgl_jax.Engine(model_path=str(model), **sizes) as engine:
         params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": max_new_tokens}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_runner import PAGE_SIZE, ROWS, small_core, small_runner
 
-from sgl_jax.runtime import runner as runner_module
+from sgl_jax.runtime import programs
 from sgl_jax.runtime.compiler import Program
 from sgl_jax.runtime.programs import STATE
 from sgl_jax.runtime.runner import ModelRunner
@@ -82,19 +82,19 @@ def test_a_program_with_a_payload_is_announced_by_its_source_and_reads_it_itself
 
     def put(state, vector, payload):
         table = jax.lax.dynamic_update_slice(state.page_table, payload, (vector[0], 0))
-        return (runner_module.dataclasses.replace(state, page_table=table),)
+        return (dataclasses.replace(state, page_table=table),)
 
-    make = runner_module.make_programs
+    make = programs.make_programs
 
     def with_one_more(*args):
-        programs = make(*args)
-        state = next(program.args[0] for program in programs if program.takes == (STATE,))
+        made = make(*args)
+        state = next(program.args[0] for program in made if program.takes == (STATE,))
         vector = jax.ShapeDtypeStruct((1,), np.int32)
         args = state, vector, jax.ShapeDtypeStruct((2, 3), np.int32, sharding=state.length.sharding)
         more = Program("load files", jax.jit(put, donate_argnums=0), args, (STATE,), (STATE,), files.__getitem__)
-        return [*programs, more]
+        return [*made, more]
 
-    monkeypatch.setattr(runner_module, "make_programs", with_one_more)
+    monkeypatch.setattr(programs, "make_programs", with_one_more)
     told = Announced()
     leads, follows = small_runner(stories260k, announce=told), small_runner(stories260k)
     assert leads.run("load files", np.array([1], np.int32), "a.safetensors") is None

@@ -15,7 +15,7 @@ from sgl_jax.parallel.grid import ONE_DEVICE
 from sgl_jax.request import MAX_LOGPROBS, Request, SamplingParams
 from sgl_jax.runtime import sampler
 from sgl_jax.runtime.device_state import DeviceState, initial_state
-from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes
+from sgl_jax.runtime.loads import LOADS, LoadLayout
 from sgl_jax.runtime.sampler import SampleLines
 from sgl_jax.scheduler.rows import encode_params
 from sgl_jax.step_plan import Param, RowLoad
@@ -70,10 +70,9 @@ def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[SampleLine
         drafts=jnp.zeros((num_rows, 0), jnp.int32),
     )
     state = initial_state(num_rows, 1, vocab_size)
-    sizes = LoadSizes(num_rows, 1, vocab_size)
     loads = [RowLoad(i, None, row.request) for i, row in enumerate(rows)]
     for kind in LOADS:
-        layout = LoadLayout(kind, sizes)
+        layout = LoadLayout(kind, num_rows, kind.size(1, vocab_size))
         for vector in layout.pack(loads):
             state = layout.run(state, jnp.asarray(vector), axis=ONE_DEVICE)
     return lines, state

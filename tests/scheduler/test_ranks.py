@@ -250,5 +250,5 @@ def test_usage_is_of_the_pages_of_all_ranks() -> None:
     "caches", [[], [PrefixCache(9, 4), PrefixCache(9, 8)], [PrefixCache(9, 4), PrefixCache(9, 4, enabled=False)]]
 )
 def test_the_caches_of_all_ranks_are_alike(caches: list[PrefixCache]) -> None:
-    with pytest.raises(ValueError, match="the caches of all ranks must be alike"):
+    with pytest.raises(ValueError, match=r"caches .*ranks"):
         Scheduler(SchedulerConfig(4, 64, 16, 16), caches)

@@ -454,7 +454,7 @@ def test_sampling_parameters_are_encoded_by_column() -> None:
 
 
 def test_a_step_must_hold_a_token_of_every_running_request() -> None:
-    with pytest.raises(ValueError, match="a step of 3 tokens cannot hold 4 decoding requests"):
+    with pytest.raises(ValueError, match=r"3 tokens .*4 "):
         make_scheduler(rows=4, step_tokens=3)
 
 

@@ -172,7 +172,7 @@ def test_a_preempted_row_comes_back_with_what_was_known() -> None:
 
 
 def test_a_width_that_a_step_cannot_hold_is_refused() -> None:
-    with pytest.raises(ValueError, match="a step of 16 tokens cannot hold 5 decoding requests of 4 tokens each"):
+    with pytest.raises(ValueError, match=r"16 tokens .*5 .*4 tokens"):
         make_scheduler(rows=5, step_tokens=16, width=lambda n: W)
 
 

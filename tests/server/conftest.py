@@ -18,7 +18,7 @@ def live() -> Iterator[LiveServer]:
 
 @pytest.fixture(scope="module")
 def slow() -> Iterator[LiveServer]:
-    """5 ms a step, so that tokens come one by one."""
+    """Serve with 5 ms per step, so that tokens come one by one."""
     with LiveServer(lambda: FakeCore(step_seconds=0.005)) as server:
         yield server
 

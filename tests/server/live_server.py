@@ -31,14 +31,14 @@ def tokenizer() -> Tokenizer:
 
 
 class EncodingTransport(ThreadTransport):
-    """Commands cross as they do to another process."""
+    """Encodes and decodes commands, as on the way to another process."""
 
     def send(self, command: Command) -> None:
         super().send(msgspec.msgpack.decode(msgspec.msgpack.encode(command), type=Command))
 
 
 class LiveServer:
-    """Use as a context manager. `core` is the fake engine: it keeps every command it was sent."""
+    """Server as a context manager. `core` is the fake engine, which keeps every command that it was sent."""
 
     def __init__(self, build_core: Callable[[], FakeCore] = FakeCore, *, open_service: bool = True, **server_args: Any):
         self._build_core, self._open_service = build_core, open_service

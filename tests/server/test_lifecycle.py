@@ -52,7 +52,7 @@ class Server:
         )
 
     def long_request(self, tokens: int = 40) -> tuple[threading.Thread, list[httpx.Response]]:
-        """Send a request in a thread, and return when the engine works on it."""
+        """Start a request in a thread, and return when the engine works on it."""
         answers: list[httpx.Response] = []
         body = {"text": "a", "sampling_params": {"max_new_tokens": tokens, "ignore_eos": True}}
 
@@ -108,7 +108,7 @@ def test_sigterm_drains_and_refuses_new_requests() -> None:
     with running("slow") as server:
         server.wait_ready()
         thread, answers = server.long_request()
-        os.kill(server.engine_pid(), signal.SIGTERM)  # a container may signal the engine too: it does not care
+        os.kill(server.engine_pid(), signal.SIGTERM)  # a container may signal the engine too, which ignores it
         server.process.send_signal(signal.SIGTERM)
         server.wait_draining()
         refused = httpx.post(f"{server.url}/generate", json={"text": "a"})

@@ -87,7 +87,7 @@ def test_a_long_prompt_holds_nobody_up(http: httpx.Client, live: LiveServer, pat
     sender.join()
     assert answers[0].status_code == (200 if path == "/tokenize" else 400)
     quick = [wait for wait in waits if wait < 0.3]
-    assert len(quick) >= 8, waits  # a loop that stands still answers but a few, before and after
+    assert len(quick) >= 8, waits  # a blocked loop would answer only a few, before and after
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,6 @@ def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
         "/detokenize",
         "/abort_request",
         "/flush_cache",
-        "/measure_limits",
         "/start_profile",
         "/stop_profile",
         "/profile_status",

@@ -141,7 +141,10 @@ def test_continue_final_message_of_parts() -> None:
 
 
 def test_continue_final_message_needs_one() -> None:
-    with pytest.raises(TemplateError, match="last message"):
+    with pytest.raises(TemplateError, match=r"continue_final_message.* message"):
         ChatTemplate("nothing").render(USER, add_generation_prompt=False, continue_final_message=True)
-    with pytest.raises(TemplateError, match="exclude"):
+    with pytest.raises(
+        TemplateError,
+        match=r"continue_final_message.*add_generation_prompt|add_generation_prompt.*continue_final_message",
+    ):
         ChatTemplate("nothing").render(USER, continue_final_message=True)

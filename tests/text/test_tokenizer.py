@@ -63,9 +63,9 @@ def test_no_chat_template_is_said_clearly(stories: Tokenizer) -> None:
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(TokenizerError, match="no such file"):
+    with pytest.raises(TokenizerError, match=r"/nowhere/template.jinja"):
         load_tokenizer(str(tmp_path), chat_template="/nowhere/template.jinja")
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import math
+import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -23,6 +26,7 @@ from sgl_jax.runtime.device_state import state_bytes
 from sgl_jax.runtime.platform import kernels_for
 from sgl_jax.settings.server_args import ServerArgs
 
+_KERNEL_LINES = re.compile(r"\\22debug_locations\\22: \\22[^\\]*\\22")  # of Pallas kernels, in an escaped JSON string
 MOVES = ("copy", "transpose", "dynamic-slice", "slice", "concatenate", "fusion", "custom-call-done", "call-done")
 PRODUCTS = ("convolution", "dot")
 
@@ -75,6 +79,16 @@ def planned(model: str, topology: str, attention: str | None) -> tuple[Plan, dic
         placement,
     )
     return plan, {program.name: program for program in programs}, placement
+
+
+def digest(programs: Iterable[Program], placement: Placement) -> str:
+    """Digest of programs as they are handed to the compiler, without the lines of source they come from."""
+    found = hashlib.sha256()
+    with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
+        for program in programs:
+            text = program.function.trace(*program.args).lower(lowering_platforms=("tpu",)).as_text()
+            found.update(f"{program.name}\0{_KERNEL_LINES.sub('', text)}\0".encode())
+    return found.hexdigest()[:12]
 
 
 @functools.cache

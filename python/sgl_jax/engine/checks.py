@@ -1,7 +1,8 @@
-"""Checks before the engine hears of a request: whether it can be honoured, and whether the queue holds it."""
+"""Checks of a request before it is sent to the engine: whether it can be honoured, and whether the queue has room."""
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Container, Sequence
 
@@ -13,9 +14,9 @@ from sgl_jax.request import InvalidParameter
 
 
 def checked(request: GenerationRequest, info: EngineInfo, running: Container[str]) -> GenerationRequest:
-    """Returns the request with max_tokens and an id, if it left them open. `running` holds the ids that are taken.
+    """Return the request with max_tokens and an id, if it left them open. `running` holds the ids that are taken.
 
-    Raises InvalidParameter, PromptTooLong or DuplicateRequestId, in the request's own words.
+    Raises InvalidParameter, PromptTooLong or DuplicateRequestId, with names as the request used them.
     """
     try:
         request.params.validate(info.vocab_size, request.in_range)
@@ -26,13 +27,11 @@ def checked(request: GenerationRequest, info: EngineInfo, running: Container[str
     if request_id in running:
         raise DuplicateRequestId("rid", f"request id {request_id} belongs to a running request")
     params = msgspec.structs.replace(request.params, max_tokens=max_tokens)
-    return GenerationRequest(
-        request.prompt_ids, params, request_id, request.namespace, request.names, request.score_only, in_range=True
-    )
+    return dataclasses.replace(request, params=params, request_id=request_id, in_range=True)
 
 
 def _max_tokens(request: GenerationRequest, info: EngineInfo) -> int:
-    """Checks the prompt and returns how many tokens may follow it."""
+    """Check the prompt and return how many tokens may follow it."""
     ids, asked = request.prompt_ids, request.params.max_tokens
     if not ids:
         raise InvalidParameter("prompt", "{prompt} is empty; at least {count} token is needed", count="one")
@@ -44,7 +43,10 @@ def _max_tokens(request: GenerationRequest, info: EngineInfo) -> int:
     room = limit - len(ids)
     if room < (asked or 1):
         wanted = "not set" if asked is None else asked
-        text = "the prompt has {count} tokens and {max_tokens} is {wanted}; prompt and output together hold {limit} at most"
+        text = (
+            "the prompt has {count} tokens and {max_tokens} is {wanted}; "
+            "prompt and output together hold {limit} at most"
+        )
         raise PromptTooLong("prompt", text, count=len(ids), wanted=wanted, limit=limit)
     if asked is None and request.params.min_tokens > room:
         text = "{min_tokens} is {value}; there is room for {room} tokens"
@@ -53,9 +55,9 @@ def _max_tokens(request: GenerationRequest, info: EngineInfo) -> int:
 
 
 def check_queue(requests: Sequence[GenerationRequest], num_queued: int, limit: int | None) -> None:
-    """Checks that requests submitted together may join num_queued others; `limit` is --max-queued-requests.
+    """Check that requests submitted together may join num_queued others; `limit` is --max-queued-requests.
 
-    Raises QueueFull, InvalidParameter if waiting would not help, or DuplicateRequestId for an id that comes twice.
+    Raises QueueFull, InvalidParameter if waiting would not help, or DuplicateRequestId if two have the same id.
     """
     if len({request.request_id for request in requests}) != len(requests):
         raise DuplicateRequestId("rid", "two requests have the same id")
@@ -70,6 +72,5 @@ def check_queue(requests: Sequence[GenerationRequest], num_queued: int, limit: i
         error = InvalidParameter("prompt", text, count=len(requests), wanted=wanted, limit=limit)
         raise error.named(requests[0].names)
     if num_queued + wanted > limit:
-        raise QueueFull(
-            f"{num_queued} requests are waiting and {wanted} came; the limit is {limit} (--max-queued-requests)"
-        )
+        text = f"{num_queued} requests are waiting and {wanted} came; the limit is {limit} (--max-queued-requests)"
+        raise QueueFull(text)

@@ -1,4 +1,4 @@
-"""The choices that the engine runs for this process: tokens are pushed into them here, one message a step."""
+"""Choices that the engine runs for this process. One message per step brings the tokens of all of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 
-from sgl_jax.engine.generation import Choice, Outcome
+from sgl_jax.engine.generation import Choice, FinishType
 from sgl_jax.engine.messages import StepOutput
 from sgl_jax.observability.metrics import RequestMetrics
 
@@ -35,22 +35,22 @@ class LiveChoices:
             self.num_queued += 1
             self.idle.clear()
 
-    def drop(self, keys: Iterable[int], outcome: Outcome) -> list[int]:
-        """Forgets those of the choices that still live, and returns their keys."""
+    def drop(self, keys: Iterable[int], outcome: FinishType) -> list[int]:
+        """Forget those of the choices that are still live, and return their keys."""
         live = [key for key in keys if key in self._by_key]
         for key in live:
             self._forget(self._by_key[key], outcome)
         return live
 
     def fail(self, error: Exception) -> None:
-        """Ends every choice with the error."""
+        """End every choice with the error."""
         for choice in list(self._by_key.values()):
             choice.generation.error = error
             choice.generation.wake.set()
             self._forget(choice, "abort")
 
     def push(self, step: StepOutput) -> None:
-        """Appends the step's tokens to their choices and wakes the consumers that have something to do."""
+        """Append the step's tokens to their choices and wake the consumers that have something to do."""
         now = time.perf_counter()
         choices, metrics = self._by_key, self.metrics
         for scored in step.prompts:
@@ -82,7 +82,7 @@ class LiveChoices:
                 choice.generation.wake.set()
                 self._forget(choice, finished.reason.type)
 
-    def _forget(self, choice: Choice, outcome: Outcome) -> None:
+    def _forget(self, choice: Choice, outcome: FinishType) -> None:
         del self._by_key[choice.key]
         keys = self.keys_of[choice.request.request_id]
         keys.remove(choice.key)

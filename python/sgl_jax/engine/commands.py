@@ -2,61 +2,18 @@
 
 from __future__ import annotations
 
-import logging
-from typing import Protocol
-
 import numpy as np
 
-from sgl_jax.engine.messages import (
-    Abort,
-    CacheFlushed,
-    Command,
-    EngineInfo,
-    Event,
-    Finished,
-    FlushCache,
-    Generate,
-    GetProfile,
-    LimitsMeasured,
-    MachineLimits,
-    MeasureLimits,
-    Refused,
-    StartProfile,
-    StopProfile,
-)
+from sgl_jax.engine import messages
+from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished
 from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import FinishReason, Request
 from sgl_jax.scheduler.scheduler import Scheduler
 
-logger = logging.getLogger(__name__)
-
-
-class Rates(Protocol):
-    """The rates measured of all devices together."""
-
-    @property
-    def read_bytes_per_s(self) -> float: ...
-
-    @property
-    def matmul_flop_per_s(self) -> float: ...
-
-
-class Measurable(Protocol):
-    def measure_limits(self) -> Rates:
-        """Measure what the devices can do. Raises ValueError, with a line for the user, where that is impossible."""
-        ...
-
 
 class Commands:
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        devices: Measurable,
-        info: EngineInfo,
-        profiler: Profiler,
-        random_seed: int | None,
-    ):
-        self._scheduler, self._devices, self._info, self._profiler = scheduler, devices, info, profiler
+    def __init__(self, scheduler: Scheduler, info: EngineInfo, profiler: Profiler, random_seed: int | None):
+        self._scheduler, self._info, self._profiler = scheduler, info, profiler
         self._seeds = np.random.default_rng(random_seed)
         self._num_arrived = 0
         self._answers: list[Event] = []
@@ -67,7 +24,7 @@ class Commands:
         return bool(self._answers or self._aborted)
 
     def take_answers(self) -> tuple[list[Event], list[Finished]]:
-        """The answers since the last call, and the requests that were aborted."""
+        """Return the answers since the last call, and the requests that were aborted."""
         taken = self._answers, self._aborted
         self._answers, self._aborted = [], []
         return taken
@@ -75,19 +32,17 @@ class Commands:
     def handle(self, command: Command) -> None:
         """Carry out a command."""
         match command:
-            case Generate():
+            case messages.Generate():
                 self._scheduler.add(self._request(command))
-            case Abort(keys=keys):
+            case messages.Abort(keys=keys):
                 reason = FinishReason("abort")
                 self._aborted += [Finished(key, reason) for key in keys if self._scheduler.abort(key)]
-            case FlushCache(call=call):
-                self._answers.append(CacheFlushed(call, self._scheduler.flush()))
-            case MeasureLimits(call=call):
-                self._answers.append(self._measure_limits(call))
-            case StartProfile() | StopProfile() | GetProfile():
+            case messages.FlushCache(call=call):
+                self._answers.append(messages.CacheFlushed(call, self._scheduler.flush()))
+            case messages.StartProfile() | messages.StopProfile() | messages.GetProfile():
                 self._answers.append(self._profiler.handle(command))
 
-    def _request(self, command: Generate) -> Request:
+    def _request(self, command: messages.Generate) -> Request:
         params = command.params
         seed = params.seed if params.seed is not None else int(self._seeds.integers(2**63))
         eos = () if params.ignore_eos else self._info.eos_token_ids
@@ -104,32 +59,8 @@ class Commands:
             arrival=self._num_arrived,
         )
 
-    def _measure_limits(self, call: int) -> LimitsMeasured | Refused:
-        s, info = self._scheduler, self._info
-        if s.has_requests:
-            return Refused(
-                call,
-                f"{s.num_running} requests run and {len(s.waiting)} wait, and would be measured along; "
-                "ask again when there are none",
-            )
-        logger.info("Measuring the limits of %s; requests that come meanwhile wait", info.device_kind)
-        try:
-            found = self._devices.measure_limits()
-        except ValueError as error:
-            return Refused(call, str(error))
-        return LimitsMeasured(
-            call,
-            MachineLimits(
-                memory_gb_per_s=found.read_bytes_per_s / 1e9,
-                matmul_tflop_per_s=found.matmul_flop_per_s / 1e12,
-                dtype=info.dtype,
-                device_kind=info.device_kind,
-                num_devices=info.num_devices,
-            ),
-        )
-
 
 def _fold(seed: int) -> int:
-    """A seed of up to 64 bits, negative ones included, in 32: small ones stay as they are."""
+    """Fold a seed of up to 64 bits, which may be negative, into 32 bits. One that fits 32 bits stays as it is."""
     low, high = seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF
     return low ^ (high * 0x9E3779B9 & 0xFFFFFFFF)

@@ -1,7 +1,7 @@
-"""The engine's loop body: plan a step, launch it, collect the one before.
+"""Core of the engine: plan a step, launch it, collect the one before.
 
-A step's plan is dispatched before the previous step's tokens have been read: overlap is data, the launched step that one
-`step` call leaves and the next collects. Without overlap the same call collects what it launched; tokens are the same.
+A step is launched before the tokens of the previous one have been read. The step in flight is a value that one call of
+`step` leaves and the next collects. Without overlap a call collects the step that it launched; the tokens are the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Protocol
 
 import msgspec
 
-from sgl_jax.engine.commands import Commands, Measurable
+from sgl_jax.engine.commands import Commands
 from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished, PromptScored, StepOutput
 from sgl_jax.engine.profiling import Profiler, Tracer
 from sgl_jax.engine.scores import gather_prompt_scores, scores_of_tokens
@@ -19,8 +19,8 @@ from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.step_plan import Flight, StepPlan
 
 
-class Runner(Measurable, Protocol):
-    """The device side, as the core needs it (runtime.runner, or testing.fake_runner)."""
+class Runner(Protocol):
+    """Device side, as the core needs it (runtime.runner, or testing.fake_runner)."""
 
     @property
     def compiles_after_ready(self) -> int: ...
@@ -48,7 +48,7 @@ class Core:
         self.runner = runner
         self._overlap = overlap
         self._profiler = Profiler(runner.tracer, profiler_dir)
-        self._commands = Commands(scheduler, runner, info, self._profiler, random_seed)
+        self._commands = Commands(scheduler, info, self._profiler, random_seed)
         self._statistics = Statistics(scheduler, decode_log_interval)
         self._in_flight: Flight | None = None
 
@@ -62,8 +62,8 @@ class Core:
         self._commands.handle(command)
 
     def step(self) -> list[Event]:
-        """Plan and launch a step, then collect the one before it (or itself, without overlap). Returns the answers to
-        commands, and one StepOutput if there is anything to say."""
+        """Plan and launch a step, then collect the one before it (or itself, without overlap). Return the answers to
+        commands, and one StepOutput if there is anything to report."""
         events, aborted = self._commands.take_answers()
         output = StepOutput(finished=aborted) if aborted else None
         with self._profiler.step():
@@ -75,15 +75,15 @@ class Core:
         if launched is not None:
             self._profiler.collected()
         if not self.busy:
-            self._statistics.pause()
+            self._statistics.speed.pause()
             self.scheduler.check_invariants()
-        if self._statistics.are_due(idle=not self.busy):
-            stats = self._statistics.take(self.runner.compiles_after_ready)
+        stats = self._statistics.take_due(self.runner.compiles_after_ready, idle=not self.busy)
+        if stats is not None:
             output = msgspec.structs.replace(output or StepOutput(), stats=stats)
         return events if output is None else [*events, output]
 
     def close(self, reason: str = "") -> None:
-        """Nothing comes after this; a profile that still runs is written."""
+        """End the core, and write a profile that still runs. Nothing may be called afterwards."""
         self._profiler.close()
 
     def _launch(self) -> Flight | None:
@@ -99,13 +99,13 @@ class Core:
         return launched
 
     def _collect(self, flight: Flight, aborted: list[Finished]) -> StepOutput:
-        """Wait for a launched step; its tokens, and who finished besides those aborted."""
+        """Wait for a launched step, and return its tokens and the requests that finished in it or were aborted."""
         plan = flight.plan
         with self._profiler.stage("collect"):
             tokens = flight.collect()
         with self._profiler.stage("process"):
             step = self.scheduler.process(plan, tokens)
-        self._statistics.count(len(step.tokens))
+        self._statistics.speed.count(len(step.tokens))
         if tokens.prompt_logprobs is not None:
             gather_prompt_scores(plan, step.scored, tokens.prompt_logprobs)
         return StepOutput(

@@ -1,4 +1,4 @@
-"""The in-process API: the engine core in a thread, and calls that need no server.
+"""In-process API: the engine core in a thread, and calls that need no server.
 
 with sgl_jax.Engine(model_path="…") as engine:
     print(engine.generate("Once upon a time", {"max_new_tokens": 32})["text"])
@@ -14,17 +14,14 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequen
 from typing import Any, Self
 
 from sgl_jax.engine.generation import EngineFailed
-from sgl_jax.engine.job import Job, make_job
 from sgl_jax.engine.loop import EngineCore
-from sgl_jax.engine.messages import EngineInfo, MachineLimits, ProfileStatus, Stats
+from sgl_jax.engine.messages import EngineInfo, ProfileStatus, Stats
+from sgl_jax.engine.native_call import NativeCall, Reply, native_call
 from sgl_jax.engine.native_params import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
-from sgl_jax.request import Json
 from sgl_jax.settings.flags import Setting
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
-
-type Reply = dict[str, Json]  # {"text", "output_ids", "meta_info"}
 
 
 class Engine:
@@ -50,48 +47,36 @@ class Engine:
 
             return build_core(args)
 
-        def tokenizer() -> Tokenizer:
-            return load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
-
+        tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
         self._start(build, tokenizer, args.stream_interval, args.max_queued_requests)
 
     @classmethod
     def from_core(cls, build_core: Callable[[], EngineCore], tokenizer: Tokenizer) -> Self:
-        """An engine around a given core; `build_core` is called in the engine's thread."""
+        """Make an engine around a given core; `build_core` is called in the engine's thread."""
         engine = cls.__new__(cls)
-        engine._start(build_core, lambda: tokenizer)
+        engine._start(build_core, tokenizer)
         return engine
 
     def _start(
         self,
         build_core: Callable[[], EngineCore],
-        tokenizer: Callable[[], Tokenizer],
+        tokenizer: Tokenizer,
         stream_interval: int = 1,
-        max_queued_requests: int | None = None,
+        max_queued: int | None = None,
     ) -> None:
+        self.tokenizer = tokenizer
         self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sgl-jax-api", daemon=True)
         self._thread.start()
         try:
-            self.tokenizer = tokenizer()
-            self._service = self._call(self._open(build_core, stream_interval, max_queued_requests))
+            transport = ThreadTransport(build_core)
+            self._service = GenerationService(transport, tokenizer, stream_interval, max_queued)
+            self._call(self._service.start())
+            self._service.open()
         except BaseException:
             self._stop_loop()
             raise
-
-    async def _open(
-        self, build_core: Callable[[], EngineCore], stream_interval: int, max_queued_requests: int | None
-    ) -> GenerationService:
-        service = GenerationService(
-            ThreadTransport(build_core),
-            self.tokenizer,
-            stream_interval=stream_interval,
-            max_queued_requests=max_queued_requests,
-        )
-        await service.start()
-        service.open()
-        return service
 
     @property
     def info(self) -> EngineInfo:
@@ -99,7 +84,7 @@ class Engine:
 
     @property
     def stats(self) -> Stats:
-        """Load and totals as the engine last told them: several times a second, and when it falls idle."""
+        """Load and totals as the engine last reported them: several times a second, and when it falls idle."""
         return self._service.stats
 
     def generate(
@@ -115,24 +100,13 @@ class Engine:
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
     ) -> Reply | list[Reply] | Iterator[Reply]:
-        """Returns one answer for one prompt, a list for a list or for n > 1. With `stream`, an iterator of growing answers.
+        """Return an answer for one prompt, a list for a list or n > 1; with `stream` an iterator of growing answers.
 
-        Streamed answers of several prompts or choices carry their place in the list as "index".
+        Streamed answers of several prompts or choices carry their index in that list as "index".
         """
-        job = make_job(
-            self.tokenizer,
-            prompt,
-            input_ids,
-            sampling_params,
-            rid,
-            LogprobOptions(
-                return_logprob=return_logprob,
-                top_logprobs_num=top_logprobs_num,
-                logprob_start_len=logprob_start_len,
-                return_text_in_logprobs=return_text_in_logprobs,
-            ),
-        )
-        return self._iterate(job) if stream else self._call(job.result(self._service))
+        options = LogprobOptions(return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs)
+        call = native_call(self.tokenizer, prompt, input_ids, sampling_params, rid, options)
+        return self._iterate(call) if stream else self._call(call.result(self._service))
 
     async def async_generate(
         self,
@@ -147,29 +121,24 @@ class Engine:
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
     ) -> Reply | list[Reply] | AsyncIterator[Reply]:
-        """Does as `generate`, for asyncio and in any loop; with `stream` the awaited value is an async iterator."""
-        options = LogprobOptions(
-            return_logprob=return_logprob,
-            top_logprobs_num=top_logprobs_num,
-            logprob_start_len=logprob_start_len,
-            return_text_in_logprobs=return_text_in_logprobs,
-        )
-        job = make_job(self.tokenizer, prompt, input_ids, sampling_params, rid, options)
+        """Do as `generate` does, for asyncio and in any loop; with `stream` the awaited value is an async iterator."""
+        options = LogprobOptions(return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs)
+        call = native_call(self.tokenizer, prompt, input_ids, sampling_params, rid, options)
         if stream:
-            return self._aiterate(job)
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(job.result(self._service), self._live_loop()))
+            return self._aiterate(call)
+        return await asyncio.wrap_future(self._submit(call.result(self._service)))
 
     def abort(self, rid: str) -> None:
-        """The request with this id ends with finish reason "abort"."""
-        self._live_loop().call_soon_threadsafe(self._service.abort, rid)
+        """End the request with this id; its finish reason is "abort"."""
+
+        async def abort() -> int:
+            return self._service.abort(rid)
+
+        self._call(abort())
 
     def flush_cache(self) -> int:
-        """Drops cached prefixes no request uses; returns how many pages became free."""
+        """Drop the cached prefixes that no request uses, and return how many pages became free."""
         return self._call(self._service.flush_cache())
-
-    def measure_limits(self) -> MachineLimits:
-        """Measures what the devices can do, in seconds. Raises Conflict while there are requests."""
-        return self._call(self._service.measure_limits())
 
     def start_profile(
         self,
@@ -179,22 +148,22 @@ class Engine:
         host_tracer_level: int | None = None,
         python_tracer_level: int | None = None,
     ) -> ProfileStatus:
-        """Records what engine and device do, until stop_profile or for num_steps steps (docs/features/profiling.md).
+        """Record what engine and device do, until stop_profile or for num_steps steps (docs/features/profiling.md).
 
         Raises Conflict if a profile runs already, InvalidParameter for a folder that cannot be written.
         """
         return self._call(self._service.start_profile(output_dir, num_steps, host_tracer_level, python_tracer_level))
 
     def stop_profile(self) -> ProfileStatus:
-        """Ends the profile; the status names its files. Raises Conflict if none runs."""
+        """End the profile; the status names its files. Raises Conflict if none runs."""
         return self._call(self._service.stop_profile())
 
     def profile_status(self) -> ProfileStatus:
-        """Returns the state of the profile that runs, or of the last one."""
+        """Return the state of the profile that runs, or of the last one."""
         return self._call(self._service.profile_status())
 
     def shutdown(self) -> None:
-        """Ends the engine; running requests fail. May be called twice."""
+        """End the engine; running requests fail. May be called twice."""
         if self._closed:
             return
         self._call(self._service.close())
@@ -212,28 +181,19 @@ class Engine:
         self._thread.join()
         self._loop.close()
 
-    def _live_loop(self) -> asyncio.AbstractEventLoop:
+    def _submit[T](self, work: Coroutine[object, None, T]) -> concurrent.futures.Future[T]:
+        """Start the work in the loop that owns the service."""
         if self._closed:
+            work.close()  # or Python warns that it was never awaited
             raise EngineFailed("the engine was shut down")
-        return self._loop
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
-    def _call[T](self, work: Coroutine[Any, Any, T]) -> T:
-        try:
-            loop = self._live_loop()
-        except EngineFailed:
-            work.close()
-            raise
-        return asyncio.run_coroutine_threadsafe(work, loop).result()
+    def _call[T](self, work: Coroutine[object, None, T]) -> T:
+        return self._submit(work).result()
 
-    def _iterate(self, job: Job) -> Iterator[dict[str, Json]]:
-        found: queue.SimpleQueue[dict[str, Json] | None] = queue.SimpleQueue()
-
-        async def pump() -> None:
-            async for answer in job.stream(self._service):
-                found.put(answer)
-
-        future = asyncio.run_coroutine_threadsafe(pump(), self._live_loop())
-        future.add_done_callback(lambda _: found.put(None))
+    def _iterate(self, call: NativeCall) -> Iterator[Reply]:
+        found: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
+        future = self._pump(call, found.put)
         try:
             while (answer := found.get()) is not None:
                 yield answer
@@ -241,23 +201,29 @@ class Engine:
         finally:
             future.cancel()
 
-    async def _aiterate(self, job: Job) -> AsyncIterator[dict[str, Json]]:
-        found: asyncio.Queue[dict[str, Json] | None] = asyncio.Queue()
-        mine = asyncio.get_running_loop()
+    async def _aiterate(self, call: NativeCall) -> AsyncIterator[Reply]:
+        found: asyncio.Queue[Reply | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
 
-        async def pump() -> None:
-            async for answer in job.stream(self._service):
-                mine.call_soon_threadsafe(found.put_nowait, answer)
+        def put(answer: Reply | None) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(found.put_nowait, answer)
 
-        def ended(_: concurrent.futures.Future[None]) -> None:
-            if not mine.is_closed():
-                mine.call_soon_threadsafe(found.put_nowait, None)
-
-        future = asyncio.run_coroutine_threadsafe(pump(), self._live_loop())
-        future.add_done_callback(ended)
+        future = self._pump(call, put)
         try:
             while (answer := await found.get()) is not None:
                 yield answer
             future.result()
         finally:
             future.cancel()
+
+    def _pump(self, call: NativeCall, put: Callable[[Reply | None], None]) -> concurrent.futures.Future[None]:
+        """Start a stream: `put` is called in another thread with each answer, and with None at the end."""
+
+        async def pump() -> None:
+            async for answer in call.stream(self._service.submit(call.requests, stream=True)):
+                put(answer)
+
+        future = self._submit(pump())
+        future.add_done_callback(lambda _: put(None))
+        return future

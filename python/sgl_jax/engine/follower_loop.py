@@ -1,6 +1,6 @@
-"""The engine on a machine that is not the first: it loads its share of the model and runs what machine 0 tells it to.
+"""The engine on every host but host 0: it loads its shard of the model and runs the programs that host 0 announces.
 
-It has no HTTP server, no scheduler and no tokenizer. It ends with machine 0, and machine 0 with it.
+It has no HTTP server, no scheduler and no tokenizer. It ends with host 0, and host 0 ends with it.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def follow(args: ServerArgs) -> NoReturn:
-    """Works until machine 0 ends, then exits: with 0 if it ended as it should and after a signal, else with 1."""
-    # A thread that is blocked in a collective runs no signal handler, so another one waits for signals. Threads inherit
-    # the mask: it is set before any library starts one.
+    """Work until host 0 ends, then exit: with 0 after a signal or if host 0 ended as it should, else with 1."""
+    # A thread that is blocked in a collective runs no signal handler, so a thread of its own waits for signals. Threads
+    # inherit the mask, which is therefore set before any library starts one.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     hosts: list[Follower] = []
     threading.Thread(target=_end_on_signal, args=(hosts,), name="sgl-jax-signals", daemon=True).start()
@@ -36,20 +36,20 @@ def follow(args: ServerArgs) -> NoReturn:
     from sgl_jax.engine.startup import build_device_side
 
     try:
-        hosts.append(follow_leader(args, _die))  # from here on machine 0 is told why this one ends
+        hosts.append(follow_leader(args, _die))  # from here on host 0 is told why this host ends
         logger.info("Connected to host 0 at %s as node rank %d", args.dist_init_addr, args.node_rank)
         unite(args, hosts[0])
         runner = build_device_side(args, hosts[0]).runner
-        logger.info("Ready: this machine runs what machine 0 tells it to")
+        logger.info("Ready: this host runs what host 0 tells it to")
         for program, vector, source in hosts[0].runs():
             runner.execute(program, vector, source)
     except Exception as error:
-        if not isinstance(error, ValueError | OSError):  # those are for the user to mend
+        if not isinstance(error, ValueError | OSError):  # which are for the user to mend
             logger.exception("the engine failed")
         for each in hosts:
             each.close(one_line(error))
         _die(one_line(error))
-    logger.info("Machine 0 has ended")
+    logger.info("Host 0 has ended")
     _exit(OK)
 
 
@@ -67,7 +67,7 @@ def _die(reason: str) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    # Threads may be inside a device runtime, or in a collective that never ends.
+    # Threads may be inside a device runtime, or in a collective that never ends, so nothing waits for them.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

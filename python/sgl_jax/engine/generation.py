@@ -1,12 +1,12 @@
-"""Requests on the API side: what is asked, what comes back, and the state of each choice in between."""
+"""Requests on the API side, the updates that answer them, and the state of each choice in between."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, Self
 
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.request import FinishReason, InvalidParameter, Names, SamplingParams
@@ -14,8 +14,8 @@ from sgl_jax.text.detokenizer import Detokenizer
 
 _ONLY_WHEN_FINISHED = 1 << 62
 
-type Outcome = Literal["stop", "length", "abort"]
-type Drop = Callable[[Iterable[int], Outcome], None]
+type FinishType = Literal["stop", "length", "abort"]
+type Drop = Callable[[Iterable[int], FinishType], None]
 
 
 class ServiceUnavailable(RuntimeError):
@@ -27,7 +27,7 @@ class QueueFull(RuntimeError):
 
 
 class Conflict(RuntimeError):
-    """The engine is in no state for the command."""
+    """The state of the engine does not allow the command."""
 
 
 class EngineFailed(RuntimeError):
@@ -43,38 +43,26 @@ class DuplicateRequestId(InvalidParameter):
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
-    """Sampling parameters as a request gave them."""
-
-    params: SamplingParams
-    names: Names = field(default_factory=dict)
-    score_only: bool = False  # the prompt's logprobs are wanted, nothing is to be generated
-    in_range: bool = False  # each number has been compared with its limits
-
-
-@dataclass(slots=True)
 class GenerationRequest:
-    """One prompt. `params.n` choices of it are generated."""
+    """One prompt, of which `params.n` choices are generated. While parameters are read the prompt is empty."""
 
     prompt_ids: list[int]
     params: SamplingParams
-    request_id: str = ""  # made up when empty
+    request_id: str = ""  # empty: one is generated
     namespace: str = ""
     names: Names = field(default_factory=dict)  # for error messages; "prompt" among them
-    score_only: bool = False
-    in_range: bool = False
+    score_only: bool = False  # only the prompt's logprobs are wanted
+    in_range: bool = False  # each number has been compared with its limits
 
-    @classmethod
-    def of(
-        cls, prompt_ids: list[int], prompt_name: str, given: Given, request_id: str, namespace: str
-    ) -> GenerationRequest:
-        names = {**given.names, "prompt": prompt_name}
-        return cls(prompt_ids, given.params, request_id, namespace, names, given.score_only, given.in_range)
+    def for_prompt(self, ids: list[int], name: str, request_id: str | None, namespace: str | None) -> Self:
+        """Return this request for a prompt that the user gave under `name`."""
+        names = {**self.names, "prompt": name}
+        return replace(self, prompt_ids=ids, request_id=request_id or "", namespace=namespace or "", names=names)
 
 
 @dataclass(slots=True)
 class Update:
-    """News of one choice. A choice's last update has `finish`."""
+    """Text and tokens that a choice has gained. Its last update has `finish`."""
 
     prompt: int  # index of its request among those submitted together
     choice: int  # 0 <= choice < n
@@ -88,7 +76,7 @@ class Update:
 
 @dataclass(eq=False, slots=True)
 class Choice:
-    """One request of the engine. Tokens gather here until `take` turns them into text."""
+    """One choice of a request; to the engine it is a request. Gathers tokens until `take` makes text of them."""
 
     key: int
     prompt: int  # index of its request in the generation
@@ -112,7 +100,7 @@ class Choice:
             self.stream_interval = self.wake_at
 
     def take(self) -> Update | None:
-        """Turns the tokens that came into an update; None if they are too few for one."""
+        """Turn the gathered tokens into an update; None if they are too few for one."""
         tokens, reason = self.tokens, self.reason
         if reason is None and len(tokens) < self.wake_at:
             return None
@@ -127,7 +115,7 @@ class Choice:
         text, used = detokenizer.push(shown)
         if reason is not None and detokenizer.matched is None:
             text += detokenizer.finish()
-        if self.request.score_only:  # the engine makes a token all the same
+        if self.request.score_only:  # the engine has generated one token all the same
             text, tokens, logprobs = "", [], []
             if reason is not None and reason.type != "abort":
                 reason = FinishReason("length")
@@ -138,9 +126,9 @@ class Choice:
 
 
 class Generation:
-    """Requests submitted together and their choices. Iterate `updates()` once; leaving it early aborts the rest.
+    """Requests submitted together, and their choices. Iterate `updates()` once; leaving it early aborts the rest.
 
-    `drop` tells the engine that nobody waits for these keys any more; keys that it has finished with are ignored.
+    `drop` tells the engine that nobody waits for the choices with these keys; those that have finished are ignored.
     """
 
     def __init__(self, requests: list[GenerationRequest], stream: bool, drop: Drop):
@@ -153,8 +141,7 @@ class Generation:
         self.error: Exception | None = None
 
     async def updates(self) -> AsyncIterator[list[Update]]:
-        """Yields what came since the last turn, at most one update per choice. Raises EngineFailed or
-        ServiceUnavailable."""
+        """Yield the updates since the last turn, at most one per choice. Raises EngineFailed or ServiceUnavailable."""
         try:
             while self.open:
                 await self.wake.wait()
@@ -174,12 +161,12 @@ class Generation:
                 found.append(update)
             if update is None or update.finish is None:
                 still_open.append(choice)
-            elif choice.reason is None:  # a stop string matched, of which the engine does not know
+            elif choice.reason is None:  # a stop string, which the engine does not know, has matched
                 self._drop([choice.key], "stop")
         self.open = still_open
         return found
 
     def abort(self) -> None:
-        """Stops what still runs. Nothing more comes out of `updates`."""
+        """Stop the choices that still run. `updates` yields nothing more."""
         self._drop([choice.key for choice in self.open], "abort")
         self.open = []

@@ -1,4 +1,4 @@
-"""The engine over several machines: how each finds the others, and the core of the one that leads."""
+"""An engine over several hosts: how each host finds the others, and the core of host 0."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import contextlib
 from collections.abc import Callable
 from typing import NoReturn
 
-import numpy as np
-
 from sgl_jax.engine.core import Core
-from sgl_jax.engine.messages import Command, EngineInfo, Event
+from sgl_jax.engine.messages import Command, Event
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.multihost.address import LOOPBACK, parse_address
 from sgl_jax.multihost.follower import Follower, connect
@@ -19,37 +17,25 @@ from sgl_jax.multihost.wire import Identity
 from sgl_jax.parallel.processes import join_processes
 from sgl_jax.settings.server_args import ServerArgs
 
-# Ends the process at once and says why, from any thread: the engine's own may hang in a collective.
+# Ends the process with a reason, at once and from any thread, since the engine's own may hang in a collective.
 type Die = Callable[[str], NoReturn]
 
 
-class Alone:
-    """Stands in for Leader and Follower in an engine on one machine."""
-
-    def agree(self, value: int) -> int:
-        return value
-
-    def announce(self, program: str, vector: np.ndarray, source: str = "") -> None:
-        """There is nobody to tell."""
-
-
 def lead(args: ServerArgs, die: Die) -> Leader:
-    """Machine 0 waits until all others are there. Raises ValueError."""
-    address = parse_address(args.dist_init_addr or "")
-    leader = Leader(address, args.nnodes, _identity(args), args.dist_token or "", die)
+    """Wait, on host 0, until all other hosts are there. Raises ValueError."""
+    leader = Leader(parse_address(args.dist_init_addr or ""), args.nnodes, _identity(args), args.dist_token or "", die)
     leader.gather(args.dist_timeout)
     return leader
 
 
 def follow_leader(args: ServerArgs, die: Die) -> Follower:
-    """Another machine finds machine 0, which accepts it. Raises ValueError."""
-    address = parse_address(args.dist_init_addr or "")
-    identity = _identity(args)
+    """Connect any other host to host 0, and wait until host 0 accepts it. Raises ValueError."""
+    address, identity = parse_address(args.dist_init_addr or ""), _identity(args)
     return Follower(connect(address, args.node_rank, identity, args.dist_token or "", args.dist_timeout), die)
 
 
 def unite(args: ServerArgs, hosts: Leader | Follower) -> None:
-    """Every machine calls it when all are there: jax is one over all of them then."""
+    """Make jax one program over the devices of all hosts. Every host calls it, when all are there."""
     bind = parse_address(args.dist_init_addr or "").next_port()
     coordinator = bind
     if isinstance(hosts, Follower):
@@ -66,14 +52,11 @@ def _identity(args: ServerArgs) -> Identity:
 
 
 class LeadingCore:
-    """A core whose programs run on other machines, too: it ends with them, and they with it."""
+    """The core of host 0. Other hosts run its programs, too: it ends with them, and they end with it."""
 
     def __init__(self, core: Core, leader: Leader):
         self._core, self._leader = core, leader
-
-    @property
-    def info(self) -> EngineInfo:
-        return self._core.info
+        self.info = core.info
 
     @property
     def busy(self) -> bool:

@@ -1,5 +1,5 @@
-"""The decisions of a launch before any weight is read: sizes, limits and buckets, from the flags, the model and a device's
-memory. The same decisions are made for devices that are not here (`sgl_jax.compile`)."""
+"""Decisions of a launch before any weight is read: sizes, limits and buckets, from the flags, the model and a device's
+memory. `sgl_jax.compile` makes the same decisions for devices that this host does not have."""
 
 from __future__ import annotations
 
@@ -23,15 +23,17 @@ from sgl_jax.settings.server_args import ServerArgs
 
 @dataclasses.dataclass(frozen=True)
 class LaunchPlan:
+    """Sizes and limits of an engine."""
+
     grid: Grid
-    weight_bytes: int  # of each device
+    weight_bytes: int  # on each device
     memory: MemoryPlan  # of each device
     runner_config: RunnerConfig
     scheduler_config: SchedulerConfig
 
     @property
     def kv_tokens(self) -> int:
-        """Tokens of KV that requests can use, on all data ranks."""
+        """Tokens of KV that requests can use, on all data ranks together."""
         return self.memory.num_tokens * self.grid.data
 
 
@@ -44,11 +46,10 @@ def plan_launch(
     stored_dtype: str | None,
     device_bytes: int,
 ) -> LaunchPlan:
-    """Decide a launch; `stored_dtype` is that of the checkpoint. Raises ValueError, naming the flag, for what cannot be
-    honoured."""
+    """Decide a launch; `stored_dtype` is the checkpoint's. Raises ValueError for a flag that cannot be honoured."""
     grid = grid_of(args)
     _check_model(args, model, grid)
-    share = model.share(grid)
+    share = model.share(grid)  # the shard of each device
     dtype = _dtype(args, stored_dtype, platform)
     pool = pool_of(share, kernels.attention, dtype)
     page_size = _page_size(args, platform, kernels, pool)
@@ -96,7 +97,7 @@ def plan_launch(
 
 
 def _page_size(args: ServerArgs, platform: Platform, kernels: Kernels, pool: Pool) -> int:
-    """Tokens of a page: as asked, or as the backend or the platform likes, rounded up to what the backend can use."""
+    """Return tokens per page: --page-size, else the backend's or the platform's, as a multiple of the backend's."""
     multiple = kernels.attention.page_multiple(np.dtype(pool.dtype))
     wanted = args.page_size or kernels.attention.page_size or platform.page_size
     return -(-wanted // multiple) * multiple
@@ -104,17 +105,13 @@ def _page_size(args: ServerArgs, platform: Platform, kernels: Kernels, pool: Poo
 
 def _check_model(args: ServerArgs, model: DecoderConfig, grid: Grid) -> None:
     if len(model.eos_token_ids) > MAX_EOS_TOKENS:
-        raise ValueError(
-            f"the model has {len(model.eos_token_ids)} end-of-sequence tokens; at most {MAX_EOS_TOKENS} fit"
-        )
-    if args.context_length is not None and args.context_length > model.context_length:
-        raise ValueError(
-            f"--context-length is {args.context_length}; the model was made for {model.context_length} tokens at most"
-        )
-    if (args.max_running_requests or 0) % grid.data:
-        raise ValueError(
-            f"--max-running-requests is {args.max_running_requests}; it must be a multiple of --dp-size {grid.data}"
-        )
+        count = len(model.eos_token_ids)
+        raise ValueError(f"the model has {count} end-of-sequence tokens; at most {MAX_EOS_TOKENS} fit")
+    if (length := args.context_length) is not None and length > model.context_length:
+        most = model.context_length
+        raise ValueError(f"--context-length is {length}; the model was made for {most} tokens at most")
+    if (rows := args.max_running_requests or 0) % grid.data:
+        raise ValueError(f"--max-running-requests is {rows}; it must be a multiple of --dp-size {grid.data}")
 
 
 def _check_pool(args: ServerArgs, memory: MemoryPlan, page_size: int, grid: Grid) -> None:
@@ -125,13 +122,13 @@ def _check_pool(args: ServerArgs, memory: MemoryPlan, page_size: int, grid: Grid
     ):
         if value is not None and value > most:
             raise ValueError(
-                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} allows {most}; "
-                f"lower it, or raise --max-total-tokens or --mem-fraction-static"
+                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} "
+                f"allows {most}; lower it, or raise --max-total-tokens or --mem-fraction-static"
             )
 
 
 def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:
-    """The dtype asked for; on auto the one the weights were saved in, where the platform computes in it."""
+    """Return --dtype; for auto the dtype of the stored weights, where the platform computes in it."""
     if args.dtype != "auto":
         return args.dtype
     return "float32" if stored == "float32" else platform.dtype
@@ -142,7 +139,7 @@ def grid_of(args: ServerArgs) -> Grid:
 
 
 def _prefill_tokens(args: ServerArgs, platform: Platform, context_length: int, num_ranks: int) -> int:
-    """The prompt tokens a data rank computes at most in a step, whether of one prompt or several."""
+    """Return the most prompt tokens, of one prompt or several, that a data rank computes in a step."""
     chunk = args.chunked_prefill_size or platform.chunked_prefill_size
     if chunk == -1:
         chunk = args.max_prefill_tokens

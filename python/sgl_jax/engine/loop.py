@@ -1,13 +1,18 @@
-"""The engine's loop: commands in, one step, events out. It knows nothing of devices, processes or sockets."""
+"""Engine loop: commands in, one step, events out. It knows nothing of devices, processes or sockets."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from sgl_jax.engine.messages import Command, EngineDied, EngineInfo, Event, Ready, Shutdown
 
 logger = logging.getLogger(__name__)
+
+# `receive(block)` returns the next command; without `block` None if there is none.
+type Receive = Callable[[bool], Command | None]
+type Send = Callable[[Event], None]
 
 
 class EngineCore(Protocol):
@@ -19,56 +24,42 @@ class EngineCore(Protocol):
     @property
     def busy(self) -> bool:
         """Whether `step` has work: requests to run, a step in flight, or events not yet handed out."""
-        ...
 
     def handle(self, command: Command) -> None:
-        """Takes a command in. What it produces at once (an abort's Finished) comes out of the next `step`."""
-        ...
+        """Take a command in. Events that it produces at once (an abort's Finished) come out of the next `step`."""
 
     def step(self) -> list[Event]:
-        """One iteration: plan, dispatch, collect the step before. Also returns the events kept by `handle`."""
-        ...
+        """Plan and dispatch a step and collect the one before. Returns its events and those kept by `handle`."""
 
     def close(self, reason: str = "") -> None:
-        """The last call: nothing comes after it. `reason`: why the engine failed; empty when it was told to leave."""
-        ...
+        """End the core; nothing is called after it. `reason`: why the engine failed; empty: it was told to leave."""
 
 
-class Inbox(Protocol):
-    def get(self, block: bool) -> Command | None:
-        """The next command. Without `block`, None when there is none."""
-        ...
-
-
-class Outbox(Protocol):
-    def send(self, event: Event) -> None: ...
-
-
-def run(core: EngineCore, inbox: Inbox, outbox: Outbox) -> None:
-    """Serves commands until Shutdown. Idle, it is blocked on the inbox; an error is sent as EngineDied and raised."""
+def run(core: EngineCore, receive: Receive, send: Send) -> None:
+    """Serve commands until Shutdown, blocked in `receive` while idle. An error is sent as EngineDied and raised."""
     reason = ""
     try:
-        outbox.send(Ready(core.info))
+        send(Ready(core.info))
         while True:
-            command = inbox.get(block=not core.busy)
+            command = receive(not core.busy)
             while command is not None:
                 if isinstance(command, Shutdown):
                     return
                 core.handle(command)
-                command = inbox.get(block=False)
+                command = receive(False)
             for event in core.step():
-                outbox.send(event)
+                send(event)
     except Exception as error:
         logger.exception("the engine failed")
         reason = one_line(error)
-        outbox.send(EngineDied(reason))
+        send(EngineDied(reason))
         raise
     finally:
         core.close(reason)
 
 
 def one_line(error: BaseException) -> str:
-    """The error as a user should read it: the first line of its message, with its type where that says more."""
+    """Return the first line of the error's message, for the user, with the type of the error where that says more."""
     text = str(error).strip().split("\n")[0]
     if isinstance(error, ValueError | OSError) and text:
         return text

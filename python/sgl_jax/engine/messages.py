@@ -1,4 +1,4 @@
-"""Typed messages between the API side and the engine side (a thread or a process), encoded as msgpack, never pickled.
+"""Messages between the API side and the engine side (a thread or a process), encoded as msgpack, never pickled.
 
 A request is named by an int key on the wire, unique within one API process; its public id stays with the API side.
 """
@@ -11,10 +11,13 @@ from sgl_jax.request import FinishReason, SamplingParams
 
 
 class _Message(msgspec.Struct, tag=True, frozen=True, omit_defaults=True):
-    pass
+    """Map that names its type."""
 
 
-# --- API side -> engine ---------------------------------------------------------------------------------------------
+class _CallMessage(_Message, frozen=True):
+    """Command that is answered, or its answer, which has the same number."""
+
+    call: int
 
 
 class Generate(_Message, frozen=True):
@@ -32,54 +35,36 @@ class Abort(_Message, frozen=True):
     keys: list[int]
 
 
-class FlushCache(_Message, frozen=True):
-    """Drop every cached prefix that no running request holds. Answered by CacheFlushed with the same call."""
-
-    call: int
+class FlushCache(_CallMessage, frozen=True):
+    """Drop every cached prefix that no running request holds. Answered by CacheFlushed."""
 
 
-class MeasureLimits(_Message, frozen=True):
-    """Measure what the engine's devices can do; takes seconds, in which nothing else runs.
-
-    Answered by LimitsMeasured with the same call, or by Refused while there are requests.
-    """
-
-    call: int
-
-
-class StartProfile(_Message, frozen=True):
+class StartProfile(_CallMessage, frozen=True):
     """Record what engine and device do. Answered by ProfileAnswer, or by Refused if a profile runs already."""
 
-    call: int
     output_dir: str | None = None  # None: --profiler-dir, else a new folder
     num_steps: int | None = None  # the profile ends by itself after so many complete steps; None: when it is stopped
-    host_tracer_level: int | None = None  # JAX's: 0, nothing of the host, to 3, everything; None: 2
+    host_tracer_level: int | None = None  # JAX's, from 0 (nothing of the host) to 3 (everything); None: 2
     python_tracer_level: int | None = None  # 1: every Python call; None: 0
 
 
-class StopProfile(_Message, frozen=True):
+class StopProfile(_CallMessage, frozen=True):
     """End the profile and write it. Answered by ProfileAnswer, or by Refused if none runs."""
 
-    call: int
 
-
-class GetProfile(_Message, frozen=True):
-    """Answered by ProfileAnswer."""
-
-    call: int
+class GetProfile(_CallMessage, frozen=True):
+    """Ask for the state of the profile. Answered by ProfileAnswer."""
 
 
 class Shutdown(_Message, frozen=True):
     """Leave the loop at once; running requests are dropped. The API side drains before it sends this."""
 
 
-Command = Generate | Abort | FlushCache | MeasureLimits | StartProfile | StopProfile | GetProfile | Shutdown
-
-# --- engine -> API side ---------------------------------------------------------------------------------------------
+Command = Generate | Abort | FlushCache | StartProfile | StopProfile | GetProfile | Shutdown
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
-    """Settings that the engine resolved at start: sent once, in Ready."""
+    """Settings as the engine resolved them at start: sent once, in Ready."""
 
     model_path: str
     architecture: str
@@ -88,16 +73,16 @@ class EngineInfo(msgspec.Struct, frozen=True):
     device_kind: str
     num_devices: int
     vocab_size: int
-    context_length: int  # tokens of prompt plus output one request may hold
+    context_length: int  # tokens of prompt plus output that one request may have
     eos_token_ids: list[int]
     page_size: int
     max_total_tokens: int  # tokens of KV in the pool
     max_running_requests: int
     chunked_prefill_size: int
     num_programs: int
-    weight_bytes: int  # on the device
+    weight_bytes: int  # on all devices together
     kv_bytes_per_token: int
-    parameters_per_token: int  # parameters a token is multiplied with: all matrices, the head included, no embedding
+    parameters_per_token: int  # parameters that multiply a token: all matrices and the head, no embedding
     start_seconds: float
 
 
@@ -116,7 +101,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PromptScored(msgspec.Struct, frozen=True, array_like=True):
-    """Sent with a request's first token. `logprobs[0]` is None: nothing comes before the first prompt token."""
+    """Sent with a request's first token. `logprobs[0]` is None, since nothing comes before the first prompt token."""
 
     key: int
     num_cached_tokens: int
@@ -129,12 +114,12 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Gauges are of now; counters are totals since start."""
+    """Gauges, which are current values, and counters, which are totals since the start."""
 
     num_running: int = 0
     num_waiting: int = 0
     kv_usage: float = 0.0  # share of the pool's pages that are not free, cached prefixes not counted
-    cached_usage: float = 0.0  # share of the pool's pages that hold cached prefixes no request uses
+    cached_usage: float = 0.0  # share of the pool's pages with cached prefixes that no request uses
     gen_throughput: float = 0.0  # tokens/s over the last decode log interval
     prompt_tokens: int = 0
     cached_tokens: int = 0  # prompt tokens found in the prefix cache
@@ -155,27 +140,11 @@ class StepOutput(_Message, frozen=True):
     finished: list[Finished] = []
     prompts: list[PromptScored] = []
     logprobs: dict[int, TokenLogprobs] = {}  # by index into keys, for the requests that asked
-    stats: Stats | None = None  # now and then, and always when the engine falls idle
+    stats: Stats | None = None  # several times a second, and always when the engine falls idle
 
 
-class CacheFlushed(_Message, frozen=True):
-    call: int
+class CacheFlushed(_CallMessage, frozen=True):
     num_pages: int  # pages that became free
-
-
-class MachineLimits(msgspec.Struct, frozen=True):
-    """Rates of the engine's devices, all of them together, as measured."""
-
-    memory_gb_per_s: float  # reading, 1e9 bytes
-    matmul_tflop_per_s: float  # of `dtype`, 1e12 operations
-    dtype: str
-    device_kind: str
-    num_devices: int
-
-
-class LimitsMeasured(_Message, frozen=True):
-    call: int
-    limits: MachineLimits
 
 
 class ProfileStatus(msgspec.Struct, frozen=True):
@@ -184,23 +153,21 @@ class ProfileStatus(msgspec.Struct, frozen=True):
     running: bool = False
     output_dir: str = ""
     started_at: float = 0.0  # Unix time; 0: there has been none yet
-    num_steps: int | None = None  # as asked for
-    steps_done: int = 0  # complete steps in it
-    files: list[str] = []  # what the last one wrote
+    num_steps: int | None = None  # as requested; None: until it is stopped
+    steps_done: int = 0  # complete steps in the profile
+    files: list[str] = []  # written by the last profile
     error: str = ""  # why it could not be written
 
 
-class ProfileAnswer(_Message, frozen=True):
-    call: int
+class ProfileAnswer(_CallMessage, frozen=True):
     status: ProfileStatus
 
 
-class Refused(_Message, frozen=True):
-    """The answer to a command that the engine cannot carry out, now or at all."""
+class Refused(_CallMessage, frozen=True):
+    """Answer to a command that the engine cannot carry out, now or at all."""
 
-    call: int
     message: str
-    param: str = ""  # what was wrong with the command; empty: nothing, but it cannot be done now
+    param: str = ""  # the wrong field of the command; empty: it cannot be carried out now
 
 
 class EngineDied(_Message, frozen=True):
@@ -209,4 +176,4 @@ class EngineDied(_Message, frozen=True):
     message: str
 
 
-Event = Ready | StepOutput | CacheFlushed | LimitsMeasured | ProfileAnswer | Refused | EngineDied
+Event = Ready | StepOutput | CacheFlushed | ProfileAnswer | Refused | EngineDied

@@ -1,4 +1,4 @@
-"""The native request and answer format, which POST /generate and Engine.generate share.
+"""Native request and answer format, which POST /generate and Engine.generate share.
 
 Sampling parameters carry the names of the SGLang family (max_new_tokens, sampling_seed, …); answers are
 {"text", "output_ids", "meta_info"}, cumulative when streamed.
@@ -14,28 +14,20 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from sgl_jax.engine.generation import GenerationRequest, Given, Update
+from sgl_jax.engine.generation import GenerationRequest, Update
 from sgl_jax.engine.messages import TokenLogprobs
-from sgl_jax.request import (
-    Api,
-    FinishReason,
-    InvalidParameter,
-    Json,
-    Names,
-    SamplingParams,
-    parameters_of,
-)
+from sgl_jax.request import Api, FinishReason, InvalidParameter, Json, Names, SamplingParams, parameters_of
 from sgl_jax.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_NEW_TOKENS = 128
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf
 
-type Params = Mapping[str, Json] | SamplingParams | Given
+type Params = Mapping[str, Json] | SamplingParams | GenerationRequest
 
 
 @functools.cache
 def names_in(api: Api, cls: type[SamplingParams] = SamplingParams) -> tuple[Names, Names]:
-    """Returns our names by those of the API, and the API's preferred names by ours."""
+    """Return our names by those of the API, and the API's preferred names by ours."""
     parameters = parameters_of(cls)
     ours = {name: each.name for each in parameters for name in each.names(api)}
     return ours, {each.name: each.names(api)[0] for each in parameters if each.names(api)}
@@ -44,7 +36,7 @@ def names_in(api: Api, cls: type[SamplingParams] = SamplingParams) -> tuple[Name
 def in_our_names[T](
     given: Mapping[str, T], api: Api, cls: type[SamplingParams] = SamplingParams
 ) -> tuple[dict[str, T], Names]:
-    """Returns a request's values by our names, and the request's names by ours. None counts as not given.
+    """Return a request's values by our names, and the request's names by ours. None counts as not given.
 
     Raises InvalidParameter for a name that the API does not have, and for a parameter under two names.
     """
@@ -62,27 +54,29 @@ def in_our_names[T](
     return values, names
 
 
-def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingParams) -> Given:
-    """Reads parameters in the native names; max_new_tokens 0 only scores the prompt.
+def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:
+    """Read parameters in the native names; max_new_tokens 0 only scores the prompt.
 
     Raises InvalidParameter with the name as the user wrote it.
     """
-    if isinstance(params, Given):
+    if isinstance(params, GenerationRequest):
         return params
     if isinstance(params, SamplingParams):
-        return Given(params)
+        return GenerationRequest([], params)
     values, names = in_our_names(params or {}, "native", cls)
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = (stop,)
     values["max_tokens"], score_only = num_tokens(values.get("max_tokens"))
     try:
-        return Given(msgspec.convert(values, cls, str_keys=True), names, score_only)
+        read = msgspec.convert(values, cls, str_keys=True)
     except msgspec.ValidationError as error:
         raise _readable(error, names) from error
+    return GenerationRequest([], read, names=names, score_only=score_only)
 
 
 def num_tokens(max_tokens: Json) -> tuple[Json, bool]:
-    """Returns max_tokens for a native request's value, and whether no token is wanted: the engine makes one then."""
+    """Return max_tokens for a native request's value, and whether the prompt is only to be scored. The engine generates
+    one token even then."""
     if max_tokens is None:
         return DEFAULT_MAX_NEW_TOKENS, False
     score_only = max_tokens == 0 and max_tokens is not False
@@ -90,59 +84,53 @@ def num_tokens(max_tokens: Json) -> tuple[Json, bool]:
 
 
 def _readable(error: msgspec.ValidationError, names: Names) -> InvalidParameter:
-    """Takes apart msgspec's words: "Expected `float`, got `str` - at `$.temperature`", or "… at `key` in `$.logit_bias`"."""
+    """Convert msgspec's "Expected `float`, got `str` - at `$.temperature`", or "… at `key` in `$.logit_bias`"."""
     text = str(error).partition(" - at `")[0]
     path = re.search(r"\$\.(\w+)", str(error))
     name = names.get(path[1], path[1]) if path else "sampling_params"
     return InvalidParameter(name, f"{name}: {text}")
 
 
-class LogprobOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of a native request that are about logprobs."""
+class LogprobOptions(msgspec.Struct, frozen=True):
+    """Fields of a native request that concern logprobs."""
 
     return_logprob: bool = False
     top_logprobs_num: int = 0
     logprob_start_len: int = -1  # from this prompt token on; -1: only the output's
     return_text_in_logprobs: bool = False
 
-    def apply(self, given: Given, num_prompt_tokens: int) -> Given:
-        """Returns the parameters with these options; raises InvalidParameter."""
+    def apply(self, given: GenerationRequest, num_prompt_tokens: int) -> GenerationRequest:
+        """Return the request with these options. Raises InvalidParameter."""
         if not self.return_logprob:
             if self.top_logprobs_num:
                 raise InvalidParameter("top_logprobs_num", "top_logprobs_num needs return_logprob")
             return given
-        if not -1 <= self.logprob_start_len <= num_prompt_tokens:
-            raise InvalidParameter(
-                "logprob_start_len",
-                f"logprob_start_len is {self.logprob_start_len}; it must be -1 or within the {num_prompt_tokens} prompt tokens",
-            )
-        params = msgspec.structs.replace(
-            given.params,
-            logprobs=self.top_logprobs_num,
-            prompt_logprobs=None if self.logprob_start_len < 0 else self.top_logprobs_num,
-        )
+        if not -1 <= (start := self.logprob_start_len) <= num_prompt_tokens:
+            text = f"logprob_start_len is {start}; it must be -1 or within the {num_prompt_tokens} prompt tokens"
+            raise InvalidParameter("logprob_start_len", text)
+        top = self.top_logprobs_num
+        params = msgspec.structs.replace(given.params, logprobs=top, prompt_logprobs=None if start < 0 else top)
         names = {**given.names, "logprobs": "top_logprobs_num", "prompt_logprobs": "top_logprobs_num"}
         return dataclasses.replace(given, params=params, names=names)
 
 
-class Answer:
-    """One choice's answer, growing with each update."""
+class NativeAnswer:
+    """Answer of one choice, which grows with each update."""
 
-    def __init__(self, request: GenerationRequest, request_id: str, tokenizer: Tokenizer, options: LogprobOptions):
-        self.text = ""
-        self.output_ids: list[int] = []
-        self.finish: FinishReason | None = None
-        self._request, self._id = request, request_id
-        self._tokenizer, self._options = tokenizer, options
+    def __init__(self, request: GenerationRequest, tokenizer: Tokenizer, options: LogprobOptions):
+        self._request, self._options = request, options
+        self._text = ""
+        self._output_ids: list[int] = []
+        self._finish: FinishReason | None = None
         self._started = time.perf_counter()
         self._num_cached = 0
         self._output = _Scores(tokenizer, options)
         self._input = _Scores(tokenizer, options)
 
     def add(self, update: Update) -> None:
-        self.text += update.text
-        self.output_ids += update.token_ids
-        self.finish = update.finish
+        self._text += update.text
+        self._output_ids += update.token_ids
+        self._finish = update.finish
         self._num_cached = update.num_cached_tokens
         if self._options.return_logprob:
             self._output.extend(update.token_ids, update.logprobs)
@@ -152,10 +140,10 @@ class Answer:
 
     def to_dict(self) -> dict[str, Json]:
         meta: dict[str, Json] = {
-            "id": self._id,
-            "finish_reason": None if self.finish is None else finish_dict(self.finish, len(self.output_ids)),
+            "id": self._request.request_id,
+            "finish_reason": None if self._finish is None else finish_dict(self._finish, len(self._output_ids)),
             "prompt_tokens": len(self._request.prompt_ids),
-            "completion_tokens": len(self.output_ids),
+            "completion_tokens": len(self._output_ids),
             "cached_tokens": self._num_cached,
             "e2e_latency": time.perf_counter() - self._started,
         }
@@ -165,26 +153,26 @@ class Answer:
             if self._options.top_logprobs_num:
                 meta["input_top_logprobs"] = self._input.top
                 meta["output_top_logprobs"] = self._output.top
-        return {"text": self.text, "output_ids": list(self.output_ids), "meta_info": meta}
+        return {"text": self._text, "output_ids": list(self._output_ids), "meta_info": meta}
 
 
 class _Scores:
-    """Logprobs as [logprob, token id, text or None]."""
+    """Lists of [logprob, token id, text or None]: for each token, and for the best tokens in its stead."""
 
     def __init__(self, tokenizer: Tokenizer, options: LogprobOptions):
-        self._text = tokenizer.token_text if options.return_text_in_logprobs else lambda token: None
+        self._spell = tokenizer.token_text if options.return_text_in_logprobs else lambda token: None
         self.chosen: list[tuple[float | None, int, str | None]] = []
         self.top: list[list[tuple[float, int, str | None]] | None] = []
 
     def extend(self, tokens: Sequence[int], scores: Sequence[TokenLogprobs | None]) -> None:
         for token, score in zip(tokens, scores, strict=True):
             if score is None:
-                self.chosen.append((None, token, self._text(token)))
+                self.chosen.append((None, token, self._spell(token)))
                 self.top.append(None)
                 continue
-            self.chosen.append((finite(score.logprob), token, self._text(token)))
+            self.chosen.append((finite(score.logprob), token, self._spell(token)))
             best = zip(score.top_ids, score.top_logprobs, strict=True)
-            self.top.append([(finite(logprob), other, self._text(other)) for other, logprob in best])
+            self.top.append([(finite(logprob), other, self._spell(other)) for other, logprob in best])
 
 
 def finite(logprob: float) -> float:

@@ -1,7 +1,7 @@
-"""The engine process: started by the API process, it builds the engine core, runs its loop, and ends with its parent.
+"""Engine process: started by the API process, it builds the engine core, runs its loop, and ends with its parent.
 
 The parent writes one JSON line to the child's standard input and keeps the pipe open; when the pipe closes, the parent
-is gone. Signals are the parent's to decide on: SIGINT and SIGTERM, which a terminal or a container sends to both, are
+is gone. A terminal or a container sends SIGINT and SIGTERM to both processes: the parent acts on them, and they are
 ignored here.
 """
 
@@ -19,16 +19,21 @@ import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    import zmq
     from _typeshed import DataclassInstance
+
+    from sgl_jax.engine.loop import Receive, Send
 
 CORE_FACTORY = "sgl_jax.engine.startup:launch"
 FAILED = 1  # exit code
-LINGER_MS = 2000  # the last words of an engine that dies still get out
+LINGER_MS = 2000  # time for the last messages of an engine that dies to get out
 
 
 def spawn(server_args: DataclassInstance, core_factory: str, commands: str, events: str) -> subprocess.Popen[bytes]:
-    """`core_factory` is "module:function", called in the child with `server_args` and `die`: a function that ends the
-    child at once and sends its argument as the reason, whatever the other threads are at."""
+    """Start the engine process. `core_factory` is "module:function", called there with `server_args` and `die`.
+
+    `die` ends the process at once, from any thread, and sends its argument as the reason.
+    """
     kind = type(server_args)
     config = {
         "args_type": f"{kind.__module__}:{kind.__qualname__}",
@@ -54,25 +59,24 @@ def main() -> int:
 
     from sgl_jax.engine.loop import one_line, run
     from sgl_jax.engine.messages import EngineDied
-    from sgl_jax.engine.sockets import ZmqInbox, ZmqOutbox
     from sgl_jax.observability import log
 
     context: zmq.Context[Any] = zmq.Context()
-    inbox, outbox = ZmqInbox(context, config["commands"]), ZmqOutbox(context, config["events"])
+    receive, send = _receiver(context, config["commands"]), _sender(context, config["events"])
     try:
         server_args = _named(config["args_type"])(**config["args"])
         log.setup(server_args.log_level)
         core = _named(config["core_factory"])(server_args, functools.partial(_die, config["events"]))
     except Exception as error:
-        if not isinstance(error, ValueError | OSError):  # those are for the user to mend; anything else is ours
+        if not isinstance(error, ValueError | OSError):  # which are for the user to mend; anything else is ours
             import logging
 
             logging.getLogger(__name__).exception("the engine could not start")
-        outbox.send(EngineDied(one_line(error)))
+        send(EngineDied(one_line(error)))
         context.destroy(linger=LINGER_MS)
         return FAILED
     try:
-        run(core, inbox, outbox)
+        run(core, receive, send)
     except Exception:  # logged and sent by the loop
         return FAILED
     finally:
@@ -80,20 +84,52 @@ def main() -> int:
     return 0
 
 
+def _receiver(context: zmq.Context[Any], address: str) -> Receive:
+    """Bind a socket for commands."""
+    import msgspec
+    import zmq
+
+    from sgl_jax.engine.messages import Command
+
+    socket = context.socket(zmq.PULL)
+    socket.set_hwm(0)
+    socket.bind(address)
+    decode = msgspec.msgpack.Decoder(Command).decode
+
+    def receive(block: bool) -> Command | None:
+        try:
+            return decode(socket.recv(0 if block else zmq.NOBLOCK))
+        except zmq.Again:
+            return None
+
+    return receive
+
+
+def _sender(context: zmq.Context[Any], address: str) -> Send:
+    """Connect a socket for events."""
+    import msgspec
+    import zmq
+
+    socket = context.socket(zmq.PUSH)
+    socket.set_hwm(0)
+    socket.connect(address)
+    encode = msgspec.msgpack.Encoder().encode
+    return lambda event: socket.send(encode(event))
+
+
 def _die(events: str, reason: str) -> NoReturn:
     import zmq
 
     from sgl_jax.engine.messages import EngineDied
-    from sgl_jax.engine.sockets import ZmqOutbox
 
-    context: zmq.Context[Any] = zmq.Context()  # its own: sockets belong to threads
-    ZmqOutbox(context, events).send(EngineDied(reason))
+    context: zmq.Context[Any] = zmq.Context()  # a context of its own, because a socket belongs to one thread
+    _sender(context, events)(EngineDied(reason))
     context.destroy(linger=LINGER_MS)
     os._exit(FAILED)
 
 
 def _end_with_parent() -> None:
-    # Not through the buffered sys.stdin: its lock, held by a blocked read, would be fatal when the interpreter ends.
+    # A blocked read of the buffered sys.stdin would hold its lock, which is fatal when the interpreter ends.
     while os.read(0, 1024):
         pass
     os._exit(FAILED)
@@ -105,7 +141,7 @@ def _named(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    # The loop's own threads may be inside a device runtime; leaving without waiting for them is intended.
+    # Threads may be inside a device runtime; the process ends without waiting for them.
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

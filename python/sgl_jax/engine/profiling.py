@@ -1,6 +1,6 @@
-"""One profile at a time: started and stopped by command, or ended by itself after so many steps.
+"""Profiles, one at a time: started and stopped by command, or ended after a given number of steps.
 
-What is recorded, and how, is the tracer's business (runtime/tracing.py); this knows only steps and states.
+The tracer (runtime/tracing.py) decides what is recorded and how; this module only knows steps and states.
 """
 
 from __future__ import annotations
@@ -18,26 +18,22 @@ logger = logging.getLogger(__name__)
 
 
 class Tracer(Protocol):
-    """The device runtime's profiler. `step` and `stage` cost next to nothing while nothing is recorded."""
+    """Profiler of the device runtime. `step` and `stage` cost next to nothing while nothing is recorded."""
 
     def step(self, number: int) -> AbstractContextManager[object]:
-        """Marks what is inside as one step of the engine."""
-        ...
+        """Mark the block as one step of the engine."""
 
     def stage(self, name: str) -> AbstractContextManager[object]:
-        """Marks what is inside as a named part of the step."""
-        ...
+        """Mark the block as a named part of the step."""
 
     def start(self, folder: str | None, host_level: int | None, python_level: int | None) -> str:
-        """Records from now on; returns the folder, a new one if None was given.
+        """Record from now on, and return the folder, which is a new one if None was given.
 
-        Raises OSError or ValueError if it cannot be written, RuntimeError if somebody else's recording runs.
+        Raises OSError or ValueError if it cannot be written, RuntimeError if another recording runs in the process.
         """
-        ...
 
     def stop(self) -> list[str]:
-        """Writes what was recorded and returns the files. Raises OSError, RuntimeError or ValueError."""
-        ...
+        """Write the recording and return its files. Raises OSError, RuntimeError or ValueError."""
 
 
 class Profiler:
@@ -47,7 +43,7 @@ class Profiler:
         self._default_folder = default_folder
         self._status = ProfileStatus()
         self._num_launched = self._num_collected = 0
-        self._first = 0  # the first step that is wholly in the profile
+        self._first = 0  # number of the first step that the profile has as a whole
 
     @property
     def status(self) -> ProfileStatus:
@@ -65,21 +61,21 @@ class Profiler:
                 return ProfileAnswer(call, self.status)
 
     def step(self) -> AbstractContextManager[object]:
-        """Around one step of the engine."""
+        """Mark the block as the next step of the engine."""
         return self._tracer.step(self._num_launched)
 
     def launched(self) -> None:
         self._num_launched += 1
 
     def collected(self) -> None:
-        """The oldest launched step is complete. Ends the profile that was to have so many."""
+        """Count the oldest launched step as complete, and end a profile that has its number of steps now."""
         self._num_collected += 1
         status = self._status
         if status.running and status.num_steps == self._num_collected - self._first:
             self.close()
 
     def close(self) -> None:
-        """Ends the profile that runs, if one does, and writes it."""
+        """End the profile that runs, if one does, and write it."""
         status = self.status
         if not status.running:
             return
@@ -108,9 +104,7 @@ class Profiler:
         except RuntimeError as error:
             return Refused(command.call, f"the profile could not be started: {error}")
         self._first = self._num_launched
-        self._status = ProfileStatus(
-            running=True, output_dir=folder, started_at=time.time(), num_steps=command.num_steps
-        )
+        self._status = ProfileStatus(True, folder, started_at=time.time(), num_steps=command.num_steps)
         logger.info("Profiling to %s", folder)
         return ProfileAnswer(command.call, self.status)
 
@@ -122,7 +116,7 @@ class Profiler:
         return Refused(call, self._status.error) if self._status.error else ProfileAnswer(call, self._status)
 
     def _said(self) -> str:
-        """The profile in words, for those who cannot have another, or this one."""
+        """Describe the profile in a refusal of another, or of stopping it."""
         status = self.status
         verb = "is running since" if status.running else "was started at"
         since = time.strftime("%H:%M:%S", time.localtime(status.started_at))

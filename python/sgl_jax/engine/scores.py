@@ -1,4 +1,4 @@
-"""Log probabilities of a step, sorted by the requests that asked for them."""
+"""Log probabilities of a step, by the requests that asked for them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sgl_jax.step_plan import Flag, Param, StepPlan, TokenScores
 
 
 def scores_of_tokens(plan: StepPlan, step: StepResult, scores: TokenScores) -> dict[int, TokenLogprobs]:
-    """The scores of the step's new tokens, by position among them."""
+    """Return the scores of the step's new tokens by their index, for the requests that asked for them."""
     found = {}
     for at, line in enumerate(step.lines.tolist()):
         request = step.scored.get(line // plan.width)
@@ -21,7 +21,7 @@ def scores_of_tokens(plan: StepPlan, step: StepResult, scores: TokenScores) -> d
 
 
 def gather_prompt_scores(plan: StepPlan, scored: dict[int, Request], scores: TokenScores) -> None:
-    """Add what a step says of prompts to their requests: each packed token's line scores the prompt token after it."""
+    """Add the scores of prompt tokens to their requests. The line of a packed token scores the token after it."""
     ends = np.cumsum(plan.num_new)
     for row, request in scored.items():
         if not plan.params[row, Param.FLAGS] & Flag.PROMPT_LOGPROBS:

@@ -1,8 +1,8 @@
-"""The API side of the engine: checks requests, sends them, and pushes the engine's events to those who wait for them.
+"""API side of the engine: checks requests, sends them, and hands the engine's events to their consumers.
 
 One asyncio loop owns a service. The engine sends one message per step for all requests; `LiveChoices.push` only appends
-tokens to each choice's list and wakes the consumers that have something to do. Detokenising happens in the consumer,
-which takes everything that came since it last ran.
+tokens to each choice's list and wakes the consumers that have something to do. A consumer detokenises all tokens that
+came since it last ran.
 """
 
 from __future__ import annotations
@@ -10,48 +10,29 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from sgl_jax.engine import checks
-from sgl_jax.engine.calls import Calls
+from sgl_jax.engine import checks, messages
 from sgl_jax.engine.choices import LiveChoices
 from sgl_jax.engine.generation import (
     Choice,
     Conflict,
     EngineFailed,
+    FinishType,
     Generation,
     GenerationRequest,
-    Outcome,
     ServiceUnavailable,
 )
-from sgl_jax.engine.messages import (
-    Abort,
-    CacheFlushed,
-    EngineDied,
-    EngineInfo,
-    Event,
-    FlushCache,
-    Generate,
-    GetProfile,
-    LimitsMeasured,
-    MachineLimits,
-    MeasureLimits,
-    ProfileAnswer,
-    ProfileStatus,
-    Ready,
-    Refused,
-    StartProfile,
-    Stats,
-    StepOutput,
-    StopProfile,
-)
+from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Stats
 from sgl_jax.engine.transport import Transport
 from sgl_jax.observability.metrics import RequestMetrics
 from sgl_jax.request import InvalidParameter, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import Tokenizer
+
+_STARTING = "the engine is still starting"
 
 
 class GenerationService:
@@ -61,7 +42,6 @@ class GenerationService:
         self,
         transport: Transport,
         tokenizer: Tokenizer,
-        *,
         stream_interval: int = 1,
         max_queued_requests: int | None = None,
     ):
@@ -72,36 +52,29 @@ class GenerationService:
         self._stream_interval = stream_interval
         self._max_queued = max_queued_requests
         self._info: EngineInfo | None = None
-        self._failure: str | None = None
-        self._failed = asyncio.Event()
-        self._ready = asyncio.Event()
+        self.failure: str | None = None  # why the engine has died
+        self.failed = asyncio.Event()  # set when it has died
+        self._settled = asyncio.Event()  # set when it is ready or has died
         self._choices = LiveChoices()
         self._keys = itertools.count(1)
-        self._calls = Calls(self.check_ready, transport.send)
-
-    # --- life ---------------------------------------------------------------------------------------------------------
+        self._calls = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[int | ProfileStatus]] = {}  # of calls that wait, by their number
 
     async def start(self) -> EngineInfo:
-        """Starts the engine and waits until it is ready. Requests are refused until `open`."""
+        """Start the engine and wait until it is ready. Requests are refused until `open`. Raises EngineFailed."""
         self._transport.start(self._on_event)
-        ready = asyncio.ensure_future(self._ready.wait())
-        failed = asyncio.ensure_future(self._failed.wait())
-        try:
-            await asyncio.wait((ready, failed), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ready.cancel()
-            failed.cancel()
-        if self._failure is not None:
-            raise EngineFailed(self._failure)
+        await self._settled.wait()
+        if self.failure is not None:
+            raise EngineFailed(self.failure)
         return self.info
 
     def open(self) -> None:
-        """Accepts requests from now on, and measures them: the warm-up does not count."""
+        """Accept requests from now on, and begin to measure them: the warm-up does not count."""
         self._choices.metrics = RequestMetrics()
         self.accepting = True
 
     async def drain(self, timeout: float) -> bool:
-        """Accepts nothing more and waits for what runs. False if something still does after `timeout` seconds."""
+        """Accept no more requests and wait for those that run. False if some still run after `timeout` seconds."""
         self.accepting = False
         try:
             await asyncio.wait_for(self._choices.idle.wait(), timeout)
@@ -110,30 +83,21 @@ class GenerationService:
         return True
 
     async def close(self, timeout: float = 10.0) -> None:
-        """Ends every request with an error and the engine with a Shutdown."""
+        """End every request with an error and the engine with a Shutdown."""
         self.accepting = False
         self._fail_all(ServiceUnavailable("the server is shutting down"))
         await self._transport.close(timeout)
 
-    async def wait_failed(self) -> str:
-        """Returns when the engine has died, with its message."""
-        await self._failed.wait()
-        return self._failure or ""
-
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
-            raise ServiceUnavailable("the engine is still starting")
+            raise ServiceUnavailable(_STARTING)
         return self._info
 
     @property
     def ready_once(self) -> bool:
-        """Is true once the engine has been ready; until then it does not listen to commands."""
+        """Whether the engine has been ready; until then it does not read commands."""
         return self._info is not None
-
-    @property
-    def failure(self) -> str | None:
-        return self._failure
 
     @property
     def metrics(self) -> RequestMetrics:
@@ -141,39 +105,35 @@ class GenerationService:
 
     @property
     def num_live(self) -> int:
-        """Choices the engine runs or holds for us."""
+        """Number of choices that have not ended."""
         return len(self._choices)
 
     def check_ready(self) -> None:
         """Raises EngineFailed or ServiceUnavailable unless requests are accepted."""
-        if self._failure is not None:
-            raise EngineFailed(f"the engine died: {self._failure}")
+        if self.failure is not None:
+            raise EngineFailed(f"the engine died: {self.failure}")
         if not self.accepting:
-            raise ServiceUnavailable(
-                "the engine is still starting" if self._info is None else "the server takes no requests now"
-            )
-
-    # --- requests -----------------------------------------------------------------------------------------------------
+            starting = self._info is None
+            raise ServiceUnavailable(_STARTING if starting else "the server takes no requests now")
 
     def submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
-        """Checks and sends; either all the requests are accepted or none.
+        """Check and send requests, of which either all are accepted or none.
 
-        Raises InvalidParameter, QueueFull, ServiceUnavailable or EngineFailed. Without `stream`, the updates of a
-        choice come in one piece when it has finished.
+        Without `stream` a choice is updated when it ends, or sooner if it has stop strings. Raises InvalidParameter,
+        QueueFull, ServiceUnavailable or EngineFailed.
         """
         self.check_ready()
         return self._submit(requests, stream)
 
-    async def warm_up(self, num_tokens: int = 4) -> None:
-        """Generates a little before `open`, so that the first user meets a path that has been walked."""
-        token = self.tokenizer.bos_token_id or 0
-        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-        generation = self._submit([GenerationRequest([token], params)], stream=False)
+    async def warm_up(self) -> None:
+        """Generate a little before `open`, since the first request takes longer than later ones."""
+        params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+        generation = self._submit([GenerationRequest([self.tokenizer.bos_token_id or 0], params)], stream=False)
         async for _ in generation.updates():
             pass
 
     def abort(self, request_id: str) -> int:
-        """Aborts the request with this public id; its consumer gets finish reason "abort". Returns how many choices."""
+        """Abort the request with this id, whose consumer gets finish reason "abort". Return its number of choices."""
         return self._abort(self._choices.keys_of.get(request_id, []))
 
     def abort_all(self) -> int:
@@ -181,7 +141,7 @@ class GenerationService:
 
     def _abort(self, keys: Sequence[int]) -> int:
         if keys:
-            self._transport.send(Abort([*keys]))
+            self._transport.send(messages.Abort([*keys]))
         return len(keys)
 
     def _submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
@@ -193,7 +153,7 @@ class GenerationService:
             interval = request.params.stream_interval or self._stream_interval
             for index in range(request.params.n):
                 key, params = next(self._keys), _engine_params(request.params, index)
-                self._transport.send(Generate(key, request.prompt_ids, params, request.namespace))
+                self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace))
                 choice = Choice(key, i, index, generation, request, self._detokenizer(request), interval, now)
                 generation.open.append(choice)
         self._choices.add(generation.open)
@@ -210,24 +170,15 @@ class GenerationService:
             min_tokens=params.min_tokens,
         )
 
-    def _drop(self, keys: Iterable[int], outcome: Outcome) -> None:
-        """Aborts those of the choices that the engine still runs; nobody waits for them any more."""
+    def _drop(self, keys: Iterable[int], outcome: FinishType) -> None:
+        """Abort those of the choices that the engine still runs, since nobody waits for them any more."""
         live = self._choices.drop(keys, outcome)
-        if live and self._failure is None:
-            self._transport.send(Abort(live))
-
-    # --- commands that are answered -----------------------------------------------------------------------------------
+        if live and self.failure is None:
+            self._transport.send(messages.Abort(live))
 
     async def flush_cache(self) -> int:
-        """Drops every cached prefix no request holds; returns the pages that became free."""
-        return await self._calls.ask(FlushCache, int)
-
-    async def measure_limits(self) -> MachineLimits:
-        """Measures what the engine's devices can do. Takes seconds, in which the engine does nothing else.
-
-        Raises Conflict while requests run or wait, or where it cannot be measured.
-        """
-        return await self._calls.ask(MeasureLimits, MachineLimits)
+        """Drop every cached prefix that no request holds, and return how many pages became free."""
+        return await self._ask(messages.FlushCache, int)
 
     async def start_profile(
         self,
@@ -236,55 +187,70 @@ class GenerationService:
         host_tracer_level: int | None = None,
         python_tracer_level: int | None = None,
     ) -> ProfileStatus:
-        """Records what engine and device do, from now until stopped or for num_steps steps: see StartProfile.
+        """Record what engine and device do, until stopped or for num_steps steps: see messages.StartProfile.
 
         Raises Conflict if a profile runs already, InvalidParameter for a folder that cannot be written.
         """
-        return await self._calls.ask(
-            lambda call: StartProfile(call, output_dir, num_steps, host_tracer_level, python_tracer_level),
-            ProfileStatus,
-        )
+        levels = host_tracer_level, python_tracer_level
+        return await self._ask(lambda call: messages.StartProfile(call, output_dir, num_steps, *levels), ProfileStatus)
 
     async def stop_profile(self) -> ProfileStatus:
-        """Ends the profile and writes it. Raises Conflict if none runs."""
-        return await self._calls.ask(StopProfile, ProfileStatus)
+        """End the profile and write it. Raises Conflict if none runs."""
+        return await self._ask(messages.StopProfile, ProfileStatus)
 
     async def profile_status(self) -> ProfileStatus:
-        return await self._calls.ask(GetProfile, ProfileStatus)
+        return await self._ask(messages.GetProfile, ProfileStatus)
 
-    # --- events of the engine -----------------------------------------------------------------------------------------
+    async def _ask[T: int | ProfileStatus](self, command: Callable[[int], Command], answer: type[T]) -> T:
+        """Send a command, made for a new call's number, and return its answer. Raises Conflict or InvalidParameter."""
+        self.check_ready()
+        call = next(self._calls)
+        self._transport.send(command(call))  # before the call is kept, since a command may be impossible to encode
+        self._answers[call] = future = asyncio.get_running_loop().create_future()
+        found = await future
+        assert isinstance(found, answer)
+        return found
+
+    def _answer(self, call: int, answer: int | ProfileStatus | Exception) -> None:
+        future = self._answers.pop(call, None)
+        if future is None or future.done():  # its caller waits no more
+            return
+        if isinstance(answer, Exception):
+            future.set_exception(answer)
+        else:
+            future.set_result(answer)
 
     def _on_event(self, event: Event) -> None:
         match event:
-            case StepOutput():
+            case messages.StepOutput():
                 self._choices.push(event)
                 if event.stats is not None:
                     self.stats = event.stats
-            case CacheFlushed(call=call, num_pages=num_pages):
-                self._calls.answer(call, num_pages)
-            case LimitsMeasured(call=call, limits=limits):
-                self._calls.answer(call, limits)
-            case ProfileAnswer(call=call, status=status):
-                self._calls.answer(call, status)
-            case Refused(call=call, message=message, param=param):
-                self._calls.answer(call, InvalidParameter(param, message) if param else Conflict(message))
-            case Ready(info=info):
+            case messages.CacheFlushed(call=call, num_pages=num_pages):
+                self._answer(call, num_pages)
+            case messages.ProfileAnswer(call=call, status=status):
+                self._answer(call, status)
+            case messages.Refused(call=call, message=message, param=param):
+                self._answer(call, InvalidParameter(param, message) if param else Conflict(message))
+            case messages.Ready(info=info):
                 self._info = info
-                self._ready.set()
-            case EngineDied(message=message):
-                if self._failure is None:
-                    self._failure = message
+                self._settled.set()
+            case messages.EngineDied(message=message):
+                if self.failure is None:
+                    self.failure = message
                     self._fail_all(EngineFailed(f"the engine died: {message}"))
-                    self._failed.set()
+                    self.failed.set()
+                    self._settled.set()
 
     def _fail_all(self, error: Exception) -> None:
         self._choices.fail(error)
-        self._calls.fail(error)
+        for call in list(self._answers):
+            self._answer(call, error)
 
 
 def _engine_params(params: SamplingParams, index: int) -> SamplingParams:
-    """Returns what the engine has to know of choice `index`: stop strings, n and streaming are this side's business,
-    and each choice has its own seed."""
+    """Return the parameters of choice `index` for the engine, which knows no stop strings, no n and no streaming. Each
+    choice has its own seed."""
     seed = params.seed
     if seed is not None and index:
         seed += index

@@ -1,4 +1,4 @@
-"""From server arguments to a core that is ready to step, telling the user what happens on the way."""
+"""Start-up of an engine: from server arguments to a core that is ready to step, with a log line for each stage."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ import jax
 from sgl_jax import __version__
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
-from sgl_jax.engine.hosts import Alone, Die, LeadingCore, lead, unite
+from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.families import add_package, decoder_config
+from sgl_jax.models.families import Families, decoder_config, known_families
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.weights import Weights, declare, parameters_per_token
@@ -33,9 +33,9 @@ from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.compiler import Compiled, use_compile_cache
 from sgl_jax.runtime.memory import device_memory
-from sgl_jax.runtime.placed_weights import Placer, stack_layers
+from sgl_jax.runtime.placed_weights import DevicePlacer, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
-from sgl_jax.runtime.runner import ModelRunner
+from sgl_jax.runtime.runner import ModelRunner, announce_to_nobody
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.settings.hub import is_hub_id, local_path
 from sgl_jax.settings.server_args import ServerArgs
@@ -47,29 +47,30 @@ type Accept = Callable[[LaunchPlan], None]  # raises if the plan will not do
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSide:
-    """The programs and arrays on a host's devices, ready to run, and what was decided on the way."""
+    """Programs and arrays on the devices of a host, ready to run, and the decisions behind them."""
 
     model: DecoderConfig
     platform: Platform
-    devices: list[jax.Device]  # of all machines
+    devices: list[jax.Device]  # of all hosts
     plan: LaunchPlan
     runner: ModelRunner
 
 
 def build_core(args: ServerArgs, accept: Accept = lambda plan: None) -> Core:
-    """Load the model, size memory, compile every program. Raises ValueError with a line for the user, and before any weight
-    is fetched or read what `accept` does."""
+    """Load the model, size memory, compile every program. Raises ValueError with a line for the user, and whatever
+    `accept` raises, which is called before any weight is fetched or read."""
     if args.nnodes > 1:
         raise ValueError(
-            f"--nnodes is {args.nnodes}; an engine over several machines is started by sgl_jax.launch_server, on each of them"
+            f"--nnodes is {args.nnodes}; an engine over several machines is started by sgl_jax.launch_server, "
+            "on each of them"
         )
     started = time.perf_counter()
-    return _core(args, build_device_side(args, Alone(), accept), started)
+    return _core(args, build_device_side(args, None, accept), started)
 
 
 def launch(args: ServerArgs, die: Die) -> EngineCore:
-    """`build_core`, or on the first of several machines the core that leads the others. `die` ends the process from any
-    thread: a machine can be lost while the engine's own hangs."""
+    """Build the core of a single host, or the leading core of host 0. `die` ends the process from any thread, since a
+    host can be lost while the engine's own thread hangs."""
     if args.nnodes == 1:
         return build_core(args)
     started = time.perf_counter()
@@ -86,9 +87,10 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
 
 
 def build_device_side(
-    args: ServerArgs, hosts: Leader | Follower | Alone, accept: Accept = lambda plan: None
+    args: ServerArgs, hosts: Leader | Follower | None, accept: Accept = lambda plan: None
 ) -> DeviceSide:
-    """The same on every machine, and at the same time."""
+    """Load and compile for the devices of this host. `hosts` reaches the other hosts, which do the same at the same
+    time; None: there are none."""
     use_compile_cache(args.compilation_cache_dir)
     grid = grid_of(args)
     platform, devices = pick_devices(args.device, grid.num_devices)
@@ -99,12 +101,15 @@ def build_device_side(
     if args.tp_size is None and present > len(devices):
         logger.warning(log.unused_devices_line(platform.name, len(devices), present, args.dp_size))
 
-    device_bytes = hosts.agree(device_memory(here[0]) // _sharers(here))
-    # What cannot be is said at once: before the weights are fetched, and before they are read.
+    agree = hosts.agree if hosts else lambda value: value
+    num_sharing = len(here) if here[0].platform == "cpu" else 1  # virtual CPU devices all have the same memory
+    device_bytes = agree(device_memory(here[0]) // num_sharing)
+    families = known_families(args.model_package)
+    # A launch that cannot be is refused before the weights are fetched, and again before they are read.
     if (configs := _configs_ahead(args)) is not None:
-        accept(_decide(args, configs, platform, device_bytes)[2])
+        accept(_decide(args, families, configs, platform, device_bytes)[2])
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
-    model, kernels, plan = _decide(args, checkpoint, platform, device_bytes)
+    model, kernels, plan = _decide(args, families, checkpoint, platform, device_bytes)
     accept(plan)
     memory = plan.memory
     logger.info(
@@ -117,23 +122,26 @@ def build_device_side(
         )
     )
     placement = Placement.over(devices, grid)
+    announce = hosts.announce if isinstance(hosts, Leader) else announce_to_nobody
     runner = ModelRunner(
-        model, plan.runner_config, kernels, placement, stacks_layers=platform.stacks_layers, announce=hosts.announce
+        model, plan.runner_config, kernels, placement, stacks_layers=platform.stacks_layers, announce=announce
     )
     with _compiling(runner) as compiled:
-        weights = _load(checkpoint, model, plan.runner_config.weight_dtype, args, platform, placement, compiled)
+        weights = _load(
+            checkpoint, model, families, plan.runner_config.weight_dtype, args, platform, placement, compiled
+        )
         compiled.result()
-    runner.start(weights, barrier=lambda: hosts.agree(0))
+    runner.start(weights, barrier=lambda: agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
 
 
 def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
-    """The configs alone of a model that is named by its hub id. None: there is nothing to fetch after them, or it has been
-    fetched, as it is before several machines find each other."""
+    """Fetch the configs alone of a model that is named by its hub id. None: there are no weights to fetch, or they have
+    been fetched, as they are before several hosts find each other."""
     if args.load_format == "dummy" or args.nnodes > 1 or not is_hub_id(args.model_path):
         return None
     folder = local_path(args.model_path, ["config.json", "generation_config.json"], args.downloads)
-    if any(folder.glob("*.gguf")):  # someone put it there, and it may bring the config
+    if any(folder.glob("*.gguf")):  # put there by somebody; it may bring the config
         return None
     if not (folder / "config.json").exists():
         raise ModelError(
@@ -143,11 +151,9 @@ def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
 
 
 def _decide(
-    args: ServerArgs, checkpoint: Checkpoint, platform: Platform, device_bytes: int
+    args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int
 ) -> tuple[DecoderConfig, Kernels, LaunchPlan]:
-    if args.model_package is not None:
-        add_package(args.model_package)
-    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
+    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
     return model, kernels, plan
@@ -194,8 +200,8 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
 
 @contextlib.contextmanager
 def _compiling(runner: ModelRunner) -> Iterator[Future[None]]:
-    """Its programs compile in a thread beside the block. An error in the block is not held up by those in progress (the
-    interpreter's end is), and leaves those that have not begun."""
+    """Compile the runner's programs in a thread beside the block. An error in the block is raised at once: it does not
+    wait for programs that are being compiled (the interpreter's end does), and no further one begins."""
     stopped = threading.Event()
     thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-compile")
     try:
@@ -205,22 +211,18 @@ def _compiling(runner: ModelRunner) -> Iterator[Future[None]]:
         thread.shutdown(wait=False)
 
 
-def _sharers(devices: list[jax.Device]) -> int:
-    """How many of the devices live in the same memory: virtual CPU devices all do."""
-    return len(devices) if devices[0].platform == "cpu" else 1
-
-
 def _load(
     checkpoint: Checkpoint,
     model: DecoderConfig,
+    families: Families,
     dtype: str,
     args: ServerArgs,
     platform: Platform,
     placement: Placement,
     compiled: Future[None],
 ) -> Weights[jax.Array]:
-    """Stops for a program that cannot be compiled."""
-    placer = Placer(placement)
+    """Read the weights, or make random ones for --load-format dummy. Raises the error of a program's compilation."""
+    placer = DevicePlacer(placement)
     with weight_progress(logger, checkpoint.total_bytes) as show:
 
         def report(fraction: float, num_bytes: int) -> None:
@@ -231,15 +233,14 @@ def _load(
         if checkpoint.format == "dummy":
             weights = random_weights(model, dtype, args.random_seed or 0, placer=placer, report=report)
         else:
-            # A quantised GGUF means the same weights whatever the dtype: those of the model it was made from.
+            # A quantised GGUF stands for the weights of the model it was made from, whatever the dtype.
             rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
-            weights = load_weights(checkpoint, model, dtype, rounded_to=rounded_to, placer=placer, report=report)
+            weights = load_weights(
+                checkpoint, model, dtype, families=families, rounded_to=rounded_to, placer=placer, report=report
+            )
     return stack_layers(weights, placement, declare(model, dtype, stacked=True)) if platform.stacks_layers else weights
 
 
 def _report_compile(done: int, total: int, compiled: Compiled) -> None:
-    logger.info(
-        log.compile_line(
-            done, total, program=compiled.program.name, seconds=compiled.seconds, cache_hit=compiled.cache_hit
-        )
-    )
+    name, seconds = compiled.program.name, compiled.seconds
+    logger.info(log.compile_line(done, total, program=name, seconds=seconds, cache_hit=compiled.cache_hit))

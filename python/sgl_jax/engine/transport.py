@@ -1,27 +1,26 @@
-"""How messages get from the API side to the engine and back: a thread of this process, or a process over ZMQ.
+"""Transports of messages between the API side and the engine, which is a thread of this process or a child process.
 
 The API side is one asyncio loop. A transport calls `on_event` in that loop, in the order the engine sent the events,
-and reports an engine that ends without a word as EngineDied.
+and reports an engine that ends without a message as EngineDied.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import shutil
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import msgspec
 import zmq
 
-from sgl_jax.engine.loop import EngineCore, one_line, run
+from sgl_jax.engine.loop import EngineCore, Send, one_line, run
 from sgl_jax.engine.messages import Command, EngineDied, Event, Shutdown
 from sgl_jax.engine.process import spawn
 
@@ -36,81 +35,61 @@ type OnEvent = Callable[[Event], None]
 
 
 class Transport(Protocol):
-    """The API side's end."""
+    """The API side's end of a connection to the engine."""
 
     def start(self, on_event: OnEvent) -> None:
-        """Starts the engine. Called once, in the running loop that is to receive the events."""
-        ...
+        """Start the engine. Called once, in the running loop that is to receive the events."""
 
     def send(self, command: Command) -> None: ...
 
     async def close(self, timeout: float) -> None:
-        """Sends Shutdown and waits for the engine to leave, at most `timeout` seconds."""
-        ...
-
-
-# --- a thread ---------------------------------------------------------------------------------------------------------
-
-
-class _QueueInbox:
-    def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self.put = self._queue.put
-
-    def get(self, block: bool) -> Command | None:
-        try:
-            return self._queue.get(block)
-        except queue.Empty:
-            return None
-
-
-class _LoopOutbox:
-    def __init__(self, loop: asyncio.AbstractEventLoop, on_event: OnEvent):
-        self._loop, self._on_event = loop, on_event
-
-    def send(self, event: Event) -> None:
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._on_event, event)
+        """Send Shutdown and wait for the engine to leave, at most `timeout` seconds."""
 
 
 class ThreadTransport:
-    """The engine in a thread of this process."""
+    """Runs the engine in a thread of this process."""
 
     def __init__(self, build_core: Callable[[], EngineCore]):
         self._build_core = build_core
-        self._inbox = _QueueInbox()
+        self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
     def start(self, on_event: OnEvent) -> None:
-        outbox = _LoopOutbox(asyncio.get_running_loop(), on_event)
-        self._thread = threading.Thread(target=self._main, args=(outbox,), name="sgl-jax-engine", daemon=True)
+        loop = asyncio.get_running_loop()
+
+        def report(event: Event) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(on_event, event)
+
+        self._thread = threading.Thread(target=self._main, args=(report,), name="sgl-jax-engine", daemon=True)
         self._thread.start()
 
-    def _main(self, outbox: _LoopOutbox) -> None:
+    def _main(self, report: Send) -> None:
         try:
             core = self._build_core()
         except Exception as error:
-            outbox.send(EngineDied(one_line(error)))
+            report(EngineDied(one_line(error)))
             return
+        with contextlib.suppress(Exception):  # logged and sent as EngineDied by the loop
+            run(core, self._receive, report)
+
+    def _receive(self, block: bool) -> Command | None:
         try:
-            run(core, self._inbox, outbox)
-        except Exception:
-            return  # already logged and sent as EngineDied
+            return self._commands.get(block)
+        except queue.Empty:
+            return None
 
     def send(self, command: Command) -> None:
-        self._inbox.put(command)
+        self._commands.put(command)
 
     async def close(self, timeout: float) -> None:
-        self._inbox.put(Shutdown())
+        self.send(Shutdown())
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, timeout)
 
 
-# --- a process --------------------------------------------------------------------------------------------------------
-
-
 class ProcessTransport:
-    """The engine in a child process of ours, started by `launch`; sockets in a private folder."""
+    """Runs the engine in a child process, started by `launch`; the sockets are in a private folder."""
 
     def __init__(self, server_args: DataclassInstance, core_factory: str):
         self._server_args, self._core_factory = server_args, core_factory
@@ -124,12 +103,8 @@ class ProcessTransport:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Event).decode
 
-    @property
-    def pid(self) -> int | None:
-        return None if self._process is None else self._process.pid
-
     def launch(self) -> None:
-        """Starts the process; it loads while the caller goes on. `start` does it too, if this was not called."""
+        """Start the process, which loads while the caller goes on. `start` does it, too, if this was not called."""
         self._folder = _private_folder()
         commands, events = f"ipc://{self._folder}/commands", f"ipc://{self._folder}/events"
         self._context = zmq.Context()
@@ -138,8 +113,8 @@ class ProcessTransport:
         for socket in (self._commands, self._events):
             socket.set_hwm(0)
             socket.linger = 0
-        # Both senders connect and both receivers bind: a connected sender queues what it sends before, and after, its
-        # peer is there, where a bound one would block.
+        # Both senders connect and both receivers bind: a connected sender queues messages while its peer is not there,
+        # where a bound one would block.
         self._commands.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._commands.connect(commands)
         self._events.bind(events)
@@ -152,11 +127,11 @@ class ProcessTransport:
         self._loop = asyncio.get_running_loop()
         self._fd = int(self._events.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._receive)
-        self._loop.call_soon(self._receive)  # what came before the reader was there does not wake it
+        self._loop.call_soon(self._receive)  # events that came before the reader was added do not wake it
         threading.Thread(target=self._wait, name="sgl-jax-engine-exit", daemon=True).start()
 
     def _receive(self) -> None:
-        # ZMQ's descriptor tells of changes only: read until nothing is left.
+        # ZMQ's descriptor signals changes only, so everything that is there must be read.
         while not self._events.closed:
             try:
                 data = self._events.recv(zmq.NOBLOCK)
@@ -169,7 +144,7 @@ class ProcessTransport:
         code = self._process.wait()
         self._exited.set()
         if not self._closing and self._loop is not None and not self._loop.is_closed():
-            # What it said last may still be on its way through the socket, and explains more than an exit code.
+            # Its last message may still be on its way through the socket, and explains more than an exit code.
             self._loop.call_soon_threadsafe(self._loop.call_later, _LAST_WORDS_S, self._on_exit, code)
 
     def _on_exit(self, code: int) -> None:
@@ -192,7 +167,7 @@ class ProcessTransport:
         self.kill()
 
     def kill(self) -> None:
-        """Ends the process if it still runs, and removes the sockets. For every way out; may be called twice."""
+        """End the process if it still runs, and remove the sockets. May be called twice."""
         self._closing = True
         if self._process is not None:
             self._process.kill()
@@ -207,5 +182,5 @@ def _private_folder() -> str:
     folder = tempfile.mkdtemp(prefix="sgl-jax-")  # mode 0700
     if len(os.fsencode(folder)) + len("/commands") > _MAX_IPC_PATH:
         os.rmdir(folder)
-        folder = tempfile.mkdtemp(prefix="sgl-jax-", dir=Path("/tmp") if sys.platform != "win32" else None)
+        folder = tempfile.mkdtemp(prefix="sgl-jax-", dir="/tmp")
     return folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from importlib import resources
 from pathlib import Path
@@ -13,7 +12,6 @@ from sgl_jax.models.raw_config import RawConfig
 PREFIX = "config:"
 
 
-@functools.cache
 def bundled() -> dict[str, str]:
     """The text of each bundled config.json, by the model's name."""
     files = resources.files("sgl_jax.models").joinpath("configs").iterdir()

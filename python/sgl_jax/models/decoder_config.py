@@ -21,8 +21,8 @@ class RopeConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class QueryGrowth:
-    """Queries grow with the logarithm of what they look at: by max(1, log(position + offset) / log(length))."""
+class LognScaling:
+    """Logn scaling of queries: each is multiplied by max(1, log(position + offset) / log(length))."""
 
     length: int  # of the contexts that training saw
     offset: int = 1  # 1: the query counts itself
@@ -40,7 +40,7 @@ class MoeConfig:
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     router_bias: bool = False
     router_softcap: float | None = None
-    score_bias: bool = False  # added to the scores for choosing, not for weighing
+    correction_bias: bool = False  # added to the scores when experts are chosen, not when their outputs are weighed
     num_groups: int = 1  # experts are chosen from the best groups only
     groups_per_token: int = 1
     group_score: Literal["max", "top2"] = "max"  # a group's best expert, or the sum of its two best
@@ -48,7 +48,7 @@ class MoeConfig:
     scale: float = 1.0  # on the weights, after that
     bias: bool = False  # each expert has biases
     residual_scale: float | None = None  # the layer has its MLP, too, and this scales the sum; None: it has none
-    expert_groups: int = 1  # of a device's share: groups of devices that the experts are spread over
+    expert_groups: int = 1  # of a device's shard: groups of devices that the experts are spread over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ class MlaConfig:
 
     @property
     def latent_dim(self) -> int:
-        """Width of what a token keeps in the pool."""
+        """Width of a token's vector in the pool."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
 
@@ -109,17 +109,17 @@ class DecoderConfig:
     logit_scale: float = 1.0
     final_logit_softcap: float | None = None
     query_scale: float | None = None  # None: head_dim ** -0.5
-    query_growth: QueryGrowth | None = None
+    logn_scaling: LognScaling | None = None  # of queries, beyond the length of training
     weight_scheme: Scheme | None = None  # the format that matrices are stored and held in; None: plain floats
     normalised_head: bool = False  # the head's columns are divided by their lengths when it is loaded
     eos_token_ids: tuple[int, ...] = ()
-    head_copies: int = (
-        1  # of a device's share: devices with the same head, which all attend and project a part of the output
-    )
-    num_extra_layers: int = 0  # stored after the last: heads that guess further tokens, which are not loaded
+    # Of a device's shard, when there are more devices than heads: devices with a replica of the same head. All of them
+    # attend with it, and each projects a part of its output.
+    head_replicas: int = 1
+    num_mtp_layers: int = 0  # multi-token prediction; they are stored after the last layer, and not loaded
 
     def window(self, layer: int) -> int | None:
-        """How many tokens, itself included, a query of this layer sees; None: all before it."""
+        """Return how many tokens a query of this layer sees, itself included; None: all before it."""
         return self.sliding_windows[layer] if self.sliding_windows else None
 
     def has_experts(self, layer: int) -> bool:
@@ -129,19 +129,20 @@ class DecoderConfig:
         return not self.has_experts(layer) or (self.moe is not None and self.moe.residual_scale is not None)
 
     def layer_groups(self) -> tuple[int, ...]:
-        """Sizes of the runs of layers with the same weights, in order: what can be stacked."""
+        """Return the sizes of the runs of layers with the same weights, in order. Each run can be stacked."""
         runs = itertools.groupby(range(self.num_layers), self.has_experts)
         return tuple(len(list(layers)) for _, layers in runs)
 
     def share(self, grid: Grid) -> DecoderConfig:
-        """The shard that one of the grid's devices holds: its heads, its part of the MLP, of the experts and of the vocabulary.
+        """Return the model that one of the grid's devices holds: its heads, its part of the MLP, of the experts and of the
+        vocabulary.
 
-        Raises ValueError if these cannot be divided evenly. Heads may be fewer than devices, which then hold copies.
+        Raises ValueError if these cannot be divided evenly. Heads may be fewer than devices, which then hold replicas.
         """
         everyone, moe = grid.num_devices, self.moe
-        copies = max(1, grid.tensor // self.num_heads)
-        _must_divide("--tp-size", grid.tensor, "attention heads", self.num_heads * copies)
-        _must_divide("--tp-size over the attention heads", copies, "values of a head", self.output_dim)
+        replicas = max(1, grid.tensor // self.num_heads)
+        _must_divide("--tp-size", grid.tensor, "attention heads", self.num_heads * replicas)
+        _must_divide("--tp-size over the attention heads", replicas, "values of a head", self.output_dim)
         if self.num_kv_heads % grid.tensor and grid.tensor % self.num_kv_heads:
             raise ValueError(
                 f"--tp-size is {grid.tensor}; it must divide or be a multiple of the {self.num_kv_heads} KV heads"
@@ -167,7 +168,7 @@ class DecoderConfig:
         return dataclasses.replace(
             self,
             num_heads=max(1, self.num_heads // grid.tensor),
-            head_copies=copies,
+            head_replicas=replicas,
             num_kv_heads=max(1, self.num_kv_heads // grid.tensor),
             intermediate_size=self.intermediate_size // everyone,
             vocab_size=self.vocab_size // everyone,
@@ -181,7 +182,7 @@ class DecoderConfig:
 
     @property
     def value_dim(self) -> int:
-        """Width of what attention sums: a value, or the part of a latent key that all values are made from."""
+        """Width of the vectors that attention sums: a value, or the part of a latent key that all values are made from."""
         return self.mla.kv_lora_rank if self.mla else self.head_dim
 
     @property

@@ -5,7 +5,6 @@ Sources: llama.cpp `gguf-py/gguf/constants.py` (keys, names) and `convert_hf_to_
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from typing import Any
@@ -21,13 +20,33 @@ from sgl_jax.models.stored import StoredTensor
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # Every `<architecture>.*` key that is read below or cannot change the result; any other one is refused.
-_KNOWN_KEYS = {
-    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout"),
-    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
-    *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scale_linear"),
-    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
-    *("rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
-}
+_KNOWN_KEYS = frozenset(
+    [
+        "block_count",
+        "context_length",
+        "embedding_length",
+        "feed_forward_length",
+        "vocab_size",
+        "tensor_data_layout",
+        "attention.head_count",
+        "attention.head_count_kv",
+        "attention.key_length",
+        "attention.value_length",
+        "attention.layer_norm_rms_epsilon",
+        "rope.freq_base",
+        "rope.dimension_count",
+        "rope.scale_linear",
+        "rope.scaling.type",
+        "rope.scaling.factor",
+        "rope.scaling.original_context_length",
+        "rope.scaling.finetuned",
+        "rope.scaling.attn_factor",
+        "rope.scaling.yarn_beta_fast",
+        "rope.scaling.yarn_beta_slow",
+    ]
+)
+_HARMLESS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
+_NEEDED_KEYS = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 
 _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_TENSORS = {
@@ -52,23 +71,20 @@ _PLAIN_TYPES = {
 
 
 def gguf_config(file: GgufFile) -> RawConfig:
-    """The config.json this model would have had."""
+    """Return the config.json that this model would have had. Raises ModelError for what is not served."""
     arch = file.get("general.architecture", str)
     if arch not in _ARCHITECTURES:
         raise ModelError(f"{file.path} has architecture {arch!r}; supported GGUF ones are {', '.join(_ARCHITECTURES)}")
-    meta: dict[str, Any] = {
-        k.removeprefix(f"{arch}."): _shortest(v) for k, v in file.metadata.items() if k.startswith(f"{arch}.")
-    }
+    prefix = f"{arch}."
+    meta = {k.removeprefix(prefix): _shortest(v) for k, v in file.metadata.items() if k.startswith(prefix)}
     _refuse_unknown(file, arch, meta)
-
     num_heads = meta["attention.head_count"]
     head_dim = meta.get("attention.key_length") or meta["embedding_length"] // num_heads
     eos = [file.get(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot", "eom")]
-    attention_bias = arch != "qwen2" and "blk.0.attn_q.bias" in file.tensors
     config = {
         "architectures": [_ARCHITECTURES[arch]],
         "model_type": arch,
-        "attention_bias": attention_bias,
+        "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in file.tensors,
         "bos_token_id": file.get("tokenizer.ggml.bos_token_id", int),
         "eos_token_id": list(dict.fromkeys(i for i in eos if i is not None)),
         "head_dim": head_dim,
@@ -93,14 +109,12 @@ def gguf_config(file: GgufFile) -> RawConfig:
 
 
 def _refuse_unknown(file: GgufFile, arch: str, meta: dict[str, Any]) -> None:
-    harmless = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
-    refused = {k: v for k, v in meta.items() if k not in _KNOWN_KEYS and not (k in harmless and v == harmless[k])}
+    refused = {k: v for k, v in meta.items() if k not in _KNOWN_KEYS and not (k in _HARMLESS and v == _HARMLESS[k])}
     if refused:
         listed = ", ".join(f"{arch}.{k}={v!r}" for k, v in sorted(refused.items()))
         raise ModelError(f"{file.path} sets {listed}; this is not supported for GGUF models of this architecture")
-    needed = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
-    missing = [f"{arch}.{k}" for k in (*needed, "attention.layer_norm_rms_epsilon") if k not in meta]
-    missing += [name for name in ("token_embd.weight",) if name not in file.tensors]
+    missing = [f"{arch}.{k}" for k in (*_NEEDED_KEYS, "attention.layer_norm_rms_epsilon") if k not in meta]
+    missing += ["token_embd.weight"] if "token_embd.weight" not in file.tensors else []
     if missing:
         raise ModelError(f"{file.path} lacks {', '.join(missing)}; it is not a complete model")
     per_layer = [f"{arch}.{k}" for k in ("feed_forward_length", "attention.head_count") if isinstance(meta[k], list)]
@@ -121,23 +135,23 @@ def _rope_scaling(file: GgufFile, meta: dict[str, Any]) -> dict[str, Any] | None
         return {"rope_type": "gguf_factors", "factors": factors.tolist()}
     if kind == "none":
         return None
-    if kind == "yarn":
-        attn_factor = meta.get("rope.scaling.attn_factor")
-        scaling = {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": meta.get("rope.scaling.original_context_length"),
-            "beta_fast": meta.get("rope.scaling.yarn_beta_fast"),
-            "beta_slow": meta.get("rope.scaling.yarn_beta_slow"),
-            # llama.cpp multiplies its factor by the paper's
-            "attention_factor": attn_factor and attn_factor * (0.1 * math.log(factor) + 1.0),
-        }
-        return {k: v for k, v in scaling.items() if v is not None}
-    return {"rope_type": kind, "factor": factor}
+    if kind != "yarn":
+        return {"rope_type": kind, "factor": factor}
+    attn_factor = meta.get("rope.scaling.attn_factor")
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": meta.get("rope.scaling.original_context_length"),
+        "beta_fast": meta.get("rope.scaling.yarn_beta_fast"),
+        "beta_slow": meta.get("rope.scaling.yarn_beta_slow"),
+        # llama.cpp multiplies its factor by the paper's
+        "attention_factor": attn_factor and attn_factor * (0.1 * math.log(factor) + 1.0),
+    }
+    return {k: v for k, v in scaling.items() if v is not None}
 
 
 def gguf_tensors(file: GgufFile) -> dict[str, StoredTensor]:
-    """The tensors under their Hugging Face names; a name we have no translation for is kept and so reported later."""
+    """Return the tensors under their Hugging Face names. A name without translation is kept, and so reported later."""
     arch = file.get("general.architecture", str)
     heads = file.get(f"{arch}.attention.head_count", int) or 0
     kv_heads = file.get(f"{arch}.attention.head_count_kv", int) or heads
@@ -152,7 +166,7 @@ def gguf_tensors(file: GgufFile) -> dict[str, StoredTensor]:
 
 
 def _translate(name: str) -> tuple[str, str]:
-    """The Hugging Face name and llama.cpp's kind of tensor."""
+    """Return the Hugging Face name and llama.cpp's kind of tensor."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, kind, suffix = match.groups()
         return (f"model.layers.{layer}.{_LAYER_TENSORS[kind]}.{suffix}" if kind in _LAYER_TENSORS else name), kind
@@ -161,8 +175,10 @@ def _translate(name: str) -> tuple[str, str]:
 
 
 def _half_split_order(num_rows: int, num_heads: int) -> np.ndarray:
-    """llama.cpp stores the rows of a `llama` model's q and k so that rope turns neighbours; ours turns half-split pairs.
-    Row i of the Hugging Face matrix is row order[i] of the file's."""
+    """Return `order`: row i of the Hugging Face matrix is row order[i] of the file's.
+
+    llama.cpp stores the rows of a `llama` model's q and k so that rope turns neighbours; ours turns half-split pairs.
+    """
     return np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
@@ -195,31 +211,24 @@ def _stored(file: GgufFile, tensor: GgufTensor, name: str, order: np.ndarray | N
 
 
 def _quantised_type(file: GgufFile, tensor: GgufTensor) -> tuple[str, int, int, Any]:
-    """The format's name, values and bytes per block, and the function from rows of bytes to rows of float32."""
-    kinds, quants, sizes = _gguf_package()
-    known = {int(kind): kind.name for kind in kinds}
-    label = known.get(tensor.type, str(tensor.type))
+    """Return the format's name, values and bytes per block, and a function from rows of bytes to rows of float32."""
+    from gguf import quants
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    label = {int(kind): kind.name for kind in GGMLQuantizationType}.get(tensor.type, str(tensor.type))
     quant = getattr(quants, label, None)
     if quant is None or not hasattr(quant, "dequantize_rows"):
         raise ModelError(f"{file.path}: {tensor.name} is stored as {label}, which cannot be dequantised here")
     quant.init_grid()
-    return label, *sizes[kinds(tensor.type)], quant.dequantize_rows
-
-
-@functools.cache
-def _gguf_package() -> tuple[Any, Any, Any]:
-    from gguf import quants
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    return GGMLQuantizationType, quants, GGML_QUANT_SIZES
+    return label, *GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type)], quant.dequantize_rows
 
 
 def _matrix_dtype(file: GgufFile) -> str:
-    """The dtype that loses nothing of the weights: float32 or float16 where a matrix is stored so, else bfloat16."""
+    """Return the dtype that loses nothing of the weights: float32 or float16 where a matrix is stored so, else bfloat16."""
     types = {t.type for t in file.tensors.values() if len(t.shape) > 1}
     return "float32" if types == {0} else "float16" if types <= {0, 1} else "bfloat16"
 
 
 def _shortest(value: Any) -> Any:
-    """float32 metadata as the decimal that was meant: 1e-05, not 9.999999747378752e-06."""
+    """Return float32 metadata as the decimal that was meant: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -25,11 +25,7 @@ DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 # Values of quantised tensors, which mean nothing without a scheme: readable as they are stored.
-QUANTISED = {
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-}
+QUANTISED = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 

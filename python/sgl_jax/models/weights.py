@@ -45,7 +45,7 @@ class MoeWeights[Leaf]:
 
     router: Matrix[Leaf]  # [E, D]
     router_bias: Leaf | None  # [E]
-    score_bias: Leaf | None  # [E]
+    score_bias: Leaf | None  # [E], the correction bias
     experts: Experts[Leaf] | None  # None: they go another way than the rest of their layer (decoder.run_layers)
     shared_gate_up: Matrix[Leaf] | None  # [2F, D]
     shared_down: Matrix[Leaf] | None  # [D, F]
@@ -160,7 +160,7 @@ def _layer(c: DecoderConfig, spec: Spec, has_experts: bool, dense: bool) -> Laye
         k_norm=spec((c.head_dim, None)) if c.qk_norm else None,
         sinks=spec((c.num_heads, "heads")) if c.attn_sinks else None,
         mla=_mla(c.mla, spec, d, c.num_heads) if c.mla else None,
-        o=spec((d, "model"), (c.num_heads * c.output_dim // c.head_copies, "heads")),
+        o=spec((d, "model"), (c.num_heads * c.output_dim // c.head_replicas, "heads")),
         o_bias=spec((d, "model")) if c.o_bias else None,
         post_attn_norm=spec((d, "model")) if c.sandwich_norms else None,
         mlp_norm=spec((d, "model")),
@@ -193,7 +193,7 @@ def _moe(m: MoeConfig, spec: Spec, d: int) -> MoeWeights[WeightSpec]:
     return MoeWeights(
         router=spec((e, None), (d, "model")),
         router_bias=spec((e, None)) if m.router_bias else None,
-        score_bias=spec((e, None)) if m.score_bias else None,
+        score_bias=spec((e, None)) if m.correction_bias else None,
         experts=Experts(
             gate_up=spec((held, "experts"), (2 * f, "expert_ffn"), (d, "model"), parts=(f, f)),
             gate_up_bias=spec((held, "experts"), (2 * f, "expert_ffn"), parts=(f, f)) if m.bias else None,

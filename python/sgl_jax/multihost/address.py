@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from typing import NamedTuple
 
-LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # how a machine reaches what it listens on at every address
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # by an address that means all: where the host itself connects to
 
 
 class Address(NamedTuple):
@@ -16,19 +16,15 @@ class Address(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
     def resolve(self) -> tuple[socket.AddressFamily, tuple]:
-        """Family and address to bind or connect to. Raises OSError while the name is not known."""
+        """Return family and address to bind or connect to. Raises OSError while the name is not known."""
         family, _, _, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
         return family, address
 
     def next_port(self) -> Address:
-        """Where jax's own coordinator listens: one port above."""
+        """Return the address of jax's own coordinator: one port above."""
         return self._replace(port=self.port + 1)
 
 
 def parse_address(text: str) -> Address:
     host, _, port = text.rpartition(":")
     return Address(host.removeprefix("[").removesuffix("]"), int(port))
-
-
-def peer_name(address: tuple) -> str:
-    return str(Address(*address[:2]))

@@ -1,4 +1,4 @@
-"""A host that is not host 0: finds it, proves that it belongs, and runs what it is told."""
+"""Side of every host but host 0: it connects to host 0, proves that it belongs, and receives the programs to run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from sgl_jax.multihost import wire
 from sgl_jax.multihost.address import Address
 from sgl_jax.multihost.handshake import introduce
-from sgl_jax.multihost.host_errors import HostsError, LinkClosed
 from sgl_jax.multihost.watch import SILENCE_S, Watch
-from sgl_jax.multihost.wire import Ended, Identity, Link, Message, Number, Run, Start
+from sgl_jax.multihost.wire import HostMessage, HostsError, Identity, Link, LinkClosed, checked
 
 logger = logging.getLogger(__name__)
 
@@ -25,57 +25,49 @@ _CONNECT_S = 5.0
 
 
 class Follower:
-    """`die(reason)` is called, in a thread of its own, when host 0 is lost or ends for a reason; it is to end the process."""
+    """Connection of this host to host 0.
+
+    `die(reason)` is called, in a thread of its own, when host 0 is lost or ends for a reason; it must end the process.
+    """
 
     def __init__(self, link: Link, die: Callable[[str], None]):
         self._link, self._die = link, die
         self._ended = False
-        self._messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._messages: queue.SimpleQueue[HostMessage] = queue.SimpleQueue()
         self._watch = Watch(self._on_message, self._on_lost)
         self._watch.add(link)
 
     def wait_start(self) -> int:
-        """Returns when every host is there: the port of jax's coordinator."""
-        return self._expect(Start).coordinator_port
+        """Wait until every host is there, and return the port of jax's coordinator."""
+        return checked(self._messages.get(), wire.Start, self._link.peer).coordinator_port
 
     def agree(self, value: int) -> int:
-        """The least of what all hosts give. Every host calls it at the same point, and none goes on before the last."""
-        self._link.send(Number(value))
-        return self._expect(Number).value
-
-    def announce(self, program: str, vector: np.ndarray, source: str = "") -> None:
-        """Nobody waits for what a follower runs: host 0 has told everyone."""
+        """Return the least of the values that all hosts give. It is a barrier: every host must call it, and each waits
+        for the last."""
+        self._link.send(wire.Number(value))
+        return checked(self._messages.get(), wire.Number, self._link.peer).value
 
     def runs(self) -> Iterator[tuple[str, np.ndarray, str]]:
-        """Programs, vectors and sources of payloads ("": none), in the order in which every host runs them, until host 0
-        says that it was the last."""
+        """Yield a program, its vector and the source of its payload ("": none) for each run that host 0 announces."""
         self._watch.silence_s = SILENCE_S
         while True:
             message = self._messages.get()
-            if isinstance(message, Ended):
+            if isinstance(message, wire.Ended):
                 return
-            if not isinstance(message, Run):
-                raise HostsError(f"{self._link.peer} sent {type(message).__name__} where Run was due")
-            yield message.program, np.frombuffer(message.vector, "<i4"), message.source
+            run = checked(message, wire.Run, self._link.peer)
+            yield run.program, np.frombuffer(run.vector, "<i4"), run.source
 
     def close(self, reason: str = "") -> None:
-        """Leaves. Host 0 takes it for a loss, with this reason, unless it said itself that the work is done."""
+        """Leave. Host 0 treats it as a loss with this reason, unless it has said itself that the work is done."""
         self._ended = True
         self._watch.close()
         if reason:
             with contextlib.suppress(HostsError, OSError):
-                self._link.try_send(Ended(reason))
+                self._link.try_send(wire.Ended(reason))
         self._link.close()
 
-    def _expect[M: Message](self, kind: type[M]) -> M:
-        message = self._messages.get()
-        if not isinstance(message, kind):
-            what = "ended" if isinstance(message, Ended) else f"sent {type(message).__name__}"
-            raise HostsError(f"{self._link.peer} {what} where {kind.__name__} was due")
-        return message
-
-    def _on_message(self, link: Link, message: Message) -> None:
-        self._ended = self._ended or isinstance(message, Ended)
+    def _on_message(self, link: Link, message: HostMessage) -> None:
+        self._ended = self._ended or isinstance(message, wire.Ended)
         self._messages.put(message)
 
     def _on_lost(self, link: Link, reason: str) -> None:
@@ -84,15 +76,16 @@ class Follower:
 
 
 def connect(address: Address, node_rank: int, identity: Identity, token: str, timeout_s: float) -> Link:
-    """A connection to host 0 that both sides trust. Tries again while nobody answers there, for `timeout_s` seconds.
+    """Return a connection to host 0 that both sides trust; try for `timeout_s` seconds while nobody answers there.
 
-    Raises HostsError: the time is over, or host 0 refuses this one (or this one refuses it).
+    Raises HostsError when the time is over, or when host 0 refuses this host or this host refuses it.
     """
     deadline = time.monotonic() + timeout_s
     say = 0.0
     while True:
         try:
-            link = _connected(address)
+            _, where = address.resolve()
+            link = Link(socket.create_connection(where[:2], timeout=_CONNECT_S), f"host 0 ({address})")
             try:
                 introduce(link, token, node_rank, identity)
             except BaseException:
@@ -109,15 +102,3 @@ def connect(address: Address, node_rank: int, identity: Identity, token: str, ti
             logger.info("%s", line)
             say = now + _SAY_EVERY_S
         time.sleep(min(_RETRY_S, max(deadline - now, 0.0) + 0.01))
-
-
-def _connected(address: Address) -> Link:
-    family, where = address.resolve()
-    connection = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        connection.settimeout(_CONNECT_S)
-        connection.connect(where)
-    except OSError:
-        connection.close()
-        raise
-    return Link(connection, f"host 0 ({address})")

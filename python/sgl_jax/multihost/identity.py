@@ -1,4 +1,4 @@
-"""The things that the hosts of one engine must have in common: versions, flags and the model's files; and how they differ."""
+"""Versions, flags and model files that all hosts of an engine must have in common, and how two hosts differ."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sgl_jax.settings.server_args import FLAGS, ServerArgs
 
 _PACKAGES = ("jax", "jaxlib", "libtpu")
 _BACKENDS = "sgl_jax.attention"  # the entry points of attention backends
-_TAIL = 1 << 16  # bytes of each weight file that are hashed: a fine-tune has its model's sizes, not its last values
+_TAIL = 1 << 16  # bytes of each weight file that are hashed: a fine-tuned model has equal sizes, but other last values
 
 
 def identity_of(args: ServerArgs, configs: Mapping[str, Mapping[str, object]], weights: Path | None) -> Identity:
-    """`configs` by file name; `weights` is a folder or a file."""
+    """Describe this host. `configs` are by file name; `weights` is a folder, a file or None for dummy weights."""
     versions = {"sgl_jax": __version__}
     for name in (*_PACKAGES, *_packages_of(args.attention_backend)):
         try:
@@ -29,18 +29,18 @@ def identity_of(args: ServerArgs, configs: Mapping[str, Mapping[str, object]], w
 
 
 def _packages_of(backend: str | None) -> list[str]:
-    """The package of an attention backend that is not ours, and the one of that name, if it is called as its backend is."""
+    """Return names of packages to compare: the one that brings the attention backend, and the one named as it is."""
     points = importlib.metadata.entry_points(group=_BACKENDS, name=backend or "")
     return [name for point in points for name in (point.dist.name if point.dist else "", point.name) if name]
 
 
 def shared_flags(args: ServerArgs) -> dict[str, Scalar]:
-    """Values by option, of all flags that must agree."""
+    """Return, by option, the values of all flags that must agree."""
     return {each.option: getattr(args, each.name) for each in FLAGS if not each.about.per_host}
 
 
 def model_files(configs: Mapping[str, Mapping[str, object]], weights: Path | None) -> dict[str, str]:
-    """A fingerprint by file name, in words: the times of the files do not count, nor where they lie."""
+    """Return a fingerprint by file name. Neither the times of the files nor their folder count."""
     found = {name: _hash(json.dumps(config, sort_keys=True).encode()) for name, config in configs.items()}
     if weights is not None and weights.is_file():
         return found | {"the .gguf file": _fingerprint(weights)}
@@ -60,17 +60,17 @@ def _hash(data: bytes) -> str:
 
 
 def differences(here: Identity, there: Identity, other: str) -> list[str]:
-    """One sentence for each thing that differs. `here` is host 0's, `other` names the other host."""
+    """Return a sentence for each difference. `here` is host 0's identity, `other` names the other host."""
     found = []
-    for mine, theirs, what in (
-        (here.versions, there.versions, "{} is {} on {other} and {} on host 0"),
-        (here.flags, there.flags, "{} is {} on {other} and {} on host 0"),
-        (here.model, there.model, "the model differs: {} is {} on {other} and {} on host 0"),
+    for mine, theirs, prefix in (
+        (here.versions, there.versions, ""),
+        (here.flags, there.flags, ""),
+        (here.model, there.model, "the model differs: "),
     ):
         for name in sorted(mine.keys() | theirs.keys()):
             a, b = mine.get(name), theirs.get(name)
             if (a, type(a)) != (b, type(b)):
-                found.append(what.format(name, _shown(b), _shown(a), other=other))
+                found.append(f"{prefix}{name} is {_shown(b)} on {other} and {_shown(a)} on host 0")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Host 0: waits for the others, tells them each program that is to run, and ends with them."""
+"""Side of host 0: it waits for the other hosts, tells them each program to run, and ends with them."""
 
 from __future__ import annotations
 
@@ -13,38 +13,33 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from sgl_jax.multihost.address import Address, peer_name
+from sgl_jax.multihost.address import Address
 from sgl_jax.multihost.handshake import RefusedError, admit
-from sgl_jax.multihost.host_errors import HostsError
 from sgl_jax.multihost.watch import SILENCE_S, Watch
-from sgl_jax.multihost.wire import Ended, Identity, Link, Message, Number, Start, frame, run_message
+from sgl_jax.multihost.wire import Ended, HostMessage, HostsError, Identity, Link, Number, Run, Start, frame
 
 logger = logging.getLogger(__name__)
 
 _SAY_EVERY_S = 5.0
 _RETRY_S = 0.5
-_MOST_GREETED = 64  # connections at a time that have not proved anything
-_BLAME_S = 3.0  # a collective that fails and the connection of the host that made it fail end at the same time, nearly
+_MOST_GREETED = 64  # connections at a time that are in their handshake
+_BLAME_S = 3.0  # within so long after a failed collective the connection of the host that made it fail ends, too
 
 
 class Leader:
-    """`die(reason)` is called, in a thread of its own, when a host is lost after all had come: it is to end the process,
-    for the engine's thread may hang in a collective that will never end."""
+    """Connections of host 0 to the other hosts.
 
-    def __init__(
-        self,
-        address: Address,
-        nnodes: int,
-        identity: Identity,
-        token: str,
-        die: Callable[[str], None],
-    ):
+    `die(reason)` is called, in a thread of its own, when a host is lost after all had come: it must end the process,
+    since the engine's thread may hang in a collective that never ends.
+    """
+
+    def __init__(self, address: Address, nnodes: int, identity: Identity, token: str, die: Callable[[str], None]):
         self.address = address
         self._nnodes, self._identity, self._token, self._die = nnodes, identity, token, die
         self._links: dict[int, Link] = {}
-        self._claimed: dict[int, Link] = {}  # by those who are still at their first words, too
-        self._lock = threading.Lock()  # of _links, and of what follows
-        self._refusals: dict[str, str] = {}  # by peer's address: why, last
+        self._claimed: dict[int, Link] = {}  # hosts in their handshake included
+        self._lock = threading.Lock()  # guards _links, _claimed and all below
+        self._refusals: dict[str, str] = {}  # the last reason by peer's address
         self._together = self._ended = False
         self._lost = ""
         self._gone = threading.Event()
@@ -52,10 +47,8 @@ class Leader:
         self._greeted = threading.Semaphore(_MOST_GREETED)
         self._watch = Watch(self._on_message, self._on_lost)
 
-    # --- start-up
-
     def gather(self, timeout_s: float) -> None:
-        """Waits until every host is connected, and lets them go on. Raises HostsError after `timeout_s` seconds."""
+        """Wait until every host is connected, and let them go on. Raises HostsError after `timeout_s` seconds."""
         deadline = time.monotonic() + timeout_s
         try:
             with self._listen(deadline) as listener:
@@ -66,7 +59,7 @@ class Leader:
         self._tell(Start(self.address.port + 1))
         logger.info("All %d hosts are here", self._nnodes)
 
-    def waiting_line(self) -> str:
+    def _waiting_line(self) -> str:
         missing = [str(rank) for rank in range(1, self._nnodes) if rank not in self._links]
         ranks = f"node rank{'s' if len(missing) > 1 else ''} {', '.join(missing)}"
         return f"waiting for {len(missing)} of {self._nnodes} hosts at {self.address} ({ranks})"
@@ -94,7 +87,7 @@ class Leader:
                 if len(self._links) == self._nnodes - 1:
                     self._together = True
                     return
-                line = self.waiting_line()
+                line = self._waiting_line()
                 refusals = "".join(f"; {reason}" for reason in self._refusals.values())
             now = time.monotonic()
             if now > deadline:
@@ -108,7 +101,7 @@ class Leader:
                 if not self._greeted.acquire(blocking=False):
                     connection.close()
                     continue
-                link = Link(connection, peer_name(where))
+                link = Link(connection, str(Address(*where[:2])))
                 threading.Thread(target=self._greet, args=(link,), name="sgl-jax-greet", daemon=True).start()
 
     def _greet(self, link: Link) -> None:
@@ -145,26 +138,25 @@ class Leader:
         self._links = {rank: other for rank, other in self._links.items() if other is not link}
         self._claimed = {rank: other for rank, other in self._claimed.items() if other is not link}
 
-    # --- work
-
     def serve(self) -> None:
-        """From here on a host that is silent for seconds is lost."""
+        """Treat a host as lost from now on when it is silent for SILENCE_S seconds."""
         self._watch.silence_s = SILENCE_S
 
     def agree(self, value: int) -> int:
-        """The least of what all hosts give. Every host calls it at the same point, and none goes on before the last."""
+        """Return the least of the values that all hosts give. It is a barrier: every host must call it, and each waits
+        for the last."""
         least = min([value, *(self._numbers.get() for _ in self._links)])
         self._tell(Number(least))
         return least
 
     def announce(self, program: str, vector: np.ndarray, source: str = "") -> None:
-        """Tells every host to run this program with this vector, and a payload that each reads from the source; to be
-        called right before this one does."""
-        self._tell(run_message(program, vector, source))
+        """Tell every host to run this program with this vector, and with a payload that each reads from the source. It
+        is called right before this host runs it."""
+        self._tell(Run(program, vector.astype("<i4", copy=False).tobytes(), source))
 
     @contextlib.contextmanager
     def blaming(self) -> Iterator[None]:
-        """Raise what fails inside because a host was lost as HostsError, with that reason."""
+        """Wrap errors of the block that follow from the loss of a host in a HostsError with the reason of the loss."""
         try:
             yield
         except Exception as error:
@@ -173,7 +165,7 @@ class Leader:
             raise
 
     def close(self, reason: str = "") -> None:
-        """Ends the other hosts: without a reason they exit with 0. Returns when they have gone, or have had time to."""
+        """End the other hosts, and wait some seconds for them to go. Without a reason they exit with 0."""
         with self._lock:
             if self._ended:
                 return
@@ -184,20 +176,18 @@ class Leader:
             with contextlib.suppress(OSError):
                 link.send(Ended(reason))
         deadline = time.monotonic() + _BLAME_S
-        for link in links:  # jax's coordinator lives here: who finds it gone before leaving aborts
+        for link in links:  # jax's coordinator lives here: a host that finds it gone before leaving aborts
             with contextlib.suppress(HostsError, OSError):
                 while True:
                     link.receive(max(deadline - time.monotonic(), 0.001))
             link.close()
 
-    def _tell(self, message: Message) -> None:
+    def _tell(self, message: HostMessage) -> None:
         data = frame(message)
         for link in self._links.values():
             link.send_frame(data)
 
-    # --- in the watching thread
-
-    def _on_message(self, link: Link, message: Message) -> None:
+    def _on_message(self, link: Link, message: HostMessage) -> None:
         if isinstance(message, Number):
             self._numbers.put(message.value)
 

@@ -1,4 +1,4 @@
-"""One thread that reads every connection, says Alive on each, and notices within seconds who is gone."""
+"""Watching thread: reads every connection, sends Alive on each, and notices within seconds which hosts are gone."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import time
 from collections.abc import Callable
 
 from sgl_jax.multihost.handshake import printable
-from sgl_jax.multihost.host_errors import HostsError
-from sgl_jax.multihost.wire import Alive, Ended, Link, Message
+from sgl_jax.multihost.wire import Alive, Ended, HostMessage, HostsError, Link
 
 BEAT_S = 1.0
-SILENCE_S = 10.0  # a host that says nothing for so long is lost: its power or its cable went, nothing was closed
+SILENCE_S = 10.0  # a host that is silent for so long is lost: without power or network it closes no connection
 START_SILENCE_S = 60.0  # while it loads and compiles, a library may keep its threads from running for a while
 
 
 class Watch:
-    """`on_message(link, message)` and `on_lost(link, reason)` are called in the thread; a lost link is closed and said
-    once. An Ended with a reason is a loss with that reason; one without is a message."""
+    """Calls `on_message(link, message)` and `on_lost(link, reason)` in its thread; a lost link is closed first.
+
+    An Ended with a reason is a loss with that reason; an Ended without one is a message.
+    """
 
     def __init__(
         self,
-        on_message: Callable[[Link, Message], None],
+        on_message: Callable[[Link, HostMessage], None],
         on_lost: Callable[[Link, str], None],
         *,
         beat_s: float = BEAT_S,
@@ -34,7 +35,7 @@ class Watch:
         self.silence_s = silence_s  # may be changed while it runs
         self._on_message, self._on_lost = on_message, on_lost
         self._beat_s = beat_s
-        self._heard: dict[Link, float] = {}  # when last
+        self._heard: dict[Link, float] = {}  # when each was last heard
         self._new: queue.SimpleQueue[Link] = queue.SimpleQueue()
         self._wake, self._woken = socket.socketpair()
         self._woken.setblocking(False)
@@ -47,7 +48,7 @@ class Watch:
         self._wake.send(b"x")
 
     def close(self) -> None:
-        """Stops watching; the links stay as they are. Not from the thread itself. May be called twice."""
+        """Stop watching and leave the links open. May be called twice, but not from the thread itself."""
         if self._ending:
             return
         self._ending = True
@@ -71,7 +72,7 @@ class Watch:
                     link = self._new.get()
                     selector.register(link, selectors.EVENT_READ)
                     self._heard[link] = time.monotonic()
-                    self._read(selector, link)  # what came with the handshake's last word wakes nobody
+                    self._read(selector, link)  # bytes that came with the handshake's last message wake nobody
                 if time.monotonic() >= due:
                     due = time.monotonic() + self._beat_s
                     self._beat(selector)
@@ -91,7 +92,7 @@ class Watch:
                 self._on_message(link, message)
 
     def _beat(self, selector: selectors.BaseSelector) -> None:
-        # Whoever was to be heard has been read just before: if this process stood still itself, nobody is blamed.
+        # All links have been read just before, so that nobody is blamed for a pause of this process.
         for link in list(self._heard):
             silence = time.monotonic() - self._heard[link]
             if silence > self.silence_s:

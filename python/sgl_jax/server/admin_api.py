@@ -1,4 +1,4 @@
-"""Health, models, information and metrics."""
+"""Routes about the server itself: health, models, information and metrics."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from sgl_jax import __version__
 from sgl_jax.engine.generation import GenerationRequest
 from sgl_jax.observability.metrics import exposition
 from sgl_jax.request import SamplingParams
-from sgl_jax.server.app_state import ServerState, gone, json_response
+from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.error_envelope import ApiError, unknown_model
 from sgl_jax.server.responses import ModelCard, ModelInfo, ModelList, ServerInfo, Status, Version
-from sgl_jax.server.sse import unless_disconnected
+from sgl_jax.server.sse import json_unless_disconnected
 
 _HEALTH_TIMEOUT_S = 20.0
 
@@ -34,7 +34,7 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
     @routes.head("/health", include_in_schema=False)
     @routes.get("/health", tags=["Health"], **documented(Status, body=False, guarded=False))
     async def health() -> Response:
-        """200 while the process and its engine live, from the start on."""
+        """Answers 200 while the process and its engine live, from the start on."""
         if service.failure is not None:
             service.check_ready()
         return json_response(Status("alive"))
@@ -42,32 +42,30 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
     @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready", tags=["Health"], **documented(Status, body=False, guarded=False))
     async def ready() -> Response:
-        """200 when requests are taken: after warming up, until shutting down."""
+        """Answers 200 when requests are accepted: after warming up, until shutting down."""
         service.check_ready()
         return json_response(Status("ready"))
 
     @routes.get("/health_generate", tags=["Health"], **documented(Status, body=False, stream=False))
     async def health_generate(request: Request) -> Response:
-        """200 when a token could be generated just now."""
+        """Answers 200 when a token could be generated just now."""
         token = state.tokenizer.bos_token_id or 0
         asked = GenerationRequest([token], SamplingParams(max_tokens=1, temperature=0.0))
         generation = service.submit([asked], stream=False)
 
-        async def one_token() -> bool:
+        async def one_token() -> Status:
             async for _ in generation.updates():
                 pass
-            return True
+            return Status("generating")
 
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT_S):
-                alive = await unless_disconnected(request, one_token())
+                return await json_unless_disconnected(request, one_token())
         except TimeoutError:
-            raise ApiError(
-                503, f"no token came within {_HEALTH_TIMEOUT_S:.0f} s", type="service_unavailable", code="timeout"
-            ) from None
+            text = f"no token came within {_HEALTH_TIMEOUT_S:.0f} s"
+            raise ApiError(503, text, type="service_unavailable", code="timeout") from None
         finally:
             generation.abort()
-        return json_response(Status("generating")) if alive else gone()
 
 
 def _add_models(routes: APIRouter, state: ServerState) -> None:
@@ -103,8 +101,7 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
 
     @routes.get("/get_server_info", tags=["Information"], **documented(ServerInfo, body=False))
     async def get_server_info() -> Response:
-        """Every flag at the top level (secrets hidden), what the engine resolved, and its latest numbers."""
-        stats = service.stats
+        """Returns every flag at the top level (secrets hidden), what the engine resolved, and its latest numbers."""
         engine = msgspec.to_builtins(service.info)
         return json_response(
             {
@@ -114,8 +111,7 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
                 "max_total_num_tokens": engine["max_total_tokens"],
                 "engine": engine,
                 "internal_states": [
-                    {"last_gen_throughput": stats.gen_throughput}
-                    | {name: getattr(stats, name) for name in stats.__struct_fields__}
+                    {"last_gen_throughput": service.stats.gen_throughput} | msgspec.structs.asdict(service.stats)
                 ],
             }
         )
@@ -127,7 +123,7 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
     @routes.head("/metrics", include_in_schema=False)
     @routes.get("/metrics", tags=["Information"], **documented(None, body=False, engine=False, media_type="text/plain"))
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Returns the metrics in the format of Prometheus."""
         text, media_type = exposition(service.metrics, service.stats)
         return Response(text, media_type=media_type)
 

@@ -1,4 +1,4 @@
-"""The HTTP application: its routes, the API key, and errors in one form."""
+"""HTTP application: its routes, the API key, and errors in one form."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _OPEN_PATHS = frozenset({"/health", "/ready"})
 
 
 class ApiKeyGuard:
-    """Lets a request through if it brings the key, or asks for health."""
+    """Passes on requests that bring the key or ask for health, and refuses all others."""
 
     def __init__(self, app: ASGIApp, api_key: str):
         self._app = app
@@ -40,10 +40,8 @@ class ApiKeyGuard:
             given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
             scheme, _, key = given.partition(b" ")
             if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._expected):
-                error = ApiError(
-                    401, "the API key is missing or wrong; send it as Authorization: Bearer …", code="invalid_api_key"
-                )
-                await error.response()(scope, receive, send)
+                text = "the API key is missing or wrong; send it as Authorization: Bearer …"
+                await ApiError(401, text, code="invalid_api_key").response()(scope, receive, send)
                 return
         await self._app(scope, receive, send)
 

@@ -1,4 +1,4 @@
-"""State that the endpoints share, and the steps of every request before it is submitted."""
+"""State that the endpoints share, and the encoding of text and messages before a request is submitted."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from starlette.responses import Response
 
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json
-from sgl_jax.server.error_envelope import ApiError, unknown_model
+from sgl_jax.server.error_envelope import unknown_model
 from sgl_jax.server.openai_types import Message, TemplateFields
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError
 
 if TYPE_CHECKING:
     from sgl_jax.settings.server_args import ServerArgs
 
-_ENCODE_ELSEWHERE = 20_000  # characters, from which on encoding would hold up other requests
+_ENCODE_ELSEWHERE = 20_000  # characters from which on encoding runs in a thread, or it would hold up other requests
 _ANY_MODEL = "default"  # what SGLang's clients write when they do not care
 
 
@@ -55,12 +55,13 @@ class ServerState:
             raise InvalidParameter(field, f"{field}: {error}") from error
 
     async def encode_chat(self, messages: Sequence[Message], options: TemplateFields) -> list[int]:
-        """The conversation as the model's template writes it. Templates spell out their special tokens."""
+        """Encode a conversation as the model's template writes it. Templates spell out their special tokens."""
         template = self.tokenizer.chat_template()
-        final = bool(options.continue_final_message)
+        shown = template_messages(messages, knows_developer="developer" in template.source)
+        final, prompt = bool(options.continue_final_message), options.add_generation_prompt
         text = template.render(
-            template_messages(messages, knows_developer="developer" in template.source),
-            add_generation_prompt=not final if options.add_generation_prompt is None else options.add_generation_prompt,
+            shown,
+            add_generation_prompt=not final if prompt is None else prompt,
             continue_final_message=final,
             template_kwargs=options.chat_template_kwargs,
         )
@@ -68,14 +69,14 @@ class ServerState:
 
 
 async def encoding[**P, R](num_characters: int, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Makes a call that encodes so many characters; in a thread if it would hold up other requests."""
+    """Make a call that encodes so many characters; in a thread if it would hold up other requests."""
     if num_characters >= _ENCODE_ELSEWHERE:
         return await asyncio.to_thread(call, *args, **kwargs)
     return call(*args, **kwargs)
 
 
 def template_messages(messages: Sequence[Message], knows_developer: bool) -> list[dict[str, Json]]:
-    """Messages as templates expect them: content as one string, tool arguments as objects."""
+    """Convert messages to the form that templates expect: content as one string, tool arguments as objects."""
     found = []
     for i, message in enumerate(messages):
         if message.content is None and not (message.role == "assistant" and message.tool_calls):
@@ -103,8 +104,3 @@ def _template_call(call: dict[str, Any]) -> dict[str, Any]:
 
 def json_response(value: object) -> Response:
     return Response(msgspec.json.encode(value), media_type="application/json")
-
-
-def gone() -> Response:
-    """Makes the answer for a client that went away; nobody reads it."""
-    return ApiError(499, "the client closed the connection", code="client_closed").response()

@@ -1,5 +1,5 @@
-"""Parts of request bodies: types of fields, and the fields that come from tables, which are the sampling parameters
-(request.py) and the features that are not built (settings/not_built.py)."""
+"""Parts of request bodies: types of fields, and fields made from the tables of sampling parameters (request.py) and of
+features that are not built (settings/not_built.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
-from sgl_jax.engine.generation import Given
+from sgl_jax.engine.generation import GenerationRequest
 from sgl_jax.engine.native_params import in_our_names, names_in, num_tokens
 from sgl_jax.request import PARAMETERS, Api, InvalidParameter, Names, Parameter, SamplingParams
 from sgl_jax.settings.not_built import NOT_BUILT, Feature
@@ -36,7 +36,7 @@ class TextFormat(Body):
     type: Literal["text"]
 
 
-# The types of fields that take a value for "off" beside null.
+# Types of fields that accept, beside null, a value that means "off".
 _OFF: Mapping[str, object] = {
     "tools": EmptyList | None,
     "tool_choice": Literal["none"] | None,
@@ -48,7 +48,7 @@ _OFF: Mapping[str, object] = {
 
 
 def with_fields[B: type[Body]](*tables: Fields) -> Callable[[B], B]:
-    """Decorates a body: adds the tables' fields to those it declares."""
+    """Decorate a body: add the fields of the tables to those it declares."""
 
     def add(body: B) -> B:
         fields: dict[str, Any] = {name: field for table in tables for name, field in table.items()}
@@ -59,30 +59,29 @@ def with_fields[B: type[Body]](*tables: Fields) -> Callable[[B], B]:
     return add
 
 
-# --- features that are not built --------------------------------------------------------------------------------------
+def null_fields(names: str) -> Fields:
+    """Make fields of parameters that other engines know and ours does not: any value but null is refused, by name."""
+    return dict.fromkeys(names.split(), (None, None))
 
 
 def off_fields(body: str, features: Iterable[Feature] = NOT_BUILT) -> Fields:
-    """Fields of the body of this name that would ask for a feature that is not built: they take what asks for nothing."""
+    """Make the fields of a body that belong to features that are not built: they accept only values that mean "off"."""
     found: dict[str, tuple[object, object]] = {}
     for feature in features:
-        found |= dict.fromkeys(feature.null.get(body, "").split(), (None, None))
+        found |= null_fields(feature.null.get(body, ""))
         found |= {name: (_OFF[name], None) for name in feature.off.get(body, "").split()}
     return found
 
 
 def feature_of(field: str, features: Iterable[Feature] = NOT_BUILT) -> str | None:
-    """Names what is not built, with its verb: "tool calls are" for `tools` or `messages[0].function_call`. The innermost
-    name that is known counts."""
+    """Return the feature that a field belongs to, with its verb: "tool calls are" for `messages[0].function_call`. The
+    innermost known name decides. None: it belongs to none."""
     known = {name: feature.name for feature in features for name in feature.fields.split()}
     return next((known[name] for name in reversed(re.findall(r"\w+", field)) if name in known), None)
 
 
-# --- sampling parameters ----------------------------------------------------------------------------------------------
-
-
 def sampling_fields(api: Api, parameters: Sequence[Parameter] = PARAMETERS) -> Fields:
-    """The parameters' fields by each of their names in the API."""
+    """Make the fields of the parameters, by each of their names in the API."""
     found: dict[str, tuple[object, object]] = {}
     for each in parameters:
         kind: Any = _kind(each, low=0 if api == "native" and each.about.or_zero else None)
@@ -94,7 +93,7 @@ def sampling_fields(api: Api, parameters: Sequence[Parameter] = PARAMETERS) -> F
 
 
 def _kind(parameter: Parameter, low: int | None) -> object:
-    """The type of the parameter's value in JSON."""
+    """Return the type of the parameter's value in JSON."""
     entries = Field(max_length=parameter.about.entries)
     if parameter.kind in (int, float):
         return Annotated[parameter.kind, limits(parameter.name, low, [parameter])]
@@ -108,7 +107,7 @@ def _kind(parameter: Parameter, low: int | None) -> object:
 
 
 def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] = PARAMETERS) -> FieldInfo:
-    """The limits of a parameter's number as a pydantic Field. `low` is the least number where it differs in this API."""
+    """Return the limits of a parameter's number as a pydantic Field. `low`: the least number, if this API differs."""
     [parameter] = (each for each in parameters if each.name == name)
     about = parameter.about
     low = about.low if low is None else low
@@ -116,32 +115,33 @@ def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] 
     return Field(gt=low, le=high) if about.above else Field(ge=low, le=high)
 
 
-def native_params(body: Body, cls: type[SamplingParams] = SamplingParams) -> Given:
-    """Reads the parameters of a body with the native API's `sampling_fields`."""
+def native_params(body: Body, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:
+    """Read the parameters of a body that has the native API's `sampling_fields`."""
     values, names = _written(body, "native", cls)
     max_tokens, score_only = num_tokens(values.get("max_tokens"))
-    return Given(cls(**values | {"max_tokens": max_tokens}), names, score_only, in_range=True)
+    params = cls(**values | {"max_tokens": max_tokens})
+    return GenerationRequest([], params, names=names, score_only=score_only, in_range=True)
 
 
 def openai_params(
     body: Body, own: Mapping[str, int | None], names: Names, cls: type[SamplingParams] = SamplingParams
-) -> Given:
-    """Reads the parameters of a body with OpenAI's `sampling_fields`. `own` has by our names those that the body writes
-    in a form of its own, and `names` their names there."""
+) -> GenerationRequest:
+    """Read the parameters of a body that has OpenAI's `sampling_fields`. `own` has, by our names, values that the body
+    gives in a form of its own, and `names` their names there."""
     values, theirs = _written(body, "openai", cls)
     values.update(own)
-    return Given(cls(**values), {**theirs, **names}, in_range=True)
+    return GenerationRequest([], cls(**values), names={**theirs, **names}, in_range=True)
 
 
 def _written(body: Body, api: Api, cls: type[SamplingParams]) -> tuple[dict[str, Any], Names]:
-    """The body's values as SamplingParams declares them, by our names, and the body's names."""
+    """Return the body's values by our names, typed as SamplingParams declares them, and the body's names by ours."""
     names = (name for name in names_in(api, cls)[0] if name in body.model_fields_set)
     return in_our_names({name: _as_declared(name, getattr(body, name)) for name in names}, api, cls)
 
 
 def _as_declared(name: str, value: Any) -> Any:
-    """A value of the type that pydantic checked, as the type that SamplingParams declares. Raises InvalidParameter where
-    one token id is written in two ways."""
+    """Convert a value that pydantic checked to the type that SamplingParams declares. Raises InvalidParameter if a
+    dictionary has one token id in two spellings."""
     if isinstance(value, list):
         return tuple(value)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""/openapi.json: requests come from their pydantic models, answers from the msgspec structs, errors are on every path."""
+"""Schema of the API, /openapi.json: requests from pydantic models, answers from msgspec structs, and errors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sgl_jax.server import responses
 from sgl_jax.server.responses import ErrorResponse
 
 _REF = "#/components/schemas/{name}"
-# Describes each event: OpenAPI 3.1 has no word for a stream of them, and tools read the schema so.
+# Schema of one event: OpenAPI 3.1 cannot describe a stream of events, and tools take the schema for that of each.
 _SERVER_SENT_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 _ERRORS = {
     400: "A value is wrong or not supported; `param` names the field",
@@ -37,10 +37,10 @@ def documented(
     conflict: bool = False,
     media_type: str = "application/json",
 ) -> dict[str, Any]:
-    """A route's documented answers: its own, and the errors it can give.
+    """Document a route's answers: its own, and the errors it can give.
 
-    `model`: it checks a model's name; `body`: it reads one; `engine`: it needs a live engine; `guarded`: by the API key;
-    `conflict`: the engine may be in no state for it.
+    `stream`: it can stream; `model`: it checks a model's name; `body`: it reads a body; `engine`: it needs the engine;
+    `guarded`: it needs the API key; `conflict`: the state of the engine may not allow it.
     """
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
     content: dict[str, Any] = {media_type: {"schema": schema}}
@@ -48,14 +48,17 @@ def documented(
         content["text/event-stream"] = {"schema": _SERVER_SENT_EVENT}
     found: dict[int | str, dict[str, Any]] = {200: {"description": "Success", "content": content}}
     statuses = [400] * body + [401] * guarded + [404] * model + [409] * conflict + [429] * stream + [500, 503] * engine
-    error = {"application/json": {"schema": {"$ref": _REF.format(name=ErrorResponse.__name__)}}}
-    for status in statuses:
-        found[status] = {"description": _ERRORS[status], "content": error}
+    found |= {status: _error(status) for status in statuses}
     return {"responses": found, "response_model": None}
 
 
+def _error(status: int) -> dict[str, Any]:
+    schema = {"$ref": _REF.format(name=ErrorResponse.__name__)}
+    return {"description": _ERRORS[status], "content": {"application/json": {"schema": schema}}}
+
+
 def install(app: FastAPI) -> None:
-    """Replaces the generated document, which would promise FastAPI's own 422 answers."""
+    """Replace the generated document, which would promise FastAPI's own 422 answers."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -63,13 +66,7 @@ def install(app: FastAPI) -> None:
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
-                    operation["responses"].setdefault(
-                        "400",
-                        {
-                            "description": _ERRORS[400],
-                            "content": {"application/json": {"schema": {"$ref": _REF.format(name="ErrorResponse")}}},
-                        },
-                    )
+                    operation["responses"].setdefault("400", _error(400))
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)

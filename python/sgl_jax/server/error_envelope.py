@@ -1,4 +1,4 @@
-"""Every error leaves as OpenAI's envelope: {"error": {"message", "type", "param", "code"}}."""
+"""Errors, all of which leave as OpenAI's envelope: {"error": {"message", "type", "param", "code"}}."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from sgl_jax.engine.generation import (
-    Conflict,
-    DuplicateRequestId,
-    EngineFailed,
-    PromptTooLong,
-    QueueFull,
-    ServiceUnavailable,
-)
+from sgl_jax.engine import generation
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.bodies import feature_of
 from sgl_jax.server.responses import ErrorBody, ErrorResponse
@@ -30,6 +23,19 @@ from sgl_jax.text.tokenizer import TokenizerError
 logger = logging.getLogger(__name__)
 
 _BAD_REQUEST = "invalid_request_error"
+
+# By kind, the first that fits: status, type, code, and the param where the error does not name it.
+_EXPECTED: Mapping[type[Exception], tuple[int, str, str, str | None]] = {
+    generation.PromptTooLong: (400, _BAD_REQUEST, "context_length_exceeded", None),
+    generation.DuplicateRequestId: (400, _BAD_REQUEST, "duplicate_request_id", None),
+    InvalidParameter: (400, _BAD_REQUEST, "invalid_value", None),
+    TokenizerError: (400, _BAD_REQUEST, "invalid_value", "prompt"),
+    TemplateError: (400, _BAD_REQUEST, "invalid_value", "messages"),
+    generation.QueueFull: (429, "rate_limit_error", "queue_full", None),
+    generation.Conflict: (409, _BAD_REQUEST, "conflict", None),
+    generation.ServiceUnavailable: (503, "service_unavailable", "not_ready", None),
+    generation.EngineFailed: (500, "server_error", "engine_failed", None),
+}
 
 
 class ApiError(Exception):
@@ -48,10 +54,7 @@ class ApiError(Exception):
             found["Retry-After"] = "1"
         if self.status == 401:
             found["WWW-Authenticate"] = "Bearer"
-        return Response(self.encoded(), self.status, found, media_type="application/json")
-
-    def encoded(self) -> bytes:
-        return msgspec.json.encode(self.body)
+        return Response(msgspec.json.encode(self.body), self.status, found, media_type="application/json")
 
 
 def _printable(text: str) -> str:
@@ -63,34 +66,20 @@ def unknown_model(name: str, served: str) -> ApiError:
     return ApiError(404, message, param="model", code="model_not_found")
 
 
-def as_api_error(error: Exception) -> ApiError | None:
-    """Returns the answer to an error of ours; None for one that nobody expected."""
+def answer_to(error: Exception, what: str) -> ApiError:
+    """Return the answer to an error. One that nobody expected is logged as a failure of `what`."""
     match error:
         case ApiError():
             return error
-        case PromptTooLong():
-            return ApiError(400, str(error), param=error.param, code="context_length_exceeded")
-        case DuplicateRequestId():
-            return ApiError(400, str(error), param=error.param, code="duplicate_request_id")
-        case InvalidParameter():
-            return ApiError(400, str(error), param=error.param, code="invalid_value")
-        case TokenizerError():
-            return ApiError(400, str(error), param="prompt", code="invalid_value")
-        case TemplateError():
-            return ApiError(400, str(error), param="messages", code="invalid_value")
-        case QueueFull():
-            return ApiError(429, str(error), type="rate_limit_error", code="queue_full")
-        case Conflict():
-            return ApiError(409, str(error), code="conflict")
-        case ServiceUnavailable():
-            return ApiError(503, str(error), type="service_unavailable", code="not_ready")
-        case EngineFailed():
-            return ApiError(500, str(error), type="server_error", code="engine_failed")
         case RequestValidationError():
             return _validation_error(error)
         case HTTPException():
             return ApiError(error.status_code, _http_message(error), code=HTTPStatus(error.status_code).name.lower())
-    return None
+    for kind, (status, type, code, param) in _EXPECTED.items():
+        if isinstance(error, kind):
+            return ApiError(status, str(error), type, param or getattr(error, "param", None), code)
+    logger.error("%s failed", what, exc_info=error)
+    return ApiError(500, "the server failed on this request; its log says more", type="server_error")
 
 
 def _http_message(error: HTTPException) -> str:
@@ -104,18 +93,16 @@ def _http_message(error: HTTPException) -> str:
 
 
 def _validation_error(error: RequestValidationError) -> ApiError:
-    # A value may fail every branch of a union; the branch that got furthest tells most.
+    # A value may fail every branch of a union; the error of the branch that got furthest says most.
     found = [(each, *_field(each["loc"][1:], error.body)) for each in error.errors()]
     first, field, _ = max(found, key=lambda item: item[2])
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
-        return ApiError(
-            400, f"the body is not valid JSON: {reason} at character {first['loc'][-1]}", code="invalid_json"
-        )
+        text = f"the body is not valid JSON: {reason} at character {first['loc'][-1]}"
+        return ApiError(400, text, code="invalid_json")
     if not field:
-        return ApiError(
-            400, "the body must be a JSON object, sent with Content-Type: application/json", code="invalid_json"
-        )
+        text = "the body must be a JSON object, sent with Content-Type: application/json"
+        return ApiError(400, text, code="invalid_json")
     context = first.get("ctx", {})
     match first["type"]:
         case "extra_forbidden" if feature_of(field) is None:
@@ -124,7 +111,7 @@ def _validation_error(error: RequestValidationError) -> ApiError:
             return _unsupported(field)
         case "too_long" if context.get("max_length") == 0:
             return _unsupported(field)
-        case "literal_error" if " or " not in context["expected"]:  # the one value that asks for nothing
+        case "literal_error" if " or " not in context["expected"]:  # a field with one value, which asks for nothing
             return _unsupported(field, first["input"])
         case "missing":
             return ApiError(400, f"{field} is missing", param=field, code="missing_parameter")
@@ -140,7 +127,7 @@ def _unsupported(field: str, value: object = None) -> ApiError:
 
 
 def _field(loc: Sequence[Any], body: Any) -> tuple[str, int]:
-    """messages[0].content, from a path that also names the branches of unions; and how many steps of it there are."""
+    """Return messages[0].content for a path that also names the branches of unions, and how many steps it has."""
     found, depth = "", 0
     for i, step in enumerate(loc):
         missing = isinstance(body, dict) and isinstance(step, str) and i == len(loc) - 1
@@ -155,26 +142,11 @@ def _field(loc: Sequence[Any], body: Any) -> tuple[str, int]:
 
 
 def install(app: FastAPI) -> None:
-    """Makes the app answer every exception with the envelope."""
+    """Make the app answer every exception with the envelope."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        found = as_api_error(error)
-        if found is None:
-            logger.error("request to %s failed", request.url.path, exc_info=error)
-            found = ApiError(500, "the server failed on this request; its log says more", type="server_error")
+        found = answer_to(error, f"request to {request.url.path}")
         return found.response(getattr(error, "headers", None))
 
-    for kind in (
-        ApiError,
-        InvalidParameter,
-        TokenizerError,
-        TemplateError,
-        QueueFull,
-        Conflict,
-        ServiceUnavailable,
-        EngineFailed,
-        RequestValidationError,
-        HTTPException,
-        Exception,
-    ):
+    for kind in (ApiError, RequestValidationError, HTTPException, Exception, *_EXPECTED):
         app.add_exception_handler(kind, answer)

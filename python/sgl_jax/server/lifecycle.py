@@ -1,4 +1,4 @@
-"""The server's life: bind, start the engine process, listen, get ready, serve, drain, end.
+"""Life cycle of the server: bind, start the engine process, listen, get ready, serve, drain, end.
 
 The API process runs this. It listens while the engine loads (/health answers, everything else is 503), and prints the
 ready line only when requests are taken. The first SIGTERM or SIGINT drains, the second stops at once. When the engine
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 
 OK, FAILED = 0, 1  # exit codes
 _BACKLOG = 2048
-_KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that they and not we close them
-_LAST_WORDS_S = 3  # for answers that are being written when everything has ended
+_KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that the client closes them
+_LAST_WORDS_S = 3  # time for answers that are still being written at the end
 
 
 def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
-    """Serves until told to stop, or until the engine dies. Returns the exit code.
+    """Serve until told to stop, or until the engine dies. Returns the exit code.
 
     `core_factory` ("module:function") builds the engine core in the engine process, from `server_args`.
     """
@@ -50,7 +50,7 @@ def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
         where = f"{server_args.host}:{server_args.port}"
         print(f"sgl_jax: error: cannot listen on {where}: {error.strerror}; choose another --port", file=sys.stderr)
         return FAILED
-    uvicorn_log = logging.getLogger("uvicorn.error")  # its "running" line would come before we are ready
+    uvicorn_log = logging.getLogger("uvicorn.error")  # uvicorn would log that it runs before the server is ready
     uvicorn_log.setLevel(max(logging.WARNING, uvicorn_log.getEffectiveLevel()))
     transport = ProcessTransport(server_args, core_factory)
     with contextlib.closing(listener):
@@ -80,7 +80,7 @@ def _bind(host: str, port: int) -> socket.socket:
 class _Uvicorn(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        yield  # signals are ours
+        yield  # _Server handles signals
 
 
 class _Server:
@@ -95,12 +95,7 @@ class _Server:
         tokenizer = await asyncio.to_thread(
             load_tokenizer, args.tokenizer_path or args.model_path, args.chat_template, args.downloads
         )
-        service = GenerationService(
-            self._transport,
-            tokenizer,
-            stream_interval=args.stream_interval,
-            max_queued_requests=args.max_queued_requests,
-        )
+        service = GenerationService(self._transport, tokenizer, args.stream_interval, args.max_queued_requests)
         http = _Uvicorn(
             uvicorn.Config(
                 create_app(service, args),
@@ -124,7 +119,7 @@ class _Server:
                 await listening
 
     async def _serve(self, service: GenerationService) -> int:
-        failed = asyncio.ensure_future(service.wait_failed())
+        failed = asyncio.ensure_future(service.failed.wait())
         stop, stop_now = asyncio.ensure_future(self._stop.wait()), asyncio.ensure_future(self._stop_now.wait())
         starting = asyncio.ensure_future(self._get_ready(service))
         try:
@@ -137,12 +132,10 @@ class _Server:
             if not starting.done():
                 return OK  # told to stop before anything was served
             starting.result()
-            logger.info(
-                "Shutting down: %d requests have %.0f s to finish; a second signal stops at once.",
-                service.num_live,
-                self._args.shutdown_timeout_s,
-            )
-            draining = asyncio.ensure_future(service.drain(self._args.shutdown_timeout_s))
+            timeout_s = self._args.shutdown_timeout_s
+            line = "Shutting down: %d requests have %.0f s to finish; a second signal stops at once."
+            logger.info(line, service.num_live, timeout_s)
+            draining = asyncio.ensure_future(service.drain(timeout_s))
             await asyncio.wait((draining, stop_now, failed), return_when=asyncio.FIRST_COMPLETED)
             if not draining.done() or not draining.result():
                 logger.warning("Stopped with %d requests unfinished.", service.num_live)
@@ -153,7 +146,7 @@ class _Server:
                 task.cancel()
 
     async def _get_ready(self, service: GenerationService) -> None:
-        with contextlib.suppress(EngineFailed):  # `service.failure` tells
+        with contextlib.suppress(EngineFailed):  # which service.failure reports
             await service.start()
             if not self._args.skip_server_warmup:
                 await service.warm_up()

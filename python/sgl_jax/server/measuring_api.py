@@ -1,7 +1,4 @@
-"""Measurements of the machine and of where the time goes: /measure_limits, /start_profile, /stop_profile, /profile_status.
-
-Fields of type None are SGLang's but not supported here: any value but null is refused, by name.
-"""
+"""Routes that control the profiler: /start_profile, /stop_profile, /profile_status."""
 
 from __future__ import annotations
 
@@ -11,13 +8,15 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from sgl_jax.engine.messages import MachineLimits, ProfileStatus
+from sgl_jax.engine.messages import ProfileStatus
 from sgl_jax.server.app_state import ServerState, json_response
-from sgl_jax.server.bodies import Body
+from sgl_jax.server.bodies import Body, null_fields, with_fields
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.error_envelope import ApiError
 
 
+# SGLang's parameters that are not supported, beside those that accept false
+@with_fields(null_fields("activities profile_id profile_prefix profile_stages stage_id start_step"))
 class StartProfileRequest(Body):
     output_dir: Annotated[str, Field(min_length=1)] | None = Field(
         None, description="a folder on the server; --profiler-dir if not set, else a new one"
@@ -31,46 +30,30 @@ class StartProfileRequest(Body):
     python_tracer_level: Annotated[int, Field(ge=0, le=1)] | None = Field(
         None, description="0 if not set; 1: every Python call"
     )
-    # SGLang's, not supported
-    activities: None = None
     merge_profiles: Literal[False] | None = None
     profile_by_stage: Literal[False] | None = None
-    profile_id: None = None
-    profile_prefix: None = None
-    profile_stages: None = None
     record_shapes: Literal[False] | None = None
-    stage_id: None = None
-    start_step: None = None
     with_stack: Literal[False] | None = None
 
 
 def _without_query(request: Request) -> None:
-    """Refuses parameters in the URL: they would be ignored, and a profile without its num_steps has no end."""
+    """Refuse parameters in the URL: they would be ignored, and a profile without its num_steps has no end."""
     for name in request.query_params:
-        raise ApiError(
-            400, f"{name} is not taken from the URL; POST it in a JSON body", param=name, code="unknown_parameter"
-        )
+        text = f"{name} is not taken from the URL; POST it in a JSON body"
+        raise ApiError(400, text, param=name, code="unknown_parameter")
 
 
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Measuring"], dependencies=[Depends(_without_query)])
     service = state.service
 
-    @routes.post("/measure_limits", **documented(MachineLimits, body=False, conflict=True))
-    async def measure_limits() -> Response:
-        """Measures the devices: takes seconds, in which requests wait; 409 while there are any."""
-        return json_response(await service.measure_limits())
-
     @routes.get("/start_profile", include_in_schema=False)
     @routes.post("/start_profile", **documented(ProfileStatus, conflict=True))
     async def start_profile(body: StartProfileRequest | None = None) -> Response:
         """Records what engine and device do, until /stop_profile or for num_steps steps; 409 if a profile runs."""
         asked = body or StartProfileRequest()
-        return json_response(
-            await service.start_profile(
-                asked.output_dir, asked.num_steps, asked.host_tracer_level, asked.python_tracer_level
-            )
-        )
+        levels = asked.host_tracer_level, asked.python_tracer_level
+        return json_response(await service.start_profile(asked.output_dir, asked.num_steps, *levels))
 
     @routes.get("/stop_profile", include_in_schema=False)
     @routes.post("/stop_profile", **documented(ProfileStatus, body=False, conflict=True))

@@ -1,7 +1,4 @@
-"""POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache.
-
-Fields of type None are SGLang's but not supported here: any value but null is refused, by name.
-"""
+"""Native API: POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache."""
 
 from __future__ import annotations
 
@@ -13,16 +10,17 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sgl_jax.engine.generation import Generation
-from sgl_jax.engine.job import Job, make_job
+from sgl_jax.engine.native_call import NativeCall, native_call
 from sgl_jax.engine.native_params import LogprobOptions
 from sgl_jax.request import InvalidParameter
-from sgl_jax.server.app_state import ServerState, encoding, gone, json_response
+from sgl_jax.server.app_state import ServerState, encoding, json_response
 from sgl_jax.server.bodies import (
     Body,
     CacheKey,
     TokenId,
     limits,
     native_params,
+    null_fields,
     off_fields,
     sampling_fields,
     with_fields,
@@ -30,20 +28,21 @@ from sgl_jax.server.bodies import (
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.openai_types import DetokenizeRequest, TokenizeRequest
 from sgl_jax.server.responses import Aborted, CacheFlush, DetokenizeResponse, GenerateAnswer, TokenizeResponse
-from sgl_jax.server.sse import DONE, EventStream, event, unless_disconnected
+from sgl_jax.server.sse import DONE, EventStream, event, json_unless_disconnected
 
 Name = Annotated[str, Field(min_length=1)]
 
 
-@with_fields(sampling_fields("native"), off_fields("NativeSamplingParams"))
+_SGLANG_SAMPLING = "custom_params spaces_between_special_tokens stop_regex"
+_SGLANG_GENERATE = "custom_logit_processor data_parallel_rank return_hidden_states session_params token_ids_logprob"
+
+
+@with_fields(sampling_fields("native"), off_fields("NativeSamplingParams"), null_fields(_SGLANG_SAMPLING))
 class NativeSamplingParams(Body):
-    # SGLang's, not supported
-    custom_params: None = None
-    spaces_between_special_tokens: None = None
-    stop_regex: None = None
+    pass
 
 
-@with_fields(off_fields("GenerateRequest"))
+@with_fields(off_fields("GenerateRequest"), null_fields(_SGLANG_GENERATE))
 class GenerateRequest(Body):
     """Either `text` or `input_ids`, one or a list; parameters and rid one for all or a list."""
 
@@ -57,12 +56,6 @@ class GenerateRequest(Body):
     logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
     return_text_in_logprobs: bool | None = None
     extra_key: CacheKey | None = Field(None, description="requests share cached prefixes only within one key")
-    # SGLang's, not supported
-    custom_logit_processor: None = None
-    data_parallel_rank: None = None
-    return_hidden_states: None = None
-    session_params: None = None
-    token_ids_logprob: None = None
 
 
 class AbortRequest(Body):
@@ -76,12 +69,11 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/generate", **documented(GenerateAnswer, stream=True))
     async def generate(body: GenerateRequest, request: Request) -> Response:
         texts = [body.text] if isinstance(body.text, str) else body.text or ()
-        job = await encoding(sum(map(len, texts)), _job, state, body)
+        call = await encoding(sum(map(len, texts)), _call, state, body)
         if body.stream:
-            generation = job.submit(state.service, stream=True)
-            return EventStream(generation, _events(job, generation))
-        found = await unless_disconnected(request, job.result(state.service))
-        return gone() if found is None else json_response(found)
+            generation = state.service.submit(call.requests, stream=True)
+            return EventStream(generation, _events(call, generation))
+        return await json_unless_disconnected(request, call.result(state.service))
 
     @routes.post("/tokenize", **documented(TokenizeResponse, model=True))
     async def tokenize(body: TokenizeRequest) -> Response:
@@ -89,15 +81,15 @@ def router(state: ServerState) -> APIRouter:
         limit = state.service.info.context_length
         if (body.prompt is None) == (body.messages is None):
             raise InvalidParameter("prompt", "give either prompt or messages")
-        if body.messages is not None:
-            ids = await state.encode_chat(body.messages, body)
-            return json_response(TokenizeResponse([*ids], len(ids), limit))
         special = body.add_special_tokens is not False
-        if isinstance(body.prompt, str):
+        if isinstance(body.prompt, list):
+            rows = [await state.encode(prompt, "prompt", special) for prompt in body.prompt]
+            return json_response(TokenizeResponse([*rows], [len(row) for row in rows], limit))
+        if body.prompt is not None:
             ids = await state.encode(body.prompt, "prompt", special)
-            return json_response(TokenizeResponse([*ids], len(ids), limit))
-        rows = [await state.encode(prompt, "prompt", special) for prompt in body.prompt or ()]
-        return json_response(TokenizeResponse([*rows], [len(row) for row in rows], limit))
+        else:
+            ids = await state.encode_chat(body.messages or (), body)
+        return json_response(TokenizeResponse([*ids], len(ids), limit))
 
     @routes.post("/detokenize", **documented(DetokenizeResponse, model=True))
     async def detokenize(body: DetokenizeRequest) -> Response:
@@ -125,21 +117,18 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-def _job(state: ServerState, body: GenerateRequest) -> Job:
-    asked = body.sampling_params
-    params = (
-        None if asked is None else native_params(asked) if isinstance(asked, Body) else list(map(native_params, asked))
-    )
+def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
+    params = body.sampling_params
+    if params is not None:
+        params = native_params(params) if isinstance(params, Body) else [native_params(each) for each in params]
+    start = -1 if body.logprob_start_len is None else body.logprob_start_len
     options = LogprobOptions(
-        return_logprob=bool(body.return_logprob),
-        top_logprobs_num=body.top_logprobs_num or 0,
-        logprob_start_len=-1 if body.logprob_start_len is None else body.logprob_start_len,
-        return_text_in_logprobs=bool(body.return_text_in_logprobs),
+        bool(body.return_logprob), body.top_logprobs_num or 0, start, bool(body.return_text_in_logprobs)
     )
-    return make_job(state.tokenizer, body.text, body.input_ids, params, body.rid, options, body.extra_key or "")
+    return native_call(state.tokenizer, body.text, body.input_ids, params, body.rid, options, body.extra_key or "")
 
 
-async def _events(job: Job, generation: Generation) -> AsyncIterator[bytes]:
-    async for answer in job.stream_of(generation):
+async def _events(call: NativeCall, generation: Generation) -> AsyncIterator[bytes]:
+    async for answer in call.stream(generation):
         yield event(answer)
     yield DONE

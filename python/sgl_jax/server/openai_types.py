@@ -1,8 +1,4 @@
-"""Requests of the OpenAI endpoints. An unknown field is refused by name; so is a known one that is not built yet.
-
-Fields of type None are OpenAI's but not supported here: any value but null is refused. Fields under "harmless" are
-taken and have no effect on what is generated.
-"""
+"""Requests of the OpenAI endpoints. Unknown fields, and known ones that are not supported, are refused by name."""
 
 from __future__ import annotations
 
@@ -18,6 +14,7 @@ from sgl_jax.server.bodies import (
     EmptyList,
     TokenId,
     limits,
+    null_fields,
     off_fields,
     sampling_fields,
     with_fields,
@@ -31,14 +28,14 @@ class StreamOptions(Body):
 
 @with_fields(sampling_fields("openai"))
 class SamplingFields(Body):
-    """Fields of both chat and completion requests."""
+    """Fields that chat and completion requests share."""
 
     model: str | None = Field(None, description="the served model's name; may be left out")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     rid: Annotated[str, Field(min_length=1)] | None = Field(None, description="a name for /abort_request")
     cache_salt: CacheKey | None = Field(None, description="requests share cached prefixes only within one salt")
-    # harmless
+    # accepted, but without effect on the answer
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
@@ -48,7 +45,7 @@ class SamplingFields(Body):
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
 
     def check_stream_options(self) -> None:
-        """Raises InvalidParameter for options of a stream where there is none."""
+        """Check that options of a stream come with one. Raises InvalidParameter."""
         if self.stream_options is not None and not self.stream:
             raise InvalidParameter("stream_options", "stream_options needs stream")
 
@@ -72,7 +69,7 @@ class ToolCall(Body):
 
 @with_fields(off_fields("Message"))
 class Message(Body):
-    """A turn of the conversation. Earlier tool calls and their results are shown to the model as its template says."""
+    """Turn of a conversation. The model's template decides how it shows earlier tool calls and their results."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | list[TextPart] | None = None
@@ -90,7 +87,7 @@ class TemplateFields(Body):
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
 
 
-@with_fields(off_fields("ChatCompletionRequest"))
+@with_fields(off_fields("ChatCompletionRequest"), null_fields("prediction reasoning_effort verbosity"))
 class ChatCompletionRequest(SamplingFields, TemplateFields):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, limits("max_tokens")] | None = None
@@ -98,19 +95,15 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, limits("logprobs")] | None = None
     parallel_tool_calls: bool | None = Field(None, description="without tools there is nothing to call")
-    prediction: None = None
-    reasoning_effort: None = None
-    verbosity: None = None
 
 
-@with_fields(off_fields("CompletionRequest"))
+@with_fields(off_fields("CompletionRequest"), null_fields("suffix"))
 class CompletionRequest(SamplingFields):
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
     max_tokens: Annotated[int, limits("max_tokens", low=0)] | None = Field(None, description="16 if not set")
     echo: bool | None = None
     logprobs: Annotated[int, limits("logprobs")] | None = None
     best_of: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = Field(None, description="refused unless it equals n")
-    suffix: None = None
 
 
 class TokenizeRequest(TemplateFields):

@@ -1,4 +1,4 @@
-"""The answers' shapes: encoded with msgspec, and the source of their schemas in /openapi.json."""
+"""Shapes of the answers, which msgspec encodes and /openapi.json describes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import msgspec
 
-from sgl_jax.engine.messages import MachineLimits as MachineLimits
 from sgl_jax.engine.messages import ProfileStatus as ProfileStatus
 
 
@@ -74,7 +73,7 @@ class ChatCompletion(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """OpenAI's older format: lists side by side, None for the first token of an echoed prompt."""
+    """OpenAI's older format: parallel lists, with None for the first token of an echoed prompt."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -114,7 +113,7 @@ class ModelList(msgspec.Struct):
 
 
 class GenerateAnswer(msgspec.Struct, omit_defaults=True):
-    """`index` is there in streams of several answers."""
+    """Answer of /generate; `index` is set in streams of several answers."""
 
     text: str
     output_ids: list[int]
@@ -123,7 +122,7 @@ class GenerateAnswer(msgspec.Struct, omit_defaults=True):
 
 
 class TokenizeResponse(msgspec.Struct):
-    """`tokens` and `count` are lists, one entry per prompt, when the prompt was a list."""
+    """Answer of /tokenize. For a list of prompts `tokens` and `count` are lists with one entry per prompt."""
 
     tokens: list[int | list[int]]
     count: int | list[int]
@@ -163,7 +162,7 @@ class ModelInfo(msgspec.Struct):
 
 
 class ServerInfo(msgspec.Struct):
-    """`server_args` are also at the top level in the answer, where SGLang's clients look for them."""
+    """Answer of /get_server_info, which also has every flag at the top level, where SGLang's clients look for them."""
 
     version: str
     tokenizer_path: str

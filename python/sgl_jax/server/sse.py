@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
@@ -14,21 +13,18 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sgl_jax.engine.generation import Generation
-from sgl_jax.server.error_envelope import ApiError, as_api_error
-
-logger = logging.getLogger(__name__)
+from sgl_jax.server.app_state import json_response
+from sgl_jax.server.error_envelope import ApiError, answer_to
 
 DONE = b"data: [DONE]\n\n"
 
-_encode = msgspec.json.encode
-
 
 def event(value: object) -> bytes:
-    return b"data: " + _encode(value) + b"\n\n"
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
 class EventStream(Response):
-    """Sends the events of a generation as they come. When the client goes away, the generation is aborted."""
+    """Sends the events of a generation as they come, and aborts the generation when the client goes away."""
 
     media_type = "text/event-stream"
 
@@ -48,18 +44,18 @@ class EventStream(Response):
         try:
             async for data in self._events:
                 await send({"type": "http.response.body", "body": data, "more_body": True})
-        except Exception as error:  # the status line is out: the error can only be the last event
-            found = as_api_error(error)
-            if found is None:
-                logger.error("a stream failed", exc_info=error)
-                found = ApiError(500, "the server failed on this request; its log says more", type="server_error")
-            await send({"type": "http.response.body", "body": event(found.body), "more_body": True})
+        except Exception as error:  # the status line has been sent, so the error can only be the last event
+            data = event(answer_to(error, "a stream").body)
+            await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-async def unless_disconnected[T](request: Request, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, which is cancelled when the client goes away: then None, and nobody reads the answer."""
-    return await _until_disconnect(request.receive, work)
+async def json_unless_disconnected(request: Request, work: Coroutine[Any, Any, object]) -> Response:
+    """Answer with the result of `work`, which is cancelled when the client goes away; nobody reads the answer then."""
+    found = await _until_disconnect(request.receive, work)
+    if found is None:
+        return ApiError(499, "the client closed the connection", code="client_closed").response()
+    return json_response(found)
 
 
 async def _until_disconnect[T](receive: Receive, work: Coroutine[Any, Any, T]) -> T | None:

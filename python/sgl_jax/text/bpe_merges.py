@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any
 
 
-def merges_of[T: (bytes, str)](ranks: Mapping[T, float]) -> list[tuple[T, T]]:
-    """For each token of several bytes or characters, in order of rank (low is joined first), the two it is joined from.
+def merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return, for each token of several characters in order of rank, the two tokens it is joined from (low joins first).
 
-    Joining neighbours by the lowest rank of what they make, the leftmost first, leads to a token in one way, wherever it
+    Joining neighbours by the lowest rank of their union, the leftmost first, leads to a token in one way, wherever it
     stands: joins that end inside it come in the same order as if it stood alone. A token that is never reached so has no
     pair.
     """
     merges = []
     for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
-        parts: list[Any] = [token[i : i + 1] for i in range(len(token))]
+        parts = list(token)
         while len(parts) > 2:
             best, at = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
             if best == math.inf:

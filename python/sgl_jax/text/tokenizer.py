@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path
 from sgl_jax.text import tok_json
 from sgl_jax.text.byte_level import BYTE_OF_CHAR, CHAR_OF_BYTE
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError, bundled_templates
+from sgl_jax.text.vocabulary import Vocabulary
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _FILES = (
@@ -159,59 +159,49 @@ def _read_override(chat_template: str | None) -> str | None:
     return place.read_text(encoding="utf-8") if place.is_file() else ours[chat_template]
 
 
+def _tokenizer(
+    backend: tokenizers.Tokenizer, special: dict[str, Any], sources: dict[str, str], add_bos: bool | None = None
+) -> Tokenizer:
+    """Compile the templates, which see the special tokens by name."""
+    return Tokenizer(
+        backend,
+        bos_token=special.get("bos_token"),
+        eos_token=special.get("eos_token"),
+        add_bos=add_bos,
+        chat_templates={name: ChatTemplate(source, special) for name, source in sources.items()},
+    )
+
+
 def _of_bytes(override: str | None) -> Tokenizer:
     """For a model that is only a shape: a text's tokens are its bytes, and a token above them has no text."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({char: byte for byte, char in CHAR_OF_BYTE.items()}, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
-    source = override or bundled_templates()["chatml"]
-    return Tokenizer(backend, chat_templates={"default": ChatTemplate(source)})
+    return _tokenizer(backend, {}, {"default": override or bundled_templates()["chatml"]})
 
 
 def _from_gguf(path: Path, override: str | None) -> Tokenizer:
     from sgl_jax.text.gguf_vocab import load_gguf_tokenizer
 
     found = load_gguf_tokenizer(path)
-    special = {"bos_token": found.bos_token, "eos_token": found.eos_token}
-    special = {name: token for name, token in special.items() if token is not None}
     source = override or found.chat_template
-    return Tokenizer(
-        found.tokenizer,
-        bos_token=found.bos_token,
-        eos_token=found.eos_token,
-        chat_templates={"default": ChatTemplate(source, special)} if source else {},
-    )
+    return _tokenizer(found.backend, found.special_tokens, {"default": source} if source else {})
 
 
-@dataclasses.dataclass(frozen=True)
-class _Vocabulary:
-    backend: tokenizers.Tokenizer
-    special_tokens: dict[str, Any] = dataclasses.field(default_factory=dict)  # as far as the vocabulary itself knows
-    template: str | None = None  # for a family whose files have none
-    is_sentencepiece: bool = False
-
-
-def _vocabulary(place: Path) -> _Vocabulary:
-    """tokenizer.json first; then what has to be built."""
+def _vocabulary(place: Path) -> Vocabulary:
+    """Read tokenizer.json, or build a tokenizer from the first of the other forms that the folder has."""
     if (place / "tokenizer.json").is_file():
-        return _Vocabulary(tokenizers.Tokenizer.from_file(str(place / "tokenizer.json")))
+        return Vocabulary(tokenizers.Tokenizer.from_file(str(place / "tokenizer.json")))
     if (place / tok_json.NAME).is_file():
-        backend = tok_json.load_tok_json(place / tok_json.NAME)
-        return _Vocabulary(backend, {"eos_token": tok_json.EOS}, tok_json.CHAT_TEMPLATE)
+        return tok_json.load_tok_json(place / tok_json.NAME)
     if ranks := sorted(place.glob("*.tiktoken")):
         from sgl_jax.text.tiktoken_file import load_tiktoken
 
-        tiktoken = load_tiktoken(ranks[0])
-        return _Vocabulary(
-            tiktoken.tokenizer, {"eos_token": tiktoken.eos_token}, bundled_templates()[tiktoken.template]
-        )
+        return load_tiktoken(ranks[0])
     if (place / "tokenizer.model").is_file():
         from sgl_jax.text.sentencepiece_file import load_sentencepiece
 
-        model = load_sentencepiece(place / "tokenizer.model")
-        special = {"bos_token": model.bos_token, "eos_token": model.eos_token, "unk_token": model.unk_token}
-        special = {name: token for name, token in special.items() if token is not None}
-        return _Vocabulary(model.tokenizer, special, is_sentencepiece=True)
+        return load_sentencepiece(place / "tokenizer.model")
     if not any((place / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
         raise TokenizerError(
             f"{place} has no tokenizer.json, {tok_json.NAME}, *.tiktoken or tokenizer.model; "
@@ -219,7 +209,7 @@ def _vocabulary(place: Path) -> _Vocabulary:
         )
     from sgl_jax.text.from_transformers import load_with_transformers
 
-    return _Vocabulary(load_with_transformers(place))
+    return Vocabulary(load_with_transformers(place))
 
 
 def _from_directory(place: Path, override: str | None) -> Tokenizer:
@@ -235,20 +225,14 @@ def _from_directory(place: Path, override: str | None) -> Tokenizer:
             if token is not None:
                 special[name] = token
     sources = {"default": override} if override else _template_sources(place, config)
-    if "default" not in sources and found.template is not None:
-        sources["default"] = found.template
+    if "default" not in sources and found.chat_template is not None:
+        sources["default"] = found.chat_template
     add_bos, kind = config.get("add_bos_token"), str(config.get("tokenizer_class"))
     if add_bos is False and not kind.startswith("Llama"):
         add_bos = None  # only the Llama classes let this field overrule tokenizer.json
     if add_bos is None and found.is_sentencepiece and kind.startswith(("Llama", "Gemma", "CodeLlama")):
         add_bos = True  # the default of these classes; the vocabulary itself does not say
-    return Tokenizer(
-        backend,
-        bos_token=special.get("bos_token"),
-        eos_token=special.get("eos_token"),
-        add_bos=add_bos,
-        chat_templates={name: ChatTemplate(source, special) for name, source in sources.items()},
-    )
+    return _tokenizer(backend, special, sources, add_bos)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -336,8 +336,8 @@ def test_the_race_detector_sees_a_missing_wait(monkeypatch):
 @pytest.mark.parametrize(
     ("pool", "message"),
     [
-        ((9, 2, 2, 16, 64), "needs a pool of head dim 128 for heads of 64, this one has 64"),
-        ((9, 2, 2, 20, 128), "--page-size is 20"),
+        ((9, 2, 2, 16, 64), "128 .*64.* 64"),
+        ((9, 2, 2, 20, 128), "--page-size.* 20"),
     ],
 )
 def test_pools_it_cannot_use_are_refused(pool, message):

@@ -12,10 +12,10 @@ from virtual_time import run_in_virtual_time
 from sgl_jax.tools.benchmark.arguments import parse_serving
 from sgl_jax.tools.benchmark.figures import ServingRun
 from sgl_jax.tools.benchmark.records import Prompt
-from sgl_jax.tools.benchmark.serving import run_serving
+from sgl_jax.tools.benchmark.roofline import MachineLimits, ModelCost, Roofline
+from sgl_jax.tools.benchmark.serving import ServerFacts, run_serving
 
 COST = {"weight_bytes": 1_000_000_000, "kv_bytes_per_token": 10_000_000, "parameters_per_token": 50_000_000_000}
-INFO = {"engine": COST | {"vocab_size": 7}}
 LIMITS = {
     "memory_gb_per_s": 20.0,
     "matmul_tflop_per_s": 10.0,
@@ -32,12 +32,21 @@ def serving_args(url: str, **changed: Any) -> argparse.Namespace:
     return argparse.Namespace(**vars(args) | changed)
 
 
+ROOFLINE = Roofline(MachineLimits(**LIMITS), ModelCost(**COST))
+
+
 async def ran(
-    script: Script, prompts: Sequence[Prompt], tokenizer: Any = None, model: str | None = None, **changed: Any
+    script: Script,
+    prompts: Sequence[Prompt],
+    tokenizer: Any = None,
+    model: str | None = None,
+    roofline: Roofline | None = None,
+    **changed: Any,
 ) -> tuple[ServingRun, ScriptedServer]:
     server = ScriptedServer(script)
     async with server.running():
-        run = await run_serving(serving_args(server.url, **changed), model, prompts, tokenizer)
+        facts = ServerFacts(model, None, None, roofline)
+        run = await run_serving(serving_args(server.url, **changed), facts, prompts, tokenizer)
     return run, server
 
 

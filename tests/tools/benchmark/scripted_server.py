@@ -26,7 +26,6 @@ class Script:
     cached_tokens: Callable[[int], int] | None = lambda request: 0  # None: not told
     fails: Callable[[int], tuple[int, str] | None] = lambda request: None  # an HTTP status and a message
     info: dict[str, Any] = field(default_factory=dict)  # the body of /get_server_info
-    limits: dict[str, Any] | None = None  # the body of /measure_limits; None: 404, as other engines answer
     breaks: Callable[[int], str] = lambda request: ""  # after the first token: a key of _BREAKS; "" does not break
     usage_each_event: bool = False  # OpenAI's streams: the count so far is in every event
     refused: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # by path: what the first calls get
@@ -71,8 +70,6 @@ class ScriptedServer:
                 return web.json_response(self.script.info)
             case "/v1/models":
                 return web.json_response({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
-            case "/measure_limits" if self.script.limits is not None:
-                return web.json_response(self.script.limits)
             case "/health" | "/ready" | "/flush_cache" | "/start_profile" | "/stop_profile":
                 return web.json_response({"status": "ok"})
         return web.json_response({"error": {"message": f"no route {request.path}"}}, status=404)

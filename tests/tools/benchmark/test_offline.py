@@ -4,20 +4,21 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 
 from sgl_jax import Engine, bench_offline_throughput
-from sgl_jax.engine.messages import Abort, Command, Event, FlushCache, Generate, MeasureLimits, Refused, Stats
+from sgl_jax.engine.messages import Abort, Command, EngineInfo, Event, FlushCache, Generate, Stats
+from sgl_jax.planning.machine_rates import NotMeasured
 from sgl_jax.testing.fake_core import FakeCore, fake_info
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 from sgl_jax.tools.benchmark.batch_arguments import parse_offline
 from sgl_jax.tools.benchmark.datasets import load_prompts
 from sgl_jax.tools.benchmark.offline import engine_options, run
 from sgl_jax.tools.benchmark.records import Prompt
+from sgl_jax.tools.benchmark.roofline import MachineLimits
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
 
@@ -35,7 +36,7 @@ def untouched_log(monkeypatch: pytest.MonkeyPatch) -> None:
 class ScriptedCore(FakeCore):
     """Waits for `expected` requests, so that the number of steps is known; says 123.456 tokens/s."""
 
-    def __init__(self, expected: int = 0, aborted: int | None = None, refuses: bool = False):
+    def __init__(self, expected: int = 0, aborted: int | None = None):
         info = msgspec.structs.replace(
             fake_info(context_length=64),
             weight_bytes=1_000_000_000,
@@ -43,14 +44,10 @@ class ScriptedCore(FakeCore):
             parameters_per_token=5_000_000_000,
         )
         super().__init__(info)
-        self._missing, self._aborted, self._refuses = expected, aborted, refuses
+        self._missing, self._aborted = expected, aborted
         self._numbers = itertools.count()
 
     def handle(self, command: Command) -> None:
-        if isinstance(command, MeasureLimits) and self._refuses:
-            self.commands.append(command)
-            self._kept.append(Refused(command.call, "the limits cannot be measured: too little memory"))
-            return
         super().handle(command)
         if isinstance(command, Generate):
             self._missing -= 1
@@ -70,15 +67,16 @@ class ScriptedCore(FakeCore):
         return [command for command in self.commands if isinstance(command, Generate)]
 
 
-def clock(*times: float) -> Iterator[float]:
-    return iter(times)
+LIMITS = MachineLimits(20.0, 0.5, "float32", "none", 1)
 
 
-def measure(tokenizer: Tokenizer, core: ScriptedCore, prompts: list[Prompt], *words: object, times=(10.0, 12.0)) -> int:
+def measure(
+    tokenizer: Tokenizer, core: ScriptedCore, prompts: list[Prompt], *words: object, limits=lambda info: LIMITS
+) -> int:
     args, _ = parse_offline(["--model-path", "fake", *map(str, words)])
-    ticks = clock(*times)
+    ticks = iter((10.0, 12.0))
     with Engine.from_core(lambda: core, tokenizer) as engine:
-        return run(args, engine, prompts, clock=lambda: next(ticks))
+        return run(args, engine, prompts, lambda: next(ticks), limits)
 
 
 PROMPTS = [
@@ -157,7 +155,10 @@ def test_every_figure_to_the_digit(tokenizer: Tokenizer, tmp_path: Path, capsys:
 
 
 def test_without_limits_there_is_no_second_block(tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
-    assert measure(tokenizer, ScriptedCore(4, refuses=True), PROMPTS, "--skip-warmup") == 0
+    def no_room(info: EngineInfo) -> MachineLimits:
+        raise NotMeasured("the limits cannot be measured: too little memory")
+
+    assert measure(tokenizer, ScriptedCore(4), PROMPTS, "--skip-warmup", limits=no_room) == 0
     out = capsys.readouterr()
     assert "Share of the Machine" not in out.out
     assert out.err == "bench_offline_throughput: the limits cannot be measured: too little memory\n"
@@ -216,7 +217,7 @@ def test_the_warm_up_leaves_no_trace_in_cache_or_figures(tokenizer: Tokenizer, c
     core = ScriptedCore()
     assert measure(tokenizer, core, PROMPTS[2:3]) == 0
     kinds = [type(command) for command in core.commands]
-    assert kinds == [Generate] * 16 + [FlushCache, MeasureLimits, Generate]
+    assert kinds == [Generate] * 16 + [FlushCache, Generate]
     warm_up, (timed,) = core.generated()[:16], core.generated()[16:]
     assert {(len(command.prompt_ids), command.params.max_tokens) for command in warm_up} == {(48, 16)}
     assert timed.prompt_ids == PROMPTS[2].prompt

@@ -14,17 +14,19 @@ from sgl_jax import bench_one_batch
 from sgl_jax.engine import startup
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.launch_plan import LaunchPlan
+from sgl_jax.engine.messages import EngineInfo
+from sgl_jax.planning.machine_rates import NotMeasured
 from sgl_jax.planning.model import read_model
 from sgl_jax.planning.plan import launch_of
 from sgl_jax.planning.target import target_here
-from sgl_jax.runtime.machine_limits import NotMeasured
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.step_plan import StepTokens
-from sgl_jax.testing.fake_runner import FakeFlight, FakeRates, FakeRunner, continuation
+from sgl_jax.testing.fake_runner import FakeFlight, FakeRunner, continuation
 from sgl_jax.tools.benchmark import one_batch
 from sgl_jax.tools.benchmark.batch_arguments import Case, parse_one_batch
 from sgl_jax.tools.benchmark.one_batch import DeviceBatch, check_fits, run
+from sgl_jax.tools.benchmark.roofline import MachineLimits
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 from simulated import make_core, make_request
 
@@ -42,7 +44,6 @@ class ScriptedRunner(FakeRunner):
         super().__init__(num_rows=ROWS, num_pages=PAGES + 1, page_size=page_size, context_length=CONTEXT)
         self.now = 100.0
         self.seconds = iter(seconds)
-        self.rates: FakeRates | None = FakeRates(20e9, 5e11)
         self.outputs: dict[int, list[int]] = {}  # what was sampled, by row
 
     def collect(self, flight: FakeFlight) -> StepTokens:
@@ -51,11 +52,6 @@ class ScriptedRunner(FakeRunner):
         for row, token in zip(flight.plan.rows[flight.plan.samples], found.tokens[flight.plan.samples, 0], strict=True):
             self.outputs.setdefault(int(row), []).append(int(token))
         return found
-
-    def measure_limits(self) -> FakeRates:
-        if self.rates is None:
-            raise NotMeasured("the limits cannot be measured: nothing is free")
-        return self.rates
 
 
 def fake_core(runner: ScriptedRunner, **info: object) -> Core:
@@ -72,9 +68,12 @@ def fake_core(runner: ScriptedRunner, **info: object) -> Core:
     return Core(core.scheduler, runner, msgspec.structs.replace(core.info, **known | info))
 
 
-def measure(runner: ScriptedRunner, *words: object, **info) -> int:
+LIMITS_FOUND = MachineLimits(20.0, 0.5, "float32", "none", 1)
+
+
+def measure(runner: ScriptedRunner, *words: object, limits=lambda info: LIMITS_FOUND, **info) -> int:
     args, _ = parse_one_batch(["--model-path", "fake", *map(str, words)])
-    return run(args, fake_core(runner, **info), clock=lambda: runner.now)
+    return run(args, fake_core(runner, **info), lambda: runner.now, limits)
 
 
 WARM_UP = [9.0] * 5  # 2 chunks of the prompts, 3 decode steps
@@ -162,9 +161,11 @@ def test_every_combination_is_measured_in_order(tmp_path: Path) -> None:
 def test_without_limits_there_are_no_shares_and_the_reason_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
+    def no_room(info: EngineInfo) -> MachineLimits:
+        raise NotMeasured("the limits cannot be measured: nothing is free")
+
     runner, path = ScriptedRunner(seconds=WARM_UP + TIMED), tmp_path / "out.jsonl"
-    runner.rates = None
-    assert measure(runner, *SHAPE, "--result-filename", path) == 0
+    assert measure(runner, *SHAPE, "--result-filename", path, limits=no_room) == 0
     out = capsys.readouterr()
     assert out.err == "bench_one_batch: the limits cannot be measured: nothing is free\n"
     assert "%" not in out.out
@@ -172,9 +173,12 @@ def test_without_limits_there_are_no_shares_and_the_reason_is_said(
     assert found["machine_limits"] is found["decode_bandwidth_share"] is found["prefill_matmul_share"] is None
 
 
-def test_a_compile_while_timing_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_compile_while_timing_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     runner, path = ScriptedRunner(seconds=[1.0] * 99), tmp_path / "out.jsonl"
-    runner.compiles_after_ready = 2
+    counts = iter([5, 7, 7])  # 5 of them by measuring the limits
+    monkeypatch.setattr(ScriptedRunner, "compiles_after_ready", property(lambda self: next(counts)))
     assert measure(runner, *SHAPE, "--result-filename", path) == 1
     assert "2 programs were compiled while it was timed" in capsys.readouterr().err
     assert json.loads(path.read_text())["compiles_after_ready"] == 2

@@ -37,7 +37,15 @@ LIMITS = {
     "device_kind": "cpu",
     "num_devices": 1,
 }
-EXACT = Script(ttft_s=lambda request: 0.2, info=INFO, limits=LIMITS)  # and 10 ms between tokens
+EXACT = Script(ttft_s=lambda request: 0.2, info=INFO)  # and 10 ms between tokens
+
+
+@pytest.fixture(scope="module")
+def limits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("limits") / "limits.json"
+    path.write_text(json.dumps(LIMITS))
+    return path
+
 
 BLOCK = """\
 batch size: 4
@@ -54,12 +62,15 @@ prefill: 20.0% of the matmul rate (0.01 TFLOP/s in float32)
 """
 
 
-def measure(script: Script, *flags: str, target: dict[str, Any] | None = None) -> tuple[int, list[tuple[str, Any]]]:
+def measure(
+    script: Script, *flags: str, limits: Path | None = None, target: dict[str, Any] | None = None
+) -> tuple[int, list[tuple[str, Any]]]:
     """The exit code, and the calls the server got."""
 
     async def all_of_it() -> tuple[int, list[tuple[str, Any]]]:
         async with ScriptedServer(script).running() as server:
             args = one_batch_server_parser().parse_args(["--result-filename", "", *flags])
+            args.machine_limits = limits
             return await run(args, Target(server.url, **(target or {}))), server.received
 
     return run_in_virtual_time(all_of_it())
@@ -73,22 +84,22 @@ CASE = ("--batch-size", "4", "--input-len", "100", "--output-len", "11")
 
 
 @pytest.mark.parametrize("api", ["native", "openai"])
-def test_a_case_is_printed_to_the_digit(api: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, calls = measure(EXACT, *CASE, "--api-type", api)
+def test_a_case_is_printed_to_the_digit(api: str, limits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, calls = measure(EXACT, *CASE, "--api-type", api, limits=limits)
     assert code == 0
     assert capsys.readouterr().out == BLOCK
     path = {"native": "/generate", "openai": "/v1/completions"}[api]
     warm_up = case = ["/flush_cache", path]
     models = ["/v1/models"] if api == "openai" else []
     assert [path for path, _ in calls] == [
-        "/get_server_info", *models, *warm_up, "/measure_limits", "/get_server_info", *case
+        "/get_server_info", *models, *warm_up, *case
     ]  # fmt: skip
 
 
-def test_a_case_is_written_as_a_line_of_json(tmp_path: Path) -> None:
+def test_a_case_is_written_as_a_line_of_json(tmp_path: Path, limits: Path) -> None:
     file = tmp_path / "results.jsonl"
     file.write_text('{"what": "was there"}\n')
-    code, _ = measure(EXACT, *CASE, "--result-filename", str(file), "--run-name", "mine", "--seed", "7")
+    code, _ = measure(EXACT, *CASE, "--result-filename", str(file), "--run-name", "mine", "--seed", "7", limits=limits)
     assert code == 0
     first, second = file.read_text().splitlines()
     assert first == '{"what": "was there"}'
@@ -118,10 +129,11 @@ def test_a_case_is_written_as_a_line_of_json(tmp_path: Path) -> None:
 
 
 def test_every_combination_of_the_lists_is_a_case_and_the_report_has_a_row_each(
+    limits: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     flags = ("--batch-size", "1", "4", "--input-len", "100", "--output-len", "1", "11", "--show-report")
-    code, calls = measure(EXACT, *flags, "--skip-warmup")
+    code, calls = measure(EXACT, *flags, "--skip-warmup", limits=limits)
     assert code == 0
     shapes = [(len(body["input_ids"]), body["sampling_params"]["max_new_tokens"]) for body in generations(calls)]
     assert shapes == [(1, 1), (1, 11), (4, 1), (4, 11)]
@@ -201,8 +213,8 @@ def test_another_engine_without_limits_or_info_is_measured_all_the_same(
     )
 
 
-def test_cached_tokens_are_told_and_not_counted_as_computed(capsys: pytest.CaptureFixture[str]) -> None:
-    measure(Script(**vars(EXACT) | {"cached_tokens": lambda request: 50}), *CASE)
+def test_cached_tokens_are_told_and_not_counted_as_computed(limits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    measure(Script(**vars(EXACT) | {"cached_tokens": lambda request: 50}), *CASE, limits=limits)
     out = capsys.readouterr().out
     assert "prefill: 10.0% of the matmul rate" in out
     assert "cached tokens: 200 of 400, not computed again" in out
@@ -223,9 +235,9 @@ def test_a_case_that_fails_is_told_the_others_go_on_and_the_exit_code_says_so(
     assert [line for line in out.splitlines() if "batch" in line] == ["batch size: 1", "batch size: 4"]
 
 
-def test_a_warm_up_that_fails_is_told_and_the_cases_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_warm_up_that_fails_is_told_and_the_cases_go_on(limits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = Script(**vars(EXACT) | {"fails": lambda request: (400, "too long") if request == 0 else None})
-    assert measure(script, *CASE)[0] == 0
+    assert measure(script, *CASE, limits=limits)[0] == 0
     out, err = capsys.readouterr()
     assert out == BLOCK
     assert err == (

@@ -30,7 +30,12 @@ def small(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
 def test_a_batch_is_measured_through_a_server_started_from_its_flags(small: list[str], tmp_path: Path) -> None:
     file = tmp_path / "results.jsonl"
     flags = ["--batch-size", "2", "--input-len", "10", "--output-len", "3", "--result-filename", str(file)]
-    command = [sys.executable, "-m", "sgl_jax.bench_one_batch_server", *small, *flags, "--api-key", "secret"]
+    limits = tmp_path / "limits.json"
+    limits.write_text(
+        '{"memory_gb_per_s": 20, "matmul_tflop_per_s": 1, "dtype": "float32", "device_kind": "cpu", "num_devices": 1}'
+    )
+    flags += ["--machine-limits", str(limits), "--api-key", "secret"]
+    command = [sys.executable, "-m", "sgl_jax.bench_one_batch_server", *small, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("batch size: 2\ninput_len: 10\noutput_len: 3\nlatency: ")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from scripted_run import INFO, LIMITS, bench, serving_args
+from scripted_run import ROOFLINE, bench, serving_args
 from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
@@ -19,7 +19,7 @@ from sgl_jax.tools.benchmark.client import connect
 from sgl_jax.tools.benchmark.figures import ServingRun
 from sgl_jax.tools.benchmark.protocols import BACKENDS
 from sgl_jax.tools.benchmark.records import Prompt
-from sgl_jax.tools.benchmark.serving import run_serving
+from sgl_jax.tools.benchmark.serving import ServerFacts, run_serving
 from sgl_jax.tools.benchmark.serving_report import failure_line, shares_block, standard_block
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
@@ -36,6 +36,9 @@ SCRIPT = Script(
     cached_tokens=None,
 )
 BLOCK = Path(__file__).with_name("serving_block.txt").read_text(encoding="utf-8").rstrip("\n")
+
+
+NOTHING_TOLD = ServerFacts(None, None, None, None)
 
 
 def sent_at(run: ServingRun) -> list[float]:
@@ -95,7 +98,7 @@ def test_held_back_text_counts_its_tokens_once() -> None:
         app = web.Application()
         app.router.add_post("/generate", answer)
         async with TestServer(app) as server:
-            return await run_serving(serving_args(str(server.make_url(""))), None, [Prompt([1], 1, 3)])
+            return await run_serving(serving_args(str(server.make_url(""))), NOTHING_TOLD, [Prompt([1], 1, 3)])
 
     (outcome,) = run_in_virtual_time(main()).outcomes
     assert (outcome.error, outcome.text, outcome.output_len) == ("", "abcd", 3)
@@ -310,17 +313,11 @@ def test_adapters_are_drawn_by_the_seed() -> None:
 
 def test_warming_up_comes_first_and_is_not_measured() -> None:
     prompts = [Prompt("a", 1, 100), Prompt("b", 1, 4)]
-    run, server = bench(Script(limits=LIMITS, info=INFO), prompts, warmup_requests=2, flush_cache=True, profile=True)
+    run, server = bench(Script(), prompts, warmup_requests=2, flush_cache=True, profile=True)
     assert len(run.outcomes) == 2
     calls = [(path, (body or {}).get("text")) for path, body in server.received]
-    assert calls[:5] == [
-        ("/generate", "a"),
-        ("/generate", "a"),
-        ("/flush_cache", None),
-        ("/measure_limits", None),
-        ("/get_server_info", None),
-    ]
-    assert calls[5:] == [("/start_profile", None), ("/generate", "a"), ("/generate", "b"), ("/stop_profile", None)]
+    assert calls[:3] == [("/generate", "a"), ("/generate", "a"), ("/flush_cache", None)]
+    assert calls[3:] == [("/start_profile", None), ("/generate", "a"), ("/generate", "b"), ("/stop_profile", None)]
     lengths = [body["sampling_params"]["max_new_tokens"] for path, body in server.received if path == "/generate"]
     assert lengths == [32, 32, 100, 4]
 
@@ -351,8 +348,8 @@ def test_the_share_of_the_machine() -> None:
     A decode step reads 1 + 2 x (12 + 2.5) x 0.01 = 1.29 GB in 0.125 s, of 20 GB/s: 51.6 %.
     12 + 4 uncached and 10 output tokens cost 2 x 0.05 T operations each, in 0.75 s, of 10 TFLOP/s: 34.67 %.
     """
-    script = Script(ttft_s=lambda _: 0.25, itl_s=lambda _: 0.125, cached_tokens=lambda _: 4, info=INFO, limits=LIMITS)
-    run, _ = bench(script, [Prompt([1] * 8, 8, 5), Prompt([1] * 16, 16, 5)])
+    script = Script(ttft_s=lambda _: 0.25, itl_s=lambda _: 0.125, cached_tokens=lambda _: 4)
+    run, _ = bench(script, [Prompt([1] * 8, 8, 5), Prompt([1] * 16, 16, 5)], roofline=ROOFLINE)
     assert run.shares is not None
     assert shares_block(run.shares).splitlines() == [
         "============== Share of the Machine ==============",
@@ -368,33 +365,11 @@ def test_the_share_of_the_machine() -> None:
 
 def test_rows_of_a_decode_step_are_those_that_decode_not_those_that_wait() -> None:
     """The first decodes from 1 to 3 s, the second from 2.5 to 4.5 s: 4 s of rows within 3.5 s."""
-    script = Script(
-        ttft_s=lambda request: (1.0, 2.5)[request], itl_s=lambda _: 0.5, info=INFO, limits=LIMITS, cached_tokens=None
-    )
-    run, _ = bench(script, [Prompt([1], 1, 5)] * 2)
+    script = Script(ttft_s=lambda request: (1.0, 2.5)[request], itl_s=lambda _: 0.5, cached_tokens=None)
+    run, _ = bench(script, [Prompt([1], 1, 5)] * 2, roofline=ROOFLINE)
     assert run.shares is not None
     assert run.shares["decode_rows"] == 4 / 3.5
     assert run.figures["concurrency"] == 7.5 / 4.5
-
-
-def test_a_server_that_does_not_report_limits_is_said_to() -> None:
-    run, _ = bench(Script(), PROMPTS)
-    assert run.shares is None
-    assert run.notes == ["this server does not report the limits of its machine, so no share of them is given"]
-
-
-def test_limits_are_asked_for_again_while_the_server_is_busy() -> None:
-    script = Script(limits=LIMITS, info=INFO, refused={"/measure_limits": [(409, "busy")] * 3})
-    run, server = bench(script, PROMPTS)
-    assert run.shares is not None
-    assert [path for path, _ in server.received].count("/measure_limits") == 4
-
-
-def test_a_server_that_stays_busy_costs_the_shares_not_the_run() -> None:
-    run, _ = bench(Script(limits=LIMITS, info=INFO, refused={"/measure_limits": [(409, "busy")] * 50}), PROMPTS)
-    assert run.shares is None
-    assert run.figures["completed"] == 4
-    assert run.notes == ["the machine's limits could not be measured: HTTP 409 from /measure_limits: busy"]
 
 
 def test_a_run_that_is_cancelled_has_the_figures_of_what_is_finished() -> None:
@@ -404,7 +379,7 @@ def test_a_run_that_is_cancelled_has_the_figures_of_what_is_finished() -> None:
         server = ScriptedServer(Script(ttft_s=lambda _: 1.0))
         async with server.running():
             args = serving_args(server.url, max_concurrency=1, profile=True)
-            task = asyncio.ensure_future(run_serving(args, None, [Prompt([1], 1, 1)] * 4))
+            task = asyncio.ensure_future(run_serving(args, NOTHING_TOLD, [Prompt([1], 1, 1)] * 4))
             await asyncio.sleep(2.25)
             task.cancel()
             run = await task

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from scripted_run import INFO, LIMITS, bench
+from scripted_run import COST, LIMITS, ROOFLINE, bench
 from scripted_server import Script
 
 from sgl_jax.tools.benchmark.records import Prompt
@@ -18,14 +18,12 @@ SCRIPT = Script(
     itl_s=lambda _: 0.125,
     cached_tokens=lambda _: 2,
     fails=lambda request: (500, "no") if request == 1 else None,
-    info=INFO,
-    limits=LIMITS,
 )
 PROMPTS = [Prompt([1] * 8, 8, 3)] * 2
 
 
 def test_the_names_of_a_line() -> None:
-    run, server = bench(SCRIPT, PROMPTS, max_concurrency=1)
+    run, server = bench(SCRIPT, PROMPTS, max_concurrency=1, roofline=ROOFLINE)
     result = json.loads(json.dumps(run_json(run), allow_nan=False))
     assert (
         result
@@ -70,7 +68,7 @@ def test_the_names_of_a_line() -> None:
         }
         == result
     )
-    assert result["model_cost"]["weight_bytes"] == INFO["engine"]["weight_bytes"]
+    assert result["model_cost"] == COST
     assert "ttfts" not in result
 
 

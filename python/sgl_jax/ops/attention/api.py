@@ -6,7 +6,7 @@ is `kv[i * P + p]`. Page 0 of each layer takes the KV of padding tokens and is n
 A latent pool has one plane in place of K and V, `kv[L * P, K, 1, page, H]`: the values are the first value_dim columns of
 the keys, and v is None.
 
-One product makes q, k and v fused, `[T, N + 2K, H]`. Backends that say so (Backend.joined) get them as that product made
+One product makes q, k and v fused, `[T, N + 2K, H]`. Backends that say so (Backend.fused) get them as that product made
 them, as q with k and v None; for all others split_heads takes them apart first.
 """
 

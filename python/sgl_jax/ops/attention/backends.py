@@ -48,7 +48,7 @@ class Backend:
     pool_head_dim: Callable[[int], int] = lambda head_dim: head_dim  # H of the pool, for heads of that size
     page_multiple: Callable[[DTypeLike], int] = lambda dtype: 1  # of page sizes, for a pool of the dtype
     latent: bool = False  # it takes pools of one plane (AttentionSpec.value_dim)
-    joined: bool = False  # it takes q, k and v fused, k and v None (api.py)
+    fused: bool = False  # it takes q, k and v fused, k and v None (api.py)
     page_size: int | None = None  # the default for launches that name none; None: the platform's
     pool_order: PoolOrder = HEADS_FIRST
 
@@ -93,7 +93,8 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
 
 
 def _fa() -> Backend:
-    from sgl_jax.ops.attention.fa import call as fa  # imports Pallas, which takes a while
+    from sgl_jax.ops.attention.fa import call  # imports Pallas, which takes a while
+    from sgl_jax.ops.attention.fa.tile import row_tile
 
-    sizes = fa.pool_head_dim, fa.page_size_multiple
-    return Backend(fa.paged_attention, frozenset({"tpu"}), *sizes, latent=True, joined=True, page_size=_FA_PAGE)
+    sizes = call.pool_head_dim, row_tile
+    return Backend(call.paged_attention, frozenset({"tpu"}), *sizes, latent=True, fused=True, page_size=_FA_PAGE)

@@ -11,10 +11,7 @@ _LARGEST_TILE = 32
 
 
 def grouped_matmul(
-    x: Float[Array, "M I"],
-    w: Float[Array, "L E O I"],
-    layer: Int[Array, ""] | int,
-    group_sizes: Int[Array, " E"],
+    x: Float[Array, "M I"], w: Float[Array, "L E O I"], layer: Int[Array, ""] | int, group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M O"]:
     """See api.GroupedMatmul. A tile reads one matrix once: cost follows the groups that have rows, and their rows."""
     num_rows, num_groups = len(x), len(group_sizes)
@@ -37,10 +34,7 @@ def grouped_matmul(
 
 
 def ragged_dot(
-    x: Float[Array, "M I"],
-    w: Float[Array, "L E O I"],
-    layer: Int[Array, ""] | int,
-    group_sizes: Int[Array, " E"],
+    x: Float[Array, "M I"], w: Float[Array, "L E O I"], layer: Int[Array, ""] | int, group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M O"]:
     """The same by XLA's own operation, which accelerators run well. It copies the layer's matrices out of the stack."""
     numbers = lax.RaggedDotDimensionNumbers(

@@ -33,10 +33,7 @@ class Items(NamedTuple):
 
 
 def grouped_matmul(
-    x: Float[Array, "M I"],
-    w: Float[Array, "L E O I"],
-    layer: Int[Array, ""] | int,
-    group_sizes: Int[Array, " E"],
+    x: Float[Array, "M I"], w: Float[Array, "L E O I"], layer: Int[Array, ""] | int, group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M O"]:
     """See api.GroupedMatmul.
 
@@ -67,10 +64,7 @@ def grouped_matmul(
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(items),
             grid=(outputs // block, len(items.group)),
-            in_specs=[
-                pl.BlockSpec((rows, inputs), lambda o, i, layer, n, row_tile, *_: (row_tile[i], 0)),
-                w_spec,
-            ],
+            in_specs=[pl.BlockSpec((rows, inputs), lambda o, i, layer, n, row_tile, *_: (row_tile[i], 0)), w_spec],
             out_specs=pl.BlockSpec((rows, block), lambda o, i, layer, n, row_tile, *_: (row_tile[i], o)),
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),

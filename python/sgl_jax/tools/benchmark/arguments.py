@@ -13,6 +13,8 @@ from sgl_jax.settings.flag_parser import Parser
 from sgl_jax.tools.benchmark.protocols import BACKENDS, REQUEST_TIMEOUT_S
 
 NUM_PROMPTS = 1000  # of data sets that are drawn without end, or too large to be sent as a whole
+MACHINE_LIMITS = """limits of the server's machine, for a report on what share of them was reached (default: none; made
+with python -m sgl_jax.measure_limits --output FILE, before the server is started)"""
 OF_TEXT = ("random", "sharegpt", "custom", "generated-shared-prefix")
 OF_IDS = ("random-ids", "mooncake")
 
@@ -81,6 +83,7 @@ def add_serving_arguments(parser: argparse.ArgumentParser) -> None:
     text = "send the first prompt so often before the run, with at most 32 output tokens (default: 1)"
     add("--warmup-requests", type=whole_number(0), default=1, metavar="N", help=text)
     add("--flush-cache", action="store_true", help="empty the server's prefix cache before the run")
+    add("--machine-limits", type=Path, metavar="FILE", help=MACHINE_LIMITS)
     add("--profile", action="store_true", help="have the server record a trace of the run")
     add("--profile-output-dir", metavar="PATH", help="where the server writes it (default: it decides)")
     add("--profile-num-steps", type=whole_number(1), metavar="N", help="steps to record (default: the run)")

@@ -17,7 +17,14 @@ from sgl_jax.settings.flag_parser import FlagError
 from sgl_jax.settings.flags import read_command_line
 from sgl_jax.settings.foreign_flags import ELSEWHERE
 from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
-from sgl_jax.tools.benchmark.arguments import add_dataset_arguments, json_object, new_parser, real, whole_number
+from sgl_jax.tools.benchmark.arguments import (
+    MACHINE_LIMITS,
+    add_dataset_arguments,
+    json_object,
+    new_parser,
+    real,
+    whole_number,
+)
 from sgl_jax.tools.benchmark.server_process import START_TIMEOUT_S, server_arguments
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
@@ -87,6 +94,7 @@ def one_batch_server_parser() -> argparse.ArgumentParser:
     add("--return-logprob", action="store_true", help="ask for the log probabilities of the output")
     add("--api-type", choices=("native", "openai"), default="native", help="/generate or /v1/completions")
     add("--skip-warmup", action="store_true", help="measure from the first request on")
+    add("--machine-limits", type=Path, metavar="FILE", help=MACHINE_LIMITS)
     add("--profile", action="store_true", help="then run each case once more in a trace (POST /start_profile)")
     add("--profile-output-dir", metavar="PATH", help="where the server writes the traces (default: its own choice)")
     add("--show-report", action="store_true", help="print all cases as a markdown table at the end")

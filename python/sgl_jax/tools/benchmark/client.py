@@ -14,14 +14,12 @@ import msgspec
 from sgl_jax.tools.benchmark.event_stream import EventParser
 from sgl_jax.tools.benchmark.protocols import REQUEST_TIMEOUT_S, Protocol, Reading
 from sgl_jax.tools.benchmark.records import Outcome
-from sgl_jax.tools.benchmark.roofline import MachineLimits, ModelCost, Roofline
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
-_CONTROL_TIMEOUT_S = 600.0  # flushing a cache, measuring limits, writing a trace
+_CONTROL_TIMEOUT_S = 600.0  # flushing a cache, writing a trace
 _CONNECT_TIMEOUT_S = 60.0
 _POLL_S = 0.5
 _NOT_OFFERED = (404, 405, 501)  # HTTP statuses of a server without that path
-_LIMIT_ATTEMPTS = 10
 _LONGEST_ERROR = 500  # characters of a server's answer that are shown
 
 
@@ -150,23 +148,6 @@ class Client:
                 if loop.time() + _POLL_S > end:
                     raise ServerError(f"not ready after {timeout_s:g} s: {error}", error.status) from error
             await asyncio.sleep(_POLL_S)
-
-    async def roofline(self) -> Roofline | None:
-        """The machine's limits, measured now by the server, and its model's cost; None when it does not offer that."""
-        for attempt in range(_LIMIT_ATTEMPTS):
-            try:
-                limits = msgspec.convert(await self._control("POST", "/measure_limits"), MachineLimits)
-                cost = msgspec.convert((await self.server_info()).get("engine"), ModelCost)
-                return Roofline(limits, cost)
-            except ServerError as error:
-                if error.not_offered:
-                    return None
-                if error.status != 409 or attempt == _LIMIT_ATTEMPTS - 1:  # 409: a request still runs
-                    raise ServerError(f"the machine's limits could not be measured: {error}", error.status) from error
-            except msgspec.ValidationError as error:
-                raise ServerError(f"the server told something else than limits and model cost: {error}") from error
-            await asyncio.sleep(_POLL_S)
-        return None
 
 
 @asynccontextmanager

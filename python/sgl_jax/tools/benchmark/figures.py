@@ -38,7 +38,7 @@ class ServingRun:
     duration_s: float
     outcomes: list[Outcome]  # in the data set's order; only the finished ones when the run was interrupted
     figures: Figures
-    shares: dict[str, Any] | None = None  # of the machine, see run_shares; None: the server does not report its limits
+    shares: dict[str, Any] | None = None  # of the machine, see run_shares; None: no --machine-limits
     interrupted: bool = False
     notes: list[str] = field(default_factory=list)  # what the user should know, a line each
 

@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from sgl_jax.engine.engine import Engine
-from sgl_jax.engine.generation import Conflict, EngineFailed
-from sgl_jax.engine.messages import Stats
+from sgl_jax.engine.generation import EngineFailed
+from sgl_jax.engine.messages import EngineInfo, Stats
 from sgl_jax.engine.native_params import sampling_params
 from sgl_jax.request import InvalidParameter
 from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
@@ -26,8 +26,9 @@ from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 from sgl_jax.tools.benchmark.batch_arguments import start_log
 from sgl_jax.tools.benchmark.datasets import load_prompts
 from sgl_jax.tools.benchmark.datasets.source import Framing, IdSource
+from sgl_jax.tools.benchmark.machine_limits import limits_of
 from sgl_jax.tools.benchmark.records import Prompt
-from sgl_jax.tools.benchmark.roofline import ModelCost, Roofline
+from sgl_jax.tools.benchmark.roofline import MachineLimits, ModelCost, Roofline
 from sgl_jax.tools.benchmark.serving_report import append_jsonl, block, check_writable, labelled, shares_block
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, say
 
@@ -60,7 +61,11 @@ def engine_options(server_args: ServerArgs) -> dict[str, Any]:
 
 
 def run(
-    args: argparse.Namespace, engine: Engine, prompts: Sequence[Prompt], clock: Callable[[], float] = time.perf_counter
+    args: argparse.Namespace,
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    clock: Callable[[], float] = time.perf_counter,
+    measure: Callable[[EngineInfo], MachineLimits] = limits_of,
 ) -> int:
     """Everything after the start. `clock`, in seconds, is read before the prompts are given and after the last answer.
     Returns the exit code."""
@@ -68,7 +73,7 @@ def run(
     offline = Offline(engine, prompts, sampling)
     if not args.skip_warmup:
         offline.warm_up()
-    roofline = offline.roofline()
+    roofline = offline.roofline(measure)
     found, shares = offline.run(clock, roofline)
     print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
     if shares:
@@ -122,11 +127,11 @@ class Offline:
         self._settled(before.generated_tokens + output * len(ids))
         self._engine.flush_cache()
 
-    def roofline(self) -> Roofline | None:
+    def roofline(self, measure: Callable[[EngineInfo], MachineLimits]) -> Roofline | None:
         """Measured now; None where that cannot be done, which is said."""
         try:
-            return Roofline(self._engine.measure_limits(), ModelCost.of(self._engine.info))
-        except Conflict as error:
+            return Roofline(measure(self._engine.info), ModelCost.of(self._engine.info))
+        except ValueError as error:
             say(TOOL, str(error))
             return None
 

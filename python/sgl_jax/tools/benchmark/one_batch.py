@@ -21,7 +21,7 @@ import numpy as np
 from sgl_jax.engine.core import Core, Runner
 from sgl_jax.engine.launch_plan import LaunchPlan
 from sgl_jax.engine.loop import one_line
-from sgl_jax.engine.messages import EngineInfo, LimitsMeasured, MeasureLimits, Refused
+from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.engine.startup import build_core
 from sgl_jax.request import Request, SamplingParams
 from sgl_jax.scheduler.rows import encode_params
@@ -29,7 +29,8 @@ from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.step_plan import StepPlan
 from sgl_jax.tools.benchmark.batch_arguments import Case, cases, start_log
 from sgl_jax.tools.benchmark.datasets.source import IdSource
-from sgl_jax.tools.benchmark.roofline import ModelCost, Roofline, batch_shares, share_lines
+from sgl_jax.tools.benchmark.machine_limits import limits_of
+from sgl_jax.tools.benchmark.roofline import MachineLimits, ModelCost, Roofline, batch_shares, share_lines
 from sgl_jax.tools.benchmark.serving_report import append_jsonl, check_writable
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, say
 
@@ -67,7 +68,12 @@ def measure_batches(args: argparse.Namespace, server_args: ServerArgs) -> int:
     return run(args, core)
 
 
-def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.perf_counter) -> int:
+def run(
+    args: argparse.Namespace,
+    core: Core,
+    clock: Callable[[], float] = time.perf_counter,
+    measure: Callable[[EngineInfo], MachineLimits] = limits_of,
+) -> int:
     """Everything after the start. Returns the exit code."""
     source = IdSource(core.info.vocab_size, None, np.random.default_rng(args.seed))
 
@@ -75,11 +81,14 @@ def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.
         prompts = [source.ids(case.input_len) for _ in range(case.batch_size)]
         return time_batch(DeviceBatch(core.runner, core.info, prompts, case.output_len), case, clock)
 
-    roofline = _measured_roofline(core)
+    roofline = _measured_roofline(core.info, measure)
+    before = core.runner.compiles_after_ready  # measuring compiles too
     for case in cases(args):
         timed(replace(case, output_len=min(case.output_len, _WARM_UP_TOKENS)))
         times = timed(case)
-        found = {"run_name": args.run_name} | record(times, core.runner.compiles_after_ready, core.info, roofline)
+        found = {"run_name": args.run_name} | record(
+            times, core.runner.compiles_after_ready - before, core.info, roofline
+        )
         print(block(found, times), flush=True)
         append_jsonl(args.result_filename, found)
         if args.profile:
@@ -87,22 +96,19 @@ def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.
             with jax.profiler.trace(folder := f"{args.profile_filename_prefix or 'profile'}_{size}"):
                 timed(case)
             print(f"Trace: {folder}\n", flush=True)
-    if compiles := core.runner.compiles_after_ready:
+    if compiles := core.runner.compiles_after_ready - before:
         say(TOOL, f"{compiles} programs were compiled while it was timed")
         return SOME_FAILED
     return 0
 
 
-def _measured_roofline(core: Core) -> Roofline | None:
+def _measured_roofline(info: EngineInfo, measure: Callable[[EngineInfo], MachineLimits]) -> Roofline | None:
     """None, said on standard error, where the limits cannot be measured."""
-    core.handle(MeasureLimits(0))
-    for event in core.step():
-        match event:
-            case LimitsMeasured(limits=limits):
-                return Roofline(limits, ModelCost.of(core.info))
-            case Refused(message=message):
-                say(TOOL, message)
-    return None
+    try:
+        return Roofline(measure(info), ModelCost.of(info))
+    except ValueError as error:
+        say(TOOL, str(error))
+        return None
 
 
 def record(times: BatchTimes, compiles: int, info: EngineInfo, roofline: Roofline | None) -> dict[str, Any]:

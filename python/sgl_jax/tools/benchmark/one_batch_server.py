@@ -28,7 +28,7 @@ from sgl_jax.tools.benchmark.client import Client, ServerError, connect
 from sgl_jax.tools.benchmark.datasets.source import IdSource
 from sgl_jax.tools.benchmark.protocols import COMPLETIONS, NATIVE, Protocol, Reading, RequestOptions
 from sgl_jax.tools.benchmark.records import Prompt
-from sgl_jax.tools.benchmark.roofline import Roofline, batch_shares, share_lines
+from sgl_jax.tools.benchmark.roofline import Roofline, batch_shares, server_roofline, share_lines
 from sgl_jax.tools.benchmark.server_process import StartedServer, started_server
 from sgl_jax.tools.benchmark.serving_report import append_jsonl, check_writable
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, Column, markdown_table, say
@@ -63,7 +63,9 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
     wanted = cases(args)
     headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
     async with connect(target.base_url, headers) as client:
-        source = _id_source(await client.server_info(), target.tokenizer_path, args.seed)
+        info = await client.server_info()
+        roofline = server_roofline(args.machine_limits, info.get("engine"))
+        source = _id_source(info, target.tokenizer_path, args.seed)
         protocol, model = NATIVE, None
         if args.api_type == "openai":
             protocol, model = COMPLETIONS, target.served_model_name or await client.model_name()
@@ -81,7 +83,6 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
                 await measure(case)
             except BenchmarkError as error:  # so will the case of these sizes, and others may not
                 say(TOOL, f"warming up with {case} failed: {error}")
-        roofline = await _roofline(client)
         settings = {name: getattr(args, name) for name in ("run_name", "api_type", "temperature", "return_logprob")}
         settings |= {"seed": args.seed, "start_seconds": started and round(started.start_seconds, 3)}
         measured, records = [], []
@@ -106,14 +107,6 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
             finally:
                 await client.stop_profile()
     return 0 if len(records) == len(wanted) else SOME_FAILED
-
-
-async def _roofline(client: Client) -> Roofline | None:
-    try:
-        return await client.roofline()
-    except ServerError as error:
-        say(TOOL, str(error))
-        return None
 
 
 def _id_source(info: Mapping[str, Any], tokenizer_path: str | None, seed: int) -> IdSource:

@@ -10,11 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from sgl_jax.engine.messages import EngineInfo, MachineLimits
+from sgl_jax.engine.messages import EngineInfo
+from sgl_jax.tools.benchmark.terminal import BenchmarkError
+
+
+class MachineLimits(msgspec.Struct, frozen=True):
+    """Rates of several devices working together, as measured."""
+
+    memory_gb_per_s: float  # reading, 1e9 bytes
+    matmul_tflop_per_s: float  # of `dtype`, 1e12 operations
+    dtype: str
+    device_kind: str
+    num_devices: int
 
 
 class ModelCost(msgspec.Struct, frozen=True):
@@ -62,6 +74,41 @@ class Roofline:
 
     def measured(self) -> dict[str, Any]:
         return {"machine_limits": msgspec.to_builtins(self.limits), "model_cost": msgspec.to_builtins(self.cost)}
+
+
+def server_roofline(path: Path | None, engine: object) -> Roofline | None:
+    """The limits in the file of --machine-limits, and the model's cost from `engine` of /get_server_info; None without a file.
+
+    Raises BenchmarkError where the file or the server does not have them.
+    """
+    if path is None:
+        return None
+    try:
+        cost = msgspec.convert(engine, ModelCost)
+    except msgspec.ValidationError as error:
+        raise BenchmarkError(f"--machine-limits: the server does not tell its model's cost: {error}") from error
+    return Roofline(read_limits(path, engine if isinstance(engine, dict) else {}), cost)
+
+
+def read_limits(path: Path, engine: Mapping[str, object]) -> MachineLimits:
+    """Read what measure_limits wrote. `engine` is the server's account of itself.
+
+    Raises BenchmarkError for another file, and where the server runs on other devices or in another dtype.
+    """
+    try:
+        limits = msgspec.json.decode(path.read_bytes(), type=MachineLimits)
+    except OSError as error:
+        raise BenchmarkError(f"--machine-limits is {path}; it cannot be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise BenchmarkError(f"--machine-limits is {path}; sgl_jax.measure_limits did not write it: {error}") from error
+    for name in ("device_kind", "num_devices", "dtype"):
+        mine, its = getattr(limits, name), engine.get(name)
+        if its not in (None, mine):
+            raise BenchmarkError(
+                f"--machine-limits is {path}, whose {name} is {mine}; the server's is {its}, measure its devices with "
+                f"python -m sgl_jax.measure_limits --num-devices {engine.get('num_devices')} --dtype {engine.get('dtype')}"
+            )
+    return limits
 
 
 def batch_shares(

@@ -22,7 +22,7 @@ from sgl_jax.tools.benchmark.figures import ServingRun, compute_figures, compute
 from sgl_jax.tools.benchmark.plot import check_plot, plot_run
 from sgl_jax.tools.benchmark.protocols import BACKENDS, NATIVE, RequestOptions, request_body
 from sgl_jax.tools.benchmark.records import Outcome, Prompt
-from sgl_jax.tools.benchmark.roofline import Roofline
+from sgl_jax.tools.benchmark.roofline import Roofline, server_roofline
 from sgl_jax.tools.benchmark.serving_report import (
     append_jsonl,
     check_writable,
@@ -45,6 +45,7 @@ class ServerFacts:
     model: str | None
     tokenizer_path: str | None
     vocab_size: int | None
+    roofline: Roofline | None  # with --machine-limits
 
 
 def serve_load(args: argparse.Namespace) -> int:
@@ -56,7 +57,7 @@ def serve_load(args: argparse.Namespace) -> int:
     facts = asyncio.run(ask_server(args))
     tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
     prompts = load_prompts(args, tokenizer, facts.vocab_size, args.seed)
-    run = asyncio.run(run_serving(args, facts.model, prompts, tokenizer))
+    run = asyncio.run(run_serving(args, facts, prompts, tokenizer))
     report(run, args)
     if run.interrupted:
         return INTERRUPTED
@@ -73,9 +74,9 @@ async def ask_server(args: argparse.Namespace) -> ServerFacts:
     if model is None and BACKENDS[args.backend].protocol is not NATIVE:
         raise BenchmarkError(f"the server at {base_url(args)} names no model in /v1/models; give --model")
     engine = info.get("engine")  # of ours a mapping; another server's may be anything
-    return ServerFacts(
-        model, info.get("tokenizer_path"), engine.get("vocab_size") if isinstance(engine, dict) else None
-    )
+    vocab_size = engine.get("vocab_size") if isinstance(engine, dict) else None
+    roofline = server_roofline(args.machine_limits, engine)
+    return ServerFacts(model, info.get("tokenizer_path"), vocab_size, roofline)
 
 
 def find_tokenizer(given: str | None, model: str | None, facts: ServerFacts) -> Tokenizer | None:
@@ -108,13 +109,13 @@ def report(run: ServingRun, args: argparse.Namespace) -> None:
 
 
 async def run_serving(
-    args: argparse.Namespace, model: str | None, prompts: Sequence[Prompt], tokenizer: Tokenizer | None = None
+    args: argparse.Namespace, facts: ServerFacts, prompts: Sequence[Prompt], tokenizer: Tokenizer | None = None
 ) -> ServingRun:
     """With the flags of bench_serving. Raises BenchmarkError when the run cannot be made.
 
     Requests that fail are in the outcomes. Cancelled while requests run, it returns what is finished.
     """
-    options = _options(args, model)
+    options = _options(args, facts.model)
     protocol = BACKENDS[args.backend].protocol
     if not prompts:
         raise BenchmarkError("the data set has no prompts")
@@ -144,7 +145,6 @@ async def run_serving(
             raise BenchmarkError(f"warming up failed: {warmed_up[0].error}")
         if args.flush_cache and not await client.flush_cache():
             raise BenchmarkError("--flush-cache: the server has no /flush_cache")
-        roofline = await _roofline(client, notes)
         with request_progress(len(prompts), not args.disable_tqdm) as advance:
 
             async def one(i: int) -> Outcome:
@@ -159,7 +159,7 @@ async def run_serving(
     outcomes = [outcome for outcome in sent if outcome is not None]
     count_tokens = None if tokenizer is None else lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     figures = compute_figures(outcomes, start, duration, count_tokens)
-    shares = None if roofline is None else compute_shares(outcomes, figures, duration, roofline)
+    shares = None if facts.roofline is None else compute_shares(outcomes, figures, duration, facts.roofline)
     if not complete:
         notes.append(f"interrupted: {len(prompts) - len(outcomes)} of {len(prompts)} requests were not finished")
     return ServingRun(
@@ -191,17 +191,6 @@ def _described(args: argparse.Namespace, options: RequestOptions, num_prompts: i
         **dataset_settings(args),
         "num_prompts": num_prompts,
     }
-
-
-async def _roofline(client: Client, notes: list[str]) -> Roofline | None:
-    try:
-        found = await client.roofline()
-    except ServerError as error:
-        notes.append(str(error))
-        return None
-    if found is None:
-        notes.append("this server does not report the limits of its machine, so no share of them is given")
-    return found
 
 
 @asynccontextmanager

@@ -34,7 +34,7 @@ _OF_THE_PLACE = {"host", "port", "api_key", "log_level", "compilation_cache_dir"
 _NOT_SETTINGS = {
     *("isl", "osl", "concurrency", "num_prompts", "rounds", "output_dir", "start_timeout", "model_path"),
     *("base_url", "host", "port", "header", "ready_check_timeout_sec", "request_timeout_sec"),
-    *("profile_output_dir", "disable_tqdm", "output_details"),
+    *("profile_output_dir", "disable_tqdm", "output_details", "machine_limits"),
 }
 _COLUMNS = (
     Column("ISL", "isl"),
@@ -124,7 +124,7 @@ class Sweep:
             flags.flush_cache = can_flush  # what is sent before, the warm-up's prompt too, must not be found again
             try:
                 prompts = load_prompts(flags, tokenizer, facts.vocab_size, flags.seed)
-                run = await run_serving(flags, facts.model, prompts, tokenizer)
+                run = await run_serving(flags, facts, prompts, tokenizer)
             except BenchmarkError as error:
                 self._fail(case, str(error))
                 continue

@@ -97,12 +97,12 @@ def _accelerators(facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def _machine(machine: Machine) -> Iterator[tuple[str, str]]:
+    cpus, memory = machine.cgroup_cpus, machine.cgroup_memory
     yield "system", machine.system
     yield "python", machine.python
     yield "CPU", machine.cpu_model
-    limited = f", limited to {machine.cgroup_cpus:g} by the container" if machine.cgroup_cpus else ""
-    yield "CPUs", f"{machine.cpus or 'unknown'}{limited}"
-    limited = f", limited to {size(machine.cgroup_memory)} by the container" if machine.cgroup_memory else ""
+    yield "CPUs", f"{machine.cpus or 'unknown'}{f', limited to {cpus:g} by the container' if cpus else ''}"
+    limited = f", limited to {size(memory)} by the container" if memory else ""
     yield "memory", f"{size(machine.memory) if machine.memory else 'unknown'}{limited}"
     yield "container", machine.container or "none seen"
 
@@ -113,8 +113,8 @@ def _limits(machine: Machine) -> Iterator[tuple[str, ...]]:
         yield name, *("no limit" if each is None else show(each) for each in limits)
 
 
-def _compile_cache(cache: CompileCache | None) -> Iterator[tuple[str, str]]:
-    if cache is not None:
+def _compile_cache(cache: CompileCache) -> Iterator[tuple[str, str]]:
+    if cache.path:
         yield "folder", f"{cache.path} ({cache.source})"
         yield "state", f"{cache.state}: {cache.problem}" if cache.problem else cache.state
         yield "free on its disk", "unknown" if cache.free is None else size(cache.free)

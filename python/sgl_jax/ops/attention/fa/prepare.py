@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,12 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.ops.attention.api import QKPrepare
-
-Ref = Any
+from sgl_jax.ops.attention.fa.ring import Ref
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepare:
-    """The static part of what is done to q and k."""
+    """The static part of a QKPrepare."""
 
     head_dim: int  # without padding
     eps: float
@@ -25,7 +24,7 @@ class Prepare:
     dtype: Any  # rounded to after the norm, as it is where the norm is an operation of its own
 
     def __call__(self, x: jax.Array, norm: Ref | None, rope: jax.Array | None) -> jax.Array:
-        """x f32[R, H] of one head, the norm's weight VMEM [1, H], the table's lines f32[R, H] (QKPrepare.rope)."""
+        """Norm and rotate x f32[R, H] of one head, with the weight VMEM [1, H] and cos and sin f32[R, H] (QKPrepare)."""
         if norm is not None:
             weight = norm[...].astype(jnp.float32)
             mean = jnp.sum(x * x, axis=1, keepdims=True) * (1 / self.head_dim)
@@ -41,19 +40,13 @@ class Prepare:
         return x * cos + (left(x) if 2 * half == width else jnp.where(lane < half, left(x), right(x))) * sin
 
 
-class Operands(NamedTuple):
-    """A QKPrepare as the kernels take it."""
-
-    spec: Prepare
-    q_norm: jax.Array | None  # [1, H], the weight as it is stored
-    k_norm: jax.Array | None
-    rope: jax.Array | None  # f32[T, H]
-
-
-def operands(prepare: QKPrepare | None, num_tokens: int, head_dim: int, pool_dim: int, dtype: Any) -> Operands:
-    """Padded to num_tokens lines and to the pool's head dim."""
+def operands(
+    prepare: QKPrepare | None, num_tokens: int, head_dim: int, pool_dim: int, dtype: Any
+) -> tuple[Prepare, dict[str, jax.Array | None]]:
+    """Return a QKPrepare as the kernels take it, padded to num_tokens lines and to the pool's head dim: the static part,
+    and the arrays of kernel_call.Tokens."""
     if prepare is None:
-        return Operands(Prepare(head_dim, 0.0, 0, dtype), None, None, None)
+        return Prepare(head_dim, 0.0, 0, dtype), {"q_norm": None, "k_norm": None, "rope": None}
 
     def line(weight: jax.Array | None) -> jax.Array | None:
         return None if weight is None else jnp.pad(weight, (0, pool_dim - head_dim))[None]
@@ -63,4 +56,5 @@ def operands(prepare: QKPrepare | None, num_tokens: int, head_dim: int, pool_dim
         lines, width = rope.shape
         half = width // 2
         rope = jnp.pad(rope.astype(jnp.float32), ((0, num_tokens - lines), (0, pool_dim - width)))
-    return Operands(Prepare(head_dim, prepare.eps, half, dtype), line(prepare.q_norm), line(prepare.k_norm), rope)
+    arrays = {"q_norm": line(prepare.q_norm), "k_norm": line(prepare.k_norm), "rope": rope}
+    return Prepare(head_dim, prepare.eps, half, dtype), arrays

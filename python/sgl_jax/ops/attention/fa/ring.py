@@ -9,6 +9,7 @@ on. Item n uses slot n % slots of each ring, and copies run ahead across rows.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ IDS = 128  # page ids copied at a time; a block lies within one such group
 FIELDS = 4  # of an item: row, block, first page, page after the last
 
 Ref = Any  # a pallas Ref: an array in HBM, VMEM or SMEM
+Cursor = tuple[jax.Array, ...]  # how many items have been announced, then what says which one is next
 
 
 def div(x: Any, n: int) -> Any:
@@ -58,14 +60,8 @@ class PageRing:
         return self.buffer.shape[1]
 
     @property
-    def lead(self) -> int:
-        """Items between the start of an item's page copies and its use."""
-        return self.slots - 1
-
-    @property
-    def notice(self) -> int:
-        """Items between an item's announcement and its use."""
-        return self.num_items - 1
+    def block_tokens(self) -> int:
+        return self.pages * self.buffer.shape[4]
 
     @property
     def num_items(self) -> int:
@@ -88,8 +84,25 @@ class PageRing:
         """The line in the pool of a page, counted in the row, of item n."""
         return self.ids[rem(n, self.num_items) * IDS + rem(page, IDS)] + self.first_page
 
-    def start(self, n: jax.Array) -> None:
-        """Start the copies of item n's pages. Its slot must be free."""
+    def begin(self, cursor: Cursor, announce: Callable[[Cursor], Cursor]) -> Cursor:
+        """Announce the first items and start the copies of their pages. `announce` announces the item at a cursor and
+        steps on; all but one item of the ring are announced ahead, and the pages of all but one slot copied ahead."""
+        cursor = lax.fori_loop(0, self.num_items - 1, lambda _, c: announce(c), cursor)
+        lax.fori_loop(0, self.slots - 1, lambda n, _: self.start(n, cursor[0]), None)
+        return cursor
+
+    def advance(self, n: jax.Array, cursor: Cursor, announce: Callable[[Cursor], Cursor]) -> tuple[jax.Array, Cursor]:
+        """Start the copies of a later item, wait for item n, and return its slot. `announce` comes after the waits, where
+        the compiler schedules it among the products."""
+        self.start(n + (self.slots - 1), cursor[0])
+        slot = self.wait(n)
+        return slot, announce(cursor)
+
+    def start(self, n: jax.Array, announced: jax.Array) -> None:
+        """Start the copies of item n's pages, if it is among the announced ones. Its slot must be free."""
+        pl.when(n < announced)(lambda: self._start(n))
+
+    def _start(self, n: jax.Array) -> None:
         at, slot = rem(n, self.num_items), rem(n, self.slots)
         row, block, first, end = (self.items[at * FIELDS + field] for field in range(FIELDS))
         self._id_copy(at, row, block).wait()

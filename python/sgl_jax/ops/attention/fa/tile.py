@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +17,6 @@ LANES = 128
 MATRIX = 256  # rows and columns of a matrix unit
 AHEAD = 2  # scores asked for before the first softmax (benchmarks/LOG.md)
 FLOOR = -1e30  # finite: a query with no key in sight yet must not produce inf - inf
-
-
-class Scalars(NamedTuple):
-    """Numbers that change by step or by layer, an array each: one array of all would be an operation to make."""
-
-    num_short: jax.Array  # i32[1]: rows of at most W tokens
-    first_page: jax.Array  # i32[1]: of the layer
-    window: jax.Array  # i32[1]: keys; 0 if there is none
-    kv_scales: jax.Array | None  # f32[2]: factors of K and V as the pool has them; None: 1
-
-    def given(self) -> dict[str, jax.Array]:
-        """Name those that are not None."""
-        return {name: x for name, x in self._asdict().items() if x is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +52,6 @@ def of_head(shape: tuple[int, ...], lines: Any, head: Any, width: int) -> tuple[
     if isinstance(head, int):
         return lines, slice(head * width, (head + 1) * width)
     return lines, pl.ds(pl.multiple_of(head * width, LANES), width)
-
-
-def views(qkv: Any, num_heads: int, num_kv_heads: int) -> dict[str, Any]:
-    """q, k and v in a ref [T, (N + 2K) * H] of all three, heads of whole lane tiles."""
-    width = qkv.shape[1] // (num_heads + 2 * num_kv_heads)
-    ends = [0, *(n * width for n in (num_heads, num_heads + num_kv_heads, num_heads + 2 * num_kv_heads))]
-    return {name: qkv.at[:, slice(*ends[i : i + 2])] for i, name in enumerate("qkv")}
 
 
 def part_of(group: int, most: int) -> int:

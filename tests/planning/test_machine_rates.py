@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sgl_jax.runtime import machine_limits
-from sgl_jax.runtime.compiler import CompileWatch
-from sgl_jax.runtime.machine_limits import NotMeasured, Probe, measure_rates, repeated_product
+from sgl_jax.planning import machine_rates
+from sgl_jax.planning.machine_rates import NotMeasured, Probe, measure_rates, repeated_product
 
 CPU = jax.devices("cpu")[:1]
 SMALL = Probe(read_bytes=1 << 20, read_repeats=3, matmul_size=128, matmul_repeats=2)
@@ -37,7 +36,7 @@ def test_rates_are_work_over_the_time_of_the_fastest_run(monkeypatch: pytest.Mon
     reading = [99, 4, 2, 4, 4, 4, 4, 4, 4]  # seconds of each run; the first compiles
     multiplying = [1, 8, 8, 8, 8, 8, 8, 8, 9]
     times = itertools.accumulate(x for seconds in reading + multiplying for x in (0, seconds))
-    monkeypatch.setattr(machine_limits.time, "perf_counter", lambda: float(next(times)))
+    monkeypatch.setattr(machine_rates.time, "perf_counter", lambda: float(next(times)))
     rates = measure_rates(CPU, dtype, SMALL)
     assert next(times, None) is None
     assert rates == (3 * (1 << 20) / 2, 2 * 2 * 128**3 / 8)
@@ -45,37 +44,32 @@ def test_rates_are_work_over_the_time_of_the_fastest_run(monkeypatch: pytest.Mon
 
 def test_several_devices_count_together_but_virtual_ones_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
-    monkeypatch.setattr(machine_limits.time, "perf_counter", lambda: float(next(clock)))
-    assert machine_limits._read_rate(CPU * 2, SMALL) == 2 * 3 * (1 << 20)
-    assert machine_limits._matmul_rate(CPU * 2, "float32", SMALL) == 2 * 2 * 2 * 128**3
+    monkeypatch.setattr(machine_rates.time, "perf_counter", lambda: float(next(clock)))
+    assert machine_rates._read_rate(CPU * 2, SMALL) == 2 * 3 * (1 << 20)
+    assert machine_rates._matmul_rate(CPU * 2, "float32", SMALL) == 2 * 2 * 2 * 128**3
     assert measure_rates(CPU * 2, "float32", SMALL) == (3 * (1 << 20), 2 * 2 * 128**3)
 
 
-def test_a_real_measurement_gives_rates_and_is_not_counted_as_a_compilation_of_serving() -> None:
-    watch = CompileWatch()
-    with watch.ignored():
-        rates = measure_rates(CPU, "float32", SMALL)
-    assert watch.count == 0
+def test_a_real_measurement_gives_rates() -> None:
+    rates = measure_rates(CPU, "float32", SMALL)
     assert 0 < rates.read_bytes_per_s < 1e15
     assert 0 < rates.matmul_flop_per_s < 1e18
-    jax.jit(lambda x: x * 2 + 17)(jnp.ones(3))
-    assert watch.count > 0
 
 
 @pytest.mark.parametrize(("free", "size"), [(1 << 30, 512), (1 << 22, 512), (5 << 19, 384)])
 def test_a_quarter_of_the_free_memory_at_most(monkeypatch: pytest.MonkeyPatch, free: int, size: int) -> None:
     made = []
-    monkeypatch.setattr(machine_limits, "free_memory", lambda device: free)
-    monkeypatch.setattr(machine_limits, "_best_seconds", lambda devices, make, repeats: made.append(make()) or 1.0)
+    monkeypatch.setattr(machine_rates, "free_memory", lambda device: free)
+    monkeypatch.setattr(machine_rates, "_best_seconds", lambda devices, make, repeats: made.append(make()) or 1.0)
     rates = measure_rates(CPU, "bfloat16", SMALL)
     assert made[0][0].shape == (size, size)
     assert rates.read_bytes_per_s == 3 * 4 * size**2
 
 
 def test_too_little_memory_is_said() -> None:
-    with pytest.raises(NotMeasured, match="reading takes 536870912 MiB, a quarter of the free memory at most, and"):
+    with pytest.raises(NotMeasured, match=r"reading .*536870912 MiB"):
         measure_rates(CPU, "float32", Probe(1 << 50, 1, 128, 1))
-    with pytest.raises(NotMeasured, match="multiplying takes 201326592 MiB"):
+    with pytest.raises(NotMeasured, match=r"multiplying .*201326592 MiB"):
         measure_rates(CPU, "float32", Probe(1 << 20, 1, 1 << 22, 1))
 
 
@@ -83,6 +77,6 @@ def test_a_device_that_runs_out_of_memory_does_not_end_the_engine(monkeypatch: p
     def fails(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
 
-    monkeypatch.setattr(machine_limits, "_best_seconds", fails)
-    with pytest.raises(NotMeasured, match=r"the limits cannot be measured: RESOURCE_EXHAUSTED: out of memory$"):
+    monkeypatch.setattr(machine_rates, "_best_seconds", fails)
+    with pytest.raises(NotMeasured, match=r": RESOURCE_EXHAUSTED: out of memory$"):
         measure_rates(CPU, "float32", SMALL)

@@ -1,70 +1,61 @@
-"""A native call, /generate's or Engine.generate's: prompts and parameters in, requests submitted, answers out."""
+"""Native calls, by /generate and Engine.generate: prompts and parameters in, requests submitted, answers out."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from sgl_jax.engine.generation import Generation, GenerationRequest, Given
-from sgl_jax.engine.native_params import Answer, LogprobOptions, Params, sampling_params
+from sgl_jax.engine.generation import Generation, GenerationRequest
+from sgl_jax.engine.native_params import LogprobOptions, NativeAnswer, Params, sampling_params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json, SamplingParams
 from sgl_jax.text.tokenizer import Tokenizer
 
-type Result = dict[str, Json] | list[dict[str, Json]]
+type Reply = dict[str, Json]  # {"text", "output_ids", "meta_info"}
 
 
-class Job:
-    """A native call: its requests, and whether its answer is one or a list."""
+class NativeCall:
+    """The requests of one call. Its answer is one reply, or a list with one for each prompt and choice."""
 
     def __init__(self, requests: list[GenerationRequest], is_list: bool, options: LogprobOptions, tokenizer: Tokenizer):
         self.requests = requests
-        self.is_list = is_list or any(request.params.n > 1 for request in requests)
+        self._is_list = is_list or any(request.params.n > 1 for request in requests)
         self._options, self._tokenizer = options, tokenizer
 
-    def submit(self, service: GenerationService, stream: bool) -> Generation:
-        """Submits the requests; raises what `GenerationService.submit` raises."""
-        generation = service.submit(self.requests, stream)
-        self.requests = generation.requests
-        return generation
-
-    def answers(self) -> dict[tuple[int, int], Answer]:
-        """Makes empty answers by (prompt, choice), in the order of the answer's list."""
-        return {
-            (i, choice): Answer(request, request.request_id, self._tokenizer, self._options)
-            for i, request in enumerate(self.requests)
-            for choice in range(request.params.n)
-        }
-
-    async def result(self, service: GenerationService) -> Result:
-        generation = self.submit(service, stream=False)
-        answers = self.answers()
+    async def result(self, service: GenerationService) -> Reply | list[Reply]:
+        """Submit the requests and return the answer. Raises what `GenerationService.submit` raises."""
+        generation = service.submit(self.requests, stream=False)
+        answers = self._answers(generation)
         async for updates in generation.updates():
             for update in updates:
                 answers[update.prompt, update.choice].add(update)
         found = [answer.to_dict() for answer in answers.values()]
-        return found if self.is_list else found[0]
+        return found if self._is_list else found[0]
 
-    async def stream(self, service: GenerationService) -> AsyncIterator[dict[str, Json]]:
-        generation = self.submit(service, stream=True)
-        async for answer in self.stream_of(generation):
-            yield answer
-
-    async def stream_of(self, generation: Generation) -> AsyncIterator[dict[str, Json]]:
-        answers = self.answers()
-        index = {place: i for i, place in enumerate(answers)}
+    async def stream(self, generation: Generation) -> AsyncIterator[Reply]:
+        """Yield a growing reply for each update of the submitted requests; with "index" if the answer is a list."""
+        answers = self._answers(generation)
+        index = {key: i for i, key in enumerate(answers)}
         try:
             async for updates in generation.updates():
                 for update in updates:
-                    answer = answers[update.prompt, update.choice]
-                    answer.add(update)
-                    found = answer.to_dict()
-                    yield {"index": index[update.prompt, update.choice], **found} if self.is_list else found
+                    key = update.prompt, update.choice
+                    answers[key].add(update)
+                    found = answers[key].to_dict()
+                    yield {"index": index[key], **found} if self._is_list else found
         finally:
             generation.abort()
 
+    def _answers(self, generation: Generation) -> dict[tuple[int, int], NativeAnswer]:
+        """Make empty answers by (prompt, choice), in the order of the answer's list."""
+        return {
+            (i, choice): NativeAnswer(request, self._tokenizer, self._options)
+            for i, request in enumerate(generation.requests)
+            for choice in range(request.params.n)
+        }
 
-def make_job(
+
+def native_call(
     tokenizer: Tokenizer,
     text: object,
     input_ids: object,
@@ -72,8 +63,8 @@ def make_job(
     rid: str | Sequence[str] | None,
     options: LogprobOptions,
     namespace: str = "",
-) -> Job:
-    """Makes the call's requests. Raises InvalidParameter or TokenizerError; nothing has been sent then."""
+) -> NativeCall:
+    """Make the call's requests. Raises InvalidParameter or TokenizerError; nothing has been sent then."""
     if (text is None) == (input_ids is None):
         raise InvalidParameter("text", "give either text or input_ids")
     if input_ids is None:
@@ -84,17 +75,16 @@ def make_job(
         prompts, is_list = _token_lists(input_ids)
     if not prompts:
         raise InvalidParameter(field, f"{field} is an empty list")
-    all_params = _one_each(
-        "sampling_params", params, len(prompts), (Mapping, SamplingParams, Given), "Mapping or SamplingParams"
-    )
+    kinds = (Mapping, SamplingParams, GenerationRequest)
+    all_params = _one_each("sampling_params", params, len(prompts), kinds, "Mapping or SamplingParams")
     rids = _one_each("rid", rid, len(prompts), (str,), "str")
     if isinstance(rid, str) and len(prompts) > 1:
         rids = [f"{rid}_{i}" for i in range(len(prompts))]
     requests = []
     for ids, each, request_id in zip(prompts, all_params, rids, strict=True):
         given = options.apply(sampling_params(each), len(ids))
-        requests.append(GenerationRequest.of(ids, field, given, request_id or "", namespace))
-    return Job(requests, is_list, options, tokenizer)
+        requests.append(given.for_prompt(ids, field, request_id, namespace))
+    return NativeCall(requests, is_list, options, tokenizer)
 
 
 def _texts(text: Any) -> list[str]:
@@ -105,7 +95,7 @@ def _texts(text: Any) -> list[str]:
 
 
 def _token_lists(input_ids: Any) -> tuple[list[list[int]], bool]:
-    """The prompts, and whether it was a list of them. Arrays are taken too."""
+    """Return the prompts, and whether a list of prompts was given. Arrays are accepted, too."""
     ids = input_ids.tolist() if hasattr(input_ids, "tolist") else input_ids
     if isinstance(ids, list | tuple):
         rows = [each.tolist() if hasattr(each, "tolist") else each for each in ids]
@@ -117,7 +107,7 @@ def _token_lists(input_ids: Any) -> tuple[list[list[int]], bool]:
 
 
 def _one_each(name: str, value: Any, count: int, single: tuple[type, ...], kind: str) -> Sequence[Any]:
-    """Returns `count` values: the one that was given for all, or those of a list."""
+    """Return `count` values: the one that was given for all, or those of a list."""
     if value is None or isinstance(value, single):
         return [value] * count
     if not isinstance(value, Sequence) or any(v is not None and not isinstance(v, single) for v in value):
