@@ -201,7 +201,7 @@ def _marks(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _constants(file: Path) -> dict[str, Any]:
-    """What a module's upper-case names stand for: plain values, and dicts of which only the keys are plain."""
+    """Values of a module's upper-case names: plain values, and dicts of which only the keys are plain."""
     found: dict[str, Any] = {}
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

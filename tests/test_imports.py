@@ -20,9 +20,9 @@ import sgl_jax
 PYTHON = Path(__file__).resolve().parents[1] / "python"
 PACKAGE = PYTHON / "sgl_jax"
 
-PLAIN_DATA = ("request", "step_plan", "engine.messages")  # what rooms say to each other
+PLAIN_DATA = ("request", "step_plan", "engine.messages")  # records that rooms hand to each other
 
-# What a room may import of sgl_jax besides itself: a name stands for the module and everything in it.
+# By room, the modules of sgl_jax it may import besides its own; a name stands for the module and everything in it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request": (),
     "settings": (),

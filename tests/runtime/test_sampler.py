@@ -226,7 +226,7 @@ def test_tokens_tied_at_the_kth_place_are_all_kept_and_all_weigh(vocab_size: int
     logits[0] = 1.0
     logits[1 : 1 + num_alike] = 0.0
     num_alike = min(num_alike, vocab_size - 1)
-    # Of the mass e + num_alike, the first token alone is less than 0.7.
+    # The first token has the mass e of e + num_alike, less than 0.7.
     assert np.e / (np.e + num_alike) < 0.7
     assert [t.tolist() for t in thresholds(logits[None], [{"top_k": 2, "top_p": 0.7}])] == [[0.0], [0.0]]
 
