@@ -188,8 +188,8 @@ class StepTokens:
 
     tokens: np.ndarray  # i32[S, W]
     num_accepted: np.ndarray  # i32[S] how many of a row's tokens continue its sequence: 1 .. W if it decodes, else 1
-    logprobs: TokenScores | None  # of the sampled tokens, n = S * W; None unless a row asked
-    prompt_logprobs: TokenScores | None  # of the token after each packed token, n = T; None unless a row asked
+    logprobs: TokenScores | None  # n = S * W sampled tokens; None unless a row asked
+    prompt_logprobs: TokenScores | None  # n = T, the token after each packed token; None unless a row asked
 
 
 class Flight(Protocol):

@@ -189,7 +189,7 @@ class FakeRunner:
         for rank, num_short in enumerate(np.bincount(plan.rank[is_short], minlength=self._num_ranks)):
             assert plan.num_short[rank] == num_short, f"rank {rank} has {num_short} short rows"
         order = 3 * plan.rank + np.where(plan.from_device, 0, np.where(is_short, 1, 2))
-        assert (np.diff(order) >= 0).all(), "rows that decode, then other short rows, come first in their rank"
+        assert (np.diff(order) >= 0).all(), "short rows come first in their rank, decoding ones before others"
         for row, rank, start, decodes in zip(plan.rows, plan.rank, plan.start, plan.from_device, strict=True):
             state = self._rows[row]
             assert state.rank == rank or not decodes, "a row that decodes moved to another rank"
