@@ -158,8 +158,7 @@ SUPPORT = """# Support matrix
 What tests show of each family. On a CPU in float32 and with layers scanned: tokens and logprobs are those of an independent
 reference, at page sizes 1 and 16, prompts whole and in chunks, alone and together. `not yet`: no test shows it, which is not
 to say that it fails. In bfloat16 every family is served, and none is compared with a reference. Quantised arithmetic is not
-built, and nothing here has run on a real TPU. Files with a ¹ have tests that read reference checkpoints which are not in this
-repository: where those are missing they are skipped, and a run without failures shows less than this table.
+built, and nothing here has run on a real TPU.
 
 """
 
@@ -180,14 +179,8 @@ def support_matrix() -> str:
     for family in FAMILIES:
         shown = (", ".join(dict.fromkeys(cells.get((family, what), ["not yet"]))) for what in columns)
         lines.append(f"| `{family}` | {' | '.join(shown)} |")
-    legend = [f"- {what}: {', '.join(map(_file, sorted(files[what])))}" for what in columns]
+    legend = [f"- {what}: {', '.join(f'`{name}`' for name in sorted(files[what]))}" for what in columns]
     return SUPPORT + "\n".join([*lines, "", "Shown by", "", *legend]) + "\n"
-
-
-def _file(name: str) -> str:
-    """As the table's legend has it; ¹ where tests are skipped without the data beside the repository."""
-    source = (REPOSITORY / name).read_text(encoding="utf-8")
-    return f"`{name}`" + "¹" * ("shared_data" in source or "shared: Callable" in source)
 
 
 def _marks(file: Path) -> Iterator[tuple[str, Any]]:
@@ -201,7 +194,7 @@ def _marks(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _constants(file: Path) -> dict[str, Any]:
-    """What a module's upper-case names stand for: plain values, and dicts of which only the keys are plain."""
+    """Values of a module's upper-case names: plain values, and dicts of which only the keys are plain."""
     found: dict[str, Any] = {}
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

@@ -25,7 +25,7 @@ STEPS = 8
 QWEN1 = reference_qwen1.CONFIG
 MODELS: dict[str, tuple[ModuleType, dict]] = {
     "qwen1": (reference_qwen1, QWEN1),
-    # The prompt of 33 and the end of that of 7 are beyond the tokens of training: queries grow.
+    # The prompt of 33 tokens, and the end of the one of 7, exceed the trained length: logn scaling applies.
     "qwen1-logn": (reference_qwen1, QWEN1 | {"seq_length": 12, "use_dynamic_ntk": False, "rotary_pct": 0.25}),
     "bailing": (reference_bailing, reference_bailing.V1),
     "bailing-v2": (reference_bailing, reference_bailing.V2),
@@ -51,7 +51,7 @@ def test_the_tokens_and_logprobs_of_the_reference(build: Build, tmp_path: Path, 
 
 
 def qwen2_as_qwen1(source: Path, folder: Path) -> Path:
-    """A Qwen 2 checkpoint laid out as Qwen 1, the same function: KV heads repeated for each head of their group."""
+    """Write a Qwen 2 checkpoint in the layout of Qwen 1, with KV heads repeated for each head of their group."""
     old = json.loads((source / "config.json").read_text())
     heads, kv_heads, hidden = old["num_attention_heads"], old["num_key_value_heads"], old["hidden_size"]
     stored = {name: value.astype(np.float32) for name, value in load_file(source / "model.safetensors").items()}
@@ -95,9 +95,9 @@ def qwen2_as_qwen1(source: Path, folder: Path) -> Path:
 
 
 def test_qwen2_laid_out_as_qwen1_gives_transformers_tokens_and_logprobs(
-    build: Build, shared: Callable[[str], Path], tmp_path: Path
+    build: Build, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    source = shared("oracle/qwen2")
+    source = checkpoint("qwen2")
     shutil.copy(source / "oracle.json", tmp_path)
     assert_oracle(build(qwen2_as_qwen1(source, tmp_path), bucket=ALL_PROMPTS, max_total_tokens=1024), tmp_path)
 
