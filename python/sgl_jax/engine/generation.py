@@ -42,7 +42,7 @@ class DuplicateRequestId(InvalidParameter):
     """A running request has this id."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GenerationRequest:
     """One prompt, of which `params.n` choices are generated. While parameters are read the prompt is empty."""
 
