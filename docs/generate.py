@@ -21,7 +21,7 @@ from sgl_jax.settings.server_args import ENV_PREFIX, FLAGS
 
 INTRODUCTION = f"""# Server arguments
 
-<!-- Written by `python docs/generate.py` from python/sgl_jax/settings/server_args.py: change it there. -->
+<!-- Written by `python docs/generate.py` from settings/server_args.py and settings/serving_flags.py in python/sgl_jax: change it there. -->
 
 ```
 python -m sgl_jax.launch_server --model-path PATH [flags]
@@ -201,7 +201,7 @@ def _marks(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _constants(file: Path) -> dict[str, Any]:
-    """What a module's upper-case names stand for: plain values, and dicts of which only the keys are plain."""
+    """Values of a module's upper-case names: plain values, and dicts of which only the keys are plain."""
     found: dict[str, Any] = {}
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):

@@ -1,7 +1,8 @@
-"""Data the tests need. What lies in tests/data is always there; the rest is used where it is found."""
+"""Data the tests need, and what keeps one test from changing another. Everything but the default model lies in tests/data."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,18 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def logging_restored() -> Iterator[None]:
+    """Put back what a test changes of the loggers that `observability.log.setup` takes over."""
+    loggers = [logging.getLogger(name) for name in ("", "sgl_jax", "uvicorn", "uvicorn.error", "uvicorn.access")]
+    before = [(one.handlers[:], one.filters[:], one.level, one.propagate) for one in loggers]
+    yield
+    for one, (handlers, filters, level, propagate) in zip(loggers, before, strict=True):
+        one.handlers[:], one.filters[:] = handlers, filters
+        one.setLevel(level)
+        one.propagate = propagate
+
+
+@pytest.fixture(autouse=True)
 def compile_cache_of_its_own() -> Iterator[None]:
     """An engine in this process keeps programs in its folder, and jax goes on doing so: tests after it would."""
     yield
@@ -76,3 +89,11 @@ def smollm2() -> Path:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fa-examples", type=int, default=4, help="random batches per property of the fa kernels")
+    parser.addoption(
+        "--reverse", action="store_true", help="run the tests last to first: no test may need another's order"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--reverse"):
+        items.reverse()

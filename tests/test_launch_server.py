@@ -9,6 +9,7 @@ import types
 
 import pytest
 
+from messages import says
 from sgl_jax import launch_server
 from sgl_jax.settings.server_args import FLAGS, ServerArgs
 
@@ -64,7 +65,8 @@ def test_a_bad_flag_is_one_line_on_stderr_and_exit_code_2(module: str) -> None:
     result = run("-m", module, "--model-path", "m", "--page-size", "48")
     assert result.returncode == 2
     assert result.stdout == ""
-    assert result.stderr == "sgl_jax: error: --page-size is 48; it must be a power of two between 1 and 1024\n"
+    assert result.stderr.count("\n") == 1
+    assert says(result.stderr, "sgl_jax: error: --page-size … 48 … power of two … 1024")
 
 
 def test_version() -> None:
@@ -81,6 +83,5 @@ def test_what_has_no_effect_is_said_once(served: list[ServerArgs], caplog: pytes
     for _ in range(2):
         launch_server.main(["--model-path", "m", "--trust-remote-code"])
     assert len(served) == 2
-    assert [r.getMessage() for r in caplog.records if "--trust-remote-code" in r.getMessage()] == [
-        "--trust-remote-code has no effect: models run on our own code, code from a model folder is never run."
-    ]
+    [said] = [r.getMessage() for r in caplog.records if "--trust-remote-code" in r.getMessage()]
+    assert says(said, "no effect … never run")

@@ -1,7 +1,7 @@
-"""The recipes of docs/architecture.md hold: what one adds, in how many files, is tried on a copy of the package.
+"""Tests of the recipes in docs/architecture.md, on a copy of the package.
 
-A recipe is a set of edits, each a line of the source and the lines that follow it from then on. A script then uses what was
-added. Recipes for a weight format, an attention backend and a sampling parameter are tested in their rooms.
+A recipe is a set of edits, each of which inserts lines after a line of the source. A script then uses the addition. Recipes
+for a weight format, an attention backend and a sampling parameter are also tested in their rooms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Edits = list[tuple[str, str, str]]  # a file, a line of it, and the text that co
 
 
 def run_edited(folder: Path, edits: Edits, script: str) -> str:
-    """What the script prints when it imports a copy of the package with the edits."""
+    """Return the output of a script that imports a copy of the package with the edits."""
     shutil.copytree(PACKAGE, folder / "sgl_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name, line, text in edits:
         path = folder / "sgl_jax" / name
@@ -49,7 +49,7 @@ def test_a_plan_column_is_one_declaration_and_one_line_that_fills_it(tmp_path: P
         (
             "step_plan.py",
             "start: Annotated[np.ndarray, Column(Per.ROW)]  # i32[S] tokens computed before this step",
-            "adapter: Annotated[np.ndarray, Column(Per.ROW, _minus_ones)]  # i32[S]",
+            "adapter: Annotated[np.ndarray, Column(Per.ROW, -1)]  # i32[S]",
         ),
         ("scheduler/scheduler.py", "rows=rows,", "adapter=t.key[rows].astype(np.int32) * 10,"),
     ]
@@ -88,18 +88,18 @@ def test_a_row_load_is_an_entry_of_a_table_and_its_array_of_the_state(tmp_path: 
         ("runtime/loads.py", "_FOREVER = 2**31 - 1", functions),
         (
             "runtime/loads.py",
-            'LoadKind("pages", lambda sizes: sizes.pages_per_row, _pack_pages, _store_pages),',
-            'LoadKind("mask", lambda sizes: 3, _pack_mask, _store_mask),',
+            'LoadKind("pages", lambda pages, vocab: pages, _pack_pages, _store_pages),',
+            'LoadKind("mask", lambda pages, vocab: 3, _pack_mask, _store_mask),',
         ),
     ]
     script = """
         import jax, numpy as np
         from sgl_jax.parallel.grid import ONE_DEVICE
-        from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes, pack_loads
+        from sgl_jax.runtime.loads import LOADS, LoadLayout, pack_loads
         from sgl_jax.runtime.device_state import initial_state
         from sgl_jax.step_plan import RowLoad
 
-        layouts = {kind.program: LoadLayout(kind, LoadSizes(8, 4, 16)) for kind in LOADS}
+        layouts = {kind.program: LoadLayout(kind, 8, kind.size(4, 16)) for kind in LOADS}
         state = initial_state(8, 4, 16)
         loads = [RowLoad(2, np.array([5], np.int32), None), RowLoad(3, None, None), RowLoad(6, None, None)]
         for name, vector in pack_loads([*layouts.values()], loads):

@@ -1,4 +1,4 @@
-"""A user's sampling parameters, declared once, and plain host data about a request that all rooms share."""
+"""Sampling parameters of a request, declared once, and plain host data about a request that all rooms share."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ import msgspec
 import numpy as np
 
 MAX_LOGPROBS = 20  # OpenAI's limit; the step program always returns this many candidates
-MAX_LOGIT_BIAS, MAX_STOP_TOKENS = 1024, 64  # a device row's biases, and token ids that it holds back until min_tokens
-MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # stop strings, and characters of one: each token's text is searched for all
+MAX_LOGIT_BIAS, MAX_STOP_TOKENS = 1024, 64  # entries of a device row
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # stop strings, and characters of each: every token's text is searched for all
 _MAX_INT32 = 2**31 - 1  # the largest number a device row can hold
 
 type Json = bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None
 type Api = Literal["native", "openai"]
-type Names = Mapping[str, str]  # by our names of fields, the names that the user wrote where they differ
+type Names = Mapping[str, str]  # our name of a field -> the name that the user wrote, where it differs
 
 
 class InvalidParameter(ValueError):
     """A request's parameter cannot be honoured; `param` names the field.
 
-    With `values` the message is a template: {limit} stands for values["limit"], and any other name in braces for the
-    field of that name, so that `named` can write the user's own name for it.
+    With `values` the message is a template. {limit} stands for values["limit"]. A name in braces that is not among the
+    values names a field, for which `named` writes the user's own name.
     """
 
     def __init__(self, param: str, message: str, **values: object):
@@ -36,7 +36,7 @@ class InvalidParameter(ValueError):
         super().__init__(self._text({}))
 
     def named(self, names: Names) -> Self:
-        """Returns the error in the user's words."""
+        """Return the error with the user's names of fields."""
         return type(self)(names.get(self.param, self.param), self._text(names))
 
     def _text(self, names: Names) -> str:
@@ -44,31 +44,33 @@ class InvalidParameter(ValueError):
 
 
 class _Words(dict[str, object]):
+    """Values of a template; a name without a value stands for itself."""
+
     def __missing__(self, name: str) -> str:
         return name
 
 
 class About(NamedTuple):
-    """Describes a sampling parameter beyond its name, type and default. `low` and `high` limit a number or the values
-    of a dictionary; `entries` limits the length of a list or dictionary."""
+    """Declaration of a sampling parameter, beyond its name, type and default. `low` and `high` limit a number, or each
+    value of a dictionary; `entries` limits the length of a list or dictionary."""
 
     help: str
     low: float | None = None
     high: float | None = None
+    column: str = ""  # name of the step_plan.Param that holds it on the device
     above: bool = False  # `low` itself is refused
     must: str = ""  # completes "it must …" where the limits do not say it well
-    or_zero: bool = False  # the native API takes 0 too, for a request that only scores its prompt
+    or_zero: bool = False  # the native API also takes 0, for a request that only scores its prompt
     entries: int | None = None
-    column: str = ""  # the step_plan.Param that holds it on the device
-    native: tuple[str, ...] | None = None  # its names in the native API, the preferred first; None: as ours
-    openai: tuple[str, ...] | None = None  # the same for OpenAI's; empty: none, or written in a form of its own
+    native: str | None = None  # its names in the native API, the preferred one first; None: the field's name
+    openai: str | None = None  # likewise in OpenAI's; empty: absent, or written in a form of its own
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
-    """Parameters of choosing tokens and of stopping.
+    """Parameters that choose tokens and end the text.
 
-    A field declares its parameter once: checks, both APIs, device columns and documentation derive from it.
-    Order on the device: logit_bias, penalties, temperature, top_k, top_p, min_p (Hugging Face's order).
+    A field declares its parameter once; checks, both APIs, device columns and documentation derive from it. The device
+    applies them in Hugging Face's order: logit_bias, penalties, temperature, top_k, top_p, min_p.
     """
 
     max_tokens: Annotated[
@@ -77,34 +79,29 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             "most tokens; if not set 128 natively (0 only scores the prompt), 16 in completions, in chat as many as fit",
             low=1,
             or_zero=True,
-            native=("max_new_tokens", "max_tokens"),
-            openai=(),
+            native="max_new_tokens max_tokens",
+            openai="",
         ),
     ] = None
     min_tokens: Annotated[
-        int,
-        About(
-            "eos and stop_token_ids cannot be sampled before", 0, _MAX_INT32, native=("min_new_tokens", "min_tokens")
-        ),
+        int, About("eos and stop_token_ids cannot be sampled before", 0, _MAX_INT32, native="min_new_tokens min_tokens")
     ] = 0
-    temperature: Annotated[float, About("0 is greedy", 0.0, 1e4, column="TEMPERATURE")] = 1.0
+    temperature: Annotated[float, About("0 is greedy", 0.0, 1e4, "TEMPERATURE")] = 1.0
     top_p: Annotated[
-        float, About("keeps the likeliest tokens whose probabilities sum to it", 0.0, 1.0, above=True, column="TOP_P")
+        float, About("keeps the likeliest tokens whose probabilities sum to it", 0.0, 1.0, "TOP_P", above=True)
     ] = 1.0
-    top_k: Annotated[
-        int, About("keeps so many of the likeliest tokens; -1 or 0 is off", -1, _MAX_INT32, column="TOP_K")
-    ] = -1
-    min_p: Annotated[
-        float, About("keeps tokens at least this likely relative to the likeliest", 0.0, 1.0, column="MIN_P")
-    ] = 0.0
-    presence_penalty: Annotated[
-        float, About("taken off the logits of tokens in the output", -2.0, 2.0, column="PRESENCE")
-    ] = 0.0
+    top_k: Annotated[int, About("keeps so many of the likeliest tokens; -1 or 0 is off", -1, _MAX_INT32, "TOP_K")] = -1
+    min_p: Annotated[float, About("keeps tokens at least this likely relative to the likeliest", 0.0, 1.0, "MIN_P")] = (
+        0.0
+    )
+    presence_penalty: Annotated[float, About("taken off the logits of tokens in the output", -2.0, 2.0, "PRESENCE")] = (
+        0.0
+    )
     frequency_penalty: Annotated[
-        float, About("taken off once for each time the token is in the output", -2.0, 2.0, column="FREQUENCY")
+        float, About("taken off once for each time the token is in the output", -2.0, 2.0, "FREQUENCY")
     ] = 0.0
     repetition_penalty: Annotated[
-        float, About("divides the logits of tokens of prompt and output", 1e-3, 1e3, column="REPETITION")
+        float, About("divides the logits of tokens of prompt and output", 1e-3, 1e3, "REPETITION")
     ] = 1.0
     logit_bias: Annotated[
         dict[int, float], About("by token id, added to the logit", -100, 100, entries=MAX_LOGIT_BIAS)
@@ -115,9 +112,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             "makes the draws repeatable; choice i of n has seed + i",
             -(2**63),
             2**64 - 1,
+            "SEED",
             must="fit 64 bits",
-            column="SEED",
-            native=("sampling_seed", "seed"),
+            native="sampling_seed seed",
         ),
     ] = None
     stop: Annotated[tuple[str, ...], About("the text ends before the first of these", entries=MAX_STOPS)] = ()
@@ -127,33 +124,32 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: Annotated[bool, About("eos does not end the text")] = False
     n: Annotated[int, About("choices per prompt", 1, 128)] = 1
     logprobs: Annotated[
-        int | None, About("logprobs of the output, and of the k best tokens", 0, MAX_LOGPROBS, native=(), openai=())
+        int | None, About("logprobs of the output, and of the k best tokens", 0, MAX_LOGPROBS, native="", openai="")
     ] = None
     prompt_logprobs: Annotated[
-        int | None, About("the same for each prompt token", 0, MAX_LOGPROBS, native=(), openai=())
+        int | None, About("the same for each prompt token", 0, MAX_LOGPROBS, native="", openai="")
     ] = None
     skip_special_tokens: Annotated[bool, About("leave special tokens out of the text")] = True
     include_stop_str_in_output: Annotated[
-        bool, About("keep the stop string in the text", native=("no_stop_trim",), openai=("no_stop_trim",))
+        bool, About("keep the stop string in the text", native="no_stop_trim", openai="no_stop_trim")
     ] = False
     stream_interval: Annotated[
-        int | None,
-        About("tokens per streamed event after the first; --stream-interval if not set", low=1, openai=()),
+        int | None, About("tokens per streamed event after the first; --stream-interval if not set", low=1, openai="")
     ] = None
 
     @property
     def has_penalties(self) -> bool:
-        """Is true if the device must count the request's tokens."""
+        """True if the device must count the request's tokens."""
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
     def has_bias(self) -> bool:
-        """Is true if the device changes logits for logit_bias or min_tokens."""
+        """True if the device changes logits for logit_bias or min_tokens."""
         return bool(self.logit_bias or self.min_tokens)
 
     def validate(self, vocab_size: int, in_range: bool = False) -> None:
-        """Raises InvalidParameter for the first value that cannot be honoured. `in_range` says that each number has
-        been compared with its limits already."""
+        """Raise InvalidParameter for the first value that cannot be honoured. With `in_range` numbers are not compared with
+        their limits again."""
         bounded, lists = _checks(type(self))
         for parameter, low, high in () if in_range else bounded:
             if (value := getattr(self, parameter.name)) is None and parameter.default is None:
@@ -170,7 +166,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 
 class Parameter(NamedTuple):
-    """A field of SamplingParams, read from its declaration."""
+    """Declaration of a field of SamplingParams."""
 
     name: str
     kind: object  # its type, without None
@@ -178,12 +174,13 @@ class Parameter(NamedTuple):
     about: About
 
     def names(self, api: Api) -> tuple[str, ...]:
+        """Return its names in an API, the preferred one first."""
         names = self.about.native if api == "native" else self.about.openai
-        return (self.name,) if names is None else names
+        return (self.name,) if names is None else tuple(names.split())
 
     @property
     def limit(self) -> str:
-        """Completes "it must …"; empty for a parameter without limits."""
+        """Words that complete "it must …"; empty for a parameter without limits."""
         low, high = self.about.low, self.about.high
         if self.about.must or low is None:
             return self.about.must
@@ -201,7 +198,7 @@ class Parameter(NamedTuple):
         return self._error("{param} is {value}; it must {limit}", value=value, limit=self.limit)
 
     def check_entries(self, value: Mapping[int, float] | Sequence[int] | Sequence[str], vocab_size: int) -> None:
-        """Checks a list's or dictionary's type, length and entries. Numbers among them are token ids."""
+        """Check type, length and entries of a list or dictionary. Numbers in a list, and keys, are token ids."""
         self.check_type(value)
         strings = [entry for entry in value if isinstance(entry, str)]
         if wrong := [entry for entry in value if not (isinstance(entry, str) or 0 <= entry < vocab_size)]:
@@ -220,7 +217,7 @@ class Parameter(NamedTuple):
             raise self._error("{param} values must be between {low} and {high}", low=low, high=high)
 
     def check_type(self, value: object) -> None:
-        """Refuses a value of another type than the declared one: parameters made in this process were not converted."""
+        """Refuse a value of another type than the declared one: parameters made in this process were not converted."""
         container, entry, form = _TYPES[self.kind]
         fits = isinstance(value, container) and not isinstance(value, str | bytes)
         if not fits or (isinstance(value, Collection) and not all(isinstance(each, entry) for each in value)):
@@ -230,7 +227,7 @@ class Parameter(NamedTuple):
         return InvalidParameter(self.name, text.replace("{param}", f"{{{self.name}}}"), **values)
 
 
-# By declared type: the types of the value and of its entries, numpy's included, and its description.
+# Declared type -> types of the value and of its entries, numpy's included, and its description.
 _TYPES: Mapping[object, tuple[type, type, str]] = {
     int: (numbers.Integral, object, "a whole number"),
     float: (numbers.Real, object, "a number"),
@@ -242,7 +239,7 @@ _TYPES: Mapping[object, tuple[type, type, str]] = {
 
 @functools.cache
 def parameters_of(cls: type[SamplingParams]) -> tuple[Parameter, ...]:
-    """Reads the declarations of the class."""
+    """Read the declarations of the class, in order."""
     hints = typing.get_type_hints(cls, include_extras=True)
     found = []
     for field in msgspec.structs.fields(cls):
@@ -256,16 +253,16 @@ def parameters_of(cls: type[SamplingParams]) -> tuple[Parameter, ...]:
 
 @functools.cache
 def _checks(cls: type[SamplingParams]) -> tuple[list[tuple[Parameter, float, float]], list[Parameter]]:
-    """The parameters that are numbers, with their ranges, and those that are lists or dictionaries."""
-    numbers = [(each, *each.range) for each in parameters_of(cls) if each.kind in (int, float)]
-    return numbers, [each for each in parameters_of(cls) if typing.get_origin(each.kind) in (tuple, dict)]
+    """Return the parameters that are numbers, with their ranges, and the ones that are lists or dictionaries."""
+    bounded = [(each, *each.range) for each in parameters_of(cls) if each.kind in (int, float)]
+    return bounded, [each for each in parameters_of(cls) if typing.get_origin(each.kind) in (tuple, dict)]
 
 
 PARAMETERS = parameters_of(SamplingParams)
 
 
 class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Why a request ended. `matched` is the stop token's id or the stop string, if one was the cause."""
+    """Reason why a request ended. `matched` is the id of the stop token, or the stop string, that ended it."""
 
     type: Literal["stop", "length", "abort"]
     matched: int | str | None = None
@@ -274,7 +271,7 @@ class FinishReason(msgspec.Struct, frozen=True, omit_defaults=True):
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Request:
-    """One generation inside the engine. While it runs, its tokens and counters live in the scheduler's row table."""
+    """Generation inside the engine. While it runs, its tokens and counters live in the scheduler's row table."""
 
     key: int
     prompt: np.ndarray  # i32[prompt_len]
@@ -282,15 +279,15 @@ class Request:
     namespace: str
     seed: int  # u32
     max_total_tokens: int  # prompt and output together
-    stop_token_ids: np.ndarray  # i32, eos among them unless ignored
+    stop_token_ids: np.ndarray  # i32, with eos unless it is ignored
     arrival: int  # position in the order of arrival
 
     tokens: np.ndarray = dataclasses.field(init=False)  # i32: prompt plus output so far, current while not running
     row: int = -1  # in the row table; -1 while waiting
-    admitted: bool = False  # it has had a row before
+    admitted: bool = False  # it has, or had, a row
     announced: bool = False  # its first token has been reported
-    num_cached_tokens: int = 0  # prompt tokens the prefix cache spared at first admission
-    prompt_logprobs: list = dataclasses.field(default_factory=list)  # gathered chunk by chunk, by the engine core
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    prompt_logprobs: list = dataclasses.field(default_factory=list)  # collected chunk by chunk by the engine core
 
     def __post_init__(self) -> None:
         self.tokens = self.prompt

@@ -1,7 +1,7 @@
 """The plan of one step and its results: written by the scheduler, packed and run by the runtime.
 
-A plan is a table of columns. Each column is declared once, in StepPlan; the vector that crosses to the device, what the
-step program reads from it, the empty plan and the builder all derive from COLUMNS.
+A plan is a table of columns. Each column is declared once, in StepPlan. The vector that crosses to the device, the inputs
+of the step program, the empty plan and the builder all derive from COLUMNS.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Annotated, NamedTuple, Protocol, get_type_hints
 
 import numpy as np
@@ -20,7 +20,7 @@ from sgl_jax.request import Request
 class Param(enum.IntEnum):
     """Columns of a row's sampling parameters, i32; the float ones hold the bits of a float32.
 
-    A parameter of SamplingParams names its column; FLAGS alone belongs to none.
+    A field of SamplingParams names its column; only FLAGS belongs to no field.
     """
 
     SEED = 0
@@ -34,7 +34,7 @@ class Param(enum.IntEnum):
     REPETITION = enum.auto()
 
 
-class Flag(enum.IntFlag):
+class RowFlag(enum.IntFlag):
     """Bits of Param.FLAGS: the parts of the sampler that a row needs."""
 
     LOGPROBS = 1
@@ -44,92 +44,69 @@ class Flag(enum.IntFlag):
 
 
 class Per(enum.Enum):
-    """Which things a column has a value for."""
+    """The things that a column has one entry for."""
 
-    RANK = "rank"  # M of them
+    RANK = "rank"  # M entries
     ROW = "row"  # S
     TOKEN = "token"  # T
-    UPDATE = "page update"  # U; the values lie along the last axis
-
-
-def _zeros(n: int) -> np.ndarray:
-    return np.zeros(n, np.int32)
-
-
-def _numbers(n: int) -> np.ndarray:
-    return np.arange(n, dtype=np.int32)
-
-
-def _minus_ones(n: int) -> np.ndarray:
-    return np.full(n, -1, np.int32)
-
-
-def _falses(n: int) -> np.ndarray:
-    return np.zeros(n, np.bool_)
-
-
-def _trues(n: int) -> np.ndarray:
-    return np.ones(n, np.bool_)
-
-
-def _no_params(n: int) -> np.ndarray:
-    return np.zeros((n, len(Param)), np.int32)
-
-
-def _no_updates(n: int) -> np.ndarray:
-    return np.zeros((3, n), np.int32)
+    UPDATE = "page update"  # U, along the last axis
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Column:
-    """How a column is packed: always as i32, padded with zeros, or with the state's spare row where it names rows."""
+    """Shape and type of a column. It is packed as i32, padded with zeros, or with the spare row's number where its values
+    are row numbers."""
 
     per: Per
-    default: Callable[[int], np.ndarray] = _zeros  # the column of so many things, for a plan built without it
-    width: int = 1  # values per thing; 1: the array has no axis for them
+    fill: int = 0  # every value of the column in a plan that is built without it
+    width: int = 1  # values of an entry; an array of width 1 has no axis for them
     is_bool: bool = False
-    names_rows: bool = False  # where the width is more than 1: the first value of each thing does
+    names_rows: bool = False  # its values, or the first value of each entry, are row numbers
+
+    def shape(self, n: int) -> tuple[int, ...]:
+        """Shape of the column with n entries."""
+        if self.width == 1:
+            return (n,)
+        return (self.width, n) if self.per is Per.UPDATE else (n, self.width)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RowLoad:
-    """State a row gets before the step, besides what the plan's columns say: the uncommon part of an admission."""
+    """Device state of a row that the plan's columns do not carry, written before the step: the uncommon part of an
+    admission."""
 
     row: int
-    pages: np.ndarray | None  # the row's whole page table so far (page ids of its rank), after a prefix hit
-    request: Request | None  # given when its penalties, logit_bias or min_tokens need device state
+    pages: np.ndarray | None  # after a prefix hit, the row's whole page table so far (page ids of its rank)
+    request: Request | None  # set if its penalties, logit_bias or min_tokens need device state
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """S rows by data rank, ascending; within a rank those that decode come first, then others with at most W new tokens,
-    then those with more. T new tokens in row order.
+    """S rows with T new tokens in row order. Rows are sorted by data rank. Within a rank, decoding rows come first, then
+    other rows with at most W new tokens, then rows with more.
 
-    A row that decodes computes its last token and W - 1 drafts. Only the device knows these tokens and how many of the
-    drafts before were accepted, so for such a row `start` is an upper bound and its tokens are ignored.
+    A decoding row computes its last token and W - 1 drafts. Only the device knows these tokens, and how many of the previous
+    drafts were accepted. So for a decoding row `start` is an upper bound, and its entries in `tokens` are ignored.
     """
 
     keys: np.ndarray  # i64[S] request keys
     rank: np.ndarray  # i32[S] the data rank whose pages hold the row, 0 .. M-1
     width: int  # W
     loads: list[RowLoad]
-    flags: Flag  # those of any row
-    num_cached_tokens: int  # prompt tokens which the requests admitted by this plan found in the prefix cache
-    num_short: Annotated[np.ndarray, Column(Per.RANK)]  # i32[M] rows of a rank, from its first on, with num_new <= W
-    rows: Annotated[np.ndarray, Column(Per.ROW, _numbers, names_rows=True)]  # i32[S] lines of the state, over all ranks
+    flags: RowFlag  # the flags of all rows together
+    num_cached_tokens: int  # prompt tokens that the requests admitted by this plan found in the prefix cache
+    num_short: Annotated[np.ndarray, Column(Per.RANK)]  # i32[M] rows of a rank with num_new <= W, the first ones
+    rows: Annotated[np.ndarray, Column(Per.ROW, names_rows=True)]  # i32[S] lines of the state, over all ranks
     start: Annotated[np.ndarray, Column(Per.ROW)]  # i32[S] tokens computed before this step
     num_new: Annotated[np.ndarray, Column(Per.ROW)]  # i32[S] tokens computed by this step, >= 1
-    # bool[S] the logits after the last new token are sampled; where from_device, those after each new token
-    samples: Annotated[np.ndarray, Column(Per.ROW, _trues, is_bool=True)]
-    # bool[S] the row decodes: its start and its W tokens are the device's
-    from_device: Annotated[np.ndarray, Column(Per.ROW, _falses, is_bool=True)]
-    next_token: Annotated[
-        np.ndarray, Column(Per.ROW, _minus_ones)
-    ]  # i32[S] the prompt token after the last new one, or -1
-    params: Annotated[np.ndarray, Column(Per.ROW, _no_params, width=len(Param))]  # i32[S, len(Param)]
+    # bool[S] a token is sampled after the row's last new token; in a decoding row, after each new token
+    samples: Annotated[np.ndarray, Column(Per.ROW, 1, is_bool=True)]
+    from_device: Annotated[np.ndarray, Column(Per.ROW, is_bool=True)]  # bool[S] the row decodes
+    next_token: Annotated[np.ndarray, Column(Per.ROW, -1)]  # i32[S] the prompt token after the last new one, or -1
+    params: Annotated[np.ndarray, Column(Per.ROW, width=len(Param))]  # i32[S, len(Param)]
     tokens: Annotated[np.ndarray, Column(Per.TOKEN)]  # i32[T]
-    # i32[3, U] (row, index in its page table, page id of the row's rank)
-    page_updates: Annotated[np.ndarray, Column(Per.UPDATE, _no_updates, width=3, names_rows=True)]
+    # i32[3, U] (row, index in its page table, page id in the row's rank)
+    page_updates: Annotated[np.ndarray, Column(Per.UPDATE, width=3, names_rows=True)]
 
     @classmethod
     def of(
@@ -144,22 +121,25 @@ class StepPlan:
         num_cached_tokens: int = 0,
         **columns: np.ndarray,
     ) -> StepPlan:
-        """Build a plan from the columns given; the others get their defaults, and num_short is counted."""
+        """Build a plan from the given columns. num_short is counted, rows and keys are 0 .. S-1 by default, and other
+        columns have their fill value."""
         num_rows = len(num_new)
         sizes = {Per.RANK: num_ranks, Per.ROW: num_rows, Per.TOKEN: int(num_new.sum()), Per.UPDATE: 0}
         keys = np.arange(num_rows) if keys is None else keys
-        rank = _zeros(num_rows) if rank is None else rank
-        columns["num_new"] = num_new
+        rank = np.zeros(num_rows, np.int32) if rank is None else rank
+        is_short = num_new <= width
+        if num_ranks == 1:
+            num_short = np.array([np.count_nonzero(is_short)], np.int32)
+        else:
+            num_short = np.bincount(rank[is_short], minlength=num_ranks).astype(np.int32)
+        columns |= {"num_new": num_new, "num_short": num_short}
+        if "rows" not in columns:
+            columns["rows"] = np.arange(num_rows, dtype=np.int32)
         for name, column in COLUMNS.items():
             if name not in columns:
-                columns[name] = column.default(sizes[column.per])
-        is_short = num_new <= width
-        columns["num_short"] = (
-            np.array([np.count_nonzero(is_short)], np.int32)
-            if num_ranks == 1
-            else np.bincount(rank[is_short], minlength=num_ranks).astype(np.int32)
-        )
-        flags = Flag(int(np.bitwise_or.reduce(columns["params"][:, Param.FLAGS])))
+                dtype = np.bool_ if column.is_bool else np.int32
+                columns[name] = np.full(column.shape(sizes[column.per]), column.fill, dtype)
+        flags = RowFlag(int(np.bitwise_or.reduce(columns["params"][:, Param.FLAGS])))
         return cls(keys, rank, width, [*loads], flags, num_cached_tokens, **columns)
 
     @property
@@ -168,31 +148,29 @@ class StepPlan:
 
     @property
     def wants_logprobs(self) -> bool:
-        return Flag.LOGPROBS in self.flags
+        return RowFlag.LOGPROBS in self.flags
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return Flag.PROMPT_LOGPROBS in self.flags
+        return RowFlag.PROMPT_LOGPROBS in self.flags
 
 
-def columns_of(plan: type[StepPlan]) -> dict[str, Column]:
-    """The columns that a class of plans declares, by name and in order."""
-    hints = get_type_hints(plan, include_extras=True)
-    return {name: note for name, hint in hints.items() for note in getattr(hint, "__metadata__", ())}
-
-
-COLUMNS = columns_of(StepPlan)
+COLUMNS: dict[str, Column] = {
+    name: column
+    for name, hint in get_type_hints(StepPlan, include_extras=True).items()
+    for column in getattr(hint, "__metadata__", ())
+}
 
 
 def row_capacity(context_length: int, width: int) -> int:
-    """Tokens that a row's page table must hold. Beyond the context it may compute drafts that are not needed: the last step
-    planned begins before the end, one step of W tokens may be in flight before it, and it has W tokens itself."""
+    """Tokens that a row's page table must hold. A row may compute needless drafts beyond the context: at the end, up to two
+    steps of W tokens each are in flight."""
     return context_length + 2 * (width - 1)
 
 
 @functools.cache
 def empty_plan(num_ranks: int, width: int = 1) -> StepPlan:
-    """A plan of no rows, which a warm-up runs."""
+    """Plan without rows, for the warm-up."""
     return StepPlan.of(np.empty(0, np.int32), num_ranks=num_ranks, width=width)
 
 
@@ -206,12 +184,12 @@ class TokenScores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepTokens:
-    """A finished step on the host, in the plan's row order."""
+    """Results of a finished step on the host, in the plan's row order."""
 
     tokens: np.ndarray  # i32[S, W]
-    num_accepted: np.ndarray  # i32[S] how many of a row's tokens are its own next ones: 1 .. W where it decodes, else 1
-    logprobs: TokenScores | None  # of the tokens, n = S * W; None unless some row asked
-    prompt_logprobs: TokenScores | None  # of the token after each packed one, n = T; None unless some row asked
+    num_accepted: np.ndarray  # i32[S] how many of a row's tokens continue its sequence: 1 .. W if it decodes, else 1
+    logprobs: TokenScores | None  # of the sampled tokens, n = S * W; None unless a row asked
+    prompt_logprobs: TokenScores | None  # of the token after each packed token, n = T; None unless a row asked
 
     @property
     def has_scores(self) -> bool:
@@ -219,11 +197,11 @@ class StepTokens:
 
 
 class Flight(Protocol):
-    """A launched step, whose results are on their way."""
+    """A launched step that has not been collected."""
 
     @property
     def plan(self) -> StepPlan: ...
 
     def collect(self) -> StepTokens:
-        """Wait for the step and bring its tokens to the host. Steps are collected in the order of their launch."""
+        """Wait for the step and copy its tokens to the host. Steps are collected in the order of their launch."""
         ...

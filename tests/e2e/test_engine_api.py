@@ -68,12 +68,12 @@ def test_random_weights_need_only_a_config(stories260k, tmp_path):
 
 
 def test_flags_of_the_http_server_are_refused(stories260k):
-    with pytest.raises(TypeError, match="port would do nothing"):
+    with pytest.raises(TypeError, match=r"port .*nothing"):
         sgl_jax.Engine(model_path=str(stories260k), port=8000)
 
 
 def test_a_device_that_is_not_there_is_one_line(stories260k):
-    with pytest.raises(EngineFailed, match="--device tpu: jax sees no tpu on this machine, only cpu"):
+    with pytest.raises(EngineFailed, match=r"--device tpu.* only cpu"):
         sgl_jax.Engine(model_path=str(stories260k), device="tpu", **SMALL)
 
 
@@ -85,5 +85,5 @@ def test_a_device_that_is_not_there_is_one_line(stories260k):
     ],
 )
 def test_a_limit_the_pool_cannot_hold_is_refused(stories260k, flag, options):
-    with pytest.raises(EngineFailed, match=rf"{flag} is \d+; the KV pool of 96 tokens"):
+    with pytest.raises(EngineFailed, match=rf"{flag} .*\d+.* 96 tokens"):
         sgl_jax.Engine(model_path=str(stories260k), device="cpu", page_size=16, **options)

@@ -81,15 +81,15 @@ def test_flush_cache(engine: Engine) -> None:
 
 def test_profiles(engine: Engine) -> None:
     assert engine.start_profile("/traces", 3, host_tracer_level=1).running
-    with pytest.raises(Conflict, match="a profile is running since"):
+    with pytest.raises(Conflict, match="profile is running"):
         engine.start_profile()
     engine.generate("Once upon a time")
     assert engine.profile_status().steps_done == 3
-    with pytest.raises(Conflict, match="no profile is running; the last one was started at"):
+    with pytest.raises(Conflict, match="no profile is running"):
         engine.stop_profile()
     engine.start_profile()
     assert engine.stop_profile().files == [f"{DEFAULT}/fake.xplane.pb"]
-    with pytest.raises(InvalidParameter, match="where nothing can be written: Permission denied"):
+    with pytest.raises(InvalidParameter, match=f"output_dir .*{UNWRITABLE}.*Permission denied"):
         engine.start_profile(UNWRITABLE)
 
 

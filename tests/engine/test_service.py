@@ -246,7 +246,7 @@ def test_the_queue_holds_requests_without_a_token() -> None:
     async def test() -> None:
         service, transport = await opened(max_queued_requests=2)
         service.submit([request(), request()], stream=False)
-        with pytest.raises(QueueFull, match="the limit is 2"):
+        with pytest.raises(QueueFull, match=r"limit .*2"):
             service.submit([request()], stream=False)
         transport.emit(StepOutput(transport.keys()[:1], [A]))
         service.submit([request()], stream=False)
@@ -259,10 +259,10 @@ def test_the_queue_holds_requests_without_a_token() -> None:
 def test_more_than_the_queue_ever_holds_is_refused_for_good() -> None:
     async def test() -> None:
         service, transport = await opened(max_queued_requests=3)
-        with pytest.raises(InvalidParameter, match="n is 4; the limit is 3") as raised:
+        with pytest.raises(InvalidParameter, match=r"n .*4.* 3") as raised:
             service.submit([request(n=4)], stream=False)
         assert raised.value.param == "n"
-        with pytest.raises(InvalidParameter, match="prompt has 2 prompts, with n 4 requests; the limit is 3") as raised:
+        with pytest.raises(InvalidParameter, match=r"prompt .*2 .*4 .*3") as raised:
             service.submit([request(n=2), request(n=2)], stream=False)
         assert raised.value.param == "prompt"
         assert not transport.keys()
@@ -313,7 +313,7 @@ def test_draining_waits_for_what_runs() -> None:
         (request(512), "prompt", "512"),
         (request(-1), "prompt", "-1"),
         (request(*[ONCE] * 512), "prompt", "512 tokens"),
-        (request(*[ONCE] * 500, max_tokens=13), "prompt", "500 tokens and max_tokens is 13; .* 512"),
+        (request(*[ONCE] * 500, max_tokens=13), "prompt", "500 .*max_tokens .*13.* 512"),
         (request(*[ONCE] * 500, min_tokens=13), "min_tokens", "12 tokens"),
         (request(temperature=-1), "temperature", "-1"),
         (request(top_k=-2), "top_k", "-2"),
@@ -335,12 +335,12 @@ def test_what_is_refused_is_told_in_the_requests_own_words() -> None:
         service, _ = await opened()
         names = {"prompt": "messages", "max_tokens": "max_completion_tokens"}
         asked = GenerationRequest([ONCE] * 500, SamplingParams(max_tokens=13), "max_tokens 1", names=names)
-        with pytest.raises(InvalidParameter, match=r"500 tokens and max_completion_tokens is 13; .* 512") as raised:
+        with pytest.raises(InvalidParameter, match=r"500 .*max_completion_tokens .*13.* 512") as raised:
             service.submit([asked], stream=False)
         assert raised.value.param == "messages"
         running = GenerationRequest([ONCE], SamplingParams(max_tokens=13), "max_tokens 1", names=names)
         service.submit([running], stream=False)
-        with pytest.raises(InvalidParameter, match=r"^request id max_tokens 1 belongs to a running request$"):
+        with pytest.raises(InvalidParameter, match=r"\bmax_tokens 1\b"):
             service.submit([running], stream=False)
 
     run(test)

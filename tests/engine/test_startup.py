@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from messages import says
 from scripted_hub import Hub, serving
 from sgl_jax.engine import startup
 from sgl_jax.models.checkpoint import open_checkpoint
@@ -50,10 +51,10 @@ class Enough(Exception):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"attention_backend": "flash"}, "--attention-backend flash: there is no such backend"),
-        ({"context_length": 10**6}, "--context-length is 1000000; the model was made for 512"),
-        ({"mem_fraction_static": 1e-6, "max_total_tokens": None}, "no room for KV"),
-        ({"load_format": "gguf"}, "holds 0 .gguf files"),
+        ({"attention_backend": "flash"}, "--attention-backend flash.* native"),
+        ({"context_length": 10**6}, "--context-length .*1000000.* 512"),
+        ({"mem_fraction_static": 1e-6, "max_total_tokens": None}, "KV.*--mem-fraction-static"),
+        ({"load_format": "gguf"}, "0 .gguf"),
     ],
 )
 def test_what_a_launch_refuses_is_said_before_weights_are_fetched(
@@ -67,10 +68,10 @@ def test_what_a_launch_refuses_is_said_before_weights_are_fetched(
 
 def test_a_model_that_cannot_be_served_is_not_fetched(hub: Hub, tmp_path: Path) -> None:
     hub.files["config.json"] = json.dumps({"architectures": ["OtherForCausalLM"]}).encode()
-    with pytest.raises(ValueError, match=r"config\.json names the architecture OtherForCausalLM"):
+    with pytest.raises(ValueError, match=r"config\.json .*OtherForCausalLM"):
         startup.build_core(named(tmp_path))
     del hub.files["config.json"]
-    with pytest.raises(ValueError, match=r"org/model has no config\.json"):
+    with pytest.raises(ValueError, match=r"org/model .*config\.json"):
         startup.build_core(named(tmp_path / "empty"))
     assert hub.transfers("model.safetensors") == []
 
@@ -113,7 +114,8 @@ def test_devices_left_unused_are_warned_of_unless_tp_size_says_so(
     assert warnings(args) == []
     one = jax.local_devices(backend="cpu")[0]
     monkeypatch.setattr(jax, "local_devices", lambda backend: [one] * 4)
-    assert warnings(args) == ["3 of 4 cpu devices are not used; --tp-size 4 takes all"]
+    [said] = warnings(args)
+    assert says(said, "3 of 4 cpu … --tp-size 4")
     assert warnings(dataclasses.replace(args, tp_size=1)) == []
 
 

@@ -1,4 +1,4 @@
-"""What --model-path may be, and what is said when it is something else."""
+"""Every form of --model-path is opened, and anything else is refused with a reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.stored import joined
+from sgl_jax.models.stored import concatenated
 from sgl_jax.settings.hub import Downloads
 
 
@@ -55,24 +55,24 @@ def test_a_bundled_config_is_a_shape_without_weights(name):
     checkpoint = open_checkpoint(f"config:{name}", load_format="dummy")
     assert (checkpoint.format, checkpoint.dtype, checkpoint.tensors) == ("dummy", "bfloat16", {})
     assert checkpoint.config["hidden_size"] == 4096
-    with pytest.raises(ModelError, match="without weights; it needs --load-format dummy"):
+    with pytest.raises(ModelError, match="--load-format dummy"):
         open_checkpoint(f"config:{name}")
 
 
 def test_an_unknown_config_lists_those_there_are():
-    with pytest.raises(ModelError, match=r"no config 'qwen9'; there are .*Llama-3\.1-8B, .*Qwen3-8B"):
+    with pytest.raises(ModelError, match=r"'qwen9'.* Llama-3\.1-8B, .*Qwen3-8B"):
         open_checkpoint("config:qwen9", load_format="dummy")
 
 
 def test_folders_that_hold_no_model(tmp_path):
-    with pytest.raises(ModelError, match=r"no config\.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         open_checkpoint(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"only pytorch_model\.bin; convert"):
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin.* convert"):
         open_checkpoint(str(tmp_path))
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="not valid JSON"):
+    with pytest.raises(ModelError, match=r"config.json.* JSON"):
         open_checkpoint(str(tmp_path))
 
 
@@ -81,30 +81,30 @@ def test_folders_that_hold_no_model(tmp_path):
 def test_a_config_that_is_no_object_is_named(tmp_path, name, text, kind):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_text(text)
-    with pytest.raises(ModelError, match=rf"{name} holds a JSON {kind}; it must hold an object"):
+    with pytest.raises(ModelError, match=rf"{name} .*{kind}.* object"):
         open_checkpoint(str(tmp_path), load_format="dummy")
 
 
 def test_two_gguf_files_are_one_too_many(tmp_path):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(b"GGUF")
-    with pytest.raises(ModelError, match=r"2 \.gguf files: a\.gguf, b\.gguf; give the path of one"):
+    with pytest.raises(ModelError, match=r"2 \.gguf .*a\.gguf, b\.gguf"):
         open_checkpoint(str(tmp_path))
 
 
 def test_a_file_of_another_kind(tmp_path):
     path = tmp_path / "model.bin"
     path.write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"a folder or a \.gguf file"):
+    with pytest.raises(ModelError, match=r"model\.bin.* folder .*\.gguf"):
         open_checkpoint(str(path))
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"", "is empty"),
-        (b"version https://git-lfs.github.com/spec/v1", "Git LFS pointer"),
-        (struct.pack("<Q", 5) + b"{oops", "not JSON"),
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1", "Git LFS"),
+        (struct.pack("<Q", 5) + b"{oops", "JSON"),
         (struct.pack("<Q", 59) + b'{"x":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}     ', "cut short"),
     ],
 )
@@ -115,7 +115,7 @@ def test_broken_safetensors(tmp_path, content, said):
         open_checkpoint(str(tmp_path))
 
 
-def test_shares_of_tensor_parallel_devices_are_kept_apart_and_joined(stories260k, tmp_path):
+def test_shards_of_tensor_parallel_devices_are_kept_apart_and_concatenated(stories260k, tmp_path):
     (tmp_path / "config.json").write_text((stories260k / "config.json").read_text())
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
     for share in range(2):
@@ -129,19 +129,19 @@ def test_shares_of_tensor_parallel_devices_are_kept_apart_and_joined(stories260k
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     stored = open_checkpoint(str(tmp_path)).tensors
     assert sorted(stored) == ["columns (share 0)", "columns (share 1)", "norm", "rows (share 0)", "rows (share 1)"]
-    rows = joined("rows", [stored["rows (share 0)"], stored["rows (share 1)"]], axis=0)
-    columns = joined("columns", [stored["columns (share 0)"], stored["columns (share 1)"]], axis=1)
+    rows = concatenated("rows", [stored["rows (share 0)"], stored["rows (share 1)"]], axis=0)
+    columns = concatenated("columns", [stored["columns (share 0)"], stored["columns (share 1)"]], axis=1)
     for start, stop in [(0, 4), (1, 3), (0, 1), (3, 4)]:
         np.testing.assert_array_equal(rows.rows(start, stop), whole[start:stop])
         np.testing.assert_array_equal(columns.rows(start, stop), whole[start:stop])
     assert rows.shape == columns.shape == (4, 6)
-    with pytest.raises(ModelError, match=r"do not fit together along axis 0: \[2, 6\] F32, \[4, 3\] F32"):
-        joined("rows", [stored["rows (share 0)"], stored["columns (share 1)"]], axis=0)
+    with pytest.raises(ModelError, match=r"axis 0.* \[2, 6\] F32, \[4, 3\] F32"):
+        concatenated("rows", [stored["rows (share 0)"], stored["columns (share 1)"]], axis=0)
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     for name in ("a.safetensors", "b.safetensors"):
         save_file({"x": np.zeros(1)}, tmp_path / name)
-    with pytest.raises(ModelError, match="repeats tensors of another file"):
+    with pytest.raises(ModelError, match=r"b\.safetensors .*another file"):
         open_checkpoint(str(tmp_path))

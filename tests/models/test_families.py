@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sgl_jax.models.decoder_config import QueryGrowth
+from sgl_jax.models.decoder_config import LognScaling
 from sgl_jax.models.families import decoder_config, tensor_names
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.weight_plan import plan_weights
@@ -52,7 +52,7 @@ def test_oracle_configs(shared: Callable[[str], Path], folder, expected):
     assert config.eos_token_ids == (2,)
 
 
-SMALLEST = {  # what no class has a usable default for
+SMALLEST = {  # keys for which no config class has a usable default
     **{"vocab_size": 100, "hidden_size": 256, "intermediate_size": 72},
     **{"num_hidden_layers": 4, "num_attention_heads": 32, "num_experts_per_tok": 3},
 }
@@ -105,7 +105,7 @@ SMALLEST = {  # what no class has a usable default for
     ],
 )
 def test_an_absent_key_means_what_transformers_classes_mean(architecture, extra, expected):
-    """Checked against transformers 5.23, tokens and logprobs, with random weights of these and other shapes."""
+    """Defaults were checked against transformers 5.23: tokens and logprobs of random weights in these and other shapes."""
     config = decoder_config({"architectures": [architecture]} | SMALLEST | extra)
     found = dataclasses.asdict(config)
     found["theta"] = float(f"{config.rope.inv_freq[1] ** -len(config.rope.inv_freq):.4g}")
@@ -208,18 +208,18 @@ QWEN1 = {
 
 def test_qwen1_ends_at_the_tokens_of_training_unless_dynamic_ntk_is_off(caplog):
     config = decoder_config(QWEN1)
-    assert (config.context_length, config.query_growth) == (128, None)
+    assert (config.context_length, config.logn_scaling) == (128, None)
     assert (config.intermediate_size, config.num_kv_heads, config.qkv_bias, config.o_bias) == (128, 4, True, False)
     assert "use_dynamic_ntk" in caplog.text
     caplog.clear()
     config = decoder_config(QWEN1 | {"use_dynamic_ntk": False})
-    assert (config.context_length, config.query_growth) == (512, QueryGrowth(128, 1))
-    assert decoder_config(QWEN1 | {"use_dynamic_ntk": False, "use_logn_attn": False}).query_growth is None
+    assert (config.context_length, config.logn_scaling) == (512, LognScaling(128, 1))
+    assert decoder_config(QWEN1 | {"use_dynamic_ntk": False, "use_logn_attn": False}).logn_scaling is None
     assert not caplog.text
 
 
 def test_contexts_end_with_the_first_of_dual_chunks(caplog):
-    """As of Qwen2.5-7B-Instruct-1M, whose chunks are of 262144 tokens."""
+    """Qwen2.5-7B-Instruct-1M has chunks of 262144 tokens."""
     chunks = {"chunk_size": 100, "local_size": 30, "original_max_position_embeddings": 100}
     config = decoder_config(hf("Qwen2ForCausalLM", dual_chunk_attention_config=chunks))
     assert config.context_length == 70
@@ -250,7 +250,7 @@ def test_bailing_reads_what_its_two_versions_say():
     assert (config.moe_layers, config.normalised_head, config.o_bias) == ((False, True, True, True), True, True)
     config = decoder_config(BAILING_V2 | {"rotary_dim": 4, "routed_scaling_factor": 2.5, "use_bias": False})
     assert config.moe is not None
-    assert (config.moe.scoring, config.moe.score_bias, config.moe.num_groups, config.moe.scale) == (
+    assert (config.moe.scoring, config.moe.correction_bias, config.moe.num_groups, config.moe.scale) == (
         "sigmoid",
         True,
         4,
@@ -263,13 +263,13 @@ GLM = BASE | {"architectures": ["Glm4MoeForCausalLM"], "num_experts_per_tok": 2}
 
 
 @pytest.mark.parametrize("base", [GLM, BAILING, BAILING_V2])
-def test_layers_that_guess_further_tokens_are_counted_and_not_loaded(base):
-    """Published checkpoints of GLM-4.5 have one."""
-    assert decoder_config(base).num_extra_layers == 0
+def test_mtp_layers_are_counted_and_not_loaded(base):
+    """Published checkpoints of GLM-4.5 have one MTP layer."""
+    assert decoder_config(base).num_mtp_layers == 0
     config = decoder_config(base | {"num_nextn_predict_layers": 1})
-    assert (config.num_extra_layers, config.num_layers) == (1, 4)
+    assert (config.num_mtp_layers, config.num_layers) == (1, 4)
     stored = dict.fromkeys(["model.layers.4.eh_proj.weight", "model.layers.5.eh_proj.weight"])
-    with pytest.raises(ModelError, match=r"no place for: model\.layers\.5\.eh_proj\.weight$"):
+    with pytest.raises(ModelError, match=r": model\.layers\.5\.eh_proj\.weight$"):
         plan_weights(stored, config, "float32", tensor_names(config), source="a checkpoint of little else")
 
 

@@ -142,8 +142,8 @@ def test_rope_scaling(tmp_path):
         ({"llama.logit_scale": 2.0}, "llama.logit_scale=2.0"),
         ({"llama.attention.sliding_window": 64}, "attention.sliding_window=64"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope'"),
-        ({"llama.embedding_length": None}, "lacks llama.embedding_length"),
-        ({"llama.feed_forward_length": [96, 64]}, "per layer"),
+        ({"llama.embedding_length": None}, "llama.embedding_length"),
+        ({"llama.feed_forward_length": [96, 64]}, "feed-forward sizes per layer"),
         ({"split.count": 3}, "llama-gguf-split --merge"),
     ],
 )
@@ -155,20 +155,20 @@ def test_what_is_not_honoured_is_refused(tmp_path, metadata, said):
 
 def test_an_unknown_architecture_lists_the_known(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", random_hf_tensors(), arch="mamba")
-    with pytest.raises(ModelError, match="'mamba'; supported GGUF ones are llama, qwen2, qwen3"):
+    with pytest.raises(ModelError, match=r"'mamba'.* llama, qwen2, qwen3"):
         open_checkpoint(str(path))
 
 
 def test_an_unknown_tensor_is_reported_under_its_own_name(tmp_path):
     extra = {"blk.0.attn_sinks.weight": np.zeros(4, np.float32)}
-    with pytest.raises(ModelError, match=r"no place for: blk\.0\.attn_sinks\.weight"):
+    with pytest.raises(ModelError, match=r": blk\.0\.attn_sinks\.weight"):
         load(write_gguf(tmp_path / "tiny.gguf", random_hf_tensors(), extra=extra))
 
 
 def test_a_file_cut_short_is_refused(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", random_hf_tensors())
     whole = path.read_bytes()
-    for kept, said in ((len(whole) - 100, "cut short"), (300, "cut short or damaged"), (2, "not a GGUF file")):
+    for kept, said in ((len(whole) - 100, "cut short"), (300, "damaged"), (2, "tiny.gguf.* GGUF")):
         path.write_bytes(whole[:kept])
         with pytest.raises(ModelError, match=said):
             open_checkpoint(str(path))

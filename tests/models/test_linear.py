@@ -1,4 +1,4 @@
-"""The products with weights: their numbers, their names, and that every declared matrix has one."""
+"""Products with weights: their numbers and names; every declared matrix has one."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def test_weights_of_another_dtype_are_multiplied_as_the_activations_are() -> Non
 
 
 def test_a_matrix_that_does_not_fit_is_named() -> None:
-    with pytest.raises(ValueError, match=r"mla\.q_up: the matrix is \[5, 8\]; the activations have 7 values"):
+    with pytest.raises(ValueError, match=r"mla\.q_up.* \[5, 8\].* 7 "):
         linear(jnp.asarray(X[:, :7]), jnp.asarray(W), site="mla.q_up")
-    with pytest.raises(ValueError, match="gate_up: the model declares no such matrix"):
+    with pytest.raises(ValueError, match="gate_up"):
         linear(jnp.asarray(X), None, site="gate_up")
 
 

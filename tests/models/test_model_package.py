@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sgl_jax.models import families
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
-from sgl_jax.models.families import add_package, decoder_config
+from sgl_jax.models.families import FAMILIES, Families, decoder_config, known_families
 from sgl_jax.models.loader import load_weights
 from sgl_jax.models.model_errors import ModelError
 
@@ -35,23 +34,22 @@ def config(hf):
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A package, as pip would install it, with one family; what it adds is taken back."""
+    """Lay out a package with one family as pip would install it."""
     (tmp_path / "tiny_tale.py").write_text(MODULE)
     (tmp_path / "no_family.py").write_text("ARCHITECTURES = ()\n")
     info = tmp_path / "tiny_tale-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: tiny-tale\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
     metadata.MetadataPathFinder().invalidate_caches()
     yield info
-    for name in ("tiny_tale", "no_family"):
+    for name in ("tiny_tale", "no_family", "several"):
         sys.modules.pop(name, None)
 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, stories260k: Path) -> Checkpoint:
-    """stories260k as the package's family has it."""
+    """Write stories260k under the names of the package's family."""
     folder = tmp_path / "model"
     folder.mkdir()
     config = json.loads((stories260k / "config.json").read_text()) | {"architectures": ["TinyTaleForCausalLM"]}
@@ -62,10 +60,10 @@ def checkpoint(tmp_path: Path, stories260k: Path) -> Checkpoint:
     return open_checkpoint(str(folder))
 
 
-def assert_loads_as_the_original(checkpoint: Checkpoint, original: Checkpoint) -> None:
-    config = decoder_config(checkpoint.config)
+def assert_loads_as_the_original(checkpoint: Checkpoint, stories260k: Path, families: Families) -> None:
+    config, original = decoder_config(checkpoint.config, families=families), open_checkpoint(str(stories260k))
     assert config.architecture == "TinyTaleForCausalLM"
-    ours = load_weights(checkpoint, config, "float32")
+    ours = load_weights(checkpoint, config, "float32", families=families)
     theirs = load_weights(original, decoder_config(original.config), "float32")
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
@@ -73,29 +71,56 @@ def assert_loads_as_the_original(checkpoint: Checkpoint, original: Checkpoint) -
 def test_a_module_named_by_the_flag(package: Path, checkpoint: Checkpoint, stories260k: Path) -> None:
     with pytest.raises(ModelError, match="TinyTaleForCausalLM"):
         decoder_config(checkpoint.config)
-    add_package("tiny_tale")
-    assert_loads_as_the_original(checkpoint, open_checkpoint(str(stories260k)))
+    families = known_families("tiny_tale")
+    assert_loads_as_the_original(checkpoint, stories260k, families)
+    assert sorted(families) == sorted([*FAMILIES, "TinyTaleForCausalLM"])
+
+
+def test_the_table_of_families_never_changes(package: Path, checkpoint: Checkpoint) -> None:
+    before = dict(FAMILIES)
+    known_families("tiny_tale")
+    assert before == FAMILIES
+    assert known_families(None) is FAMILIES
+    with pytest.raises(TypeError):
+        FAMILIES["TinyTaleForCausalLM"] = sys  # type: ignore[index]
+    with pytest.raises(ModelError, match="TinyTaleForCausalLM"):
+        decoder_config(checkpoint.config)
+
+
+def test_a_module_may_list_families_which_come_before_ours(package: Path, tmp_path: Path, stories260k: Path) -> None:
+    (tmp_path / "several.py").write_text("""
+import tiny_tale
+from types import ModuleType
+
+again = ModuleType("again")
+again.ARCHITECTURES, again.NAMES = ("LlamaForCausalLM",), tiny_tale.NAMES
+again.config = lambda hf: tiny_tale.config(hf)
+FAMILIES = (tiny_tale, again)
+""")
+    families = known_families("several")
+    assert (
+        decoder_config(open_checkpoint(str(stories260k)).config, families=families).architecture
+        == "TinyTaleForCausalLM"
+    )
 
 
 def test_an_entry_point_of_an_installed_package(package: Path, checkpoint: Checkpoint, stories260k: Path) -> None:
     (package / "entry_points.txt").write_text("[sgl_jax.models]\nTinyTaleForCausalLM = tiny_tale\n")
-    assert_loads_as_the_original(checkpoint, open_checkpoint(str(stories260k)))
+    assert_loads_as_the_original(checkpoint, stories260k, FAMILIES)
 
 
 def test_what_is_no_family_is_said(package: Path) -> None:
-    with pytest.raises(ModelError, match="no_family is no model family: it has no NAMES"):
-        add_package("no_family")
-    with pytest.raises(ModelError, match="--model-package nowhere_at_all cannot be imported"):
-        add_package("nowhere_at_all")
+    with pytest.raises(ModelError, match=r"no_family .*NAMES"):
+        known_families("no_family")
+    with pytest.raises(ModelError, match="--model-package nowhere_at_all"):
+        known_families("nowhere_at_all")
 
 
 def test_an_unknown_architecture_is_told_which_relative_its_tensors_fit(stories260k: Path) -> None:
     stored = open_checkpoint(str(stories260k))
     unknown = stored.config | {"architectures": ["NovelForCausalLM"]}
-    with pytest.raises(
-        ModelError, match=r"names and shapes of LlamaForCausalLM and MistralForCausalLM.*: if it computes"
-    ):
+    with pytest.raises(ModelError, match=r"NovelForCausalLM .*LlamaForCausalLM and MistralForCausalLM"):
         decoder_config(unknown, {}, stored.tensors)
     fewer = {name: tensor for name, tensor in stored.tensors.items() if "down_proj" not in name}
-    with pytest.raises(ModelError, match=r"of none of them$"):
+    with pytest.raises(ModelError, match=r"NovelForCausalLM .*none"):
         decoder_config(unknown, {}, fewer)

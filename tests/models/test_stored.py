@@ -1,4 +1,4 @@
-"""Stored tensors keep the numbers of their file beside the floats these mean."""
+"""Stored tensors keep the numbers of their file beside the floats that these stand for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.mxfp4 import dequantize, stored_mxfp4
 from sgl_jax.models.safetensors_file import read_safetensors
 from sgl_jax.models.scaled import stored_scaled
-from sgl_jax.models.stored import StoredTensor, in_memory, joined
+from sgl_jax.models.stored import StoredTensor, concatenated
+from shards import in_memory
 
 RNG = np.random.default_rng(0)
 
 
 def pair(rows: int, columns: int, groups: int) -> tuple[StoredTensor, np.ndarray]:
-    """An int8 matrix with scales, and its floats."""
+    """Return an int8 matrix with scales, and its floats."""
     values = RNG.integers(-127, 128, (rows, columns)).astype(np.int8)
     scales = RNG.random((rows, groups)).astype(np.float32)
     stored = stored_scaled("w", in_memory("w", values), in_memory("w_scale", scales))
@@ -45,10 +46,10 @@ def test_planes_follow_the_rows_that_are_taken() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_planes_are_joined_as_their_tensors_are(axis: int) -> None:
-    """Side by side, the scales of channels become those of groups."""
+def test_planes_are_concatenated_as_their_tensors_are(axis: int) -> None:
+    """Side by side, scales of channels become scales of groups."""
     parts, floats = zip(*(pair(4, 8, 1) for _ in range(3)), strict=True)
-    whole = joined("whole", parts, axis)
+    whole = concatenated("whole", parts, axis)
     np.testing.assert_array_equal(whole.read(), np.concatenate(floats, axis))
     values, scales = whole.planes["values"].read(), whole.planes["scales"].read()
     np.testing.assert_array_equal(values, np.concatenate([part.planes["values"].read() for part in parts], axis))
@@ -57,20 +58,20 @@ def test_planes_are_joined_as_their_tensors_are(axis: int) -> None:
 
 def test_planes_that_do_not_fit_together_are_refused() -> None:
     one, two = pair(4, 8, 1)[0], pair(4, 8, 2)[0]
-    with pytest.raises(ModelError, match=r"parts that do not fit together along axis 0"):
-        joined("whole", [one, two], 0)
+    with pytest.raises(ModelError, match=r"axis 0"):
+        concatenated("whole", [one, two], 0)
 
 
 def test_other_values_and_rounding() -> None:
     stored, floats = pair(4, 8, 2)
-    assert stored.changed(stored.rows).planes == {}
+    assert stored.changed(np.negative).planes == {}
     half = stored.rounded("float16")
     np.testing.assert_array_equal(half.read(), floats.astype(np.float16))
     assert half.planes == stored.planes
 
 
 def test_mxfp4_keeps_its_blocks_through_a_family_s_view() -> None:
-    """The rows of gate and up are put in halves, and so are those of blocks and scales."""
+    """Rows of gate come first, in the floats, the blocks and the scales."""
     blocks = RNG.integers(0, 256, (2, 6, 3, 16)).astype(np.uint8)
     scales = RNG.integers(120, 130, (2, 6, 3)).astype(np.uint8)
     stored = [in_memory("b", blocks), in_memory("s", scales)]

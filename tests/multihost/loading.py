@@ -15,7 +15,7 @@ from sgl_jax.models.share import as_slice
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.parallel.processes import join_processes
-from sgl_jax.runtime.placed_weights import Placer
+from sgl_jax.runtime.placed_weights import DevicePlacer
 from sgl_jax.runtime.platform import pick_devices
 
 if __name__ == "__main__":
@@ -37,6 +37,6 @@ if __name__ == "__main__":
     loader._blocks = counting
     checkpoint = open_checkpoint(folder)
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
-    weights = loader.load_weights(checkpoint, model, "float32", placer=Placer(Placement.over(devices, grid)))
+    weights = loader.load_weights(checkpoint, model, "float32", placer=DevicePlacer(Placement.over(devices, grid)))
     held = sum(shard.data.nbytes for leaf in jax.tree.leaves(weights) for shard in leaf.addressable_shards)
     print(f"{copied[0]} {held}", flush=True)

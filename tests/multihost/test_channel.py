@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from messages import says
 from sgl_jax.multihost.address import Address, parse_address
 from sgl_jax.multihost.follower import Follower, connect
 from sgl_jax.multihost.leader import Leader
@@ -163,10 +164,10 @@ def test_hosts_agree_on_the_least_number() -> None:
 
 def test_a_wrong_token_is_refused_on_both_sides(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING), host0() as host:
-        with pytest.raises(HostsError, match=r"host 0 \(127.0.0.1:\d+\) refuses this host: the tokens differ"):
+        with pytest.raises(HostsError, match=r"host 0 \(127.0.0.1:\d+\) .*token"):
             host.connect(token="other")
         host.complete()  # host 0 goes on waiting for a host that has the token
-    assert "is refused: the tokens differ; give every host the same --dist-token" in caplog.text
+    assert says(caplog.text, "refused … --dist-token")
 
 
 def test_a_follower_does_not_believe_a_host_0_without_the_token() -> None:
@@ -190,7 +191,7 @@ def test_a_follower_does_not_believe_a_host_0_without_the_token() -> None:
         heard: list[str] = []
         thread = threading.Thread(target=pretend)
         thread.start()
-        with pytest.raises(HostsError, match="the tokens differ"):
+        with pytest.raises(HostsError, match="tokens differ"):
             connect(Address("127.0.0.1", listener.getsockname()[1]), 1, IDENTITY, "t", PATIENCE_S)
         thread.join(PATIENCE_S)
         assert heard == ["closed"]  # no Hello: it learns nothing about us
@@ -206,9 +207,7 @@ def test_another_version_of_the_protocol_is_refused() -> None:
             link.close()
 
         talk = in_thread(pretend)
-        with pytest.raises(
-            HostsError, match=f"speaks version {PROTOCOL + 1} of the protocol, and this host {PROTOCOL}"
-        ):
+        with pytest.raises(HostsError, match=f"{PROTOCOL + 1} .*this host .*{PROTOCOL}"):
             connect(address, 1, IDENTITY, "t", PATIENCE_S)
         talk()
 
@@ -216,18 +215,18 @@ def test_another_version_of_the_protocol_is_refused() -> None:
 @pytest.mark.parametrize(
     ("part", "theirs", "message"),
     [
-        ("versions", {"jax": "2.0"}, "jax is 2.0 on host 1 and 1.0 on host 0"),
-        ("versions", {"jax": "1.0", "libtpu": "3"}, "libtpu is 3 on host 1 and not there or not set on host 0"),
-        ("flags", {"--page-size": 32, "--dtype": "auto"}, "--page-size is 32 on host 1 and 16 on host 0"),
+        ("versions", {"jax": "2.0"}, "jax … 2.0 on host 1 … 1.0 on host 0"),
+        ("versions", {"jax": "1.0", "libtpu": "3"}, "libtpu … 3 on host 1 … not set on host 0"),
+        ("flags", {"--page-size": 32, "--dtype": "auto"}, "--page-size … 32 on host 1 … 16 on host 0"),
         (
             "flags",
             {"--page-size": None, "--dtype": "bfloat16"},
-            "--dtype is bfloat16 on host 1 and auto on host 0; --page-size is not there or not set on host 1 and 16 on host 0",
+            "--dtype … bfloat16 on host 1 … auto on host 0; --page-size … not set on host 1 … 16 on host 0",
         ),
         (
             "model",
             {"model.safetensors": "13 bytes"},
-            "the model differs: model.safetensors is 13 bytes on host 1 and 12 bytes on host 0",
+            "model.safetensors … 13 bytes on host 1 … 12 bytes on host 0",
         ),
     ],
 )
@@ -235,16 +234,14 @@ def test_what_differs_is_refused_with_both_values(part: str, theirs: dict, messa
     with host0(timeout_s=1.0) as host:
         with pytest.raises(HostsError) as refused:
             host.connect(identity=msgspec.structs.replace(IDENTITY, **{part: theirs}))
-        assert str(refused.value) == f"host 0 ({host.address}) refuses this host: {message}"
-        gave_up = host.wait()
-        assert gave_up.startswith(f"gave up (--dist-timeout) waiting for 1 of 2 hosts at {host.address} (node rank 1)")
-        assert gave_up.endswith(f"is refused: {message}")
+        assert says(str(refused.value), f"host 0 ({host.address}) refuses … {message}")
+        assert says(host.wait(), f"--dist-timeout … 1 of 2 hosts … {host.address} … node rank 1 … refused … {message}")
 
 
 @pytest.mark.parametrize("rank", [0, 2, -1])
 def test_a_node_rank_that_is_not_waited_for_is_refused(rank: int) -> None:
     with host0() as host:
-        with pytest.raises(HostsError, match=f"--node-rank is {rank}; host 0 waits for 1 to 1"):
+        with pytest.raises(HostsError, match=f"--node-rank .*{rank}.* host 0 .*1 to 1"):
             host.connect(rank)
         host.complete()
 
@@ -252,7 +249,7 @@ def test_a_node_rank_that_is_not_waited_for_is_refused(rank: int) -> None:
 def test_a_node_rank_that_is_taken_is_refused_until_it_leaves() -> None:
     with host0(nnodes=3) as host:
         first = host.connect(1)
-        with pytest.raises(HostsError, match="--node-rank is 1; that host is here already, as host 1"):
+        with pytest.raises(HostsError, match=r"--node-rank .*1.* host 1"):
             host.connect(1)
         first.close()
         links = [host.connect(2)]
@@ -274,31 +271,31 @@ def test_the_line_names_who_is_missing_and_all_give_up_with_it(caplog: pytest.Lo
     with caplog.at_level(logging.INFO), host0(nnodes=4, timeout_s=2.0) as host:
         deaths: queue.SimpleQueue[str] = queue.SimpleQueue()
         follower = Follower(host.connect(2), deaths.put)
-        line = f"gave up (--dist-timeout) waiting for 2 of 4 hosts at {host.address} (node ranks 1, 3)"
-        assert host.wait() == line
-        assert deaths.get(timeout=PATIENCE_S) == f"host 0 ({host.address}) ended: {line}"
+        line = host.wait()
+        assert says(line, f"--dist-timeout … 2 of 4 hosts … {host.address} … node ranks 1, 3")
+        assert says(deaths.get(timeout=PATIENCE_S), f"host 0 ({host.address}) ended … {line}")
         follower.close()
-    assert f"waiting for 3 of 4 hosts at {host.address} (node ranks 1, 2, 3)" in caplog.messages
+    assert any(says(each, f"3 of 4 hosts … {host.address} … node ranks 1, 2, 3") for each in caplog.messages)
 
 
 def test_a_follower_gives_up_with_the_reason() -> None:
     address = free_address()
     with pytest.raises(HostsError) as given_up:
         connect(address, 1, IDENTITY, "", 0.3)
-    assert str(given_up.value) == f"gave up (--dist-timeout) waiting for host 0 at {address}: Connection refused"
+    assert says(str(given_up.value), f"--dist-timeout … host 0 … {address} … Connection refused")
 
 
 def test_the_coordinators_port_must_be_free() -> None:
     address = free_address()
     with socket.create_server(address.next_port()):
         leader = Leader(address, 2, IDENTITY, "", lambda reason: None)
-        with pytest.raises(HostsError, match=f"port {address.port + 1}, one above that of --dist-init-addr"):
+        with pytest.raises(HostsError, match=f"port {address.port + 1}.* --dist-init-addr"):
             leader.gather(PATIENCE_S)
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
     leader = Leader(Address("192.0.2.1", 10011), 2, IDENTITY, "", lambda reason: None)
-    with pytest.raises(HostsError, match=r"192.0.2.1:10011; cannot listen there: this machine has no such address"):
+    with pytest.raises(HostsError, match=r"192.0.2.1:10011.* address"):
         leader.gather(PATIENCE_S)
 
 
@@ -317,10 +314,10 @@ def test_addresses_read_as_they_print(text: str, host: str, port: int) -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"GET / HTTP/1.1\r\n\r\n", f"sent a frame of {int.from_bytes(b'GET ')} bytes; the limit is {HANDSHAKE_LIMIT}"),
-        (b"\0\0\0\4\xff\xff\xff\xff", "sent what is no message of ours"),
-        (frame(Alive()), "sent Alive where Answer was due"),
-        ((HANDSHAKE_LIMIT + 1).to_bytes(4), f"sent a frame of {HANDSHAKE_LIMIT + 1} bytes"),
+        (b"GET / HTTP/1.1\r\n\r\n", f"{int.from_bytes(b'GET ')} bytes … {HANDSHAKE_LIMIT}"),
+        (b"\0\0\0\4\xff\xff\xff\xff", "no message of ours"),
+        (frame(Alive()), "Alive … Answer"),
+        ((HANDSHAKE_LIMIT + 1).to_bytes(4), f"{HANDSHAKE_LIMIT + 1} bytes … {HANDSHAKE_LIMIT}"),
     ],
     ids=["http", "garbage", "out of turn", "oversized"],
 )
@@ -331,7 +328,7 @@ def test_a_stranger_is_put_off_and_the_wait_goes_on(data: bytes, said: str, capl
             while stranger.recv(4096):  # its Challenge, then the end
                 pass
         host.complete()
-    assert said in caplog.text
+    assert says(caplog.text, said)
 
 
 def test_a_stranger_that_says_nothing_keeps_nobody_waiting() -> None:
@@ -345,9 +342,7 @@ def test_a_stranger_that_says_nothing_keeps_nobody_waiting() -> None:
 def test_a_host_that_goes_away_is_noticed_and_so_is_why() -> None:
     with together() as (host, follower, _):
         follower.close("it was told to stop (SIGTERM)")
-        reason = host.deaths.get(timeout=PATIENCE_S)
-        assert reason.startswith("host 1 (127.0.0.1:")
-        assert reason.endswith(") ended: it was told to stop (SIGTERM)")
+        assert says(host.deaths.get(timeout=PATIENCE_S), "host 1 (127.0.0.1: … ended … it was told to stop (SIGTERM)")
         with pytest.raises(HostsError, match="told to stop"), host.leader.blaming():
             raise RuntimeError("a collective failed")
 
@@ -355,8 +350,8 @@ def test_a_host_that_goes_away_is_noticed_and_so_is_why() -> None:
 def test_a_connection_that_closes_without_a_word_is_a_loss() -> None:
     with together() as (host, follower, deaths):
         follower._link._socket.shutdown(socket.SHUT_RDWR)
-        assert host.deaths.get(timeout=PATIENCE_S).endswith("closed the connection")
-        assert deaths.get(timeout=PATIENCE_S) == f"host 0 ({host.address}) closed the connection"
+        assert says(host.deaths.get(timeout=PATIENCE_S), "host 1 … closed")
+        assert says(deaths.get(timeout=PATIENCE_S), f"host 0 ({host.address}) … closed")
 
 
 def test_a_connection_that_is_reset_was_closed() -> None:
@@ -365,7 +360,7 @@ def test_a_connection_that_is_reset_was_closed() -> None:
         there, _ = server.accept()
         there.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         there.close()
-        with pytest.raises(LinkClosed, match=r"^host 1 closed the connection$"):
+        with pytest.raises(LinkClosed, match=r"^host 1 .*closed"):
             Link(here, "host 1").receive(PATIENCE_S)
 
 
@@ -380,23 +375,21 @@ def test_when_one_of_several_is_lost_the_others_hear_which() -> None:
         first, second = Follower(host.connect(1), deaths.put), Follower(host.connect(2), lambda reason: None)
         assert host.wait() == "together"
         second.close("out of memory")
-        assert ") ended: out of memory" in host.deaths.get(timeout=PATIENCE_S)
-        reason = deaths.get(timeout=PATIENCE_S)
-        assert reason.startswith(f"host 0 ({host.address}) ended: host 2 (")
-        assert reason.endswith(") ended: out of memory")
+        assert says(host.deaths.get(timeout=PATIENCE_S), "host 2 … ended … out of memory")
+        assert says(deaths.get(timeout=PATIENCE_S), f"host 0 ({host.address}) ended … host 2 … out of memory")
         first.close()
 
 
 def test_the_leaders_reason_reaches_the_followers() -> None:
     with together() as (host, _, deaths):
         host.leader.close("the device is lost")
-        assert deaths.get(timeout=PATIENCE_S) == f"host 0 ({host.address}) ended: the device is lost"
+        assert says(deaths.get(timeout=PATIENCE_S), f"host 0 ({host.address}) ended … the device is lost")
 
 
 def test_a_frame_over_the_limit_between_hosts_is_a_loss() -> None:
     with together() as (host, follower, _):
         follower._link.send_frame(b"\xff\xff\xff\xff")
-        assert "sent a frame of 4294967295 bytes" in host.deaths.get(timeout=PATIENCE_S)
+        assert says(host.deaths.get(timeout=PATIENCE_S), "4294967295 bytes")
 
 
 def test_silence_is_a_loss_and_being_alive_is_none() -> None:
@@ -414,7 +407,7 @@ def test_silence_is_a_loss_and_being_alive_is_none() -> None:
     assert lost.empty()
     theirs.send(Ended())
     assert messages.get(timeout=PATIENCE_S) == Ended()  # and no Alive before it
-    assert lost.get(timeout=PATIENCE_S).startswith("host 1 has said nothing for ")
+    assert says(lost.get(timeout=PATIENCE_S), "host 1 … nothing … 1")
     watch.close()
     theirs.close()
 

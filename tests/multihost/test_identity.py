@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from messages import says
 from sgl_jax.multihost.identity import differences, identity_of, model_files, shared_flags
 from sgl_jax.settings.server_args import ServerArgs
 
@@ -61,7 +62,8 @@ def test_flags_of_one_machine_alone_are_not_compared(folder: Path) -> None:
     assert not {"--api-key", "--dist-token", "--model-path"} & shared_flags(one).keys()
     wider = ServerArgs(model_path="a", **common | {"tp_size": 4})
     a, b = (identity_of(args, CONFIGS, folder) for args in (one, wider))
-    assert differences(a, b, "host 1") == ["--tp-size is 4 on host 1 and 2 on host 0"]
+    [said] = differences(a, b, "host 1")
+    assert says(said, "--tp-size … 4 on host 1 … 2 on host 0")
     assert differences(a, a, "host 1") == []
 
 

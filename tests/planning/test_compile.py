@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from messages import says
 from sgl_jax import Engine
 from sgl_jax import compile as command
 from sgl_jax.planning import compile_command
@@ -65,7 +66,7 @@ def test_what_a_backend_refuses_while_a_program_is_traced_is_one_line(
     monkeypatch.setattr(compile_command, "compile_launch", refuses)
     assert command.main(["--topology", "cpu", *flags]) == command.BAD_USE
     assert capsys.readouterr().err.endswith("compile: error: --attention-backend x cannot do sinks\n")
-    assert compile_command.compile_here(ServerArgs.from_cli(flags)) == commands.FAILED
+    assert compile_command.compile_here(ServerArgs.from_cli(flags)) == compile_command.FAILED
     assert capsys.readouterr().err.endswith("sgl_jax: error: --attention-backend x cannot do sinks\n")
 
 
@@ -78,7 +79,7 @@ def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path,
         *[("load bias", "cache miss"), ("load counts", "cache miss"), ("load pages", "cache miss")],
         *[("tokens=1 rows=1", "cache miss"), ("tokens=2 rows=1", "cache miss")],
     ]
-    assert re.search(r"5 programs in \d+\.\d s, 0 of them from the cache", first.stderr)
+    assert re.search(r"\b5 programs .*\b0 .*cache", first.stderr)
 
     launch = (
         "import sys; from sgl_jax.observability import log; from sgl_jax.settings.server_args import ServerArgs; "
@@ -101,16 +102,16 @@ def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path,
 
 
 def test_an_engine_in_a_program_does_not_only_compile(stories260k: Path) -> None:
-    with pytest.raises(TypeError, match="an Engine is there to generate"):
+    with pytest.raises(TypeError, match="compile_only"):
         Engine(model_path=str(stories260k), compile_only=True)
 
 
 def test_the_plan_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = plan(capsys, "--topology", "v6e-4", "--model-path", "Qwen/Qwen3-8B")
     assert code == 0
-    assert "Qwen3ForCausalLM, 8.19 billion parameters (config:Qwen3-8B)" in out
-    assert "v6e-4: 4 chips, 4 x TPU v6e, 31.2 GiB each" in out
-    assert re.search(r"KV holds +688,384 tokens: 16\.8 full contexts of 40,960", out)
+    assert says(out, "Qwen3ForCausalLM … 8.19 billion … config:Qwen3-8B")
+    assert says(out, "v6e-4 … 4 chips … 4 x TPU v6e … 31.2 GiB")
+    assert says(out, "KV … 688,384 tokens … 16.8 … 40,960")
     assert re.search(r"^ 256 +256 +decode .* memory +31,\d\d\d", out, re.MULTILINE)
 
 
@@ -132,21 +133,21 @@ def test_the_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("argv", "code", "says"),
     [
-        (["--topology", "v6e-4", "--model-path", "Llama-3.1-70B"], 1, r"does not fit: .*\nv6e-8 \(8 chips"),
-        (["--topology", "v6e-5", "--model-path", "Qwen3-8B"], 2, "v6e-5: there are v6e in 1, 2, 4"),
-        (["--topology", "v6e-4", "--model-path", "./none"], 2, r"\./none: no such file or folder"),
-        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--page-size", "3"], 2, "--page-size is 3"),
-        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--context", "0"], 2, "--context is 0"),
-        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--contxt", "9"], 2, "--contxt is not a flag"),
+        (["--topology", "v6e-4", "--model-path", "Llama-3.1-70B"], 1, r"v6e-4(.*\n)+v6e-8 \(8 chips"),
+        (["--topology", "v6e-5", "--model-path", "Qwen3-8B"], 2, "v6e-5.* 1, 2, 4"),
+        (["--topology", "v6e-4", "--model-path", "./none"], 2, r"\./none"),
+        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--page-size", "3"], 2, "--page-size .*3"),
+        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--context", "0"], 2, "--context .*0"),
+        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--contxt", "9"], 2, "--contxt "),
         (["--model-path", "Qwen3-8B"], 2, "--topology"),
-        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--device", "cpu"], 2, "--device is cpu; .*v6e-4 is tpu"),
+        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--device", "cpu"], 2, "--device .*cpu.* v6e-4 .*tpu"),
         (
             ["--topology", "h200-1", "--model-path", "Qwen3-8B", "--device", "tpu"],
             2,
-            "--device is tpu; .*h200-1 is gpu",
+            "--device .*tpu.* h200-1 .*gpu",
         ),
-        (["--topology", "cpu", "--model-path", "Qwen3-8B", "--device", "gpu"], 2, "--device is gpu; .*cpu is cpu"),
-        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--compile-only"], 2, "--compile-only is a flag of"),
+        (["--topology", "cpu", "--model-path", "Qwen3-8B", "--device", "gpu"], 2, "--device .*gpu.* cpu .*cpu"),
+        (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--compile-only"], 2, "--compile-only .*launch_server"),
     ],
 )
 def test_mistakes_are_one_line_and_an_exit_code(
@@ -165,7 +166,8 @@ def test_the_device_of_the_topology_may_be_said(capsys: pytest.CaptureFixture[st
 def test_compiling_for_a_gpu_that_is_not_here_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["--topology", "h200-1", "--model-path", "Qwen3-0.6B"]) == 2
     out, err = capsys.readouterr()
-    assert (out, err) == ("", "compile: error: h200-1: compiling for a GPU needs that GPU; --plan needs none\n")
+    assert (out, err.count("\n")) == ("", 1)
+    assert says(err, "compile: error: h200-1 … --plan")
     assert plan(capsys, "--topology", "h200-1", "--model-path", "Qwen3-0.6B")[0] == 0
 
 

@@ -67,9 +67,9 @@ def test_a_quarter_of_the_free_memory_at_most(monkeypatch: pytest.MonkeyPatch, f
 
 
 def test_too_little_memory_is_said() -> None:
-    with pytest.raises(NotMeasured, match="reading takes 536870912 MiB, a quarter of the free memory at most, and"):
+    with pytest.raises(NotMeasured, match=r"reading .*536870912 MiB"):
         measure_rates(CPU, "float32", Probe(1 << 50, 1, 128, 1))
-    with pytest.raises(NotMeasured, match="multiplying takes 201326592 MiB"):
+    with pytest.raises(NotMeasured, match=r"multiplying .*201326592 MiB"):
         measure_rates(CPU, "float32", Probe(1 << 20, 1, 1 << 22, 1))
 
 
@@ -78,5 +78,5 @@ def test_a_device_that_runs_out_of_memory_does_not_end_the_engine(monkeypatch: p
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nmore")
 
     monkeypatch.setattr(machine_rates, "_best_seconds", fails)
-    with pytest.raises(NotMeasured, match=r"the limits cannot be measured: RESOURCE_EXHAUSTED: out of memory$"):
+    with pytest.raises(NotMeasured, match=r": RESOURCE_EXHAUSTED: out of memory$"):
         measure_rates(CPU, "float32", SMALL)

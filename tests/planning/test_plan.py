@@ -1,4 +1,4 @@
-"""What fits where, and what to change when it does not."""
+"""Models that fit a topology, and the change that is advised for one that does not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from messages import says
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.planning.model import PlannedModel, bundled, find_model
@@ -61,9 +62,9 @@ def test_a_topology_is_used_whole_unless_tp_size_says_less() -> None:
     assert plan("Qwen3-8B", "v6e-8", tp_size=4).target.num_devices == 4
     assert plan("Qwen3-8B", "v6e-8", tp_size=1, dp_size=2).launch.grid == Grid(1, 2)
     assert plan("Qwen3-0.6B", "cpu").launch.grid == Grid(1)
-    with pytest.raises(NoSuchTopology, match="--dp-size is 3; v6e-4 has 4 devices"):
+    with pytest.raises(NoSuchTopology, match=r"--dp-size .*3.* v6e-4 .*4"):
         plan("Qwen3-8B", "v6e-4", dp_size=3)
-    with pytest.raises(NoSuchTopology, match="--tp-size is 8 and --dp-size 1; v6e-4 has 4 devices"):
+    with pytest.raises(NoSuchTopology, match=r"--tp-size .*8 .*--dp-size 1.* v6e-4 .*4"):
         plan("Qwen3-8B", "v6e-4", tp_size=8)
 
 
@@ -71,9 +72,9 @@ def test_what_does_not_fit_is_told_what_would() -> None:
     with pytest.raises(Misfit) as caught:
         plan("Llama-3.1-70B", "v6e-4")
     reason, *advice = str(caught.value).splitlines()
-    assert "weights and row state take 35.32 GB of the 29.52 GB" in reason
+    assert says(reason, "35.32 GB … 29.52 GB")
     assert len(advice) == 1
-    match = re.fullmatch(r"v6e-8 \(8 chips, --tp-size 8\) would fit, with ([\d,]+) tokens of KV", advice[0])
+    match = re.search(r"v6e-8 \(8 chips, --tp-size 8\) .* ([\d,]+) tokens", advice[0])
     assert match is not None
     assert int(match[1].replace(",", "")) == plan("Llama-3.1-70B", "v6e-8").launch.memory.num_tokens
 
@@ -82,7 +83,7 @@ def test_what_would_fit_is_told_with_the_flags_of_all_ranks() -> None:
     with pytest.raises(Misfit) as caught:
         plan("Llama-3.1-70B", "v6e-4", dp_size=2)
     *_, advice = str(caught.value).splitlines()
-    assert "(16 chips, --tp-size 8 --dp-size 2) would fit" in advice or "(8 chips, --tp-size 4 --dp-size 2)" in advice
+    assert re.search(r"\((16 chips, --tp-size 8|8 chips, --tp-size 4) --dp-size 2\)", advice)
 
 
 def test_each_single_change_that_helps_is_named_and_does_help() -> None:
@@ -94,9 +95,7 @@ def test_each_single_change_that_helps_is_named_and_does_help() -> None:
     with pytest.raises(Misfit) as caught:
         plan("Qwen3-8B", "v6e-1", mem_fraction_static=0.3)
     advice = str(caught.value)
-    fraction = re.search(
-        r"--mem-fraction-static 0\.97 would fit, with [\d,]+ tokens of KV \((0\.\d\d) is the least\)", advice
-    )
+    fraction = re.search(r"--mem-fraction-static 0\.97 .*[\d,]+ tokens .*(0\.\d\d)", advice)
     assert fraction is not None
     assert plan("Qwen3-8B", "v6e-1", mem_fraction_static=float(fraction[1])).launch.memory.num_tokens > 0
     with pytest.raises(Misfit):
@@ -104,7 +103,7 @@ def test_each_single_change_that_helps_is_named_and_does_help() -> None:
 
 
 def test_heads_that_cannot_be_divided_are_refused_by_flag() -> None:
-    with pytest.raises(ValueError, match="--tp-size is 3; it must divide the model's 32 attention heads"):
+    with pytest.raises(ValueError, match=r"--tp-size .*3.* 32 attention heads"):
         plan("Qwen3-8B", "v6e-4", tp_size=3)
 
 
@@ -151,7 +150,7 @@ def test_limits_are_those_of_all_ranks_together() -> None:
     assert found.launch.scheduler_config.max_running_requests == 32
     assert found.launch.runner_config.num_rows == 64
     assert found.launch.kv_tokens == 65536
-    with pytest.raises(ValueError, match="--max-running-requests is 5; it must be a multiple of --dp-size 2"):
+    with pytest.raises(ValueError, match=r"--max-running-requests .*5.* --dp-size 2"):
         plan("Qwen3-8B", "v6e-8", tp_size=4, dp_size=2, max_running_requests=5)
 
 

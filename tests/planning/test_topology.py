@@ -1,9 +1,8 @@
-"""What a topology's name means, and that the devices to compile for are there."""
+"""Names of topologies, and the devices to compile for."""
 
 from __future__ import annotations
 
 import importlib.util
-import re
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -28,18 +27,18 @@ def test_a_name_is_a_kind_and_a_number_of_chips(name: str, chips: int, devices: 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("v6e", "v6e is no topology; write cpu, gpu, or a kind and a number of chips: v5e-N, v5p-N, v6e-N, v7x-N"),
-        ("v9-4", "v9-4 is no topology"),
-        ("v6e-3", "v6e-3: there are v6e in 1, 2, 4, 8, 16, 32, 64, 128, 256 chips"),
+        ("v6e", "^v6e .*cpu, gpu.* v5e-N, v5p-N, v6e-N, v7x-N"),
+        ("v9-4", "^v9-4 .*cpu, gpu.* v5e-N"),
+        ("v6e-3", "^v6e-3.* 1, 2, 4, 8, 16, 32, 64, 128, 256"),
     ],
 )
 def test_other_names_are_refused_with_those_there_are(name: str, says: str) -> None:
-    with pytest.raises(NoSuchTopology, match=re.escape(says)):
+    with pytest.raises(NoSuchTopology, match=says):
         parse(name)
 
 
 def test_a_gpu_that_is_not_here_cannot_be_compiled_for() -> None:
-    with pytest.raises(NoSuchTopology, match="h200-8: compiling for a GPU needs that GPU; --plan needs none"):
+    with pytest.raises(NoSuchTopology, match=r"h200-8.*--plan"):
         tpu_devices(parse("h200-8"))
 
 

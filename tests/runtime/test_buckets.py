@@ -1,4 +1,4 @@
-"""Few shapes, and one for every step."""
+"""Tests of buckets: there are few, and every step fits one."""
 
 import pytest
 
@@ -43,7 +43,5 @@ def test_every_step_fits_the_smallest_bucket_that_holds_its_tokens(step_tokens: 
 
 
 def test_a_step_beyond_the_largest_bucket_is_refused_with_both_numbers() -> None:
-    with pytest.raises(
-        ValueError, match="a step of 257 tokens in 0 rows of width 1; the largest bucket holds 256 tokens in 64 rows"
-    ):
+    with pytest.raises(ValueError, match=r"257 tokens .*256 tokens .*64 rows"):
         pick(make_buckets(256, 64, 2), 257)

@@ -1,4 +1,4 @@
-"""Row loads: what is loaded is what the row needs, in one dispatch for each kind and step."""
+"""Tests of row loads: a row gets the state it needs and no other, in one dispatch for each kind and step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from sgl_jax.parallel.grid import ONE_DEVICE
 from sgl_jax.request import Request, SamplingParams
 from sgl_jax.runtime.device_state import BIAS_WIDTH, IN_PROMPT, DeviceState, initial_state
-from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes, pack_loads
+from sgl_jax.runtime.loads import LOADS, LoadLayout, pack_loads
 from sgl_jax.step_plan import RowLoad
 
-SIZES = LoadSizes(num_rows=200, pages_per_row=300, vocab_size=50)
-LAYOUTS = {kind.name: LoadLayout(kind, SIZES) for kind in LOADS}
+NUM_ROWS, PAGES, VOCAB_SIZE = 200, 300, 50
+LAYOUTS = {kind.name: LoadLayout(kind, NUM_ROWS, kind.size(PAGES, VOCAB_SIZE)) for kind in LOADS}
 
 
 def asked(prompt: list[int], output: list[int] | None = None, stops: list[int] | None = None, **params) -> Request:
@@ -35,8 +35,8 @@ def asked(prompt: list[int], output: list[int] | None = None, stops: list[int] |
 
 
 def loaded(loads: list[RowLoad]) -> tuple[list[str], DeviceState]:
-    """The programs that run, and the state after them, from a state in which nothing is zero."""
-    state = jax.tree.map(lambda x: x + 7, initial_state(SIZES.num_rows, SIZES.pages_per_row, SIZES.vocab_size))
+    """Run the loads on a state without zeros. Return the names of the programs and the new state."""
+    state = jax.tree.map(lambda x: x + 7, initial_state(NUM_ROWS, PAGES, VOCAB_SIZE))
     names = []
     for program, vector in pack_loads([*LAYOUTS.values()], loads):
         names.append(program)
@@ -95,8 +95,8 @@ def test_a_row_is_loaded_with_what_it_needs_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("kind", LOADS, ids=lambda kind: kind.name)
 def test_an_empty_vector_changes_nothing(kind) -> None:
-    layout = LoadLayout(kind, SIZES)
-    state = initial_state(SIZES.num_rows, SIZES.pages_per_row, SIZES.vocab_size)
+    layout = LAYOUTS[kind.name]
+    state = initial_state(NUM_ROWS, PAGES, VOCAB_SIZE)
     after = layout.run(state, jnp.asarray(layout.empty()), axis=ONE_DEVICE)
     for field in dataclasses.fields(state):
         np.testing.assert_array_equal(getattr(state, field.name), getattr(after, field.name))

@@ -39,3 +39,12 @@ def client(live: LiveServer) -> Iterator[openai.OpenAI]:
 def slow_client(slow: LiveServer) -> Iterator[openai.OpenAI]:
     with slow.openai() as client:
         yield client
+
+
+@pytest.fixture(autouse=True)
+def empty_prefix_caches(request: pytest.FixtureRequest) -> None:
+    """The tests of a file have one server: none finds the prompts of another in its cache."""
+    for name in ("live", "slow"):
+        if name in request.fixturenames:
+            server: LiveServer = request.getfixturevalue(name)
+            httpx.post(f"{server.url}/flush_cache").raise_for_status()

@@ -11,6 +11,7 @@ import openai
 import pytest
 from live_server import LiveServer
 
+from messages import says
 from sgl_jax.testing.fake_core import FakeCore
 
 CHAT = "/v1/chat/completions"
@@ -95,48 +96,48 @@ def test_unknown_parameter_has_its_code(http: httpx.Client) -> None:
     assert error(http.post(CHAT, json=HELLO | {"verbosity": "low"}))["code"] == "unsupported_parameter"
 
 
-STRUCTURED = "structured output is not built"
+STRUCTURED = "structured output"
 IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
 
 
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        (CHAT, {"response_format": {"type": "json_object"}}, f"response_format.type json_object {{}}: {STRUCTURED}"),
+        (CHAT, {"response_format": {"type": "json_object"}}, f"response_format.type … json_object … {STRUCTURED}"),
         (
             CHAT,
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
-            f"response_format.type json_schema {{}}: {STRUCTURED}",
+            f"response_format.type … json_schema … {STRUCTURED}",
         ),
-        (CHAT, {"tools": [{"type": "function"}]}, "tools {}: tool calls are not built"),
-        (CHAT, {"tool_choice": "auto"}, "tool_choice auto {}: tool calls are not built"),
+        (CHAT, {"tools": [{"type": "function"}]}, "tools … tool calls"),
+        (CHAT, {"tool_choice": "auto"}, "tool_choice … auto … tool calls"),
         (
             CHAT,
             {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-            "tool_choice {}: tool calls are not built",
+            "tool_choice … tool calls",
         ),
-        (CHAT, {"modalities": ["audio"]}, "modalities[0] audio {}: images, audio and video are not built"),
+        (CHAT, {"modalities": ["audio"]}, "modalities[0] … audio … images"),
         (
             CHAT,
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, IMAGE]}]},
-            "messages[0].content[1].type image_url {}: images, audio and video are not built",
+            "messages[0].content[1].type … image_url … images",
         ),
-        (CHAT, {"guided_json": {}}, f"guided_json {{}}: {STRUCTURED}"),
+        (CHAT, {"guided_json": {}}, f"guided_json … {STRUCTURED}"),
         (
             CHAT,
             {"separate_reasoning": True},
-            "separate_reasoning {}: splitting the reasoning from the answer is not built",
+            "separate_reasoning … reasoning",
         ),
-        (CHAT, {"verbosity": "low"}, "verbosity {}"),
-        ("/v1/completions", {"prompt": "a", "regex": "a"}, f"regex {{}}: {STRUCTURED}"),
-        ("/v1/completions", {"prompt": "a", "lora_path": "a"}, "lora_path {}: LoRA is not built"),
-        ("/generate", {"text": "a", "image_data": ["a"]}, "image_data {}: images, audio and video are not built"),
-        ("/generate", {"text": "a", "sampling_params": {"ebnf": "a"}}, f"sampling_params.ebnf {{}}: {STRUCTURED}"),
+        (CHAT, {"verbosity": "low"}, "verbosity … supported"),
+        ("/v1/completions", {"prompt": "a", "regex": "a"}, f"regex … {STRUCTURED}"),
+        ("/v1/completions", {"prompt": "a", "lora_path": "a"}, "lora_path … LoRA"),
+        ("/generate", {"text": "a", "image_data": ["a"]}, "image_data … images"),
+        ("/generate", {"text": "a", "sampling_params": {"ebnf": "a"}}, f"sampling_params.ebnf … {STRUCTURED}"),
     ],
 )
 def test_what_is_not_built_is_said_to_be(http: httpx.Client, path: str, body: dict, message: str) -> None:
     found = error(http.post(path, json=HELLO | body if path == CHAT else body))
-    assert found["message"] == message.format("is not supported")
+    assert says(found["message"], message)
     assert found["code"] == "unsupported_parameter"
 
 
@@ -311,26 +312,26 @@ def test_when_the_engine_dies_clients_get_errors() -> None:
 @pytest.mark.parametrize(
     ("path", "body", "message"),
     [
-        (CHAT, HELLO | {"max_completion_tokens": 600}, "max_completion_tokens is 600"),
-        (CHAT, HELLO | {"max_tokens": 600}, "and max_tokens is 600"),
-        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 600}}, "max_new_tokens is 600"),
-        ("/generate", {"text": "a", "sampling_params": {"max_tokens": 600}}, "and max_tokens is 600"),
+        (CHAT, HELLO | {"max_completion_tokens": 600}, "max_completion_tokens … 600"),
+        (CHAT, HELLO | {"max_tokens": 600}, " max_tokens … 600"),
+        ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 600}}, "max_new_tokens … 600"),
+        ("/generate", {"text": "a", "sampling_params": {"max_tokens": 600}}, " max_tokens … 600"),
         (
             "/generate",
             {"text": "a", "sampling_params": {"min_tokens": 4, "max_new_tokens": 3}},
-            "min_tokens is 4, above max_new_tokens 3",
+            "min_tokens … 4 … max_new_tokens … 3",
         ),
         (
             CHAT,
             HELLO | {"temperature": 1e5},
-            "temperature: Input should be less than or equal to 10000; it is 100000.0",
+            "temperature … 10000 … 100000.0",
         ),
     ],
 )
 def test_a_parameter_has_the_name_that_the_user_wrote(http: httpx.Client, path: str, body: dict, message: str) -> None:
     answer = http.post(path, json=body)
     assert answer.status_code == 400
-    assert message in error(answer)["message"]
+    assert says(error(answer)["message"], message)
 
 
 def test_a_request_id_is_not_taken_for_a_parameter() -> None:
@@ -343,4 +344,4 @@ def test_a_request_id_is_not_taken_for_a_parameter() -> None:
         found = error(http.post(CHAT, json=body))
         http.post("/abort_request", json={"rid": "max_tokens 1"})
         waiting.join()
-    assert found["message"] == "request id max_tokens 1 belongs to a running request"
+    assert says(found["message"], "request id max_tokens 1 ")

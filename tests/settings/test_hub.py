@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
+from messages import says
 from scripted_hub import FILES, Hub, serving
 from sgl_jax.settings.hub import Downloads, HubError, Progress, local_path
 from sgl_jax.settings.server_args import ServerArgs
@@ -49,19 +51,19 @@ CHOSEN = {name: FILES[name] for name in ("config.json", "model.safetensors")}
 
 
 def test_hugging_face_from_hf_endpoint_resumed_reported_and_then_offline(hub: Hub, tmp_path: Path) -> None:
-    chunk = 10 << 20  # what the library writes at a time
+    chunk = 10 << 20  # bytes that the library writes at a time
     hub.files["model.safetensors"], hub.breaks_at = bytes(chunk + 5000), chunk + 3000
     first = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1")
     assert first.returncode == 0, first.stderr
     assert contents(Path(first.stdout.strip())) == {name: hub.files[name] for name in CHOSEN}
     assert hub.transfers("model.safetensors") == [None, f"bytes={chunk}-"]
-    assert "downloading org/model: 0.01 of 0.01 GB" in first.stderr
+    assert says(first.stderr, "org/model: 0.01 of 0.01 GB")
     number = len(hub.seen)
     offline = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
     assert (offline.returncode, offline.stdout) == (0, first.stdout)
     assert len(hub.seen) == number
     empty = fetch_in_a_process(tmp_path / "other", HF_HUB_OFFLINE="1")
-    assert "HubError: org/model is neither a local path nor in the download cache" in empty.stderr
+    assert says(empty.stderr, "HubError: org/model … cache")
 
 
 def modelscope(hub: Hub, cache: Path, **options: str) -> Path:
@@ -122,10 +124,10 @@ def test_a_part_that_was_whole_is_taken(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        ("hash", r"model\.safetensors of org/model could not be fetched .*it is not the file that is listed"),
-        ("outside", r"lists a file outside its folder: \.\./\.\./config\.json"),
-        ("listing", r"org/model is no local path and could not be fetched from ModelScope .*'Size'"),
-        ("gone", r"org/absent is no local path and could not be fetched from ModelScope .*check the name"),
+        ("hash", r"model\.safetensors .*org/model"),
+        ("outside", r"\.\./\.\./config\.json"),
+        ("listing", r"org/model .*ModelScope .*'Size'"),
+        ("gone", r"org/absent .*ModelScope"),
     ],
 )
 def test_what_modelscope_cannot_give(hub: Hub, tmp_path: Path, spoil: str, message: str) -> None:
@@ -154,7 +156,7 @@ def test_the_source_is_a_flag_and_its_address_modelscopes_own_variable(monkeypat
     "path", ["/no/such/model", "./nothing", "~/nothing", "a/b/c", "org/..", "some where", "absent.gguf"]
 )
 def test_a_path_that_is_not_there_is_no_hub_id(path: str) -> None:
-    with pytest.raises(HubError, match=r": no such file or folder; give a model folder"):
+    with pytest.raises(HubError, match=f"{re.escape(path)}.* model folder"):
         local_path(path, WANTED, Downloads())
 
 
@@ -162,7 +164,8 @@ def test_progress_is_a_line_every_few_seconds(caplog: pytest.LogCaptureFixture) 
     with caplog.at_level(logging.INFO):
         Progress("org/model").at(1, 2)
         Progress("org/model", seconds=0.0).at(1_500_000_000, 3_000_000_000)
-    assert [record.message for record in caplog.records] == ["downloading org/model: 1.50 of 3.00 GB"]
+    [said] = [record.message for record in caplog.records]
+    assert says(said, "org/model: 1.50 of 3.00 GB")
 
 
 def test_a_tokenizer_by_name_comes_with_all_its_templates(hub: Hub, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from messages import says
 from sgl_jax.observability import log
 from sgl_jax.settings.flag_parser import FlagError
 from sgl_jax.settings.flags import HIDDEN, read_environ
@@ -89,58 +90,55 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"port": 70000}, "--port is 70000; it must be between 0 and 65535"),
-        ({"port": "80"}, "--port is 80; it must be a whole number"),
-        ({"port": True}, "--port is True; it must be a whole number"),
-        ({"port": None}, "--port is None; it must be a whole number"),
-        ({"host": ""}, "--host is empty; give a value"),
-        ({"page_size": 0}, "--page-size is 0; it must be a power of two between 1 and 1024"),
-        ({"page_size": 48}, "--page-size is 48; it must be a power of two"),
-        ({"page_size": 2048}, "--page-size is 2048; it must be a power of two"),
-        ({"mem_fraction_static": 1.0}, "--mem-fraction-static is 1.0; it must be above 0 and below 1"),
-        ({"mem_fraction_static": float("nan")}, "--mem-fraction-static is nan"),
-        ({"max_running_requests": 0}, "--max-running-requests is 0; it must be at least 1"),
-        ({"max_queued_requests": -1}, "--max-queued-requests is -1; it must be at least 1"),
+        ({"port": 70000}, "--port .*70000.* 0 .*65535"),
+        ({"port": "80"}, "--port .*80.* whole number"),
+        ({"port": True}, "--port .*True.* whole number"),
+        ({"port": None}, "--port .*None.* whole number"),
+        ({"host": ""}, "--host .*empty"),
+        ({"page_size": 0}, "--page-size .*0.* power of two .*1 .*1024"),
+        ({"page_size": 48}, "--page-size .*48.* power of two"),
+        ({"page_size": 2048}, "--page-size .*2048.* 1024"),
+        ({"mem_fraction_static": 1.0}, "--mem-fraction-static .*1.0.* 0 .*1"),
+        ({"mem_fraction_static": float("nan")}, "--mem-fraction-static .*nan"),
+        ({"max_running_requests": 0}, "--max-running-requests .*0.* 1"),
+        ({"max_queued_requests": -1}, "--max-queued-requests .*-1.* 1"),
         (
             {"max_total_tokens": 64, "page_size": 128},
-            "--max-total-tokens is 64; it must hold a page, and --page-size is 128",
+            "--max-total-tokens .*64.* --page-size .*128",
         ),
-        ({"max_prefill_tokens": 0}, "--max-prefill-tokens is 0; it must be at least 1"),
-        ({"chunked_prefill_size": 0}, "--chunked-prefill-size is 0; it must be at least 1, or -1"),
-        ({"context_length": 1}, "--context-length is 1; it must be at least 2"),
-        ({"random_seed": -1}, "--random-seed is -1; it must be between 0 and"),
-        ({"shutdown_timeout_s": float("inf")}, "--shutdown-timeout-s is inf; it must be 0 or more seconds"),
-        ({"decode_log_interval": 0}, "--decode-log-interval is 0; it must be at least 1"),
-        ({"stream_interval": 0}, "--stream-interval is 0; it must be at least 1"),
-        ({"schedule_policy": "random"}, "--schedule-policy is random; it must be fcfs or lpm"),
-        ({"device": "cuda"}, "--device is cuda; write gpu"),
-        ({"device": "xpu"}, "--device is xpu; it must be tpu or gpu or cpu"),
-        ({"dtype": "float16"}, "--dtype is float16; float16 overflows .* use bfloat16"),
-        ({"dtype": "half"}, "--dtype is half; float16 overflows .* use bfloat16"),
-        ({"dtype": "int8"}, "--dtype is int8; it must be auto or float32 or bfloat16"),
-        ({"nnodes": 0}, "--nnodes is 0; it must be between 1 and 1024"),
-        ({"nnodes": 2}, "--nnodes is 2; --dist-init-addr must say where machine 0 is"),
+        ({"max_prefill_tokens": 0}, "--max-prefill-tokens .*0.* 1"),
+        ({"chunked_prefill_size": 0}, "--chunked-prefill-size .*0.* 1.* -1"),
+        ({"context_length": 1}, "--context-length .*1.* 2"),
+        ({"random_seed": -1}, "--random-seed .*-1.* 0 "),
+        ({"shutdown_timeout_s": float("inf")}, "--shutdown-timeout-s .*inf.* 0 .*seconds"),
+        ({"decode_log_interval": 0}, "--decode-log-interval .*0.* 1"),
+        ({"stream_interval": 0}, "--stream-interval .*0.* 1"),
+        ({"schedule_policy": "random"}, "--schedule-policy .*random.* fcfs .*lpm"),
+        ({"device": "cuda"}, "--device .*cuda.* gpu"),
+        ({"device": "xpu"}, "--device .*xpu.* tpu .*gpu .*cpu"),
+        ({"dtype": "float16"}, "--dtype .*float16.* bfloat16"),
+        ({"dtype": "half"}, "--dtype .*half.* bfloat16"),
+        ({"dtype": "int8"}, "--dtype .*int8.* auto .*float32 .*bfloat16"),
+        ({"nnodes": 0}, "--nnodes .*0.* 1 .*1024"),
+        ({"nnodes": 2}, "--nnodes .*2.* --dist-init-addr "),
         (
             {"tp_size": 3, "nnodes": 2, "dist_init_addr": "h:1"},
-            "--tp-size is 3 and --dp-size 1: 3 devices, which --nnodes 2 machines cannot share evenly",
+            "--tp-size .*3 .*--dp-size 1.* 3 devices.* --nnodes 2",
         ),
         (
             {"dist_init_addr": "host:65535", "nnodes": 2},
-            "--dist-init-addr is host:65535; the port above it is needed, too",
+            "--dist-init-addr .*host:65535.* port ",
         ),
-        ({"compile_only": True, "nnodes": 2, "dist_init_addr": "h:1"}, "--compile-only cannot be had with --nnodes 2"),
-        ({"dist_timeout": -1.0}, "--dist-timeout is -1.0; it must be 0 or more seconds"),
-        ({"node_rank": 1}, "--node-rank is 1; it must be below --nnodes, which is 1"),
-        ({"dist_init_addr": "host"}, "--dist-init-addr is host; it must be an address and a port"),
-        ({"dist_init_addr": "host:70000"}, "--dist-init-addr is host:70000; it must be an address and a port"),
-        ({"enable_mixed_chunk": False}, "--enable-mixed-chunk is False; steps are always shared"),
-        (
-            {"speculative_algorithm": "EAGLE3"},
-            "--speculative-algorithm is EAGLE3; speculative decoding is not built yet",
-        ),
-        ({"speculative_num_steps": 3}, "--speculative-num-steps is 3; speculative decoding is not built yet"),
-        ({"disable_radix_cache": "yes"}, "--disable-radix-cache is yes; it must be true or false"),
-        ({"log_level": "verbose"}, "--log-level is verbose; it must be debug or info"),
+        ({"compile_only": True, "nnodes": 2, "dist_init_addr": "h:1"}, "--compile-only .*--nnodes 2"),
+        ({"dist_timeout": -1.0}, "--dist-timeout .*-1.0.* 0 .*seconds"),
+        ({"node_rank": 1}, "--node-rank .*1.* --nnodes.* 1"),
+        ({"dist_init_addr": "host"}, "--dist-init-addr .*host.* port"),
+        ({"dist_init_addr": "host:70000"}, "--dist-init-addr .*host:70000.* port"),
+        ({"enable_mixed_chunk": False}, "--enable-mixed-chunk .*False"),
+        ({"speculative_algorithm": "EAGLE3"}, "--speculative-algorithm .*EAGLE3.* speculative decoding"),
+        ({"speculative_num_steps": 3}, "--speculative-num-steps .*3.* speculative decoding"),
+        ({"disable_radix_cache": "yes"}, "--disable-radix-cache .*yes.* true .*false"),
+        ({"log_level": "verbose"}, "--log-level .*verbose.* debug .*info"),
     ],
 )
 def test_refused_values(given: dict[str, object], message: str) -> None:
@@ -165,32 +163,26 @@ def test_python_callers_get_a_type_error_for_an_unknown_or_missing_name() -> Non
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("", "--model-path is missing; give a folder"),
-        ("--model-path m --page-sizes 16", "--page-sizes is not a flag, did you mean --page-size?"),
-        ("--model-path m --page 16", "--page is not a flag"),
-        ("--model-path m --zzz", "--zzz is not a flag; --help lists them all"),
-        ("--model-path m 16", "'16' follows no flag"),
-        ("true --model-path m --trust-remote-code", "'true' follows no flag; every value needs one"),
-        (
-            "--model-path m --trust-remote-code true",
-            "^--trust-remote-code takes no value; --no-trust-remote-code turns it off$",
-        ),
-        (
-            "--model-path m --trust-remote-code=true",
-            "^--trust-remote-code takes no value; --no-trust-remote-code turns it off$",
-        ),
-        ("--model-path m --no-trust-remote-code=true", "^--no-trust-remote-code takes no value$"),
-        ("--model-path m --max-model-len 8", "^--max-model-len is not a flag: here it is --context-length$"),
-        ("--model-path m --gpu-memory-utilization=.9", "is not a flag: here it is --mem-fraction-static$"),
-        ("--model-path m -tp 4", "^-tp is not a flag: here it is --tp-size$"),
-        ("--model-path m --enable-metrics", "is not a flag: /metrics is always there$"),
-        ("--model-path m --quantization fp8", "^--quantization is not a flag: quantised arithmetic is not built$"),
-        ("--model-path m --max-loras 2", "^--max-loras is not a flag: LoRA is not built$"),
-        ("--model-path m --log-request-headers", "^--log-request-headers is not a flag; --help lists them all$"),
-        ("--model-path m --port", "--port: expected one argument"),
-        ("--model-path m --port abc", "--port is abc; it must be a whole number$"),
-        ("--model-path m --mem-fraction-static 80%", "--mem-fraction-static is 80%; it must be a number"),
-        ("--model-path ''", "--model-path is empty"),
+        ("", "--model-path .*missing"),
+        ("--model-path m --page-sizes 16", "--page-sizes .*--page-size\\b"),
+        ("--model-path m --page 16", "--page "),
+        ("--model-path m --zzz", "--zzz .*--help"),
+        ("--model-path m 16", "'16' .*flag"),
+        ("true --model-path m --trust-remote-code", "'true' .*flag"),
+        ("--model-path m --trust-remote-code true", "^--trust-remote-code .*no value.* --no-trust-remote-code"),
+        ("--model-path m --trust-remote-code=true", "^--trust-remote-code .*no value.* --no-trust-remote-code"),
+        ("--model-path m --no-trust-remote-code=true", "^--no-trust-remote-code .*no value"),
+        ("--model-path m --max-model-len 8", "^--max-model-len .*--context-length$"),
+        ("--model-path m --gpu-memory-utilization=.9", "^--gpu-memory-utilization .*--mem-fraction-static$"),
+        ("--model-path m -tp 4", "^-tp .*--tp-size$"),
+        ("--model-path m --enable-metrics", "^--enable-metrics .*/metrics"),
+        ("--model-path m --quantization fp8", "^--quantization .*quantised .*not built"),
+        ("--model-path m --max-loras 2", "^--max-loras .*LoRA .*not built"),
+        ("--model-path m --log-request-headers", "^--log-request-headers .*--help"),
+        ("--model-path m --port", "--port"),
+        ("--model-path m --port abc", "--port .*abc.* whole number$"),
+        ("--model-path m --mem-fraction-static 80%", "--mem-fraction-static .*80%.* number"),
+        ("--model-path ''", "--model-path .*empty"),
     ],
 )
 def test_refused_command_lines(line: str, message: str) -> None:
@@ -207,11 +199,11 @@ def test_no_flag_of_ours_is_taken_for_another_programs_and_what_is_named_in_its_
 
 
 def test_flags_of_other_programs_are_known_in_the_environment_and_in_a_file_too(tmp_path: Path) -> None:
-    with pytest.raises(FlagError, match="SGL_JAX_MAX_NUM_SEQS names no flag: here it is --max-running-requests"):
+    with pytest.raises(FlagError, match=r"SGL_JAX_MAX_NUM_SEQS .*--max-running-requests"):
         parse(SGL_JAX_MAX_NUM_SEQS="4")
     config = tmp_path / "server.yaml"
     config.write_text("max_model_len: 8192")
-    with pytest.raises(FlagError, match="its key max_model_len is not a flag: here it is --context-length"):
+    with pytest.raises(FlagError, match=r"server.yaml.* max_model_len .*--context-length"):
         parse(f"--model-path m --config {config}")
 
 
@@ -224,8 +216,8 @@ def test_help_says_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert "how tokens are drafted (default: off). Refused for now: speculative decoding is not built yet" in text
-    assert "`cuda` is refused: write gpu" in text
+    assert says(text, "--speculative-algorithm … default: off … Refused … speculative decoding")
+    assert says(text, "--device … `cuda` … gpu")
 
 
 def test_the_defaults_that_are_told_are_the_platforms() -> None:
@@ -265,15 +257,15 @@ def test_a_switch_set_elsewhere_can_be_taken_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("page-sizes: 16", "its key page-sizes is not a flag, did you mean page-size?"),
-        ("page_size: 16\npage-size: 16", "it sets page-size twice"),
-        ("tp-size: 1\ntensor-parallel-size: 1", "it sets tp-size twice"),
-        ("config: other.yaml", "its key config is not a flag"),
-        ("page-size: 48", r"--page-size is 48; it must be a power of two .* \(set in .*server.yaml\)"),
-        ("port: [1]", "--port is \\[1\\]; it must be a whole number"),
-        ("served-model-name: 7", "--served-model-name is 7; it must be text"),
-        ("- page-size", "it must hold lines like 'page-size: 16'"),
-        ("a: [", "it is not YAML"),
+        ("page-sizes: 16", "server.yaml.* page-sizes .*page-size"),
+        ("page_size: 16\npage-size: 16", "server.yaml.* page-size .*twice"),
+        ("tp-size: 1\ntensor-parallel-size: 1", "server.yaml.* tp-size .*twice"),
+        ("config: other.yaml", "server.yaml.* key config "),
+        ("page-size: 48", "--page-size .*48.* power of two .*server.yaml"),
+        ("port: [1]", "--port .*\\[1\\].* whole number"),
+        ("served-model-name: 7", "--served-model-name .*7.* text"),
+        ("- page-size", "server.yaml.* 'page-size: 16'"),
+        ("a: [", "server.yaml.* YAML"),
     ],
 )
 def test_refused_config_files(tmp_path: Path, text: str, message: str) -> None:
@@ -289,7 +281,7 @@ def test_config_files_may_be_empty_and_hold_nulls_but_must_exist(tmp_path: Path)
     assert parse(f"--model-path m --config {config}").changed() == {"model_path": "m"}
     config.write_text("page-size: null\n")
     assert parse(f"--model-path m --config {config}").page_size is None
-    with pytest.raises(FlagError, match=r"--config is .*; it cannot be read: No such file"):
+    with pytest.raises(FlagError, match=r"--config .*absent.yaml.* No such file"):
         parse(f"--model-path m --config {tmp_path / 'absent.yaml'}")
 
 
@@ -300,9 +292,9 @@ def test_every_flag_can_be_set_by_its_environment_variable() -> None:
 
 
 def test_refused_environment_variables() -> None:
-    with pytest.raises(FlagError, match="SGL_JAX_PAGESIZE names no flag, did you mean SGL_JAX_PAGE_SIZE"):
+    with pytest.raises(FlagError, match=r"SGL_JAX_PAGESIZE .*SGL_JAX_PAGE_SIZE"):
         parse(SGL_JAX_PAGESIZE="16")
-    with pytest.raises(FlagError, match=r"--port is x; it must be a whole number \(set by SGL_JAX_PORT\)"):
+    with pytest.raises(FlagError, match=r"--port .*x.* whole number .*SGL_JAX_PORT"):
         parse(SGL_JAX_PORT="x")
     assert parse(PAGE_SIZE="16", sgl_jax_page_size="16").page_size is None
 

@@ -1,4 +1,4 @@
-"""The fake device finds out what a real one would compute wrong."""
+"""Tests of the fake device: it detects plans that a real device would compute wrongly."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sgl_jax.step_plan import StepPlan
-from sgl_jax.testing.fake_runner import FakeRunner, kv_chain, summary_of, token_of
+from sgl_jax.testing.fake_runner import FakeRunner, kv_chain, token_of
 
 PAGE = 4
 
@@ -26,7 +26,7 @@ def plan(
     width: int = 1,
     **changes,
 ) -> StepPlan:
-    """Row i, of rank[i], computes num_new tokens [i, i, …]; pages[i] becomes its first page."""
+    """Make a plan in which row i, of rank[i], computes num_new tokens [i, i, …] and pages[i] becomes its first page."""
     n = len(rank)
     new = np.broadcast_to(ints(*np.atleast_1d(num_new)), n).copy()
     built = StepPlan.of(
@@ -42,7 +42,7 @@ def plan(
 
 
 def decode(rank: list[int]) -> StepPlan:
-    """The token after three, sampled before."""
+    """Make a plan in which the rows decode after three tokens."""
     return plan(rank, [], start=3, num_new=1, from_device=np.ones(len(rank), np.bool_))
 
 
@@ -51,7 +51,7 @@ def two_ranks() -> FakeRunner:
 
 
 def right(row: int) -> int:
-    return token_of(summary_of(kv_chain([row] * 3)), 3, 512)
+    return token_of(kv_chain([row] * 3), 512)
 
 
 def test_one_page_id_on_two_ranks_is_two_pages() -> None:
@@ -59,20 +59,18 @@ def test_one_page_id_on_two_ranks_is_two_pages() -> None:
     result = runner.launch(plan([0, 1], [1, 1])).collect()
     assert result.tokens[:, 0].tolist() == [right(0), right(1)]
     result = runner.launch(decode([0, 1])).collect()
-    assert result.tokens[:, 0].tolist() == [
-        token_of(summary_of(kv_chain([i] * 3 + [right(i)])), 4, 512) for i in (0, 1)
-    ]
+    assert result.tokens[:, 0].tolist() == [token_of(kv_chain([i] * 3 + [right(i)]), 512) for i in (0, 1)]
 
 
 def test_one_page_for_two_rows_of_a_rank_is_found_when_both_write() -> None:
-    with pytest.raises(AssertionError, match="two rows write to one place"):
+    with pytest.raises(AssertionError, match="two rows write"):
         two_ranks().launch(plan([1, 1], [2, 2]))
 
 
 def test_one_page_for_two_rows_of_a_rank_is_found_when_one_reads() -> None:
     runner = two_ranks()
     runner.launch(plan([1], [2]))
-    with pytest.raises(AssertionError, match="a row reads a place that another writes"):
+    with pytest.raises(AssertionError, match=r"row reads .*another writes"):
         runner.launch(plan([1, 1], [2, 2], num_new=1, start=[3, 2]))
 
 
@@ -80,18 +78,18 @@ def test_a_page_that_another_row_wrote_since_gives_a_wrong_token() -> None:
     runner = two_ranks()
     runner.launch(plan([1], [2]))
     runner.launch(plan([1], [], rows=ints(1), page_updates=ints(1, 0, 2)[:, None], tokens=ints(7, 7, 7)))
-    expected = token_of(summary_of(kv_chain([0] * 3 + [right(0)])), 4, 512)
+    expected = token_of(kv_chain([0] * 3 + [right(0)]), 512)
     assert runner.launch(decode([1])).result.tokens[0, 0] != expected
 
 
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (plan([1, 0], [1, 1]), "rows come by rank"),
-        (plan([0, 2], [1, 1], num_short=ints(0, 0)), "ranks 0 to 2 of 2"),
+        (plan([1, 0], [1, 1]), "by rank"),
+        (plan([0, 2], [1, 1], num_short=ints(0, 0)), "0 to 2 of 2"),
         (plan([0, 1], [1, 1], num_new=1, num_short=ints(2)), "one number a rank"),
-        (plan([0, 1], [1, 1], num_new=1, num_short=ints(2, 0)), "rank 0 has 1 short rows"),
-        (plan([0, 0, 1], [1, 2, 1], num_new=[2, 1, 1]), "short rows come first in their rank"),
+        (plan([0, 1], [1, 1], num_new=1, num_short=ints(2, 0)), "rank 0 .*1 short"),
+        (plan([0, 0, 1], [1, 2, 1], num_new=[2, 1, 1]), "short rows .*first"),
         (plan([0, 1], [1, 4]), "page 4 of 4"),
     ],
 )
@@ -109,5 +107,5 @@ def test_single_tokens_of_a_rank_may_follow_the_prompts_of_the_rank_before() -> 
 def test_a_row_that_decodes_stays_on_its_rank() -> None:
     runner = two_ranks()
     runner.launch(plan([0], [1]))
-    with pytest.raises(AssertionError, match="moved to another rank"):
+    with pytest.raises(AssertionError, match="another rank"):
         runner.launch(decode([1]))

@@ -1,4 +1,4 @@
-"""Loading tokenizers, and what they say about single tokens."""
+"""Tokenizers are loaded from every form, and give the text and bytes of single tokens."""
 
 from __future__ import annotations
 
@@ -66,9 +66,9 @@ def test_no_chat_template_is_said_clearly(stories: Tokenizer) -> None:
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
+    with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         load_tokenizer(str(tmp_path))
-    with pytest.raises(TokenizerError, match="no such file"):
+    with pytest.raises(TokenizerError, match=r"/nowhere/template.jinja"):
         load_tokenizer(str(tmp_path), chat_template="/nowhere/template.jinja")
 
 

@@ -1,8 +1,9 @@
 """Every program of default launches, for each model and topology: `make test-tpu-full`.
 
-Takes hours on two cores. Each launch goes into benchmarks/tpu_programs.json when it is done, with its date, and one that is
-there is not compiled again as long as what makes programs has not changed; so it can be stopped and started again, and
-`make test-tpu-full ONLY="Gemma-2-9B and v6e-4"` does a part. `make test` has a choice of it (test_step_programs.py).
+Takes an hour on two cores. Each launch goes into benchmarks/tpu_programs.json when it is compiled, with its date and a digest
+of its programs before compilation. A launch whose digest is unchanged is not compiled again, so the run can be stopped and
+started again, and `make test-tpu-full ONLY="Gemma-2-9B and v6e-4"` does a part. `make test` compiles some of these programs
+(test_step_programs.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sgl_jax.runtime.compiler import Compiled, CompileWatch, compile_all, matmul
 from sgl_jax.runtime.programs import step_name
 
 ATTENTION = "fa"
-# What is known not to hold (benchmarks/LOG.md), as its sentences begin. Any other fault fails, and so does one that is gone.
+# Faults that are known (benchmarks/LOG.md), as their sentences begin. Any other fails, and so does one that is gone.
 KNOWN = {
     ("Qwen3-32B", "v6e-4"): r"tokens=2048 rows=256: products with weights are \{'attention': 129,",  # one of 64 twice
     ("Gemma-2-9B", "v6e-1"): r"tokens=\d+ rows=\d+: \d+ MB of temporaries",  # logits of 262 MB, 2.4 % of a small pool
@@ -41,19 +42,20 @@ def check(model: str, topology: str, faults: list[str]) -> None:
 @pytest.mark.parametrize("topology", matrix_report.TOPOLOGIES)
 @pytest.mark.parametrize("model", matrix_report.MODELS)
 def test_launch(model: str, topology: str) -> None:
-    made_from = {"versions": matrix_report.versions(), "source": matrix_report.source()}
-    known = matrix_report.read().get(f"{model} {topology}", {})
-    if all(known.get(name) == value for name, value in made_from.items()):
-        if "misfit" not in known:
-            check(model, topology, known["faults"])
-        pytest.skip(known.get("misfit", "it is in the report, and nothing has changed since"))
-    when = made_from | {"date": datetime.date.today().isoformat()}
+    when = {"versions": matrix_report.versions(), "date": datetime.date.today().isoformat()}
     try:
         plan, programs, placement = tpu_programs.planned(model, topology, ATTENTION)
     except Misfit as misfit:
         reason = str(misfit).splitlines()[0]
         matrix_report.add(model, topology, when | {"misfit": reason})
         pytest.skip(reason)
+    precision = matmul_precision(plan.launch.runner_config.compute_dtype)
+    with jax.default_matmul_precision(precision):
+        when["digest"] = tpu_programs.digest(programs.values(), placement)
+    known = matrix_report.read().get(f"{model} {topology}", {})
+    if (known.get("versions"), known.get("digest")) == (when["versions"], when["digest"]):
+        check(model, topology, known["faults"])
+        pytest.skip("it is in the report, and its programs have not changed since")
     buckets = {step_name(step.bucket): step.bucket for step in plan.steps}
     facts: list[Any] = []
     faults: list[str] = []
@@ -66,9 +68,9 @@ def test_launch(model: str, topology: str) -> None:
             faults.extend(f"{name}: {fault}" for fault in tpu_programs.faults(step))
 
     started, used = time.perf_counter(), time.process_time()
-    with jax.default_matmul_precision(matmul_precision(plan.launch.runner_config.compute_dtype)):
+    with jax.default_matmul_precision(precision):
         compile_all(programs.values(), CompileWatch(), read, absent=placement.mesh)
-    spent = {"cpu_seconds": round(time.process_time() - used, 1)}  # of all threads, reading the programs included
+    spent = {"cpu_seconds": round(time.process_time() - used, 1)}  # sum of all threads, reading the programs included
     data = as_data(plan, sorted(facts, key=lambda each: list(programs).index(each.name)), time.perf_counter() - started)
     entry = when | {"attention": ATTENTION, "faults": sorted(faults)} | spent | data
     matrix_report.add(model, topology, entry)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
 import json
 from importlib import metadata
 from pathlib import Path
@@ -19,31 +17,6 @@ Launches = dict[str, dict[str, Any]]  # by model and topology
 
 def versions() -> dict[str, str]:
     return {name: metadata.version(name) for name in ("jax", "jaxlib", "libtpu")}
-
-
-def source() -> str:
-    """A digest of the modules that make programs; comments and docstrings do not count."""
-    package = REPOSITORY / "python" / "sgl_jax"
-    rooms = ("engine/launch_plan.py", "models", "ops", "parallel", "runtime")
-    files = sorted(
-        file for room in rooms for file in [package / room, *(package / room).rglob("*.*")] if file.is_file()
-    )
-    digest = hashlib.sha256()
-    for file in files:
-        if file.suffix in (".py", ".json"):
-            digest.update(f"{file.relative_to(package).as_posix()}\0{_code(file)}".encode())
-    return digest.hexdigest()[:12]
-
-
-def _code(file: Path) -> str:
-    text = file.read_text(encoding="utf-8")
-    if file.suffix != ".py":
-        return text
-    tree = ast.parse(text)
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.unparse(tree)
 
 
 def read() -> Launches:

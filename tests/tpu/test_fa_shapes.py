@@ -1,5 +1,5 @@
-"""Every shape of heads and every option of the attention kernels compiles for the chips: Mosaic refuses what it cannot
-lay out, and interpret mode does not know."""
+"""Every shape of heads and every option of the attention kernels compiles for the chips. Mosaic refuses layouts that
+interpret mode accepts."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ CASES = [
     ("v7x", (4, 4, 192), "float8_e4m3fn", 32, ("window", "prepare")),
     ("v6e", (64, 8, 128), "int8", 32, ()),
     ("v6e", (8, 1, 128), "bfloat16", 128, ("softcap", "growth")),
-    ("v6e", (32, 8, 128), "bfloat16", 128, ("joined", "prepare")),
-    ("v7x", (8, 4, 256), "bfloat16", 128, ("joined", "window", "softcap")),
+    ("v6e", (32, 8, 128), "bfloat16", 128, ("fused", "prepare")),
+    ("v7x", (8, 4, 256), "bfloat16", 128, ("fused", "window", "softcap")),
     ("v6e", (128, 1, 576), "bfloat16", 16, ("latent",)),
     ("v7x", (32, 1, 576), "bfloat16", 128, ("latent", "window")),
     ("v7x", (16, 1, 576), "float8_e4m3fn", 32, ("latent",)),
@@ -57,7 +57,7 @@ def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, opti
             static["value_dim"] = 512
         if "prepare" in options:
             traced = traced | {"prepare": QKPrepare(*traced["prepare"])}
-        if "joined" in options:
+        if "fused" in options:
             q, k, v = jnp.concatenate([q, k, v], axis=1), None, None
         spec = AttentionSpec(0.1, **static, width=width)
         return fa.paged_attention(q, k, v, kv, batch, AttentionLayer(spec, first_page, **traced))

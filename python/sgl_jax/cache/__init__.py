@@ -1,1 +1,1 @@
-"""Pages of KV and who owns them. Host only: numpy, no jax. The scheduler talks to `prefix_cache` alone."""
+"""Pages of KV and their owners. Host only: numpy, no jax. The scheduler uses `prefix_cache` alone."""

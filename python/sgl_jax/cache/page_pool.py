@@ -1,4 +1,4 @@
-"""The free list of physical pages."""
+"""Free list of physical pages."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ SCRATCH_PAGE = 0  # never allocated: padding tokens of a step write their KV her
 
 
 class PagePool:
-    """Page ids 1 .. num_pages-1, each either free or owned by whoever allocated it."""
+    """Page ids 1 .. num_pages-1. Each is free or owned by the caller that allocated it."""
 
     def __init__(self, num_pages: int):
-        """num_pages counts the scratch page."""
+        """`num_pages` includes the scratch page."""
         self.num_pages = num_pages
         self._stack = np.arange(num_pages - 1, 0, -1, dtype=np.int32)  # the lowest ids come out first
         self._num_free = num_pages - 1
@@ -21,18 +21,16 @@ class PagePool:
         return self._num_free
 
     def allocate(self, n: int) -> np.ndarray:
-        """Take n pages, i32[n]; the caller owns them until `free`. Raises IndexError when fewer are free."""
+        """Take n pages, i32[n], which the caller owns until `free`. Raises IndexError if fewer are free."""
         if n > self._num_free:
             raise IndexError(f"asked for {n} pages, {self._num_free} of {self.num_pages - 1} are free")
         self._num_free -= n
         return self._stack[self._num_free : self._num_free + n][::-1].copy()
 
     def free(self, pages: np.ndarray) -> None:
-        """Give back pages that were allocated and are not yet free."""
-        n = len(pages)
-        assert self._num_free + n < self.num_pages, (
-            f"{n} pages freed, only {self.num_pages - 1 - self._num_free} in use"
-        )
+        """Give back allocated pages, i32[n]."""
+        n, num_used = len(pages), self.num_pages - 1 - self._num_free
+        assert n <= num_used, f"{n} pages freed, only {num_used} in use"
         self._stack[self._num_free : self._num_free + n] = pages[::-1]
         self._num_free += n
 

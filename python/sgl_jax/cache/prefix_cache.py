@@ -1,11 +1,11 @@
-"""The scheduler's one door to the KV cache: pages to compute into, and prefixes that need no computing.
+"""Interface of the KV cache to the scheduler: pages to compute into, and cached prefixes.
 
-Who owns a running request's pages, as half-open intervals of page indices:
+Owners of a running request's pages, as half-open intervals of page indices:
 
-    [0, handle.num_pages)            the tree, kept by the request's lock on the handle
-    [handle.num_pages, num_pages)    the request alone: it must hand them over with `extend` or `free`
+    [0, handle.num_pages)            the prefix tree; the request's lock on the handle keeps them
+    [handle.num_pages, num_pages)    the request, which must hand them over with `extend` or `free`
 
-Every page is the scratch page, free, the tree's, or one request's; `check_invariants` says so.
+A page is the scratch page, free, the tree's or one request's, as `check_invariants` tests.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sgl_jax.cache.radix_tree import Node, RadixTree
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
 class Handle:
-    """A cached prefix. Opaque to the scheduler but for its length and pages."""
+    """Cached prefix. The scheduler uses only its length and pages."""
 
     node: Node
     pages: np.ndarray  # i32[num_pages], from the first token on
@@ -33,7 +33,7 @@ class Handle:
 
 class PrefixCache:
     def __init__(self, num_pages: int, page_size: int, *, enabled: bool = True):
-        """num_pages counts the scratch page. Disabled, nothing ever matches and nothing is kept."""
+        """`num_pages` includes the scratch page. A disabled cache matches nothing and keeps nothing."""
         self.page_size = page_size
         self.enabled = enabled
         self.pool = PagePool(num_pages)
@@ -45,34 +45,34 @@ class PrefixCache:
 
     @property
     def num_unused_pages(self) -> int:
-        """Pages that hold a cached prefix no request uses now."""
+        """Pages of cached prefixes that no request uses."""
         return self.tree.num_evictable_pages
 
     @property
     def num_available_pages(self) -> int:
-        """Pages `allocate` can hand out now, evicting what it must."""
+        """Pages that `allocate` can hand out now, evictable ones included."""
         return self.pool.num_free + self.tree.num_evictable_pages
 
     def match(self, namespace: str, tokens: np.ndarray) -> Handle:
-        """The longest cached prefix of tokens. Changes ages only; valid until the next `allocate` unless locked."""
+        """Find the longest cached prefix. Changes ages only; the handle is valid until the next `allocate` unless locked."""
         node = self.tree.match(namespace, tokens if self.enabled else tokens[:0])
-        path = [n.pages for n in node.path][::-1]
-        pages = np.concatenate(path) if path else np.empty(0, np.int32)
+        pages = np.concatenate([np.empty(0, np.int32), *[n.pages for n in node.path][::-1]])
         return Handle(node, pages, len(pages) * self.page_size)
 
     def num_cached(self, namespace: str, tokens: np.ndarray) -> int:
-        """How many tokens `match` would find. Changes nothing: for who asks several caches and uses one."""
+        """Count the tokens that `match` would find. Changes nothing, so that several caches can be asked and one used."""
         return self.tree.num_matched(namespace, tokens) * self.page_size if self.enabled else 0
 
     def lock(self, handle: Handle) -> None:
-        """Keep the prefix until `unlock`. Locks count."""
+        """Keep the prefix until `unlock`. Locks are counted."""
         self.tree.lock(handle.node)
 
     def unlock(self, handle: Handle) -> None:
         self.tree.unlock(handle.node)
 
     def allocate(self, n: int) -> np.ndarray | None:
-        """n pages for the caller to own, i32[n]; None, and nothing changed, when not even eviction yields them."""
+        """Take n pages, i32[n], which the caller owns. Evicts prefixes if it must. Returns None and changes nothing if even
+        eviction does not yield enough."""
         missing = n - self.pool.num_free
         if missing > 0:
             if n > self.num_available_pages:
@@ -81,15 +81,15 @@ class PrefixCache:
         return self.pool.allocate(n)
 
     def free(self, pages: np.ndarray) -> None:
-        """Give back pages the caller owns."""
+        """Give back pages that the caller owns."""
         self.pool.free(pages)
 
     def extend(self, handle: Handle, tokens: np.ndarray, pages: np.ndarray) -> Handle:
-        """Hand computed pages to the tree; returns a locked handle on all of tokens, and unlocks the old one.
+        """Hand computed pages to the tree, unlock the old handle and return a locked one for all the tokens.
 
-        tokens [n * page_size] begins with the handle's prefix; pages [n] holds its KV, of which the caller owns
-        [handle.num_pages, n). Where the tree meanwhile got the same prefix from someone else, the caller's copies are
-        freed and the returned handle has the tree's pages instead: the caller must use `result.pages[:n]` from here on.
+        tokens [n * page_size] begin with the handle's prefix, and pages [n] hold their KV; the caller owns
+        [handle.num_pages, n) of them. Where the tree has got the same tokens from another request meanwhile, the caller's
+        pages are freed and the result has the tree's: the caller must use `result.pages` from then on.
         """
         if not self.enabled:
             return handle
@@ -102,13 +102,13 @@ class PrefixCache:
         return extended
 
     def flush(self) -> int:
-        """Evict every unlocked prefix; returns how many pages became free."""
+        """Evict every unlocked prefix; return how many pages became free."""
         pages = self.tree.evict(self.tree.num_evictable_pages)
         self.pool.free(pages)
         return len(pages)
 
     def check_invariants(self, owned: list[np.ndarray]) -> None:
-        """Raises AssertionError unless every page has exactly one owner. `owned`: each request's own pages."""
+        """Raise AssertionError unless every page has exactly one owner. `owned`: the pages of each request."""
         in_tree = [n.pages for n in self.tree.nodes()]
         everything = np.concatenate([[SCRATCH_PAGE], self.pool.free_pages(), *in_tree, *owned]).astype(np.int64)
         assert len(everything) == self.pool.num_pages, f"{len(everything)} pages accounted of {self.pool.num_pages}"

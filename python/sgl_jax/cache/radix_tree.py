@@ -1,7 +1,7 @@
-"""A tree of token prefixes over the pages that hold their KV, shared by whole pages.
+"""Radix tree of token prefixes over the pages that hold their KV. Prefixes are shared by whole pages.
 
-A node's edge is a run of pages: `tokens` (page_size of them per page) and the `pages` themselves. Children are found by
-the tokens of their first page. Each namespace has its own root, so its prefixes are never shared with another's.
+The edge to a node is a run of pages with their tokens, page_size for each page. A child is found by the tokens of its first
+page. Each namespace has its own root, so prefixes are never shared between namespaces.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Node:
     parent: Node | None
     namespace: str
     children: dict[bytes, Node] = dataclasses.field(default_factory=dict)
-    num_locks: int = 0  # handles held on this node or below it
+    num_locks: int = 0  # locks on this node and on those below it
     last_used: int = 0  # tree clock at the last match or insert that passed here
-    offered: bool = False  # has an entry in the tree's heap of leaves
+    offered: bool = False  # it has an entry in the tree's heap of leaves
 
     @property
     def path(self) -> Iterator[Node]:
@@ -38,10 +38,10 @@ class RadixTree:
     def __init__(self, page_size: int):
         self.page_size = page_size
         self.num_pages = 0  # pages the tree owns
-        self.num_locked_pages = 0  # of those, pages under a lock
+        self.num_locked_pages = 0  # owned pages that are locked
         self._roots: dict[str, Node] = {}
         self._clock = itertools.count(1)
-        self._leaves: list[tuple[int, int, Node]] = []  # heap of (last_used when offered, tiebreak, node), once a node
+        self._leaves: list[tuple[int, int, Node]] = []  # heap of (last_used when offered, tiebreak, node)
         self._tiebreak = itertools.count()
 
     @property
@@ -49,37 +49,27 @@ class RadixTree:
         return self.num_pages - self.num_locked_pages
 
     def match(self, namespace: str, tokens: np.ndarray) -> Node:
-        """The node that ends the longest cached prefix of whole pages; a root when there is none.
+        """Find the node that ends the longest cached prefix of whole pages, or a root if there is none.
 
-        May split a node at the match (content unchanged) and refreshes the path's age. Valid until the next `evict`
-        unless locked.
+        May split a node at the match, and refreshes the ages of the path. Valid until the next `evict` unless locked.
         """
         node = self._roots.get(namespace)
-        if node is None:  # not kept before something hangs below it: most salts never cache a page
+        if node is None:  # `insert` keeps the root: most namespaces never cache a page
             node = Node(np.empty(0, np.int32), np.empty(0, np.int32), None, namespace)
-        now = next(self._clock)
-        node.last_used = now
-        while True:
-            child = node.children.get(self._key(tokens))
-            if child is None:
-                return node
-            n = self._num_shared_pages(child.tokens, tokens)
-            if n < len(child.pages):
-                child = self._split(child, n)
-            child.last_used = now
-            node, tokens = child, tokens[n * self.page_size :]
+        node.last_used = now = next(self._clock)
+        for child, num_pages in self._walk(node, tokens):
+            node = child if num_pages == len(child.pages) else self._split(child, num_pages)
+            node.last_used = now
+        return node
 
     def num_matched(self, namespace: str, tokens: np.ndarray) -> int:
-        """How many whole pages of tokens a `match` would find. Changes nothing, no ages either."""
-        node, num_pages = self._roots.get(namespace), 0
-        while node is not None and (child := node.children.get(self._key(tokens))) is not None:
-            n = self._num_shared_pages(child.tokens, tokens)
-            num_pages += n
-            node, tokens = (child, tokens[n * self.page_size :]) if n == len(child.pages) else (None, tokens)
-        return num_pages
+        """Count the whole pages that `match` would find. Changes nothing, ages included."""
+        root = self._roots.get(namespace)
+        return 0 if root is None else sum(num_pages for _, num_pages in self._walk(root, tokens))
 
     def insert(self, below: Node, tokens: np.ndarray, pages: np.ndarray) -> Node:
-        """Hang tokens (whole pages, not a prefix of any child: match first) below a node; the tree takes the pages."""
+        """Add tokens below the node that `match` found for them; return the new node. The tree takes the pages, which must
+        be whole."""
         if len(pages) == 0:
             return below
         if below.parent is None:
@@ -91,7 +81,7 @@ class RadixTree:
         return node
 
     def lock(self, node: Node) -> None:
-        """Keep the node and its ancestors from being evicted until `unlock`. Locks count."""
+        """Keep the node and its ancestors from eviction until `unlock`. Locks are counted."""
         for n in node.path:
             if n.num_locks == 0:
                 self.num_locked_pages += len(n.pages)
@@ -105,14 +95,14 @@ class RadixTree:
                 self._offer(n)
 
     def evict(self, num_pages: int) -> np.ndarray:
-        """Drop least recently used unlocked leaves until num_pages are gathered or none is left; returns their pages."""
+        """Drop the least recently used unlocked leaves until they have num_pages pages or none is left; return the pages."""
         gathered: list[np.ndarray] = []
         count = 0
         while count < num_pages and self._leaves:
             last_used, _, node = heapq.heappop(self._leaves)
             node.offered = False
             if not self._is_evictable(node):
-                continue  # it is offered again when its last lock or child goes
+                continue  # offered again when its last lock or child goes
             if last_used != node.last_used:
                 self._offer(node)
                 continue
@@ -130,7 +120,7 @@ class RadixTree:
         return np.concatenate(gathered) if gathered else np.empty(0, np.int32)
 
     def nodes(self) -> Iterator[Node]:
-        """Every node but the roots."""
+        """Yield every node except the roots."""
         stack = [child for root in self._roots.values() for child in root.children.values()]
         while stack:
             node = stack.pop()
@@ -140,23 +130,23 @@ class RadixTree:
     def _key(self, tokens: np.ndarray) -> bytes:
         return tokens[: self.page_size].tobytes()
 
-    def _num_shared_pages(self, a: np.ndarray, b: np.ndarray) -> int:
-        n = min(len(a), len(b))
-        different = np.flatnonzero(a[:n] != b[:n])
-        return int(different[0] if len(different) else n) // self.page_size
+    def _walk(self, node: Node, tokens: np.ndarray) -> Iterator[tuple[Node, int]]:
+        """Yield the nodes below `node` that hold a prefix of tokens, and how many pages of each: all but in the last one."""
+        is_whole = True
+        while is_whole and (child := node.children.get(self._key(tokens))) is not None:
+            n = min(len(child.tokens), len(tokens))
+            different = np.flatnonzero(child.tokens[:n] != tokens[:n])
+            num_pages = int(different[0] if len(different) else n) // self.page_size
+            node, tokens = child, tokens[num_pages * self.page_size :]
+            is_whole = num_pages == len(child.pages)  # before the caller splits the node
+            yield child, num_pages
 
     def _split(self, node: Node, num_pages: int) -> Node:
-        """Cut a node in two; returns the upper part, which takes the place below the parent."""
+        """Split a node after num_pages; return the upper part, a new node between the parent and the old node."""
         assert node.parent is not None
         cut = num_pages * self.page_size
-        upper = Node(
-            node.tokens[:cut],
-            node.pages[:num_pages],
-            node.parent,
-            node.namespace,
-            num_locks=node.num_locks,
-            last_used=node.last_used,
-        )
+        upper = Node(node.tokens[:cut], node.pages[:num_pages], node.parent, node.namespace)
+        upper.num_locks, upper.last_used = node.num_locks, node.last_used
         node.parent.children[self._key(upper.tokens)] = upper
         node.tokens, node.pages, node.parent = node.tokens[cut:], node.pages[num_pages:], upper
         upper.children[self._key(node.tokens)] = node

@@ -21,7 +21,7 @@ from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.families import add_package, decoder_config
+from sgl_jax.models.families import Families, decoder_config, known_families
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.weights import Weights, declare, parameters_per_token
@@ -33,7 +33,7 @@ from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.compiler import Compiled, use_compile_cache
 from sgl_jax.runtime.memory import device_memory
-from sgl_jax.runtime.placed_weights import Placer, stack_layers
+from sgl_jax.runtime.placed_weights import DevicePlacer, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
 from sgl_jax.runtime.runner import ModelRunner, announce_to_nobody
 from sgl_jax.scheduler.scheduler import Scheduler
@@ -104,11 +104,12 @@ def build_device_side(
     agree = hosts.agree if hosts else lambda value: value
     num_sharing = len(here) if here[0].platform == "cpu" else 1  # virtual CPU devices all have the same memory
     device_bytes = agree(device_memory(here[0]) // num_sharing)
+    families = known_families(args.model_package)
     # A launch that cannot be is refused before the weights are fetched, and again before they are read.
     if (configs := _configs_ahead(args)) is not None:
-        accept(_decide(args, configs, platform, device_bytes)[2])
+        accept(_decide(args, families, configs, platform, device_bytes)[2])
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
-    model, kernels, plan = _decide(args, checkpoint, platform, device_bytes)
+    model, kernels, plan = _decide(args, families, checkpoint, platform, device_bytes)
     accept(plan)
     memory = plan.memory
     logger.info(
@@ -126,7 +127,9 @@ def build_device_side(
         model, plan.runner_config, kernels, placement, stacks_layers=platform.stacks_layers, announce=announce
     )
     with _compiling(runner) as compiled:
-        weights = _load(checkpoint, model, plan.runner_config.weight_dtype, args, platform, placement, compiled)
+        weights = _load(
+            checkpoint, model, families, plan.runner_config.weight_dtype, args, platform, placement, compiled
+        )
         compiled.result()
     runner.start(weights, barrier=lambda: agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
@@ -148,11 +151,9 @@ def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
 
 
 def _decide(
-    args: ServerArgs, checkpoint: Checkpoint, platform: Platform, device_bytes: int
+    args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int
 ) -> tuple[DecoderConfig, Kernels, LaunchPlan]:
-    if args.model_package is not None:
-        add_package(args.model_package)
-    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
+    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
     return model, kernels, plan
@@ -213,6 +214,7 @@ def _compiling(runner: ModelRunner) -> Iterator[Future[None]]:
 def _load(
     checkpoint: Checkpoint,
     model: DecoderConfig,
+    families: Families,
     dtype: str,
     args: ServerArgs,
     platform: Platform,
@@ -220,7 +222,7 @@ def _load(
     compiled: Future[None],
 ) -> Weights[jax.Array]:
     """Read the weights, or make random ones for --load-format dummy. Raises the error of a program's compilation."""
-    placer = Placer(placement)
+    placer = DevicePlacer(placement)
     with weight_progress(logger, checkpoint.total_bytes) as show:
 
         def report(fraction: float, num_bytes: int) -> None:
@@ -233,7 +235,9 @@ def _load(
         else:
             # A quantised GGUF stands for the weights of the model it was made from, whatever the dtype.
             rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
-            weights = load_weights(checkpoint, model, dtype, rounded_to=rounded_to, placer=placer, report=report)
+            weights = load_weights(
+                checkpoint, model, dtype, families=families, rounded_to=rounded_to, placer=placer, report=report
+            )
     return stack_layers(weights, placement, declare(model, dtype, stacked=True)) if platform.stacks_layers else weights
 
 

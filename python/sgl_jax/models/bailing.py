@@ -1,46 +1,40 @@
 """Bailing, of which Ling and Ring are made: q, k and v fused, dense layers first, then experts and a shared one.
 
-The first version routes by softmax. The second by sigmoid scores with a bias, within the best groups; it norms each head
-of q and k and rotates half of it. Sources: modeling_bailing_moe.py and modeling_bailing_moe_v2.py of the models.
+The first version routes by softmax. The second routes by sigmoid scores with a correction bias, within the best groups;
+it norms each head of q and k and rotates half of it. Sources: modeling_bailing_moe.py and modeling_bailing_moe_v2.py of
+the models.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from sgl_jax.models import glm4_moe
+from sgl_jax.models import glm4_moe, llama
 from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
-from sgl_jax.models.hf_config import decoder, kv_heads, required
+from sgl_jax.models.hf_config import decoder, refuse_unless, required
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig, replaced
 
 ARCHITECTURES = ("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM")
+_ATTENTION = llama.LAYER + "attention."
 NAMES = dataclasses.replace(glm4_moe.NAMES, embed="model.word_embeddings.weight").with_layer(
     {
-        "qkv": ("model.layers.{i}.attention.query_key_value.weight",),
-        "qkv_bias": ("model.layers.{i}.attention.query_key_value.bias",),
-        "q_norm": ("model.layers.{i}.attention.query_layernorm.weight",),
-        "k_norm": ("model.layers.{i}.attention.key_layernorm.weight",),
-        "o": ("model.layers.{i}.attention.dense.weight",),
-        "o_bias": ("model.layers.{i}.attention.dense.bias",),
-        "moe.score_bias": ("model.layers.{i}.mlp.gate.expert_bias",),
+        "qkv": (_ATTENTION + "query_key_value.weight",),
+        "qkv_bias": (_ATTENTION + "query_key_value.bias",),
+        "q_norm": (_ATTENTION + "query_layernorm.weight",),
+        "k_norm": (_ATTENTION + "key_layernorm.weight",),
+        "o": (_ATTENTION + "dense.weight",),
+        "o_bias": (_ATTENTION + "dense.bias",),
+        "moe.score_bias": (llama.MLP + "gate.expert_bias",),
     }
 )
-
-_REFUSED = {  # key -> the value it must have
-    "multi_gate": False,
-    "norm_softmax": False,
-    "use_sliding_window": False,
-    "use_rmsnorm": True,
-}
+_SERVED = {"multi_gate": False, "norm_softmax": False, "use_sliding_window": False, "use_rmsnorm": True}
 
 
 def config(hf: RawConfig) -> DecoderConfig:
     architecture, layers = hf["architectures"][0], required(hf, "num_hidden_layers")
     is_v2 = architecture == "BailingMoeV2ForCausalLM"
-    for key, usual in _REFUSED.items():
-        if hf.get(key, usual) not in (usual, None):
-            raise ModelError(f"config.json sets {key}={hf[key]!r}; {architecture} is served with {usual!r} only")
+    refuse_unless(hf, _SERVED)
     scoring = "sigmoid" if is_v2 else "softmax"
     if hf.get("score_function", scoring) not in (scoring, None):
         raise ModelError(
@@ -50,6 +44,9 @@ def config(hf: RawConfig) -> DecoderConfig:
         raise ModelError(f"config.json sets norm_topk_prob=false; {architecture} always normalises")
     if not is_v2 and (hf.get("n_group") or 1) > 1:
         raise ModelError(f"config.json sets n_group={hf['n_group']}; {architecture} routes without groups")
+    if not hf.get("moe_router_enable_shared_expert", True):
+        raise ModelError("config.json sets moe_router_enable_shared_expert=false; it is served with true only")
+    shared_size = hf.get("moe_shared_expert_intermediate_size") or required(hf, "moe_intermediate_size")
     normalised_head = bool(hf.get("norm_head", False))
     if normalised_head and hf.get("tie_word_embeddings"):
         raise ModelError("config.json sets both norm_head and tie_word_embeddings; a tied head is served as it is")
@@ -57,8 +54,6 @@ def config(hf: RawConfig) -> DecoderConfig:
     dense, per_token = hf.get("first_k_dense_replace") or 0, required(hf, "num_experts_per_tok")
     return decoder(
         replaced(hf, {"partial_rotary_factor": _rotated(hf, head_dim, 0.5 if is_v2 else 1.0)}),
-        architecture=architecture,
-        num_kv_heads=kv_heads(hf),
         head_dim=head_dim,
         qkv_bias=bool(hf.get("use_qkv_bias", False)),
         o_bias=bool(hf.get("use_bias", True)),
@@ -68,9 +63,9 @@ def config(hf: RawConfig) -> DecoderConfig:
             num_experts=required(hf, "num_experts"),
             experts_per_token=per_token,
             intermediate_size=required(hf, "moe_intermediate_size"),
-            shared_intermediate_size=_shared_size(hf),
+            shared_intermediate_size=(hf.get("num_shared_experts") or 0) * shared_size,
             scoring=scoring,
-            score_bias=is_v2 and bool(hf.get("moe_router_enable_expert_bias", True)),
+            correction_bias=is_v2 and bool(hf.get("moe_router_enable_expert_bias", True)),
             num_groups=required(hf, "n_group") if is_v2 else 1,
             groups_per_token=required(hf, "topk_group") if is_v2 else 1,
             group_score="top2",
@@ -82,7 +77,7 @@ def config(hf: RawConfig) -> DecoderConfig:
 
 
 def _rotated(hf: RawConfig, head_dim: int, usual: float) -> float:
-    """The part of each head that is rotated; some configs say it twice."""
+    """Return the part of each head that is rotated. Raises ModelError where two keys give it differently."""
     rotary_dim, factor = hf.get("rotary_dim"), hf.get("partial_rotary_factor")
     if factor is None:
         return usual if rotary_dim is None else rotary_dim / head_dim
@@ -91,10 +86,3 @@ def _rotated(hf: RawConfig, head_dim: int, usual: float) -> float:
             f"config.json: rotary_dim={rotary_dim} and partial_rotary_factor={factor} of {head_dim} contradict each other"
         )
     return factor
-
-
-def _shared_size(hf: RawConfig) -> int:
-    number = hf.get("num_shared_experts") or 0
-    if not hf.get("moe_router_enable_shared_expert", True):
-        raise ModelError("config.json sets moe_router_enable_shared_expert=false; it is served with true only")
-    return number * (hf.get("moe_shared_expert_intermediate_size") or required(hf, "moe_intermediate_size"))

@@ -1,4 +1,4 @@
-"""The one decoder: embed, layers, norm, logits. What differs between families are switches of DecoderConfig."""
+"""The one decoder: embed, layers, norm, logits. Families differ in switches of DecoderConfig."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.layers import gated, query_growth, rope_table
+from sgl_jax.models.layers import gated, logn_factors, rope_table
 from sgl_jax.models.linear import linear
 from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.moe import LayerExperts, moe_layer
@@ -27,8 +27,10 @@ from sgl_jax.parallel.grid import LONE, Grid
 
 @runtime_checkable  # so that tests can check annotations
 class Attend(Protocol):
-    """Attention with the step's batch, spec, page counts and backend filled in. Without k and v, q is all three fused
-    (ops/attention/api.py)."""
+    """Attention with the step's batch, spec, page counts and backend filled in (ops/attention/api.py).
+
+    Where k and v are None, q is all three fused.
+    """
 
     def __call__(
         self,
@@ -46,13 +48,13 @@ class Attend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The arguments of the decoder that belong to one step, besides its tokens."""
+    """Arguments of the decoder that belong to one step, besides its tokens."""
 
     positions: Int[Array, " T"]
-    valid: Bool[Array, " MT"]  # of the tokens of all ranks; False: padding
+    valid: Bool[Array, " MT"]  # tokens of all ranks; False: padding
     attend: Attend
     grouped_matmul: GroupedMatmul
-    compute_dtype: str  # of the activations
+    compute_dtype: str  # dtype of the activations
     grid: Grid = LONE
 
 
@@ -63,10 +65,10 @@ def hidden_states(
     kv: Float[Array, "LP K planes page H"],
     context: Context,
 ) -> tuple[Float[Array, "T D"], Float[Array, "LP K planes page H"]]:
-    """The last layer's output, before the final norm, and the pool with this step's KV.
+    """Return the last layer's output, before the final norm, and the pool with this step's KV.
 
-    On one of many devices, config and weights are its share, tokens those of all M ranks, the output its rank's; in
-    between x is what grid gives it of its rank's.
+    On one of many devices, config and weights are its shard, `tokens` are those of all M ranks, and the output is that
+    of its own rank. In between, x holds the tokens of its rank that `grid` gives to this device.
     """
     norm = functools.partial(rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset)
     with jax.named_scope("embed"):
@@ -92,7 +94,7 @@ def hidden_states(
 
 
 def logits(weights: Weights[jax.Array], config: DecoderConfig, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
-    """Final norm and output head, float32; of one of many devices, its share of the vocabulary."""
+    """Apply the final norm and the output head, float32. One of many devices computes its shard of the vocabulary."""
     with jax.named_scope("logits"):
         h = rms_norm(hidden, weights.final_norm, config.rms_norm_eps, config.norm_offset)
         out = linear(h, head(weights), site="lm_head", out_dtype=jnp.float32)
@@ -102,11 +104,11 @@ def logits(weights: Weights[jax.Array], config: DecoderConfig, hidden: Float[Arr
 
 
 def run_layers(body: Callable, carry, layers: Layers[jax.Array]):
-    """Thread the carry through body(carry, layer index, layer weights, experts): a Python loop over a list, a scan over
-    each stack.
+    """Thread the carry through body(carry, layer index, layer weights, experts): a Python loop over a list of layers, a
+    scan over each stack.
 
-    Which one a platform gets is decided where weights are placed (docs/decisions/0002-layers-list-or-scan.md). The
-    experts of a stack are not sliced by the scan: grouped matmul wants them whole.
+    Placing the weights decides which of the two a platform gets (docs/decisions/0002-layers-list-or-scan.md). The scan
+    does not slice the experts of a stack, because grouped matmul takes them whole.
     """
     if isinstance(layers, list):
         layer = jax.jit(body)  # traced and lowered once for each kind of layer, not once per layer
@@ -139,14 +141,14 @@ _NO_WINDOW = 2**30  # wider than any context
 
 
 def _windows(config: DecoderConfig) -> np.ndarray | None:
-    """Each layer's window, i32[L], full attention as one wider than any context; None if no layer has a window."""
+    """Return each layer's window, i32[L], or None if no layer has one. Full attention is a very wide window."""
     if config.sliding_windows is None:
         return None
     return np.array([w if w is not None else _NO_WINDOW for w in config.sliding_windows], np.int32)
 
 
 def _rope_of_layer(config: DecoderConfig, positions: Int[Array, " T"]) -> Callable:
-    """A layer's window -> its rotation, [T, 2 * half]."""
+    """Return a function from a layer's window to its cos and sin, [T, rope]."""
     table = rope_table(positions, config.rope)
     if config.local_rope is None:
         return lambda window: table
@@ -167,31 +169,31 @@ def _attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, c
         out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend)
     else:
         out, kv = _heads_attention(h, kv, w, config, rope, context.positions, attend)
-    out = context.grid.own_columns(out, config.head_copies)
+    out = context.grid.own_columns(out, config.head_replicas)
     return _summed(linear(out, w.o, site="o"), w.o_bias, context.grid.from_attention), kv
 
 
 def _heads_attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, positions, attend):
-    """The heads' outputs side by side, [T, N * H], and the pool."""
+    """Return the heads' outputs side by side, [T, N * H], and the pool."""
     q, k, v = linear(h, w.qkv, w.qkv_bias, site="qkv").reshape(len(h), -1, config.head_dim), None, None
-    if config.query_growth is not None:
+    if config.logn_scaling is not None:
         q, k, v = split_heads(q, config.num_kv_heads)
-        q = (q * query_growth(positions, config.query_growth)[:, None, None]).astype(q.dtype)
+        q = (q * logn_factors(positions, config.logn_scaling)[:, None, None]).astype(q.dtype)
     prepare = QKPrepare(_scales(w.q_norm, config), _scales(w.k_norm, config), rope, config.rms_norm_eps)
     out, kv = attend(q, k, v, kv, prepare=prepare)
     return out.reshape(len(h), -1), kv
 
 
 def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Array, " H"] | None:
-    """The factors of a normed head."""
+    """Return the factors of a normed head: the weight, plus the model's offset."""
     return norm if norm is None or config.norm_offset == 0 else norm.astype(jnp.float32) + config.norm_offset
 
 
 def _mlp(h, w: LayerWeights[jax.Array], experts: LayerExperts | None, config: DecoderConfig, context: Context):
-    """The MLP, the experts, or both, summed and scaled."""
+    """Apply the MLP, the experts, or both, whose sum is scaled."""
     act = functools.partial(gated, activation=config.activation, limit=config.gate_limit)
     h = context.grid.to_mlp(h)
-    outs = []  # this device's share of each
+    outs = []  # this device's addend of each
     if w.down is not None:
         outs.append(linear(act(linear(h, w.gate_up, w.gate_up_bias, site="gate_up")), w.down, site="down"))
     if w.moe is not None and experts is not None and config.moe is not None:
@@ -202,6 +204,6 @@ def _mlp(h, w: LayerWeights[jax.Array], experts: LayerExperts | None, config: De
 
 
 def _summed(share: Float[Array, "T D"], bias: Float[Array, " D"] | None, over: Callable) -> Float[Array, "t D"]:
-    """Sum the devices' shares with `over`, then add the bias once."""
+    """Sum the devices' addends with `over`, then add the bias once."""
     out = over(share)
     return out if bias is None else out + bias.astype(out.dtype)

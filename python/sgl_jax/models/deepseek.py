@@ -1,5 +1,6 @@
-"""DeepSeek V2 and V3 and models in their layout (Moonlight, Kimi K2): latent attention; dense layers first, then experts
-chosen from the best groups, and shared ones. V3 scores experts by sigmoid, with a bias that balances the choice."""
+"""DeepSeek V2 and V3 and models in their layout (Moonlight, Kimi K2): latent attention; dense layers first, then
+experts chosen from the best groups, and shared ones. V3 scores experts by sigmoid, with a correction bias that balances
+the choice."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sgl_jax.models import glm4_moe
+from sgl_jax.models import glm4_moe, llama
 from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, required
 from sgl_jax.models.model_errors import ModelError
@@ -22,22 +23,18 @@ ARCHITECTURES = ("DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM")
 _MLA = {"kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
 _V2 = {"n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1407, "routed_scaling_factor": 1.0}
 _V3 = {"n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048, "routed_scaling_factor": 2.5}
-_V3 |= {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
+_V3_CHOSEN = {"num_experts_per_tok": 8, "n_group": 8, "topk_group": 4}
 DEFAULTS = {
     "DeepseekV2ForCausalLM": _MLA | _V2 | {"first_k_dense_replace": 0, "max_position_embeddings": 2048},
-    "DeepseekV3ForCausalLM": _MLA | _V3 | {"first_k_dense_replace": 3, "max_position_embeddings": 4096},
+    "DeepseekV3ForCausalLM": _MLA | _V3 | _V3_CHOSEN | {"first_k_dense_replace": 3, "max_position_embeddings": 4096},
 }
 
 # Values we serve, where others would change the result. DeepSeek's own V2 code does not scale normalised weights, and
 # transformers does not normalise them; no published model asks for it.
+_V2_CHOICE = {"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")}
 _SERVED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "DeepseekV2ForCausalLM": {
-        **{"attention_bias": (False,), "mlp_bias": (False,), "norm_topk_prob": (False,)},
-        **{"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")},
-    },
-    "DeepseekV3ForCausalLM": {
-        **{"attention_bias": (False,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-    },
+    "DeepseekV2ForCausalLM": dict.fromkeys(("attention_bias", "mlp_bias", "norm_topk_prob"), (False,)) | _V2_CHOICE,
+    "DeepseekV3ForCausalLM": {"attention_bias": (False,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
 }
 
 
@@ -58,7 +55,6 @@ def config(hf: RawConfig) -> DecoderConfig:
     dense, every = required(hf, "first_k_dense_replace"), hf.get("moe_layer_freq", 1)
     return decoder(
         hf,
-        architecture=architecture,
         num_kv_heads=1,
         head_dim=mla.head_dim,
         rope=resolve_rope(hf, mla.qk_rope_head_dim),
@@ -81,7 +77,7 @@ def _experts(hf: RawConfig, *, is_v3: bool) -> MoeConfig:
         intermediate_size=size,
         shared_intermediate_size=size * (hf.get("n_shared_experts") or 0),
         scoring="sigmoid" if is_v3 else "softmax",
-        score_bias=is_v3,
+        correction_bias=is_v3,
         num_groups=groups,
         groups_per_token=required(hf, "topk_group") if grouped else 1,
         group_score="top2" if is_v3 else "max",
@@ -91,14 +87,16 @@ def _experts(hf: RawConfig, *, is_v3: bool) -> MoeConfig:
 
 
 def _rows(c: DecoderConfig, *, weight: str) -> Rows:
-    """The rows that a weight takes of its stored tensor: of every head the same, rotated parts in half-split order."""
+    """Return the rows of its stored tensor that a weight takes: the same of every head, rotated ones half-split."""
     m = c.mla
     assert m is not None
     rotated = np.arange(m.qk_rope_head_dim)
     rotated = rotated.reshape(-1, 2).T.reshape(-1) if m.interleaved else rotated
     nope, both = m.qk_nope_head_dim, m.qk_nope_head_dim + m.v_head_dim
+    query = (c.num_heads, m.head_dim, np.append(np.arange(nope), nope + rotated))
     heads, stride, rows = {
-        "q": (c.num_heads, m.head_dim, np.append(np.arange(nope), nope + rotated)),
+        "q": query,
+        "q_up": query,
         "kv_down": (1, m.latent_dim, np.append(np.arange(m.kv_lora_rank), m.kv_lora_rank + rotated)),
         "k_up": (c.num_heads, both, np.arange(nope)),
         "v_up": (c.num_heads, both, np.arange(nope, both)),
@@ -106,14 +104,11 @@ def _rows(c: DecoderConfig, *, weight: str) -> Rows:
     return Rows(heads * stride, (np.arange(heads)[:, None] * stride + rows).reshape(-1))
 
 
-_TENSORS = {
-    **{"q": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"},
-    **{"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "k_up": "kv_b_proj", "v_up": "kv_b_proj"},
-}
-_TAKEN = {"q": "q", "q_up": "q", "kv_down": "kv_down", "k_up": "k_up", "v_up": "v_up"}
+_QUERY = {"q": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"}
+_KEY_VALUE = {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "k_up": "kv_b_proj", "v_up": "kv_b_proj"}
+_MLA_NAMES = {f"mla.{to}": (f"{llama.ATTENTION}{name}.weight",) for to, name in (_QUERY | _KEY_VALUE).items()}
+_REORDERED = ("q", "q_up", "kv_down", "k_up", "v_up")
 NAMES = dataclasses.replace(
-    glm4_moe.NAMES.with_layer(
-        {f"mla.{weight}": (f"model.layers.{{i}}.self_attn.{name}.weight",) for weight, name in _TENSORS.items()}
-    ),
-    rows={f"mla.{weight}": functools.partial(_rows, weight=taken) for weight, taken in _TAKEN.items()},
+    glm4_moe.NAMES.with_layer(_MLA_NAMES),
+    rows={f"mla.{weight}": functools.partial(_rows, weight=weight) for weight in _REORDERED},
 )

@@ -1,13 +1,13 @@
-"""The families we serve: Hugging Face architecture name -> the module that reads its config and names its tensors."""
+"""Table of the families we serve: by architecture, the module that reads its config and names its tensors."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
-from types import ModuleType
-from typing import Any
+from types import MappingProxyType, ModuleType
 
 from sgl_jax.models import (
     bailing,
@@ -31,48 +31,60 @@ from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
 from sgl_jax.models.weight_plan import plan_weights
 
-FAMILIES: dict[str, ModuleType] = {
-    architecture: module
-    for module in (llama, qwen1, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, bailing, gpt_oss, grok, deepseek)
-    for architecture in module.ARCHITECTURES
-}
+type Families = Mapping[str, ModuleType]  # by architecture
 
 
+def _by_architecture(modules: Iterable[ModuleType]) -> Families:
+    return MappingProxyType({architecture: module for module in modules for architecture in module.ARCHITECTURES})
+
+
+_OURS = (llama, qwen1, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, bailing, gpt_oss, grok, deepseek)
+FAMILIES = _by_architecture(_OURS)
 GROUP = "sgl_jax.models"  # entry points of installed packages: architecture = module
 
 
-def add_package(name: str) -> None:
-    """Serve the families of a module, or of the modules it names in FAMILIES; they come before ours of the same name.
+def known_families(package: str | None) -> Families:
+    """Return our families and those of the module that --model-package names, which replace ours of the same
+    architecture.
 
-    A family's module is as those in this folder: ARCHITECTURES, NAMES and config. Raises ModelError.
+    A family is a module with ARCHITECTURES, NAMES and config, like those in this folder. The named module is one, or
+    lists several in FAMILIES. Raises ModelError if it cannot be imported or lacks one of these names.
     """
+    if package is None:
+        return FAMILIES
     try:
-        package = importlib.import_module(name)
+        module = importlib.import_module(package)
     except ImportError as error:
-        raise ModelError(f"--model-package {name} cannot be imported ({error}); is it on the Python path?") from error
-    for module in getattr(package, "FAMILIES", (package,)):
-        for architecture in _checked(module).ARCHITECTURES:
-            FAMILIES[architecture] = module
+        raise ModelError(
+            f"--model-package {package} cannot be imported ({error}); is it on the Python path?"
+        ) from error
+    added = map(_checked, getattr(module, "FAMILIES", (module,)))
+    return MappingProxyType({**FAMILIES, **_by_architecture(added)})
 
 
 def decoder_config(
     hf: Mapping[str, object],
     generation_config: Mapping[str, object] | None = None,
     tensors: Mapping[str, StoredTensor] | None = None,
+    families: Families = FAMILIES,
 ) -> DecoderConfig:
-    """Translates config.json. End-of-sequence ids come from generation_config.json where it has them. With a
-    checkpoint's `tensors` an unknown architecture's relatives are named."""
+    """Translate config.json. End-of-sequence ids come from generation_config.json if it has them.
+
+    Raises ModelError for an unknown architecture. The error names the families that the checkpoint's `tensors` would
+    fit.
+    """
     hf, generation_config = RawConfig(hf), RawConfig(generation_config or {})
     architectures = hf.get("architectures") or []
-    known = [a for a in architectures if a in FAMILIES or _from_entry_point(a)]
-    if not known:
+    architecture, family = next(((a, f) for a in architectures if (f := _find(a, families))), (None, None))
+    if architecture is None or family is None:
         raise ModelError(
             f"config.json names the architecture {', '.join(architectures) or '(none)'} "
-            f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(FAMILIES))}{_relatives(hf, tensors)}"
+            f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(families))}"
+            f"{_relatives(hf, tensors, families)}"
         )
-    config = _translated(known[0], hf)
+    config = _translated(architecture, family, hf)
     eos = tuple(token for token in eos_token_ids(generation_config) or config.eos_token_ids if token >= 0)
-    if family_eos := getattr(FAMILIES[known[0]], "eos_token_ids", None):
+    if family_eos := getattr(family, "eos_token_ids", None):
         more = (token for token in family_eos(generation_config) if token < config.vocab_size)
         eos = tuple(dict.fromkeys((*eos, *more)))
     if any(token >= config.vocab_size for token in eos):
@@ -80,45 +92,45 @@ def decoder_config(
     return dataclasses.replace(config, eos_token_ids=eos)
 
 
-def _translated(architecture: str, hf: RawConfig) -> DecoderConfig:
-    module = FAMILIES[architecture]
-    defaults = getattr(module, "DEFAULTS", {}).get(architecture, {})
-    return module.config(defaults | hf | {"architectures": [architecture]})
+def tensor_names(config: DecoderConfig, families: Families = FAMILIES) -> TensorNames:
+    """Return the tensor names of a config's family. `families` are those with which the config was made."""
+    family = _find(config.architecture, families)
+    if family is None:
+        raise ModelError(f"{config.architecture} is none of {', '.join(sorted(families))}")
+    return family.NAMES
 
 
-def tensor_names(config: DecoderConfig) -> TensorNames:
-    return FAMILIES[config.architecture].NAMES
+def _find(architecture: str, families: Families) -> ModuleType | None:
+    """Return the family of an architecture, from `families` or else from the entry points of installed packages."""
+    found = families.get(architecture)
+    if found is None:
+        for point in metadata.entry_points(group=GROUP, name=architecture):
+            found = _checked(point.load())
+    return found
 
 
-def _checked(module: Any) -> ModuleType:
+def _checked(module: ModuleType) -> ModuleType:
     for needed in ("ARCHITECTURES", "NAMES", "config"):
         if not hasattr(module, needed):
             raise ModelError(f"{module.__name__} is no model family: it has no {needed} (docs/features/add_a_model.md)")
     return module
 
 
-def _from_entry_point(architecture: str) -> bool:
-    for point in metadata.entry_points(group=GROUP, name=architecture):
-        FAMILIES[architecture] = _checked(point.load())
-    return architecture in FAMILIES
+def _translated(architecture: str, family: ModuleType, hf: RawConfig) -> DecoderConfig:
+    defaults = getattr(family, "DEFAULTS", {}).get(architecture, {})
+    return family.config(defaults | hf | {"architectures": [architecture]})
 
 
-def _relatives(hf: RawConfig, tensors: Mapping[str, StoredTensor] | None) -> str:
-    """Which families the checkpoint would fit if config.json named them."""
+def _relatives(hf: RawConfig, tensors: Mapping[str, StoredTensor] | None, families: Families) -> str:
+    """Say which families the checkpoint would fit if config.json named them."""
     if not tensors:
         return ""
+    not_its_config = (ModelError, ArithmeticError, LookupError, TypeError)  # keys may mean something else to a family
     fitting = []
-    for architecture, module in FAMILIES.items():
-        try:
-            plan_weights(tensors, _translated(architecture, hf), "float32", module.NAMES, source="")
-        except (
-            ModelError,
-            ArithmeticError,
-            LookupError,
-            TypeError,
-        ):  # a config that means something else can do anything
-            continue
-        fitting.append(architecture)
+    for architecture, family in families.items():
+        with contextlib.suppress(*not_its_config):
+            plan_weights(tensors, _translated(architecture, family, hf), "float32", family.NAMES, source="")
+            fitting.append(architecture)
     if not fitting:
         return ". Its tensors have the names and shapes of none of them"
     return (

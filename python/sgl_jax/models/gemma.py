@@ -7,40 +7,37 @@ from __future__ import annotations
 
 from sgl_jax.models import llama
 from sgl_jax.models.decoder_config import DecoderConfig, RopeConfig
-from sgl_jax.models.hf_config import decoder, kv_heads, layer_windows, required
+from sgl_jax.models.hf_config import decoder, layer_windows, required
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig, replaced, without
 from sgl_jax.models.rope import resolve_rope
 
 ARCHITECTURES = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 _BOTH = {"num_key_value_heads": 4, "head_dim": 256, "query_pre_attn_scalar": 256, "sliding_window": 4096}
+_CAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_ROPES = {"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4}
 DEFAULTS = {
-    "Gemma2ForCausalLM": _BOTH
-    | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192},
-    "Gemma3ForCausalLM": _BOTH
-    | {"sliding_window_pattern": 6, "rope_theta": 1e6, "rope_local_base_freq": 1e4, "max_position_embeddings": 131072},
+    "Gemma2ForCausalLM": _BOTH | _CAPS | {"max_position_embeddings": 8192},
+    "Gemma3ForCausalLM": _BOTH | _ROPES | {"max_position_embeddings": 131072},
 }
 NAMES = llama.NAMES.with_layer(
     {
-        "post_attn_norm": ("model.layers.{i}.post_attention_layernorm.weight",),
-        "mlp_norm": ("model.layers.{i}.pre_feedforward_layernorm.weight",),
-        "post_mlp_norm": ("model.layers.{i}.post_feedforward_layernorm.weight",),
+        "post_attn_norm": (llama.LAYER + "post_attention_layernorm.weight",),
+        "mlp_norm": (llama.LAYER + "pre_feedforward_layernorm.weight",),
+        "post_mlp_norm": (llama.LAYER + "post_feedforward_layernorm.weight",),
     }
 )
 
 
 def config(hf: RawConfig) -> DecoderConfig:
-    architecture = hf["architectures"][0]
     if hf.get("use_bidirectional_attention"):
         raise ModelError("config.json sets use_bidirectional_attention; only causal attention is served")
-    is_gemma3 = architecture == "Gemma3ForCausalLM"
+    is_gemma3 = hf["architectures"][0] == "Gemma3ForCausalLM"
     head_dim = required(hf, "head_dim")
     rope, local_rope = _ropes(hf, head_dim) if is_gemma3 else (resolve_rope(hf, head_dim), None)
     attention_bias = bool(hf.get("attention_bias", False))
     return decoder(
         without(hf, "rope_parameters", "rope_scaling"),
-        architecture=architecture,
-        num_kv_heads=kv_heads(hf),
         head_dim=head_dim,
         hidden_act=hf.get("hidden_activation") or "gelu_pytorch_tanh",
         tie_embeddings=True,
@@ -60,7 +57,7 @@ def config(hf: RawConfig) -> DecoderConfig:
 
 
 def _windows(hf: RawConfig, period: int) -> tuple[int | None, ...]:
-    """The last layer of each period sees everything, the others a window."""
+    """Return layer_types' windows, or else windows for all layers but the last of each period."""
     window, layers = required(hf, "sliding_window"), required(hf, "num_hidden_layers")
     if hf.get("layer_types") is not None:
         return layer_windows(hf, window)
@@ -68,14 +65,11 @@ def _windows(hf: RawConfig, period: int) -> tuple[int | None, ...]:
 
 
 def _ropes(hf: RawConfig, head_dim: int) -> tuple[RopeConfig, RopeConfig]:
-    """Read the rotations of layers without and with a window: transformers 5 keeps both in rope_parameters, older files two bases."""
-    both = hf.get("rope_parameters") or {}
-    bare = without(hf, "rope_parameters", "rope_scaling")
+    """Read the rope of layers without and with a window: both are in rope_parameters, or older files have two bases."""
+    both, bare = hf.get("rope_parameters") or {}, without(hf, "rope_parameters", "rope_scaling")
     if "full_attention" in both:
-        wide, local = (
-            replaced(bare, {"rope_parameters": both["full_attention"]}),
-            replaced(bare, {"rope_parameters": both["sliding_attention"]}),
-        )
+        kinds = ("full_attention", "sliding_attention")
+        wide, local = (replaced(bare, {"rope_parameters": both[kind]}) for kind in kinds)
     else:
         wide, local = hf, replaced(bare, {"rope_theta": hf["rope_local_base_freq"]})
     return resolve_rope(wide, head_dim), resolve_rope(local, head_dim)

@@ -1,11 +1,10 @@
-"""Makes a GGUF file look like a Hugging Face checkpoint: the config, the tensor names, and llama.cpp's row order undone.
+"""Translates a GGUF file to a Hugging Face checkpoint: the config, the tensor names and the order of rows.
 
 Sources: llama.cpp `gguf-py/gguf/constants.py` (keys, names) and `convert_hf_to_gguf.py` (what was done to the weights).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from typing import Any
@@ -21,13 +20,20 @@ from sgl_jax.models.stored import StoredTensor
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # Every `<architecture>.*` key that is read below or cannot change the result; any other one is refused.
-_KNOWN_KEYS = {
-    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout"),
-    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
-    *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.dimension_count", "rope.scale_linear"),
-    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
-    *("rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+_SIZES = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "tensor_data_layout",
 }
+_ATTENTION = ("head_count", "head_count_kv", "key_length", "value_length", "layer_norm_rms_epsilon")
+_ROPE = {"rope.freq_base", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"}
+_YARN = ("original_context_length", "finetuned", "attn_factor", "yarn_beta_fast", "yarn_beta_slow")
+_KNOWN_KEYS = _SIZES | {f"attention.{key}" for key in _ATTENTION} | _ROPE | {f"rope.scaling.{key}" for key in _YARN}
+_HARMLESS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
+_NEEDED_KEYS = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 
 _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_TENSORS = {
@@ -44,31 +50,24 @@ _LAYER_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # becomes part of the config
-_PLAIN_TYPES = {
-    0: ("F32", np.dtype(np.float32)),
-    1: ("F16", np.dtype(np.float16)),
-    30: ("BF16", np.dtype(ml_dtypes.bfloat16)),
-}
+_PLAIN_TYPES = {0: ("F32", np.dtype("f4")), 1: ("F16", np.dtype("f2")), 30: ("BF16", np.dtype(ml_dtypes.bfloat16))}
 
 
 def gguf_config(file: GgufFile) -> RawConfig:
-    """The config.json this model would have had."""
+    """Return the config.json that this model would have had. Raises ModelError for what is not served."""
     arch = file.get("general.architecture", str)
     if arch not in _ARCHITECTURES:
         raise ModelError(f"{file.path} has architecture {arch!r}; supported GGUF ones are {', '.join(_ARCHITECTURES)}")
-    meta: dict[str, Any] = {
-        k.removeprefix(f"{arch}."): _shortest(v) for k, v in file.metadata.items() if k.startswith(f"{arch}.")
-    }
+    prefix = f"{arch}."
+    meta = {k.removeprefix(prefix): _shortest(v) for k, v in file.metadata.items() if k.startswith(prefix)}
     _refuse_unknown(file, arch, meta)
-
     num_heads = meta["attention.head_count"]
     head_dim = meta.get("attention.key_length") or meta["embedding_length"] // num_heads
     eos = [file.get(f"tokenizer.ggml.{kind}_token_id", int) for kind in ("eos", "eot", "eom")]
-    attention_bias = arch != "qwen2" and "blk.0.attn_q.bias" in file.tensors
     config = {
         "architectures": [_ARCHITECTURES[arch]],
         "model_type": arch,
-        "attention_bias": attention_bias,
+        "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in file.tensors,
         "bos_token_id": file.get("tokenizer.ggml.bos_token_id", int),
         "eos_token_id": list(dict.fromkeys(i for i in eos if i is not None)),
         "head_dim": head_dim,
@@ -93,14 +92,12 @@ def gguf_config(file: GgufFile) -> RawConfig:
 
 
 def _refuse_unknown(file: GgufFile, arch: str, meta: dict[str, Any]) -> None:
-    harmless = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
-    refused = {k: v for k, v in meta.items() if k not in _KNOWN_KEYS and not (k in harmless and v == harmless[k])}
+    refused = {k: v for k, v in meta.items() if k not in _KNOWN_KEYS and not (k in _HARMLESS and v == _HARMLESS[k])}
     if refused:
         listed = ", ".join(f"{arch}.{k}={v!r}" for k, v in sorted(refused.items()))
         raise ModelError(f"{file.path} sets {listed}; this is not supported for GGUF models of this architecture")
-    needed = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
-    missing = [f"{arch}.{k}" for k in (*needed, "attention.layer_norm_rms_epsilon") if k not in meta]
-    missing += [name for name in ("token_embd.weight",) if name not in file.tensors]
+    missing = [f"{arch}.{k}" for k in (*_NEEDED_KEYS, "attention.layer_norm_rms_epsilon") if k not in meta]
+    missing += ["token_embd.weight"] if "token_embd.weight" not in file.tensors else []
     if missing:
         raise ModelError(f"{file.path} lacks {', '.join(missing)}; it is not a complete model")
     per_layer = [f"{arch}.{k}" for k in ("feed_forward_length", "attention.head_count") if isinstance(meta[k], list)]
@@ -117,27 +114,27 @@ def _rope_scaling(file: GgufFile, meta: dict[str, Any]) -> dict[str, Any] | None
     if _ROPE_FACTORS in file.tensors:
         if kind != "none":
             raise ModelError(f"{file.path} has both {_ROPE_FACTORS} and rope scaling {kind!r}; only one is supported")
-        factors = _stored(file, file.tensors[_ROPE_FACTORS], _ROPE_FACTORS, None).read()
+        factors = _stored(file, file.tensors[_ROPE_FACTORS], _ROPE_FACTORS).read()
         return {"rope_type": "gguf_factors", "factors": factors.tolist()}
     if kind == "none":
         return None
-    if kind == "yarn":
-        attn_factor = meta.get("rope.scaling.attn_factor")
-        scaling = {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": meta.get("rope.scaling.original_context_length"),
-            "beta_fast": meta.get("rope.scaling.yarn_beta_fast"),
-            "beta_slow": meta.get("rope.scaling.yarn_beta_slow"),
-            # llama.cpp multiplies its factor by the paper's
-            "attention_factor": attn_factor and attn_factor * (0.1 * math.log(factor) + 1.0),
-        }
-        return {k: v for k, v in scaling.items() if v is not None}
-    return {"rope_type": kind, "factor": factor}
+    if kind != "yarn":
+        return {"rope_type": kind, "factor": factor}
+    attn_factor = meta.get("rope.scaling.attn_factor")
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": meta.get("rope.scaling.original_context_length"),
+        "beta_fast": meta.get("rope.scaling.yarn_beta_fast"),
+        "beta_slow": meta.get("rope.scaling.yarn_beta_slow"),
+        # llama.cpp multiplies its factor by the paper's
+        "attention_factor": attn_factor and attn_factor * (0.1 * math.log(factor) + 1.0),
+    }
+    return {k: v for k, v in scaling.items() if v is not None}
 
 
 def gguf_tensors(file: GgufFile) -> dict[str, StoredTensor]:
-    """The tensors under their Hugging Face names; a name we have no translation for is kept and so reported later."""
+    """Return the tensors under their Hugging Face names. A name without translation is kept, and so reported later."""
     arch = file.get("general.architecture", str)
     heads = file.get(f"{arch}.attention.head_count", int) or 0
     kv_heads = file.get(f"{arch}.attention.head_count_kv", int) or heads
@@ -146,13 +143,14 @@ def gguf_tensors(file: GgufFile) -> dict[str, StoredTensor]:
     for tensor in file.tensors.values():
         if tensor.name != _ROPE_FACTORS:
             name, kind = _translate(tensor.name)
-            order = _half_split_order(tensor.shape[0], per_head[kind]) if kind in per_head else None
-            tensors[name] = _stored(file, tensor, name, order)
+            tensors[name] = _stored(file, tensor, name)
+            if kind in per_head:
+                tensors[name] = tensors[name].take(_half_split_order(tensor.shape[0], per_head[kind]))
     return tensors
 
 
 def _translate(name: str) -> tuple[str, str]:
-    """The Hugging Face name and llama.cpp's kind of tensor."""
+    """Return the Hugging Face name and llama.cpp's kind of tensor."""
     if match := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(weight|bias)", name):
         layer, kind, suffix = match.groups()
         return (f"model.layers.{layer}.{_LAYER_TENSORS[kind]}.{suffix}" if kind in _LAYER_TENSORS else name), kind
@@ -161,12 +159,14 @@ def _translate(name: str) -> tuple[str, str]:
 
 
 def _half_split_order(num_rows: int, num_heads: int) -> np.ndarray:
-    """llama.cpp stores the rows of a `llama` model's q and k so that rope turns neighbours; ours turns half-split pairs.
-    Row i of the Hugging Face matrix is row order[i] of the file's."""
+    """Return `order`: row i of the Hugging Face matrix is row order[i] of the file's.
+
+    llama.cpp stores the rows of a `llama` model's q and k so that rope turns neighbours; ours turns half-split pairs.
+    """
     return np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _stored(file: GgufFile, tensor: GgufTensor, name: str, order: np.ndarray | None) -> StoredTensor:
+def _stored(file: GgufFile, tensor: GgufTensor, name: str) -> StoredTensor:
     shape = tensor.shape
     if tensor.type in _PLAIN_TYPES:
         label, dtype = _PLAIN_TYPES[tensor.type]
@@ -186,40 +186,32 @@ def _stored(file: GgufFile, tensor: GgufTensor, name: str, order: np.ndarray | N
     stored = stored.reshape(*shape[:-1], -1) if len(shape) > 1 else stored.reshape(shape[0] // block_values, -1)
 
     def rows(start: int, stop: int) -> np.ndarray:
-        if len(shape) == 1:
-            values = dequantize(stored).reshape(shape)
-            return values[start:stop] if order is None else values[order[start:stop]]
-        return dequantize(stored[start:stop] if order is None else stored[order[start:stop]])
+        if len(shape) == 1:  # a row of blocks
+            return dequantize(stored).reshape(shape)[start:stop]
+        return dequantize(stored[start:stop])
 
     return StoredTensor(name, shape, label, nbytes, rows)
 
 
 def _quantised_type(file: GgufFile, tensor: GgufTensor) -> tuple[str, int, int, Any]:
-    """The format's name, values and bytes per block, and the function from rows of bytes to rows of float32."""
-    kinds, quants, sizes = _gguf_package()
-    known = {int(kind): kind.name for kind in kinds}
-    label = known.get(tensor.type, str(tensor.type))
+    """Return the format's name, values and bytes per block, and a function from rows of bytes to rows of float32."""
+    from gguf import quants
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    label = {int(kind): kind.name for kind in GGMLQuantizationType}.get(tensor.type, str(tensor.type))
     quant = getattr(quants, label, None)
     if quant is None or not hasattr(quant, "dequantize_rows"):
         raise ModelError(f"{file.path}: {tensor.name} is stored as {label}, which cannot be dequantised here")
     quant.init_grid()
-    return label, *sizes[kinds(tensor.type)], quant.dequantize_rows
-
-
-@functools.cache
-def _gguf_package() -> tuple[Any, Any, Any]:
-    from gguf import quants
-    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    return GGMLQuantizationType, quants, GGML_QUANT_SIZES
+    return label, *GGML_QUANT_SIZES[GGMLQuantizationType(tensor.type)], quant.dequantize_rows
 
 
 def _matrix_dtype(file: GgufFile) -> str:
-    """The dtype that loses nothing of the weights: float32 or float16 where a matrix is stored so, else bfloat16."""
+    """Return the dtype that keeps the weights: float32 or float16 where a matrix is stored so, else bfloat16."""
     types = {t.type for t in file.tensors.values() if len(t.shape) > 1}
     return "float32" if types == {0} else "float16" if types <= {0, 1} else "bfloat16"
 
 
 def _shortest(value: Any) -> Any:
-    """float32 metadata as the decimal that was meant: 1e-05, not 9.999999747378752e-06."""
+    """Return float32 metadata as the decimal that was meant: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value))) if isinstance(value, float) else value

@@ -18,20 +18,8 @@ from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.stored import map_file
 
 VERSIONS = (2, 3)
-_STRING, _ARRAY, _BOOL = 8, 9, 7
-_SCALARS = {
-    0: "<u1",
-    1: "<i1",
-    2: "<u2",
-    3: "<i2",
-    4: "<u4",
-    5: "<i4",
-    6: "<f4",
-    7: "?",
-    10: "<u8",
-    11: "<i8",
-    12: "<f8",
-}
+_STRING, _ARRAY = 8, 9
+_SCALARS = dict(enumerate(("<u1", "<i1", "<u2", "<i2", "<u4", "<i4", "<f4", "?"))) | {10: "<u8", 11: "<i8", 12: "<f8"}
 _SCALAR_DTYPES = {code: np.dtype(spec) for code, spec in _SCALARS.items()}
 
 
@@ -51,7 +39,7 @@ class GgufFile:
     tensors: dict[str, GgufTensor]
 
     def get[T](self, key: str, kind: type[T]) -> T | None:
-        """The value of a key, None where there is none. Raises ModelError for a value of another kind."""
+        """Return the value of a key, None where there is none. Raises ModelError for a value of another kind."""
         value = self.metadata.get(key)
         if value is None or isinstance(value, kind):
             return value
@@ -59,6 +47,7 @@ class GgufFile:
 
 
 def read_gguf(path: str | Path) -> GgufFile:
+    """Read the metadata and the descriptions of the tensors. Raises ModelError for a damaged or split file."""
     path = Path(path)
     data = map_file(path)
     if data[:4].tobytes() != b"GGUF":
@@ -90,7 +79,7 @@ def _tensor(cursor: _Cursor) -> GgufTensor:
 
 
 class _Cursor:
-    """Walks the header. `at` is the next unread byte."""
+    """A walk over the header. `at` is the index of the next unread byte."""
 
     def __init__(self, data: np.ndarray, at: int):
         self._bytes = memoryview(data)

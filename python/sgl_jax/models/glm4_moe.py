@@ -1,35 +1,23 @@
-"""GLM-4.5 and 4.6: dense layers first, then experts chosen by sigmoid scores with a bias, and a shared one; half of each
-head is rotated."""
+"""GLM-4.5 and 4.6: dense layers first, then experts chosen by sigmoid scores with a correction bias, and a shared
+expert; half of each head is rotated."""
 
 from __future__ import annotations
 
-from sgl_jax.models import llama
+from sgl_jax.models import llama, qwen_moe
 from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
-from sgl_jax.models.hf_config import decoder, kv_heads, required
+from sgl_jax.models.hf_config import decoder, required
 from sgl_jax.models.raw_config import RawConfig
 
 ARCHITECTURES = ("Glm4MoeForCausalLM",)
-DEFAULTS = {
-    "Glm4MoeForCausalLM": {
-        **{"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "n_shared_experts": 1},
-        **{"moe_intermediate_size": 1408, "n_routed_experts": 128, "num_experts_per_tok": 8},
-        **{"first_k_dense_replace": 1, "max_position_embeddings": 131072},
-    }
-}
-NAMES = llama.NAMES.with_layer(
+_DENSE = {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "partial_rotary_factor": 0.5, "first_k_dense_replace": 1}
+_ROUTED = {"moe_intermediate_size": 1408, "n_routed_experts": 128, "num_experts_per_tok": 8}
+DEFAULTS = {"Glm4MoeForCausalLM": _DENSE | _ROUTED | {"n_shared_experts": 1, "max_position_embeddings": 131072}}
+_SHARED = llama.MLP + "shared_experts."
+NAMES = qwen_moe.NAMES.with_layer(
     {
-        "moe.router": ("model.layers.{i}.mlp.gate.weight",),
-        "moe.score_bias": ("model.layers.{i}.mlp.gate.e_score_correction_bias",),
-        "moe.experts.gate_up": (
-            "model.layers.{i}.mlp.experts.{e}.gate_proj.weight",
-            "model.layers.{i}.mlp.experts.{e}.up_proj.weight",
-        ),
-        "moe.experts.down": ("model.layers.{i}.mlp.experts.{e}.down_proj.weight",),
-        "moe.shared_gate_up": (
-            "model.layers.{i}.mlp.shared_experts.gate_proj.weight",
-            "model.layers.{i}.mlp.shared_experts.up_proj.weight",
-        ),
-        "moe.shared_down": ("model.layers.{i}.mlp.shared_experts.down_proj.weight",),
+        "moe.score_bias": (llama.MLP + "gate.e_score_correction_bias",),
+        "moe.shared_gate_up": (_SHARED + "gate_proj.weight", _SHARED + "up_proj.weight"),
+        "moe.shared_down": (_SHARED + "down_proj.weight",),
     }
 )
 
@@ -39,8 +27,6 @@ def config(hf: RawConfig) -> DecoderConfig:
     expert_size = required(hf, "moe_intermediate_size")
     return decoder(
         hf,
-        architecture="Glm4MoeForCausalLM",
-        num_kv_heads=kv_heads(hf),
         qkv_bias=bool(hf.get("attention_bias", False)),
         qk_norm=bool(hf.get("use_qk_norm", False)),
         moe=MoeConfig(
@@ -49,7 +35,7 @@ def config(hf: RawConfig) -> DecoderConfig:
             intermediate_size=expert_size,
             shared_intermediate_size=expert_size * required(hf, "n_shared_experts"),
             scoring="sigmoid",
-            score_bias=True,
+            correction_bias=True,
             num_groups=hf.get("n_group", 1),
             groups_per_token=hf.get("topk_group", 1),
             group_score="top2",

@@ -1,7 +1,7 @@
 """Grok-2: norms around both halves of a layer, an MLP beside the experts, soft caps on scores, router and logits.
 
 Sources: github.com/sgl-project/sglang, python/sglang/srt/models/grok.py, which the release names for serving it; the
-activation is that of github.com/xai-org/grok-1, model.py. The weights come as eight devices saved them, each its share
+activation is that of github.com/xai-org/grok-1, model.py. The weights come as eight devices saved them, each its shard
 of the experts.
 """
 
@@ -11,15 +11,14 @@ import dataclasses
 import re
 from collections.abc import Mapping
 
-from sgl_jax.models import llama
+from sgl_jax.models import llama, mixtral
 from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, required
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig, replaced
-from sgl_jax.models.stored import StoredTensor, joined, share_name
+from sgl_jax.models.stored import StoredTensor, concatenated, share_name
 
 ARCHITECTURES = ("Grok1ForCausalLM",)
-_EXPERT = "model.layers.{i}.block_sparse_moe.experts.{e}."
 _EOS = 2  # where config.json has none (sglang, python/sglang/srt/tokenizer/tiktoken_tokenizer.py)
 
 # Keys that change the result, and the values with which they do not change what is built here. rope_type "original" is
@@ -40,15 +39,9 @@ def config(hf: RawConfig) -> DecoderConfig:
     temperature = hf.get("attn_temperature_len", -1)
     if temperature == 1:
         raise ModelError("config.json sets attn_temperature_len=1, whose logarithm is 0; it must be more, or negative")
+    rotated = 0.5 if hf.get("rope_rotate_half_dims") else 1.0
     return decoder(
-        replaced(
-            hf,
-            {
-                "eos_token_id": hf.get("eos_token_id", _EOS),
-                "partial_rotary_factor": 0.5 if hf.get("rope_rotate_half_dims") else 1.0,
-            },
-        ),
-        architecture="Grok1ForCausalLM",
+        replaced(hf, {"eos_token_id": hf.get("eos_token_id", _EOS), "partial_rotary_factor": rotated}),
         num_kv_heads=required(hf, "num_key_value_heads"),
         head_dim=hf.get("head_dim", 128),
         hidden_act="gelu_pytorch_tanh",
@@ -75,7 +68,7 @@ def _cap(hf: RawConfig, key: str, absent: float) -> float | None:
 
 
 def view(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The shares of each expert's matrices joined: w1 and w3 divide their rows, w2 its columns."""
+    """Put the shards of each expert's matrices together: w1 and w3 are divided by rows, w2 by columns."""
     tensors = dict(stored)
     for first in stored:
         found = re.fullmatch(r"(.*\.experts\.\d+\.(w[123])\.weight) \(share 0\)", first)
@@ -85,21 +78,14 @@ def view(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         parts = []
         while share_name(name, len(parts)) in tensors:
             parts.append(tensors.pop(share_name(name, len(parts))))
-        tensors[name] = joined(name, parts, axis=1 if kind == "w2" else 0)
+        tensors[name] = concatenated(name, parts, axis=1 if kind == "w2" else 0)
     return tensors
 
 
-NAMES = dataclasses.replace(
-    llama.NAMES.with_layer(
-        {
-            "attn_norm": ("model.layers.{i}.pre_attn_norm.weight",),
-            "post_attn_norm": ("model.layers.{i}.post_attn_norm.weight",),
-            "mlp_norm": ("model.layers.{i}.pre_moe_norm.weight",),
-            "post_mlp_norm": ("model.layers.{i}.post_moe_norm.weight",),
-            "moe.router": ("model.layers.{i}.block_sparse_moe.gate.weight",),
-            "moe.experts.gate_up": (_EXPERT + "w1.weight", _EXPERT + "w3.weight"),
-            "moe.experts.down": (_EXPERT + "w2.weight",),
-        }
-    ),
-    view=view,
-)
+_NORMS = {
+    "attn_norm": (llama.LAYER + "pre_attn_norm.weight",),
+    "post_attn_norm": (llama.LAYER + "post_attn_norm.weight",),
+    "mlp_norm": (llama.LAYER + "pre_moe_norm.weight",),
+    "post_mlp_norm": (llama.LAYER + "post_moe_norm.weight",),
+}
+NAMES = dataclasses.replace(mixtral.NAMES.with_layer(_NORMS), view=view)

@@ -1,8 +1,9 @@
-"""Functions that the family files share: reading a config.json strictly. A value that would be ignored is refused instead."""
+"""Reads a config.json strictly, for the family files. A value that would be ignored is refused instead."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from sgl_jax.models.decoder_config import DecoderConfig, RopeConfig
@@ -19,33 +20,31 @@ _ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
     "gelu_new": "gelu_tanh",
 }
 
-_SCALES = (
-    "attention_multiplier",
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logits_scaling",
-    "logit_scale",
-    "scale_emb",
-    "scale_depth",
-)
+_MULTIPLIERS = ("attention_multiplier", "embedding_multiplier", "residual_multiplier")
+_SCALES = (*_MULTIPLIERS, "logits_scaling", "logit_scale", "scale_emb", "scale_depth")
 
 
 def required(hf: RawConfig, key: str) -> Any:
+    """Return the value of a key. Raises ModelError where it is null or absent."""
     if hf.get(key) is None:
         raise ModelError(f"config.json has no {key}; it is needed to build the model")
     return hf[key]
 
 
-def kv_heads(hf: RawConfig) -> int:
-    """num_key_value_heads; null and no such key mean as many as query heads."""
-    return hf.get("num_key_value_heads") or required(hf, "num_attention_heads")
+def refuse_unless(hf: RawConfig, served: Mapping[str, object]) -> None:
+    """Raise ModelError for a key whose value is neither the only one that is served nor null."""
+    for key, only in served.items():
+        if hf.get(key, only) not in (only, None):
+            raise ModelError(
+                f"config.json sets {key}={hf[key]!r}; {hf['architectures'][0]} is served with {only!r} only"
+            )
 
 
 def decoder(
     hf: RawConfig,
     *,
-    architecture: str,
-    num_kv_heads: int,
+    architecture: str | None = None,
+    num_kv_heads: int | None = None,
     head_dim: int | None = None,
     hidden_act: str | None = None,
     tie_embeddings: bool = False,
@@ -53,10 +52,13 @@ def decoder(
     sliding_windows: tuple[int | None, ...] | None = None,
     **switches: Any,
 ) -> DecoderConfig:
-    """A DecoderConfig of the keys all families spell alike; the arguments are what the family decides.
+    """Translate the keys that all families spell alike. The arguments are decisions of the family.
 
-    `tie_embeddings` is the family's default; `rope` is read from `hf` unless given; `switches` are DecoderConfig's.
+    Arguments that are None are read from `hf`, except `sliding_windows`, where None is full attention. `tie_embeddings`
+    holds if `hf` does not say. `switches` are fields of DecoderConfig. Raises ModelError for missing keys and values
+    not served.
     """
+    architecture = architecture or hf["architectures"][0]
     hidden_act = hidden_act or hf.get("hidden_act", "silu")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", hf["quantization_config"])
@@ -65,16 +67,13 @@ def decoder(
         raise ModelError(f"config.json sets hidden_act={hidden_act!r}; supported are {', '.join(_ACTIVATIONS)}")
     if unknown := [key for key in _SCALES if hf.get(key) not in (None, 1, 1.0)]:
         raise ModelError(f"config.json sets {', '.join(unknown)}; {architecture} has no such scale here")
-    if (
-        sliding_windows is None
-        and "sliding_attention" in (hf.get("layer_types") or ())
-        and "use_sliding_window" not in hf
-    ):
+    has_windows = "sliding_attention" in (hf.get("layer_types") or ()) and "use_sliding_window" not in hf
+    if has_windows and sliding_windows is None:
         raise ModelError(f"config.json has layer_types with sliding_attention; {architecture} has no windows here")
     hidden_size, num_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     required(hf, "max_position_embeddings")
-    if head_dim is None:
-        head_dim = hf.get("head_dim") or hidden_size // num_heads
+    head_dim = head_dim or hf.get("head_dim") or hidden_size // num_heads
+    num_kv_heads = num_kv_heads or hf.get("num_key_value_heads") or num_heads  # null, too, means as many
     if num_heads % num_kv_heads:
         raise ModelError(
             f"config.json: num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}"
@@ -95,14 +94,14 @@ def decoder(
         activation=_ACTIVATIONS[hidden_act],
         sliding_windows=sliding_windows,
         eos_token_ids=eos_token_ids(hf),
-        num_extra_layers=hf.get("num_nextn_predict_layers") or 0,  # multi-token prediction
+        num_mtp_layers=hf.get("num_nextn_predict_layers") or 0,
         **switches,
     )
 
 
 def _plain_length(hf: RawConfig) -> int:
-    """The context in which positions are what rope says: Qwen2.5-1M's dual chunk attention changes them behind its first
-    chunk (https://arxiv.org/abs/2402.17463, section 3)."""
+    """Return the length of contexts whose positions are plain: the dual chunk attention of Qwen2.5-1M changes positions
+    behind its first chunk (https://arxiv.org/abs/2402.17463, section 3)."""
     length, chunks = context_length(hf), hf.get("dual_chunk_attention_config")
     if not chunks:
         return length
@@ -118,13 +117,13 @@ def _plain_length(hf: RawConfig) -> int:
 
 
 def eos_token_ids(config: RawConfig) -> tuple[int, ...]:
-    """eos_token_id is one id, a list of them, or absent."""
+    """Return eos_token_id as a tuple: it may be one id, a list of them, or absent."""
     ids = config.get("eos_token_id")
     return () if ids is None else (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def layer_windows(hf: RawConfig, window: int) -> tuple[int | None, ...]:
-    """Each layer's window as layer_types says."""
+    """Return each layer's window as layer_types says; None is full attention."""
     num_layers, known = required(hf, "num_hidden_layers"), {"full_attention": None, "sliding_attention": window}
     unknown = sorted(set(hf["layer_types"]) - set(known))
     if unknown or len(hf["layer_types"]) != num_layers:
@@ -135,9 +134,15 @@ def layer_windows(hf: RawConfig, window: int) -> tuple[int | None, ...]:
     return tuple(known[kind] for kind in hf["layer_types"])
 
 
+def uniform_windows(hf: RawConfig) -> tuple[int | None, ...] | None:
+    """Return sliding_window for every layer, None where it is null or absent."""
+    window = hf.get("sliding_window")
+    return None if window is None else (window,) * required(hf, "num_hidden_layers")
+
+
 def qwen_sliding_windows(hf: RawConfig) -> tuple[int | None, ...] | None:
-    """Qwen 2 and 3: windows only when use_sliding_window says so, in the layers that layer_types names or, without it,
-    from max_window_layers on."""
+    """Return the windows of Qwen 2 and 3: none unless use_sliding_window is set, else in the layers that layer_types
+    names or, without it, from max_window_layers on."""
     if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
         return None
     num_layers, window = required(hf, "num_hidden_layers"), hf["sliding_window"]

@@ -1,4 +1,4 @@
-"""The mixture of experts: which experts a token takes (routing), and their work (dispatch), apart."""
+"""Mixture of experts in two parts: the choice of each token's experts (route) and their work (dispatch)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class LayerExperts:
 def route(
     x: Float[Array, "T D"], w: MoeWeights[jax.Array], moe: MoeConfig
 ) -> tuple[Float[Array, "T X"], Int[Array, "T X"]]:
-    """Choose each token's experts: their weights, float32, and their ids."""
+    """Choose each token's experts. Returns their weights, float32, and their ids."""
     logits = linear(x, w.router, w.router_bias, site="moe.router", out_dtype=jnp.float32)
     if moe.router_softcap is not None:
         logits = moe.router_softcap * jnp.tanh(logits / moe.router_softcap)
@@ -65,15 +65,16 @@ def dispatch(
     grouped_matmul: GroupedMatmul,
     grid: Grid = LONE,
 ) -> Float[Array, "T D"]:
-    """Each token through its experts, weighed and summed. Tokens are sorted by expert; padding takes none.
+    """Send each token through its experts and sum their weighed outputs. Tokens are sorted by expert; padding takes
+    none.
 
-    On one of many devices: its share of the sum, from the experts it holds, or from its part of their neurons.
+    One of many devices returns its addend of the sum: that of the experts it holds, or of its part of their neurons.
     """
     held, per_token = jax.tree.leaves(at.experts.down)[0].shape[1], ids.shape[1]
     group, part = divmod(grid.all_axes.index(), grid.expert_width)
-    places = ids - group * held
-    used = valid[:, None] & (places >= 0) & (places < held)
-    expert = jnp.where(used, places, held).reshape(-1)  # [T * X], the last group is no group
+    indices = ids - group * held
+    used = valid[:, None] & (indices >= 0) & (indices < held)
+    expert = jnp.where(used, indices, held).reshape(-1)  # [T * X], the last group is no group
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.zeros(held, jnp.int32).at[expert].add(1, mode="drop")
     experts, sorted_expert = at.experts, expert[order]
@@ -84,7 +85,7 @@ def dispatch(
     h = multiply(gated(h), experts.down, site="moe.experts.down")
     if experts.down_bias is not None:
         bias = experts.down_bias.at[at.layer, sorted_expert].get(mode="clip").astype(h.dtype)
-        h += jnp.where(part == 0, bias, 0)  # once in the sum over the devices that share an expert
+        h += jnp.where(part == 0, bias, 0)  # added by one of the devices that share an expert
     back = h[jnp.argsort(order)].reshape(*ids.shape, -1)
     return jnp.where(used[..., None], back * weights[..., None], 0.0).sum(1).astype(x.dtype)
 
@@ -99,7 +100,7 @@ def moe_layer(
     grouped_matmul: GroupedMatmul,
     grid: Grid = LONE,
 ) -> Float[Array, "T D"]:
-    """Routed experts plus the shared one. On one of many devices: its share of the sum."""
+    """Add the outputs of routed and shared experts. One of many devices returns its addend of the sum."""
     weights, ids = route(x, w, moe)
     out = dispatch(x, weights, ids, valid, at, gated, grouped_matmul, grid)
     if w.shared_down is None:

@@ -1,7 +1,7 @@
 """MXFP4 as checkpoints store it: blocks of 32 four-bit floats, two in a byte, and an exponent for each block.
 
-Source: OCP Microscaling Formats (MX) specification 1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M0). The first value of a pair
-lies in the low half of its byte (github.com/openai/gpt-oss, gpt_oss/torch/weights.py).
+Source: OCP Microscaling Formats (MX) specification 1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M0). The first value of a
+pair lies in the low half of its byte (github.com/openai/gpt-oss, gpt_oss/torch/weights.py).
 """
 
 from __future__ import annotations
@@ -18,25 +18,19 @@ _SCALES = np.array([*(2.0 ** (i - 127) for i in range(255)), np.nan], np.float32
 
 
 def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """u8[…, I / 32, 16] and u8[…, I / 32] -> f32[…, I]. Exact: a value times a power of two."""
+    """Turn u8[…, I / 32, 16] and u8[…, I / 32] into f32[…, I]. Exact: a value times a power of two."""
     values = _PAIRS[blocks].reshape(*blocks.shape[:-1], BLOCK) * _SCALES[scales][..., None]
     return values.reshape(*blocks.shape[:-2], -1)
 
 
 def stored_mxfp4(name: str, blocks: StoredTensor, scales: StoredTensor) -> StoredTensor:
-    """The floats of a pair of tensors, u8[R, …, I / 32, 16] and u8[R, …, I / 32], as one tensor [R, …, I] whose planes
-    are the pair."""
-    fits = len(blocks.shape) > 2 and blocks.shape[-1] * 2 == BLOCK and blocks.shape[:-1] == scales.shape
+    """Return the floats of u8[R, …, I / 32, 16] and u8[R, …, I / 32] as one tensor [R, …, I] with two planes."""
 
     def rows(start: int, stop: int) -> np.ndarray:
         return dequantize(blocks.rows(start, stop), scales.rows(start, stop))
 
-    return StoredTensor(
-        name,
-        (*blocks.shape[:-2], blocks.shape[-2] * BLOCK) if fits else blocks.shape,
-        "MXFP4" if fits else f"MXFP4 of blocks {list(blocks.shape)} and scales {list(scales.shape)}",
-        blocks.nbytes + scales.nbytes,
-        rows,
-        supported=fits and blocks.dtype == scales.dtype == "U8",
-        planes={"values": blocks, "scales": scales},
-    )
+    fits = len(blocks.shape) > 2 and blocks.shape[-1] * 2 == BLOCK and blocks.shape[:-1] == scales.shape
+    shape = (*blocks.shape[:-2], blocks.shape[-2] * BLOCK) if fits else blocks.shape
+    dtype = "MXFP4" if fits else f"MXFP4 of blocks {list(blocks.shape)} and scales {list(scales.shape)}"
+    supported, planes = fits and blocks.dtype == scales.dtype == "U8", {"values": blocks, "scales": scales}
+    return StoredTensor(name, shape, dtype, blocks.nbytes + scales.nbytes, rows, supported, planes)

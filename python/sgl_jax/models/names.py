@@ -1,4 +1,4 @@
-"""Which stored tensors make up each weight: a family's table, and nothing else."""
+"""A family's table of names: the stored tensors that make up each weight."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ View = Callable[[Mapping[str, StoredTensor]], Mapping[str, StoredTensor]]
 class Rows(NamedTuple):
     """Some rows of a stored tensor."""
 
-    stored: int  # how many it has
-    order: np.ndarray  # those that are taken, in this order
+    stored: int  # number of rows it has
+    order: np.ndarray  # indices of the rows that are taken, in this order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,15 +32,13 @@ class TensorNames:
     embed: str
     final_norm: str
     lm_head: str  # absent from a checkpoint whose head is tied to `embed`
-    layer: dict[
-        str, tuple[str, ...]
-    ]  # by path in LayerWeights ("moe.router"); a weight the config lacks is not looked for
-    rows: dict[str, Callable[[DecoderConfig], Rows]] = dataclasses.field(
-        default_factory=dict
-    )  # by path, for a weight of one tensor that takes some of its rows only, or in another order
+    # By path in LayerWeights ("moe.router"). A weight that the config lacks is not looked for.
+    layer: Mapping[str, tuple[str, ...]]
+    # By path, for a weight that takes only some rows of its one tensor, or takes them in another order.
+    rows: Mapping[str, Callable[[DecoderConfig], Rows]] = dataclasses.field(default_factory=dict)
     ignored: tuple[str, ...] = ()  # patterns of stored tensors that are no weights
-    view: View = dict  # stored tensors that lie in another layout, as if in ours
+    view: View = dict  # shows stored tensors of another layout as if they were in ours
 
-    def with_layer(self, names: dict[str, tuple[str, ...]]) -> TensorNames:
-        """These names, with some of a layer's added or changed."""
-        return dataclasses.replace(self, layer=self.layer | names)
+    def with_layer(self, names: Mapping[str, tuple[str, ...]]) -> TensorNames:
+        """Return these names with some of a layer's added or changed."""
+        return dataclasses.replace(self, layer={**self.layer, **names})

@@ -1,17 +1,17 @@
 """Qwen 1 (Qwen-7B-Chat and its like): fused q, k and v with a bias, the MLP's gate stored second, tiktoken vocabulary.
 
-Source: modeling_qwen.py, which comes with the models. Within seq_length tokens, those of training, it rotates plainly.
-With use_dynamic_ntk it rotates a longer prompt by another base, chosen by the prompt's length, so two prompts of unlike
+Source: modeling_qwen.py, which comes with the models. Within seq_length tokens, those of training, rope is plain. With
+use_dynamic_ntk a longer prompt is rotated by another base, chosen by the prompt's length, so two prompts of unlike
 length could not share the KV of their common start. Contexts therefore end at seq_length; with use_dynamic_ntk off they
-go on, plainly rotated, and use_logn_attn lets queries grow there.
+go on with plain rope, and use_logn_attn scales queries there.
 """
 
 from __future__ import annotations
 
 import logging
 
-from sgl_jax.models.decoder_config import DecoderConfig, QueryGrowth
-from sgl_jax.models.hf_config import decoder, required
+from sgl_jax.models.decoder_config import DecoderConfig, LognScaling
+from sgl_jax.models.hf_config import decoder, refuse_unless, required
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.names import TensorNames
 from sgl_jax.models.raw_config import RawConfig, replaced
@@ -19,40 +19,35 @@ from sgl_jax.models.raw_config import RawConfig, replaced
 logger = logging.getLogger(__name__)
 
 ARCHITECTURES = ("QWenLMHeadModel",)
+_LAYER = "transformer.h.{i}."
 NAMES = TensorNames(
     embed="transformer.wte.weight",
     final_norm="transformer.ln_f.weight",
     lm_head="lm_head.weight",
     layer={
-        "attn_norm": ("transformer.h.{i}.ln_1.weight",),
-        "qkv": ("transformer.h.{i}.attn.c_attn.weight",),
-        "qkv_bias": ("transformer.h.{i}.attn.c_attn.bias",),
-        "o": ("transformer.h.{i}.attn.c_proj.weight",),
-        "o_bias": ("transformer.h.{i}.attn.c_proj.bias",),
-        "mlp_norm": ("transformer.h.{i}.ln_2.weight",),
-        "gate_up": ("transformer.h.{i}.mlp.w2.weight", "transformer.h.{i}.mlp.w1.weight"),
-        "gate_up_bias": ("transformer.h.{i}.mlp.w2.bias", "transformer.h.{i}.mlp.w1.bias"),
-        "down": ("transformer.h.{i}.mlp.c_proj.weight",),
-        "down_bias": ("transformer.h.{i}.mlp.c_proj.bias",),
+        "attn_norm": (_LAYER + "ln_1.weight",),
+        "qkv": (_LAYER + "attn.c_attn.weight",),
+        "qkv_bias": (_LAYER + "attn.c_attn.bias",),
+        "o": (_LAYER + "attn.c_proj.weight",),
+        "o_bias": (_LAYER + "attn.c_proj.bias",),
+        "mlp_norm": (_LAYER + "ln_2.weight",),
+        "gate_up": (_LAYER + "mlp.w2.weight", _LAYER + "mlp.w1.weight"),
+        "gate_up_bias": (_LAYER + "mlp.w2.bias", _LAYER + "mlp.w1.bias"),
+        "down": (_LAYER + "mlp.c_proj.weight",),
+        "down_bias": (_LAYER + "mlp.c_proj.bias",),
     },
     ignored=(r"\.rotary_emb\.inv_freq$", r"\.attn\.(masked_)?bias$", r"\.attn\.logn_tensor$"),
 )
 
 _CHATML_STOPS = (151645, 151644)  # <|im_end|>, <|im_start|>
-_REFUSED = {  # key -> its value in every model that was published as this architecture
-    "scale_attn_weights": True,
-    "use_cache_quantization": False,
-    "visual": None,
-    "audio": None,
-    "num_key_value_heads": None,
-}
+# Every model that was published as this architecture has these values, and none of these keys.
+_SERVED = {"scale_attn_weights": True, "use_cache_quantization": False}
+_SERVED_WITHOUT = dict.fromkeys(("visual", "audio", "num_key_value_heads"))
 
 
 def config(hf: RawConfig) -> DecoderConfig:
     heads, hidden_size = required(hf, "num_attention_heads"), required(hf, "hidden_size")
-    for key, usual in _REFUSED.items():
-        if hf.get(key, usual) not in (usual, None):
-            raise ModelError(f"config.json sets {key}={hf[key]!r}; QWenLMHeadModel is served with {usual!r} only")
+    refuse_unless(hf, _SERVED | _SERVED_WITHOUT)
     if hf.get("kv_channels", hidden_size // heads) * heads != hidden_size:
         raise ModelError(
             f"config.json sets kv_channels={hf['kv_channels']}; with {heads} heads it must be {hidden_size // heads}"
@@ -66,7 +61,7 @@ def config(hf: RawConfig) -> DecoderConfig:
             longest,
         )
         longest = trained
-    has_biases = not hf.get("no_bias", True)
+    has_biases, grows = not hf.get("no_bias", True), hf.get("use_logn_attn", True) and trained < longest
     translated = {
         "intermediate_size": required(hf, "intermediate_size") // 2,  # config.json counts both halves
         "max_position_embeddings": longest,
@@ -76,15 +71,14 @@ def config(hf: RawConfig) -> DecoderConfig:
     }
     return decoder(
         replaced(hf, translated),
-        architecture="QWenLMHeadModel",
         num_kv_heads=heads,
         qkv_bias=True,
         o_bias=has_biases,
         mlp_bias=has_biases,
-        query_growth=QueryGrowth(trained) if hf.get("use_logn_attn", True) and trained < longest else None,
+        logn_scaling=LognScaling(trained) if grows else None,
     )
 
 
 def eos_token_ids(generation_config: RawConfig) -> tuple[int, ...]:
-    """Tokens that end an answer beside generation_config's eos: a chat model's own code stops at the marks of ChatML."""
+    """Return tokens that end an answer beside generation_config's eos: a chat model stops at ChatML's marks."""
     return _CHATML_STOPS if generation_config.get("chat_format") == "chatml" else ()

@@ -4,24 +4,14 @@ from __future__ import annotations
 
 from sgl_jax.models import llama
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.hf_config import decoder, kv_heads, qwen_sliding_windows
+from sgl_jax.models.hf_config import decoder, qwen_sliding_windows
 from sgl_jax.models.raw_config import RawConfig
 
 ARCHITECTURES = ("Qwen2ForCausalLM",)
-DEFAULTS = {
-    "Qwen2ForCausalLM": {
-        **{"num_key_value_heads": 32, "max_position_embeddings": 32768},
-        **{"sliding_window": 4096, "max_window_layers": 28},
-    }
-}
+WINDOWS = {"sliding_window": 4096, "max_window_layers": 28, "max_position_embeddings": 32768}
+DEFAULTS = {"Qwen2ForCausalLM": WINDOWS | {"num_key_value_heads": 32}}
 NAMES = llama.NAMES
 
 
 def config(hf: RawConfig) -> DecoderConfig:
-    return decoder(
-        hf,
-        architecture="Qwen2ForCausalLM",
-        num_kv_heads=kv_heads(hf),
-        qkv_bias=True,
-        sliding_windows=qwen_sliding_windows(hf),
-    )
+    return decoder(hf, qkv_bias=True, sliding_windows=qwen_sliding_windows(hf))

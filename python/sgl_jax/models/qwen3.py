@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sgl_jax.models import llama, qwen2
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.hf_config import decoder, kv_heads, qwen_sliding_windows
+from sgl_jax.models.hf_config import decoder, qwen_sliding_windows
 from sgl_jax.models.raw_config import RawConfig
 
 ARCHITECTURES = ("Qwen3ForCausalLM",)
@@ -13,13 +13,5 @@ NAMES = llama.NAMES
 
 
 def config(hf: RawConfig) -> DecoderConfig:
-    attention_bias = bool(hf.get("attention_bias", False))
-    return decoder(
-        hf,
-        architecture="Qwen3ForCausalLM",
-        num_kv_heads=kv_heads(hf),
-        qkv_bias=attention_bias,
-        o_bias=attention_bias,
-        qk_norm=True,
-        sliding_windows=qwen_sliding_windows(hf),
-    )
+    bias, windows = bool(hf.get("attention_bias", False)), qwen_sliding_windows(hf)
+    return decoder(hf, qkv_bias=bias, o_bias=bias, qk_norm=True, sliding_windows=windows)

@@ -1,7 +1,7 @@
 """Rotary embedding parameters of a config.json, resolved to frequencies.
 
-Formulas: transformers 5, `modeling_rope_utils.py` (default, linear, llama3, yarn). The arithmetic is float32 in the same
-order as there: an exponent rounded otherwise moves a frequency by 1e-6 of itself, which long contexts can see.
+Formulas: transformers 5, `modeling_rope_utils.py` (default, linear, llama3, yarn). The arithmetic is float32 in the
+same order as there: an exponent rounded otherwise moves a frequency by 1e-6 of itself, which long contexts can see.
 "gguf_factors" is ours: a GGUF file stores llama3 scaling as one divisor per frequency (tensor rope_freqs.weight).
 """
 
@@ -16,32 +16,24 @@ from sgl_jax.models.decoder_config import RopeConfig
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig
 
-# What each kind reads. Any other key would be a promise we do not keep, so it is refused.
 _COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-_KEYS = {
-    "default": set(),
-    "linear": {"factor"},
-    "dynamic": {"factor"},
-    "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    "yarn": {
-        *("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"),
-        *("mscale", "mscale_all_dim", "truncate", "finetuned"),
-    },
-    "gguf_factors": {"factors"},
-}
-_REQUIRED = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": (),
-    "gguf_factors": ("factors",),
-    "default": (),
+_STRETCH = ("original_max_position_embeddings", "factor", "attention_factor", "beta_fast", "beta_slow")
+# By rope type, the keys it needs and those it may have besides. Any other key would be ignored, so it is refused.
+_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
+    "yarn": ((), (*_STRETCH, "mscale", "mscale_all_dim", "truncate", "finetuned")),
+    "gguf_factors": (("factors",), ()),
 }
 
 
 def rope_parameters(hf: RawConfig) -> dict[str, Any]:
-    """The rope settings, wherever this config keeps them: transformers 5 writes `rope_parameters`, older ones
-    `rope_scaling` beside `rope_theta`."""
+    """Return the rope settings: transformers 5 writes `rope_parameters`, older ones `rope_scaling` beside `rope_theta`.
+
+    Raises ModelError for types and keys that are not served.
+    """
     scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
     nested = [k for k, v in scaling.items() if isinstance(v, dict)]
     if nested:
@@ -54,14 +46,15 @@ def rope_parameters(hf: RawConfig) -> dict[str, Any]:
         raise ModelError(
             f"config.json asks for rope type {kind!r}; supported are {', '.join(k for k in _KEYS if k != 'gguf_factors')}"
         )
-    unknown = sorted(k for k, v in scaling.items() if k not in _KEYS[kind] | _COMMON_KEYS and v is not None)
+    needed, optional = _KEYS[kind]
+    known = {*needed, *optional, *_COMMON_KEYS}
+    unknown = sorted(k for k, v in scaling.items() if k not in known and v is not None)
     if unknown:
         raise ModelError(
             f"config.json sets {', '.join(f'{k}={scaling[k]!r}' for k in unknown)} for rope type {kind!r}, "
-            f"which is not supported; supported are {', '.join(sorted(_KEYS[kind] | _COMMON_KEYS))}"
+            f"which is not supported; supported are {', '.join(sorted(known))}"
         )
-    missing = [k for k in _REQUIRED[kind] if scaling.get(k) is None]
-    if missing:
+    if missing := [k for k in needed if scaling.get(k) is None]:
         raise ModelError(f"config.json asks for rope type {kind!r} without {', '.join(missing)}")
     scaling["rope_type"] = kind
     for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
@@ -73,25 +66,34 @@ def rope_parameters(hf: RawConfig) -> dict[str, Any]:
 
 
 def resolve_rope(hf: RawConfig, head_dim: int) -> RopeConfig:
+    """Return the frequencies for heads of this size. Raises ModelError for settings that are not served."""
     p = rope_parameters(hf)
     dim = int(head_dim * p["partial_rotary_factor"])
     if dim < 2 or dim % 2:
         raise ModelError(f"rope rotates {dim} of a head's {head_dim} values; it must be an even number of at least 2")
-    resolve = {
-        "default": lambda: (_inv_freq(p["rope_theta"], dim), 1.0),
-        "dynamic": lambda: (_inv_freq(p["rope_theta"], dim), 1.0),  # up to max_position_embeddings, where contexts end
-        "linear": lambda: (_inv_freq(p["rope_theta"], dim) / np.float32(p["factor"]), 1.0),
-        "llama3": lambda: (_llama3(p, dim, hf), 1.0),
-        "yarn": lambda: _yarn(p, dim, hf),
-        "gguf_factors": lambda: (_gguf_factors(p, dim), 1.0),
-    }
-    inv_freq, attention_factor = resolve[p["rope_type"]]()
-    return RopeConfig(tuple(float(x) for x in inv_freq), attention_factor)
+    plain, factor = np.float32(1) / _periods(p["rope_theta"], dim), 1.0
+    match p["rope_type"]:
+        case "default" | "dynamic":  # dynamic is plain up to max_position_embeddings, where contexts end
+            inv_freq = plain
+        case "linear":
+            inv_freq = plain / np.float32(p["factor"])
+        case "llama3":
+            inv_freq = _llama3(p, plain, hf)
+        case "gguf_factors":
+            if (shape := np.shape(p["factors"])) != (dim // 2,):
+                raise ModelError(f"rope_freqs.weight has shape {shape}; a rotation of {dim} values needs ({dim // 2},)")
+            inv_freq = plain / np.asarray(p["factors"], np.float32)
+        case _:
+            inv_freq, factor = _yarn(p, dim, hf)
+    return RopeConfig(tuple(float(x) for x in inv_freq), factor)
 
 
 def context_length(hf: RawConfig) -> int:
-    """Tokens the model is meant for. YaRN configs differ in whether max_position_embeddings is already the stretched
-    length, so the larger reading is taken; the other kinds store the stretched length."""
+    """Return the model's longest context, in tokens.
+
+    YaRN configs differ in whether max_position_embeddings is already the stretched length, so the larger reading is
+    taken; the other types store the stretched length.
+    """
     p, limit = rope_parameters(hf), int(hf["max_position_embeddings"])
     if p["rope_type"] == "yarn" and p.get("factor"):
         return max(limit, int(_original_length(p, hf) * p["factor"]))
@@ -102,25 +104,13 @@ def _original_length(p: dict[str, Any], hf: RawConfig) -> int:
     return p.get("original_max_position_embeddings") or hf["max_position_embeddings"]
 
 
-def _positions(base: float, dim: int) -> np.ndarray:
+def _periods(base: float, dim: int) -> np.ndarray:
     exponents = np.arange(0, dim, 2).astype(np.float32) / np.float32(dim)
     return np.power(np.float32(base), exponents)
 
 
-def _inv_freq(base: float, dim: int) -> np.ndarray:
-    return np.float32(1) / _positions(base, dim)
-
-
-def _gguf_factors(p: dict[str, Any], dim: int) -> np.ndarray:
-    factors = np.asarray(p["factors"], np.float32)
-    if factors.shape != (dim // 2,):
-        raise ModelError(f"rope_freqs.weight has shape {factors.shape}; a rotation of {dim} values needs ({dim // 2},)")
-    return _inv_freq(p["rope_theta"], dim) / factors
-
-
-def _llama3(p: dict[str, Any], dim: int, hf: RawConfig) -> np.ndarray:
-    """Low frequencies divided by factor, high ones kept, a linear blend between."""
-    inv_freq = _inv_freq(p["rope_theta"], dim)
+def _llama3(p: dict[str, Any], inv_freq: np.ndarray, hf: RawConfig) -> np.ndarray:
+    """Divide low frequencies by factor, keep high ones, and blend linearly in between."""
     factor, low, high = (np.float32(p[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
     original = np.float32(_original_length(p, hf))
     wavelength = np.float32(2 * math.pi) / inv_freq
@@ -132,10 +122,8 @@ def _llama3(p: dict[str, Any], dim: int, hf: RawConfig) -> np.ndarray:
 
 
 def _yarn(p: dict[str, Any], dim: int, hf: RawConfig) -> tuple[np.ndarray, float]:
-    """https://arxiv.org/abs/2309.00071: dimensions that turn often keep their frequency, slow ones are interpolated."""
-    original = _original_length(p, hf)
-    factor = _yarn_factor(p, hf)
-    base = p["rope_theta"]
+    """Keep the frequency of dimensions that turn often and interpolate slow ones (https://arxiv.org/abs/2309.00071)."""
+    original, factor, base = _original_length(p, hf), _yarn_factor(p, hf), p["rope_theta"]
 
     def dimension(num_rotations: float) -> float:
         return dim * math.log(original / (num_rotations * 2 * math.pi)) / (2 * math.log(base))
@@ -147,18 +135,14 @@ def _yarn(p: dict[str, Any], dim: int, hf: RawConfig) -> tuple[np.ndarray, float
     span = np.float32(high - low if high != low else 0.001)
     interpolated = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / span, 0, 1)
 
-    positions = _positions(base, dim)
+    periods = _periods(base, dim)
     kept = 1 - interpolated
-    inv_freq = np.float32(1) / (np.float32(factor) * positions) * (1 - kept) + np.float32(1) / positions * kept
-    return inv_freq, _yarn_attention_factor(p, factor)
-
-
-def _yarn_attention_factor(p: dict[str, Any], factor: float) -> float:
+    inv_freq = np.float32(1) / (np.float32(factor) * periods) * (1 - kept) + np.float32(1) / periods * kept
     if p.get("attention_factor") is not None:
-        return float(p["attention_factor"])
+        return inv_freq, float(p["attention_factor"])
     if p.get("mscale") and p.get("mscale_all_dim"):
-        return _mscale(factor, p["mscale"]) / _mscale(factor, p["mscale_all_dim"])
-    return _mscale(factor, 1)
+        return inv_freq, _mscale(factor, p["mscale"]) / _mscale(factor, p["mscale_all_dim"])
+    return inv_freq, _mscale(factor, 1)
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -166,7 +150,7 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def yarn_score_scale(hf: RawConfig) -> float:
-    """The factor of attention scores in DeepSeek's models, beside the scale on cos and sin: 1 without mscale_all_dim."""
+    """Return DeepSeek's factor of attention scores, beside the scale on cos and sin; 1 without mscale_all_dim."""
     p = rope_parameters(hf)
     if p["rope_type"] != "yarn" or not p.get("mscale_all_dim"):
         return 1.0

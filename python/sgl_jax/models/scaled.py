@@ -20,24 +20,24 @@ _LARGEST = {
     name: float((ml_dtypes.finfo if name.startswith("float") else ml_dtypes.iinfo)(name).max)
     for name in ("int8", "int4", "float8_e4m3fn")
 }
-_STORED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}  # as safetensors files call them
+_STORED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}  # names in safetensors files
 _SCALE = "_scale"
-_VALUES = 1 << 20  # rounded at a time
+_VALUES = 1 << 20  # values that are rounded at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaled:
-    """A scheme: value [o, i] stands for value * scale[o, i // group]. With one group, the scale is the channel's.
+    """Scheme in which value [o, i] stands for value * scale[o, i // group]. With one group, the scale is the channel's.
 
     Scales follow the output axis wherever it is divided over devices; a group of inputs is never divided.
     """
 
-    dtype: str  # of the values: "int8", "int4", "float8_e4m3fn"
-    group: int | None = None  # inputs with a scale of their own; None: all inputs of a channel share one
+    dtype: str  # dtype of the values: "int8", "int4", "float8_e4m3fn"
+    group: int | None = None  # inputs that share a scale; None: all inputs of a channel do
     exempt: tuple[str, ...] = ("moe.router", "moe.shared_gate", "lm_head")  # sites of matrices that stay plain
 
     def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-        """Join each tensor with the scales that stand beside it as "NAME_scale"."""
+        """Combine each tensor with the scales that stand beside it as "NAME_scale"."""
         tensors = dict(stored)
         for name, values in stored.items():
             if values.dtype == _STORED.get(self.dtype) and name + _SCALE in stored:
@@ -45,7 +45,7 @@ class Scaled:
         return tensors
 
     def declare(self, site: Site | ExpertSite, spec: WeightSpec) -> Matrix[WeightSpec]:
-        """Values of the scheme's dtype, and scales for the same rows."""
+        """Declare values of the scheme's dtype and scales for the same rows. Raises ValueError if a group is cut."""
         if site in self.exempt:
             return spec
         inputs, group = spec.shape[-1], self.group or spec.shape[-1]
@@ -62,7 +62,7 @@ class Scaled:
         return Quantised(dataclasses.replace(spec, dtype=self.dtype, column_unit=self.group or 1), scales, self)
 
     def read(self, tensor: StoredTensor) -> Quantised[StoredTensor]:
-        """The stored values and scales where they have this form, or those that its floats are rounded to."""
+        """Return the stored values and scales where they have this form, else those that its floats are rounded to."""
         scales = (*tensor.shape[:-1], tensor.shape[-1] // (self.group or tensor.shape[-1]))
         planes = tensor.planes
         if planes and planes["values"].dtype == _STORED.get(self.dtype) and planes["scales"].shape == scales:
@@ -80,7 +80,7 @@ class Scaled:
         return Quantised(plane(0, tensor.shape, self.dtype), plane(1, scales, "float32"), self)
 
     def quantise(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Values [..., O, I] and scales [..., O, groups]: the largest value of a group becomes the dtype's largest."""
+        """Return values [..., O, I] and scales [..., O, groups]. A group's largest value becomes that of the dtype."""
         groups = matrix.astype(np.float32).reshape(*matrix.shape[:-1], -1, self.group or matrix.shape[-1])
         largest = _LARGEST[self.dtype]
         scales = np.abs(groups).max(-1) / np.float32(largest)
@@ -89,14 +89,15 @@ class Scaled:
         return np.clip(values, -largest, largest).astype(self.dtype).reshape(matrix.shape), scales
 
     def dequantise(self, w: Quantised[jax.Array]) -> Float[Array, "*B O I"]:
-        """Each value times the scale of its group, float32."""
+        """Multiply each value with the scale of its group, float32."""
         groups = w.values.astype(jnp.float32).reshape(*w.scales.shape, -1)
         return (groups * w.scales[..., None]).reshape(w.values.shape)
 
 
 def stored_scaled(name: str, values: StoredTensor, scales: StoredTensor) -> StoredTensor:
-    """The floats of values [O, I] and scales [O], or [O, groups], as one tensor whose planes are the two."""
-    scales = _as_matrix(scales)
+    """Return the floats of values [O, I] and scales [O], or [O, groups], as one tensor whose planes are the two."""
+    if len(scales.shape) == 1:
+        scales = dataclasses.replace(scales.changed(lambda rows: rows[:, None]), shape=(*scales.shape, 1))
 
     def rows(start: int, stop: int) -> np.ndarray:
         factors = scales.rows(start, stop).astype(np.float32)
@@ -104,21 +105,5 @@ def stored_scaled(name: str, values: StoredTensor, scales: StoredTensor) -> Stor
         return (groups * factors[..., None]).reshape(len(factors), -1)
 
     fits = len(values.shape) == 2 and scales.shape[0] == values.shape[0] and not values.shape[1] % scales.shape[1]
-    return StoredTensor(
-        name,
-        values.shape,
-        f"{values.dtype} with scales {list(scales.shape)}",
-        values.nbytes + scales.nbytes,
-        rows,
-        supported=fits,
-        planes={"values": values, "scales": scales},
-    )
-
-
-def _as_matrix(scales: StoredTensor) -> StoredTensor:
-    """Scales of channels as groups: [O] becomes [O, 1]."""
-    if len(scales.shape) > 1:
-        return scales
-    return dataclasses.replace(
-        scales, shape=(*scales.shape, 1), rows=lambda start, stop: scales.rows(start, stop)[:, None]
-    )
+    dtype, nbytes = f"{values.dtype} with scales {list(scales.shape)}", values.nbytes + scales.nbytes
+    return StoredTensor(name, values.shape, dtype, nbytes, rows, fits, {"values": values, "scales": scales})

@@ -1,4 +1,4 @@
-"""A weight before there is data for it, and the names of the products that weights take part in."""
+"""Descriptions of weights before there is data for them, and names of the products that weights take part in."""
 
 from __future__ import annotations
 
@@ -9,39 +9,27 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 # A dense product, by the path of its matrix in a layer's weights; the head is "lm_head", tied or not.
-Site = Literal[
-    "qkv",
-    "o",
-    "gate_up",
-    "down",
-    "mla.q",
-    "mla.q_down",
-    "mla.q_up",
-    "mla.kv_down",
-    "moe.router",
-    "moe.shared_gate_up",
-    "moe.shared_down",
-    "moe.shared_gate",
-    "lm_head",
-]
+AttentionSite = Literal["qkv", "o", "mla.q", "mla.q_down", "mla.q_up", "mla.kv_down"]
+MlpSite = Literal["gate_up", "down", "moe.router", "moe.shared_gate_up", "moe.shared_down", "moe.shared_gate"]
+Site = Literal[AttentionSite, MlpSite, "lm_head"]
 ExpertSite = Literal["moe.experts.gate_up", "moe.experts.down"]  # one matrix for each expert
 SITES: dict[str, Site | ExpertSite] = {site: site for site in get_args(Site) + get_args(ExpertSite)}
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightSpec:
-    """The shape, the logical axes and the dtype of one array. A leaf of the declared tree."""
+    """Shape, logical axes and dtype of one array. A leaf of the declared tree."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical axes, which parallel/ maps to the mesh
     dtype: str  # "bfloat16", "int4"
-    parts: tuple[int, ...] = ()  # output rows of each of the matrices fused in it; empty: it is one matrix
+    parts: tuple[int, ...] = ()  # output rows of each of the matrices that are fused in it; empty: it is one matrix
     unit: int = 1  # rows that stay together when a part is divided over devices: a head
     column_unit: int = 1  # columns that stay together when the columns are divided: a group with one scale
 
     @property
     def rows_axis(self) -> int:
-        """The axis of the output rows, which `parts` divides. The axis of experts comes before it."""
+        """Axis of the output rows, which `parts` divides. The axis of experts comes before it."""
         return 1 if self.axes[0] == "experts" else 0
 
     @property
@@ -65,6 +53,6 @@ class WeightSpec:
 
 
 def bits(dtype: str) -> int:
-    """Bits of one value."""
+    """Return the bits of one value."""
     kind = jnp.dtype(dtype)
     return jnp.iinfo(kind).bits if jnp.issubdtype(kind, jnp.integer) else jnp.finfo(kind).bits

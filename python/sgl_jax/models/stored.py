@@ -1,12 +1,12 @@
-"""A tensor as it lies in a file: its description now, its values when somebody asks. Files are mapped, not read."""
+"""Tensors as they lie in files: their descriptions now, their values when somebody asks. Files are mapped, not read."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
+import math
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,39 +14,42 @@ from numpy.typing import DTypeLike
 
 from sgl_jax.models.model_errors import ModelError
 
-_ROWS = 4096  # read at a time
+_BLOCK_VALUES = 1 << 20  # converted at a time, so that they stay in the cache
+_ROWS = 4096  # summed at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """`rows(start, stop)` gives a slice of the first axis as floats, so that no tensor need be held whole.
+    """Description of a tensor. `rows(start, stop)` reads a slice of its first axis as floats, so that none is held
+    whole.
 
-    The slice may be a read-only view of the mapped file. A quantised tensor comes dequantised to float32; its `planes` are
-    the tensors that its file holds, by name ("values", "scales"), each with as many rows as the tensor, as they are stored.
+    The slice may be a read-only view of the mapped file. A quantised tensor is read dequantised to float32. Its
+    `planes` are the tensors that the file holds for it ("values", "scales"), as they are stored, each with as many rows
+    as the tensor.
     """
 
     name: str  # the Hugging Face name, whatever the file calls it
     shape: tuple[int, ...]
-    dtype: str  # as the file calls it: "BF16", "Q4_1"
-    nbytes: int  # in the file
+    dtype: str  # the file's name for it: "BF16", "Q4_1"
+    nbytes: int  # size in the file
     rows: Callable[[int, int], np.ndarray]
     supported: bool = True  # False: `rows` gives the numbers of the file, which are no floats by themselves
-    planes: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)  # of a quantised tensor, undequantised
+    planes: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)  # of a quantised tensor
 
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0])
 
-    def changed(self, rows: Callable[[int, int], np.ndarray]) -> StoredTensor:
-        """The tensor with other values, which its planes no longer say."""
-        return dataclasses.replace(self, rows=rows, planes={})
+    def changed(self, change: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
+        """Return the tensor with a function applied to each slice of rows, and without its planes."""
+        return dataclasses.replace(self, rows=lambda start, stop: change(self.rows(start, stop)), planes={})
 
     def rounded(self, dtype: DTypeLike) -> StoredTensor:
-        """The tensor with every value rounded to the dtype. Its planes stay as they are stored."""
+        """Return the tensor with every value rounded to the dtype. Its planes stay as they are stored."""
         kind = np.dtype(dtype)
         return dataclasses.replace(self, rows=lambda start, stop: self.rows(start, stop).astype(kind, copy=False))
 
     def take(self, order: np.ndarray) -> StoredTensor:
-        """The tensor of some of its rows, in this order; so are its planes."""
+        """Return the tensor of some of its rows, in this order, with planes of the same rows."""
 
         def rows(start: int, stop: int) -> np.ndarray:
             chosen = order[start:stop]
@@ -58,13 +61,8 @@ class StoredTensor:
         return dataclasses.replace(self, shape=(len(order), *self.shape[1:]), nbytes=nbytes, rows=rows, planes=planes)
 
 
-def in_memory(name: str, array: np.ndarray) -> StoredTensor:
-    """An array as if it were stored."""
-    return StoredTensor(name, array.shape, array.dtype.name, array.nbytes, lambda start, stop: array[start:stop])
-
-
 def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
-    """The matrix with each column divided by its length, in float32. The whole is read once for the lengths."""
+    """Return the matrix with each column divided by its length, in float32. The whole is read once for the lengths."""
 
     @functools.cache
     def lengths() -> np.ndarray:
@@ -73,11 +71,11 @@ def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
             squares += np.square(matrix.rows(start, min(start + _ROWS, matrix.shape[0])).astype(np.float32)).sum(0)
         return np.sqrt(squares) + np.float32(1e-7)
 
-    return matrix.changed(lambda start, stop: matrix.rows(start, stop).astype(np.float32) / lengths())
+    return matrix.changed(lambda rows: rows.astype(np.float32) / lengths())
 
 
 def map_file(path: Path) -> np.ndarray:
-    """The file's bytes as a read-only array backed by the page cache."""
+    """Map a file's bytes as a read-only u8[size], backed by the page cache. Raises ModelError for an empty file."""
     with open(path, "rb") as f:
         try:
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
@@ -89,34 +87,42 @@ def map_file(path: Path) -> np.ndarray:
 
 
 def share_name(name: str, device: int) -> str:
-    """Under which name device's share of a tensor is found, where the files hold shares."""
+    """Return the key of shard `device` of a tensor in a checkpoint that each device saved for itself."""
     return f"{name} (share {device})"
 
 
-def joined(name: str, parts: Sequence[StoredTensor], axis: int) -> StoredTensor:
-    """Matrices one below the other (axis 0) or side by side (axis 1) as one, and so their planes. Parts that do not fit
-    together raise ModelError with their shapes."""
+def rows_below(parts: Sequence[StoredTensor], run: range) -> Iterator[np.ndarray]:
+    """Yield a run of the rows of tensors that lie one below the other, in blocks of about a million values."""
+    first = 0
+    for part in parts:
+        stop = min(run.stop - first, part.shape[0])
+        step = max(1, _BLOCK_VALUES // math.prod(part.shape[1:]))
+        for at in range(max(run.start - first, 0), stop, step):
+            yield part.rows(at, min(at + step, stop))
+        first += part.shape[0]
+
+
+def concatenated(name: str, parts: Sequence[StoredTensor], axis: int) -> StoredTensor:
+    """Return matrices one below the other (axis 0) or side by side (axis 1) as one, and their planes alike.
+
+    Raises ModelError with the shapes of parts that do not fit together.
+    """
     if any(len(part.shape) != 2 for part in parts) or len({(part.shape[1 - axis], part.dtype) for part in parts}) != 1:
         shapes = ", ".join(f"{list(part.shape)} {part.dtype}" for part in parts)
         raise ModelError(f"{name} lies in parts that do not fit together along axis {axis}: {shapes}")
-    sizes = [part.shape[axis] for part in parts]
-    ends = list(itertools.accumulate(sizes))
-    shape = (ends[-1], parts[0].shape[1]) if axis == 0 else (parts[0].shape[0], ends[-1])
 
     def rows(start: int, stop: int) -> np.ndarray:
         if axis == 1:
             return np.concatenate([part.rows(start, stop) for part in parts], axis=1)
-        inside = [(part, end - size, end) for part, size, end in zip(parts, sizes, ends, strict=True)]
-        return np.concatenate(
-            [
-                part.rows(max(start - first, 0), min(stop, end) - first)
-                for part, first, end in inside
-                if first < stop and start < end
-            ]
-        )
+        return np.concatenate([*rows_below(parts, range(start, stop))])
 
-    nbytes, supported = sum(part.nbytes for part in parts), all(part.supported for part in parts)
-    planes = {
-        plane: joined(f"{name} ({plane})", [part.planes[plane] for part in parts], axis) for plane in parts[0].planes
-    }
-    return StoredTensor(name, shape, parts[0].dtype, nbytes, rows, supported, planes)
+    first, length = parts[0], sum(part.shape[axis] for part in parts)
+    return StoredTensor(
+        name,
+        (length, first.shape[1]) if axis == 0 else (first.shape[0], length),
+        first.dtype,
+        sum(part.nbytes for part in parts),
+        rows,
+        all(part.supported for part in parts),
+        {key: concatenated(f"{name} ({key})", [part.planes[key] for part in parts], axis) for key in first.planes},
+    )

@@ -1,4 +1,4 @@
-"""Which stored tensor goes into which weight, checked against the checkpoint as a whole."""
+"""Assigns stored tensors to weights, and checks the checkpoint as a whole."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor, with_unit_columns
 from sgl_jax.models.weights import declare, declare_plain
 
-_SHOWN = 40  # names of one kind in an error; a wrong config can make thousands
+_SHOWN = 40  # names that an error lists of each kind of misfit; a wrong config can make thousands
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One array to be assembled from stored tensors."""
+    """Array that is to be assembled from stored tensors."""
 
     path: str  # in the tree of weights: ".layers[3].qkv"
     spec: WeightSpec
-    pieces: tuple[StoredTensor, ...]  # one below the other along the output axis, the first
+    pieces: tuple[StoredTensor, ...]  # to be put one below the other along the output axis
 
     @property
     def nbytes(self) -> int:
@@ -36,57 +36,59 @@ class Leaf:
 def plan_weights(
     stored: Mapping[str, StoredTensor], config: DecoderConfig, dtype: DTypeLike, names: TensorNames, *, source: str
 ) -> list[Leaf]:
-    """One leaf for each declared array. Every misfit of the checkpoint is found first and told in one ModelError."""
+    """Return one leaf for each declared array. Raises one ModelError that lists every misfit of the checkpoint."""
     stored = names.view(config.weight_scheme.view(stored) if config.weight_scheme else stored)
-    pieces_of, missing, misshapen = [], [], []
+    missing, misshapen, unreadable, leaves = [], [], [], []
     used = {names.lm_head} if config.tie_embeddings else set()
-    weights = flat_weights(config, dtype)
-    for path, spec, _ in weights:
+    for path, spec, held in flat_weights(config, dtype):
         of_rows = names.rows.get(path.partition("].")[2])
         rows = of_rows(config) if of_rows else None
         wanted = _wanted(path, spec, names, rows)
         used.update(wanted)
-        missing += [name for name in wanted if name not in stored]
-        pieces = {name: stored[name] for name in wanted if name in stored}
-        misshapen += [
-            f"{piece.name} has {list(piece.shape)}, the config needs {list(wanted[name])}"
-            for name, piece in pieces.items()
-            if piece.shape != wanted[name]
-        ]
-        if path == ".lm_head" and config.normalised_head:
-            pieces = {name: with_unit_columns(piece) for name, piece in pieces.items()}
-        pieces_of.append([piece.take(rows.order) if rows else piece for piece in pieces.values()])
-    ignored = [*names.ignored, *_extra_layers(config, names)]
+        pieces = []
+        for name, shape in wanted.items():
+            if name not in stored:
+                missing.append(name)
+                continue
+            piece = stored[name]
+            if piece.shape != shape:
+                misshapen.append(f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}")
+            if not piece.supported:
+                unreadable.append(f"{piece.name} ({piece.dtype})")
+            if path == ".lm_head" and config.normalised_head:
+                piece = with_unit_columns(piece)
+            pieces.append(piece.take(rows.order) if rows else piece)
+        leaves.append((path, held, pieces))
+    ignored = [*names.ignored, *_mtp_layers(config, names)]
     surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
-    unreadable = [f"{t.name} ({t.dtype})" for pieces in pieces_of for t in pieces if not t.supported]
-    problems = [
-        f"{label}: {', '.join(found[:_SHOWN])}{f' and {len(found) - _SHOWN} more' if len(found) > _SHOWN else ''}"
-        for label, found in (
-            ("missing tensors", list(dict.fromkeys(missing))),
-            ("tensors this architecture has no place for", sorted(surplus)),
-            ("tensors of the wrong shape", list(dict.fromkeys(misshapen))),
-            ("tensors of an unsupported type", unreadable),
-        )
-        if found
-    ]
-    if problems:
+    problems = {
+        "missing tensors": list(dict.fromkeys(missing)),
+        "tensors this architecture has no place for": sorted(surplus),
+        "tensors of the wrong shape": list(dict.fromkeys(misshapen)),
+        "tensors of an unsupported type": unreadable,
+    }
+    if any(problems.values()):
         raise ModelError(
             f"{source} does not fit its config ({config.architecture}, {config.num_layers} layers):\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(_listed(label, found) for label, found in problems.items() if found)
         )
-    filled = zip(weights, pieces_of, strict=True)
-    return [leaf for (path, _, held), pieces in filled for leaf in leaves_of(path, held, pieces)]
+    return [leaf for path, held, pieces in leaves for leaf in leaves_of(path, held, pieces)]
+
+
+def _listed(label: str, found: Sequence[str]) -> str:
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return f"{label}: {', '.join(found[:_SHOWN])}{more}"
 
 
 def flat_weights(config: DecoderConfig, dtype: DTypeLike) -> list[tuple[str, WeightSpec, Matrix[WeightSpec]]]:
-    """Each weight's path in the tree, its spec as the model defines it, and its spec as it is held."""
+    """Return each weight's path in the tree, its spec as the model defines it, and its spec as it is held."""
     plain, _ = jax.tree_util.tree_flatten_with_path(declare_plain(config, dtype))
     held = jax.tree.leaves(declare(config, dtype), is_leaf=is_quantised)
     return [(jax.tree_util.keystr(path), spec, as_held) for (path, spec), as_held in zip(plain, held, strict=True)]
 
 
 def leaves_of(path: str, spec: Matrix[WeightSpec], pieces: Sequence[StoredTensor]) -> list[Leaf]:
-    """The arrays of a weight: one, or the values and the scales that a scheme reads from each piece."""
+    """Return the arrays of a weight: one, or the values and the scales that its scheme reads from each piece."""
     if not isinstance(spec, Quantised):
         return [Leaf(path, spec, tuple(pieces))]
     read = [spec.scheme.read(piece) for piece in pieces]
@@ -96,14 +98,14 @@ def leaves_of(path: str, spec: Matrix[WeightSpec], pieces: Sequence[StoredTensor
     ]
 
 
-def _extra_layers(config: DecoderConfig, names: TensorNames) -> list[str]:
-    """Patterns of the tensors of layers that guess further tokens: they are stored after the last."""
+def _mtp_layers(config: DecoderConfig, names: TensorNames) -> list[str]:
+    """Return name patterns of the MTP layers, which are numbered after the last decoder layer."""
     layer = re.escape(names.layer["attn_norm"][0].partition("{i}")[0])
-    return [rf"^{layer}{config.num_layers + i}\." for i in range(config.num_extra_layers)]
+    return [rf"^{layer}{config.num_layers + i}\." for i in range(config.num_mtp_layers)]
 
 
 def _wanted(path: str, spec: WeightSpec, names: TensorNames, rows: Rows | None) -> dict[str, tuple[int, ...]]:
-    """The stored tensors that make up a weight, in order, and the shape of each."""
+    """Return the names of the stored tensors that make up a weight, in order, and the shape that each must have."""
     match = re.fullmatch(r"\.layers\[(\d+)\]\.([\w.]+)", path)
     if match is None:
         return {getattr(names, path.removeprefix(".")): spec.shape}
@@ -113,7 +115,7 @@ def _wanted(path: str, spec: WeightSpec, names: TensorNames, rows: Rows | None) 
         (pattern,) = patterns
         return {pattern.format(i=layer): (rows.stored, *spec.shape[1:])}
     if spec.num_experts is None or "{e}" not in patterns[0]:
-        shapes = (spec.shape,) if len(patterns) == 1 else spec.piece_shapes  # one: its parts are stored fused
+        shapes = (spec.shape,) if len(patterns) == 1 else spec.piece_shapes  # its parts may be stored fused
         return dict(zip((pattern.format(i=layer) for pattern in patterns), shapes, strict=True))
     of_each = (pattern.format(i=layer, e=e) for e in range(spec.num_experts) for pattern in patterns)
     return dict(zip(of_each, spec.piece_shapes, strict=True))

@@ -1,4 +1,4 @@
-"""The lines the server prints. Everything but `setup` and `once` is a pure function from values to text."""
+"""Lines that the server prints. Everything but `setup` and `once` is a pure function from values to text."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few se
 
 
 class _Formatter(logging.Formatter):
-    """`[2025-01-31 12:00:00] message`, on each line of it; warnings and worse carry their level."""
+    """Writes `[2025-01-31 12:00:00] message`, with the time on each line; warnings and worse carry their level."""
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         prefix = f"[{self.formatTime(record, '%Y-%m-%d %H:%M:%S')}] "
@@ -29,11 +29,11 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler[Any]):
-    """Ours, so that a second `setup` replaces it. StreamHandler flushes after each record."""
+    """Handler that a second `setup` recognises and replaces. StreamHandler flushes after each record."""
 
 
 class _Stderr(io.TextIOBase):
-    """The sys.stderr of the moment: while there is a progress bar, lines go above it."""
+    """Writes to the present sys.stderr, which a progress bar replaces so that lines go above it."""
 
     def write(self, text: str) -> int:
         return sys.stderr.write(text)
@@ -51,7 +51,7 @@ class _NotQuiet(logging.Filter):
 
 
 def setup(level: str = "info", stream: TextIO | None = None) -> None:
-    """For a process of ours, never for a program that imports us: takes over the root logger.
+    """Take over the root logger. This is for a process of ours, never for a program that imports us.
 
     Our lines and uvicorn's appear from `level` up, those of other libraries from WARNING up. Start uvicorn with
     `log_config=None`, or it puts its own handlers back.
@@ -74,7 +74,7 @@ def setup(level: str = "info", stream: TextIO | None = None) -> None:
 
 
 def once(logger: logging.Logger, key: str, message: str) -> None:
-    """Logs the message the first time this logger meets the key. The logger itself remembers."""
+    """Log the message the first time this logger is given the key. The logger itself remembers."""
     said: set[str] = logger.__dict__.setdefault("said_once", set())
     if key not in said:
         said.add(key)
@@ -85,13 +85,13 @@ def once(logger: logging.Logger, key: str, message: str) -> None:
 
 
 def banner(version: str, model: str, devices: Sequence[str]) -> str:
-    """`devices` has one name per device: "sgl_jax 0.1.0 | model Qwen/Qwen3-8B | 4 x TPU v6 lite"."""
+    """Return "sgl_jax 0.1.0 | model Qwen/Qwen3-8B | 4 x TPU v6 lite"; `devices` has a name for each device."""
     kinds = ", ".join(f"{count} x {kind}" for kind, count in Counter(devices).items())
     return f"sgl_jax {version} | model {model} | {kinds}"
 
 
 def unused_devices_line(platform: str, used: int, present: int, groups: int) -> str:
-    """`groups` of devices hold the model, each with a part of it on each of its devices."""
+    """Say how many devices are not used. `groups` is --dp-size, from which the --tp-size that takes all follows."""
     advice = f"; --tp-size {present // groups} takes all" if present % groups == 0 else ""
     return f"{present - used} of {present} {platform} devices are not used{advice}"
 
@@ -114,20 +114,17 @@ def weights_line(num_bytes: int, seconds: float) -> str:
 
 
 def memory_table(*, weights: int, kv: int, free: int, kv_tokens: int, context_length: int) -> str:
-    """How the bytes of one device will be used, and what the KV pool is good for."""
+    """Say how the bytes of one device will be used, and how many requests the KV pool holds."""
     requests = kv_tokens / context_length
-    return "\n".join(
-        (
-            "Memory per device:",
-            f"  weights   {size(weights):>10}",
-            f"  KV cache  {size(kv):>10}  {kv_tokens:,} tokens: {requests:,.1f} requests of the full context ({context_length:,})",
-            f"  free      {size(free):>10}",
-        )
+    return (
+        f"Memory per device:\n  weights   {size(weights):>10}\n"
+        f"  KV cache  {size(kv):>10}  {kv_tokens:,} tokens: {requests:,.1f} requests of the full context ({context_length:,})\n"
+        f"  free      {size(free):>10}"
     )
 
 
 def compile_line(index: int, total: int, *, program: str, seconds: float, cache_hit: bool) -> str:
-    """`index` counts from 1; the program is named as in "tokens=64 rows=16"."""
+    """Say that a program was compiled: "[1/8] tokens=64 rows=16 2.5 s (cache miss)". `index` counts from 1."""
     return f"[{index}/{total}] {program} {seconds:.1f} s" + (" (cache hit)" if cache_hit else " (cache miss)")
 
 

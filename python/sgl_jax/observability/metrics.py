@@ -34,7 +34,7 @@ _COUNTERS = (
 
 
 class Histogram:
-    """Counts per bucket. Observing costs a bisection: it runs once per generated token."""
+    """Counts of values per bucket. Observing is a bisection, since it runs once for each generated token."""
 
     __slots__ = ("bounds", "counts", "sum")
 
@@ -91,7 +91,7 @@ class _Collector:
 
 
 def exposition(requests: RequestMetrics, stats: Stats) -> tuple[bytes, str]:
-    """The text Prometheus scrapes, and its content type."""
+    """Return the text that Prometheus scrapes, and its content type."""
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()

@@ -1,4 +1,4 @@
-"""Shows how far the weights are: a bar on a terminal, a line every tenth of the way elsewhere."""
+"""Progress of loading weights: a bar on a terminal, else a line in the log for each tenth."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from sgl_jax.observability.log import weights_line
 
 @contextmanager
 def weight_progress(logger: logging.Logger, total_bytes: int) -> Iterator[Callable[[float, int], None]]:
-    """Gives the `report` that models.loader calls. Leaving the block without an error logs the total, time and speed."""
+    """Yield the `report` that models.loader calls with the fraction and bytes that are done. Leaving the block without an
+    error logs the total, time and speed."""
     started = time.perf_counter()
-    done = [0]
+    done = 0
     with _bar(total_bytes) if sys.stderr.isatty() else _lines(logger) as show:
 
         def report(fraction: float, num_bytes: int) -> None:
-            done[0] = num_bytes
+            nonlocal done
+            done = num_bytes
             show(fraction, num_bytes)
 
         yield report
-    logger.info("%s", weights_line(done[0], time.perf_counter() - started))
+    logger.info("%s", weights_line(done, time.perf_counter() - started))
 
 
 @contextmanager
@@ -43,13 +45,13 @@ def _bar(total_bytes: int) -> Iterator[Callable[[float, int], None]]:
 
 @contextmanager
 def _lines(logger: logging.Logger) -> Iterator[Callable[[float, int], None]]:
-    shown = [0]
+    shown = 0
 
     def show(fraction: float, num_bytes: int) -> None:
-        del num_bytes
+        nonlocal shown
         tenth = int(fraction * 10)
-        if tenth > shown[0] and tenth < 10:
-            shown[0] = tenth
+        if shown < tenth < 10:
+            shown = tenth
             logger.info("loading weights %d %%", tenth * 10)
 
     yield show

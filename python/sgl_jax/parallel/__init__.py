@@ -1,1 +1,1 @@
-"""Many devices as one: the mesh, where arrays lie on it, and what the devices say to each other inside a step."""
+"""Many devices as one: the mesh, where arrays lie on it, and the collectives of a step."""

@@ -1,11 +1,11 @@
-"""The devices of a launch and what they say to each other inside a step.
+"""The grid of a launch's devices, and the collectives by which they exchange shards inside a step.
 
-The mesh has two axes. Along `data` stand ranks, which have requests and KV of their own; along `tensor` the devices of a
-rank, which share its attention heads. MLPs, experts and the vocabulary are divided over all devices: there the tokens of
-all ranks meet. Experts may also be kept whole in groups of devices (`expert`), which are made of the same devices.
+The mesh has two axes. Along `data` lie the ranks, each with requests and KV of its own; along `tensor` the devices of a
+rank, over which its attention heads are divided. MLPs, experts and the vocabulary are divided over all devices, and
+compute the tokens of all ranks. Experts may be kept whole in groups of devices (`expert`), which are these same devices.
 
-A step runs on all devices at once (jax.shard_map); what it computes is its own share, and these are the only places where
-shares meet. On one device every function is the identity and nothing is wrapped.
+A step runs on all devices at once (jax.shard_map), each on its own shards; only the functions here communicate. On one
+device each of them is the identity, and nothing is wrapped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DATA, TENSOR = "data", "tensor"  # axes of the mesh, the outer first
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxis:
-    """An axis of the mesh, or both as one, seen from one of its devices."""
+    """Axis of the mesh, or both axes as one, seen from one of its devices."""
 
     names: tuple[str, ...] = ()
     size: int = 1
@@ -31,37 +31,37 @@ class MeshAxis:
         return 0 if self.size == 1 else lax.axis_index(self.names)
 
     def sum(self, x: jax.Array) -> jax.Array:
-        """The sum of every device's x, on each of them."""
+        """Return the sum of every device's x, on each of them."""
         return x if self.size == 1 else lax.psum(x, self.names)
 
     def max(self, x: jax.Array) -> jax.Array:
         return x if self.size == 1 else lax.pmax(x, self.names)
 
     def concatenate(self, x: jax.Array) -> jax.Array:
-        """Every device's x, one after the other along the last axis, on each of them."""
+        """Return every device's x, one after the other along the last axis, on each of them."""
         return x if self.size == 1 else lax.all_gather(x, self.names, axis=x.ndim - 1, tiled=True)
 
     def gather(self, x: jax.Array) -> jax.Array:
-        """Every device's x, one below the other along the first axis, on each of them."""
+        """Return every device's x, one after the other along the first axis, on each of them."""
         return x if self.size == 1 else lax.all_gather(x, self.names, axis=0, tiled=True)
 
     def sum_scatter(self, x: jax.Array) -> jax.Array:
-        """Sum every device's x and keep this device's part of the first axis: undoes `gather`, and sums."""
+        """Sum every device's x, and keep this device's part of the first axis: the inverse of `gather`, with a sum."""
         return x if self.size == 1 else lax.psum_scatter(x, self.names, scatter_dimension=0, tiled=True)
 
     def own(self, x: jax.Array) -> jax.Array:
-        """This device's part of the first axis of an x that is the same on every device."""
+        """Return this device's part of the first axis of an x that is the same on every device."""
         if self.size == 1:
             return x
         part = x.shape[0] // self.size
         return lax.dynamic_slice_in_dim(x, self.index() * part, part)
 
     def mine(self, ids: jax.Array, share: int) -> tuple[jax.Array, jax.Array]:
-        """Find ids into an axis divided in shares: their places in this device's share, `share` if they lie elsewhere; and
-        which are its own."""
-        places = ids - self.index() * share
-        own = (places >= 0) & (places < share)
-        return jnp.where(own, places, share), own
+        """Translate ids into an axis that is divided in shards of `share`. Return their indices in this device's shard, with
+        `share` for those of other devices, and a mask of those that are its own."""
+        indices = ids - self.index() * share
+        own = (indices >= 0) & (indices < share)
+        return jnp.where(own, indices, share), own
 
 
 ONE_DEVICE = MeshAxis()
@@ -69,15 +69,15 @@ ONE_DEVICE = MeshAxis()
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How many devices there are each way.
+    """Number of devices along each axis.
 
-    Between attention and MLP a device has the tokens of its rank, or, with `sequence`, its part of them: summing what
-    attention or MLP made is then half done where it is made and half where it is needed.
+    Between attention and MLP a device has the tokens of its rank, or with `sequence` its part of them. The sum of an
+    output is then divided into a reduce-scatter behind the layer that made it and an all-gather before the next.
     """
 
     tensor: int = 1
     data: int = 1
-    expert: int = 1  # groups of devices that the experts are spread over
+    expert: int = 1  # groups of devices over which the experts are divided
     sequence: bool = False
 
     @property
@@ -86,7 +86,7 @@ class Grid:
 
     @property
     def flags(self) -> str:
-        """As a user would ask for it."""
+        """The command-line flags that ask for this grid."""
         others = (("--dp-size", self.data), ("--ep-size", self.expert))
         sizes = [f"--tp-size {self.tensor}", *(f"{flag} {size}" for flag, size in others if size > 1)]
         return " ".join([*sizes, "--enable-sequence-parallel"] if self.sequence else sizes)
@@ -105,11 +105,11 @@ class Grid:
 
     @property
     def expert_width(self) -> int:
-        """Devices that share an expert's neurons."""
+        """The number of devices over which an expert's neurons are divided."""
         return self.num_devices // self.expert
 
     def part(self, axis: str | None, device: int) -> tuple[int, int]:
-        """(i, n): of an array's axis of this logical name the device holds the i-th of n parts."""
+        """Return (i, n): the device holds part i of n of an array's axis with this logical name."""
         match axis:
             case "heads" | "kv_heads":
                 return device % self.tensor, self.tensor
@@ -122,26 +122,26 @@ class Grid:
         return 0, 1
 
     def to_attention(self, x: jax.Array) -> jax.Array:
-        """The rank's tokens, whole, from what a device has of them: [T, …]."""
+        """Gather the rank's tokens, [T, …], from its devices' parts of them."""
         return self.tensor_axis.gather(x) if self.sequence else x
 
     def from_attention(self, x: jax.Array) -> jax.Array:
-        """Sums the devices' shares of the rank's tokens, [T, D], and gives each device what it has of them."""
+        """Sum the devices' partial outputs for the rank's tokens, [T, D], and keep the tokens that this device has."""
         return self.tensor_axis.sum_scatter(x) if self.sequence else self.tensor_axis.sum(x)
 
     def own_columns(self, x: jax.Array, copies: int) -> jax.Array:
-        """Where neighbours on the tensor axis hold copies of an x [T, n], this device's of their n / copies columns."""
+        """Return this device's n / copies columns of an x [T, n] that `copies` neighbours on the tensor axis hold alike."""
         if copies == 1:
             return x
         columns = x.shape[-1] // copies
         return lax.dynamic_slice_in_dim(x, self.tensor_axis.index() % copies * columns, columns, axis=-1)
 
     def to_mlp(self, x: jax.Array) -> jax.Array:
-        """The tokens of all ranks: [M * T, …]."""
+        """Gather the tokens of all ranks, [M * T, …]."""
         return self.all_axes.gather(x) if self.sequence else self.data_axis.gather(x)
 
     def from_mlp(self, x: jax.Array) -> jax.Array:
-        """Sums the devices' shares of all ranks' tokens, [M * T, D], and gives each device what it has of them."""
+        """Sum the devices' partial outputs for all ranks' tokens, [M * T, D], and keep the tokens that this device has."""
         if self.sequence:
             return self.all_axes.sum_scatter(x)
         return self.tensor_axis.sum(self.data_axis.sum_scatter(x))

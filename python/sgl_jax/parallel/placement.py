@@ -1,4 +1,4 @@
-"""Which devices a model runs on and how its arrays are divided over them, by the logical names of their axes."""
+"""Devices of a model, and how its arrays are divided over them, by the logical names of their axes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sgl_jax.parallel.grid import DATA, LONE, TENSOR, Grid
 
-# Logical axis -> mesh axes. An axis not named here is whole on every device. The axis of experts has the share of each
-# device in turn, whichever of the experts and whichever part of their neurons that is.
+# Logical axis -> mesh axes. An axis not named here is whole on every device. The axis of experts holds each device's shard
+# in turn, whichever experts and whichever part of their neurons it has.
 RULES = {
     "heads": (TENSOR,),
     "kv_heads": (TENSOR,),
@@ -35,7 +35,7 @@ class Placement:
 
     @classmethod
     def over(cls, devices: Sequence[jax.Device], grid: Grid = LONE) -> Placement:
-        """As many devices as the grid has; those of a tensor-parallel group are neighbours."""
+        """Make a mesh of as many devices as the grid has; those of a tensor-parallel group are neighbours."""
         shape = (grid.data, grid.tensor)
         return cls(Mesh(np.array(devices).reshape(shape), (DATA, TENSOR), axis_types=(AxisType.Auto,) * 2), grid)
 
@@ -43,12 +43,12 @@ class Placement:
         return NamedSharding(self.mesh, partition(axes))
 
     def whole_shape(self, share: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
-        """The shape of an array of which each device holds a share of this shape."""
+        """Return the shape of an array whose shard on each device has the shape `share`."""
         sizes = [math.prod(self.mesh.shape[name] for name in RULES.get(axis or "", ())) for axis in axes]
         return tuple(n * size for n, size in zip(share, sizes, strict=True))
 
     def run[R](self, function: Callable[..., R], in_axes: object, out_axes: object) -> Callable[..., R]:
-        """`function` on every device with its shares of the arguments; trees of Axes say how they are divided."""
+        """Return `function` run on every device with its shards of the arguments; trees of Axes say how they are divided."""
         if self.grid.num_devices == 1:
             return function
         specs = functools.partial(jax.tree.map, partition, is_leaf=_is_axes)

@@ -1,4 +1,4 @@
-"""jax over several processes: one program on all their devices, each process feeding and reading its own."""
+"""One jax over several processes: a program runs on the devices of all, and each process feeds and reads its own."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import jax
 
 
 def join_processes(coordinator: str, bind: str, number: int, index: int, timeout_s: float) -> None:
-    """Makes this process one of `number`; afterwards jax.devices() has the devices of all. Blocks until all have called
-    it. To be called before anything looks for devices.
+    """Make this process one of `number`, so that jax.devices() has the devices of all. Blocks until all have called it.
 
-    `coordinator` is HOST:PORT of process 0, which listens on `bind`.
+    Call it before anything looks for devices. `coordinator` is HOST:PORT of process 0, which listens on `bind`.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM, which means "end" here

@@ -1,4 +1,4 @@
-"""The work of `python -m sgl_jax.compile` and `--compile-only`: plan a launch, compile its programs."""
+"""Work of `python -m sgl_jax.compile` and `--compile-only`: plan a launch, compile its programs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def compile_here(args: ServerArgs) -> int:
-    """`--compile-only`: this machine's compile cache is filled as a launch would, without weights. Returns the exit code."""
+    """Fill this machine's compile cache as a launch would, without weights (`--compile-only`). Returns the exit code."""
     started = time.perf_counter()
     try:
         target = target_here(args.device, args.num_devices)
@@ -46,22 +46,22 @@ def compile_here(args: ServerArgs) -> int:
 
 
 def compile_for(args: ServerArgs, topology: str, context: int, *, only_plan: bool, json_file: str | None) -> int:
-    """`sgl_jax.compile`, whose flags these are; `json_file` "-" is standard output. Returns the exit code."""
+    """Run `sgl_jax.compile` with its flags; `json_file` "-" is standard output. Returns the exit code."""
     try:
         return _compile_for(args, topology, context, only_plan, json_file)
     except Misfit as error:
         return _failed(f"compile: it does not fit: {error}")
     except DoesNotCompile as error:
         return _failed(f"compile: it does not compile: {error}")
-    except ValueError as error:  # of the user's making: a flag, a model, a topology, what a backend cannot do
+    except ValueError as error:  # a flag, a model or a topology that is wrong, or something that a backend cannot do
         return _failed(f"compile: error: {error}", BAD_USE)
 
 
 def _compile_for(args: ServerArgs, topology: str, context: int, only_plan: bool, json_file: str | None) -> int:
-    if topology not in ("cpu", "gpu"):  # nothing of this machine's is used, or taken from who runs on it
+    if topology not in ("cpu", "gpu"):  # no device of this machine is used, or taken from a program that runs on it
         set_tpu_environment()
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_enable_compilation_cache", False)  # nothing here could read back what it would keep
+        jax.config.update("jax_enable_compilation_cache", False)  # no launch on this machine could use its entries
     target = find_target(topology, args.tp_size, args.dp_size)
     if args.device not in (None, target.platform.name):
         raise ValueError(f"--device is {args.device}; --topology {topology} is {target.platform.name}: leave it out")
@@ -70,7 +70,7 @@ def _compile_for(args: ServerArgs, topology: str, context: int, only_plan: bool,
     console = rich.console.Console(width=None if sys.stdout.isatty() else 120, quiet=json_file == "-")
     facts, seconds, surplus = None, None, None
     if not only_plan:
-        target.find_devices()  # what cannot be compiled for is said before the tables
+        target.find_devices()  # a topology that cannot be compiled for is refused before the tables
     console.print(plan_report.fit_table(plan), plan_report.step_table(plan))
     if not only_plan:
         started = time.perf_counter()
@@ -86,15 +86,15 @@ def _compile_for(args: ServerArgs, topology: str, context: int, only_plan: bool,
 
 
 def _compile(args: ServerArgs, model: PlannedModel, target: Target, launch: LaunchPlan) -> list[ProgramFacts]:
-    """With a line in the log for each program, and through the cache if the devices are here."""
+    """Compile with a line in the log for each program, and through the cache if the devices are here."""
+
+    def report(done: int, total: int, facts: ProgramFacts) -> None:
+        logger.info(log.compile_line(done, total, program=facts.name, seconds=facts.seconds, cache_hit=facts.cache_hit))
+
     kernels = kernels_for(args.attention_backend, target.platform, model.config)
     if target.is_here:
         use_compile_cache(args.compilation_cache_dir)
-    return compile_launch(model.config, launch, target, kernels, _report)
-
-
-def _report(done: int, total: int, facts: ProgramFacts) -> None:
-    logger.info(log.compile_line(done, total, program=facts.name, seconds=facts.seconds, cache_hit=facts.cache_hit))
+    return compile_launch(model.config, launch, target, kernels, report)
 
 
 def _failed(message: str, code: int = FAILED) -> int:

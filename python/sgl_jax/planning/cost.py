@@ -1,8 +1,9 @@
-"""The least cost of a step on each device: operations, bytes from memory, bytes between chips; and so its least time.
+"""Least cost of a step on each device, in operations and in bytes from memory and between chips; and its least time.
 
 A decode step has a row per token, each with `context` tokens in the cache. A prompt step has whole prompts of `context`
-tokens, or the end of one if it is longer than the step. Counted is what must be: each weight read once, each row's KV read
-once, activations and sampling for nothing.
+tokens, or the end of one if it is longer than the step. Only the unavoidable is counted: each weight and each row's KV is
+read once; activations and sampling cost nothing. The least time is that of the slowest resource (the roofline model:
+Williams, Waterman and Patterson, 2009).
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ class Rates:
 
     flops: float
     bytes_per_s: float
-    all_reduce_bytes_per_s: float  # of the summed array; infinite on one device
+    all_reduce_bytes_per_s: float  # bytes of the summed array; infinite on one device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +40,13 @@ class StepCost:
     reduced_bytes: float  # of arrays summed over the devices
 
     def bound(self, rates: Rates) -> Bound:
-        return Bound(
-            compute_s=self.flops / rates.flops,
-            memory_s=self.memory_bytes / rates.bytes_per_s,
-            links_s=self.reduced_bytes / rates.all_reduce_bytes_per_s,
-        )
+        links_s = self.reduced_bytes / rates.all_reduce_bytes_per_s
+        return Bound(self.flops / rates.flops, self.memory_bytes / rates.bytes_per_s, links_s)
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The least time each resource needs; they may work side by side, so the longest is the least time of the step."""
+    """Least time of each resource. They may work at the same time, so the longest is the least time of the step."""
 
     compute_s: float
     memory_s: float
@@ -74,7 +72,10 @@ def step_cost(
     weight_dtype: str,
     compute_dtype: str,
 ) -> StepCost:
-    """Count a step of a full bucket on every data rank, for one of the grid's devices, each with such a pool."""
+    """Count a step of a full bucket on every data rank, for one of the grid's devices, each of which has such a pool.
+
+    A product takes two operations for each of its multiplications, and attention two products per key.
+    """
     share = model.share(grid)
     plain, held = declare_plain(share, weight_dtype), declare(share, weight_dtype)
     tokens, moe = bucket.num_tokens, model.moe
@@ -82,14 +83,14 @@ def step_cost(
     chosen = moe.experts_per_token / moe.num_experts if moe else 0.0
 
     def used(spec: WeightSpec) -> float:
-        """Values of a matrix times the tokens they are multiplied with."""
+        """Return a matrix's values times the tokens that each is multiplied with."""
         if not spec.is_matrix:
             return 0.0
         of_tokens = of_all_ranks if "ffn" in spec.axes else tokens
         return math.prod(spec.shape) * (chosen * of_all_ranks if spec.axes[0] == "experts" else of_tokens)
 
     def read(spec: WeightSpec) -> float:
-        """Bytes, where all experts are as likely to be chosen: those of the experts that some token chose."""
+        """Return the bytes read: of experts those that some token chose, if all are equally likely to be chosen."""
         return spec.nbytes * (1 - (1 - chosen) ** of_all_ranks if spec.axes[0] == "experts" else 1)
 
     head_size = math.prod(plain.embed.shape)
@@ -99,8 +100,8 @@ def step_cost(
         keys += tokens * per_query
         cached += of_layer
     token_kv = pool.bytes_per_token / pool.num_layers
-    # Each layer sums the attention's and the MLP's output, and the embedding is looked up in shares. Summing the tokens of
-    # all ranks and giving each rank its own is half a sum of all of them; gathering them before is the other half.
+    # Each layer sums the outputs of attention and MLP over the devices, and the embedding sums its shards' rows. For the
+    # tokens of all ranks, the gather before the MLP and the reduce-scatter behind it cost one all-reduce together.
     within = tokens if grid.tensor > 1 else 0
     across = of_all_ranks if grid.data > 1 else 0
     summed = (2 * model.num_layers + 1) * within + (model.num_layers + 1) * across
@@ -118,7 +119,7 @@ def step_cost(
 
 
 def _visible(bucket: Bucket, context: int, window: int) -> tuple[float, float]:
-    """In one layer: keys a query sees on average, and tokens whose KV is read."""
+    """Return, for one layer, the keys a query sees on average and the tokens whose KV is read."""
     tokens = bucket.num_tokens
     if tokens <= bucket.num_rows:
         return min(context, window), tokens * min(context, window)
@@ -129,6 +130,6 @@ def _visible(bucket: Bucket, context: int, window: int) -> tuple[float, float]:
 
 
 def _mean_keys(first: int, end: int, window: int) -> float:
-    """Mean over the queries at positions [first, end) of min(position + 1, window)."""
-    grown = max(first, min(end, window))  # from here on each sees a whole window
+    """Return the mean of min(position + 1, window) over the queries at positions [first, end)."""
+    grown = max(first, min(end, window))  # queries from here on see a whole window
     return ((first + 1 + grown) / 2 * (grown - first) + window * (end - grown)) / (end - first)

@@ -1,4 +1,4 @@
-"""Compiling every program of a launch, and what each turned out to be."""
+"""Compiling every program of a launch, and facts about each."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from sgl_jax.runtime.programs import make_programs
 
 @dataclasses.dataclass(frozen=True)
 class ProgramFacts:
-    """Facts of one device. Bytes of collectives are those of a step that takes no branch: no penalties, no logprobs."""
+    """Facts about a program on one device. Collectives are those of a step that takes no branch: no penalties, no logprobs."""
 
     name: str
     seconds: float  # to trace, lower and compile
     cache_hit: bool
-    code_bytes: int  # lives in the device's memory beside weights and KV
+    code_bytes: int  # in the device's memory, beside weights and KV
     temp_bytes: int  # used while it runs
     aliased_bytes: int  # of arguments changed in place
     collectives: int  # in a step
-    reduced_bytes: int  # by all collectives of a step
+    reduced_bytes: int  # results of all collectives of a step
 
 
 class DoesNotCompile(ValueError):
-    """The compiler refused a program, mostly for want of memory; its message follows."""
+    """The compiler refused a program, mostly because it needs too much memory; the message is the compiler's."""
 
 
 def compile_launch(
@@ -45,8 +45,10 @@ def compile_launch(
     kernels: Kernels,
     report: Callable[[int, int, ProgramFacts], None],
 ) -> list[ProgramFacts]:
-    """Compiles in parallel, small programs first. For devices that are here this fills the compile cache that the server
-    reads. Raises NoSuchTopology or DoesNotCompile."""
+    """Compile a launch's programs in parallel, small ones first, and `report` each with its number and how many there are.
+
+    For devices of this machine it fills the compile cache that the server reads. Raises NoSuchTopology or DoesNotCompile.
+    """
     placement = Placement.over(target.find_devices(), launch.grid)
     facts = []
 
@@ -74,6 +76,7 @@ def launch_programs(
 
 
 def read_facts(compiled: Compiled, num_layers: int) -> ProgramFacts:
+    """Read a program's sizes and collectives; those inside a loop count once for each layer."""
     memory: Any = compiled.call.memory_analysis()
     module = hlo.read(compiled.call.as_text() or "")
     always = [each for each in module.collectives() if not each.in_branch]

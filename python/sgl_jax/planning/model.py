@@ -1,4 +1,4 @@
-"""The model of a plan: a path or a hub id as the server takes it, or the name of one whose config.json comes with us."""
+"""Models of plans: a path or a hub id as the server takes it, or the name of a bundled config.json."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from sgl_jax.models.bundled import PREFIX, bundled
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.families import add_package, decoder_config
+from sgl_jax.models.families import decoder_config, known_families
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads
 
 
@@ -16,11 +16,11 @@ from sgl_jax.settings.hub import HUGGING_FACE, Downloads
 class PlannedModel:
     config: DecoderConfig
     stored_dtype: str | None
-    source: str  # where the config was read
+    source: str  # of the config
 
 
 def find_model(path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None) -> PlannedModel:
-    """Reads configs only. A name or hub id whose config is bundled needs no network. Raises ModelError."""
+    """Read a model's configs. A name or hub id whose config is bundled needs no network. Raises ModelError."""
     names = {name.lower(): name for name in bundled()}
     name = names.get(path.rpartition("/")[2].removesuffix("-Instruct").lower())
     if name is not None and not Path(path).expanduser().exists():
@@ -29,9 +29,7 @@ def find_model(path: str, downloads: Downloads = HUGGING_FACE, package: str | No
 
 
 def read_model(path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None) -> PlannedModel:
-    """The configs at a path or hub id, or a bundled one's; `package` is --model-package. Raises ModelError."""
-    if package is not None:
-        add_package(package)
+    """Read the configs at a path or hub id, or a bundled one; `package` is --model-package. Raises ModelError."""
     checkpoint = open_checkpoint(path, load_format="dummy", downloads=downloads)
-    config = decoder_config(checkpoint.config, checkpoint.generation_config)
+    config = decoder_config(checkpoint.config, checkpoint.generation_config, families=known_families(package))
     return PlannedModel(config, checkpoint.dtype, str(checkpoint.path))

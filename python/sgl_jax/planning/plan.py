@@ -1,4 +1,4 @@
-"""Does it fit, how much KV remains, and what does each step cost: arithmetic alone, in seconds."""
+"""Plan of a launch: whether it fits, how much KV remains, and the cost of each step. Arithmetic alone, in seconds."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sgl_jax.runtime.platform import kernels_for
 from sgl_jax.settings.server_args import ServerArgs
 
 _FEW_REQUESTS = 8
-_MOST_MEMORY = 0.97  # of a device for weights and KV; the rest is for programs and what they need while they run
+_MOST_MEMORY = 0.97  # fraction of a device for weights and KV; programs and their temporaries need the rest
 
 
 class Misfit(ValueError):
@@ -46,7 +46,7 @@ class Plan:
     target: Target
     launch: LaunchPlan
     parameters: int
-    context: int  # that steps are counted with
+    context: int  # tokens of each row in the cache when steps are counted
     steps: tuple[PlannedStep, ...]
 
     @property
@@ -55,31 +55,28 @@ class Plan:
 
 
 def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: int) -> Plan:
-    """`context`: tokens each row has in the cache when steps are counted. Raises Misfit, or ValueError for a flag."""
+    """Plan a launch and count its steps with `context` tokens of each row in the cache.
+
+    Raises Misfit, or ValueError for a flag.
+    """
     args = dataclasses.replace(args, tp_size=target.num_devices // args.dp_size)
     launch = launch_of(args, model, target)
     config = launch.runner_config
     context = min(context, config.context_length)
     rates = target.rates(config.compute_dtype)
+    weight, compute = config.weight_dtype, config.compute_dtype
     steps = []
     for bucket in config.buckets:
         cost = step_cost(
-            model.config,
-            launch.grid,
-            config.pool,
-            bucket,
-            context,
-            weight_dtype=config.weight_dtype,
-            compute_dtype=config.compute_dtype,
+            model.config, launch.grid, config.pool, bucket, context, weight_dtype=weight, compute_dtype=compute
         )
-        steps.append(
-            PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, cost.bound(rates) if rates else None)
-        )
+        bound = cost.bound(rates) if rates else None
+        steps.append(PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, bound))
     return Plan(model, target, launch, parameters(model.config), context, tuple(steps))
 
 
 def launch_of(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:
-    """Decide a launch. Raises Misfit, or ValueError for a flag."""
+    """Decide a launch's sizes as the server would. Raises Misfit, or ValueError for a flag."""
     try:
         return _launch(args, model, target)
     except DoesNotFit as error:
@@ -87,7 +84,7 @@ def launch_of(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPl
 
 
 def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> list[str]:
-    """One line for each single change that would make it fit, with what is gained; a last line if there is none."""
+    """Return a line for each single change that would make the launch fit, with the KV it then has."""
     few = -(-_FEW_REQUESTS // args.dp_size) * args.dp_size
     changes: list[tuple[str, dict[str, Any]]] = [
         (f"--mem-fraction-static {_MOST_MEMORY}", {"mem_fraction_static": _MOST_MEMORY}),
@@ -113,14 +110,10 @@ def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> lis
 
 
 def _launch(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:
-    return plan_launch(
-        args,
-        model.config,
-        target.platform,
-        kernels_for(args.attention_backend, target.platform, model.config),
-        stored_dtype=model.stored_dtype,
-        device_bytes=target.device_bytes,
-    )
+    platform, config = target.platform, model.config
+    kernels = kernels_for(args.attention_backend, platform, config)
+    stored, memory = model.stored_dtype, target.device_bytes
+    return plan_launch(args, config, platform, kernels, stored_dtype=stored, device_bytes=memory)
 
 
 def _tried(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan | None:
@@ -131,13 +124,11 @@ def _tried(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan 
 
 
 def _least_fraction(args: ServerArgs, model: PlannedModel, target: Target) -> float:
-    percent = next(
-        percent
-        for percent in range(1, 98)
-        if percent / 100 == _MOST_MEMORY
-        or _tried(dataclasses.replace(args, mem_fraction_static=percent / 100), model, target)
-    )
-    return percent / 100
+    """Return the least --mem-fraction-static that fits, in steps of 0.01."""
+    for percent in range(1, round(100 * _MOST_MEMORY)):
+        if _tried(dataclasses.replace(args, mem_fraction_static=percent / 100), model, target):
+            return percent / 100
+    return _MOST_MEMORY
 
 
 def _room(launch: LaunchPlan) -> str:

@@ -1,4 +1,4 @@
-"""A plan and its programs for people, and the same as plain data for programs."""
+"""Reports of a plan and its programs: tables for people, and the same as plain data for JSON."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def fit_table(plan: Plan) -> Table:
     target, config = plan.target, plan.model.config
     table = _table("", "")
     chips = f"{target.topology.num_chips} chips, " if target.topology else ""
+    holds = f"{launch.kv_tokens:,} tokens: {plan.full_contexts:,.1f} full contexts of {limits.context_length:,}"
     for name, text in (
         ("model", f"{config.architecture}, {_count(plan.parameters)} parameters ({plan.model.source})"),
         ("devices", f"{target.name}: {chips}{target.num_devices} x {target.kind}, {size(target.device_bytes)} each"),
@@ -27,10 +28,7 @@ def fit_table(plan: Plan) -> Table:
         ("weights per device", size(launch.weight_bytes)),
         ("KV per device", f"{size(memory.kv_bytes)} in {memory.num_pages:,} pages of {memory.page_size} tokens"),
         ("KV per token and device", f"{memory.bytes_per_token:,} bytes"),
-        (
-            "KV holds",
-            f"{launch.kv_tokens:,} tokens: {plan.full_contexts:,.1f} full contexts of {limits.context_length:,}",
-        ),
+        ("KV holds", holds),
         ("left per device", size(memory.total_bytes - launch.weight_bytes - memory.kv_bytes)),
         ("running requests", f"{limits.num_rows} at most"),
     ):
@@ -39,7 +37,7 @@ def fit_table(plan: Plan) -> Table:
 
 
 def step_table(plan: Plan) -> Table:
-    """The least time of a full step in each bucket, and why it is not less."""
+    """Make the table of the least time of a full step in each bucket, and the resource that limits it."""
     table = _table("tokens", "rows", "step", "GFLOP", "memory MB", "reduced MB", "least ms", "limit", "tokens/s")
     for step in plan.steps:
         kind = "decode" if step.decodes else "prompt"
@@ -50,7 +48,7 @@ def step_table(plan: Plan) -> Table:
         table.add_row(str(step.bucket.num_tokens), str(step.bucket.num_rows), kind, *cost, *bound)
     table.caption = (
         f"Per device and step, with {plan.context:,} tokens per row. Least: each weight and each row's KV read once, "
-        f"nothing else, at full rate."
+        "nothing else, at full rate."
     )
     return table
 
@@ -66,7 +64,8 @@ def program_table(facts: Sequence[ProgramFacts]) -> Table:
 
 
 def overflow(plan: Plan, facts: Sequence[ProgramFacts]) -> str | None:
-    """By how much weights, KV, all code and the largest temporaries exceed a device, and what to change; None: they fit."""
+    """Say by how much weights, KV, all code and the largest temporaries exceed a device, and what to change; None: they
+    fit."""
     memory = plan.launch.memory
     programs = sum(each.code_bytes for each in facts) + max((each.temp_bytes for each in facts), default=0)
     surplus = plan.launch.weight_bytes + memory.kv_bytes + programs - memory.total_bytes
@@ -80,9 +79,8 @@ def overflow(plan: Plan, facts: Sequence[ProgramFacts]) -> str | None:
 
 
 def as_data(plan: Plan, facts: Sequence[ProgramFacts] | None, seconds: float | None) -> dict[str, Any]:
-    """For JSON. `facts` None: nothing was compiled. Bytes and rates are per device, times in seconds."""
+    """Return the plan for JSON. `facts` None: nothing was compiled. Bytes and rates are per device, times in seconds."""
     launch, memory, limits, target = plan.launch, plan.launch.memory, plan.launch.runner_config, plan.target
-    found = {each.name: each for each in facts or ()}
     return {
         "model": plan.model.source,
         "architecture": plan.model.config.architecture,
@@ -104,7 +102,7 @@ def as_data(plan: Plan, facts: Sequence[ProgramFacts] | None, seconds: float | N
         "max_running_requests": limits.num_rows,
         "counted_context": plan.context,
         "steps": [_step_data(step) for step in plan.steps],
-        "programs": [_program_data(each) for each in found.values()] if facts is not None else None,
+        "programs": [dataclasses.asdict(each) for each in facts] if facts is not None else None,
         "compile_seconds": seconds,
     }
 
@@ -129,10 +127,6 @@ def _step_data(step: PlannedStep) -> dict[str, Any]:
             "tokens_per_second": step.tokens_per_s,
         }
     return data
-
-
-def _program_data(facts: ProgramFacts) -> dict[str, Any]:
-    return {name: getattr(facts, name) for name in facts.__dataclass_fields__}
 
 
 def _table(*columns: str) -> Table:

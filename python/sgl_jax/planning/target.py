@@ -1,4 +1,4 @@
-"""Where a plan is for: a topology of accelerators, or the devices of this machine."""
+"""Target of a plan: a topology of accelerators, or the devices of this machine."""
 
 from __future__ import annotations
 
@@ -23,29 +23,31 @@ class Target:
     num_devices: int
     device_bytes: int
     topology: Topology | None  # None: devices of this machine
-    find_devices: Callable[[], list[jax.Device]]  # to compile for; may raise NoSuchTopology
+    find_devices: Callable[[], list[jax.Device]]  # devices to compile for; may raise NoSuchTopology
 
     @property
     def is_here(self) -> bool:
         return self.topology is None
 
     def rates(self, dtype: str) -> Rates | None:
-        """The makers' figures for a topology, measured now for this machine (about 2 s). None: there is no telling."""
+        """Return the rates of a device: the maker's figures for a topology; for this machine they are measured now, which
+        takes about 2 s. None: they cannot be measured."""
         if self.topology is None:
             devices = self.find_devices()
             try:
                 measured = measure_rates(devices, dtype)
             except NotMeasured:
                 return None
-            share = len(devices)  # the figures are of all devices
-            return Rates(measured.matmul_flop_per_s / share, measured.read_bytes_per_s / share, math.inf)
+            number = len(devices)  # all of which were measured together
+            return Rates(measured.matmul_flop_per_s / number, measured.read_bytes_per_s / number, math.inf)
         chip = self.topology.chip
         seconds_per_byte = self.topology.all_reduce_seconds(1.0, self.num_devices)
         return Rates(chip.flops[dtype], chip.bytes_per_s, 1 / seconds_per_byte if seconds_per_byte else math.inf)
 
 
 def find_target(name: str, tp_size: int | None = None, dp_size: int = 1) -> Target:
-    """Without `tp_size` all devices of a topology, one of this machine for each data rank. Raises NoSuchTopology or NoDevice."""
+    """Return the devices that a topology's name and the flags mean: without `tp_size` all devices of the topology, and of
+    this machine one for each data rank. Raises NoSuchTopology or NoDevice."""
     if name in ("cpu", "gpu"):
         return target_here(name, (tp_size or 1) * dp_size)
     topology = parse(name)
@@ -53,20 +55,16 @@ def find_target(name: str, tp_size: int | None = None, dp_size: int = 1) -> Targ
     if number > topology.num_devices or number % dp_size:
         asked = f"--dp-size is {dp_size}" if tp_size is None else f"--tp-size is {tp_size} and --dp-size {dp_size}"
         raise NoSuchTopology(f"{asked}; {name} has {topology.num_devices} devices")
+
+    def find() -> list[jax.Device]:
+        return tpu_devices(topology)[:number]
+
     chip = topology.chip
-    return Target(
-        name,
-        chip.kind,
-        PLATFORMS[chip.platform],
-        number,
-        chip.memory_bytes,
-        topology,
-        lambda: tpu_devices(topology)[:number],
-    )
+    return Target(name, chip.kind, PLATFORMS[chip.platform], number, chip.memory_bytes, topology, find)
 
 
 def target_here(wanted: Name | None, number: int) -> Target:
-    """Devices of this machine, as the server picks them. Raises NoDevice."""
+    """Return devices of this machine, as the server picks them. Raises NoDevice."""
     platform, devices = pick_devices(wanted, number)
     sharers = len(devices) if platform.name == "cpu" else 1  # virtual CPU devices live in one memory
     memory = device_memory(devices[0]) // sharers

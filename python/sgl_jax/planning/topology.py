@@ -1,7 +1,7 @@
-"""Accelerators that need not be here: what a "v6e-4" is, how fast it is, and its devices to compile for.
+"""Topologies of accelerators that need not be here: the sizes and rates of a "v6e-4", and its devices to compile for.
 
 The figures are the makers' (cloud.google.com/tpu/docs, nvidia.com), per JAX device: a v5p chip is one device, a v7x chip
-is two. A TPU's memory is what its compiler lets a program use. It has no float32 products; they are six of bfloat16.
+is two. A TPU's memory is the part that its compiler lets a program use. A TPU makes a float32 product of six bfloat16 ones.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _GIB = 1 << 30
 
 
 class NoSuchTopology(ValueError):
-    """The name says nothing that exists, or nothing that can be compiled for on this machine."""
+    """The name is of no topology, or of none that can be compiled for on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One kind of accelerator. Rates are of one JAX device; links are between chips."""
+    """Kind of accelerator. Rates are of one JAX device; links are between chips."""
 
     kind: str
     devices_per_chip: int
-    memory_bytes: int  # a program may use
-    bytes_per_s: float  # from memory
+    memory_bytes: int  # that a program may use
+    bytes_per_s: float  # of reading memory
     flops: dict[str, float]  # multiplications and additions per second of matrix products, by dtype
     link_bytes_per_s: float  # of one link, one way
     grid: Literal["2d", "3d", "all"]  # how chips are linked: a mesh or torus, or each with every other
@@ -49,18 +49,11 @@ CHIPS = {
     "h200": Chip("NVIDIA H200 SXM", 1, 141 * 10**9, 4800e9, {"bfloat16": 989e12, "float32": 67e12}, 450e9, "all"),
 }
 
-# What jax calls the devices, or begins to.
-_KINDS = {
-    "TPU v5 lite": "v5e",
-    "TPU v5e": "v5e",
-    "TPU v5": "v5p",
-    "TPU v6 lite": "v6e",
-    "TPU v6e": "v6e",
-    "TPU7x": "v7x",
-}
-_KINDS |= {"NVIDIA H100": "h100", "NVIDIA H200": "h200"}
+# Beginnings of jax's names for the devices.
+_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
+_KINDS |= {"TPU7x": "v7x", "NVIDIA H100": "h100", "NVIDIA H200": "h200"}
 
-# Chips -> the grid that many of them form. Google rents these and no others (half a host of 2x2 included).
+# Number of chips -> the grid they form. Google rents these and no others (half a host of 2x2 included).
 _GRIDS = {
     "2d": {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
     "3d": {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 1), 8: (2, 2, 2), 16: (2, 2, 4), 32: (2, 4, 4), 64: (4, 4, 4)},
@@ -71,7 +64,7 @@ _LIBTPU_NAMES = {"v5e": "v5e", "v5p": "v5p", "v6e": "v6e", "v7x": "tpu7x"}
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A number of chips of one kind, linked."""
+    """Chips of one kind with the links between them."""
 
     name: str  # v6e-4
     chip: Chip
@@ -87,16 +80,17 @@ class Topology:
 
     @property
     def links(self) -> int:
-        """Links each chip has at least: to the neighbours on each axis, both only where the axis closes to a ring."""
+        """The least number of links that a chip has: two on an axis that closes to a ring, one on a shorter axis."""
         if self.chip.grid == "all":
             return int(self.num_chips > 1)
         ring = 16 if self.chip.grid == "2d" else 4
         return sum(0 if n == 1 else 2 if n % ring == 0 else 1 for n in self.grid)
 
     def all_reduce_seconds(self, num_bytes: float, devices: int | None = None) -> float:
-        """Least time to sum an array of num_bytes over this many devices: each chip sends 2 (n - 1) / n of it.
+        """Return the least time to sum an array over this many devices (None: all): a ring all-reduce, in which each of n
+        chips sends 2 (n - 1) / n of it (Patarasuk and Yuan, 2009).
 
-        Devices of one chip share its links; what they say to each other is taken as free.
+        Devices of one chip share its links; transfers between them are taken as free.
         """
         chips = -(-(devices or self.num_devices) // self.chip.devices_per_chip)
         if chips <= 1:
@@ -105,13 +99,13 @@ class Topology:
 
 
 def chip_of(device_kind: str) -> Chip | None:
-    """The chip of a jax.Device.device_kind; None for one that is not known here."""
+    """Return the chip of a jax.Device.device_kind; None for one that is not known here."""
     known = [begin for begin in _KINDS if device_kind.startswith(begin)]
     return CHIPS[_KINDS[max(known, key=len)]] if known else None
 
 
 def parse(name: str) -> Topology:
-    """ "v6e-4" is four chips. Raises NoSuchTopology, saying which names there are."""
+    """Read a name: "v6e-4" is four chips. Raises NoSuchTopology, saying which names there are."""
     match = re.fullmatch(r"(\w+)-(\d+)", name)
     chip = CHIPS.get(match[1]) if match else None
     if match is None or chip is None:
@@ -123,13 +117,13 @@ def parse(name: str) -> Topology:
 
 
 def larger(topology: Topology) -> list[Topology]:
-    """The topologies of the same chip with more of them, smallest first."""
+    """Return the topologies with more chips of the same kind, smallest first."""
     kind = topology.name.partition("-")[0]
     return [parse(f"{kind}-{n}") for n in _GRIDS[topology.chip.grid] if n > topology.num_chips]
 
 
 def tpu_devices(topology: Topology) -> list[jax.Device]:
-    """Devices that programs can be compiled for, but not run on. Needs libtpu and set_tpu_environment().
+    """Return devices to compile programs for, which cannot run on them. Needs libtpu and set_tpu_environment().
 
     Raises NoSuchTopology without libtpu, or for a kind that it does not compile for.
     """
@@ -141,7 +135,7 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
 
     kind = topology.name.partition("-")[0]
     name = f"{_LIBTPU_NAMES[kind]}:{'x'.join(map(str, topology.grid))}"
-    # libtpu thinks in hosts of 2x2 chips; fewer must be said.
+    # libtpu assumes hosts of 2x2 chips; fewer must be said.
     bounds = {"chips_per_host_bounds": (*topology.grid, 1)[:3]} if topology.num_chips < 4 else {}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **bounds)
@@ -151,8 +145,8 @@ def tpu_devices(topology: Topology) -> list[jax.Device]:
 
 
 def set_tpu_environment() -> None:
-    """Lets libtpu load where there is no TPU, quietly, and beside other processes that do the same. To be called before
-    jax looks for devices, by a process that compiles for TPUs and never runs on one."""
+    """Let libtpu load where there is no TPU, quietly, and beside other processes that do the same. Call it before jax looks
+    for devices, in a process that compiles for TPUs and never runs on one."""
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["TPU_ACCELERATOR_TYPE"] = "v6e-4"

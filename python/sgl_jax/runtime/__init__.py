@@ -1,1 +1,1 @@
-"""The device side: memory, buckets, the compiled step, sampling."""
+"""Device side of the engine: memory, buckets, the compiled step, sampling."""

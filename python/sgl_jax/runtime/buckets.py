@@ -1,4 +1,4 @@
-"""The static shapes a server compiles: as few as serve every step without much padding."""
+"""Static shapes that a server compiles: as few as serve every step without much padding."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, order=True)
 class Bucket:
-    """A step of at most num_tokens packed tokens in at most num_rows rows, where rows that decode have `width` tokens."""
+    """Sizes of a step: at most num_tokens packed tokens in at most num_rows rows."""
 
     num_tokens: int  # T
     num_rows: int  # S; S * W <= T
-    width: int = 1  # W
+    width: int = 1  # W, tokens of a decoding row
 
 
 def make_buckets(
     max_step_tokens: int, max_running_requests: int, smallest: int, multiple: int = 1, width: int = 1
 ) -> tuple[Bucket, ...]:
-    """Token counts are the smallest, then 8, 32, … up to the running rows, and doubles beyond, rounded up to multiples, all
-    times the width. A bucket has a row for each W tokens, up to max_running_requests."""
+    """Make the buckets of a launch, ascending. Token counts are `smallest`, then 8, 32, … up to the running rows, then doubles,
+    rounded up to a multiple and multiplied by the width. A bucket has a row for each W tokens, up to max_running_requests."""
     sizes = {smallest, max_running_requests, -(-max_step_tokens // width)}
     size = 8
     while size * width < max_step_tokens:
@@ -30,7 +30,7 @@ def make_buckets(
 
 
 def pick(buckets: tuple[Bucket, ...], num_tokens: int, num_rows: int = 0, width: int = 1) -> Bucket:
-    """The smallest bucket of the width that holds so many tokens and rows. Raises ValueError when none does."""
+    """Return the smallest bucket of the width that holds the tokens and rows. Raises ValueError if none does."""
     for bucket in buckets:
         if num_tokens <= bucket.num_tokens and num_rows <= bucket.num_rows and width == bucket.width:
             return bucket

@@ -1,8 +1,9 @@
-"""Compiling programs ahead of use, and noticing when one is compiled after that."""
+"""Compilation of programs ahead of use, and a count of compilations that come later."""
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import logging
 import os
@@ -19,9 +20,9 @@ logger = logging.getLogger(__name__)
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 
-# What XLA is told beyond its defaults, by kind of device.
+# XLA options that are not the default, by kind of device.
 COMPILER_OPTIONS = {
-    # Or each step first copies every weight of a scan into tiles of 16 rows: 1.7 GB for a share of Qwen3-8B.
+    # Without it, each step copies every weight of a scan into tiles of 16 rows: 1.7 GB for a shard of Qwen3-8B.
     "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
 }
 
@@ -31,17 +32,17 @@ type Payload = jax.Array | np.ndarray | list[Payload] | dict[str, Payload]
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function of device values, an i32 vector and perhaps a payload, and the (abstract) arguments it is compiled
-    for: the values it takes, the vector, the payload. It returns the values it gives, as a tuple.
+    """Jitted function with the abstract arguments for which it is compiled: device values, an i32 vector and, for some, a
+    payload. It returns a tuple of device values.
 
-    A value it takes and gives is donated; one it only gives is its result. A payload is what no vector holds, such as the
-    weights of an adapter: every process reads its own from the source that is announced.
+    A value that it takes and gives is donated; a value that it only gives is its result. A payload is data that fits no
+    vector, such as the weights of an adapter. Every process reads it from the announced source.
     """
 
     name: str
     function: jax.stages.Wrapped
-    args: tuple[object, ...]
-    takes: tuple[str, ...] = ()
+    args: tuple[object, ...]  # the values taken, the vector, the payload
+    takes: tuple[str, ...] = ()  # names of device values
     gives: tuple[str, ...] = ()
     read: Callable[[str], Payload] | None = None  # source -> payload
 
@@ -53,7 +54,7 @@ class Program:
 
     @property
     def device_kind(self) -> str:
-        """Kind of the devices its arguments lie on; of the default ones where the arguments do not say."""
+        """Kind of the devices that its arguments are placed on, or of the default device."""
         sharding = jax.tree.leaves(self.args)[0].sharding
         device = next(iter(sharding.device_set)) if sharding is not None else jax.devices()[0]
         return device.device_kind
@@ -68,7 +69,7 @@ class Compiled:
 
 
 class CompileWatch:
-    """Counts this process's compilations from its creation on, and tells each thread whether its last hit the cache."""
+    """Counts this process's compilations, and tells a thread whether its last one was read from the compilation cache."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -85,20 +86,20 @@ class CompileWatch:
             self._thread.hit = True
 
     def took_hit(self) -> bool:
-        """Whether this thread read a program from the cache since it last asked."""
+        """Return whether this thread has read a program from the cache since its last call."""
         hit, self._thread.hit = getattr(self._thread, "hit", False), False
         return hit
 
 
 def use_compile_cache(folder: str) -> None:
-    """Keep every compiled program there, however small or quickly made."""
+    """Keep every compiled program in the folder, also small and quickly compiled ones."""
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def matmul_precision(dtype: str) -> str:
-    """The value for jax.default_matmul_precision: float32 models are computed in float32, not in passes of bfloat16."""
+    """Return the value of jax.default_matmul_precision with which float32 is not computed in passes of bfloat16."""
     return "highest" if dtype == "float32" else "default"
 
 
@@ -110,9 +111,12 @@ def compile_all(
     absent: jax.sharding.Mesh | None = None,
     stopped: threading.Event | None = None,
 ) -> dict[str, jax.stages.Compiled]:
-    """Compile programs in parallel threads, in their order; name -> callable. report(how many are done, of how many,
-    which). `absent`: the mesh of TPUs that are not here; such programs can be read, not called. The first failure is
-    raised, and what has not been begun is left; so it is once another thread sets `stopped`, with CancelledError."""
+    """Compile programs in parallel threads, in their order; return the compiled ones by name.
+
+    `report` is called with the number done, the number of all, and the program just compiled. `absent`: the mesh of TPUs that
+    are not here, for programs to be read but not called. The first failure is raised and the remaining programs are left out;
+    likewise, with CancelledError, when another thread sets `stopped`.
+    """
     programs = list(programs)
     precision = jax.config.jax_default_matmul_precision  # the caller's, which threads do not inherit
 
@@ -121,13 +125,11 @@ def compile_all(
             raise concurrent.futures.CancelledError
         watch.took_hit()
         start = time.perf_counter()
-        with jax.default_matmul_precision(precision):
-            if absent is None:
-                call = _compiled(program.function.lower(*program.args), program.device_kind)
-            else:
-                with jax.sharding.use_abstract_mesh(absent.abstract_mesh):  # by it kernels learn the TPU's generation
-                    lowered = program.function.trace(*program.args).lower(lowering_platforms=("tpu",))
-                    call = _compiled(lowered, program.device_kind)
+        # The abstract mesh tells kernels the TPU's generation.
+        mesh = jax.sharding.use_abstract_mesh(absent.abstract_mesh) if absent else contextlib.nullcontext()
+        with jax.default_matmul_precision(precision), mesh:
+            lowered = program.function.trace(*program.args).lower(lowering_platforms=("tpu",) if absent else None)
+            call = _compiled(lowered, program.device_kind)
         return Compiled(program, call, time.perf_counter() - start, watch.took_hit())
 
     done: dict[str, jax.stages.Compiled] = {}

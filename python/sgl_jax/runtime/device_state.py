@@ -21,31 +21,32 @@ NO_DRAFT = -1  # a draft that no sampled token equals
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeviceState:
-    """R rows and a spare one, the last, which padding reads and writes. B = BIAS_WIDTH; W is that of the widest bucket."""
+    """Arrays with R rows and a spare last one, which padding reads and writes. B = BIAS_WIDTH; W of the widest bucket."""
 
-    length: jax.Array  # i32[R + 1]: tokens whose KV is final; where the row's next step starts, if it decodes
-    last_token: jax.Array  # i32[R + 1]: the one after them, sampled last
-    draft: jax.Array  # i32[R + 1, max(W - 1, 1)]: guesses at those that follow; NO_DRAFT where there is none
+    length: jax.Array  # i32[R + 1]: tokens whose KV is final; the next step of a decoding row starts here
+    last_token: jax.Array  # i32[R + 1]: the token at that position, sampled last
+    draft: jax.Array  # i32[R + 1, max(W - 1, 1)]: guesses at the tokens that follow it, or NO_DRAFT
     page_table: jax.Array  # i32[R + 1, pages]
-    token_counts: jax.Array  # i32[R + 1, V]: times in the output, plus IN_PROMPT; kept for rows with penalties
-    bias_ids: jax.Array  # i32[R + 1, B]: tokens whose logit changes, for rows with Flag.BIAS
+    token_counts: jax.Array  # i32[R + 1, V]: times in the output, plus IN_PROMPT; for rows with penalties
+    bias_ids: jax.Array  # i32[R + 1, B]: tokens whose logit changes, for rows with RowFlag.BIAS
     bias_values: jax.Array  # f32[R + 1, B]
-    bias_until: jax.Array  # i32[R + 1, B]: in force while the sampled position is below
+    bias_until: jax.Array  # i32[R + 1, B]: the bias applies to sampled positions below it
 
 
-_WHOLE: Any = ()  # on every device
-_OVER_VOCAB: Any = (None, "vocab")
-STATE_AXES = dataclasses.replace(  # logical axes of each array
-    DeviceState(*[_WHOLE] * len(dataclasses.fields(DeviceState))), token_counts=_OVER_VOCAB
-)
+_REPLICATED: Any = ()
+_VOCAB_SHARDED: Any = (None, "vocab")
+# Logical axes of each array.
+STATE_AXES = DeviceState(**{each.name: _REPLICATED for each in dataclasses.fields(DeviceState)})
+STATE_AXES = dataclasses.replace(STATE_AXES, token_counts=_VOCAB_SHARDED)
 
 
 def initial_state(num_rows: int, pages_per_row: int, vocab_size: int, width: int = 1) -> DeviceState:
+    """Make the state of num_rows empty rows and the spare one."""
     n = num_rows + 1
     return DeviceState(
         length=jnp.zeros(n, jnp.int32),
         last_token=jnp.zeros(n, jnp.int32),
-        # One column at least: jaxlib 0.11.2 crashes compiling a program that is given an empty array on several devices.
+        # At least one column: jaxlib 0.11.2 crashes when it compiles a program with an empty array on several devices.
         draft=jnp.full((n, max(width - 1, 1)), NO_DRAFT, jnp.int32),
         page_table=jnp.zeros((n, pages_per_row), jnp.int32),
         token_counts=jnp.zeros((n, vocab_size), jnp.int32),
@@ -61,7 +62,7 @@ def state_bytes(num_rows: int, pages_per_row: int, vocab_size: int, width: int =
 
 
 def apply_page_updates(state: DeviceState, updates: Int[Array, "3 U"]) -> DeviceState:
-    """Write (row, index, page) into the page tables."""
+    """Set entries of the page tables: (row, index, page) for each of U updates."""
     row, index, page = updates
     return dataclasses.replace(state, page_table=state.page_table.at[row, index].set(page))
 
@@ -76,15 +77,14 @@ def store_samples(
     counted: Bool[Array, " S"],
     axis: MeshAxis = ONE_DEVICE,
 ) -> DeviceState:
-    """Remember where each row stands: its length, and where it samples the last of its accepted tokens. The tokens of
-    `counted` rows are added to their counts."""
+    """Store each row's length and, if it samples, its last accepted token. Accepted tokens of `counted` rows are counted."""
     accepted = jnp.arange(tokens.shape[1]) < num_accepted[:, None]
-    places, _ = axis.mine(tokens, state.token_counts.shape[-1])
+    ids, _ = axis.mine(tokens, state.token_counts.shape[-1])
     added = (accepted & (counted & samples)[:, None]).astype(jnp.int32)
     last = jnp.take_along_axis(tokens, num_accepted[:, None] - 1, axis=1)[:, 0]
     return dataclasses.replace(
         state,
         length=state.length.at[rows].set(length),
         last_token=state.last_token.at[rows].set(jnp.where(samples, last, state.last_token[rows])),
-        token_counts=state.token_counts.at[rows[:, None], places].add(added, mode="drop"),
+        token_counts=state.token_counts.at[rows[:, None], ids].add(added, mode="drop"),
     )

@@ -1,4 +1,4 @@
-"""A step's plan as one i32 vector: packed by numpy on the host, unpacked by static slices inside the step program."""
+"""Layout of a step's plan as one i32 vector: packed by numpy on the host, unpacked by static slices in the step program."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from sgl_jax.step_plan import COLUMNS, Column, Param, Per, StepPlan
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepInputs:
-    """A StepPlan's columns on the device, as attributes. Each of the M ranks' rows and tokens are padded to the bucket's S
-    and T, rank after rank: a column is [M * S, …] or [M * T], i32 or bool. Padding rows are the state's spare last row,
+    """Columns of a StepPlan on the device, as attributes. Rows and tokens of each of the M ranks are padded to the bucket's
+    S and T: a column is [M * S, …] or [M * T], rank after rank, i32 or bool. A padding row is the state's spare last row
     with num_new 0."""
 
     columns: dict[str, jax.Array]
@@ -32,14 +32,14 @@ class StepInputs:
 
 
 def param_of(params: Int[Array, "rows params"], column: Param) -> jax.Array:
-    """One sampling parameter of each row: i32 or f32 as Param says."""
+    """Return one sampling parameter of each row, i32 or f32 as Param says."""
     bits = params[:, column]
     return lax.bitcast_convert_type(bits, jax.numpy.float32) if column >= Param.TEMPERATURE else bits
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanLayout:
-    """Where each column of a plan lies in a bucket's vector."""
+    """Position of each column of a plan in a bucket's vector."""
 
     bucket: Bucket
     page_size: int
@@ -50,14 +50,9 @@ class PlanLayout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The padded shape of each column."""
         tokens, rows = self.num_ranks * self.bucket.num_tokens, self.num_ranks * self.bucket.num_rows
-        # A row may begin a page with its first token, and fills others with the rest.
-        sizes = {
-            Per.RANK: self.num_ranks,
-            Per.ROW: rows,
-            Per.TOKEN: tokens,
-            Per.UPDATE: rows + tokens // self.page_size,
-        }
-        return {name: _shape(column, sizes[column.per]) for name, column in COLUMNS.items()}
+        updates = rows + tokens // self.page_size  # a row's first token may begin a page, its others fill whole ones
+        sizes = {Per.RANK: self.num_ranks, Per.ROW: rows, Per.TOKEN: tokens, Per.UPDATE: updates}
+        return {name: column.shape(sizes[column.per]) for name, column in COLUMNS.items()}
 
     @functools.cached_property
     def size(self) -> int:
@@ -72,11 +67,11 @@ class PlanLayout:
         ]
 
     def pack(self, plan: StepPlan) -> np.ndarray:
-        """i32[size], freshly allocated: the device may read it after this returns."""
+        """Pack a plan into i32[size], freshly allocated because the device may read it after this returns."""
         vector = np.zeros(self.size, np.int32)
-        rows, tokens = self.places(plan)
-        for name, column, place, shape in self._slices:
-            packed, values = vector[place].reshape(shape), getattr(plan, name)
+        rows, tokens = self.padded_indices(plan)
+        for name, column, part, shape in self._slices:
+            packed, values = vector[part].reshape(shape), getattr(plan, name)
             if column.names_rows:
                 (packed if column.width == 1 else packed[0])[:] = self.spare_row
             match column.per:
@@ -90,28 +85,22 @@ class PlanLayout:
                     packed[..., : values.shape[-1]] = values
         return vector
 
-    def places(self, plan: StepPlan) -> tuple[np.ndarray | slice, np.ndarray | slice]:
-        """Where a plan's rows and tokens are among the step's M * S and M * T."""
+    def padded_indices(self, plan: StepPlan) -> tuple[np.ndarray | slice, np.ndarray | slice]:
+        """Return the indices of the plan's rows among the M * S padded ones, and of its tokens among M * T."""
         if self.num_ranks == 1:
             return slice(len(plan.rows)), slice(plan.num_tokens)
         rank_of_token = np.repeat(plan.rank, plan.num_new)
-        return _places(plan.rank, self.bucket.num_rows), _places(rank_of_token, self.bucket.num_tokens)
+        return _padded(plan.rank, self.bucket.num_rows), _padded(rank_of_token, self.bucket.num_tokens)
 
     def unpack(self, vector: Int[Array, " size"]) -> StepInputs:
-        """The columns of a packed plan, inside a program."""
+        """Read the columns of a packed plan inside a program."""
         columns = {}
-        for name, column, place, shape in self._slices:
-            values = vector[place].reshape(shape)
+        for name, column, part, shape in self._slices:
+            values = vector[part].reshape(shape)
             columns[name] = values != 0 if column.is_bool else values
         return StepInputs(columns)
 
 
-def _shape(column: Column, size: int) -> tuple[int, ...]:
-    if column.width == 1:
-        return (size,)
-    return (column.width, size) if column.per is Per.UPDATE else (size, column.width)
-
-
-def _places(rank: np.ndarray, room: int) -> np.ndarray:
-    """The padded index of each item, given the ascending ranks of the items and the room a rank has."""
-    return rank * room + np.arange(len(rank)) - np.searchsorted(rank, rank)
+def _padded(rank: np.ndarray, size: int) -> np.ndarray:
+    """Return the padded index of each item. `rank` is the item's rank, ascending; each rank is padded to `size` items."""
+    return rank * size + np.arange(len(rank)) - np.searchsorted(rank, rank)

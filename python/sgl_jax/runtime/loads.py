@@ -1,13 +1,12 @@
 """Row loads: device state of a row that a step's plan has no column for, written before the step.
 
-A kind of load has one program, which writes it for many rows in one dispatch. LOADS is the table of kinds: what a row
-needs of a kind is packed on the host and stored on the device by the two functions of its entry.
+LOADS is the table of kinds. Each kind has a function that packs a row's payload on the host, one that stores it on the
+device, and one program, which loads many rows in a dispatch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
@@ -25,21 +24,12 @@ _FOREVER = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadSizes:
-    """The numbers on which the size of a row's payload depends."""
-
-    num_rows: int  # R
-    pages_per_row: int
-    vocab_size: int  # V
-
-
-@dataclasses.dataclass(frozen=True)
 class LoadKind:
-    """One kind of row state."""
+    """Kind of row state that is loaded."""
 
     name: str
-    size: Callable[[LoadSizes], int]  # i32 values of a row's payload
-    pack: Callable[[RowLoad, np.ndarray], bool]  # fill the payload, zeros so far; False: the row needs none of the kind
+    size: Callable[[int, int], int]  # (pages of a row, vocabulary size) -> i32 values of a row's payload
+    pack: Callable[[RowLoad, np.ndarray], bool]  # fills a payload of zeros; returns False if the row needs none
     store: Callable[
         [DeviceState, jax.Array, jax.Array, MeshAxis], DeviceState
     ]  # (state, row, payload, vocabulary axis)
@@ -76,7 +66,7 @@ def _store_counts(state: DeviceState, row: jax.Array, counts: jax.Array, axis: M
 
 
 def _pack_bias(load: RowLoad, payload: np.ndarray) -> bool:
-    """logit_bias as given, and the stop tokens at -inf until min_tokens are out."""
+    """Pack logit_bias as given, and the stop tokens at -inf until the output has min_tokens."""
     request = load.request
     if request is None or not request.params.has_bias:
         return False
@@ -107,34 +97,35 @@ def _put_row(array: jax.Array, row: jax.Array, values: jax.Array) -> jax.Array:
 
 
 LOADS: tuple[LoadKind, ...] = (
-    LoadKind("pages", lambda sizes: sizes.pages_per_row, _pack_pages, _store_pages),
-    LoadKind("counts", lambda sizes: sizes.vocab_size, _pack_counts, _store_counts),
-    LoadKind("bias", lambda sizes: 3 * BIAS_WIDTH, _pack_bias, _store_bias),
+    LoadKind("pages", lambda pages, vocab: pages, _pack_pages, _store_pages),
+    LoadKind("counts", lambda pages, vocab: vocab, _pack_counts, _store_counts),
+    LoadKind("bias", lambda pages, vocab: 3 * BIAS_WIDTH, _pack_bias, _store_bias),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadLayout:
-    """The vector of a kind's program: the number n of rows to load, then N lines of a row and its payload, n in use."""
+    """Vector of a kind's program: the number n of rows to load, then N lines of a row and its payload, n of them in use."""
 
     kind: LoadKind
-    sizes: LoadSizes
+    num_rows: int  # R
+    payload: int  # i32 values of a row's payload
 
-    @functools.cached_property
+    @property
     def line(self) -> int:
-        return 1 + self.kind.size(self.sizes)
+        return 1 + self.payload
 
-    @functools.cached_property
+    @property
     def capacity(self) -> int:
         """N, the most rows of a dispatch."""
-        return max(1, min(self.sizes.num_rows, _VECTOR_SIZE // self.line))
+        return max(1, min(self.num_rows, _VECTOR_SIZE // self.line))
 
     @property
     def size(self) -> int:
         return 1 + self.capacity * self.line
 
     def pack(self, loads: Iterable[RowLoad]) -> Iterator[np.ndarray]:
-        """The vectors, i32[size] each, that load what the rows need of this kind: none, or as few as hold it."""
+        """Yield vectors, i32[size] each, that load this kind of state of the rows; none if no row needs it."""
         vector, used = self.empty(), 0
         for load in loads:
             line = vector[1 + used * self.line :][: self.line]
@@ -150,11 +141,11 @@ class LoadLayout:
             yield vector
 
     def empty(self) -> np.ndarray:
-        """A vector that loads nothing."""
+        """Return a vector that loads nothing."""
         return np.zeros(self.size, np.int32)
 
     def run(self, state: DeviceState, vector: Int[Array, " size"], *, axis: MeshAxis) -> DeviceState:
-        """The program. `axis`: the one that shards the vocabulary."""
+        """Load the vector's rows: the body of the program. `axis` shards the vocabulary."""
         lines = vector[1:].reshape(self.capacity, self.line)
         return lax.fori_loop(
             0, vector[0], lambda i, state: self.kind.store(state, lines[i, 0], lines[i, 1:], axis), state
@@ -162,8 +153,8 @@ class LoadLayout:
 
 
 def pack_loads(layouts: Sequence[LoadLayout], loads: Sequence[RowLoad]) -> Iterator[tuple[str, np.ndarray]]:
-    """The programs that load these rows, and their vectors: one of each kind that is needed, unless a kind has many
-    rows."""
+    """Yield the programs that load these rows, with their vectors: one of each kind that is needed, or several where the
+    rows do not fit one vector."""
     for layout in layouts if loads else ():
         for vector in layout.pack(loads):
             yield layout.kind.program, vector

@@ -1,4 +1,4 @@
-"""How many tokens of KV fit, and the limits that follow."""
+"""Memory of a device, and its division into weights and KV pages."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from pathlib import Path
 
 import jax
 
+from sgl_jax.runtime import control_groups
+from sgl_jax.runtime.control_groups import ROOT
 from sgl_jax.runtime.platform import Platform
 
 
 class DoesNotFit(ValueError):
-    """The model or its KV does not fit the device; the message says by how much and what to change."""
+    """The model or its KV does not fit the device; the message says by how much, and what to change."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryPlan:
-    total_bytes: int  # of the device
-    budget_bytes: int  # weights and KV may use
+    """Division of a device's memory."""
+
+    total_bytes: int  # memory of the device
+    budget_bytes: int  # limit of weights, row state and KV together
     weight_bytes: int
-    bytes_per_token: int  # of KV
+    bytes_per_token: int  # KV of a token
     page_size: int
     num_pages: int  # scratch page included
 
@@ -31,45 +35,37 @@ class MemoryPlan:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of KV requests can use."""
+        """Tokens of KV that requests can use."""
         return (self.num_pages - 1) * self.page_size
 
 
-def device_memory(device: jax.Device) -> int:
-    """Bytes of memory: the accelerator's as its runtime reports them, the machine's own on CPU."""
+def device_memory(device: jax.Device, root: Path = ROOT) -> int:
+    """Return the bytes of memory that a device has: an accelerator's as its runtime reports them; on CPU the machine's, or
+    its control groups' limit if that is less. Raises DoesNotFit if the runtime does not say. `root`: of the file system."""
     if device.platform == "cpu":
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return min(physical, _container_bytes("memory.max") or physical)
+        limit = control_groups.memory_limit(root)
+        return physical if limit is None else min(physical, limit)
     stats = device.memory_stats()
     if not stats or "bytes_limit" not in stats:
         raise DoesNotFit(f"{device.device_kind} does not report its memory; set --max-total-tokens")
     return stats["bytes_limit"]
 
 
-def free_memory(device: jax.Device) -> int | None:
-    """Bytes that can be allocated now; None if the accelerator's runtime does not say."""
+def free_memory(device: jax.Device, root: Path = ROOT) -> int | None:
+    """Return the bytes that can be allocated now; None if the accelerator's runtime does not say."""
     if device.platform == "cpu":
-        free = _available_memory()
-        limit = _container_bytes("memory.max")
-        return free if limit is None else min(free, limit - (_container_bytes("memory.current") or 0))
+        free, limited = _available_memory(root), control_groups.free_memory(root)
+        return free if limited is None else min(free, limited)
     stats = device.memory_stats() or {}
     return stats["bytes_limit"] - stats.get("bytes_in_use", 0) if "bytes_limit" in stats else None
 
 
-def _available_memory(path: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that the machine can give without swapping; where the kernel does not say, what is not used at all."""
-    if path.is_file() and (found := re.search(r"^MemAvailable:\s+(\d+) kB$", path.read_text(), re.MULTILINE)):
+def _available_memory(root: Path) -> int:
+    """Return the bytes the machine can give without swapping; unused ones only where the kernel does not say."""
+    if found := re.search(r"^MemAvailable:\s+(\d+) kB$", control_groups.read(root / "proc/meminfo"), re.MULTILINE):
         return int(found[1]) * 1024
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def _container_bytes(name: str, folder: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """A number of this container's memory controller (cgroup v2); None if there is none, or no limit."""
-    try:
-        text = (folder / name).read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def plan_memory(
@@ -85,8 +81,8 @@ def plan_memory(
     max_total_tokens: int | None,
     num_ranks: int = 1,
 ) -> MemoryPlan:
-    """Divide the device's memory; state_bytes is what the rows keep on the device beside their KV, max_total_tokens is of
-    all data ranks together. Raises DoesNotFit when not one request of two pages fits."""
+    """Divide the device's memory. `state_bytes`: row state besides KV; `max_total_tokens`: for all data ranks together. Raises
+    DoesNotFit if not even one request of two pages fits."""
     least = 2 * page_size * num_ranks
     of_each = f" on each of {num_ranks} data ranks" if num_ranks > 1 else ""
     if max_total_tokens is not None and max_total_tokens < least:

@@ -1,4 +1,4 @@
-"""Weights on their devices: each one divided as its declaration says, layers in a list or stacked for a scan."""
+"""Placement of weights: each is sharded as its declaration says; layers are in a list, or stacked for a scan."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ from sgl_jax.parallel.placement import Axes, Placement
 
 
 @dataclasses.dataclass(frozen=True)
-class Placer:
-    """Puts each weight on its devices as its declaration says. Only what this process's devices hold is asked for."""
+class DevicePlacer:
+    """Puts each weight on its devices: the models.loader.Placer of a process, for the shards that its devices hold."""
 
     placement: Placement
 
     def shares(self, spec: WeightSpec) -> list[Share]:
+        """Return the shards that this process must read."""
         return [*self._devices_of_shares(spec)]
 
     def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
+        """Make a sharded weight of the arrays of `shares`, in their order."""
         held = zip(self._devices_of_shares(spec).values(), arrays, strict=True)
         pieces = [jax.device_put(array, device) for devices, array in held for device in devices]
         shape = self.placement.whole_shape(arrays[0].shape, spec.axes)
         return jax.make_array_from_single_device_arrays(shape, self.placement.sharding(spec.axes), pieces)
 
     def _devices_of_shares(self, spec: WeightSpec) -> dict[Share, list[jax.Device]]:
-        """The shards of this process's devices, and which devices hold each."""
+        """Map each shard of this process's devices to the devices that hold it."""
         found: dict[Share, list[jax.Device]] = {}
         for number, device in enumerate(self.placement.mesh.devices.flat):
             if device.process_index == jax.process_index():
@@ -44,7 +46,7 @@ class Placer:
 def abstract_weights(
     config: DecoderConfig, dtype: DTypeLike, placement: Placement, *, stacked: bool
 ) -> Weights[jax.ShapeDtypeStruct]:
-    """Shapes, dtypes and shardings of the whole model's weights once they are placed, without any data."""
+    """Return the shapes, dtypes and shardings of the model's placed weights."""
 
     def abstract(spec: WeightSpec) -> jax.ShapeDtypeStruct:
         shape = placement.whole_shape(spec.shape, spec.axes)
@@ -54,22 +56,20 @@ def abstract_weights(
 
 
 def weight_axes(config: DecoderConfig, *, stacked: bool) -> Weights[Axes]:
-    """The logical axes of each placed weight."""
-    return jax.tree.map(lambda spec: spec.axes, declare(config, "float32", stacked=stacked))  # the same for any dtype
+    """Return the logical axes of each placed weight."""
+    return jax.tree.map(lambda spec: spec.axes, declare(config, "float32", stacked=stacked))  # any dtype has the same
 
 
 def weight_bytes(config: DecoderConfig, dtype: DTypeLike) -> int:
-    """Bytes of a model's weights, or of one device's shard of them."""
+    """Return the bytes of a model's weights, or of one device's shards of them."""
     return sum(spec.nbytes for spec in jax.tree.leaves(declare(config, dtype)))
 
 
 def stack_layers(
     weights: Weights[jax.Array], placement: Placement, declared: Weights[WeightSpec]
 ) -> Weights[jax.Array]:
-    """Put each group's layers into one array [n, …] per weight, as `declared` has them stacked.
-
-    One weight is stacked at a time, so that at most one is held twice.
-    """
+    """Stack the layers of each group, one array [n, …] per weight, as `declared` has them. One weight is stacked at a time, so
+    that at most one is in memory twice."""
     layers = weights.layers
     assert isinstance(layers, list)
     groups = []

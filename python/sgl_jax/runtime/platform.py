@@ -1,4 +1,4 @@
-"""Preferences of each platform: the choices a user leaves open are made here, by device, from measurements."""
+"""Platforms, and the settings of each for what a user leaves open, from measurements."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ Name = Literal["cpu", "gpu", "tpu"]
 
 @dataclasses.dataclass(frozen=True)
 class Platform:
+    """Settings of a kind of device."""
+
     name: Name
-    dtype: str  # for models stored in bfloat16 or lower
+    dtype: str  # for models stored in bfloat16 or less
     page_size: int
     chunked_prefill_size: int
     max_running_requests: int
-    smallest_bucket: dict[str, int]  # tokens, by dtype
-    mem_fraction: float  # of the device's memory, for weights and KV
-    max_pool_tokens: int | None  # KV a default launch takes at most
-    stacks_layers: bool  # scan over stacked layers; else a list, unrolled
-    vectorises_rows: bool  # native attention takes the decoding rows side by side; else one after the other
-    attention: str = "native"  # the backend a launch takes
+    smallest_bucket: dict[str, int]  # dtype -> tokens
+    mem_fraction: float  # fraction of the device's memory for weights and KV
+    max_pool_tokens: int | None  # limit of a default launch's KV pool
+    stacks_layers: bool  # scan over stacked layers; else unroll a list of them
+    vectorises_rows: bool  # native attention computes decoding rows side by side; else one after the other
+    attention: str = "native"  # default attention backend
 
 
 PLATFORMS: dict[Name, Platform] = {
-    # One bf16 row costs more than two (benchmarks/LOG.md), so its smallest bucket has two. A scan compiles three times
-    # faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in float32. On TPU the
-    # weights of a list are fetched ahead, those of a scan are not (docs/decisions/0011-list-on-tpu.md).
+    # The smallest bucket of CPUs has two rows because one row in bfloat16 costs more than two (benchmarks/LOG.md). A scan
+    # compiles three times faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in
+    # float32. On TPU weights of a list are prefetched, weights of a scan are not (docs/decisions/0011-list-on-tpu.md).
     "cpu": Platform("cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False, False),
     "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True),
     "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, False, True, "fa"),
@@ -46,10 +48,10 @@ class NoDevice(ValueError):
 
 
 def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[jax.Device]]:
-    """`number` devices of the wanted platform, or of the best one present; with several processes, as many of each.
-    Raises NoDevice if there are not as many. Where the CPU is wanted, nothing else is looked for from then on."""
+    """Return `number` devices of the wanted platform, or of the best one present; with several processes, as many of each.
+    Raises NoDevice if there are fewer. With "cpu" this process uses no other platform from then on."""
     if wanted == "cpu":
-        jax.config.update("jax_platforms", "cpu")  # or libtpu takes the chips of whoever else runs here
+        jax.config.update("jax_platforms", "cpu")  # else libtpu takes the chips, which another program may need
     for name in [wanted] if wanted else ["tpu", "gpu", "cpu"]:
         try:
             devices = jax.devices(name)
@@ -71,6 +73,7 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
 
 
 def _of_each_process(name: Name, devices: list[jax.Device], number: int, processes: int) -> list[jax.Device]:
+    """Return `number` devices, equally many of each process."""
     share = number // processes
     found = []
     for process in range(processes):
@@ -85,7 +88,7 @@ def _of_each_process(name: Name, devices: list[jax.Device], number: int, process
 
 
 def kernels_for(attention_backend: str | None, platform: Platform, model: DecoderConfig) -> Kernels:
-    """The implementations to build steps with; None: the best attention for the platform. Raises NoSuchBackend."""
+    """Return the kernels of a launch. No attention backend means the platform's default. Raises NoSuchBackend."""
     name = attention_backend or platform.attention
     latent = model.mla is not None
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
@@ -94,7 +97,7 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
 
 def grouped_matmul_for(platform: Name) -> GroupedMatmul:
     if platform == "tpu":
-        from sgl_jax.ops.grouped_matmul import pallas_tpu  # imports Pallas, which takes a while
+        from sgl_jax.ops.grouped_matmul import pallas_tpu  # importing Pallas is slow
 
         return pallas_tpu.grouped_matmul
     return grouped_native.grouped_matmul if platform == "cpu" else grouped_native.ragged_dot

@@ -1,4 +1,4 @@
-"""The shape of the KV pool: one array for all layers, pages along its first axis; each data rank has pages of its own."""
+"""Shape of the KV pool: one array for all layers, with pages along its first axis. Each data rank has its own pages."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sgl_jax.ops.attention.backends import Backend, PoolOrder
 
 @dataclasses.dataclass(frozen=True)
 class Pool:
-    """The keys and values that a device keeps of a token: how many, in which order, in which dtype."""
+    """Keys and values that a device keeps of each token."""
 
     num_layers: int
     num_heads: int
-    planes: int  # K and V; 1 where values are a part of the keys
-    width: int  # of a head, as the attention backend stores it
+    planes: int  # 2, K and V; 1 if values are a part of the keys
+    width: int  # values of a head, as the attention backend stores it
     order: PoolOrder
     dtype: str
 
@@ -28,13 +28,13 @@ class Pool:
         return values * np.dtype(self.dtype).itemsize
 
     def shape(self, num_pages: int, page_size: int) -> tuple[int, ...]:
-        """The shape of the whole pool, for `num_pages` pages in each layer."""
+        """Return the shape of the pool, with `num_pages` pages in each layer."""
         page = self.order.page(self.num_heads, self.planes, page_size, self.width, np.dtype(self.dtype))
         return (self.num_layers * num_pages, *page)
 
 
 def pool_of(share: DecoderConfig, attention: Backend, dtype: str) -> Pool:
-    """The pool of a model, or of one device's share of it."""
+    """Return the pool of a model, or of one device's shard of it."""
     planes = 1 if share.mla else 2
     width = attention.pool_head_dim(share.key_dim)
     return Pool(share.num_layers, share.num_kv_heads, planes, width, attention.pool_order, dtype)

@@ -1,4 +1,4 @@
-"""The programs a runner dispatches, from abstract arguments: what is compiled here, or for devices that are not here."""
+"""Programs that a runner dispatches, made from abstract arguments, so that they also compile for absent devices."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import MeshAxis
-from sgl_jax.parallel.placement import Placement
+from sgl_jax.parallel.placement import Axes, Placement
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import Program
 from sgl_jax.runtime.device_state import STATE_AXES, DeviceState, initial_state
 from sgl_jax.runtime.layout import PlanLayout
-from sgl_jax.runtime.loads import LOADS, LoadLayout, LoadSizes
+from sgl_jax.runtime.loads import LOADS, LoadLayout
 from sgl_jax.runtime.placed_weights import weight_axes
 from sgl_jax.runtime.pool import Pool
 from sgl_jax.runtime.speculate import Drafter
@@ -31,14 +31,14 @@ WEIGHTS, KV, STATE, OUTPUTS = "weights", "kv", "state", "outputs"  # names of de
 
 @dataclasses.dataclass(frozen=True)
 class RunnerConfig:
-    compute_dtype: str  # of activations, and so of what is multiplied
-    weight_dtype: str  # of weights that no weight format holds otherwise
-    pool: Pool  # of one device
+    compute_dtype: str  # dtype of activations and of products
+    weight_dtype: str  # dtype of weights for which no weight format declares another
+    pool: Pool  # KV pool of one device
     page_size: int
-    num_pages: int  # P, of one layer of a data rank, scratch page included
-    num_rows: int  # requests running at once, on all ranks
+    num_pages: int  # P, pages of a layer in each data rank, scratch page included
+    num_rows: int  # R, requests running at once on all ranks
     context_length: int
-    buckets: tuple[Bucket, ...]  # of each rank
+    buckets: tuple[Bucket, ...]  # sizes are per rank
     num_ranks: int = 1  # M
 
     @property
@@ -54,9 +54,9 @@ class RunnerConfig:
         return PlanLayout(bucket, self.page_size, self.num_rows, self.num_ranks)
 
     def loads(self, model: DecoderConfig) -> list[LoadLayout]:
-        """The layouts of row loads, one of each kind."""
-        sizes = LoadSizes(self.num_rows, self.pages_per_row, model.vocab_size)
-        return [LoadLayout(kind, sizes) for kind in LOADS]
+        """Return the layouts of row loads, one for each kind."""
+        pages, vocab = self.pages_per_row, model.vocab_size
+        return [LoadLayout(kind, self.num_rows, kind.size(pages, vocab)) for kind in LOADS]
 
 
 def make_programs(
@@ -67,7 +67,7 @@ def make_programs(
     weights: Weights[jax.ShapeDtypeStruct],
     drafter: Drafter | None = None,
 ) -> list[Program]:
-    """Every program of a launch, small buckets first. `weights` are abstract; they are placed as they will be."""
+    """Make every program of a launch, small buckets first. `weights` are abstract, with their shardings."""
     grid = placement.grid
     spec = StepSpec(model.share(grid), kernels, config.num_pages, config.compute_dtype, grid, drafter)
     axes, kv_axes = weight_axes(model, stacked=weights.stacked), config.pool.order.axes
@@ -79,14 +79,13 @@ def make_programs(
         function = placement.run(function, (axes, kv_axes, STATE_AXES, ()), (kv_axes, STATE_AXES, ()))
         jitted = jax.jit(function, donate_argnums=(1, 2))
         args = weights, kv, state, _vector(layout.size, placement)
-        programs.append(
-            Program(step_name(bucket), jitted, args, takes=(WEIGHTS, KV, STATE), gives=(KV, STATE, OUTPUTS))
-        )
+        takes, gives = (WEIGHTS, KV, STATE), (KV, STATE, OUTPUTS)
+        programs.append(Program(step_name(bucket), jitted, args, takes, gives))
     for load in config.loads(model):
         run = functools.partial(_load, load=load, axis=grid.all_axes)
         jitted = jax.jit(placement.run(run, (STATE_AXES, ()), (STATE_AXES,)), donate_argnums=0)
         args = state, _vector(load.size, placement)
-        programs.append(Program(load.kind.program, jitted, args, takes=(STATE,), gives=(STATE,)))
+        programs.append(Program(load.kind.program, jitted, args, (STATE,), (STATE,)))
     return programs
 
 
@@ -106,14 +105,14 @@ def abstract_kv(config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStr
 
 
 def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:
-    shapes = jax.eval_shape(_initial_state(model, config))
-    return jax.tree.map(
-        lambda x, axes: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.sharding(axes)), shapes, STATE_AXES
-    )
+    def place(x: jax.Array, axes: Axes) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.sharding(axes))
+
+    return jax.tree.map(place, jax.eval_shape(_initial_state(model, config)), STATE_AXES)
 
 
 def empty_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:
-    """The state of no rows, made on its devices."""
+    """Make the state without rows on its devices."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, config, placement))
     return jax.jit(_initial_state(model, config), out_shardings=shardings)()
 
@@ -127,8 +126,6 @@ def _vector(size: int, placement: Placement) -> jax.ShapeDtypeStruct:
 
 
 def zeros(abstract: Any) -> Any:
-    """Arrays of zeros where and how the abstract ones say, made on their devices."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract)
-    return jax.jit(
-        lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract), out_shardings=shardings
-    )()
+    """Make zeros of the shapes, dtypes and shardings of a tree of abstract arrays, on their devices."""
+    make = functools.partial(jax.tree.map, lambda x: jax.numpy.zeros(x.shape, x.dtype), abstract)
+    return jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, abstract))()

@@ -1,15 +1,15 @@
-"""Logits to tokens, inside the step program: any mix of parameters in one batch, without a recompile.
+"""Sampler inside the step program: any mix of parameters in one batch, without a recompile.
 
-logit_bias, penalties, temperature, top_k, top_p, min_p, in Hugging Face's order. The three filters come down to one
-threshold per line, the smallest logit kept. It is read off the best CANDIDATES logits where that is exact, and otherwise
-found by bisection. Then one uniform number, drawn from the row's (seed, position) alone, picks the token by inverting
-the cumulative distribution in vocabulary order. No sort over the vocabulary. Lines that need more than the best token are
+Parameters apply in Hugging Face's order: logit_bias, penalties, temperature, top_k, top_p, min_p. The last three become one
+threshold per line, the smallest logit that is kept. It is read off the CANDIDATES best logits where that is exact, else found
+by bisection. Then one uniform number, drawn from the request's seed and the position, picks the token by inverting the
+cumulative distribution in vocabulary order. The vocabulary is never sorted. Lines that need more than the best token are
 processed in blocks, to bound the [lines, vocabulary] temporaries.
 
-A line is a place at which a token is sampled. A row that decodes has W of them: after its last token and after each of
-its W - 1 drafts. A line depends on no other.
+A line is one token to sample. A decoding row has W of them: after its last token and after each of its W - 1 drafts. Lines do
+not depend on each other.
 
-On a tensor axis each device holds a shard of the vocabulary, V here, and only candidates and sums pass between them.
+With tensor parallelism each device holds a shard of the vocabulary, V here; devices exchange only candidates and sums.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime.device_state import IN_PROMPT, DeviceState
 from sgl_jax.runtime.layout import param_of
-from sgl_jax.step_plan import Flag, Param
+from sgl_jax.step_plan import Param, RowFlag
 
 CANDIDATES = 64
 _BLOCK = 256  # vocabulary entries summed at once when inverting the distribution
-_LINES_BYTES = 20 << 20  # of float32 logits that are worked on at once; a TPU holds some such arrays in VMEM
+_LINES_BYTES = 20 << 20  # float32 logits of a block of lines; VMEM of a TPU holds several such arrays
 
 
 class Logprobs(NamedTuple):
-    """Log probabilities under the model's own distribution, before bias, penalties and temperature. Zeros when nobody
-    asked."""
+    """Log probabilities under the model's own distribution, before bias, penalties and temperature. Zeros unless asked for."""
 
     chosen: jax.Array  # f32[n]
     top_ids: jax.Array  # i32[n, MAX_LOGPROBS], best first
@@ -45,13 +44,13 @@ class Logprobs(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SampleLines:
-    """Where tokens are sampled, line by line."""
+    """Lines of the sampler: one token to sample each."""
 
-    rows: jax.Array  # i32[lines]: of the device state
-    position: jax.Array  # i32[lines]: of the token to be sampled, in its sequence
-    samples: jax.Array  # bool[lines]: False where the token is not used
+    rows: jax.Array  # i32[lines]: row of the device state
+    position: jax.Array  # i32[lines]: position of the sampled token in its sequence
+    samples: jax.Array  # bool[lines]: False if the token is not used
     params: jax.Array  # i32[lines, len(Param)]
-    drafts: jax.Array  # i32[lines, W - 1]: drafts before the line, which count as generated; -1: none
+    drafts: jax.Array  # i32[lines, W - 1]: drafts before the line, which penalties count as output; -1: none
 
     def param(self, column: Param) -> jax.Array:
         return param_of(self.params, column)
@@ -60,17 +59,19 @@ class SampleLines:
 def sample(
     logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
-    """The next token of each of S lines; lines that do not sample get an arbitrary one."""
-    asked = has_flag(lines.params, Flag.BIAS | Flag.PENALTIES) | lines.samples & (lines.param(Param.TEMPERATURE) > 0)
+    """Return the next token of each of S lines; an arbitrary one for lines that do not sample."""
+    asked = has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES) | lines.samples & (
+        lines.param(Param.TEMPERATURE) > 0
+    )
     num_lines, block = len(logits), lines_at_once(logits.shape[-1])
     if num_lines <= block:
         return lax.cond(asked.any(), lambda: _sample(logits, lines, state, axis), lambda: _argmax(logits, axis))
 
     def sample_block(i, tokens):
         first = jnp.minimum(i * block, num_lines - block)  # the last block may repeat lines of the one before
-        of_block = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, block), lines)
-        part = lax.dynamic_slice_in_dim(logits, first, block)
-        sampled = _sample(part, of_block, state, axis)
+        block_lines = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, first, block), lines)
+        block_logits = lax.dynamic_slice_in_dim(logits, first, block)
+        sampled = _sample(block_logits, block_lines, state, axis)
         return lax.dynamic_update_slice_in_dim(tokens, sampled, first, 0)
 
     def sample_blocks() -> Int[Array, " S"]:
@@ -80,7 +81,7 @@ def sample(
 
 
 def lines_at_once(vocab_size: int) -> int:
-    """How many lines are sampled at once: at least 8, which a TPU keeps in one tile."""
+    """Return the number of lines in a block: at least 8, which fill one tile of a TPU."""
     return max(8, 1 << (_LINES_BYTES // (4 * vocab_size)).bit_length() - 1)
 
 
@@ -91,7 +92,7 @@ def _sample(logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState,
     random = lines.samples & (temperature > 0)
 
     def draw() -> Int[Array, " S"]:
-        # The best logit becomes 0: however small the temperature, it does not overflow.
+        # The best logit becomes 0, so that no temperature, however small, makes it overflow.
         scaled = (logits - axis.max(logits.max(-1, keepdims=True))) / jnp.where(random, temperature, 1.0)[:, None]
         top_k = lines.param(Param.TOP_K)
         top_p, min_p = lines.param(Param.TOP_P), lines.param(Param.MIN_P)
@@ -110,7 +111,7 @@ def _sample(logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState,
 def token_logprobs(
     logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""], axis: MeshAxis = ONE_DEVICE
 ) -> Logprobs:
-    """Log probabilities of the chosen tokens and of the best ones; zeros unless wanted."""
+    """Return log probabilities of the chosen tokens and of the best ones; zeros unless wanted."""
 
     def compute() -> Logprobs:
         top = axis.max(logits.max(-1))
@@ -131,13 +132,13 @@ def no_logprobs(n: int) -> Logprobs:
     return Logprobs(jnp.zeros(n, jnp.float32), jnp.zeros(wide, jnp.int32), jnp.zeros(wide, jnp.float32))
 
 
-def has_flag(params: Int[Array, "rows params"], flag: Flag) -> Bool[Array, " rows"]:
-    """Whether a row, or a line, has any of the flags."""
+def has_flag(params: Int[Array, "rows params"], flag: RowFlag) -> Bool[Array, " rows"]:
+    """Return, for each row or line, whether it has any of the flags."""
     return (param_of(params, Param.FLAGS) & int(flag)) != 0
 
 
 def _argmax(x: Float[Array, "S V"], axis: MeshAxis) -> Int[Array, " S"]:
-    """The first of the largest, over the whole vocabulary."""
+    """Return the first of the largest logits in the whole vocabulary."""
     best = jnp.argmax(x, axis=-1, keepdims=True).astype(jnp.int32)
     values = axis.concatenate(jnp.take_along_axis(x, best, axis=-1))
     ids = axis.concatenate(best + axis.index() * x.shape[-1])
@@ -145,36 +146,36 @@ def _argmax(x: Float[Array, "S V"], axis: MeshAxis) -> Int[Array, " S"]:
 
 
 def _top_k(x: Float[Array, "n V"], k: int, axis: MeshAxis) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:
-    """The k largest of the whole vocabulary, best first, and their ids; all of them if there are fewer."""
-    # XLA for TPU has an operation for this, and sorts all of x instead if it sees that only parts of the result are used.
-    # One barrier for each: jaxlib 0.11.2 fails to compile one around both.
+    """Return the k largest logits of the whole vocabulary, best first, and their ids; all if there are fewer."""
+    # XLA for TPU has an operation for this, but sorts all of x instead if it sees that only parts of the result are used.
+    # Hence the barriers; jaxlib 0.11.2 fails to compile one around both results.
     values, ids = map(lax.optimization_barrier, lax.top_k(x, min(k, x.shape[-1])))
     if axis.size > 1:
         values = axis.concatenate(values)
         ids = axis.concatenate(ids + axis.index() * x.shape[-1])
-        values, places = lax.top_k(values, min(k, values.shape[-1]))
-        ids = jnp.take_along_axis(ids, places, axis=-1)
+        values, indices = lax.top_k(values, min(k, values.shape[-1]))
+        ids = jnp.take_along_axis(ids, indices, axis=-1)
     return values, ids.astype(jnp.int32)
 
 
 def _adjust(
     logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, "S V"]:
-    """Logits with logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
-    biased, penalised = has_flag(lines.params, Flag.BIAS), has_flag(lines.params, Flag.PENALTIES)
-    # Line by line: XLA for TPU would copy all of token_counts for a gather, sort the places of a scatter over all rows, and
-    # take ten seconds of compiling for both (benchmarks/LOG.md).
+    """Apply logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
+    biased, penalised = has_flag(lines.params, RowFlag.BIAS), has_flag(lines.params, RowFlag.PENALTIES)
+    # Line by line: for all lines at once XLA for TPU copies all of token_counts for the gather, sorts the indices of the
+    # scatter, and takes ten seconds to compile both (benchmarks/LOG.md).
 
     def add_bias(x):
         rows = lines.rows
         in_force = biased[:, None] & (lines.position[:, None] < state.bias_until[rows])
         values = jnp.where(in_force, state.bias_values[rows], 0.0)
-        places, _ = axis.mine(state.bias_ids[rows], x.shape[-1])
-        return lax.map(lambda line: line[0].at[line[1]].add(line[2], mode="drop"), (x, places, values))
+        ids, _ = axis.mine(state.bias_ids[rows], x.shape[-1])
+        return lax.map(lambda line: line[0].at[line[1]].add(line[2], mode="drop"), (x, ids, values))
 
     def penalise(x):
-        places, _ = axis.mine(lines.drafts, x.shape[-1])
-        counts = lax.map(lambda line: state.token_counts[line[0]].at[line[1]].add(1, mode="drop"), (lines.rows, places))
+        ids, _ = axis.mine(lines.drafts, x.shape[-1])
+        counts = lax.map(lambda line: state.token_counts[line[0]].at[line[1]].add(1, mode="drop"), (lines.rows, ids))
         in_output = counts & (IN_PROMPT - 1)
         repetition = lines.param(Param.REPETITION)[:, None]
         y = jnp.where(counts != 0, jnp.where(x > 0, x / repetition, x * repetition), x)
@@ -187,7 +188,7 @@ def _adjust(
 
 
 def uniforms(lines: SampleLines) -> Float[Array, " S"]:
-    """One number in [0, 1) per line, from the request's seed and the position sampled."""
+    """Return one number in [0, 1) per line, from the request's seed and the sampled position."""
 
     def one(seed, position):
         return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), position))
@@ -203,7 +204,7 @@ def _threshold(
     filtered: Bool[Array, " S"],
     axis: MeshAxis = ONE_DEVICE,
 ) -> Float[Array, " S"]:
-    """The smallest logit each row keeps. A row's answer does not depend on which way the others' are found."""
+    """Return the smallest logit that each line keeps. It is the same however the other lines' thresholds are found."""
     vocab_size = x.shape[-1] * axis.size
     best, _ = _top_k(x, CANDIDATES, axis)  # [S, C], descending
     num_candidates = best.shape[-1]
@@ -211,15 +212,15 @@ def _threshold(
     k_is_candidate = top_k <= num_candidates
     kth = jnp.take_along_axis(best, jnp.clip(top_k, 1, num_candidates)[:, None] - 1, axis=-1)
     kth = jnp.where(k_is_candidate[:, None], kth, -jnp.inf)
-    # What top_k leaves, with all that tie at the k-th place; all there is, if k lies behind the candidates.
+    # Sum over the tokens that top_k keeps, with all that tie with the k-th; over all tokens if k exceeds the candidates.
     mass = axis.sum(jnp.where(x >= kth, jnp.exp(x - best[:, :1]), 0.0).sum(-1))
-    goal = jnp.where(top_p >= 1, jnp.inf, top_p * mass)  # rounding must not drop what top_p does not
+    goal = jnp.where(top_p >= 1, jnp.inf, top_p * mass)  # else rounding could drop tokens though top_p is off
     in_k = jnp.where(best >= kth, weights, 0.0)
     mass_before = jnp.cumsum(in_k, axis=-1) - in_k
     keep = (best >= kth) & (mass_before < goal[:, None]) & (weights >= min_p[:, None])
     num_kept = jnp.maximum(keep.sum(-1), 1)
     found = jnp.take_along_axis(best, num_kept[:, None] - 1, axis=-1)[:, 0]
-    # The cut is among the candidates, and the mass it was measured by is right.
+    # True where the threshold is among the candidates and `mass` is right.
     exact = k_is_candidate | ((num_kept < num_candidates) & ((top_k >= vocab_size) | (top_p >= 1)))
     return lax.cond(
         (exact | ~filtered).all(),
@@ -235,7 +236,7 @@ def _bisect_threshold(
     min_p: Float[Array, " S"],
     axis: MeshAxis = ONE_DEVICE,
 ) -> Float[Array, " S"]:
-    """The same by bisection over the bits of the logits: exact in 32 passes for top_k and 32 for top_p."""
+    """Find the same threshold by bisection over the bits of the logits: exact in 32 passes for top_k and 32 for top_p."""
     top = axis.max(x.max(-1))
     weights = jnp.exp(x - top[:, None])
     k = jnp.minimum(top_k, x.shape[-1] * axis.size)
@@ -248,9 +249,9 @@ def _bisect_threshold(
 
 
 def _largest(holds, num_rows: int) -> Float[Array, " S"]:
-    """The largest float t for which holds(t), per row; holds must be true of -inf and false beyond some t."""
+    """Return the largest float t per line for which holds(t), which must be true for -inf and false above some t."""
 
-    def as_float(order: Int[Array, " S"]) -> Float[Array, " S"]:  # order-preserving map from i32
+    def as_float(order: Int[Array, " S"]) -> Float[Array, " S"]:  # monotonic map from i32
         return lax.bitcast_convert_type(jnp.where(order < 0, order ^ 0x7FFFFFFF, order), jnp.float32)
 
     infinity = 0x7F800000
@@ -270,31 +271,28 @@ def _largest(holds, num_rows: int) -> Float[Array, " S"]:
 def _invert(
     x: Float[Array, "S V"], threshold: Float[Array, " S"], uniform: Float[Array, " S"], axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
-    """The token at which the cumulative distribution of the kept logits passes `uniform`.
-
-    First its device, then its block, then it. The best logit of x, over the whole vocabulary, is 0.
-    """
+    """Return the token at which the cumulative distribution of the kept logits exceeds `uniform`: first find its device, then
+    its block, then the token. The best logit of the whole vocabulary must be 0."""
     num_rows, vocab_size = x.shape
     weights = jnp.where(x >= threshold[:, None], jnp.exp(x), 0.0)
     weights = jnp.pad(weights, ((0, 0), (0, -vocab_size % _BLOCK))).reshape(num_rows, -1, _BLOCK)
-    of_blocks = weights.sum(-1)
-    of_devices = axis.concatenate(of_blocks.sum(-1, keepdims=True))
-    device, goal = _passed(of_devices, uniform * of_devices.sum(-1))
-    block, goal = _passed(of_blocks, goal)
-    within, _ = _passed(weights[jnp.arange(num_rows), block], goal)
+    block_sums = weights.sum(-1)
+    device_sums = axis.concatenate(block_sums.sum(-1, keepdims=True))
+    device, goal = _exceeding(device_sums, uniform * device_sums.sum(-1))
+    block, goal = _exceeding(block_sums, goal)
+    within, _ = _exceeding(weights[jnp.arange(num_rows), block], goal)
     token = axis.index() * vocab_size + block * _BLOCK + within
     return axis.sum(jnp.where(device == axis.index(), token, 0)).astype(jnp.int32)
 
 
-def _passed(weights: Float[Array, "S n"], goal: Float[Array, " S"]) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
-    """The first index at which the cumulative weight exceeds the goal, and what of the goal is left for within it.
+def _exceeding(weights: Float[Array, "S n"], goal: Float[Array, " S"]) -> tuple[Int[Array, " S"], Float[Array, " S"]]:
+    """Return the first index at which the cumulative weight exceeds the goal, and the goal less the weight before it.
 
-    Always one that has weight, the last if rounding leaves no other: the sums of a tree of additions may also rise, or
-    fall, over indices that add nothing.
+    Never returns an index without weight. Parallel prefix sums are not monotonic, so rounding could otherwise select one.
     """
     cumulative = jnp.cumsum(weights, axis=-1)
-    places = jnp.arange(weights.shape[-1])
-    last = jnp.max(jnp.where(weights > 0, places, 0), axis=-1, keepdims=True)
-    index = jnp.min(jnp.where((cumulative > goal[:, None]) & (weights > 0), places, last), axis=-1)
+    indices = jnp.arange(weights.shape[-1])
+    last = jnp.max(jnp.where(weights > 0, indices, 0), axis=-1, keepdims=True)
+    index = jnp.min(jnp.where((cumulative > goal[:, None]) & (weights > 0), indices, last), axis=-1)
     before = cumulative[jnp.arange(len(goal)), index - 1]
     return index, jnp.maximum(goal - jnp.where(index > 0, before, 0.0), 0.0)

@@ -1,8 +1,8 @@
-"""Rows of width W inside the step: which tokens they compute, where tokens are sampled, and which drafts hold.
+"""Verification of drafts inside the step, for rows of width W.
 
-A row that decodes computes its last token and W - 1 drafts of those that follow. A token is sampled after each of them,
-with the seed and position it would have without drafts, and drafts are accepted as long as they equal what was sampled
-there: output is the same as with W = 1. With W = 1 there are no drafts, and everything here is the plain step.
+A decoding row computes its last token and W - 1 drafts of the tokens that follow. A token is sampled after each of them, with
+the seed and position that it would have without drafts. Drafts are accepted up to the first that differs from the token
+sampled in its place, so the output is the same as with W = 1. With W = 1 there are no drafts, and this is the plain step.
 """
 
 from __future__ import annotations
@@ -23,31 +23,28 @@ from sgl_jax.runtime.sampler import SampleLines
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftInputs:
-    """Inputs of a drafter: each row after its step."""
+    """Inputs of a drafter, for each row after its step."""
 
-    hidden: jax.Array  # [S, D]: the last layer's output at the row's last accepted token
-    last_token: jax.Array  # i32[S]: the token sampled after it
-    length: jax.Array  # i32[S]: how many tokens come before last_token
+    hidden: jax.Array  # [S, D]: output of the last layer for the token before last_token
+    last_token: jax.Array  # i32[S]: the row's last token, whose KV is not computed yet
+    length: jax.Array  # i32[S]: the number of tokens before last_token
 
 
-# Guesses the W - 1 tokens after last_token, i32[S, W - 1]; NO_DRAFT where it has no guess.
+# Guesses the W - 1 tokens after last_token, i32[S, W - 1], with NO_DRAFT for no guess.
 type Drafter = Callable[[DraftInputs], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class RowTokens:
-    """Each row's tokens of this step as the device knows them."""
+    """Tokens of this step, with those that only the device knows."""
 
-    start: jax.Array  # i32[M * S]: position of its first one
-    drafts: jax.Array  # i32[M * S, W - 1]; NO_DRAFT where it has none
+    start: jax.Array  # i32[M * S]: position of the row's first token
+    drafts: jax.Array  # i32[M * S, W - 1], or NO_DRAFT
     packed: jax.Array  # i32[M * T]: all tokens in the plan's order
 
 
 def row_tokens(inputs: StepInputs, state: DeviceState, layout: PlanLayout) -> RowTokens:
-    """Fill in what only the device knows of rows that decode: where they stand, their last tokens and drafts.
-
-    They come first in their rank, with W tokens each.
-    """
+    """Fill in the starts, last tokens and drafts of decoding rows, which come first in their rank, with W tokens each."""
     m, s, w = layout.num_ranks, layout.bucket.num_rows, layout.bucket.width
     decodes, rows = inputs.from_device, inputs.rows
     start = jnp.where(decodes, state.length[rows], inputs.start)
@@ -60,8 +57,8 @@ def row_tokens(inputs: StepInputs, state: DeviceState, layout: PlanLayout) -> Ro
 
 
 def sampled_tokens(batch: RaggedBatch, decodes: Bool[Array, " S"], width: int) -> Int[Array, " SW"]:
-    """The packed tokens of a rank after which tokens are sampled, W for each row: each of its tokens where it decodes, else
-    its last one W times."""
+    """Return the indices of the packed tokens after which tokens are sampled, W for each row of a rank: all tokens of a
+    decoding row, the last token of another row W times."""
     first, last = batch.cu_q_lens[:-1], jnp.maximum(batch.cu_q_lens[1:] - 1, 0)
     if width == 1:
         return last
@@ -70,7 +67,7 @@ def sampled_tokens(batch: RaggedBatch, decodes: Bool[Array, " S"], width: int) -
 
 
 def sample_lines(inputs: StepInputs, tokens: RowTokens, width: int) -> SampleLines:
-    """The lines of the sampler, W for each row. Only the first counts where the row does not decode."""
+    """Return the lines of the sampler, W for each row. In a row that does not decode only the first line samples."""
     at = jnp.arange(width)
     decodes = inputs.from_device[:, None]
     end = jnp.where(inputs.from_device, tokens.start + 1, tokens.start + inputs.num_new)
@@ -86,8 +83,8 @@ def sample_lines(inputs: StepInputs, tokens: RowTokens, width: int) -> SampleLin
 
 
 def count_accepted(sampled: Int[Array, "S W"], drafts: Int[Array, "S W-1"]) -> Int[Array, " S"]:
-    """How many of a row's sampled tokens are the next ones of its sequence: those up to the first that differs from its
-    draft, that one included. 1 where there are no drafts."""
+    """Count the sampled tokens that continue each row's sequence: all up to and including the first that differs from its
+    draft. 1 without drafts."""
     holds = (sampled[:, :-1] == drafts).astype(jnp.int32)
     return 1 + jnp.cumprod(holds, axis=1).sum(1)
 
@@ -99,7 +96,7 @@ def draft(
     num_accepted: Int[Array, " S"],
     drafter: Drafter | None,
 ) -> DeviceState:
-    """Remember new drafts of each row. `hidden` is that of the sampled lines, W for each row."""
+    """Store new drafts of each row. `hidden` has the lines of the sampler, W for each row."""
     if drafter is None:
         return state
     lines = jnp.arange(len(rows)) * (len(hidden) // len(rows)) + num_accepted - 1

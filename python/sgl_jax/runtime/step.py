@@ -1,4 +1,4 @@
-"""The step: one compiled program from a plan vector to sampled tokens. KV pool and device state are donated."""
+"""Body of the step program, from a plan vector to sampled tokens."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from sgl_jax.runtime.device_state import DeviceState, apply_page_updates, store_
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.speculate import Drafter
-from sgl_jax.step_plan import Flag
+from sgl_jax.step_plan import RowFlag
 
 
 class StepOutputs(NamedTuple):
-    """Results for the rows and tokens of all M ranks, padding included, on every device."""
+    """Results for the rows and tokens of all M ranks, padding included, replicated on every device."""
 
     tokens: jax.Array  # i32[M * S, W]
     num_accepted: jax.Array  # i32[M * S]
-    logprobs: Logprobs  # of the sampled tokens, [M * S * W]
-    prompt_logprobs: Logprobs  # of the token after each packed token, [M * T]
+    logprobs: Logprobs  # [M * S * W], of the sampled tokens
+    prompt_logprobs: Logprobs  # [M * T], of the token after each packed token
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """A step program's static parts, besides its bucket."""
+    """Static parts of a step program, besides its bucket."""
 
-    config: DecoderConfig  # one device's share of it
+    config: DecoderConfig  # one device's shard
     kernels: Kernels
-    pages_per_layer: int  # P, of a rank
+    pages_per_layer: int  # P, in each rank
     compute_dtype: str
     grid: Grid = LONE
     drafter: Drafter | None = None
@@ -55,9 +55,9 @@ def step(
     spec: StepSpec,
     layout: PlanLayout,
 ) -> tuple[Float[Array, "LP K planes page H"], DeviceState, StepOutputs]:
-    """Run one plan: update page tables, embed, layers, logits where tokens are sampled, sample, remember, draft.
+    """Run one plan: update page tables, embed, run the layers, compute logits, sample, store, draft.
 
-    Every device knows the whole plan. Attention is its rank's; MLPs and the sampler take what all ranks have.
+    Every device has the whole plan. Attention takes the tokens of the device's rank, MLPs and the sampler those of all ranks.
     """
     ranks, everyone, bucket = spec.grid.data_axis, spec.grid.all_axes, layout.bucket
     # Scopes name the stages in a profile (docs/features/profiling.md).
@@ -79,7 +79,7 @@ def step(
     attention = _attention_spec(spec.config, bucket.width)
 
     def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
-        if k is None and not spec.kernels.attention.joined:
+        if k is None and not spec.kernels.attention.fused:
             q, k, v = split_heads(q, spec.config.num_kv_heads)
         arrays = AttentionLayer(attention, layer * spec.pages_per_layer, window=window, sinks=sinks, prepare=prepare)
         return spec.kernels.attention(q, k, v, kv, batch, arrays)
@@ -94,13 +94,13 @@ def step(
     with jax.named_scope("sample"):
         lines = speculate.sample_lines(inputs, rows, bucket.width)
         sampled = sampler.sample(logits, lines, state, everyone)
-        wanted = sampler.has_flag(lines.params, Flag.LOGPROBS)
+        wanted = sampler.has_flag(lines.params, RowFlag.LOGPROBS)
         logprobs = sampler.token_logprobs(logits, sampled, (wanted & lines.samples).any(), everyone)
     with jax.named_scope("store"):
         tokens = sampled.reshape(-1, bucket.width)
         num_accepted = speculate.count_accepted(tokens, rows.drafts)
         length = rows.start + jnp.where(inputs.from_device, num_accepted, inputs.num_new)
-        counted = sampler.has_flag(inputs.params, Flag.PENALTIES)
+        counted = sampler.has_flag(inputs.params, RowFlag.PENALTIES)
         state = store_samples(state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone)
         state = speculate.draft(state, inputs.rows, features, num_accepted, spec.drafter)
     with jax.named_scope("prompt_logprobs"):
@@ -122,10 +122,10 @@ def _prompt_logprobs(
     tokens: Int[Array, " MT"],
     hidden: Float[Array, "T D"],
 ) -> Logprobs:
-    """How likely the model found each next prompt token: [M * T], computed S at a time, and only if someone asked."""
+    """Score the prompt token that follows each packed token, [M * T], M * S at a time; zeros unless a row asked."""
     ranks, everyone = spec.grid.data_axis, spec.grid.all_axes
     num_tokens, num_rows = len(tokens), len(inputs.rows)
-    wanted = sampler.has_flag(inputs.params, Flag.PROMPT_LOGPROBS) & (inputs.num_new > 0)
+    wanted = sampler.has_flag(inputs.params, RowFlag.PROMPT_LOGPROBS) & (inputs.num_new > 0)
 
     def compute() -> Logprobs:
         is_last = jnp.arange(len(hidden)) == batch.cu_q_lens[1:][batch.token_row] - 1

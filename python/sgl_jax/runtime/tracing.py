@@ -1,6 +1,6 @@
-"""JAX's profiler, for the engine: which parts of a step are named on the host, and where a recording goes.
+"""Names of a step's host stages in JAX's profiler, and the recording of profiles.
 
-Names of device operations come from jax.named_scope in step.py and models/decoder.py.
+Names of device stages come from jax.named_scope in step.py and models/decoder.py.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 import jax
 
 _NOTHING = contextlib.nullcontext()
-_recording = jax.profiler.TraceAnnotation.is_enabled  # by us or by somebody else in this process
+_recording = jax.profiler.TraceAnnotation.is_enabled  # also if other code of this process records
 
 
 class JaxTracer:
-    """engine.profiling.Tracer. JAX records one profile of a process at a time, whoever started it."""
+    """The engine.profiling.Tracer that uses JAX's profiler, which records one profile of a process at a time."""
 
     def __init__(self) -> None:
         self._session = Path()
@@ -36,13 +36,13 @@ class JaxTracer:
         folder = os.path.abspath(folder)
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
-            pass  # it can be written: better known now than when the steps have been recorded
+            pass  # fails now if the folder cannot be written, not after the steps have been recorded
         options = jax.profiler.ProfileOptions()
-        # Python's own calls are many and slow everything down; the stages tell most of what they would.
+        # Recording every Python call is slow, and the stages tell most of the same.
         options.python_tracer_level = 0 if python_level is None else python_level
         if host_level is not None:
             options.host_tracer_level = host_level
-        # JAX names sessions by the second, and would write two of one second over each other.
+        # JAX names sessions by the second, and two in one second would overwrite each other.
         options.session_id = f"{time.strftime('%Y_%m_%d_%H_%M_%S')}_{time.time_ns() % 10**9:09}"
         jax.profiler.start_trace(folder, profiler_options=options)
         self._session = Path(folder, "plugins", "profile", options.session_id)

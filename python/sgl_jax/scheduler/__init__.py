@@ -1,1 +1,1 @@
-"""Who runs next. Host only: numpy, no jax."""
+"""Choice of the rows of each step. Host only: numpy, no jax."""

@@ -1,4 +1,4 @@
-"""The order in which waiting requests are considered: pure functions."""
+"""Orders in which waiting requests are considered, as pure functions."""
 
 from __future__ import annotations
 
@@ -7,17 +7,16 @@ from collections.abc import Iterable, Sequence
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.request import Request
 
-_MAX_MATCHED = 128  # beyond this many waiting, matching each of them costs more than it saves
+_MAX_MATCHED = 128  # with more waiting requests, matching all of them costs more than it saves
 
 
 def fcfs(waiting: Iterable[Request], caches: Sequence[PrefixCache]) -> list[Request]:
-    """First come, first served; a preempted request keeps its place by arrival."""
+    """Sort by arrival: first come, first served. A preempted request keeps its arrival."""
     return sorted(waiting, key=lambda r: r.arrival)
 
 
 def longest_prefix_match(waiting: Iterable[Request], caches: Sequence[PrefixCache]) -> list[Request]:
-    """The requests with the most cached tokens on any rank first, so that a prefix is used before it is evicted; then by
-    arrival."""
+    """Sort by cached tokens on the best rank, most first, so that a prefix is used before it is evicted; then by arrival."""
     waiting = list(waiting)
     if len(waiting) > _MAX_MATCHED:
         return fcfs(waiting, caches)

@@ -1,4 +1,4 @@
-"""Taking a step's tokens into the rows that sampled them: bounds close in, tokens are appended, requests end."""
+"""Processing of a step's tokens: they are appended to their rows, the rows' bounds are corrected, and requests end."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from sgl_jax.step_plan import StepPlan, StepTokens
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepResult:
-    """The new tokens of a processed step: n of them, those of a row in order."""
+    """New tokens of a processed step, n in all, in order within each row."""
 
     keys: np.ndarray  # i64[n]
     tokens: np.ndarray  # i32[n]
-    lines: np.ndarray  # i64[n] where each was sampled, among the plan's S * W lines
-    first: list[Request]  # requests that just got their first token
+    lines: np.ndarray  # i64[n] the line that sampled each, of the plan's S * W
+    first: list[Request]  # requests that got their first token
     finished: list[tuple[Request, FinishReason]]
-    scored: dict[int, Request]  # by row of the plan, requests whose logprobs, or those of their prompts, were asked for
+    scored: dict[int, Request]  # row of the plan -> request for whose tokens or prompt logprobs are wanted
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Taken:
-    """The tokens that requests take of a step: n of them, sampled by some of its rows."""
+    """The n tokens that requests take from a step, of the rows given to take_tokens."""
 
     tokens: np.ndarray  # i32[n]
-    of: np.ndarray | slice  # i64[n] which of the rows sampled each
-    line: np.ndarray | int  # i64[n] and after which of its W tokens
-    ends: list[tuple[int, FinishReason]]  # which of the rows end with it, ascending
+    of: np.ndarray | slice  # i64[n] the row that sampled each token, as an index into the given rows
+    line: np.ndarray | int  # i64[n] the row's token, 0 .. W-1, after which it was sampled
+    ends: list[tuple[int, FinishReason]]  # rows that end with this step, as ascending indices into the given rows
 
 
 def take_tokens(t: RowTable, plan: StepPlan, step: StepTokens, index: np.ndarray) -> Taken:
-    """Append what the rows at plan.rows[index] sampled to their tokens, up to the one at which a request ends."""
+    """Append the tokens that plan.rows[index] sampled, up to the one at which a request ends."""
     rows, tokens, gained = plan.rows[index], step.tokens[index], step.num_accepted[index]
     known = t.num_known[rows]
-    if plan.width > 1:  # the bounds close in on what the device accepted, from where it goes on
+    if plan.width > 1:  # correct the bounds by the drafts that were rejected
         rejected = np.where(plan.from_device[index], plan.width, 1) - gained
         t.num_sure[rows] += gained - 1
         t.num_tokens[rows] -= rejected
@@ -60,7 +60,7 @@ def take_tokens(t: RowTable, plan: StepPlan, step: StepTokens, index: np.ndarray
 
 
 def _end(t: RowTable, row: int, tokens: np.ndarray) -> tuple[int, FinishReason | None]:
-    """How many of a row's new tokens its request takes, and why it ends with them, if it does."""
+    """Return how many of a row's new tokens its request takes, and the reason if it ends with them."""
     room = int(t.max_total[row] - t.num_known[row])
     stops = np.flatnonzero(np.isin(tokens[:room], t.stop_ids[row]))
     if len(stops):

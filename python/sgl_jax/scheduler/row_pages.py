@@ -1,4 +1,4 @@
-"""The pages of running rows: shared with the tree at the front, given one by one as they grow, and given back."""
+"""Pages of running rows: the first ones are shared with the prefix tree, others are allocated as the row grows."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from sgl_jax.step_plan import RowLoad
 
 class RowPages:
     def __init__(self, table: RowTable, caches: Sequence[PrefixCache]):
-        """One cache for each data rank, alike but for their number of pages."""
+        """`caches`: one for each data rank, alike except in their number of pages."""
         self.page_size, self.are_shared = caches[0].page_size, caches[0].enabled
         self._table = table
         self._caches = tuple(caches)
-        self._handles: dict[int, Handle] = {}  # the locked prefix of each running row
-        self._reload: set[int] = set()  # rows whose page table changed under them
+        self._handles: dict[int, Handle] = {}  # running row -> its locked prefix
+        self._reload: set[int] = set()  # rows in whose page table the tree has replaced pages
 
     def seat(self, row: int, prefix: Handle) -> None:
-        """A row just seated starts behind a cached prefix."""
+        """Put a cached prefix in front of a new row, and lock it."""
         t = self._table
         self._caches[t.rank[row]].lock(prefix)
         self._handles[row] = prefix
@@ -30,7 +30,7 @@ class RowPages:
         t.page_table[row, : prefix.num_pages] = prefix.pages
 
     def release(self, row: int) -> None:
-        """All of them; the tree keeps what is computed of whole pages."""
+        """Free the row's pages; whole pages that are computed stay in the tree."""
         t = self._table
         self._hand_over(row)
         handle, cache = self._handles.pop(row), self._caches[t.rank[row]]
@@ -39,7 +39,7 @@ class RowPages:
         cache.unlock(handle)
 
     def count_by_rank(self, rows: np.ndarray) -> list[int]:
-        """How many of the rows each rank has, [M]."""
+        """Count the rows of each rank, [M]."""
         if len(self._caches) == 1:
             return [len(rows)]
         return np.bincount(self._table.rank[rows], minlength=len(self._caches)).tolist()
@@ -47,13 +47,12 @@ class RowPages:
     # --- growing ------------------------------------------------------------------------------------------------------
 
     def needed(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
-        """How many more pages each row needs for num_new[i] tokens. It may have some already, given for drafts that were
-        rejected."""
+        """Return how many more pages rows[i] needs for num_new[i] tokens. Rejected drafts leave a row with spare pages."""
         end = self._table.num_computed[rows] + num_new
         return np.maximum(-(-end // self.page_size) - self._table.num_pages[rows], 0)
 
     def short_rank(self, rows: np.ndarray, need: np.ndarray) -> int | None:
-        """The first rank that cannot give its rows need[i] pages each."""
+        """Return the first rank that cannot give each of its rows need[i] pages, or None."""
         if need.sum() <= min(cache.num_available_pages for cache in self._caches):
             return None
         wanted = self.count_by_rank(np.repeat(rows, need))
@@ -61,33 +60,31 @@ class RowPages:
         return next(short, None)
 
     def give(self, rows: np.ndarray, need: np.ndarray) -> np.ndarray:
-        """Append pages of their rank to the tables of rows in order of rank, need[i] to rows[i]; the ranks must have
-        them. Returns the updates, i32[3, need.sum()]."""
+        """Append need[i] pages of its rank to the table of rows[i]. Rows come in order of rank, and the ranks must have the
+        pages. Return the page updates, i32[3, need.sum()]."""
         t = self._table
         each = np.repeat(np.arange(len(rows)), need)
         if not len(each):
             return np.empty((3, 0), np.int32)
-        pages = self._allocate(rows[each])
+        counts = self.count_by_rank(rows[each])
+        allocated = [cache.allocate(n) for cache, n in zip(self._caches, counts, strict=True)]
+        pages = np.concatenate([found for found in allocated if found is not None])  # none is: short_rank was asked
         first = np.cumsum(need) - need
         index = t.num_pages[rows][each] + np.arange(len(pages)) - first[each]
         t.page_table[rows[each], index] = pages
         t.num_pages[rows] += need
         return np.stack([rows[each], index, pages]).astype(np.int32)
 
-    def _allocate(self, rows: np.ndarray) -> np.ndarray:
-        """A page of its rank for each of these rows, which come in order of rank; i32[len(rows)]."""
-        pages = [cache.allocate(n) for cache, n in zip(self._caches, self.count_by_rank(rows), strict=True)]
-        return np.concatenate([p for p in pages if p is not None])  # none is: the caller looked
-
     # --- sharing ------------------------------------------------------------------------------------------------------
 
     def share(self, rows: np.ndarray) -> None:
-        """Put the whole pages that rows have computed, or will in a step that is planned, into the tree: steps run in
-        order, so later plans may read them."""
+        """Put the rows' whole pages into the tree. Pages of a planned step count as computed: steps run in order, so later
+        plans may read them."""
         for row in rows.tolist():
             self._hand_over(row)
 
     def _hand_over(self, row: int) -> None:
+        """Give the tree the row's whole computed pages, and use the tree's own where it has the same tokens already."""
         t = self._table
         num_pages = min(int(t.num_computed[row]), int(t.num_known[row])) // self.page_size
         handle = self._handles[row]
@@ -101,14 +98,14 @@ class RowPages:
             self._reload.add(row)
 
     def take_reloads(self) -> list[RowLoad]:
-        """Page tables that the device has to read anew: the tree had pages of the same tokens already."""
+        """Return loads of the page tables in which the tree has replaced pages since the last call."""
         t, rows = self._table, sorted(self._reload)
         self._reload.clear()
         return [RowLoad(row, t.page_table[row, : t.num_pages[row]].copy(), None) for row in rows]
 
     def check_invariants(self, running: np.ndarray, num_rejected: int) -> None:
-        """Raises AssertionError unless every page has exactly one owner, and every row pages for what it computes and
-        perhaps for num_rejected tokens more."""
+        """Raise AssertionError unless every page has exactly one owner, and every row has pages for its computed tokens and
+        at most num_rejected more."""
         t = self._table
         assert sorted(self._handles) == sorted(running.tolist())
         owned: list[list[np.ndarray]] = [[] for _ in self._caches]

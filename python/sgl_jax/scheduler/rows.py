@@ -1,8 +1,8 @@
-"""The running requests as columns: numpy arrays indexed by row, so that a decode step costs no Python per request.
+"""Table of the running requests: numpy columns indexed by row, so that a decode step costs no Python per request.
 
-The host knows num_known tokens of a row. A step in flight adds 1 to W, so what the row will have when all of them are done
-lies between num_sure and num_tokens. Pages are given for the upper bound; whether a request needs another step is decided by
-the lower one. With W = 1 the two are equal.
+The host knows num_known tokens of a row, and each step in flight adds 1 to W. When all of them are done the row has between
+num_sure and num_tokens tokens. Pages are allocated for the upper bound; the lower bound decides whether the request needs
+another step. With W = 1 the two are equal.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import numpy as np
 
 from sgl_jax.request import PARAMETERS, Request
-from sgl_jax.step_plan import Flag, Param
+from sgl_jax.step_plan import Param, RowFlag
 
-_WIDTH = 8  # stop ids a row has room for before the table widens
+_STOP_IDS = 8  # stop ids that fit a row before the table is widened
 
 
 class RowTable:
@@ -22,18 +22,18 @@ class RowTable:
 
         self.requests: list[Request | None] = [None] * num_rows
         self.key = np.full(num_rows, -1, np.int64)
-        self.rank = column()  # the data rank that holds the row's pages; any row may be of any rank
+        self.rank = column()  # the data rank that holds the row's pages; any row may belong to any rank
         self.prompt_len = column()
-        self.max_total = column()  # tokens at which the request ends by length
+        self.max_total = column()  # tokens with which the request ends by length
         self.num_known = column()  # tokens the host has
         self.num_sure = column()  # num_known, plus one for each step in flight that samples
         self.num_tokens = column()  # num_known, plus all that the steps in flight may sample
-        self.num_computed = column()  # tokens whose KV is written, or may be by the steps in flight
+        self.num_computed = column()  # tokens whose KV is written, with all that the steps in flight may write
         self.num_pages = column()
         self.has_sampled = column(np.bool_)  # the row decodes: the device holds its last token
         self.tokens = np.zeros((num_rows, context_length), np.int32)  # [:, :num_known] are valid
         self.page_table = np.zeros((num_rows, pages_per_row), np.int32)  # [:, :num_pages] are valid
-        self.stop_ids = np.full((num_rows, _WIDTH), -1, np.int32)
+        self.stop_ids = np.full((num_rows, _STOP_IDS), -1, np.int32)
         self.params = np.zeros((num_rows, len(Param)), np.int32)
         self._free = list(range(num_rows - 1, -1, -1))
 
@@ -70,12 +70,31 @@ class RowTable:
         return request
 
     def next_tokens(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
-        """The next num_new[i] tokens of rows[i], i32[num_new.sum()] in row order; zeros for rows that decode."""
+        """Return the next num_new[i] tokens of rows[i], i32[num_new.sum()] in row order; zeros for decoding rows."""
         tokens = np.zeros(int(num_new.sum()), np.int32)
         start, end = self.num_computed[rows], np.cumsum(num_new)
         for i in np.flatnonzero(~self.has_sampled[rows]):
             tokens[end[i] - num_new[i] : end[i]] = self.tokens[rows[i], start[i] : start[i] + num_new[i]]
         return tokens
+
+    def chunks(self, rows: np.ndarray, budget: list[int]) -> np.ndarray:
+        """Spend each rank's budget on its rows, in their order. Return the new tokens of each row, i32[len(rows)]."""
+        chunks = np.zeros(len(rows), np.int32)
+        for i, rank in enumerate(self.rank[rows]):
+            chunks[i] = min(self.num_tokens[rows[i]] - self.num_computed[rows[i]], budget[rank])
+            budget[rank] -= int(chunks[i])
+        return chunks
+
+    def check_invariants(self, rows: np.ndarray, width: int) -> None:
+        """Raise AssertionError unless the counters of these rows are in order."""
+        known, sure, tokens = self.num_known[rows], self.num_sure[rows], self.num_tokens[rows]
+        computed = self.num_computed[rows]
+        assert (computed <= tokens).all()
+        assert (known <= sure).all()
+        assert (sure <= tokens).all()
+        assert (sure - known <= 2).all(), "a row has more than two steps in flight"
+        assert (tokens - known <= 2 * width).all(), "more tokens in flight than two steps make"
+        assert (tokens - computed == 1)[self.has_sampled[rows]].all()
 
     def _set_stop_ids(self, row: int, ids: np.ndarray) -> None:
         missing = len(ids) - self.stop_ids.shape[1]
@@ -85,24 +104,24 @@ class RowTable:
         self.stop_ids[row, : len(ids)] = ids
 
 
-# The parameters that a row's columns hold as they are: their names, in the order of the columns.
+# Names of the parameters that are stored unchanged, in the order of their columns.
 _BY_COLUMN = {each.about.column: each.name for each in PARAMETERS}
 _INTS = tuple(_BY_COLUMN[column.name] for column in Param if Param.FLAGS < column < Param.TEMPERATURE)
 _FLOATS = tuple(_BY_COLUMN[column.name] for column in Param if column >= Param.TEMPERATURE)
 
 
 def encode_params(request: Request) -> np.ndarray:
-    """A request's sampling parameters as the step program reads them, i32[len(Param)]."""
+    """Encode a request's sampling parameters for the step program, i32[len(Param)]."""
     p = request.params
-    flags = Flag(0)
+    flags = RowFlag(0)
     if p.logprobs is not None:
-        flags |= Flag.LOGPROBS
+        flags |= RowFlag.LOGPROBS
     if p.has_penalties:
-        flags |= Flag.PENALTIES
+        flags |= RowFlag.PENALTIES
     if p.has_bias:
-        flags |= Flag.BIAS
+        flags |= RowFlag.BIAS
     if request.wants_prompt_logprobs:
-        flags |= Flag.PROMPT_LOGPROBS
+        flags |= RowFlag.PROMPT_LOGPROBS
     encoded = np.empty(len(Param), np.int32)
     encoded[Param.SEED] = np.uint32(request.seed).view(np.int32)
     encoded[Param.FLAGS] = int(flags)

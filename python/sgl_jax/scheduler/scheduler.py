@@ -1,19 +1,17 @@
-"""Who runs next, with what, and until when.
+"""Scheduling: which rows run in a step, with how many tokens, and when a request ends.
 
-There is no prefill phase and no decode phase: every running request has `num_computed` tokens chasing `num_tokens`, and
-each step spends a budget of tokens over them. Chunked prefill, prefix hits, mixed batches and preemption follow from it.
+There is no prefill phase and no decode phase. Every running request has `num_computed` tokens chasing `num_tokens`, and
+each step spends a token budget over them. Chunked prefill, prefix hits, mixed batches and preemption follow from it.
 
-A row that decodes computes W tokens, its last one and W - 1 drafts, and gains 1 to W. How many is known when the step is
-processed, so counters of a row with steps in flight are bounds (scheduler/rows.py).
+    add      lets a request wait
+    schedule plans a step: running rows first, then as many waiting requests as fit
+    process  takes in the step's tokens and ends requests; the pages of finished ones go to the prefix tree
 
-    add      a request waits
-    schedule one step's plan: running rows first, then as many waiting requests as fit
-    process  the step's tokens: appended, stop conditions checked, finished requests' pages go to the tree
+`schedule` may run again before `process`: tokens in flight count in `num_tokens` and are read on the device. A decoding row
+computes W tokens, its last one and W - 1 drafts, and gains 1 to W of them. The number is known only in `process`, so the
+counters of a row with steps in flight are bounds (scheduler/rows.py).
 
-`schedule` may be called again before `process`: tokens in flight are counted in `num_tokens` and read on the device.
-
-With M data ranks there are M caches, each with pages and a tree of its own; a row has a rank from its admission on. A
-rank is an index: the column `rank` of the rows, and numbers [M].
+With M data ranks there are M caches, each with its own pages and prefix tree. A row belongs to a rank from its admission on.
 """
 
 from __future__ import annotations
@@ -31,7 +29,7 @@ from sgl_jax.scheduler.results import StepResult, take_tokens
 from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
-from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan, StepTokens
+from sgl_jax.step_plan import Param, RowFlag, RowLoad, StepPlan, StepTokens
 
 
 @dataclasses.dataclass(slots=True)
@@ -50,18 +48,18 @@ class _Picks:
     """Rows chosen for the step under construction."""
 
     width: int  # W
-    num_decoding: int  # of the rows, those that decode: the first, by rank
-    budget: list[int]  # [M] prompt tokens the step has room for yet, by rank
-    rows: list[np.ndarray] = dataclasses.field(default_factory=list)
-    num_new: list[np.ndarray] = dataclasses.field(default_factory=list)
+    num_decoding: int  # the number of rows that decode
+    budget: list[int]  # [M] prompt tokens for which each rank has room left
+    rows: list[np.ndarray]
+    num_new: list[np.ndarray]
+    page_updates: list[np.ndarray]
     loads: list[RowLoad] = dataclasses.field(default_factory=list)
-    page_updates: list[np.ndarray] = dataclasses.field(default_factory=list)
-    num_cached_tokens: int = 0  # found in the cache by those admitted
+    num_cached_tokens: int = 0  # tokens that the admitted requests found in the cache
 
 
 class Scheduler:
     def __init__(self, config: SchedulerConfig, caches: Sequence[PrefixCache]):
-        """One cache for each data rank, alike but for their number of pages."""
+        """`caches`: one for each data rank, alike except in their number of pages."""
         for num_decoding in range(1, config.max_running_requests + 1):
             if config.max_step_tokens < num_decoding * config.width(num_decoding):
                 raise ValueError(
@@ -71,13 +69,9 @@ class Scheduler:
         kinds = {(cache.page_size, cache.enabled) for cache in caches}
         if len(kinds) != 1:
             raise ValueError(f"the caches of all ranks must be alike; their (page size, enabled) are {sorted(kinds)}")
-        self.config = config
-        self.caches = tuple(caches)
-        self.table = RowTable(
-            len(caches) * config.max_running_requests,
-            config.context_length,
-            -(-config.row_capacity // caches[0].page_size),
-        )
+        self.config, self.caches = config, tuple(caches)
+        pages_per_row = -(-config.row_capacity // caches[0].page_size)
+        self.table = RowTable(len(caches) * config.max_running_requests, config.context_length, pages_per_row)
         self._pages = RowPages(self.table, caches)
         self._admission = Admission(config, self.caches, self.table, self._pages)
         self.waiting: dict[int, Request] = {}  # by key
@@ -100,17 +94,17 @@ class Scheduler:
 
     @property
     def kv_usage(self) -> float:
-        """Share of all ranks' pages in use by running requests. A mean: while one rank has room, requests go there."""
+        """Fraction of all ranks' pages that running requests use."""
         return 1 - sum(cache.num_available_pages for cache in self.caches) / self.num_pages
 
     @property
     def cached_usage(self) -> float:
-        """Share of all ranks' pages that hold cached prefixes no request uses."""
+        """Fraction of all ranks' pages that hold cached prefixes without a user."""
         return sum(cache.num_unused_pages for cache in self.caches) / self.num_pages
 
     @property
     def num_running_tokens(self) -> int:
-        """Tokens that running requests have computed, or may have by the steps in flight."""
+        """Tokens that running requests have computed, with the steps in flight."""
         return int(self.table.num_computed[self._running].sum())
 
     def find(self, key: int) -> Request | None:
@@ -121,35 +115,35 @@ class Scheduler:
         self._requests[request.key] = self.waiting[request.key] = request
 
     def flush(self) -> int:
-        """Evict every prefix no running request holds, on all ranks; returns how many pages became free."""
+        """Evict every prefix that no running request holds, on all ranks; return how many pages became free."""
         return sum(cache.flush() for cache in self.caches)
 
     def abort(self, key: int) -> bool:
-        """End a request, its pages released; False if there is no such request. A step in flight loses its token."""
-        request = self._requests.get(key)
+        """End a request and release its pages; return False if there is none. Its tokens in flight are dropped."""
+        request = self._requests.pop(key, None)
         if request is None:
             return False
         if request.row >= 0:
             self._leave_row(request.row)
-        self._forget(request)
+        else:
+            del self.waiting[key]
         return True
 
     # --- plan ---------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> StepPlan | None:
-        """Plan the next step and count it as computed; None when no request can run.
+        """Plan the next step and count it as computed; return None if no request can run.
 
-        Mutates tables and cache: the plan must be run, and before any later plan.
+        Changes tables and caches: the plan must be run, and before any later plan.
         """
         preemptions = self.counters.preemptions
         picks = self._pick_running()
         if self.counters.preemptions == preemptions:  # else a victim could return while its token is in flight
             self._admit(picks)
-        if not picks.rows:
+        rows, num_new = np.concatenate(picks.rows), np.concatenate(picks.num_new)
+        if not len(rows):
             return None
-        rows = np.concatenate(picks.rows)
-        num_new = np.concatenate(picks.num_new)
-        if len(rows) > picks.num_decoding:  # else they come in order
+        if len(rows) > picks.num_decoding:  # decoding rows alone are in order
             kind = np.where(self.table.has_sampled[rows], 0, np.where(num_new <= picks.width, 1, 2))
             order = np.lexsort((kind, self.table.rank[rows]))
             rows, num_new = rows[order], num_new[order]
@@ -159,43 +153,33 @@ class Scheduler:
         return plan
 
     def _pick_running(self) -> _Picks:
-        """The running rows this step serves, their new pages allocated; preempts the youngest of a rank until they
-        fit there."""
-        t = self.table
+        """Choose the running rows of this step and allocate their new pages. Where a rank lacks pages, its youngest request
+        is preempted: it waits again, and its tokens in flight are dropped and sampled anew, which gives the same ones."""
+        t, limits = self.table, self.config
         while True:
             run = self._running
-            decoding = t.has_sampled[run]
-            unfinished = t.num_sure[run] < t.max_total[run]
-            decode_rows = run[decoding & unfinished]
-            of_rank = self._pages.count_by_rank(decode_rows)
-            width = self.config.width(max(*of_rank, 1))
-            rows, num_new = [decode_rows], [np.full(len(decode_rows), width, np.int32)]
-            limits = self.config
-            budget = [min(limits.max_step_tokens - n * width, limits.max_prefill_tokens) for n in of_rank]
-            for row in run[~decoding & unfinished]:
-                rank = t.rank[row]
-                n = min(int(t.num_tokens[row] - t.num_computed[row]), budget[rank])
-                if n == 0:
-                    continue
-                rows.append(row[None])
-                num_new.append(np.array([n], np.int32))
-                budget[rank] -= n
-            all_rows, all_new = np.concatenate(rows), np.concatenate(num_new)
-            if len(rows) > 1:
-                by_rank = np.argsort(t.rank[all_rows], kind="stable")
-                all_rows, all_new = all_rows[by_rank], all_new[by_rank]
-            need = self._pages.needed(all_rows, all_new)
-            short = self._pages.short_rank(all_rows, need)
+            decodes, unfinished = t.has_sampled[run], t.num_sure[run] < t.max_total[run]
+            decode_rows = run[decodes & unfinished]
+            per_rank = self._pages.count_by_rank(decode_rows)
+            width = limits.width(max(*per_rank, 1))
+            rows, num_new = decode_rows, np.full(len(decode_rows), width, np.int32)
+            budget = [min(limits.max_step_tokens - n * width, limits.max_prefill_tokens) for n in per_rank]
+            if len(prefill_rows := run[~decodes & unfinished]):
+                chunks = t.chunks(prefill_rows, budget)
+                rows = np.concatenate([rows, prefill_rows[chunks > 0]])
+                num_new = np.concatenate([num_new, chunks[chunks > 0]])
+                by_rank = np.argsort(t.rank[rows], kind="stable")
+                rows, num_new = rows[by_rank], num_new[by_rank]
+            need = self._pages.needed(rows, num_new)
+            short = self._pages.short_rank(rows, need)
             if short is None:
-                break
-            self._preempt(int(run[t.rank[run] == short][-1]))
-        if not len(all_rows):
-            return _Picks(width, 0, budget)
-        updates = [self._pages.give(all_rows, need)]
-        return _Picks(width, len(decode_rows), budget, [all_rows], [all_new], page_updates=updates)
+                return _Picks(width, len(decode_rows), budget, [rows], [num_new], [self._pages.give(rows, need)])
+            self.counters.preemptions += 1
+            victim = self._leave_row(int(run[t.rank[run] == short][-1]))
+            self.waiting[victim.key] = victim
 
     def _admit(self, picks: _Picks) -> None:
-        """Seat waiting requests while a rank has budget, rows and pages for the next of them."""
+        """Seat waiting requests until no rank has budget, a row and pages for the next one."""
         if not self.waiting or not self.table.num_free:
             return
         being_computed = self._admission.prefixes_being_computed(self._running)
@@ -204,13 +188,13 @@ class Scheduler:
             if place is None:
                 return
             if place.next_page in being_computed:
-                continue  # another row of the rank is computing the same page: the next step will find it cached
+                continue  # a row of the rank is computing the same page, which the next step will find cached
             self._seat(request, place, picks)
             being_computed.add(place.next_page)
 
     def _seat(self, request: Request, place: Place, picks: _Picks) -> None:
-        t = self.table
-        rank, handle = place.rank, place.handle
+        """Give a waiting request its row and pages, and add it to the step."""
+        t, rank, handle = self.table, place.rank, place.handle
         del self.waiting[request.key]
         row = t.seat(request, rank)
         self._pages.seat(row, handle)
@@ -222,7 +206,7 @@ class Scheduler:
             self.counters.prompt_tokens += len(request.prompt)
             self.counters.cached_tokens += handle.num_tokens
         picks.num_cached_tokens += handle.num_tokens
-        needs_state = bool(t.params[row, Param.FLAGS] & (Flag.PENALTIES | Flag.BIAS))
+        needs_state = bool(t.params[row, Param.FLAGS] & (RowFlag.PENALTIES | RowFlag.BIAS))
         if handle.num_pages or needs_state:
             pages = handle.pages if handle.num_pages else None
             picks.loads.append(RowLoad(row, pages, request if needs_state else None))
@@ -234,13 +218,16 @@ class Scheduler:
         picks.page_updates.append(self._pages.give(rows, self._pages.needed(rows, new)))
 
     def _build(self, rows: np.ndarray, num_new: np.ndarray, picks: _Picks) -> StepPlan:
-        """Write the plan and advance the rows past it."""
+        """Make the plan and advance the rows past it."""
         t = self.table
-        start = t.num_computed[rows]
-        from_device = t.has_sampled[rows]
+        start, from_device = t.num_computed[rows], t.has_sampled[rows]
         end = start + num_new
         samples = from_device | (end == t.num_tokens[rows])
-        of_prompts = {} if picks.num_decoding == len(rows) else self._prompt_columns(rows, num_new, end)
+        of_prompts = {}  # columns that matter only where a row computes tokens which the host knows
+        if len(rows) > picks.num_decoding:
+            following = t.tokens[rows, np.minimum(end, t.tokens.shape[1] - 1)]
+            of_prompts["next_token"] = np.where(end < t.prompt_len[rows], following, np.int32(-1))
+            of_prompts["tokens"] = t.next_tokens(rows, num_new)
         plan = StepPlan.of(
             num_new,
             num_ranks=len(self.caches),
@@ -254,9 +241,7 @@ class Scheduler:
             samples=samples,
             from_device=from_device,
             params=t.params[rows],
-            page_updates=np.concatenate(picks.page_updates, axis=1)
-            if picks.page_updates
-            else np.empty((3, 0), np.int32),
+            page_updates=np.concatenate(picks.page_updates, axis=1),
             **of_prompts,
         )
         t.num_computed[rows] = end
@@ -264,34 +249,15 @@ class Scheduler:
         t.num_tokens[sampled] = end[samples] + 1
         t.num_sure[sampled] += 1
         t.has_sampled[sampled] = True
-        if plan.wants_prompt_logprobs:  # a prompt that is computed is scored
-            t.params[sampled, Param.FLAGS] &= ~int(Flag.PROMPT_LOGPROBS)
+        if plan.wants_prompt_logprobs:  # the prompt is computed: later steps do not score it
+            t.params[sampled, Param.FLAGS] &= ~int(RowFlag.PROMPT_LOGPROBS)
         return plan
 
-    def _prompt_columns(self, rows: np.ndarray, num_new: np.ndarray, end: np.ndarray) -> dict[str, np.ndarray]:
-        """Columns of the plan that matter only where a row computes tokens which the host knows."""
-        t = self.table
-        follows = t.tokens[rows, np.minimum(end, t.tokens.shape[1] - 1)]
-        return {
-            "next_token": np.where(end < t.prompt_len[rows], follows, np.int32(-1)),
-            "tokens": t.next_tokens(rows, num_new),
-        }
-
-    def _preempt(self, row: int) -> None:
-        """Back to waiting, pages released (the tree keeps what it can). A token in flight is dropped and sampled anew:
-        sampling depends on seed and position alone."""
-        self.counters.preemptions += 1
-        request = self._leave_row(row)
-        self.waiting[request.key] = request
-
     def _leave_row(self, row: int) -> Request:
+        """Release a row with its pages; the tree keeps the computed ones that it can. Return the row's request."""
         self._pages.release(row)
         self._running = self._running[self._running != row]
         return self.table.unseat(row)
-
-    def _forget(self, request: Request) -> None:
-        self.waiting.pop(request.key, None)
-        del self._requests[request.key]
 
     # --- results ------------------------------------------------------------------------------------------------------
 
@@ -302,47 +268,33 @@ class Scheduler:
         scored = self._scored(plan, alive) if step.has_scores else {}
         index = np.flatnonzero(plan.samples & alive)
         rows = plan.rows[index]
-        first = [t.requests[row] for row in rows[t.num_known[rows] == t.prompt_len[rows]]]
+        started = (t.requests[row] for row in rows[t.num_known[rows] == t.prompt_len[rows]])
+        first = [request for request in started if request is not None and not request.announced]
+        for request in first:
+            request.announced = True
         taken = take_tokens(t, plan, step, index)
         self.counters.generated_tokens += len(taken.tokens)
         return StepResult(
             keys=plan.keys[index][taken.of],
             tokens=taken.tokens,
             lines=index[taken.of] * plan.width + taken.line,
-            first=[r for r in first if self._announce(r)],
-            finished=[(self._finish(int(rows[i])), reason) for i, reason in taken.ends],
+            first=first,
+            finished=[(self._requests.pop(self._leave_row(int(rows[i])).key), reason) for i, reason in taken.ends],
             scored=scored,
         )
 
-    def _finish(self, row: int) -> Request:
-        request = self._leave_row(row)
-        self._forget(request)
-        return request
-
     def _scored(self, plan: StepPlan, alive: np.ndarray) -> dict[int, Request]:
-        """The requests of rows with a flag that asks for logprobs, by row of the plan."""
-        wanted = plan.params[:, Param.FLAGS] & (Flag.LOGPROBS | Flag.PROMPT_LOGPROBS) != 0
+        """Return the requests of rows with a flag that asks for logprobs, by row of the plan."""
+        wanted = plan.params[:, Param.FLAGS] & (RowFlag.LOGPROBS | RowFlag.PROMPT_LOGPROBS) != 0
         found = ((int(i), self.table.requests[plan.rows[i]]) for i in np.flatnonzero(wanted & alive))
         return {i: request for i, request in found if request is not None}
 
-    def _announce(self, request: Request | None) -> bool:
-        assert request is not None
-        request.announced, was = True, request.announced
-        return not was
-
     def check_invariants(self) -> None:
-        """Raises AssertionError unless every page and row has exactly one owner and every counter is in order."""
-        t = self.table
-        assert len(self._running) + t.num_free == len(self.caches) * self.config.max_running_requests
-        assert max(self._pages.count_by_rank(self._running)) <= self.config.max_running_requests
-        assert (np.diff(t.rank[self._running]) >= 0).all()
-        assert len(self.waiting) + len(self._running) == len(self._requests)
-        run, width = self._running, self.config.max_width
-        assert (t.num_computed[run] <= t.num_tokens[run]).all()
-        assert (t.num_known[run] <= t.num_sure[run]).all()
-        assert (t.num_sure[run] <= t.num_tokens[run]).all()
-        assert (t.num_sure[run] - t.num_known[run] <= 2).all(), "a row has more than two steps in flight"
-        in_flight = t.num_tokens[run] - t.num_known[run]
-        assert (in_flight <= 2 * width).all(), "more tokens in flight than two steps make"
-        assert (t.num_tokens[run] - t.num_computed[run] == 1)[t.has_sampled[run]].all()
+        """Raise AssertionError unless every page and row has exactly one owner and every counter is in order."""
+        table, run, width = self.table, self._running, self.config.max_width
+        assert len(run) + table.num_free == len(self.caches) * self.config.max_running_requests
+        assert max(self._pages.count_by_rank(run)) <= self.config.max_running_requests
+        assert (np.diff(table.rank[run]) >= 0).all()
+        assert len(self.waiting) + len(run) == len(self._requests)
+        table.check_invariants(run, width)
         self._pages.check_invariants(run, 2 * (width - 1))

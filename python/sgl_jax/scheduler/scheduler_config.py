@@ -11,15 +11,15 @@ from sgl_jax.step_plan import row_capacity
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits for each data rank: M ranks run M times as many requests and tokens in a step."""
+    """Limits for each data rank. M ranks run M times as many requests, and tokens in a step."""
 
     max_running_requests: int
     context_length: int
-    max_step_tokens: int  # budget of a step, at least W for each running request
-    max_prefill_tokens: int  # of it, tokens of prompts
-    policy: str = "fcfs"  # who is admitted next: scheduler.policy.POLICIES
-    placement: str = "cache_aware"  # on which rank: scheduler.placement.PLACEMENTS
-    width: Callable[[int], int] = lambda num_decoding: 1  # W of a step whose fullest rank has so many decoding rows
+    max_step_tokens: int  # token budget of a step, at least W for each running request
+    max_prefill_tokens: int  # prompt tokens of a step
+    policy: str = "fcfs"  # order of admission: scheduler.policy.POLICIES
+    placement: str = "cache_aware"  # order of ranks: scheduler.rank_order.PLACEMENTS
+    width: Callable[[int], int] = lambda num_decoding: 1  # decoding rows of the fullest rank -> W of the step
 
     @functools.cached_property
     def max_width(self) -> int:

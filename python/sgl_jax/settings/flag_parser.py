@@ -1,4 +1,4 @@
-"""Reads command lines, and says what is wrong with one: for the server's flags and every tool's own."""
+"""Reader of command lines that says what is wrong with one, for the server's flags and every tool's own."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 
-type Elsewhere = Mapping[str, str]  # by patterns of other programs' flags: what completes "… is not a flag: …"
+type Elsewhere = Mapping[str, str]  # pattern of other programs' flags -> the end of the sentence "… is not a flag: …"
 NOTHING: Elsewhere = types.MappingProxyType({})
 
 
 class FlagError(ValueError):
-    """A value that cannot be honoured: the message states flag, value, limit and what to do."""
+    """A flag or value that cannot be honoured; the message states flag, value, limit and what to do."""
 
     def __init__(self, flag: str, message: str):
         super().__init__(message)
@@ -22,7 +22,7 @@ class FlagError(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises FlagError, a line with a hint, where argparse prints the usage and ends the process."""
+    """Parser that raises FlagError, a line with a hint, where argparse prints the usage and ends the process."""
 
     def error(self, message: str) -> typing.NoReturn:
         option, _, said = message.removeprefix("argument ").partition(": ")
@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         raise FlagError("", message.removeprefix("argument "))
 
     def read(self, argv: Sequence[str] | None) -> argparse.Namespace:
-        """Reads the command line of a tool that has no flags but these; None is this process's."""
+        """Read the command line of a tool that has no flags but these; None: this process's."""
         argv = sys.argv[1:] if argv is None else argv
         found, unknown = self.parse_known_args(argv)
         if unknown:
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         return found
 
     def unknown(self, word: str, argv: Sequence[str], elsewhere: Elsewhere = NOTHING) -> FlagError:
-        """About the first word of `argv` that could not be read."""
+        """Return the error about `word`, the first of `argv` that could not be read."""
         if not word.startswith("-"):
             for before, at in itertools.pairwise(argv):
                 action = self._option_string_actions.get(before)
@@ -62,15 +62,15 @@ def option_named(name: str) -> str:
 
 
 def said_of(option: str, patterns: Elsewhere) -> str:
-    """Looks the option up by the patterns; empty if none is like it."""
+    """Return the text whose pattern the option matches; empty if there is none."""
     import fnmatch
 
     return next((said for pattern, said in patterns.items() if fnmatch.fnmatchcase(option, pattern)), "")
 
 
 def hint_about(option: str, options: Mapping[str, str], elsewhere: Elsewhere) -> str:
-    """Returns the end of an error message: the answer to another program's flag, else the value in `options` of the one that
-    is very much like it."""
+    """Return the end of an error message about an unknown option: the answer to another program's flag, else the value in
+    `options` of the option that is most like it, else nothing."""
     import difflib
 
     if said := said_of(option, elsewhere):

@@ -1,4 +1,4 @@
-"""Flags from a dataclass: its fields, with an About each, become command line, environment, config file and docs.
+"""Flags from a dataclass, whose fields have an About each: command line, environment, config file and documentation.
 
 Imports nothing heavy, so that `--help` is instant, and reads no environment of its own.
 """
@@ -22,9 +22,9 @@ type Setting = str | int | float | bool | None  # a flag's value
 
 
 class Rule(NamedTuple):
-    """A limit on a flag's value; `text` completes the sentence "it must be …"."""
+    """Limit on a flag's value; `text` completes the sentence "it must be …"."""
 
-    holds: Callable[..., bool]  # of a value of the flag's own type
+    holds: Callable[..., bool]  # takes a value of the flag's own type
     text: str
 
 
@@ -36,11 +36,14 @@ def at_least(low: int) -> Rule:
     return Rule(lambda value: value >= low, f"at least {low}")
 
 
+NOT_NEGATIVE = Rule(lambda value: 0 <= value < float("inf"), "0 or more seconds")
+
+
 class About(NamedTuple):
     """Describes a flag beyond its field's name, type and default."""
 
-    group: str
     help: str
+    group: str = ""  # title of a group of flags, which begins here; empty: that of the flag before
     unset: str = ""  # what happens when the flag is not given, where the default value does not say it
     rule: Rule | None = None
     aliases: tuple[str, ...] = ()
@@ -50,28 +53,15 @@ class About(NamedTuple):
     per_host: bool = False  # may differ between the hosts of one engine; all others must be the same on each
 
 
-def required[T](about: About) -> T:
-    return dataclasses.field(metadata={"about": about})
+REQUIRED: Any = dataclasses.MISSING  # as a flag's default
 
 
-def flag[T: Setting](
-    default: T | Callable[[], T],
-    group: str,
-    help: str,
-    *,
-    unset: str = "",
-    rule: Rule | None = None,
-    aliases: tuple[str, ...] = (),
-    metavar: str = "",
-    refused: Mapping[str, str] = types.MappingProxyType({}),
-    secret: bool = False,
-    per_host: bool = False,
-) -> T:
-    """A dataclass field: a default value, or a function that makes it, and an About."""
-    about = About(group, help, unset, rule, aliases, metavar, refused, secret, per_host)
+def flag[T: Setting](default: T | Callable[[], T], help: str, **about: Any) -> T:
+    """Declare a dataclass field: its default value, or a function that makes it, and the fields of its About."""
+    made = About(help, **about)
     if callable(default):
-        return dataclasses.field(default_factory=default, metadata={"about": about})
-    return dataclasses.field(default=default, repr=not about.secret, metadata={"about": about})
+        return dataclasses.field(default_factory=default, metadata={"about": made})
+    return dataclasses.field(default=default, repr=not made.secret, metadata={"about": made})
 
 
 _KINDS = {int: ("a whole number", "N"), float: ("a number", "X"), str: ("text", "TEXT"), bool: ("true or false", "")}
@@ -79,9 +69,10 @@ _TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false":
 
 
 class Flag(NamedTuple):
-    """One field, as the command line, the checks and the documentation see it."""
+    """Field of the dataclass, as the command line, the checks and the documentation see it."""
 
     field: dataclasses.Field[Any]
+    about: About
     kind: type
     optional: bool
     choices: tuple[str, ...]
@@ -90,10 +81,6 @@ class Flag(NamedTuple):
     @property
     def name(self) -> str:
         return self.field.name
-
-    @property
-    def about(self) -> About:
-        return self.field.metadata["about"]
 
     @property
     def option(self) -> str:
@@ -124,7 +111,7 @@ class Flag(NamedTuple):
 
     @property
     def refusals(self) -> list[str]:
-        """Values that are not taken, a sentence each."""
+        """A sentence for each value that is not taken."""
         found = [f"Refused for now: {self.not_built} not built yet"] if self.not_built else []
         return found + [f"`{value}` is refused: {reason}" for value, reason in self.about.refused.items()]
 
@@ -137,7 +124,7 @@ class Flag(NamedTuple):
         return HIDDEN if value is not None and self.about.secret else value
 
     def read(self, value: object) -> object:
-        """Reads text from outside as this flag's type; returns unreadable text as it is, for `check` to refuse."""
+        """Read text from outside as this flag's type. Text that cannot be read is returned, for `check` to refuse."""
         if not isinstance(value, str):
             return value
         if self.kind is bool:
@@ -150,7 +137,7 @@ class Flag(NamedTuple):
             return value
 
     def check(self, value: object) -> None:
-        """Raises FlagError unless the value is of the type, among the choices and within the limit."""
+        """Raise FlagError unless the value is of the type, among the choices and within the limit."""
         if value is None and self.optional:
             return
         said = f"{self.option} is {self.shown(value)}"
@@ -171,17 +158,19 @@ class Flag(NamedTuple):
 
 
 def flags_of(cls: type, not_built: Elsewhere = NOTHING) -> tuple[Flag, ...]:
-    """Reads the fields of the class. `not_built` has by patterns of flags the features that are not built."""
-    hints = typing.get_type_hints(cls)
+    """Read the fields of the class. `not_built` has the features that are not built, by patterns of their flags."""
+    hints, group = typing.get_type_hints(cls), ""
     flags = []
     for field in dataclasses.fields(cls):
-        hint, optional, choices = hints[field.name], False, ()
-        if types.NoneType in typing.get_args(hint):
-            (hint,) = (part for part in typing.get_args(hint) if part is not types.NoneType)
-            optional = True
-        if typing.get_origin(hint) is Literal:
-            hint, choices = str, typing.get_args(hint)
-        flags.append(Flag(field, hint, optional, choices, said_of(option_named(field.name), not_built)))
+        about: About = field.metadata["about"]
+        group = about.group or group
+        kinds = typing.get_args(hints[field.name])
+        optional, choices = types.NoneType in kinds, ()
+        kind = next(each for each in kinds if each is not types.NoneType) if optional else hints[field.name]
+        if typing.get_origin(kind) is Literal:
+            kind, choices = str, typing.get_args(kind)
+        feature = said_of(option_named(field.name), not_built)
+        flags.append(Flag(field, about._replace(group=group), kind, optional, choices, feature))
     return tuple(flags)
 
 
@@ -198,7 +187,7 @@ def read_command_line(
     version: str = "",
     elsewhere: Elsewhere = NOTHING,
 ) -> dict[str, str | bool]:
-    """Also takes --config, kept under "config". `--help` and `--version` print and exit."""
+    """Return the flags given in `argv`, as text, and --config under "config". `--help` and `--version` print and exit."""
     parser = Parser(
         usage=usage,
         description=description,
@@ -233,9 +222,9 @@ def read_command_line(
 def read_environ(
     flags: Sequence[Flag], environ: Mapping[str, str], prefix: str, elsewhere: Elsewhere = NOTHING
 ) -> dict[str, str]:
-    """An empty variable counts as unset: that is how compose files and charts leave one out."""
-    # Kubernetes describes every Service of a namespace in variables made from the Service's name, so a Service called
-    # sgl-jax sets SGL_JAX_PORT=tcp://10.0.0.1:30000 and more. They are not ours.
+    """Return the flags set by variables, as text. An empty one counts as unset: compose files and charts leave it so."""
+    # Kubernetes describes each Service of a namespace in variables that begin with the Service's name. One called sgl-jax
+    # sets SGL_JAX_PORT=tcp://10.0.0.1:30000 and more, which are no flags.
     service_link = re.compile(
         rf"{prefix}(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
     )
@@ -259,7 +248,7 @@ def variable_name(flag: Flag, prefix: str) -> str:
 
 
 def read_config(flags: Sequence[Flag], path: str, elsewhere: Elsewhere = NOTHING) -> dict[str, object]:
-    """Keys are flag names or aliases, with - or _; a null value counts as not given."""
+    """Return the flags set in a YAML file. Keys are flag names or aliases, with - or _; null counts as not given."""
     import yaml
 
     names = {option: flag.name for flag in flags for option in flag.options}

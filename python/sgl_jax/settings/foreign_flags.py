@@ -1,4 +1,5 @@
-"""Flags of vLLM and SGLang that are not ours, and the answer to them: for error messages and docs/features/coming_from.md.
+"""Flags of vLLM and SGLang that are not ours, with an answer each for error messages and docs/features/coming_from.md.
+
 Names are patterns: `*` stands for any text.
 """
 
@@ -58,12 +59,12 @@ OTHERWISE = {
 
 
 def flags_not_built(features: Iterable[Feature] = NOT_BUILT) -> dict[str, str]:
-    """By pattern, the feature that is not built, with its verb."""
+    """Return the features that are not built, with their verb, by patterns of flags."""
     return {pattern: feature.name for feature in features for pattern in feature.flags.split()}
 
 
 def elsewhere(features: Iterable[Feature] = NOT_BUILT) -> dict[str, str]:
-    """By pattern, the end of the sentence "… is not a flag: …"."""
+    """Return the ends of the sentence "… is not a flag: …", by patterns of flags."""
     said = {names: f"here it is {ours}" for names, ours in RENAMED.items()} | OTHERWISE
     found = {name: text for names, text in said.items() for name in names.split()}
     return found | {pattern: f"{feature} not built" for pattern, feature in flags_not_built(features).items()}

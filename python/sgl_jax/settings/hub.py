@@ -1,6 +1,6 @@
-"""Models that are named, not pointed at: fetched from the Hugging Face hub or from ModelScope, and kept.
+"""Models given by a hub id: downloaded from the Hugging Face hub or from ModelScope, and kept.
 
-A download that broke off goes on where it stopped. What is there already is not fetched again.
+A download that broke off continues where it stopped. Files that are there already are not fetched again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
+from http.client import HTTPMessage
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +31,12 @@ _BLOCK = 1 << 20  # bytes read at a time
 
 
 class HubError(ValueError):
-    """A name is no path and no model that can be fetched. The message says what to check."""
+    """The name is no path and no model that can be fetched; the message says what to check."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Downloads:
-    """Where named models come from and are kept."""
+    """Source of models given by a hub id, and the folder that keeps them."""
 
     source: Literal["huggingface", "modelscope"] = "huggingface"
     folder: str | None = None  # None: the source's own cache
@@ -47,7 +48,7 @@ HUGGING_FACE = Downloads()
 
 
 def local_path(path: str, files: Sequence[str], downloads: Downloads, without: Sequence[str] = ()) -> Path:
-    """The folder or file that `path` means. A hub id is downloaded: what matches `files` and not `without`.
+    """Return the folder or file that `path` means. Of a hub id, files that match `files` and not `without` are downloaded.
 
     Raises HubError.
     """
@@ -63,7 +64,7 @@ def local_path(path: str, files: Sequence[str], downloads: Downloads, without: S
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether it has the form of a model's id and is nothing on this machine's disks."""
+    """Return whether it has the form of a model's id and is no file or folder here."""
     local = Path(path).expanduser()
     has_form = re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", path) is not None and local.suffix != ".gguf"
     return has_form and not local.exists()
@@ -77,7 +78,7 @@ def _from_hugging_face(name: str, files: Sequence[str], without: Sequence[str], 
     progress = Progress(name)
 
     class Reported(tqdm):
-        """The library's bars that count bytes, as lines in our log."""
+        """Turns the library's progress bars that count bytes into lines in our log."""
 
         def __init__(self, *args: Any, **options: Any):
             self._counts_bytes = options.get("unit") == "B"
@@ -89,12 +90,9 @@ def _from_hugging_face(name: str, files: Sequence[str], without: Sequence[str], 
                 progress.at(int(self.n), int(self.total or 0))
 
     try:
+        folder, taken, left = downloads.folder, list(files), list(without)
         found = snapshot_download(
-            name,
-            cache_dir=downloads.folder,
-            allow_patterns=list(files),
-            ignore_patterns=list(without),
-            tqdm_class=Reported,
+            name, cache_dir=folder, allow_patterns=taken, ignore_patterns=left, tqdm_class=Reported
         )
     except LocalEntryNotFoundError as error:
         raise HubError(
@@ -111,7 +109,7 @@ def _from_hugging_face(name: str, files: Sequence[str], without: Sequence[str], 
 
 
 def _from_modelscope(name: str, files: Sequence[str], without: Sequence[str], downloads: Downloads) -> Path:
-    """ModelScope's API: one request lists the files with sizes and hashes, one fetches each."""
+    """Use ModelScope's API: one request lists the files with sizes and hashes, one more fetches each."""
     model = f"{downloads.endpoint.rstrip('/')}/api/v1/models/{urllib.parse.quote(name)}/repo"
     folder = Path(downloads.folder or "~/.cache/modelscope/hub/models").expanduser() / name
     try:
@@ -153,7 +151,10 @@ def _matches(path: str, files: Iterable[str], without: Iterable[str]) -> bool:
 def _fetch_file(
     url: str, target: Path, about: dict[str, Any], token: str | None, arrived: Callable[[int], None]
 ) -> None:
-    """Into `target`, by way of a part file that a broken download leaves and the next one continues. Raises OSError."""
+    """Download into `target`, by way of a part file that a broken download leaves and the next one continues.
+
+    `about` is the file's entry in ModelScope's list. Raises OSError.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
     part, size = target.with_name(f"{target.name}.part"), about["Size"]
     with open(part, "ab") as out:
@@ -191,17 +192,17 @@ def _is_whole(target: Path, size: int) -> bool:
     return target.is_file() and target.stat().st_size == size
 
 
-def _open(url: str, token: str | None, start: int = 0) -> Any:
+def _open(url: str, token: str | None, start: int = 0) -> http.client.HTTPResponse:
     headers = {"User-Agent": "sgl-jax"} | ({"Range": f"bytes={start}-"} if start else {})
     headers |= {"Authorization": f"Bearer {token}"} if token else {}
     return urllib.request.build_opener(_Redirects).open(urllib.request.Request(url, headers=headers), timeout=30)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Large files are kept by other hosts, to which urllib would send the token, too."""
+    """Redirects without the token to other hosts, which keep the large files: urllib alone would send it there, too."""
 
     def redirect_request(
-        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+        self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
         onward = super().redirect_request(req, fp, code, msg, headers, newurl)
         if onward is not None and (onward.type, onward.host) != (req.type, req.host):
@@ -215,7 +216,7 @@ def _sha256(path: Path) -> str:
 
 
 class Progress:
-    """A line in the log every few seconds: how much of a download has arrived, of what is known to come."""
+    """Logs a line every few seconds: the bytes of a download that have arrived, and those known to come."""
 
     def __init__(self, name: str, seconds: float = 10.0):
         self._name, self._seconds, self._last = name, seconds, time.monotonic()

@@ -1,6 +1,7 @@
-"""Features that are not built, and everything by which a user may ask for one. Deleting a row opens the feature's door
-everywhere: the server's flags, hints about other engines' flags, the request bodies and the documentation read this
-table.
+"""Features that are not built, and everything by which a user may ask for one.
+
+The server's flags, hints about other engines' flags, the request bodies and the documentation read this table: when a
+feature is built, its row is deleted here.
 """
 
 from __future__ import annotations
@@ -77,11 +78,7 @@ NOT_BUILT = (
         null={"GenerateRequest": "priority"},
     ),
     Feature("a server without a tokenizer is", flags="--skip-tokenizer-init"),
-    Feature(
-        "cutting prompts that are too long is",
-        flags="--allow-auto-truncate",
-        fields="truncate_prompt_tokens",
-    ),
+    Feature("cutting prompts that are too long is", flags="--allow-auto-truncate", fields="truncate_prompt_tokens"),
     Feature("ending a server whose step hangs is", flags="--watchdog-timeout --soft-watchdog-timeout"),
     Feature(
         "HTTPS, and answering other web pages (CORS), are", flags="--ssl-* --root-path --allow-credentials --allowed-*"

@@ -1,1 +1,1 @@
-"""Stand-ins for tests: what they produce can be computed by hand."""
+"""Fakes for tests, whose output can be computed by hand."""

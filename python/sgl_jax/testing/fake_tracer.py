@@ -1,4 +1,4 @@
-"""A tracer that keeps what it is told, and writes nothing."""
+"""Fake tracer that records calls and writes no files."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import errno
 import os
 from collections.abc import Iterator
 
-UNWRITABLE = "/unwritable"  # as if nothing could be written there
-FULL = "/full"  # as if the disk were full when the profile ends
+UNWRITABLE = "/unwritable"  # a folder that nothing can be written to
+FULL = "/full"  # a folder whose disk is full when the profile ends
 DEFAULT = "/tmp/fake-profile"
 
 
 class FakeTracer:
-    """engine.profiling.Tracer. `spans` are the names entered while it recorded, a step as "step 7"."""
+    """The engine.profiling.Tracer of tests. `spans` has the names entered while it recorded, for a step "step 7"."""
 
     def __init__(self) -> None:
         self.spans: list[str] = []

@@ -8,7 +8,6 @@ for the flags' defaults.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,11 @@ from tokenizers.models import BPE
 
 from sgl_jax.models.gguf_file import GgufFile, read_gguf
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.byte_level import LLAMA3_WORDS, QWEN2_WORDS, by_regex
-from sgl_jax.text.sentencepiece_bpe import (
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    Vocabulary,
-    decode_spaces,
-    sentencepiece_bpe,
-)
+from sgl_jax.text.bpe import LLAMA3_WORDS, QWEN2_WORDS, by_regex
+from sgl_jax.text.sentencepiece_bpe import Kind, Pieces, decode_spaces, sentencepiece_bpe
+from sgl_jax.text.vocabulary import Vocabulary, present
 
-_LLAMA_CPP_DEFAULT = (  # one split after the other
+_LLAMA_CPP_DEFAULT = (  # each splits what the one before left
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
     r"\p{N}+",
@@ -38,45 +29,30 @@ _LLAMA_CPP_DEFAULT = (  # one split after the other
 
 
 @dataclasses.dataclass(frozen=True)
-class GgufTokenizer:
-    """The tokenizer adds bos (and eos, where the file asks for it) by itself when special tokens are to be added."""
-
-    tokenizer: Tokenizer
-    bos_token: str | None
-    eos_token: str | None
-    add_bos: bool
-    chat_template: str | None
-
-
-@dataclasses.dataclass(frozen=True)
 class _Pre:
-    """How text is cut into words before merging."""
+    """Way to cut text into words before merging."""
 
-    split: Callable[[], pre_tokenizers.PreTokenizer]
-    normalizer: Callable[[], Any] | None = None
+    split: pre_tokenizers.PreTokenizer
+    normalizer: normalizers.Normalizer | None = None
     ignore_merges: bool = False  # a word that is a token stays whole, whatever the merges say
     add_bos: bool = False  # where the file does not say
 
 
-def _gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-
-
-def _digits_then_gpt2() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
-
-
+_GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+_LLAMA3 = _Pre(by_regex(LLAMA3_WORDS), ignore_merges=True, add_bos=True)
 _PRE = {
-    "gpt-2": _Pre(_gpt2),
-    "smollm": _Pre(_digits_then_gpt2),
-    "qwen2": _Pre(by_regex(QWEN2_WORDS), normalizer=normalizers.NFC),
+    "gpt-2": _Pre(_GPT2),
+    "smollm": _Pre(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _GPT2])),
+    "qwen2": _Pre(by_regex(QWEN2_WORDS), normalizer=normalizers.NFC()),
     "default": _Pre(by_regex(*_LLAMA_CPP_DEFAULT)),
-    "llama-bpe": _Pre(by_regex(LLAMA3_WORDS), ignore_merges=True, add_bos=True),
+    "llama-bpe": _LLAMA3,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
 }
-_PRE["llama3"] = _PRE["llama-v3"] = _PRE["llama-bpe"]
 
 
-def load_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
+def load_gguf_tokenizer(path: str | Path) -> Vocabulary:
+    """Rebuild a GGUF file's tokenizer. Raises ModelError where that is not possible exactly."""
     file = read_gguf(path)
     model = file.get("tokenizer.ggml.model", str)
     if model == "gpt2":
@@ -91,10 +67,10 @@ def load_gguf_tokenizer(path: str | Path) -> GgufTokenizer:
     _add_special_tokens(tokenizer, file)
     bos, eos = _token(file, "bos"), _token(file, "eos")
     wants_bos = file.get("tokenizer.ggml.add_bos_token", int)
-    add_bos = bool(default_bos if wants_bos is None else wants_bos) and bos is not None
-    add_eos = bool(file.get("tokenizer.ggml.add_eos_token", int)) and eos is not None
+    add_bos = default_bos if wants_bos is None else bool(wants_bos)
+    add_eos = bool(file.get("tokenizer.ggml.add_eos_token", int))
     _frame(tokenizer, bos if add_bos else None, eos if add_eos else None)
-    return GgufTokenizer(tokenizer, bos, eos, add_bos, file.get("tokenizer.chat_template", str))
+    return Vocabulary(tokenizer, present(bos_token=bos, eos_token=eos), file.get("tokenizer.chat_template", str))
 
 
 def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
@@ -102,30 +78,30 @@ def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
     pre = _PRE.get(name or "")
     if pre is None:
         raise ModelError(
-            f"{file.path} {'names no pre-tokenizer' if name is None else f'uses the pre-tokenizer {name!r}'}; those that can be rebuilt are {', '.join(_PRE)}; "
-            "give the model's own tokenizer.json with --tokenizer-path"
+            f"{file.path} {'names no pre-tokenizer' if name is None else f'uses the pre-tokenizer {name!r}'}; "
+            f"those that can be rebuilt are {', '.join(_PRE)}; give the model's own tokenizer.json with --tokenizer-path"
         )
     merges = [_pair(merge, file) for merge in _needed(file, "merges")]
-    tokenizer = Tokenizer(BPE(_vocabulary(file), merges, fuse_unk=False, ignore_merges=pre.ignore_merges))
+    tokens, kinds = _needed(file, "tokens"), _kinds(file)
+    vocabulary = {token: i for i, token in enumerate(tokens) if kinds[i] != Kind.UNUSED}  # UNUSED: fillers
+    tokenizer = Tokenizer(BPE(vocabulary, merges, fuse_unk=False, ignore_merges=pre.ignore_merges))
     if pre.normalizer is not None:
-        tokenizer.normalizer = pre.normalizer()
-    tokenizer.pre_tokenizer = pre.split()
+        tokenizer.normalizer = pre.normalizer
+    tokenizer.pre_tokenizer = pre.split
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, pre.add_bos
 
 
 def _sentencepiece(file: GgufFile) -> Tokenizer:
-    unk = file.get("tokenizer.ggml.unknown_token_id", int) or 0
-    vocabulary = Vocabulary(
-        _needed(file, "tokens"), _kinds(file), _needed(file, "scores"), _needed(file, "tokens")[unk], byte_fallback=True
-    )
-    odd = [p for p, kind in zip(vocabulary.pieces, vocabulary.kinds, strict=True) if kind == USER_DEFINED and "▁" in p]
+    texts, kinds, unk = _needed(file, "tokens"), _kinds(file), file.get("tokenizer.ggml.unknown_token_id", int) or 0
+    odd = [text for text, kind in zip(texts, kinds, strict=True) if kind == Kind.USER_DEFINED and "▁" in text]
     if odd:
         raise ModelError(
             f"{file.path} has user-defined tokens with spaces ({odd[0]!r}), which cannot be matched exactly; "
             "give the model's own tokenizer.json with --tokenizer-path"
         )
-    tokenizer = sentencepiece_bpe(vocabulary, str(file.path))
+    pieces = Pieces(texts, kinds, _needed(file, "scores"), texts[unk], byte_fallback=True)
+    tokenizer = sentencepiece_bpe(pieces, str(file.path))
     prefix = file.get("tokenizer.ggml.add_space_prefix", int) != 0
     replace = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), replace]) if prefix else replace
@@ -133,28 +109,19 @@ def _sentencepiece(file: GgufFile) -> Tokenizer:
     return tokenizer
 
 
-def _vocabulary(file: GgufFile) -> dict[str, int]:
-    """Token -> id, without the fillers that only round the table up."""
-    tokens, kinds = _needed(file, "tokens"), _kinds(file)
-    return {token: i for i, token in enumerate(tokens) if kinds[i] != UNUSED}
-
-
 def _kinds(file: GgufFile) -> list[int]:
-    return file.get("tokenizer.ggml.token_type", list) or [NORMAL] * len(_needed(file, "tokens"))
+    return file.get("tokenizer.ggml.token_type", list) or [Kind.NORMAL] * len(_needed(file, "tokens"))
 
 
 def _add_special_tokens(tokenizer: Tokenizer, file: GgufFile) -> None:
-    tokens, kinds = _needed(file, "tokens"), _kinds(file)
-    added = [
-        AddedToken(tokens[i], special=kind in (CONTROL, UNKNOWN), normalized=False)
-        for i, kind in enumerate(kinds)
-        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
-    ]
-    tokenizer.add_tokens(added)
+    marks = (Kind.CONTROL, Kind.UNKNOWN)
+    kinds = zip(_needed(file, "tokens"), _kinds(file), strict=False)
+    added = [(token, kind in marks) for token, kind in kinds if kind in (*marks, Kind.USER_DEFINED)]
+    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in added])
 
 
 def _frame(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
-    """Puts bos before a text and eos after it."""
+    """Put bos before a text and eos after it, where they are not None."""
     if bos is None and eos is None:
         return
     template = " ".join(part for part in (bos and f"{bos}:0", "$A:0", eos and f"{eos}:0") if part)

@@ -1,8 +1,9 @@
-"""Sentencepiece's BPE as a `tokenizers` pipeline, from the pieces, their kinds and scores."""
+"""Builds sentencepiece's BPE as a `tokenizers` pipeline from the pieces, their kinds and scores."""
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -11,46 +12,49 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.bpe_merges import merges_of
+from sgl_jax.text.bpe import merges_of
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # SentencePiece.Type; GGUF numbers alike
+
+class Kind(enum.IntEnum):
+    """Kind of a piece: SentencePiece.Type of sentencepiece_model.proto, and GGUF's token_type."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    pieces: Sequence[str]
-    kinds: Sequence[int]
+class Pieces:
+    """Pieces of a vocabulary, in the order of their ids."""
+
+    texts: Sequence[str]
+    kinds: Sequence[int]  # Kind
     scores: Sequence[float]
     unk: str
     byte_fallback: bool
-    whole_words: bool = False  # what is cut out before merging and is a piece stays whole: user-defined pieces do
+    whole_words: bool = False  # a word that is a piece stays whole, as user-defined pieces must
 
 
-def sentencepiece_bpe(v: Vocabulary, source: str) -> Tokenizer:
-    """Sentencepiece merges the adjacent pair whose joined token scores best. That is a merge list as long as no two scores
-    are equal. Raises ModelError, naming `source`."""
-    ids = {piece: i for i, piece in enumerate(v.pieces) if v.kinds[i] != UNUSED}
-    joined = [(v.scores[i], piece) for piece, i in ids.items() if v.kinds[i] == NORMAL and len(piece) > 1]
-    twice = [score for score, count in Counter(score for score, _ in joined).items() if count > 1]
+def sentencepiece_bpe(pieces: Pieces, source: str) -> Tokenizer:
+    """Return a tokenizer that merges the adjacent pair that makes the piece of best score, as sentencepiece does.
+
+    Raises ModelError, which names `source`, if two scores are equal: then the scores do not give the order of merges.
+    """
+    ids = {text: i for i, text in enumerate(pieces.texts) if pieces.kinds[i] != Kind.UNUSED}
+    ranks = {text: -pieces.scores[i] for text, i in ids.items() if pieces.kinds[i] == Kind.NORMAL and len(text) > 1}
+    twice = [-rank for rank, count in Counter(ranks.values()).items() if count > 1]
     if twice:
         raise ModelError(
             f"{source} has sentencepiece tokens of equal score ({twice[0]}), so the order of merges is not known; "
             "give the model's own tokenizer.json with --tokenizer-path"
         )
-    ranks = {piece: -score for score, piece in joined}
-    return Tokenizer(
-        BPE(
-            ids,
-            merges_of(ranks),
-            unk_token=v.unk,
-            fuse_unk=True,
-            byte_fallback=v.byte_fallback,
-            ignore_merges=v.whole_words,
-        )
-    )
+    options = {"byte_fallback": pieces.byte_fallback, "ignore_merges": pieces.whole_words}
+    return Tokenizer(BPE(ids, merges_of(ranks), unk_token=pieces.unk, fuse_unk=True, **options))
 
 
 def decode_spaces(tokenizer: Tokenizer, *, prefix: bool) -> None:
-    """▁ is a space, and with `prefix` the one before the text is no part of it."""
+    """Turn ▁ into a space when decoding, and with `prefix` drop the one before the text."""
     to_text: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence([*to_text, decoders.Strip(" ", 1, 0)] if prefix else to_text)

@@ -5,10 +5,8 @@ Field numbers are those of sentencepiece_model.proto (https://github.com/google/
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,133 +14,80 @@ from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.sentencepiece_bpe import (
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    USER_DEFINED,
-    Vocabulary,
-    decode_spaces,
-    sentencepiece_bpe,
-)
+from sgl_jax.text.protobuf import fields
+from sgl_jax.text.sentencepiece_bpe import Kind, Pieces, decode_spaces, sentencepiece_bpe
+from sgl_jax.text.vocabulary import Vocabulary, present
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 
-@dataclasses.dataclass(frozen=True)
-class SentencepieceTokenizer:
-    """The tokenizer adds no bos by itself."""
-
-    tokenizer: Tokenizer
-    bos_token: str | None
-    eos_token: str | None
-    unk_token: str
-
-
-def load_sentencepiece(path: Path) -> SentencepieceTokenizer:
-    """Raises ModelError for a file that is none, and for settings that `tokenizers` cannot follow exactly."""
+def load_sentencepiece(path: Path) -> Vocabulary:
+    """Build the tokenizer. Raises ModelError for damaged files, and for settings that `tokenizers` lacks."""
     try:
         model = _fields(path.read_bytes())
-        pieces = [_fields(piece) for piece in model.get(1, [])]
+        stored = [_fields(piece) for piece in model.get(1, [])]
         trainer, normaliser = (_fields(model.get(number, [b""])[-1]) for number in (2, 3))
-        texts = [_last(piece, 1, b"").decode() for piece in pieces]
+        texts = [_last(piece, 1, b"").decode() for piece in stored]
     except (ValueError, struct.error, AttributeError) as error:
         raise ModelError(
             f"{path} is no sentencepiece model ({error}); give the model's tokenizer.json with --tokenizer-path"
         ) from error
     if not texts:
         raise ModelError(f"{path} has no pieces; give the model's tokenizer.json with --tokenizer-path")
-    kinds = [_last(piece, 3, NORMAL) for piece in pieces]
-    scores = [struct.unpack("<f", _last(piece, 2, b"\0\0\0\0"))[0] for piece in pieces]
-    unk = texts[kinds.index(UNKNOWN)] if UNKNOWN in kinds else texts[_last(trainer, 40, 0)]
     if _last(trainer, 24, 0):
         raise ModelError(f"{path} treats whitespace as a suffix; give the model's tokenizer.json with --tokenizer-path")
+    kinds = [_last(piece, 3, Kind.NORMAL) for piece in stored]
+    scores = [struct.unpack("<f", _last(piece, 2, b"\0\0\0\0"))[0] for piece in stored]
+    unk = texts[kinds.index(Kind.UNKNOWN)] if Kind.UNKNOWN in kinds else texts[_last(trainer, 40, 0)]
     byte_fallback = bool(_last(trainer, 35, 0))
-    vocabulary = Vocabulary(texts, kinds, scores, unk, byte_fallback, whole_words=USER_DEFINED in kinds)
-    tokenizer = _model(vocabulary, _last(trainer, 3, _UNIGRAM), path)
-    prefix, charsmap = bool(_last(normaliser, 3, 1)), _last(normaliser, 2, b"")
-    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
-    if _last(normaliser, 4, 1):  # extra spaces are removed
-        steps += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
-    if prefix:
-        steps.append(normalizers.Prepend("▁"))
-    tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    # User-defined pieces are cut out first, the longest before others. Spaces are ▁ by then: a piece that has some of its
-    # own is never found, as in sentencepiece.
-    own: list[str] = sorted(
-        (text for text, kind in zip(texts, kinds, strict=True) if kind == USER_DEFINED), key=len, reverse=True
-    )
+    pieces = Pieces(texts, kinds, scores, unk, byte_fallback, whole_words=Kind.USER_DEFINED in kinds)
+    tokenizer = _model(pieces, _last(trainer, 3, _UNIGRAM), path)
+    prefix = bool(_last(normaliser, 3, 1))
+    tokenizer.normalizer = _normalizer(_last(normaliser, 2, b""), _last(normaliser, 4, 1), prefix)
+    # User-defined pieces are cut out first, the longest before others. Spaces have become ▁ by then, so a piece with a
+    # space is never found; sentencepiece does the same.
+    own: list[str] = [t for t, kind in zip(texts, kinds, strict=True) if kind == Kind.USER_DEFINED]
     if own:
-        pattern = "|".join([re.escape(text) for text in own])
+        pattern = "|".join([re.escape(text) for text in sorted(own, key=len, reverse=True)])
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     decode_spaces(tokenizer, prefix=prefix)
-    tokenizer.add_special_tokens(
-        [
-            AddedToken(text, special=True, normalized=False)
-            for text, kind in zip(texts, kinds, strict=True)
-            if kind in (CONTROL, UNKNOWN)
-        ]
-    )
-    bos, eos = (_special(_last(trainer, number, default), texts, kinds) for number, default in ((41, 1), (42, 2)))
-    return SentencepieceTokenizer(tokenizer, bos, eos, unk)
+    special = [t for t, kind in zip(texts, kinds, strict=True) if kind in (Kind.CONTROL, Kind.UNKNOWN)]
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    bos, eos = (_special(_last(trainer, number, default), pieces) for number, default in ((41, 1), (42, 2)))
+    named = present(bos_token=bos, eos_token=eos, unk_token=unk)
+    return Vocabulary(tokenizer, named, is_sentencepiece=True)
 
 
-def _model(v: Vocabulary, kind: int, path: Path) -> Tokenizer:
+def _model(pieces: Pieces, kind: int, path: Path) -> Tokenizer:
     if kind == _BPE:
-        return sentencepiece_bpe(v, str(path))
+        return sentencepiece_bpe(pieces, str(path))
     if kind == _UNIGRAM:
-        scored = list(zip(v.pieces, v.scores, strict=True))
-        return Tokenizer(Unigram(scored, unk_id=v.pieces.index(v.unk), byte_fallback=v.byte_fallback))
+        scored = list(zip(pieces.texts, pieces.scores, strict=True))
+        return Tokenizer(Unigram(scored, unk_id=pieces.texts.index(pieces.unk), byte_fallback=pieces.byte_fallback))
     raise ModelError(f"{path} cuts text into words or characters; only BPE and unigram models are read")
 
 
-def _special(token: int, texts: list[str], kinds: list[int]) -> str | None:
-    """-1, which a protobuf has as a large number, means that there is none."""
-    return texts[token] if token < len(texts) and kinds[token] == CONTROL else None
+def _normalizer(charsmap: bytes, removes_extra_spaces: int, prefix: bool) -> normalizers.Normalizer:
+    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if removes_extra_spaces:
+        steps += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
+    if prefix:
+        steps.append(normalizers.Prepend("▁"))
+    return normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
 
 
-def _last(fields: dict[int, list[Any]], number: int, default: Any) -> Any:
-    return fields.get(number, [default])[-1]
+def _special(token: int, pieces: Pieces) -> str | None:
+    """Return a control piece, None for an id that is none. An id of -1, "no token", reads as a large number."""
+    return pieces.texts[token] if token < len(pieces.texts) and pieces.kinds[token] == Kind.CONTROL else None
+
+
+def _last(found: dict[int, list[Any]], number: int, default: Any) -> Any:
+    return found.get(number, [default])[-1]
 
 
 def _fields(message: bytes) -> dict[int, list[Any]]:
-    """A message's values by field number: varints as int, all else as bytes."""
+    """Return a message's values by field number: varints as int, all else as bytes."""
     found: dict[int, list[Any]] = {}
-    for number, value in _read(message):
+    for number, value in fields(message):
         found.setdefault(number, []).append(value)
     return found
-
-
-def _read(message: bytes) -> Iterator[tuple[int, Any]]:
-    at = 0
-    while at < len(message):
-        key, at = _varint(message, at)
-        match key & 7:
-            case 0:
-                value, at = _varint(message, at)
-                yield key >> 3, value
-                continue
-            case 1:
-                size = 8
-            case 2:
-                size, at = _varint(message, at)
-            case 5:
-                size = 4
-            case other:
-                raise ValueError(f"wire type {other} at byte {at}")
-        if at + size > len(message):
-            raise ValueError("it ends too early")
-        yield key >> 3, message[at : at + size]
-        at += size
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        if at >= len(message) or shift > 63:
-            raise ValueError("it ends too early")
-        byte = message[at]
-        value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
-        if byte < 128:
-            return value, at

@@ -1,65 +1,37 @@
 """Builds a tokenizer from a tiktoken vocabulary: one line for each token, its bytes in base64 and its rank.
 
-tiktoken joins the neighbours whose joined token has the lowest rank; a word that is a token stays whole.
-The file has neither the pattern that cuts text into words nor the special tokens; they are known by the file's name.
+The file has neither the pattern that cuts text into words nor the special tokens; both are known by the file's name.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
-from collections.abc import Callable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import AddedToken, normalizers
 
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.bpe_merges import merges_of
-from sgl_jax.text.byte_level import CHAR_OF_BYTE, QWEN2_WORDS, by_regex
+from sgl_jax.text.bpe import QWEN2_WORDS, bpe_of_ranks
+from sgl_jax.text.chat_template import bundled_templates
+from sgl_jax.text.vocabulary import Vocabulary
+
+_QWEN1 = "qwen.tiktoken"
+# tokenization_qwen.py, which comes with the models. Their ids follow those of the file.
+_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    split: Callable[[], pre_tokenizers.PreTokenizer]
-    special_tokens: tuple[str, ...]  # their ids follow those of the file
-    eos_token: str
-    template: str  # the name of one of ours
-
-
-@dataclasses.dataclass(frozen=True)
-class TiktokenTokenizer:
-    tokenizer: Tokenizer
-    eos_token: str
-    template: str
-
-
-_QWEN1 = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *(f"<|extra_{i}|>" for i in range(205)),
-)  # tokenization_qwen.py
-_KINDS = {"qwen.tiktoken": _Kind(by_regex(QWEN2_WORDS), _QWEN1, eos_token="<|endoftext|>", template="qwen")}
-
-
-def load_tiktoken(path: Path) -> TiktokenTokenizer:
-    """Raises ModelError."""
-    kind = _KINDS.get(path.name)
-    if kind is None:
+def load_tiktoken(path: Path) -> Vocabulary:
+    """Build the tokenizer. Raises ModelError for a file of another name, or with missing or misplaced ranks."""
+    if path.name != _QWEN1:
         raise ModelError(
             f"{path} is a tiktoken vocabulary, which does not say how it cuts text into words; known are "
-            f"{', '.join(_KINDS)}; give the model's tokenizer.json with --tokenizer-path"
+            f"{_QWEN1}; give the model's tokenizer.json with --tokenizer-path"
         )
-    ranks = _read(path)
-    spelled = {"".join(CHAR_OF_BYTE[byte] for byte in token): rank for token, rank in ranks.items()}
-    tokenizer = Tokenizer(BPE(spelled, merges_of(spelled), ignore_merges=True))
+    tokenizer = bpe_of_ranks(_read(path), {}, QWEN2_WORDS)
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = kind.split()
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in kind.special_tokens])
-    return TiktokenTokenizer(tokenizer, kind.eos_token, kind.template)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _SPECIAL_TOKENS])
+    return Vocabulary(tokenizer, {"eos_token": "<|endoftext|>"}, bundled_templates()["qwen"])
 
 
 def _read(path: Path) -> dict[bytes, int]:

@@ -85,25 +85,23 @@ def test_a_backend_of_a_dozen_lines_serves_the_reference_s_tokens(monkeypatch, s
 
 
 def test_what_is_no_backend_is_said(plugin):
-    with pytest.raises(NoSuchBackend, match="--attention-backend wrong: double_attention:something is no sgl_jax Back"):
+    with pytest.raises(NoSuchBackend, match=r"--attention-backend wrong.* double_attention:something .*Backend"):
         find_backend("wrong", "cpu", vectorise=False)
-    with pytest.raises(
-        NoSuchBackend, match=r"x: there is no such backend; there are native, fa, double, tokamax, wrong$"
-    ):
+    with pytest.raises(NoSuchBackend, match=r"--attention-backend x.* native, fa, double, tokamax, wrong$"):
         find_backend("x", "cpu", vectorise=False)
 
 
 def test_a_backend_of_another_platform_is_refused(plugin):
-    with pytest.raises(NoSuchBackend, match=r"double: it runs on cpu, not on tpu; use native$"):
+    with pytest.raises(NoSuchBackend, match=r"double.* cpu.* tpu.* native$"):
         find_backend("double", "tpu", vectorise=True)
-    with pytest.raises(NoSuchBackend, match=r"fa: it runs on tpu, not on cpu; use native$"):
+    with pytest.raises(NoSuchBackend, match=r"fa.* tpu.* cpu.* native$"):
         find_backend("fa", "cpu", vectorise=False)
 
 
 def test_a_backend_that_knows_no_latent_vectors_is_refused_for_a_model_that_keeps_them(plugin):
     for name in ("native", "fa"):
         assert find_backend(name, "tpu", vectorise=True, latent=True).latent
-    with pytest.raises(NoSuchBackend, match=r"--attention-backend double: .*latent .*\(MLA\); leave the flag out$"):
+    with pytest.raises(NoSuchBackend, match=r"--attention-backend double.*latent .*MLA"):
         find_backend("double", "cpu", vectorise=True, latent=True)
 
 

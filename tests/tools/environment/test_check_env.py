@@ -12,8 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from messages import says
 from sgl_jax import __version__, check_env
-from sgl_jax.tools.environment import packages
+from sgl_jax.tools.environment import check_command, packages
 from sgl_jax.tools.environment.environment_report import render
 from sgl_jax.tools.environment.facts import PLATFORMS, Facts, Platform, Report, Verdict
 
@@ -79,7 +80,7 @@ def test_the_module_is_found_and_loads_neither_jax_nor_numpy() -> None:
 
 def test_from_python_it_prints_what_it_returns(capsys: pytest.CaptureFixture[str]) -> None:
     report = check_env.check_env()
-    assert capsys.readouterr().out == check_env.public(render(report), os.path.expanduser("~"))
+    assert capsys.readouterr().out == check_command.public(render(report), os.path.expanduser("~"))
     assert report.sgl_jax == __version__
     assert [verdict.platform for verdict in report.verdicts] == ["tpu", "gpu", "cpu"]
     assert "cpu" in report.usable
@@ -121,8 +122,8 @@ def test_what_is_printed_has_no_secrets_and_no_home_directory(tmp_path: Path, qu
     ],
 )
 def test_secrets_and_the_home_directory_are_cut_out_of_any_text(text: str, expected: str) -> None:
-    assert check_env.public(text, "/homes/me") == expected
-    assert check_env.public("/usr/lib", "/") == "/usr/lib"
+    assert check_command.public(text, "/homes/me") == expected
+    assert check_command.public("/usr/lib", "/") == "/usr/lib"
 
 
 @pytest.mark.parametrize(
@@ -138,23 +139,24 @@ def test_the_exit_code_says_whether_a_platform_or_the_one_required_is_usable(
     monkeypatch: pytest.MonkeyPatch, arguments: list[str], usable: tuple[Platform, ...], code: int
 ) -> None:
     report = Report("0", tuple(Verdict(each, each in usable, "") for each in PLATFORMS), (), Facts())
-    monkeypatch.setattr(check_env, "look", lambda environ, timeout_s: report)
+    monkeypatch.setattr(check_command, "look", lambda environ, timeout_s: report)
     assert check_env.main(arguments) == code
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--platfrom", "cpu"], "--platfrom is not a flag, did you mean --platform?"),
-        (["--platform", "xpu"], "--platform: invalid choice: 'xpu'"),
-        (["--timeout", "0"], "--timeout: 0 is not a number of seconds above 0"),
-        (["--selftest", "yes"], "--selftest takes no value"),
+        (["--platfrom", "cpu"], "--platfrom … --platform"),
+        (["--platform", "xpu"], "--platform … xpu"),
+        *((["--timeout", number], f"--timeout … {number}") for number in ("0", "-1", "inf", "nan")),
+        (["--timeout", "soon"], "--timeout … seconds … soon"),
+        (["--selftest", "yes"], "--selftest … no value"),
     ],
 )
 def test_a_mistake_in_the_use_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     assert check_env.main(arguments) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"check_env: error: {said}")
+    assert says(error, f"check_env: error: {said}")
     assert error.count("\n") == 1
 
 
@@ -166,15 +168,16 @@ def test_with_packages_hidden_it_says_so(tmp_path: Path, sitecustomize: str, mis
     done = run(PYTHONPATH=str(tmp_path))
     assert (done.code, done.errors) == (1, "")
     assert done.out.splitlines()[1] == "Usable: no platform"
-    assert "  CPU  not usable  jax cannot be imported: ModuleNotFoundError: No module named 'jax'\n" in done.out
-    assert (f"  - not installed: {missing}" in done.out) == bool(missing)
+    assert says(done.out, "CPU  not usable … ModuleNotFoundError: No module named 'jax'\n")
+    assert ("not installed" in done.out) == bool(missing)
+    assert not missing or says(done.out, f"not installed: {missing}")
 
 
 def test_a_jax_that_hangs_is_given_up_on(tmp_path: Path) -> None:
     (tmp_path / "jax.py").write_text("import time; time.sleep(100)")
     done = run("--timeout", "1.5", PYTHONPATH=str(tmp_path))
     assert (done.code, done.errors) == (1, "")
-    assert "  CPU  not usable  jax gave no answer in 1.5 s while importing jax\n" in done.out
+    assert says(done.out, "CPU  not usable … 1.5 s … importing jax\n")
 
 
 def test_stopping_it_ends_the_processes_it_started(tmp_path: Path) -> None:
@@ -198,7 +201,7 @@ def test_a_platform_named_that_does_not_work_makes_all_fail(quick: str) -> None:
     done = run(PYTHONPATH=quick, JAX_PLATFORMS="nonsense,cpu")
     assert done.code == 1
     words = " ".join(done.out.split())
-    assert "but jax fails with JAX_PLATFORMS=nonsense,cpu: it knows no platform nonsense" in words
+    assert says(words, "JAX_PLATFORMS=nonsense,cpu … platform nonsense")
 
 
 def test_what_fails_while_looking_leaves_a_gap_and_a_notice(monkeypatch: pytest.MonkeyPatch, quick: str) -> None:
@@ -208,7 +211,7 @@ def test_what_fails_while_looking_leaves_a_gap_and_a_notice(monkeypatch: pytest.
     monkeypatch.setattr(packages, "collect", broken)
     report = check_env.look({"PYTHONPATH": quick}, 60.0)
     assert report.facts.packages == ()
-    assert "could not look at packages: RuntimeError: broken metadata" in report.notices
+    assert any(says(each, "packages: RuntimeError: broken metadata") for each in report.notices)
 
 
 @pytest.mark.parametrize(
@@ -231,17 +234,10 @@ def test_the_compile_cache_is_the_servers(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], expected: tuple[str, str]
 ) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
-    assert check_env.cache_folder(environ) == expected
+    assert check_command.cache_folder(environ) == expected
 
 
 def test_output_that_cannot_hold_a_character_gets_it_escaped(quick: str) -> None:
     done = run(PYTHONPATH=quick, PYTHONIOENCODING="ascii", HF_HOME="/daten/größe")
     assert done.errors == ""
     assert "/daten/gr\\xf6\\xdfe" in done.out
-
-
-@pytest.mark.parametrize("timeout", ["0", "-1", "inf", "nan", "soon"])
-def test_a_timeout_is_a_number_of_seconds(timeout: str) -> None:
-    done = run("--timeout", timeout)
-    assert done.code == 2
-    assert "check_env: error: --timeout: " in done.errors

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sgl_jax.tools.environment.machine import cgroup_limits, compile_cache, look, resource_limits
+from sgl_jax.tools.environment.machine import compile_cache, look, resource_limits
 
 
 def build(root: Path, files: dict[str, str]) -> Path:
@@ -50,34 +50,6 @@ def test_a_machine_without_proc_is_described_as_far_as_it_goes(tmp_path: Path) -
 )
 def test_containers_are_noticed(tmp_path: Path, files: dict[str, str], environ: dict[str, str], expected: str) -> None:
     assert look(environ, build(tmp_path, files)).container == expected
-
-
-V2 = {
-    "proc/self/cgroup": "0::/a/b\n",
-    "sys/fs/cgroup/cpu.max": "max 100000",
-    "sys/fs/cgroup/memory.max": "max",
-    "sys/fs/cgroup/a/cpu.max": "250000 100000",
-    "sys/fs/cgroup/a/memory.max": "4096",
-    "sys/fs/cgroup/a/b/cpu.max": "max 100000",
-    "sys/fs/cgroup/a/b/memory.max": "8192",
-}
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, (None, None)),
-        (V2, (2.5, 4096)),
-        ({"sys/fs/cgroup/cpu.max": "50000 100000", "proc/self/cgroup": "0::/of/the/host"}, (0.5, None)),
-    ],
-    ids=[
-        "none",
-        "the tightest of the groups above",
-        "the host's path in a container",
-    ],
-)
-def test_limits_of_the_container(tmp_path: Path, files: dict[str, str], expected: tuple) -> None:
-    assert cgroup_limits(build(tmp_path, files)) == expected
 
 
 def test_a_compile_cache_is_counted(tmp_path: Path) -> None:

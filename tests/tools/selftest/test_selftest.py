@@ -9,16 +9,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from messages import says
 from sgl_jax import check_env
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.grouped_matmul import native
 from sgl_jax.planning.machine_rates import Rates
 from sgl_jax.planning.topology import CHIPS, chip_of
 from sgl_jax.runtime.platform import PLATFORMS, pick_devices
+from sgl_jax.tools.environment import check_command
 from sgl_jax.tools.environment.facts import Facts, Report
-from sgl_jax.tools.selftest import numerics, run
+from sgl_jax.tools.selftest import numerics, run, speed
 from sgl_jax.tools.selftest.numerics import Check
-from sgl_jax.tools.selftest.speed import LARGE, ON_CPU, DeviceRates, StepTime, shape_for
+from sgl_jax.tools.selftest.speed import LARGE, ON_CPU, StepTime, shape_for
 
 
 def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run() -> None:
@@ -29,7 +31,7 @@ def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run() -> 
         "attention fa, bfloat16",
         "attention fa, float32",
     ]
-    assert found["attention fa, float32"].note == "it runs on tpu, not on cpu"
+    assert says(found["attention fa, float32"].note, "tpu … cpu")
     assert {"attention native, float32", "grouped matmul, bfloat16", "sampler"} <= set(found)
 
 
@@ -82,19 +84,20 @@ def test_the_sum_over_devices_is_exact() -> None:
 
 
 def test_lines_name_shares_of_what_the_maker_says_where_he_is_known() -> None:
-    rates = DeviceRates(Rates(4 * 1312e9, 4 * 459e12), CHIPS["v6e"], 4, "bfloat16")
-    assert run.rate_lines(rates) == [
-        "  memory is read at 1312 GB/s a device, 80% of the maker's 1640 GB/s",
-        "  products in bfloat16 at 459 TFLOP/s a device, 50% of the maker's 918 TFLOP/s",
-    ]
-    assert run.step_lines(StepTime(LARGE, 4, 0.004, 4 * 1312e9 * 0.002), rates) == [
-        "  a decode step of Qwen3-8B, 64 rows of 1024 tokens, --tp-size 4: 4.00 ms",
-        "  reading its weights and KV takes 2.00 ms at the measured rate: 50% of it",
-        "  and 1.60 ms at the maker's: 40%",
-    ]
-    unknown = dataclasses.replace(rates, chip=None)
-    assert run.rate_lines(unknown)[0] == "  memory is read at 1312 GB/s a device"
-    assert len(run.step_lines(StepTime(ON_CPU, 1, 0.1, 1e9), unknown)) == 2
+    rates, chip = Rates(1312e9, 459e12), CHIPS["v6e"]
+    pinned = (
+        "memory … 1312 GB/s … 80% … 1640 GB/s",
+        "bfloat16 … 459 TFLOP/s … 50% … 918 TFLOP/s",
+        "Qwen3-8B … 64 rows … 1024 tokens … --tp-size 4 … 4.00 ms",
+        "2.00 ms … 50%",
+        "1.60 ms … 40%",
+    )
+    steps = speed.step_lines(StepTime(LARGE, 4, 0.004, 4 * 1312e9 * 0.002), rates, chip)
+    lines = [*speed.rate_lines(rates, chip, "bfloat16"), *steps]
+    assert [says(line, each) for line, each in zip(lines, pinned, strict=True)] == [True] * 5
+    assert "%" not in (line := speed.rate_lines(rates, None, "bfloat16")[0])
+    assert says(line, "memory … 1312 GB/s")
+    assert len(speed.step_lines(StepTime(ON_CPU, 1, 0.1, 1e9), rates, None)) == 2
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,7 @@ def test_the_command_tests_the_best_usable_platform(monkeypatch: pytest.MonkeyPa
         return platform == "cpu"
 
     monkeypatch.setattr(run, "selftest", selftest)
-    monkeypatch.setattr(check_env, "check_env", lambda timeout: report("gpu", "cpu"))
+    monkeypatch.setattr(check_command, "check_env", lambda timeout: report("gpu", "cpu"))
     assert check_env.main(["--selftest"]) == 1
     assert check_env.main(["--selftest", "--platform", "cpu"]) == 0
     assert check_env.main(["--selftest", "--platform", "tpu"]) == 1  # not usable: nothing to test
@@ -145,7 +148,7 @@ def test_the_command_tests_the_best_usable_platform(monkeypatch: pytest.MonkeyPa
 
 def test_the_whole_of_it_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "checks", lambda platform, devices: iter([Check("one", 0.5, 1.0)]))
-    monkeypatch.setattr(run, "device_rates", lambda *_: DeviceRates(Rates(1e10, 1e11), None, 1, "bfloat16"))
+    monkeypatch.setattr(speed, "device_rates", lambda *_: Rates(1e10, 1e11))
     lines: list[str] = []
     platforms = jax.config.jax_platforms
     try:
@@ -155,5 +158,5 @@ def test_the_whole_of_it_here(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join(lines)
     assert f"  ok      {'one':30s} 0.5, 1 allowed" in text
     assert "a decode step of Qwen3-0.6B, 2 layers of it, 8 rows of 64 tokens, --tp-size 1: " in text
-    assert lines[-1].startswith("All passed, in ")
+    assert lines[-1].startswith("\nAll passed, in ")
     assert np.isfinite(float(text.rpartition("--tp-size 1: ")[2].partition(" ms")[0]))

@@ -1,4 +1,4 @@
-"""The report as text, to be read by people and pasted into issues: plain ASCII of our own, 100 columns."""
+"""Text of the report, for people to read and to paste into issues. Its own words are ASCII; lines have 100 columns."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _platforms(report: Report) -> list[str]:
 
 
 def _then(start: str, text: str) -> list[str]:
-    """A text, and in a line of its own a command, which is never wrapped: it is there to be copied."""
+    """Wrap a text, but not the command that may follow in a line of its own: it is there to be copied."""
     text, _, command = text.partition("\n")
     return [*_wrapped(start, text), *([" " * len(start) + command] if command else [])]
 
@@ -97,12 +97,12 @@ def _accelerators(facts: Facts) -> Iterator[tuple[str, str]]:
 
 
 def _machine(machine: Machine) -> Iterator[tuple[str, str]]:
+    cpus, memory = machine.cgroup_cpus, machine.cgroup_memory
     yield "system", machine.system
     yield "python", machine.python
     yield "CPU", machine.cpu_model
-    limited = f", limited to {machine.cgroup_cpus:g} by the container" if machine.cgroup_cpus else ""
-    yield "CPUs", f"{machine.cpus or 'unknown'}{limited}"
-    limited = f", limited to {size(machine.cgroup_memory)} by the container" if machine.cgroup_memory else ""
+    yield "CPUs", f"{machine.cpus or 'unknown'}{f', limited to {cpus:g} by the container' if cpus else ''}"
+    limited = f", limited to {size(memory)} by the container" if memory else ""
     yield "memory", f"{size(machine.memory) if machine.memory else 'unknown'}{limited}"
     yield "container", machine.container or "none seen"
 
@@ -113,15 +113,15 @@ def _limits(machine: Machine) -> Iterator[tuple[str, ...]]:
         yield name, *("no limit" if each is None else show(each) for each in limits)
 
 
-def _compile_cache(cache: CompileCache | None) -> Iterator[tuple[str, str]]:
-    if cache is not None:
+def _compile_cache(cache: CompileCache) -> Iterator[tuple[str, str]]:
+    if cache.path:
         yield "folder", f"{cache.path} ({cache.source})"
         yield "state", f"{cache.state}: {cache.problem}" if cache.problem else cache.state
         yield "free on its disk", "unknown" if cache.free is None else size(cache.free)
 
 
 def _table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Columns one under the other, the last one wrapped."""
+    """Align the rows' columns, and wrap the last one."""
     rows = [tuple(row) for row in rows]
     if not rows:
         return []

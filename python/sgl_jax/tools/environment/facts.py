@@ -1,6 +1,6 @@
-"""Facts about a machine: the plain data between those who look, those who judge and those who print.
+"""Records of facts about a machine, which machine.py and others find, verdicts.py judges and environment_report.py prints.
 
-None means: could not be found out. Sizes are bytes, times seconds.
+None means that it could not be found out. Sizes are in bytes, times in seconds.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sgl_jax.observability.log import size
+
 Platform = Literal["tpu", "gpu", "cpu"]
 PLATFORMS: tuple[Platform, ...] = ("tpu", "gpu", "cpu")  # in the order the program prefers them
 
 Outcome = Literal["ok", "failed", "timeout", "crashed", "not started"]
-IMPORTING, INITIALISING, COMPUTING = "importing jax", "initialising", "computing"  # stages of a probe, in order
+IMPORTING = "importing jax"  # the first stage of a probe; "initialising" and "computing" follow
 GPU_PLUGIN = re.compile(r"jax-(cuda\d+|rocm\d+)-plugin")
 
 
@@ -38,7 +40,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Device:
-    """As jax describes it."""
+    """A device as jax describes it."""
 
     id: int
     kind: str
@@ -52,12 +54,12 @@ class Device:
 
 @dataclass(frozen=True)
 class Probe:
-    """One platform, tried out in a process of its own."""
+    """Result of trying one platform in a process of its own."""
 
     platform: Platform
     outcome: Outcome
     message: str = ""  # why it is not ok
-    stage: str = ""  # how far it came
+    stage: str = IMPORTING  # how far it came
     seconds: float = 0.0
     jax_version: str = ""
     runtime: str = ""  # the backend's own words about its version
@@ -116,26 +118,32 @@ class Machine:
     cgroup_memory: int | None = None
     limits: dict[str, tuple[int | None, ...]] = field(default_factory=dict)  # soft and hard, as `ulimit` shows
 
+    @property
+    def processors(self) -> str:
+        """The model, number and memory of the CPUs, in words."""
+        cpus, memory = f"{self.cpus} CPUs" if self.cpus else "", size(self.memory) if self.memory else ""
+        return ", ".join(filter(None, (self.cpu_model, cpus, memory)))
+
 
 @dataclass(frozen=True)
 class CompileCache:
-    path: str
-    source: str  # where the path comes from
-    state: str  # in words
+    path: str = ""  # empty: it could not be looked at
+    source: str = ""  # where the path comes from
+    state: str = ""  # in words
     problem: str = ""  # why nothing can be written there
     free: int | None = None  # on its disk
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that verdicts and notices are drawn from."""
+    """All facts that verdicts and notices depend on."""
 
     packages: tuple[Package, ...] = ()
-    machine: Machine = field(default_factory=Machine)
-    tpus: Tpus = field(default_factory=Tpus)
-    gpus: Gpus = field(default_factory=Gpus)
+    machine: Machine = Machine()
+    tpus: Tpus = Tpus()
+    gpus: Gpus = Gpus()
     probes: tuple[Probe, ...] = ()
-    compile_cache: CompileCache | None = None
+    compile_cache: CompileCache = CompileCache()
     environ: Mapping[str, str] = field(default_factory=dict)
     not_found_out: tuple[str, ...] = ()  # what could not be looked at, and why
 
@@ -153,13 +161,13 @@ class Facts:
 
     @property
     def gpu_name(self) -> str:
-        """jax's name for the platform that the plugin brings."""
+        """The name that jax has for the plugin's platform."""
         return "rocm" if "rocm" in self.gpu_plugin else "cuda"
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that check_env found. The variables in `facts` are those that matter, their secrets hidden."""
+    """Everything that check_env found. `facts` has only the variables that matter, with their secrets hidden."""
 
     sgl_jax: str  # version
     verdicts: tuple[Verdict, ...]

@@ -1,4 +1,4 @@
-"""The machine as its system shows it: host, limits, compile cache, TPUs and GPUs. Touches no device, loads no runtime.
+"""Facts that the operating system shows: host, limits, compile cache, TPUs and GPUs. Touches no device, loads no runtime.
 
 Reads files; a missing one leaves None. `root` is the root of the file system, so that tests can describe other machines.
 """
@@ -17,22 +17,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from sgl_jax.observability.log import size
+from sgl_jax.runtime.control_groups import ROOT, cpu_limit, memory_limit, read
 from sgl_jax.tools.environment.facts import CompileCache, Gpus, Machine, Tpus
 
 _CACHE_SUFFIX = "-cache"  # of jax's own files; next to each lies one that notes when it was last read
 _GOOGLE, _NVIDIA = "0x1ae0", "0x10de"  # PCI vendors
 # As in jax's own table. Google has other devices on the PCI bus, network and disk among them.
-_TPUS = {
-    "0x0027": "TPU v2 or v3",
-    "0x0056": "TPU",
-    "0x005e": "TPU v4",
-    "0x0062": "TPU v5p",
-    "0x0063": "TPU v5e",
-    "0x006f": "TPU v6e",
-    "0x0076": "TPU 7x",
-    "0x0083": "TPU 8i",
-    "0x007c": "TPU 8t",
-}
+_TPUS = {"0x0027": "TPU v2 or v3", "0x0056": "TPU", "0x005e": "TPU v4", "0x0062": "TPU v5p", "0x0063": "TPU v5e"}
+_TPUS |= {"0x006f": "TPU v6e", "0x0076": "TPU 7x", "0x0083": "TPU 8i", "0x007c": "TPU 8t"}
 _DISPLAY = "0x03"  # PCI class: an NVIDIA card has audio and USB functions, too
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--format=csv,noheader")
 NVIDIA_SMI_TIMEOUT_S = 20.0  # it hangs when the driver does
@@ -40,11 +32,14 @@ NVIDIA_SMI_TIMEOUT_S = 20.0  # it hangs when the driver does
 Run = Callable[[Sequence[str], float], str]  # command, timeout in seconds -> its output; raises OSError
 
 
-def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
+def look(environ: Mapping[str, str], root: Path = ROOT) -> Machine:
+    """Describe the host, as far as it can be found out."""
     model = _found(r"^(?:model name|Model)\s*:\s*(.+)$", root / "proc/cpuinfo")
     memory = _found(r"^MemTotal:\s+(\d+) kB$", root / "proc/meminfo")
     distribution = _found(r'^PRETTY_NAME="?([^"\n]+)', root / "etc/os-release")
-    cgroup_cpus, cgroup_memory = cgroup_limits(root)
+    marks = {"Docker": ".dockerenv", "Podman": "run/.containerenv"}
+    containers = ["Kubernetes"] if "KUBERNETES_SERVICE_HOST" in environ else []
+    containers += [kind for kind, mark in marks.items() if (root / mark).exists()]
     return Machine(
         hostname=socket.gethostname() or "unknown",
         system=", ".join((*distribution, f"{platform.system()} {platform.release()}")),
@@ -52,65 +47,30 @@ def look(environ: Mapping[str, str], root: Path = Path("/")) -> Machine:
         cpu_model=next(iter(model), platform.processor() or platform.machine() or "unknown"),
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         memory=int(memory[0]) << 10 if memory else None,
-        container=_container(environ, root),
-        cgroup_cpus=cgroup_cpus,
-        cgroup_memory=cgroup_memory,
+        container=next(iter(containers), ""),
+        cgroup_cpus=cpu_limit(root),
+        cgroup_memory=memory_limit(root),
         limits=resource_limits(),
     )
 
 
-def _read(path: Path) -> str:
-    """A small text file, empty when it cannot be read."""
-    try:
-        return path.read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return ""
-
-
-def _found(pattern: str, path: Path) -> list:
-    return re.findall(pattern, _read(path), re.MULTILINE)
-
-
-def _container(environ: Mapping[str, str], root: Path) -> str:
-    if "KUBERNETES_SERVICE_HOST" in environ:
-        return "Kubernetes"
-    marks = {"Docker": ".dockerenv", "Podman": "run/.containerenv"}
-    return next((kind for kind, mark in marks.items() if (root / mark).exists()), "")
-
-
-def cgroup_limits(root: Path = Path("/")) -> tuple[float | None, int | None]:
-    """(processors, bytes) this process may use by its cgroup and those above it; None: no limit."""
-    inside = Path(next(iter(_found(r"^0::/(.*)$", root / "proc/self/cgroup")), ""))
-    cpus, memory = [], []
-    for group in (inside, *inside.parents):  # in a container the path may be the host's: then only the root exists
-        folder = root / "sys/fs/cgroup" / group
-        cpus += [int(quota) / int(period) for quota, period in _found(r"^(\d+) (\d+)$", folder / "cpu.max")]
-        memory += map(int, _found(r"^\d+$", folder / "memory.max"))
-    return min(cpus, default=None), min(memory, default=None)
+def _found(pattern: str, path: Path) -> list[str]:
+    return re.findall(pattern, read(path), re.MULTILINE)
 
 
 def resource_limits() -> dict[str, tuple[int | None, ...]]:
-    """(soft, hard) as `ulimit` shows them, memory in bytes; None: no limit."""
+    """Return (soft, hard) as `ulimit` shows them, memory in bytes; None: no limit."""
     try:
         import resource
     except ImportError:  # not on Windows
         return {}
-    numbers = {
-        "open files": resource.RLIMIT_NOFILE,
-        "locked memory": resource.RLIMIT_MEMLOCK,
-        "processes and threads": resource.RLIMIT_NPROC,
-    }
-    return {
-        name: tuple(None if each == resource.RLIM_INFINITY else each for each in resource.getrlimit(number))
-        for name, number in numbers.items()
-    }
-
-
-# --- the folder of compiled programs ----------------------------------------------------------------------------------
+    names = {"open files": "NOFILE", "locked memory": "MEMLOCK", "processes and threads": "NPROC"}
+    found = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{number}")) for name, number in names.items()}
+    return {name: tuple(None if n == resource.RLIM_INFINITY else n for n in pair) for name, pair in found.items()}
 
 
 def compile_cache(path: str, source: str) -> CompileCache:
-    """Whether it can be written, and what it holds."""
+    """Describe the folder of compiled programs: whether it can be written, and what it holds."""
     if "://" in path:
         return CompileCache(path, source, "remote, not looked at")
     folder = Path(os.path.abspath(path))
@@ -126,7 +86,7 @@ def compile_cache(path: str, source: str) -> CompileCache:
 
 
 def _cannot_write(folder: Path) -> str:
-    """Why no file can be made in a folder. Tried out: permissions do not tell of read-only or full disks."""
+    """Return why no file can be made in a folder. It is tried: permissions do not tell of read-only or full disks."""
     if not folder.is_dir():
         return "not a directory"
     try:
@@ -136,10 +96,8 @@ def _cannot_write(folder: Path) -> str:
         return error.strerror or str(error)
 
 
-# --- accelerators: PCI bus, device files, drivers ---------------------------------------------------------------------
-
-
-def tpus(root: Path = Path("/")) -> Tpus:
+def tpus(root: Path = ROOT) -> Tpus:
+    """Return the TPU chips on the PCI bus and their device files."""
     on_pci = _pci_devices(root)
     chips = tuple(_TPUS[device] for vendor, device, _ in on_pci if vendor == _GOOGLE and device in _TPUS)
     nodes = _nodes(root, "dev", r"accel\d+")
@@ -148,15 +106,13 @@ def tpus(root: Path = Path("/")) -> Tpus:
     return Tpus(chips, nodes)
 
 
-def gpus(root: Path = Path("/"), run: Run | None = None) -> Gpus:
-    """`run` starts nvidia-smi; the default does so with a bound."""
+def gpus(root: Path = ROOT, run: Run | None = None) -> Gpus:
+    """Return the GPUs' device files and what nvidia-smi says; `run` starts it, by default with a bound on its time."""
     output = ""
     try:
         output, smi = (run or _run)(_NVIDIA_SMI, NVIDIA_SMI_TIMEOUT_S), "lists no GPU"
-    except FileNotFoundError:
-        smi = "not found"
     except OSError as error:
-        smi = str(error)
+        smi = "not found" if isinstance(error, FileNotFoundError) else str(error)
     found = re.findall(r"^([^,\n]+), ([^,\n]+), ([^,\n]+)$", output, re.MULTILINE)
     return Gpus(
         nodes=_nodes(root, "dev", r"nvidia\d+|nvidiactl|dxg|kfd"),
@@ -168,16 +124,13 @@ def gpus(root: Path = Path("/"), run: Run | None = None) -> Gpus:
 
 
 def _pci_devices(root: Path) -> list[tuple[str, str, str]]:
-    """(vendor, device, class), each like 0x1ae0, of what is on the PCI bus; function 0 only, the one that counts."""
+    """Return (vendor, device, class), each like 0x1ae0, of function 0 of all that is on the PCI bus."""
     folders = sorted(root.glob("sys/bus/pci/devices/*.0"))
-    return [(_read(each / "vendor"), _read(each / "device"), _read(each / "class")) for each in folders]
+    return [(read(each / "vendor"), read(each / "device"), read(each / "class")) for each in folders]
 
 
 def _nodes(root: Path, folder: str, pattern: str) -> tuple[str, ...]:
-    try:
-        names = sorted(os.listdir(root / folder))
-    except OSError:
-        return ()
+    names = sorted(path.name for path in (root / folder).glob("*"))
     return tuple(f"/{folder}/{name}" for name in names if re.fullmatch(pattern, name))
 
 

@@ -21,7 +21,7 @@ class Installed(NamedTuple):
 
 
 def installed(name: str) -> Installed:
-    """By the package's own metadata; broken metadata counts as none."""
+    """Read a package's own metadata; broken metadata counts as none."""
     try:
         distribution = metadata.distribution(name)
         return Installed(distribution.version, tuple(distribution.requires or ()))
@@ -30,7 +30,8 @@ def installed(name: str) -> Installed:
 
 
 def collect(look_up: Callable[[str], Installed] = installed) -> tuple[Package, ...]:
-    """Collect the packages that sgl_jax needs, in its own order; then those that jax and its GPU plugin need of an accelerator's."""
+    """Collect the packages that sgl_jax needs, in its own order, and those that jax and its GPU plugin need of an
+    accelerator's."""
     try:
         from packaging.requirements import Requirement
     except ImportError:  # then versions are all there is to say
@@ -67,6 +68,6 @@ def collect(look_up: Callable[[str], Installed] = installed) -> tuple[Package, .
 
 
 def _extra(requirement: str) -> str:
-    """The extra that brings it; empty: it is always needed."""
+    """Return the extra that brings a requirement; empty: it is always needed."""
     match = re.search(r"""extra\s*==\s*["']([^"']+)""", requirement)
     return match[1] if match else ""

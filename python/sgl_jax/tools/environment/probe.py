@@ -1,4 +1,4 @@
-"""Tries one platform of jax out: `python probe.py tpu`. Run as a file, in a process of its own (see probing.py).
+"""Tries one platform of jax: `python probe.py tpu`. Run as a file, in a process of its own (see probing.py).
 
 Writes JSON objects, one a line: {"stage": …} when a stage begins, and in the end what it found or {"error": …}. They go
 to the standard output it was started with; all else that is printed, by libraries too, goes to the standard error.
@@ -13,17 +13,18 @@ import sys
 from typing import Any
 
 _SIDE = 128  # of the matrix that is multiplied: one tile of any accelerator
+_FIELDS = ("id", "process_index", "coords", "core_on_chip", "slice_index")  # of a device, where it has them
 
 
 def main(platform: str) -> None:
+    """Import jax, initialise the platform and multiply two matrices on it, and write a line for each stage."""
     out = os.dup(1)
     os.dup2(2, 1)
 
     def tell(**found: Any) -> None:
         os.write(out, (json.dumps(found) + "\n").encode())
 
-    log: list[str] = []
-    logging.getLogger().addHandler(_Collector(log))
+    logging.getLogger().addHandler(log := _Log())
     try:
         tell(stage="importing jax")
         import jax
@@ -31,31 +32,27 @@ def main(platform: str) -> None:
         # Programs compiled here are of no use to anybody.
         jax.config.update("jax_enable_compilation_cache", False)
         tell(stage="initialising", jax_version=jax.__version__)
-        devices = jax.devices(platform)
-        client = devices[0].client
-        tell(
-            stage="computing",
-            runtime=str(getattr(client, "platform_version", "")),
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            devices=[_describe(device) for device in devices],
-        )
-        _compute(jax, jax.local_devices(backend=platform)[0])
-        tell(ok=True, log=log)
+        devices = [_describe(device) for device in jax.devices(platform)]
+        first = jax.local_devices(backend=platform)[0]
+        runtime = str(getattr(first.client, "platform_version", ""))
+        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        tell(stage="computing", runtime=runtime, devices=devices, **process)
+        _compute(jax, first)
+        tell(ok=True, log=log.lines)
     except BaseException as error:
-        tell(error=f"{type(error).__name__}: {error}".rstrip(": "), log=log)
+        tell(error=f"{type(error).__name__}: {error}".rstrip(": "), log=log.lines)
 
 
-class _Collector(logging.Handler):
+class _Log(logging.Handler):
     """Keeps warnings and errors: when jax cannot use a plugin it logs why, and then fails with something else."""
 
-    def __init__(self, lines: list[str]) -> None:
+    def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self._lines = lines
+        self.lines: list[str] = []
 
     def emit(self, record: logging.LogRecord) -> None:
         cause = record.exc_info[1] if record.exc_info else None
-        self._lines.append(record.getMessage() + (f" ({type(cause).__name__}: {cause})" if cause else ""))
+        self.lines.append(record.getMessage() + (f" ({type(cause).__name__}: {cause})" if cause else ""))
 
 
 def _describe(device: Any) -> dict[str, Any]:
@@ -63,21 +60,13 @@ def _describe(device: Any) -> dict[str, Any]:
         memory = device.memory_stats() or {}
     except Exception:  # a device of another process, or a platform that does not count
         memory = {}
-    coords = getattr(device, "coords", None)
-    return {
-        "id": device.id,
-        "kind": device.device_kind,
-        "process_index": device.process_index,
-        "memory": memory.get("bytes_limit"),
-        "memory_used": memory.get("bytes_in_use"),
-        "coords": None if coords is None else list(coords),
-        "core_on_chip": getattr(device, "core_on_chip", None),
-        "slice_index": getattr(device, "slice_index", None),
-    }
+    found = {name: getattr(device, name, None) for name in _FIELDS}
+    sizes = {"memory": memory.get("bytes_limit"), "memory_used": memory.get("bytes_in_use")}
+    return {"kind": device.device_kind, **found, **sizes}
 
 
 def _compute(jax: Any, device: Any) -> None:
-    """A product of two matrices, compiled and run: a driver or runtime that does not fit shows here at the latest."""
+    """Multiply two matrices: a driver or runtime that does not fit shows here at the latest."""
     import numpy as np
 
     ones = jax.device_put(np.ones((_SIDE, _SIDE), np.float32), device)

@@ -1,4 +1,4 @@
-"""Trying platforms out: which ones are worth it, and how to do it so that nothing hangs and no server is disturbed."""
+"""Trying platforms, each in a process of its own, so that nothing hangs and no running server is disturbed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sgl_jax.tools.environment.facts import IMPORTING, Device, Facts, Outcome, Platform, Probe
+from sgl_jax.tools.environment.facts import Device, Facts, Outcome, Platform, Probe
 
 TIMEOUT_S = 90.0  # a TPU host alone takes up to half a minute
 _GRACE_S = 5.0  # for a killed process to go; one that is stuck in the kernel does not
 _SCRIPT = Path(__file__).with_name("probe.py")
 
 
+def probe(platform: Platform, facts: Facts, timeout_s: float, at_exit: contextlib.ExitStack) -> Probe:
+    """Try a platform if there is no `reason_not_to`, judged by the packages, TPUs and variables in `facts`."""
+    if reason := reason_not_to(platform, facts):
+        return Probe(platform, "not started", reason)
+    return try_out(platform, variables(platform, facts.environ, facts.gpu_name), timeout_s, at_exit)
+
+
 def reason_not_to(platform: Platform, facts: Facts) -> str:
-    """Why trying this platform out would tell nothing, or do harm; empty: try it."""
+    """Return why trying this platform would tell nothing, or do harm; empty: try it."""
     if platform == "tpu":
         if not (facts.version("libtpu") or "TPU_LIBRARY_PATH" in facts.environ):
             return "libtpu is not installed"
@@ -33,7 +40,7 @@ def reason_not_to(platform: Platform, facts: Facts) -> str:
 
 
 def variables(platform: Platform, environ: Mapping[str, str], gpu_name: str = "cuda") -> dict[str, str]:
-    """The environment of a probe: keeps it to one platform and little memory, and lets libtpu lock the TPU."""
+    """Return the environment of a probe: it keeps to one platform and little memory, and lets libtpu lock the TPU."""
     kept = {name: value for name, value in environ.items() if name != "ALLOW_MULTIPLE_LIBTPU_LOAD"}
     name = gpu_name if platform == "gpu" else platform
     return kept | {"JAX_PLATFORMS": name, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -46,8 +53,7 @@ def try_out(platform: Platform, environ: Mapping[str, str], timeout_s: float, at
     """
     started = time.monotonic()
     process = subprocess.Popen(
-        # -P: the script's own folder is not searched for modules.
-        [sys.executable, "-P", str(_SCRIPT), platform],
+        [sys.executable, "-P", str(_SCRIPT), platform],  # -P: the script's own folder is not searched for modules
         env=dict(environ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -63,47 +69,36 @@ def try_out(platform: Platform, environ: Mapping[str, str], timeout_s: float, at
         outcome, message = "timeout", f"no answer in {timeout_s:g} s"
         _kill(process)
         output, errors = _last_words(process)
-    found = _merged(output)
-    error = found.pop("error", None)
-    if not found.pop("ok", False) and outcome == "ok":
-        if error is not None:
-            outcome, message = "failed", error
-        else:  # it could not tell; its last words may
+    found: dict[str, Any] = {}
+    for line in output.splitlines():
+        with contextlib.suppress(ValueError, TypeError):  # a line cut short by the kill
+            found.update(json.loads(line))
+    error, ok, log = found.pop("error", None), found.pop("ok", False), found.pop("log", ())
+    if not ok and outcome == "ok":
+        outcome, message = "failed", error
+        if error is None:  # it could not tell; its last words may
             outcome, message = "crashed", _death(process.returncode)
-            found["log"] = errors.decode(errors="replace").strip().splitlines()[-5:]
-    found["devices"] = tuple(map(_device, found.get("devices", ())))
-    found["log"] = tuple(found.get("log", ()))
+            log = errors.decode(errors="replace").strip().splitlines()[-5:]
+    devices = tuple(
+        Device(**each | {"coords": each["coords"] and tuple(each["coords"])}) for each in found.pop("devices", ())
+    )
     seconds = round(time.monotonic() - started, 1)
-    found.setdefault("stage", IMPORTING)
-    return Probe(platform, outcome, message, seconds=seconds, **found)
+    return Probe(platform, outcome, message, seconds=seconds, devices=devices, log=tuple(log), **found)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """If it still runs, with its children: it leads a session of its own."""
+    """End it if it still runs, with its children: it leads a session of its own."""
     with contextlib.suppress(OSError):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
 
 
 def _last_words(process: subprocess.Popen[bytes]) -> tuple[bytes, bytes]:
-    """The text that a killed process had written."""
+    """Return the text that a killed process had written."""
     try:
         return process.communicate(timeout=_GRACE_S)
     except subprocess.TimeoutExpired as stuck:
         return stuck.stdout or b"", stuck.stderr or b""
-
-
-def _merged(output: bytes) -> dict[str, Any]:
-    """The JSON lines of a probe as one dict, later ones over earlier ones."""
-    found: dict[str, Any] = {}
-    for line in output.splitlines():
-        with contextlib.suppress(ValueError, TypeError):  # a line cut short by the kill
-            found.update(json.loads(line))
-    return found
-
-
-def _device(found: dict[str, Any]) -> Device:
-    return Device(**found | {"coords": found["coords"] and tuple(found["coords"])})
 
 
 def _death(code: int | None) -> str:

@@ -1,9 +1,10 @@
-"""Each kernel on the devices of this machine, against a reference in float64 numpy."""
+"""Checks of each kernel on the devices of this machine, against a reference in float64 numpy."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from sgl_jax.runtime.sampler import SampleLines
 from sgl_jax.scheduler.rows import encode_params
 
 BACKENDS = ("native", "fa")
-# Of values around 1: a rounding of the dtype at each of the few places where one happens.
+# Largest difference, for values around 1: a rounding of the dtype at each of the few places where one happens.
 ALLOWED = {"bfloat16": 0.04, "float32": 0.001}
 SAMPLER_ALLOWED = 1e-4  # of a row's probability: float32 sums over the vocabulary
 
@@ -43,22 +44,21 @@ class Check:
 
 
 def checks(platform: Platform, devices: Sequence[jax.Device]) -> Iterator[Check]:
-    """Every check, the first device's where one is enough. A check that raises has failed, and the next one runs."""
+    """Yield every check, on the first device where one is enough. One that raises has failed, and the next one runs."""
     for dtype in dict.fromkeys((platform.dtype, "float32")):
         for name in BACKENDS:
-            what = f"attention {name}, {dtype}"
+            title = f"attention {name}, {dtype}"
             try:
                 backend = find_backend(name, platform.name, vectorise=platform.vectorises_rows)
             except NoSuchBackend as reason:
-                yield Check(what, note=str(reason).partition(": ")[2].partition(";")[0])
+                yield Check(title, note=str(reason).partition(": ")[2].partition(";")[0])
                 continue
-            yield _run(what, ALLOWED[dtype], dtype, lambda b=backend, d=dtype: attention_error(b, d))
-        grouped = grouped_matmul_for(platform.name)
-        what = f"grouped matmul, {dtype}"
-        yield _run(what, ALLOWED[dtype], dtype, lambda g=grouped, d=dtype: grouped_matmul_error(g, d))
+            yield _run(title, ALLOWED[dtype], dtype, partial(attention_error, backend, dtype))
+        error = partial(grouped_matmul_error, grouped_matmul_for(platform.name), dtype)
+        yield _run(f"grouped matmul, {dtype}", ALLOWED[dtype], dtype, error)
     yield _run("sampler", SAMPLER_ALLOWED, "float32", sampler_error)
     if len(devices) > 1:
-        yield _run(f"sum over {len(devices)} devices", 0.0, "float32", lambda: sum_error(devices))
+        yield _run(f"sum over {len(devices)} devices", 0.0, "float32", partial(sum_error, devices))
 
 
 def _run(name: str, allowed: float, dtype: str, error: Callable[[], float]) -> Check:
@@ -102,7 +102,7 @@ def attention_error(backend: Backend, dtype: str) -> float:
 
 
 def grouped_matmul_error(grouped_matmul: GroupedMatmul, dtype: str) -> float:
-    """The largest difference of outputs, with groups of all sizes, none among them, and some padding."""
+    """Return the largest difference of outputs, with groups of all sizes, empty ones too, and some padding."""
     rng = np.random.default_rng(2)
     sizes = np.array([0, 1, 60, 7, 0, 130, 16, 20], np.int32)
     x = jnp.asarray(rng.standard_normal((256, 256)).astype(np.float32)).astype(dtype)
@@ -114,8 +114,10 @@ def grouped_matmul_error(grouped_matmul: GroupedMatmul, dtype: str) -> float:
 
 
 def sampler_error(num_rows: int = 64, vocab_size: int = 32000) -> float:
-    """By how much a row's uniform number misses the interval of probability of the token it drew; 1 for a token that the
-    filters exclude, or a greedy one that is not the best."""
+    """Return the largest distance of a row's uniform number from the interval of probability of the token it drew.
+
+    It is 1 for a token that the filters exclude, and for a greedy one that is not the best.
+    """
     settings = [
         SamplingParams(temperature=0.0),
         SamplingParams(),
@@ -125,13 +127,14 @@ def sampler_error(num_rows: int = 64, vocab_size: int = 32000) -> float:
         SamplingParams(top_k=1000, top_p=0.9, temperature=0.7),
     ]
     params = [settings[i % len(settings)] for i in range(num_rows)]
+    columns = [encode_params(_request(each, seed)) for seed, each in enumerate(params)]
     logits = np.random.default_rng(3).normal(0, 2, (num_rows, vocab_size)).astype(np.float32)
     rows = jnp.arange(num_rows)
     lines = SampleLines(
         rows=rows,
         position=rows + 6,
         samples=jnp.ones(num_rows, jnp.bool_),
-        params=jnp.asarray(np.stack([encode_params(_request(p, seed)) for seed, p in enumerate(params)])),
+        params=jnp.asarray(np.stack(columns)),
         drafts=jnp.zeros((num_rows, 0), jnp.int32),
     )
 
@@ -139,10 +142,8 @@ def sampler_error(num_rows: int = 64, vocab_size: int = 32000) -> float:
     def draw(logits, lines):
         return sampler.sample(logits, lines, initial_state(num_rows, 1, vocab_size)), sampler.uniforms(lines)
 
-    tokens, uniforms = map(np.asarray, draw(logits, lines))
-    return max(
-        _missed(logits[i].astype(np.float64), p, int(tokens[i]), float(uniforms[i])) for i, p in enumerate(params)
-    )
+    drawn = zip(logits.astype(np.float64), params, *map(np.asarray, draw(logits, lines)), strict=True)
+    return max(_missed(row, each, int(token), float(uniform)) for row, each, token, uniform in drawn)
 
 
 def _missed(logits: np.ndarray, params: SamplingParams, token: int, uniform: float) -> float:
@@ -162,16 +163,14 @@ def _missed(logits: np.ndarray, params: SamplingParams, token: int, uniform: flo
 
 
 def _request(params: SamplingParams, seed: int) -> Request:
-    nothing = np.empty(0, np.int32)
-    return Request(0, np.zeros(1, np.int32), params, "", seed, 2**20, nothing, 0)
+    return Request(0, np.zeros(1, np.int32), params, "", seed, 2**20, np.empty(0, np.int32), 0)
 
 
 def sum_error(devices: Sequence[jax.Device]) -> float:
-    """The error of a sum of whole numbers over all devices, which is exact."""
+    """Return the error of a sum of whole numbers over all devices; it should be exact."""
     mesh = Mesh(np.array(devices), ("all",))
     values = np.arange(len(devices) * 4096, dtype=np.float32).reshape(len(devices), -1) % 1024
-    placed = jax.device_put(values, NamedSharding(mesh, PartitionSpec("all")))
-    total = jax.shard_map(
-        lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=PartitionSpec("all"), out_specs=PartitionSpec()
-    )
+    divided = PartitionSpec("all")
+    placed = jax.device_put(values, NamedSharding(mesh, divided))
+    total = jax.shard_map(lambda x: jax.lax.psum(x, "all"), mesh=mesh, in_specs=divided, out_specs=PartitionSpec())
     return float(np.abs(np.asarray(jax.jit(total)(placed))[0] - values.sum(0)).max())

@@ -2,13 +2,14 @@
 
 Work is a sequence of items, each a block of a row's pages. An item passes three stages. It is announced: its row, block
 and span of pages are noted in SMEM and the copy of its page ids starts (page tables stay in HBM, as 512 rows of 128k
-tokens are more than SMEM holds). Later its ids are there and the copies of its pages start; later still it is computed
-on. Item n uses slot n % slots of each ring, and copies run ahead across rows.
+tokens are more than SMEM holds). Later its ids are there and the copies of its pages start; later still it is attended
+to. Item n uses slot n % slots of each ring, and copies run ahead across rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,18 +19,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 IDS = 128  # page ids copied at a time; a block lies within one such group
-FIELDS = 4  # of an item: row, block, first page, page after the last
+FIELDS = 4  # an item's row, block, first page, page after the last
 
 Ref = Any  # a pallas Ref: an array in HBM, VMEM or SMEM
+Cursor = tuple[jax.Array, ...]  # how many items have been announced, then what says which one is next
 
 
 def div(x: Any, n: int) -> Any:
-    """x // n of an x that is not negative; one instruction for powers of two, where jax's own takes four."""
+    """Return x // n for x >= 0: one instruction for powers of two, where jax's own takes four."""
     return lax.shift_right_logical(x, jnp.int32(n.bit_length() - 1)) if n & (n - 1) == 0 else lax.div(x, jnp.int32(n))
 
 
 def rem(x: Any, n: int) -> Any:
-    """x % n of an x that is not negative."""
+    """Return x % n for x >= 0."""
     return x & (n - 1) if n & (n - 1) == 0 else lax.rem(x, jnp.int32(n))
 
 
@@ -58,21 +60,15 @@ class PageRing:
         return self.buffer.shape[1]
 
     @property
-    def lead(self) -> int:
-        """Items between the start of an item's page copies and its use."""
-        return self.slots - 1
-
-    @property
-    def notice(self) -> int:
-        """Items between an item's announcement and its use."""
-        return self.num_items - 1
+    def block_tokens(self) -> int:
+        return self.pages * self.buffer.shape[4]
 
     @property
     def num_items(self) -> int:
         return self.ids.shape[0] // IDS
 
     def announce(self, n: jax.Array, row: jax.Array, block: jax.Array, first: jax.Array, end: jax.Array) -> None:
-        """Item n: pages [first, end) of the block, counted in the row."""
+        """Note item n, pages [first, end) of a block, counted in the row, and start the copy of its page ids."""
         at = rem(n, self.num_items)
         for field, value in enumerate((row, block, first, end)):
             self.items[at * FIELDS + field] = value
@@ -85,11 +81,28 @@ class PageRing:
         return pltpu.make_async_copy(source, target, self.id_sem.at[at])
 
     def page_id(self, n: jax.Array, page: jax.Array) -> jax.Array:
-        """The line in the pool of a page, counted in the row, of item n."""
+        """Return the pool's line of a page of item n, counted in the row."""
         return self.ids[rem(n, self.num_items) * IDS + rem(page, IDS)] + self.first_page
 
-    def start(self, n: jax.Array) -> None:
-        """Start the copies of item n's pages. Its slot must be free."""
+    def begin(self, cursor: Cursor, announce: Callable[[Cursor], Cursor]) -> Cursor:
+        """Announce the first items and start the copies of their pages. `announce` announces the item at a cursor and
+        steps on; all but one item of the ring are announced ahead, and the pages of all but one slot copied ahead."""
+        cursor = lax.fori_loop(0, self.num_items - 1, lambda _, c: announce(c), cursor)
+        lax.fori_loop(0, self.slots - 1, lambda n, _: self.start(n, cursor[0]), None)
+        return cursor
+
+    def advance(self, n: jax.Array, cursor: Cursor, announce: Callable[[Cursor], Cursor]) -> tuple[jax.Array, Cursor]:
+        """Start the copies of a later item, wait for item n, and return its slot. `announce` comes after the waits, where
+        the compiler schedules it among the products."""
+        self.start(n + (self.slots - 1), cursor[0])
+        slot = self.wait(n)
+        return slot, announce(cursor)
+
+    def start(self, n: jax.Array, announced: jax.Array) -> None:
+        """Start the copies of item n's pages, if it is among the announced ones. Its slot must be free."""
+        pl.when(n < announced)(lambda: self._start(n))
+
+    def _start(self, n: jax.Array) -> None:
         at, slot = rem(n, self.num_items), rem(n, self.slots)
         row, block, first, end = (self.items[at * FIELDS + field] for field in range(FIELDS))
         self._id_copy(at, row, block).wait()
@@ -124,7 +137,7 @@ class PageRing:
 
 
 def scratch(slots: int, pages: int, kv: jax.Array) -> dict[str, Any]:
-    """Scratch of a PageRing, by field."""
+    """Return the scratch of a PageRing by field."""
     items = 2 * slots
     return {
         "buffer": pltpu.VMEM((slots, pages, *kv.shape[1:]), kv.dtype),

@@ -1,0 +1,154 @@
+"""Flags about the served model, the HTTP server, the device's memory and scheduling. ServerArgs adds all others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from sgl_jax.settings.flags import NOT_NEGATIVE, REQUIRED, Rule, at_least, between, flag
+
+MODEL = "Model and tokenizer"
+SERVER = "HTTP server"
+DEVICE = "Device and memory"
+SCHEDULING = "Scheduling"
+
+_NO_FLOAT16 = "float16 overflows in models trained in bfloat16, and TPUs do not have it; use bfloat16"
+_IN_0_1 = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
+_PAGE_SIZE = Rule(lambda value: 1 <= value <= 1024 and value & (value - 1) == 0, "a power of two between 1 and 1024")
+_CHUNK = Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 for no limit of its own")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingFlags:
+    """Flags of a launch that are about serving a model. None: decided at the start, from the model and the devices."""
+
+    model_path: str = flag(
+        REQUIRED,
+        "a folder with safetensors, a .gguf file, a hub id, or config:NAME with --load-format dummy",
+        aliases=("--model",),
+        metavar="PATH",
+        per_host=True,  # the files are compared
+        group=MODEL,
+    )
+    tokenizer_path: str | None = flag(
+        None, "a folder, a .gguf file or a hub id", unset="the model's", metavar="PATH", per_host=True
+    )
+    trust_remote_code: bool = flag(
+        False, "accepted, with no effect: code from a model folder is never run", per_host=True
+    )
+    served_model_name: str | None = flag(
+        None, "the model's name in the API", unset="as --model-path", metavar="NAME", per_host=True
+    )
+    context_length: int | None = flag(
+        None, "tokens of prompt and output one request may hold", unset="the model's", rule=at_least(2)
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = flag(
+        "auto",
+        "type of weights and KV cache; auto chooses for model and device",
+        refused={"float16": _NO_FLOAT16, "half": _NO_FLOAT16, "float": "write float32"},
+    )
+    load_format: Literal["auto", "safetensors", "gguf", "dummy"] = flag(
+        "auto", "where weights come from; auto looks at the files, dummy makes random ones"
+    )
+    model_package: str | None = flag(
+        None,
+        "a Python module with a model family of your own (docs/features/add_a_model.md)",
+        unset="our families and those of installed packages",
+        metavar="MODULE",
+    )
+    download_dir: str | None = flag(
+        None, "where downloaded models are kept", unset="the source's own cache", metavar="PATH", per_host=True
+    )
+    download_source: Literal["huggingface", "modelscope"] = flag(
+        "huggingface", "where a model that is named by its id is fetched from", per_host=True
+    )
+    chat_template: str | None = flag(
+        None,
+        "the Jinja template of chat prompts: a file, or chatml, gemma, llama-3 or qwen",
+        unset="the model's",
+        metavar="FILE",
+        per_host=True,
+    )
+    random_seed: int | None = flag(
+        None,
+        "seed of sampling where a request gives none, and of dummy weights",
+        unset="different at each start, dummy weights always the same",
+        rule=between(0, 2**63 - 1),
+    )
+
+    host: str = flag(
+        "127.0.0.1", "address to listen on; 0.0.0.0 is every network", metavar="ADDRESS", per_host=True, group=SERVER
+    )
+    port: int = flag(30000, "port to listen on; 0 takes any free one", rule=between(0, 65535), per_host=True)
+    api_key: str | None = flag(
+        None,
+        "the bearer token clients must send (better set by its environment variable: command lines are public)",
+        unset="none needed",
+        metavar="KEY",
+        secret=True,
+        per_host=True,
+    )
+    stream_interval: int = flag(1, "tokens per streamed chunk after the first", rule=at_least(1), per_host=True)
+    skip_server_warmup: bool = flag(
+        False,
+        "skip the one request the server sends itself before it is ready; programs are compiled anyway",
+        per_host=True,
+    )
+    shutdown_timeout_s: float = flag(
+        60.0,
+        "seconds that running requests get to finish after SIGTERM",
+        metavar="SECONDS",
+        rule=NOT_NEGATIVE,
+        per_host=True,
+    )
+
+    device: Literal["tpu", "gpu", "cpu"] | None = flag(
+        None, "where the model runs", unset="the best present", refused={"cuda": "write gpu"}, group=DEVICE
+    )
+
+    mem_fraction_static: float | None = flag(
+        None,
+        "share of the device's memory for weights and KV cache",
+        unset="0.88, on CPU 0.4",
+        metavar="SHARE",
+        rule=_IN_0_1,
+    )
+    max_total_tokens: int | None = flag(
+        None,
+        "tokens of KV cache",
+        unset="as many as the memory holds; on CPU, unless --mem-fraction-static is given, 65536 or one full context",
+        rule=at_least(1),
+    )
+    page_size: int | None = flag(
+        None, "tokens per page, the unit of prefix sharing", unset="128 with the fa kernels, else 16", rule=_PAGE_SIZE
+    )
+    disable_radix_cache: bool = flag(False, "never reuse the KV of a shared prefix")
+
+    schedule_policy: Literal["fcfs", "lpm"] = flag(
+        "fcfs", "who is admitted first: first come, or longest prefix match", group=SCHEDULING
+    )
+
+    max_running_requests: int | None = flag(
+        None, "requests in one step", unset="256, on CPU 32; less if the KV cache is small", rule=at_least(1)
+    )
+    max_queued_requests: int | None = flag(
+        None,
+        "requests (each of n counts) without a first token, above which new ones get a 429",
+        unset="no limit",
+        rule=at_least(1),
+    )
+    chunked_prefill_size: int | None = flag(
+        None,
+        "most prompt tokens in a step; --max-prefill-tokens counts if it is smaller, or with -1",
+        unset="2048, on CPU 256",
+        rule=_CHUNK,
+    )
+    max_prefill_tokens: int = flag(
+        16384, "most prompt tokens in a step where --chunked-prefill-size allows more", rule=at_least(1)
+    )
+    enable_mixed_chunk: bool = flag(
+        True,
+        "prompts and decodes share steps, always",
+        refused={"False": "steps are always shared, leave the flag out"},
+    )
+    disable_overlap_schedule: bool = flag(False, "plan a step only when the tokens of the one before have arrived")

@@ -1,0 +1,21 @@
+"""Plain counterparts of reading: the shard of a whole array, and an array as a stored tensor."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sgl_jax.models.share import Share, as_slice
+from sgl_jax.models.stored import StoredTensor
+
+
+def cut(array: np.ndarray, share: Share) -> np.ndarray:
+    """Return the shard of a whole weight."""
+    whole = array.reshape(-1, *array.shape[-(1 if share.columns is None else 2) :])[as_slice(share.experts)]
+    rows = np.concatenate([whole[:, as_slice(run)] for run in share.rows], axis=1)
+    found = rows if share.columns is None else rows[..., as_slice(share.columns)]
+    return found.reshape(-1, *found.shape[2:]) if array.ndim < whole.ndim else found
+
+
+def in_memory(name: str, array: np.ndarray) -> StoredTensor:
+    """Describe an array as if it were stored."""
+    return StoredTensor(name, array.shape, array.dtype.name, array.nbytes, lambda start, stop: array[start:stop])
