@@ -34,7 +34,7 @@ class Param(enum.IntEnum):
     REPETITION = enum.auto()
 
 
-class Flag(enum.IntFlag):
+class RowFlag(enum.IntFlag):
     """Bits of Param.FLAGS: the parts of the sampler that a row needs."""
 
     LOGPROBS = 1
@@ -93,7 +93,7 @@ class StepPlan:
     rank: np.ndarray  # i32[S] the data rank whose pages hold the row, 0 .. M-1
     width: int  # W
     loads: list[RowLoad]
-    flags: Flag  # the flags of all rows together
+    flags: RowFlag  # the flags of all rows together
     num_cached_tokens: int  # prompt tokens that the requests admitted by this plan found in the prefix cache
     num_short: Annotated[np.ndarray, Column(Per.RANK)]  # i32[M] rows of a rank with num_new <= W, the first ones
     rows: Annotated[np.ndarray, Column(Per.ROW, names_rows=True)]  # i32[S] lines of the state, over all ranks
@@ -139,7 +139,7 @@ class StepPlan:
             if name not in columns:
                 dtype = np.bool_ if column.is_bool else np.int32
                 columns[name] = np.full(column.shape(sizes[column.per]), column.fill, dtype)
-        flags = Flag(int(np.bitwise_or.reduce(columns["params"][:, Param.FLAGS])))
+        flags = RowFlag(int(np.bitwise_or.reduce(columns["params"][:, Param.FLAGS])))
         return cls(keys, rank, width, [*loads], flags, num_cached_tokens, **columns)
 
     @property
@@ -148,11 +148,11 @@ class StepPlan:
 
     @property
     def wants_logprobs(self) -> bool:
-        return Flag.LOGPROBS in self.flags
+        return RowFlag.LOGPROBS in self.flags
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return Flag.PROMPT_LOGPROBS in self.flags
+        return RowFlag.PROMPT_LOGPROBS in self.flags
 
 
 COLUMNS: dict[str, Column] = {

@@ -1,4 +1,4 @@
-"""Routing against plain numpy, and what dispatch does with it."""
+"""Routing and dispatch equal plain numpy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _weights(bias: np.ndarray | None = None) -> MoeWeights:
 
 
 def _by_hand(moe: MoeConfig, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Token by token: Qwen's softmax routing, DeepSeek's sigmoid routing with groups."""
+    """Route token by token: Qwen's softmax routing, DeepSeek's sigmoid routing with groups."""
     weights, ids = np.zeros((T, X)), np.zeros((T, X), int)
     for t in range(T):
         logits = ROUTER.astype(np.float64) @ TOKENS[t]

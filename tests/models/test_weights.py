@@ -1,4 +1,4 @@
-"""Sums over the declared weights: parameters and bytes."""
+"""Declared weights add up to the known numbers of parameters."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def write_vocab(path: Path, metadata: dict) -> Path:
 
 
 def gguf_of(tokenizer_json: Path, path: Path, **metadata) -> Path:
-    """Write the GGUF that llama.cpp's converter makes of a tokenizer.json, with the first 5000 tokens only."""
+    """Write the vocabulary as llama.cpp's converter would, cut to the merges of the first 5000 tokens."""
     spec = json.loads(tokenizer_json.read_text())
     vocabulary = dict(sorted(spec["model"]["vocab"].items(), key=lambda item: item[1])[:5000])
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]]
@@ -63,7 +63,7 @@ def gguf_of(tokenizer_json: Path, path: Path, **metadata) -> Path:
 
 
 def cut_tokenizer(tokenizer_json: Path) -> Tokenizer:
-    """The model's own tokenizer with the same 5000 tokens."""
+    """Return the model's own tokenizer with the same 5000 tokens."""
     spec = json.loads(tokenizer_json.read_text())
     kept = dict(sorted(spec["model"]["vocab"].items(), key=lambda item: item[1])[:5000])
     pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]]

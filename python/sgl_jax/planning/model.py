@@ -1,4 +1,4 @@
-"""Model of a plan: a path or a hub id as the server takes it, or the name of a bundled config.json."""
+"""Models of plans: a path or a hub id as the server takes it, or the name of a bundled config.json."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime.device_state import IN_PROMPT, DeviceState
 from sgl_jax.runtime.layout import param_of
-from sgl_jax.step_plan import Flag, Param
+from sgl_jax.step_plan import Param, RowFlag
 
 CANDIDATES = 64
 _BLOCK = 256  # vocabulary entries summed at once when inverting the distribution
@@ -60,7 +60,9 @@ def sample(
     logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
     """Return the next token of each of S lines; an arbitrary one for lines that do not sample."""
-    asked = has_flag(lines.params, Flag.BIAS | Flag.PENALTIES) | lines.samples & (lines.param(Param.TEMPERATURE) > 0)
+    asked = has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES) | lines.samples & (
+        lines.param(Param.TEMPERATURE) > 0
+    )
     num_lines, block = len(logits), lines_at_once(logits.shape[-1])
     if num_lines <= block:
         return lax.cond(asked.any(), lambda: _sample(logits, lines, state, axis), lambda: _argmax(logits, axis))
@@ -130,7 +132,7 @@ def no_logprobs(n: int) -> Logprobs:
     return Logprobs(jnp.zeros(n, jnp.float32), jnp.zeros(wide, jnp.int32), jnp.zeros(wide, jnp.float32))
 
 
-def has_flag(params: Int[Array, "rows params"], flag: Flag) -> Bool[Array, " rows"]:
+def has_flag(params: Int[Array, "rows params"], flag: RowFlag) -> Bool[Array, " rows"]:
     """Return, for each row or line, whether it has any of the flags."""
     return (param_of(params, Param.FLAGS) & int(flag)) != 0
 
@@ -160,7 +162,7 @@ def _adjust(
     logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, "S V"]:
     """Apply logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
-    biased, penalised = has_flag(lines.params, Flag.BIAS), has_flag(lines.params, Flag.PENALTIES)
+    biased, penalised = has_flag(lines.params, RowFlag.BIAS), has_flag(lines.params, RowFlag.PENALTIES)
     # Line by line: for all lines at once XLA for TPU copies all of token_counts for the gather, sorts the indices of the
     # scatter, and takes ten seconds to compile both (benchmarks/LOG.md).
 

@@ -29,7 +29,7 @@ from sgl_jax.scheduler.results import StepResult, take_tokens
 from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
-from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan, StepTokens
+from sgl_jax.step_plan import Param, RowFlag, RowLoad, StepPlan, StepTokens
 
 
 @dataclasses.dataclass(slots=True)
@@ -206,7 +206,7 @@ class Scheduler:
             self.counters.prompt_tokens += len(request.prompt)
             self.counters.cached_tokens += handle.num_tokens
         picks.num_cached_tokens += handle.num_tokens
-        needs_state = bool(t.params[row, Param.FLAGS] & (Flag.PENALTIES | Flag.BIAS))
+        needs_state = bool(t.params[row, Param.FLAGS] & (RowFlag.PENALTIES | RowFlag.BIAS))
         if handle.num_pages or needs_state:
             pages = handle.pages if handle.num_pages else None
             picks.loads.append(RowLoad(row, pages, request if needs_state else None))
@@ -250,7 +250,7 @@ class Scheduler:
         t.num_sure[sampled] += 1
         t.has_sampled[sampled] = True
         if plan.wants_prompt_logprobs:  # the prompt is computed: later steps do not score it
-            t.params[sampled, Param.FLAGS] &= ~int(Flag.PROMPT_LOGPROBS)
+            t.params[sampled, Param.FLAGS] &= ~int(RowFlag.PROMPT_LOGPROBS)
         return plan
 
     def _leave_row(self, row: int) -> Request:
@@ -285,7 +285,7 @@ class Scheduler:
 
     def _scored(self, plan: StepPlan, alive: np.ndarray) -> dict[int, Request]:
         """Return the requests of rows with a flag that asks for logprobs, by row of the plan."""
-        wanted = plan.params[:, Param.FLAGS] & (Flag.LOGPROBS | Flag.PROMPT_LOGPROBS) != 0
+        wanted = plan.params[:, Param.FLAGS] & (RowFlag.LOGPROBS | RowFlag.PROMPT_LOGPROBS) != 0
         found = ((int(i), self.table.requests[plan.rows[i]]) for i in np.flatnonzero(wanted & alive))
         return {i: request for i, request in found if request is not None}
 

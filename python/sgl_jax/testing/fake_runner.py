@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from sgl_jax.request import MAX_LOGPROBS, Request
-from sgl_jax.step_plan import COLUMNS, Flag, Param, StepPlan, StepTokens, TokenScores, row_capacity
+from sgl_jax.step_plan import COLUMNS, Param, RowFlag, StepPlan, StepTokens, TokenScores, row_capacity
 from sgl_jax.testing.fake_tracer import FakeTracer
 
 _MASK = 2**64 - 1
@@ -279,8 +279,8 @@ class FakeRunner:
             self.vocab_size,
             temperature=float(params[Param.TEMPERATURE :].view(np.float32)[0]),
             seed=int(params[Param.SEED : Param.SEED + 1].view(np.uint32)[0]),
-            output=output if flags & Flag.PENALTIES else None,
-            held_back=row.held_back if flags & Flag.BIAS and len(kv) < row.held_until else (),
+            output=output if flags & RowFlag.PENALTIES else None,
+            held_back=row.held_back if flags & RowFlag.BIAS and len(kv) < row.held_until else (),
         )
 
     def _scored(self, kv: list[int], tokens: np.ndarray) -> TokenScores:

@@ -1,4 +1,4 @@
-"""Facts about a machine: the plain data between the functions that look, those that judge and those that print.
+"""Records of facts about a machine, which machine.py and others find, verdicts.py judges and environment_report.py prints.
 
 None means that it could not be found out. Sizes are in bytes, times in seconds.
 """
@@ -54,7 +54,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Probe:
-    """How one platform did when it was tried in a process of its own."""
+    """Result of trying one platform in a process of its own."""
 
     platform: Platform
     outcome: Outcome
@@ -136,7 +136,7 @@ class CompileCache:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that verdicts and notices are drawn from."""
+    """All facts that verdicts and notices depend on."""
 
     packages: tuple[Package, ...] = ()
     machine: Machine = Machine()
@@ -167,7 +167,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that check_env found. The variables in `facts` are those that matter, their secrets hidden."""
+    """Everything that check_env found. `facts` has only the variables that matter, with their secrets hidden."""
 
     sgl_jax: str  # version
     verdicts: tuple[Verdict, ...]

@@ -1,4 +1,4 @@
-"""The machine as its system shows it: host, limits, compile cache, TPUs and GPUs. Touches no device, loads no runtime.
+"""Facts that the operating system shows: host, limits, compile cache, TPUs and GPUs. Touches no device, loads no runtime.
 
 Reads files; a missing one leaves None. `root` is the root of the file system, so that tests can describe other machines.
 """

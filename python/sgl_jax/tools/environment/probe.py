@@ -17,7 +17,7 @@ _FIELDS = ("id", "process_index", "coords", "core_on_chip", "slice_index")  # of
 
 
 def main(platform: str) -> None:
-    """Import jax, initialise the platform, multiply two matrices on it, and tell of each stage."""
+    """Import jax, initialise the platform and multiply two matrices on it, and write a line for each stage."""
     out = os.dup(1)
     os.dup2(2, 1)
 

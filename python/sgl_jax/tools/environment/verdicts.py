@@ -1,7 +1,8 @@
-"""Usable or not, and if not why and what to do: a verdict per platform from the facts, and notices. Pure functions.
+"""Verdicts from the facts: for each platform whether it is usable, and if not, why and what to do. Also notices.
 
 A platform that passed its probe is usable, whatever else is known of it. Otherwise the first row of its table that holds
 says why not, from the hardware upwards: present, free, allowed, its package installed, its driver new enough, its own words.
+All functions are pure.
 """
 
 from __future__ import annotations
@@ -250,7 +251,7 @@ def _misfit(package: Package, separator: str) -> str:
 
 
 def describe(devices: tuple[Device, ...]) -> str:
-    """Return `4 x TPU v5 lite, 16.0 GiB for jax each, 2x2x1 chips`, and what there is of processes and slices."""
+    """Describe devices: `4 x TPU v5 lite, 16.0 GiB for jax each, 2x2x1 chips`, then slices and processes if several."""
     parts = [kinds(device.kind for device in devices)]
     if memory := {device.memory for device in devices if device.memory}:
         parts.append(f"{size(min(memory))} for jax{' each' if len(devices) > 1 else ''}")
@@ -264,5 +265,5 @@ def describe(devices: tuple[Device, ...]) -> str:
 
 
 def kinds(names: Iterable[str]) -> str:
-    """Return `4 x TPU v5e`, and what else there is."""
+    """Count equal names: `4 x TPU v5e and 1 x TPU v4`."""
     return " and ".join(f"{number} x {name}" for name, number in sorted(Counter(names).items()))
