@@ -20,7 +20,7 @@ from test_families_size import CONFIGS, FOLDERS
 
 from sgl_jax.tools.benchmark.provenance import commit, machine
 
-ORACLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "oracle"
+ORACLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "oracle"
 
 
 def measure(config: dict, layers: int, tries: int) -> dict[str, float]:

@@ -156,10 +156,9 @@ SUPPORT = """# Support matrix
 <!-- Written by `python docs/generate.py` from the marks `supports` in tests/: change them there. -->
 
 Properties of each family that tests show. "float32 on a CPU" and "layers scanned": tokens and logprobs equal those of an
-independent reference, at page sizes 1 and 16, with prompts whole and in chunks, alone and together. `not yet`: no test shows it,
-which does not mean that it fails. In bfloat16 every family is served, and none is compared with a reference. Quantised arithmetic is not
-built, and nothing here has run on a real TPU. Files with a ¹ have tests that read reference checkpoints which are not in this
-repository: where those are missing they are skipped, and a run without failures shows less than this table.
+independent reference, at page sizes 1 and 16, with prompts whole and in chunks, alone and together. `not yet`: no test shows
+it, which does not mean that it fails. In bfloat16 every family is served, and none is compared with a reference. Quantised
+arithmetic is not built, and nothing here has run on a real TPU.
 
 """
 
@@ -180,14 +179,8 @@ def support_matrix() -> str:
     for family in FAMILIES:
         shown = (", ".join(dict.fromkeys(cells.get((family, what), ["not yet"]))) for what in columns)
         lines.append(f"| `{family}` | {' | '.join(shown)} |")
-    legend = [f"- {what}: {', '.join(map(_file, sorted(files[what])))}" for what in columns]
+    legend = [f"- {what}: {', '.join(f'`{name}`' for name in sorted(files[what]))}" for what in columns]
     return SUPPORT + "\n".join([*lines, "", "Shown by", "", *legend]) + "\n"
-
-
-def _file(name: str) -> str:
-    """Write a test file as the legend does, with ¹ where tests are skipped without the data beside the repository."""
-    source = (REPOSITORY / name).read_text(encoding="utf-8")
-    return f"`{name}`" + "¹" * ("shared_data" in source or "shared: Callable" in source)
 
 
 def _marks(file: Path) -> Iterator[tuple[str, Any]]:

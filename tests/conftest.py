@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+from checkpoints import write_checkpoint
 
 # With libtpu installed jax looks for a TPU first. These keep the search short and silent where there is none.
 for _name, _value in {
@@ -18,6 +23,10 @@ for _name, _value in {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# A busy machine is no failure of a property.
+hypothesis.settings.register_profile("tests", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+hypothesis.settings.load_profile("tests")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = REPOSITORY / "tests" / "data"
@@ -31,17 +40,8 @@ def stories260k() -> Path:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder with stories260k.json: prompt ids, greedy ids and logprobs."""
+    """Folder of what other programs gave for models, templates and tokenizers."""
     return DATA / "golden"
-
-
-@pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """The big collection beside the repository: oracle checkpoints, golden files, tokenizers."""
-    path = REPOSITORY.parent / "shared" / "data"
-    if not path.is_dir():
-        pytest.skip(f"no shared data at {path}")
-    return path
 
 
 @pytest.fixture(autouse=True)
@@ -68,11 +68,28 @@ def compile_cache_of_its_own() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def shared(request: pytest.FixtureRequest) -> Callable[[str], Path]:
-    """A file or folder of the shared data, by its path there: a copy in tests/data is as good."""
+def tokenizers() -> Path:
+    """Folder of small tokenizers: qwen2.5 and qwen3, cut to their first 2000 tokens, and sentencepiece."""
+    return DATA / "tokenizers"
 
-    def find(path: str) -> Path:
-        return DATA / path if (DATA / path).exists() else request.getfixturevalue("shared_data") / path
+
+@pytest.fixture(scope="session")
+def checkpoint(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny model, by name: `stories260k`, or one that `checkpoints` makes when a test first asks for it."""
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "checkpoints"  # one for all workers
+    made.mkdir(exist_ok=True)
+
+    def find(name: str) -> Path:
+        folder = made / name
+        if name == "stories260k":
+            return stories260k
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=made) as place:
+                write_checkpoint(name, Path(place) / name)
+                with contextlib.suppress(OSError):  # another worker was first
+                    (Path(place) / name).rename(folder)
+        return folder
 
     return find
 

@@ -71,16 +71,6 @@ def test_every_feature_names_its_test_or_says_not_yet() -> None:
         assert [file for file in files if not (REPOSITORY / file).is_file()] == [], feature
 
 
-def needs_shared_data(source: str) -> bool:
-    return "shared_data" in source or "shared: Callable" in source  # fixtures
-
-
-def test_a_row_whose_tests_a_clone_skips_has_the_footnote() -> None:
-    for feature, tested in feature_rows():
-        sources = [(REPOSITORY / file).read_text(encoding="utf-8") for file in TEST_FILE.findall(tested)]
-        assert ("¹" in feature) == any(map(needs_shared_data, sources)), feature
-
-
 @pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(REPOSITORY)))
 def test_python_snippets_parse(page: Path) -> None:
     for snippet in PYTHON.findall(page.read_text(encoding="utf-8")):

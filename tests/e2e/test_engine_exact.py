@@ -96,13 +96,13 @@ def test_tokens_are_golden_in_the_form_accelerators_get(
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["list", "scan"])
 def test_tokens_are_golden_through_experts(
-    build: Build, shared: Callable[[str], Path], cases: list[Golden], monkeypatch: pytest.MonkeyPatch, stacked: bool
+    build: Build, checkpoint: Callable[[str], Path], cases: list[Golden], monkeypatch: pytest.MonkeyPatch, stacked: bool
 ) -> None:
     """Each expert of this checkpoint is the dense MLP with its neurons in another order: any routing is right, any wrong
     dispatch is not."""
     form = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=stacked, vectorises_rows=stacked)
     monkeypatch.setitem(platform.PLATFORMS, "cpu", form)
-    model = shared("stories260k-qwen2moe")
+    model = checkpoint("stories260k-qwen2moe")
     assert_golden(build(model, page_size=16, chunked_prefill_size=16, max_running_requests=8), cases)
 
 

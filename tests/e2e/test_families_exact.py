@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from exact import ALL_PROMPTS, Build, assert_oracle
 
+import checkpoints
 from sgl_jax.runtime import platform
 
 FAMILIES = {  # folder -> architecture in its config.json
@@ -44,9 +45,9 @@ SCANNED = ["gemma3_text", "gpt_oss", "qwen2_moe-mixed", "deepseek_v3"]
 @pytest.mark.parametrize("page_size", [1, 16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_gives_transformers_tokens_and_logprobs(
-    build: Build, shared: Callable[[str], Path], family: str, page_size: int
+    build: Build, checkpoint: Callable[[str], Path], family: str, page_size: int
 ) -> None:
-    folder = shared(f"oracle/{family}")
+    folder = checkpoint(family)
     core = build(folder, bucket=ALL_PROMPTS, page_size=page_size, max_total_tokens=1024)
     assert core.info.architecture == FAMILIES[family]
     assert_oracle(core, folder)
@@ -55,14 +56,14 @@ def test_each_family_gives_transformers_tokens_and_logprobs(
 @pytest.mark.supports("layers scanned, as on a GPU", SCANNED)
 @pytest.mark.parametrize("family", SCANNED)
 def test_the_form_accelerators_get_gives_them(
-    build: Build, shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str
+    build: Build, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
     """Layers are stacked in groups and scanned, and decoding rows computed side by side."""
     form = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=True, vectorises_rows=True)
     monkeypatch.setitem(platform.PLATFORMS, "cpu", form)
-    folder = shared(f"oracle/{family}")
+    folder = checkpoint(family)
     assert_oracle(build(folder, bucket=ALL_PROMPTS, page_size=1, max_total_tokens=1024), folder)
 
 
-def test_every_folder_is_tried(shared_data: Path) -> None:
-    assert sorted(FAMILIES) == sorted(folder.name for folder in (shared_data / "oracle").iterdir())
+def test_every_folder_is_tried() -> None:
+    assert sorted(FAMILIES) == sorted(folder.name for folder in (checkpoints.DATA / "oracle").iterdir())

@@ -95,9 +95,9 @@ def qwen2_as_qwen1(source: Path, folder: Path) -> Path:
 
 
 def test_qwen2_laid_out_as_qwen1_gives_transformers_tokens_and_logprobs(
-    build: Build, shared: Callable[[str], Path], tmp_path: Path
+    build: Build, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    source = shared("oracle/qwen2")
+    source = checkpoint("qwen2")
     shutil.copy(source / "oracle.json", tmp_path)
     assert_oracle(build(qwen2_as_qwen1(source, tmp_path), bucket=ALL_PROMPTS, max_total_tokens=1024), tmp_path)
 

@@ -31,10 +31,10 @@ CONFIGS = {
 @pytest.mark.supports("48 layers make the program of 4", FOLDERS)
 @pytest.mark.supports("48 layers make the program of 4", CONFIGS)
 @pytest.mark.parametrize("architecture", [*FOLDERS, *CONFIGS])
-def test_48_layers_make_the_program_of_4(shared: Callable[[str], Path], architecture: str) -> None:
+def test_48_layers_make_the_program_of_4(checkpoint: Callable[[str], Path], architecture: str) -> None:
     config = CONFIGS.get(architecture)
     if config is None:
-        folder = shared(f"oracle/{FOLDERS[architecture]}")
+        folder = checkpoint(FOLDERS[architecture])
         config = json.loads((folder / "config.json").read_text())
     shallow, deep = (
         len(program.function.lower(*program.args).as_text())

@@ -45,8 +45,8 @@ def hf(architecture: str, **changes):
         ("mistral", {"architecture": "MistralForCausalLM", "sliding_windows": (16, 16, 16), "head_dim": 32}),
     ],
 )
-def test_oracle_configs(shared: Callable[[str], Path], folder, expected):
-    config = decoder_config(json.loads((shared(f"oracle/{folder}") / "config.json").read_text()))
+def test_oracle_configs(checkpoint: Callable[[str], Path], folder, expected):
+    config = decoder_config(json.loads((checkpoint(folder) / "config.json").read_text()))
     assert {key: getattr(config, key) for key in expected} == expected
     assert len(config.rope.inv_freq) == config.head_dim // 2
     assert config.eos_token_ids == (2,)

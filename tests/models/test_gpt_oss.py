@@ -23,8 +23,8 @@ LAYER = "model.layers.1.mlp.experts."
 
 
 @pytest.fixture(scope="module")
-def gpt_oss(shared: Callable[[str], Path]) -> Path:
-    return shared("oracle/gpt_oss")
+def gpt_oss(checkpoint: Callable[[str], Path]) -> Path:
+    return checkpoint("gpt_oss")
 
 
 def load(path: Path, dtype: str = "float32"):

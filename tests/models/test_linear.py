@@ -63,14 +63,14 @@ def test_a_matrix_that_does_not_fit_is_named() -> None:
         linear(jnp.asarray(X), None, site="gate_up")
 
 
-FAMILIES = ["stories260k", "oracle/qwen2_moe-mixed", "oracle/deepseek_v2", "oracle/deepseek_v2-lite", "oracle/gpt_oss"]
+FAMILIES = ["stories260k", "qwen2_moe-mixed", "deepseek_v2", "deepseek_v2-lite", "gpt_oss"]
 
 
 @pytest.mark.parametrize("folder", FAMILIES)
 def test_every_declared_matrix_is_multiplied_at_its_site(
-    shared: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, folder: str
+    checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, folder: str
 ) -> None:
-    model = decoder_config(json.loads((shared(folder) / "config.json").read_text()))
+    model = decoder_config(json.loads((checkpoint(folder) / "config.json").read_text()))
     seen = set()
 
     def plain(w: jax.Array, x: jax.Array, site: str) -> jax.Array:
@@ -92,11 +92,11 @@ def test_every_declared_matrix_is_multiplied_at_its_site(
     assert seen == declared | {("lm_head", head(declare(model, "float32")).shape)}
 
 
-def test_all_matrices_but_three_have_a_site(shared: Callable[[str], Path]) -> None:
+def test_all_matrices_but_three_have_a_site(checkpoint: Callable[[str], Path]) -> None:
     """The embedding is looked up; the up-projections of latent attention are multiplied head by head."""
     plain = set()
     for folder in FAMILIES:
-        config = decoder_config(json.loads((shared(folder) / "config.json").read_text()))
+        config = decoder_config(json.loads((checkpoint(folder) / "config.json").read_text()))
         flat, _ = jax.tree_util.tree_flatten_with_path(declare(config, "float32"))
         plain |= {
             jax.tree_util.keystr(path).rpartition(".")[2] for path, spec in flat if spec.is_matrix and not site_of(path)

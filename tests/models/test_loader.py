@@ -70,8 +70,8 @@ def test_each_weight_is_its_tensors_one_below_the_other(stories260k):
     "folder",
     ["llama", "llama-attn-bias", "llama-tied", "qwen2", "qwen2-tied", "qwen2-yarn", "qwen3", "qwen3-tied", "mistral"],
 )
-def test_oracle_checkpoints_fill_every_weight(shared: Callable[[str], Path], folder, dtype):
-    path = shared(f"oracle/{folder}")
+def test_oracle_checkpoints_fill_every_weight(checkpoint: Callable[[str], Path], folder, dtype):
+    path = checkpoint(folder)
     config = decoder_config(json.loads((path / "config.json").read_text()))
     weights = load(path, dtype)
     assert_filled(weights, config, dtype)
@@ -188,10 +188,10 @@ class SecondOfTwo(OneDevice):
         return [share_of(spec, Grid(tensor=2), 1)]
 
 
-@pytest.mark.parametrize("model", ["stories260k", "stories260k-qwen2moe", "oracle/gpt_oss", "oracle/deepseek_v2"])
-def test_a_share_is_read_as_if_cut_from_the_whole(shared: Callable[[str], Path], model):
+@pytest.mark.parametrize("model", ["stories260k", "stories260k-qwen2moe", "gpt_oss", "deepseek_v2"])
+def test_a_share_is_read_as_if_cut_from_the_whole(checkpoint: Callable[[str], Path], model):
     """Covers experts one by one and fused in one tensor, rows in parts, and reordered rows."""
-    folder = shared(model)
+    folder = checkpoint(model)
     whole, half = load(folder), load(folder, placer=SecondOfTwo())
     declared = declare(decoder_config(open_checkpoint(str(folder)).config), "float32")
     for spec, all_of_it, share in zip(*map(jax.tree.leaves, (declared, whole, half)), strict=True):

@@ -126,10 +126,12 @@ def scheme_model(folder: Path, scheme: Scaled) -> DecoderConfig:
     return dataclasses.replace(decoder_config(json.loads((folder / "config.json").read_text())), weight_scheme=scheme)
 
 
-@pytest.mark.parametrize("model", ["stories260k", "oracle/qwen2_moe-mixed", "oracle/deepseek_v2", "oracle/gpt_oss"])
-def test_trees_with_quantised_leaves_are_declared_placed_and_stacked(shared: Callable[[str], Path], model: str) -> None:
+@pytest.mark.parametrize("model", ["stories260k", "qwen2_moe-mixed", "deepseek_v2", "gpt_oss"])
+def test_trees_with_quantised_leaves_are_declared_placed_and_stacked(
+    checkpoint: Callable[[str], Path], model: str
+) -> None:
     """Random weights are quantised as they are drawn; scan and list get the same tree."""
-    config = scheme_model(shared(model), Scaled("int4"))
+    config = scheme_model(checkpoint(model), Scaled("int4"))
     placement = Placement.over(jax.devices("cpu")[:1])
     weights = random_weights(config, "bfloat16")
     assert isinstance(weights.layers[0].o, Quantised)

@@ -26,8 +26,8 @@ GRIDS = {
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("family", GRIDS)
-def test_greedy_tokens_are_those_of_one_device(shared: Callable[[str], Path], tmp_path: Path, family: str) -> None:
-    model = shared(f"oracle/{family}")
+def test_greedy_tokens_are_those_of_one_device(checkpoint: Callable[[str], Path], tmp_path: Path, family: str) -> None:
+    model = checkpoint(family)
     ranks = int(GRIDS[family][GRIDS[family].index("--dp-size") + 1])
     pool = flags_of(max_total_tokens=TOKENS_OF_A_RANK * ranks)
     with hosts(tmp_path, model, 2, 4, *GRIDS[family], *TIGHT, *pool) as all_hosts:

@@ -16,8 +16,8 @@ OF_EXPERTS = ["tp4-ep4", "dp2-tp2-ep4", "dp2-tp4-ep4", "dp2-tp4-ep4-sp"]
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_family(family: str, shared: Callable[[str], Path]) -> None:
+def test_family(family: str, checkpoint: Callable[[str], Path]) -> None:
     grids = GRIDS + (OF_EXPERTS if family in ("qwen3_moe", "deepseek_v2") else [])
-    one, *others = run_grids(shared(f"oracle/{family}"), ["1", *grids])
+    one, *others = run_grids(checkpoint(family), ["1", *grids])
     for many in others:
         assert_same(one, many)

@@ -23,9 +23,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module", params=CASES)
-def runs(request: pytest.FixtureRequest, shared: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
+def runs(request: pytest.FixtureRequest, checkpoint: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
     grids = ["1", *CASES[request.param]]
-    return dict(zip(grids, run_grids(shared(f"oracle/{request.param}"), grids), strict=True))
+    return dict(zip(grids, run_grids(checkpoint(request.param), grids), strict=True))
 
 
 @pytest.mark.supports("several devices, virtual", CASES)
@@ -44,7 +44,7 @@ def test_ranks_preempt_their_own(runs: dict[str, dict[str, Any]]) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_quantised_weights_are_divided_with_their_scales(shared: Callable[[str], Path]) -> None:
-    one, *others = run_grids(shared("oracle/qwen3_moe"), ["int8", "tp2-int8", "dp2-tp2-ep4-int8-scan"])
+def test_quantised_weights_are_divided_with_their_scales(checkpoint: Callable[[str], Path]) -> None:
+    one, *others = run_grids(checkpoint("qwen3_moe"), ["int8", "tp2-int8", "dp2-tp2-ep4-int8-scan"])
     for many in others:
         assert_same(one, many)

@@ -33,5 +33,5 @@ def failing_when_running(server_args: ServerArgs, die: Callable[[str], None]) ->
 
 
 def never_ready(server_args: ServerArgs, die: Callable[[str], None]) -> FakeCore:
-    time.sleep(60)
+    time.sleep(600)
     return FakeCore()

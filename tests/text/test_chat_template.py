@@ -13,6 +13,7 @@ import pytest
 from sgl_jax.text import chat_template
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError
 
+TEMPLATES = Path(__file__).parents[1] / "data" / "chat_templates"
 USER = [{"role": "user", "content": "Hello <you> & é"}]
 
 _MERGES = "llama.cpp's own code puts the system message into the first turn; the template refuses it or leaves it out"
@@ -32,8 +33,8 @@ NOT_JINJA = {  # why the expected text is not what Jinja, and with it transforme
 }
 
 
-def test_llama_cpp_cases(shared_data: Path) -> None:
-    data = json.loads((shared_data / "chat_templates" / "llama_cpp_template_cases.json").read_text())
+def test_llama_cpp_cases() -> None:
+    data = json.loads((TEMPLATES / "llama_cpp_template_cases.json").read_text())
     rendered = 0
     for case in data["cases"]:
         if case["name"] in NOT_JINJA:
@@ -45,15 +46,13 @@ def test_llama_cpp_cases(shared_data: Path) -> None:
     assert rendered == 26
 
 
-def test_real_templates_render_as_transformers_does(
-    shared_data: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_real_templates_render_as_transformers_does(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """70 templates render four conversations, tools among them, or refuse them, as in transformers."""
     expected = json.loads((golden / "chat_templates.json").read_text())
     now = datetime.datetime.fromisoformat(expected["now"])
     monkeypatch.setattr(chat_template, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now)))
     found: dict[str, dict[str, str | None]] = {}
-    for path in sorted((shared_data / "chat_templates").glob("*.jinja")):
+    for path in sorted(TEMPLATES.glob("*.jinja")):
         template = ChatTemplate(path.read_text(), expected["special_tokens"])
         found[path.stem] = {}
         for name, conversation in expected["conversations"].items():

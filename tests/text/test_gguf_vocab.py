@@ -46,12 +46,11 @@ def write_vocab(path: Path, metadata: dict) -> Path:
 
 
 def gguf_of(tokenizer_json: Path, path: Path, **metadata) -> Path:
-    """Write the vocabulary as llama.cpp's converter would, cut to the merges of the first 5000 tokens."""
+    """Write the vocabulary as llama.cpp's converter would."""
     spec = json.loads(tokenizer_json.read_text())
-    vocabulary = dict(sorted(spec["model"]["vocab"].items(), key=lambda item: item[1])[:5000])
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]]
-    merges = [" ".join(pair) for pair in pairs if "".join(pair) in vocabulary and set(pair) <= set(vocabulary)]
-    tokens, kinds = list(vocabulary), [1] * len(vocabulary)
+    tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
+    merges = [" ".join(pair) for pair in spec["model"]["merges"]]
+    kinds = [1] * len(tokens)
     for added in spec["added_tokens"]:
         tokens.append(added["content"])
         kinds.append(3 if added["special"] else 4)
@@ -62,25 +61,13 @@ def gguf_of(tokenizer_json: Path, path: Path, **metadata) -> Path:
     )
 
 
-def cut_tokenizer(tokenizer_json: Path) -> Tokenizer:
-    """Return the model's own tokenizer with the same 5000 tokens."""
-    spec = json.loads(tokenizer_json.read_text())
-    kept = dict(sorted(spec["model"]["vocab"].items(), key=lambda item: item[1])[:5000])
-    pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in spec["model"]["merges"]]
-    spec["model"]["vocab"] = kept
-    spec["model"]["merges"] = [list(p) for p in pairs if "".join(p) in kept and set(p) <= set(kept)]
-    for i, added in enumerate(spec["added_tokens"]):
-        added["id"] = 5000 + i
-    return Tokenizer.from_str(json.dumps(spec))
-
-
 @pytest.mark.parametrize("name", ["qwen2.5", "qwen3"])
-def test_qwen2_pre_tokenizer_equals_the_published_tokenizer(shared_data, tmp_path, name):
-    source = shared_data / "tokenizers" / name / "tokenizer.json"
+def test_qwen2_pre_tokenizer_equals_the_published_tokenizer(tokenizers, tmp_path, name):
+    source = tokenizers / name / "tokenizer.json"
     rebuilt = load_gguf_tokenizer(
-        gguf_of(source, tmp_path / "v.gguf", **{"ggml.pre": "qwen2", "ggml.eos_token_id": 5000})
+        gguf_of(source, tmp_path / "v.gguf", **{"ggml.pre": "qwen2", "ggml.eos_token_id": 2000})
     )
-    published = cut_tokenizer(source)
+    published = Tokenizer.from_file(str(source))
     for text in [*ODD_TEXT, "<|im_start|>user\nhi 12<|im_end|><tool_call>x</tool_call>"]:
         ids = rebuilt.backend.encode(text).ids
         assert ids == published.encode(text).ids, text

@@ -18,11 +18,8 @@ def stories(stories260k: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def qwen(shared_data: Path) -> Tokenizer:
-    found = sorted(p.parent for p in (shared_data / "tokenizers").glob("**/tokenizer.json") if "qwen" in str(p).lower())
-    if not found:
-        pytest.skip("no byte-level tokenizer here")
-    return load_tokenizer(str(found[-1]))
+def qwen(tokenizers: Path) -> Tokenizer:
+    return load_tokenizer(str(tokenizers / "qwen3"))
 
 
 def test_encode_and_decode(stories: Tokenizer) -> None:

@@ -1,12 +1,13 @@
 """Tokenizers are built from vocabularies without tokenizer.json: tiktoken, sentencepiece, and those transformers converts.
 
-The expected ids are those of tiktoken 0.14 and sentencepiece 0.2.3, run on the same files.
+The expected ids are those of tiktoken and sentencepiece, run on the same vocabularies.
 """
 
 from __future__ import annotations
 
 import base64
 import itertools
+import json
 import struct
 import sys
 import types
@@ -18,82 +19,69 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.bpe import merges_of
+from sgl_jax.text.bpe import BYTE_OF_CHAR, merges_of
 from sgl_jax.text.chat_template import ChatTemplate
 from sgl_jax.text.sentencepiece_file import load_sentencepiece
 from sgl_jax.text.tiktoken_file import load_tiktoken
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from sgl_jax.tools.benchmark.datasets.source import bundled_text
 
 USER = [{"role": "user", "content": "Hi"}]
 
 
 @pytest.fixture(scope="module")
-def qwen1(shared_data: Path) -> Tokenizer:
-    return load_tokenizer(str(shared_data / "tokenizers" / "qwen1"))
+def qwen1(tokenizers: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """The vocabulary of `qwen2.5` as a file of tiktoken."""
+    folder = tmp_path_factory.mktemp("qwen1")
+    vocab = json.loads((tokenizers / "qwen2.5" / "tokenizer.json").read_text())["model"]["vocab"]
+    spelled = sorted(vocab, key=vocab.get)
+    write_ranks(folder / "qwen.tiktoken", [bytes(BYTE_OF_CHAR[char] for char in token) for token in spelled])
+    return load_tokenizer(str(folder))
 
 
 @pytest.fixture(scope="module")
-def grok1(shared_data: Path) -> Tokenizer:
-    return load_tokenizer(str(shared_data / "tokenizers" / "grok1"))
+def sentencepiece(tokenizers: Path) -> Tokenizer:
+    return load_tokenizer(str(tokenizers / "sentencepiece"))
 
 
-TEXTS = (
-    "Hello world, don't DON'T 12345",
-    "Grüße, 世界! 🤗\n\tdone  ",
-    "  two  spaces \n\n x\u3000½ ﬁ",
-    "def f(x):\n    return x ** 2\n",
-    "e\u0301 <|im_start|>",
-)
-QWEN1_IDS = [
-    [9707, 1879, 11, 1513, 944, 44273, 17323, 220, 16, 17, 18, 19, 20],
-    [6464, 2391, 23455, 11, 220, 99489, 0, 11162, 97, 245, 198, 40495, 256],
-    [220, 1378, 220, 12621, 4710, 856, 22441, 26062, 32495, 70731],
-    [750, 282, 2075, 982, 262, 470, 856, 3070, 220, 17, 198],
-    [963, 220, 151644],
-]
-GROK1_IDS = [
-    [11770, 1135, 130111, 922, 130128, 130091, 36399, 130128, 130115, 130089, 15, 16, 17, 18, 19],
-    [108547, 27124, 130111, 130089, 34415, 130166, 130089, 309, 228, 233, 220, 4, 24, 14359, 325],
-    [325, 867, 325, 39602, 130089, 5, 1734, 130237, 130395, 22063],
-    [912, 346, 130120, 130122, 1129, 4, 336, 1885, 1734, 2012, 130089, 16, 4],
-    [381, 130923, 112586, 392, 130127, 3563, 47989],
-]
+@pytest.fixture(scope="module")
+def expected(golden: Path) -> dict:
+    return json.loads((golden / "tokenizers.json").read_text())
 
 
-@pytest.mark.parametrize(("text", "ids"), [*zip(TEXTS, QWEN1_IDS, strict=True)])
-def test_qwen1_encodes_as_tiktoken(qwen1: Tokenizer, text: str, ids: list[int]) -> None:
-    assert qwen1.encode(text) == ids
+def test_qwen1_encodes_as_tiktoken(qwen1: Tokenizer, expected: dict) -> None:
+    assert [qwen1.encode(text) for text in expected["texts"]] == expected["tiktoken"]["ids"]
 
 
-@pytest.mark.parametrize(("text", "ids"), [*zip(TEXTS, GROK1_IDS, strict=True)])
-def test_grok1_encodes_as_sentencepiece(grok1: Tokenizer, text: str, ids: list[int]) -> None:
-    assert grok1.encode(text) == ids
-    assert grok1.decode(ids) == text
+def test_a_model_of_sentencepiece_encodes_as_the_library(sentencepiece: Tokenizer, expected: dict) -> None:
+    assert [sentencepiece.encode(text) for text in expected["texts"]] == expected["sentencepiece"]["ids"]
+    for text, ids in zip(expected["texts"], expected["sentencepiece"]["ids"], strict=True):
+        assert sentencepiece.decode(ids) == text
 
 
-def test_qwen1_is_qwen25_for_text(qwen1: Tokenizer, shared_data: Path) -> None:
+def test_qwen1_is_qwen25_for_text(qwen1: Tokenizer, tokenizers: Path) -> None:
     """Both have one vocabulary; the later one comes as tokenizer.json."""
-    later = load_tokenizer(str(shared_data / "tokenizers" / "qwen2.5"))
-    prose = (shared_data / "datasets" / "text" / "war-and-peace.txt").read_text(encoding="utf-8")[:200_000]
+    later = load_tokenizer(str(tokenizers / "qwen2.5"))
+    prose = bundled_text()
     assert qwen1.encode(prose) == later.encode(prose)
     assert qwen1.decode(qwen1.encode(prose)) == prose
 
 
 def test_qwen1_special_tokens_and_template(qwen1: Tokenizer) -> None:
-    assert (qwen1.vocab_size, qwen1.eos_token_id, qwen1.bos_token_id) == (151851, 151643, None)
+    assert (qwen1.vocab_size, qwen1.eos_token_id, qwen1.bos_token_id) == (2208, 2000, None)
     text = qwen1.chat_template().render(USER)
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
         "<|im_start|>assistant\n"
     )
-    assert [i for i in qwen1.encode(text) if i > 151643] == [151644, 151645, 151644, 151645, 151644]
-    assert qwen1.token_bytes(151850) == b"<|extra_204|>"
+    assert [i for i in qwen1.encode(text) if i > 2000] == [2001, 2002, 2001, 2002, 2001]
+    assert qwen1.token_bytes(2207) == b"<|extra_204|>"
 
 
-def test_grok1_special_tokens(grok1: Tokenizer) -> None:
-    assert (grok1.vocab_size, grok1.bos_token_id, grok1.eos_token_id) == (131072, 1, 2)
-    ids = grok1.encode("a é")
-    assert b"".join(grok1.token_bytes(token) for token in ids) == " a é".encode()
+def test_sentencepiece_special_tokens(sentencepiece: Tokenizer) -> None:
+    assert (sentencepiece.vocab_size, sentencepiece.bos_token_id, sentencepiece.eos_token_id) == (1000, 1, 2)
+    ids = sentencepiece.encode("a é")
+    assert b"".join(sentencepiece.token_bytes(token) for token in ids) == " a é".encode()
 
 
 @settings(max_examples=200, deadline=None)

@@ -16,6 +16,8 @@ from sgl_jax.tools.benchmark.datasets.source import TextSource, bundled_text
 from sgl_jax.tools.benchmark.records import Prompt
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
+DATASETS = Path(__file__).parents[2] / "data" / "datasets"
+
 
 @pytest.fixture(scope="module")
 def tokenizer(stories260k: Path) -> Tokenizer:
@@ -23,8 +25,8 @@ def tokenizer(stories260k: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def qwen3(shared_data: Path) -> Tokenizer:
-    return load_tokenizer(str(shared_data / "tokenizers" / "qwen3"))
+def qwen3(tokenizers: Path) -> Tokenizer:
+    return load_tokenizer(str(tokenizers / "qwen3"))
 
 
 def flags(*words: object) -> argparse.Namespace:
@@ -246,15 +248,15 @@ def test_sharegpt_leaves_out_what_published_results_leave_out(tokenizer: Tokeniz
     assert sorted(found) == [(4, 9), (5, 9), (50, 9), (1024, 9), (1024, 9)]
 
 
-def test_sharegpt_real_conversations(qwen3: Tokenizer, shared_data: Path) -> None:
-    path = shared_data / "datasets" / "sharegpt_like.json"
+def test_sharegpt_real_conversations(qwen3: Tokenizer) -> None:
+    path = DATASETS / "sharegpt.json"
     words = ("--dataset-name", "sharegpt", "--dataset-path", path)
-    prompts = load(qwen3, *words, "--num-prompts", 60)
-    assert len(prompts) == 60
-    assert prompts == load(qwen3, *words, "--num-prompts", 60)
+    prompts = load(qwen3, *words, "--num-prompts", 30)
+    assert len(prompts) == 30
+    assert prompts == load(qwen3, *words, "--num-prompts", 30)
     assert [p.prompt_len for p in prompts] == [len(qwen3.encode(str(p.prompt))) for p in prompts]
     assert all(p.prompt_len >= 4 and p.output_len >= 4 and p.prompt_len + p.output_len <= 2048 for p in prompts)
-    assert prompts != load(qwen3, *words, "--num-prompts", 60, seed=2)
+    assert prompts != load(qwen3, *words, "--num-prompts", 30, seed=2)
 
 
 def test_custom_lines_of_every_form_keep_their_order(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -393,10 +395,10 @@ def test_equal_hash_ids_are_equal_tokens(tokenizer: Tokenizer, tmp_path: Path) -
     assert load(tokenizer, "--dataset-name", "mooncake", "--dataset-path", path, seed=2)[0].prompt != first
 
 
-def test_a_real_trace_has_the_sharing_it_says(shared_data: Path) -> None:
-    words = ("--dataset-name", "mooncake", "--dataset-path", shared_data / "datasets" / "mooncake")
+def test_a_real_trace_has_the_sharing_it_says() -> None:
+    words = ("--dataset-name", "mooncake", "--dataset-path", DATASETS / "mooncake")
     prompts = load(None, *words, "--num-prompts", 60, vocab_size=50_000)
-    with (shared_data / "datasets" / "mooncake" / "conversation_trace.jsonl").open() as file:
+    with (DATASETS / "mooncake" / "conversation_trace.jsonl").open() as file:
         lines = [json.loads(next(file)) for _ in range(60)]
     lines.sort(key=lambda line: line["timestamp"])
     assert [p.prompt_len for p in prompts] == [line["input_length"] for line in lines]
