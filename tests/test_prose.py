@@ -15,15 +15,17 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = ("python/sgl_jax", "tests", "benchmarks", "docs", "examples")
 RIDDLES = {"What", "That", "Of", "Those"}  # first words that make a reader wait for the noun
 
-# Rooms of the package whose comments are still to be mended.
-COMMENTS_NOT_YET = ("engine", "models", "multihost", "ops", "planning", "server", "settings", "text", "tools")
-DOCSTRINGS_NOT_YET = ("tests/tools/benchmark/",)
+COMMENTS_NOT_YET = ("engine", "models", "ops", "planning", "server", "settings", "step_plan.py", "tools")
+DOCSTRINGS_NOT_YET = ("tests/tools/benchmark/",)  # the rooms above are those whose comments are still to be mended
 
 TITLES_SINCE = "e67d04c834"  # "Rooms tools/ and settings/; file names say which room they are of"; older ones stay
 TITLE_LENGTH = 72
-TOO_LONG = {  # by one or two characters, and older than this test
+TOO_LONG = {  # by some characters, and written before this test was
+    "Architecture in plain words, with a glossary; where a line of code belongs",
+    "Docstrings of models and text begin with a verb or noun; MTP, logn scaling, replicas",
     "Families share their name tables; random weights are read like stored ones",
     "GGUF, rope and the plan of weights: one table each, no wrappers used once",
+    "Tests, benchmarks and pages of the scheduler and runtime in plain English",
 }
 LABEL = re.compile(r"(Merge branch|Format|Types)\b|[A-Za-z]+(\(\w+\))?!?:")  # "Docs: …" names a place, not a change
 
@@ -59,15 +61,17 @@ def comment_openings(source: str) -> list[str]:
 
 
 def commit_titles() -> list[str]:
-    """Titles of the commits since TITLES_SINCE that are no merges; of all there are in a shallow clone, none in an archive."""
-    base = subprocess.run(
-        ["git", "merge-base", "--is-ancestor", TITLES_SINCE, "HEAD"], cwd=REPOSITORY, capture_output=True, check=False
-    )
-    span = f"{TITLES_SINCE}..HEAD" if base.returncode == 0 else "HEAD"
-    done = subprocess.run(
-        ["git", "log", "--no-merges", "--format=%s", span], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
-    return done.stdout.splitlines()
+    """Titles of the commits since TITLES_SINCE that are no merges. A shallow clone has only some, an archive has none."""
+    if not (REPOSITORY / ".git").exists():
+        return []
+    if _git("merge-base", "--is-ancestor", TITLES_SINCE, "HEAD").returncode == 0:
+        return _git("log", "--no-merges", "--format=%s", f"{TITLES_SINCE}..HEAD").stdout.splitlines()
+    titles = _git("log", "--no-merges", "--format=%s").stdout.splitlines()
+    return [title for title in titles if not title.startswith("Merge")]  # a merge at the border has lost its parents
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
 def wrong_title(title: str) -> bool:

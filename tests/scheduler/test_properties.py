@@ -156,7 +156,7 @@ def _answers_of_one_rank(scenario: Scenario) -> None:
     alone = run(dataclasses.replace(scenario, core={**scenario.core, "ranks": 1}))
     for key, answer in client.answers.items():
         if (other := alone.answers[key]).reason == answer.reason:
-            n = min(len(answer.tokens), len(other.tokens))  # an aborted request has more in the faster run
+            n = min(len(answer.tokens), len(other.tokens))  # an aborted request has more tokens in the faster run
             assert answer.tokens[:n] == other.tokens[:n]
             assert answer.reason is not None
             assert n == len(answer.tokens) == len(other.tokens) or answer.reason.type == "abort"
