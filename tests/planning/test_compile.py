@@ -133,7 +133,7 @@ def test_the_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("argv", "code", "says"),
     [
-        (["--topology", "v6e-4", "--model-path", "Llama-3.1-70B"], 1, r"does not fit: (.*\n)+v6e-8 \(8 chips"),
+        (["--topology", "v6e-4", "--model-path", "Llama-3.1-70B"], 1, r"35.32 GB .*29.52 GB .*\nv6e-8 \(8 chips"),
         (["--topology", "v6e-5", "--model-path", "Qwen3-8B"], 2, "v6e-5.* 1, 2, 4"),
         (["--topology", "v6e-4", "--model-path", "./none"], 2, r"\./none"),
         (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--page-size", "3"], 2, "--page-size .*3"),
