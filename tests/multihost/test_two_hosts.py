@@ -81,7 +81,7 @@ def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(
         assert re.search(r"sgl_jax: error: host 1 \(127\.0\.0\.1:\d+\) closed", leader.text())
 
 
-def test_each_process_reads_its_share_of_the_files(stories260k: Path) -> None:
+def test_each_process_reads_its_shard_of_the_files(stories260k: Path) -> None:
     port = str(free_ports())
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
     script = str(Path(__file__).with_name("loading.py"))
@@ -132,5 +132,5 @@ def test_start_up_names_the_missing_hosts_and_gives_up(stories260k: Path, tmp_pa
 
 
 def test_an_engine_in_a_program_is_on_one_machine(stories260k: Path) -> None:
-    with pytest.raises(EngineFailed, match=r"--nnodes .*2.* launch_server"):
+    with pytest.raises(EngineFailed, match=r"--nnodes .*2.*launch_server"):
         sgl_jax.Engine(model_path=str(stories260k), nnodes=2, tp_size=2, dist_init_addr="127.0.0.1:1")
