@@ -162,10 +162,10 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def row_capacity(context_length: int, width: int) -> int:
-    """Tokens that a row's page table must hold. A row may compute needless drafts beyond the context: at the end, up to two
-    steps of W tokens each are in flight."""
-    return context_length + 2 * (width - 1)
+def pages_per_row(context_length: int, width: int, page_size: int) -> int:
+    """Return the number of pages that a row's page table must hold. A row may compute needless drafts beyond the context: at
+    the end, up to two steps of W tokens each are in flight."""
+    return -(-(context_length + 2 * (width - 1)) // page_size)
 
 
 @functools.cache
@@ -188,12 +188,8 @@ class StepTokens:
 
     tokens: np.ndarray  # i32[S, W]
     num_accepted: np.ndarray  # i32[S] how many of a row's tokens continue its sequence: 1 .. W if it decodes, else 1
-    logprobs: TokenScores | None  # of the sampled tokens, n = S * W; None unless a row asked
-    prompt_logprobs: TokenScores | None  # of the token after each packed token, n = T; None unless a row asked
-
-    @property
-    def has_scores(self) -> bool:
-        return self.logprobs is not None or self.prompt_logprobs is not None
+    logprobs: TokenScores | None  # n = S * W sampled tokens; None unless a row asked
+    prompt_logprobs: TokenScores | None  # n = T, the token after each packed token; None unless a row asked
 
 
 class Flight(Protocol):

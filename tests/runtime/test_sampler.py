@@ -181,9 +181,9 @@ def thresholds(x: np.ndarray, filters: list[dict]) -> tuple[np.ndarray, np.ndarr
     """Return the threshold of each row of scaled logits x with its filters: as the sampler finds it, and by bisection alone."""
     defaults = {"top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0}
     dtypes = {"top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
-    columns = [np.array([f.get(name, defaults[name]) for f in filters], dtypes[name]) for name in defaults]
-    found = _threshold(x, *columns, np.ones(len(x), bool))
-    return np.asarray(found), np.asarray(_bisect_threshold(x, *columns))
+    columns = tuple(np.array([f.get(name, defaults[name]) for f in filters], dtypes[name]) for name in defaults)
+    found = _threshold(x, columns, np.ones(len(x), bool))
+    return np.asarray(found), np.asarray(_bisect_threshold(x, columns))
 
 
 @pytest.mark.parametrize("vocab_size", [50, 64, 65, 1000])

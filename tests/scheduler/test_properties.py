@@ -17,7 +17,7 @@ from hypothesis import given, settings
 
 from sgl_jax.engine.messages import Abort, FlushCache
 from sgl_jax.scheduler.rank_order import PLACEMENTS
-from sgl_jax.step_plan import row_capacity
+from sgl_jax.step_plan import pages_per_row
 from simulated import Client, make_core
 
 # W by the number of decoding rows: drafts for no row, for all rows, or only in small batches.
@@ -50,7 +50,7 @@ def scenarios(draw: st.DrawFn, width: str = "1", ranks: tuple[int, ...] = (1,)) 
     rows = draw(st.integers(1, 5))
     context_length = draw(st.integers(12, 40))
     widths = [WIDTHS[width](n) for n in range(1, rows + 1)]
-    smallest = -(-row_capacity(context_length, max(widths)) // page_size)
+    smallest = pages_per_row(context_length, max(widths), page_size)
     most_decoding = max(n * w for n, w in enumerate(widths, 1))
     core = {
         "width": WIDTHS[width],

@@ -8,7 +8,7 @@ import pytest
 from sgl_jax.request import FinishReason
 from sgl_jax.scheduler.results import StepResult
 from sgl_jax.scheduler.scheduler import Scheduler
-from sgl_jax.step_plan import StepPlan, row_capacity
+from sgl_jax.step_plan import StepPlan, pages_per_row
 from simulated import make_request, make_scheduler, step_tokens
 
 W = 4
@@ -151,8 +151,8 @@ def test_a_page_table_has_room_for_drafts_beyond_the_context() -> None:
         take(s, first, [51])
         take(s, second, [52])
     assert not s.has_requests
-    assert most == row_capacity(12, W) - 2  # counted from 0; and the very last token of a row is never computed
-    assert s.table.page_table.shape[1] == row_capacity(12, W) == 18
+    assert most == pages_per_row(12, W, 1) - 2  # counted from 0; and the very last token of a row is never computed
+    assert s.table.page_table.shape[1] == pages_per_row(12, W, 1) == 18
 
 
 def test_a_preempted_row_comes_back_with_what_was_known() -> None:

@@ -28,6 +28,8 @@ from sgl_jax.runtime.device_state import IN_PROMPT, DeviceState
 from sgl_jax.runtime.layout import param_of
 from sgl_jax.step_plan import Param, RowFlag
 
+Filters = tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]  # top_k, top_p, min_p of each line
+
 CANDIDATES = 64
 _BLOCK = 256  # vocabulary entries summed at once when inverting the distribution
 _LINES_BYTES = 20 << 20  # float32 logits of a block of lines; VMEM of a TPU holds several such arrays
@@ -94,12 +96,12 @@ def _sample(logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState,
     def draw() -> Int[Array, " S"]:
         # The best logit becomes 0, so that no temperature, however small, makes it overflow.
         scaled = (logits - axis.max(logits.max(-1, keepdims=True))) / jnp.where(random, temperature, 1.0)[:, None]
-        top_k = lines.param(Param.TOP_K)
-        top_p, min_p = lines.param(Param.TOP_P), lines.param(Param.MIN_P)
+        filters = lines.param(Param.TOP_K), lines.param(Param.TOP_P), lines.param(Param.MIN_P)
+        top_k, top_p, min_p = filters
         filtered = random & ((top_k < logits.shape[-1] * axis.size) | (top_p < 1) | (min_p > 0))
         threshold = lax.cond(
             filtered.any(),
-            lambda: jnp.where(filtered, _threshold(scaled, top_k, top_p, min_p, filtered, axis), -jnp.inf),
+            lambda: jnp.where(filtered, _threshold(scaled, filters, filtered, axis), -jnp.inf),
             lambda: jnp.full(len(scaled), -jnp.inf),
         )
         drawn = _invert(scaled, threshold, uniforms(lines), axis)
@@ -197,14 +199,10 @@ def uniforms(lines: SampleLines) -> Float[Array, " S"]:
 
 
 def _threshold(
-    x: Float[Array, "S V"],
-    top_k: Int[Array, " S"],
-    top_p: Float[Array, " S"],
-    min_p: Float[Array, " S"],
-    filtered: Bool[Array, " S"],
-    axis: MeshAxis = ONE_DEVICE,
+    x: Float[Array, "S V"], filters: Filters, filtered: Bool[Array, " S"], axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, " S"]:
     """Return the smallest logit that each line keeps. It is the same however the other lines' thresholds are found."""
+    top_k, top_p, min_p = filters
     vocab_size = x.shape[-1] * axis.size
     best, _ = _top_k(x, CANDIDATES, axis)  # [S, C], descending
     num_candidates = best.shape[-1]
@@ -225,18 +223,13 @@ def _threshold(
     return lax.cond(
         (exact | ~filtered).all(),
         lambda: found,
-        lambda: jnp.where(exact, found, _bisect_threshold(x, top_k, top_p, min_p, axis)),
+        lambda: jnp.where(exact, found, _bisect_threshold(x, filters, axis)),
     )
 
 
-def _bisect_threshold(
-    x: Float[Array, "S V"],
-    top_k: Int[Array, " S"],
-    top_p: Float[Array, " S"],
-    min_p: Float[Array, " S"],
-    axis: MeshAxis = ONE_DEVICE,
-) -> Float[Array, " S"]:
+def _bisect_threshold(x: Float[Array, "S V"], filters: Filters, axis: MeshAxis = ONE_DEVICE) -> Float[Array, " S"]:
     """Find the same threshold by bisection over the bits of the logits: exact in 32 passes for top_k and 32 for top_p."""
+    top_k, top_p, min_p = filters
     top = axis.max(x.max(-1))
     weights = jnp.exp(x - top[:, None])
     k = jnp.minimum(top_k, x.shape[-1] * axis.size)

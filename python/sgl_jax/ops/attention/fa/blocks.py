@@ -7,10 +7,10 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from sgl_jax.ops.attention.fa.ring import IDS
 from sgl_jax.ops.attention.fa.tile import LANES
@@ -70,7 +70,9 @@ def _ring(keys: int, page_size: int, row_pages: int, page_bytes: int, slots: int
     return max(2, _power_of_two(min(MAX_SLOTS, budget // (pages * page_bytes)))), pages
 
 
-def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_heads: int) -> DecodeBlocks:
+def decode_blocks(
+    chip: Chip, kv_shape: tuple[int, ...], dtype: DTypeLike, row_pages: int, num_heads: int
+) -> DecodeBlocks:
     """Return the sizes for a pool [LP, K, planes, page, H], page tables of row_pages pages and num_heads query heads."""
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
     slots, pages = _ring(DECODE_KEYS, page_size, row_pages, page_bytes, 4, chip.vmem_bytes // 8)
@@ -83,7 +85,7 @@ def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: 
 
 
 def chunk_blocks(
-    chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_heads: int, num_tokens: int
+    chip: Chip, kv_shape: tuple[int, ...], dtype: DTypeLike, row_pages: int, num_heads: int, num_tokens: int
 ) -> ChunkBlocks:
     """Return the sizes as decode_blocks does, for num_tokens packed tokens, a multiple of 16."""
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
@@ -98,7 +100,7 @@ def chunk_blocks(
     return dataclasses.replace(blocks, **_tuned("chunks", chip, kv_shape, dtype))
 
 
-def _page_bytes(kv_shape: tuple[int, ...], dtype: Any) -> int:
+def _page_bytes(kv_shape: tuple[int, ...], dtype: DTypeLike) -> int:
     return jnp.dtype(dtype).itemsize * math.prod(kv_shape[1:])
 
 
@@ -107,7 +109,7 @@ def _table() -> dict[str, dict[str, int]]:
     return json.loads(Path(__file__).with_name("tuned.json").read_text())
 
 
-def _tuned(kernel: str, chip: Chip, kv_shape: tuple[int, ...], dtype: Any) -> dict[str, int]:
+def _tuned(kernel: str, chip: Chip, kv_shape: tuple[int, ...], dtype: DTypeLike) -> dict[str, int]:
     _, heads, _, page_size, head_dim = kv_shape
     key = f"{kernel} {chip.name} kv_heads={heads} page={page_size} head_dim={head_dim} {jnp.dtype(dtype)}"
     return _table().get(key, {})

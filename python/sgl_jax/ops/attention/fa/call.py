@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from sgl_jax.ops.attention import api
 from sgl_jax.ops.attention.fa import blocks as block_sizes
@@ -144,7 +144,7 @@ def _attend_short_in_turn(
 
 
 def _prepare_operands(
-    prepare: api.QKPrepare, num_tokens: int, head_dim: int, pool_dim: int, dtype: Any
+    prepare: api.QKPrepare, num_tokens: int, head_dim: int, pool_dim: int, dtype: DTypeLike
 ) -> tuple[Prepare, dict[str, jax.Array | None]]:
     """Return the static part of a QKPrepare, and its arrays as Tokens has them, padded to num_tokens lines and to the pool's
     head dim."""

@@ -139,14 +139,13 @@ class Decode:
         written = row if self.static.width == 1 else counted[0]  # row tiles sent to the pool; with W = 1, one a row
         mine = Row.of(self, row)
         state = [mine.start(head) for head in self.first_heads]
-        end, position = mine.end, mine.position
-        first_new = end - 1 if self.static.width == 1 else div(position, self.pages.block_tokens)
+        first_new = mine.end - 1 if self.static.width == 1 else div(mine.position, self.pages.block_tokens)
         n, cursor, state = lax.fori_loop(mine.begin, first_new, mine.old_block, (n, cursor, state))
         carry = n, cursor, written, state
         if self.static.width == 1:
-            n, cursor, written, state = mine.new_block(end - 1, carry)
+            n, cursor, written, state = mine.new_block(mine.end - 1, carry)
         else:
-            n, cursor, written, state = lax.fori_loop(first_new, end, mine.new_block, carry)
+            n, cursor, written, state = lax.fori_loop(first_new, mine.end, mine.new_block, carry)
         mine.write_out(state)
         return (n, cursor) if self.static.width == 1 else (n, cursor, written)
 

@@ -53,7 +53,7 @@ class Prepare:
     head_dim: int  # without padding
     eps: float
     half: int  # the rotation pairs dimension i with half + i; 0: none
-    dtype: Any  # rounded to after the norm, as it is where the norm is an operation of its own
+    dtype: DTypeLike  # rounded to after the norm, as it is where the norm is an operation of its own
 
     def __call__(self, x: jax.Array, norm: Any, rope: jax.Array | None) -> jax.Array:
         """Norm and rotate x f32[R, H] of one head, with the weight VMEM [1, H] and cos and sin f32[R, H] (QKPrepare)."""
@@ -90,12 +90,14 @@ def part_of(group: int, most: int) -> int:
     return part if 4 * part >= most else group
 
 
-def row_tile(dtype: Any) -> int:
+def row_tile(dtype: DTypeLike) -> int:
     """Return the rows of a tile in memory, the granularity at which pages can be cut."""
     return 32 // jnp.dtype(dtype).itemsize
 
 
-def join_pages(buffer: Any, slot: Any, first: Any, count: int, head: Any, which: int, value_dim: int) -> jax.Array:
+def join_pages(
+    buffer: Any, slot: jax.Array, first: jax.Array | int, count: int, head: jax.Array | int, which: int, value_dim: int
+) -> jax.Array:
     """Return K (which 0) or V (1) of one KV head in pages [first, first + count) of a ring slot: [count * page, H], V's first
     value_dim columns. In a pool of one plane V is a part of K."""
     plane = min(which, buffer.shape[3] - 1)
