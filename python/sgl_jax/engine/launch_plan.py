@@ -72,6 +72,7 @@ def plan_launch(
     context_length = min(context_length, memory.num_tokens)
     max_running = min(max_running, memory.num_pages - 1)
     prefill_tokens = _prefill_tokens(args, platform, context_length, grid.data)
+    multiple = grid.tensor if grid.sequence else 1  # each device computes as many of a step's tokens
     step_tokens = max(prefill_tokens, max_running)  # room for one token of every running request
     return LaunchPlan(
         grid,
@@ -85,9 +86,7 @@ def plan_launch(
             num_pages=memory.num_pages,
             num_rows=max_running * grid.data,
             context_length=context_length,
-            buckets=make_buckets(
-                step_tokens, max_running, platform.smallest_bucket[dtype], grid.tensor if grid.sequence else 1
-            ),
+            buckets=make_buckets(step_tokens, max_running, platform.smallest_bucket[dtype], multiple),
             num_ranks=grid.data,
         ),
         SchedulerConfig(

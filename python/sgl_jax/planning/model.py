@@ -16,7 +16,7 @@ from sgl_jax.settings.hub import HUGGING_FACE, Downloads
 class PlannedModel:
     config: DecoderConfig
     stored_dtype: str | None
-    source: str  # of the config
+    source: str  # path or name of the config
 
 
 def find_model(path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None) -> PlannedModel:

@@ -45,7 +45,7 @@ class About(NamedTuple):
 
     help: str
     group: str = ""  # title of a group of flags, which begins here; empty: that of the flag before
-    unset: str = ""  # what happens when the flag is not given, where the default value does not say it
+    unset: str = ""  # effect of leaving the flag out, where the default value does not say it
     rule: Rule | None = None
     aliases: tuple[str, ...] = ()
     metavar: str = ""  # "PATH" also expands a leading ~

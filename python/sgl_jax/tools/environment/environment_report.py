@@ -10,7 +10,7 @@ from sgl_jax.tools.environment.facts import CompileCache, Device, Facts, Machine
 from sgl_jax.tools.environment.verdicts import kinds
 
 _WIDTH = 100
-_MOST_DEVICES = 64  # of a platform, listed one by one
+_MOST_DEVICES = 64  # listed one by one for a platform
 
 
 def render(report: Report) -> str:

@@ -25,7 +25,7 @@ class Verdict:
     platform: Platform
     usable: bool
     summary: str  # the devices, or the reason
-    advice: tuple[str, ...] = ()  # what to do; a command stands in a line of its own
+    advice: tuple[str, ...] = ()  # steps to take; a command stands in a line of its own
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Device:
     id: int
     kind: str
     process_index: int = 0
-    memory: int | None = None  # that jax may use
+    memory: int | None = None  # bytes that jax may use
     memory_used: int | None = None
-    coords: tuple[int, ...] | None = None  # of the chip in its slice
+    coords: tuple[int, ...] | None = None  # the chip's place in its slice
     core_on_chip: int | None = None
     slice_index: int | None = None
 
@@ -65,7 +65,7 @@ class Probe:
     runtime: str = ""  # the backend's own words about its version
     process_index: int = 0
     process_count: int = 1
-    devices: tuple[Device, ...] = ()  # of all processes
+    devices: tuple[Device, ...] = ()  # devices of all processes
     log: tuple[str, ...] = ()  # warnings and errors jax logged
 
     @property
@@ -111,7 +111,7 @@ class Machine:
     system: str = "unknown"
     python: str = "unknown"
     cpu_model: str = "unknown"
-    cpus: int | None = None  # that this process may use
+    cpus: int | None = None  # number that this process may use
     memory: int | None = None
     container: str = ""  # its kind; empty: none seen
     cgroup_cpus: float | None = None  # None: not limited
@@ -145,7 +145,7 @@ class Facts:
     probes: tuple[Probe, ...] = ()
     compile_cache: CompileCache = CompileCache()
     environ: Mapping[str, str] = field(default_factory=dict)
-    not_found_out: tuple[str, ...] = ()  # what could not be looked at, and why
+    not_found_out: tuple[str, ...] = ()  # subjects that could not be looked at, and why
 
     def version(self, package: str) -> str | None:
         return next((each.version for each in self.packages if each.name == package), None)
@@ -171,7 +171,7 @@ class Report:
 
     sgl_jax: str  # version
     verdicts: tuple[Verdict, ...]
-    notices: tuple[str, ...]  # what does not stop the program; a command stands in a line of its own
+    notices: tuple[str, ...]  # lines about what does not stop the program; a command stands in a line of its own
     facts: Facts
 
     @property

@@ -27,7 +27,7 @@ from sgl_jax.scheduler.rows import encode_params
 BACKENDS = ("native", "fa")
 # Largest difference, for values around 1: a rounding of the dtype at each of the few places where one happens.
 ALLOWED = {"bfloat16": 0.04, "float32": 0.001}
-SAMPLER_ALLOWED = 1e-4  # of a row's probability: float32 sums over the vocabulary
+SAMPLER_ALLOWED = 1e-4  # probability, for the rounding of float32 sums over the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)

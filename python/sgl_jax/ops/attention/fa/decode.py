@@ -264,8 +264,8 @@ class Row:
         return attend(state, self.q, loads, keep, decode.static.scores, self.factor)
 
     def _insert(self, n, slot, block, written):
-        """Put the row's new K and V into a block, item n, and send the row tiles around them back to the pool. Returns how
-        many tiles have been sent in all."""
+        """Put the row's new K and V into a block, item n, and send their row tiles to the pool. Returns the number of tiles
+        sent by all rows so far."""
         decode = self.decode
         if decode.static.width == 1:
             return self._insert_tile(n, slot, block, self.position, written)
@@ -279,7 +279,7 @@ class Row:
         return lax.fori_loop(div(first, height), cdiv(end, height), one_tile, written)
 
     def _insert_tile(self, n, slot, block, position, written):
-        """Handle the row tile of a position in the row: that of the new token where W = 1, else the tile's first."""
+        """Put new tokens into the row tile of a position (of the new token where W = 1, else the tile's first) and send it."""
         decode, refs, pages, width = self.decode, self.decode.refs, self.decode.pages, self.decode.static.width
         _, num_kv_heads, planes, page_size, head_dim = refs.kv.shape
         height = refs.tiles.shape[3]
