@@ -1,5 +1,5 @@
-"""Engine-thread time to tell other machines what to run: one step's vector over loopback TCP, the receivers in processes
-of their own.
+"""Measure the engine thread's time to announce a step to other hosts: its vector over loopback TCP, with the receivers in
+processes of their own.
 
     python benchmarks/announce.py
 

@@ -1,8 +1,8 @@
-"""Compile time and program size of 4 and of 48 layers of each family, where layers are stacked and scanned.
+"""Measure compile time and program size of 4 and 48 layers of each family, with scanned layers.
 
     PYTHONPATH=tests:tests/e2e python benchmarks/depth.py --output benchmarks/depth.json
 
-Times are of the processor, not of the clock, and the least of some tries, so that others on the machine matter less.
+Times are processor times, the least of several tries, so that other programs on the machine matter less.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""What models need and say to each other on several TPUs, without a TPU: per-device bytes, and the collectives of the
-compiled decode step.
+"""Report the memory and communication of models on several TPUs, without a TPU: bytes per device, and the collectives of
+the compiled decode step.
 
     python benchmarks/grids.py --output benchmarks/grids.json --report benchmarks/grids.md [--only MODEL:TOPOLOGY]
 
 Sizes and least times are those of `python -m sgl_jax.compile --plan`. Collectives are read from programs that libtpu
-compiled with two and with four layers of the model: what a layer adds is the same for each. Needs libtpu, no TPU.
+compiled with two and with four layers of the model: each layer adds the same. Needs libtpu, no TPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from sgl_jax.settings.server_args import ServerArgs
 
 DEPTHS = (2, 4)
 CONTEXT = 1024
-# As many ways as there are KV heads, ranks beyond; experts whole on as many devices as there are experts for.
+# Tensor parallelism up to the number of KV heads, then data ranks; experts are whole where there are enough of them.
 DENSE = {
     "v6e-4": {"tp_size": 4},
     "v6e-8": {"tp_size": 8},
@@ -78,7 +78,7 @@ def cell(name: str, topology: str) -> dict[str, Any]:
 
 
 def collectives(plan: Plan, model: PlannedModel, tokens: int, depth: int) -> Counter[str]:
-    """Result bytes of every collective that each step runs, by kind, with that many layers."""
+    """Return the result bytes of the collectives of a step, by kind, for a model with this many layers."""
     config = model.config
     cut = {"num_layers": depth} | {
         field: kept[:depth]
@@ -92,7 +92,7 @@ def collectives(plan: Plan, model: PlannedModel, tokens: int, depth: int) -> Cou
     placement = Placement.over(plan.target.find_devices(), launch.grid)
     programs = launch_programs(config, launch, platform, kernels_for(None, platform, config), placement)
     program = next(each for each in programs if each.name.startswith(f"tokens={tokens} "))
-    with jax.default_matmul_precision(matmul_precision(launch.runner.compute_dtype)):
+    with jax.default_matmul_precision(matmul_precision(launch.runner_config.compute_dtype)):
         calls = compile_all([program], CompileWatch(), lambda *report: None, absent=placement.mesh)
     found: Counter[str] = Counter()
     for each in hlo.read(calls[program.name].as_text()).collectives():
@@ -102,7 +102,7 @@ def collectives(plan: Plan, model: PlannedModel, tokens: int, depth: int) -> Cou
 
 
 def least_bytes(plan: Plan, tokens: int) -> dict[str, int]:
-    """Activations only: a sum after attention, and, around the MLP, what ranks exchange and a sum within each."""
+    """Compute the bytes of activations: a sum after attention, and around the MLP the exchange between ranks and a sum in each."""
     grid, config = plan.launch.grid, plan.model.config
     rows, layers = tokens * config.hidden_size * 2, config.num_layers
     least = {"all-reduce": (2 * layers + 1) * rows if grid.tensor > 1 else 0}

@@ -1,4 +1,4 @@
-"""A mixture-of-experts layer by grouped matmul against computing every expert for every token.
+"""Compare a mixture-of-experts layer by grouped matmul with computing every expert for every token.
 
     python benchmarks/moe_layer.py --output benchmarks/moe_layer.json
 
@@ -35,7 +35,7 @@ def grouped(x: jax.Array, w: MoeWeights, at: LayerExperts) -> jax.Array:
 
 
 def dense(x: jax.Array, w: MoeWeights, at: LayerExperts) -> jax.Array:
-    """Every expert for every token, weighed with zero where it was not chosen."""
+    """Compute every expert for every token, with weight zero where it was not chosen."""
     weights, ids = route(x, w, MOE)
     share = (
         jnp.zeros((len(x), MOE.num_experts), x.dtype).at[jnp.arange(len(x))[:, None], ids].set(weights.astype(x.dtype))

@@ -1,4 +1,4 @@
-"""Engine-thread time of a steady decode step: scheduling, packing the plan, collecting, stop checks. No device time.
+"""Measure the engine thread's time for a steady decode step: scheduling, packing, collecting, stop checks; no device time.
 
     python benchmarks/step_overhead.py --output benchmarks/step_overhead.json
 
@@ -51,12 +51,12 @@ class Flight:
 
 
 class PackingRunner:
-    """Everything ModelRunner does on the host, but the dispatch."""
+    """Runner that does all host work of ModelRunner except the dispatch."""
 
     compiles_after_ready = 0
 
     def __init__(self, num_rows: int, num_ranks: int):
-        self.tracer = JaxTracer()  # its annotations are part of a step's work, recorded or not
+        self.tracer = JaxTracer()  # a step enters its annotations whether they are recorded or not
         self.buckets = make_buckets(STEP_TOKENS, num_rows, 8)
         self.layouts = {bucket: PlanLayout(bucket, PAGE_SIZE, num_rows, num_ranks) for bucket in self.buckets}
         self.tokens, self.accepted = np.full((num_rows, 1), 7, np.int32), np.ones(num_rows, np.int32)
@@ -68,7 +68,7 @@ class PackingRunner:
 
 
 def steady_core(num_rows: int, num_steps: int, *, overlap: bool, num_ranks: int = 1) -> Core:
-    """A core whose num_rows requests, over all data ranks, all decode, and will for num_steps more."""
+    """Make a core whose num_rows requests, over all data ranks, decode for at least num_steps more."""
     assert num_rows % num_ranks == 0
     rows_of_rank = num_rows // num_ranks
     context_length = PROMPT_TOKENS + num_rows + num_steps + 64  # the first to decode wait for the last
@@ -90,7 +90,7 @@ def steady_core(num_rows: int, num_steps: int, *, overlap: bool, num_ranks: int 
 
 
 def measure(num_rows: int, num_steps: int, *, overlap: bool, num_ranks: int = 1) -> np.ndarray:
-    """Microseconds of each step, f64[num_steps]."""
+    """Measure each step, f64[num_steps] in microseconds."""
     core = steady_core(num_rows, num_steps + 50, overlap=overlap, num_ranks=num_ranks)
     for _ in range(20):
         core.step()

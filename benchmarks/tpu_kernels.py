@@ -1,4 +1,4 @@
-"""Scoreboard of the attention kernels for TPU, without a TPU: what libtpu compiles them to, counted in bundles.
+"""Scoreboard of the attention kernels for TPU, made without a TPU: the bundles that libtpu compiles them to.
 
     python benchmarks/tpu_kernels.py --output benchmarks/tpu_kernels.json --report benchmarks/tpu_kernels.md
 
@@ -32,7 +32,7 @@ POOL_PAGES = 16384
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Attention of one device."""
+    """Heads of one device."""
 
     num_heads: int
     num_kv_heads: int
@@ -42,7 +42,7 @@ class Shape:
 
     @property
     def width(self) -> int:
-        """Of a key in the pool."""
+        """Numbers of a key in the pool."""
         return -(-self.key_dim // 128) * 128
 
     @property
@@ -71,7 +71,7 @@ class Loop:
     loops: list[Loop] = dataclasses.field(default_factory=list)
 
     def total(self, what: str = "bundles") -> int:
-        """Of its own code, inner loops left out."""
+        """Count in the loop's own code, inner loops left out."""
         return sum(piece[what] for piece in self.pieces)
 
     def walk(self) -> Iterator[Loop]:
@@ -85,7 +85,7 @@ def _piece() -> dict[str, int]:
 
 
 def read_bundles(text: str) -> Loop:
-    """The loops of a `final_bundles` dump."""
+    """Read the loops of a `final_bundles` dump."""
     root = Loop(0)
     latest = [root]  # at each depth; a loop's closing branch is printed one level up, so lines go by their depth alone
     for line in text.splitlines():
@@ -136,7 +136,7 @@ def decode_figures(kernel: Loop) -> dict[str, int]:
 
 
 def chunk_figures(kernel: Loop) -> dict[str, int]:
-    """Bundles of the chunk kernel: per KV head for a tile of queries and a whole block, or an edge unit, of keys."""
+    """Read bundles of the chunk kernel: per KV head for a tile of queries and a whole block, or an edge unit, of keys."""
     heavy = sorted((loop for loop in kernel.walk() if loop.total("matmul")), key=lambda loop: loop.total("matmul"))
     return {
         "block_of_head": heavy[-1].total(),
@@ -183,7 +183,7 @@ def cases() -> list[Case]:
 
 
 def use_dumps(folder: Path) -> None:
-    """Have libtpu leave final bundles there. To be called in a process that has loaded no jax."""
+    """Let libtpu dump final bundles into the folder. Call it before jax is imported."""
     flags = (
         f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=(final_bundles).*"
     )
@@ -194,14 +194,14 @@ def use_dumps(folder: Path) -> None:
 
 
 def measure(selected: list[Case], dumps: Path) -> dict[str, dict[str, Any]]:
-    """Compile each case; after use_dumps."""
+    """Compile each case and read its figures. Call use_dumps first."""
     results = {}
     for case in selected:
         before = set(dumps.glob("*"))
         compiled, blocks = compile_case(case)
         found = [f for f in set(dumps.glob("*final_bundles.txt")) - before if "schedule-analysis" not in f.name]
         name = {"decode": "fa_decode", "chunks": "fa_chunks"}[case.kind]
-        dump = min(f for f in found if name in f.name)  # rows that do not fit into VMEM at once are calls of their own
+        dump = min(f for f in found if name in f.name)  # rows beyond those that fit into VMEM have calls of their own
         read = decode_figures if case.kind == "decode" else chunk_figures
         figures = read(read_bundles(dump.read_text()))
         print(case.name, figures, file=sys.stderr, flush=True)
@@ -210,7 +210,7 @@ def measure(selected: list[Case], dumps: Path) -> dict[str, dict[str, Any]]:
 
 
 def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
-    """The attention of one layer: a decode step of 256 rows, or one of 2048 tokens."""
+    """Compile the attention of one layer: a decode step of 256 rows, or a step of 2048 tokens."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -265,7 +265,7 @@ def compile_case(case: Case) -> tuple[Any, dict[str, int]]:
 
 
 def heads_in_turn(shape: Shape, queries: int) -> int:
-    """Query heads that a turn of the chunk kernel's loop takes."""
+    """Return the query heads that a turn of the chunk kernel's loop takes."""
     from sgl_jax.ops.attention.fa import chunks
 
     return math.prod(chunks.products_of(shape.num_heads, shape.num_kv_heads, queries))
@@ -273,18 +273,18 @@ def heads_in_turn(shape: Shape, queries: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """Another's attention, on the TP4 shape for v6e with pages of 128."""
+    """Attention of another project, on the TP4 shape for v6e with pages of 128."""
 
     name: str
-    kernels: dict[str, str]  # by kind: what names of its dumps contain
+    kernels: dict[str, str]  # by kind: a part of its dumps' names
     rows: dict[str, int]  # by kind: rows that a turn of its heaviest loop takes
-    keys: int  # of each of them, with all 8 heads
-    layer: Callable[..., Any]  # (keys, queries) -> of arrays as `pool` and measure_peers make them
+    keys: int  # keys of each of these rows, with all 8 heads
+    layer: Callable[..., Any]  # (queries, *arrays of measure_peers): the program of a layer
     pool: tuple[int, ...]
 
 
 def peers() -> list[Peer]:
-    """JAX's own, which writes no KV, with 1024 keys a block as ours; tokamax's with the blocks it chooses."""
+    """Return JAX's own, which writes no KV, with our blocks of 1024 keys, and tokamax's with the blocks it chooses."""
     from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 
     from sgl_jax.ops.attention import tokamax
@@ -307,8 +307,8 @@ def peers() -> list[Peer]:
 
 
 def measure_peers(dumps: Path) -> dict[str, dict[str, dict[str, int]]]:
-    """Bundles of each peer's heaviest loop, and of all of its loop over rows and tiles with what lies in that once, for
-    1024 keys of a row and for 128 queries x 8 heads x 1024 keys."""
+    """Count bundles of each peer's heaviest loop, and of its whole loop over rows and tiles with inner loops counted once,
+    for 1024 keys of a row and for 128 queries x 8 heads x 1024 keys."""
     import warnings
 
     import jax
@@ -351,13 +351,13 @@ def measure_peers(dumps: Path) -> dict[str, dict[str, dict[str, int]]]:
 
 
 def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
-    """Of a program around a kernel; copied: results of the copies and transpositions beside it."""
+    """Read bytes of a program around a kernel; copied: results of the copies and transpositions beside the kernel."""
     from sgl_jax.planning import hlo
 
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     call = next(line for line in text.splitlines() if "custom-call(" in line and kernel in line)
-    attributes = text[text.index(call) :]  # may go on over the next lines
+    attributes = text[text.index(call) :]  # they may go on in the next lines
     used = re.search(r'"used_scoped_memory_configs":\[\{"memory_space":"1","offset":"0","size":"(\d+)"', attributes)
     assert used is not None
     around = [each for each in hlo.read(text).instructions() if each.opcode in ("copy", "transpose", "copy-start")]
@@ -375,9 +375,10 @@ def program_facts(compiled: Any, kernel: str) -> dict[str, int]:
 
 
 def decode_bytes(context: int, page: int, shape: Shape, itemsize: int = 2, width: int = 1) -> tuple[int, int]:
-    """Return (moved, least) between HBM and the core for one row of a layer: its pages, the row tile that takes the new
-    tokens (or two, if they straddle), its page ids (512 bytes a block), q and o; least: its keys and values, the new ones,
-    q and o, nothing padded."""
+    """Return the bytes moved between HBM and the core for one row of a layer, and the least that could be.
+
+    Moved are its pages, the row tile with the new tokens (or two, if they straddle), its page ids (512 bytes a block), q
+    and o. The least are its keys and values, the new ones, q and o, all without padding."""
 
     def ends(width: int) -> int:
         values = -(-shape.value_dim // 128) * 128
@@ -386,7 +387,7 @@ def decode_bytes(context: int, page: int, shape: Shape, itemsize: int = 2, width
     token = shape.planes * shape.num_kv_heads * shape.width * itemsize
     least = shape.planes * shape.num_kv_heads * shape.key_dim * itemsize
     tile = 32 // itemsize
-    tiles = tile + width - 1  # on average: lines of a tile, times 1 + (W - 1) / lines
+    tiles = tile + width - 1  # lines written on average: those of a tile, times 1 + (W - 1) / lines
     moved = -(-context // page) * page * token + tiles * token + width * ends(shape.width)
     return moved + 512 * -(-context // 1024), (context + width) * least + width * ends(shape.key_dim)
 
@@ -399,17 +400,10 @@ def _label(result: dict[str, Any]) -> str:
     return f"{result['chip']} {result['shape']} page {result['page']} {result['pool']}" + f" W={width}" * (width > 1)
 
 
-def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[str, int]]], libtpu: str) -> str:
+def _decode_tables(results: dict[str, dict[str, Any]]) -> list[str]:
     from sgl_jax.planning.topology import CHIPS
 
     lines = [
-        "# Attention kernels for TPU, in bundles",
-        "",
-        f"Made by `python benchmarks/tpu_kernels.py` with libtpu {libtpu}; nothing here ran on a TPU. A bundle is at least",
-        "a cycle of the core; copies run beside it and take at least bytes / bandwidth. The larger of the two columns",
-        "binds. Clocks are inferred from the chips' rates: v6e 1.75 GHz, v7x 2.2 GHz. q in bfloat16. TP1, 4 and 8: heads of",
-        "128, those of Qwen3-8B. MLA-N: N heads over a latent pool, 512 + 64 numbers a token padded to 640, the first 512",
-        "the value: DeepSeek-V3 on one device and on 4. W=4: rows of 4 new tokens, the last of so many keys.",
         "",
         "## Decode: one row of one layer",
         "",
@@ -443,7 +437,11 @@ def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[s
                 f"| {case} | {b['key_block']} | {result['block']} | {b['edge_unit']} per {result['unit']} | "
                 f"{b['page_alone']} | {b['spills_in_block']} | {result['vmem_bytes'] / 1e6:.1f} |"
             )
-    lines += [
+    return lines
+
+
+def _chunk_table(results: dict[str, dict[str, Any]]) -> list[str]:
+    lines = [
         "",
         "## Chunks: a turn over the heads of a tile of queries",
         "",
@@ -462,44 +460,61 @@ def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[s
                 f"{flop / b['block_of_head'] / 524288:.0%} | {b['edge_unit_of_head']} per {result['unit']} | "
                 f"{result['vmem_bytes'] / 1e6:.1f} |"
             )
-    if peers:
-        lines += [
-            "",
-            "## Beside others",
-            "",
-            "v6e, TP4, page 128. JAX's own ragged paged attention (`jax.experimental.pallas.ops.tpu`), its blocks set to the same",
-            "1024 keys: it takes new KV that something else has written, so a program with it has a scatter more. tokamax's",
-            "(`--attention-backend tokamax`), with the blocks that it chooses: 512 keys of 8 rows, or of 2 chunks. Its work list",
-            "is made by three more kernels a step, which are not counted. Bytes are those of the whole program of one layer: 256",
-            "rows with a token, or 2048 tokens. Interpret mode cannot run theirs (no `ref.bitcast`), so their errors are not known;",
-            "ours is below 1e-5 in float32 (`tests/ops/attention/`). What is copied beside ours turns q and o from [T, N, H], as",
-            "this program gets them, to [T, N * H], the form in which a step splits them off its products; copies of a whole step",
-            "are not counted here.",
-            "",
-            f"| | {' | '.join(peers)} | ours |",
-            f"|---|{'---|' * len(peers)}---|",
-        ]
-        mine = {kind: results[f"{kind} v6e TP4 page 128"] for kind in ("decode", "chunks")}
-        ours = {kind: each["bundles"] for kind, each in mine.items()}
-        rows = [
-            ("bundles: decode, each 1024 keys of a row", "decode", "loop", ours["decode"]["key_block"]),
-            ("bundles: decode, a row of 1024 keys", "decode", "all", ours["decode"]["row"]),
-            (
-                "bundles: chunks, 128 queries x 8 heads x 1024 keys",
-                "chunks",
-                "loop",
-                ours["chunks"]["block_of_head"] * 8 // mine["chunks"]["heads_in_turn"],
-            ),
-        ]
-        lines += [
-            f"| {what} | {' | '.join(str(peer[kind][name]) for peer in peers.values())} | {our} |"
-            for what, kind, name, our in rows
-        ]
-        facts = {"VMEM": "vmem_bytes", "program": "code_bytes", "copied beside the kernel": "copied_bytes"}
-        for what, name in facts.items():
-            for kind in ("decode", "chunks"):
-                kilobytes = [round(each[kind][name] / 1e3) for each in (*peers.values(), mine)]
-                lines.append(f"| kB of {what}, {kind} | {' | '.join(map(str, kilobytes))} |")
+    return lines
+
+
+def _peer_table(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[str, int]]]) -> list[str]:
+    lines = [
+        "",
+        "## Beside others",
+        "",
+        "v6e, TP4, page 128. JAX's own ragged paged attention (`jax.experimental.pallas.ops.tpu`), its blocks set to the same",
+        "1024 keys: it takes new KV that something else has written, so a program with it has a scatter more. tokamax's",
+        "(`--attention-backend tokamax`), with the blocks that it chooses: 512 keys of 8 rows, or of 2 chunks. Its work list",
+        "is made by three more kernels a step, which are not counted. Bytes are those of the whole program of one layer: 256",
+        "rows with a token, or 2048 tokens. Interpret mode cannot run theirs (no `ref.bitcast`), so their errors are not known;",
+        "ours is below 1e-5 in float32 (`tests/ops/attention/`). What is copied beside ours turns q and o from [T, N, H], as",
+        "this program gets them, to [T, N * H], the form in which a step splits them off its products; copies of a whole step",
+        "are not counted here.",
+        "",
+        f"| | {' | '.join(peers)} | ours |",
+        f"|---|{'---|' * len(peers)}---|",
+    ]
+    mine = {kind: results[f"{kind} v6e TP4 page 128"] for kind in ("decode", "chunks")}
+    ours = {kind: each["bundles"] for kind, each in mine.items()}
+    rows = [
+        ("bundles: decode, each 1024 keys of a row", "decode", "loop", ours["decode"]["key_block"]),
+        ("bundles: decode, a row of 1024 keys", "decode", "all", ours["decode"]["row"]),
+        (
+            "bundles: chunks, 128 queries x 8 heads x 1024 keys",
+            "chunks",
+            "loop",
+            ours["chunks"]["block_of_head"] * 8 // mine["chunks"]["heads_in_turn"],
+        ),
+    ]
+    lines += [
+        f"| {what} | {' | '.join(str(peer[kind][name]) for peer in peers.values())} | {our} |"
+        for what, kind, name, our in rows
+    ]
+    facts = {"VMEM": "vmem_bytes", "program": "code_bytes", "copied beside the kernel": "copied_bytes"}
+    for what, name in facts.items():
+        for kind in ("decode", "chunks"):
+            kilobytes = [round(each[kind][name] / 1e3) for each in (*peers.values(), mine)]
+            lines.append(f"| kB of {what}, {kind} | {' | '.join(map(str, kilobytes))} |")
+    return lines
+
+
+def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[str, int]]], libtpu: str) -> str:
+    lines = [
+        "# Attention kernels for TPU, in bundles",
+        "",
+        f"Made by `python benchmarks/tpu_kernels.py` with libtpu {libtpu}; nothing here ran on a TPU. A bundle is at least",
+        "a cycle of the core; copies run beside it and take at least bytes / bandwidth. The larger of the two columns",
+        "binds. Clocks are inferred from the chips' rates: v6e 1.75 GHz, v7x 2.2 GHz. q in bfloat16. TP1, 4 and 8: heads of",
+        "128, those of Qwen3-8B. MLA-N: N heads over a latent pool, 512 + 64 numbers a token padded to 640, the first 512",
+        "the value: DeepSeek-V3 on one device and on 4. W=4: rows of 4 new tokens, the last of so many keys.",
+    ]
+    lines += _decode_tables(results) + _chunk_table(results) + (_peer_table(results, peers) if peers else [])
     return "\n".join(lines) + "\n"
 
 

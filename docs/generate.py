@@ -30,7 +30,7 @@ python -m sgl_jax.launch_server --model-path PATH [flags]
 A flag can be given on the command line (`--page-size 16`), as an environment variable (`{ENV_PREFIX}PAGE_SIZE=16`) or in
 a YAML file named by `--config` (`page-size: 16`). The command line wins over the environment, which wins over the file.
 A name that is no flag is refused in all three places, and so is a value that cannot be honoured: the server prints one
-line that says which, what the limit is and what to do, and exits with code 2. An empty environment variable counts as
+line with the flag, the limit and a remedy, and exits with code 2. An empty environment variable counts as
 unset, and what Kubernetes writes into the environment about a Service called `sgl-jax` is not taken for flags.
 
 A switch needs no value on the command line: `--disable-radix-cache` turns it on, `--no-disable-radix-cache` takes back
@@ -44,7 +44,7 @@ def server_arguments() -> str:
     parts = [INTRODUCTION]
     for group, flags in groupby(FLAGS, key=lambda flag: flag.about.group):
         rows = "".join(_row(flag) for flag in flags)
-        parts.append(f"## {group}\n\n| flag | values | default | what it does |\n|---|---|---|---|\n{rows}")
+        parts.append(f"## {group}\n\n| flag | values | default | effect |\n|---|---|---|---|\n{rows}")
     return "\n".join(parts)
 
 
@@ -67,20 +67,20 @@ COMING_FROM = """# Coming from SGLang or vLLM
 
 <!-- Written by `python docs/generate.py` from python/sgl_jax/settings/foreign_flags.py and settings/not_built.py: change it there. -->
 
-Most flags have SGLang's names and OpenAI's clients need no change. Whatever is not honoured is refused by name, never ignored:
-a flag of the tables below is answered with what stands there, on the command line, in the environment and in a config file,
-and so are the requests' parameters ([openai_api.md](openai_api.md), [native_api.md](native_api.md)).
+Most flags have SGLang's names, and OpenAI's clients need no change. A flag that is not honoured is refused by name, never ignored,
+on the command line, in the environment and in a config file; the error says what the tables below say. The same holds for the
+parameters of requests ([openai_api.md](openai_api.md), [native_api.md](native_api.md)).
 
-What has the same name and another meaning, or another place:
+Some names have another meaning here, or another place:
 
 - `vllm serve MODEL` is `python -m sgl_jax.launch_server --model-path MODEL`; the port is 30000.
-- `--tp-size 4 --dp-size 2` are eight devices: `--tp-size` counts those of one group, not all of them
+- `--tp-size 4 --dp-size 2` takes eight devices: `--tp-size` counts the devices of one data rank, not all of them
   ([parallelism.md](parallelism.md)).
-- `--page-size` is a power of two. `--trust-remote-code` is taken and runs nothing.
-- A request without `temperature` has 1: a model's `generation_config.json` gives no defaults ([sampling.md](sampling.md)).
+- `--page-size` is a power of two. `--trust-remote-code` is accepted without effect: no code of a model folder is run.
+- A request without `temperature` is sampled at 1: a model's `generation_config.json` gives no defaults ([sampling.md](sampling.md)).
 - `/tokenize` takes `prompt` or `messages`, not `text`.
-- Paths: `/get_model_info` and `/get_server_info` (not `/model_info`, `/server_info`), `/metrics` (also for what `/get_load`
-  says), `/health` (also for `/ping`). Not there: `/v1/embeddings`, `/v1/responses`, `/v1/score`, `/v1/rerank`,
+- Paths: `/get_model_info` and `/get_server_info` (not `/model_info`, `/server_info`), `/metrics` (also instead of `/get_load`),
+  `/health` (also instead of `/ping`). There is no `/v1/embeddings`, `/v1/responses`, `/v1/score`, `/v1/rerank` or
   `/pause_generation`.
 
 """
@@ -113,7 +113,7 @@ def _names(patterns: str) -> str:
 
 
 def sampling_table(parameters: Iterable[Parameter] = PARAMETERS) -> str:
-    """The sampling parameters: their names in both APIs, defaults and limits."""
+    """Make the table of sampling parameters: their names in both APIs, defaults and limits."""
     rows = "".join(
         f"| `{each.name}` | {_api_names(each, 'native')} | {_api_names(each, 'openai')} | {_default(each)} | "
         f"{'; '.join(filter(None, (each.about.help, _limits(each))))} |\n"
@@ -143,7 +143,7 @@ BEGIN, END = "<!-- Written by `python docs/generate.py` from request.py: change 
 
 
 def sampling() -> str:
-    """The page about sampling, with its table as the code has it."""
+    """Return the page about sampling, with its table made from the code."""
     text = (REPOSITORY / "docs" / "features" / "sampling.md").read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
     return before + BEGIN + sampling_table() + END + rest.partition(END)[2]
@@ -155,16 +155,16 @@ SUPPORT = """# Support matrix
 
 <!-- Written by `python docs/generate.py` from the marks `supports` in tests/: change them there. -->
 
-What tests show of each family. On a CPU in float32 and with layers scanned: tokens and logprobs are those of an independent
-reference, at page sizes 1 and 16, prompts whole and in chunks, alone and together. `not yet`: no test shows it, which is not
-to say that it fails. In bfloat16 every family is served, and none is compared with a reference. Quantised arithmetic is not
-built, and nothing here has run on a real TPU.
+Properties of each family that tests show. "float32 on a CPU" and "layers scanned": tokens and logprobs equal those of an
+independent reference, at page sizes 1 and 16, with prompts whole and in chunks, alone and together. `not yet`: no test shows
+it, which does not mean that it fails. In bfloat16 every family is served, and none is compared with a reference. Quantised
+arithmetic is not built, and nothing here has run on a real TPU.
 
 """
 
 
 def support_matrix() -> str:
-    """Families by what tests show of them, from the tests' source alone."""
+    """Make the table of what tests show of each family, from the tests' source alone."""
     cells: dict[tuple[str, str], list[str]] = defaultdict(list)
     files: dict[str, set[str]] = defaultdict(set)
     folders = _constants(REPOSITORY / "tests" / "e2e" / "test_families_exact.py")["FAMILIES"]
@@ -184,7 +184,7 @@ def support_matrix() -> str:
 
 
 def _marks(file: Path) -> Iterator[tuple[str, Any]]:
-    """The arguments of each `@pytest.mark.supports` of a file; names stand for the file's constants."""
+    """Read the arguments of each `@pytest.mark.supports` of a file; names stand for the file's constants."""
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         for mark in getattr(node, "decorator_list", ()):
             if isinstance(mark, ast.Call) and ast.unparse(mark.func) == "pytest.mark.supports":
@@ -194,7 +194,7 @@ def _marks(file: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _constants(file: Path) -> dict[str, Any]:
-    """What a module's upper-case names stand for: plain values, and dicts of which only the keys are plain."""
+    """Values of a module's upper-case names: plain values, and dicts of which only the keys are plain."""
     found: dict[str, Any] = {}
     for node in ast.parse(file.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -216,7 +216,7 @@ def _value(node: ast.expr) -> Any:
 
 
 def _rows(rows: Any) -> Iterator[tuple[str, list[str]]]:
-    """Families, each with what is said of it: a dict's lists, or what follows the name in a tuple."""
+    """Yield families, each with its cell: a dict's list, or the values that follow the name in a tuple."""
     for row in rows:
         if isinstance(row, tuple):
             yield row[0], [" ".join(map(str, row[1:3]))]

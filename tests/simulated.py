@@ -1,4 +1,4 @@
-"""A scheduler, and a whole engine core, over a device whose output can be computed by hand."""
+"""Scheduler and engine core for tests, over a fake device whose output can be computed by hand."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def make_scheduler(
     placement: str = "cache_aware",
     width: Callable[[int], int] = lambda num_decoding: 1,
 ) -> Scheduler:
-    """Pages, rows and token budgets are of each rank."""
+    """Make a scheduler. Pages, rows and token budgets are per rank."""
     return Scheduler(
         SchedulerConfig(rows, context_length, step_tokens, prefill_tokens or step_tokens, policy, placement, width),
         [PrefixCache(num_usable_pages + 1, page_size, enabled=radix) for _ in range(ranks)],
@@ -41,7 +41,7 @@ def make_scheduler(
 
 
 def step_tokens(plan: StepPlan, tokens: np.ndarray, num_accepted: np.ndarray | None = None) -> StepTokens:
-    """A step's result: tokens [S] or [S, W], of which so many are accepted (all, if it is not said)."""
+    """Make a step's result of tokens [S] or [S, W]. By default all are accepted."""
     tokens = tokens.reshape(len(plan.rows), plan.width).astype(np.int32)
     if num_accepted is None:
         num_accepted = np.where(plan.from_device, plan.width, 1)
@@ -51,7 +51,7 @@ def step_tokens(plan: StepPlan, tokens: np.ndarray, num_accepted: np.ndarray | N
 def make_request(
     key: int, prompt: list[int], *, max_tokens: int = 40, stop: tuple[int, ...] = (), namespace: str = "", **params
 ) -> Request:
-    """Arrives in the order of keys."""
+    """Make a request; requests arrive in the order of their keys."""
     return Request(
         key=key,
         prompt=np.array(prompt, np.int32),
@@ -91,7 +91,7 @@ def make_core(
 
 @dataclasses.dataclass
 class Answer:
-    """What has come back for one request."""
+    """Events that have come back for a request."""
 
     request: Request
     tokens: list[int] = dataclasses.field(default_factory=list)
@@ -100,7 +100,7 @@ class Answer:
     reason: FinishReason | None = None
 
     def check(self, vocab_size: int) -> None:
-        """The answer is the one computed by hand; of an aborted request, the beginning of it."""
+        """Check that the answer is the one computed by hand, or its beginning if the request was aborted."""
         request, params = self.request, self.request.params
         limit = request.max_total_tokens - len(request.prompt)
         right = continuation(request, limit, vocab_size)

@@ -9,6 +9,7 @@ import ast
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +20,9 @@ import sgl_jax
 PYTHON = Path(__file__).resolve().parents[1] / "python"
 PACKAGE = PYTHON / "sgl_jax"
 
-PLAIN_DATA = ("request", "step_plan", "engine.messages")  # what rooms say to each other
+PLAIN_DATA = ("request", "step_plan", "engine.messages")  # records that rooms hand to each other
 
-# What a room may import of sgl_jax besides itself: a name stands for the module and everything in it.
+# By room, the modules of sgl_jax it may import besides its own; a name stands for the module and everything in it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "request": (),
     "settings": (),
@@ -227,3 +228,22 @@ def test_importing_the_package_loads_nothing() -> None:
 def test_version_is_the_packages() -> None:
     project = tomllib.loads((PYTHON / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert sgl_jax.__version__ == project["version"]
+
+
+# Class names that two rooms still define. Take a name off when you rename one of the classes; add none.
+SHARED_CLASS_NAMES = {"About", "Backend", "Chip", "Column", "Probe", "Rows", "Target"}
+
+
+def test_a_name_is_of_one_room() -> None:
+    """A file name or a class name leads a reader to one place. Only implementations of one interface share file names."""
+    files: dict[str, set[str]] = defaultdict(set)
+    classes: dict[str, set[str]] = defaultdict(set)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).parts
+        if path.name != "__init__.py" and not (parts[0] == "ops" and path.stem in {"api", "native", "reference"}):
+            files[path.stem].add("/".join(parts))
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                classes[node.name].add(parts[0])
+    assert {name: sorted(paths) for name, paths in files.items() if len(paths) > 1} == {}
+    assert {name for name, rooms in classes.items() if len(rooms) > 1} <= SHARED_CLASS_NAMES

@@ -13,7 +13,7 @@ from messages import says
 from sgl_jax import launch_server
 from sgl_jax.settings.server_args import FLAGS, ServerArgs
 
-HELP_SECONDS = 0.3  # of the processor: others on the machine do not count
+HELP_SECONDS = 0.3  # processor time: other work on the machine does not count
 HELP_MODULES = 190  # in sys.modules at the end of --help, Python's own among them
 
 

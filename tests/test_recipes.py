@@ -1,7 +1,7 @@
-"""The recipes of docs/architecture.md hold: what one adds, in how many files, is tried on a copy of the package.
+"""Tests of the recipes in docs/architecture.md, on a copy of the package.
 
-A recipe is a set of edits, each a line of the source and the lines that follow it from then on. A script then uses what was
-added. Recipes for a weight format, an attention backend and a sampling parameter are tested in their rooms.
+A recipe is a set of edits, each of which inserts lines after a line of the source. A script then uses the addition. Recipes
+for a weight format, an attention backend and a sampling parameter are also tested in their rooms.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Edits = list[tuple[str, str, str]]  # a file, a line of it, and the text that co
 
 
 def run_edited(folder: Path, edits: Edits, script: str) -> str:
-    """What the script prints when it imports a copy of the package with the edits."""
+    """Return the output of a script that imports a copy of the package with the edits."""
     shutil.copytree(PACKAGE, folder / "sgl_jax", ignore=shutil.ignore_patterns("__pycache__"))
     for name, line, text in edits:
         path = folder / "sgl_jax" / name

@@ -1,4 +1,4 @@
-"""What a request may ask: the limits, each named."""
+"""Tests of sampling parameters: limits, types, and errors that name the parameter."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_value_the_device_could_not_honour_is_refused_by_name(param, value):
     ],
 )
 def test_a_value_of_another_type_is_refused_by_name(param, value):
-    """Parameters made in this process reach the engine as they are: nothing else would look at their types."""
+    """Parameters made in this process reach the engine unconverted: nothing else checks their types."""
     with pytest.raises(InvalidParameter, match=rf"^{param}\b.* must be ") as refused:
         SamplingParams(**{param: value}).validate(vocab_size=100)
     assert refused.value.param == param
@@ -91,14 +91,14 @@ def test_the_edges_are_allowed():
 
 
 def test_the_limits_are_compared_once() -> None:
-    """Whoever compared the numbers says so: a body's fields have the same limits."""
+    """A request body's fields have the same limits, so numbers from a body are not compared again."""
     SamplingParams(temperature=-1.0).validate(vocab_size=100, in_range=True)
     with pytest.raises(InvalidParameter):
         SamplingParams(stop_token_ids=(100,)).validate(vocab_size=100, in_range=True)
 
 
 class Warm(SamplingParams, frozen=True, kw_only=True):
-    """SamplingParams with one more parameter, and nothing else about it anywhere."""
+    """SamplingParams with one more parameter, which nothing else knows of."""
 
     warmth: Annotated[float, About("how friendly", 0.0, 9.0, native="warmth heat")] = 0.5
 
@@ -129,7 +129,7 @@ def test_one_declaration_makes_a_parameter() -> None:
 def test_one_declaration_makes_a_field_of_a_body(api: Api) -> None:
     @with_fields(sampling_fields(api, ONE_MORE))
     class Asked(Body):
-        """A body."""
+        """Request body with the sampling fields of the API."""
 
     read = {"native": lambda body: native_params(body, Warm), "openai": lambda body: openai_params(body, {}, {}, Warm)}
     given = read[api](Asked.model_validate({"warmth": 2}))

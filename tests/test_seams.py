@@ -1,7 +1,7 @@
-"""Rooms hand each other typed things: nothing that one room imports from another says `Any`, and imports form no circle.
+"""Tests of the seams between rooms: a name that one room imports from another has no `Any`, and imports form no circle.
 
-A room is a folder of the package, or a file at its top. Inside a room `Any` is for what has no better type: trees of
-arrays whose leaves are also specs and axes, JSON as it was read, and what jax and other libraries leave open.
+A room is a folder of the package, or a file at its top. Inside a room `Any` is for values without a better type: trees of
+arrays whose leaves are also specs and axes, JSON as it was read, and values that jax and other libraries leave open.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 from test_imports import PACKAGE, modules
 
-# How many times each room says `Any` inside, at most. Fewer is welcome; more needs a better reason than haste.
+# Upper limits of the uses of `Any` inside each room. Lower them when you can; raise them only with a reason.
 INSIDE = {
     "tools": 77,  # JSON of reports, and of servers that are measured
     "ops": 31,  # Pallas refs and traced scalars inside kernels
@@ -34,7 +34,7 @@ INSIDE = {
 
 
 def used_elsewhere(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    """By module, the names that other rooms import from it; "*" where they import the module."""
+    """Return the names that other rooms import from each module; "*" if they import the module itself."""
     used: dict[str, set[str]] = defaultdict(set)
     for name, tree in trees.items():
         for source, imported in imported_names(tree, trees):
@@ -44,7 +44,7 @@ def used_elsewhere(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
 
 
 def imported_names(tree: ast.Module, trees: dict[str, ast.Module]) -> Iterator[tuple[str, str]]:
-    """(module, name) of each import from the package; the name is "*" for a whole module."""
+    """Yield (module, name) for each import from the package; the name is "*" for a whole module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sgl_jax":
             module = (node.module or "").removeprefix("sgl_jax").removeprefix(".")
@@ -62,7 +62,7 @@ def is_any(node: ast.AST) -> bool:
 
 
 def untyped(function: ast.FunctionDef | ast.AsyncFunctionDef, name: str) -> Iterator[str]:
-    """Parameters, and the result, that are `Any` or have it within."""
+    """Yield the parameters, and the result, whose annotations contain `Any`."""
     a = function.args
     for each in (*a.posonlyargs, *a.args, *a.kwonlyargs, a.vararg, a.kwarg):
         if each is not None and says_any(each.annotation):
@@ -101,7 +101,7 @@ def open_seams(package: Path) -> set[str]:
 
 
 def name_of(node: ast.stmt) -> str | None:
-    """The name that a statement of a module defines, if it is one that the check knows."""
+    """Return the name that a statement of a module defines; None for kinds of statements that define none."""
     match node:
         case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
             return node.name

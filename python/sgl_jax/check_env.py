@@ -1,5 +1,5 @@
-"""`python -m sgl_jax.check_env`: what this machine has for serving, whether TPU, GPU and CPU can be used, and if not,
-why and what to do. Works whatever is missing, jax included; also as `check_env.check_env()`.
+"""`python -m sgl_jax.check_env`: says what this machine has for serving, whether TPU, GPU and CPU can be used, and if
+not, why and what to do. Works whatever is missing, jax included; also as `check_env.check_env()`.
 """
 
 from __future__ import annotations

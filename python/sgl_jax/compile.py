@@ -1,5 +1,5 @@
-"""`python -m sgl_jax.compile --topology v6e-4 --model-path …`: does it fit, what will it cost, does it compile; see
-docs/features/compile.md."""
+"""`python -m sgl_jax.compile --topology v6e-4 --model-path …`: says whether a launch fits, what it costs and whether it
+compiles; see docs/features/compile.md."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Param(enum.IntEnum):
     REPETITION = enum.auto()
 
 
-class Flag(enum.IntFlag):
+class RowFlag(enum.IntFlag):
     """Bits of Param.FLAGS: the parts of the sampler that a row needs."""
 
     LOGPROBS = 1
@@ -93,7 +93,7 @@ class StepPlan:
     rank: np.ndarray  # i32[S] the data rank whose pages hold the row, 0 .. M-1
     width: int  # W
     loads: list[RowLoad]
-    flags: Flag  # the flags of all rows together
+    flags: RowFlag  # the flags of all rows together
     num_cached_tokens: int  # prompt tokens that the requests admitted by this plan found in the prefix cache
     num_short: Annotated[np.ndarray, Column(Per.RANK)]  # i32[M] rows of a rank with num_new <= W, the first ones
     rows: Annotated[np.ndarray, Column(Per.ROW, names_rows=True)]  # i32[S] lines of the state, over all ranks
@@ -139,7 +139,7 @@ class StepPlan:
             if name not in columns:
                 dtype = np.bool_ if column.is_bool else np.int32
                 columns[name] = np.full(column.shape(sizes[column.per]), column.fill, dtype)
-        flags = Flag(int(np.bitwise_or.reduce(columns["params"][:, Param.FLAGS])))
+        flags = RowFlag(int(np.bitwise_or.reduce(columns["params"][:, Param.FLAGS])))
         return cls(keys, rank, width, [*loads], flags, num_cached_tokens, **columns)
 
     @property
@@ -148,11 +148,11 @@ class StepPlan:
 
     @property
     def wants_logprobs(self) -> bool:
-        return Flag.LOGPROBS in self.flags
+        return RowFlag.LOGPROBS in self.flags
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        return Flag.PROMPT_LOGPROBS in self.flags
+        return RowFlag.PROMPT_LOGPROBS in self.flags
 
 
 COLUMNS: dict[str, Column] = {
@@ -162,10 +162,10 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def row_capacity(context_length: int, width: int) -> int:
-    """Tokens that a row's page table must hold. A row may compute needless drafts beyond the context: at the end, up to two
-    steps of W tokens each are in flight."""
-    return context_length + 2 * (width - 1)
+def pages_per_row(context_length: int, width: int, page_size: int) -> int:
+    """Return the number of pages that a row's page table must hold. A row may compute needless drafts beyond the context: at
+    the end, up to two steps of W tokens each are in flight."""
+    return -(-(context_length + 2 * (width - 1)) // page_size)
 
 
 @functools.cache
@@ -188,12 +188,8 @@ class StepTokens:
 
     tokens: np.ndarray  # i32[S, W]
     num_accepted: np.ndarray  # i32[S] how many of a row's tokens continue its sequence: 1 .. W if it decodes, else 1
-    logprobs: TokenScores | None  # of the sampled tokens, n = S * W; None unless a row asked
-    prompt_logprobs: TokenScores | None  # of the token after each packed token, n = T; None unless a row asked
-
-    @property
-    def has_scores(self) -> bool:
-        return self.logprobs is not None or self.prompt_logprobs is not None
+    logprobs: TokenScores | None  # n = S * W sampled tokens; None unless a row asked
+    prompt_logprobs: TokenScores | None  # n = T, the token after each packed token; None unless a row asked
 
 
 class Flight(Protocol):

@@ -1,4 +1,4 @@
-"""Exact ids: who gets which page, and when."""
+"""Tests of the free list, with exact page ids."""
 
 import numpy as np
 import pytest

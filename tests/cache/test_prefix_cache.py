@@ -1,4 +1,4 @@
-"""The cache as the scheduler sees it: exact pages, then any sequence of calls against a brute-force model."""
+"""Tests of the prefix cache: exact pages, and random sequences of calls against a brute-force model."""
 
 import hypothesis.strategies as st
 import numpy as np
@@ -14,7 +14,7 @@ def ids(*tokens: int) -> np.ndarray:
 
 
 def keep(cache: PrefixCache, *tokens: int, namespace: str = "") -> list[int]:
-    """Compute tokens and leave them in the cache, unlocked; returns their pages."""
+    """Put tokens into the cache, unlocked, as after computing them. Return their pages."""
     handle = cache.match(namespace, ids(*tokens))
     cache.lock(handle)
     pages = cache.allocate(len(tokens) // cache.page_size - handle.num_pages)
@@ -115,8 +115,8 @@ def test_disabled_nothing_matches_and_nothing_is_kept() -> None:
 
 
 class CacheMachine(RuleBasedStateMachine):
-    """Requests come, compute pages, hand them over and go. The model is a dictionary: (namespace, prefix) -> page, and
-    when each was last used."""
+    """Requests that come, compute pages, hand them over and go. The model is a dictionary: (namespace, prefix) -> page and the
+    time of its last use."""
 
     @initialize(page_size=st.sampled_from([1, 2, 4]), num_pages=st.integers(4, 20))
     def start(self, page_size: int, num_pages: int) -> None:
@@ -131,7 +131,7 @@ class CacheMachine(RuleBasedStateMachine):
         return [(namespace, tuple(tokens[: i * size])) for i in range(1, len(tokens) // size + 1)]
 
     def matched(self, namespace: str, tokens: list[int]) -> list[int]:
-        """Pages of the longest kept prefix, which is thereby used."""
+        """Return the pages of the longest cached prefix, and count it as used."""
         self.now += 1
         pages = []
         for prefix in self.prefixes(namespace, tokens):
@@ -149,7 +149,7 @@ class CacheMachine(RuleBasedStateMachine):
         }
 
     def note_evictions(self, at_least: int) -> None:
-        """Take over what the tree evicted, after checking that it was allowed to: unlocked, leaves first, oldest first."""
+        """Remove from the model the pages that the tree evicted, which must be unlocked, leaves first and oldest first."""
         in_tree = {int(page) for node in self.cache.tree.nodes() for page in node.pages}
         gone = {prefix for prefix, page in self.kept.items() if page not in in_tree}
         assert len(gone) >= at_least

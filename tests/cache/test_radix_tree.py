@@ -1,4 +1,4 @@
-"""The tree alone: what matches, where nodes split, what locks keep, in which order leaves go."""
+"""Tests of the radix tree alone: matches, splits, locks and the order of eviction."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ def ids(*tokens: int) -> np.ndarray:
 
 
 def put(tree: RadixTree, tokens: list[int], pages: list[int], namespace: str = "") -> Node:
-    """Insert what is missing of tokens; pages are those of the missing part."""
+    """Insert the tokens that the tree lacks; `pages` are the pages of these."""
     found = tree.match(namespace, ids(*tokens))
     num_cached = sum(len(n.pages) for n in found.path) * tree.page_size
     return tree.insert(found, ids(*tokens[num_cached:]), ids(*pages))
@@ -22,7 +22,7 @@ def pages_of(node: Node) -> list[int]:
 
 
 def shape(tree: RadixTree, namespace: str = "") -> dict:
-    """The tree as nested dictionaries: pages of an edge -> what is below."""
+    """Return the tree as nested dictionaries: pages of an edge -> the tree below."""
 
     def below(node: Node) -> dict:
         return {tuple(child.pages.tolist()): below(child) for child in node.children.values()}
@@ -32,7 +32,7 @@ def shape(tree: RadixTree, namespace: str = "") -> dict:
 
 @pytest.fixture
 def tree() -> RadixTree:
-    """Page size 2; [1 1 2 2 3 3] on pages 11 12 13."""
+    """Make a tree of page size 2 with [1 1 2 2 3 3] on pages 11 12 13."""
     tree = RadixTree(2)
     put(tree, [1, 1, 2, 2, 3, 3], [11, 12, 13])
     return tree
@@ -107,7 +107,7 @@ def test_evict_takes_the_least_recently_used_leaf_first() -> None:
     put(tree, [1, 2], [1, 2])
     put(tree, [1, 3], [3])
     put(tree, [4], [4])
-    tree.match("", ids(1, 2))  # leaves by age now: 3, 4, 2; then 1, which has become a leaf
+    tree.match("", ids(1, 2))  # leaves by age: 3, 4, 2; then 1, which has become a leaf
     assert [tree.evict(1).tolist() for _ in range(5)] == [[3], [4], [2], [1], []]
     assert tree.num_pages == 0
 

@@ -19,7 +19,7 @@ DATA = Path(__file__).parent
 TOKENIZERS = DATA / "tokenizers"
 BOOK = DATA.parents[1] / "python" / "sgl_jax" / "tools" / "benchmark" / "data" / "war_and_peace.txt"
 SIZE = 2000  # tokens that are kept of a published vocabulary
-PIECES = 1000  # of the sentencepiece model, which is trained here
+PIECES = 1000  # in the sentencepiece model, which is trained here
 TEXTS = (
     "Hello world, don't DON'T 12345",
     "Grüße, 世界! 🤗\n\tdone  ",

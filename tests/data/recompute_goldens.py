@@ -27,7 +27,7 @@ PROMPT_LENGTHS = (1, 7, 33, 70)
 STEPS = 24
 MIN_GAP = 0.02  # between the best log-probability and the second best
 MIN_ORDER_GAP = 1e-3  # between neighbours among the six best
-MIN_DISTINCT = 6  # of the tokens of an answer
+MIN_DISTINCT = 6  # tokens that an answer must have
 FIRST_ID = 3  # below are special tokens
 
 Tensors = dict[str, torch.Tensor]

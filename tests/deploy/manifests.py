@@ -1,4 +1,4 @@
-"""What lies in deploy/, read: Kubernetes objects, the containers in them, SkyPilot tasks, the Dockerfile."""
+"""Readers of deploy/: Kubernetes objects, the containers in them, SkyPilot tasks, the Dockerfile."""
 
 from __future__ import annotations
 

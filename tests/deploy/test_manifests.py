@@ -1,4 +1,4 @@
-"""What is in deploy/gke and deploy/skypilot is what Kubernetes, the custom resources and SkyPilot take, and fits together."""
+"""Files in deploy/ fit the schemas of Kubernetes, its custom resources and SkyPilot, and each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SCHEMAS = manifests.schemas()
 # Their schemas are not here: GKE's come with its clusters, and the other two are files for programs, not objects.
 UNCHECKED = {"GCPBackendPolicy", "HealthCheckPolicy", "Kustomization", "EndpointPickerConfig"}
 CHECKED = [each for each in manifests.kubernetes() if each.kind not in UNCHECKED]
-CLOSE_S = 10 + _LAST_WORDS_S  # what the server takes at most after the requests have had their time
+CLOSE_S = 10 + _LAST_WORDS_S  # at most, from the end of the requests' time to the end of the server
 
 
 def errors(kind: str, value: Any) -> list[str]:

@@ -12,8 +12,7 @@ from sgl_jax.settings.server_args import ServerArgs
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Start an engine core in this process; the compile cache is shared by all that are started here. `bucket` is for a
-    core with one step program."""
+    """Start engine cores in this process, which share a compile cache. With `bucket` a core has one step program."""
     compile_cache = str(tmp_path_factory.mktemp("compiled"))
 
     def start(model: Path, bucket: Bucket | None = None, **options) -> Core:

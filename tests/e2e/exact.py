@@ -1,4 +1,4 @@
-"""What the tests of exact tokens share."""
+"""Helpers of the tests of exact tokens."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.scheduler.scheduler import Scheduler
 from simulated import Answer, Client
 
-TOLERANCE = 2e-3  # of logprobs
-CHUNK = 7  # tokens; no divisor of a page or a prompt
-ALL_PROMPTS = Bucket(112, 4)  # those of 1, 7, 33 and 70 tokens whole in one step
+TOLERANCE = 2e-3  # difference of logprobs
+CHUNK = 7  # tokens; divides neither a page nor a prompt
+ALL_PROMPTS = Bucket(112, 4)  # holds the prompts of 1, 7, 33 and 70 tokens in one step
 
 Build = Callable[..., Core]
 
@@ -28,7 +28,7 @@ GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
 def answers_in_every_way(core: Core, prompts: Sequence[list[int]], **params: Any) -> Iterator[tuple[str, list[Answer]]]:
-    """The core's answers to the prompts, whole and in chunks, together and alone, each way from an empty cache."""
+    """Yield the core's answers to the prompts, whole and in chunks, together and alone, each from an empty cache."""
     whole = core.scheduler.config
     chunked = dataclasses.replace(whole, max_step_tokens=CHUNK, max_prefill_tokens=CHUNK)
     for config, together in itertools.product((whole, chunked), (True, False)):
@@ -45,7 +45,7 @@ def answers_in_every_way(core: Core, prompts: Sequence[list[int]], **params: Any
 
 
 def assert_oracle(core: Core, folder: Path) -> None:
-    """The answers are those the folder's oracle.json has, however its prompts come."""
+    """Check that the answers equal the folder's oracle.json, however the prompts come."""
     cases = json.loads((folder / "oracle.json").read_text(encoding="utf-8"))["cases"]
     prompts = [case["prompt_ids"] for case in cases]
     for way, answers in answers_in_every_way(core, prompts, max_tokens=24, logprobs=5, prompt_logprobs=0):
@@ -60,7 +60,7 @@ def assert_oracle(core: Core, folder: Path) -> None:
 def assert_reference(
     core: Core, prompts: Sequence[list[int]], logprobs: Callable[[list[int]], np.ndarray], steps: int
 ) -> None:
-    """The answers are those of a second implementation, however the prompts come. `logprobs`: ids -> [len(ids), V]."""
+    """Check that the answers equal a second implementation's, however the prompts come. `logprobs`: ids -> [len(ids), V]."""
     expected: dict[tuple[int, ...], np.ndarray] = {}
     for way, answers in answers_in_every_way(core, prompts, max_tokens=steps, logprobs=5, prompt_logprobs=0):
         for prompt, got in zip(prompts, answers, strict=True):
@@ -77,14 +77,14 @@ def assert_reference(
 
 
 def assert_top5(scored: list[TokenLogprobs], top5: Sequence[Sequence[Sequence[float]]]) -> None:
-    """The five best of each position that has a golden value."""
+    """Check the five best tokens of each position that has a golden value."""
     for ours, theirs in zip(scored, top5, strict=False):
         assert ours.top_ids[:5] == [token for token, _ in theirs]
         np.testing.assert_allclose(ours.top_logprobs[:5], [logprob for _, logprob in theirs], atol=TOLERANCE)
 
 
 def assert_prompt(got: Answer, logprobs: Sequence[float]) -> None:
-    """Those of the prompt's tokens after the first."""
+    """Return the logprobs of the prompt's tokens after the first."""
     assert got.prompt is not None
     assert got.prompt.logprobs is not None
     assert got.prompt.logprobs[0] is None

@@ -1,4 +1,4 @@
-"""The step program of a model of a given depth, in the form that scans its layers."""
+"""Step program of a model of a given depth, with scanned layers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ARGS = {"dtype": "float32", "max_running_requests": 8, "chunked_prefill_size": 
 
 
 def at_depth(config: dict[str, Any], layers: int) -> dict[str, Any]:
-    """config.json of the model with so many layers; what it says of each layer is repeated."""
+    """Return the model's config.json with another number of layers; its lists of one entry per layer are repeated."""
     changed = config | {"num_hidden_layers": layers}
     if types := config.get("layer_types"):
         changed["layer_types"] = (types * math.ceil(layers / len(types)))[:layers]
@@ -29,7 +29,7 @@ def at_depth(config: dict[str, Any], layers: int) -> dict[str, Any]:
 
 
 def step_program(config: dict[str, Any]) -> Program:
-    """The largest of a launch, for one CPU device, from abstract weights."""
+    """Return the largest step program of a launch on one CPU device, with abstract weights."""
     platform = dataclasses.replace(PLATFORMS["cpu"], stacks_layers=True, vectorises_rows=True)
     model, args = decoder_config(config), ServerArgs(model_path="a config", device="cpu", **_ARGS)
     kernels = kernels_for(args.attention_backend, platform, model)

@@ -1,6 +1,6 @@
 """Bailing (Ling), both versions, in numpy, float64: a function for each formula of modeling_bailing_moe.py
 (inclusionAI/Ling-lite) and modeling_bailing_moe_v2.py (inclusionAI/Ling-mini-2.0). Slow and plain: every token is computed
-again for each new one, every expert by a loop. Shares nothing with the package."""
+again for each new one, and every expert in a loop. Shares no code with the package."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def is_v2(config: dict) -> bool:
 
 
 def checkpoint(config: dict, seed: int) -> dict[str, np.ndarray]:
-    """Random tensors by the names that the family's own files have."""
+    """Make random tensors, under the names of the family's own files."""
     rng = np.random.default_rng(seed)
     d, dim, vocab = config["hidden_size"], config["head_dim"], config["vocab_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]

@@ -1,4 +1,4 @@
-"""Grok-2 in plain numpy, float64, a function for each published formula; it shares nothing with the package.
+"""Grok-2 in plain numpy, float64, a function for each published formula. Shares no code with the package.
 
 Sources, unless a function names another: xai-org/grok-2's config.json for the names of the numbers, and
 github.com/sgl-project/sglang, python/sglang/srt/models/grok.py (the code the release is to be served with) for the order
@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-SHARES = 8  # devices that saved the published checkpoint, each its part of the experts
+SHARES = 8  # devices that saved the published checkpoint, each with its shard of the experts
 
 CONFIG = {
     "architectures": ["Grok1ForCausalLM"],
@@ -120,7 +120,7 @@ def experts(h: np.ndarray, w: dict[str, np.ndarray], c: dict) -> np.ndarray:
 
 
 def logits(tensors: dict[str, np.ndarray], tokens: list[int], c: dict) -> np.ndarray:
-    """[T, V]."""
+    """Compute the logits after each token, [T, V]."""
     eps = c["rms_norm_eps"]
     x = tensors["model.embed_tokens.weight"][tokens] * c["embedding_multiplier_scale"]
     for layer in range(c["num_hidden_layers"]):
@@ -136,7 +136,7 @@ def logits(tensors: dict[str, np.ndarray], tokens: list[int], c: dict) -> np.nda
 
 
 def random_tensors(c: dict, seed: int = 0) -> dict[str, np.ndarray]:
-    """Values that bfloat16 holds, large enough that every cap bends what it caps."""
+    """Make random tensors, exact in bfloat16 and large enough that every cap changes the values it caps."""
     rng = np.random.default_rng(seed)
     d, f, e = c["hidden_size"], c["intermediate_size"], c["moe_intermediate_size"]
     q, kv = c["num_attention_heads"] * c["head_dim"], c["num_key_value_heads"] * c["head_dim"]
@@ -159,8 +159,8 @@ def random_tensors(c: dict, seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def save(folder: Path, c: dict, tensors: dict[str, np.ndarray]) -> Path:
-    """In the published layout: what all devices have in common, a file of each kind; the experts in shares, their w1 and
-    w3 divided by rows and w2 by columns, under the same names in eight files."""
+    """Write a checkpoint in the published layout: one file for each kind of replicated tensor, and the experts in eight files
+    with the same names, w1 and w3 sharded by rows and w2 by columns."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(c))
     stored = {name: x.astype(ml_dtypes.bfloat16) for name, x in tensors.items()}
@@ -178,6 +178,6 @@ def save(folder: Path, c: dict, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def logprobs(tensors: dict[str, np.ndarray], c: dict, tokens: list[int]) -> np.ndarray:
-    """Of every token at each position, [T, V]."""
+    """Compute the log probability of every token at each position, [T, V]."""
     x = logits(tensors, tokens, c)
     return x - np.log(np.exp(x).sum(-1, keepdims=True))

@@ -1,5 +1,5 @@
 """Qwen 1 in numpy, float64, a function for each formula of modeling_qwen.py (Qwen/Qwen-7B-Chat). Slow and plain: every
-token is computed again for each new one. Shares nothing with the package."""
+token is computed again for each new one. Shares no code with the package."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CONFIG = {
     "num_hidden_layers": 2,
     "num_attention_heads": 3,
     "kv_channels": 16,
-    "intermediate_size": 160,  # of both halves
+    "intermediate_size": 160,  # both halves together
     "layer_norm_epsilon": 1e-6,
     "max_position_embeddings": 128,
     "seq_length": 128,
@@ -31,7 +31,7 @@ CONFIG = {
 
 
 def checkpoint(config: dict, seed: int) -> dict[str, np.ndarray]:
-    """Random tensors by the names that the family's own files have."""
+    """Make random tensors, under the names of the family's own files."""
     rng = np.random.default_rng(seed)
     d, half, vocab = config["hidden_size"], config["intermediate_size"] // 2, config["vocab_size"]
 

@@ -1,4 +1,4 @@
-"""Weights, activations and KV each have a dtype of their own. Every launch makes them equal; here they are not."""
+"""Tests of weights, activations and KV with different dtypes, which every launch makes equal today."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def all_float32(stories260k: Path, build: Build) -> tuple[EngineInfo, np.ndarray
 def test_a_pool_of_another_dtype(
     stories260k: Path, build: Build, all_float32: tuple[EngineInfo, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes half the bytes, and its rounding moves logprobs a little."""
+    """KV of a smaller dtype takes half the bytes, and its rounding changes logprobs a little."""
     monkeypatch.setattr(launch_plan, "pool_of", lambda share, attention, dtype: pool_of(share, attention, "bfloat16"))
     halved = build(stories260k, ONE_STEP)
     info, wanted = all_float32

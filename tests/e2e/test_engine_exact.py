@@ -1,5 +1,5 @@
-"""Real checkpoints through the whole engine core: in float32 the tokens are those of Hugging Face transformers, whatever
-the page size, the chunks, the cache, the overlap, the size of the pool and the company a request is in."""
+"""Tests of real checkpoints through the whole engine core. In float32 tokens equal those of Hugging Face transformers, for any
+page size, chunk size, cache, overlap, pool size and other requests in the batch."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from simulated import Answer, Client
 
 @pytest.fixture(scope="module")
 def stories(build: Build, stories260k: Path) -> Core:
-    """Pages of 16, chunks of 64, room for 64 requests: four step programs."""
+    """Start a core with pages of 16, chunks of 64 and room for 64 requests: four step programs."""
     return build(stories260k, page_size=16, chunked_prefill_size=64, max_running_requests=64)
 
 
 def again(core: Core, *, radix: bool = True, overlap: bool = True, num_usable_pages: int | None = None) -> Core:
-    """The same programs and weights below an empty cache and new settings."""
+    """Make a core of the same programs and weights, with an empty cache and other settings."""
     cache = core.scheduler.caches[0]
     pages = num_usable_pages or cache.num_usable_pages
     scheduler = Scheduler(core.scheduler.config, [PrefixCache(pages + 1, cache.page_size, enabled=radix)])
@@ -49,8 +49,8 @@ def cases(golden: Path) -> list[Golden]:
 
 
 def submit_golden(client: Client, cases: list[Golden]) -> dict[int, list[int]]:
-    """Each prompt, and each prompt with the first 120 tokens of its answer: long enough to be cut into chunks. Returns
-    the right answers."""
+    """Submit each prompt, and each with the first 120 tokens of its answer, long enough for several chunks. Return the right
+    answers."""
     right: dict[int, list[int]] = {}
     for case in cases:
         for known in (0, 120):
@@ -79,7 +79,7 @@ def test_tokens_are_golden_with_radix_and_overlap_on_and_off(
     first = assert_golden(core, cases)
     assert first.stats[-1].preemptions == 0
     cached = first.stats[-1].cached_tokens
-    second = assert_golden(core, cases)  # now with every prompt in the cache, if there is one
+    second = assert_golden(core, cases)  # every prompt is in the cache now, if it is enabled
     assert (second.stats[-1].cached_tokens > cached) == radix
 
 
@@ -87,7 +87,7 @@ def test_tokens_are_golden_with_radix_and_overlap_on_and_off(
 def test_tokens_are_golden_in_the_form_accelerators_get(
     build: Build, stories260k: Path, cases: list[Golden], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Layers stacked and scanned, decoding rows side by side."""
+    """Layers are stacked and scanned, and decoding rows computed side by side."""
     form = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=True, vectorises_rows=True)
     monkeypatch.setitem(platform.PLATFORMS, "cpu", form)
     core = build(stories260k, page_size=16, chunked_prefill_size=16, max_running_requests=8)
@@ -126,7 +126,7 @@ def test_tokens_are_golden_with_the_flags_that_switch_radix_and_overlap_off(
 def test_tokens_are_golden_with_other_page_sizes(
     build: Build, stories260k: Path, cases: list[Golden], page_size: int
 ) -> None:
-    """In chunks of 16: three step programs each."""
+    """Chunks of 16 tokens keep the number of programs at three."""
     core = build(stories260k, page_size=page_size, chunked_prefill_size=16, max_running_requests=16)
     assert_golden(core, cases)
     assert_golden(again(core, radix=False, overlap=False), cases)
@@ -186,7 +186,7 @@ EVERY_PARAMETER: list[dict] = [
 
 
 def submit_others(client: Client, cases: list[Golden], rng: np.random.Generator, step: int, count: int) -> None:
-    """Requests of every kind, some of them beginning like the golden ones."""
+    """Make requests of every kind, some of which begin like the golden ones."""
     for i in range(count):
         start = cases[i % 3].prompt[: int(rng.integers(0, 16))]
         prompt = [*start, *rng.integers(3, 512, int(rng.integers(1, 90))).tolist()]
@@ -198,7 +198,7 @@ def submit_others(client: Client, cases: list[Golden], rng: np.random.Generator,
 def test_tokens_are_golden_among_32_others_and_nothing_compiles(
     stories: Core, cases: list[Golden], num_usable_pages: int | None
 ) -> None:
-    """The others carry every parameter there is, come in four waves, and in a small pool push each other out."""
+    """The other requests have every parameter, come in four waves, and preempt each other in a small pool."""
     core = again(stories, num_usable_pages=num_usable_pages)
     compiled = core.runner.compiles_after_ready
     client = Client(core)
@@ -217,7 +217,7 @@ def test_tokens_are_golden_among_32_others_and_nothing_compiles(
 
 
 def test_nothing_compiles_after_ready(build: Build, stories260k: Path, cases: list[Golden]) -> None:
-    """Counted from the end of the start, on a core that has served nothing yet."""
+    """Compilations are counted from the end of the start, on a core that has served nothing yet."""
     core = build(stories260k, page_size=16, chunked_prefill_size=64, max_running_requests=64)
     client = Client(core)
     for i, params in enumerate(EVERY_PARAMETER):
@@ -287,7 +287,7 @@ def test_min_p_keeps_what_is_likely_enough_beside_the_best(stories: Core, story:
 def test_presence_and_frequency_penalties_move_logits_by_the_output_so_far(
     stories: Core, story: Golden, presence: float, frequency: float
 ) -> None:
-    """Greedy, so each token is the best after the penalties of what came before it; worked out from the raw logprobs."""
+    """Each greedy token is the best one after penalties, which are computed here from the raw logprobs."""
     params = {"presence_penalty": presence, "frequency_penalty": frequency, "temperature": 0.0}
     got = answer(stories, story.prompt, **params, logprobs=20, max_tokens=60)
 
@@ -299,7 +299,9 @@ def test_presence_and_frequency_penalties_move_logits_by_the_output_so_far(
         so_far = got.tokens[:i]
         after = {t: lp + moved(t, so_far) for t, lp in zip(scored.top_ids, scored.top_logprobs, strict=True)}
         best, second = sorted(after, key=lambda token: -after[token])[:2]
-        unseen = scored.top_logprobs[-1] + max([0.0, *(moved(t, so_far) for t in so_far)])  # the best of all the others
+        unseen = scored.top_logprobs[-1] + max(
+            [0.0, *(moved(t, so_far) for t in so_far)]
+        )  # the best of all other tokens
         if after[best] > max(unseen, after[second]) + 1e-4:
             assert got.tokens[i] == best
             num_decided += 1
@@ -312,7 +314,7 @@ def test_repetition_penalty_avoids_what_occurred_in_prompt_or_output(stories: Co
         outputs(stories, story.prompt, temperature=0.0, repetition_penalty=p, max_tokens=100) for p in (1.0, 1e6)
     )
     assert plain == story.output[:100]
-    # So hard a penalty leaves a token only once, as long as one with a positive logit is left.
+    # With this penalty a token comes only once, as long as another has a positive logit.
     assert len(set(penalised)) > 1.5 * len(set(plain))
     assert not set(penalised[:20]) & set(story.prompt)
 

@@ -1,4 +1,4 @@
-"""A model that is only a config: served with random weights, a text's bytes for tokens."""
+"""Tests of a model without weights and tokenizer: served with random weights and bytes as tokens."""
 
 from __future__ import annotations
 

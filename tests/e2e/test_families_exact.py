@@ -13,7 +13,7 @@ from exact import ALL_PROMPTS, Build, assert_oracle
 import checkpoints
 from sgl_jax.runtime import platform
 
-FAMILIES = {  # and the architecture that the folder's config.json names
+FAMILIES = {  # folder -> architecture in its config.json
     "llama": "LlamaForCausalLM",
     "llama-attn-bias": "LlamaForCausalLM",
     "llama-rope3": "LlamaForCausalLM",
@@ -58,7 +58,7 @@ def test_each_family_gives_transformers_tokens_and_logprobs(
 def test_the_form_accelerators_get_gives_them(
     build: Build, checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, family: str
 ) -> None:
-    """Layers stacked in groups and scanned, decoding rows side by side."""
+    """Layers are stacked in groups and scanned, and decoding rows computed side by side."""
     form = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=True, vectorises_rows=True)
     monkeypatch.setitem(platform.PLATFORMS, "cpu", form)
     folder = checkpoint(family)

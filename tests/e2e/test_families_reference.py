@@ -25,7 +25,7 @@ STEPS = 8
 QWEN1 = reference_qwen1.CONFIG
 MODELS: dict[str, tuple[ModuleType, dict]] = {
     "qwen1": (reference_qwen1, QWEN1),
-    # The prompt of 33 and the end of that of 7 are beyond the tokens of training: queries grow.
+    # The prompt of 33 tokens, and the end of the one of 7, exceed the trained length: logn scaling applies.
     "qwen1-logn": (reference_qwen1, QWEN1 | {"seq_length": 12, "use_dynamic_ntk": False, "rotary_pct": 0.25}),
     "bailing": (reference_bailing, reference_bailing.V1),
     "bailing-v2": (reference_bailing, reference_bailing.V2),
@@ -51,7 +51,7 @@ def test_the_tokens_and_logprobs_of_the_reference(build: Build, tmp_path: Path, 
 
 
 def qwen2_as_qwen1(source: Path, folder: Path) -> Path:
-    """A Qwen 2 checkpoint laid out as Qwen 1, the same function: KV heads repeated for each head of their group."""
+    """Write a Qwen 2 checkpoint in the layout of Qwen 1, with KV heads repeated for each head of their group."""
     old = json.loads((source / "config.json").read_text())
     heads, kv_heads, hidden = old["num_attention_heads"], old["num_key_value_heads"], old["hidden_size"]
     stored = {name: value.astype(np.float32) for name, value in load_file(source / "model.safetensors").items()}

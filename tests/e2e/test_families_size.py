@@ -1,4 +1,4 @@
-"""A model twelve times as deep is no larger a program, where layers are stacked and scanned."""
+"""Tests of program size: with scanned layers a model twelve times as deep makes a program of the same size."""
 
 from __future__ import annotations
 

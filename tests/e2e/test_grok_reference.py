@@ -1,4 +1,4 @@
-"""Grok-2 gives, in float32, the tokens and logprobs of a plain reference, from a checkpoint in shares as published."""
+"""Grok-2 gives, in float32, the tokens and logprobs of a plain reference, from a sharded checkpoint as published."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_tokens_and_logprobs_are_the_references(build: Build, tmp_path: Path, pa
 
 
 def test_every_number_of_the_config_matters() -> None:
-    """A reference that would not notice a cap left out could not judge one."""
+    """The reference's output changes with each cap, so it would notice if one were left out."""
     config = reference_grok.CONFIG
     tensors = reference_grok.random_tensors(config)
     prompt = np.random.default_rng(2).integers(3, 128, 20).tolist()

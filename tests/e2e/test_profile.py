@@ -49,7 +49,7 @@ def test_a_profile_of_four_steps(core: Core, tmp_path: Path) -> None:
     assert sorted(Path(file).suffix for file in status.files) == [".gz", ".pb"]
     recorded = spans(status)
     stages = [span["name"] for span in recorded if span["name"] in ("plan", "dispatch", "collect", "process")]
-    # Overlapped: the fifth step is launched before the fourth is collected, and that ends the profile.
+    # With overlap the fifth step is launched before the fourth is collected, which ends the profile.
     assert stages == ["plan", "dispatch"] + ["plan", "dispatch", "collect", "process"] * 4
     numbers = [int(span["args"]["step_num"]) for span in recorded if span["name"] == "step"]
     assert [number - numbers[0] for number in numbers] == [0, 1, 2, 3, 4]
@@ -60,14 +60,14 @@ def test_where_the_time_went(core: Core, tmp_path: Path, capsys: pytest.CaptureF
     run(core, max_tokens=6)
     status = ask(core, StopProfile(2))
     profile = read_profile(find_profile(Path(status.output_dir)))
-    num_steps = 3 + 5  # three prompt tokens one by one, and a token from the last of them
+    num_steps = 3 + 5  # three prompt tokens one by one; the last of them gives the first token
     assert status.steps_done == num_steps
     assert {stage: len(spans) for stage, spans in profile.host.items() if stage != "plan"} == {
         "dispatch": num_steps,
         "collect": num_steps,
         "process": num_steps,
     }
-    counts = {stage: count for stage, count, _ in profile.device_times()}  # a fused operation is of one stage
+    counts = {stage: count for stage, count, _ in profile.device_times()}  # a fused operation counts for one stage
     assert counts["logits"] >= num_steps
     assert counts["sample"] >= num_steps
     for stage in ("attention", "mlp"):

@@ -190,7 +190,7 @@ def test_any_mix_of_parameters_compiles_nothing(server):
 def test_a_client_that_leaves_gives_its_pages_back(server):
     body = {"prompt": "Once", "max_tokens": 2000, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
-        lines = answer.iter_lines()  # held: dropping it would hang up
+        lines = answer.iter_lines()  # kept alive: dropping it would close the connection
         next(lines)
         deadline = time.monotonic() + 10
         while server.metric("sgl_jax_num_requests_running") == 0:
@@ -202,7 +202,7 @@ def test_a_client_that_leaves_gives_its_pages_back(server):
 
 
 def cpu_seconds(pid: int) -> float:
-    """Of a process and its children, from /proc."""
+    """Read the CPU seconds of a process and its children from /proc."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     own = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

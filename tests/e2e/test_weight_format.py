@@ -1,4 +1,4 @@
-"""A weight format is one scheme: this one is made up here, and a model stored in it is served.
+"""Tests of a weight format made up here: it is one scheme, and a model stored in it is served.
 
 Every value is a signed power of two times the size of its row. Files hold the exponents as "NAME.powers" and the sizes as
 "NAME.size".
@@ -60,7 +60,7 @@ def _no_floats(start: int, stop: int) -> np.ndarray:
 
 
 def convert(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Powers, sizes, and the floats that they stand for."""
+    """Return powers, sizes, and the floats that they stand for."""
     sizes = np.abs(matrix).max(-1)
     below = np.rint(np.log2(sizes[:, None] / np.maximum(np.abs(matrix), 1e-9))).clip(0, 20)
     powers = (np.sign(matrix) * (1 + below)).astype(np.int8)
@@ -96,7 +96,7 @@ def test_a_model_in_a_format_of_ones_own_is_served(
 
     plain = build(floats, ONE_STEP)
     wanted = answer(plain)
-    assert len(set(wanted)) > 5  # a text, not one token again and again
+    assert len(set(wanted)) > 5  # a text, not a repeated token
     monkeypatch.setattr(
         startup,
         "decoder_config",

@@ -15,7 +15,7 @@ from sgl_jax.engine.messages import (
     StepOutput,
 )
 from sgl_jax.request import FinishReason, SamplingParams
-from sgl_jax.step_plan import Flag, Param
+from sgl_jax.step_plan import Param, RowFlag
 from simulated import Client, make_core
 
 VOCAB = 512
@@ -209,7 +209,7 @@ def test_flush_drops_what_no_running_request_holds(overlap: bool) -> None:
     client.step()
     client.core.handle(FlushCache(42))
     client.step()
-    assert client.flushed == [CacheFlushed(42, 1)]  # of pages 0-3 and 4-7 of the first, request 2 holds the former
+    assert client.flushed == [CacheFlushed(42, 1)]  # one of the two that request 1 left; request 2 holds the other
     client.run()
     client.submit(3, LONG[:9], max_tokens=1)
     client.run()
@@ -345,5 +345,5 @@ def test_a_prompt_is_not_scored_again_at_each_decode() -> None:
     client = Client(make_core())
     client.submit(1, LONG, max_tokens=6, prompt_logprobs=1, ignore_eos=True)
     client.run()
-    flags = [bool(plan.params[0, Param.FLAGS] & Flag.PROMPT_LOGPROBS) for plan in client.core.runner.plans]
+    flags = [bool(plan.params[0, Param.FLAGS] & RowFlag.PROMPT_LOGPROBS) for plan in client.core.runner.plans]
     assert flags == [True, True, False, False, False, False, False]

@@ -18,9 +18,9 @@ from sgl_jax.engine.core import Core
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 STEPS = 64  # whole pages, so that every count of steps has its share of new pages
-# Of a step of 256 rows, which takes 150 us on the machine of benchmarks/step_overhead.json; the bar is 300.
-INSTRUCTIONS = 3040  # of Python's interpreter
-C_CALLS = 110  # of numpy mostly
+# Limits of a step of 256 rows, which takes 150 us on the machine of benchmarks/step_overhead.json; the bar is 300.
+INSTRUCTIONS = 3040  # executed by Python's interpreter
+C_CALLS = 110  # mostly into numpy
 
 
 def count_work(core: Core) -> tuple[float, float]:

@@ -14,7 +14,7 @@ F32, F16, Q8_0 = GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantiz
 
 
 def llama_cpp_permute(weights: np.ndarray, num_heads: int) -> np.ndarray:
-    """What convert_hf_to_gguf.py does to the q and k of Llama models."""
+    """Reorder rows as convert_hf_to_gguf.py does for the q and k of Llama models."""
     rows = weights.shape[0]
     return (
         weights.reshape(num_heads, 2, rows // num_heads // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
@@ -22,7 +22,7 @@ def llama_cpp_permute(weights: np.ndarray, num_heads: int) -> np.ndarray:
 
 
 def random_hf_tensors(seed: int = 0) -> dict[str, np.ndarray]:
-    """A two-layer Llama under Hugging Face names, tied head."""
+    """Return a two-layer Llama with a tied head under Hugging Face names."""
     rng = np.random.default_rng(seed)
     shapes = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
     for i in range(LAYERS):
@@ -65,7 +65,7 @@ def write_gguf(
     metadata: dict[str, Any] | None = None,
     extra: dict[str, np.ndarray] | None = None,
 ) -> Path:
-    """`tensors` by Hugging Face name; `types` by part of a name; `metadata` overrides keys (None removes one)."""
+    """Write `tensors`, by Hugging Face name; `types` by part of a name; `metadata` replaces keys (None removes one)."""
     values: dict[str, Any] = {
         f"{arch}.block_count": LAYERS,
         f"{arch}.context_length": 128,

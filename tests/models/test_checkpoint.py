@@ -1,4 +1,4 @@
-"""What --model-path may be, and what is said when it is something else."""
+"""Every form of --model-path is opened, and anything else is refused with a reason."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_broken_safetensors(tmp_path, content, said):
         open_checkpoint(str(tmp_path))
 
 
-def test_shares_of_tensor_parallel_devices_are_kept_apart_and_joined(stories260k, tmp_path):
+def test_shards_of_tensor_parallel_devices_are_kept_apart_and_concatenated(stories260k, tmp_path):
     (tmp_path / "config.json").write_text((stories260k / "config.json").read_text())
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
     for share in range(2):

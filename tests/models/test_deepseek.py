@@ -1,5 +1,4 @@
-"""DeepSeek's family: what its configs mean, and that latent attention over its loaded weights is the published formula over
-the stored ones."""
+"""DeepSeek's configs are translated, and latent attention over loaded weights is the published formula over stored ones."""
 
 from __future__ import annotations
 
@@ -134,7 +133,7 @@ def test_what_would_be_computed_otherwise_is_refused(changes: dict, named: str) 
 
 
 def test_parameters_of_deepseek_v3() -> None:
-    """671 billion, of which a token meets 37 billion, as published; the embedding is counted in the first."""
+    """Published are 671 billion, embedding included, of which 37 billion are used for a token."""
     c = config(**DEEPSEEK_V3)
     total = sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare(c, "float32")))
     assert round(total / 1e9) == 671
@@ -159,7 +158,7 @@ def test_a_device_holds_whole_latents_and_its_share_of_the_heads() -> None:
 
 
 def stored_tensors(hf: dict, extra_layers: int = 0) -> dict[str, np.ndarray]:
-    """Random tensors under the names and in the shapes of DeepSeek's own code."""
+    """Return random tensors with the names and shapes of DeepSeek's own code."""
     rng, heads, d = np.random.default_rng(0), hf["num_attention_heads"], hf["hidden_size"]
     nope, rope, value, rank = (hf[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
     shapes: dict[str, tuple[int, ...]] = {
@@ -211,8 +210,10 @@ def norm(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 
 
 def published(h: np.ndarray, hf: dict, tensors: dict[str, np.ndarray], scale: float) -> np.ndarray:
-    """Section 2.1 of the DeepSeek-V2 paper, a head at a time, keys and values made anew for each: [T, N * V]. Neighbours
-    are rotated; with rope_interleave false, as in transformers, the halves of the part."""
+    """Compute section 2.1 of the DeepSeek-V2 paper head by head, with keys and values made for each: [T, N * V].
+
+    Rope rotates neighbours, or with rope_interleave false, as in transformers, half-split pairs.
+    """
     w = {name.removeprefix("model.layers.0.self_attn.").removesuffix(".weight"): x for name, x in tensors.items()}
     nope, rope, value, rank = (hf[k] for k in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "kv_lora_rank"))
     angles = np.arange(len(h))[:, None] * hf["rope_theta"] ** (-np.arange(0, rope, 2) / rope)
@@ -257,7 +258,7 @@ def test_the_absorbed_form_over_loaded_weights_is_the_published_formula(tmp_path
     np.testing.assert_allclose(out, expected, atol=2e-4 * np.abs(expected).max())
 
 
-def test_layers_that_guess_further_tokens_are_left_out_where_the_config_has_them(tmp_path: Path) -> None:
+def test_mtp_layers_are_left_out_where_the_config_has_them(tmp_path: Path) -> None:
     tensors = stored_tensors(TINY, extra_layers=1) | {"model.layers.2.eh_proj.weight": np.ones((24, 48), np.float32)}
     weights, _ = load(tmp_path / "model", TINY, tensors)
     assert len(weights.layers) == 2

@@ -52,7 +52,7 @@ def test_oracle_configs(checkpoint: Callable[[str], Path], folder, expected):
     assert config.eos_token_ids == (2,)
 
 
-SMALLEST = {  # what no class has a usable default for
+SMALLEST = {  # keys for which no config class has a usable default
     **{"vocab_size": 100, "hidden_size": 256, "intermediate_size": 72},
     **{"num_hidden_layers": 4, "num_attention_heads": 32, "num_experts_per_tok": 3},
 }
@@ -105,7 +105,7 @@ SMALLEST = {  # what no class has a usable default for
     ],
 )
 def test_an_absent_key_means_what_transformers_classes_mean(architecture, extra, expected):
-    """Checked against transformers 5.23, tokens and logprobs, with random weights of these and other shapes."""
+    """Defaults were checked against transformers 5.23: tokens and logprobs of random weights in these and other shapes."""
     config = decoder_config({"architectures": [architecture]} | SMALLEST | extra)
     found = dataclasses.asdict(config)
     found["theta"] = float(f"{config.rope.inv_freq[1] ** -len(config.rope.inv_freq):.4g}")
@@ -219,7 +219,7 @@ def test_qwen1_ends_at_the_tokens_of_training_unless_dynamic_ntk_is_off(caplog):
 
 
 def test_contexts_end_with_the_first_of_dual_chunks(caplog):
-    """As of Qwen2.5-7B-Instruct-1M, whose chunks are of 262144 tokens."""
+    """Qwen2.5-7B-Instruct-1M has chunks of 262144 tokens."""
     chunks = {"chunk_size": 100, "local_size": 30, "original_max_position_embeddings": 100}
     config = decoder_config(hf("Qwen2ForCausalLM", dual_chunk_attention_config=chunks))
     assert config.context_length == 70
@@ -263,8 +263,8 @@ GLM = BASE | {"architectures": ["Glm4MoeForCausalLM"], "num_experts_per_tok": 2}
 
 
 @pytest.mark.parametrize("base", [GLM, BAILING, BAILING_V2])
-def test_layers_that_guess_further_tokens_are_counted_and_not_loaded(base):
-    """Published checkpoints of GLM-4.5 have one."""
+def test_mtp_layers_are_counted_and_not_loaded(base):
+    """Published checkpoints of GLM-4.5 have one MTP layer."""
     assert decoder_config(base).num_mtp_layers == 0
     config = decoder_config(base | {"num_nextn_predict_layers": 1})
     assert (config.num_mtp_layers, config.num_layers) == (1, 4)

@@ -40,7 +40,7 @@ def write(folder: Path, config: dict, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def e2m1(code: int) -> float:
-    """OCP MX 1.0, section 5.3.3: sign, two bits of exponent with bias 1, one of mantissa; exponent 0 is subnormal."""
+    """Decode OCP MX 1.0, section 5.3.3: sign, two bits of exponent with bias 1, one of mantissa; exponent 0 is subnormal."""
     sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
     magnitude = mantissa * 0.5 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa * 0.5)
     return -magnitude if sign else magnitude
@@ -72,7 +72,7 @@ def test_experts_are_turned_and_their_gate_rows_come_first(gpt_oss: Path) -> Non
 @pytest.mark.supports("stored quantised, dequantised while loading", {"gpt_oss": ["MXFP4"]})
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_mxfp4_loads_as_the_bfloat16_checkpoint_of_the_same_values(gpt_oss: Path, tmp_path: Path, dtype: str) -> None:
-    """The published layout: blocks u8[E, out, in / 32, 16], scales u8[E, out, in / 32], no transposition."""
+    """The published layout is blocks u8[E, out, in / 32, 16] and scales u8[E, out, in / 32], not transposed."""
     config = json.loads((gpt_oss / "config.json").read_text())
     rng, packed, plain = np.random.default_rng(0), {}, {}
     for name, array in load_file(gpt_oss / "model.safetensors").items():

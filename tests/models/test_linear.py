@@ -1,4 +1,4 @@
-"""The products with weights: their numbers, their names, and that every declared matrix has one."""
+"""Products with weights: their numbers and names; every declared matrix has one."""
 
 from __future__ import annotations
 

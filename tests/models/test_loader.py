@@ -182,7 +182,7 @@ def test_the_placer_sees_each_spec_and_progress_ends_at_the_whole(stories260k):
 
 
 class SecondOfTwo(OneDevice):
-    """Reads what the second of two tensor-parallel devices holds."""
+    """Reads the shards of the second of two tensor-parallel devices."""
 
     def shares(self, spec):
         return [share_of(spec, Grid(tensor=2), 1)]
@@ -190,7 +190,7 @@ class SecondOfTwo(OneDevice):
 
 @pytest.mark.parametrize("model", ["stories260k", "stories260k-qwen2moe", "gpt_oss", "deepseek_v2"])
 def test_a_share_is_read_as_if_cut_from_the_whole(checkpoint: Callable[[str], Path], model):
-    """Experts one by one and fused in one tensor, rows in parts, and reordered ones."""
+    """Covers experts one by one and fused in one tensor, rows in parts, and reordered rows."""
     folder = checkpoint(model)
     whole, half = load(folder), load(folder, placer=SecondOfTwo())
     declared = declare(decoder_config(open_checkpoint(str(folder)).config), "float32")

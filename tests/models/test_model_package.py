@@ -34,7 +34,7 @@ def config(hf):
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A package, as pip would install it, with one family."""
+    """Lay out a package with one family as pip would install it."""
     (tmp_path / "tiny_tale.py").write_text(MODULE)
     (tmp_path / "no_family.py").write_text("ARCHITECTURES = ()\n")
     info = tmp_path / "tiny_tale-1.0.dist-info"
@@ -49,7 +49,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, stories260k: Path) -> Checkpoint:
-    """stories260k as the package's family has it."""
+    """Write stories260k under the names of the package's family."""
     folder = tmp_path / "model"
     folder.mkdir()
     config = json.loads((stories260k / "config.json").read_text()) | {"architectures": ["TinyTaleForCausalLM"]}

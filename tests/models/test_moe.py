@@ -1,4 +1,4 @@
-"""Routing against plain numpy, and what dispatch does with it."""
+"""Routing and dispatch equal plain numpy."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _weights(bias: np.ndarray | None = None) -> MoeWeights:
 
 
 def _by_hand(moe: MoeConfig, bias: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Token by token: Qwen's softmax routing, DeepSeek's sigmoid routing with groups."""
+    """Route token by token: Qwen's softmax routing, DeepSeek's sigmoid routing with groups."""
     weights, ids = np.zeros((T, X)), np.zeros((T, X), int)
     for t in range(T):
         logits = ROUTER.astype(np.float64) @ TOKENS[t]
@@ -79,7 +79,7 @@ def test_dispatch_weighs_and_sums_and_leaves_padding_out() -> None:
     ids = RNG.integers(0, E, (T, X)).astype(np.int32)
     weights = RNG.random((T, X)).astype(np.float32)
     valid = np.array([True, True, False, True, True, False])
-    tokens = np.where(valid[:, None], TOKENS, np.nan)  # what padding holds must not matter
+    tokens = np.where(valid[:, None], TOKENS, np.nan)  # values of padding must not matter
     at = LayerExperts(_experts(gate_up, down), jnp.int32(0))
     out = dispatch(
         jnp.asarray(tokens),

@@ -1,4 +1,4 @@
-"""Frequencies against formulas worked out here in float64, with different code."""
+"""Frequencies equal the formulas, computed here in float64 with other code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised matrices as leaves of the weights: their numbers, their shards, and the trees they stand in."""
+"""Quantised matrices as leaves of the weights: their numbers, their shards and their trees."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def quantised(scheme: Scaled, matrix: np.ndarray) -> Quantised[jax.Array]:
 
 
 def by_hand(w: Quantised[jax.Array], group: int) -> np.ndarray:
-    """Value by value, float64."""
+    """Dequantise value by value in float64."""
     values, scales = np.asarray(w.values).astype(np.float64), np.asarray(w.scales, np.float64)
     out = np.zeros_like(values)
     for at in np.ndindex(values.shape):
@@ -96,7 +96,7 @@ UP = WeightSpec((4, 16, 32), ("experts", "expert_ffn", "model"), "bfloat16", par
 def test_a_shard_of_a_quantised_matrix_is_the_matrix_s_shard_quantised(
     spec: WeightSpec, group: int | None, grid: Grid
 ) -> None:
-    """Scales go with their rows, and with their groups of columns."""
+    """Scales are divided like their rows and their groups of columns."""
     scheme = Scaled("int8", group)
     declared = scheme.declare("qkv", spec)
     assert isinstance(declared, Quantised)

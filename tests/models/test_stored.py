@@ -1,4 +1,4 @@
-"""Stored tensors keep the numbers of their file beside the floats these mean."""
+"""Stored tensors keep the numbers of their file beside the floats that these stand for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RNG = np.random.default_rng(0)
 
 
 def pair(rows: int, columns: int, groups: int) -> tuple[StoredTensor, np.ndarray]:
-    """An int8 matrix with scales, and its floats."""
+    """Return an int8 matrix with scales, and its floats."""
     values = RNG.integers(-127, 128, (rows, columns)).astype(np.int8)
     scales = RNG.random((rows, groups)).astype(np.float32)
     stored = stored_scaled("w", in_memory("w", values), in_memory("w_scale", scales))
@@ -46,8 +46,8 @@ def test_planes_follow_the_rows_that_are_taken() -> None:
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_planes_are_joined_as_their_tensors_are(axis: int) -> None:
-    """Side by side, the scales of channels become those of groups."""
+def test_planes_are_concatenated_as_their_tensors_are(axis: int) -> None:
+    """Side by side, scales of channels become scales of groups."""
     parts, floats = zip(*(pair(4, 8, 1) for _ in range(3)), strict=True)
     whole = concatenated("whole", parts, axis)
     np.testing.assert_array_equal(whole.read(), np.concatenate(floats, axis))
@@ -71,7 +71,7 @@ def test_other_values_and_rounding() -> None:
 
 
 def test_mxfp4_keeps_its_blocks_through_a_family_s_view() -> None:
-    """The rows of gate and up are put in halves, and so are those of blocks and scales."""
+    """Rows of gate come first, in the floats, the blocks and the scales."""
     blocks = RNG.integers(0, 256, (2, 6, 3, 16)).astype(np.uint8)
     scales = RNG.integers(120, 130, (2, 6, 3)).astype(np.uint8)
     stored = [in_memory("b", blocks), in_memory("s", scales)]

@@ -1,4 +1,4 @@
-"""What the declared weights add up to."""
+"""Declared weights add up to the known numbers of parameters."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def flags(grid: str) -> dict[str, Any]:
 
 
 def answers(folder: str, grid: str) -> dict[str, Any]:
-    """Of requests that fill the pool, so that some are preempted, and of others that go on from the same prompts."""
+    """Answer requests that fill the pool, so that some are preempted, and others that continue the same prompts."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 500, n).tolist() for n in (1, 5, 20, 40, 33, 2, 17, 28)]
     sizes = flags(grid)

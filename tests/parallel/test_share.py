@@ -1,4 +1,4 @@
-"""What a device of a grid holds of a model, and of each weight."""
+"""The shard of a model, and of each of its weights, on each device of a grid."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shards import cut
 
 
 def rows_of(spec: WeightSpec, grid: Grid) -> list[list[int]]:
-    """Of a weight whose rows are numbered: those of each device."""
+    """Row numbers that each device holds of a weight whose rows are numbered."""
     whole = np.arange(np.prod(spec.shape)).reshape(spec.shape)
     return [cut(whole, share_of(spec, grid, device)).tolist() for device in range(grid.num_devices)]
 

@@ -1,4 +1,4 @@
-"""What fits where, and what to change when it does not."""
+"""Models that fit a topology, and the change that is advised for one that does not."""
 
 from __future__ import annotations
 

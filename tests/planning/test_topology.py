@@ -1,4 +1,4 @@
-"""What a topology's name means, and that the devices to compile for are there."""
+"""Names of topologies, and the devices to compile for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real runner of the small checkpoint, ready to step, for tests of what the device does."""
+"""Real runner of the small checkpoint, for tests of device code."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def small_runner(
     drafter: Drafter | None = None,
     announce: Announce = announce_to_nobody,
 ) -> ModelRunner:
-    """In float32 on one CPU device, compiled and started, with a bucket of each width."""
+    """Make a float32 runner on one CPU device, compiled and started, with a bucket of each width."""
     checkpoint = open_checkpoint(str(folder), load_format="auto")
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
     placement = Placement.over(jax.devices("cpu")[:1])
@@ -55,8 +55,8 @@ def small_core(
     width: Callable[[int], int] | None = None,
     num_pages: int = PAGES,
 ) -> Core:
-    """An engine core over the runner, with an empty cache of some of its pages. Steps have the runner's greatest width unless
-    `width` says which."""
+    """Make an engine core over the runner, with an empty cache of num_pages pages. `width`: decoding rows -> W; by default the
+    runner's greatest."""
     greatest = runner.config.width
     scheduler = Scheduler(
         SchedulerConfig(ROWS, CONTEXT, 32, 32, width=width or (lambda num_decoding: greatest)),

@@ -1,4 +1,4 @@
-"""Few shapes, and one for every step."""
+"""Tests of buckets: there are few, and every step fits one."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Compiling ahead: in threads, in order, as the caller would."""
+"""Tests of compilation ahead of use: in threads, in order, with the caller's settings."""
 
 from __future__ import annotations
 

@@ -58,6 +58,10 @@ TREES = {
         {"proc/self/cgroup": "4:memory:/docker/abc", "memory/memory.limit_in_bytes": "100"},
         (100, 100, None),
     ),
+    "lines that nobody knows": (
+        {"proc/self/cgroup": "nothing\n0::/a\n1:x\n", "a/memory.max": "100", "a/cpu.max": "many 0"},
+        (100, 100, None),
+    ),
     "more used than allowed": ({"memory.max": "100", "memory.current": "120"}, (100, 0, None)),
 }
 

@@ -1,4 +1,4 @@
-"""A plan survives the trip through its vector, whatever is in it; and every plan fits its bucket."""
+"""Tests of the plan vector: unpacking returns what was packed, and every plan fits its bucket."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_each_vector_is_a_new_one() -> None:
     rows=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), min_size=1, max_size=8),
 )
 def test_no_step_needs_more_page_updates_than_its_bucket_holds(page_size: int, rows: list[tuple[int, int]]) -> None:
-    """Rows (start, num_new) own pages for `start` tokens. The worst case is a new page for each row's first token."""
+    """Rows are (start, num_new) and have pages for `start` tokens. In the worst case each row's first token begins a page."""
     num_tokens = sum(n for _, n in rows)
     layout = PlanLayout(Bucket(num_tokens, len(rows)), page_size, spare_row=9)
     needed = sum(-(-(start + n) // page_size) - -(-start // page_size) for start, n in rows)
@@ -95,7 +95,7 @@ def test_no_step_needs_more_page_updates_than_its_bucket_holds(page_size: int, r
 
 
 def test_the_worst_case_of_page_updates_is_reached() -> None:
-    """8 rows at a page's end, one of which computes 9 tokens in pages of 4: one update too many would not fit."""
+    """Eight rows end at a page's end, and one of them computes 9 tokens in pages of 4."""
     layout = PlanLayout(Bucket(16, 8), page_size=4, spare_row=9)
     num_new = [1] * 7 + [9]
     needed = 7 + 3

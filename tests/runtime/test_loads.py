@@ -1,4 +1,4 @@
-"""Row loads: what is loaded is what the row needs, in one dispatch for each kind and step."""
+"""Tests of row loads: a row gets the state it needs and no other, in one dispatch for each kind and step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def asked(prompt: list[int], output: list[int] | None = None, stops: list[int] |
 
 
 def loaded(loads: list[RowLoad]) -> tuple[list[str], DeviceState]:
-    """The programs that run, and the state after them, from a state in which nothing is zero."""
+    """Run the loads on a state without zeros. Return the names of the programs and the new state."""
     state = jax.tree.map(lambda x: x + 7, initial_state(NUM_ROWS, PAGES, VOCAB_SIZE))
     names = []
     for program, vector in pack_loads([*LAYOUTS.values()], loads):

@@ -1,4 +1,4 @@
-"""How the device's memory is divided, and what a user reads when it does not suffice."""
+"""Tests of the division of a device's memory, and of the messages when it does not suffice."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CONFIG = DecoderConfig(
     rope=RopeConfig((1.0,) * 8),
     context_length=2048,
 )
-# K and V, 2 layers, 2 heads of 16 numbers of 4 bytes: 512 bytes a token.
+# K and V in 2 layers with 2 heads of 16 values of 4 bytes: 512 bytes per token.
 OPTIONS = {
     "total_bytes": 10_000_000,
     "weight_bytes": 1_000_000,
@@ -95,11 +95,11 @@ def test_max_total_tokens_is_what_requests_get() -> None:
 def test_the_platform_sets_share_and_limit_where_the_user_does_not() -> None:
     cpu = dataclasses.replace(CPU, mem_fraction=0.25, max_pool_tokens=1024)
     plan = plan_memory(cpu, **(OPTIONS | {"mem_fraction": None}))
-    assert (plan.budget_bytes, plan.num_tokens) == (2_500_000, 2048)  # one request of full context at least
+    assert (plan.budget_bytes, plan.num_tokens) == (2_500_000, 2048)  # at least one request of full context
     plan = plan_memory(cpu, **(OPTIONS | {"mem_fraction": None, "context_length": 512}))
     assert plan.num_tokens == 1024
     plan = plan_memory(cpu, **(OPTIONS | {"mem_fraction": 0.25}))
-    assert plan.num_tokens == 2928  # asked for by name, the share is used up
+    assert plan.num_tokens == 2928  # a fraction that is given is used up
 
 
 def refusal(**options) -> str:
@@ -130,7 +130,7 @@ def test_more_tokens_than_fit_are_refused_with_the_number_that_would() -> None:
 
 
 def test_fewer_tokens_than_two_pages_are_refused_for_what_they_are() -> None:
-    """The memory is not at fault, and the message must not say so."""
+    """The number of pages is the cause, so the message must not blame the memory."""
     message = refusal(max_total_tokens=31)
     assert "--max-total-tokens 31" in message
     assert "32" in message
@@ -138,7 +138,7 @@ def test_fewer_tokens_than_two_pages_are_refused_for_what_they_are() -> None:
 
 
 def test_tokens_of_several_ranks_are_told_as_they_were_given() -> None:
-    """The flag is of all ranks together, the pool of each."""
+    """The flag counts the tokens of all ranks together, the pool those of one."""
     assert plan_memory(CPU, **(OPTIONS | {"max_total_tokens": 129, "num_ranks": 4})).num_pages == 2 + 1
     message = refusal(max_total_tokens=100, num_ranks=4)
     assert says(message, "--max-total-tokens 100 … 16 tokens … 4 data ranks … 128")

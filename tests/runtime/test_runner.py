@@ -1,4 +1,4 @@
-"""What the runner dispatches, tells other processes, and hands back."""
+"""Tests of the runner: its dispatches, announcements and results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from simulated import Client
 
 
 class Announced(list[tuple[str, str]]):
-    """Programs and sources, in the order in which they were announced."""
+    """Announced programs and sources, in order."""
 
     def __call__(self, program: str, vector: np.ndarray, source: str) -> None:
         assert vector.dtype == np.int32
@@ -38,7 +38,7 @@ def runner(stories260k: Path, announced: Announced) -> ModelRunner:
 
 
 def test_a_start_announces_nothing(runner: ModelRunner, announced: Announced) -> None:
-    """Every process makes its own."""
+    """Every process warms up its own programs."""
     assert runner.compiles_after_ready == 0
     assert announced == []
 
@@ -61,7 +61,7 @@ def test_a_step_of_prefix_hits_is_two_dispatches_and_a_steady_one_is_one(
 
 
 class LeftThere:
-    """A device value that nobody may bring to the host."""
+    """Device value that fails when it is copied to the host."""
 
     def __array__(self, *args, **kwargs) -> np.ndarray:
         raise AssertionError("brought to the host")
@@ -77,7 +77,7 @@ def test_the_host_fetches_only_the_tokens_of_a_step_of_width_one(runner: ModelRu
 def test_a_program_with_a_payload_is_announced_by_its_source_and_reads_it_itself(
     stories260k: Path, announced: Announced, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An adapter, say: its weights are no vector, and every host has the file."""
+    """A payload, such as an adapter's weights, is no vector: every host reads its own copy of the file."""
     files = {"a.safetensors": jnp.full((2, 3), 5, jnp.int32), "b.safetensors": jnp.full((2, 3), 9, jnp.int32)}
 
     def put(state, vector, payload):

@@ -1,4 +1,4 @@
-"""The sampler against plain numpy: which tokens can come, how often, and that rows never touch each other."""
+"""Tests of the sampler against plain numpy: the tokens it can return, their frequencies, and the independence of rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sgl_jax.runtime.sampler import SampleLines
 from sgl_jax.scheduler.rows import encode_params
 from sgl_jax.step_plan import Param, RowLoad
 
-NUM_DRAWS = 2048  # rows of the batch that shows a distribution: one compile for each vocabulary size
+NUM_DRAWS = 2048  # rows in a batch: enough for a distribution, with one compilation for each vocabulary size
 
 _sample = jax.jit(sampler.sample)
 _threshold = jax.jit(sampler._threshold)
@@ -31,7 +31,7 @@ _adjust = jax.jit(sampler._adjust)
 
 @dataclasses.dataclass
 class Row:
-    """One row of a step: its parameters, and what came before the token to sample."""
+    """Row of a step: its parameters and the tokens before the sampled one."""
 
     params: SamplingParams
     prompt: list[int] = dataclasses.field(default_factory=lambda: [0])
@@ -56,7 +56,7 @@ class Row:
 
 
 def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[SampleLines, DeviceState]:
-    """Lines and device state of a step that samples each row's next token, padded to num_rows."""
+    """Return lines and device state of a step that samples each row's next token, padded to num_rows."""
     n = len(rows)
     params = np.zeros((num_rows, len(Param)), np.int32)
     params[:n] = [encode_params(r.request) for r in rows]
@@ -79,7 +79,7 @@ def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[SampleLine
 
 
 def sample(logits: np.ndarray, rows: list[Row], num_rows: int | None = None) -> list[int]:
-    """logits [n, V]; padding rows get logits of another kind."""
+    """Sample from logits [n, V]; padding rows get other logits."""
     num_rows = num_rows or len(rows)
     padded = np.full((num_rows, logits.shape[1]), 7.0, np.float32)
     padded[: len(rows)] = logits
@@ -93,7 +93,7 @@ def many_rows(vocab_size: int) -> tuple[SampleLines, DeviceState]:
 
 
 def draws(logits: np.ndarray, **params) -> np.ndarray:
-    """How often each token comes in NUM_DRAWS rows that differ by their seed only, in one call."""
+    """Count each token in NUM_DRAWS rows that differ only in their seeds, sampled in one call."""
     lines, state = many_rows(len(logits))
     columns = np.tile(encode_params(Row(SamplingParams(**params)).request), (NUM_DRAWS, 1))
     columns[:, Param.SEED] = np.arange(NUM_DRAWS)
@@ -105,7 +105,7 @@ def draws(logits: np.ndarray, **params) -> np.ndarray:
 def distribution(
     logits: np.ndarray, temperature: float = 1.0, top_k: int = -1, top_p: float = 1.0, min_p: float = 0.0
 ) -> np.ndarray:
-    """Hugging Face's order, in float64 with a full sort."""
+    """Compute the probabilities in float64 with a full sort, in Hugging Face's order of parameters."""
     x = logits.astype(np.float64) / temperature
     if 0 < top_k < len(x):
         x = np.where(x >= np.sort(x)[-top_k], x, -np.inf)
@@ -121,8 +121,8 @@ def distribution(
 
 
 def assert_drawn_from(counts: np.ndarray, p: np.ndarray) -> None:
-    """Nothing outside the support, and chi-squared inside, rare tokens counted together. Seeds are fixed: it cannot
-    fail by chance from one run to the next."""
+    """Test that no token has probability 0, and the frequencies by chi-squared with rare tokens counted together. Seeds are
+    fixed, so the result does not change from run to run."""
     assert counts.sum() == NUM_DRAWS
     assert counts[p == 0].sum() == 0, f"impossible tokens {np.flatnonzero(counts * (p == 0))}"
     expected = p * NUM_DRAWS
@@ -135,13 +135,13 @@ def assert_drawn_from(counts: np.ndarray, p: np.ndarray) -> None:
 
 
 def peaked(vocab_size: int) -> np.ndarray:
-    """A few likely tokens, scattered over the vocabulary: the cut lies among the candidates."""
+    """Make logits of a few likely tokens, scattered over the vocabulary: the threshold is among the candidates."""
     rng = np.random.default_rng(vocab_size)
     return (rng.standard_normal(vocab_size) * 3).astype(np.float32)
 
 
 def flat(vocab_size: int) -> np.ndarray:
-    """Nearly alike tokens: the cut lies far behind the candidates."""
+    """Make nearly equal logits: the threshold is far below the candidates."""
     rng = np.random.default_rng(vocab_size)
     return (rng.standard_normal(vocab_size) * 0.3).astype(np.float32)
 
@@ -178,18 +178,18 @@ def test_tokens_are_drawn_from_the_filtered_distribution(make, vocab_size: int, 
 
 
 def thresholds(x: np.ndarray, filters: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """Of each row of scaled logits x, with the row's filters: as the sampler finds it, and by bisection alone."""
+    """Return the threshold of each row of scaled logits x with its filters: as the sampler finds it, and by bisection alone."""
     defaults = {"top_k": 2**31 - 1, "top_p": 1.0, "min_p": 0.0}
     dtypes = {"top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
-    columns = [np.array([f.get(name, defaults[name]) for f in filters], dtypes[name]) for name in defaults]
-    found = _threshold(x, *columns, np.ones(len(x), bool))
-    return np.asarray(found), np.asarray(_bisect_threshold(x, *columns))
+    columns = tuple(np.array([f.get(name, defaults[name]) for f in filters], dtypes[name]) for name in defaults)
+    found = _threshold(x, columns, np.ones(len(x), bool))
+    return np.asarray(found), np.asarray(_bisect_threshold(x, columns))
 
 
 @pytest.mark.parametrize("vocab_size", [50, 64, 65, 1000])
 @pytest.mark.parametrize("make", [peaked, flat])
 def test_the_kept_tokens_are_exactly_numpys_whatever_the_way(vocab_size: int, make) -> None:
-    """The threshold read off the candidates, and the one found by bisection, keep the same tokens as a full sort."""
+    """Thresholds from the candidates and from bisection keep the same tokens as a full sort."""
     each = [f for f in FILTERS if f.keys() - {"temperature"} and f.get("top_k", 1) < vocab_size]
     filters = [{k: v for k, v in f.items() if k != "temperature"} for f in each]
     temperatures = np.array([f.get("temperature", 1.0) for f in each], np.float32)
@@ -204,7 +204,7 @@ def test_the_kept_tokens_are_exactly_numpys_whatever_the_way(vocab_size: int, ma
 
 
 def test_no_uniform_draws_a_token_without_weight() -> None:
-    """Few kept of many: their sums, added as a tree, move by a rounding over blocks of tokens that weigh nothing."""
+    """With few tokens kept of many, rounding makes parallel prefix sums vary over blocks of tokens without weight."""
     vocab_size, kept, steps = 151_936, 50, 2**23  # a uniform float32 is a multiple of 2^-23
     for seed in range(2):
         x = np.random.default_rng(seed).normal(0, 2, vocab_size).astype(np.float32)
@@ -221,12 +221,12 @@ def test_no_uniform_draws_a_token_without_weight() -> None:
 @pytest.mark.parametrize("vocab_size", [20, 200])
 @pytest.mark.parametrize("num_alike", [3, 100])
 def test_tokens_tied_at_the_kth_place_are_all_kept_and_all_weigh(vocab_size: int, num_alike: int) -> None:
-    """Hugging Face's rule. With top_p, the mass is that of all that are kept."""
+    """Tokens that tie with the k-th are kept, as in Hugging Face; top_p takes its mass from all that are kept."""
     logits = np.full(vocab_size, -5.0, np.float32)
     logits[0] = 1.0
     logits[1 : 1 + num_alike] = 0.0
     num_alike = min(num_alike, vocab_size - 1)
-    # Of the mass e + num_alike, the first token alone is less than 0.7.
+    # The first token has the mass e of e + num_alike, less than 0.7.
     assert np.e / (np.e + num_alike) < 0.7
     assert [t.tolist() for t in thresholds(logits[None], [{"top_k": 2, "top_p": 0.7}])] == [[0.0], [0.0]]
 
@@ -253,7 +253,7 @@ def test_a_high_temperature_makes_all_tokens_alike() -> None:
 
 
 def mixed_rows() -> list[Row]:
-    """Every parameter, alone and together."""
+    """The parameters are tried alone and together."""
     rows = [
         {"temperature": 0.0},
         {},
@@ -292,7 +292,7 @@ def test_rows_done_in_blocks_get_the_same_tokens(monkeypatch: pytest.MonkeyPatch
     lines, state = step_of(rows, vocab_size, len(rows))
     at_once = np.asarray(jax.jit(sampler.sample)(logits, lines, state))
     monkeypatch.setattr(sampler, "_LINES_BYTES", 8 * 4 * vocab_size)
-    assert sampler.lines_at_once(vocab_size) == 8  # three blocks, the last of which does three rows again
+    assert sampler.lines_at_once(vocab_size) == 8  # three blocks, of which the last computes three rows again
     np.testing.assert_array_equal(jax.jit(functools.partial(sampler.sample))(logits, lines, state), at_once)
 
 
@@ -317,7 +317,7 @@ def test_seed_and_position_decide_the_token() -> None:
     assert len({at(5, p) for p in range(1, 13)}) > 9
     assert len({at(s, 30) for s in range(12)}) > 9
     assert at(2**32 - 1, 30) != at(2**31 - 1, 30)
-    # Where prompt ends and output begins does not matter.
+    # Repetition counts tokens of the prompt and of the output alike.
     row = Row(SamplingParams(), prompt=[1] * 20, output=[2] * 10, seed=5)
     assert sample(logits, [row], num_rows=16) == [at(5, 30)]
 

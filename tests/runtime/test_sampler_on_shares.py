@@ -1,4 +1,4 @@
-"""The sampler on devices that each have a share of the vocabulary: the tokens of one device, with rows in blocks."""
+"""Tests of the sampler on devices that each hold a shard of the vocabulary: tokens equal those of one device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DEVICES, VOCAB = 4, 1000
 
 
 def test_shares_and_blocks_change_no_token() -> None:
-    """In a process of its own, which has as many devices."""
+    """Run in a process of its own, with several CPU devices."""
     environ = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
         "JAX_PLATFORMS": "cpu",

@@ -1,4 +1,4 @@
-"""Rows of width W in the real step: output is that of W = 1, whatever the drafts are worth."""
+"""Tests of rows of width W in the real step: the output equals that of W = 1, with good drafts and with bad ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CASES: list[dict] = [
 
 
 def run(runner: ModelRunner, **options) -> Client:
-    """Twelve requests, more than there are rows, and prompts of several lengths with common beginnings."""
+    """Make twelve requests, more than there are rows, with prompts of several lengths and common beginnings."""
     client = Client(small_core(runner, **options))
     for key in range(12):
         prompt = [*STORY * (key % 3), *STORY[: 1 + key % 5]]
@@ -54,7 +54,7 @@ def expected(plain: ModelRunner) -> Client:
 
 
 def an_oracle(expected: Client, wrong_every: int) -> Drafter:
-    """Drafts the very tokens that the requests get, known by length and last token, but for every so many."""
+    """Make a drafter that knows the requests' tokens, by length and last token, and guesses some of them wrong."""
     sequences = [[*a.request.prompt.tolist(), *a.tokens] for a in expected.answers.values()]
     table = np.full((len(sequences), 128), NO_DRAFT, np.int32)
     for i, tokens in enumerate(sequences):
@@ -88,7 +88,7 @@ DRAFTERS: dict[str, Callable[[Client], Drafter]] = {
 
 
 def check(client: Client, expected: Client) -> None:
-    """The answers are those of W = 1."""
+    """Answers are equal to those of W = 1."""
     for key, right in expected.answers.items():
         answer = client.answers[key]
         assert (answer.tokens, answer.reason) == (right.tokens, right.reason), key
@@ -137,13 +137,13 @@ def test_output_does_not_depend_on_widths_that_change_with_the_batch_nor_on_pree
 
 def test_without_a_drafter_rows_of_width_w_have_no_drafts(stories260k: Path, expected: Client) -> None:
     runner = small_runner(stories260k, widths=(W,))
-    for _ in range(2):  # after the start, and after steps
+    for _ in range(2):  # after the start, and again after steps
         assert (np.asarray(state_of(runner).draft) == NO_DRAFT).all()
         check(run(runner), expected)
 
 
 def test_a_step_writes_the_length_of_rows_that_do_not_decode(plain: ModelRunner) -> None:
-    """Else a row's first decode step would start where the request before it ended."""
+    """Otherwise a row's first decode step would start where the request before it ended."""
     client = Client(small_core(plain, overlap=False))
     client.submit(0, [1, *range(100, 140)], max_tokens=8, ignore_eos=True)
     client.step()  # 32 tokens of the prompt
@@ -159,7 +159,7 @@ def test_a_step_writes_the_length_of_rows_that_do_not_decode(plain: ModelRunner)
     [
         ([5, 6, 7, 8], [5, 6, 7], 4),
         ([5, 6, 7, 8], [5, 6, 9], 3),
-        ([5, 6, 7, 8], [9, 6, 7], 1),  # what comes after a draft that fails was computed from a wrong token
+        ([5, 6, 7, 8], [9, 6, 7], 1),  # tokens after a wrong draft were computed from it
         ([5, 6, 7, 8], [NO_DRAFT] * 3, 1),
         ([5, 6, 7, 8], [5, NO_DRAFT, 7], 2),
         ([5], [], 1),
@@ -185,5 +185,5 @@ def test_lines_of_a_row_that_decodes_follow_each_other_and_a_prompt_has_one() ->
     assert lines.rows.tolist() == [2, 2, 2, 0, 0, 0, 9, 9, 9]
     assert lines.position[:4].tolist() == [11, 12, 13, 9]
     assert lines.samples.tolist() == [True] * 3 + [True, False, False] + [False] * 3
-    assert lines.drafts[:3].tolist() == [[-1, -1], [7, -1], [7, 8]]  # tokens that count as generated before each line
+    assert lines.drafts[:3].tolist() == [[-1, -1], [7, -1], [7, 8]]  # drafts that count as output before each line
     assert (lines.drafts[3:] == -1).all()

@@ -1,4 +1,4 @@
-"""The step's stages have names, which every profile of the device shows."""
+"""Tests of the step program: its stages have the names that profiles show."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JAX's profiler as the engine uses it: folders, files, names; and no cost while nothing is recorded."""
+"""Tests of the engine's use of JAX's profiler: folders, files, names, and no cost while nothing is recorded."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from sgl_jax.runtime.tracing import JaxTracer
 def tracer() -> Iterator[JaxTracer]:
     yield JaxTracer()
     try:
-        jax.profiler.stop_trace()  # one process, one profile: none may be left to the next test
+        jax.profiler.stop_trace()  # a process can have one profile: leave none to the next test
     except RuntimeError:
         return
     raise AssertionError("a profile was left running")
 
 
 def names(files: list[str]) -> list[str]:
-    """Of what was recorded, in order."""
+    """Return the names of recorded events, in order."""
     (path,) = [file for file in files if file.endswith(".trace.json.gz")]
     events = json.loads(gzip.decompress(Path(path).read_bytes()))["traceEvents"]
     spans = [event for event in events if event.get("ph") == "X"]

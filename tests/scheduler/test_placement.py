@@ -1,4 +1,4 @@
-"""On which rank a request goes: the whole order of ranks, for every policy."""
+"""Tests of the order of ranks for a request, for every placement."""
 
 import pytest
 
@@ -22,8 +22,8 @@ def test_round_robin_goes_by_arrival_whatever_the_loads(arrival: int, expected: 
 @pytest.mark.parametrize(
     ("loads", "expected"),
     [
-        (IDLE, [0, 1, 2, 3]),  # equals: the lowest rank
-        (BUSY, [2, 1, 3, 0]),  # of ranks 1 and 2 the one with more pages
+        (IDLE, [0, 1, 2, 3]),  # all equal: the lowest rank
+        (BUSY, [2, 1, 3, 0]),  # ranks 1 and 2 run as many: the one with more pages
         (RankLoads([1, 1, 0, 1], [5, 7, 1, 7]), [2, 1, 3, 0]),
     ],
 )

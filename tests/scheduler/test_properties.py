@@ -1,8 +1,8 @@
-"""Whatever arrives, whenever: every request is answered with the tokens computed by hand, and every page comes back.
+"""Properties of the scheduler: every request gets the tokens computed by hand, and every page comes back.
 
 The engine core runs over a fake device whose tokens depend on every page of a sequence, so that a page that is wrong,
-stale or shared by mistake shows as a wrong token. All properties hold for rows of any width: with drafts that are accepted
-and rejected, output is that of W = 1, which is what is computed by hand.
+stale or shared by mistake gives a wrong token. The properties hold for rows of any width: with drafts accepted and rejected,
+output equals that of W = 1, which is computed by hand.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from hypothesis import given, settings
 
 from sgl_jax.engine.messages import Abort, FlushCache
 from sgl_jax.scheduler.rank_order import PLACEMENTS
-from sgl_jax.step_plan import row_capacity
+from sgl_jax.step_plan import pages_per_row
 from simulated import Client, make_core
 
-# W of a step with so many decoding rows: none are drafted for, all are, or only small batches are.
+# W by the number of decoding rows: drafts for no row, for all rows, or only in small batches.
 WIDTHS = {"1": lambda n: 1, "4": lambda n: 4, "4 to 1": lambda n: {1: 4, 2: 2}.get(n, 1)}
-EXAMPLES = {"1": 1.0, "4": 0.6, "4 to 1": 0.4}  # share of a property's examples
+EXAMPLES = {"1": 1.0, "4": 0.6, "4 to 1": 0.4}  # fraction of a property's examples
 
 VOCAB = 17  # small: outputs repeat, share prefixes, and meet stop tokens
 STEMS = [[1, 2, 3, 4] * 6, [1, 2, 3, 4, 1, 2, 9, 9] * 3]
@@ -50,14 +50,14 @@ def scenarios(draw: st.DrawFn, width: str = "1", ranks: tuple[int, ...] = (1,)) 
     rows = draw(st.integers(1, 5))
     context_length = draw(st.integers(12, 40))
     widths = [WIDTHS[width](n) for n in range(1, rows + 1)]
-    smallest = -(-row_capacity(context_length, max(widths)) // page_size)
+    smallest = pages_per_row(context_length, max(widths), page_size)
     most_decoding = max(n * w for n, w in enumerate(widths, 1))
     core = {
         "width": WIDTHS[width],
         "page_size": page_size,
         "rows": rows,
         "context_length": context_length,
-        # One request always fits; more do, or push each other out.
+        # One request always fits; several may preempt each other.
         "num_usable_pages": smallest + draw(st.integers(0, smallest)),
         "step_tokens": draw(st.integers(most_decoding, 24)),
         "prefill_tokens": draw(st.integers(1, 24)),
@@ -94,7 +94,7 @@ def arrival(draw: st.DrawFn, context_length: int, steps: st.SearchStrategy[int])
 
 
 def run(scenario: Scenario) -> Client:
-    """Invariants are checked after each step, by the client."""
+    """Run a scenario. The client checks invariants after each step."""
     core = make_core(vocab_size=VOCAB, eos=0, **scenario.core)
     client = Client(core)
     for step in range(1000):
@@ -112,7 +112,7 @@ def run(scenario: Scenario) -> Client:
 
 
 def check(scenario: Scenario, client: Client) -> None:
-    """Every answer is the one computed by hand, and every page of every rank is back."""
+    """Check that every answer is the one computed by hand, and that every page of every rank is back."""
     for answer in client.answers.values():
         answer.check(VOCAB)
     assert len(client.flushed) == len(scenario.flushes)
@@ -126,7 +126,7 @@ def check(scenario: Scenario, client: Client) -> None:
 
 
 def for_scenarios(width: str, examples: int, ranks: tuple[int, ...], property_of: Callable[[Scenario], None]) -> None:
-    """The property holds for so many scenarios, and a share of them for other widths than 1."""
+    """Test a property with this many scenarios of width 1, and with a fraction of them for other widths."""
     profile = settings(
         max_examples=int(examples * EXAMPLES[width]),
         derandomize=True,
@@ -156,7 +156,7 @@ def _answers_of_one_rank(scenario: Scenario) -> None:
     alone = run(dataclasses.replace(scenario, core={**scenario.core, "ranks": 1}))
     for key, answer in client.answers.items():
         if (other := alone.answers[key]).reason == answer.reason:
-            n = min(len(answer.tokens), len(other.tokens))  # an abort leaves more of it to who was faster
+            n = min(len(answer.tokens), len(other.tokens))  # an aborted request has more tokens in the faster run
             assert answer.tokens[:n] == other.tokens[:n]
             assert answer.reason is not None
             assert n == len(answer.tokens) == len(other.tokens) or answer.reason.type == "abort"
@@ -187,7 +187,7 @@ def _stays_in_its_budgets(scenario: Scenario) -> None:
 def test_ranks_under_page_pressure_preempt_share_prefixes_and_answer_right(
     ranks: int, placement: str, width: str
 ) -> None:
-    """The same as above where it is known to happen: every rank runs, preempts and finds prefixes."""
+    """The same property in a scenario in which every rank runs, preempts and finds prefixes."""
     core = make_core(
         vocab_size=VOCAB,
         eos=0,

@@ -1,4 +1,4 @@
-"""Data ranks: small scenarios whose plans were worked out by hand, and placements end to end."""
+"""Tests of data ranks: small scenarios with plans computed by hand, and placements end to end."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from simulated import make_request, make_scheduler, step_tokens
 
 
 def lines(plan: StepPlan | None) -> list[tuple]:
-    """A plan's rows as (rank, key, start, num_new)."""
+    """Return a plan's rows as (rank, key, start, num_new)."""
     assert plan is not None
     return list(zip(*(c.tolist() for c in (plan.rank, plan.keys, plan.start, plan.num_new)), strict=True))
 
 
 def updates(plan: StepPlan) -> list[tuple[int, int, int]]:
-    """(key, index in its page table, page id)."""
+    """Return a plan's page updates as (key, index in its page table, page id)."""
     key_of = dict(zip(plan.rows.tolist(), plan.keys.tolist(), strict=True))
     return [(key_of[row], index, page) for row, index, page in plan.page_updates.T.tolist()]
 
 
 def step(scheduler: Scheduler, token: int = 50) -> StepPlan:
-    """One step in which every row that samples gets this token."""
+    """Run a step in which every row that samples gets this token."""
     plan = scheduler.schedule()
     assert plan is not None
     scheduler.process(plan, step_tokens(plan, np.full(len(plan.rows), token)))
@@ -35,7 +35,7 @@ def step(scheduler: Scheduler, token: int = 50) -> StepPlan:
 
 
 def place(scheduler: Scheduler, key: int, prompt: list[int], **params) -> int:
-    """Add a request and run one step; the rank it went to."""
+    """Add a request and run a step. Return the rank that took it."""
     scheduler.add(make_request(key, prompt, **params))
     plan = step(scheduler)
     return int(plan.rank[plan.keys.tolist().index(key)])
@@ -111,14 +111,14 @@ def test_cache_aware_goes_where_the_longest_prefix_is() -> None:
     stem = list(range(100, 116))
     assert place(s, 1, [1, 2, 3]) == 0
     assert place(s, 2, [*stem[:8], 1]) == 1
-    assert place(s, 3, [*stem[:12], 9, 9, 9], prompt_logprobs=0) == 2  # all of it scored: no prefix to look for
+    assert place(s, 3, [*stem[:12], 9, 9, 9], prompt_logprobs=0) == 2  # the whole prompt is scored: no prefix is used
     s.add(make_request(4, [*stem, 7]))
     plan = step(s)
     assert (2, 4, 12, 5) in lines(plan)
     assert plan.loads[0].pages.tolist() == [1, 2, 3]
     assert place(s, 5, [*stem[:8], 5]) == 1  # two pages on ranks 1 and 2; rank 1 runs fewer
     assert place(s, 6, [4, 4]) == 0
-    assert place(s, 7, [*stem, 8]) == 2  # however many run there
+    assert place(s, 7, [*stem, 8]) == 2  # although many run there
 
 
 def test_cache_aware_finds_prefixes_of_the_requests_namespace_alone() -> None:
@@ -211,12 +211,12 @@ def test_the_youngest_of_the_rank_that_lacks_pages_is_preempted_and_may_move() -
     assert lines(step(s)) == [(0, 2, 0, 2), (0, 4, 0, 2), (1, 5, 0, 2)]
     assert lines(step(s)) == [(0, 2, 2, 1), (0, 4, 2, 1), (1, 5, 2, 1)]
     step(s)
-    plan = step(s)  # both rows of rank 0 want a third page; one is left
+    plan = step(s)  # both rows of rank 0 need a third page; one is left
     assert lines(plan) == [(0, 2, 4, 1), (1, 5, 4, 1)]
     assert s.counters.preemptions == 1
     assert list(s.waiting) == [4]
     plan = step(s)
-    assert lines(plan) == [(0, 2, 5, 1), (1, 4, 0, 5)]  # moved: nothing of it is cached there
+    assert lines(plan) == [(0, 2, 5, 1), (1, 4, 0, 5)]  # moved to rank 1, where none of it is cached
     assert plan.tokens.tolist() == [0, 3, 4, 50, 50, 50]
     while s.has_requests:
         step(s)

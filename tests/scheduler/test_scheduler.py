@@ -1,4 +1,4 @@
-"""Small scenarios whose plans were worked out by hand: which tokens, which pages, in which order."""
+"""Tests of the scheduler: small scenarios with plans computed by hand."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ import pytest
 from sgl_jax.request import FinishReason
 from sgl_jax.scheduler.results import StepResult
 from sgl_jax.scheduler.scheduler import Scheduler
-from sgl_jax.step_plan import Flag, Param, StepPlan
+from sgl_jax.step_plan import Param, RowFlag, StepPlan
 from simulated import make_request, make_scheduler, step_tokens
 
 
 def lines(plan: StepPlan | None) -> list[tuple]:
-    """A plan's rows as (key, start, num_new, samples, from_device)."""
+    """Return a plan's rows as (key, start, num_new, samples, from_device)."""
     assert plan is not None
     columns = (plan.keys, plan.start, plan.num_new, plan.samples, plan.from_device)
     return list(zip(*(c.tolist() for c in columns), strict=True))
 
 
 def updates(plan: StepPlan) -> list[tuple[int, int, int]]:
-    """(key, index in its page table, page id)."""
+    """Return a plan's page updates as (key, index in its page table, page id)."""
     key_of = dict(zip(plan.rows.tolist(), plan.keys.tolist(), strict=True))
     return [(key_of[row], index, page) for row, index, page in plan.page_updates.T.tolist()]
 
 
 def loaded(plan: StepPlan) -> dict[int, list[int]]:
-    """By key: page tables that are loaded before the step."""
+    """Return the page tables that are loaded before the step, by key."""
     key_of = dict(zip(plan.rows.tolist(), plan.keys.tolist(), strict=True))
     return {key_of[load.row]: load.pages.tolist() for load in plan.loads if load.pages is not None}
 
 
 def step(scheduler: Scheduler, *sampled: int) -> tuple[StepPlan, StepResult]:
-    """One step: `sampled` are the tokens of the rows that sample, in plan order."""
+    """Run a step. `sampled`: the tokens of the rows that sample, in plan order."""
     plan = scheduler.schedule()
     assert plan is not None
     tokens = np.zeros(len(plan.rows), np.int32)
@@ -43,7 +43,7 @@ def step(scheduler: Scheduler, *sampled: int) -> tuple[StepPlan, StepResult]:
 
 
 def finish_all(scheduler: Scheduler) -> None:
-    """Everything gone, every page back."""
+    """Check that no request is left and every page is back."""
     assert not scheduler.has_requests
     scheduler.check_invariants()
     assert scheduler.caches[0].num_available_pages == scheduler.caches[0].num_usable_pages
@@ -197,7 +197,9 @@ def test_a_sibling_of_a_chunked_prompt_starts_as_soon_as_their_ways_part() -> No
 
 def test_a_page_computed_twice_in_one_step_is_kept_once_and_the_table_reloaded() -> None:
     s = make_scheduler(page_size=4)
-    s.add(make_request(1, [0, 1, 2, 3]))  # its last page is never awaited: one token must be left to compute
+    s.add(
+        make_request(1, [0, 1, 2, 3])
+    )  # it does not wait for its last page, since its last token is computed in any case
     s.add(make_request(2, [0, 1, 2, 3, 4, 5]))
     plan, _ = step(s, 50, 51)
     assert lines(plan) == [(1, 0, 4, True, False), (2, 0, 6, True, False)]
@@ -232,7 +234,7 @@ def test_the_youngest_is_preempted_and_resumes_behind_its_cached_pages() -> None
     assert s.waiting  # it needs one page more than there is
     plan, _ = step(s, 15)
     assert lines(plan) == [(1, 6, 1, True, True)]
-    assert updates(plan) == [(1, 3, 4)]  # evicted from the preempted one's cached prefix, its later half
+    assert updates(plan) == [(1, 3, 4)]  # the later half of the preempted request's cached prefix, evicted
     plan, result = step(s, 16)
     assert [(r.key, r.tokens.tolist()) for r, _ in result.finished] == [(1, [1, 2, 10, 11, 12, 13, 14, 15, 16])]
 
@@ -255,7 +257,7 @@ def test_a_token_in_flight_of_a_preempted_request_is_dropped_and_sampled_again()
     step(s, 11, 21)
     in_flight = s.schedule()
     assert lines(in_flight) == [(1, 3, 1, True, True), (2, 3, 1, True, True)]
-    plan = s.schedule()  # request 2 loses its row while its third token is on its way
+    plan = s.schedule()  # request 2 loses its row while its third token is in flight
     assert lines(plan) == [(1, 4, 1, True, True)]
     assert s.waiting[2].tokens.tolist() == [3, 4, 20, 21]
     assert in_flight is not None
@@ -276,7 +278,7 @@ def test_a_step_planned_ahead_takes_its_tokens_from_the_device() -> None:
     s.process(first, step_tokens(first, np.array([50])))
     third = s.schedule()
     assert lines(third) == [(1, 4, 1, True, True)]
-    result = s.process(second, step_tokens(second, np.array([77])))  # a stop token: the third step was for nothing
+    result = s.process(second, step_tokens(second, np.array([77])))  # a stop token: the third step is wasted
     assert [(r.key, reason) for r, reason in result.finished] == [(1, FinishReason("stop", 77))]
     assert third is not None
     assert s.process(third, step_tokens(third, np.array([60]))).keys.tolist() == []
@@ -349,7 +351,7 @@ def test_prompts_share_their_own_budget_and_what_decodes_leave() -> None:
     assert lines(step(s, 50)[0]) == [(1, 0, 4, True, False), (2, 0, 2, False, False)]
     assert lines(step(s, 51)[0]) == [(1, 4, 1, True, True), (2, 2, 6, False, False)]
     s.add(make_request(3, list(range(30, 39))))
-    # The last token of a prompt counts as one of a prompt, not as a decode.
+    # The last token of a prompt counts against the budget of prompt tokens.
     assert lines(step(s, 52, 60)[0]) == [(1, 5, 1, True, True), (2, 8, 1, True, False), (3, 0, 5, False, False)]
 
 
@@ -402,7 +404,7 @@ def test_a_prompt_is_scored_while_it_is_computed_and_no_longer() -> None:
     first, second, third = s.schedule(), s.schedule(), s.schedule()
     for plan in (first, second, third):
         assert plan is not None
-        flags.append(bool(plan.params[0, Param.FLAGS] & Flag.PROMPT_LOGPROBS))
+        flags.append(bool(plan.params[0, Param.FLAGS] & RowFlag.PROMPT_LOGPROBS))
         s.process(plan, step_tokens(plan, np.array([50])))
     assert flags == [True, True, False]
 
@@ -450,7 +452,7 @@ def test_sampling_parameters_are_encoded_by_column() -> None:
     assert floats.tolist() == [[0.5, 0.25, 0.125, 0, 0, 1], [1, 1, 0, 1.5, -0.5, 2]]
     assert plan.params[:, Param.SEED].tolist() == [1, 2]
     assert plan.params[:, Param.TOP_K].tolist() == [7, 2**31 - 1]
-    assert plan.params[:, Param.FLAGS].tolist() == [Flag.LOGPROBS | Flag.BIAS, Flag.PENALTIES]
+    assert plan.params[:, Param.FLAGS].tolist() == [RowFlag.LOGPROBS | RowFlag.BIAS, RowFlag.PENALTIES]
 
 
 def test_a_step_must_hold_a_token_of_every_running_request() -> None:

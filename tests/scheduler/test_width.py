@@ -1,4 +1,4 @@
-"""Rows of width W: small scenarios whose plans and bounds were worked out by hand."""
+"""Tests of rows of width W: small scenarios with plans and bounds computed by hand."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 from sgl_jax.request import FinishReason
 from sgl_jax.scheduler.results import StepResult
 from sgl_jax.scheduler.scheduler import Scheduler
-from sgl_jax.step_plan import StepPlan, row_capacity
+from sgl_jax.step_plan import StepPlan, pages_per_row
 from simulated import make_request, make_scheduler, step_tokens
 
 W = 4
@@ -26,7 +26,7 @@ def plan_of(s: Scheduler) -> StepPlan:
 
 
 def take(s: Scheduler, plan: StepPlan, *rows: list[int], accepted: list[int] | None = None) -> StepResult:
-    """Process a step whose rows sampled these tokens; a row with fewer than W is filled with the token 9."""
+    """Process a step whose rows sampled these tokens. A row with fewer than W tokens is padded with the token 9."""
     tokens = np.array([[*row, *[9] * (W - len(row))] for row in rows])
     counts = [len(row) for row in rows] if accepted is None else accepted
     result = s.process(plan, step_tokens(plan, tokens[:, : plan.width], np.array(counts, np.int32)))
@@ -35,7 +35,7 @@ def take(s: Scheduler, plan: StepPlan, *rows: list[int], accepted: list[int] | N
 
 
 def started(s: Scheduler, **params) -> None:
-    """Request 1, of three tokens, has its first token."""
+    """Make a scheduler in which request 1, with a prompt of three tokens, has its first token."""
     s.add(make_request(1, [1, 2, 3], **params))
     take(s, plan_of(s), [50])
 
@@ -69,7 +69,7 @@ def test_a_plan_ahead_starts_at_the_upper_bound_and_the_bound_closes_in() -> Non
     assert [first.start.tolist(), second.start.tolist()] == [[3], [7]]
     take(s, first, [51])  # three drafts were rejected
     third = plan_of(s)
-    assert third.start.tolist() == [8]  # 3 + 1 computed and known, and 4 that may come of the second step
+    assert third.start.tolist() == [8]  # 3 + 1 known, and at most 4 from the second step
     take(s, second, [52, 53, 54, 55])
     take(s, third, [56])
     assert plan_of(s).start.tolist() == [9]
@@ -86,14 +86,14 @@ def test_pages_are_given_for_the_upper_bound_and_kept_when_drafts_are_rejected()
 
 
 def test_a_row_goes_on_while_its_lower_bound_is_short_of_the_end() -> None:
-    """With the bound of what steps in flight may give, it would stop here and never end."""
+    """With the upper bound, which counts all drafts in flight, the request would get no further step and never end."""
     s = scheduler()
     started(s, max_tokens=4)
-    first = plan_of(s)  # may give tokens 5 to 8 of 7
-    second = plan_of(s)  # but perhaps only one of the three that are missing
+    first = plan_of(s)  # at most tokens 5 to 8, of 7
+    second = plan_of(s)  # the first may give only one of the three missing tokens
     take(s, first, [51])
     third = plan_of(s)
-    assert s.schedule() is None  # two steps in flight give the two that are missing
+    assert s.schedule() is None  # two steps in flight give at least the two missing tokens
     take(s, second, [52])
     assert s.schedule() is None
     result = take(s, third, [53])
@@ -141,7 +141,7 @@ def test_short_prompts_come_between_rows_that_decode_and_long_ones() -> None:
 
 
 def test_a_page_table_has_room_for_drafts_beyond_the_context() -> None:
-    """The last steps of a row that fills the context compute drafts past its end, on pages of their own."""
+    """The last steps of a row that fills the context compute drafts beyond it, on pages of their own."""
     s = scheduler(page_size=1, context_length=12, num_usable_pages=18, step_tokens=16)
     started(s, max_tokens=9)
     most = 0
@@ -151,8 +151,8 @@ def test_a_page_table_has_room_for_drafts_beyond_the_context() -> None:
         take(s, first, [51])
         take(s, second, [52])
     assert not s.has_requests
-    assert most == row_capacity(12, W) - 2  # counted from 0; and the very last token of a row is never computed
-    assert s.table.page_table.shape[1] == row_capacity(12, W) == 18
+    assert most == pages_per_row(12, W, 1) - 2  # counted from 0; and the very last token of a row is never computed
+    assert s.table.page_table.shape[1] == pages_per_row(12, W, 1) == 18
 
 
 def test_a_preempted_row_comes_back_with_what_was_known() -> None:
@@ -164,7 +164,7 @@ def test_a_preempted_row_comes_back_with_what_was_known() -> None:
     in_flight = plan_of(s)  # to token 10 at most: three pages each
     after = plan_of(s)
     assert (after.keys.tolist(), s.counters.preemptions) == ([1], 1)
-    assert take(s, in_flight, [53], [63, 64]).keys.tolist() == [1]  # the other's tokens are dropped
+    assert take(s, in_flight, [53], [63, 64]).keys.tolist() == [1]  # the tokens of the other request are dropped
     take(s, after, [54])
     request = s.find(2)
     assert request is not None

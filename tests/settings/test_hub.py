@@ -51,7 +51,7 @@ CHOSEN = {name: FILES[name] for name in ("config.json", "model.safetensors")}
 
 
 def test_hugging_face_from_hf_endpoint_resumed_reported_and_then_offline(hub: Hub, tmp_path: Path) -> None:
-    chunk = 10 << 20  # what the library writes at a time
+    chunk = 10 << 20  # bytes that the library writes at a time
     hub.files["model.safetensors"], hub.breaks_at = bytes(chunk + 5000), chunk + 3000
     first = fetch_in_a_process(tmp_path, HF_ENDPOINT=hub.url, HF_HUB_DISABLE_XET="1")
     assert first.returncode == 0, first.stderr

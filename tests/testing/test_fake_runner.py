@@ -1,4 +1,4 @@
-"""The fake device finds out what a real one would compute wrong."""
+"""Tests of the fake device: it detects plans that a real device would compute wrongly."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def plan(
     width: int = 1,
     **changes,
 ) -> StepPlan:
-    """Row i, of rank[i], computes num_new tokens [i, i, …]; pages[i] becomes its first page."""
+    """Make a plan in which row i, of rank[i], computes num_new tokens [i, i, …] and pages[i] becomes its first page."""
     n = len(rank)
     new = np.broadcast_to(ints(*np.atleast_1d(num_new)), n).copy()
     built = StepPlan.of(
@@ -42,7 +42,7 @@ def plan(
 
 
 def decode(rank: list[int]) -> StepPlan:
-    """The token after three, sampled before."""
+    """Make a plan in which the rows decode after three tokens."""
     return plan(rank, [], start=3, num_new=1, from_device=np.ones(len(rank), np.bool_))
 
 

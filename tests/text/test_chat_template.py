@@ -47,7 +47,7 @@ def test_llama_cpp_cases() -> None:
 
 
 def test_real_templates_render_as_transformers_does(golden: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """70 templates on four conversations, tools among them; where one refuses a conversation there, it does here."""
+    """70 templates render four conversations, tools among them, or refuse them, as in transformers."""
     expected = json.loads((golden / "chat_templates.json").read_text())
     now = datetime.datetime.fromisoformat(expected["now"])
     monkeypatch.setattr(chat_template, "datetime", SimpleNamespace(datetime=SimpleNamespace(now=lambda: now)))

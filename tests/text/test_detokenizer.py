@@ -1,4 +1,4 @@
-"""Text comes out as it is decided, whole characters only, and nothing of a stop string."""
+"""Text comes out as soon as it is certain: whole characters only, and nothing of a stop string."""
 
 from __future__ import annotations
 

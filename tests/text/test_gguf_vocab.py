@@ -46,7 +46,7 @@ def write_vocab(path: Path, metadata: dict) -> Path:
 
 
 def gguf_of(tokenizer_json: Path, path: Path, **metadata) -> Path:
-    """What llama.cpp's converter would write for this tokenizer.json."""
+    """Write the vocabulary as llama.cpp's converter would."""
     spec = json.loads(tokenizer_json.read_text())
     tokens = sorted(spec["model"]["vocab"], key=spec["model"]["vocab"].get)
     merges = [" ".join(pair) for pair in spec["model"]["merges"]]

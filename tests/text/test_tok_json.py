@@ -34,7 +34,7 @@ SPECIAL = ["<|pad|>", "<|separator|>", "<|eos|>", "<|control7|>", "<|image|>"]
 
 
 def vocabulary() -> dict[bytes, int]:
-    """Single bytes, and each word with all its beginnings, so that merging can reach it."""
+    """Return single bytes, and each word with all its beginnings, so that merging can reach it."""
     tokens = [bytes([byte]) for byte in range(256)]
     for word in WORDS:
         encoded = word.encode()
@@ -55,7 +55,7 @@ def write(folder: Path, **changes) -> Path:
 
 
 def merged(word: bytes, ranks: dict[bytes, int]) -> list[int]:
-    """tiktoken's rule: a word that is a token stays whole; else the leftmost pair of the lowest rank is merged first."""
+    """Merge by tiktoken's rule: a word that is a token stays whole; else the leftmost pair of lowest rank comes first."""
     parts = [word] if word in ranks else [word[i : i + 1] for i in range(len(word))]
     while True:
         pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(itertools.pairwise(parts)) if a + b in ranks]

@@ -1,4 +1,4 @@
-"""Loading tokenizers, and what they say about single tokens."""
+"""Tokenizers are loaded from every form, and give the text and bytes of single tokens."""
 
 from __future__ import annotations
 

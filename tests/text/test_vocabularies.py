@@ -1,4 +1,4 @@
-"""Tokenizers built from vocabularies that are no tokenizer.json: tiktoken, sentencepiece, and what transformers converts.
+"""Tokenizers are built from vocabularies without tokenizer.json: tiktoken, sentencepiece, and those transformers converts.
 
 The expected ids are those of tiktoken and sentencepiece, run on the same vocabularies.
 """
@@ -19,8 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.bpe_merges import merges_of
-from sgl_jax.text.byte_level import BYTE_OF_CHAR
+from sgl_jax.text.bpe import BYTE_OF_CHAR, merges_of
 from sgl_jax.text.chat_template import ChatTemplate
 from sgl_jax.text.sentencepiece_file import load_sentencepiece
 from sgl_jax.text.tiktoken_file import load_tiktoken

@@ -25,7 +25,7 @@ from sgl_jax.runtime.compiler import Compiled, CompileWatch, compile_all, matmul
 from sgl_jax.runtime.programs import step_name
 
 ATTENTION = "fa"
-# What is known not to hold (benchmarks/LOG.md), as its sentences begin. Any other fault fails, and so does one that is gone.
+# Faults that are known (benchmarks/LOG.md), as their sentences begin. Any other fails, and so does one that is gone.
 KNOWN = {
     ("Qwen3-32B", "v6e-4"): r"tokens=2048 rows=256: products with weights are \{'attention': 129,",  # one of 64 twice
     ("Gemma-2-9B", "v6e-1"): r"tokens=\d+ rows=\d+: \d+ MB of temporaries",  # logits of 262 MB, 2.4 % of a small pool
@@ -70,7 +70,7 @@ def test_launch(model: str, topology: str) -> None:
     started, used = time.perf_counter(), time.process_time()
     with jax.default_matmul_precision(precision):
         compile_all(programs.values(), CompileWatch(), read, absent=placement.mesh)
-    spent = {"cpu_seconds": round(time.process_time() - used, 1)}  # of all threads, reading the programs included
+    spent = {"cpu_seconds": round(time.process_time() - used, 1)}  # sum of all threads, reading the programs included
     data = as_data(plan, sorted(facts, key=lambda each: list(programs).index(each.name)), time.perf_counter() - started)
     entry = when | {"attention": ATTENTION, "faults": sorted(faults)} | spent | data
     matrix_report.add(model, topology, entry)

@@ -22,7 +22,7 @@ VMEM = {"v6e": 128 << 20, "v7x": 64 << 20}
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> dict:
-    """In a process of its own: libtpu takes its flags once."""
+    """Measure in a process of its own, as libtpu reads its flags once."""
     out = tmp_path_factory.mktemp("kernels") / "kernels.json"
     only = "|".join(f"^{name}$" for name in MEASURED)
     command = [sys.executable, str(SCRIPT), "--only", only, "--output", str(out)]
@@ -51,7 +51,7 @@ def test_the_pool_changes_in_place_and_vmem_is_left_for_others(measured, name):
 
 @pytest.fixture(scope="module")
 def kernels():
-    """The scoreboard's script, as a module."""
+    """Load the scoreboard's script as a module."""
     spec = importlib.util.spec_from_file_location("tpu_kernels", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
@@ -62,7 +62,7 @@ def kernels():
 
 
 def least_cycles(kernels, shape: str, width: int) -> tuple[int, float, int, int]:
-    """Of a row of 1024 keys on v6e, committed: bundles, cycles of its copies, bytes moved, the least bytes."""
+    """Return the committed figures of a row of 1024 keys on v6e: bundles, cycles of its copies, bytes moved, least bytes."""
     case = COMMITTED["cases"][f"decode v6e {shape} page 128" + f" W={width}" * (width > 1)]
     bundles = kernels.decode_bundles(case["bundles"], 1024, case["block"], case["unit"], 128, width)
     moved, least = kernels.decode_bytes(1024, 128, kernels.SHAPES[shape], width=width)
@@ -70,7 +70,7 @@ def least_cycles(kernels, shape: str, width: int) -> tuple[int, float, int, int]
 
 
 def test_decode_is_bound_by_copies_at_1024_keys_on_v6e(kernels):
-    """The committed figures, against bytes over bandwidth: what the kernel was built for."""
+    """The committed bundles take fewer cycles than bytes over bandwidth."""
     for shape in ("TP1", "TP4", "TP8"):
         bundles, cycles, moved, least = least_cycles(kernels, shape, 1)
         assert bundles < cycles

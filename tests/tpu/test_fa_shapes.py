@@ -1,5 +1,5 @@
-"""Every shape of heads and every option of the attention kernels compiles for the chips: Mosaic refuses what it cannot
-lay out, and interpret mode does not know."""
+"""Every shape of heads and every option of the attention kernels compiles for the chips. Mosaic refuses layouts that
+interpret mode accepts."""
 
 from __future__ import annotations
 

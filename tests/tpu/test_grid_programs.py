@@ -1,4 +1,4 @@
-"""What devices say to each other in a step on several TPUs: counted in the compiled program, and no more than must be.
+"""Collectives of a step on several TPUs, counted in the compiled program, are no more than there must be.
 
 Two layers of a real model: every further layer repeats them.
 """

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reas
 TOKENS, ROWS, POOL_TOKENS = 128, 32, 1 << 19
 
 
-# A page as long as a head is wide is what XLA once copied the pool for.
+# XLA once copied the pool where page_size equals head_dim.
 @pytest.mark.parametrize(
     ("page", "heads", "planes", "width"),
     [

@@ -46,7 +46,7 @@ def test_what_a_step_needs_besides_is_small(step: StepProgram) -> None:
 
 
 def test_the_plan_agrees_with_the_program(step: StepProgram) -> None:
-    """What `sgl_jax.compile --plan` says by arithmetic of a config, against what was compiled."""
+    """Compare the arithmetic of `sgl_jax.compile --plan` with the compiled program."""
     given, reduced = programs.planned_bytes(step)
     assert step.argument_bytes == pytest.approx(given, rel=programs.AGREEMENT)
     summed = programs.sums(step)[0] * step.activation_bytes

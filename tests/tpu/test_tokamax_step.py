@@ -1,4 +1,4 @@
-"""A step with the backend `tokamax`, compiled for a TPU: its pool, in an order of its own, changes in place on every device."""
+"""A step with the backend `tokamax`, compiled for a TPU: its pool has an order of its own, and changes in place."""
 
 from __future__ import annotations
 
@@ -55,4 +55,4 @@ def test_the_pool_changes_in_place(step: StepProgram) -> None:
 
 def test_its_kernels_are_in_each_layer(step: StepProgram) -> None:
     kernels = [each.name for each in step.module.instructions() if each.opcode == "custom-call" and "RPA" in each.name]
-    assert len(kernels) == 3 * step.num_layers  # for decoding, equal and other rows
+    assert len(kernels) == 3 * step.num_layers  # for decoding, equally long and other rows

@@ -26,12 +26,14 @@ from sgl_jax.runtime.device_state import state_bytes
 from sgl_jax.runtime.platform import kernels_for
 from sgl_jax.settings.server_args import ServerArgs
 
-_KERNEL_LINES = re.compile(r"\\22debug_locations\\22: \\22[^\\]*\\22")  # of Pallas kernels, in an escaped JSON string
+_KERNEL_LINES = re.compile(
+    r"\\22debug_locations\\22: \\22[^\\]*\\22"
+)  # found in Pallas kernels, in an escaped JSON string
 MOVES = ("copy", "transpose", "dynamic-slice", "slice", "concatenate", "fusion", "custom-call-done", "call-done")
 PRODUCTS = ("convolution", "dot")
 
 SMALL = 64 << 10  # bytes between devices besides activations: the best token of each row
-TEMP_SHARE = 0.02  # of the pool
+TEMP_SHARE = 0.02  # fraction of the pool's bytes
 AGREEMENT = 0.02  # between arithmetic and the compiled program
 
 
@@ -54,7 +56,7 @@ class StepProgram:
 
     @property
     def activation_bytes(self) -> int:
-        """Of bfloat16 between layers."""
+        """Bytes of the bfloat16 activations between layers."""
         return self.tokens * self.plan.model.config.hidden_size * 2
 
     @property
@@ -135,7 +137,9 @@ def pool_copies(step: StepProgram) -> list[Instruction]:
 def weight_moves(step: StepProgram) -> list[Instruction]:
     """Instructions that make another of a layer's matrices: what is multiplied should be read where it lies. A prefetch
     (copy-start, slice-start, and what puts its parts together) into the chip's own memory is none."""
-    weights: dict[str, tuple[int, ...]] = {}  # what is a matrix of a layer, or a prefetched one: its sides
+    weights: dict[
+        str, tuple[int, ...]
+    ] = {}  # by instruction that is a matrix of a layer, or a prefetched one: its sides
     found = []
     for each in step.module.computations[step.module.entry]:
         if each.opcode == "parameter" and each.op_name.startswith("weights.layers"):
@@ -175,8 +179,8 @@ def expected_products(step: StepProgram) -> Counter[str]:
 
 
 def sums(step: StepProgram) -> tuple[int, list[int]]:
-    """Of a step that takes no branch: how often activations are summed over the devices, and the bytes of everything
-    else that goes between them."""
+    """Count the sums of activations over the devices in a step that takes no branch; list the bytes of every other
+    collective."""
     activations = step.activation_bytes
     always = [each for each in step.module.collectives() if not each.in_branch]
     others = [each.nbytes for each in always if each.nbytes != activations]

@@ -14,25 +14,21 @@ class PagePool:
         """`num_pages` includes the scratch page."""
         self.num_pages = num_pages
         self._stack = np.arange(num_pages - 1, 0, -1, dtype=np.int32)  # the lowest ids come out first
-        self._num_free = num_pages - 1
-
-    @property
-    def num_free(self) -> int:
-        return self._num_free
+        self.num_free = num_pages - 1
 
     def allocate(self, n: int) -> np.ndarray:
         """Take n pages, i32[n], which the caller owns until `free`. Raises IndexError if fewer are free."""
-        if n > self._num_free:
-            raise IndexError(f"asked for {n} pages, {self._num_free} of {self.num_pages - 1} are free")
-        self._num_free -= n
-        return self._stack[self._num_free : self._num_free + n][::-1].copy()
+        if n > self.num_free:
+            raise IndexError(f"asked for {n} pages, {self.num_free} of {self.num_pages - 1} are free")
+        self.num_free -= n
+        return self._stack[self.num_free : self.num_free + n][::-1].copy()
 
     def free(self, pages: np.ndarray) -> None:
         """Give back allocated pages, i32[n]."""
-        n, num_used = len(pages), self.num_pages - 1 - self._num_free
+        n, num_used = len(pages), self.num_pages - 1 - self.num_free
         assert n <= num_used, f"{n} pages freed, only {num_used} in use"
-        self._stack[self._num_free : self._num_free + n] = pages[::-1]
-        self._num_free += n
+        self._stack[self.num_free : self.num_free + n] = pages[::-1]
+        self.num_free += n
 
     def free_pages(self) -> np.ndarray:
-        return self._stack[: self._num_free].copy()
+        return self._stack[: self.num_free].copy()

@@ -33,7 +33,7 @@ class Engine:
         if model_path is None:
             raise TypeError("Engine needs model_path")
         given: dict[str, Any] = {"model_path": model_path, **server_args}
-        args = ServerArgs(**given)  # which checks types and values
+        args = ServerArgs(**given)  # checks types and values
         for name in server_args:
             if BY_NAME[name].about.group == SERVER and name != "stream_interval":
                 raise TypeError(f"Engine has no HTTP server, so {name} would do nothing; leave it out")

@@ -44,7 +44,7 @@ def follow(args: ServerArgs) -> NoReturn:
         for program, vector, source in hosts[0].runs():
             runner.execute(program, vector, source)
     except Exception as error:
-        if not isinstance(error, ValueError | OSError):  # which are for the user to mend
+        if not isinstance(error, ValueError | OSError):  # for these two the message is enough
             logger.exception("the engine failed")
         for each in hosts:
             each.close(one_line(error))

@@ -42,7 +42,7 @@ class DuplicateRequestId(InvalidParameter):
     """A running request has this id."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GenerationRequest:
     """One prompt, of which `params.n` choices are generated. While parameters are read the prompt is empty."""
 
@@ -87,7 +87,7 @@ class Choice:
     stream_interval: int  # tokens per update after the first, in a stream
     arrived: float
     last_token_at: float = 0.0  # 0: no token yet
-    wake_at: int = field(init=False)  # tokens that make an update
+    wake_at: int = field(init=False)  # so many tokens make an update
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
@@ -115,7 +115,7 @@ class Choice:
         text, used = detokenizer.push(shown)
         if reason is not None and detokenizer.matched is None:
             text += detokenizer.finish()
-        if self.request.score_only:  # the engine has generated one token all the same
+        if self.request.score_only:  # the engine has generated a token nevertheless
             text, tokens, logprobs = "", [], []
             if reason is not None and reason.type != "abort":
                 reason = FinishReason("length")

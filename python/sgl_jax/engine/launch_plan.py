@@ -27,7 +27,7 @@ class LaunchPlan:
 
     grid: Grid
     weight_bytes: int  # on each device
-    memory: MemoryPlan  # of each device
+    memory: MemoryPlan  # each device's
     runner_config: RunnerConfig
     scheduler_config: SchedulerConfig
 
@@ -54,7 +54,7 @@ def plan_launch(
     pool = pool_of(share, kernels.attention, dtype)
     page_size = _page_size(args, platform, kernels, pool)
     context_length = args.context_length or model.context_length
-    max_running = -(-(args.max_running_requests or platform.max_running_requests) // grid.data)  # of each data rank
+    max_running = -(-(args.max_running_requests or platform.max_running_requests) // grid.data)  # on each data rank
     weights = weight_bytes(share, dtype)
     memory = plan_memory(
         platform,
@@ -72,7 +72,8 @@ def plan_launch(
     context_length = min(context_length, memory.num_tokens)
     max_running = min(max_running, memory.num_pages - 1)
     prefill_tokens = _prefill_tokens(args, platform, context_length, grid.data)
-    step_tokens = max(prefill_tokens, max_running)  # every running request has room for one token
+    multiple = grid.tensor if grid.sequence else 1  # each device computes as many of a step's tokens
+    step_tokens = max(prefill_tokens, max_running)  # room for one token of every running request
     return LaunchPlan(
         grid,
         weights,
@@ -85,9 +86,7 @@ def plan_launch(
             num_pages=memory.num_pages,
             num_rows=max_running * grid.data,
             context_length=context_length,
-            buckets=make_buckets(
-                step_tokens, max_running, platform.smallest_bucket[dtype], grid.tensor if grid.sequence else 1
-            ),
+            buckets=make_buckets(step_tokens, max_running, platform.smallest_bucket[dtype], multiple),
             num_ranks=grid.data,
         ),
         SchedulerConfig(

@@ -68,7 +68,7 @@ def main() -> int:
         log.setup(server_args.log_level)
         core = _named(config["core_factory"])(server_args, functools.partial(_die, config["events"]))
     except Exception as error:
-        if not isinstance(error, ValueError | OSError):  # which are for the user to mend; anything else is ours
+        if not isinstance(error, ValueError | OSError):  # for these two the message is enough
             import logging
 
             logging.getLogger(__name__).exception("the engine could not start")

@@ -43,7 +43,7 @@ class Profiler:
         self._default_folder = default_folder
         self._status = ProfileStatus()
         self._num_launched = self._num_collected = 0
-        self._first = 0  # number of the first step that the profile has as a whole
+        self._first = 0  # number of the first step that is completely in the profile
 
     @property
     def status(self) -> ProfileStatus:

@@ -7,7 +7,7 @@ import numpy as np
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.request import Request
 from sgl_jax.scheduler.results import StepResult
-from sgl_jax.step_plan import Flag, Param, StepPlan, TokenScores
+from sgl_jax.step_plan import Param, RowFlag, StepPlan, TokenScores
 
 
 def scores_of_tokens(plan: StepPlan, step: StepResult, scores: TokenScores) -> dict[int, TokenLogprobs]:
@@ -24,7 +24,7 @@ def gather_prompt_scores(plan: StepPlan, scored: dict[int, Request], scores: Tok
     """Add the scores of prompt tokens to their requests. The line of a packed token scores the token after it."""
     ends = np.cumsum(plan.num_new)
     for row, request in scored.items():
-        if not plan.params[row, Param.FLAGS] & Flag.PROMPT_LOGPROBS:
+        if not plan.params[row, Param.FLAGS] & RowFlag.PROMPT_LOGPROBS:
             continue
         if not request.prompt_logprobs:
             request.prompt_logprobs = [None] * len(request.prompt)

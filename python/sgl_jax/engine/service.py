@@ -58,7 +58,7 @@ class GenerationService:
         self._choices = LiveChoices()
         self._keys = itertools.count(1)
         self._calls = itertools.count(1)
-        self._answers: dict[int, asyncio.Future[int | ProfileStatus]] = {}  # of calls that wait, by their number
+        self._answers: dict[int, asyncio.Future[int | ProfileStatus]] = {}  # by the number of a call that waits
 
     async def start(self) -> EngineInfo:
         """Start the engine and wait until it is ready. Requests are refused until `open`. Raises EngineFailed."""

@@ -42,7 +42,7 @@ from sgl_jax.settings.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
-type Accept = Callable[[LaunchPlan], None]  # raises if the plan will not do
+type Accept = Callable[[LaunchPlan], None]  # raises an error that refuses the plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class DeviceSide:
 
     model: DecoderConfig
     platform: Platform
-    devices: list[jax.Device]  # of all hosts
+    devices: list[jax.Device]  # all hosts' devices
     plan: LaunchPlan
     runner: ModelRunner
 
@@ -141,7 +141,7 @@ def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
     if args.load_format == "dummy" or args.nnodes > 1 or not is_hub_id(args.model_path):
         return None
     folder = local_path(args.model_path, ["config.json", "generation_config.json"], args.downloads)
-    if any(folder.glob("*.gguf")):  # put there by somebody; it may bring the config
+    if any(folder.glob("*.gguf")):  # put there by another tool; it may bring the config
         return None
     if not (folder / "config.json").exists():
         raise ModelError(

@@ -77,7 +77,7 @@ class Speedometer:
     def count(self, num_tokens: int) -> None:
         if self._since is None:
             self._since = time.monotonic()
-            return  # the time that these took is not known
+            return  # the time that these tokens took is not known
         self._tokens += num_tokens
 
     def pause(self) -> None:

@@ -1,7 +1,8 @@
 """Bailing, of which Ling and Ring are made: q, k and v fused, dense layers first, then experts and a shared one.
 
-The first version routes by softmax. The second routes by sigmoid scores with a correction bias, within the best groups; it
-norms each head of q and k and rotates half of it. Sources: modeling_bailing_moe.py and modeling_bailing_moe_v2.py of the models.
+The first version routes by softmax. The second routes by sigmoid scores with a correction bias, within the best groups;
+it norms each head of q and k and rotates half of it. Sources: modeling_bailing_moe.py and modeling_bailing_moe_v2.py of
+the models.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ def config(hf: RawConfig) -> DecoderConfig:
         raise ModelError(f"config.json sets norm_topk_prob=false; {architecture} always normalises")
     if not is_v2 and (hf.get("n_group") or 1) > 1:
         raise ModelError(f"config.json sets n_group={hf['n_group']}; {architecture} routes without groups")
+    if not hf.get("moe_router_enable_shared_expert", True):
+        raise ModelError("config.json sets moe_router_enable_shared_expert=false; it is served with true only")
+    shared_size = hf.get("moe_shared_expert_intermediate_size") or required(hf, "moe_intermediate_size")
     normalised_head = bool(hf.get("norm_head", False))
     if normalised_head and hf.get("tie_word_embeddings"):
         raise ModelError("config.json sets both norm_head and tie_word_embeddings; a tied head is served as it is")
@@ -59,7 +63,7 @@ def config(hf: RawConfig) -> DecoderConfig:
             num_experts=required(hf, "num_experts"),
             experts_per_token=per_token,
             intermediate_size=required(hf, "moe_intermediate_size"),
-            shared_intermediate_size=_shared_size(hf),
+            shared_intermediate_size=(hf.get("num_shared_experts") or 0) * shared_size,
             scoring=scoring,
             correction_bias=is_v2 and bool(hf.get("moe_router_enable_expert_bias", True)),
             num_groups=required(hf, "n_group") if is_v2 else 1,
@@ -82,10 +86,3 @@ def _rotated(hf: RawConfig, head_dim: int, usual: float) -> float:
             f"config.json: rotary_dim={rotary_dim} and partial_rotary_factor={factor} of {head_dim} contradict each other"
         )
     return factor
-
-
-def _shared_size(hf: RawConfig) -> int:
-    number = hf.get("num_shared_experts") or 0
-    if not hf.get("moe_router_enable_shared_expert", True):
-        raise ModelError("config.json sets moe_router_enable_shared_expert=false; it is served with true only")
-    return number * (hf.get("moe_shared_expert_intermediate_size") or required(hf, "moe_intermediate_size"))

@@ -1,4 +1,4 @@
-"""The config.json files that come with us: `--model-path config:qwen3-8b` is a model's shape without its weights."""
+"""Finds the config.json files that come with us: `--model-path config:qwen3-8b` is a model without its weights."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PREFIX = "config:"
 
 
 def bundled() -> dict[str, str]:
-    """The text of each bundled config.json, by the model's name."""
+    """Return the text of each bundled config.json, by the model's name."""
     files = resources.files("sgl_jax.models").joinpath("configs").iterdir()
     return {Path(file.name).stem: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".json")}
 
 
 def bundled_name(path: str) -> str | None:
-    """The model that config:NAME means, whatever its case; None for another path. Raises ModelError for an unknown name."""
+    """Return the model that config:NAME means; None for another path. Raises ModelError for an unknown name."""
     if not path.startswith(PREFIX):
         return None
     wanted = path.removeprefix(PREFIX)

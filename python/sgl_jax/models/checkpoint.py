@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a .gguf file or the Hugging Face hub, all seen as one Checkpoint."""
+"""Opens a model's folder, .gguf file or hub id as a Checkpoint."""
 
 from __future__ import annotations
 
@@ -28,6 +28,8 @@ _SHARE = re.compile(r"-TP-(\d{3})\.safetensors$")  # saved by each device of a t
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
+    """Configs and descriptions of the tensors of a model."""
+
     path: Path  # the folder or the .gguf file
     format: Literal["safetensors", "gguf", "dummy"]
     config: RawConfig  # config.json, or what it would have been
@@ -41,12 +43,12 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str | None:
-        """The dtype the weights were saved in, if the config says so: "bfloat16"."""
+        """Dtype in which the weights were saved ("bfloat16"), if the config says so."""
         return self.config.get("dtype") or self.config.get("torch_dtype")
 
 
 def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", downloads: Downloads = HUGGING_FACE) -> Checkpoint:
-    """Reads configs and headers; no weight is read yet. A hub id is downloaded first."""
+    """Read configs and headers, but no weights. A hub id is downloaded first. Raises ModelError."""
     if (name := bundled_name(path)) is not None:
         if load_format != "dummy":
             raise ModelError(f"--model-path {path} is a config without weights; it needs --load-format dummy")
@@ -56,32 +58,30 @@ def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", downloads: D
         local = local_path(path, files, downloads, without=_OTHER_LAYOUTS)
     except HubError as error:
         raise ModelError(str(error)) from error
-    file = _gguf_file(local, load_format)
-    if file is not None:
+    dummy = load_format == "dummy"
+    if (file := _gguf_file(local, load_format)) is not None:
         gguf = read_gguf(file)
-        dummy = load_format == "dummy"
         tensors = {} if dummy else gguf_tensors(gguf)
         return Checkpoint(file, "dummy" if dummy else "gguf", gguf_config(gguf), RawConfig(), file, tensors)
     config = _read_json(local / "config.json")
     if config is None:
         raise ModelError(f"{local} has no config.json; --model-path needs a Hugging Face model folder or a .gguf file")
     generation_config = _read_json(local / "generation_config.json") or RawConfig()
-    if load_format == "dummy":
-        return Checkpoint(local, "dummy", config, generation_config, local, {})
-    return Checkpoint(local, "safetensors", config, generation_config, local, _safetensors(local))
+    tensors = {} if dummy else _safetensors(local)
+    return Checkpoint(local, "dummy" if dummy else "safetensors", config, generation_config, local, tensors)
 
 
 def _gguf_file(local: Path, load_format: LoadFormat) -> Path | None:
-    """The .gguf file to read, or None where safetensors are meant."""
+    """Return the .gguf file to read, or None where safetensors are meant."""
     if local.is_file():
         if local.suffix != ".gguf" or load_format == "safetensors":
             wanted = "a folder with *.safetensors" if load_format == "safetensors" else "a folder or a .gguf file"
             raise ModelError(f"{local} is a file; --load-format {load_format} reads {wanted}")
         return local
     found = sorted(local.glob("*.gguf"))
-    if load_format in ("safetensors", "dummy") or (load_format == "auto" and any(local.glob("*.safetensors"))):
+    if load_format in ("safetensors", "dummy"):
         return None
-    if load_format == "auto" and not found:
+    if load_format == "auto" and (not found or any(local.glob("*.safetensors"))):
         return None
     if len(found) != 1:
         raise ModelError(
@@ -93,7 +93,7 @@ def _gguf_file(local: Path, load_format: LoadFormat) -> Path | None:
 
 def _safetensors(folder: Path) -> dict[str, StoredTensor]:
     index = _read_json(folder / _INDEX)
-    if index is not None and not any(map(_SHARE.search, index["weight_map"].values())):  # an index names one share
+    if index is not None and not any(map(_SHARE.search, index["weight_map"].values())):  # an index names one shard
         files = [folder / name for name in sorted(set(index["weight_map"].values()))]
         missing = [f.name for f in files if not f.exists()]
         if missing:
@@ -101,11 +101,9 @@ def _safetensors(folder: Path) -> dict[str, StoredTensor]:
     else:
         files = sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith("consolidated"))
     if not files:
-        other = sorted(f.name for f in folder.glob("*.bin"))
-        raise ModelError(
-            f"{folder} has no *.safetensors"
-            + (f", only {', '.join(other)}; convert it to safetensors" if other else "")
-        )
+        other = ", ".join(sorted(f.name for f in folder.glob("*.bin")))
+        cure = f", only {other}; convert it to safetensors" if other else ""
+        raise ModelError(f"{folder} has no *.safetensors{cure}")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         stored = read_safetensors(file)

@@ -1,4 +1,4 @@
-"""The one decoder: embed, layers, norm, logits. What differs between families are switches of DecoderConfig."""
+"""The one decoder: embed, layers, norm, logits. Families differ in switches of DecoderConfig."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from sgl_jax.parallel.grid import LONE, Grid
 
 @runtime_checkable  # so that tests can check annotations
 class Attend(Protocol):
-    """Attention with the step's batch, spec, page counts and backend filled in. Without k and v, q is all three fused
-    (ops/attention/api.py)."""
+    """Attention with the step's batch, spec, page counts and backend filled in (ops/attention/api.py).
+
+    Where k and v are None, q is all three fused.
+    """
 
     def __call__(
         self,
@@ -46,13 +48,13 @@ class Attend(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """The arguments of the decoder that belong to one step, besides its tokens."""
+    """Arguments of the decoder that belong to one step, besides its tokens."""
 
     positions: Int[Array, " T"]
-    valid: Bool[Array, " MT"]  # of the tokens of all ranks; False: padding
+    valid: Bool[Array, " MT"]  # tokens of all ranks; False: padding
     attend: Attend
     grouped_matmul: GroupedMatmul
-    compute_dtype: str  # of the activations
+    compute_dtype: str  # dtype of the activations
     grid: Grid = LONE
 
 
@@ -65,8 +67,8 @@ def hidden_states(
 ) -> tuple[Float[Array, "T D"], Float[Array, "LP K planes page H"]]:
     """Return the last layer's output, before the final norm, and the pool with this step's KV.
 
-    On one of many devices, config and weights are its shard, `tokens` are those of all M ranks, and the output is that of its
-    own rank. In between, x holds the tokens of its rank that `grid` gives to this device.
+    On one of many devices, config and weights are its shard, `tokens` are those of all M ranks, and the output is that
+    of its own rank. In between, x holds the tokens of its rank that `grid` gives to this device.
     """
     norm = functools.partial(rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset)
     with jax.named_scope("embed"):
@@ -102,11 +104,11 @@ def logits(weights: Weights[jax.Array], config: DecoderConfig, hidden: Float[Arr
 
 
 def run_layers(body: Callable, carry, layers: Layers[jax.Array]):
-    """Thread the carry through body(carry, layer index, layer weights, experts): a Python loop over a list of layers, a scan
-    over each stack.
+    """Thread the carry through body(carry, layer index, layer weights, experts): a Python loop over a list of layers, a
+    scan over each stack.
 
-    Placing the weights decides which of the two a platform gets (docs/decisions/0002-layers-list-or-scan.md). The scan does
-    not slice the experts of a stack, because grouped matmul takes them whole.
+    Placing the weights decides which of the two a platform gets (docs/decisions/0002-layers-list-or-scan.md). The scan
+    does not slice the experts of a stack, because grouped matmul takes them whole.
     """
     if isinstance(layers, list):
         layer = jax.jit(body)  # traced and lowered once for each kind of layer, not once per layer
@@ -139,7 +141,7 @@ _NO_WINDOW = 2**30  # wider than any context
 
 
 def _windows(config: DecoderConfig) -> np.ndarray | None:
-    """Return each layer's window, i32[L], or None if no layer has one. Full attention is a window wider than any context."""
+    """Return each layer's window, i32[L], or None if no layer has one. Full attention is a very wide window."""
     if config.sliding_windows is None:
         return None
     return np.array([w if w is not None else _NO_WINDOW for w in config.sliding_windows], np.int32)

@@ -1,4 +1,4 @@
-"""The switches in which decoder families differ. A family file fills them from config.json; the decoder reads them."""
+"""Switches in which decoder families differ. A family file fills them from config.json; the decoder reads them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary embedding, resolved: `inv_freq[i]` rotates pair i by position * inv_freq[i] (half-split pairs)."""
+    """Resolved rotary embedding: pair i is rotated by position * inv_freq[i] (half-split pairs)."""
 
     inv_freq: tuple[float, ...]  # [rotary_dim / 2]
     attention_factor: float = 1.0  # YaRN's scale on cos and sin
@@ -24,18 +24,18 @@ class RopeConfig:
 class LognScaling:
     """Logn scaling of queries: each is multiplied by max(1, log(position + offset) / log(length))."""
 
-    length: int  # of the contexts that training saw
+    length: int  # tokens of a context in training
     offset: int = 1  # 1: the query counts itself
 
 
 @dataclasses.dataclass(frozen=True)
 class MoeConfig:
-    """A mixture of experts: how tokens choose, and what a chosen expert is."""
+    """Mixture of experts: how tokens choose them, and what an expert is."""
 
     num_experts: int  # E
     experts_per_token: int  # X
     intermediate_size: int  # F of an expert
-    shared_intermediate_size: int = 0  # of the expert every token takes; 0: none
+    shared_intermediate_size: int = 0  # F of the expert that every token takes; 0: there is none
     shared_gate: bool = False  # a sigmoid of the token scales the shared expert
     scoring: Literal["softmax", "sigmoid"] = "softmax"
     router_bias: bool = False
@@ -44,24 +44,24 @@ class MoeConfig:
     num_groups: int = 1  # experts are chosen from the best groups only
     groups_per_token: int = 1
     group_score: Literal["max", "top2"] = "max"  # a group's best expert, or the sum of its two best
-    normalise: bool = True  # the weights of the chosen sum to 1
-    scale: float = 1.0  # on the weights, after that
+    normalise: bool = True  # the weights of the chosen experts sum to 1
+    scale: float = 1.0  # factor of the weights, after they are normalised
     bias: bool = False  # each expert has biases
-    residual_scale: float | None = None  # the layer has its MLP, too, and this scales the sum; None: it has none
-    expert_groups: int = 1  # of a device's shard: groups of devices that the experts are spread over
+    residual_scale: float | None = None  # scales the sum of MLP and experts; None: a layer with experts has no MLP
+    expert_groups: int = 1  # in a device's shard: groups of devices over which the experts are spread
 
 
 @dataclasses.dataclass(frozen=True)
 class MlaConfig:
-    """Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434): all heads read one vector per token, its
-    compressed keys and values beside one rotated key."""
+    """Multi-head latent attention (DeepSeek-V2, https://arxiv.org/abs/2405.04434): all heads read one vector per token,
+    which is its compressed keys and values and one rotated key."""
 
-    kv_lora_rank: int  # C, of the compressed keys and values
-    q_lora_rank: int | None  # of compressed queries; None: they are not compressed
-    qk_nope_head_dim: int  # of a head's part without rope
-    qk_rope_head_dim: int  # of its part with rope
+    kv_lora_rank: int  # C, width of the compressed keys and values
+    q_lora_rank: int | None  # width of compressed queries; None: they are not compressed
+    qk_nope_head_dim: int  # width of a head's part without rope
+    qk_rope_head_dim: int  # width of its part with rope
     v_head_dim: int  # V
-    interleaved: bool = True  # stored so that rope turns neighbours; loading reorders the rows for half-split pairs
+    interleaved: bool = True  # stored for rope that rotates neighbours; loading reorders rows to half-split pairs
 
     @property
     def head_dim(self) -> int:
@@ -75,7 +75,7 @@ class MlaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """One frozen description of any decoder we serve. Letters as in docs/architecture.md."""
+    """Description of any decoder we serve. Letters are those of docs/architecture.md."""
 
     architecture: str  # the Hugging Face class name
     vocab_size: int  # V
@@ -84,37 +84,37 @@ class DecoderConfig:
     num_layers: int  # L
     num_heads: int  # N
     num_kv_heads: int  # K
-    head_dim: int  # H; with MLA, of a head's query: both its parts
+    head_dim: int  # H; with MLA, the width of a head's query
     rope: RopeConfig
     context_length: int
     rms_norm_eps: float = 1e-6
     norm_offset: float = 0.0  # norms scale by offset + weight
-    sandwich_norms: bool = False  # a norm after attention and after the MLP, too
+    sandwich_norms: bool = False  # norms after attention and after the MLP, too
     tie_embeddings: bool = False
-    embed_scale: float = 1.0  # on the embedded tokens
+    embed_scale: float = 1.0  # factor of the embedded tokens
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMS norm over each head of q and k, before rope
     activation: Activation = "silu"
-    gate_limit: float | None = None  # gate is at most this, up lies between minus this and this
+    gate_limit: float | None = None  # upper bound of gate; up is clipped to [-gate_limit, gate_limit]
     mla: MlaConfig | None = None  # in place of q, k and v; num_kv_heads is 1
     moe: MoeConfig | None = None
-    moe_layers: tuple[bool, ...] | None = None  # which layers have experts in place of the MLP; None: all, if moe
+    moe_layers: tuple[bool, ...] | None = None  # per layer, whether it has experts; None: all have, if moe
     sliding_windows: tuple[int | None, ...] | None = None  # per layer; None: full attention in every layer
-    local_rope: RopeConfig | None = None  # of the layers with a window, where it differs
-    attn_sinks: bool = False  # a logit per head that takes weight from the keys
+    local_rope: RopeConfig | None = None  # rope of the layers with a window, where it differs
+    attn_sinks: bool = False  # each head has a logit that takes weight from the keys
     attn_logit_softcap: float | None = None
-    attn_temperature_length: int | None = None  # capped scores grow with the log of the position beyond it
+    attn_temperature_length: int | None = None  # beyond it, capped scores grow with the log of the position
     logit_scale: float = 1.0
     final_logit_softcap: float | None = None
     query_scale: float | None = None  # None: head_dim ** -0.5
-    logn_scaling: LognScaling | None = None  # of queries, beyond the length of training
-    weight_scheme: Scheme | None = None  # the format that matrices are stored and held in; None: plain floats
-    normalised_head: bool = False  # the head's columns are divided by their lengths when it is loaded
+    logn_scaling: LognScaling | None = None
+    weight_scheme: Scheme | None = None  # format in which matrices are held; None: plain floats
+    normalised_head: bool = False  # loading divides the head's columns by their lengths
     eos_token_ids: tuple[int, ...] = ()
-    # Of a device's shard, when there are more devices than heads: devices with a replica of the same head. All of them
-    # attend with it, and each projects a part of its output.
+    # In a device's shard, devices that hold the same head, because there are more devices than heads. All of them attend
+    # with it, and each projects a part of its output.
     head_replicas: int = 1
     num_mtp_layers: int = 0  # multi-token prediction; they are stored after the last layer, and not loaded
 
@@ -134,8 +134,8 @@ class DecoderConfig:
         return tuple(len(list(layers)) for _, layers in runs)
 
     def share(self, grid: Grid) -> DecoderConfig:
-        """Return the model that one of the grid's devices holds: its heads, its part of the MLP, of the experts and of the
-        vocabulary.
+        """Return the model that one of the grid's devices holds: its heads, its part of the MLP, of the experts and of
+        the vocabulary.
 
         Raises ValueError if these cannot be divided evenly. Heads may be fewer than devices, which then hold replicas.
         """
@@ -182,7 +182,7 @@ class DecoderConfig:
 
     @property
     def value_dim(self) -> int:
-        """Width of the vectors that attention sums: a value, or the part of a latent key that all values are made from."""
+        """Width of the vectors that attention sums: a value, or the part of a latent key that makes the values."""
         return self.mla.kv_lora_rank if self.mla else self.head_dim
 
     @property

@@ -1,5 +1,6 @@
-"""DeepSeek V2 and V3 and models in their layout (Moonlight, Kimi K2): latent attention; dense layers first, then experts
-chosen from the best groups, and shared ones. V3 scores experts by sigmoid, with a correction bias that balances the choice."""
+"""DeepSeek V2 and V3 and models in their layout (Moonlight, Kimi K2): latent attention; dense layers first, then
+experts chosen from the best groups, and shared ones. V3 scores experts by sigmoid, with a correction bias that balances
+the choice."""
 
 from __future__ import annotations
 
@@ -30,14 +31,9 @@ DEFAULTS = {
 
 # Values we serve, where others would change the result. DeepSeek's own V2 code does not scale normalised weights, and
 # transformers does not normalise them; no published model asks for it.
+_V2_CHOICE = {"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")}
 _SERVED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "DeepseekV2ForCausalLM": {
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "norm_topk_prob": (False,),
-        "scoring_func": ("softmax",),
-        "topk_method": ("greedy", "group_limited_greedy"),
-    },
+    "DeepseekV2ForCausalLM": dict.fromkeys(("attention_bias", "mlp_bias", "norm_topk_prob"), (False,)) | _V2_CHOICE,
     "DeepseekV3ForCausalLM": {"attention_bias": (False,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
 }
 
@@ -91,7 +87,7 @@ def _experts(hf: RawConfig, *, is_v3: bool) -> MoeConfig:
 
 
 def _rows(c: DecoderConfig, *, weight: str) -> Rows:
-    """Return the rows of the stored tensor that a weight takes: the same of every head, rotated parts in half-split order."""
+    """Return the rows of its stored tensor that a weight takes: the same of every head, rotated ones half-split."""
     m = c.mla
     assert m is not None
     rotated = np.arange(m.qk_rope_head_dim)
@@ -108,19 +104,11 @@ def _rows(c: DecoderConfig, *, weight: str) -> Rows:
     return Rows(heads * stride, (np.arange(heads)[:, None] * stride + rows).reshape(-1))
 
 
-_TENSORS = {
-    "q": "q_proj",
-    "q_down": "q_a_proj",
-    "q_norm": "q_a_layernorm",
-    "q_up": "q_b_proj",
-    "kv_down": "kv_a_proj_with_mqa",
-    "kv_norm": "kv_a_layernorm",
-    "k_up": "kv_b_proj",
-    "v_up": "kv_b_proj",
-}
+_QUERY = {"q": "q_proj", "q_down": "q_a_proj", "q_norm": "q_a_layernorm", "q_up": "q_b_proj"}
+_KEY_VALUE = {"kv_down": "kv_a_proj_with_mqa", "kv_norm": "kv_a_layernorm", "k_up": "kv_b_proj", "v_up": "kv_b_proj"}
+_MLA_NAMES = {f"mla.{to}": (f"{llama.ATTENTION}{name}.weight",) for to, name in (_QUERY | _KEY_VALUE).items()}
+_REORDERED = ("q", "q_up", "kv_down", "k_up", "v_up")
 NAMES = dataclasses.replace(
-    glm4_moe.NAMES.with_layer({f"mla.{to}": (f"{llama.ATTENTION}{name}.weight",) for to, name in _TENSORS.items()}),
-    rows={
-        f"mla.{weight}": functools.partial(_rows, weight=weight) for weight in ("q", "q_up", "kv_down", "k_up", "v_up")
-    },
+    glm4_moe.NAMES.with_layer(_MLA_NAMES),
+    rows={f"mla.{weight}": functools.partial(_rows, weight=weight) for weight in _REORDERED},
 )

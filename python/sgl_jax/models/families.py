@@ -1,11 +1,11 @@
-"""The families we serve: by Hugging Face architecture name, the module that reads its config and names its tensors."""
+"""Table of the families we serve: by architecture, the module that reads its config and names its tensors."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import metadata
 from types import MappingProxyType, ModuleType
 
@@ -33,21 +33,22 @@ from sgl_jax.models.weight_plan import plan_weights
 
 type Families = Mapping[str, ModuleType]  # by architecture
 
-FAMILIES: Families = MappingProxyType(
-    {
-        architecture: module
-        for module in (llama, qwen1, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, bailing, gpt_oss, grok, deepseek)
-        for architecture in module.ARCHITECTURES
-    }
-)
+
+def _by_architecture(modules: Iterable[ModuleType]) -> Families:
+    return MappingProxyType({architecture: module for module in modules for architecture in module.ARCHITECTURES})
+
+
+_OURS = (llama, qwen1, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, bailing, gpt_oss, grok, deepseek)
+FAMILIES = _by_architecture(_OURS)
 GROUP = "sgl_jax.models"  # entry points of installed packages: architecture = module
 
 
 def known_families(package: str | None) -> Families:
-    """Return our families, and in front of ours those of the module that --model-package names.
+    """Return our families and those of the module that --model-package names, which replace ours of the same
+    architecture.
 
-    A family is a module with ARCHITECTURES, NAMES and config, like those in this folder. The named module is one, or lists
-    several in FAMILIES. Raises ModelError if it cannot be imported or something of these is missing.
+    A family is a module with ARCHITECTURES, NAMES and config, like those in this folder. The named module is one, or
+    lists several in FAMILIES. Raises ModelError if it cannot be imported or lacks one of these names.
     """
     if package is None:
         return FAMILIES
@@ -58,9 +59,7 @@ def known_families(package: str | None) -> Families:
             f"--model-package {package} cannot be imported ({error}); is it on the Python path?"
         ) from error
     added = map(_checked, getattr(module, "FAMILIES", (module,)))
-    return MappingProxyType(
-        {**FAMILIES, **{architecture: each for each in added for architecture in each.ARCHITECTURES}}
-    )
+    return MappingProxyType({**FAMILIES, **_by_architecture(added)})
 
 
 def decoder_config(
@@ -69,9 +68,10 @@ def decoder_config(
     tensors: Mapping[str, StoredTensor] | None = None,
     families: Families = FAMILIES,
 ) -> DecoderConfig:
-    """Translate config.json; end-of-sequence ids come from generation_config.json where it has them.
+    """Translate config.json. End-of-sequence ids come from generation_config.json if it has them.
 
-    Raises ModelError for an unknown architecture, naming the families that a checkpoint's `tensors` would fit.
+    Raises ModelError for an unknown architecture. The error names the families that the checkpoint's `tensors` would
+    fit.
     """
     hf, generation_config = RawConfig(hf), RawConfig(generation_config or {})
     architectures = hf.get("architectures") or []
@@ -93,7 +93,7 @@ def decoder_config(
 
 
 def tensor_names(config: DecoderConfig, families: Families = FAMILIES) -> TensorNames:
-    """Return the names of the config's family. `families` are those that the config was made with."""
+    """Return the tensor names of a config's family. `families` are those with which the config was made."""
     family = _find(config.architecture, families)
     if family is None:
         raise ModelError(f"{config.architecture} is none of {', '.join(sorted(families))}")
@@ -101,7 +101,7 @@ def tensor_names(config: DecoderConfig, families: Families = FAMILIES) -> Tensor
 
 
 def _find(architecture: str, families: Families) -> ModuleType | None:
-    """Return the family of an architecture; one that `families` lacks may be the entry point of an installed package."""
+    """Return the family of an architecture, from `families` or else from the entry points of installed packages."""
     found = families.get(architecture)
     if found is None:
         for point in metadata.entry_points(group=GROUP, name=architecture):

@@ -57,7 +57,7 @@ def config(hf: RawConfig) -> DecoderConfig:
 
 
 def _windows(hf: RawConfig, period: int) -> tuple[int | None, ...]:
-    """Return full attention for the last layer of each period and a window for the others, unless layer_types says more."""
+    """Return layer_types' windows, or else windows for all layers but the last of each period."""
     window, layers = required(hf, "sliding_window"), required(hf, "num_hidden_layers")
     if hf.get("layer_types") is not None:
         return layer_windows(hf, window)
@@ -65,8 +65,7 @@ def _windows(hf: RawConfig, period: int) -> tuple[int | None, ...]:
 
 
 def _ropes(hf: RawConfig, head_dim: int) -> tuple[RopeConfig, RopeConfig]:
-    """Read the rotations of layers without and with a window: transformers 5 keeps both in rope_parameters, older files
-    two bases."""
+    """Read the rope of layers without and with a window: both are in rope_parameters, or older files have two bases."""
     both, bare = hf.get("rope_parameters") or {}, without(hf, "rope_parameters", "rope_scaling")
     if "full_attention" in both:
         kinds = ("full_attention", "sliding_attention")

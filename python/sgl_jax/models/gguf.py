@@ -1,4 +1,4 @@
-"""Makes a GGUF file look like a Hugging Face checkpoint: the config, the tensor names, and llama.cpp's row order undone.
+"""Translates a GGUF file to a Hugging Face checkpoint: the config, the tensor names and the order of rows.
 
 Sources: llama.cpp `gguf-py/gguf/constants.py` (keys, names) and `convert_hf_to_gguf.py` (what was done to the weights).
 """
@@ -20,31 +20,18 @@ from sgl_jax.models.stored import StoredTensor
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 # Every `<architecture>.*` key that is read below or cannot change the result; any other one is refused.
-_KNOWN_KEYS = frozenset(
-    [
-        "block_count",
-        "context_length",
-        "embedding_length",
-        "feed_forward_length",
-        "vocab_size",
-        "tensor_data_layout",
-        "attention.head_count",
-        "attention.head_count_kv",
-        "attention.key_length",
-        "attention.value_length",
-        "attention.layer_norm_rms_epsilon",
-        "rope.freq_base",
-        "rope.dimension_count",
-        "rope.scale_linear",
-        "rope.scaling.type",
-        "rope.scaling.factor",
-        "rope.scaling.original_context_length",
-        "rope.scaling.finetuned",
-        "rope.scaling.attn_factor",
-        "rope.scaling.yarn_beta_fast",
-        "rope.scaling.yarn_beta_slow",
-    ]
-)
+_SIZES = {
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "tensor_data_layout",
+}
+_ATTENTION = ("head_count", "head_count_kv", "key_length", "value_length", "layer_norm_rms_epsilon")
+_ROPE = {"rope.freq_base", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"}
+_YARN = ("original_context_length", "finetuned", "attn_factor", "yarn_beta_fast", "yarn_beta_slow")
+_KNOWN_KEYS = _SIZES | {f"attention.{key}" for key in _ATTENTION} | _ROPE | {f"rope.scaling.{key}" for key in _YARN}
 _HARMLESS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
 _NEEDED_KEYS = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
 
@@ -63,11 +50,7 @@ _LAYER_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"  # becomes part of the config
-_PLAIN_TYPES = {
-    0: ("F32", np.dtype(np.float32)),
-    1: ("F16", np.dtype(np.float16)),
-    30: ("BF16", np.dtype(ml_dtypes.bfloat16)),
-}
+_PLAIN_TYPES = {0: ("F32", np.dtype("f4")), 1: ("F16", np.dtype("f2")), 30: ("BF16", np.dtype(ml_dtypes.bfloat16))}
 
 
 def gguf_config(file: GgufFile) -> RawConfig:
@@ -131,7 +114,7 @@ def _rope_scaling(file: GgufFile, meta: dict[str, Any]) -> dict[str, Any] | None
     if _ROPE_FACTORS in file.tensors:
         if kind != "none":
             raise ModelError(f"{file.path} has both {_ROPE_FACTORS} and rope scaling {kind!r}; only one is supported")
-        factors = _stored(file, file.tensors[_ROPE_FACTORS], _ROPE_FACTORS, None).read()
+        factors = _stored(file, file.tensors[_ROPE_FACTORS], _ROPE_FACTORS).read()
         return {"rope_type": "gguf_factors", "factors": factors.tolist()}
     if kind == "none":
         return None
@@ -160,8 +143,9 @@ def gguf_tensors(file: GgufFile) -> dict[str, StoredTensor]:
     for tensor in file.tensors.values():
         if tensor.name != _ROPE_FACTORS:
             name, kind = _translate(tensor.name)
-            order = _half_split_order(tensor.shape[0], per_head[kind]) if kind in per_head else None
-            tensors[name] = _stored(file, tensor, name, order)
+            tensors[name] = _stored(file, tensor, name)
+            if kind in per_head:
+                tensors[name] = tensors[name].take(_half_split_order(tensor.shape[0], per_head[kind]))
     return tensors
 
 
@@ -182,7 +166,7 @@ def _half_split_order(num_rows: int, num_heads: int) -> np.ndarray:
     return np.arange(num_rows).reshape(num_heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _stored(file: GgufFile, tensor: GgufTensor, name: str, order: np.ndarray | None) -> StoredTensor:
+def _stored(file: GgufFile, tensor: GgufTensor, name: str) -> StoredTensor:
     shape = tensor.shape
     if tensor.type in _PLAIN_TYPES:
         label, dtype = _PLAIN_TYPES[tensor.type]
@@ -202,10 +186,9 @@ def _stored(file: GgufFile, tensor: GgufTensor, name: str, order: np.ndarray | N
     stored = stored.reshape(*shape[:-1], -1) if len(shape) > 1 else stored.reshape(shape[0] // block_values, -1)
 
     def rows(start: int, stop: int) -> np.ndarray:
-        if len(shape) == 1:
-            values = dequantize(stored).reshape(shape)
-            return values[start:stop] if order is None else values[order[start:stop]]
-        return dequantize(stored[start:stop] if order is None else stored[order[start:stop]])
+        if len(shape) == 1:  # a row of blocks
+            return dequantize(stored).reshape(shape)[start:stop]
+        return dequantize(stored[start:stop])
 
     return StoredTensor(name, shape, label, nbytes, rows)
 
@@ -224,7 +207,7 @@ def _quantised_type(file: GgufFile, tensor: GgufTensor) -> tuple[str, int, int, 
 
 
 def _matrix_dtype(file: GgufFile) -> str:
-    """Return the dtype that loses nothing of the weights: float32 or float16 where a matrix is stored so, else bfloat16."""
+    """Return the dtype that keeps the weights: float32 or float16 where a matrix is stored so, else bfloat16."""
     types = {t.type for t in file.tensors.values() if len(t.shape) > 1}
     return "float32" if types == {0} else "float16" if types <= {0, 1} else "bfloat16"
 

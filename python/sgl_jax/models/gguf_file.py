@@ -47,6 +47,7 @@ class GgufFile:
 
 
 def read_gguf(path: str | Path) -> GgufFile:
+    """Read the metadata and the descriptions of the tensors. Raises ModelError for a damaged or split file."""
     path = Path(path)
     data = map_file(path)
     if data[:4].tobytes() != b"GGUF":

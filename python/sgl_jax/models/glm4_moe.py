@@ -1,5 +1,5 @@
-"""GLM-4.5 and 4.6: dense layers first, then experts chosen by sigmoid scores with a correction bias, and a shared expert;
-half of each head is rotated."""
+"""GLM-4.5 and 4.6: dense layers first, then experts chosen by sigmoid scores with a correction bias, and a shared
+expert; half of each head is rotated."""
 
 from __future__ import annotations
 

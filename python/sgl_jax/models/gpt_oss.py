@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -58,45 +58,36 @@ def view(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
         if found is None:
             continue
         base, kind, suffix = found.groups()
-        halves = _halves_first if kind == "gate_up" else _unchanged
         if suffix == "_blocks":
-            if f"{base}_scales" in stored and base not in stored:
-                blocks, scales = tensors.pop(name), tensors.pop(f"{base}_scales")
-                tensors[base] = _turned(stored_mxfp4(f"{base}_blocks", blocks, scales), halves)
-        elif suffix == "_bias":
-            tensors[name] = _turned(stored[name], halves)
-        elif len(stored[name].shape) == 3:
-            turned = stored[name].changed(lambda x, halves=halves: halves(x.swapaxes(1, 2)))
-            e, i, o = turned.shape
-            tensors[name] = dataclasses.replace(turned, name=f"{name} (turned to [E, out, in])", shape=(e, o, i))
+            if base in stored or f"{base}_scales" not in stored:
+                continue
+            tensors[base] = stored_mxfp4(name, tensors.pop(name), tensors.pop(f"{base}_scales"))
+            name = base
+        elif suffix is None:
+            if len(stored[name].shape) != 3:
+                continue
+            e, i, o = stored[name].shape
+            turned, label = stored[name].changed(lambda x: x.swapaxes(1, 2)), f"{name} (turned to [E, out, in])"
+            tensors[name] = dataclasses.replace(turned, name=label, shape=(e, o, i))
+        if kind == "gate_up":
+            tensors[name] = _halves_first(tensors[name])
     return tensors
 
 
-def _halves_first(x: np.ndarray) -> np.ndarray:
-    return np.concatenate([x[:, 0::2], x[:, 1::2]], axis=1)
+def _halves_first(tensor: StoredTensor) -> StoredTensor:
+    """Put the rows of gate, which alternate with those of up, first; in the planes, too."""
+    ordered = tensor.changed(lambda x: np.concatenate([x[:, 0::2], x[:, 1::2]], axis=1))
+    return dataclasses.replace(ordered, planes={name: _halves_first(plane) for name, plane in tensor.planes.items()})
 
 
-def _unchanged(x: np.ndarray) -> np.ndarray:
-    return x
-
-
-def _turned(tensor: StoredTensor, turn: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
-    """Apply `turn` to each slice of experts, and to the planes' slices alike."""
-    planes = {name: _turned(plane, turn) for name, plane in tensor.planes.items()}
-    return dataclasses.replace(tensor.changed(turn), planes=planes)
-
-
-NAMES = dataclasses.replace(
-    llama.NAMES.with_layer(
-        {
-            "sinks": (llama.ATTENTION + "sinks",),
-            "moe.router": (llama.MLP + "router.weight",),
-            "moe.router_bias": (llama.MLP + "router.bias",),
-            "moe.experts.gate_up": (llama.MLP + "experts.gate_up_proj",),
-            "moe.experts.gate_up_bias": (llama.MLP + "experts.gate_up_proj_bias",),
-            "moe.experts.down": (llama.MLP + "experts.down_proj",),
-            "moe.experts.down_bias": (llama.MLP + "experts.down_proj_bias",),
-        }
-    ),
-    view=view,
-)
+_EXPERTS = llama.MLP + "experts."
+_LAYER = {
+    "sinks": (llama.ATTENTION + "sinks",),
+    "moe.router": (llama.MLP + "router.weight",),
+    "moe.router_bias": (llama.MLP + "router.bias",),
+    "moe.experts.gate_up": (_EXPERTS + "gate_up_proj",),
+    "moe.experts.gate_up_bias": (_EXPERTS + "gate_up_proj_bias",),
+    "moe.experts.down": (_EXPERTS + "down_proj",),
+    "moe.experts.down_bias": (_EXPERTS + "down_proj_bias",),
+}
+NAMES = dataclasses.replace(llama.NAMES.with_layer(_LAYER), view=view)

@@ -32,7 +32,7 @@ def required(hf: RawConfig, key: str) -> Any:
 
 
 def refuse_unless(hf: RawConfig, served: Mapping[str, object]) -> None:
-    """Raise ModelError for a key that has another value than the only one that is served. null means that one."""
+    """Raise ModelError for a key whose value is neither the only one that is served nor null."""
     for key, only in served.items():
         if hf.get(key, only) not in (only, None):
             raise ModelError(
@@ -54,8 +54,9 @@ def decoder(
 ) -> DecoderConfig:
     """Translate the keys that all families spell alike. The arguments are decisions of the family.
 
-    Read from `hf` unless given are all of them but `sliding_windows`, `tie_embeddings`, which is the default of that key, and
-    `switches`, which are fields of DecoderConfig. Raises ModelError for missing keys and for values that are not served.
+    Arguments that are None are read from `hf`, except `sliding_windows`, where None is full attention. `tie_embeddings`
+    holds if `hf` does not say. `switches` are fields of DecoderConfig. Raises ModelError for missing keys and values
+    not served.
     """
     architecture = architecture or hf["architectures"][0]
     hidden_act = hidden_act or hf.get("hidden_act", "silu")
@@ -99,8 +100,8 @@ def decoder(
 
 
 def _plain_length(hf: RawConfig) -> int:
-    """Return the length of contexts in which positions are plain: Qwen2.5-1M's dual chunk attention changes them behind its
-    first chunk (https://arxiv.org/abs/2402.17463, section 3)."""
+    """Return the length of contexts whose positions are plain: the dual chunk attention of Qwen2.5-1M changes positions
+    behind its first chunk (https://arxiv.org/abs/2402.17463, section 3)."""
     length, chunks = context_length(hf), hf.get("dual_chunk_attention_config")
     if not chunks:
         return length
@@ -140,8 +141,8 @@ def uniform_windows(hf: RawConfig) -> tuple[int | None, ...] | None:
 
 
 def qwen_sliding_windows(hf: RawConfig) -> tuple[int | None, ...] | None:
-    """Return the windows of Qwen 2 and 3: none unless use_sliding_window is set, else in the layers that layer_types names
-    or, without it, from max_window_layers on."""
+    """Return the windows of Qwen 2 and 3: none unless use_sliding_window is set, else in the layers that layer_types
+    names or, without it, from max_window_layers on."""
     if not hf.get("use_sliding_window") or hf.get("sliding_window") is None:
         return None
     num_layers, window = required(hf, "num_hidden_layers"), hf["sliding_window"]

@@ -1,4 +1,4 @@
-"""The pieces of a decoder layer, as functions of arrays."""
+"""Pieces of a decoder layer, as functions of arrays."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GATED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 
 
 def gated(gate_up: Float[Array, "*B FF"], activation: Activation, limit: float | None = None) -> Float[Array, "*B F"]:
-    """Apply the activation to gate and up, which lie side by side. `limit` bounds gate from above and up on both sides."""
+    """Apply the activation to gate and up, side by side. `limit` bounds gate from above and up on both sides."""
     gate, up = jnp.split(gate_up, 2, axis=-1)
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)

@@ -1,7 +1,7 @@
-"""The products of activations with weights: one function for every dense matrix, one for the experts' matrices.
+"""Products of activations with weights: one function for every dense matrix, one for the experts' matrices.
 
-Weights are [out, in] and stand on the left, which is the fastest order on a CPU (docs/decisions/0006-weights-out-in.md).
-A quantised matrix is dequantised and then multiplied.
+Weights are [out, in] and stand on the left, which is the fastest order on a CPU
+(docs/decisions/0006-weights-out-in.md). A quantised matrix is dequantised and then multiplied.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def grouped_linear(
 
 
 def _plain(w: Matrix[jax.Array] | None, x: Float[Array, "T I"], site: Site | ExpertSite) -> Float[Array, "*B O I"]:
-    """The matrix as floats of x's dtype."""
+    """Return the matrix as floats of x's dtype."""
     if w is None:
         raise ValueError(f"{site}: the model declares no such matrix")
     matrix = w.scheme.dequantise(w) if isinstance(w, Quantised) else w

@@ -13,7 +13,7 @@ DEFAULTS = {
     "MistralForCausalLM": {"num_key_value_heads": 8, "sliding_window": 4096, "max_position_embeddings": 131072},
 }
 
-LAYER = "model.layers.{i}."  # the names of most families begin so
+LAYER = "model.layers.{i}."  # prefix in most families
 ATTENTION, MLP = LAYER + "self_attn.", LAYER + "mlp."
 NAMES = TensorNames(
     embed="model.embed_tokens.weight",

@@ -31,21 +31,21 @@ from sgl_jax.models.weight_plan import Leaf, flat_weights, leaves_of, plan_weigh
 from sgl_jax.models.weights import Weights, declare
 from sgl_jax.parallel.grid import LONE
 
-Report = Callable[[float, int], None]  # fraction done, bytes of the checkpoint done
+Report = Callable[[float, int], None]  # (fraction that is loaded, bytes that are loaded)
 
 
 class Placer(Protocol):
-    """Placement of weights: it says which shards of each array are wanted here, and puts them on their devices."""
+    """Chooses the shards of each array that this process needs, and puts them on their devices."""
 
     def shares(self, spec: WeightSpec) -> Sequence[Share]: ...
 
     def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
-        """Make the array from its shards, in the order of `shares`. The buffers of `arrays` may become the array's own."""
+        """Make the array from its shards, in the order of `shares`. It may keep the buffers of `arrays`."""
         ...
 
 
 class OneDevice:
-    """Whole weights on the default device."""
+    """Places whole weights on the default device."""
 
     def shares(self, spec: WeightSpec) -> Sequence[Share]:
         return [share_of(spec, LONE, 0)]
@@ -55,7 +55,7 @@ class OneDevice:
         return jax.device_put(array)
 
 
-_RANDOM_VALUES = 1_048_573  # prime
+_RANDOM_VALUES = 1_048_573  # a prime number
 _ALIGNMENT = 64  # jax on a CPU adopts a buffer so aligned instead of copying it
 
 
@@ -71,8 +71,8 @@ def load_weights(
 ) -> Weights[jax.Array]:
     """Read a checkpoint's weights. `families` are those that `config` was made with.
 
-    `rounded_to` rounds every value to that dtype before it is stored as `dtype`: float32 arithmetic on bfloat16 weights.
-    Raises one ModelError that lists every missing, surplus and misshapen tensor, before any of them is read.
+    `rounded_to` rounds every value to that dtype before it is stored as `dtype`: float32 arithmetic on bfloat16
+    weights. Raises one ModelError that lists every missing, surplus and misshapen tensor, before any of them is read.
     """
     tensors = checkpoint.tensors
     if rounded_to is not None:
@@ -90,8 +90,8 @@ def random_weights(
     report: Report | None = None,
 ) -> Weights[jax.Array]:
     """Make small random weights (--load-format dummy): norms are 1, the rest normal with deviation 0.02."""
-    # Drawing billions of normals takes minutes; reading a million over and over, from another start each time, does not.
-    # The prime length keeps the rows of a matrix apart.
+    # Drawing billions of normals takes minutes; reading a million over and over, from another start in each weight, does
+    # not. Their number is prime, so that the rows of a matrix differ.
     normal = np.random.Generator(np.random.SFC64(seed)).standard_normal(_RANDOM_VALUES, np.float32)
     values = np.tile((normal * np.float32(0.02)).astype(np.dtype(dtype)), 2)
     leaves = []
@@ -103,7 +103,7 @@ def random_weights(
 
 
 def _random(path: str, spec: WeightSpec, values: np.ndarray, offset: int) -> StoredTensor:
-    """Describe a weight whose values are read from somewhere on, round and round. `values` are the random ones twice."""
+    """Describe a weight of the random values from `offset` on, over and over. `values` holds them twice."""
     width = math.prod(spec.shape[1:])
 
     def rows(start: int, stop: int) -> np.ndarray:
@@ -120,7 +120,7 @@ def _placed(
     declared: Weights[WeightSpec], leaves: list[Leaf], num_bytes: int, placer: Placer | None, report: Report | None
 ) -> Weights[jax.Array]:
     """Assemble and place each leaf. `num_bytes` is reported when all are placed."""
-    leaves.sort(key=lambda leaf: leaf.path.startswith(".layers"))  # the two big ones first, at the same time
+    leaves.sort(key=lambda leaf: leaf.path.startswith(".layers"))  # embedding and head, the biggest, come first
     total, done = sum(leaf.nbytes for leaf in leaves), 0
     placed, to = {}, placer or OneDevice()
 
@@ -145,25 +145,23 @@ def aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 def _ahead[T, R](items: list[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]]:
     """Yield each item and its result, in order. Threads work on a few items ahead."""
-    workers = min(16, os.cpu_count() or 1)
+    workers, left = min(16, os.cpu_count() or 1), iter(items)
     running: deque[tuple[T, Future[R]]] = deque()
     with ThreadPoolExecutor(workers, thread_name_prefix="load") as pool:
         try:
-            for item in items:
-                running.append((item, pool.submit(work, item)))
-                if len(running) > workers:
-                    first, future = running.popleft()
-                    yield first, future.result()
-            while running:
+            while True:
+                for item in itertools.islice(left, workers + 1 - len(running)):
+                    running.append((item, pool.submit(work, item)))
+                if not running:
+                    return
                 first, future = running.popleft()
                 yield first, future.result()
         finally:
-            for _, future in running:
-                future.cancel()
+            pool.shutdown(cancel_futures=True)
 
 
 def _assemble(leaf: Leaf, share: Share) -> np.ndarray:
-    """Put a shard of an array together from its pieces, a block of rows at a time so that conversions stay in the cache."""
+    """Put a shard of an array together from its pieces, in blocks of rows so that conversions stay in the cache."""
     shape = share.shape if leaf.spec.num_experts is not None else share.shape[1:]
     dtype = np.dtype(leaf.spec.dtype)
     out = aligned_empty(shape, dtype)

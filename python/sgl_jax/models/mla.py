@@ -1,5 +1,5 @@
-"""Multi-head latent attention in absorbed form: what a token keeps is read as it is, never brought back to keys and values
-of each head. The up-projection of the keys is applied to the queries, that of the values to the output.
+"""Multi-head latent attention in absorbed form: a token's latent vector is read as it is, never expanded to keys and
+values of each head. The up-projection of the keys is applied to the queries, that of the values to the output.
 
 Formulas: DeepSeek-V2 (https://arxiv.org/abs/2405.04434), section 2.1 and appendix C.
 """
@@ -17,7 +17,7 @@ from sgl_jax.models.linear import linear
 from sgl_jax.models.weights import MlaWeights
 from sgl_jax.ops.norm_rope import rms_norm, rotate
 
-_EPS = 1e-6  # of the norms of compressed vectors, whatever the model's own is
+_EPS = 1e-6  # for the norms of compressed vectors; the model's own may differ
 
 
 def latent_attention(
@@ -28,7 +28,7 @@ def latent_attention(
     rope: Float[Array, "T rope"],
     attend: Callable[[jax.Array, jax.Array, None, jax.Array], tuple[jax.Array, jax.Array]],  # (q, k, v, kv) -> (o, kv)
 ) -> tuple[Float[Array, "T NV"], Float[Array, "LP 1 1 page R"]]:
-    """The heads' outputs side by side, and the pool with this step's vectors. R = mla.latent_dim."""
+    """Return the heads' outputs side by side, and the pool with this step's vectors. R = mla.latent_dim."""
     if w.q_norm is None:
         q = linear(h, w.q, site="mla.q")
     else:

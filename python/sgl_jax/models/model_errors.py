@@ -1,7 +1,7 @@
-"""The one error of this room."""
+"""Errors of this room."""
 
 from __future__ import annotations
 
 
 class ModelError(ValueError):
-    """This model cannot be served as it is. The message says what was found, what was looked for and what to change."""
+    """A model cannot be served as it is. The message says what was found, what was looked for and what to change."""

@@ -65,7 +65,8 @@ def dispatch(
     grouped_matmul: GroupedMatmul,
     grid: Grid = LONE,
 ) -> Float[Array, "T D"]:
-    """Send each token through its experts and sum their weighed outputs. Tokens are sorted by expert; padding takes none.
+    """Send each token through its experts and sum their weighed outputs. Tokens are sorted by expert; padding takes
+    none.
 
     One of many devices returns its addend of the sum: that of the experts it holds, or of its part of their neurons.
     """
@@ -84,7 +85,7 @@ def dispatch(
     h = multiply(gated(h), experts.down, site="moe.experts.down")
     if experts.down_bias is not None:
         bias = experts.down_bias.at[at.layer, sorted_expert].get(mode="clip").astype(h.dtype)
-        h += jnp.where(part == 0, bias, 0)  # once in the sum over the devices that share an expert
+        h += jnp.where(part == 0, bias, 0)  # added by one of the devices that share an expert
     back = h[jnp.argsort(order)].reshape(*ids.shape, -1)
     return jnp.where(used[..., None], back * weights[..., None], 0.0).sum(1).astype(x.dtype)
 
@@ -99,7 +100,7 @@ def moe_layer(
     grouped_matmul: GroupedMatmul,
     grid: Grid = LONE,
 ) -> Float[Array, "T D"]:
-    """Add the outputs of the routed experts and of the shared one. One of many devices returns its addend of the sum."""
+    """Add the outputs of routed and shared experts. One of many devices returns its addend of the sum."""
     weights, ids = route(x, w, moe)
     out = dispatch(x, weights, ids, valid, at, gated, grouped_matmul, grid)
     if w.shared_down is None:

@@ -1,7 +1,7 @@
 """MXFP4 as checkpoints store it: blocks of 32 four-bit floats, two in a byte, and an exponent for each block.
 
-Source: OCP Microscaling Formats (MX) specification 1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M0). The first value of a pair
-lies in the low half of its byte (github.com/openai/gpt-oss, gpt_oss/torch/weights.py).
+Source: OCP Microscaling Formats (MX) specification 1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M0). The first value of a
+pair lies in the low half of its byte (github.com/openai/gpt-oss, gpt_oss/torch/weights.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
 
 
 def stored_mxfp4(name: str, blocks: StoredTensor, scales: StoredTensor) -> StoredTensor:
-    """Return the floats of u8[R, …, I / 32, 16] and u8[R, …, I / 32] as one tensor [R, …, I] whose planes are the two."""
+    """Return the floats of u8[R, …, I / 32, 16] and u8[R, …, I / 32] as one tensor [R, …, I] with two planes."""
 
     def rows(start: int, stop: int) -> np.ndarray:
         return dequantize(blocks.rows(start, stop), scales.rows(start, stop))

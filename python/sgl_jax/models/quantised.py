@@ -1,7 +1,7 @@
-"""The second leaf type of the weights: a matrix whose values are small numbers, beside scales that give them their size.
+"""Second leaf type of the weights: a matrix of small numbers, beside scales that give them their size.
 
-A scheme says what the numbers of such a matrix mean. It has everything that is peculiar to a weight format: how files hold
-it, which matrices are declared in it, how stored tensors become its arrays, and which matrix these stand for.
+A scheme says what the numbers of such a matrix mean. It has everything that is peculiar to a weight format: how files
+hold it, which matrices are declared in it, how stored tensors become its arrays, and which matrix these stand for.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ class Scheme(Protocol):
     """A weight format. Hashable, because it is a static part of every leaf it describes."""
 
     def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-        """A checkpoint's tensors with those of each matrix joined under the name of the matrix, `planes` set."""
+        """Return a checkpoint's tensors with those of one matrix as one, under its name, with `planes`."""
         ...
 
     def declare(self, site: Site | ExpertSite, spec: WeightSpec) -> Matrix[WeightSpec]:
-        """The matrix as this format stores it, or the spec unchanged where the format leaves the matrix alone."""
+        """Return the matrix as this format stores it, or the spec unchanged if the format exempts it."""
         ...
 
     def read(self, tensor: StoredTensor) -> Quantised[StoredTensor]:
-        """The planes of a stored tensor in this format, or those that its floats become in it."""
+        """Return the planes of a stored tensor in this format, or those that its floats become in it."""
         ...
 
     def dequantise(self, w: Quantised[jax.Array]) -> Float[Array, "*B O I"]:
-        """The matrix that the values and scales stand for, float32."""
+        """Return the matrix that the values and scales stand for, float32."""
         ...
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Quantised[Leaf]:
-    """A matrix in a scheme. Leaves may be arrays, specs, stored tensors: all that a plain leaf may be."""
+    """Matrix in a scheme. Its leaves may be all that a plain leaf may be: arrays, specs, stored tensors."""
 
     values: Leaf  # [*B, O, I], or as the scheme packs them
     scales: Leaf  # [*B, O, I / group]
@@ -51,5 +51,5 @@ type Matrix[Leaf] = Leaf | Quantised[Leaf]
 
 
 def is_quantised(x: object) -> bool:
-    """For tree functions that take a quantised matrix whole."""
+    """Tell tree functions (`is_leaf`) to take a quantised matrix whole."""
     return isinstance(x, Quantised)

@@ -1,9 +1,9 @@
 """Qwen 1 (Qwen-7B-Chat and its like): fused q, k and v with a bias, the MLP's gate stored second, tiktoken vocabulary.
 
 Source: modeling_qwen.py, which comes with the models. Within seq_length tokens, those of training, rope is plain. With
-use_dynamic_ntk a longer prompt is rotated by another base, chosen by the prompt's length, so two prompts of unlike length
-could not share the KV of their common start. Contexts therefore end at seq_length; with use_dynamic_ntk off they go on with
-plain rope, and use_logn_attn scales queries there.
+use_dynamic_ntk a longer prompt is rotated by another base, chosen by the prompt's length, so two prompts of unlike
+length could not share the KV of their common start. Contexts therefore end at seq_length; with use_dynamic_ntk off they
+go on with plain rope, and use_logn_attn scales queries there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ NAMES = TensorNames(
 )
 
 _CHATML_STOPS = (151645, 151644)  # <|im_end|>, <|im_start|>
-# Values that every model has which was published as this architecture.
+# Every model that was published as this architecture has these values, and none of these keys.
 _SERVED = {"scale_attn_weights": True, "use_cache_quantization": False}
 _SERVED_WITHOUT = dict.fromkeys(("visual", "audio", "num_key_value_heads"))
 
@@ -80,5 +80,5 @@ def config(hf: RawConfig) -> DecoderConfig:
 
 
 def eos_token_ids(generation_config: RawConfig) -> tuple[int, ...]:
-    """Return the tokens that end an answer beside generation_config's eos: a chat model stops at the marks of ChatML, too."""
+    """Return tokens that end an answer beside generation_config's eos: a chat model stops at ChatML's marks."""
     return _CHATML_STOPS if generation_config.get("chat_format") == "chatml" else ()

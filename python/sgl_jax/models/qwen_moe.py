@@ -1,4 +1,4 @@
-"""Qwen 2 and 3 with experts in place of the MLP, in all layers or every few; Qwen 2's also have a gated shared expert."""
+"""Qwen 2 and 3 with experts in place of the MLP, in all layers or every few. Qwen 2 has a gated shared expert, too."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from sgl_jax.models.raw_config import RawConfig
 ARCHITECTURES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 _QWEN2 = {"num_key_value_heads": 16, "num_local_experts": 60, "num_experts_per_tok": 4}
 _QWEN3 = {"num_key_value_heads": 4, "num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
+_QWEN2_SIZES = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
 DEFAULTS = {
-    "Qwen2MoeForCausalLM": qwen2.WINDOWS
-    | _QWEN2
-    | {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632},
+    "Qwen2MoeForCausalLM": qwen2.WINDOWS | _QWEN2 | _QWEN2_SIZES,
     "Qwen3MoeForCausalLM": qwen2.WINDOWS | _QWEN3,
 }
 _EXPERT, _SHARED = llama.MLP + "experts.{e}.", llama.MLP + "shared_expert."

@@ -1,7 +1,7 @@
 """Rotary embedding parameters of a config.json, resolved to frequencies.
 
-Formulas: transformers 5, `modeling_rope_utils.py` (default, linear, llama3, yarn). The arithmetic is float32 in the same
-order as there: an exponent rounded otherwise moves a frequency by 1e-6 of itself, which long contexts can see.
+Formulas: transformers 5, `modeling_rope_utils.py` (default, linear, llama3, yarn). The arithmetic is float32 in the
+same order as there: an exponent rounded otherwise moves a frequency by 1e-6 of itself, which long contexts can see.
 "gguf_factors" is ours: a GGUF file stores llama3 scaling as one divisor per frequency (tensor rope_freqs.weight).
 """
 
@@ -18,7 +18,7 @@ from sgl_jax.models.raw_config import RawConfig
 
 _COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _STRETCH = ("original_max_position_embeddings", "factor", "attention_factor", "beta_fast", "beta_slow")
-# By rope type, the keys it needs and those it may have besides. Any other key would change nothing, so it is refused.
+# By rope type, the keys it needs and those it may have besides. Any other key would be ignored, so it is refused.
 _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -71,7 +71,7 @@ def resolve_rope(hf: RawConfig, head_dim: int) -> RopeConfig:
     dim = int(head_dim * p["partial_rotary_factor"])
     if dim < 2 or dim % 2:
         raise ModelError(f"rope rotates {dim} of a head's {head_dim} values; it must be an even number of at least 2")
-    plain, factor = _inv_freq(p["rope_theta"], dim), 1.0
+    plain, factor = np.float32(1) / _periods(p["rope_theta"], dim), 1.0
     match p["rope_type"]:
         case "default" | "dynamic":  # dynamic is plain up to max_position_embeddings, where contexts end
             inv_freq = plain
@@ -80,7 +80,9 @@ def resolve_rope(hf: RawConfig, head_dim: int) -> RopeConfig:
         case "llama3":
             inv_freq = _llama3(p, plain, hf)
         case "gguf_factors":
-            inv_freq = plain / _gguf_factors(p, dim)
+            if (shape := np.shape(p["factors"])) != (dim // 2,):
+                raise ModelError(f"rope_freqs.weight has shape {shape}; a rotation of {dim} values needs ({dim // 2},)")
+            inv_freq = plain / np.asarray(p["factors"], np.float32)
         case _:
             inv_freq, factor = _yarn(p, dim, hf)
     return RopeConfig(tuple(float(x) for x in inv_freq), factor)
@@ -89,8 +91,8 @@ def resolve_rope(hf: RawConfig, head_dim: int) -> RopeConfig:
 def context_length(hf: RawConfig) -> int:
     """Return the model's longest context, in tokens.
 
-    YaRN configs differ in whether max_position_embeddings is already the stretched length, so the larger reading is taken;
-    the other types store the stretched length.
+    YaRN configs differ in whether max_position_embeddings is already the stretched length, so the larger reading is
+    taken; the other types store the stretched length.
     """
     p, limit = rope_parameters(hf), int(hf["max_position_embeddings"])
     if p["rope_type"] == "yarn" and p.get("factor"):
@@ -102,20 +104,9 @@ def _original_length(p: dict[str, Any], hf: RawConfig) -> int:
     return p.get("original_max_position_embeddings") or hf["max_position_embeddings"]
 
 
-def _positions(base: float, dim: int) -> np.ndarray:
+def _periods(base: float, dim: int) -> np.ndarray:
     exponents = np.arange(0, dim, 2).astype(np.float32) / np.float32(dim)
     return np.power(np.float32(base), exponents)
-
-
-def _inv_freq(base: float, dim: int) -> np.ndarray:
-    return np.float32(1) / _positions(base, dim)
-
-
-def _gguf_factors(p: dict[str, Any], dim: int) -> np.ndarray:
-    factors = np.asarray(p["factors"], np.float32)
-    if factors.shape != (dim // 2,):
-        raise ModelError(f"rope_freqs.weight has shape {factors.shape}; a rotation of {dim} values needs ({dim // 2},)")
-    return factors
 
 
 def _llama3(p: dict[str, Any], inv_freq: np.ndarray, hf: RawConfig) -> np.ndarray:
@@ -132,9 +123,7 @@ def _llama3(p: dict[str, Any], inv_freq: np.ndarray, hf: RawConfig) -> np.ndarra
 
 def _yarn(p: dict[str, Any], dim: int, hf: RawConfig) -> tuple[np.ndarray, float]:
     """Keep the frequency of dimensions that turn often and interpolate slow ones (https://arxiv.org/abs/2309.00071)."""
-    original = _original_length(p, hf)
-    factor = _yarn_factor(p, hf)
-    base = p["rope_theta"]
+    original, factor, base = _original_length(p, hf), _yarn_factor(p, hf), p["rope_theta"]
 
     def dimension(num_rotations: float) -> float:
         return dim * math.log(original / (num_rotations * 2 * math.pi)) / (2 * math.log(base))
@@ -146,18 +135,14 @@ def _yarn(p: dict[str, Any], dim: int, hf: RawConfig) -> tuple[np.ndarray, float
     span = np.float32(high - low if high != low else 0.001)
     interpolated = np.clip((np.arange(dim // 2, dtype=np.float32) - np.float32(low)) / span, 0, 1)
 
-    positions = _positions(base, dim)
+    periods = _periods(base, dim)
     kept = 1 - interpolated
-    inv_freq = np.float32(1) / (np.float32(factor) * positions) * (1 - kept) + np.float32(1) / positions * kept
-    return inv_freq, _yarn_attention_factor(p, factor)
-
-
-def _yarn_attention_factor(p: dict[str, Any], factor: float) -> float:
+    inv_freq = np.float32(1) / (np.float32(factor) * periods) * (1 - kept) + np.float32(1) / periods * kept
     if p.get("attention_factor") is not None:
-        return float(p["attention_factor"])
+        return inv_freq, float(p["attention_factor"])
     if p.get("mscale") and p.get("mscale_all_dim"):
-        return _mscale(factor, p["mscale"]) / _mscale(factor, p["mscale_all_dim"])
-    return _mscale(factor, 1)
+        return inv_freq, _mscale(factor, p["mscale"]) / _mscale(factor, p["mscale_all_dim"])
+    return inv_freq, _mscale(factor, 1)
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -1,4 +1,4 @@
-"""Reads a .safetensors file: a mapped file and one view per tensor, nothing copied.
+"""Reads a .safetensors file: the file is mapped and each tensor is a view, so that nothing is copied.
 
 The format (https://huggingface.co/docs/safetensors): 8 bytes of header length, a JSON header with each tensor's dtype,
 shape and [begin, end) in the data, then the data. The safetensors package has no numpy view of bfloat16 and copies
@@ -18,18 +18,14 @@ import numpy as np
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.stored import StoredTensor, map_file
 
-DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-# Values of quantised tensors, which mean nothing without a scheme: readable as they are stored.
-QUANTISED = {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+DTYPES = {"F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+# Values of quantised tensors are read as they are stored. They mean nothing without a scheme.
+QUANTISED = {"I8": np.dtype("i1"), "U8": np.dtype("u1"), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
 def read_safetensors(path: Path) -> dict[str, StoredTensor]:
+    """Describe the tensors of a file. Raises ModelError for a damaged one."""
     data = map_file(path)
     header_bytes = int(data[:8].view("<u8")[0]) if data.size >= 8 else MAX_HEADER_BYTES + 1
     if header_bytes > min(MAX_HEADER_BYTES, data.size - 8):

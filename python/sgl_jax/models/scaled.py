@@ -20,9 +20,9 @@ _LARGEST = {
     name: float((ml_dtypes.finfo if name.startswith("float") else ml_dtypes.iinfo)(name).max)
     for name in ("int8", "int4", "float8_e4m3fn")
 }
-_STORED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}  # as safetensors files call them
+_STORED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}  # names in safetensors files
 _SCALE = "_scale"
-_VALUES = 1 << 20  # rounded at a time
+_VALUES = 1 << 20  # values that are rounded at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Scaled:
     Scales follow the output axis wherever it is divided over devices; a group of inputs is never divided.
     """
 
-    dtype: str  # of the values: "int8", "int4", "float8_e4m3fn"
-    group: int | None = None  # inputs with a scale of their own; None: all inputs of a channel share one
+    dtype: str  # dtype of the values: "int8", "int4", "float8_e4m3fn"
+    group: int | None = None  # inputs that share a scale; None: all inputs of a channel do
     exempt: tuple[str, ...] = ("moe.router", "moe.shared_gate", "lm_head")  # sites of matrices that stay plain
 
     def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
@@ -45,7 +45,7 @@ class Scaled:
         return tensors
 
     def declare(self, site: Site | ExpertSite, spec: WeightSpec) -> Matrix[WeightSpec]:
-        """Declare values of the scheme's dtype, and scales for the same rows. Raises ValueError where a group is cut."""
+        """Declare values of the scheme's dtype and scales for the same rows. Raises ValueError if a group is cut."""
         if site in self.exempt:
             return spec
         inputs, group = spec.shape[-1], self.group or spec.shape[-1]
@@ -80,7 +80,7 @@ class Scaled:
         return Quantised(plane(0, tensor.shape, self.dtype), plane(1, scales, "float32"), self)
 
     def quantise(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return values [..., O, I] and scales [..., O, groups]: the largest value of a group becomes the dtype's largest."""
+        """Return values [..., O, I] and scales [..., O, groups]. A group's largest value becomes that of the dtype."""
         groups = matrix.astype(np.float32).reshape(*matrix.shape[:-1], -1, self.group or matrix.shape[-1])
         largest = _LARGEST[self.dtype]
         scales = np.abs(groups).max(-1) / np.float32(largest)

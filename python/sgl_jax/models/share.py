@@ -1,4 +1,4 @@
-"""The shard of a weight that a device holds, and so the part of it that has to be read."""
+"""Finds the shard of a weight that a device holds, which is the part that has to be read."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from sgl_jax.parallel.grid import Grid
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Indices of the part of a weight that a device holds: runs of output rows and one run of columns, the same for each of
-    some experts."""
+    """Part of a weight that a device holds: for each of some experts, the same runs of output rows and of columns."""
 
     experts: range
     rows: tuple[range, ...]
-    columns: range | None  # None: a vector has none
+    columns: range | None  # None for a vector
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape with an axis of experts, which dense weights have, too."""
+        """Shape of the part, with an axis of experts even for dense weights."""
         columns = () if self.columns is None else (len(self.columns),)
         return (len(self.experts), sum(map(len, self.rows)), *columns)
 
@@ -31,8 +30,8 @@ def as_slice(run: range) -> slice:
 def share_of(spec: WeightSpec, grid: Grid, device: int) -> Share:
     """Find a device's shard. Each part of the rows is divided by itself, in whole units.
 
-    A part with fewer units than devices is replicated: neighbours hold the same unit (KV heads when there are more devices
-    than heads). Raises ValueError where columns that stay together would be cut.
+    A part with fewer units than devices is replicated: neighbours hold the same unit (KV heads when there are more
+    devices than heads). Raises ValueError where columns that stay together would be cut.
     """
     start, runs = 0, []
     for size in spec.parts or (spec.shape[spec.rows_axis],):

@@ -18,7 +18,7 @@ SITES: dict[str, Site | ExpertSite] = {site: site for site in get_args(Site) + g
 
 @dataclasses.dataclass(frozen=True)
 class WeightSpec:
-    """The shape, the logical axes and the dtype of one array. A leaf of the declared tree."""
+    """Shape, logical axes and dtype of one array. A leaf of the declared tree."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]  # logical axes, which parallel/ maps to the mesh
@@ -53,6 +53,6 @@ class WeightSpec:
 
 
 def bits(dtype: str) -> int:
-    """Bits of one value."""
+    """Return the bits of one value."""
     kind = jnp.dtype(dtype)
     return jnp.iinfo(kind).bits if jnp.issubdtype(kind, jnp.integer) else jnp.finfo(kind).bits

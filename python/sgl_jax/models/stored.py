@@ -15,30 +15,32 @@ from numpy.typing import DTypeLike
 from sgl_jax.models.model_errors import ModelError
 
 _BLOCK_VALUES = 1 << 20  # converted at a time, so that they stay in the cache
-_ROWS = 4096  # read at a time
+_ROWS = 4096  # summed at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Description of a tensor. `rows(start, stop)` reads a slice of its first axis as floats, so that none is held whole.
+    """Description of a tensor. `rows(start, stop)` reads a slice of its first axis as floats, so that none is held
+    whole.
 
-    The slice may be a read-only view of the mapped file. A quantised tensor is read dequantised to float32. Its `planes` are
-    the tensors that the file holds for it ("values", "scales"), as they are stored, each with as many rows as the tensor.
+    The slice may be a read-only view of the mapped file. A quantised tensor is read dequantised to float32. Its
+    `planes` are the tensors that the file holds for it ("values", "scales"), as they are stored, each with as many rows
+    as the tensor.
     """
 
     name: str  # the Hugging Face name, whatever the file calls it
     shape: tuple[int, ...]
-    dtype: str  # as the file calls it: "BF16", "Q4_1"
-    nbytes: int  # in the file
+    dtype: str  # the file's name for it: "BF16", "Q4_1"
+    nbytes: int  # size in the file
     rows: Callable[[int, int], np.ndarray]
     supported: bool = True  # False: `rows` gives the numbers of the file, which are no floats by themselves
-    planes: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)  # of a quantised tensor, undequantised
+    planes: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)  # of a quantised tensor
 
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0])
 
     def changed(self, change: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
-        """Return the tensor with a function applied to each slice of its rows. It has no planes: they do not say that."""
+        """Return the tensor with a function applied to each slice of rows, and without its planes."""
         return dataclasses.replace(self, rows=lambda start, stop: change(self.rows(start, stop)), planes={})
 
     def rounded(self, dtype: DTypeLike) -> StoredTensor:
@@ -73,7 +75,7 @@ def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
 
 
 def map_file(path: Path) -> np.ndarray:
-    """Map a file's bytes as a read-only array, u8[size], backed by the page cache. Raises ModelError for an empty file."""
+    """Map a file's bytes as a read-only u8[size], backed by the page cache. Raises ModelError for an empty file."""
     with open(path, "rb") as f:
         try:
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)

@@ -17,7 +17,7 @@ from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor, with_unit_columns
 from sgl_jax.models.weights import declare, declare_plain
 
-_SHOWN = 40  # names of one kind in an error; a wrong config can make thousands
+_SHOWN = 40  # names that an error lists of each kind of misfit; a wrong config can make thousands
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Leaf:
 
     path: str  # in the tree of weights: ".layers[3].qkv"
     spec: WeightSpec
-    pieces: tuple[StoredTensor, ...]  # one below the other along the output axis, the first
+    pieces: tuple[StoredTensor, ...]  # to be put one below the other along the output axis
 
     @property
     def nbytes(self) -> int:
@@ -45,9 +45,12 @@ def plan_weights(
         rows = of_rows(config) if of_rows else None
         wanted = _wanted(path, spec, names, rows)
         used.update(wanted)
-        missing += [name for name in wanted if name not in stored]
         pieces = []
-        for piece, shape in ((stored[name], shape) for name, shape in wanted.items() if name in stored):
+        for name, shape in wanted.items():
+            if name not in stored:
+                missing.append(name)
+                continue
+            piece = stored[name]
             if piece.shape != shape:
                 misshapen.append(f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}")
             if not piece.supported:
@@ -112,7 +115,7 @@ def _wanted(path: str, spec: WeightSpec, names: TensorNames, rows: Rows | None) 
         (pattern,) = patterns
         return {pattern.format(i=layer): (rows.stored, *spec.shape[1:])}
     if spec.num_experts is None or "{e}" not in patterns[0]:
-        shapes = (spec.shape,) if len(patterns) == 1 else spec.piece_shapes  # one: its parts are stored fused
+        shapes = (spec.shape,) if len(patterns) == 1 else spec.piece_shapes  # its parts may be stored fused
         return dict(zip((pattern.format(i=layer) for pattern in patterns), shapes, strict=True))
     of_each = (pattern.format(i=layer, e=e) for e in range(spec.num_experts) for pattern in patterns)
     return dict(zip(of_each, spec.piece_shapes, strict=True))

@@ -1,11 +1,12 @@
-"""The decoder's weights: each one declared once (shape, logical axes, dtype); loading and random init are maps over it.
+"""Declares the decoder's weights, each once: shape, logical axes and dtype. Loading and random weights are maps over
+them.
 
-Matrices are [out, in], as checkpoints have them: nothing is transposed at load, a tied head is the embedding itself, and
-XLA CPU multiplies fastest with the weight on the left (docs/decisions/0006-weights-out-in.md). Layers are a list of
-identical trees; `runtime` stacks them where the platform scans over layers.
+Matrices are [out, in], as checkpoints have them: nothing is transposed at load, a tied head is the embedding itself,
+and XLA CPU multiplies fastest with the weight on the left (docs/decisions/0006-weights-out-in.md). Layers are a list of
+trees; `runtime` stacks like ones where the platform scans over layers.
 
-One tree serves for specs, arrays, abstract arrays and axes: `Weights[WeightSpec]`, `Weights[jax.Array]`. A matrix may be
-quantised, which is a small tree of leaves in the place of one.
+One tree serves for specs, arrays, abstract arrays and axes: `Weights[WeightSpec]`, `Weights[jax.Array]`. A quantised
+matrix is a small tree of leaves in the place of one leaf.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ from sgl_jax.models.spec import SITES, ExpertSite, Site, WeightSpec
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Experts[Leaf]:
-    """The matrices of E experts. Grouped matmul takes those of all layers, and reads the layer's own by its index; the
-    biases go with them."""
+    """Matrices and biases of E experts. Grouped matmul takes those of all layers and a layer's index."""
 
     gate_up: Matrix[Leaf]  # [E, 2F, D], gate then up
     gate_up_bias: Leaf | None  # [E, 2F]
@@ -41,12 +41,12 @@ class Experts[Leaf]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MoeWeights[Leaf]:
-    """The router, the routed experts and the expert that every token takes."""
+    """Weights of a router, of the routed experts and of the expert that every token takes."""
 
     router: Matrix[Leaf]  # [E, D]
     router_bias: Leaf | None  # [E]
     score_bias: Leaf | None  # [E], the correction bias
-    experts: Experts[Leaf] | None  # None: they go another way than the rest of their layer (decoder.run_layers)
+    experts: Experts[Leaf] | None  # None inside a layer's body, which gets them apart (decoder.run_layers)
     shared_gate_up: Matrix[Leaf] | None  # [2F, D]
     shared_down: Matrix[Leaf] | None  # [D, F]
     shared_gate: Matrix[Leaf] | None  # [1, D]
@@ -55,14 +55,14 @@ class MoeWeights[Leaf]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class MlaWeights[Leaf]:
-    """Latent attention. Queries are made from the token by q, or through a vector of Cq by q_down, q_norm and q_up; the
-    weights of the other way are None. k_up and v_up are no linear maps of a token (models/mla.py)."""
+    """Weights of latent attention (models/mla.py). Queries are made from the token by q, or through a vector of Cq by
+    q_down, q_norm and q_up; the weights of the other way are None."""
 
-    q: Matrix[Leaf] | None  # [N * H, D], of each head the part without rope, then the part with it
+    q: Matrix[Leaf] | None  # [N * H, D]; in each head the part without rope comes first
     q_down: Matrix[Leaf] | None  # [Cq, D]
     q_norm: Leaf | None  # [Cq]
     q_up: Matrix[Leaf] | None  # [N * H, Cq]
-    kv_down: Matrix[Leaf]  # [C + rope, D], the compressed, then the rotated key
+    kv_down: Matrix[Leaf]  # [C + rope, D], compressed keys and values, then the rotated key
     kv_norm: Leaf  # [C]
     k_up: Leaf  # [N * nope, C]
     v_up: Leaf  # [N * V, C]
@@ -71,7 +71,7 @@ class MlaWeights[Leaf]:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerWeights[Leaf]:
-    """One decoder layer. A weight the family, or the layer, lacks is None."""
+    """Weights of one decoder layer. A weight that the family or the layer lacks is None."""
 
     attn_norm: Leaf  # [D]
     qkv: Matrix[Leaf] | None  # [(N + 2K) * H, D], q then k then v
@@ -92,14 +92,14 @@ class LayerWeights[Leaf]:
     post_mlp_norm: Leaf | None  # [D]
 
 
-# L of them, or a stack [n, …] for each group of like layers.
+# L layers, or a stack [n, …] for each group of like layers.
 type Layers[Leaf] = list[LayerWeights[Leaf]] | tuple[LayerWeights[Leaf], ...]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Weights[Leaf]:
-    """The whole model."""
+    """Weights of the whole model."""
 
     embed: Leaf  # [V, D]
     layers: Layers[Leaf]
@@ -112,7 +112,7 @@ class Weights[Leaf]:
 
 
 def declare(c: DecoderConfig, dtype: DTypeLike, *, stacked: bool = False) -> Weights[WeightSpec]:
-    """The specs of a model's weights, each as it is held: in `dtype`, or as the model's weight format says."""
+    """Return the specs of a model's weights as they are held: in `dtype`, or as the model's weight format says."""
     specs, scheme = declare_plain(c, dtype), c.weight_scheme
     if scheme is not None:
         specs = jax.tree_util.tree_map_with_path(
@@ -126,9 +126,13 @@ def declare(c: DecoderConfig, dtype: DTypeLike, *, stacked: bool = False) -> Wei
 
 
 def declare_plain(c: DecoderConfig, dtype: DTypeLike) -> Weights[WeightSpec]:
-    """The specs of a model's weights before any weight format: one for each matrix, layers in a list."""
-    d, v = c.hidden_size, c.vocab_size
-    spec = functools.partial(_spec, dtype=np.dtype(dtype).name)
+    """Return the specs of a model's weights before any weight format: one for each matrix, layers in a list."""
+    d, v, name = c.hidden_size, c.vocab_size, np.dtype(dtype).name
+
+    def spec(*dims: tuple[int, str | None], parts: tuple[int, ...] = (), unit: int = 1) -> WeightSpec:
+        shape, axes = zip(*dims, strict=True)
+        return WeightSpec(shape, axes, name, parts, unit)
+
     return Weights(
         embed=spec((v, "vocab"), (d, "model")),
         layers=[_layer(c, spec, c.has_experts(i), c.has_mlp(i)) for i in range(c.num_layers)],
@@ -138,7 +142,7 @@ def declare_plain(c: DecoderConfig, dtype: DTypeLike) -> Weights[WeightSpec]:
 
 
 def site_of(path: tuple[Any, ...]) -> Site | ExpertSite | None:
-    """The product that the weight at a path of the tree takes part in; None if it takes part in none."""
+    """Return the product that the weight at a path of the tree takes part in; None if it takes part in none."""
     return SITES.get(re.sub(r"^\.(layers\[\d+\]\.)?", "", jax.tree_util.keystr(path)))
 
 
@@ -146,12 +150,14 @@ def _stack(layer: LayerWeights[WeightSpec], n: int) -> LayerWeights[WeightSpec]:
     return jax.tree.map(lambda s: dataclasses.replace(s, shape=(n, *s.shape), axes=(None, *s.axes)), layer)
 
 
+type Spec = Callable[..., WeightSpec]  # see declare_plain
+
+
 def _layer(c: DecoderConfig, spec: Spec, has_experts: bool, dense: bool) -> LayerWeights[WeightSpec]:
     d, f = c.hidden_size, c.intermediate_size
     q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    qkv_spec = functools.partial(
-        spec, (q_size + 2 * kv_size, "heads"), parts=(q_size, kv_size, kv_size), unit=c.head_dim
-    )
+    fused = (q_size, kv_size, kv_size)
+    qkv_spec = functools.partial(spec, (sum(fused), "heads"), parts=fused, unit=c.head_dim)
     return LayerWeights(
         attn_norm=spec((d, "model")),
         qkv=None if c.mla else qkv_spec((d, "model")),
@@ -206,36 +212,20 @@ def _moe(m: MoeConfig, spec: Spec, d: int) -> MoeWeights[WeightSpec]:
     )
 
 
-Spec = Callable[..., WeightSpec]  # _spec with the dtype filled in
-
-
-def _spec(
-    *shape_and_axes: tuple[int, str | None], dtype: str, parts: tuple[int, ...] = (), unit: int = 1
-) -> WeightSpec:
-    shape, axes = zip(*shape_and_axes, strict=True)
-    return WeightSpec(shape, axes, dtype, parts, unit)
-
-
 def parameters(config: DecoderConfig) -> int:
-    """Parameters of a model, or of one device's shard of it, whatever format they are held in."""
+    """Count the parameters of a model, or of one device's shard of it, whatever format they are held in."""
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(declare_plain(config, "float32")))
 
 
 def parameters_per_token(config: DecoderConfig) -> int:
-    """Parameters each token is multiplied with: every matrix of the layers, only the chosen experts', and the head,
-    tied or not; no lookup."""
+    """Count the parameters that each token is multiplied with: every matrix of the layers, of experts only the chosen
+    ones, and the head, tied or not."""
     declared = declare_plain(config, "float32")
     chosen = config.moe.experts_per_token if config.moe else 0
-
-    def used(spec: WeightSpec) -> int:
-        if not spec.is_matrix:
-            return 0
-        size = math.prod(spec.shape)
-        return size if spec.num_experts is None else size // spec.num_experts * chosen
-
-    return sum(map(used, [*jax.tree.leaves(declared.layers), *jax.tree.leaves(head(declared))]))
+    matrices = [spec for spec in jax.tree.leaves((declared.layers, head(declared))) if spec.is_matrix]
+    return sum(math.prod(s.shape) // (s.num_experts or 1) * (chosen if s.num_experts else 1) for s in matrices)
 
 
 def head[Leaf](weights: Weights[Leaf]) -> Matrix[Leaf]:
-    """The output head, [V, D]."""
+    """Return the output head, [V, D], which is the embedding where it is tied."""
     return weights.embed if weights.lm_head is None else weights.lm_head

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 from typing import NamedTuple
 
-LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # by an address that means all: where the host itself connects to
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # by wildcard address, the address at which a host reaches itself
 
 
 class Address(NamedTuple):

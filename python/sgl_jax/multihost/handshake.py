@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from sgl_jax.multihost import wire
 from sgl_jax.multihost.identity import differences
-from sgl_jax.multihost.wire import HostMessage, HostsError, Identity, Link
+from sgl_jax.multihost.wire import PROTOCOL, HostMessage, HostsError, Identity, Link
 
 TIMEOUT_S = 10.0  # for each message of the other side
 _NONCE_BYTES = 32
@@ -29,7 +29,7 @@ def admit(link: Link, token: str, identity: Identity, claim: Callable[[int], str
     Raises RefusedError after telling the other host the reason, or WireError, LinkClosed, TimeoutError, OSError.
     """
     nonce = secrets.token_bytes(_NONCE_BYTES)
-    link.send(wire.Challenge(wire.PROTOCOL, nonce))
+    link.send(wire.Challenge(PROTOCOL, nonce))
     answer = _expect(link, wire.ChallengeResponse)
     if not hmac.compare_digest(answer.proof, _proof(token, b"follower", nonce, answer.nonce)):
         _refuse(link, _TOKENS_DIFFER)
@@ -50,10 +50,8 @@ def introduce(link: Link, token: str, node_rank: int, identity: Identity) -> Non
     """Perform the other host's side. Raises RefusedError with host 0's reason, or WireError, LinkClosed, TimeoutError,
     OSError."""
     challenge = _expect(link, wire.Challenge)
-    if challenge.protocol != wire.PROTOCOL:
-        raise RefusedError(
-            f"{link.peer} speaks version {challenge.protocol} of the protocol, and this host {wire.PROTOCOL}"
-        )
+    if challenge.protocol != PROTOCOL:
+        raise RefusedError(f"{link.peer} speaks version {challenge.protocol} of the protocol, and this host {PROTOCOL}")
     nonce = secrets.token_bytes(_NONCE_BYTES)
     link.send(wire.ChallengeResponse(nonce, _proof(token, b"follower", challenge.nonce, nonce)))
     welcome = _expect(link, wire.Welcome)

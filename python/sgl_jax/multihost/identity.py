@@ -14,7 +14,7 @@ from sgl_jax.settings.server_args import FLAGS, ServerArgs
 
 _PACKAGES = ("jax", "jaxlib", "libtpu")
 _BACKENDS = "sgl_jax.attention"  # the entry points of attention backends
-_TAIL = 1 << 16  # bytes of each weight file that are hashed: a fine-tuned model has equal sizes, but other last values
+_TAIL = 1 << 16  # bytes at the end of each weight file that are hashed: a fine-tuned model has files of equal size
 
 
 def identity_of(args: ServerArgs, configs: Mapping[str, Mapping[str, object]], weights: Path | None) -> Identity:

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _SAY_EVERY_S = 5.0
 _RETRY_S = 0.5
 _MOST_GREETED = 64  # connections at a time that are in their handshake
-_BLAME_S = 3.0  # within so long after a failed collective the connection of the host that made it fail ends, too
+_BLAME_S = 3.0  # longest time between a failed collective and the loss of the host that made it fail
 
 
 class Leader:

@@ -1,1 +1,1 @@
-"""The server about itself: logs, metrics, profiles."""
+"""Log lines, metrics and progress of the server."""

@@ -1,4 +1,4 @@
-"""Shows how far the weights are: a bar on a terminal, a line every tenth of the way elsewhere."""
+"""Progress of loading weights: a bar on a terminal, else a line in the log for each tenth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The implementations a step is built with, one for each contract."""
+"""Implementations that a step is built with, one for each contract."""
 
 from __future__ import annotations
 

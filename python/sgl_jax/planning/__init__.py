@@ -1,1 +1,1 @@
-"""Needs and costs of a launch on devices that may not be here: arithmetic, and compiling ahead of time."""
+"""Plans of launches on devices that may not be here: memory and cost by arithmetic, and compiling ahead of time."""

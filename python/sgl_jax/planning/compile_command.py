@@ -46,7 +46,7 @@ def compile_here(args: ServerArgs) -> int:
 
 
 def compile_for(args: ServerArgs, topology: str, context: int, *, only_plan: bool, json_file: str | None) -> int:
-    """Do what `sgl_jax.compile` does with these flags of its; `json_file` "-" is standard output. Returns the exit code."""
+    """Run `sgl_jax.compile` with its flags; `json_file` "-" is standard output. Returns the exit code."""
     try:
         return _compile_for(args, topology, context, only_plan, json_file)
     except Misfit as error:

@@ -37,7 +37,7 @@ class StepCost:
 
     flops: float
     memory_bytes: float
-    reduced_bytes: float  # of arrays summed over the devices
+    reduced_bytes: float  # size of the arrays that are summed over the devices
 
     def bound(self, rates: Rates) -> Bound:
         links_s = self.reduced_bytes / rates.all_reduce_bytes_per_s
@@ -112,7 +112,7 @@ def step_cost(
         + per_key * keys,
         memory_bytes=sum(map(read, jax.tree.leaves(held.layers)))
         + sum(spec.nbytes for spec in jax.tree.leaves(head(held)))
-        + tokens * model.hidden_size * np.dtype(weight_dtype).itemsize  # of the embedding
+        + tokens * model.hidden_size * np.dtype(weight_dtype).itemsize  # lines of the embedding
         + token_kv * (cached + tokens * model.num_layers),  # read, and written
         reduced_bytes=summed * model.hidden_size * np.dtype(compute_dtype).itemsize,
     )

@@ -42,7 +42,7 @@ class Array:
 class Instruction:
     name: str
     opcode: str
-    arrays: tuple[Array, ...]  # of the result
+    arrays: tuple[Array, ...]  # the result, or its parts
     operands: tuple[str, ...]  # names of the instructions it takes; of a parameter its number
     calls: tuple[str, ...]  # computations it runs; a fusion's is part of it
     op_name: str  # the path of named scopes it comes from

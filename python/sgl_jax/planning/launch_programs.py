@@ -29,7 +29,7 @@ class ProgramFacts:
     cache_hit: bool
     code_bytes: int  # in the device's memory, beside weights and KV
     temp_bytes: int  # used while it runs
-    aliased_bytes: int  # of arguments changed in place
+    aliased_bytes: int  # arguments that are changed in place
     collectives: int  # in a step
     reduced_bytes: int  # results of all collectives of a step
 

@@ -1,4 +1,4 @@
-"""Model of a plan: a path or a hub id as the server takes it, or the name of a bundled config.json."""
+"""Models of plans: a path or a hub id as the server takes it, or the name of a bundled config.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sgl_jax.settings.hub import HUGGING_FACE, Downloads
 class PlannedModel:
     config: DecoderConfig
     stored_dtype: str | None
-    source: str  # of the config
+    source: str  # path or name of the config
 
 
 def find_model(path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None) -> PlannedModel:

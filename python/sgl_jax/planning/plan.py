@@ -26,7 +26,7 @@ class Misfit(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class PlannedStep:
-    bucket: Bucket  # of each data rank
+    bucket: Bucket  # for each data rank
     num_tokens: int  # on all of them
     cost: StepCost
     bound: Bound | None  # None: the device's rates are unknown

@@ -66,7 +66,6 @@ def find_target(name: str, tp_size: int | None = None, dp_size: int = 1) -> Targ
 def target_here(wanted: Name | None, number: int) -> Target:
     """Return devices of this machine, as the server picks them. Raises NoDevice."""
     platform, devices = pick_devices(wanted, number)
-    memory = device_memory(devices[0]) // (
-        len(devices) if platform.name == "cpu" else 1
-    )  # CPU devices share one memory
+    sharers = len(devices) if platform.name == "cpu" else 1  # virtual CPU devices live in one memory
+    memory = device_memory(devices[0]) // sharers
     return Target(platform.name, devices[0].device_kind, platform, number, memory, None, lambda: devices)

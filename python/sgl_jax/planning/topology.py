@@ -29,10 +29,10 @@ class Chip:
 
     kind: str
     devices_per_chip: int
-    memory_bytes: int  # that a program may use
-    bytes_per_s: float  # of reading memory
+    memory_bytes: int  # memory that a program may use
+    bytes_per_s: float  # reading memory
     flops: dict[str, float]  # multiplications and additions per second of matrix products, by dtype
-    link_bytes_per_s: float  # of one link, one way
+    link_bytes_per_s: float  # one link, one way
     grid: Literal["2d", "3d", "all"]  # how chips are linked: a mesh or torus, or each with every other
 
     @property

@@ -34,7 +34,7 @@ def cpu_limit(root: Path = ROOT) -> float | None:
     limits = []
     for folder in _folders("cpu", root):
         text = read(folder / "cpu.max") or f"{read(folder / 'cpu.cfs_quota_us')} {read(folder / 'cpu.cfs_period_us')}"
-        if match := re.fullmatch(r"(\d+) (\d+)", text):  # no limit: "max", or -1 in version 1
+        if match := re.fullmatch(r"(\d+) ([1-9]\d*)", text):  # no limit: "max", or -1 in version 1
             limits.append(int(match[1]) / int(match[2]))
     return min(limits, default=None)
 
@@ -60,10 +60,10 @@ def _memory(root: Path) -> Iterator[tuple[int, int]]:
 def _folders(controller: str, root: Path) -> Iterator[Path]:
     """Yield the folders of this process's groups, its own first and the root last, for each tree with the controller."""
     tree = root / "sys/fs/cgroup"
-    for line in (read(root / "proc/self/cgroup") or "0::/").splitlines():
-        _, controllers, path = line.split(":", 2)  # version 2 names no controllers
+    lines = re.findall(r"^\d+:([^:\n]*):/*(.*)$", read(root / "proc/self/cgroup") or "0::/", re.MULTILINE)
+    for controllers, path in lines:  # version 2 names no controllers
         if not controllers or controller in controllers.split(","):
             # A container may be told its path on the host, which is not in its own tree: then only the root is there.
-            inside = Path(path.lstrip("/"))
+            inside = Path(path)
             for group in (inside, *inside.parents):
                 yield (tree / controller if controllers else tree) / group

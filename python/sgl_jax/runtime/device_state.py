@@ -28,7 +28,7 @@ class DeviceState:
     draft: jax.Array  # i32[R + 1, max(W - 1, 1)]: guesses at the tokens that follow it, or NO_DRAFT
     page_table: jax.Array  # i32[R + 1, pages]
     token_counts: jax.Array  # i32[R + 1, V]: times in the output, plus IN_PROMPT; for rows with penalties
-    bias_ids: jax.Array  # i32[R + 1, B]: tokens whose logit changes, for rows with Flag.BIAS
+    bias_ids: jax.Array  # i32[R + 1, B]: tokens whose logit changes, for rows with RowFlag.BIAS
     bias_values: jax.Array  # f32[R + 1, B]
     bias_until: jax.Array  # i32[R + 1, B]: the bias applies to sampled positions below it
 

@@ -24,7 +24,7 @@ from sgl_jax.runtime.placed_weights import weight_axes
 from sgl_jax.runtime.pool import Pool
 from sgl_jax.runtime.speculate import Drafter
 from sgl_jax.runtime.step import StepSpec, step
-from sgl_jax.step_plan import row_capacity
+from sgl_jax.step_plan import pages_per_row
 
 WEIGHTS, KV, STATE, OUTPUTS = "weights", "kv", "state", "outputs"  # names of device values
 
@@ -48,7 +48,7 @@ class RunnerConfig:
 
     @property
     def pages_per_row(self) -> int:
-        return -(-row_capacity(self.context_length, self.width) // self.page_size)
+        return pages_per_row(self.context_length, self.width, self.page_size)
 
     def layout(self, bucket: Bucket) -> PlanLayout:
         return PlanLayout(bucket, self.page_size, self.num_rows, self.num_ranks)

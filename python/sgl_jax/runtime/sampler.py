@@ -26,7 +26,9 @@ from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime.device_state import IN_PROMPT, DeviceState
 from sgl_jax.runtime.layout import param_of
-from sgl_jax.step_plan import Flag, Param
+from sgl_jax.step_plan import Param, RowFlag
+
+Filters = tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]  # top_k, top_p, min_p of each line
 
 CANDIDATES = 64
 _BLOCK = 256  # vocabulary entries summed at once when inverting the distribution
@@ -60,7 +62,9 @@ def sample(
     logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
     """Return the next token of each of S lines; an arbitrary one for lines that do not sample."""
-    asked = has_flag(lines.params, Flag.BIAS | Flag.PENALTIES) | lines.samples & (lines.param(Param.TEMPERATURE) > 0)
+    asked = has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES) | lines.samples & (
+        lines.param(Param.TEMPERATURE) > 0
+    )
     num_lines, block = len(logits), lines_at_once(logits.shape[-1])
     if num_lines <= block:
         return lax.cond(asked.any(), lambda: _sample(logits, lines, state, axis), lambda: _argmax(logits, axis))
@@ -92,12 +96,12 @@ def _sample(logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState,
     def draw() -> Int[Array, " S"]:
         # The best logit becomes 0, so that no temperature, however small, makes it overflow.
         scaled = (logits - axis.max(logits.max(-1, keepdims=True))) / jnp.where(random, temperature, 1.0)[:, None]
-        top_k = lines.param(Param.TOP_K)
-        top_p, min_p = lines.param(Param.TOP_P), lines.param(Param.MIN_P)
+        filters = lines.param(Param.TOP_K), lines.param(Param.TOP_P), lines.param(Param.MIN_P)
+        top_k, top_p, min_p = filters
         filtered = random & ((top_k < logits.shape[-1] * axis.size) | (top_p < 1) | (min_p > 0))
         threshold = lax.cond(
             filtered.any(),
-            lambda: jnp.where(filtered, _threshold(scaled, top_k, top_p, min_p, filtered, axis), -jnp.inf),
+            lambda: jnp.where(filtered, _threshold(scaled, filters, filtered, axis), -jnp.inf),
             lambda: jnp.full(len(scaled), -jnp.inf),
         )
         drawn = _invert(scaled, threshold, uniforms(lines), axis)
@@ -130,7 +134,7 @@ def no_logprobs(n: int) -> Logprobs:
     return Logprobs(jnp.zeros(n, jnp.float32), jnp.zeros(wide, jnp.int32), jnp.zeros(wide, jnp.float32))
 
 
-def has_flag(params: Int[Array, "rows params"], flag: Flag) -> Bool[Array, " rows"]:
+def has_flag(params: Int[Array, "rows params"], flag: RowFlag) -> Bool[Array, " rows"]:
     """Return, for each row or line, whether it has any of the flags."""
     return (param_of(params, Param.FLAGS) & int(flag)) != 0
 
@@ -160,7 +164,7 @@ def _adjust(
     logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, "S V"]:
     """Apply logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
-    biased, penalised = has_flag(lines.params, Flag.BIAS), has_flag(lines.params, Flag.PENALTIES)
+    biased, penalised = has_flag(lines.params, RowFlag.BIAS), has_flag(lines.params, RowFlag.PENALTIES)
     # Line by line: for all lines at once XLA for TPU copies all of token_counts for the gather, sorts the indices of the
     # scatter, and takes ten seconds to compile both (benchmarks/LOG.md).
 
@@ -195,14 +199,10 @@ def uniforms(lines: SampleLines) -> Float[Array, " S"]:
 
 
 def _threshold(
-    x: Float[Array, "S V"],
-    top_k: Int[Array, " S"],
-    top_p: Float[Array, " S"],
-    min_p: Float[Array, " S"],
-    filtered: Bool[Array, " S"],
-    axis: MeshAxis = ONE_DEVICE,
+    x: Float[Array, "S V"], filters: Filters, filtered: Bool[Array, " S"], axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, " S"]:
     """Return the smallest logit that each line keeps. It is the same however the other lines' thresholds are found."""
+    top_k, top_p, min_p = filters
     vocab_size = x.shape[-1] * axis.size
     best, _ = _top_k(x, CANDIDATES, axis)  # [S, C], descending
     num_candidates = best.shape[-1]
@@ -223,18 +223,13 @@ def _threshold(
     return lax.cond(
         (exact | ~filtered).all(),
         lambda: found,
-        lambda: jnp.where(exact, found, _bisect_threshold(x, top_k, top_p, min_p, axis)),
+        lambda: jnp.where(exact, found, _bisect_threshold(x, filters, axis)),
     )
 
 
-def _bisect_threshold(
-    x: Float[Array, "S V"],
-    top_k: Int[Array, " S"],
-    top_p: Float[Array, " S"],
-    min_p: Float[Array, " S"],
-    axis: MeshAxis = ONE_DEVICE,
-) -> Float[Array, " S"]:
+def _bisect_threshold(x: Float[Array, "S V"], filters: Filters, axis: MeshAxis = ONE_DEVICE) -> Float[Array, " S"]:
     """Find the same threshold by bisection over the bits of the logits: exact in 32 passes for top_k and 32 for top_p."""
+    top_k, top_p, min_p = filters
     top = axis.max(x.max(-1))
     weights = jnp.exp(x - top[:, None])
     k = jnp.minimum(top_k, x.shape[-1] * axis.size)

@@ -22,7 +22,7 @@ from sgl_jax.runtime.device_state import DeviceState, apply_page_updates, store_
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.speculate import Drafter
-from sgl_jax.step_plan import Flag
+from sgl_jax.step_plan import RowFlag
 
 
 class StepOutputs(NamedTuple):
@@ -94,13 +94,13 @@ def step(
     with jax.named_scope("sample"):
         lines = speculate.sample_lines(inputs, rows, bucket.width)
         sampled = sampler.sample(logits, lines, state, everyone)
-        wanted = sampler.has_flag(lines.params, Flag.LOGPROBS)
+        wanted = sampler.has_flag(lines.params, RowFlag.LOGPROBS)
         logprobs = sampler.token_logprobs(logits, sampled, (wanted & lines.samples).any(), everyone)
     with jax.named_scope("store"):
         tokens = sampled.reshape(-1, bucket.width)
         num_accepted = speculate.count_accepted(tokens, rows.drafts)
         length = rows.start + jnp.where(inputs.from_device, num_accepted, inputs.num_new)
-        counted = sampler.has_flag(inputs.params, Flag.PENALTIES)
+        counted = sampler.has_flag(inputs.params, RowFlag.PENALTIES)
         state = store_samples(state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone)
         state = speculate.draft(state, inputs.rows, features, num_accepted, spec.drafter)
     with jax.named_scope("prompt_logprobs"):
@@ -125,7 +125,7 @@ def _prompt_logprobs(
     """Score the prompt token that follows each packed token, [M * T], M * S at a time; zeros unless a row asked."""
     ranks, everyone = spec.grid.data_axis, spec.grid.all_axes
     num_tokens, num_rows = len(tokens), len(inputs.rows)
-    wanted = sampler.has_flag(inputs.params, Flag.PROMPT_LOGPROBS) & (inputs.num_new > 0)
+    wanted = sampler.has_flag(inputs.params, RowFlag.PROMPT_LOGPROBS) & (inputs.num_new > 0)
 
     def compute() -> Logprobs:
         is_last = jnp.arange(len(hidden)) == batch.cu_q_lens[1:][batch.token_row] - 1

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from sgl_jax.request import PARAMETERS, Request
-from sgl_jax.step_plan import Flag, Param
+from sgl_jax.step_plan import Param, RowFlag
 
 _STOP_IDS = 8  # stop ids that fit a row before the table is widened
 
@@ -113,15 +113,15 @@ _FLOATS = tuple(_BY_COLUMN[column.name] for column in Param if column >= Param.T
 def encode_params(request: Request) -> np.ndarray:
     """Encode a request's sampling parameters for the step program, i32[len(Param)]."""
     p = request.params
-    flags = Flag(0)
+    flags = RowFlag(0)
     if p.logprobs is not None:
-        flags |= Flag.LOGPROBS
+        flags |= RowFlag.LOGPROBS
     if p.has_penalties:
-        flags |= Flag.PENALTIES
+        flags |= RowFlag.PENALTIES
     if p.has_bias:
-        flags |= Flag.BIAS
+        flags |= RowFlag.BIAS
     if request.wants_prompt_logprobs:
-        flags |= Flag.PROMPT_LOGPROBS
+        flags |= RowFlag.PROMPT_LOGPROBS
     encoded = np.empty(len(Param), np.int32)
     encoded[Param.SEED] = np.uint32(request.seed).view(np.int32)
     encoded[Param.FLAGS] = int(flags)

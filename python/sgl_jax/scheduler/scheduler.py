@@ -29,7 +29,7 @@ from sgl_jax.scheduler.results import StepResult, take_tokens
 from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
-from sgl_jax.step_plan import Flag, Param, RowLoad, StepPlan, StepTokens
+from sgl_jax.step_plan import Param, RowFlag, RowLoad, StepPlan, StepTokens, pages_per_row
 
 
 @dataclasses.dataclass(slots=True)
@@ -70,8 +70,8 @@ class Scheduler:
         if len(kinds) != 1:
             raise ValueError(f"the caches of all ranks must be alike; their (page size, enabled) are {sorted(kinds)}")
         self.config, self.caches = config, tuple(caches)
-        pages_per_row = -(-config.row_capacity // caches[0].page_size)
-        self.table = RowTable(len(caches) * config.max_running_requests, config.context_length, pages_per_row)
+        num_pages = pages_per_row(config.context_length, config.max_width, caches[0].page_size)
+        self.table = RowTable(len(caches) * config.max_running_requests, config.context_length, num_pages)
         self._pages = RowPages(self.table, caches)
         self._admission = Admission(config, self.caches, self.table, self._pages)
         self.waiting: dict[int, Request] = {}  # by key
@@ -206,7 +206,7 @@ class Scheduler:
             self.counters.prompt_tokens += len(request.prompt)
             self.counters.cached_tokens += handle.num_tokens
         picks.num_cached_tokens += handle.num_tokens
-        needs_state = bool(t.params[row, Param.FLAGS] & (Flag.PENALTIES | Flag.BIAS))
+        needs_state = bool(t.params[row, Param.FLAGS] & (RowFlag.PENALTIES | RowFlag.BIAS))
         if handle.num_pages or needs_state:
             pages = handle.pages if handle.num_pages else None
             picks.loads.append(RowLoad(row, pages, request if needs_state else None))
@@ -250,7 +250,7 @@ class Scheduler:
         t.num_sure[sampled] += 1
         t.has_sampled[sampled] = True
         if plan.wants_prompt_logprobs:  # the prompt is computed: later steps do not score it
-            t.params[sampled, Param.FLAGS] &= ~int(Flag.PROMPT_LOGPROBS)
+            t.params[sampled, Param.FLAGS] &= ~int(RowFlag.PROMPT_LOGPROBS)
         return plan
 
     def _leave_row(self, row: int) -> Request:
@@ -265,7 +265,7 @@ class Scheduler:
         """Take in a step's tokens, up to the one at which a request ends. Rows that changed hands are skipped."""
         t = self.table
         alive = t.key[plan.rows] == plan.keys
-        scored = self._scored(plan, alive) if step.has_scores else {}
+        scored = self._scored(plan, alive) if plan.wants_logprobs or plan.wants_prompt_logprobs else {}
         index = np.flatnonzero(plan.samples & alive)
         rows = plan.rows[index]
         started = (t.requests[row] for row in rows[t.num_known[rows] == t.prompt_len[rows]])
@@ -285,7 +285,7 @@ class Scheduler:
 
     def _scored(self, plan: StepPlan, alive: np.ndarray) -> dict[int, Request]:
         """Return the requests of rows with a flag that asks for logprobs, by row of the plan."""
-        wanted = plan.params[:, Param.FLAGS] & (Flag.LOGPROBS | Flag.PROMPT_LOGPROBS) != 0
+        wanted = plan.params[:, Param.FLAGS] & (RowFlag.LOGPROBS | RowFlag.PROMPT_LOGPROBS) != 0
         found = ((int(i), self.table.requests[plan.rows[i]]) for i in np.flatnonzero(wanted & alive))
         return {i: request for i, request in found if request is not None}
 

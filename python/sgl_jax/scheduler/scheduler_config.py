@@ -6,8 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Callable
 
-from sgl_jax.step_plan import row_capacity
-
 
 @dataclasses.dataclass(frozen=True)
 class SchedulerConfig:
@@ -24,8 +22,3 @@ class SchedulerConfig:
     @functools.cached_property
     def max_width(self) -> int:
         return max(map(self.width, range(1, self.max_running_requests + 1)))
-
-    @property
-    def row_capacity(self) -> int:
-        """Tokens of KV that a row may take up."""
-        return row_capacity(self.context_length, self.max_width)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sgl_jax.settings.server_args import ServerArgs
 
 _ENCODE_ELSEWHERE = 20_000  # characters from which on encoding runs in a thread, or it would hold up other requests
-_ANY_MODEL = "default"  # what SGLang's clients write when they do not care
+_ANY_MODEL = "default"  # a name for any model, which SGLang's clients send
 
 
 @dataclass

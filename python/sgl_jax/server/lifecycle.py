@@ -50,7 +50,7 @@ def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
         where = f"{server_args.host}:{server_args.port}"
         print(f"sgl_jax: error: cannot listen on {where}: {error.strerror}; choose another --port", file=sys.stderr)
         return FAILED
-    uvicorn_log = logging.getLogger("uvicorn.error")  # uvicorn would log that it runs before the server is ready
+    uvicorn_log = logging.getLogger("uvicorn.error")  # it would log "running" before the server is ready
     uvicorn_log.setLevel(max(logging.WARNING, uvicorn_log.getEffectiveLevel()))
     transport = ProcessTransport(server_args, core_factory)
     with contextlib.closing(listener):
@@ -146,7 +146,7 @@ class _Server:
                 task.cancel()
 
     async def _get_ready(self, service: GenerationService) -> None:
-        with contextlib.suppress(EngineFailed):  # which service.failure reports
+        with contextlib.suppress(EngineFailed):  # service.failure has the reason
             await service.start()
             if not self._args.skip_server_warmup:
                 await service.warm_up()

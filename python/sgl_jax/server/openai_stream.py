@@ -24,7 +24,10 @@ type LogprobList = Sequence[TokenLogprobs | None]  # None: for the first token o
 
 
 class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
-    """Answer to one request on its way out. Choice i of prompt p has index p * n + i."""
+    """Answer to one request on its way out. Choice i of prompt p has index p * n + i.
+
+    `echoes` has a text for each prompt, which its choices begin with; empty: none.
+    """
 
     id_prefix: ClassVar[str]
     chunk_object: ClassVar[str]
@@ -37,7 +40,6 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
         logprobs: bool,
         echoes: Sequence[str] = (),
     ):
-        """`echoes` has a text for each prompt, which its choices begin with; empty: none."""
         self.tokenizer = state.tokenizer
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.created, self.model = int(generation.created), body.model or state.model_name

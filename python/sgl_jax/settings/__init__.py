@@ -1,1 +1,1 @@
-"""Every flag of a launch, how it is read, and where models are found."""
+"""Flags of a launch: their declarations, the readers of command line, environment and file, and downloads of models."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import os
 import re
 import types
@@ -44,7 +45,7 @@ class About(NamedTuple):
 
     help: str
     group: str = ""  # title of a group of flags, which begins here; empty: that of the flag before
-    unset: str = ""  # what happens when the flag is not given, where the default value does not say it
+    unset: str = ""  # effect of leaving the flag out, where the default value does not say it
     rule: Rule | None = None
     aliases: tuple[str, ...] = ()
     metavar: str = ""  # "PATH" also expands a leading ~
@@ -178,20 +179,16 @@ def flags_of(cls: type, not_built: Elsewhere = NOTHING) -> tuple[Flag, ...]:
 
 
 def read_command_line(
-    flags: Sequence[Flag],
-    argv: Sequence[str],
-    *,
-    usage: str = "",
-    description: str = "",
-    epilog: str = "",
-    version: str = "",
-    elsewhere: Elsewhere = NOTHING,
+    flags: Sequence[Flag], argv: Sequence[str], *, version: str = "", elsewhere: Elsewhere = NOTHING, **texts: str
 ) -> dict[str, str | bool]:
-    """Return the flags given in `argv`, as text, and --config under "config". `--help` and `--version` print and exit."""
+    """Return the flags given in `argv`, as text, and --config under "config". `--help` and `--version` print and exit.
+
+    `texts` are argparse's usage, description and epilog.
+    """
     parser = Parser(
-        usage=usage,
-        description=description,
-        epilog=epilog,
+        usage=texts.get("usage"),
+        description=texts.get("description"),
+        epilog=texts.get("epilog"),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         add_help=False,
@@ -201,18 +198,16 @@ def read_command_line(
     general.add_argument("-h", "--help", action="help", help="show this text and exit")
     general.add_argument("--version", action="version", version=version, help="show the version and exit")
     general.add_argument("--config", metavar="FILE", help="a YAML file of flags, one 'page-size: 16' per line")
-    groups: dict[str, Any] = {}
-    for each in flags:
-        if each.about.group not in groups:
-            groups[each.about.group] = parser.add_argument_group(each.about.group)
-        group = groups[each.about.group]
-        text = ". ".join((f"{each.about.help} ({each.default_text})", *each.refusals))
-        if each.kind is bool:
-            group.add_argument(*each.options, dest=each.name, action="store_true", help=text)
-            off = f"--no-{each.option.removeprefix('--')}"
-            group.add_argument(off, dest=each.name, action="store_false", help=argparse.SUPPRESS)
-        else:
-            group.add_argument(*each.options, dest=each.name, metavar=each.metavar, help=text)
+    for title, members in itertools.groupby(flags, key=lambda each: each.about.group):
+        group = parser.add_argument_group(title)
+        for each in members:
+            text = ". ".join((f"{each.about.help} ({each.default_text})", *each.refusals))
+            if each.kind is bool:
+                group.add_argument(*each.options, dest=each.name, action="store_true", help=text)
+                off = f"--no-{each.option.removeprefix('--')}"
+                group.add_argument(off, dest=each.name, action="store_false", help=argparse.SUPPRESS)
+            else:
+                group.add_argument(*each.options, dest=each.name, metavar=each.metavar, help=text)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         raise parser.unknown(unknown[0], argv, elsewhere)

@@ -26,7 +26,7 @@ from typing import IO, Any, Literal
 logger = logging.getLogger(__name__)
 
 MODELSCOPE = "https://www.modelscope.cn"
-_TRIES = 5  # of a file whose connection breaks
+_TRIES = 5  # for a file whose connection breaks
 _BLOCK = 1 << 20  # bytes read at a time
 
 
@@ -40,8 +40,8 @@ class Downloads:
 
     source: Literal["huggingface", "modelscope"] = "huggingface"
     folder: str | None = None  # None: the source's own cache
-    endpoint: str = MODELSCOPE  # of ModelScope; the Hugging Face library finds its own
-    token: str | None = None  # of ModelScope, for models that need one
+    endpoint: str = MODELSCOPE  # for ModelScope; the Hugging Face library finds its own
+    token: str | None = None  # for models of ModelScope that need one
 
 
 HUGGING_FACE = Downloads()

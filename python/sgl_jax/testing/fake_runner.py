@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterable, Sequence
 import numpy as np
 
 from sgl_jax.request import MAX_LOGPROBS, Request
-from sgl_jax.step_plan import COLUMNS, Flag, Param, StepPlan, StepTokens, TokenScores, row_capacity
+from sgl_jax.step_plan import COLUMNS, Param, RowFlag, StepPlan, StepTokens, TokenScores, pages_per_row
 from sgl_jax.testing.fake_tracer import FakeTracer
 
 _MASK = 2**64 - 1
@@ -142,14 +142,14 @@ class FakeRunner:
     ):
         """`num_rows`: rows of all data ranks together; `num_pages`: pages of each rank, its scratch page included; `width`: W
         of the widest step."""
-        pages_per_row = -(-row_capacity(context_length, width) // page_size)
         self.page_size, self.vocab_size, self.step_seconds = page_size, vocab_size, step_seconds
         self.tracer = FakeTracer()
         self.plans: list[StepPlan] = []  # all that were launched, for tests to read
         self._kv: list[int] = [0] * (num_ranks * num_pages * page_size)
         self._num_collected = 0
         self._num_pages, self._num_ranks, self._width = num_pages, num_ranks, width
-        self._rows = [_Row(np.zeros(pages_per_row, np.int32)) for _ in range(num_rows)]
+        num_pages_per_row = pages_per_row(context_length, width, page_size)
+        self._rows = [_Row(np.zeros(num_pages_per_row, np.int32)) for _ in range(num_rows)]
 
     def launch(self, plan: StepPlan) -> FakeFlight:
         """Compute a step. Raises AssertionError if the plan breaks a promise of StepPlan."""
@@ -185,12 +185,11 @@ class FakeRunner:
         first, last = plan.rank[0], plan.rank[-1]
         assert 0 <= first <= last < self._num_ranks, f"ranks {first} to {last} of {self._num_ranks}"
         assert plan.num_short.shape == (self._num_ranks,), "num_short is one number a rank"
-        for rank, num_short in enumerate(plan.num_short):
-            is_short = plan.num_new[plan.rank == rank] <= plan.width
-            assert num_short == is_short.sum(), f"rank {rank} has {is_short.sum()} short rows"
-            assert is_short[:num_short].all(), "short rows come first in their rank"
-            decodes = plan.from_device[plan.rank == rank]
-            assert decodes[: decodes.sum()].all(), "rows that decode come first in their rank"
+        is_short = plan.num_new <= plan.width
+        for rank, num_short in enumerate(np.bincount(plan.rank[is_short], minlength=self._num_ranks)):
+            assert plan.num_short[rank] == num_short, f"rank {rank} has {num_short} short rows"
+        order = 3 * plan.rank + np.where(plan.from_device, 0, np.where(is_short, 1, 2))
+        assert (np.diff(order) >= 0).all(), "short rows come first in their rank, decoding ones before others"
         for row, rank, start, decodes in zip(plan.rows, plan.rank, plan.start, plan.from_device, strict=True):
             state = self._rows[row]
             assert state.rank == rank or not decodes, "a row that decodes moved to another rank"
@@ -279,8 +278,8 @@ class FakeRunner:
             self.vocab_size,
             temperature=float(params[Param.TEMPERATURE :].view(np.float32)[0]),
             seed=int(params[Param.SEED : Param.SEED + 1].view(np.uint32)[0]),
-            output=output if flags & Flag.PENALTIES else None,
-            held_back=row.held_back if flags & Flag.BIAS and len(kv) < row.held_until else (),
+            output=output if flags & RowFlag.PENALTIES else None,
+            held_back=row.held_back if flags & RowFlag.BIAS and len(kv) < row.held_until else (),
         )
 
     def _scored(self, kv: list[int], tokens: np.ndarray) -> TokenScores:

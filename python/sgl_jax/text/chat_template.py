@@ -1,4 +1,4 @@
-"""Chat templates: Jinja in a sandbox, with the names and filters that published templates use."""
+"""Renders chat templates: Jinja in a sandbox, with the names and filters that published templates use."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ _NO_FINAL_TEXT = "continue_final_message needs a last message whose text appears
 
 
 def bundled_templates() -> dict[str, str]:
-    """Templates that come with us, by name: what `--chat-template chatml` means."""
+    """Return the templates that come with us, by the names that --chat-template takes ("chatml")."""
     files = resources.files("sgl_jax.text").joinpath("templates").iterdir()
     return {Path(file.name).stem: file.read_text(encoding="utf-8") for file in files if file.name.endswith(".jinja")}
 
 
 class TemplateError(ValueError):
-    """The template does not compile, refuses the messages, or fails on them."""
+    """A template does not compile, refuses the messages, or fails on them."""
 
 
 class _GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks what the assistant said, for training; here its body is just text."""
+    """Tag `{% generation %}…{% endgeneration %}`, which marks the assistant's text for training. Its body is kept."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -71,7 +71,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """One compiled template. `special_tokens` (bos_token, eos_token, …) are visible to it by name."""
+    """Compiled template. `special_tokens` (bos_token, eos_token, …) are visible to it by name."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any] | None = None):
         self.source = source
@@ -90,7 +90,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
-        """The conversation as the model reads it.
+        """Return the conversation as the model reads it. Raises TemplateError.
 
         With `continue_final_message` the text ends inside the last message, so that the model goes on with it.
         """
@@ -111,12 +111,12 @@ class ChatTemplate:
     def _rendered(self, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any]) -> str:
         try:
             return self._template.render(messages=messages, **names)
-        except Exception as error:  # a template can raise anything: a type error, a recursion, a refusal of its own
+        except Exception as error:  # templates raise type errors, recursion errors and refusals of their own
             raise TemplateError(f"the chat template refuses these messages: {error}") from error
 
 
 def _marked(messages: Sequence[Mapping[str, Any]], marker: str) -> list[Mapping[str, Any]]:
-    """The messages, with the marker at the end of the last one's text."""
+    """Return the messages with the marker at the end of the last one's text."""
     content = messages[-1].get("content") or ""
     if isinstance(content, str):
         text, content = content, content + marker
@@ -133,9 +133,9 @@ def _marked(messages: Sequence[Mapping[str, Any]], marker: str) -> list[Mapping[
 
 
 def _cut_at_marker(text: str, marked: str, marker: str) -> str:
-    """`text` up to where the marker stands in `marked`, which is the same text with the marker in it."""
+    """Return `text` up to where the marker stands in `marked`, which is the same text with the marker in it."""
     end = marked.rfind(marker)
     if end < 0:
         raise TemplateError(_NO_FINAL_TEXT)
     kept = marked[:end]
-    return kept if text.startswith(kept) else kept.rstrip()  # the template trims; then the trailing space is gone
+    return kept if text.startswith(kept) else kept.rstrip()  # a template that trims has dropped the space

@@ -1,32 +1,34 @@
-"""Tokens of one request to text, as they come: no broken characters, and nothing of a stop string gets out early."""
+"""Turns tokens into text as they come, without broken characters and without the start of a stop string."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tokenizers.decoders import DecodeStream
+
 from sgl_jax.text.tokenizer import Tokenizer
 
-_CONTEXT = 6  # prompt tokens decoded along, so that the first token keeps its leading space
-_LOOK_BACK = 16  # tokens looked through for a place where a character ends
-_PATIENCE = 8  # tokens that may be needed for one character; after as many, the bytes are taken as they are
+_CONTEXT = 6  # prompt tokens that are decoded, too, so that the first token keeps its leading space
+_LOOK_BACK = 16  # tokens that are searched for the end of a character
+_PATIENCE = 8  # tokens without a whole character, after which the bytes are taken as they are
 
 
 class IncrementalDecoder:
-    """Gives the new text of each token; a character that needs more tokens is held back until they come."""
+    """Decodes token by token. A character that needs more tokens is held back until they come."""
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool):
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        # tokens whose text is already out; none of a last, unfinished character
+        # Tokens whose text is already out, without those of an unfinished character at the end.
         self._context = self._whole(prompt_ids[-_CONTEXT - _LOOK_BACK :])
-        self._pending: list[int] = []  # tokens whose text is not
-        self._stream = tokenizer.decode_stream(self._context, skip_special_tokens)
+        self._pending: list[int] = []  # tokens whose text is held back
+        self._stream = DecodeStream(ids=self._context, skip_special_tokens=skip_special_tokens)
 
     def push(self, token: int) -> str:
         self._pending.append(token)
         try:
             text = self._stream.step(self._tokenizer.backend, token)
-        except Exception:  # the library's "invalid prefix": the context decodes differently once more follows it
+        except Exception:  # "invalid prefix": the context decodes to other text when more follows
             return self.flush()
         if text is None:
             return self.flush() if len(self._pending) >= _PATIENCE else ""
@@ -34,21 +36,21 @@ class IncrementalDecoder:
         return text
 
     def flush(self) -> str:
-        """The text of whatever is held back, broken characters as U+FFFD."""
+        """Return the text that is held back, with broken characters as U+FFFD."""
         if not self._pending:
             return ""
         both = self._context + self._pending
         known = self._tokenizer.decode(self._context, self._skip)
         text = self._tokenizer.decode(both, self._skip)
         self._pending = []
-        if text != known:  # skipped tokens alone are no context: what follows them would lose its leading space
+        if text != known:  # after skipped tokens alone the next token would lose its leading space
             self._context = self._whole(both)
-        self._stream = self._tokenizer.decode_stream(self._context, self._skip)
-        common = len(known) if text.startswith(known) else _common_prefix(known, text)
-        return text[common:]
+        self._stream = DecodeStream(ids=self._context, skip_special_tokens=self._skip)
+        changed = (i for i, (old, new) in enumerate(zip(known, text, strict=False)) if old != new)
+        return text[next(changed, min(len(known), len(text))) :]
 
     def _whole(self, ids: Sequence[int]) -> list[int]:
-        """The last ids up to where a character ends: a stream forgets a context that ends inside one, and repeats it."""
+        """Return the last ids up to the end of a character: a stream would repeat a context that ends inside one."""
         for end in range(len(ids), max(len(ids) - _LOOK_BACK, 0), -1):
             context = list(ids[max(end - _CONTEXT, 0) : end])
             if not self._tokenizer.decode(context, self._skip).endswith("\ufffd"):
@@ -56,12 +58,8 @@ class IncrementalDecoder:
         return []
 
 
-def _common_prefix(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 class StopMatcher:
-    """Finds the first stop string in a text that comes in pieces, holding back what may be the start of one."""
+    """Finds the first stop string in a text that comes in pieces. Holds back text that may be the start of one."""
 
     def __init__(self, stops: Sequence[str], keep_match: bool = False):
         self._stops = tuple(stops)
@@ -71,8 +69,10 @@ class StopMatcher:
         self.matched: str | None = None
 
     def push(self, text: str, may_match: bool = True) -> str:
-        """Return what can be shown now. After a match (`matched` is set) nothing more comes out. Stop strings that end in a
-        text that may not match do not count."""
+        """Return the text that can be shown now. After a match, which sets `matched`, nothing more comes out.
+
+        Stop strings that end in a piece with `may_match` False do not count.
+        """
         if not self._stops or not text:
             return text
         old, text = len(self._held), self._held + text
@@ -82,12 +82,10 @@ class StopMatcher:
                 at, _, self.matched = min(found)
                 self._held = ""
                 return text[: at + len(self.matched)] if self._keep_match else text[:at]
-        held = next((k for k in range(min(self._longest - 1, len(text)), 0, -1) if self._may_start(text[-k:])), 0)
+        most = min(self._longest - 1, len(text))
+        held = next((k for k in range(most, 0, -1) if any(s.startswith(text[-k:]) for s in self._stops)), 0)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
-
-    def _may_start(self, tail: str) -> bool:
-        return any(stop.startswith(tail) for stop in self._stops)
 
     def flush(self) -> str:
         held, self._held = self._held, ""
@@ -95,7 +93,7 @@ class StopMatcher:
 
 
 class Detokenizer:
-    """One request's output: text without broken characters, cut at the first stop string."""
+    """Output of one request: text without broken characters, cut at the first stop string."""
 
     def __init__(
         self,
@@ -114,11 +112,11 @@ class Detokenizer:
 
     @property
     def matched(self) -> str | None:
-        """The stop string that ended the text, if one did."""
+        """Stop string that ended the text, if one did."""
         return self._stops.matched
 
     def push(self, tokens: Sequence[int]) -> tuple[str, int]:
-        """The text that can be shown now, and how many of the tokens were used (all, unless a stop string came)."""
+        """Return the text that can be shown now, and how many tokens were used (all, unless a stop string came)."""
         shown = []
         for used, token in enumerate(tokens, 1):
             self._num_tokens += 1
@@ -128,6 +126,6 @@ class Detokenizer:
         return "".join(shown), len(tokens)
 
     def finish(self) -> str:
-        """The text still held back, when no more tokens come. A stop string may still show up in it."""
+        """Return the text still held back, when no more tokens come. A stop string may be found in it."""
         shown = self._stops.push(self._decoder.flush())
         return shown if self._stops.matched is not None else shown + self._stops.flush()

@@ -1,4 +1,4 @@
-"""The last resort for a vocabulary in a form of its own: the transformers library, if it is installed, converts it."""
+"""Converts a vocabulary in a form of its own with the transformers library, if that is installed: the last resort."""
 
 from __future__ import annotations
 

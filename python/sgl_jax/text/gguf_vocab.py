@@ -16,11 +16,11 @@ from tokenizers.models import BPE
 
 from sgl_jax.models.gguf_file import GgufFile, read_gguf
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.byte_level import LLAMA3_WORDS, QWEN2_WORDS, by_regex
+from sgl_jax.text.bpe import LLAMA3_WORDS, QWEN2_WORDS, by_regex
 from sgl_jax.text.sentencepiece_bpe import Kind, Pieces, decode_spaces, sentencepiece_bpe
 from sgl_jax.text.vocabulary import Vocabulary, present
 
-_LLAMA_CPP_DEFAULT = (  # one split after the other
+_LLAMA_CPP_DEFAULT = (  # each splits what the one before left
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
     r"\p{N}+",
@@ -30,7 +30,7 @@ _LLAMA_CPP_DEFAULT = (  # one split after the other
 
 @dataclasses.dataclass(frozen=True)
 class _Pre:
-    """The way text is cut into words before merging."""
+    """Way to cut text into words before merging."""
 
     split: pre_tokenizers.PreTokenizer
     normalizer: normalizers.Normalizer | None = None
@@ -52,7 +52,7 @@ _PRE = {
 
 
 def load_gguf_tokenizer(path: str | Path) -> Vocabulary:
-    """Raises ModelError where the tokenizer cannot be rebuilt exactly."""
+    """Rebuild a GGUF file's tokenizer. Raises ModelError where that is not possible exactly."""
     file = read_gguf(path)
     model = file.get("tokenizer.ggml.model", str)
     if model == "gpt2":
@@ -83,7 +83,7 @@ def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
         )
     merges = [_pair(merge, file) for merge in _needed(file, "merges")]
     tokens, kinds = _needed(file, "tokens"), _kinds(file)
-    vocabulary = {token: i for i, token in enumerate(tokens) if kinds[i] != Kind.UNUSED}  # fillers round the table up
+    vocabulary = {token: i for i, token in enumerate(tokens) if kinds[i] != Kind.UNUSED}  # UNUSED: fillers
     tokenizer = Tokenizer(BPE(vocabulary, merges, fuse_unk=False, ignore_merges=pre.ignore_merges))
     if pre.normalizer is not None:
         tokenizer.normalizer = pre.normalizer

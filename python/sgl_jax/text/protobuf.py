@@ -8,8 +8,8 @@ from collections.abc import Iterator
 def fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
     """Yield the number and the value of each field of a message, in the order of the file.
 
-    A varint is an unsigned int. Strings, bytes, embedded messages and packed arrays are bytes, fixed-width numbers their
-    4 or 8 little-endian bytes. Raises ValueError where `data` is no message.
+    A varint is an unsigned int. Strings, bytes, embedded messages and packed arrays are bytes, fixed-width numbers
+    their 4 or 8 little-endian bytes. Raises ValueError where `data` is no message.
     """
     at = 0
     while at < len(data):

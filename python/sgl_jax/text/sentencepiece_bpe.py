@@ -12,11 +12,11 @@ from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.bpe_merges import merges_of
+from sgl_jax.text.bpe import merges_of
 
 
 class Kind(enum.IntEnum):
-    """The kind of a piece: SentencePiece.Type of sentencepiece_model.proto, and GGUF's token_type."""
+    """Kind of a piece: SentencePiece.Type of sentencepiece_model.proto, and GGUF's token_type."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -27,20 +27,20 @@ class Kind(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """The pieces of a vocabulary, in the order of their ids."""
+    """Pieces of a vocabulary, in the order of their ids."""
 
     texts: Sequence[str]
     kinds: Sequence[int]  # Kind
     scores: Sequence[float]
     unk: str
     byte_fallback: bool
-    whole_words: bool = False  # a word that is a piece stays whole: user-defined pieces, which are cut out first, do
+    whole_words: bool = False  # a word that is a piece stays whole, as user-defined pieces must
 
 
 def sentencepiece_bpe(pieces: Pieces, source: str) -> Tokenizer:
-    """Merge the adjacent pair whose joined piece scores best, as sentencepiece does.
+    """Return a tokenizer that merges the adjacent pair that makes the piece of best score, as sentencepiece does.
 
-    This is a merge list as long as no two scores are equal. Raises ModelError, naming `source`, where two are.
+    Raises ModelError, which names `source`, if two scores are equal: then the scores do not give the order of merges.
     """
     ids = {text: i for i, text in enumerate(pieces.texts) if pieces.kinds[i] != Kind.UNUSED}
     ranks = {text: -pieces.scores[i] for text, i in ids.items() if pieces.kinds[i] == Kind.NORMAL and len(text) > 1}

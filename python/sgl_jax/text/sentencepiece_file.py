@@ -22,7 +22,7 @@ _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 
 def load_sentencepiece(path: Path) -> Vocabulary:
-    """Raises ModelError for a file that is none, and for settings that `tokenizers` cannot follow exactly."""
+    """Build the tokenizer. Raises ModelError for damaged files, and for settings that `tokenizers` lacks."""
     try:
         model = _fields(path.read_bytes())
         stored = [_fields(piece) for piece in model.get(1, [])]
@@ -44,8 +44,8 @@ def load_sentencepiece(path: Path) -> Vocabulary:
     tokenizer = _model(pieces, _last(trainer, 3, _UNIGRAM), path)
     prefix = bool(_last(normaliser, 3, 1))
     tokenizer.normalizer = _normalizer(_last(normaliser, 2, b""), _last(normaliser, 4, 1), prefix)
-    # User-defined pieces are cut out first, the longest before others. Spaces are ▁ by then: a piece that has some of its
-    # own is never found, as in sentencepiece.
+    # User-defined pieces are cut out first, the longest before others. Spaces have become ▁ by then, so a piece with a
+    # space is never found; sentencepiece does the same.
     own: list[str] = [t for t, kind in zip(texts, kinds, strict=True) if kind == Kind.USER_DEFINED]
     if own:
         pattern = "|".join([re.escape(text) for text in sorted(own, key=len, reverse=True)])

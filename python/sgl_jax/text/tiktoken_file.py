@@ -12,7 +12,7 @@ from pathlib import Path
 from tokenizers import AddedToken, normalizers
 
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.byte_level import QWEN2_WORDS, bpe_of_ranks
+from sgl_jax.text.bpe import QWEN2_WORDS, bpe_of_ranks
 from sgl_jax.text.chat_template import bundled_templates
 from sgl_jax.text.vocabulary import Vocabulary
 
@@ -22,7 +22,7 @@ _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i
 
 
 def load_tiktoken(path: Path) -> Vocabulary:
-    """Raises ModelError for a file of another name, or with missing or misplaced ranks."""
+    """Build the tokenizer. Raises ModelError for a file of another name, or with missing or misplaced ranks."""
     if path.name != _QWEN1:
         raise ModelError(
             f"{path} is a tiktoken vocabulary, which does not say how it cuts text into words; known are "

@@ -11,7 +11,7 @@ from pathlib import Path
 from tokenizers import AddedToken
 
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.byte_level import QWEN2_WORDS, bpe_of_ranks
+from sgl_jax.text.bpe import QWEN2_WORDS, bpe_of_ranks
 from sgl_jax.text.vocabulary import Vocabulary
 
 NAME = "tokenizer.tok.json"
@@ -26,16 +26,13 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"""  # where the folder has none of its own
 
 _SPLITS = {"V1": QWEN2_WORDS}  # by the name in word_split
-# Special tokens that a text may hold; the others are spelled with regular tokens there.
-_ALLOWED = {
-    *("<|pad|>", "<|separator|>", EOS),
-    *(f"<|reserved_{i}|>" for i in range(3, 128)),
-    *(f"<|control{i}|>" for i in range(1, 705)),
-}
+# Special tokens that are found in texts. Others are spelled with regular tokens there.
+_NUMBERED = {f"<|reserved_{i}|>" for i in range(3, 128)} | {f"<|control{i}|>" for i in range(1, 705)}
+_ALLOWED = {"<|pad|>", "<|separator|>", EOS} | _NUMBERED
 
 
 def load_tok_json(path: Path) -> Vocabulary:
-    """Raises ModelError where the file cannot be rebuilt exactly."""
+    """Build the tokenizer. Raises ModelError where that is not possible exactly."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored.get("word_split") not in _SPLITS:
         raise ModelError(f"{path} has word_split={stored.get('word_split')!r}; known are {', '.join(_SPLITS)}")

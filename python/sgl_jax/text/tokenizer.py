@@ -1,4 +1,4 @@
-"""The tokenizer of a model: from a Hugging Face directory or hub id (tokenizer.json, else a vocabulary), or a GGUF file."""
+"""Loads a tokenizer from a Hugging Face directory or hub id (tokenizer.json, else a vocabulary), or a GGUF file."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
 
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path
 from sgl_jax.text import tok_json
-from sgl_jax.text.byte_level import BYTE_OF_CHAR, CHAR_OF_BYTE
+from sgl_jax.text.bpe import BYTE_OF_CHAR, CHAR_OF_BYTE
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError, bundled_templates
 from sgl_jax.text.vocabulary import Vocabulary
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_FILES = (
+_VOCABULARIES = (
+    "tokenizer.json",
     tok_json.NAME,
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "config.json", "chat_template.*"),
-    "additional_chat_templates/*.jinja",
-    *("*.tiktoken", "tokenizer.model", "vocab.json", "merges.txt", "vocab.txt"),
+    "*.tiktoken",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
 )
+_CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "config.json")
+_FILES = (*_VOCABULARIES, *_CONFIGS, "chat_template.*", "additional_chat_templates/*.jinja")
 
 
 class TokenizerError(ValueError):
-    """The tokenizer cannot be loaded, or a text cannot be encoded."""
+    """A tokenizer cannot be loaded, or a text cannot be encoded."""
 
 
 class Tokenizer:
-    """Text to token ids and back, with the model's chat template beside it."""
+    """Converts text to token ids and back; holds the model's chat templates, too."""
 
     def __init__(
         self,
@@ -54,8 +58,9 @@ class Tokenizer:
         self._bytes: dict[int, bytes] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Return a text's ids. Raises TokenizerError for a text that is not valid Unicode."""
         try:
-            # of a batch, because only that lets other threads run meanwhile
+            # Only the batch call lets other threads run meanwhile.
             ids = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate has no UTF-8 form
             raise TokenizerError("the text has a lone surrogate, which is not valid Unicode") from error
@@ -70,19 +75,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def decode_stream(self, context: Sequence[int], skip_special_tokens: bool) -> DecodeStream:
-        """A stream that goes on after `context`, whose own text is not repeated."""
-        return DecodeStream(ids=list(context), skip_special_tokens=skip_special_tokens)
-
     def token_bytes(self, token: int) -> bytes:
-        """The bytes this one token stands for; a character may need several tokens."""
-        found = self._bytes.get(token)
-        if found is None:
-            found = self._bytes[token] = self._piece_bytes(token)
-        return found
+        """Return the bytes of one token. A character may need several tokens."""
+        if token not in self._bytes:
+            self._bytes[token] = self._piece_bytes(token)
+        return self._bytes[token]
 
     def token_text(self, token: int) -> str:
-        """The token as text; bytes that are no UTF-8 on their own are written as \\xNN."""
+        """Return the token as text, with bytes that are no UTF-8 on their own as \\xNN."""
         return self.token_bytes(token).decode("utf-8", errors="backslashreplace")
 
     def _piece_bytes(self, token: int) -> bytes:
@@ -100,6 +100,7 @@ class Tokenizer:
         return self.backend.decode([token], skip_special_tokens=False).encode()
 
     def chat_template(self, name: str = "default") -> ChatTemplate:
+        """Return the template of a name ("tool_use"), or the default one. Raises TemplateError if there is none."""
         template = self._templates.get(name) or self._templates.get("default")
         if template is None:
             raise TemplateError(
@@ -109,9 +110,8 @@ class Tokenizer:
 
 
 def _piece_kind(backend: tokenizers.Tokenizer) -> str:
-    """How a vocabulary piece spells its bytes: "bytes" (byte-level BPE), "sentencepiece" or "other"."""
-    decoder = backend.decoder
-    state = b"" if decoder is None else decoder.__getstate__()
+    """Say how pieces of the vocabulary spell bytes: "bytes" (byte-level BPE), "sentencepiece" or "other"."""
+    state = b"" if backend.decoder is None else backend.decoder.__getstate__()
     if b"ByteLevel" in state:
         return "bytes"
     if "▁".encode() in state or b"\\u2581" in state or b"Metaspace" in state or b"ByteFallback" in state:
@@ -120,15 +120,16 @@ def _piece_kind(backend: tokenizers.Tokenizer) -> str:
 
 
 def load_tokenizer(path: str, chat_template: str | None = None, downloads: Downloads = HUGGING_FACE) -> Tokenizer:
-    """`path`: a directory with tokenizer.json or a vocabulary, a .gguf file, or a hub id; a config: has bytes for tokens.
+    """Load from a directory with tokenizer.json or a vocabulary, a .gguf file, or a hub id. The tokens of config:NAME
+    are bytes.
 
-    `chat_template` is a file to use instead of the model's own, the name of one of ours, or the template itself. Raises
-    TokenizerError, with a line for the user, when there is none or it cannot be read.
+    `chat_template` replaces the model's own: a file, the name of one of ours, or the template itself. Raises
+    TokenizerError, with a line for the user, when there is no tokenizer or it cannot be read.
     """
     try:
         return _load(path, _read_override(chat_template), downloads)
     except (OSError, ModelError, HubError) as error:
-        raise TokenizerError(_first_line(error)) from error
+        raise TokenizerError(str(error).strip().partition("\n")[0]) from error
 
 
 def _load(path: str, override: str | None, downloads: Downloads) -> Tokenizer:
@@ -139,15 +140,10 @@ def _load(path: str, override: str | None, downloads: Downloads) -> Tokenizer:
         return _from_gguf(place, override)
     if place.name == tok_json.NAME:
         place = place.parent
-    if not any((place / name).is_file() for name in ("tokenizer.json", tok_json.NAME)):
-        ggufs = sorted(place.glob("*.gguf"))
-        if ggufs:
-            return _from_gguf(ggufs[0], override)
+    ours = any((place / name).is_file() for name in ("tokenizer.json", tok_json.NAME))
+    if not ours and (ggufs := sorted(place.glob("*.gguf"))):
+        return _from_gguf(ggufs[0], override)
     return _from_directory(place, override)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 def _read_override(chat_template: str | None) -> str | None:
@@ -162,7 +158,7 @@ def _read_override(chat_template: str | None) -> str | None:
 def _tokenizer(
     backend: tokenizers.Tokenizer, special: dict[str, Any], sources: dict[str, str], add_bos: bool | None = None
 ) -> Tokenizer:
-    """Compile the templates, which see the special tokens by name."""
+    """Make the tokenizer and compile its templates, which see the special tokens by name."""
     return Tokenizer(
         backend,
         bos_token=special.get("bos_token"),
@@ -173,7 +169,7 @@ def _tokenizer(
 
 
 def _of_bytes(override: str | None) -> Tokenizer:
-    """For a model that is only a shape: a text's tokens are its bytes, and a token above them has no text."""
+    """Make a tokenizer for a config without a model: a text's tokens are its bytes; tokens above have no text."""
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({char: byte for byte, char in CHAR_OF_BYTE.items()}, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
@@ -219,11 +215,11 @@ def _from_directory(place: Path, override: str | None) -> Tokenizer:
     backend.no_padding()
     config = _read_json(place / "tokenizer_config.json")
     special = found.special_tokens | _special_tokens(_read_json(place / "special_tokens_map.json") | config)
-    for name in ("bos_token", "eos_token"):
-        if name not in special:
-            token = _token_of_config(backend, _read_json(place / "config.json").get(f"{name}_id"))
-            if token is not None:
-                special[name] = token
+    for name in [name for name in ("bos_token", "eos_token") if name not in special]:
+        token = _read_json(place / "config.json").get(f"{name}_id")  # an id, or several
+        first = next(iter(token), None) if isinstance(token, list) else token
+        if first is not None and (piece := backend.id_to_token(first)) is not None:
+            special[name] = piece
     sources = {"default": override} if override else _template_sources(place, config)
     if "default" not in sources and found.chat_template is not None:
         sources["default"] = found.chat_template
@@ -253,14 +249,8 @@ def _special_tokens(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _token_of_config(backend: tokenizers.Tokenizer, token: int | list[int] | None) -> str | None:
-    if isinstance(token, list):
-        token = token[0] if token else None
-    return None if token is None else backend.id_to_token(token)
-
-
 def _template_sources(place: Path, config: dict[str, Any]) -> dict[str, str]:
-    """Templates by name: chat_template.jinja, else chat_template.json, else tokenizer_config.json."""
+    """Return templates by name: chat_template.jinja, else chat_template.json, else tokenizer_config.json."""
     extra = {p.stem: p.read_text(encoding="utf-8") for p in sorted(place.glob("additional_chat_templates/*.jinja"))}
     if (place / "chat_template.jinja").is_file():
         return extra | {"default": (place / "chat_template.jinja").read_text(encoding="utf-8")}

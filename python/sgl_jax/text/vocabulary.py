@@ -1,4 +1,4 @@
-"""The result of every reader of vocabularies: a tokenizer, and what the files say beside it."""
+"""Result of every reader of vocabularies: a tokenizer with its special tokens and chat template."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from tokenizers import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer built from a model's files. A text it encodes gets bos or eos only where the files ask for them."""
+    """Tokenizer built from a model's files, and their special tokens and template."""
 
     backend: Tokenizer
-    special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)  # by name ("eos_token"), as far as known
+    special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)  # by name: "eos_token"
     chat_template: str | None = None
     is_sentencepiece: bool = False
 

@@ -15,10 +15,9 @@ BLOCKS = (
     DecodeBlocks(slots=2, pages=4, unit_pages=2, vmem_limit=VMEM, max_tokens=512),
     ChunkBlocks(slots=2, pages=4, unit_pages=2, queries=32, write_pages=2, write_slots=4, vmem_limit=VMEM),
 )
-RACES = pltpu.InterpretParams(
-    detect_races=True, uninitialized_memory="nan"
-)  # raises on a race; copies run when waited for
-EAGER = pltpu.InterpretParams(dma_execution_mode="eager", uninitialized_memory="nan")  # copies run when started
+# RACES raises on a race and runs copies when they are waited for; EAGER runs them when they are started.
+RACES = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
+EAGER = pltpu.InterpretParams(dma_execution_mode="eager", uninitialized_memory="nan")
 
 
 def interpreted(q, k, v, kv, batch, layer, *, params=RACES, blocks=BLOCKS):

@@ -21,7 +21,7 @@ IMPLEMENTATIONS = {
 }
 
 
-# A kernel takes seconds to interpret, and whole tiles: fa runs these of the cases of the mixed batch.
+# Interpreting a kernel takes seconds, so fa runs only these cases of the mixed batch.
 MIXED_FOR_FA = {(16, 9, 3, 64), (128, 8, 1, 80)}
 
 
@@ -139,7 +139,7 @@ def test_capped_scores_grow_with_the_position_of_the_query(attention):
 
 @pytest.mark.parametrize("half", [0, 5, 8])
 def test_prepared_q_and_k_are_normed_and_rotated_first(attention, half):
-    """Norm of each head, then rotation of its first 2 * half dimensions, against the same in numpy."""
+    """The norm of each head, then the rotation of its first 2 * half dimensions, equal the same in numpy."""
     if attention is interpreted and half != 5:
         pytest.skip("not among the shapes that are interpreted")
     b = random_batch(
@@ -189,7 +189,7 @@ def test_short_rows_of_up_to_w_tokens_match_reference(name, page_size, width, op
 
 @pytest.mark.parametrize("name", ["native", "native-vectorised"])
 def test_short_rows_fill_all_packed_tokens(name):
-    """More rows than one, no padding, and W more than the last row has left."""
+    """Several rows without padding, where W is more than the last row has left."""
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16}
     b = random_batch(np.random.default_rng(7), [(3, 4), (30, 1), (60, 3)], **sizes, num_tokens=8, num_rows=3)
     check(IMPLEMENTATIONS[name], b, num_short=3, scale=0.25, width=4)
@@ -205,7 +205,7 @@ def test_a_latent_pool_serves_short_rows_of_up_to_w_tokens(name):
 
 @pytest.mark.parametrize("name", ["native", "native-vectorised"])
 def test_layers_of_one_program_have_kv_scales_of_their_own(name):
-    """[L, 2], indexed by a traced layer."""
+    """The scales are [L, 2], indexed by a traced layer."""
     b = random_batch(
         np.random.default_rng(9),
         MIXED,

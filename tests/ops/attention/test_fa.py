@@ -1,4 +1,4 @@
-"""The fa kernels in interpret mode, where a race, a read of what was never written and a wrong byte are errors.
+"""The fa kernels in interpret mode, where a race, a read of unwritten memory and a wrong byte are errors.
 
 `--fa-examples N` runs more random batches.
 """
@@ -38,7 +38,7 @@ def rounded(b, dtype):
 
 
 def check(b, dtype=jnp.float32, params=RACES, atol=1e-5, spec=SPEC, num_short=None, blocks=BLOCKS, **arrays):
-    """Outputs within atol of the reference, zeros for padding, and every byte of the pool."""
+    """Compare outputs with the reference, within atol, zeros for padding, and every byte of the pool."""
     given = arguments(rounded(b, dtype), spec, num_short, **arrays)
     out, kv = compiled(params, blocks)(*given)
     expected, expected_kv = reference.paged_attention(*given)
@@ -62,7 +62,7 @@ class Rows:
 
 @st.composite
 def ragged_rows(draw, widths=(1, 2, 4), tokens=TOKENS, rows=ROWS, longest=200):
-    """Some short rows, ragged up to W tokens, then some chunks, that fit the tokens."""
+    """Draw some short rows, ragged up to W tokens, then some chunks, which fit the tokens."""
     width = draw(st.sampled_from(widths))
     numbers = draw(st.lists(st.integers(1, width), max_size=rows))
     short = [(draw(st.integers(0, longest - n)), n) for n in numbers]
@@ -107,7 +107,7 @@ def test_random_bfloat16_batches_with_eager_copies_match_reference(request):
 
 
 def latent_batch(rows, seed=0, *, num_heads=8, head_dim=144, page_size=16, num_tokens=TOKENS):
-    """One plane; keys of two lane tiles, of which the values are less."""
+    """Make a batch with a pool of one plane, whose keys have two lane tiles and whose values are fewer."""
     b = batch_of(
         rows, seed, num_heads=num_heads, num_kv_heads=1, head_dim=head_dim, page_size=page_size, num_tokens=num_tokens
     )
@@ -125,7 +125,7 @@ def test_random_batches_over_a_latent_pool_match_reference_without_a_race(reques
 
 @pytest.mark.parametrize(("num_heads", "value_dim"), [(48, 130), (5, 24)])
 def test_any_number_of_heads_reads_one_latent_vector_in_bfloat16(num_heads, value_dim, monkeypatch):
-    """More heads than a product and a turn take, and fewer than a tile has rows."""
+    """Cases: more heads than a product and a turn take, and fewer than a tile has rows."""
     monkeypatch.setattr(decode, "PART_HEADS", 24)
     b = latent_batch([(70, 1), (15, 1), (3, 29)], num_heads=num_heads, num_tokens=32)
     check(b, jnp.bfloat16, atol=0.05, spec=AttentionSpec(0.25, softcap=20.0, value_dim=value_dim))
@@ -142,7 +142,7 @@ def test_latent_rows_beyond_what_vmem_holds_are_served_in_turn():
 
 @pytest.mark.parametrize(("dtype", "atol"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)])
 def test_products_of_many_queries_over_several_blocks_with_sinks(dtype, atol):
-    """256 of one KV head, so that their sums come out of the product with V, and both KV heads in a turn."""
+    """256 queries of one KV head, so that their sums come out of the product with V; a turn has both KV heads."""
     b = batch_of([(70, 1), (150, 29), (3, 40)], num_heads=16, num_tokens=96)
     sinks = np.linspace(-2, 8, 16).astype(np.float32)
     check(b, dtype, atol=atol, spec=AttentionSpec(0.25, 3.0, 8), sinks=sinks)
@@ -192,7 +192,7 @@ def test_short_rows_that_fill_whole_tiles_and_blocks():
 
 @pytest.mark.parametrize(("width", "fused"), [(4, False), (4, True), (3, False)])
 def test_short_rows_beyond_what_vmem_holds_are_served_in_turn(width, fused):
-    """10 rows, 4 or 5 at a time, whose tokens begin anywhere."""
+    """10 rows are served 4 or 5 at a time; their tokens begin anywhere."""
     rows = [(7 * i, 1 + i % width) for i in range(10)]
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 128, "page_size": 16, "num_tokens": 64, "num_rows": 12}
     b = random_batch(np.random.default_rng(0), [*rows, (9, 20)], **sizes)
@@ -206,7 +206,7 @@ def test_short_rows_beyond_what_vmem_holds_are_served_in_turn(width, fused):
 
 @pytest.mark.parametrize(("num_heads", "value_dim"), [(48, 130), (5, 24)])
 def test_short_rows_over_a_latent_pool_in_bfloat16(num_heads, value_dim, monkeypatch):
-    """More heads than a product takes of 4 queries, and fewer than a tile has lines."""
+    """Cases: more heads than a product takes of 4 queries, and fewer than a tile has lines."""
     monkeypatch.setattr(decode, "PART_HEADS", 96)
     b = latent_batch([(61, 4), (15, 2), (3, 1), (3, 19)], num_heads=num_heads, num_tokens=32)
     spec = AttentionSpec(0.25, softcap=20.0, value_dim=value_dim, width=4)
@@ -214,7 +214,7 @@ def test_short_rows_over_a_latent_pool_in_bfloat16(num_heads, value_dim, monkeyp
 
 
 def test_chunks_leave_what_decode_has_set_and_clear_the_rest():
-    """8 rows set the first 16 lines; tiles have 32."""
+    """The decode kernel sets the first 16 lines for 8 rows; tiles have 32."""
     check(batch_of([(i, 1) for i in range(3)], num_tokens=64))
 
 
@@ -223,7 +223,7 @@ def test_chunks_leave_what_decode_has_set_and_clear_the_rest():
 def test_eight_bit_pools_hold_scaled_values_and_are_read_back(attention, dtype):
     rows = [(40, 1), (63, 1), (3, 40)]
     b = batch_of(rows, page_size=32, num_tokens=64)
-    scales = np.array([[0.5, 2], [0.02, 0.03]], np.float32)  # of two layers; this is the second
+    scales = np.array([[0.5, 2], [0.02, 0.03]], np.float32)  # one line for each of two layers; the second is used
     b["kv"] = to_pool(jnp.asarray(b["kv"]).reshape(len(b["kv"]), -1, 16), dtype, 0.03).reshape(b["kv"].shape)
     given = arguments(b, SPEC, kv_scales=scales[1])
     out, pool = jax.jit(attention)(*given)
@@ -251,7 +251,7 @@ def test_decode_with_softcap_and_sinks_over_page_and_block_boundaries():
 
 
 def test_rows_beyond_what_vmem_holds_are_served_in_turn():
-    """20 rows, 16 at a time; then the chunks."""
+    """20 rows are served 16 at a time; then the chunks."""
     rows = [*((7 * i, 1) for i in range(20)), (9, 12), (60, 30)]
     sizes = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "page_size": 16, "num_tokens": 64, "num_rows": 24}
     b = random_batch(np.random.default_rng(0), rows, **sizes)
@@ -273,7 +273,7 @@ def test_norm_and_rotation_inside_on_heads_of_two_lane_tiles_with_a_window():
 
 
 def same_fused(b, dtype, blocks, spec=SPEC, num_short=None, **arrays):
-    """Compare, bit by bit, with the same q, k and v as one product makes them."""
+    """Check that fused q, k and v give the same as apart, bit by bit."""
     b = b if dtype is None else rounded(b, dtype)
     fused = b | {"q": jnp.concatenate([b["q"], b["k"], b["v"]], axis=1), "k": None, "v": None}
     results = [compiled(blocks=blocks)(*arguments(each, spec, num_short, **arrays)) for each in (b, fused)]
@@ -327,7 +327,9 @@ def test_what_no_row_owns_may_be_nan():
 
 def test_the_race_detector_sees_a_missing_wait(monkeypatch):
     monkeypatch.setattr(PageRing, "wait", lambda self, n: n % self.slots)
-    params = dataclasses.replace(RACES, dma_execution_mode="eager")  # copied at once, and still read unwarranted
+    params = dataclasses.replace(
+        RACES, dma_execution_mode="eager"
+    )  # the copy is done at once, and the read is a race all the same
     with pytest.raises(Exception, match=r"(?i)race"):
         check(batch_of([(20, 1), (40, 1)]), params=params)
     pltpu.reset_tpu_interpret_mode_state()

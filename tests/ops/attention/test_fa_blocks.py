@@ -1,4 +1,4 @@
-"""Block sizes: what fits, for any shape, and the table that overrides the model of the chip."""
+"""Block sizes fit any shape, and the table overrides the model of the chip."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_blocks_fit_and_keep_what_the_kernels_rely_on(chip, kv_heads, page, head
 
 
 def test_qwen3_8b_on_four_devices():
-    """2 KV heads of 128: blocks of 1024 keys, 8 of them in flight, whatever the page."""
+    """With 2 KV heads of 128, blocks have 1024 keys and 8 of them are in flight, for every page size."""
     for page in (16, 64, 128):
         sizes = blocks.decode_blocks(V6E, (100, 2, 2, page, 128), jnp.bfloat16, 4096, 8)
         assert sizes.max_tokens >= 512
@@ -53,7 +53,7 @@ def test_qwen3_8b_on_four_devices():
     ("chip", "heads", "queries", "rows"), [(V6E, 128, 32, 64), (V7X, 128, 16, 32), (V6E, 32, 128, 256)]
 )
 def test_many_heads_over_latent_vectors_of_576_leave_room_in_vmem(chip, heads, queries, rows):
-    """DeepSeek-V3 on one device and on four: what a query takes grows with its heads."""
+    """DeepSeek-V3 on one device and on four: the memory of a query grows with its heads."""
     shape = (100, 1, 1, 16, 640)
     chunks = blocks.chunk_blocks(chip, shape, jnp.bfloat16, 256, heads, 2048)
     assert (chunks.queries, chunks.pages * 16) == (queries, 1024)

@@ -1,4 +1,4 @@
-"""The backend `tokamax`: what it tells tokamax's operation, by way of tokamax's own reference for it, and what it refuses.
+"""The backend `tokamax`: its arguments for tokamax's operation, checked with tokamax's own reference, and its refusals.
 
 Its kernels run on TPUs alone; that they compile for one is tests/tpu/test_tokamax_step.py.
 """
@@ -29,7 +29,7 @@ def tokamax():
 
 
 def side_by_side(kv: np.ndarray) -> np.ndarray:
-    """A pool [LP, K, 2, page, H] in float32 as its kernels order it."""
+    """Order a pool [LP, K, 2, page, H] as its kernels do, in float32."""
     pages, heads, planes, page_size, width = kv.shape
     return kv.transpose(0, 3, 1, 2, 4).reshape(pages, page_size, heads * planes, 1, width)
 
@@ -105,7 +105,7 @@ def v6e(tokamax, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tokamax.pltpu, "get_tpu_info", lambda: chip)
 
 
-POOL = (4096, 128, 2, 2, 128)  # of 2 KV heads
+POOL = (4096, 128, 2, 2, 128)  # 2 KV heads
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ POOL = (4096, 128, 2, 2, 128)  # of 2 KV heads
     [
         (64, 64, 2048, 512),  # 80 chunks and part-chunks, 2 at a time, of 16 blocks: 640 steps
         (256, 128, 256, 1024),  # 130 chunks of 32 blocks would be 2080 steps
-        (256, 128, 2048, 2048),  # 272 of 16 would be 2176, 8 are 1088
+        (256, 128, 2048, 2048),  # 272 chunks of 16 blocks would be 2176 steps, with 8 blocks they are 1088
     ],
 )
 def test_blocks_grow_until_the_work_list_holds_the_worst_step(tokamax, v6e, rows, pages, tokens, keys):

@@ -15,7 +15,7 @@ from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 
 
 def _interpreted(x: jax.Array, w: jax.Array, layer: jax.Array | int, group_sizes: jax.Array) -> jax.Array:
-    """The TPU kernel on this machine; what nothing wrote is NaN, and a race is an error."""
+    """Run the TPU kernel on this machine; unwritten memory is NaN, and a race is an error."""
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
         return pallas_tpu.grouped_matmul(x, w, layer, group_sizes)
 

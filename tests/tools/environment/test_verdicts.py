@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from machines import (
@@ -27,6 +28,7 @@ from sgl_jax.tools.environment.facts import (
     Facts,
     Gpus,
     Machine,
+    Outcome,
     Package,
     Platform,
     Probe,
@@ -44,9 +46,6 @@ WHO = "sudo lsof -w /dev/accel* /dev/vfio/*"
 UNSET = "unset JAX_PLATFORMS"
 DOCKER = Machine(container="Docker")
 NO_JAX = "ModuleNotFoundError: No module named 'jax'"
-NO_TPU = "TPU … /dev/accel* … PCI"
-NO_GPU = "GPU … /dev/nvidia* … /dev/kfd … PCI"
-V5ES = "4 x TPU v5e … PCI"
 
 
 def verdict(given: Facts, platform: Platform) -> Verdict:
@@ -63,217 +62,190 @@ def without_jax(platform: Platform, **more: object) -> Facts:
     return dataclasses.replace(found, packages=(jax, *found.packages[1:]))
 
 
-UNUSABLE = {
-    # --- TPU
-    "no chip": ("tpu", facts(), NO_TPU, [NOTHING]),
-    "no chip in a container": (
-        "tpu",
-        facts(machine=DOCKER),
-        NO_TPU,
-        [TPU_CONTAINER],
-    ),
-    "libtpu without a chip": (
-        "tpu",
-        facts(packages=(LIBTPU,)),
-        f"libtpu 0.0.50.1 … {NO_TPU}",
-        [NOTHING],
-    ),
+def on_tpu(*probes: Probe, **more: Any) -> Facts:
+    """A machine with four chips and libtpu."""
+    return facts(*probes, **{"packages": (LIBTPU,), "tpus": V5E, **more})
+
+
+def on_gpu(*probes: Probe, **more: Any) -> Facts:
+    """A machine with one GPU and jax's plugin for it."""
+    return facts(*probes, **{"packages": (CUDA13,), "gpus": H200, **more})
+
+
+def ended(platform: Platform, outcome: Outcome, message: str, stage: str = "initialising") -> Probe:
+    return Probe(platform, outcome, message, stage)
+
+
+def told(value: str, *probes: Probe, **more: Any) -> Facts:
+    return facts(*probes, environ={"JAX_PLATFORMS": value}, **more)
+
+
+CHIPS, GPU = "4 x TPU v5e … PCI", "1 x NVIDIA H200"
+NO_TPU = "TPU … /dev/accel* … PCI"
+NO_GPU = "GPU … /dev/nvidia* … /dev/kfd … PCI"
+CPU_WORDS = "A Processor, 4 CPUs, 32.0 GiB"
+JAX_NEW_ENOUGH = 'uv pip install "jax{}>=0.11.2"'
+
+HELD = (
+    "RuntimeError: Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 176028. "
+    "Not attempting to load libtpu.so in this process."
+)
+BUSY = "UNKNOWN: TPU initialization failed: open(/dev/vfio/1): Device or resource busy"
+LOCK_FILE = "ABORTED: Internal error when accessing libtpu multi-process lockfile."
+CUDNN = "RuntimeError: Unable to load cuDNN. Is it installed?"
+JAXLIB = Package("jaxlib", "0.10.0", ">=0.11.2,<=0.12.0.1", "jax", fits=False)
+
+TPU_CASES = {
+    "no chip": (facts(), NO_TPU, [NOTHING]),
+    "no chip in a container": (facts(machine=DOCKER), NO_TPU, [TPU_CONTAINER]),
+    "libtpu without a chip": (facts(packages=(LIBTPU,)), f"libtpu 0.0.50.1 … {NO_TPU}", [NOTHING]),
     "chips without libtpu": (
-        "tpu",
         facts(tpus=V5E),
-        f"{V5ES} … libtpu … not installed",
+        f"{CHIPS} … libtpu … not installed",
         [JAX_TPU],
     ),
     "chips without jax and libtpu": (
-        "tpu",
         without_jax("tpu", tpus=V5E),
-        f"{V5ES} … libtpu … not installed",
-        ['uv pip install "jax[tpu]>=0.11.2"'],
+        f"{CHIPS} … libtpu … not installed",
+        [JAX_NEW_ENOUGH.format("[tpu]")],
     ),
     "chips and libtpu without jax": (
-        "tpu",
         without_jax("tpu", tpus=V5E, packages=(LIBTPU,)),
-        f"{V5ES} … {NO_JAX}",
-        ['uv pip install "jax[tpu]>=0.11.2"'],
+        f"{CHIPS} … {NO_JAX}",
+        [JAX_NEW_ENOUGH.format("[tpu]")],
     ),
     "TPU held, libtpu says by whom": (
-        "tpu",
-        facts(
-            failed(
-                "tpu",
-                "RuntimeError: Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with "
-                "pid 176028. Not attempting to load libtpu.so in this process.",
-            ),
-            packages=(LIBTPU,),
-            tpus=V5E,
-        ),
-        f"{V5ES} … in use … 176028",
+        on_tpu(failed("tpu", HELD)),
+        f"{CHIPS} … in use … 176028",
         [WHO, "wait"],
     ),
     "TPU held, nobody says by whom": (
-        "tpu",
-        facts(
-            failed("tpu", "UNKNOWN: TPU initialization failed: open(/dev/vfio/1): Device or resource busy"),
-            packages=(LIBTPU,),
-            tpus=V5E,
-        ),
-        f"{V5ES} … in use … another process",
+        on_tpu(failed("tpu", BUSY)),
+        f"{CHIPS} … in use … another process",
         [WHO, "wait"],
     ),
     "chips without device files": (
-        "tpu",
-        facts(failed("tpu", "NOT_FOUND"), packages=(LIBTPU,), tpus=dataclasses.replace(V5E, nodes=())),
-        f"{V5ES} … no /dev/accel* … /dev/vfio/*",
+        on_tpu(failed("tpu", "NOT_FOUND"), tpus=dataclasses.replace(V5E, nodes=())),
+        f"{CHIPS} … no /dev/accel* … /dev/vfio/*",
         [TPU_CONTAINER],
     ),
     "TPU does not answer": (
-        "tpu",
-        facts(
-            Probe("tpu", "timeout", "no answer in 90 s", "initialising", 90.0),
-            packages=(LIBTPU,),
-            tpus=V5E,
-        ),
-        f"{V5ES} … 90 s … initialising",
+        on_tpu(ended("tpu", "timeout", "no answer in 90 s")),
+        f"{CHIPS} … 90 s … initialising",
         ["several hosts", "--timeout 300"],
     ),
     "libtpu of another jax": (
-        "tpu",
-        facts(
-            Probe("tpu", "crashed", "killed by SIGSEGV", "initialising", 3.0),
+        on_tpu(
+            ended("tpu", "crashed", "killed by SIGSEGV"),
             packages=(dataclasses.replace(LIBTPU, version="0.0.52", fits=False),),
-            tpus=V5E,
         ),
-        f"{V5ES} … initialising: killed by SIGSEGV",
+        f"{CHIPS} … initialising: killed by SIGSEGV",
         [f"libtpu … 0.0.52 … jax … ==0.0.50.*: {JAX_TPU}"],
     ),
     "TPU behind a lock file": (
-        "tpu",
-        facts(
-            failed("tpu", "ABORTED: Internal error when accessing libtpu multi-process lockfile."),
-            packages=(LIBTPU,),
-            tpus=V5E,
-        ),
-        f"{V5ES} … initialising: ABORTED: Internal error when accessing libtpu multi-process lockfile.",
+        on_tpu(failed("tpu", LOCK_FILE)),
+        f"{CHIPS} … initialising: {LOCK_FILE}",
         ["sudo rm /tmp/libtpu_lockfile"],
     ),
-    # --- GPU
-    "no GPU": (
-        "gpu",
-        facts(),
-        NO_GPU,
-        [NOTHING],
-    ),
+    "not there, and not told either": (told("cpu"), NO_TPU, [NOTHING]),
+}
+GPU_CASES = {
+    "no GPU": (facts(), NO_GPU, [NOTHING]),
     "plugin without a GPU in a container": (
-        "gpu",
-        facts(failed("gpu", "AssertionError"), packages=(CUDA13,), machine=DOCKER),
+        on_gpu(failed("gpu", "AssertionError"), gpus=Gpus(), machine=DOCKER),
         f"jax-cuda13-plugin 0.12.0.1 … {NO_GPU}",
         [GPU_CONTAINER],
     ),
     "GPU without a driver": (
-        "gpu",
         facts(gpus=Gpus(on_pci=2)),
         "2 x NVIDIA GPU … PCI … no driver",
         ["580", GPU_CONTAINER],
     ),
-    "GPU without a plugin": (
-        "gpu",
-        facts(gpus=H200),
-        "1 x NVIDIA H200 … no plugin",
-        [JAX_CUDA13],
-    ),
+    "GPU without a plugin": (facts(gpus=H200), f"{GPU} … no plugin", [JAX_CUDA13]),
     "GPU without a plugin, driver of CUDA 12": (
-        "gpu",
         facts(gpus=dataclasses.replace(H200, driver="535.183.01")),
-        "1 x NVIDIA H200 … no plugin",
+        f"{GPU} … no plugin",
         ['uv pip install "jax[cuda12]==0.12.0.1"'],
     ),
     "GPU by its device files only": (
-        "gpu",
         facts(gpus=Gpus(nodes=("/dev/nvidia0", "/dev/nvidiactl"))),
         "/dev/nvidia0, /dev/nvidiactl … no plugin",
         [JAX_CUDA13],
     ),
     "AMD GPU without a plugin": (
-        "gpu",
         facts(gpus=Gpus(nodes=("/dev/kfd",))),
         "/dev/kfd … no plugin",
         ['uv pip install "jax[rocm7-local]==0.12.0.1"'],
     ),
     "driver too old for the plugin": (
-        "gpu",
-        facts(
+        on_gpu(
             failed("gpu", "RuntimeError: Unable to load CUDA. Is it installed?"),
-            packages=(CUDA13,),
             gpus=dataclasses.replace(H200, driver="550.54.14"),
         ),
         "driver … 550.54.14 … jax-cuda13-plugin … 580",
-        ["driver … 580", 'uv pip install "jax[cuda12]==0.12.0.1"'],
+        [
+            "driver … 580",
+            'uv pip install "jax[cuda12]==0.12.0.1"',
+        ],
     ),
     "driver too old for any": (
-        "gpu",
-        facts(packages=(CUDA12,), gpus=dataclasses.replace(H200, driver="470.239.06")),
+        on_gpu(packages=(CUDA12,), gpus=dataclasses.replace(H200, driver="470.239.06")),
         "driver … 470.239.06 … jax-cuda12-plugin … 525",
         ["driver … 580"],
     ),
+    "driver too old for any, without a plugin": (
+        facts(gpus=dataclasses.replace(H200, driver="470.239.06")),
+        "driver … 470.239.06 … jax … 525",
+        ["driver … 580"],
+    ),
     "driver without a version": (
-        "gpu",
         facts(gpus=dataclasses.replace(H200, driver="[N/A]")),
-        "1 x NVIDIA H200 … no plugin",
+        f"{GPU} … no plugin",
         [JAX_CUDA13],
     ),
     "GPU without jax": (
-        "gpu",
         without_jax("gpu", gpus=H200, packages=(CUDA13,)),
-        f"1 x NVIDIA H200 … {NO_JAX}",
-        ['uv pip install "jax[cuda13]>=0.11.2"'],
+        f"{GPU} … {NO_JAX}",
+        [JAX_NEW_ENOUGH.format("[cuda13]")],
     ),
     "GPU hidden by a variable": (
-        "gpu",
-        facts(
-            failed("gpu", "no supported devices"), packages=(CUDA13,), gpus=H200, environ={"CUDA_VISIBLE_DEVICES": ""}
-        ),
-        "1 x NVIDIA H200 … CUDA_VISIBLE_DEVICES",
+        on_gpu(failed("gpu", "no supported devices"), environ={"CUDA_VISIBLE_DEVICES": ""}),
+        f"{GPU} … CUDA_VISIBLE_DEVICES",
         ["unset CUDA_VISIBLE_DEVICES"],
     ),
     "driver that does not answer": (
-        "gpu",
-        facts(
-            Probe("gpu", "timeout", "no answer in 90 s", "initialising"),
-            packages=(CUDA13,),
+        on_gpu(
+            ended("gpu", "timeout", "no answer in 90 s"),
             gpus=Gpus(nodes=("/dev/nvidia0",), nvidia_smi="no answer in 20 s"),
         ),
         "/dev/nvidia0 … nvidia-smi: no answer in 20 s",
         ["driver … restart"],
     ),
     "plugin without its libraries": (
-        "gpu",
-        facts(
-            failed("gpu", "AssertionError", log=("Exception (RuntimeError: Unable to load cuDNN. Is it installed?)",)),
-            packages=(CUDA13,),
-            gpus=H200,
-        ),
-        "1 x NVIDIA H200 … initialising … RuntimeError: Unable to load cuDNN. Is it installed? … AssertionError",
+        on_gpu(failed("gpu", "AssertionError", log=(CUDNN,))),
+        f"{GPU} … initialising … {CUDNN} … AssertionError",
         [f"cuDNN … {JAX_CUDA13}"],
     ),
     "GPU full": (
-        "gpu",
-        facts(failed("gpu", "RESOURCE_EXHAUSTED: out of memory", "computing"), packages=(CUDA13,), gpus=H200),
-        "1 x NVIDIA H200 … computing: RESOURCE_EXHAUSTED: out of memory",
+        on_gpu(failed("gpu", "RESOURCE_EXHAUSTED: out of memory", "computing")),
+        f"{GPU} … computing: RESOURCE_EXHAUSTED: out of memory",
         ["memory … nvidia-smi"],
     ),
-    # --- CPU
-    "no jax": (
-        "cpu",
-        without_jax("cpu"),
-        NO_JAX,
-        ['uv pip install "jax>=0.11.2"'],
+    "gpu told for all families": (
+        told("gpu", Probe("gpu", "ok", devices=(Device(0, "NVIDIA H200"),)), packages=(CUDA13,), gpus=H200),
+        "works (1 x NVIDIA H200) … JAX_PLATFORMS=gpu … write cuda",
+        [UNSET],
     ),
+    "the other family of GPUs told": (
+        told("cuda", Probe("gpu", "ok", devices=(Device(0, "gfx942"),)), packages=(ROCM,), gpus=H200),
+        "works (1 x gfx942) … JAX_PLATFORMS=cuda: cuda",
+        [UNSET],
+    ),
+}
+CPU_CASES = {
+    "no jax": (without_jax("cpu"), NO_JAX, [JAX_NEW_ENOUGH.format("")]),
     "jax that cannot be imported, with another jaxlib": (
-        "cpu",
-        facts(
-            failed("cpu", "ImportError: jaxlib is version 0.10.0", "importing jax"),
-            packages=(Package("jaxlib", "0.10.0", ">=0.11.2,<=0.12.0.1", "jax", fits=False),),
-        ),
+        facts(failed("cpu", "ImportError: jaxlib is version 0.10.0", "importing jax"), packages=(JAXLIB,)),
         "ImportError: jaxlib is version 0.10.0",
         [
             'uv pip install "jax==0.12.0.1"',
@@ -281,76 +253,45 @@ UNUSABLE = {
         ],
     ),
     "CPU without AVX": (
-        "cpu",
-        facts(Probe("cpu", "crashed", "killed by SIGILL", "importing jax")),
+        facts(ended("cpu", "crashed", "killed by SIGILL", "importing jax")),
         "importing jax: killed by SIGILL",
         ["CPU … jaxlib"],
     ),
     "out of memory": (
-        "cpu",
-        facts(Probe("cpu", "crashed", "killed by SIGKILL", "initialising")),
+        facts(ended("cpu", "crashed", "killed by SIGKILL")),
         "initialising: killed by SIGKILL",
         ["memory"],
     ),
     "CPU does not answer": (
-        "cpu",
-        facts(Probe("cpu", "timeout", "no answer in 5 s", "importing jax")),
+        facts(ended("cpu", "timeout", "no answer in 5 s", "importing jax")),
         "5 s … importing jax",
         ["--timeout 300"],
     ),
     "process that did not start": (
-        "cpu",
-        facts(Probe("cpu", "not started", "the process could not be started")),
+        facts(ended("cpu", "not started", "the process could not be started")),
         "not tried: the process could not be started",
         [REPORT],
     ),
-    # --- JAX_PLATFORMS
     "another platform is told": (
-        "cpu",
-        facts(Probe("tpu", "ok", devices=V5E_DEVICES), tpus=V5E, environ={"JAX_PLATFORMS": "tpu"}),
-        "works (A Processor, 4 CPUs, 32.0 GiB) … JAX_PLATFORMS=tpu",
+        told("tpu", Probe("tpu", "ok", devices=V5E_DEVICES), tpus=V5E),
+        f"works ({CPU_WORDS}) … JAX_PLATFORMS=tpu",
         [UNSET],
     ),
     "a platform that fails is told, too": (
-        "cpu",
-        facts(environ={"JAX_PLATFORMS": "tpu, cpu"}),
-        "works (A Processor, 4 CPUs, 32.0 GiB) … JAX_PLATFORMS=tpu, cpu: tpu",
+        told("tpu, cpu"),
+        f"works ({CPU_WORDS}) … JAX_PLATFORMS=tpu, cpu: tpu",
         [UNSET],
     ),
     "a platform that nobody knows": (
-        "cpu",
-        facts(environ={"JAX_PLATFORMS": "cuda12,cpu"}),
-        "works (A Processor, 4 CPUs, 32.0 GiB) … JAX_PLATFORMS=cuda12,cpu … cuda12",
+        told("cuda12,cpu"),
+        f"works ({CPU_WORDS}) … JAX_PLATFORMS=cuda12,cpu … cuda12",
         [UNSET],
     ),
-    "gpu for all families": (
-        "gpu",
-        facts(
-            Probe("gpu", "ok", devices=(Device(0, "NVIDIA H200"),)),
-            packages=(CUDA13,),
-            gpus=H200,
-            environ={"JAX_PLATFORMS": "gpu"},
-        ),
-        "works (1 x NVIDIA H200) … JAX_PLATFORMS=gpu … write cuda",
-        [UNSET],
-    ),
-    "the other family of GPUs": (
-        "gpu",
-        facts(
-            Probe("gpu", "ok", devices=(Device(0, "gfx942"),)),
-            packages=(ROCM,),
-            gpus=dataclasses.replace(H200),
-            environ={"JAX_PLATFORMS": "cuda"},
-        ),
-        "works (1 x gfx942) … JAX_PLATFORMS=cuda: cuda",
-        [UNSET],
-    ),
-    "not there, and not told either": (
-        "tpu",
-        facts(environ={"JAX_PLATFORMS": "cpu"}),
-        NO_TPU,
-        [NOTHING],
-    ),
+}
+UNUSABLE = {
+    f"{platform}: {name}": (platform, *case)
+    for platform, cases in (("tpu", TPU_CASES), ("gpu", GPU_CASES), ("cpu", CPU_CASES))
+    for name, case in cases.items()
 }
 
 
@@ -364,17 +305,15 @@ def test_why_not_and_what_to_do(platform: Platform, given: Facts, summary: str, 
     )
 
 
+MANY_TPUS = tuple(Device(id, "TPU v3", id // 4, 8 * GIB, 0, (id // 2 % 2, 0, 0), id % 2, id // 4) for id in range(8))
+H200_DEVICE = Device(0, "NVIDIA H200", memory=105 * GIB)
 USABLE = {
-    "CPU": ("cpu", facts(), "A Processor, 4 CPUs, 32.0 GiB"),
-    "CPU, told": ("cpu", facts(environ={"JAX_PLATFORMS": "cpu"}), "A Processor, 4 CPUs, 32.0 GiB"),
-    "CPU, with CUDA told where there is none": (
-        "cpu",
-        facts(environ={"JAX_PLATFORMS": "cuda,cpu"}),
-        "A Processor, 4 CPUs, 32.0 GiB",
-    ),
+    "CPU": ("cpu", facts(), CPU_WORDS),
+    "CPU, told": ("cpu", told("cpu"), CPU_WORDS),
+    "CPU, with CUDA told where there is none": ("cpu", told("cuda,cpu"), CPU_WORDS),
     "TPU": (
         "tpu",
-        facts(Probe("tpu", "ok", devices=V5E_DEVICES), tpus=V5E, environ={"JAX_PLATFORMS": "tpu,cpu"}),
+        told("tpu,cpu", Probe("tpu", "ok", devices=V5E_DEVICES), tpus=V5E),
         "4 x TPU v5 lite, 16.0 GiB for jax each, 2x2x1 chips",
     ),
     "TPU that nothing but its probe shows": (
@@ -384,26 +323,12 @@ USABLE = {
     ),
     "TPU of several hosts, slices and cores": (
         "tpu",
-        facts(
-            Probe(
-                "tpu",
-                "ok",
-                process_count=2,
-                devices=tuple(
-                    Device(id, "TPU v3", id // 4, 8 * GIB, 0, (id // 2 % 2, 0, 0), id % 2, id // 4) for id in range(8)
-                ),
-            )
-        ),
+        facts(Probe("tpu", "ok", process_count=2, devices=MANY_TPUS)),
         "8 x TPU v3, 8.0 GiB for jax each, 2x1x1 chips of 2 cores, 2 slices, 2 processes",
     ),
     "GPU": (
         "gpu",
-        facts(
-            Probe("gpu", "ok", devices=(Device(0, "NVIDIA H200", memory=105 * GIB),)),
-            packages=(CUDA13,),
-            gpus=H200,
-            environ={"JAX_PLATFORMS": "cuda"},
-        ),
+        told("cuda", Probe("gpu", "ok", devices=(H200_DEVICE,)), packages=(CUDA13,), gpus=H200),
         "1 x NVIDIA H200, 105.0 GiB for jax",
     ),
 }

@@ -1,1 +1,1 @@
-"""Paged, ragged attention: `api` is the contract, `reference` what it means, the other modules implementations."""
+"""Paged, ragged attention: `api` is the contract, `reference` defines its results, the others implement it."""

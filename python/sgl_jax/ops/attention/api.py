@@ -6,8 +6,8 @@ is `kv[i * P + p]`. Page 0 of each layer takes the KV of padding tokens and is n
 A latent pool has one plane in place of K and V, `kv[L * P, K, 1, page, H]`: the values are the first value_dim columns of
 the keys, and v is None.
 
-One product makes q, k and v fused, `[T, N + 2K, H]`. Backends that say so (Backend.fused) get them as that product made
-them, as q with k and v None; for all others split_heads takes them apart first.
+q, k and v come fused from one product, `[T, N + 2K, H]`. A backend with `Backend.fused` gets them so, as q, with k and v
+None; for others split_heads cuts them apart first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,14 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Num
 
 from sgl_jax.ops.norm_rope import rms_norm, rotate
+
+Queries = Float[Array, "T heads H"]  # N heads, or N + 2K fused ones
+NewKV = Float[Array, "T K H"]
+Output = Float[Array, "T N V"]
+Pool = Num[Array, "LP K planes page HP"]  # HP: H, or more where the backend pads heads
+AnyPool = Num[Array, "LP ..."]  # in any order (backends.PoolOrder)
+Column = Int[Array, " S"]
+Scalar = Int[Array, ""]
 
 
 @jax.tree_util.register_dataclass
@@ -40,13 +48,13 @@ class RaggedBatch:
     token_row: jax.Array  # i32[T]: the row of each token
     positions: jax.Array  # i32[T]: its position in the row's sequence
     token_page: jax.Array  # i32[T]: the layer-0 page its KV goes to; 0 for padding
-    token_offset: jax.Array  # i32[T]: and the place in that page
+    token_offset: jax.Array  # i32[T]: and its offset in that page
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class QKPrepare:
-    """The RMS norm of each head of q and k, then their rotation; either may be missing."""
+    """RMS norm of each head of q and k, then their rotation; either may be missing."""
 
     q_norm: jax.Array | None  # [H]: the factors of the normed q
     k_norm: jax.Array | None  # [H]; both norms or neither
@@ -66,7 +74,7 @@ class AttentionSpec:
 
     scale: float
     softcap: float | None = None  # scores become softcap * tanh(scores / softcap)
-    temperature_length: int | None = None  # capped scores are multiplied by max(1, log(position) / log(this))
+    temperature_length: int | None = None  # logn scaling: capped scores times max(1, log(position) / log(this))
     value_dim: int | None = None  # V of a latent pool; None: the pool has planes for K and V
     width: int = 1  # W: the most new tokens a short row may have (RaggedBatch)
 
@@ -85,7 +93,7 @@ class AttentionLayer:
 
     @property
     def scales(self) -> tuple[jax.Array | float, jax.Array | float]:
-        """The factors of K and of V as they are read from the pool; 1.0 where nothing divided them."""
+        """Return the factors that bring K and V of the pool back to their values; 1.0 without kv_scales."""
         if self.kv_scales is None:
             return 1.0, 1.0
         return self.kv_scales[0], self.kv_scales[0 if self.spec.value_dim is not None else 1]
@@ -96,21 +104,15 @@ class Attention(Protocol):
     """Write the new KV, attend, return the output and the pool (same buffer when donated)."""
 
     def __call__(
-        self,
-        q: Float[Array, "T heads H"],  # N heads, or N + 2K without k and v
-        k: Float[Array, "T K H"] | None,
-        v: Float[Array, "T K H"] | None,
-        kv: Num[Array, "LP K planes page H"],
-        batch: RaggedBatch,
-        layer: AttentionLayer,
-    ) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page H"]]: ...
+        self, q: Queries, k: NewKV | None, v: NewKV | None, kv: AnyPool, batch: RaggedBatch, layer: AttentionLayer
+    ) -> tuple[Output, AnyPool]: ...
 
 
 def make_ragged_batch(
     page_table: Int[Array, "S pages"],
-    start: Int[Array, " S"],
-    num_new: Int[Array, " S"],
-    num_short: Int[Array, ""],
+    start: Column,
+    num_new: Column,
+    num_short: Scalar,
     num_tokens: int,
     page_size: int,
 ) -> RaggedBatch:
@@ -134,7 +136,7 @@ def split_heads(qkv: Float[Array, "T heads H"], num_kv_heads: int) -> tuple[jax.
     """Cut fused q, k and v apart: q [T, N, H], k and v [T, K, H]."""
     num_tokens, num_heads, head_dim = qkv.shape
     ends = (num_heads - 2 * num_kv_heads) * head_dim, (num_heads - num_kv_heads) * head_dim
-    q, k, v = jnp.split(qkv.reshape(num_tokens, -1), ends, axis=-1)  # of lines, as the product made them
+    q, k, v = jnp.split(qkv.reshape(num_tokens, -1), ends, axis=-1)  # in the product's own layout
     q, k, v = (x.reshape(num_tokens, -1, head_dim) for x in (q, k, v))
     return q, k, v
 
@@ -151,20 +153,14 @@ def to_pool(x: Float[Array, "T K H"], dtype: DTypeLike, scale: Float[Array, ""] 
     return jnp.clip(x, -limit, limit).astype(dtype)
 
 
-def write_kv(
-    kv: Num[Array, "LP K planes page H"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"] | None,
-    batch: RaggedBatch,
-    layer: AttentionLayer,
-) -> Num[Array, "LP K planes page H"]:
-    """Put each token's K and V into its place in the pool."""
+def write_kv(kv: Pool, k: NewKV, v: NewKV | None, batch: RaggedBatch, layer: AttentionLayer) -> Pool:
+    """Write each token's K and V to its page and offset in the pool."""
     _pages, num_kv_heads, planes, page_size, head_dim = kv.shape
     both = zip([k] if v is None else [k, v], layer.scales, strict=False)
     new = jnp.stack([to_pool(x, kv.dtype, scale) for x, scale in both], axis=2)
     new = new.reshape(-1, head_dim)  # [T * K * planes, H]
-    # The pool seen as lines of H, and a line the unit of writing: with larger units XLA TPU wants the pool in another
-    # layout, and copies all of it there and back in every layer.
+    # The unit of writing is a line of H: with a larger one XLA for TPU wants the pool in another layout, and copies all
+    # of it there and back in every layer.
     per_page = num_kv_heads * planes
     slots = (batch.token_page + layer.first_page)[:, None] * per_page + jnp.arange(per_page)
     lines = slots * page_size + batch.token_offset[:, None]  # [T, K * planes]

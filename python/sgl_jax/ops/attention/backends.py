@@ -12,13 +12,12 @@ from collections.abc import Callable
 from importlib import metadata
 
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Num
 
 from sgl_jax.ops.attention import native
-from sgl_jax.ops.attention.api import Attention, AttentionLayer, RaggedBatch
+from sgl_jax.ops.attention.api import AnyPool, Attention, AttentionLayer, NewKV, Output, Queries, RaggedBatch
 
 GROUP = "sgl_jax.attention"
-_FA_PAGE = 128  # half the work that pages of 16 are (docs/decisions/0015-pages-of-128-on-tpu.md)
+_FA_PAGE = 128  # takes half the instructions of pages of 16 (docs/decisions/0015-pages-of-128-on-tpu.md)
 
 
 class NoSuchBackend(ValueError):
@@ -41,7 +40,7 @@ HEADS_FIRST = PoolOrder(
 
 @dataclasses.dataclass(frozen=True)
 class Backend:
-    """An implementation of the contract, and its demands on the pool."""
+    """An implementation of the contract, and what it needs of the pool."""
 
     attend: Attention
     platforms: frozenset[str] = frozenset({"cpu", "gpu", "tpu"})
@@ -53,25 +52,23 @@ class Backend:
     pool_order: PoolOrder = HEADS_FIRST
 
     def __call__(
-        self,
-        q: Float[Array, "T heads H"],
-        k: Float[Array, "T K H"] | None,
-        v: Float[Array, "T K H"] | None,
-        kv: Num[Array, "LP ..."],
-        batch: RaggedBatch,
-        layer: AttentionLayer,
-    ) -> tuple[Float[Array, "T N V"], Num[Array, "LP ..."]]:
+        self, q: Queries, k: NewKV | None, v: NewKV | None, kv: AnyPool, batch: RaggedBatch, layer: AttentionLayer
+    ) -> tuple[Output, AnyPool]:
         return self.attend(q, k, v, kv, batch, layer)
 
 
 def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = False) -> Backend:
-    """Return the backend of a name for "cpu", "gpu" or "tpu"; `vectorise` is native's; `latent`: the model keeps one
-    vector per token. Raises NoSuchBackend, which lists the backends there are."""
+    """Return the backend of a name for "cpu", "gpu" or "tpu"; `vectorise`: native runs rows side by side; `latent`: the
+    model keeps one vector per token. Raises NoSuchBackend, which lists the backends there are."""
     brought = {point.name: point for point in metadata.entry_points(group=GROUP)}
     if name == "native":
         backend = Backend(functools.partial(native.paged_attention, vectorise=vectorise), latent=True)
     elif name == "fa":
-        backend = _fa()
+        from sgl_jax.ops.attention.fa import call, tile  # they import Pallas, which takes a while
+
+        sizes = call.pool_head_dim, tile.row_tile
+        platforms = frozenset({"tpu"})
+        backend = Backend(call.paged_attention, platforms, *sizes, latent=True, fused=True, page_size=_FA_PAGE)
     elif name in brought:
         try:
             backend = brought[name].load()
@@ -90,11 +87,3 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
             f"--attention-backend {name}: it cannot attend to the latent vectors of this model (MLA); leave the flag out"
         )
     return backend
-
-
-def _fa() -> Backend:
-    from sgl_jax.ops.attention.fa import call  # imports Pallas, which takes a while
-    from sgl_jax.ops.attention.fa.tile import row_tile
-
-    sizes = call.pool_head_dim, row_tile
-    return Backend(call.paged_attention, frozenset({"tpu"}), *sizes, latent=True, fused=True, page_size=_FA_PAGE)

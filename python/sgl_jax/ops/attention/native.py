@@ -13,9 +13,9 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num
 
-from sgl_jax.ops.attention.api import AttentionLayer, RaggedBatch, write_kv
+from sgl_jax.ops.attention.api import AttentionLayer, NewKV, Output, Pool, Queries, RaggedBatch, Scalar, write_kv
 
 TILE = 32
 KEYS_PER_TURN = 128  # keys a tile of TILE looks at per turn of its loop
@@ -23,15 +23,15 @@ _FLOOR = -1e30  # finite: a row with no key in sight yet must not produce inf - 
 
 
 def paged_attention(
-    q: Float[Array, "T N H"],
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"] | None,
-    kv: Num[Array, "LP K planes page H"],
+    q: Queries,
+    k: NewKV,
+    v: NewKV | None,
+    kv: Pool,
     batch: RaggedBatch,
     layer: AttentionLayer,
     *,
     vectorise: bool = False,
-) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page H"]]:
+) -> tuple[Output, Pool]:
     """See api.Attention. `vectorise`: run the short rows' tiles side by side (accelerators) instead of in turn (CPU)."""
     if layer.prepare is not None:
         q, k = layer.prepare(q, k)
@@ -56,8 +56,7 @@ def _attend_short_together(
     """Attend to the short rows side by side. Lines of other rows get garbage, which _attend_chunks overwrites."""
     num_tokens, num_rows, width = len(tiled), len(batch.kv_lens), walk.layer.spec.width
     rows = jnp.arange(min(num_rows, num_tokens))
-    pages_per_turn = walk.pages_per_turn
-    tiles = jax.vmap(lambda row: _short_tile(walk, tiled, batch, row, pages_per_turn))(rows)
+    tiles = jax.vmap(lambda row: _short_tile(walk, tiled, batch, row, walk.pages_per_turn))(rows)
     if width == 1:
         lines = tiles[:, 0]
     else:
@@ -83,7 +82,7 @@ def _attend_short_in_turn(
 
 
 def _short_tile(
-    walk: _Walk, tiled: Float[Array, "T K G H"], batch: RaggedBatch, row: Int[Array, ""], pages_per_turn: int
+    walk: _Walk, tiled: Float[Array, "T K G H"], batch: RaggedBatch, row: Scalar, pages_per_turn: int
 ) -> Float[Array, "W K G V"]:
     """Attend with the W queries of a row; those beyond its own give garbage."""
     width = walk.layer.spec.width
@@ -125,26 +124,26 @@ def _attend_chunks(
 class _Walk:
     """The walk of a tile over its row's pages."""
 
-    kv: Num[Array, "LP K planes page H"]
+    kv: Pool
     layer: AttentionLayer
     sinks: Float[Array, "K G"] | None
     value_dim: int
-    upcast: bool  # to float32; in place of side by side, one page of one row at a time
+    upcast: bool  # compute in float32, one page of one row at a time (CPU)
 
     @property
     def pages_per_turn(self) -> int:
-        """The pages of a turn where many keys at once pay."""
+        """Pages of a turn for chunks, and for short rows side by side."""
         return max(1, KEYS_PER_TURN // self.kv.shape[3])
 
     def __call__(
         self,
         q: Float[Array, "B K G H"],
         pages: Int[Array, " pages"],
-        position: Int[Array, ""],
-        kv_end: Int[Array, ""],
+        position: Scalar,
+        kv_end: Scalar,
         pages_per_turn: int,
     ) -> Float[Array, "B K G V"]:
-        """Attend with queries at position, position + 1, … to the keys before kv_end; float32 result."""
+        """Attend with queries at `position` and the positions after it to the keys before kv_end; float32 result."""
         num_queries, num_kv_heads, group, head_dim = q.shape
         page_size, window = self.kv.shape[3], self.layer.window
         # Where rows go side by side, all keys of a turn are in memory at once: long pages take several turns.
@@ -165,7 +164,12 @@ class _Walk:
                 k, v = k.astype(grouped.dtype), v.astype(grouped.dtype)
             scores = self._scores(grouped, k, query_pos)
             key_pos = turn * keys_per_turn + jnp.arange(keys_per_turn)[None]  # [1, p]
-            scores = jnp.where(self._visible(query_pos, key_pos, group)[None], scores, _FLOOR)
+            visible = (
+                key_pos <= query_pos if window is None else (key_pos <= query_pos) & (key_pos > query_pos - window)
+            )
+            if num_queries > 1:  # a line for each head; of one query, one line does for all heads
+                visible = jnp.repeat(visible, group, axis=0)
+            scores = jnp.where(visible[None], scores, _FLOOR)
             new_top = jnp.maximum(top, scores.max(-1))
             rescale = jnp.exp(top - new_top)
             weights = jnp.exp(scores - new_top[..., None])
@@ -196,8 +200,8 @@ class _Walk:
             block = lax.dynamic_index_in_dim(kv, pages[turn] + first_page, 0, keepdims=False)  # [K, planes, page, H]
             return block[:, 0], block[:, -1, :, : self.value_dim]
         ids = lax.dynamic_slice_in_dim(pages, turn // parts * pages_per_turn, pages_per_turn) + first_page
-        # The pool seen head by head: of whole pages as long as heads are wide XLA TPU would copy all of the pool into
-        # another layout, with K of all heads side by side.
+        # Lines are read head by head: of whole pages, where page_size equals H, XLA for TPU would copy the whole pool
+        # into another layout, with K of all heads side by side.
         of_heads = kv.reshape(-1, page_size // parts, head_dim)
         at = (ids * num_kv_heads + jnp.arange(num_kv_heads)[:, None]) * planes  # [K, pages]
         k, v = (of_heads[(at + plane) * parts + turn % parts] for plane in (0, planes - 1))
@@ -207,7 +211,7 @@ class _Walk:
     def _scores(
         self, grouped: Float[Array, "K q H"], k: Float[Array, "K p H"], query_pos: Int[Array, "B 1"]
     ) -> Float[Array, "K q p"]:
-        """Multiply, scale and cap; q = B * G."""
+        """Return scaled and capped scores, with logn scaling where the model has it; q = B * G."""
         spec = self.layer.spec
         scores = jnp.einsum("kqh,kph->kqp", grouped, k, preferred_element_type=jnp.float32)
         scores = scores * (spec.scale * self.layer.scales[0])
@@ -215,13 +219,6 @@ class _Walk:
             scores = spec.softcap * jnp.tanh(scores / spec.softcap)
         if spec.temperature_length is not None:
             log_position = jnp.log(jnp.maximum(query_pos, 1).astype(jnp.float32))
-            growth = jnp.maximum(1.0, log_position / math.log(spec.temperature_length))  # [B, 1]
-            scores *= jnp.repeat(growth, grouped.shape[1] // len(query_pos), axis=0)
+            logn = jnp.maximum(1.0, log_position / math.log(spec.temperature_length))  # [B, 1]
+            scores *= jnp.repeat(logn, grouped.shape[1] // len(query_pos), axis=0)
         return scores
-
-    def _visible(self, query_pos: Int[Array, "B 1"], key_pos: Int[Array, "1 p"], group: int) -> Bool[Array, "q p"]:
-        """Say which queries see which keys; of one query, one line does for all heads."""
-        visible = key_pos <= query_pos
-        if self.layer.window is not None:
-            visible &= key_pos > query_pos - self.layer.window
-        return jnp.repeat(visible, group, axis=0) if len(query_pos) > 1 else visible

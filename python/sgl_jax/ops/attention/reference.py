@@ -35,28 +35,27 @@ def paged_attention(
     table, kv_lens, cu = (np.asarray(x) for x in (batch.page_table, batch.kv_lens, batch.cu_q_lens))
     for row, pages in enumerate(table + first_page):
         tokens = range(cu[row], cu[row + 1])
-        position = kv_lens[row] - cu[row + 1]  # of a token, less its number
+        position = kv_lens[row] - cu[row + 1]  # a token's position minus its index
         for token in tokens:
             page, offset = divmod(position + token, page_size)
             for plane, x in enumerate(new):
                 kv[pages[page], :, plane, offset] = x[token]
         if not tokens:
             continue
-        cached = np.concatenate(
-            list(kv[pages[: -(-kv_lens[row] // page_size)]]), axis=2
-        )  # [K, planes, pages * page, H]
+        own = pages[: -(-kv_lens[row] // page_size)]
+        cached = np.concatenate(list(kv[own]), axis=2)  # [K, planes, pages * page, H]
         for token in tokens:
             last = position + token
             first = 0 if layer.window is None else max(0, last - int(layer.window) + 1)
-            growth = 1.0
+            logn = 1.0
             if spec.temperature_length is not None and last > spec.temperature_length:
-                growth = np.log(last) / np.log(spec.temperature_length)
+                logn = np.log(last) / np.log(spec.temperature_length)
             for head in range(q.shape[1]):
                 seen = cached[head // group, :, first : last + 1]
                 scores = seen[0] @ q[token, head] * (spec.scale * k_scale)
                 if spec.softcap is not None:
                     scores = spec.softcap * np.tanh(scores / spec.softcap)
-                scores *= growth
+                scores *= logn
                 sink = -np.inf if layer.sinks is None else float(layer.sinks[head])
                 top = max(scores.max(), sink)
                 weights = np.exp(scores - top)

@@ -1,4 +1,4 @@
-"""The backend `tokamax`: its batched ragged paged attention, found by this package's own entry point like any other's.
+"""The backend `tokamax`: that package's batched ragged paged attention, found by an entry point like any other backend.
 
 Its kernels keep K and V of a token side by side, `[LP, page, 2 K / packing, packing, H]`, where packing is how many values
 share 32 bits, and write the new KV themselves.
@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Num
 
-from sgl_jax.ops.attention.api import AttentionLayer, RaggedBatch
+from sgl_jax.ops.attention.api import AnyPool, AttentionLayer, NewKV, Output, Queries, RaggedBatch
 from sgl_jax.ops.attention.backends import Backend, PoolOrder
 
 try:
@@ -26,35 +25,33 @@ except ImportError as problem:
 
 _KERNELS = BatchedRpa(bypass_device_check=True)  # programs are compiled where there is no TPU, too
 _LANES = 128
-# Fraction of scalar memory the page table may fill. The kernels need the rest for their work list.
-_SCALARS = 1 / 2
-# Lower bound of the work list's capacity, in steps: it has 16 lines of 128, and the last one is not used.
-_STEPS = 15 * 128
+_SCALARS = 1 / 2  # fraction of scalar memory the page table may fill: the kernels need the rest for their work list
+_STEPS = 15 * 128  # capacity of the work list: it has 16 lines of 128, and the last one is not used
 _KEYS = 512, 1024, 2048, 4096  # block sizes to try, in keys
 
 
 def paged_attention(
-    q: Float[Array, "T N H"],
-    k: Float[Array, "T K H"] | None,
-    v: Float[Array, "T K H"] | None,
-    kv: Num[Array, "LP page pairs packing HP"],
+    q: Queries,
+    k: NewKV | None,
+    v: NewKV | None,
+    kv: AnyPool,
     batch: RaggedBatch,
     layer: AttentionLayer,
     *,
     op: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
-) -> tuple[Float[Array, "T N H"], Num[Array, "LP page pairs packing HP"]]:
+) -> tuple[Output, AnyPool]:
     """See api.Attention; the pool is ordered as `backend.pool_order` says. `op`: another than the kernels (for tests).
 
     Raises ValueError for features its kernels lack.
     """
     spec = layer.spec
     refused = {
-        "sliding windows": layer.window is not None,  # it takes one as a constant; ours differ by layer
+        "sliding windows": layer.window is not None,  # tokamax takes one constant; ours differ by layer
         "attention sinks": layer.sinks is not None,
         "scores that grow with the position": spec.temperature_length is not None,
         "8-bit KV": layer.kv_scales is not None or kv.dtype.itemsize == 1,
         "latent pools": spec.value_dim is not None,
-        # Its decode_query_size may do, but nothing here can run its kernels to see.
+        # Its option decode_query_size might serve them. That is untested: its kernels run on a TPU only.
         f"decoding rows of {spec.width} tokens": spec.width > 1,
     }
     for what, asked in refused.items():
@@ -79,7 +76,7 @@ def paged_attention(
         batch.kv_lens,
         (batch.page_table + layer.first_page).reshape(-1),
         batch.cu_q_lens,
-        jnp.concatenate([num_short, num_short, num_rows]),  # where decoding, equal and other rows end
+        jnp.concatenate([num_short, num_short, num_rows]),  # ends of decoding, equally long and other rows
         sm_scale=spec.scale,
         soft_cap=spec.softcap,
     )
@@ -88,7 +85,7 @@ def paged_attention(
 def _sized(kv_shape: tuple[int, ...], itemsize: int, table_shape: tuple[int, ...], num_tokens: int) -> BatchedRpa:
     """Return the operation with the smallest blocks of keys whose work list holds the worst possible step.
 
-    The list has one size, and the kernels write steps beyond it past its end.
+    The list has a fixed size, and the kernels write further steps past its end.
     """
     _, page_size, pairs, packing, width = kv_shape
     rows, pages = table_shape
@@ -100,7 +97,7 @@ def _sized(kv_shape: tuple[int, ...], itemsize: int, table_shape: tuple[int, ...
     fits = rows * pages * 4 <= _SCALARS * chip.smem_capacity_bytes
     for keys in _KEYS if fits else ():
         blocks = -(-pages * page_size // keys)
-        chunks = -(-num_tokens // default.prefill_bq_sz) + min(rows, num_tokens // 2)  # that a row ends cuts a tile
+        chunks = -(-num_tokens // default.prefill_bq_sz) + min(rows, num_tokens // 2)  # a row's end splits a tile
         steps = blocks * max(-(-rows // default.decode_batch_size), -(-chunks // default.prefill_batch_size))
         buffers = default.decode_batch_size * default.n_buffer * keys * pairs * packing * width * itemsize
         if steps <= _STEPS and buffers <= chip.vmem_capacity_bytes // 2:

@@ -21,7 +21,7 @@ def grouped_matmul(
     padded = jnp.pad(x, ((0, tile), (0, 0)))
 
     def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
-        """A tile's surplus rows are garbage that the next tile overwrites, or that lies past the last group."""
+        """Multiply a tile. Its surplus rows are garbage that the next tile overwrites, or that lies past the last group."""
         group = jnp.searchsorted(cu_tiles, i, side="right", method="compare_all")
         done = (i - cu_tiles[group] + num_tiles[group]) * tile  # rows of the group in earlier tiles
         first = cu_rows[group] - group_sizes[group] + done
@@ -36,7 +36,7 @@ def grouped_matmul(
 def ragged_dot(
     x: Float[Array, "M I"], w: Float[Array, "L E O I"], layer: Int[Array, ""] | int, group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M O"]:
-    """The same by XLA's own operation, which accelerators run well. It copies the layer's matrices out of the stack."""
+    """Multiply by XLA's ragged dot, which accelerators run well. It copies the layer's matrices out of the stack."""
     numbers = lax.RaggedDotDimensionNumbers(
         dot_dimension_numbers=(((1,), (2,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[0]
     )

@@ -1,8 +1,8 @@
 """Grouped matmul for TPU: reads the matrices where they lie in the stack, each group's once for every tile of its rows.
 
-Work is a list of items, one for each (row tile, group) that meet: a tile of rows on the border of groups is multiplied with
-the matrix of each, and takes from each the rows that are its own. A group without rows has no item, so its matrix is not
-read. The idea of group metadata is megablocks' (Gale et al. 2022, https://arxiv.org/abs/2211.15841).
+Work is a list of items, one for each pair of a row tile and a group with rows in it. A tile with rows of several groups is
+multiplied with the matrix of each, and keeps the group's own rows of each product. A group without rows has no item, so its
+matrix is not read. The idea of group metadata is megablocks' (Gale et al. 2022, https://arxiv.org/abs/2211.15841).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SMALLEST_TILE, _LARGEST_TILE = 16, 128  # rows
 
 
 class Items(NamedTuple):
-    """In order of rows; items past the last real one repeat it, so that nothing is copied for them."""
+    """Work items in the order of rows; those past the last real one repeat it, so that nothing is copied for them."""
 
     number: jax.Array  # i32[1]
     row_tile: jax.Array  # i32[W]
@@ -50,13 +50,12 @@ def grouped_matmul(
     transposed = inputs % _LANES != 0
     if transposed:
         w = w.swapaxes(2, 3)
-        w_spec = pl.BlockSpec(
-            (None, None, inputs, block), lambda o, i, layer, n, tile, group, *_: (layer[0], group[i], 0, o)
-        )
-    else:
-        w_spec = pl.BlockSpec(
-            (None, None, block, inputs), lambda o, i, layer, n, tile, group, *_: (layer[0], group[i], o, 0)
-        )
+
+    def matrix_block(o, i, layer, _number, _row_tile, group, *_):
+        return layer[0], group[i], *((0, o) if transposed else (o, 0))
+
+    w_block = (inputs, block) if transposed else (block, inputs)
+    w_spec = pl.BlockSpec((None, None, *w_block), matrix_block)
     read = min(num_groups, num_rows) * outputs * inputs * w.dtype.itemsize
     out = pl.pallas_call(
         functools.partial(_kernel, rows=rows, contracted=0 if transposed else 1),
@@ -79,7 +78,7 @@ def grouped_matmul(
 
 
 def make_items(group_sizes: Int[Array, " E"], num_tiles: int, rows: int) -> Items:
-    """At most one item for each row tile and one more for each further group."""
+    """List the items: at most one for each row tile, and one more for each further group."""
     num_groups = len(group_sizes)
     end = jnp.cumsum(group_sizes, dtype=jnp.int32)
     start = end - group_sizes
@@ -95,8 +94,8 @@ def make_items(group_sizes: Int[Array, " E"], num_tiles: int, rows: int) -> Item
 
 
 def _kernel(layer, number, row_tile, group, start, end, x, w, out, *, rows: int, contracted: int):
-    """x [rows, I], w [block, I] or [I, block] of the item's group, out [rows, block]; the grid walks all items for each
-    block."""
+    """Multiply the rows of an item, x [rows, I], with w [block, I] or [I, block] of its group into out [rows, block]. The
+    grid walks all items for each block."""
     del layer
     item = pl.program_id(1)
 
@@ -111,12 +110,12 @@ def _kernel(layer, number, row_tile, group, start, end, x, w, out, *, rows: int,
 
 
 def _row_tile(num_rows: int, num_groups: int) -> int:
-    """About twice the rows of a group: large tiles meet many groups and are multiplied with each."""
+    """Return about twice the rows of a group: a larger tile has rows of many groups, and is multiplied with each matrix."""
     wanted = pl.next_power_of_2(max(1, 2 * num_rows // num_groups))
     return max(_SMALLEST_TILE, min(_LARGEST_TILE, wanted, pl.next_power_of_2(num_rows)))
 
 
 def _output_block(outputs: int, row_bytes: int) -> int:
-    """Output columns at once: a divisor in whole lane tiles that keeps a block of the matrix small."""
+    """Return the output columns of a block: a divisor in whole lane tiles that keeps a block of the matrix small."""
     blocks = [n for n in range(_LANES, outputs, _LANES) if outputs % n == 0 and n * row_bytes <= _WEIGHT_BYTES]
     return max(blocks, default=outputs if outputs * row_bytes <= _WEIGHT_BYTES or outputs % _LANES else _LANES)

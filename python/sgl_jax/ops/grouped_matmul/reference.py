@@ -6,7 +6,7 @@ import numpy as np
 
 
 def grouped_matmul(x, w, layer, group_sizes):
-    """x [M, I], w [L, E, O, I], group_sizes [E]. Returns [M, O]; rows past the last group are zero."""
+    """Multiply x [M, I] with w [L, E, O, I] by group_sizes [E]. Returns [M, O]; rows past the last group are zero."""
     x, w = np.asarray(x, np.float64), np.asarray(w, np.float64)[layer]
     out = np.zeros((len(x), w.shape[1]))
     groups = np.repeat(np.arange(len(w)), np.asarray(group_sizes))

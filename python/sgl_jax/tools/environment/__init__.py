@@ -1,2 +1,4 @@
-"""Facts about a machine: what it has for serving, and what keeps it from it. Nothing here imports jax: probe.py does, in a process of
-its own, so that a broken or hanging installation can still be described."""
+"""Facts about a machine that serves or should, and verdicts on them.
+
+Nothing here imports jax but probe.py, in a process of its own: a broken or hanging installation can still be described.
+"""

@@ -1,4 +1,4 @@
-"""The work of `python -m sgl_jax.check_env`: look at the machine, print the report, and run the self-test if asked."""
+"""Work of `python -m sgl_jax.check_env`: look at the machine, print the report, and run the self-test if asked."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stderr.isatty():
         print(f"trying the platforms out, for {options.timeout:g} s at most ...", file=sys.stderr)
     usable = check_env(options.timeout).usable
-    # Without --platform the best one that was found usable, as a server takes it.
+    # Without --platform it is the best usable one, which a server would take.
     platform = options.platform or next(iter(usable), None)
     if platform not in usable:
         return 1
@@ -122,13 +122,13 @@ def _parser() -> Parser:
     )
     parser.add_argument("--platform", choices=PLATFORMS, help="the platform that must be usable (default: any)")
     timeout = "how long trying a platform out may take (default: %(default)g)"
-    parser.add_argument("--timeout", type=_seconds, default=probing.TIMEOUT_S, metavar="SECONDS", help=timeout)
+    parser.add_argument("--timeout", type=seconds, default=probing.TIMEOUT_S, metavar="SECONDS", help=timeout)
     selftest = "then check kernels against references on the platform's devices, and time a step; takes minutes"
     parser.add_argument("--selftest", action="store_true", help=selftest)
     return parser
 
 
-def _seconds(text: str) -> float:
+def seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0")

@@ -1,4 +1,4 @@
-"""The report as text, to be read by people and pasted into issues: plain ASCII of our own, 100 columns."""
+"""Text of the report, for people to read and to paste into issues. Its own words are ASCII; lines have 100 columns."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sgl_jax.tools.environment.facts import CompileCache, Device, Facts, Machine
 from sgl_jax.tools.environment.verdicts import kinds
 
 _WIDTH = 100
-_MOST_DEVICES = 64  # of a platform, listed one by one
+_MOST_DEVICES = 64  # listed one by one for a platform
 
 
 def render(report: Report) -> str:
@@ -44,7 +44,7 @@ def _platforms(report: Report) -> list[str]:
 
 
 def _then(start: str, text: str) -> list[str]:
-    """A text, and in a line of its own a command, which is never wrapped: it is there to be copied."""
+    """Wrap a text, but not the command that may follow in a line of its own: it is there to be copied."""
     text, _, command = text.partition("\n")
     return [*_wrapped(start, text), *([" " * len(start) + command] if command else [])]
 
@@ -121,7 +121,7 @@ def _compile_cache(cache: CompileCache) -> Iterator[tuple[str, str]]:
 
 
 def _table(rows: Iterable[Sequence[str]]) -> list[str]:
-    """Columns one under the other, the last one wrapped."""
+    """Align the rows' columns, and wrap the last one."""
     rows = [tuple(row) for row in rows]
     if not rows:
         return []

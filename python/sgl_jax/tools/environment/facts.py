@@ -1,4 +1,4 @@
-"""Facts about a machine: the plain data between the functions that look, those that judge and those that print.
+"""Records of facts about a machine, which machine.py and others find, verdicts.py judges and environment_report.py prints.
 
 None means that it could not be found out. Sizes are in bytes, times in seconds.
 """
@@ -25,7 +25,7 @@ class Verdict:
     platform: Platform
     usable: bool
     summary: str  # the devices, or the reason
-    advice: tuple[str, ...] = ()  # what to do; a command stands in a line of its own
+    advice: tuple[str, ...] = ()  # steps to take; a command stands in a line of its own
 
 
 @dataclass(frozen=True)
@@ -45,16 +45,16 @@ class Device:
     id: int
     kind: str
     process_index: int = 0
-    memory: int | None = None  # that jax may use
+    memory: int | None = None  # bytes that jax may use
     memory_used: int | None = None
-    coords: tuple[int, ...] | None = None  # of the chip in its slice
+    coords: tuple[int, ...] | None = None  # the chip's place in its slice
     core_on_chip: int | None = None
     slice_index: int | None = None
 
 
 @dataclass(frozen=True)
 class Probe:
-    """How one platform did when it was tried in a process of its own."""
+    """Result of trying one platform in a process of its own."""
 
     platform: Platform
     outcome: Outcome
@@ -65,7 +65,7 @@ class Probe:
     runtime: str = ""  # the backend's own words about its version
     process_index: int = 0
     process_count: int = 1
-    devices: tuple[Device, ...] = ()  # of all processes
+    devices: tuple[Device, ...] = ()  # devices of all processes
     log: tuple[str, ...] = ()  # warnings and errors jax logged
 
     @property
@@ -111,7 +111,7 @@ class Machine:
     system: str = "unknown"
     python: str = "unknown"
     cpu_model: str = "unknown"
-    cpus: int | None = None  # that this process may use
+    cpus: int | None = None  # number that this process may use
     memory: int | None = None
     container: str = ""  # its kind; empty: none seen
     cgroup_cpus: float | None = None  # None: not limited
@@ -136,7 +136,7 @@ class CompileCache:
 
 @dataclass(frozen=True)
 class Facts:
-    """All that verdicts and notices are drawn from."""
+    """All facts that verdicts and notices depend on."""
 
     packages: tuple[Package, ...] = ()
     machine: Machine = Machine()
@@ -145,7 +145,7 @@ class Facts:
     probes: tuple[Probe, ...] = ()
     compile_cache: CompileCache = CompileCache()
     environ: Mapping[str, str] = field(default_factory=dict)
-    not_found_out: tuple[str, ...] = ()  # what could not be looked at, and why
+    not_found_out: tuple[str, ...] = ()  # subjects that could not be looked at, and why
 
     def version(self, package: str) -> str | None:
         return next((each.version for each in self.packages if each.name == package), None)
@@ -167,11 +167,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that check_env found. The variables in `facts` are those that matter, their secrets hidden."""
+    """Everything that check_env found. `facts` has only the variables that matter, with their secrets hidden."""
 
     sgl_jax: str  # version
     verdicts: tuple[Verdict, ...]
-    notices: tuple[str, ...]  # what does not stop the program; a command stands in a line of its own
+    notices: tuple[str, ...]  # lines about what does not stop the program; a command stands in a line of its own
     facts: Facts
 
     @property

@@ -1,4 +1,4 @@
-"""The machine as its system shows it: host, limits, compile cache, TPUs and GPUs. Touches no device, loads no runtime.
+"""Facts that the operating system shows: host, limits, compile cache, TPUs and GPUs. Touches no device, loads no runtime.
 
 Reads files; a missing one leaves None. `root` is the root of the file system, so that tests can describe other machines.
 """
@@ -20,7 +20,7 @@ from sgl_jax.observability.log import size
 from sgl_jax.runtime.control_groups import ROOT, cpu_limit, memory_limit, read
 from sgl_jax.tools.environment.facts import CompileCache, Gpus, Machine, Tpus
 
-_CACHE_SUFFIX = "-cache"  # of jax's own files; next to each lies one that notes when it was last read
+_CACHE_SUFFIX = "-cache"  # suffix of jax's files; next to each lies one that notes when it was last read
 _GOOGLE, _NVIDIA = "0x1ae0", "0x10de"  # PCI vendors
 # As in jax's own table. Google has other devices on the PCI bus, network and disk among them.
 _TPUS = {"0x0027": "TPU v2 or v3", "0x0056": "TPU", "0x005e": "TPU v4", "0x0062": "TPU v5p", "0x0063": "TPU v5e"}

@@ -44,7 +44,7 @@ def collect(look_up: Callable[[str], Installed] = installed) -> tuple[Package, .
         needs = ",".join(sorted(map(str, requirement.specifier), key=lambda clause: clause.startswith("<")))
         version = look_up(requirement.name).version
         fits = version is None or requirement.specifier.contains(version, prereleases=True)
-        if requirement.name not in rows or not fits:  # of several requirements of jaxlib the one that is not met
+        if requirement.name not in rows or not fits:  # jaxlib has several: the one that is not met counts
             rows[requirement.name] = Package(requirement.name, version, needs, needed_by, optional, fits)
 
     ours = look_up(OURS).requires

@@ -12,12 +12,12 @@ import os
 import sys
 from typing import Any
 
-_SIDE = 128  # of the matrix that is multiplied: one tile of any accelerator
-_FIELDS = ("id", "process_index", "coords", "core_on_chip", "slice_index")  # of a device, where it has them
+_SIDE = 128  # rows and columns of the matrix: one tile of any accelerator
+_FIELDS = ("id", "process_index", "coords", "core_on_chip", "slice_index")  # attributes of a device, where it has them
 
 
 def main(platform: str) -> None:
-    """Import jax, initialise the platform, multiply two matrices on it, and tell of each stage."""
+    """Import jax, initialise the platform and multiply two matrices on it, and write a line for each stage."""
     out = os.dup(1)
     os.dup2(2, 1)
 

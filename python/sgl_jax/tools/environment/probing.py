@@ -1,4 +1,4 @@
-"""Trying platforms: which ones are worth it, and how to do it so that nothing hangs and no server is disturbed."""
+"""Trying platforms, each in a process of its own, so that nothing hangs and no running server is disturbed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SCRIPT = Path(__file__).with_name("probe.py")
 
 
 def probe(platform: Platform, facts: Facts, timeout_s: float, at_exit: contextlib.ExitStack) -> Probe:
-    """Try a platform where that makes sense, by the packages, TPUs and variables in `facts`; see try_out."""
+    """Try a platform if there is no `reason_not_to`, judged by the packages, TPUs and variables in `facts`."""
     if reason := reason_not_to(platform, facts):
         return Probe(platform, "not started", reason)
     return try_out(platform, variables(platform, facts.environ, facts.gpu_name), timeout_s, at_exit)

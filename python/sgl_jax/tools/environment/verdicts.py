@@ -1,7 +1,8 @@
-"""Usable or not, and if not why and what to do: a verdict per platform from the facts, and notices. Pure functions.
+"""Verdicts from the facts: for each platform whether it is usable, and if not, why and what to do. Also notices.
 
 A platform that passed its probe is usable, whatever else is known of it. Otherwise the first row of its table that holds
 says why not, from the hardware upwards: present, free, allowed, its package installed, its driver new enough, its own words.
+All functions are pure.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ _CAUSES = (
     (r"^\w+ timeout", "give it longer: --timeout 300"),
     (rf"^\w+ failed while {IMPORTING}:", "{verb} jax:\n{install}"),
 )
+_OTHER_CACHE = "every start compiles everything; choose another\nexport JAX_COMPILATION_CACHE_DIR=..."
 _NO_CAUSE = "if the message does not help, report it together with this text"
 
 type Row = tuple[object, str, *tuple[str, ...]]  # whether it holds, the reason, what to do; none: see _CAUSES
@@ -121,32 +123,21 @@ def _gpu_rows(facts: Facts, failure: str) -> list[Row]:
 def notices(facts: Facts) -> tuple[str, ...]:
     """Return the lines about what does not stop the program; a command stands in a line of its own."""
     cache, machine, packages = facts.compile_cache, facts.machine, facts.packages
+    stranger = not any(each.needed_by == OURS for each in packages)
     missing = [each for each in packages if each.version is None and each.needed_by and not each.optional]
     names, ours = ", ".join(each.name for each in missing), [each for each in missing if each.needed_by == OURS]
+    full = cache.free is not None and cache.free < ENOUGH_DISK
     files, most_files = machine.limits.get("open files", (None, None))
-    most = min(most_files or 65536, 65536)
+    few, most = files is not None and files < ENOUGH_FILES, min(most_files or 65536, 65536)
     raised = f"\nulimit -n {most}" if most > (files or 0) else ""
     sees, may = machine.cpus or 0, machine.cgroup_cpus or 0
     rows = [
-        (
-            not any(each.needed_by == OURS for each in packages),
-            "sgl_jax is not installed, or not with its packages; in the repository:\nuv pip install -e python",
-        ),
+        (stranger, "sgl_jax is not installed, or not with its packages; in the repository:\nuv pip install -e python"),
         (missing, f"not installed: {names}\n{_install(ours or missing)}"),  # jax brings jaxlib itself
         *((not each.fits, f"{_misfit(each, ';')}\n{_repair(each, facts)}") for each in packages),
-        (
-            cache.problem,
-            f"the compile cache {cache.path} cannot be written ({cache.problem}): every start compiles everything; "
-            "choose another\nexport JAX_COMPILATION_CACHE_DIR=...",
-        ),
-        (
-            cache.free is not None and cache.free < ENOUGH_DISK,
-            f"only {size(cache.free or 0)} free for the compile cache ({cache.path})",
-        ),
-        (
-            files is not None and files < ENOUGH_FILES,
-            f"at most {files} open files; each client connection takes one{raised}",
-        ),
+        (cache.problem, f"the compile cache {cache.path} cannot be written ({cache.problem}): {_OTHER_CACHE}"),
+        (full, f"only {size(cache.free or 0)} free for the compile cache ({cache.path})"),
+        (few, f"at most {files} open files; each client connection takes one{raised}"),
         (0 < may < sees, f"the container may use {may:g} CPUs and sees {sees}: more threads than CPUs"),
         *((True, f"could not look at {text}") for text in facts.not_found_out),
     ]
@@ -250,7 +241,7 @@ def _misfit(package: Package, separator: str) -> str:
 
 
 def describe(devices: tuple[Device, ...]) -> str:
-    """Return `4 x TPU v5 lite, 16.0 GiB for jax each, 2x2x1 chips`, and what there is of processes and slices."""
+    """Describe devices: `4 x TPU v5 lite, 16.0 GiB for jax each, 2x2x1 chips`, then slices and processes if several."""
     parts = [kinds(device.kind for device in devices)]
     if memory := {device.memory for device in devices if device.memory}:
         parts.append(f"{size(min(memory))} for jax{' each' if len(devices) > 1 else ''}")
@@ -264,5 +255,5 @@ def describe(devices: tuple[Device, ...]) -> str:
 
 
 def kinds(names: Iterable[str]) -> str:
-    """Return `4 x TPU v5e`, and what else there is."""
+    """Count equal names: `4 x TPU v5e and 1 x TPU v4`."""
     return " and ".join(f"{number} x {name}" for name, number in sorted(Counter(names).items()))

@@ -27,7 +27,7 @@ from sgl_jax.scheduler.rows import encode_params
 BACKENDS = ("native", "fa")
 # Largest difference, for values around 1: a rounding of the dtype at each of the few places where one happens.
 ALLOWED = {"bfloat16": 0.04, "float32": 0.001}
-SAMPLER_ALLOWED = 1e-4  # of a row's probability: float32 sums over the vocabulary
+SAMPLER_ALLOWED = 1e-4  # probability, for the rounding of float32 sums over the vocabulary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,8 +114,10 @@ def grouped_matmul_error(grouped_matmul: GroupedMatmul, dtype: str) -> float:
 
 
 def sampler_error(num_rows: int = 64, vocab_size: int = 32000) -> float:
-    """Return by how much a row's uniform number misses the interval of probability of the token it drew, at most; 1 for a
-    token that the filters exclude, or a greedy one that is not the best."""
+    """Return the largest distance of a row's uniform number from the interval of probability of the token it drew.
+
+    It is 1 for a token that the filters exclude, and for a greedy one that is not the best.
+    """
     settings = [
         SamplingParams(temperature=0.0),
         SamplingParams(),

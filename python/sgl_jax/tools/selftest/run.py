@@ -1,4 +1,4 @@
-"""The self-test: its checks one by one, printed as they end, and whether all passed."""
+"""Self-test of a machine's devices: checks and speed, printed as they come."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class StepTime(NamedTuple):
     shape: Shape
     tp_size: int
     seconds: float  # the median decode step, its tokens on the host
-    num_bytes: float  # of weights and KV that it must read
+    num_bytes: float  # weights and KV that it must read
 
 
 def speed_lines(platform: Platform, devices: Sequence[jax.Device]) -> Iterator[str]:

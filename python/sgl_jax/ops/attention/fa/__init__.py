@@ -1,5 +1,1 @@
-"""Attention for TPU: Pallas kernels over the paged pool.
-
-`call` is the implementation of the contract, `decode` and `chunks` its two kernels, `ring` the copies of pages that both
-share, `blocks` the sizes.
-"""
+"""Attention for TPU: two Pallas kernels over the paged pool (docs/features/attention_backend.md)."""

@@ -5,28 +5,29 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from sgl_jax.ops.attention.fa.ring import IDS
 from sgl_jax.ops.attention.fa.tile import LANES
 
-DECODE_KEYS = 1024  # more make no turn cheaper per key; fewer leave scalar work unpaid
-UNIT_KEYS = 256  # an edge block is attended to in such steps: what fills a matrix unit once
+DECODE_KEYS = 1024  # larger blocks gain nothing per key; smaller ones are bound by scalar work
+UNIT_KEYS = 256  # keys of a step in an edge block: they fill a matrix unit once
 CHUNK_KEYS = 1024
 CHUNK_UNIT_KEYS = 512
 CHUNK_QUERIES = 128
 WRITE_TOKENS = 128
 MAX_SLOTS = 8
-EXPECTED_KEYS = 1024  # of a row, for the cost the compiler is told
+EXPECTED_KEYS = 1024  # keys of a row, for the compiler's estimate of the cost
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    name: str  # as pltpu.ChipVersion
+    name: str  # of pltpu.ChipVersion
     vmem_bytes: int
 
 
@@ -37,7 +38,6 @@ class DecodeBlocks:
     unit_pages: int  # per step in an edge block; divides pages
     vmem_limit: int
     max_tokens: int  # of the short rows of one call, whose q, o and new KV lie in VMEM; a multiple of 16
-    expected_keys: int = EXPECTED_KEYS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,30 +49,31 @@ class ChunkBlocks:
     write_pages: int  # pages written at a time
     write_slots: int
     vmem_limit: int
-    expected_keys: int = EXPECTED_KEYS
 
 
 def current_chip() -> Chip:
-    """The TPU that the program is traced for. Fails where there is none (pltpu.get_tpu_info says so)."""
+    """Return the TPU that the program is traced for. Raises ValueError where there is none."""
     info = pltpu.get_tpu_info()
     return Chip(info.chip_version.name, info.vmem_capacity_bytes)
 
 
 def _power_of_two(n: int) -> int:
-    """The largest power of two that is at most n, and at least 1."""
+    """Return the largest power of two that is at most n, and at least 1."""
     return 1 << max(0, n.bit_length() - 1)
 
 
 def _ring(keys: int, page_size: int, row_pages: int, page_bytes: int, slots: int, budget: int) -> tuple[int, int]:
-    """(slots, pages per slot): blocks of `keys` if so many slots of them fit the budget, else smaller ones."""
+    """Return the slots and the pages of a slot: blocks of `keys` if so many slots of them fit the budget, else smaller ones."""
     pages = min(_power_of_two(keys // page_size), IDS, 2 * _power_of_two(max(1, row_pages - 1)))
     while pages > 1 and slots * pages * page_bytes > budget:
         pages //= 2
     return max(2, _power_of_two(min(MAX_SLOTS, budget // (pages * page_bytes)))), pages
 
 
-def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_heads: int) -> DecodeBlocks:
-    """For a pool [LP, K, planes, page, H], page tables of row_pages pages and num_heads query heads."""
+def decode_blocks(
+    chip: Chip, kv_shape: tuple[int, ...], dtype: DTypeLike, row_pages: int, num_heads: int
+) -> DecodeBlocks:
+    """Return the sizes for a pool [LP, K, planes, page, H], page tables of row_pages pages and num_heads query heads."""
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
     slots, pages = _ring(DECODE_KEYS, page_size, row_pages, page_bytes, 4, chip.vmem_bytes // 8)
     unit = min(pages, _power_of_two(UNIT_KEYS // page_size))
@@ -84,9 +85,9 @@ def decode_blocks(chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: 
 
 
 def chunk_blocks(
-    chip: Chip, kv_shape: tuple[int, ...], dtype: Any, row_pages: int, num_heads: int, num_tokens: int
+    chip: Chip, kv_shape: tuple[int, ...], dtype: DTypeLike, row_pages: int, num_heads: int, num_tokens: int
 ) -> ChunkBlocks:
-    """As decode_blocks, for num_tokens packed tokens, a multiple of 16."""
+    """Return the sizes as decode_blocks does, for num_tokens packed tokens, a multiple of 16."""
     page_size, page_bytes = kv_shape[3], _page_bytes(kv_shape, dtype)
     slots, pages = _ring(CHUNK_KEYS, page_size, row_pages, page_bytes, 2, chip.vmem_bytes // 8)
     write_pages = max(1, WRITE_TOKENS // page_size)
@@ -95,17 +96,12 @@ def chunk_blocks(
     # A query has two slots of bfloat16 q and o, and acc, top and total in float32.
     query_bytes = num_heads * (2 * 2 * 2 * kv_shape[4] + 4 * (kv_shape[4] + 2 * LANES))
     queries = min(CHUNK_QUERIES, num_tokens, max(16, _power_of_two(chip.vmem_bytes // 3 // query_bytes)))
-    blocks = ChunkBlocks(
-        min(slots, 4), pages, unit, queries, write_pages, write_slots, vmem_limit=chip.vmem_bytes * 7 // 8
-    )
+    blocks = ChunkBlocks(min(slots, 4), pages, unit, queries, write_pages, write_slots, chip.vmem_bytes * 7 // 8)
     return dataclasses.replace(blocks, **_tuned("chunks", chip, kv_shape, dtype))
 
 
-def _page_bytes(kv_shape: tuple[int, ...], dtype: Any) -> int:
-    size = jnp.dtype(dtype).itemsize
-    for n in kv_shape[1:]:
-        size *= n
-    return size
+def _page_bytes(kv_shape: tuple[int, ...], dtype: DTypeLike) -> int:
+    return jnp.dtype(dtype).itemsize * math.prod(kv_shape[1:])
 
 
 @functools.cache
@@ -113,8 +109,7 @@ def _table() -> dict[str, dict[str, int]]:
     return json.loads(Path(__file__).with_name("tuned.json").read_text())
 
 
-def _tuned(kernel: str, chip: Chip, kv_shape: tuple[int, ...], dtype: Any) -> dict[str, int]:
+def _tuned(kernel: str, chip: Chip, kv_shape: tuple[int, ...], dtype: DTypeLike) -> dict[str, int]:
     _, heads, _, page_size, head_dim = kv_shape
-    return _table().get(
-        f"{kernel} {chip.name} kv_heads={heads} page={page_size} head_dim={head_dim} {jnp.dtype(dtype)}", {}
-    )
+    key = f"{kernel} {chip.name} kv_heads={heads} page={page_size} head_dim={head_dim} {jnp.dtype(dtype)}"
+    return _table().get(key, {})

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jax.typing import DTypeLike
 
-from sgl_jax.ops.attention.api import AttentionLayer, RaggedBatch, split_heads, to_pool
+from sgl_jax.ops.attention import api
 from sgl_jax.ops.attention.fa import blocks as block_sizes
 from sgl_jax.ops.attention.fa.blocks import ChunkBlocks, DecodeBlocks
 from sgl_jax.ops.attention.fa.chunks import attend_chunks
 from sgl_jax.ops.attention.fa.decode import attend_short
 from sgl_jax.ops.attention.fa.kernel_call import Rows, Static, Tokens
-from sgl_jax.ops.attention.fa.prepare import operands
 from sgl_jax.ops.attention.fa.ring import IDS
-from sgl_jax.ops.attention.fa.tile import LANES, Scores, row_tile
+from sgl_jax.ops.attention.fa.tile import LANES, Prepare, Scores, row_tile
 
 TOKENS = 16  # packed tokens come in multiples of this: the rows of a bfloat16 tile
 
@@ -25,24 +26,27 @@ def pool_head_dim(head_dim: int) -> int:
 
 
 def paged_attention(
-    q: Float[Array, "T heads H"],
-    k: Float[Array, "T K H"] | None,
-    v: Float[Array, "T K H"] | None,
-    kv: Num[Array, "LP K planes page HP"],
-    batch: RaggedBatch,
-    layer: AttentionLayer,
+    q: api.Queries,
+    k: api.NewKV | None,
+    v: api.NewKV | None,
+    kv: api.Pool,
+    batch: api.RaggedBatch,
+    layer: api.AttentionLayer,
     *,
     blocks: tuple[DecodeBlocks, ChunkBlocks] | None = None,
-) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page HP"]]:
+) -> tuple[api.Output, api.Pool]:
     """See api.Attention. The pool's head dim HP is pool_head_dim(H), its page size a multiple of tile.row_tile.
 
-    `blocks`: sizes other than the chip's (for tests).
+    `blocks`: sizes other than those for the chip that the program is traced for (for tests).
     """
     num_tokens, _, head_dim = q.shape
     _check_pool(kv, head_dim)
     if blocks is None:
-        blocks = _blocks(
-            kv, batch.page_table.shape[1], q.shape[1] - 2 * kv.shape[1] if k is None else q.shape[1], num_tokens
+        chip, row_pages = block_sizes.current_chip(), batch.page_table.shape[1]
+        num_heads = q.shape[1] - 2 * kv.shape[1] if k is None else q.shape[1]
+        blocks = (
+            block_sizes.decode_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads),
+            block_sizes.chunk_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads, _whole(num_tokens)),
         )
     padded_tokens = -(-num_tokens // blocks[1].queries) * blocks[1].queries
     tokens, static = _pack(q, k, v, kv, layer, padded_tokens)
@@ -64,12 +68,7 @@ def paged_attention(
 
 
 def _pack(
-    q: Float[Array, "T heads H"],
-    k: Float[Array, "T K H"] | None,
-    v: Float[Array, "T K H"] | None,
-    kv: Num[Array, "LP K planes page HP"],
-    layer: AttentionLayer,
-    num_tokens: int,
+    q: api.Queries, k: api.NewKV | None, v: api.NewKV | None, kv: api.Pool, layer: api.AttentionLayer, num_tokens: int
 ) -> tuple[Tokens, Static]:
     """Pad the arrays to num_tokens and to the pool's head dim, in its dtype, and lay them out as the products around have
     them: queries are products of all heads at once, or of each head by itself (models/mla.py, where v is None)."""
@@ -77,12 +76,14 @@ def _pack(
     _, num_kv_heads, planes, page_size, pool_dim = kv.shape
     divides = kv.dtype.itemsize == 1 or layer.kv_scales is not None
     if k is None and (head_dim != pool_dim or divides):
-        q, k, v = split_heads(q, num_kv_heads)  # heads are to be padded, or k and v divided and rounded
+        q, k, v = api.split_heads(q, num_kv_heads)  # heads are to be padded, or k and v divided and rounded
     num_heads = q.shape[1] - 2 * num_kv_heads if k is None else q.shape[1]
-    prepare = layer.prepare
-    if prepare is not None and k is not None and divides:
-        (q, k), prepare = prepare(q, k), None  # before they are divided and rounded
-    k, v = (None if x is None else to_pool(x, kv.dtype, scale) for x, scale in zip((k, v), layer.scales, strict=True))
+    prepare = layer.prepare or api.QKPrepare(None, None, None)
+    if k is not None and divides:
+        (q, k), prepare = prepare(q, k), api.QKPrepare(None, None, None)  # before they are divided and rounded
+    k, v = (
+        None if x is None else api.to_pool(x, kv.dtype, scale) for x, scale in zip((k, v), layer.scales, strict=True)
+    )
     # 8-bit pools: values go in as bfloat16 that the pool's type holds exactly.
     dtype = jnp.dtype(kv.dtype) if kv.dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
 
@@ -95,12 +96,18 @@ def _pack(
     heads_first = v is None and k is not None
     k, v = (None if x is None else flat(x) for x in (k, v))
     q = padded(q).swapaxes(0, 1) if heads_first else flat(q)
-    static_prepare, arrays = operands(prepare, num_tokens, head_dim, pool_dim, q_dtype)
+    static_prepare, arrays = _prepare_operands(prepare, num_tokens, head_dim, pool_dim, q_dtype)
     value_dim = pool_head_dim(head_dim if spec.value_dim is None else spec.value_dim)
-    sizes = num_heads, num_kv_heads, planes, page_size, pool_dim, value_dim, spec.width, layer.window is not None
     scores = Scores(spec.scale, spec.softcap, spec.temperature_length, dtype)
-    tokens = Tokens(q, k, v, _sink_lines(layer.sinks), **arrays)
-    return tokens, Static(*sizes, scores, static_prepare)
+    sinks = layer.sinks
+    if sinks is not None:
+        lines = jnp.pad(sinks.astype(jnp.float32), (0, 8))[:, None]
+        sinks = jnp.broadcast_to(lines, (num_heads + 8, LANES))
+    has_window = layer.window is not None
+    static = Static(
+        num_heads, num_kv_heads, planes, page_size, pool_dim, value_dim, spec.width, has_window, scores, static_prepare
+    )
+    return Tokens(q, k, v, sinks, **arrays), static
 
 
 def _attend_short_in_turn(
@@ -117,7 +124,8 @@ def _attend_short_in_turn(
     parts = []
     for first, start in zip(firsts, starts, strict=True):
         end, some = first + per_turn, _whole(min(at_once, lines - first * width))
-        mine = rows._replace(
+        mine = dataclasses.replace(
+            rows,
             num_short=jnp.clip(rows.num_short - first, 0, per_turn),
             kv_lens=rows.kv_lens[first:end],
             cu_q_lens=cu_q_lens[first : end + 1] - start,
@@ -135,20 +143,22 @@ def _attend_short_in_turn(
     return jnp.pad(out, rest), kv
 
 
-def _sink_lines(sinks: Float[Array, " N"] | None) -> Float[Array, "lines 128"] | None:
-    if sinks is None:
-        return None
-    lines = jnp.pad(sinks.astype(jnp.float32), (0, 8))[:, None]
-    return jnp.broadcast_to(lines, (len(lines), LANES))
+def _prepare_operands(
+    prepare: api.QKPrepare, num_tokens: int, head_dim: int, pool_dim: int, dtype: DTypeLike
+) -> tuple[Prepare, dict[str, jax.Array | None]]:
+    """Return the static part of a QKPrepare, and its arrays as Tokens has them, padded to num_tokens lines and to the pool's
+    head dim."""
 
+    def line(weight: jax.Array | None) -> jax.Array | None:
+        return None if weight is None else jnp.pad(weight, (0, pool_dim - head_dim))[None]
 
-def _blocks(kv: jax.Array, row_pages: int, num_heads: int, num_tokens: int) -> tuple[DecodeBlocks, ChunkBlocks]:
-    """Choose the sizes for the chip that the program is traced for."""
-    chip = block_sizes.current_chip()
-    return (
-        block_sizes.decode_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads),
-        block_sizes.chunk_blocks(chip, kv.shape, kv.dtype, row_pages, num_heads, _whole(num_tokens)),
-    )
+    half, rope = 0, prepare.rope
+    if rope is not None:
+        lines, width = rope.shape
+        half = width // 2
+        rope = jnp.pad(rope.astype(jnp.float32), ((0, num_tokens - lines), (0, pool_dim - width)))
+    arrays = {"q_norm": line(prepare.q_norm), "k_norm": line(prepare.k_norm), "rope": rope}
+    return Prepare(head_dim, prepare.eps, half, dtype), arrays
 
 
 def _whole(tokens: int) -> int:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.ops.attention.fa import ring
-from sgl_jax.ops.attention.fa.blocks import ChunkBlocks
+from sgl_jax.ops.attention.fa.blocks import EXPECTED_KEYS, ChunkBlocks
 from sgl_jax.ops.attention.fa.kernel_call import Refs, Rows, Static, Tokens, run_kernel
 from sgl_jax.ops.attention.fa.ring import Cursor, PageRing, Ref, cdiv, div, rem
 from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Keep, attend, join_pages, of_head, part_of
@@ -64,19 +64,8 @@ class Chunks:
     window: jax.Array | None
     first_token: jax.Array  # of the rows after the short ones
     first_tile: jax.Array
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a tile, B."""
-        return self.refs.q_tiles.shape[-2]
-
-    @property
-    def products(self) -> int:
-        return self.refs.acc.shape[0]
-
-    @property
-    def product_heads(self) -> int:
-        return self.static.num_heads // self.products
+    tokens: int  # of a tile, B
+    product_heads: int  # J
 
     def positions(self, row, tile):
         """Return the positions [first, end) in its row of a tile's tokens of that row, and what to add to the index of a
@@ -124,7 +113,7 @@ class Chunks:
             for j in range(self.product_heads):
                 do(product, slice(j * self.tokens, (j + 1) * self.tokens), product * self.product_heads + j)
 
-        lax.fori_loop(0, self.products, one, None)
+        lax.fori_loop(0, self.refs.acc.shape[0], one, None)
 
     def q_at(self, slot, head):
         """Return the index of a head's queries [B, H] in refs.q_tiles."""
@@ -332,7 +321,7 @@ class Queries:
                 refs.total[i] = total
                 refs.acc[i] = acc
 
-        lax.fori_loop(0, chunks.products // in_turn, one_turn, None)
+        lax.fori_loop(0, refs.acc.shape[0] // in_turn, one_turn, None)
 
     def write_out(self) -> None:
         """Put the outputs into the tile, and leave those of the tile's other rows as they are."""
@@ -356,15 +345,16 @@ def _kernel(refs: ChunkRefs, static: Static, unit_pages: int, lines_set: int) ->
     last_token = refs.cu_q_lens[num_rows]
     Writer(refs, static, refs.cu_q_lens[num_rows], **refs.write).write_all()
 
-    static, pages = static.scaled(refs.kv_scales), refs.pages()
+    static = dataclasses.replace(static, scores=static.scores.scaled(refs.kv_scales))
+    pages = refs.pages()
     window = refs.window[0] if static.has_window else None
     first_row = refs.num_short[0]
     first_token = refs.cu_q_lens[first_row]
     first_token = jnp.where(first_token < last_token, first_token, lines_set)
-    tile_tokens = refs.q_tiles.shape[-2]
+    tile_tokens, heads = refs.q_tiles.shape[-2], static.num_heads // refs.acc.shape[0]
     first_tile = div(first_token, tile_tokens)
     num_tiles = refs.q.shape[-2] // tile_tokens
-    chunks = Chunks(refs, static, pages, unit_pages, last_token, window, first_token, first_tile)
+    chunks = Chunks(refs, static, pages, unit_pages, last_token, window, first_token, first_tile, tile_tokens, heads)
 
     row = jnp.minimum(first_row, num_rows - 1)
     cursor = (jnp.int32(0), first_row, first_tile, *chunks.block_range(row, first_tile))
@@ -409,7 +399,7 @@ def attend_chunks(
     }
     if rope is not None:
         scratch["rope_tiles"] = pltpu.VMEM((2, blocks.queries, head_dim), jnp.float32)
-    keys = q.shape[-2] * blocks.expected_keys
+    keys = q.shape[-2] * EXPECTED_KEYS
     return run_kernel(
         "fa_chunks",
         lambda refs: _kernel(ChunkRefs(**refs), static, blocks.unit_pages, lines_set),

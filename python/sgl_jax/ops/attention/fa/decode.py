@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.ops.attention.fa import ring
-from sgl_jax.ops.attention.fa.blocks import DecodeBlocks
+from sgl_jax.ops.attention.fa.blocks import EXPECTED_KEYS, DecodeBlocks
 from sgl_jax.ops.attention.fa.kernel_call import Refs, Rows, Static, Tokens, run_kernel
 from sgl_jax.ops.attention.fa.ring import Cursor, PageRing, Ref, cdiv, div, rem
 from sgl_jax.ops.attention.fa.tile import FLOOR, LANES, Keep, State, attend, join_pages, of_head, part_of, row_tile
 
-WRITES = 4  # tiles on their way back to the pool
-UNROLLED_HEADS = 32  # of more heads, each is a turn of a loop where they are handled one by one
+WRITES = 4  # row tiles on their way back to the pool at a time
+UNROLLED_HEADS = 32  # loops over heads are unrolled up to so many of them
 PART_HEADS = 128  # query heads of a product at most
 CUTS = 2  # with one product per block, its keys are cut so that one half's product overlaps the other's softmax
 
@@ -51,24 +50,9 @@ class Decode:
     num_rows: jax.Array
     window: jax.Array | None
     num_tokens: jax.Array
-
-    @property
-    def part(self) -> int:
-        return part_heads(self.static.group, self.static.width)
-
-    @property
-    def part_rows(self) -> int:
-        """Lines of a product, in whole tiles."""
-        return -(-self.part * self.static.width // 8) * 8
-
-    @property
-    def first_heads(self) -> range:
-        """The first head of each part."""
-        return range(0, self.static.num_heads, self.part)
-
-    @property
-    def value_tiles(self) -> range:
-        return range(self.static.value_dim // LANES)
+    part: int  # heads of a product
+    part_rows: int  # lines of a product, in whole tiles
+    first_heads: range  # the first head of each part
 
     def new_tokens(self, row):
         """Return the first new token of a row, and how many it has."""
@@ -110,10 +94,6 @@ class Decode:
         index = head // part if isinstance(head, int) else div(head, part)
         return token * part + (index * (self.refs.o.shape[-2] - 1) * part + head)
 
-    def for_heads(self, do: Callable[[Any, None], None]) -> None:
-        num_heads = self.static.num_heads
-        lax.fori_loop(0, num_heads, do, None, unroll=num_heads <= UNROLLED_HEADS)
-
     def spread(self, r, _=None) -> None:
         """Put 16 tokens of q, k and v, [R, heads * H], into their lines, q and k normed and rotated."""
         refs, num_kv_heads, planes = self.refs, self.static.num_kv_heads, self.static.planes
@@ -131,7 +111,8 @@ class Decode:
             x = self.static.prepare(load(refs.q, n), refs.q_norm, rope)
             put(refs.heads, pl.ds(self.line_of(r * 16, n), 16, stride=self.part), x)
 
-        self.for_heads(one_head)
+        num_heads = self.static.num_heads
+        lax.fori_loop(0, num_heads, one_head, None, unroll=num_heads <= UNROLLED_HEADS)
         for h in range(num_kv_heads):
             line, stride = (r * 16 * num_kv_heads + h) * planes, planes * num_kv_heads
             put(refs.new, pl.ds(line, 16, stride=stride), self.static.prepare(load(refs.k, h), refs.k_norm, rope))
@@ -140,16 +121,17 @@ class Decode:
 
     def gather(self, r, _=None) -> None:
         """Bring 16 tokens of o back to [R, N * V]; zeros after the last row."""
-        refs = self.refs
+        refs, value_tiles = self.refs, range(self.static.value_dim // LANES)
         at = pl.ds(pl.multiple_of(r * 16, 16), 16)
         live = r * 16 + lax.broadcasted_iota(jnp.int32, (16, LANES), 0) < self.num_tokens
 
         def one_head(n, _):
             lines = pl.ds(self.line_of(r * 16, n), 16, stride=self.part)
-            x = jnp.concatenate([jnp.where(live, refs.heads[c, lines], 0) for c in self.value_tiles], 1)
+            x = jnp.concatenate([jnp.where(live, refs.heads[c, lines], 0) for c in value_tiles], 1)
             refs.o[of_head(refs.o.shape, at, n, self.static.value_dim)] = x.astype(refs.o.dtype)
 
-        self.for_heads(one_head)
+        num_heads = self.static.num_heads
+        lax.fori_loop(0, num_heads, one_head, None, unroll=num_heads <= UNROLLED_HEADS)
 
     def one_row(self, row, carry):
         """Attend with a row's queries to its blocks: those with old keys only, then those that get new tokens."""
@@ -157,24 +139,15 @@ class Decode:
         written = row if self.static.width == 1 else counted[0]  # row tiles sent to the pool; with W = 1, one a row
         mine = Row.of(self, row)
         state = [mine.start(head) for head in self.first_heads]
-        end, position = mine.end, mine.new.position
-        first_new = end - 1 if self.static.width == 1 else div(position, self.pages.block_tokens)
+        first_new = mine.end - 1 if self.static.width == 1 else div(mine.position, self.pages.block_tokens)
         n, cursor, state = lax.fori_loop(mine.begin, first_new, mine.old_block, (n, cursor, state))
         carry = n, cursor, written, state
         if self.static.width == 1:
-            n, cursor, written, state = mine.new_block(end - 1, carry)
+            n, cursor, written, state = mine.new_block(mine.end - 1, carry)
         else:
-            n, cursor, written, state = lax.fori_loop(first_new, end, mine.new_block, carry)
+            n, cursor, written, state = lax.fori_loop(first_new, mine.end, mine.new_block, carry)
         mine.write_out(state)
         return (n, cursor) if self.static.width == 1 else (n, cursor, written)
-
-
-class NewTokens(NamedTuple):
-    """The new tokens of a row."""
-
-    token: jax.Array  # index of the first one in the packed tokens
-    number: jax.Array | int
-    position: jax.Array  # of the first one in the row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +160,9 @@ class Row:
     all_see: jax.Array  # the first key that no query's window leaves out
     begin: jax.Array  # its blocks are [begin, end)
     end: jax.Array
-    new: NewTokens
+    token: jax.Array  # index of the first new token in the packed tokens
+    number: jax.Array | int  # of new tokens
+    position: jax.Array  # of the first new token in the row
     lines: list[Any]  # of each part in refs.heads
     q: list[jax.Array]  # of each part, [part_rows, H]
     factor: float | jax.Array  # Scores.factor of a product's lines
@@ -199,16 +174,16 @@ class Row:
         kv_len, first = refs.kv_lens[row], decode.first_key(row)
         begin, end = decode.block_range(row)
         token, number = decode.new_tokens(row)
-        new = NewTokens(token, number, refs.kv_lens[row] - number)
+        first_new = refs.kv_lens[row] - number
         lines = [pl.ds(decode.line_of(token, head), part_rows) for head in decode.first_heads]
         dtype = decode.static.scores.dtype
         q = [jnp.concatenate([refs.heads[c, at] for c in decode.static.lane_tiles], 1).astype(dtype) for at in lines]
-        position = jnp.full((part_rows, LANES), new.position)
+        position = jnp.full((part_rows, LANES), first_new)
         if width > 1:
             position = position + query_of(position.shape, decode.part, width)
         factor = decode.static.scores.factor(position)
         all_see = first if width == 1 or decode.window is None else kv_len - decode.window
-        return Row(decode, kv_len, first, all_see, begin, end, new, lines, q, factor)
+        return Row(decode, kv_len, first, all_see, begin, end, token, number, first_new, lines, q, factor)
 
     def start(self, head: int) -> State:
         """Return the softmax over no keys, sinks aside, of the part that begins with a head."""
@@ -236,11 +211,11 @@ class Row:
         n, cursor, written, state = carry
         decode = self.decode
         slot, cursor = decode.pages.advance(n, cursor, decode.announce)
-        written = _insert(decode, self.new, n, slot, block, written)
+        written = self._insert(n, slot, block, written)
         if decode.static.width == 1:
             is_whole = self.kv_len == self.end * decode.pages.block_tokens
         else:
-            is_whole = self.new.position + 1 >= (block + 1) * decode.pages.block_tokens
+            is_whole = self.position + 1 >= (block + 1) * decode.pages.block_tokens
         if decode.window is not None:
             is_whole &= block * decode.pages.block_tokens >= self.all_see
         state = self._attend_block(state, slot, block, is_whole)
@@ -266,7 +241,7 @@ class Row:
             def keep(shape, axis):
                 at = u * unit + lax.broadcasted_iota(jnp.int32, shape, axis)
                 if width > 1 and axis == 1:
-                    last = self.new.position - base + query_of(shape, decode.part, width)
+                    last = self.position - base + query_of(shape, decode.part, width)
                     return at <= last if window is None else (at <= last) & (at > last - window)
                 return at < high if window is None else (at >= low) & (at < high)
 
@@ -284,23 +259,68 @@ class Row:
             buffer, value_dim = decode.pages.buffer, decode.static.value_dim
             return join_pages(buffer, slot, first_page + first, some, h, which, value_dim)
 
-        def keys(h):
-            return [functools.partial(load, h, first) for first in range(0, count, some)]
-
-        loads = [keys(head // decode.static.group) for head in decode.first_heads]
+        firsts, group = range(0, count, some), decode.static.group
+        loads = [[functools.partial(load, head // group, first) for first in firsts] for head in decode.first_heads]
         return attend(state, self.q, loads, keep, decode.static.scores, self.factor)
+
+    def _insert(self, n, slot, block, written):
+        """Put the row's new K and V into a block, item n, and send their row tiles to the pool. Returns the number of tiles
+        sent by all rows so far."""
+        decode = self.decode
+        if decode.static.width == 1:
+            return self._insert_tile(n, slot, block, self.position, written)
+        height, block_tokens = decode.refs.tiles.shape[3], decode.pages.block_tokens
+        first = jnp.maximum(self.position, block * block_tokens)
+        end = jnp.minimum(self.position + self.number, (block + 1) * block_tokens)
+
+        def one_tile(tile, written):
+            return self._insert_tile(n, slot, block, tile * height, written)
+
+        return lax.fori_loop(div(first, height), cdiv(end, height), one_tile, written)
+
+    def _insert_tile(self, n, slot, block, position, written):
+        """Put new tokens into the row tile of a position (of the new token where W = 1, else the tile's first) and send it."""
+        decode, refs, pages, width = self.decode, self.decode.refs, self.decode.pages, self.decode.static.width
+        _, num_kv_heads, planes, page_size, head_dim = refs.kv.shape
+        height = refs.tiles.shape[3]
+        page = div(position, page_size)
+        offset = rem(position, page_size)
+        top = pl.multiple_of(div(offset, height) * height, height)
+        first = offset - top if width == 1 else self.position - position  # of the new tokens, counted in the tile
+        w = rem(written, WRITES)
+
+        @pl.when(written >= WRITES)
+        def _():
+            _written(refs, w).wait()
+
+        line = lax.broadcasted_iota(jnp.int32, (height, head_dim), 0)
+        heres = [line == first, *(line == jnp.where(i < self.number, first + i, -1) for i in range(1, width))]
+        for h in range(num_kv_heads):
+            for which in range(planes):
+                at = slot, page - block * pages.pages, h, which, pl.ds(top, height)
+                tile = pages.buffer[at].astype(jnp.float32)
+                for i, here in enumerate(heres):
+                    source = pl.ds(((self.token + i) * num_kv_heads + h) * planes + which, 1)
+                    x = jnp.concatenate([refs.new[c, source] for c in decode.static.lane_tiles], 1)
+                    tile = jnp.where(here, x, tile)
+                tile = tile.astype(pages.buffer.dtype)
+                pages.buffer[at] = tile
+                refs.tiles[w, h, which] = tile
+        target = refs.kv.at[pages.page_id(n, page), :, :, pl.ds(top, height)]
+        pltpu.make_async_copy(refs.tiles.at[w], target, refs.write_sem.at[w]).start()
+        return written + 1
 
     def write_out(self, state: list[State]) -> None:
         """Put the outputs into refs.heads, in place of the row's queries."""
         decode, heads, part = self.decode, self.decode.refs.heads, self.decode.part
         for (_, total, acc), at in zip(state, self.lines, strict=True):
             out = acc / jnp.sum(total, axis=1, keepdims=True) * decode.static.scores.v_scale
-            for c in decode.value_tiles:
+            for c in range(decode.static.value_dim // LANES):
                 x = out[:, c * LANES : (c + 1) * LANES]
                 if decode.static.width == 1:
                     heads[c, pl.ds(at.start, part)] = x[:part]
                 else:  # later lines are queries of rows to come
-                    mine = lax.broadcasted_iota(jnp.int32, x.shape, 0) < self.new.number * part
+                    mine = lax.broadcasted_iota(jnp.int32, x.shape, 0) < self.number * part
                     heads[c, at] = jnp.where(mine, x, heads[c, at])
 
 
@@ -316,62 +336,16 @@ def _written(refs: DecodeRefs, w):
     return pltpu.make_async_copy(tile, tile, refs.write_sem.at[w])
 
 
-def _insert(decode: Decode, new: NewTokens, n, slot, block, written):
-    """Put the row's new K and V into a block, item n, and send the row tiles around them back to the pool. Returns how
-    many tiles have been sent in all."""
-    if decode.static.width == 1:
-        return _insert_tile(decode, new, n, slot, block, new.position, written)
-    height, block_tokens = decode.refs.tiles.shape[3], decode.pages.block_tokens
-    first = jnp.maximum(new.position, block * block_tokens)
-    end = jnp.minimum(new.position + new.number, (block + 1) * block_tokens)
-
-    def one_tile(tile, written):
-        return _insert_tile(decode, new, n, slot, block, tile * height, written)
-
-    return lax.fori_loop(div(first, height), cdiv(end, height), one_tile, written)
-
-
-def _insert_tile(decode: Decode, new: NewTokens, n, slot, block, position, written):
-    """Handle the row tile of a position in the row: that of the new token where W = 1, else the tile's first."""
-    refs, pages, width = decode.refs, decode.pages, decode.static.width
-    _, num_kv_heads, planes, page_size, head_dim = refs.kv.shape
-    height = refs.tiles.shape[3]
-    page = div(position, page_size)
-    offset = rem(position, page_size)
-    top = pl.multiple_of(div(offset, height) * height, height)
-    first = offset - top if width == 1 else new.position - position  # of the new tokens, counted in the tile
-    w = rem(written, WRITES)
-
-    @pl.when(written >= WRITES)
-    def _():
-        _written(refs, w).wait()
-
-    line = lax.broadcasted_iota(jnp.int32, (height, head_dim), 0)
-    heres = [line == first, *(line == jnp.where(i < new.number, first + i, -1) for i in range(1, width))]
-    for h in range(num_kv_heads):
-        for which in range(planes):
-            at = slot, page - block * pages.pages, h, which, pl.ds(top, height)
-            tile = pages.buffer[at].astype(jnp.float32)
-            for i, here in enumerate(heres):
-                source = pl.ds(((new.token + i) * num_kv_heads + h) * planes + which, 1)
-                x = jnp.concatenate([refs.new[c, source] for c in decode.static.lane_tiles], 1)
-                tile = jnp.where(here, x, tile)
-            tile = tile.astype(pages.buffer.dtype)
-            pages.buffer[at] = tile
-            refs.tiles[w, h, which] = tile
-    target = refs.kv.at[pages.page_id(n, page), :, :, pl.ds(top, height)]
-    pltpu.make_async_copy(refs.tiles.at[w], target, refs.write_sem.at[w]).start()
-    return written + 1
-
-
 def _kernel(refs: DecodeRefs, static: Static, unit_pages: int) -> None:
     """Spread q, k and v over lines, attend row after row, gather o from the lines, wait for the writes."""
-    static = static.scaled(refs.kv_scales)
+    static = dataclasses.replace(static, scores=static.scores.scaled(refs.kv_scales))
     pages = refs.pages()
     num_rows, width = refs.num_short[0], static.width
     window = refs.window[0] if static.has_window else None
     num_tokens = num_rows if width == 1 else refs.cu_q_lens[num_rows]
-    decode = Decode(refs, static, pages, unit_pages, num_rows, window, num_tokens)
+    part = part_heads(static.group, width)
+    parts = part, -(-part * width // 8) * 8, range(0, static.num_heads, part)
+    decode = Decode(refs, static, pages, unit_pages, num_rows, window, num_tokens, *parts)
     lax.fori_loop(0, cdiv(num_tokens, 16), decode.spread, None)
 
     cursor = pages.begin((jnp.int32(0), jnp.int32(0), *decode.block_range(0)), decode.announce)
@@ -413,12 +387,12 @@ def attend_short(
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
     }
     out = (num_heads, q.shape[1], static.value_dim) if q.ndim == 3 else (q.shape[0], num_heads * static.value_dim)
-    keys = num_tokens // width * blocks.expected_keys  # read once for all queries of a row
+    keys = num_tokens // width * EXPECTED_KEYS  # read once for all queries of a row
     return run_kernel(
         "fa_decode",
         lambda refs: _kernel(DecodeRefs(**refs), static, blocks.unit_pages),
-        tokens._replace(sinks=sinks),
-        rows._replace(cu_q_lens=rows.cu_q_lens if width > 1 else None, token_page=None),
+        dataclasses.replace(tokens, sinks=sinks),
+        dataclasses.replace(rows, cu_q_lens=rows.cu_q_lens if width > 1 else None, token_page=None),
         kv,
         jax.ShapeDtypeStruct(out, q.dtype),
         scratch,

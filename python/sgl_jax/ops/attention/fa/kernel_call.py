@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from sgl_jax.ops.attention.fa.prepare import Prepare
 from sgl_jax.ops.attention.fa.ring import IDS, PageRing, Ref
-from sgl_jax.ops.attention.fa.tile import LANES, Scores
+from sgl_jax.ops.attention.fa.tile import LANES, Prepare, Scores
 
 IN_VMEM = "sinks", "q_norm", "k_norm"  # whole; other operands stay in HBM, unless they are packed lines of short rows
 PACKED = "q", "k", "v", "rope", "o"
@@ -35,10 +34,6 @@ class Static:
     scores: Scores
     prepare: Prepare
 
-    def scaled(self, kv_scales: Ref | None) -> Static:
-        """Take the factors of the stored K and V into account."""
-        return dataclasses.replace(self, scores=self.scores.scaled(kv_scales))
-
     @property
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
@@ -48,36 +43,39 @@ class Static:
         return range(self.head_dim // LANES)
 
 
-class Rows(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Rows:
     """The rows of a call, and numbers that change by step or by layer, an array each: one array of all would be an
     operation to make."""
 
-    num_short: jax.Array  # i32[1]: rows of at most W tokens
-    first_page: jax.Array  # i32[1]: of the layer
-    window: jax.Array  # i32[1]: keys; 0 if there is none
-    kv_scales: jax.Array | None  # f32[2]: factors of K and V as the pool has them; None: 1
-    kv_lens: jax.Array  # i32[S]
-    cu_q_lens: Any  # i32[S + 1]; None for the decode kernel where W = 1, whose row s is token s
-    token_page: jax.Array | None  # i32[T], without the layer's first page; None for the decode kernel
-    table: jax.Array  # i32[S, groups * IDS]: each row's page ids, padded to whole groups (ring.py)
+    num_short: Ref  # i32[1]: rows of at most W tokens, which are the decode kernel's
+    first_page: Ref  # i32[1]: of the layer
+    window: Ref  # i32[1]: keys; 0 if there is none
+    kv_scales: Ref | None  # f32[2]: factors of K and V as the pool has them; None: 1
+    kv_lens: Ref  # i32[S]
+    cu_q_lens: Ref  # i32[S + 1]; None for the decode kernel where W = 1, whose row s is token s
+    token_page: Ref  # i32[T], without the layer's first page; None for the decode kernel
+    table: Ref  # i32[S, groups * IDS]: each row's page ids, padded to whole groups (ring.py)
 
 
-class Tokens(NamedTuple):
-    """The packed tokens, T of them with padding, and the arrays that go with their heads."""
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The packed tokens, T of them with padding, and the arrays that go with their heads. V is H, or less where the pool has
+    one plane, whose first V columns are the values."""
 
-    q: jax.Array  # [T, N * H] or [N, T, H]; fused: [T, (N + 2K) * H]
-    k: jax.Array | None  # [T, K * H]; None: q is fused
-    v: jax.Array | None  # None also for a pool of one plane
-    sinks: jax.Array | None  # f32[N + 8, 128]: the same in all lanes
-    q_norm: jax.Array | None  # [1, H]: weight of the norm, as it is stored
-    k_norm: jax.Array | None
-    rope: jax.Array | None  # f32[T, H]: cos and sin (api.QKPrepare)
+    q: Ref  # [T, N * H] or [N, T, H] (tile.of_head); fused: [T, (N + 2K) * H]
+    k: Ref  # [T, K * H]; None: q is fused
+    v: Ref | None  # [T, K * H]; None also for a pool of one plane
+    sinks: Ref | None  # f32[N + 8, 128]: the same in all lanes
+    q_norm: Ref | None  # [1, H]: weight of the norm, as it is stored
+    k_norm: Ref | None  # [1, H]
+    rope: Ref | None  # f32[T, H]: cos and sin (api.QKPrepare)
 
     def cut(self, start: jax.Array | int, lines: int) -> Tokens:
         """Take the tokens [start, start + lines)."""
 
         def some(x: jax.Array) -> jax.Array:
-            x = x.swapaxes(0, -2)  # cut with heads first, latent queries were copied twice
+            x = x.swapaxes(0, -2)  # cut along the middle axis, latent queries were copied twice
             if isinstance(start, int):
                 x = x[start : start + lines]
             else:
@@ -86,36 +84,20 @@ class Tokens(NamedTuple):
             return x.swapaxes(0, -2)
 
         k, v, rope = (None if x is None else some(x) for x in (self.k, self.v, self.rope))
-        return self._replace(q=some(self.q), k=k, v=v, rope=rope)
+        return dataclasses.replace(self, q=some(self.q), k=k, v=v, rope=rope)
 
 
 @dataclasses.dataclass(frozen=True)
-class Refs:
-    """Refs that both kernels have. Packed lines and o are in HBM in the chunk kernel, in VMEM in the decode kernel. V is H,
-    or less where the pool has one plane, whose first V columns are the values; q and o may have heads before tokens
-    (tile.of_head)."""
+class Refs(Tokens, Rows):
+    """The refs that both kernels have: Rows in SMEM, but for the table, flat and in HBM; sinks and norms in VMEM; packed
+    lines and o in HBM in the chunk kernel, in VMEM in the decode kernel."""
 
-    num_short: Ref  # SMEM i32[1]: rows of at most W tokens, which are the decode kernel's
-    first_page: Ref  # SMEM i32[1]: of the layer
-    window: Ref  # SMEM i32[1]
-    kv_scales: Ref | None  # SMEM f32[2]
-    kv_lens: Ref  # SMEM i32[S]
-    cu_q_lens: Ref  # SMEM i32[S + 1]; None where W = 1 in the decode kernel, whose row s is token s
-    token_page: Ref  # SMEM i32[T]; None in the decode kernel
-    q: Ref  # [T, N * H]
-    k: Ref  # [T, K * H]
-    v: Ref | None  # [T, K * H]
-    sinks: Ref | None  # VMEM f32[N + 8, 128]
-    q_norm: Ref | None  # VMEM [1, H]
-    k_norm: Ref | None  # VMEM [1, H]
-    rope: Ref | None  # f32[T, H]
-    table: Ref  # HBM i32[S * groups * IDS]
-    o: Ref  # [T, N * V]
+    o: Ref  # [T, N * V] or [N, T, V]
     kv: Ref  # HBM [LP, K, planes, page, H]
     ring: dict[str, Ref]
 
     def pages(self) -> PageRing:
-        """Make the ring."""
+        """Return the ring of these refs."""
         groups = self.table.shape[0] // (self.kv_lens.shape[0] * IDS)
         return PageRing(**self.ring, kv=self.kv, table=self.table, groups=groups, first_page=self.first_page[0])
 
@@ -141,9 +123,9 @@ def run_kernel(
     `lines`: so many packed lines are put into VMEM; None: all stay in HBM. The compiler is told what the call costs:
     `pairs` of a query and a key that each head multiplies, and `keys` read for each KV head.
     """
-    scalars = rows._asdict()
+    scalars = dict(vars(rows))
     table = scalars.pop("table").reshape(-1)
-    inputs = tokens._asdict() | {"table": table, "o": o if isinstance(o, jax.Array) else None, "kv": kv}
+    inputs = vars(tokens) | {"table": table, "o": o if isinstance(o, jax.Array) else None, "kv": kv}
     given = {key: x for key, x in scalars.items() if x is not None}
     arrays = {key: x for key, x in inputs.items() if x is not None}
     outputs = {"o": o, "kv": kv}

@@ -2,8 +2,8 @@
 
 Work is a sequence of items, each a block of a row's pages. An item passes three stages. It is announced: its row, block
 and span of pages are noted in SMEM and the copy of its page ids starts (page tables stay in HBM, as 512 rows of 128k
-tokens are more than SMEM holds). Later its ids are there and the copies of its pages start; later still it is computed
-on. Item n uses slot n % slots of each ring, and copies run ahead across rows.
+tokens are more than SMEM holds). Later its ids are there and the copies of its pages start; later still it is attended
+to. Item n uses slot n % slots of each ring, and copies run ahead across rows.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 IDS = 128  # page ids copied at a time; a block lies within one such group
-FIELDS = 4  # of an item: row, block, first page, page after the last
+FIELDS = 4  # an item's row, block, first page, page after the last
 
 Ref = Any  # a pallas Ref: an array in HBM, VMEM or SMEM
 Cursor = tuple[jax.Array, ...]  # how many items have been announced, then what says which one is next
 
 
 def div(x: Any, n: int) -> Any:
-    """x // n of an x that is not negative; one instruction for powers of two, where jax's own takes four."""
+    """Return x // n for x >= 0: one instruction for powers of two, where jax's own takes four."""
     return lax.shift_right_logical(x, jnp.int32(n.bit_length() - 1)) if n & (n - 1) == 0 else lax.div(x, jnp.int32(n))
 
 
 def rem(x: Any, n: int) -> Any:
-    """x % n of an x that is not negative."""
+    """Return x % n for x >= 0."""
     return x & (n - 1) if n & (n - 1) == 0 else lax.rem(x, jnp.int32(n))
 
 
@@ -68,7 +68,7 @@ class PageRing:
         return self.ids.shape[0] // IDS
 
     def announce(self, n: jax.Array, row: jax.Array, block: jax.Array, first: jax.Array, end: jax.Array) -> None:
-        """Item n: pages [first, end) of the block, counted in the row."""
+        """Note item n, pages [first, end) of a block, counted in the row, and start the copy of its page ids."""
         at = rem(n, self.num_items)
         for field, value in enumerate((row, block, first, end)):
             self.items[at * FIELDS + field] = value
@@ -81,7 +81,7 @@ class PageRing:
         return pltpu.make_async_copy(source, target, self.id_sem.at[at])
 
     def page_id(self, n: jax.Array, page: jax.Array) -> jax.Array:
-        """The line in the pool of a page, counted in the row, of item n."""
+        """Return the pool's line of a page of item n, counted in the row."""
         return self.ids[rem(n, self.num_items) * IDS + rem(page, IDS)] + self.first_page
 
     def begin(self, cursor: Cursor, announce: Callable[[Cursor], Cursor]) -> Cursor:
@@ -137,7 +137,7 @@ class PageRing:
 
 
 def scratch(slots: int, pages: int, kv: jax.Array) -> dict[str, Any]:
-    """Scratch of a PageRing, by field."""
+    """Return the scratch of a PageRing by field."""
     items = 2 * slots
     return {
         "buffer": pltpu.VMEM((slots, pages, *kv.shape[1:]), kv.dtype),

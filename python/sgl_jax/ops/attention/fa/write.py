@@ -1,7 +1,7 @@
 """K and V of rows after the short ones, from packed lines to pages in the pool.
 
 A row's first new token may lie anywhere in its page and anywhere in the packed tokens, so lines are shifted on their way:
-they are copied in as float32, read at an offset, and put between what a half new page held before.
+they are copied in, widened to float32, read at an offset, and merged with the old tokens of a page that is partly new.
 """
 
 from __future__ import annotations
@@ -58,14 +58,12 @@ class Writer:
         first, _ = self._new_range(jnp.minimum(row, self.refs.kv_lens.shape[0] - 1))
         cursor = (jnp.int32(0), row, div(first, self.tokens))
         ahead = lax.fori_loop(0, self.slots // 2, lambda _, c: self._fetch(c), cursor)
-        is_more = lambda carry: self._is_row(carry[0][1])  # noqa: E731
-        (n, _, _), _ = lax.while_loop(is_more, self._write_segment, (cursor, ahead))
+        (n, _, _), _ = lax.while_loop(lambda carry: self._is_row(carry[0][1]), self._write_segment, (cursor, ahead))
         lax.fori_loop(jnp.maximum(n - self.slots, 0), n, lambda i, _: self._drain(rem(i, self.slots)), None)
 
     def _is_row(self, row):
-        return (row < self.refs.kv_lens.shape[0]) & (
-            self.refs.cu_q_lens[jnp.minimum(row, self.refs.kv_lens.shape[0])] < self.last_token
-        )
+        num_rows = self.refs.kv_lens.shape[0]
+        return (row < num_rows) & (self.refs.cu_q_lens[jnp.minimum(row, num_rows)] < self.last_token)
 
     def _new_range(self, row):
         """Return the positions [first, end) of the row's new tokens."""
@@ -114,7 +112,7 @@ class Writer:
         return pltpu.make_async_copy(pool, mine, self.old_sem.at[slot])
 
     def _for_half_new_pages(self, cursor, do: Callable[[Any], None]) -> None:
-        """Call do(copy from the pool) for each page of the segment that also keeps old tokens, or ends before its last."""
+        """Call do(copy from the pool) for each page of the segment that the new tokens do not fill."""
         _, row, segment = cursor
         first, end = self._new_range(row)
 
@@ -128,8 +126,8 @@ class Writer:
     def _drain(self, slot) -> None:
         """Wait until the slot's pages are in the pool."""
         one = self.segments.at[slot, 0]
-        wait = lambda _, __: pltpu.make_async_copy(one, one, self.new_sem.at[slot]).wait()  # noqa: E731
-        lax.fori_loop(0, self.counts[slot], wait, None)
+        copy = pltpu.make_async_copy(one, one, self.new_sem.at[slot])
+        lax.fori_loop(0, self.counts[slot], lambda *_: copy.wait(), None)
 
     def _fetch(self, cursor):
         """Start the copies that a segment needs, if there is one at the cursor. Returns the next cursor."""
@@ -184,12 +182,11 @@ class Writer:
 
     def _merge_page(self, slot, j, offset, new: jax.Array) -> None:
         """Put the new tokens of page j of the segment among those that it held before."""
+        page_size = self.static.page_size
         for which in range(self.static.planes):
             for h in range(self.static.num_kv_heads):
                 for c in self.static.lane_tiles:
-                    x = self.shifted[
-                        which, h, c, pl.ds(self.tokens + offset + j * self.static.page_size, self.static.page_size)
-                    ]
+                    x = self.shifted[which, h, c, pl.ds(self.tokens + offset + j * page_size, page_size)]
                     at = slot, j, h, which, slice(None), slice(c * LANES, (c + 1) * LANES)
                     old = self.segments[at].astype(jnp.float32)
                     self.segments[at] = jnp.where(new, x, old).astype(self.segments.dtype)

@@ -1,13 +1,13 @@
-"""Byte-level BPE: bytes spelled as printable characters, patterns that cut text into words, and merging by rank."""
+"""Parts of BPE tokenizers: merges from ranks, bytes as printable characters, patterns that cut text into words."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-
-from sgl_jax.text.bpe_merges import merges_of
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -17,7 +17,7 @@ QWEN2_WORDS = _CONTRACTIONS + _LETTERS + r"|\p{N}" + _REST
 
 
 def by_regex(*patterns: str) -> pre_tokenizers.PreTokenizer:
-    """Return a splitter by these patterns, one after the other, that then spells bytes."""
+    """Return a pre-tokenizer that splits by each pattern in turn and then spells bytes as printable characters."""
     splits = [pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in patterns]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
@@ -28,15 +28,15 @@ def _byte_of_char() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-BYTE_OF_CHAR = _byte_of_char()  # GPT-2's printable stand-in for each byte, inverted
+BYTE_OF_CHAR = _byte_of_char()  # inverse of GPT-2's table of printable characters
 CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
 
 
 def bpe_of_ranks(ranks: Mapping[bytes, int], special: Mapping[bytes, int], words: str) -> Tokenizer:
-    """Return a tokenizer that joins the neighbours whose joined token has the lowest rank, as tiktoken does.
+    """Return a tokenizer that merges as tiktoken does: first the neighbours that make the token of lowest rank.
 
-    A rank is the token's id, too. A word, which `words` cuts, stays whole if it is a token. `special` tokens have ids but are
-    never made by joining.
+    A rank is the token's id, too. The pattern `words` cuts text into words; a word that is a token stays whole.
+    `special` tokens have ids but are never made by merging.
     """
     spelled = {"".join(CHAR_OF_BYTE[byte] for byte in token): i for token, i in {**ranks, **special}.items()}
     of_ranks = {"".join(CHAR_OF_BYTE[byte] for byte in token): rank for token, rank in ranks.items()}
@@ -44,3 +44,23 @@ def bpe_of_ranks(ranks: Mapping[bytes, int], special: Mapping[bytes, int], words
     tokenizer.pre_tokenizer = by_regex(words)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Return the two tokens that each token of several characters is merged from, in order of rank; low ranks merge
+    first.
+
+    The pair is found by merging the token's own characters. In a longer text merges inside the token come in the same
+    order. A token that merging never reaches has no pair.
+    """
+    merges = []
+    for token, _ in sorted(ranks.items(), key=lambda item: item[1]):
+        parts = list(token)
+        while len(parts) > 2:
+            best, at = min((ranks.get(a + b, math.inf), i) for i, (a, b) in enumerate(itertools.pairwise(parts)))
+            if best == math.inf:
+                break
+            parts[at : at + 2] = [parts[at] + parts[at + 1]]
+        if len(parts) == 2:
+            merges.append((parts[0], parts[1]))
+    return merges
