@@ -132,5 +132,5 @@ def test_start_up_names_the_missing_hosts_and_gives_up(stories260k: Path, tmp_pa
 
 
 def test_an_engine_in_a_program_is_on_one_machine(stories260k: Path) -> None:
-    with pytest.raises(EngineFailed, match=r"--nnodes .*2.* launch_server"):
+    with pytest.raises(EngineFailed, match=r"--nnodes .*2.*launch_server"):
         sgl_jax.Engine(model_path=str(stories260k), nnodes=2, tp_size=2, dist_init_addr="127.0.0.1:1")
