@@ -104,6 +104,27 @@ def smollm2() -> Path:
     return found[0]
 
 
+# Files of a minute or more of the processor, the longest first. Workers take files in this order, so that none is left with
+# a long one when the others have nothing more to do.
+LONG_FILES = (
+    "e2e/test_families_exact.py",
+    "e2e/test_engine_exact.py",
+    "tools/benchmark/test_server_process.py",
+    "tools/benchmark/test_one_batch.py",
+    "tools/benchmark/test_offline.py",
+    "parallel/test_grids.py",
+    "multihost/test_two_hosts.py",
+    "engine/test_startup.py",
+    "scheduler/test_properties.py",
+    "e2e/test_server.py",
+    "e2e/test_default_model_exact.py",
+    "e2e/test_families_size.py",
+    "e2e/test_families_reference.py",
+    "runtime/test_runner.py",
+    "server/test_lifecycle.py",
+)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fa-examples", type=int, default=4, help="random batches per property of the fa kernels")
     parser.addoption(
@@ -112,5 +133,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    rank = {str(Path(__file__).parent / file): i for i, file in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: rank.get(str(item.path), len(rank)))
     if config.getoption("--reverse"):
         items.reverse()
