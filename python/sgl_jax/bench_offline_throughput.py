@@ -1,7 +1,5 @@
 """`python -m sgl_jax.bench_offline_throughput`: a data set through an Engine; docs/features/benchmarking.md."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """`python -m sgl_jax.bench_one_batch`: single batches in the engine; see docs/features/benchmarking.md."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

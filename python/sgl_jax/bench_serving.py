@@ -1,7 +1,5 @@
 """`python -m sgl_jax.bench_serving`: a load on a server, measured; `… sweep`: a grid of them."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

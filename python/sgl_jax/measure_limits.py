@@ -1,7 +1,5 @@
 """`python -m sgl_jax.measure_limits`: memory bandwidth and matmul rate of this machine's devices."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

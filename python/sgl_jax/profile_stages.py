@@ -1,7 +1,5 @@
 """`python -m sgl_jax.profile_stages`: where a profile's time went, by stage (docs/features/profiling.md)."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

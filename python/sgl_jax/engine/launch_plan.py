@@ -1,8 +1,6 @@
 """Decisions of a launch before any weight is read: sizes, limits and buckets, from the flags, the model and a device's
 memory. `sgl_jax.compile` makes the same decisions for devices that this host does not have."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

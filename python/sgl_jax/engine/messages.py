@@ -3,8 +3,6 @@
 A request is named by an int key on the wire, unique within one API process; its public id stays with the API side.
 """
 
-from __future__ import annotations
-
 import msgspec
 
 from sgl_jax.request import FinishReason, SamplingParams

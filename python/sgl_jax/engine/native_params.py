@@ -4,8 +4,6 @@ Sampling parameters carry the names of the SGLang family (max_new_tokens, sampli
 {"text", "output_ids", "meta_info"}, cumulative when streamed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re

@@ -3,8 +3,6 @@
 The tracer (runtime/tracing.py) decides what is recorded and how; this module only knows steps and states.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from contextlib import AbstractContextManager

@@ -5,8 +5,6 @@ same order as there: an exponent rounded otherwise moves a frequency by 1e-6 of 
 "gguf_factors" is ours: a GGUF file stores llama3 scaling as one divisor per frequency (tensor rope_freqs.weight).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Versions, flags and model files that all hosts of an engine must have in common, and how two hosts differ."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import json

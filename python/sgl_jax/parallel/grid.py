@@ -8,8 +8,6 @@ A step runs on all devices at once (jax.shard_map), each on its own shards; only
 device each of them is the identity, and nothing is wrapped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 

@@ -4,8 +4,6 @@ It reads the parts that decide speed and memory: which instructions run, in whic
 are, which of them communicate, and how long the TPU compiler expects each to take.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """Target of a plan: a topology of accelerators, or the devices of this machine."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Compilation of programs ahead of use, and a count of compilations that come later."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """Layout of a step's plan as one i32 vector: packed by numpy on the host, unpacked by static slices in the step program."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools

@@ -1,7 +1,5 @@
 """Memory of a device, and its division into weights and KV pages."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

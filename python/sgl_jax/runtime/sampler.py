@@ -12,8 +12,6 @@ not depend on each other.
 With tensor parallelism each device holds a shard of the vocabulary, V here; devices exchange only candidates and sums.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import NamedTuple
 

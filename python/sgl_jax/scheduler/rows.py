@@ -5,8 +5,6 @@ num_sure and num_tokens tokens. Pages are allocated for the upper bound; the low
 another step. With W = 1 the two are equal.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from sgl_jax.request import PARAMETERS, Request

@@ -1,7 +1,5 @@
 """The limits of a scheduler, and its policies by name."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

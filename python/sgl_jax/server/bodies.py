@@ -1,8 +1,6 @@
 """Parts of request bodies: types of fields, and fields made from the tables of sampling parameters (request.py) and of
 features that are not built (settings/not_built.py)."""
 
-from __future__ import annotations
-
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence

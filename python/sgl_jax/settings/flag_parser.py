@@ -1,7 +1,5 @@
 """Reader of command lines that says what is wrong with one, for the server's flags and every tool's own."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys

@@ -3,8 +3,6 @@
 A download that broke off continues where it stopped. Files that are there already are not fetched again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import fnmatch

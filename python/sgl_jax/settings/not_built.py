@@ -4,8 +4,6 @@ The server's flags, hints about other engines' flags, the request bodies and the
 feature is built, its row is deleted here.
 """
 
-from __future__ import annotations
-
 import types
 from collections.abc import Mapping
 from typing import NamedTuple

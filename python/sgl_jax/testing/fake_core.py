@@ -5,8 +5,6 @@ it. The logprob of output token k is -(k + 1) / 8, and of prompt token i -i / 8.
 itself and the ids after it, each 1 less likely.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 

@@ -3,8 +3,6 @@
 Field numbers are those of sentencepiece_model.proto (https://github.com/google/sentencepiece).
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from pathlib import Path

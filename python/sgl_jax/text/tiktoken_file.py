@@ -3,8 +3,6 @@
 The file has neither the pattern that cuts text into words nor the special tokens; both are known by the file's name.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 from pathlib import Path

@@ -3,8 +3,6 @@
 Source of the format: github.com/sgl-project/sglang, python/sglang/srt/tokenizer/tiktoken_tokenizer.py.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

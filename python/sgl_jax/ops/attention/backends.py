@@ -4,8 +4,6 @@ A package brings one by an entry point in the group `sgl_jax.attention` that nam
 (docs/features/attention_backend.md).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

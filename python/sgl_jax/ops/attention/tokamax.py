@@ -4,8 +4,6 @@ Its kernels keep K and V of a token side by side, `[LP, page, 2 K / packing, pac
 share 32 bits, and write the new KV themselves.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

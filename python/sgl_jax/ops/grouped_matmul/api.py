@@ -4,8 +4,6 @@ The matrices of all layers come in one array, and the layer as an index: a kerne
 they are, while a slice of a stack handed to an opaque kernel would be copied in every step.
 """
 
-from __future__ import annotations
-
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int

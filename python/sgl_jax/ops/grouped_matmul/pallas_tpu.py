@@ -5,8 +5,6 @@ multiplied with the matrix of each, and keeps the group's own rows of each produ
 matrix is not read. The idea of group metadata is megablocks' (Gale et al. 2022, https://arxiv.org/abs/2211.15841).
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 

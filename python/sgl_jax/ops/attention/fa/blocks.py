@@ -1,7 +1,5 @@
 """Sizes of the kernels' blocks, from a small model of the chip; tuned.json may override them by chip and shape."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json

@@ -5,8 +5,6 @@ where rows meet is computed once for each of them. The kernel owns every token a
 outputs, and zeros for padding. Without such rows it only writes the zeros that the decode kernel has not written.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator

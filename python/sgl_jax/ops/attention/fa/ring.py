@@ -6,8 +6,6 @@ tokens are more than SMEM holds). Later its ids are there and the copies of its 
 to. Item n uses slot n % slots of each ring, and copies run ahead across rows.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
