@@ -8,10 +8,10 @@ itself and the ids after it, each 1 less likely.
 import time
 from dataclasses import dataclass
 
+from fakes.fake_tracer import FakeTracer
 from sgl_jax.engine import messages
 from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import FinishReason
-from sgl_jax.testing.fake_tracer import FakeTracer
 
 
 def fake_info(vocab_size: int = 512, context_length: int = 512, eos_token_id: int = 2) -> messages.EngineInfo:
