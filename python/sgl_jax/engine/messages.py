@@ -99,7 +99,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PromptScored(msgspec.Struct, frozen=True, array_like=True):
-    """Sent with a request's first token. `logprobs[0]` is None, since nothing comes before the first prompt token."""
+    """Scores of a prompt, sent with its first token. `logprobs[0]` is None, since nothing comes before the first prompt token."""
 
     key: int
     num_cached_tokens: int

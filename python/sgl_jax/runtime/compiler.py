@@ -42,7 +42,7 @@ class Program:
     args: tuple[object, ...]  # the values taken, the vector, the payload
     takes: tuple[str, ...] = ()  # names of device values
     gives: tuple[str, ...] = ()
-    read: Callable[[str], Payload] | None = None  # source -> payload
+    read: Callable[[str], Payload] | None = None  # reads the payload from the source that host 0 announced
 
     @property
     def vector_shape(self) -> tuple[int, ...]:

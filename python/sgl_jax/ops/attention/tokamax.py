@@ -49,7 +49,7 @@ def paged_attention(
         "scores that grow with the position": spec.temperature_length is not None,
         "8-bit KV": layer.kv_scales is not None or kv.dtype.itemsize == 1,
         "latent pools": spec.value_dim is not None,
-        # Its option decode_query_size might serve them. That is untested: its kernels run on a TPU only.
+        # Its option decode_query_size might serve them, which is untested: its kernels run on a TPU only.
         f"decoding rows of {spec.width} tokens": spec.width > 1,
     }
     for what, asked in refused.items():

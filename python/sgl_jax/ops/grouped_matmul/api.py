@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 @runtime_checkable  # so that tests can check annotations
 class GroupedMatmul(Protocol):
-    """Multiply each row with its group's matrix: out[m] = w[layer, group of row m] @ x[m]. The first group_sizes[0] rows are of group 0, and so on; rows past the
-    last group are padding, and what comes out for them is unspecified."""
+    """Multiply each row with its group's matrix: out[m] = w[layer, group of row m] @ x[m]. The first group_sizes[0] rows are
+    of group 0, and so on. Rows past the last group are padding; their output is unspecified."""
 
     def __call__(
         self,
