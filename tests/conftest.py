@@ -58,7 +58,7 @@ def logging_restored() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def compile_cache_of_its_own() -> Iterator[None]:
-    """An engine in this process keeps programs in its folder, and jax goes on doing so: tests after it would."""
+    """Switch jax's compile cache off after a test whose engine switched it on: it would stay on for later tests."""
     yield
     if (jax := sys.modules.get("jax")) is not None and jax.config.jax_compilation_cache_dir is not None:
         from jax.experimental.compilation_cache import compilation_cache
@@ -127,9 +127,7 @@ LONG_FILES = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fa-examples", type=int, default=4, help="random batches per property of the fa kernels")
-    parser.addoption(
-        "--reverse", action="store_true", help="run the tests last to first: no test may need another's order"
-    )
+    parser.addoption("--reverse", action="store_true", help="run the tests last to first: each must pass in any order")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
