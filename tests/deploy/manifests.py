@@ -37,7 +37,7 @@ class Manifest(NamedTuple):
 
 @functools.cache
 def kubernetes() -> list[Manifest]:
-    """Read once: not to be changed."""
+    """Read all objects, once; the caller must not change them."""
     files = sorted((DEPLOY / "gke").rglob("*.yaml"))
     return [
         Manifest(str(file.relative_to(DEPLOY)), each) for file in files for each in yaml.safe_load_all(file.read_text())
@@ -58,7 +58,7 @@ def schemas() -> dict[str, dict[str, Any]]:
 
 
 def pod_templates() -> dict[str, dict[str, Any]]:
-    """The pods that run the server, by what they are."""
+    """Specs of the pods that run the server, by name of their role."""
     lws = the("LeaderWorkerSet").spec["leaderWorkerTemplate"]
     return {
         "replica": the("Deployment", "sgl-jax").spec["template"],
@@ -73,14 +73,14 @@ def server_container(template: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def command(container: Mapping[str, Any], variables: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:
-    """Arguments and environment as the kubelet makes them, with secrets that are all "secret"."""
+    """Return arguments and environment as the kubelet makes them; every secret is "secret"."""
     environ = image_environ() | dict(variables)
     environ |= {each["name"]: each.get("value", "secret") for each in container.get("env", ())}
     return [_VARIABLE.sub(lambda match: environ[match[1]], each) for each in container["args"]], environ
 
 
 def instructions() -> Iterator[tuple[str, str]]:
-    """The Dockerfile's, with continued lines joined."""
+    """Instructions of the Dockerfile, with continued lines joined."""
     text = re.sub(r"^#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
     for line in text.splitlines():
         if line.strip():

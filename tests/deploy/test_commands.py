@@ -32,7 +32,7 @@ def metrics() -> set[str]:
 
 
 def pairs(argv: list[str]) -> dict[str, str]:
-    """--flag value and --flag=value, where every flag has a value."""
+    """Parse --flag value and --flag=value, where every flag has a value."""
     words = [word for each in argv for word in each.split("=", 1)]
     return dict(zip(words[::2], words[1::2], strict=True))
 
@@ -63,7 +63,7 @@ def test_hosts_of_one_engine_start() -> None:
 
 
 def run_task(file: Path, folder: Path, **variables: str) -> Command:
-    """Runs the task's script, with a python that writes its arguments down."""
+    """Run the task's script with a python that records its arguments."""
     binaries = folder / ".venv" / "bin"
     binaries.mkdir(parents=True, exist_ok=True)
     (binaries / "activate").write_text(f'export PATH="{binaries}:$PATH"\n')

@@ -1,4 +1,4 @@
-"""The Dockerfile installs what there is, as nobody in particular, and its health check tells sick from well."""
+"""The Dockerfile installs extras that exist, runs as no root user, and has a health check that detects failure."""
 
 from __future__ import annotations
 

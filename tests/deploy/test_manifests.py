@@ -174,7 +174,7 @@ def test_hosts_of_an_engine_run_the_same_command() -> None:
 
 
 def drain_s(name: str) -> int:
-    """From the order to stop to the end of the process, at most."""
+    """Longest time in seconds from the order to stop the pod to the end of the server."""
     container = manifests.server_container(manifests.pod_templates()[name])
     flags = dict(arg.split("=", 1) for arg in container["args"])
     return container["lifecycle"]["preStop"]["sleep"]["seconds"] + int(flags["--shutdown-timeout-s"]) + CLOSE_S

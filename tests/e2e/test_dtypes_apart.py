@@ -44,7 +44,7 @@ def test_a_pool_of_another_dtype(
     stories260k: Path, build: Build, all_float32: tuple[EngineInfo, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """KV of a smaller dtype takes half the bytes, and its rounding changes logprobs a little."""
-    monkeypatch.setattr(launch_plan, "pool_of", lambda share, attention, dtype: pool_of(share, attention, "bfloat16"))
+    monkeypatch.setattr(launch_plan, "pool_of", lambda shard, attention, dtype: pool_of(shard, attention, "bfloat16"))
     halved = build(stories260k, ONE_STEP)
     info, wanted = all_float32
     assert halved.info.dtype == info.dtype == "float32"

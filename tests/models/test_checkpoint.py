@@ -118,25 +118,25 @@ def test_broken_safetensors(tmp_path, content, said):
 def test_shards_of_tensor_parallel_devices_are_kept_apart_and_concatenated(stories260k, tmp_path):
     (tmp_path / "config.json").write_text((stories260k / "config.json").read_text())
     whole = np.arange(24, dtype=np.float32).reshape(4, 6)
-    for share in range(2):
+    for shard in range(2):
         tensors = {
-            "rows": whole[2 * share : 2 * share + 2],
-            "columns": np.ascontiguousarray(np.split(whole, 2, 1)[share]),
+            "rows": whole[2 * shard : 2 * shard + 2],
+            "columns": np.ascontiguousarray(np.split(whole, 2, 1)[shard]),
         }
-        save_file(tensors, tmp_path / f"model-00000-TP-{share:03d}.safetensors")
+        save_file(tensors, tmp_path / f"model-00000-TP-{shard:03d}.safetensors")
     save_file({"norm": np.ones(3)}, tmp_path / "model-00001-TP-common.safetensors")
     index = {"weight_map": {"rows": "model-00000-TP-000.safetensors", "norm": "model-00001-TP-common.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     stored = open_checkpoint(str(tmp_path)).tensors
-    assert sorted(stored) == ["columns (share 0)", "columns (share 1)", "norm", "rows (share 0)", "rows (share 1)"]
-    rows = concatenated("rows", [stored["rows (share 0)"], stored["rows (share 1)"]], axis=0)
-    columns = concatenated("columns", [stored["columns (share 0)"], stored["columns (share 1)"]], axis=1)
+    assert sorted(stored) == ["columns (shard 0)", "columns (shard 1)", "norm", "rows (shard 0)", "rows (shard 1)"]
+    rows = concatenated("rows", [stored["rows (shard 0)"], stored["rows (shard 1)"]], axis=0)
+    columns = concatenated("columns", [stored["columns (shard 0)"], stored["columns (shard 1)"]], axis=1)
     for start, stop in [(0, 4), (1, 3), (0, 1), (3, 4)]:
         np.testing.assert_array_equal(rows.rows(start, stop), whole[start:stop])
         np.testing.assert_array_equal(columns.rows(start, stop), whole[start:stop])
     assert rows.shape == columns.shape == (4, 6)
     with pytest.raises(ModelError, match=r"axis 0.* \[2, 6\] F32, \[4, 3\] F32"):
-        concatenated("rows", [stored["rows (share 0)"], stored["columns (share 1)"]], axis=0)
+        concatenated("rows", [stored["rows (shard 0)"], stored["columns (shard 1)"]], axis=0)
 
 
 def test_a_tensor_in_two_files_is_refused(tmp_path):

@@ -144,8 +144,8 @@ def test_parameters_of_deepseek_v3() -> None:
     assert round((met + 129280 * 7168) / 1e9) == 38  # DeepSeek's 37 leaves out one of embedding and head
 
 
-def test_a_device_holds_whole_latents_and_its_share_of_the_heads() -> None:
-    one, four = declare(config(**DEEPSEEK_V3), "float32"), declare(config(**DEEPSEEK_V3).share(Grid(4)), "float32")
+def test_a_device_holds_whole_latents_and_its_shard_of_the_heads() -> None:
+    one, four = declare(config(**DEEPSEEK_V3), "float32"), declare(config(**DEEPSEEK_V3).shard(Grid(4)), "float32")
     a, b = one.layers[0].mla, four.layers[0].mla
     assert (a.q_up.shape, b.q_up.shape) == ((128 * 192, 1536), (32 * 192, 1536))
     assert (a.k_up.shape, b.k_up.shape) == ((128 * 128, 512), (32 * 128, 512))

@@ -17,7 +17,7 @@ from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.loader import OneDevice, aligned_empty, load_weights, random_weights
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.share import share_of
+from sgl_jax.models.shard import shard_of
 from sgl_jax.models.weights import Weights, declare, head
 from sgl_jax.parallel.grid import Grid
 from shards import cut
@@ -184,19 +184,19 @@ def test_the_placer_sees_each_spec_and_progress_ends_at_the_whole(stories260k):
 class SecondOfTwo(OneDevice):
     """Reads the shards of the second of two tensor-parallel devices."""
 
-    def shares(self, spec):
-        return [share_of(spec, Grid(tensor=2), 1)]
+    def shards(self, spec):
+        return [shard_of(spec, Grid(tensor=2), 1)]
 
 
 @pytest.mark.parametrize("model", ["stories260k", "stories260k-qwen2moe", "gpt_oss", "deepseek_v2"])
-def test_a_share_is_read_as_if_cut_from_the_whole(checkpoint: Callable[[str], Path], model):
+def test_a_shard_is_read_as_if_cut_from_the_whole(checkpoint: Callable[[str], Path], model):
     """Covers experts one by one and fused in one tensor, rows in parts, and reordered rows."""
     folder = checkpoint(model)
     whole, half = load(folder), load(folder, placer=SecondOfTwo())
     declared = declare(decoder_config(open_checkpoint(str(folder)).config), "float32")
-    for spec, all_of_it, share in zip(*map(jax.tree.leaves, (declared, whole, half)), strict=True):
-        wanted = cut(np.asarray(all_of_it), share_of(spec, Grid(tensor=2), 1))
-        np.testing.assert_array_equal(np.asarray(share), wanted, err_msg=str(spec))
+    for spec, all_of_it, shard in zip(*map(jax.tree.leaves, (declared, whole, half)), strict=True):
+        wanted = cut(np.asarray(all_of_it), shard_of(spec, Grid(tensor=2), 1))
+        np.testing.assert_array_equal(np.asarray(shard), wanted, err_msg=str(spec))
 
 
 def test_the_cpu_adopts_our_buffers_instead_of_copying():

@@ -21,7 +21,7 @@ from sgl_jax.models.linear import grouped_linear, linear
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.quantised import Quantised
 from sgl_jax.models.scaled import Scaled
-from sgl_jax.models.share import share_of
+from sgl_jax.models.shard import shard_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.weights import declare
 from sgl_jax.ops.grouped_matmul import native, reference
@@ -104,20 +104,20 @@ def test_a_shard_of_a_quantised_matrix_is_the_matrix_s_shard_quantised(
     whole = np.asarray(scheme.dequantise(w))
     for device in range(grid.num_devices):
         shard = Quantised(
-            jnp.asarray(cut(np.asarray(w.values), share_of(declared.values, grid, device))),
-            jnp.asarray(cut(np.asarray(w.scales), share_of(declared.scales, grid, device))),
+            jnp.asarray(cut(np.asarray(w.values), shard_of(declared.values, grid, device))),
+            jnp.asarray(cut(np.asarray(w.scales), shard_of(declared.scales, grid, device))),
             scheme,
         )
-        np.testing.assert_array_equal(scheme.dequantise(shard), cut(whole, share_of(spec, grid, device)))
+        np.testing.assert_array_equal(scheme.dequantise(shard), cut(whole, shard_of(spec, grid, device)))
 
 
 def test_a_group_is_never_cut() -> None:
     declared = Scaled("int8", 32).declare("down", DOWN)  # two groups
     assert isinstance(declared, Quantised)
-    assert share_of(declared.scales, Grid(2), 1).columns == range(1, 2)
+    assert shard_of(declared.scales, Grid(2), 1).columns == range(1, 2)
     for plane in (declared.values, declared.scales):
         with pytest.raises(ValueError, match=r"4 devices.* group"):
-            share_of(plane, Grid(4), 0)
+            shard_of(plane, Grid(4), 0)
     with pytest.raises(ValueError, match=r"down.* 16 .*32"):
         Scaled("int8", 32).declare("down", dataclasses.replace(DOWN, shape=(8, 16)))
 

@@ -11,7 +11,7 @@ import jax
 from sgl_jax.models import loader
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.families import decoder_config
-from sgl_jax.models.share import as_slice
+from sgl_jax.models.shard import as_slice
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.parallel.processes import join_processes
@@ -28,10 +28,10 @@ if __name__ == "__main__":
 
     copied, lock, blocks = [0], threading.Lock(), loader._blocks
 
-    def counting(leaf, share):
-        for block in blocks(leaf, share):
+    def counting(leaf, shard):
+        for block in blocks(leaf, shard):
             with lock:
-                copied[0] += (block if share.columns is None else block[:, as_slice(share.columns)]).nbytes
+                copied[0] += (block if shard.columns is None else block[:, as_slice(shard.columns)]).nbytes
             yield block
 
     loader._blocks = counting

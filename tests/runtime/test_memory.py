@@ -67,9 +67,9 @@ def test_bytes_of_a_token() -> None:
 def test_a_latent_pool_keeps_one_vector_for_all_heads_on_every_device() -> None:
     native = find_backend("native", "cpu", vectorise=False)
     latent = dataclasses.replace(CONFIG, num_kv_heads=1, mla=MlaConfig(512, None, 128, 64, 128))
-    for share in (latent, latent.share(Grid(2)), latent.share(Grid(4))):
-        assert pool_of(share, native, "float32").shape(num_pages=10, page_size=16) == (20, 1, 1, 16, 576)
-        assert pool_of(share, native, "float32").bytes_per_token == 2 * 576 * 4
+    for shard in (latent, latent.shard(Grid(2)), latent.shard(Grid(4))):
+        assert pool_of(shard, native, "float32").shape(num_pages=10, page_size=16) == (20, 1, 1, 16, 576)
+        assert pool_of(shard, native, "float32").bytes_per_token == 2 * 576 * 4
 
 
 def test_a_tpu_launch_takes_fa_for_heads_and_for_latent_vectors() -> None:

@@ -33,7 +33,7 @@ MOVES = ("copy", "transpose", "dynamic-slice", "slice", "concatenate", "fusion",
 PRODUCTS = ("convolution", "dot")
 
 SMALL = 64 << 10  # bytes between devices besides activations: the best token of each row
-TEMP_SHARE = 0.02  # fraction of the pool's bytes
+TEMP_FRACTION = 0.02  # fraction of the pool's bytes
 AGREEMENT = 0.02  # between arithmetic and the compiled program
 
 
@@ -202,7 +202,7 @@ def faults(step: StepProgram) -> list[str]:
         found.append("pool or state is not changed in place")
     if copies := pool_copies(step):
         found.append(f"the pool is copied by {', '.join(each.name for each in copies)}")
-    if step.temp_bytes >= TEMP_SHARE * step.pool_bytes:
+    if step.temp_bytes >= TEMP_FRACTION * step.pool_bytes:
         found.append(f"{step.temp_bytes / 1e6:.0f} MB of temporaries, the pool has {step.pool_bytes / 1e6:.0f} MB")
     if moves := weight_moves(step):
         found.append(f"matrices of a layer are copied by {', '.join(each.name for each in moves)}")

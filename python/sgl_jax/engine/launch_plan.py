@@ -49,18 +49,18 @@ def plan_launch(
     """Decide a launch; `stored_dtype` is the checkpoint's. Raises ValueError for a flag that cannot be honoured."""
     grid = grid_of(args)
     _check_model(args, model, grid)
-    share = model.share(grid)  # the shard of each device
+    shard = model.shard(grid)  # the shard of each device
     dtype = _dtype(args, stored_dtype, platform)
-    pool = pool_of(share, kernels.attention, dtype)
+    pool = pool_of(shard, kernels.attention, dtype)
     page_size = _page_size(args, platform, kernels, pool)
     context_length = args.context_length or model.context_length
     max_running = -(-(args.max_running_requests or platform.max_running_requests) // grid.data)  # on each data rank
-    weights = weight_bytes(share, dtype)
+    weights = weight_bytes(shard, dtype)
     memory = plan_memory(
         platform,
         total_bytes=device_bytes,
         weight_bytes=weights,
-        state_bytes=state_bytes(max_running * grid.data, -(-context_length // page_size), share.vocab_size),
+        state_bytes=state_bytes(max_running * grid.data, -(-context_length // page_size), shard.vocab_size),
         bytes_per_token=pool.bytes_per_token,
         page_size=page_size,
         context_length=context_length,

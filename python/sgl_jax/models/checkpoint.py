@@ -15,7 +15,7 @@ from sgl_jax.models.gguf_file import read_gguf
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.safetensors_file import read_safetensors
-from sgl_jax.models.stored import StoredTensor, share_name
+from sgl_jax.models.stored import StoredTensor, shard_name
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
@@ -23,7 +23,7 @@ LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 _OTHER_LAYOUTS = ["original/*", "consolidated*"]  # the same weights again, under other names
 _INDEX = "model.safetensors.index.json"
-_SHARE = re.compile(r"-TP-(\d{3})\.safetensors$")  # saved by each device of a tensor-parallel group for itself
+_SHARD = re.compile(r"-TP-(\d{3})\.safetensors$")  # saved by each device of a tensor-parallel group for itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +93,7 @@ def _gguf_file(local: Path, load_format: LoadFormat) -> Path | None:
 
 def _safetensors(folder: Path) -> dict[str, StoredTensor]:
     index = _read_json(folder / _INDEX)
-    if index is not None and not any(map(_SHARE.search, index["weight_map"].values())):  # an index names one shard
+    if index is not None and not any(map(_SHARD.search, index["weight_map"].values())):  # an index names one shard
         files = [folder / name for name in sorted(set(index["weight_map"].values()))]
         missing = [f.name for f in files if not f.exists()]
         if missing:
@@ -107,8 +107,8 @@ def _safetensors(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         stored = read_safetensors(file)
-        if share := _SHARE.search(file.name):
-            stored = {share_name(name, int(share[1])): tensor for name, tensor in stored.items()}
+        if shard := _SHARD.search(file.name):
+            stored = {shard_name(name, int(shard[1])): tensor for name, tensor in stored.items()}
         if twice := sorted(set(stored) & set(tensors)):
             raise ModelError(f"{file} repeats tensors of another file in {folder}: {', '.join(twice[:5])}; remove one")
         tensors.update(stored)

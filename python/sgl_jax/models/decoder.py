@@ -203,7 +203,7 @@ def _mlp(h, w: LayerWeights[jax.Array], experts: LayerExperts | None, config: De
     return _summed(outs[0], w.down_bias, context.grid.from_mlp)
 
 
-def _summed(share: Float[Array, "T D"], bias: Float[Array, " D"] | None, over: Callable) -> Float[Array, "t D"]:
+def _summed(partial: Float[Array, "T D"], bias: Float[Array, " D"] | None, over: Callable) -> Float[Array, "t D"]:
     """Sum the devices' addends with `over`, then add the bias once."""
-    out = over(share)
+    out = over(partial)
     return out if bias is None else out + bias.astype(out.dtype)

@@ -133,7 +133,7 @@ class DecoderConfig:
         runs = itertools.groupby(range(self.num_layers), self.has_experts)
         return tuple(len(list(layers)) for _, layers in runs)
 
-    def share(self, grid: Grid) -> DecoderConfig:
+    def shard(self, grid: Grid) -> DecoderConfig:
         """Return the model that one of the grid's devices holds: its heads, its part of the MLP, of the experts and of
         the vocabulary.
 

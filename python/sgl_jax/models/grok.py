@@ -16,7 +16,7 @@ from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, required
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig, replaced
-from sgl_jax.models.stored import StoredTensor, concatenated, share_name
+from sgl_jax.models.stored import StoredTensor, concatenated, shard_name
 
 ARCHITECTURES = ("Grok1ForCausalLM",)
 _EOS = 2  # where config.json has none (sglang, python/sglang/srt/tokenizer/tiktoken_tokenizer.py)
@@ -71,13 +71,13 @@ def view(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Put the shards of each expert's matrices together: w1 and w3 are divided by rows, w2 by columns."""
     tensors = dict(stored)
     for first in stored:
-        found = re.fullmatch(r"(.*\.experts\.\d+\.(w[123])\.weight) \(share 0\)", first)
+        found = re.fullmatch(r"(.*\.experts\.\d+\.(w[123])\.weight) \(shard 0\)", first)
         if found is None:
             continue
         name, kind = found.groups()
         parts = []
-        while share_name(name, len(parts)) in tensors:
-            parts.append(tensors.pop(share_name(name, len(parts))))
+        while shard_name(name, len(parts)) in tensors:
+            parts.append(tensors.pop(shard_name(name, len(parts))))
         tensors[name] = concatenated(name, parts, axis=1 if kind == "w2" else 0)
     return tensors
 

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from sgl_jax.models.checkpoint import Checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import FAMILIES, Families, tensor_names
-from sgl_jax.models.share import Share, as_slice, share_of
+from sgl_jax.models.shard import Shard, as_slice, shard_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor, rows_below
 from sgl_jax.models.weight_plan import Leaf, flat_weights, leaves_of, plan_weights
@@ -37,18 +37,18 @@ Report = Callable[[float, int], None]  # (fraction that is loaded, bytes that ar
 class Placer(Protocol):
     """Chooses the shards of each array that this process needs, and puts them on their devices."""
 
-    def shares(self, spec: WeightSpec) -> Sequence[Share]: ...
+    def shards(self, spec: WeightSpec) -> Sequence[Shard]: ...
 
     def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
-        """Make the array from its shards, in the order of `shares`. It may keep the buffers of `arrays`."""
+        """Make the array from its shards, in the order of `shards`. It may keep the buffers of `arrays`."""
         ...
 
 
 class OneDevice:
     """Places whole weights on the default device."""
 
-    def shares(self, spec: WeightSpec) -> Sequence[Share]:
-        return [share_of(spec, LONE, 0)]
+    def shards(self, spec: WeightSpec) -> Sequence[Shard]:
+        return [shard_of(spec, LONE, 0)]
 
     def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
         (array,) = arrays
@@ -125,7 +125,7 @@ def _placed(
     placed, to = {}, placer or OneDevice()
 
     def assemble(leaf: Leaf) -> list[np.ndarray]:
-        return [_assemble(leaf, share) for share in to.shares(leaf.spec)]
+        return [_assemble(leaf, shard) for shard in to.shards(leaf.spec)]
 
     for leaf, arrays in _ahead(leaves, assemble):
         placed[leaf.path] = to.place(leaf.spec, arrays)
@@ -160,32 +160,32 @@ def _ahead[T, R](items: list[T], work: Callable[[T], R]) -> Iterator[tuple[T, R]
             pool.shutdown(cancel_futures=True)
 
 
-def _assemble(leaf: Leaf, share: Share) -> np.ndarray:
+def _assemble(leaf: Leaf, shard: Shard) -> np.ndarray:
     """Put a shard of an array together from its pieces, in blocks of rows so that conversions stay in the cache."""
-    shape = share.shape if leaf.spec.num_experts is not None else share.shape[1:]
+    shape = shard.shape if leaf.spec.num_experts is not None else shard.shape[1:]
     dtype = np.dtype(leaf.spec.dtype)
     out = aligned_empty(shape, dtype)
-    lines = _plain(out).reshape(-1, *share.shape[2:])
+    lines = _plain(out).reshape(-1, *shard.shape[2:])
     row = 0
-    for block in _blocks(leaf, share):
-        rows = block if share.columns is None else block[:, as_slice(share.columns)]
+    for block in _blocks(leaf, shard):
+        rows = block if shard.columns is None else block[:, as_slice(shard.columns)]
         lines[row : row + len(rows)] = _plain(rows.astype(dtype, copy=False))
         row += len(rows)
     return out
 
 
-def _blocks(leaf: Leaf, share: Share) -> Iterator[np.ndarray]:
+def _blocks(leaf: Leaf, shard: Shard) -> Iterator[np.ndarray]:
     """Yield the shard's rows in order, in blocks with all columns."""
     per_expert = len(leaf.pieces) // (leaf.spec.num_experts or 1)
     fused = leaf.spec.num_experts is not None and len(leaf.pieces[0].shape) == len(leaf.spec.shape)
-    for expert in share.experts:
+    for expert in shard.experts:
         if fused:  # one tensor has the matrices of all experts
             (piece,) = leaf.pieces
             (matrix,) = piece.rows(expert, expert + 1)
-            yield from (matrix[as_slice(run)] for run in share.rows)
+            yield from (matrix[as_slice(run)] for run in shard.rows)
         else:
             pieces = leaf.pieces[expert * per_expert : (expert + 1) * per_expert]
-            yield from itertools.chain.from_iterable(rows_below(pieces, run) for run in share.rows)
+            yield from itertools.chain.from_iterable(rows_below(pieces, run) for run in shard.rows)
 
 
 def _plain(x: np.ndarray) -> np.ndarray:

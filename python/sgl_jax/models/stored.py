@@ -86,9 +86,9 @@ def map_file(path: Path) -> np.ndarray:
     return np.frombuffer(mapped, np.uint8)
 
 
-def share_name(name: str, device: int) -> str:
+def shard_name(name: str, device: int) -> str:
     """Return the key of shard `device` of a tensor in a checkpoint that each device saved for itself."""
-    return f"{name} (share {device})"
+    return f"{name} (shard {device})"
 
 
 def rows_below(parts: Sequence[StoredTensor], run: range) -> Iterator[np.ndarray]:

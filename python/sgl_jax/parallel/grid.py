@@ -56,12 +56,12 @@ class MeshAxis:
         part = x.shape[0] // self.size
         return lax.dynamic_slice_in_dim(x, self.index() * part, part)
 
-    def mine(self, ids: jax.Array, share: int) -> tuple[jax.Array, jax.Array]:
-        """Translate ids into an axis that is divided in shards of `share`. Return their indices in this device's shard, with
-        `share` for those of other devices, and a mask of those that are its own."""
-        indices = ids - self.index() * share
-        own = (indices >= 0) & (indices < share)
-        return jnp.where(own, indices, share), own
+    def mine(self, ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        """Translate ids into an axis that is divided in shards of `size`. Return their indices in this device's shard, with
+        `size` for those of other devices, and a mask of those that are its own."""
+        indices = ids - self.index() * size
+        own = (indices >= 0) & (indices < size)
+        return jnp.where(own, indices, size), own
 
 
 ONE_DEVICE = MeshAxis()

@@ -42,10 +42,10 @@ class Placement:
     def sharding(self, axes: Axes = ()) -> NamedSharding:
         return NamedSharding(self.mesh, partition(axes))
 
-    def whole_shape(self, share: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
-        """Return the shape of an array whose shard on each device has the shape `share`."""
+    def whole_shape(self, shard: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+        """Return the shape of an array whose shard on each device has the shape `shard`."""
         sizes = [math.prod(self.mesh.shape[name] for name in RULES.get(axis or "", ())) for axis in axes]
-        return tuple(n * size for n, size in zip(share, sizes, strict=True))
+        return tuple(n * size for n, size in zip(shard, sizes, strict=True))
 
     def run[R](self, function: Callable[..., R], in_axes: object, out_axes: object) -> Callable[..., R]:
         """Return `function` run on every device with its shards of the arguments; trees of Axes say how they are divided."""

@@ -76,8 +76,8 @@ def step_cost(
 
     A product takes two operations for each of its multiplications, and attention two products per key.
     """
-    share = model.share(grid)
-    plain, held = declare_plain(share, weight_dtype), declare(share, weight_dtype)
+    shard = model.shard(grid)
+    plain, held = declare_plain(shard, weight_dtype), declare(shard, weight_dtype)
     tokens, moe = bucket.num_tokens, model.moe
     of_all_ranks = tokens * grid.data
     chosen = moe.experts_per_token / moe.num_experts if moe else 0.0
@@ -105,7 +105,7 @@ def step_cost(
     within = tokens if grid.tensor > 1 else 0
     across = of_all_ranks if grid.data > 1 else 0
     summed = (2 * model.num_layers + 1) * within + (model.num_layers + 1) * across
-    per_key = 2 * share.num_heads * (share.key_dim + share.value_dim)
+    per_key = 2 * shard.num_heads * (shard.key_dim + shard.value_dim)
     return StepCost(
         flops=2 * sum(map(used, jax.tree.leaves(plain.layers)))
         + 2 * head_size * bucket.num_rows * grid.data

@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.share import Share, share_of
+from sgl_jax.models.shard import Shard, shard_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.weights import Weights, declare
 from sgl_jax.parallel.placement import Axes, Placement
@@ -23,23 +23,23 @@ class DevicePlacer:
 
     placement: Placement
 
-    def shares(self, spec: WeightSpec) -> list[Share]:
+    def shards(self, spec: WeightSpec) -> list[Shard]:
         """Return the shards that this process must read."""
-        return [*self._devices_of_shares(spec)]
+        return [*self._devices_of_shards(spec)]
 
     def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
-        """Make a sharded weight of the arrays of `shares`, in their order."""
-        held = zip(self._devices_of_shares(spec).values(), arrays, strict=True)
+        """Make a sharded weight of the arrays of `shards`, in their order."""
+        held = zip(self._devices_of_shards(spec).values(), arrays, strict=True)
         pieces = [jax.device_put(array, device) for devices, array in held for device in devices]
         shape = self.placement.whole_shape(arrays[0].shape, spec.axes)
         return jax.make_array_from_single_device_arrays(shape, self.placement.sharding(spec.axes), pieces)
 
-    def _devices_of_shares(self, spec: WeightSpec) -> dict[Share, list[jax.Device]]:
+    def _devices_of_shards(self, spec: WeightSpec) -> dict[Shard, list[jax.Device]]:
         """Map each shard of this process's devices to the devices that hold it."""
-        found: dict[Share, list[jax.Device]] = {}
+        found: dict[Shard, list[jax.Device]] = {}
         for number, device in enumerate(self.placement.mesh.devices.flat):
             if device.process_index == jax.process_index():
-                found.setdefault(share_of(spec, self.placement.grid, number), []).append(device)
+                found.setdefault(shard_of(spec, self.placement.grid, number), []).append(device)
         return found
 
 
@@ -52,7 +52,7 @@ def abstract_weights(
         shape = placement.whole_shape(spec.shape, spec.axes)
         return jax.ShapeDtypeStruct(shape, np.dtype(spec.dtype), sharding=placement.sharding(spec.axes))
 
-    return jax.tree.map(abstract, declare(config.share(placement.grid), dtype, stacked=stacked))
+    return jax.tree.map(abstract, declare(config.shard(placement.grid), dtype, stacked=stacked))
 
 
 def weight_axes(config: DecoderConfig, *, stacked: bool) -> Weights[Axes]:

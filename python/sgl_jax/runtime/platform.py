@@ -74,16 +74,16 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
 
 def _of_each_process(name: Name, devices: list[jax.Device], number: int, processes: int) -> list[jax.Device]:
     """Return `number` devices, equally many of each process."""
-    share = number // processes
+    per_process = number // processes
     found = []
     for process in range(processes):
         own = [device for device in devices if device.process_index == process]
-        if len(own) < share:
+        if len(own) < per_process:
             raise NoDevice(
-                f"the launch needs {number} devices (--tp-size times --dp-size), {share} of each machine; machine {process} "
+                f"the launch needs {number} devices (--tp-size times --dp-size), {per_process} of each machine; machine {process} "
                 f"has {len(own)} {name} device(s)"
             )
-        found += own[:share]
+        found += own[:per_process]
     return found
 
 

@@ -33,8 +33,8 @@ class Pool:
         return (self.num_layers * num_pages, *page)
 
 
-def pool_of(share: DecoderConfig, attention: Backend, dtype: str) -> Pool:
+def pool_of(shard: DecoderConfig, attention: Backend, dtype: str) -> Pool:
     """Return the pool of a model, or of one device's shard of it."""
-    planes = 1 if share.mla else 2
-    width = attention.pool_head_dim(share.key_dim)
-    return Pool(share.num_layers, share.num_kv_heads, planes, width, attention.pool_order, dtype)
+    planes = 1 if shard.mla else 2
+    width = attention.pool_head_dim(shard.key_dim)
+    return Pool(shard.num_layers, shard.num_kv_heads, planes, width, attention.pool_order, dtype)

@@ -69,7 +69,7 @@ def make_programs(
 ) -> list[Program]:
     """Make every program of a launch, small buckets first. `weights` are abstract, with their shardings."""
     grid = placement.grid
-    spec = StepSpec(model.share(grid), kernels, config.num_pages, config.compute_dtype, grid, drafter)
+    spec = StepSpec(model.shard(grid), kernels, config.num_pages, config.compute_dtype, grid, drafter)
     axes, kv_axes = weight_axes(model, stacked=weights.stacked), config.pool.order.axes
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
     programs = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,8 +21,8 @@ from sgl_jax.planning.topology import Chip, chip_of
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.platform import Platform
 from sgl_jax.settings.server_args import ServerArgs
-from sgl_jax.tools.benchmark.batch_arguments import Case
-from sgl_jax.tools.benchmark.one_batch import DeviceBatch, time_batch
+from sgl_jax.tools.benchmark.arguments import Case
+from sgl_jax.tools.benchmark.one_batch import ALONE, time_batch
 
 _PAGE = 128  # the largest that a platform or kernel takes by itself
 
@@ -38,7 +37,7 @@ class Shape(NamedTuple):
 
 
 # A CPU gets a step of seconds. Weights and KV of the large one take 24 GB over all devices.
-ON_CPU = Shape("Qwen3-0.6B", 2, Case(8, 64, 12), 8)
+ON_CPU = Shape("Qwen3-0.6B", 2, Case(8, 64, 12), 16)
 SMALL = Shape("Qwen3-0.6B", None, Case(64, 1024, 34), 1024)
 LARGE = Shape("Qwen3-8B", None, Case(64, 1024, 34), 1024)
 LARGE_BYTES = 30e9
@@ -119,6 +118,7 @@ def step_time(platform: Platform, tp_size: int, shape: Shape) -> StepTime:
                 context_length=2 * tokens,
                 max_total_tokens=(case.batch_size + 2) * -(-tokens // _PAGE) * _PAGE,
                 random_seed=0,
+                **ALONE,
             )
         )
         seconds = _median_decode_step(core, case)
@@ -133,6 +133,6 @@ def _median_decode_step(core: Core, case: Case) -> float:
     """Return the seconds of the median decode step of random prompts, its tokens on the host."""
     rng = np.random.default_rng(0)
     prompts = rng.integers(0, core.info.vocab_size, (case.batch_size, case.input_len)).tolist()
-    times = time_batch(DeviceBatch(core.runner, core.info, prompts, case.output_len), case, time.perf_counter)
+    times = time_batch(core, prompts, case.output_len)
     assert times.median_decode_s is not None  # the case has decode steps
     return times.median_decode_s

@@ -9,7 +9,7 @@ from sgl_jax.parallel.grid import Grid
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class Shard:
     """Part of a weight that a device holds: for each of some experts, the same runs of output rows and of columns."""
 
     experts: range
@@ -27,7 +27,7 @@ def as_slice(run: range) -> slice:
     return slice(run.start, run.stop)
 
 
-def share_of(spec: WeightSpec, grid: Grid, device: int) -> Share:
+def shard_of(spec: WeightSpec, grid: Grid, device: int) -> Shard:
     """Find a device's shard. Each part of the rows is divided by itself, in whole units.
 
     A part with fewer units than devices is replicated: neighbours hold the same unit (KV heads when there are more
@@ -44,11 +44,11 @@ def share_of(spec: WeightSpec, grid: Grid, device: int) -> Share:
         start += size
     experts = range(1) if spec.num_experts is None else _run(spec.num_experts, grid.part("experts", device))
     if not spec.is_matrix:
-        return Share(experts, tuple(runs), None)
+        return Shard(experts, tuple(runs), None)
     columns, n = spec.shape[-1], grid.part(spec.axes[-1], device)[1]
     if columns % (n * spec.column_unit):
         raise ValueError(f"{columns} columns in groups of {spec.column_unit} over {n} devices: a group would be cut")
-    return Share(experts, tuple(runs), _run(columns, grid.part(spec.axes[-1], device)))
+    return Shard(experts, tuple(runs), _run(columns, grid.part(spec.axes[-1], device)))
 
 
 def _run(size: int, part: tuple[int, int]) -> range:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig, RopeConfig
-from sgl_jax.models.share import share_of
+from sgl_jax.models.shard import shard_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.parallel.grid import Grid
 from shards import cut
@@ -15,10 +15,10 @@ from shards import cut
 def rows_of(spec: WeightSpec, grid: Grid) -> list[list[int]]:
     """Row numbers that each device holds of a weight whose rows are numbered."""
     whole = np.arange(np.prod(spec.shape)).reshape(spec.shape)
-    return [cut(whole, share_of(spec, grid, device)).tolist() for device in range(grid.num_devices)]
+    return [cut(whole, shard_of(spec, grid, device)).tolist() for device in range(grid.num_devices)]
 
 
-def test_each_device_gets_a_share_of_every_part() -> None:
+def test_each_device_gets_a_shard_of_every_part() -> None:
     qkv = WeightSpec((12,), ("heads",), "float32", parts=(8, 4), unit=2)  # 4 heads of q, then 2 of k
     assert rows_of(qkv, Grid(tensor=2)) == [[0, 1, 2, 3, 8, 9], [4, 5, 6, 7, 10, 11]]
 
@@ -54,16 +54,16 @@ def config(**changes: object) -> DecoderConfig:
     )
 
 
-def test_a_device_holds_its_share() -> None:
-    share = config().share(Grid(tensor=4))
-    assert (share.num_heads, share.num_kv_heads, share.intermediate_size, share.vocab_size) == (2, 1, 8, 16)
-    share = config().share(Grid(tensor=2, data=2))
-    assert (share.num_heads, share.num_kv_heads, share.intermediate_size, share.vocab_size) == (4, 1, 8, 16)
+def test_a_device_holds_its_shard() -> None:
+    shard = config().shard(Grid(tensor=4))
+    assert (shard.num_heads, shard.num_kv_heads, shard.intermediate_size, shard.vocab_size) == (2, 1, 8, 16)
+    shard = config().shard(Grid(tensor=2, data=2))
+    assert (shard.num_heads, shard.num_kv_heads, shard.intermediate_size, shard.vocab_size) == (4, 1, 8, 16)
 
 
 def test_a_head_may_have_several_devices() -> None:
-    share = config(num_heads=4).share(Grid(tensor=8))
-    assert (share.num_heads, share.num_kv_heads, share.head_replicas) == (1, 1, 2)
+    shard = config(num_heads=4).shard(Grid(tensor=8))
+    assert (shard.num_heads, shard.num_kv_heads, shard.head_replicas) == (1, 1, 2)
 
 
 MOE = MoeConfig(num_experts=6, experts_per_token=2, intermediate_size=12)
@@ -92,4 +92,4 @@ MOE = MoeConfig(num_experts=6, experts_per_token=2, intermediate_size=12)
 )
 def test_a_size_that_does_not_divide_the_model_is_refused(changes: dict, grid: Grid, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        config(**changes).share(grid)
+        config(**changes).shard(grid)

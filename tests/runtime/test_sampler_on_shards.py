@@ -19,7 +19,7 @@ from sgl_jax.runtime import sampler
 DEVICES, VOCAB = 4, 1000
 
 
-def test_shares_and_blocks_change_no_token() -> None:
+def test_shards_and_blocks_change_no_token() -> None:
     """Run in a process of its own, with several CPU devices."""
     environ = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
@@ -37,14 +37,14 @@ def main() -> None:
     logits = np.random.default_rng(3).normal(0, 3, (len(rows), VOCAB)).astype(np.float32)
     lines, state = one_device.step_of(rows, VOCAB, len(rows))
     wanted = np.asarray(jax.jit(sampler.sample)(logits, lines, state))
-    axis, whole, shares = MeshAxis(("tensor",), DEVICES), PartitionSpec(), PartitionSpec(None, "tensor")
+    axis, whole, shards = MeshAxis(("tensor",), DEVICES), PartitionSpec(), PartitionSpec(None, "tensor")
     mesh = Mesh(np.array(jax.devices()), axis.names)
-    places = dataclasses.replace(jax.tree.map(lambda _: whole, state), token_counts=shares)
+    places = dataclasses.replace(jax.tree.map(lambda _: whole, state), token_counts=shards)
     sampler._LINES_BYTES = 8 * 4 * (VOCAB // DEVICES)
     assert sampler.lines_at_once(VOCAB // DEVICES) == 8
     function = functools.partial(sampler.sample, axis=axis)
-    shared = jax.shard_map(function, mesh=mesh, in_specs=(shares, whole, places), out_specs=whole, check_vma=False)
-    np.testing.assert_array_equal(jax.jit(shared)(logits, lines, state), wanted)
+    sharded = jax.shard_map(function, mesh=mesh, in_specs=(shards, whole, places), out_specs=whole, check_vma=False)
+    np.testing.assert_array_equal(jax.jit(sharded)(logits, lines, state), wanted)
     print("the same")
 
 
