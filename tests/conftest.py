@@ -104,8 +104,8 @@ def smollm2() -> Path:
     return found[0]
 
 
-# Files of a minute or more of the processor, the longest first. Workers take files in this order, so that none is left with
-# a long one when the others have nothing more to do.
+# The files that take longest. Workers take files in this order, and the others after them, so that none is left with a long
+# one when the rest is done.
 LONG_FILES = (
     "e2e/test_families_exact.py",
     "e2e/test_engine_exact.py",
@@ -114,7 +114,6 @@ LONG_FILES = (
     "tools/benchmark/test_offline.py",
     "parallel/test_grids.py",
     "multihost/test_two_hosts.py",
-    "engine/test_startup.py",
     "scheduler/test_properties.py",
     "e2e/test_server.py",
     "e2e/test_default_model_exact.py",
