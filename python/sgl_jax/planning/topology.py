@@ -4,8 +4,6 @@ The figures are the makers' (cloud.google.com/tpu/docs, nvidia.com), per JAX dev
 is two. A TPU's memory is the part that its compiler lets a program use. A TPU makes a float32 product of six bfloat16 ones.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import math

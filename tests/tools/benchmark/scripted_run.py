@@ -9,10 +9,10 @@ from typing import Any
 from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
-from sgl_jax.tools.benchmark.arguments import parse_serving
+from sgl_jax.tools.benchmark.arguments import parse
 from sgl_jax.tools.benchmark.figures import ServingRun
-from sgl_jax.tools.benchmark.records import Prompt
-from sgl_jax.tools.benchmark.roofline import MachineLimits, ModelCost, Roofline
+from sgl_jax.tools.benchmark.machine_limits import MachineLimits, ModelCost, Roofline
+from sgl_jax.tools.benchmark.protocols import Prompt
 from sgl_jax.tools.benchmark.serving import ServerFacts, run_serving
 
 COST = {"weight_bytes": 1_000_000_000, "kv_bytes_per_token": 10_000_000, "parameters_per_token": 50_000_000_000}
@@ -27,7 +27,7 @@ LIMITS = {
 
 def serving_args(url: str, **changed: Any) -> argparse.Namespace:
     """bench_serving's flags, with no warm-up, but for those that are `changed`."""
-    args = parse_serving(["--base-url", url, "--warmup-requests", "0", "--disable-tqdm"])
+    args = parse("bench_serving", ["--base-url", url, "--warmup-requests", "0", "--disable-tqdm"])[0]
     assert set(changed) <= set(vars(args))
     return argparse.Namespace(**vars(args) | changed)
 

@@ -17,7 +17,7 @@ from aiohttp import web
 
 @dataclass
 class Script:
-    """What the server does; `request` counts the generation calls from 0, in order of arrival."""
+    """Behaviour of the server; `request` counts the generation calls from 0, in order of arrival."""
 
     ttft_s: Callable[[int], float] = lambda request: 0.1
     itl_s: Callable[[int], float] = lambda request: 0.01
@@ -146,7 +146,7 @@ class ScriptedServer:
         return usage | {"prompt_tokens_details": {"cached_tokens": self.script.cached_tokens(number)}}
 
 
-# What is sent when a stream breaks; the connection is closed after it.
+# Bytes sent when a stream breaks; the connection is closed after them.
 _BREAKS = {
     "ended": b"",
     "dropped": b"data: {",

@@ -11,7 +11,7 @@ from scripted_run import COST, LIMITS
 from sgl_jax import measure_limits
 from sgl_jax.planning import machine_rates
 from sgl_jax.planning.machine_rates import Probe
-from sgl_jax.tools.benchmark.roofline import read_limits, server_roofline
+from sgl_jax.tools.benchmark.machine_limits import server_roofline
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
 
@@ -22,7 +22,9 @@ def test_what_is_measured_is_printed_written_and_read_again(
     file = tmp_path / "limits.json"
     flags = ["--device", "cpu", "--num-devices", "1", "--dtype", "float32"]
     assert measure_limits.main([*flags, "--output", str(file)]) == 0
-    limits = read_limits(file, {"device_kind": "cpu", "num_devices": 1, "dtype": "float32"})
+    roofline = server_roofline(file, COST | {"device_kind": "cpu", "num_devices": 1, "dtype": "float32"})
+    assert roofline is not None
+    limits = roofline.limits
     assert limits.memory_gb_per_s > 0 < limits.matmul_tflop_per_s
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:3] == [
@@ -36,7 +38,7 @@ def test_a_model_and_a_file_make_a_roofline(tmp_path: Path) -> None:
     file.write_text(json.dumps(LIMITS))
     roofline = server_roofline(file, COST)
     assert roofline is not None
-    assert roofline.measured() == {"machine_limits": LIMITS, "model_cost": COST}
+    assert roofline.shares(None, None, None, 1, 0)["machine_limits"] == LIMITS
     assert server_roofline(None, None) is None
     with pytest.raises(BenchmarkError, match="--machine-limits: the server does not tell its model's cost"):
         server_roofline(file, None)
@@ -55,7 +57,7 @@ def test_a_file_that_does_not_fit_is_refused(tmp_path: Path, content: str | None
     if content is not None:
         file.write_text(content)
     with pytest.raises(BenchmarkError, match=f"--machine-limits is .*limits.json[;,] {said}"):
-        read_limits(file, {"num_devices": 4, "dtype": "bfloat16"})
+        server_roofline(file, COST | {"num_devices": 4, "dtype": "bfloat16"})
 
 
 def test_what_cannot_be_measured_is_said(capsys: pytest.CaptureFixture[str]) -> None:

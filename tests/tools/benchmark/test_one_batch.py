@@ -3,13 +3,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 
+from fakes.fake_runner import FakeFlight, FakeRunner, continuation
 from sgl_jax import bench_one_batch
 from sgl_jax.engine import startup
 from sgl_jax.engine.core import Core
@@ -22,11 +22,10 @@ from sgl_jax.planning.target import target_here
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.step_plan import StepTokens
-from sgl_jax.testing.fake_runner import FakeFlight, FakeRunner, continuation
 from sgl_jax.tools.benchmark import one_batch
-from sgl_jax.tools.benchmark.batch_arguments import Case, parse_one_batch
-from sgl_jax.tools.benchmark.one_batch import DeviceBatch, check_fits, run
-from sgl_jax.tools.benchmark.roofline import MachineLimits
+from sgl_jax.tools.benchmark.arguments import Case, parse
+from sgl_jax.tools.benchmark.machine_limits import MachineLimits
+from sgl_jax.tools.benchmark.one_batch import check_fits, run, time_batch
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 from simulated import make_core, make_request
 
@@ -44,7 +43,7 @@ class ScriptedRunner(FakeRunner):
         super().__init__(num_rows=ROWS, num_pages=PAGES + 1, page_size=page_size, context_length=CONTEXT)
         self.now = 100.0
         self.seconds = iter(seconds)
-        self.outputs: dict[int, list[int]] = {}  # what was sampled, by row
+        self.outputs: dict[int, list[int]] = {}  # sampled tokens by row
 
     def collect(self, flight: FakeFlight) -> StepTokens:
         self.now += next(self.seconds, 0.0)
@@ -54,26 +53,34 @@ class ScriptedRunner(FakeRunner):
         return found
 
 
-def fake_core(runner: ScriptedRunner, **info: object) -> Core:
-    core = make_core(rows=ROWS, context_length=CONTEXT, num_usable_pages=PAGES)
+def fake_core(runner: ScriptedRunner, chunk: int = CHUNK) -> Core:
+    core = make_core(
+        rows=ROWS,
+        context_length=CONTEXT,
+        page_size=runner.page_size,
+        num_usable_pages=PAGES,
+        step_tokens=chunk + ROWS,
+        prefill_tokens=chunk,
+        radix=False,
+    )
     known = {
         "page_size": runner.page_size,
         "max_running_requests": ROWS,
         "max_total_tokens": PAGES * runner.page_size,
-        "chunked_prefill_size": CHUNK,
+        "chunked_prefill_size": chunk,
         "weight_bytes": 1_000_000_000,
         "kv_bytes_per_token": 1000,
         "parameters_per_token": 5_000_000_000,
     }
-    return Core(core.scheduler, runner, msgspec.structs.replace(core.info, **known | info))
+    return Core(core.scheduler, runner, msgspec.structs.replace(core.info, **known), overlap=False)
 
 
 LIMITS_FOUND = MachineLimits(20.0, 0.5, "float32", "none", 1)
 
 
-def measure(runner: ScriptedRunner, *words: object, limits=lambda info: LIMITS_FOUND, **info) -> int:
-    args, _ = parse_one_batch(["--model-path", "fake", *map(str, words)])
-    return run(args, fake_core(runner, **info), lambda: runner.now, limits)
+def measure(runner: ScriptedRunner, *words: object, limits=lambda info: LIMITS_FOUND) -> int:
+    args, _ = parse("bench_one_batch", ["--model-path", "fake", *map(str, words)])
+    return run(args, fake_core(runner), lambda: runner.now, limits)
 
 
 WARM_UP = [9.0] * 5  # 2 chunks of the prompts, 3 decode steps
@@ -130,6 +137,8 @@ def test_every_figure_to_the_digit(tmp_path: Path, capsys: pytest.CaptureFixture
             "kv_bytes_per_token": 1000,
             "parameters_per_token": 5_000_000_000,
         },
+        "decode_rows": 2,
+        "decode_context": 8.5,
         "decode_bandwidth_share": pytest.approx(1_000_017_000 / 0.125 / 20e9),
         "prefill_matmul_share": pytest.approx(0.64),
     }
@@ -149,15 +158,6 @@ def test_a_single_token_has_no_decode_steps(tmp_path: Path, capsys: pytest.Captu
     assert found["median_decode_latency"] is found["decode_bandwidth_share"] is None
 
 
-def test_every_combination_is_measured_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    words = ("--batch-size", 1, 3, "--input-len", 5, 9, "--output-len", 2, 3, "--result-filename", path)
-    assert measure(ScriptedRunner(seconds=[1.0] * 999), *words) == 0
-    found = [json.loads(line) for line in path.read_text().splitlines()]
-    shapes = [(each["batch_size"], each["input_len"], each["output_len"]) for each in found]
-    assert shapes == [(b, i, o) for b in (1, 3) for i in (5, 9) for o in (2, 3)]
-
-
 def test_without_limits_there_are_no_shares_and_the_reason_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
@@ -169,17 +169,23 @@ def test_without_limits_there_are_no_shares_and_the_reason_is_said(
     out = capsys.readouterr()
     assert out.err == "bench_one_batch: the limits cannot be measured: nothing is free\n"
     assert "%" not in out.out
-    found = json.loads(path.read_text())
-    assert found["machine_limits"] is found["decode_bandwidth_share"] is found["prefill_matmul_share"] is None
+    assert "machine_limits" not in json.loads(path.read_text())
 
 
-def test_a_compile_while_timing_is_a_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_a_compile_while_timing_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     runner, path = ScriptedRunner(seconds=[1.0] * 99), tmp_path / "out.jsonl"
-    counts = iter([5, 7, 7])  # 5 of them by measuring the limits
-    monkeypatch.setattr(ScriptedRunner, "compiles_after_ready", property(lambda self: next(counts)))
-    assert measure(runner, *SHAPE, "--result-filename", path) == 1
+
+    def limits(info: EngineInfo) -> MachineLimits:
+        runner.compiles_after_ready = 5
+        return LIMITS_FOUND
+
+    def seconds() -> Iterator[float]:
+        yield 1.0
+        runner.compiles_after_ready = 7
+        yield from [1.0] * 99
+
+    runner.seconds = seconds()
+    assert measure(runner, *SHAPE, "--result-filename", path, limits=limits) == 1
     assert "2 programs were compiled while it was timed" in capsys.readouterr().err
     assert json.loads(path.read_text())["compiles_after_ready"] == 2
 
@@ -200,41 +206,24 @@ def expected(prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("page_size", [1, 4, 16])
 @pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_tokens_are_right_for_all_pages_and_chunks(page_size: int, chunk: int) -> None:
+def test_rows_run_together_and_their_tokens_are_right(page_size: int, chunk: int) -> None:
     runner = ScriptedRunner(page_size)
-    info = fake_core(runner, chunked_prefill_size=chunk).info
     prompts = [[7, 8, 9, 10, 11, 12, 13], [5], [21, 22, 23, 24]]
-    batch = DeviceBatch(runner, info, prompts, output_len=6)
-    batch.prefill()
-    for _ in range(5):
-        batch.decode()
-    assert [runner.outputs[row] for row in range(3)] == expected(prompts, 6)
-    assert max(plan.num_tokens for plan in runner.plans) <= max(chunk, 3)
+    core = fake_core(runner, chunk)
+    times = time_batch(core, prompts, output_len=6, clock=lambda: runner.now)
+    assert len(times.decode_s) == 5
+    assert [plan.num_tokens for plan in runner.plans][-5:] == [3] * 5
+    for row, wanted in enumerate(expected(prompts, 40)):
+        found = runner.outputs[row]
+        assert len(found) >= 6
+        assert found == wanted[: len(found)]
+    assert not core.busy
 
 
-def test_a_batch_may_fill_the_pool_to_the_last_page(plan: LaunchPlan) -> None:
-    runner = ScriptedRunner()
-    info = fake_core(runner).info
-    check_fits(Case(ROWS, 30, 10), plan)  # 4 rows of 10 pages
-    prompts = [[i] * 30 for i in range(3, 3 + ROWS)]
-    batch = DeviceBatch(runner, info, prompts, 10)
-    batch.prefill()
-    for _ in range(9):
-        batch.decode()
-    assert [runner.outputs[row] for row in range(ROWS)] == expected(prompts, 10)
-
-
-def test_drawn_prompts_have_the_length_and_differ() -> None:
-    runner = ScriptedRunner(seconds=[1.0] * 99)
-    measure(runner, "--batch-size", 3, "--input-len", 9, "--output-len", 2, "--result-filename", "")
-    timed = [plan for plan in runner.plans if not plan.from_device.any()][4:]  # 27 tokens in chunks of 8
-    prompts: dict[int, list[int]] = {}
-    for plan in timed:
-        ends = np.cumsum(plan.num_new)
-        for row, end, n in zip(plan.rows.tolist(), ends.tolist(), plan.num_new.tolist(), strict=True):
-            prompts.setdefault(row, []).extend(plan.tokens[end - n : end].tolist())
-    assert [len(prompts[row]) for row in range(3)] == [9, 9, 9]
-    assert len({tuple(prompt) for prompt in prompts.values()}) == 3
+def test_a_batch_that_cannot_run_at_once_is_said() -> None:
+    prompts = [[i] * 36 for i in range(3, 3 + ROWS)]  # 4 rows of 10 pages at once, and more as they decode
+    with pytest.raises(BenchmarkError, match="the batch did not run at once: raise --max-total-tokens"):
+        time_batch(fake_core(ScriptedRunner()), prompts, 10)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -243,17 +232,14 @@ def test_drawn_prompts_have_the_length_and_differ() -> None:
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        (
-            Case(5, 9, 16),
-            "--batch-size is 5; 4 requests can run at once, raise --max-running-requests",
-        ),
+        (Case(5, 9, 16), "--batch-size is 5; 4 requests can run at once, raise --max-running-requests"),
         (
             Case(1, 60, 5),
             "--input-len 60 and --output-len 5 make 65 tokens; a request may hold 64, raise --context-length",
         ),
         (
             Case(4, 36, 8),
-            "4 requests of 44 tokens need 44 pages of 4 tokens; the KV pool has 40, raise --max-total-tokens",
+            "4 requests of 46 tokens need 48 pages of 4 tokens; the KV pool has 40, raise --max-total-tokens",
         ),
     ],
 )
@@ -287,16 +273,6 @@ def test_a_batch_that_does_not_fit_ends_the_start(
 def test_flags_that_cannot_be_honoured_are_named(words: tuple, said: str, capsys: pytest.CaptureFixture) -> None:
     assert bench_one_batch.main(["--model-path", "m", *words]) == 2
     assert f"bench_one_batch: error: {said}" in capsys.readouterr().err
-
-
-def test_help_loads_no_jax() -> None:
-    check = (
-        "import sys\nfrom sgl_jax.bench_one_batch import main\n"
-        "try: main(['--help'])\nexcept SystemExit: print({'jax', 'numpy'} & set(sys.modules))"
-    )
-    result = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
-    assert result.stdout.splitlines()[0] == "usage: python -m sgl_jax.bench_one_batch --model-path PATH [flags]"
-    assert result.stdout.splitlines()[-1] == "set()"
 
 
 # --- the real thing ---------------------------------------------------------------------------------------------------

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +13,20 @@ from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
 from sgl_jax.bench_one_batch_server import main
-from sgl_jax.tools.benchmark.batch_arguments import Case, Target, one_batch_server_parser, running_target
+from sgl_jax.tools.benchmark.arguments import Case, parse
 from sgl_jax.tools.benchmark.client import ServerError
-from sgl_jax.tools.benchmark.one_batch_server import BatchResult, run, run_case
-from sgl_jax.tools.benchmark.protocols import COMPLETIONS, NATIVE, RequestOptions
+from sgl_jax.tools.benchmark.one_batch_server import BatchResult, flags_of_running, record, run, run_case
+from sgl_jax.tools.benchmark.protocols import RequestOptions
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
+TOOL = "bench_one_batch_server"
 INFO = {
     "engine": {
         "vocab_size": 1000,
         "weight_bytes": 1_000_000,
         "kv_bytes_per_token": 1000,
         "parameters_per_token": 500_000,
-    },
+    }
 }
 LIMITS = {
     "memory_gb_per_s": 1.0,
@@ -62,16 +60,14 @@ prefill: 20.0% of the matmul rate (0.01 TFLOP/s in float32)
 """
 
 
-def measure(
-    script: Script, *flags: str, limits: Path | None = None, target: dict[str, Any] | None = None
-) -> tuple[int, list[tuple[str, Any]]]:
+def measure(script: Script, *flags: str, limits: Path | None = None) -> tuple[int, list[tuple[str, Any]]]:
     """The exit code, and the calls the server got."""
 
     async def all_of_it() -> tuple[int, list[tuple[str, Any]]]:
         async with ScriptedServer(script).running() as server:
-            args = one_batch_server_parser().parse_args(["--result-filename", "", *flags])
+            args, _ = parse(TOOL, ["--result-filename", "", *flags])
             args.machine_limits = limits
-            return await run(args, Target(server.url, **(target or {}))), server.received
+            return await run(args, server.url), server.received
 
     return run_in_virtual_time(all_of_it())
 
@@ -83,17 +79,11 @@ def generations(calls: list[tuple[str, Any]]) -> list[Any]:
 CASE = ("--batch-size", "4", "--input-len", "100", "--output-len", "11")
 
 
-@pytest.mark.parametrize("api", ["native", "openai"])
-def test_a_case_is_printed_to_the_digit(api: str, limits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, calls = measure(EXACT, *CASE, "--api-type", api, limits=limits)
+def test_a_case_is_printed_to_the_digit(limits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, calls = measure(EXACT, *CASE, limits=limits)
     assert code == 0
     assert capsys.readouterr().out == BLOCK
-    path = {"native": "/generate", "openai": "/v1/completions"}[api]
-    warm_up = case = ["/flush_cache", path]
-    models = ["/v1/models"] if api == "openai" else []
-    assert [path for path, _ in calls] == [
-        "/get_server_info", *models, *warm_up, *case
-    ]  # fmt: skip
+    assert [path for path, _ in calls] == ["/get_server_info", *["/flush_cache", "/generate"] * 2]
 
 
 def test_a_case_is_written_as_a_line_of_json(tmp_path: Path, limits: Path) -> None:
@@ -105,7 +95,6 @@ def test_a_case_is_written_as_a_line_of_json(tmp_path: Path, limits: Path) -> No
     assert first == '{"what": "was there"}'
     assert json.loads(second) == {
         "run_name": "mine",
-        "api_type": "native",
         "temperature": 0.0,
         "return_logprob": False,
         "seed": 7,
@@ -123,14 +112,15 @@ def test_a_case_is_written_as_a_line_of_json(tmp_path: Path, limits: Path) -> No
         "start_seconds": None,
         "machine_limits": LIMITS,
         "model_cost": {"weight_bytes": 1_000_000, "kv_bytes_per_token": 1000, "parameters_per_token": 500_000},
+        "decode_rows": 4,
+        "decode_context": 105.5,
         "decode_bandwidth_share": 0.1422,  # (1e6 + 4 x (100 + 11 / 2) x 1000) B / 10 ms / 1 GB/s
         "prefill_matmul_share": 0.2,  # 2 x 500000 x 400 / 0.2 s / 0.01 TFLOP/s
     }
 
 
 def test_every_combination_of_the_lists_is_a_case_and_the_report_has_a_row_each(
-    limits: Path,
-    capsys: pytest.CaptureFixture[str],
+    limits: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ("--batch-size", "1", "4", "--input-len", "100", "--output-len", "1", "11", "--show-report")
     code, calls = measure(EXACT, *flags, "--skip-warmup", limits=limits)
@@ -155,7 +145,7 @@ def test_prompts_are_the_seeds_and_no_two_alike() -> None:
         return [prompt for body in generations(calls) for prompt in body["input_ids"]]
 
     first = prompts("1")
-    assert len({tuple(prompt) for prompt in first}) == len(first) == 8  # of the warm-up and the case
+    assert len({tuple(prompt) for prompt in first}) == len(first) == 8  # warm-up and case
     assert prompts("1") == first
     assert prompts("2") != first
     assert all(0 <= token < 1000 for prompt in first for token in prompt)
@@ -173,44 +163,12 @@ def test_the_native_request_holds_the_batch_and_its_parameters() -> None:
     }
 
 
-def test_the_openai_request_holds_the_batch_and_its_parameters() -> None:
-    flags = ("--api-type", "openai", "--temperature", "0.5", "--return-logprob", "--skip-warmup")
-    _, calls = measure(EXACT, *CASE, *flags)
-    (body,) = generations(calls)
-    assert [len(prompt) for prompt in body.pop("prompt")] == [100] * 4
-    assert body == {
-        "stream": True,
-        "stream_options": {"include_usage": True},
-        "model": "scripted",
-        "max_tokens": 11,
-        "temperature": 0.5,
-        "ignore_eos": True,
-        "logprobs": 1,
-    }
-
-
 def test_the_warm_up_is_of_the_greatest_sizes_within_bounds() -> None:
     flags = ("--batch-size", "1", "32", "--input-len", "2000", "8", "--output-len", "3")
     _, calls = measure(EXACT, *flags)
     warm_up = generations(calls)[0]
     assert [len(prompt) for prompt in warm_up["input_ids"]] == [1024] * 16
     assert warm_up["sampling_params"]["max_new_tokens"] == 3
-
-
-def test_another_engine_without_limits_or_info_is_measured_all_the_same(
-    stories260k: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    script = Script(ttft_s=lambda request: 0.2, cached_tokens=None)
-    code, _ = measure(script, *CASE, "--show-report", target={"tokenizer_path": str(stories260k)})
-    assert code == 0
-    assert capsys.readouterr().out == (
-        "batch size: 4\ninput_len: 100\noutput_len: 11\nlatency: 0.300 s\nttft: 0.200 s\nitl: 10.00 ms\n"
-        "input throughput: 2000.00 tok/s\noutput throughput: 440.00 tok/s\n\n"
-        "| batch size | input len | output len | latency (s) | ttft (s) | input throughput (tok/s) "
-        "| output throughput (tok/s) | ITL (ms) |\n"
-        "|---:|---:|---:|---:|---:|---:|---:|---:|\n"
-        "| 4 | 100 | 11 | 0.300 | 0.200 | 2000.00 | 440.00 | 10.00 |\n"
-    )
 
 
 def test_cached_tokens_are_told_and_not_counted_as_computed(limits: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,21 +193,10 @@ def test_a_case_that_fails_is_told_the_others_go_on_and_the_exit_code_says_so(
     assert [line for line in out.splitlines() if "batch" in line] == ["batch size: 1", "batch size: 4"]
 
 
-def test_a_warm_up_that_fails_is_told_and_the_cases_go_on(limits: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    script = Script(**vars(EXACT) | {"fails": lambda request: (400, "too long") if request == 0 else None})
-    assert measure(script, *CASE, limits=limits)[0] == 0
-    out, err = capsys.readouterr()
-    assert out == BLOCK
-    assert err == (
-        "bench_one_batch_server: warming up with batch size 4, input_len 100, output_len 11 failed: "
-        "HTTP 400 from /generate: too long\n"
-    )
-
-
 def test_profiling_runs_each_case_once_more_in_a_trace() -> None:
     _, calls = measure(EXACT, "--batch-size", "1", "2", "--skip-warmup", "--profile", "--profile-output-dir", "/t")
     traced = ["/start_profile", "/flush_cache", "/generate", "/stop_profile"]
-    assert [path for path, _ in calls][-8:] == traced * 2
+    assert [path for path, _ in calls][1:] == ["/flush_cache", "/generate", *traced] * 2
     assert [body for path, body in calls if path == "/start_profile"] == [{"output_dir": "/t"}] * 2
 
 
@@ -272,27 +219,15 @@ def native(row: int, tokens: int, **meta: Any) -> dict[str, Any]:
     return {"index": row, "text": "", "meta_info": {"completion_tokens": tokens} | meta}
 
 
-def one_request(case: Case, *events: tuple[float, dict[str, Any]], api: str = "native") -> BatchResult:
+def one_request(case: Case, *events: tuple[float, dict[str, Any]]) -> BatchResult:
     client: Any = Events(*events)
-    protocol = {"native": NATIVE, "openai": COMPLETIONS}[api]
-    prompts = [[5] * case.input_len] * case.batch_size
-    return run_in_virtual_time(run_case(client, case, prompts, protocol, RequestOptions()))
+    return run_in_virtual_time(run_case(client, case, [[5] * case.input_len] * case.batch_size, RequestOptions()))
 
 
 def test_ttft_is_when_the_last_row_has_its_first_token() -> None:
     events = [(1.0, native(1, 1)), (1.25, native(1, 2)), (1.5, native(0, 1)), (2.0, native(0, 2))]
     result = one_request(Case(2, 10, 2), *events)
-    assert (result.ttft_s, result.latency_s, result.record(None)["itl"]) == (1.5, 2.0, 0.5)
-
-
-def test_in_openais_stream_a_row_has_begun_with_its_first_text() -> None:
-    def text(row: int, text: str) -> dict[str, Any]:
-        return {"choices": [{"index": row, "text": text}]}
-
-    events = [(1.0, text(1, "a")), (1.5, text(0, "")), (2.0, text(0, "é")), (2.5, text(1, "b"))]
-    usage = {"choices": [], "usage": {"completion_tokens": 4, "prompt_tokens_details": {"cached_tokens": 3}}}
-    result = one_request(Case(2, 10, 2), *events, (3.0, usage), api="openai")
-    assert (result.ttft_s, result.latency_s, result.cached_tokens) == (2.0, 3.0, 3)
+    assert (result.ttft_s, result.latency_s, record(Case(2, 10, 2), result, None)["itl"]) == (1.5, 2.0, 0.5)
 
 
 def test_a_batch_that_is_not_complete_has_no_result() -> None:
@@ -326,22 +261,11 @@ def test_what_cannot_be_honoured_is_refused(flags: list[str], message: str, caps
     assert capsys.readouterr().err == f"bench_one_batch_server: error: {message}\n"
 
 
-def test_help_is_light() -> None:
-    check = "import sys, sgl_jax.tools.benchmark.batch_arguments as a; a.one_batch_server_parser(); print(list(sys.modules))"
-    loaded = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=60, check=True)
-    assert not {"numpy", "aiohttp", "jax", "msgspec"} & set(ast.literal_eval(loaded.stdout))
-
-
 def test_of_the_servers_flags_those_about_a_running_one_are_taken() -> None:
     flags = ["--model", "None", "--api-key", "k", "--served-model-name", "m", "--tokenizer-path", "t"]
-    assert running_target("http://x", flags) == Target("http://x", "k", "m", "t")
+    assert flags_of_running("http://x", flags)["api_key"] == "k"
 
 
 def test_without_a_vocabulary_nothing_can_be_drawn() -> None:
-    with pytest.raises(BenchmarkError, match="give --tokenizer-path"):
+    with pytest.raises(BenchmarkError, match="the server does not tell the size of its vocabulary"):
         measure(Script())
-
-
-def test_no_server_at_the_url_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--base-url", "http://127.0.0.1:1"]) == 2
-    assert "no server answers at http://127.0.0.1:1" in capsys.readouterr().err

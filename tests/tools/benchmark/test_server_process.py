@@ -75,14 +75,6 @@ def test_a_server_that_ends_is_told_with_its_exit_code(tmp_path: Path, capfd: py
     assert "sgl_jax: error: " in capfd.readouterr().err
 
 
-def test_a_flag_that_the_server_refuses_is_told_before_it_is_started() -> None:
-    with (
-        pytest.raises(BenchmarkError, match=r"^--page-size is 48; "),
-        started_server(["--model", "m", "--page-size", "48"]),
-    ):
-        pass
-
-
 def test_a_port_that_is_taken_is_refused_and_its_owner_not_measured() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))

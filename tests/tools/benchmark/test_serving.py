@@ -11,16 +11,14 @@ import numpy as np
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from scripted_run import ROOFLINE, bench, serving_args
+from scripted_run import COST, ROOFLINE, bench, serving_args
 from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
-from sgl_jax.tools.benchmark.client import connect
-from sgl_jax.tools.benchmark.figures import ServingRun
-from sgl_jax.tools.benchmark.protocols import BACKENDS
-from sgl_jax.tools.benchmark.records import Prompt
-from sgl_jax.tools.benchmark.serving import ServerFacts, run_serving
-from sgl_jax.tools.benchmark.serving_report import failure_line, shares_block, standard_block
+from sgl_jax.tools.benchmark.figures import ServingRun, failure_line, standard_block
+from sgl_jax.tools.benchmark.machine_limits import shares_block
+from sgl_jax.tools.benchmark.protocols import BACKENDS, Prompt
+from sgl_jax.tools.benchmark.serving import ServerFacts, ask_server, run_serving
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
 # Two at a time. Sent at, first token after, gap, ended at:
@@ -38,7 +36,7 @@ SCRIPT = Script(
 BLOCK = Path(__file__).with_name("serving_block.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
-NOTHING_TOLD = ServerFacts(None, None, None, None)
+NOTHING_TOLD = ServerFacts()
 
 
 def sent_at(run: ServingRun) -> list[float]:
@@ -142,7 +140,7 @@ def test_the_texts_are_counted_again_with_the_tokenizer() -> None:
 
 
 def test_failures_are_counted_and_left_out_of_the_figures() -> None:
-    """Of six, one after another, requests 1 to 4 fail in four ways; 0 and 5 take 0.25 + 0.125 s each."""
+    """Six requests run one after another; 1 to 4 fail in four ways; 0 and 5 take 0.25 + 0.125 s each."""
     script = Script(
         ttft_s=lambda _: 0.25,
         itl_s=lambda _: 0.125,
@@ -178,15 +176,6 @@ def test_a_broken_stream_is_a_failure(how: str, error: str, backend: str) -> Non
     assert run.figures["completed"] == 0
 
 
-def test_when_all_fail_there_are_no_latencies() -> None:
-    run, _ = bench(Script(fails=lambda _: (500, "no")), [Prompt("a", 1, 4)])
-    figures = run.figures
-    assert (figures["completed"], figures["output_throughput"], figures["concurrency"]) == (0, 0.0, 0.0)
-    assert figures["max_output_tokens_per_s"] is None
-    assert {value for name, value in figures.items() if name.endswith("_ms")} == {None}
-    assert standard_block(run).count("n/a") == 17
-
-
 def test_a_rate_sends_as_a_poisson_process_that_the_seed_determines() -> None:
     prompts = [Prompt([1], 1, 1)] * 50
     run, _ = bench(Script(), prompts, request_rate=4.0, seed=7)
@@ -203,13 +192,6 @@ def test_requests_over_the_limit_wait_their_turn() -> None:
     run, _ = bench(Script(ttft_s=lambda _: 1.0), prompts, use_trace_timestamps=True, max_concurrency=1)
     assert sent_at(run) == [0.0, 1.0, 3.0]
     assert run.duration_s == 4.0
-
-
-def test_a_traces_own_times_are_kept_whatever_their_order() -> None:
-    prompts = [Prompt([1], 1, 1, arrival_s=at) for at in (102.5, 100.0, 101.0)]
-    run, _ = bench(Script(), prompts, use_trace_timestamps=True)
-    assert sent_at(run) == [2.5, 0.0, 1.0]
-    assert "Traffic request rate:                    trace     " in standard_block(run).splitlines()
 
 
 def test_a_trace_without_times_is_refused() -> None:
@@ -332,16 +314,6 @@ def test_a_server_without_a_cache_to_flush_is_an_error_that_names_the_flag() -> 
         bench(Script(refused={"/flush_cache": [(404, "no such path")]}), [Prompt("a", 1, 1)], flush_cache=True)
 
 
-def test_the_profilers_directory_and_steps_are_passed_on() -> None:
-    _, server = bench(Script(), [Prompt("a", 1, 1)], profile=True, profile_output_dir="/tmp/trace", profile_num_steps=5)
-    assert ("/start_profile", {"output_dir": "/tmp/trace", "num_steps": 5}) in server.received
-
-
-def test_a_server_that_cannot_profile_is_an_error() -> None:
-    with pytest.raises(BenchmarkError, match="HTTP 404 from /start_profile: no such path"):
-        bench(Script(refused={"/start_profile": [(404, "no such path")]}), [Prompt("a", 1, 1)], profile=True)
-
-
 def test_the_share_of_the_machine() -> None:
     """Two rows of 0.25 + 4 x 0.125 s, sent together; 8 and 16 prompt tokens, 4 of each cached, 5 output tokens.
 
@@ -360,7 +332,6 @@ def test_the_share_of_the_machine() -> None:
         "Matmul share (%):                        34.67     ",
         "==================================================",
     ]
-    assert run.notes == []
 
 
 def test_rows_of_a_decode_step_are_those_that_decode_not_those_that_wait() -> None:
@@ -390,33 +361,19 @@ def test_a_run_that_is_cancelled_has_the_figures_of_what_is_finished() -> None:
     assert run.interrupted
     assert run.duration_s == pytest.approx(2.25)
     assert (run.figures["completed"], run.figures["failed"], run.figures["total_output_tokens"]) == (2, 0, 2)
-    assert run.notes[-1] == "interrupted: 2 of 4 requests were not finished"
 
 
-@pytest.mark.parametrize(
-    ("refused", "waits"),
-    [
-        ({}, 0.0),
-        ({"/ready": [(503, "loading")] * 3}, 1.5),
-        ({"/ready": [(404, "no such path")] * 9, "/health": [(503, "loading")] * 2}, 1.0),
-    ],
-)
-def test_a_server_is_waited_for_until_it_is_ready(refused: dict[str, list[tuple[int, str]]], waits: float) -> None:
-    async def main() -> float:
-        server = ScriptedServer(Script(refused=refused))
-        async with server.running(), connect(server.url) as client:
-            start = asyncio.get_running_loop().time()
-            await client.wait_until_ready(5.0)
-            return asyncio.get_running_loop().time() - start
-
-    assert run_in_virtual_time(main()) == waits
+async def asked(script: Script, timeout_s: float) -> tuple[ServerFacts, float]:
+    """The facts, and the seconds they took."""
+    async with ScriptedServer(script).running() as server:
+        args = serving_args(server.url, ready_check_timeout_sec=timeout_s)
+        return await ask_server(args), asyncio.get_running_loop().time()
 
 
-def test_waiting_ends_with_the_last_answer() -> None:
-    async def main() -> None:
-        server = ScriptedServer(Script(refused={"/ready": [(503, "loading")] * 99}))
-        async with server.running(), connect(server.url) as client:
-            await client.wait_until_ready(2.0)
-
-    with pytest.raises(BenchmarkError, match=r"^not ready after 2 s: HTTP 503 from /ready: loading$"):
-        run_in_virtual_time(main())
+def test_a_server_is_waited_for_until_it_answers() -> None:
+    script = Script(info={"engine": COST | {"vocab_size": 7}}, refused={"/get_server_info": [(503, "loading")] * 3})
+    facts, seconds = run_in_virtual_time(asked(script, 5.0))
+    assert (facts, seconds) == (ServerFacts("scripted", None, 7, None), 1.5)
+    script = Script(refused={"/get_server_info": [(503, "loading")] * 99})
+    with pytest.raises(BenchmarkError, match=r"^not ready after 2 s: HTTP 503 from /get_server_info: loading$"):
+        run_in_virtual_time(asked(script, 2.0))

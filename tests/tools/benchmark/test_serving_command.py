@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import pty
 import re
 import signal
 import socket
@@ -17,8 +15,8 @@ from pathlib import Path
 import pytest
 from live_server import LiveServer
 
+from fakes.fake_core import FakeCore
 from sgl_jax.engine.messages import Generate
-from sgl_jax.testing.fake_core import FakeCore
 
 COMMAND = [sys.executable, "-m", "sgl_jax.bench_serving"]
 RANDOM = [
@@ -91,17 +89,6 @@ def test_a_run_against_the_server(live: LiveServer, tmp_path: Path, backend: str
     assert written["output_lens"] == [6, 6, 6, 6]
 
 
-def test_token_ids_need_no_tokenizer(live: LiveServer) -> None:
-    result = run("--base-url", live.url, *RANDOM, "--dataset-name", "random-ids", "--disable-stream")
-    assert result.returncode == 0, result.stderr
-    found = figures(result.stdout)
-    assert (found["Total input tokens"], found["Total generated tokens"], found["Mean TTFT (ms)"]) == (
-        "80",
-        "24",
-        "n/a",
-    )
-
-
 def test_failed_requests_are_in_the_exit_code(live: LiveServer) -> None:
     extra = '{"sampling_params": {"top_p": 7}}'
     result = run("--base-url", live.url, *RANDOM, "--warmup-requests", "0", "--extra-request-body", extra)
@@ -127,32 +114,6 @@ def test_a_dead_port_is_one_line() -> None:
     assert result.stderr == (
         f"bench_serving: error: no server answers at http://127.0.0.1:{port}: Connection refused\n"
     )
-
-
-def test_a_server_that_comes_late_is_waited_for() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
-    result = run("--port", str(port), *RANDOM, "--ready-check-timeout-sec", "0.6")
-    assert result.returncode == 2
-    assert result.stderr.startswith("bench_serving: error: not ready after 0.6 s: no server answers at http://127")
-
-
-def test_a_terminal_sees_a_bar_and_a_pipe_does_not(live: LiveServer) -> None:
-    """Standard error is a terminal; standard output, a pipe, has the block and nothing of the bar."""
-    master, terminal = pty.openpty()
-    flags = ["--base-url", live.url, *RANDOM]
-    for more, shown in (["--disable-tqdm"], False), ([], True):
-        result = subprocess.run(
-            [*COMMAND, *flags, *more], stdout=subprocess.PIPE, stderr=terminal, text=True, timeout=60, check=True
-        )
-        os.write(terminal, b"end of this run\n")
-        seen = b""
-        while b"end of this run" not in seen:
-            seen += os.read(master, 65536)
-        assert (b"4/4" in seen) is shown
-        assert list(figures(result.stdout)) == LABELS
-    os.close(master)
-    os.close(terminal)
 
 
 def test_ctrl_c_prints_what_was_done() -> None:

@@ -9,9 +9,8 @@ import pytest
 from scripted_run import COST, LIMITS, ROOFLINE, bench
 from scripted_server import Script
 
-from sgl_jax.tools.benchmark.records import Prompt
-from sgl_jax.tools.benchmark.serving_report import append_jsonl, check_writable, run_json
-from sgl_jax.tools.benchmark.terminal import BenchmarkError
+from sgl_jax.tools.benchmark.protocols import Prompt
+from sgl_jax.tools.benchmark.terminal import BenchmarkError, append_jsonl, check_writable
 
 SCRIPT = Script(
     ttft_s=lambda _: 0.25,
@@ -24,7 +23,7 @@ PROMPTS = [Prompt([1] * 8, 8, 3)] * 2
 
 def test_the_names_of_a_line() -> None:
     run, server = bench(SCRIPT, PROMPTS, max_concurrency=1, roofline=ROOFLINE)
-    result = json.loads(json.dumps(run_json(run), allow_nan=False))
+    result = json.loads(json.dumps(run.json(), allow_nan=False))
     assert (
         result
         | {
@@ -74,7 +73,7 @@ def test_the_names_of_a_line() -> None:
 
 def test_details_have_an_entry_per_request() -> None:
     run, _ = bench(SCRIPT, PROMPTS, max_concurrency=1)
-    result = run_json(run, details=True)
+    result = run.json(details=True)
     assert (result["input_lens"], result["output_lens"]) == ([8, 8], [3, 0])
     assert (result["start_times"], result["latencies"]) == ([0.0, 0.5], [0.5, 0.0])
     assert (result["ttfts"], result["itls"]) == ([0.25, None], [[0.125, 0.125], []])
@@ -84,7 +83,7 @@ def test_details_have_an_entry_per_request() -> None:
 
 def test_without_limits_there_are_no_shares() -> None:
     run, _ = bench(Script(), PROMPTS)
-    assert {"machine_limits", "model_cost", "decode_bandwidth_share", "matmul_share"} & set(run_json(run)) == set()
+    assert {"machine_limits", "model_cost", "decode_bandwidth_share", "matmul_share"} & set(run.json()) == set()
 
 
 def test_runs_are_appended(tmp_path: Path) -> None:

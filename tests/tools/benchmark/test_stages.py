@@ -16,9 +16,7 @@ from sgl_jax.tools.benchmark.stages import (
     OTHER,
     Profile,
     StageTime,
-    _messages,
     find_profile,
-    merged,
     read_profile,
     stage_of,
     table,
@@ -45,11 +43,6 @@ PROFILE = Profile(
 )
 
 
-def test_time_without_overlaps() -> None:
-    assert merged([(5, 6), (0, 2), (1, 3), (3, 4), (1, 2)]) == [(0, 4), (5, 6)]
-    assert merged([]) == []
-
-
 @pytest.mark.parametrize(
     ("scope", "stage"),
     [
@@ -70,7 +63,7 @@ def test_sums_by_stage() -> None:
     assert PROFILE.device_times() == [
         StageTime("attention", 3, 2.0),
         StageTime("mlp", 2, 3.0),
-        StageTime(OTHER, 2, 1.0),  # what ran beside the mlp is the mlp's
+        StageTime(OTHER, 2, 1.0),  # time beside the mlp is the mlp's
     ]
 
 
@@ -91,11 +84,6 @@ def test_the_printed_table() -> None:
     )
 
 
-def test_a_profile_of_nothing_is_a_table_too() -> None:
-    nothing = Profile([], {stage: [] for stage in HOST_STAGES}, {stage: [] for stage in (*DEVICE_STAGES, OTHER)})
-    assert table(nothing).endswith("  other                         0       0.0       0.000     0.0%")
-
-
 def test_the_perfetto_file_has_a_track_for_the_host_and_for_each_stage(tmp_path: Path) -> None:
     write_perfetto(PROFILE, tmp_path / "stages.json.gz")
     events = json.loads(gzip.decompress((tmp_path / "stages.json.gz").read_bytes()))["traceEvents"]
@@ -104,14 +92,6 @@ def test_the_perfetto_file_has_a_track_for_the_host_and_for_each_stage(tmp_path:
     assert sorted(tracks.values()) == ["attention", "host", "mlp", "other"]
     assert [span for span in spans if span[0] == "attention"] == [("attention", "attention", 3000.0, 2000.0)]
     assert [name for track, name, start, _ in spans if track == "host" and start < 10_000] == ["step", *HOST_STAGES]
-
-
-def test_fields_of_a_message_whatever_is_between_them() -> None:
-    # field 1 "ab", field 2 varint 300, field 3 of 8 bytes, field 4 of 4 bytes, field 1 "c"
-    message = b"\x0a\x02ab" + b"\x10\xac\x02" + b"\x19" + bytes(8) + b"\x25" + bytes(4) + b"\x0a\x01c"
-    assert [bytes(found) for found in _messages(memoryview(message), 1)] == [b"ab", b"c"]
-    with pytest.raises(ValueError, match="wire type 3 at byte 1"):
-        list(_messages(memoryview(b"\x0b"), 1))
 
 
 def test_the_newest_profile_of_a_folder(tmp_path: Path) -> None:

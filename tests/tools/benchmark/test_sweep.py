@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import platform
 import struct
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,9 @@ from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
 from sgl_jax.bench_serving import main
-from sgl_jax.tools.benchmark import plot, provenance
-from sgl_jax.tools.benchmark.sweep import Sweep
-from sgl_jax.tools.benchmark.sweep_arguments import Case, cases, parse_sweep
-from sgl_jax.tools.benchmark.terminal import BenchmarkError
-from sgl_jax.tools.environment.machine import look
+from sgl_jax.tools.benchmark import provenance
+from sgl_jax.tools.benchmark.arguments import parse
+from sgl_jax.tools.benchmark.sweep import Case, Sweep, cases
 
 COST = {"weight_bytes": 1_000_000, "kv_bytes_per_token": 1000, "parameters_per_token": 1_000_000}
 LIMITS = {
@@ -63,10 +60,10 @@ def swept(folder: Path, *flags: str, script: Script = EXACT, server: Any = "a se
     limits = folder.parent / "limits.json"
     limits.write_text(json.dumps(LIMITS))
     where = ("--output-dir", str(folder), "--base-url", "http://scripted", "--machine-limits", str(limits))
-    args, _ = parse_sweep([*GRID, *where, *flags])
+    args, _ = parse("sweep", [*GRID, *where, *flags])
     if not script.info:  # another engine tells no cost of its model
         args.machine_limits = None
-    sweep = Sweep(args, server, "the command")
+    sweep = Sweep(args, server)
 
     async def beside_the_server() -> list[tuple[str, Any]]:
         async with ScriptedServer(script).running() as scripted:
@@ -127,7 +124,6 @@ def test_a_line_of_json_says_what_was_measured_and_where(tmp_path: Path) -> None
         },
         "max_concurrency": 2,
         "num_prompts": 6,
-        "command": "the command",
         "commit": provenance.commit(),
         "machine": provenance.machine(),
         "start_seconds": None,
@@ -180,7 +176,7 @@ def test_a_case_that_fails_is_told_the_others_go_on_and_it_is_tried_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(request: int) -> tuple[int, str] | None:
-        return (400, "too many") if request == 8 else None  # of the second case, after two warm-ups
+        return (400, "too many") if request == 8 else None  # a request of the second case, after two warm-ups
 
     found = swept(tmp_path, script=Script(**vars(EXACT) | {"fails": fails}))
     assert found.sweep.failed == [Case(20, 1, 2, 6)]
@@ -248,38 +244,6 @@ def test_a_picture_is_drawn_for_each_isl_and_osl(tmp_path: Path) -> None:
     assert sizes == {"isl20_osl1.png": (720, 576), "isl20_osl11.png": (1440, 576)}
 
 
-def case(concurrency: int, tpot: float | None, ttft: float, throughput: float, osl: int = 8) -> dict[str, Any]:
-    return {
-        "isl": 4,
-        "osl": osl,
-        "model": "tiny",
-        "max_concurrency": concurrency,
-        "median_tpot_ms": tpot,
-        "median_ttft_ms": ttft,
-        "output_throughput": throughput,
-        "input_throughput": throughput * 10,
-    }
-
-
-def test_points_are_by_concurrency_and_of_prompt_tokens_where_nothing_is_decoded() -> None:
-    records = [case(8, 30.0, 200.0, 90.0), case(1, 10.0, 100.0, 30.0)]
-    assert plot.curves(records) == {
-        "TPOT": [(1, 10.0, 30.0), (8, 30.0, 90.0)],
-        "TTFT": [(1, 100.0, 30.0), (8, 200.0, 90.0)],
-    }
-    assert plot.curves([case(1, None, 100.0, 30.0, osl=1)]) == {"TTFT": [(1, 100.0, 300.0)]}
-
-
-def test_the_picture_has_titles_units_and_concurrencies() -> None:
-    figure = plot.sweep_figure([case(8, 30.0, 200.0, 90.0), case(1, 10.0, 100.0, 30.0)])
-    assert figure.get_suptitle() == "ISL 4, OSL 8  ·  tiny"
-    assert [(axes.get_xlabel(), axes.get_ylabel()) for axes in figure.axes] == [
-        ("median TPOT (ms)", "output throughput (tokens/s)"),
-        ("median TTFT (ms)", "output throughput (tokens/s)"),
-    ]
-    assert [text.get_text() for text in figure.axes[0].texts][:2] == ["1", "8"]
-
-
 def test_without_matplotlib_all_is_measured_and_the_message_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,7 +261,7 @@ def test_without_matplotlib_all_is_measured_and_the_message_says_what_to_install
 
 def test_the_published_grid_is_one_command() -> None:
     command = "--isl 1024 4096 8192 --osl 1 1024 --concurrency 8 16 32 64 128 256 --output-dir d"
-    args, server_flags = parse_sweep(command.split())
+    args, server_flags = parse("sweep", command.split())
     grid = cases(args)
     assert server_flags == []
     assert len(grid) == 36
@@ -307,7 +271,7 @@ def test_the_published_grid_is_one_command() -> None:
 
 def test_with_a_model_the_servers_flags_are_the_servers() -> None:
     flags = ["--model-path", "m", "--dtype", "float32", "--port", "5", "--served-model-name", "s", "--seed", "3"]
-    args, server_flags = parse_sweep([*GRID, "--output-dir", "d", *flags])
+    args, server_flags = parse("sweep", [*GRID, "--output-dir", "d", *flags])
     assert server_flags == ["--model-path", "m", "--dtype", "float32", "--port", "5", "--served-model-name", "s"]
     assert (args.seed, args.served_model_name) == (3, "s")
 
@@ -315,15 +279,15 @@ def test_with_a_model_the_servers_flags_are_the_servers() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max-concurrency", "3"], "--max-concurrency is not for a sweep, which has --concurrency"),
-        (["--random-input", "3"], "--random-input-len is not for a sweep, which has --isl"),
-        (["--output-file", "f"], "--output-file is not for a sweep, which has --output-dir"),
-        (["--plot", "f.png"], "--plot is not for a sweep, which has --output-dir"),
+        (
+            ["--max-concurrency", "3"],
+            "--max-concurrency is not a flag of a sweep; the server's are taken with --model-path",
+        ),
         (
             ["--dataset-name", "sharegpt"],
             "--dataset-name is sharegpt; a sweep sets lengths, choose random or random-ids",
         ),
-        (["--dtype", "float32"], "--dtype is not a flag of bench_serving; the server's are taken with --model-path"),
+        (["--dtype", "float32"], "--dtype is not a flag of a sweep; the server's are taken with --model-path"),
         (
             ["--model-path", "m", "--base-url", "http://x"],
             "--model-path starts a server, and --base-url http://x names one that runs; give one",
@@ -335,34 +299,4 @@ def test_what_cannot_be_honoured_is_refused(flags: list[str], message: str, caps
     assert capsys.readouterr().err == f"sweep: error: {message}\n"
 
 
-def test_no_server_and_a_refused_flag_of_the_server_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = ["sweep", *GRID, "--output-dir", str(tmp_path)]
-    assert main([*flags, "--base-url", "http://127.0.0.1:1"]) == 2
-    assert "sweep: error: no server answers at http://127.0.0.1:1" in capsys.readouterr().err
-    assert main([*flags, "--model-path", "m", "--page-size", "48"]) == 2
-    assert "sweep: error: --page-size is 48; it must be a power of two" in capsys.readouterr().err
-
-
-def test_a_folder_that_cannot_be_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BenchmarkError, match=r"^--output-dir: "):
-        Sweep(parse_sweep([*GRID, "--output-dir", str(tmp_path / "file" / "folder")])[0], "a server", "the command")
-
-
 # --- where a result comes from ----------------------------------------------------------------------------------------
-
-
-def test_the_command_can_be_run_again_and_has_no_secrets() -> None:
-    argv = ["--isl", "1", "--api-key", "k1", "--api-key=k2", "--header", "A=Bearer k3", "B=k4", "--tag", "a b=c"]
-    assert provenance.command("m", argv) == (
-        "python -m m --isl 1 --api-key '***' '--api-key=***' --header 'A=***' 'B=***' --tag 'a b=c'"
-    )
-
-
-def test_the_machine_is_named_by_its_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = replace(look({}), cpu_model="Some CPU 9000", cpus=3)
-    monkeypatch.setattr(provenance, "look", lambda environment: found)
-    monkeypatch.setattr(platform, "system", lambda: "Some System")
-    assert provenance.machine() == {"cpu": "Some CPU 9000", "cores": 3, "system": "Some System"}

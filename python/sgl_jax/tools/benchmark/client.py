@@ -11,14 +11,11 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from sgl_jax.tools.benchmark.event_stream import EventParser
-from sgl_jax.tools.benchmark.protocols import REQUEST_TIMEOUT_S, Protocol, Reading
-from sgl_jax.tools.benchmark.records import Outcome
+from sgl_jax.tools.benchmark.protocols import Outcome, Protocol
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
-_CONTROL_TIMEOUT_S = 600.0  # flushing a cache, writing a trace
+_TIMEOUT_S = 6 * 3600.0
 _CONNECT_TIMEOUT_S = 60.0
-_POLL_S = 0.5
 _NOT_OFFERED = (404, 405, 501)  # HTTP statuses of a server without that path
 _LONGEST_ERROR = 500  # characters of a server's answer that are shown
 
@@ -30,177 +27,138 @@ class ServerError(BenchmarkError):
         super().__init__(message)
         self.status = status
 
-    @property
-    def not_offered(self) -> bool:
-        """The server has no such path."""
-        return self.status in _NOT_OFFERED
-
 
 class Client:
     """Calls to one server. Each raises ServerError when it does not succeed."""
 
-    def __init__(self, session: aiohttp.ClientSession, base_url: str, request_timeout_s: float):
-        self._session = session
-        self.base_url = base_url
-        self._timeout = aiohttp.ClientTimeout(total=request_timeout_s, sock_connect=_CONNECT_TIMEOUT_S)
+    def __init__(self, session: aiohttp.ClientSession, base_url: str):
+        self._session, self._base_url = session, base_url
 
-    async def answer(self, path: str, body: bytes) -> Any:
-        """A generation request's answer in one piece."""
-        async with self._request("POST", path, body, self._timeout) as response:
-            return _checked(await response.read())
+    async def events(self, path: str, body: bytes, stream: bool = True) -> AsyncGenerator[Any]:
+        """Yield the events of a generation request's stream, or its answer in one piece.
 
-    async def events(self, path: str, body: bytes) -> AsyncGenerator[Any]:
-        """A stream's events. An error among them, or an end without [DONE], raises ServerError."""
-        parser, done = EventParser(), False
-        async with self._request("POST", path, body, self._timeout) as response:
-            if response.content_type == "application/json":
-                _checked(await response.read())
-                raise ServerError("asked for a stream, the server answered in one piece")
+        An error among them, or an end without [DONE], raises ServerError.
+        """
+        rest, done = b"", False
+        async with self._request("POST", path, body) as response:
+            if not stream or response.content_type == "application/json":
+                answer = _checked(await response.read())
+                if stream:
+                    raise ServerError("asked for a stream, the server answered in one piece")
+                yield answer
+                return
             async for chunk in response.content.iter_any():
-                for data in parser.feed(chunk):
-                    if data == b"[DONE]":
-                        done = True  # and on to the end of the body, so that the connection can be used again
-                    elif not done:
-                        yield _checked(data)
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    name, _, value = line.partition(b":")
+                    if done or name != b"data":
+                        continue  # on to the end of the body, so that the connection can be used again
+                    if value.strip() == b"[DONE]":
+                        done = True
+                    else:
+                        yield _checked(value)
         if not done:
             raise ServerError("the stream ended early, without [DONE]")
 
-    async def _control(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON of the answer; None when it is empty or no JSON."""
-        timeout = aiohttp.ClientTimeout(total=_CONTROL_TIMEOUT_S, sock_connect=_CONNECT_TIMEOUT_S)
-        data = None if body is None else msgspec.json.encode(body)
-        async with self._request(method, path, data, timeout) as response:
-            content = await response.read()
-        try:
-            return msgspec.json.decode(content)
-        except msgspec.DecodeError:
-            return None
-
     @asynccontextmanager
-    async def _request(
-        self, method: str, path: str, data: bytes | None, timeout: aiohttp.ClientTimeout
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    async def _request(self, method: str, path: str, data: bytes | None) -> AsyncIterator[aiohttp.ClientResponse]:
         headers = {} if data is None else {"Content-Type": "application/json"}
-        url = self.base_url + path
         try:
-            async with self._session.request(method, url, data=data, headers=headers, timeout=timeout) as response:
+            async with self._session.request(method, self._base_url + path, data=data, headers=headers) as response:
                 if response.status != 200:
                     said = _error_text(await response.read()) or response.reason or ""
                     raise ServerError(f"HTTP {response.status} from {path}: {said}", response.status)
                 yield response
         except aiohttp.ClientConnectorError as error:
-            raise ServerError(f"no server answers at {self.base_url}: {_reason(error.os_error)}") from error
+            number = error.os_error.errno or 0  # asyncio's own text only repeats the address
+            reason = os.strerror(number) if number > 0 else str(error.os_error)
+            raise ServerError(f"no server answers at {self._base_url}: {reason}") from error
         except TimeoutError as error:
-            raise ServerError(f"no complete answer from {path} within {timeout.total:.0f} s") from error
+            raise ServerError(f"no complete answer from {path} within {_TIMEOUT_S:.0f} s") from error
         except (aiohttp.ClientError, OSError) as error:
             raise ServerError(f"the connection broke: {str(error) or type(error).__name__}") from error
 
-    # --- what the tools ask of a server -------------------------------------------------------------------------------
-
-    async def get_if_offered(self, path: str) -> Any:
-        """None when the server has no such path."""
+    async def control(self, method: str, path: str, body: Any = None, *, optional: bool = False) -> Any:
+        """Return the JSON of the answer to a management call, {} when it is no JSON. `optional`: None when the server has no such path."""
+        data = None if body is None else msgspec.json.encode(body)
         try:
-            return await self._control("GET", path)
+            async with self._request(method, path, data) as response:
+                return msgspec.json.decode(await response.read())
+        except msgspec.DecodeError:
+            return {}
         except ServerError as error:
-            if error.not_offered:
+            if optional and error.status in _NOT_OFFERED:
                 return None
             raise
 
     async def server_info(self) -> dict[str, Any]:
-        """The answer of /get_server_info; empty when the server has none."""
-        info = await self.get_if_offered("/get_server_info")
+        """Return the answer of /get_server_info; empty when the server has none."""
+        info = await self.control("GET", "/get_server_info", optional=True)
         return info if isinstance(info, dict) else {}
 
     async def model_name(self) -> str | None:
-        """The first of /v1/models."""
-        found = await self.get_if_offered("/v1/models")
+        """Return the first name in /v1/models; None when there is none."""
+        found = await self.control("GET", "/v1/models", optional=True)
         models = found.get("data") if isinstance(found, dict) else None
         return models[0].get("id") if models else None
 
     async def flush_cache(self) -> bool:
-        """Whether the server has that."""
-        try:
-            await self._control("POST", "/flush_cache")
-        except ServerError as error:
-            if error.not_offered:
-                return False
-            raise
-        return True
+        """Empty the prefix cache. Returns False if the server cannot."""
+        return await self.control("POST", "/flush_cache", optional=True) is not None
 
     async def start_profile(self, output_dir: str | None = None, num_steps: int | None = None) -> None:
         fields = {"output_dir": output_dir, "num_steps": num_steps}
-        given = {name: value for name, value in fields.items() if value is not None}
-        await self._control("POST", "/start_profile", given)
+        await self.control("POST", "/start_profile", {name: v for name, v in fields.items() if v is not None})
 
     async def stop_profile(self) -> None:
-        await self._control("POST", "/stop_profile")
-
-    async def wait_until_ready(self, timeout_s: float) -> None:
-        """Until requests are taken. Raises ServerError with the last answer after `timeout_s` seconds."""
-        loop = asyncio.get_running_loop()
-        end = loop.time() + timeout_s
-        while True:
-            try:
-                if await self.get_if_offered("/ready") is None:
-                    await self.get_if_offered("/health")
-                return
-            except ServerError as error:
-                if loop.time() + _POLL_S > end:
-                    raise ServerError(f"not ready after {timeout_s:g} s: {error}", error.status) from error
-            await asyncio.sleep(_POLL_S)
+        await self.control("POST", "/stop_profile")
 
 
 @asynccontextmanager
-async def connect(
-    base_url: str, headers: Mapping[str, str] | None = None, request_timeout_s: float = REQUEST_TIMEOUT_S
-) -> AsyncIterator[Client]:
-    """A client with as many connections as there are requests at a time. Nothing is sent yet."""
+async def connect(base_url: str, headers: Mapping[str, str] | None = None) -> AsyncIterator[Client]:
+    """Open a client with as many connections as there are requests at a time. Nothing is sent yet."""
     # An idle connection is dropped before servers drop it (uvicorn after 5 s), so that no request meets its end.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-    async with aiohttp.ClientSession(connector=connector, headers=headers) as session:
-        yield Client(session, base_url.rstrip("/"), request_timeout_s)
+    timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S, sock_connect=_CONNECT_TIMEOUT_S)
+    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
+        yield Client(session, base_url.rstrip("/"))
 
 
 def allow_many_connections() -> None:
-    """Lifts this process's limit of open files, each connection being one, as far as the system lets it."""
+    """Lift this process's limit of open files, each connection being one, as far as the system lets it."""
     import resource
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != hard:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-
-
-# --- one request ------------------------------------------------------------------------------------------------------
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def measured(client: Client, protocol: Protocol, body: bytes, prompt_len: int, stream: bool) -> Outcome:
-    """Sends one request and follows its answer. A failure is told in the outcome, not raised."""
+    """Send one request and follow its answer. A failure is told in the outcome, not raised."""
     outcome = Outcome(prompt_len, sent_s=asyncio.get_running_loop().time())
-    reading = Reading()
     try:
-        await (_stream if stream else _whole)(client, protocol, body, outcome, reading)
-        if reading.aborted:
-            raise ServerError(f"the server aborted the request: {reading.aborted}")
+        await _follow(client, protocol, body, outcome, stream)
+        if outcome.aborted:
+            raise ServerError(f"the server aborted the request: {outcome.aborted}")
+        if not stream and outcome.output_tokens is None:
+            raise ServerError("the answer does not say how many tokens it has; measure with a stream instead")
     except ServerError as error:
         outcome.error = str(error)
     except (AttributeError, LookupError, TypeError) as error:
         outcome.error = f"the answer is not one of {protocol.path}: {type(error).__name__}: {error}"
-    outcome.text = reading.text
-    outcome.prompt_tokens, outcome.cached_tokens = reading.prompt_tokens, reading.cached_tokens
     return outcome
 
 
-async def _stream(client: Client, protocol: Protocol, body: bytes, outcome: Outcome, reading: Reading) -> None:
+async def _follow(client: Client, protocol: Protocol, body: bytes, outcome: Outcome, stream: bool) -> None:
     now = asyncio.get_running_loop().time
     last, counted, length = outcome.sent_s, 0, 0
-    async with aclosing(client.events(protocol.path, body)) as events:
+    async with aclosing(client.events(protocol.path, body, stream)) as events:
         async for event in events:
-            protocol.read(event, reading)
-            if len(reading.text) == length:
+            protocol.read(event, outcome)
+            if len(outcome.text) == length or not stream:
                 continue
-            length = len(reading.text)
+            length = len(outcome.text)
             # A chunk is a token unless the server counts.
-            new = 1 if reading.output_tokens is None else reading.output_tokens - counted
+            new = 1 if outcome.output_tokens is None else outcome.output_tokens - counted
             if outcome.ttft_s is None:
                 outcome.ttft_s = now() - outcome.sent_s
             elif new < 1:  # text that was held back: its tokens are counted already
@@ -209,29 +167,13 @@ async def _stream(client: Client, protocol: Protocol, body: bytes, outcome: Outc
                 outcome.itl_s += [(now() - last) / new] * new
             last, counted = now(), counted + max(new, 0)
     outcome.latency_s = now() - outcome.sent_s
-    outcome.output_len = counted if reading.output_tokens is None else reading.output_tokens
-    if outcome.ttft_s is None and outcome.output_len:
+    outcome.output_len = counted if outcome.output_tokens is None else outcome.output_tokens
+    if stream and outcome.ttft_s is None and outcome.output_len:
         outcome.ttft_s = outcome.latency_s  # tokens without any text: seen only when all were there
 
 
-async def _whole(client: Client, protocol: Protocol, body: bytes, outcome: Outcome, reading: Reading) -> None:
-    protocol.read(await client.answer(protocol.path, body), reading)
-    outcome.latency_s = asyncio.get_running_loop().time() - outcome.sent_s
-    if reading.output_tokens is None:
-        raise ServerError("the answer does not say how many tokens it has; measure with a stream instead")
-    outcome.output_len = reading.output_tokens
-
-
-# --- errors in words --------------------------------------------------------------------------------------------------
-
-
-def _reason(error: OSError) -> str:
-    """ "Connection refused", where asyncio's own text only repeats the address."""
-    return os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
-
-
 def _checked(content: bytes) -> Any:
-    """The JSON of an answer or event, unless it is an error."""
+    """Return the JSON of an answer or event. Raises ServerError for an error."""
     try:
         event = msgspec.json.decode(content)
     except msgspec.DecodeError as error:
@@ -242,13 +184,12 @@ def _checked(content: bytes) -> Any:
 
 
 def _error_text(content: bytes) -> str:
-    """The message of an error in one of the shapes servers use, or the text as it is."""
+    """Return the message of an error in one of the shapes servers use, or the text as it is."""
     try:
         said = msgspec.json.decode(content)
     except msgspec.DecodeError:
         said = " ".join(content.decode("utf-8", "replace").split())
-    if isinstance(said, dict):
-        said = said.get("error") or said
-    if isinstance(said, dict):
-        said = said.get("message") or said.get("detail") or said
+    for names in (("error",), ("message", "detail")):
+        if isinstance(said, dict):
+            said = next((said[name] for name in names if said.get(name)), said)
     return str(said)[:_LONGEST_ERROR]

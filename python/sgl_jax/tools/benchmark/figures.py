@@ -1,23 +1,22 @@
-"""A run's figures, computed from what came of its requests. Names are those of the JSON that the field's tools write."""
+"""A run's figures, computed from its outcomes, and its report. Names in JSON are those that the field's tools write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from sgl_jax.tools.benchmark.records import Outcome
-from sgl_jax.tools.benchmark.roofline import Roofline
-
-type Figures = dict[str, Any]  # numbers, or None: nothing to compute it from, or the server does not tell
+from sgl_jax.tools.benchmark.machine_limits import Roofline
+from sgl_jax.tools.benchmark.protocols import Outcome
+from sgl_jax.tools.benchmark.terminal import block
 
 
 class Latency(NamedTuple):
     title: str
     label: str
-    statistics: tuple[str, ...]  # that are reported
+    statistics: tuple[str, ...]  # reported ones
 
 
 LATENCIES = {
@@ -27,26 +26,66 @@ LATENCIES = {
     "itl": Latency("Inter-Token Latency", "ITL", ("mean", "median", "p95", "p99", "max")),
 }
 _PERCENTS = {"median": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
+_LABELS = {  # labels of all tools' figures, in the order of their blocks
+    "completed": "Successful requests",
+    "successful_requests": "Successful requests",
+    "duration": "Benchmark duration (s)",
+    "total_latency": "Benchmark duration (s)",
+    "total_input_tokens": "Total input tokens",
+    "total_output_tokens": "Total generated tokens",
+    "total_output_tokens_retokenized": "Total generated tokens (retokenized)",
+    "total_cached_tokens": "Total cached tokens",
+    "cache_hit_rate": "Cache hit rate",
+    "last_gen_throughput": "Last generation throughput (tok/s)",
+    "request_throughput": "Request throughput (req/s)",
+    "input_throughput": "Input token throughput (tok/s)",
+    "output_throughput": "Output token throughput (tok/s)",
+    "max_output_tokens_per_s": "Peak output token throughput (tok/s)",
+    "total_throughput": "Total token throughput (tok/s)",
+    "concurrency": "Concurrency",
+}
+_DETAILS = {  # lists in JSON, by the fields of an outcome
+    "input_lens": "prompt_len",
+    "output_lens": "output_len",
+    "latencies": "latency_s",
+    "ttfts": "ttft_s",
+    "itls": "itl_s",
+    "cached_tokens": "cached_tokens",
+    "generated_texts": "text",
+    "errors": "error",
+}
 
 
 @dataclass(frozen=True)
 class ServingRun:
-    """One run against a server, complete: what was asked for, what came of each request, and the figures."""
+    """One run against a server, complete: the settings, the outcome of each request, and the figures."""
 
     config: dict[str, Any]  # settings by name, as they go into the JSON
     start_s: float  # on the event loop's clock, which Outcome.sent_s is on as well
     duration_s: float
     outcomes: list[Outcome]  # in the data set's order; only the finished ones when the run was interrupted
-    figures: Figures
-    shares: dict[str, Any] | None = None  # of the machine, see run_shares; None: no --machine-limits
+    figures: dict[str, Any]  # numbers, or None: nothing to compute it from, or the server does not tell
+    shares: dict[str, Any] | None = None  # shares of the machine; None: no --machine-limits
     interrupted: bool = False
-    notes: list[str] = field(default_factory=list)  # what the user should know, a line each
+
+    def json(self, details: bool = False) -> dict[str, Any]:
+        """Return the object that goes into a JSONL file; with `details` also lists with one entry per request."""
+        found = self.config | {"duration": self.duration_s} | self.figures | (self.shares or {})
+        if self.interrupted:
+            found["interrupted"] = True
+        if details:
+            found |= {name: [getattr(o, field) for o in self.outcomes] for name, field in _DETAILS.items()}
+            found["start_times"] = [outcome.sent_s - self.start_s for outcome in self.outcomes]
+        return found
+
+
+# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def compute_figures(
     outcomes: Sequence[Outcome], start_s: float, duration_s: float, count_tokens: Callable[[str], int] | None = None
-) -> Figures:
-    """Over the requests that succeeded. `count_tokens` gives the tokens of a text, for the retokenized total.
+) -> dict[str, Any]:
+    """Compute figures of the requests that succeeded. `count_tokens` gives the tokens of a text, for the retokenized total.
 
     Throughputs are per second of the run's duration; the greatest is the most tokens within one second, counted from the
     start. Concurrency is the sum of the latencies / duration. Cached is a share of all prompt tokens, 0 to 1. TPOT is a
@@ -54,27 +93,27 @@ def compute_figures(
     so on, for all of LATENCIES; percentiles interpolate linearly, as numpy's do.
     """
     good = [outcome for outcome in outcomes if outcome.ok]
-    inputs = sum(outcome.prompt_len for outcome in good)
-    outputs = sum(outcome.output_len for outcome in good)
-    cached, hit_rate = _cached(good)
-
-    def per_second(amount: float) -> float:
-        return amount / duration_s if duration_s else 0.0
-
+    inputs, outputs = sum(o.prompt_len for o in good), sum(o.output_len for o in good)
+    told = [o for o in good if o.cached_tokens is not None]
+    cached = sum(o.cached_tokens or 0 for o in told)
+    prompts = sum(o.prompt_len if o.prompt_tokens is None else o.prompt_tokens for o in told)
+    rates = {
+        "request_throughput": len(good),
+        "input_throughput": inputs,
+        "output_throughput": outputs,
+        "total_throughput": inputs + outputs,
+        "concurrency": sum(o.latency_s for o in good),
+    }
     return {
         "completed": len(good),
         "failed": len(outcomes) - len(good),
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
         "total_output_tokens_retokenized": None if count_tokens is None else sum(count_tokens(o.text) for o in good),
-        "total_cached_tokens": cached,
-        "cache_hit_rate": hit_rate,
-        "request_throughput": per_second(len(good)),
-        "input_throughput": per_second(inputs),
-        "output_throughput": per_second(outputs),
+        "total_cached_tokens": cached if told else None,
+        "cache_hit_rate": (cached / prompts if prompts else 0.0) if told else None,
         "max_output_tokens_per_s": _peak(good, start_s),
-        "total_throughput": per_second(inputs + outputs),
-        "concurrency": per_second(sum(outcome.latency_s for outcome in good)),
+        **{name: amount / duration_s if duration_s else 0.0 for name, amount in rates.items()},
     } | {
         f"{statistic}_{name}_ms": _milliseconds(values, statistic)
         for name, values in latencies_s(good).items()
@@ -83,20 +122,14 @@ def compute_figures(
 
 
 def latencies_s(good: Sequence[Outcome]) -> dict[str, list[float]]:
-    """The values behind the latencies, by their names in LATENCIES."""
+    """Return the values behind the latencies, by their names in LATENCIES. `good` are outcomes that succeeded."""
+    streamed = [(o, o.ttft_s) for o in good if o.ttft_s is not None]
     return {
-        "e2e_latency": [outcome.latency_s for outcome in good],
-        "ttft": [outcome.ttft_s for outcome in good if outcome.ttft_s is not None],
-        "tpot": [tpot for outcome in good if (tpot := tpot_s(outcome)) is not None],
-        "itl": [gap for outcome in good for gap in outcome.itl_s],
+        "e2e_latency": [o.latency_s for o in good],
+        "ttft": [ttft for _, ttft in streamed],
+        "tpot": [(o.latency_s - ttft) / (o.output_len - 1) for o, ttft in streamed if o.output_len > 1],
+        "itl": [gap for o in good for gap in o.itl_s],
     }
-
-
-def tpot_s(outcome: Outcome) -> float | None:
-    """Time per output token after the first."""
-    if outcome.ttft_s is None or outcome.output_len < 2:
-        return None
-    return (outcome.latency_s - outcome.ttft_s) / (outcome.output_len - 1)
 
 
 def _milliseconds(seconds: Sequence[float], statistic: str) -> float | None:
@@ -106,40 +139,28 @@ def _milliseconds(seconds: Sequence[float], statistic: str) -> float | None:
 
 
 def arrivals(outcome: Outcome) -> tuple[list[float], float]:
-    """When something of the answer came, on the loop's clock, and how many tokens each time stands for.
+    """Return the times, on the loop's clock, when parts of the answer came, and how many tokens each stands for.
 
     That is 1 unless the server sent several tokens at once without saying how many: then all count alike.
     """
     if outcome.ttft_s is None:
         return [], 0.0
-    times = [float(t) for t in outcome.sent_s + np.cumsum([outcome.ttft_s, *outcome.itl_s])]
+    times = (outcome.sent_s + np.cumsum([outcome.ttft_s, *outcome.itl_s])).tolist()
     return times, outcome.output_len / len(times)
 
 
 def _peak(good: Iterable[Outcome], start_s: float) -> float | None:
     seconds: dict[int, float] = {}
-    for outcome in good:
-        times, tokens = arrivals(outcome)
+    for times, tokens in map(arrivals, good):
         for time in times:
-            second = int(time - start_s)
-            seconds[second] = seconds.get(second, 0.0) + tokens
+            seconds[int(time - start_s)] = seconds.get(int(time - start_s), 0.0) + tokens
     return max(seconds.values(), default=None)
 
 
-def _cached(good: Iterable[Outcome]) -> tuple[int | None, float | None]:
-    """Cached tokens, and their share of the prompts' tokens: both as the server counts, where it tells."""
-    told = [outcome for outcome in good if outcome.cached_tokens is not None]
-    if not told:
-        return None, None
-    cached = sum(outcome.cached_tokens or 0 for outcome in told)
-    prompts = sum(outcome.prompt_len if outcome.prompt_tokens is None else outcome.prompt_tokens for outcome in told)
-    return cached, cached / prompts if prompts else 0.0
-
-
 def compute_shares(
-    outcomes: Sequence[Outcome], figures: Figures, duration_s: float, roofline: Roofline
+    outcomes: Sequence[Outcome], figures: Mapping[str, Any], duration_s: float, roofline: Roofline
 ) -> dict[str, Any]:
-    """How near the run came to the machine's limits, which were measured just before it.
+    """Compute how near the run came to the machine's limits.
 
     Rows are requests past their first token, the mean over the time when there is any; the context of one is its prompt
     and half of its output, the mean; a step takes the mean ITL. Computed are uncached prompt tokens and output tokens.
@@ -148,13 +169,45 @@ def compute_shares(
     context = float(np.mean([o.prompt_len + o.output_len / 2 for o in streamed])) if streamed else None
     step_s = (figures["mean_itl_ms"] or 0.0) / 1e3
     computed = figures["total_input_tokens"] - (figures["total_cached_tokens"] or 0) + figures["total_output_tokens"]
-    return roofline.run_shares(_decode_rows(streamed), context, step_s, computed, duration_s)
-
-
-def _decode_rows(streamed: Iterable[Outcome]) -> float | None:
     spans = sorted((o.sent_s + (o.ttft_s or 0.0), o.sent_s + o.latency_s) for o in streamed)
     busy, until = 0.0, float("-inf")
     for start, end in spans:
         busy += max(end - max(start, until), 0.0)
         until = max(until, end)
-    return sum(end - start for start, end in spans) / busy if busy else None
+    rows = sum(end - start for start, end in spans) / busy if busy else None
+    return roofline.shares(rows, context, step_s, computed, duration_s)
+
+
+# --- report -----------------------------------------------------------------------------------------------------------
+
+
+def labelled(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the figures that a block shows by their labels, in its order."""
+    return {label: found[name] for name, label in _LABELS.items() if name in found}
+
+
+def standard_block(run: ServingRun) -> str:
+    """Format the block that other tools print and compare."""
+    found = run.figures | {"duration": run.duration_s}
+    if found["cache_hit_rate"] is None:  # the server does not tell
+        del found["total_cached_tokens"], found["cache_hit_rate"]
+    else:
+        found["cache_hit_rate"] = f"{found['cache_hit_rate']:.2%}"
+    rows = {
+        "Backend": run.config["backend"],
+        "Traffic request rate": str(run.config["request_rate"]),
+        "Max request concurrency": run.config["max_concurrency"] or "not set",
+        **labelled(found),
+    }
+    for name, of in LATENCIES.items():
+        rows[of.title] = of.title
+        rows |= {f"{each.capitalize()} {of.label} (ms)": found[f"{each}_{name}_ms"] for each in of.statistics}
+    return block("Serving Benchmark Result", rows)
+
+
+def failure_line(run: ServingRun) -> str | None:
+    """Say how many requests failed, and why the first of them did."""
+    first = next((outcome.error for outcome in run.outcomes if not outcome.ok), None)
+    if first is None:
+        return None
+    return f"{run.figures['failed']} of {len(run.outcomes)} requests failed, the first with: {first}"

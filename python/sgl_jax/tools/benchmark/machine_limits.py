@@ -1,50 +1,118 @@
-"""Measured rates of a machine's devices, for `python -m sgl_jax.measure_limits` and the tools that run in a process of their own."""
+"""Measured rates of a machine's devices, and shares of them that a run reached.
+
+Decode reads every weight once and the KV of every row; prefill multiplies each token with every parameter:
+
+    bytes of a decode step = weight_bytes + rows x context x kv_bytes_per_token
+    operations of n tokens = 2 x parameters_per_token x n
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from sgl_jax.engine.messages import EngineInfo
-from sgl_jax.tools.benchmark.arguments import new_parser, whole_number
-from sgl_jax.tools.benchmark.roofline import MachineLimits
-from sgl_jax.tools.benchmark.serving_report import block, check_writable
-from sgl_jax.tools.benchmark.terminal import BenchmarkError
+from sgl_jax.tools.benchmark.terminal import BenchmarkError, block, check_writable, say
 
 
-def parse_measure_limits(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = new_parser(
-        "python -m sgl_jax.measure_limits [flags]",
-        "Measures how fast this machine's devices read memory and multiply matrices. Nothing else should run on them: "
-        "measure before a server is started. Takes seconds.",
-    )
-    add = parser.add_argument
-    add("--device", choices=("cpu", "gpu", "tpu"), help="kind of devices (default: the best there is)")
-    add("--num-devices", type=whole_number(1), metavar="N", help="as many as the server takes (default: all)")
-    add("--dtype", choices=("bfloat16", "float32"), help="of the matrices, as the server computes (default: bfloat16)")
-    add("--output", type=Path, metavar="FILE", help="write the limits as JSON, for --machine-limits of other tools")
-    return parser.read(argv)
+class MachineLimits(msgspec.Struct, frozen=True):
+    """Rates of several devices working together, as measured."""
+
+    memory_gb_per_s: float  # reading, 1e9 bytes
+    matmul_tflop_per_s: float  # products in `dtype`, 1e12 operations
+    dtype: str
+    device_kind: str
+    num_devices: int
 
 
-def show_limits(args: argparse.Namespace) -> int:
+class ModelCost(msgspec.Struct, frozen=True):
+    """The least cost of one step of the model, from the engine's own account."""
+
+    weight_bytes: int
+    kv_bytes_per_token: int
+    parameters_per_token: int  # parameters a token is multiplied with: no embedding rows, only the active experts
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The bounds of a model on a machine."""
+
+    limits: MachineLimits
+    cost: ModelCost
+
+    def shares(
+        self,
+        rows: float | None,
+        context: float | None,
+        step_s: float | None,
+        tokens: float,
+        seconds: float,
+        matmul: str = "matmul_share",
+    ) -> dict[str, Any]:
+        """Return shares of the machine, 0 to 1, and the figures behind them, under their names in JSON: of decode steps of `rows`
+        rows with `context` tokens each, and of `tokens` tokens computed in `seconds`. None without anything to compute."""
+        decode, bytes_per_s = None, self.limits.memory_gb_per_s * 1e9
+        if rows and context and step_s and bytes_per_s:
+            step_bytes = self.cost.weight_bytes + rows * context * self.cost.kv_bytes_per_token
+            decode = step_bytes / step_s / bytes_per_s
+        most = self.limits.matmul_tflop_per_s * 1e12 * seconds
+        return {
+            "machine_limits": msgspec.to_builtins(self.limits),
+            "model_cost": msgspec.to_builtins(self.cost),
+            "decode_rows": rows,
+            "decode_context": context,
+            "decode_bandwidth_share": decode,
+            matmul: 2 * self.cost.parameters_per_token * tokens / most if most else None,
+        }
+
+
+def share_lines(record: Mapping[str, Any]) -> list[str]:
+    """Format the shares of a single batch; one that is not known has no line."""
+    limits, lines = record.get("machine_limits", {}), []
+    if (share := record.get("decode_bandwidth_share")) is not None:
+        lines.append(f"decode: {share:.1%} of the memory bandwidth ({limits['memory_gb_per_s']:.1f} GB/s)")
+    if (share := record.get("prefill_matmul_share")) is not None:
+        rate = f"{limits['matmul_tflop_per_s']:.3g} TFLOP/s in {limits['dtype']}"
+        lines.append(f"prefill: {share:.1%} of the matmul rate ({rate})")
+    return lines
+
+
+def shares_block(shares: Mapping[str, Any]) -> str:
+    """Format the shares of a run."""
+    rows = limit_rows(MachineLimits(**shares["machine_limits"]))
+    for label, name in (("Decode bandwidth share (%)", "decode_bandwidth_share"), ("Matmul share (%)", "matmul_share")):
+        rows[label] = None if shares[name] is None else 100 * shares[name]
+    return block("Share of the Machine", rows)
+
+
+def limit_rows(limits: MachineLimits) -> dict[str, str | float | None]:
+    return {
+        "Device": f"{limits.num_devices} x {limits.device_kind}",
+        "Memory bandwidth (GB/s)": limits.memory_gb_per_s,
+        f"Matmul rate, {limits.dtype} (TFLOP/s)": limits.matmul_tflop_per_s,
+    }
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Measure, print, and write the file. Returns the exit code; raises BenchmarkError."""
     check_writable(args.output, "--output")
     try:
         limits = measure_limits(args.device, args.num_devices, args.dtype)
     except ValueError as error:  # no such device, or too little memory
         raise BenchmarkError(str(error)) from error
-    n = limits.num_devices
-    rows = {
-        "Device": f"{n} x {limits.device_kind}",
-        "Memory bandwidth (GB/s)": limits.memory_gb_per_s,
-        "Memory bandwidth of each (GB/s)": limits.memory_gb_per_s / n,
-        f"Matmul rate, {limits.dtype} (TFLOP/s)": limits.matmul_tflop_per_s,
-        "Matmul rate of each (TFLOP/s)": limits.matmul_tflop_per_s / n,
+    each = {
+        "Memory bandwidth of each (GB/s)": limits.memory_gb_per_s / limits.num_devices,
+        "Matmul rate of each (TFLOP/s)": limits.matmul_tflop_per_s / limits.num_devices,
     }
-    print(block("Limits of the Machine", rows))
+    print(block("Limits of the Machine", limit_rows(limits) | each))
     if args.output is not None:
         args.output.write_bytes(msgspec.json.encode(limits) + b"\n")
     return 0
@@ -73,3 +141,39 @@ def measure_limits(
 def limits_of(info: EngineInfo) -> MachineLimits:
     """Measure the devices of an engine in this process, which must be idle. Raises NotMeasured, a ValueError."""
     return measure_limits(info.platform, info.num_devices, info.dtype)
+
+
+def measured_roofline(tool: str, info: EngineInfo, measure: Callable[[EngineInfo], MachineLimits]) -> Roofline | None:
+    """Measure the limits of an engine's devices. Returns None, and says why, where they cannot be measured."""
+    try:
+        return Roofline(measure(info), msgspec.convert(info, ModelCost, from_attributes=True))
+    except ValueError as error:
+        say(tool, str(error))
+        return None
+
+
+def server_roofline(path: Path | None, engine: object) -> Roofline | None:
+    """Read the limits from the file of --machine-limits, and the model's cost from `engine` of /get_server_info. None: no file.
+
+    Raises BenchmarkError where either is missing, and where the server runs on other devices or in another dtype.
+    """
+    if path is None:
+        return None
+    try:
+        limits = msgspec.json.decode(path.read_bytes(), type=MachineLimits)
+    except OSError as error:
+        raise BenchmarkError(f"--machine-limits is {path}; it cannot be read: {error.strerror}") from error
+    except msgspec.DecodeError as error:
+        raise BenchmarkError(f"--machine-limits is {path}; sgl_jax.measure_limits did not write it: {error}") from error
+    try:
+        cost = msgspec.convert(engine, ModelCost)
+    except msgspec.ValidationError as error:
+        raise BenchmarkError(f"--machine-limits: the server does not tell its model's cost: {error}") from error
+    told = engine if isinstance(engine, dict) else {}
+    for name in ("device_kind", "num_devices", "dtype"):
+        if (mine := getattr(limits, name)) != (its := told.get(name, mine)):
+            raise BenchmarkError(
+                f"--machine-limits is {path}, whose {name} is {mine}; the server's is {its}, measure its devices with "
+                f"python -m sgl_jax.measure_limits --num-devices {told.get('num_devices')} --dtype {told.get('dtype')}"
+            )
+    return Roofline(limits, cost)

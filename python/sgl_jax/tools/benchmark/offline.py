@@ -10,36 +10,35 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
-import numpy as np
 
 from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.messages import EngineInfo, Stats
 from sgl_jax.engine.native_params import sampling_params
-from sgl_jax.request import InvalidParameter
+from sgl_jax.request import InvalidParameter, SamplingParams
 from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
-from sgl_jax.tools.benchmark.batch_arguments import start_log
+from sgl_jax.tools.benchmark.arguments import server_arguments
 from sgl_jax.tools.benchmark.datasets import load_prompts
-from sgl_jax.tools.benchmark.datasets.source import Framing, IdSource
-from sgl_jax.tools.benchmark.machine_limits import limits_of
-from sgl_jax.tools.benchmark.records import Prompt
-from sgl_jax.tools.benchmark.roofline import MachineLimits, ModelCost, Roofline
-from sgl_jax.tools.benchmark.serving_report import append_jsonl, block, check_writable, labelled, shares_block
-from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, say
+from sgl_jax.tools.benchmark.datasets.source import Framing
+from sgl_jax.tools.benchmark.figures import labelled
+from sgl_jax.tools.benchmark.machine_limits import MachineLimits, limits_of, measured_roofline, shares_block
+from sgl_jax.tools.benchmark.protocols import Prompt
+from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, append_jsonl, block, check_writable, start_log
 
 TOOL = "bench_offline_throughput"
 _STATS_TIMEOUT_S = 5.0
-_WARM_UP_REQUESTS, _WARM_UP_INPUT, _WARM_UP_OUTPUT = 16, 256, 16  # at most
-_TRACED_PROMPTS = 16  # at most
+_FEW, _WARM_UP_OUTPUT = 16, 16  # prompts of the warm-up and of the trace, and tokens of its answers, at most
 
 
-def measure_offline(args: argparse.Namespace, server_args: ServerArgs) -> int:
-    """Reads the data, starts an engine and runs. Returns the exit code; raises BenchmarkError."""
+def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
+    """Read the data, start an engine and run. Returns the exit code; raises BenchmarkError."""
+    server_args = server_arguments(server_flags)
     start_log(server_args)
     check_writable(args.result_filename, "--result-filename")
     if (n := args.extra_request_body.get("n", 1)) != 1:
@@ -55,9 +54,9 @@ def measure_offline(args: argparse.Namespace, server_args: ServerArgs) -> int:
 
 
 def engine_options(server_args: ServerArgs) -> dict[str, Any]:
-    """Arguments for `sgl_jax.Engine`: the flags that differ from their defaults, without the HTTP server's."""
-    values = {each: getattr(server_args, each.name) for each in FLAGS if each.about.group != SERVER}
-    return {each.name: value for each, value in values.items() if not each.is_default(value)}
+    """Return arguments for `sgl_jax.Engine`: the flags that differ from their defaults, without the HTTP server's."""
+    values = [(each, getattr(server_args, each.name)) for each in FLAGS if each.about.group != SERVER]
+    return {each.name: value for each, value in values if not each.is_default(value)}
 
 
 def run(
@@ -67,129 +66,89 @@ def run(
     clock: Callable[[], float] = time.perf_counter,
     measure: Callable[[EngineInfo], MachineLimits] = limits_of,
 ) -> int:
-    """Everything after the start. `clock`, in seconds, is read before the prompts are given and after the last answer.
+    """Do everything after the start. `clock`, in seconds, is read before the prompts are given and after the last answer.
     Returns the exit code."""
     sampling = {"temperature": 0.0, "ignore_eos": not args.disable_ignore_eos, **args.extra_request_body}
-    offline = Offline(engine, prompts, sampling)
+    params = request_params(prompts, sampling)
     if not args.skip_warmup:
-        offline.warm_up()
-    roofline = offline.roofline(measure)
-    found, shares = offline.run(clock, roofline)
-    print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
-    if shares:
-        print("\n" + shares_block(shares))
-    settings = {
-        "backend": args.backend,
-        "model_path": engine.info.model_path,
-        "dtype": engine.info.dtype,
-        "dataset_name": args.dataset_name,
-        "num_prompts": len(prompts),
-        "seed": args.seed,
-        "sampling_params": sampling,
+        warm_up(engine, prompts[:_FEW], sampling)
+    roofline = measured_roofline(TOOL, engine.info, measure)
+    before, start = engine.stats, clock()
+    answers = generate(engine, prompts, params)
+    duration = clock() - start
+    metas = [answer["meta_info"] for answer in answers if answer["meta_info"]["finish_reason"]["type"] != "abort"]
+    inputs, outputs, cached = (sum(m[f"{which}_tokens"] for m in metas) for which in ("prompt", "completion", "cached"))
+    after = settled(engine, before.generated_tokens + outputs)
+    steps = after.steps - before.steps
+    rates = {"request": len(metas), "input": inputs, "output": outputs, "total": inputs + outputs}
+    found = {
+        "successful_requests": len(metas),
+        "total_latency": duration,
+        "total_input_tokens": inputs,
+        "total_output_tokens": outputs,
+        "total_cached_tokens": cached,
+        "steps": steps,
+        "last_gen_throughput": after.gen_throughput or None,  # over a log interval, which the run may not reach
+        **{f"{name}_throughput": amount / duration for name, amount in rates.items()},
     }
-    append_jsonl(args.result_filename, settings | found | shares)
-    if args.profile:
-        engine.flush_cache()
-        with jax.profiler.trace(folder := args.profile_output_dir or "profile_offline"):
-            offline.generate(_TRACED_PROMPTS)
-        print(f"\nTrace: {folder}")
-    return SOME_FAILED if found["successful_requests"] < len(prompts) else 0
-
-
-class Offline:
-    """An engine and a data set. `sampling` are the parameters of every request, beside its output length."""
-
-    def __init__(self, engine: Engine, prompts: Sequence[Prompt], sampling: Mapping[str, Any]):
-        """Raises BenchmarkError when a prompt and its output are longer than a request may be."""
-        self._engine = engine
-        self._prompts = prompts
-        try:
-            self._params = [sampling_params({"max_new_tokens": each.output_len, **sampling}).params for each in prompts]
-        except InvalidParameter as error:
-            raise BenchmarkError(f"--extra-request-body: {error}") from error
-        self._limit = min(engine.info.context_length, engine.info.max_total_tokens)
-        sizes = [each.prompt_len + (of.max_tokens or 1) for each, of in zip(prompts, self._params, strict=True)]
-        if too_long := sum(size > self._limit for size in sizes):
-            raise BenchmarkError(
-                f"{too_long} of {len(sizes)} prompts and their outputs are longer than the {self._limit} tokens a "
-                f"request may have (--context-length, --max-total-tokens), the longest {max(sizes)}; make them shorter"
-            )
-
-    def warm_up(self) -> None:
-        """A few drawn prompts, which are dropped from the cache again."""
-        info = self._engine.info
-        output = min(_WARM_UP_OUTPUT, self._limit // 2)
-        length = min(_WARM_UP_INPUT, self._limit - output)
-        source = IdSource(info.vocab_size, self._engine.tokenizer, np.random.default_rng(0))
-        ids = [source.ids(length) for _ in range(min(_WARM_UP_REQUESTS, info.max_running_requests))]
-        before = self._engine.stats
-        self._answers(input_ids=ids, sampling_params={"max_new_tokens": output, "ignore_eos": True})
-        self._settled(before.generated_tokens + output * len(ids))
-        self._engine.flush_cache()
-
-    def roofline(self, measure: Callable[[EngineInfo], MachineLimits]) -> Roofline | None:
-        """Measured now; None where that cannot be done, which is said."""
-        try:
-            return Roofline(measure(self._engine.info), ModelCost.of(self._engine.info))
-        except ValueError as error:
-            say(TOOL, str(error))
-            return None
-
-    def run(self, clock: Callable[[], float], roofline: Roofline | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The figures and the shares (none without a roofline or tokens), under the names that scripts know."""
-        before = self._engine.stats
-        start = clock()
-        answers = self.generate(len(self._prompts))
-        duration = clock() - start
-        metas = [answer["meta_info"] for answer in answers if answer["meta_info"]["finish_reason"]["type"] != "abort"]
-        inputs, outputs, cached = (
-            sum(meta[f"{which}_tokens"] for meta in metas) for which in ("prompt", "completion", "cached")
-        )
-        after = self._settled(before.generated_tokens + outputs)
-        steps = after.steps - before.steps
-        found = {
-            "successful_requests": len(metas),
-            "total_latency": duration,
-            "total_input_tokens": inputs,
-            "total_output_tokens": outputs,
-            "total_cached_tokens": cached,
-            "steps": steps,
-            "last_gen_throughput": after.gen_throughput or None,  # over a log interval, which the run may not reach
-            "request_throughput": len(metas) / duration,
-            "input_throughput": inputs / duration,
-            "output_throughput": outputs / duration,
-            "total_throughput": (inputs + outputs) / duration,
-        }
-        if roofline is None or not outputs:
-            return found, {}
+    print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
+    shares = {}
+    if roofline is not None and outputs:
         # summed over output tokens: its prompt and half of its answer
         context = sum(m["completion_tokens"] * (m["prompt_tokens"] + m["completion_tokens"] / 2) for m in metas)
         computed = inputs - cached + outputs
-        return found, roofline.run_shares(outputs / steps, context / outputs, duration / steps, computed, duration)
+        shares = roofline.shares(outputs / steps, context / outputs, duration / steps, computed, duration)
+        print("\n" + shares_block(shares))
+    settings = {name: getattr(args, name) for name in ("backend", "dataset_name", "seed")}
+    settings |= {"model_path": engine.info.model_path, "dtype": engine.info.dtype, "num_prompts": len(prompts)}
+    append_jsonl(args.result_filename, settings | {"sampling_params": sampling} | found | shares)
+    if args.profile:
+        engine.flush_cache()
+        with jax.profiler.trace(folder := args.profile_output_dir or "profile_offline"):
+            generate(engine, prompts[:_FEW], params[:_FEW])
+        print(f"\nTrace: {folder}")
+    return SOME_FAILED if len(metas) < len(prompts) else 0
 
-    def generate(self, count: int) -> list[dict[str, Any]]:
-        """The answers to the first `count` prompts: texts are encoded here, within what is timed."""
-        prompts, params = [prompt.prompt for prompt in self._prompts[:count]], self._params[:count]
-        texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+
+def request_params(prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list[SamplingParams]:
+    """Return each prompt's parameters. Raises BenchmarkError."""
+    try:
+        return [sampling_params({"max_new_tokens": each.output_len, **sampling}).params for each in prompts]
+    except InvalidParameter as error:
+        raise BenchmarkError(f"--extra-request-body: {error}") from error
+
+
+def warm_up(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]) -> None:
+    """Generate a little from these prompts, and drop them from the cache again."""
+    short = [replace(each, output_len=min(each.output_len, _WARM_UP_OUTPUT)) for each in prompts]
+    before = engine.stats.generated_tokens
+    answers = generate(engine, short, request_params(short, sampling))
+    settled(engine, before + sum(answer["meta_info"]["completion_tokens"] for answer in answers))
+    engine.flush_cache()
+
+
+def generate(engine: Engine, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[dict[str, Any]]:
+    """Generate all answers: texts are encoded here, within what is timed."""
+    texts = [each.prompt for each in prompts if isinstance(each.prompt, str)]
+    try:
         if len(texts) == len(prompts):
-            return self._answers(prompt=texts, sampling_params=params)
-        ids = Framing(self._engine.tokenizer).ids
-        return self._answers(input_ids=[ids(prompt) for prompt in prompts], sampling_params=params)
+            found = engine.generate(prompt=texts, sampling_params=params)
+        else:
+            ids = Framing(engine.tokenizer).ids
+            found = engine.generate(input_ids=[ids(each.prompt) for each in prompts], sampling_params=params)
+    except InvalidParameter as error:
+        raise BenchmarkError(f"a request is refused: {error}") from error
+    answers: Any = found  # a list, as the prompts are one
+    return answers
 
-    def _answers(self, **call: Any) -> list[dict[str, Any]]:
-        try:
-            answers: Any = self._engine.generate(**call)  # of a list of prompts, a list
-            return answers
-        except InvalidParameter as error:
-            raise BenchmarkError(f"a request is refused: {error}") from error
 
-    def _settled(self, generated_tokens: int) -> Stats:
-        """The engine's totals, when they count so many tokens: they come a moment after the answers."""
-        deadline = time.monotonic() + _STATS_TIMEOUT_S
-        while (stats := self._engine.stats).generated_tokens < generated_tokens or stats.num_running:
-            if time.monotonic() > deadline:
-                raise BenchmarkError(
-                    f"the engine counts {stats.generated_tokens} generated tokens, its answers {generated_tokens}"
-                )
-            time.sleep(0.001)
-        return stats
+def settled(engine: Engine, generated_tokens: int) -> Stats:
+    """Return the engine's totals once they count so many tokens: they come a moment after the answers."""
+    deadline = time.monotonic() + _STATS_TIMEOUT_S
+    while (stats := engine.stats).generated_tokens < generated_tokens or stats.num_running:
+        if time.monotonic() > deadline:
+            raise BenchmarkError(
+                f"the engine counts {stats.generated_tokens} generated tokens, its answers {generated_tokens}"
+            )
+        time.sleep(0.001)
+    return stats

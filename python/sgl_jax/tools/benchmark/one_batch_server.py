@@ -1,5 +1,4 @@
-"""The work of `python -m sgl_jax.bench_one_batch_server`: batches of prompts, each sent as one streaming
-request.
+"""The work of `python -m sgl_jax.bench_one_batch_server`: batches of prompts, each sent as one streaming request.
 
     ttft               from sending until every row of the batch has its first token: the prefill of the whole batch
     latency            from sending to the end of the answer
@@ -16,25 +15,36 @@ import argparse
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
-from sgl_jax.tools.benchmark.batch_arguments import Case, Target, cases, running_target
+from sgl_jax.settings.flag_parser import FlagError, option_named
+from sgl_jax.settings.flags import read_command_line
+from sgl_jax.settings.foreign_flags import ELSEWHERE
+from sgl_jax.settings.server_args import FLAGS
+from sgl_jax.tools.benchmark.arguments import Case, cases
 from sgl_jax.tools.benchmark.client import Client, ServerError, connect
 from sgl_jax.tools.benchmark.datasets.source import IdSource
-from sgl_jax.tools.benchmark.protocols import COMPLETIONS, NATIVE, Protocol, Reading, RequestOptions
-from sgl_jax.tools.benchmark.records import Prompt
-from sgl_jax.tools.benchmark.roofline import Roofline, batch_shares, server_roofline, share_lines
+from sgl_jax.tools.benchmark.machine_limits import Roofline, server_roofline, share_lines
+from sgl_jax.tools.benchmark.protocols import NATIVE, Outcome, Prompt, RequestOptions, request_body
 from sgl_jax.tools.benchmark.server_process import StartedServer, started_server
-from sgl_jax.tools.benchmark.serving_report import append_jsonl, check_writable
-from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, Column, markdown_table, say
+from sgl_jax.tools.benchmark.terminal import (
+    SOME_FAILED,
+    BenchmarkError,
+    Column,
+    append_jsonl,
+    check_writable,
+    markdown_table,
+    say,
+)
 
 TOOL = "bench_one_batch_server"
 _WARM_UP = (16, 1024, 16)  # prompts of so many tokens, and tokens to generate, at most
+# Flags of the server that say something about one that runs. Published command lines have --model beside
+# --base-url; that server has its model already.
+_WITH_BASE_URL = {"model_path", "served_model_name", "tokenizer_path", "api_key"}
 _COLUMNS = (
     Column("batch size", "batch_size"),
     Column("input len", "input_len"),
@@ -47,34 +57,62 @@ _COLUMNS = (
     Column("decode, of memory bandwidth", "decode_bandwidth_share", "{:.1%}"),
     Column("prefill, of matmul rate", "prefill_matmul_share", "{:.1%}"),
 )
+_LINES = (
+    Column("batch size", "batch_size"),
+    Column("input_len", "input_len"),
+    Column("output_len", "output_len"),
+    Column("latency", "latency", "{:.3f} s"),
+    Column("ttft", "ttft", "{:.3f} s"),
+    Column("itl", "itl", "{:.2f} ms", 1e3),
+    Column("input throughput", "input_throughput", "{:.2f} tok/s"),
+    Column("output throughput", "output_throughput", "{:.2f} tok/s"),
+)
 
 
-def measure_batches(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
-    """Against the server at --base-url, or one started from these flags. Returns the exit code."""
+class BatchResult(NamedTuple):
+    ttft_s: float
+    latency_s: float
+    cached_tokens: int | None  # tokens of the batch found in the server's prefix cache; None: the server does not tell
+
+
+def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
+    """Measure the server at --base-url, or one started from these flags. Returns the exit code."""
     check_writable(args.result_filename, "--result-filename")
     if args.base_url:
-        return asyncio.run(run(args, running_target(args.base_url, server_flags)))
+        given = flags_of_running(args.base_url, server_flags)
+        return asyncio.run(run(args, args.base_url, given.get("api_key")))
     with started_server(server_flags, args.start_timeout) as server:
-        return asyncio.run(run(args, Target(server.url, server.api_key), server))
+        return asyncio.run(run(args, server.url, server.api_key, server))
 
 
-async def run(args: argparse.Namespace, target: Target, started: StartedServer | None = None) -> int:
-    """Measures every case, prints it and appends it to the file. Returns the exit code."""
-    wanted = cases(args)
-    headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
-    async with connect(target.base_url, headers) as client:
-        info = await client.server_info()
-        roofline = server_roofline(args.machine_limits, info.get("engine"))
-        source = _id_source(info, target.tokenizer_path, args.seed)
-        protocol, model = NATIVE, None
-        if args.api_type == "openai":
-            protocol, model = COMPLETIONS, target.served_model_name or await client.model_name()
-        options = RequestOptions(model, args.temperature, return_logprob=args.return_logprob)
+def flags_of_running(base_url: str, server_flags: Sequence[str]) -> dict[str, str]:
+    """Parse the server's flags beside --base-url; those about how a server is started are refused."""
+    try:
+        given = read_command_line(FLAGS, server_flags, elsewhere=ELSEWHERE)
+    except FlagError as error:
+        raise BenchmarkError(str(error)) from None
+    for name in set(given) - _WITH_BASE_URL:
+        raise BenchmarkError(
+            f"{option_named(name)} is for a server that is started; --base-url {base_url} runs already"
+        )
+    return {name: str(value) for name, value in given.items()}
+
+
+async def run(
+    args: argparse.Namespace, url: str, api_key: str | None = None, started: StartedServer | None = None
+) -> int:
+    """Measure every case, print it and append it to the file. Returns the exit code."""
+    options = RequestOptions(temperature=args.temperature, return_logprob=args.return_logprob)
+    async with connect(url, {"Authorization": f"Bearer {api_key}"} if api_key else {}) as client:
+        engine = (await client.server_info()).get("engine") or {}
+        if "vocab_size" not in engine:
+            raise BenchmarkError("the server does not tell the size of its vocabulary; only ours can be measured")
+        source = IdSource(engine["vocab_size"], None, np.random.default_rng(args.seed))
+        roofline = server_roofline(args.machine_limits, engine)
 
         async def measure(case: Case) -> BatchResult:
             await client.flush_cache()  # without one: the prompts are new, so there is little to find
-            prompts = [source.ids(case.input_len) for _ in range(case.batch_size)]
-            return await run_case(client, case, prompts, protocol, options)
+            return await run_case(client, case, [source.ids(case.input_len) for _ in range(case.batch_size)], options)
 
         if not args.skip_warmup:
             sizes = (max(args.batch_size), max(args.input_len), max(args.output_len))
@@ -83,157 +121,86 @@ async def run(args: argparse.Namespace, target: Target, started: StartedServer |
                 await measure(case)
             except BenchmarkError as error:  # so will the case of these sizes, and others may not
                 say(TOOL, f"warming up with {case} failed: {error}")
-        settings = {name: getattr(args, name) for name in ("run_name", "api_type", "temperature", "return_logprob")}
-        settings |= {"seed": args.seed, "start_seconds": started and round(started.start_seconds, 3)}
-        measured, records = [], []
-        for case in wanted:
+        settings = {name: getattr(args, name) for name in ("run_name", "temperature", "return_logprob", "seed")}
+        settings["start_seconds"] = started and round(started.start_seconds, 3)
+        records, num_failed = [], 0
+        for case in cases(args):
             try:
                 result = await measure(case)
             except BenchmarkError as error:
                 if started:
                     started.check()
                 say(TOOL, f"{case} failed: {error}")
+                num_failed += 1
                 continue
-            measured.append(case)
-            records.append(settings | result.record(roofline))
-            print(block(records[-1]), flush=True)
+            records.append(settings | record(case, result, roofline))
+            print(block_of(records[-1]), flush=True)
             append_jsonl(args.result_filename, records[-1])
-        if args.show_report and records:
-            print(markdown_table(_COLUMNS, records))
-        for case in measured if args.profile else ():  # once more: what is measured runs without the profiler
-            await client.start_profile(args.profile_output_dir)
-            try:
-                await measure(case)
-            finally:
-                await client.stop_profile()
-    return 0 if len(records) == len(wanted) else SOME_FAILED
+            if args.profile:  # once more: what is measured runs without the profiler
+                await client.start_profile(args.profile_output_dir)
+                try:
+                    await measure(case)
+                finally:
+                    await client.stop_profile()
+    if args.show_report and records:
+        print(markdown_table(_COLUMNS, records))
+    return SOME_FAILED if num_failed else 0
 
 
-def _id_source(info: Mapping[str, Any], tokenizer_path: str | None, seed: int) -> IdSource:
-    try:
-        tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
-    except TokenizerError as error:
-        raise BenchmarkError(f"--tokenizer-path: {error}") from error
-    vocab_size = (info.get("engine") or {}).get("vocab_size")
-    if vocab_size is None and tokenizer is None:
-        raise BenchmarkError("the server does not tell the size of its vocabulary; give --tokenizer-path")
-    return IdSource(vocab_size, tokenizer, np.random.default_rng(seed))
+def record(case: Case, result: BatchResult, roofline: Roofline | None) -> dict[str, Any]:
+    """Return times in seconds, throughputs in tokens per second, shares 0 to 1; None where there is nothing to tell.
+
+    A row's context is its prompt and half of its output; cached tokens are not computed.
+    """
+    rows, input_len, output_len = case.batch_size, case.input_len, case.output_len
+    decode_s, inputs = result.latency_s - result.ttft_s, rows * input_len
+    itl = decode_s / (output_len - 1) if output_len > 1 else None
+    found = vars(case) | {
+        "input_tokens": inputs,
+        "cached_tokens": result.cached_tokens,
+        "latency": result.latency_s,
+        "ttft": result.ttft_s,
+        "itl": itl,
+        "input_throughput": inputs / result.ttft_s,
+        "output_throughput": rows * output_len / decode_s if itl else None,
+        "overall_throughput": (inputs + rows * output_len) / result.latency_s,
+    }
+    if roofline is not None:
+        computed, context = inputs - (result.cached_tokens or 0), input_len + output_len / 2
+        found |= roofline.shares(rows, context, itl, computed, result.ttft_s, "prefill_matmul_share")
+    return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
 
 
-# --- one batch --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BatchResult:
-    """Formulas at the top of this file."""
-
-    case: Case
-    input_tokens: int  # of the whole batch
-    cached_tokens: int | None  # of them, found in the server's prefix cache; None: the server does not tell
-    ttft_s: float
-    latency_s: float
-
-    def record(self, roofline: Roofline | None) -> dict[str, Any]:
-        """Times in seconds, throughputs in tokens per second, of the machine 0 to 1; None where there is nothing to tell.
-
-        A row's context is its prompt and half of its output; cached tokens are not computed.
-        """
-        rows, output_len = self.case.batch_size, self.case.output_len
-        decode_s = self.latency_s - self.ttft_s
-        itl = decode_s / (output_len - 1) if output_len > 1 else None
-        context = self.input_tokens / rows + output_len / 2
-        computed = self.input_tokens - (self.cached_tokens or 0)
-        found = vars(self.case) | {
-            "input_tokens": self.input_tokens,
-            "cached_tokens": self.cached_tokens,
-            "latency": self.latency_s,
-            "ttft": self.ttft_s,
-            "itl": itl,
-            "input_throughput": self.input_tokens / self.ttft_s,
-            "output_throughput": rows * output_len / decode_s if output_len > 1 and decode_s > 0 else None,
-            "overall_throughput": (self.input_tokens + rows * output_len) / self.latency_s,
-            **batch_shares(roofline, rows, context, itl, computed, self.ttft_s),
-        }
-        return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
-
-
-def block(record: Mapping[str, Any]) -> str:
-    """The case for people, a figure a line."""
-    lines = [
-        f"batch size: {record['batch_size']}",
-        f"input_len: {record['input_len']}",
-        f"output_len: {record['output_len']}",
-        f"latency: {record['latency']:.3f} s",
-        f"ttft: {record['ttft']:.3f} s",
-    ]
-    if record["itl"] is not None:
-        lines.append(f"itl: {record['itl'] * 1e3:.2f} ms")
-    lines.append(f"input throughput: {record['input_throughput']:.2f} tok/s")
-    if record["output_throughput"] is not None:
-        lines.append(f"output throughput: {record['output_throughput']:.2f} tok/s")
-    lines += share_lines(record)
+def block_of(record: Mapping[str, Any]) -> str:
+    """Format the case, a figure a line."""
+    shown = [(column.title, column.cell(record)) for column in _LINES if record[column.field] is not None]
+    lines = [f"{title}: {cell}" for title, cell in shown] + share_lines(record)
     if record["cached_tokens"]:
         lines.append(f"cached tokens: {record['cached_tokens']} of {record['input_tokens']}, not computed again")
     return "\n".join(lines) + "\n"
 
 
-async def run_case(
-    client: Client, case: Case, prompts: Sequence[list[int]], protocol: Protocol, options: RequestOptions
-) -> BatchResult:
-    """Raises ServerError when the request fails, and BenchmarkError when a row does not get all its tokens."""
+async def run_case(client: Client, case: Case, prompts: Sequence[list[int]], options: RequestOptions) -> BatchResult:
+    """Send the batch and follow its stream. Raises ServerError when the request fails, and BenchmarkError when a row does not get all its tokens."""
     batch: Any = prompts  # where other requests have one
-    body = protocol.body(Prompt(batch, case.input_len, case.output_len), options, None)
-    data = msgspec.json.encode(body)  # before the clock runs
-    rows = _Rows(protocol, case.batch_size)
+    data = msgspec.json.encode(request_body(NATIVE, Prompt(batch, case.input_len, case.output_len), options))
+    rows = [Outcome(case.input_len, 0.0) for _ in prompts]
     now = asyncio.get_running_loop().time
     start, ttft = now(), None
     try:
-        async with aclosing(client.events(protocol.path, data)) as events:
+        async with aclosing(client.events(NATIVE.path, data)) as events:
             async for event in events:
-                rows.read(event)
-                if ttft is None and not rows.waiting:
+                reading = rows[index := event.get("index", 0)]
+                NATIVE.read(event, reading)
+                if reading.aborted:
+                    raise ServerError(f"the server aborted row {index}: {reading.aborted}")
+                if ttft is None and all(row.output_tokens for row in rows):
                     ttft = now() - start
     except (AttributeError, LookupError, TypeError) as error:
-        raise ServerError(f"the answer is not one of {protocol.path}: {type(error).__name__}: {error}") from error
+        raise ServerError(f"the answer is not one of {NATIVE.path}: {type(error).__name__}: {error}") from error
     latency = now() - start
-    output, cached = rows.totals()
-    wanted = case.batch_size * case.output_len
-    if ttft is None or output not in (None, wanted):
-        raise BenchmarkError(f"the answer has {output or 0} of {wanted} tokens")
-    return BatchResult(case, sum(map(len, prompts)), cached, ttft, latency)
-
-
-class _Rows:
-    """Counts of what a stream has said of each row, and of the batch: /generate counts a row's tokens, /v1/completions all rows'.
-
-    With /v1/completions a row's first token is its first text. A token without text, a part of a character, shows with
-    the next one.
-    """
-
-    def __init__(self, protocol: Protocol, batch_size: int):
-        self.waiting = set(range(batch_size))  # for their first token
-        self._protocol = protocol
-        self._rows = [Reading() for _ in range(batch_size)]
-        self._batch = Reading()
-
-    def read(self, event: dict[str, Any]) -> None:
-        if self._protocol is NATIVE:
-            parts = {event.get("index", 0): event}
-        else:
-            parts = {choice["index"]: {"choices": [choice]} for choice in event.get("choices") or ()}
-            self._protocol.read(event | {"choices": []}, self._batch)
-        for row, part in parts.items():
-            reading = self._rows[row]
-            self._protocol.read(part, reading)
-            if reading.aborted:
-                raise ServerError(f"the server aborted row {row}: {reading.aborted}")
-            ended = "choices" in part and part["choices"][0].get("finish_reason")
-            if reading.output_tokens or reading.text or ended:
-                self.waiting.discard(row)
-
-    def totals(self) -> tuple[int | None, int | None]:
-        """(output tokens, cached tokens) of the batch; None: not told."""
-        if self._protocol is not NATIVE:
-            return self._batch.output_tokens, self._batch.cached_tokens
-        cached = [reading.cached_tokens for reading in self._rows if reading.cached_tokens is not None]
-        return sum(reading.output_tokens or 0 for reading in self._rows), sum(cached) if cached else None
+    output, wanted = sum(row.output_tokens or 0 for row in rows), case.batch_size * case.output_len
+    if ttft is None or output != wanted:
+        raise BenchmarkError(f"the answer has {output} of {wanted} tokens")
+    cached = [row.cached_tokens for row in rows if row.cached_tokens is not None]
+    return BatchResult(ttft, latency, sum(cached) if cached else None)

@@ -1,4 +1,4 @@
-"""The APIs a server may speak: the body of a request, and what an answer or an event of its stream says.
+"""Requests of a benchmark, their outcomes, and the APIs that carry them: how a body is made and an answer is read.
 
 A streamed event and a whole answer are read by the same function; a stream of the native API repeats all text so far,
 OpenAI's streams carry what is new.
@@ -10,10 +10,50 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sgl_jax.tools.benchmark.records import Prompt
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
-REQUEST_TIMEOUT_S = 6 * 3600.0
+
+@dataclass(frozen=True)
+class Prompt:
+    """One request to send."""
+
+    prompt: str | list[int] | list[dict[str, str]]  # text, token ids, or chat messages
+    prompt_len: int  # tokens, as the tokenizer at hand counts them
+    output_len: int  # tokens to generate
+    arrival_s: float | None = None  # seconds after the start of the run, in data sets that carry times
+
+    @property
+    def kind(self) -> str:
+        """The kind of prompt: "text", "ids" or "messages"."""
+        if isinstance(self.prompt, str):
+            return "text"
+        return "messages" if self.prompt and isinstance(self.prompt[0], dict) else "ids"
+
+
+@dataclass
+class Outcome:
+    """The outcome of one request. Times are seconds on the event loop's clock.
+
+    `itl_s` has one gap per token after the first event; tokens that arrive together share their gap equally.
+    """
+
+    prompt_len: int
+    sent_s: float
+    error: str = ""  # why it failed; empty when it did not
+    text: str = ""
+    output_len: int = 0  # tokens generated, as the server counts them
+    ttft_s: float | None = None  # from sending to the first token; None: the answer came in one piece
+    latency_s: float = 0.0  # from sending to the end of the answer
+    itl_s: list[float] = field(default_factory=list)
+    # As the server tells so far; None: it does not.
+    output_tokens: int | None = None
+    prompt_tokens: int | None = None
+    cached_tokens: int | None = None
+    aborted: str = ""  # the reason, when the server gave up
+
+    @property
+    def ok(self) -> bool:
+        return not self.error
 
 
 @dataclass(frozen=True)
@@ -29,123 +69,63 @@ class RequestOptions:
     extra_request_body: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class Reading:
-    """Everything that a server has said of one answer so far. None: not told."""
-
-    text: str = ""
-    output_tokens: int | None = None
-    prompt_tokens: int | None = None
-    cached_tokens: int | None = None
-    aborted: str = ""  # the reason, when the server gave up
-
-
-@dataclass(frozen=True)
-class Protocol:
-    path: str
-    body: Callable[[Prompt, RequestOptions, str | None], dict[str, Any]]  # with the name of a LoRA adapter
-    read: Callable[[dict[str, Any], Reading], None]
-
-
-def request_body(
-    protocol: Protocol, prompt: Prompt, options: RequestOptions, lora: str | None = None
-) -> dict[str, Any]:
-    """Raises BenchmarkError when the protocol cannot carry this kind of prompt."""
-    return _merged(protocol.body(prompt, options, lora), options.extra_request_body)
-
-
-def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    found = dict(base)
-    for name, value in extra.items():
-        mine = found.get(name)
-        found[name] = _merged(mine, value) if isinstance(mine, dict) and isinstance(value, dict) else value
-    return found
-
-
-def _given(**fields: Any) -> dict[str, Any]:
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-# --- the native API ---------------------------------------------------------------------------------------------------
-
-
-def _native_body(prompt: Prompt, options: RequestOptions, lora: str | None) -> dict[str, Any]:
-    if prompt.kind == "messages":
-        raise BenchmarkError(
-            "the native API takes text or token ids, and these prompts are chat messages; "
-            "use a chat backend, or --apply-chat-template with a tokenizer"
-        )
-    sampling = {"temperature": options.temperature, "max_new_tokens": prompt.output_len}
-    return {"text" if prompt.kind == "text" else "input_ids": prompt.prompt} | _given(
-        sampling_params=sampling | _given(ignore_eos=options.ignore_eos or None),
-        stream=options.stream,
-        return_logprob=options.return_logprob or None,
-        lora_path=lora,
-    )
-
-
-def _read_native(event: dict[str, Any], reading: Reading) -> None:
-    reading.text = event.get("text") or ""
+def _read_native(event: dict[str, Any], outcome: Outcome) -> None:
+    outcome.text = event.get("text") or ""
     meta = event.get("meta_info") or {}
-    reading.output_tokens = meta.get("completion_tokens", reading.output_tokens)
-    reading.prompt_tokens = meta.get("prompt_tokens", reading.prompt_tokens)
-    reading.cached_tokens = meta.get("cached_tokens", reading.cached_tokens)
+    outcome.output_tokens = meta.get("completion_tokens", outcome.output_tokens)
+    outcome.prompt_tokens = meta.get("prompt_tokens", outcome.prompt_tokens)
+    outcome.cached_tokens = meta.get("cached_tokens", outcome.cached_tokens)
     finish = meta.get("finish_reason")
     if isinstance(finish, dict) and finish.get("type") == "abort":
-        reading.aborted = finish.get("message") or "no reason given"
+        outcome.aborted = finish.get("message") or "no reason given"
 
 
-# --- OpenAI's -----------------------------------------------------------------------------------------------------------
-
-
-def _completions_body(prompt: Prompt, options: RequestOptions, lora: str | None) -> dict[str, Any]:
-    if prompt.kind == "messages":
-        raise BenchmarkError(
-            "completions take text or token ids, and these prompts are chat messages; use a chat backend"
-        )
-    logprobs = 1 if options.return_logprob else None
-    return _openai_body(options, lora, prompt=prompt.prompt, max_tokens=prompt.output_len, logprobs=logprobs)
-
-
-def _chat_body(prompt: Prompt, options: RequestOptions, lora: str | None) -> dict[str, Any]:
-    if prompt.kind == "ids":
-        raise BenchmarkError(
-            "chat takes text, and these prompts are token ids; use --dataset-name random, whose prompts are text, "
-            "or a backend that is not chat"
-        )
-    messages = [{"role": "user", "content": prompt.prompt}] if prompt.kind == "text" else prompt.prompt
-    logprobs = True if options.return_logprob else None
-    return _openai_body(options, lora, messages=messages, max_completion_tokens=prompt.output_len, logprobs=logprobs)
-
-
-def _openai_body(options: RequestOptions, lora: str | None, **own: Any) -> dict[str, Any]:
-    return _given(
-        **own,
-        model=options.model if lora is None else lora,
-        temperature=options.temperature,
-        stream=options.stream,
-        stream_options={"include_usage": True} if options.stream else None,
-        ignore_eos=options.ignore_eos or None,  # not OpenAI's own; a server that refuses it needs --disable-ignore-eos
-    )
-
-
-def _read_openai(event: dict[str, Any], reading: Reading) -> None:
+def _read_openai(event: dict[str, Any], outcome: Outcome) -> None:
     for choice in event.get("choices") or ():
         said = choice.get("delta") or choice.get("message") or choice
-        reading.text += said.get("reasoning_content") or said.get("reasoning") or ""
-        reading.text += said.get("content") or said.get("text") or ""
+        outcome.text += said.get("reasoning_content") or said.get("reasoning") or ""
+        outcome.text += said.get("content") or said.get("text") or ""
         if choice.get("finish_reason") in ("abort", "error"):
-            reading.aborted = "no reason given"
-    usage = event.get("usage")
-    if usage:
-        reading.output_tokens = usage.get("completion_tokens", reading.output_tokens)
-        reading.prompt_tokens = usage.get("prompt_tokens", reading.prompt_tokens)
-        reading.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", reading.cached_tokens)
+            outcome.aborted = "no reason given"
+    if usage := event.get("usage"):
+        outcome.output_tokens = usage.get("completion_tokens", outcome.output_tokens)
+        outcome.prompt_tokens = usage.get("prompt_tokens", outcome.prompt_tokens)
+        outcome.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", outcome.cached_tokens)
 
 
-NATIVE = Protocol("/generate", _native_body, _read_native)
-COMPLETIONS = Protocol("/v1/completions", _completions_body, _read_openai)
-CHAT = Protocol("/v1/chat/completions", _chat_body, _read_openai)
+class Protocol(NamedTuple):
+    path: str
+    read: Callable[[dict[str, Any], Outcome], None]
+    fields: dict[str, str]  # the body's field for each kind of prompt that it can carry
+    refusal: str  # said of another kind
+    max_tokens: str  # field of the output length
+    logprobs: int | bool = True  # value that asks for them
+
+
+NATIVE = Protocol(
+    "/generate",
+    _read_native,
+    {"text": "text", "ids": "input_ids"},
+    "the native API takes text or token ids, and these prompts are chat messages; use a chat backend, or "
+    "--apply-chat-template with a tokenizer",
+    "max_new_tokens",
+)
+COMPLETIONS = Protocol(
+    "/v1/completions",
+    _read_openai,
+    {"text": "prompt", "ids": "prompt"},
+    "completions take text or token ids, and these prompts are chat messages; use a chat backend",
+    "max_tokens",
+    1,
+)
+CHAT = Protocol(
+    "/v1/chat/completions",
+    _read_openai,
+    {"text": "messages", "messages": "messages"},
+    "chat takes text, and these prompts are token ids; use --dataset-name random, whose prompts are text, or a backend "
+    "that is not chat",
+    "max_completion_tokens",
+)
 
 
 class Backend(NamedTuple):
@@ -153,7 +133,7 @@ class Backend(NamedTuple):
     port: int  # the engine of that name listens on by default
 
 
-BACKENDS: dict[str, Backend] = {
+BACKENDS = {
     "sgl-jax": Backend(NATIVE, 30000),
     "sgl-jax-oai": Backend(COMPLETIONS, 30000),
     "sgl-jax-oai-chat": Backend(CHAT, 30000),
@@ -168,3 +148,32 @@ BACKENDS: dict[str, Backend] = {
     "lmdeploy": Backend(COMPLETIONS, 23333),
     "lmdeploy-chat": Backend(CHAT, 23333),
 }
+
+
+def request_body(
+    protocol: Protocol, prompt: Prompt, options: RequestOptions, lora: str | None = None
+) -> dict[str, Any]:
+    """Make the body of a request. Raises BenchmarkError when the protocol cannot carry this kind of prompt."""
+    if prompt.kind not in protocol.fields:
+        raise BenchmarkError(protocol.refusal)
+    is_chat_text = protocol is CHAT and prompt.kind == "text"
+    said = [{"role": "user", "content": prompt.prompt}] if is_chat_text else prompt.prompt
+    body: dict[str, Any] = {protocol.fields[prompt.kind]: said, "stream": options.stream}
+    sampling = {"temperature": options.temperature, protocol.max_tokens: prompt.output_len}
+    if options.ignore_eos:  # not OpenAI's own; a server that refuses it needs --disable-ignore-eos
+        sampling["ignore_eos"] = True
+    if protocol is NATIVE:
+        body |= {"sampling_params": sampling, "lora_path": lora, "return_logprob": options.return_logprob or None}
+    else:
+        body |= {**sampling, "model": lora or options.model}
+        body["logprobs"] = protocol.logprobs if options.return_logprob else None
+        body["stream_options"] = {"include_usage": True} if options.stream else None
+    body = {name: value for name, value in body.items() if value is not None}
+    return _merged(body, options.extra_request_body)
+
+
+def _merged(base: Any, extra: Any) -> Any:
+    """Merge objects field by field; other values are replaced."""
+    if not (isinstance(base, dict) and isinstance(extra, dict)):
+        return extra
+    return base | {name: _merged(base.get(name), value) for name, value in extra.items()}

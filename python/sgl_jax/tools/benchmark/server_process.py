@@ -13,12 +13,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 
-from sgl_jax.settings.flag_parser import FlagError
-from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.tools.benchmark.arguments import START_TIMEOUT_S, server_arguments
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
-START_TIMEOUT_S = 1800.0
-STOP_TIMEOUT_S = 30.0
+_STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.1
 _ANY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 _STDERR = 2  # the benchmark's standard output is its result
@@ -37,26 +35,19 @@ class StartedServer:
             raise BenchmarkError(f"the server ended with code {code}; its last words are above")
 
 
-def server_arguments(flags: Sequence[str]) -> ServerArgs:
-    """Raises BenchmarkError for a flag that the server refuses."""
-    try:
-        return ServerArgs.from_cli(flags)
-    except FlagError as error:
-        raise BenchmarkError(str(error)) from None
-
-
 @contextlib.contextmanager
 def started_server(flags: Sequence[str], timeout_s: float = START_TIMEOUT_S) -> Iterator[StartedServer]:
-    """Runs `python -m sgl_jax.launch_server` with these flags, on a free port unless they name one, until the block ends.
+    """Run `python -m sgl_jax.launch_server` with these flags, on a free port unless --port is among them, until the block ends.
 
-    Its output goes to standard error, from warnings on unless --log-level is among the flags. SIGTERM, SIGHUP and Ctrl-C
+    Its output goes to standard error, from warnings on unless the log level is set. SIGTERM, SIGHUP and Ctrl-C
     end the block too. Raises BenchmarkError for a flag that is refused, and when the server ends before it is ready or is
     not ready after `timeout_s` seconds.
     """
     args = server_arguments(flags)
     host = _ANY_ADDRESS.get(args.host, args.host)
-    port = _free_port(args.host, args.port if _is_set("--port", flags, args) else 0)
-    quiet = [] if _is_set("--log-level", flags, args) else ["--log-level", "warning"]
+    is_chosen = any(word.partition("=")[0] == "--port" for word in flags)
+    port = _free_port(args.host, args.port if is_chosen else 0)
+    quiet = [] if "log_level" in args.changed() else ["--log-level", "warning"]
     command = [sys.executable, "-m", "sgl_jax.launch_server", *flags, *quiet, "--port", str(port)]
     start = time.perf_counter()
     with _ending_raises():
@@ -67,17 +58,17 @@ def started_server(flags: Sequence[str], timeout_s: float = START_TIMEOUT_S) -> 
             url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
             yield StartedServer(url, args.api_key, time.perf_counter() - start, process)
         finally:
-            _stop(process)
-
-
-def _is_set(option: str, flags: Sequence[str], args: ServerArgs) -> bool:
-    """Whether the user chose this flag's value: on the command line, in the environment or in a file."""
-    name = option.removeprefix("--").replace("-", "_")
-    return name in args.changed() or any(word.partition("=")[0] == option for word in flags)
+            try:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_STOP_TIMEOUT_S)
+            finally:  # also when a second Ctrl-C interrupts the wait
+                process.kill()
+                process.wait()
 
 
 def _free_port(host: str, port: int) -> int:
-    """The port itself, or any free one for 0. Another server on it would be measured in place of ours."""
+    """Return the port itself, or any free one for 0. Another server on it would be measured in place of ours."""
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     with socket.socket(family, kind, protocol) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -93,33 +84,18 @@ def _wait_ready(process: subprocess.Popen[bytes], host: str, port: int, deadline
         if (code := process.poll()) is not None:
             raise BenchmarkError(f"the server ended with code {code} before it was ready; its last words are above")
         connection = http.client.HTTPConnection(host, port, timeout=5)
-        try:
+        with contextlib.closing(connection), contextlib.suppress(OSError, http.client.HTTPException):
             connection.request("GET", "/ready")
             if connection.getresponse().status == 200:
                 return
-        except (OSError, http.client.HTTPException):
-            pass  # not listening yet
-        finally:
-            connection.close()
         if time.perf_counter() > deadline:
             raise BenchmarkError("the server was not ready in time; give it longer with --start-timeout SECONDS")
         time.sleep(_POLL_S)
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-    finally:  # also when a second Ctrl-C interrupts the wait
-        process.kill()
-        process.wait()
-
-
 @contextlib.contextmanager
 def _ending_raises() -> Iterator[None]:
-    """SIGTERM, and SIGHUP of a terminal that closes, end the block as an exception does, so that what it started is
-    stopped. For the main thread."""
+    """Let SIGTERM, and SIGHUP of a terminal that closes, end the block as an exception does. For the main thread."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -1,86 +1,90 @@
-"""The work of `python -m sgl_jax.bench_serving`: a load on a server, and what it measured."""
+"""The work of `python -m sgl_jax.bench_serving`: a load on a server, and the figures of it."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
-import sys
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from sgl_jax.tools.benchmark.arguments import base_url, dataset_settings, headers
 from sgl_jax.tools.benchmark.client import Client, ServerError, allow_many_connections, connect, measured
 from sgl_jax.tools.benchmark.datasets import load_prompts
-from sgl_jax.tools.benchmark.figures import ServingRun, compute_figures, compute_shares
-from sgl_jax.tools.benchmark.plot import check_plot, plot_run
-from sgl_jax.tools.benchmark.protocols import BACKENDS, NATIVE, RequestOptions, request_body
-from sgl_jax.tools.benchmark.records import Outcome, Prompt
-from sgl_jax.tools.benchmark.roofline import Roofline, server_roofline
-from sgl_jax.tools.benchmark.serving_report import (
-    append_jsonl,
-    check_writable,
-    failure_line,
-    run_json,
-    shares_block,
-    standard_block,
-)
-from sgl_jax.tools.benchmark.terminal import INTERRUPTED, SOME_FAILED, BenchmarkError, request_progress, say
-from sgl_jax.tools.benchmark.traffic import drive, poisson_times, trace_times
+from sgl_jax.tools.benchmark.figures import ServingRun, compute_figures, compute_shares, failure_line, standard_block
+from sgl_jax.tools.benchmark.machine_limits import Roofline, server_roofline, shares_block
+from sgl_jax.tools.benchmark.plot import check_plot, run_figure, save
+from sgl_jax.tools.benchmark.protocols import BACKENDS, NATIVE, Outcome, Prompt, RequestOptions, request_body
+from sgl_jax.tools.benchmark.terminal import BenchmarkError, append_jsonl, check_writable, request_progress, say
 
 TOOL = "bench_serving"
-WARMUP_OUTPUT_LEN = 32  # tokens, at most
+_WARM_UP_OUTPUT = 32  # tokens, at most
+_POLL_S = 0.5
+_NOT_DESCRIBED = {"header", "host", "port", "output_file", "output_details", "output_dir", "plot", "machine_limits"}
 
 
 @dataclass(frozen=True)
 class ServerFacts:
     """Facts that a server states about itself. None: it does not."""
 
-    model: str | None
-    tokenizer_path: str | None
-    vocab_size: int | None
-    roofline: Roofline | None  # with --machine-limits
+    model: str | None = None
+    tokenizer_path: str | None = None
+    vocab_size: int | None = None
+    roofline: Roofline | None = None  # with --machine-limits
 
 
-def serve_load(args: argparse.Namespace) -> int:
-    """Runs what the flags say and prints the result. Returns the exit code; raises BenchmarkError."""
+def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Run what the flags say and print the result. Returns the exit code; raises BenchmarkError."""
     if args.plot is not None:
-        check_plot(args.plot)  # what is missing is said before the run, not after it
+        check_plot(args.plot)  # before the run, not after it
     check_writable(args.output_file, "--output-file")
     allow_many_connections()
     facts = asyncio.run(ask_server(args))
     tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
     prompts = load_prompts(args, tokenizer, facts.vocab_size, args.seed)
     run = asyncio.run(run_serving(args, facts, prompts, tokenizer))
-    report(run, args)
+    print(f"\n{standard_block(run)}", flush=True)
+    if run.shares is not None:
+        print(f"\n{shares_block(run.shares)}", flush=True)
     if run.interrupted:
-        return INTERRUPTED
-    return SOME_FAILED if run.figures["failed"] else 0
+        say(TOOL, f"interrupted: {len(prompts) - len(run.outcomes)} of {len(prompts)} requests were not finished")
+    if (failure := failure_line(run)) is not None:
+        say(TOOL, failure)
+    append_jsonl(args.output_file, run.json(args.output_details))
+    if args.plot is not None:
+        save(run_figure(run), args.plot)
+    return 130 if run.interrupted else int(run.figures["failed"] > 0)
 
 
 async def ask_server(args: argparse.Namespace) -> ServerFacts:
-    """Raises BenchmarkError when the server does not answer, or --model is needed and it names none."""
+    """Ask the server about itself. Raises BenchmarkError when it does not answer in time, or --model is needed and it names none."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + (wait := args.ready_check_timeout_sec)
     async with connect(base_url(args), headers(args)) as client:
-        if args.ready_check_timeout_sec:
-            await client.wait_until_ready(args.ready_check_timeout_sec)
-        info = await client.server_info()
-        model = args.served_model_name or args.model or await client.model_name()
+        while True:
+            try:
+                info = await client.server_info()
+                model = args.served_model_name or args.model or await client.model_name()
+                break
+            except ServerError as error:
+                if loop.time() + _POLL_S > end:
+                    raise BenchmarkError(f"not ready after {wait:g} s: {error}" if wait else str(error)) from error
+            await asyncio.sleep(_POLL_S)
     if model is None and BACKENDS[args.backend].protocol is not NATIVE:
         raise BenchmarkError(f"the server at {base_url(args)} names no model in /v1/models; give --model")
-    engine = info.get("engine")  # of ours a mapping; another server's may be anything
+    engine = info.get("engine")  # a mapping in our servers; anything in others
     vocab_size = engine.get("vocab_size") if isinstance(engine, dict) else None
-    roofline = server_roofline(args.machine_limits, engine)
-    return ServerFacts(model, info.get("tokenizer_path"), vocab_size, roofline)
+    return ServerFacts(model, info.get("tokenizer_path"), vocab_size, server_roofline(args.machine_limits, engine))
 
 
 def find_tokenizer(given: str | None, model: str | None, facts: ServerFacts) -> Tokenizer | None:
-    """The one that is given, else the server's or the model's where it is on this machine, else None."""
+    """Load the tokenizer that is given, else the server's or the model's where it is on this machine, else None."""
     try:
         if given is not None:
             return load_tokenizer(given)
@@ -92,59 +96,55 @@ def find_tokenizer(given: str | None, model: str | None, facts: ServerFacts) -> 
     return None
 
 
-def report(run: ServingRun, args: argparse.Namespace) -> None:
-    print(f"\n{standard_block(run)}")
-    if run.shares is not None:
-        print(f"\n{shares_block(run.shares)}")
-    sys.stdout.flush()
-    for line in (*run.notes, failure_line(run)):
-        if line is not None:
-            say(TOOL, line)
-    append_jsonl(args.output_file, run_json(run, args.output_details))
-    if args.plot is not None:
-        plot_run(run, args.plot)
+def base_url(args: argparse.Namespace) -> str:
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    return args.base_url or f"http://{host}:{args.port or BACKENDS[args.backend].port}"
 
 
-# --- a run --------------------------------------------------------------------------------------------------------------
+def headers(args: argparse.Namespace) -> dict[str, str]:
+    return dict(pair for group in args.header for pair in group)
 
 
 async def run_serving(
     args: argparse.Namespace, facts: ServerFacts, prompts: Sequence[Prompt], tokenizer: Tokenizer | None = None
 ) -> ServingRun:
-    """With the flags of bench_serving. Raises BenchmarkError when the run cannot be made.
+    """Run with the flags of bench_serving. Raises BenchmarkError when the run cannot be made.
 
     Requests that fail are in the outcomes. Cancelled while requests run, it returns what is finished.
     """
-    options = _options(args, facts.model)
-    protocol = BACKENDS[args.backend].protocol
     if not prompts:
         raise BenchmarkError("the data set has no prompts")
-    if args.use_trace_timestamps:
-        times = trace_times(prompts)
-    else:
-        times = poisson_times(len(prompts), args.request_rate, args.seed)
+    options = RequestOptions(
+        facts.model,
+        args.temperature,
+        not args.disable_ignore_eos,
+        not args.disable_stream,
+        args.return_logprob,
+        args.extra_request_body,
+    )
+    protocol = BACKENDS[args.backend].protocol
+    times = sending_times(args, prompts)
     draw = random.Random(args.seed)
     loras = [draw.choice(args.lora_name) if args.lora_name else None for _ in prompts]
-
-    def encoded(prompt: Prompt, lora: str | None) -> bytes:
-        return msgspec.json.encode(request_body(protocol, prompt, options, lora))
-
+    short = replace(prompts[0], output_len=min(prompts[0].output_len, _WARM_UP_OUTPUT))
     # Encoded before the clock runs: the client shares the machine with what it measures.
-    bodies = [encoded(prompt, lora) for prompt, lora in zip(prompts, loras, strict=True)]
-    short = replace(prompts[0], output_len=min(prompts[0].output_len, WARMUP_OUTPUT_LEN))
-    notes: list[str] = []
+    warm_up, *bodies = (
+        msgspec.json.encode(request_body(protocol, prompt, options, lora))
+        for prompt, lora in zip([short, *prompts], [loras[0], *loras], strict=True)
+    )
     loop = asyncio.get_running_loop()
-    async with connect(base_url(args), headers(args), args.request_timeout_sec) as client:
+    async with connect(base_url(args), headers(args)) as client:
 
         async def send(body: bytes, prompt: Prompt) -> Outcome:
             return await measured(client, protocol, body, prompt.prompt_len, options.stream)
 
-        warm_up = (send(encoded(short, loras[0]), short) for _ in range(args.warmup_requests))
-        warmed_up = await asyncio.gather(*warm_up)
+        warmed_up = await asyncio.gather(*(send(warm_up, short) for _ in range(args.warmup_requests)))
         if warmed_up and not any(outcome.ok for outcome in warmed_up):
             raise BenchmarkError(f"warming up failed: {warmed_up[0].error}")
         if args.flush_cache and not await client.flush_cache():
             raise BenchmarkError("--flush-cache: the server has no /flush_cache")
+        if args.profile:
+            await client.start_profile(args.profile_output_dir, args.profile_num_steps)
         with request_progress(len(prompts), not args.disable_tqdm) as advance:
 
             async def one(i: int) -> Outcome:
@@ -152,56 +152,80 @@ async def run_serving(
                 advance()
                 return outcome
 
-            async with _profile(client, args, notes):
-                start = loop.time()
-                sent, complete = await drive(one, times, args.max_concurrency)
-                duration = loop.time() - start
+            start = loop.time()
+            sent, complete = await drive(one, times, args.max_concurrency)
+            duration = loop.time() - start
+        if args.profile:
+            await _stop_profile(client, args.profile_num_steps)
     outcomes = [outcome for outcome in sent if outcome is not None]
     count_tokens = None if tokenizer is None else lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     figures = compute_figures(outcomes, start, duration, count_tokens)
     shares = None if facts.roofline is None else compute_shares(outcomes, figures, duration, facts.roofline)
-    if not complete:
-        notes.append(f"interrupted: {len(prompts) - len(outcomes)} of {len(prompts)} requests were not finished")
-    return ServingRun(
-        _described(args, options, len(prompts)), start, duration, outcomes, figures, shares, not complete, notes
-    )
+    config = _described(args, options, len(prompts))
+    return ServingRun(config, start, duration, outcomes, figures, shares, not complete)
 
 
-def _options(args: argparse.Namespace, model: str | None) -> RequestOptions:
-    return RequestOptions(
-        model=model,
-        temperature=args.temperature,
-        ignore_eos=not args.disable_ignore_eos,
-        stream=not args.disable_stream,
-        return_logprob=args.return_logprob,
-        extra_request_body=args.extra_request_body,
-    )
-
-
-def _described(args: argparse.Namespace, options: RequestOptions, num_prompts: int) -> dict[str, Any]:
-    """The settings that a reader of the result needs; not the headers, which may hold a key."""
-    rate: float | str = "trace" if args.use_trace_timestamps else args.request_rate
-    same = ("backend", "max_concurrency", "warmup_requests", "flush_cache", "profile", "seed", "tag")
-    return {
-        "base_url": base_url(args),
-        **asdict(options),
-        "request_rate": "inf" if rate == float("inf") else rate,  # JSON has no infinity
-        "lora_names": args.lora_name,
-        **{name: getattr(args, name) for name in same},
-        **dataset_settings(args),
-        "num_prompts": num_prompts,
-    }
-
-
-@asynccontextmanager
-async def _profile(client: Client, args: argparse.Namespace, notes: list[str]) -> AsyncIterator[None]:
-    if not args.profile:
-        yield
-        return
-    await client.start_profile(args.profile_output_dir, args.profile_num_steps)
-    yield
+async def _stop_profile(client: Client, num_steps: int | None) -> None:
+    """Stop the profile; a failure is told, unless it has stopped by itself after so many steps."""
     try:
         await client.stop_profile()
     except ServerError as error:
-        if args.profile_num_steps is None:  # otherwise it has stopped by itself
-            notes.append(f"the profile could not be stopped: {error}")
+        if num_steps is None:
+            say(TOOL, f"the profile could not be stopped: {error}")
+
+
+def _described(args: argparse.Namespace, options: RequestOptions, num_prompts: int) -> dict[str, Any]:
+    """Return the settings that a reader of the result needs; not the headers, which may hold a key."""
+    given = {name: value for name, value in vars(args).items() if name not in _NOT_DESCRIBED}
+    rate = "inf" if args.request_rate == float("inf") else args.request_rate  # JSON has no infinity
+    rate = "trace" if args.use_trace_timestamps else rate
+    return given | asdict(options) | {"base_url": base_url(args), "request_rate": rate, "num_prompts": num_prompts}
+
+
+# --- traffic ----------------------------------------------------------------------------------------------------------
+
+
+def sending_times(args: argparse.Namespace, prompts: Sequence[Prompt]) -> list[float]:
+    """Return when each prompt is sent, in seconds: at the data set's times, the earliest being 0, or as a Poisson process."""
+    if args.use_trace_timestamps:
+        known = [prompt.arrival_s for prompt in prompts if prompt.arrival_s is not None]
+        if len(known) < len(prompts):
+            raise BenchmarkError(
+                f"--use-trace-timestamps: {len(prompts) - len(known)} of {len(prompts)} prompts have no time; "
+                "use a data set with times (mooncake), or --request-rate"
+            )
+        return [time - min(known) for time in known]
+    if args.request_rate == float("inf"):
+        return [0.0] * len(prompts)
+    gaps = np.random.default_rng(args.seed).exponential(1.0 / args.request_rate, len(prompts) - 1)
+    return [0.0, *np.cumsum(gaps).tolist()]
+
+
+async def drive(
+    send: Callable[[int], Awaitable[Outcome]], times: Sequence[float], max_concurrency: int | None
+) -> tuple[list[Outcome | None], bool]:
+    """Call `send(i)` at `times[i]` seconds from now, at most `max_concurrency` at a time; the others wait their turn.
+
+    Returns the outcomes in order, and whether all ran. When cancelled it ends the requests that run and returns what is
+    finished, with None for the rest: a run that was stopped still has its figures.
+    """
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    outcomes: list[Outcome | None] = [None] * len(times)
+    turns = asyncio.Semaphore(max_concurrency) if max_concurrency else contextlib.nullcontext()
+
+    async def one(i: int) -> None:
+        async with turns:
+            outcomes[i] = await send(i)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for i in sorted(range(len(times)), key=times.__getitem__):
+                if (wait := start + times[i] - loop.time()) > 0:
+                    await asyncio.sleep(wait)
+                group.create_task(one(i))
+    except asyncio.CancelledError:
+        if (task := asyncio.current_task()) is not None:
+            task.uncancel()
+        return outcomes, False
+    return outcomes, True

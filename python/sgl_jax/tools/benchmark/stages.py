@@ -1,4 +1,4 @@
-"""Where a profile's time went, by the engine's own stages: read from the .xplane.pb that /stop_profile names.
+"""Time of a profile by the engine's own stages: read from the .xplane.pb that /stop_profile names.
 
 The profiler records an operation of the device by its name in the compiled program, and the program beside it; there
 each operation has the path of scopes it was written in (`op_name`), and a stage is one of them. On CPUs no viewer makes
@@ -7,15 +7,20 @@ that connection.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import gzip
+import itertools
 import json
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jax.profiler import ProfileData
+
+from sgl_jax.text.protobuf import fields
 
 HOST_STAGES = ("plan", "dispatch", "collect", "process")
 DEVICE_STAGES = ("unpack", "embed", "attention", "mlp", "logits", "sample", "store", "prompt_logprobs")
@@ -40,24 +45,35 @@ class Profile:
         return [StageTime(stage, len(spans), _milliseconds(spans)) for stage, spans in self.host.items()]
 
     def device_times(self) -> list[StageTime]:
-        """In the order of a step. OTHER is what is in no stage's time."""
-        found = [
-            StageTime(stage, len(spans), _milliseconds(merged(spans)))
-            for stage, spans in self.device.items()
-            if stage != OTHER and spans
-        ]
-        named = merged(span for stage, spans in self.device.items() if stage != OTHER for span in spans)
-        rest = self.device_milliseconds - _milliseconds(named)
+        """Return the stages in the order of a step. OTHER is what is in no stage's time."""
+        named = {stage: spans for stage, spans in self.device.items() if stage != OTHER and spans}
+        found = [StageTime(stage, len(spans), _milliseconds(merged(spans))) for stage, spans in named.items()]
+        rest = self.device_milliseconds - _milliseconds(merged(itertools.chain(*named.values())))
         return [*found, StageTime(OTHER, len(self.device[OTHER]), rest)]
 
     @property
     def device_milliseconds(self) -> float:
-        """In which at least one operation ran."""
-        return _milliseconds(merged(span for spans in self.device.values() for span in spans))
+        """Time in which at least one operation ran."""
+        return _milliseconds(merged(itertools.chain(*self.device.values())))
+
+
+def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Print the table of a profile, and write its trace. Returns the exit code."""
+    try:
+        path = find_profile(args.profile)
+        profile = read_profile(path)
+        print(f"{path}: {len(profile.host['collect'])} steps collected\n\n{table(profile)}")
+        if args.perfetto is not None:
+            write_perfetto(profile, args.perfetto)
+            print(f"\nwrote {args.perfetto}; open it in ui.perfetto.dev")
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def find_profile(path: Path) -> Path:
-    """The file itself, or the newest below a folder. Raises FileNotFoundError."""
+    """Return the file itself, or the newest below a folder. Raises FileNotFoundError."""
     if path.is_file():
         return path
     found = sorted(path.rglob("*.xplane.pb"), key=lambda file: file.stat().st_mtime)
@@ -67,11 +83,11 @@ def find_profile(path: Path) -> Path:
 
 
 def read_profile(path: Path) -> Profile:
-    """Raises ValueError if the file is no profile."""
+    """Read a profile. Raises ValueError if the file is no profile."""
     data = path.read_bytes()
     try:
         planes = list(ProfileData.from_serialized_xspace(data).planes)
-        programs = _programs(memoryview(data))
+        programs = _programs(data)
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} is not a profile: {error}") from error
     profile = Profile([], {stage: [] for stage in HOST_STAGES}, {stage: [] for stage in (*DEVICE_STAGES, OTHER)})
@@ -87,18 +103,18 @@ def read_profile(path: Path) -> Profile:
                 elif (operation := _operation(event)) is not None:
                     program, name = operation
                     if program not in scopes:
-                        scopes[program] = _scopes(programs.get(program, memoryview(b"")))
+                        scopes[program] = _scopes(programs.get(program, b""))
                     profile.device[stage_of(scopes[program].get(name, ""))].append(span)
     return profile
 
 
 def stage_of(scope: str) -> str:
-    """The stage of an operation's path: "jit(step)/attention/dot_general" is of attention."""
+    """Return the stage of an operation's path: "jit(step)/attention/dot_general" is of attention."""
     return next((part for part in scope.split("/") if part in DEVICE_STAGES), OTHER)
 
 
 def merged(spans: Iterable[Interval]) -> list[Interval]:
-    """The same time without overlaps, in order."""
+    """Join overlapping intervals; returns them in order."""
     found: list[Interval] = []
     for start, end in sorted(spans):
         if found and start <= found[-1][1]:
@@ -109,7 +125,7 @@ def merged(spans: Iterable[Interval]) -> list[Interval]:
 
 
 def table(profile: Profile) -> str:
-    """For people: host stages per step, device stages with their share of the device's time."""
+    """Format host stages per step, device stages with their share of the device's time."""
     steps = max(1, len(profile.host["collect"]))
     lines = [f"{'':<24}{'count':>9}{'ms':>10}{'ms a step':>12}{'share':>9}", "host"]
     for stage, count, time in profile.host_times():
@@ -122,7 +138,7 @@ def table(profile: Profile) -> str:
 
 
 def write_perfetto(profile: Profile, path: Path) -> None:
-    """A small trace for ui.perfetto.dev, gzipped JSON: the host's stages in one track, each device stage in its own."""
+    """Write a small trace for ui.perfetto.dev, gzipped JSON: the host's stages in one track, each device stage in its own."""
     host = [("step", span) for span in profile.steps]
     host += [(stage, span) for stage in HOST_STAGES for span in profile.host[stage]]
     tracks = [("host", host)]
@@ -142,75 +158,45 @@ def _milliseconds(spans: Iterable[Interval]) -> float:
 
 
 def _operation(event) -> tuple[int, str] | None:
-    """The program's id and the operation's name in it; None if the event is of something else."""
+    """Return the program's id and the operation's name in it; None if the event is of something else."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # about how the profiler's own type was built
         stats = dict(event.stats)
     return (stats["program_id"], stats["hlo_op"]) if "hlo_op" in stats and "program_id" in stats else None
 
 
-# --- protocol buffers, as far as needed: protobuf.dev/programming-guides/encoding, and the numbers of xplane.proto and
-# --- hlo.proto in openxla/xla. ProfileData does not give out the programs.
+# --- The programs, which ProfileData does not give out. Field numbers: xplane.proto and hlo.proto in openxla/xla. -----
 
 
-def _programs(space: memoryview) -> dict[int, memoryview]:
-    """HloModuleProto by program id, from the plane that holds them: each an event's metadata named "module(id)"."""
+def _programs(space: bytes) -> dict[int, bytes]:
+    """Return each HloModuleProto by program id, from the plane that holds them: each an event's metadata named "module(id)"."""
     found = {}
     for plane in _messages(space, 1):
         if _text(plane, 2) != "/host:metadata":
             continue
         for entry in _messages(plane, 4):
-            metadata = next(_messages(entry, 2))
-            stats = (value for stat in _messages(metadata, 5) for value in _messages(stat, 6))
-            hlo = next(stats, None)
+            metadata = _messages(entry, 2)[0]
+            hlo = [value for stat in _messages(metadata, 5) for value in _messages(stat, 6)]
             number = _text(metadata, 2).rpartition("(")[2].rstrip(")")
-            if hlo is not None and number.isdigit():
-                found[int(number)] = next(_messages(hlo, 1))
+            if hlo and number.isdigit():
+                found[int(number)] = _messages(hlo[0], 1)[0]
     return found
 
 
-def _scopes(module: memoryview) -> dict[str, str]:
-    """op_name by instruction."""
+def _scopes(module: bytes) -> dict[str, str]:
+    """Return op_name by instruction."""
     found = {}
     for computation in _messages(module, 3):
         for instruction in _messages(computation, 2):
-            metadata = next(_messages(instruction, 7), None)
-            if metadata is not None:
+            for metadata in _messages(instruction, 7)[:1]:
                 found[_text(instruction, 1)] = _text(metadata, 2)
     return found
 
 
-def _text(buffer: memoryview, number: int) -> str:
-    found = next(_messages(buffer, number), None)
-    return "" if found is None else bytes(found).decode()
+def _text(message: bytes, number: int) -> str:
+    return b"".join(_messages(message, number)[:1]).decode()
 
 
-def _messages(buffer: memoryview, number: int) -> Iterator[memoryview]:
-    """The length-delimited fields with this number."""
-    at, end = 0, len(buffer)
-    while at < end:
-        key, at = _varint(buffer, at)
-        match key & 7:
-            case 0:
-                _, at = _varint(buffer, at)
-            case 1:
-                at += 8
-            case 2:
-                length, at = _varint(buffer, at)
-                if key >> 3 == number:
-                    yield buffer[at : at + length]
-                at += length
-            case 5:
-                at += 4
-            case kind:
-                raise ValueError(f"wire type {kind} at byte {at}")
-
-
-def _varint(buffer: memoryview, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = buffer[at]
-        value |= (byte & 0x7F) << shift
-        shift, at = shift + 7, at + 1
-        if byte < 0x80:
-            return value, at
+def _messages(message: bytes, number: int) -> list[bytes]:
+    """Return the length-delimited fields with this number."""
+    return [value for field, value in fields(message) if field == number and isinstance(value, bytes)]

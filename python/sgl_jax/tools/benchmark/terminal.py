@@ -1,44 +1,36 @@
-"""Functions of all measuring tools on a terminal: say a mistake in one line, show progress and tables, end with a code."""
+"""Output of all measuring tools: mistakes in one line, progress, blocks and tables, lines of JSON."""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from sgl_jax.settings.flag_parser import FlagError
+from sgl_jax.observability import log
+from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
+
+logger = logging.getLogger(__name__)
 
 SOME_FAILED, BAD_USE, INTERRUPTED = 1, 2, 130
+_WIDTH = 50
 
 
 class BenchmarkError(Exception):
     """A mistake of the user or the server, told without a traceback."""
 
 
-def exit_code(tool: str, run: Callable[[], int]) -> int:
-    """Exit codes that `run` returns; 2 for a BenchmarkError and for a flag that is refused, 130 for Ctrl-C."""
-    try:
-        return run()
-    except (BenchmarkError, FlagError) as error:
-        say(tool, f"error: {error}")
-        return BAD_USE
-    except KeyboardInterrupt:
-        say(tool, "interrupted")
-        return INTERRUPTED
-
-
 def say(tool: str, line: str) -> None:
-    """On standard error: the standard output is the result."""
+    """Print on standard error: the standard output is the result."""
     print(f"{tool}: {line}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def request_progress(total: int, show: bool = True) -> Iterator[Callable[[], None]]:
-    """A bar of finished requests on standard error where that is a terminal. Gives what to call after each request."""
-    if not show or not sys.stderr.isatty():
-        yield lambda: None
-        return
+    """Show a bar on standard error where that is a terminal. Gives what to call after each finished request."""
     from rich import progress as bar
     from rich.console import Console
 
@@ -49,16 +41,29 @@ def request_progress(total: int, show: bool = True) -> Iterator[Callable[[], Non
         bar.TimeElapsedColumn(),
         bar.TimeRemainingColumn(),
     )
-    with bar.Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    hidden = not (show and sys.stderr.isatty())
+    with bar.Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
         task = progress.add_task("", total=total)
         yield lambda: progress.advance(task)
 
 
+def block(title: str, rows: Mapping[str, str | float | None]) -> str:
+    """Format rows by label, as existing parsers of such blocks know them. A row whose value is its label heads a section.
+
+    A float has two decimals, a count is as it is, None is n/a.
+    """
+    lines = [f"{f' {title} ':=^{_WIDTH}}"]
+    for label, value in rows.items():
+        shown = f"{value:.2f}" if isinstance(value, float) else "n/a" if value is None else str(value)
+        lines.append(f"{label:-^{_WIDTH}}" if value == label else f"{label + ':':<40} {shown:<10}")
+    return "\n".join([*lines, "=" * _WIDTH])
+
+
 class Column(NamedTuple):
     title: str
-    field: str  # of the record
+    field: str  # key in the record
     form: str = "{}"  # as str.format takes it
-    scale: float = 1  # of the unit in the title to the field's
+    scale: float = 1  # factor from the field's unit to the title's
 
     def cell(self, record: Mapping[str, Any]) -> str:
         value = record.get(self.field)
@@ -66,8 +71,36 @@ class Column(NamedTuple):
 
 
 def markdown_table(columns: Sequence[Column], records: Sequence[Mapping[str, Any]]) -> str:
-    """A row per record. A field that is missing or None is a dash; a column of dashes is left out."""
+    """Format a row per record. A field that is missing or None is a dash; a column of dashes is left out."""
     columns = [column for column in columns if any(record.get(column.field) is not None for record in records)]
     rows = [[column.title for column in columns], *([column.cell(record) for column in columns] for record in records)]
     lines = [f"| {' | '.join(row)} |" for row in rows]
     return "\n".join([lines[0], "|" + "---:|" * len(columns), *lines[1:]])
+
+
+def check_writable(path: Path | None, flag: str) -> None:
+    """Check before the run, whose result would be lost. Raises BenchmarkError. None: nothing is to be written."""
+    if path is not None and (path.is_dir() or not path.parent.is_dir()):
+        raise BenchmarkError(f"{flag} is {path}; it must be a file in a folder that exists")
+
+
+def append_jsonl(path: Path | None, result: Mapping[str, Any], before: str = "") -> None:
+    """Append a line, `before` ahead of it; none without a path. Raises BenchmarkError when the file cannot be written."""
+    if path is None:
+        return
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(f"{before}{json.dumps(result)}\n")
+    except OSError as error:
+        raise BenchmarkError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def start_log(server_args: ServerArgs, without_effect: Collection[str] = ()) -> None:
+    """Log on standard error, beginning with the flags that change nothing here: the HTTP server's, and `without_effect`."""
+    log.setup(server_args.log_level)
+    for flag, message in server_args.notices().items():
+        log.once(logger, flag, message)
+    changed = server_args.changed()
+    for each in FLAGS:
+        if each.name in changed and (each.about.group == SERVER or each.name in without_effect):
+            log.once(logger, each.option, f"{each.option} has no effect: this tool has no part that it is about.")

@@ -11,47 +11,39 @@ from typing import Any
 
 import numpy as np
 
-from sgl_jax.text.tokenizer import Tokenizer, TokenizerError
+from sgl_jax.text.tokenizer import TokenizerError
 from sgl_jax.tools.benchmark.datasets.source import Framing, Messages, lines_of
-from sgl_jax.tools.benchmark.records import Prompt
+from sgl_jax.tools.benchmark.protocols import Prompt
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
-# What published results with ShareGPT leave out, in tokens.
+# Limits of published results with ShareGPT, in tokens: conversations beyond them are left out.
 _SHORTEST = 4
 _LONGEST_PROMPT, _LONGEST_TOTAL = 1024, 2048
 
 _USERS = ("human", "user")
 _LENGTHS = ("output_len", "output_tokens", "max_tokens", "max_completion_tokens", "max_new_tokens")
-_FORMS = '"prompt", "messages" or "conversations"'
+_MISREAD = (TypeError, KeyError, AttributeError, ValueError)  # JSON of another form
 
 
-def sharegpt(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[Prompt]:
-    """The first question of each conversation, in a drawn order; the answer says how much to generate.
+def sharegpt(args: argparse.Namespace, frame: Framing, rng: np.random.Generator) -> Iterator[Prompt]:
+    """Yield the first question of each conversation, in a drawn order; the answer says how much to generate.
 
     Left out: under 4 tokens of either, and over 1024 of the prompt or 2048 together, or over --sharegpt-context-len
     together where that is given.
     """
-    frame = Framing(tokenizer, args.apply_chat_template, args.prompt_suffix)
-    conversations = _sharegpt_entries(Path(args.dataset_path))
-    for i in rng.permutation(len(conversations)):
-        question, answer = conversations[i]
+    exchanges = _sharegpt_exchanges(Path(args.dataset_path))
+    longest = args.sharegpt_context_len or _LONGEST_TOTAL
+    longest_prompt = args.sharegpt_context_len or _LONGEST_PROMPT
+    for i in rng.permutation(len(exchanges)):
+        question, answer = exchanges[i]
         text = frame(question)
-        prompt_len = len(frame.ids(text))
-        output_len = args.sharegpt_output_len or _answer_len(answer, tokenizer)
-        total = prompt_len + output_len
-        if args.sharegpt_context_len is not None:
-            fits = total <= args.sharegpt_context_len
-        else:
-            fits = prompt_len <= _LONGEST_PROMPT and total <= _LONGEST_TOTAL
+        prompt_len, output_len = len(frame.ids(text)), args.sharegpt_output_len or frame.count_answer(answer)
+        fits = prompt_len <= longest_prompt and prompt_len + output_len <= longest
         if fits and min(prompt_len, output_len) >= _SHORTEST:
             yield Prompt(text, prompt_len, output_len)
 
 
-def _answer_len(answer: str, tokenizer: Tokenizer) -> int:
-    return len(tokenizer.encode(answer, add_special_tokens=False))
-
-
-def _sharegpt_entries(path: Path) -> list[tuple[str, str]]:
+def _sharegpt_exchanges(path: Path) -> list[tuple[str, str]]:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -61,17 +53,15 @@ def _sharegpt_entries(path: Path) -> list[tuple[str, str]]:
     found = []
     for i, entry in enumerate(content):
         try:
-            exchange = _first_exchange(entry.get("conversations", entry.get("conversation")))
-        except (TypeError, KeyError, AttributeError, ValueError):
+            found.append(_first_exchange(entry.get("conversations", entry.get("conversation"))))
+        except _MISREAD:
             form = '{"conversations": [{"from": …, "value": …}, …]}'
             raise BenchmarkError(f"{path}: entry {i} is not {form}") from None
-        if exchange is not None:
-            found.append(exchange)
-    return found
+    return [exchange for exchange in found if exchange is not None]
 
 
 def _first_exchange(turns: Any) -> tuple[str, str] | None:
-    """The first question and its answer; None for a conversation without."""
+    """Return the first question and its answer; None for a conversation without."""
     said = [(turn.get("from", turn.get("role", "")), turn.get("value", turn.get("content"))) for turn in turns]
     if any(not isinstance(text, str) for _, text in said):
         raise ValueError
@@ -81,21 +71,25 @@ def _first_exchange(turns: Any) -> tuple[str, str] | None:
     return None
 
 
-def custom(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Generator) -> Iterator[Prompt]:
-    """The file's lines in their order; nothing is drawn. How much is generated: --sharegpt-output-len, else the line's own
+def custom(args: argparse.Namespace, frame: Framing, rng: np.random.Generator) -> Iterator[Prompt]:
+    """Yield the file's lines in their order; nothing is drawn. The output length is --sharegpt-output-len, else the line's own
     number, else its answer's length. Left out: what is over --sharegpt-context-len."""
-    frame = Framing(tokenizer, args.apply_chat_template, args.prompt_suffix)
     for place, line in lines_of(args.dataset_path):
-        prompt, answer, output_len = _custom_line(line, place)
         try:
+            prompt, answer, output_len = _read_line(json.loads(line))
             if isinstance(prompt, str):
                 prompt = frame(prompt)
             elif isinstance(prompt[0], dict):
                 prompt = frame.conversation(prompt)
             prompt_len = len(frame.ids(prompt))
+        except json.JSONDecodeError as error:
+            raise BenchmarkError(f"{place} is not JSON: {error}") from error
         except (BenchmarkError, TokenizerError) as error:
             raise BenchmarkError(f"{place}: {error}") from error
-        output_len = args.sharegpt_output_len or output_len or _answer_len(answer, tokenizer)
+        except _MISREAD as error:
+            said = str(error) if type(error) is ValueError else 'it needs "prompt", "messages" or "conversations"'
+            raise BenchmarkError(f"{place}: {said}") from error
+        output_len = args.sharegpt_output_len or output_len or frame.count_answer(answer)
         if not output_len:
             raise BenchmarkError(
                 f'{place}: neither an "output_len" nor an answer says how much to generate; give --sharegpt-output-len'
@@ -104,24 +98,8 @@ def custom(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Genera
             yield Prompt(prompt, prompt_len, output_len)
 
 
-type _Line = tuple[str | list[int] | Messages, str, int | None]  # prompt, answer ("": none), the output length it says
-
-
-def _custom_line(text: str, place: str) -> _Line:
-    """Raises BenchmarkError, naming the place, for what cannot be read."""
-    try:
-        entry = json.loads(text)
-    except ValueError as error:
-        raise BenchmarkError(f"{place} is not JSON: {error}") from error
-    try:
-        return _read_line(entry)
-    except (TypeError, KeyError, AttributeError, ValueError) as error:
-        said = str(error) if type(error) is ValueError else f"it needs {_FORMS}"
-        raise BenchmarkError(f"{place}: {said}") from error
-
-
-def _read_line(entry: dict[str, Any]) -> _Line:
-    """Raises ValueError with what is wrong."""
+def _read_line(entry: dict[str, Any]) -> tuple[str | list[int] | Messages, str, int | None]:
+    """Return the prompt, its answer, and the output length that the line gives; the answer is "" where there is none. Raises ValueError."""
     entry = entry.get("body", entry)  # a line of OpenAI's batch format
     output_len = next((entry[name] for name in _LENGTHS if entry.get(name) is not None), None)
     if output_len is not None and (type(output_len) is not int or output_len < 1):
