@@ -47,10 +47,6 @@ CHIPS = {
     "h200": Chip("NVIDIA H200 SXM", 1, 141 * 10**9, 4800e9, {"bfloat16": 989e12, "float32": 67e12}, 450e9, "all"),
 }
 
-# Beginnings of jax's names for the devices.
-_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
-_KINDS |= {"TPU7x": "v7x", "NVIDIA H100": "h100", "NVIDIA H200": "h200"}
-
 # Number of chips -> the grid they form. Google rents these and no others (half a host of 2x2 included).
 _GRIDS = {
     "2d": {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (2, 4), 16: (4, 4), 32: (4, 8), 64: (8, 8), 128: (8, 16), 256: (16, 16)},
@@ -94,12 +90,6 @@ class Topology:
         if chips <= 1:
             return 0.0
         return 2 * (chips - 1) / chips * num_bytes / (self.links * self.chip.link_bytes_per_s)
-
-
-def chip_of(device_kind: str) -> Chip | None:
-    """Return the chip of a jax.Device.device_kind; None for one that is not known here."""
-    known = [begin for begin in _KINDS if device_kind.startswith(begin)]
-    return CHIPS[_KINDS[max(known, key=len)]] if known else None
 
 
 def parse(name: str) -> Topology:
