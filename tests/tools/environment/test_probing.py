@@ -64,6 +64,13 @@ def test_devices_of_all_processes_are_described(tmp_path: Path) -> None:
     assert (found.devices, found.memory) == (("TPU v5 lite",) * 4, 16 << 30)
 
 
+def test_a_platform_that_counts_no_memory_works_all_the_same(tmp_path: Path) -> None:
+    found = probed(
+        "tpu", with_jax(tmp_path, FAKE_JAX.replace('{"bytes_limit": 16 << 30, "bytes_in_use": 4096}', "1 / 0")), 60.0
+    )
+    assert (found.outcome, found.memory) == ("ok", None)
+
+
 def test_a_process_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.executable", "/no/such/python")
     found = probed("cpu", {}, 60.0)

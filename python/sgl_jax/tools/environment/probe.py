@@ -6,6 +6,7 @@ to the standard output it was started with; all else that is printed, by librari
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -33,7 +34,9 @@ def main(platform: str) -> None:
         tell(stage="initialising", jax_version=jax.__version__)
         devices = [device.device_kind for device in jax.devices(platform)]
         first = jax.local_devices(backend=platform)[0]
-        memory = (first.memory_stats() or {}).get("bytes_limit")
+        memory = None
+        with contextlib.suppress(Exception):  # raised by a platform that does not count
+            memory = (first.memory_stats() or {}).get("bytes_limit")
         runtime = str(getattr(first.client, "platform_version", ""))
         process_count = jax.process_count()
         tell(stage="computing", runtime=runtime, devices=devices, memory=memory, process_count=process_count)
