@@ -63,7 +63,7 @@ class Probe:
 class Signs:
     """Signs of TPUs, or of NVIDIA GPUs, that the machine shows without touching them."""
 
-    names: tuple[str, ...] = ()  # the kind of each one on the PCI bus
+    names: tuple[str, ...] = ()  # the kind of each one that the PCI bus or the driver shows
     nodes: tuple[str, ...] = ()  # their device files
     driver: str = ""  # version of NVIDIA's, as in 580.82.07; empty: none is loaded
 
