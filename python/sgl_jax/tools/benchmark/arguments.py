@@ -134,7 +134,6 @@ _LOAD: Rows = [
 ]
 _FILES: Rows = [
     ("--output-file", _FILE, None, "append the result to this file as a JSON line"),
-    ("--plot", {"type": Path, "metavar": "FILE.png"}, None, "draw the run over its time"),
 ]
 _SWEEP: Rows = [
     ("--isl", _COUNTS | {"required": True}, None, "tokens of a prompt"),
@@ -176,7 +175,6 @@ _DEVICES: Rows = [
 ]
 _STAGES: Rows = [
     ("profile", {"type": Path}, None, "an .xplane.pb file, or a folder: its newest one"),
-    ("--perfetto", _FILE, None, "also write the stages as a trace, a .json.gz"),
 ]
 
 
