@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from sgl_jax import Engine, bench_offline_throughput
-from sgl_jax.engine.messages import Abort, Command, EngineInfo, Event, FlushCache, Generate, Stats
+from sgl_jax.engine.messages import Abort, Command, Event, FlushCache, Generate, Stats
 from sgl_jax.planning.machine_rates import NotMeasured
 from sgl_jax.testing.fake_core import FakeCore, fake_info
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -72,7 +72,7 @@ LIMITS = MachineLimits(20.0, 0.5, "float32", "none", 1)
 
 
 def measure(
-    tokenizer: Tokenizer, core: ScriptedCore, prompts: list[Prompt], *words: object, limits=lambda info: LIMITS
+    tokenizer: Tokenizer, core: ScriptedCore, prompts: list[Prompt], *words: object, limits=lambda *devices: LIMITS
 ) -> int:
     args, _ = parse(TOOL, ["--model-path", "fake", *map(str, words)])
     ticks = iter((10.0, 12.0))
@@ -156,7 +156,7 @@ def test_every_figure_to_the_digit(tokenizer: Tokenizer, tmp_path: Path, capsys:
 
 
 def test_without_limits_there_is_no_second_block(tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:
-    def no_room(info: EngineInfo) -> MachineLimits:
+    def no_room(*devices: object) -> MachineLimits:
         raise NotMeasured("the limits cannot be measured: too little memory")
 
     assert measure(tokenizer, ScriptedCore(4), PROMPTS, "--skip-warmup", limits=no_room) == 0

@@ -107,7 +107,6 @@ _SERVING: Flags = [
     ("--tag", _TEXT, None, "goes into the JSON, to tell runs apart"),
     ("--disable-tqdm", None, False, "no progress bar; there is none without a terminal"),
     ("--output-file", _FILE, None, "append the result to this file as a JSON line"),
-    ("--plot", {"type": Path, "metavar": "FILE.png"}, None, "draw the run over its time"),
 ]
 _BATCHES: Flags = [
     ("--batch-size", _COUNTS, [1], "prompts in a batch"),

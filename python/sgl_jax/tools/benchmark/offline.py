@@ -1,9 +1,6 @@
-"""A data set worked off by an engine in this process, all of it given at once.
+"""The work of `python -m sgl_jax.bench_offline_throughput`: a data set worked off by an engine, all of it given at once.
 
-throughputs             tokens or requests / duration, from giving the prompts to having all the answers
-decode bandwidth share  (steps x weight bytes + sum over output tokens of context x KV bytes per token)
-                        / duration / memory bandwidth
-matmul share            2 x parameters per token x (uncached input + output tokens) / duration / matmul rate
+Decode steps are the engine's own count; docs/features/benchmarking.md defines the figures.
 """
 
 from __future__ import annotations
@@ -18,15 +15,15 @@ import jax
 
 from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import EngineFailed
-from sgl_jax.engine.messages import EngineInfo, Stats
+from sgl_jax.engine.messages import Stats
 from sgl_jax.engine.native_params import sampling_params
 from sgl_jax.request import InvalidParameter, SamplingParams
 from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 from sgl_jax.tools.benchmark.arguments import server_arguments
 from sgl_jax.tools.benchmark.datasets import load_prompts
-from sgl_jax.tools.benchmark.figures import labelled
-from sgl_jax.tools.benchmark.machine_limits import MachineLimits, limits_of, measured_roofline, shares_block
+from sgl_jax.tools.benchmark.figures import labelled, throughputs
+from sgl_jax.tools.benchmark.machine_limits import MachineLimits, measure_limits, measured_roofline, shares_block
 from sgl_jax.tools.benchmark.protocols import Prompt
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, append_jsonl, block, check_writable, start_log
 
@@ -63,10 +60,12 @@ def run(
     engine: Engine,
     prompts: Sequence[Prompt],
     clock: Callable[[], float] = time.perf_counter,
-    measure: Callable[[EngineInfo], MachineLimits] = limits_of,
+    measure: Callable[..., MachineLimits] = measure_limits,
 ) -> int:
-    """Do everything after the start. `clock`, in seconds, is read before the prompts are given and after the last answer.
-    Returns the exit code."""
+    """Do everything after the start. Returns the exit code.
+
+    `clock`, in seconds, is read before the prompts are given and after the last answer.
+    """
     sampling = {"temperature": 0.0, "ignore_eos": not args.disable_ignore_eos, **args.extra_request_body}
     params = request_params(prompts, sampling)
     if not args.skip_warmup:
@@ -79,7 +78,6 @@ def run(
     inputs, outputs, cached = (sum(m[f"{which}_tokens"] for m in metas) for which in ("prompt", "completion", "cached"))
     after = settled(engine, before.generated_tokens + outputs)
     steps = after.steps - before.steps
-    rates = {"request": len(metas), "input": inputs, "output": outputs, "total": inputs + outputs}
     found = {
         "successful_requests": len(metas),
         "total_latency": duration,
@@ -88,7 +86,7 @@ def run(
         "total_cached_tokens": cached,
         "steps": steps,
         "last_gen_throughput": after.gen_throughput or None,  # over a log interval, which the run may not reach
-        **{f"{name}_throughput": amount / duration for name, amount in rates.items()},
+        **throughputs(len(metas), inputs, outputs, duration),
     }
     print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
     shares = {}
