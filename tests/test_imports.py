@@ -75,7 +75,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "check_env": ("tools", "settings"),
     "__main__": ("launch_server",),
     "__init__": ("engine", "request"),
-    "testing": ("engine", "models", "settings", *PLAIN_DATA),
 }
 
 NOWHERE = {"torch", "transformers", "pickle"}  # test oracles, and a format that runs what it reads
