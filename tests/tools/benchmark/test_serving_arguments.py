@@ -99,6 +99,7 @@ def test_headers_are_taken_one_by_one_and_together() -> None:
         ("--extra-request-body [1]", "--extra-request-body: '[1]' is not a JSON object"),
         ("--extra-request-body {a", "--extra-request-body: '{a' is not a JSON object"),
         ("--header Key", "--header: 'Key' is not NAME=VALUE"),
+        ("--header =x", "--header: '=x' is not NAME=VALUE"),
         ("--base-url host:1", "--base-url: 'host:1' is not a URL that begins with http:// or https://"),
         ("--request-rate 1 --use-trace-timestamps", "--use-trace-timestamps and --request-rate both say when to send"),
         ("--profile-num-steps 3", "--profile-num-steps needs --profile"),

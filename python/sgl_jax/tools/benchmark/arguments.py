@@ -46,7 +46,9 @@ _URL = _kind(
     lambda url: url.startswith(("http://", "https://")),
     "a URL that begins with http:// or https://",
 )
-_HEADER = _kind("NAME=VALUE", lambda text: text.split("=", 1), lambda pair: len(pair) == 2, "NAME=VALUE")
+_HEADER = _kind(
+    "NAME=VALUE", lambda text: text.split("=", 1), lambda pair: len(pair) == 2 and pair[0] != "", "NAME=VALUE"
+)
 _OBJECT = _kind("JSON", json.loads, lambda value: isinstance(value, dict), "a JSON object")
 _COUNTS: Kind = _COUNT | {"nargs": "+"}
 _FILE: Kind = {"type": Path, "metavar": "FILE"}
