@@ -32,7 +32,9 @@ from sgl_jax.runtime.tracing import JaxTracer
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.step_plan import StepPlan, StepTokens
-from sgl_jax.testing.fake_core import fake_info
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests"))
+from fakes.fake_core import fake_info
 
 PAGE_SIZE = 16
 PROMPT_TOKENS = 1000

@@ -19,13 +19,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from provenance import commit, machine
+
 from sgl_jax.settings.flag_parser import Parser
 from sgl_jax.tools.benchmark.arguments import parse
 from sgl_jax.tools.benchmark.client import allow_many_connections, connect
 from sgl_jax.tools.benchmark.datasets import load_prompts
 from sgl_jax.tools.benchmark.door import exit_code
 from sgl_jax.tools.benchmark.figures import failure_line, filled, markdown_table
-from sgl_jax.tools.benchmark.provenance import commit, machine
 from sgl_jax.tools.benchmark.serving import ask_server, base_url, described, find_tokenizer, headers, run_serving
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, append_jsonl, check_writable, say
 

@@ -58,7 +58,7 @@ def logging_restored() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def compile_cache_of_its_own() -> Iterator[None]:
-    """An engine in this process keeps programs in its folder, and jax goes on doing so: tests after it would."""
+    """Switch jax's compile cache off after a test whose engine switched it on: it would stay on for later tests."""
     yield
     if (jax := sys.modules.get("jax")) is not None and jax.config.jax_compilation_cache_dir is not None:
         from jax.experimental.compilation_cache import compilation_cache
@@ -104,8 +104,8 @@ def smollm2() -> Path:
     return found[0]
 
 
-# Files of a minute or more of the processor, the longest first. Workers take files in this order, so that none is left with
-# a long one when the others have nothing more to do.
+# The files that take longest. Workers take files in this order, and the others after them, so that none is left with a long
+# one when the rest is done.
 LONG_FILES = (
     "e2e/test_families_exact.py",
     "e2e/test_engine_exact.py",
@@ -114,7 +114,6 @@ LONG_FILES = (
     "tools/benchmark/test_offline.py",
     "parallel/test_grids.py",
     "multihost/test_two_hosts.py",
-    "engine/test_startup.py",
     "scheduler/test_properties.py",
     "e2e/test_server.py",
     "e2e/test_default_model_exact.py",
@@ -127,9 +126,7 @@ LONG_FILES = (
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fa-examples", type=int, default=4, help="random batches per property of the fa kernels")
-    parser.addoption(
-        "--reverse", action="store_true", help="run the tests last to first: no test may need another's order"
-    )
+    parser.addoption("--reverse", action="store_true", help="run the tests last to first: each must pass in any order")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fakes.fake_core import fake_info
+from fakes.fake_runner import FakeRunner, continuation, kv_chain, logprob_of
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import CacheFlushed, Event, Generate, PromptScored, Stats, StepOutput, TokenLogprobs
@@ -15,8 +17,6 @@ from sgl_jax.request import FinishReason, Request, SamplingParams
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.step_plan import StepPlan, StepTokens
-from sgl_jax.testing.fake_core import fake_info
-from sgl_jax.testing.fake_runner import FakeRunner, continuation, kv_chain, logprob_of
 
 
 def make_scheduler(

@@ -1,7 +1,5 @@
 """Serve large language models with JAX."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:

@@ -2,8 +2,6 @@
 not, why and what to do. Works whatever is missing, jax included; also as `check_env.check_env()`.
 """
 
-from __future__ import annotations
-
 import sys
 
 from sgl_jax.tools.environment.check_command import check_env, look, main

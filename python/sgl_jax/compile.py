@@ -1,8 +1,6 @@
 """`python -m sgl_jax.compile --topology v6e-4 --model-path …`: says whether a launch fits, what it costs and whether it
 compiles; see docs/features/compile.md."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """`python -m sgl_jax.launch_server --model-path …`: parse the flags, set up the log, serve."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Sampling parameters of a request, declared once, and plain host data about a request that all rooms share."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

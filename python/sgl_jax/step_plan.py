@@ -95,7 +95,7 @@ class StepPlan:
     loads: list[RowLoad]
     flags: RowFlag  # the flags of all rows together
     num_cached_tokens: int  # prompt tokens that the requests admitted by this plan found in the prefix cache
-    num_short: Annotated[np.ndarray, Column(Per.RANK)]  # i32[M] rows of a rank with num_new <= W, the first ones
+    num_short: Annotated[np.ndarray, Column(Per.RANK)]  # i32[M] rows with num_new <= W, which come first in a rank
     rows: Annotated[np.ndarray, Column(Per.ROW, names_rows=True)]  # i32[S] lines of the state, over all ranks
     start: Annotated[np.ndarray, Column(Per.ROW)]  # i32[S] tokens computed before this step
     num_new: Annotated[np.ndarray, Column(Per.ROW)]  # i32[S] tokens computed by this step, >= 1

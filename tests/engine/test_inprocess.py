@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import sgl_jax
+from fakes.fake_core import FakeCore
+from fakes.fake_tracer import DEFAULT, UNWRITABLE
 from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import Conflict, EngineFailed
 from sgl_jax.request import InvalidParameter, SamplingParams
-from sgl_jax.testing.fake_core import FakeCore
-from sgl_jax.testing.fake_tracer import DEFAULT, UNWRITABLE
 from sgl_jax.text.tokenizer import load_tokenizer
 
 STORIES = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k"))

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 
+from fakes.fake_core import FakeCore
 from sgl_jax.engine.loop import one_line, run
 from sgl_jax.engine.messages import (
     Abort,
@@ -22,7 +23,6 @@ from sgl_jax.engine.messages import (
     StepOutput,
 )
 from sgl_jax.request import SamplingParams
-from sgl_jax.testing.fake_core import FakeCore
 
 
 class Inbox:

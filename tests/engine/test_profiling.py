@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from fakes.fake_runner import FakeRunner
+from fakes.fake_tracer import DEFAULT, FULL, UNWRITABLE, FakeTracer
 from messages import says
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import (
@@ -18,8 +20,6 @@ from sgl_jax.engine.messages import (
 )
 from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import SamplingParams
-from sgl_jax.testing.fake_runner import FakeRunner
-from sgl_jax.testing.fake_tracer import DEFAULT, FULL, UNWRITABLE, FakeTracer
 from simulated import make_core
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from fakes.fake_core import fake_info
 from sgl_jax.engine.generation import (
     Choice,
     EngineFailed,
@@ -30,7 +31,6 @@ from sgl_jax.engine.messages import (
 )
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import FinishReason, InvalidParameter, SamplingParams
-from sgl_jax.testing.fake_core import fake_info
 from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import load_tokenizer
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 
+from fakes.fake_core import fake_info
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
 from sgl_jax.models.checkpoint import open_checkpoint
@@ -22,7 +23,6 @@ from sgl_jax.runtime.runner import Announce, ModelRunner, announce_to_nobody
 from sgl_jax.runtime.speculate import Drafter
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
-from sgl_jax.testing.fake_core import fake_info
 
 ROWS, CONTEXT, PAGE_SIZE, PAGES = 4, 96, 4, 120
 

@@ -7,7 +7,7 @@ import openai
 import pytest
 from live_server import LiveServer
 
-from sgl_jax.testing.fake_core import FakeCore
+from fakes.fake_core import FakeCore
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from fakes.fake_core import FakeCore
 from sgl_jax.settings.server_args import ServerArgs
-from sgl_jax.testing.fake_core import FakeCore
 
 
 def quick(server_args: ServerArgs, die: Callable[[str], None]) -> FakeCore:

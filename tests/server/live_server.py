@@ -14,12 +14,12 @@ import msgspec
 import openai
 import uvicorn
 
+from fakes.fake_core import FakeCore
 from sgl_jax.engine.messages import Command
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
 from sgl_jax.server.app import create_app
 from sgl_jax.settings.server_args import ServerArgs
-from sgl_jax.testing.fake_core import FakeCore
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 MODEL = str(Path(__file__).parents[1] / "data" / "stories260k")

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 from live_server import LiveServer
 
+from fakes.fake_core import FakeCore
 from sgl_jax.engine.messages import Abort, Generate
-from sgl_jax.testing.fake_core import FakeCore
 
 LONG = {"max_tokens": 400, "ignore_eos": True, "n": 2}
 

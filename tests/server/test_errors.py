@@ -11,8 +11,8 @@ import openai
 import pytest
 from live_server import LiveServer
 
+from fakes.fake_core import FakeCore
 from messages import says
-from sgl_jax.testing.fake_core import FakeCore
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}

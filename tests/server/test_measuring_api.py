@@ -6,9 +6,9 @@ import httpx
 import pytest
 from live_server import LiveServer
 
+from fakes.fake_core import FakeCore
+from fakes.fake_tracer import DEFAULT, UNWRITABLE
 from messages import says
-from sgl_jax.testing.fake_core import FakeCore
-from sgl_jax.testing.fake_tracer import DEFAULT, UNWRITABLE
 
 
 def test_an_engine_that_dies_meanwhile_is_an_answer_too() -> None:

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from live_server import LiveServer, tokenizer
 
+from fakes.fake_core import FakeCore
 from sgl_jax.engine.messages import Abort, Generate
-from sgl_jax.testing.fake_core import FakeCore
 
 
 def events(answer: httpx.Response) -> list[dict]:

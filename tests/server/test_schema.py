@@ -17,7 +17,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from sgl_jax.testing.fake_core import FakeCore, fake_info
+from fakes.fake_core import FakeCore, fake_info
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 

@@ -1,7 +1,5 @@
 """Free list of physical pages."""
 
-from __future__ import annotations
-
 import numpy as np
 
 SCRATCH_PAGE = 0  # never allocated: padding tokens of a step write their KV here

@@ -8,8 +8,6 @@ Owners of a running request's pages, as half-open intervals of page indices:
 A page is the scratch page, free, the tree's or one request's, as `check_invariants` tests.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

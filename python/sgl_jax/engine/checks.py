@@ -1,7 +1,5 @@
 """Checks of a request before it is sent to the engine: whether it can be honoured, and whether the queue has room."""
 
-from __future__ import annotations
-
 import dataclasses
 import uuid
 from collections.abc import Container, Sequence

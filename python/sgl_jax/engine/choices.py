@@ -1,7 +1,5 @@
 """Choices that the engine runs for this process. One message per step brings the tokens of all of them."""
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Iterable

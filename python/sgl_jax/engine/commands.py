@@ -1,7 +1,5 @@
 """Commands to the engine core, and their answers, which wait here until the next step is sent."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from sgl_jax.engine import messages

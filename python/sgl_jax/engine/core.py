@@ -4,8 +4,6 @@ A step is launched before the tokens of the previous one have been read. The ste
 `step` leaves and the next collects. Without overlap a call collects the step that it launched; the tokens are the same.
 """
 
-from __future__ import annotations
-
 from typing import Protocol
 
 import msgspec

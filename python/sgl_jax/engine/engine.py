@@ -4,8 +4,6 @@ with sgl_jax.Engine(model_path="…") as engine:
     print(engine.generate("Once upon a time", {"max_new_tokens": 32})["text"])
 """
 
-from __future__ import annotations
-
 import asyncio
 import concurrent.futures
 import queue

@@ -19,32 +19,32 @@ type Drop = Callable[[Iterable[int], FinishType], None]
 
 
 class ServiceUnavailable(RuntimeError):
-    """The engine is still starting, or the server is shutting down."""
+    """Refusal because the engine is still starting, or the server is shutting down."""
 
 
 class QueueFull(RuntimeError):
-    """Too many requests wait already."""
+    """Refusal of a request because too many wait already."""
 
 
 class Conflict(RuntimeError):
-    """The state of the engine does not allow the command."""
+    """Refusal of a command that the engine's state does not allow."""
 
 
 class EngineFailed(RuntimeError):
-    """The engine died; nothing can be generated any more."""
+    """End of an engine that died; nothing can be generated any more."""
 
 
 class PromptTooLong(InvalidParameter):
-    """Prompt and max_tokens do not fit the context."""
+    """Refusal of a prompt that, with max_tokens, does not fit the context."""
 
 
 class DuplicateRequestId(InvalidParameter):
-    """A running request has this id."""
+    """Refusal of an id that a running request has."""
 
 
 @dataclass(slots=True)
 class GenerationRequest:
-    """One prompt, of which `params.n` choices are generated. While parameters are read the prompt is empty."""
+    """One prompt, of which `params.n` choices are generated. `prompt_ids` is empty until `for_prompt` sets it."""
 
     prompt_ids: list[int]
     params: SamplingParams

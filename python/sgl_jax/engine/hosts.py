@@ -1,7 +1,5 @@
 """An engine over several hosts: how each host finds the others, and the core of host 0."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable
 from typing import NoReturn

@@ -1,8 +1,6 @@
 """Decisions of a launch before any weight is read: sizes, limits and buckets, from the flags, the model and a device's
 memory. `sgl_jax.compile` makes the same decisions for devices that this host does not have."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np
@@ -127,7 +125,7 @@ def _check_pool(args: ServerArgs, memory: MemoryPlan, page_size: int, grid: Grid
 
 
 def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:
-    """Return --dtype; for auto the dtype of the stored weights, where the platform computes in it."""
+    """Return --dtype; for auto float32 if the weights are stored in float32, else the platform's dtype."""
     if args.dtype != "auto":
         return args.dtype
     return "float32" if stored == "float32" else platform.dtype

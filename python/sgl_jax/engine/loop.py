@@ -1,7 +1,5 @@
 """Engine loop: commands in, one step, events out. It knows nothing of devices, processes or sockets."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable
 from typing import Protocol

@@ -3,8 +3,6 @@
 A request is named by an int key on the wire, unique within one API process; its public id stays with the API side.
 """
 
-from __future__ import annotations
-
 import msgspec
 
 from sgl_jax.request import FinishReason, SamplingParams
@@ -101,7 +99,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PromptScored(msgspec.Struct, frozen=True, array_like=True):
-    """Sent with a request's first token. `logprobs[0]` is None, since nothing comes before the first prompt token."""
+    """Scores of a prompt, sent with its first token. `logprobs[0]` is None, since nothing comes before the first prompt token."""
 
     key: int
     num_cached_tokens: int

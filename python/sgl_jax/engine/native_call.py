@@ -1,7 +1,5 @@
 """Native calls, by /generate and Engine.generate: prompts and parameters in, requests submitted, answers out."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@ Sampling parameters carry the names of the SGLang family (max_new_tokens, sampli
 {"text", "output_ids", "meta_info"}, cumulative when streamed.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import re
@@ -66,7 +64,7 @@ def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingP
     values, names = in_our_names(params or {}, "native", cls)
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = (stop,)
-    values["max_tokens"], score_only = num_tokens(values.get("max_tokens"))
+    values["max_tokens"], score_only = max_tokens_of(values.get("max_tokens"))
     try:
         read = msgspec.convert(values, cls, str_keys=True)
     except msgspec.ValidationError as error:
@@ -74,9 +72,9 @@ def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingP
     return GenerationRequest([], read, names=names, score_only=score_only)
 
 
-def num_tokens(max_tokens: Json) -> tuple[Json, bool]:
-    """Return max_tokens for a native request's value, and whether the prompt is only to be scored. The engine generates
-    one token even then."""
+def max_tokens_of(max_tokens: Json) -> tuple[Json, bool]:
+    """Return the max_tokens that the engine gets, and whether only the prompt is scored: the request said 0, and the engine
+    then generates one token."""
     if max_tokens is None:
         return DEFAULT_MAX_NEW_TOKENS, False
     score_only = max_tokens == 0 and max_tokens is not False

@@ -3,8 +3,6 @@
 The tracer (runtime/tracing.py) decides what is recorded and how; this module only knows steps and states.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from contextlib import AbstractContextManager
@@ -27,7 +25,8 @@ class Tracer(Protocol):
         """Mark the block as a named part of the step."""
 
     def start(self, folder: str | None, host_level: int | None, python_level: int | None) -> str:
-        """Record from now on, and return the folder, which is a new one if None was given.
+        """Record from now on, and return the folder, which is a new one if None was given. The levels are those of jax's
+        profiler options: how much it traces of the host and of Python.
 
         Raises OSError or ValueError if it cannot be written, RuntimeError if another recording runs in the process.
         """

@@ -1,7 +1,5 @@
 """Log probabilities of a step, by the requests that asked for them."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from sgl_jax.engine.messages import TokenLogprobs

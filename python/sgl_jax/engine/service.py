@@ -5,8 +5,6 @@ tokens to each choice's list and wakes the consumers that have something to do. 
 came since it last ran.
 """
 
-from __future__ import annotations
-
 import asyncio
 import itertools
 import time

@@ -1,7 +1,5 @@
 """Start-up of an engine: from server arguments to a core that is ready to step, with a log line for each stage."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import logging

@@ -1,7 +1,5 @@
 """Reports of the engine on itself: gauges and counters for the API side, and log lines."""
 
-from __future__ import annotations
-
 import dataclasses
 import logging
 import time

@@ -5,8 +5,6 @@ it norms each head of q and k and rotates half of it. Sources: modeling_bailing_
 the models.
 """
 
-from __future__ import annotations
-
 import dataclasses
 
 from sgl_jax.models import glm4_moe, llama

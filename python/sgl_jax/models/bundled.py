@@ -1,7 +1,5 @@
 """Finds the config.json files that come with us: `--model-path config:qwen3-8b` is a model without its weights."""
 
-from __future__ import annotations
-
 import json
 from importlib import resources
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Opens a model's folder, .gguf file or hub id as a Checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

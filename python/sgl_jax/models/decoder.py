@@ -1,7 +1,5 @@
 """The one decoder: embed, layers, norm, logits. Families differ in switches of DecoderConfig."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -113,7 +113,7 @@ class DecoderConfig:
     weight_scheme: Scheme | None = None  # format in which matrices are held; None: plain floats
     normalised_head: bool = False  # loading divides the head's columns by their lengths
     eos_token_ids: tuple[int, ...] = ()
-    # In a device's shard, devices that hold the same head, because there are more devices than heads. All of them attend
+    # Number of devices that hold the same head as this shard, where there are more devices than heads. All of them attend
     # with it, and each projects a part of its output.
     head_replicas: int = 1
     num_mtp_layers: int = 0  # multi-token prediction; they are stored after the last layer, and not loaded

@@ -2,8 +2,6 @@
 experts chosen from the best groups, and shared ones. V3 scores experts by sigmoid, with a correction bias that balances
 the choice."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Any

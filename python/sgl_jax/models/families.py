@@ -1,7 +1,5 @@
 """Table of the families we serve: by architecture, the module that reads its config and names its tensors."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib

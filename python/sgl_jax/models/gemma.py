@@ -3,8 +3,6 @@
 Gemma 2 caps scores and logits; Gemma 3 norms each head instead and rotates the layers with a window by another base.
 """
 
-from __future__ import annotations
-
 from sgl_jax.models import llama
 from sgl_jax.models.decoder_config import DecoderConfig, RopeConfig
 from sgl_jax.models.hf_config import decoder, layer_windows, required

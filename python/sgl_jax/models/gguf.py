@@ -3,8 +3,6 @@
 Sources: llama.cpp `gguf-py/gguf/constants.py` (keys, names) and `convert_hf_to_gguf.py` (what was done to the weights).
 """
 
-from __future__ import annotations
-
 import math
 import re
 from typing import Any

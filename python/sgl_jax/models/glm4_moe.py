@@ -1,8 +1,6 @@
 """GLM-4.5 and 4.6: dense layers first, then experts chosen by sigmoid scores with a correction bias, and a shared
 expert; half of each head is rotated."""
 
-from __future__ import annotations
-
 from sgl_jax.models import llama, qwen_moe
 from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, required

@@ -4,8 +4,6 @@ The experts of a layer are stored together, gate and up rows alternating: in bfl
 [E, out, in]. Sources: github.com/openai/gpt-oss, gpt_oss/torch/model.py; transformers, models/gpt_oss.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping

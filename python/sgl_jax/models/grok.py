@@ -5,8 +5,6 @@ activation is that of github.com/xai-org/grok-1, model.py. The weights come as e
 of the experts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping

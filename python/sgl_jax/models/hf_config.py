@@ -1,7 +1,5 @@
 """Reads a config.json strictly, for the family files. A value that would be ignored is refused instead."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Pieces of a decoder layer, as functions of arrays."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

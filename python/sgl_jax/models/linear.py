@@ -4,8 +4,6 @@ Weights are [out, in] and stand on the left, which is the fastest order on a CPU
 (docs/decisions/0006-weights-out-in.md). A quantised matrix is dequantised and then multiplied.
 """
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike

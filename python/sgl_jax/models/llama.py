@@ -1,7 +1,5 @@
 """Llama 2 / 3 and the many models in its layout; Mistral, which adds a sliding window to every layer."""
 
-from __future__ import annotations
-
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.hf_config import decoder, uniform_windows
 from sgl_jax.models.names import TensorNames

@@ -6,8 +6,6 @@ placed weights only the few being worked on are in memory. Threads do the copyin
 devices, only the shards of this process's devices are read.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import os

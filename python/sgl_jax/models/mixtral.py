@@ -1,7 +1,5 @@
 """Mixtral: Mistral with experts in place of every MLP."""
 
-from __future__ import annotations
-
 from sgl_jax.models import llama
 from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, required, uniform_windows

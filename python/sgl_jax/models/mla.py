@@ -4,8 +4,6 @@ values of each head. The up-projection of the keys is applied to the queries, th
 Formulas: DeepSeek-V2 (https://arxiv.org/abs/2405.04434), section 2.1 and appendix C.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import jax

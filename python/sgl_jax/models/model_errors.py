@@ -1,7 +1,5 @@
 """Errors of this room."""
 
-from __future__ import annotations
-
 
 class ModelError(ValueError):
     """A model cannot be served as it is. The message says what was found, what was looked for and what to change."""

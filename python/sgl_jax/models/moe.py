@@ -1,7 +1,5 @@
 """Mixture of experts in two parts: the choice of each token's experts (route) and their work (dispatch)."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

@@ -4,8 +4,6 @@ Source: OCP Microscaling Formats (MX) specification 1.0, sections 5.3.3 (E2M1) a
 pair lies in the low half of its byte (github.com/openai/gpt-oss, gpt_oss/torch/weights.py).
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from sgl_jax.models.stored import StoredTensor

@@ -6,8 +6,6 @@ length could not share the KV of their common start. Contexts therefore end at s
 go on with plain rope, and use_logn_attn scales queries there.
 """
 
-from __future__ import annotations
-
 import logging
 
 from sgl_jax.models.decoder_config import DecoderConfig, LognScaling

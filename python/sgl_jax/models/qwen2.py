@@ -1,7 +1,5 @@
 """Qwen 2 and 2.5: Llama's layout with a bias on q, k and v."""
 
-from __future__ import annotations
-
 from sgl_jax.models import llama
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.hf_config import decoder, qwen_sliding_windows

@@ -1,7 +1,5 @@
 """Qwen 3, dense: an RMS norm over each head of q and k, head_dim of its own, no bias by default."""
 
-from __future__ import annotations
-
 from sgl_jax.models import llama, qwen2
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.hf_config import decoder, qwen_sliding_windows

@@ -1,7 +1,5 @@
 """Qwen 2 and 3 with experts in place of the MLP, in all layers or every few. Qwen 2 has a gated shared expert, too."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from sgl_jax.models import llama, qwen2, qwen3

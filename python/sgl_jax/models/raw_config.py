@@ -1,7 +1,5 @@
 """JSON files of a model folder, as they were read."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

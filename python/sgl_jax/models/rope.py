@@ -5,8 +5,6 @@ same order as there: an exponent rounded otherwise moves a frequency by 1e-6 of 
 "gguf_factors" is ours: a GGUF file stores llama3 scaling as one divisor per frequency (tensor rope_freqs.weight).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 
@@ -122,7 +120,10 @@ def _llama3(p: dict[str, Any], inv_freq: np.ndarray, hf: RawConfig) -> np.ndarra
 
 
 def _yarn(p: dict[str, Any], dim: int, hf: RawConfig) -> tuple[np.ndarray, float]:
-    """Keep the frequency of dimensions that turn often and interpolate slow ones (https://arxiv.org/abs/2309.00071)."""
+    """Keep the frequency of dimensions that turn often and interpolate slow ones (https://arxiv.org/abs/2309.00071).
+
+    Returns inverse frequencies, float32[dim / 2], and the factor of cos and sin.
+    """
     original, factor, base = _original_length(p, hf), _yarn_factor(p, hf), p["rope_theta"]
 
     def dimension(num_rotations: float) -> float:

@@ -5,8 +5,6 @@ shape and [begin, end) in the data, then the data. The safetensors package has n
 every tensor, hence this reader.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

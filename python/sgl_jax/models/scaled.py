@@ -1,7 +1,5 @@
 """Matrices of int8, float8 or int4 values with a float32 scale for each output channel, or for each group of inputs."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Finds the shard of a weight that a device holds, which is the part that has to be read."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from sgl_jax.models.spec import WeightSpec

@@ -1,7 +1,5 @@
 """Descriptions of weights before there is data for them, and names of the products that weights take part in."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Literal, get_args

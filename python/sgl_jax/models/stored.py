@@ -34,7 +34,7 @@ class StoredTensor:
     nbytes: int  # size in the file
     rows: Callable[[int, int], np.ndarray]
     supported: bool = True  # False: `rows` gives the numbers of the file, which are no floats by themselves
-    planes: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)  # of a quantised tensor
+    planes: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)  # parts of a quantised tensor, by name
 
     def read(self) -> np.ndarray:
         return self.rows(0, self.shape[0])

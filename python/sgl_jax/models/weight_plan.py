@@ -1,7 +1,5 @@
 """Assigns stored tensors to weights, and checks the checkpoint as a whole."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence

@@ -9,8 +9,6 @@ One tree serves for specs, arrays, abstract arrays and axes: `Weights[WeightSpec
 matrix is a small tree of leaves in the place of one leaf.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """Side of every host but host 0: it connects to host 0, proves that it belongs, and receives the programs to run."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import queue

@@ -4,8 +4,6 @@ Both sides send a random number and answer the other's with HMAC-SHA256 under th
 answer can be sent back or used again. Later messages are neither encrypted nor signed: the network must be private.
 """
 
-from __future__ import annotations
-
 import hmac
 import secrets
 from collections.abc import Callable

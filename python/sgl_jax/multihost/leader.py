@@ -1,7 +1,5 @@
 """Side of host 0: it waits for the other hosts, tells them each program to run, and ends with them."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging

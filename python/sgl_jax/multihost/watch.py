@@ -1,7 +1,5 @@
 """Watching thread: reads every connection, sends Alive on each, and notices within seconds which hosts are gone."""
 
-from __future__ import annotations
-
 import contextlib
 import queue
 import selectors

@@ -4,8 +4,6 @@ A frame is its length, 4 bytes with the highest first, and a msgpack map that na
 frame longer than the limit is refused before it is read.
 """
 
-from __future__ import annotations
-
 import contextlib
 import socket
 import struct

@@ -1,7 +1,5 @@
 """Lines that the server prints. Everything but `setup` and `once` is a pure function from values to text."""
 
-from __future__ import annotations
-
 import io
 import logging
 import shlex

@@ -1,7 +1,5 @@
 """Progress of loading weights: a bar on a terminal, else a line in the log for each tenth."""
 
-from __future__ import annotations
-
 import logging
 import sys
 import time

@@ -1,1 +1,2 @@
-"""Operations below the models: each with an api, a reference, and implementations per platform."""
+"""Operations below the models. Attention and grouped matmul each have an API, a reference and implementations per platform;
+norm and rotation are plain JAX."""

@@ -1,7 +1,5 @@
 """Implementations that a step is built with, one for each contract."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from sgl_jax.ops.attention.backends import Backend

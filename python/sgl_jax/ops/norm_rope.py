@@ -1,7 +1,5 @@
 """RMS norm and rotation in plain operations, float32 inside."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float

@@ -8,8 +8,6 @@ A step runs on all devices at once (jax.shard_map), each on its own shards; only
 device each of them is the identity, and nothing is wrapped.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 
@@ -69,7 +67,7 @@ ONE_DEVICE = MeshAxis()
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Number of devices along each axis.
+    """Grid of `tensor` x `data` devices; `expert` is the number of groups that divide the experts.
 
     Between attention and MLP a device has the tokens of its rank, or with `sequence` its part of them. The sum of an
     output is then divided into a reduce-scatter behind the layer that made it and an all-gather before the next.
@@ -77,7 +75,7 @@ class Grid:
 
     tensor: int = 1
     data: int = 1
-    expert: int = 1  # groups of devices over which the experts are divided
+    expert: int = 1
     sequence: bool = False
 
     @property

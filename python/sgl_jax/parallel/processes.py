@@ -1,7 +1,5 @@
 """One jax over several processes: a program runs on the devices of all, and each process feeds and reads its own."""
 
-from __future__ import annotations
-
 import jax
 
 

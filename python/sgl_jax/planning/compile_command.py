@@ -1,7 +1,5 @@
 """Work of `python -m sgl_jax.compile` and `--compile-only`: plan a launch, compile its programs."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

@@ -94,7 +94,7 @@ def step_cost(
         return spec.nbytes * (1 - (1 - chosen) ** of_all_ranks if spec.axes[0] == "experts" else 1)
 
     head_size = math.prod(plain.embed.shape)
-    keys, cached = 0.0, 0.0  # keys that queries look at, tokens whose KV is read; over all layers
+    keys, cached = 0.0, 0.0  # query-key pairs, and tokens whose KV is read, summed over layers
     for layer in range(model.num_layers):
         per_query, of_layer = _visible(bucket, context, model.window(layer) or context)
         keys += tokens * per_query

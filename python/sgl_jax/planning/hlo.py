@@ -4,8 +4,6 @@ It reads the parts that decide speed and memory: which instructions run, in whic
 are, which of them communicate, and how long the TPU compiler expects each to take.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re
@@ -43,8 +41,8 @@ class Instruction:
     name: str
     opcode: str
     arrays: tuple[Array, ...]  # the result, or its parts
-    operands: tuple[str, ...]  # names of the instructions it takes; of a parameter its number
-    calls: tuple[str, ...]  # computations it runs; a fusion's is part of it
+    operands: tuple[str, ...]  # names of the operand instructions; for a parameter, its number
+    calls: tuple[str, ...]  # computations it runs; a fusion's own counts as part of it
     op_name: str  # the path of named scopes it comes from
     cycles: int  # the TPU compiler's estimate; 0: none
     in_loop: bool = False

@@ -1,7 +1,5 @@
 """Compiling every program of a launch, and facts about each."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -6,8 +6,6 @@ does; XLA CPU runs it on every core within 3 % of what threads of numpy sums rea
 once they do more than a plain float32 sum (benchmarks/LOG.md). Matrix times matrix is as prefill multiplies.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import time

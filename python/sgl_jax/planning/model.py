@@ -1,7 +1,5 @@
 """Models of plans: a path or a hub id as the server takes it, or the name of a bundled config.json."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

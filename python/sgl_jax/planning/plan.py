@@ -1,7 +1,5 @@
 """Plan of a launch: whether it fits, how much KV remains, and the cost of each step. Arithmetic alone, in seconds."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

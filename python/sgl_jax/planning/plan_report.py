@@ -1,7 +1,5 @@
 """Reports of a plan and its programs: tables for people, and the same as plain data for JSON."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Target of a plan: a topology of accelerators, or the devices of this machine."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable
@@ -46,8 +44,10 @@ class Target:
 
 
 def find_target(name: str, tp_size: int | None = None, dp_size: int = 1) -> Target:
-    """Return the devices that a topology's name and the flags mean: without `tp_size` all devices of the topology, and of
-    this machine one for each data rank. Raises NoSuchTopology or NoDevice."""
+    """Return the tp_size x dp_size devices that `name` means: a topology, or "cpu" or "gpu" for the devices of this machine.
+
+    Without `tp_size`, all devices of a topology, and dp_size devices of this machine. Raises NoSuchTopology or NoDevice.
+    """
     if name in ("cpu", "gpu"):
         return target_here(name, (tp_size or 1) * dp_size)
     topology = parse(name)

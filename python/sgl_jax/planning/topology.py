@@ -4,8 +4,6 @@ The figures are the makers' (cloud.google.com/tpu/docs, nvidia.com), per JAX dev
 is two. A TPU's memory is the part that its compiler lets a program use. A TPU makes a float32 product of six bfloat16 ones.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import math
@@ -48,10 +46,6 @@ CHIPS = {
     "h100": Chip("NVIDIA H100 SXM", 1, 80 * 10**9, 3350e9, {"bfloat16": 989e12, "float32": 67e12}, 450e9, "all"),
     "h200": Chip("NVIDIA H200 SXM", 1, 141 * 10**9, 4800e9, {"bfloat16": 989e12, "float32": 67e12}, 450e9, "all"),
 }
-
-# Beginnings of jax's names for the devices.
-_KINDS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU v6e": "v6e"}
-_KINDS |= {"TPU7x": "v7x", "NVIDIA H100": "h100", "NVIDIA H200": "h200"}
 
 # Number of chips -> the grid they form. Google rents these and no others (half a host of 2x2 included).
 _GRIDS = {
@@ -96,12 +90,6 @@ class Topology:
         if chips <= 1:
             return 0.0
         return 2 * (chips - 1) / chips * num_bytes / (self.links * self.chip.link_bytes_per_s)
-
-
-def chip_of(device_kind: str) -> Chip | None:
-    """Return the chip of a jax.Device.device_kind; None for one that is not known here."""
-    known = [begin for begin in _KINDS if device_kind.startswith(begin)]
-    return CHIPS[_KINDS[max(known, key=len)]] if known else None
 
 
 def parse(name: str) -> Topology:

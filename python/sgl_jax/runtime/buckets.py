@@ -1,7 +1,5 @@
 """Static shapes that a server compiles: as few as serve every step without much padding."""
 
-from __future__ import annotations
-
 import dataclasses
 
 

@@ -1,7 +1,5 @@
 """Compilation of programs ahead of use, and a count of compilations that come later."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -44,7 +42,7 @@ class Program:
     args: tuple[object, ...]  # the values taken, the vector, the payload
     takes: tuple[str, ...] = ()  # names of device values
     gives: tuple[str, ...] = ()
-    read: Callable[[str], Payload] | None = None  # source -> payload
+    read: Callable[[str], Payload] | None = None  # reads the payload from the source that host 0 announced
 
     @property
     def vector_shape(self) -> tuple[int, ...]:

@@ -4,8 +4,6 @@ A limit also holds for the groups inside its group, so of the process's own grou
 A file that is missing or says "max" limits nothing. `root` is the root of the file system: tests make up others.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """State that a running row keeps on the device between steps."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

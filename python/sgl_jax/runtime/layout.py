@@ -1,7 +1,5 @@
 """Layout of a step's plan as one i32 vector: packed by numpy on the host, unpacked by static slices in the step program."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import itertools
@@ -50,7 +48,7 @@ class PlanLayout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The padded shape of each column."""
         tokens, rows = self.num_ranks * self.bucket.num_tokens, self.num_ranks * self.bucket.num_rows
-        updates = rows + tokens // self.page_size  # a row's first token may begin a page, its others fill whole ones
+        updates = rows + tokens // self.page_size  # a row with n new tokens begins at most 1 + n // page_size pages
         sizes = {Per.RANK: self.num_ranks, Per.ROW: rows, Per.TOKEN: tokens, Per.UPDATE: updates}
         return {name: column.shape(sizes[column.per]) for name, column in COLUMNS.items()}
 

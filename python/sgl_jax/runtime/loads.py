@@ -4,8 +4,6 @@ LOADS is the table of kinds. Each kind has a function that packs a row's payload
 device, and one program, which loads many rows in a dispatch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 

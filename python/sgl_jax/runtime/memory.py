@@ -1,7 +1,5 @@
 """Memory of a device, and its division into weights and KV pages."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re
@@ -40,8 +38,8 @@ class MemoryPlan:
 
 
 def device_memory(device: jax.Device, root: Path = ROOT) -> int:
-    """Return the bytes of memory that a device has: an accelerator's as its runtime reports them; on CPU the machine's, or
-    its control groups' limit if that is less. Raises DoesNotFit if the runtime does not say. `root`: of the file system."""
+    """Return a device's memory in bytes. An accelerator's runtime reports it; on CPU it is the machine's memory, or the limit
+    of the control groups if that is lower. `root` is the folder taken as /. Raises DoesNotFit if a runtime does not say."""
     if device.platform == "cpu":
         physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         limit = control_groups.memory_limit(root)

@@ -1,7 +1,5 @@
 """Placement of weights: each is sharded as its declaration says; layers are in a list, or stacked for a scan."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Platforms, and the settings of each for what a user leaves open, from measurements."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Shape of the KV pool: one array for all layers, with pages along its first axis. Each data rank has its own pages."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Programs that a runner dispatches, made from abstract arguments, so that they also compile for absent devices."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable

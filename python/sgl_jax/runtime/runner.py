@@ -1,7 +1,5 @@
 """Runner of the compiled programs, and owner of the weights, KV pool and row state on the device."""
 
-from __future__ import annotations
-
 import dataclasses
 import threading
 from collections.abc import Callable

@@ -12,8 +12,6 @@ not depend on each other.
 With tensor parallelism each device holds a shard of the vocabulary, V here; devices exchange only candidates and sums.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import NamedTuple
 
@@ -83,7 +81,8 @@ def sample(
 
 
 def lines_at_once(vocab_size: int) -> int:
-    """Return the number of lines in a block: at least 8, which fill one tile of a TPU."""
+    """Return how many lines are sampled together: the largest power of two whose float32 logits fit _LINES_BYTES, and at least
+    8, which fill one tile of a TPU."""
     return max(8, 1 << (_LINES_BYTES // (4 * vocab_size)).bit_length() - 1)
 
 
@@ -135,7 +134,7 @@ def no_logprobs(n: int) -> Logprobs:
 
 
 def has_flag(params: Int[Array, "rows params"], flag: RowFlag) -> Bool[Array, " rows"]:
-    """Return, for each row or line, whether it has any of the flags."""
+    """Return, for each row or line, whether any bit of `flag` is set."""
     return (param_of(params, Param.FLAGS) & int(flag)) != 0
 
 

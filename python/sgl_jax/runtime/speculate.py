@@ -5,8 +5,6 @@ the seed and position that it would have without drafts. Drafts are accepted up 
 sampled in its place, so the output is the same as with W = 1. With W = 1 there are no drafts, and this is the plain step.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 

@@ -1,7 +1,5 @@
 """Body of the step program, from a plan vector to sampled tokens."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import NamedTuple
 

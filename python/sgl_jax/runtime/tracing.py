@@ -3,8 +3,6 @@
 Names of device stages come from jax.named_scope in step.py and models/decoder.py.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import tempfile

@@ -52,7 +52,7 @@ class Admission:
         return None
 
     def prefixes_being_computed(self, running_rows: np.ndarray) -> set[Prefix]:
-        """Return the prefix that each row in prefill is about to complete."""
+        """Return, for each row that has not sampled yet, its prefix up to the end of the first page that is not computed."""
         t = self._table
         prefilling = running_rows[~t.has_sampled[running_rows]]
         requests = [r for r in map(t.requests.__getitem__, prefilling) if r]

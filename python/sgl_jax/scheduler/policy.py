@@ -1,7 +1,5 @@
 """Orders in which waiting requests are considered, as pure functions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 
 from sgl_jax.cache.prefix_cache import PrefixCache

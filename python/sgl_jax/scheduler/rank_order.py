@@ -1,7 +1,5 @@
 """Orders of the data ranks for a request, as pure functions. The scheduler takes the first rank with room for it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 

@@ -1,7 +1,5 @@
 """Processing of a step's tokens: they are appended to their rows, the rows' bounds are corrected, and requests end."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import numpy as np

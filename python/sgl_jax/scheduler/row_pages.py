@@ -1,7 +1,5 @@
 """Pages of running rows: the first ones are shared with the prefix tree, others are allocated as the row grows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

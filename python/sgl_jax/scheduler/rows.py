@@ -5,8 +5,6 @@ num_sure and num_tokens tokens. Pages are allocated for the upper bound; the low
 another step. With W = 1 the two are equal.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 from sgl_jax.request import PARAMETERS, Request
@@ -42,7 +40,7 @@ class RowTable:
         return len(self._free)
 
     def seat(self, request: Request, rank: int = 0) -> int:
-        """Give the request a row; counters are set, pages are not."""
+        """Put the request on a free row and return the row. All its tokens are known, none is computed, and it has no pages."""
         row = request.row = self._free.pop()
         n = len(request.tokens)
         self.requests[row] = request

@@ -14,8 +14,6 @@ counters of a row with steps in flight are bounds (scheduler/rows.py).
 With M data ranks there are M caches, each with its own pages and prefix tree. A row belongs to a rank from its admission on.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """The limits of a scheduler, and its policies by name."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -15,8 +13,8 @@ class SchedulerConfig:
     context_length: int
     max_step_tokens: int  # token budget of a step, at least W for each running request
     max_prefill_tokens: int  # prompt tokens of a step
-    policy: str = "fcfs"  # order of admission: scheduler.policy.POLICIES
-    placement: str = "cache_aware"  # order of ranks: scheduler.rank_order.PLACEMENTS
+    policy: str = "fcfs"  # order of admission, --schedule-policy: scheduler.policy.POLICIES
+    placement: str = "cache_aware"  # order of ranks, --dp-schedule-policy: scheduler.rank_order.PLACEMENTS
     width: Callable[[int], int] = lambda num_decoding: 1  # decoding rows of the fullest rank -> W of the step
 
     @functools.cached_property

@@ -1,7 +1,5 @@
 """Routes about the server itself: health, models, information and metrics."""
 
-from __future__ import annotations
-
 import asyncio
 
 import msgspec

@@ -1,8 +1,6 @@
 """Parts of request bodies: types of fields, and fields made from the tables of sampling parameters (request.py) and of
 features that are not built (settings/not_built.py)."""
 
-from __future__ import annotations
-
 import re
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from sgl_jax.engine.generation import GenerationRequest
-from sgl_jax.engine.native_params import in_our_names, names_in, num_tokens
+from sgl_jax.engine.native_params import in_our_names, max_tokens_of, names_in
 from sgl_jax.request import PARAMETERS, Api, InvalidParameter, Names, Parameter, SamplingParams
 from sgl_jax.settings.not_built import NOT_BUILT, Feature
 
@@ -118,7 +116,7 @@ def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] 
 def native_params(body: Body, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:
     """Read the parameters of a body that has the native API's `sampling_fields`."""
     values, names = _written(body, "native", cls)
-    max_tokens, score_only = num_tokens(values.get("max_tokens"))
+    max_tokens, score_only = max_tokens_of(values.get("max_tokens"))
     params = cls(**values | {"max_tokens": max_tokens})
     return GenerationRequest([], params, names=names, score_only=score_only, in_range=True)
 

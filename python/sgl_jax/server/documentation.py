@@ -1,7 +1,5 @@
 """Schema of the API, /openapi.json: requests from pydantic models, answers from msgspec structs, and errors."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import msgspec

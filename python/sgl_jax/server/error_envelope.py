@@ -1,7 +1,5 @@
 """Errors, all of which leave as OpenAI's envelope: {"error": {"message", "type", "param", "code"}}."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus

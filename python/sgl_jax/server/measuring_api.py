@@ -1,7 +1,5 @@
 """Routes that control the profiler: /start_profile, /stop_profile, /profile_status."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Request

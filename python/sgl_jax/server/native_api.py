@@ -1,7 +1,5 @@
 """Native API: POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache."""
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 

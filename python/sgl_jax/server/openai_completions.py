@@ -1,7 +1,5 @@
 """POST /v1/completions: text or token-id prompts, one or many, with echo and OpenAI's older logprobs format."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 

@@ -1,7 +1,5 @@
 """Answers of OpenAI's endpoints, whole or as a stream. A chunk encodes only the parts that differ between chunks."""
 
-from __future__ import annotations
-
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence

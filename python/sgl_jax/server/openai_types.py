@@ -1,7 +1,5 @@
 """Requests of the OpenAI endpoints. Unknown fields, and known ones that are not supported, are refused by name."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Shapes of the answers, which msgspec encodes and /openapi.json describes."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 import msgspec

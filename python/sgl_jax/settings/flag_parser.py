@@ -1,7 +1,5 @@
 """Reader of command lines that says what is wrong with one, for the server's flags and every tool's own."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import sys
@@ -62,7 +60,8 @@ def option_named(name: str) -> str:
 
 
 def said_of(option: str, patterns: Elsewhere) -> str:
-    """Return the text whose pattern the option matches; empty if there is none."""
+    """Return the hint about another program's flag or a feature that is not built: the text of the first pattern that the
+    option matches, or an empty text."""
     import fnmatch
 
     return next((said for pattern, said in patterns.items() if fnmatch.fnmatchcase(option, pattern)), "")

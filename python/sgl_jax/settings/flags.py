@@ -3,8 +3,6 @@
 Imports nothing heavy, so that `--help` is instant, and reads no environment of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import itertools

@@ -3,8 +3,6 @@
 Names are patterns: `*` stands for any text.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from sgl_jax.settings.not_built import NOT_BUILT, Feature

@@ -3,8 +3,6 @@
 A download that broke off continues where it stopped. Files that are there already are not fetched again.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import fcntl
 import fnmatch
@@ -48,7 +46,7 @@ HUGGING_FACE = Downloads()
 
 
 def local_path(path: str, files: Sequence[str], downloads: Downloads, without: Sequence[str] = ()) -> Path:
-    """Return the folder or file that `path` means. Of a hub id, files that match `files` and not `without` are downloaded.
+    """Return the folder or file that `path` means. For a hub id, download the files that match `files` and not `without`.
 
     Raises HubError.
     """

@@ -4,8 +4,6 @@ The server's flags, hints about other engines' flags, the request bodies and the
 feature is built, its row is deleted here.
 """
 
-from __future__ import annotations
-
 import types
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -15,8 +13,8 @@ class Feature(NamedTuple):
     name: str  # with its verb: "… not built" completes the sentence
     flags: str = ""  # patterns, `*` for any text: flags of this server that are refused, and other engines' flags
     fields: str = ""  # request fields, and values of `type` and its like, that are refused with the feature's name
-    null: Mapping[str, str] = types.MappingProxyType({})  # by request body: fields of which only null is taken
-    off: Mapping[str, str] = types.MappingProxyType({})  # by request body: fields of which one value means "off"
+    null: Mapping[str, str] = types.MappingProxyType({})  # request body -> fields that may only be null
+    off: Mapping[str, str] = types.MappingProxyType({})  # request body -> fields with a value that means "off"
 
 
 NOT_BUILT = (

@@ -1,7 +1,5 @@
 """Flags about the served model, the HTTP server, the device's memory and scheduling. ServerArgs adds all others."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """Parts of BPE tokenizers: merges from ranks, bytes as printable characters, patterns that cut text into words."""
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Renders chat templates: Jinja in a sandbox, with the names and filters that published templates use."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import uuid

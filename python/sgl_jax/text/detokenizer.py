@@ -1,7 +1,5 @@
 """Turns tokens into text as they come, without broken characters and without the start of a stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream

@@ -1,7 +1,5 @@
 """Converts a vocabulary in a form of its own with the transformers library, if that is installed: the last resort."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tokenizers import Tokenizer

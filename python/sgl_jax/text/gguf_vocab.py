@@ -5,8 +5,6 @@ tokenizer.json files. Pre-tokenizers we cannot rebuild exactly are refused. llam
 for the flags' defaults.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Reads protobuf messages without their schema (https://protobuf.dev/programming-guides/encoding)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 

@@ -1,7 +1,5 @@
 """Builds sentencepiece's BPE as a `tokenizers` pipeline from the pieces, their kinds and scores."""
 
-from __future__ import annotations
-
 import dataclasses
 import enum
 from collections import Counter

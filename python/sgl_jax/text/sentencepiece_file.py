@@ -3,8 +3,6 @@
 Field numbers are those of sentencepiece_model.proto (https://github.com/google/sentencepiece).
 """
 
-from __future__ import annotations
-
 import re
 import struct
 from pathlib import Path
@@ -22,7 +20,7 @@ _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 
 def load_sentencepiece(path: Path) -> Vocabulary:
-    """Build the tokenizer. Raises ModelError for damaged files, and for settings that `tokenizers` lacks."""
+    """Build the vocabulary. Raises ModelError for damaged files, and for settings that `tokenizers` lacks."""
     try:
         model = _fields(path.read_bytes())
         stored = [_fields(piece) for piece in model.get(1, [])]

@@ -3,8 +3,6 @@
 The file has neither the pattern that cuts text into words nor the special tokens; both are known by the file's name.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 from pathlib import Path
@@ -22,7 +20,7 @@ _SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i
 
 
 def load_tiktoken(path: Path) -> Vocabulary:
-    """Build the tokenizer. Raises ModelError for a file of another name, or with missing or misplaced ranks."""
+    """Build the vocabulary. Raises ModelError for a file of another name, or with missing or misplaced ranks."""
     if path.name != _QWEN1:
         raise ModelError(
             f"{path} is a tiktoken vocabulary, which does not say how it cuts text into words; known are "

@@ -3,8 +3,6 @@
 Source of the format: github.com/sgl-project/sglang, python/sglang/srt/tokenizer/tiktoken_tokenizer.py.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -25,14 +23,14 @@ CHAT_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'Assistant:' -}}{%- endif -%}"""  # where the folder has none of its own
 
-_SPLITS = {"V1": QWEN2_WORDS}  # by the name in word_split
+_SPLITS = {"V1": QWEN2_WORDS}  # by the value of the file's field word_split
 # Special tokens that are found in texts. Others are spelled with regular tokens there.
 _NUMBERED = {f"<|reserved_{i}|>" for i in range(3, 128)} | {f"<|control{i}|>" for i in range(1, 705)}
 _ALLOWED = {"<|pad|>", "<|separator|>", EOS} | _NUMBERED
 
 
 def load_tok_json(path: Path) -> Vocabulary:
-    """Build the tokenizer. Raises ModelError where that is not possible exactly."""
+    """Build the vocabulary. Raises ModelError where that is not possible exactly."""
     stored = json.loads(path.read_text(encoding="utf-8"))
     if stored.get("word_split") not in _SPLITS:
         raise ModelError(f"{path} has word_split={stored.get('word_split')!r}; known are {', '.join(_SPLITS)}")

@@ -1,7 +1,5 @@
 """Loads a tokenizer from a Hugging Face directory or hub id (tokenizer.json, else a vocabulary), or a GGUF file."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Result of every reader of vocabularies: a tokenizer with its special tokens and chat template."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from tokenizers import Tokenizer

@@ -9,10 +9,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from fakes.fake_core import FakeCore, fake_info
 from sgl_jax import Engine, bench_offline_throughput
 from sgl_jax.engine.messages import Abort, Command, Event, FlushCache, Generate, Stats
 from sgl_jax.planning.machine_rates import NotMeasured
-from sgl_jax.testing.fake_core import FakeCore, fake_info
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 from sgl_jax.tools.benchmark.arguments import parse, server_arguments
 from sgl_jax.tools.benchmark.datasets import load_prompts

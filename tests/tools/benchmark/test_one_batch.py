@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from fakes.fake_runner import FakeFlight, FakeRunner, continuation
 from sgl_jax import bench_one_batch
 from sgl_jax.engine import startup
 from sgl_jax.engine.core import Core
@@ -20,7 +21,6 @@ from sgl_jax.planning.target import target_here
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.step_plan import StepTokens
-from sgl_jax.testing.fake_runner import FakeFlight, FakeRunner, continuation
 from sgl_jax.tools.benchmark import one_batch
 from sgl_jax.tools.benchmark.arguments import Case, parse
 from sgl_jax.tools.benchmark.machine_limits import MachineLimits

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from live_server import LiveServer
 
+from fakes.fake_core import FakeCore
 from sgl_jax.engine.messages import Generate
-from sgl_jax.testing.fake_core import FakeCore
 
 COMMAND = [sys.executable, "-m", "sgl_jax.bench_serving"]
 RANDOM = [

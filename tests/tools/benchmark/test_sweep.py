@@ -14,9 +14,8 @@ import pytest
 from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
-from sgl_jax.tools.benchmark import provenance
-
 sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
+import provenance
 from sweep import GridCase, main, parse_grid, sweep
 
 COST = {"weight_bytes": 1_000_000, "kv_bytes_per_token": 1000, "parameters_per_token": 1_000_000}

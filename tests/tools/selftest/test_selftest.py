@@ -6,33 +6,30 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from messages import says
 from sgl_jax import check_env
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.grouped_matmul import native
-from sgl_jax.planning.machine_rates import Rates
-from sgl_jax.planning.topology import CHIPS, chip_of
-from sgl_jax.runtime.platform import PLATFORMS, pick_devices
+from sgl_jax.runtime.platform import PLATFORMS
 from sgl_jax.tools.environment import check_command
 from sgl_jax.tools.environment.facts import Facts, Report
-from sgl_jax.tools.selftest import numerics, run, speed
+from sgl_jax.tools.selftest import numerics, run
 from sgl_jax.tools.selftest.numerics import Check
-from sgl_jax.tools.selftest.speed import LARGE, ON_CPU, StepTime, shape_for
 
 
-def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run() -> None:
-    platform, devices = pick_devices("cpu")
-    found = {check.name: check for check in numerics.checks(platform, devices[:1])}
+def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(numerics, "model_error", lambda platform, num_devices: 0.01 * num_devices)
+    found = {check.name: check for check in numerics.checks(PLATFORMS["cpu"], 2)}
     assert all(check.passed for check in found.values())
     assert [name for name, check in found.items() if check.error is None] == [
         "attention fa, bfloat16",
         "attention fa, float32",
     ]
     assert says(found["attention fa, float32"].note, "tpu … cpu")
-    assert {"attention native, float32", "grouped matmul, bfloat16", "sampler"} <= set(found)
+    assert {"attention native, float32", "grouped matmul, bfloat16"} <= set(found)
+    assert found["model, bfloat16"].error == 0.02
 
 
 def test_a_wrong_attention_is_found() -> None:
@@ -58,16 +55,18 @@ def test_a_wrong_grouped_matmul_is_found() -> None:
     assert numerics.grouped_matmul_error(shifted, "float32") > 0.1
 
 
-def test_a_wrong_sampler_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = numerics.sampler.sample
-    monkeypatch.setattr(numerics.sampler, "sample", lambda *args: (right(*args) + 1) % 500)
-    assert numerics.sampler_error(8, 500) == 1.0
+def test_a_model_decodes_as_it_reads_unless_attention_forgets(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert numerics.model_error("cpu", 1) < numerics.ALLOWED["bfloat16"]
+    right = find_backend("native", "cpu", vectorise=False)
 
-    def elsewhere(logits, lines, state):
-        return right(logits, dataclasses.replace(lines, position=lines.position + 1), state)
+    def forgets(q, k, v, kv, batch, layer):
+        short = jnp.arange(batch.page_table.shape[0]) < batch.num_short
+        pages = jnp.where(short[:, None], batch.page_table[:, ::-1], batch.page_table)  # the history is elsewhere
+        return right(q, k, v, kv, dataclasses.replace(batch, page_table=pages), layer)
 
-    monkeypatch.setattr(numerics.sampler, "sample", elsewhere)
-    assert numerics.sampler_error(8, 500) > 0.01
+    wrong = dataclasses.replace(right, attend=forgets)
+    monkeypatch.setattr("sgl_jax.runtime.platform.find_backend", lambda *args, **more: wrong)
+    assert numerics.model_error("cpu", 1) > numerics.ALLOWED["bfloat16"]
 
 
 def test_a_check_that_raises_or_gives_no_number_has_failed() -> None:
@@ -77,48 +76,6 @@ def test_a_check_that_raises_or_gives_no_number_has_failed() -> None:
     raised = numerics._run("x", 1.0, "float32", broken)
     assert (raised.passed, run.check_line(raised)) == (False, f"  FAILED  {'x':30s} RuntimeError: Mosaic failed")
     assert not numerics._run("x", 1.0, "float32", lambda: float("nan")).passed
-
-
-def test_the_sum_over_devices_is_exact() -> None:
-    assert numerics.sum_error(jax.devices("cpu")) == 0
-
-
-def test_lines_name_shares_of_what_the_maker_says_where_he_is_known() -> None:
-    rates, chip = Rates(1312e9, 459e12), CHIPS["v6e"]
-    pinned = (
-        "memory … 1312 GB/s … 80% … 1640 GB/s",
-        "bfloat16 … 459 TFLOP/s … 50% … 918 TFLOP/s",
-        "Qwen3-8B … 64 rows … 1024 tokens … --tp-size 4 … 4.00 ms",
-        "2.00 ms … 50%",
-        "1.60 ms … 40%",
-    )
-    steps = speed.step_lines(StepTime(LARGE, 4, 0.004, 4 * 1312e9 * 0.002), rates, chip)
-    lines = [*speed.rate_lines(rates, chip, "bfloat16"), *steps]
-    assert [says(line, each) for line, each in zip(lines, pinned, strict=True)] == [True] * 5
-    assert "%" not in (line := speed.rate_lines(rates, None, "bfloat16")[0])
-    assert says(line, "memory … 1312 GB/s")
-    assert len(speed.step_lines(StepTime(ON_CPU, 1, 0.1, 1e9), rates, None)) == 2
-
-
-@pytest.mark.parametrize(
-    ("kind", "chip"),
-    [("TPU v5 lite", "v5e"), ("TPU v5", "v5p"), ("TPU v6 lite", "v6e"), ("TPU7x", "v7x"), ("NVIDIA H200", "h200")],
-)
-def test_a_device_tells_its_chip(kind: str, chip: str) -> None:
-    assert chip_of(kind) is CHIPS[chip]
-    assert chip_of("NVIDIA T4") is None
-
-
-def test_the_shape_is_one_that_fits() -> None:
-    class Device:
-        platform, device_kind = "tpu", "TPU v5 lite"
-
-        def memory_stats(self):
-            return {"bytes_limit": 16 << 30}
-
-    assert shape_for(PLATFORMS["cpu"], [Device()]) is ON_CPU
-    assert shape_for(PLATFORMS["tpu"], [Device()]).model == "Qwen3-0.6B"
-    assert shape_for(PLATFORMS["tpu"], [Device()] * 4) is LARGE
 
 
 def report(*usable: str) -> Report:
@@ -146,17 +103,22 @@ def test_the_command_tests_the_best_usable_platform(monkeypatch: pytest.MonkeyPa
     assert "in ~ok" in capsys.readouterr().out
 
 
-def test_the_whole_of_it_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "checks", lambda platform, devices: iter([Check("one", 0.5, 1.0)]))
-    monkeypatch.setattr(speed, "device_rates", lambda *_: Rates(1e10, 1e11))
+def test_each_check_has_a_line_and_the_last_says_whether_all_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [Check("one", 0.5, 1.0), Check("two", note="it runs on tpu, not on cpu")]
+    monkeypatch.setattr(run, "checks", lambda platform, num_devices: iter(found))
     lines: list[str] = []
     platforms = jax.config.jax_platforms
     try:
         assert run.selftest("cpu", lines.append)
+        found.append(Check("three", 1.5, 1.0))
+        assert not run.selftest("cpu", lines.append)
     finally:
         jax.config.update("jax_platforms", platforms)
-    text = "\n".join(lines)
-    assert f"  ok      {'one':30s} 0.5, 1 allowed" in text
-    assert says(text, "Qwen3-0.6B … 2 layers … 8 rows … 64 tokens … --tp-size 1")
-    assert lines[-1].startswith("\nAll passed, in ")
-    assert np.isfinite(float(text.rpartition("--tp-size 1: ")[2].partition(" ms")[0]))
+    assert says(lines[0], "x cpu")
+    assert lines[1:3] == [
+        f"  ok      {'one':30s} 0.5, 1 allowed",
+        f"  not run {'two':30s} it runs on tpu, not on cpu",
+    ]
+    assert lines[3].startswith("All passed, in ")
+    assert lines[-2] == f"  FAILED  {'three':30s} 1.5, 1 allowed"
+    assert lines[-1].startswith("FAILED, in ")

@@ -10,8 +10,6 @@ q, k and v come fused from one product, `[T, N + 2K, H]`. A backend with `Backen
 None; for others split_heads cuts them apart first.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Protocol, runtime_checkable
 

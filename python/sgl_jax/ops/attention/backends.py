@@ -4,8 +4,6 @@ A package brings one by an entry point in the group `sgl_jax.attention` that nam
 (docs/features/attention_backend.md).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -29,7 +27,7 @@ class PoolOrder:
     """The order of a pool in memory, for a backend that wants another than the contract's `[LP, K, planes, page, H]`."""
 
     page: Callable[[int, int, int, int, DTypeLike], tuple[int, ...]]  # (K, planes, page, H, dtype): the shape of a page
-    axes: tuple[str | None, ...]  # of the pool: "pages" first, and "kv_heads" where tensor parallelism divides it
+    axes: tuple[str | None, ...]  # axes of the pool: "pages" first, and "kv_heads" where tensor parallelism divides it
 
 
 HEADS_FIRST = PoolOrder(
@@ -45,7 +43,7 @@ class Backend:
     attend: Attention
     platforms: frozenset[str] = frozenset({"cpu", "gpu", "tpu"})
     pool_head_dim: Callable[[int], int] = lambda head_dim: head_dim  # H of the pool, for heads of that size
-    page_multiple: Callable[[DTypeLike], int] = lambda dtype: 1  # of page sizes, for a pool of the dtype
+    page_multiple: Callable[[DTypeLike], int] = lambda dtype: 1  # divides page sizes, for a pool of the dtype
     latent: bool = False  # it takes pools of one plane (AttentionSpec.value_dim)
     fused: bool = False  # it takes q, k and v fused, k and v None (api.py)
     page_size: int | None = None  # the default for launches that name none; None: the platform's

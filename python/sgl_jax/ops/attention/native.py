@@ -200,7 +200,7 @@ class _Walk:
             block = lax.dynamic_index_in_dim(kv, pages[turn] + first_page, 0, keepdims=False)  # [K, planes, page, H]
             return block[:, 0], block[:, -1, :, : self.value_dim]
         ids = lax.dynamic_slice_in_dim(pages, turn // parts * pages_per_turn, pages_per_turn) + first_page
-        # Lines are read head by head: of whole pages, where page_size equals H, XLA for TPU would copy the whole pool
+        # Read lines head by head. If whole pages were read and page_size equals H, XLA for TPU would copy the whole pool
         # into another layout, with K of all heads side by side.
         of_heads = kv.reshape(-1, page_size // parts, head_dim)
         at = (ids * num_kv_heads + jnp.arange(num_kv_heads)[:, None]) * planes  # [K, pages]

@@ -1,7 +1,5 @@
 """The meaning of paged attention: one row at a time, dense, float64 numpy. For tests."""
 
-from __future__ import annotations
-
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num

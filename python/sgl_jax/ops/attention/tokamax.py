@@ -4,8 +4,6 @@ Its kernels keep K and V of a token side by side, `[LP, page, 2 K / packing, pac
 share 32 bits, and write the new KV themselves.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 
@@ -51,7 +49,7 @@ def paged_attention(
         "scores that grow with the position": spec.temperature_length is not None,
         "8-bit KV": layer.kv_scales is not None or kv.dtype.itemsize == 1,
         "latent pools": spec.value_dim is not None,
-        # Its option decode_query_size might serve them. That is untested: its kernels run on a TPU only.
+        # Its option decode_query_size might serve them, which is untested: its kernels run on a TPU only.
         f"decoding rows of {spec.width} tokens": spec.width > 1,
     }
     for what, asked in refused.items():

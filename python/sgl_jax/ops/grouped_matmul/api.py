@@ -4,8 +4,6 @@ The matrices of all layers come in one array, and the layer as an index: a kerne
 they are, while a slice of a stack handed to an opaque kernel would be copied in every step.
 """
 
-from __future__ import annotations
-
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
@@ -13,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 @runtime_checkable  # so that tests can check annotations
 class GroupedMatmul(Protocol):
-    """Multiply each row with its group's matrix: out[m] = w[layer, group of row m] @ x[m]. The first group_sizes[0] rows are of group 0, and so on; rows past the
-    last group are padding, and what comes out for them is unspecified."""
+    """Multiply each row with its group's matrix: out[m] = w[layer, group of row m] @ x[m]. The first group_sizes[0] rows are
+    of group 0, and so on. Rows past the last group are padding; their output is unspecified."""
 
     def __call__(
         self,

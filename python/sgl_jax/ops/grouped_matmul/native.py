@@ -1,7 +1,5 @@
 """Grouped matmul in plain XLA: tiles of one group's rows, one after another, as many as there really are."""
 
-from __future__ import annotations
-
 import jax
 import jax.numpy as jnp
 from jax import lax

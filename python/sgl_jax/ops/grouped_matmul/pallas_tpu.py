@@ -5,8 +5,6 @@ multiplied with the matrix of each, and keeps the group's own rows of each produ
 matrix is not read. The idea of group metadata is megablocks' (Gale et al. 2022, https://arxiv.org/abs/2211.15841).
 """
 
-from __future__ import annotations
-
 import functools
 from typing import NamedTuple
 
@@ -17,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-_WEIGHT_BYTES = 4 << 20  # of one block of a matrix; two are in VMEM, one at work and one on its way
+_WEIGHT_BYTES = 4 << 20  # bytes of one block of a matrix; two are in VMEM, one at work and one on its way
 _LANES = 128
 _SMALLEST_TILE, _LARGEST_TILE = 16, 128  # rows
 

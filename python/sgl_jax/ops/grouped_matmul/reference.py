@@ -1,7 +1,5 @@
 """Reference of grouped matmul, row by row in float64 numpy. For tests."""
 
-from __future__ import annotations
-
 import numpy as np
 
 

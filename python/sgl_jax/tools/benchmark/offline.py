@@ -21,7 +21,6 @@ from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 from sgl_jax.tools.benchmark.arguments import server_arguments
 from sgl_jax.tools.benchmark.datasets import load_prompts
-from sgl_jax.tools.benchmark.datasets.source import Framing
 from sgl_jax.tools.benchmark.figures import labelled, throughputs
 from sgl_jax.tools.benchmark.machine_limits import MachineLimits, measure_limits, measured_roofline, shares_block
 from sgl_jax.tools.benchmark.protocols import Prompt
@@ -123,8 +122,8 @@ def generate(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]
         if len(texts) == len(prompts):
             found = engine.generate(prompt=texts, sampling_params=params)
         else:
-            ids = Framing(engine.tokenizer).ids
-            found = engine.generate(input_ids=[ids(each.prompt) for each in prompts], sampling_params=params)
+            ids = [engine.tokenizer.encode(p) if isinstance(p := each.prompt, str) else p for each in prompts]
+            found = engine.generate(input_ids=ids, sampling_params=params)
     except InvalidParameter as error:
         raise BenchmarkError(f"a request is refused: {error}") from error
     answers: Any = found  # a list, as the prompts are one

@@ -31,19 +31,12 @@ def say(tool: str, line: str) -> None:
 @contextlib.contextmanager
 def request_progress(total: int, show: bool = True) -> Iterator[Callable[[], None]]:
     """Show a bar on standard error where that is a terminal. Gives what to call after each finished request."""
-    from rich import progress as bar
     from rich.console import Console
+    from rich.progress import Progress
 
-    columns = (
-        "requests",
-        bar.BarColumn(),
-        bar.MofNCompleteColumn(),
-        bar.TimeElapsedColumn(),
-        bar.TimeRemainingColumn(),
-    )
     hidden = not (show and sys.stderr.isatty())
-    with bar.Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
-        task = progress.add_task("", total=total)
+    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
+        task = progress.add_task("requests", total=total)
         yield lambda: progress.advance(task)
 
 

@@ -1,4 +1,1 @@
-"""Facts about a machine that serves or should, and verdicts on them.
-
-Nothing here imports jax but probe.py, in a process of its own: a broken or hanging installation can still be described.
-"""
+"""Facts about a machine that serves or should, and verdicts on them. No jax is imported but in a process of its own."""

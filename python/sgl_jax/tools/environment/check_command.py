@@ -8,16 +8,15 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 
 from sgl_jax import __version__
 from sgl_jax.settings.flag_parser import FlagError, Parser
-from sgl_jax.settings.server_args import ENV_PREFIX, default_compilation_cache_dir, environment
+from sgl_jax.settings.server_args import environment
 from sgl_jax.tools.environment import machine, packages, probing
 from sgl_jax.tools.environment.environment_report import render
-from sgl_jax.tools.environment.facts import PLATFORMS, CompileCache, Facts, Gpus, Machine, Platform, Probe, Report, Tpus
+from sgl_jax.tools.environment.facts import PLATFORMS, Facts, Report
 from sgl_jax.tools.environment.verdicts import judge, notices
 
 # Variables that change what jax, the accelerators' runtimes, downloads or this program do.
@@ -33,54 +32,17 @@ _SECRET = re.compile(r"\b(hf_\w{8,}|sk-[\w-]{8,}|gh[pousr]_\w{8,}|AKIA\w{8,})|(?
 def check_env(timeout_s: float = probing.TIMEOUT_S) -> Report:
     """Look, print the report to the standard output, and return it. `timeout_s` bounds the trying of a platform."""
     report = look(environment(), timeout_s)
-    encoding = sys.stdout.encoding or "utf-8"
-    text = public(render(report), os.path.expanduser("~"))
-    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
-    sys.stdout.flush()
+    _say(render(report))
     return report
 
 
 def look(environ: Mapping[str, str], timeout_s: float = probing.TIMEOUT_S) -> Report:
     """Find out what this machine has. Nothing is raised for something missing or broken: the report says so."""
-    failures: list[str] = []
-
-    def attempt[T](subject: str, otherwise: T, function: Callable[..., T], *args: object) -> T:
-        try:
-            return function(*args)
-        except Exception as error:  # a report with a gap is worth more than none
-            failures.append(f"{subject}: {type(error).__name__}: {error}")
-            return otherwise
-
+    seen = Facts(packages.collect(), machine.look(environ), machine.tpus(), machine.gpus(), environ=environ)
     with concurrent.futures.ThreadPoolExecutor() as threads, contextlib.ExitStack() as at_exit:
-        gpus = threads.submit(attempt, "GPUs", Gpus(), machine.gpus)  # nvidia-smi takes a second
-        seen = Facts(
-            packages=attempt("packages", (), packages.collect),
-            tpus=attempt("TPUs", Tpus(), machine.tpus),
-            environ=environ,
-        )
-        tried = []
-        for platform in PLATFORMS:
-            failed = Probe(platform, "not started", "the process could not be started")
-            probe = partial(probing.probe, platform, seen, timeout_s, at_exit)
-            tried.append(threads.submit(attempt, f"trying {platform} out", failed, probe))
-        facts = replace(
-            seen,
-            machine=attempt("the machine", Machine(), machine.look, environ),
-            compile_cache=attempt("the compile cache", CompileCache(), machine.compile_cache, *cache_folder(environ)),
-            gpus=gpus.result(),
-            probes=tuple(each.result() for each in tried),
-            not_found_out=tuple(failures),
-        )
+        tried = [threads.submit(probing.probe, each, seen, timeout_s, at_exit) for each in PLATFORMS]
+        facts = replace(seen, probes=tuple(each.result() for each in tried))
     return Report(__version__, judge(facts), notices(facts), replace(facts, environ=variables(environ)))
-
-
-def cache_folder(environ: Mapping[str, str]) -> tuple[str, str]:
-    """Return where the server keeps compiled programs without --compilation-cache-dir, and what decides it."""
-    for variable in (f"{ENV_PREFIX}COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_DIR"):
-        if chosen := environ.get(variable):
-            return os.path.expanduser(chosen), f"by ${variable}"
-    by_user = "by $XDG_CACHE_HOME" if os.path.isabs(environ.get("XDG_CACHE_HOME", "")) else "the default"
-    return default_compilation_cache_dir(environ), by_user
 
 
 def variables(environ: Mapping[str, str]) -> dict[str, str]:
@@ -110,20 +72,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     platform = options.platform or next(iter(usable), None)
     if platform not in usable:
         return 1
-    return 0 if not options.selftest or _selftest(platform) else 1
+    if not options.selftest:
+        return 0
+    from sgl_jax.tools.selftest.run import selftest  # imports jax, which a machine may not have
+
+    return 0 if selftest(platform, _say) else 1
 
 
 def _parser() -> Parser:
     parser = Parser(
         prog="python -m sgl_jax.check_env",
-        description="What this machine has for serving: versions, devices, limits, and a verdict on TPU, GPU and CPU.",
+        description="What this machine has for serving: versions, devices, and a verdict on TPU, GPU and CPU.",
         epilog="Exit code: 0 when a platform is usable (with --platform, that one) and no self-test failed, else 1.",
         allow_abbrev=False,
     )
     parser.add_argument("--platform", choices=PLATFORMS, help="the platform that must be usable (default: any)")
     timeout = "how long trying a platform out may take (default: %(default)g)"
     parser.add_argument("--timeout", type=seconds, default=probing.TIMEOUT_S, metavar="SECONDS", help=timeout)
-    selftest = "then check kernels against references on the platform's devices, and time a step; takes minutes"
+    selftest = (
+        "then check kernels against references on the platform's devices, and run steps of a model; takes minutes"
+    )
     parser.add_argument("--selftest", action="store_true", help=selftest)
     return parser
 
@@ -135,11 +103,8 @@ def seconds(text: str) -> float:
     return value
 
 
-def _selftest(platform: Platform) -> bool:
-    from sgl_jax.tools.selftest import run  # imports jax, which a machine may not have
-
-    def say(line: str) -> None:
-        print(public(line, os.path.expanduser("~")), flush=True)
-
-    say("")
-    return run.selftest(platform, say)
+def _say(text: str) -> None:
+    """Print a text without secrets, with the characters that the standard output cannot hold escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    text = public(text, os.path.expanduser("~"))
+    print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)

@@ -6,7 +6,8 @@ None means that it could not be found out. Sizes are in bytes, times in seconds.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,7 +18,7 @@ PLATFORMS: tuple[Platform, ...] = ("tpu", "gpu", "cpu")  # in the order the prog
 
 Outcome = Literal["ok", "failed", "timeout", "crashed", "not started"]
 IMPORTING = "importing jax"  # the first stage of a probe; "initialising" and "computing" follow
-GPU_PLUGIN = re.compile(r"jax-(cuda\d+|rocm\d+)-plugin")
+GPU_PLUGIN = re.compile(r"jax-cuda\d+-plugin")
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,7 @@ class Package:
     name: str
     version: str | None  # None: not installed
     needs: str = ""  # as in ">=0.11.2"
-    needed_by: str = ""
-    optional: bool = False
     fits: bool = True  # false: installed in a version that `needs` excludes
-
-
-@dataclass(frozen=True)
-class Device:
-    """A device as jax describes it."""
-
-    id: int
-    kind: str
-    process_index: int = 0
-    memory: int | None = None  # bytes that jax may use
-    memory_used: int | None = None
-    coords: tuple[int, ...] | None = None  # the chip's place in its slice
-    core_on_chip: int | None = None
-    slice_index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,9 +48,9 @@ class Probe:
     seconds: float = 0.0
     jax_version: str = ""
     runtime: str = ""  # the backend's own words about its version
-    process_index: int = 0
+    devices: tuple[str, ...] = ()  # the kind of each one, of all processes
+    memory: int | None = None  # bytes of the first device that jax may use
     process_count: int = 1
-    devices: tuple[Device, ...] = ()  # devices of all processes
     log: tuple[str, ...] = ()  # warnings and errors jax logged
 
     @property
@@ -75,34 +60,20 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Tpus:
-    """Signs of TPUs that the machine shows without touching them."""
+class Signs:
+    """Signs of TPUs, or of NVIDIA GPUs, that the machine shows without touching them."""
 
-    chips: tuple[str, ...] = ()  # generation of each one on the PCI bus
+    names: tuple[str, ...] = ()  # the kind of each one on the PCI bus
     nodes: tuple[str, ...] = ()  # their device files
+    driver: str = ""  # version of NVIDIA's, as in 580.82.07; empty: none is loaded
 
     @property
     def visible(self) -> bool:
-        return bool(self.chips or self.nodes)
-
-
-@dataclass(frozen=True)
-class Gpus:
-    """Signs of GPUs that the machine shows without touching them."""
-
-    nodes: tuple[str, ...] = ()  # device files
-    on_pci: int = 0  # NVIDIA's
-    driver: str | None = None  # NVIDIA's, as in 580.82.07
-    nvidia_smi: str = "not found"  # "ok", or why it says nothing
-    names: tuple[str, ...] = ()  # as nvidia-smi lists them, with their memory
+        return bool(self.names or self.nodes)
 
     @property
-    def nvidia(self) -> bool:
-        return bool(self.names or self.on_pci or any("nvidia" in node or node == "/dev/dxg" for node in self.nodes))
-
-    @property
-    def visible(self) -> bool:
-        return self.nvidia or bool(self.nodes)  # /dev/kfd is AMD's
+    def words(self) -> str:
+        return kinds(self.names) if self.names else ", ".join(self.nodes) or "none"
 
 
 @dataclass(frozen=True)
@@ -113,10 +84,9 @@ class Machine:
     cpu_model: str = "unknown"
     cpus: int | None = None  # number that this process may use
     memory: int | None = None
-    container: str = ""  # its kind; empty: none seen
+    in_container: bool = False  # whether one is seen
     cgroup_cpus: float | None = None  # None: not limited
     cgroup_memory: int | None = None
-    limits: dict[str, tuple[int | None, ...]] = field(default_factory=dict)  # soft and hard, as `ulimit` shows
 
     @property
     def processors(self) -> str:
@@ -126,43 +96,31 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class CompileCache:
-    path: str = ""  # empty: it could not be looked at
-    source: str = ""  # where the path comes from
-    state: str = ""  # in words
-    problem: str = ""  # why nothing can be written there
-    free: int | None = None  # on its disk
-
-
-@dataclass(frozen=True)
 class Facts:
     """All facts that verdicts and notices depend on."""
 
     packages: tuple[Package, ...] = ()
     machine: Machine = Machine()
-    tpus: Tpus = Tpus()
-    gpus: Gpus = Gpus()
-    probes: tuple[Probe, ...] = ()
-    compile_cache: CompileCache = CompileCache()
+    tpus: Signs = Signs()
+    gpus: Signs = Signs()
+    probes: tuple[Probe, ...] = tuple(Probe(each, "not started", "nothing was tried") for each in PLATFORMS)
     environ: Mapping[str, str] = field(default_factory=dict)
-    not_found_out: tuple[str, ...] = ()  # subjects that could not be looked at, and why
 
     def version(self, package: str) -> str | None:
         return next((each.version for each in self.packages if each.name == package), None)
 
     def probe(self, platform: Platform) -> Probe:
-        unknown = Probe(platform, "not started", "nothing was tried")
-        return next((each for each in self.probes if each.platform == platform), unknown)
+        return next(each for each in self.probes if each.platform == platform)
 
     @property
     def gpu_plugin(self) -> str:
         """The installed package that brings GPUs to jax, as jax-cuda13-plugin; empty: none."""
         return next((each.name for each in self.packages if each.version and GPU_PLUGIN.fullmatch(each.name)), "")
 
-    @property
-    def gpu_name(self) -> str:
-        """The name that jax has for the plugin's platform."""
-        return "rocm" if "rocm" in self.gpu_plugin else "cuda"
+
+def kinds(names: Iterable[str]) -> str:
+    """Count equal names: `4 x TPU v5e and 1 x TPU v4`."""
+    return " and ".join(f"{number} x {name}" for name, number in sorted(Counter(names).items()))
 
 
 @dataclass(frozen=True)

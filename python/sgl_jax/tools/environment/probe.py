@@ -6,6 +6,7 @@ to the standard output it was started with; all else that is printed, by librari
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,7 +14,6 @@ import sys
 from typing import Any
 
 _SIDE = 128  # rows and columns of the matrix: one tile of any accelerator
-_FIELDS = ("id", "process_index", "coords", "core_on_chip", "slice_index")  # attributes of a device, where it has them
 
 
 def main(platform: str) -> None:
@@ -32,11 +32,14 @@ def main(platform: str) -> None:
         # Programs compiled here are of no use to anybody.
         jax.config.update("jax_enable_compilation_cache", False)
         tell(stage="initialising", jax_version=jax.__version__)
-        devices = [_describe(device) for device in jax.devices(platform)]
+        devices = [device.device_kind for device in jax.devices(platform)]
         first = jax.local_devices(backend=platform)[0]
+        memory = None
+        with contextlib.suppress(Exception):  # raised by a platform that does not count
+            memory = (first.memory_stats() or {}).get("bytes_limit")
         runtime = str(getattr(first.client, "platform_version", ""))
-        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        tell(stage="computing", runtime=runtime, devices=devices, **process)
+        process_count = jax.process_count()
+        tell(stage="computing", runtime=runtime, devices=devices, memory=memory, process_count=process_count)
         _compute(jax, first)
         tell(ok=True, log=log.lines)
     except BaseException as error:
@@ -53,16 +56,6 @@ class _Log(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         cause = record.exc_info[1] if record.exc_info else None
         self.lines.append(record.getMessage() + (f" ({type(cause).__name__}: {cause})" if cause else ""))
-
-
-def _describe(device: Any) -> dict[str, Any]:
-    try:
-        memory = device.memory_stats() or {}
-    except Exception:  # a device of another process, or a platform that does not count
-        memory = {}
-    found = {name: getattr(device, name, None) for name in _FIELDS}
-    sizes = {"memory": memory.get("bytes_limit"), "memory_used": memory.get("bytes_in_use")}
-    return {"kind": device.device_kind, **found, **sizes}
 
 
 def _compute(jax: Any, device: Any) -> None:

@@ -13,18 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sgl_jax.tools.environment.facts import Device, Facts, Outcome, Platform, Probe
+from sgl_jax.tools.environment.facts import Facts, Outcome, Platform, Probe
 
 TIMEOUT_S = 90.0  # a TPU host alone takes up to half a minute
 _GRACE_S = 5.0  # for a killed process to go; one that is stuck in the kernel does not
 _SCRIPT = Path(__file__).with_name("probe.py")
-
-
-def probe(platform: Platform, facts: Facts, timeout_s: float, at_exit: contextlib.ExitStack) -> Probe:
-    """Try a platform if there is no `reason_not_to`, judged by the packages, TPUs and variables in `facts`."""
-    if reason := reason_not_to(platform, facts):
-        return Probe(platform, "not started", reason)
-    return try_out(platform, variables(platform, facts.environ, facts.gpu_name), timeout_s, at_exit)
 
 
 def reason_not_to(platform: Platform, facts: Facts) -> str:
@@ -39,27 +32,32 @@ def reason_not_to(platform: Platform, facts: Facts) -> str:
     return ""
 
 
-def variables(platform: Platform, environ: Mapping[str, str], gpu_name: str = "cuda") -> dict[str, str]:
+def variables(platform: Platform, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment of a probe: it keeps to one platform and little memory, and lets libtpu lock the TPU."""
     kept = {name: value for name, value in environ.items() if name != "ALLOW_MULTIPLE_LIBTPU_LOAD"}
-    name = gpu_name if platform == "gpu" else platform
-    return kept | {"JAX_PLATFORMS": name, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    return kept | {"JAX_PLATFORMS": "cuda" if platform == "gpu" else platform, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
-def try_out(platform: Platform, environ: Mapping[str, str], timeout_s: float, at_exit: contextlib.ExitStack) -> Probe:
-    """Import jax, initialise the platform and compute on it, with the variables `environ` and a bound on its time.
+def probe(platform: Platform, facts: Facts, timeout_s: float, at_exit: contextlib.ExitStack) -> Probe:
+    """Import jax, initialise the platform and compute on it, for `timeout_s` at most, unless `reason_not_to` says why not.
 
-    Leaving `at_exit`, by Ctrl-C for example, ends the process if it still runs.
+    Uses the packages, TPUs and variables in `facts`. Leaving `at_exit`, by Ctrl-C for example, ends the process if it
+    still runs.
     """
+    if reason := reason_not_to(platform, facts):
+        return Probe(platform, "not started", reason)
     started = time.monotonic()
-    process = subprocess.Popen(
-        [sys.executable, "-P", str(_SCRIPT), platform],  # -P: the script's own folder is not searched for modules
-        env=dict(environ),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        start_new_session=True,  # ends with all that it started
-    )
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(_SCRIPT), platform],  # -P: the script's own folder is not searched for modules
+            env=variables(platform, facts.environ),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # ends with all that it started
+        )
+    except OSError as error:
+        return Probe(platform, "not started", f"the process could not be started: {error}")
     at_exit.callback(_kill, process)
     outcome: Outcome = "ok"
     message = ""
@@ -79,9 +77,7 @@ def try_out(platform: Platform, environ: Mapping[str, str], timeout_s: float, at
         if error is None:  # it could not tell; its last words may
             outcome, message = "crashed", _death(process.returncode)
             log = errors.decode(errors="replace").strip().splitlines()[-5:]
-    devices = tuple(
-        Device(**each | {"coords": each["coords"] and tuple(each["coords"])}) for each in found.pop("devices", ())
-    )
+    devices = tuple(found.pop("devices", ()))
     seconds = round(time.monotonic() - started, 1)
     return Probe(platform, outcome, message, seconds=seconds, devices=devices, log=tuple(log), **found)
 

@@ -1,7 +1,5 @@
 """Sizes of the kernels' blocks, from a small model of the chip; tuned.json may override them by chip and shape."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import json
@@ -27,17 +25,17 @@ EXPECTED_KEYS = 1024  # keys of a row, for the compiler's estimate of the cost
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    name: str  # of pltpu.ChipVersion
+    name: str  # name in pltpu.ChipVersion
     vmem_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodeBlocks:
-    slots: int  # of the ring
+    slots: int  # slots of the ring
     pages: int  # in a slot: a power of two, at most IDS
     unit_pages: int  # per step in an edge block; divides pages
     vmem_limit: int
-    max_tokens: int  # of the short rows of one call, whose q, o and new KV lie in VMEM; a multiple of 16
+    max_tokens: int  # limit for the short rows of one call, whose q, o and new KV lie in VMEM; a multiple of 16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The `fa` backend: shapes and layouts around the two kernels."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax

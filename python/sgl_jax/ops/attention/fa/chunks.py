@@ -5,8 +5,6 @@ where rows meet is computed once for each of them. The kernel owns every token a
 outputs, and zeros for padding. Without such rows it only writes the zeros that the decode kernel has not written.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -62,9 +60,9 @@ class Chunks:
     unit_pages: int  # pages attended to at a time in a block that has keys some query does not see
     last_token: jax.Array  # the first of the padding
     window: jax.Array | None
-    first_token: jax.Array  # of the rows after the short ones
+    first_token: jax.Array  # first token of the rows after the short ones
     first_tile: jax.Array
-    tokens: int  # of a tile, B
+    tokens: int  # tokens of a tile, B
     product_heads: int  # J
 
     def positions(self, row, tile):
@@ -239,7 +237,7 @@ class Queries:
 
     chunks: Chunks
     tile: jax.Array
-    slot: jax.Array  # of the tile
+    slot: jax.Array  # slot of the tile
     first: jax.Array  # their positions in the row: [first, end)
     end: jax.Array
     shift: jax.Array  # from the index of a packed token to its position
@@ -287,7 +285,7 @@ class Queries:
         def step(u, _):
             def keep(shape, axis):
                 key = base + u * unit + lax.broadcasted_iota(jnp.int32, shape, axis)
-                if axis == 0:  # of V: keys that have been copied
+                if axis == 0:  # keys of V that have been copied
                     return (key >= self.low) & (key < self.end)
                 position = self.positions(shape[1], self.chunks.product_heads)
                 return key <= position if window is None else (key <= position) & (key > position - window)

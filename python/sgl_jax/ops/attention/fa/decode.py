@@ -161,10 +161,10 @@ class Row:
     begin: jax.Array  # its blocks are [begin, end)
     end: jax.Array
     token: jax.Array  # index of the first new token in the packed tokens
-    number: jax.Array | int  # of new tokens
-    position: jax.Array  # of the first new token in the row
-    lines: list[Any]  # of each part in refs.heads
-    q: list[jax.Array]  # of each part, [part_rows, H]
+    number: jax.Array | int  # number of new tokens
+    position: jax.Array  # position of the first new token in the row
+    lines: list[Any]  # lines of each part in refs.heads
+    q: list[jax.Array]  # queries of each part, [part_rows, H]
     factor: float | jax.Array  # Scores.factor of a product's lines
 
     @staticmethod
@@ -279,14 +279,18 @@ class Row:
         return lax.fori_loop(div(first, height), cdiv(end, height), one_tile, written)
 
     def _insert_tile(self, n, slot, block, position, written):
-        """Put new tokens into the row tile of a position (of the new token where W = 1, else the tile's first) and send it."""
+        """Put the row's new K and V that fall into one row tile (`height` tokens of a page) into the block in VMEM, and start
+        the tile's copy to the pool. Return `written` + 1.
+
+        `position` is that of the new token if W = 1, else that of the tile's first token.
+        """
         decode, refs, pages, width = self.decode, self.decode.refs, self.decode.pages, self.decode.static.width
         _, num_kv_heads, planes, page_size, head_dim = refs.kv.shape
         height = refs.tiles.shape[3]
         page = div(position, page_size)
         offset = rem(position, page_size)
         top = pl.multiple_of(div(offset, height) * height, height)
-        first = offset - top if width == 1 else self.position - position  # of the new tokens, counted in the tile
+        first = offset - top if width == 1 else self.position - position  # first new token, counted in the tile
         w = rem(written, WRITES)
 
         @pl.when(written >= WRITES)
@@ -325,7 +329,8 @@ class Row:
 
 
 def query_of(shape: tuple[int, ...], part: int, width: int) -> jax.Array:
-    """Return the query of each line of a product of `part` heads, counted in its row."""
+    """Return, as i32 of `shape`, which of the row's W new tokens each line's query belongs to: line // part, at most
+    width - 1."""
     at = lax.broadcasted_iota(jnp.int32, shape, 0)
     return sum(((at >= w * part).astype(jnp.int32) for w in range(1, width)), jnp.zeros(shape, jnp.int32))
 

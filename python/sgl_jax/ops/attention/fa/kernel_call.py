@@ -53,7 +53,7 @@ class Rows:
     window: Ref  # i32[1]: keys; 0 if there is none
     kv_scales: Ref | None  # f32[2]: factors of K and V as the pool has them; None: 1
     kv_lens: Ref  # i32[S]
-    cu_q_lens: Ref  # i32[S + 1]; None for the decode kernel where W = 1, whose row s is token s
+    cu_q_lens: Ref  # i32[S + 1]; None in the decode kernel if W = 1: row s is then token s
     token_page: Ref  # i32[T], without the layer's first page; None for the decode kernel
     table: Ref  # i32[S, groups * IDS]: each row's page ids, padded to whole groups (ring.py)
 

@@ -6,8 +6,6 @@ tokens are more than SMEM holds). Later its ids are there and the copies of its 
 to. Item n uses slot n % slots of each ring, and copies run ahead across rows.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any
@@ -48,8 +46,8 @@ class PageRing:
     ids: Ref  # SMEM i32[items * IDS]
     id_sem: Ref  # DMA [items]
     items: Ref  # SMEM i32[items * FIELDS]
-    groups: int  # of IDS page ids in a row of the table
-    first_page: jax.Array  # of the layer
+    groups: int  # groups of IDS page ids in a row of the table
+    first_page: jax.Array  # first page of the layer
 
     @property
     def slots(self) -> int:
@@ -85,8 +83,8 @@ class PageRing:
         return self.ids[rem(n, self.num_items) * IDS + rem(page, IDS)] + self.first_page
 
     def begin(self, cursor: Cursor, announce: Callable[[Cursor], Cursor]) -> Cursor:
-        """Announce the first items and start the copies of their pages. `announce` announces the item at a cursor and
-        steps on; all but one item of the ring are announced ahead, and the pages of all but one slot copied ahead."""
+        """Fill the ring before any item is attended to: note num_items - 1 items, and start the page copies of the first
+        slots - 1. `announce(cursor)` notes the item at the cursor and returns the next cursor."""
         cursor = lax.fori_loop(0, self.num_items - 1, lambda _, c: announce(c), cursor)
         lax.fori_loop(0, self.slots - 1, lambda n, _: self.start(n, cursor[0]), None)
         return cursor

@@ -27,7 +27,7 @@ class Scores:
     scale: float | jax.Array
     softcap: float | None
     temperature_length: int | None  # as in api.AttentionSpec
-    dtype: DTypeLike  # of the operands of both products
+    dtype: DTypeLike  # dtype of both products' operands
     v_scale: float | jax.Array = 1.0
 
     def scaled(self, kv_scales: Any) -> Scores:

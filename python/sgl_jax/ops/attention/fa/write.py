@@ -4,8 +4,6 @@ A row's first new token may lie anywhere in its page and anywhere in the packed 
 they are copied in, widened to float32, read at an offset, and merged with the old tokens of a page that is partly new.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from typing import Any

@@ -17,9 +17,9 @@ from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
 
+from fakes.fake_tracer import FakeTracer
 from sgl_jax.request import MAX_LOGPROBS, Request
 from sgl_jax.step_plan import COLUMNS, Param, RowFlag, StepPlan, StepTokens, TokenScores, pages_per_row
-from sgl_jax.testing.fake_tracer import FakeTracer
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15

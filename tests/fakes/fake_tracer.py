@@ -1,7 +1,5 @@
 """Fake tracer that records calls and writes no files."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

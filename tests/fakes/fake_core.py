@@ -5,15 +5,13 @@ it. The logprob of output token k is -(k + 1) / 8, and of prompt token i -i / 8.
 itself and the ids after it, each 1 less likely.
 """
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 
+from fakes.fake_tracer import FakeTracer
 from sgl_jax.engine import messages
 from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import FinishReason
-from sgl_jax.testing.fake_tracer import FakeTracer
 
 
 def fake_info(vocab_size: int = 512, context_length: int = 512, eos_token_id: int = 2) -> messages.EngineInfo:

@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from fakes.fake_runner import FakeRunner, kv_chain, token_of
 from sgl_jax.step_plan import StepPlan
-from sgl_jax.testing.fake_runner import FakeRunner, kv_chain, token_of
 
 PAGE = 4
 
