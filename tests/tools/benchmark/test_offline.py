@@ -211,8 +211,8 @@ def test_the_warm_up_leaves_no_trace_in_cache_or_figures(tokenizer: Tokenizer, c
     ("prompts", "words", "said"),
     [
         ([Prompt([5] * 60, 60, 4), Prompt([5] * 60, 60, 5)], (), "a request is refused: "),
-        (PROMPTS, ("--extra-request-body", '{"topk": 1}'), "--extra-request-body: topk is not a sampling parameter"),
-        (PROMPTS, ("--extra-request-body", '{"top_k": "a"}'), "--extra-request-body: top_k: Expected `int`"),
+        (PROMPTS, ("--extra-request-body", '{"topk": 1}'), "a request is refused: .*topk is not a sampling parameter"),
+        (PROMPTS, ("--extra-request-body", '{"top_k": "a"}'), "a request is refused: .*top_k: Expected `int`"),
         (PROMPTS, ("--extra-request-body", '{"top_p": 2}'), "a request is refused: top_p is 2.0; it must be between"),
         ([Prompt([600], 1, 4)], (), "a request is refused: input_ids has token id 600; the vocabulary is 0..511"),
     ],

@@ -84,9 +84,10 @@ def batch_shares(
 
 def shares_block(shares: Mapping[str, Any]) -> str:
     """Format the shares of a run."""
-    names = {"Decode bandwidth share (%)": "decode_bandwidth_share", "Matmul share (%)": "matmul_share"}
-    percents = {label: None if shares[name] is None else 100 * shares[name] for label, name in names.items()}
-    return block("Share of the Machine", limit_rows(MachineLimits(**shares["machine_limits"])) | percents)
+    rows = limit_rows(MachineLimits(**shares["machine_limits"]))
+    for label, name in (("Decode bandwidth share (%)", "decode_bandwidth_share"), ("Matmul share (%)", "matmul_share")):
+        rows[label] = None if shares[name] is None else 100 * shares[name]
+    return block("Share of the Machine", rows)
 
 
 def limit_rows(limits: MachineLimits) -> dict[str, str | float | None]:

@@ -16,8 +16,7 @@ import jax
 from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.messages import Stats
-from sgl_jax.engine.native_params import sampling_params
-from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.request import InvalidParameter
 from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 from sgl_jax.tools.benchmark.arguments import server_arguments
@@ -67,12 +66,11 @@ def run(
     `clock`, in seconds, is read before the prompts are given and after the last answer.
     """
     sampling = {"temperature": 0.0, "ignore_eos": not args.disable_ignore_eos, **args.extra_request_body}
-    params = request_params(prompts, sampling)
     if not args.skip_warmup:
         warm_up(engine, prompts[:_FEW], sampling)
     roofline = measured_roofline(TOOL, engine.info, measure)
     before, start = engine.stats, clock()
-    answers = generate(engine, prompts, params)
+    answers = generate(engine, prompts, sampling)
     duration = clock() - start
     metas = [answer["meta_info"] for answer in answers if answer["meta_info"]["finish_reason"]["type"] != "abort"]
     inputs, outputs, cached = (sum(m[f"{which}_tokens"] for m in metas) for which in ("prompt", "completion", "cached"))
@@ -102,30 +100,23 @@ def run(
     if args.profile:
         engine.flush_cache()
         with jax.profiler.trace(folder := args.profile_output_dir or "profile_offline"):
-            generate(engine, prompts[:_FEW], params[:_FEW])
+            generate(engine, prompts[:_FEW], sampling)
         print(f"\nTrace: {folder}")
     return SOME_FAILED if len(metas) < len(prompts) else 0
-
-
-def request_params(prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list[SamplingParams]:
-    """Return each prompt's parameters. Raises BenchmarkError."""
-    try:
-        return [sampling_params({"max_new_tokens": each.output_len, **sampling}).params for each in prompts]
-    except InvalidParameter as error:
-        raise BenchmarkError(f"--extra-request-body: {error}") from error
 
 
 def warm_up(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]) -> None:
     """Generate a little from these prompts, and drop them from the cache again."""
     short = [replace(each, output_len=min(each.output_len, _WARM_UP_OUTPUT)) for each in prompts]
     before = engine.stats.generated_tokens
-    answers = generate(engine, short, request_params(short, sampling))
+    answers = generate(engine, short, sampling)
     settled(engine, before + sum(answer["meta_info"]["completion_tokens"] for answer in answers))
     engine.flush_cache()
 
 
-def generate(engine: Engine, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[dict[str, Any]]:
-    """Generate all answers: texts are encoded here, within what is timed."""
+def generate(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+    """Generate all answers: texts are encoded here, within what is timed. Raises BenchmarkError for what is refused."""
+    params = [{"max_new_tokens": each.output_len, **sampling} for each in prompts]
     texts = [each.prompt for each in prompts if isinstance(each.prompt, str)]
     try:
         if len(texts) == len(prompts):

@@ -109,13 +109,9 @@ async def run_serving(
     """
     if not prompts:
         raise BenchmarkError("the data set has no prompts")
+    ignore_eos, stream = not args.disable_ignore_eos, not args.disable_stream
     options = RequestOptions(
-        facts.model,
-        args.temperature,
-        not args.disable_ignore_eos,
-        not args.disable_stream,
-        args.return_logprob,
-        args.extra_request_body,
+        facts.model, args.temperature, ignore_eos, stream, args.return_logprob, args.extra_request_body
     )
     protocol = BACKENDS[args.backend].protocol
     times = sending_times(args, prompts)
@@ -131,7 +127,7 @@ async def run_serving(
     async with connect(base_url(args), headers(args)) as client:
 
         async def send(body: bytes, prompt: Prompt) -> Outcome:
-            return await measured(client, protocol, body, prompt.prompt_len, options.stream)
+            return await measured(client, protocol, body, prompt.prompt_len, stream)
 
         warmed_up = await asyncio.gather(*(send(warm_up, short) for _ in range(args.warmup_requests)))
         if warmed_up and not any(outcome.ok for outcome in warmed_up):
