@@ -16,9 +16,8 @@ from pathlib import Path
 
 import jax
 from layer_depth import DEPTHS, at_depth, step_program
+from provenance import commit, machine
 from test_families_size import CONFIGS, FOLDERS
-
-from sgl_jax.tools.benchmark.provenance import commit, machine
 
 ORACLE = Path(__file__).resolve().parents[1] / "tests" / "data" / "oracle"
 

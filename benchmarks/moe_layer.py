@@ -17,13 +17,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from provenance import commit, machine
 
 from sgl_jax.models.decoder_config import MoeConfig
 from sgl_jax.models.layers import gated
 from sgl_jax.models.moe import LayerExperts, moe_layer, route
 from sgl_jax.models.weights import Experts, MoeWeights
 from sgl_jax.ops.grouped_matmul import native
-from sgl_jax.tools.benchmark.provenance import commit, machine
 
 D, MOE = 1024, MoeConfig(num_experts=64, experts_per_token=8, intermediate_size=384)
 SILU = functools.partial(gated, activation="silu")

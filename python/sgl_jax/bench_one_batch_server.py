@@ -1,15 +1,8 @@
 """`python -m sgl_jax.bench_one_batch_server`: single batches through a server; docs/features/benchmarking.md."""
 
-import sys
-from collections.abc import Sequence
+from sgl_jax.tools.benchmark.door import door
 
-from sgl_jax.tools.benchmark.door import run_tool
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 when a case failed, 2 for a mistake in the use, 130 when interrupted."""
-    return run_tool("bench_one_batch_server", "one_batch_server", argv)
-
+main = door("bench_one_batch_server")
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -72,6 +72,5 @@ def test_where_the_time_went(core: Core, tmp_path: Path, capsys: pytest.CaptureF
     assert counts["sample"] >= num_steps
     for stage in ("attention", "mlp"):
         assert counts[stage] >= num_steps * 5  # layers
-    assert profile_stages.main([str(tmp_path), "--perfetto", str(tmp_path / "stages.json.gz")]) == 0
+    assert profile_stages.main([str(tmp_path)]) == 0
     assert f"{num_steps} steps collected" in capsys.readouterr().out
-    assert (tmp_path / "stages.json.gz").stat().st_size > 0

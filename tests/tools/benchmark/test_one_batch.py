@@ -14,7 +14,6 @@ from sgl_jax import bench_one_batch
 from sgl_jax.engine import startup
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.launch_plan import LaunchPlan
-from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.planning.machine_rates import NotMeasured
 from sgl_jax.planning.model import read_model
 from sgl_jax.planning.plan import launch_of
@@ -78,7 +77,7 @@ def fake_core(runner: ScriptedRunner, chunk: int = CHUNK) -> Core:
 LIMITS_FOUND = MachineLimits(20.0, 0.5, "float32", "none", 1)
 
 
-def measure(runner: ScriptedRunner, *words: object, limits=lambda info: LIMITS_FOUND) -> int:
+def measure(runner: ScriptedRunner, *words: object, limits=lambda *devices: LIMITS_FOUND) -> int:
     args, _ = parse("bench_one_batch", ["--model-path", "fake", *map(str, words)])
     return run(args, fake_core(runner), lambda: runner.now, limits)
 
@@ -161,7 +160,7 @@ def test_a_single_token_has_no_decode_steps(tmp_path: Path, capsys: pytest.Captu
 def test_without_limits_there_are_no_shares_and_the_reason_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    def no_room(info: EngineInfo) -> MachineLimits:
+    def no_room(*devices: object) -> MachineLimits:
         raise NotMeasured("the limits cannot be measured: nothing is free")
 
     runner, path = ScriptedRunner(seconds=WARM_UP + TIMED), tmp_path / "out.jsonl"
@@ -175,7 +174,7 @@ def test_without_limits_there_are_no_shares_and_the_reason_is_said(
 def test_a_compile_while_timing_is_a_failure(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     runner, path = ScriptedRunner(seconds=[1.0] * 99), tmp_path / "out.jsonl"
 
-    def limits(info: EngineInfo) -> MachineLimits:
+    def limits(*devices: object) -> MachineLimits:
         runner.compiles_after_ready = 5
         return LIMITS_FOUND
 
@@ -232,15 +231,9 @@ def test_a_batch_that_cannot_run_at_once_is_said() -> None:
 @pytest.mark.parametrize(
     ("case", "said"),
     [
-        (Case(5, 9, 16), "--batch-size is 5; 4 requests can run at once, raise --max-running-requests"),
-        (
-            Case(1, 60, 5),
-            "--input-len 60 and --output-len 5 make 65 tokens; a request may hold 64, raise --context-length",
-        ),
-        (
-            Case(4, 36, 8),
-            "4 requests of 46 tokens need 48 pages of 4 tokens; the KV pool has 40, raise --max-total-tokens",
-        ),
+        (Case(5, 9, 16), "it needs 5 requests at once, and 4 are possible; raise --max-running-requests"),
+        (Case(1, 60, 5), "it needs 65 tokens of a request, and 64 are possible; raise --context-length"),
+        (Case(4, 36, 8), "it needs 48 pages of 4 tokens, and 40 are possible; raise --max-total-tokens"),
     ],
 )
 def test_a_batch_that_does_not_fit_names_the_limit(plan: LaunchPlan, case: Case, said: str) -> None:
@@ -257,7 +250,7 @@ def test_a_batch_that_does_not_fit_ends_the_start(
     flags = ["--model-path", stories260k, "--device", "cpu", "--compilation-cache-dir", tmp_path, *LIMITS]
     shape = ["--batch-size", 1, 5, "--input-len", 9, "--result-filename", ""]
     assert bench_one_batch.main([*map(str, flags), *map(str, shape)]) == 2
-    assert "error: --batch-size is 5; 4 requests can run at once" in capsys.readouterr().err
+    assert "error: batch size 5, input_len 9, output_len 16: it needs 5 requests at once" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

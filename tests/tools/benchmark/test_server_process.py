@@ -49,23 +49,6 @@ def test_a_batch_is_measured_through_a_server_started_from_its_flags(small: list
     assert record["prefill_matmul_share"] > 0
 
 
-def test_a_sweep_starts_a_server_measures_and_has_nothing_left_to_do(small: list[str], tmp_path: Path) -> None:
-    grid = ["--isl", "10", "--osl", "3", "--concurrency", "2", "--dataset-name", "random-ids"]
-    command = [sys.executable, "-m", "sgl_jax.bench_serving", "sweep", *grid, "--output-dir", str(tmp_path), *small]
-    first = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert first.returncode == 0, first.stderr
-    (line,) = (tmp_path / "results.jsonl").read_text().splitlines()
-    record = json.loads(line)
-    totals = ("total_input_tokens", "total_output_tokens", "total_cached_tokens", "completed")
-    assert [record[name] for name in totals] == [60, 18, 0, 6]
-    assert record["settings"]["server"]["model_path"] == small[1]
-    assert record["start_seconds"] > 0
-    assert [path.name for path in tmp_path.glob("*.png")] == ["isl10_osl3.png"]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert (again.returncode, again.stdout) == (0, first.stdout)
-    assert "1 of 1 cases are in" in again.stderr
-
-
 def test_a_server_that_ends_is_told_with_its_exit_code(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with (
         pytest.raises(BenchmarkError, match=r"^the server ended with code 1 before it was ready"),

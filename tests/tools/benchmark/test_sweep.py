@@ -1,10 +1,10 @@
-"""bench_serving sweep: every case once, results that survive being cut off, and a picture per ISL and OSL."""
+"""benchmarks/sweep.py: every case once, and results that survive being cut off."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import struct
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,9 @@ import pytest
 from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
-from sgl_jax.bench_serving import main
-from sgl_jax.tools.benchmark import provenance
-from sgl_jax.tools.benchmark.arguments import parse
-from sgl_jax.tools.benchmark.sweep import Case, Sweep, cases
+sys.path.append(str(Path(__file__).resolve().parents[3] / "benchmarks"))
+import provenance
+from sweep import GridCase, main, parse_grid, sweep
 
 COST = {"weight_bytes": 1_000_000, "kv_bytes_per_token": 1000, "parameters_per_token": 1_000_000}
 LIMITS = {
@@ -27,16 +26,16 @@ LIMITS = {
     "device_kind": "abacus",
     "num_devices": 1,
 }
-# First token after 100 ms, then one every 10 ms.
-EXACT = Script(info={"engine": COST | {"vocab_size": 1000}})
+ENGINE = COST | {"vocab_size": 1000}
+EXACT = Script(info={"engine": ENGINE})  # first token after 100 ms, then one every 10 ms
 GRID = ["--isl", "20", "--osl", "1", "11", "--concurrency", "1", "2", "--dataset-name", "random-ids"]
 
 
 @dataclass
 class Swept:
-    sweep: Sweep
+    code: int
     calls: list[tuple[str, Any]]
-    folder: Path
+    file: Path
 
     @property
     def measured(self) -> list[tuple[int, int, int]]:
@@ -53,28 +52,27 @@ class Swept:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / "results.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in self.file.read_text().splitlines()]
 
 
-def swept(folder: Path, *flags: str, script: Script = EXACT, server: Any = "a server") -> Swept:
-    limits = folder.parent / "limits.json"
+def swept(folder: Path, *flags: str, script: Script = EXACT) -> Swept:
+    """A sweep of a scripted server. What is in the file already counts as measured at its address."""
+    limits, file = folder / "limits.json", folder / "results.jsonl"
     limits.write_text(json.dumps(LIMITS))
-    where = ("--output-dir", str(folder), "--base-url", "http://scripted", "--machine-limits", str(limits))
-    args, _ = parse("sweep", [*GRID, *where, *flags])
+    where = ("--output-file", str(file), "--machine-limits", str(limits))
+    cases, args = parse_grid([*GRID, *where, *flags])
     if not script.info:  # another engine tells no cost of its model
         args.machine_limits = None
-    sweep = Sweep(args, server)
 
-    async def beside_the_server() -> list[tuple[str, Any]]:
+    async def beside_the_server() -> Swept:
         async with ScriptedServer(script).running() as scripted:
             args.base_url = scripted.url
-            if sweep.pending:
-                await sweep.measure(args)
-        return scripted.received
+            if file.exists():
+                file.write_text(re.sub(r"http://127\.0\.0\.1:\d+", scripted.url, file.read_text()))
+            code = await sweep(cases, args)
+        return Swept(code, scripted.received, file)
 
-    calls = run_in_virtual_time(beside_the_server())
-    sweep.report()
-    return Swept(sweep, calls, folder)
+    return run_in_virtual_time(beside_the_server())
 
 
 TABLE = """\
@@ -96,37 +94,30 @@ def test_every_case_is_measured_and_the_table_is_right_to_the_digit(
     out, err = capsys.readouterr()
     assert out == TABLE
     assert err.splitlines()[-1] == (
-        "sweep: ISL 20, OSL 11, concurrency 2: 200.0 tok/s in, 110.0 tok/s out, TTFT 100.0 ms, TPOT 10.0 ms"
+        "sweep: ISL 20, OSL 11, concurrency 2: 200.0 tok/s in, 110.0 tok/s out, TTFT 100.0 ms"
     )
-    assert found.sweep.failed == []
+    assert found.code == 0
 
 
 def test_the_cache_is_flushed_between_the_warm_up_and_each_case(tmp_path: Path) -> None:
     found = swept(tmp_path, "--osl", "1", "--concurrency", "1")
     paths = [path for path, _ in found.calls]
     load = ["/generate", "/flush_cache", *["/generate"] * 4]
-    assert paths == ["/get_server_info", "/v1/models", "/flush_cache", *load]
+    assert paths == ["/get_server_info", "/v1/models", "/get_server_info", "/flush_cache", *load]
 
 
 def test_a_line_of_json_says_what_was_measured_and_where(tmp_path: Path) -> None:
     record = swept(tmp_path, "--osl", "11", "--concurrency", "2", "--tag", "t").records[0]
     expected = {
-        "isl": 20,
-        "osl": 11,
-        "settings": {
-            "server": "a server",
-            "isl": 20,
-            "osl": 11,
-            "concurrency": 2,
-            "num_prompts": 6,
-            "dataset_name": "random-ids",
-            "tag": "t",
-        },
+        "random_input_len": 20,
+        "random_output_len": 11,
+        "dataset_name": "random-ids",
+        "model": "scripted",
+        "engine": ENGINE,
         "max_concurrency": 2,
         "num_prompts": 6,
         "commit": provenance.commit(),
         "machine": provenance.machine(),
-        "start_seconds": None,
         "completed": 6,
         "failed": 0,
         "tag": "t",
@@ -148,7 +139,7 @@ def test_what_is_measured_is_not_measured_again(tmp_path: Path, capsys: pytest.C
     out, err = capsys.readouterr()
     assert out == TABLE
     assert "2 of 4 cases are in" in err
-    assert swept(tmp_path).calls == []
+    assert swept(tmp_path).measured == []
     assert capsys.readouterr().out == TABLE
 
 
@@ -157,7 +148,6 @@ def test_other_settings_are_another_measurement(tmp_path: Path) -> None:
     assert len(swept(tmp_path, *one).measured) == 1
     for other in (("--seed", "2"), ("--request-rate", "5"), ("--num-prompts", "5"), ("--tag", "t")):
         assert len(swept(tmp_path, *one, *other).measured) == 1, other
-    assert len(swept(tmp_path, *one, server={"model_path": "m"}).measured) == 1
     for same in ((), ("--seed", "2"), ("--disable-tqdm",), ("--rounds", "4"), ("--header", "a=b")):
         assert swept(tmp_path, *one, *same).measured == [], same
 
@@ -165,10 +155,9 @@ def test_other_settings_are_another_measurement(tmp_path: Path) -> None:
 def test_a_line_that_was_cut_off_costs_its_case_and_no_other(tmp_path: Path) -> None:
     swept(tmp_path)
     file = tmp_path / "results.jsonl"
-    whole = file.read_text()
-    file.write_text(whole[:-40])
+    file.write_text(file.read_text()[:-40])
     assert swept(tmp_path).measured == [(20, 11, 6)]
-    assert file.read_text().startswith(whole[:-40] + "\n")
+    assert len(file.read_text().splitlines()) == 5
     assert swept(tmp_path).measured == []
 
 
@@ -179,7 +168,7 @@ def test_a_case_that_fails_is_told_the_others_go_on_and_it_is_tried_again(
         return (400, "too many") if request == 8 else None  # a request of the second case, after two warm-ups
 
     found = swept(tmp_path, script=Script(**vars(EXACT) | {"fails": fails}))
-    assert found.sweep.failed == [Case(20, 1, 2, 6)]
+    assert found.code == 1
     err = capsys.readouterr().err
     assert (
         "sweep: ISL 20, OSL 1, concurrency 2 failed: 1 of 6 requests failed, the first with: "
@@ -194,7 +183,7 @@ def test_a_case_that_cannot_be_run_at_all_is_told_and_the_others_go_on(
 ) -> None:
     script = Script(**vars(EXACT) | {"fails": lambda request: (400, "too long") if request == 0 else None})
     found = swept(tmp_path, script=script)
-    assert found.sweep.failed == [Case(20, 1, 1, 4)]
+    assert found.code == 1
     assert "concurrency 1 failed: warming up failed: HTTP 400 from /generate: too long\n" in capsys.readouterr().err
     assert len(found.records) == 3
 
@@ -208,6 +197,9 @@ def test_a_sweep_that_is_stopped_keeps_what_is_complete_and_goes_on_later(
 
     with pytest.raises(KeyboardInterrupt):
         swept(tmp_path, script=Script(**vars(EXACT) | {"fails": stops}))
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == "| 20 | 1 | 1 | 200.0 | 10.0 | 100.0 | 4.2% |"
+    assert err.splitlines()[-1] == "sweep: the same command goes on with what is left"
     assert swept(tmp_path).measured == [(20, 1, 6), (20, 11, 4), (20, 11, 6)]
     assert capsys.readouterr().out == TABLE
 
@@ -231,72 +223,29 @@ def test_another_engine_without_flushing_and_limits_is_measured_too(
     assert out.splitlines()[-1] == "| 20 | 11 | 2 | 200.0 | 110.0 | 100.0 | 10.00 | 10.00 |"
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_picture_is_drawn_for_each_isl_and_osl(tmp_path: Path) -> None:
-    swept(tmp_path)
-    sizes = {}
-    for path in tmp_path.glob("*.png"):
-        content = path.read_bytes()
-        assert content.startswith(b"\x89PNG\r\n\x1a\n")
-        sizes[path.name] = struct.unpack(">II", content[16:24])
-    assert sizes == {"isl20_osl1.png": (720, 576), "isl20_osl11.png": (1440, 576)}
-
-
-def test_without_matplotlib_all_is_measured_and_the_message_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    swept(tmp_path)
-    out, err = capsys.readouterr()
-    assert out == TABLE
-    assert err.splitlines()[-1] == (
-        'sweep: no pictures: drawing needs matplotlib: pip install "sgl-jax[bench]", and run the same command again'
-    )
-
-
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
 def test_the_published_grid_is_one_command() -> None:
-    command = "--isl 1024 4096 8192 --osl 1 1024 --concurrency 8 16 32 64 128 256 --output-dir d"
-    args, server_flags = parse("sweep", command.split())
-    grid = cases(args)
-    assert server_flags == []
+    command = "--isl 1024 4096 8192 --osl 1 1024 --concurrency 8 16 32 64 128 256 --output-file f"
+    grid, args = parse_grid(command.split())
     assert len(grid) == 36
-    assert (grid[0], grid[-1]) == (Case(1024, 1, 8, 24), Case(8192, 1024, 256, 768))
+    assert (grid[0], grid[-1]) == (GridCase(1024, 1, 8, 24), GridCase(8192, 1024, 256, 768))
     assert (args.random_range_ratio, args.dataset_name) == (1.0, "random")
-
-
-def test_with_a_model_the_servers_flags_are_the_servers() -> None:
-    flags = ["--model-path", "m", "--dtype", "float32", "--port", "5", "--served-model-name", "s", "--seed", "3"]
-    args, server_flags = parse("sweep", [*GRID, "--output-dir", "d", *flags])
-    assert server_flags == ["--model-path", "m", "--dtype", "float32", "--port", "5", "--served-model-name", "s"]
-    assert (args.seed, args.served_model_name) == (3, "s")
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (
-            ["--max-concurrency", "3"],
-            "--max-concurrency is not a flag of a sweep; the server's are taken with --model-path",
-        ),
+        (["--max-concurrency", "3"], "--max-concurrency is set by the cases; use --isl, --osl and --concurrency"),
         (
             ["--dataset-name", "sharegpt"],
             "--dataset-name is sharegpt; a sweep sets lengths, choose random or random-ids",
         ),
-        (["--dtype", "float32"], "--dtype is not a flag of a sweep; the server's are taken with --model-path"),
-        (
-            ["--model-path", "m", "--base-url", "http://x"],
-            "--model-path starts a server, and --base-url http://x names one that runs; give one",
-        ),
+        (["--dtype", "float32"], "--dtype is not a flag; --help lists them all"),
+        (["--output-file", "/none/x"], "--output-file is /none/x; it must be a file in a folder that exists"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", *GRID, "--output-dir", "d", *flags]) == 2
+    assert main([*GRID, "--output-file", "f", *flags]) == 2
     assert capsys.readouterr().err == f"sweep: error: {message}\n"
-
-
-# --- where a result comes from ----------------------------------------------------------------------------------------

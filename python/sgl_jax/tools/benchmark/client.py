@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
@@ -185,11 +185,9 @@ def _checked(content: bytes) -> Any:
 
 def _error_text(content: bytes) -> str:
     """Return the message of an error in one of the shapes servers use, or the text as it is."""
-    try:
+    with suppress(msgspec.DecodeError, AttributeError):
         said = msgspec.json.decode(content)
-    except msgspec.DecodeError:
-        said = " ".join(content.decode("utf-8", "replace").split())
-    for names in (("error",), ("message", "detail")):
-        if isinstance(said, dict):
-            said = next((said[name] for name in names if said.get(name)), said)
-    return str(said)[:_LONGEST_ERROR]
+        said = said.get("error", said)
+        said = said if isinstance(said, str) else said.get("message") or said.get("detail") or said
+        return str(said)[:_LONGEST_ERROR]
+    return " ".join(content.decode("utf-8", "replace").split())[:_LONGEST_ERROR]

@@ -6,18 +6,24 @@ import importlib
 from collections.abc import Callable, Sequence
 
 from sgl_jax.settings.flag_parser import FlagError
-from sgl_jax.tools.benchmark.arguments import parse
+from sgl_jax.tools.benchmark.arguments import TOOLS, parse
 from sgl_jax.tools.benchmark.terminal import BAD_USE, INTERRUPTED, BenchmarkError, say
 
 
-def run_tool(tool: str, module: str, argv: Sequence[str] | None) -> int:
-    """Call `main(args, rest)` of a module beside this one. Returns its exit code, or as `exit_code` says."""
+def door(tool: str) -> Callable[..., int]:
+    """Return the `main(argv)` of a tool; without `argv` it reads this process's command line.
 
-    def run() -> int:
-        args, rest = parse(tool, argv)
-        return importlib.import_module(f"sgl_jax.tools.benchmark.{module}").main(args, rest)
+    Its exit code is the tool's own: 0, or 1 when something failed; 2 for a mistake in the use, 130 for Ctrl-C.
+    """
 
-    return exit_code(tool, run)
+    def main(argv: Sequence[str] | None = None) -> int:
+        def run() -> int:
+            args, rest = parse(tool, argv)
+            return importlib.import_module(f"sgl_jax.tools.benchmark.{TOOLS[tool].module}").main(args, rest)
+
+        return exit_code(tool, run)
+
+    return main
 
 
 def exit_code(tool: str, run: Callable[[], int]) -> int:

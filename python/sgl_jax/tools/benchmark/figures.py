@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from string import Formatter
+from typing import Any
 
 import numpy as np
 
@@ -12,18 +14,11 @@ from sgl_jax.tools.benchmark.machine_limits import Roofline
 from sgl_jax.tools.benchmark.protocols import Outcome
 from sgl_jax.tools.benchmark.terminal import block
 
-
-class Latency(NamedTuple):
-    title: str
-    label: str
-    statistics: tuple[str, ...]  # reported ones
-
-
-LATENCIES = {
-    "e2e_latency": Latency("End-to-End Latency", "E2E Latency", ("mean", "median", "p90", "p99")),
-    "ttft": Latency("Time to First Token", "TTFT", ("mean", "median", "p99")),
-    "tpot": Latency("Time per Output Token (excl. 1st token)", "TPOT", ("mean", "median", "p99")),
-    "itl": Latency("Inter-Token Latency", "ITL", ("mean", "median", "p95", "p99", "max")),
+LATENCIES = {  # title, label and reported statistics
+    "e2e_latency": ("End-to-End Latency", "E2E Latency", ("mean", "median", "p90", "p99")),
+    "ttft": ("Time to First Token", "TTFT", ("mean", "median", "p99")),
+    "tpot": ("Time per Output Token (excl. 1st token)", "TPOT", ("mean", "median", "p99")),
+    "itl": ("Inter-Token Latency", "ITL", ("mean", "median", "p95", "p99", "max")),
 }
 _PERCENTS = {"median": 50, "p90": 90, "p95": 95, "p99": 99, "max": 100}
 _LABELS = {  # labels of all tools' figures, in the order of their blocks
@@ -93,16 +88,15 @@ def compute_figures(
     so on, for all of LATENCIES; percentiles interpolate linearly, as numpy's do.
     """
     good = [outcome for outcome in outcomes if outcome.ok]
+    streamed = [(o, o.ttft_s) for o in good if o.ttft_s is not None]
     inputs, outputs = sum(o.prompt_len for o in good), sum(o.output_len for o in good)
-    told = [o for o in good if o.cached_tokens is not None]
-    cached = sum(o.cached_tokens or 0 for o in told)
-    prompts = sum(o.prompt_len if o.prompt_tokens is None else o.prompt_tokens for o in told)
-    rates = {
-        "request_throughput": len(good),
-        "input_throughput": inputs,
-        "output_throughput": outputs,
-        "total_throughput": inputs + outputs,
-        "concurrency": sum(o.latency_s for o in good),
+    cached = [o.cached_tokens for o in good if o.cached_tokens is not None]
+    prompts = sum(o.prompt_tokens or o.prompt_len for o in good if o.cached_tokens is not None)
+    latencies_s = {
+        "e2e_latency": [o.latency_s for o in good],
+        "ttft": [ttft for _, ttft in streamed],
+        "tpot": [(o.latency_s - ttft) / (o.output_len - 1) for o, ttft in streamed if o.output_len > 1],
+        "itl": [gap for o in good for gap in o.itl_s],
     }
     return {
         "completed": len(good),
@@ -110,26 +104,22 @@ def compute_figures(
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
         "total_output_tokens_retokenized": None if count_tokens is None else sum(count_tokens(o.text) for o in good),
-        "total_cached_tokens": cached if told else None,
-        "cache_hit_rate": (cached / prompts if prompts else 0.0) if told else None,
-        "max_output_tokens_per_s": _peak(good, start_s),
-        **{name: amount / duration_s if duration_s else 0.0 for name, amount in rates.items()},
+        "total_cached_tokens": sum(cached) if cached else None,
+        "cache_hit_rate": sum(cached) / max(prompts, 1) if cached else None,
+        "max_output_tokens_per_s": _peak(streamed, start_s),
+        **throughputs(len(good), inputs, outputs, duration_s),
+        "concurrency": sum(o.latency_s for o in good) / duration_s if duration_s else 0.0,
     } | {
-        f"{statistic}_{name}_ms": _milliseconds(values, statistic)
-        for name, values in latencies_s(good).items()
-        for statistic in LATENCIES[name].statistics
+        f"{statistic}_{name}_ms": _milliseconds(latencies_s[name], statistic)
+        for name, (_, _, statistics) in LATENCIES.items()
+        for statistic in statistics
     }
 
 
-def latencies_s(good: Sequence[Outcome]) -> dict[str, list[float]]:
-    """Return the values behind the latencies, by their names in LATENCIES. `good` are outcomes that succeeded."""
-    streamed = [(o, o.ttft_s) for o in good if o.ttft_s is not None]
-    return {
-        "e2e_latency": [o.latency_s for o in good],
-        "ttft": [ttft for _, ttft in streamed],
-        "tpot": [(o.latency_s - ttft) / (o.output_len - 1) for o, ttft in streamed if o.output_len > 1],
-        "itl": [gap for o in good for gap in o.itl_s],
-    }
+def throughputs(requests: int, inputs: int, outputs: int, duration_s: float) -> dict[str, float]:
+    """Return requests and tokens per second."""
+    amounts = {"request": requests, "input": inputs, "output": outputs, "total": inputs + outputs}
+    return {f"{name}_throughput": amount / duration_s if duration_s else 0.0 for name, amount in amounts.items()}
 
 
 def _milliseconds(seconds: Sequence[float], statistic: str) -> float | None:
@@ -138,22 +128,13 @@ def _milliseconds(seconds: Sequence[float], statistic: str) -> float | None:
     return 1e3 * float(np.mean(seconds) if statistic == "mean" else np.percentile(seconds, _PERCENTS[statistic]))
 
 
-def arrivals(outcome: Outcome) -> tuple[list[float], float]:
-    """Return the times, on the loop's clock, when parts of the answer came, and how many tokens each stands for.
-
-    That is 1 unless the server sent several tokens at once without saying how many: then all count alike.
-    """
-    if outcome.ttft_s is None:
-        return [], 0.0
-    times = (outcome.sent_s + np.cumsum([outcome.ttft_s, *outcome.itl_s])).tolist()
-    return times, outcome.output_len / len(times)
-
-
-def _peak(good: Iterable[Outcome], start_s: float) -> float | None:
-    seconds: dict[int, float] = {}
-    for times, tokens in map(arrivals, good):
-        for time in times:
-            seconds[int(time - start_s)] = seconds.get(int(time - start_s), 0.0) + tokens
+def _peak(streamed: Sequence[tuple[Outcome, float]], start_s: float) -> float | None:
+    """Return the most tokens in one second of the run. Where a server sends several tokens at once without saying how many,
+    all parts of an answer count alike."""
+    seconds: dict[int, float] = defaultdict(float)
+    for outcome, ttft in streamed:
+        for time in outcome.sent_s - start_s + np.cumsum([ttft, *outcome.itl_s]):
+            seconds[int(time)] += outcome.output_len / (1 + len(outcome.itl_s))
     return max(seconds.values(), default=None)
 
 
@@ -169,13 +150,19 @@ def compute_shares(
     context = float(np.mean([o.prompt_len + o.output_len / 2 for o in streamed])) if streamed else None
     step_s = (figures["mean_itl_ms"] or 0.0) / 1e3
     computed = figures["total_input_tokens"] - (figures["total_cached_tokens"] or 0) + figures["total_output_tokens"]
-    spans = sorted((o.sent_s + (o.ttft_s or 0.0), o.sent_s + o.latency_s) for o in streamed)
-    busy, until = 0.0, float("-inf")
-    for start, end in spans:
-        busy += max(end - max(start, until), 0.0)
-        until = max(until, end)
+    spans = [(o.sent_s + (o.ttft_s or 0.0), o.sent_s + o.latency_s) for o in streamed]
+    busy = covered(spans)
     rows = sum(end - start for start, end in spans) / busy if busy else None
     return roofline.shares(rows, context, step_s, computed, duration_s)
+
+
+def covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Return the time in which at least one of the intervals runs, from their starts and ends."""
+    found, until = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        found += max(end - max(start, until), 0.0)
+        until = max(until, end)
+    return found
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
@@ -199,9 +186,9 @@ def standard_block(run: ServingRun) -> str:
         "Max request concurrency": run.config["max_concurrency"] or "not set",
         **labelled(found),
     }
-    for name, of in LATENCIES.items():
-        rows[of.title] = of.title
-        rows |= {f"{each.capitalize()} {of.label} (ms)": found[f"{each}_{name}_ms"] for each in of.statistics}
+    for name, (title, label, statistics) in LATENCIES.items():
+        rows[title] = title
+        rows |= {f"{each.capitalize()} {label} (ms)": found[f"{each}_{name}_ms"] for each in statistics}
     return block("Serving Benchmark Result", rows)
 
 
@@ -211,3 +198,25 @@ def failure_line(run: ServingRun) -> str | None:
     if first is None:
         return None
     return f"{run.figures['failed']} of {len(run.outcomes)} requests failed, the first with: {first}"
+
+
+def filled(template: str, record: Mapping[str, Any]) -> str | None:
+    """Fill a template of str.format with a record's fields, its machine limits' included. None where a field is missing or None."""
+    values = record | record.get("machine_limits", {})
+    names = [name for _, name, _, _ in Formatter().parse(template) if name]
+    return None if any(values.get(name) is None for name in names) else template.format_map(values)
+
+
+def report(lines: Sequence[str], record: Mapping[str, Any]) -> str:
+    """Fill the templates of a batch's lines with its record; a line with an unknown figure is left out."""
+    return "".join(f"{text}\n" for line in lines if (text := filled(line, record)) is not None)
+
+
+def markdown_table(columns: Mapping[str, str], records: Sequence[Mapping[str, Any]]) -> str:
+    """Format a row per record; `columns` has each title's template. An unknown figure is a dash, a column of dashes is left out."""
+    found = {title: [filled(template, record) for record in records] for title, template in columns.items()}
+    found = {title: cells for title, cells in found.items() if any(cells)}
+    head, *rows = (
+        f"| {' | '.join(cell or '–' for cell in row)} |" for row in [list(found), *zip(*found.values(), strict=True)]
+    )
+    return "\n".join([head, "|" + "---:|" * len(found), *rows])

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from sgl_jax.engine.messages import EngineInfo
+from sgl_jax.tools.benchmark.arguments import Case
 from sgl_jax.tools.benchmark.terminal import BenchmarkError, block, check_writable, say
 
 
@@ -38,48 +38,48 @@ class ModelCost(msgspec.Struct, frozen=True):
     parameters_per_token: int  # parameters a token is multiplied with: no embedding rows, only the active experts
 
 
-@dataclass(frozen=True)
-class Roofline:
+class Roofline(msgspec.Struct, frozen=True):
     """The bounds of a model on a machine."""
 
-    limits: MachineLimits
-    cost: ModelCost
+    machine_limits: MachineLimits
+    model_cost: ModelCost
 
     def shares(
-        self,
-        rows: float | None,
-        context: float | None,
-        step_s: float | None,
-        tokens: float,
-        seconds: float,
-        matmul: str = "matmul_share",
+        self, rows: float | None, context: float | None, step_s: float | None, tokens: float, seconds: float
     ) -> dict[str, Any]:
-        """Return shares of the machine, 0 to 1, and the figures behind them, under their names in JSON: of decode steps of `rows`
-        rows with `context` tokens each, and of `tokens` tokens computed in `seconds`. None without anything to compute."""
-        decode, bytes_per_s = None, self.limits.memory_gb_per_s * 1e9
-        if rows and context and step_s and bytes_per_s:
-            step_bytes = self.cost.weight_bytes + rows * context * self.cost.kv_bytes_per_token
-            decode = step_bytes / step_s / bytes_per_s
-        most = self.limits.matmul_tflop_per_s * 1e12 * seconds
-        return {
-            "machine_limits": msgspec.to_builtins(self.limits),
-            "model_cost": msgspec.to_builtins(self.cost),
+        """Return shares of the machine, 0 to 1, and the figures behind them, under their names in JSON.
+
+        Decode steps take `step_s` seconds and have `rows` rows with `context` tokens each; `tokens` tokens are computed
+        in `seconds`. A share without anything to compute it from is None.
+        """
+        limits, cost, decode = self.machine_limits, self.model_cost, None
+        if rows and context and step_s:
+            step_bytes = cost.weight_bytes + rows * context * cost.kv_bytes_per_token
+            decode = step_bytes / step_s / (limits.memory_gb_per_s * 1e9)
+        most = limits.matmul_tflop_per_s * 1e12 * seconds
+        return msgspec.to_builtins(self) | {
             "decode_rows": rows,
             "decode_context": context,
             "decode_bandwidth_share": decode,
-            matmul: 2 * self.cost.parameters_per_token * tokens / most if most else None,
+            "matmul_share": 2 * cost.parameters_per_token * tokens / most if most else None,
         }
 
 
-def share_lines(record: Mapping[str, Any]) -> list[str]:
-    """Format the shares of a single batch; one that is not known has no line."""
-    limits, lines = record.get("machine_limits", {}), []
-    if (share := record.get("decode_bandwidth_share")) is not None:
-        lines.append(f"decode: {share:.1%} of the memory bandwidth ({limits['memory_gb_per_s']:.1f} GB/s)")
-    if (share := record.get("prefill_matmul_share")) is not None:
-        rate = f"{limits['matmul_tflop_per_s']:.3g} TFLOP/s in {limits['dtype']}"
-        lines.append(f"prefill: {share:.1%} of the matmul rate ({rate})")
-    return lines
+BATCH_SHARES = {  # titles and templates in a batch's report
+    "decode": "{decode_bandwidth_share:.1%} of the memory bandwidth ({memory_gb_per_s:.1f} GB/s)",
+    "prefill": "{prefill_matmul_share:.1%} of the matmul rate ({matmul_tflop_per_s:.3g} TFLOP/s in {dtype})",
+}
+
+
+def batch_shares(
+    roofline: Roofline | None, case: Case, step_s: float | None, computed: int, prefill_s: float
+) -> dict[str, Any]:
+    """Return shares of a batch, whose prefill computes `computed` tokens. A row's context is its prompt and half of its output."""
+    if roofline is None:
+        return {}
+    context = case.input_len + case.output_len / 2
+    shares = roofline.shares(case.batch_size, context, step_s, computed, prefill_s)
+    return shares | {"prefill_matmul_share": shares.pop("matmul_share")}
 
 
 def shares_block(shares: Mapping[str, Any]) -> str:
@@ -108,20 +108,14 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
         limits = measure_limits(args.device, args.num_devices, args.dtype)
     except ValueError as error:  # no such device, or too little memory
         raise BenchmarkError(str(error)) from error
-    each = {
-        "Memory bandwidth of each (GB/s)": limits.memory_gb_per_s / limits.num_devices,
-        "Matmul rate of each (TFLOP/s)": limits.matmul_tflop_per_s / limits.num_devices,
-    }
-    print(block("Limits of the Machine", limit_rows(limits) | each))
+    print(block("Limits of the Machine", limit_rows(limits)))
     if args.output is not None:
         args.output.write_bytes(msgspec.json.encode(limits) + b"\n")
     return 0
 
 
-def measure_limits(
-    device: str | None = None, num_devices: int | None = None, dtype: str | None = None
-) -> MachineLimits:
-    """Measure the devices from this process, for about 2 s on two CPU cores. None: the best kind, all devices, the
+def measure_limits(device: str | None, num_devices: int | None, dtype: str | None) -> MachineLimits:
+    """Measure idle devices from this process, for about 2 s on two CPU cores. None: the best kind, all devices, the
     platform's dtype. Raises NoDevice or NotMeasured, both ValueErrors with a line for the user."""
     import jax
 
@@ -138,32 +132,27 @@ def measure_limits(
     return MachineLimits(rates.read_bytes_per_s / 1e9, rates.matmul_flop_per_s / 1e12, dtype, kind, len(devices))
 
 
-def limits_of(info: EngineInfo) -> MachineLimits:
-    """Measure the devices of an engine in this process, which must be idle. Raises NotMeasured, a ValueError."""
-    return measure_limits(info.platform, info.num_devices, info.dtype)
-
-
-def measured_roofline(tool: str, info: EngineInfo, measure: Callable[[EngineInfo], MachineLimits]) -> Roofline | None:
-    """Measure the limits of an engine's devices. Returns None, and says why, where they cannot be measured."""
+def measured_roofline(tool: str, info: EngineInfo, measure: Callable[..., MachineLimits]) -> Roofline | None:
+    """Measure the limits of the devices of an engine in this process. Returns None, and says why, where they cannot be."""
     try:
-        return Roofline(measure(info), msgspec.convert(info, ModelCost, from_attributes=True))
+        limits = measure(info.platform, info.num_devices, info.dtype)
+        return Roofline(limits, msgspec.convert(info, ModelCost, from_attributes=True))
     except ValueError as error:
         say(tool, str(error))
         return None
 
 
 def server_roofline(path: Path | None, engine: object) -> Roofline | None:
-    """Read the limits from the file of --machine-limits, and the model's cost from `engine` of /get_server_info. None: no file.
+    """Read the limits from the file of --machine-limits, and the model's cost from `engine` of /get_server_info.
 
-    Raises BenchmarkError where either is missing, and where the server runs on other devices or in another dtype.
+    Returns None without a file. Raises BenchmarkError where one of the two is missing, and where the server runs on other
+    devices or in another dtype.
     """
     if path is None:
         return None
     try:
         limits = msgspec.json.decode(path.read_bytes(), type=MachineLimits)
-    except OSError as error:
-        raise BenchmarkError(f"--machine-limits is {path}; it cannot be read: {error.strerror}") from error
-    except msgspec.DecodeError as error:
+    except (OSError, msgspec.DecodeError) as error:
         raise BenchmarkError(f"--machine-limits is {path}; sgl_jax.measure_limits did not write it: {error}") from error
     try:
         cost = msgspec.convert(engine, ModelCost)
@@ -172,8 +161,5 @@ def server_roofline(path: Path | None, engine: object) -> Roofline | None:
     told = engine if isinstance(engine, dict) else {}
     for name in ("device_kind", "num_devices", "dtype"):
         if (mine := getattr(limits, name)) != (its := told.get(name, mine)):
-            raise BenchmarkError(
-                f"--machine-limits is {path}, whose {name} is {mine}; the server's is {its}, measure its devices with "
-                f"python -m sgl_jax.measure_limits --num-devices {told.get('num_devices')} --dtype {told.get('dtype')}"
-            )
+            raise BenchmarkError(f"--machine-limits is {path}, whose {name} is {mine}; the server's is {its}")
     return Roofline(limits, cost)

@@ -1,9 +1,6 @@
-"""A data set worked off by an engine in this process, all of it given at once.
+"""The work of `python -m sgl_jax.bench_offline_throughput`: a data set worked off by an engine, all of it given at once.
 
-throughputs             tokens or requests / duration, from giving the prompts to having all the answers
-decode bandwidth share  (steps x weight bytes + sum over output tokens of context x KV bytes per token)
-                        / duration / memory bandwidth
-matmul share            2 x parameters per token x (uncached input + output tokens) / duration / matmul rate
+Decode steps are the engine's own count; docs/features/benchmarking.md defines the figures.
 """
 
 from __future__ import annotations
@@ -18,16 +15,14 @@ import jax
 
 from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import EngineFailed
-from sgl_jax.engine.messages import EngineInfo, Stats
-from sgl_jax.engine.native_params import sampling_params
-from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.engine.messages import Stats
+from sgl_jax.request import InvalidParameter
 from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 from sgl_jax.tools.benchmark.arguments import server_arguments
 from sgl_jax.tools.benchmark.datasets import load_prompts
-from sgl_jax.tools.benchmark.datasets.source import Framing
-from sgl_jax.tools.benchmark.figures import labelled
-from sgl_jax.tools.benchmark.machine_limits import MachineLimits, limits_of, measured_roofline, shares_block
+from sgl_jax.tools.benchmark.figures import labelled, throughputs
+from sgl_jax.tools.benchmark.machine_limits import MachineLimits, measure_limits, measured_roofline, shares_block
 from sgl_jax.tools.benchmark.protocols import Prompt
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, append_jsonl, block, check_writable, start_log
 
@@ -64,23 +59,23 @@ def run(
     engine: Engine,
     prompts: Sequence[Prompt],
     clock: Callable[[], float] = time.perf_counter,
-    measure: Callable[[EngineInfo], MachineLimits] = limits_of,
+    measure: Callable[..., MachineLimits] = measure_limits,
 ) -> int:
-    """Do everything after the start. `clock`, in seconds, is read before the prompts are given and after the last answer.
-    Returns the exit code."""
+    """Do everything after the start. Returns the exit code.
+
+    `clock`, in seconds, is read before the prompts are given and after the last answer.
+    """
     sampling = {"temperature": 0.0, "ignore_eos": not args.disable_ignore_eos, **args.extra_request_body}
-    params = request_params(prompts, sampling)
     if not args.skip_warmup:
         warm_up(engine, prompts[:_FEW], sampling)
     roofline = measured_roofline(TOOL, engine.info, measure)
     before, start = engine.stats, clock()
-    answers = generate(engine, prompts, params)
+    answers = generate(engine, prompts, sampling)
     duration = clock() - start
     metas = [answer["meta_info"] for answer in answers if answer["meta_info"]["finish_reason"]["type"] != "abort"]
     inputs, outputs, cached = (sum(m[f"{which}_tokens"] for m in metas) for which in ("prompt", "completion", "cached"))
     after = settled(engine, before.generated_tokens + outputs)
     steps = after.steps - before.steps
-    rates = {"request": len(metas), "input": inputs, "output": outputs, "total": inputs + outputs}
     found = {
         "successful_requests": len(metas),
         "total_latency": duration,
@@ -89,7 +84,7 @@ def run(
         "total_cached_tokens": cached,
         "steps": steps,
         "last_gen_throughput": after.gen_throughput or None,  # over a log interval, which the run may not reach
-        **{f"{name}_throughput": amount / duration for name, amount in rates.items()},
+        **throughputs(len(metas), inputs, outputs, duration),
     }
     print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
     shares = {}
@@ -105,37 +100,30 @@ def run(
     if args.profile:
         engine.flush_cache()
         with jax.profiler.trace(folder := args.profile_output_dir or "profile_offline"):
-            generate(engine, prompts[:_FEW], params[:_FEW])
+            generate(engine, prompts[:_FEW], sampling)
         print(f"\nTrace: {folder}")
     return SOME_FAILED if len(metas) < len(prompts) else 0
-
-
-def request_params(prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list[SamplingParams]:
-    """Return each prompt's parameters. Raises BenchmarkError."""
-    try:
-        return [sampling_params({"max_new_tokens": each.output_len, **sampling}).params for each in prompts]
-    except InvalidParameter as error:
-        raise BenchmarkError(f"--extra-request-body: {error}") from error
 
 
 def warm_up(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]) -> None:
     """Generate a little from these prompts, and drop them from the cache again."""
     short = [replace(each, output_len=min(each.output_len, _WARM_UP_OUTPUT)) for each in prompts]
     before = engine.stats.generated_tokens
-    answers = generate(engine, short, request_params(short, sampling))
+    answers = generate(engine, short, sampling)
     settled(engine, before + sum(answer["meta_info"]["completion_tokens"] for answer in answers))
     engine.flush_cache()
 
 
-def generate(engine: Engine, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[dict[str, Any]]:
-    """Generate all answers: texts are encoded here, within what is timed."""
+def generate(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list[dict[str, Any]]:
+    """Generate all answers: texts are encoded here, within what is timed. Raises BenchmarkError for what is refused."""
+    params = [{"max_new_tokens": each.output_len, **sampling} for each in prompts]
     texts = [each.prompt for each in prompts if isinstance(each.prompt, str)]
     try:
         if len(texts) == len(prompts):
             found = engine.generate(prompt=texts, sampling_params=params)
         else:
-            ids = Framing(engine.tokenizer).ids
-            found = engine.generate(input_ids=[ids(each.prompt) for each in prompts], sampling_params=params)
+            ids = [engine.tokenizer.encode(p) if isinstance(p := each.prompt, str) else p for each in prompts]
+            found = engine.generate(input_ids=ids, sampling_params=params)
     except InvalidParameter as error:
         raise BenchmarkError(f"a request is refused: {error}") from error
     answers: Any = found  # a list, as the prompts are one

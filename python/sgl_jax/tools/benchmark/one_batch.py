@@ -1,15 +1,11 @@
 """The work of `python -m sgl_jax.bench_one_batch`: batches in the engine's own loop, every step waited for.
 
-prefill throughput  prompt tokens / time until every row's first token is on the host
-decode latency      of one step in which every row gets a token, from the step before until its tokens are on the host
-decode throughput   rows / decode latency
-total throughput    prompt and output tokens / (prefill + all decode steps)
+docs/features/benchmarking.md defines the figures.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +22,15 @@ from sgl_jax.engine.startup import build_core
 from sgl_jax.request import SamplingParams
 from sgl_jax.tools.benchmark.arguments import Case, cases, server_arguments
 from sgl_jax.tools.benchmark.datasets.source import IdSource
-from sgl_jax.tools.benchmark.machine_limits import MachineLimits, Roofline, limits_of, measured_roofline, share_lines
+from sgl_jax.tools.benchmark.figures import report
+from sgl_jax.tools.benchmark.machine_limits import (
+    BATCH_SHARES,
+    MachineLimits,
+    Roofline,
+    batch_shares,
+    measure_limits,
+    measured_roofline,
+)
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, append_jsonl, check_writable, say, start_log
 
 TOOL = "bench_one_batch"
@@ -73,7 +77,7 @@ def run(
     args: argparse.Namespace,
     core: Core,
     clock: Callable[[], float] = time.perf_counter,
-    measure: Callable[[EngineInfo], MachineLimits] = limits_of,
+    measure: Callable[..., MachineLimits] = measure_limits,
 ) -> int:
     """Do everything after the start. Returns the exit code."""
     import jax
@@ -149,67 +153,53 @@ def prefill_steps(batch_size: int, input_len: int, chunk: int) -> int:
 def check_fits(case: Case, plan: LaunchPlan) -> None:
     """Check that the batch can run at once. Raises BenchmarkError with the limit that is in the way."""
     limits = plan.runner_config
-    if case.batch_size > limits.num_rows:
-        raise BenchmarkError(
-            f"--batch-size is {case.batch_size}; {limits.num_rows} requests can run at once, "
-            "raise --max-running-requests"
-        )
-    more = prefill_steps(case.batch_size, case.input_len, plan.scheduler_config.max_prefill_tokens) - 1
-    tokens = case.input_len + case.output_len + more
-    if tokens > limits.context_length:
-        early = f" with {more} that early rows get while others are prefilled" if more else ""
-        raise BenchmarkError(
-            f"--input-len {case.input_len} and --output-len {case.output_len} make {tokens} tokens{early}; a request may "
-            f"hold {limits.context_length}, raise --context-length if the model allows it"
-        )
-    pool = plan.kv_tokens // limits.page_size
-    if (pages := case.batch_size * -(-tokens // limits.page_size)) > pool:
-        raise BenchmarkError(
-            f"{case.batch_size} requests of {tokens} tokens need {pages} pages of {limits.page_size} tokens; the KV "
-            f"pool has {pool}, raise --max-total-tokens or --mem-fraction-static"
-        )
+    # Rows that are prefilled early get more tokens, while the others are prefilled.
+    early = prefill_steps(case.batch_size, case.input_len, plan.scheduler_config.max_prefill_tokens) - 1
+    tokens = case.input_len + case.output_len + early
+    pages, pool = case.batch_size * -(-tokens // limits.page_size), plan.kv_tokens // limits.page_size
+    for needed, limit, of, flag in (
+        (case.batch_size, limits.num_rows, "requests at once", "--max-running-requests"),
+        (tokens, limits.context_length, "tokens of a request", "--context-length"),
+        (pages, pool, f"pages of {limits.page_size} tokens", "--max-total-tokens or --mem-fraction-static"),
+    ):
+        if needed > limit:
+            raise BenchmarkError(f"{case}: it needs {needed} {of}, and {limit} are possible; raise {flag}")
 
 
 # --- report -----------------------------------------------------------------------------------------------------------
 
 
 def record(case: Case, times: BatchTimes, compiles: int, info: EngineInfo, roofline: Roofline | None) -> dict[str, Any]:
-    """Return the line of JSON: seconds, tokens per second; None where there is no decode step. Shares of the machine, 0 to 1, are
-    of the median step with the KV of the mean one: the prompt and half of the output."""
-    rows, input_len, output_len = case.batch_size, case.input_len, case.output_len
+    """Return the line of JSON: seconds, tokens per second, shares 0 to 1; None where there is no decode step."""
+    rows, inputs = case.batch_size, case.batch_size * case.input_len
     median, total = times.median_decode_s, times.prefill_s + sum(times.decode_s)
-    context, inputs = input_len + output_len / 2, rows * input_len
-    shares = (
-        {}
-        if roofline is None
-        else roofline.shares(rows, context, median, inputs, times.prefill_s, "prefill_matmul_share")
-    )
     return vars(case) | {
         "prefill_latency": times.prefill_s,
-        "prefill_throughput": rows * input_len / times.prefill_s,
+        "prefill_throughput": inputs / times.prefill_s,
         "median_decode_latency": median,
         "median_decode_throughput": rows / median if median else None,
         "total_latency": total,
-        "overall_throughput": rows * (input_len + output_len) / total,
+        "overall_throughput": rows * (case.input_len + case.output_len) / total,
         "compiles_after_ready": compiles,
         **{name: getattr(info, name) for name in ("model_path", "dtype", "device_kind", "num_devices")},
-        **shares,
+        **batch_shares(roofline, case, median, inputs, times.prefill_s),
     }
 
 
 def block_of(found: Mapping[str, Any], times: BatchTimes) -> str:
     """Format the batch. Labels are those that existing scripts look for."""
-
-    def line(name: str, seconds: float, throughput: float, median: str = "") -> str:
-        return f"{name} {median}latency: {seconds:6.5f} s, {median}throughput: {throughput:9.2f} token/s"
-
     rows = found["batch_size"]
-    lines = [f"Batch size: {rows}, input length: {found['input_len']}, output length: {found['output_len']}"]
-    lines.append(line("Prefill.", times.prefill_s, found["prefill_throughput"]))
-    for i, seconds in enumerate(itertools.islice(times.decode_s, _DECODE_LINES)):
-        lines.append(line(f"Decode {i}. Batch size: {rows},", seconds, rows / seconds))
-    if (median := times.median_decode_s) is not None:
-        lines.append(line("Decode. ", median, found["median_decode_throughput"], "median ").replace("  ", " ", 1))
-    total = f"latency: {found['total_latency']:6.3f} s, throughput: {found['overall_throughput']:9.2f} token/s"
-    lines += [f"Total. {total}", *(line[0].upper() + line[1:] for line in share_lines(found))]
-    return "\n".join(lines) + "\n"
+    steps = [
+        f"Decode {i}. Batch size: {rows}, latency: {seconds:6.5f} s, throughput: {rows / seconds:9.2f} token/s"
+        for i, seconds in enumerate(times.decode_s[:_DECODE_LINES])
+    ]
+    lines = [
+        "Batch size: {batch_size}, input length: {input_len}, output length: {output_len}",
+        "Prefill. latency: {prefill_latency:6.5f} s, throughput: {prefill_throughput:9.2f} token/s",
+        *steps,
+        "Decode. median latency: {median_decode_latency:6.5f} s, "
+        "median throughput: {median_decode_throughput:9.2f} token/s",
+        "Total. latency: {total_latency:6.3f} s, throughput: {overall_throughput:9.2f} token/s",
+        *(f"{title.capitalize()}: {template}" for title, template in BATCH_SHARES.items()),
+    ]
+    return report(lines, found)

@@ -1,72 +1,49 @@
 """The work of `python -m sgl_jax.bench_one_batch_server`: batches of prompts, each sent as one streaming request.
 
-    ttft               from sending until every row of the batch has its first token: the prefill of the whole batch
-    latency            from sending to the end of the answer
-    itl                (latency - ttft) / (output_len - 1)
-    input throughput   prompt tokens / ttft
-    output throughput  batch_size x output_len / (latency - ttft)
-
-Nothing follows the first token when output_len is 1: itl and output throughput are None then.
+docs/features/benchmarking.md defines the figures.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
 from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
 
-from sgl_jax.settings.flag_parser import FlagError, option_named
+from sgl_jax.settings.flag_parser import option_named
 from sgl_jax.settings.flags import read_command_line
 from sgl_jax.settings.foreign_flags import ELSEWHERE
 from sgl_jax.settings.server_args import FLAGS
 from sgl_jax.tools.benchmark.arguments import Case, cases
 from sgl_jax.tools.benchmark.client import Client, ServerError, connect
 from sgl_jax.tools.benchmark.datasets.source import IdSource
-from sgl_jax.tools.benchmark.machine_limits import Roofline, server_roofline, share_lines
+from sgl_jax.tools.benchmark.figures import markdown_table, report
+from sgl_jax.tools.benchmark.machine_limits import BATCH_SHARES, Roofline, batch_shares, server_roofline
 from sgl_jax.tools.benchmark.protocols import NATIVE, Outcome, Prompt, RequestOptions, request_body
 from sgl_jax.tools.benchmark.server_process import StartedServer, started_server
-from sgl_jax.tools.benchmark.terminal import (
-    SOME_FAILED,
-    BenchmarkError,
-    Column,
-    append_jsonl,
-    check_writable,
-    markdown_table,
-    say,
-)
+from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, append_jsonl, check_writable, say
 
 TOOL = "bench_one_batch_server"
 _WARM_UP = (16, 1024, 16)  # prompts of so many tokens, and tokens to generate, at most
 # Flags of the server that say something about one that runs. Published command lines have --model beside
 # --base-url; that server has its model already.
 _WITH_BASE_URL = {"model_path", "served_model_name", "tokenizer_path", "api_key"}
-_COLUMNS = (
-    Column("batch size", "batch_size"),
-    Column("input len", "input_len"),
-    Column("output len", "output_len"),
-    Column("latency (s)", "latency", "{:.3f}"),
-    Column("ttft (s)", "ttft", "{:.3f}"),
-    Column("input throughput (tok/s)", "input_throughput", "{:.2f}"),
-    Column("output throughput (tok/s)", "output_throughput", "{:.2f}"),
-    Column("ITL (ms)", "itl", "{:.2f}", 1e3),
-    Column("decode, of memory bandwidth", "decode_bandwidth_share", "{:.1%}"),
-    Column("prefill, of matmul rate", "prefill_matmul_share", "{:.1%}"),
-)
-_LINES = (
-    Column("batch size", "batch_size"),
-    Column("input_len", "input_len"),
-    Column("output_len", "output_len"),
-    Column("latency", "latency", "{:.3f} s"),
-    Column("ttft", "ttft", "{:.3f} s"),
-    Column("itl", "itl", "{:.2f} ms", 1e3),
-    Column("input throughput", "input_throughput", "{:.2f} tok/s"),
-    Column("output throughput", "output_throughput", "{:.2f} tok/s"),
-)
+_FIGURES = {  # titles and templates: a line of the block each, and a column of the report
+    "batch size": "{batch_size}",
+    "input_len": "{input_len}",
+    "output_len": "{output_len}",
+    "latency": "{latency:.3f} s",
+    "ttft": "{ttft:.3f} s",
+    "itl": "{itl_ms:.2f} ms",
+    "input throughput": "{input_throughput:.2f} tok/s",
+    "output throughput": "{output_throughput:.2f} tok/s",
+    **BATCH_SHARES,
+    "cached tokens": "{cached_tokens} of {input_tokens}",
+}
 
 
 class BatchResult(NamedTuple):
@@ -86,11 +63,8 @@ def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
 
 
 def flags_of_running(base_url: str, server_flags: Sequence[str]) -> dict[str, str]:
-    """Parse the server's flags beside --base-url; those about how a server is started are refused."""
-    try:
-        given = read_command_line(FLAGS, server_flags, elsewhere=ELSEWHERE)
-    except FlagError as error:
-        raise BenchmarkError(str(error)) from None
+    """Parse the server's flags beside --base-url; those about how a server is started are refused. Raises FlagError."""
+    given = read_command_line(FLAGS, server_flags, elsewhere=ELSEWHERE)
     for name in set(given) - _WITH_BASE_URL:
         raise BenchmarkError(
             f"{option_named(name)} is for a server that is started; --base-url {base_url} runs already"
@@ -116,11 +90,7 @@ async def run(
 
         if not args.skip_warmup:
             sizes = (max(args.batch_size), max(args.input_len), max(args.output_len))
-            case = Case(*map(min, sizes, _WARM_UP))
-            try:
-                await measure(case)
-            except BenchmarkError as error:  # so will the case of these sizes, and others may not
-                say(TOOL, f"warming up with {case} failed: {error}")
+            await measure(Case(*map(min, sizes, _WARM_UP)))
         settings = {name: getattr(args, name) for name in ("run_name", "temperature", "return_logprob", "seed")}
         settings["start_seconds"] = started and round(started.start_seconds, 3)
         records, num_failed = [], 0
@@ -134,7 +104,7 @@ async def run(
                 num_failed += 1
                 continue
             records.append(settings | record(case, result, roofline))
-            print(block_of(records[-1]), flush=True)
+            print(report([f"{title}: {template}" for title, template in _FIGURES.items()], records[-1]), flush=True)
             append_jsonl(args.result_filename, records[-1])
             if args.profile:  # once more: what is measured runs without the profiler
                 await client.start_profile(args.profile_output_dir)
@@ -143,41 +113,27 @@ async def run(
                 finally:
                     await client.stop_profile()
     if args.show_report and records:
-        print(markdown_table(_COLUMNS, records))
+        print(markdown_table(_FIGURES, records))
     return SOME_FAILED if num_failed else 0
 
 
 def record(case: Case, result: BatchResult, roofline: Roofline | None) -> dict[str, Any]:
-    """Return times in seconds, throughputs in tokens per second, shares 0 to 1; None where there is nothing to tell.
-
-    A row's context is its prompt and half of its output; cached tokens are not computed.
-    """
-    rows, input_len, output_len = case.batch_size, case.input_len, case.output_len
-    decode_s, inputs = result.latency_s - result.ttft_s, rows * input_len
-    itl = decode_s / (output_len - 1) if output_len > 1 else None
-    found = vars(case) | {
+    """Return times in seconds, throughputs in tokens per second, shares 0 to 1; None where there is nothing to tell."""
+    inputs, outputs = case.batch_size * case.input_len, case.batch_size * case.output_len
+    decode_s = result.latency_s - result.ttft_s
+    itl = decode_s / (case.output_len - 1) if case.output_len > 1 else None
+    return vars(case) | {
         "input_tokens": inputs,
         "cached_tokens": result.cached_tokens,
         "latency": result.latency_s,
         "ttft": result.ttft_s,
         "itl": itl,
+        "itl_ms": itl and 1e3 * itl,
         "input_throughput": inputs / result.ttft_s,
-        "output_throughput": rows * output_len / decode_s if itl else None,
-        "overall_throughput": (inputs + rows * output_len) / result.latency_s,
+        "output_throughput": outputs / decode_s if itl else None,
+        "overall_throughput": (inputs + outputs) / result.latency_s,
+        **batch_shares(roofline, case, itl, inputs - (result.cached_tokens or 0), result.ttft_s),
     }
-    if roofline is not None:
-        computed, context = inputs - (result.cached_tokens or 0), input_len + output_len / 2
-        found |= roofline.shares(rows, context, itl, computed, result.ttft_s, "prefill_matmul_share")
-    return {name: round(value, 6) if isinstance(value, float) else value for name, value in found.items()}
-
-
-def block_of(record: Mapping[str, Any]) -> str:
-    """Format the case, a figure a line."""
-    shown = [(column.title, column.cell(record)) for column in _LINES if record[column.field] is not None]
-    lines = [f"{title}: {cell}" for title, cell in shown] + share_lines(record)
-    if record["cached_tokens"]:
-        lines.append(f"cached tokens: {record['cached_tokens']} of {record['input_tokens']}, not computed again")
-    return "\n".join(lines) + "\n"
 
 
 async def run_case(client: Client, case: Case, prompts: Sequence[list[int]], options: RequestOptions) -> BatchResult:
@@ -187,17 +143,14 @@ async def run_case(client: Client, case: Case, prompts: Sequence[list[int]], opt
     rows = [Outcome(case.input_len, 0.0) for _ in prompts]
     now = asyncio.get_running_loop().time
     start, ttft = now(), None
-    try:
-        async with aclosing(client.events(NATIVE.path, data)) as events:
-            async for event in events:
-                reading = rows[index := event.get("index", 0)]
-                NATIVE.read(event, reading)
-                if reading.aborted:
-                    raise ServerError(f"the server aborted row {index}: {reading.aborted}")
-                if ttft is None and all(row.output_tokens for row in rows):
-                    ttft = now() - start
-    except (AttributeError, LookupError, TypeError) as error:
-        raise ServerError(f"the answer is not one of {NATIVE.path}: {type(error).__name__}: {error}") from error
+    async with aclosing(client.events(NATIVE.path, data)) as events:
+        async for event in events:
+            reading = rows[index := event.get("index", 0)]
+            NATIVE.read(event, reading)
+            if reading.aborted:
+                raise ServerError(f"the server aborted row {index}: {reading.aborted}")
+            if ttft is None and all(row.output_tokens for row in rows):
+                ttft = now() - start
     latency = now() - start
     output, wanted = sum(row.output_tokens or 0 for row in rows), case.batch_size * case.output_len
     if ttft is None or output != wanted:

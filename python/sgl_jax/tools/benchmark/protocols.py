@@ -17,17 +17,10 @@ from sgl_jax.tools.benchmark.terminal import BenchmarkError
 class Prompt:
     """One request to send."""
 
-    prompt: str | list[int] | list[dict[str, str]]  # text, token ids, or chat messages
+    prompt: str | list[int]  # text or token ids
     prompt_len: int  # tokens, as the tokenizer at hand counts them
     output_len: int  # tokens to generate
     arrival_s: float | None = None  # seconds after the start of the run, in data sets that carry times
-
-    @property
-    def kind(self) -> str:
-        """The kind of prompt: "text", "ids" or "messages"."""
-        if isinstance(self.prompt, str):
-            return "text"
-        return "messages" if self.prompt and isinstance(self.prompt[0], dict) else "ids"
 
 
 @dataclass
@@ -96,69 +89,53 @@ def _read_openai(event: dict[str, Any], outcome: Outcome) -> None:
 class Protocol(NamedTuple):
     path: str
     read: Callable[[dict[str, Any], Outcome], None]
-    fields: dict[str, str]  # the body's field for each kind of prompt that it can carry
-    refusal: str  # said of another kind
+    text: str  # field of a prompt's text
+    ids: str | None  # field of its token ids; None: it takes text only
     max_tokens: str  # field of the output length
     logprobs: int | bool = True  # value that asks for them
 
 
-NATIVE = Protocol(
-    "/generate",
-    _read_native,
-    {"text": "text", "ids": "input_ids"},
-    "the native API takes text or token ids, and these prompts are chat messages; use a chat backend, or "
-    "--apply-chat-template with a tokenizer",
-    "max_new_tokens",
-)
-COMPLETIONS = Protocol(
-    "/v1/completions",
-    _read_openai,
-    {"text": "prompt", "ids": "prompt"},
-    "completions take text or token ids, and these prompts are chat messages; use a chat backend",
-    "max_tokens",
-    1,
-)
-CHAT = Protocol(
-    "/v1/chat/completions",
-    _read_openai,
-    {"text": "messages", "messages": "messages"},
-    "chat takes text, and these prompts are token ids; use --dataset-name random, whose prompts are text, or a backend "
-    "that is not chat",
-    "max_completion_tokens",
-)
+NATIVE = Protocol("/generate", _read_native, "text", "input_ids", "max_new_tokens")
+COMPLETIONS = Protocol("/v1/completions", _read_openai, "prompt", "prompt", "max_tokens", 1)
+CHAT = Protocol("/v1/chat/completions", _read_openai, "messages", None, "max_completion_tokens")
 
 
-class Backend(NamedTuple):
+class BenchBackend(NamedTuple):
     protocol: Protocol
     port: int  # the engine of that name listens on by default
 
 
 BACKENDS = {
-    "sgl-jax": Backend(NATIVE, 30000),
-    "sgl-jax-oai": Backend(COMPLETIONS, 30000),
-    "sgl-jax-oai-chat": Backend(CHAT, 30000),
-    "sglang": Backend(NATIVE, 30000),
-    "sglang-native": Backend(NATIVE, 30000),
-    "sglang-oai": Backend(COMPLETIONS, 30000),
-    "sglang-oai-chat": Backend(CHAT, 30000),
-    "openai": Backend(COMPLETIONS, 8000),
-    "openai-chat": Backend(CHAT, 8000),
-    "vllm": Backend(COMPLETIONS, 8000),
-    "vllm-chat": Backend(CHAT, 8000),
-    "lmdeploy": Backend(COMPLETIONS, 23333),
-    "lmdeploy-chat": Backend(CHAT, 23333),
+    "sgl-jax": BenchBackend(NATIVE, 30000),
+    "sgl-jax-oai": BenchBackend(COMPLETIONS, 30000),
+    "sgl-jax-oai-chat": BenchBackend(CHAT, 30000),
+    "sglang": BenchBackend(NATIVE, 30000),
+    "sglang-native": BenchBackend(NATIVE, 30000),
+    "sglang-oai": BenchBackend(COMPLETIONS, 30000),
+    "sglang-oai-chat": BenchBackend(CHAT, 30000),
+    "openai": BenchBackend(COMPLETIONS, 8000),
+    "openai-chat": BenchBackend(CHAT, 8000),
+    "vllm": BenchBackend(COMPLETIONS, 8000),
+    "vllm-chat": BenchBackend(CHAT, 8000),
+    "lmdeploy": BenchBackend(COMPLETIONS, 23333),
+    "lmdeploy-chat": BenchBackend(CHAT, 23333),
 }
 
 
 def request_body(
     protocol: Protocol, prompt: Prompt, options: RequestOptions, lora: str | None = None
 ) -> dict[str, Any]:
-    """Make the body of a request. Raises BenchmarkError when the protocol cannot carry this kind of prompt."""
-    if prompt.kind not in protocol.fields:
-        raise BenchmarkError(protocol.refusal)
-    is_chat_text = protocol is CHAT and prompt.kind == "text"
-    said = [{"role": "user", "content": prompt.prompt}] if is_chat_text else prompt.prompt
-    body: dict[str, Any] = {protocol.fields[prompt.kind]: said, "stream": options.stream}
+    """Make the body of a request. Raises BenchmarkError when the protocol cannot carry token ids."""
+    said: Any = prompt.prompt
+    name = protocol.text if isinstance(said, str) else protocol.ids
+    if name is None:
+        raise BenchmarkError(
+            "chat takes text, and these prompts are token ids; use --dataset-name random, whose prompts are text, or a "
+            "backend that is not chat"
+        )
+    if protocol is CHAT:
+        said = [{"role": "user", "content": said}]
+    body: dict[str, Any] = {name: said, "stream": options.stream}
     sampling = {"temperature": options.temperature, protocol.max_tokens: prompt.output_len}
     if options.ignore_eos:  # not OpenAI's own; a server that refuses it needs --disable-ignore-eos
         sampling["ignore_eos"] = True
@@ -168,8 +145,7 @@ def request_body(
         body |= {**sampling, "model": lora or options.model}
         body["logprobs"] = protocol.logprobs if options.return_logprob else None
         body["stream_options"] = {"include_usage": True} if options.stream else None
-    body = {name: value for name, value in body.items() if value is not None}
-    return _merged(body, options.extra_request_body)
+    return _merged({name: value for name, value in body.items() if value is not None}, options.extra_request_body)
 
 
 def _merged(base: Any, extra: Any) -> Any:

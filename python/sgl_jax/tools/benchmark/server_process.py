@@ -50,7 +50,8 @@ def started_server(flags: Sequence[str], timeout_s: float = START_TIMEOUT_S) -> 
     quiet = [] if "log_level" in args.changed() else ["--log-level", "warning"]
     command = [sys.executable, "-m", "sgl_jax.launch_server", *flags, *quiet, "--port", str(port)]
     start = time.perf_counter()
-    with _ending_raises():
+    handlers = {number: signal.signal(number, _leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
         # In a process group of its own: Ctrl-C in a terminal reaches the benchmark alone, which then stops the server.
         process = subprocess.Popen(command, stdout=_STDERR, process_group=0)
         try:
@@ -65,15 +66,22 @@ def started_server(flags: Sequence[str], timeout_s: float = START_TIMEOUT_S) -> 
             finally:  # also when a second Ctrl-C interrupts the wait
                 process.kill()
                 process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by an exception, so that the block with the server ends."""
+    raise SystemExit(128 + number)
 
 
 def _free_port(host: str, port: int) -> int:
     """Return the port itself, or any free one for 0. Another server on it would be measured in place of ours."""
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as listener:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind(address)
+            listener.bind((host, port))
         except OSError as error:
             raise BenchmarkError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from None
         return listener.getsockname()[1]
@@ -91,18 +99,3 @@ def _wait_ready(process: subprocess.Popen[bytes], host: str, port: int, deadline
         if time.perf_counter() > deadline:
             raise BenchmarkError("the server was not ready in time; give it longer with --start-timeout SECONDS")
         time.sleep(_POLL_S)
-
-
-@contextlib.contextmanager
-def _ending_raises() -> Iterator[None]:
-    """Let SIGTERM, and SIGHUP of a terminal that closes, end the block as an exception does. For the main thread."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,17 @@ import msgspec
 import numpy as np
 
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from sgl_jax.tools.benchmark.client import Client, ServerError, allow_many_connections, connect, measured
+from sgl_jax.tools.benchmark.client import ServerError, allow_many_connections, connect, measured
 from sgl_jax.tools.benchmark.datasets import load_prompts
 from sgl_jax.tools.benchmark.figures import ServingRun, compute_figures, compute_shares, failure_line, standard_block
 from sgl_jax.tools.benchmark.machine_limits import Roofline, server_roofline, shares_block
-from sgl_jax.tools.benchmark.plot import check_plot, run_figure, save
 from sgl_jax.tools.benchmark.protocols import BACKENDS, NATIVE, Outcome, Prompt, RequestOptions, request_body
 from sgl_jax.tools.benchmark.terminal import BenchmarkError, append_jsonl, check_writable, request_progress, say
 
 TOOL = "bench_serving"
 _WARM_UP_OUTPUT = 32  # tokens, at most
 _POLL_S = 0.5
-_NOT_DESCRIBED = {"header", "host", "port", "output_file", "output_details", "output_dir", "plot", "machine_limits"}
+_NOT_DESCRIBED = {"header", "host", "port", "output_file", "output_details", "machine_limits", "disable_tqdm"}
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,6 @@ class ServerFacts:
 
 def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Run what the flags say and print the result. Returns the exit code; raises BenchmarkError."""
-    if args.plot is not None:
-        check_plot(args.plot)  # before the run, not after it
     check_writable(args.output_file, "--output-file")
     allow_many_connections()
     facts = asyncio.run(ask_server(args))
@@ -57,8 +54,6 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
     if (failure := failure_line(run)) is not None:
         say(TOOL, failure)
     append_jsonl(args.output_file, run.json(args.output_details))
-    if args.plot is not None:
-        save(run_figure(run), args.plot)
     return 130 if run.interrupted else int(run.figures["failed"] > 0)
 
 
@@ -114,13 +109,9 @@ async def run_serving(
     """
     if not prompts:
         raise BenchmarkError("the data set has no prompts")
+    ignore_eos, stream = not args.disable_ignore_eos, not args.disable_stream
     options = RequestOptions(
-        facts.model,
-        args.temperature,
-        not args.disable_ignore_eos,
-        not args.disable_stream,
-        args.return_logprob,
-        args.extra_request_body,
+        facts.model, args.temperature, ignore_eos, stream, args.return_logprob, args.extra_request_body
     )
     protocol = BACKENDS[args.backend].protocol
     times = sending_times(args, prompts)
@@ -136,7 +127,7 @@ async def run_serving(
     async with connect(base_url(args), headers(args)) as client:
 
         async def send(body: bytes, prompt: Prompt) -> Outcome:
-            return await measured(client, protocol, body, prompt.prompt_len, options.stream)
+            return await measured(client, protocol, body, prompt.prompt_len, stream)
 
         warmed_up = await asyncio.gather(*(send(warm_up, short) for _ in range(args.warmup_requests)))
         if warmed_up and not any(outcome.ok for outcome in warmed_up):
@@ -156,30 +147,23 @@ async def run_serving(
             sent, complete = await drive(one, times, args.max_concurrency)
             duration = loop.time() - start
         if args.profile:
-            await _stop_profile(client, args.profile_num_steps)
+            try:
+                await client.stop_profile()
+            except ServerError as error:  # it has ended by itself, after --profile-num-steps
+                say(TOOL, f"the profile could not be stopped: {error}")
     outcomes = [outcome for outcome in sent if outcome is not None]
     count_tokens = None if tokenizer is None else lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     figures = compute_figures(outcomes, start, duration, count_tokens)
     shares = None if facts.roofline is None else compute_shares(outcomes, figures, duration, facts.roofline)
-    config = _described(args, options, len(prompts))
+    config = described(args) | {"model": facts.model, "num_prompts": len(prompts)}
     return ServingRun(config, start, duration, outcomes, figures, shares, not complete)
 
 
-async def _stop_profile(client: Client, num_steps: int | None) -> None:
-    """Stop the profile; a failure is told, unless it has stopped by itself after so many steps."""
-    try:
-        await client.stop_profile()
-    except ServerError as error:
-        if num_steps is None:
-            say(TOOL, f"the profile could not be stopped: {error}")
-
-
-def _described(args: argparse.Namespace, options: RequestOptions, num_prompts: int) -> dict[str, Any]:
+def described(args: argparse.Namespace) -> dict[str, Any]:
     """Return the settings that a reader of the result needs; not the headers, which may hold a key."""
     given = {name: value for name, value in vars(args).items() if name not in _NOT_DESCRIBED}
     rate = "inf" if args.request_rate == float("inf") else args.request_rate  # JSON has no infinity
-    rate = "trace" if args.use_trace_timestamps else rate
-    return given | asdict(options) | {"base_url": base_url(args), "request_rate": rate, "num_prompts": num_prompts}
+    return given | {"base_url": base_url(args), "request_rate": "trace" if args.use_trace_timestamps else rate}
 
 
 # --- traffic ----------------------------------------------------------------------------------------------------------

@@ -8,19 +8,17 @@ that connection.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import gzip
 import itertools
-import json
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from jax.profiler import ProfileData
 
 from sgl_jax.text.protobuf import fields
+from sgl_jax.tools.benchmark.figures import covered
 
 HOST_STAGES = ("plan", "dispatch", "collect", "process")
 DEVICE_STAGES = ("unpack", "embed", "attention", "mlp", "logits", "sample", "store", "prompt_logprobs")
@@ -35,40 +33,35 @@ class StageTime(NamedTuple):
     milliseconds: float  # in which it ran, alone or beside others
 
 
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    steps: list[Interval]
+class Profile(NamedTuple):
     host: dict[str, list[Interval]]  # by stage
     device: dict[str, list[Interval]]  # by stage, OTHER included; operations may contain each other
 
     def host_times(self) -> list[StageTime]:
-        return [StageTime(stage, len(spans), _milliseconds(spans)) for stage, spans in self.host.items()]
+        return [StageTime(stage, len(spans), milliseconds(spans)) for stage, spans in self.host.items()]
 
     def device_times(self) -> list[StageTime]:
-        """Return the stages in the order of a step. OTHER is what is in no stage's time."""
+        """Return the stages in the order of a step. OTHER is the time outside of all stages."""
         named = {stage: spans for stage, spans in self.device.items() if stage != OTHER and spans}
-        found = [StageTime(stage, len(spans), _milliseconds(merged(spans))) for stage, spans in named.items()]
-        rest = self.device_milliseconds - _milliseconds(merged(itertools.chain(*named.values())))
+        found = [StageTime(stage, len(spans), milliseconds(spans)) for stage, spans in named.items()]
+        rest = milliseconds(*self.device.values()) - milliseconds(*named.values())
         return [*found, StageTime(OTHER, len(self.device[OTHER]), rest)]
 
-    @property
-    def device_milliseconds(self) -> float:
-        """Time in which at least one operation ran."""
-        return _milliseconds(merged(itertools.chain(*self.device.values())))
+
+def milliseconds(*spans: Sequence[Interval]) -> float:
+    """Return the time in which at least one of these intervals runs."""
+    return covered(itertools.chain(*spans)) / 1e6
 
 
 def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Print the table of a profile, and write its trace. Returns the exit code."""
+    """Print the table of a profile. Returns the exit code."""
     try:
         path = find_profile(args.profile)
         profile = read_profile(path)
-        print(f"{path}: {len(profile.host['collect'])} steps collected\n\n{table(profile)}")
-        if args.perfetto is not None:
-            write_perfetto(profile, args.perfetto)
-            print(f"\nwrote {args.perfetto}; open it in ui.perfetto.dev")
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    print(f"{path}: {len(profile.host['collect'])} steps collected\n\n{table(profile)}")
     return 0
 
 
@@ -90,21 +83,17 @@ def read_profile(path: Path) -> Profile:
         programs = _programs(data)
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} is not a profile: {error}") from error
-    profile = Profile([], {stage: [] for stage in HOST_STAGES}, {stage: [] for stage in (*DEVICE_STAGES, OTHER)})
+    profile = Profile({stage: [] for stage in HOST_STAGES}, {stage: [] for stage in (*DEVICE_STAGES, OTHER)})
     scopes: dict[int, dict[str, str]] = {}  # by program, of those that ran
-    for plane in planes:
-        for line in plane.lines:
-            for event in line.events:
-                span = (event.start_ns, event.start_ns + event.duration_ns)
-                if event.name == "step":
-                    profile.steps.append(span)
-                elif event.name in HOST_STAGES:
-                    profile.host[event.name].append(span)
-                elif (operation := _operation(event)) is not None:
-                    program, name = operation
-                    if program not in scopes:
-                        scopes[program] = _scopes(programs.get(program, b""))
-                    profile.device[stage_of(scopes[program].get(name, ""))].append(span)
+    for event in (event for plane in planes for line in plane.lines for event in line.events):
+        span = (event.start_ns, event.start_ns + event.duration_ns)
+        if event.name in HOST_STAGES:
+            profile.host[event.name].append(span)
+        elif (operation := _operation(event)) is not None:
+            program, name = operation
+            if program not in scopes:
+                scopes[program] = _scopes(programs.get(program, b""))
+            profile.device[stage_of(scopes[program].get(name, ""))].append(span)
     return profile
 
 
@@ -113,48 +102,17 @@ def stage_of(scope: str) -> str:
     return next((part for part in scope.split("/") if part in DEVICE_STAGES), OTHER)
 
 
-def merged(spans: Iterable[Interval]) -> list[Interval]:
-    """Join overlapping intervals; returns them in order."""
-    found: list[Interval] = []
-    for start, end in sorted(spans):
-        if found and start <= found[-1][1]:
-            found[-1] = found[-1][0], max(found[-1][1], end)
-        else:
-            found.append((start, end))
-    return found
-
-
 def table(profile: Profile) -> str:
     """Format host stages per step, device stages with their share of the device's time."""
     steps = max(1, len(profile.host["collect"]))
     lines = [f"{'':<24}{'count':>9}{'ms':>10}{'ms a step':>12}{'share':>9}", "host"]
     for stage, count, time in profile.host_times():
         lines.append(f"  {stage:<22}{count:>9}{time:>10.1f}{time / steps:>12.3f}")
-    busy = profile.device_milliseconds
+    busy = milliseconds(*profile.device.values())
     lines.append(f"{'device':<33}{busy:>10.1f}{busy / steps:>12.3f}")
     for stage, count, time in profile.device_times():
         lines.append(f"  {stage:<22}{count:>9}{time:>10.1f}{time / steps:>12.3f}{time / (busy or 1):>9.1%}")
     return "\n".join(lines)
-
-
-def write_perfetto(profile: Profile, path: Path) -> None:
-    """Write a small trace for ui.perfetto.dev, gzipped JSON: the host's stages in one track, each device stage in its own."""
-    host = [("step", span) for span in profile.steps]
-    host += [(stage, span) for stage in HOST_STAGES for span in profile.host[stage]]
-    tracks = [("host", host)]
-    tracks += [(stage, [(stage, span) for span in merged(spans)]) for stage, spans in profile.device.items() if spans]
-    events: list[dict[str, object]] = []
-    for track, (name, spans) in enumerate(tracks):
-        events.append({"ph": "M", "pid": 0, "tid": track, "name": "thread_name", "args": {"name": name}})
-        for stage, (start, end) in spans:
-            times = {"ts": start / 1e3, "dur": (end - start) / 1e3}  # microseconds
-            events.append({"ph": "X", "pid": 0, "tid": track, "name": stage, **times})
-    with gzip.open(path, "wt", encoding="utf-8") as file:
-        json.dump({"traceEvents": events}, file)
-
-
-def _milliseconds(spans: Iterable[Interval]) -> float:
-    return sum(end - start for start, end in spans) / 1e6
 
 
 def _operation(event) -> tuple[int, str] | None:
@@ -165,7 +123,7 @@ def _operation(event) -> tuple[int, str] | None:
     return (stats["program_id"], stats["hlo_op"]) if "hlo_op" in stats and "program_id" in stats else None
 
 
-# --- The programs, which ProfileData does not give out. Field numbers: xplane.proto and hlo.proto in openxla/xla. -----
+# --- Programs, which ProfileData leaves out. Field numbers: xplane.proto and hlo.proto in openxla/xla. ------------------
 
 
 def _programs(space: bytes) -> dict[int, bytes]:

@@ -6,9 +6,9 @@ import contextlib
 import json
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from sgl_jax.observability import log
 from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
@@ -31,19 +31,12 @@ def say(tool: str, line: str) -> None:
 @contextlib.contextmanager
 def request_progress(total: int, show: bool = True) -> Iterator[Callable[[], None]]:
     """Show a bar on standard error where that is a terminal. Gives what to call after each finished request."""
-    from rich import progress as bar
     from rich.console import Console
+    from rich.progress import Progress
 
-    columns = (
-        "requests",
-        bar.BarColumn(),
-        bar.MofNCompleteColumn(),
-        bar.TimeElapsedColumn(),
-        bar.TimeRemainingColumn(),
-    )
     hidden = not (show and sys.stderr.isatty())
-    with bar.Progress(*columns, console=Console(stderr=True), transient=True, disable=hidden) as progress:
-        task = progress.add_task("", total=total)
+    with Progress(console=Console(stderr=True), transient=True, disable=hidden) as progress:
+        task = progress.add_task("requests", total=total)
         yield lambda: progress.advance(task)
 
 
@@ -59,38 +52,19 @@ def block(title: str, rows: Mapping[str, str | float | None]) -> str:
     return "\n".join([*lines, "=" * _WIDTH])
 
 
-class Column(NamedTuple):
-    title: str
-    field: str  # key in the record
-    form: str = "{}"  # as str.format takes it
-    scale: float = 1  # factor from the field's unit to the title's
-
-    def cell(self, record: Mapping[str, Any]) -> str:
-        value = record.get(self.field)
-        return "–" if value is None else self.form.format(value if self.scale == 1 else value * self.scale)
-
-
-def markdown_table(columns: Sequence[Column], records: Sequence[Mapping[str, Any]]) -> str:
-    """Format a row per record. A field that is missing or None is a dash; a column of dashes is left out."""
-    columns = [column for column in columns if any(record.get(column.field) is not None for record in records)]
-    rows = [[column.title for column in columns], *([column.cell(record) for column in columns] for record in records)]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], "|" + "---:|" * len(columns), *lines[1:]])
-
-
 def check_writable(path: Path | None, flag: str) -> None:
     """Check before the run, whose result would be lost. Raises BenchmarkError. None: nothing is to be written."""
     if path is not None and (path.is_dir() or not path.parent.is_dir()):
         raise BenchmarkError(f"{flag} is {path}; it must be a file in a folder that exists")
 
 
-def append_jsonl(path: Path | None, result: Mapping[str, Any], before: str = "") -> None:
-    """Append a line, `before` ahead of it; none without a path. Raises BenchmarkError when the file cannot be written."""
+def append_jsonl(path: Path | None, result: Mapping[str, Any]) -> None:
+    """Append a line; none without a path. Raises BenchmarkError when the file cannot be written."""
     if path is None:
         return
     try:
         with path.open("a", encoding="utf-8") as file:
-            file.write(f"{before}{json.dumps(result)}\n")
+            file.write(f"{json.dumps(result)}\n")
     except OSError as error:
         raise BenchmarkError(f"{path} cannot be written: {error.strerror}") from error
 

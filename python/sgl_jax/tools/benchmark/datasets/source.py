@@ -1,16 +1,14 @@
-"""Sources of prompts of a wanted length: a text, cut to an exact number of tokens and framed, or drawn token ids."""
+"""Sources of prompts of a wanted length: a text, cut to an exact number of tokens, or drawn token ids."""
 
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Callable, Iterator
 from importlib import resources
-from pathlib import Path
 
 import numpy as np
 
-from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import Tokenizer
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
@@ -18,45 +16,6 @@ _NUM_WALKS = 24  # cuts tried from one beginning before another is taken
 _NUM_STARTS = 50  # beginnings tried for one prompt
 _MOST_TEXT = 2**22  # characters read of a file of the user's
 _SPREAD = 64  # without a tokenizer the outer 1/64 of the vocabulary at either end is left out
-
-type Messages = list[dict[str, str]]
-
-
-class Framing:
-    """The text around a prompt's text: the model's chat template and --prompt-suffix. Called with the text, it gives
-    the text to send."""
-
-    def __init__(self, tokenizer: Tokenizer, apply_chat_template: bool = False, suffix: str = ""):
-        self.tokenizer, self._is_chat, self._suffix = tokenizer, apply_chat_template, suffix
-
-    def __call__(self, text: str) -> str:
-        text += self._suffix
-        return self.render([{"role": "user", "content": text}]) if self._is_chat else text
-
-    def conversation(self, messages: Messages) -> str | Messages:
-        """Return the text to send with --apply-chat-template, else the messages, the suffix after the last one."""
-        messages = [*messages[:-1], {**messages[-1], "content": messages[-1]["content"] + self._suffix}]
-        return self.render(messages) if self._is_chat else messages
-
-    def render(self, messages: Messages) -> str:
-        """Return the text that the model's template writes, but for a BOS at its beginning where encoding it adds one."""
-        tokenizer = self.tokenizer
-        try:
-            text = tokenizer.chat_template().render(messages)
-        except TemplateError as error:
-            raise BenchmarkError(f"--apply-chat-template: {error}") from error
-        if tokenizer.bos_token is not None and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
-            text = text.removeprefix(tokenizer.bos_token)
-        return text
-
-    def ids(self, prompt: str | list[int] | Messages) -> list[int]:
-        """Return a prompt's tokens; those of messages are what the model's template writes."""
-        if isinstance(prompt, list) and isinstance(prompt[0], int):
-            return prompt
-        return self.tokenizer.encode(prompt if isinstance(prompt, str) else self.render(prompt))
-
-    def count_answer(self, answer: str) -> int:
-        return len(self.tokenizer.encode(answer, add_special_tokens=False))
 
 
 @functools.cache
@@ -73,42 +32,42 @@ class TextSource:
 
     def __init__(self, tokenizer: Tokenizer, rng: np.random.Generator, path: str | None = None):
         self._tokenizer = tokenizer
-        self._text = _text_of(path) if path else bundled_text()
+        if path:
+            with open(path, encoding="utf-8") as file:
+                self._text = file.read(_MOST_TEXT)
+        else:
+            self._text = bundled_text()
         words = [match.start() for match in re.finditer(r"\S+", self._text)]
+        if not words:
+            raise BenchmarkError(f"--dataset-path is {path}, which holds no text")
         self._starts = iter(rng.permutation(words).tolist())
 
-    def piece(self, num_tokens: int, frame: Callable[[str], str] = str, overhead: int | None = None) -> str:
-        """Return `frame` of some text, of exactly `num_tokens` tokens; the source goes back to its beginning at its end.
+    def piece(self, num_tokens: int, before: str = "") -> str:
+        """Return `before` and a piece of the text, together of exactly `num_tokens` tokens. At the text's end it begins again.
 
-        `overhead` is `count(frame(""))`, where it is known already. Raises BenchmarkError when that is too long
-        itself, and when every word was a beginning already.
+        Raises BenchmarkError when `before` is too long itself, and when no such piece is left.
         """
-        overhead = self.count(frame("")) if overhead is None else overhead
+        overhead = self._count(before)
         if num_tokens <= overhead:
             raise BenchmarkError(
                 f"a prompt of {num_tokens} tokens cannot be made: what stands around its text has {overhead} already; "
                 f"make it longer"
             )
-        for _ in range(_NUM_STARTS):
-            if (start := next(self._starts, None)) is None:
-                raise BenchmarkError(
-                    "the text has too few words for that many different prompts; lower --num-prompts or "
-                    "use --dataset-name random-ids"
-                )
+        for start in itertools.islice(self._starts, _NUM_STARTS):
             text, end = self._guess(start, num_tokens - overhead)
             for _ in range(_NUM_WALKS):
-                framed = frame(text[:end])
-                missing = num_tokens - self.count(framed)
+                missing = num_tokens - self._count(before + text[:end])
                 if missing == 0:
-                    return framed
+                    return before + text[:end]
                 end += missing
                 if not 0 < end <= len(text):
                     break
         raise BenchmarkError(
-            f"no text of exactly {num_tokens} tokens was found for this tokenizer; use --dataset-name random-ids"
+            f"the text has no other piece of exactly {num_tokens} tokens for this tokenizer; lower --num-prompts or "
+            "use --dataset-name random-ids"
         )
 
-    def count(self, text: str) -> int:
+    def _count(self, text: str) -> int:
         return len(self._tokenizer.encode(text))
 
     def _guess(self, start: int, num_tokens: int) -> tuple[str, int]:
@@ -121,22 +80,6 @@ class TextSource:
             if len(offsets) > num_tokens:
                 return text, offsets[num_tokens - 1][1]
             size *= 2
-
-
-def _text_of(path: str) -> str:
-    with open(path, encoding="utf-8") as file:
-        text = file.read(_MOST_TEXT)
-    if not text.strip():
-        raise BenchmarkError(f"--dataset-path is {path}, which holds no text")
-    return text
-
-
-def lines_of(path: str | Path) -> Iterator[tuple[str, str]]:
-    """Yield (file and line number for messages, text) of each line that is not empty."""
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield f"{path} line {number}", line
 
 
 class IdSource:
