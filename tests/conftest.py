@@ -30,6 +30,7 @@ hypothesis.settings.load_profile("tests")
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = REPOSITORY / "tests" / "data"
+sys.path.append(str(REPOSITORY / "benchmarks"))  # its scripts are tested, too
 
 
 @pytest.fixture(scope="session")

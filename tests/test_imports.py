@@ -70,7 +70,6 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bench_one_batch_server": ("tools.benchmark",),
     "bench_one_batch": ("tools.benchmark",),
     "bench_offline_throughput": ("tools.benchmark",),
-    "profile_stages": ("tools.benchmark",),
     "measure_limits": ("tools.benchmark",),
     "check_env": ("tools", "settings"),
     "__main__": ("launch_server",),

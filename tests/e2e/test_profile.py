@@ -6,14 +6,14 @@ import gzip
 import json
 from pathlib import Path
 
+import profile_stages
 import pytest
 from exact import GREEDY, Build
+from profile_stages import find_profile, read_profile
 
-from sgl_jax import profile_stages
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import Generate, GetProfile, ProfileAnswer, ProfileStatus, StartProfile, StopProfile
 from sgl_jax.request import SamplingParams
-from sgl_jax.tools.benchmark.stages import find_profile, read_profile
 
 PROMPT = [5, 6, 7]
 

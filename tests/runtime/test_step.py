@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from profile_stages import DEVICE_STAGES
 
 from sgl_jax.models.families import decoder_config
 from sgl_jax.parallel.placement import Placement
@@ -17,7 +18,6 @@ from sgl_jax.runtime.placed_weights import abstract_weights
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
 from sgl_jax.runtime.pool import pool_of
 from sgl_jax.runtime.programs import RunnerConfig, make_programs
-from sgl_jax.tools.benchmark.stages import DEVICE_STAGES
 
 STAGES = set(DEVICE_STAGES)
 

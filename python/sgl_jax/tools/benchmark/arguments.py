@@ -139,9 +139,6 @@ _DEVICES: Flags = [
     ("--dtype", {"choices": ("bfloat16", "float32")}, None, "as the server computes (default: bfloat16)"),
     ("--output", _FILE, None, "write the limits as JSON, for --machine-limits of other tools"),
 ]
-_STAGES: Flags = [
-    ("profile", {"type": Path}, None, "an .xplane.pb file, or a folder: its newest one"),
-]
 
 
 class Tool(NamedTuple):
@@ -157,7 +154,6 @@ TOOLS = {
     "bench_one_batch": Tool("one_batch", _ONE_BATCH, True, "Measures single batches in the engine, without a server."),
     "bench_offline_throughput": Tool("offline", _OFFLINE, True, "Measures how fast an engine works off a data set."),
     "measure_limits": Tool("machine_limits", _DEVICES, False, "Measures memory bandwidth and matmul rate of devices."),
-    "profile_stages": Tool("stages", _STAGES, False, "Where a profile's time went."),
 }
 
 

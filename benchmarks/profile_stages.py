@@ -1,4 +1,6 @@
-"""Time of a profile by the engine's own stages: read from the .xplane.pb that /stop_profile names.
+"""Show where a profile's time went, by the engine's own stages, from the .xplane.pb that /stop_profile names.
+
+    python benchmarks/profile_stages.py /tmp/traces
 
 The profiler records an operation of the device by its name in the compiled program, and the program beside it; there
 each operation has the path of scopes it was written in (`op_name`), and a stage is one of them. On CPUs no viewer makes
@@ -7,7 +9,6 @@ that connection.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import sys
 import warnings
@@ -17,7 +18,9 @@ from typing import NamedTuple
 
 from jax.profiler import ProfileData
 
+from sgl_jax.settings.flag_parser import Parser
 from sgl_jax.text.protobuf import fields
+from sgl_jax.tools.benchmark.door import exit_code
 from sgl_jax.tools.benchmark.figures import covered
 
 HOST_STAGES = ("plan", "dispatch", "collect", "process")
@@ -53,10 +56,16 @@ def milliseconds(*spans: Sequence[Interval]) -> float:
     return covered(itertools.chain(*spans)) / 1e6
 
 
-def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
-    """Print the table of a profile. Returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table of a profile. Returns the exit code: 0, 1 for a file that is no profile, 2 for a mistake in the use."""
+    return exit_code("profile_stages", lambda: show(argv))
+
+
+def show(argv: Sequence[str] | None) -> int:
+    parser = Parser(prog="python benchmarks/profile_stages.py", description="Where a profile's time went.")
+    parser.add_argument("profile", type=Path, help="an .xplane.pb file, or a folder: its newest one")
     try:
-        path = find_profile(args.profile)
+        path = find_profile(parser.read(argv).profile)
         profile = read_profile(path)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -158,3 +167,7 @@ def _text(message: bytes, number: int) -> str:
 def _messages(message: bytes, number: int) -> list[bytes]:
     """Return the length-delimited fields with this number."""
     return [value for field, value in fields(message) if field == number and isinstance(value, bytes)]
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import profile_stages
 import pytest
-
-from sgl_jax import profile_stages
-from sgl_jax.tools.benchmark.stages import (
+from profile_stages import (
     DEVICE_STAGES,
     OTHER,
     Profile,
