@@ -1,7 +1,5 @@
 """The flags of all measuring tools, each declared once. Imports nothing heavy, so that `--help` is instant."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import itertools

@@ -1,7 +1,5 @@
 """A client of any server: its management calls, and one request measured from sending to the last token."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping

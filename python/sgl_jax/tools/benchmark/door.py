@@ -1,7 +1,5 @@
 """Starts a tool from its command line: flags are parsed before anything heavy is imported."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 

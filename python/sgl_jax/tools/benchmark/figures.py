@@ -1,7 +1,5 @@
 """A run's figures, computed from its outcomes, and its report. Names in JSON are those that the field's tools write."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Decode reads every weight once and the KV of every row; prefill multiplies each 
     operations of n tokens = 2 x parameters_per_token x n
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Decode steps are the engine's own count; docs/features/benchmarking.md defines the figures.
 """
 
-from __future__ import annotations
-
 import argparse
 import time
 from collections.abc import Callable, Sequence

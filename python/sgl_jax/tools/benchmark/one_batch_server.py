@@ -3,8 +3,6 @@
 docs/features/benchmarking.md defines the figures.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 from collections.abc import Sequence

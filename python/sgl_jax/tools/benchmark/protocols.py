@@ -4,8 +4,6 @@ A streamed event and a whole answer are read by the same function; a stream of t
 OpenAI's streams carry what is new.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

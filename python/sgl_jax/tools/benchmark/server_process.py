@@ -1,7 +1,5 @@
 """A server of the benchmark's own: started from server flags, waited for, and stopped whatever happens."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import signal

@@ -1,7 +1,5 @@
 """The work of `python -m sgl_jax.bench_serving`: a load on a server, and the figures of it."""
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import contextlib

@@ -1,7 +1,5 @@
 """Output of all measuring tools: mistakes in one line, progress, blocks and tables, lines of JSON."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

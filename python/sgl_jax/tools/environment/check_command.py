@@ -1,7 +1,5 @@
 """Work of `python -m sgl_jax.check_env`: look at the machine, print the report, and run the self-test if asked."""
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import contextlib

@@ -1,7 +1,5 @@
 """Text of the report, for people to read and to paste into issues. Its own words are ASCII; lines have 100 columns."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterable, Iterator
 

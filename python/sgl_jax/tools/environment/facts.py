@@ -3,8 +3,6 @@
 None means that it could not be found out. Sizes are in bytes, times in seconds.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping

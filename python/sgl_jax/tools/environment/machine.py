@@ -3,8 +3,6 @@
 Reads files; a missing one leaves None. `root` is the root of the file system, so that tests can describe other machines.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import re

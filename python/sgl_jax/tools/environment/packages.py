@@ -1,7 +1,5 @@
 """Versions of the packages that matter, against what sgl_jax and jax say they need. Reads metadata, imports none."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from importlib import metadata

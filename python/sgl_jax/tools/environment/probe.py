@@ -4,8 +4,6 @@ Writes JSON objects, one a line: {"stage": …} when a stage begins, and in the 
 to the standard output it was started with; all else that is printed, by libraries too, goes to the standard error.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging

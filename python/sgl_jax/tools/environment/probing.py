@@ -1,7 +1,5 @@
 """Trying platforms, each in a process of its own, so that nothing hangs and no running server is disturbed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ A platform that passed its probe is usable, unless JAX_PLATFORMS keeps jax from 
 that holds says why not, from the hardware upwards; the last one gives the words of jax. All functions are pure.
 """
 
-from __future__ import annotations
-
 import re
 import textwrap
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """Checks on the devices of this machine: each kernel against a reference in float64 numpy, and steps of a model."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import tempfile

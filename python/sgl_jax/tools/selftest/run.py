@@ -1,7 +1,5 @@
 """Self-test of a machine's devices: its checks, printed as they come."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 

@@ -3,8 +3,6 @@
 Everything is drawn from one generator, so that a seed decides it all.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import logging

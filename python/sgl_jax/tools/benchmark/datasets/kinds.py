@@ -4,8 +4,6 @@ Mooncake's traces (FAST'25) are JSON lines of timestamp (ms), input_length, outp
 of 512 tokens. Their prompts are made up: equal ids stand for equal blocks, so they share what the trace shares.
 """
 
-from __future__ import annotations
-
 import itertools
 from argparse import Namespace
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Sources of prompts of a wanted length: a text, cut to an exact number of tokens, or drawn token ids."""
 
-from __future__ import annotations
-
 import functools
 import itertools
 import re
