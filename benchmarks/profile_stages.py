@@ -64,8 +64,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def show(argv: Sequence[str] | None) -> int:
     parser = Parser(prog="python benchmarks/profile_stages.py", description="Where a profile's time went.")
     parser.add_argument("profile", type=Path, help="an .xplane.pb file, or a folder: its newest one")
+    given = parser.read(argv).profile
     try:
-        path = find_profile(parser.read(argv).profile)
+        path = find_profile(given)
         profile = read_profile(path)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
