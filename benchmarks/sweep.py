@@ -23,11 +23,11 @@ from provenance import commit, machine
 
 from sgl_jax.settings.flag_parser import Parser
 from sgl_jax.tools.benchmark.arguments import parse
-from sgl_jax.tools.benchmark.client import allow_many_connections, connect
+from sgl_jax.tools.benchmark.client import connect
 from sgl_jax.tools.benchmark.datasets import load_prompts
 from sgl_jax.tools.benchmark.door import exit_code
 from sgl_jax.tools.benchmark.figures import failure_line, filled, markdown_table
-from sgl_jax.tools.benchmark.serving import ask_server, base_url, described, find_tokenizer, headers, run_serving
+from sgl_jax.tools.benchmark.serving import ask_server, described, find_tokenizer, run_serving
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, append_jsonl, check_writable, say
 
 TOOL = "sweep"
@@ -114,7 +114,7 @@ async def sweep(cases: Sequence[GridCase], args: argparse.Namespace) -> int:
     results, num_failed = read_results(args.output_file), 0
     facts = await ask_server(args)
     tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
-    async with connect(base_url(args), headers(args)) as client:
+    async with connect(args) as client:
         engine = (await client.server_info()).get("engine")
         args.flush_cache = await client.flush_cache()  # the warm-up's prompt must not be found again
     settings = {case: described(case.flags(args)) | {"model": facts.model} for case in cases}
@@ -131,9 +131,9 @@ async def sweep(cases: Sequence[GridCase], args: argparse.Namespace) -> int:
                 say(TOOL, f"{case} failed: {error}")
                 num_failed += 1
                 continue
-            if run.interrupted:
+            except asyncio.CancelledError:
                 say(TOOL, "the same command goes on with what is left")
-                raise KeyboardInterrupt
+                raise
             finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             about = {"engine": engine, "commit": commit(), "machine": machine(), "finished": finished}
             results.append(run.json(args.output_details) | about)
@@ -149,7 +149,6 @@ async def sweep(cases: Sequence[GridCase], args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit code: 0, 1 when a case failed, 2 for a mistake in the use, 130 when interrupted."""
-    allow_many_connections()
     return exit_code(TOOL, lambda: asyncio.run(sweep(*parse_grid(argv))))
 
 

@@ -110,7 +110,6 @@ def smollm2() -> Path:
 LONG_FILES = (
     "e2e/test_families_exact.py",
     "e2e/test_engine_exact.py",
-    "tools/benchmark/test_server_process.py",
     "tools/benchmark/test_one_batch.py",
     "tools/benchmark/test_offline.py",
     "parallel/test_grids.py",

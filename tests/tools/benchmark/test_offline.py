@@ -14,6 +14,7 @@ from sgl_jax import Engine, bench_offline_throughput
 from sgl_jax.engine.messages import Abort, Command, Event, FlushCache, Generate, Stats
 from sgl_jax.planning.machine_rates import NotMeasured
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+from sgl_jax.tools.benchmark import machine_limits
 from sgl_jax.tools.benchmark.arguments import parse, server_arguments
 from sgl_jax.tools.benchmark.datasets import load_prompts
 from sgl_jax.tools.benchmark.machine_limits import MachineLimits
@@ -76,8 +77,9 @@ def measure(
 ) -> int:
     args, _ = parse(TOOL, ["--model-path", "fake", *map(str, words)])
     ticks = iter((10.0, 12.0))
-    with Engine.from_core(lambda: core, tokenizer) as engine:
-        return run(args, engine, prompts, lambda: next(ticks), limits)
+    with pytest.MonkeyPatch.context() as patch, Engine.from_core(lambda: core, tokenizer) as engine:
+        patch.setattr(machine_limits, "measure_limits", limits)
+        return run(args, engine, prompts, lambda: next(ticks))
 
 
 PROMPTS = [

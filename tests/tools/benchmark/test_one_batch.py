@@ -21,10 +21,10 @@ from sgl_jax.planning.target import target_here
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.step_plan import StepTokens
-from sgl_jax.tools.benchmark import one_batch
+from sgl_jax.tools.benchmark import machine_limits, one_batch
 from sgl_jax.tools.benchmark.arguments import Case, parse
 from sgl_jax.tools.benchmark.machine_limits import MachineLimits
-from sgl_jax.tools.benchmark.one_batch import check_fits, run, time_batch
+from sgl_jax.tools.benchmark.one_batch import check_fit, run, time_batch
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 from simulated import make_core, make_request
 
@@ -79,7 +79,9 @@ LIMITS_FOUND = MachineLimits(20.0, 0.5, "float32", "none", 1)
 
 def measure(runner: ScriptedRunner, *words: object, limits=lambda *devices: LIMITS_FOUND) -> int:
     args, _ = parse("bench_one_batch", ["--model-path", "fake", *map(str, words)])
-    return run(args, fake_core(runner), lambda: runner.now, limits)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine_limits, "measure_limits", limits)
+        return run(args, fake_core(runner), lambda: runner.now)
 
 
 WARM_UP = [9.0] * 5  # 2 chunks of the prompts, 3 decode steps
@@ -209,8 +211,8 @@ def test_rows_run_together_and_their_tokens_are_right(page_size: int, chunk: int
     runner = ScriptedRunner(page_size)
     prompts = [[7, 8, 9, 10, 11, 12, 13], [5], [21, 22, 23, 24]]
     core = fake_core(runner, chunk)
-    times = time_batch(core, prompts, output_len=6, clock=lambda: runner.now)
-    assert len(times.decode_s) == 5
+    _, decode_s = time_batch(core, prompts, output_len=6, clock=lambda: runner.now)
+    assert len(decode_s) == 5
     assert [plan.num_tokens for plan in runner.plans][-5:] == [3] * 5
     for row, wanted in enumerate(expected(prompts, 40)):
         found = runner.outputs[row]
@@ -233,12 +235,12 @@ def test_a_batch_that_cannot_run_at_once_is_said() -> None:
     [
         (Case(5, 9, 16), "it needs 5 requests at once, and 4 are possible; raise --max-running-requests"),
         (Case(1, 60, 5), "it needs 65 tokens of a request, and 64 are possible; raise --context-length"),
-        (Case(4, 36, 8), "it needs 48 pages of 4 tokens, and 40 are possible; raise --max-total-tokens"),
+        (Case(4, 36, 8), "it needs 176 tokens, and 160 are possible; raise --max-total-tokens"),
     ],
 )
 def test_a_batch_that_does_not_fit_names_the_limit(plan: LaunchPlan, case: Case, said: str) -> None:
     with pytest.raises(BenchmarkError, match=said):
-        check_fits(case, plan)
+        check_fit([case], plan)
 
 
 def test_a_batch_that_does_not_fit_ends_the_start(

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from live_server import LiveServer
 from scripted_server import Script, ScriptedServer
 from virtual_time import run_in_virtual_time
 
 from sgl_jax.bench_one_batch_server import main
 from sgl_jax.tools.benchmark.arguments import Case, parse
-from sgl_jax.tools.benchmark.client import ServerError
-from sgl_jax.tools.benchmark.one_batch_server import BatchResult, flags_of_running, record, run, run_case
+from sgl_jax.tools.benchmark.client import ServerError, base_url
+from sgl_jax.tools.benchmark.one_batch_server import BatchResult, record, run, run_case
 from sgl_jax.tools.benchmark.protocols import RequestOptions
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
@@ -70,9 +71,9 @@ def measure(script: Script, *flags: str, limits: Path | None = None) -> tuple[in
 
     async def all_of_it() -> tuple[int, list[tuple[str, Any]]]:
         async with ScriptedServer(script).running() as server:
-            args, _ = parse(TOOL, ["--result-filename", "", *flags])
+            args, _ = parse(TOOL, ["--base-url", server.url, "--result-filename", "", *flags])
             args.machine_limits = limits
-            return await run(args, server.url), server.received
+            return await run(args), server.received
 
     return run_in_virtual_time(all_of_it())
 
@@ -115,7 +116,6 @@ def test_a_case_is_written_as_a_line_of_json(tmp_path: Path, limits: Path) -> No
         "input_throughput": 2000.0,
         "output_throughput": pytest.approx(440.0),
         "overall_throughput": pytest.approx(1480.0),
-        "start_seconds": None,
         "machine_limits": LIMITS,
         "model_cost": {"weight_bytes": 1_000_000, "kv_bytes_per_token": 1000, "parameters_per_token": 500_000},
         "decode_rows": 4,
@@ -251,6 +251,19 @@ def test_a_row_that_the_server_aborts_fails_the_case() -> None:
         one_request(Case(2, 10, 2), (1.0, abort))
 
 
+def test_the_command_measures_the_real_server(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "results.jsonl"
+    sizes = ["--batch-size", "2", "--input-len", "10", "--output-len", "3", "--result-filename", str(file)]
+    with LiveServer() as server:
+        assert main(["--base-url", server.url, *sizes]) == 0
+    assert capsys.readouterr().out.startswith("batch size: 2\ninput_len: 10\noutput_len: 3\nlatency: ")
+    (line,) = file.read_text().splitlines()
+    found = json.loads(line)
+    assert [found[name] for name in ("batch_size", "input_tokens", "output_len", "cached_tokens")] == [2, 20, 3, 0]
+    assert 0 < found["ttft"] < found["latency"]
+    assert found["itl"] == pytest.approx((found["latency"] - found["ttft"]) / 2, abs=1e-6)
+
+
 # --- flags ------------------------------------------------------------------------------------------------------------
 
 
@@ -260,7 +273,11 @@ def test_a_row_that_the_server_aborts_fails_the_case() -> None:
         (["--batch-size", "1", "0"], "--batch-size: '0' is not a whole number from 1 on"),
         (["--temperature", "-1"], "--temperature: '-1' is not a number from 0 on"),
         (["--result-filename", "/none/x"], "--result-filename is /none/x; it must be a file in a folder that exists"),
-        (["--page-size", "16"], "--page-size is for a server that is started; --base-url http://x runs already"),
+        (
+            ["--model-path", "m"],
+            "--model-path/--model: 'm' is not started here; start python -m sgl_jax.launch_server first and give --base-url",
+        ),
+        (["--base-url", "x"], "--base-url: 'x' is not a URL that begins with http:// or https://"),
         (["--zzz", "x"], "--zzz is not a flag; --help lists them all"),
     ],
 )
@@ -269,9 +286,10 @@ def test_what_cannot_be_honoured_is_refused(flags: list[str], message: str, caps
     assert capsys.readouterr().err == f"bench_one_batch_server: error: {message}\n"
 
 
-def test_of_the_servers_flags_those_about_a_running_one_are_taken() -> None:
-    flags = ["--model", "None", "--api-key", "k", "--served-model-name", "m", "--tokenizer-path", "t"]
-    assert flags_of_running("http://x", flags)["api_key"] == "k"
+def test_published_command_lines_and_addresses_are_taken() -> None:
+    args, _ = parse(TOOL, ["--model", "None", "--port", "81", "--header", "Authorization=Bearer key"])
+    assert base_url(args) == "http://127.0.0.1:81"
+    assert args.header == ["Authorization=Bearer key"]
 
 
 def test_without_a_vocabulary_nothing_can_be_drawn() -> None:

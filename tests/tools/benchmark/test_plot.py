@@ -35,7 +35,7 @@ def result(outcomes: list[Outcome], details: bool = True, **changed: Any) -> dic
     """A line of a results file, as it is read."""
     config = {"backend": "sgl-jax", "model": "tiny", "random_input_len": 8, "random_output_len": 3}
     config |= {"max_concurrency": 2} | changed
-    run = ServingRun(config, START, 4.0, outcomes, compute_figures(outcomes, START, 4.0))
+    run = ServingRun(config, START, outcomes, compute_figures(outcomes, START, 4.0))
     return json.loads(json.dumps(run.json(details)))
 
 

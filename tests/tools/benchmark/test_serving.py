@@ -159,7 +159,7 @@ def test_failures_are_counted_and_left_out_of_the_figures() -> None:
     figures = run.figures
     assert (figures["completed"], figures["failed"]) == (2, 4)
     assert (figures["total_input_tokens"], figures["total_output_tokens"]) == (16, 4)
-    assert run.duration_s == 2 * 0.375 + 3 * 0.25
+    assert run.figures["duration"] == 2 * 0.375 + 3 * 0.25
     assert figures["output_throughput"] == 4 / 1.5
     shown = [figures[name] for name in ("mean_ttft_ms", "mean_itl_ms", "p99_e2e_latency_ms")]
     assert shown == [250.0, 125.0, 375.0]
@@ -191,7 +191,7 @@ def test_requests_over_the_limit_wait_their_turn() -> None:
     prompts = [Prompt([1], 1, 1, arrival_s=at) for at in (10.0, 10.5, 13.0)]
     run, _ = bench(Script(ttft_s=lambda _: 1.0), prompts, use_trace_timestamps=True, max_concurrency=1)
     assert sent_at(run) == [0.0, 1.0, 3.0]
-    assert run.duration_s == 4.0
+    assert run.figures["duration"] == 4.0
 
 
 def test_a_trace_without_times_is_refused() -> None:
@@ -212,7 +212,7 @@ OPTIONS = {
     "return_logprob": True,
     "extra_request_body": {"sampling_params": {"top_p": 0.5}, "temperature": 0.25},
     "lora_name": ["tales"],
-    "header": [[("Authorization", "Bearer key")]],
+    "header": ["Authorization=Bearer key"],
 }
 NATIVE = {
     "sampling_params": {"temperature": 0.5, "max_new_tokens": 3, "ignore_eos": True, "top_p": 0.5},
@@ -329,24 +329,21 @@ def test_rows_of_a_decode_step_are_those_that_decode_not_those_that_wait() -> No
     assert run.figures["concurrency"] == 7.5 / 4.5
 
 
-def test_a_run_that_is_cancelled_has_the_figures_of_what_is_finished() -> None:
+def test_a_run_that_is_cancelled_stops_its_profile() -> None:
     """Four one after another, a second each, stopped in the third."""
 
-    async def main() -> ServingRun:
+    async def main() -> None:
         server = ScriptedServer(Script(ttft_s=lambda _: 1.0))
         async with server.running():
             args = serving_args(server.url, max_concurrency=1, profile=True)
             task = asyncio.ensure_future(run_serving(args, NOTHING_TOLD, [Prompt([1], 1, 1)] * 4))
             await asyncio.sleep(2.25)
             task.cancel()
-            run = await task
+            with pytest.raises(asyncio.CancelledError):
+                await task
             assert server.received[-1] == ("/stop_profile", None)
-            return run
 
-    run = run_in_virtual_time(main())
-    assert run.interrupted
-    assert run.duration_s == pytest.approx(2.25)
-    assert (run.figures["completed"], run.figures["failed"], run.figures["total_output_tokens"]) == (2, 0, 2)
+    run_in_virtual_time(main())
 
 
 async def asked(script: Script, timeout_s: float) -> tuple[ServerFacts, float]:

@@ -14,8 +14,8 @@ import pytest
 
 from sgl_jax.bench_serving import main
 from sgl_jax.tools.benchmark.arguments import TOOLS, parse
+from sgl_jax.tools.benchmark.client import base_url
 from sgl_jax.tools.benchmark.protocols import BACKENDS, CHAT, COMPLETIONS, NATIVE
-from sgl_jax.tools.benchmark.serving import base_url, headers
 
 
 def parse_serving(argv: Sequence[str]) -> argparse.Namespace:
@@ -79,7 +79,7 @@ def test_which_api_a_backend_has() -> None:
 
 def test_headers_are_taken_one_by_one_and_together() -> None:
     args = parse_serving(["--header", "A=1", "B=2=3", "--header", "Authorization=Bearer key"])
-    assert headers(args) == {"A": "1", "B": "2=3", "Authorization": "Bearer key"}
+    assert args.header == ["A=1", "B=2=3", "Authorization=Bearer key"]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,8 @@ from sgl_jax.tools.benchmark.terminal import BenchmarkError
 type Kind = dict[str, Any]  # argparse's settings for a flag's value
 type Flags = Sequence[tuple[str, Kind | None, Any, str]]  # names, None for a switch, default, help
 
-START_TIMEOUT_S = 1800.0
 
-
-def _kind[T](metavar: str, read: Callable[[str], T], holds: Callable[[T], bool], said: str) -> Kind:
+def _kind[T](metavar: str, read: Callable[[str], T], holds: Callable[[T], object], said: str) -> Kind:
     """Return the settings of a value that `read` makes from a text; a text is refused unless the value `holds`."""
 
     def checked(text: str) -> T:
@@ -38,15 +37,10 @@ _REAL = _kind("X", float, lambda x: 0 <= x < float("inf"), "a number from 0 on")
 _RATE = _kind("X", float, lambda x: x > 0, "a number above 0")
 _FACTOR = _kind("X", float, lambda x: 0 < x < float("inf"), "a number above 0")
 _RATIO = _kind("X", float, lambda x: 0 <= x <= 1, "a number between 0 and 1")
-_URL = _kind(
-    "URL",
-    lambda text: text.rstrip("/"),
-    lambda url: url.startswith(("http://", "https://")),
-    "a URL that begins with http:// or https://",
-)
-_HEADER = _kind(
-    "NAME=VALUE", lambda text: text.split("=", 1), lambda pair: len(pair) == 2 and pair[0] != "", "NAME=VALUE"
-)
+_URL = _kind("URL", str, re.compile("https?://").match, "a URL that begins with http:// or https://")
+_HEADER = _kind("NAME=VALUE", str, re.compile("[^=]+=").match, "NAME=VALUE")
+_START_FIRST = "started here; start python -m sgl_jax.launch_server first and give --base-url"
+_NO_MODEL = _kind("None", str, re.compile("None$").match, _START_FIRST)
 _OBJECT = _kind("JSON", json.loads, lambda value: isinstance(value, dict), "a JSON object")
 _COUNTS: Kind = _COUNT | {"nargs": "+"}
 _FILE: Kind = {"type": Path, "metavar": "FILE"}
@@ -63,7 +57,6 @@ _WARM = ("--skip-warmup", None, False, "measure from the first request on")
 _PROFILE = ("--profile", None, False, "record a trace")
 _PROFILE_DIR = ("--profile-output-dir", _TEXT, None, "folder of the trace (default: the server or tool decides)")
 _LIMITS = ("--machine-limits", _FILE, None, f"tell the share of the machine that was reached; {_LIMITS_FROM}")
-_START = ("--start-timeout", _REAL, START_TIMEOUT_S, "seconds that a server which is started may take")
 _GSP, _MOST = "generated-shared-prefix:", "random, random-ids: most tokens"
 _DATASETS: Kind = {"choices": ("random", "sharegpt", "custom", "generated-shared-prefix", "random-ids", "mooncake")}
 _DATASET: Flags = [
@@ -82,15 +75,18 @@ _DATASET: Flags = [
     ("--gsp-output-len", _COUNT, 256, f"{_GSP} tokens to generate"),
     ("--mooncake-slowdown-factor", _FACTOR, 1.0, "mooncake: arrival times are multiplied by it"),
 ]
-_SERVING: Flags = [
-    ("--backend", {"choices": tuple(BACKENDS), "metavar": "NAME"}, "sgl-jax", f"its API: {', '.join(BACKENDS)}"),
+_ADDRESS: Flags = [
     ("--base-url", _URL, None, "instead of --host and --port"),
     ("--host", {}, "127.0.0.1", "where it listens"),
     ("--port", _COUNT, None, "(default: 30000; 8000 for openai and vllm, 23333 for lmdeploy)"),
+    ("--header", _HEADER | {"action": "extend", "nargs": "+"}, [], "sent with each request"),
+]
+_SERVING: Flags = [
+    ("--backend", {"choices": tuple(BACKENDS), "metavar": "NAME"}, "sgl-jax", f"its API: {', '.join(BACKENDS)}"),
+    *_ADDRESS,
     ("--model", _TEXT, None, "as the server calls it (default: the first of /v1/models)"),
     ("--served-model-name", _TEXT, None, "sent instead of --model, where that is a path"),
     ("--tokenizer", _TEXT, None, "folder, .gguf file or hub id (default: the server's or --model, where it is here)"),
-    ("--header", _HEADER | {"action": "append", "nargs": "+"}, [], "sent with each request"),
     ("--ready-check-timeout-sec", _REAL, 0.0, "wait so long for the server to be ready"),
     *_DATASET,
     ("--request-rate", _RATE, float("inf"), "requests per second, as a Poisson process; inf: all at once"),
@@ -117,9 +113,11 @@ _BATCHES: Flags = [
     *(_SEED, _PROFILE),
 ]
 _BATCHES_SERVED: Flags = [
-    ("--base-url", {"metavar": "URL"}, "", "a server that runs (default: one is started)"),
+    ("--backend", {"choices": ("sgl-jax",)}, "sgl-jax", "its native API, the only one"),
+    *_ADDRESS,
+    ("--model-path --model", _NO_MODEL, None, "the server that runs has its model; only None is taken"),
     ("--show-report", None, False, "print all cases as a markdown table at the end"),
-    *(*_BATCHES, _PROFILE_DIR, _LIMITS, _WARM, _START, _TEMPERATURE, _LOGPROBS),
+    *(*_BATCHES, _PROFILE_DIR, _LIMITS, _WARM, _TEMPERATURE, _LOGPROBS),
 ]
 _ONE_BATCH: Flags = [
     *_BATCHES,
@@ -148,7 +146,7 @@ class Tool(NamedTuple):
 
 TOOLS = {
     "bench_serving": Tool("serving", _SERVING, False, "Sends requests to a server and measures what comes back."),
-    "bench_one_batch_server": Tool("one_batch_server", _BATCHES_SERVED, True, "Measures batches through a server."),
+    "bench_one_batch_server": Tool("one_batch_server", _BATCHES_SERVED, False, "Measures batches through a server."),
     "bench_one_batch": Tool("one_batch", _ONE_BATCH, True, "Measures single batches in the engine, without a server."),
     "bench_offline_throughput": Tool("offline", _OFFLINE, True, "Measures how fast an engine works off a data set."),
     "measure_limits": Tool("machine_limits", _DEVICES, False, "Measures memory bandwidth and matmul rate of devices."),

@@ -1,16 +1,18 @@
 """A client of any server: its management calls, and one request measured from sending to the last token."""
 
+import argparse
 import asyncio
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+import resource
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
 import msgspec
 
-from sgl_jax.tools.benchmark.protocols import Outcome, Protocol
-from sgl_jax.tools.benchmark.terminal import BenchmarkError
+from sgl_jax.tools.benchmark.protocols import BACKENDS, Outcome, Protocol
+from sgl_jax.tools.benchmark.terminal import BenchmarkError, say
 
 _TIMEOUT_S = 6 * 3600.0
 _CONNECT_TIMEOUT_S = 60.0
@@ -104,37 +106,66 @@ class Client:
         """Empty the prefix cache. Returns False if the server cannot."""
         return await self.control("POST", "/flush_cache", optional=True) is not None
 
-    async def start_profile(self, output_dir: str | None = None, num_steps: int | None = None) -> None:
+    @asynccontextmanager
+    async def profile(self, output_dir: str | None, num_steps: int | None = None) -> AsyncIterator[None]:
+        """Record a profile while the block runs, of so many steps at most."""
         fields = {"output_dir": output_dir, "num_steps": num_steps}
         await self.control("POST", "/start_profile", {name: v for name, v in fields.items() if v is not None})
+        try:
+            yield
+        finally:
+            try:
+                await self.control("POST", "/stop_profile")
+            except ServerError as error:  # it has ended by itself, after num_steps
+                say("profile", f"it could not be stopped: {error}")
 
-    async def stop_profile(self) -> None:
-        await self.control("POST", "/stop_profile")
+
+def base_url(args: argparse.Namespace) -> str:
+    host = f"[{args.host}]" if ":" in args.host else args.host
+    return (args.base_url or f"http://{host}:{args.port or BACKENDS[args.backend].port}").rstrip("/")
 
 
 @asynccontextmanager
-async def connect(base_url: str, headers: Mapping[str, str] | None = None) -> AsyncIterator[Client]:
-    """Open a client with as many connections as there are requests at a time. Nothing is sent yet."""
+async def connect(args: argparse.Namespace) -> AsyncIterator[Client]:
+    """Open a client with as many connections as there are requests at a time. Nothing is sent yet.
+
+    The process's limit of open files, each connection being one, is lifted as far as the system lets it.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     # An idle connection is dropped before servers drop it (uvicorn after 5 s), so that no request meets its end.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S, sock_connect=_CONNECT_TIMEOUT_S)
+    headers = dict(text.split("=", 1) for text in args.header)
     async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
-        yield Client(session, base_url.rstrip("/"))
-
-
-def allow_many_connections() -> None:
-    """Lift this process's limit of open files, each connection being one, as far as the system lets it."""
-    import resource
-
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        yield Client(session, base_url(args))
 
 
 async def measured(client: Client, protocol: Protocol, body: bytes, prompt_len: int, stream: bool) -> Outcome:
     """Send one request and follow its answer. A failure is told in the outcome, not raised."""
-    outcome = Outcome(prompt_len, sent_s=asyncio.get_running_loop().time())
+    now = asyncio.get_running_loop().time
+    outcome = Outcome(prompt_len, sent_s=now())
+    last, counted, length = outcome.sent_s, 0, 0
     try:
-        await _follow(client, protocol, body, outcome, stream)
+        async with aclosing(client.events(protocol.path, body, stream)) as events:
+            async for event in events:
+                protocol.read(event, outcome)
+                if len(outcome.text) == length or not stream:
+                    continue
+                length = len(outcome.text)
+                # A chunk is a token unless the server counts.
+                new = 1 if outcome.output_tokens is None else outcome.output_tokens - counted
+                if outcome.ttft_s is None:
+                    outcome.ttft_s = now() - outcome.sent_s
+                elif new < 1:  # text that was held back: its tokens are counted already
+                    continue
+                else:
+                    outcome.itl_s += [(now() - last) / new] * new
+                last, counted = now(), counted + max(new, 0)
+        outcome.latency_s = now() - outcome.sent_s
+        outcome.output_len = counted if outcome.output_tokens is None else outcome.output_tokens
+        if stream and outcome.ttft_s is None and outcome.output_len:
+            outcome.ttft_s = outcome.latency_s  # tokens without any text: seen only when all were there
         if outcome.aborted:
             raise ServerError(f"the server aborted the request: {outcome.aborted}")
         if not stream and outcome.output_tokens is None:
@@ -144,30 +175,6 @@ async def measured(client: Client, protocol: Protocol, body: bytes, prompt_len: 
     except (AttributeError, LookupError, TypeError) as error:
         outcome.error = f"the answer is not one of {protocol.path}: {type(error).__name__}: {error}"
     return outcome
-
-
-async def _follow(client: Client, protocol: Protocol, body: bytes, outcome: Outcome, stream: bool) -> None:
-    now = asyncio.get_running_loop().time
-    last, counted, length = outcome.sent_s, 0, 0
-    async with aclosing(client.events(protocol.path, body, stream)) as events:
-        async for event in events:
-            protocol.read(event, outcome)
-            if len(outcome.text) == length or not stream:
-                continue
-            length = len(outcome.text)
-            # A chunk is a token unless the server counts.
-            new = 1 if outcome.output_tokens is None else outcome.output_tokens - counted
-            if outcome.ttft_s is None:
-                outcome.ttft_s = now() - outcome.sent_s
-            elif new < 1:  # text that was held back: its tokens are counted already
-                continue
-            else:
-                outcome.itl_s += [(now() - last) / new] * new
-            last, counted = now(), counted + max(new, 0)
-    outcome.latency_s = now() - outcome.sent_s
-    outcome.output_len = counted if outcome.output_tokens is None else outcome.output_tokens
-    if stream and outcome.ttft_s is None and outcome.output_len:
-        outcome.ttft_s = outcome.latency_s  # tokens without any text: seen only when all were there
 
 
 def _checked(content: bytes) -> Any:

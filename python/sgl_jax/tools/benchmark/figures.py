@@ -55,24 +55,17 @@ class ServingRun:
 
     config: dict[str, Any]  # settings by name, as they go into the JSON
     start_s: float  # on the event loop's clock, which Outcome.sent_s is on as well
-    duration_s: float
-    outcomes: list[Outcome]  # in the data set's order; only the finished ones when the run was interrupted
+    outcomes: list[Outcome]  # in the data set's order
     figures: dict[str, Any]  # numbers, or None: nothing to compute it from, or the server does not tell
     shares: dict[str, Any] | None = None  # shares of the machine; None: no --machine-limits
-    interrupted: bool = False
 
     def json(self, details: bool = False) -> dict[str, Any]:
         """Return the object that goes into a JSONL file; with `details` also lists with one entry per request."""
-        found = self.config | {"duration": self.duration_s} | self.figures | (self.shares or {})
-        if self.interrupted:
-            found["interrupted"] = True
+        found = self.config | self.figures | (self.shares or {})
         if details:
             found |= {name: [getattr(o, field) for o in self.outcomes] for name, field in _DETAILS.items()}
             found["start_times"] = [outcome.sent_s - self.start_s for outcome in self.outcomes]
         return found
-
-
-# --- figures ----------------------------------------------------------------------------------------------------------
 
 
 def compute_figures(
@@ -98,6 +91,7 @@ def compute_figures(
     }
     return {
         "completed": len(good),
+        "duration": duration_s,
         "failed": len(outcomes) - len(good),
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
@@ -136,9 +130,7 @@ def _peak(streamed: Sequence[tuple[Outcome, float]], start_s: float) -> float | 
     return max(seconds.values(), default=None)
 
 
-def compute_shares(
-    outcomes: Sequence[Outcome], figures: Mapping[str, Any], duration_s: float, roofline: Roofline
-) -> dict[str, Any]:
+def compute_shares(outcomes: Sequence[Outcome], figures: Mapping[str, Any], roofline: Roofline) -> dict[str, Any]:
     """Compute how near the run came to the machine's limits.
 
     Rows are requests past their first token, the mean over the time when there is any; the context of one is its prompt
@@ -151,7 +143,7 @@ def compute_shares(
     spans = [(o.sent_s + (o.ttft_s or 0.0), o.sent_s + o.latency_s) for o in streamed]
     busy = covered(spans)
     rows = sum(end - start for start, end in spans) / busy if busy else None
-    return roofline.shares(rows, context, step_s, computed, duration_s)
+    return roofline.shares(rows, context, step_s, computed, figures["duration"])
 
 
 def covered(spans: Iterable[tuple[float, float]]) -> float:
@@ -163,9 +155,6 @@ def covered(spans: Iterable[tuple[float, float]]) -> float:
     return found
 
 
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
 def labelled(found: Mapping[str, Any]) -> dict[str, Any]:
     """Return the figures that a block shows by their labels, in its order."""
     return {label: found[name] for name, label in _LABELS.items() if name in found}
@@ -173,7 +162,7 @@ def labelled(found: Mapping[str, Any]) -> dict[str, Any]:
 
 def standard_block(run: ServingRun) -> str:
     """Format the block that other tools print and compare."""
-    found = run.figures | {"duration": run.duration_s}
+    found = dict(run.figures)
     if found["cache_hit_rate"] is None:  # the server does not tell
         del found["total_cached_tokens"], found["cache_hit_rate"]
     else:
@@ -192,10 +181,8 @@ def standard_block(run: ServingRun) -> str:
 
 def failure_line(run: ServingRun) -> str | None:
     """Say how many requests failed, and why the first of them did."""
-    first = next((outcome.error for outcome in run.outcomes if not outcome.ok), None)
-    if first is None:
-        return None
-    return f"{run.figures['failed']} of {len(run.outcomes)} requests failed, the first with: {first}"
+    errors = [outcome.error for outcome in run.outcomes if not outcome.ok]
+    return f"{len(errors)} of {len(run.outcomes)} requests failed, the first with: {errors[0]}" if errors else None
 
 
 def filled(template: str, record: Mapping[str, Any]) -> str | None:

@@ -7,7 +7,7 @@ Decode reads every weight once and the KV of every row; prefill multiplies each 
 """
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,6 @@ def limit_rows(limits: MachineLimits) -> dict[str, str | float | None]:
     }
 
 
-# --- measuring --------------------------------------------------------------------------------------------------------
-
-
 def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Measure, print, and write the file. Returns the exit code; raises BenchmarkError."""
     check_writable(args.output, "--output")
@@ -130,10 +127,10 @@ def measure_limits(device: str | None, num_devices: int | None, dtype: str | Non
     return MachineLimits(rates.read_bytes_per_s / 1e9, rates.matmul_flop_per_s / 1e12, dtype, kind, len(devices))
 
 
-def measured_roofline(tool: str, info: EngineInfo, measure: Callable[..., MachineLimits]) -> Roofline | None:
+def measured_roofline(tool: str, info: EngineInfo) -> Roofline | None:
     """Measure the limits of the devices of an engine in this process. Returns None, and says why, where they cannot be."""
     try:
-        limits = measure(info.platform, info.num_devices, info.dtype)
+        limits = measure_limits(info.platform, info.num_devices, info.dtype)
         return Roofline(limits, msgspec.convert(info, ModelCost, from_attributes=True))
     except ValueError as error:
         say(tool, str(error))

@@ -20,7 +20,7 @@ from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 from sgl_jax.tools.benchmark.arguments import server_arguments
 from sgl_jax.tools.benchmark.datasets import load_prompts
 from sgl_jax.tools.benchmark.figures import labelled, throughputs
-from sgl_jax.tools.benchmark.machine_limits import MachineLimits, measure_limits, measured_roofline, shares_block
+from sgl_jax.tools.benchmark.machine_limits import measured_roofline, shares_block
 from sgl_jax.tools.benchmark.protocols import Prompt
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, append_jsonl, block, check_writable, start_log
 
@@ -53,11 +53,7 @@ def engine_options(server_args: ServerArgs) -> dict[str, Any]:
 
 
 def run(
-    args: argparse.Namespace,
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    clock: Callable[[], float] = time.perf_counter,
-    measure: Callable[..., MachineLimits] = measure_limits,
+    args: argparse.Namespace, engine: Engine, prompts: Sequence[Prompt], clock: Callable[[], float] = time.perf_counter
 ) -> int:
     """Do everything after the start. Returns the exit code.
 
@@ -65,8 +61,12 @@ def run(
     """
     sampling = {"temperature": 0.0, "ignore_eos": not args.disable_ignore_eos, **args.extra_request_body}
     if not args.skip_warmup:
-        warm_up(engine, prompts[:_FEW], sampling)
-    roofline = measured_roofline(TOOL, engine.info, measure)
+        short = [replace(each, output_len=min(each.output_len, _WARM_UP_OUTPUT)) for each in prompts[:_FEW]]
+        generated = engine.stats.generated_tokens
+        generated += sum(answer["meta_info"]["completion_tokens"] for answer in generate(engine, short, sampling))
+        settled(engine, generated)
+        engine.flush_cache()
+    roofline = measured_roofline(TOOL, engine.info)
     before, start = engine.stats, clock()
     answers = generate(engine, prompts, sampling)
     duration = clock() - start
@@ -103,38 +103,22 @@ def run(
     return SOME_FAILED if len(metas) < len(prompts) else 0
 
 
-def warm_up(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]) -> None:
-    """Generate a little from these prompts, and drop them from the cache again."""
-    short = [replace(each, output_len=min(each.output_len, _WARM_UP_OUTPUT)) for each in prompts]
-    before = engine.stats.generated_tokens
-    answers = generate(engine, short, sampling)
-    settled(engine, before + sum(answer["meta_info"]["completion_tokens"] for answer in answers))
-    engine.flush_cache()
-
-
 def generate(engine: Engine, prompts: Sequence[Prompt], sampling: dict[str, Any]) -> list[dict[str, Any]]:
     """Generate all answers: texts are encoded here, within what is timed. Raises BenchmarkError for what is refused."""
     params = [{"max_new_tokens": each.output_len, **sampling} for each in prompts]
-    texts = [each.prompt for each in prompts if isinstance(each.prompt, str)]
+    ids = [engine.tokenizer.encode(p) if isinstance(p := each.prompt, str) else p for each in prompts]
     try:
-        if len(texts) == len(prompts):
-            found = engine.generate(prompt=texts, sampling_params=params)
-        else:
-            ids = [engine.tokenizer.encode(p) if isinstance(p := each.prompt, str) else p for each in prompts]
-            found = engine.generate(input_ids=ids, sampling_params=params)
+        answers: Any = engine.generate(input_ids=ids, sampling_params=params)  # a list, as the prompts are one
     except InvalidParameter as error:
         raise BenchmarkError(f"a request is refused: {error}") from error
-    answers: Any = found  # a list, as the prompts are one
     return answers
 
 
-def settled(engine: Engine, generated_tokens: int) -> Stats:
-    """Return the engine's totals once they count so many tokens: they come a moment after the answers."""
+def settled(engine: Engine, wanted: int) -> Stats:
+    """Return the engine's totals once they count so many generated tokens: they come a moment after the answers."""
     deadline = time.monotonic() + _STATS_TIMEOUT_S
-    while (stats := engine.stats).generated_tokens < generated_tokens or stats.num_running:
+    while (stats := engine.stats).generated_tokens < wanted or stats.num_running:
         if time.monotonic() > deadline:
-            raise BenchmarkError(
-                f"the engine counts {stats.generated_tokens} generated tokens, its answers {generated_tokens}"
-            )
+            raise BenchmarkError(f"the engine counts {stats.generated_tokens} generated tokens, its answers {wanted}")
         time.sleep(0.001)
     return stats

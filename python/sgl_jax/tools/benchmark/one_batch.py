@@ -7,7 +7,8 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,32 +22,12 @@ from sgl_jax.request import SamplingParams
 from sgl_jax.tools.benchmark.arguments import Case, cases, server_arguments
 from sgl_jax.tools.benchmark.datasets.source import IdSource
 from sgl_jax.tools.benchmark.figures import report
-from sgl_jax.tools.benchmark.machine_limits import (
-    BATCH_SHARES,
-    MachineLimits,
-    Roofline,
-    batch_shares,
-    measure_limits,
-    measured_roofline,
-)
+from sgl_jax.tools.benchmark.machine_limits import BATCH_SHARES, Roofline, batch_shares, measured_roofline
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, append_jsonl, check_writable, say, start_log
 
 TOOL = "bench_one_batch"
 _DECODE_LINES = 5  # steps printed one by one
 _WARM_UP_TOKENS = 4
-
-
-@dataclass(frozen=True)
-class BatchTimes:
-    """Times of a batch, in seconds."""
-
-    prefill_s: float
-    decode_s: list[float]  # each step
-
-    @property
-    def median_decode_s(self) -> float | None:
-        """Median of the decode steps; None where there is none."""
-        return float(np.median(self.decode_s)) if self.decode_s else None
 
 
 def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
@@ -59,40 +40,30 @@ def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
             "(bench_offline_throughput measures several)"
         )
     check_writable(args.result_filename, "--result-filename")
-
-    def accept(plan: LaunchPlan) -> None:
-        for case in cases(args):
-            check_fits(case, plan)
-
     try:
-        core = build_core(replace(server_args, **ALONE), accept)
+        core = build_core(replace(server_args, **ALONE), partial(check_fit, cases(args)))
     except (ValueError, OSError) as error:  # mistakes of the user
         raise BenchmarkError(one_line(error)) from error
     return run(args, core)
 
 
-def run(
-    args: argparse.Namespace,
-    core: Core,
-    clock: Callable[[], float] = time.perf_counter,
-    measure: Callable[..., MachineLimits] = measure_limits,
-) -> int:
+def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.perf_counter) -> int:
     """Do everything after the start. Returns the exit code."""
     import jax
 
     source = IdSource(core.info.vocab_size, None, np.random.default_rng(args.seed))
 
-    def timed(case: Case) -> BatchTimes:
+    def timed(case: Case) -> tuple[float, list[float]]:
         return time_batch(core, [source.ids(case.input_len) for _ in range(case.batch_size)], case.output_len, clock)
 
-    roofline = measured_roofline(TOOL, core.info, measure)
+    roofline = measured_roofline(TOOL, core.info)
     before = core.runner.compiles_after_ready  # measuring compiles too
     for case in cases(args):
         timed(replace(case, output_len=min(case.output_len, _WARM_UP_TOKENS)))
-        times = timed(case)
-        compiles = core.runner.compiles_after_ready - before
-        found = {"run_name": args.run_name} | record(case, times, compiles, core.info, roofline)
-        print(block_of(found, times), flush=True)
+        prefill_s, decode_s = timed(case)
+        found = {"run_name": args.run_name, "compiles_after_ready": core.runner.compiles_after_ready - before}
+        found |= record(case, prefill_s, decode_s, core.info, roofline)
+        print(block_of(found, decode_s), flush=True)
         append_jsonl(args.result_filename, found)
         if args.profile:
             size = f"batch{case.batch_size}_input{case.input_len}_output{case.output_len}"
@@ -105,21 +76,22 @@ def run(
     return 0
 
 
-# --- a batch ------------------------------------------------------------------------------------------------------------
-
 # Flags with which a step is waited for before the next is planned, and no prompt of an earlier batch is found again.
 ALONE = {"disable_overlap_schedule": True, "disable_radix_cache": True}
 
 
 def time_batch(
     core: Core, prompts: Sequence[list[int]], output_len: int, clock: Callable[[], float] = time.perf_counter
-) -> BatchTimes:
+) -> tuple[float, list[float]]:
     """Run greedy requests together, in a core with the flags ALONE, until there are output_len - 1 decode steps.
 
-    Rows whose prompts are complete decode beside the others' prefill, as they do in a server; those steps count as
-    prefill. `clock` in seconds is read at the start and after each step. Raises BenchmarkError when a row ends too early.
+    Returns the seconds of the prefill and of each decode step. Rows whose prompts are complete decode beside the others'
+    prefill, as in a server; those steps count as prefill. `clock` in seconds is read at the start and after each step.
+    Raises BenchmarkError when a row ends too early.
     """
-    max_tokens = output_len + prefill_steps(len(prompts), len(prompts[0]), core.info.chunked_prefill_size)
+    # A row decodes in at most as many steps as all prompts take, in chunks that leave room for the rows that decode.
+    chunk, longest = core.info.chunked_prefill_size, len(prompts[0])
+    max_tokens = output_len + math.ceil(sum(longest / max(chunk - row, 1) for row in range(len(prompts))))
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
     start = last = clock()
     for key, prompt in enumerate(prompts):
@@ -130,7 +102,8 @@ def time_batch(
         outputs = [event for event in core.step() if isinstance(event, StepOutput)]
         now = clock()
         if any(output.finished for output in outputs):
-            raise BenchmarkError("the batch did not run at once: raise --max-total-tokens or --chunked-prefill-size")
+            flags = "--max-total-tokens, --context-length or --chunked-prefill-size"
+            raise BenchmarkError(f"the batch did not run at once: raise {flags}")
         waiting.difference_update(*(output.keys for output in outputs))
         if prefill_s is None and not waiting:
             prefill_s = now - start
@@ -140,56 +113,46 @@ def time_batch(
     core.handle(Abort(list(range(len(prompts)))))
     while core.busy:
         core.step()
-    return BatchTimes(prefill_s, decode_s)
+    return prefill_s, decode_s
 
 
-def prefill_steps(batch_size: int, input_len: int, chunk: int) -> int:
-    """Return the most steps until all rows have their first token, at most: a step's budget is less the rows that decode already."""
-    return math.ceil(sum(input_len / max(chunk - row, 1) for row in range(batch_size)))
+def check_fit(batches: Sequence[Case], plan: LaunchPlan) -> None:
+    """Check that each batch can run at once. Raises BenchmarkError with the limit that is in the way."""
+    for case in batches:
+        tokens = case.input_len + case.output_len
+        for needed, limit, of, flag in (
+            (case.batch_size, plan.runner_config.num_rows, "requests at once", "--max-running-requests"),
+            (tokens, plan.runner_config.context_length, "tokens of a request", "--context-length"),
+            (case.batch_size * tokens, plan.kv_tokens, "tokens", "--max-total-tokens or --mem-fraction-static"),
+        ):
+            if needed > limit:
+                raise BenchmarkError(f"{case}: it needs {needed} {of}, and {limit} are possible; raise {flag}")
 
 
-def check_fits(case: Case, plan: LaunchPlan) -> None:
-    """Check that the batch can run at once. Raises BenchmarkError with the limit that is in the way."""
-    limits = plan.runner_config
-    # Rows that are prefilled early get more tokens, while the others are prefilled.
-    early = prefill_steps(case.batch_size, case.input_len, plan.scheduler_config.max_prefill_tokens) - 1
-    tokens = case.input_len + case.output_len + early
-    pages, pool = case.batch_size * -(-tokens // limits.page_size), plan.kv_tokens // limits.page_size
-    for needed, limit, of, flag in (
-        (case.batch_size, limits.num_rows, "requests at once", "--max-running-requests"),
-        (tokens, limits.context_length, "tokens of a request", "--context-length"),
-        (pages, pool, f"pages of {limits.page_size} tokens", "--max-total-tokens or --mem-fraction-static"),
-    ):
-        if needed > limit:
-            raise BenchmarkError(f"{case}: it needs {needed} {of}, and {limit} are possible; raise {flag}")
-
-
-# --- report -----------------------------------------------------------------------------------------------------------
-
-
-def record(case: Case, times: BatchTimes, compiles: int, info: EngineInfo, roofline: Roofline | None) -> dict[str, Any]:
+def record(
+    case: Case, prefill_s: float, decode_s: Sequence[float], info: EngineInfo, roofline: Roofline | None
+) -> dict[str, Any]:
     """Return the line of JSON: seconds, tokens per second, shares 0 to 1; None where there is no decode step."""
     rows, inputs = case.batch_size, case.batch_size * case.input_len
-    median, total = times.median_decode_s, times.prefill_s + sum(times.decode_s)
+    median, total = float(np.median(decode_s)) if decode_s else None, prefill_s + sum(decode_s)
     return vars(case) | {
-        "prefill_latency": times.prefill_s,
-        "prefill_throughput": inputs / times.prefill_s,
+        "prefill_latency": prefill_s,
+        "prefill_throughput": inputs / prefill_s,
         "median_decode_latency": median,
         "median_decode_throughput": rows / median if median else None,
         "total_latency": total,
         "overall_throughput": rows * (case.input_len + case.output_len) / total,
-        "compiles_after_ready": compiles,
         **{name: getattr(info, name) for name in ("model_path", "dtype", "device_kind", "num_devices")},
-        **batch_shares(roofline, case, median, inputs, times.prefill_s),
+        **batch_shares(roofline, case, median, inputs, prefill_s),
     }
 
 
-def block_of(found: Mapping[str, Any], times: BatchTimes) -> str:
+def block_of(found: Mapping[str, Any], decode_s: Sequence[float]) -> str:
     """Format the batch. Labels are those that existing scripts look for."""
     rows = found["batch_size"]
     steps = [
         f"Decode {i}. Batch size: {rows}, latency: {seconds:6.5f} s, throughput: {rows / seconds:9.2f} token/s"
-        for i, seconds in enumerate(times.decode_s[:_DECODE_LINES])
+        for i, seconds in enumerate(decode_s[:_DECODE_LINES])
     ]
     lines = [
         "Batch size: {batch_size}, input length: {input_len}, output length: {output_len}",

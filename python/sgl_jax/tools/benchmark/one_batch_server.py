@@ -12,24 +12,16 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
-from sgl_jax.settings.flag_parser import option_named
-from sgl_jax.settings.flags import read_command_line
-from sgl_jax.settings.foreign_flags import ELSEWHERE
-from sgl_jax.settings.server_args import FLAGS
 from sgl_jax.tools.benchmark.arguments import Case, cases
 from sgl_jax.tools.benchmark.client import Client, ServerError, connect
 from sgl_jax.tools.benchmark.datasets.source import IdSource
 from sgl_jax.tools.benchmark.figures import markdown_table, report
 from sgl_jax.tools.benchmark.machine_limits import BATCH_SHARES, Roofline, batch_shares, server_roofline
 from sgl_jax.tools.benchmark.protocols import NATIVE, Outcome, Prompt, RequestOptions, request_body
-from sgl_jax.tools.benchmark.server_process import StartedServer, started_server
 from sgl_jax.tools.benchmark.terminal import SOME_FAILED, BenchmarkError, append_jsonl, check_writable, say
 
 TOOL = "bench_one_batch_server"
 _WARM_UP = (16, 1024, 16)  # prompts of so many tokens, and tokens to generate, at most
-# Flags of the server that say something about one that runs. Published command lines have --model beside
-# --base-url; that server has its model already.
-_WITH_BASE_URL = {"model_path", "served_model_name", "tokenizer_path", "api_key"}
 _FIGURES = {  # titles and templates: a line of the block each, and a column of the report
     "batch size": "{batch_size}",
     "input_len": "{input_len}",
@@ -50,32 +42,16 @@ class BatchResult(NamedTuple):
     cached_tokens: int | None  # tokens of the batch found in the server's prefix cache; None: the server does not tell
 
 
-def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
-    """Measure the server at --base-url, or one started from these flags. Returns the exit code."""
+def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Measure the server that the flags name. Returns the exit code."""
     check_writable(args.result_filename, "--result-filename")
-    if args.base_url:
-        given = flags_of_running(args.base_url, server_flags)
-        return asyncio.run(run(args, args.base_url, given.get("api_key")))
-    with started_server(server_flags, args.start_timeout) as server:
-        return asyncio.run(run(args, server.url, server.api_key, server))
+    return asyncio.run(run(args))
 
 
-def flags_of_running(base_url: str, server_flags: Sequence[str]) -> dict[str, str]:
-    """Parse the server's flags beside --base-url; those about how a server is started are refused. Raises FlagError."""
-    given = read_command_line(FLAGS, server_flags, elsewhere=ELSEWHERE)
-    for name in set(given) - _WITH_BASE_URL:
-        raise BenchmarkError(
-            f"{option_named(name)} is for a server that is started; --base-url {base_url} runs already"
-        )
-    return {name: str(value) for name, value in given.items()}
-
-
-async def run(
-    args: argparse.Namespace, url: str, api_key: str | None = None, started: StartedServer | None = None
-) -> int:
+async def run(args: argparse.Namespace) -> int:
     """Measure every case, print it and append it to the file. Returns the exit code."""
     options = RequestOptions(temperature=args.temperature, return_logprob=args.return_logprob)
-    async with connect(url, {"Authorization": f"Bearer {api_key}"} if api_key else {}) as client:
+    async with connect(args) as client:
         engine = (await client.server_info()).get("engine") or {}
         if "vocab_size" not in engine:
             raise BenchmarkError("the server does not tell the size of its vocabulary; only ours can be measured")
@@ -90,29 +66,22 @@ async def run(
             sizes = (max(args.batch_size), max(args.input_len), max(args.output_len))
             await measure(Case(*map(min, sizes, _WARM_UP)))
         settings = {name: getattr(args, name) for name in ("run_name", "temperature", "return_logprob", "seed")}
-        settings["start_seconds"] = started and round(started.start_seconds, 3)
-        records, num_failed = [], 0
+        records = []
         for case in cases(args):
             try:
                 result = await measure(case)
             except BenchmarkError as error:
-                if started:
-                    started.check()
                 say(TOOL, f"{case} failed: {error}")
-                num_failed += 1
                 continue
             records.append(settings | record(case, result, roofline))
             print(report([f"{title}: {template}" for title, template in _FIGURES.items()], records[-1]), flush=True)
             append_jsonl(args.result_filename, records[-1])
             if args.profile:  # once more: what is measured runs without the profiler
-                await client.start_profile(args.profile_output_dir)
-                try:
+                async with client.profile(args.profile_output_dir):
                     await measure(case)
-                finally:
-                    await client.stop_profile()
     if args.show_report and records:
         print(markdown_table(_FIGURES, records))
-    return SOME_FAILED if num_failed else 0
+    return SOME_FAILED if len(records) < len(cases(args)) else 0
 
 
 def record(case: Case, result: BatchResult, roofline: Roofline | None) -> dict[str, Any]:

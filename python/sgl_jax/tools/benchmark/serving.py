@@ -2,9 +2,9 @@
 
 import argparse
 import asyncio
-import contextlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
-from sgl_jax.tools.benchmark.client import ServerError, allow_many_connections, connect, measured
+from sgl_jax.tools.benchmark.client import ServerError, base_url, connect, measured
 from sgl_jax.tools.benchmark.datasets import load_prompts
 from sgl_jax.tools.benchmark.figures import ServingRun, compute_figures, compute_shares, failure_line, standard_block
 from sgl_jax.tools.benchmark.machine_limits import Roofline, server_roofline, shares_block
@@ -39,7 +39,6 @@ class ServerFacts:
 def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
     """Run what the flags say and print the result. Returns the exit code; raises BenchmarkError."""
     check_writable(args.output_file, "--output-file")
-    allow_many_connections()
     facts = asyncio.run(ask_server(args))
     tokenizer = find_tokenizer(args.tokenizer, args.model, facts)
     prompts = load_prompts(args, tokenizer, facts.vocab_size, args.seed)
@@ -47,19 +46,17 @@ def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
     print(f"\n{standard_block(run)}", flush=True)
     if run.shares is not None:
         print(f"\n{shares_block(run.shares)}", flush=True)
-    if run.interrupted:
-        say(TOOL, f"interrupted: {len(prompts) - len(run.outcomes)} of {len(prompts)} requests were not finished")
     if (failure := failure_line(run)) is not None:
         say(TOOL, failure)
     append_jsonl(args.output_file, run.json(args.output_details))
-    return 130 if run.interrupted else int(run.figures["failed"] > 0)
+    return int(run.figures["failed"] > 0)
 
 
 async def ask_server(args: argparse.Namespace) -> ServerFacts:
     """Ask the server about itself. Raises BenchmarkError when it does not answer in time, or --model is needed and it names none."""
     loop = asyncio.get_running_loop()
     end = loop.time() + (wait := args.ready_check_timeout_sec)
-    async with connect(base_url(args), headers(args)) as client:
+    async with connect(args) as client:
         while True:
             try:
                 info = await client.server_info()
@@ -89,22 +86,10 @@ def find_tokenizer(given: str | None, model: str | None, facts: ServerFacts) -> 
     return None
 
 
-def base_url(args: argparse.Namespace) -> str:
-    host = f"[{args.host}]" if ":" in args.host else args.host
-    return args.base_url or f"http://{host}:{args.port or BACKENDS[args.backend].port}"
-
-
-def headers(args: argparse.Namespace) -> dict[str, str]:
-    return dict(pair for group in args.header for pair in group)
-
-
 async def run_serving(
     args: argparse.Namespace, facts: ServerFacts, prompts: Sequence[Prompt], tokenizer: Tokenizer | None = None
 ) -> ServingRun:
-    """Run with the flags of bench_serving. Raises BenchmarkError when the run cannot be made.
-
-    Requests that fail are in the outcomes. Cancelled while requests run, it returns what is finished.
-    """
+    """Run with the flags of bench_serving; failed requests are outcomes too. Raises BenchmarkError for no run."""
     if not prompts:
         raise BenchmarkError("the data set has no prompts")
     ignore_eos, stream = not args.disable_ignore_eos, not args.disable_stream
@@ -122,7 +107,7 @@ async def run_serving(
         for prompt, lora in zip([short, *prompts], [loras[0], *loras], strict=True)
     )
     loop = asyncio.get_running_loop()
-    async with connect(base_url(args), headers(args)) as client:
+    async with connect(args) as client:
 
         async def send(body: bytes, prompt: Prompt) -> Outcome:
             return await measured(client, protocol, body, prompt.prompt_len, stream)
@@ -132,8 +117,7 @@ async def run_serving(
             raise BenchmarkError(f"warming up failed: {warmed_up[0].error}")
         if args.flush_cache and not await client.flush_cache():
             raise BenchmarkError("--flush-cache: the server has no /flush_cache")
-        if args.profile:
-            await client.start_profile(args.profile_output_dir, args.profile_num_steps)
+        profile = client.profile(args.profile_output_dir, args.profile_num_steps) if args.profile else nullcontext()
         with request_progress(len(prompts), not args.disable_tqdm) as advance:
 
             async def one(i: int) -> Outcome:
@@ -141,20 +125,15 @@ async def run_serving(
                 advance()
                 return outcome
 
-            start = loop.time()
-            sent, complete = await drive(one, times, args.max_concurrency)
-            duration = loop.time() - start
-        if args.profile:
-            try:
-                await client.stop_profile()
-            except ServerError as error:  # it has ended by itself, after --profile-num-steps
-                say(TOOL, f"the profile could not be stopped: {error}")
-    outcomes = [outcome for outcome in sent if outcome is not None]
+            async with profile:
+                start = loop.time()
+                outcomes = await drive(one, times, args.max_concurrency)
+                duration = loop.time() - start
     count_tokens = None if tokenizer is None else lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     figures = compute_figures(outcomes, start, duration, count_tokens)
-    shares = None if facts.roofline is None else compute_shares(outcomes, figures, duration, facts.roofline)
+    shares = None if facts.roofline is None else compute_shares(outcomes, figures, facts.roofline)
     config = described(args) | {"model": facts.model, "num_prompts": len(prompts)}
-    return ServingRun(config, start, duration, outcomes, figures, shares, not complete)
+    return ServingRun(config, start, outcomes, figures, shares)
 
 
 def described(args: argparse.Namespace) -> dict[str, Any]:
@@ -162,9 +141,6 @@ def described(args: argparse.Namespace) -> dict[str, Any]:
     given = {name: value for name, value in vars(args).items() if name not in _NOT_DESCRIBED}
     rate = "inf" if args.request_rate == float("inf") else args.request_rate  # JSON has no infinity
     return given | {"base_url": base_url(args), "request_rate": "trace" if args.use_trace_timestamps else rate}
-
-
-# --- traffic ----------------------------------------------------------------------------------------------------------
 
 
 def sending_times(args: argparse.Namespace, prompts: Sequence[Prompt]) -> list[float]:
@@ -185,29 +161,15 @@ def sending_times(args: argparse.Namespace, prompts: Sequence[Prompt]) -> list[f
 
 async def drive(
     send: Callable[[int], Awaitable[Outcome]], times: Sequence[float], max_concurrency: int | None
-) -> tuple[list[Outcome | None], bool]:
-    """Call `send(i)` at `times[i]` seconds from now, at most `max_concurrency` at a time; the others wait their turn.
-
-    Returns the outcomes in order, and whether all ran. When cancelled it ends the requests that run and returns what is
-    finished, with None for the rest: a run that was stopped still has its figures.
-    """
+) -> list[Outcome]:
+    """Call `send(i)` at `times[i]` seconds from now, at most `max_concurrency` at a time; the others wait their turn."""
     loop = asyncio.get_running_loop()
     start = loop.time()
-    outcomes: list[Outcome | None] = [None] * len(times)
-    turns = asyncio.Semaphore(max_concurrency) if max_concurrency else contextlib.nullcontext()
+    turns = asyncio.Semaphore(max_concurrency or len(times))
 
-    async def one(i: int) -> None:
+    async def one(i: int) -> Outcome:
+        await asyncio.sleep(start + times[i] - loop.time())
         async with turns:
-            outcomes[i] = await send(i)
+            return await send(i)
 
-    try:
-        async with asyncio.TaskGroup() as group:
-            for i in sorted(range(len(times)), key=times.__getitem__):
-                if (wait := start + times[i] - loop.time()) > 0:
-                    await asyncio.sleep(wait)
-                group.create_task(one(i))
-    except asyncio.CancelledError:
-        if (task := asyncio.current_task()) is not None:
-            task.uncancel()
-        return outcomes, False
-    return outcomes, True
+    return await asyncio.gather(*map(one, range(len(times))))

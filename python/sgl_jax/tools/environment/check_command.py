@@ -85,12 +85,10 @@ def _parser() -> Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--platform", choices=PLATFORMS, help="the platform that must be usable (default: any)")
-    timeout = "how long trying a platform out may take (default: %(default)g)"
-    parser.add_argument("--timeout", type=seconds, default=probing.TIMEOUT_S, metavar="SECONDS", help=timeout)
-    selftest = (
-        "then check kernels against references on the platform's devices, and run steps of a model; takes minutes"
-    )
-    parser.add_argument("--selftest", action="store_true", help=selftest)
+    text = "how long trying a platform out may take (default: %(default)g)"
+    parser.add_argument("--timeout", type=seconds, default=probing.TIMEOUT_S, metavar="SECONDS", help=text)
+    text = "then check kernels against references on the platform's devices, and run steps of a model; takes minutes"
+    parser.add_argument("--selftest", action="store_true", help=text)
     return parser
 
 

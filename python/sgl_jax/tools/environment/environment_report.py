@@ -81,8 +81,6 @@ def _table(rows: Iterable[tuple[str, str]]) -> list[str]:
 
 def _wrapped(start: str, text: str) -> list[str]:
     """Lay a text out after `start`, its further lines below its first."""
-    indent = " " * len(start)
-    lines = textwrap.wrap(
-        " ".join(text.split()), max(_WIDTH - len(start), 40), break_long_words=False, break_on_hyphens=False
-    )
+    indent, text = " " * len(start), " ".join(text.split())
+    lines = textwrap.wrap(text, max(_WIDTH - len(start), 40), break_long_words=False, break_on_hyphens=False)
     return [f"{indent if number else start}{line}".rstrip() for number, line in enumerate(lines or [""])]

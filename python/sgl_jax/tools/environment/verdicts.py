@@ -140,9 +140,6 @@ def _absent(platform: Platform, facts: Facts) -> str:
     return _CONTAINER[platform] if facts.machine.in_container else "nothing to do, unless this machine should have one"
 
 
-# --- packages, commands and devices in words --------------------------------------------------------------------------
-
-
 def install(extra: str, facts: Facts) -> str:
     """Return the command that installs jax with an accelerator's packages, in the version that is there."""
     version = facts.version("jax")

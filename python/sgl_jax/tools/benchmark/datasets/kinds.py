@@ -26,9 +26,6 @@ _LONGEST_PROMPT, _LONGEST_TOTAL = 1024, 2048
 _USERS = ("human", "user")
 
 
-# --- drawn ------------------------------------------------------------------------------------------------------------
-
-
 def random_texts(args: Namespace, tokenizer: Tokenizer, rng: Generator, count: int) -> list[Prompt]:
     """Make prompts of drawn lengths, each beginning at another word of the text."""
     source = TextSource(tokenizer, rng, args.dataset_path)
@@ -63,9 +60,6 @@ def shared_prefixes(args: Namespace, tokenizer: Tokenizer, rng: Generator, most:
         for _ in range(args.gsp_prompts_per_group):
             prompts.append(Prompt(source.piece(num_tokens, system), num_tokens, args.gsp_output_len))
     return [prompts[i] for i in rng.permutation(len(prompts))]
-
-
-# --- read from files --------------------------------------------------------------------------------------------------
 
 
 class Turn(msgspec.Struct, rename={"speaker": "from"}):
