@@ -86,9 +86,9 @@ def collectives(plan: Plan, model: PlannedModel, tokens: int, depth: int) -> Cou
         if (kept := getattr(config, field)) is not None
     }
     config = dataclasses.replace(config, **cut)
-    runner = plan.launch.runner
+    runner = plan.launch.runner_config
     runner = dataclasses.replace(runner, pool=dataclasses.replace(runner.pool, num_layers=depth))
-    launch, platform = dataclasses.replace(plan.launch, runner=runner), plan.target.platform
+    launch, platform = dataclasses.replace(plan.launch, runner_config=runner), plan.target.platform
     placement = Placement.over(plan.target.find_devices(), launch.grid)
     programs = launch_programs(config, launch, platform, kernels_for(None, platform, config), placement)
     program = next(each for each in programs if each.name.startswith(f"tokens={tokens} "))

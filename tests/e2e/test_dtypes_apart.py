@@ -64,7 +64,7 @@ def test_weights_of_another_dtype_than_activations(
 ) -> None:
     def apart(*args: Any, **options: Any) -> LaunchPlan:
         plan = plan_launch(*args, **options)
-        return dataclasses.replace(plan, runner=dataclasses.replace(plan.runner, weight_dtype=held))
+        return dataclasses.replace(plan, runner_config=dataclasses.replace(plan.runner_config, weight_dtype=held))
 
     monkeypatch.setattr(startup, "plan_launch", apart)
     core = build(stories260k, ONE_STEP, dtype=computed)

@@ -78,7 +78,7 @@ def test_the_pool_changes_in_place(step: StepProgram) -> None:
 
 
 def test_what_a_step_needs_besides_is_small(step: StepProgram) -> None:
-    assert step.temp_bytes < programs.TEMP_SHARE * step.pool_bytes
+    assert step.temp_bytes < programs.TEMP_FRACTION * step.pool_bytes
 
 
 def test_a_layer_sums_twice_over_the_devices(step: StepProgram) -> None:

@@ -42,7 +42,7 @@ def test_pool_and_state_change_in_place(step: StepProgram) -> None:
 
 
 def test_what_a_step_needs_besides_is_small(step: StepProgram) -> None:
-    assert step.temp_bytes < programs.TEMP_SHARE * step.pool_bytes
+    assert step.temp_bytes < programs.TEMP_FRACTION * step.pool_bytes
 
 
 def test_the_plan_agrees_with_the_program(step: StepProgram) -> None:
