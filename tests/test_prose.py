@@ -15,9 +15,6 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 FOLDERS = ("python/sgl_jax", "tests", "benchmarks", "docs", "examples")
 RIDDLES = {"What", "That", "Of", "Those"}  # first words that make a reader wait for the noun
 
-COMMENTS_NOT_YET = ("tools",)  # rooms whose comments are still to be mended
-DOCSTRINGS_NOT_YET = ("tests/tools/benchmark/",)
-
 TITLES_SINCE = "c17c309da3"  # the last commit before this test: older titles stay as they are
 TITLE_LENGTH = 72
 LABEL = re.compile(r"(Merge branch|Format|Types)\b|[A-Za-z]+(\(\w+\))?!?:")  # "Docs: …" names a place, not a change
@@ -67,21 +64,12 @@ def wrong_title(title: str) -> bool:
 
 
 def test_no_docstring_begins_with_a_relative_clause() -> None:
-    found = {
-        name: sorted(RIDDLES.intersection(docstring_openings(source)))
-        for name, source in sources()
-        if not name.startswith(DOCSTRINGS_NOT_YET)
-    }
+    found = {name: sorted(RIDDLES.intersection(docstring_openings(source))) for name, source in sources()}
     assert {name: words for name, words in found.items() if words} == {}
 
 
 def test_no_comment_begins_with_a_relative_clause() -> None:
-    not_yet = (*(f"python/sgl_jax/{room}" for room in COMMENTS_NOT_YET), *DOCSTRINGS_NOT_YET)
-    found = {
-        name: [word for word in comment_openings(source) if word in RIDDLES]
-        for name, source in sources()
-        if not name.startswith(not_yet)
-    }
+    found = {name: sorted(RIDDLES.intersection(comment_openings(source))) for name, source in sources()}
     assert {name: words for name, words in found.items() if words} == {}
 
 
