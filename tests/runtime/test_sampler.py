@@ -241,6 +241,15 @@ def test_greedy_takes_the_best_and_the_first_of_equals() -> None:
     assert sample(logits, [Row(SamplingParams(temperature=0.0), seed=i) for i in range(3)]) == [1, 0, 2]
 
 
+@pytest.mark.parametrize("vocab_size", [7, 300, 512, 49152])
+def test_the_first_of_equals_is_greedys_for_every_size_of_vocabulary(vocab_size: int) -> None:
+    logits = np.random.default_rng(0).integers(0, 3, (5, vocab_size)).astype(np.float32)
+    logits[1], logits[2, -1] = -np.inf, 5
+    found = jax.jit(lambda x: sampler._argmax(x, ONE_DEVICE))(logits)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, logits.argmax(-1))
+
+
 @pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-37, 1e-44])
 def test_a_temperature_near_nothing_is_greedy(temperature: float) -> None:
     logits = np.array([[20.0, 300.0, -50.0, 299.0]] * 64, np.float32)

@@ -1,15 +1,19 @@
 """Platforms, and the settings of each for what a user leaves open, from measurements."""
 
 import dataclasses
+import logging
 from typing import Literal
 
 import jax
 
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.attention.backends import find_backend
+from sgl_jax.ops.attention.cpu import library
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
+
+logger = logging.getLogger(__name__)
 
 Name = Literal["cpu", "gpu", "tpu"]
 
@@ -35,7 +39,7 @@ PLATFORMS: dict[Name, Platform] = {
     # The smallest bucket of CPUs has two rows because one row in bfloat16 costs more than two (benchmarks/LOG.md). A scan
     # compiles three times faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in
     # float32. On TPU weights of a list are prefetched, weights of a scan are not (docs/decisions/0011-list-on-tpu.md).
-    "cpu": Platform("cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False, False),
+    "cpu": Platform("cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False, False, "cpu"),
     "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True),
     "tpu": Platform("tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, False, True, "fa"),
 }
@@ -88,6 +92,12 @@ def _of_each_process(name: Name, devices: list[jax.Device], number: int, process
 def kernels_for(attention_backend: str | None, platform: Platform, model: DecoderConfig) -> Kernels:
     """Return the kernels of a launch. No attention backend means the platform's default. Raises NoSuchBackend."""
     name = attention_backend or platform.attention
+    if attention_backend is None and name == "cpu" and library.find_target() is None:
+        logger.warning(
+            "Attention runs in plain XLA, which is several times slower: the library for CPUs is not there, since sgl_jax was "
+            "installed without a C++ compiler."
+        )
+        name = "native"
     latent = model.mla is not None
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
     return Kernels(attention, grouped_matmul_for(platform.name))

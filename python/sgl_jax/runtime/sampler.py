@@ -13,6 +13,7 @@ With tensor parallelism each device holds a shard of the vocabulary, V here; dev
 """
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import jax
@@ -29,7 +30,9 @@ from sgl_jax.step_plan import Param, RowFlag
 Filters = tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]  # top_k, top_p, min_p of each line
 
 CANDIDATES = 64
-_BLOCK = 256  # vocabulary entries summed at once when inverting the distribution
+_BLOCK = (
+    256  # vocabulary entries whose sum or maximum is taken first when inverting the distribution or finding the best
+)
 _LINES_BYTES = 20 << 20  # float32 logits of a block of lines; VMEM of a TPU holds several such arrays
 
 
@@ -60,12 +63,11 @@ def sample(
     logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Int[Array, " S"]:
     """Return the next token of each of S lines; an arbitrary one for lines that do not sample."""
-    asked = has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES) | lines.samples & (
-        lines.param(Param.TEMPERATURE) > 0
-    )
+    draws = lines.samples & (lines.param(Param.TEMPERATURE) > 0)
+    asked = (has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES) | draws).any()
     num_lines, block = len(logits), lines_at_once(logits.shape[-1])
     if num_lines <= block:
-        return lax.cond(asked.any(), lambda: _sample(logits, lines, state, axis), lambda: _argmax(logits, axis))
+        return lax.cond(asked, lambda: _sample(logits, lines, state, axis), lambda: _argmax(logits, axis))
 
     def sample_block(i, tokens):
         first = jnp.minimum(i * block, num_lines - block)  # the last block may repeat lines of the one before
@@ -77,7 +79,7 @@ def sample(
     def sample_blocks() -> Int[Array, " S"]:
         return lax.fori_loop(0, -(-num_lines // block), sample_block, jnp.zeros(num_lines, jnp.int32))
 
-    return lax.cond(asked.any(), sample_blocks, lambda: _argmax(logits, axis))
+    return lax.cond(asked, sample_blocks, lambda: _argmax(logits, axis))
 
 
 def lines_at_once(vocab_size: int) -> int:
@@ -140,10 +142,19 @@ def has_flag(params: Int[Array, "rows params"], flag: RowFlag) -> Bool[Array, " 
 
 def _argmax(x: Float[Array, "S V"], axis: MeshAxis) -> Int[Array, " S"]:
     """Return the first of the largest logits in the whole vocabulary."""
-    best = jnp.argmax(x, axis=-1, keepdims=True).astype(jnp.int32)
+    best = lax.platform_dependent(x, cpu=_argmax_by_blocks, default=lambda x: x.argmax(-1))[:, None].astype(jnp.int32)
     values = axis.concatenate(jnp.take_along_axis(x, best, axis=-1))
     ids = axis.concatenate(best + axis.index() * x.shape[-1])
     return jnp.take_along_axis(ids, jnp.argmax(values, axis=-1, keepdims=True), axis=-1)[:, 0]
+
+
+def _argmax_by_blocks(x: Float[Array, "S V"]) -> Int[Array, " S"]:
+    """Return the index of the first largest number of each line. XLA for CPU vectorises a maximum, but no argmax."""
+    block = math.gcd(x.shape[-1], _BLOCK)
+    blocks = x.reshape(len(x), -1, block)
+    best = jnp.argmax(blocks.max(-1), axis=-1)
+    within = jnp.argmax(jnp.take_along_axis(blocks, best[:, None, None], axis=1)[:, 0], axis=-1)
+    return best * block + within
 
 
 def _top_k(x: Float[Array, "n V"], k: int, axis: MeshAxis) -> tuple[Float[Array, "n k"], Int[Array, "n k"]]:

@@ -44,9 +44,11 @@ def arguments(b, spec, num_short=None, **arrays):
     return q, k, v, kv, batch, layer
 
 
-def random_batch(rng, rows, *, num_heads, num_kv_heads, head_dim, page_size, num_tokens, num_rows, layer=1):
+def random_batch(
+    rng, rows, *, num_heads, num_kv_heads, head_dim, page_size, num_tokens, num_rows, layer=1, context_length=192
+):
     """Make a batch of rows (start, num_new), the short ones first. Pages are dealt at random."""
-    pages_per_row = 12 * 16 // page_size + 8
+    pages_per_row = context_length // page_size + 8
     num_pages = 4 + sum(-(-(s + n) // page_size) for s, n in rows)
     num_pages += -num_pages % 32  # few shapes, so few programs
     deal = iter(rng.permutation(np.arange(1, num_pages)))

@@ -87,7 +87,7 @@ def test_a_backend_of_a_dozen_lines_serves_the_reference_s_tokens(monkeypatch, s
 def test_what_is_no_backend_is_said(plugin):
     with pytest.raises(NoSuchBackend, match=r"--attention-backend wrong.* double_attention:something .*Backend"):
         find_backend("wrong", "cpu", vectorise=False)
-    with pytest.raises(NoSuchBackend, match=r"--attention-backend x.* native, fa, double, tokamax, wrong$"):
+    with pytest.raises(NoSuchBackend, match=r"--attention-backend x.* native, cpu, fa, double, tokamax, wrong$"):
         find_backend("x", "cpu", vectorise=False)
 
 

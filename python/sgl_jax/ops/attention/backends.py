@@ -13,6 +13,8 @@ from jax.typing import DTypeLike
 
 from sgl_jax.ops.attention import native
 from sgl_jax.ops.attention.api import AnyPool, Attention, AttentionLayer, NewKV, Output, Queries, RaggedBatch
+from sgl_jax.ops.attention.cpu import call as cpu
+from sgl_jax.ops.attention.cpu import library
 
 GROUP = "sgl_jax.attention"
 _FA_PAGE = 128  # takes half the instructions of pages of 16 (docs/decisions/0015-pages-of-128-on-tpu.md)
@@ -61,6 +63,14 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
     brought = {point.name: point for point in metadata.entry_points(group=GROUP)}
     if name == "native":
         backend = Backend(functools.partial(native.paged_attention, vectorise=vectorise), latent=True)
+    elif name == "cpu":
+        target = library.find_target() if platform == "cpu" else ""
+        if target is None:
+            raise NoSuchBackend(
+                "--attention-backend cpu: its library is not there; sgl_jax was installed where no C++ compiler is; use native"
+            )
+        attend = functools.partial(cpu.paged_attention, target=target)
+        backend = Backend(attend, frozenset({"cpu"}), latent=True)
     elif name == "fa":
         from sgl_jax.ops.attention.fa import call, tile  # they import Pallas, which takes a while
 
@@ -75,7 +85,7 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
         if not isinstance(backend, Backend):
             raise NoSuchBackend(f"--attention-backend {name}: {brought[name].value} is no sgl_jax Backend")
     else:
-        known = ", ".join(["native", "fa", *sorted(brought)])
+        known = ", ".join(["native", "cpu", "fa", *sorted(brought)])
         raise NoSuchBackend(f"--attention-backend {name}: there is no such backend; there are {known}")
     if platform not in backend.platforms:
         runs_on = " and ".join(sorted(backend.platforms))

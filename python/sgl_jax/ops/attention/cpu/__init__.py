@@ -1,0 +1,1 @@
+"""Attention on CPUs by a library that is compiled when the package is installed."""

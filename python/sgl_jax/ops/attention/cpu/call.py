@@ -1,0 +1,55 @@
+"""Paged attention on CPUs by a compiled library (attention.cc): one call of XLA's foreign-function interface in each layer."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sgl_jax.ops.attention.api import AttentionLayer, NewKV, Output, Pool, Queries, RaggedBatch
+
+_ALL_KEYS = 2**31 - 1  # the window of a layer that has none
+
+
+def paged_attention(
+    q: Queries,
+    k: NewKV,
+    v: NewKV | None,
+    kv: Pool,
+    batch: RaggedBatch,
+    layer: AttentionLayer,
+    *,
+    target: str,
+) -> tuple[Output, Pool]:
+    """See api.Attention. Outputs of padding are 0, and nothing is written for it. `target`: the name of the library's call.
+
+    Raises ValueError for a pool of another dtype than the queries, or one other than float32 and bfloat16.
+    """
+    if kv.dtype != q.dtype or kv.dtype not in (jnp.float32, jnp.bfloat16):
+        raise ValueError(
+            f"--attention-backend cpu: the KV pool is {kv.dtype} and the queries {q.dtype}; both must be float32, or both "
+            "bfloat16; use native"
+        )
+    spec = layer.spec
+    if layer.prepare is not None:
+        q, k = layer.prepare(q, k)
+    window = _ALL_KEYS if layer.window is None else layer.window
+    sinks = jnp.empty(0) if layer.sinks is None else layer.sinks
+    out = jax.ShapeDtypeStruct((*q.shape[:2], q.shape[2] if spec.value_dim is None else spec.value_dim), q.dtype)
+    attend = jax.ffi.ffi_call(target, (out, jax.ShapeDtypeStruct(kv.shape, kv.dtype)), input_output_aliases={3: 1})
+    out, kv = attend(
+        q,
+        k,
+        k[:0] if v is None else v,
+        kv,
+        batch.page_table,
+        batch.kv_lens,
+        batch.cu_q_lens,
+        jnp.stack([jnp.asarray(x, jnp.int32) for x in (layer.first_page, window)]),
+        jnp.stack([jnp.asarray(x, jnp.float32) for x in layer.scales]),
+        sinks.astype(jnp.float32),
+        scale=np.float32(spec.scale),
+        softcap=np.float32(spec.softcap or 0),
+        log_length=np.float32(math.log(spec.temperature_length) if spec.temperature_length else 0),
+    )
+    return out, kv

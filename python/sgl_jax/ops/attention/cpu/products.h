@@ -1,0 +1,150 @@
+// Products of a few lines with a block of keys or values.
+
+#pragma once
+
+#include <type_traits>
+
+#include "vectors.h"
+
+namespace {
+
+constexpr int kBlock = 128;  // keys of a block
+constexpr int kGroup = 4;    // lines that go through a block together
+
+inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Calls f(i, R) for lines [i, i + R) of all, R <= kGroup as a compile-time constant.
+template <typename F>
+inline void in_groups(int lines, F f) {
+  for (int i = 0; i < lines; i += kGroup) {
+    switch (std::min(lines - i, kGroup)) {
+      case 1: f(i, std::integral_constant<int, 1>()); break;
+      case 2: f(i, std::integral_constant<int, 2>()); break;
+      case 3: f(i, std::integral_constant<int, 3>()); break;
+      default: f(i, std::integral_constant<int, 4>());
+    }
+  }
+}
+
+// --- K and V where they lie in the pool ------------------------------------------------------------------------------
+
+// scores[R, n] = q[R, width] keys[n, width]; lines of scores are kBlock long. Four keys' sums are added up across lanes
+// together. GCC keeps the sums in registers as long as the four are spelled out.
+template <int R, typename Element>
+inline void multiply_keys(const float* q, const Element* keys, int n, int width, float* scores) {
+  for (int j = 0; j < n; j += 4) {
+    const int64_t last = n - 1 - j;  // keys behind it are the last one again, and their scores are not stored
+    const Element* a = keys + int64_t(j) * width;
+    const Element* b = a + std::min<int64_t>(1, last) * width;
+    const Element* c = a + std::min<int64_t>(2, last) * width;
+    const Element* d = a + std::min<int64_t>(3, last) * width;
+    Floats sums[R][4];
+    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = Floats{};
+    for (int h = 0; h < width; h += kLanes) {
+      const Floats key_a = load(a + h), key_b = load(b + h), key_c = load(c + h), key_d = load(d + h);
+      for (int r = 0; r < R; r++) {
+        const Floats x = load(q + r * width + h);
+        sums[r][0] += key_a * x;
+        sums[r][1] += key_b * x;
+        sums[r][2] += key_c * x;
+        sums[r][3] += key_d * x;
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      const Quad found = sums_of(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
+      std::memcpy(scores + r * kBlock + j, &found, 4 * std::min<int64_t>(4, last + 1));
+    }
+  }
+}
+
+// sums[R, X vectors] += weights[R, n] values[n, X vectors]
+template <int R, int X, typename Element>
+inline void add_columns(const float* weights, const Element* values, int n, int width, float* sums, int sums_width) {
+  Floats c[R][X];
+  for (int r = 0; r < R; r++) {
+    for (int x = 0; x < X; x++) c[r][x] = load(sums + r * sums_width + x * kLanes);
+  }
+  for (int j = 0; j < n; j++) {
+    for (int x = 0; x < X; x++) {
+      const Floats value = load(values + int64_t(j) * width + x * kLanes);
+      for (int r = 0; r < R; r++) c[r][x] += weights[r * kBlock + j] * value;
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    for (int x = 0; x < X; x++) store(sums + r * sums_width + x * kLanes, c[r][x]);
+  }
+}
+
+// sums[R, columns] += weights[R, n] values[n, columns], with rows of values `width` apart.
+template <int R, typename Element>
+inline void add_values(const float* weights, const Element* values, int n, int width, int columns, float* sums,
+                       int sums_width) {
+  int h = 0;
+  for (; h + 4 * kLanes <= columns; h += 4 * kLanes) add_columns<R, 4>(weights, values + h, n, width, sums + h, sums_width);
+  for (; h < columns; h += kLanes) add_columns<R, 1>(weights, values + h, n, width, sums + h, sums_width);
+}
+
+// --- Packed K and V --------------------------------------------------------------------------------------------------
+
+// What a packed block consists of: floats.
+struct FloatUnit {
+  using Unit = float;
+  static constexpr int kNumbers = 1;
+  static inline Floats add_product(Floats sum, Unit a, const Unit* b) { return sum + a * load(b); }
+  template <typename Element>
+  static inline Unit of_key(const Element* key, int i) {
+    return to_float(key[i]);
+  }
+  template <typename Element>
+  static inline void pack_values(Unit* to, const Element* row, const Element*, int width) {
+    for (int i = 0; i < width; i++) to[i] = to_float(row[i]);
+  }
+  static inline void pack_line(Unit* to, const float* line, int n) { std::copy(line, line + n, to); }
+};
+
+#if defined(__AVX512BF16__)
+// Or pairs of bfloat16, whose products are added up in float32. Values are paired with those of the next key.
+struct PairUnit {
+  using Unit = uint32_t;
+  static constexpr int kNumbers = 2;
+  static inline Unit pair(BFloat16 x, BFloat16 y) { return x.bits | uint32_t(y.bits) << 16; }
+  static inline Floats add_product(Floats sum, Unit a, const Unit* b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)_mm512_loadu_si512(b));
+  }
+  static inline Unit of_key(const BFloat16* key, int i) { return pair(key[2 * i], key[2 * i + 1]); }
+  static inline void pack_values(Unit* to, const BFloat16* row, const BFloat16* next, int width) {
+    for (int i = 0; i < width; i++) to[i] = pair(row[i], next[i]);
+  }
+  static inline void pack_line(Unit* to, const float* line, int n) {
+    for (int i = 0; i < n; i += 2) {
+      BFloat16 x, y;
+      assign(x, line[i]);
+      assign(y, line[i + 1]);
+      to[i / 2] = pair(x, y);
+    }
+  }
+};
+#endif
+
+// sums[R, columns] (+)= a[R, steps] b[steps, columns], in units; the columns are a multiple of four vectors.
+template <int R, typename U>
+inline void multiply(const typename U::Unit* a, int a_width, const typename U::Unit* b, int b_width, int steps, float* sums,
+                     int sums_width, int columns, bool accumulate) {
+  for (int first = 0; first < columns; first += 4 * kLanes) {
+    Floats c[R][4];
+    for (int r = 0; r < R; r++) {
+      for (int x = 0; x < 4; x++) c[r][x] = accumulate ? load(sums + r * sums_width + first + x * kLanes) : Floats{};
+    }
+    for (int i = 0; i < steps; i++) {
+      const typename U::Unit* line = b + int64_t(i) * b_width + first;
+      for (int r = 0; r < R; r++) {
+        for (int x = 0; x < 4; x++) c[r][x] = U::add_product(c[r][x], a[r * a_width + i], line + x * kLanes);
+      }
+    }
+    for (int r = 0; r < R; r++) {
+      for (int x = 0; x < 4; x++) store(sums + r * sums_width + first + x * kLanes, c[r][x]);
+    }
+  }
+}
+
+}  // namespace
