@@ -204,7 +204,7 @@ def test_unknown_path_and_wrong_method(http: httpx.Client) -> None:
     assert http.get("/v1/nothing").status_code == 404
     wrong = http.get(CHAT)
     assert wrong.status_code == 405
-    assert wrong.headers["allow"] == "POST"
+    assert wrong.headers["allow"] == "OPTIONS, POST"
     assert error(wrong)["code"] == "method_not_allowed"
 
 

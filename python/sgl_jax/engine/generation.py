@@ -135,10 +135,15 @@ class Generation:
         self.requests = requests
         self.stream = stream
         self.created = time.time()
+        self.num_tokens = 0  # generated so far
         self._drop = drop
         self.open: list[Choice] = []
         self.wake = asyncio.Event()
         self.error: Exception | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(request.prompt_ids) for request in self.requests)
 
     async def updates(self) -> AsyncIterator[list[Update]]:
         """Yield the updates since the last turn, at most one per choice. Raises EngineFailed or ServiceUnavailable."""
@@ -159,6 +164,7 @@ class Generation:
             update = choice.take()
             if update is not None:
                 found.append(update)
+                self.num_tokens += len(update.token_ids)
             if update is None or update.finish is None:
                 still_open.append(choice)
             elif choice.reason is None:  # a stop string, which the engine does not know, has matched

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 
 from sgl_jax.engine.generation import GenerationRequest
@@ -22,6 +22,9 @@ TokenIdText = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
 StopString = Annotated[str, Field(min_length=1)]
 CacheKey = Annotated[str, Field(max_length=1024)]
 EmptyList = Annotated[list[Any], Field(max_length=0)]
+
+# pydantic's Literal takes 0 for False, which its schema does not say.
+Off = Annotated[Literal[False], BeforeValidator(lambda value: value if value is False else str(value))]
 
 type Fields = Mapping[str, tuple[object, object]]  # a type and a default each, as pydantic.create_model takes them
 

@@ -64,14 +64,14 @@ class AbortRequest(Body):
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Native"])
 
-    @routes.post("/generate", **documented(GenerateAnswer, stream=True))
+    @routes.post("/generate", **documented(GenerateAnswer, stream=True, or_list=True))
     async def generate(body: GenerateRequest, request: Request) -> Response:
         texts = [body.text] if isinstance(body.text, str) else body.text or ()
         call = await encoding(sum(map(len, texts)), _call, state, body)
+        request.state.generation = generation = state.service.submit(call.requests, stream=bool(body.stream))
         if body.stream:
-            generation = state.service.submit(call.requests, stream=True)
             return EventStream(generation, _events(call, generation))
-        return await json_unless_disconnected(request, call.result(state.service))
+        return await json_unless_disconnected(request, call.answer(generation))
 
     @routes.post("/tokenize", **documented(TokenizeResponse, model=True))
     async def tokenize(body: TokenizeRequest) -> Response:

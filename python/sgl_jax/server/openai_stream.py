@@ -49,6 +49,7 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
         self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     async def respond(self, request: Request) -> Response:
+        request.state.generation = self._generation
         if self._stream:
             return EventStream(self._generation, self._events())
         return await json_unless_disconnected(request, self._whole())
@@ -72,7 +73,7 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
 
     def usage(self) -> Usage:
         """Count tokens. A prompt counts once, however many choices it has; the tokens of every choice count."""
-        num_prompt = sum(len(request.prompt_ids) for request in self._generation.requests)
+        num_prompt = self._generation.num_prompt_tokens
         cached = PromptTokensDetails(sum(self._num_cached))
         return Usage(num_prompt, self._num_completion, num_prompt + self._num_completion, cached)
 
