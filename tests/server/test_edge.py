@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 
 import httpx
@@ -199,8 +200,13 @@ def test_state_is_not_changed_by_a_link(http: httpx.Client) -> None:
 # --- request ids and log lines ----------------------------------------------------------------------------------------
 
 
-def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.getMessage() for record in caplog.records if record.name == "sgl_jax.server.edge"]
+def lines(caplog: pytest.LogCaptureFixture, count: int) -> list[str]:
+    """Return the lines, of which so many come; each is written a moment after its answer."""
+    deadline, found = time.monotonic() + 20, []
+    while len(found) < count and time.monotonic() < deadline:
+        time.sleep(0.005)
+        found = [record.getMessage() for record in caplog.records if record.name == "sgl_jax.server.edge"]
+    return found
 
 
 @pytest.fixture
@@ -231,7 +237,7 @@ def test_an_answer_has_the_id_of_its_request_and_a_line(
     answer = http.post(path, json=body | {"stream": stream}, headers={"X-Request-Id": "trace/1:a"})
     assert (answer.status_code, answer.headers["x-request-id"]) == (200, "trace/1:a")
     http.get("/health")
-    [line] = lines(log)
+    [line] = lines(log, 1)
     tokens = rf"{r'\d+' if prompt is None else prompt}\+{output} tokens"
     pattern = rf'127\.0\.0\.1:\d+ - "POST {path} HTTP/1\.1" 200 id=trace/1:a {tokens} \d+\.\d\d\d s'
     assert re.fullmatch(pattern, line)
@@ -258,10 +264,27 @@ def test_an_id_that_cannot_be_given_back_is_refused(http: httpx.Client, given: s
 def test_nothing_a_client_sends_makes_a_line_of_its_own(live: LiveServer, log: pytest.LogCaptureFixture) -> None:
     for target in (b'/a"%20200', b"/%0d%0aINFO", b'/a?b=%0a\xc2\x85"', b"/\x1b[31m", b"/" + b"a" * 5000):
         ask(live, b"GET " + target + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    shown = lines(log)
-    assert len(shown) >= 3
+    shown = lines(log, 3)
+    assert len(shown) == 3  # the parser takes no control characters
     assert all(line.isascii() or "…" in line for line in shown)
     assert all(line.count('"') == 2 and line.isprintable() and len(line) < 700 for line in shown)
+
+
+def test_an_error_of_ours_has_one_traceback_and_an_answer_like_others(
+    live: LiveServer, http: httpx.Client, log: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> int:
+        raise RuntimeError("lost")
+
+    monkeypatch.setattr(live.service, "abort_all", fail)
+    headers = {"Origin": "http://localhost:1", "X-Request-Id": "a"}
+    answer = http.post("/abort_request", json={"abort_all": True}, headers=headers)
+    assert (answer.status_code, error(answer)["type"]) == (500, "server_error")
+    assert answer.headers["access-control-allow-origin"] == "http://localhost:1"
+    assert answer.headers["x-request-id"] == "a"
+    assert "lost" not in answer.text
+    assert [record.name for record in log.records if record.exc_info] == ["sgl_jax.server.error_envelope"]
+    assert " 500 id=a " in lines(log, 1)[-1]
 
 
 # --- bodies -----------------------------------------------------------------------------------------------------------
@@ -305,14 +328,16 @@ def test_bodies_are_json_in_unicode(http: httpx.Client, content: bytes, type: st
 
 
 def test_bodies_that_are_being_answered_have_a_limit_together() -> None:
-    with LiveServer(max_request_bytes=1024) as server, server.http() as http:
+    large = BODY | {"text": "a" * 70_000}
+    with LiveServer(max_request_bytes=2**20) as server, server.http() as http:
         guard = server.app._app.app  # RequestLog has Pages, which have the Guard
-        guard._num_bytes = 16 * 1024
-        answer = http.post("/generate", json=BODY)
+        guard._num_bytes = 16 * 2**20
+        answer = http.post("/generate", json=large)
         assert (answer.status_code, error(answer)["code"]) == (503, "too_many_bytes")
         assert answer.headers["retry-after"]
-        guard._num_bytes = 0
         assert http.post("/generate", json=BODY).status_code == 200
+        guard._num_bytes = 0
+        assert http.post("/generate", json=large).status_code == 400  # too long for the context
         assert guard._num_bytes == 0
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from sgl_jax.engine.generation import GenerationRequest
 from sgl_jax.engine.native_params import in_our_names, max_tokens_of, names_in
@@ -16,6 +17,7 @@ from sgl_jax.request import PARAMETERS, Api, InvalidParameter, Names, Parameter,
 from sgl_jax.settings.not_built import NOT_BUILT, Feature
 
 INT64_MAX = 2**63 - 1
+_MOST_FIELDS = 2048
 
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
 TokenIdText = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
@@ -29,8 +31,41 @@ Off = Annotated[Literal[False], BeforeValidator(lambda value: value if value is 
 type Fields = Mapping[str, tuple[object, object]]  # a type and a default each, as pydantic.create_model takes them
 
 
+def limited(value: object) -> object:
+    """Refuse an object with more fields than anything needs: pydantic would describe each that is wrong."""
+    if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+        text, numbers = (
+            "an object has {count} fields; the limit is {limit}",
+            {"count": len(value), "limit": _MOST_FIELDS},
+        )
+        raise PydanticCustomError("too_many_fields", text, numbers)
+    return value
+
+
+def _stop_at_first_error(schema: object) -> None:
+    """Make every list of a schema stop at its first wrong entry: pydantic would describe every one."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        schema = list(schema.values())
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            _stop_at_first_error(part)
+
+
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limited(cls, value: object) -> object:
+        return limited(value)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _stop_at_first_error(schema)
+        return schema
 
 
 class TextFormat(Body):
@@ -103,7 +138,8 @@ def _kind(parameter: Parameter, low: int | None) -> object:
     if parameter.kind == tuple[int, ...]:
         return Annotated[list[TokenId], entries]
     if parameter.kind == dict[int, float]:
-        return Annotated[dict[TokenIdText, Annotated[float, limits(parameter.name, low, [parameter])]], entries]
+        numbers = Annotated[float, limits(parameter.name, low, [parameter])]
+        return Annotated[dict[TokenIdText, numbers], entries, BeforeValidator(limited)]
     return parameter.kind
 
 

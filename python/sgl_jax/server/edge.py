@@ -26,6 +26,7 @@ type Rule = Callable[[Scope, Headers], ApiError | None]
 
 OPEN_PATHS = frozenset({"/health", "/ready"})
 _MOST_BODIES = 16  # bodies of the largest size that may be in memory at once
+_SMALL = 64 * 1024  # bytes of a body that is always taken
 _REQUEST_ID = re.compile(r"[!#-~]{1,128}")  # ASCII without space and quote, which the log line needs
 _SHOWN = "".join(map(chr, range(0x21, 0x7F))).replace(
     '"', ""
@@ -42,20 +43,24 @@ class RequestLog:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = Headers(scope=scope).get("x-request-id", "")
         request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
-        started, status = time.perf_counter(), 500
+        started, status, ended = time.perf_counter(), 500, False
 
         async def noted(message: Message) -> None:
-            nonlocal status
+            nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
+            ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         path, is_head = scope["path"], scope["method"] == "HEAD"
         # Each path is also taken with a slash behind it, and HEAD wherever GET is; the connection drops the body.
         inner = {**scope, "path": path.rstrip("/") or "/", "method": "GET" if is_head else scope["method"]}
         try:
             await self._app(inner, receive, noted)
+        except Exception:
+            if not ended:  # else it has been logged, and its answer is a 500
+                raise
         finally:
             if path not in QUIET_PATHS and logger.isEnabledFor(logging.INFO):
                 generation: Generation | None = scope["state"].get("generation")
@@ -91,7 +96,7 @@ class Guard:
             self._num_bytes += new
             if size > self._limit:
                 raise body_too_large(size, self._limit)
-            if new and self._num_bytes > _MOST_BODIES * self._limit:
+            if size > _SMALL and self._num_bytes > _MOST_BODIES * self._limit:
                 text = f"requests of {self._num_bytes} bytes are being answered; try again later"
                 raise ApiError(503, text, type="service_unavailable", code="too_many_bytes")
             return message

@@ -107,6 +107,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         reason = first.get("ctx", {}).get("error", first["msg"])
         text = f"the body is not valid JSON: {reason} at character {first['loc'][-1]}"
         return ApiError(400, text, code="invalid_json")
+    if first["type"] == "too_many_fields":
+        return ApiError(400, f"{field or 'the body'}: {first['msg']}", param=field or None, code="invalid_value")
     if not field:
         text = "the body must be a JSON object, sent with Content-Type: application/json"
         return ApiError(400, text, code="invalid_json")

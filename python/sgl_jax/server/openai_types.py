@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.bodies import (
@@ -11,6 +11,7 @@ from sgl_jax.server.bodies import (
     CacheKey,
     EmptyList,
     TokenId,
+    limited,
     limits,
     null_fields,
     off_fields,
@@ -35,7 +36,7 @@ class SamplingFields(Body):
     cache_salt: CacheKey | None = Field(None, description="requests share cached prefixes only within one salt")
     # accepted, but without effect on the answer
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(limited)] | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     safety_identifier: str | None = None
