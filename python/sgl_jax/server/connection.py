@@ -211,7 +211,7 @@ class Connection(HttpToolsProtocol):
         return ApiError(431, f"the request's head is over the limit of {limits}; send less", code="head_too_large")
 
     def _refuse(self, error: ApiError) -> None:
-        """Take no more from the client. Requests before the refused one are answered first."""
+        """Take no more from the client. What it asked for before a refused head is answered first."""
         self._refusal, cycle = error, self.cycle
         if self._is_idle() and self._part == "head":
             self._end(error)
@@ -249,7 +249,6 @@ async def _without_chunks(
 ) -> None:
     """Run the app for a client of HTTP/1.0, which knows no chunks: the connection's end is the answer's, where its
     length is not given."""
-
     known = False
 
     async def whole(message: ASGISendEvent) -> None:

@@ -47,7 +47,8 @@ def documented(
     """Document a route's answers: its own, and the errors it can give.
 
     `stream`: it can stream; `model`: it checks a model's name; `body`: it reads a body; `engine`: it needs the engine;
-    `or_list`: the answer may be a list of such; `guarded`: it needs the API key; `conflict`: the state of the engine may not allow it.
+    `guarded`: it needs the API key; `conflict`: the state of the engine may not allow it; `or_list`: the answer may be
+    a list of such answers.
     """
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
     schema = {"anyOf": [schema, {"type": "array", "items": schema}]} if or_list else schema
@@ -55,16 +56,9 @@ def documented(
     if stream:
         content["text/event-stream"] = {"schema": _SERVER_SENT_EVENT}
     found: dict[int | str, dict[str, Any]] = {200: {"description": "Success", "content": content}}
-    statuses = (
-        [400, 403]
-        + [413, 415] * body
-        + [401] * guarded
-        + [404] * model
-        + [409] * conflict
-        + [429] * stream
-        + [500, 503] * engine
-    )
-    found |= {status: _error(status) for status in statuses}
+    given = {400: True, 401: guarded, 403: True, 404: model, 409: conflict, 413: body, 415: body, 429: stream}
+    given |= {500: engine, 503: engine}
+    found |= {status: _error(status) for status in given if given[status]}
     return {"responses": found, "response_model": None}
 
 
@@ -82,7 +76,6 @@ def install(app: FastAPI) -> None:
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
-                    operation["responses"].setdefault("400", _error(400))
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)

@@ -5,6 +5,7 @@ import hmac
 import ipaddress
 import logging
 import re
+import string
 import time
 import uuid
 from collections.abc import Callable, Collection, Sequence
@@ -28,9 +29,7 @@ OPEN_PATHS = frozenset({"/health", "/ready"})
 _MOST_BODIES = 16  # bodies of the largest size that may be in memory at once
 _SMALL = 64 * 1024  # bytes of a body that is always taken
 _REQUEST_ID = re.compile(r"[!#-~]{1,128}")  # ASCII without space and quote, which the log line needs
-_SHOWN = "".join(map(chr, range(0x21, 0x7F))).replace(
-    '"', ""
-)  # characters of an address that the log shows as they are
+_SHOWN = string.punctuation.replace('"', "")  # in an address, beside letters and digits
 _HERE = r"https?://(localhost|[\w.-]+\.localhost|127(\.\d+){3}|\[::1\])(:\d+)?|(app|tauri|vscode-webview)://.*"
 
 
