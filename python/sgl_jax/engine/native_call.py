@@ -22,7 +22,7 @@ class NativeCall:
 
     async def result(self, service: GenerationService) -> Reply | list[Reply]:
         """Submit the requests and return the answer. Raises what `GenerationService.submit` raises."""
-        generation = service.submit(self.requests, stream=False)
+        generation = await service.submit(self.requests, stream=False)
         answers = self._answers(generation)
         async for updates in generation.updates():
             for update in updates:

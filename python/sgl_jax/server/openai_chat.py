@@ -28,7 +28,7 @@ def router(state: ServerState) -> APIRouter:
         given = _parameters(body)
         prompt_ids = await state.encode_chat(body.messages, body)
         asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt)
-        generation = state.service.submit([asked], stream=bool(body.stream))
+        generation = await state.service.submit([asked], stream=bool(body.stream))
         return await _Chat(state, body, generation, bool(body.logprobs)).respond(request)
 
     return routes

@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from sgl_jax.engine.generation import FinishType, Generation, GenerationRequest
 from sgl_jax.engine.native_params import finite
+from sgl_jax.engine.slices import in_slices
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import openai_params
@@ -29,12 +30,13 @@ def router(state: ServerState) -> APIRouter:
         body.check_stream_options()
         given = _parameters(body)
         prompts = _prompts(body)
+        state.service.check_count(len(prompts), given.params.n, given.names)
         asked = []
-        for i, prompt in enumerate(prompts):
+        async for i, prompt in in_slices(enumerate(prompts)):
             ids = await state.encode(prompt, "prompt") if isinstance(prompt, str) else prompt
             rid = body.rid if body.rid is None or len(prompts) == 1 else f"{body.rid}_{i}"
             asked.append(given.for_prompt(ids, "prompt", rid, body.cache_salt))
-        generation = state.service.submit(asked, stream=bool(body.stream))
+        generation = await state.service.submit(asked, stream=bool(body.stream))
         echoes = [each if isinstance(each, str) else state.tokenizer.decode(each) for each in prompts if body.echo]
         return await _Completion(state, body, generation, echoes).respond(request)
 
@@ -43,15 +45,12 @@ def router(state: ServerState) -> APIRouter:
 
 def _parameters(body: CompletionRequest) -> GenerationRequest:
     """Read the parameters. `echo` with `max_tokens` 0 scores the prompt and generates nothing."""
-    max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
-    if max_tokens == 0 and not body.echo:
-        raise InvalidParameter("max_tokens", "max_tokens is 0; it must be at least 1 unless echo is set")
     prompt_logprobs = body.logprobs if body.echo else None
-    own = {"max_tokens": max(max_tokens, 1), "logprobs": body.logprobs, "prompt_logprobs": prompt_logprobs}
-    given = openai_params(body, own, {})
+    own = {"max_tokens": body.max_tokens, "logprobs": body.logprobs, "prompt_logprobs": prompt_logprobs}
+    given = dataclasses.replace(openai_params(body, own, {}), default_max_tokens=DEFAULT_MAX_TOKENS)
     if body.best_of not in (None, given.params.n):
         raise InvalidParameter("best_of", f"best_of is {body.best_of}; only n, which is {given.params.n}, is supported")
-    return dataclasses.replace(given, score_only=max_tokens == 0)
+    return given
 
 
 def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:

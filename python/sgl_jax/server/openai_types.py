@@ -88,8 +88,8 @@ class TemplateFields(Body):
 @with_fields(off_fields("ChatCompletionRequest"), null_fields("prediction reasoning_effort verbosity"))
 class ChatCompletionRequest(SamplingFields, TemplateFields):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, limits("max_tokens")] | None = None
-    max_tokens: Annotated[int, limits("max_tokens")] | None = None
+    max_completion_tokens: Annotated[int, limits("max_tokens", low=1)] | None = None
+    max_tokens: Annotated[int, limits("max_tokens", low=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, limits("logprobs")] | None = None
     parallel_tool_calls: bool | None = Field(None, description="without tools there is nothing to call")
@@ -98,7 +98,7 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
 @with_fields(off_fields("CompletionRequest"), null_fields("suffix"))
 class CompletionRequest(SamplingFields):
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: Annotated[int, limits("max_tokens", low=0)] | None = Field(None, description="16 if not set")
+    max_tokens: Annotated[int, limits("max_tokens")] | None = Field(None, description="16, or what fits, if not set")
     echo: bool | None = None
     logprobs: Annotated[int, limits("logprobs")] | None = None
     best_of: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = Field(None, description="refused unless it equals n")
