@@ -94,7 +94,7 @@ def read_profile(path: Path) -> Profile:
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} is not a profile: {error}") from error
     profile = Profile({stage: [] for stage in HOST_STAGES}, {stage: [] for stage in (*DEVICE_STAGES, OTHER)})
-    scopes: dict[int, dict[str, str]] = {}  # by program, of those that ran
+    scopes: dict[str, dict[str, str]] = {}  # by program, of those that ran
     for event in (event for plane in planes for line in plane.lines for event in line.events):
         span = (event.start_ns, event.start_ns + event.duration_ns)
         if event.name in HOST_STAGES:
@@ -125,19 +125,23 @@ def table(profile: Profile) -> str:
     return "\n".join(lines)
 
 
-def _operation(event) -> tuple[int, str] | None:
-    """Return the program's id and the operation's name in it; None if the event is of something else."""
+def _operation(event) -> tuple[str, str] | None:
+    """Return the program's name and the operation's name in it; None if the event is of something else.
+
+    Ids of programs do not serve: a program that was read from the compile cache reports the id of the process that compiled
+    it. The engine's programs have names of their own.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # about how the profiler's own type was built
         stats = dict(event.stats)
-    return (stats["program_id"], stats["hlo_op"]) if "hlo_op" in stats and "program_id" in stats else None
+    return (stats["hlo_module"], stats["hlo_op"]) if "hlo_op" in stats and "hlo_module" in stats else None
 
 
 # --- Programs, which ProfileData leaves out. Field numbers: xplane.proto and hlo.proto in openxla/xla. ------------------
 
 
-def _programs(space: bytes) -> dict[int, bytes]:
-    """Return each HloModuleProto by program id, from the plane that holds them: each an event's metadata named "module(id)"."""
+def _programs(space: bytes) -> dict[str, bytes]:
+    """Return each HloModuleProto by name, from the plane that holds them: each an event's metadata named "module(id)"."""
     found = {}
     for plane in _messages(space, 1):
         if _text(plane, 2) != "/host:metadata":
@@ -145,9 +149,9 @@ def _programs(space: bytes) -> dict[int, bytes]:
         for entry in _messages(plane, 4):
             metadata = _messages(entry, 2)[0]
             hlo = [value for stat in _messages(metadata, 5) for value in _messages(stat, 6)]
-            number = _text(metadata, 2).rpartition("(")[2].rstrip(")")
-            if hlo and number.isdigit():
-                found[int(number)] = _messages(hlo[0], 1)[0]
+            name = _text(metadata, 2).rpartition("(")[0]
+            if hlo and name:
+                found[name] = _messages(hlo[0], 1)[0]
     return found
 
 

@@ -63,7 +63,7 @@ def test_counting_a_match_splits_nothing_and_refreshes_no_age(tree: RadixTree) -
     assert tree.num_matched("", ids(1, 1, 2, 2)) == 2
     assert tree.num_matched("other", ids(1, 1, 2, 2)) == 0
     assert shape(tree) == {(11, 12, 13): {}, (21,): {}}
-    assert tree.evict(1).tolist() == [11, 12, 13]  # still the oldest
+    assert tree.evict(1).tolist() == [13]  # still the oldest
 
 
 def test_a_match_inside_an_edge_splits_it_and_keeps_its_content(tree: RadixTree) -> None:
@@ -121,13 +121,57 @@ def test_a_use_between_two_evictions_counts() -> None:
     assert tree.evict(1).tolist() == [3]
 
 
-def test_evict_gathers_whole_nodes_until_there_is_enough() -> None:
+def test_evict_takes_no_more_than_is_asked_for_and_the_ends_of_prefixes_first() -> None:
     tree = RadixTree(1)
-    put(tree, [1, 1], [1, 2])
-    put(tree, [2], [3])
-    put(tree, [3], [4])
-    assert tree.evict(3).tolist() == [1, 2, 3]
-    assert tree.evict(9).tolist() == [4]
+    put(tree, [1, 1, 1], [1, 2, 3])
+    put(tree, [2], [4])
+    put(tree, [3], [5])
+    assert tree.evict(1).tolist() == [3]
+    assert pages_of(tree.match("", ids(1, 1, 1))) == [1, 2]  # now the newest
+    assert tree.evict(3).tolist() == [4, 5, 2]
+    assert (tree.num_pages, tree.num_evictable_pages) == (1, 1)
+    assert tree.evict(9).tolist() == [1]
+
+
+def test_a_long_conversation_stays_a_short_path() -> None:
+    """A turn is matched in time that does not grow with the number of turns before it."""
+    tree, tokens = RadixTree(2), np.arange(2000, dtype=np.int32)
+    for turn in range(1, 501):
+        before, after = tree.match("", tokens[: 4 * turn - 4]), tokens[4 * turn - 4 : 4 * turn]
+        tree.lock(before)
+        node = tree.insert(before, after, ids(2 * turn - 1, 2 * turn))
+        tree.lock(node)
+        tree.unlock(before)
+        tree.unlock(node)
+        assert pages_of(tree.match("", tokens)) == list(range(1, 2 * turn + 1))
+    assert len(list(tree.nodes())) <= 6
+    assert (tree.num_pages, tree.num_locked_pages, tree.num_evictable_pages) == (1000, 0, 1000)
+
+
+def test_nodes_are_joined_only_where_no_lock_ends(tree: RadixTree) -> None:
+    upper = tree.match("", ids(1, 1, 2, 2, 3, 3))
+    tree.lock(upper)
+    lower = put(tree, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5], [14, 15])
+    tree.lock(lower)
+    assert shape(tree) == {(11, 12, 13): {(14, 15): {}}}
+    tree.unlock(lower)
+    assert shape(tree) == {(11, 12, 13): {(14, 15): {}}}
+    assert tree.evict(9).tolist() == [14, 15]
+    lower = put(tree, [1, 1, 2, 2, 3, 3, 4, 4, 5, 5], [14, 15])
+    tree.lock(lower)
+    tree.unlock(upper)
+    assert shape(tree) == {(11, 12, 13, 14, 15): {}}
+    assert (tree.num_locked_pages, tree.evict(9).tolist()) == (5, [])
+    tree.unlock(lower)
+    assert tree.evict(9).tolist() == [11, 12, 13, 14, 15]
+
+
+def test_a_node_is_joined_with_the_one_child_that_eviction_leaves(tree: RadixTree) -> None:
+    put(tree, [1, 1, 9, 9], [19])
+    tree.match("", ids(1, 1, 2, 2, 3, 3))
+    assert shape(tree) == {(11,): {(12, 13): {}, (19,): {}}}
+    assert tree.evict(1).tolist() == [19]
+    assert shape(tree) == {(11, 12, 13): {}}
 
 
 def test_a_lock_keeps_a_node_and_its_ancestors_and_counts(tree: RadixTree) -> None:
@@ -170,4 +214,4 @@ def test_memory_of_the_eviction_order_does_not_grow_with_use(tree: RadixTree) ->
         tree.lock(node)
         tree.unlock(node)
     assert len(tree._leaves) <= 3
-    assert tree.evict(1).tolist() == [11, 12, 13]
+    assert tree.evict(3).tolist() == [11, 12, 13]

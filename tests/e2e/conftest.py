@@ -16,10 +16,11 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     compile_cache = str(tmp_path_factory.mktemp("compiled"))
 
     def start(model: Path, bucket: Bucket | None = None, **options) -> Core:
-        options = {"dtype": "float32", "device": "cpu", "random_seed": 0, "max_total_tokens": 8192} | options
+        defaults = {"dtype": "float32", "device": "cpu", "random_seed": 0, "max_total_tokens": 8192}
+        options = defaults | {"compilation_cache_dir": compile_cache} | options
         if bucket is not None:
             options |= {"max_running_requests": bucket.num_rows, "chunked_prefill_size": bucket.num_tokens}
-        args = ServerArgs(model_path=str(model), compilation_cache_dir=compile_cache, **options)
+        args = ServerArgs(model_path=str(model), **options)
         with pytest.MonkeyPatch.context() as patch:
             if bucket is not None:
                 patch.setattr(launch_plan, "make_buckets", lambda *_: (bucket,))

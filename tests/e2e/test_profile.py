@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import profile_stages
@@ -19,8 +21,14 @@ PROMPT = [5, 6, 7]
 
 
 @pytest.fixture(scope="module")
-def core(build: Build, stories260k: Path) -> Core:
-    return build(stories260k, max_running_requests=1, chunked_prefill_size=1, context_length=64, max_total_tokens=512)
+def core(build: Build, stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Core:
+    """Start a core whose programs come from the compile cache, where another process has put them."""
+    small = {"max_running_requests": 1, "chunked_prefill_size": 1, "context_length": 64, "max_total_tokens": 512}
+    same = {"compilation_cache_dir": str(tmp_path_factory.mktemp("cache")), "dtype": "float32", "random_seed": 0}
+    options = small | same | {"device": "cpu"}
+    code = f"import sgl_jax; sgl_jax.Engine(model_path={str(stories260k)!r}, **{options}).shutdown()"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=200, capture_output=True)
+    return build(stories260k, **options)
 
 
 def run(core: Core, max_tokens: int) -> None:

@@ -344,6 +344,20 @@ def test_equal_prefixes_are_admitted_by_arrival_under_lpm() -> None:
     assert step(s, 50, 51)[0].keys.tolist() == [2, 3]
 
 
+def test_lpm_serves_a_request_without_a_cached_prefix_after_a_bounded_number_of_later_ones() -> None:
+    s = make_scheduler(rows=1, page_size=4, step_tokens=64, policy="lpm")
+    shared = list(range(8))
+    s.add(make_request(0, shared, max_tokens=1))
+    step(s, 50)
+    s.add(make_request(1, [90, 91, 92], max_tokens=1))
+    s.add(make_request(2, [*shared, 2], max_tokens=1))
+    served = []
+    for key in range(3, 300):  # there is always one that waits with the prefix
+        s.add(make_request(key, [*shared, key], max_tokens=1))
+        served += step(s, 50)[0].keys.tolist()
+    assert served[:257] == [*range(2, 257), 1, 257]
+
+
 def test_prompts_share_their_own_budget_and_what_decodes_leave() -> None:
     s = make_scheduler(rows=4, step_tokens=10, prefill_tokens=6)
     s.add(make_request(1, [1, 2, 3, 4]))

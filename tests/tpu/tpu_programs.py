@@ -26,9 +26,8 @@ from sgl_jax.runtime.device_state import state_bytes
 from sgl_jax.runtime.platform import kernels_for
 from sgl_jax.settings.server_args import ServerArgs
 
-_KERNEL_LINES = re.compile(
-    r"\\22debug_locations\\22: \\22[^\\]*\\22"
-)  # found in Pallas kernels, in an escaped JSON string
+# Names of programs, and lines of source in Pallas kernels, in an escaped JSON string.
+_NAMES = re.compile(r"module @\w+|\\22debug_locations\\22: \\22[^\\]*\\22")
 MOVES = ("copy", "transpose", "dynamic-slice", "slice", "concatenate", "fusion", "custom-call-done", "call-done")
 PRODUCTS = ("convolution", "dot")
 
@@ -84,12 +83,12 @@ def planned(model: str, topology: str, attention: str | None) -> tuple[Plan, dic
 
 
 def digest(programs: Iterable[Program], placement: Placement) -> str:
-    """Digest of programs as they are handed to the compiler, without the lines of source they come from."""
+    """Digest of programs as they are handed to the compiler, without their names and the lines of source they come from."""
     found = hashlib.sha256()
     with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):
         for program in programs:
             text = program.function.trace(*program.args).lower(lowering_platforms=("tpu",)).as_text()
-            found.update(f"{program.name}\0{_KERNEL_LINES.sub('', text)}\0".encode())
+            found.update(f"{program.name}\0{_NAMES.sub('', text)}\0".encode())
     return found.hexdigest()[:12]
 
 

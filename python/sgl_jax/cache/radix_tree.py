@@ -1,7 +1,8 @@
 """Radix tree of token prefixes over the pages that hold their KV. Prefixes are shared by whole pages.
 
 The edge to a node is a run of pages with their tokens, page_size for each page. A child is found by the tokens of its first
-page. Each namespace has its own root, so prefixes are never shared between namespaces.
+page. Each namespace has its own root, so prefixes are never shared between namespaces. A node that has become the only way
+to its child is joined with it, so that a long conversation does not become a long path.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import itertools
 from collections.abc import Iterator
 
 import numpy as np
+
+_JOINED_GROWTH = 4  # a child joins a node that is at most this many times longer
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -51,7 +54,7 @@ class RadixTree:
     def match(self, namespace: str, tokens: np.ndarray) -> Node:
         """Find the node that ends the longest cached prefix of whole pages, or a root if there is none.
 
-        May split a node at the match, and refreshes the ages of the path. Valid until the next `evict` unless locked.
+        May split a node at the match, and refreshes the ages of the path. Valid until the tree next changes unless locked.
         """
         node = self._roots.get(namespace)
         if node is None:  # `insert` keeps the root: most namespaces never cache a page
@@ -78,6 +81,7 @@ class RadixTree:
         below.children[self._key(tokens)] = node
         self.num_pages += len(pages)
         self._offer(node)
+        self._join(below)
         return node
 
     def lock(self, node: Node) -> None:
@@ -93,9 +97,11 @@ class RadixTree:
             if n.num_locks == 0:
                 self.num_locked_pages -= len(n.pages)
                 self._offer(n)
+        self._join(node)
 
     def evict(self, num_pages: int) -> np.ndarray:
-        """Drop the least recently used unlocked leaves until they have num_pages pages or none is left; return the pages."""
+        """Drop num_pages pages, or all unlocked ones if they are fewer, from the ends of the least recently used leaves; return
+        them."""
         gathered: list[np.ndarray] = []
         count = 0
         while count < num_pages and self._leaves:
@@ -106,17 +112,15 @@ class RadixTree:
             if last_used != node.last_used:
                 self._offer(node)
                 continue
-            assert node.parent is not None
-            parent = node.parent
-            del parent.children[self._key(node.tokens)]
-            node.parent = None
-            gathered.append(node.pages)
-            count += len(node.pages)
-            self.num_pages -= len(node.pages)
-            if parent.parent is not None:
-                self._offer(parent)
-            elif not parent.children:
-                self._roots.pop(parent.namespace, None)
+            num_kept = max(len(node.pages) - (num_pages - count), 0)
+            gathered.append(node.pages[num_kept:])
+            count += len(gathered[-1])
+            if num_kept:
+                node.tokens, node.pages = node.tokens[: num_kept * self.page_size], node.pages[:num_kept]
+                self._offer(node)
+            else:
+                self._remove(node)
+        self.num_pages -= count
         return np.concatenate(gathered) if gathered else np.empty(0, np.int32)
 
     def nodes(self) -> Iterator[Node]:
@@ -151,6 +155,35 @@ class RadixTree:
         node.tokens, node.pages, node.parent = node.tokens[cut:], node.pages[num_pages:], upper
         upper.children[self._key(node.tokens)] = node
         return upper
+
+    def _remove(self, node: Node) -> None:
+        """Take a leaf out of the tree."""
+        parent, node.parent = node.parent, None
+        assert parent is not None
+        del parent.children[self._key(node.tokens)]
+        if parent.parent is not None:
+            self._offer(parent)
+            self._join(parent)
+        elif not parent.children:
+            self._roots.pop(parent.namespace, None)
+
+    def _join(self, node: Node) -> None:
+        """Put a node's pages in front of its only child's, if no lock ends at the node, and go on with its parent.
+
+        A child much shorter than the node waits until it has grown: so a path of n equal inserts keeps O(log n) nodes, and
+        a page is copied O(log n) times.
+        """
+        while node.parent is not None and len(node.children) == 1:
+            parent, (child,) = node.parent, node.children.values()
+            if child.num_locks != node.num_locks or _JOINED_GROWTH * len(child.pages) < len(node.pages):
+                return
+            child.tokens, child.pages = (
+                np.concatenate([node.tokens, child.tokens]),
+                np.concatenate([node.pages, child.pages]),
+            )
+            child.parent = parent
+            parent.children[self._key(child.tokens)] = child
+            node.parent, node = None, parent
 
     def _is_evictable(self, node: Node) -> bool:
         return node.parent is not None and node.num_locks == 0 and not node.children

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -75,16 +76,27 @@ def make_programs(
         layout = config.layout(bucket)
         function = functools.partial(step, spec=spec, layout=layout)
         function = placement.run(function, (axes, kv_axes, STATE_AXES, ()), (kv_axes, STATE_AXES, ()))
-        jitted = jax.jit(function, donate_argnums=(1, 2))
+        jitted = jax.jit(_named(function, step_name(bucket)), donate_argnums=(1, 2))
         args = weights, kv, state, _vector(layout.size, placement)
         takes, gives = (WEIGHTS, KV, STATE), (KV, STATE, OUTPUTS)
         programs.append(Program(step_name(bucket), jitted, args, takes, gives))
     for load in config.loads(model):
         run = functools.partial(_load, load=load, axis=grid.all_axes)
-        jitted = jax.jit(placement.run(run, (STATE_AXES, ()), (STATE_AXES,)), donate_argnums=0)
+        run = _named(placement.run(run, (STATE_AXES, ()), (STATE_AXES,)), load.kind.program)
+        jitted = jax.jit(run, donate_argnums=0)
         args = state, _vector(load.size, placement)
         programs.append(Program(load.kind.program, jitted, args, (STATE,), (STATE,)))
     return programs
+
+
+def _named[**P, R](function: Callable[P, R], name: str) -> Callable[P, R]:
+    """Return the function with a name of its own. Profiles tell compiled programs apart by it."""
+
+    def named(*args: P.args, **kwargs: P.kwargs) -> R:
+        return function(*args, **kwargs)
+
+    named.__name__ = re.sub(r"\W+", "_", name)
+    return named
 
 
 def _load(state: DeviceState, vector: jax.Array, *, load: LoadLayout, axis: MeshAxis) -> tuple[DeviceState]:
