@@ -47,7 +47,7 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
         """Answers 200 when a token could be generated just now."""
         token = state.tokenizer.bos_token_id or 0
         asked = GenerationRequest([token], SamplingParams(max_tokens=1, temperature=0.0))
-        generation = service.submit([asked], stream=False)
+        generation = await service.submit([asked], stream=False)
 
         async def one_token() -> Status:
             async for _ in generation.updates():

@@ -68,7 +68,7 @@ class ServerState:
             continue_final_message=final,
             template_kwargs=options.chat_template_kwargs,
         )
-        return await self.encode(text, "messages", add_special_tokens=False)
+        return await self.encode(text, "messages", add_special_tokens=bool(options.add_special_tokens))
 
 
 async def encoding[**P, R](num_characters: int, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

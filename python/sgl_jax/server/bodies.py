@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from sgl_jax.engine.generation import GenerationRequest
-from sgl_jax.engine.native_params import in_our_names, max_tokens_of, names_in
+from sgl_jax.engine.native_params import DEFAULT_MAX_NEW_TOKENS, in_our_names, names_in
 from sgl_jax.request import PARAMETERS, Api, InvalidParameter, Names, Parameter, SamplingParams
 from sgl_jax.settings.not_built import NOT_BUILT, Feature
 
@@ -120,7 +120,7 @@ def sampling_fields(api: Api, parameters: Sequence[Parameter] = PARAMETERS) -> F
     """Make the fields of the parameters, by each of their names in the API."""
     found: dict[str, tuple[object, object]] = {}
     for each in parameters:
-        kind: Any = _kind(each, low=0 if api == "native" and each.about.or_zero else None)
+        kind: Any = _kind(each)
         names = each.names(api)
         for name in names:
             text = each.about.help if name == names[0] else f"another name for {names[0]}"
@@ -128,17 +128,17 @@ def sampling_fields(api: Api, parameters: Sequence[Parameter] = PARAMETERS) -> F
     return found
 
 
-def _kind(parameter: Parameter, low: int | None) -> object:
+def _kind(parameter: Parameter) -> object:
     """Return the type of the parameter's value in JSON."""
     entries = Field(max_length=parameter.about.entries)
     if parameter.kind in (int, float):
-        return Annotated[parameter.kind, limits(parameter.name, low, [parameter])]
+        return Annotated[parameter.kind, limits(parameter.name, parameters=[parameter])]
     if parameter.kind == tuple[str, ...]:
         return StopString | list[StopString]
     if parameter.kind == tuple[int, ...]:
         return Annotated[list[TokenId], entries]
     if parameter.kind == dict[int, float]:
-        numbers = Annotated[float, limits(parameter.name, low, [parameter])]
+        numbers = Annotated[float, limits(parameter.name, parameters=[parameter])]
         return Annotated[dict[TokenIdText, numbers], entries, BeforeValidator(limited)]
     return parameter.kind
 
@@ -155,9 +155,7 @@ def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] 
 def native_params(body: Body, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:
     """Read the parameters of a body that has the native API's `sampling_fields`."""
     values, names = _written(body, "native", cls)
-    max_tokens, score_only = max_tokens_of(values.get("max_tokens"))
-    params = cls(**values | {"max_tokens": max_tokens})
-    return GenerationRequest([], params, names=names, score_only=score_only, in_range=True)
+    return GenerationRequest([], cls(**values), default_max_tokens=DEFAULT_MAX_NEW_TOKENS, names=names, in_range=True)
 
 
 def openai_params(

@@ -41,6 +41,8 @@ _EXPECTED: Mapping[type[Exception], tuple[int, str, str, str | None]] = {
 class ApiError(HTTPException):
     """An answer other than success."""
 
+    retry_after = 1  # seconds, told with 429 and 503
+
     def __init__(
         self,
         status: int,
@@ -57,7 +59,7 @@ class ApiError(HTTPException):
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
         found = {**(self.headers or {}), **(headers or {})}
         if self.status in (429, 503):
-            found["Retry-After"] = "1"
+            found["Retry-After"] = str(self.retry_after)
         if self.status == 401:
             found["WWW-Authenticate"] = "Bearer"
         return Response(msgspec.json.encode(self.body), self.status, found, media_type="application/json")
@@ -84,7 +86,9 @@ def answer_to(error: Exception, what: str) -> ApiError:
             return ApiError(error.status_code, _http_message(error), code=code, headers=error.headers)
     for kind, (status, type, code, param) in _EXPECTED.items():
         if isinstance(error, kind):
-            return ApiError(status, str(error), type, param or getattr(error, "param", None), code)
+            found = ApiError(status, str(error), type, param or getattr(error, "param", None), code)
+            found.retry_after = getattr(error, "retry_after", found.retry_after)
+            return found
     logger.error("%s failed", what, exc_info=error)
     return ApiError(500, "the server failed on this request; its log says more", type="server_error")
 

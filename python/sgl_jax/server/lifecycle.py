@@ -27,6 +27,7 @@ from sgl_jax.engine.transport import NoSockets, ProcessTransport
 from sgl_jax.observability.log import READY
 from sgl_jax.server.app import create_app
 from sgl_jax.server.connection import Limits, http_config, most_connections
+from sgl_jax.settings.serving_flags import MAX_QUEUED_REQUESTS
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 
@@ -101,7 +102,8 @@ class _Server:
         tokenizer = await asyncio.to_thread(
             load_tokenizer, args.tokenizer_path or args.model_path, args.chat_template, args.downloads
         )
-        service = GenerationService(self._transport, tokenizer, args.stream_interval, args.max_queued_requests)
+        max_queued = args.max_queued_requests or MAX_QUEUED_REQUESTS
+        service = GenerationService(self._transport, tokenizer, args.stream_interval, max_queued)
         http = _Uvicorn(http_config(create_app(service, args), self._limits, _LAST_WORDS_S))
         listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         try:

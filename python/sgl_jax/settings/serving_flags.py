@@ -12,6 +12,8 @@ SERVER = "HTTP server"
 DEVICE = "Device and memory"
 SCHEDULING = "Scheduling"
 
+MAX_QUEUED_REQUESTS = 4096  # a server's default
+
 _NO_FLOAT16 = "float16 overflows in models trained in bfloat16, and TPUs do not have it; use bfloat16"
 _IN_0_1 = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 _PAGE_SIZE = Rule(lambda value: 1 <= value <= 1024 and value & (value - 1) == 0, "a power of two between 1 and 1024")
@@ -161,7 +163,7 @@ class ServingFlags:
     max_queued_requests: int | None = flag(
         None,
         "requests (each of n counts) without a first token, above which new ones get a 429",
-        unset="no limit",
+        unset=f"{MAX_QUEUED_REQUESTS}, in an Engine no limit",
         rule=at_least(1),
     )
     chunked_prefill_size: int | None = flag(
