@@ -78,10 +78,11 @@ Some names have another meaning here, or another place:
   ([parallelism.md](parallelism.md)).
 - `--page-size` is a power of two. `--trust-remote-code` is accepted without effect: no code of a model folder is run.
 - A request without `temperature` is sampled at 1: a model's `generation_config.json` gives no defaults ([sampling.md](sampling.md)).
+- `--allowed-origins` has names separated by commas, not a JSON list, and allows only pages of this machine by default
+  ([http.md](http.md)).
 - `/tokenize` takes `prompt` or `messages`, not `text`.
 - Paths: `/get_model_info` and `/get_server_info` (not `/model_info`, `/server_info`), `/metrics` (also instead of `/get_load`),
-  `/health` (also instead of `/ping`). There is no `/v1/embeddings`, `/v1/responses`, `/v1/score`, `/v1/rerank` or
-  `/pause_generation`.
+  `/health` (also instead of `/ping`). There is no `/pause_generation`.
 
 """
 
@@ -96,12 +97,13 @@ def coming_from(features: Iterable[Feature] = NOT_BUILT) -> str:
 
 
 def not_built_table(features: Iterable[Feature]) -> str:
-    """Features that are not built, and the flags and request fields that are answered with their names."""
+    """Features that are not built, and the flags, request fields and paths that are answered with their names."""
     rows = (
-        f"| {feature.name.rpartition(' ')[0].removesuffix(',')} | {_names(feature.flags)} | {_names(feature.fields)} |\n"
+        f"| {feature.name.rpartition(' ')[0].removesuffix(',')} | {_names(feature.flags)} | {_names(feature.fields)} | "
+        f"{_names(feature.paths)} |\n"
         for feature in features
     )
-    return f"## Not built\n\n| feature | flags | request fields |\n|---|---|---|\n{''.join(rows)}"
+    return f"## Not built\n\n| feature | flags | request fields | paths |\n|---|---|---|---|\n{''.join(rows)}"
 
 
 def _flags_marked(text: str) -> str:

@@ -109,7 +109,7 @@ class Answer:
         assert self.reason is not None, "never finished"
         if self.reason.type == "abort":
             assert self.tokens == right[: len(self.tokens)]
-            assert len(self.tokens) < (end or limit)
+            assert len(self.tokens) < (end or limit or 1)
         elif end is not None:
             assert self.tokens == right[:end]
             assert self.reason == FinishReason("stop", right[end - 1])
@@ -123,7 +123,7 @@ class Answer:
             assert self.logprobs == expected
         else:
             assert self.logprobs == []
-        if self.tokens:
+        if self.tokens or self.reason.type != "abort":
             assert self.prompt is not None
             scores = None
             if params.prompt_logprobs is not None:
@@ -191,7 +191,7 @@ class Client:
         for prompt in event.prompts:
             answer = self.answers[prompt.key]
             assert answer.prompt is None
-            assert len(answer.tokens) == 1
+            assert len(answer.tokens) == min(1, answer.request.max_total_tokens - len(answer.request.prompt))
             answer.prompt = prompt
         for finished in event.finished:
             answer = self.answers[finished.key]

@@ -31,7 +31,7 @@ from sgl_jax.step_plan import Param
         ("top_k", -2),
         ("top_p", 0.0),
         ("min_p", 1.5),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("seed", 2**64),
         ("logprobs", 21),
         ("logit_bias", {100: 1.0}),
@@ -112,7 +112,7 @@ def test_one_declaration_makes_a_parameter() -> None:
     Warm(warmth=9.0).validate(vocab_size=100)
 
     given = sampling_params({"heat": 2, "seed": 1}, Warm)
-    assert (given.params, given.score_only) == (Warm(max_tokens=128, warmth=2.0, seed=1), False)
+    assert (given.params, given.default_max_tokens) == (Warm(warmth=2.0, seed=1), 128)
     heat = sampling_params({"heat": 10}, Warm)
     with pytest.raises(InvalidParameter, match=r"^warmth .*10\.0.* 0\.0 .*9\.0") as refused:
         heat.params.validate(vocab_size=100)

@@ -58,7 +58,6 @@ class About(NamedTuple):
     column: str = ""  # name of the step_plan.Param that holds it on the device
     above: bool = False  # `low` itself is refused
     must: str = ""  # completes "it must …" where the limits do not say it well
-    or_zero: bool = False  # the native API also takes 0, for a request that only scores its prompt
     entries: int | None = None
     native: str | None = None  # its names in the native API, the preferred one first; None: the field's name
     openai: str | None = None  # likewise in OpenAI's; empty: absent, or written in a form of its own
@@ -74,9 +73,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     max_tokens: Annotated[
         int | None,
         About(
-            "most tokens; if not set 128 natively (0 only scores the prompt), 16 in completions, in chat as many as fit",
-            low=1,
-            or_zero=True,
+            "most tokens (0: only the prompt is computed); if not set what fits, natively at most 128, in completions 16",
+            low=0,
             native="max_new_tokens max_tokens",
             openai="",
         ),

@@ -397,3 +397,22 @@ def test_logprobs_are_golden_and_raw_whatever_the_sampling(stories: Core, cases:
             max_tokens=1,
         )
         assert_top5(adjusted.logprobs, case.top5[:1])
+
+
+def test_a_prompt_that_fills_the_context_is_scored_in_a_pool_of_just_its_size(
+    stories: Core, cases: list[Golden]
+) -> None:
+    """The scores of the tokens after the prompt are those of generating them; nothing is generated, before or after."""
+    core = again(stories, num_usable_pages=stories.info.context_length // 16)
+    client = Client(core)
+    for key, case in enumerate(cases):
+        full = ((case.prompt + case.output) * 3)[: stories.info.context_length]
+        client.submit(2 * key, full, max_tokens=0, prompt_logprobs=5)
+        client.submit(2 * key + 1, case.prompt, max_tokens=4, **GREEDY)
+    client.run()
+    for key, case in enumerate(cases):
+        scored, generated = client.answers[2 * key], client.answers[2 * key + 1]
+        assert (scored.tokens, scored.reason) == ([], FinishReason("length"))
+        assert len(scored.prompt.logprobs) == stories.info.context_length
+        assert_top5(scored.prompt.logprobs[len(case.prompt) :][:8], case.top5)
+        assert generated.tokens == case.output[:4]

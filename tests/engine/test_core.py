@@ -57,6 +57,27 @@ def test_with_overlap_a_step_is_launched_before_the_one_before_is_collected() ->
     assert not core.busy
 
 
+@pytest.mark.parametrize("radix", [True, False])
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_prompt_that_fills_context_and_pool_is_computed_without_output(
+    overlap: bool, radix: bool, width: int
+) -> None:
+    """Scores included; and each such request gets the whole pool in turn, beside one that generates."""
+    options = {"overlap": overlap, "radix": radix, "context_length": 32, "page_size": 4, "width": lambda n: width}
+    client = Client(make_core(num_usable_pages=8 if width == 1 else 9, **options))
+    full = [*LONG, 7, 8]
+    client.submit(1, full, max_tokens=0, prompt_logprobs=2, logprobs=1)
+    client.submit(2, full, max_tokens=0)
+    client.submit(3, full[:1], max_tokens=0, prompt_logprobs=0)
+    client.submit(4, full[:9], max_tokens=5, ignore_eos=True)
+    client.submit(5, full, max_tokens=0, prompt_logprobs=0)
+    client.run()
+    check(client)
+    assert [len(client.tokens[key]) for key in range(1, 6)] == [0, 0, 0, 5, 0]
+    assert [len(client.answers[key].prompt.logprobs) for key in (1, 3, 5)] == [32, 1, 32]
+    assert client.core.scheduler.counters.generated_tokens == 5
+
+
 def test_the_host_plans_while_the_device_computes(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With overlap each step is launched before the one before it is collected: the device never waits for the host."""
     core = make_core(overlap=overlap)

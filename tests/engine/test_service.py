@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
 from fakes.fake_core import fake_info
+from sgl_jax.engine import waiting_queue
 from sgl_jax.engine.generation import (
     Choice,
+    DuplicateRequestId,
     EngineFailed,
     Generation,
     GenerationRequest,
@@ -81,7 +85,7 @@ async def collect(generation: Any) -> list[Any]:
 def test_tokens_become_text_as_they_come() -> None:
     async def test() -> None:
         service, transport = await opened()
-        updates = service.submit([request(ONCE)], stream=True).updates()
+        updates = (await service.submit([request(ONCE)], stream=True)).updates()
         [key] = transport.keys()
         transport.emit(StepOutput([key], [UPON], prompts=[PromptScored(key, 3)]))
         [first] = await anext(updates)
@@ -102,7 +106,7 @@ def test_tokens_become_text_as_they_come() -> None:
 def test_without_stream_the_consumer_runs_once() -> None:
     async def test() -> None:
         service, transport = await opened()
-        task = asyncio.ensure_future(collect(service.submit([request(ONCE)], stream=False)))
+        task = asyncio.ensure_future(collect(await service.submit([request(ONCE)], stream=False)))
         await settle()
         [key] = transport.keys()
         for token in (UPON, A):
@@ -120,7 +124,7 @@ def test_a_stop_token_is_counted_but_not_shown() -> None:
         for keep, text in ((False, " upon"), (True, " upon a")):
             service, transport = await opened()
             asked = request(ONCE, stop_token_ids=(A,), include_stop_str_in_output=keep)
-            task = asyncio.ensure_future(collect(service.submit([asked], stream=False)))
+            task = asyncio.ensure_future(collect(await service.submit([asked], stream=False)))
             await settle()
             [key] = transport.keys()
             transport.emit(StepOutput([key], [UPON]))
@@ -134,7 +138,7 @@ def test_a_stop_token_is_counted_but_not_shown() -> None:
 def test_a_stop_string_aborts_and_drops_what_came_after() -> None:
     async def test() -> None:
         service, transport = await opened()
-        task = asyncio.ensure_future(collect(service.submit([request(ONCE, stop=("on a",))], stream=True)))
+        task = asyncio.ensure_future(collect(await service.submit([request(ONCE, stop=("on a",))], stream=True)))
         await settle()
         [key] = transport.keys()
         transport.emit(StepOutput([key, key, key], [UPON, A, TIME]))
@@ -150,7 +154,7 @@ def test_a_stop_string_aborts_and_drops_what_came_after() -> None:
 def test_a_stop_string_in_the_last_token_before_eos_leaves_eos_out() -> None:
     async def test() -> None:
         service, transport = await opened()
-        generation = service.submit([request(stop=("time",), logprobs=0)], stream=False)
+        generation = await service.submit([request(stop=("time",), logprobs=0)], stream=False)
         [key] = transport.keys()
         for token in (A, TIME):
             transport.emit(StepOutput([key], [token], logprobs={0: TokenLogprobs(-1.0)}))
@@ -163,17 +167,18 @@ def test_a_stop_string_in_the_last_token_before_eos_leaves_eos_out() -> None:
     run(test)
 
 
-@pytest.mark.parametrize(("ended", "finish"), [("length", "length"), ("stop", "length"), ("abort", "abort")])
-def test_scoring_shows_no_token_whatever_it_is_and_says_when_it_was_aborted(ended: Any, finish: str) -> None:
+@pytest.mark.parametrize("ended", ["length", "abort"])
+def test_a_request_may_end_without_a_token(ended: Any) -> None:
     async def test() -> None:
         service, transport = await opened()
-        asked = GenerationRequest([ONCE], SamplingParams(max_tokens=1, stop=("upon",)), score_only=True)
-        generation = service.submit([asked], stream=False)
+        asked = GenerationRequest([ONCE], SamplingParams(max_tokens=0, stop=("upon",), prompt_logprobs=0))
+        generation = await service.submit([asked], stream=False)
         [key] = transport.keys()
-        tokens = ([], []) if ended == "abort" else ([key], [UPON])
-        transport.emit(StepOutput(*tokens, finished=[Finished(key, FinishReason(ended))]))
+        prompts = [PromptScored(key, 0, [None])] if ended == "length" else []
+        transport.emit(StepOutput(finished=[Finished(key, FinishReason(ended))], prompts=prompts))
         [update] = await collect(generation)
-        assert (update.text, update.token_ids, update.finish) == ("", [], FinishReason(finish))
+        assert (update.text, update.token_ids, update.finish) == ("", [], FinishReason(ended))
+        assert update.prompt_logprobs == ([None] if ended == "length" else None)
         assert service.num_live == 0
 
     run(test)
@@ -186,7 +191,7 @@ def test_what_cannot_be_sent_leaves_nothing_behind() -> None:
         asked = GenerationRequest([ONCE], SamplingParams(), "same", namespace="\ud800")
         for _ in range(2):
             with pytest.raises(UnicodeEncodeError):
-                service.submit([asked], stream=False)
+                await service.submit([asked], stream=False)
             assert service.num_live == 0
         assert await service.drain(0.1)
 
@@ -196,7 +201,7 @@ def test_what_cannot_be_sent_leaves_nothing_behind() -> None:
 def test_the_engine_is_not_told_what_is_not_its_business() -> None:
     async def test() -> None:
         service, transport = await opened()
-        service.submit([request(ONCE, n=2, stop=("x",), seed=5)], stream=False)
+        await service.submit([request(ONCE, n=2, stop=("x",), seed=5)], stream=False)
         sent = [command.params for command in transport.sent]
         assert [(params.n, params.stop, params.seed, params.max_tokens) for params in sent] == [
             (1, (), 5, 511),
@@ -209,7 +214,7 @@ def test_the_engine_is_not_told_what_is_not_its_business() -> None:
 def test_leaving_early_aborts() -> None:
     async def test() -> None:
         service, transport = await opened()
-        task = asyncio.ensure_future(collect(service.submit([request(n=2), request()], stream=True)))
+        task = asyncio.ensure_future(collect(await service.submit([request(n=2), request()], stream=True)))
         await settle()
         keys = transport.keys()
         transport.emit(StepOutput(keys[:1], [A], finished=[Finished(keys[0], FinishReason("length"))]))
@@ -228,10 +233,10 @@ def test_aborting_by_id() -> None:
         service, transport = await opened()
         asked = request(n=2)
         asked.request_id = "mine"
-        task = asyncio.ensure_future(collect(service.submit([asked], stream=False)))
+        task = asyncio.ensure_future(collect(await service.submit([asked], stream=False)))
         await settle()
         with pytest.raises(InvalidParameter, match="mine"):
-            service.submit([asked], stream=False)
+            await service.submit([asked], stream=False)
         assert (service.abort("other"), service.abort("mine")) == (0, 2)
         keys = transport.keys()
         assert transport.sent[-1] == Abort(keys)
@@ -245,13 +250,13 @@ def test_aborting_by_id() -> None:
 def test_the_queue_holds_requests_without_a_token() -> None:
     async def test() -> None:
         service, transport = await opened(max_queued_requests=2)
-        service.submit([request(), request()], stream=False)
+        await service.submit([request(), request()], stream=False)
         with pytest.raises(QueueFull, match=r"limit .*2"):
-            service.submit([request()], stream=False)
+            await service.submit([request()], stream=False)
         transport.emit(StepOutput(transport.keys()[:1], [A]))
-        service.submit([request()], stream=False)
+        await service.submit([request()], stream=False)
         with pytest.raises(QueueFull):
-            service.submit([request()], stream=False)
+            await service.submit([request()], stream=False)
 
     run(test)
 
@@ -260,13 +265,94 @@ def test_more_than_the_queue_ever_holds_is_refused_for_good() -> None:
     async def test() -> None:
         service, transport = await opened(max_queued_requests=3)
         with pytest.raises(InvalidParameter, match=r"n .*4.* 3") as raised:
-            service.submit([request(n=4)], stream=False)
+            await service.submit([request(n=4)], stream=False)
         assert raised.value.param == "n"
         with pytest.raises(InvalidParameter, match=r"prompt .*2 .*4 .*3") as raised:
-            service.submit([request(n=2), request(n=2)], stream=False)
+            await service.submit([request(n=2), request(n=2)], stream=False)
         assert raised.value.param == "prompt"
         assert not transport.keys()
-        service.submit([request(n=3)], stream=False)
+        await service.submit([request(n=3)], stream=False)
+
+    run(test)
+
+
+def test_other_tasks_run_while_many_choices_are_sent() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        sent_at: list[int] = []  # choices that had been sent, each time that another task ran
+
+        async def other() -> None:
+            while len(transport.keys()) < 512:
+                sent_at.append(len(transport.keys()))
+                await asyncio.sleep(0)
+
+        watching = asyncio.ensure_future(other())
+        await service.submit([request()] * 256 + [request(n=64)] * 4, stream=False)
+        await watching
+        steps = [after - before for before, after in pairwise([*sent_at, 512])]
+        assert max(steps) <= 64
+        assert len(steps) >= 8
+
+    run(test)
+
+
+@pytest.mark.parametrize("end", ["cancel", "death"])
+def test_a_submission_that_breaks_off_leaves_nothing_behind(end: str) -> None:
+    async def test() -> None:
+        service, transport = await opened(max_queued_requests=200)
+        asked = [GenerationRequest([ONCE], SamplingParams(), f"rid {i}") for i in range(200)]
+        task = asyncio.ensure_future(service.submit(asked, stream=False))
+        while not transport.keys():
+            await asyncio.sleep(0)
+        with pytest.raises(DuplicateRequestId):
+            await service.submit([GenerationRequest([ONCE], SamplingParams(), "rid 199")], stream=False)
+        with pytest.raises(QueueFull):
+            await service.submit([request()], stream=False)
+        if end == "cancel":
+            task.cancel()
+        else:
+            transport.emit(EngineDied("out of memory"))
+        with pytest.raises(asyncio.CancelledError if end == "cancel" else EngineFailed):
+            await task
+        keys = transport.keys()
+        assert 0 < len(keys) < 200
+        assert (service.num_live, await service.drain(1)) == (0, True)
+        if end == "cancel":
+            assert transport.sent[-1] == Abort(keys)
+            service.open()
+            await service.submit(asked, stream=False)
+
+    run(test)
+
+
+def test_a_full_queue_says_when_it_will_be_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        now = [100.0]
+        monkeypatch.setattr(waiting_queue, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+        service, transport = await opened(max_queued_requests=40)
+
+        async def retry_after() -> int:
+            with pytest.raises(QueueFull) as refused:
+                await service.submit([request()] * 40, stream=False)
+            return refused.value.retry_after
+
+        await service.submit([request()] * 40, stream=False)
+        keys = transport.keys()
+        assert await retry_after() == 1  # nothing is known yet
+        now[0] += 5
+        assert await retry_after() == 60  # 40 choices, and none has left in 5 s
+        transport.emit(StepOutput(keys[:20], [A] * 20))
+        assert await retry_after() == 5  # the other half
+        service.abort_all()
+        transport.emit(StepOutput(finished=[Finished(key, FinishReason("abort")) for key in keys[:39]]))
+        now[0] += 3
+        assert await retry_after() == 1
+        transport.emit(StepOutput(keys[39:], [A]))
+        now[0] += 1000  # an idle queue is no slow queue
+        await service.submit([request()] * 40, stream=False)
+        now[0] += 1
+        transport.emit(StepOutput(transport.keys()[40:50], [A] * 10))
+        assert await retry_after() == 3
 
     run(test)
 
@@ -274,7 +360,7 @@ def test_more_than_the_queue_ever_holds_is_refused_for_good() -> None:
 def test_death_fails_everything_and_everyone() -> None:
     async def test() -> None:
         service, transport = await opened()
-        task = asyncio.ensure_future(collect(service.submit([request()], stream=True)))
+        task = asyncio.ensure_future(collect(await service.submit([request()], stream=True)))
         flush = asyncio.ensure_future(service.flush_cache())
         await settle()
         transport.emit(EngineDied("out of memory"))
@@ -282,7 +368,7 @@ def test_death_fails_everything_and_everyone() -> None:
             with pytest.raises(EngineFailed, match="out of memory"):
                 await waiting
         with pytest.raises(EngineFailed):
-            service.submit([request()], stream=True)
+            await service.submit([request()], stream=True)
         await service.failed.wait()
         assert service.failure == "out of memory"
 
@@ -292,11 +378,11 @@ def test_death_fails_everything_and_everyone() -> None:
 def test_draining_waits_for_what_runs() -> None:
     async def test() -> None:
         service, transport = await opened()
-        task = asyncio.ensure_future(collect(service.submit([request()], stream=False)))
+        task = asyncio.ensure_future(collect(await service.submit([request()], stream=False)))
         await settle()
         assert not await service.drain(0.01)
         with pytest.raises(ServiceUnavailable):
-            service.submit([request()], stream=False)
+            await service.submit([request()], stream=False)
         drained = asyncio.ensure_future(service.drain(5))
         [key] = transport.keys()
         transport.emit(StepOutput([key], [A], finished=[Finished(key, FinishReason("length"))]))
@@ -323,7 +409,7 @@ def test_what_is_refused(asked: GenerationRequest, param: str, message: str) -> 
     async def test() -> None:
         service, transport = await opened()
         with pytest.raises(InvalidParameter, match=message) as raised:
-            service.submit([request(), asked], stream=False)
+            await service.submit([request(), asked], stream=False)
         assert raised.value.param == param
         assert transport.sent == []  # all or nothing
 
@@ -336,12 +422,12 @@ def test_what_is_refused_is_told_in_the_requests_own_words() -> None:
         names = {"prompt": "messages", "max_tokens": "max_completion_tokens"}
         asked = GenerationRequest([ONCE] * 500, SamplingParams(max_tokens=13), "max_tokens 1", names=names)
         with pytest.raises(InvalidParameter, match=r"500 .*max_completion_tokens .*13.* 512") as raised:
-            service.submit([asked], stream=False)
+            await service.submit([asked], stream=False)
         assert raised.value.param == "messages"
         running = GenerationRequest([ONCE], SamplingParams(max_tokens=13), "max_tokens 1", names=names)
-        service.submit([running], stream=False)
+        await service.submit([running], stream=False)
         with pytest.raises(InvalidParameter, match=r"\bmax_tokens 1\b"):
-            service.submit([running], stream=False)
+            await service.submit([running], stream=False)
 
     run(test)
 

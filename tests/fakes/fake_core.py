@@ -1,5 +1,6 @@
 """Fake engine core without a model: the output of a request is its own prompt, once, and then eos.
 
+A request with max_tokens 0 ends after its first step without output.
 Output token k is `prompt[k % len(prompt)]`. Token number `len(prompt)` is eos, unless eos is ignored or min_tokens forbids
 it. The logprob of output token k is -(k + 1) / 8, and of prompt token i -i / 8. The best tokens at a position are the token
 itself and the ids after it, each 1 less likely.
@@ -84,7 +85,11 @@ class FakeCore:
             return events
         time.sleep(self.step_seconds)
         prompts = [self._prefill(row.request) for row in self._rows.values() if row.produced == 0]
-        keys, tokens, finished, logprobs = list(self._rows), [], [], {}
+        keys, tokens, finished, logprobs = [], [], [], {}
+        for key in [key for key, row in self._rows.items() if row.request.params.max_tokens == 0]:
+            finished.append(messages.Finished(key, FinishReason("length")))
+            del self._rows[key]
+        keys += self._rows
         for i, key in enumerate(keys):
             row = self._rows[key]
             tokens.append(self._next_token(row))

@@ -92,17 +92,11 @@ def test_lines_go_to_what_stderr_is_at_the_time(monkeypatch: pytest.MonkeyPatch)
     assert later.getvalue().endswith("above\n")
 
 
-def test_access_lines_of_probes_and_scrapers_are_dropped(stream: CountingStream) -> None:
-    log.setup("info", stream)
-    log.setup("info", stream)
-    access = logging.getLogger("uvicorn.access")
-    for path in ("/health", "/ready?verbose=1", "/metrics", "/health_generate", "/v1/models"):
-        access.info('%s - "%s %s HTTP/%s" %d', "127.0.0.1:5", "GET", path, "1.1", 200)
-    said = [line.split("] ")[1] for line in stream.getvalue().splitlines()]
-    assert said == [
-        '127.0.0.1:5 - "GET /health_generate HTTP/1.1" 200',
-        '127.0.0.1:5 - "GET /v1/models HTTP/1.1" 200',
-    ]
+def test_an_access_line_has_status_id_tokens_and_seconds() -> None:
+    client, request = ("127.0.0.1", 5), "POST /generate HTTP/1.1"
+    line = log.access_line(client, request, 200, "a1", (5, 16), 0.12)
+    assert line == '127.0.0.1:5 - "POST /generate HTTP/1.1" 200 id=a1 5+16 tokens 0.120 s'
+    assert log.access_line(None, "GET /" + "a" * 600, 404, "b", None, 2) == f'- - "GET /{"a" * 507}…" 404 id=b 2.000 s'
 
 
 def test_once_says_each_key_once_per_logger(caplog: pytest.LogCaptureFixture) -> None:

@@ -75,8 +75,9 @@ def scenarios(draw: st.DrawFn, width: str = "1", ranks: tuple[int, ...] = (1,)) 
 @st.composite
 def arrival(draw: st.DrawFn, context_length: int, steps: st.SearchStrategy[int]) -> Arrival:
     stem = draw(st.sampled_from(STEMS))[: draw(st.sampled_from([0, 3, 8, 16, 17, 24]))]
-    prompt = (stem + draw(st.lists(st.sampled_from([1, 2, 11]), min_size=1, max_size=3)))[-(context_length - 1) :]
-    max_tokens = draw(st.sampled_from([None, 1, 3, 10, 20]))
+    max_tokens = draw(st.sampled_from([None, 0, 1, 3, 10, 20]))
+    longest = context_length - (max_tokens != 0)
+    prompt = (stem + draw(st.lists(st.sampled_from([1, 2, 11]), min_size=1, max_size=3)))[-longest:]
     params: dict = {
         "max_tokens": max_tokens,
         "temperature": draw(st.sampled_from([0.0, 0.7])),

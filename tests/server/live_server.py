@@ -13,12 +13,14 @@ import httpx
 import msgspec
 import openai
 import uvicorn
+import uvloop
 
 from fakes.fake_core import FakeCore
 from sgl_jax.engine.messages import Command
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
 from sgl_jax.server.app import create_app
+from sgl_jax.server.connection import Limits, http_config
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -40,14 +42,22 @@ class EncodingTransport(ThreadTransport):
 class LiveServer:
     """Server as a context manager. `core` is the fake engine, which keeps every command that it was sent."""
 
-    def __init__(self, build_core: Callable[[], FakeCore] = FakeCore, *, open_service: bool = True, **server_args: Any):
+    def __init__(
+        self,
+        build_core: Callable[[], FakeCore] = FakeCore,
+        *,
+        open_service: bool = True,
+        limits: dict[str, Any] | None = None,
+        **server_args: Any,
+    ):
         self._build_core, self._open_service = build_core, open_service
+        self._limits = {"connections": 1000} | (limits or {})
         server_args = {"served_model_name": "stories", "chat_template": str(TEMPLATE)} | server_args
         self.args = ServerArgs(model_path=MODEL, **server_args)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._started = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._main()))
+        self._thread = threading.Thread(target=lambda: uvloop.run(self._main()))
 
     def _core(self) -> FakeCore:
         self.core = self._build_core()
@@ -65,8 +75,8 @@ class LiveServer:
             await self.service.start()
             self.service.open()
         self.app = create_app(self.service, self.args)
-        config = uvicorn.Config(self.app, ws="none", lifespan="off", log_config=None, timeout_graceful_shutdown=1)
-        self._http = uvicorn.Server(config)
+        limits = Limits(self.args.max_request_bytes, **self._limits)
+        self._http = uvicorn.Server(http_config(self.app, limits, last_words_s=1))
         self._http.capture_signals = _no_signals  # only the main thread may have handlers
         serving = asyncio.ensure_future(self._http.serve(sockets=[self._listener]))
         while not self._http.started:

@@ -8,11 +8,13 @@ import time
 
 import httpx
 import openai
+import pydantic
 import pytest
 from live_server import LiveServer
 
 from fakes.fake_core import FakeCore
 from messages import says
+from sgl_jax.server.bodies import Body
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -64,16 +66,16 @@ def error(answer: httpx.Response) -> dict:
         ("/v1/completions", {"prompt": []}, "prompt"),
         ("/v1/completions", {"prompt": [512]}, "prompt"),
         ("/v1/completions", {"prompt": [-1]}, "prompt[0]"),
-        ("/v1/completions", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": -1}, "max_tokens"),
         ("/v1/completions", {"prompt": "a", "best_of": 2}, "best_of"),
         ("/v1/completions", {"prompt": "a", "suffix": "b"}, "suffix"),
-        ("/v1/completions", {"prompt": "a", "min_tokens": 17}, "min_tokens"),
+        ("/v1/completions", {"prompt": "a", "min_tokens": 511}, "min_tokens"),
         ("/generate", {}, "text"),
         ("/generate", {"text": "a", "input_ids": [1]}, "text"),
         ("/generate", {"input_ids": []}, "input_ids"),
         ("/generate", {"input_ids": [700]}, "input_ids"),
         ("/generate", {"text": "a", "sampling_params": {"regex": "a"}}, "sampling_params.regex"),
-        ("/generate", {"text": "a", "sampling_params": {"min_new_tokens": 200}}, "min_new_tokens"),
+        ("/generate", {"text": "a", "sampling_params": {"min_new_tokens": 511}}, "min_new_tokens"),
         ("/generate", {"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
         ("/generate", {"text": "a", "top_logprobs_num": 2}, "top_logprobs_num"),
         ("/generate", {"text": "a", "return_logprob": True, "logprob_start_len": 99}, "logprob_start_len"),
@@ -204,7 +206,7 @@ def test_unknown_path_and_wrong_method(http: httpx.Client) -> None:
     assert http.get("/v1/nothing").status_code == 404
     wrong = http.get(CHAT)
     assert wrong.status_code == 405
-    assert wrong.headers["allow"] == "POST"
+    assert wrong.headers["allow"] == "OPTIONS, POST"
     assert error(wrong)["code"] == "method_not_allowed"
 
 
@@ -345,3 +347,59 @@ def test_a_request_id_is_not_taken_for_a_parameter() -> None:
         http.post("/abort_request", json={"rid": "max_tokens 1"})
         waiting.join()
     assert says(found["message"], "request id max_tokens 1 ")
+
+
+def bodies() -> list[type[Body]]:
+    found, new = set(), [Body]
+    while new:
+        new = [each for parent in new for each in parent.__subclasses__()]
+        found.update(new)
+    return sorted(found, key=lambda each: (each.__module__, each.__name__))
+
+
+@pytest.mark.parametrize("body", bodies(), ids=lambda body: body.__name__)
+def test_of_many_wrong_values_few_are_described(body: type[Body]) -> None:
+    """A body of a few megabytes would otherwise cost gigabytes and minutes, just to be refused."""
+    wrong = object()
+    for value in ({name: [wrong] * 3000 for name in [*body.model_fields, "a"]}, {f"a{i}": 1 for i in range(3000)}):
+        with pytest.raises(pydantic.ValidationError) as raised:
+            body.model_validate(value)
+        assert raised.value.error_count() < 200
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"prompt": "a"} | {f"a{i}": 1 for i in range(2048)}, "the body … 2049 … 2048"),
+        ({"prompt": "a", "logit_bias": {str(i): 1 for i in range(2049)}}, "logit_bias … 2049 … 2048"),
+        ({"prompt": "a", "metadata": {str(i): 1 for i in range(2049)}}, "metadata … 2049 … 2048"),
+        ({"prompt": [{}] * 100_000}, "prompt[0] … an object"),
+        ({"prompt": [1, "a" * 100]}, "prompt[0] … it is 1"),
+    ],
+    ids=range(5),
+)
+def test_a_body_of_too_many_fields_is_told_the_limit(http: httpx.Client, body: dict, message: str) -> None:
+    answer = http.post("/v1/completions", json=body)
+    assert answer.status_code == 400
+    assert says(error(answer)["message"], message)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("hot", '"hot"'),
+        (True, "true"),
+        ([1, 2], "a list of 2"),
+        ({}, "an object"),
+        ("\n" * 60, f'"{chr(92)}n'),
+        ("a" * 100, f'"{"a" * 79}… (102 characters)'),
+        ("\ud800", "?"),
+        (10001, "10001"),
+    ],
+)
+def test_a_wrong_value_is_shown(http: httpx.Client, value: object, shown: str) -> None:
+    body = json.dumps({"prompt": "a", "temperature": value})
+    found = error(http.post("/v1/completions", content=body, headers={"Content-Type": "application/json"}))
+    assert found["param"] == "temperature"
+    assert f"; it is {shown}" in found["message"] or shown == "?"
+    assert len(found["message"]) < 300

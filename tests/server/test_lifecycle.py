@@ -17,14 +17,17 @@ import httpx
 import pytest
 from live_server import MODEL, TEMPLATE
 
+from messages import says
 from sgl_jax.observability.log import READY
+from sgl_jax.server.lifecycle import serve
+from sgl_jax.settings.server_args import ServerArgs
 
 HERE = Path(__file__).parent
 PATIENCE_S = 60  # for what comes at once on a quiet machine
 
 
 class Server:
-    def __init__(self, factory: str, *flags: str):
+    def __init__(self, factory: str, *flags: str, **environment: str):
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
@@ -35,7 +38,7 @@ class Server:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))} | environment,
         )
 
     def wait_ready(self) -> None:
@@ -70,8 +73,8 @@ class Server:
 
 
 @contextmanager
-def running(factory: str, *flags: str) -> Iterator[Server]:
-    server = Server(factory, *flags)
+def running(factory: str, *flags: str, **environment: str) -> Iterator[Server]:
+    server = Server(factory, *flags, **environment)
     try:
         yield server
     finally:
@@ -125,7 +128,18 @@ def test_a_drain_that_takes_too_long_is_cut() -> None:
         server.process.send_signal(signal.SIGTERM)
         thread.join(PATIENCE_S)
         assert answers[0].status_code == 503
-        assert server.process.wait(PATIENCE_S) == 0
+        assert server.process.wait(PATIENCE_S) == 1
+
+
+def test_sigterm_with_a_hung_engine_is_no_clean_end() -> None:
+    with running("slow", "--shutdown-timeout-s", "0.3") as server:
+        server.wait_ready()
+        thread, answers = server.long_request(tokens=400)
+        os.kill(server.engine_pid(), signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join(PATIENCE_S)
+        assert answers[0].status_code == 503
+        assert server.process.wait(PATIENCE_S) == 1
 
 
 def test_a_second_signal_stops_at_once() -> None:
@@ -218,6 +232,33 @@ def test_a_port_in_use_is_one_line() -> None:
             assert server.process.returncode != 0
             assert len(errors.strip().splitlines()) == 1
             assert f"127.0.0.1:{port}" in errors
+
+
+def test_an_address_of_another_machine_is_one_line_about_the_host() -> None:
+    for host in ("192.0.2.1", "no-such-host.invalid"):
+        with running("quick", "--host", host) as server:
+            _, errors = server.process.communicate(timeout=PATIENCE_S)
+            assert server.process.returncode != 0
+            [line] = [line for line in errors.splitlines() if "error" in line]
+            assert says(line, f"{host} … --host")
+            assert "--port" not in line
+
+
+def test_no_folder_for_temporary_files_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", "/no/such/folder")
+    assert serve(ServerArgs(model_path=MODEL, port=0)) == 1
+    [line] = capsys.readouterr().err.splitlines()
+    assert says(line, "sgl_jax: error: … No such file or directory … TMPDIR")
+
+
+def test_a_server_without_a_key_says_who_can_use_it() -> None:
+    with running("never_ready", "--host", "0.0.0.0", SGL_JAX_API_KEY="") as server:
+        assert server.process.stderr is not None
+        risks = [next(server.process.stderr) for _ in range(2)]
+    assert says(risks[0], "WARNING: SGL_JAX_API_KEY is empty … no key")
+    assert says(risks[1], "WARNING: --host is 0.0.0.0 … --api-key")
 
 
 def test_it_is_idle_when_idle() -> None:

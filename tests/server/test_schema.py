@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from html.parser import HTMLParser
 
 import httpx
 import hypothesis
@@ -89,10 +91,61 @@ def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
         "/metrics",
     }
     chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
-    assert set(chat) == {"200", "400", "401", "404", "429", "500", "503"}
+    assert set(chat) == {"200", "400", "401", "403", "404", "413", "415", "429", "500", "503"}
     assert set(chat["200"]["content"]) == {"application/json", "text/event-stream"}
     assert document["components"]["schemas"]["ChatCompletionRequest"]["additionalProperties"] is False
 
 
-def test_docs_page(http: httpx.Client) -> None:
-    assert "swagger" in http.get("/docs").text
+def test_an_answer_of_generate_is_an_object_or_a_list(http: httpx.Client) -> None:
+    document = http.get("/openapi.json").json()
+    schema = document["paths"]["/generate"]["post"]["responses"]["200"]["content"]["application/json"]["schema"]
+    one = {"$ref": "#/components/schemas/GenerateAnswer"}
+    assert schema == {"anyOf": [one, {"type": "array", "items": one}]}
+
+
+def test_a_switch_that_is_off_is_false_and_not_0(http: httpx.Client) -> None:
+    answer = http.post("/start_profile", json={"with_stack": 0})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "with_stack")
+
+
+class _Page(HTMLParser):
+    """Notes the tags of a page, the addresses in it, and its text."""
+
+    def __init__(self, page: str):
+        super().__init__()
+        self.tags: set[str] = set()
+        self.addresses: set[str] = set()
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.text += " "
+        self.addresses |= {value or "" for name, value in attrs if name in ("href", "src", "action", "srcset", "style")}
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_of_documentation_needs_nothing_from_elsewhere_and_has_every_path_and_field(
+    http: httpx.Client,
+) -> None:
+    answer = http.get("/docs")
+    assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none';")
+    page, document = _Page(answer.text), http.get("/openapi.json").json()
+    assert page.tags.isdisjoint({"script", "iframe", "img", "object", "form"})
+    assert page.addresses == {"data:,", "openapi.json"}
+    words = set(re.findall(r"[\w/{}]+", page.text))
+    for path, methods in document["paths"].items():
+        assert path in words
+        assert {method.upper() for method in methods} <= words
+    for name in (
+        "ChatCompletionRequest",
+        "CompletionRequest",
+        "GenerateRequest",
+        "AbortRequest",
+        "StartProfileRequest",
+    ):
+        assert set(document["components"]["schemas"][name]["properties"]) <= words
+    assert http.get("/redoc").status_code == 404

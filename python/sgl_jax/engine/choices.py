@@ -4,8 +4,9 @@ import asyncio
 import time
 from collections.abc import Iterable
 
-from sgl_jax.engine.generation import Choice, FinishType
+from sgl_jax.engine.generation import Choice, FinishType, GenerationRequest
 from sgl_jax.engine.messages import StepOutput
+from sgl_jax.engine.waiting_queue import WaitingQueue
 from sgl_jax.observability.metrics import RequestMetrics
 
 
@@ -14,7 +15,8 @@ class LiveChoices:
 
     def __init__(self) -> None:
         self.metrics = RequestMetrics()
-        self.num_queued = 0  # choices without a token yet
+        self.queue = WaitingQueue()
+        self.error: Exception | None = None  # why no choice can go on
         self.idle = asyncio.Event()
         self.idle.set()
         self.keys_of: dict[str, list[int]] = {}  # by public id
@@ -26,12 +28,25 @@ class LiveChoices:
     def keys(self) -> list[int]:
         return list(self._by_key)
 
+    def expect(self, requests: Iterable[GenerationRequest]) -> None:
+        """Take the ids of requests that are about to be sent, and places in the queue for their choices."""
+        for request in requests:
+            self.keys_of[request.request_id] = []
+            self.queue.join(request.params.n)
+            self.idle.clear()
+
+    def unexpect(self, requests: Iterable[GenerationRequest]) -> None:
+        """Give back what `expect` took for requests that are not sent after all."""
+        for request in requests:
+            del self.keys_of[request.request_id]
+            self.queue.leave(request.params.n)
+        self._set_idle()
+
     def add(self, choices: Iterable[Choice]) -> None:
+        """Let the choices of an expected request live."""
         for choice in choices:
             self._by_key[choice.key] = choice
-            self.keys_of.setdefault(choice.request.request_id, []).append(choice.key)
-            self.num_queued += 1
-            self.idle.clear()
+            self.keys_of[choice.request.request_id].append(choice.key)
 
     def drop(self, keys: Iterable[int], outcome: FinishType) -> list[int]:
         """Forget those of the choices that are still live, and return their keys."""
@@ -41,7 +56,8 @@ class LiveChoices:
         return live
 
     def fail(self, error: Exception) -> None:
-        """End every choice with the error."""
+        """End every choice with the error; there will be no more."""
+        self.error = error
         for choice in list(self._by_key.values()):
             choice.generation.error = error
             choice.generation.wake.set()
@@ -62,7 +78,7 @@ class LiveChoices:
                 continue
             choice.tokens.append(token)
             if choice.last_token_at == 0.0:
-                self.num_queued -= 1
+                self.queue.leave()
                 metrics.time_to_first_token.observe(now - choice.arrived)
             else:
                 metrics.inter_token_latency.observe(now - choice.last_token_at)
@@ -87,8 +103,11 @@ class LiveChoices:
         if not keys:
             del self.keys_of[choice.request.request_id]
         if choice.last_token_at == 0.0:
-            self.num_queued -= 1
+            self.queue.leave()
         self.metrics.finished[outcome] += 1
         self.metrics.request_latency.observe(time.perf_counter() - choice.arrived)
-        if not self._by_key:
+        self._set_idle()
+
+    def _set_idle(self) -> None:
+        if not self.keys_of:
             self.idle.set()

@@ -52,7 +52,8 @@ class Commands:
             params=params,
             namespace=command.namespace,
             seed=_fold(seed),
-            max_total_tokens=len(command.prompt_ids) + min(params.max_tokens or room, room),
+            max_total_tokens=len(command.prompt_ids)
+            + (room if params.max_tokens is None else min(params.max_tokens, room)),
             stop_token_ids=np.array(sorted({*eos, *params.stop_token_ids}), np.int32),
             arrival=self._num_arrived,
         )

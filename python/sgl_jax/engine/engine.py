@@ -219,7 +219,7 @@ class Engine:
         """Start a stream: `put` is called in another thread with each answer, and with None at the end."""
 
         async def pump() -> None:
-            async for answer in call.stream(self._service.submit(call.requests, stream=True)):
+            async for answer in call.stream(await self._service.submit(call.requests, stream=True)):
                 put(answer)
 
         future = self._submit(pump())

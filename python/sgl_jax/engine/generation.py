@@ -23,7 +23,11 @@ class ServiceUnavailable(RuntimeError):
 
 
 class QueueFull(RuntimeError):
-    """Refusal of a request because too many wait already."""
+    """Refusal of a request because too many wait already; they may have left the queue after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Conflict(RuntimeError):
@@ -51,7 +55,7 @@ class GenerationRequest:
     request_id: str = ""  # empty: one is generated
     namespace: str = ""
     names: Names = field(default_factory=dict)  # for error messages; "prompt" among them
-    score_only: bool = False  # only the prompt's logprobs are wanted
+    default_max_tokens: int | None = None  # without params.max_tokens: at most so many, or None as many as fit
     in_range: bool = False  # each number has been compared with its limits
 
     def for_prompt(self, ids: list[int], name: str, request_id: str | None, namespace: str | None) -> Self:
@@ -115,11 +119,7 @@ class Choice:
         text, used = detokenizer.push(shown)
         if reason is not None and detokenizer.matched is None:
             text += detokenizer.finish()
-        if self.request.score_only:  # the engine has generated a token nevertheless
-            text, tokens, logprobs = "", [], []
-            if reason is not None and reason.type != "abort":
-                reason = FinishReason("length")
-        elif detokenizer.matched is not None:
+        if detokenizer.matched is not None:
             tokens, logprobs = tokens[:used], logprobs[:used]
             reason = FinishReason("stop", detokenizer.matched)
         return Update(self.prompt, self.index, text, tokens, logprobs, reason, self.num_cached_tokens, prompt_logprobs)
@@ -135,10 +135,15 @@ class Generation:
         self.requests = requests
         self.stream = stream
         self.created = time.time()
+        self.num_tokens = 0  # generated so far
         self._drop = drop
         self.open: list[Choice] = []
         self.wake = asyncio.Event()
         self.error: Exception | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return sum(len(request.prompt_ids) for request in self.requests)
 
     async def updates(self) -> AsyncIterator[list[Update]]:
         """Yield the updates since the last turn, at most one per choice. Raises EngineFailed or ServiceUnavailable."""
@@ -159,6 +164,7 @@ class Generation:
             update = choice.take()
             if update is not None:
                 found.append(update)
+                self.num_tokens += len(update.token_ids)
             if update is None or update.finish is None:
                 still_open.append(choice)
             elif choice.reason is None:  # a stop string, which the engine does not know, has matched

@@ -19,7 +19,7 @@ class _CallMessage(_Message, frozen=True):
 
 
 class Generate(_Message, frozen=True):
-    """Start a request. The API side has validated it: 1 <= len(prompt_ids) < context_length; n is already expanded."""
+    """Start a request. The API side has validated it: 1 <= len(prompt_ids), which with max_tokens fit the context; n is already expanded."""
 
     key: int
     prompt_ids: list[int]

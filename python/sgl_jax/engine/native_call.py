@@ -22,7 +22,10 @@ class NativeCall:
 
     async def result(self, service: GenerationService) -> Reply | list[Reply]:
         """Submit the requests and return the answer. Raises what `GenerationService.submit` raises."""
-        generation = service.submit(self.requests, stream=False)
+        return await self.answer(await service.submit(self.requests, stream=False))
+
+    async def answer(self, generation: Generation) -> Reply | list[Reply]:
+        """Return the answer of the submitted requests, when they have ended."""
         answers = self._answers(generation)
         async for updates in generation.updates():
             for update in updates:

@@ -53,10 +53,7 @@ def in_our_names[T](
 
 
 def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:
-    """Read parameters in the native names; max_new_tokens 0 only scores the prompt.
-
-    Raises InvalidParameter with the name as the user wrote it.
-    """
+    """Read parameters in the native names. Raises InvalidParameter with the name as the user wrote it."""
     if isinstance(params, GenerationRequest):
         return params
     if isinstance(params, SamplingParams):
@@ -64,21 +61,11 @@ def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingP
     values, names = in_our_names(params or {}, "native", cls)
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = (stop,)
-    values["max_tokens"], score_only = max_tokens_of(values.get("max_tokens"))
     try:
         read = msgspec.convert(values, cls, str_keys=True)
     except msgspec.ValidationError as error:
         raise _readable(error, names) from error
-    return GenerationRequest([], read, names=names, score_only=score_only)
-
-
-def max_tokens_of(max_tokens: Json) -> tuple[Json, bool]:
-    """Return the max_tokens that the engine gets, and whether only the prompt is scored: the request said 0, and the engine
-    then generates one token."""
-    if max_tokens is None:
-        return DEFAULT_MAX_NEW_TOKENS, False
-    score_only = max_tokens == 0 and max_tokens is not False
-    return 1 if score_only else max_tokens, score_only
+    return GenerationRequest([], read, default_max_tokens=DEFAULT_MAX_NEW_TOKENS, names=names)
 
 
 def _readable(error: msgspec.ValidationError, names: Names) -> InvalidParameter:

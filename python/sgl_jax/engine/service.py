@@ -24,9 +24,10 @@ from sgl_jax.engine.generation import (
     ServiceUnavailable,
 )
 from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Stats
+from sgl_jax.engine.slices import SLICE, in_slices
 from sgl_jax.engine.transport import Transport
 from sgl_jax.observability.metrics import RequestMetrics
-from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.request import InvalidParameter, Names, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import Tokenizer
 
@@ -114,19 +115,23 @@ class GenerationService:
             starting = self._info is None
             raise ServiceUnavailable(_STARTING if starting else "the server takes no requests now")
 
-    def submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
+    def check_count(self, num_prompts: int, n: int, names: Names) -> None:
+        """Check the number of a call's choices before its prompts are encoded. Raises InvalidParameter or QueueFull."""
+        checks.check_room(num_prompts, num_prompts * n, n, names, self._choices.queue, self._max_queued)
+
+    async def submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
         """Check and send requests, of which either all are accepted or none.
 
         Without `stream` a choice is updated when it ends, or sooner if it has stop strings. Raises InvalidParameter,
         QueueFull, ServiceUnavailable or EngineFailed.
         """
         self.check_ready()
-        return self._submit(requests, stream)
+        return await self._submit(requests, stream)
 
     async def warm_up(self) -> None:
         """Generate a little before `open`, since the first request takes longer than later ones."""
         params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
-        generation = self._submit([GenerationRequest([self.tokenizer.bos_token_id or 0], params)], stream=False)
+        generation = await self._submit([GenerationRequest([self.tokenizer.bos_token_id or 0], params)], stream=False)
         async for _ in generation.updates():
             pass
 
@@ -142,20 +147,38 @@ class GenerationService:
             self._transport.send(messages.Abort([*keys]))
         return len(keys)
 
-    def _submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
-        checked = [checks.checked(request, self.info, self._choices.keys_of) for request in requests]
-        checks.check_queue(checked, self._choices.num_queued, self._max_queued)
+    async def _submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
+        checked = [checks.checked(request, self.info) async for request in in_slices(requests)]
+        checks.check_ids(checked, self._choices.keys_of)
+        each_n = [request.params.n for request in checked]
+        queue = self._choices.queue
+        checks.check_room(len(checked), sum(each_n), max(each_n), checked[0].names, queue, self._max_queued)
         generation = Generation(checked, stream, self._drop)
-        now = time.perf_counter()
-        for i, request in enumerate(checked):
-            interval = request.params.stream_interval or self._stream_interval
-            for index in range(request.params.n):
-                key, params = next(self._keys), _engine_params(request.params, index)
-                self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace))
-                choice = Choice(key, i, index, generation, request, self._detokenizer(request), interval, now)
-                generation.open.append(choice)
-        self._choices.add(generation.open)
+        self._choices.expect(checked)
+        num_sent = 0
+        try:
+            async for request in in_slices(checked, max(1, SLICE // max(each_n))):
+                if self._choices.error is not None:
+                    raise self._choices.error
+                self._send(generation, num_sent, request)
+                num_sent += 1
+        except BaseException:
+            self._choices.unexpect(checked[num_sent:])
+            generation.abort()
+            raise
         return generation
+
+    def _send(self, generation: Generation, prompt: int, request: GenerationRequest) -> None:
+        """Send all choices of the generation's request number `prompt`."""
+        now, interval = time.perf_counter(), request.params.stream_interval or self._stream_interval
+        choices = []
+        for index in range(request.params.n):
+            key, params = next(self._keys), _engine_params(request.params, index)
+            self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace))
+            detokenizer = self._detokenizer(request)
+            choices.append(Choice(key, prompt, index, generation, request, detokenizer, interval, now))
+        generation.open += choices
+        self._choices.add(choices)
 
     def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
         params = request.params

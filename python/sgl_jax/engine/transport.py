@@ -178,8 +178,16 @@ class ProcessTransport:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
+class NoSockets(RuntimeError):
+    """Failure to make a folder for the sockets."""
+
+
 def _private_folder() -> str:
-    folder = tempfile.mkdtemp(prefix="sgl-jax-")  # mode 0700
+    try:
+        folder = tempfile.mkdtemp(prefix="sgl-jax-")  # mode 0700
+    except OSError as error:
+        text = f"the sockets to the engine need a folder: {error.strerror or error}; name one that can be written in TMPDIR"
+        raise NoSockets(text) from None
     if len(os.fsencode(folder)) + len("/commands") > _MAX_IPC_PATH:
         os.rmdir(folder)
         folder = tempfile.mkdtemp(prefix="sgl-jax-", dir="/tmp")

@@ -40,14 +40,6 @@ class _Stderr(io.TextIOBase):
         sys.stderr.flush()
 
 
-class _NotQuiet(logging.Filter):
-    """Drops access lines of the quiet paths. uvicorn logs (client, method, path, version, status)."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        args = record.args
-        return not (isinstance(args, tuple) and len(args) >= 3 and str(args[2]).split("?")[0] in QUIET_PATHS)
-
-
 def setup(level: str = "info", stream: TextIO | None = None) -> None:
     """Take over the root logger. This is for a process of ours, never for a program that imports us.
 
@@ -61,14 +53,11 @@ def setup(level: str = "info", stream: TextIO | None = None) -> None:
         root.removeHandler(old)
     root.addHandler(handler)
     root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
-    for name in ("sgl_jax", "uvicorn", "uvicorn.error", "uvicorn.access"):
+    for name in ("sgl_jax", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers.clear()
         logger.propagate = True
         logger.setLevel(level.upper())
-    access = logging.getLogger("uvicorn.access")
-    if not any(isinstance(f, _NotQuiet) for f in access.filters):
-        access.addFilter(_NotQuiet())
 
 
 def once(logger: logging.Logger, key: str, message: str) -> None:
@@ -131,6 +120,21 @@ def size(num_bytes: int) -> str:
         if num_bytes >= 1024**exponent:
             return f"{num_bytes / 1024**exponent:.1f} {unit}"
     return f"{num_bytes} B"
+
+
+def access_line(
+    client: tuple[str, int] | None,
+    request: str,
+    status: int,
+    request_id: str,
+    tokens: tuple[int, int] | None,
+    seconds: float,
+) -> str:
+    """Return `127.0.0.1:5 - "POST /generate HTTP/1.1" 200 id=a 5+16 tokens 0.120 s`. `tokens`: of prompts and output."""
+    where = f"{client[0]}:{client[1]}" if client else "-"
+    said = request if len(request) <= 512 else request[:512] + "…"
+    counted = "" if tokens is None else f" {tokens[0]}+{tokens[1]} tokens"
+    return f'{where} - "{said}" {status} id={request_id}{counted} {seconds:.3f} s'
 
 
 # --- while serving: SGLang's formats, which dashboards parse ---------------------------------------------------------

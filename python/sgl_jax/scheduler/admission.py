@@ -71,7 +71,8 @@ class Admission:
         the request would be preempted at once."""
         locked_anew = sum(len(n.pages) for n in handle.node.path if n.num_locks == 0)
         page_size, width = self._pages.page_size, self._config.max_width
-        need = -(-(len(request.tokens) + width) // page_size) - handle.num_pages
+        decodes = len(request.tokens) + 1 < request.max_total_tokens  # the next token comes without a step of its own
+        need = -(-(len(request.tokens) + decodes * width) // page_size) - handle.num_pages
         need_of_others = num_running * -(-width // page_size)
         return need + need_of_others <= self._caches[rank].num_available_pages - locked_anew
 

@@ -50,7 +50,8 @@ def take_tokens(t: RowTable, plan: StepPlan, step: StepTokens, index: np.ndarray
         if reason is not None:
             ends.append((i, reason))
 
-    of, line = (slice(None), 0) if plan.width == 1 else np.nonzero(np.arange(plan.width) < gained[:, None])
+    all_of_one = plan.width == 1 and gained.all()  # a request without output takes none
+    of, line = (slice(None), 0) if all_of_one else np.nonzero(np.arange(plan.width) < gained[:, None])
     taken = tokens[of, line]
     t.tokens[rows[of], known[of] + line] = taken
     t.num_known[rows] = known + gained

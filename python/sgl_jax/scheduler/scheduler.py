@@ -156,13 +156,13 @@ class Scheduler:
         t, limits = self.table, self.config
         while True:
             run = self._running
-            decodes, unfinished = t.has_sampled[run], t.num_sure[run] < t.max_total[run]
-            decode_rows = run[decodes & unfinished]
+            decodes = t.has_sampled[run]
+            decode_rows = run[decodes & (t.num_sure[run] < t.max_total[run])]
             per_rank = self._pages.count_by_rank(decode_rows)
             width = limits.width(max(*per_rank, 1))
             rows, num_new = decode_rows, np.full(len(decode_rows), width, np.int32)
             budget = [min(limits.max_step_tokens - n * width, limits.max_prefill_tokens) for n in per_rank]
-            if len(prefill_rows := run[~decodes & unfinished]):
+            if len(prefill_rows := run[~decodes]):
                 chunks = t.chunks(prefill_rows, budget)
                 rows = np.concatenate([rows, prefill_rows[chunks > 0]])
                 num_new = np.concatenate([num_new, chunks[chunks > 0]])

@@ -29,7 +29,6 @@ def router(state: ServerState) -> APIRouter:
 def _add_health(routes: APIRouter, state: ServerState) -> None:
     service = state.service
 
-    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", tags=["Health"], **documented(Status, body=False, guarded=False))
     async def health() -> Response:
         """Answers 200 while the process and its engine live, from the start on."""
@@ -37,7 +36,6 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
             service.check_ready()
         return json_response(Status("alive"))
 
-    @routes.head("/ready", include_in_schema=False)
     @routes.get("/ready", tags=["Health"], **documented(Status, body=False, guarded=False))
     async def ready() -> Response:
         """Answers 200 when requests are accepted: after warming up, until shutting down."""
@@ -49,7 +47,7 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
         """Answers 200 when a token could be generated just now."""
         token = state.tokenizer.bos_token_id or 0
         asked = GenerationRequest([token], SamplingParams(max_tokens=1, temperature=0.0))
-        generation = service.submit([asked], stream=False)
+        generation = await service.submit([asked], stream=False)
 
         async def one_token() -> Status:
             async for _ in generation.updates():
@@ -73,7 +71,7 @@ def _add_models(routes: APIRouter, state: ServerState) -> None:
 
     @routes.get("/v1/models/{model:path}", tags=["OpenAI"], **documented(ModelCard, body=False, model=True))
     async def model(model: str) -> Response:
-        if model != state.model_name:
+        if not state.serves(model):
             raise unknown_model(model, state.model_name)
         return json_response(_card(state))
 
@@ -118,7 +116,6 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
     async def version() -> Response:
         return json_response(Version(__version__))
 
-    @routes.head("/metrics", include_in_schema=False)
     @routes.get("/metrics", tags=["Information"], **documented(None, body=False, engine=False, media_type="text/plain"))
     async def metrics() -> Response:
         """Returns the metrics in the format of Prometheus."""

@@ -1,18 +1,18 @@
-"""HTTP application: its routes, the API key, and errors in one form."""
+"""HTTP application: its routes, errors in one form, and the layers around it."""
 
 from __future__ import annotations
 
-import hmac
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from sgl_jax import __version__
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.server import (
     admin_api,
     documentation,
+    edge,
     error_envelope,
     measuring_api,
     native_api,
@@ -20,38 +20,18 @@ from sgl_jax.server import (
     openai_completions,
 )
 from sgl_jax.server.app_state import ServerState
-from sgl_jax.server.error_envelope import ApiError
 
 if TYPE_CHECKING:
     from sgl_jax.settings.server_args import ServerArgs
 
-_OPEN_PATHS = frozenset({"/health", "/ready"})
 
-
-class ApiKeyGuard:
-    """Passes on requests that bring the key or ask for health, and refuses all others."""
-
-    def __init__(self, app: ASGIApp, api_key: str):
-        self._app = app
-        self._expected = api_key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in _OPEN_PATHS:
-            given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
-            scheme, _, key = given.partition(b" ")
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self._expected):
-                text = "the API key is missing or wrong; send it as Authorization: Bearer …"
-                await ApiError(401, text, code="invalid_api_key").response()(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def create_app(service: GenerationService, server_args: ServerArgs) -> FastAPI:
+def create_app(service: GenerationService, server_args: ServerArgs) -> ASGIApp:
     app = FastAPI(
         title="sgl_jax",
         version=__version__,
         description="Serve large language models with JAX: OpenAI's API and the native one.",
         redirect_slashes=False,
+        docs_url=None,
         redoc_url=None,
     )
     state = ServerState(service, server_args)
@@ -59,6 +39,19 @@ def create_app(service: GenerationService, server_args: ServerArgs) -> FastAPI:
         app.include_router(module.router(state))
     error_envelope.install(app)
     documentation.install(app)
-    if server_args.api_key is not None:
-        app.add_middleware(ApiKeyGuard, api_key=server_args.api_key)
-    return app
+    guard = edge.Guard(app, _rules(server_args), server_args.max_request_bytes)
+    keyless = server_args.api_key is None
+    return edge.RequestLog(edge.Pages(guard, _listed(server_args.allowed_origins), refuse=keyless))
+
+
+def _rules(args: ServerArgs) -> list[edge.Rule]:
+    """Return what is asked of every request, the cheapest first. Without a key, who names this machine may use it."""
+    rules = [edge.check_head, edge.body_rule(args.max_request_bytes)]
+    hosts = _listed(args.allowed_hosts)
+    if "*" not in hosts and (hosts or (args.api_key is None and args.is_local)):
+        rules.append(edge.host_rule({*hosts, args.host}))
+    return rules if args.api_key is None else [*rules, edge.key_rule(args.api_key)]
+
+
+def _listed(value: str | None) -> list[str]:
+    return [each.strip().lower() for each in (value or "").split(",") if each.strip()]

@@ -44,8 +44,11 @@ class ServerState:
     def tokenizer_path(self) -> str:
         return self.server_args.tokenizer_path or self.server_args.model_path
 
+    def serves(self, name: str) -> bool:
+        return name.rstrip("/") == self.model_name.rstrip("/")  # folders are written with a slash behind them, and URLs
+
     def check_model(self, name: str | None) -> None:
-        if name not in (None, self.model_name, _ANY_MODEL):
+        if name not in (None, _ANY_MODEL) and not self.serves(name):
             raise unknown_model(str(name), self.model_name)
 
     async def encode(self, text: str, field: str, add_special_tokens: bool = True) -> list[int]:
@@ -65,7 +68,7 @@ class ServerState:
             continue_final_message=final,
             template_kwargs=options.chat_template_kwargs,
         )
-        return await self.encode(text, "messages", add_special_tokens=False)
+        return await self.encode(text, "messages", add_special_tokens=bool(options.add_special_tokens))
 
 
 async def encoding[**P, R](num_characters: int, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:

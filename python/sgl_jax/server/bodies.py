@@ -7,15 +7,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from sgl_jax.engine.generation import GenerationRequest
-from sgl_jax.engine.native_params import in_our_names, max_tokens_of, names_in
+from sgl_jax.engine.native_params import DEFAULT_MAX_NEW_TOKENS, in_our_names, names_in
 from sgl_jax.request import PARAMETERS, Api, InvalidParameter, Names, Parameter, SamplingParams
 from sgl_jax.settings.not_built import NOT_BUILT, Feature
 
 INT64_MAX = 2**63 - 1
+_MOST_FIELDS = 2048
 
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
 TokenIdText = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
@@ -23,11 +25,47 @@ StopString = Annotated[str, Field(min_length=1)]
 CacheKey = Annotated[str, Field(max_length=1024)]
 EmptyList = Annotated[list[Any], Field(max_length=0)]
 
+# pydantic's Literal takes 0 for False, which its schema does not say.
+Off = Annotated[Literal[False], BeforeValidator(lambda value: value if value is False else str(value))]
+
 type Fields = Mapping[str, tuple[object, object]]  # a type and a default each, as pydantic.create_model takes them
+
+
+def limited(value: object) -> object:
+    """Refuse an object with more fields than anything needs: pydantic would describe each that is wrong."""
+    if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+        text, numbers = (
+            "an object has {count} fields; the limit is {limit}",
+            {"count": len(value), "limit": _MOST_FIELDS},
+        )
+        raise PydanticCustomError("too_many_fields", text, numbers)
+    return value
+
+
+def _stop_at_first_error(schema: object) -> None:
+    """Make every list of a schema stop at its first wrong entry: pydantic would describe every one."""
+    if isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        schema = list(schema.values())
+    if isinstance(schema, list | tuple):
+        for part in schema:
+            _stop_at_first_error(part)
 
 
 class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limited(cls, value: object) -> object:
+        return limited(value)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _stop_at_first_error(schema)
+        return schema
 
 
 class TextFormat(Body):
@@ -82,7 +120,7 @@ def sampling_fields(api: Api, parameters: Sequence[Parameter] = PARAMETERS) -> F
     """Make the fields of the parameters, by each of their names in the API."""
     found: dict[str, tuple[object, object]] = {}
     for each in parameters:
-        kind: Any = _kind(each, low=0 if api == "native" and each.about.or_zero else None)
+        kind: Any = _kind(each)
         names = each.names(api)
         for name in names:
             text = each.about.help if name == names[0] else f"another name for {names[0]}"
@@ -90,17 +128,18 @@ def sampling_fields(api: Api, parameters: Sequence[Parameter] = PARAMETERS) -> F
     return found
 
 
-def _kind(parameter: Parameter, low: int | None) -> object:
+def _kind(parameter: Parameter) -> object:
     """Return the type of the parameter's value in JSON."""
     entries = Field(max_length=parameter.about.entries)
     if parameter.kind in (int, float):
-        return Annotated[parameter.kind, limits(parameter.name, low, [parameter])]
+        return Annotated[parameter.kind, limits(parameter.name, parameters=[parameter])]
     if parameter.kind == tuple[str, ...]:
         return StopString | list[StopString]
     if parameter.kind == tuple[int, ...]:
         return Annotated[list[TokenId], entries]
     if parameter.kind == dict[int, float]:
-        return Annotated[dict[TokenIdText, Annotated[float, limits(parameter.name, low, [parameter])]], entries]
+        numbers = Annotated[float, limits(parameter.name, parameters=[parameter])]
+        return Annotated[dict[TokenIdText, numbers], entries, BeforeValidator(limited)]
     return parameter.kind
 
 
@@ -116,9 +155,7 @@ def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] 
 def native_params(body: Body, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:
     """Read the parameters of a body that has the native API's `sampling_fields`."""
     values, names = _written(body, "native", cls)
-    max_tokens, score_only = max_tokens_of(values.get("max_tokens"))
-    params = cls(**values | {"max_tokens": max_tokens})
-    return GenerationRequest([], params, names=names, score_only=score_only, in_range=True)
+    return GenerationRequest([], cls(**values), default_max_tokens=DEFAULT_MAX_NEW_TOKENS, names=names, in_range=True)
 
 
 def openai_params(

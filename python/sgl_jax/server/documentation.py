@@ -1,23 +1,31 @@
-"""Schema of the API, /openapi.json: requests from pydantic models, answers from msgspec structs, and errors."""
+"""Schema of the API, /openapi.json: requests from pydantic models, answers from msgspec structs, and errors. The page
+/docs is made from it."""
 
+from importlib import resources
 from typing import Any
 
+import jinja2
 import msgspec
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
+from starlette.responses import HTMLResponse, Response
 
 from sgl_jax import __version__
 from sgl_jax.server import responses
 from sgl_jax.server.responses import ErrorResponse
 
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the page needs no script, nor another site
 _REF = "#/components/schemas/{name}"
 # Schema of one event: OpenAPI 3.1 cannot describe a stream of events, and tools take the schema for that of each.
 _SERVER_SENT_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
 _ERRORS = {
     400: "A value is wrong or not supported; `param` names the field",
+    403: "The page or the name of the server is not allowed",
     401: "The API key is missing or wrong",
     404: "No such model",
     409: "It cannot be done in the state the engine is in; `message` says why",
+    413: "The body is too large",
+    415: "The body is compressed",
     429: "Too many requests are waiting",
     500: "The engine failed",
     503: "The engine is still starting, or the server is shutting down",
@@ -33,20 +41,24 @@ def documented(
     engine: bool = True,
     guarded: bool = True,
     conflict: bool = False,
+    or_list: bool = False,
     media_type: str = "application/json",
 ) -> dict[str, Any]:
     """Document a route's answers: its own, and the errors it can give.
 
     `stream`: it can stream; `model`: it checks a model's name; `body`: it reads a body; `engine`: it needs the engine;
-    `guarded`: it needs the API key; `conflict`: the state of the engine may not allow it.
+    `guarded`: it needs the API key; `conflict`: the state of the engine may not allow it; `or_list`: the answer may be
+    a list of such answers.
     """
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
+    schema = {"anyOf": [schema, {"type": "array", "items": schema}]} if or_list else schema
     content: dict[str, Any] = {media_type: {"schema": schema}}
     if stream:
         content["text/event-stream"] = {"schema": _SERVER_SENT_EVENT}
     found: dict[int | str, dict[str, Any]] = {200: {"description": "Success", "content": content}}
-    statuses = [400] * body + [401] * guarded + [404] * model + [409] * conflict + [429] * stream + [500, 503] * engine
-    found |= {status: _error(status) for status in statuses}
+    given = {400: True, 401: guarded, 403: True, 404: model, 409: conflict, 413: body, 415: body, 429: stream}
+    given |= {500: engine, 503: engine}
+    found |= {status: _error(status) for status in given if given[status]}
     return {"responses": found, "response_model": None}
 
 
@@ -56,7 +68,7 @@ def _error(status: int) -> dict[str, Any]:
 
 
 def install(app: FastAPI) -> None:
-    """Replace the generated document, which would promise FastAPI's own 422 answers."""
+    """Replace the generated document, which would promise FastAPI's own 422 answers, and serve the page."""
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -64,7 +76,6 @@ def install(app: FastAPI) -> None:
             for path in document["paths"].values():
                 for operation in path.values():
                     operation["responses"].pop("422", None)
-                    operation["responses"].setdefault("400", _error(400))
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
@@ -73,4 +84,11 @@ def install(app: FastAPI) -> None:
             app.openapi_schema = document
         return app.openapi_schema
 
+    source = resources.files("sgl_jax.server").joinpath("docs.html.jinja").read_text(encoding="utf-8")
+
+    async def docs(_: Request) -> Response:
+        page = jinja2.Environment(autoescape=True, trim_blocks=True).from_string(source)
+        return HTMLResponse(page.render(openapi()), headers={"Content-Security-Policy": _POLICY})
+
     app.openapi = openapi
+    app.add_route("/docs", docs, include_in_schema=False)

@@ -1,5 +1,6 @@
 """Errors, all of which leave as OpenAI's envelope: {"error": {"message", "type", "param", "code"}}."""
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
@@ -15,6 +16,7 @@ from sgl_jax.engine import generation
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.bodies import feature_of
 from sgl_jax.server.responses import ErrorBody, ErrorResponse
+from sgl_jax.settings.not_built import feature_at
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError
 
@@ -36,20 +38,28 @@ _EXPECTED: Mapping[type[Exception], tuple[int, str, str, str | None]] = {
 }
 
 
-class ApiError(Exception):
+class ApiError(HTTPException):
     """An answer other than success."""
 
+    retry_after = 1  # seconds, told with 429 and 503
+
     def __init__(
-        self, status: int, message: str, type: str = _BAD_REQUEST, param: str | None = None, code: str | None = None
+        self,
+        status: int,
+        message: str,
+        type: str = _BAD_REQUEST,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
-        super().__init__(message)
+        super().__init__(status, message, headers)
         self.status = status
         self.body = ErrorResponse(ErrorBody(_printable(message), type, param and _printable(param), code))
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
-        found = dict(headers or {})
+        found = {**(self.headers or {}), **(headers or {})}
         if self.status in (429, 503):
-            found["Retry-After"] = "1"
+            found["Retry-After"] = str(self.retry_after)
         if self.status == 401:
             found["WWW-Authenticate"] = "Bearer"
         return Response(msgspec.json.encode(self.body), self.status, found, media_type="application/json")
@@ -72,10 +82,13 @@ def answer_to(error: Exception, what: str) -> ApiError:
         case RequestValidationError():
             return _validation_error(error)
         case HTTPException():
-            return ApiError(error.status_code, _http_message(error), code=HTTPStatus(error.status_code).name.lower())
+            code = HTTPStatus(error.status_code).name.lower()
+            return ApiError(error.status_code, _http_message(error), code=code, headers=error.headers)
     for kind, (status, type, code, param) in _EXPECTED.items():
         if isinstance(error, kind):
-            return ApiError(status, str(error), type, param or getattr(error, "param", None), code)
+            found = ApiError(status, str(error), type, param or getattr(error, "param", None), code)
+            found.retry_after = getattr(error, "retry_after", found.retry_after)
+            return found
     logger.error("%s failed", what, exc_info=error)
     return ApiError(500, "the server failed on this request; its log says more", type="server_error")
 
@@ -98,6 +111,8 @@ def _validation_error(error: RequestValidationError) -> ApiError:
         reason = first.get("ctx", {}).get("error", first["msg"])
         text = f"the body is not valid JSON: {reason} at character {first['loc'][-1]}"
         return ApiError(400, text, code="invalid_json")
+    if first["type"] == "too_many_fields":
+        return ApiError(400, f"{field or 'the body'}: {first['msg']}", param=field or None, code="invalid_value")
     if not field:
         text = "the body must be a JSON object, sent with Content-Type: application/json"
         return ApiError(400, text, code="invalid_json")
@@ -113,9 +128,14 @@ def _validation_error(error: RequestValidationError) -> ApiError:
             return _unsupported(field, first["input"])
         case "missing":
             return ApiError(400, f"{field} is missing", param=field, code="missing_parameter")
-        case "greater_than" | "greater_than_equal" | "less_than" | "less_than_equal":
-            return ApiError(400, f"{field}: {first['msg']}; it is {first['input']}", param=field, code="invalid_value")
-    return ApiError(400, f"{field}: {first['msg']}", param=field, code="invalid_value")
+    return ApiError(400, f"{field}: {first['msg']}; it is {_shown(first['input'])}", param=field, code="invalid_value")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list | dict):
+        return f"a list of {len(value)}" if isinstance(value, list) else "an object"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:80]}… ({len(text)} characters)"
 
 
 def _unsupported(field: str, value: object = None) -> ApiError:
@@ -143,8 +163,16 @@ def install(app: FastAPI) -> None:
     """Make the app answer every exception with the envelope."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        found = answer_to(error, f"request to {request.url.path}")
-        return found.response(getattr(error, "headers", None))
+        path = request.url.path
+        if isinstance(error, HTTPException) and error.status_code == 404 and (feature := feature_at(path)):
+            error = ApiError(404, f"{path} is not supported: {feature} not built", code="unsupported_path")
+        elif isinstance(error, HTTPException) and error.status_code == 405:
+            methods = {"OPTIONS", *(error.headers or {}).get("Allow", "").split(", ")}
+            allow = {"Allow": ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))}
+            if request.method == "OPTIONS":
+                return Response(status_code=204, headers=allow)
+            error = HTTPException(405, headers=allow)
+        return answer_to(error, f"request to {path}").response()
 
-    for kind in (ApiError, RequestValidationError, HTTPException, Exception, *_EXPECTED):
+    for kind in (RequestValidationError, HTTPException, Exception, *_EXPECTED):
         app.add_exception_handler(kind, answer)

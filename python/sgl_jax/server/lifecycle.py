@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
@@ -22,9 +23,11 @@ import uvloop
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.process import CORE_FACTORY
 from sgl_jax.engine.service import GenerationService
-from sgl_jax.engine.transport import ProcessTransport
+from sgl_jax.engine.transport import NoSockets, ProcessTransport
 from sgl_jax.observability.log import READY
 from sgl_jax.server.app import create_app
+from sgl_jax.server.connection import Limits, http_config, most_connections
+from sgl_jax.settings.serving_flags import MAX_QUEUED_REQUESTS
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 
@@ -35,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 OK, FAILED = 0, 1  # exit codes
 _BACKLOG = 2048
-_KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that the client closes them
+_PORT_ERRORS = frozenset({errno.EADDRINUSE, errno.EACCES})  # all others are about the address
 _LAST_WORDS_S = 3  # time for answers that are still being written at the end
 
 
@@ -48,16 +51,20 @@ def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
         listener = _bind(server_args.host, server_args.port)
     except OSError as error:
         where = f"{server_args.host}:{server_args.port}"
-        print(f"sgl_jax: error: cannot listen on {where}: {error.strerror}; choose another --port", file=sys.stderr)
+        flag = "--port" if error.errno in _PORT_ERRORS else "--host"
+        print(f"sgl_jax: error: cannot listen on {where}: {error.strerror}; choose another {flag}", file=sys.stderr)
         return FAILED
     uvicorn_log = logging.getLogger("uvicorn.error")  # it would log "running" before the server is ready
     uvicorn_log.setLevel(max(logging.WARNING, uvicorn_log.getEffectiveLevel()))
+    for risk in server_args.warnings():
+        logger.warning("%s", risk)
+    limits = Limits(server_args.max_request_bytes, most_connections())
     transport = ProcessTransport(server_args, core_factory)
     with contextlib.closing(listener):
         try:
             transport.launch()  # the engine loads while the tokenizer does
-            return uvloop.run(_Server(server_args, transport, listener).run())
-        except (TokenizerError, TemplateError) as error:
+            return uvloop.run(_Server(server_args, transport, listener, limits).run())
+        except (TokenizerError, TemplateError, NoSockets) as error:
             print(f"sgl_jax: error: {error}", file=sys.stderr)
             return FAILED
         finally:
@@ -84,8 +91,8 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _Server:
-    def __init__(self, server_args: ServerArgs, transport: ProcessTransport, listener: socket.socket):
-        self._args, self._transport, self._listener = server_args, transport, listener
+    def __init__(self, args: ServerArgs, transport: ProcessTransport, listener: socket.socket, limits: Limits):
+        self._args, self._transport, self._listener, self._limits = args, transport, listener, limits
         self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
 
     async def run(self) -> int:
@@ -95,19 +102,9 @@ class _Server:
         tokenizer = await asyncio.to_thread(
             load_tokenizer, args.tokenizer_path or args.model_path, args.chat_template, args.downloads
         )
-        service = GenerationService(self._transport, tokenizer, args.stream_interval, args.max_queued_requests)
-        http = _Uvicorn(
-            uvicorn.Config(
-                create_app(service, args),
-                http="httptools",
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                server_header=False,
-                timeout_keep_alive=_KEEP_ALIVE_S,
-                timeout_graceful_shutdown=_LAST_WORDS_S,
-            )
-        )
+        max_queued = args.max_queued_requests or MAX_QUEUED_REQUESTS
+        service = GenerationService(self._transport, tokenizer, args.stream_interval, max_queued)
+        http = _Uvicorn(http_config(create_app(service, args), self._limits, _LAST_WORDS_S))
         listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         try:
             return await self._serve(service)
@@ -137,10 +134,11 @@ class _Server:
             logger.info(line, service.num_live, timeout_s)
             draining = asyncio.ensure_future(service.drain(timeout_s))
             await asyncio.wait((draining, stop_now, failed), return_when=asyncio.FIRST_COMPLETED)
-            if not draining.done() or not draining.result():
+            finished = draining.done() and draining.result()
+            if not finished:
                 logger.warning("Stopped with %d requests unfinished.", service.num_live)
             draining.cancel()
-            return FAILED if service.failure is not None or stop_now.done() else OK
+            return OK if finished and service.failure is None and not stop_now.done() else FAILED
         finally:
             for task in (failed, stop, stop_now, starting):
                 task.cancel()

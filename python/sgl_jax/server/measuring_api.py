@@ -1,6 +1,6 @@
 """Routes that control the profiler: /start_profile, /stop_profile, /profile_status."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field
@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from sgl_jax.engine.messages import ProfileStatus
 from sgl_jax.server.app_state import ServerState, json_response
-from sgl_jax.server.bodies import Body, null_fields, with_fields
+from sgl_jax.server.bodies import Body, Off, null_fields, with_fields
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.error_envelope import ApiError
 
@@ -28,10 +28,10 @@ class StartProfileRequest(Body):
     python_tracer_level: Annotated[int, Field(ge=0, le=1)] | None = Field(
         None, description="0 if not set; 1: every Python call"
     )
-    merge_profiles: Literal[False] | None = None
-    profile_by_stage: Literal[False] | None = None
-    record_shapes: Literal[False] | None = None
-    with_stack: Literal[False] | None = None
+    merge_profiles: Off | None = None
+    profile_by_stage: Off | None = None
+    record_shapes: Off | None = None
+    with_stack: Off | None = None
 
 
 def _without_query(request: Request) -> None:

@@ -1,7 +1,5 @@
 """POST /v1/chat/completions."""
 
-from collections.abc import Sequence
-
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -13,7 +11,7 @@ from sgl_jax.server import responses
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import openai_params
 from sgl_jax.server.documentation import documented
-from sgl_jax.server.openai_stream import LogprobList, OpenAIAnswer
+from sgl_jax.server.openai_stream import News, OpenAIAnswer
 from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.server.responses import ChatCompletion, ChatLogprobs
 
@@ -28,7 +26,7 @@ def router(state: ServerState) -> APIRouter:
         given = _parameters(body)
         prompt_ids = await state.encode_chat(body.messages, body)
         asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt)
-        generation = state.service.submit([asked], stream=bool(body.stream))
+        generation = await state.service.submit([asked], stream=bool(body.stream))
         return await _Chat(state, body, generation, bool(body.logprobs)).respond(request)
 
     return routes
@@ -38,7 +36,7 @@ def _parameters(body: ChatCompletionRequest) -> GenerationRequest:
     limits = {limit for limit in (body.max_tokens, body.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         raise InvalidParameter("max_tokens", "max_tokens and max_completion_tokens differ; give one")
-    if body.top_logprobs is not None and not body.logprobs:
+    if body.top_logprobs and not body.logprobs:
         raise InvalidParameter("top_logprobs", "top_logprobs needs logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     names = {} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
@@ -48,14 +46,14 @@ def _parameters(body: ChatCompletionRequest) -> GenerationRequest:
 class _Chat(OpenAIAnswer[ChatLogprobs]):
     id_prefix, chunk_object = "chatcmpl", "chat.completion.chunk"
 
-    def scored(self, index: int, tokens: Sequence[int], scores: LogprobList) -> ChatLogprobs:
+    def scored(self, news: News) -> ChatLogprobs | None:
         content = []
-        for token, score in zip(tokens, scores, strict=True):
+        for token, score in zip(news.tokens, news.scores, strict=True):
             if score is not None:
                 best = zip(score.top_ids, score.top_logprobs, strict=True)
                 top = [responses.TopLogprob(*self._spelled(other, logprob)) for other, logprob in best]
                 content.append(responses.ChatTokenLogprob(*self._spelled(token, score.logprob), top))
-        return ChatLogprobs(content)
+        return ChatLogprobs(content) if content or not self.stream else None
 
     def _spelled(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
         return self.tokenizer.token_text(token), finite(logprob), list(self.tokenizer.token_bytes(token))
@@ -67,8 +65,9 @@ class _Chat(OpenAIAnswer[ChatLogprobs]):
         ]
         return ChatCompletion(self.id, "chat.completion", self.created, self.model, choices, self.usage())
 
-    def chunks(self, i: int, first: bool, text: str, scores: ChatLogprobs | None, finish: FinishType | None) -> bytes:
-        found = self.chunk(i, b'"delta":{"role":"assistant","content":""}', None, None) if first else b""
-        if text or scores is not None:
-            found += self.chunk(i, b'"delta":{"content":' + msgspec.json.encode(text) + b"}", scores, None)
-        return found if finish is None else found + self.chunk(i, b'"delta":{}', None, finish)
+    def chunks(self, news: News, scores: ChatLogprobs | None) -> bytes:
+        i = news.index
+        found = self.chunk(i, b'"delta":{"role":"assistant","content":""}', None, None) if news.first else b""
+        if news.text or scores is not None:
+            found += self.chunk(i, b'"delta":{"content":' + msgspec.json.encode(news.text) + b"}", scores, None)
+        return found if news.finish is None else found + self.chunk(i, b'"delta":{}', None, news.finish)

@@ -1,9 +1,10 @@
 """Answers of OpenAI's endpoints, whole or as a stream. A chunk encodes only the parts that differ between chunks."""
 
+import secrets
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Sequence
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import msgspec
 from fastapi import Request
@@ -12,117 +13,129 @@ from starlette.responses import Response
 from sgl_jax.engine.generation import FinishType, Generation, Update
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.server.app_state import ServerState
-from sgl_jax.server.openai_types import SamplingFields
+from sgl_jax.server.openai_types import SamplingFields, StreamOptions
 from sgl_jax.server.responses import ChatLogprobs, CompletionLogprobs, PromptTokensDetails, Usage
 from sgl_jax.server.sse import DONE, EventStream, json_unless_disconnected
 
 _encode = msgspec.json.encode
 
-type LogprobList = Sequence[TokenLogprobs | None]  # None: for the first token of a prompt
+_BLOCK = 64  # bytes; padded chunks are multiples of it
+
+
+class News(NamedTuple):
+    """Text, tokens and scores that a choice has gained, an echo and the prompt's before the first of them."""
+
+    index: int  # the choice's
+    prompt: int
+    first: bool  # nothing of the choice came before
+    text: str
+    tokens: Sequence[int]
+    scores: Sequence[TokenLogprobs | None]  # None: for the first token of a prompt
+    finish: FinishType | None
 
 
 class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
-    """Answer to one request on its way out. Choice i of prompt p has index p * n + i.
-
-    `echoes` has a text for each prompt, which its choices begin with; empty: none.
-    """
+    """Answer to one request on its way out. Choice i of prompt p has index p * n + i."""
 
     id_prefix: ClassVar[str]
     chunk_object: ClassVar[str]
 
-    def __init__(
-        self,
-        state: ServerState,
-        body: SamplingFields,
-        generation: Generation,
-        logprobs: bool,
-        echoes: Sequence[str] = (),
-    ):
-        self.tokenizer = state.tokenizer
+    def __init__(self, state: ServerState, body: SamplingFields, generation: Generation, logprobs: bool):
+        self.tokenizer, self.generation = state.tokenizer, generation
+        self.stream = bool(body.stream)
+        self.echoes: Sequence[str] = ()  # by prompt, what its choices begin with; empty: nothing
         self.id = f"{self.id_prefix}-{uuid.uuid4().hex}"
         self.created, self.model = int(generation.created), body.model or state.model_name
-        self._generation, self._echoes, self._logprobs, self._stream = generation, echoes, logprobs, body.stream
+        self._logprobs = logprobs
         self._n = generation.requests[0].params.n
         self._started: set[int] = set()
         self._num_completion = 0
         self._num_cached = [0] * len(generation.requests)
-        self._include_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._options = body.stream_options or StreamOptions()
 
     async def respond(self, request: Request) -> Response:
-        if self._stream:
-            return EventStream(self._generation, self._events())
+        request.state.generation = self.generation
+        if self.stream:
+            return EventStream(self.generation, self._events())
         return await json_unless_disconnected(request, self._whole())
 
     @abstractmethod
-    def scored(self, index: int, tokens: Sequence[int], scores: LogprobList) -> Logprobs:
-        """Return the log probabilities of the choice's next tokens, in the form of the endpoint."""
+    def scored(self, news: News) -> Logprobs | None:
+        """Return the log probabilities to hand out with the news, in the form of the endpoint."""
 
     @abstractmethod
     def answer(self, texts: list[str], scores: list[Logprobs | None], finish: list[FinishType]) -> msgspec.Struct:
         """Make the whole answer from its choices."""
 
     @abstractmethod
-    def chunks(self, i: int, first: bool, text: str, scores: Logprobs | None, finish: FinishType | None) -> bytes:
-        """Make the chunks of an update of choice `i`; `first`: it is the first one of this choice."""
+    def chunks(self, news: News, scores: Logprobs | None) -> bytes:
+        """Make the chunks of an update of a choice."""
 
     def chunk(self, index: int, payload: bytes, logprobs: Logprobs | None, finish: FinishType | None) -> bytes:
         """Encode a chunk as a server-sent event; `payload` is the name and value of the choice's own field, in JSON."""
         parts = index, payload, _encode(logprobs), _encode(finish)
-        return self._head + b'{"index":%d,%b,"logprobs":%b,"finish_reason":%b}' % parts + self._tail
+        data = self._head + b'{"index":%d,%b,"logprobs":%b,"finish_reason":%b}' % parts + self._tail
+        if self._options.continuous_usage_stats:
+            data += b',"usage":' + _encode(self.usage())
+        if self._options.include_obfuscation:
+            data += b',"obfuscation":"'
+            data += secrets.token_hex(_BLOCK).encode()[: -(len(data) + len(b'"}\n\n')) % _BLOCK] + b'"'
+        return data + b"}\n\n"
 
     def usage(self) -> Usage:
         """Count tokens. A prompt counts once, however many choices it has; the tokens of every choice count."""
-        num_prompt = sum(len(request.prompt_ids) for request in self._generation.requests)
+        num_prompt = self.generation.num_prompt_tokens
         cached = PromptTokensDetails(sum(self._num_cached))
         return Usage(num_prompt, self._num_completion, num_prompt + self._num_completion, cached)
 
     async def _whole(self) -> msgspec.Struct:
-        count = self._n * len(self._generation.requests)
-        texts = [""] * count
-        finish: list[FinishType] = ["abort"] * count
-        tokens: list[list[int]] = [[] for _ in range(count)]
-        scores: list[list[TokenLogprobs | None]] = [[] for _ in range(count)]
-        async for updates in self._generation.updates():
+        count = self._n * len(self.generation.requests)
+        parts: list[list[News]] = [[] for _ in range(count)]
+        async for updates in self.generation.updates():
             for update in updates:
-                i, _, text, new_tokens, new_scores = self._news(update)
-                texts[i] += text
-                tokens[i] += new_tokens
-                scores[i] += new_scores
-                if update.finish is not None:
-                    finish[i] = update.finish.type
-        logprobs = [self.scored(i, tokens[i], scores[i]) if self._logprobs else None for i in range(count)]
-        return self.answer(texts, logprobs, finish)
+                news = self._news(update)
+                parts[news.index].append(news)
+        whole = [_joined(i, i // self._n, news) for i, news in enumerate(parts)]
+        logprobs = [self.scored(news) if self._logprobs else None for news in whole]
+        return self.answer([news.text for news in whole], logprobs, [news.finish or "abort" for news in whole])
 
     async def _events(self) -> AsyncIterator[bytes]:
         head = {"id": self.id, "object": self.chunk_object, "created": self.created, "model": self.model}
         self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
-        self._tail = b'],"usage":null}\n\n' if self._include_usage else b"]}\n\n"
-        async for updates in self._generation.updates():
+        only_last = self._options.include_usage and not self._options.continuous_usage_stats
+        self._tail = b'],"usage":null' if only_last else b"]"
+        async for updates in self.generation.updates():
             data = b""
             for update in updates:
-                i, first, text, tokens, scores = self._news(update)
-                logprobs = self.scored(i, tokens, scores) if self._logprobs and tokens else None
-                data += self.chunks(i, first, text, logprobs, None if update.finish is None else update.finish.type)
+                news = self._news(update)
+                data += self.chunks(news, self.scored(news) if self._logprobs else None)
             if data:
                 yield data
-        if self._include_usage:
+        if self._options.include_usage:
             yield self._head + b'],"usage":' + _encode(self.usage()) + b"}\n\n"
         yield DONE
 
-    def _news(self, update: Update) -> tuple[int, bool, str, Sequence[int], LogprobList]:
-        """Return the choice's index, whether this is its first update, and its new text, tokens and scores.
-
-        An echo and the scores of the prompt come before the first of them.
-        """
+    def _news(self, update: Update) -> News:
+        """Count an update's tokens, and put the echo and the scores of the prompt before the first one of its choice."""
         i = update.prompt * self._n + update.choice
         self._num_completion += len(update.token_ids)
         if update.choice == 0:
             self._num_cached[update.prompt] = update.num_cached_tokens
-        if i in self._started:
-            return i, False, update.text, update.token_ids, update.logprobs
-        self._started.add(i)
-        text = self._echoes[update.prompt] + update.text if self._echoes else update.text
-        if update.prompt_logprobs is None:
-            return i, True, text, update.token_ids, update.logprobs
-        tokens = [*self._generation.requests[update.prompt].prompt_ids, *update.token_ids]
-        return i, True, text, tokens, [*update.prompt_logprobs, *update.logprobs]
+        first = i not in self._started
+        text, tokens, scores = update.text, update.token_ids, update.logprobs
+        if first:
+            self._started.add(i)
+            text = self.echoes[update.prompt] + text if self.echoes else text
+            if update.prompt_logprobs is not None:
+                tokens = [*self.generation.requests[update.prompt].prompt_ids, *tokens]
+                scores = [*update.prompt_logprobs, *scores]
+        finish = None if update.finish is None else update.finish.type
+        return News(i, update.prompt, first, text, tokens, scores, finish)
+
+
+def _joined(index: int, prompt: int, parts: Sequence[News]) -> News:
+    """Return all news of a choice as one."""
+    text = "".join(news.text for news in parts)
+    tokens = [token for news in parts for token in news.tokens]
+    scores = [score for news in parts for score in news.scores]
+    return News(index, prompt, True, text, tokens, scores, parts[-1].finish if parts else None)

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.bodies import (
@@ -11,6 +11,7 @@ from sgl_jax.server.bodies import (
     CacheKey,
     EmptyList,
     TokenId,
+    limited,
     limits,
     null_fields,
     off_fields,
@@ -20,8 +21,9 @@ from sgl_jax.server.bodies import (
 
 
 class StreamOptions(Body):
-    include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_usage: bool | None = Field(None, description="a last chunk has the usage of the whole request")
+    continuous_usage_stats: bool | None = Field(None, description="every chunk has the usage of the request so far")
+    include_obfuscation: bool | None = Field(None, description="chunks are padded, so that their size tells no length")
 
 
 @with_fields(sampling_fields("openai"))
@@ -35,7 +37,7 @@ class SamplingFields(Body):
     cache_salt: CacheKey | None = Field(None, description="requests share cached prefixes only within one salt")
     # accepted, but without effect on the answer
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(limited)] | None = None
     store: bool | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None
     safety_identifier: str | None = None
@@ -83,13 +85,17 @@ class TemplateFields(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, description="the answer goes on with the last message")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
+    add_special_tokens: bool | None = Field(None, description="the template's text gets BOS too; false if not set")
 
 
-@with_fields(off_fields("ChatCompletionRequest"), null_fields("prediction reasoning_effort verbosity"))
+@with_fields(
+    off_fields("ChatCompletionRequest"),
+    null_fields("moderation prediction prompt_cache_options reasoning_effort verbosity"),
+)
 class ChatCompletionRequest(SamplingFields, TemplateFields):
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_completion_tokens: Annotated[int, limits("max_tokens")] | None = None
-    max_tokens: Annotated[int, limits("max_tokens")] | None = None
+    max_completion_tokens: Annotated[int, limits("max_tokens", low=1)] | None = None
+    max_tokens: Annotated[int, limits("max_tokens", low=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, limits("logprobs")] | None = None
     parallel_tool_calls: bool | None = Field(None, description="without tools there is nothing to call")
@@ -98,19 +104,19 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
 @with_fields(off_fields("CompletionRequest"), null_fields("suffix"))
 class CompletionRequest(SamplingFields):
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: Annotated[int, limits("max_tokens", low=0)] | None = Field(None, description="16 if not set")
+    max_tokens: Annotated[int, limits("max_tokens")] | None = Field(None, description="16, or what fits, if not set")
+    add_special_tokens: bool | None = Field(None, description="text prompts get BOS; true if not set")
     echo: bool | None = None
     logprobs: Annotated[int, limits("logprobs")] | None = None
     best_of: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = Field(None, description="refused unless it equals n")
 
 
 class TokenizeRequest(TemplateFields):
-    """Either `prompt` or `messages`."""
+    """Either `prompt`, with special tokens unless `add_special_tokens` is false, or `messages`, with them if it is true."""
 
     model: str | None = None
     prompt: str | list[str] | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(Body):

@@ -8,13 +8,15 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from sgl_jax.engine.generation import Generation
 from sgl_jax.server.app_state import json_response
 from sgl_jax.server.error_envelope import ApiError, answer_to
 
 DONE = b"data: [DONE]\n\n"
+_WAITING = b": waiting\n\n"  # a comment, which clients skip
+_COMMENT_EVERY_S = 5.0  # proxies often close a connection on which nothing came for 30 or 60 s
 
 
 def event(value: object) -> bytes:
@@ -22,14 +24,18 @@ def event(value: object) -> bytes:
 
 
 class EventStream(Response):
-    """Sends the events of a generation as they come, and aborts the generation when the client goes away."""
+    """Sends the events of a generation as they come, and aborts the generation when the client goes away.
+
+    While there are none, as in a queue or a long prefill, it sends a comment every `comment_every` seconds.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, generation: Generation, events: AsyncIterator[bytes]):
+    def __init__(self, generation: Generation, events: AsyncIterator[bytes], comment_every: float = _COMMENT_EVERY_S):
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._generation, self._events = generation, events
+        self._comment_every, self._num_sent = comment_every, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -39,13 +45,27 @@ class EventStream(Response):
 
     async def _send_all(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        commenting = asyncio.ensure_future(self._comment(send))
         try:
             async for data in self._events:
-                await send({"type": "http.response.body", "body": data, "more_body": True})
+                self._num_sent += 1
+                await send(_body(data))
         except Exception as error:  # the status line has been sent, so the error can only be the last event
-            data = event(answer_to(error, "a stream").body)
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send(_body(event(answer_to(error, "a stream").body)))
+        finally:
+            commenting.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _comment(self, send: Send) -> None:
+        while True:
+            num_sent = self._num_sent
+            await asyncio.sleep(self._comment_every)
+            if self._num_sent == num_sent:
+                await send(_body(_WAITING))
+
+
+def _body(data: bytes) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": True}
 
 
 async def json_unless_disconnected(request: Request, work: Coroutine[Any, Any, object]) -> Response:

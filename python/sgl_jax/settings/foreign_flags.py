@@ -46,8 +46,9 @@ OTHERWISE = {
     "defaults of docs/features/sampling.md, for every model",
     "--enable-deterministic-*": "a request's seed makes its draws repeatable",
     "--max-logprobs": "a request gets 20 at most",
+    "--allow-credentials --allowed-methods --allowed-headers": "--allowed-origins alone decides which pages may call",
     "--log-requests* --enable-log-requests --disable-log-requests --max-log-len": "of a request only one line is logged, "
-    "with its path and status",
+    "with its path, status, id, tokens and seconds",
     "--disable-log-stats": "--log-level and --decode-log-interval say what is logged",
     "--sleep-on-idle": "an idle engine always sleeps",
     "--revision --code-revision --tokenizer-revision": "a hub model is taken in its newest revision; give a folder with "

@@ -5,7 +5,7 @@ feature is built, its row is deleted here.
 """
 
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 
@@ -13,6 +13,7 @@ class Feature(NamedTuple):
     name: str  # with its verb: "… not built" completes the sentence
     flags: str = ""  # patterns, `*` for any text: flags of this server that are refused, and other engines' flags
     fields: str = ""  # request fields, and values of `type` and its like, that are refused with the feature's name
+    paths: str = ""  # other engines' and OpenAI's, each with all behind it
     null: Mapping[str, str] = types.MappingProxyType({})  # request body -> fields that may only be null
     off: Mapping[str, str] = types.MappingProxyType({})  # request body -> fields with a value that means "off"
 
@@ -44,12 +45,14 @@ NOT_BUILT = (
         "LoRA is",
         flags="--*lora*",
         fields="lora_path lora_id lora_request",
+        paths="/v1/load_lora_adapter /v1/unload_lora_adapter /load_lora_adapter /unload_lora_adapter",
         null={"GenerateRequest": "lora_path lora_id"},
     ),
     Feature(
         "images, audio and video are",
         flags="--multimodal --enable-multimodal --limit-mm-per-prompt --mm-*",
         fields="image_url image_data input_audio audio audio_data video_url video_data modalities mm_processor_kwargs",
+        paths="/v1/audio /v1/images /v1/videos",
         null={
             "GenerateRequest": "image_data audio_data video_data modalities",
             "ChatCompletionRequest": "audio",
@@ -57,7 +60,24 @@ NOT_BUILT = (
         },
         off={"ChatCompletionRequest": "modalities"},
     ),
-    Feature("embedding and scoring are", flags="--is-embedding --task --runner --convert --pooler-config"),
+    Feature(
+        "embedding and scoring are",
+        flags="--is-embedding --task --runner --convert --pooler-config",
+        paths="/v1/embeddings /v1/rerank /v2/rerank /rerank /v1/score /score /pooling /classify /encode",
+    ),
+    Feature("OpenAI's Responses API is", paths="/v1/responses"),
+    Feature("Anthropic's Messages API is", paths="/v1/messages"),
+    Feature("Ollama's API is", paths="/api"),
+    Feature(
+        "OpenAI's files, batches, assistants and fine-tuning are",
+        paths="/v1/files /v1/batches /v1/uploads "
+        "/v1/assistants /v1/threads /v1/conversations /v1/vector_stores /v1/fine_tuning /v1/moderations /v1/realtime",
+    ),
+    Feature(
+        "changing weights while serving is",
+        paths="/update_weights_from_disk /update_weights_from_tensor "
+        "/update_weights_from_distributed /release_memory_occupation /resume_memory_occupation /sleep /wake_up",
+    ),
     Feature(
         "a KV cache outside the devices' memory is",
         flags="--enable-hierarchical-cache --hicache-* --cpu-offload-gb --swap-space --kv-offloading-*",
@@ -78,10 +98,15 @@ NOT_BUILT = (
     Feature("a server without a tokenizer is", flags="--skip-tokenizer-init"),
     Feature("cutting prompts that are too long is", flags="--allow-auto-truncate", fields="truncate_prompt_tokens"),
     Feature("ending a server whose step hangs is", flags="--watchdog-timeout --soft-watchdog-timeout"),
-    Feature(
-        "HTTPS, and answering other web pages (CORS), are", flags="--ssl-* --root-path --allow-credentials --allowed-*"
-    ),
+    Feature("HTTPS is", flags="--ssl-*"),
+    Feature("a path in front of all others is", flags="--root-path"),
     Feature("web search is", fields="web_search_options", null={"ChatCompletionRequest": "web_search_options"}),
     Feature("beam search is", fields="use_beam_search length_penalty"),
     Feature("prompts as vectors are", fields="input_embeds prompt_embeds", null={"GenerateRequest": "input_embeds"}),
 )
+
+
+def feature_at(path: str, features: Iterable[Feature] = NOT_BUILT) -> str | None:
+    """Return the feature that a path belongs to, with its verb. None: it belongs to none."""
+    known = ((start, feature.name) for feature in features for start in feature.paths.split())
+    return next((name for start, name in known if f"{path}/".startswith(f"{start}/")), None)

@@ -211,6 +211,18 @@ class ServerArgs(ServingFlags):
             )
         return found
 
+    def warnings(self) -> list[str]:
+        """Return a sentence about each risk that a server with these values takes."""
+        found = []
+        variable = variable_name(BY_NAME["api_key"], ENV_PREFIX)
+        if self.api_key is None and os.environ.get(variable) == "":
+            found.append(f"{variable} is empty, which counts as unset: clients need no key.")
+        if self.api_key is None and not self.is_local:
+            found.append(
+                f"--host is {self.host} and there is no --api-key: whoever reaches the port controls the server."
+            )
+        return found
+
     @property
     def num_devices(self) -> int:
         return (self.tp_size or 1) * self.dp_size

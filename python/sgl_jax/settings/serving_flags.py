@@ -1,5 +1,7 @@
 """Flags about the served model, the HTTP server, the device's memory and scheduling. ServerArgs adds all others."""
 
+import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,9 +12,19 @@ SERVER = "HTTP server"
 DEVICE = "Device and memory"
 SCHEDULING = "Scheduling"
 
+MAX_QUEUED_REQUESTS = 4096  # a server's default
+
 _NO_FLOAT16 = "float16 overflows in models trained in bfloat16, and TPUs do not have it; use bfloat16"
 _IN_0_1 = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 _PAGE_SIZE = Rule(lambda value: 1 <= value <= 1024 and value & (value - 1) == 0, "a power of two between 1 and 1024")
+_ORIGINS = Rule(
+    lambda value: all(re.fullmatch(r"\*|[\w+.-]+://[^/\s,]+", each.strip()) for each in value.split(",")),
+    "* or addresses without a path, as https://chat.example.com, separated by commas",
+)
+_HOSTS = Rule(
+    lambda value: all(re.fullmatch(r"\*|[\w.-]+", each.strip()) for each in value.split(",")),
+    "* or names without a port, separated by commas",
+)
 _CHUNK = Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 for no limit of its own")
 
 
@@ -86,6 +98,25 @@ class ServingFlags:
         secret=True,
         per_host=True,
     )
+    allowed_origins: str | None = flag(
+        None,
+        "sites whose pages may call the server, as https://chat.example.com,https://other.example.com; * is any",
+        unset="pages of this machine",
+        metavar="ORIGINS",
+        rule=_ORIGINS,
+        per_host=True,
+    )
+    allowed_hosts: str | None = flag(
+        None,
+        "names, separated by commas, by which the server may be addressed; * is any",
+        unset="any; localhost if it listens to this machine only and needs no key. Addresses always are",
+        metavar="NAMES",
+        rule=_HOSTS,
+        per_host=True,
+    )
+    max_request_bytes: int = flag(
+        16 * 2**20, "bytes of a request's body, above which it gets a 413", rule=at_least(1024), per_host=True
+    )
     stream_interval: int = flag(1, "tokens per streamed chunk after the first", rule=at_least(1), per_host=True)
     skip_server_warmup: bool = flag(
         False,
@@ -132,7 +163,7 @@ class ServingFlags:
     max_queued_requests: int | None = flag(
         None,
         "requests (each of n counts) without a first token, above which new ones get a 429",
-        unset="no limit",
+        unset=f"{MAX_QUEUED_REQUESTS}, in an Engine no limit",
         rule=at_least(1),
     )
     chunked_prefill_size: int | None = flag(
@@ -150,3 +181,11 @@ class ServingFlags:
         refused={"False": "steps are always shared, leave the flag out"},
     )
     disable_overlap_schedule: bool = flag(False, "plan a step only when the tokens of the one before have arrived")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only programs of this machine reach the server."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False

@@ -97,6 +97,10 @@ class Tokenizer:
             return piece.replace("▁", " ").encode()
         return self.backend.decode([token], skip_special_tokens=False).encode()
 
+    def is_added(self, token: int) -> bool:
+        """Return whether the token stands beside the vocabulary's pieces, as special tokens do."""
+        return token in self._added
+
     def chat_template(self, name: str = "default") -> ChatTemplate:
         """Return the template of a name ("tool_use"), or the default one. Raises TemplateError if there is none."""
         template = self._templates.get(name) or self._templates.get("default")
