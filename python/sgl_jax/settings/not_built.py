@@ -68,16 +68,7 @@ NOT_BUILT = (
     Feature("OpenAI's Responses API is", paths="/v1/responses"),
     Feature("Anthropic's Messages API is", paths="/v1/messages"),
     Feature("Ollama's API is", paths="/api"),
-    Feature(
-        "OpenAI's files, batches, assistants and fine-tuning are",
-        paths="/v1/files /v1/batches /v1/uploads "
-        "/v1/assistants /v1/threads /v1/conversations /v1/vector_stores /v1/fine_tuning /v1/moderations /v1/realtime",
-    ),
-    Feature(
-        "changing weights while serving is",
-        paths="/update_weights_from_disk /update_weights_from_tensor "
-        "/update_weights_from_distributed /release_memory_occupation /resume_memory_occupation /sleep /wake_up",
-    ),
+    Feature("OpenAI's files, batches and assistants are", paths="/v1/files /v1/batches /v1/assistants /v1/threads"),
     Feature(
         "a KV cache outside the devices' memory is",
         flags="--enable-hierarchical-cache --hicache-* --cpu-offload-gb --swap-space --kv-offloading-*",
