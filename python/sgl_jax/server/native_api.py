@@ -29,7 +29,7 @@ from sgl_jax.server.responses import Aborted, CacheFlush, DetokenizeResponse, Ge
 from sgl_jax.server.sse import DONE, EventStream, event, json_unless_disconnected
 
 Name = Annotated[str, Field(min_length=1)]
-_CALL_COST = 64  # characters that are encoded in the time that a call of the tokenizer takes at least
+
 
 _SGLANG_SAMPLING = "custom_params spaces_between_special_tokens stop_regex"
 _SGLANG_GENERATE = "custom_logit_processor data_parallel_rank return_hidden_states session_params token_ids_logprob"
@@ -68,7 +68,7 @@ def router(state: ServerState) -> APIRouter:
     async def generate(body: GenerateRequest, request: Request) -> Response:
         texts = [body.text] if isinstance(body.text, str) else body.text or ()
         state.service.check_count(len(texts), 1, {"prompt": "text"})
-        call = await encoding(sum(_CALL_COST + len(text) for text in texts), _call, state, body)
+        call = await encoding(sum(map(len, texts)), _call, state, body)
         generation = await state.service.submit(call.requests, stream=bool(body.stream))
         request.state.generation = generation
         if body.stream:
