@@ -51,7 +51,7 @@ class Enough(Exception):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"attention_backend": "flash"}, "--attention-backend flash.* native"),
+        ({"attention_backend": "fa"}, "--attention-backend fa.* tpu.* cpu.* native"),
         ({"context_length": 10**6}, "--context-length .*1000000.* 512"),
         ({"mem_fraction_static": 1e-6, "max_total_tokens": None}, "KV.*--mem-fraction-static"),
         ({"load_format": "gguf"}, "0 .gguf"),
