@@ -208,6 +208,7 @@ MISTAKES = {
         "--page-size … 3",
     ],
     "--zzz -1 stray": ["--zzz … --help", "'stray' … every value"],
+    "--zzz 4 --port 4 --yyy 4": ["--zzz … --help", "--yyy … --help"],
     "--zzz=1 --zzz=2": ["--zzz … --help", "--zzz … --help"],
 }
 

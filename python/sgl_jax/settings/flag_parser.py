@@ -1,6 +1,7 @@
 """Reader of command lines that says what is wrong with one, for the server's flags and every tool's own."""
 
 import argparse
+import itertools
 import sys
 import types
 import typing
@@ -45,17 +46,19 @@ class Parser(argparse.ArgumentParser):
     def unknown(self, words: Sequence[str], argv: Sequence[str], elsewhere: Elsewhere = NOTHING) -> list[FlagError]:
         """Return the errors about `words`, those of `argv` that could not be read. A word behind an unknown flag is its
         value."""
-        behind = dict(zip(argv[1:], argv, strict=False))  # by word, the one before it
+        flags = [word for word in words if _is_flag(word)]
+        values = {word for before, word in itertools.pairwise(argv) if before in flags}
         return [
-            self._unknown_flag(word, elsewhere) if _is_flag(word) else self._stray(word, behind.get(word, ""), argv)
+            self._unknown_flag(word, elsewhere) if word in flags else self._stray(word, argv)
             for word in words
-            if _is_flag(word) or not (_is_flag(before := behind.get(word, "")) and before in words)
+            if word in flags or word not in values
         ]
 
-    def _stray(self, word: str, before: str, argv: Sequence[str]) -> FlagError:
-        action = self._option_string_actions.get(before)
-        if action is not None and action.nargs == 0:
-            return self._takes_no_value(before)
+    def _stray(self, word: str, argv: Sequence[str]) -> FlagError:
+        for before, at in itertools.pairwise(argv):
+            action = self._option_string_actions.get(before)
+            if at == word and action is not None and action.nargs == 0:
+                return self._takes_no_value(before)
         needs_model = "--model-path" in self._option_string_actions and not any("--model" in each for each in argv)
         cure = f"write --model-path {word}" if needs_model else "every value needs one"
         return FlagError("", f"{word!r} follows no flag; {cure}")

@@ -112,11 +112,8 @@ class Flag(NamedTuple):
     def refusals(self) -> list[str]:
         """A sentence for each reason why values are not taken."""
         found = [f"Refused for now: {self.not_built} not built yet"] if self.not_built else []
-        refused = self.about.refused
-        values = {
-            reason: [f"`{value}`" for value in refused if refused[value] == reason] for reason in refused.values()
-        }
-        return found + [f"Refused: {', '.join(names)} ({reason})" for reason, names in values.items()]
+        by_reason = itertools.groupby(self.about.refused, self.about.refused.__getitem__)
+        return found + [f"Refused: `{'`, `'.join(values)}` ({reason})" for reason, values in by_reason]
 
     def is_default(self, value: Setting) -> bool:
         if self.field.default_factory is not dataclasses.MISSING:
