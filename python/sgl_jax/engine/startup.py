@@ -29,7 +29,7 @@ from sgl_jax.observability import log
 from sgl_jax.observability.progress import weight_progress
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
-from sgl_jax.runtime.compiler import Compiled, use_compile_cache
+from sgl_jax.runtime.compiler import Compiled, use_compile_cache, warn_unless_kept
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.placed_weights import DevicePlacer, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
@@ -129,6 +129,7 @@ def build_device_side(
             checkpoint, model, families, plan.runner_config.weight_dtype, args, platform, placement, compiled
         )
         compiled.result()
+    warn_unless_kept(args.compilation_cache_dir)  # the programs may have filled the disk
     runner.start(weights, barrier=lambda: agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
 

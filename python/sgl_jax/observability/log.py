@@ -71,12 +71,12 @@ def setup(level: str = "info", stream: TextIO | None = None) -> None:
         access.addFilter(_NotQuiet())
 
 
-def once(logger: logging.Logger, key: str, message: str) -> None:
+def once(logger: logging.Logger, key: str, message: str, level: int = logging.INFO) -> None:
     """Log the message the first time this logger is given the key. The logger itself remembers."""
     said: set[str] = logger.__dict__.setdefault("said_once", set())
     if key not in said:
         said.add(key)
-        logger.info("%s", message)
+        logger.log(level, "%s", message)
 
 
 # --- start-up --------------------------------------------------------------------------------------------------------
