@@ -96,29 +96,26 @@ class CompileWatch:
 
 def use_compile_cache(folder: str) -> None:
     """Keep every compiled program in the folder, also small and quickly compiled ones."""
-    warn_unless_kept(folder)
+    cache_takes_programs(folder)
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")  # one for each program
     jax.config.update("jax_compilation_cache_dir", folder if "://" in folder or os.path.isdir(folder) else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def warn_unless_kept(folder: str) -> None:
-    """Log one line for a folder that cannot be written or is on a full disk. A folder "scheme://…" is not tried."""
-    if "://" in folder:
-        return
+def cache_takes_programs(folder: str) -> bool:
+    """Return whether programs can be kept in the folder. If not, one line in the log says why. "scheme://…" is not tried."""
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(bytes(_ENTRY_BYTES))
+        if "://" not in folder:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(_ENTRY_BYTES))
     except OSError as error:
-        log.once(
-            logger,
-            folder,
-            f"--compilation-cache-dir is {folder}, where nothing can be written ({error.strerror}): the next start compiles "
-            "every program again; choose a folder with write permission and free space",
-            logging.WARNING,
-        )
+        advice = "the next start compiles every program again; choose a folder with write permission and free space"
+        said = f"--compilation-cache-dir is {folder}, where nothing can be written ({error.strerror}): {advice}"
+        log.once(logger, folder, said, logging.WARNING)
+        return False
+    return True
 
 
 def matmul_precision(dtype: str) -> str:
