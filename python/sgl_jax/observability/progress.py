@@ -52,7 +52,7 @@ class LaunchProgress:
 
     def _tell(self) -> None:
         if self._show is not None:
-            first = " (first start only: they are kept)" if self._done > self._hits else ""
+            first = " (first start only)" if self._done > self._hits else ""
             self._show(f"{self._weights}, {self._done} of {self._total} programs ready{first}")
 
 
