@@ -18,7 +18,7 @@ def door(tool: str) -> Callable[..., int]:
         def run() -> int:
             args, rest = parse(tool, argv)
             code = importlib.import_module(f"sgl_jax.tools.benchmark.{TOOLS[tool].module}").main(args, rest)
-            for name in ("output_file", "result_filename", "output"):  # of which a tool has one
+            for name in ("output_file", "result_filename", "output"):  # a tool has one of them at most
                 if (path := getattr(args, name, None)) is not None and path.exists():
                     say(tool, f"wrote {path.resolve()}")
             return code
