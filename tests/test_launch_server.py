@@ -107,8 +107,10 @@ def test_what_has_no_effect_is_said_once(served: list[ServerArgs], caplog: pytes
     assert says(said, "no effect … never run")
 
 
-def test_ctrl_c_while_modules_are_imported_ends_quietly_with_130() -> None:
-    command = [sys.executable, "-m", "sgl_jax", "--model-path", "m"]
+@pytest.mark.parametrize("module", ["sgl_jax", "sgl_jax.launch_server"])
+def test_ctrl_c_while_modules_are_imported_ends_quietly_with_130(module: str) -> None:
+    """The first line comes before the imports."""
+    command = [sys.executable, "-m", module, "--model-path", "m"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         first = process.stderr.readline()

@@ -28,7 +28,7 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"sgl_jax: error: {error}", file=sys.stderr)
         return BAD_FLAG
     log.setup(server_args.log_level)
-    logger = logging.getLogger(__name__)
+    logger = logging.getLogger("sgl_jax.launch_server")  # __name__ may be __main__, whose lines are not shown
     logger.info("sgl_jax %s, starting", __version__)
     for flag, message in server_args.notices().items():
         log.once(logger, flag, message)
