@@ -153,6 +153,7 @@ class _Server:
         with contextlib.suppress(EngineFailed):  # service.failure has the reason
             await service.start()
             if not self._args.skip_server_warmup:
+                logger.info("Warming up: the next prefill is the server's own")
                 await service.warm_up()
             service.open()
             print(READY, flush=True)

@@ -19,6 +19,9 @@ class FlagError(ValueError):
         self.flag = flag  # as on the command line, the first of several; empty when the error is about none
 
 
+type Mistakes = list[FlagError]
+
+
 def refuse(mistakes: Sequence[FlagError]) -> None:
     """Raise the mistake, or one error that says all of them, a line each. Does nothing without a mistake."""
     if len(mistakes) > 1:

@@ -13,7 +13,16 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from sgl_jax.settings.flag_parser import NOTHING, Elsewhere, FlagError, Parser, hint_about, option_named, said_of
+from sgl_jax.settings.flag_parser import (
+    NOTHING,
+    Elsewhere,
+    FlagError,
+    Mistakes,
+    Parser,
+    hint_about,
+    option_named,
+    said_of,
+)
 
 HIDDEN = "***"
 
@@ -177,10 +186,10 @@ def flags_of(cls: type, not_built: Elsewhere = NOTHING) -> tuple[Flag, ...]:
 
 def mistakes_in(
     flags: Sequence[Flag], values: Mapping[str, object], source: Callable[[str], str] = lambda name: ""
-) -> list[FlagError]:
+) -> Mistakes:
     """Return an error for each of the values, by field name, that is refused, and one for all flags of a feature that is not
     built. `source` says where a field's value was set, where that is not the command line."""
-    found: list[FlagError] = []
+    found: Mistakes = []
     wanted: dict[str, list[Flag]] = {}  # by feature that is not built
     for each in (flag for flag in flags if flag.name in values):
         if each.not_built and values[each.name] is not None:
@@ -201,13 +210,7 @@ def mistakes_in(
 
 
 def read_command_line(
-    flags: Sequence[Flag],
-    argv: Sequence[str],
-    mistakes: list[FlagError],
-    *,
-    version: str = "",
-    elsewhere: Elsewhere = NOTHING,
-    **texts: str,
+    flags: Sequence[Flag], argv: Sequence[str], mistakes: Mistakes, version: str, elsewhere: Elsewhere, **texts: str
 ) -> dict[str, str | bool]:
     """Return the flags given in `argv`, as text, and --config under "config". `--help` and `--version` print and exit.
 
@@ -242,11 +245,7 @@ def read_command_line(
 
 
 def read_environ(
-    flags: Sequence[Flag],
-    environ: Mapping[str, str],
-    prefix: str,
-    mistakes: list[FlagError],
-    elsewhere: Elsewhere = NOTHING,
+    flags: Sequence[Flag], environ: Mapping[str, str], prefix: str, mistakes: Mistakes, elsewhere: Elsewhere = NOTHING
 ) -> dict[str, str]:
     """Return the flags set by variables, as text. An empty one counts as unset: compose files and charts leave it so."""
     # Kubernetes describes each Service of a namespace in variables that begin with the Service's name. One called sgl-jax
@@ -274,9 +273,7 @@ def variable_name(flag: Flag, prefix: str) -> str:
     return prefix + flag.name.upper()
 
 
-def read_config(
-    flags: Sequence[Flag], path: str, mistakes: list[FlagError], elsewhere: Elsewhere = NOTHING
-) -> dict[str, object]:
+def read_config(flags: Sequence[Flag], path: str, mistakes: Mistakes, elsewhere: Elsewhere) -> dict[str, object]:
     """Return the flags set in a YAML file. Keys are flag names or aliases, with - or _; null counts as not given. Raises
     FlagError for a file that cannot be read."""
     import yaml

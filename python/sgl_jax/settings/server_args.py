@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sgl_jax import __version__
 from sgl_jax.settings.attention_backends import about_unknown
-from sgl_jax.settings.flag_parser import FlagError, refuse
+from sgl_jax.settings.flag_parser import FlagError, Mistakes, refuse
 from sgl_jax.settings.flags import (
     NOT_NEGATIVE,
     Rule,
@@ -240,16 +240,16 @@ class ServerArgs(ServingFlags):
         `argv` and `environ` None: this process's. `--help` and `--version` print and exit.
         """
         environ = os.environ if environ is None else environ
-        mistakes: list[FlagError] = []
+        mistakes: Mistakes = []
         command_line = read_command_line(
             FLAGS,
             sys.argv[1:] if argv is None else argv,
             mistakes,
+            f"sgl_jax {__version__}",
+            ELSEWHERE,
             usage="python -m sgl_jax.launch_server --model-path PATH [flags]",
             description="Serve a large language model to OpenAI clients.",
             epilog=_EPILOG,
-            version=f"sgl_jax {__version__}",
-            elsewhere=ELSEWHERE,
         )
         variables = read_environ(FLAGS, environ, ENV_PREFIX, mistakes, ELSEWHERE)
         config = command_line.pop("config", variables.pop("config", None))
