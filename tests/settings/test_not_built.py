@@ -38,10 +38,10 @@ def steps_flag(features: tuple[Feature, ...]) -> Flag:
 
 def test_a_row_taken_out_opens_the_door_for_our_own_flags() -> None:
     given = {"speculative_num_steps": 3}
-    [mistake] = mistakes_in([steps_flag(NOT_BUILT)], given)
+    [mistake] = mistakes_in([steps_flag(NOT_BUILT)], given, lambda name: "")
     assert says(str(mistake), "--speculative-num-steps … 3 … speculative decoding")
     opened = steps_flag(without("speculative decoding is"))
-    assert mistakes_in([opened], given) == []
+    assert mistakes_in([opened], given, lambda name: "") == []
     assert opened.refusals == []
 
 

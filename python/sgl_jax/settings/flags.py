@@ -184,11 +184,9 @@ def flags_of(cls: type, not_built: Elsewhere = NOTHING) -> tuple[Flag, ...]:
     return tuple(flags)
 
 
-def mistakes_in(
-    flags: Sequence[Flag], values: Mapping[str, object], source: Callable[[str], str] = lambda name: ""
-) -> Mistakes:
+def mistakes_in(flags: Sequence[Flag], values: Mapping[str, object], source: Callable[[str], str]) -> Mistakes:
     """Return an error for each of the values, by field name, that is refused, and one for all flags of a feature that is not
-    built. `source` says where a field's value was set, where that is not the command line."""
+    built. `source` says where a field's value was set, or returns an empty text."""
     found: Mistakes = []
     wanted: dict[str, list[Flag]] = {}  # by feature that is not built
     for each in (flag for flag in flags if flag.name in values):
@@ -201,8 +199,8 @@ def mistakes_in(
             found.append(FlagError(error.flag, f"{error}{source(each.name)}"))
     for feature, asking in wanted.items():
         said = ", ".join(each.said(values[each.name]) + source(each.name) for each in asking)
-        cure = "leave the flag out" if len(asking) == 1 else "leave the flags out"
-        found.append(FlagError(asking[0].option, f"{said}; {feature} not built yet, {cure}"))
+        which = "the flag" if len(asking) == 1 else "the flags"
+        found.append(FlagError(asking[0].option, f"{said}; {feature} not built yet, leave {which} out"))
     return found
 
 
@@ -213,9 +211,7 @@ def read_command_line(
     flags: Sequence[Flag], argv: Sequence[str], mistakes: Mistakes, version: str, elsewhere: Elsewhere, **texts: str
 ) -> dict[str, str | bool]:
     """Return the flags given in `argv`, as text, and --config under "config". `--help` and `--version` print and exit.
-
-    `texts` are argparse's usage, description and epilog.
-    """
+    `texts` are argparse's usage, description and epilog."""
     parser = Parser(
         usage=texts.get("usage"),
         description=texts.get("description"),
@@ -274,8 +270,7 @@ def variable_name(flag: Flag, prefix: str) -> str:
 
 
 def read_config(flags: Sequence[Flag], path: str, mistakes: Mistakes, elsewhere: Elsewhere) -> dict[str, object]:
-    """Return the flags set in a YAML file. Keys are flag names or aliases, with - or _; null counts as not given. Raises
-    FlagError for a file that cannot be read."""
+    """Return the flags set in a YAML file, whose keys are flag names or aliases, with - or _. Null counts as not given."""
     import yaml
 
     names = {option: flag.name for flag in flags for option in flag.options}

@@ -159,7 +159,7 @@ class ServerArgs(ServingFlags):
 
     def __post_init__(self) -> None:
         """Raise FlagError for the values that cannot be honoured."""
-        refuse(mistakes_in(FLAGS, {each.name: getattr(self, each.name) for each in FLAGS}))
+        refuse(mistakes_in(FLAGS, {each.name: getattr(self, each.name) for each in FLAGS}, lambda name: ""))
         several, tokens, page_size = self.nnodes > 1, self.max_total_tokens, self.page_size
         devices = f"--tp-size is {self.tp_size or 1} and --dp-size {self.dp_size}: {self.num_devices} devices"
         no_backend = about_unknown(self.attention_backend)
