@@ -144,6 +144,7 @@ async def sweep(cases: Sequence[GridCase], args: argparse.Namespace) -> int:
     finally:
         if found := [result for case in cases if (result := find(results, settings[case])) is not None]:
             print(markdown_table(COLUMNS, found), flush=True)
+            say(TOOL, f"the results are in {args.output_file.resolve()}")
     return SOME_FAILED if num_failed else 0
 
 

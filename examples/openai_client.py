@@ -1,4 +1,7 @@
-"""A chat with any sgl_jax server through the openai package: `python examples/openai_client.py [base_url]`."""
+"""A chat with any sgl_jax server through the openai package: `python examples/openai_client.py [base_url]`.
+
+It needs the openai package: `pip install openai`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""An answer as it is written, with the token counts at its end: `python examples/stream.py [base_url]`."""
+"""An answer as it is written, with the token counts at its end: `python examples/stream.py [base_url]`.
+
+It needs the openai package: `pip install openai`.
+"""
 
 from __future__ import annotations
 

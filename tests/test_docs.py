@@ -55,7 +55,7 @@ def test_the_check_itself_sees_broken_links(tmp_path: Path) -> None:
 
 
 def feature_rows() -> list[tuple[str, str]]:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    text = (REPOSITORY / "docs" / "feature_table.md").read_text(encoding="utf-8")
     table = text.partition("| feature | tested by |\n|---|---|\n")[2].partition("\n\n")[0]
     return [
         (feature.strip(), tested.strip()) for feature, tested in re.findall(r"^\|(.*)\|(.*)\|$", table, re.MULTILINE)
@@ -99,7 +99,7 @@ def test_every_metric_is_described() -> None:
     from sgl_jax.observability.metrics import RequestMetrics, exposition
 
     text = (REPOSITORY / "docs" / "features" / "metrics.md").read_text(encoding="utf-8")
-    lines = exposition(RequestMetrics(), Stats())[0].decode().splitlines()
+    lines = exposition(RequestMetrics(), Stats(), {"version": "1"})[0].decode().splitlines()
     names = {line.split()[2].removeprefix("sgl_jax_") for line in lines if line.startswith("# TYPE")}
     assert names
     assert [name for name in sorted(names) if f"`{name}`" not in text and f"`{name}{{" not in text] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ import pytest
 
 from messages import says
 from sgl_jax import launch_server
+from sgl_jax.observability import log
 from sgl_jax.settings.server_args import FLAGS, ServerArgs
 
 HELP_SECONDS = 0.3  # processor time: other work on the machine does not count
@@ -33,7 +35,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[ServerArgs]:
     lifecycle = types.ModuleType("sgl_jax.server.lifecycle")
     lifecycle.serve = serve  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sgl_jax.server.lifecycle", lifecycle)
-    monkeypatch.setattr(launch_server.log, "setup", lambda level: None)
+    monkeypatch.setattr(log, "setup", lambda level: None)
     return calls
 
 
@@ -103,3 +105,16 @@ def test_what_has_no_effect_is_said_once(served: list[ServerArgs], caplog: pytes
     assert len(served) == 2
     [said] = [r.getMessage() for r in caplog.records if "--trust-remote-code" in r.getMessage()]
     assert says(said, "no effect … never run")
+
+
+@pytest.mark.parametrize("module", ["sgl_jax", "sgl_jax.launch_server"])
+def test_ctrl_c_while_modules_are_imported_ends_quietly_with_130(module: str) -> None:
+    """The first line comes before the imports."""
+    command = [sys.executable, "-m", module, "--model-path", "m"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        first = process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        out, errors = process.communicate(timeout=60)
+    assert says(first, "sgl_jax 0.1.0, starting")
+    assert (process.returncode, out, errors) == (130, "", "")

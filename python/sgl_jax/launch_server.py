@@ -1,25 +1,35 @@
 """`python -m sgl_jax.launch_server --model-path …`: parse the flags, set up the log, serve."""
 
-import logging
 import sys
 from collections.abc import Sequence
 
-from sgl_jax.observability import log
-from sgl_jax.settings.flag_parser import FlagError
-from sgl_jax.settings.server_args import ServerArgs
-
-BAD_FLAG = 2  # exit code
+BAD_FLAG, INTERRUPTED = 2, 130  # exit codes; 130 is a shell's for a program that Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Serves until told to stop. Returns the exit code."""
+    try:
+        return _run(argv)
+    except KeyboardInterrupt:  # while the flags are read or modules are imported; later the server handles signals
+        return INTERRUPTED
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    import logging
+
+    from sgl_jax import __version__
+    from sgl_jax.observability import log
+    from sgl_jax.settings.flag_parser import FlagError
+    from sgl_jax.settings.server_args import ServerArgs
+
     try:
         server_args = ServerArgs.from_cli(argv)
     except FlagError as error:
         print(f"sgl_jax: error: {error}", file=sys.stderr)
         return BAD_FLAG
     log.setup(server_args.log_level)
-    logger = logging.getLogger(__name__)
+    logger = logging.getLogger("sgl_jax.launch_server")  # __name__ may be __main__, whose lines are not shown
+    logger.info("sgl_jax %s, starting", __version__)
     for flag, message in server_args.notices().items():
         log.once(logger, flag, message)
 

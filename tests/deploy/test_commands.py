@@ -27,7 +27,7 @@ def routes() -> set[str]:
 
 
 def metrics() -> set[str]:
-    lines = exposition(RequestMetrics(), Stats())[0].decode().splitlines()
+    lines = exposition(RequestMetrics(), Stats(), {})[0].decode().splitlines()
     return {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
 
 
@@ -152,6 +152,7 @@ def test_the_dashboard_shows_every_kind_of_metric() -> None:
     unshown = metrics() - shown
     assert {re.sub(r"_(bucket|count|sum)$", "", name) for name in unshown} == {
         "sgl_jax_e2e_request_latency_seconds",
+        "sgl_jax_build_info",
         "sgl_jax_engine_steps_total",
         "sgl_jax_generation_throughput",
         "sgl_jax_inter_token_latency_seconds",  # its count and sum

@@ -38,11 +38,15 @@ def test_python_is_one_that_the_package_takes() -> None:
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:
-    sources = [rest.split()[0] for rest in instructions("COPY") if not rest.startswith("--from")]
-    assert sources == ["python"]
+    copied = [rest.split() for rest in instructions("COPY") if not rest.startswith("--from")]
+    assert copied == [["README.md", "LICENSE", "/"], ["python", "/src"]]
+    for name in ("README.md", "LICENSE"):  # in the image these links lead from /src to /
+        assert (manifests.REPOSITORY / "python" / name).readlink() == Path("..", name)
     assert (manifests.REPOSITORY / "python" / "constraints.txt").is_file()
     ignored = Path(f"{manifests.DOCKERFILE}.dockerignore").read_text().split("\n")
-    assert [line for line in ignored if line and not line.startswith("#")][:2] == ["*", "!python"]
+    assert [line for line in ignored if line and not line.startswith("#")][:4] == [
+        *["*", "!README.md", "!LICENSE", "!python"]
+    ]
 
 
 def test_it_does_not_run_as_root() -> None:

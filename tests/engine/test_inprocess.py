@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import logging
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import sgl_jax
 from fakes.fake_core import FakeCore
 from fakes.fake_tracer import DEFAULT, UNWRITABLE
+from messages import says
 from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import Conflict, EngineFailed
 from sgl_jax.request import InvalidParameter, SamplingParams
@@ -145,3 +148,26 @@ def test_a_core_that_cannot_be_built() -> None:
 def test_the_package_exports_it() -> None:
     assert sgl_jax.Engine is Engine
     assert sgl_jax.SamplingParams is SamplingParams
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("logging_is_set_up", [False, True])
+def test_a_start_is_heard_on_a_terminal_unless_the_program_has_its_own_logging(
+    monkeypatch: pytest.MonkeyPatch, logging_is_set_up: bool
+) -> None:
+    ours, screen = logging.getLogger("sgl_jax"), Screen()
+    monkeypatch.setattr(ours, "propagate", logging_is_set_up)  # pytest has set up logging
+    monkeypatch.setattr(ours, "handlers", [])
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr("sgl_jax.engine.startup.build_core", lambda args: FakeCore())
+    level = ours.level
+    with Engine(model_path=str(Path(__file__).parents[1] / "data" / "stories260k")) as engine:
+        assert engine.generate("ab", {"max_new_tokens": 1})["meta_info"]["completion_tokens"] == 1
+    pinned = [] if logging_is_set_up else ["sgl_jax 0.1.0, starting", "Ready after 0.0 s"]
+    said = screen.getvalue().splitlines()
+    assert [says(line, each) for line, each in zip(said, pinned, strict=True)] == [True] * len(pinned)
+    assert (ours.handlers, ours.level) == ([], level)

@@ -51,7 +51,7 @@ class Enough(Exception):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        ({"attention_backend": "flash"}, "--attention-backend flash.* native"),
+        ({"attention_backend": "fa"}, "--attention-backend fa.* tpu.* cpu.* native"),
         ({"context_length": 10**6}, "--context-length .*1000000.* 512"),
         ({"mem_fraction_static": 1e-6, "max_total_tokens": None}, "KV.*--mem-fraction-static"),
         ({"load_format": "gguf"}, "0 .gguf"),
@@ -127,7 +127,7 @@ def test_programs_compile_while_the_weights_are_read(stories260k, tmp_path, monk
         assert compiled.wait(60), "nothing was compiled before the weights were read"
         return load(*args)
 
-    monkeypatch.setattr(startup, "_report_compile", lambda *report: compiled.set())
+    monkeypatch.setattr(startup.LaunchProgress, "compiled", lambda *report: compiled.set())
     monkeypatch.setattr(startup, "_load", waits)
     core = startup.build_core(arguments(stories260k, tmp_path))
     assert core.info.num_programs == len(core.runner.programs)

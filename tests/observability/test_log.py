@@ -129,7 +129,7 @@ def test_changed_args_line() -> None:
 
 
 def test_weights_line() -> None:
-    assert says(log.weights_line(2_000_000_000, 4.0), "1.9 GiB … 4.0 s … 0.50 GB/s")
+    assert says(log.weights_line(2_000_000_000, 4.0), "1.9 GiB … 4.0 s … 476.8 MiB/s")
     assert "/s" not in (none := log.weights_line(512, 0.0))
     assert says(none, "512 B … 0.0 s")
 
@@ -143,10 +143,10 @@ def test_memory_table() -> None:
 
 def test_compile_line() -> None:
     assert log.compile_line(3, 9, program="tokens=64 rows=16", seconds=1.23, cache_hit=True) == (
-        "[3/9] tokens=64 rows=16 1.2 s (cache hit)"
+        "[3/9] tokens=64 rows=16 after 1.2 s (cache hit)"
     )
     assert log.compile_line(9, 9, program="tokens=2048 rows=256", seconds=11, cache_hit=False) == (
-        "[9/9] tokens=2048 rows=256 11.0 s (cache miss)"
+        "[9/9] tokens=2048 rows=256 after 11.0 s (cache miss)"
     )
 
 

@@ -74,7 +74,7 @@ def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path,
     flags = ["--model-path", str(stories260k), "--compilation-cache-dir", str(tmp_path), *SMALL]
     first = run("-m", "sgl_jax.launch_server", "--compile-only", *flags)
     assert first.returncode == 0, first.stderr
-    lines = re.findall(r"\[\d/\d\] (.*) \d+\.\d s \((.*)\)$", first.stderr, re.MULTILINE)
+    lines = re.findall(r"\[\d/\d\] (.*) after \d+\.\d s \((.*)\)$", first.stderr, re.MULTILINE)
     assert sorted(lines) == [
         *[("load bias", "cache miss"), ("load counts", "cache miss"), ("load pages", "cache miss")],
         *[("tokens=1 rows=1", "cache miss"), ("tokens=2 rows=1", "cache miss")],
@@ -90,7 +90,7 @@ def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path,
     assert re.findall(r"\((cache \w+)\)$", second.stderr, re.MULTILINE) == ["cache hit"] * 5
     other = run("-c", launch, *flags, "--page-size", "8")
     assert other.returncode == 0, other.stderr
-    found = dict(re.findall(r"\[\d/\d\] (.*) \d+\.\d s \((.*)\)$", other.stderr, re.MULTILINE))
+    found = dict(re.findall(r"\[\d/\d\] (.*) after \d+\.\d s \((.*)\)$", other.stderr, re.MULTILINE))
     assert (found["tokens=1 rows=1"], found["tokens=2 rows=1"]) == ("cache miss", "cache miss")
 
     again = run("-m", "sgl_jax.compile", "--topology", "cpu", "--json", "-", *flags)

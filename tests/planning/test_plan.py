@@ -119,6 +119,9 @@ def test_steps_are_counted_with_at_most_the_models_context() -> None:
         *[("Qwen3-14B", 14.77, 163840), ("Qwen3-32B", 32.76, 262144), ("Qwen2.5-7B", 7.62, 57344)],
         *[("Llama-3.1-8B", 8.03, 131072), ("Llama-3.1-70B", 70.55, 327680)],
         *[("Gemma-2-9B", 9.24, 344064), ("Qwen3-30B-A3B", 30.53, 98304)],
+        *[("Qwen3-Coder-30B-A3B", 30.53, 98304), ("Qwen3-235B-A22B", 235.09, 192512)],
+        *[("GLM-4.5-Air", 106.85, 188416), ("GLM-4.5", 352.80, 376832)],  # without their MTP layers
+        ("DeepSeek-V2-Lite", 15.71, 27 * 640 * 2),
         # A head of gpt-oss has 64 values, of which a TPU makes 128; a latent vector 576, of which it makes 640.
         *[("Mixtral-8x7B", 46.70, 131072), ("gpt-oss-20b", 20.91, 2 * 49152), ("DeepSeek-V3", 671.03, 61 * 640 * 2)],
     ],

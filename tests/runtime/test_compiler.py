@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
+import resource
 import threading
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -13,7 +17,7 @@ import pytest
 
 from messages import says
 from sgl_jax.runtime import compiler
-from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all
+from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, use_compile_cache
 
 
 def product(name: str, size: int) -> Program:
@@ -84,24 +88,63 @@ def test_an_option_this_compiler_does_not_know_is_left_out_with_a_warning(
     assert says(said, f"xla_no_such_option … {kind}")
 
 
-def test_a_second_start_says_which_programs_were_in_the_cache(tmp_path: Path) -> None:
-    before = jax.config.jax_compilation_cache_dir
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    for name, value in settings.items():
-        jax.config.update(name, value)
+@pytest.fixture
+def own_cache() -> Iterator[None]:
+    """Puts jax's settings of the cache back after the test."""
     from jax._src import compilation_cache
 
+    names = [f"jax_{name}" for name in ("compilation_cache_dir", "persistent_cache_min_compile_time_secs")]
+    names.append("jax_persistent_cache_min_entry_size_bytes")
+    before = {name: getattr(jax.config, name) for name in names}
     compilation_cache.reset_cache()
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_a_second_start_says_which_programs_were_in_the_cache(own_cache: None, tmp_path: Path) -> None:
+    use_compile_cache(str(tmp_path))
+    hits = []
+    for size in (37, 37, 41):
+        compile_all([product("p", size)], CompileWatch(), lambda i, n, compiled: hits.append(compiled.cache_hit))
+        jax.clear_caches()
+    assert hits == [False, True, False]
+
+
+@contextlib.contextmanager
+def full_disk() -> Iterator[None]:
+    """Refuses files of more than 100 bytes, as a full disk refuses them."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        hits = []
-        for size in (37, 37, 41):
-            compile_all([product("p", size)], CompileWatch(), lambda i, n, compiled: hits.append(compiled.cache_hit))
-            jax.clear_caches()
-        assert hits == [False, True, False]
+        yield
     finally:
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_cache_that_nothing_can_be_written_to_is_one_line_of_ours(own_cache: None, tmp_path: Path, caplog) -> None:
+    with full_disk(), warnings.catch_warnings(record=True) as raw:
+        use_compile_cache(str(tmp_path))
+        for size in (43, 47):
+            compile_all([product("p", size)], CompileWatch(), nothing)
+        compiler.cache_takes_programs(str(tmp_path))
+    assert raw == []
+    [line] = caplog.messages
+    assert says(line, f"--compilation-cache-dir … {tmp_path} … File too large … free space")
+    assert caplog.records[0].levelname == "WARNING"
+
+
+def test_a_folder_that_cannot_be_made_is_one_line_and_no_cache(own_cache: None, tmp_path: Path, caplog) -> None:
+    (tmp_path / "file").touch()
+    with warnings.catch_warnings(record=True) as raw:
+        use_compile_cache(str(tmp_path / "file" / "programs"))
+        compile_all([product("p", 53)], CompileWatch(), nothing)
+    assert raw == []
+    assert says(caplog.text, "--compilation-cache-dir … file/programs … Not a directory")
+
+
+def test_a_bucket_is_not_tried(own_cache: None, caplog) -> None:
+    use_compile_cache("gs://nobody/programs")
+    assert jax.config.jax_compilation_cache_dir == "gs://nobody/programs"
+    assert caplog.messages == []

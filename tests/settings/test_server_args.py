@@ -11,6 +11,7 @@ import pytest
 
 from messages import says
 from sgl_jax.observability import log
+from sgl_jax.settings import attention_backends
 from sgl_jax.settings.flag_parser import FlagError
 from sgl_jax.settings.flags import HIDDEN, read_environ
 from sgl_jax.settings.foreign_flags import ELSEWHERE, RENAMED
@@ -167,7 +168,10 @@ def test_python_callers_get_a_type_error_for_an_unknown_or_missing_name() -> Non
         ("--model-path m --page-sizes 16", "--page-sizes .*--page-size\\b"),
         ("--model-path m --page 16", "--page "),
         ("--model-path m --zzz", "--zzz .*--help"),
-        ("--model-path m 16", "'16' .*flag"),
+        ("--model-path m 16", "'16' .*every value"),
+        ("Qwen/Qwen3-8B --port 1", "^'Qwen/Qwen3-8B' .*write --model-path Qwen/Qwen3-8B$"),
+        ("--model m Qwen/Qwen3-8B", "^'Qwen/Qwen3-8B' .*every value"),
+        ("--model-path m --attention-backend flashinfer", "^--attention-backend .*flashinfer.* native.* fa.* tokamax"),
         ("true --model-path m --trust-remote-code", "'true' .*flag"),
         ("--model-path m --trust-remote-code true", "^--trust-remote-code .*no value.* --no-trust-remote-code"),
         ("--model-path m --trust-remote-code=true", "^--trust-remote-code .*no value.* --no-trust-remote-code"),
@@ -188,6 +192,67 @@ def test_python_callers_get_a_type_error_for_an_unknown_or_missing_name() -> Non
 def test_refused_command_lines(line: str, message: str) -> None:
     with pytest.raises(FlagError, match=message):
         parse(line)
+
+
+MISTAKES = {
+    "--speculative-algorithm EAGLE3 --speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-draft-model-path d "
+    "--speculative-num-draft-tokens 4": [
+        "--speculative-algorithm is EAGLE3, --speculative-draft-model-path is d, --speculative-num-steps is 3, "
+        "--speculative-eagle-topk is 1, --speculative-num-draft-tokens is 4 … speculative decoding … not built … flags out"
+    ],
+    "--page-size 48 --port x --dtype float16": ["--dtype … float16", "--port … x … number", "--page-size … 48 … 1024"],
+    "--zzz 4 --max-num-seqs 8 --enable-lora --page-size=3": [
+        "--zzz … --help",
+        "--max-num-seqs … --max-running-requests",
+        "--enable-lora … LoRA",
+        "--page-size … 3",
+    ],
+    "--zzz -1 stray": ["--zzz … --help", "'stray' … every value"],
+    "--zzz 4 --port 4 --yyy 4": ["--zzz … --help", "--yyy … --help"],
+    "--zzz=1 --zzz=2": ["--zzz … --help", "--zzz … --help"],
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_all_mistakes_are_named_at_once_a_line_each(line: str) -> None:
+    with pytest.raises(FlagError) as caught:
+        parse(f"--model-path m {line}")
+    found, expected = str(caught.value).splitlines(), MISTAKES[line]
+    if len(expected) > 1:
+        assert says(found.pop(0), f"{len(expected)} mistakes")
+    assert [says(said, pinned) for said, pinned in zip(found, expected, strict=True)] == [True] * len(expected)
+
+
+def test_mistakes_of_all_places_are_named_at_once_with_the_place(tmp_path: Path) -> None:
+    config = tmp_path / "server.yaml"
+    config.write_text("tp-size: 0\nmystery: 1\n")
+    with pytest.raises(FlagError) as caught:
+        parse(f"--config {config} --port -1", SGL_JAX_PAGE_SIZE="3", SGL_JAX_ZZZ="1", SGL_JAX_SPECULATIVE_NUM_STEPS="2")
+    _, *found = str(caught.value).splitlines()
+    assert [
+        says(said, pinned)
+        for said, pinned in zip(
+            found,
+            [
+                "SGL_JAX_ZZZ",
+                "server.yaml … mystery",
+                "--port … -1 … 65535",
+                "--page-size … 3 … 1024 … SGL_JAX_PAGE_SIZE",
+                "--tp-size … 0 … 1 … server.yaml",
+                "--speculative-num-steps … 2 … SGL_JAX_SPECULATIVE_NUM_STEPS … speculative decoding",
+                "--model-path … missing",
+            ],
+            strict=True,
+        )
+    ] == [True] * 7
+
+
+def test_the_names_of_attention_backends_are_those_of_the_kernels() -> None:
+    from sgl_jax.ops.attention import backends
+
+    assert attention_backends.GROUP == backends.GROUP
+    with pytest.raises(backends.NoSuchBackend, match=f"there are {', '.join(attention_backends._OURS)}"):
+        backends.find_backend("flashinfer", "cpu", vectorise=False)
 
 
 def test_no_flag_of_ours_is_taken_for_another_programs_and_what_is_named_in_its_place_is_ours() -> None:
@@ -218,6 +283,8 @@ def test_help_says_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     text = " ".join(capsys.readouterr().out.split())
     assert says(text, "--speculative-algorithm … default: off … Refused … speculative decoding")
     assert says(text, "--device … `cuda` … gpu")
+    assert says(text, "--dtype … `float16`, `half` … bfloat16 … `float` … float32")
+    assert text.count("overflows") == 1
 
 
 def test_the_defaults_that_are_told_are_the_platforms() -> None:
@@ -288,7 +355,7 @@ def test_config_files_may_be_empty_and_hold_nulls_but_must_exist(tmp_path: Path)
 def test_every_flag_can_be_set_by_its_environment_variable() -> None:
     for flag in FLAGS:
         variable = f"SGL_JAX_{flag.name.upper()}"
-        assert read_environ(FLAGS, {variable: "text"}, ENV_PREFIX) == {flag.name: "text"}
+        assert read_environ(FLAGS, {variable: "text"}, ENV_PREFIX, []) == {flag.name: "text"}
 
 
 def test_refused_environment_variables() -> None:

@@ -6,11 +6,13 @@ with sgl_jax.Engine(model_path="…") as engine:
 
 import asyncio
 import concurrent.futures
+import logging
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from typing import Any, Self
 
+from sgl_jax import __version__
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.loop import EngineCore
 from sgl_jax.engine.messages import EngineInfo, ProfileStatus, Stats
@@ -18,8 +20,11 @@ from sgl_jax.engine.native_call import NativeCall, Reply, native_call
 from sgl_jax.engine.native_params import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
+from sgl_jax.observability import log
 from sgl_jax.settings.flags import Setting
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -45,8 +50,11 @@ class Engine:
 
             return build_core(args)
 
-        tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
-        self._start(build, tokenizer, args.stream_interval, args.max_queued_requests)
+        with log.heard():
+            logger.info("sgl_jax %s, starting", __version__)
+            tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
+            self._start(build, tokenizer, args.stream_interval, args.max_queued_requests)
+            logger.info("Ready after %.1f s", self.info.start_seconds)
 
     @classmethod
     def from_core(cls, build_core: Callable[[], EngineCore], tokenizer: Tokenizer) -> Self:

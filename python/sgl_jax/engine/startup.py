@@ -26,10 +26,10 @@ from sgl_jax.models.weights import Weights, declare, parameters_per_token
 from sgl_jax.multihost.follower import Follower
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.observability import log
-from sgl_jax.observability.progress import weight_progress
+from sgl_jax.observability.progress import LaunchProgress, launch_progress
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
-from sgl_jax.runtime.compiler import Compiled, use_compile_cache
+from sgl_jax.runtime.compiler import cache_takes_programs, use_compile_cache
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.placed_weights import DevicePlacer, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
@@ -124,11 +124,14 @@ def build_device_side(
     runner = ModelRunner(
         model, plan.runner_config, kernels, placement, stacks_layers=platform.stacks_layers, announce=announce
     )
-    with _compiling(runner) as compiled:
+    with launch_progress(logger, len(runner.programs)) as progress, _compiling(runner, progress) as compiled:
         weights = _load(
-            checkpoint, model, families, plan.runner_config.weight_dtype, args, platform, placement, compiled
+            checkpoint, model, families, plan.runner_config.weight_dtype, args, platform, placement, compiled, progress
         )
+        progress.all_read()
         compiled.result()
+        progress.all_compiled()
+    cache_takes_programs(args.compilation_cache_dir)  # the programs may have filled the disk
     runner.start(weights, barrier=lambda: agree(0))
     return DeviceSide(model, platform, devices, plan, runner)
 
@@ -197,13 +200,15 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
 
 
 @contextlib.contextmanager
-def _compiling(runner: ModelRunner) -> Iterator[Future[None]]:
+def _compiling(runner: ModelRunner, progress: LaunchProgress) -> Iterator[Future[None]]:
     """Compile the runner's programs in a thread beside the block. An error in the block is raised at once: it does not
     wait for programs that are being compiled (the interpreter's end does), and no further one begins."""
     stopped = threading.Event()
     thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-compile")
     try:
-        yield thread.submit(runner.compile, _report_compile, stopped)
+        yield thread.submit(
+            runner.compile, lambda done, total, each: progress.compiled(each.program.name, each.cache_hit), stopped
+        )
     finally:
         stopped.set()
         thread.shutdown(wait=False)
@@ -218,27 +223,22 @@ def _load(
     platform: Platform,
     placement: Placement,
     compiled: Future[None],
+    progress: LaunchProgress,
 ) -> Weights[jax.Array]:
     """Read the weights, or make random ones for --load-format dummy. Raises the error of a program's compilation."""
     placer = DevicePlacer(placement)
-    with weight_progress(logger, checkpoint.total_bytes) as show:
 
-        def report(fraction: float, num_bytes: int) -> None:
-            show(fraction, num_bytes)
-            if compiled.done():
-                compiled.result()
+    def report(fraction: float, num_bytes: int) -> None:
+        progress.read(fraction, num_bytes)
+        if compiled.done():
+            compiled.result()
 
-        if checkpoint.format == "dummy":
-            weights = random_weights(model, dtype, args.random_seed or 0, placer=placer, report=report)
-        else:
-            # A quantised GGUF stands for the weights of the model it was made from, whatever the dtype.
-            rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
-            weights = load_weights(
-                checkpoint, model, dtype, families=families, rounded_to=rounded_to, placer=placer, report=report
-            )
+    if checkpoint.format == "dummy":
+        weights = random_weights(model, dtype, args.random_seed or 0, placer=placer, report=report)
+    else:
+        # A quantised GGUF stands for the weights of the model it was made from, whatever the dtype.
+        rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
+        weights = load_weights(
+            checkpoint, model, dtype, families=families, rounded_to=rounded_to, placer=placer, report=report
+        )
     return stack_layers(weights, placement, declare(model, dtype, stacked=True)) if platform.stacks_layers else weights
-
-
-def _report_compile(done: int, total: int, compiled: Compiled) -> None:
-    name, seconds = compiled.program.name, compiled.seconds
-    logger.info(log.compile_line(done, total, program=name, seconds=seconds, cache_hit=compiled.cache_hit))

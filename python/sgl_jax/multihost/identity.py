@@ -8,10 +8,10 @@ from pathlib import Path
 
 from sgl_jax import __version__
 from sgl_jax.multihost.wire import Identity, Scalar
+from sgl_jax.settings.attention_backends import GROUP
 from sgl_jax.settings.server_args import FLAGS, ServerArgs
 
 _PACKAGES = ("jax", "jaxlib", "libtpu")
-_BACKENDS = "sgl_jax.attention"  # the entry points of attention backends
 _TAIL = 1 << 16  # bytes at the end of each weight file that are hashed: a fine-tuned model has files of equal size
 
 
@@ -28,7 +28,7 @@ def identity_of(args: ServerArgs, configs: Mapping[str, Mapping[str, object]], w
 
 def _packages_of(backend: str | None) -> list[str]:
     """Return names of packages to compare: the one that brings the attention backend, and the one named as it is."""
-    points = importlib.metadata.entry_points(group=_BACKENDS, name=backend or "")
+    points = importlib.metadata.entry_points(group=GROUP, name=backend or "")
     return [name for point in points for name in (point.dist.name if point.dist else "", point.name) if name]
 
 

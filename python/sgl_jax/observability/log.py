@@ -1,11 +1,12 @@
 """Lines that the server prints. Everything but `setup` and `once` is a pure function from values to text."""
 
+import contextlib
 import io
 import logging
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TextIO
 
 READY = "The server is fired up and ready to roll!"  # scripts of the SGLang family wait for these words
@@ -60,12 +61,30 @@ def setup(level: str = "info", stream: TextIO | None = None) -> None:
         logger.setLevel(level.upper())
 
 
-def once(logger: logging.Logger, key: str, message: str) -> None:
+@contextlib.contextmanager
+def heard() -> Iterator[None]:
+    """Show our lines on the terminal while the block runs, if the program that imports us has set up no logging."""
+    ours = logging.getLogger("sgl_jax")
+    if ours.hasHandlers() or not sys.stderr.isatty():
+        yield
+        return
+    handler, level = logging.StreamHandler(_Stderr()), ours.level
+    handler.setFormatter(_Formatter())
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        ours.setLevel(level)
+
+
+def once(logger: logging.Logger, key: str, message: str, level: int = logging.INFO) -> None:
     """Log the message the first time this logger is given the key. The logger itself remembers."""
     said: set[str] = logger.__dict__.setdefault("said_once", set())
     if key not in said:
         said.add(key)
-        logger.info("%s", message)
+        logger.log(level, "%s", message)
 
 
 # --- start-up --------------------------------------------------------------------------------------------------------
@@ -96,8 +115,8 @@ def changed_args_line(changed: Mapping[str, object]) -> str:
 
 
 def weights_line(num_bytes: int, seconds: float) -> str:
-    speed = f" ({num_bytes / seconds / 1e9:.2f} GB/s)" if seconds > 0 else ""
-    return f"Weights loaded: {size(num_bytes)} in {seconds:.1f} s{speed}"
+    speed = f" ({size(int(num_bytes / seconds))}/s)" if seconds > 0 else ""
+    return f"Weights loaded: {size(num_bytes)} read in {seconds:.1f} s{speed}"
 
 
 def memory_table(*, weights: int, kv: int, free: int, kv_tokens: int, context_length: int) -> str:
@@ -111,8 +130,14 @@ def memory_table(*, weights: int, kv: int, free: int, kv_tokens: int, context_le
 
 
 def compile_line(index: int, total: int, *, program: str, seconds: float, cache_hit: bool) -> str:
-    """Say that a program was compiled: "[1/8] tokens=64 rows=16 2.5 s (cache miss)". `index` counts from 1."""
-    return f"[{index}/{total}] {program} {seconds:.1f} s" + (" (cache hit)" if cache_hit else " (cache miss)")
+    """Say that a program is ready: "[1/8] tokens=64 rows=16 after 2.5 s (cache miss)". `index` counts from 1, `seconds` from
+    the start of compiling."""
+    return f"[{index}/{total}] {program} after {seconds:.1f} s" + (" (cache hit)" if cache_hit else " (cache miss)")
+
+
+def programs_line(total: int, hits: int, seconds: float) -> str:
+    first = f", {total - hits} compiled: the first start takes longest" if total > hits else ""
+    return f"{total} programs ready after {seconds:.1f} s: {hits} from the cache{first}"
 
 
 def size(num_bytes: int) -> str:

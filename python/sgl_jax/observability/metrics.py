@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,12 +66,15 @@ class RequestMetrics:
 
 
 class _Collector:
-    def __init__(self, requests: RequestMetrics, stats: Stats):
-        self._requests, self._stats = requests, stats
+    def __init__(self, requests: RequestMetrics, stats: Stats, about: Mapping[str, str]):
+        self._requests, self._stats, self._about = requests, stats, about
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
+        build = GaugeMetricFamily("sgl_jax_build_info", "Always 1; what is served, and by what", labels=[*self._about])
+        build.add_metric([*self._about.values()], 1)
+        yield build
         for name, text, field in _GAUGES:
             yield GaugeMetricFamily(f"sgl_jax_{name}", text, value=getattr(self._stats, field))
         for name, text, field in _COUNTERS:
@@ -90,10 +93,10 @@ class _Collector:
             )
 
 
-def exposition(requests: RequestMetrics, stats: Stats) -> tuple[bytes, str]:
-    """Return the text that Prometheus scrapes, and its content type."""
+def exposition(requests: RequestMetrics, stats: Stats, about: Mapping[str, str]) -> tuple[bytes, str]:
+    """Return the text that Prometheus scrapes, and its content type. `about`: labels of the info metric."""
     from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
     registry = CollectorRegistry()
-    registry.register(_Collector(requests, stats))
+    registry.register(_Collector(requests, stats, about))
     return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -1,4 +1,4 @@
-"""Progress of loading weights: a bar on a terminal, else a line in the log for each tenth."""
+"""Progress of a start, whose weights are read while its programs compile: a live line on a terminal, else lines in the log."""
 
 import logging
 import sys
@@ -6,50 +6,66 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from sgl_jax.observability.log import weights_line
+from sgl_jax.observability.log import compile_line, programs_line, weights_line
+
+_EVERY_S = 5.0  # between two lines about weights
+
+
+class LaunchProgress:
+    """Says how far a start is. `show` puts a text into the live line; None: there is no terminal."""
+
+    def __init__(self, logger: logging.Logger, num_programs: int, show: Callable[[str], None] | None = None):
+        self._logger, self._show, self._total = logger, show, num_programs
+        self._started = self._said = time.perf_counter()
+        self._num_bytes = self._done = self._hits = 0
+        self._weights = "loading weights"
+        self._tell()
+
+    def read(self, fraction: float, num_bytes: int) -> None:
+        """Take in how much of the weights has been read."""
+        self._num_bytes, self._weights = num_bytes, f"loading weights {fraction:.0%}"
+        if self._show is None and (now := time.perf_counter()) - self._said >= _EVERY_S:
+            self._said = now
+            self._logger.info("%s", self._weights)
+        self._tell()
+
+    def all_read(self) -> None:
+        self._weights = "weights loaded"
+        self._logger.info("%s", weights_line(self._num_bytes, self._seconds))
+        self._tell()
+
+    def compiled(self, program: str, cache_hit: bool) -> None:
+        """Take in that a program is ready, read from the cache or compiled; called by another thread."""
+        self._done += 1
+        self._hits += cache_hit
+        if self._show is None:
+            line = compile_line(self._done, self._total, program=program, seconds=self._seconds, cache_hit=cache_hit)
+            self._logger.info("%s", line)
+        self._tell()
+
+    def all_compiled(self) -> None:
+        self._logger.info("%s", programs_line(self._done, self._hits, self._seconds))
+
+    @property
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def _tell(self) -> None:
+        if self._show is not None:
+            first = " (first start only)" if self._done > self._hits else ""
+            self._show(f"{self._weights}, {self._done} of {self._total} programs ready{first}")
 
 
 @contextmanager
-def weight_progress(logger: logging.Logger, total_bytes: int) -> Iterator[Callable[[float, int], None]]:
-    """Yield the `report` that models.loader calls with the fraction and bytes that are done. Leaving the block without an
-    error logs the total, time and speed."""
-    started = time.perf_counter()
-    done = 0
-    with _bar(total_bytes) if sys.stderr.isatty() else _lines(logger) as show:
-
-        def report(fraction: float, num_bytes: int) -> None:
-            nonlocal done
-            done = num_bytes
-            show(fraction, num_bytes)
-
-        yield report
-    logger.info("%s", weights_line(done, time.perf_counter() - started))
-
-
-@contextmanager
-def _bar(total_bytes: int) -> Iterator[Callable[[float, int], None]]:
+def launch_progress(logger: logging.Logger, num_programs: int) -> Iterator[LaunchProgress]:
+    """Yield the progress of a start, with a live line and its seconds while the block runs on a terminal."""
+    if not sys.stderr.isatty():
+        yield LaunchProgress(logger, num_programs)
+        return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (TextColumn("loading weights"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("weights", total=total_bytes)
-
-        def show(fraction: float, num_bytes: int) -> None:
-            progress.update(task, completed=num_bytes, total=num_bytes / fraction if fraction else total_bytes)
-
-        yield show
-
-
-@contextmanager
-def _lines(logger: logging.Logger) -> Iterator[Callable[[float, int], None]]:
-    shown = 0
-
-    def show(fraction: float, num_bytes: int) -> None:
-        nonlocal shown
-        tenth = int(fraction * 10)
-        if shown < tenth < 10:
-            shown = tenth
-            logger.info("loading weights %d %%", tenth * 10)
-
-    yield show
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as live:
+        task = live.add_task("")
+        yield LaunchProgress(logger, num_programs, lambda text: live.update(task, description=text))

@@ -17,7 +17,7 @@ from sgl_jax.planning.model import PlannedModel, find_model, read_model
 from sgl_jax.planning.plan import Misfit, launch_of, make_plan
 from sgl_jax.planning.target import Target, find_target, target_here
 from sgl_jax.planning.topology import set_tpu_environment
-from sgl_jax.runtime.compiler import use_compile_cache
+from sgl_jax.runtime.compiler import cache_takes_programs, use_compile_cache
 from sgl_jax.runtime.platform import kernels_for
 from sgl_jax.settings.server_args import ServerArgs
 
@@ -35,6 +35,8 @@ def compile_here(args: ServerArgs) -> int:
         facts = _compile(args, model, target, launch_of(args, model, target))
     except ValueError as error:
         return _failed(f"sgl_jax: error: {error}")
+    if not cache_takes_programs(args.compilation_cache_dir):
+        return FAILED
     hits = sum(each.cache_hit for each in facts)
     logger.info(
         f"{len(facts)} programs in {time.perf_counter() - started:.1f} s, {hits} of them from the cache, "
@@ -87,8 +89,10 @@ def _compile(args: ServerArgs, model: PlannedModel, target: Target, launch: Laun
     """Compile with a line in the log for each program, and through the cache if the devices are here."""
 
     def report(done: int, total: int, facts: ProgramFacts) -> None:
-        logger.info(log.compile_line(done, total, program=facts.name, seconds=facts.seconds, cache_hit=facts.cache_hit))
+        seconds = time.perf_counter() - started
+        logger.info(log.compile_line(done, total, program=facts.name, seconds=seconds, cache_hit=facts.cache_hit))
 
+    started = time.perf_counter()
     kernels = kernels_for(args.attention_backend, target.platform, model.config)
     if target.is_here:
         use_compile_cache(args.compilation_cache_dir)

@@ -5,18 +5,23 @@ import contextlib
 import dataclasses
 import logging
 import os
+import tempfile
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
 
 import jax
 import jax.monitoring
 import numpy as np
 
+from sgl_jax.observability import log
+
 logger = logging.getLogger(__name__)
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
+_ENTRY_BYTES = 1 << 20  # about the size of a program in the cache
 
 # XLA options that are not the default, by kind of device.
 COMPILER_OPTIONS = {
@@ -91,9 +96,26 @@ class CompileWatch:
 
 def use_compile_cache(folder: str) -> None:
     """Keep every compiled program in the folder, also small and quickly compiled ones."""
-    jax.config.update("jax_compilation_cache_dir", folder)
+    cache_takes_programs(folder)
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry")  # one for each program
+    jax.config.update("jax_compilation_cache_dir", folder if "://" in folder or os.path.isdir(folder) else None)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def cache_takes_programs(folder: str) -> bool:
+    """Return whether programs can be kept in the folder. If not, one line in the log says why. "scheme://…" is not tried."""
+    try:
+        if "://" not in folder:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(_ENTRY_BYTES))
+    except OSError as error:
+        advice = "the next start compiles every program again; choose a folder with write permission and free space"
+        said = f"--compilation-cache-dir is {folder}, where nothing can be written ({error.strerror}): {advice}"
+        log.once(logger, folder, said, logging.WARNING)
+        return False
+    return True
 
 
 def matmul_precision(dtype: str) -> str:

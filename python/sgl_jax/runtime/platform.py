@@ -2,6 +2,8 @@
 
 import dataclasses
 import logging
+from importlib import metadata
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -12,6 +14,7 @@ from sgl_jax.ops.attention.cpu import library
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
+from sgl_jax.runtime.control_groups import ROOT, read
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +54,12 @@ class NoDevice(ValueError):
 
 def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[jax.Device]]:
     """Return `number` devices of the wanted platform, or of the best one present; with several processes, as many of each.
-    Raises NoDevice if there are fewer. With "cpu" this process uses no other platform from then on."""
-    if wanted == "cpu":
-        jax.config.update("jax_platforms", "cpu")  # else libtpu takes the chips, which another program may need
+    Raises NoDevice if there are fewer. With "cpu", or where nothing else can be, this process uses no other platform from
+    then on."""
+    nobody_chose = wanted is None and not jax.config.jax_platforms
+    if wanted == "cpu" or (nobody_chose and not may_have_tpu() and not metadata.entry_points(group="jax_plugins")):
+        # Else libtpu takes the chips, which another program may need, or prints errors because there are none.
+        jax.config.update("jax_platforms", "cpu")
     for name in [wanted] if wanted else ["tpu", "gpu", "cpu"]:
         try:
             devices = jax.devices(name)
@@ -72,6 +78,13 @@ def pick_devices(wanted: Name | None, number: int = 1) -> tuple[Platform, list[j
         f"--device {wanted}: jax sees no {wanted} on this machine, only {', '.join(present)}; "
         "`python -m sgl_jax.check_env` says why"
     )
+
+
+def may_have_tpu(root: Path = ROOT) -> bool:
+    """Return whether a device file, or a Google device on the PCI bus that is no disk and no network, may be a TPU."""
+    google = (each.parent for each in root.glob("sys/bus/pci/devices/*/vendor") if read(each) == "0x1ae0")
+    nodes = (*root.glob("dev/accel[0-9]*"), *root.glob("dev/vfio/[0-9]*"))
+    return bool(nodes) or any(not read(each / "class").startswith(("0x01", "0x02")) for each in google)
 
 
 def _of_each_process(name: Name, devices: list[jax.Device], number: int, processes: int) -> list[jax.Device]:

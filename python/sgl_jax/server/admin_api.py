@@ -119,7 +119,8 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
     @routes.get("/metrics", tags=["Information"], **documented(None, body=False, engine=False, media_type="text/plain"))
     async def metrics() -> Response:
         """Returns the metrics in the format of Prometheus."""
-        text, media_type = exposition(service.metrics, service.stats)
+        about = {"version": __version__, "model_name": state.model_name}
+        text, media_type = exposition(service.metrics, service.stats, about)
         return Response(text, media_type=media_type)
 
 

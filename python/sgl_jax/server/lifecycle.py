@@ -94,10 +94,11 @@ class _Server:
     def __init__(self, args: ServerArgs, transport: ProcessTransport, listener: socket.socket, limits: Limits):
         self._args, self._transport, self._listener, self._limits = args, transport, listener, limits
         self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
+        self._signal = 0  # the last one; 0: none yet
 
     async def run(self) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._on_signal)
+            asyncio.get_running_loop().add_signal_handler(number, self._on_signal, number)
         args = self._args
         tokenizer = await asyncio.to_thread(
             load_tokenizer, args.tokenizer_path or args.model_path, args.chat_template, args.downloads
@@ -106,6 +107,9 @@ class _Server:
         service = GenerationService(self._transport, tokenizer, args.stream_interval, max_queued)
         http = _Uvicorn(http_config(create_app(service, args), self._limits, _LAST_WORDS_S))
         listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))
+        host, port = self._listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        logger.info("Listening on %s; requests are taken when the engine is ready", url)
         try:
             return await self._serve(service)
         finally:
@@ -127,7 +131,7 @@ class _Server:
                 print(f"sgl_jax: error: {service.failure}", file=sys.stderr)
                 return FAILED
             if not starting.done():
-                return OK  # told to stop before anything was served
+                return 128 + self._signal  # told to stop before anything was served, which is no success
             starting.result()
             timeout_s = self._args.shutdown_timeout_s
             line = "Shutting down: %d requests have %.0f s to finish; a second signal stops at once."
@@ -147,13 +151,13 @@ class _Server:
         with contextlib.suppress(EngineFailed):  # service.failure has the reason
             await service.start()
             if not self._args.skip_server_warmup:
+                logger.info("Warming up: the next prefill is the server's own")
                 await service.warm_up()
             service.open()
-            host, port = self._listener.getsockname()[:2]
-            logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
             print(READY, flush=True)
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, number: int) -> None:
+        self._signal = number
         if self._stop.is_set():
             self._stop_now.set()
         self._stop.set()

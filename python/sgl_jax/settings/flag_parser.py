@@ -16,7 +16,18 @@ class FlagError(ValueError):
 
     def __init__(self, flag: str, message: str):
         super().__init__(message)
-        self.flag = flag  # as on the command line; empty when the error is about no single flag
+        self.flag = flag  # as on the command line, the first of several; empty when the error is about none
+
+
+type Mistakes = list[FlagError]
+
+
+def refuse(mistakes: Sequence[FlagError]) -> None:
+    """Raise the mistake, or one error that says all of them, a line each. Does nothing without a mistake."""
+    if len(mistakes) > 1:
+        raise FlagError(mistakes[0].flag, "\n  ".join((f"{len(mistakes)} mistakes:", *map(str, mistakes))))
+    for mistake in mistakes:
+        raise mistake
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,18 +43,30 @@ class Parser(argparse.ArgumentParser):
         """Read the command line of a tool that has no flags but these; None: this process's."""
         argv = sys.argv[1:] if argv is None else argv
         found, unknown = self.parse_known_args(argv)
-        if unknown:
-            raise self.unknown(unknown[0], argv)
+        refuse(self.unknown(unknown, argv))
         return found
 
-    def unknown(self, word: str, argv: Sequence[str], elsewhere: Elsewhere = NOTHING) -> FlagError:
-        """Return the error about `word`, the first of `argv` that could not be read."""
-        if not word.startswith("-"):
-            for before, at in itertools.pairwise(argv):
-                action = self._option_string_actions.get(before)
-                if at == word and action is not None and action.nargs == 0:
-                    return self._takes_no_value(before)
-            return FlagError("", f"{word!r} follows no flag; every value needs one")
+    def unknown(self, words: Sequence[str], argv: Sequence[str], elsewhere: Elsewhere = NOTHING) -> list[FlagError]:
+        """Return the errors about `words`, those of `argv` that could not be read. A word behind an unknown flag is its
+        value."""
+        flags = [word for word in words if _is_flag(word)]
+        values = {word for before, word in itertools.pairwise(argv) if before in flags}
+        return [
+            self._unknown_flag(word, elsewhere) if word in flags else self._stray(word, argv)
+            for word in words
+            if word in flags or word not in values
+        ]
+
+    def _stray(self, word: str, argv: Sequence[str]) -> FlagError:
+        for before, at in itertools.pairwise(argv):
+            action = self._option_string_actions.get(before)
+            if at == word and action is not None and action.nargs == 0:
+                return self._takes_no_value(before)
+        needs_model = "--model-path" in self._option_string_actions and not any("--model" in each for each in argv)
+        cure = f"write --model-path {word}" if needs_model else "every value needs one"
+        return FlagError("", f"{word!r} follows no flag; {cure}")
+
+    def _unknown_flag(self, word: str, elsewhere: Elsewhere) -> FlagError:
         word = word.partition("=")[0]
         options = {option: option for option in self._option_string_actions}
         hint = hint_about(word, options, elsewhere) or "; --help lists them all"
@@ -53,6 +76,10 @@ class Parser(argparse.ArgumentParser):
         off = f"--no-{switch.removeprefix('--')}"
         hint = f"; {off} turns it off" if off in self._option_string_actions else ""
         return FlagError(switch, f"{switch} takes no value{hint}")
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not word[1:2].isdigit()  # -1 is a value
 
 
 def option_named(name: str) -> str:

@@ -13,7 +13,16 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from sgl_jax.settings.flag_parser import NOTHING, Elsewhere, FlagError, Parser, hint_about, option_named, said_of
+from sgl_jax.settings.flag_parser import (
+    NOTHING,
+    Elsewhere,
+    FlagError,
+    Mistakes,
+    Parser,
+    hint_about,
+    option_named,
+    said_of,
+)
 
 HIDDEN = "***"
 
@@ -110,9 +119,10 @@ class Flag(NamedTuple):
 
     @property
     def refusals(self) -> list[str]:
-        """A sentence for each value that is not taken."""
+        """A sentence for each reason why values are not taken."""
         found = [f"Refused for now: {self.not_built} not built yet"] if self.not_built else []
-        return found + [f"`{value}` is refused: {reason}" for value, reason in self.about.refused.items()]
+        by_reason = itertools.groupby(self.about.refused, self.about.refused.__getitem__)
+        return found + [f"Refused: `{'`, `'.join(values)}` ({reason})" for reason, values in by_reason]
 
     def is_default(self, value: Setting) -> bool:
         if self.field.default_factory is not dataclasses.MISSING:
@@ -121,6 +131,9 @@ class Flag(NamedTuple):
 
     def shown[T](self, value: T) -> T | str:
         return HIDDEN if value is not None and self.about.secret else value
+
+    def said(self, value: object) -> str:
+        return f"{self.option} is {self.shown(value)}"
 
     def read(self, value: object) -> object:
         """Read text from outside as this flag's type. Text that cannot be read is returned, for `check` to refuse."""
@@ -139,14 +152,12 @@ class Flag(NamedTuple):
         """Raise FlagError unless the value is of the type, among the choices and within the limit."""
         if value is None and self.optional:
             return
-        said = f"{self.option} is {self.shown(value)}"
+        said = self.said(value)
         accepted = (int, float) if self.kind is float else self.kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
             raise FlagError(self.option, f"{said}; it must be {_KINDS[self.kind][0]}")
         if value == "":
             raise FlagError(self.option, f"{self.option} is empty; give a value or leave the flag out")
-        if self.not_built:
-            raise FlagError(self.option, f"{said}; {self.not_built} not built yet, leave the flag out")
         if reason := self.about.refused.get(str(value)):
             raise FlagError(self.option, f"{said}; {reason}")
         if self.choices and value not in self.choices:
@@ -173,16 +184,34 @@ def flags_of(cls: type, not_built: Elsewhere = NOTHING) -> tuple[Flag, ...]:
     return tuple(flags)
 
 
-# --- where values come from: each reader returns raw values by field name ---------------------------------------------
+def mistakes_in(flags: Sequence[Flag], values: Mapping[str, object], source: Callable[[str], str]) -> Mistakes:
+    """Return an error for each of the values, by field name, that is refused, and one for all flags of a feature that is not
+    built. `source` says where a field's value was set, or returns an empty text."""
+    found: Mistakes = []
+    wanted: dict[str, list[Flag]] = {}  # by feature that is not built
+    for each in (flag for flag in flags if flag.name in values):
+        if each.not_built and values[each.name] is not None:
+            wanted.setdefault(each.not_built, []).append(each)
+            continue
+        try:
+            each.check(values[each.name])
+        except FlagError as error:
+            found.append(FlagError(error.flag, f"{error}{source(each.name)}"))
+    for feature, asking in wanted.items():
+        said = ", ".join(each.said(values[each.name]) + source(each.name) for each in asking)
+        which = "the flag" if len(asking) == 1 else "the flags"
+        found.append(FlagError(asking[0].option, f"{said}; {feature} not built yet, leave {which} out"))
+    return found
+
+
+# --- where values come from: each reader returns raw values by field name, and adds to `mistakes` ---------------------
 
 
 def read_command_line(
-    flags: Sequence[Flag], argv: Sequence[str], *, version: str = "", elsewhere: Elsewhere = NOTHING, **texts: str
+    flags: Sequence[Flag], argv: Sequence[str], mistakes: Mistakes, version: str, elsewhere: Elsewhere, **texts: str
 ) -> dict[str, str | bool]:
     """Return the flags given in `argv`, as text, and --config under "config". `--help` and `--version` print and exit.
-
-    `texts` are argparse's usage, description and epilog.
-    """
+    `texts` are argparse's usage, description and epilog."""
     parser = Parser(
         usage=texts.get("usage"),
         description=texts.get("description"),
@@ -207,13 +236,12 @@ def read_command_line(
             else:
                 group.add_argument(*each.options, dest=each.name, metavar=each.metavar, help=text)
     given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise parser.unknown(unknown[0], argv, elsewhere)
+    mistakes += parser.unknown(unknown, argv, elsewhere)
     return vars(given)
 
 
 def read_environ(
-    flags: Sequence[Flag], environ: Mapping[str, str], prefix: str, elsewhere: Elsewhere = NOTHING
+    flags: Sequence[Flag], environ: Mapping[str, str], prefix: str, mistakes: Mistakes, elsewhere: Elsewhere = NOTHING
 ) -> dict[str, str]:
     """Return the flags set by variables, as text. An empty one counts as unset: compose files and charts leave it so."""
     # Kubernetes describes each Service of a namespace in variables that begin with the Service's name. One called sgl-jax
@@ -231,8 +259,9 @@ def read_environ(
         if variable not in names:
             options = {option_named(name): variable for variable, name in names.items()}
             hint = hint_about(option_named(variable.removeprefix(prefix).lower()), options, elsewhere)
-            raise FlagError(variable, f"the environment variable {variable} names no flag{hint}")
-        found[names[variable]] = value
+            mistakes.append(FlagError(variable, f"the environment variable {variable} names no flag{hint}"))
+        else:
+            found[names[variable]] = value
     return found
 
 
@@ -240,8 +269,8 @@ def variable_name(flag: Flag, prefix: str) -> str:
     return prefix + flag.name.upper()
 
 
-def read_config(flags: Sequence[Flag], path: str, elsewhere: Elsewhere = NOTHING) -> dict[str, object]:
-    """Return the flags set in a YAML file. Keys are flag names or aliases, with - or _; null counts as not given."""
+def read_config(flags: Sequence[Flag], path: str, mistakes: Mistakes, elsewhere: Elsewhere) -> dict[str, object]:
+    """Return the flags set in a YAML file, whose keys are flag names or aliases, with - or _. Null counts as not given."""
     import yaml
 
     names = {option: flag.name for flag in flags for option in flag.options}
@@ -262,8 +291,9 @@ def read_config(flags: Sequence[Flag], path: str, elsewhere: Elsewhere = NOTHING
         if name is None:
             options = {option: option.removeprefix("--") for option in names}
             hint = hint_about(option, options, elsewhere) or "; --help lists them all"
-            raise FlagError("--config", f"{said}; its key {key} is not a flag{hint}")
-        if name in found:
-            raise FlagError("--config", f"{said}; it sets {name.replace('_', '-')} twice, keep one")
-        found[name] = value
+            mistakes.append(FlagError("--config", f"{said}; its key {key} is not a flag{hint}"))
+        elif name in found:
+            mistakes.append(FlagError("--config", f"{said}; it sets {name.replace('_', '-')} twice, keep one"))
+        else:
+            found[name] = value
     return {name: value for name, value in found.items() if value is not None}

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sgl_jax import __version__
-from sgl_jax.settings.flag_parser import FlagError
+from sgl_jax.settings.attention_backends import about_unknown
+from sgl_jax.settings.flag_parser import FlagError, Mistakes, refuse
 from sgl_jax.settings.flags import (
     NOT_NEGATIVE,
     Rule,
@@ -24,6 +25,7 @@ from sgl_jax.settings.flags import (
     between,
     flag,
     flags_of,
+    mistakes_in,
     read_command_line,
     read_config,
     read_environ,
@@ -156,12 +158,13 @@ class ServerArgs(ServingFlags):
     )
 
     def __post_init__(self) -> None:
-        """Raise FlagError for the first value that cannot be honoured."""
-        for each in FLAGS:
-            each.check(getattr(self, each.name))
+        """Raise FlagError for the values that cannot be honoured."""
+        refuse(mistakes_in(FLAGS, {each.name: getattr(self, each.name) for each in FLAGS}, lambda name: ""))
         several, tokens, page_size = self.nnodes > 1, self.max_total_tokens, self.page_size
         devices = f"--tp-size is {self.tp_size or 1} and --dp-size {self.dp_size}: {self.num_devices} devices"
+        no_backend = about_unknown(self.attention_backend)
         mistakes = (
+            (no_backend, no_backend),
             (
                 self.node_rank >= self.nnodes,
                 f"--node-rank is {self.node_rank}; it must be below --nnodes, which is {self.nnodes}",
@@ -188,9 +191,7 @@ class ServerArgs(ServingFlags):
                 f"--max-total-tokens is {tokens}; it must hold a page, and --page-size is {page_size}",
             ),
         )
-        for wrong, message in mistakes:
-            if wrong:
-                raise FlagError(message.split()[0], message)
+        refuse([FlagError(message.split()[0], message) for wrong, message in mistakes if wrong])
 
     def notices(self) -> dict[str, str]:
         """Return, by flag, a sentence about each accepted value that has no effect, or a risk; to be logged once."""
@@ -251,31 +252,34 @@ class ServerArgs(ServingFlags):
         `argv` and `environ` None: this process's. `--help` and `--version` print and exit.
         """
         environ = os.environ if environ is None else environ
+        mistakes: Mistakes = []
         command_line = read_command_line(
             FLAGS,
             sys.argv[1:] if argv is None else argv,
+            mistakes,
+            f"sgl_jax {__version__}",
+            ELSEWHERE,
             usage="python -m sgl_jax.launch_server --model-path PATH [flags]",
             description="Serve a large language model to OpenAI clients.",
             epilog=_EPILOG,
-            version=f"sgl_jax {__version__}",
-            elsewhere=ELSEWHERE,
         )
-        variables = read_environ(FLAGS, environ, ENV_PREFIX, ELSEWHERE)
+        variables = read_environ(FLAGS, environ, ENV_PREFIX, mistakes, ELSEWHERE)
         config = command_line.pop("config", variables.pop("config", None))
-        in_file = read_config(FLAGS, str(config), ELSEWHERE) if config is not None else {}
+        in_file = read_config(FLAGS, str(config), mistakes, ELSEWHERE) if config is not None else {}
         values = {"compilation_cache_dir": default_compilation_cache_dir(environ)} | in_file | variables | command_line
-        if "model_path" not in values:
-            raise FlagError("--model-path", f"--model-path is missing; give {BY_NAME['model_path'].about.help}")
-        try:
-            read: dict[str, Any] = {name: BY_NAME[name].read(value) for name, value in values.items()}
-            return cls(**read)  # which checks types and values
-        except FlagError as error:
-            name, source = error.flag.removeprefix("--").replace("-", "_"), ""
-            if name not in command_line and name in variables:
-                source = f" (set by {variable_name(BY_NAME[name], ENV_PREFIX)})"
-            elif name not in command_line and name in in_file:
-                source = f" (set in {config})"
-            raise FlagError(error.flag, f"{error}{source}") from None
+
+        def source(name: str) -> str:
+            if name in command_line:
+                return ""
+            by_variable = f" (set by {variable_name(BY_NAME[name], ENV_PREFIX)})" if name in variables else ""
+            return by_variable or (f" (set in {config})" if name in in_file else "")
+
+        read: dict[str, Any] = {name: BY_NAME[name].read(value) for name, value in values.items()}
+        mistakes += mistakes_in(FLAGS, read, source)
+        if "model_path" not in values and not any("--model-path" in str(each) for each in mistakes):
+            mistakes.append(FlagError("", f"--model-path is missing; give {BY_NAME['model_path'].about.help}"))
+        refuse(mistakes)
+        return cls(**read)  # which checks how the values fit together
 
 
 FLAGS = flags_of(ServerArgs, flags_not_built())

@@ -168,13 +168,11 @@ class ServingFlags:
     )
     chunked_prefill_size: int | None = flag(
         None,
-        "most prompt tokens in a step; --max-prefill-tokens counts if it is smaller, or with -1",
+        "most prompt tokens in a step; -1 means as many as --max-prefill-tokens",
         unset="2048, on CPU 256",
         rule=_CHUNK,
     )
-    max_prefill_tokens: int = flag(
-        16384, "most prompt tokens in a step where --chunked-prefill-size allows more", rule=at_least(1)
-    )
+    max_prefill_tokens: int = flag(16384, "upper limit of --chunked-prefill-size", rule=at_least(1))
     enable_mixed_chunk: bool = flag(
         True,
         "prompts and decodes share steps, always",

@@ -73,8 +73,7 @@ def dense(q, k, v, kv, batch, layer):
 
 def test_a_backend_of_a_dozen_lines_serves_the_reference_s_tokens(monkeypatch, stories260k: Path, golden: Path):
     point = types.SimpleNamespace(name="dense", load=lambda: Backend(dense, platforms=frozenset({"cpu"})))
-    brought = types.SimpleNamespace(entry_points=lambda group: [point] if group == backends.GROUP else [])
-    monkeypatch.setattr(backends, "metadata", brought)
+    monkeypatch.setattr(metadata, "entry_points", lambda **group: [point] if group == {"group": backends.GROUP} else [])
     cases = json.loads((golden / "stories260k.json").read_text())["cases"]
     options = {"max_running_requests": 4, "chunked_prefill_size": 8, "max_total_tokens": 1024, "context_length": 128}
     options |= {"dtype": "float32", "device": "cpu", "attention_backend": "dense"}

@@ -82,6 +82,7 @@ def test_a_run_against_the_server(live: LiveServer, tmp_path: Path, backend: str
     assert (found["Backend"], found["Max request concurrency"], found["Successful requests"]) == (backend, "2", "4")
     assert (found["Total input tokens"], found["Total generated tokens"]) == ("80", "24")
     assert "failed" not in result.stderr
+    assert f"bench_serving: wrote {file}\n" in result.stderr
     (line,) = file.read_text().splitlines()
     written = json.loads(line)
     assert (written["completed"], written["total_output_tokens"], written["tag"]) == (4, 24, "first")

@@ -93,9 +93,10 @@ def test_every_case_is_measured_and_the_table_is_right_to_the_digit(
     assert found.measured == [(20, 1, 4), (20, 1, 6), (20, 11, 4), (20, 11, 6)]
     out, err = capsys.readouterr()
     assert out == TABLE
-    assert err.splitlines()[-1] == (
-        "sweep: ISL 20, OSL 11, concurrency 2: 200.0 tok/s in, 110.0 tok/s out, TTFT 100.0 ms"
-    )
+    assert err.splitlines()[-2:] == [
+        "sweep: ISL 20, OSL 11, concurrency 2: 200.0 tok/s in, 110.0 tok/s out, TTFT 100.0 ms",
+        f"sweep: the results are in {tmp_path / 'results.jsonl'}",
+    ]
     assert found.code == 0
 
 
@@ -199,7 +200,7 @@ def test_a_sweep_that_is_stopped_keeps_what_is_complete_and_goes_on_later(
         swept(tmp_path, script=Script(**vars(EXACT) | {"fails": stops}))
     out, err = capsys.readouterr()
     assert out.splitlines()[-1] == "| 20 | 1 | 1 | 200.0 | 10.0 | 100.0 | 4.2% |"
-    assert err.splitlines()[-1] == "sweep: the same command goes on with what is left"
+    assert err.splitlines()[-2] == "sweep: the same command goes on with what is left"
     assert swept(tmp_path).measured == [(20, 1, 6), (20, 11, 4), (20, 11, 6)]
     assert capsys.readouterr().out == TABLE
 

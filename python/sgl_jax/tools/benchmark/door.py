@@ -17,7 +17,11 @@ def door(tool: str) -> Callable[..., int]:
     def main(argv: Sequence[str] | None = None) -> int:
         def run() -> int:
             args, rest = parse(tool, argv)
-            return importlib.import_module(f"sgl_jax.tools.benchmark.{TOOLS[tool].module}").main(args, rest)
+            code = importlib.import_module(f"sgl_jax.tools.benchmark.{TOOLS[tool].module}").main(args, rest)
+            for name in ("output_file", "result_filename", "output"):  # a tool has one of them at most
+                if (path := getattr(args, name, None)) is not None and path.exists():
+                    say(tool, f"wrote {path.resolve()}")
+            return code
 
         return exit_code(tool, run)
 
