@@ -1,7 +1,7 @@
 """Names of the attention backends, known before jax is imported."""
 
 GROUP = "sgl_jax.attention"  # entry points by which installed packages bring a backend
-_OURS = ("native", "fa")
+_OURS = ("native", "cpu", "fa")
 
 
 def about_unknown(name: str | None) -> str:
@@ -14,4 +14,4 @@ def about_unknown(name: str | None) -> str:
     if name in brought:
         return ""
     others = f", and {', '.join(brought)} of installed packages" if brought else ""
-    return f"--attention-backend is {name}; there are native, for every device, and fa, for TPU{others}"
+    return f"--attention-backend is {name}; there are native, for every device, cpu and fa, for CPU and TPU{others}"
