@@ -26,7 +26,7 @@ from sgl_jax.engine.generation import (
 from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Stats
 from sgl_jax.engine.transport import Transport
 from sgl_jax.observability.metrics import RequestMetrics
-from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.request import MAX_EOS_TOKENS, InvalidParameter, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import Tokenizer
 
@@ -147,15 +147,22 @@ class GenerationService:
         checks.check_queue(checked, self._choices.num_queued, self._max_queued)
         generation = Generation(checked, stream, self._drop)
         now = time.perf_counter()
+        ends = self._ends()
         for i, request in enumerate(checked):
             interval = request.params.stream_interval or self._stream_interval
             for index in range(request.params.n):
-                key, params = next(self._keys), _engine_params(request.params, index)
+                key, params = next(self._keys), _engine_params(request.params, index, ends)
                 self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace))
                 choice = Choice(key, i, index, generation, request, self._detokenizer(request), interval, now)
                 generation.open.append(choice)
         self._choices.add(generation.open)
         return generation
+
+    def _ends(self) -> tuple[int, ...]:
+        """Return the tokens that end an answer for the tokenizer, and of which the engine does not know it."""
+        known = self.info.eos_token_ids
+        new = [token for token in self.tokenizer.end_ids if token not in known and token < self.info.vocab_size]
+        return tuple(new[: MAX_EOS_TOKENS - len(known)])
 
     def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
         params = request.params
@@ -246,12 +253,13 @@ class GenerationService:
             self._answer(call, error)
 
 
-def _engine_params(params: SamplingParams, index: int) -> SamplingParams:
+def _engine_params(params: SamplingParams, index: int, ends: tuple[int, ...]) -> SamplingParams:
     """Return the parameters of choice `index` for the engine, which knows no stop strings, no n and no streaming. Each
-    choice has its own seed."""
+    choice has its own seed. The tokens `ends` stop it, too, unless end tokens are ignored."""
     seed = params.seed
     if seed is not None and index:
         seed += index
         if seed >= 2**64:
             seed -= 2**64
-    return msgspec.structs.replace(params, n=1, stop=(), stream_interval=None, seed=seed)
+    stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *ends)
+    return msgspec.structs.replace(params, n=1, stop=(), stream_interval=None, seed=seed, stop_token_ids=stops)
