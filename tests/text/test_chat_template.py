@@ -105,11 +105,6 @@ def test_a_template_that_does_not_compile_is_refused_when_it_is_needed() -> None
             use()
 
 
-def test_a_text_is_cut_where_it_becomes_too_long() -> None:
-    endless = ChatTemplate("{% for i in range(90000) %}{% for j in range(90000) %}ab{% endfor %}{% endfor %}")
-    assert endless.render(USER, max_characters=9) == "ab" * 5
-
-
 def test_the_conversation_cannot_be_replaced_by_a_variable() -> None:
     with pytest.raises(TemplateError, match="messages"):
         ChatTemplate("").render(USER, template_kwargs={"messages": []})

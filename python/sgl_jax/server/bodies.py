@@ -19,6 +19,10 @@ INT64_MAX = 2**63 - 1
 
 TokenId = Annotated[int, Field(ge=0, le=INT64_MAX)]
 TokenIdText = Annotated[str, Field(pattern="^[0-9]{1,10}$")]
+# A list that is long and wrong is given up at its first wrong entry: the alternatives of a union are all tried.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+TokenLists = Annotated[list[TokenIds], Field(fail_fast=True)]
+Texts = Annotated[list[str], Field(fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1)]
 CacheKey = Annotated[str, Field(max_length=1024)]
 EmptyList = Annotated[list[Any], Field(max_length=0)]

@@ -56,9 +56,11 @@ def _parameters(body: CompletionRequest) -> GenerationRequest:
 
 def _prompts(body: CompletionRequest) -> Sequence[str | list[int]]:
     given = body.prompt
+    if isinstance(given, str):
+        return [given]  # an empty text may be a BOS
     if not given:
-        raise InvalidParameter("prompt", "prompt is empty; at least one token is needed")
-    return [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        raise InvalidParameter("prompt", "prompt is an empty list; at least one token is needed")
+    return [given] if isinstance(given[0], int) else given
 
 
 class _Completion(OpenAIAnswer[CompletionLogprobs]):

@@ -10,7 +10,9 @@ from sgl_jax.server.bodies import (
     Body,
     CacheKey,
     EmptyList,
-    TokenId,
+    Texts,
+    TokenIds,
+    TokenLists,
     limits,
     null_fields,
     off_fields,
@@ -55,7 +57,7 @@ class TextPart(Body):
 
 class FunctionCall(Body):
     name: str
-    arguments: str
+    arguments: object = Field(None, description="a JSON object as text, or the object; anything else counts as {}")
 
 
 class ToolCall(Body):
@@ -97,7 +99,7 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
 
 @with_fields(off_fields("CompletionRequest"), null_fields("suffix"))
 class CompletionRequest(SamplingFields):
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: str | Texts | TokenIds | TokenLists
     max_tokens: Annotated[int, limits("max_tokens", low=0)] | None = Field(None, description="16 if not set")
     echo: bool | None = None
     logprobs: Annotated[int, limits("logprobs")] | None = None
@@ -108,12 +110,12 @@ class TokenizeRequest(TemplateFields):
     """Either `prompt` or `messages`."""
 
     model: str | None = None
-    prompt: str | list[str] | None = None
+    prompt: str | Texts | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     add_special_tokens: bool | None = None
 
 
 class DetokenizeRequest(Body):
     model: str | None = None
-    tokens: list[TokenId] | list[list[TokenId]]
+    tokens: TokenIds | TokenLists
     skip_special_tokens: bool | None = None

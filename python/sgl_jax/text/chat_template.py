@@ -108,12 +108,10 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
-        max_characters: int | None = None,
     ) -> str:
         """Return the conversation as the model reads it. Raises TemplateError.
 
-        With `continue_final_message` the text ends inside the last message, so that the model goes on with it. A text
-        that becomes longer than `max_characters` is returned as far as it got.
+        With `continue_final_message` the text ends inside the last message, so that the model goes on with it.
         """
         extra = dict(template_kwargs or {})
         for name in _RESERVED:
@@ -123,23 +121,16 @@ class ChatTemplate:
             raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
         names = self.special_tokens | extra
         names |= {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
-        text = self._rendered(messages, names, max_characters)
-        if not continue_final_message or (max_characters is not None and len(text) > max_characters):
+        text = self._rendered(messages, names)
+        if not continue_final_message:
             return text
         marker = uuid.uuid4().hex
-        return _cut_at_marker(text, self._rendered(_marked(messages, marker), names, None), marker)
+        return _cut_at_marker(text, self._rendered(_marked(messages, marker), names), marker)
 
-    def _rendered(
-        self, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any], max_characters: int | None
-    ) -> str:
-        template, pieces, size = self._template, [], 0
+    def _rendered(self, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any]) -> str:
+        template = self._template
         with _no_other_errors("the chat template refuses these messages:"):
-            for piece in template.generate(messages=messages, **names):
-                pieces.append(piece)
-                size += len(piece)
-                if max_characters is not None and size > max_characters:
-                    break
-            return "".join(pieces)
+            return template.render(messages=messages, **names)
 
 
 @contextlib.contextmanager
