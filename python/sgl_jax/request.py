@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 
 MAX_LOGPROBS = 20  # OpenAI's limit; the step program always returns this many candidates
-MAX_LOGIT_BIAS, MAX_STOP_TOKENS = 1024, 64  # entries of a device row
+MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_EOS_TOKENS = 1024, 64, 16  # entries of a device row
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # stop strings, and characters of each: every token's text is searched for all
 _MAX_INT32 = 2**31 - 1  # the largest number a device row can hold
 

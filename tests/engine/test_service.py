@@ -38,7 +38,8 @@ from sgl_jax.request import FinishReason, InvalidParameter, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import load_tokenizer
 
-STORIES = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k"))
+STORIES_FOLDER = str(Path(__file__).parents[1] / "data" / "stories260k")
+STORIES = load_tokenizer(STORIES_FOLDER)
 ONCE, UPON, A, TIME = STORIES.encode("Once upon a time", add_special_tokens=False)
 
 
@@ -452,3 +453,20 @@ def test_a_generation_needs_no_service_but_a_way_to_drop_keys() -> None:
         assert dropped == [([0], "stop"), ([1], "abort")]
 
     run(test)
+
+
+@pytest.mark.parametrize(
+    ("ignore_eos", "own_stops", "sent"), [(False, (), (3,)), (False, (9,), (9, 3)), (True, (9,), (9,)), (True, (), ())]
+)
+def test_the_tokenizers_own_ends_stop_an_answer_unless_eos_is_ignored(ignore_eos, own_stops, sent) -> None:
+    """The engine knows 2 already; ids that the model lacks cannot end anything."""
+
+    async def check() -> None:
+        service, transport = await opened()
+        service.tokenizer = load_tokenizer(STORIES_FOLDER)
+        service.tokenizer.end_ids = (2, 3, 512)
+        params = SamplingParams(max_tokens=4, ignore_eos=ignore_eos, stop_token_ids=own_stops)
+        service.submit([GenerationRequest([5], params)], stream=False)
+        assert transport.sent[-1].params.stop_token_ids == sent
+
+    asyncio.run(check())

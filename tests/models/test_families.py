@@ -114,10 +114,11 @@ def test_an_absent_key_means_what_transformers_classes_mean(architecture, extra,
     assert {key: found[key] for key in expected} == expected
 
 
-def test_eos_comes_from_generation_config_first():
+def test_eos_is_that_of_both_configs():
     config = hf("LlamaForCausalLM", eos_token_id=2)
     assert decoder_config(config).eos_token_ids == (2,)
-    assert decoder_config(config, {"eos_token_id": [5, 6]}).eos_token_ids == (5, 6)
+    assert decoder_config(config, {"eos_token_id": [5, 2, 6]}).eos_token_ids == (5, 2, 6)
+    assert decoder_config(config, {"eos_token_id": 5}).eos_token_ids == (5, 2)
     assert decoder_config(config, {"bos_token_id": 1}).eos_token_ids == (2,)
     assert decoder_config(hf("LlamaForCausalLM")).eos_token_ids == ()
 

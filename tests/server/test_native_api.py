@@ -12,7 +12,9 @@ import pytest
 from live_server import LiveServer, tokenizer
 
 from fakes.fake_core import FakeCore
+from messages import says
 from sgl_jax.engine.messages import Abort, Generate
+from sgl_jax.text.tokenizer import load_tokenizer
 
 
 def events(answer: httpx.Response) -> list[dict]:
@@ -64,30 +66,43 @@ def test_stop_string_is_named(http: httpx.Client) -> None:
     assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": "on a"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_that_is_a_special_token_is_named(http: httpx.Client, stream: bool) -> None:
+    body = {"input_ids": [403, 0, 407], "sampling_params": {"stop": ["upon", "<unk>"]}, "stream": stream}
+    answer = http.post("/generate", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    last = json.loads(answer.text.split("data: ")[-2]) if stream else answer.json()
+    assert (last["text"], last["output_ids"]) == (" Once", [403, 0])
+    assert last["meta_info"]["finish_reason"] == {"type": "stop", "matched": "<unk>"}
+
+
 @pytest.mark.parametrize(
-    ("path", "field"), [("/generate", "text"), ("/v1/completions", "prompt"), ("/tokenize", "prompt")]
+    ("path", "body", "prompt_tokens"),
+    [
+        ("/v1/completions", {"prompt": ""}, 1),
+        ("/v1/completions", {"prompt": [""]}, 1),
+        ("/v1/completions", {"prompt": ["", ""]}, 2),
+        ("/v1/completions", {"prompt": []}, None),
+        ("/v1/completions", {"prompt": [[]]}, None),
+        ("/generate", {"text": ""}, 1),
+        ("/generate", {"input_ids": []}, None),
+        ("/generate", {"input_ids": [[]]}, None),
+    ],
 )
-@pytest.mark.parametrize("as_list", [False, True])
-def test_a_long_prompt_holds_nobody_up(http: httpx.Client, live: LiveServer, path: str, field: str, as_list) -> None:
-    text = "Once upon a time " * 120_000  # 2 MB
-    answers: list[httpx.Response] = []
+def test_an_empty_text_is_bos_and_no_tokens_are_refused(http, path: str, body: dict, prompt_tokens: int | None) -> None:
+    answer = http.post(path, json=body)
+    if prompt_tokens is None:
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == next(iter(body))
+        return
+    found = answer.json()
+    assert (found.get("usage") or found["meta_info"])["prompt_tokens"] == prompt_tokens
 
-    def send() -> None:
-        with live.http() as client:
-            answers.append(client.post(path, json={field: [text] if as_list else text}))
 
-    sender = threading.Thread(target=send)
-    sender.start()
-    waits = []
-    while sender.is_alive():
-        began = time.perf_counter()
-        assert http.get("/health").status_code == 200
-        waits.append(time.perf_counter() - began)
-        time.sleep(0.01)
-    sender.join()
-    assert answers[0].status_code == (200 if path == "/tokenize" else 400)
-    quick = [wait for wait in waits if wait < 0.3]
-    assert len(quick) >= 8, waits  # a blocked loop would answer only a few, before and after
+def test_an_empty_text_is_refused_where_the_tokenizer_adds_no_bos(http, live, tokenizers, monkeypatch) -> None:
+    monkeypatch.setattr(live.service, "tokenizer", load_tokenizer(str(tokenizers / "qwen3")))
+    for path, field in (("/v1/completions", "prompt"), ("/generate", "text")):
+        error = http.post(path, json={field: ""}).json()["error"]
+        assert says(error["message"], f"{field} is empty … one token")
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import httpx
 import openai
 import pytest
-from live_server import LiveServer, tokenizer
+from live_server import MODEL, LiveServer, tokenizer
 
 from sgl_jax.engine.messages import Generate
+from sgl_jax.text.tokenizer import load_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Once upon a time"}]
 PROMPT = "user: Once upon a time\nassistant: "  # after plain_template.jinja
@@ -132,6 +133,51 @@ def test_stop_strings_across_tokens(slow: LiveServer, slow_client: openai.OpenAI
 def test_stop_string_can_stay(client: openai.OpenAI) -> None:
     answer = ask(client, stop="on a", extra_body={"no_stop_trim": True})
     assert answer.choices[0].message.content == " user: Once upon a"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_stop_string_that_is_a_special_token_ends_the_answer(slow_client: openai.OpenAI, stream: bool) -> None:
+    said = [{"role": "user", "content": "Once<unk> upon a time"}]
+    for given, more, text in (
+        ("<unk>", {}, " user: Once"),
+        (["time", "Once<unk>"], {}, " user: "),
+        ("<unk>", {"no_stop_trim": True}, " user: Once<unk>"),
+        ("<unk>", {"skip_special_tokens": False}, "<s> user: Once"),
+    ):
+        answer = ask(slow_client, messages=said, stop=given, stream=stream, extra_body=more)
+        if stream:
+            chunks = list(answer)
+            found = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            reason = chunks[-1].choices[0].finish_reason
+        else:
+            found, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert (found, reason) == (text, "stop")
+
+
+def test_an_empty_message_is_rendered(client: openai.OpenAI) -> None:
+    answer = ask(client, messages=[{"role": "user", "content": ""}])
+    assert answer.choices[0].message.content == " user: \nassistant: "
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        ('{"zone": "Europe"}', '{"zone": "Europe"}'),
+        ({"zone": {"a": [1]}}, '{"zone": {"a": [1]}}'),
+        ('"{\\"a\\": 1}"', '{"a": 1}'),
+        *((empty, "{}") for empty in ("", "null", '{"zone": "Euro', "7", "[1]", '"text"', "[" * 100_000, None, 7, [1])),
+    ],
+)
+def test_arguments_of_earlier_calls_are_an_object_to_the_template(http, live, monkeypatch, arguments, shown) -> None:
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments.items() | list | length }}"
+    )
+    template += "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+    monkeypatch.setattr(live.service, "tokenizer", load_tokenizer(MODEL, template))
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": arguments}}
+    messages = [*MESSAGES, {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "12:00"}]
+    tokens = http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    assert tokenizer().decode(tokens) == ("0" if shown == "{}" else "1") + shown
 
 
 def test_continue_final_message(live: LiveServer, client: openai.OpenAI) -> None:

@@ -98,9 +98,11 @@ def test_whatever_a_template_raises_is_a_template_error(source: str, message: st
         ChatTemplate(source).render(USER)
 
 
-def test_a_template_that_does_not_compile() -> None:
-    with pytest.raises(TemplateError, match="line 2"):
-        ChatTemplate("a\n{% for %}")
+def test_a_template_that_does_not_compile_is_refused_when_it_is_needed() -> None:
+    broken = ChatTemplate("a\n{% for %}")
+    for use in (broken.check, lambda: broken.render(USER)):
+        with pytest.raises(TemplateError, match="line 2"):
+            use()
 
 
 def test_the_conversation_cannot_be_replaced_by_a_variable() -> None:

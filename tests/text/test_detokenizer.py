@@ -134,6 +134,46 @@ def test_a_stop_string_never_shows_wherever_tokens_end(stop: str) -> None:
     assert "".join(kept) == before + stop
 
 
+WORDS = [*STORIES.encode("Once upon", add_special_tokens=False), 2, *STORIES.encode("a time", add_special_tokens=False)]
+
+
+@pytest.mark.parametrize("skip_special_tokens", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "before"),
+    [
+        (["</s>"], " Once upon"),
+        (["time", "</s>"], " Once upon"),
+        (["upon</s>"], " Once "),
+        (["</s> a"], " Once upon"),
+        (["on</s> a t"], " Once up"),
+        ([" upon</s>", "<s>"], " Once"),
+    ],
+)
+def test_a_stop_string_with_a_special_token_ends_the_text_before_it(stop, before, skip_special_tokens) -> None:
+    options = {"stop": stop, "skip_special_tokens": skip_special_tokens}
+    assert "".join(pieces(STORIES, WORDS, **options)) == before
+    detokenizer = Detokenizer(STORIES, PROMPT, **options)
+    assert detokenizer.push(WORDS)[0] == before
+    assert detokenizer.matched == max(stop, key=lambda text: "</s>" in text)
+    assert "".join(pieces(STORIES, WORDS, include_stop_str_in_output=True, **options)) == before + detokenizer.matched
+
+
+def test_special_tokens_that_no_stop_string_matches_stay_hidden() -> None:
+    for stop in (["</s></s>"], ["</s>a"], ["x</s>"], ["</s> never"]):
+        assert "".join(pieces(STORIES, WORDS, stop=stop)) == " Once upon a time"
+    assert "".join(pieces(STORIES, [403, 2, 2, 407], stop=["</s></s>"])) == " Once"
+    held = pieces(STORIES, WORDS, stop=["</s>"], min_tokens=WORDS.index(2) + 1)
+    assert "".join(held) == " Once upon a time"
+
+
+@settings(max_examples=100)
+@given(st.lists(st.sampled_from(WORDS), max_size=20), st.sampled_from(["</s>", "</s> ", " a</s>"]))
+def test_stop_strings_with_special_tokens_match_alike_shown_or_not(tokens: list[int], stop: str) -> None:
+    hidden = "".join(pieces(STORIES, tokens, stop=[stop]))
+    shown = "".join(pieces(STORIES, tokens, stop=[stop], skip_special_tokens=False))
+    assert hidden.split() == shown.replace("</s>", "").split()
+
+
 def test_what_looked_like_a_stop_string_comes_out_when_it_is_none() -> None:
     tokens = STORIES.encode("Once upon a time", add_special_tokens=False)
     assert pieces(STORIES, tokens, stop=["Once upon a girl"])[0] == " "

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text.gguf_vocab import load_gguf_tokenizer
+from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 
 ODD_TEXT = [
     "",
@@ -129,6 +130,32 @@ def test_bos_and_eos_frame_the_text_when_the_file_says_so(tmp_path):
     assert framed(**{"ggml.pre": "llama-bpe", "ggml.add_bos_token": False}) == [258]
     both = {"ggml.pre": "gpt-2", "ggml.add_bos_token": True, "ggml.add_eos_token": True}
     assert framed(**both) == [256, 258, 257]
+
+
+@pytest.mark.parametrize(
+    ("more", "ids", "ends"),
+    [
+        (["<|im_end|>", "<|endoftext|>", "<x>"], {"eos": 257}, [257, 256]),
+        (["<|end|>", "<|return|>", "<|call|>"], {"eos": 257}, [257, 258]),  # harmony: <|end|> ends a part of an answer
+        (["<a>", "<b>", "<c>"], {"eos": 256, "eot": 257, "eom": 258}, [256, 257, 258]),
+        (["<a>", "<end_of_turn>", "<c>"], {}, [257]),
+    ],
+)
+def test_tokens_that_end_an_answer_are_those_of_llama_cpp(tmp_path, more, ids, ends):
+    vocabulary = {"ggml.model": "gpt2", "ggml.tokens": [*byte_tokens(), *more], "ggml.merges": ["a b"]}
+    vocabulary["ggml.tokens"].append("ab")
+    vocabulary |= {f"ggml.{name}_token_id": i for name, i in ids.items()} | {"ggml.pre": "gpt-2"}
+    tokenizer = load_tokenizer(str(write_vocab(tmp_path / "v.gguf", vocabulary)))
+    assert sorted(tokenizer.end_ids) == sorted(ends)
+    named = [token for token in tokenizer.end_ids if more[token - 256].startswith("<|") or "end" in more[token - 256]]
+    assert all(tokenizer.encode(more[token - 256]) == [token] for token in named)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused_with_its_name(tmp_path):
+    vocabulary = {"ggml.model": "gpt2", "ggml.tokens": byte_tokens(), "ggml.merges": ["a b"], "ggml.eos_token_id": 999}
+    path = write_vocab(tmp_path / "v.gguf", vocabulary | {"ggml.pre": "gpt-2", "ggml.tokens": [*byte_tokens(), "ab"]})
+    with pytest.raises(TokenizerError, match=r"v\.gguf.*eos_token_id 999.* 257"):
+        load_tokenizer(str(path))
 
 
 def test_sentencepiece_merges_come_from_the_scores(stories260k, tmp_path):

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from messages import says
 from sgl_jax.text.chat_template import TemplateError
-from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
+from sgl_jax.text.tokenizer import TextTooLong, Tokenizer, TokenizerError, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,67 @@ def test_named_templates(folder: Path) -> None:
     assert rendered(folder) == "plain"
     assert rendered(folder, "tool_use") == "tools"
     assert rendered(folder, "absent") == "plain"
+
+
+def test_templates_as_an_object_and_in_files(folder: Path) -> None:
+    config(folder, chat_template={"default": "plain", "tool_use": "tools"})
+    assert [rendered(folder, name) for name in ("default", "tool_use", "absent")] == ["plain", "tools", "plain"]
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("with documents")
+    assert [rendered(folder, name) for name in ("default", "tool_use", "rag")] == ["plain", "tools", "with documents"]
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": {"default": "json"}}))
+    assert rendered(folder) == "json"
+    config(folder, chat_template={"tool_use": "tools"})
+    (folder / "chat_template.json").unlink()
+    with pytest.raises(TemplateError, match=r"rag, tool_use.*--chat-template"):
+        rendered(folder)
+
+
+def test_a_broken_template_refuses_when_it_is_asked_for(folder: Path) -> None:
+    config(folder, chat_template={"default": "plain", "syntax": "{% never %}", "kind": 5})
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "latin.jinja").write_bytes(b"\xff")
+    (folder / "additional_chat_templates" / "lfs.jinja").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert rendered(folder) == "plain"
+    for name, message in (
+        ("syntax", "never"),
+        ("kind", "compile"),
+        ("latin", "latin.jinja"),
+        ("lfs", "Git LFS pointer"),
+    ):
+        with pytest.raises(TemplateError, match=message):
+            rendered(folder, name)
+    config(folder, chat_template="{% never %}")
+    assert load_tokenizer(str(folder)).encode("Once") == [1, 403]
+    with pytest.raises(TemplateError, match="never"):
+        rendered(folder)
+
+
+def test_a_broken_template_of_the_command_line_is_refused_at_once(folder: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"line 1.*never"):
+        load_tokenizer(str(folder), "{% never %}")
+
+
+def test_a_text_that_is_plainly_too_long_is_not_encoded(stories: Tokenizer) -> None:
+    with pytest.raises(TextTooLong) as refused:
+        stories.encode("a" * 701, max_tokens=100)
+    assert says(str(refused.value), "701 characters … 100 tokens … 700 … 7")
+    assert len(stories.encode("a" * 700, max_tokens=100)) == 701  # too long, and the caller says so with its length
+
+
+def test_a_long_text_is_counted_piece_by_piece(tmp_path: Path, tokenizers: Path, monkeypatch) -> None:
+    shutil.copy(tokenizers / "qwen3" / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": ["-" * 500]}))
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer.longest_token == 500
+    with monkeypatch.context() as patched:
+        counted: list[int] = []
+        encode = tokenizer._encode
+        patched.setattr(tokenizer, "_encode", lambda text, **more: (counted.append(len(text)), encode(text, **more))[1])
+        with pytest.raises(TextTooLong, match=r"40000 tokens.* 20000"):
+            tokenizer.encode("x" * 5_000_000, max_tokens=20_000)
+    assert counted == [100_000]
+    assert tokenizer.encode("-" * 5_000_000, max_tokens=20_000) == [2026] * 10_000
 
 
 def test_special_tokens_written_out_or_only_in_the_model_config(folder: Path) -> None:

@@ -111,7 +111,7 @@ class Engine:
         Streamed answers of several prompts or choices carry their index in that list as "index".
         """
         options = LogprobOptions(return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs)
-        call = native_call(self.tokenizer, prompt, input_ids, sampling_params, rid, options)
+        call = native_call(self.tokenizer, self.info.context_length, prompt, input_ids, sampling_params, rid, options)
         return self._iterate(call) if stream else self._call(call.result(self._service))
 
     async def async_generate(
@@ -129,7 +129,7 @@ class Engine:
     ) -> Reply | list[Reply] | AsyncIterator[Reply]:
         """Do as `generate` does, for asyncio and in any loop; with `stream` the awaited value is an async iterator."""
         options = LogprobOptions(return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs)
-        call = native_call(self.tokenizer, prompt, input_ids, sampling_params, rid, options)
+        call = native_call(self.tokenizer, self.info.context_length, prompt, input_ids, sampling_params, rid, options)
         if stream:
             return self._aiterate(call)
         return await asyncio.wrap_future(self._submit(call.result(self._service)))

@@ -8,8 +8,9 @@ import numpy as np
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import Grid
+from sgl_jax.request import MAX_EOS_TOKENS
 from sgl_jax.runtime.buckets import make_buckets
-from sgl_jax.runtime.device_state import MAX_EOS_TOKENS, state_bytes
+from sgl_jax.runtime.device_state import state_bytes
 from sgl_jax.runtime.memory import MemoryPlan, plan_memory
 from sgl_jax.runtime.placed_weights import weight_bytes
 from sgl_jax.runtime.platform import Platform

@@ -5,6 +5,7 @@ from typing import Any
 
 from sgl_jax.engine.generation import Generation, GenerationRequest
 from sgl_jax.engine.native_params import LogprobOptions, NativeAnswer, Params, sampling_params
+from sgl_jax.engine.prompts import encoded
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json, SamplingParams
 from sgl_jax.text.tokenizer import Tokenizer
@@ -58,6 +59,7 @@ class NativeCall:
 
 def native_call(
     tokenizer: Tokenizer,
+    context_length: int,
     text: object,
     input_ids: object,
     params: Params | Sequence[Params | None] | None,
@@ -65,12 +67,12 @@ def native_call(
     options: LogprobOptions,
     namespace: str = "",
 ) -> NativeCall:
-    """Make the call's requests. Raises InvalidParameter or TokenizerError; nothing has been sent then."""
+    """Make the call's requests. Raises InvalidParameter; nothing has been sent then."""
     if (text is None) == (input_ids is None):
         raise InvalidParameter("text", "give either text or input_ids")
     if input_ids is None:
         field, is_list = "text", not isinstance(text, str)
-        prompts = [tokenizer.encode(each) for each in _texts(text)]
+        prompts = [encoded(tokenizer, each, field, context_length) for each in _texts(text)]
     else:
         field = "input_ids"
         prompts, is_list = _token_lists(input_ids)

@@ -27,7 +27,7 @@ from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, S
 from sgl_jax.engine.slices import SLICE, in_slices
 from sgl_jax.engine.transport import Transport
 from sgl_jax.observability.metrics import RequestMetrics
-from sgl_jax.request import InvalidParameter, Names, SamplingParams
+from sgl_jax.request import MAX_EOS_TOKENS, InvalidParameter, Names, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import Tokenizer
 
@@ -171,14 +171,20 @@ class GenerationService:
     def _send(self, generation: Generation, prompt: int, request: GenerationRequest) -> None:
         """Send all choices of the generation's request number `prompt`."""
         now, interval = time.perf_counter(), request.params.stream_interval or self._stream_interval
-        choices = []
+        choices, ends = [], self._ends()
         for index in range(request.params.n):
-            key, params = next(self._keys), _engine_params(request.params, index)
+            key, params = next(self._keys), _engine_params(request.params, index, ends)
             self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace))
             detokenizer = self._detokenizer(request)
             choices.append(Choice(key, prompt, index, generation, request, detokenizer, interval, now))
         generation.open += choices
         self._choices.add(choices)
+
+    def _ends(self) -> tuple[int, ...]:
+        """Return the tokens that end an answer for the tokenizer, and of which the engine does not know it."""
+        known = self.info.eos_token_ids
+        new = [token for token in self.tokenizer.end_ids if token not in known and token < self.info.vocab_size]
+        return tuple(new[: MAX_EOS_TOKENS - len(known)])
 
     def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
         params = request.params
@@ -269,12 +275,13 @@ class GenerationService:
             self._answer(call, error)
 
 
-def _engine_params(params: SamplingParams, index: int) -> SamplingParams:
+def _engine_params(params: SamplingParams, index: int, ends: tuple[int, ...]) -> SamplingParams:
     """Return the parameters of choice `index` for the engine, which knows no stop strings, no n and no streaming. Each
-    choice has its own seed."""
+    choice has its own seed. The tokens `ends` stop it, too, unless end tokens are ignored."""
     seed = params.seed
     if seed is not None and index:
         seed += index
         if seed >= 2**64:
             seed -= 2**64
-    return msgspec.structs.replace(params, n=1, stop=(), stream_interval=None, seed=seed)
+    stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *ends)
+    return msgspec.structs.replace(params, n=1, stop=(), stream_interval=None, seed=seed, stop_token_ids=stops)

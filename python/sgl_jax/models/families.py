@@ -66,7 +66,7 @@ def decoder_config(
     tensors: Mapping[str, StoredTensor] | None = None,
     families: Families = FAMILIES,
 ) -> DecoderConfig:
-    """Translate config.json. End-of-sequence ids come from generation_config.json if it has them.
+    """Translate config.json. End-of-sequence ids are those of config.json and those of generation_config.json.
 
     Raises ModelError for an unknown architecture. The error names the families that the checkpoint's `tensors` would
     fit.
@@ -81,12 +81,11 @@ def decoder_config(
             f"{_relatives(hf, tensors, families)}"
         )
     config = _translated(architecture, family, hf)
-    eos = tuple(token for token in eos_token_ids(generation_config) or config.eos_token_ids if token >= 0)
-    if family_eos := getattr(family, "eos_token_ids", None):
-        more = (token for token in family_eos(generation_config) if token < config.vocab_size)
-        eos = tuple(dict.fromkeys((*eos, *more)))
-    if any(token >= config.vocab_size for token in eos):
-        raise ModelError(f"eos_token_id is {list(eos)}, but the vocabulary has the ids 0 to {config.vocab_size - 1}")
+    named = [token for token in (*eos_token_ids(generation_config), *config.eos_token_ids) if token >= 0]
+    family_eos = family.eos_token_ids(generation_config) if hasattr(family, "eos_token_ids") else ()
+    eos = tuple(dict.fromkeys(token for token in (*named, *family_eos) if token < config.vocab_size))
+    if named and not eos:
+        raise ModelError(f"eos_token_id is {named}, but the vocabulary has the ids 0 to {config.vocab_size - 1}")
     return dataclasses.replace(config, eos_token_ids=eos)
 
 

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
-from sgl_jax.request import MAX_LOGIT_BIAS, MAX_STOP_TOKENS
+from sgl_jax.request import MAX_EOS_TOKENS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 
-MAX_EOS_TOKENS = 16
 BIAS_WIDTH = MAX_LOGIT_BIAS + MAX_STOP_TOKENS + MAX_EOS_TOKENS
 IN_PROMPT = 1 << 30  # bit of a token count: the token occurs in the prompt
 NO_DRAFT = -1  # a draft that no sampled token equals

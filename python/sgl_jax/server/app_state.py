@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from starlette.responses import Response
 
+from sgl_jax.engine.prompts import encoded
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json
 from sgl_jax.server.error_envelope import unknown_model
 from sgl_jax.server.openai_types import Message, TemplateFields
-from sgl_jax.text.tokenizer import Tokenizer, TokenizerError
+from sgl_jax.text.template_process import TemplateProcess
+from sgl_jax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from sgl_jax.settings.server_args import ServerArgs
 
-_ENCODE_ELSEWHERE = 20_000  # characters from which on encoding runs in a thread, or it would hold up other requests
+_AT_ONCE = 4_000  # characters or tokens; the work on more of them, 1 ms and longer, runs in a thread
 _ANY_MODEL = "default"  # a name for any model, which SGLang's clients send
 
 
@@ -31,6 +33,9 @@ class ServerState:
     service: GenerationService
     server_args: ServerArgs
     started: float = field(default_factory=time.time)
+    _templates: TemplateProcess = field(default_factory=TemplateProcess)
+    _rendering: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "sgl-jax-template"))
+    _text_work: Executor = field(default_factory=lambda: ThreadPoolExecutor(2, "sgl-jax-text"))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -51,31 +56,34 @@ class ServerState:
         if name not in (None, _ANY_MODEL) and not self.serves(name):
             raise unknown_model(str(name), self.model_name)
 
-    async def encode(self, text: str, field: str, add_special_tokens: bool = True) -> list[int]:
-        try:
-            return await encoding(len(text), self.tokenizer.encode, text, add_special_tokens)
-        except TokenizerError as error:
-            raise InvalidParameter(field, f"{field}: {error}") from error
+    async def encode(self, text: str, field: str, add_special_tokens: bool = True, limit: int = 0) -> list[int]:
+        """Encode a text that came in the body's `field`, of plainly no more tokens than the context or `limit` has.
+        Raises InvalidParameter."""
+        most = max(self.service.info.context_length, limit)
+        return await self.text_work(len(text), lambda: encoded(self.tokenizer, text, field, most, add_special_tokens))
 
-    async def encode_chat(self, messages: Sequence[Message], options: TemplateFields) -> list[int]:
+    async def text_work[T](self, size: int, work: Callable[[], T]) -> T:
+        """Do work on `size` characters or tokens, elsewhere if it would hold up other requests."""
+        return await asyncio.get_running_loop().run_in_executor(self._text_work, work) if size > _AT_ONCE else work()
+
+    async def encode_chat(self, messages: Sequence[Message], options: TemplateFields, limit: int = 0) -> list[int]:
         """Encode a conversation as the model's template writes it. Templates spell out their special tokens."""
         template = self.tokenizer.chat_template()
-        shown = template_messages(messages, knows_developer="developer" in template.source)
+        most = self.tokenizer.most_characters(max(self.service.info.context_length, limit))
         final, prompt = bool(options.continue_final_message), options.add_generation_prompt
-        text = template.render(
-            shown,
-            add_generation_prompt=not final if prompt is None else prompt,
-            continue_final_message=final,
-            template_kwargs=options.chat_template_kwargs,
-        )
-        return await self.encode(text, "messages", add_special_tokens=bool(options.add_special_tokens))
 
+        def render() -> str:
+            return self._templates.render(
+                template,
+                most + 1,  # which is too long, as `encode` will say
+                messages=template_messages(messages, knows_developer="developer" in template.source),
+                add_generation_prompt=not final if prompt is None else prompt,
+                continue_final_message=final,
+                template_kwargs=options.chat_template_kwargs,
+            )
 
-async def encoding[**P, R](num_characters: int, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Make a call that encodes so many characters; in a thread if it would hold up other requests."""
-    if num_characters >= _ENCODE_ELSEWHERE:
-        return await asyncio.to_thread(call, *args, **kwargs)
-    return call(*args, **kwargs)
+        text = await asyncio.get_running_loop().run_in_executor(self._rendering, render)
+        return await self.encode(text, "messages", bool(options.add_special_tokens), limit)
 
 
 def template_messages(messages: Sequence[Message], knows_developer: bool) -> list[dict[str, Json]]:
@@ -100,9 +108,20 @@ def template_messages(messages: Sequence[Message], knows_developer: bool) -> lis
 
 
 def _template_call(call: dict[str, Any]) -> dict[str, Any]:
-    with contextlib.suppress(ValueError, RecursionError):  # not JSON: the template sees the text the client sent
-        call["function"]["arguments"] = json.loads(call["function"]["arguments"])
+    call["function"]["arguments"] = _object(call["function"].get("arguments"))
     return call
+
+
+def _object(arguments: object) -> dict[str, Json]:
+    """Return a call's arguments as an object, however an earlier answer spelled them. Cut or other text, which a client
+    cannot mend, counts as no arguments."""
+    for _ in range(2):  # some clients encode them twice
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                return {}
+    return arguments if isinstance(arguments, dict) else {}
 
 
 def json_response(value: object) -> Response:

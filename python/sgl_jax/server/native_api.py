@@ -11,7 +11,7 @@ from sgl_jax.engine.generation import Generation
 from sgl_jax.engine.native_call import NativeCall, native_call
 from sgl_jax.engine.native_params import LogprobOptions
 from sgl_jax.request import InvalidParameter
-from sgl_jax.server.app_state import ServerState, encoding, json_response
+from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.bodies import (
     Body,
     CacheKey,
@@ -29,7 +29,7 @@ from sgl_jax.server.responses import Aborted, CacheFlush, DetokenizeResponse, Ge
 from sgl_jax.server.sse import DONE, EventStream, event, json_unless_disconnected
 
 Name = Annotated[str, Field(min_length=1)]
-
+_MOST_TO_COUNT = 1_000_000  # tokens that /tokenize takes, if the context is not longer
 
 _SGLANG_SAMPLING = "custom_params spaces_between_special_tokens stop_regex"
 _SGLANG_GENERATE = "custom_logit_processor data_parallel_rank return_hidden_states session_params token_ids_logprob"
@@ -68,7 +68,7 @@ def router(state: ServerState) -> APIRouter:
     async def generate(body: GenerateRequest, request: Request) -> Response:
         texts = [body.text] if isinstance(body.text, str) else body.text or ()
         state.service.check_count(len(texts), 1, {"prompt": "text"})
-        call = await encoding(sum(map(len, texts)), _call, state, body)
+        call = await state.text_work(_length(body.text) + _length(body.input_ids), lambda: _call(state, body))
         generation = await state.service.submit(call.requests, stream=bool(body.stream))
         request.state.generation = generation
         if body.stream:
@@ -83,12 +83,12 @@ def router(state: ServerState) -> APIRouter:
             raise InvalidParameter("prompt", "give either prompt or messages")
         special = body.add_special_tokens is not False
         if isinstance(body.prompt, list):
-            rows = [await state.encode(prompt, "prompt", special) for prompt in body.prompt]
+            rows = [await state.encode(prompt, "prompt", special, _MOST_TO_COUNT) for prompt in body.prompt]
             return json_response(TokenizeResponse([*rows], [len(row) for row in rows], limit))
         if body.prompt is not None:
-            ids = await state.encode(body.prompt, "prompt", special)
+            ids = await state.encode(body.prompt, "prompt", special, _MOST_TO_COUNT)
         else:
-            ids = await state.encode_chat(body.messages or (), body)
+            ids = await state.encode_chat(body.messages or (), body, _MOST_TO_COUNT)
         return json_response(TokenizeResponse([*ids], len(ids), limit))
 
     @routes.post("/detokenize", **documented(DetokenizeResponse, model=True))
@@ -97,9 +97,12 @@ def router(state: ServerState) -> APIRouter:
         limit = state.service.info.vocab_size
         is_batch = bool(body.tokens) and isinstance(body.tokens[0], list)
         rows: list[Any] = body.tokens if is_batch else [body.tokens]
-        if any(token >= limit for row in rows for token in row):
+        if any(max(row, default=0) >= limit for row in rows):
             raise InvalidParameter("tokens", f"tokens has an id above {limit - 1}, the end of the vocabulary")
-        texts = [state.tokenizer.decode(row, body.skip_special_tokens is not False) for row in rows]
+        skip = body.skip_special_tokens is not False
+        texts = await state.text_work(
+            sum(map(len, rows)) + len(rows), lambda: [state.tokenizer.decode(row, skip) for row in rows]
+        )
         return json_response(DetokenizeResponse(texts if is_batch else texts[0]))
 
     @routes.post("/abort_request", **documented(Aborted))
@@ -117,6 +120,12 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
+def _length(given: str | list[str] | list[int] | list[list[int]] | None) -> int:
+    """Count characters or tokens of one prompt or several."""
+    several = [each for each in given if not isinstance(each, int)] if isinstance(given, list) else []
+    return len(given or ()) + sum(map(len, several))
+
+
 def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
     params = body.sampling_params
     if params is not None:
@@ -125,7 +134,10 @@ def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
     options = LogprobOptions(
         bool(body.return_logprob), body.top_logprobs_num or 0, start, bool(body.return_text_in_logprobs)
     )
-    return native_call(state.tokenizer, body.text, body.input_ids, params, body.rid, options, body.extra_key or "")
+    limit = state.service.info.context_length
+    return native_call(
+        state.tokenizer, limit, body.text, body.input_ids, params, body.rid, options, body.extra_key or ""
+    )
 
 
 async def _events(call: NativeCall, generation: Generation) -> AsyncIterator[bytes]:

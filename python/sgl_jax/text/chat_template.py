@@ -1,9 +1,11 @@
 """Renders chat templates: Jinja in a sandbox, with the names and filters that published templates use."""
 
+import contextlib
 import datetime
+import functools
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,6 +28,19 @@ def bundled_templates() -> dict[str, str]:
 
 class TemplateError(ValueError):
     """A template does not compile, refuses the messages, or fails on them."""
+
+
+class Arguments(dict[str, Any]):
+    """Arguments of a tool call, for templates that go through them and for those that take them for text in JSON."""
+
+    def __str__(self) -> str:
+        return _tojson(self)
+
+    def __add__(self, other: str) -> str:
+        return f"{self}{other}"
+
+    def __radd__(self, other: str) -> str:
+        return f"{other}{self}"
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -69,15 +84,21 @@ def _environment() -> ImmutableSandboxedEnvironment:
 
 
 class ChatTemplate:
-    """Compiled template. `special_tokens` (bos_token, eos_token, …) are visible to it by name."""
+    """Template, compiled when it is first rendered. `special_tokens` (bos_token, eos_token, …) are visible to it by name."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, Any] | None = None):
         self.source = source
-        self._special_tokens = dict(special_tokens or {})
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise TemplateError(f"the chat template does not compile: line {error.lineno}: {error.message}") from error
+        self.special_tokens = dict(special_tokens or {})
+
+    def check(self) -> None:
+        """Read the source without computing anything in it. Raises TemplateError for wrong syntax."""
+        with _no_other_errors("the chat template does not compile:"):
+            _environment().parse(self.source)
+
+    @functools.cached_property
+    def _template(self) -> jinja2.Template:
+        with _no_other_errors("the chat template does not compile:"):
+            return _environment().from_string(self.source)
 
     def render(
         self,
@@ -98,7 +119,7 @@ class ChatTemplate:
                 raise TemplateError(f"{name} cannot be set through chat_template_kwargs")
         if continue_final_message and add_generation_prompt:
             raise TemplateError("continue_final_message and add_generation_prompt exclude each other")
-        names = self._special_tokens | extra
+        names = self.special_tokens | extra
         names |= {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt}
         text = self._rendered(messages, names)
         if not continue_final_message:
@@ -107,10 +128,22 @@ class ChatTemplate:
         return _cut_at_marker(text, self._rendered(_marked(messages, marker), names), marker)
 
     def _rendered(self, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any]) -> str:
-        try:
-            return self._template.render(messages=messages, **names)
-        except Exception as error:  # templates raise type errors, recursion errors and refusals of their own
-            raise TemplateError(f"the chat template refuses these messages: {error}") from error
+        template = self._template
+        with _no_other_errors("the chat template refuses these messages:"):
+            return template.render(messages=messages, **names)
+
+
+@contextlib.contextmanager
+def _no_other_errors(what: str) -> Iterator[None]:
+    """Turn whatever Jinja or a template raises, type errors, recursion errors and refusals, into TemplateError."""
+    try:
+        yield
+    except jinja2.TemplateSyntaxError as error:
+        raise TemplateError(f"{what} line {error.lineno}: {error.message}") from error
+    except MemoryError as error:
+        raise TemplateError(f"{what} it needs too much memory") from error
+    except Exception as error:
+        raise TemplateError(f"{what} {error}") from error
 
 
 def _marked(messages: Sequence[Mapping[str, Any]], marker: str) -> list[Mapping[str, Any]]:

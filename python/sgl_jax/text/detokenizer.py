@@ -1,5 +1,6 @@
 """Turns tokens into text as they come, without broken characters and without the start of a stop string."""
 
+import itertools
 from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
@@ -57,37 +58,46 @@ class IncrementalDecoder:
 
 
 class StopMatcher:
-    """Finds the first stop string in a text that comes in pieces. Holds back text that may be the start of one."""
+    """Finds the first stop string in a text that comes in pieces. Holds back text that may be the start of one.
+
+    Pieces may be invisible: they count for matches but never come out, except as part of a match that is kept.
+    """
 
     def __init__(self, stops: Sequence[str], keep_match: bool = False):
         self._stops = tuple(stops)
         self._longest = max(map(len, stops), default=0)
         self._keep_match = keep_match
-        self._held = ""
+        self._held, self._seen = "", b""  # text, and for each character whether it is visible
         self.matched: str | None = None
 
-    def push(self, text: str, may_match: bool = True) -> str:
+    def push(self, text: str, may_match: bool = True, visible: bool = True) -> str:
         """Return the text that can be shown now. After a match, which sets `matched`, nothing more comes out.
 
         Stop strings that end in a piece with `may_match` False do not count.
         """
         if not self._stops or not text:
-            return text
-        old, text = len(self._held), self._held + text
+            return text if visible else ""
+        old, seen = len(self._held), self._seen + bytes([visible]) * len(text)
+        text = self._held + text
         if may_match:
             ends_new = ((stop, text.find(stop, max(old - len(stop) + 1, 0))) for stop in self._stops)
             if found := [(at, -len(stop), stop) for stop, at in ends_new if at >= 0]:
                 at, _, self.matched = min(found)
-                self._held = ""
-                return text[: at + len(self.matched)] if self._keep_match else text[:at]
+                self._held, self._seen = "", b""
+                return _visible(text[:at], seen) + (self.matched if self._keep_match else "")
         most = min(self._longest - 1, len(text))
         held = next((k for k in range(most, 0, -1) if any(s.startswith(text[-k:]) for s in self._stops)), 0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        out = len(text) - held
+        self._held, self._seen = text[out:], seen[out:]
+        return _visible(text[:out], seen)
 
     def flush(self) -> str:
-        held, self._held = self._held, ""
+        held, self._held, self._seen = _visible(self._held, self._seen), "", b""
         return held
+
+
+def _visible(text: str, seen: bytes) -> str:
+    return "".join(itertools.compress(text, seen)) if 0 in seen else text
 
 
 class Detokenizer:
@@ -104,6 +114,9 @@ class Detokenizer:
         min_tokens: int = 0,
     ):
         self._decoder = IncrementalDecoder(tokenizer, prompt_ids, skip_special_tokens)
+        # Tokens that are not shown, but that a stop string contains.
+        hidden = tokenizer.special.items() if skip_special_tokens and stop else ()
+        self._hidden = {token: text for token, text in hidden if any(text in each for each in stop)}
         self._stops = StopMatcher(stop, include_stop_str_in_output)
         self._min_tokens = min_tokens  # stop strings ending in these first tokens do not count
         self._num_tokens = 0
@@ -118,7 +131,11 @@ class Detokenizer:
         shown = []
         for used, token in enumerate(tokens, 1):
             self._num_tokens += 1
-            shown.append(self._stops.push(self._decoder.push(token), self._num_tokens > self._min_tokens))
+            may_match, hidden = self._num_tokens > self._min_tokens, self._hidden.get(token)
+            piece = self._decoder.push(token) if hidden is None else self._decoder.flush()
+            shown.append(self._stops.push(piece, may_match))
+            if hidden is not None and self._stops.matched is None:
+                shown.append(self._stops.push(hidden, may_match, visible=False))
             if self._stops.matched is not None:
                 return "".join(shown), used
         return "".join(shown), len(tokens)

@@ -26,6 +26,29 @@ _LLAMA_CPP_DEFAULT = (  # each splits what the one before left
 )
 
 
+# Tokens that llama.cpp lets end an answer wherever a vocabulary has them, since many files name one of several as eos.
+_ENDS = [
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<|flush|>",
+    "<|calls|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "</s>",
+    "<|eom_id|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "[EOS]",
+    "<|end_of_text|>",
+    "<end_of_utterance>",
+    "<eos>",
+]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Pre:
     """Way to cut text into words before merging."""
@@ -68,7 +91,16 @@ def load_gguf_tokenizer(path: str | Path) -> Vocabulary:
     add_bos = default_bos if wants_bos is None else bool(wants_bos)
     add_eos = bool(file.get("tokenizer.ggml.add_eos_token", int))
     _frame(tokenizer, bos if add_bos else None, eos if add_eos else None)
-    return Vocabulary(tokenizer, present(bos_token=bos, eos_token=eos), file.get("tokenizer.chat_template", str))
+    named, template = present(bos_token=bos, eos_token=eos), file.get("tokenizer.chat_template", str)
+    return Vocabulary(tokenizer, named, template, ends=_ends(tokenizer, file))
+
+
+def _ends(tokenizer: Tokenizer, file: GgufFile) -> tuple[str, ...]:
+    """Return the tokens that end an answer, beside eos. In harmony's format <|end|> ends a part of one only."""
+    found = {token for token in _ENDS if tokenizer.token_to_id(token) is not None}
+    if {"<|return|>", "<|call|>"} <= found:
+        found.discard("<|end|>")
+    return tuple(sorted(found | set(present(eot=_token(file, "eot"), eom=_token(file, "eom")).values())))
 
 
 def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
@@ -114,7 +146,8 @@ def _kinds(file: GgufFile) -> list[int]:
 def _add_special_tokens(tokenizer: Tokenizer, file: GgufFile) -> None:
     marks = (Kind.CONTROL, Kind.UNKNOWN)
     kinds = zip(_needed(file, "tokens"), _kinds(file), strict=False)
-    added = [(token, kind in marks) for token, kind in kinds if kind in (*marks, Kind.USER_DEFINED)]
+    specials = ((token, kind in marks or token in _ENDS, kind) for token, kind in kinds)
+    added = [(token, special) for token, special, kind in specials if special or kind == Kind.USER_DEFINED]
     tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token, special in added])
 
 
@@ -129,7 +162,10 @@ def _frame(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> None:
 
 def _token(file: GgufFile, name: str) -> str | None:
     token_id = file.get(f"tokenizer.ggml.{name}_token_id", int)
-    return None if token_id is None else _needed(file, "tokens")[token_id]
+    tokens = _needed(file, "tokens")
+    if token_id is not None and not 0 <= token_id < len(tokens):
+        raise ModelError(f"{file.path} has tokenizer.ggml.{name}_token_id {token_id}; it has {len(tokens)} tokens")
+    return None if token_id is None else tokens[token_id]
 
 
 def _pair(merge: str, file: GgufFile) -> tuple[str, str]:

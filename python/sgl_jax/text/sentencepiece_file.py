@@ -19,8 +19,12 @@ from sgl_jax.text.vocabulary import Vocabulary, present
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 
-def load_sentencepiece(path: Path) -> Vocabulary:
-    """Build the vocabulary. Raises ModelError for damaged files, and for settings that `tokenizers` lacks."""
+def load_sentencepiece(path: Path, prefix_once: bool = False) -> Vocabulary:
+    """Build the vocabulary. Raises ModelError for damaged files, and for settings that `tokenizers` lacks.
+
+    A text gets a space in front where the file asks for it, and so does each part behind a special token, unless
+    `prefix_once`.
+    """
     try:
         model = _fields(path.read_bytes())
         stored = [_fields(piece) for piece in model.get(1, [])]
@@ -41,13 +45,17 @@ def load_sentencepiece(path: Path) -> Vocabulary:
     pieces = Pieces(texts, kinds, scores, unk, byte_fallback, whole_words=Kind.USER_DEFINED in kinds)
     tokenizer = _model(pieces, _last(trainer, 3, _UNIGRAM), path)
     prefix = bool(_last(normaliser, 3, 1))
-    tokenizer.normalizer = _normalizer(_last(normaliser, 2, b""), _last(normaliser, 4, 1), prefix)
+    tokenizer.normalizer = _normalizer(_last(normaliser, 2, b""), _last(normaliser, 4, 1), prefix and not prefix_once)
+    once = prefix and prefix_once
+    cuts: list[Any] = [pre_tokenizers.Metaspace("▁", prepend_scheme="first", split=False)] if once else []
     # User-defined pieces are cut out first, the longest before others. Spaces have become ▁ by then, so a piece with a
     # space is never found; sentencepiece does the same.
     own: list[str] = [t for t, kind in zip(texts, kinds, strict=True) if kind == Kind.USER_DEFINED]
     if own:
         pattern = "|".join([re.escape(text) for text in sorted(own, key=len, reverse=True)])
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        cuts.append(pre_tokenizers.Split(Regex(pattern), behavior="isolated"))
+    if cuts:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     decode_spaces(tokenizer, prefix=prefix)
     special = [t for t, kind in zip(texts, kinds, strict=True) if kind in (Kind.CONTROL, Kind.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])

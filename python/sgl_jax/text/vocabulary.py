@@ -1,6 +1,8 @@
 """Result of every reader of vocabularies: a tokenizer with its special tokens and chat template."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from tokenizers import Tokenizer
 
@@ -10,9 +12,12 @@ class Vocabulary:
     """Tokenizer built from a model's files, and their special tokens and template."""
 
     backend: Tokenizer
-    special_tokens: dict[str, str] = dataclasses.field(default_factory=dict)  # by name: "eos_token"
+    special_tokens: dict[str, Any] = dataclasses.field(default_factory=dict)  # by name: "eos_token"; a text or several
     chat_template: str | None = None
     is_sentencepiece: bool = False
+    named_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further ones: "tool_use"
+    add_bos: bool | None = None  # None: as the backend's own post-processor does
+    ends: tuple[str, ...] = ()  # tokens that end an answer, beside eos
 
 
 def present(**tokens: str | None) -> dict[str, str]:
