@@ -104,7 +104,9 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
 @with_fields(off_fields("CompletionRequest"), null_fields("suffix"))
 class CompletionRequest(SamplingFields):
     prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
-    max_tokens: Annotated[int, limits("max_tokens", low=0)] | None = Field(None, description="16, or what fits, if not set")
+    max_tokens: Annotated[int, limits("max_tokens", low=0)] | None = Field(
+        None, description="16, or what fits, if not set"
+    )
     add_special_tokens: bool | None = Field(None, description="text prompts get BOS; true if not set")
     echo: bool | None = None
     logprobs: Annotated[int, limits("logprobs")] | None = None
