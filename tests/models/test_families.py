@@ -12,7 +12,7 @@ import pytest
 from sgl_jax.models.decoder_config import LognScaling
 from sgl_jax.models.families import decoder_config, tensor_names
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.weight_plan import plan_weights
+from sgl_jax.models.plan import plan_weights
 
 BASE = {
     "vocab_size": 100,

@@ -25,9 +25,9 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.hf_config import eos_token_ids
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.names import TensorNames
+from sgl_jax.models.plan import plan_weights
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
-from sgl_jax.models.weight_plan import plan_weights
 
 type Families = Mapping[str, ModuleType]  # by architecture
 

@@ -22,10 +22,10 @@ from jax.typing import DTypeLike
 from sgl_jax.models.checkpoint import Checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import FAMILIES, Families, tensor_names
+from sgl_jax.models.plan import Leaf, flat_weights, leaves_of, plan_weights
 from sgl_jax.models.shard import Shard, as_slice, shard_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor, rows_below
-from sgl_jax.models.weight_plan import Leaf, flat_weights, leaves_of, plan_weights
 from sgl_jax.models.weights import Weights, declare
 from sgl_jax.parallel.grid import LONE
 

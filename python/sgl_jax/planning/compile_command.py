@@ -12,9 +12,9 @@ import rich.console
 from sgl_jax.engine.launch_plan import LaunchPlan
 from sgl_jax.observability import log
 from sgl_jax.planning import plan_report
+from sgl_jax.planning.fit import Misfit, launch_of, make_plan
 from sgl_jax.planning.launch_programs import DoesNotCompile, ProgramFacts, compile_launch
 from sgl_jax.planning.model import PlannedModel, find_model, read_model
-from sgl_jax.planning.plan import Misfit, launch_of, make_plan
 from sgl_jax.planning.target import Target, find_target, target_here
 from sgl_jax.planning.topology import set_tpu_environment
 from sgl_jax.runtime.compiler import use_compile_cache
