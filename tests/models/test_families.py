@@ -157,7 +157,7 @@ def test_qwen_windows_need_use_sliding_window(architecture):
 @pytest.mark.parametrize("architecture", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"])
 def test_the_number_of_qwen_s_experts_has_two_names(architecture):
     for key in ("num_experts", "num_local_experts"):
-        moe = decoder_config(hf(architecture, **{key: 6})).moe
+        moe = decoder_config(hf(architecture, num_experts_per_tok=2, **{key: 6})).moe
         assert moe is not None
         assert moe.num_experts == 6
 

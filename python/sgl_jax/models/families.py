@@ -15,7 +15,9 @@ from sgl_jax.models import (
     gpt_oss,
     grok,
     llama,
+    llama_like,
     mixtral,
+    phi3,
     qwen1,
     qwen2,
     qwen3,
@@ -36,8 +38,9 @@ def _by_architecture(modules: Iterable[ModuleType]) -> Families:
     return MappingProxyType({architecture: module for module in modules for architecture in module.ARCHITECTURES})
 
 
-_OURS = (llama, qwen1, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, bailing, gpt_oss, grok, deepseek)
-FAMILIES = _by_architecture(_OURS)
+_DENSE = (llama, llama_like, phi3, qwen1, qwen2, qwen3, gemma)
+_OF_EXPERTS = (qwen_moe, mixtral, glm4_moe, bailing, gpt_oss, grok, deepseek)
+FAMILIES = _by_architecture((*_DENSE, *_OF_EXPERTS))
 GROUP = "sgl_jax.models"  # entry points of installed packages: architecture = module
 
 
