@@ -19,6 +19,7 @@ from sgl_jax.engine.native_params import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
 from sgl_jax.settings.flags import Setting
+from sgl_jax.settings.hub import refuse_no_model
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -45,6 +46,7 @@ class Engine:
 
             return build_core(args)
 
+        refuse_no_model(args.model_path)
         tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
         self._start(build, tokenizer, args.stream_interval, args.max_queued_requests)
 

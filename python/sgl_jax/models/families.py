@@ -23,13 +23,16 @@ from sgl_jax.models import (
     qwen3,
     qwen_moe,
 )
+from sgl_jax.models.architecture import WHOLES, architecture_of_type, text_model
+from sgl_jax.models.config_fields import check_fields
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.hf_config import eos_token_ids
-from sgl_jax.models.model_errors import ModelError
+from sgl_jax.models.model_errors import ModelError, faults_named
 from sgl_jax.models.names import TensorNames
 from sgl_jax.models.plan import plan_weights
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
+from sgl_jax.models.stored_names import has_own_head
 
 type Families = Mapping[str, ModuleType]  # by architecture
 
@@ -71,19 +74,28 @@ def decoder_config(
 ) -> DecoderConfig:
     """Translate config.json. End-of-sequence ids come from generation_config.json if it has them.
 
-    Raises ModelError for an unknown architecture. The error names the families that the checkpoint's `tensors` would
-    fit.
+    Of a model that also sees or hears, the text model is described. A head that is stored with values of its own counts,
+    even if the config calls it tied, as in transformers 5. Raises ModelError for an unknown architecture; the error names
+    the families that the checkpoint's `tensors` would fit.
     """
     hf, generation_config = RawConfig(hf), RawConfig(generation_config or {})
-    architectures = hf.get("architectures") or []
-    architecture, family = next(((a, f) for a in architectures if (f := _find(a, families))), (None, None))
+    check_fields({key: hf.get(key) for key in ("architectures", "model_type", "text_config")})
+    architecture = whole = _architecture(hf, families)
+    if whole in WHOLES:
+        architecture, hf = text_model(hf, whole, families)
+    family = _find(architecture, families) if architecture else None
     if architecture is None or family is None:
         raise ModelError(
-            f"config.json names the architecture {', '.join(architectures) or '(none)'} "
-            f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(families))}"
-            f"{_relatives(hf, tensors, families)}"
+            f"config.json names the architecture {', '.join(hf.get('architectures') or ()) or '(none)'} "
+            f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(families))}, and the text of "
+            f"{', '.join(WHOLES)}{_relatives(hf, tensors, families)}"
         )
-    config = _translated(architecture, family, hf)
+    check_fields(hf)
+    with faults_named("config.json", f"{architecture} cannot be made of it"):
+        config = _translated(architecture, family, hf)
+    config = dataclasses.replace(config, part_of=whole if whole in WHOLES else None)
+    if tensors and config.tie_embeddings and has_own_head(tensors, config, family.NAMES):
+        config = dataclasses.replace(config, tie_embeddings=False)
     eos = tuple(token for token in eos_token_ids(generation_config) or config.eos_token_ids if token >= 0)
     if family_eos := getattr(family, "eos_token_ids", None):
         more = (token for token in family_eos(generation_config) if token < config.vocab_size)
@@ -99,6 +111,16 @@ def tensor_names(config: DecoderConfig, families: Families = FAMILIES) -> Tensor
     if family is None:
         raise ModelError(f"{config.architecture} is none of {', '.join(sorted(families))}")
     return family.NAMES
+
+
+def _architecture(hf: RawConfig, families: Families) -> str | None:
+    """Return the first of `architectures` that is served, alone or for its text. Where none is given, or only a class
+    without a head, it follows from model_type."""
+    names = hf.get("architectures") or []
+    found = next((name for name in names if name in WHOLES or _find(name, families)), None)
+    if found is None and all(name.endswith("Model") for name in names):
+        return architecture_of_type(hf.get("model_type") or "", (*WHOLES, *families))
+    return found
 
 
 def _find(architecture: str, families: Families) -> ModuleType | None:
@@ -130,7 +152,7 @@ def _relatives(hf: RawConfig, tensors: Mapping[str, StoredTensor] | None, famili
     fitting = []
     for architecture, family in families.items():
         with contextlib.suppress(*not_its_config):
-            plan_weights(tensors, _translated(architecture, family, hf), "float32", family.NAMES, source="")
+            plan_weights(tensors, _translated(architecture, family, hf), family.NAMES, source="")
             fitting.append(architecture)
     if not fitting:
         return ". Its tensors have the names and shapes of none of them"

@@ -75,7 +75,7 @@ def load_weights(
     tensors = checkpoint.tensors
     if rounded_to is not None:
         tensors = {name: tensor.rounded(rounded_to) for name, tensor in tensors.items()}
-    leaves = plan_weights(tensors, config, dtype, tensor_names(config, families), source=str(checkpoint.path))
+    leaves = plan_weights(tensors, config, tensor_names(config, families), dtype, source=str(checkpoint.path))
     return _placed(declare(config, dtype), leaves, checkpoint.total_bytes, placer, report)
 
 

@@ -25,6 +25,7 @@ from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ProcessTransport
 from sgl_jax.observability.log import READY
 from sgl_jax.server.app import create_app
+from sgl_jax.settings.hub import HubError, refuse_no_model
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 
@@ -55,9 +56,10 @@ def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
     transport = ProcessTransport(server_args, core_factory)
     with contextlib.closing(listener):
         try:
+            refuse_no_model(server_args.model_path)
             transport.launch()  # the engine loads while the tokenizer does
             return uvloop.run(_Server(server_args, transport, listener).run())
-        except (TokenizerError, TemplateError) as error:
+        except (HubError, TokenizerError, TemplateError) as error:
             print(f"sgl_jax: error: {error}", file=sys.stderr)
             return FAILED
         finally:
