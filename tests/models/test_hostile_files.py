@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,19 @@ def test_any_change_of_a_safetensors_file_is_read_or_refused_by_name(tmp_path_fa
         for tensor in read_safetensors(path).values():
             if tensor.supported and tensor.shape:
                 tensor.read()
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "gpt_oss", "phi3"])
+def test_a_tensor_of_any_wrong_shape_is_named(checkpoint: Callable[[str], Path], family: str) -> None:
+    """Some families take rows of their tensors, or turn them, before shapes are compared."""
+    found = open_checkpoint(str(checkpoint(family)))
+    decoder = decoder_config(found.config)
+    names = tensor_names(decoder)
+    for name, tensor in found.tensors.items():
+        for shape in ((), (0,), (0, 0), (3, 5), (2, 0, 4)):
+            tensors = {**found.tensors, name: dataclasses.replace(tensor, shape=shape)}
+            with pytest.raises(ModelError, match=re.escape(name)):
+                plan_weights(tensors, decoder, names, source="")
 
 
 def opened(path: Path) -> None:

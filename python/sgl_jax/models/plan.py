@@ -56,10 +56,11 @@ def plan_weights(
                 missing.append(name)
                 continue
             piece = stored[name]
-            if piece.shape != shape:
-                misshapen.append(f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}")
             if not piece.supported:
                 unreadable.append(f"{piece.name} ({piece.dtype})")
+            if piece.shape != shape:
+                misshapen.append(f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}")
+                continue
             if path == ".lm_head" and config.normalised_head:
                 piece = with_unit_columns(piece)
             pieces.append(piece.take(rows.order) if rows else piece)
