@@ -114,12 +114,13 @@ def tensor_names(config: DecoderConfig, families: Families = FAMILIES) -> Tensor
 
 
 def _architecture(hf: RawConfig, families: Families) -> str | None:
-    """Return the first of `architectures` that is served, alone or for its text. Where none is given, or only a class
-    without a head, it follows from model_type."""
+    """Return the first of `architectures` that is served, alone or for its text. It follows from model_type where none is
+    given, only a class without a head, or the class of a text model whose config lies in a larger one's."""
     names = hf.get("architectures") or []
     found = next((name for name in names if name in WHOLES or _find(name, families)), None)
-    if found is None and all(name.endswith("Model") for name in names):
-        return architecture_of_type(hf.get("model_type") or "", (*WHOLES, *families))
+    inside = hf.get("text_config") and hf.get("hidden_size") is None
+    if inside or (found is None and all(name.endswith("Model") for name in names)):
+        return architecture_of_type(hf.get("model_type") or "", (*WHOLES, *families)) or found
     return found
 
 
