@@ -22,6 +22,7 @@ from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
 from sgl_jax.observability import log
 from sgl_jax.settings.flags import Setting
+from sgl_jax.settings.hub import refuse_no_model
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Engine:
 
         with log.heard():
             logger.info("sgl_jax %s, starting", __version__)
+            refuse_no_model(args.model_path)
             tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
             self._start(build, tokenizer, args.stream_interval, args.max_queued_requests)
             logger.info("Ready after %.1f s", self.info.start_seconds)

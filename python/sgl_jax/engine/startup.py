@@ -109,6 +109,13 @@ def build_device_side(
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
     model, kernels, plan = _decide(args, families, checkpoint, platform, device_bytes)
     accept(plan)
+    if model.longer is not None:
+        logger.warning(
+            "Contexts end at %d tokens, beyond which longrope has other factors: --context-length up to %d takes those "
+            "for all requests",
+            model.context_length,
+            model.longer.length,
+        )
     memory = plan.memory
     logger.info(
         log.memory_table(
@@ -155,6 +162,7 @@ def _decide(
     args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int
 ) -> tuple[DecoderConfig, Kernels, LaunchPlan]:
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
+    model = model.for_context(args.context_length)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
     return model, kernels, plan

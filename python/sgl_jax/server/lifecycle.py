@@ -27,6 +27,7 @@ from sgl_jax.engine.transport import NoSockets, ProcessTransport
 from sgl_jax.observability.log import READY
 from sgl_jax.server.app import create_app
 from sgl_jax.server.connection import Limits, http_config, most_connections
+from sgl_jax.settings.hub import HubError, refuse_no_model
 from sgl_jax.settings.serving_flags import MAX_QUEUED_REQUESTS
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
@@ -62,9 +63,10 @@ def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
     transport = ProcessTransport(server_args, core_factory)
     with contextlib.closing(listener):
         try:
+            refuse_no_model(server_args.model_path)
             transport.launch()  # the engine loads while the tokenizer does
             return uvloop.run(_Server(server_args, transport, listener, limits).run())
-        except (TokenizerError, TemplateError, NoSockets) as error:
+        except (HubError, TokenizerError, TemplateError, NoSockets) as error:
             print(f"sgl_jax: error: {error}", file=sys.stderr)
             return FAILED
         finally:
