@@ -1,12 +1,10 @@
 """Start-up of an engine: from server arguments to a core that is ready to step, with a log line for each stage."""
 
-import contextlib
 import dataclasses
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import jax
 
@@ -124,12 +122,18 @@ def build_device_side(
     runner = ModelRunner(
         model, plan.runner_config, kernels, placement, stacks_layers=platform.stacks_layers, announce=announce
     )
-    with _compiling(runner) as compiled:
-        weights = _load(
-            checkpoint, model, families, plan.runner_config.weight_dtype, args, platform, placement, compiled
-        )
-        compiled.result()
+    compiled = runner.compile(_report_compile)
+    dtype = plan.runner_config.weight_dtype
+    try:
+        weights = _load(checkpoint, model, families, dtype, args, platform, placement, compiled)
+        if not args.skip_server_warmup:
+            compiled.result()
+    except BaseException:
+        runner.close()
+        raise
     runner.start(weights, barrier=lambda: agree(0))
+    if num_left := runner.num_compiling:
+        logger.info("%d of %d programs are still to be compiled (--skip-server-warmup)", num_left, len(runner.programs))
     return DeviceSide(model, platform, devices, plan, runner)
 
 
@@ -194,19 +198,6 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         decode_log_interval=args.decode_log_interval,
         profiler_dir=args.profiler_dir,
     )
-
-
-@contextlib.contextmanager
-def _compiling(runner: ModelRunner) -> Iterator[Future[None]]:
-    """Compile the runner's programs in a thread beside the block. An error in the block is raised at once: it does not
-    wait for programs that are being compiled (the interpreter's end does), and no further one begins."""
-    stopped = threading.Event()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-compile")
-    try:
-        yield thread.submit(runner.compile, _report_compile, stopped)
-    finally:
-        stopped.set()
-        thread.shutdown(wait=False)
 
 
 def _load(

@@ -77,7 +77,6 @@ NOT_BUILT = (
     ),
     Feature("a server without a tokenizer is", flags="--skip-tokenizer-init"),
     Feature("cutting prompts that are too long is", flags="--allow-auto-truncate", fields="truncate_prompt_tokens"),
-    Feature("ending a server whose step hangs is", flags="--watchdog-timeout --soft-watchdog-timeout"),
     Feature(
         "HTTPS, and answering other web pages (CORS), are", flags="--ssl-* --root-path --allow-credentials --allowed-*"
     ),
