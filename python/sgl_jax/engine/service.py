@@ -25,6 +25,7 @@ from sgl_jax.engine.generation import (
 )
 from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Stats
 from sgl_jax.engine.transport import Transport
+from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.metrics import RequestMetrics
 from sgl_jax.request import InvalidParameter, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
@@ -42,6 +43,7 @@ class GenerationService:
         tokenizer: Tokenizer,
         stream_interval: int = 1,
         max_queued_requests: int | None = None,
+        watchdog: Watchdog | None = None,
     ):
         self.tokenizer = tokenizer
         self.stats = Stats()
@@ -49,6 +51,8 @@ class GenerationService:
         self._transport = transport
         self._stream_interval = stream_interval
         self._max_queued = max_queued_requests
+        self._watchdog = watchdog or Watchdog()
+        self._watching: asyncio.Task[None] | None = None
         self._info: EngineInfo | None = None
         self.failure: str | None = None  # why the engine has died
         self.failed = asyncio.Event()  # set when it has died
@@ -64,6 +68,9 @@ class GenerationService:
         await self._settled.wait()
         if self.failure is not None:
             raise EngineFailed(self.failure)
+        self._watching = asyncio.create_task(
+            self._watchdog.run(lambda: bool(self._choices or self._answers), self._give_up)
+        )
         return self.info
 
     def open(self) -> None:
@@ -84,6 +91,8 @@ class GenerationService:
         """End every request with an error and the engine with a Shutdown."""
         self.accepting = False
         self._fail_all(ServiceUnavailable("the server is shutting down"))
+        if self._watching is not None and not self._watching.cancel():  # it has ended, because the engine hangs
+            timeout = 0.0
         await self._transport.close(timeout)
 
     @property
@@ -113,6 +122,15 @@ class GenerationService:
         if not self.accepting:
             starting = self._info is None
             raise ServiceUnavailable(_STARTING if starting else "the server takes no requests now")
+
+    def check_progress(self) -> None:
+        """Raises ServiceUnavailable while the engine seems to hang, and what check_ready does."""
+        self.check_ready()
+        if problem := self._watchdog.problem:
+            raise ServiceUnavailable(problem)
+
+    def _give_up(self, reason: str) -> None:
+        self._on_event(messages.EngineDied(f"{reason} while {len(self._choices)} requests wait"))
 
     def submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
         """Check and send requests, of which either all are accepted or none.
@@ -219,6 +237,7 @@ class GenerationService:
             future.set_result(answer)
 
     def _on_event(self, event: Event) -> None:
+        self._watchdog.see(event, self.stats)
         match event:
             case messages.StepOutput():
                 self._choices.push(event)

@@ -78,7 +78,7 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
         leader.close(one_line(error))
         raise
     core = _core(args, device_side, started)
-    leader.serve()
+    leader.serve(args.watchdog_timeout)
     return LeadingCore(core, leader)
 
 

@@ -23,6 +23,7 @@ from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.process import CORE_FACTORY
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ProcessTransport
+from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.log import READY
 from sgl_jax.server.app import create_app
 from sgl_jax.text.chat_template import TemplateError
@@ -95,7 +96,12 @@ class _Server:
         tokenizer = await asyncio.to_thread(
             load_tokenizer, args.tokenizer_path or args.model_path, args.chat_template, args.downloads
         )
-        service = GenerationService(self._transport, tokenizer, args.stream_interval, args.max_queued_requests)
+        hard_s = args.watchdog_timeout
+        if args.nnodes > 1 and hard_s:
+            hard_s += 5.0  # host 0's engine process, which can name the host that is behind, goes first
+        watchdog = Watchdog(args.soft_watchdog_timeout, hard_s)
+        queue = args.max_queued_requests
+        service = GenerationService(self._transport, tokenizer, args.stream_interval, queue, watchdog)
         http = _Uvicorn(
             uvicorn.Config(
                 create_app(service, args),
