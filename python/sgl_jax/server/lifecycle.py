@@ -24,6 +24,7 @@ from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.process import CORE_FACTORY
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import NoSockets, ProcessTransport
+from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.log import READY
 from sgl_jax.server.app import create_app
 from sgl_jax.server.connection import Limits, http_config, most_connections
@@ -105,8 +106,12 @@ class _Server:
         tokenizer = await asyncio.to_thread(
             load_tokenizer, args.tokenizer_path or args.model_path, args.chat_template, args.downloads
         )
+        hard_s = args.watchdog_timeout
+        if args.nnodes > 1 and hard_s:
+            hard_s += 5.0  # host 0's engine process, which can name the host that is behind, goes first
+        watchdog = Watchdog(args.soft_watchdog_timeout, hard_s)
         max_queued = args.max_queued_requests or MAX_QUEUED_REQUESTS
-        service = GenerationService(self._transport, tokenizer, args.stream_interval, max_queued)
+        service = GenerationService(self._transport, tokenizer, args.stream_interval, max_queued, watchdog)
         http = _Uvicorn(http_config(create_app(service, args), self._limits, _LAST_WORDS_S))
         listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         host, port = self._listener.getsockname()[:2]
