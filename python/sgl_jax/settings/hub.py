@@ -5,7 +5,6 @@ A download that broke off continues where it stopped. Files that are there alrea
 
 import dataclasses
 import fcntl
-import fnmatch
 import hashlib
 import http.client
 import json
@@ -16,7 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from http.client import HTTPMessage
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -64,11 +63,8 @@ def local_path(path: str, files: Sequence[str], downloads: Downloads, without: S
 def refuse_no_model(path: str | Path) -> None:
     """Raise HubError for a file or folder of this machine in which there is no model."""
     local = Path(path).expanduser()
-    if (
-        local.suffix != ".gguf"
-        and local.exists()
-        and not ((local / "config.json").exists() or any(local.glob("*.gguf")))
-    ):
+    has_model = (local / "config.json").exists() or any(local.glob("*.gguf"))
+    if local.suffix != ".gguf" and local.exists() and not has_model:
         raise HubError(f"{path} is no model: no config.json, no .gguf; give a model's folder, a .gguf file or a hub id")
 
 
@@ -119,12 +115,16 @@ def _from_hugging_face(name: str, files: Sequence[str], without: Sequence[str], 
 
 def _from_modelscope(name: str, files: Sequence[str], without: Sequence[str], downloads: Downloads) -> Path:
     """Use ModelScope's API: one request lists the files with sizes and hashes, one more fetches each."""
+    from huggingface_hub.utils import filter_repo_objects
+
     model = f"{downloads.endpoint.rstrip('/')}/api/v1/models/{urllib.parse.quote(name)}/repo"
     folder = Path(downloads.folder or "~/.cache/modelscope/hub/models").expanduser() / name
     try:
         with _open(f"{model}/files?Revision=master&Recursive=true", downloads.token) as answer:
             listed = json.load(answer)["Data"]["Files"]
-        chosen = [f for f in listed if f.get("Type") != "tree" and _matches(f["Path"], files, without)]
+        stored = {f["Path"]: f for f in listed if f.get("Type") != "tree"}
+        paths = filter_repo_objects(stored, allow_patterns=list(files), ignore_patterns=list(without))
+        chosen = [stored[path] for path in paths]
         progress, done, total = Progress(name), 0, sum(f["Size"] for f in chosen)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise HubError(
@@ -148,13 +148,6 @@ def _from_modelscope(name: str, files: Sequence[str], without: Sequence[str], do
                 ) from error
         done += f["Size"]
     return folder
-
-
-def _matches(path: str, files: Iterable[str], without: Iterable[str]) -> bool:
-    def fits(patterns: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
-
-    return fits(files) and not fits(without)
 
 
 def _fetch_file(

@@ -129,7 +129,6 @@ class ServingFlags:
     device: Literal["tpu", "gpu", "cpu"] | None = flag(
         None, "where the model runs", unset="the best present", refused={"cuda": "write gpu"}, group=DEVICE
     )
-
     mem_fraction_static: float | None = flag(
         None,
         "share of the device's memory, on CPU of what is free at the start, for weights and KV cache",
@@ -152,7 +151,6 @@ class ServingFlags:
     schedule_policy: Literal["fcfs", "lpm"] = flag(
         "fcfs", "who is admitted first: first come, or longest prefix match", group=SCHEDULING
     )
-
     max_running_requests: int | None = flag(
         None, "requests in one step", unset="256, on CPU 32; less if the KV cache is small", rule=at_least(1)
     )
