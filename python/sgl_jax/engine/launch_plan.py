@@ -120,10 +120,9 @@ def _check_pool(args: ServerArgs, memory: MemoryPlan, page_size: int, grid: Grid
         ("--max-running-requests", args.max_running_requests, (memory.num_pages - 1) * grid.data),
     ):
         if value is not None and value > most:
-            raise ValueError(
-                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} "
-                f"allows {most}; lower it, or raise --max-total-tokens or --mem-fraction-static"
-            )
+            pool = f"the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} allows {most}"
+            cure = "lower it, or raise --max-total-tokens or --mem-fraction-static"
+            raise ValueError(f"{flag} is {value}; {pool}; {cure}")
 
 
 def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:

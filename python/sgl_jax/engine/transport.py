@@ -25,7 +25,7 @@ from sgl_jax.engine.messages import Command, EngineDied, Event, Shutdown
 from sgl_jax.engine.process import spawn
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    from sgl_jax.settings.server_args import ServerArgs
 
 _RECONNECT_MS = 10
 _LAST_WORDS_S = 0.5
@@ -91,7 +91,7 @@ class ThreadTransport:
 class ProcessTransport:
     """Runs the engine in a child process, started by `launch`; the sockets are in a private folder."""
 
-    def __init__(self, server_args: DataclassInstance, core_factory: str):
+    def __init__(self, server_args: ServerArgs, core_factory: str):
         self._server_args, self._core_factory = server_args, core_factory
         self._folder = ""
         self._context: zmq.Context[Any] | None = None
@@ -104,7 +104,7 @@ class ProcessTransport:
         self._decode = msgspec.msgpack.Decoder(Event).decode
 
     def launch(self) -> None:
-        """Start the process, which loads while the caller goes on. `start` does it, too, if this was not called."""
+        """Start the process, which loads while the caller goes on."""
         self._folder = _private_folder()
         commands, events = f"ipc://{self._folder}/commands", f"ipc://{self._folder}/events"
         self._context = zmq.Context()
@@ -121,8 +121,6 @@ class ProcessTransport:
         self._process = spawn(self._server_args, self._core_factory, commands, events)
 
     def start(self, on_event: OnEvent) -> None:
-        if self._process is None:
-            self.launch()
         self._on_event = on_event
         self._loop = asyncio.get_running_loop()
         self._fd = int(self._events.getsockopt(zmq.FD))
@@ -156,8 +154,6 @@ class ProcessTransport:
 
     async def close(self, timeout: float) -> None:
         self._closing = True
-        if self._context is None:
-            return
         if timeout > 0 and self._loop is not None and not self._exited.is_set():
             self.send(Shutdown())
             await asyncio.to_thread(self._exited.wait, timeout)

@@ -82,35 +82,17 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
     @routes.get("/get_model_info", tags=["Information"], **documented(ModelInfo, body=False))
     async def get_model_info() -> Response:
         info = service.info
-        return json_response(
-            ModelInfo(
-                model_path=state.server_args.model_path,
-                tokenizer_path=state.tokenizer_path,
-                is_generation=True,
-                preferred_sampling_params=None,
-                architecture=info.architecture,
-                dtype=info.dtype,
-                context_length=info.context_length,
-                vocab_size=info.vocab_size,
-            )
-        )
+        paths = state.server_args.model_path, state.tokenizer_path
+        return json_response(ModelInfo(*paths, info.architecture, info.dtype, info.context_length, info.vocab_size))
 
     @routes.get("/get_server_info", tags=["Information"], **documented(ServerInfo, body=False))
     async def get_server_info() -> Response:
         """Returns every flag at the top level (secrets hidden), what the engine resolved, and its latest numbers."""
-        engine = msgspec.to_builtins(service.info)
-        return json_response(
-            {
-                **state.server_args.to_dict(),
-                "tokenizer_path": state.tokenizer_path,
-                "version": __version__,
-                "max_total_num_tokens": engine["max_total_tokens"],
-                "engine": engine,
-                "internal_states": [
-                    {"last_gen_throughput": service.stats.gen_throughput} | msgspec.structs.asdict(service.stats)
-                ],
-            }
-        )
+        info, stats = service.info, service.stats
+        numbers = {"last_gen_throughput": stats.gen_throughput, **msgspec.structs.asdict(stats)}
+        about = {"tokenizer_path": state.tokenizer_path, "version": __version__, "engine": info}
+        sizes = {"max_total_num_tokens": info.max_total_tokens, "internal_states": [numbers]}
+        return json_response({**state.server_args.to_dict(), **about, **sizes})
 
     @routes.get("/version", tags=["Information"], **documented(Version, body=False, engine=False))
     async def version() -> Response:

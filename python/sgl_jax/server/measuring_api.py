@@ -8,7 +8,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sgl_jax.engine.generation import Conflict
-from sgl_jax.engine.messages import ProfileStatus
+from sgl_jax.engine.messages import GetProfile, ProfileStatus, StartProfile, StopProfile
 from sgl_jax.engine.profiling import MOST_STEPS
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState, json_response
@@ -71,16 +71,16 @@ def router(state: ServerState) -> APIRouter:
         asked = body or StartProfileRequest()
         folder = _folder_inside(state.server_args.profiler_dir, asked.output_dir)
         levels = asked.host_tracer_level, asked.python_tracer_level
-        return json_response(await service.start_profile(folder, asked.num_steps, *levels))
+        return json_response(await service.profile(lambda call: StartProfile(call, folder, asked.num_steps, *levels)))
 
     @routes.post("/stop_profile", **documented(ProfileStatus, body=False, conflict=True))
     async def stop_profile() -> Response:
         """Ends the profile and names its files; 409 if none runs."""
-        return json_response(await service.stop_profile())
+        return json_response(await service.profile(StopProfile))
 
     @routes.get("/profile_status", **documented(ProfileStatus, body=False))
     async def profile_status() -> Response:
         """Returns the state of the profile that runs, or else of the last one."""
-        return json_response(await service.profile_status())
+        return json_response(await service.profile(GetProfile))
 
     return routes

@@ -100,9 +100,8 @@ def router(state: ServerState) -> APIRouter:
         if any(max(row, default=0) >= limit for row in rows):
             raise InvalidParameter("tokens", f"tokens has an id above {limit - 1}, the end of the vocabulary")
         skip = body.skip_special_tokens is not False
-        texts = await state.text_work(
-            sum(map(len, rows)) + len(rows), lambda: [state.tokenizer.decode(row, skip) for row in rows]
-        )
+        size = len(rows) + sum(map(len, rows))
+        texts = await state.text_work(size, lambda: [state.tokenizer.decode(row, skip) for row in rows])
         return json_response(DetokenizeResponse(texts if is_batch else texts[0]))
 
     @routes.post("/abort_request", **documented(Aborted))
@@ -130,14 +129,10 @@ def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
     params = body.sampling_params
     if params is not None:
         params = native_params(params) if isinstance(params, Body) else [native_params(each) for each in params]
-    start = -1 if body.logprob_start_len is None else body.logprob_start_len
-    options = LogprobOptions(
-        bool(body.return_logprob), body.top_logprobs_num or 0, start, bool(body.return_text_in_logprobs)
-    )
-    limit = state.service.info.context_length
-    return native_call(
-        state.tokenizer, limit, body.text, body.input_ids, params, body.rid, options, body.extra_key or ""
-    )
+    start, top = -1 if body.logprob_start_len is None else body.logprob_start_len, body.top_logprobs_num or 0
+    options = LogprobOptions(bool(body.return_logprob), top, start, bool(body.return_text_in_logprobs))
+    limit, key = state.service.info.context_length, body.extra_key or ""
+    return native_call(state.tokenizer, limit, body.text, body.input_ids, params, body.rid, options, key)
 
 
 async def _events(call: NativeCall, generation: Generation) -> AsyncIterator[bytes]:

@@ -53,9 +53,8 @@ def local_path(path: str, files: Sequence[str], downloads: Downloads, without: S
     if local.exists():
         return local
     if not is_hub_id(path):
-        raise HubError(
-            f"{path}: no such file or folder; give a model folder, a .gguf file or a hub id like Qwen/Qwen3-0.6B"
-        )
+        cure = "give a model folder, a .gguf file or a hub id like Qwen/Qwen3-0.6B"
+        raise HubError(f"{path}: no such file or folder; {cure}")
     download = _from_modelscope if downloads.source == "modelscope" else _from_hugging_face
     return download(path, files, without, downloads)
 
@@ -100,16 +99,13 @@ def _from_hugging_face(name: str, files: Sequence[str], without: Sequence[str], 
             name, cache_dir=folder, allow_patterns=taken, ignore_patterns=left, tqdm_class=Reported
         )
     except LocalEntryNotFoundError as error:
-        raise HubError(
-            f"{name} is neither a local path nor in the download cache, and the hub cannot be reached; "
-            "check the path, the network, HF_ENDPOINT and HF_HUB_OFFLINE, or point --download-dir at a filled cache"
-        ) from error
+        problem = f"{name} is neither a local path nor in the download cache, and the hub cannot be reached"
+        cure = "check the path, the network, HF_ENDPOINT and HF_HUB_OFFLINE, or point --download-dir at a filled cache"
+        raise HubError(f"{problem}; {cure}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
+        cure = "check the name, and set HF_TOKEN if the model is gated"
         reason = str(error).strip().partition("\n")[0]
-        raise HubError(
-            f"{name} is no local path and could not be fetched from the hub: {reason}; "
-            "check the name, and set HF_TOKEN if the model is gated"
-        ) from error
+        raise HubError(f"{name} is no local path and could not be fetched from the hub: {reason}; {cure}") from error
     return Path(found)
 
 
@@ -127,25 +123,20 @@ def _from_modelscope(name: str, files: Sequence[str], without: Sequence[str], do
         chosen = [stored[path] for path in paths]
         progress, done, total = Progress(name), 0, sum(f["Size"] for f in chosen)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise HubError(
-            f"{name} is no local path and could not be fetched from ModelScope ({downloads.endpoint}): {error}; "
-            "check the name, the network, and MODELSCOPE_API_TOKEN if the model needs one"
-        ) from error
+        cure = "check the name, the network, and MODELSCOPE_API_TOKEN if the model needs one"
+        problem = f"{name} is no local path and could not be fetched from ModelScope ({downloads.endpoint}): {error}"
+        raise HubError(f"{problem}; {cure}") from error
     for f in chosen:
         target = folder / f["Path"]
         if not target.resolve().is_relative_to(folder.resolve()):
             raise HubError(f"{name} lists a file outside its folder: {f['Path']}")
         if not _is_whole(target, f["Size"]):
-            query = urllib.parse.urlencode({"Revision": "master", "FilePath": f["Path"]})
+            url = f"{model}?{urllib.parse.urlencode({'Revision': 'master', 'FilePath': f['Path']})}"
             try:
-                _fetch_file(
-                    f"{model}?{query}", target, f, downloads.token, lambda n, done=done: progress.at(done + n, total)
-                )
+                _fetch_file(url, target, f, downloads.token, lambda n, done=done: progress.at(done + n, total))
             except OSError as error:
-                raise HubError(
-                    f"{f['Path']} of {name} could not be fetched from ModelScope: {error}; "
-                    "start again: what has arrived is kept"
-                ) from error
+                problem = f"{f['Path']} of {name} could not be fetched from ModelScope: {error}"
+                raise HubError(f"{problem}; start again: what has arrived is kept") from error
         done += f["Size"]
     return folder
 

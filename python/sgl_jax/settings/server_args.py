@@ -229,9 +229,8 @@ class ServerArgs(ServingFlags):
         if self.api_key is None and os.environ.get(variable) == "":
             found.append(f"{variable} is empty, which counts as unset: clients need no key.")
         if self.api_key is None and not self.is_local:
-            found.append(
-                f"--host is {self.host} and there is no --api-key: whoever reaches the port controls the server."
-            )
+            keyless = f"--host is {self.host} and there is no --api-key"
+            found.append(f"{keyless}: whoever reaches the port controls the server.")
         return found
 
     @property
