@@ -29,20 +29,20 @@ def router(state: ServerState) -> APIRouter:
 def _add_health(routes: APIRouter, state: ServerState) -> None:
     service = state.service
 
-    @routes.get("/health", tags=["Health"], **documented(Status, body=False, guarded=False))
+    @routes.get("/health", tags=["Health"], **documented(Status, without=(401,)))
     async def health() -> Response:
         """Answers 200 while the process and its engine live, from the start on."""
         if service.failure is not None:
             service.check_ready()
         return json_response(Status("alive"))
 
-    @routes.get("/ready", tags=["Health"], **documented(Status, body=False, guarded=False))
+    @routes.get("/ready", tags=["Health"], **documented(Status, without=(401,)))
     async def ready() -> Response:
         """Answers 200 when requests are accepted: after warming up, until shutting down, unless the engine hangs."""
         service.check_progress()
         return json_response(Status("ready"))
 
-    @routes.get("/health_generate", tags=["Health"], **documented(Status, body=False, stream=False))
+    @routes.get("/health_generate", tags=["Health"], **documented(Status))
     async def health_generate(request: Request) -> Response:
         """Answers 200 when a token could be generated just now."""
         token = state.tokenizer.bos_token_id or 0
@@ -65,11 +65,11 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
 
 
 def _add_models(routes: APIRouter, state: ServerState) -> None:
-    @routes.get("/v1/models", tags=["OpenAI"], **documented(ModelList, body=False))
+    @routes.get("/v1/models", tags=["OpenAI"], **documented(ModelList))
     async def models() -> Response:
         return json_response(ModelList([_card(state)]))
 
-    @routes.get("/v1/models/{model:path}", tags=["OpenAI"], **documented(ModelCard, body=False, model=True))
+    @routes.get("/v1/models/{model:path}", tags=["OpenAI"], **documented(ModelCard, 404))
     async def model(model: str) -> Response:
         if not state.serves(model):
             raise unknown_model(model, state.model_name)
@@ -79,13 +79,13 @@ def _add_models(routes: APIRouter, state: ServerState) -> None:
 def _add_information(routes: APIRouter, state: ServerState) -> None:
     service = state.service
 
-    @routes.get("/get_model_info", tags=["Information"], **documented(ModelInfo, body=False))
+    @routes.get("/get_model_info", tags=["Information"], **documented(ModelInfo))
     async def get_model_info() -> Response:
         info = service.info
         paths = state.server_args.model_path, state.tokenizer_path
         return json_response(ModelInfo(*paths, info.architecture, info.dtype, info.context_length, info.vocab_size))
 
-    @routes.get("/get_server_info", tags=["Information"], **documented(ServerInfo, body=False))
+    @routes.get("/get_server_info", tags=["Information"], **documented(ServerInfo))
     async def get_server_info() -> Response:
         """Returns every flag at the top level (secrets hidden), what the engine resolved, and its latest numbers."""
         info, stats = service.info, service.stats
@@ -94,11 +94,11 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
         sizes = {"max_total_num_tokens": info.max_total_tokens, "internal_states": [numbers]}
         return json_response({**state.server_args.to_dict(), **about, **sizes})
 
-    @routes.get("/version", tags=["Information"], **documented(Version, body=False, engine=False))
+    @routes.get("/version", tags=["Information"], **documented(Version, without=(500, 503)))
     async def version() -> Response:
         return json_response(Version(__version__))
 
-    @routes.get("/metrics", tags=["Information"], **documented(None, body=False, engine=False, media_type="text/plain"))
+    @routes.get("/metrics", tags=["Information"], **documented(None, without=(500, 503), media_type="text/plain"))
     async def metrics() -> Response:
         """Returns the metrics in the format of Prometheus."""
         about = {"version": __version__, "model_name": state.model_name}

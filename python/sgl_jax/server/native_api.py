@@ -23,7 +23,7 @@ from sgl_jax.server.bodies import (
     sampling_fields,
     with_fields,
 )
-from sgl_jax.server.documentation import documented
+from sgl_jax.server.documentation import BODY, STREAM, documented
 from sgl_jax.server.openai_types import DetokenizeRequest, TokenizeRequest
 from sgl_jax.server.responses import Aborted, CacheFlush, DetokenizeResponse, GenerateAnswer, TokenizeResponse
 from sgl_jax.server.sse import DONE, EventStream, event, json_unless_disconnected
@@ -64,7 +64,7 @@ class AbortRequest(Body):
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Native"])
 
-    @routes.post("/generate", **documented(GenerateAnswer, stream=True, or_list=True))
+    @routes.post("/generate", **documented(GenerateAnswer, *STREAM, or_list=True))
     async def generate(body: GenerateRequest, request: Request) -> Response:
         texts = [body.text] if isinstance(body.text, str) else body.text or ()
         state.service.check_count(len(texts), 1, {"prompt": "text"})
@@ -75,7 +75,7 @@ def router(state: ServerState) -> APIRouter:
             return EventStream(generation, _events(call, generation))
         return await json_unless_disconnected(request, call.answer(generation))
 
-    @routes.post("/tokenize", **documented(TokenizeResponse, model=True))
+    @routes.post("/tokenize", **documented(TokenizeResponse, 404, *BODY))
     async def tokenize(body: TokenizeRequest) -> Response:
         state.check_model(body.model)
         limit = state.service.info.context_length
@@ -91,7 +91,7 @@ def router(state: ServerState) -> APIRouter:
             ids = await state.encode_chat(body.messages or (), body, _MOST_TO_COUNT)
         return json_response(TokenizeResponse([*ids], len(ids), limit))
 
-    @routes.post("/detokenize", **documented(DetokenizeResponse, model=True))
+    @routes.post("/detokenize", **documented(DetokenizeResponse, 404, *BODY))
     async def detokenize(body: DetokenizeRequest) -> Response:
         state.check_model(body.model)
         limit = state.service.info.vocab_size
@@ -104,7 +104,7 @@ def router(state: ServerState) -> APIRouter:
         texts = await state.text_work(size, lambda: [state.tokenizer.decode(row, skip) for row in rows])
         return json_response(DetokenizeResponse(texts if is_batch else texts[0]))
 
-    @routes.post("/abort_request", **documented(Aborted))
+    @routes.post("/abort_request", **documented(Aborted, *BODY))
     async def abort_request(body: AbortRequest) -> Response:
         if body.abort_all:
             return json_response(Aborted(state.service.abort_all()))
@@ -112,7 +112,7 @@ def router(state: ServerState) -> APIRouter:
             raise InvalidParameter("rid", "give rid, or abort_all")
         return json_response(Aborted(state.service.abort(body.rid)))
 
-    @routes.post("/flush_cache", **documented(CacheFlush, body=False))
+    @routes.post("/flush_cache", **documented(CacheFlush))
     async def flush_cache() -> Response:
         return json_response(CacheFlush(True, await state.service.flush_cache()))
 
