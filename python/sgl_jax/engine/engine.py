@@ -43,8 +43,9 @@ class Engine:
             if BY_NAME[name].about.group == SERVER and name != "stream_interval":
                 raise TypeError(f"Engine has no HTTP server, so {name} would do nothing; leave it out")
         if args.compile_only:
-            instead = "sgl_jax.planning.compile_command.compile_here(args) only compiles"
-            raise TypeError(f"an Engine is there to generate; {instead}")
+            raise TypeError(
+                "an Engine is there to generate; sgl_jax.planning.compile_command.compile_here(args) only compiles"
+            )
 
         def build() -> EngineCore:
             from sgl_jax.engine.startup import build_core

@@ -145,9 +145,9 @@ class GenerationService:
         self.check_ready()
         return await self._submit(requests, stream)
 
-    async def warm_up(self) -> None:
-        """Generate a little before `open`, since the first request takes longer than later ones."""
-        params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    async def probe(self, num_tokens: int) -> None:
+        """Generate a little, also before `open`. Cancelled, it aborts its request."""
+        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         generation = await self._submit([GenerationRequest([self.tokenizer.bos_token_id or 0], params)], stream=False)
         async for _ in generation.updates():
             pass

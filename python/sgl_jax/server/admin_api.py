@@ -7,9 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sgl_jax import __version__
-from sgl_jax.engine.generation import GenerationRequest
 from sgl_jax.observability.metrics import exposition
-from sgl_jax.request import SamplingParams
 from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.error_envelope import ApiError, unknown_model
@@ -45,13 +43,10 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
     @routes.get("/health_generate", tags=["Health"], **documented(Status))
     async def health_generate(request: Request) -> Response:
         """Answers 200 when a token could be generated just now."""
-        token = state.tokenizer.bos_token_id or 0
-        asked = GenerationRequest([token], SamplingParams(max_tokens=1, temperature=0.0))
-        generation = await service.submit([asked], stream=False)
+        service.check_ready()
 
         async def one_token() -> Status:
-            async for _ in generation.updates():
-                pass
+            await service.probe(num_tokens=1)
             return Status("generating")
 
         try:
@@ -60,8 +55,6 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
         except TimeoutError:
             text = f"no token came within {_HEALTH_TIMEOUT_S:.0f} s"
             raise ApiError(503, text, type="service_unavailable", code="timeout") from None
-        finally:
-            generation.abort()
 
 
 def _add_models(routes: APIRouter, state: ServerState) -> None:
@@ -82,8 +75,8 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
     @routes.get("/get_model_info", tags=["Information"], **documented(ModelInfo))
     async def get_model_info() -> Response:
         info = service.info
-        paths = state.server_args.model_path, state.tokenizer_path
-        return json_response(ModelInfo(*paths, info.architecture, info.dtype, info.context_length, info.vocab_size))
+        same = state.server_args.model_path, state.tokenizer_path, True, None
+        return json_response(ModelInfo(*same, info.architecture, info.dtype, info.context_length, info.vocab_size))
 
     @routes.get("/get_server_info", tags=["Information"], **documented(ServerInfo))
     async def get_server_info() -> Response:

@@ -151,12 +151,12 @@ class Aborted(msgspec.Struct):
 class ModelInfo(msgspec.Struct):
     model_path: str
     tokenizer_path: str
+    is_generation: bool
+    preferred_sampling_params: None
     architecture: str
     dtype: str
     context_length: int
     vocab_size: int
-    is_generation: bool = True
-    preferred_sampling_params: None = None
 
 
 class ServerInfo(msgspec.Struct):

@@ -217,9 +217,8 @@ class ServerArgs(ServingFlags):
         if self.dp_size == 1 and self.dp_schedule_policy != "cache_aware":
             found["--dp-schedule-policy"] = "--dp-schedule-policy has no effect with --dp-size 1."
         if self.nnodes > 1 and self.dist_token is None:
-            found["--dist-token"] = (
-                "There is no --dist-token: whoever reaches the port of --dist-init-addr can join as one of the machines."
-            )
+            who = "whoever reaches the port of --dist-init-addr"
+            found["--dist-token"] = f"There is no --dist-token: {who} can join as one of the machines."
         return found
 
     def warnings(self) -> list[str]:
@@ -229,8 +228,9 @@ class ServerArgs(ServingFlags):
         if self.api_key is None and os.environ.get(variable) == "":
             found.append(f"{variable} is empty, which counts as unset: clients need no key.")
         if self.api_key is None and not self.is_local:
-            keyless = f"--host is {self.host} and there is no --api-key"
-            found.append(f"{keyless}: whoever reaches the port controls the server.")
+            found.append(
+                f"--host is {self.host} and there is no --api-key: whoever reaches the port controls the server."
+            )
         return found
 
     @property
