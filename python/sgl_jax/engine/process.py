@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 if TYPE_CHECKING:
     import zmq
 
-    from sgl_jax.engine.loop import Receive, Send
+    from sgl_jax.engine.loop import EngineCore, Receive, Send
     from sgl_jax.settings.server_args import ServerArgs
 
 CORE_FACTORY = "sgl_jax.engine.startup:launch"
@@ -54,33 +54,22 @@ def main() -> int:
 
     import zmq
 
-    from sgl_jax.engine.loop import one_line, run
-    from sgl_jax.engine.messages import EngineDied
+    from sgl_jax.engine.loop import build_and_run
     from sgl_jax.observability import log
     from sgl_jax.settings.server_args import ServerArgs
 
     context: zmq.Context[Any] = zmq.Context()
     receive, send = _receiver(context, config["commands"]), _sender(context, config["events"])
-    try:
+
+    def build() -> EngineCore:
         server_args = ServerArgs(**config["args"])
         log.setup(server_args.log_level)
         module, _, name = config["core_factory"].partition(":")
-        core = getattr(importlib.import_module(module), name)(server_args, functools.partial(_die, config["events"]))
-    except Exception as error:
-        if not isinstance(error, ValueError | OSError):  # for these two the message is enough
-            import logging
+        return getattr(importlib.import_module(module), name)(server_args, functools.partial(_die, config["events"]))
 
-            logging.getLogger(__name__).exception("the engine could not start")
-        send(EngineDied(one_line(error)))
-        context.destroy(linger=LINGER_MS)
-        return FAILED
-    try:
-        run(core, receive, send)
-    except Exception:  # logged and sent by the loop
-        return FAILED
-    finally:
-        context.destroy(linger=LINGER_MS)
-    return 0
+    ended_well = build_and_run(build, receive, send)
+    context.destroy(linger=LINGER_MS)
+    return 0 if ended_well else FAILED
 
 
 def _receiver(context: zmq.Context[Any], address: str) -> Receive:

@@ -7,7 +7,6 @@ and reports an engine that ends without a message as EngineDied.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import queue
 import shutil
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 import zmq
 
-from sgl_jax.engine.loop import EngineCore, Send, one_line, run
+from sgl_jax.engine.loop import EngineCore, build_and_run
 from sgl_jax.engine.messages import Command, EngineDied, Event, Shutdown
 from sgl_jax.engine.process import spawn
 
@@ -61,17 +60,9 @@ class ThreadTransport:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(on_event, event)
 
-        self._thread = threading.Thread(target=self._main, args=(report,), name="sgl-jax-engine", daemon=True)
+        work = self._build_core, self._receive, report
+        self._thread = threading.Thread(target=build_and_run, args=work, name="sgl-jax-engine", daemon=True)
         self._thread.start()
-
-    def _main(self, report: Send) -> None:
-        try:
-            core = self._build_core()
-        except Exception as error:
-            report(EngineDied(one_line(error)))
-            return
-        with contextlib.suppress(Exception):  # logged and sent as EngineDied by the loop
-            run(core, self._receive, report)
 
     def _receive(self, block: bool) -> Command | None:
         try:
