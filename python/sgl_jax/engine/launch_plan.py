@@ -103,8 +103,7 @@ def _page_size(args: ServerArgs, platform: Platform, kernels: Kernels, pool: Poo
 
 
 def _check_model(args: ServerArgs, model: DecoderConfig, grid: Grid) -> None:
-    if len(model.eos_token_ids) > MAX_EOS_TOKENS:
-        count = len(model.eos_token_ids)
+    if (count := len(model.eos_token_ids)) > MAX_EOS_TOKENS:
         raise ValueError(f"the model has {count} end-of-sequence tokens; at most {MAX_EOS_TOKENS} fit")
     if (length := args.context_length) is not None and length > model.context_length:
         most = model.context_length

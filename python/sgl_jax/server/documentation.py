@@ -45,13 +45,10 @@ def documented(
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
     schema = {"anyOf": [schema, {"type": "array", "items": schema}]} if or_list else schema
     content = {media_type: {"schema": schema}} | ({"text/event-stream": {"schema": _EVENT}} if 429 in also else {})
-    errors = {status: _error(status) for status in sorted({*_USUAL, *also} - {*without})}
+    envelope = {_JSON: {"schema": {"$ref": _REF.format(name=ErrorResponse.__name__)}}}
+    statuses = sorted({*_USUAL, *also} - {*without})
+    errors = {status: {"description": _ERRORS[status], "content": envelope} for status in statuses}
     return {"responses": {200: {"description": "Success", "content": content}, **errors}, "response_model": None}
-
-
-def _error(status: int) -> dict[str, Any]:
-    schema = {"$ref": _REF.format(name=ErrorResponse.__name__)}
-    return {"description": _ERRORS[status], "content": {_JSON: {"schema": schema}}}
 
 
 def install(app: FastAPI) -> None:

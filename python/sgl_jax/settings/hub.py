@@ -150,7 +150,7 @@ def _fetch_file(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part, size = target.with_name(f"{target.name}.part"), about["Size"]
-    with open(part, "ab") as out:
+    with open(part, "a+b") as out:
         fcntl.flock(out, fcntl.LOCK_EX)  # both processes of a server fetch the tokenizer's files
         if _is_whole(target, size):
             part.unlink(missing_ok=True)
@@ -172,10 +172,11 @@ def _fetch_file(
             except (OSError, http.client.HTTPException) as error:
                 logger.warning("%s: the connection broke after %d of %d bytes (%s)", target.name, have, size, error)
                 time.sleep(min(attempt, 2))
-        out.flush()
         if have < size:
             raise OSError(f"{have} of {size} bytes arrived")
-        if have > size or (about.get("Sha256") and _sha256(part) != about["Sha256"]):
+        out.seek(0)
+        listed = about.get("Sha256")
+        if have > size or (listed and hashlib.file_digest(out, "sha256").hexdigest() != listed):
             part.unlink()
             raise OSError("it is not the file that is listed: its size or its SHA-256 differs")
         os.replace(part, target)
@@ -201,11 +202,6 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if onward is not None and (onward.type, onward.host) != (req.type, req.host):
             onward.remove_header("Authorization")
         return onward
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Progress:
