@@ -82,9 +82,8 @@ def step(
         arrays = AttentionLayer(attention, layer * spec.pages_per_layer, window=window, sinks=sinks, prepare=prepare)
         return spec.kernels.attention(q, k, v, kv, batch, arrays)
 
-    context = decoder.Context(
-        batch.positions, valid, attend, spec.kernels.grouped_matmul, spec.compute_dtype, spec.grid
-    )
+    grouped = spec.kernels.grouped_matmul
+    context = decoder.Context(batch.positions, valid, attend, grouped, spec.compute_dtype, spec.grid)
     hidden, kv = decoder.hidden_states(weights, spec.config, rows.packed, kv, context)
     sampled_at = speculate.sampled_tokens(batch, ranks.own(inputs.from_device), bucket.width)
     features = ranks.gather(hidden[sampled_at])  # [M * S * W, D]

@@ -25,7 +25,6 @@ _LLAMA_CPP_DEFAULT = (  # each splits what the one before left
     r"[0-9][0-9][0-9]",
 )
 
-
 # Tokens that llama.cpp lets end an answer wherever a vocabulary has them, since many files name one of several as eos.
 _ENDS = [
     "<|eot_id|>",
