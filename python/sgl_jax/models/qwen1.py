@@ -66,14 +66,9 @@ def config(hf: RawConfig) -> DecoderConfig:
         "rope_theta": hf.get("rotary_emb_base", 10000.0),
         "partial_rotary_factor": hf.get("rotary_pct", 1.0),
     }
-    return decoder(
-        replaced(hf, translated),
-        num_kv_heads=heads,
-        qkv_bias=True,
-        o_bias=has_biases,
-        mlp_bias=has_biases,
-        logn_scaling=LognScaling(trained) if grows else None,
-    )
+    switches = {"qkv_bias": True, "o_bias": has_biases, "mlp_bias": has_biases}
+    logn = LognScaling(trained) if grows else None
+    return decoder(replaced(hf, translated), num_kv_heads=heads, logn_scaling=logn, **switches)
 
 
 def eos_token_ids(generation_config: RawConfig) -> tuple[int, ...]:

@@ -115,12 +115,7 @@ def concatenated(name: str, parts: Sequence[StoredTensor], axis: int) -> StoredT
         return np.concatenate([*rows_below(parts, range(start, stop))])
 
     first, length = parts[0], sum(part.shape[axis] for part in parts)
-    return StoredTensor(
-        name,
-        (length, first.shape[1]) if axis == 0 else (first.shape[0], length),
-        first.dtype,
-        sum(part.nbytes for part in parts),
-        rows,
-        all(part.supported for part in parts),
-        {key: concatenated(f"{name} ({key})", [part.planes[key] for part in parts], axis) for key in first.planes},
-    )
+    shape = (length, first.shape[1]) if axis == 0 else (first.shape[0], length)
+    nbytes, supported = sum(part.nbytes for part in parts), all(part.supported for part in parts)
+    planes = {key: concatenated(f"{name} ({key})", [part.planes[key] for part in parts], axis) for key in first.planes}
+    return StoredTensor(name, shape, first.dtype, nbytes, rows, supported, planes)

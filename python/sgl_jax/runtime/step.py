@@ -63,14 +63,9 @@ def step(
         inputs = layout.unpack(vector)
         state = apply_page_updates(state, inputs.page_updates)
         rows = speculate.row_tokens(inputs, state, layout)
-        batch = make_ragged_batch(
-            state.page_table[ranks.own(inputs.rows)],
-            ranks.own(rows.start),
-            ranks.own(inputs.num_new),
-            ranks.own(inputs.num_short)[0],
-            bucket.num_tokens,
-            layout.page_size,
-        )
+        pages, num_short = state.page_table[ranks.own(inputs.rows)], ranks.own(inputs.num_short)[0]
+        start, num_new = ranks.own(rows.start), ranks.own(inputs.num_new)
+        batch = make_ragged_batch(pages, start, num_new, num_short, bucket.num_tokens, layout.page_size)
         used = inputs.num_new.reshape(layout.num_ranks, -1).sum(-1, keepdims=True)
         valid = (jnp.arange(bucket.num_tokens) < used).reshape(-1)
 
