@@ -18,6 +18,7 @@ from scripted_hub import Hub, serving
 from sgl_jax.engine import startup
 from sgl_jax.engine.core import Core
 from sgl_jax.models.checkpoint import open_checkpoint
+from sgl_jax.observability.progress import LaunchProgress
 from sgl_jax.runtime.programs import step_name
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.settings.server_args import ServerArgs
@@ -167,7 +168,7 @@ def test_with_skip_server_warmup_requests_wait_for_their_programs(
     assert expected.stats[-1].compiles_after_ready == expected.stats[-1].num_compiling == 0
 
     allowed = threading.Semaphore(0)
-    monkeypatch.setattr(startup, "_report_compile", lambda *report: allowed.acquire(timeout=60))
+    monkeypatch.setattr(LaunchProgress, "compiled", lambda *report: allowed.acquire(timeout=60))
     core = startup.build_core(dataclasses.replace(arguments(stories260k, cache), skip_server_warmup=True))
     num_programs = core.info.num_programs
     client = served(core, prompts)
