@@ -65,8 +65,10 @@ def _vocabulary(place: Path, prefix_once: bool) -> Vocabulary:
         with reading(path):
             return load_sentencepiece(path, prefix_once)
     if not any((place / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
-        forms = f"tokenizer.json, {tok_json.NAME}, *.tiktoken or tokenizer.model"
-        raise ModelError(f"{place} has no {forms}; give a directory that has one with --tokenizer-path")
+        raise ModelError(
+            f"{place} has no tokenizer.json, {tok_json.NAME}, *.tiktoken or tokenizer.model; "
+            "give a directory that has one with --tokenizer-path"
+        )
     from sgl_jax.text.from_transformers import load_with_transformers
 
     return Vocabulary(load_with_transformers(place))
