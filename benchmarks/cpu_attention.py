@@ -64,7 +64,7 @@ def measure(rows: int, new: int, context: int, dtype: str) -> dict[str, Any]:
     for _ in range(ROUNDS):
         for name, call in calls.items():
             start = time.process_time()
-            pools[name], out = jax.block_until_ready(call(pools[name], *heads, *columns))
+            pools[name], _out = jax.block_until_ready(call(pools[name], *heads, *columns))
             times[name].append(time.process_time() - start)
     found |= {f"{name}_cpu_ms": round(1e3 * statistics.median(each), 2) for name, each in times.items()}
     return found | {"ratio": round(found["native_cpu_ms"] / found["cpu_cpu_ms"], 1)}
