@@ -21,9 +21,9 @@ import jax
 
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.planning import hlo
+from sgl_jax.planning.fit import Misfit, Plan, make_plan
 from sgl_jax.planning.launch_programs import launch_programs
 from sgl_jax.planning.model import PlannedModel, find_model
-from sgl_jax.planning.plan import Misfit, Plan, make_plan
 from sgl_jax.planning.plan_report import as_data
 from sgl_jax.planning.target import find_target
 from sgl_jax.runtime.compiler import CompileWatch, compile_all, matmul_precision

@@ -55,13 +55,18 @@ class Flight:
 class PackingRunner:
     """Runner that does all host work of ModelRunner except the dispatch."""
 
-    compiles_after_ready = 0
+    compiles_after_ready = num_compiling = 0
 
     def __init__(self, num_rows: int, num_ranks: int):
         self.tracer = JaxTracer()  # a step enters its annotations whether they are recorded or not
         self.buckets = make_buckets(STEP_TOKENS, num_rows, 8)
         self.layouts = {bucket: PlanLayout(bucket, PAGE_SIZE, num_rows, num_ranks) for bucket in self.buckets}
         self.tokens, self.accepted = np.full((num_rows, 1), 7, np.int32), np.ones(num_rows, np.int32)
+
+    def can_launch(self, plan: StepPlan) -> bool:
+        return True
+
+    def close(self) -> None: ...
 
     def launch(self, plan: StepPlan) -> Flight:
         num_rows = len(plan.rows)

@@ -90,12 +90,18 @@ def config_mistakes(config: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any
         "routed_scaling_factor": [1.0],
         "num_experts_per_tok": [config.get("num_experts_per_tok", 2) - 1],
         "topk_group": [config.get("n_group")],
-        "partial_rotary_factor": [1.0],
+        "partial_rotary_factor": [] if "longrope" in str(config.get("rope_scaling")) else [1.0],  # its factors fit one
+        "original_max_position_embeddings": [32],
         "rope_local_base_freq": [config["rope_theta"]],
         "attn_logit_softcapping": [1e9],
         "final_logit_softcapping": [1e9],
         "query_pre_attn_scalar": [4 * config.get("query_pre_attn_scalar", 1)],
         "swiglu_limit": [1e9],
+        "embedding_multiplier": [1.0],
+        "attention_multiplier": [config.get("head_dim", 1) ** -0.5],
+        "residual_multiplier": [1.0],
+        "logits_scaling": [1.0],
+        "no_rope_layer_interval": [1000],
     }
     for key, changed in values.items():
         if config.get(key) and not (key == "sliding_window" and config.get("use_sliding_window") is False):

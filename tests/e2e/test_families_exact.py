@@ -28,17 +28,22 @@ FAMILIES = {  # folder -> architecture in its config.json
     "qwen2_moe-mixed": "Qwen2MoeForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "glm4_moe-air": "Glm4MoeForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v2-lite": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "deepseek_v3-noqlora": "DeepseekV3ForCausalLM",
 }
-SCANNED = ["gemma3_text", "gpt_oss", "qwen2_moe-mixed", "deepseek_v3"]
+SCANNED = ["gemma3_text", "smollm3", "gpt_oss", "qwen2_moe-mixed", "deepseek_v3"]
 
 
 @pytest.mark.supports("float32 on a CPU", FAMILIES)

@@ -17,6 +17,8 @@ FOLDERS = {
     **{"Qwen2ForCausalLM": "qwen2", "Qwen3ForCausalLM": "qwen3"},
     **{"Qwen2MoeForCausalLM": "qwen2_moe", "Qwen3MoeForCausalLM": "qwen3_moe"},
     **{"Gemma2ForCausalLM": "gemma2", "Gemma3ForCausalLM": "gemma3_text"},
+    **{"GemmaForCausalLM": "gemma", "GraniteForCausalLM": "granite", "Phi3ForCausalLM": "phi3"},
+    **{"SeedOssForCausalLM": "seed_oss", "SmolLM3ForCausalLM": "smollm3"},
     **{"Glm4MoeForCausalLM": "glm4_moe", "GptOssForCausalLM": "gpt_oss"},
     **{"DeepseekV2ForCausalLM": "deepseek_v2", "DeepseekV3ForCausalLM": "deepseek_v3"},
 }

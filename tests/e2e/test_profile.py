@@ -38,8 +38,12 @@ def run(core: Core, max_tokens: int) -> None:
 
 
 def ask(core: Core, command: StartProfile | StopProfile | GetProfile) -> ProfileStatus:
+    """Return the answer, which for a stop comes when the profile is written."""
     core.handle(command)
-    (answer,) = [event for event in core.step() if isinstance(event, ProfileAnswer)]
+    answers = [event for event in core.step() if isinstance(event, ProfileAnswer)]
+    while core.busy:
+        answers += [event for event in core.step() if isinstance(event, ProfileAnswer)]
+    (answer,) = answers
     return answer.status
 
 

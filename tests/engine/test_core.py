@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from sgl_jax.engine.messages import (
@@ -39,6 +41,50 @@ def test_tokens_come_one_a_step_and_the_last_with_the_finish(overlap: bool) -> N
     assert [o.keys for o in outputs] == [[5]] * 3
     assert [[p.key for p in o.prompts] for o in outputs] == [[5], [], []]
     assert [[(f.key, f.reason.type) for f in o.finished] for o in outputs] == [[], [], [(5, "length")]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_tokens_are_right_while_programs_are_still_compiled(
+    overlap: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A planned step waits for its programs. Requests come, end and are preempted meanwhile, and the cache is flushed."""
+    monkeypatch.setattr("sgl_jax.engine.core._WAIT_S", 0.0)
+    rng = random.Random(seed)
+    core = make_core(overlap=overlap, num_usable_pages=16)
+    monkeypatch.setattr(core.runner, "can_launch", lambda plan: rng.random() < 0.3, raising=False)
+    client = Client(core)
+    for key in range(24):
+        prompt = LONG[: rng.randrange(30)] + [key] * rng.randrange(1, 9)
+        client.submit(key, prompt, max_tokens=rng.randrange(1, 24))
+        for _ in range(rng.randrange(8)):
+            client.step()
+        if key % 5 == 4:
+            core.handle(Abort([rng.randrange(key)]))
+        if key % 7 == 6:
+            core.handle(FlushCache(key))
+    client.run(5000)
+    core.handle(FlushCache(99))
+    client.run()
+    check(client)
+    assert client.stats[-1].preemptions > 0
+
+
+def test_an_abort_is_answered_while_a_step_waits_for_its_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = make_core()
+    monkeypatch.setattr(core.runner, "num_compiling", 3, raising=False)
+    monkeypatch.setattr(core.runner, "can_launch", lambda plan: False, raising=False)
+    client = Client(core)
+    client.submit(1, [5, 6], max_tokens=4)
+    for _ in range(20):
+        client.step()
+    assert [(stats.num_compiling, stats.steps) for stats in client.stats] == [(3, 1)] * len(client.stats)
+    assert len(client.stats) >= 2  # the watchdog goes by these
+    core.handle(Abort([1]))
+    client.step()
+    assert client.answers[1].reason == FinishReason("abort")
+    monkeypatch.undo()
+    client.run()
+    assert core.runner.plans[-1].keys.tolist() == [1]  # later plans count on what it computes
 
 
 def test_with_overlap_a_step_is_launched_before_the_one_before_is_collected() -> None:

@@ -87,7 +87,9 @@ def test_profiles(engine: Engine) -> None:
     with pytest.raises(Conflict, match="profile is running"):
         engine.start_profile()
     engine.generate("Once upon a time")
-    assert engine.profile_status().steps_done == 3
+    while (status := engine.profile_status()).running:
+        pass
+    assert status.steps_done == 3
     with pytest.raises(Conflict, match="no profile is running"):
         engine.stop_profile()
     engine.start_profile()

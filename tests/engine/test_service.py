@@ -466,7 +466,7 @@ def test_the_tokenizers_own_ends_stop_an_answer_unless_eos_is_ignored(ignore_eos
         service.tokenizer = load_tokenizer(STORIES_FOLDER)
         service.tokenizer.end_ids = (2, 3, 512)
         params = SamplingParams(max_tokens=4, ignore_eos=ignore_eos, stop_token_ids=own_stops)
-        service.submit([GenerationRequest([5], params)], stream=False)
+        await service.submit([GenerationRequest([5], params)], stream=False)
         assert transport.sent[-1].params.stop_token_ids == sent
 
     asyncio.run(check())

@@ -10,14 +10,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 from messages import says
 from scripted_hub import Hub, serving
 from sgl_jax.engine import startup
+from sgl_jax.engine.core import Core
 from sgl_jax.models.checkpoint import open_checkpoint
+from sgl_jax.observability.progress import LaunchProgress
+from sgl_jax.runtime.programs import step_name
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.step_plan import RowLoad, StepPlan
+from simulated import Client
 
 
 def arguments(model: Path | str, cache: Path) -> ServerArgs:
@@ -134,21 +140,121 @@ def test_programs_compile_while_the_weights_are_read(stories260k, tmp_path, monk
     core.close()
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="module")
+def usual(stories260k: Path, cache: Path) -> Core:
+    """Core with two buckets, of one token and of eight."""
+    return startup.build_core(arguments(stories260k, cache))
+
+
+def served(core: Core, prompts: list[list[int]]) -> Client:
+    client = Client(core)
+    for key, prompt in enumerate(prompts):
+        client.submit(key, prompt, max_tokens=6, temperature=0.0, ignore_eos=True, logit_bias={17: 3.0})
+    return client
+
+
+def test_with_skip_server_warmup_requests_wait_for_their_programs(
+    usual: Core, stories260k: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs become available one by one, as the test lets them. Tokens are those of a launch that has them all."""
+    prompts = [[5], [6, 7, 8], list(range(9, 30))]
+    expected = served(usual, prompts)
+    expected.run()
+    assert expected.stats[-1].compiles_after_ready == expected.stats[-1].num_compiling == 0
+
+    allowed = threading.Semaphore(0)
+    monkeypatch.setattr(LaunchProgress, "compiled", lambda *report: allowed.acquire(timeout=60))
+    core = startup.build_core(dataclasses.replace(arguments(stories260k, cache), skip_server_warmup=True))
+    num_programs = core.info.num_programs
+    client = served(core, prompts)
+    for _ in range(10):
+        client.step()
+    assert client.tokens == {0: [], 1: [], 2: []}  # one program at most, and the first request needs two
+    assert client.stats[-1].num_compiling >= num_programs - 1
+    for _ in range(num_programs):
+        allowed.release()
+        for _ in range(5):
+            client.step()
+    while core.busy:
+        client.step()
+    assert client.tokens == expected.tokens
+    assert client.stats[-1].num_compiling == 0
+    assert num_programs - 1 <= client.stats[-1].compiles_after_ready <= num_programs
+    core.close()
+
+
+def test_a_larger_bucket_stands_in_until_the_right_one_is_compiled(
+    usual: Core, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = usual.runner
+    assert isinstance(runner, ModelRunner)
+    small, large = (step_name(bucket) for bucket in runner.config.buckets)
+    calls = runner._calls
+
+    def answer() -> list[int]:
+        client = served(usual, [[5]])
+        while client.answers[0].reason is None:
+            client.step()
+        return client.tokens[0]
+
+    def only(*names: str) -> None:
+        monkeypatch.setattr(runner, "_calls", {name: calls[name] for name in names})
+        present = tuple(bucket for bucket in runner.config.buckets if step_name(bucket) in names)
+        monkeypatch.setattr(runner, "_buckets", present)
+
+    right = answer()
+    ran = []
+    monkeypatch.setattr(runner, "_announce", lambda program, vector, source: ran.append(program))
+    for present in (small, large):
+        only(present, "load bias")
+        ran.clear()
+        assert answer() == right
+        assert {*ran} == {"load bias", present}
+
+    one, five = (StepPlan.of(np.array([n], np.int32)) for n in (1, 5))
+    with_pages = dataclasses.replace(one, loads=[RowLoad(0, np.array([3], np.int32), None)])
+    only(large)
+    assert [runner.can_launch(plan) for plan in (one, five, with_pages)] == [True, True, False]
+    only(small, "load pages")
+    assert [runner.can_launch(plan) for plan in (one, five, with_pages)] == [True, False, True]
+
+
+def test_a_program_that_cannot_be_compiled_ends_an_engine_that_is_ready(
+    stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ready = threading.Event()
+
+    def compiles(runner, report):
+        assert ready.wait(60)
+        raise ValueError("the backend cannot do sinks")
+
+    monkeypatch.setattr(ModelRunner, "_compile", compiles)
+    core = startup.build_core(dataclasses.replace(arguments(stories260k, tmp_path), skip_server_warmup=True))
+    ready.set()
+    with pytest.raises(ValueError, match="cannot do sinks"):
+        Client(core).run()  # with no request at all
+
+
 def test_weights_that_cannot_be_read_end_the_launch_at_once(
     stories260k, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Check that nobody waits for the compiling thread, whose programs may take minutes."""
     over, ended = threading.Event(), threading.Event()
 
-    def compiles(runner, report, stopped):
+    def compiles(runner, report):
         over.wait(60)
-        assert stopped.wait(60)
+        assert runner.stopped.wait(60)
         ended.set()
 
     def fails(*args):
         raise ValueError("a tensor is missing")
 
-    monkeypatch.setattr(ModelRunner, "compile", compiles)
+    monkeypatch.setattr(ModelRunner, "_compile", compiles)
     monkeypatch.setattr(startup, "_load", fails)
     began = time.monotonic()
     with pytest.raises(ValueError, match="a tensor is missing"):
@@ -161,7 +267,7 @@ def test_weights_that_cannot_be_read_end_the_launch_at_once(
 def test_a_program_that_cannot_be_compiled_ends_the_reading_of_weights(
     stories260k, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compiles(runner, report, stopped):
+    def compiles(runner, report):
         raise ValueError("the backend cannot do sinks")
 
     def load_weights(*args, report, **options):
@@ -170,7 +276,7 @@ def test_a_program_that_cannot_be_compiled_ends_the_reading_of_weights(
             time.sleep(0.1)
         pytest.fail("all weights were read")
 
-    monkeypatch.setattr(ModelRunner, "compile", compiles)
+    monkeypatch.setattr(ModelRunner, "_compile", compiles)
     monkeypatch.setattr(startup, "load_weights", load_weights)
     with pytest.raises(ValueError, match="cannot do sinks"):
         startup.build_core(arguments(stories260k, tmp_path))

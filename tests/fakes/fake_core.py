@@ -60,7 +60,7 @@ class FakeCore:
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._kept)
+        return bool(self._rows or self._kept or self._profiler.writing)
 
     def handle(self, command: messages.Command) -> None:
         self.commands.append(command)
@@ -75,12 +75,13 @@ class FakeCore:
                 self._kept.append(messages.CacheFlushed(call, len(self._seen_prompts)))
                 self._seen_prompts.clear()
             case messages.StartProfile() | messages.StopProfile() | messages.GetProfile():
-                self._kept.append(self._profiler.handle(command))
+                answer = self._profiler.handle(command)
+                self._kept += [answer] if answer else []
             case messages.Shutdown():
                 raise AssertionError("the loop handles Shutdown")
 
     def step(self) -> list[messages.Event]:
-        events, self._kept = self._kept, []
+        events, self._kept = self._kept + self._profiler.poll(), []
         if not self._rows:
             return events
         time.sleep(self.step_seconds)

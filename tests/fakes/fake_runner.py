@@ -126,7 +126,7 @@ class _Row:
 class FakeRunner:
     """The engine.core.Runner of the fake device. A step is computed at its launch, and done step_seconds later."""
 
-    compiles_after_ready = 0
+    compiles_after_ready = num_compiling = 0
 
     def __init__(
         self,
@@ -169,6 +169,11 @@ class FakeRunner:
         result = self._run(plan)
         self.plans.append(plan)
         return FakeFlight(self, plan, len(self.plans), time.monotonic() + self.step_seconds, result)
+
+    def can_launch(self, plan: StepPlan) -> bool:
+        return True
+
+    def close(self) -> None: ...
 
     def collect(self, flight: FakeFlight) -> StepTokens:
         self._num_collected += 1

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import threading
 from collections.abc import Iterator
 
 UNWRITABLE = "/unwritable"  # a folder that nothing can be written to
@@ -16,7 +17,9 @@ class FakeTracer:
     def __init__(self) -> None:
         self.spans: list[str] = []
         self.options: tuple[int | None, int | None] | None = None
-        self.num_stopped = 0
+        self.num_stopped = self.grown = 0
+        self.may_write = threading.Event()  # cleared: writing takes until it is set
+        self.may_write.set()
         self._folder: str | None = None
 
     @contextlib.contextmanager
@@ -37,9 +40,13 @@ class FakeTracer:
         self.options = host_level, python_level
         return self._folder
 
+    def num_bytes(self) -> int:
+        return self.grown
+
     def stop(self) -> list[str]:
         folder, self._folder = self._folder, None
         self.num_stopped += 1
+        assert self.may_write.wait(60)
         if folder == FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return [f"{folder}/fake.xplane.pb"]

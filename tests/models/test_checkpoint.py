@@ -31,6 +31,8 @@ def test_dtype_in_either_spelling(tmp_path):
     for key in ("dtype", "torch_dtype"):
         (tmp_path / "config.json").write_text(json.dumps({key: "bfloat16"}))
         assert open_checkpoint(str(tmp_path)).dtype == "bfloat16"
+        (tmp_path / "config.json").write_text(json.dumps({"text_config": {key: "bfloat16"}}))
+        assert open_checkpoint(str(tmp_path)).dtype == "bfloat16"
 
 
 def test_a_hub_id_is_downloaded_without_other_layouts(stories260k, monkeypatch):
@@ -95,7 +97,7 @@ def test_two_gguf_files_are_one_too_many(tmp_path):
 def test_a_file_of_another_kind(tmp_path):
     path = tmp_path / "model.bin"
     path.write_bytes(b"x")
-    with pytest.raises(ModelError, match=r"model\.bin.* folder .*\.gguf"):
+    with pytest.raises(ModelError, match=r"model\.bin is no model.* folder.* \.gguf"):
         open_checkpoint(str(path))
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from checkpoints import DATA
 from sgl_jax.models.decoder_config import LognScaling
 from sgl_jax.models.families import decoder_config, tensor_names
+from sgl_jax.models.layers import gated
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.weight_plan import plan_weights
+from sgl_jax.models.plan import plan_weights
 
 BASE = {
     "vocab_size": 100,
@@ -81,6 +86,15 @@ SMALLEST = {  # keys for which no config class has a usable default
             {},
             {"num_kv_heads": 4, "head_dim": 256, "attn_logit_softcap": 50.0, "final_logit_softcap": 30.0},
         ),
+        ("GemmaForCausalLM", {}, {"num_kv_heads": 16, "head_dim": 256, "norm_offset": 1.0, "tie_embeddings": True}),
+        ("GraniteForCausalLM", {}, {"num_kv_heads": 32, "query_scale": 1.0, "branch_scale": 1.0, "logit_scale": 1.0}),
+        ("Phi3ForCausalLM", {}, {"num_kv_heads": 32, "rms_norm_eps": 1e-5, "sliding_windows": None}),
+        ("SeedOssForCausalLM", {}, {"num_kv_heads": 8, "head_dim": 128, "qkv_bias": True, "o_bias": False}),
+        (
+            "SmolLM3ForCausalLM",
+            {"num_hidden_layers": 8},
+            {"num_kv_heads": 4, "theta": 2e6, "tie_embeddings": True, "local_layers": ((False,) * 3 + (True,)) * 2},
+        ),
         ("Gemma3ForCausalLM", {}, {"num_kv_heads": 4, "query_scale": 1 / 16, "attn_logit_softcap": None, "theta": 1e6}),
         (
             "Glm4MoeForCausalLM",
@@ -123,6 +137,15 @@ def test_eos_is_that_of_both_configs():
     assert decoder_config(hf("LlamaForCausalLM")).eos_token_ids == ()
 
 
+@pytest.mark.parametrize("architectures", [None, [], ["SomeModel"]])
+def test_model_type_tells_the_architecture_where_no_class_with_a_head_is_named(architectures) -> None:
+    for folder in sorted((DATA / "oracle").iterdir()):
+        config = json.loads((folder / "config.json").read_text())
+        assert decoder_config(config | {"architectures": architectures}) == decoder_config(config), folder.name
+    with pytest.raises(ModelError, match="LlamaForSequenceClassification"):
+        decoder_config(hf("LlamaForSequenceClassification", model_type="llama"))
+
+
 def test_an_unknown_architecture_lists_the_supported_ones():
     with pytest.raises(ModelError, match=r"GPT2LMHeadModel .*LlamaForCausalLM, MistralForCausalLM, .*Qwen2ForCausalLM"):
         decoder_config(hf("GPT2LMHeadModel"))
@@ -143,6 +166,29 @@ def test_values_that_would_be_ignored_are_refused(changes, named):
         decoder_config(hf("LlamaForCausalLM", **changes))
 
 
+def gelu(x: float) -> float:
+    return x / 2 * (1 + math.erf(x / math.sqrt(2)))
+
+
+def gelu_tanh(x: float) -> float:
+    return x / 2 * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize(
+    ("hidden_act", "function"),
+    [
+        ("silu", lambda x: x / (1 + math.exp(-x))),
+        ("gelu", gelu),
+        ("gelu_new", gelu_tanh),
+        ("gelu_pytorch_tanh", gelu_tanh),
+    ],
+)
+def test_activations_are_what_their_names_mean(hidden_act, function) -> None:
+    activation = decoder_config(hf("LlamaForCausalLM", hidden_act=hidden_act)).activation
+    values = gated(jnp.asarray([[-2.5, -0.3, 0.7, 3.0, 2.0, 2.0, 2.0, 2.0]]), activation)
+    np.testing.assert_allclose(values[0], [2 * function(x) for x in (-2.5, -0.3, 0.7, 3.0)], rtol=1e-5)
+
+
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])
 def test_qwen_windows_need_use_sliding_window(architecture):
     window = {"sliding_window": 8, "max_window_layers": 3}
@@ -158,7 +204,7 @@ def test_qwen_windows_need_use_sliding_window(architecture):
 @pytest.mark.parametrize("architecture", ["Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM"])
 def test_the_number_of_qwen_s_experts_has_two_names(architecture):
     for key in ("num_experts", "num_local_experts"):
-        moe = decoder_config(hf(architecture, **{key: 6})).moe
+        moe = decoder_config(hf(architecture, num_experts_per_tok=2, **{key: 6})).moe
         assert moe is not None
         assert moe.num_experts == 6
 
@@ -166,6 +212,21 @@ def test_the_number_of_qwen_s_experts_has_two_names(architecture):
 def test_mistral_window_is_off_when_null_and_4096_when_absent():
     assert decoder_config(hf("MistralForCausalLM", sliding_window=None)).sliding_windows is None
     assert decoder_config(hf("MistralForCausalLM")).sliding_windows == (4096,) * 4
+
+
+@pytest.mark.parametrize(
+    ("architecture", "change", "named"),
+    [
+        ("SmolLM3ForCausalLM", {"no_rope_layers": [1, 0]}, "no_rope_layers has 2 entries.* 4 layers"),
+        ("GemmaForCausalLM", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("MistralForCausalLM", {"sliding_window": 0}, "sliding_window=0"),
+        ("MixtralForCausalLM", {"num_experts_per_tok": 9}, "9 of 8 experts"),
+        ("LlamaForCausalLM", {"embedding_multiplier": 12.0}, "embedding_multiplier"),
+    ],
+)
+def test_values_a_family_cannot_have_are_refused(architecture, change, named) -> None:
+    with pytest.raises(ModelError, match=named):
+        decoder_config(hf(architecture, **change))
 
 
 def test_kv_heads_null_means_all_heads():
@@ -271,7 +332,7 @@ def test_mtp_layers_are_counted_and_not_loaded(base):
     assert (config.num_mtp_layers, config.num_layers) == (1, 4)
     stored = dict.fromkeys(["model.layers.4.eh_proj.weight", "model.layers.5.eh_proj.weight"])
     with pytest.raises(ModelError, match=r": model\.layers\.5\.eh_proj\.weight$"):
-        plan_weights(stored, config, "float32", tensor_names(config), source="a checkpoint of little else")
+        plan_weights(stored, config, tensor_names(config), source="a checkpoint of little else")
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,11 @@ import math
 import numpy as np
 import pytest
 
+from sgl_jax.models.families import decoder_config
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.rope import context_length, resolve_rope
+from sgl_jax.models.rope import context_length, longer_context, resolve_rope
+
+SIZES = {"vocab_size": 100, "hidden_size": 16, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 def plain(theta: float, dim: int) -> list[float]:
@@ -66,6 +69,52 @@ def test_llama3():
             expected.append(share * freq + (1 - share) * freq / 32)
     assert len({e / f for e, f in zip(expected, plain(5e5, 64), strict=True)}) > 2  # all three cases occur
     close(resolve_rope(hf, 64).inv_freq, expected)
+
+
+LONGROPE = {
+    "max_position_embeddings": 512,
+    "original_max_position_embeddings": 128,
+    "rope_scaling": {
+        "rope_type": "longrope",
+        "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [1.0, 4.0, 9.0, 16.0],
+    },
+}
+
+
+def test_longrope_takes_the_short_factors_up_to_the_original_length_and_the_long_ones_beyond():
+    rope, longer = resolve_rope(LONGROPE, 8), longer_context(LONGROPE, 8)
+    close(rope.inv_freq, [f / s for f, s in zip(plain(1e4, 8), (1, 1.5, 2, 3), strict=True)])
+    assert rope.attention_factor == pytest.approx(math.sqrt(1 + math.log(4) / math.log(128)))
+    assert context_length(LONGROPE) == 128
+    assert longer is not None
+    assert (longer.length, longer.rope.attention_factor) == (512, rope.attention_factor)
+    close(longer.rope.inv_freq, [f / s for f, s in zip(plain(1e4, 8), (1, 4, 9, 16), strict=True)])
+
+
+@pytest.mark.parametrize("original", [512, 1024, None])
+def test_longrope_without_a_longer_context_is_the_short_factors(original):
+    """Without an original length it is max_position_embeddings."""
+    config = LONGROPE | {"original_max_position_embeddings": original}
+    assert longer_context(config, 8) is None
+    assert context_length(config) == 512
+    assert resolve_rope(config, 8).attention_factor == 1.0
+
+
+def test_the_length_of_a_launch_decides_the_factors():
+    config = decoder_config({"architectures": ["Phi3ForCausalLM"], **SIZES, **LONGROPE})
+    assert config.for_context(None) is config.for_context(128) is config
+    assert config.longer is not None
+    for length in (129, 512):
+        longer = config.for_context(length)
+        assert (longer.context_length, longer.rope, longer.longer) == (512, config.longer.rope, None)
+    old = LONGROPE["rope_scaling"] | {"type": "su", "rope_type": None}
+    assert decoder_config({"architectures": ["Phi3ForCausalLM"], **SIZES, **LONGROPE, "rope_scaling": old}) == config
+
+
+def test_longrope_needs_a_factor_for_each_frequency():
+    with pytest.raises(ModelError, match=r"short_factor has 4 entries; .* 16 values needs 8"):
+        resolve_rope(LONGROPE, 16)
 
 
 def test_yarn():

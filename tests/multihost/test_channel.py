@@ -392,21 +392,42 @@ def test_a_frame_over_the_limit_between_hosts_is_a_loss() -> None:
         assert says(host.deaths.get(timeout=PATIENCE_S), "4294967295 bytes")
 
 
+def test_a_host_that_lives_and_finishes_no_program_is_lost_and_named() -> None:
+    with together() as (host, follower, deaths):
+        host.leader.serve(stall_s=2.5)
+        for _ in range(3):  # each finished in time, 3 s in all
+            host.leader.announce("tokens=8 rows=2", np.zeros(1, np.int32))
+            time.sleep(1.0)
+            follower.num_finished += 1
+        time.sleep(3.0)  # with nothing to do
+        assert host.deaths.empty()
+        host.leader.announce("tokens=8 rows=2", np.zeros(1, np.int32))
+        said = host.deaths.get(timeout=PATIENCE_S)
+        assert says(said, "host 1 … 3 of 4 programs … 3 s … --watchdog-timeout 2.5")
+        assert says(deaths.get(timeout=PATIENCE_S), "host 0")
+
+
 def test_silence_is_a_loss_and_being_alive_is_none() -> None:
     a, b = socket.socketpair()
     lost: queue.SimpleQueue[str] = queue.SimpleQueue()
     messages: queue.SimpleQueue[HostMessage] = queue.SimpleQueue()
     mine, theirs = Link(_as_tcp(a), "host 1"), Link(_as_tcp(b), "host 0")
     watch = Watch(
-        lambda _, message: messages.put(message), lambda _, reason: lost.put(reason), beat_s=0.05, silence_s=1.0
+        lambda _, message: messages.put(message),
+        lambda _, reason: lost.put(reason),
+        num_finished=lambda: 7,
+        beat_s=0.05,
+        silence_s=1.0,
     )
     watch.add(mine)
-    for _ in range(15):
-        theirs.send(Alive())
+    assert theirs.receive(PATIENCE_S) == Alive(7)
+    for i in range(15):
+        theirs.send(Alive(i))
         time.sleep(0.1)
+    assert [messages.get(timeout=PATIENCE_S) for _ in range(15)] == [Alive(i) for i in range(15)]
     assert lost.empty()
     theirs.send(Ended())
-    assert messages.get(timeout=PATIENCE_S) == Ended()  # and no Alive before it
+    assert messages.get(timeout=PATIENCE_S) == Ended()
     assert says(lost.get(timeout=PATIENCE_S), "host 1 … nothing … 1")
     watch.close()
     theirs.close()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from sgl_jax.models.checkpoint import open_checkpoint
 
 TOKEN_OF_LOGS = re.compile(r"--dist-token (\S+)")
 NEW_TOKENS = 32
+PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000  # Linux
 # Eight requests do not fit: rows are preempted.
 TIGHT = flags_of(**{k: v for k, v in SIZES.items() if k != "dtype"}, page_size=4, max_total_tokens=256)
 
@@ -98,9 +101,44 @@ def test_each_process_reads_its_shard_of_the_files(stories260k: Path) -> None:
     assert [[int(n) for n in each] for each in printed] == [[matrices // 2 + vectors, matrices // 2 + 2 * vectors]] * 2
 
 
+SMALL = flags_of(max_running_requests=1, chunked_prefill_size=1, context_length=32, max_total_tokens=64)
+
+
+def stop_engine_thread(process: subprocess.Popen[bytes]) -> None:
+    """Stop the main thread of a process of ours, and no other, as a call to the device does that never returns."""
+    ptrace = ctypes.CDLL(None, use_errno=True).ptrace
+    ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+    for request in (PTRACE_SEIZE, PTRACE_INTERRUPT):
+        if ptrace(request, process.pid, None, None) != 0:
+            pytest.skip(f"this machine allows no ptrace: {os.strerror(ctypes.get_errno())}")
+    os.waitpid(process.pid, WALL)  # or it would be taken for the end of the process
+
+
+def test_a_host_whose_engine_is_stuck_is_named_and_ends_all(stories260k: Path, tmp_path: Path) -> None:
+    """Its other threads say that it lives."""
+    with hosts(tmp_path, stories260k, 2, 1, "--tp-size", "2", "--watchdog-timeout", "8", *SMALL) as all_hosts:
+        leader = all_hosts.lead()
+        follower = all_hosts.join(1)
+        all_hosts.wait_ready()
+        assert len(all_hosts.ask([5, 6, 7], max_new_tokens=4).json()["output_ids"]) == 4
+        stop_engine_thread(follower.process)
+        answer = all_hosts.ask([5, 6, 7], max_new_tokens=20)
+        assert answer.status_code == 500
+        assert says(answer.json()["error"]["message"], "host 1 … programs … --watchdog-timeout 8")
+        assert leader.wait() == 1
+        assert says(leader.text(), "sgl_jax: error: host 1 … programs … --watchdog-timeout 8")
+        wait_gone(follower.process.pid)
+
+
+def wait_gone(pid: int) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def test_the_first_ends_the_others(stories260k: Path, tmp_path: Path) -> None:
-    small = flags_of(max_running_requests=1, chunked_prefill_size=1, context_length=32, max_total_tokens=64)
-    with hosts(tmp_path, stories260k, 2, 1, "--tp-size", "2", "--skip-server-warmup", *small) as all_hosts:
+    with hosts(tmp_path, stories260k, 2, 1, "--tp-size", "2", *SMALL) as all_hosts:
         all_hosts.lead()
         follower = all_hosts.join(1)
         all_hosts.wait_ready()

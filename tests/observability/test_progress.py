@@ -38,7 +38,6 @@ def start(shown: LaunchProgress, clock: Clock) -> None:
     for name in ("tokens=8 rows=8", "load bias"):
         clock.now += 10
         shown.compiled(name, cache_hit=False)
-    shown.all_compiled()
 
 
 def test_without_a_terminal_lines_are_few_and_their_seconds_count_from_the_start(caplog, monkeypatch, clock):
@@ -63,7 +62,6 @@ def test_a_quick_load_is_one_line_and_a_warm_start_names_no_first_one(caplog, cl
             shown.read(step / 100, step)
         shown.all_read()
         shown.compiled("tokens=2 rows=2", cache_hit=True)
-        shown.all_compiled()
     weights, _, last = caplog.messages
     assert says(weights, "100 B … 0.0 s")
     assert says(last, "1 programs … 1 from the cache")

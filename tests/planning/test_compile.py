@@ -172,8 +172,8 @@ def test_compiling_for_a_gpu_that_is_not_here_is_refused(capsys: pytest.CaptureF
 
 
 def test_programs_that_leave_no_room_are_told_the_fraction_that_does() -> None:
+    from sgl_jax.planning.fit import make_plan
     from sgl_jax.planning.model import find_model
-    from sgl_jax.planning.plan import make_plan
     from sgl_jax.planning.plan_report import overflow
     from sgl_jax.planning.target import find_target
     from sgl_jax.settings.server_args import ServerArgs

@@ -12,8 +12,8 @@ import pytest
 from messages import says
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.parallel.grid import Grid
+from sgl_jax.planning.fit import Misfit, Plan, make_plan
 from sgl_jax.planning.model import PlannedModel, bundled, find_model
-from sgl_jax.planning.plan import Misfit, Plan, make_plan
 from sgl_jax.planning.target import find_target
 from sgl_jax.planning.topology import NoSuchTopology
 from sgl_jax.settings.server_args import ServerArgs

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sgl_jax.planning.fit import Misfit, make_plan
 from sgl_jax.planning.model import find_model
-from sgl_jax.planning.plan import Misfit, make_plan
 from sgl_jax.planning.target import find_target
 from sgl_jax.settings.server_args import ServerArgs
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,7 +42,7 @@ def small_runner(
     buckets = tuple(Bucket(32, ROWS, width) for width in widths)
     config = RunnerConfig("float32", "float32", pool, PAGE_SIZE, PAGES + 1, ROWS, CONTEXT, buckets)
     runner = ModelRunner(model, config, kernels, placement, stacks_layers=False, announce=announce, drafter=drafter)
-    runner.compile(lambda *_: None, threading.Event())
+    runner.compile(lambda *_: None).result()
     runner.start(load_weights(checkpoint, model, "float32"))
     return runner
 

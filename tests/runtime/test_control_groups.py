@@ -85,7 +85,7 @@ def test_the_least_limit_of_the_group_and_all_above_counts(tmp_path: Path, files
 def test_the_server_plans_with_the_limits_that_check_env_reports(tmp_path: Path, files: dict[str, str]) -> None:
     root = build(tmp_path, files)
     cpu = jax.devices("cpu")[0]
-    assert memory.device_memory(cpu, root) == machine.look({}, root).cgroup_memory == 4096
-    assert memory.free_memory(cpu, root) == control_groups.free_memory(root)
+    assert machine.look({}, root).cgroup_memory == 4096
+    assert memory.device_memory(cpu, root) == memory.free_memory(cpu, root) == control_groups.free_memory(root)
     assert machine.look({}, root).cgroup_cpus == control_groups.cpu_limit(root)
     assert memory.device_memory(cpu, tmp_path / "none") > 1 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 
 import jax
@@ -37,10 +38,11 @@ OPTIONS = {
     "bytes_per_token": 512,
     "page_size": 16,
     "context_length": 2048,
+    "num_rows": 4,
     "mem_fraction": 0.5,
     "max_total_tokens": None,
 }
-CPU = PLATFORMS["cpu"]
+CPU, TPU = PLATFORMS["cpu"], PLATFORMS["tpu"]
 
 
 def test_free_memory_is_what_kernel_and_control_groups_leave(tmp_path: Path) -> None:
@@ -81,7 +83,7 @@ def test_a_tpu_launch_takes_fa_for_heads_and_for_latent_vectors() -> None:
 
 
 def test_the_budget_less_the_weights_becomes_whole_pages_and_a_scratch_page() -> None:
-    plan = plan_memory(CPU, **OPTIONS)
+    plan = plan_memory(TPU, **OPTIONS)
     assert plan == MemoryPlan(10_000_000, 5_000_000, 1_000_000, 512, 16, 488 + 1)  # 7812 tokens: 488.25 pages
     assert plan.num_tokens == 488 * 16
     assert plan.kv_bytes == 489 * 16 * 512
@@ -98,13 +100,31 @@ def test_the_platform_sets_share_and_limit_where_the_user_does_not() -> None:
     assert (plan.budget_bytes, plan.num_tokens) == (2_500_000, 2048)  # at least one request of full context
     plan = plan_memory(cpu, **(OPTIONS | {"mem_fraction": None, "context_length": 512}))
     assert plan.num_tokens == 1024
-    plan = plan_memory(cpu, **(OPTIONS | {"mem_fraction": 0.25}))
-    assert plan.num_tokens == 2928  # a fraction that is given is used up
+
+
+@pytest.mark.parametrize(
+    ("fitting", "num_tokens"),
+    [(2928, 2816), (2800, 2560), (7812, 7680), (10**6, 2 * 4 * 2048), (10**9, 2 * 4 * 2048)],
+)
+def test_a_share_of_a_cpu_s_memory_is_taken_as_far_as_rows_and_a_cache_can_use_it(
+    fitting: int, num_tokens: int
+) -> None:
+    """A pool between two sizes of four significant bits takes the lower one, so that programs stay in the cache."""
+    cpu = dataclasses.replace(CPU, max_pool_tokens=1024)
+    total = 2 * (1_000_000 + 512 * fitting)
+    assert plan_memory(cpu, **(OPTIONS | {"total_bytes": total})).num_tokens == num_tokens
+    assert plan_memory(TPU, **(OPTIONS | {"total_bytes": total})).num_tokens == fitting // 16 * 16
+
+
+def test_a_small_model_keeps_the_pool_of_a_default_launch_at_any_share() -> None:
+    options = OPTIONS | {"total_bytes": 10**11, "mem_fraction": 0.8, "context_length": 512}
+    assert plan_memory(CPU, **options).num_tokens == 65536
+    assert plan_memory(CPU, **(options | {"num_rows": 256})).num_tokens == 2 * 256 * 512
 
 
 def refusal(**options) -> str:
     with pytest.raises(DoesNotFit) as error:
-        plan_memory(CPU, **(OPTIONS | options))
+        plan_memory(TPU, **(OPTIONS | options))
     return str(error.value)
 
 
@@ -146,5 +166,6 @@ def test_tokens_of_several_ranks_are_told_as_they_were_given() -> None:
     assert says(message, f"--max-total-tokens 40000 … 0.01 GB … 4 data ranks … {4 * 7812} tokens")
 
 
-def test_a_devices_memory_is_found() -> None:
-    assert device_memory(jax.devices("cpu")[0]) > 2**28
+def test_a_cpu_s_memory_is_what_is_free() -> None:
+    cpu = jax.devices("cpu")[0]
+    assert 2**28 < device_memory(cpu) < os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,8 +13,8 @@ from small_runner import PAGE_SIZE, ROWS, small_core, small_runner
 
 from sgl_jax.runtime import programs
 from sgl_jax.runtime.compiler import Program
-from sgl_jax.runtime.programs import STATE
-from sgl_jax.runtime.runner import ModelRunner
+from sgl_jax.runtime.programs import OUTPUTS, STATE
+from sgl_jax.runtime.runner import ModelRunner, by_need
 from sgl_jax.step_plan import StepPlan
 from simulated import Client
 
@@ -58,6 +58,16 @@ def test_a_step_of_prefix_hits_is_two_dispatches_and_a_steady_one_is_one(
     assert steps == ["load pages"] + ["tokens=32 rows=4"] * 4
     assert [answer.prompt and answer.prompt.num_cached_tokens for answer in client.answers.values()][1:] == [12] * ROWS
     assert runner.compiles_after_ready == 0
+
+
+def test_programs_compile_in_the_order_of_need() -> None:
+    def order(*step_tokens: int) -> list[str]:
+        steps = [Program(f"{n}", jax.jit(abs), (), gives=(STATE, OUTPUTS)) for n in step_tokens]
+        return [each.name for each in by_need([*steps, Program("load", jax.jit(abs), (), gives=(STATE,))])]
+
+    assert order(2, 8, 32, 64) == ["2", "64", "load", "8", "32"]
+    assert order(2, 8) == ["2", "8", "load"]
+    assert order(2) == ["2", "load"]
 
 
 class LeftThere:

@@ -28,6 +28,18 @@ class _FailsWhenRunning(FakeCore):
         return super().step()
 
 
+class _Hangs(FakeCore):
+    def step(self):
+        if self._totals["steps"] == 8:
+            time.sleep(600)
+        return super().step()
+
+
+def hanging(server_args: ServerArgs, die: Callable[[str], None]) -> FakeCore:
+    """A call to the device that never returns, in the ninth step."""
+    return _Hangs(step_seconds=0.02)
+
+
 def failing_when_running(server_args: ServerArgs, die: Callable[[str], None]) -> FakeCore:
     return _FailsWhenRunning()
 

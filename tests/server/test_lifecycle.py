@@ -177,13 +177,46 @@ def test_when_the_engine_fails_its_reason_reaches_the_client() -> None:
         assert server.process.wait(PATIENCE_S) != 0
 
 
-def test_when_the_server_is_killed_the_engine_ends_by_itself() -> None:
+@pytest.mark.parametrize("factory", ["slow", "hanging"])
+def test_an_engine_that_hangs_is_not_ready_and_then_ends_the_server(factory: str) -> None:
+    """The engine is stopped from outside, or its thread never returns. Clients are answered, and the log has the reason."""
+    with running(
+        factory, "--soft-watchdog-timeout", "0.5", "--watchdog-timeout", "5", "--skip-server-warmup"
+    ) as server:
+        server.wait_ready()
+        thread, answers = server.long_request(tokens=400)
+        engine = server.engine_pid()
+        if factory == "slow":
+            os.kill(engine, signal.SIGSTOP)
+            server.wait_draining()
+            os.kill(engine, signal.SIGCONT)
+            wait_until(lambda: httpx.get(f"{server.url}/ready").status_code == 200)
+            os.kill(engine, signal.SIGSTOP)
+        server.wait_draining()
+        said = httpx.get(f"{server.url}/ready").json()["error"]["message"]
+        assert says(said, "no step … --soft-watchdog-timeout 0.5")
+        assert httpx.get(f"{server.url}/health").status_code == 200  # it ends by itself, with the reason
+        assert server.process.wait(PATIENCE_S) == 1
+        thread.join(PATIENCE_S)
+        assert answers[0].status_code == 500
+        reason = "no step for 5 s … --watchdog-timeout 5 … 1 requests"
+        assert says(answers[0].json()["error"]["message"], reason)
+        assert server.process.stderr is not None
+        assert says(server.process.stderr.read(), f"sgl_jax: error: … {reason}")
+        assert has_ended(engine)
+
+
+def test_when_the_server_is_killed_the_engine_ends_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing stays in the folder of temporary files."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with running("quick") as server:
         server.wait_ready()
+        assert len(list(tmp_path.iterdir())) == 1
         engine = server.engine_pid()
         server.process.kill()
         server.process.wait()
         wait_until(lambda: has_ended(engine))
+        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("factory", ["failing_at_start"])

@@ -18,8 +18,8 @@ import matrix_report
 import pytest
 import tpu_programs
 
+from sgl_jax.planning.fit import Misfit
 from sgl_jax.planning.launch_programs import read_facts
-from sgl_jax.planning.plan import Misfit
 from sgl_jax.planning.plan_report import as_data
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, compile_all, matmul_precision
 from sgl_jax.runtime.programs import step_name

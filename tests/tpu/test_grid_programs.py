@@ -14,9 +14,9 @@ import pytest
 
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.planning import hlo
+from sgl_jax.planning.fit import make_plan
 from sgl_jax.planning.launch_programs import launch_programs
 from sgl_jax.planning.model import find_model
-from sgl_jax.planning.plan import make_plan
 from sgl_jax.planning.target import find_target
 from sgl_jax.runtime.compiler import CompileWatch, compile_all, matmul_precision
 from sgl_jax.runtime.platform import kernels_for

@@ -16,10 +16,10 @@ import jax
 from sgl_jax.models.weights import site_of
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.planning import hlo
+from sgl_jax.planning.fit import Plan, make_plan
 from sgl_jax.planning.hlo import Instruction, Module
 from sgl_jax.planning.launch_programs import launch_programs
 from sgl_jax.planning.model import find_model
-from sgl_jax.planning.plan import Plan, make_plan
 from sgl_jax.planning.target import find_target
 from sgl_jax.runtime.compiler import CompileWatch, Program, compile_all, matmul_precision
 from sgl_jax.runtime.device_state import state_bytes

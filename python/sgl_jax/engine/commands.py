@@ -19,11 +19,11 @@ class Commands:
 
     @property
     def has_answers(self) -> bool:
-        return bool(self._answers or self._aborted)
+        return bool(self._answers or self._aborted or self._profiler.writing)
 
     def take_answers(self) -> tuple[list[Event], list[Finished]]:
         """Return the answers since the last call, and the requests that were aborted."""
-        taken = self._answers, self._aborted
+        taken = self._answers + self._profiler.poll(), self._aborted
         self._answers, self._aborted = [], []
         return taken
 
@@ -38,7 +38,8 @@ class Commands:
             case messages.FlushCache(call=call):
                 self._answers.append(messages.CacheFlushed(call, self._scheduler.flush()))
             case messages.StartProfile() | messages.StopProfile() | messages.GetProfile():
-                self._answers.append(self._profiler.handle(command))
+                answer = self._profiler.handle(command)
+                self._answers += [answer] if answer else []
 
     def _request(self, command: messages.Generate) -> Request:
         params = command.params

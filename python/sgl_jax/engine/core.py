@@ -4,6 +4,7 @@ A step is launched before the tokens of the previous one have been read. The ste
 `step` leaves and the next collects. Without overlap a call collects the step that it launched; the tokens are the same.
 """
 
+import time
 from typing import Protocol
 
 import msgspec
@@ -24,9 +25,21 @@ class Runner(Protocol):
     def compiles_after_ready(self) -> int: ...
 
     @property
+    def num_compiling(self) -> int:
+        """Programs that are not compiled yet. Raises the error of one that cannot be."""
+
+    @property
     def tracer(self) -> Tracer: ...
 
+    def can_launch(self, plan: StepPlan) -> bool:
+        """Whether the plan's programs are compiled."""
+
     def launch(self, plan: StepPlan) -> Flight: ...
+
+    def close(self) -> None: ...
+
+
+_WAIT_S = 0.02  # between two looks at a program that compiles or a profile that is written
 
 
 class Core:
@@ -48,12 +61,14 @@ class Core:
         self._profiler = Profiler(runner.tracer, profiler_dir)
         self._commands = Commands(scheduler, info, self._profiler, random_seed)
         self._statistics = Statistics(scheduler, decode_log_interval)
+        self._planned: StepPlan | None = None  # a step whose programs are not compiled yet
         self._in_flight: Flight | None = None
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do; if not, the loop may sleep until a command comes."""
-        return self.scheduler.has_requests or self._in_flight is not None or self._commands.has_answers
+        steps = self.scheduler.has_requests or self._planned is not None or self._in_flight is not None
+        return steps or self._commands.has_answers or self.runner.num_compiling > 0
 
     def handle(self, command: Command) -> None:
         """Take in a command. Its answer, if it has one, comes out of the next `step`."""
@@ -75,7 +90,10 @@ class Core:
         if not self.busy:
             self._statistics.speed.pause()
             self.scheduler.check_invariants()
-        stats = self._statistics.take_due(self.runner.compiles_after_ready, idle=not self.busy)
+        elif launched is None and self._in_flight is None and not events:
+            time.sleep(_WAIT_S)
+        compiles, compiling = self.runner.compiles_after_ready, self.runner.num_compiling
+        stats = self._statistics.take_due(compiles, compiling, idle=not self.busy)
         if stats is not None:
             output = msgspec.structs.replace(output or StepOutput(), stats=stats)
         return events if output is None else [*events, output]
@@ -83,12 +101,15 @@ class Core:
     def close(self, reason: str = "") -> None:
         """End the core, and write a profile that still runs. Nothing may be called afterwards."""
         self._profiler.close()
+        self.runner.close()
 
     def _launch(self) -> Flight | None:
-        """Plan a step and start it; None if there is nothing to do."""
+        """Plan a step and start it; None if there is nothing to do, or a program of the step is not compiled yet. The
+        planned step is then the next one: later plans count on what it computes."""
         with self._profiler.stage("plan"):
-            plan = self.scheduler.schedule()
-        if plan is None:
+            plan = self._planned or self.scheduler.schedule()
+        self._planned = plan if plan is not None and not self.runner.can_launch(plan) else None
+        if plan is None or self._planned is not None:
             return None
         with self._profiler.stage("dispatch"):
             launched = self.runner.launch(plan)

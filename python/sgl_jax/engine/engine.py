@@ -20,8 +20,10 @@ from sgl_jax.engine.native_call import NativeCall, Reply, native_call
 from sgl_jax.engine.native_params import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
+from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability import log
 from sgl_jax.settings.flags import Setting
+from sgl_jax.settings.hub import refuse_no_model
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -52,8 +54,10 @@ class Engine:
 
         with log.heard():
             logger.info("sgl_jax %s, starting", __version__)
+            refuse_no_model(args.model_path)
             tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
-            self._start(build, tokenizer, args.stream_interval, args.max_queued_requests)
+            watchdog = Watchdog(args.soft_watchdog_timeout, args.watchdog_timeout)
+            self._start(build, tokenizer, args.stream_interval, args.max_queued_requests, watchdog)
             logger.info("Ready after %.1f s", self.info.start_seconds)
 
     @classmethod
@@ -69,6 +73,7 @@ class Engine:
         tokenizer: Tokenizer,
         stream_interval: int = 1,
         max_queued: int | None = None,
+        watchdog: Watchdog | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self._closed = False
@@ -77,7 +82,7 @@ class Engine:
         self._thread.start()
         try:
             transport = ThreadTransport(build_core)
-            self._service = GenerationService(transport, tokenizer, stream_interval, max_queued)
+            self._service = GenerationService(transport, tokenizer, stream_interval, max_queued, watchdog)
             self._call(self._service.start())
             self._service.open()
         except BaseException:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NoReturn
 
 from sgl_jax.settings.server_args import ServerArgs
@@ -41,8 +42,9 @@ def follow(args: ServerArgs) -> NoReturn:
         unite(args, hosts[0])
         runner = build_device_side(args, hosts[0]).runner
         logger.info("Ready: this host runs what host 0 tells it to")
+        finisher = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-finished")
         for program, vector, source in hosts[0].runs():
-            runner.execute(program, vector, source)
+            finisher.submit(_finish, hosts[0], runner.execute(program, vector, source))
     except Exception as error:
         if not isinstance(error, ValueError | OSError):  # for these two the message is enough
             logger.exception("the engine failed")
@@ -51,6 +53,14 @@ def follow(args: ServerArgs) -> NoReturn:
         _die(one_line(error))
     logger.info("Host 0 has ended")
     _exit(OK)
+
+
+def _finish(host: Follower, result: object) -> None:
+    """Wait for a program's result, in a thread, since the next program is started meanwhile."""
+    import jax
+
+    jax.block_until_ready(result)
+    host.num_finished += 1
 
 
 def _end_on_signal(hosts: list[Follower]) -> None:

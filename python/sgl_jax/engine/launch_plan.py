@@ -63,6 +63,7 @@ def plan_launch(
         bytes_per_token=pool.bytes_per_token,
         page_size=page_size,
         context_length=context_length,
+        num_rows=max_running,
         mem_fraction=args.mem_fraction_static,
         max_total_tokens=args.max_total_tokens,
         num_ranks=grid.data,

@@ -47,7 +47,7 @@ class StartProfile(_CallMessage, frozen=True):
 
 
 class StopProfile(_CallMessage, frozen=True):
-    """End the profile and write it. Answered by ProfileAnswer, or by Refused if none runs."""
+    """End the profile and write it. Answered by ProfileAnswer when it is written, or by Refused if none runs."""
 
 
 class GetProfile(_CallMessage, frozen=True):
@@ -125,6 +125,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     preemptions: int = 0
     steps: int = 0
     compiles_after_ready: int = 0
+    num_compiling: int = 0  # programs that are not compiled yet, with --skip-server-warmup
 
 
 class StepOutput(_Message, frozen=True):
@@ -151,10 +152,11 @@ class ProfileStatus(msgspec.Struct, frozen=True):
     running: bool = False
     output_dir: str = ""
     started_at: float = 0.0  # Unix time; 0: there has been none yet
-    num_steps: int | None = None  # as requested; None: until it is stopped
+    num_steps: int | None = None  # as requested; None: until it is stopped or at its limits
     steps_done: int = 0  # complete steps in the profile
     files: list[str] = []  # written by the last profile
     error: str = ""  # why it could not be written
+    ended: str = ""  # why no more is recorded
 
 
 class ProfileAnswer(_CallMessage, frozen=True):

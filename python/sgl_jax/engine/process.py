@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,7 +31,8 @@ LINGER_MS = 2000  # time for the last messages of an engine that dies to get out
 
 
 def spawn(server_args: DataclassInstance, core_factory: str, commands: str, events: str) -> subprocess.Popen[bytes]:
-    """Start the engine process. `core_factory` is "module:function", called there with `server_args` and `die`.
+    """Start the engine process. `core_factory` is "module:function", called there with `server_args` and `die`;
+    `commands` and `events` are sockets in a folder of their own.
 
     `die` ends the process at once, from any thread, and sends its argument as the reason.
     """
@@ -53,7 +55,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     config = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, name="sgl-jax-parent", daemon=True).start()
+    folder = os.path.dirname(config["commands"].removeprefix("ipc://"))
+    threading.Thread(target=_end_with_parent, args=(folder,), name="sgl-jax-parent", daemon=True).start()
 
     import zmq
 
@@ -128,10 +131,12 @@ def _die(events: str, reason: str) -> NoReturn:
     os._exit(FAILED)
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: str) -> None:
+    """Wait for the parent's end; when it was killed, the folder of the sockets is still there."""
     # A blocked read of the buffered sys.stdin would hold its lock, which is fatal when the interpreter ends.
     while os.read(0, 1024):
         pass
+    shutil.rmtree(folder, ignore_errors=True)
     os._exit(FAILED)
 
 

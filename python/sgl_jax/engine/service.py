@@ -26,6 +26,7 @@ from sgl_jax.engine.generation import (
 from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Stats
 from sgl_jax.engine.slices import SLICE, in_slices
 from sgl_jax.engine.transport import Transport
+from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.metrics import RequestMetrics
 from sgl_jax.request import MAX_EOS_TOKENS, InvalidParameter, Names, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
@@ -43,6 +44,7 @@ class GenerationService:
         tokenizer: Tokenizer,
         stream_interval: int = 1,
         max_queued_requests: int | None = None,
+        watchdog: Watchdog | None = None,
     ):
         self.tokenizer = tokenizer
         self.stats = Stats()
@@ -50,6 +52,8 @@ class GenerationService:
         self._transport = transport
         self._stream_interval = stream_interval
         self._max_queued = max_queued_requests
+        self._watchdog = watchdog or Watchdog()
+        self._watching: asyncio.Task[None] | None = None
         self._info: EngineInfo | None = None
         self.failure: str | None = None  # why the engine has died
         self.failed = asyncio.Event()  # set when it has died
@@ -65,6 +69,9 @@ class GenerationService:
         await self._settled.wait()
         if self.failure is not None:
             raise EngineFailed(self.failure)
+        self._watching = asyncio.create_task(
+            self._watchdog.run(lambda: bool(self._choices or self._answers), self._give_up)
+        )
         return self.info
 
     def open(self) -> None:
@@ -85,6 +92,8 @@ class GenerationService:
         """End every request with an error and the engine with a Shutdown."""
         self.accepting = False
         self._fail_all(ServiceUnavailable("the server is shutting down"))
+        if self._watching is not None and not self._watching.cancel():  # it has ended, because the engine hangs
+            timeout = 0.0
         await self._transport.close(timeout)
 
     @property
@@ -114,6 +123,15 @@ class GenerationService:
         if not self.accepting:
             starting = self._info is None
             raise ServiceUnavailable(_STARTING if starting else "the server takes no requests now")
+
+    def check_progress(self) -> None:
+        """Raises ServiceUnavailable while the engine seems to hang, and what check_ready does."""
+        self.check_ready()
+        if problem := self._watchdog.problem:
+            raise ServiceUnavailable(problem)
+
+    def _give_up(self, reason: str) -> None:
+        self._on_event(messages.EngineDied(f"{reason} while {len(self._choices)} requests wait"))
 
     def check_count(self, num_prompts: int, n: int, names: Names) -> None:
         """Check the number of a call's choices before its prompts are encoded. Raises InvalidParameter or QueueFull."""
@@ -248,6 +266,7 @@ class GenerationService:
             future.set_result(answer)
 
     def _on_event(self, event: Event) -> None:
+        self._watchdog.see(event, self.stats)
         match event:
             case messages.StepOutput():
                 self._choices.push(event)

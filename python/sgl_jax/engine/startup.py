@@ -1,12 +1,10 @@
 """Start-up of an engine: from server arguments to a core that is ready to step, with a log line for each stage."""
 
-import contextlib
 import dataclasses
 import logging
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 
 import jax
 
@@ -80,7 +78,7 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
         leader.close(one_line(error))
         raise
     core = _core(args, device_side, started)
-    leader.serve()
+    leader.serve(args.watchdog_timeout)
     return LeadingCore(core, leader)
 
 
@@ -109,6 +107,13 @@ def build_device_side(
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
     model, kernels, plan = _decide(args, families, checkpoint, platform, device_bytes)
     accept(plan)
+    if model.longer is not None:
+        logger.warning(
+            "Contexts end at %d tokens, beyond which longrope has other factors: --context-length up to %d takes those "
+            "for all requests",
+            model.context_length,
+            model.longer.length,
+        )
     memory = plan.memory
     logger.info(
         log.memory_table(
@@ -124,15 +129,21 @@ def build_device_side(
     runner = ModelRunner(
         model, plan.runner_config, kernels, placement, stacks_layers=platform.stacks_layers, announce=announce
     )
-    with launch_progress(logger, len(runner.programs)) as progress, _compiling(runner, progress) as compiled:
-        weights = _load(
-            checkpoint, model, families, plan.runner_config.weight_dtype, args, platform, placement, compiled, progress
-        )
-        progress.all_read()
-        compiled.result()
-        progress.all_compiled()
+    with launch_progress(logger, len(runner.programs)) as progress:
+        compiled = runner.compile(lambda done, total, each: progress.compiled(each.program.name, each.cache_hit))
+        dtype = plan.runner_config.weight_dtype
+        try:
+            weights = _load(checkpoint, model, families, dtype, args, platform, placement, compiled, progress)
+            progress.all_read()
+            if not args.skip_server_warmup:
+                compiled.result()
+        except BaseException:
+            runner.close()
+            raise
     cache_takes_programs(args.compilation_cache_dir)  # the programs may have filled the disk
     runner.start(weights, barrier=lambda: agree(0))
+    if num_left := runner.num_compiling:
+        logger.info("%d of %d programs are still to be compiled (--skip-server-warmup)", num_left, len(runner.programs))
     return DeviceSide(model, platform, devices, plan, runner)
 
 
@@ -155,6 +166,7 @@ def _decide(
     args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int
 ) -> tuple[DecoderConfig, Kernels, LaunchPlan]:
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
+    model = model.for_context(args.context_length)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
     return model, kernels, plan
@@ -197,21 +209,6 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         decode_log_interval=args.decode_log_interval,
         profiler_dir=args.profiler_dir,
     )
-
-
-@contextlib.contextmanager
-def _compiling(runner: ModelRunner, progress: LaunchProgress) -> Iterator[Future[None]]:
-    """Compile the runner's programs in a thread beside the block. An error in the block is raised at once: it does not
-    wait for programs that are being compiled (the interpreter's end does), and no further one begins."""
-    stopped = threading.Event()
-    thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-compile")
-    try:
-        yield thread.submit(
-            runner.compile, lambda done, total, each: progress.compiled(each.program.name, each.cache_hit), stopped
-        )
-    finally:
-        stopped.set()
-        thread.shutdown(wait=False)
 
 
 def _load(

@@ -20,7 +20,7 @@ class Statistics:
         self._scheduler = scheduler
         self._due = 0.0
 
-    def take_due(self, compiles_after_ready: int, *, idle: bool) -> Stats | None:
+    def take_due(self, compiles_after_ready: int, num_compiling: int, *, idle: bool) -> Stats | None:
         """Return them every _INTERVAL_S seconds, and always when the engine falls idle; None between."""
         now, s = time.monotonic(), self._scheduler
         if now < self._due and not idle:
@@ -33,6 +33,7 @@ class Statistics:
             cached_usage=s.cached_usage,
             gen_throughput=self.speed.tokens_per_s,
             compiles_after_ready=compiles_after_ready,
+            num_compiling=num_compiling,
             **dataclasses.asdict(s.counters),
         )
 

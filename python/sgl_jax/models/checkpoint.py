@@ -10,17 +10,20 @@ from typing import Literal
 from sgl_jax.models.bundled import bundled_config, bundled_name
 from sgl_jax.models.gguf import gguf_config, gguf_tensors
 from sgl_jax.models.gguf_file import read_gguf
-from sgl_jax.models.model_errors import ModelError
+from sgl_jax.models.model_errors import ModelError, faults_named
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.safetensors_file import read_safetensors
-from sgl_jax.models.stored import StoredTensor, shard_name
-from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path
+from sgl_jax.models.stored import StoredTensor, refuse_pointer, shard_name
+from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path, refuse_no_model
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 _OTHER_LAYOUTS = ["original/*", "consolidated*"]  # the same weights again, under other names
 _INDEX = "model.safetensors.index.json"
+# Files that are no part of the model: LoRA, running averages, training states, the same weights in Mistral's layout.
+_LEFT_BEHIND = re.compile(r"^(consolidated|adapters?|lora|ema|optim|optimizer|scheduler|training)[._-]|[._-]ema[._-]")
+_NUMBERED = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _SHARD = re.compile(r"-TP-(\d{3})\.safetensors$")  # saved by each device of a tensor-parallel group for itself
 
 
@@ -42,7 +45,8 @@ class Checkpoint:
     @property
     def dtype(self) -> str | None:
         """Dtype in which the weights were saved ("bfloat16"), if the config says so."""
-        return self.config.get("dtype") or self.config.get("torch_dtype")
+        configs = (self.config, self.config.get("text_config") or {})
+        return next((config[key] for config in configs for key in ("dtype", "torch_dtype") if config.get(key)), None)
 
 
 def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", downloads: Downloads = HUGGING_FACE) -> Checkpoint:
@@ -54,16 +58,18 @@ def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", downloads: D
     files = _TOKENIZER_FILES + (["*.safetensors"] if load_format != "dummy" else [])
     try:
         local = local_path(path, files, downloads, without=_OTHER_LAYOUTS)
+        refuse_no_model(local)
     except HubError as error:
         raise ModelError(str(error)) from error
     dummy = load_format == "dummy"
     if (file := _gguf_file(local, load_format)) is not None:
         gguf = read_gguf(file)
-        tensors = {} if dummy else gguf_tensors(gguf)
-        return Checkpoint(file, "dummy" if dummy else "gguf", gguf_config(gguf), RawConfig(), file, tensors)
+        with faults_named(file, "damaged; download it again"):
+            config, tensors = gguf_config(gguf), {} if dummy else gguf_tensors(gguf)
+        return Checkpoint(file, "dummy" if dummy else "gguf", config, RawConfig(), file, tensors)
     config = _read_json(local / "config.json")
     if config is None:
-        raise ModelError(f"{local} has no config.json; --model-path needs a Hugging Face model folder or a .gguf file")
+        raise ModelError(f"{local} has no config.json; --load-format {load_format} reads it")
     generation_config = _read_json(local / "generation_config.json") or RawConfig()
     tensors = {} if dummy else _safetensors(local)
     return Checkpoint(local, "dummy" if dummy else "safetensors", config, generation_config, local, tensors)
@@ -76,7 +82,7 @@ def _gguf_file(local: Path, load_format: LoadFormat) -> Path | None:
             wanted = "a folder with *.safetensors" if load_format == "safetensors" else "a folder or a .gguf file"
             raise ModelError(f"{local} is a file; --load-format {load_format} reads {wanted}")
         return local
-    found = sorted(local.glob("*.gguf"))
+    found = sorted(file for file in local.glob("*.gguf") if not file.name.startswith("mmproj"))  # no vision projectors
     if load_format in ("safetensors", "dummy"):
         return None
     if load_format == "auto" and (not found or any(local.glob("*.safetensors"))):
@@ -90,18 +96,9 @@ def _gguf_file(local: Path, load_format: LoadFormat) -> Path | None:
 
 
 def _safetensors(folder: Path) -> dict[str, StoredTensor]:
-    index = _read_json(folder / _INDEX)
-    if index is not None and not any(map(_SHARD.search, index["weight_map"].values())):  # an index names one shard
-        files = [folder / name for name in sorted(set(index["weight_map"].values()))]
-        missing = [f.name for f in files if not f.exists()]
-        if missing:
-            raise ModelError(f"{folder / _INDEX} names {', '.join(missing)}, which are not there; download them")
-    else:
-        files = sorted(f for f in folder.glob("*.safetensors") if not f.name.startswith("consolidated"))
+    files = _weight_files(folder)
     if not files:
-        other = ", ".join(sorted(f.name for f in folder.glob("*.bin")))
-        cure = f", only {other}; convert it to safetensors" if other else ""
-        raise ModelError(f"{folder} has no *.safetensors{cure}")
+        raise ModelError(f"{folder} has no model.safetensors or shards of it{_other_weights(folder)}")
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         stored = read_safetensors(file)
@@ -113,13 +110,56 @@ def _safetensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the files that hold the weights: model.safetensors if it is there, else those of the index, as
+    transformers has it; else the shards without an index, complete; else all but what training left behind."""
+    if (whole := folder / "model.safetensors").exists():
+        return [whole]
+    if (index := _read_json(folder / _INDEX)) is not None:
+        named = _indexed(folder / _INDEX, index)
+        if not any(map(_SHARD.search, named)):  # an index names one shard of each
+            return _all_there(folder, named, f"{folder / _INDEX} names")
+    found = sorted(file for file in folder.glob("*.safetensors") if not _LEFT_BEHIND.search(file.name))
+    shards = {(match[1], int(match[2])) for file in found if (match := _NUMBERED.fullmatch(file.name))}
+    if len(shards) == 1:
+        ((stem, number),) = shards
+        named = {f"{stem}-{i + 1:05d}-of-{number:05d}.safetensors" for i in range(number)}
+        return _all_there(folder, named, f"{folder} holds a part of")
+    return found
+
+
+def _indexed(path: Path, index: RawConfig) -> set[str]:
+    """Return the names of the files in an index. Raises ModelError for one that is damaged or leaves the folder."""
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ModelError(f"{path} has weight_map {names!r:.80}; it must give a file for each tensor; download it again")
+    if outside := sorted({name for name in names.values() if Path(name).is_absolute() or ".." in Path(name).parts}):
+        raise ModelError(f"{path}: weight_map names {outside[0]!r}; files must lie in the model's folder")
+    return set(names.values())
+
+
+def _all_there(folder: Path, names: set[str], what: str) -> list[Path]:
+    missing = sorted(name for name in names if not (folder / name).exists())
+    if missing:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise ModelError(f"{what} {', '.join(missing[:5])}{more}, which are not there; download them")
+    return [folder / name for name in sorted(names)]
+
+
+def _other_weights(folder: Path) -> str:
+    """Say which other files with weights there are, and what to do with them."""
+    endings = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5")
+    other = ", ".join(sorted(file.name for ending in endings for file in folder.glob(ending)))
+    return f", only {other}; convert it to safetensors in Hugging Face's layout" if other else "; download them"
+
+
 def _read_json(path: Path) -> RawConfig | None:
     if not path.exists():
         return None
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as e:
-        raise ModelError(f"{path} is not valid JSON: {e}") from e
+    with faults_named(path, "cannot be read as JSON"):
+        content = path.read_bytes()
+        refuse_pointer(path, content)
+        found = json.loads(content)
     if not isinstance(found, dict):
         raise ModelError(f"{path} holds a JSON {type(found).__name__}; it must hold an object")
     return RawConfig(found)

@@ -68,10 +68,11 @@ def hidden_states(
     On one of many devices, config and weights are its shard, `tokens` are those of all M ranks, and the output is that
     of its own rank. In between, x holds the tokens of its rank that `grid` gives to this device.
     """
+    scaled = functools.partial(_times, config.branch_scale)
     norm = functools.partial(rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset)
     with jax.named_scope("embed"):
         x = _embed(weights.embed, tokens, context)
-        x = x * jnp.asarray(config.embed_scale, x.dtype) if config.embed_scale != 1 else x
+        x = _times(config.embed_scale, x)
         rope = _rope_of_layer(config, context.positions)
     windows = _windows(config)
 
@@ -80,11 +81,11 @@ def hidden_states(
         with jax.named_scope("attention"):
             h = norm(x, w.attn_norm)
             window = None if windows is None else jnp.asarray(windows)[layer]
-            h, kv = _attention(h, kv, w, config, rope(window), context, layer, window)
-            x = x + (h if w.post_attn_norm is None else norm(h, w.post_attn_norm))
+            h, kv = _attention(h, kv, w, config, rope(layer), context, layer, window)
+            x = x + scaled(h if w.post_attn_norm is None else norm(h, w.post_attn_norm))
         with jax.named_scope("mlp"):
             h = _mlp(norm(x, w.mlp_norm), w, experts, config, context)
-            x = x + (h if w.post_mlp_norm is None else norm(h, w.post_mlp_norm))
+            x = x + scaled(h if w.post_mlp_norm is None else norm(h, w.post_mlp_norm))
         return x, kv
 
     x, kv = run_layers(body, (x, kv), weights.layers)
@@ -146,12 +147,16 @@ def _windows(config: DecoderConfig) -> np.ndarray | None:
 
 
 def _rope_of_layer(config: DecoderConfig, positions: Int[Array, " T"]) -> Callable:
-    """Return a function from a layer's window to its cos and sin, [T, rope]."""
+    """Return a function from a layer's index to its cos and sin, [T, rope]."""
     table = rope_table(positions, config.rope)
     if config.local_rope is None:
-        return lambda window: table
+        return lambda layer: table
     both = jnp.stack([table, rope_table(positions, config.local_rope)])
-    return lambda window: both[(window < _NO_WINDOW).astype(jnp.int32)]
+    return lambda layer: both[jnp.asarray(config.local_layers, jnp.int32)[layer]]
+
+
+def _times(factor: float, x: Float[Array, "t D"]) -> Float[Array, "t D"]:
+    return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
 def _embed(table: Float[Array, "V D"], tokens: Int[Array, " MT"], context: Context) -> Float[Array, "t D"]:

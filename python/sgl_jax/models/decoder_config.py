@@ -9,7 +9,7 @@ from typing import Literal
 from sgl_jax.models.quantised import Scheme
 from sgl_jax.parallel.grid import Grid
 
-Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_oai"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +18,14 @@ class RopeConfig:
 
     inv_freq: tuple[float, ...]  # [rotary_dim / 2]
     attention_factor: float = 1.0  # YaRN's scale on cos and sin
+
+
+@dataclasses.dataclass(frozen=True)
+class LongerContext:
+    """Rope of contexts that are longer than usual. It is another one for all their positions."""
+
+    length: int  # tokens at most
+    rope: RopeConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +57,10 @@ class MoeConfig:
     bias: bool = False  # each expert has biases
     residual_scale: float | None = None  # scales the sum of MLP and experts; None: a layer with experts has no MLP
     expert_groups: int = 1  # in a device's shard: groups of devices over which the experts are spread
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(f"each token would take {self.experts_per_token} of {self.num_experts} experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +99,13 @@ class DecoderConfig:
     head_dim: int  # H; with MLA, the width of a head's query
     rope: RopeConfig
     context_length: int
+    longer: LongerContext | None = None  # for launches that ask for a longer context
     rms_norm_eps: float = 1e-6
     norm_offset: float = 0.0  # norms scale by offset + weight
     sandwich_norms: bool = False  # norms after attention and after the MLP, too
     tie_embeddings: bool = False
     embed_scale: float = 1.0  # factor of the embedded tokens
+    branch_scale: float = 1.0  # factor of what attention and MLP add to the residual stream
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
@@ -102,7 +116,8 @@ class DecoderConfig:
     moe: MoeConfig | None = None
     moe_layers: tuple[bool, ...] | None = None  # per layer, whether it has experts; None: all have, if moe
     sliding_windows: tuple[int | None, ...] | None = None  # per layer; None: full attention in every layer
-    local_rope: RopeConfig | None = None  # rope of the layers with a window, where it differs
+    local_rope: RopeConfig | None = None  # rope of `local_layers`, where some have another
+    local_layers: tuple[bool, ...] = ()
     attn_sinks: bool = False  # each head has a logit that takes weight from the keys
     attn_logit_softcap: float | None = None
     attn_temperature_length: int | None = None  # beyond it, capped scores grow with the log of the position
@@ -116,7 +131,19 @@ class DecoderConfig:
     # Number of devices that hold the same head as this shard, where there are more devices than heads. All of them attend
     # with it, and each projects a part of its output.
     head_replicas: int = 1
+    part_of: str | None = (
+        None  # class of the larger model that this is the text model of; its other tensors are left out
+    )
     num_mtp_layers: int = 0  # multi-token prediction; they are stored after the last layer, and not loaded
+
+    def for_context(self, length: int | None) -> DecoderConfig:
+        """Return the model for contexts of this length: with the rope of longer ones where they are longer than usual.
+
+        None: the usual length.
+        """
+        if self.longer is None or (length or 0) <= self.context_length:
+            return self
+        return dataclasses.replace(self, context_length=self.longer.length, rope=self.longer.rope, longer=None)
 
     def window(self, layer: int) -> int | None:
         """Return how many tokens a query of this layer sees, itself included; None: all before it."""

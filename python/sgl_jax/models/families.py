@@ -15,19 +15,24 @@ from sgl_jax.models import (
     gpt_oss,
     grok,
     llama,
+    llama_like,
     mixtral,
+    phi3,
     qwen1,
     qwen2,
     qwen3,
     qwen_moe,
 )
+from sgl_jax.models.architecture import WHOLES, architecture_of_type, text_model
+from sgl_jax.models.config_fields import check_fields
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.hf_config import eos_token_ids
-from sgl_jax.models.model_errors import ModelError
+from sgl_jax.models.model_errors import ModelError, faults_named
 from sgl_jax.models.names import TensorNames
+from sgl_jax.models.plan import plan_weights
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
-from sgl_jax.models.weight_plan import plan_weights
+from sgl_jax.models.stored_names import has_own_head
 
 type Families = Mapping[str, ModuleType]  # by architecture
 
@@ -36,8 +41,9 @@ def _by_architecture(modules: Iterable[ModuleType]) -> Families:
     return MappingProxyType({architecture: module for module in modules for architecture in module.ARCHITECTURES})
 
 
-_OURS = (llama, qwen1, qwen2, qwen3, qwen_moe, mixtral, gemma, glm4_moe, bailing, gpt_oss, grok, deepseek)
-FAMILIES = _by_architecture(_OURS)
+_DENSE = (llama, llama_like, phi3, qwen1, qwen2, qwen3, gemma)
+_OF_EXPERTS = (qwen_moe, mixtral, glm4_moe, bailing, gpt_oss, grok, deepseek)
+FAMILIES = _by_architecture((*_DENSE, *_OF_EXPERTS))
 GROUP = "sgl_jax.models"  # entry points of installed packages: architecture = module
 
 
@@ -68,19 +74,28 @@ def decoder_config(
 ) -> DecoderConfig:
     """Translate config.json. End-of-sequence ids are those of config.json and those of generation_config.json.
 
-    Raises ModelError for an unknown architecture. The error names the families that the checkpoint's `tensors` would
-    fit.
+    Of a model that also sees or hears, the text model is described. A head that is stored with values of its own counts,
+    even if the config calls it tied, as in transformers 5. Raises ModelError for an unknown architecture; the error names
+    the families that the checkpoint's `tensors` would fit.
     """
     hf, generation_config = RawConfig(hf), RawConfig(generation_config or {})
-    architectures = hf.get("architectures") or []
-    architecture, family = next(((a, f) for a in architectures if (f := _find(a, families))), (None, None))
+    check_fields({key: hf.get(key) for key in ("architectures", "model_type", "text_config")})
+    architecture = whole = _architecture(hf, families)
+    if whole in WHOLES:
+        architecture, hf = text_model(hf, whole, families)
+    family = _find(architecture, families) if architecture else None
     if architecture is None or family is None:
         raise ModelError(
-            f"config.json names the architecture {', '.join(architectures) or '(none)'} "
-            f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(families))}"
-            f"{_relatives(hf, tensors, families)}"
+            f"config.json names the architecture {', '.join(hf.get('architectures') or ()) or '(none)'} "
+            f"(model_type {hf.get('model_type')!r}); supported are {', '.join(sorted(families))}, and the text of "
+            f"{', '.join(WHOLES)}{_relatives(hf, tensors, families)}"
         )
-    config = _translated(architecture, family, hf)
+    check_fields(hf)
+    with faults_named("config.json", f"{architecture} cannot be made of it"):
+        config = _translated(architecture, family, hf)
+    config = dataclasses.replace(config, part_of=whole if whole in WHOLES else None)
+    if tensors and config.tie_embeddings and has_own_head(tensors, config, family.NAMES):
+        config = dataclasses.replace(config, tie_embeddings=False)
     named = [token for token in (*eos_token_ids(generation_config), *config.eos_token_ids) if token >= 0]
     family_eos = family.eos_token_ids(generation_config) if hasattr(family, "eos_token_ids") else ()
     eos = tuple(dict.fromkeys(token for token in (*named, *family_eos) if token < config.vocab_size))
@@ -95,6 +110,17 @@ def tensor_names(config: DecoderConfig, families: Families = FAMILIES) -> Tensor
     if family is None:
         raise ModelError(f"{config.architecture} is none of {', '.join(sorted(families))}")
     return family.NAMES
+
+
+def _architecture(hf: RawConfig, families: Families) -> str | None:
+    """Return the first of `architectures` that is served, alone or for its text. It follows from model_type where none is
+    given, only a class without a head, or the class of a text model whose config lies in a larger one's."""
+    names = hf.get("architectures") or []
+    found = next((name for name in names if name in WHOLES or _find(name, families)), None)
+    inside = hf.get("text_config") and hf.get("hidden_size") is None
+    if inside or (found is None and all(name.endswith("Model") for name in names)):
+        return architecture_of_type(hf.get("model_type") or "", (*WHOLES, *families)) or found
+    return found
 
 
 def _find(architecture: str, families: Families) -> ModuleType | None:
@@ -126,7 +152,7 @@ def _relatives(hf: RawConfig, tensors: Mapping[str, StoredTensor] | None, famili
     fitting = []
     for architecture, family in families.items():
         with contextlib.suppress(*not_its_config):
-            plan_weights(tensors, _translated(architecture, family, hf), "float32", family.NAMES, source="")
+            plan_weights(tensors, _translated(architecture, family, hf), family.NAMES, source="")
             fitting.append(architecture)
     if not fitting:
         return ". Its tensors have the names and shapes of none of them"

@@ -34,6 +34,7 @@ def config(hf: RawConfig) -> DecoderConfig:
     head_dim = required(hf, "head_dim")
     rope, local_rope = _ropes(hf, head_dim) if is_gemma3 else (resolve_rope(hf, head_dim), None)
     attention_bias = bool(hf.get("attention_bias", False))
+    windows = _windows(hf, period=hf["sliding_window_pattern"] if is_gemma3 else 2)
     return decoder(
         without(hf, "rope_parameters", "rope_scaling"),
         head_dim=head_dim,
@@ -41,7 +42,8 @@ def config(hf: RawConfig) -> DecoderConfig:
         tie_embeddings=True,
         rope=rope,
         local_rope=local_rope,
-        sliding_windows=_windows(hf, period=hf["sliding_window_pattern"] if is_gemma3 else 2),
+        local_layers=tuple(window is not None for window in windows),
+        sliding_windows=windows,
         norm_offset=1.0,
         sandwich_norms=True,
         embed_scale=required(hf, "hidden_size") ** 0.5,

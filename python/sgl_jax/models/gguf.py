@@ -32,6 +32,7 @@ _YARN = ("original_context_length", "finetuned", "attn_factor", "yarn_beta_fast"
 _KNOWN_KEYS = _SIZES | {f"attention.{key}" for key in _ATTENTION} | _ROPE | {f"rope.scaling.{key}" for key in _YARN}
 _HARMLESS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
 _NEEDED_KEYS = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+_OPTIONAL_COUNTS = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count")
 
 _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_TENSORS = {
@@ -101,6 +102,10 @@ def _refuse_unknown(file: GgufFile, arch: str, meta: dict[str, Any]) -> None:
     per_layer = [f"{arch}.{k}" for k in ("feed_forward_length", "attention.head_count") if isinstance(meta[k], list)]
     if per_layer or isinstance(meta.get("attention.head_count_kv"), list):
         raise ModelError(f"{file.path} gives head counts or feed-forward sizes per layer; layers must be alike")
+    counts = [k for k in (*_NEEDED_KEYS, *_OPTIONAL_COUNTS) if not isinstance(v := meta.get(k, 1), int) or v < 1]
+    if counts:
+        listed = ", ".join(f"{arch}.{k}={meta[k]!r}" for k in counts)
+        raise ModelError(f"{file.path} sets {listed}; each must be an integer of at least 1")
     key_length = meta.get("attention.key_length")
     if meta.get("attention.value_length", key_length) != key_length:
         raise ModelError(f"{file.path}: {arch}.attention.value_length differs from key_length {key_length}")

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sgl_jax.models.model_errors import ModelError
+from sgl_jax.models.model_errors import ModelError, faults_named
 from sgl_jax.models.stored import map_file
 
 VERSIONS = (2, 3)
@@ -53,23 +53,22 @@ def read_gguf(path: str | Path) -> GgufFile:
     if data[:4].tobytes() != b"GGUF":
         raise ModelError(f"{path} is not a GGUF file: it begins with {data[:4].tobytes()!r}; download it again")
     cursor = _Cursor(data, 4)
-    version = cursor.integer("<I")
-    if version not in VERSIONS:
-        raise ModelError(f"{path} is GGUF version {version}; supported are {VERSIONS}, little-endian")
-    try:
+    with faults_named(path, "cut short or damaged; download it again"):
+        version = cursor.integer("<I")
+        if version not in VERSIONS:
+            raise ModelError(f"{path} is GGUF version {version}; supported are {VERSIONS}, little-endian")
         num_tensors, num_pairs = cursor.integer("<Q"), cursor.integer("<Q")
         metadata: dict[str, Any] = {cursor.string(): cursor.value(cursor.integer("<I")) for _ in range(num_pairs)}
         described = [_tensor(cursor) for _ in range(num_tensors)]
-    except (struct.error, IndexError, UnicodeDecodeError, ValueError, KeyError) as e:
-        raise ModelError(f"{path} is cut short or damaged at byte {cursor.at} ({e}); download it again") from e
-    if metadata.get("split.count", 1) > 1:
-        raise ModelError(
-            f"{path} is part of a GGUF split in {metadata['split.count']}; join the parts first: llama-gguf-split --merge"
-        )
-    alignment = metadata.get("general.alignment", 32)
-    start = -(-cursor.at // alignment) * alignment
+    file = GgufFile(path, data, metadata, {})
+    if (parts := file.get("split.count", int) or 1) > 1:
+        raise ModelError(f"{path} is part of a GGUF split in {parts}; join the parts first: llama-gguf-split --merge")
+    alignment = file.get("general.alignment", int)
+    if alignment is not None and alignment < 1:
+        raise ModelError(f"{path} has general.alignment {alignment}; it must be at least 1")
+    start = -(-cursor.at // (alignment or 32)) * (alignment or 32)
     tensors = {t.name: dataclasses.replace(t, offset=start + t.offset) for t in described}
-    return GgufFile(path, data, metadata, tensors)
+    return dataclasses.replace(file, tensors=tensors)
 
 
 def _tensor(cursor: _Cursor) -> GgufTensor:
@@ -98,6 +97,8 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             item, count = self.integer("<I"), self.integer("<Q")
+            if item == _ARRAY:
+                raise ValueError(f"an array of arrays at byte {self.at}")
             return self._scalars(item, count) if item in _SCALAR_DTYPES else [self.value(item) for _ in range(count)]
         return self._scalars(kind, 1)[0]
 

@@ -7,13 +7,14 @@ from typing import Any, Literal
 from sgl_jax.models.decoder_config import DecoderConfig, RopeConfig
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig
-from sgl_jax.models.rope import context_length, resolve_rope
+from sgl_jax.models.rope import context_length, longer_context, resolve_rope
 
 logger = logging.getLogger(__name__)
 
-_ACTIVATIONS: dict[str, Literal["silu", "gelu_tanh"]] = {
+_ACTIVATIONS: dict[str, Literal["silu", "gelu", "gelu_tanh"]] = {
     "silu": "silu",
     "swish": "silu",
+    "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_new": "gelu_tanh",
 }
@@ -70,6 +71,10 @@ def decoder(
         raise ModelError(f"config.json has layer_types with sliding_attention; {architecture} has no windows here")
     hidden_size, num_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     required(hf, "max_position_embeddings")
+    if any(window is not None and window < 1 for window in sliding_windows or ()):
+        raise ModelError(
+            f"config.json sets sliding_window={hf.get('sliding_window')!r}; it must be at least 1, or null"
+        )
     head_dim = head_dim or hf.get("head_dim") or hidden_size // num_heads
     num_kv_heads = num_kv_heads or hf.get("num_key_value_heads") or num_heads  # null, too, means as many
     if num_heads % num_kv_heads:
@@ -87,6 +92,7 @@ def decoder(
         head_dim=head_dim,
         rope=rope or resolve_rope(hf, head_dim),
         context_length=_plain_length(hf),
+        longer=longer_context(hf, head_dim) if rope is None else None,
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_embeddings=bool(hf.get("tie_word_embeddings", tie_embeddings)),
         activation=_ACTIVATIONS[hidden_act],

@@ -24,6 +24,7 @@ def logn_factors(positions: Int[Array, " T"], scaling: LognScaling) -> Float[Arr
 
 GATED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "silu": lambda gate, up: jax.nn.silu(gate) * up,
+    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
     "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
     # github.com/openai/gpt-oss, gpt_oss/torch/model.py
     "swiglu_oai": lambda gate, up: gate * jax.nn.sigmoid(1.702 * gate) * (up + 1),

@@ -22,10 +22,10 @@ from jax.typing import DTypeLike
 from sgl_jax.models.checkpoint import Checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import FAMILIES, Families, tensor_names
+from sgl_jax.models.plan import Leaf, flat_weights, leaves_of, plan_weights
 from sgl_jax.models.shard import Shard, as_slice, shard_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor, rows_below
-from sgl_jax.models.weight_plan import Leaf, flat_weights, leaves_of, plan_weights
 from sgl_jax.models.weights import Weights, declare
 from sgl_jax.parallel.grid import LONE
 
@@ -75,7 +75,7 @@ def load_weights(
     tensors = checkpoint.tensors
     if rounded_to is not None:
         tensors = {name: tensor.rounded(rounded_to) for name, tensor in tensors.items()}
-    leaves = plan_weights(tensors, config, dtype, tensor_names(config, families), source=str(checkpoint.path))
+    leaves = plan_weights(tensors, config, tensor_names(config, families), dtype, source=str(checkpoint.path))
     return _placed(declare(config, dtype), leaves, checkpoint.total_bytes, placer, report)
 
 

@@ -1,6 +1,6 @@
 """Rotary embedding parameters of a config.json, resolved to frequencies.
 
-Formulas: transformers 5, `modeling_rope_utils.py` (default, linear, llama3, yarn). The arithmetic is float32 in the
+Formulas: transformers 5, `modeling_rope_utils.py` (default, linear, llama3, yarn, longrope). The arithmetic is float32 in the
 same order as there: an exponent rounded otherwise moves a frequency by 1e-6 of itself, which long contexts can see.
 "gguf_factors" is ours: a GGUF file stores llama3 scaling as one divisor per frequency (tensor rope_freqs.weight).
 """
@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from sgl_jax.models.decoder_config import RopeConfig
+from sgl_jax.models.decoder_config import LongerContext, RopeConfig
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.raw_config import RawConfig
+from sgl_jax.models.raw_config import RawConfig, replaced
 
 _COMMON_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _STRETCH = ("original_max_position_embeddings", "factor", "attention_factor", "beta_fast", "beta_slow")
@@ -23,6 +23,10 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dynamic": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": ((), (*_STRETCH, "mscale", "mscale_all_dim", "truncate", "finetuned")),
+    "longrope": (
+        ("short_factor", "long_factor"),
+        ("original_max_position_embeddings", "factor", "attention_factor"),
+    ),
     "gguf_factors": (("factors",), ()),
 }
 
@@ -39,7 +43,7 @@ def rope_parameters(hf: RawConfig) -> dict[str, Any]:
             f"config.json gives rope_parameters for each kind of layer ({', '.join(nested)}); "
             "this architecture is served with one rope for all layers"
         )
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in _KEYS:
         raise ModelError(
             f"config.json asks for rope type {kind!r}; supported are {', '.join(k for k in _KEYS if k != 'gguf_factors')}"
@@ -58,7 +62,7 @@ def rope_parameters(hf: RawConfig) -> dict[str, Any]:
     for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0)):
         if scaling.get(key) is None:
             scaling[key] = default if hf.get(key) is None else hf[key]
-    if kind in ("llama3", "yarn") and hf.get("original_max_position_embeddings") is not None:
+    if kind in ("llama3", "yarn", "longrope") and hf.get("original_max_position_embeddings") is not None:
         scaling["original_max_position_embeddings"] = hf["original_max_position_embeddings"]
     return scaling
 
@@ -68,7 +72,10 @@ def resolve_rope(hf: RawConfig, head_dim: int) -> RopeConfig:
     p = rope_parameters(hf)
     dim = int(head_dim * p["partial_rotary_factor"])
     if dim < 2 or dim % 2:
-        raise ModelError(f"rope rotates {dim} of a head's {head_dim} values; it must be an even number of at least 2")
+        raise ModelError(
+            f"config.json: rope rotates {dim} of a head's {head_dim} values (partial_rotary_factor "
+            f"{p['partial_rotary_factor']}); it must be an even number of at least 2"
+        )
     plain, factor = np.float32(1) / _periods(p["rope_theta"], dim), 1.0
     match p["rope_type"]:
         case "default" | "dynamic":  # dynamic is plain up to max_position_embeddings, where contexts end
@@ -77,6 +84,8 @@ def resolve_rope(hf: RawConfig, head_dim: int) -> RopeConfig:
             inv_freq = plain / np.float32(p["factor"])
         case "llama3":
             inv_freq = _llama3(p, plain, hf)
+        case "longrope":
+            inv_freq, factor = _longrope(p, dim, hf)
         case "gguf_factors":
             if (shape := np.shape(p["factors"])) != (dim // 2,):
                 raise ModelError(f"rope_freqs.weight has shape {shape}; a rotation of {dim} values needs ({dim // 2},)")
@@ -90,9 +99,12 @@ def context_length(hf: RawConfig) -> int:
     """Return the model's longest context, in tokens.
 
     YaRN configs differ in whether max_position_embeddings is already the stretched length, so the larger reading is
-    taken; the other types store the stretched length.
+    taken; longrope takes other factors beyond the original length (see longer_context); the other types store the
+    stretched length.
     """
     p, limit = rope_parameters(hf), int(hf["max_position_embeddings"])
+    if p["rope_type"] == "longrope":
+        return min(limit, _original_length(p, hf))
     if p["rope_type"] == "yarn" and p.get("factor"):
         return max(limit, int(_original_length(p, hf) * p["factor"]))
     return limit
@@ -144,6 +156,37 @@ def _yarn(p: dict[str, Any], dim: int, hf: RawConfig) -> tuple[np.ndarray, float
     if p.get("mscale") and p.get("mscale_all_dim"):
         return inv_freq, _mscale(factor, p["mscale"]) / _mscale(factor, p["mscale_all_dim"])
     return inv_freq, _mscale(factor, 1)
+
+
+def _longrope(p: dict[str, Any], dim: int, hf: RawConfig) -> tuple[np.ndarray, float]:
+    """Divide each frequency by its short factor (https://arxiv.org/abs/2402.13753).
+
+    Returns inverse frequencies, float32[dim / 2], and the factor of cos and sin.
+    """
+    for key in ("short_factor", "long_factor"):
+        if len(p[key]) != dim // 2:
+            raise ModelError(
+                f"config.json: {key} has {len(p[key])} entries; a rotation of {dim} values needs {dim // 2}"
+            )
+    original = _original_length(p, hf)
+    factor = p.get("factor") or hf["max_position_embeddings"] / original
+    inv_freq = np.float32(1) / (np.asarray(p["short_factor"], np.float32) * _periods(p["rope_theta"], dim))
+    if p.get("attention_factor") is not None:
+        return inv_freq, float(p["attention_factor"])
+    return inv_freq, 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+
+
+def longer_context(hf: RawConfig, head_dim: int) -> LongerContext | None:
+    """Return length and rope of contexts beyond the original length of longrope: they take the long factors.
+
+    transformers takes the long factors for a sequence once it is longer, and computes its KV anew. No sequence could
+    share its KV with another then, so a server has to be one or the other.
+    """
+    p = rope_parameters(hf)
+    if p["rope_type"] != "longrope" or _original_length(p, hf) >= hf["max_position_embeddings"]:
+        return None
+    long = replaced(hf, {"rope_parameters": p | {"short_factor": p["long_factor"]}})
+    return LongerContext(int(hf["max_position_embeddings"]), resolve_rope(long, head_dim))
 
 
 def _mscale(factor: float, mscale: float) -> float:

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from sgl_jax.models.model_errors import ModelError
+from sgl_jax.models.model_errors import ModelError, faults_named
 
+LFS_MARK = b"version https://git-lfs.github.com/spec/"
 _BLOCK_VALUES = 1 << 20  # converted at a time, so that they stay in the cache
 _ROWS = 4096  # summed at a time
 
@@ -75,15 +76,19 @@ def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
 
 
 def map_file(path: Path) -> np.ndarray:
-    """Map a file's bytes as a read-only u8[size], backed by the page cache. Raises ModelError for an empty file."""
-    with open(path, "rb") as f:
-        try:
-            mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
-        except ValueError as e:
-            raise ModelError(f"{path} is empty; download it again") from e
+    """Map a file's bytes as a read-only u8[size], backed by the page cache. Raises ModelError for a file that is none."""
+    with faults_named(path, "cannot be read; download it again"), open(path, "rb") as f:
+        refuse_pointer(path, f.read(len(LFS_MARK)))
+        mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mapped, "madvise"):
         mapped.madvise(mmap.MADV_SEQUENTIAL)  # read ahead far: tensors are read front to back
     return np.frombuffer(mapped, np.uint8)
+
+
+def refuse_pointer(path: Path, beginning: bytes) -> None:
+    """Raise ModelError for a file that begins as the text that Git keeps in place of a large file."""
+    if beginning.startswith(LFS_MARK):
+        raise ModelError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
 
 
 def shard_name(name: str, device: int) -> str:

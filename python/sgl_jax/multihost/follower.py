@@ -31,8 +31,9 @@ class Follower:
     def __init__(self, link: Link, die: Callable[[str], None]):
         self._link, self._die = link, die
         self._ended = False
+        self.num_finished = 0  # programs that `runs` has yielded and that are finished
         self._messages: queue.SimpleQueue[HostMessage] = queue.SimpleQueue()
-        self._watch = Watch(self._on_message, self._on_lost)
+        self._watch = Watch(self._on_message, self._on_lost, num_finished=lambda: self.num_finished)
         self._watch.add(link)
 
     def wait_start(self) -> int:
@@ -66,7 +67,8 @@ class Follower:
 
     def _on_message(self, link: Link, message: HostMessage) -> None:
         self._ended = self._ended or isinstance(message, wire.Ended)
-        self._messages.put(message)
+        if not isinstance(message, wire.Alive):
+            self._messages.put(message)
 
     def _on_lost(self, link: Link, reason: str) -> None:
         if not self._ended:

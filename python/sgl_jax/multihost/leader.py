@@ -14,7 +14,7 @@ import numpy as np
 from sgl_jax.multihost.address import Address
 from sgl_jax.multihost.handshake import RefusedError, admit
 from sgl_jax.multihost.watch import SILENCE_S, Watch
-from sgl_jax.multihost.wire import Ended, HostMessage, HostsError, Identity, Link, Number, Run, Start, frame
+from sgl_jax.multihost.wire import Alive, Ended, HostMessage, HostsError, Identity, Link, Number, Run, Start, frame
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ class Leader:
         self._gone = threading.Event()
         self._numbers: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._greeted = threading.Semaphore(_MOST_GREETED)
+        self._num_announced = 0
+        self._finished: dict[Link, tuple[int, float]] = {}  # programs that a host has finished, and since when
+        self._stall_s = 0.0
         self._watch = Watch(self._on_message, self._on_lost)
 
     def gather(self, timeout_s: float) -> None:
@@ -136,8 +139,10 @@ class Leader:
         self._links = {rank: other for rank, other in self._links.items() if other is not link}
         self._claimed = {rank: other for rank, other in self._claimed.items() if other is not link}
 
-    def serve(self) -> None:
-        """Treat a host as lost from now on when it is silent for SILENCE_S seconds."""
+    def serve(self, stall_s: float = 0.0) -> None:
+        """Treat a host as lost from now on when it is silent for SILENCE_S seconds, or has programs to run and finishes
+        none for `stall_s` seconds (0: never)."""
+        self._stall_s = stall_s
         self._watch.silence_s = SILENCE_S
 
     def agree(self, value: int) -> int:
@@ -150,6 +155,7 @@ class Leader:
     def announce(self, program: str, vector: np.ndarray, source: str = "") -> None:
         """Tell every host to run this program with this vector, and with a payload that each reads from the source. It
         is called right before this host runs it."""
+        self._num_announced += 1
         self._tell(Run(program, vector.astype("<i4", copy=False).tobytes(), source))
 
     @contextlib.contextmanager
@@ -186,8 +192,23 @@ class Leader:
             link.send_frame(data)
 
     def _on_message(self, link: Link, message: HostMessage) -> None:
-        if isinstance(message, Number):
-            self._numbers.put(message.value)
+        match message:
+            case Number(value=value):
+                self._numbers.put(value)
+            case Alive(num_finished=finished):
+                self._check_progress(link, finished)
+
+    def _check_progress(self, link: Link, finished: int) -> None:
+        """Raises HostsError for a host that has had programs to run for too long."""
+        now, announced = time.monotonic(), self._num_announced
+        before, since = self._finished.get(link, (-1, now))
+        if finished != before or finished == announced:
+            self._finished[link] = finished, now
+        elif self._stall_s and now - since > self._stall_s:
+            raise HostsError(
+                f"{link.peer} has finished {finished} of {announced} programs and no further one for {now - since:.0f} s "
+                f"(--watchdog-timeout {self._stall_s:g})"
+            )
 
     def _on_lost(self, link: Link, reason: str) -> None:
         with self._lock:

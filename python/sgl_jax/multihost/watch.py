@@ -17,7 +17,8 @@ START_SILENCE_S = 60.0  # while it loads and compiles, a library may keep its th
 
 
 class Watch:
-    """Calls `on_message(link, message)` and `on_lost(link, reason)` in its thread; a lost link is closed first.
+    """Calls `on_message(link, message)` and `on_lost(link, reason)` in its thread; a lost link is closed first. It is
+    also lost when `on_message` raises a HostsError.
 
     An Ended with a reason is a loss with that reason; an Ended without one is a message.
     """
@@ -27,11 +28,12 @@ class Watch:
         on_message: Callable[[Link, HostMessage], None],
         on_lost: Callable[[Link, str], None],
         *,
+        num_finished: Callable[[], int] = lambda: 0,  # for Alive
         beat_s: float = BEAT_S,
         silence_s: float = START_SILENCE_S,
     ):
         self.silence_s = silence_s  # may be changed while it runs
-        self._on_message, self._on_lost = on_message, on_lost
+        self._on_message, self._on_lost, self._num_finished = on_message, on_lost, num_finished
         self._beat_s = beat_s
         self._heard: dict[Link, float] = {}  # when each was last heard
         self._new: queue.SimpleQueue[Link] = queue.SimpleQueue()
@@ -86,8 +88,11 @@ class Watch:
             if isinstance(message, Ended) and message.reason:
                 self._lose(selector, link, f"{link.peer} ended: {printable(message.reason)}")
                 return
-            if not isinstance(message, Alive):
+            try:
                 self._on_message(link, message)
+            except HostsError as error:
+                self._lose(selector, link, str(error))
+                return
 
     def _beat(self, selector: selectors.BaseSelector) -> None:
         # All links have been read just before, so that nobody is blamed for a pause of this process.
@@ -97,7 +102,7 @@ class Watch:
                 self._lose(selector, link, f"{link.peer} has said nothing for {silence:.0f} s")
                 continue
             try:
-                link.try_send(Alive())
+                link.try_send(Alive(self._num_finished()))
             except (HostsError, OSError) as error:
                 self._lose(selector, link, _reason(link, error))
 

@@ -12,7 +12,7 @@ import time
 
 import msgspec
 
-PROTOCOL = 2  # raised when a message changes; Challenge stays as it is
+PROTOCOL = 3  # raised when a message changes; Challenge stays as it is
 HANDSHAKE_LIMIT = 1 << 20  # bytes of a frame from a peer that has not proved anything yet
 LIMIT = 1 << 28  # bytes of a frame between hosts that know each other
 _HEADER = struct.Struct(">I")
@@ -85,7 +85,9 @@ class Start(_HostMessage, frozen=True):
 
 
 class Alive(_HostMessage, frozen=True):
-    """Sent once a second."""
+    """Sent once a second, with how many of the announced programs the sender has finished. Host 0 sends 0."""
+
+    num_finished: int = 0
 
 
 class Number(_HostMessage, frozen=True):

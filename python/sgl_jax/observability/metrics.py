@@ -22,6 +22,7 @@ _GAUGES = (
     ("kv_usage_ratio", "Share of the KV pool's pages that running requests hold", "kv_usage"),
     ("kv_cached_ratio", "Share of the KV pool's pages that hold cached prefixes nobody uses now", "cached_usage"),
     ("generation_throughput", "Generated tokens per second over the last log interval", "gen_throughput"),
+    ("programs_compiling", "Programs not compiled yet, with --skip-server-warmup", "num_compiling"),
 )
 _COUNTERS = (
     ("prompt_tokens", "Prompt tokens of admitted requests", "prompt_tokens"),
@@ -29,7 +30,7 @@ _COUNTERS = (
     ("generation_tokens", "Generated tokens", "generated_tokens"),
     ("preemptions", "Requests that lost their pages and started over", "preemptions"),
     ("engine_steps", "Steps the engine ran", "steps"),
-    ("compiles_after_ready", "Programs compiled while serving; anything but 0 is a bug", "compiles_after_ready"),
+    ("compiles_after_ready", "Programs compiled while serving; without --skip-server-warmup 0", "compiles_after_ready"),
 )
 
 

@@ -15,7 +15,7 @@ class LaunchProgress:
     """Says how far a start is. `show` puts a text into the live line; None: there is no terminal."""
 
     def __init__(self, logger: logging.Logger, num_programs: int, show: Callable[[str], None] | None = None):
-        self._logger, self._show, self._total = logger, show, num_programs
+        self._logger, self.show, self._total = logger, show, num_programs
         self._started = self._said = time.perf_counter()
         self._num_bytes = self._done = self._hits = 0
         self._weights = "loading weights"
@@ -24,7 +24,7 @@ class LaunchProgress:
     def read(self, fraction: float, num_bytes: int) -> None:
         """Take in how much of the weights has been read."""
         self._num_bytes, self._weights = num_bytes, f"loading weights {fraction:.0%}"
-        if self._show is None and (now := time.perf_counter()) - self._said >= _EVERY_S:
+        if self.show is None and (now := time.perf_counter()) - self._said >= _EVERY_S:
             self._said = now
             self._logger.info("%s", self._weights)
         self._tell()
@@ -38,22 +38,21 @@ class LaunchProgress:
         """Take in that a program is ready, read from the cache or compiled; called by another thread."""
         self._done += 1
         self._hits += cache_hit
-        if self._show is None:
+        if self.show is None:
             line = compile_line(self._done, self._total, program=program, seconds=self._seconds, cache_hit=cache_hit)
             self._logger.info("%s", line)
+        if self._done == self._total:
+            self._logger.info("%s", programs_line(self._done, self._hits, self._seconds))
         self._tell()
-
-    def all_compiled(self) -> None:
-        self._logger.info("%s", programs_line(self._done, self._hits, self._seconds))
 
     @property
     def _seconds(self) -> float:
         return time.perf_counter() - self._started
 
     def _tell(self) -> None:
-        if self._show is not None:
+        if self.show is not None:
             first = " (first start only)" if self._done > self._hits else ""
-            self._show(f"{self._weights}, {self._done} of {self._total} programs ready{first}")
+            self.show(f"{self._weights}, {self._done} of {self._total} programs ready{first}")
 
 
 @contextmanager
@@ -68,4 +67,6 @@ def launch_progress(logger: logging.Logger, num_programs: int) -> Iterator[Launc
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as live:
         task = live.add_task("")
-        yield LaunchProgress(logger, num_programs, lambda text: live.update(task, description=text))
+        progress = LaunchProgress(logger, num_programs, lambda text: live.update(task, description=text))
+        yield progress
+    progress.show = None  # programs that are compiled later get lines of their own

@@ -17,17 +17,22 @@ class PlannedModel:
     source: str  # path or name of the config
 
 
-def find_model(path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None) -> PlannedModel:
+def find_model(
+    path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None, context_length: int | None = None
+) -> PlannedModel:
     """Read a model's configs. A name or hub id whose config is bundled needs no network. Raises ModelError."""
     names = {name.lower(): name for name in bundled()}
     name = names.get(path.rpartition("/")[2].removesuffix("-Instruct").lower())
     if name is not None and not Path(path).expanduser().exists():
         path = PREFIX + name
-    return read_model(path, downloads, package)
+    return read_model(path, downloads, package, context_length)
 
 
-def read_model(path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None) -> PlannedModel:
-    """Read the configs at a path or hub id, or a bundled one; `package` is --model-package. Raises ModelError."""
+def read_model(
+    path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None, context_length: int | None = None
+) -> PlannedModel:
+    """Read the configs at a path or hub id, or a bundled one; `package` is --model-package, `context_length`
+    --context-length. Raises ModelError."""
     checkpoint = open_checkpoint(path, load_format="dummy", downloads=downloads)
     config = decoder_config(checkpoint.config, checkpoint.generation_config, families=known_families(package))
-    return PlannedModel(config, checkpoint.dtype, str(checkpoint.path))
+    return PlannedModel(config.for_context(context_length), checkpoint.dtype, str(checkpoint.path))

@@ -8,8 +8,8 @@ import rich.box
 from rich.table import Table
 
 from sgl_jax.observability.log import size
+from sgl_jax.planning.fit import Plan, PlannedStep
 from sgl_jax.planning.launch_programs import ProgramFacts
-from sgl_jax.planning.plan import Plan, PlannedStep
 from sgl_jax.runtime.programs import step_name
 
 

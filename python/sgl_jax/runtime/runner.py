@@ -2,7 +2,8 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ from sgl_jax.models.weights import Weights
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime import programs
-from sgl_jax.runtime.buckets import pick
+from sgl_jax.runtime.buckets import Bucket, pick
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, matmul_precision
 from sgl_jax.runtime.device_state import DeviceState
 from sgl_jax.runtime.layout import PlanLayout
@@ -66,7 +67,7 @@ def _scores(found: Logprobs, indices: np.ndarray | slice, width: int = 1) -> Tok
 
 class ModelRunner:
     """Runs steps and loads. `compile` and `start` make it ready. Programs compile from abstract weights, so the weights may
-    be read at the same time."""
+    be read at the same time, and steps run for which the programs are there."""
 
     def __init__(
         self,
@@ -91,7 +92,10 @@ class ModelRunner:
         self._layouts = {bucket: config.layout(bucket) for bucket in config.buckets}
         self._loads = config.loads(model)
         self._by_name = {program.name: program for program in self.programs}
-        self._calls: dict[str, jax.stages.Compiled] = {}
+        self._calls: dict[str, jax.stages.Compiled] = {}  # programs that are compiled
+        self._buckets: tuple[Bucket, ...] = ()  # compiled ones
+        self._compiling: Future[None] | None = None
+        self.stopped = threading.Event()
         self._values: dict[str, DeviceValue] = {}
         self._compiles_when_ready = 0
 
@@ -99,13 +103,36 @@ class ModelRunner:
     def compiles_after_ready(self) -> int:
         return self.watch.count - self._compiles_when_ready
 
-    def compile(self, report: Callable[[int, int, Compiled], None], stopped: threading.Event) -> None:
-        """Compile every program, in any thread. `report` and `stopped`: as for compile_all."""
+    @property
+    def num_compiling(self) -> int:
+        """Programs that are not compiled yet. Raises the error of one that cannot be."""
+        left = len(self.programs) - len(self._calls)
+        if left and self._compiling is not None and self._compiling.done():
+            self._compiling.result()
+        return left
+
+    def compile(self, report: Callable[[int, int, Compiled], None]) -> Future[None]:
+        """Begin to compile every program in threads, until `close`. `report`: as for compile_all."""
+        thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-compile")
+        self._compiling = thread.submit(self._compile, report)
+        thread.shutdown(wait=False)
+        return self._compiling
+
+    def _compile(self, report: Callable[[int, int, Compiled], None]) -> None:
+        def keep(done: int, total: int, compiled: Compiled) -> None:
+            self._calls[compiled.program.name] = compiled.call
+            self._buckets = tuple(bucket for bucket in self.config.buckets if step_name(bucket) in self._calls)
+            report(done, total, compiled)
+
         with jax.default_matmul_precision(matmul_precision(self.config.compute_dtype)):
-            self._calls = compile_all(self.programs, self.watch, report, stopped=stopped)
+            compile_all(by_need(self.programs), self.watch, keep, stopped=self.stopped)
+
+    def close(self) -> None:
+        """Begin to compile no further program. Those that are being compiled hold up nothing but the interpreter's end."""
+        self.stopped.set()
 
     def start(self, weights: Weights[jax.Array], barrier: Callable[[], object] = lambda: None) -> None:
-        """Make the KV pool and row state, and run each program once, so that nothing compiles while serving.
+        """Make the KV pool and row state, and run each compiled program once, since the first run takes longer.
 
         `barrier` waits until every process has compiled: a collective would not wait for minutes.
         """
@@ -119,12 +146,22 @@ class ModelRunner:
             step_name(bucket): layout.pack(empty_plan(self.config.num_ranks, bucket.width))
             for bucket, layout in self._layouts.items()
         }
-        for program in self.programs:
+        for program in [each for each in self.programs if each.name in self._calls]:
             vector = empty_steps.get(program.name, np.zeros(program.vector_shape, np.int32))
             payload = () if program.read is None else (zeros(program.args[-1]),)
             jax.block_until_ready(self._call(program, vector, *payload))
         jax.block_until_ready(self._values[STATE])
         self._compiles_when_ready = self.watch.count
+
+    def can_launch(self, plan: StepPlan) -> bool:
+        """Whether a step's row loads and a bucket that holds it are compiled."""
+        if not self.num_compiling:
+            return True
+        try:
+            self._layout(plan)
+        except ValueError:  # no compiled bucket holds it
+            return False
+        return all(program in self._calls for program, _ in pack_loads(self._loads, plan.loads))
 
     def launch(self, plan: StepPlan) -> InFlight:
         """Start a step with one copy to the device and one dispatch, after one dispatch for each kind of row load in it."""
@@ -159,10 +196,18 @@ class ModelRunner:
         return result
 
     def _layout(self, plan: StepPlan) -> PlanLayout:
-        """Return the layout of the smallest bucket that holds every rank's tokens and rows."""
+        """Return the layout of the smallest compiled bucket that holds every rank's tokens and rows."""
         if self.config.num_ranks == 1:
             tokens, rows = plan.num_tokens, len(plan.rows)
         else:
             tokens = int(np.bincount(plan.rank, plan.num_new, 1).max())
             rows = int(np.bincount(plan.rank, minlength=1).max())
-        return self._layouts[pick(self.config.buckets, tokens, rows, plan.width)]
+        return self._layouts[pick(self._buckets, tokens, rows, plan.width)]
+
+
+def by_need(programs: Sequence[Program]) -> list[Program]:
+    """Order programs by how soon they are needed: the smallest step, which decodes, the largest, which can stand in for
+    every other, the row loads, and the steps between."""
+    steps = [program for program in programs if OUTPUTS in program.gives]
+    loads = [program for program in programs if OUTPUTS not in program.gives]
+    return [*steps[:1], *steps[1:][-1:], *loads, *steps[1:-1]]

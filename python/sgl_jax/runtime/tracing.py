@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jax
 
+from sgl_jax.runtime import control_groups
+
 _NOTHING = contextlib.nullcontext()
 _recording = jax.profiler.TraceAnnotation.is_enabled  # also if other code of this process records
 
@@ -21,6 +23,7 @@ class JaxTracer:
 
     def __init__(self) -> None:
         self._session = Path()
+        self._bytes_before = 0
 
     def step(self, number: int) -> AbstractContextManager[object]:
         return jax.profiler.StepTraceAnnotation("step", step_num=number) if _recording() else _NOTHING
@@ -42,10 +45,20 @@ class JaxTracer:
             options.host_tracer_level = host_level
         # JAX names sessions by the second, and two in one second would overwrite each other.
         options.session_id = f"{time.strftime('%Y_%m_%d_%H_%M_%S')}_{time.time_ns() % 10**9:09}"
+        self._bytes_before = _resident_bytes()
         jax.profiler.start_trace(folder, profiler_options=options)
         self._session = Path(folder, "plugins", "profile", options.session_id)
         return folder
 
+    def num_bytes(self) -> int:
+        return _resident_bytes() - self._bytes_before
+
     def stop(self) -> list[str]:
         jax.profiler.stop_trace()
         return sorted(str(path) for path in self._session.iterdir())
+
+
+def _resident_bytes() -> int:
+    """Return the memory of this process; 0 where the system does not say."""
+    pages = control_groups.read(Path("/proc/self/statm")).split()[1:2]
+    return int(pages[0]) * os.sysconf("SC_PAGE_SIZE") if pages else 0

@@ -38,8 +38,8 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
 
     @routes.get("/ready", tags=["Health"], **documented(Status, body=False, guarded=False))
     async def ready() -> Response:
-        """Answers 200 when requests are accepted: after warming up, until shutting down."""
-        service.check_ready()
+        """Answers 200 when requests are accepted: after warming up, until shutting down, unless the engine hangs."""
+        service.check_progress()
         return json_response(Status("ready"))
 
     @routes.get("/health_generate", tags=["Health"], **documented(Status, body=False, stream=False))

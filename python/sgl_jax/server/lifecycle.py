@@ -24,9 +24,11 @@ from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.process import CORE_FACTORY
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import NoSockets, ProcessTransport
+from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.log import READY
 from sgl_jax.server.app import create_app
 from sgl_jax.server.connection import Limits, http_config, most_connections
+from sgl_jax.settings.hub import HubError, refuse_no_model
 from sgl_jax.settings.serving_flags import MAX_QUEUED_REQUESTS
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
@@ -62,9 +64,10 @@ def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
     transport = ProcessTransport(server_args, core_factory)
     with contextlib.closing(listener):
         try:
+            refuse_no_model(server_args.model_path)
             transport.launch()  # the engine loads while the tokenizer does
             return uvloop.run(_Server(server_args, transport, listener, limits).run())
-        except (TokenizerError, TemplateError, NoSockets) as error:
+        except (HubError, TokenizerError, TemplateError, NoSockets) as error:
             print(f"sgl_jax: error: {error}", file=sys.stderr)
             return FAILED
         finally:
@@ -103,8 +106,12 @@ class _Server:
         tokenizer = await asyncio.to_thread(
             load_tokenizer, args.tokenizer_path or args.model_path, args.chat_template, args.downloads
         )
+        hard_s = args.watchdog_timeout
+        if args.nnodes > 1 and hard_s:
+            hard_s += 5.0  # host 0's engine process, which can name the host that is behind, goes first
+        watchdog = Watchdog(args.soft_watchdog_timeout, hard_s)
         max_queued = args.max_queued_requests or MAX_QUEUED_REQUESTS
-        service = GenerationService(self._transport, tokenizer, args.stream_interval, max_queued)
+        service = GenerationService(self._transport, tokenizer, args.stream_interval, max_queued, watchdog)
         http = _Uvicorn(http_config(create_app(service, args), self._limits, _LAST_WORDS_S))
         listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         host, port = self._listener.getsockname()[:2]

@@ -1,12 +1,16 @@
 """Routes that control the profiler: /start_profile, /stop_profile, /profile_status."""
 
+import os
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
 
+from sgl_jax.engine.generation import Conflict
 from sgl_jax.engine.messages import ProfileStatus
+from sgl_jax.engine.profiling import MOST_STEPS
+from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.bodies import Body, Off, null_fields, with_fields
 from sgl_jax.server.documentation import documented
@@ -17,10 +21,10 @@ from sgl_jax.server.error_envelope import ApiError
 @with_fields(null_fields("activities profile_id profile_prefix profile_stages stage_id start_step"))
 class StartProfileRequest(Body):
     output_dir: Annotated[str, Field(min_length=1)] | None = Field(
-        None, description="a folder on the server; --profiler-dir if not set, else a new one"
+        None, description="a folder inside the server's --profiler-dir; that folder if not set"
     )
-    num_steps: Annotated[int, Field(ge=1, le=2**31)] | None = Field(
-        None, description="the profile ends by itself after so many engine steps"
+    num_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = Field(
+        None, description=f"the profile ends by itself after so many engine steps; {MOST_STEPS} if not set"
     )
     host_tracer_level: Annotated[int, Field(ge=0, le=3)] | None = Field(
         None, description="of the host: 0 nothing to 3 everything; 2 if not set"
@@ -41,19 +45,34 @@ def _without_query(request: Request) -> None:
         raise ApiError(400, text, param=name, code="unknown_parameter")
 
 
+def _folder_inside(allowed: str | None, asked: str | None) -> str:
+    """Return the folder for a profile: `asked`, which may be relative, if it is in the allowed one."""
+    if allowed is None:
+        raise Conflict("profiles are off; start the server with --profiler-dir, the folder that they may be written to")
+    try:
+        root = os.path.realpath(allowed)
+        folder = os.path.realpath(os.path.join(root, asked or ""))
+        if os.path.commonpath((root, folder)) == root:
+            return folder
+        reason = f"it leads out of --profiler-dir {root}"
+    except (OSError, ValueError) as error:  # characters that no path has
+        reason = str(error)
+    raise InvalidParameter("output_dir", f"output_dir is {asked!r}; {reason}")
+
+
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Measuring"], dependencies=[Depends(_without_query)])
     service = state.service
 
-    @routes.get("/start_profile", include_in_schema=False)
     @routes.post("/start_profile", **documented(ProfileStatus, conflict=True))
     async def start_profile(body: StartProfileRequest | None = None) -> Response:
-        """Records what engine and device do, until /stop_profile or for num_steps steps; 409 if a profile runs."""
+        """Records what engine and device do, until /stop_profile or for num_steps steps; 409 if a profile runs, or
+        without --profiler-dir."""
         asked = body or StartProfileRequest()
+        folder = _folder_inside(state.server_args.profiler_dir, asked.output_dir)
         levels = asked.host_tracer_level, asked.python_tracer_level
-        return json_response(await service.start_profile(asked.output_dir, asked.num_steps, *levels))
+        return json_response(await service.start_profile(folder, asked.num_steps, *levels))
 
-    @routes.get("/stop_profile", include_in_schema=False)
     @routes.post("/stop_profile", **documented(ProfileStatus, body=False, conflict=True))
     async def stop_profile() -> Response:
         """Ends the profile and names its files; 409 if none runs."""

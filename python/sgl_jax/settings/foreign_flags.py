@@ -33,7 +33,8 @@ OTHERWISE = {
     "--enable-chunked-prefill": "prompts are always computed in chunks, of --chunked-prefill-size",
     "--async-scheduling": "steps overlap unless --disable-overlap-schedule is given",
     "--disable-precompile --precompile-* --enforce-eager --disable-cuda-graph* --cuda-graph-* --enable-torch-compile "
-    "--compilation-config": "all programs are compiled before the server is ready, and kept in --compilation-cache-dir",
+    "--compilation-config": "programs are compiled before the server is ready, after it with --skip-server-warmup, and kept in "
+    "--compilation-cache-dir",
     "--enable-dp-attention": "--dp-size is that, and --tp-size then counts the devices of one group",
     "--headless": "the machine with --node-rank 0 alone has an HTTP server",
     "--num-gpu-blocks-override": "--max-total-tokens says it in tokens",

@@ -61,6 +61,17 @@ def local_path(path: str, files: Sequence[str], downloads: Downloads, without: S
     return download(path, files, without, downloads)
 
 
+def refuse_no_model(path: str | Path) -> None:
+    """Raise HubError for a file or folder of this machine in which there is no model."""
+    local = Path(path).expanduser()
+    if (
+        local.suffix != ".gguf"
+        and local.exists()
+        and not ((local / "config.json").exists() or any(local.glob("*.gguf")))
+    ):
+        raise HubError(f"{path} is no model: no config.json, no .gguf; give a model's folder, a .gguf file or a hub id")
+
+
 def is_hub_id(path: str) -> bool:
     """Return whether it has the form of a model's id and is no file or folder here."""
     local = Path(path).expanduser()

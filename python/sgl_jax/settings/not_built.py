@@ -88,7 +88,6 @@ NOT_BUILT = (
     ),
     Feature("a server without a tokenizer is", flags="--skip-tokenizer-init"),
     Feature("cutting prompts that are too long is", flags="--allow-auto-truncate", fields="truncate_prompt_tokens"),
-    Feature("ending a server whose step hangs is", flags="--watchdog-timeout --soft-watchdog-timeout"),
     Feature("HTTPS is", flags="--ssl-*"),
     Feature("a path in front of all others is", flags="--root-path"),
     Feature("web search is", fields="web_search_options", null={"ChatCompletionRequest": "web_search_options"}),

@@ -41,7 +41,7 @@ ENV_PREFIX = "SGL_JAX_"
 COMPILING = "Kernels and compiling"
 PARALLEL = "Several devices and machines"
 SPECULATIVE = "Speculative decoding"
-LOGGING = "Logging and profiling"
+LOGGING = "Logging, profiling and watching"
 
 _HOST_PORT = Rule(
     lambda value: (match := re.fullmatch(r".+:(\d{1,5})", value)) is not None and 0 < int(match[1]) < 65536,
@@ -81,6 +81,12 @@ class ServerArgs(ServingFlags):
         "where compiled programs are kept between starts",
         unset="$JAX_COMPILATION_CACHE_DIR, else ~/.cache/sgl_jax",
         metavar="PATH",
+        per_host=True,
+    )
+    skip_server_warmup: bool = flag(
+        False,
+        "be ready when the weights are read: programs compile in the background, those needed first come first, and "
+        "requests wait for theirs; no request is sent as a warm-up",
         per_host=True,
     )
     compile_only: bool = flag(False, "compile every program for this machine's devices into the cache, and exit")
@@ -148,13 +154,24 @@ class ServerArgs(ServingFlags):
     )
     profiler_dir: str | None = flag(
         None,
-        "where /start_profile writes if the request names no folder",
-        unset="a new folder among the temporary files",
+        "folder that /start_profile may write to",
+        unset="/start_profile is off; an Engine writes to a new folder among the temporary files",
         metavar="PATH",
         per_host=True,
     )
     decode_log_interval: int = flag(
         40, "decode steps between two 'Decode batch' lines", rule=at_least(1), per_host=True
+    )
+
+    watchdog_timeout: float = flag(
+        300.0,
+        "seconds after which an engine that has requests and finishes no step counts as hung, and the server ends; 0: never",
+        metavar="SECONDS",
+        rule=NOT_NEGATIVE,
+        per_host=True,
+    )
+    soft_watchdog_timeout: float = flag(
+        30.0, "likewise, after which /ready answers 503; 0: never", metavar="SECONDS", rule=NOT_NEGATIVE, per_host=True
     )
 
     def __post_init__(self) -> None:
@@ -181,6 +198,11 @@ class ServerArgs(ServingFlags):
                 several and self.compile_only,
                 f"--compile-only cannot be had with --nnodes {self.nnodes}: programs over several machines are compiled "
                 "when all of them have started",
+            ),
+            (
+                several and self.skip_server_warmup,
+                f"--skip-server-warmup cannot be had with --nnodes {self.nnodes}: a program runs on all machines at once, "
+                "so all must have compiled it",
             ),
             (
                 self.num_devices % self.nnodes,

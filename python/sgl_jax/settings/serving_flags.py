@@ -118,11 +118,6 @@ class ServingFlags:
         16 * 2**20, "bytes of a request's body, above which it gets a 413", rule=at_least(1024), per_host=True
     )
     stream_interval: int = flag(1, "tokens per streamed chunk after the first", rule=at_least(1), per_host=True)
-    skip_server_warmup: bool = flag(
-        False,
-        "skip the one request the server sends itself before it is ready; programs are compiled anyway",
-        per_host=True,
-    )
     shutdown_timeout_s: float = flag(
         60.0,
         "seconds that running requests get to finish after SIGTERM",
@@ -137,7 +132,7 @@ class ServingFlags:
 
     mem_fraction_static: float | None = flag(
         None,
-        "share of the device's memory for weights and KV cache",
+        "share of the device's memory, on CPU of what is free at the start, for weights and KV cache",
         unset="0.88, on CPU 0.4",
         metavar="SHARE",
         rule=_IN_0_1,
@@ -145,7 +140,8 @@ class ServingFlags:
     max_total_tokens: int | None = flag(
         None,
         "tokens of KV cache",
-        unset="as many as the memory holds; on CPU, unless --mem-fraction-static is given, 65536 or one full context",
+        unset="as many as the memory holds; on CPU at most 65536 or one full context, with --mem-fraction-static 65536 or "
+        "two full contexts for each running request",
         rule=at_least(1),
     )
     page_size: int | None = flag(

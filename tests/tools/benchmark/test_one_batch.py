@@ -14,9 +14,9 @@ from sgl_jax import bench_one_batch
 from sgl_jax.engine import startup
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.launch_plan import LaunchPlan
+from sgl_jax.planning.fit import launch_of
 from sgl_jax.planning.machine_rates import NotMeasured
 from sgl_jax.planning.model import read_model
-from sgl_jax.planning.plan import launch_of
 from sgl_jax.planning.target import target_here
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.settings.server_args import ServerArgs

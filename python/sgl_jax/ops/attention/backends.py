@@ -13,8 +13,7 @@ from jax.typing import DTypeLike
 
 from sgl_jax.ops.attention import native
 from sgl_jax.ops.attention.api import AnyPool, Attention, AttentionLayer, NewKV, Output, Queries, RaggedBatch
-from sgl_jax.ops.attention.cpu import call as cpu
-from sgl_jax.ops.attention.cpu import library
+from sgl_jax.ops.attention.cpu import ffi, library
 
 GROUP = "sgl_jax.attention"
 _FA_PAGE = 128  # takes half the instructions of pages of 16 (docs/decisions/0015-pages-of-128-on-tpu.md)
@@ -69,7 +68,7 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
             raise NoSuchBackend(
                 "--attention-backend cpu: its library is not there; sgl_jax was installed where no C++ compiler is; use native"
             )
-        attend = functools.partial(cpu.paged_attention, target=target)
+        attend = functools.partial(ffi.paged_attention, target=target)
         backend = Backend(attend, frozenset({"cpu"}), latent=True)
     elif name == "fa":
         from sgl_jax.ops.attention.fa import call, tile  # they import Pallas, which takes a while

@@ -13,6 +13,7 @@ from sgl_jax.models.names import Rows, TensorNames
 from sgl_jax.models.quantised import Matrix, Quantised, is_quantised
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor, with_unit_columns
+from sgl_jax.models.stored_names import named_tensors
 from sgl_jax.models.weights import declare, declare_plain
 
 _SHOWN = 40  # names that an error lists of each kind of misfit; a wrong config can make thousands
@@ -32,10 +33,16 @@ class Leaf:
 
 
 def plan_weights(
-    stored: Mapping[str, StoredTensor], config: DecoderConfig, dtype: DTypeLike, names: TensorNames, *, source: str
+    stored: Mapping[str, StoredTensor],
+    config: DecoderConfig,
+    names: TensorNames,
+    dtype: DTypeLike = "float32",
+    *,
+    source: str,
 ) -> list[Leaf]:
-    """Return one leaf for each declared array. Raises one ModelError that lists every misfit of the checkpoint."""
-    stored = names.view(config.weight_scheme.view(stored) if config.weight_scheme else stored)
+    """Return one leaf for each declared array, of `dtype` or the weight format's. Raises one ModelError that lists every
+    misfit of the checkpoint."""
+    stored = named_tensors(stored, config, names)
     missing, misshapen, unreadable, leaves = [], [], [], []
     used = {names.lm_head} if config.tie_embeddings else set()
     for path, spec, held in flat_weights(config, dtype):
@@ -49,10 +56,11 @@ def plan_weights(
                 missing.append(name)
                 continue
             piece = stored[name]
-            if piece.shape != shape:
-                misshapen.append(f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}")
             if not piece.supported:
                 unreadable.append(f"{piece.name} ({piece.dtype})")
+            if piece.shape != shape:
+                misshapen.append(f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}")
+                continue
             if path == ".lm_head" and config.normalised_head:
                 piece = with_unit_columns(piece)
             pieces.append(piece.take(rows.order) if rows else piece)
