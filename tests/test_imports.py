@@ -35,8 +35,8 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "models": ("ops", "parallel", "settings.hub"),
     "multihost": ("settings",),
     "runtime": ("models", "ops", "parallel", "request", "step_plan", "observability"),
-    # A GGUF file carries its vocabulary: reading the file format is all that text/ takes from models/.
-    "text": ("request", "settings.hub", "models.gguf_file", "models.model_errors"),
+    # A GGUF file carries its vocabulary, and a folder that of its model: text/ takes the reading of files from models/.
+    "text": ("request", "settings.hub", "models.gguf_file", "models.model_errors", "models.folder_files"),
     "engine": (
         "scheduler",
         "cache",

@@ -133,7 +133,7 @@ def test_programs_compile_while_the_weights_are_read(stories260k, tmp_path, monk
         assert compiled.wait(60), "nothing was compiled before the weights were read"
         return load(*args)
 
-    monkeypatch.setattr(startup.LaunchProgress, "compiled", lambda *report: compiled.set())
+    monkeypatch.setattr(LaunchProgress, "compiled", lambda *report: compiled.set())
     monkeypatch.setattr(startup, "_load", waits)
     core = startup.build_core(arguments(stories260k, tmp_path))
     assert core.info.num_programs == len(core.runner.programs)

@@ -69,12 +69,11 @@ def check_room(
     """
     if limit is None or queue.length + num_choices <= limit:
         return
+    most = f"the limit is {limit} (--max-queued-requests)"
     if num_choices <= limit:
-        text = (
-            f"{queue.length} requests are waiting and {num_choices} came; the limit is {limit} (--max-queued-requests)"
-        )
+        text = f"{queue.length} requests are waiting and {num_choices} came; {most}"
         raise QueueFull(text, queue.seconds_to_empty())
     if n > limit or num_prompts == 1:
-        raise InvalidParameter("n", f"n is {n}; the limit is {limit} (--max-queued-requests)")
-    text = "{prompt} has {count} prompts, with n {wanted} requests; the limit is {limit} (--max-queued-requests)"
-    raise InvalidParameter("prompt", text, count=num_prompts, wanted=num_choices, limit=limit).named(names)
+        raise InvalidParameter("n", f"n is {n}; {most}")
+    text = "{prompt} has {count} prompts, with n {wanted} requests; " + most
+    raise InvalidParameter("prompt", text, count=num_prompts, wanted=num_choices).named(names)

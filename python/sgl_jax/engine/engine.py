@@ -15,7 +15,7 @@ from typing import Any, Self
 from sgl_jax import __version__
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.loop import EngineCore
-from sgl_jax.engine.messages import EngineInfo, ProfileStatus, Stats
+from sgl_jax.engine.messages import EngineInfo, GetProfile, ProfileStatus, StartProfile, Stats, StopProfile
 from sgl_jax.engine.native_call import NativeCall, Reply, native_call
 from sgl_jax.engine.native_params import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
@@ -57,32 +57,23 @@ class Engine:
             refuse_no_model(args.model_path)
             tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
             watchdog = Watchdog(args.soft_watchdog_timeout, args.watchdog_timeout)
-            self._start(build, tokenizer, args.stream_interval, args.max_queued_requests, watchdog)
+            limits = args.stream_interval, args.max_queued_requests, watchdog
+            self._start(GenerationService(ThreadTransport(build), tokenizer, *limits))
             logger.info("Ready after %.1f s", self.info.start_seconds)
 
     @classmethod
     def from_core(cls, build_core: Callable[[], EngineCore], tokenizer: Tokenizer) -> Self:
         """Make an engine around a given core; `build_core` is called in the engine's thread."""
         engine = cls.__new__(cls)
-        engine._start(build_core, tokenizer)
+        engine._start(GenerationService(ThreadTransport(build_core), tokenizer))
         return engine
 
-    def _start(
-        self,
-        build_core: Callable[[], EngineCore],
-        tokenizer: Tokenizer,
-        stream_interval: int = 1,
-        max_queued: int | None = None,
-        watchdog: Watchdog | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self._closed = False
+    def _start(self, service: GenerationService) -> None:
+        self.tokenizer, self._service, self._closed = service.tokenizer, service, False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="sgl-jax-api", daemon=True)
         self._thread.start()
         try:
-            transport = ThreadTransport(build_core)
-            self._service = GenerationService(transport, tokenizer, stream_interval, max_queued, watchdog)
             self._call(self._service.start())
             self._service.open()
         except BaseException:
@@ -163,15 +154,16 @@ class Engine:
 
         Raises Conflict if a profile runs already, InvalidParameter for a folder that cannot be written.
         """
-        return self._call(self._service.start_profile(output_dir, num_steps, host_tracer_level, python_tracer_level))
+        levels = host_tracer_level, python_tracer_level
+        return self._call(self._service.profile(lambda call: StartProfile(call, output_dir, num_steps, *levels)))
 
     def stop_profile(self) -> ProfileStatus:
         """End the profile; the status names its files. Raises Conflict if none runs."""
-        return self._call(self._service.stop_profile())
+        return self._call(self._service.profile(StopProfile))
 
     def profile_status(self) -> ProfileStatus:
         """Return the state of the profile that runs, or of the last one."""
-        return self._call(self._service.profile_status())
+        return self._call(self._service.profile(GetProfile))
 
     def shutdown(self) -> None:
         """End the engine; running requests fail. May be called twice."""

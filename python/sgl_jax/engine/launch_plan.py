@@ -103,8 +103,7 @@ def _page_size(args: ServerArgs, platform: Platform, kernels: Kernels, pool: Poo
 
 
 def _check_model(args: ServerArgs, model: DecoderConfig, grid: Grid) -> None:
-    if len(model.eos_token_ids) > MAX_EOS_TOKENS:
-        count = len(model.eos_token_ids)
+    if (count := len(model.eos_token_ids)) > MAX_EOS_TOKENS:
         raise ValueError(f"the model has {count} end-of-sequence tokens; at most {MAX_EOS_TOKENS} fit")
     if (length := args.context_length) is not None and length > model.context_length:
         most = model.context_length
@@ -120,10 +119,9 @@ def _check_pool(args: ServerArgs, memory: MemoryPlan, page_size: int, grid: Grid
         ("--max-running-requests", args.max_running_requests, (memory.num_pages - 1) * grid.data),
     ):
         if value is not None and value > most:
-            raise ValueError(
-                f"{flag} is {value}; the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} "
-                f"allows {most}; lower it, or raise --max-total-tokens or --mem-fraction-static"
-            )
+            pool = f"the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} allows {most}"
+            cure = "lower it, or raise --max-total-tokens or --mem-fraction-static"
+            raise ValueError(f"{flag} is {value}; {pool}; {cure}")
 
 
 def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:

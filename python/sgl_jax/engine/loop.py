@@ -56,6 +56,22 @@ def run(core: EngineCore, receive: Receive, send: Send) -> None:
         core.close(reason)
 
 
+def build_and_run(build: Callable[[], EngineCore], receive: Receive, send: Send) -> bool:
+    """Run a core from its making to Shutdown. False: it failed, which has been sent as EngineDied."""
+    try:
+        core = build()
+    except Exception as error:
+        if not isinstance(error, ValueError | OSError):  # for these two the message is enough
+            logger.exception("the engine could not start")
+        send(EngineDied(one_line(error)))
+        return False
+    try:
+        run(core, receive, send)
+    except Exception:  # logged and sent by `run`
+        return False
+    return True
+
+
 def one_line(error: BaseException) -> str:
     """Return the first line of the error's message, for the user, with the type of the error where that says more."""
     text = str(error).strip().split("\n")[0]

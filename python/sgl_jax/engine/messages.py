@@ -19,7 +19,7 @@ class _CallMessage(_Message, frozen=True):
 
 
 class Generate(_Message, frozen=True):
-    """Start a request. The API side has validated it: 1 <= len(prompt_ids), which with max_tokens fit the context; n is already expanded."""
+    """Start a request. The API side has checked it: the prompt is not empty and fits with max_tokens; n is 1."""
 
     key: int
     prompt_ids: list[int]
@@ -99,7 +99,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PromptScored(msgspec.Struct, frozen=True, array_like=True):
-    """Scores of a prompt, sent with its first token. `logprobs[0]` is None, since nothing comes before the first prompt token."""
+    """Scores of a prompt, sent with its first token. `logprobs[0]` is None: nothing comes before that token."""
 
     key: int
     num_cached_tokens: int

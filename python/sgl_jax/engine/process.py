@@ -21,29 +21,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     import zmq
-    from _typeshed import DataclassInstance
 
-    from sgl_jax.engine.loop import Receive, Send
+    from sgl_jax.engine.loop import EngineCore, Receive, Send
+    from sgl_jax.settings.server_args import ServerArgs
 
 CORE_FACTORY = "sgl_jax.engine.startup:launch"
 FAILED = 1  # exit code
 LINGER_MS = 2000  # time for the last messages of an engine that dies to get out
 
 
-def spawn(server_args: DataclassInstance, core_factory: str, commands: str, events: str) -> subprocess.Popen[bytes]:
+def spawn(server_args: ServerArgs, core_factory: str, commands: str, events: str) -> subprocess.Popen[bytes]:
     """Start the engine process. `core_factory` is "module:function", called there with `server_args` and `die`;
     `commands` and `events` are sockets in a folder of their own.
 
     `die` ends the process at once, from any thread, and sends its argument as the reason.
     """
-    kind = type(server_args)
-    config = {
-        "args_type": f"{kind.__module__}:{kind.__qualname__}",
-        "args": {field.name: getattr(server_args, field.name) for field in dataclasses.fields(server_args)},
-        "core_factory": core_factory,
-        "commands": commands,
-        "events": events,
-    }
+    sockets = {"commands": commands, "events": events}
+    config = {"args": dataclasses.asdict(server_args), "core_factory": core_factory, **sockets}
     process = subprocess.Popen([sys.executable, "-m", "sgl_jax.engine.process"], stdin=subprocess.PIPE)
     assert process.stdin is not None
     process.stdin.write(json.dumps(config).encode() + b"\n")
@@ -60,31 +54,22 @@ def main() -> int:
 
     import zmq
 
-    from sgl_jax.engine.loop import one_line, run
-    from sgl_jax.engine.messages import EngineDied
+    from sgl_jax.engine.loop import build_and_run
     from sgl_jax.observability import log
+    from sgl_jax.settings.server_args import ServerArgs
 
     context: zmq.Context[Any] = zmq.Context()
     receive, send = _receiver(context, config["commands"]), _sender(context, config["events"])
-    try:
-        server_args = _named(config["args_type"])(**config["args"])
-        log.setup(server_args.log_level)
-        core = _named(config["core_factory"])(server_args, functools.partial(_die, config["events"]))
-    except Exception as error:
-        if not isinstance(error, ValueError | OSError):  # for these two the message is enough
-            import logging
 
-            logging.getLogger(__name__).exception("the engine could not start")
-        send(EngineDied(one_line(error)))
-        context.destroy(linger=LINGER_MS)
-        return FAILED
-    try:
-        run(core, receive, send)
-    except Exception:  # logged and sent by the loop
-        return FAILED
-    finally:
-        context.destroy(linger=LINGER_MS)
-    return 0
+    def build() -> EngineCore:
+        server_args = ServerArgs(**config["args"])
+        log.setup(server_args.log_level)
+        module, _, name = config["core_factory"].partition(":")
+        return getattr(importlib.import_module(module), name)(server_args, functools.partial(_die, config["events"]))
+
+    ended_well = build_and_run(build, receive, send)
+    context.destroy(linger=LINGER_MS)
+    return 0 if ended_well else FAILED
 
 
 def _receiver(context: zmq.Context[Any], address: str) -> Receive:
@@ -138,11 +123,6 @@ def _end_with_parent(folder: str) -> None:
         pass
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(FAILED)
-
-
-def _named(name: str) -> Any:
-    module, _, attribute = name.partition(":")
-    return getattr(importlib.import_module(module), attribute)
 
 
 if __name__ == "__main__":

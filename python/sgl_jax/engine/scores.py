@@ -33,6 +33,5 @@ def gather_prompt_scores(plan: StepPlan, scored: dict[int, Request], scores: Tok
 
 
 def _scores(scores: TokenScores, i: int, num_top: int) -> TokenLogprobs:
-    return TokenLogprobs(
-        float(scores.chosen[i]), scores.top_ids[i, :num_top].tolist(), scores.top_logprobs[i, :num_top].tolist()
-    )
+    ids, logprobs = scores.top_ids[i, :num_top].tolist(), scores.top_logprobs[i, :num_top].tolist()
+    return TokenLogprobs(float(scores.chosen[i]), ids, logprobs)

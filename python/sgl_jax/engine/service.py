@@ -69,9 +69,8 @@ class GenerationService:
         await self._settled.wait()
         if self.failure is not None:
             raise EngineFailed(self.failure)
-        self._watching = asyncio.create_task(
-            self._watchdog.run(lambda: bool(self._choices or self._answers), self._give_up)
-        )
+        watching = self._watchdog.run(lambda: bool(self._choices or self._answers), self._give_up)
+        self._watching = asyncio.create_task(watching)
         return self.info
 
     def open(self) -> None:
@@ -146,9 +145,9 @@ class GenerationService:
         self.check_ready()
         return await self._submit(requests, stream)
 
-    async def warm_up(self) -> None:
-        """Generate a little before `open`, since the first request takes longer than later ones."""
-        params = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    async def probe(self, num_tokens: int) -> None:
+        """Generate a little, also before `open`. Cancelled, it aborts its request."""
+        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         generation = await self._submit([GenerationRequest([self.tokenizer.bos_token_id or 0], params)], stream=False)
         async for _ in generation.updates():
             pass
@@ -225,26 +224,10 @@ class GenerationService:
         """Drop every cached prefix that no request holds, and return how many pages became free."""
         return await self._ask(messages.FlushCache, int)
 
-    async def start_profile(
-        self,
-        output_dir: str | None = None,
-        num_steps: int | None = None,
-        host_tracer_level: int | None = None,
-        python_tracer_level: int | None = None,
-    ) -> ProfileStatus:
-        """Record what engine and device do, until stopped or for num_steps steps: see messages.StartProfile.
-
-        Raises Conflict if a profile runs already, InvalidParameter for a folder that cannot be written.
-        """
-        levels = host_tracer_level, python_tracer_level
-        return await self._ask(lambda call: messages.StartProfile(call, output_dir, num_steps, *levels), ProfileStatus)
-
-    async def stop_profile(self) -> ProfileStatus:
-        """End the profile and write it. Raises Conflict if none runs."""
-        return await self._ask(messages.StopProfile, ProfileStatus)
-
-    async def profile_status(self) -> ProfileStatus:
-        return await self._ask(messages.GetProfile, ProfileStatus)
+    async def profile(self, command: Callable[[int], Command]) -> ProfileStatus:
+        """Start or stop a profile, or ask for its state. Raises Conflict if it cannot be done while one runs, or none;
+        InvalidParameter for a folder that cannot be written."""
+        return await self._ask(command, ProfileStatus)
 
     async def _ask[T: int | ProfileStatus](self, command: Callable[[int], Command], answer: type[T]) -> T:
         """Send a command, made for a new call's number, and return its answer. Raises Conflict or InvalidParameter."""

@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 
 import jax
 
@@ -18,13 +17,13 @@ from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import Families, decoder_config, known_families
-from sgl_jax.models.loader import load_weights, random_weights
+from sgl_jax.models.loader import Report, load_weights, random_weights
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.weights import Weights, declare, parameters_per_token
 from sgl_jax.multihost.follower import Follower
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.observability import log
-from sgl_jax.observability.progress import LaunchProgress, launch_progress
+from sgl_jax.observability.progress import launch_progress
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.compiler import cache_takes_programs, use_compile_cache
@@ -56,10 +55,8 @@ def build_core(args: ServerArgs, accept: Accept = lambda plan: None) -> Core:
     """Load the model, size memory, compile every program. Raises ValueError with a line for the user, and whatever
     `accept` raises, which is called before any weight is fetched or read."""
     if args.nnodes > 1:
-        raise ValueError(
-            f"--nnodes is {args.nnodes}; an engine over several machines is started by sgl_jax.launch_server, "
-            "on each of them"
-        )
+        how = "is started by sgl_jax.launch_server, on each of them"
+        raise ValueError(f"--nnodes is {args.nnodes}; an engine over several machines {how}")
     started = time.perf_counter()
     return _core(args, build_device_side(args, None, accept), started)
 
@@ -107,23 +104,7 @@ def build_device_side(
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
     model, kernels, plan = _decide(args, families, checkpoint, platform, device_bytes)
     accept(plan)
-    if model.longer is not None:
-        logger.warning(
-            "Contexts end at %d tokens, beyond which longrope has other factors: --context-length up to %d takes those "
-            "for all requests",
-            model.context_length,
-            model.longer.length,
-        )
-    memory = plan.memory
-    logger.info(
-        log.memory_table(
-            weights=plan.weight_bytes,
-            kv=memory.kv_bytes,
-            free=memory.total_bytes - plan.weight_bytes - memory.kv_bytes,
-            kv_tokens=plan.kv_tokens,
-            context_length=plan.runner_config.context_length,
-        )
-    )
+    _say_sizes(model, plan)
     placement = Placement.over(devices, grid)
     announce = hosts.announce if isinstance(hosts, Leader) else announce_to_nobody
     runner = ModelRunner(
@@ -131,9 +112,17 @@ def build_device_side(
     )
     with launch_progress(logger, len(runner.programs)) as progress:
         compiled = runner.compile(lambda done, total, each: progress.compiled(each.program.name, each.cache_hit))
-        dtype = plan.runner_config.weight_dtype
+        dtype, placer = plan.runner_config.weight_dtype, DevicePlacer(placement)
+
+        def report(fraction: float, num_bytes: int) -> None:
+            progress.read(fraction, num_bytes)
+            if compiled.done():
+                compiled.result()
+
         try:
-            weights = _load(checkpoint, model, families, dtype, args, platform, placement, compiled, progress)
+            weights = _load(checkpoint, model, families, dtype, args.random_seed or 0, placer, report)
+            if platform.stacks_layers:
+                weights = stack_layers(weights, placement, declare(model, dtype, stacked=True))
             progress.all_read()
             if not args.skip_server_warmup:
                 compiled.result()
@@ -147,6 +136,17 @@ def build_device_side(
     return DeviceSide(model, platform, devices, plan, runner)
 
 
+def _say_sizes(model: DecoderConfig, plan: LaunchPlan) -> None:
+    if model.longer is not None:
+        cure = f"--context-length up to {model.longer.length} takes those for all requests"
+        end = f"Contexts end at {model.context_length} tokens, beyond which longrope has other factors"
+        logger.warning("%s: %s", end, cure)
+    weights, kv, length = plan.weight_bytes, plan.memory.kv_bytes, plan.runner_config.context_length
+    free = plan.memory.total_bytes - weights - kv
+    table = log.memory_table(weights=weights, kv=kv, free=free, kv_tokens=plan.kv_tokens, context_length=length)
+    logger.info("%s", table)
+
+
 def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
     """Fetch the configs alone of a model that is named by its hub id. None: there are no weights to fetch, or they have
     been fetched, as they are before several hosts find each other."""
@@ -156,9 +156,8 @@ def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
     if any(folder.glob("*.gguf")):  # put there by another tool; it may bring the config
         return None
     if not (folder / "config.json").exists():
-        raise ModelError(
-            f"{args.model_path} has no config.json; give a model of Hugging Face's format, or the path of a .gguf file"
-        )
+        cure = "give a model of Hugging Face's format, or the path of a .gguf file"
+        raise ModelError(f"{args.model_path} has no config.json; {cure}")
     return open_checkpoint(str(folder), load_format="gguf" if args.load_format == "gguf" else "dummy")
 
 
@@ -175,10 +174,8 @@ def _decide(
 def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
     model, plan, runner, devices = device_side.model, device_side.plan, device_side.runner, device_side.devices
     grid, memory = plan.grid, plan.memory
-    caches = [
-        PrefixCache(memory.num_pages, plan.runner_config.page_size, enabled=not args.disable_radix_cache)
-        for _ in range(grid.data)
-    ]
+    page_size, shares = plan.runner_config.page_size, not args.disable_radix_cache
+    caches = [PrefixCache(memory.num_pages, page_size, enabled=shares) for _ in range(grid.data)]
     scheduler = Scheduler(plan.scheduler_config, caches)
     info = EngineInfo(
         model_path=args.model_path,
@@ -190,7 +187,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         vocab_size=model.vocab_size,
         context_length=plan.runner_config.context_length,
         eos_token_ids=list(model.eos_token_ids),
-        page_size=plan.runner_config.page_size,
+        page_size=page_size,
         max_total_tokens=plan.kv_tokens,
         max_running_requests=plan.runner_config.num_rows,
         chunked_prefill_size=plan.scheduler_config.max_prefill_tokens * grid.data,
@@ -216,26 +213,15 @@ def _load(
     model: DecoderConfig,
     families: Families,
     dtype: str,
-    args: ServerArgs,
-    platform: Platform,
-    placement: Placement,
-    compiled: Future[None],
-    progress: LaunchProgress,
+    seed: int,
+    placer: DevicePlacer,
+    report: Report,
 ) -> Weights[jax.Array]:
-    """Read the weights, or make random ones for --load-format dummy. Raises the error of a program's compilation."""
-    placer = DevicePlacer(placement)
-
-    def report(fraction: float, num_bytes: int) -> None:
-        progress.read(fraction, num_bytes)
-        if compiled.done():
-            compiled.result()
-
+    """Read the weights, or make random ones for --load-format dummy."""
     if checkpoint.format == "dummy":
-        weights = random_weights(model, dtype, args.random_seed or 0, placer=placer, report=report)
-    else:
-        # A quantised GGUF stands for the weights of the model it was made from, whatever the dtype.
-        rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
-        weights = load_weights(
-            checkpoint, model, dtype, families=families, rounded_to=rounded_to, placer=placer, report=report
-        )
-    return stack_layers(weights, placement, declare(model, dtype, stacked=True)) if platform.stacks_layers else weights
+        return random_weights(model, dtype, seed, placer=placer, report=report)
+    # A quantised GGUF stands for the weights of the model it was made from, whatever the dtype.
+    rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
+    return load_weights(
+        checkpoint, model, dtype, families=families, rounded_to=rounded_to, placer=placer, report=report
+    )

@@ -40,28 +40,15 @@ class Statistics:
     def log(self, plan: StepPlan) -> None:
         """Log a line for a step with prompts, and one for every interval of decode steps."""
         s = self._scheduler
+        requests = {"num_running": s.num_running, "num_waiting": len(s.waiting)}
         if not plan.from_device.all():
-            prompt_rows = ~plan.from_device
-            logger.info(
-                prefill_line(
-                    num_new_requests=int(prompt_rows.sum()),
-                    num_new_tokens=int(plan.num_new[prompt_rows].sum()),
-                    num_cached_tokens=plan.num_cached_tokens,
-                    token_usage=s.kv_usage,
-                    num_running=s.num_running,
-                    num_waiting=len(s.waiting),
-                )
-            )
+            prompts = ~plan.from_device
+            sizes = {"num_new_requests": int(prompts.sum()), "num_new_tokens": int(plan.num_new[prompts].sum())}
+            cached = plan.num_cached_tokens
+            logger.info(prefill_line(**sizes, num_cached_tokens=cached, token_usage=s.kv_usage, **requests))
         elif self.speed.interval_is_over():
-            logger.info(
-                decode_line(
-                    num_running=s.num_running,
-                    num_tokens=s.num_running_tokens,
-                    token_usage=s.kv_usage,
-                    gen_throughput=self.speed.tokens_per_s,
-                    num_waiting=len(s.waiting),
-                )
-            )
+            tokens, speed = s.num_running_tokens, self.speed.tokens_per_s
+            logger.info(decode_line(num_tokens=tokens, token_usage=s.kv_usage, gen_throughput=speed, **requests))
 
 
 class Speedometer:

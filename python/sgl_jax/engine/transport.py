@@ -7,7 +7,6 @@ and reports an engine that ends without a message as EngineDied.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import queue
 import shutil
@@ -20,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import msgspec
 import zmq
 
-from sgl_jax.engine.loop import EngineCore, Send, one_line, run
+from sgl_jax.engine.loop import EngineCore, build_and_run
 from sgl_jax.engine.messages import Command, EngineDied, Event, Shutdown
 from sgl_jax.engine.process import spawn
 
 if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+    from sgl_jax.settings.server_args import ServerArgs
 
 _RECONNECT_MS = 10
 _LAST_WORDS_S = 0.5
@@ -61,17 +60,9 @@ class ThreadTransport:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(on_event, event)
 
-        self._thread = threading.Thread(target=self._main, args=(report,), name="sgl-jax-engine", daemon=True)
+        work = self._build_core, self._receive, report
+        self._thread = threading.Thread(target=build_and_run, args=work, name="sgl-jax-engine", daemon=True)
         self._thread.start()
-
-    def _main(self, report: Send) -> None:
-        try:
-            core = self._build_core()
-        except Exception as error:
-            report(EngineDied(one_line(error)))
-            return
-        with contextlib.suppress(Exception):  # logged and sent as EngineDied by the loop
-            run(core, self._receive, report)
 
     def _receive(self, block: bool) -> Command | None:
         try:
@@ -91,7 +82,7 @@ class ThreadTransport:
 class ProcessTransport:
     """Runs the engine in a child process, started by `launch`; the sockets are in a private folder."""
 
-    def __init__(self, server_args: DataclassInstance, core_factory: str):
+    def __init__(self, server_args: ServerArgs, core_factory: str):
         self._server_args, self._core_factory = server_args, core_factory
         self._folder = ""
         self._context: zmq.Context[Any] | None = None
@@ -104,7 +95,7 @@ class ProcessTransport:
         self._decode = msgspec.msgpack.Decoder(Event).decode
 
     def launch(self) -> None:
-        """Start the process, which loads while the caller goes on. `start` does it, too, if this was not called."""
+        """Start the process, which loads while the caller goes on."""
         self._folder = _private_folder()
         commands, events = f"ipc://{self._folder}/commands", f"ipc://{self._folder}/events"
         self._context = zmq.Context()
@@ -121,8 +112,6 @@ class ProcessTransport:
         self._process = spawn(self._server_args, self._core_factory, commands, events)
 
     def start(self, on_event: OnEvent) -> None:
-        if self._process is None:
-            self.launch()
         self._on_event = on_event
         self._loop = asyncio.get_running_loop()
         self._fd = int(self._events.getsockopt(zmq.FD))
@@ -156,8 +145,6 @@ class ProcessTransport:
 
     async def close(self, timeout: float) -> None:
         self._closing = True
-        if self._context is None:
-            return
         if timeout > 0 and self._loop is not None and not self._exited.is_set():
             self.send(Shutdown())
             await asyncio.to_thread(self._exited.wait, timeout)

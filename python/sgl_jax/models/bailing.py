@@ -26,24 +26,17 @@ NAMES = dataclasses.replace(glm4_moe.NAMES, embed="model.word_embeddings.weight"
         "moe.score_bias": (llama.MLP + "gate.expert_bias",),
     }
 )
-_SERVED = {"multi_gate": False, "norm_softmax": False, "use_sliding_window": False, "use_rmsnorm": True}
+_SERVED_WITHOUT = dict.fromkeys(("multi_gate", "norm_softmax", "use_sliding_window"), False)
+_SERVED = _SERVED_WITHOUT | dict.fromkeys(("use_rmsnorm", "moe_router_enable_shared_expert"), True)
 
 
 def config(hf: RawConfig) -> DecoderConfig:
     architecture, layers = hf["architectures"][0], required(hf, "num_hidden_layers")
     is_v2 = architecture == "BailingMoeV2ForCausalLM"
-    refuse_unless(hf, _SERVED)
     scoring = "sigmoid" if is_v2 else "softmax"
-    if hf.get("score_function", scoring) not in (scoring, None):
-        raise ModelError(
-            f"config.json sets score_function={hf['score_function']!r}; {architecture} routes by {scoring}"
-        )
-    if is_v2 and not hf.get("norm_topk_prob", True):
-        raise ModelError(f"config.json sets norm_topk_prob=false; {architecture} always normalises")
+    refuse_unless(hf, _SERVED | {"score_function": scoring} | ({"norm_topk_prob": True} if is_v2 else {}))
     if not is_v2 and (hf.get("n_group") or 1) > 1:
         raise ModelError(f"config.json sets n_group={hf['n_group']}; {architecture} routes without groups")
-    if not hf.get("moe_router_enable_shared_expert", True):
-        raise ModelError("config.json sets moe_router_enable_shared_expert=false; it is served with true only")
     shared_size = hf.get("moe_shared_expert_intermediate_size") or required(hf, "moe_intermediate_size")
     normalised_head = bool(hf.get("norm_head", False))
     if normalised_head and hf.get("tie_word_embeddings"):
@@ -67,7 +60,7 @@ def config(hf: RawConfig) -> DecoderConfig:
             num_groups=required(hf, "n_group") if is_v2 else 1,
             groups_per_token=required(hf, "topk_group") if is_v2 else 1,
             group_score="top2",
-            normalise=per_token > 1 and bool(hf.get("norm_topk_prob", is_v2)),
+            normalise=per_token > 1 and (is_v2 or bool(hf.get("norm_topk_prob"))),
             scale=hf.get("routed_scaling_factor", 1.0) if is_v2 else 1.0,
         ),
         moe_layers=tuple(i >= dense for i in range(layers)),

@@ -1,19 +1,19 @@
 """Opens a model's folder, .gguf file or hub id as a Checkpoint."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from sgl_jax.models.bundled import bundled_config, bundled_name
+from sgl_jax.models.folder_files import JsonFile
 from sgl_jax.models.gguf import gguf_config, gguf_tensors
 from sgl_jax.models.gguf_file import read_gguf
 from sgl_jax.models.model_errors import ModelError, faults_named
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.safetensors_file import read_safetensors
-from sgl_jax.models.stored import StoredTensor, refuse_pointer, shard_name
+from sgl_jax.models.stored import StoredTensor, shard_name
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path, refuse_no_model
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
@@ -67,12 +67,11 @@ def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", downloads: D
         with faults_named(file, "damaged; download it again"):
             config, tensors = gguf_config(gguf), {} if dummy else gguf_tensors(gguf)
         return Checkpoint(file, "dummy" if dummy else "gguf", config, RawConfig(), file, tensors)
-    config = _read_json(local / "config.json")
-    if config is None:
+    if not (local / "config.json").is_file():
         raise ModelError(f"{local} has no config.json; --load-format {load_format} reads it")
-    generation_config = _read_json(local / "generation_config.json") or RawConfig()
+    config, generation = (JsonFile(local / name).fields for name in ("config.json", "generation_config.json"))
     tensors = {} if dummy else _safetensors(local)
-    return Checkpoint(local, "dummy" if dummy else "safetensors", config, generation_config, local, tensors)
+    return Checkpoint(local, "dummy" if dummy else "safetensors", config, generation, local, tensors)
 
 
 def _gguf_file(local: Path, load_format: LoadFormat) -> Path | None:
@@ -115,8 +114,8 @@ def _weight_files(folder: Path) -> list[Path]:
     transformers has it; else the shards without an index, complete; else all but what training left behind."""
     if (whole := folder / "model.safetensors").exists():
         return [whole]
-    if (index := _read_json(folder / _INDEX)) is not None:
-        named = _indexed(folder / _INDEX, index)
+    if (folder / _INDEX).is_file():
+        named = _indexed(JsonFile(folder / _INDEX))
         if not any(map(_SHARD.search, named)):  # an index names one shard of each
             return _all_there(folder, named, f"{folder / _INDEX} names")
     found = sorted(file for file in folder.glob("*.safetensors") if not _LEFT_BEHIND.search(file.name))
@@ -128,13 +127,13 @@ def _weight_files(folder: Path) -> list[Path]:
     return found
 
 
-def _indexed(path: Path, index: RawConfig) -> set[str]:
+def _indexed(index: JsonFile) -> set[str]:
     """Return the names of the files in an index. Raises ModelError for one that is damaged or leaves the folder."""
-    names = index.get("weight_map")
+    names = index.fields.get("weight_map")
     if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ModelError(f"{path} has weight_map {names!r:.80}; it must give a file for each tensor; download it again")
+        raise index.wrong("weight_map", names, "the file of each tensor, by name; download it again")
     if outside := sorted({name for name in names.values() if Path(name).is_absolute() or ".." in Path(name).parts}):
-        raise ModelError(f"{path}: weight_map names {outside[0]!r}; files must lie in the model's folder")
+        raise ModelError(f"{index.path}: weight_map names {outside[0]!r}; files must lie in the model's folder")
     return set(names.values())
 
 
@@ -151,15 +150,3 @@ def _other_weights(folder: Path) -> str:
     endings = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.msgpack", "*.h5")
     other = ", ".join(sorted(file.name for ending in endings for file in folder.glob(ending)))
     return f", only {other}; convert it to safetensors in Hugging Face's layout" if other else "; download them"
-
-
-def _read_json(path: Path) -> RawConfig | None:
-    if not path.exists():
-        return None
-    with faults_named(path, "cannot be read as JSON"):
-        content = path.read_bytes()
-        refuse_pointer(path, content)
-        found = json.loads(content)
-    if not isinstance(found, dict):
-        raise ModelError(f"{path} holds a JSON {type(found).__name__}; it must hold an object")
-    return RawConfig(found)

@@ -131,16 +131,11 @@ class DecoderConfig:
     # Number of devices that hold the same head as this shard, where there are more devices than heads. All of them attend
     # with it, and each projects a part of its output.
     head_replicas: int = 1
-    part_of: str | None = (
-        None  # class of the larger model that this is the text model of; its other tensors are left out
-    )
+    part_of: str | None = None  # class of the larger model whose text model this is; its other tensors are left out
     num_mtp_layers: int = 0  # multi-token prediction; they are stored after the last layer, and not loaded
 
     def for_context(self, length: int | None) -> DecoderConfig:
-        """Return the model for contexts of this length: with the rope of longer ones where they are longer than usual.
-
-        None: the usual length.
-        """
+        """Return the model for contexts of this length, None for the usual one; longer ones have another rope."""
         if self.longer is None or (length or 0) <= self.context_length:
             return self
         return dataclasses.replace(self, context_length=self.longer.length, rope=self.longer.rope, longer=None)
@@ -172,7 +167,7 @@ class DecoderConfig:
         _must_divide("--tp-size over the attention heads", replicas, "values of a head", self.output_dim)
         if self.num_kv_heads % grid.tensor and grid.tensor % self.num_kv_heads:
             raise ValueError(
-                f"--tp-size is {grid.tensor}; it must divide or be a multiple of the {self.num_kv_heads} KV heads"
+                f"--tp-size is {grid.tensor}; it must divide, or be a multiple of, {self.num_kv_heads} KV heads"
             )
         over_all = "--tp-size" if grid.data == 1 else "--tp-size times --dp-size"
         if any(map(self.has_mlp, range(self.num_layers))):

@@ -4,13 +4,12 @@ the choice."""
 
 import dataclasses
 import functools
-from typing import Any
 
 import numpy as np
 
 from sgl_jax.models import glm4_moe, llama
 from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, MoeConfig
-from sgl_jax.models.hf_config import decoder, required
+from sgl_jax.models.hf_config import decoder, refuse_unless, required
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.names import Rows
 from sgl_jax.models.raw_config import RawConfig
@@ -29,19 +28,16 @@ DEFAULTS = {
 
 # Values we serve, where others would change the result. DeepSeek's own V2 code does not scale normalised weights, and
 # transformers does not normalise them; no published model asks for it.
-_V2_CHOICE = {"scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy")}
-_SERVED: dict[str, dict[str, tuple[Any, ...]]] = {
-    "DeepseekV2ForCausalLM": dict.fromkeys(("attention_bias", "mlp_bias", "norm_topk_prob"), (False,)) | _V2_CHOICE,
-    "DeepseekV3ForCausalLM": {"attention_bias": (False,), "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
+_V2_CHOICE = {"scoring_func": "softmax", "topk_method": ("greedy", "group_limited_greedy")}
+_SERVED = {
+    "DeepseekV2ForCausalLM": dict.fromkeys(("attention_bias", "mlp_bias", "norm_topk_prob"), False) | _V2_CHOICE,
+    "DeepseekV3ForCausalLM": {"attention_bias": False, "scoring_func": "sigmoid", "topk_method": "noaux_tc"},
 }
 
 
 def config(hf: RawConfig) -> DecoderConfig:
     architecture = hf["architectures"][0]
-    for key, served in _SERVED[architecture].items():
-        if hf.get(key) is not None and hf[key] not in served:
-            values = " or ".join(map(repr, served))
-            raise ModelError(f"config.json sets {key}={hf[key]!r}; {architecture} is served with {values}")
+    refuse_unless(hf, _SERVED[architecture])
     mla = MlaConfig(
         kv_lora_rank=required(hf, "kv_lora_rank"),
         q_lora_rank=hf.get("q_lora_rank"),

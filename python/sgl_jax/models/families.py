@@ -59,9 +59,7 @@ def known_families(package: str | None) -> Families:
     try:
         module = importlib.import_module(package)
     except ImportError as error:
-        raise ModelError(
-            f"--model-package {package} cannot be imported ({error}); is it on the Python path?"
-        ) from error
+        raise ModelError(f"--model-package {package} cannot be imported ({error}); is it on Python's path?") from error
     added = map(_checked, getattr(module, "FAMILIES", (module,)))
     return MappingProxyType({**FAMILIES, **_by_architecture(added)})
 

@@ -5,8 +5,7 @@ Gemma 2 caps scores and logits; Gemma 3 norms each head instead and rotates the 
 
 from sgl_jax.models import llama
 from sgl_jax.models.decoder_config import DecoderConfig, RopeConfig
-from sgl_jax.models.hf_config import decoder, layer_windows, required
-from sgl_jax.models.model_errors import ModelError
+from sgl_jax.models.hf_config import decoder, layer_windows, refuse_unless, required
 from sgl_jax.models.raw_config import RawConfig, replaced, without
 from sgl_jax.models.rope import resolve_rope
 
@@ -28,8 +27,7 @@ NAMES = llama.NAMES.with_layer(
 
 
 def config(hf: RawConfig) -> DecoderConfig:
-    if hf.get("use_bidirectional_attention"):
-        raise ModelError("config.json sets use_bidirectional_attention; only causal attention is served")
+    refuse_unless(hf, {"use_bidirectional_attention": False})
     is_gemma3 = hf["architectures"][0] == "Gemma3ForCausalLM"
     head_dim = required(hf, "head_dim")
     rope, local_rope = _ropes(hf, head_dim) if is_gemma3 else (resolve_rope(hf, head_dim), None)

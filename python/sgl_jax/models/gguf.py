@@ -17,21 +17,19 @@ from sgl_jax.models.stored import StoredTensor
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
+_SIZES = ("block_count", "context_length", "embedding_length", "feed_forward_length")
 # Every `<architecture>.*` key that is read below or cannot change the result; any other one is refused.
-_SIZES = {
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "vocab_size",
-    "tensor_data_layout",
-}
 _ATTENTION = ("head_count", "head_count_kv", "key_length", "value_length", "layer_norm_rms_epsilon")
 _ROPE = {"rope.freq_base", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"}
 _YARN = ("original_context_length", "finetuned", "attn_factor", "yarn_beta_fast", "yarn_beta_slow")
-_KNOWN_KEYS = _SIZES | {f"attention.{key}" for key in _ATTENTION} | _ROPE | {f"rope.scaling.{key}" for key in _YARN}
+_KNOWN_KEYS = (
+    {*_SIZES, "vocab_size", "tensor_data_layout"}
+    | {f"attention.{key}" for key in _ATTENTION}
+    | _ROPE
+    | {f"rope.scaling.{key}" for key in _YARN}
+)
 _HARMLESS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
-_NEEDED_KEYS = ("block_count", "context_length", "embedding_length", "feed_forward_length", "attention.head_count")
+_NEEDED_KEYS = (*_SIZES, "attention.head_count")
 _OPTIONAL_COUNTS = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count")
 
 _TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

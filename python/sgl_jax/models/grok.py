@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from sgl_jax.models import llama, mixtral
 from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
-from sgl_jax.models.hf_config import decoder, required
+from sgl_jax.models.hf_config import decoder, refuse_unless, required
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig, replaced
 from sgl_jax.models.stored import StoredTensor, concatenated, shard_name
@@ -21,19 +21,18 @@ _EOS = 2  # where config.json has none (sglang, python/sglang/srt/tokenizer/tikt
 
 # Keys that change the result, and the values with which they do not change what is built here. rope_type "original" is
 # plain rope: rope_theta is stretched already (1e6 ** (log(16 * 8192 / 2 pi) / log(8192 / 2 pi)) = 208533496).
-_BUILT = {
-    "rope_type": (None, "original"),
-    "sliding_window_size": (None, -1),
-    "global_attn_every_n": (None, 1),
-    "attn_logit_softcapping_method": (None, "tanh"),
-    "moe_router_renormalize": (None, False),
-    "hidden_act": (None, "gelu", "gelu_new", "gelu_pytorch_tanh"),
+_SERVED = {
+    "rope_type": "original",
+    "sliding_window_size": -1,
+    "global_attn_every_n": 1,
+    "attn_logit_softcapping_method": "tanh",
+    "moe_router_renormalize": False,
+    "hidden_act": ("gelu", "gelu_new", "gelu_pytorch_tanh"),
 }
 
 
 def config(hf: RawConfig) -> DecoderConfig:
-    if refused := [f"{key}={hf[key]!r}" for key, values in _BUILT.items() if hf.get(key) not in values]:
-        raise ModelError(f"config.json sets {', '.join(refused)}; this is not built for Grok1ForCausalLM")
+    refuse_unless(hf, _SERVED)
     temperature = hf.get("attn_temperature_len", -1)
     if temperature == 1:
         raise ModelError("config.json sets attn_temperature_len=1, whose logarithm is 0; it must be more, or negative")

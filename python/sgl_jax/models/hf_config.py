@@ -31,18 +31,17 @@ def required(hf: RawConfig, key: str) -> Any:
 
 
 def refuse_unless(hf: RawConfig, served: Mapping[str, object]) -> None:
-    """Raise ModelError for a key whose value is neither the only one that is served nor null."""
-    for key, only in served.items():
-        if hf.get(key, only) not in (only, None):
-            raise ModelError(
-                f"config.json sets {key}={hf[key]!r}; {hf['architectures'][0]} is served with {only!r} only"
-            )
+    """Raise ModelError for a key whose value is neither the one that is served, or one of several in a tuple, nor null."""
+    for key, values in served.items():
+        values = values if isinstance(values, tuple) else (values,)
+        if hf.get(key) not in (*values, None):
+            listed = " or ".join(map(repr, values))
+            raise ModelError(f"config.json sets {key}={hf[key]!r}; {hf['architectures'][0]} is served with {listed}")
 
 
 def decoder(
     hf: RawConfig,
     *,
-    architecture: str | None = None,
     num_kv_heads: int | None = None,
     head_dim: int | None = None,
     hidden_act: str | None = None,
@@ -57,8 +56,7 @@ def decoder(
     holds if `hf` does not say. `switches` are fields of DecoderConfig. Raises ModelError for missing keys and values
     not served.
     """
-    architecture = architecture or hf["architectures"][0]
-    hidden_act = hidden_act or hf.get("hidden_act", "silu")
+    architecture, hidden_act = hf["architectures"][0], hidden_act or hf.get("hidden_act", "silu")
     if hf.get("quantization_config"):
         method = hf["quantization_config"].get("quant_method", hf["quantization_config"])
         raise ModelError(f"config.json has quantization_config ({method}); quantised checkpoints are not supported")
@@ -72,15 +70,12 @@ def decoder(
     hidden_size, num_heads = required(hf, "hidden_size"), required(hf, "num_attention_heads")
     required(hf, "max_position_embeddings")
     if any(window is not None and window < 1 for window in sliding_windows or ()):
-        raise ModelError(
-            f"config.json sets sliding_window={hf.get('sliding_window')!r}; it must be at least 1, or null"
-        )
+        raise ModelError(f"config.json sets sliding_window={hf.get('sliding_window')!r}; it must be 1 or more, or null")
     head_dim = head_dim or hf.get("head_dim") or hidden_size // num_heads
     num_kv_heads = num_kv_heads or hf.get("num_key_value_heads") or num_heads  # null, too, means as many
     if num_heads % num_kv_heads:
-        raise ModelError(
-            f"config.json: num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}"
-        )
+        heads = f"num_attention_heads={num_heads} is no multiple of num_key_value_heads={num_kv_heads}"
+        raise ModelError(f"config.json: {heads}")
     return DecoderConfig(
         architecture=architecture,
         vocab_size=required(hf, "vocab_size"),

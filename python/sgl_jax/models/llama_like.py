@@ -7,7 +7,7 @@ from typing import Any
 
 from sgl_jax.models import llama
 from sgl_jax.models.decoder_config import DecoderConfig, RopeConfig
-from sgl_jax.models.hf_config import decoder, layer_windows, required
+from sgl_jax.models.hf_config import decoder, layer_windows, refuse_unless, required
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig, replaced, without
 from sgl_jax.models.rope import resolve_rope
@@ -52,8 +52,7 @@ def _biases(hf: RawConfig, attention: bool = False) -> dict[str, Any]:
 
 
 def _gemma(hf: RawConfig) -> DecoderConfig:
-    if hf.get("use_bidirectional_attention"):
-        raise ModelError("config.json sets use_bidirectional_attention; only causal attention is served")
+    refuse_unless(hf, {"use_bidirectional_attention": False})
     act = hf.get("hidden_act") or "gelu"
     return decoder(
         hf,

@@ -20,6 +20,5 @@ def config(hf: RawConfig) -> DecoderConfig:
     rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if (rope.get("rope_type") or rope.get("type")) in ("su", "yarn"):  # names of longrope in the first files
         rope = without(rope, "type") | {"rope_type": "longrope"}
-    return decoder(
-        replaced(without(hf, "rope_scaling"), {"rope_parameters": rope}), sliding_windows=uniform_windows(hf)
-    )
+    renamed = replaced(without(hf, "rope_scaling"), {"rope_parameters": rope})
+    return decoder(renamed, sliding_windows=uniform_windows(hf))

@@ -47,9 +47,8 @@ def config(hf: RawConfig) -> DecoderConfig:
     heads, hidden_size = required(hf, "num_attention_heads"), required(hf, "hidden_size")
     refuse_unless(hf, _SERVED | _SERVED_WITHOUT)
     if hf.get("kv_channels", hidden_size // heads) * heads != hidden_size:
-        raise ModelError(
-            f"config.json sets kv_channels={hf['kv_channels']}; with {heads} heads it must be {hidden_size // heads}"
-        )
+        needed = f"with {heads} heads it must be {hidden_size // heads}"
+        raise ModelError(f"config.json sets kv_channels={hf['kv_channels']}; {needed}")
     trained, longest = required(hf, "seq_length"), required(hf, "max_position_embeddings")
     if hf.get("use_dynamic_ntk") and trained < longest:
         logger.warning(
@@ -67,14 +66,9 @@ def config(hf: RawConfig) -> DecoderConfig:
         "rope_theta": hf.get("rotary_emb_base", 10000.0),
         "partial_rotary_factor": hf.get("rotary_pct", 1.0),
     }
-    return decoder(
-        replaced(hf, translated),
-        num_kv_heads=heads,
-        qkv_bias=True,
-        o_bias=has_biases,
-        mlp_bias=has_biases,
-        logn_scaling=LognScaling(trained) if grows else None,
-    )
+    switches = {"qkv_bias": True, "o_bias": has_biases, "mlp_bias": has_biases}
+    logn = LognScaling(trained) if grows else None
+    return decoder(replaced(hf, translated), num_kv_heads=heads, logn_scaling=logn, **switches)
 
 
 def eos_token_ids(generation_config: RawConfig) -> tuple[int, ...]:

@@ -11,10 +11,7 @@ ARCHITECTURES = ("Qwen2MoeForCausalLM", "Qwen3MoeForCausalLM")
 _QWEN2 = {"num_key_value_heads": 16, "num_local_experts": 60, "num_experts_per_tok": 4}
 _QWEN3 = {"num_key_value_heads": 4, "num_local_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768}
 _QWEN2_SIZES = {"moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
-DEFAULTS = {
-    "Qwen2MoeForCausalLM": qwen2.WINDOWS | _QWEN2 | _QWEN2_SIZES,
-    "Qwen3MoeForCausalLM": qwen2.WINDOWS | _QWEN3,
-}
+DEFAULTS = {"Qwen2MoeForCausalLM": qwen2.WINDOWS | _QWEN2 | _QWEN2_SIZES, "Qwen3MoeForCausalLM": qwen2.WINDOWS | _QWEN3}
 _EXPERT, _SHARED = llama.MLP + "experts.{e}.", llama.MLP + "shared_expert."
 NAMES = llama.NAMES.with_layer(
     {

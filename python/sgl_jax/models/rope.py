@@ -23,10 +23,7 @@ _KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "dynamic": (("factor",), ()),
     "llama3": (("factor", "low_freq_factor", "high_freq_factor"), ("original_max_position_embeddings",)),
     "yarn": ((), (*_STRETCH, "mscale", "mscale_all_dim", "truncate", "finetuned")),
-    "longrope": (
-        ("short_factor", "long_factor"),
-        ("original_max_position_embeddings", "factor", "attention_factor"),
-    ),
+    "longrope": (("short_factor", "long_factor"), ("original_max_position_embeddings", "factor", "attention_factor")),
     "gguf_factors": (("factors",), ()),
 }
 
@@ -45,9 +42,8 @@ def rope_parameters(hf: RawConfig) -> dict[str, Any]:
         )
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in _KEYS:
-        raise ModelError(
-            f"config.json asks for rope type {kind!r}; supported are {', '.join(k for k in _KEYS if k != 'gguf_factors')}"
-        )
+        served = ", ".join(k for k in _KEYS if k != "gguf_factors")
+        raise ModelError(f"config.json asks for rope type {kind!r}; supported are {served}")
     needed, optional = _KEYS[kind]
     known = {*needed, *optional, *_COMMON_KEYS}
     unknown = sorted(k for k, v in scaling.items() if k not in known and v is not None)
@@ -126,9 +122,8 @@ def _llama3(p: dict[str, Any], inv_freq: np.ndarray, hf: RawConfig) -> np.ndarra
     wavelength = np.float32(2 * math.pi) / inv_freq
     smooth = (original / wavelength - low) / (high - low)
     blended = (1 - smooth) * inv_freq / factor + smooth * inv_freq
-    return np.where(
-        wavelength > original / low, inv_freq / factor, np.where(wavelength < original / high, inv_freq, blended)
-    )
+    long, short = wavelength > original / low, wavelength < original / high
+    return np.where(long, inv_freq / factor, np.where(short, inv_freq, blended))
 
 
 def _yarn(p: dict[str, Any], dim: int, hf: RawConfig) -> tuple[np.ndarray, float]:
@@ -164,10 +159,8 @@ def _longrope(p: dict[str, Any], dim: int, hf: RawConfig) -> tuple[np.ndarray, f
     Returns inverse frequencies, float32[dim / 2], and the factor of cos and sin.
     """
     for key in ("short_factor", "long_factor"):
-        if len(p[key]) != dim // 2:
-            raise ModelError(
-                f"config.json: {key} has {len(p[key])} entries; a rotation of {dim} values needs {dim // 2}"
-            )
+        if (number := len(p[key])) != dim // 2:
+            raise ModelError(f"config.json: {key} has {number} entries; a rotation of {dim} values needs {dim // 2}")
     original = _original_length(p, hf)
     factor = p.get("factor") or hf["max_position_embeddings"] / original
     inv_freq = np.float32(1) / (np.asarray(p["short_factor"], np.float32) * _periods(p["rope_theta"], dim))

@@ -48,15 +48,9 @@ class Scaled:
             return spec
         inputs, group = spec.shape[-1], self.group or spec.shape[-1]
         if inputs % group:
-            raise ValueError(
-                f"{site}: its {inputs} inputs on a device are not whole groups of {group}, which share a scale"
-            )
-        scales = dataclasses.replace(
-            spec,
-            shape=(*spec.shape[:-1], inputs // group),
-            axes=(*spec.axes[:-1], spec.axes[-1] if self.group else None),
-            dtype="float32",
-        )
+            raise ValueError(f"{site}: its {inputs} inputs on a device are not whole groups of {group} with one scale")
+        shape, axes = (*spec.shape[:-1], inputs // group), (*spec.axes[:-1], spec.axes[-1] if self.group else None)
+        scales = dataclasses.replace(spec, shape=shape, axes=axes, dtype="float32")
         return Quantised(dataclasses.replace(spec, dtype=self.dtype, column_unit=self.group or 1), scales, self)
 
     def read(self, tensor: StoredTensor) -> Quantised[StoredTensor]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from sgl_jax.models.model_errors import ModelError, faults_named
+from sgl_jax.models.folder_files import reading
+from sgl_jax.models.model_errors import ModelError
 
-LFS_MARK = b"version https://git-lfs.github.com/spec/"
 _BLOCK_VALUES = 1 << 20  # converted at a time, so that they stay in the cache
 _ROWS = 4096  # summed at a time
 
@@ -77,18 +77,11 @@ def with_unit_columns(matrix: StoredTensor) -> StoredTensor:
 
 def map_file(path: Path) -> np.ndarray:
     """Map a file's bytes as a read-only u8[size], backed by the page cache. Raises ModelError for a file that is none."""
-    with faults_named(path, "cannot be read; download it again"), open(path, "rb") as f:
-        refuse_pointer(path, f.read(len(LFS_MARK)))
+    with reading(path), path.open("rb") as f:
         mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
     if hasattr(mapped, "madvise"):
         mapped.madvise(mmap.MADV_SEQUENTIAL)  # read ahead far: tensors are read front to back
     return np.frombuffer(mapped, np.uint8)
-
-
-def refuse_pointer(path: Path, beginning: bytes) -> None:
-    """Raise ModelError for a file that begins as the text that Git keeps in place of a large file."""
-    if beginning.startswith(LFS_MARK):
-        raise ModelError(f"{path} is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
 
 
 def shard_name(name: str, device: int) -> str:
@@ -122,12 +115,7 @@ def concatenated(name: str, parts: Sequence[StoredTensor], axis: int) -> StoredT
         return np.concatenate([*rows_below(parts, range(start, stop))])
 
     first, length = parts[0], sum(part.shape[axis] for part in parts)
-    return StoredTensor(
-        name,
-        (length, first.shape[1]) if axis == 0 else (first.shape[0], length),
-        first.dtype,
-        sum(part.nbytes for part in parts),
-        rows,
-        all(part.supported for part in parts),
-        {key: concatenated(f"{name} ({key})", [part.planes[key] for part in parts], axis) for key in first.planes},
-    )
+    shape = (length, first.shape[1]) if axis == 0 else (first.shape[0], length)
+    nbytes, supported = sum(part.nbytes for part in parts), all(part.supported for part in parts)
+    planes = {key: concatenated(f"{name} ({key})", [part.planes[key] for part in parts], axis) for key in first.planes}
+    return StoredTensor(name, shape, first.dtype, nbytes, rows, supported, planes)

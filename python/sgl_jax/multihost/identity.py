@@ -16,7 +16,8 @@ _TAIL = 1 << 16  # bytes at the end of each weight file that are hashed: a fine-
 
 
 def identity_of(args: ServerArgs, configs: Mapping[str, Mapping[str, object]], weights: Path | None) -> Identity:
-    """Return what must agree between hosts: versions, shared flags, and fingerprints of the model's files. `configs` are by file name; `weights` is a folder, a file or None for dummy weights."""
+    """Return versions, shared flags and fingerprints of the model's files. `configs` are by file name; `weights` is a
+    folder, a file or None for dummy weights."""
     versions = {"sgl_jax": __version__}
     for name in (*_PACKAGES, *_packages_of(args.attention_backend)):
         try:

@@ -205,10 +205,9 @@ class Leader:
         if finished != before or finished == announced:
             self._finished[link] = finished, now
         elif self._stall_s and now - since > self._stall_s:
-            raise HostsError(
-                f"{link.peer} has finished {finished} of {announced} programs and no further one for {now - since:.0f} s "
-                f"(--watchdog-timeout {self._stall_s:g})"
-            )
+            done = f"{link.peer} has finished {finished} of {announced} programs"
+            limit = f"--watchdog-timeout {self._stall_s:g}"
+            raise HostsError(f"{done} and no further one for {now - since:.0f} s ({limit})")
 
     def _on_lost(self, link: Link, reason: str) -> None:
         with self._lock:
@@ -236,7 +235,5 @@ def _check_free(family: socket.AddressFamily, address: Address) -> None:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        raise HostsError(
-            f"port {address.port}, one above that of --dist-init-addr, is for jax's coordinator and is in use; "
-            "choose another --dist-init-addr"
-        ) from error
+        problem = f"port {address.port}, one above that of --dist-init-addr, is for jax's coordinator and is in use"
+        raise HostsError(f"{problem}; choose another --dist-init-addr") from error

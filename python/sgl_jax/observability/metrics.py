@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -49,11 +50,7 @@ class Histogram:
         self.sum += value
 
     def cumulative(self) -> list[tuple[str, float]]:
-        found, total = [], 0
-        for bound, count in zip((*map(str, self.bounds), "+Inf"), self.counts, strict=True):
-            total += count
-            found.append((bound, float(total)))
-        return found
+        return list(zip((*map(str, self.bounds), "+Inf"), map(float, accumulate(self.counts)), strict=True))
 
 
 class RequestMetrics:
@@ -89,9 +86,7 @@ class _Collector:
             ("inter_token_latency_seconds", "Between two tokens of a request", self._requests.inter_token_latency),
             ("e2e_request_latency_seconds", "Arrival to last token", self._requests.request_latency),
         ):
-            yield HistogramMetricFamily(
-                f"sgl_jax_{name}", text, buckets=histogram.cumulative(), sum_value=histogram.sum
-            )
+            yield HistogramMetricFamily(f"sgl_jax_{name}", text, histogram.cumulative(), histogram.sum)
 
 
 def exposition(requests: RequestMetrics, stats: Stats, about: Mapping[str, str]) -> tuple[bytes, str]:

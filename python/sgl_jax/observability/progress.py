@@ -1,4 +1,4 @@
-"""Progress of a start, whose weights are read while its programs compile: a live line on a terminal, else lines in the log."""
+"""Progress of a start, whose weights are read while its programs compile: a live line on a terminal, or log lines."""
 
 import logging
 import sys

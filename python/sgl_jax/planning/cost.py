@@ -63,14 +63,7 @@ class Bound:
 
 
 def step_cost(
-    model: DecoderConfig,
-    grid: Grid,
-    pool: Pool,
-    bucket: Bucket,
-    context: int,
-    *,
-    weight_dtype: str,
-    compute_dtype: str,
+    model: DecoderConfig, grid: Grid, pool: Pool, bucket: Bucket, context: int, *, weight_dtype: str, compute_dtype: str
 ) -> StepCost:
     """Count a step of a full bucket on every data rank, for one of the grid's devices, each of which has such a pool.
 

@@ -8,7 +8,7 @@ from sgl_jax.models.weights import parameters
 from sgl_jax.planning.cost import Bound, StepCost, step_cost
 from sgl_jax.planning.model import PlannedModel
 from sgl_jax.planning.target import Target, find_target
-from sgl_jax.planning.topology import Topology, larger
+from sgl_jax.planning.topology import larger
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.memory import DoesNotFit
 from sgl_jax.runtime.platform import kernels_for
@@ -53,21 +53,16 @@ class Plan:
 
 
 def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: int) -> Plan:
-    """Plan a launch and count its steps with `context` tokens of each row in the cache.
-
-    Raises Misfit, or ValueError for a flag.
-    """
+    """Plan a launch and count its steps with `context` cached tokens per row. Raises Misfit, or ValueError for a flag."""
     args = dataclasses.replace(args, tp_size=target.num_devices // args.dp_size)
     launch = launch_of(args, model, target)
     config = launch.runner_config
     context = min(context, config.context_length)
     rates = target.rates(config.compute_dtype)
-    weight, compute = config.weight_dtype, config.compute_dtype
+    dtypes = {"weight_dtype": config.weight_dtype, "compute_dtype": config.compute_dtype}
     steps = []
     for bucket in config.buckets:
-        cost = step_cost(
-            model.config, launch.grid, config.pool, bucket, context, weight_dtype=weight, compute_dtype=compute
-        )
+        cost = step_cost(model.config, launch.grid, config.pool, bucket, context, **dtypes)
         bound = cost.bound(rates) if rates else None
         steps.append(PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, bound))
     return Plan(model, target, launch, parameters(model.config), context, tuple(steps))
@@ -100,11 +95,10 @@ def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> lis
         more = find_target(topology.name)
         tp_size = more.num_devices // args.dp_size
         if found := _tried(dataclasses.replace(args, tp_size=tp_size), model, more):
-            lines.append(f"{topology.name} ({_devices(topology, found)}) would fit, with {_room(found)}")
+            chips = f"{topology.name} ({topology.num_chips} chips, {found.grid.flags})"
+            lines.append(f"{chips} would fit, with {_room(found)}")
             break
-    return lines or [
-        "nothing that was tried makes it fit: more memory, fewer running requests, more chips of this kind"
-    ]
+    return lines or ["nothing that was tried makes it fit: more memory, fewer running requests, more chips of its kind"]
 
 
 def _launch(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:
@@ -131,7 +125,3 @@ def _least_fraction(args: ServerArgs, model: PlannedModel, target: Target) -> fl
 
 def _room(launch: LaunchPlan) -> str:
     return f"{launch.kv_tokens:,} tokens of KV"
-
-
-def _devices(topology: Topology, launch: LaunchPlan) -> str:
-    return f"{topology.num_chips} chips, {launch.grid.flags}"

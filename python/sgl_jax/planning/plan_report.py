@@ -62,8 +62,7 @@ def program_table(facts: Sequence[ProgramFacts]) -> Table:
 
 
 def overflow(plan: Plan, facts: Sequence[ProgramFacts]) -> str | None:
-    """Say by how much weights, KV, all code and the largest temporaries exceed a device, and what to change; None: they
-    fit."""
+    """Say by how much weights, KV, code and the largest temporaries exceed a device, and the cure; None: they fit."""
     memory = plan.launch.memory
     programs = sum(each.code_bytes for each in facts) + max((each.temp_bytes for each in facts), default=0)
     surplus = plan.launch.weight_bytes + memory.kv_bytes + programs - memory.total_bytes
@@ -111,19 +110,12 @@ def _step_data(step: PlannedStep) -> dict[str, Any]:
         "tokens": step.bucket.num_tokens,
         "rows": step.bucket.num_rows,
         "kind": "decode" if step.decodes else "prompt",
-        "flops": step.cost.flops,
-        "memory_bytes": step.cost.memory_bytes,
-        "reduced_bytes": step.cost.reduced_bytes,
+        **dataclasses.asdict(step.cost),
     }
-    if step.bound is not None:
-        data |= {
-            "compute_seconds": step.bound.compute_s,
-            "memory_seconds": step.bound.memory_s,
-            "links_seconds": step.bound.links_s,
-            "least_seconds": step.bound.seconds,
-            "limit": step.bound.limit,
-            "tokens_per_second": step.tokens_per_s,
-        }
+    if (bound := step.bound) is not None:
+        seconds = {"compute_seconds": bound.compute_s, "memory_seconds": bound.memory_s, "links_seconds": bound.links_s}
+        least = {"least_seconds": bound.seconds, "limit": bound.limit, "tokens_per_second": step.tokens_per_s}
+        data |= seconds | least
     return data
 
 

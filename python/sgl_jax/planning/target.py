@@ -55,11 +55,7 @@ def find_target(name: str, tp_size: int | None = None, dp_size: int = 1) -> Targ
     if number > topology.num_devices or number % dp_size:
         asked = f"--dp-size is {dp_size}" if tp_size is None else f"--tp-size is {tp_size} and --dp-size {dp_size}"
         raise NoSuchTopology(f"{asked}; {name} has {topology.num_devices} devices")
-
-    def find() -> list[jax.Device]:
-        return tpu_devices(topology)[:number]
-
-    chip = topology.chip
+    chip, find = topology.chip, lambda: tpu_devices(topology)[:number]
     return Target(name, chip.kind, PLATFORMS[chip.platform], number, chip.memory_bytes, topology, find)
 
 

@@ -97,7 +97,8 @@ def parse(name: str) -> Topology:
     match = re.fullmatch(r"(\w+)-(\d+)", name)
     chip = CHIPS.get(match[1]) if match else None
     if match is None or chip is None:
-        raise NoSuchTopology(f"{name} is no topology; write cpu, gpu, or a kind and a number of chips: {_names()}")
+        kinds = ", ".join(f"{kind}-N" for kind in CHIPS)
+        raise NoSuchTopology(f"{name} is no topology; write cpu, gpu, or a kind and a number of chips: {kinds}")
     grid = _GRIDS[chip.grid].get(int(match[2]))
     if grid is None:
         raise NoSuchTopology(f"{name}: there are {match[1]} in {', '.join(map(str, _GRIDS[chip.grid]))} chips")
@@ -139,7 +140,3 @@ def set_tpu_environment() -> None:
     os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
     os.environ["TPU_ACCELERATOR_TYPE"] = "v6e-4"
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
-
-
-def _names() -> str:
-    return ", ".join(f"{kind}-N" for kind in CHIPS)

@@ -26,7 +26,7 @@ _ENTRY_BYTES = 1 << 20  # about the size of a program in the cache
 # XLA options that are not the default, by kind of device.
 COMPILER_OPTIONS = {
     # Without it, each step copies every weight of a scan into tiles of 16 rows: 1.7 GB for a shard of Qwen3-8B.
-    "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"},
+    "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}
 }
 
 
@@ -171,7 +171,6 @@ def _compiled(lowered: jax.stages.Lowered, device_kind: str) -> jax.stages.Compi
     except jax.errors.JaxRuntimeError as error:
         if options is None or "No such compile option" not in str(error):
             raise
-        logger.warning(
-            f"this libtpu does not know {', '.join(options)}; compiling without, which is slower on {device_kind}"
-        )
+        names = ", ".join(options)
+        logger.warning(f"this libtpu does not know {names}; compiling without, which is slower on {device_kind}")
         return lowered.compile()

@@ -28,9 +28,8 @@ class LoadKind:
     name: str
     size: Callable[[int, int], int]  # (pages of a row, vocabulary size) -> i32 values of a row's payload
     pack: Callable[[RowLoad, np.ndarray], bool]  # fills a payload of zeros; returns False if the row needs none
-    store: Callable[
-        [DeviceState, jax.Array, jax.Array, MeshAxis], DeviceState
-    ]  # (state, row, payload, vocabulary axis)
+    # (state, row, payload, vocabulary axis) -> state with the payload in the row
+    store: Callable[[DeviceState, jax.Array, jax.Array, MeshAxis], DeviceState]
 
     @property
     def program(self) -> str:
@@ -145,9 +144,8 @@ class LoadLayout:
     def run(self, state: DeviceState, vector: Int[Array, " size"], *, axis: MeshAxis) -> DeviceState:
         """Load the vector's rows: the body of the program. `axis` shards the vocabulary."""
         lines = vector[1:].reshape(self.capacity, self.line)
-        return lax.fori_loop(
-            0, vector[0], lambda i, state: self.kind.store(state, lines[i, 0], lines[i, 1:], axis), state
-        )
+        store = self.kind.store
+        return lax.fori_loop(0, vector[0], lambda i, state: store(state, lines[i, 0], lines[i, 1:], axis), state)
 
 
 def pack_loads(layouts: Sequence[LoadLayout], loads: Sequence[RowLoad]) -> Iterator[tuple[str, np.ndarray]]:

@@ -48,8 +48,7 @@ def device_memory(device: jax.Device, root: Path = ROOT) -> int:
 
 
 def free_memory(device: jax.Device, root: Path = ROOT) -> int | None:
-    """Return the bytes that can be allocated now; None if the accelerator's runtime does not say. `root` is the folder
-    taken as /."""
+    """Return the bytes that can be allocated now; None if an accelerator does not say. `root` is taken as /."""
     if device.platform == "cpu":
         free, limited = _available_memory(root), control_groups.free_memory(root)
         return free if limited is None else min(free, limited)

@@ -30,9 +30,7 @@ from sgl_jax.step_plan import Param, RowFlag
 Filters = tuple[Int[Array, " S"], Float[Array, " S"], Float[Array, " S"]]  # top_k, top_p, min_p of each line
 
 CANDIDATES = 64
-_BLOCK = (
-    256  # vocabulary entries whose sum or maximum is taken first when inverting the distribution or finding the best
-)
+_BLOCK = 256  # vocabulary entries whose sum or maximum is taken first, to invert the distribution or find the best
 _LINES_BYTES = 20 << 20  # float32 logits of a block of lines; VMEM of a TPU holds several such arrays
 
 
@@ -231,9 +229,7 @@ def _threshold(
     # True where the threshold is among the candidates and `mass` is right.
     exact = k_is_candidate | ((num_kept < num_candidates) & ((top_k >= vocab_size) | (top_p >= 1)))
     return lax.cond(
-        (exact | ~filtered).all(),
-        lambda: found,
-        lambda: jnp.where(exact, found, _bisect_threshold(x, filters, axis)),
+        (exact | ~filtered).all(), lambda: found, lambda: jnp.where(exact, found, _bisect_threshold(x, filters, axis))
     )
 
 

@@ -63,14 +63,9 @@ def step(
         inputs = layout.unpack(vector)
         state = apply_page_updates(state, inputs.page_updates)
         rows = speculate.row_tokens(inputs, state, layout)
-        batch = make_ragged_batch(
-            state.page_table[ranks.own(inputs.rows)],
-            ranks.own(rows.start),
-            ranks.own(inputs.num_new),
-            ranks.own(inputs.num_short)[0],
-            bucket.num_tokens,
-            layout.page_size,
-        )
+        pages, num_short = state.page_table[ranks.own(inputs.rows)], ranks.own(inputs.num_short)[0]
+        start, num_new = ranks.own(rows.start), ranks.own(inputs.num_new)
+        batch = make_ragged_batch(pages, start, num_new, num_short, bucket.num_tokens, layout.page_size)
         used = inputs.num_new.reshape(layout.num_ranks, -1).sum(-1, keepdims=True)
         valid = (jnp.arange(bucket.num_tokens) < used).reshape(-1)
 
@@ -82,9 +77,8 @@ def step(
         arrays = AttentionLayer(attention, layer * spec.pages_per_layer, window=window, sinks=sinks, prepare=prepare)
         return spec.kernels.attention(q, k, v, kv, batch, arrays)
 
-    context = decoder.Context(
-        batch.positions, valid, attend, spec.kernels.grouped_matmul, spec.compute_dtype, spec.grid
-    )
+    grouped = spec.kernels.grouped_matmul
+    context = decoder.Context(batch.positions, valid, attend, grouped, spec.compute_dtype, spec.grid)
     hidden, kv = decoder.hidden_states(weights, spec.config, rows.packed, kv, context)
     sampled_at = speculate.sampled_tokens(batch, ranks.own(inputs.from_device), bucket.width)
     features = ranks.gather(hidden[sampled_at])  # [M * S * W, D]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from starlette.responses import Response
@@ -102,14 +102,11 @@ def template_messages(messages: Sequence[Message], knows_developer: bool) -> lis
             if value is not None:
                 entry[name] = value
         if message.tool_calls:
-            entry["tool_calls"] = [_template_call(call.model_dump(exclude_none=True)) for call in message.tool_calls]
+            entry["tool_calls"] = calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+            for call in calls:
+                call["function"]["arguments"] = _object(call["function"].get("arguments"))
         found.append(entry)
     return found
-
-
-def _template_call(call: dict[str, Any]) -> dict[str, Any]:
-    call["function"]["arguments"] = _object(call["function"].get("arguments"))
-    return call
 
 
 def _object(arguments: object) -> dict[str, Json]:

@@ -34,11 +34,8 @@ type Fields = Mapping[str, tuple[object, object]]  # a type and a default each, 
 def limited(value: object) -> object:
     """Refuse an object with more fields than anything needs: pydantic would describe each that is wrong."""
     if isinstance(value, dict) and len(value) > _MOST_FIELDS:
-        text, numbers = (
-            "an object has {count} fields; the limit is {limit}",
-            {"count": len(value), "limit": _MOST_FIELDS},
-        )
-        raise PydanticCustomError("too_many_fields", text, numbers)
+        numbers = {"count": len(value), "limit": _MOST_FIELDS}
+        raise PydanticCustomError("too_many_fields", "an object has {count} fields; the limit is {limit}", numbers)
     return value
 
 

@@ -9,7 +9,7 @@ import logging
 import resource
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import httptools
 import uvicorn
@@ -20,7 +20,6 @@ from sgl_jax.server.error_envelope import ApiError
 
 if TYPE_CHECKING:
     from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
-    from uvicorn.server import ServerState
 
 logger = logging.getLogger(__name__)
 
@@ -75,15 +74,8 @@ class _Refused(Exception):
 class Connection(HttpToolsProtocol):
     """Connection of one client. A refused one gets its answer, if none has begun, and is closed."""
 
-    def __init__(
-        self,
-        limits: Limits,
-        config: uvicorn.Config,
-        server_state: ServerState,
-        app_state: dict[str, object],
-        _loop: asyncio.AbstractEventLoop | None = None,
-    ):
-        super().__init__(config, server_state, app_state, _loop)
+    def __init__(self, limits: Limits, **given: Any):  # by uvicorn
+        super().__init__(**given)
         self._limits = limits
         self._part: Literal["head", "body"] | None = None  # a request that the client has begun to send
         self._due = 0.0  # when the client must have sent it, or, of a body, enough of it

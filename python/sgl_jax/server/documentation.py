@@ -1,6 +1,7 @@
 """Schema of the API, /openapi.json: requests from pydantic models, answers from msgspec structs, and errors. The page
 /docs is made from it."""
 
+from collections.abc import Collection
 from importlib import resources
 from typing import Any
 
@@ -17,7 +18,11 @@ from sgl_jax.server.responses import ErrorResponse
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the page needs no script, nor another site
 _REF = "#/components/schemas/{name}"
 # Schema of one event: OpenAPI 3.1 cannot describe a stream of events, and tools take the schema for that of each.
-_SERVER_SENT_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+_EVENT = {"type": "object", "required": ["data"], "properties": {"data": {"type": "string"}}}
+_JSON = "application/json"
+_USUAL = (400, 401, 403, 500, 503)
+BODY = (413, 415)  # errors about bodies
+STREAM = (*BODY, 429)
 _ERRORS = {
     400: "A value is wrong or not supported; `param` names the field",
     403: "The page or the name of the server is not allowed",
@@ -33,38 +38,17 @@ _ERRORS = {
 
 
 def documented(
-    answer: type | None,
-    *,
-    stream: bool = False,
-    model: bool = False,
-    body: bool = True,
-    engine: bool = True,
-    guarded: bool = True,
-    conflict: bool = False,
-    or_list: bool = False,
-    media_type: str = "application/json",
+    answer: type | None, *also: int, without: Collection[int] = (), or_list: bool = False, media_type: str = _JSON
 ) -> dict[str, Any]:
-    """Document a route's answers: its own, and the errors it can give.
-
-    `stream`: it can stream; `model`: it checks a model's name; `body`: it reads a body; `engine`: it needs the engine;
-    `guarded`: it needs the API key; `conflict`: the state of the engine may not allow it; `or_list`: the answer may be
-    a list of such answers.
-    """
+    """Document a route's answers: its own, or with `or_list` a list of such ones, too, and the errors it can give, by
+    their statuses: the usual ones but for those in `without`, and `also`. One that can give a 429 can stream."""
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
     schema = {"anyOf": [schema, {"type": "array", "items": schema}]} if or_list else schema
-    content: dict[str, Any] = {media_type: {"schema": schema}}
-    if stream:
-        content["text/event-stream"] = {"schema": _SERVER_SENT_EVENT}
-    found: dict[int | str, dict[str, Any]] = {200: {"description": "Success", "content": content}}
-    given = {400: True, 401: guarded, 403: True, 404: model, 409: conflict, 413: body, 415: body, 429: stream}
-    given |= {500: engine, 503: engine}
-    found |= {status: _error(status) for status in given if given[status]}
-    return {"responses": found, "response_model": None}
-
-
-def _error(status: int) -> dict[str, Any]:
-    schema = {"$ref": _REF.format(name=ErrorResponse.__name__)}
-    return {"description": _ERRORS[status], "content": {"application/json": {"schema": schema}}}
+    content = {media_type: {"schema": schema}} | ({"text/event-stream": {"schema": _EVENT}} if 429 in also else {})
+    envelope = {_JSON: {"schema": {"$ref": _REF.format(name=ErrorResponse.__name__)}}}
+    statuses = sorted({*_USUAL, *also} - {*without})
+    errors = {status: {"description": _ERRORS[status], "content": envelope} for status in statuses}
+    return {"responses": {200: {"description": "Success", "content": content}, **errors}, "response_model": None}
 
 
 def install(app: FastAPI) -> None:

@@ -159,7 +159,7 @@ class _Server:
             await service.start()
             if not self._args.skip_server_warmup:
                 logger.info("Warming up: the next prefill is the server's own")
-                await service.warm_up()
+                await service.probe(num_tokens=4)  # the first request takes longer than later ones
             service.open()
             print(READY, flush=True)
 

@@ -8,12 +8,12 @@ from pydantic import Field
 from starlette.responses import Response
 
 from sgl_jax.engine.generation import Conflict
-from sgl_jax.engine.messages import ProfileStatus
+from sgl_jax.engine.messages import GetProfile, ProfileStatus, StartProfile, StopProfile
 from sgl_jax.engine.profiling import MOST_STEPS
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.bodies import Body, Off, null_fields, with_fields
-from sgl_jax.server.documentation import documented
+from sgl_jax.server.documentation import BODY, documented
 from sgl_jax.server.error_envelope import ApiError
 
 
@@ -64,23 +64,23 @@ def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Measuring"], dependencies=[Depends(_without_query)])
     service = state.service
 
-    @routes.post("/start_profile", **documented(ProfileStatus, conflict=True))
+    @routes.post("/start_profile", **documented(ProfileStatus, 409, *BODY))
     async def start_profile(body: StartProfileRequest | None = None) -> Response:
         """Records what engine and device do, until /stop_profile or for num_steps steps; 409 if a profile runs, or
         without --profiler-dir."""
         asked = body or StartProfileRequest()
         folder = _folder_inside(state.server_args.profiler_dir, asked.output_dir)
         levels = asked.host_tracer_level, asked.python_tracer_level
-        return json_response(await service.start_profile(folder, asked.num_steps, *levels))
+        return json_response(await service.profile(lambda call: StartProfile(call, folder, asked.num_steps, *levels)))
 
-    @routes.post("/stop_profile", **documented(ProfileStatus, body=False, conflict=True))
+    @routes.post("/stop_profile", **documented(ProfileStatus, 409))
     async def stop_profile() -> Response:
         """Ends the profile and names its files; 409 if none runs."""
-        return json_response(await service.stop_profile())
+        return json_response(await service.profile(StopProfile))
 
-    @routes.get("/profile_status", **documented(ProfileStatus, body=False))
+    @routes.get("/profile_status", **documented(ProfileStatus))
     async def profile_status() -> Response:
         """Returns the state of the profile that runs, or else of the last one."""
-        return json_response(await service.profile_status())
+        return json_response(await service.profile(GetProfile))
 
     return routes

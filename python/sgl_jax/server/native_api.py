@@ -23,7 +23,7 @@ from sgl_jax.server.bodies import (
     sampling_fields,
     with_fields,
 )
-from sgl_jax.server.documentation import documented
+from sgl_jax.server.documentation import BODY, STREAM, documented
 from sgl_jax.server.openai_types import DetokenizeRequest, TokenizeRequest
 from sgl_jax.server.responses import Aborted, CacheFlush, DetokenizeResponse, GenerateAnswer, TokenizeResponse
 from sgl_jax.server.sse import DONE, EventStream, event, json_unless_disconnected
@@ -64,7 +64,7 @@ class AbortRequest(Body):
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Native"])
 
-    @routes.post("/generate", **documented(GenerateAnswer, stream=True, or_list=True))
+    @routes.post("/generate", **documented(GenerateAnswer, *STREAM, or_list=True))
     async def generate(body: GenerateRequest, request: Request) -> Response:
         texts = [body.text] if isinstance(body.text, str) else body.text or ()
         state.service.check_count(len(texts), 1, {"prompt": "text"})
@@ -75,7 +75,7 @@ def router(state: ServerState) -> APIRouter:
             return EventStream(generation, _events(call, generation))
         return await json_unless_disconnected(request, call.answer(generation))
 
-    @routes.post("/tokenize", **documented(TokenizeResponse, model=True))
+    @routes.post("/tokenize", **documented(TokenizeResponse, 404, *BODY))
     async def tokenize(body: TokenizeRequest) -> Response:
         state.check_model(body.model)
         limit = state.service.info.context_length
@@ -91,7 +91,7 @@ def router(state: ServerState) -> APIRouter:
             ids = await state.encode_chat(body.messages or (), body, _MOST_TO_COUNT)
         return json_response(TokenizeResponse([*ids], len(ids), limit))
 
-    @routes.post("/detokenize", **documented(DetokenizeResponse, model=True))
+    @routes.post("/detokenize", **documented(DetokenizeResponse, 404, *BODY))
     async def detokenize(body: DetokenizeRequest) -> Response:
         state.check_model(body.model)
         limit = state.service.info.vocab_size
@@ -100,12 +100,11 @@ def router(state: ServerState) -> APIRouter:
         if any(max(row, default=0) >= limit for row in rows):
             raise InvalidParameter("tokens", f"tokens has an id above {limit - 1}, the end of the vocabulary")
         skip = body.skip_special_tokens is not False
-        texts = await state.text_work(
-            sum(map(len, rows)) + len(rows), lambda: [state.tokenizer.decode(row, skip) for row in rows]
-        )
+        size = len(rows) + sum(map(len, rows))
+        texts = await state.text_work(size, lambda: [state.tokenizer.decode(row, skip) for row in rows])
         return json_response(DetokenizeResponse(texts if is_batch else texts[0]))
 
-    @routes.post("/abort_request", **documented(Aborted))
+    @routes.post("/abort_request", **documented(Aborted, *BODY))
     async def abort_request(body: AbortRequest) -> Response:
         if body.abort_all:
             return json_response(Aborted(state.service.abort_all()))
@@ -113,7 +112,7 @@ def router(state: ServerState) -> APIRouter:
             raise InvalidParameter("rid", "give rid, or abort_all")
         return json_response(Aborted(state.service.abort(body.rid)))
 
-    @routes.post("/flush_cache", **documented(CacheFlush, body=False))
+    @routes.post("/flush_cache", **documented(CacheFlush))
     async def flush_cache() -> Response:
         return json_response(CacheFlush(True, await state.service.flush_cache()))
 
@@ -130,14 +129,10 @@ def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
     params = body.sampling_params
     if params is not None:
         params = native_params(params) if isinstance(params, Body) else [native_params(each) for each in params]
-    start = -1 if body.logprob_start_len is None else body.logprob_start_len
-    options = LogprobOptions(
-        bool(body.return_logprob), body.top_logprobs_num or 0, start, bool(body.return_text_in_logprobs)
-    )
-    limit = state.service.info.context_length
-    return native_call(
-        state.tokenizer, limit, body.text, body.input_ids, params, body.rid, options, body.extra_key or ""
-    )
+    start, top = -1 if body.logprob_start_len is None else body.logprob_start_len, body.top_logprobs_num or 0
+    options = LogprobOptions(bool(body.return_logprob), top, start, bool(body.return_text_in_logprobs))
+    limit, key = state.service.info.context_length, body.extra_key or ""
+    return native_call(state.tokenizer, limit, body.text, body.input_ids, params, body.rid, options, key)
 
 
 async def _events(call: NativeCall, generation: Generation) -> AsyncIterator[bytes]:

@@ -10,7 +10,7 @@ from sgl_jax.request import InvalidParameter
 from sgl_jax.server import responses
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import openai_params
-from sgl_jax.server.documentation import documented
+from sgl_jax.server.documentation import STREAM, documented
 from sgl_jax.server.openai_stream import News, OpenAIAnswer
 from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.server.responses import ChatCompletion, ChatLogprobs
@@ -19,7 +19,7 @@ from sgl_jax.server.responses import ChatCompletion, ChatLogprobs
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post("/v1/chat/completions", **documented(ChatCompletion, stream=True, model=True))
+    @routes.post("/v1/chat/completions", **documented(ChatCompletion, 404, *STREAM))
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
         state.check_model(body.model)
         body.check_stream_options()

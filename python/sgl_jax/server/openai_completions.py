@@ -13,7 +13,7 @@ from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import openai_params
 from sgl_jax.server.completion_scores import CompletionScores, prompt_offsets
-from sgl_jax.server.documentation import documented
+from sgl_jax.server.documentation import STREAM, documented
 from sgl_jax.server.openai_stream import News, OpenAIAnswer
 from sgl_jax.server.openai_types import CompletionRequest
 from sgl_jax.server.responses import Completion, CompletionChoice, CompletionLogprobs
@@ -24,7 +24,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["OpenAI"])
 
-    @routes.post("/v1/completions", **documented(Completion, stream=True, model=True))
+    @routes.post("/v1/completions", **documented(Completion, 404, *STREAM))
     async def completions(body: CompletionRequest, request: Request) -> Response:
         state.check_model(body.model)
         body.check_stream_options()

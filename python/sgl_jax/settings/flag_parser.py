@@ -51,11 +51,8 @@ class Parser(argparse.ArgumentParser):
         value."""
         flags = [word for word in words if _is_flag(word)]
         values = {word for before, word in itertools.pairwise(argv) if before in flags}
-        return [
-            self._unknown_flag(word, elsewhere) if word in flags else self._stray(word, argv)
-            for word in words
-            if word in flags or word not in values
-        ]
+        wrong = [word for word in words if word in flags or word not in values]
+        return [self._unknown_flag(word, elsewhere) if word in flags else self._stray(word, argv) for word in wrong]
 
     def _stray(self, word: str, argv: Sequence[str]) -> FlagError:
         for before, at in itertools.pairwise(argv):

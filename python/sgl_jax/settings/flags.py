@@ -246,9 +246,8 @@ def read_environ(
     """Return the flags set by variables, as text. An empty one counts as unset: compose files and charts leave it so."""
     # Kubernetes describes each Service of a namespace in variables that begin with the Service's name. One called sgl-jax
     # sets SGL_JAX_PORT=tcp://10.0.0.1:30000 and more, which are no flags.
-    service_link = re.compile(
-        rf"{prefix}(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)"
-    )
+    port = r"PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?"
+    service_link = re.compile(rf"{prefix}(\w+_)?(SERVICE_(HOST|PORT)(_\w+)?|{port})")
     names = {variable_name(flag, prefix): flag.name for flag in flags} | {f"{prefix}CONFIG": "config"}
     found = {}
     for variable, value in environ.items():

@@ -5,7 +5,6 @@ A download that broke off continues where it stopped. Files that are there alrea
 
 import dataclasses
 import fcntl
-import fnmatch
 import hashlib
 import http.client
 import json
@@ -16,7 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from http.client import HTTPMessage
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -54,9 +53,8 @@ def local_path(path: str, files: Sequence[str], downloads: Downloads, without: S
     if local.exists():
         return local
     if not is_hub_id(path):
-        raise HubError(
-            f"{path}: no such file or folder; give a model folder, a .gguf file or a hub id like Qwen/Qwen3-0.6B"
-        )
+        cure = "give a model folder, a .gguf file or a hub id like Qwen/Qwen3-0.6B"
+        raise HubError(f"{path}: no such file or folder; {cure}")
     download = _from_modelscope if downloads.source == "modelscope" else _from_hugging_face
     return download(path, files, without, downloads)
 
@@ -64,11 +62,8 @@ def local_path(path: str, files: Sequence[str], downloads: Downloads, without: S
 def refuse_no_model(path: str | Path) -> None:
     """Raise HubError for a file or folder of this machine in which there is no model."""
     local = Path(path).expanduser()
-    if (
-        local.suffix != ".gguf"
-        and local.exists()
-        and not ((local / "config.json").exists() or any(local.glob("*.gguf")))
-    ):
+    has_model = (local / "config.json").exists() or any(local.glob("*.gguf"))
+    if local.suffix != ".gguf" and local.exists() and not has_model:
         raise HubError(f"{path} is no model: no config.json, no .gguf; give a model's folder, a .gguf file or a hub id")
 
 
@@ -104,57 +99,46 @@ def _from_hugging_face(name: str, files: Sequence[str], without: Sequence[str], 
             name, cache_dir=folder, allow_patterns=taken, ignore_patterns=left, tqdm_class=Reported
         )
     except LocalEntryNotFoundError as error:
-        raise HubError(
-            f"{name} is neither a local path nor in the download cache, and the hub cannot be reached; "
-            "check the path, the network, HF_ENDPOINT and HF_HUB_OFFLINE, or point --download-dir at a filled cache"
-        ) from error
+        problem = f"{name} is neither a local path nor in the download cache, and the hub cannot be reached"
+        cure = "check the path, the network, HF_ENDPOINT and HF_HUB_OFFLINE, or point --download-dir at a filled cache"
+        raise HubError(f"{problem}; {cure}") from error
     except (HfHubHTTPError, OSError, ValueError) as error:
+        cure = "check the name, and set HF_TOKEN if the model is gated"
         reason = str(error).strip().partition("\n")[0]
-        raise HubError(
-            f"{name} is no local path and could not be fetched from the hub: {reason}; "
-            "check the name, and set HF_TOKEN if the model is gated"
-        ) from error
+        raise HubError(f"{name} is no local path and could not be fetched from the hub: {reason}; {cure}") from error
     return Path(found)
 
 
 def _from_modelscope(name: str, files: Sequence[str], without: Sequence[str], downloads: Downloads) -> Path:
     """Use ModelScope's API: one request lists the files with sizes and hashes, one more fetches each."""
+    from huggingface_hub.utils import filter_repo_objects
+
     model = f"{downloads.endpoint.rstrip('/')}/api/v1/models/{urllib.parse.quote(name)}/repo"
     folder = Path(downloads.folder or "~/.cache/modelscope/hub/models").expanduser() / name
     try:
         with _open(f"{model}/files?Revision=master&Recursive=true", downloads.token) as answer:
             listed = json.load(answer)["Data"]["Files"]
-        chosen = [f for f in listed if f.get("Type") != "tree" and _matches(f["Path"], files, without)]
+        stored = {f["Path"]: f for f in listed if f.get("Type") != "tree"}
+        paths = filter_repo_objects(stored, allow_patterns=list(files), ignore_patterns=list(without))
+        chosen = [stored[path] for path in paths]
         progress, done, total = Progress(name), 0, sum(f["Size"] for f in chosen)
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise HubError(
-            f"{name} is no local path and could not be fetched from ModelScope ({downloads.endpoint}): {error}; "
-            "check the name, the network, and MODELSCOPE_API_TOKEN if the model needs one"
-        ) from error
+        cure = "check the name, the network, and MODELSCOPE_API_TOKEN if the model needs one"
+        problem = f"{name} is no local path and could not be fetched from ModelScope ({downloads.endpoint}): {error}"
+        raise HubError(f"{problem}; {cure}") from error
     for f in chosen:
         target = folder / f["Path"]
         if not target.resolve().is_relative_to(folder.resolve()):
             raise HubError(f"{name} lists a file outside its folder: {f['Path']}")
         if not _is_whole(target, f["Size"]):
-            query = urllib.parse.urlencode({"Revision": "master", "FilePath": f["Path"]})
+            url = f"{model}?{urllib.parse.urlencode({'Revision': 'master', 'FilePath': f['Path']})}"
             try:
-                _fetch_file(
-                    f"{model}?{query}", target, f, downloads.token, lambda n, done=done: progress.at(done + n, total)
-                )
+                _fetch_file(url, target, f, downloads.token, lambda n, done=done: progress.at(done + n, total))
             except OSError as error:
-                raise HubError(
-                    f"{f['Path']} of {name} could not be fetched from ModelScope: {error}; "
-                    "start again: what has arrived is kept"
-                ) from error
+                problem = f"{f['Path']} of {name} could not be fetched from ModelScope: {error}"
+                raise HubError(f"{problem}; start again: what has arrived is kept") from error
         done += f["Size"]
     return folder
-
-
-def _matches(path: str, files: Iterable[str], without: Iterable[str]) -> bool:
-    def fits(patterns: Iterable[str]) -> bool:
-        return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
-
-    return fits(files) and not fits(without)
 
 
 def _fetch_file(
@@ -166,7 +150,7 @@ def _fetch_file(
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     part, size = target.with_name(f"{target.name}.part"), about["Size"]
-    with open(part, "ab") as out:
+    with open(part, "a+b") as out:
         fcntl.flock(out, fcntl.LOCK_EX)  # both processes of a server fetch the tokenizer's files
         if _is_whole(target, size):
             part.unlink(missing_ok=True)
@@ -188,10 +172,11 @@ def _fetch_file(
             except (OSError, http.client.HTTPException) as error:
                 logger.warning("%s: the connection broke after %d of %d bytes (%s)", target.name, have, size, error)
                 time.sleep(min(attempt, 2))
-        out.flush()
         if have < size:
             raise OSError(f"{have} of {size} bytes arrived")
-        if have > size or (about.get("Sha256") and _sha256(part) != about["Sha256"]):
+        out.seek(0)
+        listed = about.get("Sha256")
+        if have > size or (listed and hashlib.file_digest(out, "sha256").hexdigest() != listed):
             part.unlink()
             raise OSError("it is not the file that is listed: its size or its SHA-256 differs")
         os.replace(part, target)
@@ -217,11 +202,6 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         if onward is not None and (onward.type, onward.host) != (req.type, req.host):
             onward.remove_header("Authorization")
         return onward
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Progress:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -75,7 +75,6 @@ class ServerArgs(ServingFlags):
         unset="the best one for the device",
         group=COMPILING,
     )
-
     compilation_cache_dir: str = flag(
         default_compilation_cache_dir,
         "where compiled programs are kept between starts",
@@ -99,7 +98,6 @@ class ServerArgs(ServingFlags):
         aliases=("--tensor-parallel-size", "--tp"),
         group=PARALLEL,
     )
-
     dp_size: int = flag(
         1,
         "groups of --tp-size devices that attend to requests of their own; MLPs and experts are divided over all of them",
@@ -143,7 +141,6 @@ class ServerArgs(ServingFlags):
     speculative_algorithm: str | None = flag(
         None, "how tokens are drafted", unset="off", metavar="NAME", group=SPECULATIVE
     )
-
     speculative_draft_model_path: str | None = flag(None, "the draft model", unset="none", metavar="PATH")
     speculative_num_steps: int | None = flag(None, "draft steps", unset="none")
     speculative_eagle_topk: int | None = flag(None, "branches per draft step", unset="none")
@@ -177,43 +174,34 @@ class ServerArgs(ServingFlags):
     def __post_init__(self) -> None:
         """Raise FlagError for the values that cannot be honoured."""
         refuse(mistakes_in(FLAGS, {each.name: getattr(self, each.name) for each in FLAGS}, lambda name: ""))
-        several, tokens, page_size = self.nnodes > 1, self.max_total_tokens, self.page_size
-        devices = f"--tp-size is {self.tp_size or 1} and --dp-size {self.dp_size}: {self.num_devices} devices"
-        no_backend = about_unknown(self.attention_backend)
-        mistakes = (
-            (no_backend, no_backend),
-            (
-                self.node_rank >= self.nnodes,
-                f"--node-rank is {self.node_rank}; it must be below --nnodes, which is {self.nnodes}",
-            ),
-            (
-                several and self.dist_init_addr is None,
-                f"--nnodes is {self.nnodes}; --dist-init-addr must say where machine 0 is, as HOST:PORT",
-            ),
-            (
-                several and (self.dist_init_addr or "").endswith(":65535"),
-                f"--dist-init-addr is {self.dist_init_addr}; the port above it is needed, too",
-            ),
-            (
-                several and self.compile_only,
-                f"--compile-only cannot be had with --nnodes {self.nnodes}: programs over several machines are compiled "
-                "when all of them have started",
-            ),
-            (
-                several and self.skip_server_warmup,
-                f"--skip-server-warmup cannot be had with --nnodes {self.nnodes}: a program runs on all machines at once, "
-                "so all must have compiled it",
-            ),
-            (
-                self.num_devices % self.nnodes,
-                f"{devices}, which --nnodes {self.nnodes} machines cannot share evenly",
-            ),
-            (
-                tokens is not None and page_size is not None and tokens < page_size,
-                f"--max-total-tokens is {tokens}; it must hold a page, and --page-size is {page_size}",
-            ),
-        )
-        refuse([FlagError(message.split()[0], message) for wrong, message in mistakes if wrong])
+        refuse([FlagError(message.split()[0], message) for message in self._misfits()])
+
+    def _misfits(self) -> Iterator[str]:
+        """Say which values do not fit together, a sentence each that begins with the flag."""
+        if no_backend := about_unknown(self.attention_backend):
+            yield no_backend
+        if self.node_rank >= self.nnodes:
+            yield f"--node-rank is {self.node_rank}; it must be below --nnodes, which is {self.nnodes}"
+        if self.nnodes > 1:
+            yield from self._misfits_of_machines()
+        tokens, page_size, devices = self.max_total_tokens, self.page_size, self.num_devices
+        if devices % self.nnodes:
+            each = f"--tp-size is {self.tp_size or 1} and --dp-size {self.dp_size}: {devices} devices"
+            yield f"{each}, which --nnodes {self.nnodes} machines cannot share evenly"
+        if tokens is not None and page_size is not None and tokens < page_size:
+            yield f"--max-total-tokens is {tokens}; it must hold a page, and --page-size is {page_size}"
+
+    def _misfits_of_machines(self) -> Iterator[str]:
+        if self.dist_init_addr is None:
+            yield f"--nnodes is {self.nnodes}; --dist-init-addr must say where machine 0 is, as HOST:PORT"
+        elif self.dist_init_addr.endswith(":65535"):
+            yield f"--dist-init-addr is {self.dist_init_addr}; the port above it is needed, too"
+        if self.compile_only:
+            reason = "programs over several machines are compiled when all of them have started"
+            yield f"--compile-only cannot be had with --nnodes {self.nnodes}: {reason}"
+        if self.skip_server_warmup:
+            reason = "a program runs on all machines at once, so all must have compiled it"
+            yield f"--skip-server-warmup cannot be had with --nnodes {self.nnodes}: {reason}"
 
     def notices(self) -> dict[str, str]:
         """Return, by flag, a sentence about each accepted value that has no effect, or a risk; to be logged once."""
@@ -229,9 +217,8 @@ class ServerArgs(ServingFlags):
         if self.dp_size == 1 and self.dp_schedule_policy != "cache_aware":
             found["--dp-schedule-policy"] = "--dp-schedule-policy has no effect with --dp-size 1."
         if self.nnodes > 1 and self.dist_token is None:
-            found["--dist-token"] = (
-                "There is no --dist-token: whoever reaches the port of --dist-init-addr can join as one of the machines."
-            )
+            who = "whoever reaches the port of --dist-init-addr"
+            found["--dist-token"] = f"There is no --dist-token: {who} can join as one of the machines."
         return found
 
     def warnings(self) -> list[str]:

@@ -14,17 +14,17 @@ SCHEDULING = "Scheduling"
 
 MAX_QUEUED_REQUESTS = 4096  # a server's default
 
+
+def _list_of(pattern: str, text: str) -> Rule:
+    fits = re.compile(pattern).fullmatch
+    return Rule(lambda value: all(fits(each.strip()) for each in value.split(",")), f"{text}, separated by commas")
+
+
 _NO_FLOAT16 = "float16 overflows in models trained in bfloat16, and TPUs do not have it; use bfloat16"
 _IN_0_1 = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 _PAGE_SIZE = Rule(lambda value: 1 <= value <= 1024 and value & (value - 1) == 0, "a power of two between 1 and 1024")
-_ORIGINS = Rule(
-    lambda value: all(re.fullmatch(r"\*|[\w+.-]+://[^/\s,]+", each.strip()) for each in value.split(",")),
-    "* or addresses without a path, as https://chat.example.com, separated by commas",
-)
-_HOSTS = Rule(
-    lambda value: all(re.fullmatch(r"\*|[\w.-]+", each.strip()) for each in value.split(",")),
-    "* or names without a port, separated by commas",
-)
+_ORIGINS = _list_of(r"\*|[\w+.-]+://[^/\s,]+", "* or addresses without a path, as https://chat.example.com")
+_HOSTS = _list_of(r"\*|[\w.-]+", "* or names without a port")
 _CHUNK = Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 for no limit of its own")
 
 
@@ -129,7 +129,6 @@ class ServingFlags:
     device: Literal["tpu", "gpu", "cpu"] | None = flag(
         None, "where the model runs", unset="the best present", refused={"cuda": "write gpu"}, group=DEVICE
     )
-
     mem_fraction_static: float | None = flag(
         None,
         "share of the device's memory, on CPU of what is free at the start, for weights and KV cache",
@@ -152,7 +151,6 @@ class ServingFlags:
     schedule_policy: Literal["fcfs", "lpm"] = flag(
         "fcfs", "who is admitted first: first come, or longest prefix match", group=SCHEDULING
     )
-
     max_running_requests: int | None = flag(
         None, "requests in one step", unset="256, on CPU 32; less if the KV cache is small", rule=at_least(1)
     )

@@ -58,10 +58,6 @@ def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)
-
-
 def _tojson(
     value: Any,
     ensure_ascii: bool = False,
@@ -79,7 +75,8 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
     environment.filters["tojson"] = _tojson
     names: dict[str, Any] = environment.globals
-    names.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
+    names["raise_exception"] = _raise_exception
+    names["strftime_now"] = lambda format: datetime.datetime.now().strftime(format)
     return environment
 
 

@@ -18,13 +18,13 @@ from sgl_jax.text.bpe import LLAMA3_WORDS, QWEN2_WORDS, by_regex
 from sgl_jax.text.sentencepiece_bpe import Kind, Pieces, decode_spaces, sentencepiece_bpe
 from sgl_jax.text.vocabulary import Vocabulary, present
 
+_INSTEAD = "give the model's own tokenizer.json with --tokenizer-path"
 _LLAMA_CPP_DEFAULT = (  # each splits what the one before left
     r"[\p{P}\$\+<=>\^~\|]+",
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)",
     r"\p{N}+",
     r"[0-9][0-9][0-9]",
 )
-
 
 # Tokens that llama.cpp lets end an answer wherever a vocabulary has them, since many files name one of several as eos.
 _ENDS = [
@@ -83,7 +83,7 @@ def load_gguf_tokenizer(path: str | Path) -> Vocabulary:
     else:
         raise ModelError(
             f"{file.path} has a tokenizer of kind {model!r}; gpt2 (byte-level BPE) and llama (sentencepiece BPE) can be "
-            "rebuilt from a GGUF; give the model's own tokenizer.json with --tokenizer-path"
+            f"rebuilt from a GGUF; {_INSTEAD}"
         )
     _add_special_tokens(tokenizer, file)
     bos, eos = _token(file, "bos"), _token(file, "eos")
@@ -107,10 +107,8 @@ def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
     name = file.get("tokenizer.ggml.pre", str)
     pre = _PRE.get(name or "")
     if pre is None:
-        raise ModelError(
-            f"{file.path} {'names no pre-tokenizer' if name is None else f'uses the pre-tokenizer {name!r}'}; "
-            f"those that can be rebuilt are {', '.join(_PRE)}; give the model's own tokenizer.json with --tokenizer-path"
-        )
+        used = "names no pre-tokenizer" if name is None else f"uses the pre-tokenizer {name!r}"
+        raise ModelError(f"{file.path} {used}; those that can be rebuilt are {', '.join(_PRE)}; {_INSTEAD}")
     merges = [_pair(merge, file) for merge in _needed(file, "merges")]
     tokens, kinds = _needed(file, "tokens"), _kinds(file)
     vocabulary = {token: i for i, token in enumerate(tokens) if kinds[i] != Kind.UNUSED}  # UNUSED: fillers
@@ -126,10 +124,8 @@ def _sentencepiece(file: GgufFile) -> Tokenizer:
     texts, kinds, unk = _needed(file, "tokens"), _kinds(file), file.get("tokenizer.ggml.unknown_token_id", int) or 0
     odd = [text for text, kind in zip(texts, kinds, strict=True) if kind == Kind.USER_DEFINED and "▁" in text]
     if odd:
-        raise ModelError(
-            f"{file.path} has user-defined tokens with spaces ({odd[0]!r}), which cannot be matched exactly; "
-            "give the model's own tokenizer.json with --tokenizer-path"
-        )
+        why = "which cannot be matched exactly"
+        raise ModelError(f"{file.path} has user-defined tokens with spaces ({odd[0]!r}), {why}; {_INSTEAD}")
     pieces = Pieces(texts, kinds, _needed(file, "scores"), texts[unk], byte_fallback=True)
     tokenizer = sentencepiece_bpe(pieces, str(file.path))
     prefix = file.get("tokenizer.ggml.add_space_prefix", int) != 0

@@ -8,7 +8,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 
 from sgl_jax.models.model_errors import ModelError
@@ -16,6 +16,7 @@ from sgl_jax.text.protobuf import fields
 from sgl_jax.text.sentencepiece_bpe import Kind, Pieces, decode_spaces, sentencepiece_bpe
 from sgl_jax.text.vocabulary import Vocabulary, present
 
+_INSTEAD = "give the model's tokenizer.json with --tokenizer-path"
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 
 
@@ -31,13 +32,11 @@ def load_sentencepiece(path: Path, prefix_once: bool = False) -> Vocabulary:
         trainer, normaliser = (_fields(model.get(number, [b""])[-1]) for number in (2, 3))
         texts = [_last(piece, 1, b"").decode() for piece in stored]
     except (ValueError, struct.error, AttributeError) as error:
-        raise ModelError(
-            f"{path} is no sentencepiece model ({error}); give the model's tokenizer.json with --tokenizer-path"
-        ) from error
+        raise ModelError(f"{path} is no sentencepiece model ({error}); {_INSTEAD}") from error
     if not texts:
-        raise ModelError(f"{path} has no pieces; give the model's tokenizer.json with --tokenizer-path")
+        raise ModelError(f"{path} has no pieces; {_INSTEAD}")
     if _last(trainer, 24, 0):
-        raise ModelError(f"{path} treats whitespace as a suffix; give the model's tokenizer.json with --tokenizer-path")
+        raise ModelError(f"{path} treats whitespace as a suffix; {_INSTEAD}")
     kinds = [_last(piece, 3, Kind.NORMAL) for piece in stored]
     scores = [struct.unpack("<f", _last(piece, 2, b"\0\0\0\0"))[0] for piece in stored]
     unk = texts[kinds.index(Kind.UNKNOWN)] if Kind.UNKNOWN in kinds else texts[_last(trainer, 40, 0)]
@@ -57,8 +56,8 @@ def load_sentencepiece(path: Path, prefix_once: bool = False) -> Vocabulary:
     if cuts:
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     decode_spaces(tokenizer, prefix=prefix)
-    special = [t for t, kind in zip(texts, kinds, strict=True) if kind in (Kind.CONTROL, Kind.UNKNOWN)]
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
+    special: list[str] = [t for t, kind in zip(texts, kinds, strict=True) if kind in (Kind.CONTROL, Kind.UNKNOWN)]
+    tokenizer.add_special_tokens(special)
     bos, eos = (_special(_last(trainer, number, default), pieces) for number, default in ((41, 1), (42, 2)))
     named = present(bos_token=bos, eos_token=eos, unk_token=unk)
     return Vocabulary(tokenizer, named, is_sentencepiece=True)

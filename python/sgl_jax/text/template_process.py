@@ -73,6 +73,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal sends them to all processes; the parent acts on them
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # a parent that ignores it would leave that to its children
     most = resource.getrlimit(resource.RLIMIT_AS)[1]
     bound = _MEMORY_BYTES if most == resource.RLIM_INFINITY else min(_MEMORY_BYTES, most)
     resource.setrlimit(resource.RLIMIT_AS, (bound, most))

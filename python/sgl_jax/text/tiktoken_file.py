@@ -7,7 +7,7 @@ import base64
 import binascii
 from pathlib import Path
 
-from tokenizers import AddedToken, normalizers
+from tokenizers import normalizers
 
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text.bpe import QWEN2_WORDS, bpe_of_ranks
@@ -16,19 +16,19 @@ from sgl_jax.text.vocabulary import Vocabulary
 
 _QWEN1 = "qwen.tiktoken"
 # tokenization_qwen.py, which comes with the models. Their ids follow those of the file.
-_SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+_SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
 
 
 def load_tiktoken(path: Path) -> Vocabulary:
     """Build the vocabulary. Raises ModelError for a file of another name, or with missing or misplaced ranks."""
     if path.name != _QWEN1:
         raise ModelError(
-            f"{path} is a tiktoken vocabulary, which does not say how it cuts text into words; known are "
-            f"{_QWEN1}; give the model's tokenizer.json with --tokenizer-path"
+            f"{path} is a tiktoken vocabulary, which does not say how it cuts text into words; known is {_QWEN1}; "
+            "give the model's tokenizer.json with --tokenizer-path"
         )
     tokenizer = bpe_of_ranks(_read(path), {}, QWEN2_WORDS)
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in _SPECIAL_TOKENS])
+    tokenizer.add_special_tokens(_SPECIAL_TOKENS)
     return Vocabulary(tokenizer, {"eos_token": "<|endoftext|>"}, bundled_templates()["qwen"])
 
 

@@ -6,8 +6,6 @@ Source of the format: github.com/sgl-project/sglang, python/sglang/srt/tokenizer
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken
-
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text.bpe import QWEN2_WORDS, bpe_of_ranks
 from sgl_jax.text.vocabulary import Vocabulary
@@ -46,6 +44,5 @@ def load_tok_json(path: Path) -> Vocabulary:
         raise ModelError(f"the vocabulary has no token for the byte {missing[0]}, which every byte-level one has")
     tokenizer = bpe_of_ranks(regular, special, stored.get("pat_str") or _SPLITS[stored["word_split"]])
     allowed = _ALLOWED | {bytes(spelled).decode() for spelled in stored.get("default_allowed_special", ())}
-    found = [token for token in map(bytes.decode, special) if token in allowed]
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in found])
+    tokenizer.add_special_tokens([token for token in map(bytes.decode, special) if token in allowed])
     return Vocabulary(tokenizer, {"eos_token": EOS}, CHAT_TEMPLATE)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import tokenizers
 
+from sgl_jax.models.folder_files import read_text, reading
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path
 from sgl_jax.text import tok_json, tokenizer_folder
 from sgl_jax.text.bpe import BYTE_OF_CHAR, CHAR_OF_BYTE
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError, bundled_templates
-from sgl_jax.text.folder_files import read_text, reading
 from sgl_jax.text.vocabulary import Vocabulary
 
 _PIECE = 100_000  # characters

@@ -7,23 +7,15 @@ from typing import Any
 
 import tokenizers
 
+from sgl_jax.models.folder_files import JsonFile, read_text, reading
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text import tok_json
 from sgl_jax.text.added_tokens import add_tokens
-from sgl_jax.text.folder_files import JsonFile, read_text, reading
 from sgl_jax.text.vocabulary import Vocabulary
 
-VOCABULARIES = (
-    "tokenizer.json",
-    tok_json.NAME,
-    "*.tiktoken",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-)
+_VOCABULARIES = ("tokenizer.json", tok_json.NAME, "*.tiktoken", "tokenizer.model", "vocab.*", "merges.txt")
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
-FILES = (*VOCABULARIES, *_CONFIGS, "chat_template.*", "additional_chat_templates/*.jinja")
+FILES = (*_VOCABULARIES, *_CONFIGS, "chat_template.*", "additional_chat_templates/*.jinja")
 
 
 def load_folder(place: Path) -> Vocabulary:
