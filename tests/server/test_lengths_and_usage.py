@@ -78,6 +78,8 @@ def test_only_a_length_that_was_asked_for_is_named(http: httpx.Client, path: str
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "context_length_exceeded")
     message = answer.json()["error"]["message"]
     assert says(message, words)
+    assert "prompt is too long" in message  # litellm, langchain and coding agents look for these words
+    assert "this model's maximum context length is 512 tokens" in message
     asked = {"max_tokens", "max_completion_tokens", "sampling_params"} & set(body)
     assert ("max_" in message) == bool(asked)
 

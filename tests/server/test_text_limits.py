@@ -57,7 +57,7 @@ def test_a_text_that_no_context_holds_is_refused_before_it_is_encoded(
     assert time.perf_counter() - began < 5
     error = answer.json()["error"]
     assert (answer.status_code, error["param"], error["code"]) == (400, param, "context_length_exceeded")
-    assert says(error["message"], f"{param} … 512 tokens … {512 * 7}")
+    assert says(error["message"], f"prompt is too long … {param} … 512 tokens … {512 * 7}")
     assert waits[-1] < 1.0
 
 

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _KEEP_ALIVE_S = 75  # longer than clients keep idle connections, so that the client closes them
 _LINGER_S = 2  # a refused client's data is read and dropped so long: closing at once would lose the answer on its way
 _DISCARDED = 4  # a body that was refused may be so many times the limit before its connection is cut
+_PIPELINED = 4  # requests of a client that may wait, heads and 64 KiB of each body in memory, while one is answered
 _INVALID = "this is no valid HTTP/1.1; the connection is closed"
 _OTHER_DESCRIPTORS = 64  # files and sockets of the server that are no client's
 
@@ -82,6 +83,7 @@ class Connection(HttpToolsProtocol):
         self._unread = 0  # bytes that came since the parser gave us something
         self._num_headers = self._head_bytes = self._body_bytes = self._body_bytes_before = 0
         self._refusal: ApiError | None = None
+        self._answering: RequestResponseCycle | None = None  # self.cycle is the last of requests that came in a row
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -94,6 +96,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        _stop(self._answering)
         if self._timer is not None:
             self._timer.cancel()
 
@@ -147,6 +150,10 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             return  # it comes again
         super().on_headers_complete()
+        if (
+            len(self.pipeline) < _PIPELINED
+        ):  # uvicorn reads on when the answer is written, and would not see a client go
+            self.flow.resume_reading()
         if self.scope["http_version"] == "1.0":
             self.cycle.waiting_for_100_continue = False
         self._body_bytes_before = self._unread = 0
@@ -170,6 +177,7 @@ class Connection(HttpToolsProtocol):
             self._end(self._refusal)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        self._answering = cycle
         whole = functools.partial(_without_chunks, app, cycle) if cycle.scope["http_version"] == "1.0" else app
         super()._start_asgi_task(cycle, whole)
 
@@ -209,8 +217,7 @@ class Connection(HttpToolsProtocol):
             self._end(error)
         elif self._part == "body":
             begun = cycle.response_started or self.pipeline
-            cycle.disconnected = True  # the app, which may wait for the body, ends its work
-            cycle.message_event.set()
+            _stop(self._answering)
             self._end(None if begun else error)
 
     def _end(self, error: ApiError | None, linger_s: float = _LINGER_S) -> None:
@@ -225,6 +232,13 @@ class Connection(HttpToolsProtocol):
             self.transport.write_eof()
         self.flow.resume_reading()
         self.loop.call_later(linger_s, self.transport.abort)
+
+
+def _stop(cycle: RequestResponseCycle | None) -> None:
+    """Let the app end its work, which may wait for the body; nothing that it still sends is written."""
+    if cycle is not None:
+        cycle.disconnected = True
+        cycle.message_event.set()
 
 
 def body_too_large(num_bytes: int, limit: int) -> ApiError:
