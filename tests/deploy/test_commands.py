@@ -16,14 +16,14 @@ from manifests import the
 
 from sgl_jax.engine.messages import Stats
 from sgl_jax.observability.metrics import RequestMetrics, exposition
-from sgl_jax.server.app import create_app
+from sgl_jax.server.app import create_routes
 from sgl_jax.settings.server_args import ServerArgs
 
 type Command = tuple[list[str], dict[str, str]]  # arguments and environment
 
 
 def routes() -> set[str]:
-    return set(create_app(MagicMock(), ServerArgs(model_path="m")).openapi()["paths"])
+    return set(create_routes(MagicMock(), ServerArgs(model_path="m")).openapi()["paths"])
 
 
 def metrics() -> set[str]:
@@ -156,5 +156,6 @@ def test_the_dashboard_shows_every_kind_of_metric() -> None:
         "sgl_jax_engine_steps_total",
         "sgl_jax_generation_throughput",
         "sgl_jax_inter_token_latency_seconds",  # its count and sum
+        "sgl_jax_programs_compiling",
         "sgl_jax_time_to_first_token_seconds",
     }

@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 
 
 def create_app(service: GenerationService, server_args: ServerArgs) -> ASGIApp:
+    """Return the whole application: the routes, behind the rules for every request, and the log of requests."""
+    guard = edge.Guard(create_routes(service, server_args), _rules(server_args), server_args.max_request_bytes)
+    keyless = server_args.api_key is None
+    return edge.RequestLog(edge.Pages(guard, _listed(server_args.allowed_origins), refuse=keyless))
+
+
+def create_routes(service: GenerationService, server_args: ServerArgs) -> FastAPI:
     app = FastAPI(
         title="sgl_jax",
         version=__version__,
@@ -39,9 +46,7 @@ def create_app(service: GenerationService, server_args: ServerArgs) -> ASGIApp:
         app.include_router(module.router(state))
     error_envelope.install(app)
     documentation.install(app)
-    guard = edge.Guard(app, _rules(server_args), server_args.max_request_bytes)
-    keyless = server_args.api_key is None
-    return edge.RequestLog(edge.Pages(guard, _listed(server_args.allowed_origins), refuse=keyless))
+    return app
 
 
 def _rules(args: ServerArgs) -> list[edge.Rule]:
