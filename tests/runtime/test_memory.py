@@ -11,9 +11,11 @@ import pytest
 
 from messages import says
 from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, RopeConfig
-from sgl_jax.ops.attention.backends import find_backend
+from sgl_jax.ops.attention import native
+from sgl_jax.ops.attention.backends import NoSuchBackend, find_backend
+from sgl_jax.ops.attention.cpu import library
 from sgl_jax.parallel.grid import Grid
-from sgl_jax.runtime import memory
+from sgl_jax.runtime import memory, platform
 from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, plan_memory
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
 from sgl_jax.runtime.pool import pool_of
@@ -114,6 +116,20 @@ def test_a_share_of_a_cpu_s_memory_is_taken_as_far_as_rows_and_a_cache_can_use_i
     total = 2 * (1_000_000 + 512 * fitting)
     assert plan_memory(cpu, **(OPTIONS | {"total_bytes": total})).num_tokens == num_tokens
     assert plan_memory(TPU, **(OPTIONS | {"total_bytes": total})).num_tokens == fitting // 16 * 16
+
+
+def test_without_the_library_for_cpus_attention_is_plain_and_a_line_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(library, "LIBRARIES", {})
+    monkeypatch.delitem(platform.logger.__dict__, "said_once", raising=False)
+    for _ in range(2):
+        found = kernels_for(None, PLATFORMS["cpu"], CONFIG).attention
+        assert found.attend.func is native.paged_attention
+    [line] = [record.getMessage() for record in caplog.records if record.name == "sgl_jax.runtime.platform"]
+    assert says(line, "plain XLA … slower … C++ compiler … g++")
+    with pytest.raises(NoSuchBackend, match=r"--attention-backend cpu.* C\+\+ compiler.* native"):
+        kernels_for("cpu", PLATFORMS["cpu"], CONFIG)
 
 
 def test_a_small_model_keeps_the_pool_of_a_default_launch_at_any_share() -> None:

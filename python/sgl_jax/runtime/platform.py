@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 
 from sgl_jax.models.decoder_config import DecoderConfig
+from sgl_jax.observability import log
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.attention.cpu import library
 from sgl_jax.ops.grouped_matmul import native as grouped_native
@@ -106,10 +107,13 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     """Return the kernels of a launch. No attention backend means the platform's default. Raises NoSuchBackend."""
     name = attention_backend or platform.attention
     if attention_backend is None and name == "cpu" and library.find_target() is None:
-        logger.warning(
+        said = (
             "Attention runs in plain XLA, which is several times slower: the library for CPUs is not there, since sgl_jax was "
-            "installed without a C++ compiler."
+            "installed without a C++ compiler; install one (g++), and sgl_jax again."
         )
+        log.once(
+            logger, "--attention-backend", said, logging.WARNING
+        )  # kernels are asked for twice where a model is fetched
         name = "native"
     latent = model.mla is not None
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
