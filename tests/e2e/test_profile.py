@@ -61,11 +61,10 @@ def test_a_profile_of_four_steps(core: Core, tmp_path: Path) -> None:
     assert sorted(Path(file).suffix for file in status.files) == [".gz", ".pb"]
     recorded = spans(status)
     stages = [span["name"] for span in recorded if span["name"] in ("plan", "dispatch", "collect", "process")]
-    # With overlap the fifth step is launched before the fourth is collected, which ends the profile. A thread stops it, so
-    # the beginning of a further step may be in it.
+    # With overlap the fifth step is launched before the fourth is collected, which ends the profile. A thread stops it
+    # while the engine goes on, so further steps may be in it.
     expected = ["plan", "dispatch"] + ["plan", "dispatch", "collect", "process"] * 4
     assert stages[: len(expected)] == expected
-    assert len(stages) - len(expected) <= 4
     numbers = [int(span["args"]["step_num"]) for span in recorded if span["name"] == "step"]
     assert [number - numbers[0] for number in numbers][:5] == [0, 1, 2, 3, 4]
 
