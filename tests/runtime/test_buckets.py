@@ -18,6 +18,11 @@ def test_tokens_grow_fourfold_up_to_the_rows_and_twofold_beyond() -> None:
     )
 
 
+def test_tokens_can_double_from_the_smallest_on() -> None:
+    found = [bucket.num_tokens for bucket in make_buckets(256, 64, 2, growth=2)]
+    assert found == [2, 4, 8, 16, 32, 64, 128, 256]
+
+
 def test_one_request_with_a_chunk_of_one_has_one_bucket() -> None:
     assert make_buckets(1, 1, 2) == (Bucket(2, 2),)
     assert make_buckets(1, 1, 1) == (Bucket(1, 1),)
@@ -26,7 +31,8 @@ def test_one_request_with_a_chunk_of_one_has_one_bucket() -> None:
 @pytest.mark.parametrize("platform", PLATFORMS.values(), ids=lambda p: p.name)
 def test_a_default_launch_compiles_at_most_twelve_programs(platform) -> None:
     for smallest in platform.smallest_bucket.values():
-        buckets = make_buckets(platform.chunked_prefill_size, platform.max_running_requests, smallest)
+        sizes = platform.chunked_prefill_size, platform.max_running_requests, smallest
+        buckets = make_buckets(*sizes, growth=platform.bucket_growth)
         assert len(buckets) + len(LOADS) <= 12
 
 

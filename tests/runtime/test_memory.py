@@ -13,7 +13,8 @@ from messages import says
 from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, RopeConfig
 from sgl_jax.ops.attention import native
 from sgl_jax.ops.attention.backends import NoSuchBackend, find_backend
-from sgl_jax.ops.attention.cpu import library
+from sgl_jax.ops.cpu import library
+from sgl_jax.ops.dense import plain_product
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime import memory, platform
 from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, plan_memory
@@ -124,8 +125,9 @@ def test_without_the_library_for_cpus_attention_is_plain_and_a_line_says_so_once
     monkeypatch.setattr(library, "LIBRARIES", {})
     monkeypatch.delitem(platform.logger.__dict__, "said_once", raising=False)
     for _ in range(2):
-        found = kernels_for(None, PLATFORMS["cpu"], CONFIG).attention
-        assert found.attend.func is native.paged_attention
+        found = kernels_for(None, PLATFORMS["cpu"], CONFIG)
+        assert found.attention.attend.func is native.paged_attention
+        assert found.dense is plain_product
     [line] = [record.getMessage() for record in caplog.records if record.name == "sgl_jax.runtime.platform"]
     assert says(line, "plain XLA … slower … C++ compiler … g++")
     with pytest.raises(NoSuchBackend, match=r"--attention-backend cpu.* C\+\+ compiler.* native"):

@@ -86,7 +86,9 @@ def plan_launch(
             num_pages=memory.num_pages,
             num_rows=max_running * grid.data,
             context_length=context_length,
-            buckets=make_buckets(step_tokens, max_running, platform.smallest_bucket[dtype], multiple),
+            buckets=make_buckets(
+                step_tokens, max_running, platform.smallest_bucket[dtype], multiple, growth=platform.bucket_growth
+            ),
             num_ranks=grid.data,
         ),
         SchedulerConfig(

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.layers import gated, logn_factors, rope_table
-from sgl_jax.models.linear import linear
+from sgl_jax.models.linear import Linear, linear
 from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.moe import LayerExperts, moe_layer
 from sgl_jax.models.weights import Experts, Layers, LayerWeights, Weights, head
@@ -54,6 +54,7 @@ class Context:
     grouped_matmul: GroupedMatmul
     compute_dtype: str  # dtype of the activations
     grid: Grid = LONE
+    linear: Linear = linear
 
 
 def hidden_states(
@@ -92,7 +93,9 @@ def hidden_states(
     return context.grid.to_attention(x), kv
 
 
-def logits(weights: Weights[jax.Array], config: DecoderConfig, hidden: Float[Array, "S D"]) -> Float[Array, "S V"]:
+def logits(
+    weights: Weights[jax.Array], config: DecoderConfig, hidden: Float[Array, "S D"], linear: Linear = linear
+) -> Float[Array, "S V"]:
     """Apply the final norm and the output head, float32. One of many devices computes its shard of the vocabulary."""
     with jax.named_scope("logits"):
         h = rms_norm(hidden, weights.final_norm, config.rms_norm_eps, config.norm_offset)
@@ -169,19 +172,19 @@ def _attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, c
     h = context.grid.to_attention(h)
     attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks)
     if config.mla is not None and w.mla is not None:
-        out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend)
+        out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend, context.linear)
     else:
-        out, kv = _heads_attention(h, kv, w, config, rope, context.positions, attend)
+        out, kv = _heads_attention(h, kv, w, config, rope, context, attend)
     out = context.grid.own_columns(out, config.head_replicas)
-    return _summed(linear(out, w.o, site="o"), w.o_bias, context.grid.from_attention), kv
+    return _summed(context.linear(out, w.o, site="o"), w.o_bias, context.grid.from_attention), kv
 
 
-def _heads_attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, positions, attend):
+def _heads_attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, context: Context, attend):
     """Return the heads' outputs side by side, [T, N * H], and the pool."""
-    q, k, v = linear(h, w.qkv, w.qkv_bias, site="qkv").reshape(len(h), -1, config.head_dim), None, None
+    q, k, v = context.linear(h, w.qkv, w.qkv_bias, site="qkv").reshape(len(h), -1, config.head_dim), None, None
     if config.logn_scaling is not None:
         q, k, v = split_heads(q, config.num_kv_heads)
-        q = (q * logn_factors(positions, config.logn_scaling)[:, None, None]).astype(q.dtype)
+        q = (q * logn_factors(context.positions, config.logn_scaling)[:, None, None]).astype(q.dtype)
     prepare = QKPrepare(_scales(w.q_norm, config), _scales(w.k_norm, config), rope, config.rms_norm_eps)
     out, kv = attend(q, k, v, kv, prepare=prepare)
     return out.reshape(len(h), -1), kv
@@ -195,12 +198,13 @@ def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Arr
 def _mlp(h, w: LayerWeights[jax.Array], experts: LayerExperts | None, config: DecoderConfig, context: Context):
     """Apply the MLP, the experts, or both, whose sum is scaled."""
     act = functools.partial(gated, activation=config.activation, limit=config.gate_limit)
-    h = context.grid.to_mlp(h)
+    h, linear = context.grid.to_mlp(h), context.linear
     outs = []  # this device's addend of each
     if w.down is not None:
         outs.append(linear(act(linear(h, w.gate_up, w.gate_up_bias, site="gate_up")), w.down, site="down"))
     if w.moe is not None and experts is not None and config.moe is not None:
-        outs.append(moe_layer(h, w.moe, experts, config.moe, act, context.valid, context.grouped_matmul, context.grid))
+        multiply = context.grouped_matmul, context.linear
+        outs.append(moe_layer(h, w.moe, experts, config.moe, act, context.valid, *multiply, context.grid))
         if config.moe.residual_scale is not None:
             outs = [sum(outs) * jnp.asarray(config.moe.residual_scale, h.dtype)]
     return _summed(outs[0], w.down_bias, context.grid.from_mlp)

@@ -1,17 +1,33 @@
 """Products of activations with weights: one function for every dense matrix, one for the experts' matrices.
 
-Weights are [out, in] and stand on the left, which is the fastest order on a CPU
-(docs/decisions/0006-weights-out-in.md). A quantised matrix is dequantised and then multiplied.
+Weights are [out, in]. A quantised matrix is dequantised and then multiplied.
 """
 
+from typing import Protocol, runtime_checkable
+
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from sgl_jax.models.quantised import Matrix, Quantised
 from sgl_jax.models.spec import ExpertSite, Site
+from sgl_jax.ops.dense import DenseProduct, plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
+
+
+@runtime_checkable  # so that tests can check annotations
+class Linear(Protocol):
+    """The function `linear` with its product filled in."""
+
+    def __call__(
+        self,
+        x: Float[Array, "T I"],
+        w: Matrix[jax.Array] | None,
+        bias: Float[Array, " O"] | None = None,
+        *,
+        site: Site,
+        out_dtype: DTypeLike | None = None,
+    ) -> Float[Array, "T O"]: ...
 
 
 def linear(
@@ -21,10 +37,10 @@ def linear(
     *,
     site: Site,
     out_dtype: DTypeLike | None = None,
+    product: DenseProduct = plain_product,
 ) -> Float[Array, "T O"]:
     """Multiply each token with the matrix of a site. The result has x's dtype unless `out_dtype` names a wider one."""
-    matrix = _plain(w, x, site)
-    out = jnp.einsum("oi,ti->ot", matrix, x, preferred_element_type=out_dtype).T
+    out = product(x, _plain(w, x, site), out_dtype)
     return out if bias is None else out + bias.astype(out.dtype)
 
 

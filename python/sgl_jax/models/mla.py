@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from sgl_jax.models.decoder_config import MlaConfig
-from sgl_jax.models.linear import linear
+from sgl_jax.models.linear import Linear, linear
 from sgl_jax.models.weights import MlaWeights
 from sgl_jax.ops.norm_rope import rms_norm, rotate
 
@@ -25,6 +25,7 @@ def latent_attention(
     mla: MlaConfig,
     rope: Float[Array, "T rope"],
     attend: Callable[[jax.Array, jax.Array, None, jax.Array], tuple[jax.Array, jax.Array]],  # (q, k, v, kv) -> (o, kv)
+    linear: Linear = linear,
 ) -> tuple[Float[Array, "T NV"], Float[Array, "LP 1 1 page R"]]:
     """Return the heads' outputs side by side, and the pool with this step's vectors. R = mla.latent_dim."""
     if w.q_norm is None:

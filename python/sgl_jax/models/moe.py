@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.decoder_config import MoeConfig
-from sgl_jax.models.linear import grouped_linear, linear
+from sgl_jax.models.linear import Linear, grouped_linear, linear
 from sgl_jax.models.weights import Experts, MoeWeights
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.parallel.grid import LONE, Grid
@@ -28,7 +28,7 @@ class LayerExperts:
 
 
 def route(
-    x: Float[Array, "T D"], w: MoeWeights[jax.Array], moe: MoeConfig
+    x: Float[Array, "T D"], w: MoeWeights[jax.Array], moe: MoeConfig, linear: Linear = linear
 ) -> tuple[Float[Array, "T X"], Int[Array, "T X"]]:
     """Choose each token's experts. Returns their weights, float32, and their ids."""
     logits = linear(x, w.router, w.router_bias, site="moe.router", out_dtype=jnp.float32)
@@ -96,10 +96,11 @@ def moe_layer(
     gated: Gated,
     valid: Bool[Array, " T"],
     grouped_matmul: GroupedMatmul,
+    linear: Linear = linear,
     grid: Grid = LONE,
 ) -> Float[Array, "T D"]:
     """Add the outputs of routed and shared experts. One of many devices returns its addend of the sum."""
-    weights, ids = route(x, w, moe)
+    weights, ids = route(x, w, moe, linear)
     out = dispatch(x, weights, ids, valid, at, gated, grouped_matmul, grid)
     if w.shared_down is None:
         return out

@@ -3,6 +3,7 @@
 import dataclasses
 
 from sgl_jax.ops.attention.backends import Backend
+from sgl_jax.ops.dense import DenseProduct, plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 
 
@@ -10,3 +11,4 @@ from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 class Kernels:
     attention: Backend
     grouped_matmul: GroupedMatmul
+    dense: DenseProduct = plain_product

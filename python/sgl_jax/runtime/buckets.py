@@ -13,15 +13,16 @@ class Bucket:
 
 
 def make_buckets(
-    max_step_tokens: int, max_running_requests: int, smallest: int, multiple: int = 1, width: int = 1
+    max_step_tokens: int, max_running_requests: int, smallest: int, multiple: int = 1, width: int = 1, growth: int = 4
 ) -> tuple[Bucket, ...]:
-    """Make the buckets of a launch, ascending. Token counts are `smallest`, then 8, 32, … up to the running rows, then doubles,
-    rounded up to a multiple and multiplied by the width. A bucket has a row for each W tokens, up to max_running_requests."""
+    """Make the buckets of a launch, ascending. Token counts are `smallest`, then 8, times `growth` up to the running rows, then
+    doubles, rounded up to a multiple and multiplied by the width. With a growth of 2 there is one of 4 tokens, too. A bucket has
+    a row for each W tokens, up to max_running_requests."""
     sizes = {smallest, max_running_requests, -(-max_step_tokens // width)}
-    size = 8
+    size = 8 if growth > 2 else 4
     while size * width < max_step_tokens:
         sizes.add(size)
-        size *= 4 if size < max_running_requests else 2
+        size *= growth if size < max_running_requests else 2
     sizes = {-(-max(s, smallest) // multiple) * multiple for s in sizes}
     most_rows = max(max_running_requests, smallest)
     return tuple(Bucket(size * width, min(size, most_rows), width) for size in sorted(sizes))

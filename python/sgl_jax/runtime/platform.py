@@ -11,7 +11,8 @@ import jax
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.observability import log
 from sgl_jax.ops.attention.backends import find_backend
-from sgl_jax.ops.attention.cpu import library
+from sgl_jax.ops.cpu.library import find_library
+from sgl_jax.ops.dense import library_product, plain_product
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
@@ -32,6 +33,7 @@ class Platform:
     chunked_prefill_size: int
     max_running_requests: int
     smallest_bucket: dict[str, int]  # dtype -> tokens
+    bucket_growth: int  # tokens of a bucket of decoding rows over those of the one below
     mem_fraction: float  # fraction of the device's memory for weights and KV
     max_pool_tokens: int | None  # limit of a default launch's KV pool
     stacks_layers: bool  # scan over stacked layers; else unroll a list of them
@@ -41,15 +43,16 @@ class Platform:
 
 
 PLATFORMS: dict[Name, Platform] = {
-    # The smallest bucket of CPUs has two rows because one row in bfloat16 costs more than two (benchmarks/LOG.md). A scan
+    # On CPUs a step's time follows its rows closely. The smallest bucket has two rows because in plain XLA one row in bfloat16
+    # costs more than two (benchmarks/LOG.md). A scan
     # compiles three times faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in
     # float32. On TPU weights of a list are prefetched, weights of a scan are not (docs/decisions/0011-list-on-tpu.md).
     "cpu": Platform(
-        "cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 0.4, 65536, False, False, True, "cpu"
+        "cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 2, 0.4, 65536, False, False, True, "cpu"
     ),
-    "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, True, True, False),
+    "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, True, True, False),
     "tpu": Platform(
-        "tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 0.88, None, False, True, False, "fa"
+        "tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, False, True, False, "fa"
     ),
 }
 
@@ -111,18 +114,19 @@ def _of_each_process(name: Name, devices: list[jax.Device], number: int, process
 def kernels_for(attention_backend: str | None, platform: Platform, model: DecoderConfig) -> Kernels:
     """Return the kernels of a launch. No attention backend means the platform's default. Raises NoSuchBackend."""
     name = attention_backend or platform.attention
-    if attention_backend is None and name == "cpu" and library.find_target() is None:
+    library = find_library() if platform.name == "cpu" else None
+    if attention_backend is None and name == "cpu" and library is None:
         said = (
             "Attention runs in plain XLA, which is several times slower: the library for CPUs is not there, since sgl_jax was "
             "installed without a C++ compiler; install one (g++), and sgl_jax again."
         )
-        log.once(
-            logger, "--attention-backend", said, logging.WARNING
-        )  # kernels are asked for twice where a model is fetched
+        # Kernels are asked for twice where a model is fetched.
+        log.once(logger, "--attention-backend", said, logging.WARNING)
         name = "native"
     latent = model.mla is not None
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
-    return Kernels(attention, grouped_matmul_for(platform.name))
+    dense = plain_product if library is None else library_product(library)
+    return Kernels(attention, grouped_matmul_for(platform.name), dense)
 
 
 def grouped_matmul_for(platform: Name) -> GroupedMatmul:

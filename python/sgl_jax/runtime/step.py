@@ -1,6 +1,7 @@
 """Body of the step program, from a plan vector to sampled tokens."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from sgl_jax.models import decoder
 from sgl_jax.models.decoder_config import DecoderConfig
+from sgl_jax.models.linear import Linear, linear
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch, make_ragged_batch, split_heads
 from sgl_jax.ops.kernels import Kernels
@@ -42,6 +44,10 @@ class StepSpec:
     compute_dtype: str
     grid: Grid = LONE
     drafter: Drafter | None = None
+
+    @property
+    def linear(self) -> Linear:
+        return functools.partial(linear, product=self.kernels.dense)
 
 
 def step(
@@ -77,12 +83,12 @@ def step(
         arrays = AttentionLayer(attention, layer * spec.pages_per_layer, window=window, sinks=sinks, prepare=prepare)
         return spec.kernels.attention(q, k, v, kv, batch, arrays)
 
-    grouped = spec.kernels.grouped_matmul
-    context = decoder.Context(batch.positions, valid, attend, grouped, spec.compute_dtype, spec.grid)
+    multiply, grouped = spec.linear, spec.kernels.grouped_matmul
+    context = decoder.Context(batch.positions, valid, attend, grouped, spec.compute_dtype, spec.grid, multiply)
     hidden, kv = decoder.hidden_states(weights, spec.config, rows.packed, kv, context)
     sampled_at = speculate.sampled_tokens(batch, ranks.own(inputs.from_device), bucket.width)
     features = ranks.gather(hidden[sampled_at])  # [M * S * W, D]
-    logits = decoder.logits(weights, spec.config, features)
+    logits = decoder.logits(weights, spec.config, features, multiply)
     with jax.named_scope("sample"):
         lines = speculate.sample_lines(inputs, rows, bucket.width)
         sampled = sampler.sample(logits, lines, state, everyone)
@@ -128,7 +134,7 @@ def _prompt_logprobs(
         targets = jnp.pad(jnp.maximum(following, 0), (0, pad)).reshape(-1, num_rows)
 
         def one(block):
-            logits = decoder.logits(weights, spec.config, block[0])
+            logits = decoder.logits(weights, spec.config, block[0], spec.linear)
             return sampler.token_logprobs(logits, block[1], jnp.bool_(True), everyone)
 
         chosen, ids, values = lax.map(one, (blocks, targets))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from batches import interpreted, random_batch
 
-from sgl_jax.ops.attention import native, reference
+from sgl_jax.ops.attention import cpu, native, reference
 from sgl_jax.ops.attention.api import AttentionSpec, QKPrepare
-from sgl_jax.ops.attention.cpu import ffi, library
+from sgl_jax.ops.cpu import library
 
 SPEC_FIELDS = {field.name for field in dataclasses.fields(AttentionSpec)}
 IMPLEMENTATIONS = {
@@ -29,7 +29,7 @@ def compiled(name):
         built = library.usable(library.processor_flags())
         if name not in built:
             pytest.skip(f"the library {name} was not built, or this processor cannot run it")
-        return ffi.paged_attention(*arguments, target=library.register(built[name]))
+        return cpu.paged_attention(*arguments, library=library.register(built[name]))
 
     return attend
 
@@ -302,4 +302,4 @@ def test_the_library_for_cpus_refuses_pools_of_another_dtype_than_the_queries():
     b = random_batch(np.random.default_rng(12), [(3, 1)], **sizes, num_tokens=8, num_rows=1)
     b["kv"] = b["kv"].astype(np.int8)
     with pytest.raises(ValueError, match=r"--attention-backend cpu.* int8 .*float32.*use native"):
-        ffi.paged_attention(*batches.arguments(b, AttentionSpec(0.25)), target="")
+        cpu.paged_attention(*batches.arguments(b, AttentionSpec(0.25)), library=library.Library("", ""))

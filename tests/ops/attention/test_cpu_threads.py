@@ -7,7 +7,7 @@ from pathlib import Path
 import jaxlib
 import pytest
 
-from sgl_jax.ops.attention.cpu import library
+from sgl_jax.ops.cpu import library
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 

@@ -11,9 +11,9 @@ from importlib import metadata
 
 from jax.typing import DTypeLike
 
-from sgl_jax.ops.attention import native
+from sgl_jax.ops.attention import cpu, native
 from sgl_jax.ops.attention.api import AnyPool, Attention, AttentionLayer, NewKV, Output, Queries, RaggedBatch
-from sgl_jax.ops.attention.cpu import ffi, library
+from sgl_jax.ops.cpu.library import find_library
 
 GROUP = "sgl_jax.attention"
 _FA_PAGE = 128  # takes half the instructions of pages of 16 (docs/decisions/0015-pages-of-128-on-tpu.md)
@@ -63,12 +63,11 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
     if name == "native":
         backend = Backend(functools.partial(native.paged_attention, vectorise=vectorise), latent=True)
     elif name == "cpu":
-        target = library.find_target() if platform == "cpu" else ""
-        if target is None:
+        if (library := find_library()) is None:
             raise NoSuchBackend(
                 "--attention-backend cpu: its library is not there; sgl_jax was installed where no C++ compiler is; use native"
             )
-        attend = functools.partial(ffi.paged_attention, target=target)
+        attend = functools.partial(cpu.paged_attention, library=library)
         backend = Backend(attend, frozenset({"cpu"}), latent=True)
     elif name == "fa":
         from sgl_jax.ops.attention.fa import call, tile  # they import Pallas, which takes a while

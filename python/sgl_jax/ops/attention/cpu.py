@@ -1,4 +1,4 @@
-"""Paged attention on CPUs by a compiled library (attention.cc): one call of XLA's foreign-function interface in each layer."""
+"""Paged attention on CPUs by a compiled library (ops/cpu/attention.cc): one call of XLA's foreign-function interface in each layer."""
 
 import math
 
@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sgl_jax.ops.attention.api import AttentionLayer, NewKV, Output, Pool, Queries, RaggedBatch
+from sgl_jax.ops.cpu.library import Library
 
 _ALL_KEYS = 2**31 - 1  # the window of a layer that has none
 
@@ -19,9 +20,9 @@ def paged_attention(
     batch: RaggedBatch,
     layer: AttentionLayer,
     *,
-    target: str,
+    library: Library,
 ) -> tuple[Output, Pool]:
-    """See api.Attention. Outputs of padding are 0, and nothing is written for it. `target`: the name of the library's call.
+    """See api.Attention. Outputs of padding are 0, and nothing is written for it.
 
     Raises ValueError for a pool of another dtype than the queries, or one other than float32 and bfloat16.
     """
@@ -36,7 +37,9 @@ def paged_attention(
     window = _ALL_KEYS if layer.window is None else layer.window
     sinks = jnp.empty(0) if layer.sinks is None else layer.sinks
     out = jax.ShapeDtypeStruct((*q.shape[:2], q.shape[2] if spec.value_dim is None else spec.value_dim), q.dtype)
-    attend = jax.ffi.ffi_call(target, (out, jax.ShapeDtypeStruct(kv.shape, kv.dtype)), input_output_aliases={3: 1})
+    attend = jax.ffi.ffi_call(
+        library.attention, (out, jax.ShapeDtypeStruct(kv.shape, kv.dtype)), input_output_aliases={3: 1}
+    )
     out, kv = attend(
         q,
         k,

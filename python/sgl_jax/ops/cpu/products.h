@@ -1,4 +1,4 @@
-// Products of a few lines with a block of keys or values.
+// Products of a few lines with keys, values or the rows of a matrix.
 
 #pragma once
 
@@ -9,21 +9,16 @@
 namespace {
 
 constexpr int kBlock = 128;  // keys of a block
-constexpr int kGroup = 4;    // lines that go through a block together
+constexpr int kGroup = 4;    // lines that are multiplied together
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// Calls f(i, R) for lines [i, i + R) of all, R <= kGroup as a compile-time constant.
-template <typename F>
+// Calls f(i, R) for lines [i, i + R) of all, R <= Most as a compile-time constant.
+template <int Most, typename F>
 inline void in_groups(int lines, F f) {
-  for (int i = 0; i < lines; i += kGroup) {
-    switch (std::min(lines - i, kGroup)) {
-      case 1: f(i, std::integral_constant<int, 1>()); break;
-      case 2: f(i, std::integral_constant<int, 2>()); break;
-      case 3: f(i, std::integral_constant<int, 3>()); break;
-      default: f(i, std::integral_constant<int, 4>());
-    }
-  }
+  int i = 0;
+  for (; lines - i >= Most; i += Most) f(i, std::integral_constant<int, Most>());
+  if constexpr (Most > 1) in_groups<Most - 1>(lines - i, [&](int j, auto r) { f(i + j, r); });
 }
 
 // --- K and V where they lie in the pool ------------------------------------------------------------------------------

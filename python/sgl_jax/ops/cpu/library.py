@@ -1,6 +1,7 @@
-"""Finds the compiled library for this processor, and makes its call known to XLA."""
+"""Finds the compiled library for this processor, and makes its calls known to XLA."""
 
 import ctypes
+import dataclasses
 import functools
 import sysconfig
 from pathlib import Path
@@ -16,6 +17,14 @@ LIBRARIES: dict[str, set[str]] = {
     "x86_64_v3": _V3,
     "baseline": set(),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """A library's calls, by the names that XLA knows them by."""
+
+    attention: str
+    dense: str
 
 
 def usable(flags: set[str]) -> dict[str, Path]:
@@ -35,15 +44,17 @@ def processor_flags() -> set[str]:
 
 
 @functools.cache  # XLA refuses a second registration
-def register(path: Path) -> str:
-    """Make a library's call known to XLA; return the name that it has there."""
-    name = f"sgl_jax_attention_{path.name.partition('.')[0]}"
-    call = ctypes.CDLL(str(path)).sgl_jax_attention
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(call), platform="cpu")
-    return name
+def register(path: Path) -> Library:
+    """Make a library's calls known to XLA."""
+    functions, names = ctypes.CDLL(str(path)), {}
+    for field in dataclasses.fields(Library):
+        names[field.name] = f"sgl_jax_{field.name}_{path.name.partition('.')[0]}"
+        call = getattr(functions, f"sgl_jax_{field.name}")
+        jax.ffi.register_ffi_target(names[field.name], jax.ffi.pycapsule(call), platform="cpu")
+    return Library(**names)
 
 
-def find_target() -> str | None:
-    """Return the name of the fastest library's call; None if no library was built that this processor can run."""
+def find_library() -> Library | None:
+    """Return the fastest library; None if none was built that this processor can run."""
     path = next(iter(usable(processor_flags()).values()), None)
     return None if path is None else register(path)

@@ -7,14 +7,11 @@
 //
 // setup.py compiles this file once for each instruction set.
 
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
-#include <memory>
-#include <mutex>
 #include <vector>
 
 #include "products.h"
+#include "threads.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace {
@@ -80,13 +77,6 @@ struct Lines {
     top[line] = new_top;
   }
 };
-
-// Memory of the thread, kept from call to call.
-inline float* scratch(size_t floats) {
-  thread_local std::vector<float> memory;
-  if (memory.size() < floats) memory.resize(floats);
-  return memory.data();
-}
 
 template <typename Number>
 struct Call {
@@ -199,7 +189,7 @@ struct Call {
     }
     for (int begin = job.begin; begin < job.end; begin += kBlock) {
       const int n = std::min(kBlock, job.end - begin);
-      in_groups(lines, [&](int i, auto r) {
+      in_groups<kGroup>(lines, [&](int i, auto r) {
         for_runs(job, begin, n, [&](int j, const Number* keys, const Number*, int run) {
           multiply_keys<r()>(q_lines + i * width, keys, run, width, scores + i * kBlock + j);
         });
@@ -234,7 +224,7 @@ struct Call {
     for (int begin = job.begin; begin < job.end; begin += kBlock) {
       const int n = std::min(kBlock, job.end - begin), even = round_up(n, U::kNumbers);
       pack<U>(job, begin, n, keys, values);
-      in_groups(lines, [&](int i, auto r) {
+      in_groups<kGroup>(lines, [&](int i, auto r) {
         multiply<r(), U>(q_lines + size_t(i) * steps, steps, keys, kBlock, steps, scores, kBlock, round_up(n, 4 * kLanes), false);
         for (int x = 0; x < r(); x++) {
           weigh(job, i + x, scores + x * kBlock, begin, n, state);
@@ -322,36 +312,6 @@ struct Call {
   }
 };
 
-// Counts the jobs that threads take one after another. A thread that comes when none is left touches nothing else.
-struct Work {
-  std::atomic<int> next{0};
-  int number, done = 0;
-  std::mutex mutex;
-  std::condition_variable all_done;
-
-  explicit Work(int number) : number(number) {}
-  template <typename F>
-  void take(F f) {
-    int finished = 0;
-    for (int i; (i = next.fetch_add(1)) < number; finished++) f(i);
-    std::lock_guard<std::mutex> lock(mutex);
-    done += finished;
-    if (done == number) all_done.notify_one();
-  }
-};
-
-// Calls f(i) for each i below `number`, on XLA's threads and this one. It waits only for jobs that a thread has begun: a thread
-// that cannot start, because all others wait as this one does, holds up nothing.
-template <typename Threads, typename F>
-void in_parallel(Threads& threads, int number, F f) {
-  auto work = std::make_shared<Work>(number);
-  const int helpers = std::min<int>(threads.num_threads(), number) - 1;
-  for (int i = 0; i < helpers; i++) threads.Schedule([work, f] { work->take(f); });
-  work->take(f);
-  std::unique_lock<std::mutex> lock(work->mutex);
-  work->all_done.wait(lock, [&] { return work->done == number; });
-}
-
 template <typename Threads, typename Number>
 void run(Threads& threads, const Call<Number>& call, const Number* k, const Number* v, int64_t num_tokens) {
   call.write(k, false);
@@ -363,12 +323,8 @@ void run(Threads& threads, const Call<Number>& call, const Number* k, const Numb
   const int number = jobs.size();
   int64_t size = 0;
   for (const Job& job : jobs) size += int64_t(job.end - job.begin) * job.tokens * call.group;
-  auto walk = [&](int i) { call.walk(jobs[number - 1 - i]); };  // a row's last tiles have the most keys
-  if (size < kSmallCall) {
-    for (int i = 0; i < number; i++) walk(i);
-  } else {
-    in_parallel(threads, number, walk);
-  }
+  // A row's last tiles have the most keys.
+  share(threads, number, size < kSmallCall, [&](int i) { call.walk(jobs[number - 1 - i]); });
   call.join(jobs);
 }
 

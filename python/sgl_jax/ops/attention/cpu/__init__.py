@@ -1,1 +1,0 @@
-"""Attention on CPUs by a library that is compiled when the package is installed."""

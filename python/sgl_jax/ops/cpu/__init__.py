@@ -1,0 +1,1 @@
+"""Operations on CPUs in a library that is compiled when the package is installed."""

@@ -1,0 +1,46 @@
+"""Products of tokens with a matrix of weights: the contract, plain XLA, and the library for CPUs (cpu/dense.cc)."""
+
+import functools
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from sgl_jax.ops.cpu.library import Library
+
+_MOST_TOKENS = 32  # beyond, XLA's products are as fast or faster (benchmarks/LOG.md)
+_MULTIPLE = 32  # numbers of a vector in the widest library; it divides the columns
+
+
+@runtime_checkable  # so that tests can check annotations
+class DenseProduct(Protocol):
+    """Multiplies each token with each row of the matrix. The result has x's dtype unless `out_dtype` names a wider one."""
+
+    def __call__(
+        self, x: Float[Array, "T I"], w: Float[Array, "O I"], out_dtype: DTypeLike | None = None
+    ) -> Float[Array, "T O"]: ...
+
+
+def plain_product(
+    x: Float[Array, "T I"], w: Float[Array, "O I"], out_dtype: DTypeLike | None = None
+) -> Float[Array, "T O"]:
+    """See DenseProduct. The weights stand on the left, which is the fastest order on a CPU
+    (docs/decisions/0006-weights-out-in.md)."""
+    return jnp.einsum("oi,ti->ot", w, x, preferred_element_type=out_dtype).T
+
+
+def library_product(library: Library) -> DenseProduct:
+    """Return the product that takes the library for few tokens, and plain XLA for what the library does not take."""
+    return functools.partial(_library_product, library=library)
+
+
+def _library_product(
+    x: Float[Array, "T I"], w: Float[Array, "O I"], out_dtype: DTypeLike | None = None, *, library: Library
+) -> Float[Array, "T O"]:
+    out = jnp.dtype(out_dtype or x.dtype)
+    takes = {x.dtype, w.dtype} in ({jnp.dtype("float32")}, {jnp.dtype("bfloat16")}) and out in (x.dtype, jnp.float32)
+    if not takes or len(x) > _MOST_TOKENS or w.shape[1] % _MULTIPLE:
+        return plain_product(x, w, out_dtype)
+    return jax.ffi.ffi_call(library.dense, jax.ShapeDtypeStruct((len(x), len(w)), out))(x, w)
