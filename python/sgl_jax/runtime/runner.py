@@ -91,6 +91,7 @@ class ModelRunner:
         self._devices = [*placement.mesh.devices.flat]
         self._placement = placement
         self._announce = announce
+        self._make_pool = kernels.attention.make_pool
         self._layouts = {bucket: config.layout(bucket) for bucket in config.buckets}
         self._loads = config.loads(model)
         self._by_name = {program.name: program for program in self.programs}
@@ -148,7 +149,7 @@ class ModelRunner:
         """
         self._values = {
             WEIGHTS: weights,
-            KV: zeros(programs.abstract_kv(self.config, self._placement)),
+            KV: programs.empty_kv(self.config, self._placement, self._make_pool),
             STATE: programs.empty_state(self._model, self.config, self._placement),
         }
         barrier()
