@@ -25,6 +25,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 _ENTRY_BYTES = 1 << 20  # about the size of a program in the cache
 _LOWEST = 19  # priority, as of nice
+_BEHIND = "sgl-jax-compile-behind"  # name of the threads that compile what nobody waits for
 
 # XLA options that are not the default, by kind of device.
 COMPILER_OPTIONS = {
@@ -78,22 +79,18 @@ class CompileWatch:
     """Counts this process's compilations, and tells a thread whether its last one was read from the compilation cache."""
 
     def __init__(self) -> None:
-        self.count = 0  # less those of threads that called `leave_out`
+        self.count = 0  # without those that nobody waits for (compile_all's `behind`), of any engine
         self._thread = threading.local()
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 
     def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _COMPILED and not getattr(self._thread, "left_out", False):
+        if event == _COMPILED and not threading.current_thread().name.startswith(_BEHIND):
             self.count += 1
 
     def _on_event(self, event: str, **kwargs: str | int) -> None:
         if event == _CACHE_HIT:
             self._thread.hit = True
-
-    def leave_out(self) -> None:
-        """Do not count what this thread compiles: nobody waits for it."""
-        self._thread.left_out = True
 
     def took_hit(self) -> bool:
         """Return whether this thread has read a program from the cache since its last call."""
@@ -142,9 +139,9 @@ def compile_all(
     """Compile programs in parallel threads, in their order; return the compiled ones by name.
 
     `report` is called with the number done, the number of all, and the program just compiled. `absent`: the mesh of TPUs that
-    are not here, for programs to be read but not called. `behind`: one thread of low priority compiles, beside requests, and
-    `watch` leaves it out. The first failure is raised and the remaining programs are left out;
-    likewise, with CancelledError, when another thread sets `stopped`.
+    are not here, for programs to be read but not called. `behind`: one thread of low priority compiles, beside requests, and no
+    CompileWatch counts it. The first failure is raised and the remaining programs are left out; likewise, with
+    CancelledError, when another thread sets `stopped`.
     """
     programs = list(programs)
     precision = jax.config.jax_default_matmul_precision  # the caller's, which threads do not inherit
@@ -161,14 +158,13 @@ def compile_all(
             call = _compiled(lowered, program.device_kind)
         return Compiled(program, call, time.perf_counter() - start, watch.took_hit())
 
-    def go_behind() -> None:
-        watch.leave_out()
-        if sys.platform == "linux":  # where a thread has a priority of its own
+    def lower_priority() -> None:
+        if behind and sys.platform == "linux":  # where a thread has a priority of its own
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
 
     done: dict[str, jax.stages.Compiled] = {}
     number = 1 if behind else min(len(programs), os.cpu_count() or 1)
-    with concurrent.futures.ThreadPoolExecutor(number, initializer=go_behind if behind else None) as threads:
+    with concurrent.futures.ThreadPoolExecutor(number, _BEHIND if behind else "", lower_priority) as threads:
         try:
             for future in concurrent.futures.as_completed([threads.submit(one, p) for p in programs]):
                 compiled = future.result()
