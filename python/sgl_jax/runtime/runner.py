@@ -31,6 +31,7 @@ from sgl_jax.step_plan import StepPlan, StepTokens, TokenScores, empty_plan
 type Announce = Callable[[str, np.ndarray, str], None]
 type Report = Callable[[int, int, Compiled], None]
 type DeviceValue = Weights[jax.Array] | DeviceState | StepOutputs | jax.Array
+_FIRST_ANSWER_S = 1.0  # in which nothing is compiled behind, because tracing and requests share the interpreter
 
 
 def announce_to_nobody(program: str, vector: np.ndarray, source: str) -> None:
@@ -135,6 +136,8 @@ class ModelRunner:
             self._buckets = tuple(bucket for bucket in self.config.buckets if step_name(bucket) in self._calls)
             report(done, total, compiled)
 
+        if behind:
+            self.stopped.wait(_FIRST_ANSWER_S)
         with jax.default_matmul_precision(matmul_precision(self.config.compute_dtype)):
             compile_all(programs, self.watch, keep, stopped=self.stopped, behind=behind)
 
