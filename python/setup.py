@@ -35,7 +35,7 @@ def libraries() -> list[Extension]:
     if sys.platform == "win32":
         return []  # its compiler has no vector types
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    sources = [str(FOLDER / name) for name in ("attention.cc", "dense.cc")]
+    sources = [str(FOLDER / name) for name in ("attention.cc", "dense.cc", "untouched.cc")]
     headers = [str(FOLDER / name) for name in ("products.h", "threads.h", "vectors.h")]
     return [
         Extension(

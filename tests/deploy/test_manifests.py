@@ -12,7 +12,7 @@ import pytest
 import yaml
 from manifests import Manifest, the
 
-from sgl_jax.server.lifecycle import _LAST_WORDS_S
+from sgl_jax.server.api_process import _LAST_WORDS_S
 from sgl_jax.settings.server_args import ServerArgs
 
 SCHEMAS = manifests.schemas()

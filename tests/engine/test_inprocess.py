@@ -165,7 +165,7 @@ def test_a_start_is_heard_on_a_terminal_unless_the_program_has_its_own_logging(
     monkeypatch.setattr(ours, "propagate", logging_is_set_up)  # pytest has set up logging
     monkeypatch.setattr(ours, "handlers", [])
     monkeypatch.setattr("sys.stderr", screen)
-    monkeypatch.setattr("sgl_jax.engine.startup.build_core", lambda args: FakeCore())
+    monkeypatch.setattr("sgl_jax.engine.startup.build_core", lambda args, **_: FakeCore())
     level = ours.level
     with Engine(model_path=str(Path(__file__).parents[1] / "data" / "stories260k")) as engine:
         assert engine.generate("ab", {"max_new_tokens": 1})["meta_info"]["completion_tokens"] == 1

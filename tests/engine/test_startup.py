@@ -188,6 +188,55 @@ def test_with_skip_server_warmup_requests_wait_for_their_programs(
     core.close()
 
 
+def test_requests_are_answered_while_programs_compile_behind(
+    stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's engine is ready with the smallest and the largest step; here the others wait for the test."""
+    go_on, compiled = threading.Event(), []
+
+    def take(progress: LaunchProgress, program: str, cache_hit: bool) -> None:
+        compiled.append(program)
+        if program in ("tokens=4 rows=4", "tokens=8 rows=4"):
+            assert go_on.wait(60)
+
+    monkeypatch.setattr(LaunchProgress, "compiled", take)
+    args = dataclasses.replace(arguments(stories260k, tmp_path), max_running_requests=4, chunked_prefill_size=32)
+    core = startup.launch(args, die=pytest.fail)
+    assert isinstance(core, Core)
+    runner = core.runner
+    assert isinstance(runner, ModelRunner)
+    ran = []
+    monkeypatch.setattr(runner, "_announce", lambda program, vector, source: ran.append(program))
+    sizes = (1, 3, 7, 20, 60)
+
+    def answers() -> dict[int, list[int]]:
+        """Ask one after the other, then all at once."""
+        client = Client(core)
+        for several in (*([size] for size in sizes), sizes):
+            for size in several:
+                client.submit(
+                    len(client.answers), list(range(5, 5 + size)), max_tokens=6, temperature=0.0, ignore_eos=True
+                )
+            while any(answer.reason is None for answer in client.answers.values()):
+                client.step()
+        assert client.stats[-1].compiles_after_ready == 0
+        core.scheduler.flush()
+        return client.tokens
+
+    meanwhile = answers()
+    assert {*compiled[:5]} == {"tokens=1 rows=1", "tokens=32 rows=4", "load pages", "load counts", "load bias"}
+    assert {name for name in ran if name.startswith("tokens")} == {"tokens=1 rows=1", "tokens=32 rows=4"}
+    assert runner.num_compiling >= 1
+    go_on.set()
+    while runner.num_compiling:
+        core.step()
+    assert answers() == meanwhile
+    assert {name for name in ran if name.startswith("tokens")} == {
+        step_name(bucket) for bucket in runner.config.buckets
+    }
+    core.close()
+
+
 def test_a_larger_bucket_stands_in_until_the_right_one_is_compiled(
     usual: Core, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -229,7 +278,7 @@ def test_a_program_that_cannot_be_compiled_ends_an_engine_that_is_ready(
 ) -> None:
     ready = threading.Event()
 
-    def compiles(runner, report):
+    def compiles(runner, programs, report, behind):
         assert ready.wait(60)
         raise ValueError("the backend cannot do sinks")
 
@@ -246,7 +295,7 @@ def test_weights_that_cannot_be_read_end_the_launch_at_once(
     """Check that nobody waits for the compiling thread, whose programs may take minutes."""
     over, ended = threading.Event(), threading.Event()
 
-    def compiles(runner, report):
+    def compiles(runner, programs, report, behind):
         over.wait(60)
         assert runner.stopped.wait(60)
         ended.set()
@@ -267,7 +316,7 @@ def test_weights_that_cannot_be_read_end_the_launch_at_once(
 def test_a_program_that_cannot_be_compiled_ends_the_reading_of_weights(
     stories260k, tmp_path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def compiles(runner, report):
+    def compiles(runner, programs, report, behind):
         raise ValueError("the backend cannot do sinks")
 
     def load_weights(*args, report, **options):

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import os
 import resource
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -77,6 +78,23 @@ def test_what_has_not_begun_is_left_once_it_is_stopped() -> None:
     assert 1 <= len(traced) <= (os.cpu_count() or 1)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_compiling_behind_is_done_by_one_thread_of_low_priority_and_not_counted() -> None:
+    threads = []
+
+    def look(x):
+        threads.append((threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        return x + 1
+
+    watch = CompileWatch()
+    programs = [Program(f"p{n}", jax.jit(look), (jax.ShapeDtypeStruct((n,), jnp.float32),)) for n in (61, 67, 71)]
+    compile_all(programs, watch, nothing, behind=True)
+    assert (threads, watch.count) == ([(threads[0][0], 19)] * 3, 0)
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
+    compile_all([product("p", 73)], watch, nothing)
+    assert watch.count == 1
+
+
 def test_an_option_this_compiler_does_not_know_is_left_out_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -110,6 +128,19 @@ def test_a_second_start_says_which_programs_were_in_the_cache(own_cache: None, t
         compile_all([product("p", size)], CompileWatch(), lambda i, n, compiled: hits.append(compiled.cache_hit))
         jax.clear_caches()
     assert hits == [False, True, False]
+
+
+@pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
+def test_a_damaged_entry_of_the_cache_is_compiled_anew(own_cache: None, tmp_path: Path) -> None:
+    use_compile_cache(str(tmp_path))
+    hits, found = [], []
+    for _ in range(2):
+        calls = compile_all([product("p", 59)], CompileWatch(), lambda i, n, compiled: hits.append(compiled.cache_hit))
+        found.append(calls["p"](jnp.eye(59), 2 * jnp.eye(59)).tolist())
+        jax.clear_caches()
+        for entry in tmp_path.glob("*-cache"):
+            entry.write_bytes(entry.read_bytes()[:100] + bytes(100))
+    assert (hits, found[1]) == ([False, False], found[0])
 
 
 @contextlib.contextmanager

@@ -50,7 +50,7 @@ class Engine:
         def build() -> EngineCore:
             from sgl_jax.engine.startup import build_core
 
-            return build_core(args)
+            return build_core(args, behind=True)
 
         with log.heard():
             logger.info("sgl_jax %s, starting", __version__)

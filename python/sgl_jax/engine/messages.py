@@ -125,7 +125,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     preemptions: int = 0
     steps: int = 0
     compiles_after_ready: int = 0
-    num_compiling: int = 0  # programs that are not compiled yet, with --skip-server-warmup
+    num_compiling: int = 0  # programs that are not compiled yet
 
 
 class StepOutput(_Message, frozen=True):

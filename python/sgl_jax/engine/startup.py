@@ -51,21 +51,22 @@ class DeviceSide:
     runner: ModelRunner
 
 
-def build_core(args: ServerArgs, accept: Accept = lambda plan: None) -> Core:
-    """Load the model, size memory, compile every program. Raises ValueError with a line for the user, and whatever
-    `accept` raises, which is called before any weight is fetched or read."""
+def build_core(args: ServerArgs, accept: Accept = lambda plan: None, *, behind: bool = False) -> Core:
+    """Load the model, size memory, compile every program; with `behind`, where the platform's programs do, some of them
+    while it serves. Raises ValueError with a line for the user, and whatever `accept` raises, which is called before any
+    weight is fetched or read."""
     if args.nnodes > 1:
         how = "is started by sgl_jax.launch_server, on each of them"
         raise ValueError(f"--nnodes is {args.nnodes}; an engine over several machines {how}")
     started = time.perf_counter()
-    return _core(args, build_device_side(args, None, accept), started)
+    return _core(args, build_device_side(args, None, accept, behind=behind), started)
 
 
 def launch(args: ServerArgs, die: Die) -> EngineCore:
     """Build the core of a single host, or the leading core of host 0. `die` ends the process from any thread, since a
     host can be lost while the engine's own thread hangs."""
     if args.nnodes == 1:
-        return build_core(args)
+        return build_core(args, behind=True)
     started = time.perf_counter()
     leader = lead(args, die)
     try:
@@ -80,10 +81,10 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
 
 
 def build_device_side(
-    args: ServerArgs, hosts: Leader | Follower | None, accept: Accept = lambda plan: None
+    args: ServerArgs, hosts: Leader | Follower | None, accept: Accept = lambda plan: None, *, behind: bool = False
 ) -> DeviceSide:
     """Load and compile for the devices of this host. `hosts` reaches the other hosts, which do the same at the same
-    time; None: there are none."""
+    time; None: there are none. `behind`: as for build_core, with a single host."""
     use_compile_cache(args.compilation_cache_dir)
     grid = grid_of(args)
     platform, devices = pick_devices(args.device, grid.num_devices)
@@ -111,7 +112,10 @@ def build_device_side(
         model, plan.runner_config, kernels, placement, stacks_layers=platform.stacks_layers, announce=announce
     )
     with launch_progress(logger, len(runner.programs)) as progress:
-        compiled = runner.compile(lambda done, total, each: progress.compiled(each.program.name, each.cache_hit))
+        compiled = runner.compile(
+            lambda done, total, each: progress.compiled(each.program.name, each.cache_hit),
+            behind=behind and platform.compiles_behind,
+        )
         dtype, placer = plan.runner_config.weight_dtype, DevicePlacer(placement)
 
         def report(fraction: float, num_bytes: int) -> None:
@@ -129,10 +133,11 @@ def build_device_side(
         except BaseException:
             runner.close()
             raise
+    del checkpoint  # and with it the mapped pages of its files, before the pool is made
     cache_takes_programs(args.compilation_cache_dir)  # the programs may have filled the disk
     runner.start(weights, barrier=lambda: agree(0))
     if num_left := runner.num_compiling:
-        logger.info("%d of %d programs are still to be compiled (--skip-server-warmup)", num_left, len(runner.programs))
+        logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
     return DeviceSide(model, platform, devices, plan, runner)
 
 

@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 from sgl_jax.models.folder_files import reading
 from sgl_jax.models.model_errors import ModelError
 
-_BLOCK_VALUES = 1 << 20  # converted at a time, so that they stay in the cache
+_BLOCK_VALUES = 1 << 16  # converted at a time, so that they stay in a core's cache
 _ROWS = 4096  # summed at a time
 
 
@@ -90,7 +90,7 @@ def shard_name(name: str, device: int) -> str:
 
 
 def rows_below(parts: Sequence[StoredTensor], run: range) -> Iterator[np.ndarray]:
-    """Yield a run of the rows of tensors that lie one below the other, in blocks of about a million values."""
+    """Yield a run of the rows of tensors that lie one below the other, in blocks of about _BLOCK_VALUES values."""
     first = 0
     for part in parts:
         stop = min(run.stop - first, part.shape[0])

@@ -23,7 +23,7 @@ _GAUGES = (
     ("kv_usage_ratio", "Share of the KV pool's pages that running requests hold", "kv_usage"),
     ("kv_cached_ratio", "Share of the KV pool's pages that hold cached prefixes nobody uses now", "cached_usage"),
     ("generation_throughput", "Generated tokens per second over the last log interval", "gen_throughput"),
-    ("programs_compiling", "Programs not compiled yet, with --skip-server-warmup", "num_compiling"),
+    ("programs_compiling", "Programs not compiled yet", "num_compiling"),
 )
 _COUNTERS = (
     ("prompt_tokens", "Prompt tokens of admitted requests", "prompt_tokens"),

@@ -2,9 +2,11 @@
 
 import concurrent.futures
 import contextlib
+import ctypes
 import dataclasses
 import logging
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -22,6 +24,8 @@ logger = logging.getLogger(__name__)
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT = "/jax/compilation_cache/cache_hits"
 _ENTRY_BYTES = 1 << 20  # about the size of a program in the cache
+_LOWEST = 19  # priority, as of nice
+_BEHIND = "sgl-jax-compile-behind"  # name of the threads that compile what nobody waits for
 
 # XLA options that are not the default, by kind of device.
 COMPILER_OPTIONS = {
@@ -75,13 +79,13 @@ class CompileWatch:
     """Counts this process's compilations, and tells a thread whether its last one was read from the compilation cache."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = 0  # without those that nobody waits for (compile_all's `behind`), of any engine
         self._thread = threading.local()
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 
     def _on_duration(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == _COMPILED:
+        if event == _COMPILED and not threading.current_thread().name.startswith(_BEHIND):
             self.count += 1
 
     def _on_event(self, event: str, **kwargs: str | int) -> None:
@@ -130,12 +134,14 @@ def compile_all(
     *,
     absent: jax.sharding.Mesh | None = None,
     stopped: threading.Event | None = None,
+    behind: bool = False,
 ) -> dict[str, jax.stages.Compiled]:
     """Compile programs in parallel threads, in their order; return the compiled ones by name.
 
     `report` is called with the number done, the number of all, and the program just compiled. `absent`: the mesh of TPUs that
-    are not here, for programs to be read but not called. The first failure is raised and the remaining programs are left out;
-    likewise, with CancelledError, when another thread sets `stopped`.
+    are not here, for programs to be read but not called. `behind`: one thread of low priority compiles, beside requests, and no
+    CompileWatch counts it. The first failure is raised and the remaining programs are left out; likewise, with
+    CancelledError, when another thread sets `stopped`.
     """
     programs = list(programs)
     precision = jax.config.jax_default_matmul_precision  # the caller's, which threads do not inherit
@@ -152,16 +158,29 @@ def compile_all(
             call = _compiled(lowered, program.device_kind)
         return Compiled(program, call, time.perf_counter() - start, watch.took_hit())
 
+    def lower_priority() -> None:
+        if behind and sys.platform == "linux":  # where a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST)
+
     done: dict[str, jax.stages.Compiled] = {}
-    with concurrent.futures.ThreadPoolExecutor(min(len(programs), os.cpu_count() or 1)) as threads:
+    number = 1 if behind else min(len(programs), os.cpu_count() or 1)
+    with concurrent.futures.ThreadPoolExecutor(number, _BEHIND if behind else "", lower_priority) as threads:
         try:
             for future in concurrent.futures.as_completed([threads.submit(one, p) for p in programs]):
                 compiled = future.result()
                 done[compiled.program.name] = compiled.call
                 report(len(done), len(programs), compiled)
+                _return_freed_memory()
         finally:
             threads.shutdown(cancel_futures=True)
     return done
+
+
+def _return_freed_memory() -> None:
+    """Give back what compiling has freed, hundreds of megabytes, which glibc keeps."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+    if trim is not None:
+        trim(0)
 
 
 def _compiled(lowered: jax.stages.Lowered, device_kind: str) -> jax.stages.Compiled:

@@ -11,6 +11,7 @@ import numpy as np
 
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.weights import Weights
+from sgl_jax.ops.attention.api import AnyPool
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import MeshAxis
 from sgl_jax.parallel.placement import Axes, Placement
@@ -119,6 +120,15 @@ def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placem
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.sharding(axes))
 
     return jax.tree.map(place, jax.eval_shape(_initial_state(model, config)), STATE_AXES)
+
+
+def empty_kv(
+    config: RunnerConfig, placement: Placement, make_pool: Callable[[tuple[int, ...], str], AnyPool]
+) -> jax.Array:
+    """Make the KV pool of every device with the attention backend's function."""
+    axes, shape = config.pool.order.axes, config.pool.shape(config.num_pages, config.page_size)
+    make = placement.run(lambda: make_pool(shape, config.pool.dtype), (), axes)
+    return jax.jit(make, out_shardings=placement.sharding(axes))()
 
 
 def empty_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:

@@ -1,6 +1,7 @@
 """Runner of the compiled programs, and owner of the weights, KV pool and row state on the device."""
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,9 @@ from sgl_jax.step_plan import StepPlan, StepTokens, TokenScores, empty_plan
 
 # Called right before a program runs, with its name, its vector and the source of its payload ("" without one).
 type Announce = Callable[[str, np.ndarray, str], None]
+type Report = Callable[[int, int, Compiled], None]
 type DeviceValue = Weights[jax.Array] | DeviceState | StepOutputs | jax.Array
+_FIRST_ANSWER_S = 1.0  # in which nothing is compiled behind, because tracing and requests share the interpreter
 
 
 def announce_to_nobody(program: str, vector: np.ndarray, source: str) -> None:
@@ -89,12 +92,14 @@ class ModelRunner:
         self._devices = [*placement.mesh.devices.flat]
         self._placement = placement
         self._announce = announce
+        self._make_pool = kernels.attention.make_pool
         self._layouts = {bucket: config.layout(bucket) for bucket in config.buckets}
         self._loads = config.loads(model)
         self._by_name = {program.name: program for program in self.programs}
         self._calls: dict[str, jax.stages.Compiled] = {}  # programs that are compiled
         self._buckets: tuple[Bucket, ...] = ()  # compiled ones
-        self._compiling: Future[None] | None = None
+        self._compiling: list[Future[None]] = []
+        self._begin_others: Callable[[], object] | None = None  # compiles what waits for the end of `start`
         self.stopped = threading.Event()
         self._values: dict[str, DeviceValue] = {}
         self._compiles_when_ready = 0
@@ -107,41 +112,59 @@ class ModelRunner:
     def num_compiling(self) -> int:
         """Programs that are not compiled yet. Raises the error of one that cannot be."""
         left = len(self.programs) - len(self._calls)
-        if left and self._compiling is not None and self._compiling.done():
-            self._compiling.result()
+        for each in self._compiling if left else ():
+            if each.done():
+                each.result()
         return left
 
-    def compile(self, report: Callable[[int, int, Compiled], None]) -> Future[None]:
-        """Begin to compile every program in threads, until `close`. `report`: as for compile_all."""
-        thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-compile")
-        self._compiling = thread.submit(self._compile, report)
-        thread.shutdown(wait=False)
-        return self._compiling
+    def compile(self, report: Report, *, behind: bool = False) -> Future[None]:
+        """Begin to compile every program in threads, until `close`. With `behind` only those that requests need; a thread of
+        low priority compiles the others from the end of `start` on. `report`: as for compile_all."""
+        needed, others = by_need(self.programs)
+        self._begin_others = functools.partial(self._begin, others, report, behind=True) if behind else None
+        return self._begin(needed if behind else [*needed, *others], report)
 
-    def _compile(self, report: Callable[[int, int, Compiled], None]) -> None:
+    def _begin(self, programs: Sequence[Program], report: Report, behind: bool = False) -> Future[None]:
+        thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-compile")
+        self._compiling.append(thread.submit(self._compile, programs, report, behind))
+        thread.shutdown(wait=False)
+        return self._compiling[-1]
+
+    def _compile(self, programs: Sequence[Program], report: Report, behind: bool) -> None:
         def keep(done: int, total: int, compiled: Compiled) -> None:
             self._calls[compiled.program.name] = compiled.call
             self._buckets = tuple(bucket for bucket in self.config.buckets if step_name(bucket) in self._calls)
             report(done, total, compiled)
 
+        if behind:
+            self.stopped.wait(_FIRST_ANSWER_S)
         with jax.default_matmul_precision(matmul_precision(self.config.compute_dtype)):
-            compile_all(by_need(self.programs), self.watch, keep, stopped=self.stopped)
+            compile_all(programs, self.watch, keep, stopped=self.stopped, behind=behind)
 
     def close(self) -> None:
         """Begin to compile no further program. Those that are being compiled hold up nothing but the interpreter's end."""
         self.stopped.set()
 
     def start(self, weights: Weights[jax.Array], barrier: Callable[[], object] = lambda: None) -> None:
-        """Make the KV pool and row state, and run each compiled program once, since the first run takes longer.
+        """Make the KV pool and row state, and run each compiled program once, since the first run takes longer. Where programs
+        are compiled behind, each runs for a request first: that costs a CPU 0.2 s at most, and running a large step more.
 
         `barrier` waits until every process has compiled: a collective would not wait for minutes.
         """
         self._values = {
             WEIGHTS: weights,
-            KV: zeros(programs.abstract_kv(self.config, self._placement)),
+            KV: programs.empty_kv(self.config, self._placement, self._make_pool),
             STATE: programs.empty_state(self._model, self.config, self._placement),
         }
         barrier()
+        if self._begin_others is None:
+            self._run_once()
+        jax.block_until_ready(self._values[STATE])
+        self._compiles_when_ready = self.watch.count
+        if self._begin_others is not None:
+            self._begin_others()
+
+    def _run_once(self) -> None:
         empty_steps = {
             step_name(bucket): layout.pack(empty_plan(self.config.num_ranks, bucket.width))
             for bucket, layout in self._layouts.items()
@@ -150,8 +173,6 @@ class ModelRunner:
             vector = empty_steps.get(program.name, np.zeros(program.vector_shape, np.int32))
             payload = () if program.read is None else (zeros(program.args[-1]),)
             jax.block_until_ready(self._call(program, vector, *payload))
-        jax.block_until_ready(self._values[STATE])
-        self._compiles_when_ready = self.watch.count
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether a step's row loads and a bucket that holds it are compiled."""
@@ -205,9 +226,9 @@ class ModelRunner:
         return self._layouts[pick(self._buckets, tokens, rows, plan.width)]
 
 
-def by_need(programs: Sequence[Program]) -> list[Program]:
-    """Order programs by how soon they are needed: the smallest step, which decodes, the largest, which can stand in for
-    every other, the row loads, and the steps between."""
+def by_need(programs: Sequence[Program]) -> tuple[list[Program], list[Program]]:
+    """Divide programs into those that requests need, the soonest first, and the others. Needed are the smallest step, which
+    decodes, the largest, which can stand in for every other, and the row loads."""
     steps = [program for program in programs if OUTPUTS in program.gives]
     loads = [program for program in programs if OUTPUTS not in program.gives]
-    return [*steps[:1], *steps[1:][-1:], *loads, *steps[1:-1]]
+    return [*steps[:1], *steps[1:][-1:], *loads], steps[1:-1]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import mmap
+from pathlib import Path
 
 import batches
 import jax
@@ -302,4 +304,26 @@ def test_the_library_for_cpus_refuses_pools_of_another_dtype_than_the_queries():
     b = random_batch(np.random.default_rng(12), [(3, 1)], **sizes, num_tokens=8, num_rows=1)
     b["kv"] = b["kv"].astype(np.int8)
     with pytest.raises(ValueError, match=r"--attention-backend cpu.* int8 .*float32.*use native"):
-        cpu.paged_attention(*batches.arguments(b, AttentionSpec(0.25)), library=library.Library("", ""))
+        cpu.paged_attention(*batches.arguments(b, AttentionSpec(0.25)), library=library.Library("", "", ""))
+
+
+def test_a_large_pool_of_the_library_takes_memory_when_it_is_written():
+    if (found := library.find_library()) is None:
+        pytest.skip("no library was built")
+    make = functools.partial(cpu.make_pool, library=found)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    shape, size = (64, 2, 2, 16, 1 << 14), 1 << 28
+    before = resident()
+    pool = jax.block_until_ready(jax.jit(lambda: make(shape, "float32"))())
+    assert resident() - before < size / 8
+    written = jax.jit(lambda pool: pool.at[3, 1, 0, 5].set(7.0), donate_argnums=0)(pool)
+    assert written.nbytes == size
+    assert resident() - before < size / 8
+    values = np.asarray(written)
+    assert (values != 0).sum() == shape[-1]
+    assert (values[3, 1, 0, 5] == 7).all()
+    small = jax.jit(lambda: make((4, 2, 2, 16, 8), "float32"))
+    assert "custom_call" not in small.lower().as_text()

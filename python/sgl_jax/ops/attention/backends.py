@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable
 from importlib import metadata
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from sgl_jax.ops.attention import cpu, native
@@ -49,6 +50,7 @@ class Backend:
     fused: bool = False  # it takes q, k and v fused, k and v None (api.py)
     page_size: int | None = None  # the default for launches that name none; None: the platform's
     pool_order: PoolOrder = HEADS_FIRST
+    make_pool: Callable[[tuple[int, ...], str], AnyPool] = jnp.zeros  # makes the pool of one device, zeros
 
     def __call__(
         self, q: Queries, k: NewKV | None, v: NewKV | None, kv: AnyPool, batch: RaggedBatch, layer: AttentionLayer
@@ -68,7 +70,8 @@ def find_backend(name: str, platform: str, *, vectorise: bool, latent: bool = Fa
                 "--attention-backend cpu: its library is not there; sgl_jax was installed where no C++ compiler is; use native"
             )
         attend = functools.partial(cpu.paged_attention, library=library)
-        backend = Backend(attend, frozenset({"cpu"}), latent=True)
+        make_pool = functools.partial(cpu.make_pool, library=library)
+        backend = Backend(attend, frozenset({"cpu"}), latent=True, make_pool=make_pool)
     elif name == "fa":
         from sgl_jax.ops.attention.fa import call, tile  # they import Pallas, which takes a while
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sgl_jax.ops.attention.api import AttentionLayer, NewKV, Output, Pool, Queries, RaggedBatch
+from sgl_jax.ops.attention.api import AnyPool, AttentionLayer, NewKV, Output, Pool, Queries, RaggedBatch
 from sgl_jax.ops.cpu.library import Library
 
+_OF_THE_SYSTEM = 1 << 26  # bytes of an array for which the C library asks the system, which gives zeros
 _ALL_KEYS = 2**31 - 1  # the window of a layer that has none
 
 
@@ -56,3 +57,10 @@ def paged_attention(
         log_length=np.float32(math.log(spec.temperature_length) if spec.temperature_length else 0),
     )
     return out, kv
+
+
+def make_pool(shape: tuple[int, ...], dtype: str, *, library: Library) -> AnyPool:
+    """Return zeros. Pages of a large pool take memory and time when they are first written."""
+    if math.prod(shape) * np.dtype(dtype).itemsize < _OF_THE_SYSTEM:
+        return jnp.zeros(shape, dtype)
+    return jax.ffi.ffi_call(library.untouched, jax.ShapeDtypeStruct(shape, dtype))()

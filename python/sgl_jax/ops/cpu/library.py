@@ -25,6 +25,7 @@ class Library:
 
     attention: str
     dense: str
+    untouched: str
 
 
 def usable(flags: set[str]) -> dict[str, Path]:
