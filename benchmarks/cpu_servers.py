@@ -4,8 +4,9 @@
         --dtype bfloat16 --out benchmarks/cpu/servers_bfloat16.json
 
 The model is written once as a Hugging Face folder, which both read. While one server is measured, the other is stopped with
-SIGSTOP, so that it takes no time from the first. Each round sends prompts that no server has seen. `--tiny` writes a
-model of one small layer instead, which shows what a step costs beside the model.
+SIGSTOP, so that it takes no time from the first. Each round sends prompts that no server has seen. `--only` measures some
+cases anew and keeps the others of the file. `--tiny` writes a model of one small layer instead, which shows what a step costs
+beside the model.
 """
 
 from __future__ import annotations
@@ -115,6 +116,15 @@ def wait_ready(server: Server) -> None:
     raise RuntimeError(f"{server.name} has ended or is not ready after {READY_S} s; see its log")
 
 
+def wait_compiled(server: Server) -> None:
+    """Wait until this project's server compiles nothing more beside requests."""
+    while True:
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/get_server_info", timeout=30) as answer:
+            if not json.load(answer)["internal_states"][0]["num_compiling"]:
+                return
+        time.sleep(1)
+
+
 def write_folder(gguf: Path, folder: Path) -> None:
     """Write a GGUF model as a Hugging Face folder in float32."""
     file = read_gguf(gguf)
@@ -186,6 +196,7 @@ def main() -> None:
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     try:
         wait_ready(servers[0])
+        wait_compiled(servers[0])
         servers.append(start("vllm", theirs, 8302, args.work / "vllm.log", **env))
         wait_ready(servers[1])
         cases = [c for c in (TINY_CASES if args.tiny else CASES) if not args.only or str(c) in args.only]
@@ -205,7 +216,9 @@ def main() -> None:
     finally:
         for server in servers:
             server.signal(signal.SIGTERM)
-    results = [summary(case, runs) for case, runs in found.items()]
+    kept = json.loads(args.out.read_text())["results"] if args.only and args.out.exists() else []
+    results = [result for result in kept if result["case"] not in found]
+    results += [summary(case, runs) for case, runs in found.items()]
     about = {"command": sys.argv, "commit": commit(), "machine": machine(), "dtype": args.dtype}
     args.out.write_text(
         json.dumps(about | {"servers": [s.command for s in servers], "results": results}, indent=1) + "\n"

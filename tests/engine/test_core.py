@@ -43,6 +43,20 @@ def test_tokens_come_one_a_step_and_the_last_with_the_finish(overlap: bool) -> N
     assert [[(f.key, f.reason.type) for f in o.finished] for o in outputs] == [[], [], [(5, "length")]]
 
 
+def test_the_last_answer_s_numbers_come_at_once_while_programs_are_compiled(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sgl_jax.engine.core._WAIT_S", 0.0)
+    core = make_core(overlap=overlap)
+    monkeypatch.setattr(core.runner, "num_compiling", 3)
+    client = Client(core)
+    client.submit(0, [1, 2, 3], max_tokens=3)
+    for _ in range(50):
+        client.step()
+    assert (client.stats[-1].num_running, client.stats[-1].generated_tokens) == (0, 3)
+    assert len(client.stats) < 10  # steps in which nothing happens say so at most every quarter of a second
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_tokens_are_right_while_programs_are_still_compiled(
     overlap: bool, seed: int, monkeypatch: pytest.MonkeyPatch

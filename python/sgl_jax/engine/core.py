@@ -67,8 +67,11 @@ class Core:
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do; if not, the loop may sleep until a command comes."""
-        steps = self.scheduler.has_requests or self._planned is not None or self._in_flight is not None
-        return steps or self._commands.has_answers or self.runner.num_compiling > 0
+        return self._has_steps or self._commands.has_answers or self.runner.num_compiling > 0
+
+    @property
+    def _has_steps(self) -> bool:
+        return self.scheduler.has_requests or self._planned is not None or self._in_flight is not None
 
     def handle(self, command: Command) -> None:
         """Take in a command. Its answer, if it has one, comes out of the next `step`."""
@@ -87,13 +90,17 @@ class Core:
                 output = self._collect(launched, aborted)
         if launched is not None:
             self._profiler.collected()
-        if not self.busy:
+        waits = (
+            launched is None and self._in_flight is None and not events and self.busy
+        )  # for programs, if for anything
+        falls_idle = not self._has_steps and not waits
+        if falls_idle:
             self._statistics.speed.pause()
             self.scheduler.check_invariants()
-        elif launched is None and self._in_flight is None and not events:
+        elif waits:
             time.sleep(_WAIT_S)
         compiles, compiling = self.runner.compiles_after_ready, self.runner.num_compiling
-        stats = self._statistics.take_due(compiles, compiling, idle=not self.busy)
+        stats = self._statistics.take_due(compiles, compiling, idle=falls_idle)
         if stats is not None:
             output = msgspec.structs.replace(output or StepOutput(), stats=stats)
         return events if output is None else [*events, output]
