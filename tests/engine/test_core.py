@@ -55,6 +55,11 @@ def test_the_last_answer_s_numbers_come_at_once_while_programs_are_compiled(
         client.step()
     assert (client.stats[-1].num_running, client.stats[-1].generated_tokens) == (0, 3)
     assert len(client.stats) < 10  # steps in which nothing happens say so at most every quarter of a second
+    assert client.stats[-1].num_compiling == 3
+    monkeypatch.setattr("time.sleep", lambda _: monkeypatch.setattr(core.runner, "num_compiling", 0))
+    client.step()  # the last one, in which the last program is compiled
+    assert client.stats[-1].num_compiling == 0
+    assert not core.busy
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -100,7 +100,7 @@ class Core:
         elif waits:
             time.sleep(_WAIT_S)
         compiles, compiling = self.runner.compiles_after_ready, self.runner.num_compiling
-        stats = self._statistics.take_due(compiles, compiling, idle=falls_idle)
+        stats = self._statistics.take_due(compiles, compiling, idle=falls_idle or not self.busy)
         if stats is not None:
             output = msgspec.structs.replace(output or StepOutput(), stats=stats)
         return events if output is None else [*events, output]
