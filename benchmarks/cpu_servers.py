@@ -219,10 +219,9 @@ def main() -> None:
     kept = json.loads(args.out.read_text())["results"] if args.only and args.out.exists() else []
     results = [result for result in kept if result["case"] not in found]
     results += [summary(case, runs) for case, runs in found.items()]
-    about = {"command": sys.argv, "commit": commit(), "machine": machine(), "dtype": args.dtype}
-    args.out.write_text(
-        json.dumps(about | {"servers": [s.command for s in servers], "results": results}, indent=1) + "\n"
-    )
+    flags = {s.name: [word for word in s.command if "/" not in word] for s in servers}  # without this machine's paths
+    about = {"commit": commit(), "machine": machine(), "dtype": args.dtype, "flags": flags}
+    args.out.write_text(json.dumps(about | {"results": results}, indent=1) + "\n")
     for result in results:
         print(result["case"], *(f"{name} {result['ratio'][name]:.2f}" for name in FIGURES))
 
