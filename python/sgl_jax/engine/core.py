@@ -90,17 +90,15 @@ class Core:
                 output = self._collect(launched, aborted)
         if launched is not None:
             self._profiler.collected()
-        waits = (
-            launched is None and self._in_flight is None and not events and self.busy
-        )  # for programs, if for anything
-        falls_idle = not self._has_steps and not waits
-        if falls_idle:
+        waits_for_programs = self.busy and launched is None and self._in_flight is None and not events
+        if waits_for_programs:
+            time.sleep(_WAIT_S)
+        elif not self._has_steps:
             self._statistics.speed.pause()
             self.scheduler.check_invariants()
-        elif waits:
-            time.sleep(_WAIT_S)
+        idle = not self._has_steps and not (waits_for_programs and self.busy)
         compiles, compiling = self.runner.compiles_after_ready, self.runner.num_compiling
-        stats = self._statistics.take_due(compiles, compiling, idle=falls_idle or not self.busy)
+        stats = self._statistics.take_due(compiles, compiling, idle=idle)
         if stats is not None:
             output = msgspec.structs.replace(output or StepOutput(), stats=stats)
         return events if output is None else [*events, output]

@@ -42,15 +42,18 @@ def spawn(server_args: ServerArgs, core_factory: str, commands: str, events: str
     """
     sockets = {"commands": commands, "events": events}
     config = {"args": dataclasses.asdict(server_args), "core_factory": core_factory, **sockets}
-    variables = environment()
-    variables["GLIBC_TUNABLES"] = ":".join(
-        [HUGE_PAGES, *filter(None, [variables.get("GLIBC_TUNABLES")])]
-    )  # the last counts
-    process = subprocess.Popen([sys.executable, "-m", "sgl_jax.engine.process"], stdin=subprocess.PIPE, env=variables)
+    command, variables = [sys.executable, "-m", "sgl_jax.engine.process"], with_huge_pages(environment())
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, env=variables)
     assert process.stdin is not None
     process.stdin.write(json.dumps(config).encode() + b"\n")
     process.stdin.flush()
     return process
+
+
+def with_huge_pages(variables: dict[str, str]) -> dict[str, str]:
+    """Return the environment with huge pages switched on, unless it says otherwise: of two settings the last counts."""
+    chosen = variables.get("GLIBC_TUNABLES")
+    return variables | {"GLIBC_TUNABLES": f"{HUGE_PAGES}:{chosen}" if chosen else HUGE_PAGES}
 
 
 def main() -> int:

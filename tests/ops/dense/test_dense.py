@@ -35,7 +35,7 @@ def calls_library(x: jax.Array, w: jax.Array, out_dtype: str | None = None) -> b
         (5, 32, 4),
         (7, 64, 33),
         (16, 576, 99),
-        (32, 2080, 31),
+        (15, 2080, 31),
     ],
 )
 def test_a_product_is_that_of_float64(name: str, dtype: str, tokens: int, columns: int, rows: int) -> None:
@@ -73,7 +73,7 @@ def test_infinities_and_nans_come_through() -> None:
 @pytest.mark.parametrize(
     ("tokens", "columns", "dtypes"),
     [
-        (33, 64, ("float32", "float32")),
+        (17, 64, ("float32", "float32")),
         (1, 172, ("float32", "float32")),
         (1, 64, ("bfloat16", "float32")),
         (1, 64, ("float16", "float16")),

@@ -60,7 +60,8 @@ def paged_attention(
 
 
 def make_pool(shape: tuple[int, ...], dtype: str, *, library: Library) -> AnyPool:
-    """Return zeros. Pages of a large pool take memory and time when they are first written."""
+    """Return zeros. Pages of a large pool take memory and time when they are first written; another allocator than the C
+    library's may leave other values there, which nothing reads before it writes."""
     if math.prod(shape) * np.dtype(dtype).itemsize < _OF_THE_SYSTEM:
         return jnp.zeros(shape, dtype)
     return jax.ffi.ffi_call(library.untouched, jax.ShapeDtypeStruct(shape, dtype))()
