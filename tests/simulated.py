@@ -16,7 +16,19 @@ from sgl_jax.engine.messages import CacheFlushed, Event, Generate, PromptScored,
 from sgl_jax.request import FinishReason, Request, SamplingParams
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
+from sgl_jax.scheduler.widths import Widths
 from sgl_jax.step_plan import StepPlan, StepTokens
+
+
+class ByRows(Widths):
+    """Widths that a function chooses from the number of decoding rows, 1 to `rows`."""
+
+    def __init__(self, choose: Callable[[int], int], rows: int):
+        super().__init__(max(map(choose, range(1, rows + 1))), rows, 0.0)
+        self._choose = choose
+
+    def __call__(self, num_decoding: int) -> int:
+        return self._choose(num_decoding)
 
 
 def make_scheduler(
@@ -32,11 +44,14 @@ def make_scheduler(
     ranks: int = 1,
     placement: str = "cache_aware",
     width: Callable[[int], int] = lambda num_decoding: 1,
+    lookahead: int = 0,
 ) -> Scheduler:
     """Make a scheduler. Pages, rows and token budgets are per rank."""
+    widths, limits = ByRows(width, rows), (rows, context_length, step_tokens, prefill_tokens or step_tokens)
     return Scheduler(
-        SchedulerConfig(rows, context_length, step_tokens, prefill_tokens or step_tokens, policy, placement, width),
+        SchedulerConfig(*limits, policy, placement, widths.width, rows, lookahead=lookahead),
         [PrefixCache(num_usable_pages + 1, page_size, enabled=radix) for _ in range(ranks)],
+        widths,
     )
 
 
@@ -83,7 +98,7 @@ def make_core(
         context_length=config.context_length,
         vocab_size=vocab_size,
         step_seconds=step_seconds,
-        width=config.max_width,
+        width=config.width,
     )
     info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos)
     return Core(scheduler, runner, info, overlap=overlap, random_seed=random_seed)
@@ -180,7 +195,7 @@ class Client:
         if event.stats is not None:
             self.stats.append(event.stats)
         assert len(event.keys) == len(event.tokens)
-        assert max(Counter(event.keys).values(), default=0) <= self.core.scheduler.config.max_width
+        assert max(Counter(event.keys).values(), default=0) <= self.core.scheduler.config.width
         for i, (key, token) in enumerate(zip(event.keys, event.tokens, strict=True)):
             answer = self.answers[key]
             assert answer.reason is None, "a token after the end"

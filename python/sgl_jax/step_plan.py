@@ -77,7 +77,7 @@ class RowLoad:
 
     row: int
     pages: np.ndarray | None  # after a prefix hit, the row's whole page table so far (page ids of its rank)
-    request: Request | None  # set if its penalties, logit_bias or min_tokens need device state
+    request: Request | None  # set if its penalties, logit_bias or min_tokens need device state, or its tokens are kept there
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,10 +162,10 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def pages_per_row(context_length: int, width: int, page_size: int) -> int:
+def pages_per_row(context_length: int, width: int, page_size: int, lookahead: int = 0) -> int:
     """Return the number of pages that a row's page table must hold. A row may compute needless drafts beyond the context: at
-    the end, up to two steps of W tokens each are in flight."""
-    return -(-(context_length + 2 * (width - 1)) // page_size)
+    the end, up to two steps of W tokens each are in flight. `lookahead`: tokens beyond a step's own whose KV it writes."""
+    return -(-(context_length + 2 * (width - 1) + lookahead) // page_size)
 
 
 @functools.cache

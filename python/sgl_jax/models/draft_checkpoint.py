@@ -1,0 +1,2 @@
+def describe(d): return ""
+def draft_config(*a): raise NotImplementedError
