@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 
-from sgl_jax.engine.speculation_plan import plan_speculation
+from sgl_jax.engine.speculation_plan import drafter_of, plan_speculation
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import Grid
@@ -16,6 +16,7 @@ from sgl_jax.runtime.placed_weights import weight_bytes
 from sgl_jax.runtime.platform import Platform
 from sgl_jax.runtime.pool import Pool, pools_of
 from sgl_jax.runtime.programs import RunnerConfig
+from sgl_jax.runtime.step_spec import Drafter
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.settings.server_args import ServerArgs
 
@@ -29,6 +30,7 @@ class LaunchPlan:
     memory: MemoryPlan  # each device's
     runner_config: RunnerConfig
     scheduler_config: SchedulerConfig
+    drafter: Drafter | None = None  # makes drafts inside the step
 
     @property
     def kv_tokens(self) -> int:
@@ -118,6 +120,7 @@ def plan_launch(
             speculation.lookahead,
             speculation.keeps_tokens,
         ),
+        drafter_of(args.speculation),
     )
 
 

@@ -14,7 +14,7 @@ from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
-from sgl_jax.engine.speculation_plan import drafter_of, with_draft
+from sgl_jax.engine.speculation_plan import with_draft
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import Families, decoder_config, known_families
@@ -117,7 +117,7 @@ def build_device_side(
         placement,
         stacks_layers=platform.stacks_layers,
         announce=announce,
-        drafter=drafter_of(args.speculation),
+        drafter=plan.drafter,
     )
     with launch_progress(logger, len(runner.programs)) as progress:
         compiled = runner.compile(

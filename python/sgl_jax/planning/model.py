@@ -3,11 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+from sgl_jax.engine.speculation_plan import with_draft
 from sgl_jax.models.bundled import PREFIX, bundled
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import decoder_config, known_families
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads
+from sgl_jax.settings.server_args import ServerArgs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,3 +38,9 @@ def read_model(
     checkpoint = open_checkpoint(path, load_format="dummy", downloads=downloads)
     config = decoder_config(checkpoint.config, checkpoint.generation_config, families=known_families(package))
     return PlannedModel(config.for_context(context_length), checkpoint.dtype, str(checkpoint.path))
+
+
+def drafting(args: ServerArgs, model: PlannedModel) -> PlannedModel:
+    """Return the model with the draft model that the flags ask for, of which the config alone is read. Raises ModelError."""
+    config, _ = with_draft(args, model.config, known_families(args.model_package), dummy=True)
+    return dataclasses.replace(model, config=config)
