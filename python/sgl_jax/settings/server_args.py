@@ -234,10 +234,6 @@ class ServerArgs(ServingFlags):
         return found
 
     @property
-    def speculation(self):
-        return None
-
-    @property
     def num_devices(self) -> int:
         return (self.tp_size or 1) * self.dp_size
 
