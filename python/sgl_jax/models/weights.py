@@ -97,11 +97,11 @@ type Layers[Leaf] = list[LayerWeights[Leaf]] | tuple[LayerWeights[Leaf], ...]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DraftWeights[Leaf]:
-    """Weights of a draft model (models/draft_config.py). D is its own width, Dt the target's; F features are joined. A weight
+    """Weights of a draft model (DraftConfig). D is its own width, Dt the target's; F features are joined. A weight
     that its kind lacks is None; for embed and lm_head the target's are taken then."""
 
     embed: Leaf | None  # [V, D]
-    fc: Matrix[Leaf] | None  # [D, 2D], or [D, F * Dt] of EAGLE-3
+    fc: Matrix[Leaf] | None  # [D, 2D], or [D, F * Dt] of EAGLE-3, which has none where the feature is the final output
     fc_bias: Leaf | None  # [D]
     fc_norm: Leaf | None  # [F * Dt], of the joined features together
     fc_norms: list[Leaf]  # [Dt] each, of the joined features one by one
@@ -175,18 +175,19 @@ type Spec = Callable[..., WeightSpec]  # see declare_plain
 def _draft(c: DecoderConfig, draft: DraftConfig, spec: Spec) -> DraftWeights[WeightSpec]:
     own = draft.decoder
     d, joined = (own.hidden_size, "model"), (draft.num_features * c.hidden_size, None)
-    is_eagle3, fc_input = draft.kind == "eagle3", (2 * own.hidden_size, None)
+    is_eagle3, both = draft.kind == "eagle3", (2 * own.hidden_size, None)
+    has_fc = bool(draft.target_layers) if is_eagle3 else draft.kind != "standalone"
     layers = [_layer(own, spec, own.has_experts(i), own.has_mlp(i)) for i in range(own.num_layers)]
     if is_eagle3:
-        assert layers[0].qkv is not None
-        qkv = dataclasses.replace(layers[0].qkv, shape=(layers[0].qkv.shape[0], 2 * own.hidden_size))
-        layers[0] = dataclasses.replace(layers[0], qkv=qkv)
+        qkv = layers[0].qkv
+        assert isinstance(qkv, WeightSpec)
+        layers[0] = dataclasses.replace(layers[0], qkv=dataclasses.replace(qkv, shape=(qkv.shape[0], both[0])))
     if draft.kind == "eagle":
         layers[0] = dataclasses.replace(layers[0], attn_norm=None)
     offsets = dataclasses.replace(spec((own.vocab_size, "vocab")), dtype="int32")
     return DraftWeights(
         embed=spec((c.vocab_size, "vocab"), d) if draft.own_embed else None,
-        fc=spec(d, joined if is_eagle3 else fc_input) if draft.kind != "standalone" else None,
+        fc=spec(d, joined if is_eagle3 else both) if has_fc else None,
         fc_bias=spec(d) if draft.fc_bias else None,
         fc_norm=spec(joined) if draft.norm_before_fc else None,
         fc_norms=[spec((c.hidden_size, "model")) for _ in range(draft.num_features if draft.fc_norms else 0)],
