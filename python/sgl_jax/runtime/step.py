@@ -18,7 +18,7 @@ from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import LONE, Grid
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime import sampler, speculate
-from sgl_jax.runtime.device_state import DeviceState, apply_page_updates, store_samples
+from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState, apply_page_updates, store_samples
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.speculate import Drafter
@@ -29,7 +29,7 @@ class StepOutputs(NamedTuple):
     """Results for the rows and tokens of all M ranks, padding included, replicated on every device."""
 
     tokens: jax.Array  # i32[M * S, W]
-    num_accepted: jax.Array  # i32[M * S]
+    counts: jax.Array  # i32[M * S, 2]: num_accepted and num_drafted of StepTokens
     logprobs: Logprobs  # [M * S * W], of the sampled tokens
     prompt_logprobs: Logprobs  # [M * T], of the token after each packed token
 
@@ -97,13 +97,14 @@ def step(
     with jax.named_scope("store"):
         tokens = sampled.reshape(-1, bucket.width)
         num_accepted = speculate.count_accepted(tokens, rows.drafts)
+        counts = jnp.stack([num_accepted, (rows.drafts != NO_DRAFT).sum(1)], axis=1)
         length = rows.start + jnp.where(inputs.from_device, num_accepted, inputs.num_new)
         counted = sampler.has_flag(inputs.params, RowFlag.PENALTIES)
         state = store_samples(state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone)
         state = speculate.draft(state, inputs.rows, features, num_accepted, spec.drafter)
     with jax.named_scope("prompt_logprobs"):
         prompt_logprobs = _prompt_logprobs(weights, spec, inputs, batch, rows.packed, hidden)
-    return kv, state, StepOutputs(tokens, num_accepted, logprobs, prompt_logprobs)
+    return kv, state, StepOutputs(tokens, counts, logprobs, prompt_logprobs)
 
 
 def _attention_spec(config: DecoderConfig, width: int) -> AttentionSpec:
