@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from fakes.fake_core import fake_info
-from fakes.fake_runner import FakeRunner, continuation, kv_chain, logprob_of
+from fakes.fake_runner import FakeRunner, continuation, kv_chain, logprob_of, two_of_three
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import CacheFlushed, Event, Generate, PromptScored, Stats, StepOutput, TokenLogprobs
@@ -55,12 +55,16 @@ def make_scheduler(
     )
 
 
-def step_tokens(plan: StepPlan, tokens: np.ndarray, num_accepted: np.ndarray | None = None) -> StepTokens:
-    """Make a step's result of tokens [S] or [S, W]. By default all are accepted."""
+def step_tokens(
+    plan: StepPlan, tokens: np.ndarray, num_accepted: np.ndarray | None = None, num_drafted: np.ndarray | None = None
+) -> StepTokens:
+    """Make a step's result of tokens [S] or [S, W]. By default decoding rows have all drafts, and all are accepted."""
     tokens = tokens.reshape(len(plan.rows), plan.width).astype(np.int32)
     if num_accepted is None:
         num_accepted = np.where(plan.from_device, plan.width, 1)
-    return StepTokens(tokens, num_accepted, None, None)
+    if num_drafted is None:
+        num_drafted = np.where(plan.from_device, plan.width - 1, 0)
+    return StepTokens(tokens, num_accepted, num_drafted, None, None)
 
 
 def make_request(
@@ -86,6 +90,9 @@ def make_core(
     step_seconds: float = 0.0,
     random_seed: int | None = 0,
     eos: int = 511,
+    decode_log_interval: int = 40,
+    draft_model: str = "",
+    draft_is_right: Callable[[int], bool] = two_of_three,
     **scheduler_options,
 ) -> Core:
     scheduler = make_scheduler(**scheduler_options)
@@ -99,9 +106,18 @@ def make_core(
         vocab_size=vocab_size,
         step_seconds=step_seconds,
         width=config.width,
+        draft_is_right=draft_is_right,
     )
     info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos)
-    return Core(scheduler, runner, info, overlap=overlap, random_seed=random_seed)
+    return Core(
+        scheduler,
+        runner,
+        info,
+        overlap=overlap,
+        random_seed=random_seed,
+        decode_log_interval=decode_log_interval,
+        draft_model=draft_model,
+    )
 
 
 @dataclasses.dataclass

@@ -188,6 +188,7 @@ class StepTokens:
 
     tokens: np.ndarray  # i32[S, W]
     num_accepted: np.ndarray  # i32[S] how many of a row's tokens continue its sequence: 1 .. W if it decodes, else 1
+    num_drafted: np.ndarray  # i32[S] how many drafts of a row were verified: 0 .. W - 1 if it decodes, else 0
     logprobs: TokenScores | None  # n = S * W sampled tokens; None unless a row asked
     prompt_logprobs: TokenScores | None  # n = T, the token after each packed token; None unless a row asked
 

@@ -86,7 +86,7 @@ def test_the_host_fetches_only_the_tokens_of_a_step_of_width_one(runner: ModelRu
     flight = runner.launch(StepPlan.of(np.ones(2, np.int32)))
     others = {name: LeftThere() for name in flight.outputs._fields if name != "tokens"}
     step = dataclasses.replace(flight, outputs=flight.outputs._replace(**others)).collect()
-    assert (step.tokens.shape, step.num_accepted.tolist()) == ((2, 1), [1, 1])
+    assert (step.tokens.shape, step.num_accepted.tolist(), step.num_drafted.tolist()) == ((2, 1), [1, 1], [0, 0])
 
 
 def test_a_program_with_a_payload_is_announced_by_its_source_and_reads_it_itself(

@@ -131,8 +131,14 @@ def test_output_does_not_depend_on_drafts(stories260k: Path, expected: Client, d
     for overlap in (True, False):
         client = run(runner, overlap=overlap)
         check(client, expected)
+        counters = client.core.scheduler.counters
+        if drafter == "none":
+            assert counters.draft_steps == 0
+        if drafter == "the same again":
+            assert counters.drafted_tokens == (W - 1) * counters.draft_steps > 0
         if drafter == "right":
-            assert client.core.scheduler.counters.steps < 0.6 * expected.core.scheduler.counters.steps
+            assert counters.steps < 0.6 * expected.core.scheduler.counters.steps
+            assert counters.accepted_drafts > 0.8 * counters.drafted_tokens > 0  # it takes some requests for others
 
 
 def test_output_does_not_depend_on_widths_that_change_with_the_batch_nor_on_preemption(

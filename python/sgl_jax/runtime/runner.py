@@ -50,13 +50,14 @@ class InFlight:
     def collect(self) -> StepTokens:
         """Wait for the step and copy its tokens to the host; logprobs only if a row asked for them."""
         plan, outputs = self.plan, self.outputs
-        if plan.width == 1:  # always 1, and a transfer costs
-            num_accepted = np.ones(len(plan.rows), np.int32)
+        if plan.width == 1:  # always one token without drafts, and a transfer costs
+            num_accepted, num_drafted = np.ones(len(plan.rows), np.int32), np.zeros(len(plan.rows), np.int32)
         else:
-            num_accepted = np.asarray(outputs.num_accepted)[self.rows]
+            num_accepted, num_drafted = np.asarray(outputs.counts)[self.rows].T
         return StepTokens(
             np.asarray(outputs.tokens)[self.rows],
             num_accepted,
+            num_drafted,
             _scores(outputs.logprobs, self.rows, plan.width) if plan.wants_logprobs else None,
             _scores(outputs.prompt_logprobs, self.tokens) if plan.wants_prompt_logprobs else None,
         )

@@ -12,7 +12,7 @@ from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import RaggedBatch, make_ragged_batch
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime import sampler, speculate
-from sgl_jax.runtime.device_state import DeviceState, apply_page_updates, store_samples
+from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState, apply_page_updates, store_samples
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.speculate import Verified
@@ -24,7 +24,7 @@ class StepOutputs(NamedTuple):
     """Results for the rows and tokens of all M ranks, padding included, replicated on every device."""
 
     tokens: jax.Array  # i32[M * S, W]
-    num_accepted: jax.Array  # i32[M * S]
+    counts: jax.Array  # i32[M * S, 2]: num_accepted and num_drafted of StepTokens
     logprobs: Logprobs  # [M * S * W], of the sampled tokens
     prompt_logprobs: Logprobs  # [M * T], of the token after each packed token
 
@@ -69,6 +69,7 @@ def step(
     with jax.named_scope("store"):
         tokens = sampled.reshape(-1, bucket.width)
         num_accepted = speculate.count_accepted(tokens, rows.drafts)
+        counts = jnp.stack([num_accepted, (rows.drafts != NO_DRAFT).sum(1)], axis=1)
         length = rows.start + jnp.where(inputs.from_device, num_accepted, inputs.num_new)
         counted = sampler.has_flag(inputs.params, RowFlag.PENALTIES)
         before, state = state, store_samples(
@@ -83,7 +84,7 @@ def step(
             pools, state = spec.drafter(verified, spec, layout)
     with jax.named_scope("prompt_logprobs"):
         prompt_logprobs = _prompt_logprobs(weights, spec, inputs, batch, rows.packed, hidden)
-    return pools, state, StepOutputs(tokens, num_accepted, logprobs, prompt_logprobs)
+    return pools, state, StepOutputs(tokens, counts, logprobs, prompt_logprobs)
 
 
 def _prompt_logprobs(

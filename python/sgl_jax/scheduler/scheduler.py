@@ -22,24 +22,14 @@ import numpy as np
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.request import Request
 from sgl_jax.scheduler.admission import Admission, Place
+from sgl_jax.scheduler.counters import Counters
 from sgl_jax.scheduler.policy import POLICIES
-from sgl_jax.scheduler.results import StepResult, take_tokens
+from sgl_jax.scheduler.results import StepResult, take_tokens, verified_drafts
 from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.scheduler.widths import Widths
 from sgl_jax.step_plan import Param, RowFlag, RowLoad, StepPlan, StepTokens, pages_per_row
-
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """Totals since start."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -75,7 +65,7 @@ class Scheduler:
         self._pages = RowPages(self.table, caches, config.lookahead)
         self._admission = Admission(config, self.caches, self.table, self._pages)
         self.waiting: dict[int, Request] = {}  # by key
-        self.counters = Counters()
+        self.counters = Counters(accepted_per_position=[0] * (config.max_width - 1))
         self._requests: dict[int, Request] = {}  # every live request, by key
         self._running = np.empty(0, np.int32)  # rows by rank, within a rank in order of admission
 
@@ -272,6 +262,9 @@ class Scheduler:
         first = [request for request in started if request is not None and not request.announced]
         for request in first:
             request.announced = True
+        drafts = verified_drafts(plan, step, index)
+        if len(drafts):
+            self.counters.count_drafts(drafts)
         taken = take_tokens(t, plan, step, index)
         decoded = plan.from_device & alive
         self._widths.observe(plan.width, int(decoded.sum()), int(step.num_accepted[decoded].sum()))
@@ -283,6 +276,7 @@ class Scheduler:
             first=first,
             finished=[(self._requests.pop(self._leave_row(int(rows[i])).key), reason) for i, reason in taken.ends],
             scored=scored,
+            drafts=drafts,
         )
 
     def _scored(self, plan: StepPlan, alive: np.ndarray) -> dict[int, Request]:

@@ -86,6 +86,8 @@ def run(
         "last_gen_throughput": after.gen_throughput or None,  # over a log interval, which the run may not reach
         **throughputs(len(metas), inputs, outputs, duration),
     }
+    if (drafts := after.drafts.since(before.drafts)).steps:
+        found["accept_length"] = drafts.accept_length
     print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
     shares = {}
     if roofline is not None and outputs:
