@@ -35,12 +35,13 @@ class Param(enum.IntEnum):
 
 
 class RowFlag(enum.IntFlag):
-    """Bits of Param.FLAGS: the parts of the sampler that a row needs."""
+    """Bits of Param.FLAGS: the parts of the step that a row needs or does without."""
 
     LOGPROBS = 1
     PENALTIES = 2
     BIAS = 4  # logit_bias or min_tokens
     PROMPT_LOGPROBS = 8
+    NO_DRAFTS = 16
 
 
 class Per(enum.Enum):

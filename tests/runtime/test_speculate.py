@@ -159,6 +159,28 @@ def test_without_a_drafter_rows_of_width_w_have_no_drafts(stories260k: Path, exp
         check(run(runner), expected)
 
 
+def test_a_request_that_is_not_to_speculate_gains_one_token_a_step(stories260k: Path, plain: ModelRunner) -> None:
+    def submit(client: Client, **params) -> Client:
+        for key in range(2):
+            client.submit(key, [*STORY, 100 + key], max_tokens=30, ignore_eos=True, temperature=0.0, **params)
+            params = {}  # the second request speculates
+        return client
+
+    expected = submit(Client(small_core(plain)))
+    expected.run()
+    runner = small_runner(stories260k, widths=(W,), drafter=an_oracle(expected, 10**6))
+    client = submit(Client(small_core(runner)), disable_speculation=True)
+    gains: dict[int, set[int]] = {0: set(), 1: set()}
+    while client.core.busy:
+        before = {key: len(answer.tokens) for key, answer in client.answers.items()}
+        client.step()
+        for key, answer in client.answers.items():
+            gains[key].add(len(answer.tokens) - before[key])
+    check(client, expected)
+    assert gains[0] == {0, 1}
+    assert max(gains[1]) == W
+
+
 def test_a_step_writes_the_length_of_rows_that_do_not_decode(plain: ModelRunner) -> None:
     """Otherwise a row's first decode step would start where the request before it ended."""
     client = Client(small_core(plain, overlap=False))

@@ -23,11 +23,14 @@ def find_model(
     path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None, context_length: int | None = None
 ) -> PlannedModel:
     """Read a model's configs. A name or hub id whose config is bundled needs no network. Raises ModelError."""
+    return read_model(bundled_path(path) or path, downloads, package, context_length)
+
+
+def bundled_path(path: str) -> str | None:
+    """Return the bundled config that a name or hub id stands for, as config:NAME; None for any other path."""
     names = {name.lower(): name for name in bundled()}
     name = names.get(path.rpartition("/")[2].removesuffix("-Instruct").lower())
-    if name is not None and not Path(path).expanduser().exists():
-        path = PREFIX + name
-    return read_model(path, downloads, package, context_length)
+    return PREFIX + name if name is not None and not Path(path).expanduser().exists() else None
 
 
 def read_model(

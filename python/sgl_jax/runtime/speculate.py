@@ -15,8 +15,9 @@ from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import RaggedBatch
 from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
-from sgl_jax.runtime.sampler import SampleLines
+from sgl_jax.runtime.sampler import SampleLines, has_flag
 from sgl_jax.runtime.step_spec import Pools
+from sgl_jax.step_plan import RowFlag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +34,8 @@ def row_tokens(inputs: StepInputs, state: DeviceState, layout: PlanLayout) -> Ro
     m, s, w = layout.num_ranks, layout.bucket.num_rows, layout.bucket.width
     decodes, rows = inputs.from_device, inputs.rows
     start = jnp.where(decodes, state.length[rows], inputs.start)
-    drafts = jnp.where(decodes[:, None], state.draft[rows, : w - 1], NO_DRAFT)
+    drafted = decodes & ~has_flag(inputs.params, RowFlag.NO_DRAFTS)
+    drafts = jnp.where(drafted[:, None], state.draft[rows, : w - 1], NO_DRAFT)
     known = jnp.concatenate([state.last_token[rows][:, None], jnp.maximum(drafts, 0)], axis=1)
     planned = inputs.tokens.reshape(m, -1)
     first = jnp.where(decodes[:, None], known, planned[:, : s * w].reshape(-1, w))
