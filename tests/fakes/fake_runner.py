@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -31,6 +31,10 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
+
+
+def two_of_three(kv: int) -> bool:
+    return _mix(kv) % 3 > 0
 
 
 def kv_of(before: int, token: int) -> int:
@@ -139,14 +143,16 @@ class FakeRunner:
         step_seconds: float = 0.0,
         num_ranks: int = 1,
         width: int = 1,
+        draft_is_right: Callable[[int], bool] = two_of_three,
     ):
         """`num_rows`: rows of all data ranks together; `num_pages`: pages of each rank, its scratch page included; `width`: W
-        of the widest step."""
+        of the widest step; `draft_is_right`: of the draft after a token with this KV."""
         self.page_size, self.vocab_size, self.step_seconds = page_size, vocab_size, step_seconds
         self.tracer = FakeTracer()
         self.plans: list[StepPlan] = []  # all that were launched, for tests to read
         self._kv: list[int] = [0] * (num_ranks * num_pages * page_size)
         self._num_collected = 0
+        self._draft_is_right = draft_is_right
         self._num_pages, self._num_ranks, self._width = num_pages, num_ranks, width
         num_pages_per_row = pages_per_row(context_length, width, page_size)
         self._rows = [_Row(np.zeros(num_pages_per_row, np.int32)) for _ in range(num_rows)]
@@ -240,7 +246,8 @@ class FakeRunner:
         following = np.roll(plan.tokens, -1)
         following[np.cumsum(plan.num_new) - 1] = plan.next_token
         prompt_logprobs = self._scored(kv_of_token, following) if plan.wants_prompt_logprobs else None
-        return StepTokens(sampled, accepted, logprobs, prompt_logprobs)
+        drafted = np.where(plan.from_device, plan.width - 1, 0)
+        return StepTokens(sampled, accepted, drafted, logprobs, prompt_logprobs)
 
     def _slots(self, plan: StepPlan, i: int) -> tuple[list[int], int]:
         """Return the slots of row i's tokens in the pool, with this step's tokens, and the number of earlier tokens."""
@@ -268,12 +275,12 @@ class FakeRunner:
         return tokens
 
     def _draft(self, row: _Row, params: np.ndarray, kv: list[int]) -> list[int]:
-        """Guess the tokens that follow the row's last one; one guess in three is wrong."""
+        """Guess the tokens that follow the row's last one."""
         drafts: list[int] = []
         for _ in range(self._width - 1):
             kv = [*kv, kv_of(kv[-1], [row.last_token, *drafts][-1])]
             right = self._sample(row, params, kv, [*row.output, *drafts])
-            drafts.append(right if _mix(kv[-1]) % 3 else (right + 1) % self.vocab_size)
+            drafts.append(right if self._draft_is_right(kv[-1]) else (right + 1) % self.vocab_size)
         return drafts
 
     def _sample(self, row: _Row, params: np.ndarray, kv: list[int], output: list[int]) -> int:

@@ -13,7 +13,7 @@ from sgl_jax.parallel.grid import Grid
 from sgl_jax.planning.cost import Rates, StepCost, step_cost
 from sgl_jax.planning.model import find_model
 from sgl_jax.runtime.buckets import Bucket
-from sgl_jax.runtime.pool import pool_of
+from sgl_jax.runtime.pool import pools_of
 
 QWEN3_8B = find_model("Qwen3-8B").config
 NATIVE = find_backend("native", "cpu", vectorise=False)

@@ -11,12 +11,13 @@ import pytest
 
 from sgl_jax.parallel.grid import ONE_DEVICE
 from sgl_jax.request import Request, SamplingParams
-from sgl_jax.runtime.device_state import BIAS_WIDTH, IN_PROMPT, DeviceState, initial_state
+from sgl_jax.runtime.device_state import BIAS_WIDTH, IN_PROMPT, DeviceState, StateSizes, initial_state
 from sgl_jax.runtime.loads import LOADS, LoadLayout, pack_loads
 from sgl_jax.step_plan import RowLoad
 
 NUM_ROWS, PAGES, VOCAB_SIZE = 200, 300, 50
-LAYOUTS = {kind.name: LoadLayout(kind, NUM_ROWS, kind.size(PAGES, VOCAB_SIZE)) for kind in LOADS}
+SIZES = StateSizes(NUM_ROWS, PAGES, VOCAB_SIZE)
+LAYOUTS = {kind.name: LoadLayout(kind, NUM_ROWS, kind.size(SIZES)) for kind in LOADS}
 
 
 def asked(prompt: list[int], output: list[int] | None = None, stops: list[int] | None = None, **params) -> Request:
@@ -36,7 +37,7 @@ def asked(prompt: list[int], output: list[int] | None = None, stops: list[int] |
 
 def loaded(loads: list[RowLoad]) -> tuple[list[str], DeviceState]:
     """Run the loads on a state without zeros. Return the names of the programs and the new state."""
-    state = jax.tree.map(lambda x: x + 7, initial_state(NUM_ROWS, PAGES, VOCAB_SIZE))
+    state = jax.tree.map(lambda x: x + 7, initial_state(SIZES))
     names = []
     for program, vector in pack_loads([*LAYOUTS.values()], loads):
         names.append(program)
@@ -96,7 +97,7 @@ def test_a_row_is_loaded_with_what_it_needs_and_nothing_else() -> None:
 @pytest.mark.parametrize("kind", LOADS, ids=lambda kind: kind.name)
 def test_an_empty_vector_changes_nothing(kind) -> None:
     layout = LAYOUTS[kind.name]
-    state = initial_state(NUM_ROWS, PAGES, VOCAB_SIZE)
+    state = initial_state(SIZES)
     after = layout.run(state, jnp.asarray(layout.empty()), axis=ONE_DEVICE)
     for field in dataclasses.fields(state):
         np.testing.assert_array_equal(getattr(state, field.name), getattr(after, field.name))

@@ -14,7 +14,7 @@ from scipy import stats
 from sgl_jax.parallel.grid import ONE_DEVICE
 from sgl_jax.request import MAX_LOGPROBS, Request, SamplingParams
 from sgl_jax.runtime import sampler
-from sgl_jax.runtime.device_state import DeviceState, initial_state
+from sgl_jax.runtime.device_state import DeviceState, StateSizes, initial_state
 from sgl_jax.runtime.loads import LOADS, LoadLayout
 from sgl_jax.runtime.sampler import SampleLines
 from sgl_jax.scheduler.rows import encode_params
@@ -69,10 +69,11 @@ def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[SampleLine
         params=jnp.asarray(params),
         drafts=jnp.zeros((num_rows, 0), jnp.int32),
     )
-    state = initial_state(num_rows, 1, vocab_size)
+    sizes = StateSizes(num_rows, 1, vocab_size)
+    state = initial_state(sizes)
     loads = [RowLoad(i, None, row.request) for i, row in enumerate(rows)]
     for kind in LOADS:
-        layout = LoadLayout(kind, num_rows, kind.size(1, vocab_size))
+        layout = LoadLayout(kind, num_rows, kind.size(sizes))
         for vector in layout.pack(loads):
             state = layout.run(state, jnp.asarray(vector), axis=ONE_DEVICE)
     return lines, state

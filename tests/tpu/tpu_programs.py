@@ -22,7 +22,6 @@ from sgl_jax.planning.launch_programs import launch_programs
 from sgl_jax.planning.model import find_model
 from sgl_jax.planning.target import find_target
 from sgl_jax.runtime.compiler import CompileWatch, Program, compile_all, matmul_precision
-from sgl_jax.runtime.device_state import state_bytes
 from sgl_jax.runtime.platform import kernels_for
 from sgl_jax.settings.server_args import ServerArgs
 
@@ -113,8 +112,7 @@ def read(plan: Plan, tokens: int, rows: int, program: Program, call: Any) -> Ste
 def planned_bytes(step: StepProgram) -> tuple[int, int]:
     """By arithmetic alone, of one device: what a step is given, and what it sums over the devices."""
     launch, runner = step.plan.launch, step.plan.launch.runner_config
-    vocabulary = step.plan.model.config.vocab_size // step.plan.target.num_devices
-    state = state_bytes(runner.num_rows, runner.pages_per_row, vocabulary)
+    state = runner.state_sizes(step.plan.model.config.shard(launch.grid)).nbytes
     (bucket,) = (each for each in step.plan.steps if each.bucket.num_tokens == step.tokens)
     return launch.weight_bytes + launch.memory.kv_bytes + state, int(bucket.cost.reduced_bytes)
 
@@ -125,7 +123,7 @@ def sides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def pool_copies(step: StepProgram) -> list[Instruction]:
     """Instructions that make another array of the pool's size; a scatter into the pool is no copy."""
-    size = math.prod(step.args[1].sharding.shard_shape(step.args[1].shape))
+    size = math.prod(step.args[1][0].sharding.shard_shape(step.args[1][0].shape))
     return [
         each
         for each in step.module.instructions()

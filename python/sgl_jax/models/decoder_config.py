@@ -196,7 +196,7 @@ class DecoderConfig:
             intermediate_size=self.intermediate_size // everyone,
             vocab_size=self.vocab_size // everyone,
             moe=moe,
-            draft=self.draft and dataclasses.replace(self.draft, decoder=self.draft.decoder.shard(grid)),
+            draft=self.draft and self.draft.shard(grid),
         )
 
     @property
@@ -250,6 +250,11 @@ class DraftConfig:
     def num_features(self) -> int:
         """States that are joined to a feature, F."""
         return max(1, len(self.target_layers))
+
+    def shard(self, grid: Grid) -> DraftConfig:
+        """Return the part of one of the grid's devices, as DecoderConfig.shard. A head may lack the experts that its target has."""
+        of_own = grid if self.decoder.moe else dataclasses.replace(grid, expert=1)
+        return dataclasses.replace(self, decoder=self.decoder.shard(of_own))
 
 
 def _must_divide(flag: str, divisor: int, what: str, number: int) -> None:

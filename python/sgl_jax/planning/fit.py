@@ -62,7 +62,7 @@ def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: in
     dtypes = {"weight_dtype": config.weight_dtype, "compute_dtype": config.compute_dtype}
     steps = []
     for bucket in config.buckets:
-        cost = step_cost(model.config, launch.grid, config.pool, bucket, context, **dtypes)
+        cost = step_cost(model.config, launch.grid, config.pools[0], bucket, context, **dtypes)
         bound = cost.bound(rates) if rates else None
         steps.append(PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, bound))
     return Plan(model, target, launch, parameters(model.config), context, tuple(steps))

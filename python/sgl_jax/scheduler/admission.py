@@ -70,9 +70,10 @@ class Admission:
         """True if there is room for all tokens of the request and for another step of each row that the rank runs. With less,
         the request would be preempted at once."""
         locked_anew = sum(len(n.pages) for n in handle.node.path if n.num_locks == 0)
-        page_size, width = self._pages.page_size, self._config.max_width
+        page_size, width = self._pages.page_size, self._config.width
         decodes = len(request.tokens) + 1 < request.max_total_tokens  # the next token comes without a step of its own
-        need = -(-(len(request.tokens) + decodes * width) // page_size) - handle.num_pages
+        end = len(request.tokens) + decodes * width + self._config.lookahead
+        need = -(-end // page_size) - handle.num_pages
         need_of_others = num_running * -(-width // page_size)
         return need + need_of_others <= self._caches[rank].num_available_pages - locked_anew
 
