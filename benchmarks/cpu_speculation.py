@@ -63,7 +63,12 @@ TASKS = {"edit": edit_prompt, "chat": chat_prompt}
 
 def ask(server: Server, prompt: str) -> int:
     """Send a chat request and return how many tokens the answer has."""
-    body = {"messages": [{"role": "user", "content": prompt}], "temperature": 0, "max_tokens": TOKENS, "ignore_eos": True}
+    body = {
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 0,
+        "max_tokens": TOKENS,
+        "ignore_eos": True,
+    }
     request = urllib.request.Request(
         f"http://127.0.0.1:{server.port}/v1/chat/completions",
         json.dumps(body | {"model": "m"}).encode(),
@@ -118,14 +123,23 @@ def main() -> None:
                     servers[other].signal(signal.SIGCONT)
             medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
             result = {"task": task, "concurrency": concurrency, "tokens_per_s": medians}
-            result |= {"ratio": round(medians["on"] / medians["off"], 3), "accept_length_so_far": acceptance_length(servers["on"])}
+            result |= {
+                "ratio": round(medians["on"] / medians["off"], 3),
+                "accept_length_so_far": acceptance_length(servers["on"]),
+            }
             print(result, flush=True)
             found.append(result)
     finally:
         for server in servers.values():
             server.signal(signal.SIGCONT)
             server.signal(signal.SIGTERM)
-    about = {"commit": commit(), "machine": machine(), "model": args.model.name, "dtype": args.dtype, "flags": args.flags}
+    about = {
+        "commit": commit(),
+        "machine": machine(),
+        "model": args.model.name,
+        "dtype": args.dtype,
+        "flags": args.flags,
+    }
     args.out.write_text(json.dumps(about | {"results": found}, indent=1) + "\n")
 
 

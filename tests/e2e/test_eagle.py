@@ -23,6 +23,7 @@ HEADS = {
     "eagle3-llama-fullvocab": "EAGLE3",
 }
 K = 4
+EAGLE = Path(__file__).parents[1] / "data" / "eagle"
 
 
 def start(build: Build, folder: Path, algorithm: str, **options) -> Core:
@@ -44,8 +45,8 @@ def drafts_of(core: Core, row: int) -> list[int]:
 
 
 @pytest.mark.parametrize(("name", "algorithm"), HEADS.items())
-def test_chains_of_drafts_are_those_of_the_reference(build: Build, data: Path, name: str, algorithm: str) -> None:
-    folder = data / "eagle" / name
+def test_chains_of_drafts_are_those_of_the_reference(build: Build, name: str, algorithm: str) -> None:
+    folder = EAGLE / name
     core = start(build, folder, algorithm, disable_overlap_schedule=True)
     for key, case in enumerate(json.loads((folder / "oracle.json").read_text())["cases"]):
         client = Client(core)

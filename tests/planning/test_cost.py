@@ -20,7 +20,7 @@ NATIVE = find_backend("native", "cpu", vectorise=False)
 
 
 def cost_of(model: DecoderConfig, devices: int, dtype: str, bucket: Bucket, context: int) -> StepCost:
-    pool = pool_of(model.shard(Grid(devices)), NATIVE, dtype)
+    pool = pools_of(model.shard(Grid(devices)), NATIVE, dtype)[0]
     return step_cost(model, Grid(devices), pool, bucket, context, weight_dtype=dtype, compute_dtype=dtype)
 
 

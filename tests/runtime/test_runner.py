@@ -12,8 +12,8 @@ import pytest
 from small_runner import PAGE_SIZE, ROWS, small_core, small_runner
 
 from sgl_jax.runtime import programs
-from sgl_jax.runtime.compiler import Program
 from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.compiler import Program
 from sgl_jax.runtime.programs import OUTPUTS, STATE, step_name
 from sgl_jax.runtime.runner import ModelRunner, by_need
 from sgl_jax.step_plan import StepPlan

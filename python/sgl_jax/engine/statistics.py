@@ -56,7 +56,7 @@ class Statistics:
             tokens, speed = s.num_running_tokens, self.speed.tokens_per_s
             total = DraftCounts(s.counters.draft_steps, s.counters.drafted_tokens, s.counters.accepted_drafts)
             self._drafts, self._drafts_before = total.since(self._drafts_before), total
-            drafts = self._drafts if s.config.max_width > 1 else None
+            drafts = self._drafts if s.config.width > 1 else None
             sizes = {"num_tokens": tokens, "token_usage": s.kv_usage, "gen_throughput": speed}
             logger.info(decode_line(**sizes, **requests, drafts=drafts))
 

@@ -22,7 +22,6 @@ from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.norm_rope import rms_norm
 from sgl_jax.parallel.grid import LONE, Grid
 
-
 type Carry = tuple[jax.Array, jax.Array]  # x [t, D] and the pool
 type LayerBody = Callable[..., Carry]  # see decoder_layer
 
@@ -150,7 +149,8 @@ def run_layers(
 
         (carry, tapped), _ = lax.scan(one, (carry, tapped), (jnp.arange(number), group))
         first += number
-    return *carry, [] if tapped is None else [*jnp.where(at == first, carry[0], tapped)]
+    x, kv = carry
+    return x, kv, [] if tapped is None else [*jnp.where(at == first, x, tapped)]
 
 
 def _split_experts(w: LayerWeights[jax.Array]) -> tuple[LayerWeights[jax.Array], Experts[jax.Array] | None]:

@@ -51,7 +51,10 @@ def forward(
     if feature is None:
         x = x * jnp.asarray(draft.decoder.embed_scale, x.dtype)
     elif draft.kind == "eagle3":
-        normed, attn_norm = norm(feature, w.feature_norm), layers[0].attn_norm
+        attn_norm = layers[0].attn_norm
+        assert attn_norm is not None
+        assert w.feature_norm is not None
+        normed = norm(feature, w.feature_norm)
         joined = jnp.concatenate([norm(x, attn_norm), normed], axis=-1)
         x = normed if draft.norm_before_residual else feature
         x, kv, _ = decoder.run_layers(functools.partial(body, joined=joined), (x, kv), layers[:1])

@@ -6,7 +6,6 @@ width 1 makes none, since the next step of that width could not verify them; it 
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -18,7 +17,6 @@ from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.sampler import best_token
 from sgl_jax.runtime.speculate import Verified, with_drafts
 from sgl_jax.runtime.step_spec import Pools, StepSpec
-
 
 # --- n-grams -------------------------------------------------------------------------------------------------------------
 
@@ -69,8 +67,10 @@ def by_model(after: Verified, spec: StepSpec, layout: PlanLayout) -> tuple[Pools
     Its KV of a token depends on that token and those before it, as the target's does, so its pages are shared with the
     target's. At the start of a row behind a cached prefix the feature is zero: the pool keeps none.
     """
-    draft, _ = draft_model.parts(after.weights, spec.config)
-    spec = dataclasses.replace(spec, grid=dataclasses.replace(spec.grid, sequence=False))  # same shards, fewer collectives
+    draft, weights = draft_model.parts(after.weights, spec.config)
+    spec = dataclasses.replace(
+        spec, grid=dataclasses.replace(spec.grid, sequence=False)
+    )  # same shards, fewer collectives
     rows, ranks = after.inputs.rows, spec.grid.data_axis
     has_features = draft.kind != "standalone"
     own, own_rows = -1, ranks.own(rows)
@@ -80,15 +80,15 @@ def by_model(after: Verified, spec: StepSpec, layout: PlanLayout) -> tuple[Pools
     if has_features:
         of_each = draft_model.features(after.weights, spec.config, after.hidden, after.tapped, spec.linear)
         feature = _shifted(of_each, after, ranks.own(_before(after)))
-        end = after.batch.cu_q_lens[:-1] - 1 + ranks.own(
-            jnp.where(after.inputs.from_device, after.num_accepted, after.inputs.num_new)
+        end = (
+            after.batch.cu_q_lens[:-1]
+            - 1
+            + ranks.own(jnp.where(after.inputs.from_device, after.num_accepted, after.inputs.num_new))
         )
         at_end = of_each[jnp.maximum(end, 0)]
     context = spec.context(draft.decoder, after.batch, after.valid, layout.bucket.width, first_key)
     packed = after.row_tokens.packed
-    _, pool = draft_model.forward(
-        after.weights, spec.config, packed, feature, after.pools[own], context, first_layer
-    )
+    _, pool = draft_model.forward(after.weights, spec.config, packed, feature, after.pools[own], context, first_layer)
     state = after.state
     if has_features:
         state = dataclasses.replace(state, feature=state.feature.at[rows].set(ranks.gather(at_end)))
@@ -106,8 +106,12 @@ def by_model(after: Verified, spec: StepSpec, layout: PlanLayout) -> tuple[Pools
         joined = feature if has_features else None
         hidden, pool = draft_model.forward(after.weights, spec.config, tokens, joined, pool, context, first_layer)
         scores = draft_model.logits(after.weights, spec.config, ranks.gather(hidden), spec.linear)
-        tokens = best_token(scores, spec.grid.all_axes, after.weights.draft and after.weights.draft.d2t)
-        return (pool, tokens, draft_model.recycled(after.weights, spec.config, hidden) if has_features else feature), tokens
+        tokens = best_token(scores, spec.grid.all_axes, weights.d2t)
+        return (
+            pool,
+            tokens,
+            draft_model.recycled(after.weights, spec.config, hidden) if has_features else feature,
+        ), tokens
 
     start = pool, state.last_token[rows], at_end
     (pool, *_), drafts = lax.scan(one_token, start, jnp.arange(layout.bucket.width - 1))

@@ -56,7 +56,21 @@ PLATFORMS: dict[Name, Platform] = {
         "gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, True, True, 192, 1.15, False
     ),
     "tpu": Platform(
-        "tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, False, True, 512, 1.15, False, "fa"
+        "tpu",
+        "bfloat16",
+        16,
+        2048,
+        256,
+        {"float32": 8, "bfloat16": 8},
+        4,
+        0.88,
+        None,
+        False,
+        True,
+        512,
+        1.15,
+        False,
+        "fa",
     ),
 }
 

@@ -138,9 +138,7 @@ def has_flag(params: Int[Array, "rows params"], flag: RowFlag) -> Bool[Array, " 
     return (param_of(params, Param.FLAGS) & int(flag)) != 0
 
 
-def best_token(
-    x: Float[Array, "S V"], axis: MeshAxis, offsets: Int[Array, " V"] | None = None
-) -> Int[Array, " S"]:
+def best_token(x: Float[Array, "S V"], axis: MeshAxis, offsets: Int[Array, " V"] | None = None) -> Int[Array, " S"]:
     """Return the first of the largest logits in the whole vocabulary. `offsets` are added to the ids of this shard."""
     best = lax.platform_dependent(x, cpu=_argmax_by_blocks, default=lambda x: x.argmax(-1))[:, None].astype(jnp.int32)
     values = axis.concatenate(jnp.take_along_axis(x, best, axis=-1))

@@ -95,8 +95,6 @@ class Verified:
     num_accepted: jax.Array  # i32[M * S]
 
 
-def with_drafts(
-    state: DeviceState, rows: Int[Array, " S"], drafts: Int[Array, "S K"] | int = NO_DRAFT
-) -> DeviceState:
+def with_drafts(state: DeviceState, rows: Int[Array, " S"], drafts: Int[Array, "S K"] | int = NO_DRAFT) -> DeviceState:
     """Store the drafts of each row."""
     return dataclasses.replace(state, draft=state.draft.at[rows].set(drafts))

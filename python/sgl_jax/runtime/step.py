@@ -72,8 +72,9 @@ def step(
         counts = jnp.stack([num_accepted, (rows.drafts != NO_DRAFT).sum(1)], axis=1)
         length = rows.start + jnp.where(inputs.from_device, num_accepted, inputs.num_new)
         counted = sampler.has_flag(inputs.params, RowFlag.PENALTIES)
-        before, state = state, store_samples(
-            state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone
+        before, state = (
+            state,
+            store_samples(state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone),
         )
     pools = [kv, *others]
     if spec.drafter is not None:

@@ -65,7 +65,7 @@ class Scheduler:
         self._pages = RowPages(self.table, caches, config.lookahead)
         self._admission = Admission(config, self.caches, self.table, self._pages)
         self.waiting: dict[int, Request] = {}  # by key
-        self.counters = Counters(accepted_per_position=[0] * (config.max_width - 1))
+        self.counters = Counters(accepted_per_position=[0] * (config.width - 1))
         self._requests: dict[int, Request] = {}  # every live request, by key
         self._running = np.empty(0, np.int32)  # rows by rank, within a rank in order of admission
 
