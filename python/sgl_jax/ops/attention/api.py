@@ -75,7 +75,6 @@ class AttentionSpec:
     temperature_length: int | None = None  # logn scaling: capped scores times max(1, log(position) / log(this))
     value_dim: int | None = None  # V of a latent pool; None: the pool has planes for K and V
     width: int = 1  # W: the most new tokens a short row may have (RaggedBatch)
-    first_key: int = 0  # keys at positions below it are not seen
 
 
 @jax.tree_util.register_dataclass
