@@ -301,11 +301,10 @@ def test_a_head_of_speculators_with_layers_of_qwen3(write, target) -> None:
         ({"draft_vocab_size": V}, eagle3() | {"d2t": np.zeros(V, np.int64), "t2d": np.ones(V, bool)}, V, True),
         ({}, {name: value for name, value in eagle3().items() if name != "lm_head.weight"}, V, False),
         ({}, eagle3(size=SMALL), SMALL, True),
-        ({"truncated_vocab_size": SMALL}, eagle3(size=SMALL), SMALL, True),
         ({}, eagle3(size=SMALL) | {"d2t": eagle3(size=SMALL)["d2t"].astype(np.int32)}, SMALL, True),
         ({"tie_word_embeddings": True}, eagle3(), V, True),  # copied from the target's config
     ],
-    ids=range(7),
+    ids=range(6),
 )
 def test_the_draft_vocabulary(write, target, changes, tensors, size: int, own_head: bool) -> None:
     stored = write(CLASSIC | changes, tensors)
@@ -313,6 +312,30 @@ def test_the_draft_vocabulary(write, target, changes, tensors, size: int, own_he
     assert (draft.decoder.vocab_size, draft.is_reduced, draft.own_head) == (size, size < V, own_head)
     assert (".lm_head" in planned(stored, target, draft)) == own_head
     assert not draft.decoder.tie_embeddings
+
+
+def test_a_head_without_a_matrix_takes_the_tied_one_of_its_target(write, target) -> None:
+    tensors = {name: value for name, value in eagle3().items() if name != "lm_head.weight"}
+    stored = write(CLASSIC | {"tie_word_embeddings": True}, tensors)
+    tied = dataclasses.replace(target, tie_embeddings=True)
+    assert not draft_config(stored, tied, "EAGLE3").own_head
+
+
+def test_a_head_narrower_than_its_target_has_its_own_embedding(write, target) -> None:
+    wide = dataclasses.replace(target, hidden_size=96)
+    tensors = eagle3() | {"fc.weight": tensor("fc", D, 3 * 96)}
+    stored = write(CLASSIC | {"target_hidden_size": 96}, tensors | {"embed_tokens.weight": tensor("embed", V, D)})
+    assert planned(stored, wide, draft_config(stored, wide, "EAGLE3"))[".embed"].shape == (V, D)
+    stored = write(CLASSIC, tensors)
+    with pytest.raises(ModelError, match=r"missing tensors: embed_tokens\.weight$"):
+        planned(stored, wide, draft_config(stored, wide, "EAGLE3"))
+
+
+def test_norms_of_queries_make_layers_those_of_qwen3(write, target) -> None:
+    norms = {f"midlayer.self_attn.{x}_norm.weight": tensor(x, 16) for x in "qk"}
+    stored = write(CLASSIC | {"head_dim": 16}, eagle3() | norms)
+    draft = draft_config(stored, target, "EAGLE3")
+    np.testing.assert_array_equal(planned(stored, target, draft)[".layers[0].q_norm"], tensor("q", 16))
 
 
 def test_biases_of_attention_are_those_stored(write, target) -> None:
@@ -432,6 +455,7 @@ def test_random_weights_have_a_draft(llama: Checkpoint) -> None:
     assert not np.asarray(weights.draft.d2t).any()
     assert all((np.asarray(norm) == 1).all() for norm in weights.draft.fc_norms)
     plain = dataclasses.replace(dummy, config=llama.config)
+    assert draft_config(plain, config, "EAGLE3").own_head
     assert draft_config(plain, config, "EAGLE") == dataclasses.replace(
         draft_config(plain, config, "EAGLE3"), kind="eagle", target_layers=(), own_head=False, fc_bias=True
     )

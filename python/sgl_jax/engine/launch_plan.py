@@ -95,7 +95,7 @@ def plan_launch(
     smallest = platform.smallest_bucket[dtype]
     buckets = make_buckets(step_tokens, max_running, smallest, multiple, growth=platform.bucket_growth)
     if width > 1:
-        buckets += make_buckets(step_tokens, rows, max(1, smallest // width), multiple, width)
+        buckets += make_buckets(step_tokens, rows, max(1, smallest // width), multiple, width=width)
     return LaunchPlan(
         grid,
         weights,

@@ -47,7 +47,6 @@ class _Said(msgspec.Struct):
     model_type: str | None = None
     speculators_model_type: str | None = None
     draft_vocab_size: int | None = None
-    truncated_vocab_size: int | None = None
     target_hidden_size: int | None = None
     num_aux_hidden_states: int | None = None
     eagle_aux_hidden_state_layer_ids: list[int] | None = None
@@ -153,7 +152,7 @@ def _draft_vocabulary(said: _Said, tensors: Tensors, vocab_size: int) -> int:
     """Return how many ids are drafted. Raises ModelError unless d2t and t2d, where they are stored, name that many of
     the target's, ascending: id i of the draft is id i + d2t[i] of the target."""
     d2t, t2d = tensors.get(_D2T), tensors.get(_T2D)
-    size = said.draft_vocab_size or said.truncated_vocab_size or (d2t.shape[0] if d2t else vocab_size)
+    size = said.draft_vocab_size or (d2t.shape[0] if d2t else vocab_size)
     if not 1 <= size <= vocab_size:
         raise ModelError(
             f"draft_vocab_size is {size}; it must be 1 to {vocab_size}, the size of the model's vocabulary"
