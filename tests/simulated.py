@@ -21,14 +21,14 @@ from sgl_jax.step_plan import StepPlan, StepTokens
 
 
 class ByRows(Widths):
-    """Widths that a function chooses from the number of decoding rows, 1 to `rows`."""
+    """Widths that a function chooses from the number of rows, 1 to `rows`."""
 
     def __init__(self, choose: Callable[[int], int], rows: int):
         super().__init__(max(map(choose, range(1, rows + 1))), rows, 0.0)
         self._choose = choose
 
-    def __call__(self, num_decoding: int) -> int:
-        return self._choose(num_decoding)
+    def __call__(self, num_rows: int) -> int:
+        return self._choose(num_rows)
 
 
 def make_scheduler(

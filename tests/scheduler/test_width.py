@@ -183,7 +183,7 @@ def test_a_width_that_a_step_cannot_hold_is_refused() -> None:
         make_scheduler(rows=5, step_tokens=16, width=lambda n: W)
 
 
-def test_the_width_follows_the_number_of_decoding_rows() -> None:
+def test_the_width_follows_the_number_of_rows() -> None:
     s = scheduler(width=lambda n: {1: 4, 2: 2}.get(n, 1))
     widths = []
     for key in range(1, 4):
@@ -191,8 +191,19 @@ def test_the_width_follows_the_number_of_decoding_rows() -> None:
         plan = plan_of(s)
         take(s, plan, *[[50 + key]] * len(plan.rows))
         widths.append(plan.width)
-    assert widths == [4, 4, 2]
+    assert widths == [4, 2, 1]
     assert plan_of(s).num_new.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("num_new", "width"), [(1, W), (2, 1)])
+def test_a_step_is_wide_only_if_its_rows_fit_with_those_that_are_admitted(num_new: int, width: int) -> None:
+    """The programs of width W hold no more rows than may speculate together, whatever the rows compute."""
+    s = scheduler(width=lambda n: W if n <= 2 else 1)
+    started(s)
+    for key in range(2, 2 + num_new):
+        s.add(make_request(key, [key, key, key]))
+    plan = plan_of(s)
+    assert (plan.width, len(plan.rows)) == (width, 1 + num_new)
 
 
 def three_decoding(**options) -> Scheduler:

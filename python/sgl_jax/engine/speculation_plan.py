@@ -46,6 +46,14 @@ def plan_speculation(
     )
 
 
+def draft_model_name(args: ServerArgs) -> str:
+    """Return the name of the model that makes drafts, for messages; empty: there is none."""
+    wanted = args.speculation
+    if wanted is None or wanted.algorithm == "NGRAM":
+        return ""
+    return wanted.draft_model_path or f"the MTP layers of {args.model_path}"
+
+
 def with_draft(
     args: ServerArgs, model: DecoderConfig, families: Families, *, dummy: bool
 ) -> tuple[DecoderConfig, Checkpoint | None]:

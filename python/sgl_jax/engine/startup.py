@@ -14,7 +14,7 @@ from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
-from sgl_jax.engine.speculation_plan import with_draft
+from sgl_jax.engine.speculation_plan import draft_model_name, with_draft
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import Families, decoder_config, known_families
@@ -218,6 +218,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         random_seed=args.random_seed,
         decode_log_interval=args.decode_log_interval,
         profiler_dir=args.profiler_dir,
+        draft_model=draft_model_name(args),
     )
 
 

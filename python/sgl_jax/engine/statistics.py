@@ -12,7 +12,7 @@ from sgl_jax.step_plan import StepPlan
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.25
-_ENOUGH_DRAFTS, _LOWEST_RATE = 200, 0.05  # first drafts, and the share of them that any fitting draft model gets right
+_ENOUGH_DRAFTS, _LOWEST_RATE = 200, 0.05  # the share is that of a row's first drafts which are right
 
 
 class Statistics:
@@ -62,7 +62,7 @@ class Statistics:
 
     def _warn_of_low_acceptance(self) -> None:
         c = self._scheduler.counters
-        if not self._watched or c.draft_steps < _ENOUGH_DRAFTS:
+        if not self._watched or c.drafted_tokens < _ENOUGH_DRAFTS:
             return
         if (accepted := c.accepted_per_position[0]) < _LOWEST_RATE * c.draft_steps:
             logger.warning("%s", low_acceptance_line(self._watched, accepted, c.draft_steps, _LOWEST_RATE))

@@ -151,7 +151,8 @@ class Scheduler:
             decodes = t.has_sampled[run]
             decode_rows = run[decodes & (t.num_sure[run] < t.max_total[run])]
             per_rank = self._pages.count_by_rank(decode_rows)
-            width = self._widths(max(*per_rank, 1))
+            most_rows = min(max(self._pages.count_by_rank(run)) + len(self.waiting), limits.max_running_requests)
+            width = self._widths(max(most_rows, 1))  # with the rows of prompts: a wide bucket has room for few
             rows, num_new = decode_rows, np.full(len(decode_rows), width, np.int32)
             budget = [min(limits.max_step_tokens - n * width, limits.max_prefill_tokens) for n in per_rank]
             if len(prefill_rows := run[~decodes]):

@@ -6,7 +6,7 @@ _SHORTEST, _LONGEST = 64, 1024  # steps between two tries; doubled as long as dr
 
 
 class Widths:
-    """Chooses the width of each step, W or 1, from the number of decoding rows of the fullest rank and from what drafts gained.
+    """Chooses the width of each step, W or 1, from the number of rows of the fullest rank and from what drafts gained.
 
     A step of width W takes longer than one of width 1. When rows gain fewer than `least_gain` tokens in it on average, steps
     have width 1 for a while, and then drafts are tried again.
@@ -18,9 +18,9 @@ class Widths:
         self._left = 0  # steps to come without drafts
         self._begin(skipped=0)
 
-    def __call__(self, num_decoding: int) -> int:
+    def __call__(self, num_rows: int) -> int:
         """Return W of a step. Raises no error for more rows than can be: they have width 1."""
-        return self.width if num_decoding <= self._max_rows and not self._left else 1
+        return self.width if num_rows <= self._max_rows and not self._left else 1
 
     def observe(self, width: int, num_rows: int, num_gained: int) -> None:
         """Take in a processed step of num_rows decoding rows, which gained so many tokens."""
