@@ -47,7 +47,10 @@ def speculation(folder: str, grid: str) -> dict[str, Any]:
     drafts: dict[str, dict[str, Any]] = {
         "ngram": {"speculative_algorithm": "NGRAM"},
         "self": {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": folder},
-        "eagle3": {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": folder.replace("target", "draft")},
+        "eagle3": {
+            "speculative_algorithm": "EAGLE3",
+            "speculative_draft_model_path": folder.replace("target", "draft"),
+        },
     }
     asked = [flags for name, flags in drafts.items() if name in grid.split("-")]
     return asked[0] | {"speculative_num_draft_tokens": 4, "speculative_disable_by_batch_size": 4} if asked else {}
