@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 
-from sgl_jax.engine.speculation_plan import drafter_of, plan_speculation
+from sgl_jax.engine.speculation_plan import SpeculationPlan, drafter_of, plan_speculation
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import Grid
@@ -52,20 +52,17 @@ def plan_launch(
     _check_model(args, model, grid)
     shard = model.shard(grid)  # the shard of each device
     dtype = _dtype(args, stored_dtype, platform)
-    pools = pools_of(shard, kernels.attention, dtype)
-    page_size = _page_size(args, platform, kernels, pools[0])
-    context_length = args.context_length or model.context_length
+    weights, pools = weight_bytes(shard, dtype), pools_of(shard, kernels.attention, dtype)
     max_running = -(-(args.max_running_requests or platform.max_running_requests) // grid.data)  # on each data rank
-    weights = weight_bytes(shard, dtype)
-    speculation = plan_speculation(args.speculation, model, platform, max_running)
+    speculation = plan_speculation(args.speculation, model, platform)
     wanted = RunnerConfig(
         compute_dtype=dtype,
         weight_dtype=dtype,
         pools=pools,
-        page_size=page_size,
+        page_size=_page_size(args, platform, kernels, pools[0]),
         num_pages=0,
         num_rows=max_running * grid.data,
-        context_length=context_length,
+        context_length=args.context_length or model.context_length,
         buckets=(),
         num_ranks=grid.data,
         width=speculation.width,
@@ -78,50 +75,59 @@ def plan_launch(
         weight_bytes=weights,
         state_bytes=wanted.state_sizes(shard).nbytes,
         bytes_per_token=sum(pool.bytes_per_token for pool in pools),
-        page_size=page_size,
-        context_length=context_length + wanted.overrun,
+        page_size=wanted.page_size,
+        context_length=wanted.context_length + wanted.overrun,
         num_rows=max_running,
         mem_fraction=args.mem_fraction_static,
         max_total_tokens=args.max_total_tokens,
         num_ranks=grid.data,
     )
     _check_pool(args, memory, wanted, grid)
-    context_length = min(context_length, memory.num_tokens - wanted.overrun)
-    max_running = min(max_running, memory.num_pages - 1)
+    runner, scheduler = _limits(args, platform, wanted, memory, speculation, grid)
+    return LaunchPlan(grid, weights, memory, runner, scheduler, drafter_of(args.speculation))
+
+
+def _limits(
+    args: ServerArgs,
+    platform: Platform,
+    wanted: RunnerConfig,
+    memory: MemoryPlan,
+    speculation: SpeculationPlan,
+    grid: Grid,
+) -> tuple[RunnerConfig, SchedulerConfig]:
+    """Return what is wanted within the memory, with the buckets of its steps."""
+    width, page_limit = speculation.width, memory.num_pages - 1
+    context_length = min(wanted.context_length, memory.num_tokens - wanted.overrun)
+    max_running = min(wanted.num_rows // grid.data, page_limit)
+    wide_rows = min(speculation.max_rows, max_running)
     prefill_tokens = _prefill_tokens(args, platform, context_length, grid.data)
+    step_tokens = max(prefill_tokens, max_running, wide_rows * width)  # room for the tokens of every running request
     multiple = grid.tensor if grid.sequence else 1  # each device computes as many of a step's tokens
-    rows, width = min(speculation.max_rows, max_running), speculation.width
-    step_tokens = max(prefill_tokens, max_running, rows * width)  # room for the tokens of every running request
-    smallest = platform.smallest_bucket[dtype]
-    buckets = make_buckets(step_tokens, max_running, smallest, multiple, growth=platform.bucket_growth)
+    smallest, growth = platform.smallest_bucket[wanted.compute_dtype], platform.bucket_growth
+    buckets = make_buckets(step_tokens, max_running, smallest, multiple, growth=growth)
     if width > 1:
-        buckets += make_buckets(step_tokens, rows, max(1, smallest // width), multiple, width=width)
-    return LaunchPlan(
-        grid,
-        weights,
-        memory,
-        dataclasses.replace(
-            wanted,
-            num_pages=memory.num_pages,
-            num_rows=max_running * grid.data,
-            context_length=context_length,
-            buckets=buckets,
-        ),
-        SchedulerConfig(
-            max_running,
-            context_length,
-            step_tokens,
-            prefill_tokens,
-            args.schedule_policy,
-            args.dp_schedule_policy,
-            width,
-            rows,
-            speculation.least_gain,
-            speculation.lookahead,
-            speculation.keeps_tokens,
-        ),
-        drafter_of(args.speculation),
+        buckets += make_buckets(step_tokens, wide_rows, max(1, smallest // width), multiple, width=width)
+    runner = dataclasses.replace(
+        wanted,
+        num_pages=memory.num_pages,
+        num_rows=max_running * grid.data,
+        context_length=context_length,
+        buckets=buckets,
     )
+    scheduler = SchedulerConfig(
+        max_running,
+        context_length,
+        step_tokens,
+        prefill_tokens,
+        args.schedule_policy,
+        args.dp_schedule_policy,
+        width,
+        wide_rows,
+        speculation.least_gain,
+        speculation.lookahead,
+        speculation.keeps_tokens,
+    )
+    return runner, scheduler
 
 
 def _page_size(args: ServerArgs, platform: Platform, kernels: Kernels, pool: Pool) -> int:

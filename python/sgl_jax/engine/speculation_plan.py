@@ -27,19 +27,16 @@ class SpeculationPlan:
     least_gain: float = 1.0  # tokens of a row and step from which drafts pay
 
 
-def plan_speculation(
-    wanted: Speculation | None, model: DecoderConfig, platform: Platform, max_running: int
-) -> SpeculationPlan:
+def plan_speculation(wanted: Speculation | None, model: DecoderConfig, platform: Platform) -> SpeculationPlan:
     """Decide how wide steps are. Beyond the device's ridge, where a step begins to be limited by its products, each draft costs
     as much as a token, so more rows than that do not speculate."""
     if wanted is None:
         return SpeculationPlan()
     width = wanted.num_drafts + 1
-    rows = wanted.max_batch_size or max(1, platform.ridge_tokens // width)
     by_model = model.draft is not None
     return SpeculationPlan(
         width,
-        min(rows, max_running),
+        wanted.max_batch_size or max(1, platform.ridge_tokens // width),
         lookahead=wanted.num_drafts if by_model else 0,
         keeps_tokens=not by_model,
         least_gain=platform.least_gain,

@@ -189,7 +189,7 @@ def test_a_short_row_s_pages_are_read_once_for_all_its_queries(monkeypatch, wind
 
 @pytest.mark.parametrize(
     ("first_key", "width", "window", "sinks"),
-    [(1, 1, None, True), (1, 4, None, False), (70, 4, 37, True), (130, 1, None, False)],
+    [(1, 1, None, True), (1, 4, None, False), (70, 4, 100, True), (130, 1, None, False)],
 )
 def test_keys_before_the_first_one_are_not_seen(first_key, width, window, sinks):
     """Blocks have 64 keys: the first key is in the first, second or third one of a row, or behind all of its tokens."""

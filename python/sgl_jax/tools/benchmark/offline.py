@@ -40,8 +40,7 @@ def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
     if (n := args.extra_request_body.get("n", 1)) != 1:
         raise BenchmarkError(f"--extra-request-body has n {n}; one answer to a prompt is measured")
     try:
-        server_args = with_verifier(server_args)
-        path = server_args.tokenizer_path or server_args.model_path
+        path = server_args.tokenizer_path or with_verifier(server_args).model_path
         tokenizer = load_tokenizer(path, server_args.chat_template, server_args.downloads)
         prompts = load_prompts(args, tokenizer, None, args.seed)  # before the model: a mistake should be said at once
         with Engine(**engine_options(server_args)) as engine:
