@@ -76,10 +76,10 @@ def test_chains_of_drafts_are_those_of_the_reference(build: Build, name: str, al
 def test_a_head_that_is_never_right_is_warned_of_by_name(build: Build, caplog: pytest.LogCaptureFixture) -> None:
     folder = EAGLE / "eagle3-llama"
     client = Client(start(build, folder, "EAGLE3"))
-    for key in range(4):
+    for key in range(3):
         client.submit(key, [1, 30 + key], max_tokens=40, ignore_eos=True, temperature=1.0, seed=key)
     client.run()
     stats = client.stats[-1]
     assert (stats.drafted_tokens, stats.accepted_per_position) == (K * stats.draft_steps, [0] * K)
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert [says(warning, f"0 of {stats.draft_steps} … {folder / 'draft'}") for warning in warnings] == [True]
+    assert [says(warning, f"0 of … {folder / 'draft'} … 5%") for warning in warnings] == [True]
