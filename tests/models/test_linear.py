@@ -80,8 +80,8 @@ def test_every_declared_matrix_is_multiplied_at_its_site(
     monkeypatch.setattr(products, "_plain", plain)
     placement = Placement.over(jax.devices("cpu")[:1])
     kernels = kernels_for(None, PLATFORMS["cpu"], model)
-    pool = pools_of(model, kernels.attention, "float32")[0]
-    config = RunnerConfig("float32", "float32", pool, 16, 9, 2, 64, (Bucket(8, 2),))
+    pools = pools_of(model, kernels.attention, "float32")
+    config = RunnerConfig("float32", "float32", pools, 16, 9, 2, 64, (Bucket(8, 2),))
     weights = abstract_weights(model, "float32", placement, stacked=False)
     program = next(
         each for each in make_programs(model, config, kernels, placement, weights) if each.name.startswith("tokens=")
@@ -102,4 +102,4 @@ def test_all_matrices_but_three_have_a_site(checkpoint: Callable[[str], Path]) -
             jax.tree_util.keystr(path).rpartition(".")[2] for path, spec in flat if spec.is_matrix and not site_of(path)
         }
     assert plain == {"embed", "k_up", "v_up"}
-    assert len(SITES) == 15
+    assert len(SITES) == 16

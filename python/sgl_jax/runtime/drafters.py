@@ -52,7 +52,7 @@ def ngram_drafts(
         length += matches
     earlier = index < (num_tokens - 1)[:, None]
     score = jnp.where(earlier & (length >= min_ngram), length * tokens.shape[1] + index, -1)
-    end = jnp.argmax(score, axis=1)[:, None]  # of the match
+    end = jnp.argmax(score, axis=1)[:, None]  # last token of the match
     period = jnp.maximum(num_tokens[:, None] - 1 - end, 1)
     drafts = jnp.take_along_axis(tokens, end + 1 + jnp.arange(num_drafts) % period, axis=1, mode="clip")
     return jnp.where(score.max(1, keepdims=True) >= 0, drafts, NO_DRAFT)
