@@ -198,8 +198,7 @@ def test_refused_command_lines(line: str, message: str) -> None:
 
 
 MISTAKES = {
-    "--node-rank 1 --speculative-num-steps 3 --speculative-eagle-topk 1": [
-        "--node-rank … 1 … --nnodes … 1",
+    "--speculative-num-steps 3 --speculative-eagle-topk 1": [
         "--speculative-num-steps, --speculative-eagle-topk … without --speculative-algorithm",
     ],
     "--page-size 48 --port x --dtype float16": ["--dtype … float16", "--port … x … number", "--page-size … 48 … 1024"],

@@ -166,12 +166,8 @@ class ServerArgs(SpeculativeFlags, ServingFlags):
     def __post_init__(self) -> None:
         """Raise FlagError for the values that cannot be honoured."""
         refuse(mistakes_in(FLAGS, {each.name: getattr(self, each.name) for each in FLAGS}, lambda name: ""))
-        misfits = [FlagError(message.split()[0], message) for message in self._misfits()]
-        try:
-            speculation_of(self, self.model_path, self.tp_size or 1, self.dp_size)
-        except FlagError as error:
-            misfits.append(error)
-        refuse(misfits)
+        refuse([FlagError(message.split()[0], message) for message in self._misfits()])
+        _ = self.speculation
 
     def _misfits(self) -> Iterator[str]:
         """Say which values do not fit together, a sentence each that begins with the flag."""
@@ -236,7 +232,7 @@ class ServerArgs(SpeculativeFlags, ServingFlags):
 
     @property
     def speculation(self) -> Speculation | None:
-        """The source of drafts; None: there are none."""
+        """The source of drafts; None: there are none. Raises FlagError where flags do not fit together."""
         return speculation_of(self, self.model_path, self.tp_size or 1, self.dp_size)
 
     @property
