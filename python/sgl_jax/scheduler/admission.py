@@ -51,6 +51,10 @@ class Admission:
                     return Place(rank, handle, next_page)
         return None
 
+    def most_rows(self, running_rows: np.ndarray, num_waiting: int) -> int:
+        """Return the most rows that a rank can have in this step: those of prompts and of requests to be admitted, too."""
+        return min(max(self._pages.count_by_rank(running_rows)) + num_waiting, self._config.max_running_requests)
+
     def prefixes_being_computed(self, running_rows: np.ndarray) -> set[Prefix]:
         """Return, for each row that has not sampled yet, its prefix up to the end of the first page that is not computed."""
         t = self._table

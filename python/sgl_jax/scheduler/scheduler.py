@@ -151,8 +151,7 @@ class Scheduler:
             decodes = t.has_sampled[run]
             decode_rows = run[decodes & (t.num_sure[run] < t.max_total[run])]
             per_rank = self._pages.count_by_rank(decode_rows)
-            most_rows = min(max(self._pages.count_by_rank(run)) + len(self.waiting), limits.max_running_requests)
-            width = self._widths(max(most_rows, 1))  # with the rows of prompts: a wide bucket has room for few
+            width = self._widths(self._admission.most_rows(run, len(self.waiting))) if limits.width > 1 else 1
             rows, num_new = decode_rows, np.full(len(decode_rows), width, np.int32)
             budget = [min(limits.max_step_tokens - n * width, limits.max_prefill_tokens) for n in per_rank]
             if len(prefill_rows := run[~decodes]):
@@ -267,8 +266,9 @@ class Scheduler:
         if len(drafts):
             self.counters.count_drafts(drafts)
         taken = take_tokens(t, plan, step, index)
-        decoded = plan.from_device & alive
-        self._widths.observe(plan.width, int(decoded.sum()), int(step.num_accepted[decoded].sum()))
+        if self.config.width > 1:
+            decoded = plan.from_device & alive
+            self._widths.observe(plan.width, int(decoded.sum()), int(step.num_accepted[decoded].sum()))
         self.counters.generated_tokens += len(taken.tokens)
         return StepResult(
             keys=plan.keys[index][taken.of],

@@ -24,7 +24,7 @@ class Widths:
 
     def observe(self, width: int, num_rows: int, num_gained: int) -> None:
         """Take in a processed step of num_rows decoding rows, which gained so many tokens."""
-        if self.width == 1 or not num_rows:
+        if not num_rows:
             return
         if width == 1:
             self._left = max(0, self._left - 1)
