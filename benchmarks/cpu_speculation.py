@@ -24,7 +24,7 @@ from cpu_servers import Server, start, wait_compiled, wait_ready
 from provenance import commit, machine
 
 PAUSE_S = 0.5
-TOKENS = 96  # of each answer
+TOKENS = 96  # in each answer
 CONCURRENCY = (1, 4, 16)
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo")
 PLACES = ("harbour", "market", "library", "station", "garden", "bridge", "museum", "bakery")

@@ -69,7 +69,7 @@ def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[SampleLine
         params=jnp.asarray(params),
         drafts=jnp.zeros((num_rows, 0), jnp.int32),
     )
-    sizes = StateSizes(num_rows, 1, vocab_size)
+    sizes = StateSizes(num_rows, 1, vocab_size, num_tokens=64)
     state = initial_state(sizes)
     loads = [RowLoad(i, None, row.request) for i, row in enumerate(rows)]
     for kind in LOADS:
@@ -246,7 +246,7 @@ def test_greedy_takes_the_best_and_the_first_of_equals() -> None:
 def test_the_first_of_equals_is_greedys_for_every_size_of_vocabulary(vocab_size: int) -> None:
     logits = np.random.default_rng(0).integers(0, 3, (5, vocab_size)).astype(np.float32)
     logits[1], logits[2, -1] = -np.inf, 5
-    found = jax.jit(lambda x: sampler._argmax(x, ONE_DEVICE))(logits)
+    found = jax.jit(lambda x: sampler.best_token(x, ONE_DEVICE))(logits)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, logits.argmax(-1))
 
