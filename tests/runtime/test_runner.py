@@ -72,7 +72,7 @@ def test_programs_compile_in_the_order_of_need() -> None:
     assert order((2, 1), (8, 1)) == [["2", "8", "load"], []]
     assert order((2, 1)) == [["2", "load"], []]
     wide = order((2, 1), (4, 4), (8, 1), (16, 4), (64, 1), (64, 4))
-    assert wide == [["2", "64", "64 width=4", "load"], ["4 width=4", "8", "16 width=4"]]
+    assert wide == [["4 width=4", "2", "64", "64 width=4", "load"], ["8", "16 width=4"]]
 
 
 class LeftThere:

@@ -228,10 +228,12 @@ class ModelRunner:
 
 
 def by_need(programs: Sequence[Program], buckets: Sequence[Bucket]) -> tuple[list[Program], list[Program]]:
-    """Divide programs into those that requests need, the soonest first, and the others. Needed are the smallest step, which
-    decodes, the largest of each width, which can stand in for every other, and the row loads."""
-    largest = {bucket.width: step_name(bucket) for bucket in sorted(buckets)}
-    steps = [program for program in programs if OUTPUTS in program.gives]
+    """Divide programs into those that requests need, the soonest first, and the others. Needed are, for each width, the smallest
+    step, which decodes, and the largest, which can stand in for every other; and the row loads."""
+    ordered = sorted(buckets)
+    smallest = {bucket.width: step_name(bucket) for bucket in reversed(ordered)}
+    largest = {bucket.width: step_name(bucket) for bucket in ordered}
+    steps = {program.name: program for program in programs if OUTPUTS in program.gives}
     loads = [program for program in programs if OUTPUTS not in program.gives]
-    needed = [*steps[:1], *(each for each in steps[1:] if each.name in largest.values()), *loads]
-    return needed, [each for each in steps if each not in needed]
+    first = dict.fromkeys(steps[name] for name in (*smallest.values(), *largest.values()))
+    return [*first, *loads], [each for each in steps.values() if each not in first]
