@@ -235,5 +235,5 @@ def by_need(programs: Sequence[Program], buckets: Sequence[Bucket]) -> tuple[lis
     largest = {bucket.width: step_name(bucket) for bucket in ordered}
     steps = {program.name: program for program in programs if OUTPUTS in program.gives}
     loads = [program for program in programs if OUTPUTS not in program.gives]
-    first = dict.fromkeys(steps[name] for name in (*smallest.values(), *largest.values()))
-    return [*first, *loads], [each for each in steps.values() if each not in first]
+    first = dict.fromkeys((*smallest.values(), *largest.values()))
+    return [*map(steps.__getitem__, first), *loads], [each for name, each in steps.items() if name not in first]
