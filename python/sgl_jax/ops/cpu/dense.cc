@@ -1,8 +1,8 @@
 // Products of tokens with a matrix on CPUs, out[T, O] = x[T, I] w[O, I]^T, as one call of XLA's foreign-function interface.
 //
-// A lane of a vector is a token, and nothing is added up across lanes: tokens are packed first. Of fewer tokens than lanes each
-// has P lanes side by side, for P units of a row. A block of rows shares what is read of the tokens. Meanwhile the rows behind
-// it are fetched as they lie in memory; fetched side by side they would come at half of the rate.
+// A lane of a vector is a token, and nothing is added up across lanes: tokens are packed first. Of fewer tokens than lanes
+// each has P lanes side by side, for P units of a row. A block of rows shares what is read of the tokens. Meanwhile the rows
+// behind it are fetched as they lie in memory; fetched side by side they would come at half of the rate.
 
 #include <vector>
 

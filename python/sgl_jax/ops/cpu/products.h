@@ -121,8 +121,8 @@ struct PairUnit {
 };
 #endif
 
-// sums[R, X vectors] (+)= a[R, steps] b[steps, X vectors], in units. A step multiplies P units of a row: the lanes of b then hold P
-// units of a column side by side. Calls fetch(step) on the way.
+// sums[R, X vectors] (+)= a[R, steps] b[steps, X vectors], in units. A step multiplies P units of a row: the lanes of b then
+// hold P units of a column side by side. Calls fetch(step) on the way.
 template <int R, int X, typename U, int P, typename A, typename F>
 inline void multiply_columns(const A* a, int64_t a_width, const typename U::Unit* b, int64_t b_width, int steps,
                              float* sums, int sums_width, bool accumulate, F fetch) {
