@@ -24,7 +24,7 @@ class ByRows(Widths):
     """Widths that a function chooses from the number of rows, 1 to `rows`."""
 
     def __init__(self, choose: Callable[[int], int], rows: int):
-        super().__init__(max(map(choose, range(1, rows + 1))), rows, 0.0)
+        super().__init__(max(map(choose, range(1, rows + 1))), rows)
         self._choose = choose
 
     def __call__(self, num_rows: int) -> int:

@@ -123,7 +123,8 @@ def _limits(
         args.dp_schedule_policy,
         width,
         wide_rows,
-        speculation.least_gain,
+        speculation.draft_cost,
+        platform.ridge_tokens,
         speculation.lookahead,
         speculation.keeps_tokens,
     )

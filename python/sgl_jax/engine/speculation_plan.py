@@ -9,6 +9,7 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.draft_checkpoint import describe, draft_config
 from sgl_jax.models.families import Families
 from sgl_jax.models.model_errors import ModelError
+from sgl_jax.models.weights import draft_parameters, parameters_per_token
 from sgl_jax.runtime import drafters
 from sgl_jax.runtime.platform import Platform
 from sgl_jax.runtime.step_spec import Drafter
@@ -24,7 +25,7 @@ class SpeculationPlan:
     max_rows: int = 1  # decoding rows of a data rank up to which steps have this width
     lookahead: int = 0  # tokens beyond a step's own whose KV the drafter writes
     keeps_tokens: bool = False  # the drafter reads each row's tokens
-    least_gain: float = 1.0  # tokens of a row and step from which drafts pay
+    draft_cost: float = 0.0  # time of drafting, in steps of width 1
 
 
 def plan_speculation(wanted: Speculation | None, model: DecoderConfig, platform: Platform) -> SpeculationPlan:
@@ -39,7 +40,7 @@ def plan_speculation(wanted: Speculation | None, model: DecoderConfig, platform:
         wanted.max_batch_size or max(1, platform.ridge_tokens // width),
         lookahead=wanted.num_drafts if by_model else 0,
         keeps_tokens=not by_model,
-        least_gain=platform.least_gain,
+        draft_cost=wanted.num_drafts * draft_parameters(model) / parameters_per_token(model),
     )
 
 

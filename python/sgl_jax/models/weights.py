@@ -268,8 +268,23 @@ def parameters_per_token(config: DecoderConfig) -> int:
     """Count the parameters that each token is multiplied with: every matrix of the layers, of experts only the chosen
     ones, and the head, tied or not."""
     declared = declare_plain(config, "float32")
+    return _multiplied((declared.layers, head(declared)), config)
+
+
+def draft_parameters(config: DecoderConfig) -> int:
+    """Count likewise the parameters of the draft model; 0 without one."""
+    declared = declare_plain(config, "float32")
+    draft = declared.draft
+    if draft is None or config.draft is None:
+        return 0
+    own_head = draft.embed if config.draft.kind == "standalone" else head(declared)
+    return _multiplied((draft.layers, draft.lm_head or own_head), config.draft.decoder)
+
+
+def _multiplied(specs: Any, config: DecoderConfig) -> int:
+    """Count the parameters that a token is multiplied with, of a tree of specs."""
     chosen = config.moe.experts_per_token if config.moe else 0
-    matrices = [spec for spec in jax.tree.leaves((declared.layers, head(declared))) if spec.is_matrix]
+    matrices = [spec for spec in jax.tree.leaves(specs) if spec.is_matrix]
     return sum(math.prod(s.shape) // (s.num_experts or 1) * (chosen if s.num_experts else 1) for s in matrices)
 
 

@@ -49,7 +49,7 @@ class _Picks:
 class Scheduler:
     def __init__(self, config: SchedulerConfig, caches: Sequence[PrefixCache], widths: Widths | None = None):
         """`caches`: one for each data rank, alike except in their number of pages. `widths`: other ones than the config's."""
-        self._widths = widths or Widths(config.width, config.wide_rows, config.least_gain)
+        self._widths = widths or Widths(config.width, config.wide_rows, config.draft_cost, config.ridge_tokens)
         for num_decoding in range(1, config.max_running_requests + 1):
             if config.max_step_tokens < num_decoding * self._widths(num_decoding):
                 raise ValueError(

@@ -15,6 +15,7 @@ class SchedulerConfig:
     placement: str = "cache_aware"  # order of ranks, --dp-schedule-policy: scheduler.rank_order.PLACEMENTS
     width: int = 1  # W, the tokens of a decoding row in a wide step
     wide_rows: int = 0  # rows of a rank up to which steps are wide
-    least_gain: float = 1.0  # tokens of a row and step from which wide steps pay
+    draft_cost: float = 0.0  # these two: scheduler.widths.Widths
+    ridge_tokens: int = 1 << 30
     lookahead: int = 0  # tokens beyond a step's own whose KV a draft model writes
     keeps_tokens: bool = False  # the device holds each row's tokens, too
