@@ -5,7 +5,10 @@ width 1 makes none, since the next step of that width could not verify them; it 
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -67,58 +70,68 @@ def by_model(after: Verified, spec: StepSpec, layout: PlanLayout) -> tuple[Pools
     Its KV of a token depends on that token and those before it, as the target's does, so its pages are shared with the
     target's. At the start of a row behind a cached prefix the feature is zero: the pool keeps none.
     """
-    draft, weights = draft_model.parts(after.weights, spec.config)
-    spec = dataclasses.replace(
-        spec, grid=dataclasses.replace(spec.grid, sequence=False)
-    )  # same shards, fewer collectives
-    rows, ranks = after.inputs.rows, spec.grid.data_axis
-    has_features = draft.kind != "standalone"
-    own, own_rows = -1, ranks.own(rows)
-    shared = len(after.pools) == 1
-    first_layer, first_key = spec.config.num_layers if shared else 0, int(has_features)
-    feature, at_end = None, after.state.feature[own_rows]
-    if has_features:
+    grid = dataclasses.replace(spec.grid, sequence=False)  # the same shards, and fewer collectives
+    spec, rows, state = dataclasses.replace(spec, grid=grid), after.inputs.rows, after.state
+    pool, feature = _over_tokens(after, spec, layout.bucket.width)
+    if feature is not None:
+        state = dataclasses.replace(state, feature=state.feature.at[rows].set(grid.data_axis.gather(feature)))
+    if layout.bucket.width == 1:
+        return [*after.pools[:-1], pool], with_drafts(state, rows)
+    pool, drafts = _one_by_one(after, spec, layout, pool, feature)
+    drafts = jnp.pad(drafts, ((0, 0), (0, state.draft.shape[1] - drafts.shape[1])), constant_values=NO_DRAFT)
+    drafts = jnp.where(after.inputs.samples[:, None], drafts, NO_DRAFT)
+    return [*after.pools[:-1], pool], with_drafts(state, rows, drafts)
+
+
+def _pass(after: Verified, spec: StepSpec) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], int]:
+    """Return the forward pass of the draft model with its weights, and the first key that its attention sees."""
+    draft, _ = draft_model.parts(after.weights, spec.config)
+    first_layer = (
+        spec.config.num_layers if len(after.pools) == 1 else 0
+    )  # behind the target's in its pool, or in its own
+    forward = functools.partial(draft_model.forward, after.weights, spec.config, first_layer=first_layer)
+    return forward, 0 if draft.kind == "standalone" else 1
+
+
+def _over_tokens(after: Verified, spec: StepSpec, width: int) -> tuple[jax.Array, Float[Array, "S D"] | None]:
+    """Write the KV of the step's tokens. Return the pool, and the feature of each row's last final token."""
+    (forward, first_key), ranks, inputs = _pass(after, spec), spec.grid.data_axis, after.inputs
+    draft, _ = draft_model.parts(after.weights, spec.config)
+    feature = at_end = None
+    if draft.kind != "standalone":
         of_each = draft_model.features(after.weights, spec.config, after.hidden, after.tapped, spec.linear)
         feature = _shifted(of_each, after, ranks.own(_before(after)))
-        end = (
-            after.batch.cu_q_lens[:-1]
-            - 1
-            + ranks.own(jnp.where(after.inputs.from_device, after.num_accepted, after.inputs.num_new))
-        )
-        at_end = of_each[jnp.maximum(end, 0)]
-    context = spec.context(draft.decoder, after.batch, after.valid, layout.bucket.width, first_key)
-    packed = after.row_tokens.packed
-    _, pool = draft_model.forward(after.weights, spec.config, packed, feature, after.pools[own], context, first_layer)
-    state = after.state
-    if has_features:
-        state = dataclasses.replace(state, feature=state.feature.at[rows].set(ranks.gather(at_end)))
-    if layout.bucket.width == 1:
-        return [*after.pools[:own], pool], with_drafts(state, rows)
+        num_final = ranks.own(jnp.where(inputs.from_device, after.num_accepted, inputs.num_new))
+        at_end = of_each[jnp.maximum(after.batch.cu_q_lens[:-1] + num_final - 1, 0)]
+    context = spec.context(draft.decoder, after.batch, after.valid, width, first_key)
+    _, pool = forward(after.row_tokens.packed, feature, after.pools[-1], context)
+    return pool, at_end
 
-    pages, length = state.page_table[own_rows], ranks.own(state.length[rows])
-    num_rows, everyone = len(own_rows), jnp.ones(len(rows), bool)
+
+def _one_by_one(
+    after: Verified, spec: StepSpec, layout: PlanLayout, pool: jax.Array, feature: Float[Array, "S D"] | None
+) -> tuple[jax.Array, Int[Array, "MS K"]]:
+    """Draft K tokens of each row. All rows take part, so that each has one token; those whose drafts are not used write to slots
+    that are written again before they are read."""
+    (forward, first_key), rows = _pass(after, spec), after.inputs.rows
+    draft, weights = draft_model.parts(after.weights, spec.config)
+    own_rows = spec.grid.data_axis.own(rows)
+    pages, length = after.state.page_table[own_rows], after.state.length[own_rows]
+    ones, number = jnp.ones(len(own_rows), jnp.int32), jnp.int32(len(own_rows))
 
     def one_token(carry, ahead):
         pool, tokens, feature = carry
-        ones, number = jnp.ones(num_rows, jnp.int32), jnp.int32(num_rows)
-        batch = make_ragged_batch(pages, length + ahead, ones, number, num_rows, layout.page_size)
-        context = spec.context(draft.decoder, batch, everyone, 1, first_key)
-        joined = feature if has_features else None
-        hidden, pool = draft_model.forward(after.weights, spec.config, tokens, joined, pool, context, first_layer)
-        scores = draft_model.logits(after.weights, spec.config, ranks.gather(hidden), spec.linear)
+        batch = make_ragged_batch(pages, length + ahead, ones, number, len(own_rows), layout.page_size)
+        context = spec.context(draft.decoder, batch, jnp.ones(len(rows), bool), 1, first_key)
+        hidden, pool = forward(tokens, feature, pool, context)
+        scores = draft_model.logits(after.weights, spec.config, spec.grid.data_axis.gather(hidden), spec.linear)
         tokens = best_token(scores, spec.grid.all_axes, weights.d2t)
-        return (
-            pool,
-            tokens,
-            draft_model.recycled(after.weights, spec.config, hidden) if has_features else feature,
-        ), tokens
+        feature = None if feature is None else draft_model.recycled(after.weights, spec.config, hidden)
+        return (pool, tokens, feature), tokens
 
-    start = pool, state.last_token[rows], at_end
+    start = pool, after.state.last_token[rows], feature
     (pool, *_), drafts = lax.scan(one_token, start, jnp.arange(layout.bucket.width - 1))
-    padding = state.draft.shape[1] - len(drafts)
-    drafts = jnp.pad(drafts.T, ((0, 0), (0, padding)), constant_values=NO_DRAFT)
-    drafts = jnp.where(after.inputs.samples[:, None], drafts, NO_DRAFT)
-    return [*after.pools[:own], pool], with_drafts(state, rows, drafts)
+    return pool, drafts.T
 
 
 def _before(after: Verified) -> Float[Array, "MS D"]:
