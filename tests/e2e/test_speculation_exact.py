@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from exact import GREEDY, Build
@@ -187,6 +188,28 @@ def test_random_requests_get_the_tokens_of_a_plain_launch(plain: dict[str, Core]
     assert core.runner.compiles_after_ready == 0
     assert preemptions > 0
     assert accepted > 0
+
+
+def test_a_steady_step_is_one_dispatch_and_one_copy(
+    drafting: tuple[str, Core], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program takes one vector from the host; all else is on the device already."""
+    core = again(drafting[1])
+    runner, programs = core.runner, []
+    assert isinstance(runner, ModelRunner)
+    monkeypatch.setattr(runner, "_announce", lambda program, *_: programs.append(program))
+    client = Client(core)
+    for key in range(3):
+        client.submit(key, [300 + key, 5], max_tokens=40, **GREEDY)
+    client.step()
+    programs.clear()
+    before = core.scheduler.counters.steps
+    client.run()
+    width = core.scheduler.config.width
+    assert set(programs) <= {f"tokens={TOKENS} rows={ROWS}", f"tokens={TOKENS} rows={ROWS} width={width}"}
+    assert len(programs) == core.scheduler.counters.steps - before > 0
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(runner._values))
+    assert runner.compiles_after_ready == 0
 
 
 @pytest.mark.parametrize("drafting", ["itself"], indirect=True)
