@@ -106,6 +106,7 @@ def make_core(
         vocab_size=vocab_size,
         step_seconds=step_seconds,
         width=config.width,
+        lookahead=config.lookahead,
         draft_is_right=draft_is_right,
     )
     info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos)

@@ -143,10 +143,12 @@ class FakeRunner:
         step_seconds: float = 0.0,
         num_ranks: int = 1,
         width: int = 1,
+        lookahead: int = 0,
         draft_is_right: Callable[[int], bool] = two_of_three,
     ):
         """`num_rows`: rows of all data ranks together; `num_pages`: pages of each rank, its scratch page included; `width`: W
-        of the widest step; `draft_is_right`: of the draft after a token with this KV."""
+        of the widest step; `lookahead`: slots beyond a row's tokens that its drafts overwrite; `draft_is_right`: of the draft
+        after a token with this KV."""
         self.page_size, self.vocab_size, self.step_seconds = page_size, vocab_size, step_seconds
         self.tracer = FakeTracer()
         self.plans: list[StepPlan] = []  # all that were launched, for tests to read
@@ -154,7 +156,7 @@ class FakeRunner:
         self._num_collected = 0
         self._draft_is_right = draft_is_right
         self._num_pages, self._num_ranks, self._width = num_pages, num_ranks, width
-        num_pages_per_row = pages_per_row(context_length, width, page_size)
+        self._lookahead, num_pages_per_row = lookahead, pages_per_row(context_length, width, page_size, lookahead)
         self._rows = [_Row(np.zeros(num_pages_per_row, np.int32)) for _ in range(num_rows)]
 
     def launch(self, plan: StepPlan) -> FakeFlight:
@@ -242,6 +244,7 @@ class FakeRunner:
                 row.last_token = tokens[-1]
                 row.output += tokens
                 row.drafts = self._draft(row, params, kv[: row.length])
+        self._write_ahead(plan)
         logprobs = self._scored(kv_of_line, sampled.reshape(-1)) if plan.wants_logprobs else None
         following = np.roll(plan.tokens, -1)
         following[np.cumsum(plan.num_new) - 1] = plan.next_token
@@ -257,6 +260,15 @@ class FakeRunner:
         position = np.arange(start + int(plan.num_new[i]))
         pages = row.page_table[position // self.page_size] + plan.rank[i] * self._num_pages
         return (pages * self.page_size + position % self.page_size).tolist(), start
+
+    def _write_ahead(self, plan: StepPlan) -> None:
+        """Overwrite the slots behind each row's tokens, as a draft model does."""
+        for number, rank in zip(plan.rows, plan.rank, strict=True):
+            row = self._rows[number]
+            for position in range(row.length, row.length + self._lookahead):
+                page = int(row.page_table[position // self.page_size])
+                assert page > 0, f"row {number} drafts without a page"
+                self._kv[(page + rank * self._num_pages) * self.page_size + position % self.page_size] = -1
 
     def _tokens(self, plan: StepPlan, i: int, first: int) -> list[int]:
         """Return the tokens that row i computes: its tokens in the plan, or its last token and its drafts."""

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from checkpoints import DATA, random_tensors, random_values
+from checkpoints import DATA, random_tensors, random_values, with_mtp_layer
 from messages import says
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig, DraftConfig
@@ -498,7 +498,7 @@ BAILING_SHAPES = {
 
 @pytest.fixture(params=["deepseek_v3", "glm4_moe", "bailing"])
 def with_mtp(request: pytest.FixtureRequest, checkpoint) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Config and tensors of a model with an MTP layer, which has the shapes of its last layer."""
+    """Config and tensors of a model with an MTP layer."""
     if request.param == "bailing":
         config = BAILING
         table = {name: {"shape": shape, "mean": 0.0, "std": 1.0} for name, shape in BAILING_SHAPES.items()}
@@ -506,19 +506,7 @@ def with_mtp(request: pytest.FixtureRequest, checkpoint) -> tuple[dict[str, Any]
     else:
         folder = checkpoint(request.param)
         config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-    last, number, d = config["num_hidden_layers"] - 1, config["num_hidden_layers"], config["hidden_size"]
-    at = f"model.layers.{number}."
-    mtp = {
-        name.replace(f"layers.{last}.", f"layers.{number}."): tensor(name, *value.shape)
-        for name, value in tensors.items()
-        if f"layers.{last}." in name
-    }
-    norm = "final_layernorm" if request.param == "bailing" else "shared_head.norm"
-    mtp |= {f"{at}{name}.weight": tensor(name, d) for name in ("enorm", "hnorm", norm)}
-    mtp[f"{at}eh_proj.weight"] = tensor("eh_proj", d, 2 * d)
-    if request.param != "bailing":
-        mtp |= {f"{at}{name}.weight": tensor(name, V, d) for name in ("embed_tokens", "shared_head.head")}
-    return config | {"num_nextn_predict_layers": 1}, tensors | mtp
+    return with_mtp_layer(config, tensors)
 
 
 def test_an_mtp_layer_is_read_like_a_layer_more(write, with_mtp) -> None:

@@ -150,15 +150,18 @@ def _check_model(args: ServerArgs, model: DecoderConfig, grid: Grid) -> None:
 
 def _check_pool(args: ServerArgs, memory: MemoryPlan, runner: RunnerConfig, grid: Grid) -> None:
     of_each = " on each data rank" if grid.data > 1 else ""
+    pool = f"the KV pool of {memory.num_tokens} tokens{of_each} in pages of {runner.page_size}"
     room = memory.num_tokens - runner.overrun
+    if room < 2:
+        drafts = f"--speculative-num-draft-tokens is {runner.width}; drafts take {runner.overrun} tokens beyond a request's own"
+        raise ValueError(f"{drafts}, and {pool} has no room for more; lower it, or raise --max-total-tokens")
     for flag, value, most in (
         ("--context-length", args.context_length, room),
         ("--max-running-requests", args.max_running_requests, (memory.num_pages - 1) * grid.data),
     ):
         if value is not None and value > most:
-            pool = f"the KV pool of {memory.num_tokens} tokens{of_each} in pages of {runner.page_size} allows {most}"
             cure = "lower it, or raise --max-total-tokens or --mem-fraction-static"
-            raise ValueError(f"{flag} is {value}; {pool}; {cure}")
+            raise ValueError(f"{flag} is {value}; {pool} allows {most}; {cure}")
 
 
 def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:

@@ -67,7 +67,7 @@ class RunnerConfig:
         )
 
     def layout(self, bucket: Bucket) -> PlanLayout:
-        return PlanLayout(bucket, self.page_size, self.num_rows, self.num_ranks)
+        return PlanLayout(bucket, self.page_size, self.num_rows, self.num_ranks, self.lookahead)
 
     def loads(self, model: DecoderConfig) -> list[LoadLayout]:
         """Return the layouts of row loads, one for each kind."""
