@@ -54,7 +54,7 @@ def plan_launch(
     dtype = _dtype(args, stored_dtype, platform)
     weights, pools = weight_bytes(shard, dtype), pools_of(shard, kernels.attention, dtype)
     max_running = -(-(args.max_running_requests or platform.max_running_requests) // grid.data)  # on each data rank
-    speculation = plan_speculation(args.speculation, model, platform)
+    speculation = plan_speculation(args.speculation, model, platform, grid.data)
     wanted = RunnerConfig(
         compute_dtype=dtype,
         weight_dtype=dtype,

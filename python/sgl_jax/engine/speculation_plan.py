@@ -28,8 +28,10 @@ class SpeculationPlan:
     draft_cost: float = 0.0  # time of drafting, in steps of width 1
 
 
-def plan_speculation(wanted: Speculation | None, model: DecoderConfig, platform: Platform) -> SpeculationPlan:
-    """Decide how wide steps are. Beyond the device's ridge, where a step begins to be limited by its products, each draft costs
+def plan_speculation(
+    wanted: Speculation | None, model: DecoderConfig, platform: Platform, num_ranks: int
+) -> SpeculationPlan:
+    """Decide how wide steps are. The tokens of all data ranks are multiplied together. Beyond the device's ridge, where a step begins to be limited by its products, each draft costs
     as much as a token, so more rows than that do not speculate."""
     if wanted is None:
         return SpeculationPlan()
@@ -37,7 +39,7 @@ def plan_speculation(wanted: Speculation | None, model: DecoderConfig, platform:
     by_model = model.draft is not None
     return SpeculationPlan(
         width,
-        wanted.max_batch_size or max(1, platform.ridge_tokens // width),
+        wanted.max_batch_size or max(1, platform.ridge_tokens // (width * num_ranks)),
         lookahead=wanted.num_drafts if by_model else 0,
         keeps_tokens=not by_model,
         draft_cost=wanted.num_drafts * draft_parameters(model) / parameters_per_token(model),

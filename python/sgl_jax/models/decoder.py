@@ -69,7 +69,7 @@ def hidden_states(
     taps: Sequence[int] = (),
 ) -> tuple[Float[Array, "T D"], Float[Array, "LP K planes page H"], list[jax.Array]]:
     """Return the last layer's output, before the final norm, the pool with this step's KV, and the inputs of the layers in
-    `taps`, ascending, where L stands for the output of the last.
+    `taps`, where L stands for the output of the last.
 
     On one of many devices, config and weights are its shard, `tokens` are those of all M ranks, and the output is that
     of its own rank. In between, x holds the tokens of its rank that `grid` gives to this device.

@@ -254,7 +254,10 @@ class DraftConfig:
     def shard(self, grid: Grid) -> DraftConfig:
         """Return the part of one of the grid's devices, as DecoderConfig.shard. A head may lack the experts that its target has."""
         of_own = grid if self.decoder.moe else dataclasses.replace(grid, expert=1)
-        return dataclasses.replace(self, decoder=self.decoder.shard(of_own))
+        try:
+            return dataclasses.replace(self, decoder=self.decoder.shard(of_own))
+        except ValueError as error:
+            raise ValueError(f"the draft model cannot be divided: {error}") from error
 
 
 def _must_divide(flag: str, divisor: int, what: str, number: int) -> None:

@@ -22,7 +22,7 @@ class Widths:
         self._begin(skipped=0)
 
     def __call__(self, num_rows: int) -> int:
-        """Return W of a step. Raises no error for more rows than can be: they have width 1."""
+        """Return the width of a step in which a rank has up to num_rows rows."""
         return self.width if num_rows <= self._max_rows and not self._left else 1
 
     def observe(self, width: int, num_rows: int, num_gained: int) -> None:

@@ -33,6 +33,7 @@ class SpeculativeFlags:
         unset="NGRAM and NEXTN have none",
         metavar="PATH",
         aliases=("--speculative-draft-model",),
+        per_host=True,  # the files are compared
     )
     speculative_num_steps: int | None = flag(
         None, "tokens drafted for a request in each step", unset="3, with NGRAM 7", rule=between(1, MAX_DRAFTS)
