@@ -50,7 +50,8 @@ def _identity(args: ServerArgs) -> Identity:
     configs = {"config.json": checkpoint.config, "generation_config.json": checkpoint.generation_config}
     dummy = checkpoint.format == "dummy"
     identity = identity_of(args, configs, None if dummy else checkpoint.path)
-    if (path := args.speculation and args.speculation.draft_model_path) is None:
+    path = args.speculation.draft_model_path if args.speculation else None
+    if path is None:
         return identity
     draft = open_checkpoint(path, load_format="dummy" if dummy else "auto", downloads=args.downloads)
     files = model_files({"config.json": draft.config}, None if dummy else draft.path)
