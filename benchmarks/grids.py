@@ -87,7 +87,8 @@ def collectives(plan: Plan, model: PlannedModel, tokens: int, depth: int) -> Cou
     }
     config = dataclasses.replace(config, **cut)
     runner = plan.launch.runner_config
-    runner = dataclasses.replace(runner, pool=dataclasses.replace(runner.pool, num_layers=depth))
+    pools = tuple(dataclasses.replace(pool, num_layers=depth) for pool in runner.pools)
+    runner = dataclasses.replace(runner, pools=pools)
     launch, platform = dataclasses.replace(plan.launch, runner_config=runner), plan.target.platform
     placement = Placement.over(plan.target.find_devices(), launch.grid)
     programs = launch_programs(config, launch, platform, kernels_for(None, platform, config), placement)

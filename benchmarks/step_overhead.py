@@ -62,6 +62,7 @@ class PackingRunner:
         self.buckets = make_buckets(STEP_TOKENS, num_rows, 8)
         self.layouts = {bucket: PlanLayout(bucket, PAGE_SIZE, num_rows, num_ranks) for bucket in self.buckets}
         self.tokens, self.accepted = np.full((num_rows, 1), 7, np.int32), np.ones(num_rows, np.int32)
+        self.drafted = np.zeros(num_rows, np.int32)
 
     def can_launch(self, plan: StepPlan) -> bool:
         return True
@@ -71,7 +72,8 @@ class PackingRunner:
     def launch(self, plan: StepPlan) -> Flight:
         num_rows = len(plan.rows)
         self.layouts[pick(self.buckets, plan.num_tokens, num_rows, plan.width)].pack(plan)
-        return Flight(plan, StepTokens(self.tokens[:num_rows], self.accepted[:num_rows], None, None))
+        per_row = (each[:num_rows] for each in (self.tokens, self.accepted, self.drafted))
+        return Flight(plan, StepTokens(*per_row, None, None))
 
 
 def steady_core(num_rows: int, num_steps: int, *, overlap: bool, num_ranks: int = 1) -> Core:

@@ -42,6 +42,7 @@ COLUMNS = {
     "output tok/s": "{output_throughput:,.1f}",
     "TTFT, median (ms)": "{median_ttft_ms:,.1f}",
     "TPOT, median (ms)": "{median_tpot_ms:,.2f}",
+    "accept length": "{accept_length:.2f}",
     "ITL, p99 (ms)": "{p99_itl_ms:,.2f}",
     "decode, of bandwidth": "{decode_bandwidth_share:.1%}",
     "of matmul rate": "{matmul_share:.1%}",

@@ -21,7 +21,7 @@ from sgl_jax.settings.server_args import ENV_PREFIX, FLAGS
 
 INTRODUCTION = f"""# Server arguments
 
-<!-- Written by `python docs/generate.py` from settings/server_args.py and settings/serving_flags.py in python/sgl_jax: change it there. -->
+<!-- Written by `python docs/generate.py` from the flags declared in python/sgl_jax/settings: change it there. -->
 
 ```
 python -m sgl_jax.launch_server --model-path PATH [flags]

@@ -3,6 +3,7 @@
 Without a C++ compiler the package installs without it, and its operations run in plain XLA.
 """
 
+import copy
 import platform
 import sys
 from pathlib import Path
@@ -29,6 +30,12 @@ class BuildLibraries(build_ext):
 
         self.include_dirs.append(str(Path(jaxlib.__file__).parent / "include"))
         self.parallel = True
+
+    def build_extension(self, ext: Extension) -> None:
+        """Keep the objects of each library apart: their sources are the same."""
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp, ext.name))
+        super(BuildLibraries, own).build_extension(ext)
 
 
 def libraries() -> list[Extension]:

@@ -106,3 +106,26 @@ def write_experts_of_equal_function(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     shutil.copy(DATA / "stories260k" / "generation_config.json", folder)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def with_mtp_layer(
+    config: Mapping[str, Any], tensors: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Add a random MTP layer, of the shapes of the last layer, to a model's config and tensors, under its family's names."""
+    last, number, d = config["num_hidden_layers"] - 1, config["num_hidden_layers"], config["hidden_size"]
+    at, is_bailing = f"model.layers.{number}.", "model.word_embeddings.weight" in tensors
+    shapes = {
+        name.replace(f"layers.{last}.", f"layers.{number}."): value.shape
+        for name, value in tensors.items()
+        if f"layers.{last}." in name
+    }
+    norm = "final_layernorm" if is_bailing else "shared_head.norm"
+    shapes |= {f"{at}{name}.weight": (d,) for name in ("enorm", "hnorm", norm)}
+    shapes[f"{at}eh_proj.weight"] = (d, 2 * d)
+    if not is_bailing:
+        shapes |= {f"{at}{name}.weight": (config["vocab_size"], d) for name in ("embed_tokens", "shared_head.head")}
+    mtp = {}
+    for name, shape in shapes.items():
+        values = random_values(f"mtp {name}", shape)
+        mtp[name] = (values / shape[-1] ** 0.5 if len(shape) > 1 else 1 + 0.2 * values).astype(np.float32)
+    return {**config, "num_nextn_predict_layers": 1}, {**tensors, **mtp}

@@ -9,14 +9,26 @@ from collections.abc import Callable
 import numpy as np
 
 from fakes.fake_core import fake_info
-from fakes.fake_runner import FakeRunner, continuation, kv_chain, logprob_of
+from fakes.fake_runner import FakeRunner, continuation, kv_chain, logprob_of, two_of_three
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import CacheFlushed, Event, Generate, PromptScored, Stats, StepOutput, TokenLogprobs
 from sgl_jax.request import FinishReason, Request, SamplingParams
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
+from sgl_jax.scheduler.widths import Widths
 from sgl_jax.step_plan import StepPlan, StepTokens
+
+
+class ByRows(Widths):
+    """Widths that a function chooses from the number of rows, 1 to `rows`."""
+
+    def __init__(self, choose: Callable[[int], int], rows: int):
+        super().__init__(max(map(choose, range(1, rows + 1))), rows)
+        self._choose = choose
+
+    def __call__(self, num_rows: int) -> int:
+        return self._choose(num_rows)
 
 
 def make_scheduler(
@@ -32,20 +44,27 @@ def make_scheduler(
     ranks: int = 1,
     placement: str = "cache_aware",
     width: Callable[[int], int] = lambda num_decoding: 1,
+    lookahead: int = 0,
 ) -> Scheduler:
     """Make a scheduler. Pages, rows and token budgets are per rank."""
+    widths, limits = ByRows(width, rows), (rows, context_length, step_tokens, prefill_tokens or step_tokens)
     return Scheduler(
-        SchedulerConfig(rows, context_length, step_tokens, prefill_tokens or step_tokens, policy, placement, width),
+        SchedulerConfig(*limits, policy, placement, widths.width, rows, lookahead=lookahead),
         [PrefixCache(num_usable_pages + 1, page_size, enabled=radix) for _ in range(ranks)],
+        widths,
     )
 
 
-def step_tokens(plan: StepPlan, tokens: np.ndarray, num_accepted: np.ndarray | None = None) -> StepTokens:
-    """Make a step's result of tokens [S] or [S, W]. By default all are accepted."""
+def step_tokens(
+    plan: StepPlan, tokens: np.ndarray, num_accepted: np.ndarray | None = None, num_drafted: np.ndarray | None = None
+) -> StepTokens:
+    """Make a step's result of tokens [S] or [S, W]. By default decoding rows have all drafts, and all are accepted."""
     tokens = tokens.reshape(len(plan.rows), plan.width).astype(np.int32)
     if num_accepted is None:
         num_accepted = np.where(plan.from_device, plan.width, 1)
-    return StepTokens(tokens, num_accepted, None, None)
+    if num_drafted is None:
+        num_drafted = np.where(plan.from_device, plan.width - 1, 0)
+    return StepTokens(tokens, num_accepted, num_drafted, None, None)
 
 
 def make_request(
@@ -71,6 +90,9 @@ def make_core(
     step_seconds: float = 0.0,
     random_seed: int | None = 0,
     eos: int = 511,
+    decode_log_interval: int = 40,
+    draft_model: str = "",
+    draft_is_right: Callable[[int], bool] = two_of_three,
     **scheduler_options,
 ) -> Core:
     scheduler = make_scheduler(**scheduler_options)
@@ -83,10 +105,20 @@ def make_core(
         context_length=config.context_length,
         vocab_size=vocab_size,
         step_seconds=step_seconds,
-        width=config.max_width,
+        width=config.width,
+        lookahead=config.lookahead,
+        draft_is_right=draft_is_right,
     )
     info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos)
-    return Core(scheduler, runner, info, overlap=overlap, random_seed=random_seed)
+    return Core(
+        scheduler,
+        runner,
+        info,
+        overlap=overlap,
+        random_seed=random_seed,
+        decode_log_interval=decode_log_interval,
+        draft_model=draft_model,
+    )
 
 
 @dataclasses.dataclass
@@ -180,7 +212,7 @@ class Client:
         if event.stats is not None:
             self.stats.append(event.stats)
         assert len(event.keys) == len(event.tokens)
-        assert max(Counter(event.keys).values(), default=0) <= self.core.scheduler.config.max_width
+        assert max(Counter(event.keys).values(), default=0) <= self.core.scheduler.config.width
         for i, (key, token) in enumerate(zip(event.keys, event.tokens, strict=True)):
             answer = self.answers[key]
             assert answer.reason is None, "a token after the end"

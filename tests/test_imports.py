@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "scheduler": ("cache", "request", "step_plan"),
     "ops": (),
     "parallel": (),
-    "models": ("ops", "parallel", "settings.hub"),
+    "models": ("ops", "parallel", "settings.hub", "settings.speculation"),
     "multihost": ("settings",),
     "runtime": ("models", "ops", "parallel", "request", "step_plan", "observability"),
     # A GGUF file carries its vocabulary, and a folder that of its model: text/ takes the reading of files from models/.

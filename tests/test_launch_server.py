@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -94,14 +96,22 @@ def test_version() -> None:
 
 
 def test_serves_with_the_parsed_args_and_returns_the_servers_exit_code(served: list[ServerArgs]) -> None:
-    assert launch_server.main(["--model-path", "m", "--port", "1234"]) == 7
+    assert launch_server.main(["--model-path", ".", "--port", "1234"]) == 7
     assert [args.port for args in served] == [1234]
+
+
+def test_a_draft_model_alone_is_launched_with_its_verifier(served: list[ServerArgs], tmp_path: Path) -> None:
+    about = {"algorithm": "eagle3", "verifier": {"name_or_path": "org/target"}}
+    (tmp_path / "config.json").write_text(json.dumps({"speculators_config": about}))
+    assert launch_server.main(["--model-path", str(tmp_path)]) == 7
+    [args] = served
+    assert (args.model_path, args.speculative_draft_model_path) == ("org/target", str(tmp_path))
 
 
 def test_what_has_no_effect_is_said_once(served: list[ServerArgs], caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", logger="sgl_jax")
     for _ in range(2):
-        launch_server.main(["--model-path", "m", "--trust-remote-code"])
+        launch_server.main(["--model-path", ".", "--trust-remote-code"])
     assert len(served) == 2
     [said] = [r.getMessage() for r in caplog.records if "--trust-remote-code" in r.getMessage()]
     assert says(said, "no effect … never run")

@@ -88,19 +88,20 @@ def test_a_row_load_is_an_entry_of_a_table_and_its_array_of_the_state(tmp_path: 
         ("runtime/loads.py", "_FOREVER = 2**31 - 1", functions),
         (
             "runtime/loads.py",
-            'LoadKind("pages", lambda pages, vocab: pages, _pack_pages, _store_pages),',
-            'LoadKind("mask", lambda pages, vocab: 3, _pack_mask, _store_mask),',
+            'LoadKind("pages", lambda sizes: sizes.pages_per_row, _pack_pages, _store_pages),',
+            'LoadKind("mask", lambda sizes: 3, _pack_mask, _store_mask),',
         ),
     ]
     script = """
         import jax, numpy as np
         from sgl_jax.parallel.grid import ONE_DEVICE
         from sgl_jax.runtime.loads import LOADS, LoadLayout, pack_loads
-        from sgl_jax.runtime.device_state import initial_state
+        from sgl_jax.runtime.device_state import StateSizes, initial_state
         from sgl_jax.step_plan import RowLoad
 
-        layouts = {kind.program: LoadLayout(kind, 8, kind.size(4, 16)) for kind in LOADS}
-        state = initial_state(8, 4, 16)
+        sizes = StateSizes(8, 4, 16)
+        layouts = {kind.program: LoadLayout(kind, 8, kind.size(sizes)) for kind in LOADS if kind.name != "tokens"}
+        state = initial_state(sizes)
         loads = [RowLoad(2, np.array([5], np.int32), None), RowLoad(3, None, None), RowLoad(6, None, None)]
         for name, vector in pack_loads([*layouts.values()], loads):
             print(name)

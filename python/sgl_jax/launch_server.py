@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-BAD_FLAG, INTERRUPTED = 2, 130  # exit codes; 130 is a shell's for a program that Ctrl-C ended
+FAILED, BAD_FLAG, INTERRUPTED = 1, 2, 130  # exit codes; 130 is a shell's for a program that Ctrl-C ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,16 +20,20 @@ def _run(argv: Sequence[str] | None) -> int:
     from sgl_jax import __version__
     from sgl_jax.observability import log
     from sgl_jax.settings.flag_parser import FlagError
+    from sgl_jax.settings.hub import HubError
     from sgl_jax.settings.server_args import ServerArgs
 
     try:
         server_args = ServerArgs.from_cli(argv)
-    except FlagError as error:
+        log.setup(server_args.log_level)
+        logger = logging.getLogger("sgl_jax.launch_server")  # __name__ may be __main__, whose lines are not shown
+        logger.info("sgl_jax %s, starting", __version__)
+        from sgl_jax.settings.speculators import with_verifier
+
+        server_args = with_verifier(server_args)
+    except (FlagError, HubError) as error:
         print(f"sgl_jax: error: {error}", file=sys.stderr)
-        return BAD_FLAG
-    log.setup(server_args.log_level)
-    logger = logging.getLogger("sgl_jax.launch_server")  # __name__ may be __main__, whose lines are not shown
-    logger.info("sgl_jax %s, starting", __version__)
+        return BAD_FLAG if isinstance(error, FlagError) else FAILED
     for flag, message in server_args.notices().items():
         log.once(logger, flag, message)
 

@@ -129,6 +129,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     include_stop_str_in_output: Annotated[
         bool, About("keep the stop string in the text", native="no_stop_trim", openai="no_stop_trim")
     ] = False
+    disable_speculation: Annotated[bool, About("no tokens are drafted; the output is the same")] = False
     stream_interval: Annotated[
         int | None, About("tokens per streamed event after the first; --stream-interval if not set", low=1, openai="")
     ] = None

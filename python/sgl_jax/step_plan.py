@@ -35,12 +35,13 @@ class Param(enum.IntEnum):
 
 
 class RowFlag(enum.IntFlag):
-    """Bits of Param.FLAGS: the parts of the sampler that a row needs."""
+    """Bits of Param.FLAGS: the parts of the step that a row needs or does without."""
 
     LOGPROBS = 1
     PENALTIES = 2
     BIAS = 4  # logit_bias or min_tokens
     PROMPT_LOGPROBS = 8
+    NO_DRAFTS = 16
 
 
 class Per(enum.Enum):
@@ -77,7 +78,9 @@ class RowLoad:
 
     row: int
     pages: np.ndarray | None  # after a prefix hit, the row's whole page table so far (page ids of its rank)
-    request: Request | None  # set if its penalties, logit_bias or min_tokens need device state
+    request: (
+        Request | None
+    )  # set if its penalties, logit_bias or min_tokens need device state, or its tokens are kept there
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,10 +165,10 @@ COLUMNS: dict[str, Column] = {
 }
 
 
-def pages_per_row(context_length: int, width: int, page_size: int) -> int:
+def pages_per_row(context_length: int, width: int, page_size: int, lookahead: int = 0) -> int:
     """Return the number of pages that a row's page table must hold. A row may compute needless drafts beyond the context: at
-    the end, up to two steps of W tokens each are in flight."""
-    return -(-(context_length + 2 * (width - 1)) // page_size)
+    the end, up to two steps of W tokens each are in flight. `lookahead`: tokens beyond a step's own whose KV it writes."""
+    return -(-(context_length + 2 * (width - 1) + lookahead) // page_size)
 
 
 @functools.cache
@@ -188,6 +191,7 @@ class StepTokens:
 
     tokens: np.ndarray  # i32[S, W]
     num_accepted: np.ndarray  # i32[S] how many of a row's tokens continue its sequence: 1 .. W if it decodes, else 1
+    num_drafted: np.ndarray  # i32[S] how many drafts of a row were verified: 0 .. W - 1 if it decodes, else 0
     logprobs: TokenScores | None  # n = S * W sampled tokens; None unless a row asked
     prompt_logprobs: TokenScores | None  # n = T, the token after each packed token; None unless a row asked
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from sgl_jax.settings.server_args import ServerArgs
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """Start engine cores in this process, which share a compile cache. With `bucket` a core has one step program."""
+    """Start engine cores in this process, which share a compile cache. With `bucket` a core has one step program, or one of each width."""
     compile_cache = str(tmp_path_factory.mktemp("compiled"))
 
     def start(model: Path, bucket: Bucket | None = None, **options) -> Core:
@@ -23,7 +24,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
         args = ServerArgs(model_path=str(model), **options)
         with pytest.MonkeyPatch.context() as patch:
             if bucket is not None:
-                patch.setattr(launch_plan, "make_buckets", lambda *_, **__: (bucket,))
+                patch.setattr(launch_plan, "make_buckets", lambda *_, width=1, **__: (replace(bucket, width=width),))
             return build_core(args)
 
     return start

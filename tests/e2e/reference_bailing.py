@@ -184,16 +184,53 @@ def head(weight: np.ndarray, config: dict) -> np.ndarray:
     return weight / (np.linalg.norm(weight, axis=0, keepdims=True) + 1e-7) if config.get("norm_head") else weight
 
 
+def layer_weights(tensors: dict[str, np.ndarray], i: int) -> dict[str, np.ndarray]:
+    prefix = f"model.layers.{i}."
+    return {
+        name.removeprefix(prefix): value.astype(np.float64)
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def decoder_layer(x: np.ndarray, w: dict, config: dict) -> np.ndarray:
+    """BailingMoeDecoderLayer.forward."""
+    x = x + attention(rms_norm(x, w["input_layernorm.weight"], config["rms_norm_eps"]), w, config)
+    h = rms_norm(x, w["post_attention_layernorm.weight"], config["rms_norm_eps"])
+    return x + (experts(h, w, config) if "mlp.gate.weight" in w else mlp(h, w, "mlp"))
+
+
+def hidden_states(tensors: dict[str, np.ndarray], config: dict, ids: list[int]) -> np.ndarray:
+    """BailingMoeModel.forward: the output after the final norm, [tokens, hidden]."""
+    x = tensors["model.word_embeddings.weight"][ids].astype(np.float64)
+    for i in range(config["num_hidden_layers"]):
+        x = decoder_layer(x, layer_weights(tensors, i), config)
+    return rms_norm(x, tensors["model.norm.weight"], config["rms_norm_eps"])
+
+
 def logprobs(tensors: dict[str, np.ndarray], config: dict, ids: list[int]) -> np.ndarray:
     """BailingMoeForCausalLM.forward, then log softmax: [tokens, vocab]."""
-    tensors = {name: value.astype(np.float64) for name, value in tensors.items()}
-    eps, x = config["rms_norm_eps"], tensors["model.word_embeddings.weight"][ids]
-    for i in range(config["num_hidden_layers"]):
-        prefix = f"model.layers.{i}."
-        w = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-        x = x + attention(rms_norm(x, w["input_layernorm.weight"], eps), w, config)
-        h = rms_norm(x, w["post_attention_layernorm.weight"], eps)
-        x = x + (experts(h, w, config) if "mlp.gate.weight" in w else mlp(h, w, "mlp"))
-    logits = rms_norm(x, tensors["model.norm.weight"], eps) @ head(tensors["lm_head.weight"], config).T
+    logits = hidden_states(tensors, config, ids) @ head(tensors["lm_head.weight"].astype(np.float64), config).T
     logits -= logits.max(-1, keepdims=True)
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def mtp_drafts(
+    tensors: dict[str, np.ndarray], config: dict, ids: list[int], count: int
+) -> tuple[list[int], list[float]]:
+    """BailingMoeV2MTPLayer.forward and the head: the drafts after ids, and by how much the logit of each is the best.
+
+    An entry is a token with the output, after its norm, of the position before it: the model's, then the MTP layer's own.
+    """
+    w, eps = layer_weights(tensors, config["num_hidden_layers"]), config["rms_norm_eps"]
+    before = [*hidden_states(tensors, config, ids[:-1])]
+    ids, gaps = list(ids), []
+    for _ in range(count):
+        e = rms_norm(tensors["model.word_embeddings.weight"][ids[1:]].astype(np.float64), w["enorm.weight"], eps)
+        h = rms_norm(np.stack(before), w["hnorm.weight"], eps)
+        out = decoder_layer(np.concatenate([e, h], -1) @ w["eh_proj.weight"].T, w, config)
+        before.append(rms_norm(out, w["final_layernorm.weight"], eps)[-1])
+        logits = head(tensors["lm_head.weight"].astype(np.float64), config) @ before[-1]
+        ids.append(int(logits.argmax()))
+        gaps.append(float(np.diff(np.sort(logits)[-2:])[0]))
+    return ids[-count:], gaps

@@ -15,7 +15,7 @@ from sgl_jax.engine.core import Core
 from sgl_jax.engine.launch_plan import LaunchPlan, plan_launch
 from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.runtime.buckets import Bucket
-from sgl_jax.runtime.pool import pool_of
+from sgl_jax.runtime.pool import pools_of
 from simulated import Answer, Client
 
 ONE_STEP = Bucket(16, 2)
@@ -44,7 +44,7 @@ def test_a_pool_of_another_dtype(
     stories260k: Path, build: Build, all_float32: tuple[EngineInfo, np.ndarray], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """KV of a smaller dtype takes half the bytes, and its rounding changes logprobs a little."""
-    monkeypatch.setattr(launch_plan, "pool_of", lambda shard, attention, dtype: pool_of(shard, attention, "bfloat16"))
+    monkeypatch.setattr(launch_plan, "pools_of", lambda shard, attention, dtype: pools_of(shard, attention, "bfloat16"))
     halved = build(stories260k, ONE_STEP, attention_backend="native")  # the library for CPUs refuses it
     info, wanted = all_float32
     assert halved.info.dtype == info.dtype == "float32"

@@ -33,6 +33,8 @@ from sgl_jax.engine.messages import (
     StepOutput,
     TokenLogprobs,
 )
+from sgl_jax.engine.native_call import native_call
+from sgl_jax.engine.native_params import LogprobOptions
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import FinishReason, InvalidParameter, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
@@ -164,6 +166,34 @@ def test_a_stop_string_in_the_last_token_before_eos_leaves_eos_out() -> None:
         [update] = await collect(generation)
         assert (update.text, update.token_ids, len(update.logprobs)) == (" a ", [A, TIME], 2)
         assert update.finish == FinishReason("stop", "time")
+
+    run(test)
+
+
+@pytest.mark.parametrize("stop", [(), ("time",)])
+def test_an_answer_tells_the_fate_of_its_drafts_also_when_a_stop_string_ends_it(stop: tuple[str, ...]) -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        params = SamplingParams(stop=stop)
+        call = native_call(STORIES, 512, None, [[ONCE], [UPON]], params, None, LogprobOptions())
+        answers = asyncio.ensure_future(call.result(service))
+        await settle()
+        key, other = transport.keys()
+        transport.emit(StepOutput([key], [UPON]))
+        transport.emit(StepOutput([key], [A], drafts=[(key, 3, 0)]))
+        transport.emit(StepOutput([key, key, key], [UPON, A, TIME], drafts=[(key, 2, 2), (7, 3, 1)]))
+        ends = [Finished(other, FinishReason("length"))]
+        transport.emit(StepOutput([other], [A], ends if stop else [*ends, Finished(key, FinishReason("length"))]))
+        drafted, plain = (answer["meta_info"] for answer in await answers)
+        assert drafted["finish_reason"]["type"] == ("stop" if stop else "length")
+        assert {name: value for name, value in drafted.items() if name.startswith("spec_")} == {
+            "spec_verify_ct": 2,
+            "spec_proposed_drafts": 5,
+            "spec_accepted_drafts": 2,
+            "spec_accept_length": 2.0,
+            "spec_accept_rate": 0.4,
+        }
+        assert [name for name in plain if name.startswith("spec_")] == []
 
     run(test)
 

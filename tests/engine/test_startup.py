@@ -60,6 +60,15 @@ class Enough(Exception):
         ({"attention_backend": "fa"}, "--attention-backend fa.* tpu.* cpu.* native"),
         ({"context_length": 10**6}, "--context-length .*1000000.* 512"),
         ({"mem_fraction_static": 1e-6, "max_total_tokens": None}, "KV.*--mem-fraction-static"),
+        (
+            {
+                "speculative_algorithm": "NGRAM",
+                "speculative_num_draft_tokens": 17,
+                "max_total_tokens": 32,
+                "page_size": 16,
+            },
+            "--speculative-num-draft-tokens is 17; .*32 tokens.*32 tokens in pages of 16.*--max-total-tokens",
+        ),
         ({"load_format": "gguf"}, "0 .gguf"),
     ],
 )

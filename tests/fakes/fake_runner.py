@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
@@ -31,6 +31,10 @@ def _mix(x: int) -> int:
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
+
+
+def two_of_three(kv: int) -> bool:
+    return _mix(kv) % 3 > 0
 
 
 def kv_of(before: int, token: int) -> int:
@@ -139,16 +143,20 @@ class FakeRunner:
         step_seconds: float = 0.0,
         num_ranks: int = 1,
         width: int = 1,
+        lookahead: int = 0,
+        draft_is_right: Callable[[int], bool] = two_of_three,
     ):
         """`num_rows`: rows of all data ranks together; `num_pages`: pages of each rank, its scratch page included; `width`: W
-        of the widest step."""
+        of the widest step; `lookahead`: slots beyond a row's tokens that its drafts overwrite; `draft_is_right`: of the draft
+        after a token with this KV."""
         self.page_size, self.vocab_size, self.step_seconds = page_size, vocab_size, step_seconds
         self.tracer = FakeTracer()
         self.plans: list[StepPlan] = []  # all that were launched, for tests to read
         self._kv: list[int] = [0] * (num_ranks * num_pages * page_size)
         self._num_collected = 0
+        self._draft_is_right = draft_is_right
         self._num_pages, self._num_ranks, self._width = num_pages, num_ranks, width
-        num_pages_per_row = pages_per_row(context_length, width, page_size)
+        self._lookahead, num_pages_per_row = lookahead, pages_per_row(context_length, width, page_size, lookahead)
         self._rows = [_Row(np.zeros(num_pages_per_row, np.int32)) for _ in range(num_rows)]
 
     def launch(self, plan: StepPlan) -> FakeFlight:
@@ -236,11 +244,14 @@ class FakeRunner:
                 row.last_token = tokens[-1]
                 row.output += tokens
                 row.drafts = self._draft(row, params, kv[: row.length])
+        self._write_ahead(plan)
         logprobs = self._scored(kv_of_line, sampled.reshape(-1)) if plan.wants_logprobs else None
         following = np.roll(plan.tokens, -1)
         following[np.cumsum(plan.num_new) - 1] = plan.next_token
         prompt_logprobs = self._scored(kv_of_token, following) if plan.wants_prompt_logprobs else None
-        return StepTokens(sampled, accepted, logprobs, prompt_logprobs)
+        declines = plan.params[:, Param.FLAGS] & RowFlag.NO_DRAFTS > 0
+        drafted = np.where(plan.from_device & ~declines, plan.width - 1, 0)
+        return StepTokens(sampled, accepted, drafted, logprobs, prompt_logprobs)
 
     def _slots(self, plan: StepPlan, i: int) -> tuple[list[int], int]:
         """Return the slots of row i's tokens in the pool, with this step's tokens, and the number of earlier tokens."""
@@ -249,6 +260,15 @@ class FakeRunner:
         position = np.arange(start + int(plan.num_new[i]))
         pages = row.page_table[position // self.page_size] + plan.rank[i] * self._num_pages
         return (pages * self.page_size + position % self.page_size).tolist(), start
+
+    def _write_ahead(self, plan: StepPlan) -> None:
+        """Overwrite the slots behind each row's tokens, as a draft model does."""
+        for number, rank in zip(plan.rows, plan.rank, strict=True):
+            row = self._rows[number]
+            for position in range(row.length, row.length + self._lookahead):
+                page = int(row.page_table[position // self.page_size])
+                assert page > 0, f"row {number} drafts without a page"
+                self._kv[(page + rank * self._num_pages) * self.page_size + position % self.page_size] = -1
 
     def _tokens(self, plan: StepPlan, i: int, first: int) -> list[int]:
         """Return the tokens that row i computes: its tokens in the plan, or its last token and its drafts."""
@@ -261,6 +281,8 @@ class FakeRunner:
     def _gain(self, row: _Row, params: np.ndarray, kv: list[int], num_read: int) -> list[int]:
         """Sample after the first num_read tokens, and then after each draft that equals the token sampled before it."""
         tokens = [self._sample(row, params, kv[:num_read], row.output)]
+        if params[Param.FLAGS] & RowFlag.NO_DRAFTS:
+            return tokens
         for end in range(num_read + 1, len(kv) + 1):
             if tokens[-1] != row.drafts[len(tokens) - 1]:
                 break
@@ -268,12 +290,12 @@ class FakeRunner:
         return tokens
 
     def _draft(self, row: _Row, params: np.ndarray, kv: list[int]) -> list[int]:
-        """Guess the tokens that follow the row's last one; one guess in three is wrong."""
+        """Guess the tokens that follow the row's last one."""
         drafts: list[int] = []
         for _ in range(self._width - 1):
             kv = [*kv, kv_of(kv[-1], [row.last_token, *drafts][-1])]
             right = self._sample(row, params, kv, [*row.output, *drafts])
-            drafts.append(right if _mix(kv[-1]) % 3 else (right + 1) % self.vocab_size)
+            drafts.append(right if self._draft_is_right(kv[-1]) else (right + 1) % self.vocab_size)
         return drafts
 
     def _sample(self, row: _Row, params: np.ndarray, kv: list[int], output: list[int]) -> int:

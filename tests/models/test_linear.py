@@ -21,7 +21,7 @@ from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.placed_weights import abstract_weights
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
-from sgl_jax.runtime.pool import pool_of
+from sgl_jax.runtime.pool import pools_of
 from sgl_jax.runtime.programs import RunnerConfig, make_programs
 
 RNG = np.random.default_rng(0)
@@ -80,8 +80,8 @@ def test_every_declared_matrix_is_multiplied_at_its_site(
     monkeypatch.setattr(products, "_plain", plain)
     placement = Placement.over(jax.devices("cpu")[:1])
     kernels = kernels_for(None, PLATFORMS["cpu"], model)
-    pool = pool_of(model, kernels.attention, "float32")
-    config = RunnerConfig("float32", "float32", pool, 16, 9, 2, 64, (Bucket(8, 2),))
+    pools = pools_of(model, kernels.attention, "float32")
+    config = RunnerConfig("float32", "float32", pools, 16, 9, 2, 64, (Bucket(8, 2),))
     weights = abstract_weights(model, "float32", placement, stacked=False)
     program = next(
         each for each in make_programs(model, config, kernels, placement, weights) if each.name.startswith("tokens=")
@@ -102,4 +102,4 @@ def test_all_matrices_but_three_have_a_site(checkpoint: Callable[[str], Path]) -
             jax.tree_util.keystr(path).rpartition(".")[2] for path, spec in flat if spec.is_matrix and not site_of(path)
         }
     assert plain == {"embed", "k_up", "v_up"}
-    assert len(SITES) == 15
+    assert len(SITES) == 16

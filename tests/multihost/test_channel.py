@@ -252,13 +252,14 @@ def test_a_node_rank_that_is_taken_is_refused_until_it_leaves() -> None:
         with pytest.raises(HostsError, match=r"--node-rank .*1.* host 1"):
             host.connect(1)
         first.close()
-        links = [host.connect(2)]
-        for _ in range(300):
+        links = []
+        for _ in range(300):  # until host 0 has noticed; were it complete before, it would end with the lost host
             try:
                 links.append(host.connect(1))
                 break
             except HostsError:
                 time.sleep(0.05)
+        links.append(host.connect(2))
         assert host.wait() == "together"
         for link in links:
             link.close()

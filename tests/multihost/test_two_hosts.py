@@ -34,8 +34,9 @@ pytestmark = pytest.mark.timeout(600)
 def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    model = checkpoint("qwen3_moe")
-    with hosts(tmp_path, model, 2, 4, "--tp-size", "4", "--dp-size", "2", *TIGHT) as all_hosts:
+    """They speculate, which changes no token."""
+    model, ngrams = checkpoint("qwen3_moe"), flags_of(speculative_algorithm="NGRAM", speculative_num_draft_tokens=3)
+    with hosts(tmp_path, model, 2, 4, "--tp-size", "4", "--dp-size", "2", *TIGHT, *ngrams) as all_hosts:
         leader = all_hosts.lead()
         expected = on_one_device(model, NEW_TOKENS)  # while it starts
 

@@ -9,6 +9,7 @@ import re
 import pytest
 
 from messages import says
+from sgl_jax.engine.messages import DraftCounts
 from sgl_jax.observability import log
 
 STAMP = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] "
@@ -159,6 +160,22 @@ def test_batch_lines_are_in_sglangs_format() -> None:
     assert log.decode_line(num_running=3, num_tokens=1200, token_usage=0.5, gen_throughput=81.5, num_waiting=0) == (
         "Decode batch. #running-req: 3, #token: 1200, token usage: 0.50, gen throughput (token/s): 81.50, #queue-req: 0"
     )
+    assert log.decode_line(
+        num_running=1,
+        num_tokens=90,
+        token_usage=0.5,
+        gen_throughput=81.5,
+        num_waiting=0,
+        drafts=DraftCounts(steps=100, drafted=300, accepted=131),
+    ) == (
+        "Decode batch. #running-req: 1, #token: 90, token usage: 0.50, accept len: 2.31, accept rate: 0.44, "
+        "gen throughput (token/s): 81.50, #queue-req: 0"
+    )
+
+
+def test_low_acceptance_line_names_the_model_the_limit_and_what_to_look_at() -> None:
+    line = log.low_acceptance_line("org/head", 7, 210, 0.05)
+    assert says(line, "7 of 210 … org/head … 5% … --speculative-draft-model-path … eagle_aux_hidden_state_layer_ids")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,8 @@
 CPU devices.
 
 GRID is "1", or sizes like "tp2-dp2-ep4"; "sp" adds sequence parallelism, "scan" stacks and scans the layers, as some
-accelerators do, and "int8" holds their matrices as int8 with scales. The requests use every feature whose state or arithmetic is divided over the devices.
+accelerators do, and "int8" holds their matrices as int8 with scales. "ngram" drafts by n-grams, "self" by the model itself, and
+"eagle3" by the head beside FOLDER. The requests use every feature whose state or arithmetic is divided over the devices.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from sgl_jax.models.families import decoder_config
 from sgl_jax.models.scaled import Scaled
 from sgl_jax.runtime import platform
 
+STORIES = str(Path(__file__).parents[1] / "data" / "stories260k")  # a tokenizer for a model without one
 COMMON = {"max_new_tokens": 16, "ignore_eos": True}
 PARAMS = [
     {"temperature": 0},
@@ -40,10 +43,27 @@ def flags(grid: str) -> dict[str, Any]:
     return sizes | {"enable_sequence_parallel": "sp" in grid.split("-")}
 
 
+def speculation(folder: str, grid: str) -> dict[str, Any]:
+    drafts: dict[str, dict[str, Any]] = {
+        "ngram": {"speculative_algorithm": "NGRAM"},
+        "self": {"speculative_algorithm": "STANDALONE", "speculative_draft_model_path": folder},
+        "eagle3": {
+            "speculative_algorithm": "EAGLE3",
+            "speculative_draft_model_path": folder.replace("target", "draft"),
+        },
+    }
+    asked = [flags for name, flags in drafts.items() if name in grid.split("-")]
+    return asked[0] | {"speculative_num_draft_tokens": 4, "speculative_disable_by_batch_size": 4} if asked else {}
+
+
 def answers(folder: str, grid: str) -> dict[str, Any]:
     """Answer requests that fill the pool, so that some are preempted, and others that continue the same prompts."""
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, 500, n).tolist() for n in (1, 5, 20, 40, 33, 2, 17, 28)]
+    if (
+        oracle := Path(folder).parent / "oracle.json"
+    ).exists():  # texts that the head was trained on, asked for greedily
+        prompts[0], _, prompts[-1] = (case["prompt_ids"][-40:] for case in json.loads(oracle.read_text())["cases"])
     sizes = flags(grid)
     with sgl_jax.Engine(
         model_path=folder,
@@ -52,7 +72,9 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         max_running_requests=8,
         chunked_prefill_size=16,
         max_total_tokens=96 * sizes.get("dp_size", 1),
+        tokenizer_path=STORIES if "eagle" in folder else None,
         **sizes,
+        **speculation(folder, grid),
     ) as engine:
         out = engine.generate(
             input_ids=prompts,
@@ -71,6 +93,7 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         "preemptions": stats.preemptions,
         "cached_tokens": stats.cached_tokens,
         "compiles_after_ready": stats.compiles_after_ready,
+        "accepted_drafts": stats.accepted_drafts,
     }
 
 

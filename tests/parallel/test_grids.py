@@ -48,3 +48,25 @@ def test_quantised_weights_are_divided_with_their_scales(checkpoint: Callable[[s
     one, *others = run_grids(checkpoint("qwen3_moe"), ["int8", "tp2-int8", "dp2-tp2-ep4-int8-scan"])
     for many in others:
         assert_same(one, many)
+
+
+EAGLE3 = Path(__file__).parents[1] / "data" / "eagle" / "eagle3-qwen3" / "target"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("family", "grids"),
+    [
+        ("llama", ["tp2-ngram-scan", "dp2-tp2-self"]),
+        ("deepseek_v2", ["dp2-self-scan"]),
+        ("qwen3_moe", ["dp2-tp2-ep4-ngram"]),
+        ("eagle3", ["tp2-sp-eagle3", "dp2-eagle3-scan"]),
+    ],
+)
+def test_speculation_changes_nothing_on_any_grid(
+    checkpoint: Callable[[str], Path], family: str, grids: list[str]
+) -> None:
+    one, *others = run_grids(EAGLE3 if family == "eagle3" else checkpoint(family), ["1", *grids])
+    for many, grid in zip(others, grids, strict=True):
+        assert_same(one, many)
+        assert many["accepted_drafts"] > 0, grid

@@ -13,14 +13,14 @@ from sgl_jax.parallel.grid import Grid
 from sgl_jax.planning.cost import Rates, StepCost, step_cost
 from sgl_jax.planning.model import find_model
 from sgl_jax.runtime.buckets import Bucket
-from sgl_jax.runtime.pool import pool_of
+from sgl_jax.runtime.pool import pools_of
 
 QWEN3_8B = find_model("Qwen3-8B").config
 NATIVE = find_backend("native", "cpu", vectorise=False)
 
 
 def cost_of(model: DecoderConfig, devices: int, dtype: str, bucket: Bucket, context: int) -> StepCost:
-    pool = pool_of(model.shard(Grid(devices)), NATIVE, dtype)
+    pool = pools_of(model.shard(Grid(devices)), NATIVE, dtype)[0]
     return step_cost(model, Grid(devices), pool, bucket, context, weight_dtype=dtype, compute_dtype=dtype)
 
 

@@ -16,12 +16,13 @@ from sgl_jax.models.loader import load_weights
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
-from sgl_jax.runtime.pool import pool_of
+from sgl_jax.runtime.pool import pools_of
 from sgl_jax.runtime.programs import RunnerConfig
 from sgl_jax.runtime.runner import Announce, ModelRunner, announce_to_nobody
-from sgl_jax.runtime.speculate import Drafter
+from sgl_jax.runtime.step_spec import Drafter
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
+from simulated import ByRows
 
 ROWS, CONTEXT, PAGE_SIZE, PAGES = 4, 96, 4, 120
 
@@ -31,6 +32,7 @@ def small_runner(
     *,
     widths: tuple[int, ...] = (1,),
     drafter: Drafter | None = None,
+    keeps_tokens: bool = False,
     announce: Announce = announce_to_nobody,
 ) -> ModelRunner:
     """Make a float32 runner on one CPU device, compiled and started, with a bucket of each width."""
@@ -38,9 +40,10 @@ def small_runner(
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors)
     placement = Placement.over(jax.devices("cpu")[:1])
     kernels = kernels_for(None, PLATFORMS["cpu"], model)
-    pool = pool_of(model, kernels.attention, "float32")
+    pools = pools_of(model, kernels.attention, "float32")
     buckets = tuple(Bucket(32, ROWS, width) for width in widths)
-    config = RunnerConfig("float32", "float32", pool, PAGE_SIZE, PAGES + 1, ROWS, CONTEXT, buckets)
+    options = {"keeps_tokens": keeps_tokens, "width": max(widths)}
+    config = RunnerConfig("float32", "float32", pools, PAGE_SIZE, PAGES + 1, ROWS, CONTEXT, buckets, **options)
     runner = ModelRunner(model, config, kernels, placement, stacks_layers=False, announce=announce, drafter=drafter)
     runner.compile(lambda *_: None).result()
     runner.start(load_weights(checkpoint, model, "float32"))
@@ -56,10 +59,12 @@ def small_core(
 ) -> Core:
     """Make an engine core over the runner, with an empty cache of num_pages pages. `width`: decoding rows -> W; by default the
     runner's greatest."""
-    greatest = runner.config.width
+    config = runner.config
+    widths = ByRows(width or (lambda num_decoding: config.width), ROWS)
     scheduler = Scheduler(
-        SchedulerConfig(ROWS, CONTEXT, 32, 32, width=width or (lambda num_decoding: greatest)),
+        SchedulerConfig(ROWS, CONTEXT, 32, 32, width=widths.width, wide_rows=ROWS, keeps_tokens=config.keeps_tokens),
         [PrefixCache(num_pages + 1, PAGE_SIZE)],
+        widths,
     )
     info = fake_info(vocab_size=512, context_length=CONTEXT, eos_token_id=2)
     return Core(scheduler, runner, info, overlap=overlap, random_seed=0)

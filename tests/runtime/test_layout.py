@@ -84,14 +84,21 @@ def test_each_vector_is_a_new_one() -> None:
 @settings(max_examples=200, derandomize=True, deadline=None, database=None)
 @given(
     page_size=st.sampled_from([1, 2, 16, 128]),
-    rows=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40)), min_size=1, max_size=8),
+    rows=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 40), st.booleans()), min_size=1, max_size=8),
+    lookahead=st.sampled_from([0, 1, 7]),
 )
-def test_no_step_needs_more_page_updates_than_its_bucket_holds(page_size: int, rows: list[tuple[int, int]]) -> None:
-    """Rows are (start, num_new) and have pages for `start` tokens. In the worst case each row's first token begins a page."""
-    num_tokens = sum(n for _, n in rows)
-    layout = PlanLayout(Bucket(num_tokens, len(rows)), page_size, spare_row=9)
-    needed = sum(-(-(start + n) // page_size) - -(-start // page_size) for start, n in rows)
-    layout.pack(random_plan(np.random.default_rng(0), [n for _, n in rows], needed))
+def test_no_step_needs_more_page_updates_than_its_bucket_holds(
+    page_size: int, rows: list[tuple[int, int, bool]], lookahead: int
+) -> None:
+    """Rows are (start, num_new, is_new). New rows have pages for `start` tokens, others for the lookahead, too. In the worst
+    case each row's first token begins a page."""
+    num_tokens = sum(n for _, n, _ in rows)
+    layout = PlanLayout(Bucket(num_tokens, len(rows)), page_size, spare_row=9, lookahead=lookahead)
+    had = [-(-(start + lookahead * (not is_new)) // page_size) for start, _, is_new in rows]
+    needed = sum(
+        -(-(start + n + lookahead) // page_size) - pages for (start, n, _), pages in zip(rows, had, strict=True)
+    )
+    layout.pack(random_plan(np.random.default_rng(0), [n for _, n, _ in rows], needed))
 
 
 def test_the_worst_case_of_page_updates_is_reached() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +12,14 @@ import pytest
 
 from sgl_jax.parallel.grid import ONE_DEVICE
 from sgl_jax.request import Request, SamplingParams
-from sgl_jax.runtime.device_state import BIAS_WIDTH, IN_PROMPT, DeviceState, initial_state
+from sgl_jax.runtime.device_state import BIAS_WIDTH, IN_PROMPT, DeviceState, StateSizes, initial_state
 from sgl_jax.runtime.loads import LOADS, LoadLayout, pack_loads
 from sgl_jax.step_plan import RowLoad
 
 NUM_ROWS, PAGES, VOCAB_SIZE = 200, 300, 50
-LAYOUTS = {kind.name: LoadLayout(kind, NUM_ROWS, kind.size(PAGES, VOCAB_SIZE)) for kind in LOADS}
+SIZES = StateSizes(NUM_ROWS, PAGES, VOCAB_SIZE, num_tokens=20)
+LAYOUTS = {kind.name: LoadLayout(kind, NUM_ROWS, kind.size(SIZES)) for kind in LOADS}
+WITHOUT_TOKENS = [layout for name, layout in LAYOUTS.items() if name != "tokens"]  # a launch without n-grams
 
 
 def asked(prompt: list[int], output: list[int] | None = None, stops: list[int] | None = None, **params) -> Request:
@@ -34,16 +37,24 @@ def asked(prompt: list[int], output: list[int] | None = None, stops: list[int] |
     return request
 
 
-def loaded(loads: list[RowLoad]) -> tuple[list[str], DeviceState]:
+def loaded(loads: list[RowLoad], layouts: Sequence[LoadLayout] = WITHOUT_TOKENS) -> tuple[list[str], DeviceState]:
     """Run the loads on a state without zeros. Return the names of the programs and the new state."""
-    state = jax.tree.map(lambda x: x + 7, initial_state(NUM_ROWS, PAGES, VOCAB_SIZE))
+    state = jax.tree.map(lambda x: x + 7, initial_state(SIZES))
     names = []
-    for program, vector in pack_loads([*LAYOUTS.values()], loads):
+    for program, vector in pack_loads(layouts, loads):
         names.append(program)
         layout = LAYOUTS[program.removeprefix("load ")]
         assert (vector.shape, vector.dtype) == ((layout.size,), np.int32)
         state = layout.run(state, jnp.asarray(vector), axis=ONE_DEVICE)
     return names, state
+
+
+def test_ngrams_are_looked_up_in_all_tokens_that_the_host_knows() -> None:
+    request = asked([4, 5, 6], output=[7, 8])
+    names, state = loaded([RowLoad(3, None, request), RowLoad(4, None, None)], [LAYOUTS["tokens"]])
+    assert names == ["load tokens"]
+    assert np.asarray(state.tokens)[3].tolist() == [4, 5, 6, 7, 8, *[0] * 15]
+    assert (np.asarray(state.tokens)[[2, 4]] == 7).all()
 
 
 def test_a_hundred_prefix_hits_are_one_dispatch() -> None:
@@ -96,7 +107,7 @@ def test_a_row_is_loaded_with_what_it_needs_and_nothing_else() -> None:
 @pytest.mark.parametrize("kind", LOADS, ids=lambda kind: kind.name)
 def test_an_empty_vector_changes_nothing(kind) -> None:
     layout = LAYOUTS[kind.name]
-    state = initial_state(NUM_ROWS, PAGES, VOCAB_SIZE)
+    state = initial_state(SIZES)
     after = layout.run(state, jnp.asarray(layout.empty()), axis=ONE_DEVICE)
     for field in dataclasses.fields(state):
         np.testing.assert_array_equal(getattr(state, field.name), getattr(after, field.name))

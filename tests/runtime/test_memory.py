@@ -19,7 +19,7 @@ from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime import memory, platform
 from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, plan_memory
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
-from sgl_jax.runtime.pool import pool_of
+from sgl_jax.runtime.pool import pools_of
 
 CONFIG = DecoderConfig(
     architecture="X",
@@ -64,17 +64,17 @@ def test_free_memory_is_what_kernel_and_control_groups_leave(tmp_path: Path) -> 
 def test_bytes_of_a_token() -> None:
     native = find_backend("native", "cpu", vectorise=False)
     padded = dataclasses.replace(native, pool_head_dim=lambda head_dim: 128)
-    assert pool_of(CONFIG, native, "float32").bytes_per_token == 512
-    assert pool_of(CONFIG, padded, "float32").bytes_per_token == 4096
-    assert pool_of(CONFIG, native, "float32").shape(num_pages=10, page_size=16) == (20, 2, 2, 16, 16)
+    assert pools_of(CONFIG, native, "float32")[0].bytes_per_token == 512
+    assert pools_of(CONFIG, padded, "float32")[0].bytes_per_token == 4096
+    assert pools_of(CONFIG, native, "float32")[0].shape(num_pages=10, page_size=16) == (20, 2, 2, 16, 16)
 
 
 def test_a_latent_pool_keeps_one_vector_for_all_heads_on_every_device() -> None:
     native = find_backend("native", "cpu", vectorise=False)
     latent = dataclasses.replace(CONFIG, num_kv_heads=1, mla=MlaConfig(512, None, 128, 64, 128))
     for shard in (latent, latent.shard(Grid(2)), latent.shard(Grid(4))):
-        assert pool_of(shard, native, "float32").shape(num_pages=10, page_size=16) == (20, 1, 1, 16, 576)
-        assert pool_of(shard, native, "float32").bytes_per_token == 2 * 576 * 4
+        assert pools_of(shard, native, "float32")[0].shape(num_pages=10, page_size=16) == (20, 1, 1, 16, 576)
+        assert pools_of(shard, native, "float32")[0].bytes_per_token == 2 * 576 * 4
 
 
 def test_a_tpu_launch_takes_fa_for_heads_and_for_latent_vectors() -> None:

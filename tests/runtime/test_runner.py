@@ -12,8 +12,9 @@ import pytest
 from small_runner import PAGE_SIZE, ROWS, small_core, small_runner
 
 from sgl_jax.runtime import programs
+from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import Program
-from sgl_jax.runtime.programs import OUTPUTS, STATE
+from sgl_jax.runtime.programs import OUTPUTS, STATE, step_name
 from sgl_jax.runtime.runner import ModelRunner, by_need
 from sgl_jax.step_plan import StepPlan
 from simulated import Client
@@ -61,14 +62,17 @@ def test_a_step_of_prefix_hits_is_two_dispatches_and_a_steady_one_is_one(
 
 
 def test_programs_compile_in_the_order_of_need() -> None:
-    def order(*step_tokens: int) -> list[list[str]]:
-        steps = [Program(f"{n}", jax.jit(abs), (), gives=(STATE, OUTPUTS)) for n in step_tokens]
-        divided = by_need([*steps, Program("load", jax.jit(abs), (), gives=(STATE,))])
-        return [[each.name for each in programs] for programs in divided]
+    def order(*sizes: tuple[int, int]) -> list[list[str]]:
+        buckets = [Bucket(tokens, 1, width) for tokens, width in sizes]
+        steps = [Program(step_name(bucket), jax.jit(abs), (), gives=(STATE, OUTPUTS)) for bucket in buckets]
+        divided = by_need([*steps, Program("load", jax.jit(abs), (), gives=(STATE,))], buckets)
+        return [[each.name.replace(" rows=1", "").removeprefix("tokens=") for each in part] for part in divided]
 
-    assert order(2, 8, 32, 64) == [["2", "64", "load"], ["8", "32"]]
-    assert order(2, 8) == [["2", "8", "load"], []]
-    assert order(2) == [["2", "load"], []]
+    assert order((2, 1), (8, 1), (32, 1), (64, 1)) == [["2", "64", "load"], ["8", "32"]]
+    assert order((2, 1), (8, 1)) == [["2", "8", "load"], []]
+    assert order((2, 1)) == [["2", "load"], []]
+    wide = order((2, 1), (4, 4), (8, 1), (16, 4), (64, 1), (64, 4))
+    assert wide == [["4 width=4", "2", "64", "64 width=4", "load"], ["8", "16 width=4"]]
 
 
 class LeftThere:
@@ -82,7 +86,7 @@ def test_the_host_fetches_only_the_tokens_of_a_step_of_width_one(runner: ModelRu
     flight = runner.launch(StepPlan.of(np.ones(2, np.int32)))
     others = {name: LeftThere() for name in flight.outputs._fields if name != "tokens"}
     step = dataclasses.replace(flight, outputs=flight.outputs._replace(**others)).collect()
-    assert (step.tokens.shape, step.num_accepted.tolist()) == ((2, 1), [1, 1])
+    assert (step.tokens.shape, step.num_accepted.tolist(), step.num_drafted.tolist()) == ((2, 1), [1, 1], [0, 0])
 
 
 def test_a_program_with_a_payload_is_announced_by_its_source_and_reads_it_itself(

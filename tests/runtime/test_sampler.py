@@ -14,7 +14,7 @@ from scipy import stats
 from sgl_jax.parallel.grid import ONE_DEVICE
 from sgl_jax.request import MAX_LOGPROBS, Request, SamplingParams
 from sgl_jax.runtime import sampler
-from sgl_jax.runtime.device_state import DeviceState, initial_state
+from sgl_jax.runtime.device_state import DeviceState, StateSizes, initial_state
 from sgl_jax.runtime.loads import LOADS, LoadLayout
 from sgl_jax.runtime.sampler import SampleLines
 from sgl_jax.scheduler.rows import encode_params
@@ -69,10 +69,11 @@ def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[SampleLine
         params=jnp.asarray(params),
         drafts=jnp.zeros((num_rows, 0), jnp.int32),
     )
-    state = initial_state(num_rows, 1, vocab_size)
+    sizes = StateSizes(num_rows, 1, vocab_size, num_tokens=64)
+    state = initial_state(sizes)
     loads = [RowLoad(i, None, row.request) for i, row in enumerate(rows)]
     for kind in LOADS:
-        layout = LoadLayout(kind, num_rows, kind.size(1, vocab_size))
+        layout = LoadLayout(kind, num_rows, kind.size(sizes))
         for vector in layout.pack(loads):
             state = layout.run(state, jnp.asarray(vector), axis=ONE_DEVICE)
     return lines, state
@@ -245,7 +246,7 @@ def test_greedy_takes_the_best_and_the_first_of_equals() -> None:
 def test_the_first_of_equals_is_greedys_for_every_size_of_vocabulary(vocab_size: int) -> None:
     logits = np.random.default_rng(0).integers(0, 3, (5, vocab_size)).astype(np.float32)
     logits[1], logits[2, -1] = -np.inf, 5
-    found = jax.jit(lambda x: sampler._argmax(x, ONE_DEVICE))(logits)
+    found = jax.jit(lambda x: sampler.best_token(x, ONE_DEVICE))(logits)
     assert found.dtype == jnp.int32
     np.testing.assert_array_equal(found, logits.argmax(-1))
 

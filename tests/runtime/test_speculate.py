@@ -13,10 +13,11 @@ from small_runner import small_core, small_runner
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.runtime import speculate
 from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState
-from sgl_jax.runtime.layout import StepInputs
+from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.programs import STATE
 from sgl_jax.runtime.runner import ModelRunner
-from sgl_jax.runtime.speculate import Drafter, DraftInputs, RowTokens
+from sgl_jax.runtime.speculate import RowTokens, Verified
+from sgl_jax.runtime.step_spec import Drafter, Pools, StepSpec
 from simulated import Client
 
 W, VOCAB = 4, 512
@@ -61,27 +62,37 @@ def an_oracle(expected: Client, wrong_every: int) -> Drafter:
         table[i, : len(tokens)] = tokens
     known = jnp.asarray(table)
 
-    def drafts(after: DraftInputs) -> jnp.ndarray:
-        at = after.length[:, None] + 1 + jnp.arange(W - 1)
-        fits = after.last_token[:, None] == known[:, after.length].T  # [S, sequences]
+    def drafts(length: jnp.ndarray, last_token: jnp.ndarray) -> jnp.ndarray:
+        at = length[:, None] + 1 + jnp.arange(W - 1)
+        fits = last_token[:, None] == known[:, length].T  # [S, sequences]
         found = known[jnp.argmax(fits, axis=1)[:, None], at]
-        is_wrong = (after.last_token[:, None] + at) % wrong_every == 0
+        is_wrong = (last_token[:, None] + at) % wrong_every == 0
         return jnp.where(is_wrong, (found + 1) % VOCAB, found)
 
-    return drafts
+    return drafter_of(drafts)
 
 
-def no_drafts(after: DraftInputs) -> jnp.ndarray:
-    return jnp.full((len(after.length), W - 1), NO_DRAFT, jnp.int32)
+def drafter_of(drafts: Callable[[jnp.ndarray, jnp.ndarray], jnp.ndarray]) -> Drafter:
+    """Make a drafter of a function from each row's length and last token to its drafts, [S, W - 1]."""
+
+    def drafter(after: Verified, spec: StepSpec, layout: PlanLayout) -> tuple[Pools, DeviceState]:
+        rows, state = after.inputs.rows, after.state
+        return after.pools, speculate.with_drafts(state, rows, drafts(state.length[rows], state.last_token[rows]))
+
+    return drafter
 
 
-def the_same_again(after: DraftInputs) -> jnp.ndarray:
-    return jnp.repeat(after.last_token[:, None], W - 1, axis=1)
+def no_drafts(length: jnp.ndarray, last_token: jnp.ndarray) -> jnp.ndarray:
+    return jnp.full((len(length), W - 1), NO_DRAFT, jnp.int32)
+
+
+def the_same_again(length: jnp.ndarray, last_token: jnp.ndarray) -> jnp.ndarray:
+    return jnp.repeat(last_token[:, None], W - 1, axis=1)
 
 
 DRAFTERS: dict[str, Callable[[Client], Drafter]] = {
-    "none": lambda expected: no_drafts,
-    "the same again": lambda expected: the_same_again,
+    "none": lambda expected: drafter_of(no_drafts),
+    "the same again": lambda expected: drafter_of(the_same_again),
     "right": lambda expected: an_oracle(expected, 10**6),
     "often right": lambda expected: an_oracle(expected, 5),
 }
@@ -120,8 +131,14 @@ def test_output_does_not_depend_on_drafts(stories260k: Path, expected: Client, d
     for overlap in (True, False):
         client = run(runner, overlap=overlap)
         check(client, expected)
+        counters = client.core.scheduler.counters
+        if drafter == "none":
+            assert counters.draft_steps == 0
+        if drafter == "the same again":
+            assert counters.drafted_tokens == (W - 1) * counters.draft_steps > 0
         if drafter == "right":
-            assert client.core.scheduler.counters.steps < 0.6 * expected.core.scheduler.counters.steps
+            assert counters.steps < 0.6 * expected.core.scheduler.counters.steps
+            assert counters.accepted_drafts > 0.8 * counters.drafted_tokens > 0  # it takes some requests for others
 
 
 def test_output_does_not_depend_on_widths_that_change_with_the_batch_nor_on_preemption(
@@ -140,6 +157,28 @@ def test_without_a_drafter_rows_of_width_w_have_no_drafts(stories260k: Path, exp
     for _ in range(2):  # after the start, and again after steps
         assert (np.asarray(state_of(runner).draft) == NO_DRAFT).all()
         check(run(runner), expected)
+
+
+def test_a_request_that_is_not_to_speculate_gains_one_token_a_step(stories260k: Path, plain: ModelRunner) -> None:
+    def submit(client: Client, **params) -> Client:
+        for key in range(2):
+            client.submit(key, [*STORY, 100 + key], max_tokens=30, ignore_eos=True, temperature=0.0, **params)
+            params = {}  # the second request speculates
+        return client
+
+    expected = submit(Client(small_core(plain)))
+    expected.run()
+    runner = small_runner(stories260k, widths=(W,), drafter=an_oracle(expected, 10**6))
+    client = submit(Client(small_core(runner)), disable_speculation=True)
+    gains: dict[int, set[int]] = {0: set(), 1: set()}
+    while client.core.busy:
+        before = {key: len(answer.tokens) for key, answer in client.answers.items()}
+        client.step()
+        for key, answer in client.answers.items():
+            gains[key].add(len(answer.tokens) - before[key])
+    check(client, expected)
+    assert gains[0] == {0, 1}
+    assert max(gains[1]) == W
 
 
 def test_a_step_writes_the_length_of_rows_that_do_not_decode(plain: ModelRunner) -> None:

@@ -16,7 +16,7 @@ from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.placed_weights import abstract_weights
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
-from sgl_jax.runtime.pool import pool_of
+from sgl_jax.runtime.pool import pools_of
 from sgl_jax.runtime.programs import RunnerConfig, make_programs
 
 STAGES = set(DEVICE_STAGES)
@@ -30,7 +30,7 @@ def test_every_stage_is_in_the_names_of_the_program_s_operations(stories260k: Pa
     weights = abstract_weights(model, np.float32, placement, stacked=stacked)
     kernels = kernels_for(None, PLATFORMS["cpu"], model)
     config = RunnerConfig(
-        "float32", "float32", pool_of(model, kernels.attention, "float32"), 16, 9, 2, 64, (Bucket(8, 2),)
+        "float32", "float32", pools_of(model, kernels.attention, "float32"), 16, 9, 2, 64, (Bucket(8, 2),)
     )
     programs = make_programs(model, config, kernels, placement, weights)
     program = next(each for each in programs if each.name.startswith("tokens="))

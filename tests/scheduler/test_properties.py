@@ -50,10 +50,12 @@ def scenarios(draw: st.DrawFn, width: str = "1", ranks: tuple[int, ...] = (1,)) 
     rows = draw(st.integers(1, 5))
     context_length = draw(st.integers(12, 40))
     widths = [WIDTHS[width](n) for n in range(1, rows + 1)]
-    smallest = pages_per_row(context_length, max(widths), page_size)
+    lookahead = draw(st.sampled_from([0, max(widths) - 1]))
+    smallest = pages_per_row(context_length, max(widths), page_size, lookahead)
     most_decoding = max(n * w for n, w in enumerate(widths, 1))
     core = {
         "width": WIDTHS[width],
+        "lookahead": lookahead,
         "page_size": page_size,
         "rows": rows,
         "context_length": context_length,
@@ -179,7 +181,8 @@ def _stays_in_its_budgets(scenario: Scenario) -> None:
             assert num_rows <= config.max_running_requests
             assert plan.num_new[of_rank & ~plan.from_device].sum() <= config.max_prefill_tokens
             updates = np.isin(plan.page_updates[0], plan.rows[of_rank]).sum()
-            assert updates <= num_rows + num_tokens // scenario.core["page_size"]
+            num_written = num_tokens + num_rows * config.lookahead
+            assert updates <= num_rows + num_written // scenario.core["page_size"]
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -25,11 +25,18 @@ def plan_of(s: Scheduler) -> StepPlan:
     return plan
 
 
-def take(s: Scheduler, plan: StepPlan, *rows: list[int], accepted: list[int] | None = None) -> StepResult:
+def take(
+    s: Scheduler,
+    plan: StepPlan,
+    *rows: list[int],
+    accepted: list[int] | None = None,
+    drafted: list[int] | None = None,
+) -> StepResult:
     """Process a step whose rows sampled these tokens. A row with fewer than W tokens is padded with the token 9."""
     tokens = np.array([[*row, *[9] * (W - len(row))] for row in rows])
     counts = [len(row) for row in rows] if accepted is None else accepted
-    result = s.process(plan, step_tokens(plan, tokens[:, : plan.width], np.array(counts, np.int32)))
+    had = None if drafted is None else np.array(drafted, np.int32)
+    result = s.process(plan, step_tokens(plan, tokens[:, : plan.width], np.array(counts, np.int32), had))
     s.check_invariants()
     return result
 
@@ -176,7 +183,7 @@ def test_a_width_that_a_step_cannot_hold_is_refused() -> None:
         make_scheduler(rows=5, step_tokens=16, width=lambda n: W)
 
 
-def test_the_width_follows_the_number_of_decoding_rows() -> None:
+def test_the_width_follows_the_number_of_rows() -> None:
     s = scheduler(width=lambda n: {1: 4, 2: 2}.get(n, 1))
     widths = []
     for key in range(1, 4):
@@ -184,5 +191,70 @@ def test_the_width_follows_the_number_of_decoding_rows() -> None:
         plan = plan_of(s)
         take(s, plan, *[[50 + key]] * len(plan.rows))
         widths.append(plan.width)
-    assert widths == [4, 4, 2]
+    assert widths == [4, 2, 1]
     assert plan_of(s).num_new.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("num_new", "width"), [(1, W), (2, 1)])
+def test_a_step_is_wide_only_if_its_rows_fit_with_those_that_are_admitted(num_new: int, width: int) -> None:
+    """The programs of width W hold no more rows than may speculate together, whatever the rows compute."""
+    s = scheduler(width=lambda n: W if n <= 2 else 1)
+    started(s)
+    for key in range(2, 2 + num_new):
+        s.add(make_request(key, [key, key, key]))
+    plan = plan_of(s)
+    assert (plan.width, len(plan.rows)) == (width, 1 + num_new)
+
+
+def three_decoding(**options) -> Scheduler:
+    s = scheduler(**options)
+    for key in (1, 2, 3):
+        s.add(make_request(key, [key]))
+    take(s, plan_of(s), [50], [60], [70])
+    return s
+
+
+def drafts_counted(s: Scheduler) -> tuple[int, int, int, list[int]]:
+    c = s.counters
+    return c.draft_steps, c.drafted_tokens, c.accepted_drafts, c.accepted_per_position
+
+
+def test_drafts_are_counted_by_request_and_by_their_place_in_the_row() -> None:
+    s = three_decoding()
+    assert drafts_counted(s) == (0, 0, 0, [0, 0, 0])  # the rows of a prompt have none
+    result = take(s, plan_of(s), [51, 52, 53, 54], [61, 62], [71])
+    assert result.drafts.tolist() == [[1, 3, 3], [2, 3, 1], [3, 3, 0]]
+    assert drafts_counted(s) == (3, 9, 4, [2, 1, 1])
+    take(s, plan_of(s), [55, 56], [63], [72, 73, 74])
+    assert drafts_counted(s) == (6, 18, 7, [4, 2, 1])
+
+
+def test_rows_without_drafts_and_rows_that_changed_hands_do_not_count() -> None:
+    s = three_decoding()
+    plan = plan_of(s)
+    s.abort(3)
+    result = take(s, plan, [51], [61, 62], [71, 72], drafted=[0, 2, 3])
+    assert result.drafts.tolist() == [[2, 2, 1]]
+    assert drafts_counted(s) == (1, 2, 1, [1, 0, 0])
+
+
+def test_drafts_behind_a_stop_token_count_as_accepted() -> None:
+    """The drafter was right about them; how a request ends must not change the rate."""
+    s = scheduler()
+    started(s, stop=(77,))
+    result = take(s, plan_of(s), [51, 77, 52, 53])
+    assert (result.tokens.tolist(), result.drafts.tolist()) == ([51, 77], [[1, 3, 3]])
+    assert drafts_counted(s) == (1, 3, 3, [1, 1, 1])
+
+
+def test_steps_of_other_widths_count_in_the_same_places() -> None:
+    s = three_decoding(width=lambda n: 2 if n > 2 else W)
+    result = take(s, plan_of(s), [51, 52], [61], [71, 72])
+    assert result.drafts.tolist() == [[1, 1, 1], [2, 1, 0], [3, 1, 1]]
+    assert drafts_counted(s) == (3, 3, 2, [2, 0, 0])
+
+
+def test_without_speculation_there_are_no_places() -> None:
+    s = three_decoding(width=lambda n: 1)
+    assert take(s, plan_of(s), [51], [61], [71]).drafts.shape == (0, 3)
+    assert drafts_counted(s) == (0, 0, 0, [])

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import httpx
+import msgspec
 import openai
 from live_server import MODEL, LiveServer
 
 import sgl_jax
+from fakes.fake_core import FakeCore
+from sgl_jax.engine.messages import Stats
 
 
 def test_models(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -28,6 +31,7 @@ def test_information(http: httpx.Client) -> None:
     server = http.get("/get_server_info").json()
     assert server["tokenizer_path"] == MODEL
     assert server["internal_states"][0]["last_gen_throughput"] == 0  # nothing runs now
+    assert "avg_spec_accept_length" not in server["internal_states"][0]
     assert server["stream_interval"] == 1
     assert server["max_total_num_tokens"] == 16 * 512
 
@@ -62,5 +66,29 @@ def test_metrics_count_what_happened() -> None:
             'sgl_jax_e2e_request_latency_seconds_bucket{le="+Inf"}': 5,
         }
         assert {name: float(values[name]) for name in expected} == expected
+        assert "spec_" not in answer.text
         head = http.head("/metrics")
         assert (head.status_code, head.text) == (200, "")
+
+
+class Speculating(FakeCore):
+    def _stats(self) -> Stats:
+        counts = {"draft_steps": 4, "drafted_tokens": 12, "accepted_drafts": 6, "accepted_per_position": [3, 2, 1]}
+        return msgspec.structs.replace(super()._stats(), spec_accept_length=2.25, spec_accept_rate=0.375, **counts)
+
+
+def test_a_launch_that_speculates_has_numbers_of_its_drafts() -> None:
+    with LiveServer(Speculating) as server, server.http() as http:
+        http.post("/generate", json={"text": "Once upon"})
+        lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith("sgl_jax_spec_")]
+        assert {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)} == {
+            "sgl_jax_spec_accept_length": 2.25,
+            "sgl_jax_spec_accept_rate": 0.375,
+            "sgl_jax_spec_decode_num_drafts_total": 4,
+            "sgl_jax_spec_decode_num_draft_tokens_total": 12,
+            "sgl_jax_spec_decode_num_accepted_tokens_total": 6,
+            'sgl_jax_spec_decode_num_accepted_tokens_per_pos_total{position="0"}': 3,
+            'sgl_jax_spec_decode_num_accepted_tokens_per_pos_total{position="1"}': 2,
+            'sgl_jax_spec_decode_num_accepted_tokens_per_pos_total{position="2"}': 1,
+        }
+        assert http.get("/get_server_info").json()["internal_states"][0]["avg_spec_accept_length"] == 2.5

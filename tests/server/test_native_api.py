@@ -168,6 +168,7 @@ def test_zero_new_tokens_score_the_prompt(http: httpx.Client) -> None:
 def test_every_sampling_parameter_reaches_the_engine(live: LiveServer, http: httpx.Client) -> None:
     given = {"temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "presence_penalty": 0.1}
     given |= {"frequency_penalty": 0.2, "repetition_penalty": 1.2, "ignore_eos": True, "skip_special_tokens": False}
+    given |= {"disable_speculation": True}
     renamed = {
         "max_new_tokens": 6,
         "min_new_tokens": 3,

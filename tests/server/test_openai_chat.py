@@ -204,7 +204,7 @@ def test_an_answer_can_be_sent_back_as_the_client_dumps_it(client: openai.OpenAI
 
 def test_parameters_reach_the_engine(live: LiveServer, client: openai.OpenAI) -> None:
     extra = {"top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "stop_token_ids": [9]}
-    extra |= {"ignore_eos": True, "skip_special_tokens": False}
+    extra |= {"ignore_eos": True, "skip_special_tokens": False, "disable_speculation": True}
     given = {"temperature": 0.5, "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.2, "seed": 3}
     ask(client, **given, logit_bias={"5": 2}, max_tokens=8, extra_body=extra)
     sent = [command for command in live.core.commands if isinstance(command, Generate)][-1].params

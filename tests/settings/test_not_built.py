@@ -8,14 +8,13 @@ from pathlib import Path
 import pydantic
 import pytest
 
-from messages import says
 from sgl_jax.server.bodies import Body, feature_of, off_fields, with_fields
 from sgl_jax.server.native_api import GenerateRequest, NativeSamplingParams
 from sgl_jax.server.openai_types import ChatCompletionRequest, CompletionRequest, Message
-from sgl_jax.settings.flags import Flag, flags_of, mistakes_in
-from sgl_jax.settings.foreign_flags import elsewhere, flags_not_built
+from sgl_jax.settings.flag_parser import said_of
+from sgl_jax.settings.foreign_flags import elsewhere
 from sgl_jax.settings.not_built import NOT_BUILT, Feature
-from sgl_jax.settings.server_args import FLAGS, ServerArgs
+from sgl_jax.settings.server_args import FLAGS
 
 BODIES = {body.__name__: body for body in (GenerateRequest, NativeSamplingParams, ChatCompletionRequest, Message)}
 BODIES["CompletionRequest"] = CompletionRequest
@@ -29,20 +28,6 @@ def without(name: str) -> tuple[Feature, ...]:
 
 def pages(features: tuple[Feature, ...]) -> str:
     return runpy.run_path(str(Path(__file__).parents[2] / "docs" / "generate.py"))["coming_from"](features)
-
-
-def steps_flag(features: tuple[Feature, ...]) -> Flag:
-    flags = flags_of(ServerArgs, flags_not_built(features))
-    return next(each for each in flags if each.name == "speculative_num_steps")
-
-
-def test_a_row_taken_out_opens_the_door_for_our_own_flags() -> None:
-    given = {"speculative_num_steps": 3}
-    [mistake] = mistakes_in([steps_flag(NOT_BUILT)], given, lambda name: "")
-    assert says(str(mistake), "--speculative-num-steps … 3 … speculative decoding")
-    opened = steps_flag(without("speculative decoding is"))
-    assert mistakes_in([opened], given, lambda name: "") == []
-    assert opened.refusals == []
 
 
 def test_a_row_taken_out_opens_the_door_for_flags_fields_bodies_and_documentation() -> None:
@@ -77,6 +62,11 @@ def test_the_table_names_no_body_and_no_field_in_vain() -> None:
             assert set(fields.split()) <= set(feature.fields.split()), feature.name
 
 
-def test_no_flag_of_ours_is_refused_by_accident() -> None:
-    refused = {each.name for each in FLAGS if each.not_built}
-    assert refused == {each.name for each in FLAGS if each.name.startswith("speculative_")}
+def test_no_flag_of_ours_belongs_to_a_feature_that_is_not_built() -> None:
+    closed = flag_patterns(NOT_BUILT)
+    assert [option for flag in FLAGS for option in flag.options if said_of(option, closed)] == []
+    assert said_of("--speculative-dflash-block-size", closed)
+
+
+def flag_patterns(features: tuple[Feature, ...]) -> dict[str, str]:
+    return {pattern: feature.name for feature in features for pattern in feature.flags.split()}

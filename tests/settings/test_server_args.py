@@ -39,6 +39,11 @@ PUBLISHED = [
     "--model-path m --load-format dummy --log-level debug --decode-log-interval 1 --stream-interval 4 --shutdown-timeout-s 5 "
     "--max-queued-requests 8 --chunked-prefill-size -1 --compilation-cache-dir /cache",
     "--model-path Qwen/Qwen3-32B --tp-size 8 --nnodes 2 --node-rank 1 --dist-init-addr 10.0.0.1:10011 --device=tpu",
+    "--model-path Qwen/Qwen3-32B --trust-remote-code --device=tpu --tp-size=4 --mem-fraction-static=0.8 "
+    "--max-prefill-tokens=4096 --attention-backend=fa --dtype=bfloat16 --port=30000 --host=0.0.0.0 "
+    "--disable-overlap-schedule --speculative-algorithm=EAGLE3 "
+    "--speculative-draft-model-path=AngelSlim/Qwen3-32B_eagle3 --page-size=64 --speculative-eagle-topk=1 "
+    "--speculative-num-steps=3 --speculative-num-draft-tokens=4",
 ]
 
 TWO = {"nnodes": 2, "tp_size": 4, "dist_init_addr": "10.0.0.1:10011"}
@@ -136,8 +141,6 @@ def test_defaults() -> None:
         ({"dist_init_addr": "host"}, "--dist-init-addr .*host.* port"),
         ({"dist_init_addr": "host:70000"}, "--dist-init-addr .*host:70000.* port"),
         ({"enable_mixed_chunk": False}, "--enable-mixed-chunk .*False"),
-        ({"speculative_algorithm": "EAGLE3"}, "--speculative-algorithm .*EAGLE3.* speculative decoding"),
-        ({"speculative_num_steps": 3}, "--speculative-num-steps .*3.* speculative decoding"),
         ({"disable_radix_cache": "yes"}, "--disable-radix-cache .*yes.* true .*false"),
         ({"log_level": "verbose"}, "--log-level .*verbose.* debug .*info"),
     ],
@@ -195,10 +198,8 @@ def test_refused_command_lines(line: str, message: str) -> None:
 
 
 MISTAKES = {
-    "--speculative-algorithm EAGLE3 --speculative-num-steps 3 --speculative-eagle-topk 1 --speculative-draft-model-path d "
-    "--speculative-num-draft-tokens 4": [
-        "--speculative-algorithm is EAGLE3, --speculative-draft-model-path is d, --speculative-num-steps is 3, "
-        "--speculative-eagle-topk is 1, --speculative-num-draft-tokens is 4 … speculative decoding … not built … flags out"
+    "--speculative-num-steps 3 --speculative-eagle-topk 1": [
+        "--speculative-num-steps, --speculative-eagle-topk … without --speculative-algorithm",
     ],
     "--page-size 48 --port x --dtype float16": ["--dtype … float16", "--port … x … number", "--page-size … 48 … 1024"],
     "--zzz 4 --max-num-seqs 8 --enable-lora --page-size=3": [
@@ -227,7 +228,9 @@ def test_mistakes_of_all_places_are_named_at_once_with_the_place(tmp_path: Path)
     config = tmp_path / "server.yaml"
     config.write_text("tp-size: 0\nmystery: 1\n")
     with pytest.raises(FlagError) as caught:
-        parse(f"--config {config} --port -1", SGL_JAX_PAGE_SIZE="3", SGL_JAX_ZZZ="1", SGL_JAX_SPECULATIVE_NUM_STEPS="2")
+        parse(
+            f"--config {config} --port -1", SGL_JAX_PAGE_SIZE="3", SGL_JAX_ZZZ="1", SGL_JAX_SPECULATIVE_NUM_STEPS="40"
+        )
     _, *found = str(caught.value).splitlines()
     assert [
         says(said, pinned)
@@ -238,8 +241,8 @@ def test_mistakes_of_all_places_are_named_at_once_with_the_place(tmp_path: Path)
                 "server.yaml … mystery",
                 "--port … -1 … 65535",
                 "--page-size … 3 … 1024 … SGL_JAX_PAGE_SIZE",
+                "--speculative-num-steps … 40 … 31 … SGL_JAX_SPECULATIVE_NUM_STEPS",
                 "--tp-size … 0 … 1 … server.yaml",
-                "--speculative-num-steps … 2 … SGL_JAX_SPECULATIVE_NUM_STEPS … speculative decoding",
                 "--model-path … missing",
             ],
             strict=True,
@@ -281,7 +284,6 @@ def test_help_says_what_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse("--help")
     text = " ".join(capsys.readouterr().out.split())
-    assert says(text, "--speculative-algorithm … default: off … Refused … speculative decoding")
     assert says(text, "--device … `cuda` … gpu")
     assert says(text, "--dtype … `float16`, `half` … bfloat16 … `float` … float32")
     assert text.count("overflows") == 1

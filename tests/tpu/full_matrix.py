@@ -64,7 +64,7 @@ def test_launch(model: str, topology: str) -> None:
         facts.append(read_facts(compiled, plan.model.config.num_layers))
         name = compiled.program.name
         if bucket := buckets.get(name):
-            step = tpu_programs.read(plan, bucket.num_tokens, bucket.num_rows, compiled.program, compiled.call)
+            step = tpu_programs.read(plan, bucket, compiled.program, compiled.call)
             faults.extend(f"{name}: {fault}" for fault in tpu_programs.faults(step))
 
     started, used = time.perf_counter(), time.process_time()

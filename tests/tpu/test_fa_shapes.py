@@ -31,6 +31,7 @@ CASES = [
     ("v6e", (8, 1, 128), "bfloat16", 128, ("softcap", "growth")),
     ("v6e", (32, 8, 128), "bfloat16", 128, ("fused", "prepare")),
     ("v7x", (8, 4, 256), "bfloat16", 128, ("fused", "window", "softcap")),
+    ("v6e", (32, 8, 128), "bfloat16", 128, ("fused", "prepare", "first_key")),
     ("v6e", (128, 1, 576), "bfloat16", 16, ("latent",)),
     ("v7x", (32, 1, 576), "bfloat16", 128, ("latent", "window")),
     ("v7x", (16, 1, 576), "float8_e4m3fn", 32, ("latent",)),
@@ -55,6 +56,8 @@ def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, opti
             static["temperature_length"] = 1024
         if "latent" in options:
             static["value_dim"] = 512
+        if "first_key" in options:
+            static["first_key"] = 1
         if "prepare" in options:
             traced = traced | {"prepare": QKPrepare(*traced["prepare"])}
         if "fused" in options:

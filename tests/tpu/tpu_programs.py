@@ -19,11 +19,12 @@ from sgl_jax.planning import hlo
 from sgl_jax.planning.fit import Plan, make_plan
 from sgl_jax.planning.hlo import Instruction, Module
 from sgl_jax.planning.launch_programs import launch_programs
-from sgl_jax.planning.model import find_model
+from sgl_jax.planning.model import drafting, find_model
 from sgl_jax.planning.target import find_target
+from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import CompileWatch, Program, compile_all, matmul_precision
-from sgl_jax.runtime.device_state import state_bytes
 from sgl_jax.runtime.platform import kernels_for
+from sgl_jax.runtime.programs import step_name
 from sgl_jax.settings.server_args import ServerArgs
 
 # Names of programs, and lines of source in Pallas kernels, in an escaped JSON string.
@@ -41,9 +42,8 @@ class StepProgram:
     """One step program, compiled: on paper and as XLA made it."""
 
     plan: Plan
-    tokens: int
-    rows: int
-    args: tuple[Any, ...]  # weights, pool, state, plan vector
+    bucket: Bucket
+    args: tuple[Any, ...]  # weights, pools, state, plan vector
     module: Module
     argument_bytes: int
     temp_bytes: int
@@ -56,7 +56,12 @@ class StepProgram:
     @property
     def activation_bytes(self) -> int:
         """Bytes of the bfloat16 activations between layers."""
-        return self.tokens * self.plan.model.config.hidden_size * 2
+        return self.bucket.num_tokens * self.plan.model.config.hidden_size * 2
+
+    @property
+    def pool_sizes(self) -> set[int]:
+        """Values in each pool of a device."""
+        return {math.prod(pool.sharding.shard_shape(pool.shape)) for pool in self.args[1]}
 
     @property
     def num_layers(self) -> int:
@@ -68,15 +73,19 @@ class StepProgram:
 
 @functools.cache
 def planned(model: str, topology: str, attention: str | None) -> tuple[Plan, dict[str, Program], Placement]:
-    args = ServerArgs(model_path=model, attention_backend=attention)
+    return programs_of(ServerArgs(model_path=model, attention_backend=attention), topology)
+
+
+def programs_of(args: ServerArgs, topology: str) -> tuple[Plan, dict[str, Program], Placement]:
+    """Plan a launch over all chips of the topology, and make its programs."""
     target = find_target(topology)
-    plan = make_plan(args, find_model(model), target, 1024)
+    plan = make_plan(args, drafting(args, find_model(args.model_path)), target, 1024)
     placement = Placement.over(target.find_devices(), plan.launch.grid)
     programs = launch_programs(
         plan.model.config,
         plan.launch,
         target.platform,
-        kernels_for(attention, target.platform, plan.model.config),
+        kernels_for(args.attention_backend, target.platform, plan.model.config),
         placement,
     )
     return plan, {program.name: program for program in programs}, placement
@@ -96,27 +105,29 @@ def digest(programs: Iterable[Program], placement: Placement) -> str:
 def step_program(model: str, topology: str, attention: str | None, tokens: int) -> StepProgram:
     """The default launch's program of that many tokens. Compiled once in a test run."""
     plan, programs, placement = planned(model, topology, attention)
-    step = next(step for step in plan.steps if step.bucket.num_tokens == tokens)
-    program = programs[f"tokens={tokens} rows={step.bucket.num_rows}"]
+    bucket = next(step.bucket for step in plan.steps if step.bucket.num_tokens == tokens)
+    return compiled(plan, bucket, programs[step_name(bucket)], placement)
+
+
+def compiled(plan: Plan, bucket: Bucket, program: Program, placement: Placement) -> StepProgram:
     with jax.default_matmul_precision(matmul_precision(plan.launch.runner_config.compute_dtype)):
         calls = compile_all([program], CompileWatch(), lambda *report: None, absent=placement.mesh)
-    return read(plan, tokens, step.bucket.num_rows, program, calls[program.name])
+    return read(plan, bucket, program, calls[program.name])
 
 
-def read(plan: Plan, tokens: int, rows: int, program: Program, call: Any) -> StepProgram:
+def read(plan: Plan, bucket: Bucket, program: Program, call: Any) -> StepProgram:
     memory = call.memory_analysis()
     module = hlo.read(call.as_text())
     sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, memory.alias_size_in_bytes
-    return StepProgram(plan, tokens, rows, program.args, module, *sizes)
+    return StepProgram(plan, bucket, program.args, module, *sizes)
 
 
 def planned_bytes(step: StepProgram) -> tuple[int, int]:
     """By arithmetic alone, of one device: what a step is given, and what it sums over the devices."""
     launch, runner = step.plan.launch, step.plan.launch.runner_config
-    vocabulary = step.plan.model.config.vocab_size // step.plan.target.num_devices
-    state = state_bytes(runner.num_rows, runner.pages_per_row, vocabulary)
-    (bucket,) = (each for each in step.plan.steps if each.bucket.num_tokens == step.tokens)
-    return launch.weight_bytes + launch.memory.kv_bytes + state, int(bucket.cost.reduced_bytes)
+    state = runner.state_sizes(step.plan.model.config.shard(launch.grid)).nbytes
+    cost = next(each.cost for each in step.plan.steps if each.bucket == step.bucket)
+    return launch.weight_bytes + launch.memory.kv_bytes + state, int(cost.reduced_bytes)
 
 
 def sides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -124,12 +135,11 @@ def sides(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def pool_copies(step: StepProgram) -> list[Instruction]:
-    """Instructions that make another array of the pool's size; a scatter into the pool is no copy."""
-    size = math.prod(step.args[1].sharding.shard_shape(step.args[1].shape))
+    """Instructions that make another array of a pool's size; a scatter into the pool is no copy."""
     return [
         each
         for each in step.module.instructions()
-        if each.opcode in ("copy", "copy-start", "transpose") and any(array.size == size for array in each.arrays)
+        if each.opcode in ("copy", "copy-start", "transpose") and any(a.size in step.pool_sizes for a in each.arrays)
     ]
 
 
@@ -141,7 +151,7 @@ def weight_moves(step: StepProgram) -> list[Instruction]:
     ] = {}  # by instruction that is a matrix of a layer, or a prefetched one: its sides
     found = []
     for each in step.module.computations[step.module.entry]:
-        if each.opcode == "parameter" and each.op_name.startswith("weights.layers"):
+        if each.opcode == "parameter" and ".layers[" in each.op_name:
             (array,) = each.arrays
             if len(sides(array.shape)) > 1:
                 weights[each.name] = sides(array.shape)
@@ -151,6 +161,7 @@ def weight_moves(step: StepProgram) -> list[Instruction]:
                 found.append(each)
             elif each.opcode != "fusion" and (same or each.opcode.endswith(("-start", "-done", "get-tuple-element"))):
                 weights[each.name] = weight
+    assert weights, "no parameter of the program is a matrix of a layer"
     return found
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable
 
 from sgl_jax.engine.generation import Choice, FinishType, GenerationRequest
-from sgl_jax.engine.messages import StepOutput
+from sgl_jax.engine.messages import DraftCounts, StepOutput
 from sgl_jax.engine.waiting_queue import WaitingQueue
 from sgl_jax.observability.metrics import RequestMetrics
 
@@ -72,6 +72,11 @@ class LiveChoices:
             if choice is not None:
                 choice.num_cached_tokens = scored.num_cached_tokens
                 choice.prompt_logprobs = scored.logprobs
+        for key, drafted, accepted in step.drafts:
+            choice = choices.get(key)
+            if choice is not None:
+                steps, all_drafted, all_accepted = choice.drafts
+                choice.drafts = DraftCounts(steps + 1, all_drafted + drafted, all_accepted + accepted)
         for key, token in zip(step.keys, step.tokens, strict=True):
             choice = choices.get(key)
             if choice is None:  # aborted meanwhile

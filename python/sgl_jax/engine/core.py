@@ -53,14 +53,16 @@ class Core:
         random_seed: int | None = None,
         decode_log_interval: int = 40,
         profiler_dir: str | None = None,
+        draft_model: str = "",
     ):
+        """`draft_model`: name of the model that makes drafts, whose acceptance is watched; empty: there is none."""
         self.info = info
         self.scheduler = scheduler
         self.runner = runner
         self._overlap = overlap
         self._profiler = Profiler(runner.tracer, profiler_dir)
         self._commands = Commands(scheduler, info, self._profiler, random_seed)
-        self._statistics = Statistics(scheduler, decode_log_interval)
+        self._statistics = Statistics(scheduler, decode_log_interval, draft_model)
         self._planned: StepPlan | None = None  # a step whose programs are not compiled yet
         self._in_flight: Flight | None = None
 
@@ -138,4 +140,5 @@ class Core:
             finished=[*aborted, *(Finished(request.key, reason) for request, reason in step.finished)],
             prompts=[PromptScored(r.key, r.num_cached_tokens, r.prompt_logprobs or None) for r in step.first],
             logprobs={} if tokens.logprobs is None else scores_of_tokens(plan, step, tokens.logprobs),
+            drafts=step.drafts.tolist(),
         )

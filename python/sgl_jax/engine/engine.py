@@ -34,6 +34,7 @@ class Engine:
 
     def __init__(self, model_path: str | None = None, **server_args: Setting):
         from sgl_jax.settings.server_args import BY_NAME, SERVER, ServerArgs
+        from sgl_jax.settings.speculators import with_verifier
 
         if model_path is None:
             raise TypeError("Engine needs model_path")
@@ -54,6 +55,7 @@ class Engine:
 
         with log.heard():
             logger.info("sgl_jax %s, starting", __version__)
+            args = with_verifier(args)
             refuse_no_model(args.model_path)
             tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
             watchdog = Watchdog(args.soft_watchdog_timeout, args.watchdog_timeout)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
-from sgl_jax.engine.messages import TokenLogprobs
+from sgl_jax.engine.messages import DraftCounts, TokenLogprobs
 from sgl_jax.request import FinishReason, InvalidParameter, Names, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
 
@@ -76,6 +76,7 @@ class Update:
     finish: FinishReason | None
     num_cached_tokens: int
     prompt_logprobs: list[TokenLogprobs | None] | None  # with the first update, if asked for
+    drafts: DraftCounts  # the choice's so far
 
 
 @dataclass(eq=False, slots=True)
@@ -96,6 +97,7 @@ class Choice:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # until it is handed out
+    drafts: DraftCounts = field(default_factory=DraftCounts)
     reason: FinishReason | None = None  # why the engine ended it
 
     def __post_init__(self) -> None:
@@ -122,7 +124,8 @@ class Choice:
         if detokenizer.matched is not None:
             tokens, logprobs = tokens[:used], logprobs[:used]
             reason = FinishReason("stop", detokenizer.matched)
-        return Update(self.prompt, self.index, text, tokens, logprobs, reason, self.num_cached_tokens, prompt_logprobs)
+        cached = self.num_cached_tokens
+        return Update(self.prompt, self.index, text, tokens, logprobs, reason, cached, prompt_logprobs, self.drafts)
 
 
 class Generation:

@@ -4,12 +4,14 @@ import contextlib
 from collections.abc import Callable
 from typing import NoReturn
 
+import msgspec
+
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import Command, Event
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.multihost.address import LOOPBACK, parse_address
 from sgl_jax.multihost.follower import Follower, connect
-from sgl_jax.multihost.identity import identity_of
+from sgl_jax.multihost.identity import identity_of, model_files
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.multihost.wire import Identity
 from sgl_jax.parallel.processes import join_processes
@@ -46,7 +48,16 @@ def unite(args: ServerArgs, hosts: Leader | Follower) -> None:
 def _identity(args: ServerArgs) -> Identity:
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
     configs = {"config.json": checkpoint.config, "generation_config.json": checkpoint.generation_config}
-    return identity_of(args, configs, None if checkpoint.format == "dummy" else checkpoint.path)
+    dummy = checkpoint.format == "dummy"
+    identity = identity_of(args, configs, None if dummy else checkpoint.path)
+    path = args.speculation.draft_model_path if args.speculation else None
+    if path is None:
+        return identity
+    draft = open_checkpoint(path, load_format="dummy" if dummy else "auto", downloads=args.downloads)
+    files = model_files({"config.json": draft.config}, None if dummy else draft.path)
+    return msgspec.structs.replace(
+        identity, model=identity.model | {f"the draft model's {k}": v for k, v in files.items()}
+    )
 
 
 class LeadingCore:

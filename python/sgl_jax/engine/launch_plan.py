@@ -5,17 +5,18 @@ import dataclasses
 
 import numpy as np
 
+from sgl_jax.engine.speculation_plan import SpeculationPlan, drafter_of, plan_speculation
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.request import MAX_EOS_TOKENS
 from sgl_jax.runtime.buckets import make_buckets
-from sgl_jax.runtime.device_state import state_bytes
 from sgl_jax.runtime.memory import MemoryPlan, plan_memory
 from sgl_jax.runtime.placed_weights import weight_bytes
 from sgl_jax.runtime.platform import Platform
-from sgl_jax.runtime.pool import Pool, pool_of
+from sgl_jax.runtime.pool import Pool, pools_of
 from sgl_jax.runtime.programs import RunnerConfig
+from sgl_jax.runtime.step_spec import Drafter
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.settings.server_args import ServerArgs
 
@@ -29,6 +30,7 @@ class LaunchPlan:
     memory: MemoryPlan  # each device's
     runner_config: RunnerConfig
     scheduler_config: SchedulerConfig
+    drafter: Drafter | None = None  # makes drafts inside the step
 
     @property
     def kv_tokens(self) -> int:
@@ -50,51 +52,83 @@ def plan_launch(
     _check_model(args, model, grid)
     shard = model.shard(grid)  # the shard of each device
     dtype = _dtype(args, stored_dtype, platform)
-    pool = pool_of(shard, kernels.attention, dtype)
-    page_size = _page_size(args, platform, kernels, pool)
-    context_length = args.context_length or model.context_length
+    weights, pools = weight_bytes(shard, dtype), pools_of(shard, kernels.attention, dtype)
     max_running = -(-(args.max_running_requests or platform.max_running_requests) // grid.data)  # on each data rank
-    weights = weight_bytes(shard, dtype)
+    speculation = plan_speculation(args.speculation, model, platform, grid.data)
+    wanted = RunnerConfig(
+        compute_dtype=dtype,
+        weight_dtype=dtype,
+        pools=pools,
+        page_size=_page_size(args, platform, kernels, pools[0]),
+        num_pages=0,
+        num_rows=max_running * grid.data,
+        context_length=args.context_length or model.context_length,
+        buckets=(),
+        num_ranks=grid.data,
+        width=speculation.width,
+        lookahead=speculation.lookahead,
+        keeps_tokens=speculation.keeps_tokens,
+    )
     memory = plan_memory(
         platform,
         total_bytes=device_bytes,
         weight_bytes=weights,
-        state_bytes=state_bytes(max_running * grid.data, -(-context_length // page_size), shard.vocab_size),
-        bytes_per_token=pool.bytes_per_token,
-        page_size=page_size,
-        context_length=context_length,
+        state_bytes=wanted.state_sizes(shard).nbytes,
+        bytes_per_token=sum(pool.bytes_per_token for pool in pools),
+        page_size=wanted.page_size,
+        context_length=wanted.context_length + wanted.overrun,
         num_rows=max_running,
         mem_fraction=args.mem_fraction_static,
         max_total_tokens=args.max_total_tokens,
         num_ranks=grid.data,
     )
-    _check_pool(args, memory, page_size, grid)
-    context_length = min(context_length, memory.num_tokens)
-    max_running = min(max_running, memory.num_pages - 1)
+    _check_pool(args, memory, wanted, grid)
+    runner, scheduler = _limits(args, platform, wanted, memory, speculation, grid)
+    return LaunchPlan(grid, weights, memory, runner, scheduler, drafter_of(args.speculation))
+
+
+def _limits(
+    args: ServerArgs,
+    platform: Platform,
+    wanted: RunnerConfig,
+    memory: MemoryPlan,
+    speculation: SpeculationPlan,
+    grid: Grid,
+) -> tuple[RunnerConfig, SchedulerConfig]:
+    """Return what is wanted within the memory, with the buckets of its steps."""
+    width, page_limit = speculation.width, memory.num_pages - 1
+    context_length = min(wanted.context_length, memory.num_tokens - wanted.overrun)
+    max_running = min(wanted.num_rows // grid.data, page_limit)
+    wide_rows = min(speculation.max_rows, max_running)
     prefill_tokens = _prefill_tokens(args, platform, context_length, grid.data)
+    step_tokens = max(prefill_tokens, max_running, wide_rows * width)  # room for the tokens of every running request
     multiple = grid.tensor if grid.sequence else 1  # each device computes as many of a step's tokens
-    step_tokens = max(prefill_tokens, max_running)  # room for one token of every running request
-    return LaunchPlan(
-        grid,
-        weights,
-        memory,
-        RunnerConfig(
-            compute_dtype=dtype,
-            weight_dtype=dtype,
-            pool=pool,
-            page_size=page_size,
-            num_pages=memory.num_pages,
-            num_rows=max_running * grid.data,
-            context_length=context_length,
-            buckets=make_buckets(
-                step_tokens, max_running, platform.smallest_bucket[dtype], multiple, growth=platform.bucket_growth
-            ),
-            num_ranks=grid.data,
-        ),
-        SchedulerConfig(
-            max_running, context_length, step_tokens, prefill_tokens, args.schedule_policy, args.dp_schedule_policy
-        ),
+    smallest, growth = platform.smallest_bucket[wanted.compute_dtype], platform.bucket_growth
+    buckets = make_buckets(step_tokens, max_running, smallest, multiple, growth=growth)
+    if width > 1:
+        buckets += make_buckets(step_tokens, wide_rows, max(1, smallest // width), multiple, width=width)
+    runner = dataclasses.replace(
+        wanted,
+        num_pages=memory.num_pages,
+        num_rows=max_running * grid.data,
+        context_length=context_length,
+        buckets=buckets,
     )
+    scheduler = SchedulerConfig(
+        max_running,
+        context_length,
+        step_tokens,
+        prefill_tokens,
+        args.schedule_policy,
+        args.dp_schedule_policy,
+        width,
+        wide_rows,
+        speculation.draft_cost,
+        platform.ridge_tokens,
+        speculation.lookahead,
+        speculation.keeps_tokens,
+    )
+    return runner, scheduler
 
 
 def _page_size(args: ServerArgs, platform: Platform, kernels: Kernels, pool: Pool) -> int:
@@ -114,16 +148,20 @@ def _check_model(args: ServerArgs, model: DecoderConfig, grid: Grid) -> None:
         raise ValueError(f"--max-running-requests is {rows}; it must be a multiple of --dp-size {grid.data}")
 
 
-def _check_pool(args: ServerArgs, memory: MemoryPlan, page_size: int, grid: Grid) -> None:
+def _check_pool(args: ServerArgs, memory: MemoryPlan, runner: RunnerConfig, grid: Grid) -> None:
     of_each = " on each data rank" if grid.data > 1 else ""
+    pool = f"the KV pool of {memory.num_tokens} tokens{of_each} in pages of {runner.page_size}"
+    room = memory.num_tokens - runner.overrun
+    if room < 2:
+        drafts = f"--speculative-num-draft-tokens is {runner.width}; drafts take {runner.overrun} tokens beyond a request's own"
+        raise ValueError(f"{drafts}, and {pool} has no room for more; lower it, or raise --max-total-tokens")
     for flag, value, most in (
-        ("--context-length", args.context_length, memory.num_tokens),
+        ("--context-length", args.context_length, room),
         ("--max-running-requests", args.max_running_requests, (memory.num_pages - 1) * grid.data),
     ):
         if value is not None and value > most:
-            pool = f"the KV pool of {memory.num_tokens} tokens{of_each} in pages of {page_size} allows {most}"
             cure = "lower it, or raise --max-total-tokens or --mem-fraction-static"
-            raise ValueError(f"{flag} is {value}; {pool}; {cure}")
+            raise ValueError(f"{flag} is {value}; {pool} allows {most}; {cure}")
 
 
 def _dtype(args: ServerArgs, stored: str | None, platform: Platform) -> str:

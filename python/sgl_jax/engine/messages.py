@@ -3,6 +3,8 @@
 A request is named by an int key on the wire, unique within one API process; its public id stays with the API side.
 """
 
+from typing import NamedTuple, Self
+
 import msgspec
 
 from sgl_jax.request import FinishReason, SamplingParams
@@ -111,6 +113,26 @@ class Finished(msgspec.Struct, frozen=True, array_like=True):
     reason: FinishReason
 
 
+class DraftCounts(NamedTuple):
+    """Drafts that were verified: in how many steps of a row, how many, and how many of them were accepted."""
+
+    steps: int = 0
+    drafted: int = 0
+    accepted: int = 0
+
+    @property
+    def accept_length(self) -> float:
+        """Tokens that a step with drafts gives a row on average: the accepted drafts, and the token sampled after them."""
+        return 1 + self.accepted / max(self.steps, 1)
+
+    @property
+    def accept_rate(self) -> float:
+        return self.accepted / max(self.drafted, 1)
+
+    def since(self, before: Self) -> Self:
+        return self._make(now - then for now, then in zip(self, before, strict=True))
+
+
 class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     """Gauges, which are current values, and counters, which are totals since the start."""
 
@@ -126,6 +148,18 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     steps: int = 0
     compiles_after_ready: int = 0
     num_compiling: int = 0  # programs that are not compiled yet
+    spec_accept_length: float = 1.0  # over the last decode log interval, as DraftCounts defines it
+    spec_accept_rate: float = 0.0
+    draft_steps: int = 0  # these three make DraftCounts
+    drafted_tokens: int = 0
+    accepted_drafts: int = 0
+    accepted_per_position: list[
+        int
+    ] = []  # accepted drafts by their place in a row; empty: the launch does not speculate
+
+    @property
+    def drafts(self) -> DraftCounts:
+        return DraftCounts(self.draft_steps, self.drafted_tokens, self.accepted_drafts)
 
 
 class StepOutput(_Message, frozen=True):
@@ -140,6 +174,7 @@ class StepOutput(_Message, frozen=True):
     prompts: list[PromptScored] = []
     logprobs: dict[int, TokenLogprobs] = {}  # by index into keys, for the requests that asked
     stats: Stats | None = None  # several times a second, and always when the engine falls idle
+    drafts: list[tuple[int, int, int]] = []  # key, verified and accepted drafts of each request that had drafts
 
 
 class CacheFlushed(_CallMessage, frozen=True):

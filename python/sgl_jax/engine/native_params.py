@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from sgl_jax.engine.generation import GenerationRequest, Update
-from sgl_jax.engine.messages import TokenLogprobs
+from sgl_jax.engine.messages import DraftCounts, TokenLogprobs
 from sgl_jax.request import Api, FinishReason, InvalidParameter, Json, Names, SamplingParams, parameters_of
 from sgl_jax.text.tokenizer import Tokenizer
 
@@ -109,6 +109,7 @@ class NativeAnswer:
         self._finish: FinishReason | None = None
         self._started = time.perf_counter()
         self._num_cached = 0
+        self._drafts = DraftCounts()
         self._output = _Scores(tokenizer, options)
         self._input = _Scores(tokenizer, options)
 
@@ -117,6 +118,7 @@ class NativeAnswer:
         self._output_ids += update.token_ids
         self._finish = update.finish
         self._num_cached = update.num_cached_tokens
+        self._drafts = update.drafts
         if self._options.return_logprob:
             self._output.extend(update.token_ids, update.logprobs)
             if update.prompt_logprobs is not None:
@@ -132,6 +134,9 @@ class NativeAnswer:
             "cached_tokens": self._num_cached,
             "e2e_latency": time.perf_counter() - self._started,
         }
+        if (drafts := self._drafts).steps:  # with the names of SGLang
+            counts = zip(("spec_verify_ct", "spec_proposed_drafts", "spec_accepted_drafts"), drafts, strict=True)
+            meta |= {**dict(counts), "spec_accept_length": drafts.accept_length, "spec_accept_rate": drafts.accept_rate}
         if self._options.return_logprob:
             meta["input_token_logprobs"] = self._input.chosen
             meta["output_token_logprobs"] = self._output.chosen

@@ -14,6 +14,7 @@ from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
+from sgl_jax.engine.speculation_plan import draft_model_name, with_draft
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import Families, decoder_config, known_families
@@ -101,15 +102,22 @@ def build_device_side(
     families = known_families(args.model_package)
     # A launch that cannot be is refused before the weights are fetched, and again before they are read.
     if (configs := _configs_ahead(args)) is not None:
-        accept(_decide(args, families, configs, platform, device_bytes)[2])
+        accept(_decide(args, families, configs, platform, device_bytes, dummy=True)[-1])
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
-    model, kernels, plan = _decide(args, families, checkpoint, platform, device_bytes)
+    dummy = checkpoint.format == "dummy"
+    model, draft, kernels, plan = _decide(args, families, checkpoint, platform, device_bytes, dummy=dummy)
     accept(plan)
     _say_sizes(model, plan)
     placement = Placement.over(devices, grid)
     announce = hosts.announce if isinstance(hosts, Leader) else announce_to_nobody
     runner = ModelRunner(
-        model, plan.runner_config, kernels, placement, stacks_layers=platform.stacks_layers, announce=announce
+        model,
+        plan.runner_config,
+        kernels,
+        placement,
+        stacks_layers=platform.stacks_layers,
+        announce=announce,
+        drafter=plan.drafter,
     )
     with launch_progress(logger, len(runner.programs)) as progress:
         compiled = runner.compile(
@@ -124,7 +132,7 @@ def build_device_side(
                 compiled.result()
 
         try:
-            weights = _load(checkpoint, model, families, dtype, args.random_seed or 0, placer, report)
+            weights = _load(checkpoint, draft, model, families, dtype, args.random_seed or 0, placer, report)
             if platform.stacks_layers:
                 weights = stack_layers(weights, placement, declare(model, dtype, stacked=True))
             progress.all_read()
@@ -133,7 +141,7 @@ def build_device_side(
         except BaseException:
             runner.close()
             raise
-    del checkpoint  # and with it the mapped pages of its files, before the pool is made
+    del checkpoint, draft  # and with them the mapped pages of its files, before the pool is made
     cache_takes_programs(args.compilation_cache_dir)  # the programs may have filled the disk
     runner.start(weights, barrier=lambda: agree(0))
     if num_left := runner.num_compiling:
@@ -167,13 +175,13 @@ def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
 
 
 def _decide(
-    args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int
-) -> tuple[DecoderConfig, Kernels, LaunchPlan]:
+    args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int, *, dummy: bool
+) -> tuple[DecoderConfig, Checkpoint | None, Kernels, LaunchPlan]:
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
-    model = model.for_context(args.context_length)
+    model, draft = with_draft(args, model.for_context(args.context_length), families, dummy=dummy)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
-    return model, kernels, plan
+    return model, draft, kernels, plan
 
 
 def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
@@ -210,11 +218,13 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         random_seed=args.random_seed,
         decode_log_interval=args.decode_log_interval,
         profiler_dir=args.profiler_dir,
+        draft_model=draft_model_name(args),
     )
 
 
 def _load(
     checkpoint: Checkpoint,
+    draft: Checkpoint | None,
     model: DecoderConfig,
     families: Families,
     dtype: str,
@@ -228,5 +238,5 @@ def _load(
     # A quantised GGUF stands for the weights of the model it was made from, whatever the dtype.
     rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
     return load_weights(
-        checkpoint, model, dtype, families=families, rounded_to=rounded_to, placer=placer, report=report
+        checkpoint, model, dtype, draft=draft, families=families, rounded_to=rounded_to, placer=placer, report=report
     )

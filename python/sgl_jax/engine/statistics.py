@@ -4,20 +4,23 @@ import dataclasses
 import logging
 import time
 
-from sgl_jax.engine.messages import Stats
-from sgl_jax.observability.log import decode_line, prefill_line
+from sgl_jax.engine.messages import DraftCounts, Stats
+from sgl_jax.observability.log import decode_line, low_acceptance_line, prefill_line
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.step_plan import StepPlan
 
 logger = logging.getLogger(__name__)
 
 _INTERVAL_S = 0.25
+_ENOUGH_DRAFTS, _LOWEST_RATE = 200, 0.05  # the share is that of a row's first drafts which are right
 
 
 class Statistics:
-    def __init__(self, scheduler: Scheduler, decode_log_interval: int):
+    def __init__(self, scheduler: Scheduler, decode_log_interval: int, draft_model: str = ""):
         self.speed = Speedometer(decode_log_interval)
         self._scheduler = scheduler
+        self._watched = draft_model  # empty: there is none, or it has been warned of
+        self._drafts = self._drafts_before = DraftCounts()  # the last log interval's, and all until its end
         self._due = 0.0
 
     def take_due(self, compiles_after_ready: int, num_compiling: int, *, idle: bool) -> Stats | None:
@@ -26,6 +29,7 @@ class Statistics:
         if now < self._due and not idle:
             return None
         self._due = now + _INTERVAL_S
+        self._warn_of_low_acceptance()
         return Stats(
             num_running=s.num_running,
             num_waiting=len(s.waiting),
@@ -34,6 +38,8 @@ class Statistics:
             gen_throughput=self.speed.tokens_per_s,
             compiles_after_ready=compiles_after_ready,
             num_compiling=num_compiling,
+            spec_accept_length=self._drafts.accept_length,
+            spec_accept_rate=self._drafts.accept_rate,
             **dataclasses.asdict(s.counters),
         )
 
@@ -48,7 +54,19 @@ class Statistics:
             logger.info(prefill_line(**sizes, num_cached_tokens=cached, token_usage=s.kv_usage, **requests))
         elif self.speed.interval_is_over():
             tokens, speed = s.num_running_tokens, self.speed.tokens_per_s
-            logger.info(decode_line(num_tokens=tokens, token_usage=s.kv_usage, gen_throughput=speed, **requests))
+            total = DraftCounts(s.counters.draft_steps, s.counters.drafted_tokens, s.counters.accepted_drafts)
+            self._drafts, self._drafts_before = total.since(self._drafts_before), total
+            drafts = self._drafts if s.config.width > 1 else None
+            sizes = {"num_tokens": tokens, "token_usage": s.kv_usage, "gen_throughput": speed}
+            logger.info(decode_line(**sizes, **requests, drafts=drafts))
+
+    def _warn_of_low_acceptance(self) -> None:
+        c = self._scheduler.counters
+        if not self._watched or c.drafted_tokens < _ENOUGH_DRAFTS:
+            return
+        if (accepted := c.accepted_per_position[0]) < _LOWEST_RATE * c.draft_steps:
+            logger.warning("%s", low_acceptance_line(self._watched, accepted, c.draft_steps, _LOWEST_RATE))
+            self._watched = ""
 
 
 class Speedometer:

@@ -61,11 +61,11 @@ def text_model(hf: RawConfig, whole: str, architectures: Iterable[str]) -> tuple
         raise ModelError(f"config.json: text_config.model_type is {kind!r} in {whole}; served are {served}")
     tied = {"tie_word_embeddings": hf.get("tie_word_embeddings", inner.get("tie_word_embeddings", True))}
     text = replaced({**_DEFAULTS.get(kind, {}), **without(hf, "text_config"), **inner}, tied)
-    ropes = {key: _plain_rope(text[key]) for key in ("rope_scaling", "rope_parameters") if text.get(key)}
+    ropes = {key: plain_rope(text[key]) for key in ("rope_scaling", "rope_parameters") if text.get(key)}
     return architecture, replaced(text, ropes)
 
 
-def _plain_rope(rope: Mapping[str, object]) -> RawConfig:
+def plain_rope(rope: Mapping[str, object]) -> RawConfig:
     """Return rope settings without multimodal rope, whose three positions are one and the same in text."""
     plain = {key: "default" if value == "mrope" else value for key, value in rope.items()}
     return without(plain, "mrope_section", "mrope_interleaved")

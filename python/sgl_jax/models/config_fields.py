@@ -53,8 +53,13 @@ _Config = _struct(
 
 def check_fields(hf: Mapping[str, object]) -> None:
     """Raise ModelError for a known key of config.json with a value of the wrong type or outside its range."""
+    checked_fields(hf, _Config)
+
+
+def checked_fields[T](hf: Mapping[str, object], kind: type[T]) -> T:
+    """Return the keys of config.json that are fields of `kind`. Raises ModelError for a wrong type or range."""
     try:
-        msgspec.convert(dict(hf), _Config)
+        return msgspec.convert(dict(hf), kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$.")
         key = path.rstrip("`")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -21,6 +21,9 @@ from sgl_jax.ops.attention.api import QKPrepare, split_heads
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.norm_rope import rms_norm
 from sgl_jax.parallel.grid import LONE, Grid
+
+type Carry = tuple[jax.Array, jax.Array]  # x [t, D] and the pool
+type LayerBody = Callable[..., Carry]  # see decoder_layer
 
 
 @runtime_checkable  # so that tests can check annotations
@@ -63,34 +66,44 @@ def hidden_states(
     tokens: Int[Array, " MT"],
     kv: Float[Array, "LP K planes page H"],
     context: Context,
-) -> tuple[Float[Array, "T D"], Float[Array, "LP K planes page H"]]:
-    """Return the last layer's output, before the final norm, and the pool with this step's KV.
+    taps: Sequence[int] = (),
+) -> tuple[Float[Array, "T D"], Float[Array, "LP K planes page H"], list[jax.Array]]:
+    """Return the last layer's output, before the final norm, the pool with this step's KV, and the inputs of the layers in
+    `taps`, where L stands for the output of the last.
 
     On one of many devices, config and weights are its shard, `tokens` are those of all M ranks, and the output is that
     of its own rank. In between, x holds the tokens of its rank that `grid` gives to this device.
     """
+    with jax.named_scope("embed"):
+        x = _times(config.embed_scale, embed(weights.embed, tokens, context))
+    x, kv, tapped = run_layers(decoder_layer(config, context), (x, kv), weights.layers, taps)
+    to_attention = context.grid.to_attention
+    return to_attention(x), kv, [*map(to_attention, tapped)]
+
+
+def decoder_layer(config: DecoderConfig, context: Context, first_layer: int = 0) -> LayerBody:
+    """Return the function of a layer, for run_layers. `first_layer` is the number in the pool of the first one.
+
+    `joined` replaces the normed x as the input of attention.
+    """
     scaled = functools.partial(_times, config.branch_scale)
     norm = functools.partial(rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset)
-    with jax.named_scope("embed"):
-        x = _embed(weights.embed, tokens, context)
-        x = _times(config.embed_scale, x)
-        rope = _rope_of_layer(config, context.positions)
-    windows = _windows(config)
+    rope, windows = _rope_of_layer(config, context.positions), _windows(config)
 
-    def body(carry, layer: Int[Array, ""] | int, w: LayerWeights[jax.Array], experts: LayerExperts | None):
+    def body(carry, layer: Int[Array, ""] | int, w: LayerWeights[jax.Array], experts=None, joined=None):
         x, kv = carry
         with jax.named_scope("attention"):
-            h = norm(x, w.attn_norm)
+            h = x if w.attn_norm is None else norm(x, w.attn_norm)
             window = None if windows is None else jnp.asarray(windows)[layer]
-            h, kv = _attention(h, kv, w, config, rope(layer), context, layer, window)
+            h = h if joined is None else joined
+            h, kv = _attention(h, kv, w, config, rope(layer), context, first_layer + layer, window)
             x = x + scaled(h if w.post_attn_norm is None else norm(h, w.post_attn_norm))
         with jax.named_scope("mlp"):
             h = _mlp(norm(x, w.mlp_norm), w, experts, config, context)
             x = x + scaled(h if w.post_mlp_norm is None else norm(h, w.post_mlp_norm))
         return x, kv
 
-    x, kv = run_layers(body, (x, kv), weights.layers)
-    return context.grid.to_attention(x), kv
+    return body
 
 
 def logits(
@@ -105,32 +118,39 @@ def logits(
         return out if cap is None else cap * jnp.tanh(out / cap)
 
 
-def run_layers(body: Callable, carry, layers: Layers[jax.Array]):
-    """Thread the carry through body(carry, layer index, layer weights, experts): a Python loop over a list of layers, a
-    scan over each stack.
+def run_layers(
+    body: LayerBody, carry: Carry, layers: Layers[jax.Array], taps: Sequence[int] = ()
+) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+    """Thread the carry, x and the pool, through body(carry, layer index, layer weights, experts): a Python loop over a list of
+    layers, a scan over each stack. Return both, and x before each of the layers in `taps`.
 
     Placing the weights decides which of the two a platform gets (docs/decisions/0002-layers-list-or-scan.md). The scan
     does not slice the experts of a stack, because grouped matmul takes them whole.
     """
     if isinstance(layers, list):
-        layer = jax.jit(body)  # traced and lowered once for each kind of layer, not once per layer
+        layer, before = jax.jit(body), []  # traced and lowered once for each kind of layer, not once per layer
         for i, w in enumerate(layers):
+            before.append(carry[0])
             w, experts = _split_experts(w)
             experts = jax.tree.map(lambda leaf: leaf[None], experts)
             carry = layer(carry, jnp.int32(i), w, experts and LayerExperts(experts, jnp.int32(0)))
-        return carry
-    first = 0
+        before.append(carry[0])
+        return *carry, [before[i] for i in taps]
+    first, at = 0, np.array(taps, np.int32)[:, None, None]
+    tapped = jnp.zeros((len(taps), *carry[0].shape), carry[0].dtype) if taps else None
     for group in layers:
         group, experts = _split_experts(group)
         number = len(jax.tree.leaves(group)[0])
 
         def one(carry, x, experts=experts, first=first):
-            i, w = x
-            return body(carry, first + i, w, experts and LayerExperts(experts, i)), None
+            (i, w), (carry, tapped) = x, carry
+            tapped = None if tapped is None else jnp.where(at == first + i, carry[0], tapped)
+            return (body(carry, first + i, w, experts and LayerExperts(experts, i)), tapped), None
 
-        carry, _ = lax.scan(one, carry, (jnp.arange(number), group))
+        (carry, tapped), _ = lax.scan(one, (carry, tapped), (jnp.arange(number), group))
         first += number
-    return carry
+    x, kv = carry
+    return x, kv, [] if tapped is None else [*jnp.where(at == first, x, tapped)]
 
 
 def _split_experts(w: LayerWeights[jax.Array]) -> tuple[LayerWeights[jax.Array], Experts[jax.Array] | None]:
@@ -162,7 +182,8 @@ def _times(factor: float, x: Float[Array, "t D"]) -> Float[Array, "t D"]:
     return x if factor == 1 else x * jnp.asarray(factor, x.dtype)
 
 
-def _embed(table: Float[Array, "V D"], tokens: Int[Array, " MT"], context: Context) -> Float[Array, "t D"]:
+def embed(table: Float[Array, "V D"], tokens: Int[Array, " MT"], context: Context) -> Float[Array, "t D"]:
+    """Return the embedded tokens of all ranks, or of one of several devices those that it has between layers."""
     local, own = context.grid.all_axes.mine(tokens, len(table))
     x = jnp.where(own[:, None], table.at[local].get(mode="clip").astype(context.compute_dtype), 0)
     return context.grid.from_mlp(x)

@@ -132,7 +132,8 @@ class DecoderConfig:
     # with it, and each projects a part of its output.
     head_replicas: int = 1
     part_of: str | None = None  # class of the larger model whose text model this is; its other tensors are left out
-    num_mtp_layers: int = 0  # multi-token prediction; they are stored after the last layer, and not loaded
+    num_mtp_layers: int = 0  # multi-token prediction; they are stored after the last layer
+    draft: DraftConfig | None = None  # the model that drafts tokens for this one
 
     def for_context(self, length: int | None) -> DecoderConfig:
         """Return the model for contexts of this length, None for the usual one; longer ones have another rope."""
@@ -195,6 +196,7 @@ class DecoderConfig:
             intermediate_size=self.intermediate_size // everyone,
             vocab_size=self.vocab_size // everyone,
             moe=moe,
+            draft=self.draft and self.draft.shard(grid),
         )
 
     @property
@@ -215,6 +217,47 @@ class DecoderConfig:
     @property
     def scale(self) -> float:
         return self.query_scale if self.query_scale is not None else self.head_dim**-0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """Description of a draft model, which runs inside the target's step, on the target's tokens, rows and pages.
+
+    Its input at position p is the token there and a feature of position p - 1, which is made of the target's states or, after
+    the row's last token, of its own output.
+    """
+
+    # How the first layer's input is made of token and feature:
+    # eagle: fc([token, feature]) (EAGLE-1 and 2, https://arxiv.org/abs/2401.15077); the first layer has no attn_norm;
+    # eagle3: [attn_norm(token), feature_norm(feature)] goes to attention, beside the feature as the residual stream
+    # (https://arxiv.org/abs/2503.01840); the feature is fc of several states;
+    # mtp: fc([embed_norm(token), feature_norm(feature)]) (DeepSeek V3, https://arxiv.org/abs/2412.19437);
+    # standalone: the token alone.
+    kind: Literal["eagle", "eagle3", "mtp", "standalone"]
+    decoder: DecoderConfig  # its layers; vocab_size is the number of ids that it can draft, V'
+    # Target layers whose inputs are joined to the feature, L being the output of the last; (): the output after the final norm.
+    target_layers: tuple[int, ...] = ()
+    own_embed: bool = False  # else it takes the target's
+    own_head: bool = False
+    is_reduced: bool = False  # it drafts some of the target's ids only, by a table of offsets (d2t)
+    fc_bias: bool = False
+    norm_before_fc: bool = False  # one norm over the joined features
+    fc_norms: bool = False  # a norm for each of the joined features
+    norm_before_residual: bool = False  # eagle3: the residual stream is the normed feature
+    recycles_normed: bool = False  # the feature of a drafted token is the output after the final norm
+
+    @property
+    def num_features(self) -> int:
+        """States that are joined to a feature, F."""
+        return max(1, len(self.target_layers))
+
+    def shard(self, grid: Grid) -> DraftConfig:
+        """Return the part of one of the grid's devices, as DecoderConfig.shard. A head may lack the experts that its target has."""
+        of_own = grid if self.decoder.moe else dataclasses.replace(grid, expert=1)
+        try:
+            return dataclasses.replace(self, decoder=self.decoder.shard(of_own))
+        except ValueError as error:
+            raise ValueError(f"the draft model cannot be divided: {error}") from error
 
 
 def _must_divide(flag: str, divisor: int, what: str, number: int) -> None:

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from sgl_jax.models.checkpoint import Checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
+from sgl_jax.models.draft_checkpoint import draft_names
 from sgl_jax.models.families import FAMILIES, Families, tensor_names
 from sgl_jax.models.plan import Leaf, flat_weights, leaves_of, plan_weights
 from sgl_jax.models.shard import Shard, as_slice, shard_of
@@ -62,12 +63,14 @@ def load_weights(
     config: DecoderConfig,
     dtype: DTypeLike,
     *,
+    draft: Checkpoint | None = None,
     families: Families = FAMILIES,
     rounded_to: DTypeLike | None = None,
     placer: Placer | None = None,
     report: Report | None = None,
 ) -> Weights[jax.Array]:
-    """Read a checkpoint's weights. `families` are those that `config` was made with.
+    """Read a checkpoint's weights, and those of the draft model from `draft` or, where that is an MTP layer, from the
+    same checkpoint. `families` are those that `config` was made with.
 
     `rounded_to` rounds every value to that dtype before it is stored as `dtype`: float32 arithmetic on bfloat16
     weights. Raises one ModelError that lists every missing, surplus and misshapen tensor, before any of them is read.
@@ -76,7 +79,12 @@ def load_weights(
     if rounded_to is not None:
         tensors = {name: tensor.rounded(rounded_to) for name, tensor in tensors.items()}
     leaves = plan_weights(tensors, config, tensor_names(config, families), dtype, source=str(checkpoint.path))
-    return _placed(declare(config, dtype), leaves, checkpoint.total_bytes, placer, report)
+    num_bytes = checkpoint.total_bytes + (draft.total_bytes if draft else 0)
+    if config.draft is not None:
+        names, stored = draft_names(config, families), draft.tensors if draft else tensors
+        source = str(draft.path) if draft else f"The MTP layer of {checkpoint.path}"
+        leaves += plan_weights(stored, config, names, dtype, source=source, of_draft=True)
+    return _placed(declare(config, dtype), leaves, num_bytes, placer, report)
 
 
 def random_weights(
@@ -87,7 +95,8 @@ def random_weights(
     placer: Placer | None = None,
     report: Report | None = None,
 ) -> Weights[jax.Array]:
-    """Make small random weights (--load-format dummy): norms are 1, the rest normal with deviation 0.02."""
+    """Make small random weights (--load-format dummy): norms are 1, offsets of draft ids 0, the rest normal with
+    deviation 0.02."""
     # Drawing billions of normals takes minutes; reading a million over and over, from another start in each weight, does
     # not. Their number is prime, so that the rows of a matrix differ.
     normal = np.random.Generator(np.random.SFC64(seed)).standard_normal(_RANDOM_VALUES, np.float32)
@@ -106,8 +115,10 @@ def _random(path: str, spec: WeightSpec, values: np.ndarray, offset: int) -> Sto
 
     def rows(start: int, stop: int) -> np.ndarray:
         shape = (stop - start, *spec.shape[1:])
-        if path.endswith("norm"):
+        if "norm" in path.rpartition(".")[2]:
             return np.ones(shape, values.dtype)
+        if spec.dtype == "int32":
+            return np.zeros(shape, spec.dtype)
         first = (offset + start * width) % _RANDOM_VALUES
         return np.resize(values[first : first + _RANDOM_VALUES], shape)
 

@@ -36,6 +36,7 @@ class TensorNames:
     layer: Mapping[str, tuple[str, ...]]
     # By path, for a weight that takes only some rows of its one tensor, or takes them in another order.
     rows: Mapping[str, Callable[[DecoderConfig], Rows]] = dataclasses.field(default_factory=dict)
+    more: Mapping[str, str] = dataclasses.field(default_factory=dict)  # outside the layers, by path in DraftWeights
     ignored: tuple[str, ...] = ()  # patterns of stored tensors that are no weights
     view: View = dict  # shows stored tensors of another layout as if they were in ours
 

@@ -16,6 +16,7 @@ from sgl_jax.models.stored import StoredTensor, with_unit_columns
 from sgl_jax.models.stored_names import named_tensors
 from sgl_jax.models.weights import declare, declare_plain
 
+_DRAFT = ".draft"  # path of the draft model's weights
 _SHOWN = 40  # names that an error lists of each kind of misfit; a wrong config can make thousands
 
 
@@ -39,13 +40,20 @@ def plan_weights(
     dtype: DTypeLike = "float32",
     *,
     source: str,
+    of_draft: bool = False,
 ) -> list[Leaf]:
-    """Return one leaf for each declared array, of `dtype` or the weight format's. Raises one ModelError that lists every
-    misfit of the checkpoint."""
+    """Return one leaf for each declared array of the model, or of its draft model, of `dtype` or the weight format's.
+    Raises one ModelError that lists every misfit of the checkpoint."""
+    declared, prefix = flat_weights(config, dtype), _DRAFT if of_draft else ""
+    if of_draft and config.draft is not None:
+        config = config.draft.decoder
     stored = named_tensors(stored, config, names)
     missing, misshapen, unreadable, leaves = [], [], [], []
     used = {names.lm_head} if config.tie_embeddings else set()
-    for path, spec, held in flat_weights(config, dtype):
+    for whole_path, spec, held in declared:
+        if whole_path.startswith(_DRAFT) != of_draft:
+            continue
+        path = whole_path.removeprefix(prefix)
         of_rows = names.rows.get(path.partition("].")[2])
         rows = of_rows(config) if of_rows else None
         wanted = _wanted(path, spec, names, rows)
@@ -64,7 +72,7 @@ def plan_weights(
             if path == ".lm_head" and config.normalised_head:
                 piece = with_unit_columns(piece)
             pieces.append(piece.take(rows.order) if rows else piece)
-        leaves.append((path, held, pieces))
+        leaves.append((whole_path, held, pieces))
     ignored = [*names.ignored, *_mtp_layers(config, names)]
     surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
     problems = {
@@ -114,7 +122,8 @@ def _wanted(path: str, spec: WeightSpec, names: TensorNames, rows: Rows | None) 
     """Return the names of the stored tensors that make up a weight, in order, and the shape that each must have."""
     match = re.fullmatch(r"\.layers\[(\d+)\]\.([\w.]+)", path)
     if match is None:
-        return {getattr(names, path.removeprefix(".")): spec.shape}
+        field = path.removeprefix(".")
+        return {names.more.get(field) or getattr(names, field): spec.shape}
     layer, field = match.groups()
     patterns = names.layer[field]
     if rows is not None:

@@ -19,6 +19,7 @@ from sgl_jax.models.stored import StoredTensor, map_file
 DTYPES = {"F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
 # Values of quantised tensors are read as they are stored. They mean nothing without a scheme.
 QUANTISED = {"I8": np.dtype("i1"), "U8": np.dtype("u1"), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+TABLES = {"I64": np.dtype("i8"), "I32": np.dtype("i4"), "BOOL": np.dtype("?")}  # tables of token ids
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -61,7 +62,7 @@ def read_safetensors(path: Path) -> dict[str, StoredTensor]:
 
 def _stored(path: Path, name: str, entry: _Entry, body: np.ndarray) -> StoredTensor:
     shape, (begin, end) = entry.shape, entry.data_offsets
-    dtype: np.dtype[Any] | None = (DTYPES | QUANTISED).get(entry.dtype)
+    dtype: np.dtype[Any] | None = (DTYPES | QUANTISED | TABLES).get(entry.dtype)
     if begin > end or (dtype is not None and math.prod(shape) * dtype.itemsize != end - begin):
         raise ModelError(
             f"{path}: {name} has shape {list(shape)} of {entry.dtype} but lies at bytes {begin}..{end}; download it again"

@@ -6,10 +6,11 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-# A dense product, by the path of its matrix in a layer's weights; the head is "lm_head", tied or not.
+# A dense product, by the path of its matrix in a layer's weights; the head is "lm_head", tied or not,
+# and "fc" joins the features of a draft model.
 AttentionSite = Literal["qkv", "o", "mla.q", "mla.q_down", "mla.q_up", "mla.kv_down"]
 MlpSite = Literal["gate_up", "down", "moe.router", "moe.shared_gate_up", "moe.shared_down", "moe.shared_gate"]
-Site = Literal[AttentionSite, MlpSite, "lm_head"]
+Site = Literal[AttentionSite, MlpSite, "lm_head", "fc"]
 ExpertSite = Literal["moe.experts.gate_up", "moe.experts.down"]  # one matrix for each expert
 SITES: dict[str, Site | ExpertSite] = {site: site for site in get_args(Site) + get_args(ExpertSite)}
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, MoeConfig
+from sgl_jax.models.decoder_config import DecoderConfig, DraftConfig, MlaConfig, MoeConfig
 from sgl_jax.models.quantised import Matrix
 from sgl_jax.models.spec import SITES, ExpertSite, Site, WeightSpec
 
@@ -71,7 +71,7 @@ class MlaWeights[Leaf]:
 class LayerWeights[Leaf]:
     """Weights of one decoder layer. A weight that the family or the layer lacks is None."""
 
-    attn_norm: Leaf  # [D]
+    attn_norm: Leaf | None  # [D]; None in the first layer of an EAGLE head
     qkv: Matrix[Leaf] | None  # [(N + 2K) * H, D], q then k then v
     qkv_bias: Leaf | None  # [(N + 2K) * H]
     q_norm: Leaf | None  # [H]
@@ -96,6 +96,25 @@ type Layers[Leaf] = list[LayerWeights[Leaf]] | tuple[LayerWeights[Leaf], ...]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class DraftWeights[Leaf]:
+    """Weights of a draft model (DraftConfig). D is its own width, Dt the target's; F features are joined. A weight
+    that its kind lacks is None; for embed and lm_head the target's are taken then."""
+
+    embed: Leaf | None  # [V, D]
+    fc: Matrix[Leaf] | None  # [D, 2D], or [D, F * Dt] of EAGLE-3, which has none where the feature is the final output
+    fc_bias: Leaf | None  # [D]
+    fc_norm: Leaf | None  # [F * Dt], of the joined features together
+    fc_norms: list[Leaf]  # [Dt] each, of the joined features one by one
+    embed_norm: Leaf | None  # [D]
+    feature_norm: Leaf | None  # [D]
+    layers: list[LayerWeights[Leaf]]
+    final_norm: Leaf | None  # [D]
+    lm_head: Matrix[Leaf] | None  # [V', D]
+    d2t: Leaf | None  # i32[V'], id of the target less id of the draft
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Weights[Leaf]:
     """Weights of the whole model."""
 
@@ -103,6 +122,7 @@ class Weights[Leaf]:
     layers: Layers[Leaf]
     final_norm: Leaf  # [D]
     lm_head: Matrix[Leaf] | None  # [V, D]; None: tied to embed
+    draft: DraftWeights[Leaf] | None = None
 
     @property
     def stacked(self) -> bool:
@@ -136,6 +156,7 @@ def declare_plain(c: DecoderConfig, dtype: DTypeLike) -> Weights[WeightSpec]:
         layers=[_layer(c, spec, c.has_experts(i), c.has_mlp(i)) for i in range(c.num_layers)],
         final_norm=spec((d, "model")),
         lm_head=None if c.tie_embeddings else spec((v, "vocab"), (d, "model")),
+        draft=_draft(c, c.draft, spec) if c.draft else None,
     )
 
 
@@ -149,6 +170,34 @@ def _stack(layer: LayerWeights[WeightSpec], n: int) -> LayerWeights[WeightSpec]:
 
 
 type Spec = Callable[..., WeightSpec]  # see declare_plain
+
+
+def _draft(c: DecoderConfig, draft: DraftConfig, spec: Spec) -> DraftWeights[WeightSpec]:
+    own = draft.decoder
+    d, joined = (own.hidden_size, "model"), (draft.num_features * c.hidden_size, None)
+    is_eagle3, both = draft.kind == "eagle3", (2 * own.hidden_size, None)
+    has_fc = bool(draft.target_layers) if is_eagle3 else draft.kind != "standalone"
+    layers = [_layer(own, spec, own.has_experts(i), own.has_mlp(i)) for i in range(own.num_layers)]
+    if is_eagle3:
+        qkv = layers[0].qkv
+        assert isinstance(qkv, WeightSpec)
+        layers[0] = dataclasses.replace(layers[0], qkv=dataclasses.replace(qkv, shape=(qkv.shape[0], both[0])))
+    if draft.kind == "eagle":
+        layers[0] = dataclasses.replace(layers[0], attn_norm=None)
+    offsets = dataclasses.replace(spec((own.vocab_size, "vocab")), dtype="int32")
+    return DraftWeights(
+        embed=spec((c.vocab_size, "vocab"), d) if draft.own_embed else None,
+        fc=spec(d, joined if is_eagle3 else both) if has_fc else None,
+        fc_bias=spec(d) if draft.fc_bias else None,
+        fc_norm=spec(joined) if draft.norm_before_fc else None,
+        fc_norms=[spec((c.hidden_size, "model")) for _ in range(draft.num_features if draft.fc_norms else 0)],
+        embed_norm=spec(d) if draft.kind == "mtp" else None,
+        feature_norm=spec(d) if draft.kind in ("mtp", "eagle3") else None,
+        layers=layers,
+        final_norm=spec(d) if draft.kind != "eagle" else None,
+        lm_head=spec((own.vocab_size, "vocab"), d) if draft.own_head else None,
+        d2t=offsets if draft.is_reduced else None,
+    )
 
 
 def _layer(c: DecoderConfig, spec: Spec, has_experts: bool, dense: bool) -> LayerWeights[WeightSpec]:
@@ -219,8 +268,23 @@ def parameters_per_token(config: DecoderConfig) -> int:
     """Count the parameters that each token is multiplied with: every matrix of the layers, of experts only the chosen
     ones, and the head, tied or not."""
     declared = declare_plain(config, "float32")
+    return _multiplied((declared.layers, head(declared)), config)
+
+
+def draft_parameters(config: DecoderConfig) -> int:
+    """Count likewise the parameters of the draft model; 0 without one."""
+    declared = declare_plain(config, "float32")
+    draft = declared.draft
+    if draft is None or config.draft is None:
+        return 0
+    own_head = draft.embed if config.draft.kind == "standalone" else head(declared)
+    return _multiplied((draft.layers, draft.lm_head or own_head), config.draft.decoder)
+
+
+def _multiplied(specs: Any, config: DecoderConfig) -> int:
+    """Count the parameters that a token is multiplied with, of a tree of specs."""
     chosen = config.moe.experts_per_token if config.moe else 0
-    matrices = [spec for spec in jax.tree.leaves((declared.layers, head(declared))) if spec.is_matrix]
+    matrices = [spec for spec in jax.tree.leaves(specs) if spec.is_matrix]
     return sum(math.prod(s.shape) // (s.num_experts or 1) * (chosen if s.num_experts else 1) for s in matrices)
 
 

@@ -1,5 +1,7 @@
 """Lines that the server prints. Everything but `setup` and `once` is a pure function from values to text."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import logging
@@ -7,7 +9,10 @@ import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from sgl_jax.engine.messages import DraftCounts
 
 READY = "The server is fired up and ready to roll!"  # scripts of the SGLang family wait for these words
 
@@ -181,9 +186,26 @@ def prefill_line(
 
 
 def decode_line(
-    *, num_running: int, num_tokens: int, token_usage: float, gen_throughput: float, num_waiting: int
+    *,
+    num_running: int,
+    num_tokens: int,
+    token_usage: float,
+    gen_throughput: float,
+    num_waiting: int,
+    drafts: DraftCounts | None = None,
 ) -> str:
+    """Describe decode steps. `drafts`: those verified in them; None: the launch does not speculate."""
+    accept = f"accept len: {drafts.accept_length:.2f}, accept rate: {drafts.accept_rate:.2f}, " if drafts else ""
     return (
-        f"Decode batch. #running-req: {num_running}, #token: {num_tokens}, token usage: {token_usage:.2f}, "
+        f"Decode batch. #running-req: {num_running}, #token: {num_tokens}, token usage: {token_usage:.2f}, {accept}"
         f"gen throughput (token/s): {gen_throughput:.2f}, #queue-req: {num_waiting}"
+    )
+
+
+def low_acceptance_line(draft_model: str, accepted: int, total: int, least: float) -> str:
+    """Say that a draft model's first drafts are accepted less often than can be right, and the likely causes."""
+    return (
+        f"{accepted} of {total} first drafts of {draft_model} were accepted, less than {least:.0%}: answers are right, but slow. "
+        "Either it is no draft model of this target (--speculative-draft-model-path), or it reads other layers than it was "
+        "trained on (eagle_aux_hidden_state_layer_ids in its config.json)"
     )

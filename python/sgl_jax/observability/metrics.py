@@ -33,6 +33,16 @@ _COUNTERS = (
     ("engine_steps", "Steps the engine ran", "steps"),
     ("compiles_after_ready", "Programs compiled while serving; without --skip-server-warmup 0", "compiles_after_ready"),
 )
+# Metrics of a launch that speculates, with the names of SGLang and of vLLM.
+_DRAFT_GAUGES = (
+    ("spec_accept_length", "Tokens per step of a row with drafts, over the last log interval", "spec_accept_length"),
+    ("spec_accept_rate", "Share of drafts that were accepted, over the last log interval", "spec_accept_rate"),
+)
+_DRAFT_COUNTERS = (
+    ("spec_decode_num_drafts", "Times that a step verified drafts of a request", "draft_steps"),
+    ("spec_decode_num_draft_tokens", "Drafts that were verified", "drafted_tokens"),
+    ("spec_decode_num_accepted_tokens", "Drafts that were accepted", "accepted_drafts"),
+)
 
 
 class Histogram:
@@ -73,10 +83,17 @@ class _Collector:
         build = GaugeMetricFamily("sgl_jax_build_info", "Always 1; what is served, and by what", labels=[*self._about])
         build.add_metric([*self._about.values()], 1)
         yield build
-        for name, text, field in _GAUGES:
+        by_position = self._stats.accepted_per_position  # empty without speculation
+        for name, text, field in (*_GAUGES, *(_DRAFT_GAUGES if by_position else ())):
             yield GaugeMetricFamily(f"sgl_jax_{name}", text, value=getattr(self._stats, field))
-        for name, text, field in _COUNTERS:
+        for name, text, field in (*_COUNTERS, *(_DRAFT_COUNTERS if by_position else ())):
             yield CounterMetricFamily(f"sgl_jax_{name}", text, value=getattr(self._stats, field))
+        if by_position:
+            name, text = "sgl_jax_spec_decode_num_accepted_tokens_per_pos", "Accepted drafts by their place in a row"
+            positions = CounterMetricFamily(name, text, labels=["position"])
+            for position, accepted in enumerate(by_position):
+                positions.add_metric([str(position)], accepted)
+            yield positions
         finished = CounterMetricFamily("sgl_jax_requests_finished", "Finished requests", labels=["reason"])
         for reason in ("stop", "length", "abort"):
             finished.add_metric([reason], self._requests.finished[reason])

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from sgl_jax.ops.cpu.library import Library
 
-_MOST_TOKENS = 16  # beyond, XLA's products are as fast or faster (benchmarks/LOG.md)
+_MOST_TOKENS = 64  # beyond, XLA's products are about as fast (benchmarks/LOG.md)
 _MULTIPLE = 32  # numbers of a vector in the widest library; it divides the columns
 
 

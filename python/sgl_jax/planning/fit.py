@@ -61,8 +61,8 @@ def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: in
     rates = target.rates(config.compute_dtype)
     dtypes = {"weight_dtype": config.weight_dtype, "compute_dtype": config.compute_dtype}
     steps = []
-    for bucket in config.buckets:
-        cost = step_cost(model.config, launch.grid, config.pool, bucket, context, **dtypes)
+    for bucket in (each for each in config.buckets if each.width == 1):  # steps with drafts are not counted
+        cost = step_cost(model.config, launch.grid, config.pools[0], bucket, context, **dtypes)
         bound = cost.bound(rates) if rates else None
         steps.append(PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, bound))
     return Plan(model, target, launch, parameters(model.config), context, tuple(steps))

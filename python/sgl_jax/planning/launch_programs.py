@@ -70,7 +70,7 @@ def launch_programs(
 ) -> list[Program]:
     """Make the programs that a server would compile, from abstract weights."""
     weights = abstract_weights(model, launch.runner_config.weight_dtype, placement, stacked=platform.stacks_layers)
-    return make_programs(model, launch.runner_config, kernels, placement, weights)
+    return make_programs(model, launch.runner_config, kernels, placement, weights, launch.drafter)
 
 
 def read_facts(compiled: Compiled, num_layers: int) -> ProgramFacts:

@@ -18,11 +18,14 @@ NO_DRAFT = -1  # a draft that no sampled token equals
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DeviceState:
-    """Arrays with R rows and a spare last one, which padding reads and writes. B = BIAS_WIDTH; W of the widest bucket."""
+    """Arrays with R rows and a spare last one, which padding reads and writes. B = BIAS_WIDTH; W of the widest bucket. What no
+    drafter of the launch reads has one column."""
 
     length: jax.Array  # i32[R + 1]: tokens whose KV is final; the next step of a decoding row starts here
     last_token: jax.Array  # i32[R + 1]: the token at that position, sampled last
     draft: jax.Array  # i32[R + 1, max(W - 1, 1)]: guesses at the tokens that follow it, or NO_DRAFT
+    tokens: jax.Array  # i32[R + 1, C]: all tokens of the row, for n-grams
+    feature: jax.Array  # [R + 1, D]: the draft model's feature of the token before last_token
     page_table: jax.Array  # i32[R + 1, pages]
     token_counts: jax.Array  # i32[R + 1, V]: times in the output, plus IN_PROMPT; for rows with penalties
     bias_ids: jax.Array  # i32[R + 1, B]: tokens whose logit changes, for rows with RowFlag.BIAS
@@ -37,25 +40,39 @@ STATE_AXES = DeviceState(**{each.name: _REPLICATED for each in dataclasses.field
 STATE_AXES = dataclasses.replace(STATE_AXES, token_counts=_VOCAB_SHARDED)
 
 
-def initial_state(num_rows: int, pages_per_row: int, vocab_size: int, width: int = 1) -> DeviceState:
-    """Make the state of num_rows empty rows and the spare one."""
-    n = num_rows + 1
+@dataclasses.dataclass(frozen=True)
+class StateSizes:
+    """Sizes of a launch's row state."""
+
+    num_rows: int  # R
+    pages_per_row: int
+    vocab_size: int  # V, of one device's shard or of all
+    width: int = 1  # W
+    # At least one column each: jaxlib 0.11.2 crashes when it compiles a program with an empty array on several devices.
+    num_tokens: int = 1  # C
+    feature_dim: int = 1  # D
+    feature_dtype: str = "float32"
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(jax.eval_shape(lambda: initial_state(self))))
+
+
+def initial_state(sizes: StateSizes) -> DeviceState:
+    """Make the state of empty rows and the spare one."""
+    n = sizes.num_rows + 1
     return DeviceState(
         length=jnp.zeros(n, jnp.int32),
         last_token=jnp.zeros(n, jnp.int32),
-        # At least one column: jaxlib 0.11.2 crashes when it compiles a program with an empty array on several devices.
-        draft=jnp.full((n, max(width - 1, 1)), NO_DRAFT, jnp.int32),
-        page_table=jnp.zeros((n, pages_per_row), jnp.int32),
-        token_counts=jnp.zeros((n, vocab_size), jnp.int32),
+        draft=jnp.full((n, max(sizes.width - 1, 1)), NO_DRAFT, jnp.int32),
+        tokens=jnp.zeros((n, sizes.num_tokens), jnp.int32),
+        feature=jnp.zeros((n, sizes.feature_dim), sizes.feature_dtype),
+        page_table=jnp.zeros((n, sizes.pages_per_row), jnp.int32),
+        token_counts=jnp.zeros((n, sizes.vocab_size), jnp.int32),
         bias_ids=jnp.zeros((n, BIAS_WIDTH), jnp.int32),
         bias_values=jnp.zeros((n, BIAS_WIDTH), jnp.float32),
         bias_until=jnp.zeros((n, BIAS_WIDTH), jnp.int32),
     )
-
-
-def state_bytes(num_rows: int, pages_per_row: int, vocab_size: int, width: int = 1) -> int:
-    shapes = jax.eval_shape(lambda: initial_state(num_rows, pages_per_row, vocab_size, width))
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
 
 def apply_page_updates(state: DeviceState, updates: Int[Array, "3 U"]) -> DeviceState:

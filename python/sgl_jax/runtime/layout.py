@@ -43,12 +43,14 @@ class PlanLayout:
     page_size: int
     spare_row: int
     num_ranks: int = 1  # M
+    lookahead: int = 0  # tokens beyond a step's own for which rows get pages
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The padded shape of each column."""
         tokens, rows = self.num_ranks * self.bucket.num_tokens, self.num_ranks * self.bucket.num_rows
-        updates = rows + tokens // self.page_size  # a row with n new tokens begins at most 1 + n // page_size pages
+        # A row with n new tokens begins at most 1 + (n + lookahead) // page_size pages.
+        updates = rows + (tokens + rows * self.lookahead) // self.page_size
         sizes = {Per.RANK: self.num_ranks, Per.ROW: rows, Per.TOKEN: tokens, Per.UPDATE: updates}
         return {name: column.shape(sizes[column.per]) for name, column in COLUMNS.items()}
 

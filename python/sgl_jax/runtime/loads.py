@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Int
 
 from sgl_jax.parallel.grid import MeshAxis
-from sgl_jax.runtime.device_state import BIAS_WIDTH, IN_PROMPT, DeviceState
+from sgl_jax.runtime.device_state import BIAS_WIDTH, IN_PROMPT, DeviceState, StateSizes
 from sgl_jax.step_plan import RowLoad
 
 _VECTOR_SIZE = 32 << 10  # i32 values of a load's vector: room for many rows, and as cheap to copy as a dispatch
@@ -26,7 +26,7 @@ class LoadKind:
     """Kind of row state that is loaded."""
 
     name: str
-    size: Callable[[int, int], int]  # (pages of a row, vocabulary size) -> i32 values of a row's payload
+    size: Callable[[StateSizes], int]  # i32 values of a row's payload
     pack: Callable[[RowLoad, np.ndarray], bool]  # fills a payload of zeros; returns False if the row needs none
     # (state, row, payload, vocabulary axis) -> state with the payload in the row
     store: Callable[[DeviceState, jax.Array, jax.Array, MeshAxis], DeviceState]
@@ -89,14 +89,26 @@ def _store_bias(state: DeviceState, row: jax.Array, payload: jax.Array, axis: Me
     )
 
 
+def _pack_tokens(load: RowLoad, payload: np.ndarray) -> bool:
+    if load.request is None:
+        return False
+    payload[: len(load.request.tokens)] = load.request.tokens
+    return True
+
+
+def _store_tokens(state: DeviceState, row: jax.Array, tokens: jax.Array, axis: MeshAxis) -> DeviceState:
+    return dataclasses.replace(state, tokens=_put_row(state.tokens, row, tokens))
+
+
 def _put_row(array: jax.Array, row: jax.Array, values: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(array, values[None], row, axis=0)
 
 
 LOADS: tuple[LoadKind, ...] = (
-    LoadKind("pages", lambda pages, vocab: pages, _pack_pages, _store_pages),
-    LoadKind("counts", lambda pages, vocab: vocab, _pack_counts, _store_counts),
-    LoadKind("bias", lambda pages, vocab: 3 * BIAS_WIDTH, _pack_bias, _store_bias),
+    LoadKind("pages", lambda sizes: sizes.pages_per_row, _pack_pages, _store_pages),
+    LoadKind("counts", lambda sizes: sizes.vocab_size, _pack_counts, _store_counts),
+    LoadKind("bias", lambda sizes: 3 * BIAS_WIDTH, _pack_bias, _store_bias),
+    LoadKind("tokens", lambda sizes: sizes.num_tokens, _pack_tokens, _store_tokens),
 )
 
 

@@ -38,6 +38,7 @@ class Platform:
     max_pool_tokens: int | None  # limit of a default launch's KV pool
     stacks_layers: bool  # scan over stacked layers; else unroll a list of them
     vectorises_rows: bool  # native attention computes decoding rows side by side; else one after the other
+    ridge_tokens: int  # tokens of a step whose products take as long as reading the weights
     compiles_behind: bool  # ready with the programs that requests need; the others are compiled while it serves
     attention: str = "native"  # default attention backend
 
@@ -48,11 +49,26 @@ PLATFORMS: dict[Name, Platform] = {
     # compiles three times faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in
     # float32. On TPU weights of a list are prefetched, weights of a scan are not (docs/decisions/0011-list-on-tpu.md).
     "cpu": Platform(
-        "cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 2, 0.4, 65536, False, False, True, "cpu"
+        "cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 2, 0.4, 65536, False, False, 16, True, "cpu"
     ),
-    "gpu": Platform("gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, True, True, False),
+    "gpu": Platform(
+        "gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, True, True, 192, False
+    ),
     "tpu": Platform(
-        "tpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, False, True, False, "fa"
+        "tpu",
+        "bfloat16",
+        16,
+        2048,
+        256,
+        {"float32": 8, "bfloat16": 8},
+        4,
+        0.88,
+        None,
+        False,
+        True,
+        512,
+        False,
+        "fa",
     ),
 }
 

@@ -31,8 +31,19 @@ class Pool:
         return (self.num_layers * num_pages, *page)
 
 
-def pool_of(shard: DecoderConfig, attention: Backend, dtype: str) -> Pool:
-    """Return the pool of a model, or of one device's shard of it."""
+def pools_of(shard: DecoderConfig, attention: Backend, dtype: str) -> tuple[Pool, ...]:
+    """Return the pool of a model, or of one device's shard of it, and that of its draft model, which has the same pages. Draft
+    layers whose KV has the target's shape are the last layers of its pool."""
+    own = _pool_of(shard, attention, dtype)
+    if shard.draft is None:
+        return (own,)
+    drafts = _pool_of(shard.draft.decoder, attention, dtype)
+    if dataclasses.replace(drafts, num_layers=own.num_layers) == own:
+        return (dataclasses.replace(own, num_layers=own.num_layers + drafts.num_layers),)
+    return own, drafts
+
+
+def _pool_of(shard: DecoderConfig, attention: Backend, dtype: str) -> Pool:
     planes = 1 if shard.mla else 2
     width = attention.pool_head_dim(shard.key_dim)
     return Pool(shard.num_layers, shard.num_kv_heads, planes, width, attention.pool_order, dtype)

@@ -17,13 +17,13 @@ from sgl_jax.parallel.grid import MeshAxis
 from sgl_jax.parallel.placement import Axes, Placement
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import Program
-from sgl_jax.runtime.device_state import STATE_AXES, DeviceState, initial_state
+from sgl_jax.runtime.device_state import STATE_AXES, DeviceState, StateSizes, initial_state
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.loads import LOADS, LoadLayout
 from sgl_jax.runtime.placed_weights import weight_axes
 from sgl_jax.runtime.pool import Pool
-from sgl_jax.runtime.speculate import Drafter
-from sgl_jax.runtime.step import StepSpec, step
+from sgl_jax.runtime.step import step
+from sgl_jax.runtime.step_spec import Drafter, Pools, StepSpec
 from sgl_jax.step_plan import pages_per_row
 
 WEIGHTS, KV, STATE, OUTPUTS = "weights", "kv", "state", "outputs"  # names of device values
@@ -33,30 +33,47 @@ WEIGHTS, KV, STATE, OUTPUTS = "weights", "kv", "state", "outputs"  # names of de
 class RunnerConfig:
     compute_dtype: str  # dtype of activations and of products
     weight_dtype: str  # dtype of weights for which no weight format declares another
-    pool: Pool  # KV pool of one device
+    pools: tuple[Pool, ...]  # KV pools of one device: the target's, and a draft model's if that has another shape
     page_size: int
     num_pages: int  # P, pages of a layer in each data rank, scratch page included
     num_rows: int  # R, requests running at once on all ranks
     context_length: int
     buckets: tuple[Bucket, ...]  # sizes are per rank
     num_ranks: int = 1  # M
+    width: int = 1  # W of the widest bucket
+    lookahead: int = 0  # tokens beyond a step's own that its drafter writes KV of
+    keeps_tokens: bool = False  # the drafter reads each row's tokens
 
     @property
-    def width(self) -> int:
-        """W of the widest bucket."""
-        return max(bucket.width for bucket in self.buckets)
+    def overrun(self) -> int:
+        """Tokens beyond the context that a row may need pages for (step_plan.pages_per_row)."""
+        return 2 * (self.width - 1) + self.lookahead
 
     @property
     def pages_per_row(self) -> int:
-        return pages_per_row(self.context_length, self.width, self.page_size)
+        return pages_per_row(self.context_length, self.width, self.page_size, self.lookahead)
+
+    def state_sizes(self, model: DecoderConfig) -> StateSizes:
+        """Return the sizes of the row state. Drafts are computed beyond the context, like pages (step_plan.pages_per_row)."""
+        has_features = model.draft is not None and model.draft.kind != "standalone"
+        return StateSizes(
+            self.num_rows,
+            self.pages_per_row,
+            model.vocab_size,
+            self.width,
+            num_tokens=self.context_length + 2 * self.width if self.keeps_tokens else 1,
+            feature_dim=model.draft.decoder.hidden_size if has_features and model.draft else 1,
+            feature_dtype=self.compute_dtype,
+        )
 
     def layout(self, bucket: Bucket) -> PlanLayout:
-        return PlanLayout(bucket, self.page_size, self.num_rows, self.num_ranks)
+        return PlanLayout(bucket, self.page_size, self.num_rows, self.num_ranks, self.lookahead)
 
     def loads(self, model: DecoderConfig) -> list[LoadLayout]:
         """Return the layouts of row loads, one for each kind."""
-        pages, vocab = self.pages_per_row, model.vocab_size
-        return [LoadLayout(kind, self.num_rows, kind.size(pages, vocab)) for kind in LOADS]
+        sizes = self.state_sizes(model)
+        kinds = [kind for kind in LOADS if kind.name != "tokens" or self.keeps_tokens]
+        return [LoadLayout(kind, self.num_rows, kind.size(sizes)) for kind in kinds]
 
 
 def make_programs(
@@ -70,7 +87,7 @@ def make_programs(
     """Make every program of a launch, small buckets first. `weights` are abstract, with their shardings."""
     grid = placement.grid
     spec = StepSpec(model.shard(grid), kernels, config.num_pages, config.compute_dtype, grid, drafter)
-    axes, kv_axes = weight_axes(model, stacked=weights.stacked), config.pool.order.axes
+    axes, kv_axes = weight_axes(model, stacked=weights.stacked), [pool.order.axes for pool in config.pools]
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
     programs = []
     for bucket in sorted(config.buckets):
@@ -109,10 +126,12 @@ def step_name(bucket: Bucket) -> str:
     return f"tokens={bucket.num_tokens} rows={bucket.num_rows}{width}"
 
 
-def abstract_kv(config: RunnerConfig, placement: Placement) -> jax.ShapeDtypeStruct:
-    axes = config.pool.order.axes
-    shape = placement.whole_shape(config.pool.shape(config.num_pages, config.page_size), axes)
-    return jax.ShapeDtypeStruct(shape, np.dtype(config.pool.dtype), sharding=placement.sharding(axes))
+def abstract_kv(config: RunnerConfig, placement: Placement) -> list[jax.ShapeDtypeStruct]:
+    def abstract(pool: Pool) -> jax.ShapeDtypeStruct:
+        shape = placement.whole_shape(pool.shape(config.num_pages, config.page_size), pool.order.axes)
+        return jax.ShapeDtypeStruct(shape, np.dtype(pool.dtype), sharding=placement.sharding(pool.order.axes))
+
+    return [*map(abstract, config.pools)]
 
 
 def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:
@@ -122,13 +141,15 @@ def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placem
     return jax.tree.map(place, jax.eval_shape(_initial_state(model, config)), STATE_AXES)
 
 
-def empty_kv(
-    config: RunnerConfig, placement: Placement, make_pool: Callable[[tuple[int, ...], str], AnyPool]
-) -> jax.Array:
-    """Make the KV pool of every device with the attention backend's function."""
-    axes, shape = config.pool.order.axes, config.pool.shape(config.num_pages, config.page_size)
-    make = placement.run(lambda: make_pool(shape, config.pool.dtype), (), axes)
-    return jax.jit(make, out_shardings=placement.sharding(axes))()
+def empty_kv(config: RunnerConfig, placement: Placement, make_pool: Callable[[tuple[int, ...], str], AnyPool]) -> Pools:
+    """Make the KV pools of every device with the attention backend's function."""
+
+    def make(pool: Pool) -> jax.Array:
+        axes, shape = pool.order.axes, pool.shape(config.num_pages, config.page_size)
+        on_each = placement.run(lambda: make_pool(shape, pool.dtype), (), axes)
+        return jax.jit(on_each, out_shardings=placement.sharding(axes))()
+
+    return [*map(make, config.pools)]
 
 
 def empty_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:
@@ -138,7 +159,7 @@ def empty_state(model: DecoderConfig, config: RunnerConfig, placement: Placement
 
 
 def _initial_state(model: DecoderConfig, config: RunnerConfig) -> Callable[[], DeviceState]:
-    return functools.partial(initial_state, config.num_rows, config.pages_per_row, model.vocab_size, config.width)
+    return functools.partial(initial_state, config.state_sizes(model))
 
 
 def _vector(size: int, placement: Placement) -> jax.ShapeDtypeStruct:

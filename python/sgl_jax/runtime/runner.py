@@ -22,15 +22,15 @@ from sgl_jax.runtime.loads import pack_loads
 from sgl_jax.runtime.placed_weights import abstract_weights
 from sgl_jax.runtime.programs import KV, OUTPUTS, STATE, WEIGHTS, RunnerConfig, step_name, zeros
 from sgl_jax.runtime.sampler import Logprobs
-from sgl_jax.runtime.speculate import Drafter
 from sgl_jax.runtime.step import StepOutputs
+from sgl_jax.runtime.step_spec import Drafter, Pools
 from sgl_jax.runtime.tracing import JaxTracer
 from sgl_jax.step_plan import StepPlan, StepTokens, TokenScores, empty_plan
 
 # Called right before a program runs, with its name, its vector and the source of its payload ("" without one).
 type Announce = Callable[[str, np.ndarray, str], None]
 type Report = Callable[[int, int, Compiled], None]
-type DeviceValue = Weights[jax.Array] | DeviceState | StepOutputs | jax.Array
+type DeviceValue = Weights[jax.Array] | DeviceState | StepOutputs | Pools
 _FIRST_ANSWER_S = 1.0  # in which nothing is compiled behind, because tracing and requests share the interpreter
 
 
@@ -50,13 +50,14 @@ class InFlight:
     def collect(self) -> StepTokens:
         """Wait for the step and copy its tokens to the host; logprobs only if a row asked for them."""
         plan, outputs = self.plan, self.outputs
-        if plan.width == 1:  # always 1, and a transfer costs
-            num_accepted = np.ones(len(plan.rows), np.int32)
+        if plan.width == 1:  # always one token without drafts, and a transfer costs
+            num_accepted, num_drafted = np.ones(len(plan.rows), np.int32), np.zeros(len(plan.rows), np.int32)
         else:
-            num_accepted = np.asarray(outputs.num_accepted)[self.rows]
+            num_accepted, num_drafted = np.asarray(outputs.counts)[self.rows].T
         return StepTokens(
             np.asarray(outputs.tokens)[self.rows],
             num_accepted,
+            num_drafted,
             _scores(outputs.logprobs, self.rows, plan.width) if plan.wants_logprobs else None,
             _scores(outputs.prompt_logprobs, self.tokens) if plan.wants_prompt_logprobs else None,
         )
@@ -120,7 +121,7 @@ class ModelRunner:
     def compile(self, report: Report, *, behind: bool = False) -> Future[None]:
         """Begin to compile every program in threads, until `close`. With `behind` only those that requests need; a thread of
         low priority compiles the others from the end of `start` on. `report`: as for compile_all."""
-        needed, others = by_need(self.programs)
+        needed, others = by_need(self.programs, self.config.buckets)
         self._begin_others = functools.partial(self._begin, others, report, behind=True) if behind else None
         return self._begin(needed if behind else [*needed, *others], report)
 
@@ -226,9 +227,13 @@ class ModelRunner:
         return self._layouts[pick(self._buckets, tokens, rows, plan.width)]
 
 
-def by_need(programs: Sequence[Program]) -> tuple[list[Program], list[Program]]:
-    """Divide programs into those that requests need, the soonest first, and the others. Needed are the smallest step, which
-    decodes, the largest, which can stand in for every other, and the row loads."""
-    steps = [program for program in programs if OUTPUTS in program.gives]
+def by_need(programs: Sequence[Program], buckets: Sequence[Bucket]) -> tuple[list[Program], list[Program]]:
+    """Divide programs into those that requests need, the soonest first, and the others. Needed are, for each width, the smallest
+    step, which decodes, and the largest, which can stand in for every other; and the row loads."""
+    ordered = sorted(buckets)
+    smallest = {bucket.width: step_name(bucket) for bucket in reversed(ordered)}
+    largest = {bucket.width: step_name(bucket) for bucket in ordered}
+    steps = {program.name: program for program in programs if OUTPUTS in program.gives}
     loads = [program for program in programs if OUTPUTS not in program.gives]
-    return [*steps[:1], *steps[1:][-1:], *loads], steps[1:-1]
+    first = dict.fromkeys((*smallest.values(), *largest.values()))
+    return [*map(steps.__getitem__, first), *loads], [each for name, each in steps.items() if name not in first]

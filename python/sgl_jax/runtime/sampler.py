@@ -65,7 +65,7 @@ def sample(
     asked = (has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES) | draws).any()
     num_lines, block = len(logits), lines_at_once(logits.shape[-1])
     if num_lines <= block:
-        return lax.cond(asked, lambda: _sample(logits, lines, state, axis), lambda: _argmax(logits, axis))
+        return lax.cond(asked, lambda: _sample(logits, lines, state, axis), lambda: best_token(logits, axis))
 
     def sample_block(i, tokens):
         first = jnp.minimum(i * block, num_lines - block)  # the last block may repeat lines of the one before
@@ -77,7 +77,7 @@ def sample(
     def sample_blocks() -> Int[Array, " S"]:
         return lax.fori_loop(0, -(-num_lines // block), sample_block, jnp.zeros(num_lines, jnp.int32))
 
-    return lax.cond(asked, sample_blocks, lambda: _argmax(logits, axis))
+    return lax.cond(asked, sample_blocks, lambda: best_token(logits, axis))
 
 
 def lines_at_once(vocab_size: int) -> int:
@@ -88,7 +88,7 @@ def lines_at_once(vocab_size: int) -> int:
 
 def _sample(logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis) -> Int[Array, " S"]:
     logits = _adjust(logits, lines, state, axis)
-    greedy = _argmax(logits, axis)
+    greedy = best_token(logits, axis)
     temperature = lines.param(Param.TEMPERATURE)
     random = lines.samples & (temperature > 0)
 
@@ -138,11 +138,12 @@ def has_flag(params: Int[Array, "rows params"], flag: RowFlag) -> Bool[Array, " 
     return (param_of(params, Param.FLAGS) & int(flag)) != 0
 
 
-def _argmax(x: Float[Array, "S V"], axis: MeshAxis) -> Int[Array, " S"]:
-    """Return the first of the largest logits in the whole vocabulary."""
+def best_token(x: Float[Array, "S V"], axis: MeshAxis, offsets: Int[Array, " V"] | None = None) -> Int[Array, " S"]:
+    """Return the first of the largest logits in the whole vocabulary. `offsets` are added to the ids of this shard."""
     best = lax.platform_dependent(x, cpu=_argmax_by_blocks, default=lambda x: x.argmax(-1))[:, None].astype(jnp.int32)
     values = axis.concatenate(jnp.take_along_axis(x, best, axis=-1))
-    ids = axis.concatenate(best + axis.index() * x.shape[-1])
+    ids = best + axis.index() * x.shape[-1]
+    ids = axis.concatenate(ids if offsets is None else ids + offsets[best])
     return jnp.take_along_axis(ids, jnp.argmax(values, axis=-1, keepdims=True), axis=-1)[:, 0]
 
 

@@ -6,30 +6,18 @@ sampled in its place, so the output is the same as with W = 1. With W = 1 there 
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
+from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import RaggedBatch
 from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
-from sgl_jax.runtime.sampler import SampleLines
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class DraftInputs:
-    """Inputs of a drafter, for each row after its step."""
-
-    hidden: jax.Array  # [S, D]: output of the last layer for the token before last_token
-    last_token: jax.Array  # i32[S]: the row's last token, whose KV is not computed yet
-    length: jax.Array  # i32[S]: the number of tokens before last_token
-
-
-# Guesses the W - 1 tokens after last_token, i32[S, W - 1], with NO_DRAFT for no guess.
-type Drafter = Callable[[DraftInputs], jax.Array]
+from sgl_jax.runtime.sampler import SampleLines, has_flag
+from sgl_jax.runtime.step_spec import Pools
+from sgl_jax.step_plan import RowFlag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +34,8 @@ def row_tokens(inputs: StepInputs, state: DeviceState, layout: PlanLayout) -> Ro
     m, s, w = layout.num_ranks, layout.bucket.num_rows, layout.bucket.width
     decodes, rows = inputs.from_device, inputs.rows
     start = jnp.where(decodes, state.length[rows], inputs.start)
-    drafts = jnp.where(decodes[:, None], state.draft[rows, : w - 1], NO_DRAFT)
+    drafted = decodes & ~has_flag(inputs.params, RowFlag.NO_DRAFTS)
+    drafts = jnp.where(drafted[:, None], state.draft[rows, : w - 1], NO_DRAFT)
     known = jnp.concatenate([state.last_token[rows][:, None], jnp.maximum(drafts, 0)], axis=1)
     planned = inputs.tokens.reshape(m, -1)
     first = jnp.where(decodes[:, None], known, planned[:, : s * w].reshape(-1, w))
@@ -87,16 +76,25 @@ def count_accepted(sampled: Int[Array, "S W"], drafts: Int[Array, "S W-1"]) -> I
     return 1 + jnp.cumprod(holds, axis=1).sum(1)
 
 
-def draft(
-    state: DeviceState,
-    rows: Int[Array, " S"],
-    hidden: Float[Array, "SW D"],
-    num_accepted: Int[Array, " S"],
-    drafter: Drafter | None,
-) -> DeviceState:
-    """Store new drafts of each row. `hidden` has the lines of the sampler, W for each row."""
-    if drafter is None:
-        return state
-    lines = jnp.arange(len(rows)) * (len(hidden) // len(rows)) + num_accepted - 1
-    drafts = drafter(DraftInputs(hidden[lines], state.last_token[rows], state.length[rows]))
+@dataclasses.dataclass(frozen=True)
+class Verified:
+    """A step whose drafts are verified, for its drafter. Rows and tokens are those of all M ranks, batch and hidden states
+    those of the device's own."""
+
+    weights: Weights[jax.Array]
+    pools: Pools
+    before: DeviceState
+    state: DeviceState  # with the accepted tokens
+    inputs: StepInputs
+    row_tokens: RowTokens
+    batch: RaggedBatch
+    valid: jax.Array  # bool[M * T]
+    hidden: jax.Array  # [T, D]: output of the last layer
+    tapped: list[jax.Array]  # [T, D] each: inputs of the target_layers
+    tokens: jax.Array  # i32[M * S, W]: sampled
+    num_accepted: jax.Array  # i32[M * S]
+
+
+def with_drafts(state: DeviceState, rows: Int[Array, " S"], drafts: Int[Array, "S K"] | int = NO_DRAFT) -> DeviceState:
+    """Store the drafts of each row."""
     return dataclasses.replace(state, draft=state.draft.at[rows].set(drafts))

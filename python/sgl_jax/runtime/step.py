@@ -1,7 +1,5 @@
 """Body of the step program, from a plan vector to sampled tokens."""
 
-import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -10,18 +8,15 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sgl_jax.models import decoder
-from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.linear import Linear, linear
 from sgl_jax.models.weights import Weights
-from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch, make_ragged_batch, split_heads
-from sgl_jax.ops.kernels import Kernels
-from sgl_jax.parallel.grid import LONE, Grid
+from sgl_jax.ops.attention.api import RaggedBatch, make_ragged_batch
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime import sampler, speculate
-from sgl_jax.runtime.device_state import DeviceState, apply_page_updates, store_samples
+from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState, apply_page_updates, store_samples
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.sampler import Logprobs
-from sgl_jax.runtime.speculate import Drafter
+from sgl_jax.runtime.speculate import Verified
+from sgl_jax.runtime.step_spec import Pools, StepSpec
 from sgl_jax.step_plan import RowFlag
 
 
@@ -29,36 +24,20 @@ class StepOutputs(NamedTuple):
     """Results for the rows and tokens of all M ranks, padding included, replicated on every device."""
 
     tokens: jax.Array  # i32[M * S, W]
-    num_accepted: jax.Array  # i32[M * S]
+    counts: jax.Array  # i32[M * S, 2]: num_accepted and num_drafted of StepTokens
     logprobs: Logprobs  # [M * S * W], of the sampled tokens
     prompt_logprobs: Logprobs  # [M * T], of the token after each packed token
 
 
-@dataclasses.dataclass(frozen=True)
-class StepSpec:
-    """Static parts of a step program, besides its bucket."""
-
-    config: DecoderConfig  # one device's shard
-    kernels: Kernels
-    pages_per_layer: int  # P, in each rank
-    compute_dtype: str
-    grid: Grid = LONE
-    drafter: Drafter | None = None
-
-    @property
-    def linear(self) -> Linear:
-        return functools.partial(linear, product=self.kernels.dense)
-
-
 def step(
     weights: Weights[jax.Array],
-    kv: Float[Array, "LP K planes page H"],
+    pools: Pools,
     state: DeviceState,
     vector: Int[Array, " size"],
     *,
     spec: StepSpec,
     layout: PlanLayout,
-) -> tuple[Float[Array, "LP K planes page H"], DeviceState, StepOutputs]:
+) -> tuple[Pools, DeviceState, StepOutputs]:
     """Run one plan: update page tables, embed, run the layers, compute logits, sample, store, draft.
 
     Every device has the whole plan. Attention takes the tokens of the device's rank, MLPs and the sampler those of all ranks.
@@ -75,20 +54,13 @@ def step(
         used = inputs.num_new.reshape(layout.num_ranks, -1).sum(-1, keepdims=True)
         valid = (jnp.arange(bucket.num_tokens) < used).reshape(-1)
 
-    attention = _attention_spec(spec.config, bucket.width)
-
-    def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
-        if k is None and not spec.kernels.attention.fused:
-            q, k, v = split_heads(q, spec.config.num_kv_heads)
-        arrays = AttentionLayer(attention, layer * spec.pages_per_layer, window=window, sinks=sinks, prepare=prepare)
-        return spec.kernels.attention(q, k, v, kv, batch, arrays)
-
-    multiply, grouped = spec.linear, spec.kernels.grouped_matmul
-    context = decoder.Context(batch.positions, valid, attend, grouped, spec.compute_dtype, spec.grid, multiply)
-    hidden, kv = decoder.hidden_states(weights, spec.config, rows.packed, kv, context)
+    context = spec.context(spec.config, batch, valid, bucket.width)
+    taps = spec.config.draft.target_layers if spec.config.draft else ()
+    kv, *others = pools
+    hidden, kv, tapped = decoder.hidden_states(weights, spec.config, rows.packed, kv, context, taps)
     sampled_at = speculate.sampled_tokens(batch, ranks.own(inputs.from_device), bucket.width)
-    features = ranks.gather(hidden[sampled_at])  # [M * S * W, D]
-    logits = decoder.logits(weights, spec.config, features, multiply)
+    last_hidden = ranks.gather(hidden[sampled_at])  # [M * S * W, D]
+    logits = decoder.logits(weights, spec.config, last_hidden, spec.linear)
     with jax.named_scope("sample"):
         lines = speculate.sample_lines(inputs, rows, bucket.width)
         sampled = sampler.sample(logits, lines, state, everyone)
@@ -97,19 +69,23 @@ def step(
     with jax.named_scope("store"):
         tokens = sampled.reshape(-1, bucket.width)
         num_accepted = speculate.count_accepted(tokens, rows.drafts)
+        counts = jnp.stack([num_accepted, (rows.drafts != NO_DRAFT).sum(1)], axis=1)
         length = rows.start + jnp.where(inputs.from_device, num_accepted, inputs.num_new)
         counted = sampler.has_flag(inputs.params, RowFlag.PENALTIES)
-        state = store_samples(state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone)
-        state = speculate.draft(state, inputs.rows, features, num_accepted, spec.drafter)
+        before, state = (
+            state,
+            store_samples(state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone),
+        )
+    pools = [kv, *others]
+    if spec.drafter is not None:
+        verified = Verified(
+            weights, pools, before, state, inputs, rows, batch, valid, hidden, tapped, tokens, num_accepted
+        )
+        with jax.named_scope("draft"):
+            pools, state = spec.drafter(verified, spec, layout)
     with jax.named_scope("prompt_logprobs"):
         prompt_logprobs = _prompt_logprobs(weights, spec, inputs, batch, rows.packed, hidden)
-    return kv, state, StepOutputs(tokens, num_accepted, logprobs, prompt_logprobs)
-
-
-def _attention_spec(config: DecoderConfig, width: int) -> AttentionSpec:
-    value_dim = config.value_dim if config.mla else None
-    softcap, length = config.attn_logit_softcap, config.attn_temperature_length
-    return AttentionSpec(config.scale, softcap, length, value_dim, width)
+    return pools, state, StepOutputs(tokens, counts, logprobs, prompt_logprobs)
 
 
 def _prompt_logprobs(

@@ -51,6 +51,10 @@ class Admission:
                     return Place(rank, handle, next_page)
         return None
 
+    def most_rows(self, running_rows: np.ndarray, num_waiting: int) -> int:
+        """Return the most rows that a rank can have in this step: those of prompts and of requests to be admitted, too."""
+        return min(max(self._pages.count_by_rank(running_rows)) + num_waiting, self._config.max_running_requests)
+
     def prefixes_being_computed(self, running_rows: np.ndarray) -> set[Prefix]:
         """Return, for each row that has not sampled yet, its prefix up to the end of the first page that is not computed."""
         t = self._table
@@ -70,9 +74,10 @@ class Admission:
         """True if there is room for all tokens of the request and for another step of each row that the rank runs. With less,
         the request would be preempted at once."""
         locked_anew = sum(len(n.pages) for n in handle.node.path if n.num_locks == 0)
-        page_size, width = self._pages.page_size, self._config.max_width
+        page_size, width = self._pages.page_size, self._config.width
         decodes = len(request.tokens) + 1 < request.max_total_tokens  # the next token comes without a step of its own
-        need = -(-(len(request.tokens) + decodes * width) // page_size) - handle.num_pages
+        end = len(request.tokens) + decodes * width + self._config.lookahead
+        need = -(-end // page_size) - handle.num_pages
         need_of_others = num_running * -(-width // page_size)
         return need + need_of_others <= self._caches[rank].num_available_pages - locked_anew
 

@@ -19,6 +19,7 @@ class StepResult:
     first: list[Request]  # requests that got their first token
     finished: list[tuple[Request, FinishReason]]
     scored: dict[int, Request]  # row of the plan -> request for whose tokens or prompt logprobs are wanted
+    drafts: np.ndarray  # i64[rows with drafts, 3] key, verified and accepted drafts, also those behind the end
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -29,6 +30,17 @@ class Taken:
     of: np.ndarray | slice  # i64[n] the row that sampled each token, as an index into the given rows
     line: np.ndarray | int  # i64[n] the row's token, 0 .. W-1, after which it was sampled
     ends: list[tuple[int, FinishReason]]  # rows that end with this step, as ascending indices into the given rows
+
+
+_NO_DRAFTS = np.empty((0, 3), np.int64)
+
+
+def verified_drafts(plan: StepPlan, step: StepTokens, index: np.ndarray) -> np.ndarray:
+    """Return StepResult.drafts of plan.rows[index]."""
+    if plan.width == 1:
+        return _NO_DRAFTS
+    index = index[step.num_drafted[index] > 0]
+    return np.stack([plan.keys[index], step.num_drafted[index], step.num_accepted[index] - 1], axis=1)
 
 
 def take_tokens(t: RowTable, plan: StepPlan, step: StepTokens, index: np.ndarray) -> Taken:

@@ -10,10 +10,11 @@ from sgl_jax.step_plan import RowLoad
 
 
 class RowPages:
-    def __init__(self, table: RowTable, caches: Sequence[PrefixCache]):
-        """`caches`: one for each data rank, alike except in their number of pages."""
+    def __init__(self, table: RowTable, caches: Sequence[PrefixCache], lookahead: int = 0):
+        """`caches`: one for each data rank, alike except in their number of pages. `lookahead`: tokens for which a row has
+        pages beyond those that it computes."""
         self.page_size, self.are_shared = caches[0].page_size, caches[0].enabled
-        self._table = table
+        self._table, self._lookahead = table, lookahead
         self._caches = tuple(caches)
         self._handles: dict[int, Handle] = {}  # running row -> its locked prefix
         self._reload: set[int] = set()  # rows in whose page table the tree has replaced pages
@@ -46,7 +47,7 @@ class RowPages:
 
     def needed(self, rows: np.ndarray, num_new: np.ndarray) -> np.ndarray:
         """Return how many more pages rows[i] needs for num_new[i] tokens. Rejected drafts leave a row with spare pages."""
-        end = self._table.num_computed[rows] + num_new
+        end = self._table.num_computed[rows] + num_new + self._lookahead
         return np.maximum(-(-end // self.page_size) - self._table.num_pages[rows], 0)
 
     def short_rank(self, rows: np.ndarray, need: np.ndarray) -> int | None:
@@ -112,6 +113,6 @@ class RowPages:
             assert np.array_equal(t.page_table[row, : handle.num_pages], handle.pages)
         for cache, pages in zip(self._caches, owned, strict=True):
             cache.check_invariants(pages)
-        computed, num_pages = t.num_computed[running], t.num_pages[running]
-        assert (num_pages >= -(-computed // self.page_size)).all()
-        assert (num_pages <= -(-(computed + num_rejected) // self.page_size)).all()
+        most, num_pages = t.num_computed[running] + num_rejected + self._lookahead, t.num_pages[running]
+        assert (num_pages >= -(-t.num_computed[running] // self.page_size)).all()
+        assert (num_pages <= -(-most // self.page_size)).all()

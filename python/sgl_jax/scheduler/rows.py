@@ -120,6 +120,8 @@ def encode_params(request: Request) -> np.ndarray:
         flags |= RowFlag.BIAS
     if request.wants_prompt_logprobs:
         flags |= RowFlag.PROMPT_LOGPROBS
+    if p.disable_speculation:
+        flags |= RowFlag.NO_DRAFTS
     encoded = np.empty(len(Param), np.int32)
     encoded[Param.SEED] = np.uint32(request.seed).view(np.int32)
     encoded[Param.FLAGS] = int(flags)

@@ -22,23 +22,14 @@ import numpy as np
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.request import Request
 from sgl_jax.scheduler.admission import Admission, Place
+from sgl_jax.scheduler.counters import Counters
 from sgl_jax.scheduler.policy import POLICIES
-from sgl_jax.scheduler.results import StepResult, take_tokens
+from sgl_jax.scheduler.results import StepResult, take_tokens, verified_drafts
 from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
+from sgl_jax.scheduler.widths import Widths
 from sgl_jax.step_plan import Param, RowFlag, RowLoad, StepPlan, StepTokens, pages_per_row
-
-
-@dataclasses.dataclass(slots=True)
-class Counters:
-    """Totals since start."""
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0
-    steps: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -56,24 +47,25 @@ class _Picks:
 
 
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, caches: Sequence[PrefixCache]):
-        """`caches`: one for each data rank, alike except in their number of pages."""
+    def __init__(self, config: SchedulerConfig, caches: Sequence[PrefixCache], widths: Widths | None = None):
+        """`caches`: one for each data rank, alike except in their number of pages. `widths`: other ones than the config's."""
+        self._widths = widths or Widths(config.width, config.wide_rows, config.draft_cost, config.ridge_tokens)
         for num_decoding in range(1, config.max_running_requests + 1):
-            if config.max_step_tokens < num_decoding * config.width(num_decoding):
+            if config.max_step_tokens < num_decoding * self._widths(num_decoding):
                 raise ValueError(
                     f"a step of {config.max_step_tokens} tokens cannot hold {num_decoding} decoding requests"
-                    f" of {config.width(num_decoding)} tokens each"
+                    f" of {self._widths(num_decoding)} tokens each"
                 )
         kinds = {(cache.page_size, cache.enabled) for cache in caches}
         if len(kinds) != 1:
             raise ValueError(f"the caches of all ranks must be alike; their (page size, enabled) are {sorted(kinds)}")
         self.config, self.caches = config, tuple(caches)
-        num_pages = pages_per_row(config.context_length, config.max_width, caches[0].page_size)
+        num_pages = pages_per_row(config.context_length, config.width, caches[0].page_size, config.lookahead)
         self.table = RowTable(len(caches) * config.max_running_requests, config.context_length, num_pages)
-        self._pages = RowPages(self.table, caches)
+        self._pages = RowPages(self.table, caches, config.lookahead)
         self._admission = Admission(config, self.caches, self.table, self._pages)
         self.waiting: dict[int, Request] = {}  # by key
-        self.counters = Counters()
+        self.counters = Counters(accepted_per_position=[0] * (config.width - 1))
         self._requests: dict[int, Request] = {}  # every live request, by key
         self._running = np.empty(0, np.int32)  # rows by rank, within a rank in order of admission
 
@@ -159,7 +151,7 @@ class Scheduler:
             decodes = t.has_sampled[run]
             decode_rows = run[decodes & (t.num_sure[run] < t.max_total[run])]
             per_rank = self._pages.count_by_rank(decode_rows)
-            width = limits.width(max(*per_rank, 1))
+            width = self._widths(self._admission.most_rows(run, len(self.waiting))) if limits.width > 1 else 1
             rows, num_new = decode_rows, np.full(len(decode_rows), width, np.int32)
             budget = [min(limits.max_step_tokens - n * width, limits.max_prefill_tokens) for n in per_rank]
             if len(prefill_rows := run[~decodes]):
@@ -204,7 +196,7 @@ class Scheduler:
             self.counters.prompt_tokens += len(request.prompt)
             self.counters.cached_tokens += handle.num_tokens
         picks.num_cached_tokens += handle.num_tokens
-        needs_state = bool(t.params[row, Param.FLAGS] & (RowFlag.PENALTIES | RowFlag.BIAS))
+        needs_state = bool(t.params[row, Param.FLAGS] & (RowFlag.PENALTIES | RowFlag.BIAS)) or self.config.keeps_tokens
         if handle.num_pages or needs_state:
             pages = handle.pages if handle.num_pages else None
             picks.loads.append(RowLoad(row, pages, request if needs_state else None))
@@ -270,7 +262,13 @@ class Scheduler:
         first = [request for request in started if request is not None and not request.announced]
         for request in first:
             request.announced = True
+        drafts = verified_drafts(plan, step, index)
+        if len(drafts):
+            self.counters.count_drafts(drafts)
         taken = take_tokens(t, plan, step, index)
+        if self.config.width > 1:
+            decoded = plan.from_device & alive
+            self._widths.observe(plan.width, int(decoded.sum()), int(step.num_accepted[decoded].sum()))
         self.counters.generated_tokens += len(taken.tokens)
         return StepResult(
             keys=plan.keys[index][taken.of],
@@ -279,6 +277,7 @@ class Scheduler:
             first=first,
             finished=[(self._requests.pop(self._leave_row(int(rows[i])).key), reason) for i, reason in taken.ends],
             scored=scored,
+            drafts=drafts,
         )
 
     def _scored(self, plan: StepPlan, alive: np.ndarray) -> dict[int, Request]:
@@ -289,7 +288,7 @@ class Scheduler:
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless every page and row has exactly one owner and every counter is in order."""
-        table, run, width = self.table, self._running, self.config.max_width
+        table, run, width = self.table, self._running, self.config.width
         assert len(run) + table.num_free == len(self.caches) * self.config.max_running_requests
         assert max(self._pages.count_by_rank(run)) <= self.config.max_running_requests
         assert (np.diff(table.rank[run]) >= 0).all()

@@ -1,8 +1,6 @@
 """The limits of a scheduler, and its policies by name."""
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +13,9 @@ class SchedulerConfig:
     max_prefill_tokens: int  # prompt tokens of a step
     policy: str = "fcfs"  # order of admission, --schedule-policy: scheduler.policy.POLICIES
     placement: str = "cache_aware"  # order of ranks, --dp-schedule-policy: scheduler.rank_order.PLACEMENTS
-    width: Callable[[int], int] = lambda num_decoding: 1  # decoding rows of the fullest rank -> W of the step
-
-    @functools.cached_property
-    def max_width(self) -> int:
-        return max(map(self.width, range(1, self.max_running_requests + 1)))
+    width: int = 1  # W, the tokens of a decoding row in a wide step
+    wide_rows: int = 0  # rows of a rank up to which steps are wide
+    draft_cost: float = 0.0  # these two: scheduler.widths.Widths
+    ridge_tokens: int = 1 << 30
+    lookahead: int = 0  # tokens beyond a step's own whose KV a draft model writes
+    keeps_tokens: bool = False  # the device holds each row's tokens, too

@@ -83,6 +83,8 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
         """Returns every flag at the top level (secrets hidden), what the engine resolved, and its latest numbers."""
         info, stats = service.info, service.stats
         numbers = {"last_gen_throughput": stats.gen_throughput, **msgspec.structs.asdict(stats)}
+        if stats.accepted_per_position:  # the launch speculates
+            numbers["avg_spec_accept_length"] = stats.drafts.accept_length
         about = {"tokenizer_path": state.tokenizer_path, "version": __version__, "engine": info}
         sizes = {"max_total_num_tokens": info.max_total_tokens, "internal_states": [numbers]}
         return json_response({**state.server_args.to_dict(), **about, **sizes})

@@ -6,6 +6,7 @@ Imports nothing heavy, so that `--help` is instant, and reads no environment of 
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import re
 import types
@@ -21,7 +22,6 @@ from sgl_jax.settings.flag_parser import (
     Parser,
     hint_about,
     option_named,
-    said_of,
 )
 
 HIDDEN = "***"
@@ -55,7 +55,7 @@ class About(NamedTuple):
     unset: str = ""  # effect of leaving the flag out, where the default value does not say it
     rule: Rule | None = None
     aliases: tuple[str, ...] = ()
-    metavar: str = ""  # "PATH" also expands a leading ~
+    metavar: str = ""  # "PATH" also expands a leading ~; "JSON" takes a mapping of the config file
     refused: Mapping[str, str] = types.MappingProxyType({})  # values people try, and why they are not taken
     secret: bool = False
     per_host: bool = False  # may differ between the hosts of one engine; all others must be the same on each
@@ -84,7 +84,6 @@ class Flag(NamedTuple):
     kind: type
     optional: bool
     choices: tuple[str, ...]
-    not_built: str  # the feature it would turn on, with its verb; empty: it is built
 
     @property
     def name(self) -> str:
@@ -120,9 +119,8 @@ class Flag(NamedTuple):
     @property
     def refusals(self) -> list[str]:
         """A sentence for each reason why values are not taken."""
-        found = [f"Refused for now: {self.not_built} not built yet"] if self.not_built else []
         by_reason = itertools.groupby(self.about.refused, self.about.refused.__getitem__)
-        return found + [f"Refused: `{'`, `'.join(values)}` ({reason})" for reason, values in by_reason]
+        return [f"Refused: `{'`, `'.join(values)}` ({reason})" for reason, values in by_reason]
 
     def is_default(self, value: Setting) -> bool:
         if self.field.default_factory is not dataclasses.MISSING:
@@ -137,6 +135,8 @@ class Flag(NamedTuple):
 
     def read(self, value: object) -> object:
         """Read text from outside as this flag's type. Text that cannot be read is returned, for `check` to refuse."""
+        if isinstance(value, dict) and self.about.metavar == "JSON":  # a mapping in the config file
+            return json.dumps(value)
         if not isinstance(value, str):
             return value
         if self.kind is bool:
@@ -167,8 +167,8 @@ class Flag(NamedTuple):
             raise FlagError(self.option, f"{said}; it must be {self.about.rule.text}")
 
 
-def flags_of(cls: type, not_built: Elsewhere = NOTHING) -> tuple[Flag, ...]:
-    """Read the fields of the class. `not_built` has the features that are not built, by patterns of their flags."""
+def flags_of(cls: type) -> tuple[Flag, ...]:
+    """Read the fields of the class."""
     hints, group = typing.get_type_hints(cls), ""
     flags = []
     for field in dataclasses.fields(cls):
@@ -179,28 +179,19 @@ def flags_of(cls: type, not_built: Elsewhere = NOTHING) -> tuple[Flag, ...]:
         kind = next(each for each in kinds if each is not types.NoneType) if optional else hints[field.name]
         if typing.get_origin(kind) is Literal:
             kind, choices = str, typing.get_args(kind)
-        feature = said_of(option_named(field.name), not_built)
-        flags.append(Flag(field, about._replace(group=group), kind, optional, choices, feature))
+        flags.append(Flag(field, about._replace(group=group), kind, optional, choices))
     return tuple(flags)
 
 
 def mistakes_in(flags: Sequence[Flag], values: Mapping[str, object], source: Callable[[str], str]) -> Mistakes:
-    """Return an error for each of the values, by field name, that is refused, and one for all flags of a feature that is not
-    built. `source` says where a field's value was set, or returns an empty text."""
+    """Return an error for each of the values, by field name, that is refused. `source` says where a field's value was set, or
+    returns an empty text."""
     found: Mistakes = []
-    wanted: dict[str, list[Flag]] = {}  # by feature that is not built
     for each in (flag for flag in flags if flag.name in values):
-        if each.not_built and values[each.name] is not None:
-            wanted.setdefault(each.not_built, []).append(each)
-            continue
         try:
             each.check(values[each.name])
         except FlagError as error:
             found.append(FlagError(error.flag, f"{error}{source(each.name)}"))
-    for feature, asking in wanted.items():
-        said = ", ".join(each.said(values[each.name]) + source(each.name) for each in asking)
-        which = "the flag" if len(asking) == 1 else "the flags"
-        found.append(FlagError(asking[0].option, f"{said}; {feature} not built yet, leave {which} out"))
     return found
 
 

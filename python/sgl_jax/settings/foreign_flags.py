@@ -24,6 +24,12 @@ RENAMED = {
     "--load-balance-method": "--dp-schedule-policy",
     "--master-addr --nccl-init-addr": "--dist-init-addr",
     "--log-level-http --uvicorn-log-level": "--log-level",
+    "-sc": "--speculative-config",
+    "--spec-method": "--speculative-algorithm",
+    "--spec-model --speculative-model": "--speculative-draft-model-path",
+    "--spec-tokens --num-speculative-tokens": "--speculative-num-steps",
+    "--ngram-prompt-lookup-min": "--speculative-ngram-min-match-window-size",
+    "--ngram-prompt-lookup-max": "--speculative-ngram-max-match-window-size",
 }
 
 OTHERWISE = {
@@ -52,22 +58,26 @@ OTHERWISE = {
     "with its path, status, id, tokens and seconds",
     "--disable-log-stats": "--log-level and --decode-log-interval say what is logged",
     "--sleep-on-idle": "an idle engine always sleeps",
-    "--revision --code-revision --tokenizer-revision": "a hub model is taken in its newest revision; give a folder with "
+    "--speculative-ngram-*-bfs-breadth --speculative-ngram-match-type --speculative-ngram-max-trie-depth "
+    "--speculative-ngram-branch-length --speculative-ngram-capacity --speculative-ngram-external-*": "there is no trie: drafts "
+    "follow the longest n-gram, up to --speculative-ngram-max-match-window-size, that a request's own tokens repeat",
+    "--speculative-use-rejection-sampling --speculative-use-block-verification --spec-decoding-acceptance-method": "a draft is "
+    "accepted where it is the token that is sampled, so the output is the same without drafts",
+    "--speculative-adaptive*": "drafting pauses by itself while too few drafts are accepted",
+    "--speculative-token-map": "the draft model's files say which tokens it can draft",
+    "--speculative-draft-load-format --speculative-draft-kv-cache-dtype --speculative-draft-attention-backend "
+    "--speculative-attention-mode --speculative-moe-*": "the draft model runs in the model's own step, as the model does",
+    "--revision --code-revision --tokenizer-revision --speculative-draft-model-revision": "a hub model is taken in its newest revision; give a folder with "
     "another one",
     "--json-model-override-args --hf-overrides": "change config.json in a folder of your own",
 }
-
-
-def flags_not_built(features: Iterable[Feature] = NOT_BUILT) -> dict[str, str]:
-    """Return the features that are not built, with their verb, by patterns of flags."""
-    return {pattern: feature.name for feature in features for pattern in feature.flags.split()}
 
 
 def elsewhere(features: Iterable[Feature] = NOT_BUILT) -> dict[str, str]:
     """Return the ends of the sentence "… is not a flag: …", by patterns of flags."""
     said = {names: f"here it is {ours}" for names, ours in RENAMED.items()} | OTHERWISE
     found = {name: text for names, text in said.items() for name in names.split()}
-    return found | {pattern: f"{feature} not built" for pattern, feature in flags_not_built(features).items()}
+    return found | {pattern: f"{each.name} not built" for each in features for pattern in each.flags.split()}
 
 
 ELSEWHERE = elsewhere()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 class Feature(NamedTuple):
     name: str  # with its verb: "… not built" completes the sentence
-    flags: str = ""  # patterns, `*` for any text: flags of this server that are refused, and other engines' flags
+    flags: str = ""  # patterns, `*` for any text: other engines' flags
     fields: str = ""  # request fields, and values of `type` and its like, that are refused with the feature's name
     paths: str = ""  # other engines' and OpenAI's, each with all behind it
     null: Mapping[str, str] = types.MappingProxyType({})  # request body -> fields that may only be null
@@ -39,7 +39,7 @@ NOT_BUILT = (
         flags="--reasoning-parser --enable-reasoning",
         fields="separate_reasoning stream_reasoning include_reasoning",
     ),
-    Feature("speculative decoding is", flags="--speculative-* --spec-*"),
+    Feature("drafting all tokens at once (DFlash, DSpark) is", flags="--speculative-dflash-* --speculative-dspark-*"),
     Feature("quantised arithmetic is", flags="-q --quantization*"),
     Feature(
         "LoRA is",

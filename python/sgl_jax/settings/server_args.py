@@ -1,6 +1,5 @@
-"""Every flag of the server, declared once. The command line, its help, the environment, the config file and the
-documentation are derived from the fields of ServerArgs, half of which it has from ServingFlags. No other module reads
-the environment.
+"""Every flag of the server, declared once, here or in ServingFlags and SpeculativeFlags. The command line, its help, the
+environment, the config file and the documentation are derived from these fields. No other module reads the environment.
 
 Imports nothing heavy. A value that depends on the device stays None here; runtime/ decides it.
 """
@@ -31,16 +30,17 @@ from sgl_jax.settings.flags import (
     read_environ,
     variable_name,
 )
-from sgl_jax.settings.foreign_flags import ELSEWHERE, flags_not_built
+from sgl_jax.settings.foreign_flags import ELSEWHERE
 from sgl_jax.settings.hub import MODELSCOPE, Downloads
 from sgl_jax.settings.serving_flags import SERVER as SERVER
 from sgl_jax.settings.serving_flags import ServingFlags
+from sgl_jax.settings.speculation import Speculation, speculation_of
+from sgl_jax.settings.speculative_flags import SpeculativeFlags
 
 ENV_PREFIX = "SGL_JAX_"
 
 COMPILING = "Kernels and compiling"
 PARALLEL = "Several devices and machines"
-SPECULATIVE = "Speculative decoding"
 LOGGING = "Logging, profiling and watching"
 
 _HOST_PORT = Rule(
@@ -66,7 +66,7 @@ def default_compilation_cache_dir(environ: Mapping[str, str] | None = None) -> s
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerArgs(ServingFlags):
+class ServerArgs(SpeculativeFlags, ServingFlags):
     """Flags of a launch, checked. None: decided at the start, from the model and the devices."""
 
     attention_backend: str | None = flag(
@@ -138,14 +138,6 @@ class ServerArgs(ServingFlags):
         300.0, "seconds to wait for the other machines at start", metavar="SECONDS", rule=NOT_NEGATIVE, per_host=True
     )
 
-    speculative_algorithm: str | None = flag(
-        None, "how tokens are drafted", unset="off", metavar="NAME", group=SPECULATIVE
-    )
-    speculative_draft_model_path: str | None = flag(None, "the draft model", unset="none", metavar="PATH")
-    speculative_num_steps: int | None = flag(None, "draft steps", unset="none")
-    speculative_eagle_topk: int | None = flag(None, "branches per draft step", unset="none")
-    speculative_num_draft_tokens: int | None = flag(None, "draft tokens to verify", unset="none")
-
     log_level: Literal["debug", "info", "warning", "error", "critical"] = flag(
         "info", "what is logged", per_host=True, group=LOGGING
     )
@@ -175,6 +167,7 @@ class ServerArgs(ServingFlags):
         """Raise FlagError for the values that cannot be honoured."""
         refuse(mistakes_in(FLAGS, {each.name: getattr(self, each.name) for each in FLAGS}, lambda name: ""))
         refuse([FlagError(message.split()[0], message) for message in self._misfits()])
+        _ = self.speculation
 
     def _misfits(self) -> Iterator[str]:
         """Say which values do not fit together, a sentence each that begins with the flag."""
@@ -238,6 +231,11 @@ class ServerArgs(ServingFlags):
         return (self.tp_size or 1) * self.dp_size
 
     @property
+    def speculation(self) -> Speculation | None:
+        """The source of drafts; None: there are none. Raises FlagError where flags do not fit together."""
+        return speculation_of(self, self.model_path, self.tp_size or 1, self.dp_size)
+
+    @property
     def downloads(self) -> Downloads:
         """The source of models given by an id. ModelScope's variables are read here, Hugging Face's by its library."""
         domain = os.environ.get("MODELSCOPE_DOMAIN") or MODELSCOPE
@@ -291,7 +289,7 @@ class ServerArgs(ServingFlags):
         return cls(**read)  # which checks how the values fit together
 
 
-FLAGS = flags_of(ServerArgs, flags_not_built())
+FLAGS = flags_of(ServerArgs)
 BY_NAME = {each.name: each for each in FLAGS}
 
 _EPILOG = f"""Every flag is also an environment variable ({variable_name(BY_NAME["page_size"], ENV_PREFIX)}=16 for

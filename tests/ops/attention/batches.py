@@ -44,6 +44,11 @@ def arguments(b, spec, num_short=None, **arrays):
     return q, k, v, kv, batch, layer
 
 
+def defined(batch, layer, num_tokens):
+    """Return which of the first num_tokens outputs the contract defines: not those of queries that see nothing at all."""
+    return (np.asarray(batch.positions)[:num_tokens] >= layer.spec.first_key) | (layer.sinks is not None)
+
+
 def random_batch(
     rng, rows, *, num_heads, num_kv_heads, head_dim, page_size, num_tokens, num_rows, layer=1, context_length=192
 ):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batches import BLOCKS, EAGER, RACES, arguments, interpreted, random_batch
+from batches import BLOCKS, EAGER, RACES, arguments, defined, interpreted, random_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
@@ -43,8 +43,10 @@ def check(b, dtype=jnp.float32, params=RACES, atol=1e-5, spec=SPEC, num_short=No
     out, kv = compiled(params, blocks)(*given)
     expected, expected_kv = reference.paged_attention(*given)
     n = b["num_new"].sum()
-    np.testing.assert_allclose(np.asarray(out, np.float32)[:n], expected[:n], atol=atol)
-    np.testing.assert_array_equal(np.asarray(out, np.float32)[n:], 0)
+    out, mine = np.asarray(out, np.float32), defined(*given[4:], n)
+    assert np.isfinite(out).all()
+    np.testing.assert_allclose(out[:n][mine], expected[:n][mine], atol=atol)
+    np.testing.assert_array_equal(out[n:], 0)
     np.testing.assert_array_equal(np.asarray(kv, np.float32), expected_kv.astype(np.float32))
 
 
@@ -183,6 +185,26 @@ def test_a_short_row_s_pages_are_read_once_for_all_its_queries(monkeypatch, wind
     lowest = [0 if window is None else max(start + 1 - window, 0) // 16 for start, _ in STRADDLING]
     expected = [[i, page] for i, (s, n) in enumerate(STRADDLING) for page in range(lowest[i], -(-(s + n) // 16))]
     assert sorted(pages) == expected
+
+
+@pytest.mark.parametrize(
+    ("first_key", "width", "window", "sinks"),
+    [(1, 1, None, True), (1, 4, None, False), (70, 4, 100, True), (130, 1, None, False)],
+)
+def test_keys_before_the_first_one_are_not_seen(first_key, width, window, sinks):
+    """Blocks have 64 keys: the first key is in the first, second or third one of a row, or behind all of its tokens."""
+    short = [(14, 4), (63, 3), (127, 4), (190, 1), (0, 4), (first_key, 4)]
+    rows = short if width > 1 else [(start, 1) for start, _ in short]
+    b = batch_of([*rows, (first_key - 1, 20), (0, 40)])
+    spec = AttentionSpec(0.25, width=width, first_key=first_key)
+    arrays = {"window": window} if window else {}
+    arrays |= {"sinks": np.array([0.5, -1, 2, 8], np.float32)} if sinks else {}
+    check(b, spec=spec, num_short=len(rows), **arrays)
+
+
+def test_keys_before_the_first_one_of_a_latent_pool_are_not_seen():
+    b = latent_batch([(0, 1), (70, 1), (1, 1), (0, 29)], num_heads=5, num_tokens=32)
+    check(b, jnp.bfloat16, atol=0.05, spec=AttentionSpec(0.25, value_dim=24, first_key=1))
 
 
 def test_short_rows_that_fill_whole_tiles_and_blocks():

@@ -82,6 +82,7 @@ def test_its_pool_has_k_and_v_of_a_token_side_by_side_in_32_bits(tokamax):
         ({}, {"kv_scales": jnp.ones(2)}, "8-bit KV"),
         ({"value_dim": 64}, {}, "latent"),
         ({"width": 4}, {}, "4 tokens"),
+        ({"first_key": 1}, {}, "keys .*position 1;"),
     ],
 )
 def test_what_its_kernels_cannot_do_is_refused(tokamax, spec, arrays, message):

@@ -38,7 +38,7 @@ int main() {
   const Call<float> call{q.data(), out.data(), kHeads, kHeads / kKvHeads,
                          {pool.data(), kKvHeads, 2, kPage, width, width, 1.0f, 1.0f},
                          {table.data(), kv_lens.data(), cu.data(), kRows, 200, 0},
-                         {0.125f, 0.0f, 0.0f, 1 << 30, nullptr}};
+                         {0.125f, 0.0f, 0.0f, 1 << 30, nullptr, 0}};
   for (int i = 0; i < 5; i++) {
     Threads threads;
     run(threads, call, k.data(), v.data(), tokens);

@@ -28,6 +28,7 @@ class Script:
     info: dict[str, Any] = field(default_factory=dict)  # the body of /get_server_info
     breaks: Callable[[int], str] = lambda request: ""  # after the first token: a key of _BREAKS; "" does not break
     usage_each_event: bool = False  # OpenAI's streams: the count so far is in every event
+    metrics: list[str] = field(default_factory=list)  # the answers of /metrics, in turn; then it is not there
     refused: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # by path: what the first calls get
 
 
@@ -68,6 +69,8 @@ class ScriptedServer:
                 return await self._generate(request, body)
             case "/get_server_info":
                 return web.json_response(self.script.info)
+            case "/metrics" if self.script.metrics:
+                return web.Response(text=self.script.metrics.pop(0))
             case "/v1/models":
                 return web.json_response({"object": "list", "data": [{"id": "scripted", "object": "model"}]})
             case "/health" | "/ready" | "/flush_cache" | "/start_profile" | "/stop_profile":

@@ -35,9 +35,10 @@ def untouched_log(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class ScriptedCore(FakeCore):
-    """Waits for `expected` requests, so that the number of steps is known; says 123.456 tokens/s."""
+    """Waits for `expected` requests, so that the number of steps is known; says 123.456 tokens/s, and counts a draft in a
+    step, of which `accepted` are, or none at all."""
 
-    def __init__(self, expected: int = 0, aborted: int | None = None):
+    def __init__(self, expected: int = 0, aborted: int | None = None, accepted: int | None = None):
         info = msgspec.structs.replace(
             fake_info(context_length=64),
             weight_bytes=1_000_000_000,
@@ -45,7 +46,7 @@ class ScriptedCore(FakeCore):
             parameters_per_token=5_000_000_000,
         )
         super().__init__(info)
-        self._missing, self._aborted = expected, aborted
+        self._missing, self._aborted, self._accepted = expected, aborted, accepted
         self._numbers = itertools.count()
 
     def handle(self, command: Command) -> None:
@@ -62,7 +63,10 @@ class ScriptedCore(FakeCore):
         return super().step()
 
     def _stats(self) -> Stats:
-        return msgspec.structs.replace(super()._stats(), gen_throughput=123.456)
+        stats, drafts = super()._stats(), {}
+        if self._accepted is not None:
+            drafts = {"draft_steps": stats.steps, "drafted_tokens": stats.steps, "accepted_drafts": self._accepted}
+        return msgspec.structs.replace(stats, gen_throughput=123.456, **drafts)
 
     def generated(self) -> list[Generate]:
         return [command for command in self.commands if isinstance(command, Generate)]
@@ -155,6 +159,15 @@ def test_every_figure_to_the_digit(tokenizer: Tokenizer, tmp_path: Path, capsys:
         "decode_bandwidth_share": pytest.approx(0.179),
         "matmul_share": pytest.approx(0.35),
     }
+
+
+def test_the_acceptance_length_of_a_launch_that_speculates(
+    tokenizer: Tokenizer, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "out.jsonl"
+    measure(tokenizer, ScriptedCore(4, accepted=3), PROMPTS, "--skip-warmup", "--result-filename", path)
+    assert "Accept length:                           1.50 " in capsys.readouterr().out  # 3 of 6 drafts
+    assert json.loads(path.read_text())["accept_length"] == 1.5
 
 
 def test_without_limits_there_is_no_second_block(tokenizer: Tokenizer, capsys: pytest.CaptureFixture) -> None:

@@ -128,6 +128,40 @@ def test_cached_tokens_have_their_lines_when_the_server_tells() -> None:
     ]
 
 
+OURS = """# TYPE sgl_jax_spec_decode_num_drafts_total counter
+sgl_jax_spec_decode_num_drafts_total {0}
+sgl_jax_spec_decode_num_draft_tokens_total {1}
+sgl_jax_spec_decode_num_accepted_tokens_total {2}
+sgl_jax_spec_decode_num_accepted_tokens_per_pos_total{{position="0"}} 1000
+"""
+VLLM = """# TYPE vllm:spec_decode_num_drafts_total counter
+vllm:spec_decode_num_drafts_total{{engine="0",model_name="m"}} {0}
+vllm:spec_decode_num_drafts_total{{engine="1",model_name="m"}} 10.0
+vllm:spec_decode_num_draft_tokens_total{{engine="0",model_name="m"}} {1}
+vllm:spec_decode_num_accepted_tokens_total{{engine="0",model_name="m"}} {2}
+"""
+
+
+@pytest.mark.parametrize("text", [OURS, VLLM], ids=["ours", "vllm"])
+def test_the_acceptance_length_is_that_of_the_run(text: str) -> None:
+    script = Script(metrics=[text.format(100.0, 300.0, 7.0), text.format(140.0, 420.0, 67.0)])
+    run, _ = bench(script, PROMPTS)
+    assert run.json()["accept_length"] == 2.5
+    lines = standard_block(run).splitlines()
+    assert lines[lines.index(next(line for line in lines if line.startswith("Concurrency:"))) + 1] == (
+        "Accept length:                           2.50      "
+    )
+
+
+@pytest.mark.parametrize("metrics", [[], ["<html>"], ["up 1"], [OURS.format(5, 15, 6)] * 2, [OURS.format(5, 15, 6)]])
+def test_there_is_no_acceptance_length_where_the_run_had_no_drafts_or_the_server_does_not_tell(
+    metrics: list[str],
+) -> None:
+    run, _ = bench(Script(metrics=[*metrics]), PROMPTS)
+    assert run.json()["accept_length"] is None
+    assert "Accept length" not in standard_block(run)
+
+
 class Words:
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         assert not add_special_tokens
@@ -248,7 +282,7 @@ OPENAI = {
 def test_the_body_of_a_request(backend: str, prompt: Any, body: dict[str, Any]) -> None:
     run, server = bench(Script(), [Prompt(prompt, 2, 3)], model="m", backend=backend, **OPTIONS)
     assert run.figures["failed"] == 0
-    assert server.received[-1] == (BACKENDS[backend].protocol.path, body)
+    assert (BACKENDS[backend].protocol.path, body) in server.received
     assert server.headers[-1]["Authorization"] == "Bearer key"
     assert "Bearer key" not in str(run.config)
 
@@ -256,7 +290,7 @@ def test_the_body_of_a_request(backend: str, prompt: Any, body: dict[str, Any]) 
 def test_answers_may_end_when_eos_is_not_ignored() -> None:
     for backend in ("sgl-jax", "vllm"):
         _, server = bench(Script(), [Prompt("a", 1, 3)], backend=backend, disable_ignore_eos=True)
-        body = server.received[-1][1]
+        (body,) = [body for path, body in server.received if path == BACKENDS[backend].protocol.path]
         assert "ignore_eos" not in body
         assert "ignore_eos" not in body.get("sampling_params", {})
 
@@ -285,7 +319,14 @@ def test_warming_up_comes_first_and_is_not_measured() -> None:
     assert len(run.outcomes) == 2
     calls = [(path, (body or {}).get("text")) for path, body in server.received]
     assert calls[:3] == [("/generate", "a"), ("/generate", "a"), ("/flush_cache", None)]
-    assert calls[3:] == [("/start_profile", None), ("/generate", "a"), ("/generate", "b"), ("/stop_profile", None)]
+    assert calls[3:] == [
+        ("/metrics", None),
+        ("/start_profile", None),
+        ("/generate", "a"),
+        ("/generate", "b"),
+        ("/stop_profile", None),
+        ("/metrics", None),
+    ]
     lengths = [body["sampling_params"]["max_new_tokens"] for path, body in server.received if path == "/generate"]
     assert lengths == [32, 32, 100, 4]
 

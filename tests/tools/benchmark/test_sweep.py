@@ -103,7 +103,7 @@ def test_every_case_is_measured_and_the_table_is_right_to_the_digit(
 def test_the_cache_is_flushed_between_the_warm_up_and_each_case(tmp_path: Path) -> None:
     found = swept(tmp_path, "--osl", "1", "--concurrency", "1")
     paths = [path for path, _ in found.calls]
-    load = ["/generate", "/flush_cache", *["/generate"] * 4]
+    load = ["/generate", "/flush_cache", "/metrics", *["/generate"] * 4, "/metrics"]
     assert paths == ["/get_server_info", "/v1/models", "/get_server_info", "/flush_cache", *load]
 
 

@@ -75,6 +75,8 @@ class AttentionSpec:
     temperature_length: int | None = None  # logn scaling: capped scores times max(1, log(position) / log(this))
     value_dim: int | None = None  # V of a latent pool; None: the pool has planes for K and V
     width: int = 1  # W: the most new tokens a short row may have (RaggedBatch)
+    # Keys at lower positions are not seen. A query that sees no key gives zeros if there are sinks, else any finite numbers.
+    first_key: int = 0
 
 
 @jax.tree_util.register_dataclass

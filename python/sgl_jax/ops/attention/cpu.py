@@ -55,6 +55,7 @@ def paged_attention(
         scale=np.float32(spec.scale),
         softcap=np.float32(spec.softcap or 0),
         log_length=np.float32(math.log(spec.temperature_length) if spec.temperature_length else 0),
+        first_key=np.int32(spec.first_key),
     )
     return out, kv
 

@@ -145,13 +145,14 @@ class _Walk:
     ) -> Float[Array, "B K G V"]:
         """Attend with queries at `position` and the positions after it to the keys before kv_end; float32 result."""
         num_queries, num_kv_heads, group, head_dim = q.shape
-        page_size, window = self.kv.shape[3], self.layer.window
+        page_size, window, first_key = self.kv.shape[3], self.layer.window, self.layer.spec.first_key
         # Where rows go side by side, all keys of a turn are in memory at once: long pages take several turns.
         parts = 1 if self.upcast or page_size % KEYS_PER_TURN else page_size // KEYS_PER_TURN
         keys_per_turn = pages_per_turn * page_size // parts
         query_pos = position + jnp.arange(num_queries)[:, None]  # [B, 1]
         pages = jnp.pad(pages, (0, -len(pages) % pages_per_turn))
-        first_turn = jnp.maximum(position - window + 1, 0) // keys_per_turn if window is not None else 0
+        first = jnp.maximum(position - window + 1, first_key) if window is not None else first_key
+        first_turn = first // keys_per_turn
         last_turn = (kv_end + keys_per_turn - 1) // keys_per_turn
         if self.upcast:
             q = q.astype(jnp.float32)
@@ -164,9 +165,11 @@ class _Walk:
                 k, v = k.astype(grouped.dtype), v.astype(grouped.dtype)
             scores = self._scores(grouped, k, query_pos)
             key_pos = turn * keys_per_turn + jnp.arange(keys_per_turn)[None]  # [1, p]
-            visible = (
-                key_pos <= query_pos if window is None else (key_pos <= query_pos) & (key_pos > query_pos - window)
-            )
+            visible = key_pos <= query_pos
+            if window is not None:
+                visible &= key_pos > query_pos - window
+            if first_key:
+                visible &= key_pos >= first_key
             if num_queries > 1:  # a line for each head; of one query, one line does for all heads
                 visible = jnp.repeat(visible, group, axis=0)
             scores = jnp.where(visible[None], scores, _FLOOR)

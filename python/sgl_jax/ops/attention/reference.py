@@ -44,7 +44,9 @@ def paged_attention(
         cached = np.concatenate(list(kv[own]), axis=2)  # [K, planes, pages * page, H]
         for token in tokens:
             last = position + token
-            first = 0 if layer.window is None else max(0, last - int(layer.window) + 1)
+            first = max(spec.first_key, 0 if layer.window is None else last - int(layer.window) + 1)
+            if first > last:
+                continue
             logn = 1.0
             if spec.temperature_length is not None and last > spec.temperature_length:
                 logn = np.log(last) / np.log(spec.temperature_length)

@@ -51,6 +51,7 @@ def paged_attention(
         "latent pools": spec.value_dim is not None,
         # Its option decode_query_size might serve them, which is untested: its kernels run on a TPU only.
         f"decoding rows of {spec.width} tokens": spec.width > 1,
+        f"keys that begin at position {spec.first_key}": spec.first_key > 0,
     }
     for what, asked in refused.items():
         if asked:

@@ -50,6 +50,7 @@ struct Scoring {
   float scale, softcap, log_length;  // softcap and log_length are 0 where the model has none
   int32_t window;
   const float* sinks;  // [N], or null
+  int32_t first_key;   // keys before it are not seen
 };
 
 struct Job {
@@ -90,7 +91,10 @@ struct Call {
   int64_t head_of(const Job& job, int line) const {  // index in [tokens, heads]
     return int64_t(job.first + line / group) * heads + job.head * group + line % group;
   }
-  int first_key(int position) const { return scoring.window > position ? 0 : position - scoring.window + 1; }
+  int first_key(int position) const {  // that a query sees; behind its own if it sees none
+    return std::max(scoring.first_key, scoring.window > position ? 0 : position - scoring.window + 1);
+  }
+  int first_read(int position) const { return std::min(first_key(position), position); }  // no tile is without a key
   int acc_width() const { return round_up(pool.value_width, 4 * kLanes); }
 
   // --- Jobs ---
@@ -104,7 +108,7 @@ struct Call {
     for (int row = 0; row < rows.number; row++) {
       const int first = rows.cu_q_lens[row], number = rows.cu_q_lens[row + 1] - first, start = rows.kv_lens[row] - number;
       for (int t = 0; t < number; t += tile) {
-        const int tokens = std::min(tile, number - t), begin = first_key(start + t), end = start + t + tokens;
+        const int tokens = std::min(tile, number - t), begin = first_read(start + t), end = start + t + tokens;
         const int segments = number <= tile ? (end - begin + kSegment - 1) / kSegment : 1;
         const int length = round_up((end - begin + segments - 1) / segments, kBlock);
         for (int i = 0; i < pool.heads * segments; i++) {
@@ -117,7 +121,7 @@ struct Call {
     partials.resize(size);
     size_t used = 0;
     for (Job& job : jobs) {
-      if (job.begin == first_key(job.position) && job.end == job.position + job.tokens) continue;
+      if (job.begin == first_read(job.position) && job.end == job.position + job.tokens) continue;
       job.partial = &partials[used];
       used += Lines::size(job.tokens * group, acc_width());
     }
@@ -149,7 +153,7 @@ struct Call {
   Lines start(const Job& job, float* memory) const {
     const int lines = job.tokens * group;
     const Lines state(job.partial != nullptr ? job.partial : memory, lines, acc_width());
-    const bool has_sink = scoring.sinks != nullptr && job.begin == first_key(job.position);
+    const bool has_sink = scoring.sinks != nullptr && job.begin == first_read(job.position);
     for (int i = 0; i < lines; i++) {
       state.top[i] = has_sink ? scoring.sinks[job.head * group + i % group] : kFloor;
       state.total[i] = has_sink ? 1.0f : 0.0f;
@@ -330,13 +334,13 @@ void run(Threads& threads, const Call<Number>& call, const Number* k, const Numb
 
 ffi::Error attend(ffi::ThreadPool threads, Any q, Any k, Any v, Any kv, Integers page_table, Integers kv_lens,
                   Integers cu_q_lens, Integers numbers, Numbers scales, Numbers sinks, float scale, float softcap,
-                  float log_length, ffi::Result<Any> out, ffi::Result<Any> kv_out) {
+                  float log_length, int32_t first_key, ffi::Result<Any> out, ffi::Result<Any> kv_out) {
   if (kv.untyped_data() != kv_out->untyped_data()) return ffi::Error::Internal("XLA has copied the KV pool");
   const auto shape = kv.dimensions();
   const Rows rows{page_table.typed_data(), kv_lens.typed_data(), cu_q_lens.typed_data(), int64_t(kv_lens.element_count()),
                   page_table.dimensions()[1], numbers.typed_data()[0]};
   const float* sink = sinks.element_count() > 0 ? sinks.typed_data() : nullptr;
-  const Scoring scoring{scale, softcap, log_length, numbers.typed_data()[1], sink};
+  const Scoring scoring{scale, softcap, log_length, numbers.typed_data()[1], sink, first_key};
   const int heads = q.dimensions()[1];
   auto of_type = [&](auto zero) {
     using Number = decltype(zero);
@@ -357,4 +361,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(
     sgl_jax_attention, attend,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Integers>().Arg<Integers>()
         .Arg<Integers>().Arg<Integers>().Arg<Numbers>().Arg<Numbers>().Attr<float>("scale").Attr<float>("softcap")
-        .Attr<float>("log_length").Ret<Any>().Ret<Any>());
+        .Attr<float>("log_length").Attr<int32_t>("first_key").Ret<Any>().Ret<Any>());

@@ -85,7 +85,7 @@ inline void add_values(const float* weights, const Element* values, int n, int w
 struct FloatUnit {
   using Unit = float;
   static constexpr int kNumbers = 1;
-  static inline Floats add_product(Floats sum, Unit a, const Unit* b) { return sum + a * load(b); }
+  static inline Floats add_product(Floats sum, Floats a, const Unit* b) { return sum + a * load(b); }
   template <typename Element>
   static inline Unit of_key(const Element* key, int i) {
     return to_float(key[i]);
@@ -103,8 +103,8 @@ struct PairUnit {
   using Unit = uint32_t;
   static constexpr int kNumbers = 2;
   static inline Unit pair(BFloat16 x, BFloat16 y) { return x.bits | uint32_t(y.bits) << 16; }
-  static inline Floats add_product(Floats sum, Unit a, const Unit* b) {
-    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)_mm512_loadu_si512(b));
+  static inline Floats add_product(Floats sum, Floats a, const Unit* b) {
+    return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)_mm512_loadu_si512(b));
   }
   static inline Unit of_key(const BFloat16* key, int i) { return pair(key[2 * i], key[2 * i + 1]); }
   static inline void pack_values(Unit* to, const BFloat16* row, const BFloat16* next, int width) {
@@ -121,24 +121,33 @@ struct PairUnit {
 };
 #endif
 
+// sums[R, X vectors] (+)= a[R, steps] b[steps, X vectors], in units. A step multiplies P units of a row: the lanes of b then
+// hold P units of a column side by side. Calls fetch(step) on the way.
+template <int R, int X, typename U, int P, typename A, typename F>
+inline void multiply_columns(const A* a, int64_t a_width, const typename U::Unit* b, int64_t b_width, int steps,
+                             float* sums, int sums_width, bool accumulate, F fetch) {
+  Floats c[R][X];
+  for (int r = 0; r < R; r++) {
+    for (int x = 0; x < X; x++) c[r][x] = accumulate ? load(sums + r * sums_width + x * kLanes) : Floats{};
+  }
+  for (int i = 0; i < steps; i++) {
+    fetch(i);
+    for (int r = 0; r < R; r++) {
+      const Floats units = spread<P>(a + r * a_width + i * P);
+      for (int x = 0; x < X; x++) c[r][x] = U::add_product(c[r][x], units, b + i * b_width + x * kLanes);
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    for (int x = 0; x < X; x++) store(sums + r * sums_width + x * kLanes, c[r][x]);
+  }
+}
+
 // sums[R, columns] (+)= a[R, steps] b[steps, columns], in units; the columns are a multiple of four vectors.
 template <int R, typename U>
 inline void multiply(const typename U::Unit* a, int a_width, const typename U::Unit* b, int b_width, int steps, float* sums,
                      int sums_width, int columns, bool accumulate) {
-  for (int first = 0; first < columns; first += 4 * kLanes) {
-    Floats c[R][4];
-    for (int r = 0; r < R; r++) {
-      for (int x = 0; x < 4; x++) c[r][x] = accumulate ? load(sums + r * sums_width + first + x * kLanes) : Floats{};
-    }
-    for (int i = 0; i < steps; i++) {
-      const typename U::Unit* line = b + int64_t(i) * b_width + first;
-      for (int r = 0; r < R; r++) {
-        for (int x = 0; x < 4; x++) c[r][x] = U::add_product(c[r][x], a[r * a_width + i], line + x * kLanes);
-      }
-    }
-    for (int r = 0; r < R; r++) {
-      for (int x = 0; x < 4; x++) store(sums + r * sums_width + first + x * kLanes, c[r][x]);
-    }
+  for (int i = 0; i < columns; i += 4 * kLanes) {
+    multiply_columns<R, 4, U, 1>(a, a_width, b + i, b_width, steps, sums + i, sums_width, accumulate, [](int) {});
   }
 }
 

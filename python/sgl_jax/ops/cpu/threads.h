@@ -4,12 +4,15 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <memory>
 #include <mutex>
 #include <vector>
 
 namespace {
+
+constexpr std::chrono::microseconds kPatience{20};  // most jobs end within it, and a thread that sleeps is woken later
 
 // Memory of the thread, kept from call to call.
 inline float* scratch(size_t floats) {
@@ -20,8 +23,8 @@ inline float* scratch(size_t floats) {
 
 // Counts the jobs that threads take one after another. A thread that comes when none is left touches nothing else.
 struct Work {
-  std::atomic<int> next{0};
-  int number, done = 0;
+  std::atomic<int> next{0}, done{0};
+  const int number;
   std::mutex mutex;
   std::condition_variable all_done;
 
@@ -30,9 +33,9 @@ struct Work {
   void take(F f) {
     int finished = 0;
     for (int i; (i = next.fetch_add(1)) < number; finished++) f(i);
+    if (finished == 0 || done.fetch_add(finished) + finished < number) return;
     std::lock_guard<std::mutex> lock(mutex);
-    done += finished;
-    if (done == number) all_done.notify_one();
+    all_done.notify_one();
   }
 };
 
@@ -48,6 +51,8 @@ void share(Threads& threads, int number, bool is_small, F f) {
   const int helpers = std::min<int>(threads.num_threads(), number) - 1;
   for (int i = 0; i < helpers; i++) threads.Schedule([work, f] { work->take(f); });
   work->take(f);
+  const auto enough = std::chrono::steady_clock::now() + kPatience;
+  while (work->done < number && std::chrono::steady_clock::now() < enough) continue;
   std::unique_lock<std::mutex> lock(work->mutex);
   work->all_done.wait(lock, [&] { return work->done == number; });
 }

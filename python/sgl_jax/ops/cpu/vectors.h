@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -23,6 +24,7 @@ constexpr int kLanes = 4;
 typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint64_t Words __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t QuadIndex __attribute__((vector_size(16)));
@@ -61,6 +63,24 @@ inline Floats load(const BFloat16* p) {
 #endif
 }
 inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
+
+// Fills the lanes with P 32-bit units, again and again.
+template <int P>
+inline Floats spread(const void* units) {
+  static_assert(P <= 2 || P == kLanes || (P == 4 && kLanes == 16));
+  if constexpr (P == kLanes) return *static_cast<const Floats*>(units);
+#if defined(__AVX512F__)
+  if constexpr (P == 4) return (Floats)_mm512_broadcast_f32x4(_mm_loadu_ps(static_cast<const float*>(units)));
+#endif
+  std::conditional_t<P == 1, uint32_t, uint64_t> unit;
+  std::memcpy(&unit, units, sizeof(unit));
+  return (Floats)(std::conditional_t<P == 1, Bits, Words>{} + unit);
+}
+template <int P>
+inline Floats spread(const BFloat16* units) {
+  static_assert(P == kLanes);
+  return load(units);
+}
 
 inline Floats all(float x) { return x - Floats{}; }
 inline Floats select(Ints mask, Floats x, Floats y) { return (Floats)(((Ints)x & mask) | ((Ints)y & ~mask)); }

@@ -4,13 +4,16 @@ import argparse
 import asyncio
 import os
 import resource
+from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
 import msgspec
+from prometheus_client.parser import text_string_to_metric_families
 
+from sgl_jax.engine.messages import DraftCounts
 from sgl_jax.tools.benchmark.protocols import BACKENDS, Outcome, Protocol
 from sgl_jax.tools.benchmark.terminal import BenchmarkError, say
 
@@ -95,6 +98,18 @@ class Client:
         """Return the answer of /get_server_info; empty when the server has none."""
         info = await self.control("GET", "/get_server_info", optional=True)
         return info if isinstance(info, dict) else {}
+
+    async def draft_counts(self) -> DraftCounts:
+        """Return the drafts verified since the server's start, by its counters in /metrics; zeros where it has none."""
+        totals: dict[str, float] = defaultdict(float)
+        with suppress(ServerError, ValueError):
+            async with self._request("GET", "/metrics", None) as response:
+                text = (await response.read()).decode()
+            for family in text_string_to_metric_families(text):
+                for sample in family.samples:  # vLLM's prefix is another, and each of its engines has a sample
+                    totals[sample.name.rpartition("spec_decode_")[2]] += sample.value
+        names = ("drafts", "draft_tokens", "accepted_tokens")
+        return DraftCounts(*(int(totals[f"num_{name}_total"]) for name in names))
 
     async def model_name(self) -> str | None:
         """Return the first name in /v1/models; None when there is none."""

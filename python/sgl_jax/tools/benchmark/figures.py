@@ -36,6 +36,7 @@ _LABELS = {  # labels of all tools' figures, in the order of their blocks
     "max_output_tokens_per_s": "Peak output token throughput (tok/s)",
     "total_throughput": "Total token throughput (tok/s)",
     "concurrency": "Concurrency",
+    "accept_length": "Accept length",
 }
 _DETAILS = {  # lists in JSON, by the fields of an outcome
     "input_lens": "prompt_len",
@@ -167,6 +168,8 @@ def standard_block(run: ServingRun) -> str:
         del found["total_cached_tokens"], found["cache_hit_rate"]
     else:
         found["cache_hit_rate"] = f"{found['cache_hit_rate']:.2%}"
+    if found["accept_length"] is None:  # no drafts
+        del found["accept_length"]
     rows = {
         "Backend": run.config["backend"],
         "Traffic request rate": str(run.config["request_rate"]),

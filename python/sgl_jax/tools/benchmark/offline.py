@@ -15,7 +15,10 @@ from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.messages import Stats
 from sgl_jax.request import InvalidParameter
+from sgl_jax.settings.flag_parser import FlagError
+from sgl_jax.settings.hub import HubError
 from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
+from sgl_jax.settings.speculators import with_verifier
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
 from sgl_jax.tools.benchmark.arguments import server_arguments
 from sgl_jax.tools.benchmark.datasets import load_prompts
@@ -37,12 +40,12 @@ def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
     if (n := args.extra_request_body.get("n", 1)) != 1:
         raise BenchmarkError(f"--extra-request-body has n {n}; one answer to a prompt is measured")
     try:
-        path = server_args.tokenizer_path or server_args.model_path
+        path = server_args.tokenizer_path or with_verifier(server_args).model_path
         tokenizer = load_tokenizer(path, server_args.chat_template, server_args.downloads)
         prompts = load_prompts(args, tokenizer, None, args.seed)  # before the model: a mistake should be said at once
         with Engine(**engine_options(server_args)) as engine:
             return run(args, engine, prompts)
-    except (TokenizerError, EngineFailed) as error:
+    except (TokenizerError, EngineFailed, FlagError, HubError) as error:
         raise BenchmarkError(str(error)) from error
 
 
@@ -86,6 +89,8 @@ def run(
         "last_gen_throughput": after.gen_throughput or None,  # over a log interval, which the run may not reach
         **throughputs(len(metas), inputs, outputs, duration),
     }
+    if (drafts := after.drafts.since(before.drafts)).steps:
+        found["accept_length"] = drafts.accept_length
     print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
     shares = {}
     if roofline is not None and outputs:

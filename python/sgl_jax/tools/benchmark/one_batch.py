@@ -39,6 +39,11 @@ def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
             f"--dp-size is {server_args.dp_size}; this tool runs one batch on one rank, leave it out "
             "(bench_offline_throughput measures several)"
         )
+    if server_args.speculation is not None:
+        raise BenchmarkError(
+            f"--speculative-algorithm is {server_args.speculation.algorithm}; this tool times steps of one token, leave it out "
+            "(bench_offline_throughput measures drafts)"
+        )
     check_writable(args.result_filename, "--result-filename")
     try:
         core = build_core(replace(server_args, **ALONE), partial(check_fit, cases(args)))

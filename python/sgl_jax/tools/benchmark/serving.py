@@ -125,12 +125,15 @@ async def run_serving(
                 advance()
                 return outcome
 
+            drafts_before = await client.draft_counts()
             async with profile:
                 start = loop.time()
                 outcomes = await drive(one, times, args.max_concurrency)
                 duration = loop.time() - start
+            drafts = (await client.draft_counts()).since(drafts_before)
     count_tokens = None if tokenizer is None else lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     figures = compute_figures(outcomes, start, duration, count_tokens)
+    figures["accept_length"] = drafts.accept_length if drafts.steps > 0 else None
     shares = None if facts.roofline is None else compute_shares(outcomes, figures, facts.roofline)
     config = described(args) | {"model": facts.model, "num_prompts": len(prompts)}
     return ServingRun(config, start, outcomes, figures, shares)

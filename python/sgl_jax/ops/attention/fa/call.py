@@ -102,10 +102,8 @@ def _pack(
         lines = jnp.pad(sinks.astype(jnp.float32), (0, 8))[:, None]
         sinks = jnp.broadcast_to(lines, (num_heads + 8, LANES))
     has_window = layer.window is not None
-    static = Static(
-        num_heads, num_kv_heads, planes, page_size, pool_dim, value_dim, spec.width, has_window, scores, static_prepare
-    )
-    return Tokens(q, k, v, sinks, **arrays), static
+    sizes = num_heads, num_kv_heads, planes, page_size, pool_dim, value_dim, spec.width
+    return Tokens(q, k, v, sinks, **arrays), Static(*sizes, has_window, spec.first_key, scores, static_prepare)
 
 
 def _attend_short_in_turn(

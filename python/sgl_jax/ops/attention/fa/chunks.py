@@ -74,8 +74,10 @@ class Chunks:
         return first + shift, end + shift, shift
 
     def first_key(self, position):
-        """Return the first key that a query at the position sees."""
-        return jnp.int32(0) if self.window is None else jnp.maximum(position + 1 - self.window, 0)
+        """Return the first key that a query at the position sees, or its own if it sees none."""
+        least = self.static.first_key
+        low = jnp.int32(0) if self.window is None else jnp.maximum(position + 1 - self.window, 0)
+        return low if least == 0 else jnp.maximum(low, jnp.minimum(position, least))
 
     def block_range(self, row, tile):
         """Return the blocks [first, end) of keys that a tile's queries of the row see."""
@@ -272,6 +274,8 @@ class Queries:
         is_whole = base + chunks.pages.block_tokens <= self.first + 1
         if chunks.window is not None:
             is_whole &= base > self.end - 1 - chunks.window
+        if chunks.static.first_key:
+            is_whole &= base >= chunks.static.first_key
         lax.cond(
             is_whole,
             lambda: self._attend_pages(page_slot, 0, chunks.pages.pages, None, factor),
@@ -281,6 +285,7 @@ class Queries:
     def _attend_edge(self, page_slot, base, factor) -> None:
         """Attend to a block whose first key is `base`, unit by unit: some keys are not seen by all queries, or are stale."""
         unit, window = self.chunks.unit_pages * self.chunks.static.page_size, self.chunks.window
+        least = self.chunks.static.first_key
 
         def step(u, _):
             def keep(shape, axis):
@@ -288,7 +293,8 @@ class Queries:
                 if axis == 0:  # keys of V that have been copied
                     return (key >= self.low) & (key < self.end)
                 position = self.positions(shape[1], self.chunks.product_heads)
-                return key <= position if window is None else (key <= position) & (key > position - window)
+                seen = key <= position if window is None else (key <= position) & (key > position - window)
+                return seen if least == 0 else seen & (key >= least)
 
             self._attend_pages(page_slot, u * self.chunks.unit_pages, self.chunks.unit_pages, keep, factor)
 

@@ -62,9 +62,10 @@ class Decode:
         return first, self.refs.cu_q_lens[row + 1] - first
 
     def first_key(self, row):
-        """Return the first key that the row's first query sees."""
-        earlier = self.new_tokens(row)[1] - 1
-        return jnp.int32(0) if self.window is None else jnp.maximum(self.refs.kv_lens[row] - earlier - self.window, 0)
+        """Return the first key that the row's first query sees, or its own if it sees none."""
+        earlier, least = self.new_tokens(row)[1] - 1, self.static.first_key
+        low = jnp.int32(0) if self.window is None else jnp.maximum(self.refs.kv_lens[row] - earlier - self.window, 0)
+        return low if least == 0 else jnp.maximum(low, jnp.minimum(self.refs.kv_lens[row] - earlier - 1, least))
 
     def block_range(self, row):
         """Return the blocks [first, end) of keys that the row's queries see."""
@@ -156,8 +157,8 @@ class Row:
 
     decode: Decode
     kv_len: jax.Array
-    first: jax.Array  # the first key that any query sees
-    all_see: jax.Array  # the first key that no query's window leaves out
+    first: jax.Array  # Decode.first_key
+    all_see: jax.Array  # the first key that no query's window leaves out, nor first_key of the spec
     begin: jax.Array  # its blocks are [begin, end)
     end: jax.Array
     token: jax.Array  # index of the first new token in the packed tokens
@@ -183,6 +184,8 @@ class Row:
             position = position + query_of(position.shape, decode.part, width)
         factor = decode.static.scores.factor(position)
         all_see = first if width == 1 or decode.window is None else kv_len - decode.window
+        if decode.static.first_key:
+            all_see = jnp.maximum(all_see, decode.static.first_key)
         return Row(decode, kv_len, first, all_see, begin, end, token, number, first_new, lines, q, factor)
 
     def start(self, head: int) -> State:
@@ -200,7 +203,7 @@ class Row:
         n, cursor, state = carry
         decode = self.decode
         slot, cursor = decode.pages.advance(n, cursor, decode.announce)
-        if decode.window is None:
+        if decode.static.sees_all:
             state = self._attend_pages(state, slot, 0, decode.pages.pages, None)
         else:
             state = self._attend_block(state, slot, block, block * decode.pages.block_tokens >= self.all_see)
@@ -216,7 +219,7 @@ class Row:
             is_whole = self.kv_len == self.end * decode.pages.block_tokens
         else:
             is_whole = self.position + 1 >= (block + 1) * decode.pages.block_tokens
-        if decode.window is not None:
+        if not decode.static.sees_all:
             is_whole &= block * decode.pages.block_tokens >= self.all_see
         state = self._attend_block(state, slot, block, is_whole)
         return n + 1, cursor, written, state
@@ -233,6 +236,7 @@ class Row:
     def _attend_edge(self, state: list[State], slot, block) -> list[State]:
         """Attend unit by unit to a block of which some keys are not seen by all queries, or are stale."""
         decode, window, width = self.decode, self.decode.window, self.decode.static.width
+        least = decode.static.first_key
         unit = decode.unit_pages * decode.static.page_size
         base = block * decode.pages.block_tokens
         low, high = jnp.maximum(self.first - base, 0), jnp.minimum(self.kv_len - base, decode.pages.block_tokens)
@@ -242,8 +246,10 @@ class Row:
                 at = u * unit + lax.broadcasted_iota(jnp.int32, shape, axis)
                 if width > 1 and axis == 1:
                     last = self.position - base + query_of(shape, decode.part, width)
-                    return at <= last if window is None else (at <= last) & (at > last - window)
-                return at < high if window is None else (at >= low) & (at < high)
+                    seen = at <= last if window is None else (at <= last) & (at > last - window)
+                else:
+                    seen = at < high if window is None else (at >= low) & (at < high)
+                return seen if least == 0 else seen & (at >= least - base)
 
             return self._attend_pages(state, slot, u * decode.unit_pages, decode.unit_pages, keep)
 

@@ -31,12 +31,18 @@ class Static:
     value_dim: int  # V, in whole lane tiles
     width: int  # W
     has_window: bool
+    first_key: int  # as in api.AttentionSpec
     scores: Scores
     prepare: Prepare
 
     @property
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether a query sees every key up to its own."""
+        return not self.has_window and self.first_key == 0
 
     @property
     def lane_tiles(self) -> range:

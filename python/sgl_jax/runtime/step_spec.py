@@ -1,0 +1,59 @@
+"""Static parts of a step program, and the context in which its models run."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Bool
+
+from sgl_jax.models.decoder import Context
+from sgl_jax.models.decoder_config import DecoderConfig
+from sgl_jax.models.linear import Linear, linear
+from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch, split_heads
+from sgl_jax.ops.kernels import Kernels
+from sgl_jax.parallel.grid import LONE, Grid
+from sgl_jax.runtime.device_state import DeviceState
+
+type Pools = list[jax.Array]  # the target's KV, and that of a draft model whose KV has another shape
+# Makes drafts of the tokens after each row's last one: (speculate.Verified, StepSpec, PlanLayout) -> values after the step.
+type Drafter = Callable[..., tuple[Pools, DeviceState]]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSpec:
+    """Static parts of a step program, besides its bucket."""
+
+    config: DecoderConfig  # one device's shard
+    kernels: Kernels
+    pages_per_layer: int  # P, in each rank
+    compute_dtype: str
+    grid: Grid = LONE
+    drafter: Drafter | None = None
+
+    @property
+    def linear(self) -> Linear:
+        return functools.partial(linear, product=self.kernels.dense)
+
+    def context(
+        self, model: DecoderConfig, batch: RaggedBatch, valid: Bool[Array, " MT"], width: int, first_key: int = 0
+    ) -> Context:
+        """Return the context of a forward pass of the target or the draft model over the batch."""
+        attention = _attention_spec(model, width, first_key)
+
+        def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
+            if k is None and not self.kernels.attention.fused:
+                q, k, v = split_heads(q, model.num_kv_heads)
+            arrays = AttentionLayer(
+                attention, layer * self.pages_per_layer, window=window, sinks=sinks, prepare=prepare
+            )
+            return self.kernels.attention(q, k, v, kv, batch, arrays)
+
+        grouped = self.kernels.grouped_matmul
+        return Context(batch.positions, valid, attend, grouped, self.compute_dtype, self.grid, self.linear)
+
+
+def _attention_spec(config: DecoderConfig, width: int, first_key: int) -> AttentionSpec:
+    value_dim = config.value_dim if config.mla else None
+    softcap, length = config.attn_logit_softcap, config.attn_temperature_length
+    return AttentionSpec(config.scale, softcap, length, value_dim, width, first_key)

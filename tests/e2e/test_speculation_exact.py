@@ -1,0 +1,231 @@
+"""Speculation changes nothing: random requests with every parameter, aborted, preempted and cached, get the tokens of a plain
+launch."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from exact import GREEDY, Build
+
+from sgl_jax.cache.prefix_cache import PrefixCache
+from sgl_jax.engine.core import Core
+from sgl_jax.engine.messages import Abort, TokenLogprobs
+from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.runner import ModelRunner
+from sgl_jax.scheduler.scheduler import Scheduler
+from simulated import Client
+
+CONTEXT, ROWS, TOKENS = 96, 6, 48
+EAGLE = Path(__file__).parents[1] / "data" / "eagle" / "eagle3-qwen3"
+SETTINGS = {  # drafter, W, page size
+    "ngram": ("stories", {"speculative_algorithm": "NGRAM"}, 4, 16),
+    "itself": ("stories", {"speculative_algorithm": "STANDALONE"}, 8, 1),
+    "eagle3": ("eagle", {"speculative_algorithm": "EAGLE3"}, 2, 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    prompt: list[int]
+    params: dict
+    after: int  # steps before it comes
+    aborted_at: int | None = None  # tokens
+
+
+def start(build: Build, target: Path, page_size: int, **options) -> Core:
+    return build(target, Bucket(TOKENS, ROWS), page_size=page_size, context_length=CONTEXT, **options)
+
+
+@pytest.fixture(scope="module")
+def targets(stories260k: Path) -> dict[str, tuple[Path, Path]]:
+    """The model and the draft model that are used with it."""
+    return {"stories": (stories260k, stories260k), "eagle": (EAGLE / "target", EAGLE / "draft")}
+
+
+@pytest.fixture(scope="module")
+def plain(build: Build, targets: dict[str, tuple[Path, Path]]) -> dict[str, Core]:
+    return {name: start(build, target, 16) for name, (target, _) in targets.items()}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def drafting(request: pytest.FixtureRequest, build: Build, targets: dict[str, tuple[Path, Path]]) -> tuple[str, Core]:
+    name, options, width, page_size = SETTINGS[request.param]
+    target, draft = targets[name]
+    path = {} if request.param == "ngram" else {"speculative_draft_model_path": str(draft)}
+    sizes = {"speculative_num_draft_tokens": width, "speculative_disable_by_batch_size": 3}
+    return name, start(build, target, page_size, **options, **path, **sizes)
+
+
+def again(core: Core, *, overlap: bool = True, radix: bool = True, tiny: bool = False, chunk: int = TOKENS) -> Core:
+    """Make a core of the same programs with an empty cache; `tiny`: with pages for one request of the greatest length."""
+    assert isinstance(core.runner, ModelRunner)
+    (cache,), config = core.scheduler.caches, core.scheduler.config
+    config = dataclasses.replace(config, max_prefill_tokens=chunk)
+    pages = core.runner.config.pages_per_row if tiny else cache.num_usable_pages
+    scheduler = Scheduler(config, [PrefixCache(pages + 1, cache.page_size, enabled=radix)])
+    return Core(scheduler, core.runner, core.info, overlap=overlap, random_seed=0)
+
+
+def some_requests(rng: np.random.Generator, stems: Sequence[list[int]], eos: int) -> list[Ask]:
+    asks = []
+    while len(asks) < 12:
+        prompt = list(stems[rng.integers(len(stems))])[: int(rng.integers(1, CONTEXT - 8))]
+        if rng.random() < 0.5:
+            prompt += rng.integers(3, 512, int(rng.integers(1, 6))).tolist()
+        room = CONTEXT - len(prompt)
+        params = {"max_tokens": room if rng.random() < 0.3 else int(rng.integers(1, min(40, room + 1)))}
+        params |= some_params(rng, eos)
+        after, num_choices = int(rng.integers(0, 12)), 1 if rng.random() < 0.8 else 3
+        for choice in range(num_choices):  # choices of n are requests of their own
+            seed = {"seed": params["seed"] + choice} if "seed" in params else {}
+            aborted = int(rng.integers(0, 20)) if rng.random() < 0.15 else None
+            asks.append(Ask(prompt, params | seed, after, aborted))
+    return asks
+
+
+def some_params(rng: np.random.Generator, eos: int) -> dict:
+    choices: list[tuple[float, dict]] = [
+        (0.5, {"temperature": 0.0}),
+        (0.5, {"seed": int(rng.integers(-99, 99))}),
+        (0.3, {"temperature": float(rng.uniform(0.2, 1.5)), "top_k": int(rng.integers(1, 60)), "top_p": 0.9}),
+        (0.1, {"min_p": 0.05}),
+        (0.2, {"frequency_penalty": float(rng.uniform(-0.5, 1))}),
+        (0.2, {"presence_penalty": float(rng.uniform(-1, 1))}),
+        (0.2, {"repetition_penalty": float(rng.uniform(0.8, 1.4))}),
+        (0.3, {"logit_bias": {int(t): float(rng.uniform(-5, 7)) for t in (*rng.integers(3, 512, 3), eos)}}),
+        (0.3, {"min_tokens": int(rng.integers(1, 20))}),
+        (0.3, {"stop_token_ids": tuple(int(t) for t in rng.integers(3, 512, 9))}),
+        (0.5, {"ignore_eos": True}),
+        (0.4, {"logprobs": int(rng.integers(0, 4))}),
+        (0.2, {"prompt_logprobs": int(rng.integers(0, 3))}),
+        (0.2, {"disable_speculation": True}),
+    ]
+    params = {}
+    for chance, found in choices:
+        if rng.random() < chance:
+            params |= found
+    return params
+
+
+def answered(core: Core, asks: Sequence[Ask], *, aborts: bool) -> Client:
+    """Answer the requests, with the scheduler's invariants checked after each step."""
+    client, steps = Client(core), 0
+    waiting = sorted(range(len(asks)), key=lambda key: asks[key].after)
+    while waiting or core.busy:
+        while waiting and (asks[waiting[0]].after <= steps or not core.busy):
+            client.submit(key := waiting.pop(0), asks[key].prompt, **asks[key].params)
+        client.step()
+        for key, answer in client.answers.items():
+            limit = asks[key].aborted_at
+            if aborts and limit is not None and answer.reason is None and len(answer.tokens) >= limit:
+                core.handle(Abort([key]))
+        steps += 1
+        assert steps < 2000
+    (cache,) = core.scheduler.caches
+    assert cache.num_available_pages == cache.num_usable_pages
+    return client
+
+
+def assert_same(client: Client, expected: Client) -> None:
+    """Answers are equal; aborted ones are the beginning."""
+    for key, right in expected.answers.items():
+        answer, params = client.answers[key], right.request.params
+        assert answer.reason is not None
+        if answer.reason.type == "abort":
+            n = len(answer.tokens)
+            right = dataclasses.replace(
+                right, tokens=right.tokens[:n], logprobs=right.logprobs[:n], reason=answer.reason
+            )
+        assert (answer.tokens, answer.reason) == (right.tokens, right.reason), params
+        assert_close(answer.logprobs, right.logprobs)
+        if answer.prompt is not None and right.prompt is not None:
+            assert_close(answer.prompt.logprobs or [], right.prompt.logprobs or [])
+
+
+def assert_close(ours: Sequence[TokenLogprobs | None], theirs: Sequence[TokenLogprobs | None]) -> None:
+    assert len(ours) == len(theirs)
+    for our, their in zip(ours, theirs, strict=True):
+        assert (our is None) == (their is None)
+        if our is not None and their is not None:
+            np.testing.assert_allclose(
+                [our.logprob, *our.top_logprobs], [their.logprob, *their.top_logprobs], atol=1e-4
+            )
+
+
+WAYS = [
+    {},
+    {"overlap": False},
+    {"tiny": True, "chunk": 7},
+    {"tiny": True, "overlap": False, "radix": False},
+    {"radix": False, "chunk": 1},
+]
+
+
+@pytest.mark.timeout(300)
+def test_random_requests_get_the_tokens_of_a_plain_launch(plain: dict[str, Core], drafting: tuple[str, Core]) -> None:
+    name, core = drafting
+    (eos,), preemptions, accepted = core.info.eos_token_ids, 0, 0
+    trained_on = [case["prompt_ids"] for case in json.loads((EAGLE / "oracle.json").read_text())["cases"]]
+    stems = [[1, 403, 407, 261, 378] * 20, *([] if name == "stories" else trained_on)]
+    for number, way in enumerate(WAYS):
+        rng = np.random.default_rng(number)
+        ours, theirs = again(core, **way), again(plain[name])
+        known = list(stems)
+        for _ in range(2):  # the second requests continue answers to the first
+            asks = some_requests(rng, known, eos)
+            expected = answered(theirs, asks, aborts=False)
+            known += [[*answer.request.prompt.tolist(), *answer.tokens] for answer in expected.answers.values()]
+            client = answered(ours, asks, aborts=True)
+            assert_same(client, expected)
+        preemptions += ours.scheduler.counters.preemptions
+        accepted += ours.scheduler.counters.accepted_drafts
+    assert core.runner.compiles_after_ready == 0
+    assert preemptions > 0
+    assert accepted > 0
+
+
+def test_a_steady_step_is_one_dispatch_and_one_copy(
+    drafting: tuple[str, Core], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program takes one vector from the host; all else is on the device already."""
+    core = again(drafting[1])
+    runner, programs = core.runner, []
+    assert isinstance(runner, ModelRunner)
+    monkeypatch.setattr(runner, "_announce", lambda program, *_: programs.append(program))
+    client = Client(core)
+    for key in range(3):
+        client.submit(key, [300 + key, 5], max_tokens=40, **GREEDY)
+    client.step()
+    programs.clear()
+    before = core.scheduler.counters.steps
+    client.run()
+    width = core.scheduler.config.width
+    assert set(programs) <= {f"tokens={TOKENS} rows={ROWS}", f"tokens={TOKENS} rows={ROWS} width={width}"}
+    assert len(programs) == core.scheduler.counters.steps - before > 0
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(runner._values))
+    assert runner.compiles_after_ready == 0
+
+
+@pytest.mark.parametrize("drafting", ["itself"], indirect=True)
+@pytest.mark.parametrize("page", ["empty cache", "cached prefix"])
+def test_a_model_that_drafts_for_itself_is_always_right(drafting: tuple[str, Core], page: str) -> None:
+    """Each step after the prompts' gives every row W tokens."""
+    core, rounds = again(drafting[1], overlap=False), 5
+    width, asks = core.scheduler.config.width, [([1, 403, 407, 261, 378] * 3, 0), ([300, 5], 1), ([7] * 20, 2)]
+    client = Client(core)
+    if page == "cached prefix":
+        for prompt, key in asks:
+            client.submit(100 + key, prompt, max_tokens=1)
+        client.run()
+    before = core.scheduler.counters.steps
+    for prompt, key in asks:
+        client.submit(key, [*prompt, 9], max_tokens=1 + rounds * width, **GREEDY)
+    client.run()
+    assert core.scheduler.counters.steps - before == 1 + rounds
+    assert [len(client.tokens[key]) for _, key in asks] == [1 + rounds * width] * 3
