@@ -53,7 +53,7 @@ def speculation(folder: str, grid: str) -> dict[str, Any]:
         },
     }
     asked = [flags for name, flags in drafts.items() if name in grid.split("-")]
-    return asked[0] | {"speculative_num_draft_tokens": 4, "speculative_disable_by_batch_size": 4} if asked else {}
+    return asked[0] | {"speculative_num_draft_tokens": 4, "speculative_disable_by_batch_size": 8} if asked else {}
 
 
 def answers(folder: str, grid: str) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         "preemptions": stats.preemptions,
         "cached_tokens": stats.cached_tokens,
         "compiles_after_ready": stats.compiles_after_ready,
-        "accepted_drafts": stats.accepted_drafts,
+        "drafts": (stats.drafted_tokens, stats.accepted_drafts),
     }
 
 

@@ -69,4 +69,5 @@ def test_speculation_changes_nothing_on_any_grid(
     one, *others = run_grids(EAGLE3 if family == "eagle3" else checkpoint(family), ["1", *grids])
     for many, grid in zip(others, grids, strict=True):
         assert_same(one, many)
-        assert many["accepted_drafts"] > 0, grid
+        drafted, accepted = many["drafts"]
+        assert (drafted if "ngram" in grid else accepted) > 0, grid  # random text need not repeat itself
