@@ -38,7 +38,7 @@ class Admission:
         """Return the first rank, in order of preference, that can take the request now, or that is computing a prefix which
         the request should wait for."""
         running = self._pages.count_by_rank(running_rows)
-        is_open = self._open_ranks(budget, running)
+        is_open = [b > 0 and n < self._config.max_running_requests for b, n in zip(budget, running, strict=True)]
         if not any(is_open):
             return None
         # The last token is computed in any case, for its logits; all are if the prompt is to be scored.
@@ -50,13 +50,6 @@ class Admission:
                 if next_page in being_computed or self._fits(request, handle, rank, running[rank]):
                     return Place(rank, handle, next_page)
         return None
-
-    def has_open_rank(self, budget: list[int], running_rows: np.ndarray) -> bool:
-        """Whether a rank has a row and budget for another request, so that it is pages that are missing."""
-        return any(self._open_ranks(budget, self._pages.count_by_rank(running_rows)))
-
-    def _open_ranks(self, budget: list[int], running: list[int]) -> list[bool]:
-        return [b > 0 and n < self._config.max_running_requests for b, n in zip(budget, running, strict=True)]
 
     def most_rows(self, running_rows: np.ndarray, num_waiting: int) -> int:
         """Return the most rows that a rank can have in this step: those of prompts and of requests to be admitted, too."""
