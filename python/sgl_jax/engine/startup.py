@@ -89,13 +89,8 @@ def build_device_side(
     use_compile_cache(args.compilation_cache_dir)
     grid = grid_of(args)
     platform, devices = pick_devices(args.device, grid.num_devices)
+    _say_devices(args, platform, devices)
     here = [device for device in devices if device.process_index == jax.process_index()]
-    logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
-    logger.info(log.changed_args_line(args.changed()))
-    present = len(jax.local_devices(backend=platform.name)) * args.nnodes
-    if args.tp_size is None and present > len(devices):
-        logger.warning(log.unused_devices_line(platform.name, len(devices), present, args.dp_size))
-
     agree = hosts.agree if hosts else lambda value: value
     num_sharing = len(here) if here[0].platform == "cpu" else 1  # virtual CPU devices all have the same memory
     device_bytes = agree(device_memory(here[0]) // num_sharing)
@@ -147,6 +142,14 @@ def build_device_side(
     if num_left := runner.num_compiling:
         logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
     return DeviceSide(model, platform, devices, plan, runner)
+
+
+def _say_devices(args: ServerArgs, platform: Platform, devices: list[jax.Device]) -> None:
+    logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
+    logger.info(log.changed_args_line(args.changed()))
+    present = len(jax.local_devices(backend=platform.name)) * args.nnodes
+    if args.tp_size is None and present > len(devices):
+        logger.warning(log.unused_devices_line(platform.name, len(devices), present, args.dp_size))
 
 
 def _say_sizes(model: DecoderConfig, plan: LaunchPlan) -> None:
