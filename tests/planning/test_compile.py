@@ -17,6 +17,7 @@ from sgl_jax import Engine
 from sgl_jax import compile as command
 from sgl_jax.planning import compile_command
 from sgl_jax.planning.launch_programs import ProgramFacts
+from sgl_jax.planning.model import drafting, read_model
 from sgl_jax.settings.server_args import ServerArgs
 
 SMALL = ["--dtype", "float32", "--max-running-requests", "1", "--chunked-prefill-size", "2", "--max-total-tokens", "64"]
@@ -192,3 +193,13 @@ def test_programs_that_leave_no_room_are_told_the_fraction_that_does() -> None:
     fraction = re.search(r"--mem-fraction-static (0\.\d+) makes room", said)
     assert fraction is not None
     assert overflow(planned(mem_fraction_static=float(fraction[1]) - 0.005), heavy) is None
+
+
+def test_a_head_with_an_embedding_of_its_own_is_compiled_with_it() -> None:
+    """As a launch has it; its config does not say so."""
+    folder = Path(__file__).parents[1] / "data" / "eagle" / "eagle3-qwen3"
+    flags = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(folder / "draft")}
+    args = ServerArgs(model_path=str(folder / "target"), **flags)
+    found = drafting(args, read_model(args.model_path)).config.draft
+    assert found is not None
+    assert found.own_embed

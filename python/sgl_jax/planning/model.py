@@ -44,6 +44,9 @@ def read_model(
 
 
 def drafting(args: ServerArgs, model: PlannedModel) -> PlannedModel:
-    """Return the model with the draft model that the flags ask for, of which the config alone is read. Raises ModelError."""
-    config, _ = with_draft(args, model.config, known_families(args.model_package), dummy=True)
+    """Return the model with the draft model that the flags ask for. Its tensors are named by a folder that has them; else the
+    config alone is read, and programs may differ where only they would tell. Raises ModelError."""
+    path = args.speculation.draft_model_path if args.speculation else None
+    has_tensors = path is not None and any(Path(path).expanduser().glob("*.safetensors"))
+    config, _ = with_draft(args, model.config, known_families(args.model_package), dummy=not has_tensors)
     return dataclasses.replace(model, config=config)
