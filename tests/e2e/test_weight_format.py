@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from exact import GREEDY, Build
+from jax.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
 from sgl_jax.engine import startup
@@ -23,6 +24,8 @@ from sgl_jax.models.families import decoder_config
 from sgl_jax.models.quantised import Matrix, Quantised
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor
+from sgl_jax.ops.dense import plain_product
+from sgl_jax.ops.quantized_matmul.api import QuantizedMatmul
 from sgl_jax.runtime.buckets import Bucket
 from simulated import Client
 
@@ -50,9 +53,15 @@ class Powers:
     def read(self, tensor: StoredTensor) -> Quantised[StoredTensor]:
         return Quantised(tensor.planes["values"], tensor.planes["scales"], self)
 
-    def dequantise(self, w: Quantised[jax.Array]) -> jax.Array:
+    def multiply(
+        self, x: jax.Array, w: Quantised[jax.Array], matmul: QuantizedMatmul, out_dtype: DTypeLike
+    ) -> jax.Array:
         powers = w.values.astype(jnp.float32)
-        return jnp.sign(powers) * jnp.exp2(1 - jnp.abs(powers)) * w.scales[..., None]
+        matrix = jnp.sign(powers) * jnp.exp2(1 - jnp.abs(powers)) * w.scales[..., None]
+        return plain_product(x, matrix.astype(x.dtype), out_dtype)
+
+    def multiply_grouped(self, *_: object) -> jax.Array:
+        raise AssertionError("the model has no experts")
 
 
 def _no_floats(start: int, stop: int) -> np.ndarray:
@@ -100,7 +109,7 @@ def test_a_model_in_a_format_of_ones_own_is_served(
     monkeypatch.setattr(
         startup,
         "decoder_config",
-        lambda *args: dataclasses.replace(decoder_config(*args), weight_scheme=Powers()),
+        lambda *args: dataclasses.replace(decoder_config(*args), weight_scheme=Powers(), weight_format=Powers()),
     )
     core = build(packed, ONE_STEP)
     assert answer(core) == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from sgl_jax.models.linear import grouped_linear, linear
 from sgl_jax.models.spec import SITES
 from sgl_jax.models.weights import declare, head, site_of
 from sgl_jax.ops.grouped_matmul import native, reference
+from sgl_jax.ops.quantized_matmul.native import quantized_grouped_matmul
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.placed_weights import abstract_weights
@@ -28,6 +30,7 @@ RNG = np.random.default_rng(0)
 X = RNG.standard_normal((3, 8)).astype(np.float32)
 W = RNG.standard_normal((5, 8)).astype(np.float32)
 BIAS = RNG.standard_normal(5).astype(np.float32)
+QUANTISED = functools.partial(quantized_grouped_matmul, grouped_matmul=native.grouped_matmul)
 
 
 def test_each_token_is_multiplied_with_the_matrix() -> None:
@@ -52,7 +55,7 @@ def test_weights_of_another_dtype_are_multiplied_as_the_activations_are() -> Non
     np.testing.assert_allclose(linear(jnp.asarray(X), narrow, site="o"), wanted, rtol=1e-5)
     sizes = jnp.array([2, 0, 1], jnp.int32)
     experts = jnp.asarray(RNG.standard_normal((2, 3, 5, 8)), jnp.bfloat16)
-    out = grouped_linear(jnp.asarray(X), experts, 1, sizes, native.grouped_matmul, site="moe.experts.down")
+    out = grouped_linear(jnp.asarray(X), experts, 1, sizes, native.grouped_matmul, QUANTISED, site="moe.experts.down")
     np.testing.assert_allclose(out, reference.grouped_matmul(X, experts, 1, sizes), rtol=1e-5)
 
 
@@ -73,11 +76,11 @@ def test_every_declared_matrix_is_multiplied_at_its_site(
     model = decoder_config(json.loads((checkpoint(folder) / "config.json").read_text()))
     seen = set()
 
-    def plain(w: jax.Array, x: jax.Array, site: str) -> jax.Array:
+    def fitting(w: jax.Array, x: jax.Array, site: str) -> jax.Array:
         seen.add((site, w.shape[-3:] if site.startswith("moe.experts") else w.shape))
         return w
 
-    monkeypatch.setattr(products, "_plain", plain)
+    monkeypatch.setattr(products, "_fitting", fitting)
     placement = Placement.over(jax.devices("cpu")[:1])
     kernels = kernels_for(None, PLATFORMS["cpu"], model)
     pools = pools_of(model, kernels.attention, "float32")

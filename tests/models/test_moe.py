@@ -10,10 +10,14 @@ import pytest
 
 from sgl_jax.models.decoder_config import MoeConfig
 from sgl_jax.models.layers import gated
+from sgl_jax.models.linear import grouped_linear
 from sgl_jax.models.moe import LayerExperts, dispatch, route
 from sgl_jax.models.weights import Experts, MoeWeights
 from sgl_jax.ops.grouped_matmul import native
+from sgl_jax.ops.quantized_matmul.native import quantized_grouped_matmul
 
+QUANTISED = functools.partial(quantized_grouped_matmul, grouped_matmul=native.grouped_matmul)
+MULTIPLY = functools.partial(grouped_linear, product=native.grouped_matmul, quantised_product=QUANTISED)
 T, D, E, X, F = 6, 8, 8, 2, 4
 RNG = np.random.default_rng(0)
 TOKENS = RNG.standard_normal((T, D)).astype(np.float32)
@@ -88,7 +92,7 @@ def test_dispatch_weighs_and_sums_and_leaves_padding_out() -> None:
         jnp.asarray(valid),
         at,
         functools.partial(gated, activation="silu"),
-        native.grouped_matmul,
+        MULTIPLY,
     )
     expected = np.zeros((T, D))
     for t in np.flatnonzero(valid):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ from sgl_jax.models.shard import shard_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.weights import declare
 from sgl_jax.ops.grouped_matmul import native, reference
+from sgl_jax.ops.quantized_matmul.api import Planes
+from sgl_jax.ops.quantized_matmul.native import dequantized, quantized_grouped_matmul
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.placed_weights import abstract_weights, stack_layers, weight_axes, weight_bytes
@@ -32,6 +35,7 @@ from shards import cut, in_memory
 
 RNG = np.random.default_rng(0)
 SCHEMES = [Scaled(dtype, group) for dtype in ("int8", "int4", "float8_e4m3fn") for group in (None, 16)]
+QUANTISED = functools.partial(quantized_grouped_matmul, grouped_matmul=native.grouped_matmul)
 schemes = pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 
 
@@ -62,12 +66,12 @@ def test_rounding_errs_by_half_a_step_of_the_group_at_most(scheme: Scaled) -> No
     else:
         step = largest / {"int8": 127, "int4": 7}[scheme.dtype]
     assert (np.abs(found - matrix) <= step / 2 * 1.001).all()
-    np.testing.assert_allclose(scheme.dequantise(w), found, rtol=1e-6)
+    np.testing.assert_allclose(dequantized(Planes(**w.planes)), found, rtol=1e-6)
 
 
 def test_a_group_of_zeros_stays_zero() -> None:
     w = quantised(Scaled("int8", 4), np.zeros((2, 8), np.float32))
-    assert not np.asarray(Scaled("int8", 4).dequantise(w)).any()
+    assert not np.asarray(dequantized(Planes(**w.planes))).any()
 
 
 @schemes
@@ -79,7 +83,9 @@ def test_products_are_those_of_the_dequantised_matrix(scheme: Scaled) -> None:
     experts = quantised(scheme, RNG.standard_normal((2, 3, 6, 32)).astype(np.float32))
     sizes = jnp.array([2, 0, 3], jnp.int32)
     multiply = jax.jit(
-        lambda x, w, layer: grouped_linear(x, w, layer, sizes, native.grouped_matmul, site="moe.experts.down")
+        lambda x, w, layer: grouped_linear(
+            x, w, layer, sizes, native.grouped_matmul, QUANTISED, site="moe.experts.down"
+        )
     )
     wanted = reference.grouped_matmul(x, by_hand(experts, group), 1, sizes)
     np.testing.assert_allclose(multiply(jnp.asarray(x), experts, jnp.int32(1)), wanted, rtol=1e-4, atol=1e-5)
@@ -101,14 +107,14 @@ def test_a_shard_of_a_quantised_matrix_is_the_matrix_s_shard_quantised(
     declared = scheme.declare("qkv", spec)
     assert isinstance(declared, Quantised)
     w = quantised(scheme, RNG.standard_normal(spec.shape).astype(np.float32))
-    whole = np.asarray(scheme.dequantise(w))
+    whole = np.asarray(dequantized(Planes(**w.planes)))
     for device in range(grid.num_devices):
         shard = Quantised(
             jnp.asarray(cut(np.asarray(w.values), shard_of(declared.values, grid, device))),
             jnp.asarray(cut(np.asarray(w.scales), shard_of(declared.scales, grid, device))),
             scheme,
         )
-        np.testing.assert_array_equal(scheme.dequantise(shard), cut(whole, shard_of(spec, grid, device)))
+        np.testing.assert_array_equal(dequantized(Planes(**shard.planes)), cut(whole, shard_of(spec, grid, device)))
 
 
 def test_a_group_is_never_cut() -> None:
@@ -123,7 +129,9 @@ def test_a_group_is_never_cut() -> None:
 
 
 def scheme_model(folder: Path, scheme: Scaled) -> DecoderConfig:
-    return dataclasses.replace(decoder_config(json.loads((folder / "config.json").read_text())), weight_scheme=scheme)
+    return dataclasses.replace(
+        decoder_config(json.loads((folder / "config.json").read_text())), weight_scheme=scheme, weight_format=scheme
+    )
 
 
 @pytest.mark.parametrize("model", ["stories260k", "qwen2_moe-mixed", "deepseek_v2", "gpt_oss"])

@@ -13,12 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.layers import gated, logn_factors, rope_table
-from sgl_jax.models.linear import Linear, linear
+from sgl_jax.models.linear import GroupedLinear, Linear, linear
 from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.moe import LayerExperts, moe_layer
 from sgl_jax.models.weights import Experts, Layers, LayerWeights, Weights, head
 from sgl_jax.ops.attention.api import QKPrepare, split_heads
-from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.norm_rope import rms_norm
 from sgl_jax.parallel.grid import LONE, Grid
 
@@ -54,7 +53,7 @@ class Context:
     positions: Int[Array, " T"]
     valid: Bool[Array, " MT"]  # tokens of all ranks; False: padding
     attend: Attend
-    grouped_matmul: GroupedMatmul
+    grouped: GroupedLinear
     compute_dtype: str  # dtype of the activations
     grid: Grid = LONE
     linear: Linear = linear
@@ -224,7 +223,7 @@ def _mlp(h, w: LayerWeights[jax.Array], experts: LayerExperts | None, config: De
     if w.down is not None:
         outs.append(linear(act(linear(h, w.gate_up, w.gate_up_bias, site="gate_up")), w.down, site="down"))
     if w.moe is not None and experts is not None and config.moe is not None:
-        multiply = context.grouped_matmul, context.linear
+        multiply = context.grouped, context.linear
         outs.append(moe_layer(h, w.moe, experts, config.moe, act, context.valid, *multiply, context.grid))
         if config.moe.residual_scale is not None:
             outs = [sum(outs) * jnp.asarray(config.moe.residual_scale, h.dtype)]

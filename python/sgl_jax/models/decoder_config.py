@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 from typing import Literal
 
-from sgl_jax.models.quantised import Scheme
+from sgl_jax.models.quantised import Scheme, WeightFormat
 from sgl_jax.parallel.grid import Grid
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "swiglu_oai"]
@@ -125,7 +125,8 @@ class DecoderConfig:
     final_logit_softcap: float | None = None
     query_scale: float | None = None  # None: head_dim ** -0.5
     logn_scaling: LognScaling | None = None
-    weight_scheme: Scheme | None = None  # format in which matrices are held; None: plain floats
+    weight_format: WeightFormat | None = None  # in which matrices are stored; None: plain floats
+    weight_scheme: Scheme | None = None  # in which they are held; None: plain floats
     normalised_head: bool = False  # loading divides the head's columns by their lengths
     eos_token_ids: tuple[int, ...] = ()
     # Number of devices that hold the same head as this shard, where there are more devices than heads. All of them attend

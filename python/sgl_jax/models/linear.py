@@ -1,8 +1,9 @@
 """Products of activations with weights: one function for every dense matrix, one for the experts' matrices.
 
-Weights are [out, in]. A quantised matrix is dequantised and then multiplied.
+Weights are [out, in]. The scheme of a quantised matrix multiplies it, with the kernel of the launch.
 """
 
+import functools
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -13,9 +14,27 @@ from sgl_jax.models.quantised import Matrix, Quantised
 from sgl_jax.models.spec import ExpertSite, Site
 from sgl_jax.ops.dense import DenseProduct, plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
+from sgl_jax.ops.kernels import Kernels
+from sgl_jax.ops.quantized_matmul.api import QuantizedGroupedMatmul, QuantizedMatmul
+from sgl_jax.ops.quantized_matmul.native import quantized_matmul
 
 
 @runtime_checkable  # so that tests can check annotations
+class GroupedLinear(Protocol):
+    """The function `grouped_linear` with its products filled in."""
+
+    def __call__(
+        self,
+        x: Float[Array, "M I"],
+        w: Matrix[jax.Array],
+        layer: Int[Array, ""] | int,
+        group_sizes: Int[Array, " E"],
+        *,
+        site: ExpertSite,
+    ) -> Float[Array, "M O"]: ...
+
+
+@runtime_checkable
 class Linear(Protocol):
     """The function `linear` with its product filled in."""
 
@@ -38,9 +57,14 @@ def linear(
     site: Site,
     out_dtype: DTypeLike | None = None,
     product: DenseProduct = plain_product,
+    quantised_product: QuantizedMatmul = quantized_matmul,
 ) -> Float[Array, "T O"]:
     """Multiply each token with the matrix of a site. The result has x's dtype unless `out_dtype` names a wider one."""
-    out = product(x, _plain(w, x, site), out_dtype)
+    w = _fitting(w, x, site)
+    if isinstance(w, Quantised):
+        out = w.scheme.multiply(x, w, quantised_product, out_dtype)
+    else:
+        out = product(x, w.astype(x.dtype), out_dtype)
     return out if bias is None else out + bias.astype(out.dtype)
 
 
@@ -49,24 +73,32 @@ def grouped_linear(
     w: Matrix[jax.Array],
     layer: Int[Array, ""] | int,
     group_sizes: Int[Array, " E"],
-    grouped_matmul: GroupedMatmul,
+    product: GroupedMatmul,
+    quantised_product: QuantizedGroupedMatmul,
     *,
     site: ExpertSite,
 ) -> Float[Array, "M O"]:
-    """Multiply each row with the matrix of its expert, see GroupedMatmul; the matrices of all layers are [L, E, O, I].
+    """Multiply each row with the matrix of its expert, see GroupedMatmul; the matrices of all layers are [L, E, O, I]."""
+    w = _fitting(w, x, site)
+    if isinstance(w, Quantised):
+        return w.scheme.multiply_grouped(x, w, layer, group_sizes, quantised_product)
+    if w.dtype != x.dtype:
+        w, layer = w[layer][None].astype(x.dtype), 0
+    return product(x, w, layer, group_sizes)
 
-    Only this layer's experts are dequantised.
-    """
-    if isinstance(w, Quantised) or w.dtype != x.dtype:
-        w, layer = jax.tree.map(lambda leaf: leaf[layer][None], w), 0
-    return grouped_matmul(x, _plain(w, x, site), layer, group_sizes)
+
+def products(kernels: Kernels) -> tuple[Linear, GroupedLinear]:
+    """Return both functions with the products of a launch."""
+    return (
+        functools.partial(linear, product=kernels.dense, quantised_product=kernels.quantized),
+        functools.partial(grouped_linear, product=kernels.grouped_matmul, quantised_product=kernels.quantized_grouped),
+    )
 
 
-def _plain(w: Matrix[jax.Array] | None, x: Float[Array, "T I"], site: Site | ExpertSite) -> Float[Array, "*B O I"]:
-    """Return the matrix as floats of x's dtype."""
+def _fitting(w: Matrix[jax.Array] | None, x: Float[Array, "T I"], site: Site | ExpertSite) -> Matrix[jax.Array]:
+    """Return the matrix. Raises ValueError for one that the model does not declare, or of another number of inputs."""
     if w is None:
         raise ValueError(f"{site}: the model declares no such matrix")
-    matrix = w.scheme.dequantise(w) if isinstance(w, Quantised) else w
-    if matrix.shape[-1] != x.shape[-1]:
-        raise ValueError(f"{site}: the matrix is {list(matrix.shape)}; the activations have {x.shape[-1]} values")
-    return matrix.astype(x.dtype)
+    if not isinstance(w, Quantised) and w.shape[-1] != x.shape[-1]:
+        raise ValueError(f"{site}: the matrix is {list(w.shape)}; the activations have {x.shape[-1]} values")
+    return w

@@ -10,9 +10,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.decoder_config import MoeConfig
-from sgl_jax.models.linear import Linear, grouped_linear, linear
+from sgl_jax.models.linear import GroupedLinear, Linear, linear
 from sgl_jax.models.weights import Experts, MoeWeights
-from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.parallel.grid import LONE, Grid
 
 Gated = Callable[[Float[Array, "M FF"]], Float[Array, "M F"]]  # the activation of gate and up side by side
@@ -60,7 +59,7 @@ def dispatch(
     valid: Bool[Array, " T"],
     at: LayerExperts,
     gated: Gated,
-    grouped_matmul: GroupedMatmul,
+    grouped: GroupedLinear,
     grid: Grid = LONE,
 ) -> Float[Array, "T D"]:
     """Send each token through its experts and sum their weighed outputs. Tokens are sorted by expert; padding takes
@@ -76,7 +75,7 @@ def dispatch(
     order = jnp.argsort(expert, stable=True)
     sizes = jnp.zeros(held, jnp.int32).at[expert].add(1, mode="drop")
     experts, sorted_expert = at.experts, expert[order]
-    multiply = functools.partial(grouped_linear, layer=at.layer, group_sizes=sizes, grouped_matmul=grouped_matmul)
+    multiply = functools.partial(grouped, layer=at.layer, group_sizes=sizes)
     h = multiply(x[order // per_token], experts.gate_up, site="moe.experts.gate_up")
     if experts.gate_up_bias is not None:
         h += experts.gate_up_bias.at[at.layer, sorted_expert].get(mode="clip").astype(h.dtype)
@@ -95,13 +94,13 @@ def moe_layer(
     moe: MoeConfig,
     gated: Gated,
     valid: Bool[Array, " T"],
-    grouped_matmul: GroupedMatmul,
+    grouped: GroupedLinear,
     linear: Linear = linear,
     grid: Grid = LONE,
 ) -> Float[Array, "T D"]:
     """Add the outputs of routed and shared experts. One of many devices returns its addend of the sum."""
     weights, ids = route(x, w, moe, linear)
-    out = dispatch(x, weights, ids, valid, at, gated, grouped_matmul, grid)
+    out = dispatch(x, weights, ids, valid, at, gated, grouped, grid)
     if w.shared_down is None:
         return out
     h = gated(linear(x, w.shared_gate_up, site="moe.shared_gate_up"))

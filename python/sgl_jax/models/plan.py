@@ -102,14 +102,11 @@ def flat_weights(config: DecoderConfig, dtype: DTypeLike) -> list[tuple[str, Wei
 
 
 def leaves_of(path: str, spec: Matrix[WeightSpec], pieces: Sequence[StoredTensor]) -> list[Leaf]:
-    """Return the arrays of a weight: one, or the values and the scales that its scheme reads from each piece."""
+    """Return the arrays of a weight: one, or the planes that its scheme reads from each piece."""
     if not isinstance(spec, Quantised):
         return [Leaf(path, spec, tuple(pieces))]
-    read = [spec.scheme.read(piece) for piece in pieces]
-    return [
-        Leaf(f"{path}.values", spec.values, tuple(each.values for each in read)),
-        Leaf(f"{path}.scales", spec.scales, tuple(each.scales for each in read)),
-    ]
+    read = [spec.scheme.read(piece).planes for piece in pieces]
+    return [Leaf(f"{path}.{name}", plane, tuple(each[name] for each in read)) for name, plane in spec.planes.items()]
 
 
 def _mtp_layers(config: DecoderConfig, names: TensorNames) -> list[str]:

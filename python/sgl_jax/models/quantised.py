@@ -1,7 +1,7 @@
 """Second leaf type of the weights: a matrix of small numbers, beside scales that give them their size.
 
-A scheme says what the numbers of such a matrix mean. It has everything that is peculiar to a weight format: how files
-hold it, which matrices are declared in it, how stored tensors become its arrays, and which matrix these stand for.
+A weight format says how files hold such matrices. A scheme says how devices do: which matrices are declared in it, how
+stored tensors become its arrays, and how tokens are multiplied with them.
 """
 
 from __future__ import annotations
@@ -11,29 +11,48 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import jax
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from sgl_jax.models.spec import ExpertSite, Site, WeightSpec
 from sgl_jax.models.stored import StoredTensor
+from sgl_jax.ops.quantized_matmul.api import QuantizedGroupedMatmul, QuantizedMatmul
 
 
-class Scheme(Protocol):
-    """A weight format. Hashable, because it is a static part of every leaf it describes."""
+class WeightFormat(Protocol):
+    """How the files of a checkpoint hold its matrices."""
 
     def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
         """Return a checkpoint's tensors with those of one matrix as one, under its name, with `planes`."""
         ...
 
+
+class Scheme(Protocol):
+    """How devices hold matrices. Hashable, because it is a static part of every leaf it describes."""
+
     def declare(self, site: Site | ExpertSite, spec: WeightSpec) -> Matrix[WeightSpec]:
-        """Return the matrix as this format stores it, or the spec unchanged if the format exempts it."""
+        """Return the planes of the matrix of a site, or the spec unchanged if the scheme exempts it."""
         ...
 
     def read(self, tensor: StoredTensor) -> Quantised[StoredTensor]:
-        """Return the planes of a stored tensor in this format, or those that its floats become in it."""
+        """Return the planes of a stored tensor as they are if they have this form, else those that its floats become."""
         ...
 
-    def dequantise(self, w: Quantised[jax.Array]) -> Float[Array, "*B O I"]:
-        """Return the matrix that the values and scales stand for, float32."""
+    def multiply(
+        self, x: Float[Array, "T I"], w: Quantised[jax.Array], matmul: QuantizedMatmul, out_dtype: DTypeLike | None
+    ) -> Float[Array, "T O"]:
+        """Multiply each token with the matrix, by the kernel where it fits the format."""
+        ...
+
+    def multiply_grouped(
+        self,
+        x: Float[Array, "M I"],
+        w: Quantised[jax.Array],
+        layer: Int[Array, ""] | int,
+        group_sizes: Int[Array, " E"],
+        matmul: QuantizedGroupedMatmul,
+    ) -> Float[Array, "M O"]:
+        """Multiply each row with its expert's matrix of one layer, likewise."""
         ...
 
 
@@ -45,6 +64,13 @@ class Quantised[Leaf]:
     values: Leaf  # [*B, O, I], or as the scheme packs them
     scales: Leaf  # [*B, O, I / group]
     scheme: Scheme = dataclasses.field(metadata={"static": True})
+    offsets: Leaf | None = None  # like the scales; None: the format has none
+
+    @property
+    def planes(self) -> dict[str, Leaf]:
+        """Its arrays, by name."""
+        named = {"values": self.values, "scales": self.scales, "offsets": self.offsets}
+        return {name: plane for name, plane in named.items() if plane is not None}
 
 
 type Matrix[Leaf] = Leaf | Quantised[Leaf]

@@ -5,14 +5,15 @@ import math
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from sgl_jax.models.quantised import Matrix, Quantised
 from sgl_jax.models.spec import ExpertSite, Site, WeightSpec
 from sgl_jax.models.stored import StoredTensor
+from sgl_jax.ops.quantized_matmul.api import Planes, QuantizedGroupedMatmul, QuantizedMatmul, Rounding
 
 _LARGEST = {
     name: float((ml_dtypes.finfo if name.startswith("float") else ml_dtypes.iinfo)(name).max)
@@ -32,6 +33,7 @@ class Scaled:
 
     dtype: str  # dtype of the values: "int8", "int4", "float8_e4m3fn"
     group: int | None = None  # inputs that share a scale; None: all inputs of a channel do
+    rounding: Rounding | None = None  # to what tokens are rounded before a product; None: they are not
     exempt: tuple[str, ...] = ("moe.router", "moe.shared_gate", "lm_head")  # sites of matrices that stay plain
 
     def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
@@ -80,10 +82,20 @@ class Scaled:
         values = values if self.dtype.startswith("float") else np.rint(values)
         return np.clip(values, -largest, largest).astype(self.dtype).reshape(matrix.shape), scales
 
-    def dequantise(self, w: Quantised[jax.Array]) -> Float[Array, "*B O I"]:
-        """Multiply each value with the scale of its group, float32."""
-        groups = w.values.astype(jnp.float32).reshape(*w.scales.shape, -1)
-        return (groups * w.scales[..., None]).reshape(w.values.shape)
+    def multiply(
+        self, x: Float[Array, "T I"], w: Quantised[jax.Array], matmul: QuantizedMatmul, out_dtype: DTypeLike | None
+    ) -> Float[Array, "T O"]:
+        return matmul(x, Planes(**w.planes), self.rounding, out_dtype)
+
+    def multiply_grouped(
+        self,
+        x: Float[Array, "M I"],
+        w: Quantised[jax.Array],
+        layer: Int[Array, ""] | int,
+        group_sizes: Int[Array, " E"],
+        matmul: QuantizedGroupedMatmul,
+    ) -> Float[Array, "M O"]:
+        return matmul(x, Planes(**w.planes), layer, group_sizes, self.rounding)
 
 
 def stored_scaled(name: str, values: StoredTensor, scales: StoredTensor) -> StoredTensor:

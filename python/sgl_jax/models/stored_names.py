@@ -39,7 +39,7 @@ def named_tensors(
             named[name] = tensor  # reported as surplus
     if config.tie_embeddings and names.embed not in named and names.lm_head in named:
         named[names.embed] = named.pop(names.lm_head)
-    return names.view(config.weight_scheme.view(named) if config.weight_scheme else named)
+    return names.view(config.weight_format.view(named) if config.weight_format else named)
 
 
 def has_own_head(stored: Mapping[str, StoredTensor], config: DecoderConfig, names: TensorNames) -> bool:

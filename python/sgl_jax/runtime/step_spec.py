@@ -1,7 +1,6 @@
 """Static parts of a step program, and the context in which its models run."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -9,7 +8,7 @@ from jaxtyping import Array, Bool
 
 from sgl_jax.models.decoder import Context
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.linear import Linear, linear
+from sgl_jax.models.linear import Linear, products
 from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch, split_heads
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import LONE, Grid
@@ -33,7 +32,7 @@ class StepSpec:
 
     @property
     def linear(self) -> Linear:
-        return functools.partial(linear, product=self.kernels.dense)
+        return products(self.kernels)[0]
 
     def context(
         self, model: DecoderConfig, batch: RaggedBatch, valid: Bool[Array, " MT"], width: int, first_key: int = 0
@@ -49,8 +48,8 @@ class StepSpec:
             )
             return self.kernels.attention(q, k, v, kv, batch, arrays)
 
-        grouped = self.kernels.grouped_matmul
-        return Context(batch.positions, valid, attend, grouped, self.compute_dtype, self.grid, self.linear)
+        linear, grouped = products(self.kernels)
+        return Context(batch.positions, valid, attend, grouped, self.compute_dtype, self.grid, linear)
 
 
 def _attention_spec(config: DecoderConfig, width: int, first_key: int) -> AttentionSpec:
