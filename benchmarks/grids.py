@@ -55,7 +55,7 @@ GRIDS: dict[str, dict[str, dict[str, int]]] = {
 
 def cell(name: str, topology: str) -> dict[str, Any]:
     args = ServerArgs(model_path=name, **GRIDS[name][topology])
-    model, target = find_model(name), find_target(topology, args.tp_size, args.dp_size)
+    model, target = find_model(args), find_target(topology, args.tp_size, args.dp_size)
     try:
         plan = make_plan(args, model, target, CONTEXT)
     except Misfit as misfit:

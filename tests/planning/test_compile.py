@@ -17,7 +17,7 @@ from sgl_jax import Engine
 from sgl_jax import compile as command
 from sgl_jax.planning import compile_command
 from sgl_jax.planning.launch_programs import ProgramFacts
-from sgl_jax.planning.model import drafting, read_model
+from sgl_jax.planning.model import read_model
 from sgl_jax.settings.server_args import ServerArgs
 
 SMALL = ["--dtype", "float32", "--max-running-requests", "1", "--chunked-prefill-size", "2", "--max-total-tokens", "64"]
@@ -184,7 +184,7 @@ def test_programs_that_leave_no_room_are_told_the_fraction_that_does() -> None:
 
     def planned(**flags):
         args = ServerArgs(model_path="Qwen3-8B", **flags)
-        return make_plan(args, find_model("Qwen3-8B"), find_target("v6e-4"), 1024)
+        return make_plan(args, find_model(args), find_target("v6e-4"), 1024)
 
     heavy = [facts(10**9, 2 * 10**9), facts(10**9, 3 * 10**9)]  # 5 GB: all code, and one program's temporaries
     assert overflow(planned(), [facts(10**7, 10**8)]) is None
@@ -200,6 +200,6 @@ def test_a_head_with_an_embedding_of_its_own_is_compiled_with_it() -> None:
     folder = Path(__file__).parents[1] / "data" / "eagle" / "eagle3-qwen3"
     flags = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(folder / "draft")}
     args = ServerArgs(model_path=str(folder / "target"), **flags)
-    found = drafting(args, read_model(args.model_path)).config.draft
+    found = read_model(args).config.draft
     assert found is not None
     assert found.own_embed

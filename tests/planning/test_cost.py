@@ -14,8 +14,9 @@ from sgl_jax.planning.cost import Rates, StepCost, step_cost
 from sgl_jax.planning.model import find_model
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.pool import pools_of
+from sgl_jax.settings.server_args import ServerArgs
 
-QWEN3_8B = find_model("Qwen3-8B").config
+QWEN3_8B = find_model(ServerArgs(model_path="Qwen3-8B")).config
 NATIVE = find_backend("native", "cpu", vectorise=False)
 
 
@@ -67,7 +68,7 @@ def test_a_window_limits_the_keys_and_the_kv_read() -> None:
 
 
 def test_an_expert_is_multiplied_with_its_tokens_and_read_if_any_token_chose_it() -> None:
-    moe = find_model("Qwen3-30B-A3B").config
+    moe = find_model(ServerArgs(model_path="Qwen3-30B-A3B")).config
     one, many = (cost_of(moe, 1, "bfloat16", Bucket(n, n), 1024) for n in (1, 4096))
     attention = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048
     router, expert = 2048 * 128, 3 * 2048 * 768

@@ -31,13 +31,10 @@ class Target:
         """Return the rates of a device: the maker's figures for a topology; for this machine they are measured now, which
         takes about 2 s. None: they cannot be measured."""
         if self.topology is None:
-            devices = self.find_devices()
             try:
-                measured = measure_rates(devices, dtype)
+                return measure_rates(self.find_devices(), dtype)
             except NotMeasured:
                 return None
-            number = len(devices)  # all of which were measured together
-            return Rates(measured.matmul_flop_per_s / number, measured.read_bytes_per_s / number, math.inf)
         chip = self.topology.chip
         seconds_per_byte = self.topology.all_reduce_seconds(1.0, self.num_devices)
         return Rates(chip.flops[dtype], chip.bytes_per_s, 1 / seconds_per_byte if seconds_per_byte else math.inf)
