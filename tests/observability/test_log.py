@@ -23,42 +23,37 @@ class CountingStream(io.StringIO):
         super().flush()
 
 
-@pytest.fixture
-def stream() -> CountingStream:
-    """Where the lines go."""
-    return CountingStream()
-
-
-def test_lines_have_a_time_stamp_and_are_flushed(stream: CountingStream) -> None:
-    log.setup("info", stream)
+def test_lines_have_a_time_stamp_and_are_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", stream := CountingStream())
+    log.setup("info")
     logging.getLogger("sgl_jax.server").info("ready in %d s", 3)
     assert re.fullmatch(STAMP + "ready in 3 s\n", stream.getvalue())
     assert stream.flushes == 1
 
 
-def test_warnings_carry_their_level_and_every_line_of_a_message_its_stamp(stream: CountingStream) -> None:
-    log.setup("info", stream)
+def test_warnings_carry_their_level_and_every_line_of_a_message_its_stamp(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup("info")
     logging.getLogger("sgl_jax").warning("one\ntwo")
-    assert re.fullmatch(f"{STAMP}WARNING: one\n{STAMP}WARNING: two\n", stream.getvalue())
+    assert re.fullmatch(f"{STAMP}WARNING: one\n{STAMP}WARNING: two\n", capsys.readouterr().err)
 
 
-def test_a_traceback_follows_its_message(stream: CountingStream) -> None:
-    log.setup("info", stream)
+def test_a_traceback_follows_its_message(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup("info")
     try:
         raise KeyError("lost")
     except KeyError:
         logging.getLogger("sgl_jax").exception("step failed")
-    lines = stream.getvalue().splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(STAMP + "ERROR: step failed", lines[0])
     assert (lines[1], lines[-1]) == ("Traceback (most recent call last):", "KeyError: 'lost'")
 
 
-def test_levels_are_ours_and_uvicorns_while_others_speak_from_warning_up(stream: CountingStream) -> None:
-    log.setup("debug", stream)
+def test_levels_are_ours_and_uvicorns_while_others_speak_from_warning_up(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup("debug")
     for name in ("sgl_jax.engine", "jax._src.dispatch", "uvicorn.error"):
         logging.getLogger(name).debug("%s debug", name)
         logging.getLogger(name).warning("%s warning", name)
-    said = [line.split("] ")[1] for line in stream.getvalue().splitlines()]
+    said = [line.split("] ")[1] for line in capsys.readouterr().err.splitlines()]
     assert said == [
         "sgl_jax.engine debug",
         "WARNING: sgl_jax.engine warning",
@@ -68,20 +63,18 @@ def test_levels_are_ours_and_uvicorns_while_others_speak_from_warning_up(stream:
     ]
 
 
-def test_level_error_silences_warnings_of_everyone(stream: CountingStream) -> None:
-    log.setup("error", stream)
+def test_level_error_silences_warnings_of_everyone(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup("error")
     for name in ("sgl_jax", "uvicorn", "httpx"):
         logging.getLogger(name).warning("hidden")
-    assert stream.getvalue() == ""
+    assert capsys.readouterr().err == ""
 
 
-def test_a_second_setup_replaces_the_first(stream: CountingStream) -> None:
-    first = io.StringIO()
-    log.setup("info", first)
-    log.setup("info", stream)
+def test_a_second_setup_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup("info")
+    log.setup("info")
     logging.getLogger("sgl_jax").info("said")
-    assert first.getvalue() == ""
-    assert stream.getvalue().count("said") == 1
+    assert capsys.readouterr().err.count("said") == 1
 
 
 def test_lines_go_to_what_stderr_is_at_the_time(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability import log
 from sgl_jax.settings.flags import Setting
 from sgl_jax.settings.hub import refuse_no_model
-from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+from sgl_jax.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -62,13 +62,6 @@ class Engine:
             limits = args.stream_interval, args.max_queued_requests, watchdog
             self._start(GenerationService(ThreadTransport(build), tokenizer, *limits))
             logger.info("Ready after %.1f s", self.info.start_seconds)
-
-    @classmethod
-    def from_core(cls, build_core: Callable[[], EngineCore], tokenizer: Tokenizer) -> Self:
-        """Make an engine around a given core; `build_core` is called in the engine's thread."""
-        engine = cls.__new__(cls)
-        engine._start(GenerationService(ThreadTransport(build_core), tokenizer))
-        return engine
 
     def _start(self, service: GenerationService) -> None:
         self.tokenizer, self._service, self._closed = service.tokenizer, service, False

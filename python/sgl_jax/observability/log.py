@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sgl_jax.engine.messages import DraftCounts
@@ -28,31 +27,22 @@ class _Formatter(logging.Formatter):
             prefix += f"{record.levelname}: "
         return prefix + record.message.replace("\n", "\n" + prefix)
 
-    def usesTime(self) -> bool:
-        return True
-
 
 class _Handler(logging.StreamHandler[Any]):
-    """Handler that a second `setup` recognises and replaces. StreamHandler flushes after each record."""
-
-
-class _Stderr(io.TextIOBase):
     """Writes to the present sys.stderr, which a progress bar replaces so that lines go above it."""
 
-    def write(self, text: str) -> int:
-        return sys.stderr.write(text)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
-def setup(level: str = "info", stream: TextIO | None = None) -> None:
-    """Take over the root logger. This is for a process of ours, never for a program that imports us.
+def setup(level: str = "info") -> None:
+    """Take over the root logger, from an earlier `setup` too. This is for a process of ours, never for a program that imports us.
 
     Our lines and uvicorn's appear from `level` up, those of other libraries from WARNING up. Start uvicorn with
     `log_config=None`, or it puts its own handlers back.
     """
-    handler = _Handler(stream or _Stderr())
+    handler = _Handler()
     handler.setFormatter(_Formatter())
     root = logging.getLogger()
     for old in [h for h in root.handlers if isinstance(h, _Handler)]:
@@ -73,7 +63,7 @@ def heard() -> Iterator[None]:
     if ours.hasHandlers() or not sys.stderr.isatty():
         yield
         return
-    handler, level = logging.StreamHandler(_Stderr()), ours.level
+    handler, level = _Handler(), ours.level
     handler.setFormatter(_Formatter())
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
