@@ -24,6 +24,8 @@ from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability import log
 from sgl_jax.settings.flags import Setting
 from sgl_jax.settings.hub import refuse_no_model
+from sgl_jax.settings.server_args import BY_NAME, SERVER, ServerArgs
+from sgl_jax.settings.speculators import with_verifier
 from sgl_jax.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -33,9 +35,6 @@ class Engine:
     """Loads a model and generates. `server_args` are the flags of the server, in snake case."""
 
     def __init__(self, model_path: str | None = None, **server_args: Setting):
-        from sgl_jax.settings.server_args import BY_NAME, SERVER, ServerArgs
-        from sgl_jax.settings.speculators import with_verifier
-
         if model_path is None:
             raise TypeError("Engine needs model_path")
         given: dict[str, Any] = {"model_path": model_path, **server_args}

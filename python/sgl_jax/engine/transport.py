@@ -4,8 +4,6 @@ The API side is one asyncio loop. A transport calls `on_event` in that loop, in 
 and reports an engine that ends without a message as EngineDied.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import queue
@@ -14,7 +12,7 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
 import zmq
@@ -22,9 +20,7 @@ import zmq
 from sgl_jax.engine.loop import EngineCore, build_and_run
 from sgl_jax.engine.messages import Command, EngineDied, Event, Shutdown
 from sgl_jax.engine.process import spawn
-
-if TYPE_CHECKING:
-    from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 _RECONNECT_MS = 10
 _LAST_WORDS_S = 0.5

@@ -6,8 +6,6 @@ read once; activations and sampling cost nothing. The least time is that of the 
 Williams, Waterman and Patterson, 2009).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -32,19 +30,6 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepCost:
-    """Costs of one device."""
-
-    flops: float
-    memory_bytes: float
-    reduced_bytes: float  # size of the arrays that are summed over the devices
-
-    def bound(self, rates: Rates) -> Bound:
-        links_s = self.reduced_bytes / rates.all_reduce_bytes_per_s
-        return Bound(self.flops / rates.flops, self.memory_bytes / rates.bytes_per_s, links_s)
-
-
-@dataclasses.dataclass(frozen=True)
 class Bound:
     """Least time of each resource. They may work at the same time, so the longest is the least time of the step."""
 
@@ -60,6 +45,19 @@ class Bound:
     def limit(self) -> str:
         times = {"compute": self.compute_s, "memory": self.memory_s, "links": self.links_s}
         return max(times, key=times.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Costs of one device."""
+
+    flops: float
+    memory_bytes: float
+    reduced_bytes: float  # size of the arrays that are summed over the devices
+
+    def bound(self, rates: Rates) -> Bound:
+        links_s = self.reduced_bytes / rates.all_reduce_bytes_per_s
+        return Bound(self.flops / rates.flops, self.memory_bytes / rates.bytes_per_s, links_s)
 
 
 def step_cost(

@@ -5,8 +5,6 @@ are taken. The first SIGTERM or SIGINT drains, the second stops at once. When th
 and the exit code is not zero.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -14,7 +12,6 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -26,12 +23,10 @@ from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.log import READY
 from sgl_jax.server.app import create_app
 from sgl_jax.server.connection import Limits, http_config, most_connections
+from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.settings.serving_flags import MAX_QUEUED_REQUESTS
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
-
-if TYPE_CHECKING:
-    from sgl_jax.settings.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 

@@ -1,14 +1,11 @@
 """State that the endpoints share, and the encoding of text and messages before a request is submitted."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import msgspec
 from starlette.responses import Response
@@ -18,11 +15,9 @@ from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json
 from sgl_jax.server.error_envelope import unknown_model
 from sgl_jax.server.openai_types import Message, TemplateFields
+from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.text.template_process import TemplateProcess
 from sgl_jax.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from sgl_jax.settings.server_args import ServerArgs
 
 _AT_ONCE = 4_000  # characters or tokens; the work on more of them, 1 ms and longer, runs in a thread
 _ANY_MODEL = "default"  # a name for any model, which SGLang's clients send

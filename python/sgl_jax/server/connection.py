@@ -1,7 +1,5 @@
 """Connections of clients: HTTP/1 as uvicorn speaks it, with limits on what a client sends and how long it takes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools
@@ -9,17 +7,15 @@ import logging
 import resource
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from sgl_jax.server.error_envelope import ApiError
-
-if TYPE_CHECKING:
-    from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 
 logger = logging.getLogger(__name__)
 

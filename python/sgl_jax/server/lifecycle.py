@@ -3,22 +3,17 @@
 The modules of the API are imported once the engine process has started, since both import for about a second.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging
 import os
 import socket
 import sys
-from typing import TYPE_CHECKING
 
 from sgl_jax.engine.process import CORE_FACTORY
 from sgl_jax.engine.transport import NoSockets, ProcessTransport
 from sgl_jax.settings.hub import HubError, refuse_no_model
-
-if TYPE_CHECKING:
-    from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
