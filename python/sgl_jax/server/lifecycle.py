@@ -38,17 +38,17 @@ def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
         return FAILED
     for risk in server_args.warnings():
         logger.warning("%s", risk)
-    transport = ProcessTransport(server_args, core_factory)
     with contextlib.closing(listener):
         try:
             refuse_no_model(server_args.model_path)
-            transport.launch()
-            from sgl_jax.server.api_process import run
-
-            return run(server_args, transport, listener)
+            transport = ProcessTransport(server_args, core_factory)
         except (HubError, NoSockets) as error:
             print(f"sgl_jax: error: {error}", file=sys.stderr)
             return FAILED
+        try:
+            from sgl_jax.server.api_process import run
+
+            return run(server_args, transport, listener)
         finally:
             transport.kill()
 
