@@ -97,7 +97,7 @@ class ProcessTransport:
         self._decode = msgspec.msgpack.Decoder(Event).decode
         self._exited = threading.Event()
         self._closing = False
-        self._loop: asyncio.AbstractEventLoop | None = None  # that receives events
+        self._loop: asyncio.AbstractEventLoop | None = None  # the loop to call `on_event` in, from `start` on
         self._process = spawn(server_args, core_factory, commands, events)
 
     def start(self, on_event: OnEvent) -> None:

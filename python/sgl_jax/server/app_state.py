@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 from starlette.responses import Response
 
-from sgl_jax.engine.prompts import encoded
+from sgl_jax.engine.checks import encoded
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json
 from sgl_jax.server.error_envelope import unknown_model
