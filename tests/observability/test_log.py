@@ -6,10 +6,11 @@ import io
 import logging
 import re
 
+import msgspec
 import pytest
 
 from messages import says
-from sgl_jax.engine.messages import DraftCounts
+from sgl_jax.engine.messages import Stats
 from sgl_jax.observability import log
 
 STAMP = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] "
@@ -145,23 +146,16 @@ def test_compile_line() -> None:
 
 
 def test_batch_lines_are_in_sglangs_format() -> None:
-    assert log.prefill_line(
-        num_new_requests=2, num_new_tokens=300, num_cached_tokens=512, token_usage=0.417, num_running=3, num_waiting=1
-    ) == (
+    assert log.prefill_line(Stats(num_running=3, num_waiting=1, kv_usage=0.417), 2, 300, 512) == (
         "Prefill batch. #new-seq: 2, #new-token: 300, #cached-token: 512, token usage: 0.42, #running-req: 3, #queue-req: 1"
     )
-    assert log.decode_line(num_running=3, num_tokens=1200, token_usage=0.5, gen_throughput=81.5, num_waiting=0) == (
+    stats = Stats(num_running=3, kv_usage=0.5, gen_throughput=81.5)
+    assert log.decode_line(stats, 1200) == (
         "Decode batch. #running-req: 3, #token: 1200, token usage: 0.50, gen throughput (token/s): 81.50, #queue-req: 0"
     )
-    assert log.decode_line(
-        num_running=1,
-        num_tokens=90,
-        token_usage=0.5,
-        gen_throughput=81.5,
-        num_waiting=0,
-        drafts=DraftCounts(steps=100, drafted=300, accepted=131),
-    ) == (
-        "Decode batch. #running-req: 1, #token: 90, token usage: 0.50, accept len: 2.31, accept rate: 0.44, "
+    drafts = {"spec_accept_length": 2.31, "spec_accept_rate": 0.437, "accepted_per_position": [80, 51]}
+    assert log.decode_line(msgspec.structs.replace(stats, **drafts), 90) == (
+        "Decode batch. #running-req: 3, #token: 90, token usage: 0.50, accept len: 2.31, accept rate: 0.44, "
         "gen throughput (token/s): 81.50, #queue-req: 0"
     )
 

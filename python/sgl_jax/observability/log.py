@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sgl_jax.engine.messages import DraftCounts
+    from sgl_jax.engine.messages import Stats
 
 READY = "The server is fired up and ready to roll!"  # scripts of the SGLang family wait for these words
 
@@ -160,35 +160,20 @@ def access_line(
 # --- while serving: SGLang's formats, which dashboards parse ---------------------------------------------------------
 
 
-def prefill_line(
-    *,
-    num_new_requests: int,
-    num_new_tokens: int,
-    num_cached_tokens: int,
-    token_usage: float,
-    num_running: int,
-    num_waiting: int,
-) -> str:
+def prefill_line(stats: Stats, num_new_requests: int, num_new_tokens: int, num_cached_tokens: int) -> str:
     return (
         f"Prefill batch. #new-seq: {num_new_requests}, #new-token: {num_new_tokens}, #cached-token: {num_cached_tokens}, "
-        f"token usage: {token_usage:.2f}, #running-req: {num_running}, #queue-req: {num_waiting}"
+        f"token usage: {stats.kv_usage:.2f}, #running-req: {stats.num_running}, #queue-req: {stats.num_waiting}"
     )
 
 
-def decode_line(
-    *,
-    num_running: int,
-    num_tokens: int,
-    token_usage: float,
-    gen_throughput: float,
-    num_waiting: int,
-    drafts: DraftCounts | None = None,
-) -> str:
-    """Describe decode steps. `drafts`: those verified in them; None: the launch does not speculate."""
-    accept = f"accept len: {drafts.accept_length:.2f}, accept rate: {drafts.accept_rate:.2f}, " if drafts else ""
+def decode_line(stats: Stats, num_tokens: int) -> str:
+    """Describe the decode steps of an interval. `num_tokens`: of all running requests."""
+    accept = f"accept len: {stats.spec_accept_length:.2f}, accept rate: {stats.spec_accept_rate:.2f}, "
     return (
-        f"Decode batch. #running-req: {num_running}, #token: {num_tokens}, token usage: {token_usage:.2f}, {accept}"
-        f"gen throughput (token/s): {gen_throughput:.2f}, #queue-req: {num_waiting}"
+        f"Decode batch. #running-req: {stats.num_running}, #token: {num_tokens}, token usage: {stats.kv_usage:.2f}, "
+        f"{accept if stats.accepted_per_position else ''}"
+        f"gen throughput (token/s): {stats.gen_throughput:.2f}, #queue-req: {stats.num_waiting}"
     )
 
 

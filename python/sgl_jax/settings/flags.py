@@ -14,15 +14,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from sgl_jax.settings.flag_parser import (
-    NOTHING,
-    Elsewhere,
-    FlagError,
-    Mistakes,
-    Parser,
-    hint_about,
-    option_named,
-)
+from sgl_jax.settings.flag_parser import NOTHING, Elsewhere, FlagError, Mistakes, Parser, hint_about, option_named
 
 HIDDEN = "***"
 
