@@ -110,7 +110,7 @@ def product_widths(step: StepProgram) -> dict[bool, Counter[int]]:
     """Count the products with weights by the width of their output, outside of loops and in them."""
     found: dict[bool, Counter[int]] = {False: Counter(), True: Counter()}
     for each in step.module.instructions():
-        for inner in step.module.fused(each) if not each.in_branch else ():
+        for inner in programs.fused(step.module, each) if not each.in_branch else ():
             if inner.opcode in programs.PRODUCTS and "oi,ti->ot" in inner.op_name:
                 found[each.in_loop][inner.arrays[0].shape[-1]] += 1
     return found

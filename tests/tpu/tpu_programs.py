@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -144,6 +144,16 @@ def pool_copies(step: StepProgram) -> list[Instruction]:
     ]
 
 
+def fused(module: Module, instruction: Instruction) -> Iterator[Instruction]:
+    """The instructions that a fusion consists of, or the instruction itself if it is no fusion."""
+    if instruction.opcode != "fusion":
+        yield instruction
+        return
+    for called in instruction.calls:
+        for each in module.computations[called]:
+            yield from fused(module, each)
+
+
 def weight_moves(step: StepProgram) -> list[Instruction]:
     """Instructions that make another of a layer's matrices: what is multiplied should be read where it lies. A prefetch
     (copy-start, slice-start, and what puts its parts together) into the chip's own memory is none."""
@@ -158,7 +168,7 @@ def weight_moves(step: StepProgram) -> list[Instruction]:
                 weights[each.name] = sides(array.shape)
         for weight in {weights[name] for name in each.operands if name in weights}:
             same = any(sides(array.shape) == weight for array in each.arrays)
-            if each.opcode in MOVES and same and not any(i.opcode in PRODUCTS for i in step.module.fused(each)):
+            if each.opcode in MOVES and same and not any(i.opcode in PRODUCTS for i in fused(step.module, each)):
                 found.append(each)
             elif each.opcode != "fusion" and (same or each.opcode.endswith(("-start", "-done", "get-tuple-element"))):
                 weights[each.name] = weight
@@ -172,7 +182,7 @@ def products(step: StepProgram) -> Counter[str]:
     for each in step.module.instructions():
         if each.opcode == "custom-call" and each.name.startswith("grouped_matmul"):
             found["experts"] += 1
-        for inner in step.module.fused(each) if not each.in_branch else ():
+        for inner in fused(step.module, each) if not each.in_branch else ():
             if inner.opcode in PRODUCTS and "oi,ti->ot" in inner.op_name:
                 found[inner.op_name.rpartition("/oi,ti->ot")[0].rpartition("/")[2]] += 1
     return found

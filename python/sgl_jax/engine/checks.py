@@ -21,9 +21,7 @@ def encoded(
     try:
         return tokenizer.encode(text, add_special_tokens, context_length)
     except TextTooLong as error:
-        raise PromptTooLong(
-            name, "the prompt is too long: {name} has {reason}", name=name, reason=str(error)
-        ) from error
+        raise PromptTooLong(name, f"the prompt is too long: {name} has {error}") from error
     except TokenizerError as error:
         raise InvalidParameter(name, f"{name}: {error}") from error
 

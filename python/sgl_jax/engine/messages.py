@@ -153,9 +153,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     draft_steps: int = 0  # these three make DraftCounts
     drafted_tokens: int = 0
     accepted_drafts: int = 0
-    accepted_per_position: list[
-        int
-    ] = []  # accepted drafts by their place in a row; empty: the launch does not speculate
+    accepted_per_position: list[int] = []  # by the draft's place in a row; empty: the launch does not speculate
 
     @property
     def drafts(self) -> DraftCounts:

@@ -38,9 +38,8 @@ def run(server_args: ServerArgs, transport: ProcessTransport, listener: socket.s
     """Serve an engine that was launched. Returns the exit code."""
     uvicorn_log = logging.getLogger("uvicorn.error")  # it would log "running" before the server is ready
     uvicorn_log.setLevel(max(logging.WARNING, uvicorn_log.getEffectiveLevel()))
-    limits = Limits(server_args.max_request_bytes, most_connections())
     try:
-        return uvloop.run(_Server(server_args, transport, listener, limits).run())
+        return uvloop.run(_Server(server_args, transport, listener).run())
     except (TokenizerError, TemplateError) as error:
         print(f"sgl_jax: error: {error}", file=sys.stderr)
         return FAILED
@@ -53,8 +52,8 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _Server:
-    def __init__(self, args: ServerArgs, transport: ProcessTransport, listener: socket.socket, limits: Limits):
-        self._args, self._transport, self._listener, self._limits = args, transport, listener, limits
+    def __init__(self, args: ServerArgs, transport: ProcessTransport, listener: socket.socket):
+        self._args, self._transport, self._listener = args, transport, listener
         self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
         self._signal = 0  # the last one; 0: none yet
 
@@ -71,7 +70,8 @@ class _Server:
         watchdog = Watchdog(args.soft_watchdog_timeout, hard_s)
         max_queued = args.max_queued_requests or MAX_QUEUED_REQUESTS
         service = GenerationService(self._transport, tokenizer, args.stream_interval, max_queued, watchdog)
-        http = _Uvicorn(http_config(create_app(service, args), self._limits, _LAST_WORDS_S))
+        limits = Limits(args.max_request_bytes, most_connections())
+        http = _Uvicorn(http_config(create_app(service, args), limits, _LAST_WORDS_S))
         listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         host, port = self._listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

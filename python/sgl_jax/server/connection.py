@@ -146,9 +146,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             return  # it comes again
         super().on_headers_complete()
-        if (
-            len(self.pipeline) < _PIPELINED
-        ):  # uvicorn reads on when the answer is written, and would not see a client go
+        if len(self.pipeline) < _PIPELINED:  # uvicorn would read on after the answer only, and not see a client go
             self.flow.resume_reading()
         if self.scope["http_version"] == "1.0":
             self.cycle.waiting_for_100_continue = False
