@@ -8,8 +8,9 @@ import tokenizers
 from sgl_jax.models.folder_files import read_text, reading
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path
-from sgl_jax.text import tok_json, tokenizer_folder
+from sgl_jax.text import tokenizer_folder
 from sgl_jax.text.bpe import BYTE_OF_CHAR, CHAR_OF_BYTE
+from sgl_jax.text.byte_ranks import TOK_JSON
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError, bundled_templates
 from sgl_jax.text.vocabulary import Vocabulary
 
@@ -164,9 +165,9 @@ def _load(path: str, override: str | None, downloads: Downloads) -> Tokenizer:
     if path.startswith("config:"):
         return _of_bytes(override)
     place = local_path(path, tokenizer_folder.FILES, downloads)
-    if place.name == tok_json.NAME:
+    if place.name == TOK_JSON:
         place = place.parent
-    ours = any((place / name).is_file() for name in ("tokenizer.json", tok_json.NAME))
+    ours = any((place / name).is_file() for name in ("tokenizer.json", TOK_JSON))
     if place.suffix != ".gguf" and not ours:
         place = next(iter(sorted(place.glob("*.gguf"))), place)
     if place.suffix != ".gguf":
