@@ -100,8 +100,7 @@ class Core:
             self.scheduler.check_invariants()
         idle = not self._has_steps and not (waits_for_programs and self.busy)
         compiles, compiling = self.runner.compiles_after_ready, self.runner.num_compiling
-        stats = self._statistics.take_due(compiles, compiling, idle=idle)
-        if stats is not None:
+        if (stats := self._statistics.take_due(compiles, compiling, idle=idle)) is not None:
             output = msgspec.structs.replace(output or StepOutput(), stats=stats)
         return events if output is None else [*events, output]
 

@@ -99,8 +99,7 @@ def parse(name: str) -> Topology:
     if match is None or chip is None:
         kinds = ", ".join(f"{kind}-N" for kind in CHIPS)
         raise NoSuchTopology(f"{name} is no topology; write cpu, gpu, or a kind and a number of chips: {kinds}")
-    grid = _GRIDS[chip.grid].get(int(match[2]))
-    if grid is None:
+    if (grid := _GRIDS[chip.grid].get(int(match[2]))) is None:
         raise NoSuchTopology(f"{name}: there are {match[1]} in {', '.join(map(str, _GRIDS[chip.grid]))} chips")
     return Topology(name, chip, grid)
 

@@ -93,8 +93,7 @@ def template_messages(messages: Sequence[Message], knows_developer: bool) -> lis
         role = "system" if message.role == "developer" and not knows_developer else message.role
         entry: dict[str, Json] = {"role": role, "content": content or ""}
         for name in ("name", "tool_call_id", "reasoning_content"):
-            value = getattr(message, name)
-            if value is not None:
+            if (value := getattr(message, name)) is not None:
                 entry[name] = value
         if message.tool_calls:
             entry["tool_calls"] = calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
