@@ -46,7 +46,6 @@ class ThreadTransport:
     def __init__(self, build_core: Callable[[], EngineCore]):
         self._build_core = build_core
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._thread: threading.Thread | None = None
 
     def start(self, on_event: OnEvent) -> None:
         loop = asyncio.get_running_loop()
@@ -70,8 +69,7 @@ class ThreadTransport:
 
     async def close(self, timeout: float) -> None:
         self.send(Shutdown())
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join, timeout)
+        await asyncio.to_thread(self._thread.join, timeout)
 
 
 class ProcessTransport:

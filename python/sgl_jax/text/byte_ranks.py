@@ -21,7 +21,7 @@ from sgl_jax.text.vocabulary import Vocabulary
 
 TIKTOKEN, TOK_JSON = "qwen.tiktoken", "tokenizer.tok.json"
 _QWEN1_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205))]
-_EOS = "<|eos|>"  # of Grok-2, and all below
+_EOS = "<|eos|>"  # Grok-2's, as all below
 _SPLITS = {"V1": QWEN2_WORDS}  # by the value of the file's field word_split
 # Special tokens that are found in texts. Others are spelled with regular tokens there.
 _NUMBERED = {f"<|reserved_{i}|>" for i in range(3, 128)} | {f"<|control{i}|>" for i in range(1, 705)}
