@@ -1,7 +1,6 @@
 """Target of a plan: a topology of accelerators, or the devices of this machine."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -35,9 +34,8 @@ class Target:
                 return measure_rates(self.find_devices(), dtype)
             except NotMeasured:
                 return None
-        chip = self.topology.chip
-        seconds_per_byte = self.topology.all_reduce_seconds(1.0, self.num_devices)
-        return Rates(chip.flops[dtype], chip.bytes_per_s, 1 / seconds_per_byte if seconds_per_byte else math.inf)
+        chip, summed = self.topology.chip, self.topology.all_reduce_bytes_per_s(self.num_devices)
+        return Rates(chip.flops[dtype], chip.bytes_per_s, summed)
 
 
 def find_target(name: str, tp_size: int | None = None, dp_size: int = 1) -> Target:
