@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import zmq
@@ -28,18 +28,6 @@ _MAX_IPC_PATH = 100  # the kernel's limit for a socket's path is 107 bytes
 type OnEvent = Callable[[Event], None]
 
 
-class Transport(Protocol):
-    """The API side's end of a connection to the engine."""
-
-    def start(self, on_event: OnEvent) -> None:
-        """Start the engine. Called once, in the running loop that is to receive the events."""
-
-    def send(self, command: Command) -> None: ...
-
-    async def close(self, timeout: float) -> None:
-        """Send Shutdown and wait for the engine to leave, at most `timeout` seconds."""
-
-
 class ThreadTransport:
     """Runs the engine in a thread of this process."""
 
@@ -48,6 +36,7 @@ class ThreadTransport:
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
 
     def start(self, on_event: OnEvent) -> None:
+        """Start the engine. Called once, in the running loop that is to receive the events."""
         loop = asyncio.get_running_loop()
 
         def report(event: Event) -> None:
@@ -68,6 +57,7 @@ class ThreadTransport:
         self._commands.put(command)
 
     async def close(self, timeout: float) -> None:
+        """Send Shutdown and wait for the engine to leave, at most `timeout` seconds."""
         self.send(Shutdown())
         await asyncio.to_thread(self._thread.join, timeout)
 
@@ -145,6 +135,9 @@ class ProcessTransport:
         self._process.wait()
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+type Transport = ThreadTransport | ProcessTransport
 
 
 class NoSockets(RuntimeError):
