@@ -34,6 +34,7 @@ class ThreadTransport:
     def __init__(self, build_core: Callable[[], EngineCore]):
         self._build_core = build_core
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     def start(self, on_event: OnEvent) -> None:
         """Start the engine. Called once, in the running loop that is to receive the events."""
@@ -59,7 +60,8 @@ class ThreadTransport:
     async def close(self, timeout: float) -> None:
         """Send Shutdown and wait for the engine to leave, at most `timeout` seconds."""
         self.send(Shutdown())
-        await asyncio.to_thread(self._thread.join, timeout)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join, timeout)
 
 
 class ProcessTransport:
