@@ -192,7 +192,8 @@ def _decide(
     args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int, *, dummy: bool
 ) -> tuple[DecoderConfig, Checkpoint | None, Kernels, LaunchPlan]:
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
-    model, draft = with_draft(args, model.for_context(args.context_length), families, dummy=dummy)
+    model = model.for_context(args.context_length)
+    model, draft = with_draft(args, model, families, checkpoint.tensors, dummy=dummy)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
     return model, draft, kernels, plan

@@ -44,9 +44,17 @@ def read_model(
 
 
 def drafting(args: ServerArgs, model: PlannedModel) -> PlannedModel:
-    """Return the model with the draft model that the flags ask for. Its tensors are named by a folder that has them; else the
-    config alone is read, and programs may differ where only they would tell. Raises ModelError."""
-    path = args.speculation.draft_model_path if args.speculation else None
-    has_tensors = path is not None and any(Path(path).expanduser().glob("*.safetensors"))
-    config, _ = with_draft(args, model.config, known_families(args.model_package), dummy=not has_tensors)
+    """Return the model with the draft model that the flags ask for. Its tensors and the model's are named by folders that have
+    them; else configs alone are read, and programs may differ where only tensors would tell. Raises ModelError."""
+    path, families = args.speculation.draft_model_path if args.speculation else None, known_families(args.model_package)
+    dummy = path is None or args.load_format == "dummy" or not _has_tensors(path)
+    stored = {}
+    if not dummy and _has_tensors(args.model_path):
+        stored = open_checkpoint(args.model_path, load_format=args.load_format).tensors
+    config, _ = with_draft(args, model.config, families, stored, dummy=dummy)
     return dataclasses.replace(model, config=config)
+
+
+def _has_tensors(path: str) -> bool:
+    file = Path(path).expanduser()
+    return any(each.suffix in (".safetensors", ".gguf") for each in (file, *file.glob("*")))
