@@ -31,7 +31,7 @@ SETTINGS = {  # drafter, W, page size
 }
 
 
-ROUNDING = 1e-5  # of a cumulative probability, as products of other numbers of rows add up in another order
+ROUNDING = 1e-5  # in a cumulative probability, since products of other numbers of rows add up in another order
 
 type Boundaries = dict[float, set[int]]  # the uniform numbers that drew a token near a boundary: all tokens that near
 
@@ -241,7 +241,7 @@ def test_random_requests_get_the_tokens_of_a_plain_launch(
     assert core.runner.compiles_after_ready == 0
     assert preemptions > 0
     assert accepted > 0
-    assert num_rounded <= 1  # of more than 120
+    assert num_rounded <= 1  # in more than 120 answers
 
 
 def test_a_steady_step_is_one_dispatch_and_one_copy(
