@@ -158,6 +158,8 @@ def kept_programs(args: ServerArgs, devices: list[jax.Device]) -> KeptPrograms |
 def _say_devices(args: ServerArgs, platform: Platform, devices: list[jax.Device]) -> None:
     logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
     logger.info(log.changed_args_line(args.changed()))
+    if (share := args.speculative_simulated_acceptance) is not None:
+        logger.warning("--speculative-simulated-acceptance is %s: drafts are SIMULATED, answers are nonsense", share)
     present = len(jax.local_devices(backend=platform.name)) * args.nnodes
     if args.tp_size is None and present > len(devices):
         logger.warning(log.unused_devices_line(platform.name, len(devices), present, args.dp_size))
@@ -223,6 +225,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         weight_bytes=plan.weight_bytes * len(devices),
         kv_bytes_per_token=memory.bytes_per_token * grid.tensor,
         parameters_per_token=parameters_per_token(model),
+        simulated=args.speculative_simulated_acceptance is not None,
         start_seconds=time.perf_counter() - started,
     )
     return Core(

@@ -16,9 +16,9 @@ _ENOUGH_DRAFTS, _LOWEST_RATE = 200, 0.05  # the share is that of a row's first d
 
 
 class Statistics:
-    def __init__(self, scheduler: Scheduler, decode_log_interval: int, draft_model: str = ""):
+    def __init__(self, scheduler: Scheduler, decode_log_interval: int, draft_model: str = "", simulated: bool = False):
         self.speed = Speedometer(decode_log_interval)
-        self._scheduler = scheduler
+        self._scheduler, self._simulated = scheduler, simulated
         self._watched = draft_model  # empty: there is none, or it has been warned of
         self._drafts = self._drafts_before = DraftCounts()  # the last log interval's, and all until its end
         self._due = 0.0
@@ -58,7 +58,7 @@ class Statistics:
             self._drafts, self._drafts_before = total.since(self._drafts_before), total
             drafts = self._drafts if s.config.width > 1 else None
             sizes = {"num_tokens": tokens, "token_usage": s.kv_usage, "gen_throughput": speed}
-            logger.info(decode_line(**sizes, **requests, drafts=drafts))
+            logger.info(decode_line(**sizes, **requests, drafts=drafts, simulated=self._simulated))
 
     def _warn_of_low_acceptance(self) -> None:
         c = self._scheduler.counters

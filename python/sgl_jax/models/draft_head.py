@@ -74,7 +74,7 @@ def head_config(
     layers = _target_layers(hf, said, target.num_layers) if is_eagle3 else ()
     _same_width(said, tensors, decoder.hidden_size, target.hidden_size, len(layers))
     own_head = _HEAD in tensors or size != target.vocab_size or (is_eagle3 and not tensors)
-    copies = embed is not None and _EMBED in tensors and same_values(tensors[_EMBED], embed)
+    is_copy = embed is not None and _EMBED in tensors and same_values(tensors[_EMBED], embed)
     if is_eagle3 and decoder.tie_embeddings and not (own_head or target.tie_embeddings):
         raise ModelError(
             f"config.json sets tie_word_embeddings=True; without {_HEAD} the head is the model's, not tied"
@@ -85,7 +85,7 @@ def head_config(
         kind="eagle3" if is_eagle3 else "eagle",
         decoder=dataclasses.replace(decoder, **own),
         target_layers=layers,
-        own_embed=decoder.hidden_size != target.hidden_size or (_EMBED in tensors and not copies),
+        own_embed=decoder.hidden_size != target.hidden_size or (_EMBED in tensors and not is_copy),
         own_head=own_head,
         is_reduced=size != target.vocab_size,
         # EAGLE-1 is trained with a bias unless the config denies it. Some published files have neither key nor bias.

@@ -193,9 +193,11 @@ def decode_line(
     gen_throughput: float,
     num_waiting: int,
     drafts: DraftCounts | None = None,
+    simulated: bool = False,
 ) -> str:
-    """Describe decode steps. `drafts`: those verified in them; None: the launch does not speculate."""
-    accept = f"accept len: {drafts.accept_length:.2f}, accept rate: {drafts.accept_rate:.2f}, " if drafts else ""
+    """Describe decode steps. `drafts`: those verified in them, or `simulated`; None: the launch does not speculate."""
+    kind = "SIMULATED accept" if simulated else "accept"
+    accept = f"{kind} len: {drafts.accept_length:.2f}, accept rate: {drafts.accept_rate:.2f}, " if drafts else ""
     return (
         f"Decode batch. #running-req: {num_running}, #token: {num_tokens}, token usage: {token_usage:.2f}, {accept}"
         f"gen throughput (token/s): {gen_throughput:.2f}, #queue-req: {num_waiting}"
