@@ -60,7 +60,7 @@ def cell(name: str, topology: str) -> dict[str, Any]:
         plan = make_plan(args, model, target, CONTEXT)
     except Misfit as misfit:
         return {"model": name, "topology": topology, "misfit": str(misfit).splitlines()[0]}
-    step = max((step for step in plan.steps if step.decodes), key=lambda step: step.num_tokens)
+    step = max((step for step in plan.steps if step.bucket.decodes), key=lambda step: step.num_tokens)
     few, more = (collectives(plan, model, step.bucket.num_tokens, depth) for depth in DEPTHS)
     layers = model.config.num_layers
     per_layer = {kind: (more[kind] - few[kind]) / (DEPTHS[1] - DEPTHS[0]) for kind in more}

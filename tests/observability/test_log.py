@@ -160,6 +160,12 @@ def test_batch_lines_are_in_sglangs_format() -> None:
     )
 
 
+def test_simulated_acceptance_is_said_in_capitals() -> None:
+    stats = Stats(spec_accept_length=3.0, spec_accept_rate=0.667, accepted_per_position=[20])
+    line = log.decode_line(stats, 90, simulated=True)
+    assert ", SIMULATED accept len: 3.00, accept rate: 0.67, gen throughput" in line
+
+
 def test_low_acceptance_line_names_the_model_the_limit_and_what_to_look_at() -> None:
     line = log.low_acceptance_line("org/head", 7, 210, 0.05)
     assert says(line, "7 of 210 … org/head … 5% … --speculative-draft-model-path … eagle_aux_hidden_state_layer_ids")

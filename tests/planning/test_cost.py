@@ -38,6 +38,13 @@ def test_a_decode_step_of_qwen3_8b_on_four_devices() -> None:
     assert cost.reduced_bytes == (2 * 36 + 1) * 256 * 4096 * 2
 
 
+def test_a_wide_step_multiplies_every_draft_and_reads_each_rows_kv_once() -> None:
+    plain, wide = (cost_of(QWEN3_8B, 1, "bfloat16", Bucket(8 * w, 8, w), 1024) for w in (1, 4))
+    assert wide.flops == 4 * plain.flops
+    token_kv = 2 * 36 * 2 * 8 * 128
+    assert wide.memory_bytes - plain.memory_bytes == 24 * (2 * 4096 + token_kv)  # embedding and new KV of the drafts
+
+
 def test_a_prompt_step_has_whole_prompts_or_the_end_of_one() -> None:
     whole = cost_of(QWEN3_8B, 1, "bfloat16", Bucket(2048, 256), 1024)  # two prompts
     end = cost_of(QWEN3_8B, 1, "bfloat16", Bucket(512, 256), 1024)  # tokens 512 to 1023 of one

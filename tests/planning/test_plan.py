@@ -43,7 +43,7 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
     assert found.launch.memory.num_tokens == tokens
     assert found.full_contexts == pytest.approx(tokens / 40960)
     decode = next(step for step in found.steps if step.bucket.num_tokens == 8)
-    assert decode.decodes
+    assert decode.bucket.decodes
     assert decode.bound is not None
     # 3.78 GB of weights without the embedding, and 8 rows of 1024 tokens, at 1640 GB/s.
     read = weights - 2 * 151936 * 4096 // 4 + 8 * 1024 * 36864

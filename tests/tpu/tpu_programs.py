@@ -123,12 +123,11 @@ def read(plan: Plan, bucket: Bucket, program: Program, call: Any) -> StepProgram
 
 
 def planned_bytes(step: StepProgram) -> tuple[int, int]:
-    """By arithmetic alone, of one device: what a step is given, and what it sums over the devices; 0 with drafts, which the
-    plan does not count."""
+    """By arithmetic alone, of one device: what a step is given, and what it sums over the devices, drafting not counted."""
     launch, runner = step.plan.launch, step.plan.launch.runner_config
     state = runner.state_sizes(step.plan.model.config.shard(launch.grid)).nbytes
-    costs = [each.cost for each in step.plan.steps if each.bucket == step.bucket]
-    return launch.weight_bytes + launch.memory.kv_bytes + state, sum(int(cost.reduced_bytes) for cost in costs)
+    (reduced,) = [int(each.cost.reduced_bytes) for each in step.plan.steps if each.bucket == step.bucket]
+    return launch.weight_bytes + launch.memory.kv_bytes + state, reduced
 
 
 def sides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -84,6 +84,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int
     parameters_per_token: int  # parameters that multiply a token: all matrices and the head, no embedding
     start_seconds: float
+    simulated: bool = False  # drafts count whatever is sampled: --speculative-simulated-acceptance
 
 
 class Ready(_Message, frozen=True):

@@ -16,9 +16,9 @@ _ENOUGH_DRAFTS, _LOWEST_RATE = 200, 0.05  # the share is that of a row's first d
 
 
 class Statistics:
-    def __init__(self, scheduler: Scheduler, decode_log_interval: int, draft_model: str = ""):
+    def __init__(self, scheduler: Scheduler, decode_log_interval: int, draft_model: str = "", simulated: bool = False):
         self.speed = Speedometer(decode_log_interval)
-        self._scheduler = scheduler
+        self._scheduler, self._simulated = scheduler, simulated
         self._watched = draft_model  # empty: there is none, or it has been warned of
         self._drafts = self._drafts_before = DraftCounts()  # the last log interval's, and all until its end
         self._due = 0.0
@@ -57,7 +57,7 @@ class Statistics:
             c = self._scheduler.counters
             total = DraftCounts(c.draft_steps, c.drafted_tokens, c.accepted_drafts)
             self._drafts, self._drafts_before = total.since(self._drafts_before), total
-            logger.info(decode_line(self._stats(), self._scheduler.num_running_tokens))
+            logger.info(decode_line(self._stats(), self._scheduler.num_running_tokens, simulated=self._simulated))
 
     def _warn_of_low_acceptance(self) -> None:
         c = self._scheduler.counters

@@ -167,9 +167,10 @@ def prefill_line(stats: Stats, num_new_requests: int, num_new_tokens: int, num_c
     )
 
 
-def decode_line(stats: Stats, num_tokens: int) -> str:
-    """Describe the decode steps of an interval. `num_tokens`: of all running requests."""
-    accept = f"accept len: {stats.spec_accept_length:.2f}, accept rate: {stats.spec_accept_rate:.2f}, "
+def decode_line(stats: Stats, num_tokens: int, simulated: bool = False) -> str:
+    """Describe the decode steps of an interval. `num_tokens`: of all running requests; `simulated`: acceptance is."""
+    kind = "SIMULATED accept" if simulated else "accept"
+    accept = f"{kind} len: {stats.spec_accept_length:.2f}, accept rate: {stats.spec_accept_rate:.2f}, "
     return (
         f"Decode batch. #running-req: {stats.num_running}, #token: {num_tokens}, token usage: {stats.kv_usage:.2f}, "
         f"{accept if stats.accepted_per_position else ''}"

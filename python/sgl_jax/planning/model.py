@@ -33,13 +33,21 @@ def find_model(args: ServerArgs) -> PlannedModel:
 def read_model(args: ServerArgs, path: str | None = None) -> PlannedModel:
     """Read the configs of the launch's model, or of another at `path`, with the draft model that its flags ask for.
 
-    A folder of the draft model that has tensors names them; else its config alone is read, and programs may differ where
-    only they would tell. Raises ModelError.
+    Tensors of the model and of the draft model are named by folders that have them; else configs alone are read, and
+    programs may differ where only tensors would tell. Raises ModelError.
     """
     checkpoint = open_checkpoint(path or args.model_path, load_format="dummy", downloads=args.downloads)
     families = known_families(args.model_package)
     config = decoder_config(checkpoint.config, checkpoint.generation_config, families=families)
     draft = args.speculation.draft_model_path if args.speculation else None
-    has_tensors = draft is not None and any(Path(draft).expanduser().glob("*.safetensors"))
-    config, _ = with_draft(args, config.for_context(args.context_length), families, dummy=not has_tensors)
+    dummy = draft is None or args.load_format == "dummy" or not _has_tensors(draft)
+    stored = {}
+    if not dummy and _has_tensors(args.model_path):
+        stored = open_checkpoint(args.model_path, load_format=args.load_format).tensors
+    config, _ = with_draft(args, config.for_context(args.context_length), families, stored, dummy=dummy)
     return PlannedModel(config, checkpoint.dtype, str(checkpoint.path))
+
+
+def _has_tensors(path: str) -> bool:
+    file = Path(path).expanduser()
+    return any(each.suffix in (".safetensors", ".gguf") for each in (file, *file.glob("*")))
