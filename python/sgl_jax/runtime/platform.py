@@ -16,7 +16,7 @@ from sgl_jax.ops.dense import library_product
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
-from sgl_jax.ops.quantized_matmul.compiled import library_matmul
+from sgl_jax.ops.quantized_matmul.compiled import library_grouped_matmul, library_matmul
 from sgl_jax.runtime.control_groups import ROOT, read
 
 logger = logging.getLogger(__name__)
@@ -142,10 +142,11 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
         name = "native"
     latent = model.mla is not None
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
-    kernels = Kernels(attention, grouped_matmul_for(platform.name))
+    grouped = grouped_matmul_for(platform.name)
     if library is None:
-        return kernels
-    return dataclasses.replace(kernels, dense=library_product(library), quantized=library_matmul(library))
+        return Kernels(attention, grouped)
+    quantised = library_matmul(library), library_grouped_matmul(library)
+    return Kernels(attention, grouped, library_product(library), *quantised)
 
 
 def grouped_matmul_for(platform: Name) -> GroupedMatmul:

@@ -101,6 +101,25 @@ def test_a_token_of_zeros_gives_zeros_and_one_with_a_nan_spoils_no_other(
 
 
 @pytest.mark.skipif(not BUILT, reason="the library was not built")
+@pytest.mark.parametrize("rounding", ["int8", None])
+@pytest.mark.parametrize("sizes", [(3, 0, 40, 7), (0, 0, 0, 0), (1, 1, 1, 1)])
+def test_each_row_is_multiplied_with_its_experts_matrix(rounding: Rounding | None, sizes: tuple[int, ...]) -> None:
+    x, w = draw(sum(sizes) + 2, 64, 2 * 4 * 35, "bfloat16")
+    planes = Planes(w.values.reshape(2, 4, 35, 64), w.scales.reshape(2, 4, 35, 1))
+    grouped = compiled.library_grouped_matmul(library.register(next(iter(BUILT.values()))))
+    arguments = x, planes, jnp.int32(1), jnp.array(sizes, jnp.int32), rounding
+    assert "sgl_jax_quantised" in jax.jit(grouped, static_argnums=4).lower(*arguments).as_text()
+    out = jax.jit(grouped, static_argnums=4)(*arguments)
+    assert out.dtype == x.dtype
+    for expert, end in enumerate(np.cumsum(sizes)):
+        rows, matrix = slice(end - sizes[expert], end), Planes(planes.values[1, expert], planes.scales[1, expert])
+        exact = native.quantized_matmul(x, matrix, rounding)[rows].astype(jnp.float32)
+        np.testing.assert_allclose(
+            out[rows].astype(jnp.float32), exact, rtol=2**-7, atol=2**-7 * abs(exact).max(initial=0)
+        )
+
+
+@pytest.mark.skipif(not BUILT, reason="the library was not built")
 def test_plain_xla_multiplies_what_the_library_does_not_take() -> None:
     x, w = draw(3, 64, 10, "bfloat16")
     assert calls_library(x, w, "int8")

@@ -5,11 +5,12 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sgl_jax.ops.cpu.library import Library
+from sgl_jax.ops.grouped_matmul.native import by_tiles
 from sgl_jax.ops.quantized_matmul import native
-from sgl_jax.ops.quantized_matmul.api import Planes, QuantizedMatmul, Rounding
+from sgl_jax.ops.quantized_matmul.api import Planes, QuantizedGroupedMatmul, QuantizedMatmul, Rounding
 
 _MULTIPLE = 64  # numbers of a vector in the widest library; it divides the columns
 
@@ -17,6 +18,27 @@ _MULTIPLE = 64  # numbers of a vector in the widest library; it divides the colu
 def library_matmul(library: Library) -> QuantizedMatmul:
     """Return the product that takes the library, and plain XLA for what the library does not take."""
     return functools.partial(_library_matmul, library=library)
+
+
+def library_grouped_matmul(library: Library) -> QuantizedGroupedMatmul:
+    """Return the product of tiles of one group's rows each, in the library where it takes them."""
+    return functools.partial(_library_grouped_matmul, library=library)
+
+
+def _library_grouped_matmul(
+    x: Float[Array, "M I"],
+    w: Planes,
+    layer: Int[Array, ""] | int,
+    group_sizes: Int[Array, " E"],
+    rounding: Rounding | None = None,
+    *,
+    library: Library,
+) -> Float[Array, "M O"]:
+    def product(rows: Float[Array, "m I"], group: Int[Array, ""]) -> Float[Array, "m O"]:
+        matrix = jax.tree.map(lambda plane: plane[layer, group], w)
+        return _library_matmul(rows, matrix, rounding, library=library)
+
+    return by_tiles(x, group_sizes, w.values.shape[2], product)
 
 
 def _library_matmul(
