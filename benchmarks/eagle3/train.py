@@ -143,14 +143,15 @@ def train(first: head.Head, weights, config: DecoderConfig, rows: Rows, states: 
             continue
         found = np.zeros(PASSES + 1)
         for i in checked:
-            found += evaluate(trained, weights, fixed, rows[i : i + 1], np.asarray(states[i : i + 1]), PASSES)[1]
+            inputs = rows[i : i + 1], np.asarray(states[i : i + 1]), PASSES
+            found += np.asarray(evaluate(trained, weights, fixed, *inputs)[1])
         line = {
             "step": number,
             "minutes": round(done * args.minutes, 1),
             "epochs": round(number * BATCH / len(of_training), 2),
         }
         line |= {"passes": passes, "loss": round(float(np.mean(losses)), 3)}
-        line |= {"right": (found[:-1] / found[-1]).astype(float).round(3).tolist()}
+        line |= {"right": (found[:-1] / found[-1]).round(3).tolist()}
         line |= {"accept_length": round(float(1 + found[:-1].sum() / found[-1]), 3)}
         losses = []
         print(line, flush=True)
