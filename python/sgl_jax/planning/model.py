@@ -3,11 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+from sgl_jax.engine.quantisation import held
 from sgl_jax.engine.speculation_plan import with_draft
 from sgl_jax.models.bundled import PREFIX, bundled
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import decoder_config, known_families
+from sgl_jax.planning.target import Target
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads
 from sgl_jax.settings.server_args import ServerArgs
 
@@ -43,10 +45,11 @@ def read_model(
     return PlannedModel(config.for_context(context_length), checkpoint.dtype, str(checkpoint.path))
 
 
-def drafting(args: ServerArgs, model: PlannedModel) -> PlannedModel:
-    """Return the model with the draft model that the flags ask for. Its tensors are named by a folder that has them; else the
+def launched(args: ServerArgs, model: PlannedModel, target: Target) -> PlannedModel:
+    """Return the model as the flags and the target's devices have it: its matrices held in a scheme, beside the draft model. Its tensors are named by a folder that has them; else the
     config alone is read, and programs may differ where only they would tell. Raises ModelError."""
     path = args.speculation.draft_model_path if args.speculation else None
     has_tensors = path is not None and any(Path(path).expanduser().glob("*.safetensors"))
-    config, _ = with_draft(args, model.config, known_families(args.model_package), dummy=not has_tensors)
+    config = held(args, model.config, target.platform, target.kind)
+    config, _ = with_draft(args, config, known_families(args.model_package), dummy=not has_tensors)
     return dataclasses.replace(model, config=config)

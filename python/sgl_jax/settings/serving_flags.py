@@ -57,6 +57,39 @@ class ServingFlags:
         "type of weights and KV cache; auto chooses for model and device",
         refused={"float16": _NO_FLOAT16, "half": _NO_FLOAT16, "float": "write float32"},
     )
+    quantization: (
+        Literal[
+            "auto",
+            "int8",
+            "int8-weight-only",
+            "fp8",
+            "fp8-weight-only",
+            "int4",
+            "w8a8_int8",
+            "w8a8_fp8",
+            "awq",
+            "awq_marlin",
+            "gptq",
+            "gptq_marlin",
+            "compressed-tensors",
+            "fbgemm_fp8",
+            "modelopt",
+            "modelopt_fp8",
+            "modelopt_fp4",
+            "mxfp4",
+        ]
+        | None
+    ) = flag(
+        None,
+        "how matrices are held (docs/features/quantization.md): rounded while they are read, or a name that repeats the "
+        "checkpoint's format",
+        unset="as the checkpoint's format and the device have it",
+        aliases=("-q",),
+        refused={
+            "gguf": "a .gguf file needs no flag",
+            "bitsandbytes": "it has no kernels here; int8 rounds as many bits",
+        },
+    )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = flag(
         "auto", "where weights come from; auto looks at the files, dummy makes random ones"
     )
