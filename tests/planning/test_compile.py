@@ -17,7 +17,8 @@ from sgl_jax import Engine
 from sgl_jax import compile as command
 from sgl_jax.planning import compile_command
 from sgl_jax.planning.launch_programs import ProgramFacts
-from sgl_jax.planning.model import drafting, read_model
+from sgl_jax.planning.model import launched, read_model
+from sgl_jax.planning.target import target_here
 from sgl_jax.settings.server_args import ServerArgs
 
 SMALL = ["--dtype", "float32", "--max-running-requests", "1", "--chunked-prefill-size", "2", "--max-total-tokens", "64"]
@@ -200,6 +201,6 @@ def test_a_head_with_an_embedding_of_its_own_is_compiled_with_it() -> None:
     folder = Path(__file__).parents[1] / "data" / "eagle" / "eagle3-qwen3"
     flags = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(folder / "draft")}
     args = ServerArgs(model_path=str(folder / "target"), **flags)
-    found = drafting(args, read_model(args.model_path)).config.draft
+    found = launched(args, read_model(args.model_path), target_here("cpu", 1)).config.draft
     assert found is not None
     assert found.own_embed
