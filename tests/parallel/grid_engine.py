@@ -2,7 +2,7 @@
 CPU devices.
 
 GRID is "1", or sizes like "tp2-dp2-ep4"; "sp" adds sequence parallelism, "scan" stacks and scans the layers, as some
-accelerators do, and "int8" holds their matrices as int8 with scales. "ngram" drafts by n-grams, "self" by the model itself, and
+accelerators do, "int8" holds their matrices as int8 with scales of groups, and "w8a8" is --quantization int8. "ngram" drafts by n-grams, "self" by the model itself, and
 "eagle3" by the head beside FOLDER. The requests use every feature whose state or arithmetic is divided over the devices.
 """
 
@@ -40,7 +40,8 @@ PARAMS = [
 
 def flags(grid: str) -> dict[str, Any]:
     sizes = {f"{kind}_size": int(size) for kind, size in re.findall(r"(tp|dp|ep)(\d+)", grid)}
-    return sizes | {"enable_sequence_parallel": "sp" in grid.split("-")}
+    kinds = grid.split("-")
+    return sizes | {"enable_sequence_parallel": "sp" in kinds, "quantization": "int8" if "w8a8" in kinds else None}
 
 
 def speculation(folder: str, grid: str) -> dict[str, Any]:
@@ -72,7 +73,7 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         max_running_requests=8,
         chunked_prefill_size=16,
         max_total_tokens=96 * sizes.get("dp_size", 1),
-        tokenizer_path=STORIES if "eagle" in folder else None,
+        tokenizer_path=None if (Path(folder) / "tokenizer.json").exists() else STORIES,
         **sizes,
         **speculation(folder, grid),
     ) as engine:

@@ -32,14 +32,14 @@ def join_all(
 ) -> dict[str, StoredTensor]:
     """Return the tensors with each matrix whose name ends with `main` joined, by its name without this and all parts that
     stand beside it, to one whose name ends with `to`."""
-    tensors = dict(stored)
+    tensors, ends = dict(stored), tuple(parts)
     for name, codes in stored.items():
         base = name.removesuffix(main)
         whole = base + to
         if (
             not name.endswith(main)
             or codes.dtype not in dtypes
-            or name.endswith("scale")
+            or name.endswith(ends)
             or whole in stored.keys() - {name}
         ):
             continue
