@@ -2,7 +2,7 @@
 CPU devices.
 
 GRID is "1", or sizes like "tp2-dp2-ep4"; "sp" adds sequence parallelism, "scan" stacks and scans the layers, as some
-accelerators do, "int8" holds their matrices as int8 with scales of groups, and "w8a8" is --quantization int8. "ngram" drafts by n-grams, "self" by the model itself, and
+accelerators do, and "int8" holds their matrices as int8 with scales. "ngram" drafts by n-grams, "self" by the model itself, and
 "eagle3" by the head beside FOLDER. The requests use every feature whose state or arithmetic is divided over the devices.
 """
 
@@ -40,8 +40,7 @@ PARAMS = [
 
 def flags(grid: str) -> dict[str, Any]:
     sizes = {f"{kind}_size": int(size) for kind, size in re.findall(r"(tp|dp|ep)(\d+)", grid)}
-    kinds = grid.split("-")
-    return sizes | {"enable_sequence_parallel": "sp" in kinds, "quantization": "int8" if "w8a8" in kinds else None}
+    return sizes | {"enable_sequence_parallel": "sp" in grid.split("-")}
 
 
 def speculation(folder: str, grid: str) -> dict[str, Any]:
