@@ -29,13 +29,14 @@ from sgl_jax.observability.progress import launch_progress
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.compiler import cache_takes_programs, use_compile_cache
+from sgl_jax.runtime.kept_programs import KeptPrograms
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.placed_weights import DevicePlacer, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
 from sgl_jax.runtime.runner import ModelRunner, announce_to_nobody
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.settings.hub import is_hub_id, local_path
-from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs, environment
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,7 @@ def build_device_side(
         stacks_layers=platform.stacks_layers,
         announce=announce,
         drafter=plan.drafter,
+        kept=kept_programs(args, devices) if behind else None,
     )
     with launch_progress(logger, len(runner.programs)) as progress:
         compiled = runner.compile(
@@ -143,6 +145,15 @@ def build_device_side(
     if num_left := runner.num_compiling:
         logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
     return DeviceSide(model, platform, devices, plan, runner)
+
+
+def kept_programs(args: ServerArgs, devices: list[jax.Device]) -> KeptPrograms | None:
+    """Return where compiled programs are kept. None: --compilation-cache-dir is no folder of this machine."""
+    variables = {
+        name: value for name, value in environment().items() if name.startswith(("XLA", "LIBTPU", "TPU", "JAX"))
+    }
+    folder = args.compilation_cache_dir
+    return None if "://" in folder else KeptPrograms(folder, devices, variables)
 
 
 def _say_devices(args: ServerArgs, platform: Platform, devices: list[jax.Device]) -> None:

@@ -10,6 +10,7 @@ import jax
 import rich.console
 
 from sgl_jax.engine.launch_plan import LaunchPlan
+from sgl_jax.engine.startup import kept_programs
 from sgl_jax.observability import log
 from sgl_jax.planning import plan_report
 from sgl_jax.planning.fit import Misfit, launch_of, make_plan
@@ -101,7 +102,8 @@ def _compile(args: ServerArgs, model: PlannedModel, target: Target, launch: Laun
     kernels = kernels_for(args.attention_backend, target.platform, model.config)
     if target.is_here:
         use_compile_cache(args.compilation_cache_dir)
-    return compile_launch(model.config, launch, target, kernels, report)
+    kept = kept_programs(args, target.find_devices()) if target.is_here else None
+    return compile_launch(model.config, launch, target, kernels, report, kept)
 
 
 def _failed(message: str, code: int = FAILED) -> int:
