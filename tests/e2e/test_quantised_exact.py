@@ -23,10 +23,12 @@ from sgl_jax.models.scaled import Scaled
 from simulated import Answer, Client
 
 DATA = checkpoints.DATA / "quant"
-EXACT = {
-    "qwen3_moe": ["awq-g128-qwen3_moe"],
-    "qwen2": ["gptq-int4-actorder-qwen2"],
-    "qwen3": ["ct-w4a16-asym-qwen3"],
+EXACT = ["awq-g128-qwen3_moe", "gptq-int4-actorder-qwen2", "ct-w4a16-asym-qwen3"]
+FORMATS = {
+    "qwen3_moe": ["AWQ", "FP8 in blocks"],
+    "qwen2": ["GPTQ", "W8A8"],
+    "qwen3": ["W4A16", "FP8"],
+    "llama": ["FP8"],
 }
 ROUNDED = ["fp8-block-qwen3_moe", "ct-fp8-static-llama", "ct-fp8-dynamic-qwen3"]  # made for rounded tokens
 
@@ -39,10 +41,8 @@ def started(build: Build, name: str, **options: Any) -> Core:
     return build(DATA / name, bucket=ALL_PROMPTS, page_size=16, max_total_tokens=1024, **options)
 
 
-@pytest.mark.supports(
-    "stored quantised, dequantised while loading", {family: ["AWQ, GPTQ or compressed-tensors"] for family in EXACT}
-)
-@pytest.mark.parametrize("name", [name for names in EXACT.values() for name in names])
+@pytest.mark.supports("stored quantised, dequantised while loading", FORMATS)
+@pytest.mark.parametrize("name", EXACT)
 def test_weights_alone(build: Build, name: str) -> None:
     core = started(build, name)
     assert core.info.quantization == ""  # nothing multiplies them faster on a CPU

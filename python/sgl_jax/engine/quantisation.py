@@ -103,17 +103,16 @@ def say_weights(model: DecoderConfig, shard: DecoderConfig, dtype: str) -> None:
     stored, scheme = model.weight_format, model.weight_scheme
     if stored is None and scheme is None:
         return
-    if scheme == _INT4:
-        logger.warning(
-            "--quantization int4 rounds as it reads: in groups of 64, a model of 135M parameters lost .24 to .43 nats a token"
-        )
-    is_read = stored is None or not isinstance(scheme, Scaled) or _bare(scheme) == _bare(_as_stored(stored.form))
+    rounds = isinstance(scheme, Scaled) and (stored is None or _bare(scheme) != _bare(_as_stored(stored.form)))
+    if rounds and scheme.dtype == "int4":
+        lost = "a model of 135M parameters lost .24 to .43 nats a token so, in groups of 64"
+        logger.warning("--quantization int4 rounds what was not made for it: %s", lost)
     bytes_held, plain = weight_bytes(shard, dtype), weight_bytes(dataclasses.replace(shard, weight_scheme=None), dtype)
     logger.info(
         "Matrices are stored as %s and held as %s%s: weights take %s of a device, %s less than in %s.%s",
         stored.form if stored else "plain floats",
         scheme or dtype,
-        "" if is_read else ", rounded again from their exact values",
+        ", rounded from their exact values" if rounds else "",
         log.size(bytes_held),
         log.size(plain - bytes_held),
         dtype,

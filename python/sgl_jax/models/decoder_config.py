@@ -126,7 +126,7 @@ class DecoderConfig:
     query_scale: float | None = None  # None: head_dim ** -0.5
     logn_scaling: LognScaling | None = None
     weight_format: WeightFormat | None = None  # in which matrices are stored; None: plain floats
-    wide: frozenset[str] = frozenset()  # paths of the matrices that a quantised checkpoint holds as plain floats
+    wide: tuple[str, ...] = ()  # paths of the matrices that a quantised checkpoint holds as plain floats
     weight_scheme: Scheme | None = None  # in which they are held; None: plain floats
     normalised_head: bool = False  # loading divides the head's columns by their lengths
     eos_token_ids: tuple[int, ...] = ()

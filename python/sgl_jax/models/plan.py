@@ -97,7 +97,7 @@ def plan_weights(
 
 def wide_weights(
     stored: Mapping[str, StoredTensor] | None, config: DecoderConfig, names: TensorNames
-) -> frozenset[str]:
+) -> tuple[str, ...]:
     """Return the paths of the matrices that a quantised checkpoint holds as plain floats, wholly or in part: as its tensors
     are or, without them, as its config says."""
     tensors, weight_format = named_tensors(stored or {}, config, names), config.weight_format
@@ -112,7 +112,7 @@ def wide_weights(
         else:
             wide = weight_format is not None and any(weight_format.skips(n.removesuffix(".weight")) for n in wanted)
         found += [path] if wide else []
-    return frozenset(found)
+    return tuple(found)
 
 
 def _listed(label: str, found: Sequence[str]) -> str:

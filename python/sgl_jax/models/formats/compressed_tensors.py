@@ -20,7 +20,8 @@ from sgl_jax.models.stored import StoredTensor
 
 _NAME = "compressed-tensors"
 _PARTS = ("_scale", "_zero_point", "_g_idx", "_shape", "_global_scale")
-_STRATEGIES = Literal["tensor", "channel", "group", "block", "tensor_group"]
+_EIGHT_BITS = Literal["int-quantized", "float-quantized", "naive-quantized", "mxfp8-quantized"]
+_PACKED = Literal["pack-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 
 
@@ -29,7 +30,7 @@ class _Weights(msgspec.Struct, frozen=True):
     type: Literal["int", "float"] = "int"
     symmetric: bool = True
     group_size: Annotated[int, msgspec.Meta(ge=-1, le=2**16)] | None = None
-    strategy: _STRATEGIES | None = None
+    strategy: Literal["tensor", "channel", "group", "block", "tensor_group"] | None = None
     block_structure: tuple[_Size, _Size] | None = None
     actorder: str | bool | None = None
 
@@ -37,12 +38,9 @@ class _Weights(msgspec.Struct, frozen=True):
     def block(self) -> Block:
         """Outputs and inputs that share a scale."""
         by_group = "group" if self.group_size and self.group_size > 0 else "channel" if self.group_size else "tensor"
-        kinds: dict[str, Block] = {
-            "tensor": (None, None),
-            "channel": (1, None),
-            "block": self.block_structure or (128, 128),
-        }
-        return kinds.get(self.strategy or by_group, (1, self.group_size))
+        whole: dict[str, Block] = {"tensor": (None, None), "channel": (1, None)}
+        of_block = (self.block_structure or (128, 128)) if self.strategy == "block" else (1, self.group_size)
+        return whole.get(self.strategy or by_group, of_block)
 
 
 class _Activations(msgspec.Struct, frozen=True):
@@ -58,17 +56,7 @@ class _Group(msgspec.Struct, frozen=True):
 
 class _Config(msgspec.Struct):
     config_groups: dict[str, _Group] = {}
-    format: Literal[
-        "dense",
-        "int-quantized",
-        "float-quantized",
-        "naive-quantized",
-        "pack-quantized",
-        "nvfp4-pack-quantized",
-        "mxfp4-pack-quantized",
-        "mxfp8-quantized",
-        "mixed-precision",
-    ] = "dense"
+    format: Literal[_EIGHT_BITS, _PACKED, "mixed-precision", "dense"] = "dense"
     ignore: list[str] | None = None
     sparsity_config: dict[str, object] | None = None
     transform_config: dict[str, object] | None = None
@@ -92,7 +80,7 @@ class CompressedTensors:
     def _weights(self, module: str) -> _Weights | None:
         """Return the settings of a module: of a group that names it, else of one that names a class, such as Linear."""
         by_name = (group for group in self.groups if named(module, group.targets))
-        by_class = (group for group in self.groups if any("." not in target for target in group.targets))
+        by_class = (group for group in self.groups if any(target[:1].isupper() for target in group.targets))
         return next((group.weights for group in (*by_name, *by_class) if group.weights), None)
 
     def _settings(self, base: str, type_: str, bits: int | None = None) -> _Weights:

@@ -20,10 +20,9 @@ from sgl_jax.models.formats.words import float_pairs
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
 
-FLOATS = ("F8_E4M3", "U8")
-PARTS = ("_scale", "_scale_inv", "_scale_2", "_scales")
+_DTYPES = ("F8_E4M3", "U8")
+_PARTS = ("_scale", "_scale_inv", "_scale_2", "_scales")
 _Size = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
-_BLOCK_FP4 = {"NVFP4": 16, "MXFP4": 32}
 
 
 class _Fp8(msgspec.Struct):
@@ -51,7 +50,7 @@ class Floats:
     left_out: tuple[str, ...] = ()
 
     def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
-        return join_all(stored, self._join, main=self.main, dtypes=FLOATS, parts=PARTS)
+        return join_all(stored, self._join, main=self.main, dtypes=_DTYPES, parts=_PARTS)
 
     def skips(self, module: str) -> bool:
         return named(module, self.left_out)
@@ -59,9 +58,8 @@ class Floats:
     def _join(self, base: str, codes: StoredTensor, parts: Parts) -> StoredTensor:
         scales = part(base, parts, "_scale_inv", "_scale", "_scales")
         if codes.dtype == "U8":
-            return joined(
-                float_pairs(_flat(codes, scales)), _scaled_again(scales, parts.get("_scale_2")), self.block or (1, 16)
-            )
+            pairs = float_pairs(_flat(codes, scales))
+            return joined(pairs, _scaled_again(scales, parts.get("_scale_2")), self.block or (1, 16))
         return joined(codes, scales, self.block or _by_shape(codes, scales))
 
 
@@ -107,13 +105,9 @@ def _flat(codes: StoredTensor, scales: StoredTensor) -> StoredTensor:
     if len(codes.shape) < 4:
         return codes
     if codes.shape[:-1] != scales.shape:
-        raise DoesNotJoin(
-            f"blocks {list(codes.shape)} of MXFP4 need scales {list(codes.shape[:-1])}, not {list(scales.shape)}"
-        )
+        raise DoesNotJoin(f"{scales.name} is {list(scales.shape)}; it must be {list(codes.shape[:-1])}")
     shape = (*codes.shape[:-2], codes.shape[-2] * codes.shape[-1])
-    return dataclasses.replace(
-        codes, shape=shape, rows=lambda start, stop: codes.rows(start, stop).reshape(stop - start, *shape[1:])
-    )
+    return dataclasses.replace(codes.changed(lambda rows: rows.reshape(-1, *shape[1:])), shape=shape)
 
 
 def _scaled_again(scales: StoredTensor, factor: StoredTensor | None) -> StoredTensor:

@@ -6,6 +6,7 @@ ModelCloud/GPTQModel (checkpoint_format gptq_v2).
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -68,17 +69,12 @@ class Integers:
         if not len(words.shape) == len(scales.shape) == len(zeros.shape) == 2:
             shapes = [list(each.shape) for each in (words, scales, zeros)]
             raise DoesNotJoin(f"qweight, scales and qzeros must be matrices, not {shapes}")
-        inputs, outputs = (
-            (words.shape[0], number * words.shape[1]) if self.is_awq else (number * words.shape[0], words.shape[1])
-        )
         order = _INTERLEAVED if self.is_awq else None
         zeros = along_outputs(turned(zeros), self.bits, number * zeros.shape[1], order)
         if self.zeros_plus:
             zeros = zeros.changed(lambda rows: rows.astype(np.float32) + self.zeros_plus)
-        codes = turned(words)
-        codes = (
-            along_outputs(codes, self.bits, outputs, order) if self.is_awq else along_inputs(codes, self.bits, inputs)
-        )
+        unpack = functools.partial(along_outputs, order=order) if self.is_awq else along_inputs
+        codes = unpack(turned(words), self.bits, number * words.shape[1 if self.is_awq else 0])
         groups = parts["g_idx"].read() if "g_idx" in parts else None
         return joined(codes, turned(scales), (1, self.group), zeros, groups=groups, symmetric=self.symmetric)
 
@@ -96,15 +92,13 @@ def gptq(said: RawConfig) -> Integers:
     fields = checked_fields(said, _Gptq, WITHIN)
     dynamic = fields.dynamic or {}
     if others := [rule for rule in dynamic if not rule.startswith("-:")]:
-        raise ModelError(
-            f"config.json: quantization_config.dynamic gives {others[0]!r} settings of its own; all must be alike"
-        )
+        found = f"quantization_config.dynamic gives {others[0]!r} settings of its own"
+        raise ModelError(f"config.json: {found}; all modules must have the same")
     group = None if fields.group_size < 1 else fields.group_size
     out_of_order = fields.desc_act and group is not None
     about = f"{fields.bits} bits in groups of {group}{', out of order' if out_of_order else ''}"
-    form = Form(
-        "gptq", about, "other" if out_of_order else "groups", f"int{fields.bits}", group, offsets=not fields.sym
-    )
+    kind = "other" if out_of_order else "groups"
+    form = Form("gptq", about, kind, f"int{fields.bits}", group, offsets=not fields.sym)
     return Integers(
         form,
         fields.bits,

@@ -36,12 +36,8 @@ def join_all(
     for name, codes in stored.items():
         base = name.removesuffix(main)
         whole = base + to
-        if (
-            not name.endswith(main)
-            or codes.dtype not in dtypes
-            or name.endswith(ends)
-            or whole in stored.keys() - {name}
-        ):
+        is_other = not name.endswith(main) or name.endswith(ends) or codes.dtype not in dtypes
+        if is_other or (whole != name and whole in stored):
             continue
         found = {part: tensors.pop(base + part) for part in parts if base + part in tensors}
         del tensors[name]
