@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import jax
 import ml_dtypes
@@ -63,24 +64,30 @@ class Scaled:
 
         step = max(1, _VALUES // math.prod(tensor.shape[1:]))  # a whole matrix has as few scales as a block has values
 
-        def plane(index: int, shape: tuple[int, ...], dtype: str) -> StoredTensor:
+        def plane(part: Callable[[np.ndarray], np.ndarray], shape: tuple[int, ...], dtype: str) -> StoredTensor:
             def rows(start: int, stop: int) -> np.ndarray:
                 blocks = (tensor.rows(at, min(at + step, stop)) for at in range(start, stop, step))
-                return np.concatenate([self.quantise(block)[index] for block in blocks])
+                return np.concatenate([part(block) for block in blocks])
 
             return dataclasses.replace(tensor, shape=shape, dtype=dtype, rows=rows, planes={})
 
-        values, sizes = plane(0, tensor.shape, self.dtype), plane(1, scales, "float32")
+        values = plane(lambda block: self.quantise(block)[0], tensor.shape, self.dtype)
+        sizes = plane(lambda block: self._scales(self._groups(block)), scales, "float32")
         return Quantised(values, sizes, self, sizes.changed(np.zeros_like) if self.offsets else None)
 
     def quantise(self, matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return values [..., O, I] and scales [..., O, groups]. A group's largest value becomes that of the dtype."""
-        groups = matrix.astype(np.float32).reshape(*matrix.shape[:-1], -1, self.group or matrix.shape[-1])
-        largest = _LARGEST[self.dtype]
-        scales = np.abs(groups).max(-1) / np.float32(largest)
+        groups, largest = self._groups(matrix), _LARGEST[self.dtype]
+        scales = self._scales(groups)
         values = groups / np.where(scales == 0, 1, scales)[..., None]
         values = values if self.dtype.startswith("float") else np.rint(values)
         return np.clip(values, -largest, largest).astype(self.dtype).reshape(matrix.shape), scales
+
+    def _groups(self, matrix: np.ndarray) -> np.ndarray:
+        return matrix.astype(np.float32, copy=False).reshape(*matrix.shape[:-1], -1, self.group or matrix.shape[-1])
+
+    def _scales(self, groups: np.ndarray) -> np.ndarray:
+        return np.abs(groups).max(-1) / np.float32(_LARGEST[self.dtype])
 
     def multiply(
         self, x: Float[Array, "T I"], w: Quantised[jax.Array], matmul: QuantizedMatmul, out_dtype: DTypeLike | None

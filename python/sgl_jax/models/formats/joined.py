@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
-from sgl_jax.models.formats.words import EXPONENTS
+from sgl_jax.models.formats.words import EXPONENTS, FLOAT8
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.stored import StoredTensor
 
@@ -84,7 +84,8 @@ def joined(
         return np.repeat(found, width, axis=-1)[..., :inputs] if groups is None else found[..., groups]
 
     def rows(start: int, stop: int) -> np.ndarray:
-        codes = values.rows(start, stop).astype(np.float32)
+        codes = values.rows(start, stop)
+        codes = FLOAT8[codes.view(np.uint8)] if values.dtype == "F8_E4M3" else codes.astype(np.float32)
         codes = codes if zeros is None else codes - of_inputs(zeros.rows(start, stop))
         return codes * of_inputs(scales.rows(start, stop))
 
