@@ -148,13 +148,13 @@ def test_the_log_says_how_matrices_are_stored_and_held(caplog: pytest.LogCapture
         say_weights(plain, plain, "bfloat16")
         say_weights(model(None), model(None), "bfloat16")
     stored, warned, rounded = caplog.messages
-    assert "stored as awq, 4 bits in groups of 128 and held as int8 by output, rounded" in stored
+    assert "stored as awq, 4 bits in groups of 128 are held as int8 by output, rounded" in stored
     assert "less than in bfloat16" in stored
     assert "embeddings, norms" in stored
     assert "as the checkpoint has them, moe.router (2 times), lm_head" in stored
     assert "--quantization int4" in warned
     assert ".24 to .43 nats" in warned
-    assert "stored as plain floats and held as int4 in groups of 128, rounded" in rounded
+    assert "Matrices are held as int4 in groups of 128, rounded" in rounded
 
 
 def test_a_plan_counts_bytes_as_they_are_held() -> None:

@@ -109,8 +109,8 @@ def say_weights(model: DecoderConfig, shard: DecoderConfig, dtype: str) -> None:
         logger.warning("--quantization int4 rounds what was not made for it: %s", lost)
     bytes_held, plain = weight_bytes(shard, dtype), weight_bytes(dataclasses.replace(shard, weight_scheme=None), dtype)
     logger.info(
-        "Matrices are stored as %s and held as %s%s: weights take %s of a device, %s less than in %s.%s",
-        stored.form if stored else "plain floats",
+        "Matrices%s are held as %s%s: weights take %s of a device, %s less than in %s.%s",
+        f" stored as {stored.form}" if stored else "",
         scheme or dtype,
         ", rounded from their exact values" if rounds else "",
         log.size(bytes_held),

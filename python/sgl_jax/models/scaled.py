@@ -47,7 +47,8 @@ class Scaled:
             return spec
         inputs, group = spec.shape[-1], self.group or spec.shape[-1]
         if inputs % group:
-            raise ValueError(f"{site}: its {inputs} inputs on a device are not whole groups of {group} with one scale")
+            cut = f"{site}: its {inputs} inputs on a device are not whole groups of {group} with one scale"
+            raise ValueError(f"{cut}; divide the model over fewer devices, or give --quantization int8")
         shape, axes = (*spec.shape[:-1], inputs // group), (*spec.axes[:-1], spec.axes[-1] if self.group else None)
         scales = dataclasses.replace(spec, shape=shape, axes=axes, dtype="float32")
         values = dataclasses.replace(spec, dtype=self.dtype, column_unit=self.group or 1)
