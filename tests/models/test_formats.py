@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -20,8 +22,10 @@ from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.families import decoder_config, tensor_names
 from sgl_jax.models.formats.find import weight_format
 from sgl_jax.models.formats.form import named
+from sgl_jax.models.loader import load_weights
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.plan import plan_weights
+from sgl_jax.models.quantised import Quantised
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.safetensors_file import read_safetensors
 from sgl_jax.models.scaled import Scaled
@@ -132,6 +136,14 @@ def test_eight_bits_times_the_scale_of_their_block(
     assert list(found) == ["a.weight"]
     np.testing.assert_array_equal(found["a.weight"].read(), wanted)
     np.testing.assert_array_equal(in_blocks(found["a.weight"], 33), wanted)
+
+
+def test_scales_of_blocks_are_repeated_for_their_rows(tmp_path: Path) -> None:
+    """Devices may hold them as scales of groups of inputs; a row of them is read for each row of values."""
+    found = read(tmp_path, BLOCKS, {"a.weight": VALUES[:, :256], "a.weight_scale_inv": SCALE[:2, :2]})
+    held = Scaled("float8_e4m3fn", 128).read(found["a.weight"])
+    np.testing.assert_array_equal(held.values.read(), VALUES[:, :256])
+    np.testing.assert_array_equal(held.scales.rows(120, 140), SCALE[:2, :2].repeat([8, 12], 0))
 
 
 def test_zero_points_of_int8_channels(tmp_path: Path) -> None:
@@ -345,3 +357,44 @@ def test_a_config_beside_config_json_is_modelopt_s(tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     np.testing.assert_array_equal(views[1][name].read(), views[0][name].read())
     assert views[1][f"{LAYER0}self_attn.k_proj.k_scale"].read() == 1  # there for whoever needs it
+
+
+@pytest.mark.parametrize(
+    "family", ["deepseek_v3", "deepseek_v2-lite", "glm4_moe", "mixtral", "phi3", "qwen2_moe-mixed", "gemma3_text"]
+)
+def test_every_family_s_matrices_may_be_quantised(
+    checkpoint: Callable[[str], Path], tmp_path: Path, family: str
+) -> None:
+    """In blocks that divide no matrix evenly: latent attention's, fused ones, experts'. Float for float those of a plain checkpoint
+    with the same values; held as int8, the up-projections of latent attention stay floats."""
+    source = open_checkpoint(str(checkpoint(family)))
+    plain, quantised = {}, {}
+    for name, tensor in source.tensors.items():
+        array = tensor.read()
+        if array.ndim != 2 or "embed" in name or name.endswith(("lm_head.weight", "gate.weight")):
+            plain[name] = quantised[name] = array
+            continue
+        values, (rows, columns) = fp8(array.astype(np.float32) * 8), array.shape
+        scales = RNG.uniform(0.1, 0.2, (-(-rows // 48), -(-columns // 24))).astype(np.float32)
+        plain[name] = values.astype(np.float32) * scales.repeat(48, 0).repeat(24, 1)[:rows, :columns]
+        quantised |= {name: values, f"{name}_scale_inv": scales}
+    said = {"quantization_config": BLOCKS | {"weight_block_size": [48, 24]}}
+    trees = []
+    for folder, config, tensors in (("plain", {}, plain), ("quantised", said, quantised)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "config.json").write_text(json.dumps(source.config | config))
+        quantise.save(tmp_path / folder / "model.safetensors", tensors)
+        found = open_checkpoint(str(tmp_path / folder))
+        trees.append((found, decoder_config(found.config, tensors=found.tensors)))
+    floats, same = (load_weights(found, config, "float32") for found, config in trees)
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(floats), jax.tree.leaves(same), strict=True):
+        np.testing.assert_array_equal(a, b, err_msg=jax.tree_util.keystr(path))
+    found, config = trees[1]
+    held = load_weights(found, dataclasses.replace(config, weight_scheme=Scaled("int8")), "float32")
+    for one, two in zip(floats.layers, held.layers, strict=True):
+        assert isinstance(two.o, Quantised)
+        step = np.asarray(two.o.scales)
+        assert np.abs(np.asarray(two.o.values) * step - one.o).max() <= step.max() * 0.51
+        if one.mla is not None and two.mla is not None:
+            np.testing.assert_array_equal(one.mla.k_up, two.mla.k_up)
+            np.testing.assert_array_equal(one.mla.v_up, two.mla.v_up)
