@@ -225,6 +225,11 @@ def test_lists_of_modules(pattern: str, yes: str, no: str) -> None:
     assert not named(no, [pattern])
 
 
+def test_a_pattern_that_is_none_is_named() -> None:
+    with pytest.raises(ModelError, match=r"quantization_config .*'re:\('"):
+        named("lm_head", ["re:("])
+
+
 Q, LAYER0 = "model.layers.0.self_attn.q_proj", "model.layers.0."
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Literal
 
+from sgl_jax.models.model_errors import faults_named
 from sgl_jax.ops.quantized_matmul.api import Rounding
 
 WITHIN = "quantization_config."  # where messages say that fields are
@@ -34,9 +35,11 @@ class Form:
 def named(module: str, patterns: Iterable[str]) -> bool:
     """Tell whether a list of modules names one: by its name, that of a module around it, the end of its name, a pattern with *,
     or "re:" and a regular expression."""
-    return any(
-        re.match(pattern[3:], module)
-        if pattern.startswith("re:")
-        else fnmatch.fnmatchcase(module, pattern) or f".{pattern}." in f".{module}."
-        for pattern in patterns
-    )
+    return any(_names(pattern, module) for pattern in patterns)
+
+
+def _names(pattern: str, module: str) -> bool:
+    if not pattern.startswith("re:"):
+        return fnmatch.fnmatchcase(module, pattern) or f".{pattern}." in f".{module}."
+    with faults_named("config.json", f"quantization_config has {pattern!r}, which is no regular expression"):
+        return re.match(pattern[3:], module) is not None
