@@ -18,7 +18,7 @@ from sgl_jax.models.families import decoder_config
 from sgl_jax.models.quantised import Quantised
 from sgl_jax.models.weights import declare
 from sgl_jax.planning.fit import make_plan
-from sgl_jax.planning.model import PlannedModel, launched
+from sgl_jax.planning.model import PlannedModel
 from sgl_jax.planning.target import find_target
 from sgl_jax.runtime.platform import PLATFORMS
 from sgl_jax.settings.server_args import ServerArgs
@@ -161,7 +161,7 @@ def test_a_plan_counts_bytes_as_they_are_held() -> None:
     target, bytes_of = find_target("v6e-1"), {}
     for option in (None, "int8-weight-only"):
         args = ServerArgs(model_path="m", quantization=option)
-        planned = launched(args, PlannedModel(model(None), "bfloat16", "m"), target)
+        planned = PlannedModel(model(None), "bfloat16", "m")
         bytes_of[option] = make_plan(args, planned, target, 64).launch.weight_bytes
     embeddings = 2 * 2 * LLAMA["vocab_size"] * LLAMA["hidden_size"]
     assert 0.5 < (bytes_of["int8-weight-only"] - embeddings) / (bytes_of[None] - embeddings) < 0.53

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from sgl_jax.engine.launch_plan import LaunchPlan, plan_launch
+from sgl_jax.engine.quantisation import held
 from sgl_jax.models.weights import parameters
 from sgl_jax.planning.cost import Bound, StepCost, step_cost
 from sgl_jax.planning.model import PlannedModel
@@ -30,10 +31,6 @@ class PlannedStep:
     bound: Bound | None  # None: the device's rates are unknown
 
     @property
-    def decodes(self) -> bool:
-        return self.bucket.num_tokens <= self.bucket.num_rows
-
-    @property
     def tokens_per_s(self) -> float | None:
         return None if self.bound is None else self.num_tokens / self.bound.seconds
 
@@ -55,17 +52,23 @@ class Plan:
 def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: int) -> Plan:
     """Plan a launch and count its steps with `context` cached tokens per row. Raises Misfit, or ValueError for a flag."""
     args = dataclasses.replace(args, tp_size=target.num_devices // args.dp_size)
+    model = held_on(target, args, model)
     launch = launch_of(args, model, target)
     config = launch.runner_config
     context = min(context, config.context_length)
     rates = target.rates(config.compute_dtype)
     dtypes = {"weight_dtype": config.weight_dtype, "compute_dtype": config.compute_dtype}
     steps = []
-    for bucket in (each for each in config.buckets if each.width == 1):  # steps with drafts are not counted
+    for bucket in config.buckets:
         cost = step_cost(model.config, launch.grid, config.pools[0], bucket, context, **dtypes)
         bound = cost.bound(rates) if rates else None
         steps.append(PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, bound))
     return Plan(model, target, launch, parameters(model.config), context, tuple(steps))
+
+
+def held_on(target: Target, args: ServerArgs, model: PlannedModel) -> PlannedModel:
+    """Return the model with its matrices held as on the target's devices. Raises ValueError for a flag."""
+    return dataclasses.replace(model, config=held(args, model.config, target.platform, target.kind))
 
 
 def launch_of(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:
