@@ -61,7 +61,7 @@ def scheme(said: dict[str, Any] | None, device: str, option: str | None = None) 
     ("said", "schemes"),
     [
         ("w8a8", (W8A8, INT8, INT8, INT8)),
-        ("w8a16", ("floats", INT8, INT8, INT8)),
+        ("w8a16", (INT8, INT8, INT8, INT8)),
         ("fp8", ("floats", FP8, FP8_FP8, FP8)),
         ("fp8 blocks", ("floats", INT8, INT8, INT8)),
         ("awq", ("floats", INT8, INT8, INT8)),
@@ -78,7 +78,7 @@ def test_by_the_checkpoint_s_format(said: str, schemes: tuple[str, ...]) -> None
     [
         ("int8", (W8A8, W8A8, W8A8, W8A8)),
         ("w8a8_int8", (W8A8, W8A8, W8A8, W8A8)),
-        ("int8-weight-only", (None, INT8, INT8, INT8)),
+        ("int8-weight-only", (INT8, INT8, INT8, INT8)),
         ("fp8", (None, FP8, FP8_FP8, FP8)),
         ("w8a8_fp8", (None, FP8, FP8_FP8, FP8)),
         ("fp8-weight-only", (None, FP8, FP8, FP8)),

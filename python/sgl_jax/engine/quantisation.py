@@ -46,7 +46,7 @@ def _rounding(form: Form) -> Scaled:
 # By the checkpoint's format: on CPU, on TPU, on TPU that multiplies fp8 (v7x), and on GPU.
 _STORED: Mapping[Kind, tuple[Rule, Rule, Rule, Rule]] = {
     "w8a8": (_rounding, _as_stored, _as_stored, _as_stored),
-    "int8": (_floats, _as_stored, _as_stored, _as_stored),
+    "int8": (_as_stored, _as_stored, _as_stored, _as_stored),
     "fp8": (_floats, _as_stored, _rounding, _as_stored),
     "fp8 blocks": (_floats, _int8, _int8, _int8),  # scales of groups need a kernel
     "groups": (_floats, _int8, _int8, _int8),
@@ -57,7 +57,7 @@ _NO_INT4 = "groups of 4 bits have no kernel there; give int8-weight-only"
 # By --quantization, on the same platforms. A text says why a platform refuses it.
 _ON_LOAD: Mapping[str, tuple[Scaled | str, Scaled | str, Scaled | str, Scaled | str]] = {
     "int8": (_W8A8, _W8A8, _W8A8, _W8A8),
-    "int8-weight-only": (_SLOW, _INT8, _INT8, _INT8),
+    "int8-weight-only": (_INT8, _INT8, _INT8, _INT8),
     "fp8": (_SLOW, _FP8, _FP8_FP8, _FP8),
     "fp8-weight-only": (_SLOW, _FP8, _FP8, _FP8),
     "int4": (_SLOW, _INT4, _INT4, _NO_INT4),
