@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 from sgl_jax.engine import startup
 from sgl_jax.engine.core import Core
 from sgl_jax.models.families import decoder_config
+from sgl_jax.models.formats.form import Form
 from sgl_jax.models.quantised import Matrix, Quantised
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor
@@ -35,6 +36,11 @@ ONE_STEP = Bucket(16, 2)
 @dataclasses.dataclass(frozen=True)
 class Powers:
     """Value p of a row stands for sign(p) * 2 ** (1 - |p|) * the row's size."""
+
+    form = Form("powers", "a size for each row", "other")
+
+    def skips(self, module: str) -> bool:
+        raise AssertionError("the tensors tell")
 
     def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
         tensors = dict(stored)

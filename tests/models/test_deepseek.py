@@ -124,7 +124,6 @@ def test_yarn_scales_the_scores_by_the_square_of_mscale_all_dim() -> None:
         ({"kv_lora_rank": None}, "kv_lora_rank"),
         ({"n_group": None}, "n_group"),
         ({"n_group": 3}, "n_routed_experts=4 .* n_group=3"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
     ],
 )
 def test_what_would_be_computed_otherwise_is_refused(changes: dict, named: str) -> None:

@@ -404,7 +404,7 @@ def test_eagle1_has_a_bias_where_there_is_one(write, target) -> None:
         ("EAGLE3", CLASSIC | {IDS: [-1, 5, 8]}, eagle3(), f"{IDS} … -1 … layers 0 to 11"),
         ("EAGLE3", CLASSIC | {"num_aux_hidden_states": 4}, eagle3(), f"num_aux_hidden_states … 4 … {IDS} … 3"),
         ("EAGLE3", CLASSIC | {"eagle_config": [1]}, eagle3(), "config.json … no draft model"),
-        ("EAGLE3", CLASSIC | {"quantization_config": {"quant_method": "fp8"}}, eagle3(), "fp8"),
+        ("EAGLE3", CLASSIC | {"quantization_config": {"quant_method": "aqlm"}}, eagle3(), "aqlm"),
         (
             "EAGLE3",
             CLASSIC | {"tie_word_embeddings": True},

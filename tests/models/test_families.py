@@ -155,7 +155,7 @@ def test_an_unknown_architecture_lists_the_supported_ones():
     ("changes", "named"),
     [
         ({"hidden_act": "relu2"}, "hidden_act='relu2'"),
-        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"quantization_config": {"quant_method": "aqlm"}}, "quant_method 'aqlm'.* awq"),
         ({"rope_scaling": {"type": "su"}}, "'su'"),
         ({"hidden_size": None}, "hidden_size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,11 @@ from safetensors.numpy import load_file, save_file
 from messages import says
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.families import decoder_config
+from sgl_jax.models.formats.floats import mxfp4
 from sgl_jax.models.loader import load_weights
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.mxfp4 import dequantize
+from sgl_jax.models.raw_config import RawConfig
+from shards import in_memory
 
 LAYER = "model.layers.1.mlp.experts."
 
@@ -44,6 +47,13 @@ def e2m1(code: int) -> float:
     sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
     magnitude = mantissa * 0.5 if exponent == 0 else 2.0 ** (exponent - 1) * (1 + mantissa * 0.5)
     return -magnitude if sign else magnitude
+
+
+def dequantize(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Read one expert's matrix."""
+    stored = {"w_blocks": in_memory("b", blocks[None]), "w_scales": in_memory("s", scales[None])}
+    stored = {name: dataclasses.replace(tensor, dtype="U8") for name, tensor in stored.items()}
+    return mxfp4(RawConfig()).view(stored)["w"].read()[0]
 
 
 def test_mxfp4_values_are_e2m1_times_a_power_of_two() -> None:
@@ -100,12 +110,13 @@ def test_misfits_are_told_with_both_shapes(gpt_oss: Path, tmp_path: Path) -> Non
     tensors["model.layers.2.mlp.experts.down_proj_blocks"] = np.zeros((8, 64, 2, 8), np.uint8)
     tensors["model.layers.2.mlp.experts.down_proj_scales"] = np.zeros((8, 64, 2), np.uint8)
     del tensors["model.layers.2.mlp.experts.down_proj"]
+    config = json.loads((gpt_oss / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
     with pytest.raises(ModelError) as error:
-        load(write(tmp_path / "model", json.loads((gpt_oss / "config.json").read_text()), tensors))
+        load(write(tmp_path / "model", config, tensors))
     text = str(error.value)
     assert says(text, f"{LAYER}down_proj … [8, 32, 64] … [8, 64, 64]")
     assert says(text, ": model.layers.0.mlp.experts.gate_up_proj_blocks")  # without its scales
-    assert says(text, "down_proj_blocks … MXFP4 … [8, 64, 2, 8] … [8, 64, 2]")
+    assert says(text, "down_proj_blocks (U8: … down_proj_scales … [8, 64, 2] … 1 x 32 … [8, 64, 1]")
 
 
 def test_config(gpt_oss: Path) -> None:
@@ -123,5 +134,3 @@ def test_config(gpt_oss: Path) -> None:
     )
     assert decoder_config(hf | {"layer_types": None}).sliding_windows == (16, None, 16, None)
     assert decoder_config(hf | {"swiglu_limit": 5.0}).gate_limit == 5.0
-    with pytest.raises(ModelError, match="fp8"):
-        decoder_config(hf | {"quantization_config": {"quant_method": "fp8"}})

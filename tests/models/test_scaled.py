@@ -129,9 +129,7 @@ def test_a_group_is_never_cut() -> None:
 
 
 def scheme_model(folder: Path, scheme: Scaled) -> DecoderConfig:
-    return dataclasses.replace(
-        decoder_config(json.loads((folder / "config.json").read_text())), weight_scheme=scheme, weight_format=scheme
-    )
+    return dataclasses.replace(decoder_config(json.loads((folder / "config.json").read_text())), weight_scheme=scheme)
 
 
 @pytest.mark.parametrize("model", ["stories260k", "qwen2_moe-mixed", "deepseek_v2", "gpt_oss"])
@@ -194,7 +192,23 @@ def test_stored_values_and_scales_are_read_as_they_are(stories260k: Path, tmp_pa
             stored[f"{name}_scale"] = scales[:, 0] if scheme.group is None else scales
         else:
             stored[name] = tensor
-    (tmp_path / "config.json").write_bytes((stories260k / "config.json").read_bytes())
+    kind = "int" if scheme.dtype == "int8" else "float"
+    weights = {
+        "num_bits": 8,
+        "type": kind,
+        "strategy": "group" if scheme.group else "channel",
+        "group_size": scheme.group,
+    }
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    said = {
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": f"{kind}-quantized",
+            "config_groups": groups,
+        }
+    }
+    plain = json.loads((stories260k / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(plain | said))
     save_file(stored, tmp_path / "model.safetensors")
     if scheme.dtype == "float8_e4m3fn":
         _relabel(tmp_path / "model.safetensors", "U8", "F8_E4M3")
@@ -208,6 +222,7 @@ def test_stored_values_and_scales_are_read_as_they_are(stories260k: Path, tmp_pa
     assert isinstance(layer.qkv, Quantised)
     np.testing.assert_array_equal(layer.qkv.values, values)
     np.testing.assert_array_equal(layer.qkv.scales, scales)
+    config = scheme_model(stories260k, scheme)
     rounded = load_weights(open_checkpoint(str(stories260k)), config, "float32").layers[2]  # while it is read
     assert isinstance(rounded.qkv, Quantised)
     np.testing.assert_array_equal(rounded.qkv.values, values)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from sgl_jax.models.formats.floats import mxfp4
+from sgl_jax.models.formats.joined import joined
 from sgl_jax.models.gpt_oss import view
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.mxfp4 import dequantize, stored_mxfp4
+from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.safetensors_file import read_safetensors
-from sgl_jax.models.scaled import stored_scaled
 from sgl_jax.models.stored import StoredTensor, concatenated
 from shards import in_memory
 
@@ -21,7 +24,7 @@ def pair(rows: int, columns: int, groups: int) -> tuple[StoredTensor, np.ndarray
     """Return an int8 matrix with scales, and its floats."""
     values = RNG.integers(-127, 128, (rows, columns)).astype(np.int8)
     scales = RNG.random((rows, groups)).astype(np.float32)
-    stored = stored_scaled("w", in_memory("w", values), in_memory("w_scale", scales))
+    stored = joined(in_memory("w", values), in_memory("w_scale", scales), (1, columns // groups))
     return stored, values * scales.repeat(columns // groups, axis=1)
 
 
@@ -70,17 +73,16 @@ def test_other_values_and_rounding() -> None:
     assert half.planes == stored.planes
 
 
-def test_mxfp4_keeps_its_blocks_through_a_family_s_view() -> None:
-    """Rows of gate come first, in the floats, the blocks and the scales."""
-    blocks = RNG.integers(0, 256, (2, 6, 3, 16)).astype(np.uint8)
-    scales = RNG.integers(120, 130, (2, 6, 3)).astype(np.uint8)
-    stored = [in_memory("b", blocks), in_memory("s", scales)]
-    pair = stored_mxfp4("w", *stored)
-    assert [plane.read().tolist() for plane in pair.planes.values()] == [blocks.tolist(), scales.tolist()]
+def test_mxfp4_keeps_its_planes_through_a_family_s_view() -> None:
+    """Rows of gate come first, in the floats, the values and the scales."""
+    blocks = in_memory("b", RNG.integers(0, 256, (2, 6, 3, 16)).astype(np.uint8))
+    scales = in_memory("s", RNG.integers(120, 130, (2, 6, 3)).astype(np.uint8))
     base = "model.layers.0.mlp.experts.gate_up_proj"
-    tensor = view(dict(zip((f"{base}_blocks", f"{base}_scales"), stored, strict=True)))[base]
-    planes = [tensor.planes[name].read() for name in ("values", "scales")]
-    order = [0, 2, 4, 1, 3, 5]
-    np.testing.assert_array_equal(planes[0], blocks[:, order])
-    np.testing.assert_array_equal(planes[1], scales[:, order])
-    np.testing.assert_array_equal(dequantize(*planes), tensor.read())
+    stored = {f"{base}_blocks": replace(blocks, dtype="U8"), f"{base}_scales": replace(scales, dtype="U8")}
+    whole = mxfp4(RawConfig()).view(stored)
+    tensor, order = view(whole)[base], [0, 2, 4, 1, 3, 5]
+    np.testing.assert_array_equal(tensor.read(), whole[base].read()[:, order])
+    for name, plane in whole[base].planes.items():
+        np.testing.assert_array_equal(tensor.planes[name].read(), plane.read()[:, order])
+    values, sizes = (tensor.planes[name].read() for name in ("values", "scales"))
+    np.testing.assert_array_equal(values * sizes.repeat(32, axis=-1), tensor.read())

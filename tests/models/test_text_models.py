@@ -137,8 +137,9 @@ def test_a_model_that_is_not_served_is_told_which_are(name: str) -> None:
         decoder_config({"architectures": [name], "model_type": "llama4", "text_config": {}})
 
 
-def test_quantised_text_models_are_refused(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_format_of_a_text_model_is_that_of_the_whole(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
     write_whole(checkpoint("llama"), tmp_path / "whole", *WHOLES[3][:3], INSIDE, {})
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
-    with pytest.raises(ModelError, match=r"quantization_config \(fp8\)"):
-        decoder_config(config | {"quantization_config": {"quant_method": "fp8"}})
+    found = decoder_config(config | {"quantization_config": {"quant_method": "awq"}}).weight_format
+    assert found is not None
+    assert found.form.kind == "groups"

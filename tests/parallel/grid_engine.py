@@ -72,7 +72,7 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         max_running_requests=8,
         chunked_prefill_size=16,
         max_total_tokens=96 * sizes.get("dp_size", 1),
-        tokenizer_path=STORIES if "eagle" in folder else None,
+        tokenizer_path=None if (Path(folder) / "tokenizer.json").exists() else STORIES,
         **sizes,
         **speculation(folder, grid),
     ) as engine:

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from grids import assert_same, run_grids
 
+from checkpoints import DATA
+
 # gemma2 has 4 heads for tp8; qwen3, qwen3_moe and deepseek_v2 have fewer KV heads than devices; gpt_oss has biases in its
 # experts, two devices to each with tp4-ep2.
 CASES = {
@@ -48,6 +50,18 @@ def test_quantised_weights_are_divided_with_their_scales(checkpoint: Callable[[s
     one, *others = run_grids(checkpoint("qwen3_moe"), ["int8", "tp2-int8", "dp2-tp2-ep4-int8-scan"])
     for many in others:
         assert_same(one, many)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("name", "grids"),
+    [("awq-g128-qwen3_moe", ["tp2-scan", "dp2-tp2-ep2"]), ("fp8-block-qwen3_moe", ["dp2-ep2", "tp2-scan"])],
+)
+def test_quantised_checkpoints_are_divided_as_they_are_read(name: str, grids: list[str]) -> None:
+    """Codes, zero points and scales of a shard, and blocks that a shard's rows and columns cut."""
+    first, *others = run_grids(DATA / "quant" / name, ["1", *grids])
+    for many in others:
+        assert_same(first, many)
 
 
 EAGLE3 = Path(__file__).parents[1] / "data" / "eagle" / "eagle3-qwen3" / "target"

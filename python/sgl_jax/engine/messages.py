@@ -84,6 +84,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int
     parameters_per_token: int  # parameters that multiply a token: all matrices and the head, no embedding
     start_seconds: float
+    quantization: str = ""  # scheme in which matrices are held; empty: as plain floats
     simulated: bool = False  # drafts count whatever is sampled: --speculative-simulated-acceptance
 
 

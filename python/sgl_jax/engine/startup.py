@@ -14,6 +14,7 @@ from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
+from sgl_jax.engine.quantisation import held, say_weights
 from sgl_jax.engine.speculation_plan import draft_model_name, with_draft
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
@@ -95,13 +96,13 @@ def build_device_side(
     agree = hosts.agree if hosts else lambda value: value
     num_sharing = len(here) if here[0].platform == "cpu" else 1  # virtual CPU devices all have the same memory
     device_bytes = agree(device_memory(here[0]) // num_sharing)
-    families = known_families(args.model_package)
+    families, kind = known_families(args.model_package), devices[0].device_kind
     # A launch that cannot be is refused before the weights are fetched, and again before they are read.
     if (configs := _configs_ahead(args)) is not None:
-        accept(_decide(args, families, configs, platform, device_bytes, dummy=True)[-1])
+        accept(_decide(args, families, configs, platform, kind, device_bytes, dummy=True)[-1])
     checkpoint = open_checkpoint(args.model_path, load_format=args.load_format, downloads=args.downloads)
     dummy = checkpoint.format == "dummy"
-    model, draft, kernels, plan = _decide(args, families, checkpoint, platform, device_bytes, dummy=dummy)
+    model, draft, kernels, plan = _decide(args, families, checkpoint, platform, kind, device_bytes, dummy=dummy)
     accept(plan)
     _say_sizes(model, plan)
     placement = Placement.over(devices, grid)
@@ -174,6 +175,7 @@ def _say_sizes(model: DecoderConfig, plan: LaunchPlan) -> None:
     free = plan.memory.total_bytes - weights - kv
     table = log.memory_table(weights=weights, kv=kv, free=free, kv_tokens=plan.kv_tokens, context_length=length)
     logger.info("%s", table)
+    say_weights(model, model.shard(plan.grid), plan.runner_config.weight_dtype)
 
 
 def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
@@ -191,11 +193,19 @@ def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
 
 
 def _decide(
-    args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int, *, dummy: bool
+    args: ServerArgs,
+    families: Families,
+    checkpoint: Checkpoint,
+    platform: Platform,
+    device_kind: str,
+    device_bytes: int,
+    *,
+    dummy: bool,
 ) -> tuple[DecoderConfig, Checkpoint | None, Kernels, LaunchPlan]:
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
     model = model.for_context(args.context_length)
     model, draft = with_draft(args, model, families, checkpoint.tensors, dummy=dummy)
+    model = held(args, model, platform, device_kind)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
     return model, draft, kernels, plan
@@ -211,6 +221,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         model_path=args.model_path,
         architecture=model.architecture,
         dtype=plan.runner_config.compute_dtype,
+        quantization=str(model.weight_scheme or ""),
         platform=device_side.platform.name,
         device_kind=devices[0].device_kind,
         num_devices=len(devices),
@@ -254,7 +265,7 @@ def _load(
     if checkpoint.format == "dummy":
         return random_weights(model, dtype, seed, placer=placer, report=report)
     # A quantised GGUF stands for the weights of the model it was made from, whatever the dtype.
-    rounded_to = checkpoint.dtype if checkpoint.format == "gguf" else None
+    rounded_to = checkpoint.dtype if checkpoint.format == "gguf" and model.weight_scheme is None else None
     return load_weights(
         checkpoint, model, dtype, draft=draft, families=families, rounded_to=rounded_to, placer=placer, report=report
     )

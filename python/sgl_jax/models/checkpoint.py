@@ -8,10 +8,11 @@ from typing import Literal
 
 from sgl_jax.models.bundled import bundled_config, bundled_name
 from sgl_jax.models.folder_files import JsonFile
+from sgl_jax.models.formats.find import quantization_config
 from sgl_jax.models.gguf import gguf_config, gguf_tensors
 from sgl_jax.models.gguf_file import read_gguf
 from sgl_jax.models.model_errors import ModelError, faults_named
-from sgl_jax.models.raw_config import RawConfig
+from sgl_jax.models.raw_config import RawConfig, replaced
 from sgl_jax.models.safetensors_file import read_safetensors
 from sgl_jax.models.stored import StoredTensor, shard_name
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path, refuse_no_model
@@ -70,6 +71,8 @@ def open_checkpoint(path: str, *, load_format: LoadFormat = "auto", downloads: D
     if not (local / "config.json").is_file():
         raise ModelError(f"{local} has no config.json; --load-format {load_format} reads it")
     config, generation = (JsonFile(local / name).fields for name in ("config.json", "generation_config.json"))
+    if not quantization_config(config) and (beside := JsonFile(local / "hf_quant_config.json").fields):
+        config = replaced(config, {"quantization_config": beside | {"quant_method": "modelopt"}})
     tensors = {} if dummy else _safetensors(local)
     return Checkpoint(local, "dummy" if dummy else "safetensors", config, generation, local, tensors)
 

@@ -56,12 +56,13 @@ def check_fields(hf: Mapping[str, object]) -> None:
     checked_fields(hf, _Config)
 
 
-def checked_fields[T](hf: Mapping[str, object], kind: type[T]) -> T:
-    """Return the keys of config.json that are fields of `kind`. Raises ModelError for a wrong type or range."""
+def checked_fields[T](hf: Mapping[str, object], kind: type[T], within: str = "") -> T:
+    """Return the keys of config.json, or of the object `within` it, that are fields of `kind`. Raises ModelError for a wrong
+    type or range."""
     try:
         return msgspec.convert(dict(hf), kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$.")
         key = path.rstrip("`")
         found = hf.get(key.partition(".")[0].partition("[")[0])
-        raise ModelError(f"config.json: {key} is refused: {reason} (found {found!r:.80})") from error
+        raise ModelError(f"config.json: {within}{key} is refused: {reason} (found {found!r:.80})") from error

@@ -126,6 +126,7 @@ class DecoderConfig:
     query_scale: float | None = None  # None: head_dim ** -0.5
     logn_scaling: LognScaling | None = None
     weight_format: WeightFormat | None = None  # in which matrices are stored; None: plain floats
+    wide: tuple[str, ...] = ()  # paths of the matrices that a quantised checkpoint holds as plain floats
     weight_scheme: Scheme | None = None  # in which they are held; None: plain floats
     normalised_head: bool = False  # loading divides the head's columns by their lengths
     eos_token_ids: tuple[int, ...] = ()
@@ -154,7 +155,12 @@ class DecoderConfig:
 
     def layer_groups(self) -> tuple[int, ...]:
         """Return the sizes of the runs of layers with the same weights, in order. Each run can be stacked."""
-        runs = itertools.groupby(range(self.num_layers), self.has_experts)
+
+        def kind(layer: int) -> tuple[bool, list[str]]:
+            wide = self.wide if self.weight_scheme else ()
+            return self.has_experts(layer), sorted(p.split("].")[1] for p in wide if p.startswith(f".layers[{layer}]."))
+
+        runs = itertools.groupby(range(self.num_layers), kind)
         return tuple(len(list(layers)) for _, layers in runs)
 
     def shard(self, grid: Grid) -> DecoderConfig:

@@ -26,10 +26,11 @@ from sgl_jax.models import (
 from sgl_jax.models.architecture import WHOLES, architecture_of_type, text_model
 from sgl_jax.models.config_fields import check_fields
 from sgl_jax.models.decoder_config import DecoderConfig
+from sgl_jax.models.formats.find import weight_format
 from sgl_jax.models.hf_config import eos_token_ids
 from sgl_jax.models.model_errors import ModelError, faults_named
 from sgl_jax.models.names import TensorNames
-from sgl_jax.models.plan import plan_weights
+from sgl_jax.models.plan import plan_weights, wide_weights
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
 from sgl_jax.models.stored_names import has_own_head
@@ -94,6 +95,8 @@ def decoder_config(
     config = dataclasses.replace(config, part_of=whole if whole in WHOLES else None)
     if tensors and config.tie_embeddings and has_own_head(tensors, config, family.NAMES):
         config = dataclasses.replace(config, tie_embeddings=False)
+    if config.weight_format is not None:
+        config = dataclasses.replace(config, wide=wide_weights(tensors, config, family.NAMES))
     named = [token for token in (*eos_token_ids(generation_config), *config.eos_token_ids) if token >= 0]
     family_eos = family.eos_token_ids(generation_config) if hasattr(family, "eos_token_ids") else ()
     eos = tuple(dict.fromkeys(token for token in (*named, *family_eos) if token < config.vocab_size))
@@ -139,7 +142,8 @@ def _checked(module: ModuleType) -> ModuleType:
 
 def _translated(architecture: str, family: ModuleType, hf: RawConfig) -> DecoderConfig:
     defaults = getattr(family, "DEFAULTS", {}).get(architecture, {})
-    return family.config(defaults | hf | {"architectures": [architecture]})
+    config = family.config(defaults | hf | {"architectures": [architecture]})
+    return dataclasses.replace(config, weight_format=weight_format(hf))
 
 
 def _relatives(hf: RawConfig, tensors: Mapping[str, StoredTensor] | None, families: Families) -> str:

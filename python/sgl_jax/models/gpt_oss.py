@@ -13,8 +13,8 @@ import numpy as np
 from sgl_jax.models import llama
 from sgl_jax.models.decoder_config import DecoderConfig, MoeConfig
 from sgl_jax.models.hf_config import decoder, layer_windows, required
-from sgl_jax.models.mxfp4 import stored_mxfp4
-from sgl_jax.models.raw_config import RawConfig, replaced, without
+from sgl_jax.models.raw_config import RawConfig, replaced
+from sgl_jax.models.safetensors_file import DTYPES
 from sgl_jax.models.stored import StoredTensor
 
 ARCHITECTURES = ("GptOssForCausalLM",)
@@ -28,9 +28,8 @@ DEFAULTS = {"GptOssForCausalLM": _ATTENTION | _MLP | _ROPE | {"max_position_embe
 def config(hf: RawConfig) -> DecoderConfig:
     layers, bias = required(hf, "num_hidden_layers"), bool(hf["attention_bias"])
     types = hf.get("layer_types") or [("sliding_attention", "full_attention")[i % 2] for i in range(layers)]
-    is_mxfp4 = (hf.get("quantization_config") or {}).get("quant_method") == "mxfp4"  # the tensors themselves tell
     dense = decoder(
-        without(hf, "quantization_config") if is_mxfp4 else hf,
+        hf,
         head_dim=required(hf, "head_dim"),
         sliding_windows=layer_windows(replaced(hf, {"layer_types": types}), required(hf, "sliding_window")),
         qkv_bias=bias,
@@ -52,16 +51,11 @@ def view(stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
     """Show the experts' tensors as [E, out, in], gate rows first, then up."""
     tensors = dict(stored)
     for name in stored:
-        found = re.fullmatch(r"(.*\.experts\.(gate_up|down)_proj)(_blocks|_bias)?", name)
+        found = re.fullmatch(r".*\.experts\.(gate_up|down)_proj(_bias)?", name)
         if found is None:
             continue
-        base, kind, suffix = found.groups()
-        if suffix == "_blocks":
-            if base in stored or f"{base}_scales" not in stored:
-                continue
-            tensors[base] = stored_mxfp4(name, tensors.pop(name), tensors.pop(f"{base}_scales"))
-            name = base
-        elif suffix is None:
+        kind, is_bias = found.groups()
+        if not is_bias and stored[name].dtype in DTYPES:
             if len(stored[name].shape) != 3:
                 continue
             e, i, o = stored[name].shape

@@ -57,9 +57,6 @@ def decoder(
     not served.
     """
     architecture, hidden_act = hf["architectures"][0], hidden_act or hf.get("hidden_act", "silu")
-    if hf.get("quantization_config"):
-        method = hf["quantization_config"].get("quant_method", hf["quantization_config"])
-        raise ModelError(f"config.json has quantization_config ({method}); quantised checkpoints are not supported")
     if hidden_act not in _ACTIVATIONS:
         raise ModelError(f"config.json sets hidden_act={hidden_act!r}; supported are {', '.join(_ACTIVATIONS)}")
     if unknown := [key for key in _SCALES if hf.get(key) not in (None, 1, 1.0)]:

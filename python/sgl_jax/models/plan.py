@@ -11,12 +11,15 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.names import Rows, TensorNames
 from sgl_jax.models.quantised import Matrix, Quantised, is_quantised
+from sgl_jax.models.safetensors_file import DTYPES
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor, with_unit_columns
 from sgl_jax.models.stored_names import named_tensors
 from sgl_jax.models.weights import declare, declare_plain
 
 _DRAFT = ".draft"  # path of the draft model's weights
+# Scales of tokens, and of the KV cache, whose values stay under these names in `named_tensors`.
+BESIDE_WEIGHTS = r"\.(input|output|q|k|v|kv|prob_output)_scale$|\.input_global_scale$"
 _SHOWN = 40  # names that an error lists of each kind of misfit; a wrong config can make thousands
 
 
@@ -66,6 +69,7 @@ def plan_weights(
             piece = stored[name]
             if not piece.supported:
                 unreadable.append(f"{piece.name} ({piece.dtype})")
+                continue
             if piece.shape != shape:
                 misshapen.append(f"{piece.name} has {list(piece.shape)}, the config needs {list(shape)}")
                 continue
@@ -73,11 +77,13 @@ def plan_weights(
                 piece = with_unit_columns(piece)
             pieces.append(piece.take(rows.order) if rows else piece)
         leaves.append((whole_path, held, pieces))
-    ignored = [*names.ignored, *_mtp_layers(config, names)]
-    surplus = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
+    ignored = [*names.ignored, *_mtp_layers(config, names), *((BESIDE_WEIGHTS,) if config.weight_format else ())]
+    left = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
+    if config.weight_format is not None:  # GPTQ's writers add biases of 0
+        left = [n for n in left if not n.endswith(".bias") or stored[n].read().any()]
     problems = {
         "missing tensors": list(dict.fromkeys(missing)),
-        "tensors this architecture has no place for": sorted(surplus),
+        "tensors this architecture has no place for": sorted(left),
         "tensors of the wrong shape": list(dict.fromkeys(misshapen)),
         "tensors of an unsupported type": unreadable,
     }
@@ -87,6 +93,26 @@ def plan_weights(
             + "\n  ".join(_listed(label, found) for label, found in problems.items() if found)
         )
     return [leaf for path, held, pieces in leaves for leaf in leaves_of(path, held, pieces)]
+
+
+def wide_weights(
+    stored: Mapping[str, StoredTensor] | None, config: DecoderConfig, names: TensorNames
+) -> tuple[str, ...]:
+    """Return the paths of the matrices that a quantised checkpoint holds as plain floats, wholly or in part: as its tensors
+    are or, without them, as its config says."""
+    tensors, weight_format = named_tensors(stored or {}, config, names), config.weight_format
+    found = []
+    for path, spec, _ in flat_weights(dataclasses.replace(config, weight_scheme=None), "float32"):
+        if not spec.is_matrix or path.startswith(_DRAFT):
+            continue
+        of_rows = names.rows.get(path.partition("].")[2])
+        wanted = _wanted(path, spec, names, of_rows(config) if of_rows else None)
+        if stored:
+            wide = any(name in tensors and tensors[name].dtype in DTYPES for name in wanted)
+        else:
+            wide = weight_format is not None and any(weight_format.skips(n.removesuffix(".weight")) for n in wanted)
+        found += [path] if wide else []
+    return tuple(found)
 
 
 def _listed(label: str, found: Sequence[str]) -> str:

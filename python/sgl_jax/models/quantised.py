@@ -14,6 +14,7 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from sgl_jax.models.formats.form import Form
 from sgl_jax.models.spec import ExpertSite, Site, WeightSpec
 from sgl_jax.models.stored import StoredTensor
 from sgl_jax.ops.quantized_matmul.api import QuantizedGroupedMatmul, QuantizedMatmul
@@ -22,8 +23,15 @@ from sgl_jax.ops.quantized_matmul.api import QuantizedGroupedMatmul, QuantizedMa
 class WeightFormat(Protocol):
     """How the files of a checkpoint hold its matrices."""
 
+    @property
+    def form(self) -> Form: ...
+
     def view(self, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor]:
         """Return a checkpoint's tensors with those of one matrix as one, under its name, with `planes`."""
+        ...
+
+    def skips(self, module: str) -> bool:
+        """Tell whether config.json says that the matrix of a module is stored as plain floats."""
         ...
 
 

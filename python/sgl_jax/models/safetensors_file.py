@@ -17,9 +17,10 @@ from sgl_jax.models.model_errors import ModelError, faults_named
 from sgl_jax.models.stored import StoredTensor, map_file
 
 DTYPES = {"F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
-# Values of quantised tensors are read as they are stored. They mean nothing without a scheme.
-QUANTISED = {"I8": np.dtype("i1"), "U8": np.dtype("u1"), "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
-TABLES = {"I64": np.dtype("i8"), "I32": np.dtype("i4"), "BOOL": np.dtype("?")}  # tables of token ids
+# Values of quantised tensors are read as they are stored. They mean nothing without a format.
+_BYTES = {"I8": np.dtype("i1"), "U8": np.dtype("u1"), "F8_E8M0": np.dtype("u1")}  # F8_E8M0: exponents alone
+QUANTISED = {**_BYTES, "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn)}
+TABLES = {"I64": np.dtype("i8"), "I32": np.dtype("i4"), "BOOL": np.dtype("?")}  # tables of ids, and packed codes
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 
@@ -69,6 +70,6 @@ def _stored(path: Path, name: str, entry: _Entry, body: np.ndarray) -> StoredTen
         )
 
     def rows(start: int, stop: int) -> np.ndarray:
-        return body[begin:end].view(dtype or np.uint8).reshape(shape)[start:stop]
+        return body[begin:end].view(dtype or np.uint8).reshape(shape or 1)[start:stop]
 
     return StoredTensor(name, shape, entry.dtype, end - begin, rows, supported=entry.dtype in DTYPES)

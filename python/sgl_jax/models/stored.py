@@ -22,10 +22,10 @@ _ROWS = 4096  # summed at a time
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """Description of a tensor. `rows(start, stop)` reads a slice of its first axis as floats, so that none is held
-    whole.
+    whole. A scalar has one row.
 
     The slice may be a read-only view of the mapped file. A quantised tensor is read dequantised to float32. Its
-    `planes` are the tensors that the file holds for it ("values", "scales"), as they are stored, each with as many rows
+    `planes` are the tensors that the file holds for it ("values", "scales", "offsets"), as they are stored, each with as many rows
     as the tensor.
     """
 
@@ -38,7 +38,7 @@ class StoredTensor:
     planes: Mapping[str, StoredTensor] = dataclasses.field(default_factory=dict)  # parts of a quantised tensor, by name
 
     def read(self) -> np.ndarray:
-        return self.rows(0, self.shape[0])
+        return self.rows(0, self.shape[0] if self.shape else 1)
 
     def changed(self, change: Callable[[np.ndarray], np.ndarray]) -> StoredTensor:
         """Return the tensor with a function applied to each slice of rows, and without its planes."""

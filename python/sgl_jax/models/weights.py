@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -134,7 +134,7 @@ def declare(c: DecoderConfig, dtype: DTypeLike, *, stacked: bool = False) -> Wei
     specs, scheme = declare_plain(c, dtype), c.weight_scheme
     if scheme is not None:
         specs = jax.tree_util.tree_map_with_path(
-            lambda path, spec: scheme.declare(site, spec) if (site := site_of(path)) else spec, specs
+            lambda path, spec: scheme.declare(site, spec) if (site := site_of(path, c.wide)) else spec, specs
         )
     if not stacked:
         return specs
@@ -160,9 +160,10 @@ def declare_plain(c: DecoderConfig, dtype: DTypeLike) -> Weights[WeightSpec]:
     )
 
 
-def site_of(path: tuple[Any, ...]) -> Site | ExpertSite | None:
-    """Return the product that the weight at a path of the tree takes part in; None if it takes part in none."""
-    return SITES.get(re.sub(r"^\.(layers\[\d+\]\.)?", "", jax.tree_util.keystr(path)))
+def site_of(path: tuple[Any, ...], wide: Collection[str] = ()) -> Site | ExpertSite | None:
+    """Return the product that the weight at a path of the tree takes part in; None if it takes part in none, or is wide."""
+    name = jax.tree_util.keystr(path)
+    return None if name in wide else SITES.get(re.sub(r"^\.(layers\[\d+\]\.)?", "", name))
 
 
 def _stack(layer: LayerWeights[WeightSpec], n: int) -> LayerWeights[WeightSpec]:

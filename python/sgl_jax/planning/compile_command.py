@@ -13,7 +13,7 @@ from sgl_jax.engine.launch_plan import LaunchPlan
 from sgl_jax.engine.startup import kept_programs
 from sgl_jax.observability import log
 from sgl_jax.planning import plan_report
-from sgl_jax.planning.fit import Misfit, launch_of, make_plan
+from sgl_jax.planning.fit import Misfit, held_on, launch_of, make_plan
 from sgl_jax.planning.launch_programs import DoesNotCompile, ProgramFacts, compile_launch
 from sgl_jax.planning.model import PlannedModel, bundled_path, find_model, read_model
 from sgl_jax.planning.target import Target, find_target, target_here
@@ -33,7 +33,7 @@ def compile_here(args: ServerArgs) -> int:
     started = time.perf_counter()
     try:
         target = target_here(args.device, args.num_devices)
-        model = read_model(args)
+        model = held_on(target, args, read_model(args))
         facts = _compile(args, model, target, launch_of(args, model, target))
     except ValueError as error:
         return _failed(f"sgl_jax: error: {error}")
@@ -69,8 +69,7 @@ def _compile_for(args: ServerArgs, topology: str, context: int, only_plan: bool,
         raise ValueError(f"--device is {args.device}; --topology {topology} is {target.platform.name}: leave it out")
     if bundled_path(args.model_path) is None:
         args = with_verifier(args)
-    model = find_model(args)
-    plan = make_plan(args, model, target, context)
+    plan = make_plan(args, find_model(args), target, context)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 120, quiet=json_file == "-")
     facts, seconds, surplus = None, None, None
     if not only_plan:
@@ -78,7 +77,7 @@ def _compile_for(args: ServerArgs, topology: str, context: int, only_plan: bool,
     console.print(plan_report.fit_table(plan), plan_report.step_table(plan))
     if not only_plan:
         started = time.perf_counter()
-        facts = _compile(args, model, target, plan.launch)
+        facts = _compile(args, plan.model, target, plan.launch)
         seconds = time.perf_counter() - started
         console.print(plan_report.program_table(facts))
         console.print(f"Compiled {len(facts)} programs in {seconds:.0f} s.")

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from sgl_jax.engine.launch_plan import LaunchPlan, plan_launch
+from sgl_jax.engine.quantisation import held
 from sgl_jax.models.weights import parameters
 from sgl_jax.planning.cost import Bound, StepCost, step_cost
 from sgl_jax.planning.model import PlannedModel
@@ -51,6 +52,7 @@ class Plan:
 def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: int) -> Plan:
     """Plan a launch and count its steps with `context` cached tokens per row. Raises Misfit, or ValueError for a flag."""
     args = dataclasses.replace(args, tp_size=target.num_devices // args.dp_size)
+    model = held_on(target, args, model)
     launch = launch_of(args, model, target)
     config = launch.runner_config
     context = min(context, config.context_length)
@@ -62,6 +64,11 @@ def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: in
         bound = cost.bound(rates) if rates else None
         steps.append(PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, bound))
     return Plan(model, target, launch, parameters(model.config), context, tuple(steps))
+
+
+def held_on(target: Target, args: ServerArgs, model: PlannedModel) -> PlannedModel:
+    """Return the model with its matrices held as on the target's devices. Raises ValueError for a flag."""
+    return dataclasses.replace(model, config=held(args, model.config, target.platform, target.kind))
 
 
 def launch_of(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:

@@ -23,7 +23,7 @@ def fit_table(plan: Plan) -> Table:
         ("model", f"{config.architecture}, {_count(plan.parameters)} parameters ({plan.model.source})"),
         ("devices", f"{target.name}: {chips}{target.num_devices} x {target.kind}, {size(target.device_bytes)} each"),
         ("launch", f"{launch.grid.flags}, {limits.compute_dtype}"),
-        ("weights per device", size(launch.weight_bytes)),
+        ("weights per device", f"{size(launch.weight_bytes)}, held as {config.weight_scheme or limits.weight_dtype}"),
         ("KV per device", f"{size(memory.kv_bytes)} in {memory.num_pages:,} pages of {memory.page_size} tokens"),
         ("KV per token and device", f"{memory.bytes_per_token:,} bytes"),
         ("KV holds", holds),
@@ -79,9 +79,10 @@ def overflow(plan: Plan, facts: Sequence[ProgramFacts]) -> str | None:
 def as_data(plan: Plan, facts: Sequence[ProgramFacts] | None, seconds: float | None) -> dict[str, Any]:
     """Return the plan for JSON. `facts` None: nothing was compiled. Bytes and rates are per device, times in seconds."""
     launch, memory, limits, target = plan.launch, plan.launch.memory, plan.launch.runner_config, plan.target
+    config = plan.model.config
     return {
         "model": plan.model.source,
-        "architecture": plan.model.config.architecture,
+        "architecture": config.architecture,
         "parameters": plan.parameters,
         "topology": target.name,
         "device_kind": target.kind,
@@ -89,6 +90,7 @@ def as_data(plan: Plan, facts: Sequence[ProgramFacts] | None, seconds: float | N
         "num_devices": target.num_devices,
         "grid": dataclasses.asdict(launch.grid),
         "dtype": limits.compute_dtype,
+        "quantization": str(config.weight_scheme or ""),
         "device_bytes": memory.total_bytes,
         "weight_bytes": launch.weight_bytes,
         "kv_bytes": memory.kv_bytes,

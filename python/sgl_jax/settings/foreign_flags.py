@@ -46,6 +46,7 @@ OTHERWISE = {
     "--num-gpu-blocks-override": "--max-total-tokens says it in tokens",
     "--schedule-conservativeness": "when the KV cache is full, requests are preempted; --max-running-requests limits them",
     "--kv-cache-dtype": "the KV cache has the type of --dtype; a quantised one is not built",
+    "--quantization-param-path --quantization-config --modelopt-*": "the files of the checkpoint say how it is quantised",
     "--moe-backend --sampling-backend": "it is chosen for the device",
     "--model-impl": "models run on our own code only",
     "--tokenizer-mode --tokenizer-backend": "the model's files decide",

@@ -40,7 +40,6 @@ NOT_BUILT = (
         fields="separate_reasoning stream_reasoning include_reasoning",
     ),
     Feature("drafting all tokens at once (DFlash, DSpark) is", flags="--speculative-dflash-* --speculative-dspark-*"),
-    Feature("quantised arithmetic is", flags="-q --quantization*"),
     Feature(
         "LoRA is",
         flags="--*lora*",

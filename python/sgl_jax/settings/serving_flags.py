@@ -20,6 +20,9 @@ def _list_of(pattern: str, text: str) -> Rule:
     return Rule(lambda value: all(fits(each.strip()) for each in value.split(",")), f"{text}, separated by commas")
 
 
+_OnLoad = Literal["auto", "int8", "int8-weight-only", "fp8", "fp8-weight-only", "int4", "w8a8_int8", "w8a8_fp8"]
+_AsStored = Literal["awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors", "fbgemm_fp8", "mxfp4"]
+_AsModelOpt = Literal["modelopt", "modelopt_fp8", "modelopt_fp4"]
 _NO_FLOAT16 = "float16 overflows in models trained in bfloat16, and TPUs do not have it; use bfloat16"
 _IN_0_1 = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 _PAGE_SIZE = Rule(lambda value: 1 <= value <= 1024 and value & (value - 1) == 0, "a power of two between 1 and 1024")
@@ -56,6 +59,17 @@ class ServingFlags:
         "auto",
         "type of weights and KV cache; auto chooses for model and device",
         refused={"float16": _NO_FLOAT16, "half": _NO_FLOAT16, "float": "write float32"},
+    )
+    quantization: Literal[_OnLoad, _AsStored, _AsModelOpt] | None = flag(
+        None,
+        "how matrices are held (docs/features/quantization.md): rounded while they are read, or a name that repeats the "
+        "checkpoint's format",
+        unset="as the checkpoint's format and the device have it",
+        aliases=("-q",),
+        refused={
+            "gguf": "a .gguf file needs no flag",
+            "bitsandbytes": "it has no kernels here; int8 rounds as many bits",
+        },
     )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = flag(
         "auto", "where weights come from; auto looks at the files, dummy makes random ones"

@@ -1,0 +1,1 @@
+"""How the files of quantised checkpoints hold matrices: a file for each family of formats, found by config.json."""
