@@ -142,6 +142,11 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     latent = model.mla is not None
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
     dense = plain_product if library is None else library_product(library)
+    if platform.name == "tpu":
+        from sgl_jax.ops.quantized_matmul import pallas_tpu as quantized  # importing Pallas is slow
+
+        products = quantized.quantized_matmul, quantized.quantized_grouped_matmul
+        return Kernels(attention, grouped_matmul_for("tpu"), dense, *products)
     return Kernels(attention, grouped_matmul_for(platform.name), dense)
 
 

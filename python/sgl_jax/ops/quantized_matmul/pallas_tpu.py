@@ -1,0 +1,177 @@
+"""Quantised products for TPU: values are read in their narrow dtype, and are wide in the core's own memory only.
+
+Work is a list of items as in grouped_matmul.pallas_tpu; a dense product is that of one group. A step of the grid has a block
+of outputs with all their inputs, which Pallas copies while the block before is multiplied (see tiles).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from sgl_jax.ops.grouped_matmul.pallas_tpu import Items, make_items, tile_rows
+from sgl_jax.ops.quantized_matmul import native, tiles
+from sgl_jax.ops.quantized_matmul.api import Planes, Rounding
+from sgl_jax.ops.quantized_matmul.tiles import LANES
+
+_BLOCK_BYTES = 2 << 20  # of values; two blocks are in VMEM, one at work and one on its way
+_TOKEN_BYTES = 12 << 20  # of a tile of tokens of a dense product
+_MOST_TOKENS = 1024  # of such a tile
+_SUBLANES = 16  # tokens of bfloat16 in a register
+_WORK_BYTES = 12 << 20  # of VMEM, for what a step decodes
+
+
+class Tokens(NamedTuple):
+    x: jax.Array  # [M, I]
+    sums: jax.Array | None  # f32[M, G] of each group's inputs, where there are offsets
+
+
+def quantized_matmul(
+    x: Float[Array, "T I"], w: Planes, rounding: Rounding | None = None, out_dtype: DTypeLike | None = None
+) -> Float[Array, "T O"]:
+    """See api.QuantizedMatmul. With one scale for a channel it is left to XLA, which reads narrow values in place, too."""
+    if w.scales.shape[-1] == 1 and w.offsets is None:
+        return native.quantized_matmul(x, w, rounding, out_dtype)
+    most = min(_MOST_TOKENS, _TOKEN_BYTES // (x.shape[1] * x.dtype.itemsize))
+    rows = min(_SUBLANES * pl.cdiv(len(x), _SUBLANES), max(_SUBLANES, most // LANES * LANES))
+    sizes, stack = jnp.array([len(x)], jnp.int32), jax.tree.map(lambda plane: plane[None, None], w)
+    return _product(native.as_rounded(x, rounding), stack, 0, sizes, rows, out_dtype or x.dtype, "quantized_matmul")
+
+
+def quantized_grouped_matmul(
+    x: Float[Array, "M I"],
+    w: Planes,
+    layer: Int[Array, ""] | int,
+    group_sizes: Int[Array, " E"],
+    rounding: Rounding | None = None,
+) -> Float[Array, "M O"]:
+    """See api.QuantizedGroupedMatmul."""
+    rows = tile_rows(len(x), len(group_sizes))
+    return _product(native.as_rounded(x, rounding), w, layer, group_sizes, rows, x.dtype, "quantized_grouped_matmul")
+
+
+def _product(
+    x: Float[Array, "M I"],
+    w: Planes,
+    layer: Int[Array, ""] | int,
+    group_sizes: Int[Array, " E"],
+    rows: int,
+    out_dtype: DTypeLike,
+    name: str,
+) -> Float[Array, "M O"]:
+    """Multiply rows of groups, `rows` at a time. Raises ValueError for groups of inputs that lie across lane tiles."""
+    (num_rows, inputs), (_, num_groups, outputs, groups) = x.shape, w.scales.shape
+    if inputs % LANES == 0 and LANES % (inputs // groups) and (inputs // groups) % LANES:
+        raise ValueError(
+            f"{inputs // groups} inputs share a scale; on TPU a group divides {LANES} inputs or is a multiple of them: "
+            "hold the matrix with one scale for each channel"
+        )
+    padded = jnp.pad(x, ((0, -num_rows % rows), (0, 0)))
+    sums = None if w.offsets is None else _sums(padded, groups)
+    tokens, items = Tokens(padded, sums), make_items(group_sizes, len(padded) // rows, rows)
+    row_bytes = inputs * _bits(w.values.dtype) // 8
+    block = _output_block(outputs, row_bytes)
+    tokens_first = (
+        num_groups == 1
+    )  # else the rows of an item, some of a tile's, follow each other in a block of the output
+
+    def spec(shape: tuple[int | None, ...], index) -> pl.BlockSpec:
+        def at(a, b, layer, _number, row_tile, group, *_):
+            o, item = (b, a) if tokens_first else (a, b)
+            return index(o, row_tile[item], (layer[0], group[item]))
+
+        return pl.BlockSpec(shape, at)
+
+    def plane(each: jax.Array) -> pl.BlockSpec:
+        if _is_upright(each.shape[-1]):
+            return spec((None, None, each.shape[-1], block), lambda o, _, matrix: (*matrix, 0, o))
+        return spec((None, None, block, each.shape[-1]), lambda o, _, matrix: (*matrix, o, 0))
+
+    kept = jax.tree.map(lambda each: each.swapaxes(2, 3) if _is_upright(each.shape[-1]) else each, w)
+    turned = (
+        [] if _is_upright(groups) else [pltpu.VMEM((groups, block), jnp.float32) for _ in kept[1:] if _ is not None]
+    )
+    out = pl.pallas_call(
+        functools.partial(_kernel, rows=rows, tokens_first=tokens_first),
+        out_shape=jax.ShapeDtypeStruct((len(padded), outputs), out_dtype),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1 + len(items),
+            grid=_ordered(tokens_first, pl.cdiv(outputs, block), len(items.group)),
+            in_specs=[
+                jax.tree.map(lambda each: spec((rows, each.shape[1]), lambda _, tile, __: (tile, 0)), tokens),
+                jax.tree.map(plane, w),
+            ],
+            out_specs=spec((rows, block), lambda o, tile, _: (tile, o)),
+            scratch_shapes=turned,
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("arbitrary", "arbitrary"),
+            vmem_limit_bytes=_WORK_BYTES + 2 * block * row_bytes + rows * (2 * inputs * x.dtype.itemsize + 16 * block),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * len(items.group) * rows * inputs * outputs,
+            transcendentals=0,
+            bytes_accessed=min(num_groups, num_rows) * outputs * (row_bytes + 4 * groups)
+            + len(padded) * (inputs + outputs) * x.dtype.itemsize,
+        ),
+        name=name,
+    )(jnp.asarray(layer, jnp.int32).reshape(1), *items, tokens, kept)
+    return out[:num_rows]
+
+
+def _kernel(layer, *refs, rows: int, tokens_first: bool):
+    """Multiply the rows of an item, tokens [rows, I], with a block of its group's planes into out [rows, block]."""
+    del layer
+    items, (tokens, w, out, *turned) = Items(*refs[:5]), refs[5:]
+    item = pl.program_id(0 if tokens_first else 1)
+
+    @pl.when(item < items.number[0])
+    def _():
+        planes = list(w[1:])
+        for at, scratch in enumerate(turned):  # scales, offsets
+            scratch[...] = planes[at][...].T
+            planes[at] = scratch
+        group, tile = items.group[item], items.row_tile[item]
+        row = tile * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+        own = (row >= items.start[group]) & (row < items.end[group])
+        is_first = (item == 0) | (tile != items.row_tile[jnp.maximum(item - 1, 0)])
+
+        def store(columns, product):
+            others = jnp.where(is_first, 0.0, out[:, columns].astype(jnp.float32))
+            out[:, columns] = jnp.where(own, product, others).astype(out.dtype)
+
+        tiles.multiply(tokens.x, tokens.sums, tiles.Block(w.values, *planes), store)
+
+
+def _sums(x: Float[Array, "M I"], groups: int) -> Float[Array, "M G"]:
+    """Sum the inputs of each group in float32, by a product: a device would have to copy them to divide their axis."""
+    group = jnp.arange(x.shape[1]) // (x.shape[1] // groups)
+    members = (group[:, None] == jnp.arange(groups)).astype(x.dtype)
+    return jnp.dot(x, members, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+def _ordered(tokens_first: bool, blocks: int, items: int) -> tuple[int, int]:
+    return (items, blocks) if tokens_first else (blocks, items)
+
+
+def _is_upright(columns: int) -> bool:
+    """Tell whether a device keeps an array [O, columns] with O innermost; handed over so, it is not copied."""
+    return columns % LANES != 0
+
+
+def _bits(dtype: DTypeLike) -> int:
+    return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
+
+
+def _output_block(outputs: int, row_bytes: int) -> int:
+    """Return the outputs of a block: as many as are small enough, and preferably whole products of them."""
+    if outputs <= LANES:
+        return outputs
+    most = max(LANES, min(outputs, _BLOCK_BYTES // row_bytes)) // LANES
+    return LANES * max(range(1, most + 1), key=lambda n: (outputs % (n * LANES) == 0, n % 2 == 0, n))
