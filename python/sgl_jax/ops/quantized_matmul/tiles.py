@@ -1,8 +1,8 @@
 """Inside the kernels for TPU: tokens times a block of a matrix, whose values are decoded in VMEM.
 
 The matrix unit takes narrow values as they are. So for few tokens each group is multiplied with them, and its sums with the
-group's scales: exact, and the least work. For many tokens that costs more than to scale the values once, in the tokens'
-dtype; they then fill the depth of the unit, which is 256 inputs.
+group's scales: exact, and the least work. For many tokens that costs more than to scale the values first, rounded to the
+tokens' dtype; they then fill the depth of the unit, which is 256 inputs.
 """
 
 from typing import NamedTuple
@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Shaped
 
 LANES = 128
-FEW_TOKENS = 128  # so many or fewer: sums are scaled
 _ROWS = 256  # of the matrix, in one product
 _TURN = 1024  # inputs in a turn of the loop
+_FEW_ROWS = 256  # of tokens, one for each group that shares a lane tile: so many or fewer, and sums are scaled
 
 
 class Block(NamedTuple):
@@ -59,10 +59,11 @@ def _product(x, w: Block, columns, rows: int) -> Float[Array, "T n"]:
     step = max(group, LANES)
     turn = step * max(n for n in range(1, max(1, _TURN // step) + 1) if inputs % (step * n) == 0)
 
+    multiplied = _scaled_sums if tokens * step <= _FEW_ROWS * group else _scaled_values
+
     def add(i, total):
         at = pl.multiple_of(i * turn, turn)
         scales = w.scales[pl.ds(pl.multiple_of(i * (turn // group), turn // group), turn // group), columns]
-        multiplied = _scaled_sums if tokens <= FEW_TOKENS else _scaled_values
         return total + multiplied(x[:, pl.ds(at, turn)], w.values[columns, pl.ds(at, turn)], scales, group)
 
     return lax.fori_loop(0, inputs // turn, add, jnp.zeros((tokens, rows), jnp.float32))
@@ -92,14 +93,14 @@ def _scaled_values(
     """Multiply with values that are scaled first."""
     step = max(group, LANES)
     sharing = step // group
-    factors = scales.T.astype(x.dtype)  # [n, groups]
+    factors = scales.T  # [n, groups]
     owner = lax.broadcasted_iota(jnp.int32, (len(values), step), 1) // group
     tiles = []
     for n, at in enumerate(range(0, x.shape[1], step)):
         tile = jnp.broadcast_to(factors[:, n * sharing : n * sharing + 1], owner.shape)
         for j in range(1, sharing):
             tile = jnp.where(owner == j, factors[:, n * sharing + j : n * sharing + j + 1], tile)
-        tiles.append(values[:, at : at + step].astype(x.dtype) * tile)
+        tiles.append((values[:, at : at + step].astype(jnp.float32) * tile).astype(x.dtype))
     return _dot(x, jnp.concatenate(tiles, axis=1), 1)
 
 
