@@ -76,7 +76,7 @@ def _product(
     sums = None if w.offsets is None else _sums(padded, groups)
     tokens, items = Tokens(padded, sums), make_items(group_sizes, len(padded) // rows, rows)
     row_bytes = inputs * _bits(w.values.dtype) // 8
-    block = _output_block(outputs, row_bytes)
+    block = output_block(outputs, row_bytes)
     tokens_first = (
         num_groups == 1
     )  # else the rows of an item, some of a tile's, follow each other in a block of the output
@@ -169,7 +169,7 @@ def _bits(dtype: DTypeLike) -> int:
     return (jnp.finfo if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo)(dtype).bits
 
 
-def _output_block(outputs: int, row_bytes: int) -> int:
+def output_block(outputs: int, row_bytes: int) -> int:
     """Return the outputs of a block: as many as are small enough, and preferably whole products of them."""
     if outputs <= LANES:
         return outputs

@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Shaped
 
 LANES = 128
-_ROWS = 256  # of the matrix, in one product
-_TURN = 1024  # inputs in a turn of the loop
-_FEW_ROWS = 256  # of tokens, one for each group that shares a lane tile: so many or fewer, and sums are scaled
+ROWS = 256  # of the matrix, in one product
+TURN = 1024  # inputs in a turn of the loop
+_FEW_ROWS = 512  # of tokens, one for each group that shares a lane tile: so many or fewer, and sums are scaled
 
 
 class Block(NamedTuple):
@@ -33,7 +33,7 @@ def multiply(x, sums, w: Block, store) -> None:
     Gives the product of some outputs at a time, f32[T, n], and which columns they are, to `store`.
     """
     outputs = w.scales.shape[1]
-    rows = min(outputs, _ROWS if outputs % _ROWS == 0 else LANES)
+    rows = min(outputs, ROWS if outputs % ROWS == 0 else LANES)
 
     def part(i, carry):
         columns = pl.ds(pl.multiple_of(i * rows, rows), rows)
@@ -57,16 +57,22 @@ def _product(x, w: Block, columns, rows: int) -> Float[Array, "T n"]:
         return _dot(x[...], _scaled_upright(w.values[:, columns], w.scales[:, columns], x.dtype), 0)
     group = inputs // groups
     step = max(group, LANES)
-    turn = step * max(n for n in range(1, max(1, _TURN // step) + 1) if inputs % (step * n) == 0)
-
+    turn = step * max(n for n in range(1, max(1, TURN // step) + 1) if inputs % (step * n) == 0)
     multiplied = _scaled_sums if tokens * step <= _FEW_ROWS * group else _scaled_values
 
     def add(i, total):
         at = pl.multiple_of(i * turn, turn)
-        scales = w.scales[pl.ds(pl.multiple_of(i * (turn // group), turn // group), turn // group), columns]
+        scales = _rows(w.scales, i, turn // group, columns)
         return total + multiplied(x[:, pl.ds(at, turn)], w.values[columns, pl.ds(at, turn)], scales, group)
 
     return lax.fori_loop(0, inputs // turn, add, jnp.zeros((tokens, rows), jnp.float32))
+
+
+def _rows(plane, i, number: int, columns) -> Float[Array, "G n"]:
+    """Return rows i * number and on of a plane: at once if they are whole registers of 8, else one by one."""
+    if number % 8 == 0:
+        return plane[pl.ds(pl.multiple_of(i * number, number), number), columns]
+    return jnp.concatenate([plane[pl.ds(i * number + n, 1), columns] for n in range(number)])
 
 
 def _scaled_sums(
@@ -90,18 +96,13 @@ def _scaled_sums(
 def _scaled_values(
     x: Float[Array, "T I"], values: Shaped[Array, "n I"], scales: Float[Array, "G n"], group: int
 ) -> Float[Array, "T n"]:
-    """Multiply with values that are scaled first."""
-    step = max(group, LANES)
-    sharing = step // group
-    factors = scales.T  # [n, groups]
-    owner = lax.broadcasted_iota(jnp.int32, (len(values), step), 1) // group
-    tiles = []
-    for n, at in enumerate(range(0, x.shape[1], step)):
-        tile = jnp.broadcast_to(factors[:, n * sharing : n * sharing + 1], owner.shape)
-        for j in range(1, sharing):
-            tile = jnp.where(owner == j, factors[:, n * sharing + j : n * sharing + j + 1], tile)
-        tiles.append((values[:, at : at + step].astype(jnp.float32) * tile).astype(x.dtype))
-    return _dot(x, jnp.concatenate(tiles, axis=1), 1)
+    """Multiply with values that are scaled first. The matrix unit spreads each scale, as two bfloat16, over its group."""
+    inputs, high = x.shape[1], scales.astype(jnp.bfloat16)
+    parts = jnp.concatenate([high, (scales - high.astype(jnp.float32)).astype(jnp.bfloat16)])  # [2 G, n]
+    column = lax.broadcasted_iota(jnp.int32, (len(parts), inputs), 1) // group
+    members = column == lax.broadcasted_iota(jnp.int32, (len(parts), inputs), 0) % len(scales)
+    spread = _dot(parts.T, members.astype(jnp.bfloat16), 0)
+    return _dot(x, (values.astype(jnp.float32) * spread).astype(x.dtype), 1)
 
 
 def _scaled_upright(values: Shaped[Array, "I n"], scales: Float[Array, "G n"], dtype) -> Float[Array, "I n"]:
