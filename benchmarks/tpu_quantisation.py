@@ -105,8 +105,8 @@ def kernel_bundles(text: str, form: Form) -> int:
 def weight_bytes() -> list[dict[str, Any]]:
     """Count each model's weights by scheme."""
     from sgl_jax.models.scaled import Scaled
-    from sgl_jax.models.weights import weight_bytes
     from sgl_jax.planning.model import find_model
+    from sgl_jax.runtime.placed_weights import weight_bytes
 
     found = []
     for name in MODELS:

@@ -20,11 +20,11 @@ from sgl_jax.ops.quantized_matmul import native, tiles
 from sgl_jax.ops.quantized_matmul.api import Planes, Rounding
 from sgl_jax.ops.quantized_matmul.tiles import LANES
 
-_BLOCK_BYTES = 2 << 20  # of values; two blocks are in VMEM, one at work and one on its way
-_TOKEN_BYTES = 12 << 20  # of a tile of tokens of a dense product
-_MOST_TOKENS = 1024  # of such a tile
+_BLOCK_BYTES = 2 << 20  # a block's values; two blocks are in VMEM, one at work and one on its way
+_TOKEN_BYTES = 12 << 20  # a tile of tokens of a dense product
+_MOST_TOKENS = 1024  # in such a tile
 _SUBLANES = 16  # tokens of bfloat16 in a register
-_WORK_BYTES = 12 << 20  # of VMEM, for what a step decodes
+_WORK_BYTES = 12 << 20  # VMEM for what a step decodes
 
 
 class Tokens(NamedTuple):

@@ -14,9 +14,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Shaped
 
 LANES = 128
-ROWS = 256  # of the matrix, in one product
+ROWS = 256  # rows of the matrix in one product
 TURN = 1024  # inputs in a turn of the loop
-_FEW_ROWS = 512  # of tokens, one for each group that shares a lane tile: so many or fewer, and sums are scaled
+_FEW_ROWS = 256  # tokens times groups that share a lane tile: so many or fewer, and sums are scaled
 
 
 class Block(NamedTuple):
