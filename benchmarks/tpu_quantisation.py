@@ -146,11 +146,11 @@ def report(record: dict[str, Any]) -> str:
                 cells.append(f"{taken / 1e3:.0f}{counted}")
             floor, part = mine[0]["bytes"] / rate / 1e3, form.nbytes / 2
             lines.append(f"| {form.name} | {part:.3f} | {floor:.0f} | {' | '.join(cells)} |")
+    temporaries = max(each["temporary_bytes"] for each in record["products"]) / 1e6
     lines += [
         "",
-        "In brackets: beside bfloat16's cycles. No program has temporaries beyond tokens and products: the largest are",
+        f"In brackets: beside bfloat16's cycles. The programs have {temporaries:.1f} MB of temporaries at most.",
     ]
-    lines += [f"{max(each['temporary_bytes'] for each in record['products']) / 1e6:.1f} MB."]
     weights = record["weights"]
     forms = [form.name for form in FORMS if form.rounding is None]
     lines += [

@@ -24,33 +24,34 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-INT8, W4A16, FP8_BLOCKS = Scaled("int8"), Scaled("int4", group=128), Scaled("float8_e4m3fn", group=128)
+SCHEMES = {
+    "int8": Scaled("int8"),
+    "W4A16": Scaled("int4", group=128),
+    "FP8 blocks": Scaled("float8_e4m3fn", group=128),
+}
 CASES = [  # model, topology, scheme, tokens of the step: none is a number of groups
-    ("Qwen3-8B", "v6e-1", INT8, 8),
-    ("Qwen3-8B", "v7x-1", W4A16, 8),
-    ("Qwen3-8B", "v6e-1", W4A16, 2048),
-    ("Qwen3-32B", "v6e-4", INT8, 8),
-    ("Qwen3-32B", "v7x-1", FP8_BLOCKS, 8),
-    ("Qwen3-30B-A3B", "v6e-1", W4A16, 8),
-    ("Qwen3-30B-A3B", "v7x-1", INT8, 8),
-    ("DeepSeek-V3", "v6e-8", FP8_BLOCKS, 8),
-    ("DeepSeek-V3", "v7x-4", FP8_BLOCKS, 8),
+    ("Qwen3-8B", "v6e-1", "int8", 8),
+    ("Qwen3-8B", "v7x-1", "W4A16", 8),
+    ("Qwen3-8B", "v6e-1", "W4A16", 2048),
+    ("Qwen3-32B", "v6e-4", "int8", 8),
+    ("Qwen3-32B", "v7x-1", "FP8 blocks", 8),
+    ("Qwen3-30B-A3B", "v6e-1", "W4A16", 8),
+    ("Qwen3-30B-A3B", "v7x-1", "int8", 8),
+    ("DeepSeek-V3", "v6e-8", "FP8 blocks", 8),
+    ("DeepSeek-V3", "v7x-4", "FP8 blocks", 8),
 ]
 VOCABULARY = 16384  # a smaller head compiles sooner
 WIDE = ("bf16", "f16", "f32")
 
 
-def _name(case: tuple[str, str, Scaled, int]) -> str:
-    model, topology, scheme, tokens = case
-    return f"{model} {topology} {scheme.dtype}{f' groups of {scheme.group}' if scheme.group else ''}, {tokens} tokens"
-
-
-@pytest.fixture(scope="module", params=CASES, ids=_name)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def step(request: pytest.FixtureRequest) -> StepProgram:
     name, topology, scheme, tokens = request.param
     model = find_model(name)
     kinds = {"moe_layers": (False, True)} if model.config.moe_layers else {}
-    config = dataclasses.replace(model.config, num_layers=2, vocab_size=VOCABULARY, weight_scheme=scheme, **kinds)
+    config = dataclasses.replace(
+        model.config, num_layers=2, vocab_size=VOCABULARY, weight_scheme=SCHEMES[scheme], **kinds
+    )
     args = ServerArgs(model_path=name, attention_backend="fa")
     plan, made, placement = programs.programs_for(args, dataclasses.replace(model, config=config), topology)
     bucket = next(each.bucket for each in plan.steps if each.bucket.num_tokens == tokens)
@@ -64,7 +65,7 @@ def _matrices(step: StepProgram) -> set[tuple[int, ...]]:
     return {programs.sides(shape[first:]) for shape in shapes for first in range(len(shape) - 1)}
 
 
-@pytest.mark.supports("TPU, compiled only", CASES)
+@pytest.mark.supports("quantised on TPU, compiled only", CASES)
 def test_no_buffer_has_a_matrix_in_a_wide_dtype(step: StepProgram) -> None:
     """A prefetch of a plain matrix with the same sides is none."""
     matrices = _matrices(step)

@@ -5,6 +5,7 @@ of outputs with all their inputs, which Pallas copies while the block before is 
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,8 @@ _TOKEN_BYTES = 12 << 20  # a tile of tokens of a dense product
 _MOST_TOKENS = 1024  # in such a tile
 _SUBLANES = 16  # tokens of bfloat16 in a register
 _WORK_BYTES = 12 << 20  # VMEM for what a step decodes
+
+Index = Callable[[jax.Array, jax.Array, tuple[jax.Array, jax.Array]], tuple[jax.Array | int, ...]]
 
 
 class Tokens(NamedTuple):
@@ -77,38 +80,21 @@ def _product(
     tokens, items = Tokens(padded, sums), make_items(group_sizes, len(padded) // rows, rows)
     row_bytes = inputs * _bits(w.values.dtype) // 8
     block = output_block(outputs, row_bytes)
-    tokens_first = (
-        num_groups == 1
-    )  # else the rows of an item, some of a tile's, follow each other in a block of the output
-
-    def spec(shape: tuple[int | None, ...], index) -> pl.BlockSpec:
-        def at(a, b, layer, _number, row_tile, group, *_):
-            o, item = (b, a) if tokens_first else (a, b)
-            return index(o, row_tile[item], (layer[0], group[item]))
-
-        return pl.BlockSpec(shape, at)
-
-    def plane(each: jax.Array) -> pl.BlockSpec:
-        if _is_upright(each.shape[-1]):
-            return spec((None, None, each.shape[-1], block), lambda o, _, matrix: (*matrix, 0, o))
-        return spec((None, None, block, each.shape[-1]), lambda o, _, matrix: (*matrix, o, 0))
-
-    kept = jax.tree.map(lambda each: each.swapaxes(2, 3) if _is_upright(each.shape[-1]) else each, w)
-    turned = (
-        [] if _is_upright(groups) else [pltpu.VMEM((groups, block), jnp.float32) for _ in kept[1:] if _ is not None]
-    )
+    # With several groups, items that share a tile of rows follow each other in one block of the output.
+    spec = functools.partial(_spec, tokens_first=num_groups == 1)
+    turned = 0 if _is_upright(groups) else len(jax.tree.leaves(w)) - 1
     out = pl.pallas_call(
-        functools.partial(_kernel, rows=rows, tokens_first=tokens_first),
+        functools.partial(_kernel, rows=rows, tokens_first=num_groups == 1),
         out_shape=jax.ShapeDtypeStruct((len(padded), outputs), out_dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1 + len(items),
-            grid=_ordered(tokens_first, pl.cdiv(outputs, block), len(items.group)),
+            grid=(pl.cdiv(outputs, block), len(items.group))[:: -1 if num_groups == 1 else 1],
             in_specs=[
                 jax.tree.map(lambda each: spec((rows, each.shape[1]), lambda _, tile, __: (tile, 0)), tokens),
-                jax.tree.map(plane, w),
+                jax.tree.map(lambda each: spec(*_block_of(each, block)), w),
             ],
             out_specs=spec((rows, block), lambda o, tile, _: (tile, o)),
-            scratch_shapes=turned,
+            scratch_shapes=[pltpu.VMEM((groups, block), jnp.float32)] * turned,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"),
@@ -121,7 +107,7 @@ def _product(
             + len(padded) * (inputs + outputs) * x.dtype.itemsize,
         ),
         name=name,
-    )(jnp.asarray(layer, jnp.int32).reshape(1), *items, tokens, kept)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), *items, tokens, jax.tree.map(_kept, w))
     return out[:num_rows]
 
 
@@ -156,12 +142,31 @@ def _sums(x: Float[Array, "M I"], groups: int) -> Float[Array, "M G"]:
     return jnp.dot(x, members, precision=lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-def _ordered(tokens_first: bool, blocks: int, items: int) -> tuple[int, int]:
-    return (items, blocks) if tokens_first else (blocks, items)
+def _spec(shape: tuple[int | None, ...], index: Index, *, tokens_first: bool) -> pl.BlockSpec:
+    """Return blocks of an array, by `index` (block of outputs, tile of rows, layer and group); a grid's steps are pairs
+    of a block of outputs and an item, or of an item and a block."""
+
+    def at(a, b, layer, _number, row_tile, group, *_):
+        o, item = (b, a) if tokens_first else (a, b)
+        return index(o, row_tile[item], (layer[0], group[item]))
+
+    return pl.BlockSpec(shape, at)
+
+
+def _block_of(plane: jax.Array, outputs: int) -> tuple[tuple[int | None, ...], Index]:
+    """Return the shape of a block of a plane [L, E, O, n] as it is kept, and its index."""
+    if _is_upright(plane.shape[3]):
+        return (None, None, plane.shape[3], outputs), lambda o, _, matrix: (*matrix, 0, o)
+    return (None, None, outputs, plane.shape[3]), lambda o, _, matrix: (*matrix, o, 0)
+
+
+def _kept(plane: jax.Array) -> jax.Array:
+    """Return a plane [L, E, O, n] as a device keeps it, which copies nothing."""
+    return plane.swapaxes(2, 3) if _is_upright(plane.shape[3]) else plane
 
 
 def _is_upright(columns: int) -> bool:
-    """Tell whether a device keeps an array [O, columns] with O innermost; handed over so, it is not copied."""
+    """Tell whether a device keeps an array [O, columns] with O innermost."""
     return columns % LANES != 0
 
 
