@@ -107,10 +107,11 @@ def weight_bytes() -> list[dict[str, Any]]:
     from sgl_jax.models.scaled import Scaled
     from sgl_jax.planning.model import find_model
     from sgl_jax.runtime.placed_weights import weight_bytes
+    from sgl_jax.settings.server_args import ServerArgs
 
     found = []
     for name in MODELS:
-        config = find_model(name).config
+        config = find_model(ServerArgs(model_path=name)).config
         for form in FORMS:
             scheme = None if form.dtype == "bfloat16" else Scaled(form.dtype, form.group)
             if form.rounding is None:

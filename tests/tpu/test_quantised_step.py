@@ -47,7 +47,8 @@ WIDE = ("bf16", "f16", "f32")
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def step(request: pytest.FixtureRequest) -> StepProgram:
     name, topology, scheme, tokens = request.param
-    model = find_model(name)
+    args = ServerArgs(model_path=name, attention_backend="fa")
+    model = find_model(args)
     kinds = {"moe_layers": (False, True)} if model.config.moe_layers else {}
     config = dataclasses.replace(
         model.config, num_layers=2, vocab_size=VOCABULARY, weight_scheme=SCHEMES[scheme], **kinds

@@ -28,13 +28,14 @@ from sgl_jax.observability.progress import launch_progress
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.compiler import cache_takes_programs, use_compile_cache
+from sgl_jax.runtime.kept_programs import KeptPrograms
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.placed_weights import DevicePlacer, stack_layers
 from sgl_jax.runtime.platform import Platform, kernels_for, pick_devices
 from sgl_jax.runtime.runner import ModelRunner, announce_to_nobody
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.settings.hub import is_hub_id, local_path
-from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs, environment
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,7 @@ def build_device_side(
         stacks_layers=platform.stacks_layers,
         announce=announce,
         drafter=plan.drafter,
+        kept=kept_programs(args, devices) if behind else None,
     )
     with launch_progress(logger, len(runner.programs)) as progress:
         compiled = runner.compile(
@@ -144,9 +146,20 @@ def build_device_side(
     return DeviceSide(model, platform, devices, plan, runner)
 
 
+def kept_programs(args: ServerArgs, devices: list[jax.Device]) -> KeptPrograms | None:
+    """Return where compiled programs are kept. None: --compilation-cache-dir is no folder of this machine."""
+    variables = {
+        name: value for name, value in environment().items() if name.startswith(("XLA", "LIBTPU", "TPU", "JAX"))
+    }
+    folder = args.compilation_cache_dir
+    return None if "://" in folder else KeptPrograms(folder, devices, variables)
+
+
 def _say_devices(args: ServerArgs, platform: Platform, devices: list[jax.Device]) -> None:
     logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
     logger.info(log.changed_args_line(args.changed()))
+    if (share := args.speculative_simulated_acceptance) is not None:
+        logger.warning("--speculative-simulated-acceptance is %s: drafts are SIMULATED, answers are nonsense", share)
     present = len(jax.local_devices(backend=platform.name)) * args.nnodes
     if args.tp_size is None and present > len(devices):
         logger.warning(log.unused_devices_line(platform.name, len(devices), present, args.dp_size))
@@ -181,7 +194,8 @@ def _decide(
     args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int, *, dummy: bool
 ) -> tuple[DecoderConfig, Checkpoint | None, Kernels, LaunchPlan]:
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
-    model, draft = with_draft(args, model.for_context(args.context_length), families, dummy=dummy)
+    model = model.for_context(args.context_length)
+    model, draft = with_draft(args, model, families, checkpoint.tensors, dummy=dummy)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
     return model, draft, kernels, plan
@@ -211,6 +225,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         weight_bytes=plan.weight_bytes * len(devices),
         kv_bytes_per_token=memory.bytes_per_token * grid.tensor,
         parameters_per_token=parameters_per_token(model),
+        simulated=args.speculative_simulated_acceptance is not None,
         start_seconds=time.perf_counter() - started,
     )
     return Core(

@@ -12,7 +12,7 @@ from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.planning import hlo
 from sgl_jax.planning.target import Target
-from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, matmul_precision
+from sgl_jax.runtime.compiler import Compiled, CompileWatch, Kept, Program, compile_all, matmul_precision
 from sgl_jax.runtime.placed_weights import abstract_weights
 from sgl_jax.runtime.platform import Platform
 from sgl_jax.runtime.programs import make_programs
@@ -42,6 +42,7 @@ def compile_launch(
     target: Target,
     kernels: Kernels,
     report: Callable[[int, int, ProgramFacts], None],
+    kept: Kept | None = None,
 ) -> list[ProgramFacts]:
     """Compile a launch's programs in parallel, small ones first, and `report` each with its number and how many there are.
 
@@ -58,7 +59,7 @@ def compile_launch(
         absent = None if target.is_here else placement.mesh
         programs = launch_programs(model, launch, target.platform, kernels, placement)
         try:
-            compile_all(programs, CompileWatch(), done, absent=absent)
+            compile_all(programs, CompileWatch(), done, absent=absent, kept=kept)
         except jax.errors.JaxRuntimeError as error:
             raise DoesNotCompile(str(error)) from error
     order = [program.name for program in programs]

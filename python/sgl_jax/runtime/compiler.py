@@ -12,6 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 import jax
 import jax.monitoring
@@ -52,6 +53,7 @@ class Program:
     takes: tuple[str, ...] = ()  # names of device values
     gives: tuple[str, ...] = ()
     read: Callable[[str], Payload] | None = None  # reads the payload from the source that host 0 announced
+    outputs: object = ()  # a tree of the form of what it returns
 
     @property
     def vector_shape(self) -> tuple[int, ...]:
@@ -65,6 +67,14 @@ class Program:
         sharding = jax.tree.leaves(self.args)[0].sharding
         device = next(iter(sharding.device_set)) if sharding is not None else jax.devices()[0]
         return device.device_kind
+
+
+class Kept(Protocol):
+    """Compiled programs of earlier starts (kept_programs.py)."""
+
+    def load(self, program: Program, precision: str | None) -> jax.stages.Compiled | None: ...
+
+    def save(self, program: Program, precision: str | None, call: jax.stages.Compiled) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,11 +145,12 @@ def compile_all(
     absent: jax.sharding.Mesh | None = None,
     stopped: threading.Event | None = None,
     behind: bool = False,
+    kept: Kept | None = None,
 ) -> dict[str, jax.stages.Compiled]:
     """Compile programs in parallel threads, in their order; return the compiled ones by name.
 
     `report` is called with the number done, the number of all, and the program just compiled. `absent`: the mesh of TPUs that
-    are not here, for programs to be read but not called. `behind`: one thread of low priority compiles, beside requests, and no
+    are not here, for programs to be read but not called. `kept`: where programs are looked for, and put. `behind`: one thread of low priority compiles, beside requests, and no
     CompileWatch counts it. The first failure is raised and the remaining programs are left out; likewise, with
     CancelledError, when another thread sets `stopped`.
     """
@@ -151,12 +162,19 @@ def compile_all(
             raise concurrent.futures.CancelledError
         watch.took_hit()
         start = time.perf_counter()
+        if kept is not None and (call := kept.load(program, precision)) is not None:
+            return Compiled(program, call, time.perf_counter() - start, cache_hit=True)
         # The abstract mesh tells kernels the TPU's generation.
         mesh = jax.sharding.use_abstract_mesh(absent.abstract_mesh) if absent else contextlib.nullcontext()
         with jax.default_matmul_precision(precision), mesh:
             lowered = program.function.trace(*program.args).lower(lowering_platforms=("tpu",) if absent else None)
             call = _compiled(lowered, program.device_kind)
-        return Compiled(program, call, time.perf_counter() - start, watch.took_hit())
+        hit = watch.took_hit()
+        if (
+            kept is not None and not hit
+        ):  # on CPUs a program that was read from the cache is not whole when it is written again
+            kept.save(program, precision, call)
+        return Compiled(program, call, time.perf_counter() - start, hit)
 
     def lower_priority() -> None:
         if behind and sys.platform == "linux":  # where a thread has a priority of its own

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -22,11 +22,15 @@ from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.loads import LOADS, LoadLayout
 from sgl_jax.runtime.placed_weights import weight_axes
 from sgl_jax.runtime.pool import Pool
-from sgl_jax.runtime.step import step
+from sgl_jax.runtime.sampler import Logprobs
+from sgl_jax.runtime.step import StepOutputs, step
 from sgl_jax.runtime.step_spec import Drafter, Pools, StepSpec
 from sgl_jax.step_plan import pages_per_row
 
 WEIGHTS, KV, STATE, OUTPUTS = "weights", "kv", "state", "outputs"  # names of device values
+_LEAF = cast(jax.Array, 0)  # stands for an array of a step's outputs
+_LOGPROBS = Logprobs(_LEAF, _LEAF, _LEAF)
+_OUTPUTS = StepOutputs(_LEAF, _LEAF, _LOGPROBS, _LOGPROBS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class RunnerConfig:
     width: int = 1  # W of the widest bucket
     lookahead: int = 0  # tokens beyond a step's own that its drafter writes KV of
     keeps_tokens: bool = False  # the drafter reads each row's tokens
+    simulated_acceptance: float | None = None  # share of drafts that count whatever is sampled; None: they are verified
 
     @property
     def overrun(self) -> int:
@@ -86,7 +91,8 @@ def make_programs(
 ) -> list[Program]:
     """Make every program of a launch, small buckets first. `weights` are abstract, with their shardings."""
     grid = placement.grid
-    spec = StepSpec(model.shard(grid), kernels, config.num_pages, config.compute_dtype, grid, drafter)
+    limits = config.num_pages, config.compute_dtype
+    spec = StepSpec(model.shard(grid), kernels, *limits, grid, drafter, config.simulated_acceptance)
     axes, kv_axes = weight_axes(model, stacked=weights.stacked), [pool.order.axes for pool in config.pools]
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
     programs = []
@@ -97,13 +103,13 @@ def make_programs(
         jitted = jax.jit(_named(function, step_name(bucket)), donate_argnums=(1, 2))
         args = weights, kv, state, _vector(layout.size, placement)
         takes, gives = (WEIGHTS, KV, STATE), (KV, STATE, OUTPUTS)
-        programs.append(Program(step_name(bucket), jitted, args, takes, gives))
+        programs.append(Program(step_name(bucket), jitted, args, takes, gives, outputs=(kv, state, _OUTPUTS)))
     for load in config.loads(model):
         run = functools.partial(_load, load=load, axis=grid.all_axes)
         run = _named(placement.run(run, (STATE_AXES, ()), (STATE_AXES,)), load.kind.program)
         jitted = jax.jit(run, donate_argnums=0)
         args = state, _vector(load.size, placement)
-        programs.append(Program(load.kind.program, jitted, args, (STATE,), (STATE,)))
+        programs.append(Program(load.kind.program, jitted, args, (STATE,), (STATE,), outputs=(state,)))
     return programs
 
 

@@ -15,7 +15,7 @@ from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime import programs
 from sgl_jax.runtime.buckets import Bucket, pick
-from sgl_jax.runtime.compiler import Compiled, CompileWatch, Program, compile_all, matmul_precision
+from sgl_jax.runtime.compiler import Compiled, CompileWatch, Kept, Program, compile_all, matmul_precision
 from sgl_jax.runtime.device_state import DeviceState
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.loads import pack_loads
@@ -83,6 +83,7 @@ class ModelRunner:
         stacks_layers: bool,
         announce: Announce = announce_to_nobody,
         drafter: Drafter | None = None,
+        kept: Kept | None = None,
     ):
         self.config = config
         self.watch = CompileWatch()
@@ -90,6 +91,7 @@ class ModelRunner:
         self.programs = programs.make_programs(model, config, kernels, placement, weights, drafter)
         self.tracer = JaxTracer()
         self._model = model
+        self._kept = kept
         self._devices = [*placement.mesh.devices.flat]
         self._placement = placement
         self._announce = announce
@@ -140,7 +142,7 @@ class ModelRunner:
         if behind:
             self.stopped.wait(_FIRST_ANSWER_S)
         with jax.default_matmul_precision(matmul_precision(self.config.compute_dtype)):
-            compile_all(programs, self.watch, keep, stopped=self.stopped, behind=behind)
+            compile_all(programs, self.watch, keep, stopped=self.stopped, behind=behind, kept=self._kept)
 
     def close(self) -> None:
         """Begin to compile no further program. Those that are being compiled hold up nothing but the interpreter's end."""
