@@ -53,7 +53,6 @@ def step(request: pytest.FixtureRequest) -> StepProgram:
     config = dataclasses.replace(
         model.config, num_layers=2, vocab_size=VOCABULARY, weight_scheme=SCHEMES[scheme], **kinds
     )
-    args = ServerArgs(model_path=name, attention_backend="fa")
     plan, made, placement = programs.programs_for(args, dataclasses.replace(model, config=config), topology)
     bucket = next(each.bucket for each in plan.steps if each.bucket.num_tokens == tokens)
     return programs.compiled(plan, bucket, made[step_name(bucket)], placement)
