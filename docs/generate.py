@@ -159,8 +159,8 @@ SUPPORT = """# Support matrix
 
 Properties of each family that tests show. "float32 on a CPU" and "layers scanned": tokens and logprobs equal those of an
 independent reference, at page sizes 1 and 16, with prompts whole and in chunks, alone and together. `not yet`: no test shows
-it, which does not mean that it fails. In bfloat16 every family is served, and none is compared with a reference. Quantised
-arithmetic is not built, and nothing here has run on a real TPU.
+it, which does not mean that it fails. In bfloat16 every family is served, and none is compared with a reference. Nothing
+here has run on a real TPU.
 
 """
 

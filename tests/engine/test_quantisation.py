@@ -31,6 +31,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "fp8": {"quant_method": "fp8"},
     "fp8 blocks": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     "awq": {"quant_method": "awq"},
+    "groups of 96": {"quant_method": "awq", "group_size": 96},
     "act-order": {"quant_method": "gptq", "bits": 4, "desc_act": True},
     "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
 }
@@ -42,7 +43,8 @@ DEVICES = {
 }
 INT8, FP8, W8A8 = "int8 by output", "float8_e4m3fn by output", "int8 by output, tokens rounded to int8"
 FP8_FP8 = f"{FP8}, tokens rounded to float8_e4m3fn"
-INT4 = "int4 in groups of 128"
+INT4, FP8_BLOCKS = "int4 in groups of 128", "float8_e4m3fn in groups of 128"
+AWQ = f"{INT4} with offsets"
 
 
 def model(said: dict[str, Any] | None) -> DecoderConfig:
@@ -63,8 +65,9 @@ def scheme(said: dict[str, Any] | None, device: str, option: str | None = None) 
         ("w8a8", (W8A8, INT8, INT8, INT8)),
         ("w8a16", (INT8, INT8, INT8, INT8)),
         ("fp8", ("floats", FP8, FP8_FP8, FP8)),
-        ("fp8 blocks", ("floats", INT8, INT8, INT8)),
-        ("awq", ("floats", INT8, INT8, INT8)),
+        ("fp8 blocks", ("floats", FP8_BLOCKS, FP8_BLOCKS, INT8)),
+        ("awq", ("floats", AWQ, AWQ, INT8)),
+        ("groups of 96", ("floats", INT8, INT8, INT8)),
         ("act-order", ("floats", INT8, INT8, INT8)),
         ("nvfp4", ("floats", INT8, INT8, INT8)),
     ],
@@ -99,11 +102,11 @@ def test_plain_weights_by_the_flag(option: str, schemes: tuple[str | None, ...])
     ("said", "option", "wanted"),
     [
         ("fp8", "fp8", FP8_FP8),
-        ("fp8 blocks", "fp8", INT8),
+        ("fp8 blocks", "fp8", FP8_BLOCKS),
         ("fp8", "modelopt", None),
-        ("awq", "awq_marlin", INT8),
+        ("awq", "awq_marlin", AWQ),
         ("awq", "gptq", None),
-        ("awq", "auto", INT8),
+        ("awq", "auto", AWQ),
         ("awq", "fp8-weight-only", FP8),  # rounded again
         ("w8a8", "w8a8_int8", INT8),
         ("w8a8", "compressed-tensors", INT8),
@@ -148,13 +151,19 @@ def test_the_log_says_how_matrices_are_stored_and_held(caplog: pytest.LogCapture
         say_weights(plain, plain, "bfloat16")
         say_weights(model(None), model(None), "bfloat16")
     stored, warned, rounded = caplog.messages
-    assert "stored as awq, 4 bits in groups of 128 are held as int8 by output, rounded" in stored
+    assert "stored as awq, 4 bits in groups of 128 are held as int4 in groups of 128 with offsets:" in stored
     assert "less than in bfloat16" in stored
     assert "embeddings, norms" in stored
     assert "as the checkpoint has them, moe.router (2 times), lm_head" in stored
     assert "--quantization int4" in warned
     assert ".24 to .43 nats" in warned
     assert "Matrices are held as int4 in groups of 128, rounded" in rounded
+
+
+def test_groups_that_devices_would_cut_are_rounded_again() -> None:
+    args = ServerArgs(model_path="m", tp_size=4)  # a quarter of the inputs of `down` is no whole group
+    config = held(args, model(FORMATS["awq"]), PLATFORMS["tpu"], "TPU v6 lite")
+    assert str(config.weight_scheme) == INT8
 
 
 def test_a_plan_counts_bytes_as_they_are_held() -> None:

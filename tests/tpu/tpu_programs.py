@@ -19,7 +19,7 @@ from sgl_jax.planning import hlo
 from sgl_jax.planning.fit import Plan, make_plan
 from sgl_jax.planning.hlo import Instruction, Module
 from sgl_jax.planning.launch_programs import launch_programs
-from sgl_jax.planning.model import find_model
+from sgl_jax.planning.model import PlannedModel, find_model
 from sgl_jax.planning.target import find_target
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import CompileWatch, Program, compile_all, matmul_precision
@@ -78,8 +78,13 @@ def planned(model: str, topology: str, attention: str | None) -> tuple[Plan, dic
 
 def programs_of(args: ServerArgs, topology: str) -> tuple[Plan, dict[str, Program], Placement]:
     """Plan a launch over all chips of the topology, and make its programs."""
+    return programs_for(args, find_model(args), topology)
+
+
+def programs_for(args: ServerArgs, model: PlannedModel, topology: str) -> tuple[Plan, dict[str, Program], Placement]:
+    """Make the programs of a launch of this model, whatever the flags name."""
     target = find_target(topology)
-    plan = make_plan(args, find_model(args), target, 1024)
+    plan = make_plan(args, model, target, 1024)
     placement = Placement.over(target.find_devices(), plan.launch.grid)
     programs = launch_programs(
         plan.model.config,

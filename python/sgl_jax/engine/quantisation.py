@@ -7,12 +7,15 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 
+from sgl_jax.engine.launch_plan import grid_of
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.formats.form import Form, Kind
 from sgl_jax.models.plan import flat_weights
 from sgl_jax.models.quantised import Quantised
 from sgl_jax.models.scaled import Scaled
+from sgl_jax.models.weights import declare
 from sgl_jax.observability import log
+from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime.placed_weights import weight_bytes
 from sgl_jax.runtime.platform import Platform
 from sgl_jax.settings.server_args import ServerArgs
@@ -25,6 +28,7 @@ _ROUTERS = ("moe.router", "moe.shared_gate")
 _INT8, _FP8 = Scaled("int8"), Scaled("float8_e4m3fn")
 _W8A8, _FP8_FP8 = Scaled("int8", rounding="int8"), Scaled("float8_e4m3fn", rounding="float8_e4m3fn")
 _INT4 = Scaled("int4", 128)
+_LANES = 128  # of a TPU; groups divide them, or are a multiple
 
 
 def _floats(form: Form) -> Scaled | None:
@@ -39,6 +43,12 @@ def _as_stored(form: Form) -> Scaled:
     return Scaled(form.dtype, form.group, form.offsets)
 
 
+def _grouped(form: Form) -> Scaled:
+    """Return groups as they are stored where the kernel takes them."""
+    fits = form.group is not None and (form.group % _LANES == 0 or _LANES % form.group == 0)
+    return _as_stored(form) if fits else _INT8
+
+
 def _rounding(form: Form) -> Scaled:
     return dataclasses.replace(_as_stored(form), rounding=form.rounding)
 
@@ -48,8 +58,8 @@ _STORED: Mapping[Kind, tuple[Rule, Rule, Rule, Rule]] = {
     "w8a8": (_rounding, _as_stored, _as_stored, _as_stored),
     "int8": (_as_stored, _as_stored, _as_stored, _as_stored),
     "fp8": (_floats, _as_stored, _rounding, _as_stored),
-    "fp8 blocks": (_floats, _int8, _int8, _int8),  # scales of groups need a kernel
-    "groups": (_floats, _int8, _int8, _int8),
+    "fp8 blocks": (_floats, _grouped, _grouped, _int8),  # scales of groups need a kernel
+    "groups": (_floats, _grouped, _grouped, _int8),
     "other": (_floats, _int8, _int8, _int8),
 }
 _SLOW = "weights that are widened inside a product are many times slower there than bfloat16; give int8"
@@ -91,7 +101,19 @@ def held(args: ServerArgs, model: DecoderConfig, platform: Platform, device_kind
         return dataclasses.replace(model, weight_scheme=None)
     if stored is not None:  # the head is quantised if the checkpoint's is
         scheme = dataclasses.replace(scheme, exempt=_ROUTERS)
-    return dataclasses.replace(model, weight_scheme=scheme)
+    whole = option == "int4" or _divides(model, scheme, grid_of(args))
+    return dataclasses.replace(
+        model, weight_scheme=scheme if whole else dataclasses.replace(_INT8, exempt=scheme.exempt)
+    )
+
+
+def _divides(model: DecoderConfig, scheme: Scaled, grid: Grid) -> bool:
+    """Tell whether each device's inputs are whole groups."""
+    try:
+        declare(dataclasses.replace(model, weight_scheme=scheme).shard(grid), "bfloat16")
+    except ValueError:
+        return False
+    return True
 
 
 def _repeats(option: str | None, form: Form) -> bool:

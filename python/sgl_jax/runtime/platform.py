@@ -12,7 +12,7 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.observability import log
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.cpu.library import find_library
-from sgl_jax.ops.dense import library_product
+from sgl_jax.ops.dense import library_product, plain_product
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
@@ -143,6 +143,11 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     latent = model.mla is not None
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
     grouped = grouped_matmul_for(platform.name)
+    if platform.name == "tpu":
+        from sgl_jax.ops.quantized_matmul import pallas_tpu as quantized  # importing Pallas is slow
+
+        quantised = quantized.quantized_matmul, quantized.quantized_grouped_matmul
+        return Kernels(attention, grouped, plain_product, *quantised)
     if library is None:
         return Kernels(attention, grouped)
     quantised = library_matmul(library), library_grouped_matmul(library)

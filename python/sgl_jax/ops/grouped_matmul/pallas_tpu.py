@@ -40,7 +40,7 @@ def grouped_matmul(
     """
     num_rows, inputs = x.shape
     num_groups, outputs = w.shape[1:3]
-    rows = _row_tile(num_rows, num_groups)
+    rows = tile_rows(num_rows, num_groups)
     block = _output_block(outputs, inputs * w.dtype.itemsize)
     padded = jnp.pad(x, ((0, -num_rows % rows), (0, 0)))
     items = make_items(group_sizes, len(padded) // rows, rows)
@@ -107,7 +107,7 @@ def _kernel(layer, number, row_tile, group, start, end, x, w, out, *, rows: int,
         out[...] = jnp.where(own, product, others).astype(out.dtype)
 
 
-def _row_tile(num_rows: int, num_groups: int) -> int:
+def tile_rows(num_rows: int, num_groups: int) -> int:
     """Return about twice the rows of a group: a larger tile has rows of many groups, and is multiplied with each matrix."""
     wanted = pl.next_power_of_2(max(1, 2 * num_rows // num_groups))
     return max(_SMALLEST_TILE, min(_LARGEST_TILE, wanted, pl.next_power_of_2(num_rows)))

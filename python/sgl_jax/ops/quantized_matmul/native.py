@@ -22,9 +22,7 @@ def quantized_matmul(
         values, sizes = rounded(x, rounding)
         sums = jnp.einsum("oi,ti->ot", w.values, values, preferred_element_type=sum_dtype(rounding))
         return (sums.astype(jnp.float32) * w.scales * sizes.T).T.astype(out_dtype)
-    if rounding:
-        values, sizes = rounded(x, rounding)
-        x = (values.astype(jnp.float32) * sizes).astype(x.dtype)
+    x = as_rounded(x, rounding)
     if not by_channel:
         return plain_product(x, dequantized(w).astype(x.dtype), out_dtype)
     return (plain_product(x, w.values.astype(x.dtype), jnp.float32) * w.scales[:, 0]).astype(out_dtype)
@@ -40,9 +38,7 @@ def quantized_grouped_matmul(
     grouped_matmul: GroupedMatmul,
 ) -> Float[Array, "M O"]:
     """See api.QuantizedGroupedMatmul. Only this layer's matrices are dequantised."""
-    if rounding:
-        values, sizes = rounded(x, rounding)
-        x = (values.astype(jnp.float32) * sizes).astype(x.dtype)
+    x = as_rounded(x, rounding)
     matrices = dequantized(jax.tree.map(lambda plane: plane[layer][None], w)).astype(x.dtype)
     return grouped_matmul(x, matrices, 0, group_sizes)
 
@@ -53,6 +49,14 @@ def dequantized(w: Planes) -> Float[Array, "*B O I"]:
     if w.offsets is not None:
         groups -= w.offsets[..., None]
     return groups.reshape(w.values.shape)
+
+
+def as_rounded(x: Float[Array, "T I"], to: Rounding | None) -> Float[Array, "T I"]:
+    """Return what is left of the tokens when they have been rounded, in their own dtype."""
+    if to is None:
+        return x
+    values, scales = rounded(x, to)
+    return (values.astype(jnp.float32) * scales).astype(x.dtype)
 
 
 def rounded(x: Float[Array, "T I"], to: Rounding) -> tuple[Shaped[Array, "T I"], Float[Array, "T 1"]]:
