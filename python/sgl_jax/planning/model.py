@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from sgl_jax.engine.kv_cache import with_kv_dtype
 from sgl_jax.engine.speculation_plan import with_draft
 from sgl_jax.models.bundled import PREFIX, bundled
 from sgl_jax.models.checkpoint import open_checkpoint
@@ -49,4 +50,4 @@ def drafting(args: ServerArgs, model: PlannedModel) -> PlannedModel:
     path = args.speculation.draft_model_path if args.speculation else None
     has_tensors = path is not None and any(Path(path).expanduser().glob("*.safetensors"))
     config, _ = with_draft(args, model.config, known_families(args.model_package), dummy=not has_tensors)
-    return dataclasses.replace(model, config=config)
+    return dataclasses.replace(model, config=with_kv_dtype(args, config))
