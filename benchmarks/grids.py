@@ -55,12 +55,12 @@ GRIDS: dict[str, dict[str, dict[str, int]]] = {
 
 def cell(name: str, topology: str) -> dict[str, Any]:
     args = ServerArgs(model_path=name, **GRIDS[name][topology])
-    model, target = find_model(name), find_target(topology, args.tp_size, args.dp_size)
+    model, target = find_model(args), find_target(topology, args.tp_size, args.dp_size)
     try:
         plan = make_plan(args, model, target, CONTEXT)
     except Misfit as misfit:
         return {"model": name, "topology": topology, "misfit": str(misfit).splitlines()[0]}
-    step = max((step for step in plan.steps if step.decodes), key=lambda step: step.num_tokens)
+    step = max((step for step in plan.steps if step.bucket.decodes), key=lambda step: step.num_tokens)
     few, more = (collectives(plan, model, step.bucket.num_tokens, depth) for depth in DEPTHS)
     layers = model.config.num_layers
     per_layer = {kind: (more[kind] - few[kind]) / (DEPTHS[1] - DEPTHS[0]) for kind in more}

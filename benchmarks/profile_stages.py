@@ -19,7 +19,7 @@ from typing import NamedTuple
 from jax.profiler import ProfileData
 
 from sgl_jax.settings.flag_parser import Parser
-from sgl_jax.text.protobuf import fields
+from sgl_jax.text.protobuf import read_message
 from sgl_jax.tools.benchmark.door import exit_code
 from sgl_jax.tools.benchmark.figures import covered
 
@@ -171,7 +171,7 @@ def _text(message: bytes, number: int) -> str:
 
 def _messages(message: bytes, number: int) -> list[bytes]:
     """Return the length-delimited fields with this number."""
-    return [value for field, value in fields(message) if field == number and isinstance(value, bytes)]
+    return [value for value in read_message(message).get(number, []) if isinstance(value, bytes)]
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from sgl_jax.parallel.placement import Placement
 from sgl_jax.planning import hlo
 from sgl_jax.planning.fit import Plan, make_plan
 from sgl_jax.planning.launch_programs import launch_programs
-from sgl_jax.planning.model import drafting, find_model
+from sgl_jax.planning.model import find_model
 from sgl_jax.planning.target import find_target
 from sgl_jax.planning.topology import set_tpu_environment
 from sgl_jax.runtime.buckets import Bucket
@@ -45,7 +45,7 @@ FLAGS: dict[str, Any] = {
 
 def write_head(name: str, folder: Path) -> None:
     """Write the config.json of a head for the model, in AngelSlim's layout."""
-    target = find_model(name).config
+    target = find_model(ServerArgs(model_path=name)).config
     config = {
         "architectures": ["Eagle3LlamaForCausalLM"],
         "model_type": "llama",
@@ -84,9 +84,10 @@ def measure(name: str, topology: str, rows: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_head(name, Path(folder))
         args = ServerArgs(model_path=name, speculative_draft_model_path=folder, **FLAGS)
-        plan = make_plan(args, drafting(args, find_model(name)), target, 1024)
+        plan = make_plan(args, find_model(args), target, 1024)
     plain = {flag: value for flag, value in FLAGS.items() if not flag.startswith("speculative")}
-    off = cycles(make_plan(ServerArgs(model_path=name, **plain), find_model(name), target, 1024), Bucket(rows, rows))
+    without = ServerArgs(model_path=name, **plain)
+    off = cycles(make_plan(without, find_model(without), target, 1024), Bucket(rows, rows))
     on = cycles(plan, Bucket(rows * WIDTH, rows, WIDTH))
     return {"model": name, "topology": topology, "rows": rows, "off": off, "on": on}
 

@@ -21,7 +21,7 @@ INSIDE = {
     "tools": 77,  # JSON of reports, and of servers that are measured
     "ops": 31,  # Pallas refs and traced scalars inside kernels
     "models": 29,  # config.json as it was read
-    "text": 28,  # protobuf fields and tokenizer files as they were read
+    "text": 27,  # protobuf fields and tokenizer files as they were read
     "server": 25,  # pydantic's and FastAPI's open types
     "engine": 13,
     "settings": 9,

@@ -78,9 +78,8 @@ class RowLoad:
 
     row: int
     pages: np.ndarray | None  # after a prefix hit, the row's whole page table so far (page ids of its rank)
-    request: (
-        Request | None
-    )  # set if its penalties, logit_bias or min_tokens need device state, or its tokens are kept there
+    # Set if its penalties, logit_bias or min_tokens need device state, or its tokens are kept there.
+    request: Request | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import pytest
 
 import sgl_jax
 from fakes.fake_core import FakeCore
+from fakes.fake_engine import FakeEngine
 from fakes.fake_tracer import DEFAULT, UNWRITABLE
 from messages import says
 from sgl_jax.engine.engine import Engine
@@ -26,7 +27,7 @@ STORIES = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k")
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[Engine]:
-    with Engine.from_core(FakeCore, STORIES) as engine:
+    with FakeEngine(FakeCore, STORIES) as engine:
         yield engine
 
 
@@ -67,7 +68,7 @@ def test_async(engine: Engine) -> None:
 
 def test_leaving_a_stream_aborts_it() -> None:
     core = FakeCore(step_seconds=0.01)
-    with Engine.from_core(lambda: core, STORIES) as engine:
+    with FakeEngine(lambda: core, STORIES) as engine:
         next(engine.generate("Once", {"ignore_eos": True}, stream=True))
         for _ in range(100):
             if not core.busy:
@@ -126,7 +127,7 @@ def test_wrong_calls_name_the_argument(engine: Engine, call: dict, param: str) -
 
 
 def test_after_shutdown() -> None:
-    engine = Engine.from_core(FakeCore, STORIES)
+    engine = FakeEngine(FakeCore, STORIES)
     engine.shutdown()
     engine.shutdown()
     with pytest.raises(EngineFailed, match="shut down"):
@@ -139,7 +140,7 @@ def test_a_core_that_cannot_be_built() -> None:
 
     before = set(threading.enumerate())
     with pytest.raises(EngineFailed, match="the model does not fit"):
-        Engine.from_core(broken, STORIES)
+        FakeEngine(broken, STORIES)
     for _ in range(100):  # the engine's thread is just leaving
         if set(threading.enumerate()) <= before:
             return

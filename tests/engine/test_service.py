@@ -469,7 +469,7 @@ def test_a_generation_needs_no_service_but_a_way_to_drop_keys() -> None:
         asked = [request(ONCE, stop=("on a",)), request(ONCE)]
         generation = Generation(asked, True, lambda keys, outcome: dropped.append(([*keys], outcome)))
         for key, each in enumerate(asked):
-            detokenizer = Detokenizer(STORIES, each.prompt_ids, stop=each.params.stop)
+            detokenizer = Detokenizer(STORIES, each.prompt_ids, each.params)
             generation.open.append(Choice(key, key, 0, generation, each, detokenizer, 1, 0.0))
         updates = generation.updates()
         for choice in generation.open:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -165,6 +166,22 @@ def served(core: Core, prompts: list[list[int]]) -> Client:
     for key, prompt in enumerate(prompts):
         client.submit(key, prompt, max_tokens=6, temperature=0.0, ignore_eos=True, logit_bias={17: 3.0})
     return client
+
+
+def test_a_launch_that_simulates_acceptance_says_so_loudly(
+    stories260k: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "sgl_jax")
+    flags = {"speculative_algorithm": "NGRAM", "speculative_simulated_acceptance": 1.0, "decode_log_interval": 2}
+    core = startup.build_core(dataclasses.replace(arguments(stories260k, tmp_path), **flags))
+    client = Client(core)
+    client.submit(0, [5, 6, 5, 6, 5, 6], max_tokens=60, ignore_eos=True, temperature=0.0)
+    client.run()
+    assert core.info.simulated
+    (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert says(warning, "--speculative-simulated-acceptance … 1.0 … SIMULATED … nonsense")
+    assert any("SIMULATED accept len: 8.00" in record.getMessage() for record in caplog.records)
+    assert client.stats[-1].drafts.accept_rate == 1.0
 
 
 def test_with_skip_server_warmup_requests_wait_for_their_programs(

@@ -11,8 +11,8 @@ import pytest
 from test_inprocess import STORIES
 
 from fakes.fake_core import FakeCore
+from fakes.fake_engine import FakeEngine
 from messages import says
-from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.messages import CacheFlushed, Event, Finished, Stats, StepOutput
 from sgl_jax.engine.watchdog import Watchdog
@@ -90,7 +90,7 @@ def test_a_request_that_waits_for_its_program_is_no_hang(monkeypatch: pytest.Mon
             return [StepOutput(stats=Stats(num_running=1, num_compiling=2))]
 
     monkeypatch.setattr("sgl_jax.engine.service.Watchdog", lambda: Watchdog(0.1, 0.3))
-    with Engine.from_core(Compiles, STORIES) as engine:
+    with FakeEngine(Compiles, STORIES) as engine:
         assert engine.generate("Once")["text"] == " Once"
 
 
@@ -106,7 +106,7 @@ def test_calls_into_an_engine_of_this_process_end_when_its_thread_hangs(monkeypa
     monkeypatch.setattr("sgl_jax.engine.service.Watchdog", lambda: Watchdog(0.0, 0.2))
     began = time.monotonic()
     for call in (lambda engine: engine.generate("a"), lambda engine: engine.flush_cache()):
-        with Engine.from_core(Hangs, STORIES) as engine, pytest.raises(EngineFailed, match=r"--watchdog-timeout 0\.2"):
+        with FakeEngine(Hangs, STORIES) as engine, pytest.raises(EngineFailed, match=r"--watchdog-timeout 0\.2"):
             call(engine)
     assert time.monotonic() - began < 8  # nothing waits for the thread
     over.set()

@@ -22,6 +22,7 @@ from sgl_jax.models.families import decoder_config
 from sgl_jax.models.loader import load_weights, random_weights
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.plan import plan_weights
+from sgl_jax.models.stored import StoredTensor
 from sgl_jax.models.weights import Weights, declare
 from sgl_jax.settings.speculation import Algorithm
 
@@ -329,6 +330,24 @@ def test_a_head_narrower_than_its_target_has_its_own_embedding(write, target) ->
     stored = write(CLASSIC, tensors)
     with pytest.raises(ModelError, match=r"missing tensors: embed_tokens\.weight$"):
         planned(stored, wide, draft_config(stored, wide, "EAGLE3"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_copy_of_the_targets_embedding_is_not_held_twice(write, llama: Checkpoint, dtype: str) -> None:
+    config, name = decoder_config(llama.config), "model.embed_tokens.weight"
+    of_target = {name: llama.tensors[name].rounded(dtype)}
+    embed = of_target[name].read().astype(dtype)
+
+    def described(stored: Mapping[str, StoredTensor] | None) -> DraftConfig:
+        head = write(CLASSIC | {IDS: [0, 1, 4]}, eagle3() | {"embed_tokens.weight": embed})
+        draft = draft_config(head, config, "EAGLE3", stored=stored)
+        assert (".embed" in planned(head, config, draft)) == draft.own_embed
+        return draft
+
+    assert not described(of_target).own_embed
+    assert described(None).own_embed  # the target's is not at hand
+    embed[-1, -1] += 1
+    assert described(of_target).own_embed
 
 
 def test_norms_of_queries_make_layers_those_of_qwen3(write, target) -> None:

@@ -6,10 +6,11 @@ import io
 import logging
 import re
 
+import msgspec
 import pytest
 
 from messages import says
-from sgl_jax.engine.messages import DraftCounts
+from sgl_jax.engine.messages import Stats
 from sgl_jax.observability import log
 
 STAMP = r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\] "
@@ -23,42 +24,37 @@ class CountingStream(io.StringIO):
         super().flush()
 
 
-@pytest.fixture
-def stream() -> CountingStream:
-    """Where the lines go."""
-    return CountingStream()
-
-
-def test_lines_have_a_time_stamp_and_are_flushed(stream: CountingStream) -> None:
-    log.setup("info", stream)
+def test_lines_have_a_time_stamp_and_are_flushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stderr", stream := CountingStream())
+    log.setup("info")
     logging.getLogger("sgl_jax.server").info("ready in %d s", 3)
     assert re.fullmatch(STAMP + "ready in 3 s\n", stream.getvalue())
     assert stream.flushes == 1
 
 
-def test_warnings_carry_their_level_and_every_line_of_a_message_its_stamp(stream: CountingStream) -> None:
-    log.setup("info", stream)
+def test_warnings_carry_their_level_and_every_line_of_a_message_its_stamp(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup("info")
     logging.getLogger("sgl_jax").warning("one\ntwo")
-    assert re.fullmatch(f"{STAMP}WARNING: one\n{STAMP}WARNING: two\n", stream.getvalue())
+    assert re.fullmatch(f"{STAMP}WARNING: one\n{STAMP}WARNING: two\n", capsys.readouterr().err)
 
 
-def test_a_traceback_follows_its_message(stream: CountingStream) -> None:
-    log.setup("info", stream)
+def test_a_traceback_follows_its_message(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup("info")
     try:
         raise KeyError("lost")
     except KeyError:
         logging.getLogger("sgl_jax").exception("step failed")
-    lines = stream.getvalue().splitlines()
+    lines = capsys.readouterr().err.splitlines()
     assert re.fullmatch(STAMP + "ERROR: step failed", lines[0])
     assert (lines[1], lines[-1]) == ("Traceback (most recent call last):", "KeyError: 'lost'")
 
 
-def test_levels_are_ours_and_uvicorns_while_others_speak_from_warning_up(stream: CountingStream) -> None:
-    log.setup("debug", stream)
+def test_levels_are_ours_and_uvicorns_while_others_speak_from_warning_up(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup("debug")
     for name in ("sgl_jax.engine", "jax._src.dispatch", "uvicorn.error"):
         logging.getLogger(name).debug("%s debug", name)
         logging.getLogger(name).warning("%s warning", name)
-    said = [line.split("] ")[1] for line in stream.getvalue().splitlines()]
+    said = [line.split("] ")[1] for line in capsys.readouterr().err.splitlines()]
     assert said == [
         "sgl_jax.engine debug",
         "WARNING: sgl_jax.engine warning",
@@ -68,20 +64,18 @@ def test_levels_are_ours_and_uvicorns_while_others_speak_from_warning_up(stream:
     ]
 
 
-def test_level_error_silences_warnings_of_everyone(stream: CountingStream) -> None:
-    log.setup("error", stream)
+def test_level_error_silences_warnings_of_everyone(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup("error")
     for name in ("sgl_jax", "uvicorn", "httpx"):
         logging.getLogger(name).warning("hidden")
-    assert stream.getvalue() == ""
+    assert capsys.readouterr().err == ""
 
 
-def test_a_second_setup_replaces_the_first(stream: CountingStream) -> None:
-    first = io.StringIO()
-    log.setup("info", first)
-    log.setup("info", stream)
+def test_a_second_setup_replaces_the_first(capsys: pytest.CaptureFixture[str]) -> None:
+    log.setup("info")
+    log.setup("info")
     logging.getLogger("sgl_jax").info("said")
-    assert first.getvalue() == ""
-    assert stream.getvalue().count("said") == 1
+    assert capsys.readouterr().err.count("said") == 1
 
 
 def test_lines_go_to_what_stderr_is_at_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,25 +146,24 @@ def test_compile_line() -> None:
 
 
 def test_batch_lines_are_in_sglangs_format() -> None:
-    assert log.prefill_line(
-        num_new_requests=2, num_new_tokens=300, num_cached_tokens=512, token_usage=0.417, num_running=3, num_waiting=1
-    ) == (
+    assert log.prefill_line(Stats(num_running=3, num_waiting=1, kv_usage=0.417), 2, 300, 512) == (
         "Prefill batch. #new-seq: 2, #new-token: 300, #cached-token: 512, token usage: 0.42, #running-req: 3, #queue-req: 1"
     )
-    assert log.decode_line(num_running=3, num_tokens=1200, token_usage=0.5, gen_throughput=81.5, num_waiting=0) == (
+    stats = Stats(num_running=3, kv_usage=0.5, gen_throughput=81.5)
+    assert log.decode_line(stats, 1200) == (
         "Decode batch. #running-req: 3, #token: 1200, token usage: 0.50, gen throughput (token/s): 81.50, #queue-req: 0"
     )
-    assert log.decode_line(
-        num_running=1,
-        num_tokens=90,
-        token_usage=0.5,
-        gen_throughput=81.5,
-        num_waiting=0,
-        drafts=DraftCounts(steps=100, drafted=300, accepted=131),
-    ) == (
-        "Decode batch. #running-req: 1, #token: 90, token usage: 0.50, accept len: 2.31, accept rate: 0.44, "
+    drafts = {"spec_accept_length": 2.31, "spec_accept_rate": 0.437, "accepted_per_position": [80, 51]}
+    assert log.decode_line(msgspec.structs.replace(stats, **drafts), 90) == (
+        "Decode batch. #running-req: 3, #token: 90, token usage: 0.50, accept len: 2.31, accept rate: 0.44, "
         "gen throughput (token/s): 81.50, #queue-req: 0"
     )
+
+
+def test_simulated_acceptance_is_said_in_capitals() -> None:
+    stats = Stats(spec_accept_length=3.0, spec_accept_rate=0.667, accepted_per_position=[20])
+    line = log.decode_line(stats, 90, simulated=True)
+    assert ", SIMULATED accept len: 3.00, accept rate: 0.67, gen throughput" in line
 
 
 def test_low_acceptance_line_names_the_model_the_limit_and_what_to_look_at() -> None:

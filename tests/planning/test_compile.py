@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import jax
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from messages import says
 from sgl_jax import Engine
 from sgl_jax import compile as command
 from sgl_jax.planning import compile_command
 from sgl_jax.planning.launch_programs import ProgramFacts
-from sgl_jax.planning.model import drafting, read_model
+from sgl_jax.planning.model import read_model
 from sgl_jax.settings.server_args import ServerArgs
 
 SMALL = ["--dtype", "float32", "--max-running-requests", "1", "--chunked-prefill-size", "2", "--max-total-tokens", "64"]
@@ -116,6 +118,17 @@ def test_the_plan_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"^ 256 +256 +decode .* memory +31,\d\d\d", out, re.MULTILINE)
 
 
+def test_the_plan_lists_steps_with_drafts(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--speculative-algorithm", "NGRAM", "--speculative-num-draft-tokens", "4", "--json", "-")
+    code, out, _ = plan(capsys, "--topology", "v6e-1", "--model-path", "Qwen3-8B", *flags)
+    assert code == 0
+    found = {(s["tokens"], s["rows"], s["width"]): s["kind"] for s in json.loads(out)["steps"]}
+    assert found[32, 8, 4] == found[8, 8, 1] == "decode"
+    assert found[2048, 128, 4] == "prompt"
+    _, out, _ = plan(capsys, "--topology", "v6e-1", "--model-path", "Qwen3-8B", *flags[:-2])
+    assert re.search(r"^ *32 +8 +decode, width 4 ", out, re.MULTILINE)
+
+
 def test_the_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     args = ("--topology", "v6e-4", "--model-path", "Qwen3-8B", "--context", "2048", "--json")
@@ -184,7 +197,7 @@ def test_programs_that_leave_no_room_are_told_the_fraction_that_does() -> None:
 
     def planned(**flags):
         args = ServerArgs(model_path="Qwen3-8B", **flags)
-        return make_plan(args, find_model("Qwen3-8B"), find_target("v6e-4"), 1024)
+        return make_plan(args, find_model(args), find_target("v6e-4"), 1024)
 
     heavy = [facts(10**9, 2 * 10**9), facts(10**9, 3 * 10**9)]  # 5 GB: all code, and one program's temporaries
     assert overflow(planned(), [facts(10**7, 10**8)]) is None
@@ -195,11 +208,17 @@ def test_programs_that_leave_no_room_are_told_the_fraction_that_does() -> None:
     assert overflow(planned(mem_fraction_static=float(fraction[1]) - 0.005), heavy) is None
 
 
-def test_a_head_with_an_embedding_of_its_own_is_compiled_with_it() -> None:
-    """As a launch has it; its config does not say so."""
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_a_head_is_compiled_with_an_embedding_where_a_launch_has_one(tmp_path: Path, is_copy: bool) -> None:
+    """Its tensors tell, not its config: a copy of the target's embedding is not held."""
     folder = Path(__file__).parents[1] / "data" / "eagle" / "eagle3-qwen3"
-    flags = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(folder / "draft")}
+    tensors = load_file(folder / "draft" / "model.safetensors")
+    embed = tensors["embed_tokens.weight"]
+    tensors["embed_tokens.weight"] = embed if is_copy else embed[::-1].copy()
+    save_file(tensors, tmp_path / "model.safetensors")
+    shutil.copy(folder / "draft" / "config.json", tmp_path)
+    flags = {"speculative_algorithm": "EAGLE3", "speculative_draft_model_path": str(tmp_path)}
     args = ServerArgs(model_path=str(folder / "target"), **flags)
-    found = drafting(args, read_model(args.model_path)).config.draft
+    found = read_model(args).config.draft
     assert found is not None
-    assert found.own_embed
+    assert found.own_embed == (not is_copy)

@@ -14,8 +14,9 @@ from sgl_jax.planning.cost import Rates, StepCost, step_cost
 from sgl_jax.planning.model import find_model
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.pool import pools_of
+from sgl_jax.settings.server_args import ServerArgs
 
-QWEN3_8B = find_model("Qwen3-8B").config
+QWEN3_8B = find_model(ServerArgs(model_path="Qwen3-8B")).config
 NATIVE = find_backend("native", "cpu", vectorise=False)
 
 
@@ -35,6 +36,13 @@ def test_a_decode_step_of_qwen3_8b_on_four_devices() -> None:
     token_kv = 36 * 2 * 2 * 128  # 2 KV heads
     assert cost.memory_bytes == 2 * (36 * layer + norms + head + 256 * 4096 + token_kv * 256 * (1024 + 1))
     assert cost.reduced_bytes == (2 * 36 + 1) * 256 * 4096 * 2
+
+
+def test_a_wide_step_multiplies_every_draft_and_reads_each_rows_kv_once() -> None:
+    plain, wide = (cost_of(QWEN3_8B, 1, "bfloat16", Bucket(8 * w, 8, w), 1024) for w in (1, 4))
+    assert wide.flops == 4 * plain.flops
+    token_kv = 2 * 36 * 2 * 8 * 128
+    assert wide.memory_bytes - plain.memory_bytes == 24 * (2 * 4096 + token_kv)  # embedding and new KV of the drafts
 
 
 def test_a_prompt_step_has_whole_prompts_or_the_end_of_one() -> None:
@@ -67,7 +75,7 @@ def test_a_window_limits_the_keys_and_the_kv_read() -> None:
 
 
 def test_an_expert_is_multiplied_with_its_tokens_and_read_if_any_token_chose_it() -> None:
-    moe = find_model("Qwen3-30B-A3B").config
+    moe = find_model(ServerArgs(model_path="Qwen3-30B-A3B")).config
     one, many = (cost_of(moe, 1, "bfloat16", Bucket(n, n), 1024) for n in (1, 4096))
     attention = 2048 * (32 + 2 * 4) * 128 + 32 * 128 * 2048
     router, expert = 2048 * 128, 3 * 2048 * 768

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from sgl_jax.planning import machine_rates
+from sgl_jax.planning.cost import Rates
 from sgl_jax.planning.machine_rates import NotMeasured, Probe, measure_rates, repeated_product
 
 CPU = jax.devices("cpu")[:1]
@@ -39,21 +41,21 @@ def test_rates_are_work_over_the_time_of_the_fastest_run(monkeypatch: pytest.Mon
     monkeypatch.setattr(machine_rates.time, "perf_counter", lambda: float(next(times)))
     rates = measure_rates(CPU, dtype, SMALL)
     assert next(times, None) is None
-    assert rates == (3 * (1 << 20) / 2, 2 * 2 * 128**3 / 8)
+    assert rates == Rates(2 * 2 * 128**3 / 8, 3 * (1 << 20) / 2, math.inf)
 
 
-def test_several_devices_count_together_but_virtual_ones_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_devices_are_measured_together_but_virtual_ones_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count()
     monkeypatch.setattr(machine_rates.time, "perf_counter", lambda: float(next(clock)))
     assert machine_rates._read_rate(CPU * 2, SMALL) == 2 * 3 * (1 << 20)
     assert machine_rates._matmul_rate(CPU * 2, "float32", SMALL) == 2 * 2 * 2 * 128**3
-    assert measure_rates(CPU * 2, "float32", SMALL) == (3 * (1 << 20), 2 * 2 * 128**3)
+    assert measure_rates(CPU * 2, "float32", SMALL) == Rates(2 * 128**3, 3 * (1 << 20) / 2, math.inf)
 
 
 def test_a_real_measurement_gives_rates() -> None:
     rates = measure_rates(CPU, "float32", SMALL)
-    assert 0 < rates.read_bytes_per_s < 1e15
-    assert 0 < rates.matmul_flop_per_s < 1e18
+    assert 0 < rates.bytes_per_s < 1e15
+    assert 0 < rates.flops < 1e18
 
 
 @pytest.mark.parametrize(("free", "size"), [(1 << 30, 512), (1 << 22, 512), (5 << 19, 384)])
@@ -63,7 +65,7 @@ def test_a_quarter_of_the_free_memory_at_most(monkeypatch: pytest.MonkeyPatch, f
     monkeypatch.setattr(machine_rates, "_best_seconds", lambda devices, make, repeats: made.append(make()) or 1.0)
     rates = measure_rates(CPU, "bfloat16", SMALL)
     assert made[0][0].shape == (size, size)
-    assert rates.read_bytes_per_s == 3 * 4 * size**2
+    assert rates.bytes_per_s == 3 * 4 * size**2
 
 
 def test_too_little_memory_is_said() -> None:

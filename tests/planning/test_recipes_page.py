@@ -28,9 +28,8 @@ RECIPES, README = table("docs/recipes.md"), table("README.md")
 
 def kv_tokens(model: str, chips: str) -> str:
     try:
-        plan = make_plan(
-            ServerArgs(model_path=f"config:{model}"), find_model(f"config:{model}"), find_target(chips), 1024
-        )
+        args = ServerArgs(model_path=f"config:{model}")
+        plan = make_plan(args, find_model(args), find_target(chips), 1024)
     except Misfit:
         return "–"
     return f"{plan.launch.kv_tokens:,}"

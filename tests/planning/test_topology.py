@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 
 import pytest
 from jax.experimental.pallas import tpu as pltpu
@@ -44,11 +45,11 @@ def test_a_gpu_that_is_not_here_cannot_be_compiled_for() -> None:
 
 def test_summing_over_chips_takes_each_twice_its_share_over_its_links() -> None:
     # Four chips in a square have two neighbours each: 2 * 3/4 of the bytes over 2 links of 100 GB/s.
-    assert parse("v6e-4").all_reduce_seconds(1e9) == pytest.approx(1.5 / 200)
-    assert parse("v6e-4").all_reduce_seconds(1e9, devices=2) == pytest.approx(1.0 / 200)
-    assert parse("v6e-1").all_reduce_seconds(1e9) == 0
-    assert parse("v7x-1").all_reduce_seconds(1e9) == 0  # both devices are one chip
-    assert parse("v7x-4").all_reduce_seconds(1e9) == pytest.approx(1.5 / 200)
+    assert parse("v6e-4").all_reduce_bytes_per_s(4) == pytest.approx(200e9 / 1.5)
+    assert parse("v6e-4").all_reduce_bytes_per_s(2) == pytest.approx(200e9 / 1.0)
+    assert parse("v6e-1").all_reduce_bytes_per_s(1) == math.inf
+    assert parse("v7x-1").all_reduce_bytes_per_s(2) == math.inf  # both devices are one chip
+    assert parse("v7x-4").all_reduce_bytes_per_s(8) == pytest.approx(200e9 / 1.5)
 
 
 @pytest.mark.parametrize(("kind", "version"), [("v5e", "v5e"), ("v6e", "v6e"), ("v7x", "7x")])

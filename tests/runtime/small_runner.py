@@ -33,6 +33,7 @@ def small_runner(
     widths: tuple[int, ...] = (1,),
     drafter: Drafter | None = None,
     keeps_tokens: bool = False,
+    simulated_acceptance: float | None = None,
     announce: Announce = announce_to_nobody,
 ) -> ModelRunner:
     """Make a float32 runner on one CPU device, compiled and started, with a bucket of each width."""
@@ -42,7 +43,7 @@ def small_runner(
     kernels = kernels_for(None, PLATFORMS["cpu"], model)
     pools = pools_of(model, kernels.attention, "float32")
     buckets = tuple(Bucket(32, ROWS, width) for width in widths)
-    options = {"keeps_tokens": keeps_tokens, "width": max(widths)}
+    options = {"keeps_tokens": keeps_tokens, "width": max(widths), "simulated_acceptance": simulated_acceptance}
     config = RunnerConfig("float32", "float32", pools, PAGE_SIZE, PAGES + 1, ROWS, CONTEXT, buckets, **options)
     runner = ModelRunner(model, config, kernels, placement, stacks_layers=False, announce=announce, drafter=drafter)
     runner.compile(lambda *_: None).result()

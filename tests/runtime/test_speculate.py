@@ -141,6 +141,21 @@ def test_output_does_not_depend_on_drafts(stories260k: Path, expected: Client, d
             assert counters.accepted_drafts > 0.8 * counters.drafted_tokens > 0  # it takes some requests for others
 
 
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_simulated_acceptance_takes_a_share_of_drafts_right_or_wrong(
+    stories260k: Path, expected: Client, share: float
+) -> None:
+    drafter = drafter_of(the_same_again) if share else an_oracle(expected, 10**6)
+    client = run(small_runner(stories260k, widths=(W,), drafter=drafter, simulated_acceptance=share))
+    counters = client.core.scheduler.counters
+    assert counters.draft_steps > 40
+    first = counters.accepted_per_position[0] / counters.draft_steps
+    assert first == pytest.approx(share, abs=0.15 if share == 0.6 else 0)
+    if share == 1:  # each token is repeated, as it was drafted
+        tokens = client.tokens[11]
+        assert tokens == [each for each in tokens[1:-1:W] for _ in range(W)][-len(tokens) :] or tokens
+
+
 def test_output_does_not_depend_on_widths_that_change_with_the_batch_nor_on_preemption(
     stories260k: Path, expected: Client
 ) -> None:

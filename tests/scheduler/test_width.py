@@ -206,6 +206,25 @@ def test_a_step_is_wide_only_if_its_rows_fit_with_those_that_are_admitted(num_ne
     assert (plan.width, len(plan.rows)) == (width, 1 + num_new)
 
 
+def test_requests_that_wait_for_pages_leave_steps_wide() -> None:
+    """Two rows fill the pool and go on with drafts while four requests wait; no step has more rows than may speculate."""
+    s = scheduler(width=lambda n: W if n <= 2 else 1, num_usable_pages=14, rows=4)
+    for key in range(1, 7):
+        s.add(make_request(key, [key] * 13, max_tokens=9))
+    wide_with_queue = 0
+    for _ in range(200):
+        plan = s.schedule()
+        if plan is None:
+            break
+        assert plan.width == 1 or len(plan.rows) <= 2
+        wide_with_queue += plan.width == W and bool(plan.from_device.all()) and len(s.waiting) > 0
+        accepted = np.where(plan.from_device, min(2, plan.width), 1)
+        s.process(plan, step_tokens(plan, np.full((len(plan.rows), plan.width), 9), accepted))
+        s.check_invariants()
+    assert not s.has_requests
+    assert wide_with_queue > 3
+
+
 def three_decoding(**options) -> Scheduler:
     s = scheduler(**options)
     for key in (1, 2, 3):

@@ -84,6 +84,8 @@ REFUSED = {
         "--speculative-ngram-max-match-window-size … EAGLE3"
     ),
     f"{NGRAM} --speculative-disable-by-batch-size 0": "--speculative-disable-by-batch-size … 0 … 1",
+    f"{NGRAM} --speculative-simulated-acceptance 1.5": "--speculative-simulated-acceptance … 1.5 … 0 … 1",
+    "--speculative-simulated-acceptance 0.7": "--speculative-simulated-acceptance … --speculative-algorithm",
     HEAD: "--speculative-draft-model-path … --speculative-algorithm",
     f"{NGRAM} --speculative-ngram-max-trie-depth 18": (
         "--speculative-ngram-max-trie-depth … no trie … --speculative-ngram-max-match-window-size"

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sgl_jax.request import SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer, StopMatcher
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -15,8 +16,12 @@ STORIES = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k")
 PROMPT = STORIES.encode("There was")
 
 
+def detokenizer_of(prompt: list[int], tokenizer: Tokenizer = STORIES, **options) -> Detokenizer:
+    return Detokenizer(tokenizer, prompt, SamplingParams(**options))
+
+
 def pieces(tokenizer: Tokenizer, tokens: list[int], prompt: list[int] = PROMPT, **options) -> list[str]:
-    detokenizer = Detokenizer(tokenizer, prompt, **options)
+    detokenizer = detokenizer_of(prompt, tokenizer, **options)
     found = []
     for token in tokens:
         text, used = detokenizer.push([token])
@@ -39,7 +44,7 @@ def test_pieces_add_up_to_the_text(text: str) -> None:
 @given(st.lists(st.integers(0, 2) | st.integers(259, 511), max_size=40))
 @example([0] * 8 + [261])  # many skipped tokens before a word with a leading space
 def test_one_by_one_is_as_all_at_once(tokens: list[int]) -> None:
-    detokenizer = Detokenizer(STORIES, PROMPT)
+    detokenizer = detokenizer_of(PROMPT)
     text, used = detokenizer.push(tokens)
     assert used == len(tokens)
     assert "".join(pieces(STORIES, tokens)) == text + detokenizer.finish()
@@ -52,7 +57,7 @@ def test_any_bytes_give_valid_text(tokens: list[int]) -> None:
 
 
 def in_batches(tokenizer: Tokenizer, tokens: list[int], size: int) -> str:
-    detokenizer = Detokenizer(tokenizer, PROMPT if tokenizer is STORIES else tokenizer.encode("The"))
+    detokenizer = detokenizer_of(PROMPT if tokenizer is STORIES else tokenizer.encode("The"), tokenizer)
     shown = [detokenizer.push(tokens[i : i + size])[0] for i in range(0, len(tokens), size)]
     return "".join(shown) + detokenizer.finish()
 
@@ -152,7 +157,7 @@ WORDS = [*STORIES.encode("Once upon", add_special_tokens=False), 2, *STORIES.enc
 def test_a_stop_string_with_a_special_token_ends_the_text_before_it(stop, before, skip_special_tokens) -> None:
     options = {"stop": stop, "skip_special_tokens": skip_special_tokens}
     assert "".join(pieces(STORIES, WORDS, **options)) == before
-    detokenizer = Detokenizer(STORIES, PROMPT, **options)
+    detokenizer = detokenizer_of(PROMPT, **options)
     assert detokenizer.push(WORDS)[0] == before
     assert detokenizer.matched == max(stop, key=lambda text: "</s>" in text)
     assert "".join(pieces(STORIES, WORDS, include_stop_str_in_output=True, **options)) == before + detokenizer.matched

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.text.bpe import BYTE_OF_CHAR, merges_of
+from sgl_jax.text.byte_ranks import load_tiktoken
 from sgl_jax.text.chat_template import ChatTemplate
 from sgl_jax.text.sentencepiece_file import load_sentencepiece
-from sgl_jax.text.tiktoken_file import load_tiktoken
 from sgl_jax.text.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from sgl_jax.tools.benchmark.datasets.source import bundled_text
 

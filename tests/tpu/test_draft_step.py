@@ -1,16 +1,20 @@
-"""A wide step that ends with an EAGLE-3 head, as a TPU would run it: the head's layer works in the target's pool, and its passes
-cost no more than their products."""
+"""Wide steps that end with a draft model, as a TPU would run them: its layers work in the target's pool, and its passes cost no
+more than their products."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import tpu_programs as programs
 from tpu_programs import StepProgram
 
+from sgl_jax.models.bundled import bundled_config
+from sgl_jax.planning.hlo import Instruction
+from sgl_jax.planning.model import find_model
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.programs import step_name
 from sgl_jax.settings.server_args import ServerArgs
@@ -20,43 +24,74 @@ pytestmark = [
     pytest.mark.timeout(1200),
 ]
 
-# Sizes of a head for Qwen3-8B in the layout of AngelSlim.
-D, N, K, H, F, V = 4096, 32, 8, 128, 12288, 32000
-HEAD = {
-    "architectures": ["Eagle3LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": D,
-    "num_hidden_layers": 1,
-    "num_attention_heads": N,
-    "num_key_value_heads": K,
-    "head_dim": H,
-    "intermediate_size": F,
-    "vocab_size": 151936,
-    "draft_vocab_size": V,
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-    "max_position_embeddings": 2048,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-}
-W = 4
-CASES = [("v6e-1", 8), ("v7x-1", 2)]  # topology and rows
+W, DRAFT_VOCABULARY = 4, 32000
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
+# Launches with the published flags, the rows of the step, and the layers of the target; a whole one has more of the same.
+CASES = [
+    ("Qwen3-8B", "v6e-1", "EAGLE3", 8, 8),
+    ("Qwen3-8B", "v7x-1", "EAGLE3", 2, 8),
+    ("Llama-3.1-8B", "v6e-4", "EAGLE3", 8, 8),
+    ("Qwen3-32B", "v6e-4", "EAGLE3", 8, 8),
+    ("GLM-4.5-Air", "v6e-1", "NEXTN", 8, 3),
+    ("Qwen3-8B", "v6e-1", "STANDALONE", 8, 6),
+]
+Case = tuple[str, str, str, int, int]
+
+
+def write_config(folder: Path, name: str, num_layers: int) -> str:
+    """Write the config.json of a model with so many layers; return its path."""
+    folder.mkdir()
+    config = dict(bundled_config(name)) | {"num_hidden_layers": num_layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def write_head(folder: Path, name: str) -> str:
+    """Write the config.json of a head for the model, in AngelSlim's layout."""
+    target = find_model(ServerArgs(model_path=name)).config
+    config = {
+        "architectures": ["Eagle3LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": target.hidden_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": target.num_heads,
+        "num_key_value_heads": target.num_kv_heads,
+        "head_dim": target.head_dim,
+        "intermediate_size": target.intermediate_size,
+        "vocab_size": target.vocab_size,
+        "draft_vocab_size": DRAFT_VOCABULARY,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1000000,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def name_of(case: Case) -> str:
+    return "-".join(map(str, case[:4]))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=name_of)
 def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> StepProgram:
-    """Return the step of that many rows of a launch with the published flags."""
-    topology, rows = request.param
-    head = tmp_path_factory.mktemp("eagle3")
-    (head / "config.json").write_text(json.dumps(HEAD))
+    model, topology, algorithm, rows, num_layers = request.param
+    folder, draft = tmp_path_factory.mktemp("launch"), None
+    if algorithm == "EAGLE3":
+        draft = write_head(folder / "draft", model)
+    if algorithm == "STANDALONE":
+        draft = write_config(folder / "draft", "Qwen3-0.6B", 2)
     args = ServerArgs(
-        model_path="Qwen3-8B",
+        model_path=write_config(folder / "target", model, num_layers),
         attention_backend="fa",
         page_size=64,
         mem_fraction_static=0.8,
-        speculative_algorithm="EAGLE3",
-        speculative_draft_model_path=str(head),
+        speculative_algorithm=algorithm,
+        speculative_draft_model_path=draft,
         speculative_eagle_topk=1,
         speculative_num_steps=W - 1,
         speculative_num_draft_tokens=W,
@@ -66,10 +101,14 @@ def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return programs.compiled(plan, bucket, made[step_name(bucket)], placement)
 
 
+of_heads = pytest.mark.parametrize("step", [case for case in CASES if case[2] == "EAGLE3"], ids=name_of, indirect=True)
+
+
 @pytest.mark.supports("TPU, compiled only", CASES)
-def test_the_heads_layer_is_the_last_of_the_one_pool(step: StepProgram) -> None:
-    runner = step.plan.launch.runner_config
-    assert [pool.num_layers for pool in runner.pools] == [step.num_layers + 1]
+def test_the_draft_models_layers_are_the_last_of_the_one_pool(step: StepProgram) -> None:
+    runner, draft = step.plan.launch.runner_config, step.plan.model.config.draft
+    assert draft is not None
+    assert [pool.num_layers for pool in runner.pools] == [step.num_layers + draft.decoder.num_layers]
     assert runner.page_size == 64
 
 
@@ -87,30 +126,44 @@ def test_the_plan_knows_what_the_program_is_given(step: StepProgram) -> None:
     assert step.argument_bytes == pytest.approx(programs.planned_bytes(step)[0], rel=programs.AGREEMENT)
 
 
+def test_logits_of_target_and_draft_stay_where_they_are(step: StepProgram) -> None:
+    assert programs.largest_gathered_axis(step) < DRAFT_VOCABULARY // step.plan.target.num_devices // 16
+
+
+@of_heads
 def test_a_pass_of_the_head_has_no_product_that_nothing_needs(step: StepProgram) -> None:
     """Over the step's tokens the head's layer only writes its KV, beside the target's layers and logits. The later passes, in a
     loop, have the whole layer and the draft's logits."""
-    devices, layers = step.plan.target.num_devices, step.num_layers
-    layer = qkv, *_ = [(N + 2 * K) * H // devices, D, 2 * F // devices, D]  # and o, gate_up, down
-    fc, logits, draft_logits = D, step.plan.model.config.vocab_size // devices, V // devices
+    devices, target = step.plan.target.num_devices, step.plan.model.config
+    d, head_dim, groups = target.hidden_size, target.head_dim, target.num_heads + 2 * target.num_kv_heads
+    layer = qkv, *_ = [groups * head_dim // devices, d, 2 * target.intermediate_size // devices, d]
+    fc, logits, draft_logits = d, target.vocab_size // devices, DRAFT_VOCABULARY // devices
     assert product_widths(step) == {
-        False: Counter([*layer * layers, logits, fc, qkv]),
+        False: Counter([*layer * step.num_layers, logits, fc, qkv]),  # qkv, o, gate_up and down of a layer
         True: Counter([*layer, draft_logits]),
     }
 
 
+@of_heads
 def test_nothing_as_large_as_a_matrix_is_made_in_the_loop(step: StepProgram) -> None:
     looped = [each for each in step.module.instructions() if each.in_loop and not each.in_branch]
-    made = [array.size for each in looped for array in each.arrays if array.size not in step.pool_sizes]
+    made = [each for each in looped if not is_prefetch(each)]
+    sizes = [array.size for each in made for array in each.arrays if array.size not in step.pool_sizes]
     assert programs.weight_moves(step) == []
-    assert 0 < max(made) < D * D
+    assert 0 < max(sizes) < step.plan.model.config.hidden_size**2 // step.plan.target.num_devices
+
+
+def is_prefetch(each: Instruction) -> bool:
+    """Whether it takes something into the chip's own memory ahead, as a whole or in slices that are put together."""
+    slices = [name.startswith("slice-done") for name in each.operands]
+    return each.opcode.endswith(("-start", "-done")) or (bool(slices) and all(slices))
 
 
 def product_widths(step: StepProgram) -> dict[bool, Counter[int]]:
     """Count the products with weights by the width of their output, outside of loops and in them."""
     found: dict[bool, Counter[int]] = {False: Counter(), True: Counter()}
     for each in step.module.instructions():
-        for inner in step.module.fused(each) if not each.in_branch else ():
+        for inner in programs.fused(step.module, each) if not each.in_branch else ():
             if inner.opcode in programs.PRODUCTS and "oi,ti->ot" in inner.op_name:
                 found[each.in_loop][inner.arrays[0].shape[-1]] += 1
     return found

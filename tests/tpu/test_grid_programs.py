@@ -33,7 +33,7 @@ D = {"Qwen3-8B": 4096, "Qwen3-30B-A3B": 2048}
 
 def collectives(topology: str, tokens: int, args: ServerArgs) -> Counter[tuple[str, tuple[int, ...]]]:
     """Kind and result of each collective that every step of the bucket runs."""
-    model = find_model(args.model_path)
+    model = find_model(args)
     model = dataclasses.replace(model, config=dataclasses.replace(model.config, num_layers=LAYERS))
     target = find_target(topology, args.tp_size, args.dp_size)
     plan = make_plan(args, model, target, 1024)
@@ -72,6 +72,6 @@ def test_sequence_parallelism_replaces_each_sum_by_its_halves() -> None:
 )
 def test_larger_topologies_can_be_planned(topology: str, sizes: dict[str, int]) -> None:
     args = ServerArgs(model_path="Llama-3.1-70B", **sizes)
-    plan = make_plan(args, find_model(args.model_path), find_target(topology, args.tp_size, args.dp_size), 1024)
+    plan = make_plan(args, find_model(args), find_target(topology, args.tp_size, args.dp_size), 1024)
     assert plan.target.num_devices == 16
     assert plan.launch.kv_tokens == 2 * plan.launch.memory.num_tokens

@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from sgl_jax.planning import hlo
 from sgl_jax.planning.fit import Plan, make_plan
 from sgl_jax.planning.hlo import Instruction, Module
 from sgl_jax.planning.launch_programs import launch_programs
-from sgl_jax.planning.model import drafting, find_model
+from sgl_jax.planning.model import find_model
 from sgl_jax.planning.target import find_target
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import CompileWatch, Program, compile_all, matmul_precision
@@ -79,7 +79,7 @@ def planned(model: str, topology: str, attention: str | None) -> tuple[Plan, dic
 def programs_of(args: ServerArgs, topology: str) -> tuple[Plan, dict[str, Program], Placement]:
     """Plan a launch over all chips of the topology, and make its programs."""
     target = find_target(topology)
-    plan = make_plan(args, drafting(args, find_model(args.model_path)), target, 1024)
+    plan = make_plan(args, find_model(args), target, 1024)
     placement = Placement.over(target.find_devices(), plan.launch.grid)
     programs = launch_programs(
         plan.model.config,
@@ -123,12 +123,11 @@ def read(plan: Plan, bucket: Bucket, program: Program, call: Any) -> StepProgram
 
 
 def planned_bytes(step: StepProgram) -> tuple[int, int]:
-    """By arithmetic alone, of one device: what a step is given, and what it sums over the devices; 0 with drafts, which the
-    plan does not count."""
+    """By arithmetic alone, of one device: what a step is given, and what it sums over the devices, drafting not counted."""
     launch, runner = step.plan.launch, step.plan.launch.runner_config
     state = runner.state_sizes(step.plan.model.config.shard(launch.grid)).nbytes
-    costs = [each.cost for each in step.plan.steps if each.bucket == step.bucket]
-    return launch.weight_bytes + launch.memory.kv_bytes + state, sum(int(cost.reduced_bytes) for cost in costs)
+    (reduced,) = [int(each.cost.reduced_bytes) for each in step.plan.steps if each.bucket == step.bucket]
+    return launch.weight_bytes + launch.memory.kv_bytes + state, reduced
 
 
 def sides(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -142,6 +141,16 @@ def pool_copies(step: StepProgram) -> list[Instruction]:
         for each in step.module.instructions()
         if each.opcode in ("copy", "copy-start", "transpose") and any(a.size in step.pool_sizes for a in each.arrays)
     ]
+
+
+def fused(module: Module, instruction: Instruction) -> Iterator[Instruction]:
+    """The instructions that a fusion consists of, or the instruction itself if it is no fusion."""
+    if instruction.opcode != "fusion":
+        yield instruction
+        return
+    for called in instruction.calls:
+        for each in module.computations[called]:
+            yield from fused(module, each)
 
 
 def weight_moves(step: StepProgram) -> list[Instruction]:
@@ -158,7 +167,7 @@ def weight_moves(step: StepProgram) -> list[Instruction]:
                 weights[each.name] = sides(array.shape)
         for weight in {weights[name] for name in each.operands if name in weights}:
             same = any(sides(array.shape) == weight for array in each.arrays)
-            if each.opcode in MOVES and same and not any(i.opcode in PRODUCTS for i in step.module.fused(each)):
+            if each.opcode in MOVES and same and not any(i.opcode in PRODUCTS for i in fused(step.module, each)):
                 found.append(each)
             elif each.opcode != "fusion" and (same or each.opcode.endswith(("-start", "-done", "get-tuple-element"))):
                 weights[each.name] = weight
@@ -172,7 +181,7 @@ def products(step: StepProgram) -> Counter[str]:
     for each in step.module.instructions():
         if each.opcode == "custom-call" and each.name.startswith("grouped_matmul"):
             found["experts"] += 1
-        for inner in step.module.fused(each) if not each.in_branch else ():
+        for inner in fused(step.module, each) if not each.in_branch else ():
             if inner.opcode in PRODUCTS and "oi,ti->ot" in inner.op_name:
                 found[inner.op_name.rpartition("/oi,ti->ot")[0].rpartition("/")[2]] += 1
     return found

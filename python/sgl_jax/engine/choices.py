@@ -68,18 +68,15 @@ class LiveChoices:
         now = time.perf_counter()
         choices, metrics = self._by_key, self.metrics
         for scored in step.prompts:
-            choice = choices.get(scored.key)
-            if choice is not None:
+            if (choice := choices.get(scored.key)) is not None:
                 choice.num_cached_tokens = scored.num_cached_tokens
                 choice.prompt_logprobs = scored.logprobs
         for key, drafted, accepted in step.drafts:
-            choice = choices.get(key)
-            if choice is not None:
+            if (choice := choices.get(key)) is not None:
                 steps, all_drafted, all_accepted = choice.drafts
                 choice.drafts = DraftCounts(steps + 1, all_drafted + drafted, all_accepted + accepted)
         for key, token in zip(step.keys, step.tokens, strict=True):
-            choice = choices.get(key)
-            if choice is None:  # aborted meanwhile
+            if (choice := choices.get(key)) is None:  # aborted meanwhile
                 continue
             choice.tokens.append(token)
             if choice.last_token_at == 0.0:
@@ -91,12 +88,10 @@ class LiveChoices:
             if len(choice.tokens) >= choice.wake_at:
                 choice.generation.wake.set()
         for i, logprobs in step.logprobs.items():
-            choice = choices.get(step.keys[i])
-            if choice is not None:
+            if (choice := choices.get(step.keys[i])) is not None:
                 choice.logprobs.append(logprobs)
         for finished in step.finished:
-            choice = choices.get(finished.key)
-            if choice is not None:
+            if (choice := choices.get(finished.key)) is not None:
                 choice.reason = finished.reason
                 choice.generation.wake.set()
                 self._forget(choice, finished.reason.type)

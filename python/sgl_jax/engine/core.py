@@ -62,7 +62,7 @@ class Core:
         self._overlap = overlap
         self._profiler = Profiler(runner.tracer, profiler_dir)
         self._commands = Commands(scheduler, info, self._profiler, random_seed)
-        self._statistics = Statistics(scheduler, decode_log_interval, draft_model)
+        self._statistics = Statistics(scheduler, decode_log_interval, draft_model, info.simulated)
         self._planned: StepPlan | None = None  # a step whose programs are not compiled yet
         self._in_flight: Flight | None = None
 
@@ -100,8 +100,7 @@ class Core:
             self.scheduler.check_invariants()
         idle = not self._has_steps and not (waits_for_programs and self.busy)
         compiles, compiling = self.runner.compiles_after_ready, self.runner.num_compiling
-        stats = self._statistics.take_due(compiles, compiling, idle=idle)
-        if stats is not None:
+        if (stats := self._statistics.take_due(compiles, compiling, idle=idle)) is not None:
             output = msgspec.structs.replace(output or StepOutput(), stats=stats)
         return events if output is None else [*events, output]
 

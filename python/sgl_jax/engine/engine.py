@@ -24,7 +24,9 @@ from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability import log
 from sgl_jax.settings.flags import Setting
 from sgl_jax.settings.hub import refuse_no_model
-from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+from sgl_jax.settings.server_args import BY_NAME, SERVER, ServerArgs
+from sgl_jax.settings.speculators import with_verifier
+from sgl_jax.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +35,6 @@ class Engine:
     """Loads a model and generates. `server_args` are the flags of the server, in snake case."""
 
     def __init__(self, model_path: str | None = None, **server_args: Setting):
-        from sgl_jax.settings.server_args import BY_NAME, SERVER, ServerArgs
-        from sgl_jax.settings.speculators import with_verifier
-
         if model_path is None:
             raise TypeError("Engine needs model_path")
         given: dict[str, Any] = {"model_path": model_path, **server_args}
@@ -62,13 +61,6 @@ class Engine:
             limits = args.stream_interval, args.max_queued_requests, watchdog
             self._start(GenerationService(ThreadTransport(build), tokenizer, *limits))
             logger.info("Ready after %.1f s", self.info.start_seconds)
-
-    @classmethod
-    def from_core(cls, build_core: Callable[[], EngineCore], tokenizer: Tokenizer) -> Self:
-        """Make an engine around a given core; `build_core` is called in the engine's thread."""
-        engine = cls.__new__(cls)
-        engine._start(GenerationService(ThreadTransport(build_core), tokenizer))
-        return engine
 
     def _start(self, service: GenerationService) -> None:
         self.tokenizer, self._service, self._closed = service.tokenizer, service, False

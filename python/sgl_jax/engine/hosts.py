@@ -55,9 +55,8 @@ def _identity(args: ServerArgs) -> Identity:
         return identity
     draft = open_checkpoint(path, load_format="dummy" if dummy else "auto", downloads=args.downloads)
     files = model_files({"config.json": draft.config}, None if dummy else draft.path)
-    return msgspec.structs.replace(
-        identity, model=identity.model | {f"the draft model's {k}": v for k, v in files.items()}
-    )
+    of_draft = {f"the draft model's {name}": fingerprint for name, fingerprint in files.items()}
+    return msgspec.structs.replace(identity, model=identity.model | of_draft)
 
 
 class LeadingCore:

@@ -68,6 +68,7 @@ def plan_launch(
         width=speculation.width,
         lookahead=speculation.lookahead,
         keeps_tokens=speculation.keeps_tokens,
+        simulated_acceptance=args.speculative_simulated_acceptance,
     )
     memory = plan_memory(
         platform,

@@ -84,6 +84,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     kv_bytes_per_token: int
     parameters_per_token: int  # parameters that multiply a token: all matrices and the head, no embedding
     start_seconds: float
+    simulated: bool = False  # drafts count whatever is sampled: --speculative-simulated-acceptance
 
 
 class Ready(_Message, frozen=True):
@@ -153,9 +154,7 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     draft_steps: int = 0  # these three make DraftCounts
     drafted_tokens: int = 0
     accepted_drafts: int = 0
-    accepted_per_position: list[
-        int
-    ] = []  # accepted drafts by their place in a row; empty: the launch does not speculate
+    accepted_per_position: list[int] = []  # by the draft's place in a row; empty: the launch does not speculate
 
     @property
     def drafts(self) -> DraftCounts:

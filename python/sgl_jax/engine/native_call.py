@@ -3,9 +3,9 @@
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from sgl_jax.engine.checks import encoded
 from sgl_jax.engine.generation import Generation, GenerationRequest
 from sgl_jax.engine.native_params import LogprobOptions, NativeAnswer, Params, sampling_params
-from sgl_jax.engine.prompts import encoded
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json, SamplingParams
 from sgl_jax.text.tokenizer import Tokenizer

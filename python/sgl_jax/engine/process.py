@@ -19,13 +19,12 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sgl_jax.settings.server_args import environment
+from sgl_jax.settings.server_args import ServerArgs, environment
 
 if TYPE_CHECKING:
     import zmq
 
     from sgl_jax.engine.loop import EngineCore, Receive, Send
-    from sgl_jax.settings.server_args import ServerArgs
 
 CORE_FACTORY = "sgl_jax.engine.startup:launch"
 FAILED = 1  # exit code
@@ -67,7 +66,6 @@ def main() -> int:
 
     from sgl_jax.engine.loop import build_and_run
     from sgl_jax.observability import log
-    from sgl_jax.settings.server_args import ServerArgs
 
     context: zmq.Context[Any] = zmq.Context()
     receive, send = _receiver(context, config["commands"]), _sender(context, config["events"])

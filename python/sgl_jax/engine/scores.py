@@ -12,8 +12,7 @@ def scores_of_tokens(plan: StepPlan, step: StepResult, scores: TokenScores) -> d
     """Return the scores of the step's new tokens by their index, for the requests that asked for them."""
     found = {}
     for at, line in enumerate(step.lines.tolist()):
-        request = step.scored.get(line // plan.width)
-        if request is not None and request.params.logprobs is not None:
+        if (request := step.scored.get(line // plan.width)) is not None and request.params.logprobs is not None:
             found[at] = _scores(scores, line, request.params.logprobs)
     return found
 

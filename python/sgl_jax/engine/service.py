@@ -192,7 +192,7 @@ class GenerationService:
         for index in range(request.params.n):
             key, params = next(self._keys), _engine_params(request.params, index, ends)
             self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace))
-            detokenizer = self._detokenizer(request)
+            detokenizer = Detokenizer(self.tokenizer, request.prompt_ids, request.params)
             choices.append(Choice(key, prompt, index, generation, request, detokenizer, interval, now))
         generation.open += choices
         self._choices.add(choices)
@@ -202,17 +202,6 @@ class GenerationService:
         known = self.info.eos_token_ids
         new = [token for token in self.tokenizer.end_ids if token not in known and token < self.info.vocab_size]
         return tuple(new[: MAX_EOS_TOKENS - len(known)])
-
-    def _detokenizer(self, request: GenerationRequest) -> Detokenizer:
-        params = request.params
-        return Detokenizer(
-            self.tokenizer,
-            request.prompt_ids,
-            skip_special_tokens=params.skip_special_tokens,
-            stop=params.stop,
-            include_stop_str_in_output=params.include_stop_str_in_output,
-            min_tokens=params.min_tokens,
-        )
 
     def _drop(self, keys: Iterable[int], outcome: FinishType) -> None:
         """Abort those of the choices that the engine still runs, since nobody waits for them any more."""

@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import logging
+from collections.abc import Mapping
 
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.draft_checkpoint import describe, draft_config
 from sgl_jax.models.families import Families
 from sgl_jax.models.model_errors import ModelError
+from sgl_jax.models.stored import StoredTensor
 from sgl_jax.models.weights import draft_parameters, parameters_per_token
 from sgl_jax.runtime import drafters
 from sgl_jax.runtime.platform import Platform
@@ -55,16 +57,16 @@ def draft_model_name(args: ServerArgs) -> str:
 
 
 def with_draft(
-    args: ServerArgs, model: DecoderConfig, families: Families, *, dummy: bool
+    args: ServerArgs, model: DecoderConfig, families: Families, stored: Mapping[str, StoredTensor], *, dummy: bool
 ) -> tuple[DecoderConfig, Checkpoint | None]:
-    """Return the model with a description of its draft model, and the draft model's checkpoint if it has one of its own; with
-    `dummy` its config alone. Raises ModelError for a draft model that does not fit."""
+    """Return the model, which has the `stored` tensors, with a description of its draft model, and the draft model's checkpoint
+    if it has one of its own; with `dummy` its config alone. Raises ModelError for a draft model that does not fit."""
     wanted = args.speculation
     if wanted is None or wanted.algorithm == "NGRAM":
         return model, None
     path, load_format = wanted.draft_model_path, "dummy" if dummy else "auto"
     checkpoint = open_checkpoint(path, load_format=load_format, downloads=args.downloads) if path else None
-    draft = draft_config(checkpoint, model, wanted.algorithm, families)
+    draft = draft_config(checkpoint, model, wanted.algorithm, families, stored)
     if (draft.decoder.mla is None) != (model.mla is None):
         raise ModelError(f"{path}: one of the model and its draft model has latent attention; both or neither must")
     logger.info("Drafts come from the %s", describe(draft))

@@ -163,6 +163,8 @@ def kept_programs(args: ServerArgs, devices: list[jax.Device]) -> KeptPrograms |
 def _say_devices(args: ServerArgs, platform: Platform, devices: list[jax.Device]) -> None:
     logger.info(log.banner(__version__, args.model_path, [device.device_kind for device in devices]))
     logger.info(log.changed_args_line(args.changed()))
+    if (share := args.speculative_simulated_acceptance) is not None:
+        logger.warning("--speculative-simulated-acceptance is %s: drafts are SIMULATED, answers are nonsense", share)
     present = len(jax.local_devices(backend=platform.name)) * args.nnodes
     if args.tp_size is None and present > len(devices):
         logger.warning(log.unused_devices_line(platform.name, len(devices), present, args.dp_size))
@@ -197,7 +199,8 @@ def _decide(
     args: ServerArgs, families: Families, checkpoint: Checkpoint, platform: Platform, device_bytes: int, *, dummy: bool
 ) -> tuple[DecoderConfig, Checkpoint | None, Kernels, LaunchPlan]:
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
-    model, draft = with_draft(args, model.for_context(args.context_length), families, dummy=dummy)
+    model = model.for_context(args.context_length)
+    model, draft = with_draft(args, model, families, checkpoint.tensors, dummy=dummy)
     model = with_kv_dtype(args, model)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
@@ -228,6 +231,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         weight_bytes=plan.weight_bytes * len(devices),
         kv_bytes_per_token=memory.bytes_per_token * grid.tensor,
         parameters_per_token=parameters_per_token(model),
+        simulated=args.speculative_simulated_acceptance is not None,
         start_seconds=time.perf_counter() - started,
     )
     return Core(

@@ -16,20 +16,24 @@ _ENOUGH_DRAFTS, _LOWEST_RATE = 200, 0.05  # the share is that of a row's first d
 
 
 class Statistics:
-    def __init__(self, scheduler: Scheduler, decode_log_interval: int, draft_model: str = ""):
+    def __init__(self, scheduler: Scheduler, decode_log_interval: int, draft_model: str = "", simulated: bool = False):
         self.speed = Speedometer(decode_log_interval)
-        self._scheduler = scheduler
+        self._scheduler, self._simulated = scheduler, simulated
         self._watched = draft_model  # empty: there is none, or it has been warned of
         self._drafts = self._drafts_before = DraftCounts()  # the last log interval's, and all until its end
         self._due = 0.0
 
     def take_due(self, compiles_after_ready: int, num_compiling: int, *, idle: bool) -> Stats | None:
         """Return them every _INTERVAL_S seconds, and always when the engine falls idle; None between."""
-        now, s = time.monotonic(), self._scheduler
+        now = time.monotonic()
         if now < self._due and not idle:
             return None
         self._due = now + _INTERVAL_S
         self._warn_of_low_acceptance()
+        return self._stats(compiles_after_ready, num_compiling)
+
+    def _stats(self, compiles_after_ready: int = 0, num_compiling: int = 0) -> Stats:
+        s = self._scheduler
         return Stats(
             num_running=s.num_running,
             num_waiting=len(s.waiting),
@@ -45,20 +49,15 @@ class Statistics:
 
     def log(self, plan: StepPlan) -> None:
         """Log a line for a step with prompts, and one for every interval of decode steps."""
-        s = self._scheduler
-        requests = {"num_running": s.num_running, "num_waiting": len(s.waiting)}
         if not plan.from_device.all():
             prompts = ~plan.from_device
-            sizes = {"num_new_requests": int(prompts.sum()), "num_new_tokens": int(plan.num_new[prompts].sum())}
-            cached = plan.num_cached_tokens
-            logger.info(prefill_line(**sizes, num_cached_tokens=cached, token_usage=s.kv_usage, **requests))
+            new = int(prompts.sum()), int(plan.num_new[prompts].sum())
+            logger.info(prefill_line(self._stats(), *new, plan.num_cached_tokens))
         elif self.speed.interval_is_over():
-            tokens, speed = s.num_running_tokens, self.speed.tokens_per_s
-            total = DraftCounts(s.counters.draft_steps, s.counters.drafted_tokens, s.counters.accepted_drafts)
+            c = self._scheduler.counters
+            total = DraftCounts(c.draft_steps, c.drafted_tokens, c.accepted_drafts)
             self._drafts, self._drafts_before = total.since(self._drafts_before), total
-            drafts = self._drafts if s.config.width > 1 else None
-            sizes = {"num_tokens": tokens, "token_usage": s.kv_usage, "gen_throughput": speed}
-            logger.info(decode_line(**sizes, **requests, drafts=drafts))
+            logger.info(decode_line(self._stats(), self._scheduler.num_running_tokens, simulated=self._simulated))
 
     def _warn_of_low_acceptance(self) -> None:
         c = self._scheduler.counters

@@ -4,17 +4,14 @@ The API side is one asyncio loop. A transport calls `on_event` in that loop, in 
 and reports an engine that ends without a message as EngineDied.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 import queue
 import shutil
-import subprocess
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import msgspec
 import zmq
@@ -22,27 +19,13 @@ import zmq
 from sgl_jax.engine.loop import EngineCore, build_and_run
 from sgl_jax.engine.messages import Command, EngineDied, Event, Shutdown
 from sgl_jax.engine.process import spawn
-
-if TYPE_CHECKING:
-    from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 _RECONNECT_MS = 10
 _LAST_WORDS_S = 0.5
 _MAX_IPC_PATH = 100  # the kernel's limit for a socket's path is 107 bytes
 
 type OnEvent = Callable[[Event], None]
-
-
-class Transport(Protocol):
-    """The API side's end of a connection to the engine."""
-
-    def start(self, on_event: OnEvent) -> None:
-        """Start the engine. Called once, in the running loop that is to receive the events."""
-
-    def send(self, command: Command) -> None: ...
-
-    async def close(self, timeout: float) -> None:
-        """Send Shutdown and wait for the engine to leave, at most `timeout` seconds."""
 
 
 class ThreadTransport:
@@ -54,6 +37,7 @@ class ThreadTransport:
         self._thread: threading.Thread | None = None
 
     def start(self, on_event: OnEvent) -> None:
+        """Start the engine. Called once, in the running loop that is to receive the events."""
         loop = asyncio.get_running_loop()
 
         def report(event: Event) -> None:
@@ -74,31 +58,20 @@ class ThreadTransport:
         self._commands.put(command)
 
     async def close(self, timeout: float) -> None:
+        """Send Shutdown and wait for the engine to leave, at most `timeout` seconds."""
         self.send(Shutdown())
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join, timeout)
 
 
 class ProcessTransport:
-    """Runs the engine in a child process, started by `launch`; the sockets are in a private folder."""
+    """Runs the engine in a child process; the sockets are in a private folder."""
 
     def __init__(self, server_args: ServerArgs, core_factory: str):
-        self._server_args, self._core_factory = server_args, core_factory
-        self._folder = ""
-        self._context: zmq.Context[Any] | None = None
-        self._process: subprocess.Popen[bytes] | None = None
-        self._exited = threading.Event()
-        self._closing = False
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._fd = -1
-        self._encode = msgspec.msgpack.Encoder().encode
-        self._decode = msgspec.msgpack.Decoder(Event).decode
-
-    def launch(self) -> None:
         """Start the process, which loads while the caller goes on."""
         self._folder = _private_folder()
         commands, events = f"ipc://{self._folder}/commands", f"ipc://{self._folder}/events"
-        self._context = zmq.Context()
+        self._context: zmq.Context[Any] = zmq.Context()
         self._commands = self._context.socket(zmq.PUSH)
         self._events = self._context.socket(zmq.PULL)
         for socket in (self._commands, self._events):
@@ -109,12 +82,17 @@ class ProcessTransport:
         self._commands.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_MS)
         self._commands.connect(commands)
         self._events.bind(events)
-        self._process = spawn(self._server_args, self._core_factory, commands, events)
+        self._fd = int(self._events.getsockopt(zmq.FD))
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(Event).decode
+        self._exited = threading.Event()
+        self._closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # the loop to call `on_event` in, from `start` on
+        self._process = spawn(server_args, core_factory, commands, events)
 
     def start(self, on_event: OnEvent) -> None:
         self._on_event = on_event
         self._loop = asyncio.get_running_loop()
-        self._fd = int(self._events.getsockopt(zmq.FD))
         self._loop.add_reader(self._fd, self._receive)
         self._loop.call_soon(self._receive)  # events that came before the reader was added do not wake it
         threading.Thread(target=self._wait, name="sgl-jax-engine-exit", daemon=True).start()
@@ -129,7 +107,6 @@ class ProcessTransport:
             self._on_event(self._decode(data))
 
     def _wait(self) -> None:
-        assert self._process is not None
         code = self._process.wait()
         self._exited.set()
         if not self._closing and self._loop is not None and not self._loop.is_closed():
@@ -148,21 +125,21 @@ class ProcessTransport:
         if timeout > 0 and self._loop is not None and not self._exited.is_set():
             self.send(Shutdown())
             await asyncio.to_thread(self._exited.wait, timeout)
-        if self._loop is not None and self._fd >= 0:
+        if self._loop is not None:
             self._loop.remove_reader(self._fd)
-            self._fd = -1
+            self._loop = None
         self.kill()
 
     def kill(self) -> None:
         """End the process if it still runs, and remove the sockets. May be called twice."""
         self._closing = True
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-        if self._context is not None:
-            self._context.destroy(linger=0)
-            self._context = None
-            shutil.rmtree(self._folder, ignore_errors=True)
+        self._process.kill()
+        self._process.wait()
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+type Transport = ThreadTransport | ProcessTransport
 
 
 class NoSockets(RuntimeError):

@@ -10,14 +10,19 @@ from sgl_jax.models.families import FAMILIES, Families, decoder_config, tensor_n
 from sgl_jax.models.model_errors import ModelError, faults_named
 from sgl_jax.models.names import TensorNames
 from sgl_jax.models.stored import StoredTensor
+from sgl_jax.models.stored_names import named_tensors
 from sgl_jax.settings.speculation import Algorithm
 
 
 def draft_config(
-    checkpoint: Checkpoint | None, target: DecoderConfig, algorithm: Algorithm, families: Families = FAMILIES
+    checkpoint: Checkpoint | None,
+    target: DecoderConfig,
+    algorithm: Algorithm,
+    families: Families = FAMILIES,
+    stored: Mapping[str, StoredTensor] | None = None,
 ) -> DraftConfig:
-    """Describe the draft model in `checkpoint`, or with NEXTN the target's own MTP layer. Raises ModelError for one that
-    is not served or does not fit the target."""
+    """Describe the draft model in `checkpoint`, or with NEXTN the target's own MTP layer. A head's copy of the embedding among
+    the target's `stored` tensors is left out. Raises ModelError for one that is not served or does not fit the target."""
     if algorithm == "NEXTN":
         return _mtp_config(target)
     assert checkpoint is not None
@@ -25,7 +30,9 @@ def draft_config(
         with faults_named("config.json", "it describes no draft model"):
             if algorithm == "STANDALONE":
                 return _whole_config(checkpoint, target, families)
-            return head_config(checkpoint, target, algorithm)
+            names = tensor_names(target, families)
+            embed = named_tensors(stored, target, names).get(names.embed) if stored else None
+            return head_config(checkpoint, target, algorithm, embed)
     except ModelError as error:
         raise ModelError(f"Draft model {checkpoint.path}: {error}") from error
 

@@ -22,6 +22,7 @@ from sgl_jax.models.names import TensorNames
 from sgl_jax.models.raw_config import RawConfig, replaced
 from sgl_jax.models.safetensors_file import TABLES
 from sgl_jax.models.stored import StoredTensor
+from sgl_jax.models.stored_names import same_values
 from sgl_jax.settings.speculation import Algorithm
 
 type Tensors = Mapping[str, StoredTensor]
@@ -59,8 +60,11 @@ class _Said(msgspec.Struct):
     bias: bool | None = None  # fc has one
 
 
-def head_config(checkpoint: Checkpoint, target: DecoderConfig, algorithm: Algorithm) -> DraftConfig:
-    """Describe a head. Raises ModelError for one of another kind, or for another target."""
+def head_config(
+    checkpoint: Checkpoint, target: DecoderConfig, algorithm: Algorithm, embed: StoredTensor | None = None
+) -> DraftConfig:
+    """Describe a head. `embed` is the target's embedding, of which heads may hold a copy; None: it is not at hand. Raises
+    ModelError for a head of another kind, or for another target."""
     hf, tensors, is_eagle3 = checkpoint.config, _shown(checkpoint.tensors), algorithm == "EAGLE3"
     said = checked_fields(hf | (hf.get("eagle_config") or {}), _Said)
     _refuse_other_kinds(hf, said, tensors, algorithm)
@@ -70,6 +74,7 @@ def head_config(checkpoint: Checkpoint, target: DecoderConfig, algorithm: Algori
     layers = _target_layers(hf, said, target.num_layers) if is_eagle3 else ()
     _same_width(said, tensors, decoder.hidden_size, target.hidden_size, len(layers))
     own_head = _HEAD in tensors or size != target.vocab_size or (is_eagle3 and not tensors)
+    is_copy = embed is not None and _EMBED in tensors and same_values(tensors[_EMBED], embed)
     if is_eagle3 and decoder.tie_embeddings and not (own_head or target.tie_embeddings):
         raise ModelError(
             f"config.json sets tie_word_embeddings=True; without {_HEAD} the head is the model's, not tied"
@@ -80,7 +85,7 @@ def head_config(checkpoint: Checkpoint, target: DecoderConfig, algorithm: Algori
         kind="eagle3" if is_eagle3 else "eagle",
         decoder=dataclasses.replace(decoder, **own),
         target_layers=layers,
-        own_embed=_EMBED in tensors or decoder.hidden_size != target.hidden_size,
+        own_embed=decoder.hidden_size != target.hidden_size or (_EMBED in tensors and not is_copy),
         own_head=own_head,
         is_reduced=size != target.vocab_size,
         # EAGLE-1 is trained with a bias unless the config denies it. Some published files have neither key nor bias.
@@ -101,7 +106,7 @@ def head_names(draft: DraftConfig) -> TensorNames:
         lm_head=_HEAD,
         layer={path: tuple(n.removeprefix("model.") for n in names) for path, names in llama.NAMES.layer.items()},
         more=outside | {"d2t": _D2T} | {f"fc_norms[{i}]": f"fc_norm.{i}.weight" for i in range(draft.num_features)},
-        ignored=(*llama.NAMES.ignored, f"^{_D2T}$", f"^{_T2D}$"),
+        ignored=(*llama.NAMES.ignored, f"^{_D2T}$", f"^{_T2D}$", f"^{_EMBED}$"),
         view=_shown,
     )
 

@@ -46,13 +46,15 @@ def has_own_head(stored: Mapping[str, StoredTensor], config: DecoderConfig, name
     """Return whether a checkpoint that its config calls tied holds a head of other values than the embedding."""
     tensors = named_tensors(stored, config, names)
     embed, head = tensors.get(names.embed), tensors.get(names.lm_head)
-    if embed is None or head is None:
+    return embed is not None and head is not None and not same_values(embed, head)
+
+
+def same_values(a: StoredTensor, b: StoredTensor) -> bool:
+    """Compare two matrices, as far as they are readable."""
+    if a.shape != b.shape or len(a.shape) != 2 or not (a.supported and b.supported):
         return False
-    if embed.shape != head.shape or len(embed.shape) != 2 or not (embed.supported and head.supported):
-        return True
-    rows = embed.shape[0]
-    blocks = ((at, min(at + _ROWS, rows)) for at in range(0, rows, _ROWS))
-    return not all(_equal(embed.rows(*block), head.rows(*block)) for block in blocks)
+    blocks = ((at, min(at + _ROWS, a.shape[0])) for at in range(0, a.shape[0], _ROWS))
+    return all(_equal(a.rows(*block), b.rows(*block)) for block in blocks)
 
 
 def _equal(a: np.ndarray, b: np.ndarray) -> bool:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sgl_jax.engine.messages import DraftCounts
+    from sgl_jax.engine.messages import Stats
 
 READY = "The server is fired up and ready to roll!"  # scripts of the SGLang family wait for these words
 
@@ -28,31 +27,22 @@ class _Formatter(logging.Formatter):
             prefix += f"{record.levelname}: "
         return prefix + record.message.replace("\n", "\n" + prefix)
 
-    def usesTime(self) -> bool:
-        return True
-
 
 class _Handler(logging.StreamHandler[Any]):
-    """Handler that a second `setup` recognises and replaces. StreamHandler flushes after each record."""
-
-
-class _Stderr(io.TextIOBase):
     """Writes to the present sys.stderr, which a progress bar replaces so that lines go above it."""
 
-    def write(self, text: str) -> int:
-        return sys.stderr.write(text)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
 
 
-def setup(level: str = "info", stream: TextIO | None = None) -> None:
-    """Take over the root logger. This is for a process of ours, never for a program that imports us.
+def setup(level: str = "info") -> None:
+    """Take over the root logger, from an earlier `setup` too. This is for a process of ours, never for a program that imports us.
 
     Our lines and uvicorn's appear from `level` up, those of other libraries from WARNING up. Start uvicorn with
     `log_config=None`, or it puts its own handlers back.
     """
-    handler = _Handler(stream or _Stderr())
+    handler = _Handler()
     handler.setFormatter(_Formatter())
     root = logging.getLogger()
     for old in [h for h in root.handlers if isinstance(h, _Handler)]:
@@ -73,7 +63,7 @@ def heard() -> Iterator[None]:
     if ours.hasHandlers() or not sys.stderr.isatty():
         yield
         return
-    handler, level = logging.StreamHandler(_Stderr()), ours.level
+    handler, level = _Handler(), ours.level
     handler.setFormatter(_Formatter())
     ours.addHandler(handler)
     ours.setLevel(logging.INFO)
@@ -170,35 +160,21 @@ def access_line(
 # --- while serving: SGLang's formats, which dashboards parse ---------------------------------------------------------
 
 
-def prefill_line(
-    *,
-    num_new_requests: int,
-    num_new_tokens: int,
-    num_cached_tokens: int,
-    token_usage: float,
-    num_running: int,
-    num_waiting: int,
-) -> str:
+def prefill_line(stats: Stats, num_new_requests: int, num_new_tokens: int, num_cached_tokens: int) -> str:
     return (
         f"Prefill batch. #new-seq: {num_new_requests}, #new-token: {num_new_tokens}, #cached-token: {num_cached_tokens}, "
-        f"token usage: {token_usage:.2f}, #running-req: {num_running}, #queue-req: {num_waiting}"
+        f"token usage: {stats.kv_usage:.2f}, #running-req: {stats.num_running}, #queue-req: {stats.num_waiting}"
     )
 
 
-def decode_line(
-    *,
-    num_running: int,
-    num_tokens: int,
-    token_usage: float,
-    gen_throughput: float,
-    num_waiting: int,
-    drafts: DraftCounts | None = None,
-) -> str:
-    """Describe decode steps. `drafts`: those verified in them; None: the launch does not speculate."""
-    accept = f"accept len: {drafts.accept_length:.2f}, accept rate: {drafts.accept_rate:.2f}, " if drafts else ""
+def decode_line(stats: Stats, num_tokens: int, simulated: bool = False) -> str:
+    """Describe the decode steps of an interval. `num_tokens`: of all running requests; `simulated`: acceptance is."""
+    kind = "SIMULATED accept" if simulated else "accept"
+    accept = f"{kind} len: {stats.spec_accept_length:.2f}, accept rate: {stats.spec_accept_rate:.2f}, "
     return (
-        f"Decode batch. #running-req: {num_running}, #token: {num_tokens}, token usage: {token_usage:.2f}, {accept}"
-        f"gen throughput (token/s): {gen_throughput:.2f}, #queue-req: {num_waiting}"
+        f"Decode batch. #running-req: {stats.num_running}, #token: {num_tokens}, token usage: {stats.kv_usage:.2f}, "
+        f"{accept if stats.accepted_per_position else ''}"
+        f"gen throughput (token/s): {stats.gen_throughput:.2f}, #queue-req: {stats.num_waiting}"
     )
 
 

@@ -108,8 +108,6 @@ class _Collector:
 
 def exposition(requests: RequestMetrics, stats: Stats, about: Mapping[str, str]) -> tuple[bytes, str]:
     """Return the text that Prometheus scrapes, and its content type. `about`: labels of the info metric."""
-    from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+    from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-    registry = CollectorRegistry()
-    registry.register(_Collector(requests, stats, about))
-    return generate_latest(registry), CONTENT_TYPE_LATEST
+    return generate_latest(_Collector(requests, stats, about)), CONTENT_TYPE_LATEST

@@ -15,7 +15,7 @@ from sgl_jax.observability import log
 from sgl_jax.planning import plan_report
 from sgl_jax.planning.fit import Misfit, launch_of, make_plan
 from sgl_jax.planning.launch_programs import DoesNotCompile, ProgramFacts, compile_launch
-from sgl_jax.planning.model import PlannedModel, bundled_path, drafting, find_model, read_model
+from sgl_jax.planning.model import PlannedModel, bundled_path, find_model, read_model
 from sgl_jax.planning.target import Target, find_target, target_here
 from sgl_jax.planning.topology import set_tpu_environment
 from sgl_jax.runtime.compiler import cache_takes_programs, use_compile_cache
@@ -33,7 +33,7 @@ def compile_here(args: ServerArgs) -> int:
     started = time.perf_counter()
     try:
         target = target_here(args.device, args.num_devices)
-        model = drafting(args, read_model(args.model_path, args.downloads, args.model_package, args.context_length))
+        model = read_model(args)
         facts = _compile(args, model, target, launch_of(args, model, target))
     except ValueError as error:
         return _failed(f"sgl_jax: error: {error}")
@@ -69,7 +69,7 @@ def _compile_for(args: ServerArgs, topology: str, context: int, only_plan: bool,
         raise ValueError(f"--device is {args.device}; --topology {topology} is {target.platform.name}: leave it out")
     if bundled_path(args.model_path) is None:
         args = with_verifier(args)
-    model = drafting(args, find_model(args.model_path, args.downloads, args.model_package, args.context_length))
+    model = find_model(args)
     plan = make_plan(args, model, target, context)
     console = rich.console.Console(width=None if sys.stdout.isatty() else 120, quiet=json_file == "-")
     facts, seconds, surplus = None, None, None

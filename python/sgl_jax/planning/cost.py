@@ -1,12 +1,10 @@
 """Least cost of a step on each device, in operations and in bytes from memory and between chips; and its least time.
 
-A decode step has a row per token, each with `context` tokens in the cache. A prompt step has whole prompts of `context`
+A decode step has a row for each W tokens, with `context` tokens in the cache. A prompt step has whole prompts of `context`
 tokens, or the end of one if it is longer than the step. Only the unavoidable is counted: each weight and each row's KV is
-read once; activations and sampling cost nothing. The least time is that of the slowest resource (the roofline model:
+read once; activations, sampling and drafting cost nothing. The least time is that of the slowest resource (the roofline model:
 Williams, Waterman and Patterson, 2009).
 """
-
-from __future__ import annotations
 
 import dataclasses
 import math
@@ -32,19 +30,6 @@ class Rates:
 
 
 @dataclasses.dataclass(frozen=True)
-class StepCost:
-    """Costs of one device."""
-
-    flops: float
-    memory_bytes: float
-    reduced_bytes: float  # size of the arrays that are summed over the devices
-
-    def bound(self, rates: Rates) -> Bound:
-        links_s = self.reduced_bytes / rates.all_reduce_bytes_per_s
-        return Bound(self.flops / rates.flops, self.memory_bytes / rates.bytes_per_s, links_s)
-
-
-@dataclasses.dataclass(frozen=True)
 class Bound:
     """Least time of each resource. They may work at the same time, so the longest is the least time of the step."""
 
@@ -60,6 +45,19 @@ class Bound:
     def limit(self) -> str:
         times = {"compute": self.compute_s, "memory": self.memory_s, "links": self.links_s}
         return max(times, key=times.__getitem__)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepCost:
+    """Costs of one device."""
+
+    flops: float
+    memory_bytes: float
+    reduced_bytes: float  # size of the arrays that are summed over the devices
+
+    def bound(self, rates: Rates) -> Bound:
+        links_s = self.reduced_bytes / rates.all_reduce_bytes_per_s
+        return Bound(self.flops / rates.flops, self.memory_bytes / rates.bytes_per_s, links_s)
 
 
 def step_cost(
@@ -101,7 +99,7 @@ def step_cost(
     per_key = 2 * shard.num_heads * (shard.key_dim + shard.value_dim)
     return StepCost(
         flops=2 * sum(map(used, jax.tree.leaves(plain.layers)))
-        + 2 * head_size * bucket.num_rows * grid.data
+        + 2 * head_size * bucket.num_rows * bucket.width * grid.data
         + per_key * keys,
         memory_bytes=sum(map(read, jax.tree.leaves(held.layers)))
         + sum(spec.nbytes for spec in jax.tree.leaves(head(held)))
@@ -114,8 +112,8 @@ def step_cost(
 def _visible(bucket: Bucket, context: int, window: int) -> tuple[float, float]:
     """Return, for one layer, the keys a query sees on average and the tokens whose KV is read."""
     tokens = bucket.num_tokens
-    if tokens <= bucket.num_rows:
-        return min(context, window), tokens * min(context, window)
+    if bucket.decodes:
+        return min(context, window), bucket.num_rows * min(context, window)
     if tokens <= context:  # the last part of one prompt
         first = context - tokens
         return _mean_keys(first, context, window), min(context, tokens + window - 1)

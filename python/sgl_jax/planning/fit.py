@@ -30,10 +30,6 @@ class PlannedStep:
     bound: Bound | None  # None: the device's rates are unknown
 
     @property
-    def decodes(self) -> bool:
-        return self.bucket.num_tokens <= self.bucket.num_rows
-
-    @property
     def tokens_per_s(self) -> float | None:
         return None if self.bound is None else self.num_tokens / self.bound.seconds
 
@@ -61,7 +57,7 @@ def make_plan(args: ServerArgs, model: PlannedModel, target: Target, context: in
     rates = target.rates(config.compute_dtype)
     dtypes = {"weight_dtype": config.weight_dtype, "compute_dtype": config.compute_dtype}
     steps = []
-    for bucket in (each for each in config.buckets if each.width == 1):  # steps with drafts are not counted
+    for bucket in config.buckets:
         cost = step_cost(model.config, launch.grid, config.pools[0], bucket, context, **dtypes)
         bound = cost.bound(rates) if rates else None
         steps.append(PlannedStep(bucket, bucket.num_tokens * launch.grid.data, cost, bound))

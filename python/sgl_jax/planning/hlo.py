@@ -78,14 +78,6 @@ class Module:
             for called in each.calls if each.opcode != "fusion" else ():
                 yield from self.instructions(called, in_loop=looped, in_branch=branched)
 
-    def fused(self, instruction: Instruction) -> Iterator[Instruction]:
-        """Yield the instructions that a fusion consists of, or the instruction itself if it is no fusion."""
-        if instruction.opcode != "fusion":
-            yield instruction
-        for called in instruction.calls if instruction.opcode == "fusion" else ():
-            for each in self.computations[called]:
-                yield from self.fused(each)
-
     def collectives(self) -> list[Instruction]:
         return [each for each in self.instructions() if each.collective]
 

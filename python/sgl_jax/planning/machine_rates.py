@@ -10,13 +10,13 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from sgl_jax.planning.cost import Rates
 from sgl_jax.runtime.compiler import matmul_precision
 from sgl_jax.runtime.memory import free_memory
 
@@ -26,11 +26,6 @@ _SHARE_OF_FREE_MEMORY = 4  # one in
 
 class NotMeasured(ValueError):
     """The limits cannot be measured; the message says why."""
-
-
-class Rates(NamedTuple):
-    read_bytes_per_s: float
-    matmul_flop_per_s: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +44,7 @@ _ACCELERATOR = Probe(read_bytes=1 << 28, read_repeats=200, matmul_size=8192, mat
 
 
 def measure_rates(devices: Sequence[jax.Device], dtype: str, probe: Probe | None = None) -> Rates:
-    """The rates of all devices together, working at the same time; matmul in `dtype`, as precisely as models run.
+    """Return the rates of each device while all work at the same time; matmul in `dtype`, as precisely as models run.
 
     Takes a quarter of the free memory at most, about 2 s on two CPU cores. Raises NotMeasured where there is too little.
     """
@@ -59,7 +54,8 @@ def measure_rates(devices: Sequence[jax.Device], dtype: str, probe: Probe | None
     probe = probe or (_CPU if on_cpu else _ACCELERATOR)
     distinct = devices[:1] if on_cpu else devices  # virtual CPU devices are the same cores, and one uses them all
     try:
-        return Rates(_read_rate(distinct, probe), _matmul_rate(distinct, dtype, probe))
+        read, flops = _read_rate(distinct, probe), _matmul_rate(distinct, dtype, probe)
+        return Rates(flops / len(devices), read / len(devices), math.inf)
     except jax.errors.JaxRuntimeError as error:
         raise NotMeasured(f"the limits cannot be measured: {str(error).splitlines()[0]}") from error
 

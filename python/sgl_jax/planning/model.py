@@ -9,7 +9,6 @@ from sgl_jax.models.bundled import PREFIX, bundled
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import decoder_config, known_families
-from sgl_jax.settings.hub import HUGGING_FACE, Downloads
 from sgl_jax.settings.server_args import ServerArgs
 
 
@@ -20,13 +19,6 @@ class PlannedModel:
     source: str  # path or name of the config
 
 
-def find_model(
-    path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None, context_length: int | None = None
-) -> PlannedModel:
-    """Read a model's configs. A name or hub id whose config is bundled needs no network. Raises ModelError."""
-    return read_model(bundled_path(path) or path, downloads, package, context_length)
-
-
 def bundled_path(path: str) -> str | None:
     """Return the bundled config that a name or hub id stands for, as config:NAME; None for any other path."""
     names = {name.lower(): name for name in bundled()}
@@ -34,20 +26,29 @@ def bundled_path(path: str) -> str | None:
     return PREFIX + name if name is not None and not Path(path).expanduser().exists() else None
 
 
-def read_model(
-    path: str, downloads: Downloads = HUGGING_FACE, package: str | None = None, context_length: int | None = None
-) -> PlannedModel:
-    """Read the configs at a path or hub id, or a bundled one; `package` is --model-package, `context_length`
-    --context-length. Raises ModelError."""
-    checkpoint = open_checkpoint(path, load_format="dummy", downloads=downloads)
-    config = decoder_config(checkpoint.config, checkpoint.generation_config, families=known_families(package))
-    return PlannedModel(config.for_context(context_length), checkpoint.dtype, str(checkpoint.path))
+def find_model(args: ServerArgs) -> PlannedModel:
+    """Do as `read_model` does. A name or hub id whose config is bundled needs no network."""
+    return read_model(args, bundled_path(args.model_path))
 
 
-def drafting(args: ServerArgs, model: PlannedModel) -> PlannedModel:
-    """Return the model with the draft model that the flags ask for. Its tensors are named by a folder that has them; else the
-    config alone is read, and programs may differ where only they would tell. Raises ModelError."""
-    path = args.speculation.draft_model_path if args.speculation else None
-    has_tensors = path is not None and any(Path(path).expanduser().glob("*.safetensors"))
-    config, _ = with_draft(args, model.config, known_families(args.model_package), dummy=not has_tensors)
-    return dataclasses.replace(model, config=with_kv_dtype(args, config))
+def read_model(args: ServerArgs, path: str | None = None) -> PlannedModel:
+    """Read the configs of the launch's model, or of another at `path`, with the draft model that its flags ask for.
+
+    Tensors of the model and of the draft model are named by folders that have them; else configs alone are read, and
+    programs may differ where only tensors would tell. Raises ModelError.
+    """
+    checkpoint = open_checkpoint(path or args.model_path, load_format="dummy", downloads=args.downloads)
+    families = known_families(args.model_package)
+    config = decoder_config(checkpoint.config, checkpoint.generation_config, families=families)
+    draft = args.speculation.draft_model_path if args.speculation else None
+    dummy = draft is None or args.load_format == "dummy" or not _has_tensors(draft)
+    stored = {}
+    if not dummy and _has_tensors(args.model_path):
+        stored = open_checkpoint(args.model_path, load_format=args.load_format).tensors
+    config, _ = with_draft(args, config.for_context(args.context_length), families, stored, dummy=dummy)
+    return PlannedModel(with_kv_dtype(args, config), checkpoint.dtype, str(checkpoint.path))
+
+
+def _has_tensors(path: str) -> bool:
+    file = Path(path).expanduser()
+    return any(each.suffix in (".safetensors", ".gguf") for each in (file, *file.glob("*")))

@@ -38,7 +38,8 @@ def step_table(plan: Plan) -> Table:
     """Make the table of the least time of a full step in each bucket, and the resource that limits it."""
     table = _table("tokens", "rows", "step", "GFLOP", "memory MB", "reduced MB", "least ms", "limit", "tokens/s")
     for step in plan.steps:
-        kind = "decode" if step.decodes else "prompt"
+        wide = f", width {step.bucket.width}" if step.bucket.width > 1 else ""
+        kind = f"{'decode' if step.bucket.decodes else 'prompt'}{wide}"
         cost = (f"{step.cost.flops / 1e9:,.0f}", _mb(step.cost.memory_bytes), _mb(step.cost.reduced_bytes))
         bound = ("?", "?", "?")
         if step.bound is not None:
@@ -46,7 +47,7 @@ def step_table(plan: Plan) -> Table:
         table.add_row(str(step.bucket.num_tokens), str(step.bucket.num_rows), kind, *cost, *bound)
     table.caption = (
         f"Per device and step, with {plan.context:,} tokens per row. Least: each weight and each row's KV read once, "
-        "nothing else, at full rate."
+        "nothing else, at full rate. Drafting is not counted."
     )
     return table
 
@@ -109,7 +110,8 @@ def _step_data(step: PlannedStep) -> dict[str, Any]:
         "program": step_name(step.bucket),
         "tokens": step.bucket.num_tokens,
         "rows": step.bucket.num_rows,
-        "kind": "decode" if step.decodes else "prompt",
+        "width": step.bucket.width,
+        "kind": "decode" if step.bucket.decodes else "prompt",
         **dataclasses.asdict(step.cost),
     }
     if (bound := step.bound) is not None:

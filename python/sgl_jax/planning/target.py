@@ -1,7 +1,6 @@
 """Target of a plan: a topology of accelerators, or the devices of this machine."""
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -31,16 +30,12 @@ class Target:
         """Return the rates of a device: the maker's figures for a topology; for this machine they are measured now, which
         takes about 2 s. None: they cannot be measured."""
         if self.topology is None:
-            devices = self.find_devices()
             try:
-                measured = measure_rates(devices, dtype)
+                return measure_rates(self.find_devices(), dtype)
             except NotMeasured:
                 return None
-            number = len(devices)  # all of which were measured together
-            return Rates(measured.matmul_flop_per_s / number, measured.read_bytes_per_s / number, math.inf)
-        chip = self.topology.chip
-        seconds_per_byte = self.topology.all_reduce_seconds(1.0, self.num_devices)
-        return Rates(chip.flops[dtype], chip.bytes_per_s, 1 / seconds_per_byte if seconds_per_byte else math.inf)
+        chip, summed = self.topology.chip, self.topology.all_reduce_bytes_per_s(self.num_devices)
+        return Rates(chip.flops[dtype], chip.bytes_per_s, summed)
 
 
 def find_target(name: str, tp_size: int | None = None, dp_size: int = 1) -> Target:

@@ -80,16 +80,12 @@ class Topology:
         ring = 16 if self.chip.grid == "2d" else 4
         return sum(0 if n == 1 else 2 if n % ring == 0 else 1 for n in self.grid)
 
-    def all_reduce_seconds(self, num_bytes: float, devices: int | None = None) -> float:
-        """Return the least time to sum an array over this many devices (None: all): a ring all-reduce, in which each of n
-        chips sends 2 (n - 1) / n of it (Patarasuk and Yuan, 2009).
-
-        Devices of one chip share its links; transfers between them are taken as free.
+    def all_reduce_bytes_per_s(self, devices: int) -> float:
+        """Return how fast an array is summed over this many devices at best: by a ring all-reduce, in which each of n chips
+        sends 2 (n - 1) / n of it (Patarasuk and Yuan, 2009). Transfers between devices of one chip are taken as free.
         """
-        chips = -(-(devices or self.num_devices) // self.chip.devices_per_chip)
-        if chips <= 1:
-            return 0.0
-        return 2 * (chips - 1) / chips * num_bytes / (self.links * self.chip.link_bytes_per_s)
+        chips = -(-devices // self.chip.devices_per_chip)
+        return self.links * self.chip.link_bytes_per_s * chips / (2 * (chips - 1)) if chips > 1 else math.inf
 
 
 def parse(name: str) -> Topology:
@@ -99,8 +95,7 @@ def parse(name: str) -> Topology:
     if match is None or chip is None:
         kinds = ", ".join(f"{kind}-N" for kind in CHIPS)
         raise NoSuchTopology(f"{name} is no topology; write cpu, gpu, or a kind and a number of chips: {kinds}")
-    grid = _GRIDS[chip.grid].get(int(match[2]))
-    if grid is None:
+    if (grid := _GRIDS[chip.grid].get(int(match[2]))) is None:
         raise NoSuchTopology(f"{name}: there are {match[1]} in {', '.join(map(str, _GRIDS[chip.grid]))} chips")
     return Topology(name, chip, grid)
 

@@ -11,6 +11,11 @@ class Bucket:
     num_rows: int  # S; S * W <= T
     width: int = 1  # W, tokens of a decoding row
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a full step has decoding rows alone."""
+        return self.num_tokens <= self.num_rows * self.width
+
 
 def make_buckets(
     max_step_tokens: int, max_running_requests: int, smallest: int, multiple: int = 1, width: int = 1, growth: int = 4

@@ -47,6 +47,7 @@ class RunnerConfig:
     width: int = 1  # W of the widest bucket
     lookahead: int = 0  # tokens beyond a step's own that its drafter writes KV of
     keeps_tokens: bool = False  # the drafter reads each row's tokens
+    simulated_acceptance: float | None = None  # share of drafts that count whatever is sampled; None: they are verified
 
     @property
     def overrun(self) -> int:
@@ -90,7 +91,8 @@ def make_programs(
 ) -> list[Program]:
     """Make every program of a launch, small buckets first. `weights` are abstract, with their shardings."""
     grid = placement.grid
-    spec = StepSpec(model.shard(grid), kernels, config.num_pages, config.compute_dtype, grid, drafter)
+    limits = config.num_pages, config.compute_dtype
+    spec = StepSpec(model.shard(grid), kernels, *limits, grid, drafter, config.simulated_acceptance)
     axes, kv_axes = weight_axes(model, stacked=weights.stacked), [pool.order.axes for pool in config.pools]
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
     programs = []

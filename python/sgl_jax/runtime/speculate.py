@@ -15,7 +15,7 @@ from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import RaggedBatch
 from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
-from sgl_jax.runtime.sampler import SampleLines, has_flag
+from sgl_jax.runtime.sampler import SampleLines, has_flag, uniforms
 from sgl_jax.runtime.step_spec import Pools
 from sgl_jax.step_plan import RowFlag
 
@@ -67,6 +67,13 @@ def sample_lines(inputs: StepInputs, tokens: RowTokens, width: int) -> SampleLin
         params=jnp.repeat(inputs.params, width, axis=0),
         drafts=drafts.reshape(len(inputs.rows) * width, width - 1),
     )
+
+
+def simulated(tokens: Int[Array, "S W"], drafts: Int[Array, "S K"], lines: SampleLines, share: float) -> jax.Array:
+    """Return the tokens that would have been sampled if each draft held with that probability, i32[S, W]."""
+    holds = (uniforms(lines).reshape(tokens.shape)[:, :-1] < share) & (drafts != NO_DRAFT)
+    others = jnp.where(tokens[:, :-1] == drafts, jnp.abs(drafts - 1), tokens[:, :-1])
+    return jnp.concatenate([jnp.where(holds, drafts, others), tokens[:, -1:]], axis=1)
 
 
 def count_accepted(sampled: Int[Array, "S W"], drafts: Int[Array, "S W-1"]) -> Int[Array, " S"]:

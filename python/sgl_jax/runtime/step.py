@@ -68,6 +68,8 @@ def step(
         logprobs = sampler.token_logprobs(logits, sampled, (wanted & lines.samples).any(), everyone)
     with jax.named_scope("store"):
         tokens = sampled.reshape(-1, bucket.width)
+        if spec.simulated_acceptance is not None:
+            tokens = speculate.simulated(tokens, rows.drafts, lines, spec.simulated_acceptance)
         num_accepted = speculate.count_accepted(tokens, rows.drafts)
         counts = jnp.stack([num_accepted, (rows.drafts != NO_DRAFT).sum(1)], axis=1)
         length = rows.start + jnp.where(inputs.from_device, num_accepted, inputs.num_new)

@@ -29,6 +29,7 @@ class StepSpec:
     compute_dtype: str
     grid: Grid = LONE
     drafter: Drafter | None = None
+    simulated_acceptance: float | None = None  # as in RunnerConfig
 
     @property
     def linear(self) -> Linear:

@@ -67,6 +67,7 @@ class Scheduler:
         self.waiting: dict[int, Request] = {}  # by key
         self.counters = Counters(accepted_per_position=[0] * (config.width - 1))
         self._requests: dict[int, Request] = {}  # every live request, by key
+        self._is_full = False  # the last admission ended for want of pages or rows, not of budget
         self._running = np.empty(0, np.int32)  # rows by rank, within a rank in order of admission
 
     @property
@@ -151,7 +152,8 @@ class Scheduler:
             decodes = t.has_sampled[run]
             decode_rows = run[decodes & (t.num_sure[run] < t.max_total[run])]
             per_rank = self._pages.count_by_rank(decode_rows)
-            width = self._widths(self._admission.most_rows(run, len(self.waiting))) if limits.width > 1 else 1
+            may_come = 0 if self._is_full else len(self.waiting)
+            width = self._widths(self._admission.most_rows(run, may_come)) if limits.width > 1 else 1
             rows, num_new = decode_rows, np.full(len(decode_rows), width, np.int32)
             budget = [min(limits.max_step_tokens - n * width, limits.max_prefill_tokens) for n in per_rank]
             if len(prefill_rows := run[~decodes]):
@@ -170,13 +172,17 @@ class Scheduler:
 
     def _admit(self, picks: _Picks) -> None:
         """Seat waiting requests until no rank has budget, a row and pages for the next one."""
+        self._is_full = False
         if not self.waiting or not self.table.num_free:
             return
         being_computed = self._admission.prefixes_being_computed(self._running)
         for request in POLICIES[self.config.policy](self.waiting.values(), self.caches):
             place = self._admission.place(request, picks.budget, self._running, being_computed)
             if place is None:
+                self._is_full = min(picks.budget) > 0
                 return
+            if self._widths(self._pages.count_by_rank(self._running)[place.rank] + 1) < picks.width:
+                return  # its row would not fit this step; the next one counts it
             if place.next_page in being_computed:
                 continue  # a row of the rank is computing the same page, which the next step will find cached
             self._seat(request, place, picks)

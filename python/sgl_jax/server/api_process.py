@@ -5,8 +5,6 @@ are taken. The first SIGTERM or SIGINT drains, the second stops at once. When th
 and the exit code is not zero.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging
@@ -14,7 +12,6 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import uvicorn
 import uvloop
@@ -26,12 +23,10 @@ from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.log import READY
 from sgl_jax.server.app import create_app
 from sgl_jax.server.connection import Limits, http_config, most_connections
+from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.settings.serving_flags import MAX_QUEUED_REQUESTS
 from sgl_jax.text.chat_template import TemplateError
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
-
-if TYPE_CHECKING:
-    from sgl_jax.settings.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +38,8 @@ def run(server_args: ServerArgs, transport: ProcessTransport, listener: socket.s
     """Serve an engine that was launched. Returns the exit code."""
     uvicorn_log = logging.getLogger("uvicorn.error")  # it would log "running" before the server is ready
     uvicorn_log.setLevel(max(logging.WARNING, uvicorn_log.getEffectiveLevel()))
-    limits = Limits(server_args.max_request_bytes, most_connections())
     try:
-        return uvloop.run(_Server(server_args, transport, listener, limits).run())
+        return uvloop.run(_Server(server_args, transport, listener).run())
     except (TokenizerError, TemplateError) as error:
         print(f"sgl_jax: error: {error}", file=sys.stderr)
         return FAILED
@@ -58,8 +52,8 @@ class _Uvicorn(uvicorn.Server):
 
 
 class _Server:
-    def __init__(self, args: ServerArgs, transport: ProcessTransport, listener: socket.socket, limits: Limits):
-        self._args, self._transport, self._listener, self._limits = args, transport, listener, limits
+    def __init__(self, args: ServerArgs, transport: ProcessTransport, listener: socket.socket):
+        self._args, self._transport, self._listener = args, transport, listener
         self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
         self._signal = 0  # the last one; 0: none yet
 
@@ -76,7 +70,8 @@ class _Server:
         watchdog = Watchdog(args.soft_watchdog_timeout, hard_s)
         max_queued = args.max_queued_requests or MAX_QUEUED_REQUESTS
         service = GenerationService(self._transport, tokenizer, args.stream_interval, max_queued, watchdog)
-        http = _Uvicorn(http_config(create_app(service, args), self._limits, _LAST_WORDS_S))
+        limits = Limits(args.max_request_bytes, most_connections())
+        http = _Uvicorn(http_config(create_app(service, args), limits, _LAST_WORDS_S))
         listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         host, port = self._listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,9 +1,5 @@
 """HTTP application: its routes, errors in one form, and the layers around it."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 from fastapi import FastAPI
 from starlette.types import ASGIApp
 
@@ -20,9 +16,7 @@ from sgl_jax.server import (
     openai_completions,
 )
 from sgl_jax.server.app_state import ServerState
-
-if TYPE_CHECKING:
-    from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 
 def create_app(service: GenerationService, server_args: ServerArgs) -> ASGIApp:

@@ -1,28 +1,23 @@
 """State that the endpoints share, and the encoding of text and messages before a request is submitted."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import msgspec
 from starlette.responses import Response
 
-from sgl_jax.engine.prompts import encoded
+from sgl_jax.engine.checks import encoded
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json
 from sgl_jax.server.error_envelope import unknown_model
 from sgl_jax.server.openai_types import Message, TemplateFields
+from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.text.template_process import TemplateProcess
 from sgl_jax.text.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from sgl_jax.settings.server_args import ServerArgs
 
 _AT_ONCE = 4_000  # characters or tokens; the work on more of them, 1 ms and longer, runs in a thread
 _ANY_MODEL = "default"  # a name for any model, which SGLang's clients send
@@ -98,8 +93,7 @@ def template_messages(messages: Sequence[Message], knows_developer: bool) -> lis
         role = "system" if message.role == "developer" and not knows_developer else message.role
         entry: dict[str, Json] = {"role": role, "content": content or ""}
         for name in ("name", "tool_call_id", "reasoning_content"):
-            value = getattr(message, name)
-            if value is not None:
+            if (value := getattr(message, name)) is not None:
                 entry[name] = value
         if message.tool_calls:
             entry["tool_calls"] = calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]

@@ -1,7 +1,5 @@
 """Connections of clients: HTTP/1 as uvicorn speaks it, with limits on what a client sends and how long it takes."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import functools
@@ -9,17 +7,15 @@ import logging
 import resource
 import uuid
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 import httptools
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from sgl_jax.server.error_envelope import ApiError
-
-if TYPE_CHECKING:
-    from uvicorn._types import ASGI3Application, ASGIReceiveCallable, ASGISendCallable, ASGISendEvent, Scope
 
 logger = logging.getLogger(__name__)
 
@@ -150,9 +146,7 @@ class Connection(HttpToolsProtocol):
         if self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT":
             return  # it comes again
         super().on_headers_complete()
-        if (
-            len(self.pipeline) < _PIPELINED
-        ):  # uvicorn reads on when the answer is written, and would not see a client go
+        if len(self.pipeline) < _PIPELINED:  # uvicorn would read on after the answer only, and not see a client go
             self.flow.resume_reading()
         if self.scope["http_version"] == "1.0":
             self.cycle.waiting_for_100_continue = False

@@ -126,8 +126,7 @@ class Pages(CORSMiddleware):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
-        origin = headers.get("origin")
-        if origin is None:
+        if (origin := headers.get("origin")) is None:
             return await self.app(scope, receive, send)
         ours = origin.partition("://")[2] == headers.get("host") or self.is_allowed_origin(origin)
         if self._refuse and not ours:
@@ -153,8 +152,7 @@ def _foreign(origin: str) -> ApiError:
 
 def check_head(scope: Scope, headers: Headers) -> ApiError | None:
     """Refuse a request id that cannot be given back, and a request of HTTP/1.1 without a host or with two."""
-    given = headers.get("x-request-id")
-    if given is not None and not _REQUEST_ID.fullmatch(given):
+    if (given := headers.get("x-request-id")) is not None and not _REQUEST_ID.fullmatch(given):
         text = f"x-request-id has {len(given)} characters; it must be 1 to 128 of ASCII, without spaces and quotes"
         return ApiError(400, text, param="x-request-id", code="invalid_value")
     hosts = len(headers.getlist("host"))

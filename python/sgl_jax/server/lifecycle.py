@@ -3,21 +3,17 @@
 The modules of the API are imported once the engine process has started, since both import for about a second.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import logging
+import os
 import socket
 import sys
-from typing import TYPE_CHECKING
 
 from sgl_jax.engine.process import CORE_FACTORY
 from sgl_jax.engine.transport import NoSockets, ProcessTransport
 from sgl_jax.settings.hub import HubError, refuse_no_model
-
-if TYPE_CHECKING:
-    from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
@@ -35,34 +31,29 @@ def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
         listener = _bind(server_args.host, server_args.port)
     except OSError as error:
         where = f"{server_args.host}:{server_args.port}"
+        # create_server's own text repeats the address; a name that is not known has a number below 0.
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         flag = "--port" if error.errno in _PORT_ERRORS else "--host"
-        print(f"sgl_jax: error: cannot listen on {where}: {error.strerror}; choose another {flag}", file=sys.stderr)
+        print(f"sgl_jax: error: cannot listen on {where}: {reason}; choose another {flag}", file=sys.stderr)
         return FAILED
     for risk in server_args.warnings():
         logger.warning("%s", risk)
-    transport = ProcessTransport(server_args, core_factory)
     with contextlib.closing(listener):
         try:
             refuse_no_model(server_args.model_path)
-            transport.launch()
-            from sgl_jax.server.api_process import run
-
-            return run(server_args, transport, listener)
+            transport = ProcessTransport(server_args, core_factory)
         except (HubError, NoSockets) as error:
             print(f"sgl_jax: error: {error}", file=sys.stderr)
             return FAILED
+        try:
+            from sgl_jax.server.api_process import run
+
+            return run(server_args, transport, listener)
         finally:
             transport.kill()
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(_BACKLOG)
-    except OSError:
-        listener.close()
-        raise
-    return listener
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, backlog=_BACKLOG, dualstack_ipv6=both)

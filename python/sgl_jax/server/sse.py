@@ -70,8 +70,7 @@ def _body(data: bytes) -> Message:
 
 async def json_unless_disconnected(request: Request, work: Coroutine[Any, Any, object]) -> Response:
     """Answer with the result of `work`, which is cancelled when the client goes away; nobody reads the answer then."""
-    found = await _until_disconnect(request.receive, work)
-    if found is None:
+    if (found := await _until_disconnect(request.receive, work)) is None:
         return ApiError(499, "the client closed the connection", code="client_closed").response()
     return json_response(found)
 

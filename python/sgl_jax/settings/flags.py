@@ -14,15 +14,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from sgl_jax.settings.flag_parser import (
-    NOTHING,
-    Elsewhere,
-    FlagError,
-    Mistakes,
-    Parser,
-    hint_about,
-    option_named,
-)
+from sgl_jax.settings.flag_parser import NOTHING, Elsewhere, FlagError, Mistakes, Parser, hint_about, option_named
 
 HIDDEN = "***"
 
@@ -277,8 +269,7 @@ def read_config(flags: Sequence[Flag], path: str, mistakes: Mistakes, elsewhere:
     found = {}
     for key, value in (content or {}).items():
         option = option_named(str(key))
-        name = names.get(option)
-        if name is None:
+        if (name := names.get(option)) is None:
             options = {option: option.removeprefix("--") for option in names}
             hint = hint_about(option, options, elsewhere) or "; --help lists them all"
             mistakes.append(FlagError("--config", f"{said}; its key {key} is not a flag{hint}"))

@@ -56,6 +56,9 @@ class SpeculativeFlags:
     speculative_disable_by_batch_size: int | None = flag(
         None, "decoding requests above which nothing is drafted", unset="chosen for the device", rule=at_least(1)
     )
+    speculative_simulated_acceptance: float | None = flag(
+        None, "for measurements: share of drafts that count, right or wrong", unset="right ones do", rule=between(0, 1)
+    )
     speculative_config: str | None = flag(
         None, "JSON as vLLM takes it, in place of all other flags of this group", unset="none", metavar="JSON"
     )

@@ -4,8 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping
 
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
+from tokenizers import Regex, pre_tokenizers
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _LETTERS = r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -28,20 +27,6 @@ def _byte_of_char() -> dict[str, int]:
 
 BYTE_OF_CHAR = _byte_of_char()  # inverse of GPT-2's table of printable characters
 CHAR_OF_BYTE = {byte: char for char, byte in BYTE_OF_CHAR.items()}
-
-
-def bpe_of_ranks(ranks: Mapping[bytes, int], special: Mapping[bytes, int], words: str) -> Tokenizer:
-    """Return a tokenizer that merges as tiktoken does: first the neighbours that make the token of lowest rank.
-
-    A rank is the token's id, too. The pattern `words` cuts text into words; a word that is a token stays whole.
-    `special` tokens have ids but are never made by merging.
-    """
-    spelled = {"".join(CHAR_OF_BYTE[byte] for byte in token): i for token, i in {**ranks, **special}.items()}
-    of_ranks = {"".join(CHAR_OF_BYTE[byte] for byte in token): rank for token, rank in ranks.items()}
-    tokenizer = Tokenizer(BPE(spelled, merges_of(of_ranks), ignore_merges=True))
-    tokenizer.pre_tokenizer = by_regex(words)
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
 
 
 def merges_of(ranks: Mapping[str, float]) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
 
+from sgl_jax.request import SamplingParams
 from sgl_jax.text.tokenizer import Tokenizer
 
 _CONTEXT = 6  # prompt tokens that are decoded, too, so that the first token keeps its leading space
@@ -103,22 +104,13 @@ def _visible(text: str, seen: bytes) -> str:
 class Detokenizer:
     """Output of one request: text without broken characters, cut at the first stop string."""
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        prompt_ids: Sequence[int],
-        *,
-        skip_special_tokens: bool = True,
-        stop: Sequence[str] = (),
-        include_stop_str_in_output: bool = False,
-        min_tokens: int = 0,
-    ):
-        self._decoder = IncrementalDecoder(tokenizer, prompt_ids, skip_special_tokens)
+    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams):
+        self._decoder = IncrementalDecoder(tokenizer, prompt_ids, params.skip_special_tokens)
         # Tokens that are not shown, but that a stop string contains.
-        hidden = tokenizer.special.items() if skip_special_tokens and stop else ()
-        self._hidden = {token: text for token, text in hidden if any(text in each for each in stop)}
-        self._stops = StopMatcher(stop, include_stop_str_in_output)
-        self._min_tokens = min_tokens  # stop strings ending in these first tokens do not count
+        hidden = tokenizer.special.items() if params.skip_special_tokens and params.stop else ()
+        self._hidden = {token: text for token, text in hidden if any(text in each for each in params.stop)}
+        self._stops = StopMatcher(params.stop, params.include_stop_str_in_output)
+        self._min_tokens = params.min_tokens  # stop strings ending in these first tokens do not count
         self._num_tokens = 0
 
     @property

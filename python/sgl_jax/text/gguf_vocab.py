@@ -105,8 +105,7 @@ def _ends(tokenizer: Tokenizer, file: GgufFile) -> tuple[str, ...]:
 
 def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
     name = file.get("tokenizer.ggml.pre", str)
-    pre = _PRE.get(name or "")
-    if pre is None:
+    if (pre := _PRE.get(name or "")) is None:
         used = "names no pre-tokenizer" if name is None else f"uses the pre-tokenizer {name!r}"
         raise ModelError(f"{file.path} {used}; those that can be rebuilt are {', '.join(_PRE)}; {_INSTEAD}")
     merges = [_pair(merge, file) for merge in _needed(file, "merges")]
@@ -122,8 +121,7 @@ def _byte_level(file: GgufFile) -> tuple[Tokenizer, bool]:
 
 def _sentencepiece(file: GgufFile) -> Tokenizer:
     texts, kinds, unk = _needed(file, "tokens"), _kinds(file), file.get("tokenizer.ggml.unknown_token_id", int) or 0
-    odd = [text for text, kind in zip(texts, kinds, strict=True) if kind == Kind.USER_DEFINED and "▁" in text]
-    if odd:
+    if odd := [text for text, kind in zip(texts, kinds, strict=True) if kind == Kind.USER_DEFINED and "▁" in text]:
         why = "which cannot be matched exactly"
         raise ModelError(f"{file.path} has user-defined tokens with spaces ({odd[0]!r}), {why}; {_INSTEAD}")
     pieces = Pieces(texts, kinds, _needed(file, "scores"), texts[unk], byte_fallback=True)
@@ -172,7 +170,6 @@ def _pair(merge: str, file: GgufFile) -> tuple[str, str]:
 
 
 def _needed(file: GgufFile, name: str) -> list[Any]:
-    values = file.get(f"tokenizer.ggml.{name}", list)
-    if not values:
+    if not (values := file.get(f"tokenizer.ggml.{name}", list)):
         raise ModelError(f"{file.path} has no tokenizer.ggml.{name}; give the tokenizer with --tokenizer-path")
     return values

@@ -42,8 +42,7 @@ def sentencepiece_bpe(pieces: Pieces, source: str) -> Tokenizer:
     """
     ids = {text: i for i, text in enumerate(pieces.texts) if pieces.kinds[i] != Kind.UNUSED}
     ranks = {text: -pieces.scores[i] for text, i in ids.items() if pieces.kinds[i] == Kind.NORMAL and len(text) > 1}
-    twice = [-rank for rank, count in Counter(ranks.values()).items() if count > 1]
-    if twice:
+    if twice := [-rank for rank, count in Counter(ranks.values()).items() if count > 1]:
         raise ModelError(
             f"{source} has sentencepiece tokens of equal score ({twice[0]}), so the order of merges is not known; "
             "give the model's own tokenizer.json with --tokenizer-path"

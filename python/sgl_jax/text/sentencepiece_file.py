@@ -12,7 +12,7 @@ from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import Unigram
 
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text.protobuf import fields
+from sgl_jax.text.protobuf import read_message
 from sgl_jax.text.sentencepiece_bpe import Kind, Pieces, decode_spaces, sentencepiece_bpe
 from sgl_jax.text.vocabulary import Vocabulary, present
 
@@ -27,9 +27,9 @@ def load_sentencepiece(path: Path, prefix_once: bool = False) -> Vocabulary:
     `prefix_once`.
     """
     try:
-        model = _fields(path.read_bytes())
-        stored = [_fields(piece) for piece in model.get(1, [])]
-        trainer, normaliser = (_fields(model.get(number, [b""])[-1]) for number in (2, 3))
+        model = read_message(path.read_bytes())
+        stored = [read_message(piece) for piece in model.get(1, [])]
+        trainer, normaliser = (read_message(model.get(number, [b""])[-1]) for number in (2, 3))
         texts = [_last(piece, 1, b"").decode() for piece in stored]
     except (ValueError, struct.error, AttributeError) as error:
         raise ModelError(f"{path} is no sentencepiece model ({error}); {_INSTEAD}") from error
@@ -88,11 +88,3 @@ def _special(token: int, pieces: Pieces) -> str | None:
 
 def _last(found: dict[int, list[Any]], number: int, default: Any) -> Any:
     return found.get(number, [default])[-1]
-
-
-def _fields(message: bytes) -> dict[int, list[Any]]:
-    """Return a message's values by field number: varints as int, all else as bytes."""
-    found: dict[int, list[Any]] = {}
-    for number, value in fields(message):
-        found.setdefault(number, []).append(value)
-    return found

@@ -8,8 +8,9 @@ import tokenizers
 from sgl_jax.models.folder_files import read_text, reading
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path
-from sgl_jax.text import tok_json, tokenizer_folder
+from sgl_jax.text import tokenizer_folder
 from sgl_jax.text.bpe import BYTE_OF_CHAR, CHAR_OF_BYTE
+from sgl_jax.text.byte_ranks import TOK_JSON
 from sgl_jax.text.chat_template import ChatTemplate, TemplateError, bundled_templates
 from sgl_jax.text.vocabulary import Vocabulary
 
@@ -107,8 +108,7 @@ class Tokenizer:
     def _piece_bytes(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token].encode()
-        piece = self.backend.id_to_token(token)
-        if piece is None:
+        if (piece := self.backend.id_to_token(token)) is None:
             return b""
         if self._kind == "bytes":
             return bytes(BYTE_OF_CHAR[c] for c in piece if c in BYTE_OF_CHAR)
@@ -124,8 +124,7 @@ class Tokenizer:
 
     def chat_template(self, name: str = "default") -> ChatTemplate:
         """Return the template of a name ("tool_use"), or else the default one. Raises TemplateError if there is none."""
-        template = self._templates.get(name) or self._templates.get("default")
-        if template is None:
+        if (template := self._templates.get(name) or self._templates.get("default")) is None:
             others = f" (it has {', '.join(self._templates)}, but no default)" if self._templates else ""
             raise TemplateError(
                 f"this model has no chat template{others}; give one with --chat-template or use /v1/completions with a "
@@ -152,8 +151,7 @@ def load_tokenizer(path: str, chat_template: str | None = None, downloads: Downl
     TokenizerError, with a line for the user, when there is no tokenizer or it cannot be read.
     """
     try:
-        override = _read_override(chat_template)
-        if override is not None:
+        if (override := _read_override(chat_template)) is not None:
             ChatTemplate(override).check()
         return _load(path, override, downloads)
     except (OSError, ModelError, HubError, TemplateError) as error:
@@ -164,9 +162,9 @@ def _load(path: str, override: str | None, downloads: Downloads) -> Tokenizer:
     if path.startswith("config:"):
         return _of_bytes(override)
     place = local_path(path, tokenizer_folder.FILES, downloads)
-    if place.name == tok_json.NAME:
+    if place.name == TOK_JSON:
         place = place.parent
-    ours = any((place / name).is_file() for name in ("tokenizer.json", tok_json.NAME))
+    ours = any((place / name).is_file() for name in ("tokenizer.json", TOK_JSON))
     if place.suffix != ".gguf" and not ours:
         place = next(iter(sorted(place.glob("*.gguf"))), place)
     if place.suffix != ".gguf":

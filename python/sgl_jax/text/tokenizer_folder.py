@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import tokenizers
 
 from sgl_jax.models.folder_files import JsonFile, read_text, reading
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.text import tok_json
 from sgl_jax.text.added_tokens import add_tokens
+from sgl_jax.text.byte_ranks import TOK_JSON, load_tiktoken, load_tok_json
+from sgl_jax.text.from_transformers import load_with_transformers
+from sgl_jax.text.sentencepiece_file import load_sentencepiece
 from sgl_jax.text.vocabulary import Vocabulary
 
-_VOCABULARIES = ("tokenizer.json", tok_json.NAME, "*.tiktoken", "tokenizer.model", "vocab.*", "merges.txt")
+_VOCABULARIES = ("tokenizer.json", TOK_JSON, "*.tiktoken", "tokenizer.model", "vocab.*", "merges.txt")
 _CONFIGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 FILES = (*_VOCABULARIES, *_CONFIGS, "chat_template.*", "additional_chat_templates/*.jinja")
 
@@ -48,29 +51,21 @@ def load_folder(place: Path) -> Vocabulary:
 
 def _vocabulary(place: Path, prefix_once: bool) -> Vocabulary:
     """Read tokenizer.json, or build a tokenizer from the first of the other forms that the folder has."""
-    if (path := place / "tokenizer.json").is_file():
-        with reading(path):
-            return Vocabulary(tokenizers.Tokenizer.from_file(str(path)))
-    if (path := place / tok_json.NAME).is_file():
-        with reading(path):
-            return tok_json.load_tok_json(path)
-    if ranks := sorted(place.glob("*.tiktoken")):
-        from sgl_jax.text.tiktoken_file import load_tiktoken
-
-        with reading(ranks[0]):
-            return load_tiktoken(ranks[0])
-    if (path := place / "tokenizer.model").is_file():
-        from sgl_jax.text.sentencepiece_file import load_sentencepiece
-
-        with reading(path):
-            return load_sentencepiece(path, prefix_once)
+    readers: dict[str, Callable[[Path], Vocabulary]] = {
+        "tokenizer.json": lambda path: Vocabulary(tokenizers.Tokenizer.from_file(str(path))),
+        TOK_JSON: load_tok_json,
+        "*.tiktoken": load_tiktoken,
+        "tokenizer.model": lambda path: load_sentencepiece(path, prefix_once),
+    }
+    for pattern, read in readers.items():
+        for path in sorted(place.glob(pattern))[:1]:
+            with reading(path):
+                return read(path)
     if not any((place / name).is_file() for name in ("tokenizer_config.json", "vocab.json", "vocab.txt")):
         raise ModelError(
-            f"{place} has no tokenizer.json, {tok_json.NAME}, *.tiktoken or tokenizer.model; "
+            f"{place} has no tokenizer.json, {TOK_JSON}, *.tiktoken or tokenizer.model; "
             "give a directory that has one with --tokenizer-path"
         )
-    from sgl_jax.text.from_transformers import load_with_transformers
-
     return Vocabulary(load_with_transformers(place))
 
 

@@ -10,7 +10,8 @@ import msgspec
 import pytest
 
 from fakes.fake_core import FakeCore, fake_info
-from sgl_jax import Engine, bench_offline_throughput
+from fakes.fake_engine import FakeEngine
+from sgl_jax import bench_offline_throughput
 from sgl_jax.engine.messages import Abort, Command, Event, FlushCache, Generate, Stats
 from sgl_jax.planning.machine_rates import NotMeasured
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
@@ -81,7 +82,7 @@ def measure(
 ) -> int:
     args, _ = parse(TOOL, ["--model-path", "fake", *map(str, words)])
     ticks = iter((10.0, 12.0))
-    with pytest.MonkeyPatch.context() as patch, Engine.from_core(lambda: core, tokenizer) as engine:
+    with pytest.MonkeyPatch.context() as patch, FakeEngine(lambda: core, tokenizer) as engine:
         patch.setattr(machine_limits, "measure_limits", limits)
         return run(args, engine, prompts, lambda: next(ticks))
 

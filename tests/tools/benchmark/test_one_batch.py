@@ -194,7 +194,7 @@ def test_a_compile_while_timing_is_a_failure(tmp_path: Path, capsys: pytest.Capt
 @pytest.fixture
 def plan(stories260k: Path) -> LaunchPlan:
     args = ServerArgs.from_cli(["--model-path", str(stories260k), *map(str, LIMITS)])
-    return launch_of(args, read_model(args.model_path), target_here("cpu", 1))
+    return launch_of(args, read_model(args), target_here("cpu", 1))
 
 
 # --- what is computed -------------------------------------------------------------------------------------------------

@@ -109,6 +109,7 @@ def test_a_case_is_written_as_a_line_of_json(tmp_path: Path, limits: Path) -> No
         "output_len": 11,
         "input_tokens": 400,
         "cached_tokens": 0,
+        "accept_length": None,
         "latency": pytest.approx(0.3),
         "ttft": 0.2,
         "itl": pytest.approx(0.01),
@@ -236,6 +237,19 @@ def test_ttft_is_when_the_last_row_has_its_first_token() -> None:
     events = [(1.0, native(1, 1)), (1.25, native(1, 2)), (1.5, native(0, 1)), (2.0, native(0, 2))]
     result = one_request(Case(2, 10, 2), *events)
     assert (result.ttft_s, result.latency_s, record(Case(2, 10, 2), result, None)["itl"]) == (1.5, 2.0, 0.5)
+
+
+def test_the_acceptance_length_is_that_of_all_rows_steps() -> None:
+    def drafts(steps: int, accepted: int) -> dict[str, Any]:
+        return {"spec_verify_ct": steps, "spec_proposed_drafts": 3 * steps, "spec_accepted_drafts": accepted}
+
+    events = [
+        (1.0, native(0, 2, **drafts(1, 1))),
+        (1.5, native(1, 2, **drafts(1, 0))),
+        (2.0, native(0, 4, **drafts(3, 2))),
+    ]
+    result = one_request(Case(2, 10, 4), *events, (2.5, native(1, 4, **drafts(1, 2))))
+    assert record(Case(2, 10, 4), result, None)["accept_length"] == 2.0  # 3 steps and 1, which accepted 2 drafts each
 
 
 def test_a_batch_that_is_not_complete_has_no_result() -> None:

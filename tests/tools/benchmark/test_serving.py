@@ -160,6 +160,19 @@ def test_there_is_no_acceptance_length_where_the_run_had_no_drafts_or_the_server
     run, _ = bench(Script(metrics=[*metrics]), PROMPTS)
     assert run.json()["accept_length"] is None
     assert "Accept length" not in standard_block(run)
+    assert "SIMULATED" not in standard_block(run)
+
+
+def test_a_server_that_simulates_acceptance_is_shown_up() -> None:
+    async def measured() -> ServingRun:
+        script = Script(info={"speculative_simulated_acceptance": 0.7})
+        async with ScriptedServer(script).running() as server:
+            args = serving_args(server.url)
+            return await run_serving(args, await ask_server(args), PROMPTS)
+
+    run = run_in_virtual_time(measured())
+    assert run.json()["simulated_acceptance"] == 0.7
+    assert "\nSIMULATED acceptance:                    0.70      \n" in standard_block(run)
 
 
 class Words:

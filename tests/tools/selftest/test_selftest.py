@@ -15,7 +15,7 @@ from sgl_jax.ops.grouped_matmul import native
 from sgl_jax.runtime.platform import PLATFORMS
 from sgl_jax.tools.environment import check_command
 from sgl_jax.tools.environment.facts import Facts, Report
-from sgl_jax.tools.selftest import numerics, run
+from sgl_jax.tools.selftest import numerics
 from sgl_jax.tools.selftest.numerics import Check
 
 
@@ -74,7 +74,7 @@ def test_a_check_that_raises_or_gives_no_number_has_failed() -> None:
         raise RuntimeError("Mosaic failed\nlong")
 
     raised = numerics._run("x", 1.0, "float32", broken)
-    assert (raised.passed, run.check_line(raised)) == (False, f"  FAILED  {'x':30s} RuntimeError: Mosaic failed")
+    assert (raised.passed, numerics.check_line(raised)) == (False, f"  FAILED  {'x':30s} RuntimeError: Mosaic failed")
     assert not numerics._run("x", 1.0, "float32", lambda: float("nan")).passed
 
 
@@ -93,7 +93,7 @@ def test_the_command_tests_the_best_usable_platform(monkeypatch: pytest.MonkeyPa
         say("in ~ok")
         return platform == "cpu"
 
-    monkeypatch.setattr(run, "selftest", selftest)
+    monkeypatch.setattr(numerics, "selftest", selftest)
     monkeypatch.setattr(check_command, "check_env", lambda timeout: report("gpu", "cpu"))
     assert check_env.main(["--selftest"]) == 1
     assert check_env.main(["--selftest", "--platform", "cpu"]) == 0
@@ -105,13 +105,13 @@ def test_the_command_tests_the_best_usable_platform(monkeypatch: pytest.MonkeyPa
 
 def test_each_check_has_a_line_and_the_last_says_whether_all_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [Check("one", 0.5, 1.0), Check("two", note="it runs on tpu, not on cpu")]
-    monkeypatch.setattr(run, "checks", lambda platform, num_devices: iter(found))
+    monkeypatch.setattr(numerics, "checks", lambda platform, num_devices: iter(found))
     lines: list[str] = []
     platforms = jax.config.jax_platforms
     try:
-        assert run.selftest("cpu", lines.append)
+        assert numerics.selftest("cpu", lines.append)
         found.append(Check("three", 1.5, 1.0))
-        assert not run.selftest("cpu", lines.append)
+        assert not numerics.selftest("cpu", lines.append)
     finally:
         jax.config.update("jax_platforms", platforms)
     assert says(lines[0], "x cpu")

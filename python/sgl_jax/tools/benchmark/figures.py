@@ -37,6 +37,7 @@ _LABELS = {  # labels of all tools' figures, in the order of their blocks
     "total_throughput": "Total token throughput (tok/s)",
     "concurrency": "Concurrency",
     "accept_length": "Accept length",
+    "simulated_acceptance": "SIMULATED acceptance",
 }
 _DETAILS = {  # lists in JSON, by the fields of an outcome
     "input_lens": "prompt_len",
@@ -168,8 +169,9 @@ def standard_block(run: ServingRun) -> str:
         del found["total_cached_tokens"], found["cache_hit_rate"]
     else:
         found["cache_hit_rate"] = f"{found['cache_hit_rate']:.2%}"
-    if found["accept_length"] is None:  # no drafts
-        del found["accept_length"]
+    for name in ("accept_length", "simulated_acceptance"):
+        if found[name] is None:
+            del found[name]
     rows = {
         "Backend": run.config["backend"],
         "Traffic request rate": str(run.config["request_rate"]),

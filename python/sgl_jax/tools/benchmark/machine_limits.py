@@ -122,9 +122,9 @@ def measure_limits(device: str | None, num_devices: int | None, dtype: str | Non
     if num_devices is None:
         devices = jax.local_devices(backend=platform.name)
     dtype = dtype or platform.dtype
-    rates = measure_rates(devices, dtype)
+    rates, number = measure_rates(devices, dtype), len(devices)
     kind = devices[0].device_kind
-    return MachineLimits(rates.read_bytes_per_s / 1e9, rates.matmul_flop_per_s / 1e12, dtype, kind, len(devices))
+    return MachineLimits(number * rates.bytes_per_s / 1e9, number * rates.flops / 1e12, dtype, kind, number)
 
 
 def measured_roofline(tool: str, info: EngineInfo) -> Roofline | None:

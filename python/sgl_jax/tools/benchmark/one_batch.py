@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import jax
 import numpy as np
 
 from sgl_jax.engine.core import Core
@@ -54,8 +55,6 @@ def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
 
 def run(args: argparse.Namespace, core: Core, clock: Callable[[], float] = time.perf_counter) -> int:
     """Do everything after the start. Returns the exit code."""
-    import jax
-
     source = IdSource(core.info.vocab_size, None, np.random.default_rng(args.seed))
 
     def timed(case: Case) -> tuple[float, list[float]]:

@@ -33,6 +33,7 @@ _FIGURES = {  # titles and templates: a line of the block each, and a column of 
     "output throughput": "{output_throughput:.2f} tok/s",
     **BATCH_SHARES,
     "cached tokens": "{cached_tokens} of {input_tokens}",
+    "accept length": "{accept_length:.2f}",
 }
 
 
@@ -40,6 +41,7 @@ class BatchResult(NamedTuple):
     ttft_s: float
     latency_s: float
     cached_tokens: int | None  # tokens of the batch found in the server's prefix cache; None: the server does not tell
+    accept_length: float | None = None  # tokens per step of a row with drafts; None: there are none
 
 
 def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -92,6 +94,7 @@ def record(case: Case, result: BatchResult, roofline: Roofline | None) -> dict[s
     return vars(case) | {
         "input_tokens": inputs,
         "cached_tokens": result.cached_tokens,
+        "accept_length": result.accept_length,
         "latency": result.latency_s,
         "ttft": result.ttft_s,
         "itl": itl,
@@ -123,4 +126,5 @@ async def run_case(client: Client, case: Case, prompts: Sequence[list[int]], opt
     if ttft is None or output != wanted:
         raise BenchmarkError(f"the answer has {output} of {wanted} tokens")
     cached = [row.cached_tokens for row in rows if row.cached_tokens is not None]
-    return BatchResult(ttft, latency, sum(cached) if cached else None)
+    steps, accepted = sum(row.draft_steps for row in rows), sum(row.accepted_drafts for row in rows)
+    return BatchResult(ttft, latency, sum(cached) if cached else None, 1 + accepted / steps if steps else None)

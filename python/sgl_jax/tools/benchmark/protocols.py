@@ -40,6 +40,8 @@ class Outcome:
     output_tokens: int | None = None
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
+    draft_steps: int = 0  # steps in which drafts were verified
+    accepted_drafts: int = 0
     aborted: str = ""  # the reason, when the server gave up
 
     @property
@@ -66,6 +68,8 @@ def _read_native(event: dict[str, Any], outcome: Outcome) -> None:
     outcome.output_tokens = meta.get("completion_tokens", outcome.output_tokens)
     outcome.prompt_tokens = meta.get("prompt_tokens", outcome.prompt_tokens)
     outcome.cached_tokens = meta.get("cached_tokens", outcome.cached_tokens)
+    outcome.draft_steps = meta.get("spec_verify_ct", 0)
+    outcome.accepted_drafts = meta.get("spec_accepted_drafts", 0)
     finish = meta.get("finish_reason")
     if isinstance(finish, dict) and finish.get("type") == "abort":
         outcome.aborted = finish.get("message") or "no reason given"

@@ -34,6 +34,7 @@ class ServerFacts:
     tokenizer_path: str | None = None
     vocab_size: int | None = None
     roofline: Roofline | None = None  # with --machine-limits
+    simulated_acceptance: float | None = None
 
 
 def main(args: argparse.Namespace, rest: Sequence[str]) -> int:
@@ -70,7 +71,9 @@ async def ask_server(args: argparse.Namespace) -> ServerFacts:
         raise BenchmarkError(f"the server at {base_url(args)} names no model in /v1/models; give --model")
     engine = info.get("engine")  # a mapping in our servers; anything in others
     vocab_size = engine.get("vocab_size") if isinstance(engine, dict) else None
-    return ServerFacts(model, info.get("tokenizer_path"), vocab_size, server_roofline(args.machine_limits, engine))
+    simulated = info.get("speculative_simulated_acceptance")
+    roofline = server_roofline(args.machine_limits, engine)
+    return ServerFacts(model, info.get("tokenizer_path"), vocab_size, roofline, simulated)
 
 
 def find_tokenizer(given: str | None, model: str | None, facts: ServerFacts) -> Tokenizer | None:
@@ -134,6 +137,7 @@ async def run_serving(
     count_tokens = None if tokenizer is None else lambda text: len(tokenizer.encode(text, add_special_tokens=False))
     figures = compute_figures(outcomes, start, duration, count_tokens)
     figures["accept_length"] = drafts.accept_length if drafts.steps > 0 else None
+    figures["simulated_acceptance"] = facts.simulated_acceptance
     shares = None if facts.roofline is None else compute_shares(outcomes, figures, facts.roofline)
     config = described(args) | {"model": facts.model, "num_prompts": len(prompts)}
     return ServingRun(config, start, outcomes, figures, shares)

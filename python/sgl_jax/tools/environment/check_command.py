@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     if not options.selftest:
         return 0
-    from sgl_jax.tools.selftest.run import selftest  # imports jax, which a machine may not have
+    from sgl_jax.tools.selftest.numerics import selftest  # imports jax, which a machine may not have
 
     return 0 if selftest(platform, _say) else 1
 

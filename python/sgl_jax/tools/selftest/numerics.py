@@ -1,8 +1,9 @@
-"""Checks on the devices of this machine: each kernel against a reference in float64 numpy, and steps of a model."""
+"""Self-test on the devices of this machine: each kernel against a reference in float64 numpy, and steps of a model."""
 
 import dataclasses
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from sgl_jax.ops.grouped_matmul import reference as grouped_reference
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.request import SamplingParams
 from sgl_jax.runtime.compiler import matmul_precision
-from sgl_jax.runtime.platform import Name, Platform, grouped_matmul_for
+from sgl_jax.runtime.platform import Name, Platform, grouped_matmul_for, pick_devices
 from sgl_jax.settings.server_args import ServerArgs
 
 BACKENDS = ("native", "fa")
@@ -40,6 +41,25 @@ class Check:
     @property
     def passed(self) -> bool:
         return self.error is None or self.error <= self.allowed
+
+
+def selftest(platform_name: Name, say: Callable[[str], None]) -> bool:
+    """Test all devices of the platform, and `say` each line as it comes. Return whether nothing failed. Raises NoDevice."""
+    started = time.perf_counter()
+    platform, _ = pick_devices(platform_name)
+    devices = jax.local_devices(backend=platform.name)
+    say(f"\nSelf-test on {len(devices)} x {devices[0].device_kind}: the largest difference from a reference")
+    passed = True
+    for check in checks(platform, len(devices)):
+        say(check_line(check))
+        passed &= check.passed
+    say(f"{'All passed' if passed else 'FAILED'}, in {time.perf_counter() - started:.0f} s")
+    return passed
+
+
+def check_line(check: Check) -> str:
+    state = "not run" if check.error is None else "ok" if check.passed else "FAILED"
+    return f"  {state:8s}{check.name:30s} {check.note or f'{check.error:.2g}, {check.allowed:g} allowed'}"
 
 
 def checks(platform: Platform, num_devices: int) -> Iterator[Check]:
