@@ -1,14 +1,16 @@
-"""Measure products of few tokens on a CPU: the compiled library beside plain XLA, in turn.
+"""Measure products on a CPU: the compiled library beside plain XLA, in turn.
 
     GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/cpu_products.py --out benchmarks/cpu/products.json
 
 The variable is that of the engine process. One program has the products of all layers and the head of SmolLM2-135M, with
-weights of their own: processor milliseconds of a run, the median of several.
+weights of their own: processor milliseconds of a run, the median of several. "int8" has matrices of int8 in the layers, and a
+head of bfloat16; with "int8-weight-only" the tokens are not rounded, and plain XLA is left out, since it takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -20,25 +22,45 @@ import jax.numpy as jnp
 import numpy as np
 from provenance import commit, machine
 
+from sgl_jax.models.scaled import Scaled
 from sgl_jax.ops.cpu.library import find_library
 from sgl_jax.ops.dense import DenseProduct, library_product, plain_product
+from sgl_jax.ops.quantized_matmul.api import Planes, QuantizedMatmul
+from sgl_jax.ops.quantized_matmul.compiled import library_matmul
+from sgl_jax.ops.quantized_matmul.native import quantized_matmul
 
 NUM_LAYERS, D, F, QKV, VOCAB = 30, 576, 1536, 960, 49152  # SmolLM2-135M
-TOKENS = (1, 2, 4, 8, 16, 32, 64)
+TOKENS = {"bfloat16": (1, 2, 4, 8, 16, 32, 64), "float32": (1, 2, 4, 8, 16, 32, 64)}
+TOKENS |= dict.fromkeys(("int8", "int8-weight-only"), (1, 2, 4, 8, 16, 32, 64, 256))
 ROUNDS = 7
+type Weights = tuple[list[dict[str, Any]], jax.Array]
 
 
-def draw_weights(dtype: str) -> tuple[list[dict[str, jax.Array]], jax.Array]:
+def draw_weights(kind: str) -> Weights:
+    is_int8 = kind.startswith("int8")
+    dtype = "bfloat16" if is_int8 else kind
     rng = np.random.default_rng(0)
 
     def matrix(rows: int, columns: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal((rows, columns), np.float32) / columns**0.5, dtype)
 
     shapes = {"qkv": (QKV, D), "o": (D, D), "gate_up": (2 * F, D), "down": (D, F)}
-    return [{name: matrix(*shape) for name, shape in shapes.items()} for _ in range(NUM_LAYERS)], matrix(VOCAB, D)
+    layers = [{name: matrix(*shape) for name, shape in shapes.items()} for _ in range(NUM_LAYERS)]
+    if is_int8:
+        layers = [
+            {name: Planes(*Scaled("int8").quantise(np.asarray(w))[:2]) for name, w in each.items()} for each in layers
+        ]
+    return jax.tree.map(jnp.asarray, layers), matrix(VOCAB, D)
 
 
-def program(product: DenseProduct) -> jax.stages.Wrapped:
+def product_of(
+    x: Any, w: Any, out: Any = None, *, dense: DenseProduct, matmul: QuantizedMatmul, kind: str
+) -> jax.Array:
+    """Multiply with a matrix of floats or of int8."""
+    return matmul(x, w, "int8" if kind == "int8" else None, out) if isinstance(w, Planes) else dense(x, w, out)
+
+
+def program(product: Any) -> jax.stages.Wrapped:
     def run(x, layers, head):
         for w in layers:
             x += product(product(x, w["qkv"])[:, :D], w["o"])
@@ -50,34 +72,44 @@ def program(product: DenseProduct) -> jax.stages.Wrapped:
     return jax.jit(run)
 
 
-def measure(tokens: int, dtype: str, weights: tuple[list[dict[str, jax.Array]], jax.Array]) -> dict[str, Any]:
+def measure(tokens: int, kind: str, weights: Weights) -> dict[str, Any]:
     library = find_library()
     assert library is not None
-    x = jnp.asarray(np.random.default_rng(1).standard_normal((tokens, D), np.float32), dtype)
-    calls, times = {}, {"plain": [], "library": []}
-    for name, product in (("plain", plain_product), ("library", library_product(library))):
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((tokens, D), np.float32), weights[1].dtype)
+    products = {
+        "plain": (plain_product, quantized_matmul),
+        "library": (library_product(library), library_matmul(library)),
+    }
+    if kind == "int8-weight-only":
+        del products["plain"]
+    calls = {}
+    for name, (dense, matmul) in products.items():
+        product = functools.partial(product_of, dense=dense, matmul=matmul, kind=kind)
         calls[name] = program(product).lower(x, *weights).compile()
         jax.block_until_ready(calls[name](x, *weights))
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
             start = time.process_time()
             jax.block_until_ready(call(x, *weights))
             times[name].append(time.process_time() - start)
-    found = {f"{name}_cpu_ms": round(1e3 * statistics.median(each), 2) for name, each in times.items()}
-    ratio = round(found["plain_cpu_ms"] / found["library_cpu_ms"], 2)
-    return {"tokens": tokens, "dtype": dtype, **found, "ratio": ratio}
+    found = {name: round(1e3 * statistics.median(each), 2) for name, each in times.items()}
+    ratio = {"ratio": round(found["plain"] / found["library"], 2)} if "plain" in found else {}
+    return {"tokens": tokens, "dtype": kind} | {f"{name}_cpu_ms": each for name, each in found.items()} | ratio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Products of few tokens: the compiled library beside plain XLA.")
+    parser = argparse.ArgumentParser(
+        description="Products of tokens with matrices: the compiled library beside plain XLA."
+    )
     parser.add_argument("--out", type=Path, help="file for the results, as JSON")
     out = parser.parse_args().out
     jax.config.update("jax_platforms", "cpu")
     results = []
-    for dtype in ("bfloat16", "float32"):
-        weights = draw_weights(dtype)
-        for tokens in TOKENS:
-            results.append(measure(tokens, dtype, weights))
+    for kind, numbers in TOKENS.items():
+        weights = draw_weights(kind)
+        for tokens in numbers:
+            results.append(measure(tokens, kind, weights))
             print(json.dumps(results[-1]), flush=True)
     if out is not None:
         found = {"commit": commit(), "machine": machine(), "jax": jax.__version__}

@@ -14,7 +14,7 @@ from setuptools.command.build_ext import build_ext
 FOLDER = Path("sgl_jax", "ops", "cpu")
 # Names of the instruction sets (ops/cpu/library.py chooses among them), and the compiler's flags for each.
 X86 = {
-    "x86_64_v4_bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mprefer-vector-width=512"],
+    "x86_64_v4_bf16": ["-march=x86-64-v4", "-mavx512bf16", "-mavx512vnni", "-mprefer-vector-width=512"],
     "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
     "x86_64_v3": ["-march=x86-64-v3"],
 }
@@ -42,8 +42,8 @@ def libraries() -> list[Extension]:
     if sys.platform == "win32":
         return []  # its compiler has no vector types
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    sources = [str(FOLDER / name) for name in ("attention.cc", "dense.cc", "untouched.cc")]
-    headers = [str(FOLDER / name) for name in ("eight_bits.h", "products.h", "threads.h", "vectors.h")]
+    sources = [str(FOLDER / name) for name in ("attention.cc", "dense.cc", "quantised.cc", "untouched.cc")]
+    headers = [str(FOLDER / name) for name in ("eight_bits.h", "matrix.h", "products.h", "threads.h", "vectors.h")]
     return [
         Extension(
             f"sgl_jax.ops.cpu.{name}",

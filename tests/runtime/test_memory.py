@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sgl_jax.ops.attention import native
 from sgl_jax.ops.attention.backends import NoSuchBackend, find_backend
 from sgl_jax.ops.cpu import library
 from sgl_jax.ops.dense import plain_product
+from sgl_jax.ops.quantized_matmul.native import quantized_matmul
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime import memory, platform
 from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, plan_memory
@@ -119,6 +121,14 @@ def test_a_share_of_a_cpu_s_memory_is_taken_as_far_as_rows_and_a_cache_can_use_i
     assert plan_memory(TPU, **(OPTIONS | {"total_bytes": total})).num_tokens == fitting // 16 * 16
 
 
+@pytest.mark.skipif(library.find_library() is None, reason="the library was not built")
+def test_cpus_multiply_in_the_library() -> None:
+    found = kernels_for(None, PLATFORMS["cpu"], CONFIG)
+    assert isinstance(found.dense, functools.partial)
+    assert isinstance(found.quantized, functools.partial)
+    assert found.dense.keywords == found.quantized.keywords == {"library": library.find_library()}
+
+
 def test_without_the_library_for_cpus_attention_is_plain_and_a_line_says_so_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -127,7 +137,7 @@ def test_without_the_library_for_cpus_attention_is_plain_and_a_line_says_so_once
     for _ in range(2):
         found = kernels_for(None, PLATFORMS["cpu"], CONFIG)
         assert found.attention.attend.func is native.paged_attention
-        assert found.dense is plain_product
+        assert (found.dense, found.quantized) == (plain_product, quantized_matmul)
     [line] = [record.getMessage() for record in caplog.records if record.name == "sgl_jax.runtime.platform"]
     assert says(line, "plain XLA … slower … C++ compiler … g++")
     with pytest.raises(NoSuchBackend, match=r"--attention-backend cpu.* C\+\+ compiler.* native"):

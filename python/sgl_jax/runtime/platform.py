@@ -12,10 +12,11 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.observability import log
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.cpu.library import find_library
-from sgl_jax.ops.dense import library_product, plain_product
+from sgl_jax.ops.dense import library_product
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
+from sgl_jax.ops.quantized_matmul.compiled import library_grouped_matmul, library_matmul
 from sgl_jax.runtime.control_groups import ROOT, read
 
 logger = logging.getLogger(__name__)
@@ -141,8 +142,11 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
         name = "native"
     latent = model.mla is not None
     attention = find_backend(name, platform.name, vectorise=platform.vectorises_rows, latent=latent)
-    dense = plain_product if library is None else library_product(library)
-    return Kernels(attention, grouped_matmul_for(platform.name), dense)
+    grouped = grouped_matmul_for(platform.name)
+    if library is None:
+        return Kernels(attention, grouped)
+    quantised = library_matmul(library), library_grouped_matmul(library)
+    return Kernels(attention, grouped, library_product(library), *quantised)
 
 
 def grouped_matmul_for(platform: Name) -> GroupedMatmul:

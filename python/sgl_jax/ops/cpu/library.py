@@ -12,7 +12,7 @@ _V3 = {"avx2", "bmi1", "bmi2", "fma", "f16c", "movbe"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 # Libraries that setup.py builds, the fastest first, and the processor's flags (as in /proc/cpuinfo) that each needs.
 LIBRARIES: dict[str, set[str]] = {
-    "x86_64_v4_bf16": _V4 | {"avx512_bf16"},
+    "x86_64_v4_bf16": _V4 | {"avx512_bf16", "avx512_vnni"},
     "x86_64_v4": _V4,
     "x86_64_v3": _V3,
     "baseline": set(),
@@ -25,6 +25,7 @@ class Library:
 
     attention: str
     dense: str
+    quantised: str
     untouched: str
 
 

@@ -84,7 +84,13 @@ inline void add_values(const float* weights, const Element* values, int n, int w
 // What a packed block consists of: floats.
 struct FloatUnit {
   using Unit = float;
+  using Number = float;
+  using Sum = float;
   static constexpr int kNumbers = 1;
+  template <typename Element>
+  static inline Floats of_row(const Element* row) {
+    return load(row);
+  }
   static inline Floats add_product(Floats sum, Floats a, const Unit* b) { return sum + a * load(b); }
   template <typename Element>
   static inline Unit of_key(const Element* key, int i) {
@@ -101,7 +107,12 @@ struct FloatUnit {
 // Or pairs of bfloat16, whose products are added up in float32. Values are paired with those of the next key.
 struct PairUnit {
   using Unit = uint32_t;
+  using Number = BFloat16;
+  using Sum = float;
   static constexpr int kNumbers = 2;
+  static inline Floats of_row(const int8_t* row) {
+    return (Floats)_mm512_cvtne2ps_pbh((__m512)load(row + kLanes), (__m512)load(row));
+  }
   static inline Unit pair(BFloat16 x, BFloat16 y) { return x.bits | uint32_t(y.bits) << 16; }
   static inline Floats add_product(Floats sum, Floats a, const Unit* b) {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)_mm512_loadu_si512(b));
@@ -120,6 +131,17 @@ struct PairUnit {
   }
 };
 #endif
+
+// The numbers of a row that make a unit, as they are stored. A vector of units is made where they are multiplied.
+template <typename U, typename Element>
+struct Stored {
+  Element numbers[U::kNumbers];
+};
+template <int P, typename U, typename Element>
+inline Floats spread(const Stored<U, Element>* units) {
+  static_assert(P == kLanes);
+  return U::of_row(units->numbers);
+}
 
 // sums[R, X vectors] (+)= a[R, steps] b[steps, X vectors], in units. A step multiplies P units of a row: the lanes of b then
 // hold P units of a column side by side. Calls fetch(step) on the way.

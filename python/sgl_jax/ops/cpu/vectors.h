@@ -7,7 +7,7 @@
 #include <cstring>
 #include <type_traits>
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -26,6 +26,7 @@ typedef int32_t Ints __attribute__((vector_size(kLanes * 4), aligned(4), may_ali
 typedef uint32_t Bits __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint64_t Words __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t QuadIndex __attribute__((vector_size(16)));
 
@@ -62,6 +63,13 @@ inline Floats load(const BFloat16* p) {
   return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits) << 16);
 #endif
 }
+inline Floats load(const int8_t* p) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Floats);
+#endif
+}
 inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 
 // Fills the lanes with P 32-bit units, again and again.
@@ -75,11 +83,6 @@ inline Floats spread(const void* units) {
   std::conditional_t<P == 1, uint32_t, uint64_t> unit;
   std::memcpy(&unit, units, sizeof(unit));
   return (Floats)(std::conditional_t<P == 1, Bits, Words>{} + unit);
-}
-template <int P>
-inline Floats spread(const BFloat16* units) {
-  static_assert(P == kLanes);
-  return load(units);
 }
 
 inline Floats all(float x) { return x - Floats{}; }

@@ -1,5 +1,7 @@
 """Grouped matmul in plain XLA: tiles of one group's rows, one after another, as many as there really are."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,6 +14,16 @@ def grouped_matmul(
     x: Float[Array, "M I"], w: Float[Array, "L E O I"], layer: Int[Array, ""] | int, group_sizes: Int[Array, " E"]
 ) -> Float[Array, "M O"]:
     """See api.GroupedMatmul. A tile reads one matrix once: cost follows the groups that have rows, and their rows."""
+    return by_tiles(x, group_sizes, w.shape[2], lambda rows, group: jnp.einsum("oi,mi->om", w[layer, group], rows).T)
+
+
+def by_tiles(
+    x: Float[Array, "M I"],
+    group_sizes: Int[Array, " E"],
+    num_outputs: int,
+    product: Callable[[Float[Array, "m I"], Int[Array, ""]], Float[Array, "m O"]],
+) -> Float[Array, "M O"]:
+    """Multiply tiles of one group's rows each, by a function of the rows and the group."""
     num_rows, num_groups = len(x), len(group_sizes)
     tile = min(_LARGEST_TILE, max(2, num_rows // num_groups))  # one bf16 row costs more than two on CPU
     num_tiles = -(-group_sizes // tile)
@@ -24,10 +36,9 @@ def grouped_matmul(
         done = (i - cu_tiles[group] + num_tiles[group]) * tile  # rows of the group in earlier tiles
         first = cu_rows[group] - group_sizes[group] + done
         rows = lax.dynamic_slice_in_dim(padded, first, tile)
-        product = jnp.einsum("oi,mi->om", w[layer, group], rows).T
-        return lax.dynamic_update_slice_in_dim(out, product.astype(out.dtype), first, 0)
+        return lax.dynamic_update_slice_in_dim(out, product(rows, group).astype(out.dtype), first, 0)
 
-    out = jnp.zeros((num_rows + tile, w.shape[2]), x.dtype)
+    out = jnp.zeros((num_rows + tile, num_outputs), x.dtype)
     return lax.fori_loop(0, cu_tiles[-1], one_tile, out)[:num_rows]
 
 
