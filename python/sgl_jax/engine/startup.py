@@ -11,6 +11,7 @@ from sgl_jax import __version__
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
+from sgl_jax.engine.kv_cache import with_kv_dtype, with_kv_scales
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
@@ -107,6 +108,7 @@ def build_device_side(
     _say_sizes(model, plan)
     placement = Placement.over(devices, grid)
     announce = hosts.announce if isinstance(hosts, Leader) else announce_to_nobody
+    kept = kept_programs(args, devices) if behind else None
     runner = ModelRunner(
         model,
         plan.runner_config,
@@ -115,7 +117,7 @@ def build_device_side(
         stacks_layers=platform.stacks_layers,
         announce=announce,
         drafter=plan.drafter,
-        kept=kept_programs(args, devices) if behind else None,
+        kept=kept,
     )
     with launch_progress(logger, len(runner.programs)) as progress:
         compiled = runner.compile(
@@ -134,6 +136,9 @@ def build_device_side(
             if platform.stacks_layers:
                 weights = stack_layers(weights, placement, declare(model, dtype, stacked=True))
             progress.all_read()
+            weights = with_kv_scales(
+                weights, model, plan, kernels, placement, kept, stacks_layers=platform.stacks_layers
+            )
             if not args.skip_server_warmup:
                 compiled.result()
         except BaseException:
@@ -206,6 +211,7 @@ def _decide(
     model = model.for_context(args.context_length)
     model, draft = with_draft(args, model, families, checkpoint.tensors, dummy=dummy)
     model = held(args, model, platform, device_kind)
+    model = with_kv_dtype(args, model)
     kernels = kernels_for(args.attention_backend, platform, model)
     plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
     return model, draft, kernels, plan

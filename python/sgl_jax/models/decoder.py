@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.layers import gated, logn_factors, rope_table
@@ -37,13 +37,14 @@ class Attend(Protocol):
         q: Float[Array, "T heads H"],
         k: Float[Array, "T K H"] | None,
         v: Float[Array, "T K H"] | None,
-        kv: Float[Array, "LP K planes page H"],
+        kv: Num[Array, "LP K planes page H"],
         *,
         layer: Int[Array, ""] | int,
         window: Int[Array, ""] | int | None,
         sinks: Float[Array, " N"] | None,
+        kv_scales: Float[Array, "2"] | None,
         prepare: QKPrepare | None = None,
-    ) -> tuple[Float[Array, "T N V"], Float[Array, "LP K planes page H"]]: ...
+    ) -> tuple[Float[Array, "T N V"], Num[Array, "LP K planes page H"]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +64,10 @@ def hidden_states(
     weights: Weights[jax.Array],
     config: DecoderConfig,
     tokens: Int[Array, " MT"],
-    kv: Float[Array, "LP K planes page H"],
+    kv: Num[Array, "LP K planes page H"],
     context: Context,
     taps: Sequence[int] = (),
-) -> tuple[Float[Array, "T D"], Float[Array, "LP K planes page H"], list[jax.Array]]:
+) -> tuple[Float[Array, "T D"], Num[Array, "LP K planes page H"], list[jax.Array]]:
     """Return the last layer's output, before the final norm, the pool with this step's KV, and the inputs of the layers in
     `taps`, where L stands for the output of the last.
 
@@ -190,7 +191,7 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, " MT"], context: Contex
 
 def _attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, context: Context, layer, window):
     h = context.grid.to_attention(h)
-    attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks)
+    attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks, kv_scales=w.kv_scales)
     if config.mla is not None and w.mla is not None:
         out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend, context.linear)
     else:

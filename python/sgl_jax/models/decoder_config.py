@@ -128,6 +128,7 @@ class DecoderConfig:
     weight_format: WeightFormat | None = None  # in which matrices are stored; None: plain floats
     wide: tuple[str, ...] = ()  # paths of the matrices that a quantised checkpoint holds as plain floats
     weight_scheme: Scheme | None = None  # in which they are held; None: plain floats
+    kv_dtype: str | None = None  # of the KV pool; None: that of activations
     normalised_head: bool = False  # loading divides the head's columns by their lengths
     eos_token_ids: tuple[int, ...] = ()
     # Number of devices that hold the same head as this shard, where there are more devices than heads. All of them attend
@@ -152,6 +153,11 @@ class DecoderConfig:
 
     def has_mlp(self, layer: int) -> bool:
         return not self.has_experts(layer) or (self.moe is not None and self.moe.residual_scale is not None)
+
+    @property
+    def scales_kv(self) -> bool:
+        """Whether each layer has scales for K and V: those of a pool of eight bits."""
+        return self.kv_dtype not in (None, "bfloat16")
 
     def layer_groups(self) -> tuple[int, ...]:
         """Return the sizes of the runs of layers with the same weights, in order. Each run can be stacked."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from sgl_jax.models import decoder
 from sgl_jax.models.decoder_config import DecoderConfig, DraftConfig
@@ -38,10 +38,10 @@ def forward(
     config: DecoderConfig,
     tokens: Int[Array, " MT"],
     feature: Float[Array, "T D"] | None,
-    kv: Float[Array, "LP K planes page H"],
+    kv: Num[Array, "LP K planes page H"],
     context: decoder.Context,
     first_layer: int,
-) -> tuple[Float[Array, "T D"], Float[Array, "LP K planes page H"]]:
+) -> tuple[Float[Array, "T D"], Num[Array, "LP K planes page H"]]:
     """Return the last layer's output and the pool. `feature` is that of the token before each; None of a standalone model.
     `first_layer` is the number of its first layer in the pool."""
     draft, w = parts(weights, config)

@@ -115,7 +115,7 @@ def _random(path: str, spec: WeightSpec, values: np.ndarray, offset: int) -> Sto
 
     def rows(start: int, stop: int) -> np.ndarray:
         shape = (stop - start, *spec.shape[1:])
-        if "norm" in path.rpartition(".")[2]:
+        if "norm" in path.rpartition(".")[2] or path.endswith("].kv_scales"):
             return np.ones(shape, values.dtype)
         if spec.dtype == "int32":
             return np.zeros(shape, spec.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from sgl_jax.models.decoder_config import MlaConfig
 from sgl_jax.models.linear import Linear, linear
@@ -20,13 +20,13 @@ _EPS = 1e-6  # for the norms of compressed vectors; the model's own may differ
 
 def latent_attention(
     h: Float[Array, "T D"],
-    kv: Float[Array, "LP 1 1 page R"],
+    kv: Num[Array, "LP 1 1 page R"],
     w: MlaWeights[jax.Array],
     mla: MlaConfig,
     rope: Float[Array, "T rope"],
     attend: Callable[[jax.Array, jax.Array, None, jax.Array], tuple[jax.Array, jax.Array]],  # (q, k, v, kv) -> (o, kv)
     linear: Linear = linear,
-) -> tuple[Float[Array, "T NV"], Float[Array, "LP 1 1 page R"]]:
+) -> tuple[Float[Array, "T NV"], Num[Array, "LP 1 1 page R"]]:
     """Return the heads' outputs side by side, and the pool with this step's vectors. R = mla.latent_dim."""
     if w.q_norm is None:
         q = linear(h, w.q, site="mla.q")

@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
 from jax.typing import DTypeLike
 
 from sgl_jax.models.decoder_config import DecoderConfig
@@ -20,6 +21,7 @@ from sgl_jax.models.weights import declare, declare_plain
 _DRAFT = ".draft"  # path of the draft model's weights
 # Scales of tokens, and of the KV cache, whose values stay under these names in `named_tensors`.
 BESIDE_WEIGHTS = r"\.(input|output|q|k|v|kv|prob_output)_scale$|\.input_global_scale$"
+_KV_SCALES = "].kv_scales"
 _SHOWN = 40  # names that an error lists of each kind of misfit; a wrong config can make thousands
 
 
@@ -57,6 +59,11 @@ def plan_weights(
         if whole_path.startswith(_DRAFT) != of_draft:
             continue
         path = whole_path.removeprefix(prefix)
+        if path.endswith(_KV_SCALES):
+            pieces, found = _kv_scales(path, stored, names)
+            used.update(found)
+            leaves.append((whole_path, held, pieces))
+            continue
         of_rows = names.rows.get(path.partition("].")[2])
         rows = of_rows(config) if of_rows else None
         wanted = _wanted(path, spec, names, rows)
@@ -113,6 +120,24 @@ def wide_weights(
             wide = weight_format is not None and any(weight_format.skips(n.removesuffix(".weight")) for n in wanted)
         found += [path] if wide else []
     return tuple(found)
+
+
+def _kv_scales(
+    path: str, stored: Mapping[str, StoredTensor], names: TensorNames
+) -> tuple[list[StoredTensor], list[str]]:
+    """Return a layer's scales of K and V, and their names in the checkpoint; 1 where it has none."""
+    index = path[path.index("[") + 1 : path.index("]")]
+    attention = names.layer["o"][0].format(i=index).rpartition(".")[0].rpartition(".")[0]
+    found = [
+        next((name for end in ends if (name := f"{attention}.{end}") in stored), None)
+        for ends in (("k_scale", "kv_scale", "k_proj.output_scale"), ("v_scale", "kv_scale", "v_proj.output_scale"))
+    ]
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        values = [1.0 if name is None else float(stored[name].read().reshape(())) for name in found]
+        return np.array(values, np.float32)[start:stop]
+
+    return [StoredTensor(path, (2,), "F32", 8, rows)], [name for name in found if name]
 
 
 def _listed(label: str, found: Sequence[str]) -> str:

@@ -77,6 +77,7 @@ class LayerWeights[Leaf]:
     q_norm: Leaf | None  # [H]
     k_norm: Leaf | None  # [H]
     sinks: Leaf | None  # [N]
+    kv_scales: Leaf | None  # f32[2]: the pool holds K / [0] and V / [1]
     mla: MlaWeights[Leaf] | None
     o: Matrix[Leaf]  # [D, N * H]
     o_bias: Leaf | None  # [D]
@@ -213,6 +214,7 @@ def _layer(c: DecoderConfig, spec: Spec, has_experts: bool, dense: bool) -> Laye
         q_norm=spec((c.head_dim, None)) if c.qk_norm else None,
         k_norm=spec((c.head_dim, None)) if c.qk_norm else None,
         sinks=spec((c.num_heads, "heads")) if c.attn_sinks else None,
+        kv_scales=dataclasses.replace(spec((2, None)), dtype="float32") if c.scales_kv else None,
         mla=_mla(c.mla, spec, d, c.num_heads) if c.mla else None,
         o=spec((d, "model"), (c.num_heads * c.output_dim // c.head_replicas, "heads")),
         o_bias=spec((d, "model")) if c.o_bias else None,

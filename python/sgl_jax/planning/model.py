@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+from sgl_jax.engine.kv_cache import with_kv_dtype
 from sgl_jax.engine.speculation_plan import with_draft
 from sgl_jax.models.bundled import PREFIX, bundled
 from sgl_jax.models.checkpoint import open_checkpoint
@@ -45,7 +46,7 @@ def read_model(args: ServerArgs, path: str | None = None) -> PlannedModel:
     if not dummy and _has_tensors(args.model_path):
         stored = open_checkpoint(args.model_path, load_format=args.load_format).tensors
     config, _ = with_draft(args, config.for_context(args.context_length), families, stored, dummy=dummy)
-    return PlannedModel(config, checkpoint.dtype, str(checkpoint.path))
+    return PlannedModel(with_kv_dtype(args, config), checkpoint.dtype, str(checkpoint.path))
 
 
 def _has_tensors(path: str) -> bool:

@@ -46,4 +46,5 @@ def pools_of(shard: DecoderConfig, attention: Backend, dtype: str) -> tuple[Pool
 def _pool_of(shard: DecoderConfig, attention: Backend, dtype: str) -> Pool:
     planes = 1 if shard.mla else 2
     width = attention.pool_head_dim(shard.key_dim)
-    return Pool(shard.num_layers, shard.num_kv_heads, planes, width, attention.pool_order, dtype)
+    held = shard.kv_dtype or dtype
+    return Pool(shard.num_layers, shard.num_kv_heads, planes, width, attention.pool_order, held)

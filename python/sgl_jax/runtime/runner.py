@@ -112,6 +112,13 @@ class ModelRunner:
         return self.watch.count - self._compiles_when_ready
 
     @property
+    def pools(self) -> Pools:
+        """The KV pools, until the next step takes them."""
+        pools = self._values[KV]
+        assert isinstance(pools, list)
+        return pools
+
+    @property
     def num_compiling(self) -> int:
         """Programs that are not compiled yet. Raises the error of one that cannot be."""
         left = len(self.programs) - len(self._calls)

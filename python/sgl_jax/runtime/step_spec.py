@@ -41,11 +41,16 @@ class StepSpec:
         """Return the context of a forward pass of the target or the draft model over the batch."""
         attention = _attention_spec(model, width, first_key)
 
-        def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
+        def attend(q, k, v, kv, *, layer, window, sinks, kv_scales, prepare=None):
             if k is None and not self.kernels.attention.fused:
                 q, k, v = split_heads(q, model.num_kv_heads)
             arrays = AttentionLayer(
-                attention, layer * self.pages_per_layer, window=window, sinks=sinks, prepare=prepare
+                attention,
+                layer * self.pages_per_layer,
+                window=window,
+                sinks=sinks,
+                kv_scales=kv_scales,
+                prepare=prepare,
             )
             return self.kernels.attention(q, k, v, kv, batch, arrays)
 

@@ -45,7 +45,6 @@ OTHERWISE = {
     "--headless": "the machine with --node-rank 0 alone has an HTTP server",
     "--num-gpu-blocks-override": "--max-total-tokens says it in tokens",
     "--schedule-conservativeness": "when the KV cache is full, requests are preempted; --max-running-requests limits them",
-    "--kv-cache-dtype": "the KV cache has the type of --dtype; a quantised one is not built",
     "--quantization-param-path --quantization-config --modelopt-*": "the files of the checkpoint say how it is quantised",
     "--moe-backend --sampling-backend": "it is chosen for the device",
     "--model-impl": "models run on our own code only",

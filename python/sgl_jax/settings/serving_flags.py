@@ -57,7 +57,7 @@ class ServingFlags:
     )
     dtype: Literal["auto", "float32", "bfloat16"] = flag(
         "auto",
-        "type of weights and KV cache; auto chooses for model and device",
+        "type of activations and weights; auto chooses for model and device",
         refused={"float16": _NO_FLOAT16, "half": _NO_FLOAT16, "float": "write float32"},
     )
     quantization: Literal[_OnLoad, _AsStored, _AsModelOpt] | None = flag(
@@ -70,6 +70,9 @@ class ServingFlags:
             "gguf": "a .gguf file needs no flag",
             "bitsandbytes": "it has no kernels here; int8 rounds as many bits",
         },
+    )
+    kv_cache_dtype: Literal["auto", "bfloat16", "bf16", "int8", "fp8_e4m3", "fp8", "fp8_e5m2"] = flag(
+        "auto", "type of the KV cache; auto is that of activations (docs/features/quantization.md)"
     )
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = flag(
         "auto", "where weights come from; auto looks at the files, dummy makes random ones"

@@ -251,7 +251,11 @@ def test_a_latent_pool_serves_short_rows_of_up_to_w_tokens(name):
         check(IMPLEMENTATIONS[name], b, num_short=6, scale=0.2, value_dim=24, width=4, first_key=first_key)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [(n, "int8") for n in PLAIN] + [(n, "float32") for n in COMPILED])
+EIGHT_BITS = ["int8", "float8_e4m3fn", "float8_e5m2"]
+SCALED = [(n, "int8") for n in PLAIN] + [(n, d) for n in COMPILED for d in ("float32", *EIGHT_BITS)]
+
+
+@pytest.mark.parametrize(("name", "dtype"), SCALED)
 def test_layers_of_one_program_have_kv_scales_of_their_own(name, dtype):
     """The scales are [L, 2], indexed by a traced layer."""
     b = random_batch(
@@ -327,11 +331,45 @@ def test_bfloat16_matches_reference(name, options, page_size):
     np.testing.assert_array_equal(np.asarray(out, np.float32)[n:], 0)
 
 
-def test_the_library_for_cpus_refuses_pools_of_another_dtype_than_the_queries():
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+@pytest.mark.parametrize("name", COMPILED)
+def test_every_number_of_eight_bits_is_read_and_written(name, dtype):
+    """Each value comes back as it is, halves go to the even neighbour, and larger ones to the largest."""
+    every = np.arange(256, dtype=np.uint8).view(jnp.dtype(dtype)).astype(np.float32)
+    every = np.unique(every[np.isfinite(every) & (every != -128)])
+    between = np.concatenate([(every[1:] + every[:-1]) / 2, every * np.float32(1.0001), every[[0, -1]] * 3])
+    values = np.resize(np.concatenate([every, between]), (32, 2, 40)).astype(np.float32)
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 40, "page_size": 16, "num_tokens": 32, "num_rows": 1}
+    b = random_batch(np.random.default_rng(13), [(0, 32)], **sizes) | {"k": values, "v": values[::-1]}
+    b["kv"] = np.asarray(jnp.zeros(b["kv"].shape, dtype))
+    arguments = batches.arguments(b, AttentionSpec(0.1), kv_scales=np.ones(2, np.float32))
+    expected, expected_kv = reference.paged_attention(*arguments)
+    out, kv = jax.jit(IMPLEMENTATIONS[name])(*arguments)
+    assert kv.dtype == dtype
+    np.testing.assert_array_equal(np.asarray(kv).astype(np.float32), expected_kv)
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4 * np.abs(every).max())
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+@pytest.mark.parametrize("name", COMPILED)
+def test_queries_in_bfloat16_attend_to_eight_bits(name, dtype):
+    sizes = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "page_size": 1, "num_tokens": 128, "num_rows": 6}
+    b = random_batch(np.random.default_rng(11), MIXED, **sizes)
+    b |= {x: np.asarray(jnp.asarray(b[x]).astype(jnp.bfloat16)) for x in ("q", "k", "v")}
+    b["kv"] = np.asarray(jnp.asarray(b["kv"] * 20).astype(dtype))
+    arguments = batches.arguments(b, AttentionSpec(0.2), window=21, kv_scales=jnp.array([0.05, 0.05]))
+    expected, expected_kv = reference.paged_attention(*arguments)
+    out, kv = jax.jit(IMPLEMENTATIONS[name])(*arguments)
+    n = b["num_new"].sum()
+    np.testing.assert_allclose(np.asarray(out, np.float32)[:n], expected[:n], atol=0.02)
+    np.testing.assert_array_equal(np.asarray(kv).astype(np.float32)[1:], expected_kv[1:])
+
+
+def test_the_library_for_cpus_refuses_pools_that_it_cannot_read():
     sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16}
     b = random_batch(np.random.default_rng(12), [(3, 1)], **sizes, num_tokens=8, num_rows=1)
-    b["kv"] = b["kv"].astype(np.int8)
-    with pytest.raises(ValueError, match=r"--attention-backend cpu.* int8 .*float32.*use native"):
+    b["kv"] = np.asarray(jnp.asarray(b["kv"], jnp.bfloat16))
+    with pytest.raises(ValueError, match=r"--attention-backend cpu.* bfloat16 .*float32.*use native"):
         cpu.paged_attention(*batches.arguments(b, AttentionSpec(0.25)), library=library.Library("", "", ""))
 
 

@@ -10,6 +10,7 @@ from sgl_jax.ops.attention.api import AnyPool, AttentionLayer, NewKV, Output, Po
 from sgl_jax.ops.cpu.library import Library
 
 _OF_THE_SYSTEM = 1 << 26  # bytes of an array for which the C library asks the system, which gives zeros
+_EIGHT_BITS = (jnp.int8, jnp.float8_e4m3fn, jnp.float8_e5m2)
 _ALL_KEYS = 2**31 - 1  # the window of a layer that has none
 
 
@@ -25,12 +26,12 @@ def paged_attention(
 ) -> tuple[Output, Pool]:
     """See api.Attention. Outputs of padding are 0, and nothing is written for it.
 
-    Raises ValueError for a pool of another dtype than the queries, or one other than float32 and bfloat16.
+    Raises ValueError for queries other than float32 and bfloat16, and for a pool that has neither their dtype nor 8 bits.
     """
-    if kv.dtype != q.dtype or kv.dtype not in (jnp.float32, jnp.bfloat16):
+    if q.dtype not in (jnp.float32, jnp.bfloat16) or kv.dtype not in (q.dtype, *_EIGHT_BITS):
         raise ValueError(
-            f"--attention-backend cpu: the KV pool is {kv.dtype} and the queries {q.dtype}; both must be float32, or both "
-            "bfloat16; use native"
+            f"--attention-backend cpu: the KV pool is {kv.dtype} and the queries {q.dtype}; these must be float32 or bfloat16, "
+            "and the pool like them, int8, float8_e4m3fn or float8_e5m2; use native"
         )
     spec = layer.spec
     if layer.prepare is not None:

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <vector>
 
+#include "eight_bits.h"
 #include "products.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
@@ -27,15 +28,26 @@ constexpr int kSegment = 1024;     // keys of a job, where a row is a single til
 constexpr int kSmallCall = 1 << 14;  // lines times keys below which waking another thread costs more than it gains
 constexpr float kFloor = -1e30f;   // finite, so that a line that has seen no key yet makes no inf - inf
 
+// The pool's numbers: those of the queries, or eight bits each, which are widened before they are used.
 template <typename Number>
 struct Pool {
-  Number* data;  // [pages, heads, planes, page_size, width]
+  using Widen = void (*)(const uint8_t*, Number*, int);
+  using Narrow = void (*)(const float*, uint8_t*, int);
+  uint8_t* data;  // [pages, heads, planes, page_size, width]
   int64_t heads, planes, page_size, width;
   int64_t value_width;           // the first columns of the last plane are the values
   float key_scale, value_scale;  // factors that bring K and V of the pool back to their values
 
-  Number* keys(int64_t page, int head) const { return data + (page * heads + head) * planes * page_size * width; }
-  Number* values(int64_t page, int head) const { return keys(page, head) + (planes - 1) * page_size * width; }
+  Widen widen;    // null where the numbers are those of the queries
+  Narrow narrow;
+
+  int64_t item() const { return widen != nullptr ? 1 : sizeof(Number); }
+  uint8_t* keys(int64_t page, int head, int64_t offset) const {
+    return data + ((page * heads + head) * planes * page_size + offset) * width * item();
+  }
+  uint8_t* values(int64_t page, int head, int64_t offset) const {
+    return keys(page, head, offset) + (planes - 1) * page_size * width * item();
+  }
 };
 
 struct Rows {
@@ -261,14 +273,28 @@ struct Call {
     });
   }
 
+  static Number* widened(size_t numbers) {
+    thread_local std::vector<Number> memory;
+    if (memory.size() < numbers) memory.resize(numbers);
+    return memory.data();
+  }
+
   // Calls f(j, keys, values, number) for each run of keys [begin + j, begin + j + number) that lie in one page.
   template <typename F>
   void for_runs(const Job& job, int begin, int n, F f) const {
     for (int j = 0, run; j < n; j += run) {
       const int index = (begin + j) / pool.page_size, offset = (begin + j) % pool.page_size;
       run = std::min<int>(n - j, pool.page_size - offset);
-      const int64_t page = rows.page(job.row, index), at = offset * pool.width;
-      f(j, pool.keys(page, job.head) + at, pool.values(page, job.head) + at, run);
+      const int64_t page = rows.page(job.row, index);
+      const uint8_t *keys = pool.keys(page, job.head, offset), *values = pool.values(page, job.head, offset);
+      if (pool.widen == nullptr) {
+        f(j, reinterpret_cast<const Number*>(keys), reinterpret_cast<const Number*>(values), run);
+        continue;
+      }
+      Number* wide = widened(2 * kBlock * pool.width) + j * pool.width;  // each run of a block in a place of its own
+      pool.widen(keys, wide, run * pool.width);
+      if (pool.planes > 1) pool.widen(values, wide + kBlock * pool.width, run * pool.width);
+      f(j, wide, pool.planes > 1 ? wide + kBlock * pool.width : wide, run);
     }
   }
 
@@ -302,14 +328,20 @@ struct Call {
   // Writes new K or V, [tokens, KV heads, width], to their places in the pool.
   void write(const Number* tokens, bool are_values) const {
     const float scale = are_values ? pool.value_scale : pool.key_scale;
+    float* line = scratch(pool.width);
     for (int row = 0; row < rows.number; row++) {
       for (int token = rows.cu_q_lens[row]; token < rows.cu_q_lens[row + 1]; token++) {
         const int position = rows.kv_lens[row] - rows.cu_q_lens[row + 1] + token;
-        const int64_t page = rows.page(row, position / pool.page_size), at = position % pool.page_size * pool.width;
+        const int64_t page = rows.page(row, position / pool.page_size), offset = position % pool.page_size;
         for (int head = 0; head < pool.heads; head++) {
           const Number* from = tokens + (token * pool.heads + head) * pool.width;
-          Number* to = (are_values ? pool.values(page, head) : pool.keys(page, head)) + at;
-          for (int h = 0; h < pool.width; h++) assign(to[h], to_float(from[h]) / scale);
+          uint8_t* to = are_values ? pool.values(page, head, offset) : pool.keys(page, head, offset);
+          for (int h = 0; h < pool.width; h++) line[h] = to_float(from[h]) / scale;
+          if (pool.narrow != nullptr) {
+            pool.narrow(line, to, pool.width);
+          } else {
+            for (int h = 0; h < pool.width; h++) assign(reinterpret_cast<Number*>(to)[h], line[h]);
+          }
         }
       }
     }
@@ -344,15 +376,22 @@ ffi::Error attend(ffi::ThreadPool threads, Any q, Any k, Any v, Any kv, Integers
   const int heads = q.dimensions()[1];
   auto of_type = [&](auto zero) {
     using Number = decltype(zero);
-    const Pool<Number> pool{static_cast<Number*>(kv.untyped_data()), shape[1], shape[2], shape[3], shape[4],
-                             out->dimensions()[2], scales.typed_data()[0], scales.typed_data()[1]};
+    Pool<Number> pool{static_cast<uint8_t*>(kv.untyped_data()), shape[1], shape[2], shape[3], shape[4],
+                      out->dimensions()[2], scales.typed_data()[0], scales.typed_data()[1], nullptr, nullptr};
+    auto in_eight_bits = [&](auto kind) {
+      pool.widen = widen<decltype(kind), Number>;
+      pool.narrow = narrow<decltype(kind)>;
+    };
+    if (kv.element_type() == ffi::S8) in_eight_bits(Int8());
+    if (kv.element_type() == ffi::F8E4M3FN) in_eight_bits(Float8<3>());
+    if (kv.element_type() == ffi::F8E5M2) in_eight_bits(Float8<2>());
     const Call<Number> call{static_cast<const Number*>(q.untyped_data()), static_cast<Number*>(out->untyped_data()), heads,
                                 int(heads / shape[1]), pool, rows, scoring};
     const Number* values = shape[2] > 1 ? static_cast<const Number*>(v.untyped_data()) : nullptr;
     run(threads, call, static_cast<const Number*>(k.untyped_data()), values, q.dimensions()[0]);
     return ffi::Error::Success();
   };
-  return kv.element_type() == ffi::F32 ? of_type(float()) : of_type(BFloat16());
+  return q.element_type() == ffi::F32 ? of_type(float()) : of_type(BFloat16());
 }
 
 }  // namespace
