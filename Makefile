@@ -82,11 +82,11 @@ $(VENV)/.created: .tools/.ready .python-version
 	@touch $@
 
 $(VENV)/.installed-cpu: $(VENV)/.created $(PACKAGE_INPUTS)
-	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) --constraints python/constraints.txt -e "python[cpu]"
+	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) --constraints python/constraints.txt --reinstall-package sgl-jax -e "python[cpu]"
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.created $(PACKAGE_INPUTS)
-	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) --constraints python/constraints.txt -e "python[cpu,dev]"
+	$(UV) pip install --quiet --compile-bytecode --python $(PYTHON) --constraints python/constraints.txt --reinstall-package sgl-jax -e "python[cpu,dev]"
 	@touch $@ $(VENV)/.installed-cpu
 
 $(OLDEST_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)

@@ -96,7 +96,7 @@ def test_layers_of_a_scan_have_scales_too(
 
 
 def test_scales_of_the_checkpoint_are_taken(stories260k: Path, tmp_path: Path, build: Build, exact: Exact) -> None:
-    """Powers of two move no bit, but for the smallest and the largest values."""
+    """Powers of two round but the smallest numbers otherwise."""
     tensors = load_file(stories260k / "model.safetensors")
     for file in stories260k.iterdir():
         if file.suffix in (".json", ".model"):
@@ -108,8 +108,9 @@ def test_scales_of_the_checkpoint_are_taken(stories260k: Path, tmp_path: Path, b
     core = build(tmp_path, ONE_STEP, kv_cache_dtype="fp8_e4m3")
     scales = [np.asarray(jax.device_get(w.kv_scales)) for w in core.runner._values["weights"].layers]
     np.testing.assert_array_equal(scales, np.full((5, 2), 2.0**-3))
+    found = prompt_logprobs(core, exact.text)
     plain = build(stories260k, ONE_STEP, kv_cache_dtype="fp8_e4m3")
-    np.testing.assert_allclose(*(prompt_logprobs(each, exact.text) for each in (core, plain)), atol=0.1)
+    assert 1e-4 < np.abs(found - prompt_logprobs(plain, exact.text)).mean() < 0.03
 
 
 def test_the_log_says_where_scales_are_from(stories260k: Path, build: Build, caplog: pytest.LogCaptureFixture) -> None:

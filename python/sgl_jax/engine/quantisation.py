@@ -28,7 +28,7 @@ _ROUTERS = ("moe.router", "moe.shared_gate")
 _INT8, _FP8 = Scaled("int8"), Scaled("float8_e4m3fn")
 _W8A8, _FP8_FP8 = Scaled("int8", rounding="int8"), Scaled("float8_e4m3fn", rounding="float8_e4m3fn")
 _INT4 = Scaled("int4", 128)
-_LANES = 128  # of a TPU; groups divide them, or are a multiple
+_LANES = 128  # lanes of a TPU; groups divide them, or are a multiple
 
 
 def _floats(form: Form) -> Scaled | None:

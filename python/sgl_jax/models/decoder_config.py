@@ -128,7 +128,7 @@ class DecoderConfig:
     weight_format: WeightFormat | None = None  # in which matrices are stored; None: plain floats
     wide: tuple[str, ...] = ()  # paths of the matrices that a quantised checkpoint holds as plain floats
     weight_scheme: Scheme | None = None  # in which they are held; None: plain floats
-    kv_dtype: str | None = None  # of the KV pool; None: that of activations
+    kv_dtype: str | None = None  # dtype of the KV pool; None: that of activations
     normalised_head: bool = False  # loading divides the head's columns by their lengths
     eos_token_ids: tuple[int, ...] = ()
     # Number of devices that hold the same head as this shard, where there are more devices than heads. All of them attend

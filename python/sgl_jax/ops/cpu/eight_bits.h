@@ -8,12 +8,9 @@
 
 namespace {
 
-typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-typedef int8_t SignedBytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
-
 // A kind of number: Floats of(Bytes), and the byte of a float, rounded to the nearest and cut at the largest.
 struct Int8 {
-  static inline Floats of(Bytes x) { return __builtin_convertvector(__builtin_convertvector((SignedBytes)x, Ints), Floats); }
+  static inline Floats of(Bytes x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); }
   static inline uint8_t rounded(float x) { return int8_t(std::nearbyint(std::max(-127.0f, std::min(127.0f, x)))); }
 };
 
@@ -23,7 +20,7 @@ struct Float8 {
   static constexpr float kLargest = Mantissa == 3 ? 448 : 57344, kLeast = Mantissa == 3 ? 0x1p-6f : 0x1p-14f;  // normal
 
   static inline Floats of(Bytes x) {
-    const Bits wide = __builtin_convertvector(x, Bits), rest = (wide & 127) << kShift;
+    const Bits wide = (Bits)__builtin_convertvector(x, Ints), rest = (wide & 127) << kShift;
     const Floats normal = (Floats)(rest + (uint32_t(127 - kBias) << 23));
     const Floats small = (Floats)(rest + (uint32_t(128 - kBias) << 23)) - kLeast;  // without an implicit one
     return (Floats)((Bits)select((Ints)(rest < (1u << 23)), small, normal) | (wide & 128) << 24);
