@@ -58,5 +58,5 @@ def test_more_rows_need_more_accepted_drafts_beyond_the_ridge() -> None:
     """With a ridge of 32, wide steps of 8 and 16 rows of 4 tokens take 1.33 and 2 times as long as others; far below it they take as long."""
     for rows, pays, does_not in ((10, 1.1, 1.0), (8, 1.5, 1.25), (16, 2.125, 2.0)):
         ridge = 320 if rows == 10 else 32
-        assert steps(Widths(W, 16, ridge_tokens=ridge), 33, gain=pays, rows=rows)[-1] == W
-        assert steps(Widths(W, 16, ridge_tokens=ridge), 33, gain=does_not, rows=rows)[-1] == 1
+        assert steps(Widths(W, 16, 0.05, ridge), 33, gain=pays, rows=rows)[-1] == W
+        assert steps(Widths(W, 16, 0.05, ridge), 33, gain=does_not, rows=rows)[-1] == 1

@@ -27,14 +27,14 @@ class SpeculationPlan:
     max_rows: int = 1  # decoding rows of a data rank up to which steps have this width
     lookahead: int = 0  # tokens beyond a step's own whose KV the drafter writes
     keeps_tokens: bool = False  # the drafter reads each row's tokens
-    draft_cost: float = 0.0  # time of drafting, in steps of width 1
+    draft_cost: float = 0.0  # time that drafts take beside their products in the step, in steps of width 1
 
 
 def plan_speculation(
     wanted: Speculation | None, model: DecoderConfig, platform: Platform, num_ranks: int
 ) -> SpeculationPlan:
-    """Decide how wide steps are. The tokens of all data ranks are multiplied together. Beyond the device's ridge, where a step begins to be limited by its products, each draft costs
-    as much as a token, so more rows than that do not speculate."""
+    """Decide how wide steps are. The tokens of all data ranks are multiplied together. Beyond the device's ridge, where a step
+    begins to be limited by its products, each draft costs as much as a token, so more rows than that do not speculate."""
     if wanted is None:
         return SpeculationPlan()
     width = wanted.num_drafts + 1
@@ -44,7 +44,7 @@ def plan_speculation(
         wanted.max_batch_size or max(1, platform.ridge_tokens // (width * num_ranks)),
         lookahead=wanted.num_drafts if by_model else 0,
         keeps_tokens=not by_model,
-        draft_cost=wanted.num_drafts * draft_parameters(model) / parameters_per_token(model),
+        draft_cost=wanted.num_drafts * draft_parameters(model) / parameters_per_token(model) + platform.wide_cost,
     )
 
 

@@ -21,7 +21,7 @@ from sgl_jax.runtime.control_groups import ROOT, read
 
 logger = logging.getLogger(__name__)
 
-Name = Literal["cpu", "gpu", "tpu"]
+Name = Literal["tpu", "gpu", "cpu"]  # the order of --device: typing keeps one object of equal literals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Platform:
     stacks_layers: bool  # scan over stacked layers; else unroll a list of them
     vectorises_rows: bool  # native attention computes decoding rows side by side; else one after the other
     ridge_tokens: int  # tokens of a step whose products take as long as reading the weights
+    wide_cost: float  # what drafts add to a step beside products and their making, in steps without drafts
     compiles_behind: bool  # ready with the programs that requests need; the others are compiled while it serves
     attention: str = "native"  # default attention backend
 
@@ -50,10 +51,10 @@ PLATFORMS: dict[Name, Platform] = {
     # compiles three times faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in
     # float32. On TPU weights of a list are prefetched, weights of a scan are not (docs/decisions/0011-list-on-tpu.md).
     "cpu": Platform(
-        "cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 2, 0.4, 65536, False, False, 16, True, "cpu"
+        "cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 2, 0.4, 65536, False, False, 16, 0.3, True, "cpu"
     ),
     "gpu": Platform(
-        "gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, True, True, 192, False
+        "gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, True, True, 192, 0.05, False
     ),
     "tpu": Platform(
         "tpu",
@@ -68,6 +69,7 @@ PLATFORMS: dict[Name, Platform] = {
         False,
         True,
         512,
+        0.05,
         False,
         "fa",
     ),

@@ -2,7 +2,6 @@
 
 _WINDOW, _TRY = 32, 10  # wide steps after which their gain is judged: usually, and when drafts are tried again
 _WITHOUT_DRAFTS = 2  # wide steps after others: those in flight, whose rows have no drafts yet
-_OVERHEAD = 0.05  # time of a step that attention and sampling of more tokens take
 _SHORTEST, _LONGEST = 64, 1024  # steps between two tries; doubled as long as drafts do not pay
 
 
@@ -14,7 +13,7 @@ class Widths:
     """
 
     def __init__(self, width: int, max_rows: int, draft_cost: float = 0.0, ridge_tokens: int = 1 << 30):
-        """`draft_cost`: time that drafting takes, in steps of width 1. `ridge_tokens`: see runtime.platform.Platform."""
+        """`draft_cost`: time that drafts take beside their products in the step, in steps of width 1. `ridge_tokens`: see runtime.platform.Platform."""
         self.width, self._max_rows = width, max_rows
         self._draft_cost, self._ridge = draft_cost, ridge_tokens
         self._window, self._pause = _WINDOW, _SHORTEST
@@ -36,7 +35,7 @@ class Widths:
         self._steps += 1
         if self._left or self._steps <= 0:
             return
-        self._needed += num_rows * (self._time(num_rows * width) / self._time(num_rows) + self._draft_cost + _OVERHEAD)
+        self._needed += num_rows * (self._time(num_rows * width) / self._time(num_rows) + self._draft_cost)
         self._gained += num_gained
         if self._steps < self._window:
             return
