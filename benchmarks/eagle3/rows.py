@@ -86,7 +86,7 @@ def causal(rows: Rows, config: DecoderConfig) -> Attend:
     at = jnp.arange(ROW)
     seen = (rows.sequence[:, :, None] == rows.sequence[:, None]) & (at[:, None] >= at)
 
-    def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
+    def attend(q, k, v, kv, *, layer, window, sinks, kv_scales=None, prepare=None):
         q, k, v = heads(q, k, v, prepare, config)
         q = q.reshape(*q.shape[:2], config.num_kv_heads, -1, config.head_dim)
         scores = jnp.einsum("rtkgh,rskh->rkgts", q, k, preferred_element_type=jnp.float32) * config.scale
@@ -107,7 +107,7 @@ def unrolled(rows: Rows, config: DecoderConfig, number: int) -> Attend:
     same = rows.sequence[:, :, None] == rows.sequence[:, None]
     first = same & (at[:, None] - number >= at) & (rows.position[:, None] >= 1)  # slot 0 has no feature before it
 
-    def attend(q, k, v, kv, *, layer, window, sinks, prepare=None):
+    def attend(q, k, v, kv, *, layer, window, sinks, kv_scales=None, prepare=None):
         q, k, v = heads(q, k, v, prepare, config)
         kv = (*kv, (k, v))
         q = q.reshape(*q.shape[:2], config.num_kv_heads, -1, config.head_dim)

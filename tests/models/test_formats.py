@@ -351,7 +351,7 @@ def test_a_config_beside_config_json_is_modelopt_s(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(said))
     quantise.save(
-        tmp_path / "model.safetensors", tensors | {f"{LAYER0}self_attn.k_proj.k_scale": np.ones((), np.float32)}
+        tmp_path / "model.safetensors", tensors | {f"{LAYER0}self_attn.k_proj.k_scale": np.full((), 2, np.float32)}
     )
     plan(tmp_path)
     found = open_checkpoint(str(tmp_path))
@@ -361,7 +361,11 @@ def test_a_config_beside_config_json_is_modelopt_s(tmp_path: Path) -> None:
         views.append(named_tensors(checkpoint.tensors, config, tensor_names(config)))
     name = "model.layers.1.mlp.up_proj.weight"
     np.testing.assert_array_equal(views[1][name].read(), views[0][name].read())
-    assert views[1][f"{LAYER0}self_attn.k_proj.k_scale"].read() == 1  # there for whoever needs it
+    config = dataclasses.replace(config, kv_dtype="float8_e4m3fn")
+    leaves = {leaf.path: leaf for leaf in plan_weights(found.tensors, config, tensor_names(config), source="m")}
+    for path, scales in ((".layers[0].kv_scales", [2, 1]), (".layers[1].kv_scales", [1, 1])):
+        (piece,) = leaves[path].pieces
+        assert piece.read().tolist() == scales
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_program_made_from_anything_else_is_another(tmp_path: Path, monkeypatc
     assert not compiled(scaled(2.5), tmp_path, XLA_FLAGS="--xla_cpu_enable_fast_math=true").cache_hit
     wider = jax.ShapeDtypeStruct((4, 3), jnp.float32)
     assert not compiled(dataclasses.replace(scaled(2.5), args=(wider,), outputs=wider), tmp_path).cache_hit
-    monkeypatch.setattr(kept_programs, "_sources", lambda: "a later version")
+    monkeypatch.setattr(kept_programs, "_SOURCES", "a later version")
     assert not compiled(scaled(2.5), tmp_path).cache_hit
 
 
@@ -80,9 +80,51 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert compiled(scaled(2.5), tmp_path).cache_hit
 
 
+def test_a_file_that_may_not_be_read_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It belongs to another user, and stays."""
+    compiled(scaled(2.5), tmp_path)
+    (file,) = (tmp_path / "programs").iterdir()
+    assert file.stat().st_mode & 0o044 == 0o044  # a server of another user may read it
+
+    def refused(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refused)
+    assert not compiled(scaled(2.5), tmp_path).cache_hit
+    assert file.exists()
+
+
 def test_a_folder_that_takes_nothing_hinders_nobody(tmp_path: Path) -> None:
     (tmp_path / "programs").write_text("a file")
     assert not compiled(scaled(2.5), tmp_path).cache_hit
+
+
+def test_values_of_like_text_are_told_apart() -> None:
+    def first() -> None: ...
+    def second() -> None: ...
+
+    class Of:
+        def __init__(self, number: int):
+            self.number = number
+
+        def method(self) -> int:
+            return self.number
+
+    long = np.zeros(5000, np.float32)
+    other = long.copy()
+    other[2500] = 1
+    pairs = [
+        ((first, second, first), (first, second, second)),
+        (long, other),
+        (jnp.asarray(long), jnp.asarray(other)),
+        ({"a": 1}, ("a", 1)),
+        ([[1], 2], [[1, 2]]),
+        ({1, 2}, [1, 2]),
+    ]
+    for one, another in pairs:
+        assert described(one) != described(another)
+    with pytest.raises(NoDescription):
+        described(Of(1).method)  # its object shows only an address
 
 
 def test_an_object_that_shows_only_its_address_has_no_description(tmp_path: Path) -> None:

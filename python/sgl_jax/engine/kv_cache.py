@@ -6,6 +6,7 @@ of random tokens.
 
 import dataclasses
 import logging
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -52,15 +53,18 @@ def with_kv_scales(
     kept: Kept | None,
     *,
     stacks_layers: bool,
+    barrier: Callable[[], object],
 ) -> Weights[jax.Array]:
-    """Return the weights with measured scales where the KV cache is int8, else unchanged. The log says where scales are from."""
+    """Return the weights with measured scales where the KV cache is int8, else unchanged. The log says where scales are from.
+    `barrier`: see ModelRunner.start."""
     if not model.scales_kv:
         return weights
     if model.kv_dtype != "int8":
         source = "the checkpoint's scales, or 1 where it has none"
     else:
         source = f"scales measured on {_TOKENS} random tokens"
-        scales = _measured(weights, model, plan, kernels, placement, kept, stacks_layers=stacks_layers)
+        kernels = dataclasses.replace(kernels, attention=dataclasses.replace(kernels.attention, make_pool=jnp.zeros))
+        scales = _measured(weights, model, plan, kernels, placement, kept, barrier, stacks_layers=stacks_layers)
         weights = _replaced(weights, scales)
     logger.info("The KV cache is held as %s, with %s.", model.kv_dtype, source)
     return weights
@@ -73,6 +77,7 @@ def _measured(
     kernels: Kernels,
     placement: Placement,
     kept: Kept | None,
+    barrier: Callable[[], object],
     *,
     stacks_layers: bool,
 ) -> np.ndarray:
@@ -94,7 +99,7 @@ def _measured(
     )
     runner = ModelRunner(plain, config, kernels, placement, stacks_layers=stacks_layers, kept=kept)
     runner.compile(lambda *_: None).result()
-    runner.start(_replaced(dataclasses.replace(weights, draft=None), None))
+    runner.start(_replaced(dataclasses.replace(weights, draft=None), None), barrier)
     caches = [PrefixCache(pages, page_size) for _ in range(ranks)]
     scheduler = Scheduler(SchedulerConfig(1, length + 1, length, length), caches)
     for rank in range(ranks):
@@ -105,8 +110,12 @@ def _measured(
     assert step is not None
     runner.launch(step).collect()
     (pool,) = runner.pools
-    written = pool.reshape(ranks, model.num_layers, pages, *pool.shape[1:])[:, :, 1:]  # without the scratch pages
-    largest = np.asarray(jnp.abs(written.astype(jnp.float32)).max(axis=(0, 2, 3, 5, 6)))  # [L, planes]
+
+    def largest_of(pool: jax.Array) -> jax.Array:
+        written = pool.reshape(ranks, model.num_layers, pages, *pool.shape[1:])[:, :, 1:]  # without the scratch pages
+        return jnp.abs(written.astype(jnp.float32)).max(axis=(0, 2, 3, 5, 6))
+
+    largest = np.asarray(jax.jit(largest_of, out_shardings=placement.sharding())(pool))  # [L, planes], on every host
     return np.broadcast_to(np.maximum(largest, 1e-6) * (_MARGIN / _LARGEST), (model.num_layers, 2)).astype(np.float32)
 
 

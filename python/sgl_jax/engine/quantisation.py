@@ -125,7 +125,9 @@ def say_weights(model: DecoderConfig, shard: DecoderConfig, dtype: str) -> None:
     stored, scheme = model.weight_format, model.weight_scheme
     if stored is None and scheme is None:
         return
-    rounds = isinstance(scheme, Scaled) and (stored is None or _bare(scheme) != _bare(_as_stored(stored.form)))
+    rounds = isinstance(scheme, Scaled) and (
+        stored is None or stored.form.kind == "other" or _bare(scheme) != _bare(_as_stored(stored.form))
+    )
     if rounds and scheme.dtype == "int4":
         lost = "a model of 135M parameters lost .24 to .43 nats a token so, in groups of 64"
         logger.warning("--quantization int4 rounds what was not made for it: %s", lost)

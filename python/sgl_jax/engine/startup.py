@@ -136,8 +136,9 @@ def build_device_side(
             if platform.stacks_layers:
                 weights = stack_layers(weights, placement, declare(model, dtype, stacked=True))
             progress.all_read()
+            stacks, barrier = platform.stacks_layers, lambda: agree(0)
             weights = with_kv_scales(
-                weights, model, plan, kernels, placement, kept, stacks_layers=platform.stacks_layers
+                weights, model, plan, kernels, placement, kept, stacks_layers=stacks, barrier=barrier
             )
             if not args.skip_server_warmup:
                 compiled.result()
@@ -146,7 +147,7 @@ def build_device_side(
             raise
     del checkpoint, draft  # and with them the mapped pages of its files, before the pool is made
     cache_takes_programs(args.compilation_cache_dir)  # the programs may have filled the disk
-    runner.start(weights, barrier=lambda: agree(0))
+    runner.start(weights, barrier)
     if num_left := runner.num_compiling:
         logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
     return DeviceSide(model, platform, devices, plan, runner)
@@ -188,7 +189,9 @@ def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
     been fetched, as they are before several hosts find each other."""
     if args.load_format == "dummy" or args.nnodes > 1 or not is_hub_id(args.model_path):
         return None
-    folder = local_path(args.model_path, ["config.json", "generation_config.json"], args.downloads)
+    folder = local_path(
+        args.model_path, ["config.json", "generation_config.json", "hf_quant_config.json"], args.downloads
+    )
     if any(folder.glob("*.gguf")):  # put there by another tool; it may bring the config
         return None
     if not (folder / "config.json").exists():

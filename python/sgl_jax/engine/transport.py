@@ -88,7 +88,12 @@ class ProcessTransport:
         self._exited = threading.Event()
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None  # the loop to call `on_event` in, from `start` on
-        self._process = spawn(server_args, core_factory, commands, events)
+        try:
+            self._process = spawn(server_args, core_factory, commands, events)
+        except BaseException:
+            self._context.destroy(linger=0)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
 
     def start(self, on_event: OnEvent) -> None:
         self._on_event = on_event

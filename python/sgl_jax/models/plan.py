@@ -20,8 +20,13 @@ from sgl_jax.models.weights import declare, declare_plain
 
 _DRAFT = ".draft"  # path of the draft model's weights
 # Scales of tokens, and of the KV cache, whose values stay under these names in `named_tensors`.
-BESIDE_WEIGHTS = r"\.(input|output|q|k|v|kv|prob_output)_scale$|\.input_global_scale$"
+BESIDE_WEIGHTS = r"\.(input|output|q|k|v|kv|prob_output)_(scale|zero_point)$|\.input_global_scale$"
 _KV_SCALES = "].kv_scales"
+# Names of the scales of K and of V, in the attention's module: AutoFP8's, ModelOpt's, and compressed-tensors' old ones.
+_KV_SCALE_NAMES = (
+    ("k_scale", "k_proj.k_scale", "kv_scale", "k_proj.output_scale"),
+    ("v_scale", "v_proj.v_scale", "kv_scale", "v_proj.output_scale"),
+)
 _SHOWN = 40  # names that an error lists of each kind of misfit; a wrong config can make thousands
 
 
@@ -128,14 +133,15 @@ def _kv_scales(
     """Return a layer's scales of K and V, and their names in the checkpoint; 1 where it has none."""
     index = path[path.index("[") + 1 : path.index("]")]
     attention = names.layer["o"][0].format(i=index).rpartition(".")[0].rpartition(".")[0]
-    found = [
-        next((name for end in ends if (name := f"{attention}.{end}") in stored), None)
-        for ends in (("k_scale", "kv_scale", "k_proj.output_scale"), ("v_scale", "kv_scale", "v_proj.output_scale"))
-    ]
+    found = [next((name for end in ends if (name := f"{attention}.{end}") in stored), None) for ends in _KV_SCALE_NAMES]
 
     def rows(start: int, stop: int) -> np.ndarray:
-        values = [1.0 if name is None else float(stored[name].read().reshape(())) for name in found]
-        return np.array(values, np.float32)[start:stop]
+        values = [np.ones(1) if name is None else stored[name].read().reshape(-1) for name in found]
+        if many := [name for name, value in zip(found, values, strict=True) if len(value) != 1]:
+            raise ModelError(
+                f"{many[0]} is {list(stored[many[0] or ''].shape)}; a layer has one scale for K and one for V"
+            )
+        return np.concatenate(values).astype(np.float32)[start:stop]
 
     return [StoredTensor(path, (2,), "F32", 8, rows)], [name for name in found if name]
 

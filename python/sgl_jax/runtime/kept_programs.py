@@ -13,12 +13,12 @@ import logging
 import os
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, MethodType
 
 import jax
-import jaxlib
 import numpy as np
 from jax.experimental import serialize_executable
 
@@ -28,6 +28,7 @@ from sgl_jax.runtime.compiler import Program
 logger = logging.getLogger(__name__)
 
 _PACKAGE = Path(__file__).parent.parent
+_ROOMS = ("models", "ops", "parallel", "runtime", "request.py", "step_plan.py")  # from which programs are made
 
 
 class NoDescription(Exception):
@@ -40,23 +41,34 @@ class KeptPrograms:
     def __init__(self, folder: str, devices: Sequence[jax.Device], environment: Mapping[str, str]):
         self._folder = Path(folder, "programs")
         self._devices = list(devices)
-        versions = jax.__version__, jaxlib.__version__, devices[0].client.platform_version, processor_flags()
+        packages = [(name, _version(name)) for name in ("jax", "jaxlib", "numpy", "ml_dtypes", "tokamax")]
+        machine = devices[0].client.platform_version, processor_flags(), _processors()
         settings = sorted(item for item in jax.config.values.items() if item[0] != "jax_compilation_cache_dir")
-        ids = [(device.id, device.device_kind) for device in devices]
-        self._launch = versions, ids, _sources(), settings, sorted(environment.items())
+        self._launch = (
+            packages,
+            machine,
+            [repr(device) for device in devices],
+            _SOURCES,
+            settings,
+            sorted(environment.items()),
+        )
 
     def load(self, program: Program, precision: str | None) -> jax.stages.Compiled | None:
         """Return the program compiled; None if it is not here, or cannot be read, which the log says."""
         path = self._path(program, precision)
-        if path is None or not path.exists():
+        if path is None:
             return None
         taken, given = jax.tree.structure((program.args, {})), jax.tree.structure(program.outputs)
         try:
             data, platform = zlib.decompress(path.read_bytes()), self._devices[0].platform
             return serialize_executable.deserialize_and_load(data, taken, given, platform, self._devices)
+        except FileNotFoundError:
+            return None
         except Exception as error:  # whatever a damaged file makes of its reader
             logger.warning("%s cannot be read (%s); %s is compiled again", path, type(error).__name__, program.name)
-            path.unlink(missing_ok=True)
+            if not isinstance(error, OSError):
+                with contextlib.suppress(OSError):
+                    path.unlink()
             return None
 
     def save(self, program: Program, precision: str | None, call: jax.stages.Compiled) -> None:
@@ -69,9 +81,10 @@ class KeptPrograms:
             if outputs != jax.tree.structure(program.outputs):
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(zlib.compress(data, 1))
-            os.replace(file.name, path)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # gone whatever happens
+                whole = Path(folder, path.name)
+                whole.write_bytes(zlib.compress(data, 1))
+                whole.replace(path)
 
     def _path(self, program: Program, precision: str | None) -> Path | None:
         try:
@@ -86,13 +99,13 @@ def described(value: object) -> str:
 
     Raises NoDescription for an object of which only its address is known.
     """
-    digest, seen = hashlib.sha256(), set()
+    digest, seen = hashlib.sha256(), dict[int, int]()
     for part in _parts(value, seen):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()
 
 
-def _parts(value: object, seen: set[int]) -> Iterator[str]:
+def _parts(value: object, seen: dict[int, int]) -> Iterator[str]:
     """Yield texts that tell the value from others."""
     kind = type(value)
     yield f"{kind.__module__}.{kind.__qualname__}"
@@ -100,19 +113,23 @@ def _parts(value: object, seen: set[int]) -> Iterator[str]:
     if isinstance(value, functools.partial):
         inner = [value.func, value.args, value.keywords]
     elif isinstance(value, FunctionType):
-        if id(value) in seen:  # it refers to itself
+        if id(value) in seen:  # it may refer to itself
+            yield str(seen[id(value)])
             return
-        seen.add(id(value))
+        seen[id(value)] = len(seen)
         code = value.__code__
         cells = [cell.cell_contents for cell in value.__closure__ or ()]
         at = value.__module__, value.__qualname__, code.co_firstlineno, _foreign(code.co_filename)
         inner = [*at, cells, value.__defaults__, value.__kwdefaults__]
-    elif isinstance(value, np.ndarray):
-        inner = [value.dtype.str, value.shape, value.tobytes().hex()]
+    elif isinstance(value, MethodType):
+        inner = [value.__func__, value.__self__]
+    elif isinstance(value, (np.ndarray, jax.Array)):
+        array = np.asarray(value)
+        inner = [str(array.dtype), array.shape, array.tobytes().hex()]
     elif isinstance(value, Mapping):
-        inner = [item for pair in value.items() for item in pair]
+        inner = [len(value), *(item for pair in value.items() for item in pair)]
     elif isinstance(value, (set, frozenset)):
-        inner = sorted(value, key=repr)
+        inner = [len(value), *sorted(value, key=repr)]
     elif isinstance(value, (list, tuple)):
         inner = [len(value), *value]
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -128,17 +145,37 @@ def _parts(value: object, seen: set[int]) -> Iterator[str]:
             yield from _parts(each, seen)
 
 
-@functools.cache
-def _sources() -> str:
-    """Return a hash of the package's sources, and so of all functions of it."""
+def _hash_of(files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for kind in ("*.py", "*.so") for path in _PACKAGE.rglob(kind)):
-        digest.update(path.name.encode() + path.read_bytes())
+    for path in sorted(files):
+        digest.update(f"{path}\0".encode() + path.read_bytes())
     return digest.hexdigest()
+
+
+# Hash of what programs are made from in this package, as it was when this process imported it.
+_SOURCES = _hash_of(
+    path
+    for path in _PACKAGE.rglob("*.*")
+    if path.suffix in (".py", ".so", ".json") and path.relative_to(_PACKAGE).parts[0] in _ROOMS
+)
 
 
 @functools.cache
 def _foreign(file: str) -> str:
-    """Return a hash of a function's file where it is no part of this package."""
+    """Return a hash of the sources beside a function, and below, where it is no part of this package or of jax."""
     path = Path(file)
-    return "" if path.is_relative_to(_PACKAGE) or not path.exists() else hashlib.sha256(path.read_bytes()).hexdigest()
+    if path.is_relative_to(_PACKAGE) or path.is_relative_to(Path(jax.__file__).parent) or not path.exists():
+        return ""
+    return _hash_of(path.parent.rglob("*.py"))
+
+
+def _processors() -> int | None:
+    """Return the number of processors that this process may use: XLA divides loops of CPU programs by it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -21,7 +21,7 @@ from sgl_jax.runtime.control_groups import ROOT, read
 
 logger = logging.getLogger(__name__)
 
-Name = Literal["tpu", "gpu", "cpu"]  # the order of --device: typing keeps one object of equal literals
+Name = Literal["tpu", "gpu", "cpu"]  # in the order of --device, with which typing would mix up another
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Platform:
     stacks_layers: bool  # scan over stacked layers; else unroll a list of them
     vectorises_rows: bool  # native attention computes decoding rows side by side; else one after the other
     ridge_tokens: int  # tokens of a step whose products take as long as reading the weights
-    wide_cost: float  # what drafts add to a step beside products and their making, in steps without drafts
+    wide_cost: float  # time that verifying adds to a wide step, apart from products, in steps of width 1
     compiles_behind: bool  # ready with the programs that requests need; the others are compiled while it serves
     attention: str = "native"  # default attention backend
 

@@ -101,6 +101,7 @@ def test_a_case_is_written_as_a_line_of_json(tmp_path: Path, limits: Path) -> No
     assert first == '{"what": "was there"}'
     assert json.loads(second) == {
         "run_name": "mine",
+        "simulated_acceptance": False,
         "temperature": 0.0,
         "return_logprob": False,
         "seed": 7,

@@ -12,7 +12,7 @@ import numpy as np
 
 from sgl_jax.models.config_fields import checked_fields
 from sgl_jax.models.formats.form import WITHIN, Form, named
-from sgl_jax.models.formats.joined import Block, DoesNotJoin, Parts, join_all, joined, part
+from sgl_jax.models.formats.joined import Block, DoesNotJoin, Parts, join_all, joined, number, part
 from sgl_jax.models.formats.words import along_inputs, along_outputs, float_pairs
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig
@@ -94,7 +94,7 @@ class CompressedTensors:
     def _plain(self, base: str, codes: StoredTensor, parts: Parts) -> StoredTensor:
         said = self._settings(base, "int" if codes.dtype == "I8" else "float", 8)
         zeros = None if said.symmetric else part(base, parts, "_zero_point")
-        return joined(codes, part(base, parts, "_scale"), said.block, zeros)
+        return joined(codes, part(base, parts, "_scale"), said.block, zeros, groups=_groups(parts))
 
     def _packed(self, base: str, words: StoredTensor, parts: Parts) -> StoredTensor:
         scales = part(base, parts, "_scale")
@@ -102,21 +102,26 @@ class CompressedTensors:
             said = self._settings(base, "float", 4)
             if said.strategy == "tensor_group":
                 divisor = part(base, parts, "_global_scale")
-                scales = scales.changed(lambda rows: rows.astype(np.float32) / divisor.read().reshape(-1)[0])
+                scales = scales.changed(lambda rows: rows.astype(np.float32) / number(divisor))
             return joined(float_pairs(words), scales, said.block)
         said = self._settings(base, "int")
-        number, (outputs, inputs) = 32 // said.num_bits, map(int, part(base, parts, "_shape").read())
-        if words.shape != (outputs, -(-inputs // number)):
-            needed = f"{[outputs, -(-inputs // number)]} for weight_shape {[outputs, inputs]} in {said.num_bits} bits"
+        per_word, (outputs, inputs) = 32 // said.num_bits, map(int, part(base, parts, "_shape").read())
+        if words.shape != (outputs, -(-inputs // per_word)):
+            needed = f"{[outputs, -(-inputs // per_word)]} for weight_shape {[outputs, inputs]} in {said.num_bits} bits"
             raise DoesNotJoin(f"words are {list(words.shape)}, not {needed}")
         zeros = None if said.symmetric else part(base, parts, "_zero_point")
         if zeros is not None:
             lines = zeros.shape[0]
-            fits = lines == -(-outputs // number)
-            zeros = along_outputs(zeros, said.num_bits, outputs if fits else lines * number)
-        groups = parts["_g_idx"].read() if "_g_idx" in parts else None
-        groups = None if groups is None or (groups == -1).all() else groups  # -1: they are in order
-        return joined(along_inputs(words, said.num_bits, inputs), scales, said.block, zeros, groups=groups)
+            fits = lines == -(-outputs // per_word)
+            zeros = along_outputs(zeros, said.num_bits, outputs if fits else lines * per_word)
+        codes = along_inputs(words, said.num_bits, inputs)
+        return joined(codes, scales, said.block, zeros, groups=_groups(parts))
+
+
+def _groups(parts: Parts) -> np.ndarray | None:
+    """Return the group of each input where they are not in order, which -1 stands for."""
+    groups = parts["_g_idx"].read() if "_g_idx" in parts else None
+    return None if groups is None or (groups == -1).all() else groups
 
 
 def compressed_tensors(said: RawConfig) -> CompressedTensors:
@@ -141,7 +146,7 @@ def _form(group: _Group, layout: str) -> Form:
     if weights.type == "float":
         kind = "other" if bits == 4 or (height == 1 and width) else "fp8 blocks" if width else "fp8"
         return Form(_NAME, about, kind, "float8_e4m3fn", width, rounding="float8_e4m3fn" if rounds else None)
-    if weights.actorder in ("group", True):
+    if weights.actorder in ("group", "dynamic", True):
         return Form(_NAME, f"{about}, out of order", "other")
     if width or bits == 4:
         return Form(_NAME, about, "groups", f"int{bits}", width, offsets=not weights.symmetric)

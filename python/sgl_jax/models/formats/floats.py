@@ -15,7 +15,7 @@ import numpy as np
 
 from sgl_jax.models.config_fields import checked_fields
 from sgl_jax.models.formats.form import WITHIN, Form, named
-from sgl_jax.models.formats.joined import Block, DoesNotJoin, Parts, join_all, joined, part
+from sgl_jax.models.formats.joined import Block, DoesNotJoin, Parts, join_all, joined, number, part
 from sgl_jax.models.formats.words import float_pairs
 from sgl_jax.models.raw_config import RawConfig
 from sgl_jax.models.stored import StoredTensor
@@ -66,7 +66,7 @@ class Floats:
 def fp8(said: RawConfig) -> Floats:
     """Read `quant_method: fp8` and `fbgemm_fp8`."""
     fields = checked_fields(said, _Fp8, WITHIN)
-    left_out = tuple((fields.modules_to_not_convert or []) + (fields.ignored_layers or []))
+    left_out = ("lm_head", *(fields.modules_to_not_convert or ()), *(fields.ignored_layers or ()))
     if fields.weight_block_size is None:
         return Floats(_fp8(said.get("quant_method", "fp8"), "a scale for each tensor or output"), left_out=left_out)
     height, width = fields.weight_block_size
@@ -113,4 +113,4 @@ def _flat(codes: StoredTensor, scales: StoredTensor) -> StoredTensor:
 def _scaled_again(scales: StoredTensor, factor: StoredTensor | None) -> StoredTensor:
     if factor is None:
         return scales
-    return scales.changed(lambda rows: rows.astype(np.float32) * factor.read().astype(np.float32).reshape(-1)[0])
+    return scales.changed(lambda rows: rows.astype(np.float32) * number(factor))

@@ -83,7 +83,7 @@ def awq(said: RawConfig) -> Integers:
     fields = checked_fields(said, _Awq, WITHIN)
     group = None if fields.group_size < 1 else fields.group_size
     form = Form("awq", f"4 bits in groups of {group}", "groups", "int4", group, offsets=fields.zero_point)
-    left_out = tuple(fields.modules_to_not_convert or ())
+    left_out = ("lm_head", *(fields.modules_to_not_convert or ()))
     return Integers(form, 4, group, is_awq=True, symmetric=not fields.zero_point, left_out=left_out)
 
 

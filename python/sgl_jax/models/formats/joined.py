@@ -56,6 +56,14 @@ def part(base: str, parts: Parts, *names: str) -> StoredTensor:
     return found
 
 
+def number(stored: StoredTensor) -> np.ndarray:
+    """Return the float32 that a tensor holds. Raises ModelError if it holds several."""
+    found = stored.read().astype(np.float32).reshape(-1)
+    if len(found) != 1:
+        raise ModelError(f"{stored.name} is {list(stored.shape)}; it must be one number")
+    return found[0]
+
+
 def joined(
     values: StoredTensor,
     scales: StoredTensor,

@@ -1,1 +1,1 @@
-"""Products of groups of rows with a matrix each: the experts of a mixture."""
+"""Products with quantised matrices: the contract, plain XLA, the library for CPUs and a kernel for TPU."""

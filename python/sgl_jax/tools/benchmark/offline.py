@@ -91,6 +91,8 @@ def run(
     }
     if (drafts := after.drafts.since(before.drafts)).steps:
         found["accept_length"] = drafts.accept_length
+    if engine.info.simulated:
+        found["simulated_acceptance"] = True
     print("\n" + block("Offline Throughput Benchmark Result", {"Backend": args.backend} | labelled(found)))
     shares = {}
     if roofline is not None and outputs:

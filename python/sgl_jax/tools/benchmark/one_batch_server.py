@@ -68,6 +68,9 @@ async def run(args: argparse.Namespace) -> int:
             sizes = (max(args.batch_size), max(args.input_len), max(args.output_len))
             await measure(Case(*map(min, sizes, _WARM_UP)))
         settings = {name: getattr(args, name) for name in ("run_name", "temperature", "return_logprob", "seed")}
+        settings["simulated_acceptance"] = bool(engine.get("simulated"))
+        if settings["simulated_acceptance"]:
+            say(TOOL, "the server's acceptance of drafts is SIMULATED (--speculative-simulated-acceptance)")
         records = []
         for case in cases(args):
             try:
