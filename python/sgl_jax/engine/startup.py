@@ -1,6 +1,7 @@
 """Start-up of an engine: from server arguments to a core that is ready to step, with a log line for each stage."""
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -109,22 +110,13 @@ def build_device_side(
     placement = Placement.over(devices, grid)
     announce = hosts.announce if isinstance(hosts, Leader) else announce_to_nobody
     kept = kept_programs(args, devices) if behind else None
-    runner = ModelRunner(
-        model,
-        plan.runner_config,
-        kernels,
-        placement,
-        stacks_layers=platform.stacks_layers,
-        announce=announce,
-        drafter=plan.drafter,
-        kept=kept,
-    )
+    options = {"stacks_layers": platform.stacks_layers, "announce": announce, "drafter": plan.drafter, "kept": kept}
+    runner = ModelRunner(model, plan.runner_config, kernels, placement, **options)
     with launch_progress(logger, len(runner.programs)) as progress:
         compiled = runner.compile(
             lambda done, total, each: progress.compiled(each.program.name, each.cache_hit),
             behind=behind and platform.compiles_behind,
         )
-        dtype, placer = plan.runner_config.weight_dtype, DevicePlacer(placement)
 
         def report(fraction: float, num_bytes: int) -> None:
             progress.read(fraction, num_bytes)
@@ -132,14 +124,10 @@ def build_device_side(
                 compiled.result()
 
         try:
-            weights = _load(checkpoint, draft, model, families, dtype, args.random_seed or 0, placer, report)
-            if platform.stacks_layers:
-                weights = stack_layers(weights, placement, declare(model, dtype, stacked=True))
+            dtype, stacks = plan.runner_config.weight_dtype, platform.stacks_layers
+            weights = _load(checkpoint, draft, model, families, dtype, args.random_seed or 0, placement, report)
+            weights = stack_layers(weights, placement, declare(model, dtype, stacked=True)) if stacks else weights
             progress.all_read()
-            stacks, barrier = platform.stacks_layers, lambda: agree(0)
-            weights = with_kv_scales(
-                weights, model, plan, kernels, placement, kept, stacks_layers=stacks, barrier=barrier
-            )
             if not args.skip_server_warmup:
                 compiled.result()
         except BaseException:
@@ -147,6 +135,8 @@ def build_device_side(
             raise
     del checkpoint, draft  # and with them the mapped pages of its files, before the pool is made
     cache_takes_programs(args.compilation_cache_dir)  # the programs may have filled the disk
+    barrier = functools.partial(agree, 0)
+    weights = with_kv_scales(weights, model, plan, kernels, placement, kept, stacks_layers=stacks, barrier=barrier)
     runner.start(weights, barrier)
     if num_left := runner.num_compiling:
         logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
@@ -267,10 +257,11 @@ def _load(
     families: Families,
     dtype: str,
     seed: int,
-    placer: DevicePlacer,
+    placement: Placement,
     report: Report,
 ) -> Weights[jax.Array]:
     """Read the weights, or make random ones for --load-format dummy."""
+    placer = DevicePlacer(placement)
     if checkpoint.format == "dummy":
         return random_weights(model, dtype, seed, placer=placer, report=report)
     # A quantised GGUF stands for the weights of the model it was made from, whatever the dtype.

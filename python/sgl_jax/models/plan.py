@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -89,13 +89,9 @@ def plan_weights(
                 piece = with_unit_columns(piece)
             pieces.append(piece.take(rows.order) if rows else piece)
         leaves.append((whole_path, held, pieces))
-    ignored = [*names.ignored, *_mtp_layers(config, names), *((BESIDE_WEIGHTS,) if config.weight_format else ())]
-    left = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
-    if config.weight_format is not None:  # GPTQ's writers add biases of 0
-        left = [n for n in left if not n.endswith(".bias") or stored[n].read().any()]
     problems = {
         "missing tensors": list(dict.fromkeys(missing)),
-        "tensors this architecture has no place for": sorted(left),
+        "tensors this architecture has no place for": _surplus(stored, used, config, names),
         "tensors of the wrong shape": list(dict.fromkeys(misshapen)),
         "tensors of an unsupported type": unreadable,
     }
@@ -105,6 +101,17 @@ def plan_weights(
             + "\n  ".join(_listed(label, found) for label, found in problems.items() if found)
         )
     return [leaf for path, held, pieces in leaves for leaf in leaves_of(path, held, pieces)]
+
+
+def _surplus(
+    stored: Mapping[str, StoredTensor], used: Collection[str], config: DecoderConfig, names: TensorNames
+) -> list[str]:
+    """Return the names of the tensors that stand for nothing in the model."""
+    ignored = [*names.ignored, *_mtp_layers(config, names), *((BESIDE_WEIGHTS,) if config.weight_format else ())]
+    left = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
+    if config.weight_format is not None:  # GPTQ's writers add biases of 0
+        left = [n for n in left if not n.endswith(".bias") or stored[n].read().any()]
+    return sorted(left)
 
 
 def wide_weights(

@@ -120,8 +120,6 @@ class Scheduler:
             del self.waiting[key]
         return True
 
-    # --- plan ---------------------------------------------------------------------------------------------------------
-
     def schedule(self) -> StepPlan | None:
         """Plan the next step and count it as computed; return None if no request can run.
 
@@ -181,8 +179,8 @@ class Scheduler:
             if place is None:
                 self._is_full = min(picks.budget) > 0
                 return
-            if self._widths(self._pages.count_by_rank(self._running)[place.rank] + 1) < picks.width:
-                return  # its row would not fit this step; the next one counts it
+            if picks.width > 1 and self._widths(self._pages.count_by_rank(self._running)[place.rank] + 1) == 1:
+                return  # with one more row this step would be narrow; the next step counts the request
             if place.next_page in being_computed:
                 continue  # a row of the rank is computing the same page, which the next step will find cached
             self._seat(request, place, picks)
@@ -254,8 +252,6 @@ class Scheduler:
         self._pages.release(row)
         self._running = self._running[self._running != row]
         return self.table.unseat(row)
-
-    # --- results ------------------------------------------------------------------------------------------------------
 
     def process(self, plan: StepPlan, step: StepTokens) -> StepResult:
         """Take in a step's tokens, up to the one at which a request ends. Rows that changed hands are skipped."""
