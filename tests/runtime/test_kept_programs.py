@@ -80,6 +80,19 @@ def test_a_damaged_file_is_replaced(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert compiled(scaled(2.5), tmp_path).cache_hit
 
 
+@pytest.mark.parametrize("error", [ValueError, jax.errors.JaxRuntimeError], ids=lambda error: error.__name__)
+def test_devices_that_serialise_nothing_start_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def refuse(call: jax.stages.Compiled) -> None:
+        raise error("UNIMPLEMENTED")
+
+    monkeypatch.setattr(kept_programs.serialize_executable, "serialize", refuse)
+    found = compiled(scaled(2.5), tmp_path)
+    np.testing.assert_array_equal(found.call(jnp.ones((3, 3))), 2.5 * np.ones((3, 3)))
+    assert not (tmp_path / "programs").exists()
+
+
 def test_a_file_that_may_not_be_read_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It belongs to another user, and stays."""
     compiled(scaled(2.5), tmp_path)

@@ -22,6 +22,7 @@ from sgl_jax.request import Request, SamplingParams
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import Kept
 from sgl_jax.runtime.pool import pools_of
+from sgl_jax.runtime.programs import RunnerConfig
 from sgl_jax.runtime.runner import ModelRunner
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
@@ -64,59 +65,55 @@ def with_kv_scales(
     else:
         source = f"scales measured on {_TOKENS} random tokens"
         kernels = dataclasses.replace(kernels, attention=dataclasses.replace(kernels.attention, make_pool=jnp.zeros))
-        scales = _measured(weights, model, plan, kernels, placement, kept, barrier, stacks_layers=stacks_layers)
-        weights = _replaced(weights, scales)
+        plain = dataclasses.replace(model, kv_dtype=None, draft=None)
+        config = _small_config(plain, plan, kernels)
+        runner = ModelRunner(plain, config, kernels, placement, stacks_layers=stacks_layers, kept=kept)
+        runner.compile(lambda *_: None).result()
+        runner.start(_replaced(dataclasses.replace(weights, draft=None), None), barrier)
+        largest = _largest(runner, plain, placement)
+        weights = _replaced(weights, np.maximum(largest, 1e-6) * np.float32(_MARGIN / _LARGEST))
     logger.info("The KV cache is held as %s, with %s.", model.kv_dtype, source)
     return weights
 
 
-def _measured(
-    weights: Weights[jax.Array],
-    model: DecoderConfig,
-    plan: LaunchPlan,
-    kernels: Kernels,
-    placement: Placement,
-    kept: Kept | None,
-    barrier: Callable[[], object],
-    *,
-    stacks_layers: bool,
-) -> np.ndarray:
-    """Return f32[L, 2]: the largest K and V in each layer's part of a pool of the compute dtype, over what int8 holds."""
-    ranks, page_size = plan.grid.data, plan.runner_config.page_size
-    length = min(_TOKENS, model.context_length - 1)
-    plain = dataclasses.replace(model, kv_dtype=None, draft=None)
-    pages = -(-length // page_size) + 2
-    config = dataclasses.replace(
-        plan.runner_config,
-        pools=pools_of(plain.shard(plan.grid), kernels.attention, plan.runner_config.compute_dtype),
-        num_pages=pages,
-        num_rows=ranks,
+def _small_config(model: DecoderConfig, plan: LaunchPlan, kernels: Kernels) -> RunnerConfig:
+    """Return the launch's config with one step, that of a prompt on each rank, and a pool for it of the compute dtype."""
+    config, length = plan.runner_config, min(_TOKENS, model.context_length - 1)
+    return dataclasses.replace(
+        config,
+        pools=pools_of(model.shard(plan.grid), kernels.attention, config.compute_dtype),
+        num_pages=-(-length // config.page_size) + 2,
+        num_rows=config.num_ranks,
         context_length=length + 1,
         buckets=(Bucket(length + -length % plan.grid.tensor, 1),),
         width=1,
         lookahead=0,
         keeps_tokens=False,
     )
-    runner = ModelRunner(plain, config, kernels, placement, stacks_layers=stacks_layers, kept=kept)
-    runner.compile(lambda *_: None).result()
-    runner.start(_replaced(dataclasses.replace(weights, draft=None), None), barrier)
-    caches = [PrefixCache(pages, page_size) for _ in range(ranks)]
-    scheduler = Scheduler(SchedulerConfig(1, length + 1, length, length), caches)
-    for rank in range(ranks):
+
+
+def _largest(runner: ModelRunner, model: DecoderConfig, placement: Placement) -> np.ndarray:
+    """Return f32[L, 2]: the largest K and V that each layer makes of random tokens."""
+    config = runner.config
+    length = config.context_length - 1
+    caches = [PrefixCache(config.num_pages, config.page_size) for _ in range(config.num_ranks)]
+    scheduler = Scheduler(SchedulerConfig(1, config.context_length, length, length), caches)
+    for rank in range(config.num_ranks):
         prompt = np.random.default_rng(rank).integers(model.vocab_size, size=length, dtype=np.int32)
         nothing = np.zeros(0, np.int32)
-        scheduler.add(Request(rank, prompt, SamplingParams(), "", 0, length + 1, nothing, rank))
+        scheduler.add(Request(rank, prompt, SamplingParams(), "", 0, config.context_length, nothing, rank))
     step = scheduler.schedule()
     assert step is not None
     runner.launch(step).collect()
     (pool,) = runner.pools
 
     def largest_of(pool: jax.Array) -> jax.Array:
-        written = pool.reshape(ranks, model.num_layers, pages, *pool.shape[1:])[:, :, 1:]  # without the scratch pages
+        by_page = pool.reshape(config.num_ranks, model.num_layers, config.num_pages, *pool.shape[1:])
+        written = by_page[:, :, 1:]  # without the scratch pages
         return jnp.abs(written.astype(jnp.float32)).max(axis=(0, 2, 3, 5, 6))
 
     largest = np.asarray(jax.jit(largest_of, out_shardings=placement.sharding())(pool))  # [L, planes], on every host
-    return np.broadcast_to(np.maximum(largest, 1e-6) * (_MARGIN / _LARGEST), (model.num_layers, 2)).astype(np.float32)
+    return np.broadcast_to(largest, (model.num_layers, 2))
 
 
 def _replaced(weights: Weights[jax.Array], scales: np.ndarray | None) -> Weights[jax.Array]:
