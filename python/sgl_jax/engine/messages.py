@@ -27,6 +27,7 @@ class Generate(_Message, frozen=True):
     prompt_ids: list[int]
     params: SamplingParams
     namespace: str = ""  # requests of different namespaces never share cached prefixes
+    adapter: int = 0  # number of an AdapterInfo; 0: the model itself
 
 
 class Abort(_Message, frozen=True):
@@ -56,11 +57,39 @@ class GetProfile(_CallMessage, frozen=True):
     """Ask for the state of the profile. Answered by ProfileAnswer."""
 
 
+class LoadAdapter(_CallMessage, frozen=True):
+    """Read an adapter and check that it fits. Answered by AdapterLoaded, or by Refused with what is wrong."""
+
+    name: str
+    path: str  # a folder of each host, or a hub id
+    pinned: bool = False
+
+
+class UnloadAdapter(_CallMessage, frozen=True):
+    """Forget an adapter once the requests that use it have ended. Answered by AdapterUnloaded. The API side sends no further
+    request that uses it."""
+
+    adapter: int
+
+
 class Shutdown(_Message, frozen=True):
     """Leave the loop at once; running requests are dropped. The API side drains before it sends this."""
 
 
-Command = Generate | Abort | FlushCache | StartProfile | StopProfile | GetProfile | Shutdown
+Command = (
+    Generate | Abort | FlushCache | StartProfile | StopProfile | GetProfile | LoadAdapter | UnloadAdapter | Shutdown
+)
+
+
+class AdapterInfo(msgspec.Struct, frozen=True):
+    """Loaded LoRA adapter. Each load has a number of its own: an adapter that is loaded again is another one."""
+
+    number: int  # from 1 on
+    name: str
+    path: str
+    rank: int  # the highest of its matrices
+    num_matrices: int  # modules of the checkpoint that it changes
+    pinned: bool = False  # it never leaves its slot on the device
 
 
 class EngineInfo(msgspec.Struct, frozen=True):
@@ -85,6 +114,8 @@ class EngineInfo(msgspec.Struct, frozen=True):
     parameters_per_token: int  # parameters that multiply a token: all matrices and the head, no embedding
     start_seconds: float
     quantization: str = ""  # scheme in which matrices are held; empty: as plain floats
+    adapters: list[AdapterInfo] = []  # those of --lora-paths
+    max_lora_rank: int = 0  # 0: the launch takes no adapters
     simulated: bool = False  # drafts count whatever is sampled: --speculative-simulated-acceptance
 
 
@@ -155,6 +186,8 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     draft_steps: int = 0  # these three make DraftCounts
     drafted_tokens: int = 0
     accepted_drafts: int = 0
+    adapters_on_device: int = 0  # slots in use
+    adapter_loads: int = 0  # times that an adapter was put into a slot
     accepted_per_position: list[int] = []  # by the draft's place in a row; empty: the launch does not speculate
 
     @property
@@ -179,6 +212,14 @@ class StepOutput(_Message, frozen=True):
 
 class CacheFlushed(_CallMessage, frozen=True):
     num_pages: int  # pages that became free
+
+
+class AdapterLoaded(_CallMessage, frozen=True):
+    adapter: AdapterInfo
+
+
+class AdapterUnloaded(_CallMessage, frozen=True):
+    num_pages: int  # pages with its cached prefixes, which became free
 
 
 class ProfileStatus(msgspec.Struct, frozen=True):
@@ -211,4 +252,4 @@ class EngineDied(_Message, frozen=True):
     message: str
 
 
-Event = Ready | StepOutput | CacheFlushed | ProfileAnswer | Refused | EngineDied
+Event = Ready | StepOutput | CacheFlushed | AdapterLoaded | AdapterUnloaded | ProfileAnswer | Refused | EngineDied

@@ -148,8 +148,8 @@ async def connect(args: argparse.Namespace) -> AsyncIterator[Client]:
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    # An idle connection is dropped before servers drop it (uvicorn after 5 s), so that no request meets its end.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
+    # Each request has a connection of its own: some servers, llama.cpp's among them, close one that has just been used.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=_TIMEOUT_S, sock_connect=_CONNECT_TIMEOUT_S)
     headers = dict(text.split("=", 1) for text in args.header)
     async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as session:
