@@ -1,6 +1,6 @@
 """LoRA adapters of a launch on its devices: a slot of every adapted matrix for each of A adapters.
 
-The addend of an adapter to a product is that of ops/adapters.py. A token without an adapter gets zero, and with it the
+The addend of an adapter to a product is that of ops/adapter_addend.py. A token without an adapter gets zero, and with it the
 model's own product unchanged.
 """
 
