@@ -17,19 +17,18 @@ from simulated import Answer, Client
 
 LORA = Path(__file__).parents[1] / "data" / "lora"
 BASES = ("llama", "qwen2", "qwen3", "gemma2", "qwen3_moe")
-LEFT_OUT = ("dora", "embed", "bias")  # adapters that are refused by name (tests/models/test_lora_files.py)
 
 
 def adapters_of(base: str) -> list[str]:
-    found = (each.parent.name for each in sorted((LORA / base).glob("*/adapter_config.json")))
-    return [name for name in found if not name.endswith(LEFT_OUT)]
+    """Return the adapters that are not refused by name (tests/models/test_lora_files.py)."""
+    return [each.parent.name for each in sorted((LORA / base).glob("*/oracle.json"))]
 
 
 ADAPTERS = [(base, name) for base in BASES for name in adapters_of(base)]
 
 
 @pytest.fixture(scope="module")
-def start(build: Build) -> Callable[..., Core]:
+def start(build: Build, checkpoint: Callable[[str], Path]) -> Callable[..., Core]:
     """Start a core with all adapters of a base and two slots; without options each base is started once."""
     started: dict[str, Core] = {}
 
@@ -37,7 +36,7 @@ def start(build: Build) -> Callable[..., Core]:
         if options or base not in started:
             paths = tuple(f"{name}={LORA / base / name}" for name in adapters_of(base))
             launch = {"page_size": 4, "context_length": 256, "lora_paths": paths, "max_loras_per_batch": 2} | options
-            core = build(LORA / base / "base", ALL_PROMPTS, **launch)
+            core = build(checkpoint(f"lora-{base}"), ALL_PROMPTS, **launch)
             if options:
                 return core
             started[base] = core
@@ -122,10 +121,10 @@ def test_mixed_batches_are_the_same_in_every_setting(start, options: dict) -> No
         assert client.tokens == alone.tokens
 
 
-def test_requests_for_the_model_are_bit_identical_to_a_launch_without_adapters(start, build: Build) -> None:
+def test_requests_for_the_model_are_bit_identical_to_a_launch_without_adapters(start, build: Build, checkpoint) -> None:
     prompts = np.random.default_rng(0).integers(3, 500, (4, 20)).tolist()
     found: list[list[list[TokenLogprobs]]] = []
-    for core in (start("llama"), build(LORA / "llama" / "base", ALL_PROMPTS, page_size=4, context_length=256)):
+    for core in (start("llama"), build(checkpoint("lora-llama"), ALL_PROMPTS, page_size=4, context_length=256)):
         client = Client(with_empty_cache(core))
         others = [each.number for each in core.info.adapters[:2]]
         for key, prompt in enumerate(prompts[:3], 1):
