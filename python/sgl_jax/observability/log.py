@@ -105,7 +105,8 @@ def changed_args_line(changed: Mapping[str, object]) -> str:
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
-            words.append(f"--{option} {shlex.quote(str(value))}")
+            values = value if isinstance(value, tuple) else (value,)
+            words.append(f"--{option} {shlex.join(map(str, values))}")
     return "Arguments: " + (" ".join(words) or "all at their defaults")
 
 
