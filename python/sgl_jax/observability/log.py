@@ -7,8 +7,9 @@ import logging
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from sgl_jax.engine.messages import Stats
@@ -150,11 +151,15 @@ def access_line(
     request_id: str,
     tokens: tuple[int, int] | None,
     seconds: float,
+    adapters: Collection[str] = (),
 ) -> str:
-    """Return `127.0.0.1:5 - "POST /generate HTTP/1.1" 200 id=a 5+16 tokens 0.120 s`. `tokens`: of prompts and output."""
+    """Return `127.0.0.1:5 - "POST /generate HTTP/1.1" 200 id=a 5+16 tokens 0.120 s`. `tokens`: of prompts and output;
+    `adapters`: those of the prompts, of which one is named and several are counted."""
     where = f"{client[0]}:{client[1]}" if client else "-"
     said = request if len(request) <= 512 else request[:512] + "…"
     counted = "" if tokens is None else f" {tokens[0]}+{tokens[1]} tokens"
+    if adapters:
+        counted += f" adapter={quote(*adapters)}" if len(adapters) == 1 else f" {len(adapters)} adapters"
     return f'{where} - "{said}" {status} id={request_id}{counted} {seconds:.3f} s'
 
 

@@ -33,6 +33,9 @@ _COUNTERS = (
     ("engine_steps", "Steps the engine ran", "steps"),
     ("compiles_after_ready", "Programs compiled while serving; without --skip-server-warmup 0", "compiles_after_ready"),
 )
+# Metrics of a launch that takes adapters
+_ADAPTER_GAUGES = (("lora_adapters_on_device", "LoRA adapters on the devices", "adapters_on_device"),)
+_ADAPTER_COUNTERS = (("lora_adapter_loads", "Times that an adapter was put on the devices", "adapter_loads"),)
 # Metrics of a launch that speculates, with the names of SGLang and of vLLM.
 _DRAFT_GAUGES = (
     ("spec_accept_length", "Tokens per step of a row with drafts, over the last log interval", "spec_accept_length"),
@@ -74,8 +77,8 @@ class RequestMetrics:
 
 
 class _Collector:
-    def __init__(self, requests: RequestMetrics, stats: Stats, about: Mapping[str, str]):
-        self._requests, self._stats, self._about = requests, stats, about
+    def __init__(self, requests: RequestMetrics, stats: Stats, about: Mapping[str, str], num_adapters: int | None):
+        self._requests, self._stats, self._about, self._num_adapters = requests, stats, about, num_adapters
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -84,9 +87,14 @@ class _Collector:
         build.add_metric([*self._about.values()], 1)
         yield build
         by_position = self._stats.accepted_per_position  # empty without speculation
-        for name, text, field in (*_GAUGES, *(_DRAFT_GAUGES if by_position else ())):
+        adapters = self._num_adapters is not None
+        if adapters:
+            yield GaugeMetricFamily("sgl_jax_lora_adapters", "Loaded LoRA adapters", value=self._num_adapters)
+        gauges = *(_ADAPTER_GAUGES if adapters else ()), *(_DRAFT_GAUGES if by_position else ())
+        for name, text, field in (*_GAUGES, *gauges):
             yield GaugeMetricFamily(f"sgl_jax_{name}", text, value=getattr(self._stats, field))
-        for name, text, field in (*_COUNTERS, *(_DRAFT_COUNTERS if by_position else ())):
+        counters = *(_ADAPTER_COUNTERS if adapters else ()), *(_DRAFT_COUNTERS if by_position else ())
+        for name, text, field in (*_COUNTERS, *counters):
             yield CounterMetricFamily(f"sgl_jax_{name}", text, value=getattr(self._stats, field))
         if by_position:
             name, text = "sgl_jax_spec_decode_num_accepted_tokens_per_pos", "Accepted drafts by their place in a row"
@@ -106,8 +114,11 @@ class _Collector:
             yield HistogramMetricFamily(f"sgl_jax_{name}", text, histogram.cumulative(), histogram.sum)
 
 
-def exposition(requests: RequestMetrics, stats: Stats, about: Mapping[str, str]) -> tuple[bytes, str]:
-    """Return the text that Prometheus scrapes, and its content type. `about`: labels of the info metric."""
+def exposition(
+    requests: RequestMetrics, stats: Stats, about: Mapping[str, str], num_adapters: int | None
+) -> tuple[bytes, str]:
+    """Return the text that Prometheus scrapes, and its content type. `about`: labels of the info metric; `num_adapters`: how
+    many are loaded, or None for a launch that takes none."""
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-    return generate_latest(_Collector(requests, stats, about)), CONTENT_TYPE_LATEST
+    return generate_latest(_Collector(requests, stats, about, num_adapters)), CONTENT_TYPE_LATEST

@@ -26,7 +26,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/completions", **documented(Completion, 404, *STREAM))
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        state.check_model(body.model)
+        adapter = state.adapter_of(body.model, body.lora_path)
         body.check_stream_options()
         given = _parameters(body)
         prompts = _prompts(body)
@@ -36,7 +36,7 @@ def router(state: ServerState) -> APIRouter:
         async for i, prompt in in_slices(enumerate(prompts)):
             ids = await state.encode(prompt, "prompt", special) if isinstance(prompt, str) else prompt
             rid = body.rid if body.rid is None or len(prompts) == 1 else f"{body.rid}_{i}"
-            asked.append(given.for_prompt(ids, "prompt", rid, body.cache_salt))
+            asked.append(given.for_prompt(ids, "prompt", rid, body.cache_salt, adapter))
         generation = await state.service.submit(asked, stream=bool(body.stream))
         return await _Completion(state, body, generation, prompts).respond(request)
 
@@ -47,7 +47,7 @@ def _parameters(body: CompletionRequest) -> GenerationRequest:
     """Read the parameters. `echo` with `max_tokens` 0 scores the prompt and generates nothing."""
     prompt_logprobs = body.logprobs if body.echo else None
     own = {"max_tokens": body.max_tokens, "logprobs": body.logprobs, "prompt_logprobs": prompt_logprobs}
-    given = dataclasses.replace(openai_params(body, own, {}), default_max_tokens=DEFAULT_MAX_TOKENS)
+    given = dataclasses.replace(openai_params(body, own, body.adapter_names), default_max_tokens=DEFAULT_MAX_TOKENS)
     if body.best_of not in (None, given.params.n):
         raise InvalidParameter("best_of", f"best_of is {body.best_of}; only n, which is {given.params.n}, is supported")
     return given

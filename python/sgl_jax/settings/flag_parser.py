@@ -80,7 +80,7 @@ def _is_flag(word: str) -> bool:
     return word.startswith("-") and not word[1:2].isdigit()  # -1 is a value
 
 
-def several(value: object) -> object:
+def listed(value: object) -> object:
     """Read a list whose objects become JSON, or text that is a JSON list, an object, or values with spaces between them."""
     if isinstance(value, str) and value[:1] not in ("[", "{"):
         return tuple(value.split())

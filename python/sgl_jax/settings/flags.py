@@ -21,8 +21,8 @@ from sgl_jax.settings.flag_parser import (
     Mistakes,
     Parser,
     hint_about,
+    listed,
     option_named,
-    several,
 )
 
 HIDDEN = "***"
@@ -73,13 +73,8 @@ def flag[T: Setting](default: T | Callable[[], T], help: str, **about: Any) -> T
     return dataclasses.field(default=default, repr=not made.secret, metadata={"about": made})
 
 
-_KINDS = {
-    int: ("a whole number", "N"),
-    float: ("a number", "X"),
-    str: ("text", "TEXT"),
-    bool: ("true or false", ""),
-    tuple: ("a list of texts", "TEXT"),
-}
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list of texts"}
+_METAVARS = {int: "N", float: "X", bool: ""}
 _TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -106,7 +101,8 @@ class Flag(NamedTuple):
 
     @property
     def metavar(self) -> str:
-        return "{" + ",".join(self.choices) + "}" if self.choices else self.about.metavar or _KINDS[self.kind][1]
+        listed_choices = "{" + ",".join(self.choices) + "}" if self.choices else ""
+        return listed_choices or self.about.metavar or _METAVARS.get(self.kind, "TEXT")
 
     @property
     def required(self) -> bool:
@@ -143,7 +139,7 @@ class Flag(NamedTuple):
     def read(self, value: object) -> object:
         """Read text from outside as this flag's type. Text that cannot be read is returned, for `check` to refuse."""
         if self.kind is tuple:
-            return several(value)
+            return listed(value)
         if isinstance(value, dict) and self.about.metavar == "JSON":  # a mapping in the config file
             return json.dumps(value)
         if not isinstance(value, str):
@@ -164,7 +160,7 @@ class Flag(NamedTuple):
         said = self.said(value)
         accepted = (int, float) if self.kind is float else self.kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
-            raise FlagError(self.option, f"{said}; it must be {_KINDS[self.kind][0]}")
+            raise FlagError(self.option, f"{said}; it must be {_KINDS[self.kind]}")
         if isinstance(value, tuple) and not all(isinstance(each, str) and each for each in value):
             raise FlagError(self.option, f"{said}; each of its values must be text, and not empty")
         if value == "":
