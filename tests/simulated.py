@@ -11,9 +11,22 @@ import numpy as np
 from fakes.fake_core import fake_info
 from fakes.fake_runner import FakeRunner, continuation, kv_chain, logprob_of, two_of_three
 from sgl_jax.cache.prefix_cache import PrefixCache
+from sgl_jax.engine.adapters import Adapters
 from sgl_jax.engine.core import Core
-from sgl_jax.engine.messages import CacheFlushed, Event, Generate, PromptScored, Stats, StepOutput, TokenLogprobs
+from sgl_jax.engine.messages import (
+    AdapterLoaded,
+    AdapterUnloaded,
+    CacheFlushed,
+    Event,
+    Generate,
+    PromptScored,
+    Refused,
+    Stats,
+    StepOutput,
+    TokenLogprobs,
+)
 from sgl_jax.request import FinishReason, Request, SamplingParams
+from sgl_jax.scheduler.adapter_slots import AdapterSlots
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.scheduler.widths import Widths
@@ -45,6 +58,7 @@ def make_scheduler(
     placement: str = "cache_aware",
     width: Callable[[int], int] = lambda num_decoding: 1,
     lookahead: int = 0,
+    adapters: AdapterSlots | None = None,
 ) -> Scheduler:
     """Make a scheduler. Pages, rows and token budgets are per rank."""
     widths, limits = ByRows(width, rows), (rows, context_length, step_tokens, prefill_tokens or step_tokens)
@@ -52,6 +66,7 @@ def make_scheduler(
         SchedulerConfig(*limits, policy, placement, widths.width, rows, lookahead=lookahead),
         [PrefixCache(num_usable_pages + 1, page_size, enabled=radix) for _ in range(ranks)],
         widths,
+        adapters,
     )
 
 
@@ -93,9 +108,10 @@ def make_core(
     decode_log_interval: int = 40,
     draft_model: str = "",
     draft_is_right: Callable[[int], bool] = two_of_three,
+    adapters: Adapters | None = None,
     **scheduler_options,
 ) -> Core:
-    scheduler = make_scheduler(**scheduler_options)
+    scheduler = make_scheduler(**scheduler_options, adapters=adapters.slots if adapters else None)
     config, caches = scheduler.config, scheduler.caches
     runner = FakeRunner(
         num_ranks=len(caches),
@@ -118,6 +134,7 @@ def make_core(
         random_seed=random_seed,
         decode_log_interval=decode_log_interval,
         draft_model=draft_model,
+        adapters=adapters,
     )
 
 
@@ -148,7 +165,7 @@ class Answer:
         else:
             assert self.tokens == right
             assert self.reason == FinishReason("length")
-        kv = kv_chain([*request.prompt.tolist(), *self.tokens])
+        kv = kv_chain([*request.prompt.tolist(), *self.tokens], request.adapter)
         if params.logprobs is not None:
             before = kv[len(request.prompt) - 1 : -1]
             expected = [_scored(k, t, params.logprobs, vocab_size) for k, t in zip(before, self.tokens, strict=True)]
@@ -180,10 +197,11 @@ class Client:
         self.answers: dict[int, Answer] = {}
         self.flushed: list[CacheFlushed] = []
         self.stats: list[Stats] = []
+        self.said: list[AdapterLoaded | AdapterUnloaded | Refused] = []
 
-    def submit(self, key: int, prompt: list[int], *, namespace: str = "", **params) -> None:
-        self.core.handle(Generate(key, prompt, SamplingParams(**params), namespace))
-        request = self.core.scheduler.find(key)
+    def submit(self, key: int, prompt: list[int], *, namespace: str = "", adapter: int = 0, **params) -> None:
+        self.core.handle(Generate(key, prompt, SamplingParams(**params), namespace, adapter))
+        request = self.core.scheduler.requests.get(key)
         assert request is not None
         self.answers[key] = Answer(request)
 
@@ -207,6 +225,9 @@ class Client:
     def _take(self, event: Event) -> None:
         if isinstance(event, CacheFlushed):
             self.flushed.append(event)
+            return
+        if isinstance(event, AdapterLoaded | AdapterUnloaded | Refused):
+            self.said.append(event)
             return
         assert isinstance(event, StepOutput)
         if event.stats is not None:

@@ -278,6 +278,7 @@ class Request:
     max_total_tokens: int  # prompt and output together
     stop_token_ids: np.ndarray  # i32, with eos unless it is ignored
     arrival: int  # position in the order of arrival
+    adapter: int = 0  # number of its LoRA adapter's load; 0: the model itself
 
     tokens: np.ndarray = dataclasses.field(init=False)  # i32: prompt plus output so far, current while not running
     row: int = -1  # in the row table; -1 while waiting

@@ -20,10 +20,11 @@ from sgl_jax.request import Request
 class Param(enum.IntEnum):
     """Columns of a row's sampling parameters, i32; the float ones hold the bits of a float32.
 
-    A field of SamplingParams names its column; only FLAGS belongs to no field.
+    A field of SamplingParams names its column; ADAPTER and FLAGS belong to no field.
     """
 
     SEED = 0
+    ADAPTER = enum.auto()  # the slot of the row's adapter, counted from 1; 0: the model itself
     FLAGS = enum.auto()
     TOP_K = enum.auto()  # vocabulary size or more: off
     TEMPERATURE = enum.auto()  # float from here on; 0: greedy
@@ -82,6 +83,13 @@ class RowLoad:
     request: Request | None
 
 
+class AdapterLoad(NamedTuple):
+    """Adapter that is put into a slot before the step."""
+
+    slot: int
+    source: str  # names it to the runner of every host
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
     """S rows with T new tokens in row order. Rows are sorted by data rank. Within a rank, decoding rows come first, then
@@ -95,6 +103,7 @@ class StepPlan:
     rank: np.ndarray  # i32[S] the data rank whose pages hold the row, 0 .. M-1
     width: int  # W
     loads: list[RowLoad]
+    adapter_loads: list[AdapterLoad]
     flags: RowFlag  # the flags of all rows together
     num_cached_tokens: int  # prompt tokens that the requests admitted by this plan found in the prefix cache
     num_short: Annotated[np.ndarray, Column(Per.RANK)]  # i32[M] rows with num_new <= W, which come first in a rank
@@ -120,6 +129,7 @@ class StepPlan:
         keys: np.ndarray | None = None,
         rank: np.ndarray | None = None,
         loads: Iterable[RowLoad] = (),
+        adapter_loads: Iterable[AdapterLoad] = (),
         num_cached_tokens: int = 0,
         **columns: np.ndarray,
     ) -> StepPlan:
@@ -142,7 +152,7 @@ class StepPlan:
                 dtype = np.bool_ if column.is_bool else np.int32
                 columns[name] = np.full(column.shape(sizes[column.per]), column.fill, dtype)
         flags = RowFlag(int(np.bitwise_or.reduce(columns["params"][:, Param.FLAGS])))
-        return cls(keys, rank, width, [*loads], flags, num_cached_tokens, **columns)
+        return cls(keys, rank, width, [*loads], [*adapter_loads], flags, num_cached_tokens, **columns)
 
     @property
     def num_tokens(self) -> int:

@@ -37,16 +37,16 @@ def two_of_three(kv: int) -> bool:
     return _mix(kv) % 3 > 0
 
 
-def kv_of(before: int, token: int) -> int:
+def kv_of(before: int, token: int, adapter: int = 0) -> int:
     """Return the KV of a token that follows a token with KV `before` (0: none)."""
-    return _mix((before * 3 + token + 1) & _MASK)
+    return _mix((before * 3 + token + 1 + (adapter << 32)) & _MASK)
 
 
-def kv_chain(tokens: Iterable[int]) -> list[int]:
+def kv_chain(tokens: Iterable[int], adapter: int = 0) -> list[int]:
     """Return the KV of each token of a sequence."""
     chain: list[int] = []
     for token in tokens:
-        chain.append(kv_of(chain[-1] if chain else 0, token))
+        chain.append(kv_of(chain[-1] if chain else 0, token, adapter))
     return chain
 
 
@@ -83,7 +83,7 @@ def logprob_of(kv: int, token: int) -> float:
 
 def continuation(request: Request, num_tokens: int, vocab_size: int) -> list[int]:
     """Compute the right answer: num_tokens tokens after the request's prompt, regardless of stop tokens."""
-    params, kv = request.params, kv_chain(request.prompt.tolist())
+    params, kv = request.params, kv_chain(request.prompt.tolist(), request.adapter)
     output: list[int] = []
     while len(output) < num_tokens:
         token = token_of(
@@ -95,7 +95,7 @@ def continuation(request: Request, num_tokens: int, vocab_size: int) -> list[int
             held_back=request.stop_token_ids.tolist() if len(output) < params.min_tokens else (),
         )
         output.append(token)
-        kv.append(kv_of(kv[-1], token))
+        kv.append(kv_of(kv[-1], token, request.adapter))
     return output
 
 
@@ -157,11 +157,14 @@ class FakeRunner:
         self._draft_is_right = draft_is_right
         self._num_pages, self._num_ranks, self._width = num_pages, num_ranks, width
         self._lookahead, num_pages_per_row = lookahead, pages_per_row(context_length, width, page_size, lookahead)
+        self._slots_of_adapters: dict[int, int] = {0: 0}  # number of the load by Param.ADAPTER
         self._rows = [_Row(np.zeros(num_pages_per_row, np.int32)) for _ in range(num_rows)]
 
     def launch(self, plan: StepPlan) -> FakeFlight:
         """Compute a step. Raises AssertionError if the plan breaks a promise of StepPlan."""
         self._check(plan)
+        for slot, source in plan.adapter_loads:
+            self._slots_of_adapters[slot + 1] = int(source.partition(" ")[0])
         for load in plan.loads:
             row = self._rows[load.row]
             if load.pages is not None:
@@ -232,7 +235,7 @@ class FakeRunner:
             row, params, decodes = self._rows[plan.rows[i]], plan.params[i], plan.from_device[i]
             kv = [self._kv[slot] for slot in own[:start]]
             for slot, token in zip(own[start:], self._tokens(plan, i, first[i]), strict=True):
-                self._kv[slot] = kv_of(kv[-1] if kv else 0, token)
+                self._kv[slot] = kv_of(kv[-1] if kv else 0, token, self._slots_of_adapters[params[Param.ADAPTER]])
                 kv.append(self._kv[slot])
             kv_of_token += kv[start:]
             num_read = start + 1 if decodes else len(kv)  # the tokens before the first sampled one
@@ -293,7 +296,8 @@ class FakeRunner:
         """Guess the tokens that follow the row's last one."""
         drafts: list[int] = []
         for _ in range(self._width - 1):
-            kv = [*kv, kv_of(kv[-1], [row.last_token, *drafts][-1])]
+            adapter = self._slots_of_adapters[params[Param.ADAPTER]]
+            kv = [*kv, kv_of(kv[-1], [row.last_token, *drafts][-1], adapter)]
             right = self._sample(row, params, kv, [*row.output, *drafts])
             drafts.append(right if self._draft_is_right(kv[-1]) else (right + 1) % self.vocab_size)
         return drafts

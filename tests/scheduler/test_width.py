@@ -173,7 +173,7 @@ def test_a_preempted_row_comes_back_with_what_was_known() -> None:
     assert (after.keys.tolist(), s.counters.preemptions) == ([1], 1)
     assert take(s, in_flight, [53], [63, 64]).keys.tolist() == [1]  # the tokens of the other request are dropped
     take(s, after, [54])
-    request = s.find(2)
+    request = s.requests.get(2)
     assert request is not None
     assert request.tokens.tolist() == [2, 2, 3, 60, 61, 62]
 

@@ -105,6 +105,13 @@ class PrefixCache:
         self.pool.free(pages)
         return len(pages)
 
+    def drop(self, namespaces: str) -> int:
+        """Drop all prefixes of the namespaces whose names begin so, none of which may be locked; return how many pages became
+        free."""
+        pages = self.tree.drop(namespaces)
+        self.pool.free(pages)
+        return len(pages)
+
     def check_invariants(self, owned: list[np.ndarray]) -> None:
         """Raise AssertionError unless every page has exactly one owner. `owned`: the pages of each request."""
         in_tree = [n.pages for n in self.tree.nodes()]

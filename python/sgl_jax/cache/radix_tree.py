@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -123,9 +123,25 @@ class RadixTree:
         self.num_pages -= count
         return np.concatenate(gathered) if gathered else np.empty(0, np.int32)
 
+    def drop(self, namespaces: str) -> np.ndarray:
+        """Drop the namespaces whose names begin so; return their pages. No node of them may be locked."""
+        gone = [root for name, root in self._roots.items() if name.startswith(namespaces)]
+        nodes = [*self._below(gone)]
+        for node in nodes:
+            assert node.num_locks == 0, "a request uses the prefix"
+            node.parent = None  # so that its entry in the heap is passed over
+        for root in gone:
+            del self._roots[root.namespace]
+        pages = np.concatenate([np.empty(0, np.int32), *[node.pages for node in nodes]])
+        self.num_pages -= len(pages)
+        return pages
+
     def nodes(self) -> Iterator[Node]:
         """Yield every node except the roots."""
-        stack = [child for root in self._roots.values() for child in root.children.values()]
+        return self._below(self._roots.values())
+
+    def _below(self, roots: Iterable[Node]) -> Iterator[Node]:
+        stack = [child for root in roots for child in root.children.values()]
         while stack:
             node = stack.pop()
             yield node

@@ -3,6 +3,7 @@
 import numpy as np
 
 from sgl_jax.engine import messages
+from sgl_jax.engine.adapters import Adapters, namespace_of
 from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished
 from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import FinishReason, Request
@@ -10,8 +11,16 @@ from sgl_jax.scheduler.scheduler import Scheduler
 
 
 class Commands:
-    def __init__(self, scheduler: Scheduler, info: EngineInfo, profiler: Profiler, random_seed: int | None):
-        self._scheduler, self._info, self._profiler = scheduler, info, profiler
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        info: EngineInfo,
+        profiler: Profiler,
+        adapters: Adapters | None,
+        random_seed: int | None,
+    ):
+        """`adapters`: None in a launch that takes none."""
+        self._scheduler, self._info, self._profiler, self._adapters = scheduler, info, profiler, adapters
         self._seeds = np.random.default_rng(random_seed)
         self._num_arrived = 0
         self._answers: list[Event] = []
@@ -19,11 +28,16 @@ class Commands:
 
     @property
     def has_answers(self) -> bool:
-        return bool(self._answers or self._aborted or self._profiler.writing)
+        return bool(self._answers or self._aborted or self._profiler.writing or self._adapters_work)
+
+    @property
+    def _adapters_work(self) -> bool:
+        return self._adapters is not None and self._adapters.has_work
 
     def take_answers(self) -> tuple[list[Event], list[Finished]]:
         """Return the answers since the last call, and the requests that were aborted."""
-        taken = self._answers + self._profiler.poll(), self._aborted
+        events, ended = self._adapters.poll(self._scheduler) if self._adapters is not None else ([], [])
+        taken = self._answers + self._profiler.poll() + events, self._aborted + ended
         self._answers, self._aborted = [], []
         return taken
 
@@ -37,6 +51,14 @@ class Commands:
                 self._aborted += [Finished(key, reason) for key in keys if self._scheduler.abort(key)]
             case messages.FlushCache(call=call):
                 self._answers.append(messages.CacheFlushed(call, self._scheduler.flush()))
+            case messages.LoadAdapter() if self._adapters is not None:
+                self._adapters.load(command)
+            case messages.UnloadAdapter(call=call, adapter=number) if self._adapters is not None:
+                self._adapters.unload(call, number)
+            case messages.LoadAdapter(call=call) | messages.UnloadAdapter(call=call):
+                self._answers.append(
+                    messages.Refused(call, "the launch takes no adapters; start it with --enable-lora")
+                )
             case messages.StartProfile() | messages.StopProfile() | messages.GetProfile():
                 answer = self._profiler.handle(command)
                 self._answers += [answer] if answer else []
@@ -51,7 +73,8 @@ class Commands:
             key=command.key,
             prompt=np.array(command.prompt_ids, np.int32),
             params=params,
-            namespace=command.namespace,
+            namespace=namespace_of(command.adapter, command.namespace),
+            adapter=command.adapter,
             seed=_fold(seed),
             max_total_tokens=len(command.prompt_ids)
             + (room if params.max_tokens is None else min(params.max_tokens, room)),

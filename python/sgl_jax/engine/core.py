@@ -9,6 +9,7 @@ from typing import Protocol
 
 import msgspec
 
+from sgl_jax.engine.adapters import Adapters
 from sgl_jax.engine.commands import Commands
 from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished, PromptScored, StepOutput
 from sgl_jax.engine.profiling import Profiler, Tracer
@@ -54,14 +55,16 @@ class Core:
         decode_log_interval: int = 40,
         profiler_dir: str | None = None,
         draft_model: str = "",
+        adapters: Adapters | None = None,
     ):
-        """`draft_model`: name of the model that makes drafts, whose acceptance is watched; empty: there is none."""
+        """`draft_model`: name of the model that makes drafts, whose acceptance is watched; empty: there is none. `adapters`: those
+        whose slots the scheduler has; None in a launch that takes none."""
         self.info = info
         self.scheduler = scheduler
         self.runner = runner
         self._overlap = overlap
         self._profiler = Profiler(runner.tracer, profiler_dir)
-        self._commands = Commands(scheduler, info, self._profiler, random_seed)
+        self._commands = Commands(scheduler, info, self._profiler, adapters, random_seed)
         self._statistics = Statistics(scheduler, decode_log_interval, draft_model, info.simulated)
         self._planned: StepPlan | None = None  # a step whose programs are not compiled yet
         self._in_flight: Flight | None = None

@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 
 from sgl_jax.engine.speculation_plan import SpeculationPlan, drafter_of, plan_speculation
+from sgl_jax.models.adapters import AdapterSlots, slot_bytes
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import Grid
@@ -31,6 +32,7 @@ class LaunchPlan:
     runner_config: RunnerConfig
     scheduler_config: SchedulerConfig
     drafter: Drafter | None = None  # makes drafts inside the step
+    adapter_bytes: int = 0  # of the slots, on each device
 
     @property
     def kv_tokens(self) -> int:
@@ -46,8 +48,9 @@ def plan_launch(
     *,
     stored_dtype: str | None,
     device_bytes: int,
+    adapters: AdapterSlots | None = None,
 ) -> LaunchPlan:
-    """Decide a launch; `stored_dtype` is the checkpoint's. Raises ValueError for a flag that cannot be honoured."""
+    """Decide a launch; `stored_dtype` is the checkpoint's, and `adapters` the slots that it needs room for. Raises ValueError for a flag that cannot be honoured."""
     grid = grid_of(args)
     _check_model(args, model, grid)
     shard = model.shard(grid)  # the shard of each device
@@ -68,13 +71,15 @@ def plan_launch(
         width=speculation.width,
         lookahead=speculation.lookahead,
         keeps_tokens=speculation.keeps_tokens,
+        adapters=adapters,
         simulated_acceptance=args.speculative_simulated_acceptance,
     )
+    adapter_bytes = slot_bytes(shard, adapters, dtype)
     memory = plan_memory(
         platform,
         total_bytes=device_bytes,
         weight_bytes=weights,
-        state_bytes=wanted.state_sizes(shard).nbytes,
+        state_bytes=wanted.state_sizes(shard).nbytes + adapter_bytes,
         bytes_per_token=sum(pool.bytes_per_token for pool in pools),
         page_size=wanted.page_size,
         context_length=wanted.context_length + wanted.overrun,
@@ -85,7 +90,7 @@ def plan_launch(
     )
     _check_pool(args, memory, wanted, grid)
     runner, scheduler = _limits(args, platform, wanted, memory, speculation, grid)
-    return LaunchPlan(grid, weights, memory, runner, scheduler, drafter_of(args.speculation))
+    return LaunchPlan(grid, weights, memory, runner, scheduler, drafter_of(args.speculation), adapter_bytes)
 
 
 def _limits(

@@ -10,6 +10,8 @@ import jax
 
 from sgl_jax import __version__
 from sgl_jax.cache.prefix_cache import PrefixCache
+from sgl_jax.engine.adapter_plan import adapter_store, plan_adapters
+from sgl_jax.engine.adapters import Adapters
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
 from sgl_jax.engine.kv_cache import with_kv_dtype, with_kv_scales
@@ -30,6 +32,7 @@ from sgl_jax.observability import log
 from sgl_jax.observability.progress import launch_progress
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
+from sgl_jax.runtime.adapter_copies import AdapterCopies
 from sgl_jax.runtime.compiler import cache_takes_programs, use_compile_cache
 from sgl_jax.runtime.kept_programs import KeptPrograms
 from sgl_jax.runtime.memory import device_memory
@@ -54,6 +57,7 @@ class DeviceSide:
     devices: list[jax.Device]  # all hosts' devices
     plan: LaunchPlan
     runner: ModelRunner
+    copies: AdapterCopies | None  # of adapters, in a launch that takes any
 
 
 def build_core(args: ServerArgs, accept: Accept = lambda plan: None, *, behind: bool = False) -> Core:
@@ -111,7 +115,9 @@ def build_device_side(
     announce = hosts.announce if isinstance(hosts, Leader) else announce_to_nobody
     kept = kept_programs(args, devices) if behind else None
     options = {"stacks_layers": platform.stacks_layers, "announce": announce, "drafter": plan.drafter, "kept": kept}
-    runner = ModelRunner(model, plan.runner_config, kernels, placement, **options)
+    store = adapter_store(args, model, families, plan.runner_config, placement, stacked=platform.stacks_layers)
+    copies = None if store is None else AdapterCopies(store, announce, agree)
+    runner = ModelRunner(model, plan.runner_config, kernels, placement, **options, adapters=copies)
     with launch_progress(logger, len(runner.programs)) as progress:
         compiled = runner.compile(
             lambda done, total, each: progress.compiled(each.program.name, each.cache_hit),
@@ -140,7 +146,7 @@ def build_device_side(
     runner.start(weights, barrier)
     if num_left := runner.num_compiling:
         logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
-    return DeviceSide(model, platform, devices, plan, runner)
+    return DeviceSide(model, platform, devices, plan, runner, copies)
 
 
 def kept_programs(args: ServerArgs, devices: list[jax.Device]) -> KeptPrograms | None:
@@ -168,7 +174,7 @@ def _say_sizes(model: DecoderConfig, plan: LaunchPlan) -> None:
         end = f"Contexts end at {model.context_length} tokens, beyond which longrope has other factors"
         logger.warning("%s: %s", end, cure)
     weights, kv, length = plan.weight_bytes, plan.memory.kv_bytes, plan.runner_config.context_length
-    free = plan.memory.total_bytes - weights - kv
+    free = plan.memory.total_bytes - weights - kv - plan.adapter_bytes
     table = log.memory_table(weights=weights, kv=kv, free=free, kv_tokens=plan.kv_tokens, context_length=length)
     logger.info("%s", table)
     say_weights(model, model.shard(plan.grid), plan.runner_config.weight_dtype)
@@ -202,11 +208,13 @@ def _decide(
 ) -> tuple[DecoderConfig, Checkpoint | None, Kernels, LaunchPlan]:
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
     model = model.for_context(args.context_length)
+    adapters = plan_adapters(args, model, families)
     model, draft = with_draft(args, model, families, checkpoint.tensors, dummy=dummy)
     model = held(args, model, platform, device_kind)
     model = with_kv_dtype(args, model)
     kernels = kernels_for(args.attention_backend, platform, model)
-    plan = plan_launch(args, model, platform, kernels, stored_dtype=checkpoint.dtype, device_bytes=device_bytes)
+    sizes = {"stored_dtype": checkpoint.dtype, "device_bytes": device_bytes, "adapters": adapters}
+    plan = plan_launch(args, model, platform, kernels, **sizes)
     return model, draft, kernels, plan
 
 
@@ -215,7 +223,9 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
     grid, memory = plan.grid, plan.memory
     page_size, shares = plan.runner_config.page_size, not args.disable_radix_cache
     caches = [PrefixCache(memory.num_pages, page_size, enabled=shares) for _ in range(grid.data)]
-    scheduler = Scheduler(plan.scheduler_config, caches)
+    slots, copies = plan.runner_config.adapters, device_side.copies
+    adapters = None if slots is None or copies is None else Adapters(copies, slots.number)
+    scheduler = Scheduler(plan.scheduler_config, caches, adapters=adapters.slots if adapters else None)
     info = EngineInfo(
         model_path=args.model_path,
         architecture=model.architecture,
@@ -235,6 +245,8 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         weight_bytes=plan.weight_bytes * len(devices),
         kv_bytes_per_token=memory.bytes_per_token * grid.tensor,
         parameters_per_token=parameters_per_token(model),
+        adapters=[adapters.load_now(*each) for each in args.adapters] if adapters else [],
+        max_lora_rank=slots.rank if slots else 0,
         simulated=args.speculative_simulated_acceptance is not None,
         start_seconds=time.perf_counter() - started,
     )
@@ -247,6 +259,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         decode_log_interval=args.decode_log_interval,
         profiler_dir=args.profiler_dir,
         draft_model=draft_model_name(args),
+        adapters=adapters,
     )
 
 

@@ -44,6 +44,8 @@ class Statistics:
             num_compiling=num_compiling,
             spec_accept_length=self._drafts.accept_length,
             spec_accept_rate=self._drafts.accept_rate,
+            adapters_on_device=s.adapters.num_used,
+            adapter_loads=s.adapters.num_loads,
             **dataclasses.asdict(s.counters),
         )
 

@@ -1,6 +1,7 @@
 """Checks types and ranges of the values in a config.json, before a family computes with them."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -56,13 +57,13 @@ def check_fields(hf: Mapping[str, object]) -> None:
     checked_fields(hf, _Config)
 
 
-def checked_fields[T](hf: Mapping[str, object], kind: type[T], within: str = "") -> T:
-    """Return the keys of config.json, or of the object `within` it, that are fields of `kind`. Raises ModelError for a wrong
-    type or range."""
+def checked_fields[T](hf: Mapping[str, object], kind: type[T], within: str = "", file: str | Path = "config.json") -> T:
+    """Return the keys of a file, or of the object `within` it, that are fields of `kind`. Raises ModelError for a wrong type
+    or range."""
     try:
         return msgspec.convert(dict(hf), kind)
     except msgspec.ValidationError as error:
         reason, _, path = str(error).partition(" - at `$.")
         key = path.rstrip("`")
         found = hf.get(key.partition(".")[0].partition("[")[0])
-        raise ModelError(f"config.json: {within}{key} is refused: {reason} (found {found!r:.80})") from error
+        raise ModelError(f"{file}: {within}{key} is refused: {reason} (found {found!r:.80})") from error

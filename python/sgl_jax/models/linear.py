@@ -10,8 +10,10 @@ import jax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from sgl_jax.models.adapters import Adapted, SlotsInUse
 from sgl_jax.models.quantised import Matrix, Quantised
 from sgl_jax.models.spec import ExpertSite, Site
+from sgl_jax.ops.adapters import AdapterAddend, plain_addend
 from sgl_jax.ops.dense import DenseProduct, plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
@@ -58,8 +60,15 @@ def linear(
     out_dtype: DTypeLike | None = None,
     product: DenseProduct = plain_product,
     quantised_product: QuantizedMatmul = quantized_matmul,
+    addend: AdapterAddend = plain_addend,
+    slots: SlotsInUse | None = None,
 ) -> Float[Array, "T O"]:
-    """Multiply each token with the matrix of a site. The result has x's dtype unless `out_dtype` names a wider one."""
+    """Multiply each token with the matrix of a site. The result has x's dtype unless `out_dtype` names a wider one. `slots`:
+    the adapters of the tokens, in a launch that has any."""
+    if isinstance(w, Adapted) and slots is not None:
+        products = {"product": product, "quantised_product": quantised_product}
+        out = linear(x, w.base, bias, site=site, out_dtype=out_dtype, **products)
+        return out + addend(x, slots.at(site), w.factors.a, w.factors.b, w.num_slots).astype(out.dtype)
     w = _fitting(w, x, site)
     if isinstance(w, Quantised):
         out = w.scheme.multiply(x, w, quantised_product, out_dtype)
@@ -87,10 +96,16 @@ def grouped_linear(
     return product(x, w, layer, group_sizes)
 
 
-def products(kernels: Kernels) -> tuple[Linear, GroupedLinear]:
-    """Return both functions with the products of a launch."""
+def products(kernels: Kernels, slots: SlotsInUse | None = None) -> tuple[Linear, GroupedLinear]:
+    """Return both functions with the products of a launch, and the adapters of the tokens that they get."""
     return (
-        functools.partial(linear, product=kernels.dense, quantised_product=kernels.quantized),
+        functools.partial(
+            linear,
+            product=kernels.dense,
+            quantised_product=kernels.quantized,
+            addend=kernels.adapters,
+            slots=slots,
+        ),
         functools.partial(grouped_linear, product=kernels.grouped_matmul, quantised_product=kernels.quantized_grouped),
     )
 

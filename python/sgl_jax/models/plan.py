@@ -69,9 +69,7 @@ def plan_weights(
             used.update(found)
             leaves.append((whole_path, held, pieces))
             continue
-        of_rows = names.rows.get(path.partition("].")[2])
-        rows = of_rows(config) if of_rows else None
-        wanted = _wanted(path, spec, names, rows)
+        wanted, rows = stored_parts(path, spec, config, names)
         used.update(wanted)
         pieces = []
         for name, shape in wanted.items():
@@ -98,7 +96,7 @@ def plan_weights(
     if any(problems.values()):
         raise ModelError(
             f"{source} does not fit its config ({config.architecture}, {config.num_layers} layers):\n  "
-            + "\n  ".join(_listed(label, found) for label, found in problems.items() if found)
+            + "\n  ".join(listed(label, found) for label, found in problems.items() if found)
         )
     return [leaf for path, held, pieces in leaves for leaf in leaves_of(path, held, pieces)]
 
@@ -124,8 +122,7 @@ def wide_weights(
     for path, spec, _ in flat_weights(dataclasses.replace(config, weight_scheme=None), "float32"):
         if not spec.is_matrix or path.startswith(_DRAFT):
             continue
-        of_rows = names.rows.get(path.partition("].")[2])
-        wanted = _wanted(path, spec, names, of_rows(config) if of_rows else None)
+        wanted, _ = stored_parts(path, spec, config, names)
         if stored:
             wide = any(name in tensors and tensors[name].dtype in DTYPES for name in wanted)
         else:
@@ -153,7 +150,8 @@ def _kv_scales(
     return [StoredTensor(path, (2,), "F32", 8, rows)], [name for name in found if name]
 
 
-def _listed(label: str, found: Sequence[str]) -> str:
+def listed(label: str, found: Sequence[str]) -> str:
+    """Return a line of an error: the misfits of one kind, as many as are worth reading."""
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return f"{label}: {', '.join(found[:_SHOWN])}{more}"
 
@@ -179,8 +177,17 @@ def _mtp_layers(config: DecoderConfig, names: TensorNames) -> list[str]:
     return [rf"^{layer}{config.num_layers + i}\." for i in range(config.num_mtp_layers)]
 
 
+def stored_parts(
+    path: str, spec: WeightSpec, config: DecoderConfig, names: TensorNames
+) -> tuple[dict[str, tuple[int, ...]], Rows | None]:
+    """Return the names of the stored tensors that make up a weight, in order, with the shape that each must have; and the
+    rows that the weight takes of them, None for all."""
+    of_rows = names.rows.get(path.partition("].")[2])
+    rows = of_rows(config) if of_rows else None
+    return _wanted(path, spec, names, rows), rows
+
+
 def _wanted(path: str, spec: WeightSpec, names: TensorNames, rows: Rows | None) -> dict[str, tuple[int, ...]]:
-    """Return the names of the stored tensors that make up a weight, in order, and the shape that each must have."""
     match = re.fullmatch(r"\.layers\[(\d+)\]\.([\w.]+)", path)
     if match is None:
         field = path.removeprefix(".")

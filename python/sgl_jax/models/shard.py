@@ -32,10 +32,8 @@ def shard_of(spec: WeightSpec, grid: Grid, device: int) -> Shard:
     devices than heads). Raises ValueError where columns that stay together would be cut.
     """
     start, runs = 0, []
-    for size in spec.parts or (spec.shape[spec.rows_axis],):
-        i, n = grid.part(spec.axes[spec.rows_axis], device)
-        first = start + i * size // n // spec.unit * spec.unit
-        run = range(first, first + max(size // n, spec.unit))
+    for size, own in zip(spec.parts or (spec.shape[spec.rows_axis],), rows_of_parts(spec, grid, device), strict=True):
+        run = range(start + own.start, start + own.stop)
         if runs and runs[-1].stop == run.start:
             run = range(runs.pop().start, run.stop)
         runs.append(run)
@@ -47,6 +45,16 @@ def shard_of(spec: WeightSpec, grid: Grid, device: int) -> Shard:
     if columns % (n * spec.column_unit):
         raise ValueError(f"{columns} columns in groups of {spec.column_unit} over {n} devices: a group would be cut")
     return Shard(experts, tuple(runs), _run(columns, grid.part(spec.axes[-1], device)))
+
+
+def rows_of_parts(spec: WeightSpec, grid: Grid, device: int) -> list[range]:
+    """Return the rows of each part, counted from the part's first, that a device holds (see shard_of)."""
+    found = []
+    for size in spec.parts or (spec.shape[spec.rows_axis],):
+        i, n = grid.part(spec.axes[spec.rows_axis], device)
+        first = i * size // n // spec.unit * spec.unit
+        found.append(range(first, first + max(size // n, spec.unit)))
+    return found
 
 
 def _run(size: int, part: tuple[int, int]) -> range:

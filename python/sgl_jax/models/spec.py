@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from typing import Literal, Self, get_args
 
 import jax.numpy as jnp
 
@@ -44,6 +44,10 @@ class WeightSpec:
         """Shapes of the stored tensors that make up the weight: its parts, for each expert in turn."""
         rows, *columns = self.shape[self.rows_axis :]
         return tuple((part, *columns) for part in self.parts or (rows,)) * (self.num_experts or 1)
+
+    def stacked(self, n: int) -> Self:
+        """Return the spec of a stack of n such arrays."""
+        return dataclasses.replace(self, shape=(n, *self.shape), axes=(None, *self.axes))
 
     @property
     def nbytes(self) -> int:

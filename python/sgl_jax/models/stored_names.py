@@ -24,7 +24,7 @@ def named_tensors(
     A tied matrix that was saved as the head alone is shown as the embedding. Raises ModelError where two parts of the
     checkpoint look like the text model.
     """
-    ours = _common_module(names)
+    ours = common_module(names)
     theirs = _prefix(stored, names, ours)
     heads = {names.lm_head, theirs + names.lm_head, _module(theirs[:-1]) + names.lm_head}
     parts = {name.removeprefix(ours).partition(".")[0] for name in (names.embed, names.final_norm, _first_norm(names))}
@@ -78,7 +78,7 @@ def _first_norm(names: TensorNames) -> str:
     return names.layer["attn_norm"][0].format(i=0)
 
 
-def _common_module(names: TensorNames) -> str:
+def common_module(names: TensorNames) -> str:
     """Return the prefix of all tensors of the table but the head: "model." in most families."""
     prefix = names.embed
     while not (names.final_norm.startswith(prefix) and _first_norm(names).startswith(prefix)):

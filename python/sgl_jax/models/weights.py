@@ -139,9 +139,7 @@ def declare(c: DecoderConfig, dtype: DTypeLike, *, stacked: bool = False) -> Wei
         )
     if not stacked:
         return specs
-    sizes = c.layer_groups()
-    firsts = [specs.layers[sum(sizes[:i])] for i in range(len(sizes))]
-    return dataclasses.replace(specs, layers=tuple(map(_stack, firsts, sizes)))
+    return dataclasses.replace(specs, layers=stack([*specs.layers], c.layer_groups()))
 
 
 def declare_plain(c: DecoderConfig, dtype: DTypeLike) -> Weights[WeightSpec]:
@@ -167,8 +165,10 @@ def site_of(path: tuple[Any, ...], wide: Collection[str] = ()) -> Site | ExpertS
     return None if name in wide else SITES.get(re.sub(r"^\.(layers\[\d+\]\.)?", "", name))
 
 
-def _stack(layer: LayerWeights[WeightSpec], n: int) -> LayerWeights[WeightSpec]:
-    return jax.tree.map(lambda s: dataclasses.replace(s, shape=(n, *s.shape), axes=(None, *s.axes)), layer)
+def stack[Layer](layers: list[Layer], sizes: tuple[int, ...]) -> tuple[Layer, ...]:
+    """Return the specs of a stack for each run of like layers, whose sizes are given."""
+    firsts = (layers[sum(sizes[:i])] for i in range(len(sizes)))
+    return tuple(jax.tree.map(lambda s, n=n: s.stacked(n), layer) for layer, n in zip(firsts, sizes, strict=True))
 
 
 type Spec = Callable[..., WeightSpec]  # see declare_plain

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+from sgl_jax.ops.adapters import AdapterAddend, plain_addend
 from sgl_jax.ops.attention.backends import Backend
 from sgl_jax.ops.dense import DenseProduct, plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
@@ -15,6 +16,7 @@ class Kernels:
     attention: Backend
     grouped_matmul: GroupedMatmul
     dense: DenseProduct = plain_product
+    adapters: AdapterAddend = plain_addend
     quantized: QuantizedMatmul = native.quantized_matmul
     quantized_experts: QuantizedGroupedMatmul | None = None  # None: this layer's matrices are dequantised first
 

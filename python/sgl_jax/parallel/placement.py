@@ -23,6 +23,7 @@ RULES = {
     "ffn": (DATA, TENSOR),
     "vocab": (DATA, TENSOR),
     "experts": (DATA, TENSOR),
+    "devices": (DATA, TENSOR),
 }
 
 Axes = tuple[str | None, ...]  # a logical name, or None, for each axis of an array

@@ -10,6 +10,7 @@ import jax
 
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.observability import log
+from sgl_jax.ops.adapters import library_addend
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.cpu.library import find_library
 from sgl_jax.ops.dense import library_product, plain_product
@@ -153,7 +154,7 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     if library is None:
         return Kernels(attention, grouped)
     quantised = library_matmul(library), library_grouped_matmul(library)
-    return Kernels(attention, grouped, library_product(library), *quantised)
+    return Kernels(attention, grouped, library_product(library), library_addend(library), *quantised)
 
 
 def grouped_matmul_for(platform: Name) -> GroupedMatmul:

@@ -9,12 +9,14 @@ from typing import Any, cast
 import jax
 import numpy as np
 
+from sgl_jax.models.adapters import Adapters, AdapterSlots
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import AnyPool
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import MeshAxis
 from sgl_jax.parallel.placement import Axes, Placement
+from sgl_jax.runtime.adapter_arrays import LOAD_ADAPTER, AdapterArrays, ReadAdapter
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.runtime.compiler import Program
 from sgl_jax.runtime.device_state import STATE_AXES, DeviceState, StateSizes, initial_state
@@ -27,7 +29,8 @@ from sgl_jax.runtime.step import StepOutputs, step
 from sgl_jax.runtime.step_spec import Drafter, Pools, StepSpec
 from sgl_jax.step_plan import pages_per_row
 
-WEIGHTS, KV, STATE, OUTPUTS = "weights", "kv", "state", "outputs"  # names of device values
+# Names of device values.
+WEIGHTS, ADAPTERS, KV, STATE, OUTPUTS = "weights", "adapters", "kv", "state", "outputs"
 _LEAF = cast(jax.Array, 0)  # stands for an array of a step's outputs
 _LOGPROBS = Logprobs(_LEAF, _LEAF, _LEAF)
 _OUTPUTS = StepOutputs(_LEAF, _LEAF, _LOGPROBS, _LOGPROBS)
@@ -47,6 +50,7 @@ class RunnerConfig:
     width: int = 1  # W of the widest bucket
     lookahead: int = 0  # tokens beyond a step's own that its drafter writes KV of
     keeps_tokens: bool = False  # the drafter reads each row's tokens
+    adapters: AdapterSlots | None = None  # None: the launch takes no adapters
     simulated_acceptance: float | None = None  # share of drafts that count whatever is sampled; None: they are verified
 
     @property
@@ -88,21 +92,25 @@ def make_programs(
     placement: Placement,
     weights: Weights[jax.ShapeDtypeStruct],
     drafter: Drafter | None = None,
+    read_adapter: ReadAdapter | None = None,
 ) -> list[Program]:
-    """Make every program of a launch, small buckets first. `weights` are abstract, with their shardings."""
+    """Make every program of a launch, small buckets first. `weights` are abstract, with their shardings. `read_adapter` reads
+    an adapter from its source, where programs are to be run."""
     grid = placement.grid
     limits = config.num_pages, config.compute_dtype
-    spec = StepSpec(model.shard(grid), kernels, *limits, grid, drafter, config.simulated_acceptance)
+    spec = StepSpec(model.shard(grid), kernels, *limits, grid, drafter, config.adapters, config.simulated_acceptance)
     axes, kv_axes = weight_axes(model, stacked=weights.stacked), [pool.order.axes for pool in config.pools]
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
+    slots = adapter_arrays(model, config, placement, stacked=weights.stacked)
+    adapters, adapter_axes = (slots.abstract, slots.axes) if slots else (None, None)
     programs = []
     for bucket in sorted(config.buckets):
         layout = config.layout(bucket)
         function = functools.partial(step, spec=spec, layout=layout)
-        function = placement.run(function, (axes, kv_axes, STATE_AXES, ()), (kv_axes, STATE_AXES, ()))
-        jitted = jax.jit(_named(function, step_name(bucket)), donate_argnums=(1, 2))
-        args = weights, kv, state, _vector(layout.size, placement)
-        takes, gives = (WEIGHTS, KV, STATE), (KV, STATE, OUTPUTS)
+        function = placement.run(function, (axes, adapter_axes, kv_axes, STATE_AXES, ()), (kv_axes, STATE_AXES, ()))
+        jitted = jax.jit(_named(function, step_name(bucket)), donate_argnums=(2, 3))
+        args = weights, adapters, kv, state, _vector(layout.size, placement)
+        takes, gives = (WEIGHTS, ADAPTERS, KV, STATE), (KV, STATE, OUTPUTS)
         programs.append(Program(step_name(bucket), jitted, args, takes, gives, outputs=(kv, state, _OUTPUTS)))
     for load in config.loads(model):
         run = functools.partial(_load, load=load, axis=grid.all_axes)
@@ -110,7 +118,21 @@ def make_programs(
         jitted = jax.jit(run, donate_argnums=0)
         args = state, _vector(load.size, placement)
         programs.append(Program(load.kind.program, jitted, args, (STATE,), (STATE,), outputs=(state,)))
+    if slots is not None:
+        run = _named(placement.run(slots.load, (adapter_axes, (), ("devices",)), (adapter_axes,)), LOAD_ADAPTER)
+        args = adapters, _vector(1, placement), slots.abstract_vectors
+        jitted, values = jax.jit(run, donate_argnums=0), (ADAPTERS,)
+        programs.append(Program(LOAD_ADAPTER, jitted, args, values, values, read_adapter, outputs=(adapters,)))
     return programs
+
+
+def adapter_arrays(
+    model: DecoderConfig, config: RunnerConfig, placement: Placement, *, stacked: bool
+) -> AdapterArrays | None:
+    """Return the forms of a launch's adapters; None without any."""
+    if config.adapters is None:
+        return None
+    return AdapterArrays(model, config.adapters, config.compute_dtype, placement, stacked)
 
 
 def _named[**P, R](function: Callable[P, R], name: str) -> Callable[P, R]:
@@ -156,6 +178,14 @@ def empty_kv(config: RunnerConfig, placement: Placement, make_pool: Callable[[tu
         return jax.jit(on_each, out_shardings=placement.sharding(axes))()
 
     return [*map(make, config.pools)]
+
+
+def empty_adapters(
+    model: DecoderConfig, config: RunnerConfig, placement: Placement, *, stacked: bool
+) -> Adapters[jax.Array] | None:
+    """Make the adapters' slots on their devices, with zeros; None in a launch without."""
+    slots = adapter_arrays(model, config, placement, stacked=stacked)
+    return None if slots is None else zeros(slots.abstract)
 
 
 def empty_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:

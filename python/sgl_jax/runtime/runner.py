@@ -5,22 +5,26 @@ import functools
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import cast
 
 import jax
 import numpy as np
 
+from sgl_jax.models.adapters import Adapters
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime import programs
+from sgl_jax.runtime.adapter_arrays import LOAD_ADAPTER
+from sgl_jax.runtime.adapter_copies import HOST_CALLS, AdapterCopies
 from sgl_jax.runtime.buckets import Bucket, pick
 from sgl_jax.runtime.compiler import Compiled, CompileWatch, Kept, Program, compile_all, matmul_precision
 from sgl_jax.runtime.device_state import DeviceState
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.loads import pack_loads
 from sgl_jax.runtime.placed_weights import abstract_weights
-from sgl_jax.runtime.programs import KV, OUTPUTS, STATE, WEIGHTS, RunnerConfig, step_name, zeros
+from sgl_jax.runtime.programs import ADAPTERS, KV, OUTPUTS, STATE, WEIGHTS, RunnerConfig, step_name, zeros
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.step import StepOutputs
 from sgl_jax.runtime.step_spec import Drafter, Pools
@@ -30,7 +34,7 @@ from sgl_jax.step_plan import StepPlan, StepTokens, TokenScores, empty_plan
 # Called right before a program runs, with its name, its vector and the source of its payload ("" without one).
 type Announce = Callable[[str, np.ndarray, str], None]
 type Report = Callable[[int, int, Compiled], None]
-type DeviceValue = Weights[jax.Array] | DeviceState | StepOutputs | Pools
+type DeviceValue = Weights[jax.Array] | Adapters[jax.Array] | DeviceState | StepOutputs | Pools | None
 _FIRST_ANSWER_S = 1.0  # in which nothing is compiled behind, because tracing and requests share the interpreter
 
 
@@ -84,17 +88,21 @@ class ModelRunner:
         announce: Announce = announce_to_nobody,
         drafter: Drafter | None = None,
         kept: Kept | None = None,
+        adapters: AdapterCopies | None = None,
     ):
+        """`adapters`: copies in the hosts' memory, in a launch that takes any."""
         self.config = config
         self.watch = CompileWatch()
         weights = abstract_weights(model, config.weight_dtype, placement, stacked=stacks_layers)
-        self.programs = programs.make_programs(model, config, kernels, placement, weights, drafter)
+        read_adapter = adapters.vectors if adapters is not None else None
+        self.programs = programs.make_programs(model, config, kernels, placement, weights, drafter, read_adapter)
         self.tracer = JaxTracer()
         self._model = model
         self._kept = kept
         self._devices = [*placement.mesh.devices.flat]
         self._placement = placement
         self._announce = announce
+        self._adapters = adapters
         self._make_pool = kernels.attention.make_pool
         self._layouts = {bucket: config.layout(bucket) for bucket in config.buckets}
         self._loads = config.loads(model)
@@ -114,9 +122,7 @@ class ModelRunner:
     @property
     def pools(self) -> Pools:
         """The KV pools, until the next step takes them."""
-        pools = self._values[KV]
-        assert isinstance(pools, list)
-        return pools
+        return cast(Pools, self._values[KV])
 
     @property
     def num_compiling(self) -> int:
@@ -163,6 +169,7 @@ class ModelRunner:
         """
         self._values = {
             WEIGHTS: weights,
+            ADAPTERS: programs.empty_adapters(self._model, self.config, self._placement, stacked=weights.stacked),
             KV: programs.empty_kv(self.config, self._placement, self._make_pool),
             STATE: programs.empty_state(self._model, self.config, self._placement),
         }
@@ -181,8 +188,8 @@ class ModelRunner:
         }
         for program in [each for each in self.programs if each.name in self._calls]:
             vector = empty_steps.get(program.name, np.zeros(program.vector_shape, np.int32))
-            payload = () if program.read is None else (zeros(program.args[-1]),)
-            jax.block_until_ready(self._call(program, vector, *payload))
+            payload = program.args[len(program.takes) + 1 :]
+            jax.block_until_ready(self._call(program, vector, *map(zeros, payload)))
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether a step's row loads and a bucket that holds it are compiled."""
@@ -192,10 +199,15 @@ class ModelRunner:
             self._layout(plan)
         except ValueError:  # no compiled bucket holds it
             return False
+        if plan.adapter_loads and LOAD_ADAPTER not in self._calls:
+            return False
         return all(program in self._calls for program, _ in pack_loads(self._loads, plan.loads))
 
     def launch(self, plan: StepPlan) -> InFlight:
-        """Start a step with one copy to the device and one dispatch, after one dispatch for each kind of row load in it."""
+        """Start a step with one copy to the device and one dispatch, after one dispatch for each kind of row load in it, and for
+        each adapter that it puts into a slot."""
+        for slot, source in plan.adapter_loads:
+            self.run(LOAD_ADAPTER, np.array([slot], np.int32), source)
         for program, vector in pack_loads(self._loads, plan.loads):
             self.run(program, vector)
         layout = self._layout(plan)
@@ -203,18 +215,21 @@ class ModelRunner:
         assert isinstance(outputs, StepOutputs)
         return InFlight(plan, outputs, *layout.padded_indices(plan))
 
-    def run(self, name: str, vector: np.ndarray, source: str = "") -> DeviceValue | None:
+    def run(self, name: str, vector: np.ndarray, source: str = "") -> DeviceValue:
         """Announce a program to the other processes and run it here. Return its result, if it has one."""
         self._announce(name, vector, source)
         return self.execute(name, vector, source)
 
-    def execute(self, name: str, vector: np.ndarray, source: str = "") -> DeviceValue | None:
-        """Run a program, with the payload read from the source. Return its result, if it has one."""
+    def execute(self, name: str, vector: np.ndarray, source: str = "") -> DeviceValue:
+        """Run a program, with the payload read from the source, or do what host 0 asks of adapters in memory. Return its result,
+        if it has one."""
+        if name in HOST_CALLS and self._adapters is not None:
+            return self._adapters.carry_out(name, source)
         program = self._by_name[name]
         payload = () if program.read is None else (program.read(source),)
         return self._call(program, vector, *payload)
 
-    def _call(self, program: Program, vector: np.ndarray, *payload: object) -> DeviceValue | None:
+    def _call(self, program: Program, vector: np.ndarray, *payload: object) -> DeviceValue:
         """Run a compiled program and keep the device values it gives."""
         taken = [self._values[name] for name in program.takes]
         given = self._calls[program.name](*taken, vector, *payload)

@@ -1,5 +1,6 @@
 """Body of the step program, from a plan vector to sampled tokens."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sgl_jax.models import decoder
+from sgl_jax.models.adapters import Adapters, SlotsInUse, with_adapters
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import RaggedBatch, make_ragged_batch
 from sgl_jax.request import MAX_LOGPROBS
@@ -17,7 +19,7 @@ from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.speculate import Verified
 from sgl_jax.runtime.step_spec import Pools, StepSpec
-from sgl_jax.step_plan import RowFlag
+from sgl_jax.step_plan import Param, RowFlag
 
 
 class StepOutputs(NamedTuple):
@@ -31,6 +33,7 @@ class StepOutputs(NamedTuple):
 
 def step(
     weights: Weights[jax.Array],
+    adapters: Adapters[jax.Array] | None,
     pools: Pools,
     state: DeviceState,
     vector: Int[Array, " size"],
@@ -54,10 +57,16 @@ def step(
         used = inputs.num_new.reshape(layout.num_ranks, -1).sum(-1, keepdims=True)
         valid = (jnp.arange(bucket.num_tokens) < used).reshape(-1)
 
-    context = spec.context(spec.config, batch, valid, bucket.width)
+    target, slots = weights, None
+    if adapters is not None and spec.adapters is not None:
+        target = dataclasses.replace(weights, layers=with_adapters(weights.layers, adapters, spec.adapters.number))
+        of_row = ranks.own(inputs.params[:, Param.ADAPTER]) - 1
+        own = of_row[batch.token_row]
+        slots = SlotsInUse(own, ranks.gather(own))
+    context = spec.context(spec.config, batch, valid, bucket.width, slots=slots)
     taps = spec.config.draft.target_layers if spec.config.draft else ()
     kv, *others = pools
-    hidden, kv, tapped = decoder.hidden_states(weights, spec.config, rows.packed, kv, context, taps)
+    hidden, kv, tapped = decoder.hidden_states(target, spec.config, rows.packed, kv, context, taps)
     sampled_at = speculate.sampled_tokens(batch, ranks.own(inputs.from_device), bucket.width)
     last_hidden = ranks.gather(hidden[sampled_at])  # [M * S * W, D]
     logits = decoder.logits(weights, spec.config, last_hidden, spec.linear)

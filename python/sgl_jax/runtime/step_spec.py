@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Bool
 
+from sgl_jax.models.adapters import AdapterSlots, SlotsInUse
 from sgl_jax.models.decoder import Context
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.linear import Linear, products
@@ -29,6 +30,7 @@ class StepSpec:
     compute_dtype: str
     grid: Grid = LONE
     drafter: Drafter | None = None
+    adapters: AdapterSlots | None = None
     simulated_acceptance: float | None = None  # as in RunnerConfig
 
     @property
@@ -36,9 +38,16 @@ class StepSpec:
         return products(self.kernels)[0]
 
     def context(
-        self, model: DecoderConfig, batch: RaggedBatch, valid: Bool[Array, " MT"], width: int, first_key: int = 0
+        self,
+        model: DecoderConfig,
+        batch: RaggedBatch,
+        valid: Bool[Array, " MT"],
+        width: int,
+        first_key: int = 0,
+        slots: SlotsInUse | None = None,
     ) -> Context:
-        """Return the context of a forward pass of the target or the draft model over the batch."""
+        """Return the context of a forward pass of the target or the draft model over the batch. `slots`: the adapters of its
+        tokens; a draft model has none."""
         attention = _attention_spec(model, width, first_key)
 
         def attend(q, k, v, kv, *, layer, window, sinks, kv_scales, prepare=None):
@@ -54,7 +63,7 @@ class StepSpec:
             )
             return self.kernels.attention(q, k, v, kv, batch, arrays)
 
-        linear, grouped = products(self.kernels)
+        linear, grouped = products(self.kernels, slots)
         return Context(batch.positions, valid, attend, grouped, self.compute_dtype, self.grid, linear)
 
 

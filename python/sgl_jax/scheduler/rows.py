@@ -124,6 +124,7 @@ def encode_params(request: Request) -> np.ndarray:
         flags |= RowFlag.NO_DRAFTS
     encoded = np.empty(len(Param), np.int32)
     encoded[Param.SEED] = np.uint32(request.seed).view(np.int32)
+    encoded[Param.ADAPTER] = 0  # until it has a slot
     encoded[Param.FLAGS] = int(flags)
     encoded[Param.FLAGS + 1 : Param.TEMPERATURE] = [getattr(p, name) for name in _INTS]
     if p.top_k <= 0:

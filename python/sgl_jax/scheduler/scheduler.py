@@ -14,15 +14,16 @@ counters of a row with steps in flight are bounds (scheduler/rows.py).
 With M data ranks there are M caches, each with its own pages and prefix tree. A row belongs to a rank from its admission on.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.request import Request
+from sgl_jax.scheduler.adapter_slots import AdapterSlots
 from sgl_jax.scheduler.admission import Admission, Place
 from sgl_jax.scheduler.counters import Counters
+from sgl_jax.scheduler.picks import Picks
 from sgl_jax.scheduler.policy import POLICIES
 from sgl_jax.scheduler.results import StepResult, take_tokens, verified_drafts
 from sgl_jax.scheduler.row_pages import RowPages
@@ -32,23 +33,16 @@ from sgl_jax.scheduler.widths import Widths
 from sgl_jax.step_plan import Param, RowFlag, RowLoad, StepPlan, StepTokens, pages_per_row
 
 
-@dataclasses.dataclass(slots=True)
-class _Picks:
-    """Rows chosen for the step under construction."""
-
-    width: int  # W
-    num_decoding: int  # the number of rows that decode
-    budget: list[int]  # [M] prompt tokens for which each rank has room left
-    rows: list[np.ndarray]
-    num_new: list[np.ndarray]
-    page_updates: list[np.ndarray]
-    loads: list[RowLoad] = dataclasses.field(default_factory=list)
-    num_cached_tokens: int = 0  # tokens that the admitted requests found in the cache
-
-
 class Scheduler:
-    def __init__(self, config: SchedulerConfig, caches: Sequence[PrefixCache], widths: Widths | None = None):
-        """`caches`: one for each data rank, alike except in their number of pages. `widths`: other ones than the config's."""
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        caches: Sequence[PrefixCache],
+        widths: Widths | None = None,
+        adapters: AdapterSlots | None = None,
+    ):
+        """`caches`: one for each data rank, alike except in their number of pages. `widths`: other ones than the config's.
+        `adapters`: None in a launch that takes none."""
         self._widths = widths or Widths(config.width, config.wide_rows, config.draft_cost, config.ridge_tokens)
         for num_decoding in range(1, config.max_running_requests + 1):
             if config.max_step_tokens < num_decoding * self._widths(num_decoding):
@@ -64,9 +58,10 @@ class Scheduler:
         self.table = RowTable(len(caches) * config.max_running_requests, config.context_length, num_pages)
         self._pages = RowPages(self.table, caches, config.lookahead)
         self._admission = Admission(config, self.caches, self.table, self._pages)
+        self.adapters = adapters or AdapterSlots()
         self.waiting: dict[int, Request] = {}  # by key
         self.counters = Counters(accepted_per_position=[0] * (config.width - 1))
-        self._requests: dict[int, Request] = {}  # every live request, by key
+        self.requests: dict[int, Request] = {}  # every live request, by key
         self._is_full = False  # the last admission ended for want of pages or rows, not of budget
         self._running = np.empty(0, np.int32)  # rows by rank, within a rank in order of admission
 
@@ -76,7 +71,7 @@ class Scheduler:
 
     @property
     def has_requests(self) -> bool:
-        return bool(self._requests)
+        return bool(self.requests)
 
     @property
     def num_pages(self) -> int:
@@ -98,12 +93,9 @@ class Scheduler:
         """Tokens that running requests have computed, with the steps in flight."""
         return int(self.table.num_computed[self._running].sum())
 
-    def find(self, key: int) -> Request | None:
-        return self._requests.get(key)
-
     def add(self, request: Request) -> None:
         """Let a request wait. Its max_total_tokens must fit the context, and the context the pool."""
-        self._requests[request.key] = self.waiting[request.key] = request
+        self.requests[request.key] = self.waiting[request.key] = request
 
     def flush(self) -> int:
         """Evict every prefix that no running request holds, on all ranks; return how many pages became free."""
@@ -111,13 +103,14 @@ class Scheduler:
 
     def abort(self, key: int) -> bool:
         """End a request and release its pages; return False if there is none. Its tokens in flight are dropped."""
-        request = self._requests.pop(key, None)
+        request = self.requests.pop(key, None)
         if request is None:
             return False
         if request.row >= 0:
             self._leave_row(request.row)
         else:
             del self.waiting[key]
+            self.adapters.withdraw(request)
         return True
 
     def schedule(self) -> StepPlan | None:
@@ -141,7 +134,7 @@ class Scheduler:
         self.counters.steps += 1
         return plan
 
-    def _pick_running(self) -> _Picks:
+    def _pick_running(self) -> Picks:
         """Choose the running rows of this step and allocate their new pages. Where a rank lacks pages, its youngest request
         is preempted: it waits again, and its tokens in flight are dropped and sampled anew, which gives the same ones."""
         t, limits = self.table, self.config
@@ -163,18 +156,20 @@ class Scheduler:
             need = self._pages.needed(rows, num_new)
             short = self._pages.short_rank(rows, need)
             if short is None:
-                return _Picks(width, len(decode_rows), budget, [rows], [num_new], [self._pages.give(rows, need)])
+                return Picks(width, len(decode_rows), budget, [rows], [num_new], [self._pages.give(rows, need)])
             self.counters.preemptions += 1
             victim = self._leave_row(int(run[t.rank[run] == short][-1]))
             self.waiting[victim.key] = victim
 
-    def _admit(self, picks: _Picks) -> None:
+    def _admit(self, picks: Picks) -> None:
         """Seat waiting requests until no rank has budget, a row and pages for the next one."""
         self._is_full = False
         if not self.waiting or not self.table.num_free:
             return
         being_computed = self._admission.prefixes_being_computed(self._running)
         for request in POLICIES[self.config.policy](self.waiting.values(), self.caches):
+            if not self.adapters.admits(request):
+                continue
             place = self._admission.place(request, picks.budget, self._running, being_computed)
             if place is None:
                 self._is_full = min(picks.budget) > 0
@@ -186,12 +181,14 @@ class Scheduler:
             self._seat(request, place, picks)
             being_computed.add(place.next_page)
 
-    def _seat(self, request: Request, place: Place, picks: _Picks) -> None:
+    def _seat(self, request: Request, place: Place, picks: Picks) -> None:
         """Give a waiting request its row and pages, and add it to the step."""
         t, rank, handle = self.table, place.rank, place.handle
         del self.waiting[request.key]
         row = t.seat(request, rank)
         self._pages.seat(row, handle)
+        t.params[row, Param.ADAPTER], load = self.adapters.seat(request)
+        picks.adapter_loads += [load] if load else []
         last_of_rank = np.searchsorted(t.rank[self._running], rank, side="right")
         self._running = np.insert(self._running, last_of_rank, row)
         if not request.admitted:
@@ -211,7 +208,7 @@ class Scheduler:
         picks.num_new.append(new)
         picks.page_updates.append(self._pages.give(rows, self._pages.needed(rows, new)))
 
-    def _build(self, rows: np.ndarray, num_new: np.ndarray, picks: _Picks) -> StepPlan:
+    def _build(self, rows: np.ndarray, num_new: np.ndarray, picks: Picks) -> StepPlan:
         """Make the plan and advance the rows past it."""
         t = self.table
         start, from_device = t.num_computed[rows], t.has_sampled[rows]
@@ -229,6 +226,7 @@ class Scheduler:
             keys=t.key[rows],
             rank=t.rank[rows],
             loads=picks.loads + self._pages.take_reloads(),
+            adapter_loads=picks.adapter_loads,
             num_cached_tokens=picks.num_cached_tokens,
             rows=rows,
             start=start,
@@ -251,7 +249,9 @@ class Scheduler:
         """Release a row with its pages; the tree keeps the computed ones that it can. Return the row's request."""
         self._pages.release(row)
         self._running = self._running[self._running != row]
-        return self.table.unseat(row)
+        request = self.table.unseat(row)
+        self.adapters.leave(request)
+        return request
 
     def process(self, plan: StepPlan, step: StepTokens) -> StepResult:
         """Take in a step's tokens, up to the one at which a request ends. Rows that changed hands are skipped."""
@@ -277,7 +277,7 @@ class Scheduler:
             tokens=taken.tokens,
             lines=index[taken.of] * plan.width + taken.line,
             first=first,
-            finished=[(self._requests.pop(self._leave_row(int(rows[i])).key), reason) for i, reason in taken.ends],
+            finished=[(self.requests.pop(self._leave_row(int(rows[i])).key), reason) for i, reason in taken.ends],
             scored=scored,
             drafts=drafts,
         )
@@ -294,6 +294,7 @@ class Scheduler:
         assert len(run) + table.num_free == len(self.caches) * self.config.max_running_requests
         assert max(self._pages.count_by_rank(run)) <= self.config.max_running_requests
         assert (np.diff(table.rank[run]) >= 0).all()
-        assert len(self.waiting) + len(run) == len(self._requests)
+        assert len(self.waiting) + len(run) == len(self.requests)
         table.check_invariants(run, width)
         self._pages.check_invariants(run, 2 * (width - 1))
+        self.adapters.check_invariants(request for request in map(table.requests.__getitem__, run) if request)

@@ -23,6 +23,7 @@ LIBRARIES: dict[str, set[str]] = {
 class Library:
     """A library's calls, by the names that XLA knows them by."""
 
+    adapters: str
     attention: str
     dense: str
     quantised: str

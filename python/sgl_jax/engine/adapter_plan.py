@@ -1,0 +1,81 @@
+"""Decisions about adapters before they are loaded: how many slots, of which rank, and for which matrices."""
+
+import functools
+
+from sgl_jax.models.adapters import ADAPTED_SITES, AdapterSlots, adapted_matrices
+from sgl_jax.models.decoder_config import DecoderConfig
+from sgl_jax.models.families import Families, tensor_names
+from sgl_jax.models.lora_files import AdapterFiles, open_adapter
+from sgl_jax.models.names import TensorNames
+from sgl_jax.models.spec import Site
+from sgl_jax.models.weights import declare_plain
+from sgl_jax.parallel.placement import Placement
+from sgl_jax.runtime.adapter_store import AdapterStore
+from sgl_jax.runtime.programs import RunnerConfig, adapter_arrays
+from sgl_jax.settings.hub import Downloads, local_path
+from sgl_jax.settings.server_args import ServerArgs
+
+_DEFAULT_RANK = 16
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def plan_adapters(args: ServerArgs, model: DecoderConfig, families: Families) -> AdapterSlots | None:
+    """Return the slots of a launch, for the adapters of --lora-paths where flags do not say more; None for a launch that
+    takes no adapters. Raises ValueError for an adapter that does not fit the model or the flags."""
+    if not args.lora_enabled:
+        return None
+    names = tensor_names(model, families)
+    files = [open_files(each.path, model, names, args.downloads) for each in args.adapters]
+    highest = max((each.rank for each in files), default=_DEFAULT_RANK)
+    rank = args.max_lora_rank or highest
+    if highest > rank and files:
+        path = next(each.path for each in files if each.rank == highest)
+        raise ValueError(f"--max-lora-rank is {rank}; the adapter {path} has rank {highest}")
+    in_model = {site for layer in declare_plain(model, "float32").layers for site, _ in adapted_matrices(layer)}
+    if args.lora_target_modules:
+        wanted = _sites_of(args.lora_target_modules, names, in_model)
+    else:
+        wanted = {site for each in files for site in each.sites} or in_model
+    for each in files:
+        if outside := {*each.sites} - wanted:
+            listed = " ".join(args.lora_target_modules)
+            raise ValueError(f"--lora-target-modules is {listed}; the adapter {each.path} changes {', '.join(outside)}")
+    return AdapterSlots(args.max_loras_per_batch, rank, tuple(site for site in ADAPTED_SITES if site in wanted))
+
+
+def adapter_store(
+    args: ServerArgs,
+    model: DecoderConfig,
+    families: Families,
+    config: RunnerConfig,
+    placement: Placement,
+    *,
+    stacked: bool,
+) -> AdapterStore | None:
+    """Return where a host keeps adapters in memory; None in a launch that takes none."""
+    arrays = adapter_arrays(model, config, placement, stacked=stacked)
+    if arrays is None:
+        return None
+    names = tensor_names(model, families)
+    limit = args.max_loaded_loras or 4 * args.max_loras_per_batch
+    opened = functools.partial(open_files, model=model, names=names, downloads=args.downloads)
+    return AdapterStore(opened, arrays, limit)
+
+
+def open_files(path: str, model: DecoderConfig, names: TensorNames, downloads: Downloads) -> AdapterFiles:
+    """Open the adapter in a folder, or fetch the one with a hub id. Raises ValueError."""
+    return open_adapter(local_path(path, _FILES, downloads), model, names)
+
+
+def _sites_of(modules: tuple[str, ...], names: TensorNames, in_model: set[Site]) -> set[Site]:
+    """Return the products of the named modules, in the checkpoint's names. Raises ValueError for a module that is not there."""
+    if "all" in modules:
+        return in_model
+    by_module: dict[str, Site] = {}
+    for site in in_model:
+        for pattern in names.layer[site]:
+            by_module[pattern.removesuffix(".weight").rpartition(".")[2]] = site
+    if unknown := [module for module in modules if module not in by_module]:
+        known = f"this model has {', '.join(sorted(by_module))}, or write all"
+        raise ValueError(f"--lora-target-modules names {', '.join(unknown)}; {known}")
+    return {by_module[module] for module in modules}

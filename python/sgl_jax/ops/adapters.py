@@ -1,0 +1,72 @@
+"""Addends of LoRA adapters to products: the contract, plain XLA, and the library for CPUs (cpu/adapters.cc).
+
+An adapter adds (x Aᵀ) B to the product of x with a matrix (https://arxiv.org/abs/2106.09685). The adapters of all slots lie
+below each other. In plain XLA two products with all of them serve tokens of any adapters at once: between the two, what other
+slots than a token's own give is set to zero. That is little work beside the matrix itself where its sides are long.
+"""
+
+import functools
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from sgl_jax.ops.cpu.library import Library
+
+_MULTIPLE = 16  # numbers of a vector in the widest library; it divides inputs and outputs
+
+
+@runtime_checkable  # so that tests can check annotations
+class AdapterAddend(Protocol):
+    """Returns what each token's adapter adds, zeros for a token whose slot is -1.
+
+    `a` has the R rows of each of P parts for each of A slots, and `b` for each part the R rows of each slot. The outputs of
+    the parts lie side by side.
+    """
+
+    def __call__(
+        self,
+        x: Float[Array, "T I"],
+        slots: Int[Array, " T"],
+        a: Float[Array, "APR I"],
+        b: tuple[Float[Array, "AR O"], ...],
+        num_slots: int,
+    ) -> Float[Array, "T OP"]: ...
+
+
+def plain_addend(
+    x: Float[Array, "T I"],
+    slots: Int[Array, " T"],
+    a: Float[Array, "APR I"],
+    b: tuple[Float[Array, "AR O"], ...],
+    num_slots: int,
+) -> Float[Array, "T OP"]:
+    """See AdapterAddend."""
+    h = jnp.einsum("hi,ti->th", a, x).reshape(len(x), num_slots, len(b), -1)
+    h = jnp.where((slots[:, None] == jnp.arange(num_slots))[:, :, None, None], h, 0)
+    parts = [jnp.einsum("th,ho->to", h[:, :, i].reshape(len(x), -1), each) for i, each in enumerate(b)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def library_addend(library: Library) -> AdapterAddend:
+    """Return the addend by the library, which multiplies each token with its own adapter alone, and plain XLA for what the
+    library does not take."""
+    return functools.partial(_library_addend, library=library)
+
+
+def _library_addend(
+    x: Float[Array, "T I"],
+    slots: Int[Array, " T"],
+    a: Float[Array, "APR I"],
+    b: tuple[Float[Array, "AR O"], ...],
+    num_slots: int,
+    *,
+    library: Library,
+) -> Float[Array, "T OP"]:
+    dtypes = {each.dtype for each in (x, a, *b)}
+    sides = (x.shape[1], *(each.shape[1] for each in b))
+    if dtypes not in ({jnp.dtype("float32")}, {jnp.dtype("bfloat16")}) or any(side % _MULTIPLE for side in sides):
+        return plain_addend(x, slots, a, b, num_slots)
+    out = jax.ShapeDtypeStruct((len(x), sum(sides[1:])), x.dtype)
+    return jax.ffi.ffi_call(library.adapters, out)(x, slots, a, *b, slots=num_slots)
