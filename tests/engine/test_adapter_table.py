@@ -117,7 +117,7 @@ def test_a_taken_name_is_loaded_again_only_in_place() -> None:
             await hand.table.load("tales", "/other")
         assert says(str(caught.value), "lora_name is tales … /tales … load_inplace")
         failing = asyncio.create_task(hand.table.load("tales", "/broken", in_place=True))
-        await hand.answer(InvalidParameter("path", "/broken: no adapter_config.json"))
+        await hand.answer(InvalidParameter("lora_path", "/broken: no adapter_config.json"))
         with pytest.raises(InvalidParameter, match="/broken") as caught:
             await failing
         assert (caught.value.param, hand.number("tales")) == ("lora_path", 1)
@@ -139,7 +139,7 @@ def test_an_adapter_of_the_folder_is_loaded_when_it_is_named(tmp_path: Path) -> 
         hand = Hand(folder=tmp_path)
         assert (hand.table.knows("new"), hand.table.knows("old"), hand.table.loaded) == (True, False, [])
         both = [asyncio.create_task(hand.table.prepare([asking("new")])) for _ in range(2)]
-        await hand.answer(InvalidParameter("path", "no adapter_config.json"))
+        await hand.answer(InvalidParameter("lora_path", "no adapter_config.json"))
         for each in both:
             with pytest.raises(InvalidParameter, match="no adapter_config") as caught:
                 await each

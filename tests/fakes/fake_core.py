@@ -129,7 +129,7 @@ class FakeCore:
 
     def _loaded(self, call: int, name: str, path: str, pinned: bool) -> messages.Event:
         if path.endswith("broken"):
-            return messages.Refused(call, f"{path}: adapter_config.json is missing", "path")
+            return messages.Refused(call, f"{path}: adapter_config.json is missing", "lora_path")
         self._num_adapters += 1
         return messages.AdapterLoaded(call, messages.AdapterInfo(self._num_adapters, name, path, 8, 4, pinned))
 

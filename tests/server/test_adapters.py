@@ -6,6 +6,7 @@ An answer is the prompt, with 100 added to each token for each number of the ada
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -92,15 +93,6 @@ def test_lora_path_names_an_adapter(server: LiveServer, http: httpx.Client) -> N
     several = {"input_ids": [[5, 6], [7, 8]]}
     assert ids(["tales", None], **several) == [[105, 106], [7, 8]]
     assert ids("b:c", **several) == [[205, 206], [207, 208]]
-    for path in ("/v1/completions", "/v1/chat/completions"):
-        prompt = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
-        for model in ({}, {"model": "stories"}, {"model": "tales"}):  # SGLang's benchmark sends both
-            body = prompt | model | {"lora_path": "tales", "max_tokens": 1}
-            answer = http.post(path, json=body).json()
-            assert (answer["model"], used(server)) == (model.get("model", "stories"), 1)
-        body = prompt | {"model": "b:c", "lora_path": "tales"}
-        found = error(http.post(path, json=body), 400, "lora_path is tales … model is b:c")
-        assert found["param"] == "lora_path"
 
 
 def test_unknown_names_get_a_404_that_lists_the_known_ones(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -123,7 +115,6 @@ def test_unknown_names_get_a_404_that_lists_the_known_ones(client: openai.OpenAI
     ):
         found = error(http.post("/generate", json=ONCE | body), 404, "lora_path is … tales, b:c")
         assert (found["param"], found["code"]) == ("lora_path", "model_not_found")
-    assert error(http.post("/v1/completions", json={"prompt": "a", "lora_path": "tale"}), 404, "lora_path is tale")
 
 
 @pytest.mark.parametrize(
@@ -262,8 +253,8 @@ def test_metrics_and_the_log_name_adapters(http: httpx.Client, caplog: pytest.Lo
         http.post("/generate", json={"input_ids": [[5], [6], [7]], "lora_path": ["b:c", "tales", None]})
         http.post("/generate", json=ONCE)
         metrics = http.get("/metrics").text
-    ends = [line.split(" tokens ")[1] for line in caplog.messages]
-    assert [end.rsplit(" ", 2)[0] for end in ends] == ["adapter=b%3Ac", "2 adapters", ends[2].split()[0]]
+    named = [re.findall(r" adapter=(\S+)", line) for line in caplog.messages]
+    assert named == [["b%3Ac"], ["b%3Ac", "tales"], []]
     assert f"sgl_jax_lora_adapters {len(loaded(http)) - 1:.1f}" in metrics.splitlines()
     assert "sgl_jax_lora_adapters_on_device 0.0" in metrics
     assert "sgl_jax_lora_adapter_loads_total 0.0" in metrics
@@ -280,7 +271,6 @@ def test_a_launch_without_adapters_names_the_flag() -> None:
         error(http.post("/v1/completions", json=asked), 404, "stories:a … stories … --enable-lora")
         found = error(http.post("/v1/completions", json=asked | {"model": "a"}), 404, "the model a … stories")
         assert "lora" not in found["message"]
-        assert "lora" not in http.get("/metrics").text
         assert http.get("/v1/models").json()["data"][0]["parent"] is None
 
 

@@ -25,7 +25,7 @@ FOUND = (
     AdapterPath("/a", "/a"),
     AdapterPath("b", "/b=b"),
     AdapterPath("c", "/c d", pinned=True),
-    AdapterPath("e", "/home/someone/e", base="m"),
+    AdapterPath("e", "/home/someone/e"),
 )
 
 
@@ -72,7 +72,7 @@ def test_adapters_are_enabled_by_any_flag_that_names_them(tmp_path: Path) -> Non
         assert parse(*words).lora_enabled
     args = parse("--enable-lora", "--max-loras", "2", "--max-cpu-loras", "3", "--max-lora-rank", "64")
     assert (args.max_loras_per_batch, args.max_loaded_loras, args.max_lora_rank) == (2, 3, 64)
-    assert (args.adapters, args.lora_target_modules) == ((), None)
+    assert (args.adapters, args.lora_target_modules) == ((), ())
 
 
 @pytest.mark.parametrize(

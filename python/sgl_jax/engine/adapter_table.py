@@ -27,14 +27,10 @@ class AdapterTable:
 
     def __init__(self, info: EngineInfo, ask: Ask, folder: str | None):
         self._by_name = {each.name: each for each in info.adapters}
-        self._enabled, self._ask, self._folder = info.max_lora_rank > 0, ask, folder
+        self.enabled = info.max_lora_rank > 0  # the launch takes adapters
+        self._ask, self._folder = ask, folder
         self._loading: dict[str, asyncio.Task[AdapterInfo]] = {}
         self._unloading: set[asyncio.Task[int]] = set()
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the launch takes adapters."""
-        return self._enabled
 
     @property
     def loaded(self) -> list[AdapterInfo]:
@@ -47,9 +43,8 @@ class AdapterTable:
 
     def names_text(self) -> str:
         """Return the names of the loaded adapters for an error message."""
-        names = [*self._by_name]
-        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-        return ", ".join(names[:_MOST_NAMES]) + more
+        more = len(self._by_name) - _MOST_NAMES
+        return ", ".join([*self._by_name][:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
     def knows(self, name: str) -> bool:
         """Tell whether requests may use the name: its adapter is loaded, being loaded, or in the folder."""
@@ -106,8 +101,6 @@ class AdapterTable:
         async def load() -> AdapterInfo:
             try:
                 adapter = await self._ask(lambda call: LoadAdapter(call, name, path, pinned), AdapterInfo)
-            except InvalidParameter as error:
-                raise error.named({"name": "lora_name", "path": "lora_path"}) from error
             finally:
                 del self._loading[name]
             if (old := self._by_name.get(name)) is not None:
@@ -127,10 +120,10 @@ class AdapterTable:
         return task
 
     def _path_of(self, name: str) -> str | None:
-        return None if self._folder is None or not self._enabled else folder_in(self._folder, name)
+        return None if self._folder is None or not self.enabled else folder_in(self._folder, name)
 
     def _check_enabled(self, param: str) -> None:
-        if not self._enabled:
+        if not self.enabled:
             raise InvalidParameter(
                 param, f"{param}: this launch takes no LoRA adapters; --enable-lora makes it take them"
             )

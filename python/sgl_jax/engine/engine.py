@@ -15,15 +15,7 @@ from typing import Any, Self
 from sgl_jax import __version__
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.loop import EngineCore
-from sgl_jax.engine.messages import (
-    AdapterInfo,
-    EngineInfo,
-    GetProfile,
-    ProfileStatus,
-    StartProfile,
-    Stats,
-    StopProfile,
-)
+from sgl_jax.engine.messages import AdapterInfo, EngineInfo, GetProfile, ProfileStatus, StartProfile, Stats, StopProfile
 from sgl_jax.engine.native_call import NativeCall, Reply, native_call
 from sgl_jax.engine.native_params import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService

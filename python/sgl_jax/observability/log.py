@@ -153,13 +153,11 @@ def access_line(
     seconds: float,
     adapters: Collection[str] = (),
 ) -> str:
-    """Return `127.0.0.1:5 - "POST /generate HTTP/1.1" 200 id=a 5+16 tokens 0.120 s`. `tokens`: of prompts and output;
-    `adapters`: those of the prompts, of which one is named and several are counted."""
+    """Return `127.0.0.1:5 - "POST /generate HTTP/1.1" 200 id=a 5+16 tokens 0.120 s`. `tokens`: of prompts and output."""
     where = f"{client[0]}:{client[1]}" if client else "-"
     said = request if len(request) <= 512 else request[:512] + "…"
     counted = "" if tokens is None else f" {tokens[0]}+{tokens[1]} tokens"
-    if adapters:
-        counted += f" adapter={quote(*adapters)}" if len(adapters) == 1 else f" {len(adapters)} adapters"
+    counted += "".join(f" adapter={quote(name)}" for name in sorted(adapters))
     return f'{where} - "{said}" {status} id={request_id}{counted} {seconds:.3f} s'
 
 

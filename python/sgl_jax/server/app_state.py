@@ -47,15 +47,9 @@ class ServerState:
     def serves(self, name: str) -> bool:
         return name.rstrip("/") == self.model_name.rstrip("/")  # folders are written with a slash behind them, and URLs
 
-    def adapter_of(self, model: str | None, lora_path: str | None = None) -> str | None:
-        """Return the adapter that a request names, None if the served model itself: by its `model`, with or without that of the
-        server and a colon before it, or by SGLang's `lora_path`. Raises ApiError for an unknown model, or InvalidParameter."""
-        adapter = self._adapter_named(model)
-        if adapter is not None and lora_path not in (None, adapter):
-            raise InvalidParameter("lora_path", f"lora_path is {lora_path} and model is {model}; give one of them")
-        return adapter or lora_path
-
-    def _adapter_named(self, model: str | None) -> str | None:
+    def adapter_of(self, model: str | None) -> str | None:
+        """Return the adapter that a request's `model` names, also behind the served model and a colon; None: it names the served
+        model itself. Raises ApiError for an unknown name."""
         if model in (None, ANY_MODEL) or self.serves(model):
             return None
         adapters = self.service.adapters

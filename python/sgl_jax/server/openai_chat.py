@@ -21,7 +21,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/chat/completions", **documented(ChatCompletion, 404, *STREAM))
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-        adapter = state.adapter_of(body.model, body.lora_path)
+        adapter = state.adapter_of(body.model)
         body.check_stream_options()
         given = _parameters(body)
         prompt_ids = await state.encode_chat(body.messages, body)
@@ -40,7 +40,6 @@ def _parameters(body: ChatCompletionRequest) -> GenerationRequest:
         raise InvalidParameter("top_logprobs", "top_logprobs needs logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     names = {} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
-    names |= body.adapter_names
     return openai_params(body, {"max_tokens": next(iter(limits), None), "logprobs": logprobs}, names)
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sgl_jax.request import InvalidParameter, Names
+from sgl_jax.request import InvalidParameter
 from sgl_jax.server.bodies import (
     INT64_MAX,
     Body,
@@ -31,7 +31,6 @@ class SamplingFields(Body):
     """Fields that chat and completion requests share."""
 
     model: str | None = Field(None, description="the served model, an adapter, or MODEL:ADAPTER; may be left out")
-    lora_path: Annotated[str, Field(min_length=1)] | None = Field(None, description="an adapter, if model names none")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     rid: Annotated[str, Field(min_length=1)] | None = Field(None, description="a name for /abort_request")
@@ -44,11 +43,6 @@ class SamplingFields(Body):
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: Literal["in_memory", "in-memory", "24h"] | None = None
-
-    @property
-    def adapter_names(self) -> Names:
-        """The field that names the adapter, by the field's native name."""
-        return {} if self.lora_path else {"lora_path": "model"}
 
     def check_stream_options(self) -> None:
         """Check that options of a stream come with one. Raises InvalidParameter."""

@@ -18,20 +18,19 @@ class AdapterPath(NamedTuple):
     name: str
     path: str  # a folder or a hub id
     pinned: bool = False  # it never leaves the devices
-    base: str | None = None  # name of the model that it was made for, where that was said
 
 
-def adapter_path(text: str) -> AdapterPath:
-    """Read a value of --lora-paths. Raises FlagError."""
+def adapter_path(text: str) -> tuple[AdapterPath, str | None]:
+    """Read a value of --lora-paths, and the name of the adapter's base model where it says one. Raises FlagError."""
     if text.startswith("{"):
         return _from_json(text)
     name, found, path = text.partition("=")
     if not name or (found and not path):
         raise _wrong(text, "a name or a path is empty")
-    return AdapterPath(name, os.path.expanduser(path or name))
+    return AdapterPath(name, os.path.expanduser(path or name)), None
 
 
-def _from_json(text: str) -> AdapterPath:
+def _from_json(text: str) -> tuple[AdapterPath, str | None]:
     try:
         given = json.loads(text)
     except ValueError:
@@ -45,7 +44,7 @@ def _from_json(text: str) -> AdapterPath:
     if not values.get("lora_name") or not values.get("lora_path"):
         raise _wrong(text, "it needs a name and a path")
     path = os.path.expanduser(values["lora_path"])
-    return AdapterPath(values["lora_name"], path, values.get("pinned", False), values.get("base_model_name"))
+    return AdapterPath(values["lora_name"], path, values.get("pinned", False)), values.get("base_model_name")
 
 
 def _wrong(text: str, reason: str) -> FlagError:

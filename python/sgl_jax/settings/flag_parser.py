@@ -80,8 +80,8 @@ def _is_flag(word: str) -> bool:
     return word.startswith("-") and not word[1:2].isdigit()  # -1 is a value
 
 
-def listed(value: object) -> object:
-    """Read a list whose objects become JSON, or text that is a JSON list, an object, or values with spaces between them."""
+def many(value: object) -> object:
+    """Read several values: a list, whose objects become JSON, or text: a JSON list, one JSON object, or words."""
     if isinstance(value, str) and value[:1] not in ("[", "{"):
         return tuple(value.split())
     if isinstance(value, str):

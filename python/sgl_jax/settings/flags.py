@@ -14,16 +14,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from sgl_jax.settings.flag_parser import (
-    NOTHING,
-    Elsewhere,
-    FlagError,
-    Mistakes,
-    Parser,
-    hint_about,
-    listed,
-    option_named,
-)
+from sgl_jax.settings.flag_parser import NOTHING, Elsewhere, FlagError, Mistakes, Parser, hint_about, many, option_named
 
 HIDDEN = "***"
 
@@ -101,8 +92,9 @@ class Flag(NamedTuple):
 
     @property
     def metavar(self) -> str:
-        listed_choices = "{" + ",".join(self.choices) + "}" if self.choices else ""
-        return listed_choices or self.about.metavar or _METAVARS.get(self.kind, "TEXT")
+        if self.choices:
+            return "{" + ",".join(self.choices) + "}"
+        return self.about.metavar or _METAVARS.get(self.kind, "TEXT")
 
     @property
     def required(self) -> bool:
@@ -139,7 +131,7 @@ class Flag(NamedTuple):
     def read(self, value: object) -> object:
         """Read text from outside as this flag's type. Text that cannot be read is returned, for `check` to refuse."""
         if self.kind is tuple:
-            return listed(value)
+            return many(value)
         if isinstance(value, dict) and self.about.metavar == "JSON":  # a mapping in the config file
             return json.dumps(value)
         if not isinstance(value, str):

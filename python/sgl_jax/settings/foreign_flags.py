@@ -71,7 +71,7 @@ OTHERWISE = {
     "--lora-eviction-policy": "the adapter used longest ago leaves the devices first",
     "--enable-lora-overlap-loading": "adapters are always loaded while requests run",
     "--lora-strict-loading": "an adapter with a tensor that finds no place is always refused",
-    "--lora-drain-wait-threshold": "a request whose adapter waits for a place is overtaken for a bounded time only",
+    "--lora-drain-wait-threshold": "a request whose adapter waits for a slot lets a bounded number of others pass",
     "--lora-dtype": "adapters have the type of activations, --dtype",
     "--fully-sharded-loras --experts-shared-outer-loras --enable-mixed-moe-lora-format": "an adapter is divided over the devices "
     "as the matrices are that it changes",

@@ -47,8 +47,8 @@ class LoraFlags:
     max_lora_rank: int | None = flag(
         None, "highest rank of an adapter", unset="that of --lora-paths, 16 without any", rule=at_least(1)
     )
-    lora_target_modules: tuple[str, ...] | None = flag(
-        None,
+    lora_target_modules: tuple[str, ...] = flag(
+        (),
         "modules that adapters may change, such as q_proj and gate_up_proj, or all",
         unset="those of --lora-paths, all without any",
         metavar="MODULE",
@@ -68,7 +68,7 @@ class LoraFlags:
     @property
     def adapters(self) -> tuple[AdapterPath, ...]:
         """The adapters of --lora-paths. Raises FlagError for one that cannot be read."""
-        return tuple(map(adapter_path, self.lora_paths))
+        return tuple(adapter_path(each)[0] for each in self.lora_paths)
 
     def misfits_of_adapters(self, served: Collection[str]) -> Iterator[str]:
         """Say which values do not fit together, a sentence each that begins with the flag. `served`: the model's names."""
@@ -85,18 +85,19 @@ class LoraFlags:
         if self.lora_dir is not None and not os.path.isdir(self.lora_dir):
             yield f"--lora-dir is {self.lora_dir}; there is no such folder"
         try:
-            adapters = self.adapters
+            adapters = [adapter_path(each) for each in self.lora_paths]
         except FlagError as error:
             yield str(error)
             return
-        names = [each.name for each in adapters]
-        for i, each in enumerate(adapters):
-            if each.name in names[:i]:
-                yield f"--lora-paths has the name {each.name} twice; give each adapter a name of its own"
-            elif problem := wrong_name(each.name, served):
-                yield f"--lora-paths has the name {each.name}; {problem}"
-            if each.base not in (None, *served):
-                said = f"--lora-paths has {each.name} for the base model {each.base}"
-                yield f"{said}; it must be the one that is served, {' or '.join(sorted(served))}"
-        if (pinned := sum(each.pinned for each in adapters)) >= slots:
+        names: set[str] = set()
+        for (name, _, _), base in adapters:
+            if name in names:
+                yield f"--lora-paths has the name {name} twice; give each adapter a name of its own"
+            elif problem := wrong_name(name, served):
+                yield f"--lora-paths has the name {name}; {problem}"
+            if base not in (None, *served):
+                model = " or ".join(sorted(served))
+                yield f"--lora-paths has {name} for the base model {base}; it must be the served one, {model}"
+            names.add(name)
+        if (pinned := sum(each.pinned for each, _ in adapters)) >= slots:
             yield f"--lora-paths has {pinned} pinned adapters; they must be fewer than --max-loras-per-batch, which is {slots}"
