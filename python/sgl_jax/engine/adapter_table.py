@@ -22,8 +22,8 @@ class Ask(Protocol):
 
 
 class AdapterTable:
-    """Adapters that requests may name. A name is loaded by one call at a time, which all that wait for it share; a caller
-    that goes away does not end it. An adapter in `folder` is loaded when a request names it."""
+    """Adapters that requests may name. A name is loaded by one call at a time, shared by all that wait for it and not
+    ended by a caller that goes away. An adapter in `folder` is loaded when a request names it."""
 
     def __init__(self, info: EngineInfo, ask: Ask, folder: str | None):
         self._by_name = {each.name: each for each in info.adapters}
@@ -59,7 +59,7 @@ class AdapterTable:
         return adapter.number
 
     async def prepare(self, requests: Iterable[GenerationRequest]) -> None:
-        """Wait until the requests' adapters are loaded. Raises InvalidParameter, UnknownAdapter or Conflict if one cannot be."""
+        """Wait until the requests' adapters are loaded. Raises InvalidParameter or Conflict if one cannot be."""
         for request in requests:
             if request.adapter is None or request.adapter in self._by_name:
                 continue
@@ -69,8 +69,8 @@ class AdapterTable:
                 raise error.named(request.names) from error
 
     async def load(self, name: str, path: str, pinned: bool = False, in_place: bool = False) -> AdapterInfo:
-        """Load an adapter, with `in_place` also under a name that is taken: it then means the new adapter, and requests that
-        run keep theirs. Raises InvalidParameter, or Conflict while the name is being loaded."""
+        """Load an adapter, with `in_place` also under a name that is taken: it then means the new adapter, and requests
+        that run keep theirs. Raises InvalidParameter, or Conflict while the name is being loaded."""
         self._check_enabled("lora_name")
         if problem := wrong_name(name, ()):
             raise InvalidParameter("lora_name", f"lora_name is {name!r}; {problem}")
@@ -83,8 +83,8 @@ class AdapterTable:
         return await asyncio.shield(self._load(name, path, pinned))
 
     async def unload(self, name: str) -> int:
-        """Forget a name at once, wait until the requests that use its adapter have ended, and return how many pages with its
-        cached prefixes became free. Raises UnknownAdapter, or Conflict while the name is being loaded."""
+        """Forget a name at once, wait until the requests that use its adapter have ended, and return how many pages with
+        its cached prefixes became free. Raises UnknownAdapter, or Conflict while the name is being loaded."""
         self._check_enabled("lora_name")
         self._check_loading(name)
         if (adapter := self._by_name.pop(name, None)) is None:
@@ -138,8 +138,8 @@ class AdapterTable:
 
 
 def folder_in(root: str, name: str) -> str | None:
-    """Return the folder that a request may load by its name: it lies in `root`, and links do not lead out of it. None: there is
-    no such folder."""
+    """Return the folder that a request may load by its name: it lies in `root`, and links do not lead out of it. None:
+    there is no such folder."""
     if wrong_name(name, ()) or name != os.path.basename(name) or name.startswith("."):
         return None
     try:

@@ -133,8 +133,8 @@ class Engine:
         return self._call(self._service.adapters.load(lora_name, lora_path, pinned))
 
     def unload_lora_adapter(self, lora_name: str) -> int:
-        """Forget an adapter when the requests that use it have ended, and return how many pages of KV became free. Raises
-        UnknownAdapter or Conflict."""
+        """Forget an adapter when the requests that use it have ended, and return how many pages of KV became free.
+        Raises UnknownAdapter or Conflict."""
         return self._call(self._service.adapters.unload(lora_name))
 
     def abort(self, rid: str) -> None:

@@ -48,8 +48,8 @@ class ServerState:
         return name.rstrip("/") == self.model_name.rstrip("/")  # folders are written with a slash behind them, and URLs
 
     def adapter_of(self, model: str | None) -> str | None:
-        """Return the adapter that a request's `model` names, also behind the served model and a colon; None: it names the served
-        model itself. Raises ApiError for an unknown name."""
+        """Return the adapter that a request's `model` names, also behind the served model and a colon; None: it names
+        the served model itself. Raises ApiError for an unknown name."""
         if model in (None, ANY_MODEL) or self.serves(model):
             return None
         adapters = self.service.adapters

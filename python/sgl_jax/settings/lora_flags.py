@@ -23,8 +23,8 @@ class LoraFlags:
     )
     lora_paths: tuple[str, ...] = flag(
         (),
-        "adapters to load at the start: PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned, or with name, path and "
-        "base_model_name; a path is a folder or a hub id, and without a name it is the name",
+        "adapters to load at the start: PATH, NAME=PATH, or JSON with lora_name, lora_path and pinned, or with name, path "
+        "and base_model_name; a path is a folder or a hub id, and without a name it is the name",
         unset="none",
         aliases=("--lora-modules",),
         metavar="ADAPTER",
@@ -71,7 +71,7 @@ class LoraFlags:
         return tuple(adapter_path(each)[0] for each in self.lora_paths)
 
     def misfits_of_adapters(self, served: Collection[str]) -> Iterator[str]:
-        """Say which values do not fit together, a sentence each that begins with the flag. `served`: the model's names."""
+        """Say which values do not fit together, a sentence each, the flag first. `served`: the model's names."""
         fields = dataclasses.fields(LoraFlags)
         given = [
             each.name for each in fields if getattr(self, each.name) != each.default and each.name != "enable_lora"
@@ -100,4 +100,5 @@ class LoraFlags:
                 yield f"--lora-paths has {name} for the base model {base}; it must be the served one, {model}"
             names.add(name)
         if (pinned := sum(each.pinned for each, _ in adapters)) >= slots:
-            yield f"--lora-paths has {pinned} pinned adapters; they must be fewer than --max-loras-per-batch, which is {slots}"
+            limit = f"--max-loras-per-batch, which is {slots}"
+            yield f"--lora-paths has {pinned} pinned adapters; they must be fewer than {limit}"

@@ -1,7 +1,6 @@
-"""Every flag of the server, declared once, here or in ServingFlags, LoraFlags and SpeculativeFlags. The command line, its
-help, the environment, the config file and the documentation are derived from these fields. No other module reads the environment.
-
-Imports nothing heavy. A value that depends on the device stays None here; runtime/ decides it.
+"""Every flag of the server, declared once, here or in ServingFlags, LoraFlags and SpeculativeFlags. From these fields the
+command line, its help, the environment, the config file and the documentation derive. No other module reads the
+environment. Imports nothing heavy. A value that depends on the device stays None here; runtime/ decides it.
 """
 
 from __future__ import annotations
