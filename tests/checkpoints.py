@@ -21,10 +21,16 @@ DTYPES = {"BF16": ml_dtypes.bfloat16, "F32": np.float32}
 
 
 def write_checkpoint(name: str, folder: Path) -> None:
-    """Write the checkpoint `name`, a folder of tests/data/oracle or `stories260k-qwen2moe`, into `folder`."""
+    """Write the checkpoint `name` into `folder`: a folder of tests/data/oracle, `stories260k-qwen2moe`, or `lora-` and a folder
+    of tests/data/lora, the base of the adapters there."""
     folder.mkdir(parents=True)
+    base = name.removeprefix("lora-")
     if name == "stories260k-qwen2moe":
         write_experts_of_equal_function(folder)
+    elif base != name:
+        for file in ("config.json", "generation_config.json"):
+            shutil.copy(DATA / "oracle" / base / file, folder)
+        shutil.copy(DATA / "lora" / base / "model.safetensors", folder)
     else:
         write_oracle(name, folder)
     for file in TOKENIZER_FILES:

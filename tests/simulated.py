@@ -11,7 +11,7 @@ import numpy as np
 from fakes.fake_core import fake_info
 from fakes.fake_runner import FakeRunner, continuation, kv_chain, logprob_of, two_of_three
 from sgl_jax.cache.prefix_cache import PrefixCache
-from sgl_jax.engine.adapters import Adapters
+from sgl_jax.engine.adapter_loads import Adapters
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import (
     AdapterLoaded,

@@ -16,6 +16,7 @@ from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.scheduler.scheduler import Scheduler
+from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from simulated import Answer, Client
 
 TOLERANCE = 2e-3  # difference of logprobs
@@ -27,28 +28,36 @@ Build = Callable[..., Core]
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
-def answers_in_every_way(core: Core, prompts: Sequence[list[int]], **params: Any) -> Iterator[tuple[str, list[Answer]]]:
+def with_empty_cache(core: Core, config: SchedulerConfig | None = None, *, overlap: bool = True) -> Core:
+    """Return a core over the same runner, with a scheduler of its own."""
+    caches = [PrefixCache(each.num_usable_pages + 1, each.page_size) for each in core.scheduler.caches]
+    adapters = core.adapters
+    scheduler = Scheduler(config or core.scheduler.config, caches, adapters=adapters.slots if adapters else None)
+    return Core(scheduler, core.runner, core.info, overlap=overlap, random_seed=0, adapters=adapters)
+
+
+def answers_in_every_way(
+    core: Core, prompts: Sequence[list[int]], adapter: int = 0, **params: Any
+) -> Iterator[tuple[str, list[Answer]]]:
     """Yield the core's answers to the prompts, whole and in chunks, together and alone, each from an empty cache."""
     whole = core.scheduler.config
     chunked = dataclasses.replace(whole, max_step_tokens=CHUNK, max_prefill_tokens=CHUNK)
     for config, together in itertools.product((whole, chunked), (True, False)):
-        (pages,) = core.scheduler.caches
-        scheduler = Scheduler(config, [PrefixCache(pages.num_usable_pages + 1, pages.page_size)])
-        client = Client(Core(scheduler, core.runner, core.info, overlap=True, random_seed=0))
-        for key, prompt in enumerate(prompts):
-            client.submit(key, prompt, **GREEDY, **params)
+        client = Client(with_empty_cache(core, config))
+        for key, prompt in enumerate(prompts, 1):
+            client.submit(key, prompt, adapter=adapter, **GREEDY, **params)
             if not together:
                 client.run()
         client.run()
         way = f"{'whole' if config is whole else 'in chunks'}, {'together' if together else 'alone'}"
-        yield way, [client.answers[key] for key in range(len(prompts))]
+        yield way, [client.answers[key] for key in range(1, len(prompts) + 1)]
 
 
-def assert_oracle(core: Core, folder: Path) -> None:
+def assert_oracle(core: Core, folder: Path, adapter: int = 0) -> None:
     """Check that the answers equal the folder's oracle.json, however the prompts come."""
     cases = json.loads((folder / "oracle.json").read_text(encoding="utf-8"))["cases"]
     prompts = [case["prompt_ids"] for case in cases]
-    for way, answers in answers_in_every_way(core, prompts, max_tokens=24, logprobs=5, prompt_logprobs=0):
+    for way, answers in answers_in_every_way(core, prompts, adapter, max_tokens=24, logprobs=5, prompt_logprobs=0):
         for case, got in zip(cases, answers, strict=True):
             assert got.tokens == case["greedy_ids"], (case["name"], way)
             assert len(got.logprobs) == len(case["top5"]) == 24

@@ -14,7 +14,7 @@ class FakeCopy:
 
 
 class FakeHosts:
-    """The engine.adapters.AdapterHosts of a test. A path that begins with "bad" cannot be read."""
+    """The engine.adapter_loads.AdapterHosts of a test. A path that begins with "bad" cannot be read."""
 
     def __init__(self, looks: int = 2, limit: int = 3):
         """`looks`: how often one must look at an adapter until it is read; `limit`: adapters that there is room for."""

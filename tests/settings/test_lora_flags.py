@@ -89,6 +89,7 @@ def test_adapters_are_enabled_by_any_flag_that_names_them(tmp_path: Path) -> Non
         ({"lora_paths": ["a=/x", "a=/y"]}, "--lora-paths … the name a twice"),
         ({"lora_paths": ["m=/x"]}, "--lora-paths … the name m … served model"),
         ({"lora_paths": ["s=/x"]}, "--lora-paths … the name s … served model"),
+        ({"lora_paths": ["m/"]}, "--lora-paths … the name m/ … served model"),
         ({"lora_paths": ["default=/x"]}, "--lora-paths … the name default … served model"),
         ({"lora_paths": ["a\n=/x"]}, "--lora-paths … 1 to 512 … visible"),
         ({"lora_paths": ["=/x"]}, "--lora-paths has =/x … empty … NAME=PATH"),

@@ -3,7 +3,7 @@
 import numpy as np
 
 from sgl_jax.engine import messages
-from sgl_jax.engine.adapters import Adapters, namespace_of
+from sgl_jax.engine.adapter_loads import Adapters, namespace_of
 from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished
 from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import FinishReason, Request

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import msgspec
 
-from sgl_jax.engine.adapters import Adapters
+from sgl_jax.engine.adapter_loads import Adapters
 from sgl_jax.engine.commands import Commands
 from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished, PromptScored, StepOutput
 from sgl_jax.engine.profiling import Profiler, Tracer
@@ -62,6 +62,7 @@ class Core:
         self.info = info
         self.scheduler = scheduler
         self.runner = runner
+        self.adapters = adapters
         self._overlap = overlap
         self._profiler = Profiler(runner.tracer, profiler_dir)
         self._commands = Commands(scheduler, info, self._profiler, adapters, random_seed)

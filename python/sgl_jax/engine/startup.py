@@ -10,8 +10,8 @@ import jax
 
 from sgl_jax import __version__
 from sgl_jax.cache.prefix_cache import PrefixCache
+from sgl_jax.engine.adapter_loads import Adapters
 from sgl_jax.engine.adapter_plan import adapter_store, plan_adapters
-from sgl_jax.engine.adapters import Adapters
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
 from sgl_jax.engine.kv_cache import with_kv_dtype, with_kv_scales
@@ -57,7 +57,7 @@ class DeviceSide:
     devices: list[jax.Device]  # all hosts' devices
     plan: LaunchPlan
     runner: ModelRunner
-    copies: AdapterCopies | None  # of adapters, in a launch that takes any
+    copies: AdapterCopies | None  # in memory, of the adapters of a launch that takes any
 
 
 def build_core(args: ServerArgs, accept: Accept = lambda plan: None, *, behind: bool = False) -> Core:
@@ -245,7 +245,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         weight_bytes=plan.weight_bytes * len(devices),
         kv_bytes_per_token=memory.bytes_per_token * grid.tensor,
         parameters_per_token=parameters_per_token(model),
-        adapters=[adapters.load_now(*each) for each in args.adapters] if adapters else [],
+        adapters=[adapters.load_now(a.name, a.path, a.pinned) for a in args.adapters] if adapters else [],
         max_lora_rank=slots.rank if slots else 0,
         simulated=args.speculative_simulated_acceptance is not None,
         start_seconds=time.perf_counter() - started,

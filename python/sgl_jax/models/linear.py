@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from sgl_jax.models.adapters import Adapted, SlotsInUse
 from sgl_jax.models.quantised import Matrix, Quantised
 from sgl_jax.models.spec import ExpertSite, Site
-from sgl_jax.ops.adapters import AdapterAddend, plain_addend
+from sgl_jax.ops.adapter_addend import AdapterAddend, plain_addend
 from sgl_jax.ops.dense import DenseProduct, plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels

@@ -12,23 +12,23 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from sgl_jax.models.adapters import ADAPTED_SITES
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.lora_config import CONFIG_FILE, LoraConfig, read_lora_config
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.names import TensorNames
 from sgl_jax.models.plan import listed, stored_parts
 from sgl_jax.models.safetensors_file import read_safetensors
-from sgl_jax.models.spec import AttentionSite, Site
+from sgl_jax.models.spec import Site
 from sgl_jax.models.stored import StoredTensor
 from sgl_jax.models.stored_names import common_module
 from sgl_jax.models.weights import declare_plain, site_of
 
-_SITES: tuple[Site, ...] = (*get_args(AttentionSite), "gate_up", "down")  # products that an adapter can change
 _WEIGHTS_FILE, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # Prefixes of the text model's modules besides the family's own: without a head, and inside a larger model. They are not
 # read off the file, as those of a vision part can end like the text model's.
@@ -177,7 +177,7 @@ def _modules(config: DecoderConfig, names: TensorNames) -> Iterator[tuple[str, _
         held = len(parts) // len(stored)  # parts in a stored matrix, unless they are experts
         for i, (name, shape) in enumerate(stored.items()):
             held_here = (i * held, parts[i * held :][:held])
-            module = _Module(path, site, len(parts), *held_here, shape, order) if site in _SITES else None
+            module = _Module(path, site, len(parts), *held_here, shape, order) if site in ADAPTED_SITES else None
             yield name.removesuffix(".weight"), module
 
 

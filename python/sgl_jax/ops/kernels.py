@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from sgl_jax.ops.adapters import AdapterAddend, plain_addend
+from sgl_jax.ops.adapter_addend import AdapterAddend, plain_addend
 from sgl_jax.ops.attention.backends import Backend
 from sgl_jax.ops.dense import DenseProduct, plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul

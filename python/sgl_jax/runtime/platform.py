@@ -10,7 +10,7 @@ import jax
 
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.observability import log
-from sgl_jax.ops.adapters import library_addend
+from sgl_jax.ops.adapter_addend import library_addend
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.cpu.library import find_library
 from sgl_jax.ops.dense import library_product, plain_product

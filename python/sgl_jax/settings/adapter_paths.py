@@ -53,7 +53,7 @@ def _wrong(text: str, reason: str) -> FlagError:
 
 def wrong_name(name: str, served: Collection[str]) -> str:
     """Say why an adapter cannot have this name; empty: it can. `served`: the names of the model."""
-    if name in (ANY_MODEL, *served):
+    if name.rstrip("/") in {each.rstrip("/") for each in (ANY_MODEL, *served)}:
         return "this name means the served model"
     if not name or len(name) > _LONGEST_NAME or not name.isprintable():
         return f"a name has 1 to {_LONGEST_NAME} characters, all of them visible"
