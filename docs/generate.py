@@ -36,6 +36,9 @@ unset, and what Kubernetes writes into the environment about a Service called `s
 A switch needs no value on the command line: `--disable-radix-cache` turns it on, `--no-disable-radix-cache` takes back
 what the environment or the file says. In the environment it is `1`, `true`, `yes` or `on`, or their opposites.
 
+A flag with several values takes them behind its name (`--lora-paths a=/x b=/y`), as a list in the file, and in the
+environment with spaces between them or as a JSON list.
+
 From Python the same names are keywords: `ServerArgs(model_path="…", page_size=16)`, with the same checks.
 """
 
@@ -59,7 +62,7 @@ def _row(flag: Flag) -> str:
 def _values(flag: Flag) -> str:
     if flag.choices:
         return ", ".join(f"`{choice}`" for choice in flag.choices)
-    kind = {int: "whole number", float: "number", str: "text", bool: "switch"}[flag.kind]
+    kind = {int: "whole number", float: "number", str: "text", bool: "switch", tuple: "one or several texts"}[flag.kind]
     return f"{kind}, {flag.about.rule.text}" if flag.about.rule else kind
 
 

@@ -99,7 +99,7 @@ def test_every_metric_is_described() -> None:
     from sgl_jax.observability.metrics import RequestMetrics, exposition
 
     text = (REPOSITORY / "docs" / "features" / "metrics.md").read_text(encoding="utf-8")
-    lines = exposition(RequestMetrics(), Stats(accepted_per_position=[0]), {"version": "1"})[0].decode().splitlines()
+    lines = exposition(RequestMetrics(), Stats(accepted_per_position=[0]), {"version": "1"}, 0)[0].decode().splitlines()
     names = {line.split()[2].removeprefix("sgl_jax_") for line in lines if line.startswith("# TYPE")}
     assert names
     assert [name for name in sorted(names) if f"`{name}`" not in text and f"`{name}{{" not in text] == []

@@ -27,7 +27,7 @@ def routes() -> set[str]:
 
 
 def metrics() -> set[str]:
-    lines = exposition(RequestMetrics(), Stats(), {})[0].decode().splitlines()
+    lines = exposition(RequestMetrics(), Stats(), {}, 0)[0].decode().splitlines()
     return {re.split(r"[{ ]", line)[0] for line in lines if not line.startswith("#")}
 
 

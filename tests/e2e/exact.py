@@ -57,9 +57,7 @@ def assert_oracle(core: Core, folder: Path, adapter: int = 0) -> None:
     """Check that the answers equal the folder's oracle.json, however the prompts come."""
     cases = json.loads((folder / "oracle.json").read_text(encoding="utf-8"))["cases"]
     prompts = [case["prompt_ids"] for case in cases]
-    for way, answers in answers_in_every_way(
-        core, prompts, adapter, max_tokens=24, logprobs=5, prompt_logprobs=0
-    ):
+    for way, answers in answers_in_every_way(core, prompts, adapter, max_tokens=24, logprobs=5, prompt_logprobs=0):
         for case, got in zip(cases, answers, strict=True):
             assert got.tokens == case["greedy_ids"], (case["name"], way)
             assert len(got.logprobs) == len(case["top5"]) == 24

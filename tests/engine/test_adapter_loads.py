@@ -150,7 +150,7 @@ def test_a_request_without_a_slot_lets_only_so_many_pass() -> None:
         answer.check(64)
 
 
-type Act = tuple[str, int, int]  # what, which name, when
+type Act = tuple[str, int, int]  # an act, the name it is about, and the steps before it
 
 
 @settings(max_examples=120, deadline=None)

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 
 import sgl_jax
-from fakes.fake_core import FakeCore
+from fakes.fake_core import FakeCore, fake_info
 from fakes.fake_engine import FakeEngine
 from fakes.fake_tracer import DEFAULT, UNWRITABLE
 from messages import says
 from sgl_jax.engine.engine import Engine
-from sgl_jax.engine.generation import Conflict, EngineFailed
+from sgl_jax.engine.generation import Conflict, EngineFailed, UnknownAdapter
 from sgl_jax.request import InvalidParameter, SamplingParams
 from sgl_jax.text.tokenizer import load_tokenizer
 
@@ -51,6 +51,27 @@ def test_streams_grow(engine: Engine) -> None:
     assert all(answer["output_ids"] == [1, 403, 407, 2][: len(answer["output_ids"])] for answer in answers)
     both = list(engine.generate(["Once", "upon"], stream=True))
     assert {answer["index"]: answer["text"] for answer in both} == {0: " Once", 1: " upon"}
+
+
+def test_adapters() -> None:
+    with FakeEngine(lambda: FakeCore(fake_info(adapters=["tales"])), STORIES) as engine:
+        params = {"max_new_tokens": 2}
+
+        def ids(lora_path: str | list[str | None] | None) -> list[int]:
+            return engine.generate(input_ids=[[5, 6]], sampling_params=params, lora_path=lora_path)[0]["output_ids"]
+
+        assert (ids(None), ids("tales"), ids(["tales"])) == ([5, 6], [105, 106], [105, 106])
+        new = engine.load_lora_adapter("new", "/new", pinned=True)
+        assert (new.number, new.path, new.pinned) == (2, "/new", True)
+        assert ids("new") == [205, 206]
+        stream = engine.generate(input_ids=[5, 6], sampling_params=params, lora_path="new", stream=True)
+        assert list(stream)[-1]["output_ids"] == [205, 206]
+        again = asyncio.run(engine.async_generate(input_ids=[5, 6], sampling_params=params, lora_path="new"))
+        assert again["output_ids"] == [205, 206]
+        assert engine.unload_lora_adapter("new") == 2
+        for name in ("new", ""):
+            with pytest.raises(UnknownAdapter, match=f"lora_path is {name}; the adapters are tales"):
+                ids(name)
 
 
 def test_async(engine: Engine) -> None:

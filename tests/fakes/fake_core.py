@@ -1,12 +1,15 @@
 """Fake engine core without a model: the output of a request is its own prompt, once, and then eos.
 
 A request with max_tokens 0 ends after its first step without output.
+An adapter is loaded from any path but one that ends in "broken", and unloaded when no request uses it. A request with
+adapter number a gets its prompt with 100 a added to each token.
 Output token k is `prompt[k % len(prompt)]`. Token number `len(prompt)` is eos, unless eos is ignored or min_tokens forbids
 it. The logprob of output token k is -(k + 1) / 8, and of prompt token i -i / 8. The best tokens at a position are the token
 itself and the ids after it, each 1 less likely.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fakes.fake_tracer import FakeTracer
@@ -15,7 +18,14 @@ from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import FinishReason
 
 
-def fake_info(vocab_size: int = 512, context_length: int = 512, eos_token_id: int = 2) -> messages.EngineInfo:
+def fake_info(
+    vocab_size: int = 512,
+    context_length: int = 512,
+    eos_token_id: int = 2,
+    adapters: Sequence[str] = (),
+    max_lora_rank: int = 0,
+) -> messages.EngineInfo:
+    """`adapters` are names, for the numbers from 1 on."""
     return messages.EngineInfo(
         model_path="fake",
         architecture="FakeForCausalLM",
@@ -35,6 +45,8 @@ def fake_info(vocab_size: int = 512, context_length: int = 512, eos_token_id: in
         kv_bytes_per_token=0,
         parameters_per_token=0,
         start_seconds=0.0,
+        adapters=[messages.AdapterInfo(i, name, f"/{name}", 8, 4) for i, name in enumerate(adapters, 1)],
+        max_lora_rank=max_lora_rank or 16 * bool(adapters),
     )
 
 
@@ -55,12 +67,14 @@ class FakeCore:
         self._profiler = Profiler(self.tracer)
         self._rows: dict[int, _Row] = {}
         self._kept: list[messages.Event] = []
-        self._seen_prompts: set[tuple[str, tuple[int, ...]]] = set()
+        self._num_adapters = len(self.info.adapters)
+        self._unloading: list[messages.UnloadAdapter] = []
+        self._seen_prompts: set[tuple[str, int, tuple[int, ...]]] = set()
         self._totals = {"prompt_tokens": 0, "cached_tokens": 0, "generated_tokens": 0, "steps": 0}
 
     @property
     def busy(self) -> bool:
-        return bool(self._rows or self._kept or self._profiler.writing)
+        return bool(self._rows or self._kept or self._unloading or self._profiler.writing)
 
     def handle(self, command: messages.Command) -> None:
         self.commands.append(command)
@@ -74,6 +88,10 @@ class FakeCore:
             case messages.FlushCache(call=call):
                 self._kept.append(messages.CacheFlushed(call, len(self._seen_prompts)))
                 self._seen_prompts.clear()
+            case messages.LoadAdapter(call=call, name=name, path=path, pinned=pinned):
+                self._kept.append(self._loaded(call, name, path, pinned))
+            case messages.UnloadAdapter():
+                self._unloading.append(command)
             case messages.StartProfile() | messages.StopProfile() | messages.GetProfile():
                 answer = self._profiler.handle(command)
                 self._kept += [answer] if answer else []
@@ -81,7 +99,7 @@ class FakeCore:
                 raise AssertionError("the loop handles Shutdown")
 
     def step(self) -> list[messages.Event]:
-        events, self._kept = self._kept + self._profiler.poll(), []
+        events, self._kept = [*self._kept, *self._unloaded(), *self._profiler.poll()], []
         if not self._rows:
             return events
         time.sleep(self.step_seconds)
@@ -109,8 +127,20 @@ class FakeCore:
     def close(self, reason: str = "") -> None:
         self._profiler.close()
 
+    def _loaded(self, call: int, name: str, path: str, pinned: bool) -> messages.Event:
+        if path.endswith("broken"):
+            return messages.Refused(call, f"{path}: adapter_config.json is missing", "lora_path")
+        self._num_adapters += 1
+        return messages.AdapterLoaded(call, messages.AdapterInfo(self._num_adapters, name, path, 8, 4, pinned))
+
+    def _unloaded(self) -> list[messages.Event]:
+        used = {row.request.adapter for row in self._rows.values()}
+        done = [each for each in self._unloading if each.adapter not in used]
+        self._unloading = [each for each in self._unloading if each.adapter in used]
+        return [messages.AdapterUnloaded(each.call, each.adapter) for each in done]
+
     def _prefill(self, request: messages.Generate) -> messages.PromptScored:
-        prompt = (request.namespace, tuple(request.prompt_ids))
+        prompt = (request.namespace, request.adapter, tuple(request.prompt_ids))
         cached = len(request.prompt_ids) - 1 if prompt in self._seen_prompts else 0
         self._seen_prompts.add(prompt)
         self._totals["prompt_tokens"] += len(request.prompt_ids)
@@ -124,7 +154,7 @@ class FakeCore:
         prompt, params = row.request.prompt_ids, row.request.params
         if row.produced == len(prompt) and row.produced >= params.min_tokens and not params.ignore_eos:
             return self.info.eos_token_ids[0]
-        return prompt[row.produced % len(prompt)]
+        return (prompt[row.produced % len(prompt)] + 100 * row.request.adapter) % self.info.vocab_size
 
     def _scored(self, token: int, logprob: float, k: int) -> messages.TokenLogprobs:
         ids = [(token + j) % self.info.vocab_size for j in range(k)]

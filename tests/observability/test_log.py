@@ -91,6 +91,10 @@ def test_an_access_line_has_status_id_tokens_and_seconds() -> None:
     client, request = ("127.0.0.1", 5), "POST /generate HTTP/1.1"
     line = log.access_line(client, request, 200, "a1", (5, 16), 0.12)
     assert line == '127.0.0.1:5 - "POST /generate HTTP/1.1" 200 id=a1 5+16 tokens 0.120 s'
+    line = log.access_line(client, request, 200, "a1", (5, 16), 0.12, {"b c"})
+    assert line.endswith("200 id=a1 5+16 tokens adapter=b%20c 0.120 s")
+    line = log.access_line(client, request, 200, "a1", (5, 16), 0.12, {"a", "b"})
+    assert line.endswith("200 id=a1 5+16 tokens adapter=a adapter=b 0.120 s")
     assert log.access_line(None, "GET /" + "a" * 600, 404, "b", None, 2) == f'- - "GET /{"a" * 507}…" 404 id=b 2.000 s'
 
 

@@ -3,7 +3,7 @@ CPU devices.
 
 GRID is "1", or sizes like "tp2-dp2-ep4"; "sp" adds sequence parallelism, "scan" stacks and scans the layers, as some
 accelerators do, and "int8" holds their matrices as int8 with scales. "ngram" drafts by n-grams, "self" by the model itself, and
-"eagle3" by the head beside FOLDER. The requests use every feature whose state or arithmetic is divided over the devices.
+"eagle3" by the head beside FOLDER. "lora" asks for the adapters of tests/data/lora/llama in turn. The requests use every feature whose state or arithmetic is divided over the devices.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from sgl_jax.models.scaled import Scaled
 from sgl_jax.runtime import platform
 
 STORIES = str(Path(__file__).parents[1] / "data" / "stories260k")  # a tokenizer for a model without one
+LORA = Path(__file__).parents[1] / "data" / "lora" / "llama"
 COMMON = {"max_new_tokens": 16, "ignore_eos": True}
 PARAMS = [
     {"temperature": 0},
@@ -56,6 +57,12 @@ def speculation(folder: str, grid: str) -> dict[str, Any]:
     return asked[0] | {"speculative_num_draft_tokens": 4, "speculative_disable_by_batch_size": 8} if asked else {}
 
 
+def adapters(grid: str) -> list[str]:
+    """Return an adapter's name or nothing for each request."""
+    names = ["r8-all", "", "r16-rslora", "r4-qv", "r8-patterns", "", "r8-some-layers", "r8-all"]
+    return names if "lora" in grid.split("-") else [""] * len(names)
+
+
 def answers(folder: str, grid: str) -> dict[str, Any]:
     """Answer requests that fill the pool, so that some are preempted, and others that continue the same prompts."""
     rng = np.random.default_rng(0)
@@ -64,7 +71,8 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         oracle := Path(folder).parent / "oracle.json"
     ).exists():  # texts that the head was trained on, asked for greedily
         prompts[0], _, prompts[-1] = (case["prompt_ids"][-40:] for case in json.loads(oracle.read_text())["cases"])
-    sizes = flags(grid)
+    sizes, lora = flags(grid), adapters(grid)
+    paths = tuple(f"{name}={LORA / name}" for name in sorted({*lora} - {""}))
     with sgl_jax.Engine(
         model_path=folder,
         dtype="float32",
@@ -75,6 +83,7 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         tokenizer_path=None if (Path(folder) / "tokenizer.json").exists() else STORIES,
         **sizes,
         **speculation(folder, grid),
+        **({"lora_paths": paths, "max_loras_per_batch": 2} if paths else {}),
     ) as engine:
         out = engine.generate(
             input_ids=prompts,
@@ -82,9 +91,13 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
             return_logprob=True,
             logprob_start_len=0,
             top_logprobs_num=5,
+            lora_path=[name or None for name in lora],
         )
-        longer = [[*prompt, 7, 11, 13] for prompt in prompts[-2:]]
-        more = [engine.generate(input_ids=prompt, sampling_params=PARAMS[0] | COMMON) for prompt in longer + longer]
+        longer = [([*prompt, 7, 11, 13], name or None) for prompt, name in zip(prompts[-2:], lora[-2:], strict=True)]
+        more = [
+            engine.generate(input_ids=prompt, sampling_params=PARAMS[0] | COMMON, lora_path=name)
+            for prompt, name in longer + longer
+        ]
         assert engine.info.num_devices == sizes.get("tp_size", 1) * sizes.get("dp_size", 1)
         stats = engine.stats
     return {

@@ -85,3 +85,14 @@ def test_speculation_changes_nothing_on_any_grid(
         assert_same(one, many)
         drafted, accepted = many["drafts"]
         assert (drafted if "ngram" in grid else accepted) > 0, grid  # random text need not repeat itself
+
+
+@pytest.mark.timeout(900)
+def test_adapters_are_divided_like_the_matrices_they_change(checkpoint: Callable[[str], Path]) -> None:
+    """Requests of five adapters, in two slots, among some for the model itself."""
+    one, *others = run_grids(
+        checkpoint("lora-llama"), ["lora", "tp2-lora-scan", "dp2-tp2-sp-lora", "dp2-lora-ngram", "tp4-lora"]
+    )
+    for many in others:
+        assert_same(one, many)
+    assert one["preemptions"] > 0

@@ -70,6 +70,7 @@ class LiveServer:
             tokenizer(),
             stream_interval=self.args.stream_interval,
             max_queued_requests=self.args.max_queued_requests,
+            lora_dir=self.args.lora_dir,
         )
         if self._open_service:
             await self.service.start()

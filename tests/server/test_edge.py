@@ -398,7 +398,7 @@ def test_options_says_what_a_path_takes(http: httpx.Client) -> None:
         ("/v1/audio/transcriptions", "audio"),
         ("/v1/images/generations/", "images"),
         ("/v1/rerank", "scoring"),
-        ("/v1/load_lora_adapter", "LoRA"),
+        ("/load_lora_adapter_from_tensors", "tensors"),
         ("/api/chat", "Ollama"),
     ],
 )

@@ -132,7 +132,6 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
         ),
         (CHAT, {"verbosity": "low"}, "verbosity … supported"),
         ("/v1/completions", {"prompt": "a", "regex": "a"}, f"regex … {STRUCTURED}"),
-        ("/v1/completions", {"prompt": "a", "lora_path": "a"}, "lora_path … LoRA"),
         ("/generate", {"text": "a", "image_data": ["a"]}, "image_data … images"),
         ("/generate", {"text": "a", "sampling_params": {"ebnf": "a"}}, f"sampling_params.ebnf … {STRUCTURED}"),
     ],

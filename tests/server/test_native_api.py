@@ -107,7 +107,7 @@ def test_an_empty_text_is_refused_where_the_tokenizer_adds_no_bos(http, live, to
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("lora_path", "a"), ("image_data", ["a"]), ("audio_data", {}), ("video_data", 1), ("return_hidden_states", True)],
+    [("lora_id", "a"), ("image_data", ["a"]), ("audio_data", {}), ("video_data", 1), ("return_hidden_states", True)],
 )
 def test_what_is_not_supported_is_said_so(http: httpx.Client, name: str, value: object) -> None:
     refused = http.post("/generate", json={"text": "a", name: value})

@@ -89,6 +89,10 @@ def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
         "/get_server_info",
         "/version",
         "/metrics",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
+        "/load_lora_adapter",
+        "/unload_lora_adapter",
     }
     chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert set(chat) == {"200", "400", "401", "403", "404", "413", "415", "429", "500", "503"}

@@ -185,7 +185,7 @@ def test_python_callers_get_a_type_error_for_an_unknown_or_missing_name() -> Non
         ("--model-path m --enable-metrics", "^--enable-metrics .*/metrics"),
         ("--model-path m --quantization int3", "^--quantization .*int3.* int8.* awq"),
         ("--model-path m -q gguf", "^--quantization .*gguf.* no flag"),
-        ("--model-path m --max-loras 2", "^--max-loras .*LoRA .*not built"),
+        ("--model-path m --lora-backend csgmv", "^--lora-backend .*matrix products"),
         ("--model-path m --log-request-headers", "^--log-request-headers .*--help"),
         ("--model-path m --port", "--port"),
         ("--model-path m --port abc", "--port .*abc.* whole number$"),
@@ -203,10 +203,10 @@ MISTAKES = {
         "--speculative-num-steps, --speculative-eagle-topk … without --speculative-algorithm",
     ],
     "--page-size 48 --port x --dtype float16": ["--dtype … float16", "--port … x … number", "--page-size … 48 … 1024"],
-    "--zzz 4 --max-num-seqs 8 --enable-lora --page-size=3": [
+    "--zzz 4 --max-num-seqs 8 --lora-dtype auto --page-size=3": [
         "--zzz … --help",
         "--max-num-seqs … --max-running-requests",
-        "--enable-lora … LoRA",
+        "--lora-dtype … --dtype",
         "--page-size … 3",
     ],
     "--zzz -1 stray": ["--zzz … --help", "'stray' … every value"],

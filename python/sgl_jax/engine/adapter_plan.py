@@ -2,7 +2,7 @@
 
 import functools
 
-from sgl_jax.models.adapters import ADAPTED_SITES, AdapterSlots, adapted_matrices
+from sgl_jax.models.adapters import ADAPTED_SITES, AdapterRoom, adapted_matrices
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import Families, tensor_names
 from sgl_jax.models.lora_files import AdapterFiles, open_adapter
@@ -19,7 +19,7 @@ _DEFAULT_RANK = 16
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def plan_adapters(args: ServerArgs, model: DecoderConfig, families: Families) -> AdapterSlots | None:
+def plan_adapters(args: ServerArgs, model: DecoderConfig, families: Families) -> AdapterRoom | None:
     """Return the slots of a launch, for the adapters of --lora-paths where flags do not say more; None for a launch that
     takes no adapters. Raises ValueError for an adapter that does not fit the model or the flags."""
     if not args.lora_enabled:
@@ -40,7 +40,7 @@ def plan_adapters(args: ServerArgs, model: DecoderConfig, families: Families) ->
         if outside := {*each.sites} - wanted:
             listed = " ".join(args.lora_target_modules)
             raise ValueError(f"--lora-target-modules is {listed}; the adapter {each.path} changes {', '.join(outside)}")
-    return AdapterSlots(args.max_loras_per_batch, rank, tuple(site for site in ADAPTED_SITES if site in wanted))
+    return AdapterRoom(args.max_loras_per_batch, rank, tuple(site for site in ADAPTED_SITES if site in wanted))
 
 
 def adapter_store(

@@ -15,7 +15,7 @@ from typing import Any, Self
 from sgl_jax import __version__
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.loop import EngineCore
-from sgl_jax.engine.messages import EngineInfo, GetProfile, ProfileStatus, StartProfile, Stats, StopProfile
+from sgl_jax.engine.messages import AdapterInfo, EngineInfo, GetProfile, ProfileStatus, StartProfile, Stats, StopProfile
 from sgl_jax.engine.native_call import NativeCall, Reply, native_call
 from sgl_jax.engine.native_params import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class Engine:
     """Loads a model and generates. `server_args` are the flags of the server, in snake case."""
 
-    def __init__(self, model_path: str | None = None, **server_args: Setting):
+    def __init__(self, model_path: str | None = None, **server_args: Setting | list[str]):
         if model_path is None:
             raise TypeError("Engine needs model_path")
         given: dict[str, Any] = {"model_path": model_path, **server_args}
@@ -58,7 +58,7 @@ class Engine:
             refuse_no_model(args.model_path)
             tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
             watchdog = Watchdog(args.soft_watchdog_timeout, args.watchdog_timeout)
-            limits = args.stream_interval, args.max_queued_requests, watchdog
+            limits = args.stream_interval, args.max_queued_requests, watchdog, args.lora_dir
             self._start(GenerationService(ThreadTransport(build), tokenizer, *limits))
             logger.info("Ready after %.1f s", self.info.start_seconds)
 
@@ -95,13 +95,15 @@ class Engine:
         logprob_start_len: int = -1,
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
+        lora_path: str | Sequence[str | None] | None = None,
     ) -> Reply | list[Reply] | Iterator[Reply]:
         """Return an answer for one prompt, a list for a list or n > 1; with `stream` an iterator of growing answers.
 
         Streamed answers of several prompts or choices carry their index in that list as "index".
         """
         options = LogprobOptions(return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs)
-        call = native_call(self.tokenizer, self.info.context_length, prompt, input_ids, sampling_params, rid, options)
+        given = prompt, input_ids, sampling_params, rid, options
+        call = native_call(self.tokenizer, self.info.context_length, *given, lora_path=lora_path)
         return self._iterate(call) if stream else self._call(call.result(self._service))
 
     async def async_generate(
@@ -116,13 +118,24 @@ class Engine:
         logprob_start_len: int = -1,
         return_text_in_logprobs: bool = False,
         rid: str | Sequence[str] | None = None,
+        lora_path: str | Sequence[str | None] | None = None,
     ) -> Reply | list[Reply] | AsyncIterator[Reply]:
         """Do as `generate` does, for asyncio and in any loop; with `stream` the awaited value is an async iterator."""
         options = LogprobOptions(return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs)
-        call = native_call(self.tokenizer, self.info.context_length, prompt, input_ids, sampling_params, rid, options)
+        given = prompt, input_ids, sampling_params, rid, options
+        call = native_call(self.tokenizer, self.info.context_length, *given, lora_path=lora_path)
         if stream:
             return self._aiterate(call)
         return await asyncio.wrap_future(self._submit(call.result(self._service)))
+
+    def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> AdapterInfo:
+        """Read an adapter, from a folder or by its hub id, while requests run. Raises InvalidParameter or Conflict."""
+        return self._call(self._service.adapters.load(lora_name, lora_path, pinned))
+
+    def unload_lora_adapter(self, lora_name: str) -> int:
+        """Forget an adapter when the requests that use it have ended, and return how many pages of KV became free.
+        Raises UnknownAdapter or Conflict."""
+        return self._call(self._service.adapters.unload(lora_name))
 
     def abort(self, rid: str) -> None:
         """End the request with this id; its finish reason is "abort"."""

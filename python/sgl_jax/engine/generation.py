@@ -46,6 +46,10 @@ class DuplicateRequestId(InvalidParameter):
     """Refusal of an id that a running request has."""
 
 
+class UnknownAdapter(InvalidParameter):
+    """Refusal of a name that no adapter has."""
+
+
 @dataclass(slots=True)
 class GenerationRequest:
     """One prompt, of which `params.n` choices are generated. `prompt_ids` is empty until `for_prompt` sets it."""
@@ -54,14 +58,17 @@ class GenerationRequest:
     params: SamplingParams
     request_id: str = ""  # empty: one is generated
     namespace: str = ""
+    adapter: str | None = None  # name of a LoRA adapter; None: the model itself
     names: Names = field(default_factory=dict)  # for error messages; "prompt" among them
     default_max_tokens: int | None = None  # without params.max_tokens: at most so many, or None as many as fit
     in_range: bool = False  # each number has been compared with its limits
 
-    def for_prompt(self, ids: list[int], name: str, request_id: str | None, namespace: str | None) -> Self:
+    def for_prompt(
+        self, ids: list[int], name: str, request_id: str | None, namespace: str | None, adapter: str | None = None
+    ) -> Self:
         """Return this request for a prompt that the user gave under `name`."""
-        names = {**self.names, "prompt": name}
-        return replace(self, prompt_ids=ids, request_id=request_id or "", namespace=namespace or "", names=names)
+        given = {"request_id": request_id or "", "namespace": namespace or "", "adapter": adapter}
+        return replace(self, prompt_ids=ids, names={**self.names, "prompt": name}, **given)
 
 
 @dataclass(slots=True)
@@ -147,6 +154,11 @@ class Generation:
     @property
     def num_prompt_tokens(self) -> int:
         return sum(len(request.prompt_ids) for request in self.requests)
+
+    @property
+    def adapters(self) -> set[str]:
+        """Names of the LoRA adapters that the requests use."""
+        return {request.adapter for request in self.requests if request.adapter is not None}
 
     async def updates(self) -> AsyncIterator[list[Update]]:
         """Yield the updates since the last turn, at most one per choice. Raises EngineFailed or ServiceUnavailable."""

@@ -6,7 +6,7 @@ import dataclasses
 import numpy as np
 
 from sgl_jax.engine.speculation_plan import SpeculationPlan, drafter_of, plan_speculation
-from sgl_jax.models.adapters import AdapterSlots, slot_bytes
+from sgl_jax.models.adapters import AdapterRoom, slot_bytes
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import Grid
@@ -32,7 +32,7 @@ class LaunchPlan:
     runner_config: RunnerConfig
     scheduler_config: SchedulerConfig
     drafter: Drafter | None = None  # makes drafts inside the step
-    adapter_bytes: int = 0  # of the slots, on each device
+    adapter_bytes: int = 0  # taken by the adapters' slots on each device
 
     @property
     def kv_tokens(self) -> int:
@@ -48,7 +48,7 @@ def plan_launch(
     *,
     stored_dtype: str | None,
     device_bytes: int,
-    adapters: AdapterSlots | None = None,
+    adapters: AdapterRoom | None = None,
 ) -> LaunchPlan:
     """Decide a launch; `stored_dtype` is the checkpoint's, and `adapters` the slots that it needs room for. Raises ValueError for a flag that cannot be honoured."""
     grid = grid_of(args)

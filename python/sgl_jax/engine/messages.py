@@ -114,7 +114,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     parameters_per_token: int  # parameters that multiply a token: all matrices and the head, no embedding
     start_seconds: float
     quantization: str = ""  # scheme in which matrices are held; empty: as plain floats
-    adapters: list[AdapterInfo] = []  # those of --lora-paths
+    adapters: list[AdapterInfo] = []  # loaded for --lora-paths
     max_lora_rank: int = 0  # 0: the launch takes no adapters
     simulated: bool = False  # drafts count whatever is sampled: --speculative-simulated-acceptance
 

@@ -66,6 +66,7 @@ def native_call(
     rid: str | Sequence[str] | None,
     options: LogprobOptions,
     namespace: str = "",
+    lora_path: str | Sequence[str | None] | None = None,
 ) -> NativeCall:
     """Make the call's requests. Raises InvalidParameter; nothing has been sent then."""
     if (text is None) == (input_ids is None):
@@ -83,10 +84,11 @@ def native_call(
     rids = _one_each("rid", rid, len(prompts), (str,), "str")
     if isinstance(rid, str) and len(prompts) > 1:
         rids = [f"{rid}_{i}" for i in range(len(prompts))]
+    adapters = _one_each("lora_path", lora_path, len(prompts), (str,), "str")
     requests = []
-    for ids, each, request_id in zip(prompts, all_params, rids, strict=True):
+    for ids, each, request_id, adapter in zip(prompts, all_params, rids, adapters, strict=True):
         given = options.apply(sampling_params(each), len(ids))
-        requests.append(given.for_prompt(ids, field, request_id, namespace))
+        requests.append(given.for_prompt(ids, field, request_id, namespace, adapter))
     return NativeCall(requests, is_list, options, tokenizer)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 import msgspec
 
 from sgl_jax.engine import checks, messages
+from sgl_jax.engine.adapter_table import AdapterTable, Answer
 from sgl_jax.engine.choices import LiveChoices
 from sgl_jax.engine.generation import (
     Choice,
@@ -45,6 +46,7 @@ class GenerationService:
         stream_interval: int = 1,
         max_queued_requests: int | None = None,
         watchdog: Watchdog | None = None,
+        lora_dir: str | None = None,
     ):
         self.tokenizer = tokenizer
         self.stats = Stats()
@@ -55,13 +57,15 @@ class GenerationService:
         self._watchdog = watchdog or Watchdog()
         self._watching: asyncio.Task[None] | None = None
         self._info: EngineInfo | None = None
+        self._adapters: AdapterTable | None = None
+        self._lora_dir = lora_dir
         self.failure: str | None = None  # why the engine has died
         self.failed = asyncio.Event()  # set when it has died
         self._settled = asyncio.Event()  # set when it is ready or has died
         self._choices = LiveChoices()
         self._keys = itertools.count(1)
         self._calls = itertools.count(1)
-        self._answers: dict[int, asyncio.Future[int | ProfileStatus]] = {}  # by the number of a call that waits
+        self._answers: dict[int, asyncio.Future[Answer]] = {}  # by the number of a call that waits
 
     async def start(self) -> EngineInfo:
         """Start the engine and wait until it is ready. Requests are refused until `open`. Raises EngineFailed."""
@@ -69,7 +73,7 @@ class GenerationService:
         await self._settled.wait()
         if self.failure is not None:
             raise EngineFailed(self.failure)
-        watching = self._watchdog.run(lambda: bool(self._choices or self._answers), self._give_up)
+        watching = self._watchdog.run(self._has_work, self._give_up)
         self._watching = asyncio.create_task(watching)
         return self.info
 
@@ -102,6 +106,12 @@ class GenerationService:
         return self._info
 
     @property
+    def adapters(self) -> AdapterTable:
+        if self._adapters is None:
+            raise ServiceUnavailable(_STARTING)
+        return self._adapters
+
+    @property
     def ready_once(self) -> bool:
         """Whether the engine has been ready; until then it does not read commands."""
         return self._info is not None
@@ -128,6 +138,10 @@ class GenerationService:
         self.check_ready()
         if problem := self._watchdog.problem:
             raise ServiceUnavailable(problem)
+
+    def _has_work(self) -> bool:
+        """Whether the engine should make progress. Reading an adapter may take longer than any step."""
+        return bool(self._choices) or len(self._answers) > self.adapters.num_calls
 
     def _give_up(self, reason: str) -> None:
         self._on_event(messages.EngineDied(f"{reason} while {len(self._choices)} requests wait"))
@@ -165,6 +179,7 @@ class GenerationService:
         return len(keys)
 
     async def _submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
+        await self.adapters.prepare(requests)
         checked = [checks.checked(request, self.info) async for request in in_slices(requests)]
         checks.check_ids(checked, self._choices.keys_of)
         each_n = [request.params.n for request in checked]
@@ -188,10 +203,10 @@ class GenerationService:
     def _send(self, generation: Generation, prompt: int, request: GenerationRequest) -> None:
         """Send all choices of the generation's request number `prompt`."""
         now, interval = time.perf_counter(), request.params.stream_interval or self._stream_interval
-        choices, ends = [], self._ends()
+        choices, ends, adapter = [], self._ends(), self.adapters.number(request)
         for index in range(request.params.n):
             key, params = next(self._keys), _engine_params(request.params, index, ends)
-            self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace))
+            self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace, adapter))
             detokenizer = Detokenizer(self.tokenizer, request.prompt_ids, request.params)
             choices.append(Choice(key, prompt, index, generation, request, detokenizer, interval, now))
         generation.open += choices
@@ -218,7 +233,7 @@ class GenerationService:
         InvalidParameter for a folder that cannot be written."""
         return await self._ask(command, ProfileStatus)
 
-    async def _ask[T: int | ProfileStatus](self, command: Callable[[int], Command], answer: type[T]) -> T:
+    async def _ask[T: Answer](self, command: Callable[[int], Command], answer: type[T]) -> T:
         """Send a command, made for a new call's number, and return its answer. Raises Conflict or InvalidParameter."""
         self.check_ready()
         call = next(self._calls)
@@ -228,7 +243,7 @@ class GenerationService:
         assert isinstance(found, answer)
         return found
 
-    def _answer(self, call: int, answer: int | ProfileStatus | Exception) -> None:
+    def _answer(self, call: int, answer: Answer | Exception) -> None:
         future = self._answers.pop(call, None)
         if future is None or future.done():  # its caller waits no more
             return
@@ -244,14 +259,20 @@ class GenerationService:
                 self._choices.push(event)
                 if event.stats is not None:
                     self.stats = event.stats
-            case messages.CacheFlushed(call=call, num_pages=num_pages):
+            case (
+                messages.CacheFlushed(call=call, num_pages=num_pages)
+                | messages.AdapterUnloaded(call=call, num_pages=num_pages)
+            ):
                 self._answer(call, num_pages)
             case messages.ProfileAnswer(call=call, status=status):
                 self._answer(call, status)
+            case messages.AdapterLoaded(call=call, adapter=adapter):
+                self._answer(call, adapter)
             case messages.Refused(call=call, message=message, param=param):
                 self._answer(call, InvalidParameter(param, message) if param else Conflict(message))
             case messages.Ready(info=info):
                 self._info = info
+                self._adapters = AdapterTable(info, self._ask, self._lora_dir)
                 self._settled.set()
             case messages.EngineDied(message=message):
                 if self.failure is None:

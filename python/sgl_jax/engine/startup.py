@@ -10,8 +10,8 @@ import jax
 
 from sgl_jax import __version__
 from sgl_jax.cache.prefix_cache import PrefixCache
-from sgl_jax.engine.adapter_plan import adapter_store, plan_adapters
 from sgl_jax.engine.adapter_loads import Adapters
+from sgl_jax.engine.adapter_plan import adapter_store, plan_adapters
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
 from sgl_jax.engine.kv_cache import with_kv_dtype, with_kv_scales
@@ -57,7 +57,7 @@ class DeviceSide:
     devices: list[jax.Device]  # all hosts' devices
     plan: LaunchPlan
     runner: ModelRunner
-    copies: AdapterCopies | None  # of adapters, in a launch that takes any
+    copies: AdapterCopies | None  # in memory, of the adapters of a launch that takes any
 
 
 def build_core(args: ServerArgs, accept: Accept = lambda plan: None, *, behind: bool = False) -> Core:

@@ -24,7 +24,7 @@ ADAPTED_SITES: tuple[Site, ...] = (*_OF_ATTENTION, "gate_up", "down")
 
 
 @dataclasses.dataclass(frozen=True)
-class AdapterSlots:
+class AdapterRoom:
     """Room for adapters in the programs of a launch."""
 
     number: int  # A
@@ -70,7 +70,7 @@ type Adapters[Leaf] = list[LayerFactors[Leaf]] | tuple[LayerFactors[Leaf], ...]
 
 
 def declare_adapters(
-    c: DecoderConfig, slots: AdapterSlots, dtype: DTypeLike, *, stacked: bool = False
+    c: DecoderConfig, slots: AdapterRoom, dtype: DTypeLike, *, stacked: bool = False
 ) -> Adapters[WeightSpec]:
     """Return the specs of the factors in the slots of a launch. With one slot they are those of a single adapter."""
     layers = [
@@ -80,7 +80,7 @@ def declare_adapters(
     return stack(layers, c.layer_groups()) if stacked else layers
 
 
-def slot_bytes(c: DecoderConfig, slots: AdapterSlots | None, dtype: DTypeLike) -> int:
+def slot_bytes(c: DecoderConfig, slots: AdapterRoom | None, dtype: DTypeLike) -> int:
     """Return the bytes of a launch's slots, or of one device's shards of them."""
     return 0 if slots is None else sum(spec.nbytes for spec in jax.tree.leaves(declare_adapters(c, slots, dtype)))
 
@@ -114,7 +114,7 @@ def _site(path: tuple[Any, ...]) -> Site | None:
     return next((site for site in ADAPTED_SITES if site == name), None)
 
 
-def _factors(spec: WeightSpec, slots: AdapterSlots, dtype: str) -> Factors[WeightSpec]:
+def _factors(spec: WeightSpec, slots: AdapterRoom, dtype: str) -> Factors[WeightSpec]:
     """Return the specs of a matrix's factors. A is divided like its columns, and B like its rows: what a device adds to the
     product is of the same rows, or the same part of a sum, as the product itself."""
     parts = spec.parts or spec.shape[:1]

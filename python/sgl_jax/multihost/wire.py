@@ -18,7 +18,7 @@ LIMIT = 1 << 28  # bytes of a frame between hosts that know each other
 _HEADER = struct.Struct(">I")
 _CHUNK = 1 << 18
 
-type Scalar = str | int | float | bool | None
+type Scalar = str | int | float | bool | tuple[str, ...] | None
 
 
 class HostsError(ValueError):

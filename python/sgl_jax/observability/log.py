@@ -7,8 +7,9 @@ import logging
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from sgl_jax.engine.messages import Stats
@@ -105,7 +106,8 @@ def changed_args_line(changed: Mapping[str, object]) -> str:
         if isinstance(value, bool):
             words.append(f"--{option}" if value else f"--no-{option}")
         else:
-            words.append(f"--{option} {shlex.quote(str(value))}")
+            values = value if isinstance(value, tuple) else (value,)
+            words.append(f"--{option} {shlex.join(map(str, values))}")
     return "Arguments: " + (" ".join(words) or "all at their defaults")
 
 
@@ -149,11 +151,13 @@ def access_line(
     request_id: str,
     tokens: tuple[int, int] | None,
     seconds: float,
+    adapters: Collection[str] = (),
 ) -> str:
     """Return `127.0.0.1:5 - "POST /generate HTTP/1.1" 200 id=a 5+16 tokens 0.120 s`. `tokens`: of prompts and output."""
     where = f"{client[0]}:{client[1]}" if client else "-"
     said = request if len(request) <= 512 else request[:512] + "…"
     counted = "" if tokens is None else f" {tokens[0]}+{tokens[1]} tokens"
+    counted += "".join(f" adapter={quote(name)}" for name in sorted(adapters))
     return f'{where} - "{said}" {status} id={request_id}{counted} {seconds:.3f} s'
 
 

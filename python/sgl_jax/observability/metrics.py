@@ -24,6 +24,7 @@ _GAUGES = (
     ("kv_cached_ratio", "Share of the KV pool's pages that hold cached prefixes nobody uses now", "cached_usage"),
     ("generation_throughput", "Generated tokens per second over the last log interval", "gen_throughput"),
     ("programs_compiling", "Programs not compiled yet", "num_compiling"),
+    ("lora_adapters_on_device", "LoRA adapters in slots of the device", "adapters_on_device"),
 )
 _COUNTERS = (
     ("prompt_tokens", "Prompt tokens of admitted requests", "prompt_tokens"),
@@ -32,6 +33,7 @@ _COUNTERS = (
     ("preemptions", "Requests that lost their pages and started over", "preemptions"),
     ("engine_steps", "Steps the engine ran", "steps"),
     ("compiles_after_ready", "Programs compiled while serving; without --skip-server-warmup 0", "compiles_after_ready"),
+    ("lora_adapter_loads", "Times that an adapter was put into a slot of the device", "adapter_loads"),
 )
 # Metrics of a launch that speculates, with the names of SGLang and of vLLM.
 _DRAFT_GAUGES = (
@@ -74,8 +76,8 @@ class RequestMetrics:
 
 
 class _Collector:
-    def __init__(self, requests: RequestMetrics, stats: Stats, about: Mapping[str, str]):
-        self._requests, self._stats, self._about = requests, stats, about
+    def __init__(self, requests: RequestMetrics, stats: Stats, about: Mapping[str, str], num_adapters: int):
+        self._requests, self._stats, self._about, self._num_adapters = requests, stats, about, num_adapters
 
     def collect(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -83,6 +85,7 @@ class _Collector:
         build = GaugeMetricFamily("sgl_jax_build_info", "Always 1; what is served, and by what", labels=[*self._about])
         build.add_metric([*self._about.values()], 1)
         yield build
+        yield GaugeMetricFamily("sgl_jax_lora_adapters", "Loaded LoRA adapters", value=self._num_adapters)
         by_position = self._stats.accepted_per_position  # empty without speculation
         for name, text, field in (*_GAUGES, *(_DRAFT_GAUGES if by_position else ())):
             yield GaugeMetricFamily(f"sgl_jax_{name}", text, value=getattr(self._stats, field))
@@ -106,8 +109,10 @@ class _Collector:
             yield HistogramMetricFamily(f"sgl_jax_{name}", text, histogram.cumulative(), histogram.sum)
 
 
-def exposition(requests: RequestMetrics, stats: Stats, about: Mapping[str, str]) -> tuple[bytes, str]:
+def exposition(
+    requests: RequestMetrics, stats: Stats, about: Mapping[str, str], num_adapters: int
+) -> tuple[bytes, str]:
     """Return the text that Prometheus scrapes, and its content type. `about`: labels of the info metric."""
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-    return generate_latest(_Collector(requests, stats, about)), CONTENT_TYPE_LATEST
+    return generate_latest(_Collector(requests, stats, about, num_adapters)), CONTENT_TYPE_LATEST

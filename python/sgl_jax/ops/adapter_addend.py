@@ -30,7 +30,7 @@ class AdapterAddend(Protocol):
         x: Float[Array, "T I"],
         slots: Int[Array, " T"],
         a: Float[Array, "APR I"],
-        b: tuple[Float[Array, "AR O"], ...],
+        b: tuple[Float[Array, "AR _"], ...],
         num_slots: int,
     ) -> Float[Array, "T OP"]: ...
 
@@ -39,7 +39,7 @@ def plain_addend(
     x: Float[Array, "T I"],
     slots: Int[Array, " T"],
     a: Float[Array, "APR I"],
-    b: tuple[Float[Array, "AR O"], ...],
+    b: tuple[Float[Array, "AR _"], ...],
     num_slots: int,
 ) -> Float[Array, "T OP"]:
     """See AdapterAddend."""
@@ -59,7 +59,7 @@ def _library_addend(
     x: Float[Array, "T I"],
     slots: Int[Array, " T"],
     a: Float[Array, "APR I"],
-    b: tuple[Float[Array, "AR O"], ...],
+    b: tuple[Float[Array, "AR _"], ...],
     num_slots: int,
     *,
     library: Library,

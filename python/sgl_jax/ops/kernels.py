@@ -16,9 +16,9 @@ class Kernels:
     attention: Backend
     grouped_matmul: GroupedMatmul
     dense: DenseProduct = plain_product
-    adapters: AdapterAddend = plain_addend
     quantized: QuantizedMatmul = native.quantized_matmul
     quantized_experts: QuantizedGroupedMatmul | None = None  # None: this layer's matrices are dequantised first
+    adapters: AdapterAddend = plain_addend
 
     @property
     def quantized_grouped(self) -> QuantizedGroupedMatmul:

@@ -7,20 +7,19 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sgl_jax.models.adapters import Adapters, AdapterSlots, adapted_matrices, declare_adapters
+from sgl_jax.models.adapters import AdapterRoom, Adapters, adapted_matrices, declare_adapters
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.lora_files import MatrixFactors
 from sgl_jax.models.shard import rows_of_parts, shard_of
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.weights import declare_plain
-from sgl_jax.parallel.placement import Placement
+from sgl_jax.parallel.placement import Axes, Placement
 
 _DEVICES = ("devices",)  # axes of an array with a part for each device
 LOAD_ADAPTER = "load adapter"  # name of the program
@@ -31,7 +30,7 @@ class AdapterArrays:
     """Forms of the slots' arrays and of a single adapter, which reaches a device as one vector."""
 
     model: DecoderConfig
-    slots: AdapterSlots
+    slots: AdapterRoom
     dtype: str
     placement: Placement
     stacked: bool
@@ -44,7 +43,7 @@ class AdapterArrays:
         return self.model.shard(self.placement.grid)
 
     @property
-    def axes(self) -> Any:
+    def axes(self) -> Adapters[Axes]:
         """Logical axes of each array of the slots."""
         return jax.tree.map(lambda spec: spec.axes, self._declare(self.model, self.slots.number, self.stacked))
 

@@ -20,7 +20,7 @@ class AdapterCopy(NamedTuple):
 
     rank: int = 0
     num_matrices: int = 0
-    vectors: tuple[np.ndarray, ...] = ()  # of each device of this host
+    vectors: tuple[np.ndarray, ...] = ()  # one for each device of this host
     error: str = ""  # why it cannot be used; empty: it can
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from sgl_jax.models.adapters import Adapters, AdapterSlots
+from sgl_jax.models.adapters import AdapterRoom, Adapters
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.weights import Weights
 from sgl_jax.ops.attention.api import AnyPool
@@ -50,7 +50,7 @@ class RunnerConfig:
     width: int = 1  # W of the widest bucket
     lookahead: int = 0  # tokens beyond a step's own that its drafter writes KV of
     keeps_tokens: bool = False  # the drafter reads each row's tokens
-    adapters: AdapterSlots | None = None  # None: the launch takes no adapters
+    adapters: AdapterRoom | None = None  # None: the launch takes no adapters
     simulated_acceptance: float | None = None  # share of drafts that count whatever is sampled; None: they are verified
 
     @property

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Bool
 
-from sgl_jax.models.adapters import AdapterSlots, SlotsInUse
+from sgl_jax.models.adapters import AdapterRoom, SlotsInUse
 from sgl_jax.models.decoder import Context
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.linear import Linear, products
@@ -30,7 +30,7 @@ class StepSpec:
     compute_dtype: str
     grid: Grid = LONE
     drafter: Drafter | None = None
-    adapters: AdapterSlots | None = None
+    adapters: AdapterRoom | None = None
     simulated_acceptance: float | None = None  # as in RunnerConfig
 
     @property

@@ -39,7 +39,7 @@ class AdapterSlots:
         self._of: dict[int, _Slot] = {}  # by adapter
         self._prepare = prepare
         self._pinned: set[int] = set()
-        self._sources: dict[int, str] = {}  # of adapters that are ready to be loaded
+        self._sources: dict[int, str] = {}  # where adapters that are ready to be loaded come from
         self._clock = itertools.count(1)
         self._num_seated = 0
         self._refused_at: dict[int, int] = {}  # by key of a request that waits for a slot: requests seated before

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sgl_jax import __version__
+from sgl_jax.engine.messages import AdapterInfo
 from sgl_jax.observability.metrics import exposition
 from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.documentation import documented
@@ -60,13 +61,16 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
 def _add_models(routes: APIRouter, state: ServerState) -> None:
     @routes.get("/v1/models", tags=["OpenAI"], **documented(ModelList))
     async def models() -> Response:
-        return json_response(ModelList([_card(state)]))
+        adapters = (_adapter_card(state, each) for each in state.service.adapters.loaded)
+        return json_response(ModelList([_card(state), *adapters]))
 
     @routes.get("/v1/models/{model:path}", tags=["OpenAI"], **documented(ModelCard, 404))
     async def model(model: str) -> Response:
-        if not state.serves(model):
-            raise unknown_model(model, state.model_name)
-        return json_response(_card(state))
+        adapters = state.service.adapters
+        cards = [_adapter_card(state, each) for each in adapters.loaded if each.name == model]
+        if not cards and not state.serves(model):
+            raise unknown_model(model, state.model_name, adapters)
+        return json_response(cards[0] if cards else _card(state))
 
 
 def _add_information(routes: APIRouter, state: ServerState) -> None:
@@ -97,10 +101,15 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
     async def metrics() -> Response:
         """Returns the metrics in the format of Prometheus."""
         about = {"version": __version__, "model_name": state.model_name}
-        text, media_type = exposition(service.metrics, service.stats, about)
+        num_adapters = len(service.adapters.loaded) if service.ready_once else 0
+        text, media_type = exposition(service.metrics, service.stats, about, num_adapters)
         return Response(text, media_type=media_type)
 
 
 def _card(state: ServerState) -> ModelCard:
     limit = state.service.info.context_length
     return ModelCard(state.model_name, int(state.started), state.server_args.model_path, limit)
+
+
+def _adapter_card(state: ServerState, adapter: AdapterInfo) -> ModelCard:
+    return msgspec.structs.replace(_card(state), id=adapter.name, root=adapter.path, parent=state.model_name)

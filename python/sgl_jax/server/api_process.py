@@ -69,7 +69,9 @@ class _Server:
             hard_s += 5.0  # host 0's engine process, which can name the host that is behind, goes first
         watchdog = Watchdog(args.soft_watchdog_timeout, hard_s)
         max_queued = args.max_queued_requests or MAX_QUEUED_REQUESTS
-        service = GenerationService(self._transport, tokenizer, args.stream_interval, max_queued, watchdog)
+        service = GenerationService(
+            self._transport, tokenizer, args.stream_interval, max_queued, watchdog, args.lora_dir
+        )
         limits = Limits(args.max_request_bytes, most_connections())
         http = _Uvicorn(http_config(create_app(service, args), limits, _LAST_WORDS_S))
         listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))

@@ -6,6 +6,7 @@ from starlette.types import ASGIApp
 from sgl_jax import __version__
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.server import (
+    adapters_api,
     admin_api,
     documentation,
     edge,
@@ -36,7 +37,7 @@ def create_routes(service: GenerationService, server_args: ServerArgs) -> FastAP
         redoc_url=None,
     )
     state = ServerState(service, server_args)
-    for module in (openai_chat, openai_completions, native_api, measuring_api, admin_api):
+    for module in (openai_chat, openai_completions, native_api, measuring_api, adapters_api, admin_api):
         app.include_router(module.router(state))
     error_envelope.install(app)
     documentation.install(app)

@@ -15,12 +15,12 @@ from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter, Json
 from sgl_jax.server.error_envelope import unknown_model
 from sgl_jax.server.openai_types import Message, TemplateFields
+from sgl_jax.settings.adapter_paths import ANY_MODEL
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.text.template_process import TemplateProcess
 from sgl_jax.text.tokenizer import Tokenizer
 
 _AT_ONCE = 4_000  # characters or tokens; the work on more of them, 1 ms and longer, runs in a thread
-_ANY_MODEL = "default"  # a name for any model, which SGLang's clients send
 
 
 @dataclass
@@ -47,9 +47,16 @@ class ServerState:
     def serves(self, name: str) -> bool:
         return name.rstrip("/") == self.model_name.rstrip("/")  # folders are written with a slash behind them, and URLs
 
-    def check_model(self, name: str | None) -> None:
-        if name not in (None, _ANY_MODEL) and not self.serves(name):
-            raise unknown_model(str(name), self.model_name)
+    def adapter_of(self, model: str | None) -> str | None:
+        """Return the adapter that a request's `model` names, also behind the served model and a colon; None: it names
+        the served model itself. Raises ApiError for an unknown name."""
+        if model in (None, ANY_MODEL) or self.serves(model):
+            return None
+        adapters = self.service.adapters
+        for prefix in ("", f"{self.model_name}:", f"{ANY_MODEL}:"):
+            if model.startswith(prefix) and adapters.knows(name := model.removeprefix(prefix)):
+                return name
+        raise unknown_model(model, self.model_name, adapters)
 
     async def encode(self, text: str, field: str, add_special_tokens: bool = True, limit: int = 0) -> list[int]:
         """Encode a text that came in the body's `field`, of plainly no more tokens than the context or `limit` has.

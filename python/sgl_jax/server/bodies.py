@@ -162,7 +162,7 @@ def openai_params(
     gives in a form of its own, and `names` their names there."""
     values, theirs = _written(body, "openai", cls)
     values.update(own)
-    return GenerationRequest([], cls(**values), names={**theirs, **names}, in_range=True)
+    return GenerationRequest([], cls(**values), names={"lora_path": "model", **theirs, **names}, in_range=True)
 
 
 def _written(body: Body, api: Api, cls: type[SamplingParams]) -> tuple[dict[str, Any], Names]:

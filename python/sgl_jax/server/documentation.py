@@ -27,7 +27,7 @@ _ERRORS = {
     400: "A value is wrong or not supported; `param` names the field",
     403: "The page or the name of the server is not allowed",
     401: "The API key is missing or wrong",
-    404: "No such model",
+    404: "No such model or adapter",
     409: "It cannot be done in the state the engine is in; `message` says why",
     413: "The body is too large",
     415: "The body is compressed",

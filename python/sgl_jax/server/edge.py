@@ -68,7 +68,8 @@ class RequestLog:
                 target = quote(scope["raw_path"] + query, safe=_SHOWN)
                 said = f"{scope['method']} {target} HTTP/{scope['http_version']}"
                 seconds = time.perf_counter() - started
-                logger.info("%s", access_line(scope["client"], said, status, request_id, tokens, seconds))
+                adapters = () if generation is None else generation.adapters
+                logger.info("%s", access_line(scope["client"], said, status, request_id, tokens, seconds, adapters))
 
 
 class Guard:

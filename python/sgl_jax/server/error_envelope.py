@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from sgl_jax.engine import generation
+from sgl_jax.engine.adapter_table import AdapterTable
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.bodies import feature_of
 from sgl_jax.server.responses import ErrorBody, ErrorResponse
@@ -27,6 +28,7 @@ _BAD_REQUEST = "invalid_request_error"
 # By kind, the first that fits: status, type, code, and the param where the error does not name it.
 _EXPECTED: Mapping[type[Exception], tuple[int, str, str, str | None]] = {
     generation.PromptTooLong: (400, _BAD_REQUEST, "context_length_exceeded", None),
+    generation.UnknownAdapter: (404, _BAD_REQUEST, "model_not_found", None),
     generation.DuplicateRequestId: (400, _BAD_REQUEST, "duplicate_request_id", None),
     InvalidParameter: (400, _BAD_REQUEST, "invalid_value", None),
     TokenizerError: (400, _BAD_REQUEST, "invalid_value", "prompt"),
@@ -69,8 +71,11 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()  # a client may send lone surrogates; JSON cannot carry them
 
 
-def unknown_model(name: str, served: str) -> ApiError:
-    message = f"the model {name} does not exist; this server has {served}"
+def unknown_model(name: str, served: str, adapters: AdapterTable) -> ApiError:
+    known = adapters.names_text()
+    message = f"the model {name} does not exist; this server has {served}" + (known and f" and the adapters {known}")
+    if name.startswith(f"{served}:") and not adapters.enabled:
+        message += "; --enable-lora makes it take LoRA adapters"
     return ApiError(404, message, param="model", code="model_not_found")
 
 

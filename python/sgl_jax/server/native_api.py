@@ -32,7 +32,9 @@ Name = Annotated[str, Field(min_length=1)]
 _MOST_TO_COUNT = 1_000_000  # tokens that /tokenize takes, if the context is not longer
 
 _SGLANG_SAMPLING = "custom_params spaces_between_special_tokens stop_regex"
-_SGLANG_GENERATE = "custom_logit_processor data_parallel_rank return_hidden_states session_params token_ids_logprob"
+_SGLANG_GENERATE = (
+    "custom_logit_processor data_parallel_rank lora_id return_hidden_states session_params token_ids_logprob"
+)
 
 
 @with_fields(sampling_fields("native"), off_fields("NativeSamplingParams"), null_fields(_SGLANG_SAMPLING))
@@ -53,6 +55,7 @@ class GenerateRequest(Body):
     top_logprobs_num: Annotated[int, limits("logprobs")] | None = None
     logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
     return_text_in_logprobs: bool | None = None
+    lora_path: Name | list[Name | None] | None = Field(None, description="names of adapters; null is the model itself")
     extra_key: CacheKey | None = Field(None, description="requests share cached prefixes only within one key")
 
 
@@ -77,7 +80,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/tokenize", **documented(TokenizeResponse, 404, *BODY))
     async def tokenize(body: TokenizeRequest) -> Response:
-        state.check_model(body.model)
+        state.adapter_of(body.model)
         limit = state.service.info.context_length
         if (body.prompt is None) == (body.messages is None):
             raise InvalidParameter("prompt", "give either prompt or messages")
@@ -93,7 +96,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/detokenize", **documented(DetokenizeResponse, 404, *BODY))
     async def detokenize(body: DetokenizeRequest) -> Response:
-        state.check_model(body.model)
+        state.adapter_of(body.model)
         limit = state.service.info.vocab_size
         is_batch = bool(body.tokens) and isinstance(body.tokens[0], list)
         rows: list[Any] = body.tokens if is_batch else [body.tokens]
@@ -132,7 +135,8 @@ def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
     start, top = -1 if body.logprob_start_len is None else body.logprob_start_len, body.top_logprobs_num or 0
     options = LogprobOptions(bool(body.return_logprob), top, start, bool(body.return_text_in_logprobs))
     limit, key = state.service.info.context_length, body.extra_key or ""
-    return native_call(state.tokenizer, limit, body.text, body.input_ids, params, body.rid, options, key)
+    given = body.text, body.input_ids, params, body.rid, options, key, body.lora_path
+    return native_call(state.tokenizer, limit, *given)
 
 
 async def _events(call: NativeCall, generation: Generation) -> AsyncIterator[bytes]:

@@ -21,11 +21,11 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/chat/completions", **documented(ChatCompletion, 404, *STREAM))
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-        state.check_model(body.model)
+        adapter = state.adapter_of(body.model)
         body.check_stream_options()
         given = _parameters(body)
         prompt_ids = await state.encode_chat(body.messages, body)
-        asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt)
+        asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt, adapter)
         generation = await state.service.submit([asked], stream=bool(body.stream))
         return await _Chat(state, body, generation, bool(body.logprobs)).respond(request)
 

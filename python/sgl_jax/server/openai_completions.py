@@ -26,7 +26,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/completions", **documented(Completion, 404, *STREAM))
     async def completions(body: CompletionRequest, request: Request) -> Response:
-        state.check_model(body.model)
+        adapter = state.adapter_of(body.model)
         body.check_stream_options()
         given = _parameters(body)
         prompts = _prompts(body)
@@ -36,7 +36,7 @@ def router(state: ServerState) -> APIRouter:
         async for i, prompt in in_slices(enumerate(prompts)):
             ids = await state.encode(prompt, "prompt", special) if isinstance(prompt, str) else prompt
             rid = body.rid if body.rid is None or len(prompts) == 1 else f"{body.rid}_{i}"
-            asked.append(given.for_prompt(ids, "prompt", rid, body.cache_salt))
+            asked.append(given.for_prompt(ids, "prompt", rid, body.cache_salt, adapter))
         generation = await state.service.submit(asked, stream=bool(body.stream))
         return await _Completion(state, body, generation, prompts).respond(request)
 

@@ -30,7 +30,7 @@ class StreamOptions(Body):
 class SamplingFields(Body):
     """Fields that chat and completion requests share."""
 
-    model: str | None = Field(None, description="the served model's name; may be left out")
+    model: str | None = Field(None, description="the served model, an adapter, or MODEL:ADAPTER; may be left out")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     rid: Annotated[str, Field(min_length=1)] | None = Field(None, description="a name for /abort_request")

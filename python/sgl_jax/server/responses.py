@@ -98,6 +98,7 @@ class ModelCard(msgspec.Struct):
     created: int
     root: str
     max_model_len: int
+    parent: str | None = None  # the model that an adapter changes
     object: Literal["model"] = "model"
     owned_by: Literal["sgl_jax"] = "sgl_jax"
 
@@ -139,6 +140,11 @@ class Version(msgspec.Struct):
 class CacheFlush(msgspec.Struct):
     success: bool
     num_pages: int
+
+
+class LoadedAdapters(msgspec.Struct):
+    success: bool
+    loaded_adapters: dict[str, str]  # paths by name
 
 
 class Aborted(msgspec.Struct):

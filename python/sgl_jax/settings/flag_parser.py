@@ -2,6 +2,7 @@
 
 import argparse
 import itertools
+import json
 import sys
 import types
 import typing
@@ -77,6 +78,21 @@ class Parser(argparse.ArgumentParser):
 
 def _is_flag(word: str) -> bool:
     return word.startswith("-") and not word[1:2].isdigit()  # -1 is a value
+
+
+def many(value: object) -> object:
+    """Read several values: a list, whose objects become JSON, or text: a JSON list, one JSON object, or words."""
+    if isinstance(value, str) and value[:1] not in ("[", "{"):
+        return tuple(value.split())
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return value
+    entries = [value] if isinstance(value, dict) else value
+    if not isinstance(entries, list):
+        return value
+    return tuple(json.dumps(each) if isinstance(each, dict) else each for each in entries)
 
 
 def option_named(name: str) -> str:

@@ -14,11 +14,11 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from sgl_jax.settings.flag_parser import NOTHING, Elsewhere, FlagError, Mistakes, Parser, hint_about, option_named
+from sgl_jax.settings.flag_parser import NOTHING, Elsewhere, FlagError, Mistakes, Parser, hint_about, many, option_named
 
 HIDDEN = "***"
 
-type Setting = str | int | float | bool | None  # a flag's value
+type Setting = str | int | float | bool | tuple[str, ...] | None  # a flag's value
 
 
 class Rule(NamedTuple):
@@ -64,7 +64,8 @@ def flag[T: Setting](default: T | Callable[[], T], help: str, **about: Any) -> T
     return dataclasses.field(default=default, repr=not made.secret, metadata={"about": made})
 
 
-_KINDS = {int: ("a whole number", "N"), float: ("a number", "X"), str: ("text", "TEXT"), bool: ("true or false", "")}
+_KINDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", tuple: "a list of texts"}
+_METAVARS = {int: "N", float: "X", bool: ""}
 _TRUTH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -91,7 +92,9 @@ class Flag(NamedTuple):
 
     @property
     def metavar(self) -> str:
-        return "{" + ",".join(self.choices) + "}" if self.choices else self.about.metavar or _KINDS[self.kind][1]
+        if self.choices:
+            return "{" + ",".join(self.choices) + "}"
+        return self.about.metavar or _METAVARS.get(self.kind, "TEXT")
 
     @property
     def required(self) -> bool:
@@ -127,6 +130,8 @@ class Flag(NamedTuple):
 
     def read(self, value: object) -> object:
         """Read text from outside as this flag's type. Text that cannot be read is returned, for `check` to refuse."""
+        if self.kind is tuple:
+            return many(value)
         if isinstance(value, dict) and self.about.metavar == "JSON":  # a mapping in the config file
             return json.dumps(value)
         if not isinstance(value, str):
@@ -147,7 +152,9 @@ class Flag(NamedTuple):
         said = self.said(value)
         accepted = (int, float) if self.kind is float else self.kind
         if not isinstance(value, accepted) or (isinstance(value, bool) and self.kind is not bool):
-            raise FlagError(self.option, f"{said}; it must be {_KINDS[self.kind][0]}")
+            raise FlagError(self.option, f"{said}; it must be {_KINDS[self.kind]}")
+        if isinstance(value, tuple) and not all(isinstance(each, str) and each for each in value):
+            raise FlagError(self.option, f"{said}; each of its values must be text, and not empty")
         if value == "":
             raise FlagError(self.option, f"{self.option} is empty; give a value or leave the flag out")
         if reason := self.about.refused.get(str(value)):
@@ -171,6 +178,7 @@ def flags_of(cls: type) -> tuple[Flag, ...]:
         kind = next(each for each in kinds if each is not types.NoneType) if optional else hints[field.name]
         if typing.get_origin(kind) is Literal:
             kind, choices = str, typing.get_args(kind)
+        kind = typing.get_origin(kind) or kind  # tuple[str, ...] is a tuple
         flags.append(Flag(field, about._replace(group=group), kind, optional, choices))
     return tuple(flags)
 
@@ -192,7 +200,7 @@ def mistakes_in(flags: Sequence[Flag], values: Mapping[str, object], source: Cal
 
 def read_command_line(
     flags: Sequence[Flag], argv: Sequence[str], mistakes: Mistakes, version: str, elsewhere: Elsewhere, **texts: str
-) -> dict[str, str | bool]:
+) -> dict[str, str | bool | list[str]]:
     """Return the flags given in `argv`, as text, and --config under "config". `--help` and `--version` print and exit.
     `texts` are argparse's usage, description and epilog."""
     parser = Parser(
@@ -217,7 +225,9 @@ def read_command_line(
                 off = f"--no-{each.option.removeprefix('--')}"
                 group.add_argument(off, dest=each.name, action="store_false", help=argparse.SUPPRESS)
             else:
-                group.add_argument(*each.options, dest=each.name, metavar=each.metavar, help=text)
+                nargs, action = ("+", "extend") if each.kind is tuple else (None, "store")
+                shown = each.metavar
+                group.add_argument(*each.options, dest=each.name, metavar=shown, help=text, nargs=nargs, action=action)
     given, unknown = parser.parse_known_args(argv)
     mistakes += parser.unknown(unknown, argv, elsewhere)
     return vars(given)

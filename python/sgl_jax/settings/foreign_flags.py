@@ -67,6 +67,18 @@ OTHERWISE = {
     "--speculative-token-map": "the draft model's files say which tokens it can draft",
     "--speculative-draft-load-format --speculative-draft-kv-cache-dtype --speculative-draft-attention-backend "
     "--speculative-attention-mode --speculative-moe-*": "the draft model runs in the model's own step, as the model does",
+    "--lora-backend --max-lora-chunk-size": "adapters are two matrix products of the step, on every device",
+    "--lora-eviction-policy": "the adapter used longest ago leaves the devices first",
+    "--enable-lora-overlap-loading": "adapters are always loaded while requests run",
+    "--lora-strict-loading": "an adapter with a tensor that finds no place is always refused",
+    "--lora-drain-wait-threshold": "a request whose adapter waits for a slot lets a bounded number of others pass",
+    "--lora-dtype": "adapters have the type of activations, --dtype",
+    "--fully-sharded-loras": "an adapter is divided over the devices as the matrices are that it changes",
+    "--experts-shared-outer-loras --lora-use-virtual-experts --enable-mixed-moe-lora-format": "adapters of experts are refused",
+    "--enable-lora-bias --lora-extra-vocab-size --lora-vocab-padding-size --long-lora-scaling-factors": "an adapter with "
+    "biases, new tokens or a longer context is refused when it is loaded",
+    "--default-mm-loras --enable-tower-connector-lora": "adapters change the language model only",
+    "--specialize-active-lora": "one program serves any number of adapters",
     "--revision --code-revision --tokenizer-revision --speculative-draft-model-revision": "a hub model is taken in its newest revision; give a folder with "
     "another one",
     "--json-model-override-args --hf-overrides": "change config.json in a folder of your own",

@@ -40,13 +40,7 @@ NOT_BUILT = (
         fields="separate_reasoning stream_reasoning include_reasoning",
     ),
     Feature("drafting all tokens at once (DFlash, DSpark) is", flags="--speculative-dflash-* --speculative-dspark-*"),
-    Feature(
-        "LoRA is",
-        flags="--*lora*",
-        fields="lora_path lora_id lora_request",
-        paths="/v1/load_lora_adapter /v1/unload_lora_adapter /load_lora_adapter /unload_lora_adapter",
-        null={"GenerateRequest": "lora_path lora_id"},
-    ),
+    Feature("adapters sent as tensors are", paths="/load_lora_adapter_from_tensors"),
     Feature(
         "images, audio and video are",
         flags="--multimodal --enable-multimodal --limit-mm-per-prompt --mm-*",

@@ -1,7 +1,6 @@
-"""Every flag of the server, declared once, here or in ServingFlags and SpeculativeFlags. The command line, its help, the
-environment, the config file and the documentation are derived from these fields. No other module reads the environment.
-
-Imports nothing heavy. A value that depends on the device stays None here; runtime/ decides it.
+"""Every flag of the server, declared once, here or in ServingFlags, LoraFlags and SpeculativeFlags. From these fields the
+command line, its help, the environment, the config file and the documentation derive. No other module reads the
+environment. Imports nothing heavy. A value that depends on the device stays None here; runtime/ decides it.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from sgl_jax.settings.flags import (
 )
 from sgl_jax.settings.foreign_flags import ELSEWHERE
 from sgl_jax.settings.hub import MODELSCOPE, Downloads
+from sgl_jax.settings.lora_flags import LoraFlags
 from sgl_jax.settings.serving_flags import SERVER as SERVER
 from sgl_jax.settings.serving_flags import ServingFlags
 from sgl_jax.settings.speculation import Speculation, speculation_of
@@ -66,7 +66,7 @@ def default_compilation_cache_dir(environ: Mapping[str, str] | None = None) -> s
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerArgs(SpeculativeFlags, ServingFlags):
+class ServerArgs(SpeculativeFlags, LoraFlags, ServingFlags):
     """Flags of a launch, checked. None: decided at the start, from the model and the devices."""
 
     attention_backend: str | None = flag(
@@ -165,8 +165,9 @@ class ServerArgs(SpeculativeFlags, ServingFlags):
 
     def __post_init__(self) -> None:
         """Raise FlagError for the values that cannot be honoured."""
+        super().__post_init__()
         refuse(mistakes_in(FLAGS, {each.name: getattr(self, each.name) for each in FLAGS}, lambda name: ""))
-        refuse([FlagError(message.split()[0], message) for message in self._misfits()])
+        refuse([FlagError(message.split()[0].rstrip(","), message) for message in self._misfits()])
         _ = self.speculation
 
     def _misfits(self) -> Iterator[str]:
@@ -175,6 +176,7 @@ class ServerArgs(SpeculativeFlags, ServingFlags):
             yield no_backend
         if self.node_rank >= self.nnodes:
             yield f"--node-rank is {self.node_rank}; it must be below --nnodes, which is {self.nnodes}"
+        yield from self.misfits_of_adapters({self.model_path, self.served_model_name or self.model_path})
         if self.nnodes > 1:
             yield from self._misfits_of_machines()
         tokens, page_size, devices = self.max_total_tokens, self.page_size, self.num_devices
