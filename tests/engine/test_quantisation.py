@@ -33,6 +33,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq"},
     "groups of 96": {"quant_method": "awq", "group_size": 96},
     "act-order": {"quant_method": "gptq", "bits": 4, "desc_act": True},
+    "static groups": {"quant_method": "gptq", "bits": 4, "desc_act": True, "static_groups": True},
     "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
 }
 DEVICES = {
@@ -69,6 +70,7 @@ def scheme(said: dict[str, Any] | None, device: str, option: str | None = None) 
         ("awq", ("floats", AWQ, AWQ, INT8)),
         ("groups of 96", ("floats", INT8, INT8, INT8)),
         ("act-order", ("floats", INT8, INT8, INT8)),
+        ("static groups", ("floats", INT4, INT4, INT8)),
         ("nvfp4", ("floats", INT8, INT8, INT8)),
     ],
 )

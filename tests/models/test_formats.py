@@ -311,6 +311,27 @@ def test_symmetric_weights_have_no_zero_points(tmp_path: Path) -> None:
         found.planes["scales"].read()
 
 
+@pytest.mark.parametrize("method", ["gptq", "pack-quantized"])
+def test_groups_that_are_called_in_order_are_so_or_are_not_read_as_they_are(tmp_path: Path, method: str) -> None:
+    """They would be rounded again to their own few bits."""
+    m = INTEGERS["out of order"]
+    said = settings(method, m)
+    if method == "gptq":
+        said["desc_act"] = False
+    else:
+        said["config_groups"]["group_0"]["weights"]["actorder"] = None
+    tensors = {f"a.{name}": array for name, array in WRITERS[method](m).items()}
+    found = read(tmp_path, said, tensors)["a.weight"]
+    np.testing.assert_array_equal(found.read(), m.floats)
+    values, scales = Scaled("int8").quantise(m.floats)
+    again = Scaled("int8").read(found)
+    np.testing.assert_array_equal(again.values.read(), values)
+    np.testing.assert_array_equal(again.scales.read(), scales)
+    with pytest.raises(ModelError) as error:
+        Scaled("int4", 16).read(found).values.read()
+    assert says(str(error.value), "a. … g_idx … out of order … desc_act, actorder … --quantization int8-weight-only")
+
+
 @pytest.mark.parametrize(
     ("said", "named"),
     [
