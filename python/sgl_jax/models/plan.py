@@ -192,6 +192,8 @@ def stored_parts(
 ) -> tuple[dict[str, tuple[int, ...]], Rows | None]:
     """Return the names of the stored tensors that make up a weight, in order, with the shape that each must have; and the
     rows that the weight takes of them, None for all."""
+    if path == ".lm_head" and config.copies_head:
+        path = ".embed"
     of_rows = names.rows.get(path.partition("].")[2])
     rows = of_rows(config) if of_rows else None
     return _wanted(path, spec, names, rows), rows
