@@ -69,6 +69,6 @@ class AdapterCopies:
         copy = self._store.fetch(source).result()
         if copy.error:
             logger.warning("An adapter cannot be used: %s", copy.error)
-        if not self._agree(not copy.error) and not copy.error:
+        if not self._agree(int(not copy.error)) and not copy.error:
             copy = AdapterCopy(error="another host cannot use its copy of the adapter, and says why in its log")
         self._settled[source] = copy
