@@ -85,7 +85,7 @@ class ServerState:
         def render() -> str:
             entries, shown = template_messages(messages, template.source), template_tools(tools)
             if tools and not takes_tools(template.source):
-                entries, shown = with_tools_as_text(entries, shown), []
+                entries, shown = with_tools_as_text(entries, shown, template.source), []
             return self._templates.render(
                 template,
                 most + 1,  # which is too long, as `encode` will say

@@ -8,9 +8,11 @@ from sgl_jax.server.openai_types import FunctionTool, Message, ToolCall
 
 type Entry = dict[str, Json]
 
-_NO_PLACE_FOR_TOOLS = (
-    "You can call these functions:\n{tools}\nTo call one, answer with nothing but a JSON object: "
-    '{{"name": its name, "parameters": an object with its arguments}}. Its result comes in the next message.'
+_ABOUT_TOOLS = "You can call these functions:\n{tools}\nTo call one, {how}. Its result comes in the next message."
+_AS_JSON = 'answer with nothing but a JSON object: {"name": its name, "parameters": an object with its arguments}'
+_AS_DEEPSEEK = (
+    "write <｜tool▁calls▁begin｜><｜tool▁call▁begin｜>{call}<｜tool▁call▁end｜><｜tool▁calls▁end｜>, "
+    "with the arguments as a JSON object"
 )
 
 
@@ -36,20 +38,32 @@ def template_tools(tools: Sequence[FunctionTool]) -> list[Entry]:
     return found
 
 
-def with_tools_as_text(messages: Sequence[Entry], tools: Sequence[Json]) -> list[Entry]:
-    """Return the messages for a template that knows no tools: they stand in the system message, calls and results in
-    messages of the assistant and the user."""
-    about = _NO_PLACE_FOR_TOOLS.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools))
-    first = messages[0] if messages and messages[0]["role"] == "system" else None
-    found: list[Entry] = [{"role": "system", "content": f"{first['content']}\n\n{about}" if first else about}]
-    for entry in messages[1 if first else 0 :]:
-        role, content = entry["role"], entry["content"]
-        if role == "tool":
-            role, content = "user", f"Result: {content}"
-        elif calls := [_call_as_text(call) for call in _calls(entry)]:
-            content = "\n".join([*([str(content)] if content else []), *calls])
-        found.append({"role": role, "content": content})
+def with_tools_as_text(messages: Sequence[Entry], tools: Sequence[Json], template: str) -> list[Entry]:
+    """Return the messages for a template that has no place for tools: they stand in the system message, or before the
+    user's where there may be none. If it has none for calls and results either, these become text, too."""
+    has_calls = "<｜tool▁call▁begin｜>" in template
+    call = (
+        "function<｜tool▁sep｜>NAME\n```json\nARGUMENTS\n```"
+        if "```json" in template
+        else "NAME<｜tool▁sep｜>ARGUMENTS"
+    )
+    how = _AS_DEEPSEEK.format(call=call) if has_calls else _AS_JSON
+    about = _ABOUT_TOOLS.format(tools="\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools), how=how)
+    found: list[Entry] = [{"role": "user" if "System role not supported" in template else "system", "content": about}]
+    for entry in messages if has_calls else map(_as_text, messages):
+        if entry["role"] == found[-1]["role"] and entry["role"] in ("system", "user"):
+            found[-1]["content"] = f"{found[-1]['content']}\n\n{entry['content']}"
+        else:
+            found.append(entry)
     return found
+
+
+def _as_text(entry: Entry) -> Entry:
+    role, content = entry["role"], entry["content"]
+    if role == "tool":
+        return {"role": "user", "content": f"Result: {content}"}
+    calls = [_call_as_text(call) for call in _calls(entry)]
+    return {"role": role, "content": "\n".join([*([str(content)] if content else []), *calls])}
 
 
 def _call_as_text(call: Entry) -> str:

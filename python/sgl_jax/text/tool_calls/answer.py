@@ -33,6 +33,7 @@ class Answer:
         self.fresh = True  # no text since the beginning, the thought or the last call
         self.thoughts: list[tuple[int, int | None]] = []  # where each begins and ends in the whole text
         self._parts: list[Part] = []
+        self._pieces: list[str] = []  # text of the last part
         self._held = ""  # white space that nothing has followed yet
         self._strip = False  # drop white space until something else comes
         self._one_call = one_call
@@ -41,6 +42,7 @@ class Answer:
 
     def take(self) -> list[Part]:
         """Return the parts found since the last call."""
+        self._join()
         found, self._parts = self._parts, []
         return found
 
@@ -68,6 +70,7 @@ class Answer:
         self._held, self._strip, self.fresh, self._has_arguments = "", False, True, False
         self.num_calls += 1
         if not self._muted:
+            self._join()
             self._parts.append(Call(name, id))
 
     def arguments(self, text: str) -> None:
@@ -93,7 +96,12 @@ class Answer:
     def _add(self, kind: type[Text | Thought | Arguments], text: str) -> None:
         if self._muted or not text:
             return
-        if self._parts and isinstance(last := self._parts[-1], kind):
-            self._parts[-1] = kind(last.text + text)
-        else:
-            self._parts.append(kind(text))
+        if not self._pieces or not isinstance(self._parts[-1], kind):
+            self._join()
+            self._parts.append(kind(""))
+        self._pieces.append(text)
+
+    def _join(self) -> None:
+        if self._pieces and not isinstance(last := self._parts[-1], Call):
+            self._parts[-1] = last._replace(text="".join(self._pieces))
+        self._pieces = []

@@ -98,8 +98,6 @@ def takes_tools(template: str) -> bool:
 
 def calls_in(template: str) -> str:
     """Return the format in which a model with this chat template writes calls. The usual JSON is Llama's, too."""
-    if not takes_tools(template):
-        return "llama3"
     return next((name for mark, name in _CALLS_IN_TEMPLATE if mark in template), "llama3")
 
 

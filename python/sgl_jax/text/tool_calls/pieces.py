@@ -3,6 +3,7 @@
 So a parser sees one text, however it was cut, and what it finds depends on the text alone.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Generator, Sequence
@@ -117,29 +118,27 @@ class Source:
         size = yield from self._space()
         return self._at + size >= len(self._text)
 
-    def until(self, words: Sequence[str], emit: Emit) -> Waiting[str]:
+    def until(self, words: tuple[str, ...], emit: Emit) -> Waiting[str]:
         """Emit the text up to the first of the words, and read the word. Empty: the end came first."""
-        longest, firsts = max(map(len, words), default=0), {word[0] for word in words}
+        pattern, longest, firsts = _search(words)
         while True:
             text, at = self._text, self._at
-            found = [(start, -len(word), word) for word in words if (start := text.find(word, at)) >= 0]
-            stop = min(found)[0] if found else len(text)
-            if not self.ended:  # a longer word, or any at the end, may have begun
+            found = pattern.search(text, at) if words else None
+            stop = found.start() if found else len(text)
+            if not self.ended:  # a word may have begun, before the one found or as a longer one
                 tail = range(max(at, len(text) - longest + 1), min(stop + 1, len(text)))
                 begun = (i for i in tail if text[i] in firsts and any(_begins(word, text, i) for word in words))
-                held = next(begun, len(text))
-                if held <= stop and held < len(text):
-                    stop, found = held, []
+                if (held := next(begun, None)) is not None:
+                    stop, found = held, None
             emit(text[at:stop])
             self._at = stop
             if found:
-                word = min(found)[2]
-                self._at += len(word)
-                return word
+                self._at = found.end()
+                return found[0]
             if not (yield from self.more()):
                 return ""
 
-    def read_until(self, words: Sequence[str]) -> Waiting[tuple[str, str]]:
+    def read_until(self, words: tuple[str, ...]) -> Waiting[tuple[str, str]]:
         """Return the text up to the first of the words, and the word, which is read."""
         parts: list[str] = []
         word = yield from self.until(words, parts.append)
@@ -186,9 +185,18 @@ class Source:
             self._at += len(escaped)
             raw += word + escaped
         try:
-            return json.loads(f'"{raw}"') if word else None
+            text = json.loads(f'"{raw}"') if word else None
         except ValueError:
             return None
+        return text and text.encode("utf-8", "replace").decode()  # a lone surrogate has no UTF-8 form
+
+
+@functools.cache
+def _search(words: tuple[str, ...]) -> tuple[re.Pattern[str], int, frozenset[str]]:
+    """Return a pattern for the first of the words, the length of the longest, and their first characters."""
+    by_length = sorted(words, key=len, reverse=True)
+    longest = len(by_length[0]) if words else 0
+    return re.compile("|".join(map(re.escape, by_length))), longest, frozenset(word[0] for word in words)
 
 
 def _begins(word: str, text: str, at: int) -> bool:

@@ -40,6 +40,6 @@ def _as_json(arguments: str) -> str | None:
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             return None
         values = {each.arg: ast.literal_eval(each.value) for each in call.keywords}
-        return None if None in values else json.dumps(values, ensure_ascii=False, allow_nan=False)
+        return None if None in values else json.dumps(values, allow_nan=False)
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None

@@ -81,7 +81,7 @@ def _value(text: str) -> tuple[str, Json] | None:
             return None
     try:
         value = ast.literal_eval(text)
-        return json.dumps(value, ensure_ascii=False, allow_nan=False), value
+        return json.dumps(value, allow_nan=False), value
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return None
 
