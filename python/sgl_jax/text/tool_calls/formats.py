@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from sgl_jax.text.tool_calls import harmony, json_calls
 from sgl_jax.text.tool_calls.gemma_calls import gemma
-from sgl_jax.text.tool_calls.json_calls import Reading
 from sgl_jax.text.tool_calls.pieces import Waiting
 from sgl_jax.text.tool_calls.python_calls import python_list
+from sgl_jax.text.tool_calls.reading import Reading
 from sgl_jax.text.tool_calls.sectioned_calls import deepseek, kimi
 from sgl_jax.text.tool_calls.tagged_calls import CODER, DSML, GLM, tagged
 

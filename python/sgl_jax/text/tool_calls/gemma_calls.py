@@ -1,7 +1,7 @@
 """Gemma's calls: call:NAME{key:value,…}, with strings between marks, and keys and words bare."""
 
-from sgl_jax.text.tool_calls.json_calls import Reading, is_name
 from sgl_jax.text.tool_calls.pieces import Emit, Source, Waiting
+from sgl_jax.text.tool_calls.reading import Reading, is_name
 from sgl_jax.text.tool_calls.schemas import as_json, dumped
 
 _WORDS = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})

@@ -2,8 +2,8 @@
 
 import re
 
-from sgl_jax.text.tool_calls.json_calls import Reading
 from sgl_jax.text.tool_calls.pieces import Emit, Waiting
+from sgl_jax.text.tool_calls.reading import Reading
 
 _ENDS = ("<|end|>", "<|call|>", "<|return|>")
 _HEADS = ("<|start|>", "<|channel|>")
@@ -34,7 +34,7 @@ def harmony(reading: Reading, show_thoughts: bool) -> Waiting[None]:
             rest: Emit = answer.arguments
             if (yield from source.skip_space()) == "{":
                 yield from source.nested(answer.arguments)
-                rest = _nowhere
+                rest = lambda text: None  # noqa: E731
             last = yield from source.until((*_ENDS, *_HEADS), rest)
             answer.end_call()
         elif channel == ["analysis"] and not show_thoughts:
@@ -46,7 +46,3 @@ def harmony(reading: Reading, show_thoughts: bool) -> Waiting[None]:
                 answer.text("\n")
             last = yield from source.until((*_ENDS, *_HEADS), answer.text)
         source.back(last if last in _HEADS else "")
-
-
-def _nowhere(text: str) -> None:
-    """Drop text behind complete arguments."""

@@ -1,22 +1,10 @@
 """Calls as JSON objects: {"name": …, "arguments": {…}}, one, several, or in a list."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
-
-from sgl_jax.text.tool_calls.answer import Answer
 from sgl_jax.text.tool_calls.pieces import Emit, Source, Waiting
-from sgl_jax.text.tool_calls.schemas import Schema
+from sgl_jax.text.tool_calls.reading import Reading, is_name
 
 _ARGUMENTS = ("arguments", "parameters")
 _KEYS = ("name", "function", "id", "type", *_ARGUMENTS)
-
-
-class Reading(NamedTuple):
-    """Work of a parser of calls. It begins a call in the answer, or leaves it as it is: then the text is content."""
-
-    source: Source
-    answer: Answer
-    tools: Mapping[str, Schema]  # parameters by name
 
 
 def marked(reading: Reading, opener: str) -> Waiting[None]:
@@ -49,10 +37,6 @@ def mistral(reading: Reading, opener: str) -> Waiting[None]:
         answer.call(name.strip(), call_id and call_id.strip())
         if (yield from source.skip_space()) == "{":
             yield from source.nested(answer.arguments)
-
-
-def is_name(text: str) -> bool:
-    return bool(text) and not any(char.isspace() or char in "<>{}[]()\"'|" for char in text)
 
 
 def _objects(reading: Reading, bare: bool, id_comes_last: bool) -> Waiting[None]:
@@ -94,7 +78,7 @@ def _object(reading: Reading, bare: bool, id_comes_last: bool) -> Waiting[None]:
         key = yield from source.json_string()
         if key is None or not (yield from source.take((":",))):
             break
-        if key in _ARGUMENTS:
+        if key in _ARGUMENTS and kept is None:
             if bare and (yield from source.skip_space()) != "{":
                 return
             begun = not id_comes_last and bool(name := said.get("name"))

@@ -3,8 +3,8 @@
 import ast
 import json
 
-from sgl_jax.text.tool_calls.json_calls import Reading, is_name
 from sgl_jax.text.tool_calls.pieces import PYTHON, Waiting
+from sgl_jax.text.tool_calls.reading import Reading, is_name
 
 
 def python_list(reading: Reading, opener: str) -> Waiting[None]:

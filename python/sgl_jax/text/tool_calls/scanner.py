@@ -7,8 +7,8 @@ from typing import Literal, NamedTuple
 from sgl_jax.text.tool_calls.answer import Answer, Part
 from sgl_jax.text.tool_calls.formats import CALLS, HARMONY, THOUGHTS, CallFormat, ThoughtFormat
 from sgl_jax.text.tool_calls.harmony import harmony
-from sgl_jax.text.tool_calls.json_calls import Reading
 from sgl_jax.text.tool_calls.pieces import Source, Waiting
+from sgl_jax.text.tool_calls.reading import Reading
 from sgl_jax.text.tool_calls.schemas import Schema
 
 type ThoughtState = Literal["open", "closed", "unopened"]
@@ -65,7 +65,7 @@ class AnswerScanner:
         form, source, answer = self._form, self._source, self._answer
         reading = Reading(source, answer, form.tools)
         if HARMONY in (form.calls, form.thoughts):
-            yield from harmony(reading, form.show_thoughts)
+            yield from harmony(reading, form.show_thoughts or form.thoughts is None)
             return
         if form.thoughts is not None and form.thought != "closed":
             yield from _thought(reading, THOUGHTS[form.thoughts], form)

@@ -3,8 +3,8 @@
 import re
 from typing import NamedTuple
 
-from sgl_jax.text.tool_calls.json_calls import Reading, is_name
 from sgl_jax.text.tool_calls.pieces import Waiting
+from sgl_jax.text.tool_calls.reading import Reading, is_name
 
 
 class Section(NamedTuple):

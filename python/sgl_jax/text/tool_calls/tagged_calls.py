@@ -4,9 +4,12 @@ the tool's schema tells."""
 from typing import NamedTuple
 
 from sgl_jax.text.tool_calls import json_calls
-from sgl_jax.text.tool_calls.json_calls import Reading, is_name
 from sgl_jax.text.tool_calls.pieces import Emit, Source, Waiting
+from sgl_jax.text.tool_calls.reading import Reading, is_name
 from sgl_jax.text.tool_calls.schemas import as_json, dumped, types_of
+
+_ANY_JSON = frozenset({"array", "boolean", "integer", "null", "number", "object"})
+_TEXT = frozenset({"string"})
 
 
 class Tags(NamedTuple):
@@ -17,6 +20,7 @@ class Tags(NamedTuple):
     key: str
     key_end: str
     value: tuple[str, ...]  # begins a value, where the end of its key does not
+    newline: bool  # one before a value belongs to the markup
     value_ends: tuple[str, ...]
     next_ends: tuple[str, ...]  # end a value as well, and are read again
     call_ends: tuple[str, ...]
@@ -28,6 +32,7 @@ CODER = Tags(
     key="<parameter=",
     key_end=">",
     value=(),
+    newline=True,
     value_ends=("\n</parameter>", "</parameter>"),
     next_ends=("\n<parameter=", "\n</function>"),
     call_ends=("</function>",),
@@ -38,6 +43,7 @@ GLM = Tags(
     key="<arg_key>",
     key_end="</arg_key>",
     value=("<arg_value>",),
+    newline=False,
     value_ends=("</arg_value>",),
     next_ends=(),
     call_ends=("</tool_call>",),
@@ -48,6 +54,7 @@ DSML = Tags(
     key='<｜DSML｜parameter name="',
     key_end=">",
     value=(),
+    newline=False,
     value_ends=("</｜DSML｜parameter>",),
     next_ends=(),
     call_ends=("</｜DSML｜invoke>",),
@@ -55,6 +62,7 @@ DSML = Tags(
 
 
 def tagged(tags: Tags, reading: Reading, opener: str) -> Waiting[None]:
+    """Read a call with these tags."""
     source, answer = reading.source, reading.answer
     if (yield from source.skip_space()) in ("{", "["):  # as JSON, which such models also write
         yield from json_calls.marked(reading, opener)
@@ -89,12 +97,12 @@ def _arguments(tags: Tags, reading: Reading, name: str) -> Waiting[bool]:
         key, _, attributes = header.partition('"')
         types = types_of(schema, key.strip())
         if 'string="' in attributes:
-            types = frozenset({"string"} if 'string="true"' in attributes else _ANY_JSON)
+            types = _TEXT if 'string="true"' in attributes else _ANY_JSON
         emit(f"{before}{dumped(key.strip())}: ")
         before = ", "
-        if tags is CODER and (yield from source.next_is(("\n",))):
+        if tags.newline and (yield from source.next_is(("\n",))):
             yield from source.until(("\n",), emit)
-        if types == {"string"}:
+        if types == _TEXT:
             emit('"')
             if not (yield from _value(tags, source, lambda text: emit(dumped(text)[1:-1]))):
                 return False
@@ -107,9 +115,6 @@ def _arguments(tags: Tags, reading: Reading, name: str) -> Waiting[bool]:
                 return False
     emit("}" if before == ", " else "")
     return True
-
-
-_ANY_JSON = {"array", "boolean", "integer", "null", "number", "object"}
 
 
 def _value(tags: Tags, source: Source, emit: Emit) -> Waiting[bool]:
