@@ -10,13 +10,15 @@ from typing import Any
 
 import openai
 import pytest
+import tokenizers
 from live_server import MODEL, LiveServer
 
-from fakes.fake_core import FakeCore
+from fakes.fake_core import FakeCore, fake_info
 from messages import says
 from sgl_jax.settings.flag_parser import FlagError
 from sgl_jax.settings.server_args import ServerArgs
-from sgl_jax.text.tokenizer import load_tokenizer
+from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+from sgl_jax.text.vocabulary import Vocabulary
 
 TEMPLATE = str(Path(__file__).parent / "tool_template.jinja")
 TOOLS = [
@@ -164,3 +166,34 @@ def test_a_wrong_parser_is_named() -> None:
     with pytest.raises(FlagError) as caught:
         ServerArgs(model_path="a", tool_call_parser="nobody")
     assert says(str(caught.value), "--tool-call-parser … nobody … hermes")
+
+
+@pytest.fixture(scope="module")
+def special() -> Iterator[openai.OpenAI]:
+    """Serve a vocabulary in which markers are special tokens, and others, too."""
+    backend = tokenizers.Tokenizer.from_file(f"{MODEL}/tokenizer.json")
+    backend.add_special_tokens(["<tool_call>", "</tool_call>", "<think>", "</think>", "<|other|>"])
+    found = Vocabulary(backend, special_tokens={"bos_token": "<s>", "eos_token": "</s>"})
+    with LiveServer(
+        lambda: FakeCore(fake_info(vocab_size=517)), chat_template=TEMPLATE, reasoning_parser="qwen3"
+    ) as server:
+        server.service.tokenizer = Tokenizer(found, Path(TEMPLATE).read_text())
+        with server.openai() as client:
+            yield client
+
+
+def test_markers_that_are_special_tokens_are_seen_by_the_reader_alone(special: openai.OpenAI) -> None:
+    answer = f"<think>So<|other|>.</think>On<|other|>ce.{CALL}"
+    found = both(special, answer)
+    assert (found["thought"].replace(" ", ""), found["content"].replace(" ", "")) == ("So.", "Once.")
+    assert [call["name"] for call in found["calls"]] == ["first"]
+    plain = both(special, answer, tools=[], extra_body={"separate_reasoning": False})
+    hidden = CALL.replace("<tool_call>", "").replace("</tool_call>", "")
+    assert plain["content"].replace(" ", "") == "<think>So.</think>Once." + hidden.replace(" ", "")
+
+
+def test_tokens_of_a_thought_are_counted_without_skipped_ones_before_it(special: openai.OpenAI) -> None:
+    backend = tokenizers.Tokenizer.from_file(f"{MODEL}/tokenizer.json")
+    usage = ask(special, "<|other|><think>Once upon a time</think>Yes.").usage
+    inside = len(backend.encode("Once upon a time", add_special_tokens=False).ids)
+    assert usage.completion_tokens_details.reasoning_tokens == inside

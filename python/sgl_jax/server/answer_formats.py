@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from sgl_jax.server.openai_types import ChatCompletionRequest, FunctionTool
 from sgl_jax.settings.answer_parsers import CALL_PARSERS, THOUGHT_PARSERS
 from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.text.tokenizer import Tokenizer
 from sgl_jax.text.tool_calls.formats import calls_in, markers, thoughts_in
 from sgl_jax.text.tool_calls.scanner import AnswerFormat, thought_state
 
@@ -27,12 +28,12 @@ def answer_format(
     )
 
 
-def shown_tokens(form: AnswerFormat | None, special: Mapping[int, str]) -> dict[int, str]:
-    """Return the special tokens, by id, that the reader of the answer must see."""
+def shown_tokens(form: AnswerFormat | None, tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the special tokens, by id, that the reader of the answer must see. Those that end an answer are none."""
     if form is None:
         return {}
     marks = "\n".join(markers(form.calls, form.thoughts))
-    return {token: text for token, text in special.items() if text in marks}
+    return {i: text for i, text in tokenizer.special.items() if text in marks and i not in tokenizer.end_ids}
 
 
 def _chosen(parser: str, names: Mapping[str, str], found: str | None) -> str | None:

@@ -40,13 +40,18 @@ class ChoiceReader:
 
     def deltas(self, news: News) -> list[Delta]:
         """Return what the news adds to the message, in order."""
-        found = [self._delta(part) for part in self._parts(news)]
-        if self._thought and (
-            news.finish is not None or any("reasoning_content" not in each for each in found if each)
-        ):
-            found.insert(0, {"reasoning_content": self._thought})
-            self._thought = ""
-        return [delta for delta in found if delta]
+        found: list[Delta] = []
+        for part in self._parts(news):
+            if isinstance(part, Thought) and not self._stream_thoughts:
+                self._thought += part.text
+            else:
+                found += [*self._whole_thought(), self._delta(part)]
+        return found if news.finish is None else [*found, *self._whole_thought()]
+
+    def _whole_thought(self) -> list[Delta]:
+        """Return the thought that was kept until its end."""
+        thought, self._thought = self._thought, ""
+        return [{"reasoning_content": thought}] if thought else []
 
     def message(self, news: News) -> AssistantMessage:
         """Return the message of a choice of which all news came as one."""
@@ -63,7 +68,7 @@ class ChoiceReader:
                     calls.append(AnsweredCall(id or self._new_id(), "function", CalledFunction(name, "")))
                 case Arguments(text):
                     calls[-1].function.arguments += text
-        if thought and self._with_thoughts:
+        if thought:
             found.reasoning_content = thought
         if calls:
             found.content, found.tool_calls = found.content or None, calls
@@ -82,8 +87,8 @@ class ChoiceReader:
             return [Text(news.text)] if news.text else []
         if self._counts_tokens:
             self._place(news.tokens)
-        found = self._scanner.push(news.text)
-        return found if news.finish is None else found + self._scanner.finish()
+        found = self._scanner.push(news.text) + ([] if news.finish is None else self._scanner.finish())
+        return found if self._with_thoughts else [part for part in found if not isinstance(part, Thought)]
 
     def _place(self, tokens: Sequence[int]) -> None:
         """Note where the tokens begin in the text."""
@@ -97,10 +102,7 @@ class ChoiceReader:
             case Text(text):
                 return {"content": text}
             case Thought(text):
-                if self._with_thoughts and self._stream_thoughts:
-                    return {"reasoning_content": text}
-                self._thought += text if self._with_thoughts else ""
-                return {}
+                return {"reasoning_content": text}
             case Call(name, id):
                 self._num_calls += 1
                 function = {"name": name, "arguments": ""}

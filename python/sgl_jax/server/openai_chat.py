@@ -31,7 +31,7 @@ def router(state: ServerState) -> APIRouter:
         prompt = await state.render_chat(body.messages, body, tools)
         form = answer_format(state.server_args, state.chat_template(tools).source, body, tools, prompt)
         prompt_ids = await state.encode(prompt, "messages", bool(body.add_special_tokens))
-        given.shown_tokens = shown_tokens(form, state.tokenizer.special)
+        given.shown_tokens = shown_tokens(form, state.tokenizer)
         asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt, adapter)
         generation = await state.service.submit([asked], stream=bool(body.stream))
         return await _Chat(state, body, generation, form).respond(request)
@@ -92,12 +92,8 @@ class _Chat(OpenAIAnswer[ChatLogprobs]):
     def chunks(self, news: News, scores: ChatLogprobs | None) -> bytes:
         i, choice = news.index, self._choices[news.index]
         found = self.chunk(i, b'"delta":{"role":"assistant","content":""}', None, None) if news.first else b""
-        deltas = choice.deltas(news)
-        for delta in deltas or ([{"content": ""}] if scores is not None else []):
+        for delta in choice.deltas(news) or ([{"content": ""}] if scores is not None else []):
             found += self.chunk(i, b'"delta":' + msgspec.json.encode(delta), scores, None)
             scores = None
-        return (
-            found
-            if news.finish is None
-            else found + self.chunk(i, b'"delta":{}', None, choice.finish_reason(news.finish))
-        )
+        finish = choice.finish_reason(news.finish)
+        return found if finish is None else found + self.chunk(i, b'"delta":{}', None, finish)

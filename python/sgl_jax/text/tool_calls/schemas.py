@@ -61,10 +61,8 @@ def as_json(text: str, types: frozenset[str]) -> str:
     kind = _TYPE_OF[type(value)]
     if isinstance(value, float) and value.is_integer() and "integer" in types and "number" not in types:
         return str(int(value))
-    wanted = types or {"object", "array"}
-    fits = kind in wanted or (kind == "integer" and "number" in wanted)
-    may_be_text = not types or "string" in types
-    return bare if kind != "string" and (fits or not may_be_text) else dumped(text)
+    fits = kind in types or (kind == "integer" and "number" in types)
+    return bare if kind != "string" and (fits or "string" not in types) else dumped(text)
 
 
 def dumped(value: Json) -> str:

@@ -24,6 +24,7 @@ class Tags(NamedTuple):
     value_ends: tuple[str, ...]
     next_ends: tuple[str, ...]  # end a value as well, and are read again
     call_ends: tuple[str, ...]
+    untyped: frozenset[str]  # types of a value of which the schema does not say one
 
 
 CODER = Tags(
@@ -36,6 +37,7 @@ CODER = Tags(
     value_ends=("\n</parameter>", "</parameter>"),
     next_ends=("\n<parameter=", "\n</function>"),
     call_ends=("</function>",),
+    untyped=_TEXT | {"array", "object"},
 )
 GLM = Tags(
     name=(),
@@ -47,6 +49,7 @@ GLM = Tags(
     value_ends=("</arg_value>",),
     next_ends=(),
     call_ends=("</tool_call>",),
+    untyped=_TEXT | _ANY_JSON,
 )
 DSML = Tags(
     name=('<｜DSML｜invoke name="',),
@@ -58,6 +61,7 @@ DSML = Tags(
     value_ends=("</｜DSML｜parameter>",),
     next_ends=(),
     call_ends=("</｜DSML｜invoke>",),
+    untyped=_TEXT | _ANY_JSON,
 )
 
 
@@ -95,7 +99,7 @@ def _arguments(tags: Tags, reading: Reading, name: str) -> Waiting[bool]:
         if not word or (tags.value and not (yield from source.take(tags.value))):
             return False
         key, _, attributes = header.partition('"')
-        types = types_of(schema, key.strip())
+        types = types_of(schema, key.strip()) or tags.untyped
         if 'string="' in attributes:
             types = _TEXT if 'string="true"' in attributes else _ANY_JSON
         emit(f"{before}{dumped(key.strip())}: ")
