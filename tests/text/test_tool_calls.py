@@ -172,6 +172,8 @@ TIME = ("get_time", "{}")
         ("hermes", '<tool_call>{"name": "get_weather", "arguments": {"city": "x"}\n</tool_call> ok', " ok", [WEATHER]),
         ("llama3_json", '[{"name": "get_time", "parameters": {}}]', "", [TIME]),
         ("llama3_json", '{"name": "get_time", "parameters": {}}<|eom_id|>', "", [TIME]),
+        ("pythonic", '<|python_start|>{"name": "get_time", "parameters": {}}<|python_end|>', "", [TIME]),
+        ("pythonic", '{"answer": 42}', '{"answer": 42}', []),
         ("mistral", '[TOOL_CALLS]get_weather{"city": "x"}', "", [WEATHER]),
         ("qwen3_coder", '<tool_call>{"name": "get_time", "arguments": {}}</tool_call>', "", [TIME]),
         (

@@ -47,7 +47,7 @@ CALLS: Mapping[str, CallFormat] = {
         ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
     ),
     "llama3": CallFormat(("<|python_tag|>", "{", "["), (";", "<|eom_id|>", "<|eot_id|>"), json_calls.bare),
-    "pythonic": CallFormat(("<|python_start|>", "["), ("<|python_end|>",), python_list),
+    "pythonic": CallFormat(("<|python_start|>", "[", "{"), ("<|python_end|>", ";"), python_list),
     "mistral": CallFormat(("[TOOL_CALLS]",), (), json_calls.mistral, ("[CALL_ID]", "[ARGS]")),
     "deepseek_v3": CallFormat(
         ("<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>"), _DEEPSEEK_ENDS, deepseek, ("<｜tool▁sep｜>",)

@@ -3,13 +3,17 @@
 import ast
 import json
 
+from sgl_jax.text.tool_calls import json_calls
 from sgl_jax.text.tool_calls.pieces import PYTHON, Waiting
 from sgl_jax.text.tool_calls.reading import Reading, is_name
 
 
 def python_list(reading: Reading, opener: str) -> Waiting[None]:
-    """Read a list at the beginning of a line. It consists of calls, or is content as a whole."""
+    """Read a list at the beginning of a line. It consists of calls, or is content as a whole. Llama 4 also writes JSON."""
     source, answer = reading.source, reading.answer
+    if opener == "{" or (opener != "[" and (yield from source.skip_space()) == "{"):
+        yield from json_calls.bare(reading, opener)
+        return
     if opener == "[" and not answer.at_line_start:
         return
     if opener != "[" and not (yield from source.take(("[",))):
