@@ -37,7 +37,7 @@ class AdapterRoom:
 class Factors[Leaf]:
     """Factors of all slots for a matrix that consists of P parts: q, k and v, gate and up, or one."""
 
-    a: Leaf  # [A * P * R, I], for each slot those of its parts
+    a: Leaf  # [P, A * R, I]
     b: tuple[Leaf, ...]  # [A * R, O] of each part
 
 
@@ -119,6 +119,6 @@ def _factors(spec: WeightSpec, slots: AdapterRoom, dtype: str) -> Factors[Weight
     product is of the same rows, or the same part of a sum, as the product itself."""
     parts = spec.parts or spec.shape[:1]
     rows, columns = spec.axes
-    a = WeightSpec((slots.number * len(parts) * slots.rank, spec.shape[1]), (None, columns), dtype)
+    a = WeightSpec((len(parts), slots.number * slots.rank, spec.shape[1]), (None, None, columns), dtype)
     b = (WeightSpec((slots.number * slots.rank, part), (None, rows), dtype) for part in parts)
     return Factors(a, tuple(b))

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sgl_jax.ops.cpu.library import Library
@@ -21,15 +22,14 @@ _MULTIPLE = 16  # numbers of a vector in the widest library; it divides inputs a
 class AdapterAddend(Protocol):
     """Returns what each token's adapter adds, zeros for a token whose slot is -1.
 
-    `a` has the R rows of each of P parts for each of A slots, and `b` for each part the R rows of each slot. The outputs of
-    the parts lie side by side.
+    `a` and `b` have for each of P parts the R rows of each of A slots. The outputs of the parts lie side by side.
     """
 
     def __call__(
         self,
         x: Float[Array, "T I"],
         slots: Int[Array, " T"],
-        a: Float[Array, "APR I"],
+        a: Float[Array, "P AR I"],
         b: tuple[Float[Array, "AR _"], ...],
         num_slots: int,
     ) -> Float[Array, "T OP"]: ...
@@ -38,14 +38,16 @@ class AdapterAddend(Protocol):
 def plain_addend(
     x: Float[Array, "T I"],
     slots: Int[Array, " T"],
-    a: Float[Array, "APR I"],
+    a: Float[Array, "P AR I"],
     b: tuple[Float[Array, "AR _"], ...],
     num_slots: int,
 ) -> Float[Array, "T OP"]:
     """See AdapterAddend."""
-    h = jnp.einsum("hi,ti->th", a, x).reshape(len(x), num_slots, len(b), -1)
-    h = jnp.where((slots[:, None] == jnp.arange(num_slots))[:, :, None, None], h, 0)
-    parts = [jnp.einsum("th,ho->to", h[:, :, i].reshape(len(x), -1), each) for i, each in enumerate(b)]
+    num_parts, rows, inputs = a.shape
+    h = jnp.einsum("hi,ti->th", a.reshape(num_parts * rows, inputs), x)
+    slot_of_column = np.arange(num_parts * rows) % rows // (rows // num_slots)
+    h = jnp.where(slots[:, None] == slot_of_column, h, 0)
+    parts = [jnp.einsum("th,ho->to", h[:, i * rows : (i + 1) * rows], each) for i, each in enumerate(b)]
     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
 
 
@@ -58,7 +60,7 @@ def library_addend(library: Library) -> AdapterAddend:
 def _library_addend(
     x: Float[Array, "T I"],
     slots: Int[Array, " T"],
-    a: Float[Array, "APR I"],
+    a: Float[Array, "P AR I"],
     b: tuple[Float[Array, "AR _"], ...],
     num_slots: int,
     *,

@@ -19,12 +19,12 @@ def implementation(name: str) -> AdapterAddend:
 
 
 def reference(x: np.ndarray, slots: np.ndarray, a: np.ndarray, b: list[np.ndarray], num_slots: int) -> np.ndarray:
-    rank = len(a) // (num_slots * len(b))
-    by_slot = a.reshape(num_slots, len(b), rank, -1)
+    rank = a.shape[1] // num_slots
+    by_slot = a.reshape(len(b), num_slots, rank, -1)
     out = np.zeros((len(x), sum(each.shape[1] for each in b)))
     for t, slot in enumerate(slots):
         if slot >= 0:
-            parts = [by_slot[slot, p] @ x[t] @ each[slot * rank :][:rank] for p, each in enumerate(b)]
+            parts = [by_slot[p, slot] @ x[t] @ each[slot * rank :][:rank] for p, each in enumerate(b)]
             out[t] = np.concatenate(parts)
     return out
 
@@ -50,7 +50,7 @@ def test_each_token_gets_the_addend_of_its_own_adapter(name: str, dtype: str, sh
         jnp.asarray(rng.standard_normal(each, np.float32), dtype)
         for each in (
             (tokens, inputs),
-            (num_slots * len(outputs) * rank, inputs),
+            (len(outputs), num_slots * rank, inputs),
             *((num_slots * rank, o) for o in outputs),
         )
     )
@@ -70,7 +70,7 @@ def test_each_token_gets_the_addend_of_its_own_adapter(name: str, dtype: str, sh
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_token_gets_the_same_bits_whoever_is_beside_it(name: str) -> None:
     rng = np.random.default_rng(1)
-    x, a, b = (jnp.asarray(rng.standard_normal(each, np.float32)) for each in ((9, 64), (32, 64), (32, 48)))
+    x, a, b = (jnp.asarray(rng.standard_normal(each, np.float32)) for each in ((9, 64), (1, 32, 64), (32, 48)))
     add = jax.jit(implementation(name), static_argnums=4)
     slots = np.array([0, 1, 1, 1, 0, 1, 1, -1, 1], np.int32)
     together = np.asarray(add(x, slots, a, (b,), 2))

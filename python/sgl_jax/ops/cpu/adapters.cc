@@ -34,15 +34,15 @@ std::vector<Group> groups_of(const int32_t* slots, int64_t T, int A) {
   return groups;
 }
 
-// A slot has the rows of each part of A one below the other, [P * R, I], and [R, O] of each part's B.
+// For each part a slot has R rows of A, [R, I], and of B, [R, O].
 template <typename Element>
 struct Addends {
   const Element* x;  // [T, I]
-  const Element* a;  // [A * P * R, I]
+  const Element* a;  // [P, A * R, I]
   std::vector<const Element*> b;
   std::vector<int64_t> columns;  // of each part
   Element* out;                  // [T, all columns]
-  int64_t I, R, width;
+  int64_t I, A, R, width;
 
   template <int N>
   void add(const Group& group) const {
@@ -57,7 +57,7 @@ struct Addends {
     for (int64_t p = 0; p < parts; to += columns[p++]) {
       for (int64_t r = 0; r < R; r += kBlock) {
         const int rank = std::min<int64_t>(kBlock, R - r);
-        multiply_keys<N>(lines, a + ((group.slot * parts + p) * R + r) * I, rank, I, h);
+        multiply_keys<N>(lines, a + ((p * A + group.slot) * R + r) * I, rank, I, h);
         add_values<N>(h, b[p] + (group.slot * R + r) * columns[p], rank, columns[p], columns[p], to, width);
       }
     }
@@ -72,13 +72,12 @@ ffi::Error run_as(ffi::ThreadPool& threads, const Any& x, const int32_t* slots, 
                   const ffi::RemainingArgs& b, Any& out) {
   const int64_t T = x.dimensions()[0], width = out.dimensions()[1];
   Addends<Element> addends{static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(a.untyped_data()), {}, {},
-                           static_cast<Element*>(out.untyped_data()), x.dimensions()[1], 0, width};
+                           static_cast<Element*>(out.untyped_data()), x.dimensions()[1], A, a.dimensions()[1] / A, width};
   for (size_t p = 0; p < b.size(); p++) {
     const Any part = *b.get<Any>(p);
     addends.b.push_back(static_cast<const Element*>(part.untyped_data()));
     addends.columns.push_back(part.dimensions()[1]);
   }
-  addends.R = a.dimensions()[0] / (A * b.size());
   std::memset(out.untyped_data(), 0, out.size_bytes());
   const std::vector<Group> groups = groups_of(slots, T, A);
   share(threads, groups.size(), groups.size() < 2, [&addends, &groups](int i) {
