@@ -14,7 +14,16 @@ import msgspec
 
 from sgl_jax.engine.generation import GenerationRequest, Update
 from sgl_jax.engine.messages import DraftCounts, TokenLogprobs
-from sgl_jax.request import Api, FinishReason, InvalidParameter, Json, Names, SamplingParams, parameters_of
+from sgl_jax.request import (
+    GRAMMAR_KINDS,
+    Api,
+    FinishReason,
+    InvalidParameter,
+    Json,
+    Names,
+    SamplingParams,
+    parameters_of,
+)
 from sgl_jax.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -52,6 +61,11 @@ def in_our_names[T](
     return values, names
 
 
+def as_grammar_text(value: Json) -> str:
+    """Return a grammar's text; objects, such as a JSON schema, as JSON."""
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+
+
 def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:
     """Read parameters in the native names. Raises InvalidParameter with the name as the user wrote it."""
     if isinstance(params, GenerationRequest):
@@ -61,6 +75,7 @@ def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingP
     values, names = in_our_names(params or {}, "native", cls)
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = (stop,)
+    values |= {kind: as_grammar_text(values[kind]) for kind in GRAMMAR_KINDS if isinstance(values.get(kind), Mapping)}
     try:
         read = msgspec.convert(values, cls, str_keys=True)
     except msgspec.ValidationError as error:

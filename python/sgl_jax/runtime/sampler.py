@@ -62,7 +62,7 @@ def sample(
 ) -> Int[Array, " S"]:
     """Return the next token of each of S lines; an arbitrary one for lines that do not sample."""
     draws = lines.samples & (lines.param(Param.TEMPERATURE) > 0)
-    asked = (has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES) | draws).any()
+    asked = (has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES | RowFlag.GRAMMAR) | draws).any()
     num_lines, block = len(logits), lines_at_once(logits.shape[-1])
     if num_lines <= block:
         return lax.cond(asked, lambda: _sample(logits, lines, state, axis), lambda: best_token(logits, axis))
@@ -172,8 +172,9 @@ def _top_k(x: Float[Array, "n V"], k: int, axis: MeshAxis) -> tuple[Float[Array,
 def _adjust(
     logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, "S V"]:
-    """Apply logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
+    """Apply logit_bias and held-back stop tokens, then repetition, frequency and presence penalties, then grammars' masks."""
     biased, penalised = has_flag(lines.params, RowFlag.BIAS), has_flag(lines.params, RowFlag.PENALTIES)
+    constrained = has_flag(lines.params, RowFlag.GRAMMAR)
     # Line by line: for all lines at once XLA for TPU copies all of token_counts for the gather, sorts the indices of the
     # scatter, and takes ten seconds to compile both (benchmarks/LOG.md).
 
@@ -194,8 +195,18 @@ def _adjust(
         y -= lines.param(Param.PRESENCE)[:, None] * (in_output > 0)
         return jnp.where(penalised[:, None], y, x)
 
+    def constrain(x):
+        bits = (state.grammar_mask[lines.rows][:, :, None] >> jnp.arange(32)) & 1
+        bits = lax.dynamic_slice_in_dim(bits.reshape(len(x), -1), axis.index() * x.shape[-1], x.shape[-1], axis=1)
+        # A token that the grammar allows comes before all others, also where a bias of -inf holds back all that it allows.
+        allowed = jnp.where(bits != 0, jnp.maximum(x, jnp.finfo(x.dtype).min), -jnp.inf)
+        return jnp.where(constrained[:, None], allowed, x)
+
     logits = lax.cond(biased.any(), add_bias, lambda x: x, logits)
-    return lax.cond(penalised.any(), penalise, lambda x: x, logits)
+    logits = lax.cond(penalised.any(), penalise, lambda x: x, logits)
+    if state.grammar_mask.shape[-1] * 32 < logits.shape[-1]:  # the launch takes no grammars
+        return logits
+    return lax.cond(constrained.any(), constrain, lambda x: x, logits)
 
 
 def uniforms(lines: SampleLines) -> Float[Array, " S"]:

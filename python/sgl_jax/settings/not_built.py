@@ -20,14 +20,6 @@ class Feature(NamedTuple):
 
 NOT_BUILT = (
     Feature(
-        "structured output is",
-        flags="--grammar-backend --guided-decoding-backend --structured-outputs-config --constrained-json-*",
-        fields="response_format json_schema json_object structural_tag regex ebnf grammar structured_outputs guided_json "
-        "guided_regex guided_choice guided_grammar guided_decoding_backend",
-        null={"NativeSamplingParams": "ebnf json_schema regex structural_tag"},
-        off={"ChatCompletionRequest": "response_format", "CompletionRequest": "response_format"},
-    ),
-    Feature(
         "tool calls are",
         flags="--tool-call-parser --enable-auto-tool-choice --tool-server",
         fields="tools tool_choice functions function_call",
