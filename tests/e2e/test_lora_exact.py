@@ -4,15 +4,19 @@ with drafts. A launch has fewer slots than adapters."""
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from exact import ALL_PROMPTS, GREEDY, Build, assert_oracle, assert_top5, with_empty_cache
+from safetensors.numpy import load_file, save_file
 
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import TokenLogprobs
+from sgl_jax.models.scaled import Scaled
 from simulated import Answer, Client
 
 LORA = Path(__file__).parents[1] / "data" / "lora"
@@ -133,3 +137,70 @@ def test_requests_for_the_model_are_bit_identical_to_a_launch_without_adapters(s
         client.run()
         found.append([client.answers[key].logprobs for key in (1, 2, 3)])
     assert found[0] == found[1]
+
+
+NOT_ADAPTED = (
+    r"experts?[._]|shared_expert|mlp\.(gate|router)\.|block_sparse_moe|kv_b_proj|embed|lm_head|layers\.\d+\.mtp"
+)
+
+
+def write_random_adapter(model: Path, folder: Path) -> dict[str, np.ndarray]:
+    """Write an adapter for all modules of a checkpoint that can have one. Return the checkpoint's tensors with it merged."""
+    rng, tensors, merged = np.random.default_rng(0), {}, load_file(model / "model.safetensors")
+    layers = "|".join(map(str, range(json.loads((model / "config.json").read_text())["num_hidden_layers"])))
+    for name, w in sorted(merged.items()):
+        if w.ndim == 2 and re.search(rf"layers\.({layers})\.", name) and not re.search(NOT_ADAPTED, name):
+            module, (rows, columns) = name.removesuffix(".weight"), w.shape
+            a, b = (rng.standard_normal(shape, np.float32) / 8 for shape in ((4, columns), (rows, 4)))
+            tensors |= {f"base_model.model.{module}.lora_{x}.weight": value for x, value in (("A", a), ("B", b))}
+            merged[name] = w.astype(np.float32) + 2 * b @ a
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
+    modules = sorted({name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors})
+    (folder / "adapter_config.json").write_text(json.dumps(about | {"target_modules": modules}))
+    return merged
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "phi3", "gpt_oss", "qwen2_moe-mixed", "gemma3_text"])
+def test_an_adapter_does_what_the_same_weights_merged_do(family: str, build: Build, checkpoint, tmp_path: Path) -> None:
+    """Latent attention, fused modules, biases and dense layers among experts."""
+    base, whole = checkpoint(family), tmp_path / "merged"
+    merged = write_random_adapter(base, tmp_path / "adapter")
+    shutil.copytree(base, whole)
+    save_file(merged, whole / "model.safetensors")
+    prompts = np.random.default_rng(1).integers(3, 500, (3, 30)).tolist()
+    found = []
+    for model, options in ((base, {"lora_paths": (f"x={tmp_path / 'adapter'}",)}), (whole, {})):
+        core = build(model, ALL_PROMPTS, page_size=4, context_length=256, **options)
+        client = Client(core)
+        for key, prompt in enumerate(prompts, 1):
+            client.submit(key, prompt, adapter=number(core, "x"), max_tokens=12, logprobs=5, **GREEDY)
+        client.run()
+        found.append([client.answers[key] for key in (1, 2, 3)])
+    for adapted, plain in zip(*found, strict=True):
+        assert adapted.tokens == plain.tokens
+        top = [list(zip(each.top_ids, each.top_logprobs, strict=True)) for each in plain.logprobs]
+        assert_top5(adapted.logprobs, top)
+
+
+def test_a_quantised_model_is_adapted_beside_its_rounded_matrices(
+    start, build: Build, checkpoint, tmp_path: Path
+) -> None:
+    """It answers as the model of the rounded matrices does with the same adapters."""
+    rounded, base = tmp_path / "rounded", checkpoint("lora-llama")
+    shutil.copytree(base, rounded)
+    tensors = load_file(base / "model.safetensors")
+    for name, w in tensors.items():
+        if "_proj." in name:
+            values, scales = Scaled("int8").quantise(w)
+            tensors[name] = values.astype(np.float32) * scales
+    save_file(tensors, rounded / "model.safetensors")
+    options = {"page_size": 4, "context_length": 256, "max_loras_per_batch": 2}
+    paths = tuple(f"{name}={LORA / 'llama' / name}" for name in adapters_of("llama"))
+    wide = build(rounded, ALL_PROMPTS, lora_paths=paths, **options)
+    narrow = start("llama", quantization="int8-weight-only")
+    for case in mixed("llama"):
+        taken = [i for i, each in enumerate(case["requests"]) if each["adapter"] in (None, *adapters_of("llama"))]
+        ours, theirs = (ask(core, case, np.array(taken)) for core in (narrow, wide))
+        assert [ours[i].tokens for i in taken] == [theirs[i].tokens for i in taken]

@@ -25,9 +25,10 @@ class FakeHosts:
     def fetch_adapter(self, source: str) -> None:
         if source not in self.copies:
             self.num_fetched += 1
+            read = [each for each, looks in self.copies.items() if looks <= 0]
+            for each in read[: max(len(self.copies) + 1 - self._limit, 0)]:
+                del self.copies[each]
             self.copies[source] = self._looks
-            if len(self.copies) > self._limit:
-                self.copies.popitem(last=False)
 
     def find_adapter(self, source: str) -> FakeCopy | None:
         if source not in self.copies:

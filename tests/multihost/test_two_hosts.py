@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import re
 import signal
@@ -18,12 +19,14 @@ import pytest
 from two_hosts import PATIENCE_S, SIZES, flags_of, free_ports, hosts, on_one_device, prompts
 
 import sgl_jax
+from checkpoints import DATA
 from messages import says
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.models.checkpoint import open_checkpoint
 
 TOKEN_OF_LOGS = re.compile(r"--dist-token (\S+)")
 NEW_TOKENS = 32
+LORA = DATA / "lora" / "qwen3_moe"
 PTRACE_SEIZE, PTRACE_INTERRUPT, WALL = 0x4206, 0x4207, 0x40000000  # Linux
 # Eight requests do not fit: rows are preempted.
 TIGHT = flags_of(**{k: v for k, v in SIZES.items() if k != "dtype"}, page_size=4, max_total_tokens=256)
@@ -34,9 +37,13 @@ pytestmark = pytest.mark.timeout(600)
 def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """They speculate, which changes no token."""
-    model, ngrams = checkpoint("qwen3_moe"), flags_of(speculative_algorithm="NGRAM", speculative_num_draft_tokens=3)
-    with hosts(tmp_path, model, 2, 4, "--tp-size", "4", "--dp-size", "2", *TIGHT, *ngrams) as all_hosts:
+    """They speculate, which changes no token, and take adapters, of which each reads its own files."""
+    model, ngrams = (
+        checkpoint("lora-qwen3_moe"),
+        flags_of(speculative_algorithm="NGRAM", speculative_num_draft_tokens=3),
+    )
+    adapter = flags_of(lora_paths=f"first={LORA / 'r8-attn'}", max_loras_per_batch=1, max_lora_rank=16)
+    with hosts(tmp_path, model, 2, 4, "--tp-size", "4", "--dp-size", "2", *TIGHT, *ngrams, *adapter) as all_hosts:
         leader = all_hosts.lead()
         expected = on_one_device(model, NEW_TOKENS)  # while it starts
 
@@ -60,6 +67,17 @@ def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(
         assert [answer["output_ids"] for answer in again] == expected
         assert sum(answer["meta_info"]["cached_tokens"] for answer in again) > 0
         assert all_hosts.metric("compiles_after_ready_total") == 0
+
+        load = {"lora_name": "second", "lora_path": str(LORA / "r16-rslora-attn")}
+        for body, status in ((load, 200), (load | {"lora_name": "third", "lora_path": str(LORA)}, 400)):
+            answer = httpx.post(f"{all_hosts.url}/v1/load_lora_adapter", json=body, timeout=PATIENCE_S)
+            assert answer.status_code == status, answer.text
+        for case in json.loads((LORA / "mixed.json").read_text())["cases"]:
+            ids = {each["adapter"]: each["greedy_ids"] for each in case["requests"]}
+            names = {"first": ids["r8-attn"], "second": ids["r16-rslora-attn"], None: ids[None]}
+            answers_of = all_hosts.ask([case["prompt_ids"]] * 3, lora_path=[*names], max_new_tokens=12).json()
+            assert [each["output_ids"] for each in answers_of] == [*names.values()]
+        assert all_hosts.metric("lora_adapter_loads_total") > 2
 
         # Penalties and logit bias go ahead of a step in programs of their own.
         params = {"max_new_tokens": 8, "repetition_penalty": 1.3, "logit_bias": {"17": 50.0}}

@@ -89,8 +89,9 @@ class Hosts:
     def wait_ready(self) -> None:
         self.leader.wait_for(READY)
 
-    def ask(self, ids: Any, **params: Any) -> Any:
-        body = {"input_ids": ids, "sampling_params": {"temperature": 0, "ignore_eos": True} | params}
+    def ask(self, ids: Any, lora_path: Any = None, **params: Any) -> Any:
+        sampling = {"temperature": 0, "ignore_eos": True} | params
+        body = {"input_ids": ids, "sampling_params": sampling, "lora_path": lora_path}
         return httpx.post(f"{self.url}/generate", json=body, timeout=PATIENCE_S)
 
     def metric(self, name: str) -> float:

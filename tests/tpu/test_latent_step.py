@@ -67,7 +67,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> StepProgram:
 
 
 def test_a_launch_takes_rows_of_whole_lane_tiles(step: StepProgram) -> None:
-    _, heads, planes, _, width = step.args[1][0].sharding.shard_shape(step.args[1][0].shape)
+    _, heads, planes, _, width = step.args[2][0].sharding.shard_shape(step.args[2][0].shape)
     assert (heads, planes, width) == (1, 1, 640)
 
 

@@ -73,5 +73,5 @@ def test_logits_stay_where_they_are(step: StepProgram) -> None:
 
 
 def test_the_host_sends_one_array(step: StepProgram) -> None:
-    (vector,) = jax.tree.leaves(step.args[3:])
+    (vector,) = jax.tree.leaves(step.args[4:])
     assert (vector.ndim, vector.dtype.name) == (1, "int32")

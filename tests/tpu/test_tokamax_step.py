@@ -43,7 +43,7 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> StepProgram:
 
 
 def test_devices_hold_the_heads_of_their_own(step: StepProgram) -> None:
-    _, page_size, pairs, packing, width = step.args[1][0].sharding.shard_shape(step.args[1][0].shape)
+    _, page_size, pairs, packing, width = step.args[2][0].sharding.shard_shape(step.args[2][0].shape)
     assert (page_size, pairs, packing, width) == (128, 2, 2, 128)
 
 

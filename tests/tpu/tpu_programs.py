@@ -43,7 +43,7 @@ class StepProgram:
 
     plan: Plan
     bucket: Bucket
-    args: tuple[Any, ...]  # weights, pools, state, plan vector
+    args: tuple[Any, ...]  # weights, adapters, pools, state, plan vector
     module: Module
     argument_bytes: int
     temp_bytes: int
@@ -61,14 +61,14 @@ class StepProgram:
     @property
     def pool_sizes(self) -> set[int]:
         """Values in each pool of a device."""
-        return {math.prod(pool.sharding.shard_shape(pool.shape)) for pool in self.args[1]}
+        return {math.prod(pool.sharding.shard_shape(pool.shape)) for pool in self.args[2]}
 
     @property
     def num_layers(self) -> int:
         return self.plan.model.config.num_layers
 
     def donated_leaves(self) -> int:
-        return len(jax.tree.leaves(self.args[1:3]))
+        return len(jax.tree.leaves(self.args[2:4]))
 
 
 @functools.cache

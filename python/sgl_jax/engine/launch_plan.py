@@ -35,6 +35,11 @@ class LaunchPlan:
     adapter_bytes: int = 0  # taken by the adapters' slots on each device
 
     @property
+    def held_bytes(self) -> int:
+        """Bytes of the weights and of the adapters' slots, on each device."""
+        return self.weight_bytes + self.adapter_bytes
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens of KV that requests can use, on all data ranks together."""
         return self.memory.num_tokens * self.grid.data

@@ -175,9 +175,12 @@ def _say_sizes(model: DecoderConfig, plan: LaunchPlan) -> None:
         end = f"Contexts end at {model.context_length} tokens, beyond which longrope has other factors"
         logger.warning("%s: %s", end, cure)
     weights, kv, length = plan.weight_bytes, plan.memory.kv_bytes, plan.runner_config.context_length
-    free = plan.memory.total_bytes - weights - kv - plan.adapter_bytes
+    free = plan.memory.total_bytes - plan.held_bytes - kv
     table = log.memory_table(weights=weights, kv=kv, free=free, kv_tokens=plan.kv_tokens, context_length=length)
     logger.info("%s", table)
+    if (room := plan.runner_config.adapters) is not None:
+        sites, taken = ", ".join(room.sites), log.size(plan.adapter_bytes)
+        logger.info("Adapters: %d slots of rank %d for %s take %s a device", room.number, room.rank, sites, taken)
     say_weights(model, model.shard(plan.grid), plan.runner_config.weight_dtype)
 
 

@@ -107,8 +107,8 @@ def what_would_fit(args: ServerArgs, model: PlannedModel, target: Target) -> lis
 def _launch(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan:
     platform, config = target.platform, model.config
     kernels = kernels_for(args.attention_backend, platform, config)
-    stored, memory = model.stored_dtype, target.device_bytes
-    return plan_launch(args, config, platform, kernels, stored_dtype=stored, device_bytes=memory)
+    sizes = {"stored_dtype": model.stored_dtype, "device_bytes": target.device_bytes, "adapters": model.adapters}
+    return plan_launch(args, config, platform, kernels, **sizes)
 
 
 def _tried(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan | None:

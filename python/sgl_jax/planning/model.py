@@ -3,8 +3,10 @@
 import dataclasses
 from pathlib import Path
 
+from sgl_jax.engine.adapter_plan import plan_adapters
 from sgl_jax.engine.kv_cache import with_kv_dtype
 from sgl_jax.engine.speculation_plan import with_draft
+from sgl_jax.models.adapters import AdapterRoom
 from sgl_jax.models.bundled import PREFIX, bundled
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
@@ -17,6 +19,7 @@ class PlannedModel:
     config: DecoderConfig
     stored_dtype: str | None
     source: str  # path or name of the config
+    adapters: AdapterRoom | None = None  # None: the launch takes no adapters
 
 
 def bundled_path(path: str) -> str | None:
@@ -46,7 +49,8 @@ def read_model(args: ServerArgs, path: str | None = None) -> PlannedModel:
     if not dummy and _has_tensors(args.model_path):
         stored = open_checkpoint(args.model_path, load_format=args.load_format).tensors
     config, _ = with_draft(args, config.for_context(args.context_length), families, stored, dummy=dummy)
-    return PlannedModel(with_kv_dtype(args, config), checkpoint.dtype, str(checkpoint.path))
+    adapters = plan_adapters(args, config, families)
+    return PlannedModel(with_kv_dtype(args, config), checkpoint.dtype, str(checkpoint.path), adapters)
 
 
 def _has_tensors(path: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 import rich.box
 from rich.table import Table
 
+from sgl_jax.engine.launch_plan import LaunchPlan
 from sgl_jax.observability.log import size
 from sgl_jax.planning.fit import Plan, PlannedStep
 from sgl_jax.planning.launch_programs import ProgramFacts
@@ -24,14 +25,20 @@ def fit_table(plan: Plan) -> Table:
         ("devices", f"{target.name}: {chips}{target.num_devices} x {target.kind}, {size(target.device_bytes)} each"),
         ("launch", f"{launch.grid.flags}, {limits.compute_dtype}"),
         ("weights per device", f"{size(launch.weight_bytes)}, held as {config.weight_scheme or limits.weight_dtype}"),
+        ("adapters per device", _adapters(launch)),
         ("KV per device", f"{size(memory.kv_bytes)} in {memory.num_pages:,} pages of {memory.page_size} tokens"),
         ("KV per token and device", f"{memory.bytes_per_token:,} bytes"),
         ("KV holds", holds),
-        ("left per device", size(memory.total_bytes - launch.weight_bytes - memory.kv_bytes)),
+        ("left per device", size(memory.total_bytes - launch.held_bytes - memory.kv_bytes)),
         ("running requests", f"{limits.num_rows} at most"),
     ):
         table.add_row(name, text)
     return table
+
+
+def _adapters(launch: LaunchPlan) -> str:
+    room = launch.runner_config.adapters
+    return "none" if room is None else f"{size(launch.adapter_bytes)} in {room.number} slots of rank {room.rank}"
 
 
 def step_table(plan: Plan) -> Table:
@@ -66,7 +73,7 @@ def overflow(plan: Plan, facts: Sequence[ProgramFacts]) -> str | None:
     """Say by how much weights, KV, code and the largest temporaries exceed a device, and the cure; None: they fit."""
     memory = plan.launch.memory
     programs = sum(each.code_bytes for each in facts) + max((each.temp_bytes for each in facts), default=0)
-    surplus = plan.launch.weight_bytes + memory.kv_bytes + programs - memory.total_bytes
+    surplus = plan.launch.held_bytes + memory.kv_bytes + programs - memory.total_bytes
     if surplus <= 0:
         return None
     fraction = (memory.budget_bytes - surplus) / memory.total_bytes
@@ -93,6 +100,7 @@ def as_data(plan: Plan, facts: Sequence[ProgramFacts] | None, seconds: float | N
         "quantization": str(config.weight_scheme or ""),
         "device_bytes": memory.total_bytes,
         "weight_bytes": launch.weight_bytes,
+        "adapter_bytes": launch.adapter_bytes,
         "kv_bytes": memory.kv_bytes,
         "kv_bytes_per_token": memory.bytes_per_token,
         "kv_tokens": launch.kv_tokens,

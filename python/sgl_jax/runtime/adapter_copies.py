@@ -66,9 +66,9 @@ class AdapterCopies:
 
     def _settle(self, source: str) -> None:
         """Wait until every host has read the adapter, and keep what they agree on."""
-        copy = self._store.fetch(source).result()
+        copy = self._store.agree(source)
         if copy.error:
             logger.warning("An adapter cannot be used: %s", copy.error)
-        if not self._agree(not copy.error) and not copy.error:
+        if not self._agree(int(not copy.error)) and not copy.error:
             copy = AdapterCopy(error="another host cannot use its copy of the adapter, and says why in its log")
         self._settled[source] = copy

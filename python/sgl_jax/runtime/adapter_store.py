@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,8 @@ from sgl_jax.models.lora_files import AdapterFiles
 from sgl_jax.runtime.adapter_arrays import AdapterArrays
 from sgl_jax.runtime.adapter_source import path_of
 
+logger = logging.getLogger(__name__)
+
 
 class AdapterCopy(NamedTuple):
     """Adapter in memory."""
@@ -25,13 +28,14 @@ class AdapterCopy(NamedTuple):
 
 
 class AdapterStore:
-    """Holds the adapters that were fetched last, `limit` of them. Every host of an engine makes the same calls in the same
-    order, so that all hold the same ones."""
+    """Holds the adapters that were fetched last: `limit` of them, and those that hosts have still to agree on. Every host of an
+    engine makes the same calls in the same order, so that all hold the same ones."""
 
     def __init__(self, open_adapter: Callable[[str], AdapterFiles], arrays: AdapterArrays, limit: int):
         """`open_adapter` takes the path of an adapter."""
         self._open, self._arrays, self._limit = open_adapter, arrays, limit
         self._copies: OrderedDict[str, Future[AdapterCopy]] = OrderedDict()  # by source, the last used last
+        self._agreed: set[str] = set()  # sources; only these make room for others
         self._fingerprints: dict[str, str] = {}  # by source, of the files that were read first
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-adapters")
 
@@ -42,11 +46,18 @@ class AdapterStore:
     def fetch(self, source: str) -> Future[AdapterCopy]:
         """Begin to read an adapter, unless it is here. The least recently used one makes room."""
         if source not in self._copies:
-            while len(self._copies) >= self._limit:
-                self._copies.popitem(last=False)[1].cancel()
+            agreed = [each for each in self._copies if each in self._agreed]
+            for each in agreed[: max(len(self._copies) + 1 - self._limit, 0)]:
+                self._forget(each)
             self._copies[source] = self._thread.submit(self._read, source)
         self._copies.move_to_end(source)
         return self._copies[source]
+
+    def agree(self, source: str) -> AdapterCopy:
+        """Wait until an adapter is read, and let it make room for others from now on."""
+        copy = self.fetch(source).result()
+        self._agreed.add(source)
+        return copy
 
     def vectors(self, source: str) -> jax.Array:
         """Return an adapter on the devices, as the program that loads it takes it."""
@@ -54,9 +65,13 @@ class AdapterStore:
 
     def drop(self, source: str) -> None:
         """Forget an adapter."""
+        self._forget(source)
+        self._fingerprints.pop(source, None)
+
+    def _forget(self, source: str) -> None:
+        self._agreed.discard(source)
         if (copy := self._copies.pop(source, None)) is not None:
             copy.cancel()
-        self._fingerprints.pop(source, None)
 
     def _read(self, source: str) -> AdapterCopy:
         try:
@@ -67,6 +82,9 @@ class AdapterStore:
             vectors = self._arrays.pack(files.factors())
         except (ValueError, OSError) as error:
             return AdapterCopy(error=str(error))
+        except Exception as error:  # a file that nobody thought of ends no engine
+            logger.exception("Reading an adapter failed")
+            return AdapterCopy(error=f"{path_of(source)} cannot be read: {type(error).__name__}: {error}")
         return AdapterCopy(files.rank, files.num_matrices, vectors)
 
     def _check(self, files: AdapterFiles) -> None:
