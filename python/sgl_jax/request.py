@@ -75,7 +75,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Parameters that choose tokens and end the text.
 
     A field declares its parameter once; checks, both APIs, device columns and documentation derive from it. The device
-    applies them in Hugging Face's order: logit_bias, penalties, temperature, top_k, top_p, min_p.
+    applies them in Hugging Face's order: logit_bias, penalties, a grammar's mask, temperature, top_k, top_p, min_p.
     """
 
     max_tokens: Annotated[
@@ -186,23 +186,30 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def _check_grammar(self) -> None:
         given = [kind for kind in GRAMMAR_KINDS if getattr(self, kind) is not None]
-        if not given:
-            return
         if len(given) > 1:
-            raise InvalidParameter(given[1], f"{{{given[0]}}} and {{{given[1]}}} are two {{what}}", what=_ONE_GRAMMAR)
-        [kind], text = given, getattr(self, given[0])
-        if not isinstance(text, str):
-            raise InvalidParameter(kind, f"{{{kind}}} is {{value!r}}; it must be a text", value=text)
-        if (length := len(text)) > MAX_GRAMMAR_LENGTH:
-            said = f"{{{kind}}} has {{length}} characters; the limit is {{limit}}"
-            raise InvalidParameter(kind, said, length=length, limit=MAX_GRAMMAR_LENGTH)
-        if self.ignore_eos:
-            said = f"{{ignore_eos}} is true; an answer under {{{kind}}} ends with eos, so leave {{ignore_eos}} out"
-            raise InvalidParameter("ignore_eos", said, length=length)
+            text = f"{{{given[0]}}} and {{{given[1]}}} both say what the text must be; give {{count}}"
+            raise InvalidParameter(given[1], text, count="one")
+        for kind in given:
+            if problem := _problem_of_grammar(getattr(self, kind)):
+                raise InvalidParameter(kind, f"{{{kind}}} {{problem}}", problem=problem)
+            if self.ignore_eos:
+                text = f"{{ignore_eos}} is {{value}}; the text that {{{kind}}} asks for ends with eos, so leave it out"
+                raise InvalidParameter("ignore_eos", text, value="true")
+
+
+def _problem_of_grammar(text: object) -> str | None:
+    if not isinstance(text, str):
+        return f"is {text!r}; it must be a text"
+    if len(text) > MAX_GRAMMAR_LENGTH:
+        return f"has {len(text)} characters; the limit is {MAX_GRAMMAR_LENGTH}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "has a lone surrogate, which is not valid Unicode"
+    return None
 
 
 GRAMMAR_KINDS = ("json_schema", "regex", "ebnf", "structural_tag")
-_ONE_GRAMMAR = "grammars of one text; give one"
 
 
 class Parameter(NamedTuple):

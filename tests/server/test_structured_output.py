@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx
 import pytest
 from live_server import LiveServer
@@ -104,12 +106,14 @@ def test_a_grammar_is_compiled_once(live: LiveServer, http: httpx.Client) -> Non
         (CHAT, {"regex": "a", "ignore_eos": True}, "ignore_eos", "ignore_eos … true … regex … eos"),
         (NATIVE, {"sampling_params": {"regex": "a" * (2**20 + 1)}}, "regex", "regex … 1048577 … 1048576"),
         (CHAT, {"guided_choice": []}, "guided_choice", "guided_choice"),
+        (NATIVE, {"sampling_params": {"regex": "\ud800"}}, "regex", "regex … surrogate"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_by_name(
     http: httpx.Client, path: str, body: dict, param: str, message: str
 ) -> None:
-    refused = http.post(path, json=BASE[path] | body)
+    content = json.dumps(BASE[path] | body)  # lone surrogates as escapes
+    refused = http.post(path, content=content, headers={"Content-Type": "application/json"})
     assert refused.status_code == 400
     error = refused.json()["error"]
     assert error["param"] == param

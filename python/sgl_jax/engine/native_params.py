@@ -6,6 +6,7 @@ Sampling parameters carry the names of the SGLang family (max_new_tokens, sampli
 
 import dataclasses
 import functools
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -63,7 +64,7 @@ def in_our_names[T](
 
 def as_grammar_text(value: Json) -> str:
     """Return a grammar's text; objects, such as a JSON schema, as JSON."""
-    return value if isinstance(value, str) else msgspec.json.encode(value).decode()
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
 def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:

@@ -1,9 +1,9 @@
 """Fields that ask for structured output in OpenAI's bodies, in the spellings of OpenAI, vLLM and SGLang."""
 
+import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-import msgspec
 from pydantic import Field
 
 from sgl_jax.engine.native_params import as_grammar_text
@@ -105,4 +105,4 @@ class GrammarFields(Body):
 
 def _one_of(choices: list[str] | None) -> str | None:
     """Return a grammar, in Lark's notation, of these texts."""
-    return None if choices is None else "start: " + " | ".join(msgspec.json.encode(each).decode() for each in choices)
+    return None if choices is None else "start: " + " | ".join(map(json.dumps, choices))
