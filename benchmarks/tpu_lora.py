@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 MODEL, TOPOLOGY, SLOTS = "Qwen3-8B", "v6e-1", 8
-RANKS, TOKENS, DEPTHS = (None, 16, 64), (8, 64, 2048), (2, 4)
+RANKS, TOKENS, DEPTHS = (None, 16, 64), (8, 128, 2048), (2, 4)
 
 
 def measure(rank: int | None, depth: int) -> dict[int, int]:

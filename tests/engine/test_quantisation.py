@@ -17,9 +17,11 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.quantised import Quantised
 from sgl_jax.models.weights import declare
+from sgl_jax.observability import log
 from sgl_jax.planning.fit import make_plan
 from sgl_jax.planning.model import PlannedModel
 from sgl_jax.planning.target import find_target
+from sgl_jax.runtime.placed_weights import weight_bytes
 from sgl_jax.runtime.platform import PLATFORMS
 from sgl_jax.settings.server_args import ServerArgs
 
@@ -33,6 +35,7 @@ FORMATS: dict[str, dict[str, Any]] = {
     "awq": {"quant_method": "awq"},
     "groups of 96": {"quant_method": "awq", "group_size": 96},
     "act-order": {"quant_method": "gptq", "bits": 4, "desc_act": True},
+    "static groups": {"quant_method": "gptq", "bits": 4, "desc_act": True, "static_groups": True},
     "nvfp4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
 }
 DEVICES = {
@@ -69,6 +72,7 @@ def scheme(said: dict[str, Any] | None, device: str, option: str | None = None) 
         ("awq", ("floats", AWQ, AWQ, INT8)),
         ("groups of 96", ("floats", INT8, INT8, INT8)),
         ("act-order", ("floats", INT8, INT8, INT8)),
+        ("static groups", ("floats", INT4, INT4, INT8)),
         ("nvfp4", ("floats", INT8, INT8, INT8)),
     ],
 )
@@ -141,6 +145,22 @@ def test_a_head_that_is_stored_quantised_is_held_so() -> None:
     assert isinstance(declare(config, "bfloat16").lm_head, Quantised)
     config = held(ServerArgs(model_path="m"), model(FORMATS["fp8"]), PLATFORMS["tpu"], "TPU v6 lite")
     assert not isinstance(declare(config, "bfloat16").lm_head, Quantised)  # until a tensor tells
+
+
+def test_cpus_hold_the_head_as_int8_and_a_tied_one_beside_its_embedding(caplog: pytest.LogCaptureFixture) -> None:
+    for tied in (False, True):
+        plain = dataclasses.replace(model(None), tie_embeddings=tied)
+        for device, option in (("cpu", "int8"), ("cpu", "auto"), ("cpu", "int8-weight-only"), ("v6e", "int8")):
+            config = held(ServerArgs(model_path="m", quantization=option), plain, PLATFORMS[DEVICES[device][0]], device)
+            declared, has_head = declare(config, "bfloat16"), device == "cpu" and option != "int8-weight-only"
+            assert isinstance(declared.lm_head, Quantised) == has_head
+            assert (declared.lm_head is None) == (tied and not has_head)
+            assert not isinstance(declared.embed, Quantised)
+    tied = held(ServerArgs(model_path="m", quantization="int8"), plain, PLATFORMS["cpu"], "cpu")
+    saved = weight_bytes(plain, "bfloat16") - weight_bytes(tied, "bfloat16")
+    with caplog.at_level(logging.INFO, "sgl_jax"):
+        say_weights(tied, tied, "bfloat16")
+    assert f"{log.size(saved)} less than in bfloat16" in caplog.text
 
 
 def test_the_log_says_how_matrices_are_stored_and_held(caplog: pytest.LogCaptureFixture) -> None:

@@ -311,6 +311,27 @@ def test_symmetric_weights_have_no_zero_points(tmp_path: Path) -> None:
         found.planes["scales"].read()
 
 
+@pytest.mark.parametrize("method", ["gptq", "pack-quantized"])
+def test_groups_that_are_called_in_order_are_so_or_are_not_read_as_they_are(tmp_path: Path, method: str) -> None:
+    """They would be rounded again to their own few bits."""
+    m = INTEGERS["out of order"]
+    said = settings(method, m)
+    if method == "gptq":
+        said["desc_act"] = False
+    else:
+        said["config_groups"]["group_0"]["weights"]["actorder"] = None
+    tensors = {f"a.{name}": array for name, array in WRITERS[method](m).items()}
+    found = read(tmp_path, said, tensors)["a.weight"]
+    np.testing.assert_array_equal(found.read(), m.floats)
+    values, scales = Scaled("int8").quantise(m.floats)
+    again = Scaled("int8").read(found)
+    np.testing.assert_array_equal(again.values.read(), values)
+    np.testing.assert_array_equal(again.scales.read(), scales)
+    with pytest.raises(ModelError) as error:
+        Scaled("int4", 16).read(found).values.read()
+    assert says(str(error.value), "a. … g_idx … out of order … desc_act, actorder … --quantization int8-weight-only")
+
+
 @pytest.mark.parametrize(
     ("said", "named"),
     [
@@ -350,9 +371,8 @@ def test_a_config_beside_config_json_is_modelopt_s(tmp_path: Path) -> None:
     said = {"quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "hf_quant_config.json").write_text(json.dumps(said))
-    quantise.save(
-        tmp_path / "model.safetensors", tensors | {f"{LAYER0}self_attn.k_proj.k_scale": np.full((), 2, np.float32)}
-    )
+    scales = {f"{LAYER0}self_attn.{of}_proj.{of}_scale": np.full((), n, np.float32) for of, n in (("k", 2), ("v", 3))}
+    quantise.save(tmp_path / "model.safetensors", tensors | scales)
     plan(tmp_path)
     found = open_checkpoint(str(tmp_path))
     views = []
@@ -363,9 +383,41 @@ def test_a_config_beside_config_json_is_modelopt_s(tmp_path: Path) -> None:
     np.testing.assert_array_equal(views[1][name].read(), views[0][name].read())
     config = dataclasses.replace(config, kv_dtype="float8_e4m3fn")
     leaves = {leaf.path: leaf for leaf in plan_weights(found.tensors, config, tensor_names(config), source="m")}
-    for path, scales in ((".layers[0].kv_scales", [2, 1]), (".layers[1].kv_scales", [1, 1])):
+    for path, scales in ((".layers[0].kv_scales", [2, 3]), (".layers[1].kv_scales", [1, 1])):
         (piece,) = leaves[path].pieces
         assert piece.read().tolist() == scales
+
+
+def scales_of_kv(folder: Path, model: Path, dtype: str, **scales: float | list[float]) -> list[float]:
+    """Scales that the first layer of a model has for a KV cache of this dtype, where its files also have these."""
+    checkpoint = open_checkpoint(str(model))
+    stored = {f"{LAYER0}self_attn.{name}": np.array(scale, np.float32) for name, scale in scales.items()}
+    quantise.save(folder / "scales.safetensors", stored)
+    config = dataclasses.replace(decoder_config(checkpoint.config), kv_dtype=dtype)
+    tensors = {**checkpoint.tensors, **read_safetensors(folder / "scales.safetensors")}
+    leaves = {leaf.path: leaf for leaf in plan_weights(tensors, config, tensor_names(config), source="m")}
+    return leaves[".layers[0].kv_scales"].pieces[0].read().tolist()
+
+
+def test_a_scale_of_k_without_that_of_v_is_named(stories260k: Path, tmp_path: Path) -> None:
+    attention = f"{LAYER0}self_attn"
+    for stored, missing in (("k_scale", "v_scale"), ("v_scale", "k_scale")):
+        with pytest.raises(ModelError) as error:
+            scales_of_kv(tmp_path, stories260k, "float8_e4m3fn", **{stored: 2})
+        wanted = f"missing tensors: {attention}.{missing} (beside {attention}.{stored}; --kv-cache-dtype … auto … int8"
+        assert says(str(error.value), wanted)
+        assert scales_of_kv(tmp_path, stories260k, "int8", **{stored: 2})  # which measures its own
+    assert scales_of_kv(tmp_path, stories260k, "float8_e4m3fn", kv_scale=2) == [2, 2]
+
+
+def test_a_latent_vector_has_one_scale(checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    assert scales_of_kv(tmp_path, checkpoint("deepseek_v3"), "float8_e4m3fn", k_scale=2) == [2, 1]
+
+
+@pytest.mark.parametrize("scale", [0, -1, np.inf, np.nan, [1, 2]])
+def test_scales_of_kv_are_single_numbers_above_0(stories260k: Path, tmp_path: Path, scale: float | list[float]) -> None:
+    with pytest.raises(ModelError, match=r"v_scale is \[.*\]; .*one scale for K and one for V, above 0"):
+        scales_of_kv(tmp_path, stories260k, "float8_e4m3fn", k_scale=1, v_scale=scale)
 
 
 @pytest.mark.parametrize(

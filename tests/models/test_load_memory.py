@@ -60,6 +60,7 @@ weights = load_weights(checkpoint, config, "bfloat16")
 jax.block_until_ready(weights)
 done.set()
 thread.join()
+most[0] = max(most[0], anonymous())  # the last weights may have come after the thread's last look
 print(most[0] - before, sum(leaf.nbytes for leaf in jax.tree.leaves(weights)))
 """
 
@@ -91,4 +92,5 @@ def test_loading_takes_little_more_than_the_weights(tmp_path: Path, stored: str)
     )
     most, held = map(int, run.stdout.split())
     assert held < 1.02 * (files if stored == "int8" else files / 2)
-    assert held < most < (1.3 if stored == "int8" else 0.9) * files
+    # Some weights lie in memory that the process had freed before, which is counted in neither.
+    assert 0.95 * held < most < (1.3 if stored == "int8" else 0.9) * files

@@ -229,6 +229,18 @@ def test_stored_values_and_scales_are_read_as_they_are(stories260k: Path, tmp_pa
     np.testing.assert_array_equal(rounded.qkv.scales, scales)
 
 
+def test_a_head_beside_its_embedding_has_the_embedding_s_numbers(stories260k: Path) -> None:
+    checkpoint, scheme = open_checkpoint(str(stories260k)), Scaled("int8", rounding="int8", exempt=())
+    config = decoder_config(checkpoint.config, tensors=checkpoint.tensors)
+    assert config.tie_embeddings
+    config = dataclasses.replace(config, weight_scheme=scheme, copies_head=True)
+    weights = load_weights(checkpoint, config, "float32")
+    assert isinstance(weights.lm_head, Quantised)
+    values, scales = scheme.quantise(np.asarray(weights.embed))
+    np.testing.assert_array_equal(weights.lm_head.values, values)
+    np.testing.assert_array_equal(weights.lm_head.scales, scales)
+
+
 def _relabel(path: Path, old: str, new: str) -> None:
     """Rename a dtype in a safetensors header: the package that writes it has no name for ml_dtypes' floats."""
     data = path.read_bytes()

@@ -120,7 +120,8 @@ def test_each_process_reads_its_shard_of_the_files(stories260k: Path) -> None:
     assert [[int(n) for n in each] for each in printed] == [[matrices // 2 + vectors, matrices // 2 + 2 * vectors]] * 2
 
 
-SMALL = flags_of(max_running_requests=1, chunked_prefill_size=1, context_length=32, max_total_tokens=64)
+FEW = {"max_running_requests": 1, "chunked_prefill_size": 1, "context_length": 32, "max_total_tokens": 64}
+SMALL = flags_of(**FEW)
 
 
 def stop_engine_thread(process: subprocess.Popen[bytes]) -> None:
@@ -157,11 +158,20 @@ def wait_gone(pid: int) -> None:
 
 
 def test_the_first_ends_the_others(stories260k: Path, tmp_path: Path) -> None:
-    with hosts(tmp_path, stories260k, 2, 1, "--tp-size", "2", *SMALL) as all_hosts:
+    """Their KV has eight bits, with scales that both measure."""
+    sizes = FEW | {"kv_cache_dtype": "int8"}
+    with hosts(tmp_path, stories260k, 2, 1, "--tp-size", "2", *flags_of(**sizes)) as all_hosts:
         all_hosts.lead()
         follower = all_hosts.join(1)
+        with sgl_jax.Engine(
+            model_path=str(stories260k), device="cpu", dtype="float32", **sizes
+        ) as engine:  # while they start
+            greedy = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 24}
+            expected = engine.generate(input_ids=[5, 6, 7], sampling_params=greedy)["output_ids"]
         all_hosts.wait_ready()
-        assert len(all_hosts.ask([5, 6, 7], max_new_tokens=4).json()["output_ids"]) == 4
+        assert all_hosts.ask([5, 6, 7], max_new_tokens=24).json()["output_ids"] == expected
+        for host in all_hosts.all:
+            assert says(host.text(), "KV cache … int8 … measured on 256 random tokens")
         all_hosts.leader.process.send_signal(signal.SIGTERM)
         assert all_hosts.leader.wait() == 0
         assert follower.wait() == 0

@@ -2,7 +2,7 @@
 CPU devices.
 
 GRID is "1", or sizes like "tp2-dp2-ep4"; "sp" adds sequence parallelism, "scan" stacks and scans the layers, as some
-accelerators do, and "int8" holds their matrices as int8 with scales. "ngram" drafts by n-grams, "self" by the model itself, and
+accelerators do, and "int8" holds their matrices as int8 with scales; "kvint8" and "kvfp8" hold KV in eight bits. "ngram" drafts by n-grams, "self" by the model itself, and
 "eagle3" by the head beside FOLDER. "lora" asks for the adapters of tests/data/lora/llama in turn, and "json" for a form. The requests use every feature whose state or arithmetic is divided over the devices.
 """
 
@@ -42,7 +42,9 @@ PARAMS = [
 
 def flags(grid: str) -> dict[str, Any]:
     sizes = {f"{kind}_size": int(size) for kind, size in re.findall(r"(tp|dp|ep)(\d+)", grid)}
-    return sizes | {"enable_sequence_parallel": "sp" in grid.split("-")}
+    words = grid.split("-")
+    kv = "int8" if "kvint8" in words else "fp8_e4m3" if "kvfp8" in words else "auto"
+    return sizes | {"enable_sequence_parallel": "sp" in words, "kv_cache_dtype": kv}
 
 
 def speculation(folder: str, grid: str) -> dict[str, Any]:

@@ -64,6 +64,24 @@ def test_quantised_checkpoints_are_divided_as_they_are_read(name: str, grids: li
         assert_same(first, many)
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("family", "grids"),
+    [
+        ("llama", ["kvint8", "tp2-kvint8", "dp2-tp2-kvint8-scan"]),
+        ("llama", ["kvfp8", "tp2-kvfp8"]),
+        ("deepseek_v2", ["kvint8", "dp2-tp2-kvint8"]),
+    ],
+)
+def test_kv_of_eight_bits_has_the_same_scales_on_any_grid(
+    checkpoint: Callable[[str], Path], family: str, grids: list[str]
+) -> None:
+    """Sums in another order round a few values of K and V to a neighbour. Scales of other tokens would change the answers."""
+    one, *others = run_grids(checkpoint(family), grids)
+    for many in others:
+        assert_same(one, many, atol=0.02)
+
+
 EAGLE3 = Path(__file__).parents[1] / "data" / "eagle" / "eagle3-qwen3" / "target"
 
 

@@ -67,7 +67,7 @@ class LiveServer:
         self.loop = asyncio.get_running_loop()
         self.service = GenerationService(
             EncodingTransport(self._core),
-            tokenizer(),
+            load_tokenizer(MODEL, self.args.chat_template),
             stream_interval=self.args.stream_interval,
             max_queued_requests=self.args.max_queued_requests,
             lora_dir=self.args.lora_dir,

@@ -139,6 +139,12 @@ def test_a_stop_string_never_shows_wherever_tokens_end(stop: str) -> None:
     assert "".join(kept) == before + stop
 
 
+def test_special_tokens_that_a_reader_needs_are_shown_among_hidden_ones() -> None:
+    once, upon = (STORIES.encode(word, add_special_tokens=False)[-1] for word in ("Once", "Once upon"))
+    detokenizer = Detokenizer(STORIES, PROMPT, SamplingParams(), {2: "</s>"})
+    assert [detokenizer.push([token])[0] for token in (once, 1, 2, upon)] == [" Once", "", "</s>", " upon"]
+
+
 WORDS = [*STORIES.encode("Once upon", add_special_tokens=False), 2, *STORIES.encode("a time", add_special_tokens=False)]
 
 

@@ -64,6 +64,9 @@ class GenerationRequest:
     names: Names = field(default_factory=dict)  # for error messages; "prompt" among them
     default_max_tokens: int | None = None  # without params.max_tokens: at most so many, or None as many as fit
     in_range: bool = False  # each number has been compared with its limits
+    shown_tokens: dict[int, str] = field(
+        default_factory=dict
+    )  # special tokens that are text even if others are skipped
 
     def for_prompt(
         self, ids: list[int], name: str, request_id: str | None, namespace: str | None, adapter: str | None = None

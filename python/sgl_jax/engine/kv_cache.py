@@ -98,9 +98,9 @@ def _largest(runner: ModelRunner, model: DecoderConfig, placement: Placement) ->
     length = config.context_length - 1
     caches = [PrefixCache(config.num_pages, config.page_size) for _ in range(config.num_ranks)]
     scheduler = Scheduler(SchedulerConfig(1, config.context_length, length, length), caches)
-    for rank in range(config.num_ranks):
-        prompt = np.random.default_rng(rank).integers(model.vocab_size, size=length, dtype=np.int32)
-        nothing = np.zeros(0, np.int32)
+    prompt = np.random.default_rng(0).integers(model.vocab_size, size=length, dtype=np.int32)
+    nothing = np.zeros(0, np.int32)
+    for rank in range(config.num_ranks):  # the same for each, so that any grid has the scales of one device
         scheduler.add(Request(rank, prompt, SamplingParams(), "", 0, config.context_length, nothing, rank))
     step = scheduler.schedule()
     assert step is not None

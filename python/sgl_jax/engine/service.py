@@ -211,7 +211,7 @@ class GenerationService:
         for index in range(request.params.n):
             key, params = next(self._keys), engine_params(request.params, index, ends)
             self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace, adapter))
-            detokenizer = Detokenizer(self.tokenizer, request.prompt_ids, request.params)
+            detokenizer = Detokenizer(self.tokenizer, request.prompt_ids, request.params, request.shown_tokens)
             choices.append(Choice(key, prompt, index, generation, request, detokenizer, interval, now))
         generation.open += choices
         self._choices.add(choices)

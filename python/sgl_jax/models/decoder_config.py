@@ -104,6 +104,7 @@ class DecoderConfig:
     norm_offset: float = 0.0  # norms scale by offset + weight
     sandwich_norms: bool = False  # norms after attention and after the MLP, too
     tie_embeddings: bool = False
+    copies_head: bool = False  # a tied head is held in the weight scheme, beside the embedding
     embed_scale: float = 1.0  # factor of the embedded tokens
     branch_scale: float = 1.0  # factor of what attention and MLP add to the residual stream
     qkv_bias: bool = False

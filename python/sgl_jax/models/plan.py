@@ -65,8 +65,9 @@ def plan_weights(
             continue
         path = whole_path.removeprefix(prefix)
         if path.endswith(_KV_SCALES):
-            pieces, found = _kv_scales(path, stored, names)
+            pieces, found, alone = _kv_scales(path, stored, config, names)
             used.update(found)
+            missing += alone
             leaves.append((whole_path, held, pieces))
             continue
         wanted, rows = stored_parts(path, spec, config, names)
@@ -132,22 +133,31 @@ def wide_weights(
 
 
 def _kv_scales(
-    path: str, stored: Mapping[str, StoredTensor], names: TensorNames
-) -> tuple[list[StoredTensor], list[str]]:
-    """Return a layer's scales of K and V, and their names in the checkpoint; 1 where it has none."""
+    path: str, stored: Mapping[str, StoredTensor], config: DecoderConfig, names: TensorNames
+) -> tuple[list[StoredTensor], list[str], list[str]]:
+    """Return a layer's scales of K and V, their names in the checkpoint, and that which is missing beside the other; 1 where it
+    has neither."""
     index = path[path.index("[") + 1 : path.index("]")]
     attention = names.layer["o"][0].format(i=index).rpartition(".")[0].rpartition(".")[0]
     found = [next((name for end in ends if (name := f"{attention}.{end}") in stored), None) for ends in _KV_SCALE_NAMES]
 
-    def rows(start: int, stop: int) -> np.ndarray:
-        values = [np.ones(1) if name is None else stored[name].read().reshape(-1) for name in found]
-        if many := [name for name, value in zip(found, values, strict=True) if len(value) != 1]:
-            raise ModelError(
-                f"{many[0]} is {list(stored[many[0] or ''].shape)}; a layer has one scale for K and one for V"
-            )
-        return np.concatenate(values).astype(np.float32)[start:stop]
+    theirs, alone = [name for name in found if name], []
+    if (
+        len(theirs) == 1 and config.kv_dtype != "int8" and config.mla is None
+    ):  # int8 measures its own, latent vectors have one
+        other = f"{attention}.{_KV_SCALE_NAMES[found.index(None)][0]}"
+        alone = [f"{other} (beside {theirs[0]}; --kv-cache-dtype auto and int8 need neither)"]
 
-    return [StoredTensor(path, (2,), "F32", 8, rows)], [name for name in found if name]
+    def scale(name: str | None) -> np.float32:
+        values = np.ones(1, np.float32) if name is None else stored[name].read().astype(np.float32).reshape(-1)
+        if len(values) != 1 or not 0 < values[0] < np.inf:
+            raise ModelError(f"{name} is {values[:4]}; a layer has one scale for K and one for V, above 0")
+        return values[0]
+
+    def rows(start: int, stop: int) -> np.ndarray:
+        return np.array([scale(name) for name in found])[start:stop]
+
+    return [StoredTensor(path, (2,), "F32", 8, rows)], theirs, alone
 
 
 def listed(label: str, found: Sequence[str]) -> str:
@@ -182,6 +192,8 @@ def stored_parts(
 ) -> tuple[dict[str, tuple[int, ...]], Rows | None]:
     """Return the names of the stored tensors that make up a weight, in order, with the shape that each must have; and the
     rows that the weight takes of them, None for all."""
+    if path == ".lm_head" and config.copies_head:
+        path = ".embed"
     of_rows = names.rows.get(path.partition("].")[2])
     rows = of_rows(config) if of_rows else None
     return _wanted(path, spec, names, rows), rows

@@ -154,7 +154,7 @@ def declare_plain(c: DecoderConfig, dtype: DTypeLike) -> Weights[WeightSpec]:
         embed=spec((v, "vocab"), (d, "model")),
         layers=[_layer(c, spec, c.has_experts(i), c.has_mlp(i)) for i in range(c.num_layers)],
         final_norm=spec((d, "model")),
-        lm_head=None if c.tie_embeddings else spec((v, "vocab"), (d, "model")),
+        lm_head=None if c.tie_embeddings and not c.copies_head else spec((v, "vocab"), (d, "model")),
         draft=_draft(c, c.draft, spec) if c.draft else None,
     )
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime.device_state import IN_PROMPT, DeviceState
+from sgl_jax.runtime.grammar_mask import constrain
 from sgl_jax.runtime.layout import param_of
 from sgl_jax.step_plan import Param, RowFlag
 
@@ -173,8 +174,7 @@ def _adjust(
     logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, "S V"]:
     """Apply logit_bias and held-back stop tokens, then repetition, frequency and presence penalties, then grammars' masks."""
-    biased, penalised = has_flag(lines.params, RowFlag.BIAS), has_flag(lines.params, RowFlag.PENALTIES)
-    constrained = has_flag(lines.params, RowFlag.GRAMMAR)
+    biased, penalised, bound = (has_flag(lines.params, f) for f in (RowFlag.BIAS, RowFlag.PENALTIES, RowFlag.GRAMMAR))
     # Line by line: for all lines at once XLA for TPU copies all of token_counts for the gather, sorts the indices of the
     # scatter, and takes ten seconds to compile both (benchmarks/LOG.md).
 
@@ -195,18 +195,11 @@ def _adjust(
         y -= lines.param(Param.PRESENCE)[:, None] * (in_output > 0)
         return jnp.where(penalised[:, None], y, x)
 
-    def constrain(x):
-        bits = (state.grammar_mask[lines.rows][:, :, None] >> jnp.arange(32)) & 1
-        bits = lax.dynamic_slice_in_dim(bits.reshape(len(x), -1), axis.index() * x.shape[-1], x.shape[-1], axis=1)
-        # A token that the grammar allows comes before all others, also where a bias of -inf holds back all that it allows.
-        allowed = jnp.where(bits != 0, jnp.maximum(x, jnp.finfo(x.dtype).min), -jnp.inf)
-        return jnp.where(constrained[:, None], allowed, x)
-
     logits = lax.cond(biased.any(), add_bias, lambda x: x, logits)
     logits = lax.cond(penalised.any(), penalise, lambda x: x, logits)
-    if state.grammar_mask.shape[-1] * 32 < logits.shape[-1]:  # the launch takes no grammars
-        return logits
-    return lax.cond(constrained.any(), constrain, lambda x: x, logits)
+    return lax.cond(
+        bound.any(), lambda x: constrain(x, state.grammar_mask[lines.rows], bound, axis), lambda x: x, logits
+    )
 
 
 def uniforms(lines: SampleLines) -> Float[Array, " S"]:

@@ -1,7 +1,6 @@
 """State that the endpoints share, and the encoding of text and messages before a request is submitted."""
 
 import asyncio
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -12,13 +11,15 @@ from starlette.responses import Response
 
 from sgl_jax.engine.checks import encoded
 from sgl_jax.engine.service import GenerationService
-from sgl_jax.request import InvalidParameter, Json
+from sgl_jax.server.chat_history import template_messages, template_tools, with_tools_as_text
 from sgl_jax.server.error_envelope import unknown_model
-from sgl_jax.server.openai_types import Message, TemplateFields
+from sgl_jax.server.openai_types import FunctionTool, Message, TemplateFields
 from sgl_jax.settings.adapter_paths import ANY_MODEL
 from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.text.chat_template import ChatTemplate
 from sgl_jax.text.template_process import TemplateProcess
 from sgl_jax.text.tokenizer import Tokenizer
+from sgl_jax.text.tool_calls.formats import takes_tools
 
 _AT_ONCE = 4_000  # characters or tokens; the work on more of them, 1 ms and longer, runs in a thread
 
@@ -69,57 +70,36 @@ class ServerState:
         return await asyncio.get_running_loop().run_in_executor(self._text_work, work) if size > _AT_ONCE else work()
 
     async def encode_chat(self, messages: Sequence[Message], options: TemplateFields, limit: int = 0) -> list[int]:
-        """Encode a conversation as the model's template writes it. Templates spell out their special tokens."""
-        template = self.tokenizer.chat_template()
+        """Encode a conversation as the model's template writes it."""
+        text = await self.render_chat(messages, options, options.tools or (), limit)
+        return await self.encode(text, "messages", bool(options.add_special_tokens), limit)
+
+    async def render_chat(
+        self, messages: Sequence[Message], options: TemplateFields, tools: Sequence[FunctionTool], limit: int = 0
+    ) -> str:
+        """Return a conversation as the model's template writes it. Templates spell out their special tokens."""
+        template = self.chat_template(tools)
         most = self.tokenizer.most_characters(max(self.service.info.context_length, limit))
         final, prompt = bool(options.continue_final_message), options.add_generation_prompt
 
         def render() -> str:
+            entries, shown = template_messages(messages, template.source), template_tools(tools)
+            if tools and not takes_tools(template.source):
+                entries, shown = with_tools_as_text(entries, shown, template.source), []
             return self._templates.render(
                 template,
                 most + 1,  # which is too long, as `encode` will say
-                messages=template_messages(messages, knows_developer="developer" in template.source),
+                messages=entries,
+                tools=shown or None,
                 add_generation_prompt=not final if prompt is None else prompt,
                 continue_final_message=final,
                 template_kwargs=options.chat_template_kwargs,
             )
 
-        text = await asyncio.get_running_loop().run_in_executor(self._rendering, render)
-        return await self.encode(text, "messages", bool(options.add_special_tokens), limit)
+        return await asyncio.get_running_loop().run_in_executor(self._rendering, render)
 
-
-def template_messages(messages: Sequence[Message], knows_developer: bool) -> list[dict[str, Json]]:
-    """Convert messages to the form that templates expect: content as one string, tool arguments as objects."""
-    found = []
-    for i, message in enumerate(messages):
-        if message.content is None and not (message.role == "assistant" and message.tool_calls):
-            raise InvalidParameter(f"messages[{i}].content", f"messages[{i}].content is missing")
-        content = message.content
-        if isinstance(content, list):
-            content = "".join(part.text for part in content)
-        role = "system" if message.role == "developer" and not knows_developer else message.role
-        entry: dict[str, Json] = {"role": role, "content": content or ""}
-        for name in ("name", "tool_call_id", "reasoning_content"):
-            if (value := getattr(message, name)) is not None:
-                entry[name] = value
-        if message.tool_calls:
-            entry["tool_calls"] = calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
-            for call in calls:
-                call["function"]["arguments"] = _object(call["function"].get("arguments"))
-        found.append(entry)
-    return found
-
-
-def _object(arguments: object) -> dict[str, Json]:
-    """Return a call's arguments as an object, however an earlier answer spelled them. Cut or other text, which a client
-    cannot mend, counts as no arguments."""
-    for _ in range(2):  # some clients encode them twice
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError):
-                return {}
-    return arguments if isinstance(arguments, dict) else {}
+    def chat_template(self, tools: Sequence[FunctionTool]) -> ChatTemplate:
+        return self.tokenizer.chat_template("tool_use" if tools else "default")
 
 
 def json_response(value: object) -> Response:

@@ -71,8 +71,6 @@ class TextFormat(Body):
 
 # Types of fields that accept, beside null, a value that means "off".
 _OFF: Mapping[str, object] = {
-    "tools": EmptyList | None,
-    "tool_choice": Literal["none"] | None,
     "functions": EmptyList | None,
     "function_call": Literal["none"] | None,
     "modalities": Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None,

@@ -129,7 +129,7 @@ def _validation_error(error: RequestValidationError) -> ApiError:
             return _unsupported(field)
         case "too_long" if context.get("max_length") == 0:
             return _unsupported(field)
-        case "literal_error" if " or " not in context["expected"]:  # a field with one value, which asks for nothing
+        case "literal_error" if " or " not in context["expected"] or feature_of(field):  # other values are of a feature
             return _unsupported(field, first["input"])
         case "missing":
             return ApiError(400, f"{field} is missing", param=field, code="missing_parameter")

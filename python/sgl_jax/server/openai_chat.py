@@ -4,16 +4,19 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sgl_jax.engine.generation import FinishType, GenerationRequest
+from sgl_jax.engine.generation import Generation, GenerationRequest
 from sgl_jax.engine.native_params import finite
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server import responses
+from sgl_jax.server.answer_formats import answer_format, shown_tokens
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import openai_params
+from sgl_jax.server.chat_choice import ChoiceReader
 from sgl_jax.server.documentation import STREAM, documented
 from sgl_jax.server.openai_stream import News, OpenAIAnswer
 from sgl_jax.server.openai_types import ChatCompletionRequest
-from sgl_jax.server.responses import ChatCompletion, ChatLogprobs
+from sgl_jax.server.responses import ChatCompletion, ChatLogprobs, Usage
+from sgl_jax.text.tool_calls.scanner import AnswerFormat
 
 
 def router(state: ServerState) -> APIRouter:
@@ -24,10 +27,14 @@ def router(state: ServerState) -> APIRouter:
         adapter = state.adapter_of(body.model)
         body.check_stream_options()
         given = _parameters(body)
-        prompt_ids = await state.encode_chat(body.messages, body)
+        tools = () if body.tool_choice == "none" else body.tools or ()
+        prompt = await state.render_chat(body.messages, body, tools)
+        form = answer_format(state.server_args, state.chat_template(tools).source, body, tools, prompt)
+        prompt_ids = await state.encode(prompt, "messages", bool(body.add_special_tokens))
+        given.shown_tokens = shown_tokens(form, state.tokenizer)
         asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt, adapter)
         generation = await state.service.submit([asked], stream=bool(body.stream))
-        return await _Chat(state, body, generation, bool(body.logprobs)).respond(request)
+        return await _Chat(state, body, generation, form).respond(request)
 
     return routes
 
@@ -47,6 +54,16 @@ def _parameters(body: ChatCompletionRequest) -> GenerationRequest:
 class _Chat(OpenAIAnswer[ChatLogprobs]):
     id_prefix, chunk_object = "chatcmpl", "chat.completion.chunk"
 
+    def __init__(
+        self, state: ServerState, body: ChatCompletionRequest, generation: Generation, form: AnswerFormat | None
+    ):
+        super().__init__(state, body, generation, bool(body.logprobs))
+        in_pieces, shown = body.stream_reasoning is not False, body.include_reasoning is not False
+        request = generation.requests[0]
+        skipped = self.tokenizer.special.keys() - request.shown_tokens if request.params.skip_special_tokens else ()
+        self._choices = [ChoiceReader(form, self.tokenizer, skipped, in_pieces, shown) for _ in range(request.params.n)]
+        self._thinks = form is not None and form.thoughts is not None
+
     def scored(self, news: News) -> ChatLogprobs | None:
         content = []
         for token, score in zip(news.tokens, news.scores, strict=True):
@@ -59,16 +76,25 @@ class _Chat(OpenAIAnswer[ChatLogprobs]):
     def _spelled(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
         return self.tokenizer.token_text(token), finite(logprob), list(self.tokenizer.token_bytes(token))
 
-    def answer(self, texts: list[str], scores: list[ChatLogprobs | None], finish: list[FinishType]) -> ChatCompletion:
-        choices = [
-            responses.ChatChoice(i, responses.AssistantMessage("assistant", text), scores[i], finish[i])
-            for i, text in enumerate(texts)
-        ]
+    def usage(self) -> Usage:
+        found = super().usage()
+        if self._thinks:
+            num_tokens = sum(choice.num_thought_tokens for choice in self._choices)
+            found.completion_tokens_details = responses.CompletionTokensDetails(num_tokens)
+        return found
+
+    def answer(self, whole: list[News], scores: list[ChatLogprobs | None]) -> ChatCompletion:
+        choices = []
+        for i, (choice, news) in enumerate(zip(self._choices, whole, strict=True)):
+            message, finish = choice.message(news), choice.finish_reason(news.finish)
+            choices.append(responses.ChatChoice(i, message, scores[i], finish))
         return ChatCompletion(self.id, "chat.completion", self.created, self.model, choices, self.usage())
 
     def chunks(self, news: News, scores: ChatLogprobs | None) -> bytes:
-        i = news.index
+        i, choice = news.index, self._choices[news.index]
         found = self.chunk(i, b'"delta":{"role":"assistant","content":""}', None, None) if news.first else b""
-        if news.text or scores is not None:
-            found += self.chunk(i, b'"delta":{"content":' + msgspec.json.encode(news.text) + b"}", scores, None)
-        return found if news.finish is None else found + self.chunk(i, b'"delta":{}', None, news.finish)
+        for delta in choice.deltas(news) or ([{"content": ""}] if scores is not None else []):
+            found += self.chunk(i, b'"delta":' + msgspec.json.encode(delta), scores, None)
+            scores = None
+        finish = choice.finish_reason(news.finish)
+        return found if finish is None else found + self.chunk(i, b'"delta":{}', None, finish)

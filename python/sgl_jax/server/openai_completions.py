@@ -7,7 +7,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sgl_jax.engine.generation import FinishType, Generation, GenerationRequest
+from sgl_jax.engine.generation import Generation, GenerationRequest
 from sgl_jax.engine.slices import in_slices
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
@@ -87,8 +87,8 @@ class _Completion(OpenAIAnswer[CompletionLogprobs]):
             self._offsets[prompt] = prompt_offsets(self.tokenizer, request.prompt_ids, echo) if self.echoes else []
         return CompletionScores(self.tokenizer, request, self._offsets[prompt], len(echo))
 
-    def answer(self, texts: list[str], scores: list[CompletionLogprobs | None], finish: list[FinishType]) -> Completion:
-        choices = [CompletionChoice(i, text, scores[i], finish[i]) for i, text in enumerate(texts)]
+    def answer(self, whole: list[News], scores: list[CompletionLogprobs | None]) -> Completion:
+        choices = [CompletionChoice(i, news.text, scores[i], news.finish or "abort") for i, news in enumerate(whole)]
         return Completion(self.id, "text_completion", self.created, self.model, choices, self.usage())
 
     def chunks(self, news: News, scores: CompletionLogprobs | None) -> bytes:

@@ -14,7 +14,7 @@ from sgl_jax.engine.generation import FinishType, Generation, Update
 from sgl_jax.engine.messages import TokenLogprobs
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.openai_types import SamplingFields, StreamOptions
-from sgl_jax.server.responses import ChatLogprobs, CompletionLogprobs, PromptTokensDetails, Usage
+from sgl_jax.server.responses import ChatFinish, ChatLogprobs, CompletionLogprobs, PromptTokensDetails, Usage
 from sgl_jax.server.sse import DONE, EventStream, json_unless_disconnected
 
 _encode = msgspec.json.encode
@@ -64,14 +64,14 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
         """Return the log probabilities to hand out with the news, in the form of the endpoint."""
 
     @abstractmethod
-    def answer(self, texts: list[str], scores: list[Logprobs | None], finish: list[FinishType]) -> msgspec.Struct:
-        """Make the whole answer from its choices."""
+    def answer(self, whole: list[News], scores: list[Logprobs | None]) -> msgspec.Struct:
+        """Make the whole answer from all news of each choice."""
 
     @abstractmethod
     def chunks(self, news: News, scores: Logprobs | None) -> bytes:
         """Make the chunks of an update of a choice."""
 
-    def chunk(self, index: int, payload: bytes, logprobs: Logprobs | None, finish: FinishType | None) -> bytes:
+    def chunk(self, index: int, payload: bytes, logprobs: Logprobs | None, finish: ChatFinish | None) -> bytes:
         """Encode a chunk as a server-sent event; `payload` is the name and value of the choice's own field, in JSON."""
         parts = index, payload, _encode(logprobs), _encode(finish)
         data = self._head + b'{"index":%d,%b,"logprobs":%b,"finish_reason":%b}' % parts + self._tail
@@ -97,7 +97,7 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
                 parts[news.index].append(news)
         whole = [_joined(i, i // self._n, news) for i, news in enumerate(parts)]
         logprobs = [self.scored(news) if self._logprobs else None for news in whole]
-        return self.answer([news.text for news in whole], logprobs, [news.finish or "abort" for news in whole])
+        return self.answer(whole, logprobs)
 
     async def _events(self) -> AsyncIterator[bytes]:
         head = {"id": self.id, "object": self.chunk_object, "created": self.created, "model": self.model}
@@ -138,4 +138,4 @@ def _joined(index: int, prompt: int, parts: Sequence[News]) -> News:
     text = "".join(news.text for news in parts)
     tokens = [token for news in parts for token in news.tokens]
     scores = [score for news in parts for score in news.scores]
-    return News(index, prompt, True, text, tokens, scores, parts[-1].finish if parts else None)
+    return News(index, prompt, True, text, tokens, scores, (parts[-1].finish if parts else None) or "abort")

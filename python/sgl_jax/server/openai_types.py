@@ -10,6 +10,7 @@ from sgl_jax.server.bodies import (
     Body,
     CacheKey,
     EmptyList,
+    Off,
     TokenId,
     limited,
     limits,
@@ -78,11 +79,27 @@ class Message(Body):
     tool_calls: list[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: str | None = Field(None, description="another name for reasoning_content")
     refusal: str | None = None
     annotations: EmptyList | None = None
 
 
+class Function(Body):
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,256}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = Field(None, description="a JSON schema of the arguments")
+    strict: Off | None = None
+
+
+class FunctionTool(Body):
+    type: Literal["function"]
+    function: Function
+
+
 class TemplateFields(Body):
+    tools: Annotated[list[FunctionTool], Field(max_length=2048)] | None = Field(
+        None, description="what the model may call"
+    )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, description="the answer goes on with the last message")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
@@ -99,7 +116,11 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
     max_tokens: Annotated[int, limits("max_tokens", low=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, limits("logprobs")] | None = None
-    parallel_tool_calls: bool | None = Field(None, description="without tools there is nothing to call")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="none hides the tools from the model")
+    parallel_tool_calls: bool | None = Field(None, description="false: of several calls only the first is answered")
+    separate_reasoning: bool | None = Field(None, description="false: thoughts stay in the content")
+    stream_reasoning: bool | None = Field(None, description="false: a stream has a thought in one piece, at its end")
+    include_reasoning: bool | None = Field(None, description="false: thoughts are left out")
 
 
 @with_fields(off_fields("CompletionRequest"), null_fields("suffix"))

@@ -19,17 +19,14 @@ class Feature(NamedTuple):
 
 
 NOT_BUILT = (
+    Feature("forcing tool calls, or their arguments into a schema, is", fields="tool_choice strict allowed_tools"),
+    Feature("tools of other kinds than functions are", flags="--tool-server --tool-parser-plugin", fields="custom mcp"),
+    Feature("reasoning parsers of your own are", flags="--reasoning-parser-plugin"),
     Feature(
-        "tool calls are",
-        flags="--tool-call-parser --enable-auto-tool-choice --tool-server",
-        fields="tools tool_choice functions function_call",
+        "OpenAI's older form of tool calls is",
+        fields="functions function_call",
         null={"Message": "function_call"},
-        off={"ChatCompletionRequest": "tools tool_choice functions function_call"},
-    ),
-    Feature(
-        "splitting the reasoning from the answer is",
-        flags="--reasoning-parser --enable-reasoning",
-        fields="separate_reasoning stream_reasoning include_reasoning",
+        off={"ChatCompletionRequest": "functions function_call"},
     ),
     Feature("drafting all tokens at once (DFlash, DSpark) is", flags="--speculative-dflash-* --speculative-dspark-*"),
     Feature("adapters sent as tensors are", paths="/load_lora_adapter_from_tensors"),

@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from sgl_jax.settings.answer_parsers import CALL_PARSERS, THOUGHT_PARSERS, parser_rule
 from sgl_jax.settings.flags import NOT_NEGATIVE, REQUIRED, Rule, at_least, between, flag
 
 MODEL = "Model and tokenizer"
@@ -94,6 +95,20 @@ class ServingFlags:
         "the Jinja template of chat prompts: a file, or chatml, gemma, llama-3 or qwen",
         unset="the model's",
         metavar="FILE",
+        per_host=True,
+    )
+    tool_call_parser: str = flag(
+        "auto",
+        "format in which the model writes tool calls; auto finds it in the chat template, none looks for no calls",
+        metavar="NAME",
+        rule=parser_rule(CALL_PARSERS),
+        per_host=True,
+    )
+    reasoning_parser: str = flag(
+        "auto",
+        "format in which the model thinks before it answers; auto finds it in the chat template, none splits nothing off",
+        metavar="NAME",
+        rule=parser_rule(THOUGHT_PARSERS),
         per_host=True,
     )
     random_seed: int | None = flag(

@@ -83,7 +83,7 @@ def _environment() -> ImmutableSandboxedEnvironment:
 class ChatTemplate:
     """Template, compiled when it is first rendered. `special_tokens` (bos_token, eos_token, …) are visible to it by name."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, Any] | None = None):
+    def __init__(self, source: str, special_tokens: Mapping[str, object] | None = None):
         self.source = source
         self.special_tokens = dict(special_tokens or {})
 
@@ -99,12 +99,12 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, object]],
         *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        template_kwargs: Mapping[str, Any] | None = None,
+        template_kwargs: Mapping[str, object] | None = None,
     ) -> str:
         """Return the conversation as the model reads it. Raises TemplateError.
 
@@ -124,7 +124,7 @@ class ChatTemplate:
         marker = uuid.uuid4().hex
         return _cut_at_marker(text, self._rendered(_marked(messages, marker), names), marker)
 
-    def _rendered(self, messages: Sequence[Mapping[str, Any]], names: Mapping[str, Any]) -> str:
+    def _rendered(self, messages: Sequence[Mapping[str, object]], names: Mapping[str, object]) -> str:
         template = self._template
         with _no_other_errors("the chat template refuses these messages:"):
             return template.render(messages=messages, **names)

@@ -1,7 +1,8 @@
 """Turns tokens into text as they come, without broken characters and without the start of a stop string."""
 
 import itertools
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 
 from tokenizers.decoders import DecodeStream
 
@@ -10,6 +11,7 @@ from sgl_jax.text.tokenizer import Tokenizer
 
 _CONTEXT = 6  # prompt tokens that are decoded, too, so that the first token keeps its leading space
 _LOOK_BACK = 16  # tokens that are searched for the end of a character
+_NOTHING: Mapping[int, str] = types.MappingProxyType({})
 _PATIENCE = 8  # tokens without a whole character, after which the bytes are taken as they are
 
 
@@ -104,11 +106,20 @@ def _visible(text: str, seen: bytes) -> str:
 class Detokenizer:
     """Output of one request: text without broken characters, cut at the first stop string."""
 
-    def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        shown: Mapping[int, str] = _NOTHING,
+    ):
+        """`shown` has the texts of special tokens that are not skipped."""
         self._decoder = IncrementalDecoder(tokenizer, prompt_ids, params.skip_special_tokens)
-        # Tokens that are not shown, but that a stop string contains.
-        hidden = tokenizer.special.items() if params.skip_special_tokens and params.stop else ()
-        self._hidden = {token: text for token, text in hidden if any(text in each for each in params.stop)}
+        # Special tokens that are shown, or that a stop string contains.
+        skipped = tokenizer.special.items() if params.skip_special_tokens and params.stop else ()
+        self._special = {token: text for token, text in skipped if any(text in each for each in params.stop)}
+        self._shown = shown if params.skip_special_tokens else {}
+        self._special |= self._shown
         self._stops = StopMatcher(params.stop, params.include_stop_str_in_output)
         self._min_tokens = params.min_tokens  # stop strings ending in these first tokens do not count
         self._num_tokens = 0
@@ -123,11 +134,11 @@ class Detokenizer:
         shown = []
         for used, token in enumerate(tokens, 1):
             self._num_tokens += 1
-            may_match, hidden = self._num_tokens > self._min_tokens, self._hidden.get(token)
-            piece = self._decoder.push(token) if hidden is None else self._decoder.flush()
+            may_match, special = self._num_tokens > self._min_tokens, self._special.get(token)
+            piece = self._decoder.push(token) if special is None else self._decoder.flush()
             shown.append(self._stops.push(piece, may_match))
-            if hidden is not None and self._stops.matched is None:
-                shown.append(self._stops.push(hidden, may_match, visible=False))
+            if special is not None and self._stops.matched is None:
+                shown.append(self._stops.push(special, may_match, visible=token in self._shown))
             if self._stops.matched is not None:
                 return "".join(shown), used
         return "".join(shown), len(tokens)

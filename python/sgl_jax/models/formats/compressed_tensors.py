@@ -42,6 +42,11 @@ class _Weights(msgspec.Struct, frozen=True):
         of_block = (self.block_structure or (128, 128)) if self.strategy == "block" else (1, self.group_size)
         return whole.get(self.strategy or by_group, of_block)
 
+    @property
+    def in_order(self) -> bool:
+        """Inputs of a group are neighbours."""
+        return self.actorder not in ("group", "dynamic", True)
+
 
 class _Activations(msgspec.Struct, frozen=True):
     num_bits: int = 8
@@ -94,7 +99,8 @@ class CompressedTensors:
     def _plain(self, base: str, codes: StoredTensor, parts: Parts) -> StoredTensor:
         said = self._settings(base, "int" if codes.dtype == "I8" else "float", 8)
         zeros = None if said.symmetric else part(base, parts, "_zero_point")
-        return joined(codes, part(base, parts, "_scale"), said.block, zeros, groups=_groups(parts))
+        scales, groups = part(base, parts, "_scale"), _groups(parts)
+        return joined(codes, scales, said.block, zeros, groups=groups, in_order=said.in_order)
 
     def _packed(self, base: str, words: StoredTensor, parts: Parts) -> StoredTensor:
         scales = part(base, parts, "_scale")
@@ -115,7 +121,7 @@ class CompressedTensors:
             fits = lines == -(-outputs // per_word)
             zeros = along_outputs(zeros, said.num_bits, outputs if fits else lines * per_word)
         codes = along_inputs(words, said.num_bits, inputs)
-        return joined(codes, scales, said.block, zeros, groups=_groups(parts))
+        return joined(codes, scales, said.block, zeros, groups=_groups(parts), in_order=said.in_order)
 
 
 def _groups(parts: Parts) -> np.ndarray | None:
@@ -146,7 +152,7 @@ def _form(group: _Group, layout: str) -> Form:
     if weights.type == "float":
         kind = "other" if bits == 4 or (height == 1 and width) else "fp8 blocks" if width else "fp8"
         return Form(_NAME, about, kind, "float8_e4m3fn", width, rounding="float8_e4m3fn" if rounds else None)
-    if weights.actorder in ("group", "dynamic", True):
+    if not weights.in_order:
         return Form(_NAME, f"{about}, out of order", "other")
     if width or bits == 4:
         return Form(_NAME, about, "groups", f"int{bits}", width, offsets=not weights.symmetric)

@@ -37,6 +37,7 @@ class _Gptq(msgspec.Struct):
     bits: Literal[4, 8]
     group_size: _Group = 128
     desc_act: bool = False
+    static_groups: bool = False  # groups are in order whatever desc_act says
     sym: bool = True
     checkpoint_format: Literal["gptq", "gptq_v2"] = "gptq"
     dynamic: dict[str, object] | None = None
@@ -76,7 +77,8 @@ class Integers:
         unpack = functools.partial(along_outputs, order=order) if self.is_awq else along_inputs
         codes = unpack(turned(words), self.bits, number * words.shape[1 if self.is_awq else 0])
         groups = parts["g_idx"].read() if "g_idx" in parts else None
-        return joined(codes, turned(scales), (1, self.group), zeros, groups=groups, symmetric=self.symmetric)
+        block, in_order = (1, self.group), self.form.kind == "groups"
+        return joined(codes, turned(scales), block, zeros, groups=groups, in_order=in_order, symmetric=self.symmetric)
 
 
 def awq(said: RawConfig) -> Integers:
@@ -95,7 +97,7 @@ def gptq(said: RawConfig) -> Integers:
         found = f"quantization_config.dynamic gives {others[0]!r} settings of its own"
         raise ModelError(f"config.json: {found}; all modules must have the same")
     group = None if fields.group_size < 1 else fields.group_size
-    out_of_order = fields.desc_act and group is not None
+    out_of_order = fields.desc_act and not fields.static_groups and group is not None
     about = f"{fields.bits} bits in groups of {group}{', out of order' if out_of_order else ''}"
     kind = "other" if out_of_order else "groups"
     form = Form("gptq", about, kind, f"int{fields.bits}", group, offsets=not fields.sym)

@@ -71,11 +71,13 @@ def joined(
     zeros: StoredTensor | None = None,
     *,
     groups: np.ndarray | None = None,
+    in_order: bool = False,
     symmetric: bool = False,
 ) -> StoredTensor:
     """Return the floats (values - zeros) * scales of values [*B, O, I]. A scale and a zero are those of a block.
 
-    `groups` i32[I] tells the group of each input where that does not follow from the block. `symmetric` promises zeros of 0.
+    `groups` i32[I] tells the group of each input where that does not follow from the block. `in_order` promises that it does,
+    and `symmetric` zeros of 0: planes are read with a check.
     """
     inputs, width = values.shape[-1], block[1] or values.shape[-1]
     scales = _of_rows(scales, values.shape, block)
@@ -100,10 +102,21 @@ def joined(
     planes = {"values": values, "scales": scales}
     if zeros is not None:
         planes |= _planes_of_zeros(zeros, scales, symmetric=symmetric)
+    if groups is not None:
+        planes = {"values": _out_of_order(values), "scales": scales} if in_order else {}
     nbytes = values.nbytes + scales.nbytes + (zeros.nbytes if zeros else 0)
-    as_planes = groups is None and not inputs % width
     dtype = f"{values.dtype} with scales"
-    return StoredTensor(values.name, values.shape, dtype, nbytes, rows, planes=planes if as_planes else {})
+    return StoredTensor(values.name, values.shape, dtype, nbytes, rows, planes={} if inputs % width else planes)
+
+
+def _out_of_order(values: StoredTensor) -> StoredTensor:
+    """Return values that are not read, because their inputs are not in the order of their groups as it was promised."""
+
+    def refused(start: int, stop: int) -> np.ndarray:
+        said = "g_idx is out of order; quantization_config calls its groups in order (desc_act, actorder)"
+        raise ModelError(f"{values.name}: {said}; give --quantization int8-weight-only to round the matrices again")
+
+    return dataclasses.replace(values, rows=refused)
 
 
 def _planes_of_zeros(zeros: StoredTensor, scales: StoredTensor, *, symmetric: bool) -> dict[str, StoredTensor]:

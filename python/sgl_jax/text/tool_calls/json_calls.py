@@ -1,0 +1,111 @@
+"""Calls as JSON objects: {"name": …, "arguments": {…}}, one, several, or in a list."""
+
+from sgl_jax.text.tool_calls.pieces import Emit, Source, Waiting
+from sgl_jax.text.tool_calls.reading import Reading, is_name
+
+_ARGUMENTS = ("arguments", "parameters")
+_KEYS = ("name", "function", "id", "type", *_ARGUMENTS)
+
+
+def marked(reading: Reading, opener: str) -> Waiting[None]:
+    """Read objects, each a call, between the markers of calls."""
+    yield from _objects(reading, bare=False, id_comes_last=False)
+
+
+def bare(reading: Reading, opener: str) -> Waiting[None]:
+    """Read an answer that consists of calls. Other objects and lists are content."""
+    if opener in ("{", "["):
+        if not reading.answer.fresh:
+            return
+        reading.source.back(opener)
+    yield from _objects(reading, bare=True, id_comes_last=False)
+
+
+def mistral(reading: Reading, opener: str) -> Waiting[None]:
+    """Read Mistral's calls: a list of objects, or name, id and arguments behind markers of their own."""
+    source, answer = reading.source, reading.answer
+    if (yield from source.skip_space()) in ("{", "["):
+        yield from _objects(reading, bare=False, id_comes_last=True)
+        return
+    name, word = yield from source.read_until(("[CALL_ID]", "[ARGS]", "{"))
+    call_id = None
+    if word == "[CALL_ID]":
+        call_id, word = yield from source.read_until(("[ARGS]",))
+    if word == "{":
+        source.back(word)
+    if word and is_name(name.strip()):
+        answer.call(name.strip(), call_id and call_id.strip())
+        if (yield from source.skip_space()) == "{":
+            yield from source.nested(answer.arguments)
+
+
+def _objects(reading: Reading, bare: bool, id_comes_last: bool) -> Waiting[None]:
+    source, answer = reading.source, reading.answer
+    listed = yield from source.take(("[",))
+    while True:
+        start, before = source.position, answer.num_calls
+        if (yield from source.take(("{",))):
+            yield from _object(reading, bare, id_comes_last)
+        if answer.num_calls == before:
+            source.rewind(start)
+            break
+        answer.end_call()
+        separator = yield from source.take((",", ";") if listed or bare else (",",))
+        if not separator and not (yield from source.after_space(("{",))):
+            break
+    if listed and answer.num_calls:
+        yield from source.take(("]",))
+
+
+def _object(reading: Reading, bare: bool, id_comes_last: bool) -> Waiting[None]:
+    """Read an object behind its `{`. The call begins with the arguments, or at the end where the name comes after them.
+
+    `bare`: an object with other keys, or without arguments, is no call.
+    """
+    source, answer = reading.source, reading.answer
+    said: dict[str, str | None] = {}
+    kept: list[str] | None = None  # arguments until the call can begin
+    begun = closed = False
+    while True:
+        char = yield from source.skip_space()
+        closed = char == "}"
+        if char in ("}", ","):
+            yield from source.take((char,))
+        if closed or char not in ('"', ","):
+            break
+        if char == ",":
+            continue
+        key = yield from source.json_string()
+        if key is None or not (yield from source.take((":",))):
+            break
+        if key in _ARGUMENTS and kept is None:
+            if bare and (yield from source.skip_space()) != "{":
+                return
+            begun = not id_comes_last and bool(name := said.get("name"))
+            if begun and name:
+                answer.call(name, said.get("id"))
+            kept = []
+            yield from _value(source, answer.arguments if begun else kept.append, (yield from source.skip_space()))
+        elif (yield from source.skip_space()) == '"':
+            said["name" if key == "function" else key] = yield from source.json_string()
+        else:
+            yield from _value(source, lambda text: None, (yield from source.skip_space()))
+        if bare and not begun and key not in _KEYS:
+            return
+    if not begun and (name := said.get("name")) and (kept is not None or (closed and not bare)):
+        answer.call(name, said.get("id"))
+        answer.arguments("".join(kept or []))
+
+
+def _value(source: Source, emit: Emit, first: str) -> Waiting[None]:
+    """Emit a value that begins with the character `first`. A string may have the value in it, and null is none."""
+    if first and first in "{[":
+        yield from source.nested(emit)
+    elif first == '"':
+        emit((yield from source.json_string()) or "")
+    else:
+        parts: list[str] = []
+        word = yield from source.until((",", "}", "\n"), parts.append)
+        source.back(word)
+        text = "".join(parts).strip()
+        emit("" if text == "null" else text)
