@@ -7,7 +7,7 @@ call here looks for an error and raises it.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -64,7 +64,7 @@ def compile_grammar(vocabulary: LLTokenizer, grammar: Grammar) -> LibraryGrammar
     from llguidance import LLMatcher, LLParserLimits
 
     try:
-        source = _SOURCES[grammar.kind](grammar.text)
+        source = _source(grammar)
     except (ValueError, RecursionError) as error:
         raise GrammarError(_readable(str(error))) from error
     matcher = LLMatcher(vocabulary, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
@@ -74,30 +74,19 @@ def compile_grammar(vocabulary: LLTokenizer, grammar: Grammar) -> LibraryGrammar
     return LibraryGrammar(matcher)
 
 
-def _of_schema(text: str) -> str:
-    from llguidance import LLMatcher
+def _source(grammar: Grammar) -> str:
+    """Return the grammar in the library's own form. Raises ValueError."""
+    from llguidance import LLMatcher, grammar_from
 
-    return LLMatcher.grammar_from_json_schema(json.dumps(enforced(json.loads(text))))
-
-
-def _of_regex(text: str) -> str:
-    from llguidance import LLMatcher
-
-    return LLMatcher.grammar_from_regex(text)
-
-
-def _of_ebnf(text: str) -> str:
-    from llguidance import grammar_from
-
-    return grammar_from("ebnf", text)
-
-
-_SOURCES: Mapping[str, Callable[[str], str]] = {
-    "json_schema": _of_schema,
-    "regex": _of_regex,
-    "ebnf": _of_ebnf,
-    "structural_tag": structural_tag_grammar,
-}
+    match grammar.kind:
+        case "json_schema":
+            return LLMatcher.grammar_from_json_schema(json.dumps(enforced(json.loads(grammar.text))))
+        case "structural_tag":
+            return structural_tag_grammar(grammar.text)
+        case "regex":
+            return grammar_from("regex", grammar.text)
+        case _:
+            return grammar_from("ebnf", grammar.text)
 
 
 def _check(matcher: LLMatcher) -> None:

@@ -96,8 +96,7 @@ def _sample(logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState,
     def draw() -> Int[Array, " S"]:
         # The best logit becomes 0, so that no temperature, however small, makes it overflow.
         scaled = (logits - axis.max(logits.max(-1, keepdims=True))) / jnp.where(random, temperature, 1.0)[:, None]
-        filters = lines.param(Param.TOP_K), lines.param(Param.TOP_P), lines.param(Param.MIN_P)
-        top_k, top_p, min_p = filters
+        filters = top_k, top_p, min_p = lines.param(Param.TOP_K), lines.param(Param.TOP_P), lines.param(Param.MIN_P)
         filtered = random & ((top_k < logits.shape[-1] * axis.size) | (top_p < 1) | (min_p > 0))
         threshold = lax.cond(
             filtered.any(),
@@ -197,9 +196,8 @@ def _adjust(
 
     logits = lax.cond(biased.any(), add_bias, lambda x: x, logits)
     logits = lax.cond(penalised.any(), penalise, lambda x: x, logits)
-    return lax.cond(
-        bound.any(), lambda x: constrain(x, state.grammar_mask[lines.rows], bound, axis), lambda x: x, logits
-    )
+    masks = state.grammar_mask
+    return lax.cond(bound.any(), lambda x: constrain(x, masks[lines.rows], bound, axis), lambda x: x, logits)
 
 
 def uniforms(lines: SampleLines) -> Float[Array, " S"]:
