@@ -162,3 +162,14 @@ def test_a_seed_gives_the_same_answer_among_others(start) -> None:
         client.run()
         alone |= client.tokens
     assert together == alone
+
+
+def test_a_launch_without_grammars_has_no_room_for_masks(start, reference: list[list[int]]) -> None:
+    core = start(grammar_backend="none")
+    assert not core.info.takes_grammars
+    assert "load mask" in {program.name for program in start().runner.programs}
+    assert "load mask" not in {program.name for program in core.runner.programs}
+    client = Client(core)
+    client.submit(1, PROMPTS[1], max_tokens=MAX_TOKENS, temperature=0.0)
+    client.run()
+    assert client.tokens[1] == reference[1]
