@@ -13,20 +13,23 @@ from fakes.fake_runner import FakeRunner, continuation, kv_chain, logprob_of, tw
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.adapter_loads import Adapters
 from sgl_jax.engine.core import Core
+from sgl_jax.engine.grammar_compiles import Grammars
 from sgl_jax.engine.messages import (
     AdapterLoaded,
     AdapterUnloaded,
     CacheFlushed,
     Event,
     Generate,
+    GrammarCompiled,
     PromptScored,
     Refused,
     Stats,
     StepOutput,
     TokenLogprobs,
 )
-from sgl_jax.request import FinishReason, Request, SamplingParams
+from sgl_jax.request import FinishReason, Grammar, Request, SamplingParams
 from sgl_jax.scheduler.adapter_slots import AdapterSlots
+from sgl_jax.scheduler.grammar_rows import CompiledGrammar
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
 from sgl_jax.scheduler.widths import Widths
@@ -59,6 +62,7 @@ def make_scheduler(
     width: Callable[[int], int] = lambda num_decoding: 1,
     lookahead: int = 0,
     adapters: AdapterSlots | None = None,
+    find_grammar: Callable[[Grammar], CompiledGrammar | None] | None = None,
 ) -> Scheduler:
     """Make a scheduler. Pages, rows and token budgets are per rank."""
     widths, limits = ByRows(width, rows), (rows, context_length, step_tokens, prefill_tokens or step_tokens)
@@ -67,6 +71,7 @@ def make_scheduler(
         [PrefixCache(num_usable_pages + 1, page_size, enabled=radix) for _ in range(ranks)],
         widths,
         adapters,
+        find_grammar,
     )
 
 
@@ -109,9 +114,11 @@ def make_core(
     draft_model: str = "",
     draft_is_right: Callable[[int], bool] = two_of_three,
     adapters: Adapters | None = None,
+    grammars: Grammars | None = None,
     **scheduler_options,
 ) -> Core:
-    scheduler = make_scheduler(**scheduler_options, adapters=adapters.slots if adapters else None)
+    parts = {"adapters": adapters.slots if adapters else None, "find_grammar": grammars.find if grammars else None}
+    scheduler = make_scheduler(**scheduler_options, **parts)
     config, caches = scheduler.config, scheduler.caches
     runner = FakeRunner(
         num_ranks=len(caches),
@@ -135,6 +142,7 @@ def make_core(
         decode_log_interval=decode_log_interval,
         draft_model=draft_model,
         adapters=adapters,
+        grammars=grammars,
     )
 
 
@@ -197,7 +205,7 @@ class Client:
         self.answers: dict[int, Answer] = {}
         self.flushed: list[CacheFlushed] = []
         self.stats: list[Stats] = []
-        self.said: list[AdapterLoaded | AdapterUnloaded | Refused] = []
+        self.said: list[AdapterLoaded | AdapterUnloaded | GrammarCompiled | Refused] = []
 
     def submit(self, key: int, prompt: list[int], *, namespace: str = "", adapter: int = 0, **params) -> None:
         self.core.handle(Generate(key, prompt, SamplingParams(**params), namespace, adapter))
@@ -226,7 +234,7 @@ class Client:
         if isinstance(event, CacheFlushed):
             self.flushed.append(event)
             return
-        if isinstance(event, AdapterLoaded | AdapterUnloaded | Refused):
+        if isinstance(event, AdapterLoaded | AdapterUnloaded | GrammarCompiled | Refused):
             self.said.append(event)
             return
         assert isinstance(event, StepOutput)

@@ -30,6 +30,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "observability": ("engine.messages",),
     "cache": (),
     "scheduler": ("cache", "request", "step_plan"),
+    "constrained": ("request", "text"),
     "ops": (),
     "parallel": (),
     "models": ("ops", "parallel", "settings.hub", "settings.speculation"),
@@ -45,6 +46,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         "ops",
         "parallel",
         "multihost",
+        "constrained",
         "text",
         "observability",
         "settings",
@@ -80,6 +82,7 @@ NOWHERE = {"torch", "transformers", "pickle"}  # test oracles, and a format that
 BUT = {("text.from_transformers", "transformers")}  # the optional extra, imported where it is called
 JAX = {"jax", "jaxlib"}
 WITHOUT_JAX = (
+    "constrained",
     "cache",
     "scheduler",
     "text",

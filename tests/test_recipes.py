@@ -75,21 +75,21 @@ def test_a_plan_column_is_one_declaration_and_one_line_that_fills_it(tmp_path: P
 
 def test_a_row_load_is_an_entry_of_a_table_and_its_array_of_the_state(tmp_path: Path) -> None:
     functions = """
-        def _pack_mask(load, payload):
+        def _pack_mark(load, payload):
             payload[:] = [load.row, 7, 9]
             return load.pages is None
 
-        def _store_mask(state, row, payload, axis):
-            return dataclasses.replace(state, mask=_put_row(state.mask, row, payload))
+        def _store_mark(state, row, payload, axis):
+            return dataclasses.replace(state, mark=_put_row(state.mark, row, payload))
     """
     edits: Edits = [
-        ("runtime/device_state.py", "page_table: jax.Array  # i32[R + 1, pages]", "mask: jax.Array  # i32[R + 1, 3]"),
-        ("runtime/device_state.py", "last_token=jnp.zeros(n, jnp.int32),", "mask=jnp.zeros((n, 3), jnp.int32),"),
+        ("runtime/device_state.py", "page_table: jax.Array  # i32[R + 1, pages]", "mark: jax.Array  # i32[R + 1, 3]"),
+        ("runtime/device_state.py", "last_token=jnp.zeros(n, jnp.int32),", "mark=jnp.zeros((n, 3), jnp.int32),"),
         ("runtime/loads.py", "_FOREVER = 2**31 - 1", functions),
         (
             "runtime/loads.py",
             'LoadKind("pages", lambda sizes: sizes.pages_per_row, _pack_pages, _store_pages),',
-            'LoadKind("mask", lambda sizes: 3, _pack_mask, _store_mask),',
+            'LoadKind("mark", lambda sizes: 3, _pack_mark, _store_mark),',
         ),
     ]
     script = """
@@ -107,9 +107,9 @@ def test_a_row_load_is_an_entry_of_a_table_and_its_array_of_the_state(tmp_path: 
             print(name)
             run = jax.jit(lambda state, vector, layout=layouts[name]: layout.run(state, vector, axis=ONE_DEVICE))
             state = run(state, vector)
-        print(np.asarray(state.mask)[[2, 3, 6]].tolist())
+        print(np.asarray(state.mark)[[2, 3, 6]].tolist())
     """
-    assert run_edited(tmp_path, edits, script) == "load pages\nload mask\n[[0, 0, 0], [3, 7, 9], [6, 7, 9]]\n"
+    assert run_edited(tmp_path, edits, script) == "load pages\nload mark\n[[0, 0, 0], [3, 7, 9], [6, 7, 9]]\n"
 
 
 def test_a_sampling_parameter_for_the_device_is_a_field_and_a_column(tmp_path: Path) -> None:

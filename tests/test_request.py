@@ -157,6 +157,6 @@ def test_an_error_is_told_in_the_users_words_and_its_values_are_left_alone() -> 
     assert isinstance(plain.named({}), DuplicateRequestId)
 
 
-def test_every_device_column_but_the_flags_has_its_parameter() -> None:
+def test_every_device_column_but_adapter_and_flags_has_its_parameter() -> None:
     columns = [each.about.column for each in PARAMETERS if each.about.column]
-    assert sorted([*columns, "FLAGS"]) == sorted(column.name for column in Param)
+    assert sorted([*columns, "ADAPTER", "FLAGS"]) == sorted(column.name for column in Param)

@@ -14,6 +14,7 @@ import numpy as np
 
 MAX_LOGPROBS = 20  # OpenAI's limit; the step program always returns this many candidates
 MAX_LOGIT_BIAS, MAX_STOP_TOKENS, MAX_EOS_TOKENS = 1024, 64, 16  # entries of a device row
+MAX_GRAMMAR_LENGTH = 1 << 20  # characters of a grammar or schema
 MAX_STOPS, MAX_STOP_LENGTH = 64, 1024  # stop strings, and characters of each: every token's text is searched for all
 _MAX_INT32 = 2**31 - 1  # the largest number a device row can hold
 
@@ -48,6 +49,13 @@ class _Words(dict[str, object]):
         return name
 
 
+class Grammar(NamedTuple):
+    """Language that an answer must belong to, as the request wrote it."""
+
+    kind: str  # the field of SamplingParams
+    text: str
+
+
 class About(NamedTuple):
     """Declaration of a sampling parameter, beyond its name, type and default. `low` and `high` limit a number, or each
     value of a dictionary; `entries` limits the length of a list or dictionary."""
@@ -67,7 +75,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """Parameters that choose tokens and end the text.
 
     A field declares its parameter once; checks, both APIs, device columns and documentation derive from it. The device
-    applies them in Hugging Face's order: logit_bias, penalties, temperature, top_k, top_p, min_p.
+    applies them in Hugging Face's order: logit_bias, penalties, a grammar's mask, temperature, top_k, top_p, min_p.
     """
 
     max_tokens: Annotated[
@@ -125,6 +133,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     prompt_logprobs: Annotated[
         int | None, About("the same for each prompt token", 0, MAX_LOGPROBS, native="", openai="")
     ] = None
+    json_schema: Annotated[str | None, About("the text is JSON that this schema allows")] = None
+    regex: Annotated[str | None, About("the whole text matches this regular expression")] = None
+    ebnf: Annotated[str | None, About("the text belongs to this grammar, in GBNF or Lark's notation")] = None
+    structural_tag: Annotated[
+        str | None, About("parts of the text are JSON between tags: an object with structures and triggers")
+    ] = None
     skip_special_tokens: Annotated[bool, About("leave special tokens out of the text")] = True
     include_stop_str_in_output: Annotated[
         bool, About("keep the stop string in the text", native="no_stop_trim", openai="no_stop_trim")
@@ -144,6 +158,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         """True if the device changes logits for logit_bias or min_tokens."""
         return bool(self.logit_bias or self.min_tokens)
 
+    @property
+    def grammar(self) -> Grammar | None:
+        """The language that the text must belong to; None: any text will do."""
+        for kind in GRAMMAR_KINDS:
+            if (text := getattr(self, kind)) is not None:
+                return Grammar(kind, text)
+        return None
+
     def validate(self, vocab_size: int, in_range: bool = False) -> None:
         """Raise InvalidParameter for the first value that cannot be honoured. With `in_range` numbers are not compared with
         their limits again."""
@@ -157,9 +179,37 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for parameter in lists:
             if (entries := getattr(self, parameter.name)) is not parameter.default:
                 parameter.check_entries(entries, vocab_size)
+        self._check_grammar()
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             text = "{min_tokens} is {value}, above {max_tokens} {limit}"
             raise InvalidParameter("min_tokens", text, value=self.min_tokens, limit=self.max_tokens)
+
+    def _check_grammar(self) -> None:
+        given = [kind for kind in GRAMMAR_KINDS if getattr(self, kind) is not None]
+        if len(given) > 1:
+            text = f"{{{given[0]}}} and {{{given[1]}}} both say what the text must be; give {{count}}"
+            raise InvalidParameter(given[1], text, count="one")
+        for kind in given:
+            if problem := _problem_of_grammar(getattr(self, kind)):
+                raise InvalidParameter(kind, f"{{{kind}}} {{problem}}", problem=problem)
+            if self.ignore_eos:
+                text = f"{{ignore_eos}} is {{value}}; the text that {{{kind}}} asks for ends with eos, so leave it out"
+                raise InvalidParameter("ignore_eos", text, value="true")
+
+
+def _problem_of_grammar(text: object) -> str | None:
+    if not isinstance(text, str):
+        return f"is {text!r}; it must be a text"
+    if len(text) > MAX_GRAMMAR_LENGTH:
+        return f"has {len(text)} characters; the limit is {MAX_GRAMMAR_LENGTH}"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "has a lone surrogate, which is not valid Unicode"
+    return None
+
+
+GRAMMAR_KINDS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
 class Parameter(NamedTuple):

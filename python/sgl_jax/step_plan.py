@@ -43,6 +43,7 @@ class RowFlag(enum.IntFlag):
     BIAS = 4  # logit_bias or min_tokens
     PROMPT_LOGPROBS = 8
     NO_DRAFTS = 16
+    GRAMMAR = 32  # only the tokens of the row's mask can be sampled
 
 
 class Per(enum.Enum):
@@ -81,6 +82,7 @@ class RowLoad:
     pages: np.ndarray | None  # after a prefix hit, the row's whole page table so far (page ids of its rank)
     # Set if its penalties, logit_bias or min_tokens need device state, or its tokens are kept there.
     request: Request | None
+    mask: np.ndarray | None = None  # i32[ceil(V / 32)] a bit for each token that its grammar allows next
 
 
 class AdapterLoad(NamedTuple):
@@ -178,6 +180,11 @@ def pages_per_row(context_length: int, width: int, page_size: int, lookahead: in
     """Return the number of pages that a row's page table must hold. A row may compute needless drafts beyond the context: at
     the end, up to two steps of W tokens each are in flight. `lookahead`: tokens beyond a step's own whose KV it writes."""
     return -(-(context_length + 2 * (width - 1) + lookahead) // page_size)
+
+
+def mask_words(vocab_size: int) -> int:
+    """Return the number of 32-bit words of a grammar's mask."""
+    return -(-vocab_size // 32)
 
 
 @functools.cache

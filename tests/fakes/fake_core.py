@@ -3,6 +3,7 @@
 A request with max_tokens 0 ends after its first step without output.
 An adapter is loaded from any path but one that ends in "broken", and unloaded when no request uses it. A request with
 adapter number a gets its prompt with 100 a added to each token.
+A grammar changes nothing; one whose text has the word "bad" is refused.
 Output token k is `prompt[k % len(prompt)]`. Token number `len(prompt)` is eos, unless eos is ignored or min_tokens forbids
 it. The logprob of output token k is -(k + 1) / 8, and of prompt token i -i / 8. The best tokens at a position are the token
 itself and the ids after it, each 1 less likely.
@@ -47,6 +48,7 @@ def fake_info(
         start_seconds=0.0,
         adapters=[messages.AdapterInfo(i, name, f"/{name}", 8, 4) for i, name in enumerate(adapters, 1)],
         max_lora_rank=max_lora_rank or 16 * bool(adapters),
+        takes_grammars=True,
     )
 
 
@@ -92,6 +94,9 @@ class FakeCore:
                 self._kept.append(self._loaded(call, name, path, pinned))
             case messages.UnloadAdapter():
                 self._unloading.append(command)
+            case messages.CompileGrammar(call=call, kind=kind, text=text):
+                bad = messages.Refused(call, f"it is bad: {text}", kind)
+                self._kept.append(bad if "bad" in text else messages.GrammarCompiled(call))
             case messages.StartProfile() | messages.StopProfile() | messages.GetProfile():
                 answer = self._profiler.handle(command)
                 self._kept += [answer] if answer else []

@@ -17,29 +17,20 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 import numpy as np
 
+from fakes.fake_grammars import FakeMatcher, unpacked
 from fakes.fake_tracer import FakeTracer
+from fakes.hashing import MASK, mix
 from sgl_jax.request import MAX_LOGPROBS, Request
 from sgl_jax.step_plan import COLUMNS, Param, RowFlag, StepPlan, StepTokens, TokenScores, pages_per_row
 
-_MASK = 2**64 - 1
-_GOLDEN = 0x9E3779B97F4A7C15
-
-
-def _mix(x: int) -> int:
-    """Hash a 64-bit number with the finaliser of splitmix64."""
-    x = (x + _GOLDEN) & _MASK
-    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
-    return x ^ (x >> 31)
-
 
 def two_of_three(kv: int) -> bool:
-    return _mix(kv) % 3 > 0
+    return mix(kv) % 3 > 0
 
 
 def kv_of(before: int, token: int, adapter: int = 0) -> int:
     """Return the KV of a token that follows a token with KV `before` (0: none)."""
-    return _mix((before * 3 + token + 1 + (adapter << 32)) & _MASK)
+    return mix((before * 3 + token + 1 + (adapter << 32)) & MASK)
 
 
 def kv_chain(tokens: Iterable[int], adapter: int = 0) -> list[int]:
@@ -58,32 +49,37 @@ def token_of(
     seed: int = 0,
     output: Iterable[int] | None = None,
     held_back: Collection[int] = (),
+    allowed: Collection[int] | None = None,
 ) -> int:
     """Return the token that follows a sequence with this KV.
 
     `seed`: u32, used if there is a temperature. `output`: the tokens generated so far, in any order, for requests with
-    penalties. `held_back`: tokens that cannot be sampled here.
+    penalties. `held_back`: tokens that cannot be sampled here. `allowed`: the only ones that a grammar allows, if the request
+    has one; they are not held back if there are no others.
     """
+    if allowed is not None:
+        held_back = set(range(vocab_size)) - (set(allowed) - set(held_back) or set(allowed))
     weights = 2 * np.arange(len(kv), dtype=np.uint64) + np.uint64(1)  # so that the order of the sequence matters
     x = int((np.asarray(kv, np.uint64) * weights).sum(dtype=np.uint64))
     if temperature > 0:
-        x = _mix(x ^ _mix(seed ^ (len(kv) << 32)))
+        x = mix(x ^ mix(seed ^ (len(kv) << 32)))
     if output is not None:
-        x = _mix(x ^ (sum(map(_mix, output)) & _MASK))
-    x = _mix(x)
+        x = mix(x ^ (sum(map(mix, output)) & MASK))
+    x = mix(x)
     while x % vocab_size in held_back:
-        x = _mix(x)
+        x = mix(x)
     return x % vocab_size
 
 
 def logprob_of(kv: int, token: int) -> float:
     """Return the logprob of `token` after a token with this KV, a multiple of 1/8 and so exact in float32."""
-    return -(_mix(kv ^ token) % 800 + 1) / 8
+    return -(mix(kv ^ token) % 800 + 1) / 8
 
 
 def continuation(request: Request, num_tokens: int, vocab_size: int) -> list[int]:
-    """Compute the right answer: num_tokens tokens after the request's prompt, regardless of stop tokens."""
+    """Compute the right answer: num_tokens tokens after the request's prompt, regardless of stop tokens unless it has a grammar."""
     params, kv = request.params, kv_chain(request.prompt.tolist(), request.adapter)
+    matcher = FakeMatcher(params.grammar.text, vocab_size) if params.grammar else None
     output: list[int] = []
     while len(output) < num_tokens:
         token = token_of(
@@ -93,8 +89,13 @@ def continuation(request: Request, num_tokens: int, vocab_size: int) -> list[int
             seed=request.seed,
             output=output if params.has_penalties else None,
             held_back=request.stop_token_ids.tolist() if len(output) < params.min_tokens else (),
+            allowed=matcher.allowed() if matcher else None,
         )
         output.append(token)
+        if matcher and token in request.stop_token_ids:
+            break
+        if matcher:
+            matcher.advance([token])
         kv.append(kv_of(kv[-1], token, request.adapter))
     return output
 
@@ -125,6 +126,7 @@ class _Row:
     output: list[int] = dataclasses.field(default_factory=list)  # loaded, then counted, for rows with penalties
     held_back: list[int] = dataclasses.field(default_factory=list)  # stop tokens, until the length is held_until
     held_until: int = 0
+    mask: np.ndarray | None = None
 
 
 class FakeRunner:
@@ -170,6 +172,7 @@ class FakeRunner:
             if load.pages is not None:
                 row.page_table[:] = 0
                 row.page_table[: len(load.pages)] = load.pages
+            row.mask = row.mask if load.mask is None else load.mask
             if (request := load.request) is not None:
                 row.output = request.tokens[len(request.prompt) :].tolist()
                 row.held_back = request.stop_token_ids.tolist()
@@ -311,6 +314,7 @@ class FakeRunner:
             seed=int(params[Param.SEED : Param.SEED + 1].view(np.uint32)[0]),
             output=output if flags & RowFlag.PENALTIES else None,
             held_back=row.held_back if flags & RowFlag.BIAS and len(kv) < row.held_until else (),
+            allowed=unpacked(row.mask) if flags & RowFlag.GRAMMAR and row.mask is not None else None,
         )
 
     def _scored(self, kv: list[int], tokens: np.ndarray) -> TokenScores:

@@ -3,7 +3,7 @@ CPU devices.
 
 GRID is "1", or sizes like "tp2-dp2-ep4"; "sp" adds sequence parallelism, "scan" stacks and scans the layers, as some
 accelerators do, and "int8" holds their matrices as int8 with scales; "kvint8" and "kvfp8" hold KV in eight bits. "ngram" drafts by n-grams, "self" by the model itself, and
-"eagle3" by the head beside FOLDER. "lora" asks for the adapters of tests/data/lora/llama in turn. The requests use every feature whose state or arithmetic is divided over the devices.
+"eagle3" by the head beside FOLDER. "lora" asks for the adapters of tests/data/lora/llama in turn, and "json" for a form. The requests use every feature whose state or arithmetic is divided over the devices.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from sgl_jax.runtime import platform
 STORIES = str(Path(__file__).parents[1] / "data" / "stories260k")  # a tokenizer for a model without one
 LORA = Path(__file__).parents[1] / "data" / "lora" / "llama"
 COMMON = {"max_new_tokens": 16, "ignore_eos": True}
+FORM = {"json_schema": {"type": "array", "items": {"type": "string"}}, "ignore_eos": False}
 PARAMS = [
     {"temperature": 0},
     {"temperature": 0, "repetition_penalty": 1.3, "presence_penalty": 0.7, "frequency_penalty": 0.4},
@@ -73,7 +74,7 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         oracle := Path(folder).parent / "oracle.json"
     ).exists():  # texts that the head was trained on, asked for greedily
         prompts[0], _, prompts[-1] = (case["prompt_ids"][-40:] for case in json.loads(oracle.read_text())["cases"])
-    sizes, lora = flags(grid), adapters(grid)
+    sizes, lora, form = flags(grid), adapters(grid), FORM if "json" in grid.split("-") else {}
     paths = tuple(f"{name}={LORA / name}" for name in sorted({*lora} - {""}))
     with sgl_jax.Engine(
         model_path=folder,
@@ -89,7 +90,7 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
     ) as engine:
         out = engine.generate(
             input_ids=prompts,
-            sampling_params=[p | COMMON for p in PARAMS],
+            sampling_params=[p | COMMON | form for p in PARAMS],
             return_logprob=True,
             logprob_start_len=0,
             top_logprobs_num=5,
@@ -97,7 +98,7 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         )
         longer = [([*prompt, 7, 11, 13], name or None) for prompt, name in zip(prompts[-2:], lora[-2:], strict=True)]
         more = [
-            engine.generate(input_ids=prompt, sampling_params=PARAMS[0] | COMMON, lora_path=name)
+            engine.generate(input_ids=prompt, sampling_params=PARAMS[0] | COMMON | form, lora_path=name)
             for prompt, name in longer + longer
         ]
         assert engine.info.num_devices == sizes.get("tp_size", 1) * sizes.get("dp_size", 1)

@@ -114,3 +114,12 @@ def test_adapters_are_divided_like_the_matrices_they_change(checkpoint: Callable
     for many in others:
         assert_same(one, many)
     assert one["preemptions"] > 0
+
+
+@pytest.mark.timeout(900)
+def test_masks_of_grammars_are_those_of_each_devices_vocabulary(checkpoint: Callable[[str], Path]) -> None:
+    one, *others = run_grids(checkpoint("llama"), ["json", "tp2-json", "dp2-tp2-json", "dp2-ngram-json"])
+    for many in others:
+        assert_same(one, many)
+    assert one["preemptions"] > 0
+    assert all(answer["text"].startswith("[") for answer in one["answers"])

@@ -79,10 +79,10 @@ def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path,
     assert first.returncode == 0, first.stderr
     lines = re.findall(r"\[\d/\d\] (.*) after \d+\.\d s \((.*)\)$", first.stderr, re.MULTILINE)
     assert sorted(lines) == [
-        *[("load bias", "cache miss"), ("load counts", "cache miss"), ("load pages", "cache miss")],
+        *[(f"load {kind}", "cache miss") for kind in ("bias", "counts", "mask", "pages")],
         *[("tokens=1 rows=1", "cache miss"), ("tokens=2 rows=1", "cache miss")],
     ]
-    assert re.search(r"\b5 programs .*\b0 .*cache", first.stderr)
+    assert re.search(r"\b6 programs .*\b0 .*cache", first.stderr)
 
     launch = (
         "import sys; from sgl_jax.observability import log; from sgl_jax.settings.server_args import ServerArgs; "
@@ -90,7 +90,7 @@ def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path,
     )
     second = run("-c", launch, *flags, *NO_PART_OF_A_PROGRAM)
     assert second.returncode == 0, second.stderr
-    assert re.findall(r"\((cache \w+)\)$", second.stderr, re.MULTILINE) == ["cache hit"] * 5
+    assert re.findall(r"\((cache \w+)\)$", second.stderr, re.MULTILINE) == ["cache hit"] * 6
     other = run("-c", launch, *flags, "--page-size", "8")
     assert other.returncode == 0, other.stderr
     found = dict(re.findall(r"\[\d/\d\] (.*) after \d+\.\d s \((.*)\)$", other.stderr, re.MULTILINE))
@@ -99,7 +99,7 @@ def test_a_launch_finds_what_was_compiled_before_in_the_cache(stories260k: Path,
     again = run("-m", "sgl_jax.compile", "--topology", "cpu", "--json", "-", *flags)
     assert again.returncode == 0, again.stderr
     found = json.loads(again.stdout)
-    assert [program["cache_hit"] for program in found["programs"]] == [True] * 5
+    assert [program["cache_hit"] for program in found["programs"]] == [True] * 6
     assert [program["name"] for program in found["programs"][:2]] == [step["program"] for step in found["steps"]]
     assert found["compile_seconds"] > 0
 

@@ -17,7 +17,7 @@ from sgl_jax.runtime.loads import LOADS, LoadLayout, pack_loads
 from sgl_jax.step_plan import RowLoad
 
 NUM_ROWS, PAGES, VOCAB_SIZE = 200, 300, 50
-SIZES = StateSizes(NUM_ROWS, PAGES, VOCAB_SIZE, num_tokens=20)
+SIZES = StateSizes(NUM_ROWS, PAGES, VOCAB_SIZE, num_tokens=20, mask_words=2)
 LAYOUTS = {kind.name: LoadLayout(kind, NUM_ROWS, kind.size(SIZES)) for kind in LOADS}
 WITHOUT_TOKENS = [layout for name, layout in LAYOUTS.items() if name != "tokens"]  # a launch without n-grams
 
@@ -79,6 +79,13 @@ def test_exactly_a_vector_of_rows_is_one_dispatch() -> None:
     capacity = LAYOUTS["bias"].capacity
     names, _ = loaded([RowLoad(row, None, asked([1], min_tokens=1)) for row in range(capacity)])
     assert names == ["load bias"]
+
+
+def test_a_mask_is_loaded_as_far_as_the_model_has_tokens() -> None:
+    masks = [np.array([1, -2], np.int32), np.array([3, 4, 5], np.int32)]  # the tokenizer may have more
+    names, state = loaded([RowLoad(row, None, None, mask) for row, mask in enumerate(masks, 6)])
+    assert names == ["load mask"]
+    assert np.asarray(state.grammar_mask)[5:9].tolist() == [[7, 7], [1, -2], [3, 4], [7, 7]]
 
 
 def test_a_row_is_loaded_with_what_it_needs_and_nothing_else() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from fakes.fake_grammars import packed
 from sgl_jax.parallel.grid import ONE_DEVICE
 from sgl_jax.request import MAX_LOGPROBS, Request, SamplingParams
 from sgl_jax.runtime import sampler
@@ -18,7 +19,7 @@ from sgl_jax.runtime.device_state import DeviceState, StateSizes, initial_state
 from sgl_jax.runtime.loads import LOADS, LoadLayout
 from sgl_jax.runtime.sampler import SampleLines
 from sgl_jax.scheduler.rows import encode_params
-from sgl_jax.step_plan import Param, RowLoad
+from sgl_jax.step_plan import Param, RowLoad, mask_words
 
 NUM_DRAWS = 2048  # rows in a batch: enough for a distribution, with one compilation for each vocabulary size
 
@@ -38,6 +39,7 @@ class Row:
     output: list[int] = dataclasses.field(default_factory=list)
     seed: int = 0
     stop: tuple[int, ...] = ()
+    allowed: tuple[int, ...] = ()  # by the row's grammar, if it has one
 
     @property
     def request(self) -> Request:
@@ -69,9 +71,13 @@ def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[SampleLine
         params=jnp.asarray(params),
         drafts=jnp.zeros((num_rows, 0), jnp.int32),
     )
-    sizes = StateSizes(num_rows, 1, vocab_size, num_tokens=64)
+    sizes = StateSizes(num_rows, 1, vocab_size, num_tokens=64, mask_words=mask_words(vocab_size))
     state = initial_state(sizes)
-    loads = [RowLoad(i, None, row.request) for i, row in enumerate(rows)]
+    masks = [
+        packed([token for token in row.allowed if token < vocab_size], vocab_size) if row.params.grammar else None
+        for row in rows
+    ]
+    loads = [RowLoad(i, None, row.request, mask) for i, (row, mask) in enumerate(zip(rows, masks, strict=True))]
     for kind in LOADS:
         layout = LoadLayout(kind, num_rows, kind.size(sizes))
         for vector in layout.pack(loads):
@@ -278,9 +284,11 @@ def mixed_rows() -> list[Row]:
         {"frequency_penalty": -1.0, "top_k": 90},
         {"logit_bias": {5: 4.0, 6: -100.0}},
         {"min_tokens": 9, "temperature": 0.0},
+        {"regex": "x", "top_k": 9, "frequency_penalty": 0.5},
     ]
+    allowed = (*range(1, 40, 7), 33, *range(250, 1000, 249))  # on every shard
     return [
-        Row(SamplingParams(**p), prompt=[1, 2, 3, i], output=[7, 7, 8][: i % 4], seed=i, stop=(9, 4))
+        Row(SamplingParams(**p), prompt=[1, 2, 3, i], output=[7, 7, 8][: i % 4], seed=i, stop=(9, 4), allowed=allowed)
         for i, p in enumerate(rows)
     ]
 
@@ -379,6 +387,24 @@ def test_held_back_tokens_are_never_drawn() -> None:
     logits = np.tile(np.array([9, 1, 1, 1, 1, 9], np.float32), (64, 1))
     rows = [Row(SamplingParams(min_tokens=1, top_k=4), seed=i, stop=(5, 0)) for i in range(64)]
     assert set(sample(logits, rows)) == {1, 2, 3, 4}
+
+
+def test_only_tokens_of_the_mask_are_sampled() -> None:
+    allowed = (3, 31, 32, 63, 64)
+    logits = np.tile(np.linspace(4, 0, 65, dtype=np.float32), (64, 1))
+    greedy = Row(SamplingParams(regex="x", temperature=0.0, presence_penalty=2.0), output=[3], allowed=allowed)
+    assert sample(logits[:1], [greedy]) == [31]
+    rows = [Row(SamplingParams(regex="x", temperature=9.0), seed=i, allowed=allowed) for i in range(64)]
+    assert set(sample(logits, rows)) == set(allowed)
+
+
+def test_a_mask_outweighs_what_holds_its_tokens_back() -> None:
+    params = {"regex": "x", "min_tokens": 4, "logit_bias": {1: -100.0}}
+    for temperature in (0.0, 1.0):
+        row = Row(SamplingParams(temperature=temperature, **params), stop=(5,), allowed=(5,))
+        assert sample(LOGITS[None], [row]) == [5]
+        row = Row(SamplingParams(temperature=temperature, **params), stop=(5,), allowed=(1, 5))
+        assert sample(LOGITS[None], [row]) == [1]
 
 
 def test_rows_without_flags_ignore_what_their_row_of_the_state_holds() -> None:

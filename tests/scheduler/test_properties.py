@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from fakes.fake_grammars import FakeGrammars
+from sgl_jax.engine.grammar_compiles import Grammars
 from sgl_jax.engine.messages import Abort, FlushCache
 from sgl_jax.scheduler.rank_order import PLACEMENTS
 from sgl_jax.step_plan import pages_per_row
@@ -89,8 +91,10 @@ def arrival(draw: st.DrawFn, context_length: int, steps: st.SearchStrategy[int])
         "min_tokens": draw(st.sampled_from([0, 0, 3])) if max_tokens is None or max_tokens >= 3 else 0,
         "frequency_penalty": draw(st.sampled_from([0.0, 0.0, 0.5])),
         "logprobs": draw(st.sampled_from([None, None, 0, 2])),
+        "regex": draw(st.sampled_from([None, None, None, "a+", "b+"])),
         "prompt_logprobs": draw(st.sampled_from([None, None, None, 1])),
     }
+    params["ignore_eos"] &= params["regex"] is None
     at = draw(st.just(0) | steps)
     abort_at = draw(st.none() | st.none() | st.integers(at, at + 12))
     return Arrival(at, prompt, draw(st.sampled_from(["", "", "adapter"])), params, abort_at)
@@ -98,7 +102,8 @@ def arrival(draw: st.DrawFn, context_length: int, steps: st.SearchStrategy[int])
 
 def run(scenario: Scenario) -> Client:
     """Run a scenario. The client checks invariants after each step."""
-    core = make_core(vocab_size=VOCAB, eos=0, **scenario.core)
+    compiler = FakeGrammars(VOCAB)
+    core = make_core(vocab_size=VOCAB, eos=0, **scenario.core, grammars=Grammars(compiler))
     client = Client(core)
     for step in range(1000):
         for key, each in enumerate(scenario.arrivals):
@@ -108,6 +113,7 @@ def run(scenario: Scenario) -> Client:
                 core.handle(Abort([key, 1000]))
         for call in range(scenario.flushes.count(step)):
             core.handle(FlushCache(call))
+            compiler.forget()
         if step > 40 and not core.busy:
             return client
         client.step()

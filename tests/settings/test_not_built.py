@@ -31,21 +31,21 @@ def pages(features: tuple[Feature, ...]) -> str:
 
 
 def test_a_row_taken_out_opens_the_door_for_flags_fields_bodies_and_documentation() -> None:
-    opened = without("structured output is")
+    opened = without("images, audio and video are")
     for features, closed in ((NOT_BUILT, True), (opened, False)):
-        assert ("--grammar-backend" in elsewhere(features)) == closed
-        assert (feature_of("sampling_params.regex", features) is not None) == closed
-        assert ("regex" in off_fields("NativeSamplingParams", features)) == closed
-        assert ("response_format" in off_fields("ChatCompletionRequest", features)) == closed
-        assert ("| structured output |" in pages(features)) == closed
+        assert ("--multimodal" in elsewhere(features)) == closed
+        assert (feature_of("messages[0].image_url", features) is not None) == closed
+        assert ("image_data" in off_fields("GenerateRequest", features)) == closed
+        assert ("modalities" in off_fields("ChatCompletionRequest", features)) == closed
+        assert ("| images, audio and video |" in pages(features)) == closed
 
-    @with_fields(off_fields("NativeSamplingParams", opened))
+    @with_fields(off_fields("GenerateRequest", opened))
     class Opened(Body):
-        regex: str | None = None
+        image_data: str | None = None
 
-    assert Opened.model_validate({"regex": "a"}).regex == "a"
+    assert Opened.model_validate({"image_data": "a"}).image_data == "a"
     with pytest.raises(pydantic.ValidationError):
-        NativeSamplingParams.model_validate({"regex": "a"})
+        GenerateRequest.model_validate({"image_data": "a"})
 
 
 def test_fields_that_bodies_declare_themselves_ask_for_no_feature_of_the_table() -> None:

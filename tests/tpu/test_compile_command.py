@@ -25,7 +25,7 @@ def test_every_program_of_a_launch_is_compiled_and_none_kept(stories260k: Path, 
     programs = json.loads(report.read_text())["programs"]
     assert {program["name"] for program in programs} == {
         *("tokens=8 rows=8", "tokens=16 rows=8"),
-        *("load pages", "load counts", "load bias"),
+        *("load pages", "load counts", "load bias", "load mask"),
     }
     assert all(program["code_bytes"] > 0 for program in programs)
     assert not cache.exists() or list(cache.iterdir()) == []

@@ -4,6 +4,7 @@ import numpy as np
 
 from sgl_jax.engine import messages
 from sgl_jax.engine.adapter_loads import Adapters, namespace_of
+from sgl_jax.engine.grammar_compiles import Grammars
 from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished
 from sgl_jax.engine.profiling import Profiler
 from sgl_jax.request import FinishReason, Request
@@ -17,10 +18,13 @@ class Commands:
         info: EngineInfo,
         profiler: Profiler,
         adapters: Adapters | None,
+        grammars: Grammars | None,
         random_seed: int | None,
     ):
-        """`adapters`: None in a launch that takes none."""
+        """`adapters`, `grammars`: None in a launch that takes none."""
         self._scheduler, self._info, self._profiler, self._adapters = scheduler, info, profiler, adapters
+        self._polled = [each for each in (adapters, grammars) if each is not None]
+        self._grammars = grammars
         self._seeds = np.random.default_rng(random_seed)
         self._num_arrived = 0
         self._answers: list[Event] = []
@@ -28,18 +32,18 @@ class Commands:
 
     @property
     def has_answers(self) -> bool:
-        return bool(self._answers or self._aborted or self._profiler.writing or self._adapters_work)
-
-    @property
-    def _adapters_work(self) -> bool:
-        return self._adapters is not None and self._adapters.has_work
+        if self._answers or self._aborted or self._profiler.writing:
+            return True
+        return any(each.has_work for each in self._polled) if self._polled else False
 
     def take_answers(self) -> tuple[list[Event], list[Finished]]:
         """Return the answers since the last call, and the requests that were aborted."""
-        events, ended = self._adapters.poll(self._scheduler) if self._adapters is not None else ([], [])
-        taken = self._answers + self._profiler.poll() + events, self._aborted + ended
+        events, ended = self._answers + self._profiler.poll(), self._aborted
         self._answers, self._aborted = [], []
-        return taken
+        for each in self._polled:
+            said, finished = each.poll(self._scheduler)
+            events, ended = events + said, ended + finished
+        return events, ended
 
     def handle(self, command: Command) -> None:
         """Carry out a command."""
@@ -59,6 +63,10 @@ class Commands:
                 self._answers.append(
                     messages.Refused(call, "the launch takes no adapters; start it with --enable-lora")
                 )
+            case messages.CompileGrammar() if self._grammars is not None:
+                self._grammars.compile(command)
+            case messages.CompileGrammar(call=call, kind=kind):
+                self._answers.append(messages.Refused(call, "the launch takes no grammars", kind))
             case messages.StartProfile() | messages.StopProfile() | messages.GetProfile():
                 answer = self._profiler.handle(command)
                 self._answers += [answer] if answer else []

@@ -11,6 +11,7 @@ import msgspec
 
 from sgl_jax.engine.adapter_loads import Adapters
 from sgl_jax.engine.commands import Commands
+from sgl_jax.engine.grammar_compiles import Grammars
 from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished, PromptScored, StepOutput
 from sgl_jax.engine.profiling import Profiler, Tracer
 from sgl_jax.engine.scores import gather_prompt_scores, scores_of_tokens
@@ -56,16 +57,18 @@ class Core:
         profiler_dir: str | None = None,
         draft_model: str = "",
         adapters: Adapters | None = None,
+        grammars: Grammars | None = None,
     ):
         """`draft_model`: name of the model that makes drafts, whose acceptance is watched; empty: there is none. `adapters`: those
-        whose slots the scheduler has; None in a launch that takes none."""
+        whose slots the scheduler has; `grammars`: those in which it finds grammars; None in a launch that takes none."""
         self.info = info
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
+        self.grammars = grammars
         self._overlap = overlap
         self._profiler = Profiler(runner.tracer, profiler_dir)
-        self._commands = Commands(scheduler, info, self._profiler, adapters, random_seed)
+        self._commands = Commands(scheduler, info, self._profiler, adapters, grammars, random_seed)
         self._statistics = Statistics(scheduler, decode_log_interval, draft_model, info.simulated)
         self._planned: StepPlan | None = None  # a step whose programs are not compiled yet
         self._in_flight: Flight | None = None
@@ -111,6 +114,8 @@ class Core:
     def close(self, reason: str = "") -> None:
         """End the core, and write a profile that still runs. Nothing may be called afterwards."""
         self._profiler.close()
+        if self.grammars is not None:
+            self.grammars.close()
         self.runner.close()
 
     def _launch(self) -> Flight | None:

@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal, Self
 
+import msgspec
+
 from sgl_jax.engine.messages import DraftCounts, TokenLogprobs
 from sgl_jax.request import FinishReason, InvalidParameter, Names, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
@@ -72,6 +74,18 @@ class GenerationRequest:
         """Return this request for a prompt that the user gave under `name`."""
         given = {"request_id": request_id or "", "namespace": namespace or "", "adapter": adapter}
         return replace(self, prompt_ids=ids, names={**self.names, "prompt": name}, **given)
+
+
+def engine_params(params: SamplingParams, index: int, ends: tuple[int, ...]) -> SamplingParams:
+    """Return the parameters of choice `index` for the engine, which knows no stop strings, no n and no streaming. Each
+    choice has its own seed. The tokens `ends` stop it, too, unless end tokens are ignored."""
+    seed = params.seed
+    if seed is not None and index:
+        seed += index
+        if seed >= 2**64:
+            seed -= 2**64
+    stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *ends)
+    return msgspec.structs.replace(params, n=1, stop=(), stream_interval=None, seed=seed, stop_token_ids=stops)
 
 
 @dataclass(slots=True)

@@ -72,12 +72,28 @@ class UnloadAdapter(_CallMessage, frozen=True):
     adapter: int
 
 
+class CompileGrammar(_CallMessage, frozen=True):
+    """Compile the grammar of requests to come. Answered by GrammarCompiled, or by Refused with what is wrong."""
+
+    kind: str  # this and `text` as in request.Grammar
+    text: str
+
+
 class Shutdown(_Message, frozen=True):
     """Leave the loop at once; running requests are dropped. The API side drains before it sends this."""
 
 
 Command = (
-    Generate | Abort | FlushCache | StartProfile | StopProfile | GetProfile | LoadAdapter | UnloadAdapter | Shutdown
+    Generate
+    | Abort
+    | FlushCache
+    | StartProfile
+    | StopProfile
+    | GetProfile
+    | LoadAdapter
+    | UnloadAdapter
+    | CompileGrammar
+    | Shutdown
 )
 
 
@@ -116,6 +132,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
     quantization: str = ""  # scheme in which matrices are held; empty: as plain floats
     adapters: list[AdapterInfo] = []  # loaded for --lora-paths
     max_lora_rank: int = 0  # 0: the launch takes no adapters
+    takes_grammars: bool = False  # requests may have a grammar
     simulated: bool = False  # drafts count whatever is sampled: --speculative-simulated-acceptance
 
 
@@ -222,6 +239,10 @@ class AdapterUnloaded(_CallMessage, frozen=True):
     num_pages: int  # pages with its cached prefixes, which became free
 
 
+class GrammarCompiled(_CallMessage, frozen=True):
+    """Requests with the grammar can run."""
+
+
 class ProfileStatus(msgspec.Struct, frozen=True):
     """State of the profile that runs, or else of the last one."""
 
@@ -252,4 +273,14 @@ class EngineDied(_Message, frozen=True):
     message: str
 
 
-Event = Ready | StepOutput | CacheFlushed | AdapterLoaded | AdapterUnloaded | ProfileAnswer | Refused | EngineDied
+Event = (
+    Ready
+    | StepOutput
+    | CacheFlushed
+    | AdapterLoaded
+    | AdapterUnloaded
+    | GrammarCompiled
+    | ProfileAnswer
+    | Refused
+    | EngineDied
+)

@@ -6,6 +6,7 @@ Sampling parameters carry the names of the SGLang family (max_new_tokens, sampli
 
 import dataclasses
 import functools
+import json
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,16 @@ import msgspec
 
 from sgl_jax.engine.generation import GenerationRequest, Update
 from sgl_jax.engine.messages import DraftCounts, TokenLogprobs
-from sgl_jax.request import Api, FinishReason, InvalidParameter, Json, Names, SamplingParams, parameters_of
+from sgl_jax.request import (
+    GRAMMAR_KINDS,
+    Api,
+    FinishReason,
+    InvalidParameter,
+    Json,
+    Names,
+    SamplingParams,
+    parameters_of,
+)
 from sgl_jax.text.tokenizer import Tokenizer
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -52,6 +62,11 @@ def in_our_names[T](
     return values, names
 
 
+def as_grammar_text(value: Json) -> str:
+    """Return a grammar's text; objects, such as a JSON schema, as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
 def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingParams) -> GenerationRequest:
     """Read parameters in the native names. Raises InvalidParameter with the name as the user wrote it."""
     if isinstance(params, GenerationRequest):
@@ -61,6 +76,7 @@ def sampling_params(params: Params | None, cls: type[SamplingParams] = SamplingP
     values, names = in_our_names(params or {}, "native", cls)
     if isinstance(stop := values.get("stop"), str):
         values["stop"] = (stop,)
+    values |= {kind: as_grammar_text(values[kind]) for kind in GRAMMAR_KINDS if isinstance(values.get(kind), Mapping)}
     try:
         read = msgspec.convert(values, cls, str_keys=True)
     except msgspec.ValidationError as error:

@@ -10,8 +10,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 
-import msgspec
-
 from sgl_jax.engine import checks, messages
 from sgl_jax.engine.adapter_table import AdapterTable, Answer
 from sgl_jax.engine.choices import LiveChoices
@@ -23,7 +21,9 @@ from sgl_jax.engine.generation import (
     Generation,
     GenerationRequest,
     ServiceUnavailable,
+    engine_params,
 )
+from sgl_jax.engine.grammar_table import GrammarTable
 from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Stats
 from sgl_jax.engine.slices import SLICE, in_slices
 from sgl_jax.engine.transport import Transport
@@ -58,6 +58,7 @@ class GenerationService:
         self._watching: asyncio.Task[None] | None = None
         self._info: EngineInfo | None = None
         self._adapters: AdapterTable | None = None
+        self._grammars = GrammarTable(self._ask)
         self._lora_dir = lora_dir
         self.failure: str | None = None  # why the engine has died
         self.failed = asyncio.Event()  # set when it has died
@@ -140,8 +141,10 @@ class GenerationService:
             raise ServiceUnavailable(problem)
 
     def _has_work(self) -> bool:
-        """Whether the engine should make progress. Reading an adapter may take longer than any step."""
-        return bool(self._choices) or len(self._answers) > self.adapters.num_calls
+        """Whether the engine should make progress. Reading an adapter or compiling a grammar may take longer
+        than any step."""
+        num_slow = self.adapters.num_calls + self._grammars.num_calls
+        return bool(self._choices) or len(self._answers) > num_slow
 
     def _give_up(self, reason: str) -> None:
         self._on_event(messages.EngineDied(f"{reason} while {len(self._choices)} requests wait"))
@@ -181,6 +184,7 @@ class GenerationService:
     async def _submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
         await self.adapters.prepare(requests)
         checked = [checks.checked(request, self.info) async for request in in_slices(requests)]
+        await self._grammars.prepare(checked, self.info.takes_grammars)
         checks.check_ids(checked, self._choices.keys_of)
         each_n = [request.params.n for request in checked]
         queue = self._choices.queue
@@ -205,7 +209,7 @@ class GenerationService:
         now, interval = time.perf_counter(), request.params.stream_interval or self._stream_interval
         choices, ends, adapter = [], self._ends(), self.adapters.number(request)
         for index in range(request.params.n):
-            key, params = next(self._keys), _engine_params(request.params, index, ends)
+            key, params = next(self._keys), engine_params(request.params, index, ends)
             self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace, adapter))
             detokenizer = Detokenizer(self.tokenizer, request.prompt_ids, request.params, request.shown_tokens)
             choices.append(Choice(key, prompt, index, generation, request, detokenizer, interval, now))
@@ -264,6 +268,8 @@ class GenerationService:
                 | messages.AdapterUnloaded(call=call, num_pages=num_pages)
             ):
                 self._answer(call, num_pages)
+            case messages.GrammarCompiled(call=call):
+                self._answer(call, 0)
             case messages.ProfileAnswer(call=call, status=status):
                 self._answer(call, status)
             case messages.AdapterLoaded(call=call, adapter=adapter):
@@ -285,15 +291,3 @@ class GenerationService:
         self._choices.fail(error)
         for call in list(self._answers):
             self._answer(call, error)
-
-
-def _engine_params(params: SamplingParams, index: int, ends: tuple[int, ...]) -> SamplingParams:
-    """Return the parameters of choice `index` for the engine, which knows no stop strings, no n and no streaming. Each
-    choice has its own seed. The tokens `ends` stop it, too, unless end tokens are ignored."""
-    seed = params.seed
-    if seed is not None and index:
-        seed += index
-        if seed >= 2**64:
-            seed -= 2**64
-    stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *ends)
-    return msgspec.structs.replace(params, n=1, stop=(), stream_interval=None, seed=seed, stop_token_ids=stops)

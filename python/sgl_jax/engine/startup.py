@@ -13,6 +13,7 @@ from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.adapter_loads import Adapters
 from sgl_jax.engine.adapter_plan import adapter_store, plan_adapters
 from sgl_jax.engine.core import Core
+from sgl_jax.engine.grammar_compiles import grammars_of
 from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
 from sgl_jax.engine.kv_cache import with_kv_dtype, with_kv_scales
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
@@ -228,7 +229,9 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
     caches = [PrefixCache(memory.num_pages, page_size, enabled=shares) for _ in range(grid.data)]
     slots, copies = plan.runner_config.adapters, device_side.copies
     adapters = None if slots is None or copies is None else Adapters(copies, slots.number)
-    scheduler = Scheduler(plan.scheduler_config, caches, adapters=adapters.slots if adapters else None)
+    grammars = grammars_of(args, model) if plan.runner_config.takes_grammars else None
+    parts = {"adapters": adapters.slots if adapters else None, "find_grammar": grammars.find if grammars else None}
+    scheduler = Scheduler(plan.scheduler_config, caches, **parts)
     info = EngineInfo(
         model_path=args.model_path,
         architecture=model.architecture,
@@ -250,6 +253,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         parameters_per_token=parameters_per_token(model),
         adapters=[adapters.load_now(a.name, a.path, a.pinned) for a in args.adapters] if adapters else [],
         max_lora_rank=slots.rank if slots else 0,
+        takes_grammars=grammars is not None,
         simulated=args.speculative_simulated_acceptance is not None,
         start_seconds=time.perf_counter() - started,
     )
@@ -263,6 +267,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         profiler_dir=args.profiler_dir,
         draft_model=draft_model_name(args),
         adapters=adapters,
+        grammars=grammars,
     )
 
 

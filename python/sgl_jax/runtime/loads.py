@@ -104,11 +104,23 @@ def _put_row(array: jax.Array, row: jax.Array, values: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(array, values[None], row, axis=0)
 
 
+def _pack_mask(load: RowLoad, payload: np.ndarray) -> bool:
+    if load.mask is None:
+        return False
+    payload[: len(load.mask)] = load.mask[: len(payload)]
+    return True
+
+
+def _store_mask(state: DeviceState, row: jax.Array, mask: jax.Array, axis: MeshAxis) -> DeviceState:
+    return dataclasses.replace(state, grammar_mask=_put_row(state.grammar_mask, row, mask))
+
+
 LOADS: tuple[LoadKind, ...] = (
     LoadKind("pages", lambda sizes: sizes.pages_per_row, _pack_pages, _store_pages),
     LoadKind("counts", lambda sizes: sizes.vocab_size, _pack_counts, _store_counts),
     LoadKind("bias", lambda sizes: 3 * BIAS_WIDTH, _pack_bias, _store_bias),
     LoadKind("tokens", lambda sizes: sizes.num_tokens, _pack_tokens, _store_tokens),
+    LoadKind("mask", lambda sizes: sizes.mask_words, _pack_mask, _store_mask),
 )
 
 

@@ -27,7 +27,7 @@ from sgl_jax.runtime.pool import Pool
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.step import StepOutputs, step
 from sgl_jax.runtime.step_spec import Drafter, Pools, StepSpec
-from sgl_jax.step_plan import pages_per_row
+from sgl_jax.step_plan import mask_words, pages_per_row
 
 # Names of device values.
 WEIGHTS, ADAPTERS, KV, STATE, OUTPUTS = "weights", "adapters", "kv", "state", "outputs"
@@ -50,6 +50,7 @@ class RunnerConfig:
     width: int = 1  # W of the widest bucket
     lookahead: int = 0  # tokens beyond a step's own that its drafter writes KV of
     keeps_tokens: bool = False  # the drafter reads each row's tokens
+    takes_grammars: bool = False  # rows may have a mask
     adapters: AdapterRoom | None = None  # None: the launch takes no adapters
     simulated_acceptance: float | None = None  # share of drafts that count whatever is sampled; None: they are verified
 
@@ -73,6 +74,7 @@ class RunnerConfig:
             num_tokens=self.context_length + 2 * self.width if self.keeps_tokens else 1,
             feature_dim=model.draft.decoder.hidden_size if has_features and model.draft else 1,
             feature_dtype=self.compute_dtype,
+            mask_words=mask_words(model.vocab_size) if self.takes_grammars else 1,
         )
 
     def layout(self, bucket: Bucket) -> PlanLayout:
@@ -81,7 +83,8 @@ class RunnerConfig:
     def loads(self, model: DecoderConfig) -> list[LoadLayout]:
         """Return the layouts of row loads, one for each kind."""
         sizes = self.state_sizes(model)
-        kinds = [kind for kind in LOADS if kind.name != "tokens" or self.keeps_tokens]
+        absent = {"tokens": not self.keeps_tokens, "mask": not self.takes_grammars}
+        kinds = [kind for kind in LOADS if not absent.get(kind.name)]
         return [LoadLayout(kind, self.num_rows, kind.size(sizes)) for kind in kinds]
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime.device_state import IN_PROMPT, DeviceState
+from sgl_jax.runtime.grammar_mask import constrain
 from sgl_jax.runtime.layout import param_of
 from sgl_jax.step_plan import Param, RowFlag
 
@@ -62,7 +63,7 @@ def sample(
 ) -> Int[Array, " S"]:
     """Return the next token of each of S lines; an arbitrary one for lines that do not sample."""
     draws = lines.samples & (lines.param(Param.TEMPERATURE) > 0)
-    asked = (has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES) | draws).any()
+    asked = (has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES | RowFlag.GRAMMAR) | draws).any()
     num_lines, block = len(logits), lines_at_once(logits.shape[-1])
     if num_lines <= block:
         return lax.cond(asked, lambda: _sample(logits, lines, state, axis), lambda: best_token(logits, axis))
@@ -95,8 +96,7 @@ def _sample(logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState,
     def draw() -> Int[Array, " S"]:
         # The best logit becomes 0, so that no temperature, however small, makes it overflow.
         scaled = (logits - axis.max(logits.max(-1, keepdims=True))) / jnp.where(random, temperature, 1.0)[:, None]
-        filters = lines.param(Param.TOP_K), lines.param(Param.TOP_P), lines.param(Param.MIN_P)
-        top_k, top_p, min_p = filters
+        filters = top_k, top_p, min_p = lines.param(Param.TOP_K), lines.param(Param.TOP_P), lines.param(Param.MIN_P)
         filtered = random & ((top_k < logits.shape[-1] * axis.size) | (top_p < 1) | (min_p > 0))
         threshold = lax.cond(
             filtered.any(),
@@ -172,8 +172,8 @@ def _top_k(x: Float[Array, "n V"], k: int, axis: MeshAxis) -> tuple[Float[Array,
 def _adjust(
     logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
 ) -> Float[Array, "S V"]:
-    """Apply logit_bias and held-back stop tokens, then repetition, frequency and presence penalties."""
-    biased, penalised = has_flag(lines.params, RowFlag.BIAS), has_flag(lines.params, RowFlag.PENALTIES)
+    """Apply logit_bias and held-back stop tokens, then repetition, frequency and presence penalties, then grammars' masks."""
+    biased, penalised, bound = (has_flag(lines.params, f) for f in (RowFlag.BIAS, RowFlag.PENALTIES, RowFlag.GRAMMAR))
     # Line by line: for all lines at once XLA for TPU copies all of token_counts for the gather, sorts the indices of the
     # scatter, and takes ten seconds to compile both (benchmarks/LOG.md).
 
@@ -195,7 +195,9 @@ def _adjust(
         return jnp.where(penalised[:, None], y, x)
 
     logits = lax.cond(biased.any(), add_bias, lambda x: x, logits)
-    return lax.cond(penalised.any(), penalise, lambda x: x, logits)
+    logits = lax.cond(penalised.any(), penalise, lambda x: x, logits)
+    masks = state.grammar_mask
+    return lax.cond(bound.any(), lambda x: constrain(x, masks[lines.rows], bound, axis), lambda x: x, logits)
 
 
 def uniforms(lines: SampleLines) -> Float[Array, " S"]:

@@ -6,7 +6,7 @@ import numpy as np
 
 from sgl_jax.request import FinishReason, Request
 from sgl_jax.scheduler.rows import RowTable
-from sgl_jax.step_plan import StepPlan, StepTokens
+from sgl_jax.step_plan import Param, RowFlag, StepPlan, StepTokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +41,24 @@ def verified_drafts(plan: StepPlan, step: StepTokens, index: np.ndarray) -> np.n
         return _NO_DRAFTS
     index = index[step.num_drafted[index] > 0]
     return np.stack([plan.keys[index], step.num_drafted[index], step.num_accepted[index] - 1], axis=1)
+
+
+def scored_requests(t: RowTable, plan: StepPlan, alive: np.ndarray) -> dict[int, Request]:
+    """Return the requests that ask for logprobs of this step, by row of the plan. `alive`: bool[S] rows that run still."""
+    if not (plan.wants_logprobs or plan.wants_prompt_logprobs):
+        return {}
+    wanted = plan.params[:, Param.FLAGS] & (RowFlag.LOGPROBS | RowFlag.PROMPT_LOGPROBS) != 0
+    found = ((int(i), t.requests[plan.rows[i]]) for i in np.flatnonzero(wanted & alive))
+    return {i: request for i, request in found if request is not None}
+
+
+def started_requests(t: RowTable, rows: np.ndarray) -> list[Request]:
+    """Return the requests that get their first token on these rows, which sampled, and mark them as announced."""
+    started = (t.requests[row] for row in rows[t.num_known[rows] == t.prompt_len[rows]])
+    first = [request for request in started if request is not None and not request.announced]
+    for request in first:
+        request.announced = True
+    return first
 
 
 def take_tokens(t: RowTable, plan: StepPlan, step: StepTokens, index: np.ndarray) -> Taken:

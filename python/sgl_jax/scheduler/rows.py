@@ -122,6 +122,8 @@ def encode_params(request: Request) -> np.ndarray:
         flags |= RowFlag.PROMPT_LOGPROBS
     if p.disable_speculation:
         flags |= RowFlag.NO_DRAFTS
+    if p.grammar is not None:
+        flags |= RowFlag.GRAMMAR | RowFlag.NO_DRAFTS
     encoded = np.empty(len(Param), np.int32)
     encoded[Param.SEED] = np.uint32(request.seed).view(np.int32)
     encoded[Param.ADAPTER] = 0  # until it has a slot

@@ -14,18 +14,19 @@ counters of a row with steps in flight are bounds (scheduler/rows.py).
 With M data ranks there are M caches, each with its own pages and prefix tree. A row belongs to a rank from its admission on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from sgl_jax.cache.prefix_cache import PrefixCache
-from sgl_jax.request import Request
+from sgl_jax.request import Grammar, Request
 from sgl_jax.scheduler.adapter_slots import AdapterSlots
 from sgl_jax.scheduler.admission import Admission, Place
 from sgl_jax.scheduler.counters import Counters
+from sgl_jax.scheduler.grammar_rows import CompiledGrammar, GrammarRows
 from sgl_jax.scheduler.picks import Picks
 from sgl_jax.scheduler.policy import POLICIES
-from sgl_jax.scheduler.results import StepResult, take_tokens, verified_drafts
+from sgl_jax.scheduler.results import StepResult, scored_requests, started_requests, take_tokens, verified_drafts
 from sgl_jax.scheduler.row_pages import RowPages
 from sgl_jax.scheduler.rows import RowTable
 from sgl_jax.scheduler.scheduler_config import SchedulerConfig
@@ -40,9 +41,10 @@ class Scheduler:
         caches: Sequence[PrefixCache],
         widths: Widths | None = None,
         adapters: AdapterSlots | None = None,
+        find_grammar: Callable[[Grammar], CompiledGrammar | None] | None = None,
     ):
         """`caches`: one for each data rank, alike except in their number of pages. `widths`: other ones than the config's.
-        `adapters`: None in a launch that takes none."""
+        `adapters`, `find_grammar`: None in a launch that takes none; the function is as for GrammarRows."""
         self._widths = widths or Widths(config.width, config.wide_rows, config.draft_cost, config.ridge_tokens)
         for num_decoding in range(1, config.max_running_requests + 1):
             if config.max_step_tokens < num_decoding * self._widths(num_decoding):
@@ -59,6 +61,7 @@ class Scheduler:
         self._pages = RowPages(self.table, caches, config.lookahead)
         self._admission = Admission(config, self.caches, self.table, self._pages)
         self.adapters = adapters or AdapterSlots()
+        self.grammars = GrammarRows(self.table, find_grammar or (lambda grammar: None))
         self.waiting: dict[int, Request] = {}  # by key
         self.counters = Counters(accepted_per_position=[0] * (config.width - 1))
         self.requests: dict[int, Request] = {}  # every live request, by key
@@ -142,6 +145,7 @@ class Scheduler:
             run = self._running
             decodes = t.has_sampled[run]
             decode_rows = run[decodes & (t.num_sure[run] < t.max_total[run])]
+            decode_rows = self.grammars.ready(decode_rows, decodes)
             per_rank = self._pages.count_by_rank(decode_rows)
             may_come = 0 if self._is_full else len(self.waiting)
             width = self._widths(self._admission.most_rows(run, may_come)) if limits.width > 1 else 1
@@ -168,7 +172,7 @@ class Scheduler:
             return
         being_computed = self._admission.prefixes_being_computed(self._running)
         for request in POLICIES[self.config.policy](self.waiting.values(), self.caches):
-            if not self.adapters.admits(request):
+            if not (self.grammars.admits(request) and self.adapters.admits(request)):
                 continue
             place = self._admission.place(request, picks.budget, self._running, being_computed)
             if place is None:
@@ -189,6 +193,7 @@ class Scheduler:
         self._pages.seat(row, handle)
         t.params[row, Param.ADAPTER], load = self.adapters.seat(request)
         picks.adapter_loads += [load] if load else []
+        self.grammars.seat(request)
         last_of_rank = np.searchsorted(t.rank[self._running], rank, side="right")
         self._running = np.insert(self._running, last_of_rank, row)
         if not request.admitted:
@@ -225,7 +230,7 @@ class Scheduler:
             width=picks.width,
             keys=t.key[rows],
             rank=t.rank[rows],
-            loads=picks.loads + self._pages.take_reloads(),
+            loads=[*picks.loads, *self._pages.take_reloads(), *self.grammars.take_loads()],
             adapter_loads=picks.adapter_loads,
             num_cached_tokens=picks.num_cached_tokens,
             rows=rows,
@@ -249,6 +254,7 @@ class Scheduler:
         """Release a row with its pages; the tree keeps the computed ones that it can. Return the row's request."""
         self._pages.release(row)
         self._running = self._running[self._running != row]
+        self.grammars.leave(row)
         request = self.table.unseat(row)
         self.adapters.leave(request)
         return request
@@ -257,13 +263,10 @@ class Scheduler:
         """Take in a step's tokens, up to the one at which a request ends. Rows that changed hands are skipped."""
         t = self.table
         alive = t.key[plan.rows] == plan.keys
-        scored = self._scored(plan, alive) if plan.wants_logprobs or plan.wants_prompt_logprobs else {}
+        scored = scored_requests(t, plan, alive)
         index = np.flatnonzero(plan.samples & alive)
         rows = plan.rows[index]
-        started = (t.requests[row] for row in rows[t.num_known[rows] == t.prompt_len[rows]])
-        first = [request for request in started if request is not None and not request.announced]
-        for request in first:
-            request.announced = True
+        first = started_requests(t, rows)
         drafts = verified_drafts(plan, step, index)
         if len(drafts):
             self.counters.count_drafts(drafts)
@@ -272,7 +275,7 @@ class Scheduler:
             decoded = plan.from_device & alive
             self._widths.observe(plan.width, int(decoded.sum()), int(step.num_accepted[decoded].sum()))
         self.counters.generated_tokens += len(taken.tokens)
-        return StepResult(
+        result = StepResult(
             keys=plan.keys[index][taken.of],
             tokens=taken.tokens,
             lines=index[taken.of] * plan.width + taken.line,
@@ -281,12 +284,8 @@ class Scheduler:
             scored=scored,
             drafts=drafts,
         )
-
-    def _scored(self, plan: StepPlan, alive: np.ndarray) -> dict[int, Request]:
-        """Return the requests of rows with a flag that asks for logprobs, by row of the plan."""
-        wanted = plan.params[:, Param.FLAGS] & (RowFlag.LOGPROBS | RowFlag.PROMPT_LOGPROBS) != 0
-        found = ((int(i), self.table.requests[plan.rows[i]]) for i in np.flatnonzero(wanted & alive))
-        return {i: request for i, request in found if request is not None}
+        self.grammars.advance(rows)
+        return result
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless every page and row has exactly one owner and every counter is in order."""
@@ -297,4 +296,5 @@ class Scheduler:
         assert len(self.waiting) + len(run) == len(self.requests)
         table.check_invariants(run, width)
         self._pages.check_invariants(run, 2 * (width - 1))
-        self.adapters.check_invariants(request for request in map(table.requests.__getitem__, run) if request)
+        for part in (self.adapters, self.grammars):
+            part.check_invariants(request for request in map(table.requests.__getitem__, run) if request)

@@ -12,8 +12,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from sgl_jax.engine.generation import GenerationRequest
-from sgl_jax.engine.native_params import DEFAULT_MAX_NEW_TOKENS, in_our_names, names_in
-from sgl_jax.request import PARAMETERS, Api, InvalidParameter, Names, Parameter, SamplingParams
+from sgl_jax.engine.native_params import DEFAULT_MAX_NEW_TOKENS, as_grammar_text, in_our_names, names_in
+from sgl_jax.request import GRAMMAR_KINDS, PARAMETERS, Api, InvalidParameter, Names, Parameter, SamplingParams
 from sgl_jax.settings.not_built import NOT_BUILT, Feature
 
 INT64_MAX = 2**63 - 1
@@ -73,7 +73,6 @@ class TextFormat(Body):
 _OFF: Mapping[str, object] = {
     "functions": EmptyList | None,
     "function_call": Literal["none"] | None,
-    "response_format": TextFormat | None,
     "modalities": Annotated[list[Literal["text"]], Field(min_length=1, max_length=1)] | None,
 }
 
@@ -135,7 +134,7 @@ def _kind(parameter: Parameter) -> object:
     if parameter.kind == dict[int, float]:
         numbers = Annotated[float, limits(parameter.name, parameters=[parameter])]
         return Annotated[dict[TokenIdText, numbers], entries, BeforeValidator(limited)]
-    return parameter.kind
+    return str | dict[str, Any] if parameter.name in ("json_schema", "structural_tag") else parameter.kind
 
 
 def limits(name: str, low: float | None = None, parameters: Iterable[Parameter] = PARAMETERS) -> FieldInfo:
@@ -154,7 +153,7 @@ def native_params(body: Body, cls: type[SamplingParams] = SamplingParams) -> Gen
 
 
 def openai_params(
-    body: Body, own: Mapping[str, int | None], names: Names, cls: type[SamplingParams] = SamplingParams
+    body: Body, own: Mapping[str, int | str | None], names: Names, cls: type[SamplingParams] = SamplingParams
 ) -> GenerationRequest:
     """Read the parameters of a body that has OpenAI's `sampling_fields`. `own` has, by our names, values that the body
     gives in a form of its own, and `names` their names there."""
@@ -174,6 +173,8 @@ def _as_declared(name: str, value: Any) -> Any:
     dictionary has one token id in two spellings."""
     if isinstance(value, list):
         return tuple(value)
+    if name in GRAMMAR_KINDS and value is not None:
+        return as_grammar_text(value)
     if isinstance(value, dict):
         found: dict[int, float] = {}
         for token, bias in value.items():

@@ -46,8 +46,9 @@ def _parameters(body: ChatCompletionRequest) -> GenerationRequest:
     if body.top_logprobs and not body.logprobs:
         raise InvalidParameter("top_logprobs", "top_logprobs needs logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    names = {} if body.max_completion_tokens is None else {"max_tokens": "max_completion_tokens"}
-    return openai_params(body, {"max_tokens": next(iter(limits), None), "logprobs": logprobs}, names)
+    grammar, spelled = body.grammar()
+    names = spelled if body.max_completion_tokens is None else {**spelled, "max_tokens": "max_completion_tokens"}
+    return openai_params(body, {"max_tokens": next(iter(limits), None), "logprobs": logprobs, **grammar}, names)
 
 
 class _Chat(OpenAIAnswer[ChatLogprobs]):

@@ -47,7 +47,8 @@ def _parameters(body: CompletionRequest) -> GenerationRequest:
     """Read the parameters. `echo` with `max_tokens` 0 scores the prompt and generates nothing."""
     prompt_logprobs = body.logprobs if body.echo else None
     own = {"max_tokens": body.max_tokens, "logprobs": body.logprobs, "prompt_logprobs": prompt_logprobs}
-    given = dataclasses.replace(openai_params(body, own, {}), default_max_tokens=DEFAULT_MAX_TOKENS)
+    grammar, names = body.grammar()
+    given = dataclasses.replace(openai_params(body, own | grammar, names), default_max_tokens=DEFAULT_MAX_TOKENS)
     if body.best_of not in (None, given.params.n):
         raise InvalidParameter("best_of", f"best_of is {body.best_of}; only n, which is {given.params.n}, is supported")
     return given

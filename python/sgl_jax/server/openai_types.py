@@ -19,6 +19,7 @@ from sgl_jax.server.bodies import (
     sampling_fields,
     with_fields,
 )
+from sgl_jax.server.grammar_fields import GrammarFields
 
 
 class StreamOptions(Body):
@@ -28,7 +29,7 @@ class StreamOptions(Body):
 
 
 @with_fields(sampling_fields("openai"))
-class SamplingFields(Body):
+class SamplingFields(GrammarFields):
     """Fields that chat and completion requests share."""
 
     model: str | None = Field(None, description="the served model, an adapter, or MODEL:ADAPTER; may be left out")

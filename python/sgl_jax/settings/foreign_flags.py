@@ -25,6 +25,7 @@ RENAMED = {
     "--master-addr --nccl-init-addr": "--dist-init-addr",
     "--log-level-http --uvicorn-log-level": "--log-level",
     "-sc": "--speculative-config",
+    "--guided-decoding-backend": "--grammar-backend",
     "--spec-method": "--speculative-algorithm",
     "--spec-model --speculative-model": "--speculative-draft-model-path",
     "--spec-tokens --num-speculative-tokens": "--speculative-num-steps",
@@ -66,6 +67,8 @@ OTHERWISE = {
     "--speculative-use-rejection-sampling --speculative-use-block-verification --spec-decoding-acceptance-method": "a draft is "
     "accepted where it is the token that is sampled, so the output is the same without drafts",
     "--speculative-adaptive*": "drafting pauses by itself while too few drafts are accepted",
+    "--structured-outputs-config --constrained-json-* --guided-decoding-disable-*": "white space in JSON is always bounded, "
+    "and a keyword of a schema that cannot be enforced is always refused",
     "--speculative-token-map": "the draft model's files say which tokens it can draft",
     "--speculative-draft-load-format --speculative-draft-kv-cache-dtype --speculative-draft-attention-backend "
     "--speculative-attention-mode --speculative-moe-*": "the draft model runs in the model's own step, as the model does",

@@ -19,14 +19,6 @@ class Feature(NamedTuple):
 
 
 NOT_BUILT = (
-    Feature(
-        "structured output is",
-        flags="--grammar-backend --guided-decoding-backend --structured-outputs-config --constrained-json-*",
-        fields="response_format json_schema json_object structural_tag regex ebnf grammar structured_outputs guided_json "
-        "guided_regex guided_choice guided_grammar guided_decoding_backend",
-        null={"NativeSamplingParams": "ebnf json_schema regex structural_tag"},
-        off={"ChatCompletionRequest": "response_format", "CompletionRequest": "response_format"},
-    ),
     Feature("forcing tool calls, or their arguments into a schema, is", fields="tool_choice strict allowed_tools"),
     Feature("tools of other kinds than functions are", flags="--tool-server --tool-parser-plugin", fields="custom mcp"),
     Feature("reasoning parsers of your own are", flags="--reasoning-parser-plugin"),

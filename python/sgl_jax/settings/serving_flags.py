@@ -204,6 +204,16 @@ class ServingFlags:
         "prompts and decodes share steps, always",
         refused={"False": "steps are always shared, leave the flag out"},
     )
+    grammar_backend: Literal["llguidance", "none"] = flag(
+        "llguidance",
+        "what structured output is compiled with (docs/features/structured_output.md); none: requests for it are refused",
+        refused={
+            "xgrammar": "llguidance is the one that is built",
+            "outlines": "llguidance is the one that is built",
+            "guidance": "write llguidance",
+            "auto": "leave the flag out",
+        },
+    )
     disable_overlap_schedule: bool = flag(False, "plan a step only when the tokens of the one before have arrived")
 
     @property
