@@ -101,7 +101,8 @@ class AdapterFiles:
         return {weight: MatrixFactors(tuple(a), tuple(b)) for weight, (a, b) in found.items()}
 
     def _read(self, tensor: StoredTensor, scale: float) -> np.ndarray:
-        values = tensor.read().astype(np.float32) * np.float32(scale)
+        with np.errstate(over="ignore"):
+            values = tensor.read().astype(np.float32) * np.float32(scale)
         if not (np.abs(values) < _LARGEST).all():  # false for NaN
             limit = f"values that are NaN, infinite or above {_LARGEST:g}"
             raise ModelError(f"{self.path}: {tensor.name} has {limit}; the adapter is damaged")
