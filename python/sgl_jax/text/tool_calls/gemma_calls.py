@@ -13,7 +13,7 @@ def gemma(quote: str, reading: Reading, opener: str) -> Waiting[None]:
     source, answer = reading.source, reading.answer
     if not (yield from source.take(("call:",))):
         return
-    name, word = yield from source.read_until(("{", "\n"))
+    name, word = yield from source.header(("{", "\n"))
     if word == "{" and is_name(name.strip()):
         answer.call(name.strip())
         source.back(word)

@@ -27,10 +27,10 @@ def mistral(reading: Reading, opener: str) -> Waiting[None]:
     if (yield from source.skip_space()) in ("{", "["):
         yield from _objects(reading, bare=False, id_comes_last=True)
         return
-    name, word = yield from source.read_until(("[CALL_ID]", "[ARGS]", "{"))
+    name, word = yield from source.header(("[CALL_ID]", "[ARGS]", "{"))
     call_id = None
     if word == "[CALL_ID]":
-        call_id, word = yield from source.read_until(("[ARGS]",))
+        call_id, word = yield from source.header(("[ARGS]",))
     if word == "{":
         source.back(word)
     if word and is_name(name.strip()):
@@ -41,19 +41,21 @@ def mistral(reading: Reading, opener: str) -> Waiting[None]:
 
 def _objects(reading: Reading, bare: bool, id_comes_last: bool) -> Waiting[None]:
     source, answer = reading.source, reading.answer
+    first = answer.num_calls
     listed = yield from source.take(("[",))
     while True:
         start, before = source.position, answer.num_calls
         if (yield from source.take(("{",))):
             yield from _object(reading, bare, id_comes_last)
         if answer.num_calls == before:
-            source.rewind(start)
+            if before > first:  # no call follows the others; else the caller tries again
+                answer.text(source.retry(start))
             break
         answer.end_call()
         separator = yield from source.take((",", ";") if listed or bare else (",",))
         if not separator and not (yield from source.after_space(("{",))):
             break
-    if listed and answer.num_calls:
+    if listed and answer.num_calls > first:
         yield from source.take(("]",))
 
 

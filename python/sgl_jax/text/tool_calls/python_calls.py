@@ -21,7 +21,7 @@ def python_list(reading: Reading, opener: str) -> Waiting[None]:
     calls: list[tuple[str, str]] = []
     while not (yield from source.take(("]",))):
         yield from source.skip_space()
-        name, word = yield from source.read_until(("(", "]", "\n"))
+        name, word = yield from source.header(("(", "]", "\n"))
         if word != "(" or not is_name(name.strip()):
             return
         source.back(word)

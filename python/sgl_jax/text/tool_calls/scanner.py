@@ -98,11 +98,7 @@ def _calls(reading: Reading, form: CallFormat) -> Waiting[None]:
         before, behind = answer.num_calls, source.keep()
         yield from form.read(reading, opener)
         if answer.num_calls == before:
-            endless = source.ended and not (yield from source.peek())
-            source.rewind(behind)
-            answer.text(opener)
-            if endless:  # others would search the rest of the text again, each
-                yield from source.until((), answer.text)
+            answer.text(opener + source.retry(behind))
         else:
             answer.end_call()
             while form.closers and (yield from source.take(form.closers)):

@@ -24,9 +24,9 @@ def deepseek(reading: Reading, opener: str) -> Waiting[None]:
     source, answer = reading.source, reading.answer
     if not (yield from _header(DEEPSEEK, reading, opener)):
         return
-    name, word = yield from source.read_until((DEEPSEEK.separator, DEEPSEEK.call_end))
+    name, word = yield from source.header((DEEPSEEK.separator, DEEPSEEK.call_end))
     if name.strip() == "function" and word == DEEPSEEK.separator:
-        name, word = yield from source.read_until(("\n", "{", DEEPSEEK.call_end))
+        name, word = yield from source.header(("\n", "{", DEEPSEEK.call_end))
         source.back(word if word != "\n" else "")
         yield from source.take(("```json", "```"))
     if word and is_name(name.strip()):
@@ -41,7 +41,7 @@ def kimi(reading: Reading, opener: str) -> Waiting[None]:
     source, answer = reading.source, reading.answer
     if not (yield from _header(KIMI, reading, opener)):
         return
-    call_id, word = yield from source.read_until((KIMI.separator, KIMI.call_end))
+    call_id, word = yield from source.header((KIMI.separator, KIMI.call_end))
     call_id = call_id.strip()
     if word == KIMI.separator and (name := _kimi_name(call_id, reading)):
         answer.call(name, call_id)

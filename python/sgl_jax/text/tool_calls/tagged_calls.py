@@ -73,7 +73,7 @@ def tagged(tags: Tags, reading: Reading, opener: str) -> Waiting[None]:
         return
     if tags.name and opener not in tags.name and not (yield from source.take(tags.name)):
         return
-    header, word = yield from source.read_until(tags.name_ends)
+    header, word = yield from source.header(tags.name_ends)
     name = header.partition('"')[0].strip()
     if not is_name(name) or not (word or name in reading.tools):
         return
