@@ -148,6 +148,7 @@ TIME = ("get_time", "{}")
         ("hermes", '<tool_call>{"name": "get_wea', '<tool_call>{"name": "get_wea', []),
         ("hermes", "<tool_ca", "<tool_ca", []),
         ("llama3_json", '{"answer": 42}', '{"answer": 42}', []),
+        ("llama3_json", '{"name": "Bob", "parameters": "tall"}', '{"name": "Bob", "parameters": "tall"}', []),
         ("llama3_json", '{"name": "Bob", "age": 3}', '{"name": "Bob", "age": 3}', []),
         ("llama3_json", '<|python_tag|>search.call(q="x")', '<|python_tag|>search.call(q="x")', []),
         ("qwen3_coder", "Use <function=name> so: <parameter=x>.", "Use <function=name> so: <parameter=x>.", []),
@@ -221,6 +222,66 @@ def test_hard_cases_have_one_reading(name: str, output: str, content: str, calls
     assert found["content"] == content
     assert [(call["name"], call["arguments"]) for call in found["tool_calls"]] == calls
     assert read(form, output) == read(form, [output])
+
+
+@pytest.mark.parametrize(
+    ("name", "begin", "rest"),
+    [
+        ("hermes", '<tool_call>{"name": "f", "arguments":', ' {"a": 1}'),
+        ("hermes", '<tool_call>{"name": "f", "arguments": {"a": "1', '"}}'),
+        ("llama3_json", '{"name": "f", "parameters": {"a": {}', "}}"),
+        ("mistral", "[TOOL_CALLS]f[ARGS]", "{}"),
+        ("deepseek_v3", "<｜tool▁call▁begin｜>f<｜tool▁sep｜>", "<｜tool▁call▁end｜>"),
+        ("kimi_k2", '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": 1', "}"),
+        ("qwen3_coder", "<function=f>\n<parameter=a>\n1", "\n</parameter>\n</function>"),
+        ("qwen3_coder", "<function=f>\n<parameter=a>\n1\n</parameter>", "\n</function>"),
+        ("glm45", "<tool_call>get_time", "</tool_call>"),
+        ("gemma4", "<|tool_call>call:f{a:1", "}"),
+        ("gpt_oss", '<|channel|>commentary to=functions.f<|message|>{"a', '": 1}'),
+    ],
+)
+def test_a_call_counts_as_one_when_it_is_closed(name: str, begin: str, rest: str) -> None:
+    form = answer_format(name, {"prompt_tail": ""})
+    cut, closed = AnswerScanner(form), AnswerScanner(form)
+    parts = cut.push(begin) + cut.finish()
+    assert Arguments("{}") not in parts
+    assert sum(isinstance(part, Call) for part in parts) == 1
+    assert not cut.called
+    closed.push(begin + rest)
+    closed.finish()
+    assert closed.called
+
+
+@pytest.mark.parametrize("name", ["hermes", "llama3_json"])
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"name": "get_weather", "arguments": "{\\"city\\": \\"x\\"}"}',
+        '{"type": "function", "function": {"name": "get_weather", "arguments": {"city": "x"}}, "id": "1"}',
+        '{"id": "1", "function": {"arguments": {"city": "x"}, "name": "get_weather"}}',
+        '{"name": "get_time", "parameters": null}',
+    ],
+)
+def test_forms_of_a_json_call_are_read_bare_and_marked(name: str, call: str) -> None:
+    marked = f"<tool_call>{call}</tool_call> ok" if name == "hermes" else f"{call}; ok"
+    form = answer_format(name, {"prompt_tail": ""})
+    found = message(read(form, [marked]), "")
+    assert [(each["name"], each["arguments"]) for each in found["tool_calls"]] == [TIME if "null" in call else WEATHER]
+    assert found["content"] == " ok"
+    assert read(form, marked) == read(form, [marked])
+
+
+def test_only_further_calls_are_left_out() -> None:
+    call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    form = AnswerFormat("hermes", None, tools=TOOLS, one_call=True)
+    assert read(form, [f"{call} mid {call} end {call}"]) == [Call("f", None), Arguments("{}"), Text(" mid end")]
+
+
+@pytest.mark.parametrize("output", ['{"name": "get_time", "parameters": {}}', "[get_time()]"])
+def test_bare_calls_are_read_behind_a_thought_that_is_shown(output: str) -> None:
+    form = AnswerFormat("llama3" if output[0] == "{" else "pythonic", "think", tools=TOOLS, show_thoughts=True)
+    parts = read(form, [f"<think>a</think>\n\n{output}"])
+    assert parts == [Text("<think>a</think>"), Call("get_time", None), Arguments("{}")]
 
 
 def test_damaged_answers_are_read_the_same_however_they_are_cut() -> None:

@@ -17,18 +17,18 @@ def gemma(quote: str, reading: Reading, opener: str) -> Waiting[None]:
     if word == "{" and is_name(name.strip()):
         answer.call(name.strip())
         source.back(word)
-        yield from _value(quote, source, answer.arguments)
+        answer.end_call((yield from _value(quote, source, answer.arguments)))
 
 
-def _value(quote: str, source: Source, emit: Emit) -> Waiting[None]:
-    """Emit the bracketed value that comes next as JSON."""
+def _value(quote: str, source: Source, emit: Emit) -> Waiting[bool]:
+    """Emit the bracketed value that comes next as JSON. False: the end came first."""
     closers: list[str] = []
     comma = ""  # before the next entry
     at_key = False
     while True:
         char = yield from source.skip_space()
         if not char:
-            return
+            return False
         if char in "}],":
             yield from source.take((char,))
             if char == ",":
@@ -36,7 +36,7 @@ def _value(quote: str, source: Source, emit: Emit) -> Waiting[None]:
                 continue
             emit(closers.pop())
             if not closers:
-                return
+                return True
             comma = ", "
         elif at_key:
             key, _ = yield from source.read_until((":",))

@@ -35,6 +35,7 @@ def python_list(reading: Reading, opener: str) -> Waiting[None]:
     for name, arguments in calls:
         answer.call(name)
         answer.arguments(arguments)
+        answer.end_call(whole=True)
 
 
 def _as_json(arguments: str) -> str | None:

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from sgl_jax.text.tool_calls.pieces import Waiting
-from sgl_jax.text.tool_calls.reading import Reading, is_name
+from sgl_jax.text.tool_calls.reading import Reading, is_name, object_arguments
 
 
 class Section(NamedTuple):
@@ -31,8 +31,7 @@ def deepseek(reading: Reading, opener: str) -> Waiting[None]:
         yield from source.take(("```json", "```"))
     if word and is_name(name.strip()):
         answer.call(name.strip())
-        if (yield from source.skip_space()) == "{":
-            yield from source.nested(answer.arguments)
+        yield from object_arguments(reading)
         yield from source.take(("```",))
 
 
@@ -45,8 +44,7 @@ def kimi(reading: Reading, opener: str) -> Waiting[None]:
     call_id = call_id.strip()
     if word == KIMI.separator and (name := _kimi_name(call_id, reading)):
         answer.call(name, call_id)
-        if (yield from source.skip_space()) == "{":
-            yield from source.nested(answer.arguments)
+        yield from object_arguments(reading)
 
 
 def _header(section: Section, reading: Reading, opener: str) -> Waiting[bool]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from sgl_jax.text.tool_calls import json_calls
 from sgl_jax.text.tool_calls.pieces import Emit, Source, Waiting
 from sgl_jax.text.tool_calls.reading import Reading, is_name
-from sgl_jax.text.tool_calls.schemas import as_json, dumped, types_of
+from sgl_jax.text.tool_calls.schemas import as_json, dumped
 
 _ANY_JSON = frozenset({"array", "boolean", "integer", "null", "number", "object"})
 _TEXT = frozenset({"string"})
@@ -85,21 +85,19 @@ def tagged(tags: Tags, reading: Reading, opener: str) -> Waiting[None]:
         whole = yield from source.nested(answer.arguments)
     else:
         whole = yield from _arguments(tags, reading, name)
-    if whole:
-        yield from source.take(tags.call_ends)
+    answer.end_call(whole and bool((yield from source.take(tags.call_ends)) or (yield from source.peek())))
 
 
 def _arguments(tags: Tags, reading: Reading, name: str) -> Waiting[bool]:
     """Read arguments up to text that begins none. False: the end came inside one."""
     source, emit = reading.source, reading.answer.arguments
-    schema = reading.tools.get(name, {})
     before = "{"
     while (yield from source.take((tags.key,))):
         header, word = yield from source.read_until((tags.key_end,))
         if not word or (tags.value and not (yield from source.take(tags.value))):
             return False
         key, _, attributes = header.partition('"')
-        types = types_of(schema, key.strip()) or tags.untyped
+        types = reading.types(name, key.strip()) or tags.untyped
         if 'string="' in attributes:
             types = _TEXT if 'string="true"' in attributes else _ANY_JSON
         emit(f"{before}{dumped(key.strip())}: ")
