@@ -130,6 +130,25 @@ def test_length_stays_the_finish_reason(client: openai.OpenAI) -> None:
     assert (found["finish"], [call["name"] for call in found["calls"]]) == ("length", ["first"])
 
 
+def test_a_stop_string_inside_a_call_stays_the_finish_reason(client: openai.OpenAI) -> None:
+    found = both(client, CALL, stop="é")
+    assert (found["finish"], found["calls"][0]["arguments"]) == ("stop", '{"a": [1, "')
+
+
+def test_an_id_that_comes_again_is_replaced(client: openai.OpenAI) -> None:
+    call = '<tool_call>{"id": "7", "name": "first", "arguments": {}}</tool_call>'
+    for found in (whole(client, call * 2), streamed(client, call * 2)[0]):
+        assert found["calls"][0]["id"] == "7"
+        assert found["calls"][1]["id"].startswith("call_")
+
+
+def test_scores_do_not_spell_a_hidden_thought(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, "<think>a</think>b", logprobs=True, extra_body={"include_reasoning": False})
+    assert error.value.param == "logprobs"
+    assert says(str(error.value), "logprobs: true … include_reasoning: false … leave out one")
+
+
 def test_thoughts_are_split_off_and_counted(client: openai.OpenAI) -> None:
     answer = "<think>\nA é thought.\n</think>\n\nDone."
     found = both(client, answer)
