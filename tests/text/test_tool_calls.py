@@ -271,6 +271,34 @@ def test_forms_of_a_json_call_are_read_bare_and_marked(name: str, call: str) -> 
     assert read(form, marked) == read(form, [marked])
 
 
+@pytest.mark.parametrize(
+    ("name", "cut", "arguments"),
+    [
+        (
+            "hermes",
+            '<tool_call>{"name": "f", "arguments": {"a": {"b": "<tool_call>"</tool_call>',
+            '{"a": {"b": "<tool_call>"',
+        ),
+        (
+            "kimi_k2",
+            '<|tool_call_begin|>functions.f:0<|tool_call_argument_begin|>{"a": [1<|tool_call_end|>',
+            '{"a": [1',
+        ),
+        ("deepseek_v3", '<｜tool▁call▁begin｜>f<｜tool▁sep｜>{"a": {}<｜tool▁call▁end｜>', '{"a": {}'),
+        ("mistral", '[TOOL_CALLS]f[ARGS]{"a": [[1]', '{"a": [[1]'),
+        ("gemma4", "<|tool_call>call:f{a:1<tool_call|>", '{"a": 1'),
+        ("gemma4", "<|tool_call>call:f{a}<tool_call|>", "{a}"),
+        ("gpt_oss", '<|channel|>commentary to=functions.f<|message|>{"a": {}<|call|>', '{"a": {}'),
+    ],
+)
+def test_a_marker_ends_a_value_that_lacks_a_bracket(name: str, cut: str, arguments: str) -> None:
+    form = answer_format(name, {"prompt_tail": ""})
+    found = message(read(form, [cut * 2]), "")
+    assert [(call["name"], call["arguments"]) for call in found["tool_calls"]] == [("f", arguments)] * 2
+    assert found["content"] == ""
+    assert read(form, cut * 2) == read(form, [cut * 2])
+
+
 def test_only_further_calls_are_left_out() -> None:
     call = '<tool_call>{"name": "f", "arguments": {}}</tool_call>'
     form = AnswerFormat("hermes", None, tools=TOOLS, one_call=True)

@@ -27,8 +27,8 @@ def _value(quote: str, source: Source, emit: Emit) -> Waiting[bool]:
     at_key = False
     while True:
         char = yield from source.skip_space()
-        if not char:
-            return False
+        if not char or (yield from source.next_is(source.markers)):
+            return bool(char)
         if char in "}],":
             yield from source.take((char,))
             if char == ",":
@@ -39,7 +39,11 @@ def _value(quote: str, source: Source, emit: Emit) -> Waiting[bool]:
                 return True
             comma = ", "
         elif at_key:
-            key, _ = yield from source.read_until((":",))
+            key, word = yield from source.read_until((":", *source.markers))
+            if word != ":":
+                source.back(word)
+                emit(comma + key.strip())
+                return bool(word)
             emit(f"{comma}{dumped(key.replace(quote, '').strip().strip('"'))}: ")
             comma, at_key = "", False
         elif char in _CLOSE:
@@ -61,6 +65,6 @@ def _scalar(quote: str, source: Source, emit: Emit) -> Waiting[None]:
     elif (yield from source.peek()) == '"':
         emit(dumped((yield from source.json_string()) or ""))
     else:
-        text, word = yield from source.read_until((",", "}", "]"))
+        text, word = yield from source.read_until((",", "}", "]", *source.markers))
         source.back(word)
         emit(as_json(text.strip(), _WORDS))

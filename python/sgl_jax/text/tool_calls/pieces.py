@@ -29,9 +29,13 @@ _CONTROL = {code: json.dumps(chr(code))[1:-1] for code in range(32)}
 
 
 class Source:
-    """The text from `at` on is unread. Methods that return Waiting are called with `yield from`."""
+    """The text from `at` on is unread. Methods that return Waiting are called with `yield from`.
 
-    def __init__(self) -> None:
+    `markers`: those around calls. Outside a string they end a value that lacks a bracket.
+    """
+
+    def __init__(self, markers: tuple[str, ...] = ()) -> None:
+        self.markers = markers
         self.ended = False
         self._text = ""
         self._at = 0
@@ -166,9 +170,16 @@ class Source:
         """Emit the bracketed value that comes next. Brackets in strings are text, and control characters in strings are
         escaped. False: the end came first."""
         depth, quote = 0, ""
+        outside, firsts = _outside(language.outside, self.markers)
         while True:
-            pattern = language.inside[quote] if quote else language.outside
+            pattern = language.inside[quote] if quote else outside
             match = pattern.search(self._text, self._at)
+            if match and not quote and match[0] in firsts:
+                emit(self._text[self._at : match.start()])
+                self._at = match.start()
+                if (yield from self.next_is(self.markers)):
+                    return True
+                match = pattern.match(self._text, self._at)  # the wait has moved it
             stop = len(self._text) if match is None else match.end()
             escape = match is not None and match[0] == "\\"
             if escape and stop == len(self._text) and not self.ended:
@@ -185,7 +196,7 @@ class Source:
                 quote = "" if quote else match[0]
             elif match[0] in "{[(":
                 depth += 1
-            elif not escape:
+            elif match[0] in "}])":
                 depth -= 1
                 if depth <= 0:
                     return True
@@ -215,6 +226,13 @@ def _search(words: tuple[str, ...]) -> tuple[re.Pattern[str], int, frozenset[str
     by_length = sorted(words, key=len, reverse=True)
     longest = len(by_length[0]) if words else 0
     return re.compile("|".join(map(re.escape, by_length))), longest, frozenset(word[0] for word in words)
+
+
+@functools.cache
+def _outside(brackets: re.Pattern[str], markers: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str]]:
+    """Return a pattern for brackets and markers, and the first characters of the markers."""
+    firsts = frozenset(marker[0] for marker in markers)
+    return re.compile("|".join((brackets.pattern, *map(re.escape, firsts)))), firsts
 
 
 def _begins(word: str, text: str, at: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from sgl_jax.text.tool_calls.answer import Answer, Part
-from sgl_jax.text.tool_calls.formats import CALLS, HARMONY, THOUGHTS, CallFormat, ThoughtFormat
+from sgl_jax.text.tool_calls.formats import CALLS, HARMONY, THOUGHTS, CallFormat, ThoughtFormat, around_calls
 from sgl_jax.text.tool_calls.harmony import harmony
 from sgl_jax.text.tool_calls.pieces import Source, Waiting
 from sgl_jax.text.tool_calls.reading import Reading
@@ -29,7 +29,7 @@ class AnswerFormat(NamedTuple):
 class AnswerScanner:
     def __init__(self, form: AnswerFormat):
         self._form = form
-        self._source = Source()
+        self._source = Source(around_calls(form.calls, form.thoughts))
         self._answer = Answer(form.one_call)
         self._reader = self._read()
         next(self._reader)
