@@ -56,6 +56,7 @@ class Answer:
         self.fresh = self.fresh and (not text or text.isspace())
 
     def end_shown_thought(self) -> None:
+        """Let calls follow a thought that is part of the text as if they began the answer."""
         self.fresh = True
 
     def begin_thought(self, position: int) -> None:

@@ -83,7 +83,8 @@ def _object(reading: Reading, bare: bool, id_comes_last: bool) -> Waiting[None]:
             break
         if key in _ARGUMENTS and kept is None:
             begins = yield from source.skip_space()
-            begun = not (bare and begins != "{") and not id_comes_last and bool(name := said.get("name"))
+            name = said.get("name")
+            begun = bool(name) and not id_comes_last and (begins == "{" or not bare)
             if begun and name:
                 answer.call(name, said.get("id"))
             kept = []

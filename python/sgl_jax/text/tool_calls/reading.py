@@ -15,7 +15,7 @@ class Reading(NamedTuple):
     source: Source
     answer: Answer
     tools: Mapping[str, Schema]  # parameters by name
-    types: Callable[[str, str], frozenset[str]]  # of a tool's parameter
+    types: Callable[[str, str], frozenset[str]]  # types of a parameter, by its tool's name and its own
 
 
 def object_arguments(reading: Reading) -> Waiting[None]:
