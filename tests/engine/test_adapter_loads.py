@@ -23,8 +23,10 @@ def make_client(slots: int = 2, *, hosts: FakeHosts | None = None, **options) ->
     return Client(make_core(adapters=Adapters(hosts or FakeHosts(), slots), vocab_size=64, eos=63, **options))
 
 
-def load(client: Client, path: str = "a", *, pinned: bool = False, call: int = 1) -> AdapterLoaded | Refused:
-    client.core.handle(LoadAdapter(call, "name", path, pinned))
+def load(
+    client: Client, path: str = "a", *, name: str = "name", pinned: bool = False, call: int = 1
+) -> AdapterLoaded | Refused:
+    client.core.handle(LoadAdapter(call, name, path, pinned))
     client.run()
     said = client.said.pop()
     assert isinstance(said, AdapterLoaded | Refused)
@@ -89,9 +91,10 @@ def test_a_load_is_refused_for_what_is_wrong_with_its_files_or_for_want_of_unpin
     client = make_client(slots=2)
     assert load(client, "bad files", call=3) == Refused(3, "bad files is bad", "lora_path")
     assert isinstance(load(client, pinned=True), AdapterLoaded)
-    refused = load(client, pinned=True)
+    assert isinstance(load(client, pinned=True), AdapterLoaded)  # in the place of the one with its name
+    refused = load(client, name="another", pinned=True)
     assert isinstance(refused, Refused)
-    assert says(refused.message, "1 of 2 slots are pinned … raise --max-loras-per-batch")
+    assert says(refused.message, "2 of 2 slots are pinned … raise --max-loras-per-batch")
 
 
 def test_a_pinned_adapter_keeps_its_slot() -> None:

@@ -39,5 +39,10 @@ class FakeHosts:
         number, _, path = source.partition(" ")
         return FakeCopy(error=f"{path} is bad") if path.startswith("bad") else FakeCopy(rank=int(number))
 
+    def promise_adapter(self, source: str) -> None:
+        assert source in self.copies
+
+    def release_adapter(self, source: str) -> None: ...
+
     def drop_adapter(self, source: str) -> None:
         self.copies.pop(source, None)

@@ -606,3 +606,18 @@ def test_an_adapter_changes_the_target_alone(tmp_path: Path) -> None:
     write_adapter(tmp_path, Q)
     drafting = dataclasses.replace(LLAMA, draft=DraftConfig("standalone", LLAMA))
     assert list(opened(tmp_path, drafting).factors()) == [f".layers[{i}].qkv" for i in range(4)]
+
+
+@pytest.mark.parametrize("pattern", [r"([\w.]+)+!", r"(a|a)*b", r".*.*.*.*.*.*.*q", "q" * 5000, r"(x){2,}"])
+def test_an_expression_that_could_take_forever_is_refused(pattern: str, tmp_path: Path) -> None:
+    write_adapter(tmp_path, {"model.layers.0.self_attn.q_proj": (64, 64)}, target_modules=pattern)
+    assert says(refusal(tmp_path, config_of("llama")), "target_modules … at most 6 of * and +")
+
+
+def test_values_that_overflow_products_are_refused(tmp_path: Path) -> None:
+    tensors = write_adapter(tmp_path, {"model.layers.0.self_attn.q_proj": (64, 64)})
+    name = f"{WRAPPER}model.layers.0.self_attn.q_proj.lora_B.weight"
+    for value in (3e38, 1e5, np.nan, -np.inf):
+        tensors[name][0, 0] = value
+        write(tmp_path, tensors, target_modules=["model.layers.0.self_attn.q_proj"])
+        assert says(refusal(tmp_path, config_of("llama")), f"{name} … above 10000 … damaged")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable
 
 import numpy as np
@@ -19,8 +20,8 @@ from sgl_jax.runtime.adapter_store import AdapterCopy, AdapterStore
 class Files:
     path: str
     fingerprint: str = "1"
+    checksum: int = 7
     rank: int = 4
-    sites: frozenset = frozenset({"qkv"})
     num_matrices: int = 2
 
     def factors(self) -> dict:
@@ -30,20 +31,30 @@ class Files:
 class Arrays:
     """The part of AdapterArrays that a store uses."""
 
-    class slots:
-        rank, sites = 8, ("qkv", "o")
+    dtype = "bfloat16"
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref[np.ndarray]] = []
+        self.value = 0.0
 
     def pack(self, factors: dict) -> tuple[np.ndarray, ...]:
-        return (np.zeros(3, np.float32),)
+        vector = np.full(3, self.value, np.float32)
+        self.made.append(weakref.ref(vector))
+        return (vector,)
 
 
-def make(files: dict[str, Files], limit: int = 2, agree: Callable[[int], int] = lambda value: value) -> AdapterCopies:
+def make(
+    files: dict[str, Files],
+    limit: int = 2,
+    agree: Callable[[int], int] = lambda value: value,
+    arrays: Arrays | None = None,
+) -> AdapterCopies:
     def opened(path: str) -> Files:
         if path == "strange":
             raise KeyError("no such thing")
         return files[path]
 
-    return AdapterCopies(AdapterStore(opened, Arrays(), limit), lambda *_: None, agree)
+    return AdapterCopies(AdapterStore(opened, arrays or Arrays()), limit, lambda *_: None, agree)
 
 
 def found(copies: AdapterCopies, source: str) -> AdapterCopy:
@@ -78,25 +89,45 @@ def test_files_that_have_changed_are_not_read_as_the_old_load() -> None:
     found(copies, source_of(2, "b"))
     files["a"] = Files("a", fingerprint="2")
     assert says(found(copies, source).error, "a have changed … load it again")
+    assert says(found(copies, source).error, "a have changed")  # and still after others took its room
     copies.drop_adapter(source)
     assert found(copies, source_of(3, "a")).error == ""
 
 
-@pytest.mark.parametrize(
-    ("files", "reason"),
-    [
-        (Files("a", rank=16), "a has rank 16; --max-lora-rank is 8"),
-        (Files("a", sites=frozenset({"qkv", "down"})), "a changes the products down … --lora-target-modules"),
-    ],
-)
-def test_an_adapter_without_room_in_the_slots_is_refused(files: Files, reason: str) -> None:
-    assert says(found(make({"a": files}), source_of(1, "a")).error, reason)
+def test_vectors_of_adapters_without_room_are_freed() -> None:
+    arrays, names = Arrays(), [f"{i}" for i in range(20)]
+    copies = make({name: Files(name) for name in names}, limit=3, arrays=arrays)
+    for i, name in enumerate(names, 1):
+        assert found(copies, source_of(i, name)).vectors == ()
+    assert sum(each() is not None for each in arrays.made) == 3
+
+
+def test_an_adapter_that_is_promised_to_a_slot_stays() -> None:
+    copies = make({name: Files(name) for name in "abc"}, limit=1)
+    first, *others = (source_of(i, name) for i, name in enumerate("abc", 1))
+    found(copies, first)
+    copies.promise_adapter(first)
+    for source in others:
+        found(copies, source)
+    assert copies.find_adapter(first) is not None
+    copies.release_adapter(first)
+    found(copies, source_of(4, "b"))
+    assert copies.find_adapter(first) is None
+
+
+def test_values_that_the_slots_cannot_hold_are_refused() -> None:
+    arrays = Arrays()
+    arrays.value = np.inf
+    assert says(found(make({"a": Files("a")}, arrays=arrays), source_of(1, "a")).error, "a … bfloat16 cannot hold")
 
 
 def test_an_error_that_nobody_thought_of_is_told_too() -> None:
     assert says(found(make({}), source_of(1, "strange")).error, "strange cannot be read: KeyError")
 
 
-def test_an_adapter_is_used_only_where_every_host_has_it() -> None:
-    copies = make({"a": Files("a")}, agree=lambda value: 0)
-    assert says(found(copies, source_of(1, "a")).error, "another host")
+@pytest.mark.parametrize("theirs", [0, 6, 8])
+def test_an_adapter_is_used_only_where_every_host_has_the_same_files(theirs: int) -> None:
+    copies = make({"a": Files("a")}, agree=lambda value: min(value, theirs if value > 0 else -theirs))
+    assert says(found(copies, source_of(1, "a")).error, "a: another host")
+    same = make({"a": Files("a")}, agree=lambda value: min(value, 7 if value > 0 else -7))
+    assert found(same, source_of(1, "a")).error == ""

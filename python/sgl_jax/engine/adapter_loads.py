@@ -36,6 +36,11 @@ class AdapterHosts(Protocol):
     def find_adapter(self, source: str) -> CopyOfAdapter | None:
         """Return an adapter that all hosts have read; None while one still reads, or where it made room for others."""
 
+    def promise_adapter(self, source: str) -> None:
+        """Keep an adapter that was found until it is put into a slot, or released."""
+
+    def release_adapter(self, source: str) -> None: ...
+
     def drop_adapter(self, source: str) -> None: ...
 
 
@@ -43,7 +48,7 @@ class Adapters:
     """Adapters that are loaded or being loaded, by the numbers of their loads."""
 
     def __init__(self, hosts: AdapterHosts, num_slots: int):
-        self.slots = AdapterSlots(num_slots, self._prepare)
+        self.slots = AdapterSlots(num_slots, self._prepare, self._release)
         self._hosts, self._num_slots = hosts, num_slots
         self._num_loads = 0
         self._loading: dict[int, LoadAdapter] = {}
@@ -107,7 +112,7 @@ class Adapters:
         return events
 
     def _no_room(self, command: LoadAdapter) -> str:
-        num_pinned = sum(each.pinned for each in self._loaded.values())
+        num_pinned = sum(each.pinned and each.name != command.name for each in self._loaded.values())
         if not command.pinned or num_pinned + 1 < self._num_slots:
             return ""
         taken = f"{num_pinned} of {self._num_slots} slots are pinned and one must be left to other adapters"
@@ -132,9 +137,14 @@ class Adapters:
         read = self._hosts.find_adapter(source)
         if read is not None and read.error:
             self._broken[number] = read.error
-            self._hosts.drop_adapter(source)
             return None
+        if read is not None:
+            self._hosts.promise_adapter(source)
         return source if read is not None else None
+
+    def _release(self, number: int) -> None:
+        if number in self._loaded:
+            self._hosts.release_adapter(source_of(number, self._loaded[number].path))
 
 
 def namespace_of(adapter: int, salt: str) -> str:

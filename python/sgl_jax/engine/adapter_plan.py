@@ -1,7 +1,5 @@
 """Decisions about adapters before they are loaded: how many slots, of which rank, and for which matrices."""
 
-import functools
-
 from sgl_jax.models.adapters import ADAPTED_SITES, AdapterRoom, adapted_matrices
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import Families, tensor_names
@@ -26,21 +24,16 @@ def plan_adapters(args: ServerArgs, model: DecoderConfig, families: Families) ->
         return None
     names = tensor_names(model, families)
     files = [open_files(each.path, model, names, args.downloads) for each in args.adapters]
-    highest = max((each.rank for each in files), default=_DEFAULT_RANK)
-    rank = args.max_lora_rank or highest
-    if highest > rank and files:
-        path = next(each.path for each in files if each.rank == highest)
-        raise ValueError(f"--max-lora-rank is {rank}; the adapter {path} has rank {highest}")
+    rank = args.max_lora_rank or max((each.rank for each in files), default=_DEFAULT_RANK)
     in_model = {site for layer in declare_plain(model, "float32").layers for site, _ in adapted_matrices(layer)}
     if args.lora_target_modules:
         wanted = _sites_of(args.lora_target_modules, names, in_model)
     else:
         wanted = {site for each in files for site in each.sites} or in_model
+    room = AdapterRoom(args.max_loras_per_batch, rank, tuple(site for site in ADAPTED_SITES if site in wanted))
     for each in files:
-        if outside := {*each.sites} - wanted:
-            listed = " ".join(args.lora_target_modules)
-            raise ValueError(f"--lora-target-modules is {listed}; the adapter {each.path} changes {', '.join(outside)}")
-    return AdapterRoom(args.max_loras_per_batch, rank, tuple(site for site in ADAPTED_SITES if site in wanted))
+        _check_room(each, room, names)
+    return room
 
 
 def adapter_store(
@@ -57,9 +50,13 @@ def adapter_store(
     if arrays is None:
         return None
     names = tensor_names(model, families)
-    limit = args.max_loaded_loras or 4 * args.max_loras_per_batch
-    opened = functools.partial(open_files, model=model, names=names, downloads=args.downloads)
-    return AdapterStore(opened, arrays, limit)
+
+    def opened(path: str) -> AdapterFiles:
+        files = open_files(path, model, names, args.downloads)
+        _check_room(files, arrays.slots, names)
+        return files
+
+    return AdapterStore(opened, arrays)
 
 
 def open_files(path: str, model: DecoderConfig, names: TensorNames, downloads: Downloads) -> AdapterFiles:
@@ -71,11 +68,23 @@ def _sites_of(modules: tuple[str, ...], names: TensorNames, in_model: set[Site])
     """Return the products of the named modules, in the checkpoint's names. Raises ValueError for a module that is not there."""
     if "all" in modules:
         return in_model
-    by_module: dict[str, Site] = {}
-    for site in in_model:
-        for pattern in names.layer[site]:
-            by_module[pattern.removesuffix(".weight").rpartition(".")[2]] = site
+    by_module = {module: site for site in in_model for module in _modules_of(site, names)}
     if unknown := [module for module in modules if module not in by_module]:
         known = f"this model has {', '.join(sorted(by_module))}, or write all"
         raise ValueError(f"--lora-target-modules names {', '.join(unknown)}; {known}")
     return {by_module[module] for module in modules}
+
+
+def _modules_of(site: Site, names: TensorNames) -> list[str]:
+    """Return the last parts of the names of a product's modules, as the checkpoint has them."""
+    return [pattern.removesuffix(".weight").rpartition(".")[2] for pattern in names.layer[site]]
+
+
+def _check_room(files: AdapterFiles, room: AdapterRoom, names: TensorNames) -> None:
+    """Raises ValueError for an adapter that has no room in the slots."""
+    if files.rank > room.rank:
+        raise ValueError(f"--max-lora-rank is {room.rank}; the adapter {files.path} has rank {files.rank}")
+    outside = sorted(module for site in files.sites if site not in room.sites for module in _modules_of(site, names))
+    if outside:
+        cure = "name them in --lora-target-modules, or load it with --lora-paths"
+        raise ValueError(f"the adapter {files.path} changes {', '.join(outside)}, for which slots have no room; {cure}")

@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 
-from sgl_jax.engine.generation import Choice, FinishType, GenerationRequest, ServiceUnavailable
+from sgl_jax.engine.generation import Choice, Conflict, FinishType, GenerationRequest
 from sgl_jax.engine.messages import DraftCounts, StepOutput
 from sgl_jax.engine.waiting_queue import WaitingQueue
 from sgl_jax.observability.metrics import RequestMetrics
@@ -94,7 +94,7 @@ class LiveChoices:
             if (choice := choices.get(finished.key)) is not None:
                 choice.reason = finished.reason
                 if (why := finished.reason.message) is not None:
-                    choice.generation.error = ServiceUnavailable(why)
+                    choice.generation.error = Conflict(why)
                 choice.generation.wake.set()
                 self._forget(choice, finished.reason.type)
 

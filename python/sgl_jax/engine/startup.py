@@ -81,11 +81,10 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
     leader = lead(args, die)
     try:
         unite(args, leader)
-        device_side = build_device_side(args, leader)
+        core = _core(args, build_device_side(args, leader), started)
     except Exception as error:
         leader.close(one_line(error))
         raise
-    core = _core(args, device_side, started)
     leader.serve(args.watchdog_timeout)
     return LeadingCore(core, leader)
 
@@ -117,7 +116,8 @@ def build_device_side(
     kept = kept_programs(args, devices) if behind else None
     options = {"stacks_layers": platform.stacks_layers, "announce": announce, "drafter": plan.drafter, "kept": kept}
     store = adapter_store(args, model, families, plan.runner_config, placement, stacked=platform.stacks_layers)
-    copies = None if store is None else AdapterCopies(store, announce, agree)
+    limit = args.max_loaded_loras or 4 * args.max_loras_per_batch
+    copies = None if store is None else AdapterCopies(store, limit, announce, agree)
     runner = ModelRunner(model, plan.runner_config, kernels, placement, **options, adapters=copies)
     with launch_progress(logger, len(runner.programs)) as progress:
         compiled = runner.compile(

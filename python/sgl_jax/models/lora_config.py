@@ -25,6 +25,9 @@ _WITHOUT_EFFECT = (
 )
 # Values of other keys that leave an adapter two factors beside each matrix of an unchanged base, as empty values do.
 _HARMLESS = {"bias": ("none",), "init_lora_weights": (True, "gaussian", "orthogonal", "eva", "mica")}
+# Limits of expressions, with which matching a module's path ends soon, whatever the expression is.
+_LONGEST_PATTERN, _MOST_UNBOUNDED = 4096, 6
+_UNBOUNDED, _NESTED = re.compile(r"(?<!\\)[*+]|\{\d+,\}"), re.compile(r"(?<!\\)\)([*+]|\{\d*,\})")
 _Rank = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 _Alpha = Annotated[float, msgspec.Meta(gt=-1e30, lt=1e30)]
 
@@ -116,5 +119,10 @@ def _of_pattern[T](key: str, patterns: Mapping[str, T] | None, module: str, defa
 def _match(
     key: str, pattern: str, module: str, how: Callable[[str, str], re.Match[str] | None] = re.match
 ) -> re.Match[str] | None:
+    if len(pattern) > _LONGEST_PATTERN or len(_UNBOUNDED.findall(pattern)) > _MOST_UNBOUNDED or _NESTED.search(pattern):
+        rule = f"at most {_MOST_UNBOUNDED} of * and +, none behind a group, and {_LONGEST_PATTERN} characters"
+        raise ModelError(
+            f"{CONFIG_FILE}: {key} has {pattern!r:.200}; an expression may have {rule}: it could take forever"
+        )
     with faults_named(CONFIG_FILE, f"{key} has {pattern!r:.200}, which is no regular expression"):
         return how(pattern, module)

@@ -8,6 +8,7 @@ gives a text that nobody trained.
 from __future__ import annotations
 
 import re
+import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 
 from sgl_jax.models.adapters import ADAPTED_SITES
 from sgl_jax.models.decoder_config import DecoderConfig
+from sgl_jax.models.folder_files import reading
 from sgl_jax.models.lora_config import CONFIG_FILE, LoraConfig, read_lora_config
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.names import TensorNames
@@ -33,6 +35,7 @@ _WEIGHTS_FILE, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # Prefixes of the text model's modules besides the family's own: without a head, and inside a larger model. They are not
 # read off the file, as those of a vision part can end like the text model's.
 _PREFIXES = ("", "model.language_model.", "language_model.model.", "language_model.", "model.text_model.")
+_LARGEST = 1e4  # of a value: products stay far from overflow, which would spoil KV that other requests share
 _NOT_APPLIED = "tensors that are not applied, as only A and B of attention and of dense MLPs are"
 
 
@@ -69,6 +72,7 @@ class AdapterFiles:
     path: Path
     base_model: str  # name or path of the model that it was trained with; may be empty
     fingerprint: str  # another one after a change of the files
+    checksum: int  # of their bytes, from 1 on
     pairs: tuple[_Pair, ...]
 
     @property
@@ -97,9 +101,11 @@ class AdapterFiles:
         return {weight: MatrixFactors(tuple(a), tuple(b)) for weight, (a, b) in found.items()}
 
     def _read(self, tensor: StoredTensor, scale: float) -> np.ndarray:
-        values = tensor.read().astype(np.float32) * np.float32(scale)
-        if not np.isfinite(values).all():
-            raise ModelError(f"{self.path}: {tensor.name} has values that are NaN or infinite; the adapter is damaged")
+        with np.errstate(over="ignore"):
+            values = tensor.read().astype(np.float32) * np.float32(scale)
+        if not (np.abs(values) < _LARGEST).all():  # false for NaN
+            limit = f"values that are NaN, infinite or above {_LARGEST:g}"
+            raise ModelError(f"{self.path}: {tensor.name} has {limit}; the adapter is damaged")
         return values
 
 
@@ -110,8 +116,8 @@ def open_adapter(path: Path, config: DecoderConfig, names: TensorNames) -> Adapt
     if not file.is_file():
         is_pickle = f"; {_PICKLE} is a pickle, which can run code: convert it to safetensors"
         raise ModelError(f"{path} has no {_WEIGHTS_FILE}{is_pickle if (path / _PICKLE).is_file() else ''}")
-    states = [each.stat() for each in (path / CONFIG_FILE, file)]
-    stored = read_safetensors(file)
+    data, fingerprint = _read_whole(path / CONFIG_FILE, file)
+    stored = read_safetensors(file, data)
     if not stored:
         raise ModelError(f"{file} holds no tensors")
     pairs, problems = _paired(stored, lora, config, names)
@@ -121,8 +127,23 @@ def open_adapter(path: Path, config: DecoderConfig, names: TensorNames) -> Adapt
             f"({config.architecture}, {config.num_layers} layers):\n  "
             + "\n  ".join(listed(label, found) for label, found in problems.items())
         )
-    fingerprint = " ".join(f"{state.st_size} {state.st_mtime_ns}" for state in states)
-    return AdapterFiles(path, lora.base_model_name_or_path or "", fingerprint, tuple(pairs))
+    checksum = zlib.crc32(data, zlib.crc32((path / CONFIG_FILE).read_bytes())) + 1
+    return AdapterFiles(path, lora.base_model_name_or_path or "", fingerprint, checksum, tuple(pairs))
+
+
+def _read_whole(config: Path, file: Path) -> tuple[np.ndarray, str]:
+    """Return the bytes of the weights, and a fingerprint of both files. The bytes are not mapped: a file that is written anew
+    would end the process. Raises ModelError for one that changes meanwhile."""
+
+    def states() -> str:
+        found = (each.stat() for each in (config, file))
+        return " ".join(f"{state.st_size} {state.st_mtime_ns}" for state in found)
+
+    with reading(file):
+        before, data = states(), np.fromfile(file, np.uint8)
+    if states() != before:
+        raise ModelError(f"{file} is being written; load the adapter when it is there")
+    return data, before
 
 
 def _paired(

@@ -35,9 +35,9 @@ class _Entry(msgspec.Struct):
     data_offsets: tuple[_Size, _Size]
 
 
-def read_safetensors(path: Path) -> dict[str, StoredTensor]:
-    """Describe the tensors of a file. Raises ModelError for a damaged one."""
-    data = map_file(path)
+def read_safetensors(path: Path, data: np.ndarray | None = None) -> dict[str, StoredTensor]:
+    """Describe the tensors of a file, or of its bytes, u8[size]. Raises ModelError for a damaged one."""
+    data = map_file(path) if data is None else data
     header_bytes = int(data[:8].view("<u8")[0]) if data.size >= 8 else MAX_HEADER_BYTES + 1
     if header_bytes > min(MAX_HEADER_BYTES, data.size - 8):
         raise ModelError(

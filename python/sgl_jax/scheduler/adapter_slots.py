@@ -32,12 +32,17 @@ class _Slot:
 
 
 class AdapterSlots:
-    def __init__(self, number: int = 0, prepare: Callable[[int], str | None] = lambda adapter: None):
+    def __init__(
+        self,
+        number: int = 0,
+        prepare: Callable[[int], str | None] = lambda adapter: None,
+        release: Callable[[int], None] = lambda adapter: None,
+    ):
         """`prepare` returns the source of an adapter that can be put into a slot now; otherwise it begins to read it and
-        returns None."""
+        returns None. `release` is told of an adapter that was prepared and is not needed."""
         self._slots = [_Slot(i) for i in range(number)]
         self._of: dict[int, _Slot] = {}  # by adapter
-        self._prepare = prepare
+        self._prepare, self._release = prepare, release
         self._pinned: set[int] = set()
         self._sources: dict[int, str] = {}  # where adapters that are ready to be loaded come from
         self._clock = itertools.count(1)
@@ -47,8 +52,8 @@ class AdapterSlots:
 
     @property
     def num_used(self) -> int:
-        """Slots with an adapter."""
-        return len(self._of)
+        """Slots with an adapter that is on the device."""
+        return sum(slot.is_loaded for slot in self._slots)
 
     def admits(self, request: Request) -> bool:
         """Return whether the request's adapter is in a slot, or ready to be put into one that is kept for it."""
@@ -107,6 +112,8 @@ class AdapterSlots:
         self._sources.pop(adapter, None)
         if (slot := self._of.pop(adapter, None)) is not None:
             assert slot.num_users == 0
+            if not slot.is_loaded:
+                self._release(adapter)
             slot.adapter, slot.is_loaded = 0, False
 
     def check_invariants(self, running: Iterable[Request]) -> None:
@@ -125,7 +132,8 @@ class AdapterSlots:
             return None
         slot = min(vacant, key=lambda s: (s.claimed_by == _NOBODY, s.adapter > 0, s.last_used))
         self.withdraw(request)
-        self._of.pop(slot.adapter, None)
+        if self._of.pop(slot.adapter, None) is not None and not slot.is_loaded:
+            self._release(slot.adapter)
         self._of[request.adapter] = slot
         slot.adapter, slot.is_loaded, slot.claimed_by = request.adapter, False, request.key
         return slot

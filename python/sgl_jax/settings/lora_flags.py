@@ -34,7 +34,6 @@ class LoraFlags:
         "a folder; an adapter in it is loaded when a request first names it",
         unset="none",
         metavar="PATH",
-        per_host=True,
     )
     max_loras_per_batch: int = flag(8, "adapters on the devices at a time", rule=at_least(1), aliases=("--max-loras",))
     max_loaded_loras: int | None = flag(
