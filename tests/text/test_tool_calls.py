@@ -289,9 +289,10 @@ def test_forms_of_a_json_call_are_read_bare_and_marked(name: str, call: str) -> 
         ("gemma4", "<|tool_call>call:f{a:1<tool_call|>", '{"a": 1'),
         ("gemma4", "<|tool_call>call:f{a}<tool_call|>", "{a}"),
         ("gpt_oss", '<|channel|>commentary to=functions.f<|message|>{"a": {}<|call|>', '{"a": {}'),
+        ("glm45", "<tool_call>f\n<arg_key>a<arg_value>1</arg_value></tool_call>", "{a<arg_value>1</arg_value>"),
     ],
 )
-def test_a_marker_ends_a_value_that_lacks_a_bracket(name: str, cut: str, arguments: str) -> None:
+def test_a_marker_ends_a_damaged_call(name: str, cut: str, arguments: str) -> None:
     form = answer_format(name, {"prompt_tail": ""})
     found = message(read(form, [cut * 2]), "")
     assert [(call["name"], call["arguments"]) for call in found["tool_calls"]] == [("f", arguments)] * 2

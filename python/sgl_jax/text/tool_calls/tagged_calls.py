@@ -85,16 +85,19 @@ def tagged(tags: Tags, reading: Reading, opener: str) -> Waiting[None]:
         whole = yield from source.nested(answer.arguments)
     else:
         whole = yield from _arguments(tags, reading, name)
-    answer.end_call(whole and bool((yield from source.take(tags.call_ends)) or (yield from source.peek())))
+    ended = whole and bool((yield from source.take(tags.call_ends)))
+    answer.end_call(ended or bool((yield from source.peek())))
 
 
 def _arguments(tags: Tags, reading: Reading, name: str) -> Waiting[bool]:
-    """Read arguments up to text that begins none. False: the end came inside one."""
+    """Read arguments up to text that begins none. False: one is cut or malformed."""
     source, emit = reading.source, reading.answer.arguments
     before = "{"
     while (yield from source.take((tags.key,))):
-        header, word = yield from source.read_until((tags.key_end,))
-        if not word or (tags.value and not (yield from source.take(tags.value))):
+        header, word = yield from source.read_until((tags.key_end, *source.markers))
+        if word != tags.key_end or (tags.value and not (yield from source.take(tags.value))):
+            source.back(word if word != tags.key_end else "")
+            emit(before + header)
             return False
         key, _, attributes = header.partition('"')
         types = reading.types(name, key.strip()) or tags.untyped
