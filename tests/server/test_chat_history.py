@@ -85,6 +85,42 @@ def test_ids_have_the_form_that_the_model_knows() -> None:
     assert '"call_id": "000000001"' in mistral
 
 
+def turn(ids: list[str | None], results: list[str]) -> list[Message]:
+    calls = [{"id": i, "function": {"name": "f", "arguments": {}}} for i in ids]
+    tools = [Message(role="tool", content=text, tool_call_id=i) for i, text in zip(ids, results, strict=True)]
+    return [
+        Message.model_validate({"role": "assistant", "tool_calls": calls}),
+        *tools,
+        Message(role="user", content="?"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [*turn([None, None], ["r0", "r1"]), *turn([None], ["r2"])],
+        [*turn(["0", "1"], ["r0", "r1"]), *turn(["0"], ["r2"])],
+        [*turn(["0", "0"], ["r0", "r1"]), *turn(["0"], ["r2"])],
+    ],
+    ids=["without ids", "used again in a later turn", "the same in one turn"],
+)
+def test_each_result_belongs_to_its_own_call(messages: list[Message]) -> None:
+    apart = template_messages(messages, "single tool-call")
+    assert [entry["content"] for entry in apart] == ["", "r0", "", "r1", "?", "", "r2", "?"]
+    named = template_messages(messages, "<|tool_call_begin|>")
+    assert [entry.get("tool_call_id") for entry in named if entry["role"] == "tool"] == [
+        "functions.f:0",
+        "functions.f:1",
+        "functions.f:2",
+    ]
+
+
+def test_results_are_matched_by_id_before_order() -> None:
+    call, first, second, user = turn(["a", "b"], ["ra", "rb"])
+    apart = template_messages([call, second, first, user], "single tool-call")
+    assert [entry["content"] for entry in apart] == ["", "ra", "", "rb", "?"]
+
+
 def test_gpt_oss_gets_the_text_before_a_call_as_a_thought() -> None:
     text = rendered("openai-gpt-oss-120b")
     assert between(text, "<|channel|>analysis<|message|>", "<|end|>") == "Hm.\nWait."

@@ -15,9 +15,13 @@ from live_server import MODEL, LiveServer
 
 from fakes.fake_core import FakeCore, fake_info
 from messages import says
+from sgl_jax.server.answer_formats import answer_format
+from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.settings.flag_parser import FlagError
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+from sgl_jax.text.tool_calls.answer import Arguments, Call, Text
+from sgl_jax.text.tool_calls.scanner import AnswerScanner
 from sgl_jax.text.vocabulary import Vocabulary
 
 TEMPLATE = str(Path(__file__).parent / "tool_template.jinja")
@@ -130,6 +134,25 @@ def test_length_stays_the_finish_reason(client: openai.OpenAI) -> None:
     assert (found["finish"], [call["name"] for call in found["calls"]]) == ("length", ["first"])
 
 
+def test_a_stop_string_inside_a_call_stays_the_finish_reason(client: openai.OpenAI) -> None:
+    found = both(client, CALL, stop="é")
+    assert (found["finish"], found["calls"][0]["arguments"]) == ("stop", '{"a": [1, "')
+
+
+def test_an_id_that_comes_again_is_replaced(client: openai.OpenAI) -> None:
+    call = '<tool_call>{"id": "7", "name": "first", "arguments": {}}</tool_call>'
+    for found in (whole(client, call * 2), streamed(client, call * 2)[0]):
+        assert found["calls"][0]["id"] == "7"
+        assert found["calls"][1]["id"].startswith("call_")
+
+
+def test_scores_do_not_spell_a_hidden_thought(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as error:
+        ask(client, "<think>a</think>b", logprobs=True, extra_body={"include_reasoning": False})
+    assert error.value.param == "logprobs"
+    assert says(str(error.value), "logprobs: true … include_reasoning: false … leave out one")
+
+
 def test_thoughts_are_split_off_and_counted(client: openai.OpenAI) -> None:
     answer = "<think>\nA é thought.\n</think>\n\nDone."
     found = both(client, answer)
@@ -166,6 +189,17 @@ def test_a_wrong_parser_is_named() -> None:
     with pytest.raises(FlagError) as caught:
         ServerArgs(model_path="a", tool_call_parser="nobody")
     assert says(str(caught.value), "--tool-call-parser … nobody … hermes")
+
+
+@pytest.mark.parametrize(("parser", "more"), [("none", {}), ("think", {"separate_reasoning": False})])
+def test_a_thought_in_the_content_does_not_switch_bare_calls_off(parser: str, more: dict[str, Any]) -> None:
+    args = ServerArgs(model_path="a", tool_call_parser="llama3", reasoning_parser=parser)
+    body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "a"}], "tools": TOOLS} | more)
+    form = answer_format(args, "<think></think>", body, body.tools or [], "a")
+    assert form is not None
+    scanner = AnswerScanner(form)
+    parts = scanner.push('<think>b</think>\n{"name": "first", "parameters": {}}') + scanner.finish()
+    assert parts == [Text("<think>b</think>"), Call("first", None), Arguments("{}")]
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from sgl_jax.server.openai_types import ChatCompletionRequest, FunctionTool
 from sgl_jax.settings.answer_parsers import CALL_PARSERS, THOUGHT_PARSERS
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.text.tokenizer import Tokenizer
-from sgl_jax.text.tool_calls.formats import calls_in, markers, thoughts_in
+from sgl_jax.text.tool_calls.formats import HARMONY, calls_in, markers, thoughts_in
 from sgl_jax.text.tool_calls.scanner import AnswerFormat, thought_state
 
 
@@ -15,7 +15,11 @@ def answer_format(
 ) -> AnswerFormat | None:
     """Return the format of the answer to a prompt. None: it is plain text."""
     calls = _chosen(args.tool_call_parser, CALL_PARSERS, calls_in(template)) if tools else None
-    thoughts = _chosen(args.reasoning_parser, THOUGHT_PARSERS, thoughts_in(template))
+    found = thoughts_in(template)
+    thoughts = _chosen(args.reasoning_parser, THOUGHT_PARSERS, found)
+    shown = body.separate_reasoning is False or thoughts is None
+    if calls is not None and thoughts is None and found != HARMONY:  # calls are behind the thought
+        thoughts = found
     if calls is None and thoughts is None:
         return None
     return AnswerFormat(
@@ -23,7 +27,7 @@ def answer_format(
         thoughts,
         thought_state(prompt, thoughts),
         {tool.function.name: tool.function.parameters or {} for tool in tools},
-        show_thoughts=body.separate_reasoning is False,
+        show_thoughts=shown,
         one_call=body.parallel_tool_calls is False,
     )
 

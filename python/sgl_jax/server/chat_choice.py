@@ -35,6 +35,7 @@ class ChoiceReader:
         self._stream_thoughts, self._with_thoughts = stream_thoughts, with_thoughts
         self._thought = ""  # kept until it ends
         self._num_calls = 0
+        self._ids: set[str] = set()
         self._offsets: list[int] = []  # where each token begins in the text
         self._length = 0
 
@@ -65,7 +66,7 @@ class ChoiceReader:
                 case Thought(text):
                     thought += text
                 case Call(name, id):
-                    calls.append(AnsweredCall(id or self._new_id(), "function", CalledFunction(name, "")))
+                    calls.append(AnsweredCall(self._id(id), "function", CalledFunction(name, "")))
                 case Arguments(text):
                     calls[-1].function.arguments += text
         if thought:
@@ -75,7 +76,7 @@ class ChoiceReader:
         return found
 
     def finish_reason(self, finish: FinishType | None) -> ChatFinish | None:
-        called = self._scanner is not None and self._scanner.num_calls
+        called = self._scanner is not None and self._scanner.called
         return "tool_calls" if finish == "stop" and called else finish
 
     @property
@@ -106,9 +107,15 @@ class ChoiceReader:
             case Call(name, id):
                 self._num_calls += 1
                 function = {"name": name, "arguments": ""}
-                return self._call_delta({"id": id or self._new_id(), "type": "function", "function": function})
+                return self._call_delta({"id": self._id(id), "type": "function", "function": function})
             case Arguments(text):
                 return self._call_delta({"function": {"arguments": text}})
+
+    def _id(self, given: str | None) -> str:
+        """Return the model's own id for a call, or a new one where it has none or has used it."""
+        found = given if given and given not in self._ids else self._new_id()
+        self._ids.add(found)
+        return found
 
     def _call_delta(self, call: Delta) -> Delta:
         return {"tool_calls": [{"index": self._num_calls - 1, **call}]}

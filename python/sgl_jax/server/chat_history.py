@@ -1,5 +1,6 @@
 """Messages in the form that a chat template reads: templates differ in how they take tools, calls, results and thoughts."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 
@@ -114,32 +115,44 @@ def _calls(entry: Entry) -> Iterator[Entry]:
     yield from (call for call in (calls if isinstance(calls, list) else ()) if isinstance(call, dict))
 
 
+def _results(entries: Sequence[Entry], i: int) -> list[int | None]:
+    """Return where the result of each call of message i is: by its id, or else by order, before the next answer."""
+    behind = itertools.takewhile(lambda j: entries[j]["role"] != "assistant", range(i + 1, len(entries)))
+    left = [j for j in behind if entries[j]["role"] == "tool"]
+    calls = list(_calls(entries[i]))
+    found: list[int | None] = [None] * len(calls)
+    for by_id in (True, False):
+        for k, call in enumerate(calls):
+            fitting = (j for j in left if not by_id or call.get("id") == entries[j].get("tool_call_id") is not None)
+            if found[k] is None and (result := next(fitting, None)) is not None:
+                found[k] = result
+                left.remove(result)
+    return found
+
+
 def _rename(entries: Sequence[Entry], named: Callable[[str, int], str]) -> None:
-    """Give calls, and the results that name them, the ids that the model was trained on."""
-    ids: dict[Json, str] = {}
-    for entry in entries:
-        for call in _calls(entry):
+    """Give calls, and their results, the ids that the model was trained on."""
+    numbers = itertools.count()
+    for i, entry in enumerate(entries):
+        for call, result in zip(_calls(entry), _results(entries, i), strict=True):
             function = call["function"]
             assert isinstance(function, dict)
-            new = named(str(function["name"]), len(ids))
-            ids[call.get("id") or new] = new
-            call["id"] = new
-        if entry.get("tool_call_id") in ids:
-            entry["tool_call_id"] = ids[entry["tool_call_id"]]
+            call["id"] = named(str(function["name"]), next(numbers))
+            if result is not None:
+                entries[result]["tool_call_id"] = call["id"]
 
 
 def _one_call_each(entries: Sequence[Entry]) -> Iterator[Entry]:
     """Yield an assistant's message with several calls as one message for each, with its result behind it."""
-    results = {entry.get("tool_call_id"): entry for entry in entries if entry["role"] == "tool"}
-    moved: list[Json] = []
-    for entry in entries:
+    moved: set[int] = set()
+    for i, entry in enumerate(entries):
         calls = list(_calls(entry))
         if len(calls) < 2:
-            if entry.get("tool_call_id") not in moved:
+            if i not in moved:
                 yield entry
             continue
-        for i, call in enumerate(calls):
-            yield {**entry, "tool_calls": [call], "content": entry["content"] if i == 0 else ""}
-            if (result := results.get(call.get("id"))) is not None:
-                moved.append(call.get("id"))
-                yield result
+        for k, (call, result) in enumerate(zip(calls, _results(entries, i), strict=True)):
+            yield {**entry, "tool_calls": [call], "content": entry["content"] if k == 0 else ""}
+            if result is not None:
+                moved.add(result)
+                yield entries[result]

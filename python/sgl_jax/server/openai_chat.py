@@ -30,6 +30,10 @@ def router(state: ServerState) -> APIRouter:
         tools = () if body.tool_choice == "none" else body.tools or ()
         prompt = await state.render_chat(body.messages, body, tools)
         form = answer_format(state.server_args, state.chat_template(tools).source, body, tools, prompt)
+        if body.logprobs and body.include_reasoning is False and form and form.thoughts and not form.show_thoughts:
+            raise InvalidParameter(
+                "logprobs", "logprobs: true would spell the thought that include_reasoning: false hides; leave out one"
+            )
         prompt_ids = await state.encode(prompt, "messages", bool(body.add_special_tokens))
         given.shown_tokens = shown_tokens(form, state.tokenizer)
         asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt, adapter)

@@ -39,6 +39,7 @@ class Answer:
         self._one_call = one_call
         self._muted = False  # calls after the only one are left out
         self._has_arguments = False
+        self.called = False  # the last call is whole
 
     def take(self) -> list[Part]:
         """Return the parts found since the last call."""
@@ -53,6 +54,10 @@ class Answer:
     def text(self, text: str) -> None:
         self._write(Text, text)
         self.fresh = self.fresh and (not text or text.isspace())
+
+    def end_shown_thought(self) -> None:
+        """Let calls follow a thought that is part of the text as if they began the answer."""
+        self.fresh = True
 
     def begin_thought(self, position: int) -> None:
         self._held, self._strip = "\n" if self.thoughts else "", True
@@ -72,14 +77,17 @@ class Answer:
         if not self._muted:
             self._join()
             self._parts.append(Call(name, id))
+            self.called = False
 
     def arguments(self, text: str) -> None:
         self._has_arguments = self._has_arguments or bool(text)
         self._add(Arguments, text)
 
-    def end_call(self) -> None:
-        if not self._has_arguments:
+    def end_call(self, whole: bool) -> None:
+        """End the call. It is not `whole` where the answer ended first."""
+        if whole and not self._has_arguments:
             self.arguments("{}")
+        self.called = self.called or (whole and not self._muted)
 
     def finish(self) -> None:
         thinking = bool(self.thoughts) and self.thoughts[-1][1] is None
@@ -94,7 +102,7 @@ class Answer:
         self._held += text[len(kept) :]
 
     def _add(self, kind: type[Text | Thought | Arguments], text: str) -> None:
-        if self._muted or not text:
+        if not text or (self._muted and kind is Arguments):
             return
         if not self._pieces or not isinstance(self._parts[-1], kind):
             self._join()

@@ -106,6 +106,14 @@ def thoughts_in(template: str) -> str | None:
     return next((name for mark, name in _THOUGHTS_IN_TEMPLATE if mark in template), None)
 
 
+def around_calls(calls: str | None, thoughts: str | None) -> tuple[str, ...]:
+    """Return the markers that begin or end a call."""
+    if HARMONY in (calls, thoughts):
+        return harmony.MARKERS
+    found = () if calls is None else (*CALLS[calls].openers, *CALLS[calls].closers)
+    return tuple(marker for marker in found if len(marker) > 1)
+
+
 def markers(calls: str | None, thoughts: str | None) -> tuple[str, ...]:
     """Return the markers of formats, for a detokeniser that leaves out other special tokens."""
     if HARMONY in (calls, thoughts):

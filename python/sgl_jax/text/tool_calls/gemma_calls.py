@@ -13,22 +13,22 @@ def gemma(quote: str, reading: Reading, opener: str) -> Waiting[None]:
     source, answer = reading.source, reading.answer
     if not (yield from source.take(("call:",))):
         return
-    name, word = yield from source.read_until(("{", "\n"))
+    name, word = yield from source.header(("{", "\n"))
     if word == "{" and is_name(name.strip()):
         answer.call(name.strip())
         source.back(word)
-        yield from _value(quote, source, answer.arguments)
+        answer.end_call((yield from _value(quote, source, answer.arguments)))
 
 
-def _value(quote: str, source: Source, emit: Emit) -> Waiting[None]:
-    """Emit the bracketed value that comes next as JSON."""
+def _value(quote: str, source: Source, emit: Emit) -> Waiting[bool]:
+    """Emit the bracketed value that comes next as JSON. False: the end came first."""
     closers: list[str] = []
     comma = ""  # before the next entry
     at_key = False
     while True:
         char = yield from source.skip_space()
-        if not char:
-            return
+        if not char or (yield from source.next_is(source.markers)):
+            return bool(char)
         if char in "}],":
             yield from source.take((char,))
             if char == ",":
@@ -36,10 +36,14 @@ def _value(quote: str, source: Source, emit: Emit) -> Waiting[None]:
                 continue
             emit(closers.pop())
             if not closers:
-                return
+                return True
             comma = ", "
         elif at_key:
-            key, _ = yield from source.read_until((":",))
+            key, word = yield from source.read_until((":", *source.markers))
+            if word != ":":
+                source.back(word)
+                emit(comma + key.strip())
+                return bool(word)
             emit(f"{comma}{dumped(key.replace(quote, '').strip().strip('"'))}: ")
             comma, at_key = "", False
         elif char in _CLOSE:
@@ -61,6 +65,6 @@ def _scalar(quote: str, source: Source, emit: Emit) -> Waiting[None]:
     elif (yield from source.peek()) == '"':
         emit(dumped((yield from source.json_string()) or ""))
     else:
-        text, word = yield from source.read_until((",", "}", "]"))
+        text, word = yield from source.read_until((",", "}", "]", *source.markers))
         source.back(word)
         emit(as_json(text.strip(), _WORDS))

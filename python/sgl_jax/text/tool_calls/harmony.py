@@ -32,11 +32,12 @@ def harmony(reading: Reading, show_thoughts: bool) -> Waiting[None]:
         if recipient and reading.tools and (name in reading.tools or recipient[1].startswith("functions.")):
             answer.call(name)
             rest: Emit = answer.arguments
+            whole = False
             if (yield from source.skip_space()) == "{":
-                yield from source.nested(answer.arguments)
+                whole = yield from source.nested(answer.arguments)
                 rest = lambda text: None  # noqa: E731
             last = yield from source.until((*_ENDS, *_HEADS), rest)
-            answer.end_call()
+            answer.end_call(whole or bool(last))
         elif channel == ["analysis"] and not show_thoughts:
             answer.begin_thought(source.position)
             last = yield from source.until((*_ENDS, *_HEADS), answer.thought)

@@ -1,7 +1,7 @@
 """Calls as JSON objects: {"name": …, "arguments": {…}}, one, several, or in a list."""
 
 from sgl_jax.text.tool_calls.pieces import Emit, Source, Waiting
-from sgl_jax.text.tool_calls.reading import Reading, is_name
+from sgl_jax.text.tool_calls.reading import Reading, is_name, object_arguments
 
 _ARGUMENTS = ("arguments", "parameters")
 _KEYS = ("name", "function", "id", "type", *_ARGUMENTS)
@@ -27,33 +27,33 @@ def mistral(reading: Reading, opener: str) -> Waiting[None]:
     if (yield from source.skip_space()) in ("{", "["):
         yield from _objects(reading, bare=False, id_comes_last=True)
         return
-    name, word = yield from source.read_until(("[CALL_ID]", "[ARGS]", "{"))
+    name, word = yield from source.header(("[CALL_ID]", "[ARGS]", "{"))
     call_id = None
     if word == "[CALL_ID]":
-        call_id, word = yield from source.read_until(("[ARGS]",))
+        call_id, word = yield from source.header(("[ARGS]",))
     if word == "{":
         source.back(word)
     if word and is_name(name.strip()):
         answer.call(name.strip(), call_id and call_id.strip())
-        if (yield from source.skip_space()) == "{":
-            yield from source.nested(answer.arguments)
+        yield from object_arguments(reading)
 
 
 def _objects(reading: Reading, bare: bool, id_comes_last: bool) -> Waiting[None]:
     source, answer = reading.source, reading.answer
+    first = answer.num_calls
     listed = yield from source.take(("[",))
     while True:
         start, before = source.position, answer.num_calls
         if (yield from source.take(("{",))):
             yield from _object(reading, bare, id_comes_last)
         if answer.num_calls == before:
-            source.rewind(start)
+            if before > first:  # no call follows the others; else the caller tries again
+                answer.text(source.retry(start))
             break
-        answer.end_call()
         separator = yield from source.take((",", ";") if listed or bare else (",",))
         if not separator and not (yield from source.after_space(("{",))):
             break
-    if listed and answer.num_calls:
+    if listed and answer.num_calls > first:
         yield from source.take(("]",))
 
 
@@ -66,26 +66,33 @@ def _object(reading: Reading, bare: bool, id_comes_last: bool) -> Waiting[None]:
     said: dict[str, str | None] = {}
     kept: list[str] | None = None  # arguments until the call can begin
     begun = closed = False
+    whole = True  # the arguments have ended
+    depth = 1
     while True:
         char = yield from source.skip_space()
-        closed = char == "}"
         if char in ("}", ","):
             yield from source.take((char,))
-        if closed or char not in ('"', ","):
+        depth -= char == "}"
+        closed = depth == 0
+        if closed or char not in ('"', ",", "}"):
             break
-        if char == ",":
+        if char != '"':
             continue
         key = yield from source.json_string()
         if key is None or not (yield from source.take((":",))):
             break
         if key in _ARGUMENTS and kept is None:
-            if bare and (yield from source.skip_space()) != "{":
-                return
-            begun = not id_comes_last and bool(name := said.get("name"))
+            begins = yield from source.skip_space()
+            name = said.get("name")
+            begun = bool(name) and not id_comes_last and (begins == "{" or not bare)
             if begun and name:
                 answer.call(name, said.get("id"))
             kept = []
-            yield from _value(source, answer.arguments if begun else kept.append, (yield from source.skip_space()))
+            whole = yield from _value(source, answer.arguments if begun else kept.append, begins)
+            if bare and "".join(kept)[:1] not in ("", "{"):
+                return
+        elif key == "function" and (yield from source.take(("{",))):
+            depth += 1
         elif (yield from source.skip_space()) == '"':
             said["name" if key == "function" else key] = yield from source.json_string()
         else:
@@ -95,17 +102,23 @@ def _object(reading: Reading, bare: bool, id_comes_last: bool) -> Waiting[None]:
     if not begun and (name := said.get("name")) and (kept is not None or (closed and not bare)):
         answer.call(name, said.get("id"))
         answer.arguments("".join(kept or []))
+        begun = True
+    if begun:
+        answer.end_call(whole or bool((yield from source.peek())))
 
 
-def _value(source: Source, emit: Emit, first: str) -> Waiting[None]:
-    """Emit a value that begins with the character `first`. A string may have the value in it, and null is none."""
+def _value(source: Source, emit: Emit, first: str) -> Waiting[bool]:
+    """Emit a value that begins with the character `first`. A string may have the value in it, and null is none. False: the
+    end came first."""
     if first and first in "{[":
-        yield from source.nested(emit)
-    elif first == '"':
-        emit((yield from source.json_string()) or "")
-    else:
-        parts: list[str] = []
-        word = yield from source.until((",", "}", "\n"), parts.append)
-        source.back(word)
-        text = "".join(parts).strip()
-        emit("" if text == "null" else text)
+        return (yield from source.nested(emit))
+    if first == '"':
+        text = yield from source.json_string()
+        emit(text or "")
+        return text is not None
+    parts: list[str] = []
+    word = yield from source.until((",", "}", "\n"), parts.append)
+    source.back(word)
+    text = "".join(parts).strip()
+    emit("" if text == "null" else text)
+    return bool(word)

@@ -23,18 +23,24 @@ class Brackets(NamedTuple):
 JSON = Brackets(re.compile(r'["{}\[\]]'), {'"': re.compile(r'["\\]')})
 PYTHON = Brackets(re.compile(r"""["'{}\[\]()]"""), {'"': re.compile(r'["\\]'), "'": re.compile(r"['\\]")})
 
+_HEADER = 256  # characters; the name of a function has 64 at most
+_LONG = 1024  # characters
 _CONTROL = {code: json.dumps(chr(code))[1:-1] for code in range(32)}
 
 
 class Source:
-    """The text from `at` on is unread. Methods that return Waiting are called with `yield from`."""
+    """The text from `at` on is unread. Methods that return Waiting are called with `yield from`.
 
-    def __init__(self) -> None:
+    `markers`: those around calls. Outside a string they end a value that lacks a bracket.
+    """
+
+    def __init__(self, markers: tuple[str, ...] = ()) -> None:
+        self.markers = markers
         self.ended = False
         self._text = ""
         self._at = 0
         self._dropped = 0  # characters before _text
-        self._kept: int | None = None  # position that `rewind` may go back to
+        self._kept: int | None = None  # position that `retry` may go back to
 
     def feed(self, piece: str) -> None:
         cut = self._at if self._kept is None else self._kept - self._dropped
@@ -48,12 +54,18 @@ class Source:
         return self._dropped + self._at
 
     def keep(self) -> int:
-        """Keep the text from here on, and return the position for `rewind`."""
+        """Keep the text from here on, and return the position for `retry`."""
         self._kept = self.position
         return self._kept
 
-    def rewind(self, position: int) -> None:
-        self._at = position - self._dropped
+    def retry(self, position: int) -> str:
+        """Go back to a position, or return the text behind it where it is long. To search that again from each of many
+        positions would take quadratic time."""
+        start = position - self._dropped
+        if self._at - start > _LONG:
+            return self._text[start : self._at]
+        self._at = start
+        return ""
 
     def release(self) -> None:
         self._kept = None
@@ -118,15 +130,19 @@ class Source:
         size = yield from self._space()
         return self._at + size >= len(self._text)
 
-    def until(self, words: tuple[str, ...], emit: Emit) -> Waiting[str]:
-        """Emit the text up to the first of the words, and read the word. Empty: the end came first."""
+    def until(self, words: tuple[str, ...], emit: Emit, limit: int | None = None) -> Waiting[str]:
+        """Emit the text up to the first of the words, and read the word. Empty: the end came first, or `limit`
+        characters."""
         pattern, longest, firsts = _search(words)
+        last = None if limit is None else self.position + limit
         while True:
             text, at = self._text, self._at
-            found = pattern.search(text, at) if words else None
-            stop = found.start() if found else len(text)
-            if not self.ended:  # a word may have begun, before the one found or as a longer one
-                tail = range(max(at, len(text) - longest + 1), min(stop + 1, len(text)))
+            size = len(text) if last is None else min(len(text), last - self._dropped)
+            found = pattern.search(text, at, size) if words else None
+            stop = found.start() if found else size
+            ended = self.ended or self._dropped + size == last
+            if not ended:  # a word may have begun, before the one found or as a longer one
+                tail = range(max(at, size - longest + 1), min(stop + 1, size))
                 begun = (i for i in tail if text[i] in firsts and any(_begins(word, text, i) for word in words))
                 if (held := next(begun, None)) is not None:
                     stop, found = held, None
@@ -135,7 +151,7 @@ class Source:
             if found:
                 self._at = found.end()
                 return found[0]
-            if not (yield from self.more()):
+            if ended or not (yield from self.more()):
                 return ""
 
     def read_until(self, words: tuple[str, ...]) -> Waiting[tuple[str, str]]:
@@ -144,13 +160,26 @@ class Source:
         word = yield from self.until(words, parts.append)
         return "".join(parts), word
 
+    def header(self, words: tuple[str, ...]) -> Waiting[tuple[str, str]]:
+        """Return the short text up to the first of the words, and the word, which is read; empty: it is no header."""
+        parts: list[str] = []
+        word = yield from self.until(words, parts.append, _HEADER)
+        return "".join(parts), word
+
     def nested(self, emit: Emit, language: Brackets = JSON) -> Waiting[bool]:
         """Emit the bracketed value that comes next. Brackets in strings are text, and control characters in strings are
         escaped. False: the end came first."""
         depth, quote = 0, ""
+        outside, firsts = _outside(language.outside, self.markers)
         while True:
-            pattern = language.inside[quote] if quote else language.outside
+            pattern = language.inside[quote] if quote else outside
             match = pattern.search(self._text, self._at)
+            if match and not quote and match[0] in firsts:
+                emit(self._text[self._at : match.start()])
+                self._at = match.start()
+                if (yield from self.next_is(self.markers)):
+                    return True
+                match = pattern.match(self._text, self._at)  # the wait has moved it
             stop = len(self._text) if match is None else match.end()
             escape = match is not None and match[0] == "\\"
             if escape and stop == len(self._text) and not self.ended:
@@ -167,7 +196,7 @@ class Source:
                 quote = "" if quote else match[0]
             elif match[0] in "{[(":
                 depth += 1
-            elif not escape:
+            elif match[0] in "}])":
                 depth -= 1
                 if depth <= 0:
                     return True
@@ -197,6 +226,13 @@ def _search(words: tuple[str, ...]) -> tuple[re.Pattern[str], int, frozenset[str
     by_length = sorted(words, key=len, reverse=True)
     longest = len(by_length[0]) if words else 0
     return re.compile("|".join(map(re.escape, by_length))), longest, frozenset(word[0] for word in words)
+
+
+@functools.cache
+def _outside(brackets: re.Pattern[str], markers: tuple[str, ...]) -> tuple[re.Pattern[str], frozenset[str]]:
+    """Return a pattern for brackets and markers, and the first characters of the markers."""
+    firsts = frozenset(marker[0] for marker in markers)
+    return re.compile("|".join((brackets.pattern, *map(re.escape, firsts)))), firsts
 
 
 def _begins(word: str, text: str, at: int) -> bool:

@@ -21,7 +21,7 @@ def python_list(reading: Reading, opener: str) -> Waiting[None]:
     calls: list[tuple[str, str]] = []
     while not (yield from source.take(("]",))):
         yield from source.skip_space()
-        name, word = yield from source.read_until(("(", "]", "\n"))
+        name, word = yield from source.header(("(", "]", "\n"))
         if word != "(" or not is_name(name.strip()):
             return
         source.back(word)
@@ -35,6 +35,7 @@ def python_list(reading: Reading, opener: str) -> Waiting[None]:
     for name, arguments in calls:
         answer.call(name)
         answer.arguments(arguments)
+        answer.end_call(whole=True)
 
 
 def _as_json(arguments: str) -> str | None:

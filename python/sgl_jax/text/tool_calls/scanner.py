@@ -1,15 +1,16 @@
 """Reads one answer, whole or in pieces: how it was cut makes no difference to what is found."""
 
 import bisect
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from sgl_jax.text.tool_calls.answer import Answer, Part
-from sgl_jax.text.tool_calls.formats import CALLS, HARMONY, THOUGHTS, CallFormat, ThoughtFormat
+from sgl_jax.text.tool_calls.formats import CALLS, HARMONY, THOUGHTS, CallFormat, ThoughtFormat, around_calls
 from sgl_jax.text.tool_calls.harmony import harmony
 from sgl_jax.text.tool_calls.pieces import Source, Waiting
 from sgl_jax.text.tool_calls.reading import Reading
-from sgl_jax.text.tool_calls.schemas import Schema
+from sgl_jax.text.tool_calls.schemas import Schema, types_of
 
 type ThoughtState = Literal["open", "closed", "unopened"]
 
@@ -28,14 +29,15 @@ class AnswerFormat(NamedTuple):
 class AnswerScanner:
     def __init__(self, form: AnswerFormat):
         self._form = form
-        self._source = Source()
+        self._source = Source(around_calls(form.calls, form.thoughts))
         self._answer = Answer(form.one_call)
         self._reader = self._read()
         next(self._reader)
 
     @property
-    def num_calls(self) -> int:
-        return self._answer.num_calls
+    def called(self) -> bool:
+        """Whether the answer has calls, and the last of them is whole."""
+        return self._answer.called
 
     def push(self, text: str) -> list[Part]:
         """Return what the text adds to the answer."""
@@ -63,7 +65,8 @@ class AnswerScanner:
     def _read(self) -> Waiting[None]:
         yield
         form, source, answer = self._form, self._source, self._answer
-        reading = Reading(source, answer, form.tools)
+        types = functools.cache(lambda tool, name: types_of(form.tools.get(tool, {}), name))
+        reading = Reading(source, answer, form.tools, types)
         if HARMONY in (form.calls, form.thoughts):
             yield from harmony(reading, form.show_thoughts or form.thoughts is None)
             return
@@ -84,6 +87,7 @@ def _thought(reading: Reading, markers: ThoughtFormat, form: AnswerFormat) -> Wa
     if form.show_thoughts:
         answer.text(opened)
         answer.text((yield from source.until((markers.closer,), answer.text)))
+        answer.end_shown_thought()
         return
     answer.begin_thought(source.position)
     closer = yield from source.until((markers.closer,), answer.thought)
@@ -98,13 +102,8 @@ def _calls(reading: Reading, form: CallFormat) -> Waiting[None]:
         before, behind = answer.num_calls, source.keep()
         yield from form.read(reading, opener)
         if answer.num_calls == before:
-            endless = source.ended and not (yield from source.peek())
-            source.rewind(behind)
-            answer.text(opener)
-            if endless:  # others would search the rest of the text again, each
-                yield from source.until((), answer.text)
+            answer.text(opener + source.retry(behind))
         else:
-            answer.end_call()
             while form.closers and (yield from source.take(form.closers)):
                 pass
         source.release()

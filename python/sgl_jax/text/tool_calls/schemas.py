@@ -2,13 +2,11 @@
 
 import ast
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from sgl_jax.request import Json
 
 type Schema = Mapping[str, Json]
-
-_DEPTH = 8  # references and alternatives inside one another
 
 _TYPE_OF: Mapping[type, str] = {
     str: "string",
@@ -26,22 +24,26 @@ def types_of(parameters: Schema, name: str) -> frozenset[str]:
     """Return the JSON types that the schema of a tool's parameters allows for one of them; empty: it does not say."""
     properties = parameters.get("properties")
     schema = properties.get(name) if isinstance(properties, dict) else None
-    return frozenset(_types(schema, parameters, _DEPTH))
+    return frozenset(_types(schema, parameters))
 
 
-def _types(schema: Json, root: Schema, depth: int) -> set[str]:
-    if not isinstance(schema, dict) or depth == 0:
-        return set()
-    if isinstance(reference := schema.get("$ref"), str):
-        return _types(_at(root, reference), root, depth - 1)
-    if isinstance(said := schema.get("type"), str | list):
-        return {each for each in ([said] if isinstance(said, str) else said) if isinstance(each, str)}
-    values = schema["enum"] if isinstance(schema.get("enum"), list) else [schema["const"]] if "const" in schema else []
-    found = {_TYPE_OF[type(value)] for value in values} if isinstance(values, list) else set()
-    for key in ("anyOf", "oneOf", "allOf"):
-        if isinstance(parts := schema.get(key), list):
-            found |= {each for part in parts for each in _types(part, root, depth - 1)}
-    return found
+def _types(schema: Json, root: Schema) -> Iterator[str]:
+    left, references = [schema], set[str]()
+    while left:
+        schema = left.pop()
+        if not isinstance(schema, dict):
+            continue
+        if isinstance(reference := schema.get("$ref"), str):
+            left += [] if reference in references else [_at(root, reference)]
+            references.add(reference)
+            continue
+        if isinstance(said := schema.get("type"), str | list):
+            yield from (each for each in ([said] if isinstance(said, str) else said) if isinstance(each, str))
+            continue
+        values = schema.get("enum", [schema["const"]] if "const" in schema else [])
+        yield from (_TYPE_OF[type(value)] for value in (values if isinstance(values, list) else ()))
+        for key in ("anyOf", "oneOf", "allOf"):
+            left += parts if isinstance(parts := schema.get(key), list) else []
 
 
 def _at(root: Schema, reference: str) -> Json:

@@ -4,7 +4,7 @@ import re
 from typing import NamedTuple
 
 from sgl_jax.text.tool_calls.pieces import Waiting
-from sgl_jax.text.tool_calls.reading import Reading, is_name
+from sgl_jax.text.tool_calls.reading import Reading, is_name, object_arguments
 
 
 class Section(NamedTuple):
@@ -24,15 +24,14 @@ def deepseek(reading: Reading, opener: str) -> Waiting[None]:
     source, answer = reading.source, reading.answer
     if not (yield from _header(DEEPSEEK, reading, opener)):
         return
-    name, word = yield from source.read_until((DEEPSEEK.separator, DEEPSEEK.call_end))
+    name, word = yield from source.header((DEEPSEEK.separator, DEEPSEEK.call_end))
     if name.strip() == "function" and word == DEEPSEEK.separator:
-        name, word = yield from source.read_until(("\n", "{", DEEPSEEK.call_end))
+        name, word = yield from source.header(("\n", "{", DEEPSEEK.call_end))
         source.back(word if word != "\n" else "")
         yield from source.take(("```json", "```"))
     if word and is_name(name.strip()):
         answer.call(name.strip())
-        if (yield from source.skip_space()) == "{":
-            yield from source.nested(answer.arguments)
+        yield from object_arguments(reading)
         yield from source.take(("```",))
 
 
@@ -41,12 +40,11 @@ def kimi(reading: Reading, opener: str) -> Waiting[None]:
     source, answer = reading.source, reading.answer
     if not (yield from _header(KIMI, reading, opener)):
         return
-    call_id, word = yield from source.read_until((KIMI.separator, KIMI.call_end))
+    call_id, word = yield from source.header((KIMI.separator, KIMI.call_end))
     call_id = call_id.strip()
     if word == KIMI.separator and (name := _kimi_name(call_id, reading)):
         answer.call(name, call_id)
-        if (yield from source.skip_space()) == "{":
-            yield from source.nested(answer.arguments)
+        yield from object_arguments(reading)
 
 
 def _header(section: Section, reading: Reading, opener: str) -> Waiting[bool]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from sgl_jax.text.tool_calls import json_calls
 from sgl_jax.text.tool_calls.pieces import Emit, Source, Waiting
 from sgl_jax.text.tool_calls.reading import Reading, is_name
-from sgl_jax.text.tool_calls.schemas import as_json, dumped, types_of
+from sgl_jax.text.tool_calls.schemas import as_json, dumped
 
 _ANY_JSON = frozenset({"array", "boolean", "integer", "null", "number", "object"})
 _TEXT = frozenset({"string"})
@@ -73,7 +73,7 @@ def tagged(tags: Tags, reading: Reading, opener: str) -> Waiting[None]:
         return
     if tags.name and opener not in tags.name and not (yield from source.take(tags.name)):
         return
-    header, word = yield from source.read_until(tags.name_ends)
+    header, word = yield from source.header(tags.name_ends)
     name = header.partition('"')[0].strip()
     if not is_name(name) or not (word or name in reading.tools):
         return
@@ -85,21 +85,22 @@ def tagged(tags: Tags, reading: Reading, opener: str) -> Waiting[None]:
         whole = yield from source.nested(answer.arguments)
     else:
         whole = yield from _arguments(tags, reading, name)
-    if whole:
-        yield from source.take(tags.call_ends)
+    ended = whole and bool((yield from source.take(tags.call_ends)))
+    answer.end_call(ended or bool((yield from source.peek())))
 
 
 def _arguments(tags: Tags, reading: Reading, name: str) -> Waiting[bool]:
-    """Read arguments up to text that begins none. False: the end came inside one."""
+    """Read arguments up to text that begins none. False: one is cut or malformed."""
     source, emit = reading.source, reading.answer.arguments
-    schema = reading.tools.get(name, {})
     before = "{"
     while (yield from source.take((tags.key,))):
-        header, word = yield from source.read_until((tags.key_end,))
-        if not word or (tags.value and not (yield from source.take(tags.value))):
+        header, word = yield from source.read_until((tags.key_end, *source.markers))
+        if word != tags.key_end or (tags.value and not (yield from source.take(tags.value))):
+            source.back(word if word != tags.key_end else "")
+            emit(before + header)
             return False
         key, _, attributes = header.partition('"')
-        types = types_of(schema, key.strip()) or tags.untyped
+        types = reading.types(name, key.strip()) or tags.untyped
         if 'string="' in attributes:
             types = _TEXT if 'string="true"' in attributes else _ANY_JSON
         emit(f"{before}{dumped(key.strip())}: ")
