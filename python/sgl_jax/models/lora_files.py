@@ -35,7 +35,7 @@ _WEIGHTS_FILE, _PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 # Prefixes of the text model's modules besides the family's own: without a head, and inside a larger model. They are not
 # read off the file, as those of a vision part can end like the text model's.
 _PREFIXES = ("", "model.language_model.", "language_model.model.", "language_model.", "model.text_model.")
-_LARGEST = 1e4  # of a value: products stay far from overflow, which would spoil KV that other requests share
+_LARGEST = 1e4  # a limit for values: products stay far from overflow, which would spoil KV that other requests share
 _NOT_APPLIED = "tensors that are not applied, as only A and B of attention and of dense MLPs are"
 
 
@@ -72,7 +72,7 @@ class AdapterFiles:
     path: Path
     base_model: str  # name or path of the model that it was trained with; may be empty
     fingerprint: str  # another one after a change of the files
-    checksum: int  # of their bytes, from 1 on
+    checksum: int  # made of their bytes, from 1 on
     pairs: tuple[_Pair, ...]
 
     @property

@@ -30,7 +30,7 @@ class AdapterCopies:
         """`limit`: adapters in memory, besides those that are being read or are about to be put into a slot. `agree` returns
         the least of the values that all hosts give."""
         self._store, self._limit, self._announce, self._agree = store, limit, announce, agree
-        # What all hosts have read, without its vectors, by source; the least recently used first.
+        # Adapters that all hosts have read, without their vectors, by source; the least recently used first.
         self._settled: OrderedDict[str, AdapterCopy] = OrderedDict()
         self._promised: set[str] = set()  # sources of adapters that are about to be put into a slot
 

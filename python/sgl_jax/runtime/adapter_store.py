@@ -22,7 +22,7 @@ class AdapterCopy(NamedTuple):
 
     rank: int = 0
     num_matrices: int = 0
-    checksum: int = 0  # of its files; 0 where there is an error
+    checksum: int = 0  # made of its files; 0 where there is an error
     vectors: tuple[np.ndarray, ...] = ()  # one for each device of this host
     error: str = ""  # why it cannot be used; empty: it can
 
