@@ -370,7 +370,7 @@ def test_the_library_for_cpus_refuses_pools_that_it_cannot_read():
     b = random_batch(np.random.default_rng(12), [(3, 1)], **sizes, num_tokens=8, num_rows=1)
     b["kv"] = np.asarray(jnp.asarray(b["kv"], jnp.bfloat16))
     with pytest.raises(ValueError, match=r"--attention-backend cpu.* bfloat16 .*float32.*use native"):
-        cpu.paged_attention(*batches.arguments(b, AttentionSpec(0.25)), library=library.Library("", "", "", ""))
+        cpu.paged_attention(*batches.arguments(b, AttentionSpec(0.25)), library=library.Library(*[""] * 5))
 
 
 def test_a_large_pool_of_the_library_takes_memory_when_it_is_written():
