@@ -57,12 +57,7 @@ def step(
         used = inputs.num_new.reshape(layout.num_ranks, -1).sum(-1, keepdims=True)
         valid = (jnp.arange(bucket.num_tokens) < used).reshape(-1)
 
-    target, slots = weights, None
-    if adapters is not None and spec.adapters is not None:
-        target = dataclasses.replace(weights, layers=with_adapters(weights.layers, adapters, spec.adapters.number))
-        of_row = ranks.own(inputs.params[:, Param.ADAPTER]) - 1
-        own = of_row[batch.token_row]
-        slots = SlotsInUse(own, ranks.gather(own))
+    target, slots = _adapted(weights, adapters, spec, inputs, batch)
     context = spec.context(spec.config, batch, valid, bucket.width, slots=slots)
     taps = spec.config.draft.target_layers if spec.config.draft else ()
     kv, *others = pools
@@ -83,10 +78,8 @@ def step(
         counts = jnp.stack([num_accepted, (rows.drafts != NO_DRAFT).sum(1)], axis=1)
         length = rows.start + jnp.where(inputs.from_device, num_accepted, inputs.num_new)
         counted = sampler.has_flag(inputs.params, RowFlag.PENALTIES)
-        before, state = (
-            state,
-            store_samples(state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone),
-        )
+        before = state
+        state = store_samples(state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone)
     pools = [kv, *others]
     if spec.drafter is not None:
         verified = Verified(
@@ -97,6 +90,23 @@ def step(
     with jax.named_scope("prompt_logprobs"):
         prompt_logprobs = _prompt_logprobs(weights, spec, inputs, batch, rows.packed, hidden)
     return pools, state, StepOutputs(tokens, counts, logprobs, prompt_logprobs)
+
+
+def _adapted(
+    weights: Weights[jax.Array],
+    adapters: Adapters[jax.Array] | None,
+    spec: StepSpec,
+    inputs: StepInputs,
+    batch: RaggedBatch,
+) -> tuple[Weights[jax.Array], SlotsInUse | None]:
+    """Return the weights with the adapters' slots beside them, and the slot of each token; as they are, and None, in a launch
+    that takes no adapters."""
+    if adapters is None or spec.adapters is None:
+        return weights, None
+    ranks = spec.grid.data_axis
+    own = (ranks.own(inputs.params[:, Param.ADAPTER]) - 1)[batch.token_row]
+    layers = with_adapters(weights.layers, adapters, spec.adapters.number)
+    return dataclasses.replace(weights, layers=layers), SlotsInUse(own, ranks.gather(own))
 
 
 def _prompt_logprobs(
