@@ -139,6 +139,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     structural_tag: Annotated[
         str | None, About("parts of the text are JSON between tags: an object with structures and triggers")
     ] = None
+    answer_form: Annotated[str | None, About("what an answer consists of", native="", openai="")] = None
     skip_special_tokens: Annotated[bool, About("leave special tokens out of the text")] = True
     include_stop_str_in_output: Annotated[
         bool, About("keep the stop string in the text", native="no_stop_trim", openai="no_stop_trim")
@@ -161,7 +162,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     @property
     def grammar(self) -> Grammar | None:
         """The language that the text must belong to; None: any text will do."""
-        for kind in GRAMMAR_KINDS:
+        for kind in (*GRAMMAR_KINDS, "answer_form"):
             if (text := getattr(self, kind)) is not None:
                 return Grammar(kind, text)
         return None
@@ -185,7 +186,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             raise InvalidParameter("min_tokens", text, value=self.min_tokens, limit=self.max_tokens)
 
     def _check_grammar(self) -> None:
-        given = [kind for kind in GRAMMAR_KINDS if getattr(self, kind) is not None]
+        given = [kind for kind in (*GRAMMAR_KINDS, "answer_form") if getattr(self, kind) is not None]
         if len(given) > 1:
             text = f"{{{given[0]}}} and {{{given[1]}}} both say what the text must be; give {{count}}"
             raise InvalidParameter(given[1], text, count="one")
@@ -209,6 +210,7 @@ def _problem_of_grammar(text: object) -> str | None:
     return None
 
 
+# Fields for grammars that a user may give. `answer_form` is made for a chat (text.tool_calls.answer_form).
 GRAMMAR_KINDS = ("json_schema", "regex", "ebnf", "structural_tag")
 
 
