@@ -12,7 +12,7 @@ import pytest
 from llguidance import LLTokenizer
 
 from sgl_jax.constrained.grammar import GrammarError, LibraryGrammar, compile_grammar
-from sgl_jax.constrained.token_tree import token_tree
+from sgl_jax.constrained.token_tree import TokenTree, token_tree
 from sgl_jax.request import Grammar
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 
@@ -30,15 +30,20 @@ def tokenizer(stories260k: Path) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def tree(tokenizer: Tokenizer) -> LLTokenizer:
+def vocabulary(tokenizer: Tokenizer) -> TokenTree:
     return token_tree(tokenizer, 512, [EOS])
 
 
 @pytest.fixture(scope="module")
-def compiled(tree: LLTokenizer):
+def tree(vocabulary: TokenTree) -> LLTokenizer:
+    return vocabulary.tree
+
+
+@pytest.fixture(scope="module")
+def compiled(vocabulary: TokenTree):
     def compile_it(kind: str, source: object) -> LibraryGrammar:
         text = source if isinstance(source, str) and kind != "json_schema" else json.dumps(source)
-        return compile_grammar(tree, Grammar(kind, text))
+        return compile_grammar(vocabulary, Grammar(kind, text))
 
     return compile_it
 
@@ -92,7 +97,19 @@ def test_a_schema_that_cannot_be_enforced_is_refused(compiled, name: str) -> Non
         ("json_schema", [1], r"object.*\[1"),
         ("regex", "(?=a)b", "look-ahead"),
         ("ebnf", "start: nothing", "nothing"),
-        ("structural_tag", {"format": {}}, "structures"),
+        ("json_schema", {"items": [{"type": "integer", "nullable": True}]}, "nullable"),
+        ("json_schema", {"$ref": "#/a/b", "a": {"b": {"type": "string", "nullable": True}}}, "nullable"),
+        ("json_schema", {"type": "integer", "multipleOf": 3_000_001}, "multipleOf .*3000001"),
+        ("json_schema", {"items": {"allOf": [{"multipleOf": 0.997}, {"multipleOf": 991}]}}, "multipleOf"),
+        ("json_schema", {"type": "integer", "divisibleBy": 2}, "multipleOf"),
+        ("structural_tag", {"format": {}}, "const_string"),
+        (
+            "structural_tag",
+            {"format": {"type": "tag", "begin": "<a>", "content": {"type": "x"}, "end": ""}},
+            "json_schema",
+        ),
+        ("structural_tag", {"format": {"type": "regex"}}, "pattern"),
+        ("structural_tag", {"structures": [], "triggers": []}, "structures"),
         ("structural_tag", {"structures": [{"begin": "<a>", "schema": {}, "end": ""}], "triggers": ["<b"]}, "<a>"),
     ],
 )
@@ -126,6 +143,79 @@ def test_tags_are_filled_and_the_text_between_is_free(compiled, tree: LLTokenize
         assert allows(grammar, tree, text)
     for text in ("<f=z>", '<f=x>{"a": "1"}</f>', '<f=x>{"a": 1}'):
         assert not allows(grammar, tree, text)
+
+
+TAG = {
+    "type": "tag",
+    "begin": "<a>",
+    "content": {"type": "json_schema", "json_schema": {"type": "integer"}},
+    "end": "</a>",
+}
+
+
+@pytest.mark.parametrize(
+    ("form", "allowed", "refused"),
+    [
+        ({"type": "const_string", "value": "ab"}, ["ab"], ["a", "abc"]),
+        ({"type": "any_text"}, ["", "x\ny"], []),
+        (TAG, ["<a>12</a>"], ["<a>x</a>", "12"]),
+        ({**TAG, "content": {"type": "any_text"}}, ["<a>b < c</a>"], ["<a>b", "<a>b</a> c"]),
+        ({**TAG, "content": {"type": "regex", "pattern": "x+"}}, ["<a>xx</a>"], ["<a></a>"]),
+        ({"type": "sequence", "elements": [TAG, {"type": "grammar", "grammar": 'start: "!"'}]}, ["<a>1</a>!"], ["!"]),
+        ({"type": "or", "elements": [TAG, {"type": "const_string", "value": "-"}]}, ["<a>1</a>", "-"], ["", "--"]),
+        (
+            {"type": "triggered_tags", "triggers": ["<a"], "tags": [TAG]},
+            ["", "so <a>1</a> and <a>2</a>.", "<b>"],
+            ["<ab", "<a>x</a>"],
+        ),
+        (
+            {
+                "type": "triggered_tags",
+                "triggers": ["<a"],
+                "tags": [TAG],
+                "at_least_one": True,
+                "stop_after_first": True,
+            },
+            ["<a>1</a>", "so <a>1</a>"],
+            ["", "so", "<a>1</a>."],
+        ),
+        (
+            {"type": "tags_with_separator", "tags": [TAG], "separator": ", "},
+            ["", "<a>1</a>, <a>2</a>"],
+            ["<a>1</a><a>2</a>", "<a>1</a>, "],
+        ),
+    ],
+)
+def test_the_newer_form_of_tags(compiled, tree: LLTokenizer, form: dict, allowed: list, refused: list) -> None:
+    grammar = compiled("structural_tag", {"type": "structural_tag", "format": form})
+    assert [text for text in allowed if not allows(grammar, tree, text)] == []
+    assert [text for text in refused if allows(grammar, tree, text)] == []
+
+
+def test_texts_that_spell_a_token_with_a_name_are_possible(stories260k: Path) -> None:
+    tokenizer = load_tokenizer(str(stories260k))
+    tokenizer.backend.add_tokens(["<tool_call>", "<think>"])
+    tokenizer.added_tokens |= {512: "<tool_call>", 513: "<think>"}
+    vocabulary = token_tree(tokenizer, 514, [EOS])
+    spelled = [token for part in ("<", "think", ">x") for token in vocabulary.tree.tokenize_str(part)]
+    for kind, text in (
+        ("regex", "<think>x"),
+        ("ebnf", 'start: "<think>x"'),
+        ("json_schema", '{"const": "<think>x"}'),
+    ):
+        matcher = compile_grammar(vocabulary, Grammar(kind, text)).matcher()
+        quote = vocabulary.tree.tokenize_str('"') if kind == "json_schema" else []
+        for token in [*quote, *spelled, *quote]:
+            assert matcher.mask()[token // 32] >> (token % 32) & 1
+            matcher.advance([token])
+    tag = {
+        "structures": [{"begin": "<tool_call>", "schema": {"type": "integer"}, "end": "<think>"}],
+        "triggers": ["<tool"],
+    }
+    tag["triggers"] = ["<tool_call>"]
+    matcher = compile_grammar(vocabulary, Grammar("structural_tag", json.dumps(tag))).matcher()
+    matcher.advance([512, *vocabulary.tree.tokenize_str("7"), 513])
+    assert matcher.mask()[EOS // 32] >> (EOS % 32) & 1
 
 
 def test_a_token_that_is_not_allowed_is_an_error_from_then_on(compiled, tree: LLTokenizer) -> None:

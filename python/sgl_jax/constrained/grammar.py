@@ -6,28 +6,28 @@ call here looks for an error and raises it.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sgl_jax.constrained.schema import enforced
-from sgl_jax.constrained.structural_tag import structural_tag_grammar
+from sgl_jax.constrained.answer_grammar import answer_grammar
+from sgl_jax.constrained.grammar_kinds import given
+from sgl_jax.constrained.lark import OPTIONS, GrammarError, Lark
+from sgl_jax.constrained.token_tree import TokenTree
 from sgl_jax.request import Grammar
+from sgl_jax.text.tool_calls.answer_form import AnswerForm
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLTokenizer
+    from llguidance import LLMatcher
 
+_OF_SCHEMA = "failed to compile JSON schema: "
 _STOPPED = {
     "NoExtension": "no text belongs to it",
     "ParserTooComplex": "it is too complex",
     "LexerTooComplex": "it is too complex",
 }
-
-
-class GrammarError(ValueError):
-    """A grammar cannot be compiled, or a text does not belong to it."""
 
 
 class LibraryMatcher:
@@ -58,35 +58,22 @@ class LibraryGrammar:
         return LibraryMatcher(self._matcher.deep_copy())
 
 
-def compile_grammar(vocabulary: LLTokenizer, grammar: Grammar) -> LibraryGrammar:
+def compile_grammar(vocabulary: TokenTree, grammar: Grammar) -> LibraryGrammar:
     """Compile a grammar and its first mask. The library bounds the effort. Raises GrammarError with the reason, such as a
     keyword that it does not enforce."""
     from llguidance import LLMatcher, LLParserLimits
 
+    lark = Lark(vocabulary)
     try:
-        source = _source(grammar)
+        is_form = grammar.kind == "answer_form"
+        source = lark.source(answer_grammar(lark, AnswerForm.read(grammar.text)) if is_form else given(lark, grammar))
     except (ValueError, RecursionError) as error:
         raise GrammarError(_readable(str(error))) from error
-    matcher = LLMatcher(vocabulary, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    matcher = LLMatcher(vocabulary.tree, source, log_level=0, limits=LLParserLimits(verbose_errors=False))
     _check(matcher)
     matcher.compute_bitmask()  # which an endless $ref fails, and which is slow for a large grammar
     _check(matcher)
     return LibraryGrammar(matcher)
-
-
-def _source(grammar: Grammar) -> str:
-    """Return the grammar in the library's own form. Raises ValueError."""
-    from llguidance import LLMatcher, grammar_from
-
-    match grammar.kind:
-        case "json_schema":
-            return LLMatcher.grammar_from_json_schema(json.dumps(enforced(json.loads(grammar.text))))
-        case "structural_tag":
-            return structural_tag_grammar(grammar.text)
-        case "regex":
-            return grammar_from("regex", grammar.text)
-        case _:
-            return grammar_from("ebnf", grammar.text)
 
 
 def _check(matcher: LLMatcher) -> None:
@@ -95,6 +82,9 @@ def _check(matcher: LLMatcher) -> None:
 
 
 def _readable(message: str) -> str:
-    """Return a message of the library in one line of bounded length."""
-    text = " ".join(message.removesuffix("<non-verbose/>").split())
+    """Return a message of the library in one line of bounded length, without the grammar that was made of a schema."""
+    message = message.removesuffix("<non-verbose/>")
+    if _OF_SCHEMA in message:
+        message = message.partition(_OF_SCHEMA)[2].partition("\n")[0]
+    text = " ".join(re.sub(rf"\n.*\| {re.escape(OPTIONS)}\n?", "", message).split())
     return next((said for sign, said in _STOPPED.items() if text.startswith(sign)), text)[:500]

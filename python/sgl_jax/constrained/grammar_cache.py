@@ -6,13 +6,10 @@ import itertools
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 from sgl_jax.constrained.grammar import LibraryGrammar, compile_grammar
+from sgl_jax.constrained.token_tree import TokenTree
 from sgl_jax.request import Grammar
-
-if TYPE_CHECKING:
-    from llguidance import LLTokenizer
 
 _NUM_THREADS = 2
 _MOST_KEPT = 128
@@ -21,7 +18,7 @@ _MOST_KEPT = 128
 class GrammarCache:
     """Compiles grammars. One thread owns this; others do the work."""
 
-    def __init__(self, load_vocabulary: Callable[[], LLTokenizer]):
+    def __init__(self, load_vocabulary: Callable[[], TokenTree]):
         """Begin to load the vocabulary in a thread; the first grammar waits for it."""
         self._pool = ThreadPoolExecutor(_NUM_THREADS, "sgl-jax-grammar")
         self._vocabulary = self._pool.submit(load_vocabulary)

@@ -1,39 +1,99 @@
-"""Structural tags: free text in which JSON stands between tags, as SGLang and vLLM write them."""
+"""Structural tags: text in which JSON and other forms stand between tags, as SGLang, vLLM and XGrammar write them."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 
+from sgl_jax.constrained.lark import Lark
 from sgl_jax.constrained.schema import enforced
 from sgl_jax.request import Json
 
-_FORM = '{"type": "structural_tag", "structures": [{"begin": TEXT, "schema": SCHEMA, "end": TEXT}], "triggers": [TEXT]}'
+_OLD = '{"structures": [{"begin": TEXT, "schema": SCHEMA, "end": TEXT}], "triggers": [TEXT]}'
+_NEW = '{"format": {"type": TYPE, …}}'
+
+type Form = Mapping[str, Json]
 
 
-def structural_tag_grammar(text: str) -> str:
-    """Return a grammar of texts in which each trigger begins one of the structures: its begin, JSON of its schema, and its
-    end. Raises ValueError."""
-    from llguidance import LLMatcher, StructTag
-
-    given = json.loads(text)
-    tags = [
-        StructTag(trigger=trigger, begin=begin, grammar=enforced(schema), end=end)
-        for trigger, begin, schema, end in _structures(given)
-    ]
-    return LLMatcher.grammar_from_lark(StructTag.to_grammar(tags, assume_special=False))
+def structural_tag(lark: Lark, given: Json) -> str:
+    """Return the texts of a structural tag. Raises ValueError for one that it does not know."""
+    match given:
+        case {"format": dict(form)}:
+            return _form(lark, form)
+        case {"structures": [*structures], "triggers": [*triggers]} if structures and triggers:
+            return _triggered(lark, {"triggers": triggers, "tags": [_as_tag(each) for each in structures]})
+    raise ValueError(f"it must have the form {_NEW}, or structures and triggers: {_OLD}")
 
 
-def _structures(given: Json) -> Iterator[tuple[str, str, Json, str]]:
-    """Yield the trigger, begin, schema and end of each structure."""
-    structures, triggers = (given.get("structures"), given.get("triggers")) if isinstance(given, dict) else (None, None)
-    if not (isinstance(structures, list) and isinstance(triggers, list) and structures and triggers):
-        raise ValueError(f"it must have structures and triggers, as in {_FORM}; other forms are not built")
-    for each in structures:
-        begin, end = (each.get("begin"), each.get("end")) if isinstance(each, dict) else (None, None)
-        if not (isinstance(each, dict) and isinstance(begin, str) and isinstance(end, str) and "schema" in each):
-            raise ValueError(
-                f"a structure is {json.dumps(each)[:80]}; it must have begin, schema and end, as in {_FORM}"
-            )
-        found = [trigger for trigger in triggers if isinstance(trigger, str) and trigger and begin.startswith(trigger)]
-        if not found:
-            raise ValueError(f"a structure begins with {begin!r}; it must begin with one of triggers")
-        yield found[0], begin, each["schema"], end
+def _as_tag(structure: Json) -> Json:
+    match structure:
+        case {"begin": str(begin), "schema": schema, "end": str(end)}:
+            return {"begin": begin, "content": {"type": "json_schema", "json_schema": schema}, "end": end}
+    raise ValueError(f"a structure is {json.dumps(structure)[:80]}; it must have begin, schema and end, as in {_OLD}")
+
+
+def _form(lark: Lark, form: Json, end: str = "") -> str:
+    """Return the texts of a form, and `end` behind them."""
+    if not isinstance(form, dict) or (write := _FORMS.get(str(form.get("type")))) is None:
+        raise ValueError(f"a format is {json.dumps(form)[:80]}; its type must be one of {', '.join(_FORMS)}")
+    if form["type"] == "any_text" and end:
+        return lark.text_until(end)
+    found = write(lark, form)
+    return f"{found} {lark.literal(end)}" if end else found
+
+
+def _text(form: Form, key: str) -> str:
+    if not isinstance(value := form.get(key), str):
+        raise ValueError(f"{form.get('type', 'a tag')} must have {key}, a text; it is {json.dumps(form)[:80]}")
+    return value
+
+
+def _list(form: Form, key: str) -> list[Json]:
+    if not (isinstance(value := form.get(key), list) and value):
+        raise ValueError(f"{form.get('type', 'a tag')} must have {key}, a list; it is {json.dumps(form)[:80]}")
+    return value
+
+
+def _tag(lark: Lark, tag: Json, skipped: str = "") -> str:
+    """Return the texts of a tag, without what its begin has in common with a trigger that stands before it."""
+    if not isinstance(tag, dict):
+        raise ValueError(f"a tag is {json.dumps(tag)[:80]}; it must have begin, content and end")
+    begin = lark.literal(_text(tag, "begin").removeprefix(skipped))
+    return f"{begin} {_form(lark, tag.get('content'), _text(tag, 'end'))}"
+
+
+def _triggered(lark: Lark, form: Form) -> str:
+    """Return free text in which each trigger begins a tag."""
+    triggers = [each for each in _list(form, "triggers") if isinstance(each, str) and each]
+    by_trigger: dict[str, list[Json]] = {}
+    for tag in _list(form, "tags"):
+        begin = _text(tag, "begin") if isinstance(tag, dict) else ""
+        trigger = next((each for each in triggers if begin.startswith(each)), None)
+        if trigger is None:
+            raise ValueError(f"a tag begins with {begin!r}; it must begin with one of triggers")
+        by_trigger.setdefault(trigger, []).append(tag)
+    tags = lark.choice(
+        f"{lark.text_until(trigger)} {lark.choice(_tag(lark, tag, trigger) for tag in found)}"
+        for trigger, found in by_trigger.items()
+    )
+    least, after = bool(form.get("at_least_one")), bool(form.get("stop_after_first"))
+    text = "" if after and least else f" {lark.text()}"
+    return f"{tags}{'' if after and least else '?' if after else '+' if least else '*'}{text}"
+
+
+def _separated(lark: Lark, form: Form) -> str:
+    tags = lark.choice(_tag(lark, tag) for tag in _list(form, "tags"))
+    found = lark.repeated(tags, _text(form, "separator"), bool(form.get("stop_after_first")))
+    return found if form.get("at_least_one") else f"({found})?"
+
+
+_FORMS: Mapping[str, Callable[[Lark, Form], str]] = {
+    "const_string": lambda lark, form: lark.literal(_text(form, "value")),
+    "json_schema": lambda lark, form: lark.schema(enforced(form.get("json_schema"))),
+    "any_text": lambda lark, form: lark.text(),
+    "regex": lambda lark, form: lark.regex(_text(form, "pattern")),
+    "grammar": lambda lark, form: lark.grammar(_text(form, "grammar")),
+    "tag": _tag,
+    "sequence": lambda lark, form: " ".join(_form(lark, each) for each in _list(form, "elements")),
+    "or": lambda lark, form: lark.choice(_form(lark, each) for each in _list(form, "elements")),
+    "triggered_tags": _triggered,
+    "tags_with_separator": _separated,
+}

@@ -1,8 +1,9 @@
-"""Vocabulary as the grammar library needs it: the bytes of every token, as a tree, and the tokens that end an answer."""
+"""TokenTree as the grammar library needs it: the bytes of every token, as a tree, and the tokens that end an answer."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from sgl_jax.text.tokenizer import Tokenizer
@@ -11,7 +12,14 @@ if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
 
-def token_tree(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> LLTokenizer:
+@dataclasses.dataclass(frozen=True)
+class TokenTree:
+    tree: LLTokenizer
+    marks: Mapping[str, int]  # tokens that no text matches, by their text
+    ends: tuple[int, ...]  # tokens that end an answer
+
+
+def token_tree(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]) -> TokenTree:
     """Build the tree of a vocabulary, which takes seconds if it is large. `vocab_size` and `eos_token_ids` are the model's.
     Raises ValueError where no token ends an answer."""
     from llguidance import LLTokenizer
@@ -20,4 +28,6 @@ def token_tree(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[in
     if not ends:
         raise ValueError("the model has no token that ends an answer, so no grammar can")
     size = max(vocab_size, tokenizer.vocab_size)
-    return LLTokenizer(tokenizer.backend.to_str(), n_vocab=size, eos_token=ends)
+    tree = LLTokenizer(tokenizer.backend.to_str(), n_vocab=size, eos_token=ends)
+    marks = {text: token for token, text in tokenizer.added_tokens.items() if tree.is_special_token(token)}
+    return TokenTree(tree, marks, tuple(ends))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from sgl_jax.constrained.grammar_cache import GrammarCache
-from sgl_jax.constrained.token_tree import token_tree
+from sgl_jax.constrained.token_tree import TokenTree, token_tree
 from sgl_jax.engine.messages import CompileGrammar, Event, Finished, GrammarCompiled, Refused
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.request import FinishReason, Grammar
@@ -15,9 +15,6 @@ from sgl_jax.scheduler.grammar_rows import CompiledGrammar
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.text.tokenizer import load_tokenizer
-
-if TYPE_CHECKING:
-    from llguidance import LLTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +107,7 @@ class Grammars:
 def grammars_of(args: ServerArgs, model: DecoderConfig) -> Grammars:
     """Begin to make a launch ready for grammars, in a thread that reads the tokenizer."""
 
-    def load() -> LLTokenizer:
+    def load() -> TokenTree:
         tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
         return token_tree(tokenizer, model.vocab_size, model.eos_token_ids)
 

@@ -46,7 +46,7 @@ class Tokenizer:
         sources |= {"default": default} if default else {}
         self._templates = {name: ChatTemplate(source, special) for name, source in sources.items()}
         added = backend.get_added_tokens_decoder()
-        self._added = {i: token.content for i, token in added.items()}
+        self.added_tokens = {i: token.content for i, token in added.items()}
         self.special = {i: token.content for i, token in added.items() if token.special}
         self._kind = _piece_kind(backend)
         self._bytes: dict[int, bytes] = {}
@@ -106,8 +106,8 @@ class Tokenizer:
         return self.token_bytes(token).decode("utf-8", errors="backslashreplace")
 
     def _piece_bytes(self, token: int) -> bytes:
-        if token in self._added:
-            return self._added[token].encode()
+        if token in self.added_tokens:
+            return self.added_tokens[token].encode()
         if (piece := self.backend.id_to_token(token)) is None:
             return b""
         if self._kind == "bytes":
@@ -120,7 +120,7 @@ class Tokenizer:
 
     def is_added(self, token: int) -> bool:
         """Return whether the token stands beside the vocabulary's pieces, as special tokens do."""
-        return token in self._added
+        return token in self.added_tokens
 
     def chat_template(self, name: str = "default") -> ChatTemplate:
         """Return the template of a name ("tool_use"), or else the default one. Raises TemplateError if there is none."""

@@ -1,16 +1,16 @@
 """The form that an answer must have: a thought, then calls of functions or content, each as far as a grammar shall bind it."""
 
-from typing import Self
+from typing import Any, Self
 
 import msgspec
 
-from sgl_jax.request import Grammar, Json
+from sgl_jax.request import Grammar
 from sgl_jax.text.tool_calls.scanner import ThoughtState
 
 
 class CallableFunction(msgspec.Struct, frozen=True):
     name: str
-    arguments: Json  # JSON schema of a call's arguments
+    arguments: dict[str, Any]  # JSON schema of a call's arguments
 
 
 class AnswerForm(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -24,7 +24,7 @@ class AnswerForm(msgspec.Struct, frozen=True, omit_defaults=True):
     functions: tuple[CallableFunction, ...] = ()
     must_call: bool = False
     one_call: bool = False  # a second call is not possible
-    content: Grammar | None = None  # of the text behind the thought; its kind is one that a user may give
+    content: Grammar | None = None  # binds the text behind the thought; its kind is one that a user may give
 
     @classmethod
     def read(cls, text: str) -> Self:

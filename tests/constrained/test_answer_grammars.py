@@ -1,0 +1,292 @@
+"""Grammars of chat answers in every family's format: whatever they allow is read as the calls and thoughts that were asked for."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import jsonschema_rs
+import numpy as np
+import pytest
+from tokenizers import AddedToken
+
+from sgl_jax.constrained.call_rules import CALL_RULES
+from sgl_jax.constrained.grammar import GrammarError, LibraryGrammar, LibraryMatcher, compile_grammar
+from sgl_jax.constrained.token_tree import TokenTree, token_tree
+from sgl_jax.request import Grammar, Json
+from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
+from sgl_jax.text.tool_calls.answer import Arguments, Call, Part, Text, Thought
+from sgl_jax.text.tool_calls.answer_form import AnswerForm, CallableFunction
+from sgl_jax.text.tool_calls.formats import CALLS, HARMONY, markers
+from sgl_jax.text.tool_calls.scanner import AnswerFormat, AnswerScanner
+
+EOS = 2
+FORMATS = [*CALLS, HARMONY]
+SPELLED = {
+    "<function=",
+    "[",
+    "{",
+    ";",
+    '<｜DSML｜invoke name="',
+    "<|channel>thought",
+    "<|eom_id|>",
+}  # by several tokens
+ENDINGS = {"qwen3_coder": ("\n</parameter>\n",), "deepseek_v32": ("</｜DSML｜parameter>\n",)}  # they end values
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "description": "where"},
+        "unit": {"enum": ["celsius", "kelvin"]},
+        "days": {"type": "integer"},
+        "exact": {"type": "boolean"},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+POINTS = {
+    "type": "object",
+    "properties": {"points": {"type": "array", "items": {"type": "number"}}, "name": {"type": ["string", "null"]}},
+    "required": ["points"],
+    "additionalProperties": False,
+}
+TOOLS = {
+    "get_weather": WEATHER,
+    "plot": POINTS,
+    "now": {"type": "object", "properties": {}, "additionalProperties": False},
+}
+FUNCTIONS = tuple(CallableFunction(name, schema) for name, schema in TOOLS.items())
+JSON_CONTENT = Grammar("json_schema", json.dumps(POINTS))
+
+
+class Model:
+    """A vocabulary in which the markers of a format are tokens, and answers that its grammars allow."""
+
+    def __init__(self, folder: Path, calls: str | None, thoughts: str | None, without: tuple[str, ...] = ()):
+        self.calls, self.thoughts = calls, thoughts
+        self.tokenizer: Tokenizer = load_tokenizer(str(folder))
+        own = [each for each in markers(calls, thoughts) if each not in {*SPELLED, *without}]
+        self.tokenizer.backend.add_tokens(
+            [AddedToken(each, normalized=False, special=each.startswith("[")) for each in own]
+        )
+        self.own = {each: self.tokenizer.backend.token_to_id(each) for each in own}
+        self.tokenizer.added_tokens |= {token: each for each, token in self.own.items()}
+        self.size = self.tokenizer.backend.get_vocab_size()
+        self.texts = [self.tokenizer.token_text(token) for token in range(self.size)]
+        self.vocabulary: TokenTree = token_tree(self.tokenizer, self.size, [EOS])
+
+    def compiled(self, form: AnswerForm) -> LibraryGrammar:
+        return compile_grammar(self.vocabulary, form.grammar())
+
+    def answer(self, form: AnswerForm, seed: int, most: int = 900) -> str:
+        """Return an answer of random tokens, which ends as soon as it may once it is long."""
+        rng, matcher, tokens = random.Random(seed), self.compiled(form).matcher(), list[int]()
+        closing = [token for token in range(self.size) if self.texts[token][:1] in set('"}])')]
+        for _ in range(most):
+            words = matcher.mask()
+            allowed = [token for token in range(self.size) if words[token // 32] >> (token % 32) & 1]
+            hurries = len(tokens) > 120 or rng.random() < 0.1
+            if EOS in allowed and (hurries or len(tokens) > 60 or len(allowed) == 1):
+                return self.text(tokens)
+            begun = next(
+                (end for end in (ENDINGS.get(form.calls or "", ()) if hurries else ()) if self.may_come(matcher, end)),
+                None,
+            )
+            allowed = [token for token in allowed if token != EOS]
+            marks = [token for token in self.own.values() if token in allowed]
+            ending = (marks or [token for token in closing if token in allowed]) if hurries else []
+            longest = max(rng.sample(allowed, min(2, len(allowed))), key=lambda token: len(self.texts[token]))
+            added = self.vocabulary.tree.tokenize_str(begun) if begun else [rng.choice(ending) if ending else longest]
+            tokens += added
+            matcher.advance(added)
+        raise AssertionError(f"endless: {self.text(tokens)!r}")
+
+    def may_come(self, matcher: LibraryMatcher, text: str) -> bool:
+        tokens = self.vocabulary.tree.tokenize_str(text)
+        return matcher._matcher.validate_tokens(tokens) == len(tokens)
+
+    def text(self, tokens: list[int]) -> str:
+        return b"".join(map(self.tokenizer.token_bytes, tokens)).decode(errors="replace")
+
+    def parts(self, form: AnswerForm, answer: str) -> list[Part]:
+        scanner = AnswerScanner(AnswerFormat(form.calls, self.thoughts, form.thought, TOOLS))
+        return scanner.push(answer) + scanner.finish()
+
+
+def calls_of(parts: list[Part]) -> list[tuple[str, Json]]:
+    found: list[tuple[str, str]] = []
+    for part in parts:
+        if isinstance(part, Call):
+            found.append((part.name, ""))
+        elif isinstance(part, Arguments):
+            found[-1] = (found[-1][0], found[-1][1] + part.text)
+    return [(name, loads(arguments)) for name, arguments in found]
+
+
+def loads(text: str) -> Json:
+    """Return a JSON value. A number beyond floats is not infinite, which is no JSON."""
+    return json.loads(text, parse_float=lambda number: max(min(float(number), 1e300), -1e300))
+
+
+def text_of(parts: list[Part], kind: type[Text] | type[Thought] = Text) -> str:
+    return "".join(part.text for part in parts if isinstance(part, kind))
+
+
+@pytest.fixture(scope="module")
+def model(stories260k: Path):
+    made: dict[tuple, Model] = {}
+
+    def find(calls: str | None, thoughts: str | None = None, without: tuple[str, ...] = ()) -> Model:
+        key = calls, thoughts, without
+        return made.setdefault(key, made.get(key) or Model(stories260k, *key))
+
+    return find
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_forced_call_is_read_as_one_that_the_schemas_allow(model, name: str) -> None:
+    form = AnswerForm(calls=name, functions=FUNCTIONS, must_call=True)
+    it = model(name, HARMONY if name == HARMONY else None)
+    for seed in range(12):
+        answer = it.answer(form, seed)
+        parts = it.parts(form, answer)
+        calls = calls_of(parts)
+        assert calls, answer
+        assert text_of(parts).strip() == "", answer
+        for function, arguments in calls:
+            jsonschema_rs.validate(TOOLS[function], arguments)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_call_is_one(model, name: str) -> None:
+    form = AnswerForm(calls=name, functions=FUNCTIONS, must_call=True, one_call=True)
+    it = model(name, HARMONY if name == HARMONY else None)
+    assert all(len(calls_of(it.parts(form, it.answer(form, seed)))) == 1 for seed in range(12))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_arguments_that_no_schema_binds_are_an_object(model, name: str) -> None:
+    functions = (CallableFunction("get_weather", {"type": "object"}),)
+    form = AnswerForm(calls=name, functions=functions, must_call=True)
+    it = model(name, HARMONY if name == HARMONY else None)
+    for seed in range(6):
+        answer = it.answer(form, seed)
+        calls = calls_of(it.parts(form, answer))
+        assert calls, answer
+        assert all(name == "get_weather" and isinstance(arguments, dict) for name, arguments in calls), answer
+
+
+THOUGHTS = [("hermes", "think"), ("mistral", "mistral"), ("gemma4", "gemma4"), (HARMONY, HARMONY)]
+MARKS = {
+    "think": ("<think>", "</think>"),
+    "mistral": ("[THINK]", "[/THINK]"),
+    "gemma4": ("<|channel>thought", "<channel|>"),
+}
+
+
+@pytest.mark.parametrize("state", ["open", "unopened", "closed"])
+@pytest.mark.parametrize(("calls", "thoughts"), THOUGHTS)
+def test_content_stands_behind_the_thought(model, calls: str, thoughts: str, state: str) -> None:
+    form = AnswerForm(thoughts=thoughts, thought=state, content=JSON_CONTENT)
+    it, found = model(calls, thoughts), set()
+    for seed in range(16):
+        answer = it.answer(form, seed)
+        parts = it.parts(form, answer)
+        jsonschema_rs.validate(POINTS, loads(text_of(parts)))
+        found.add(bool(text_of(parts, Thought).strip()))
+    always = state == "open" and thoughts != HARMONY
+    assert found == ({False} if state == "closed" and thoughts != HARMONY else {True} if always else {True, False})
+
+
+@pytest.mark.parametrize("state", ["open", "unopened"])
+@pytest.mark.parametrize(("calls", "thoughts"), THOUGHTS)
+def test_calls_or_content_stand_behind_the_thought(model, calls: str, thoughts: str, state: str) -> None:
+    form = AnswerForm(thoughts=thoughts, thought=state, calls=calls, functions=FUNCTIONS, content=JSON_CONTENT)
+    it, called = model(calls, thoughts), set()
+    for seed in range(16):
+        parts = it.parts(form, it.answer(form, seed))
+        called.add(bool(calls_of(parts)))
+        if not calls_of(parts):
+            jsonschema_rs.validate(POINTS, loads(text_of(parts)))
+    assert True in called
+
+
+@pytest.mark.parametrize("most", [0, 3, 30_000])
+@pytest.mark.parametrize("content", [None, JSON_CONTENT], ids=["any", "json"])
+@pytest.mark.parametrize(("calls", "thoughts"), THOUGHTS)
+def test_a_thought_ends_with_its_budget(model, calls: str, thoughts: str, content: Grammar | None, most: int) -> None:
+    it = model(calls, thoughts)
+    state = "unopened" if thoughts == HARMONY else "open"
+    form = AnswerForm(thoughts=thoughts, thought=state, content=content, max_thought_tokens=most)
+    matcher, tree = it.compiled(form).matcher(), it.vocabulary.tree
+    if thoughts == HARMONY:
+        matcher.advance(tree.tokenize_str("<|channel|>analysis<|message|>"))
+    closer = it.own["<|end|>" if thoughts == HARMONY else MARKS[thoughts][1]]
+    word = tree.tokenize_str("a")[-1]
+    for _ in range(min(most, 500)):
+        assert matcher.mask()[word // 32] >> (word % 32) & 1
+        matcher.advance([word])
+    (allowed,) = (np.flatnonzero(np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")),)
+    assert closer in allowed
+    assert (len(allowed) == 1) == (most < 500)
+
+
+def test_a_budget_holds_for_a_thought_that_the_model_opens(model) -> None:
+    it = model("hermes", "think")
+    form = AnswerForm(thoughts="think", max_thought_tokens=2)
+    allowed = lambda text: it.may_come(it.compiled(form).matcher(), text)  # noqa: E731
+    assert allowed("<think>a</think>\n\nb <tool_call>")
+    assert allowed("hm")
+    assert not allowed("<think>abcdefg")
+    assert not allowed("\n<think>abcdefg")
+    assert not allowed("x<think>")
+
+
+def test_calls_among_text_are_those_of_the_schemas(model) -> None:
+    it = model("hermes", "think")
+    form = AnswerForm(calls="hermes", functions=FUNCTIONS)
+    allowed = lambda text, form=form: it.may_come(it.compiled(form).matcher(), text)  # noqa: E731
+    call = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+    assert allowed(f"It is {call} and {call}.")
+    assert allowed("None is needed.")
+    assert not allowed('<tool_call>\n{"name": "then"')
+    assert not allowed('<tool_call>\n{"name": "now", "arguments": {"a"')
+    assert not allowed(f"{call} {call}", AnswerForm(calls="hermes", functions=FUNCTIONS, one_call=True))
+
+
+def test_a_thought_may_have_markers_that_are_text(model) -> None:
+    it = model(None, "think", ("<think>", "</think>"))
+    form = AnswerForm(thoughts="think", thought="open", content=JSON_CONTENT)
+    answer = 'Let me see.</think>\n{"points": [1]}'
+    assert it.may_come(it.compiled(form).matcher(), answer)
+    assert json.loads(text_of(it.parts(form, answer))) == {"points": [1]}
+    with pytest.raises(GrammarError, match=r"budget .*</think>"):
+        it.compiled(AnswerForm(thoughts="think", thought="open", max_thought_tokens=3))
+
+
+@pytest.mark.parametrize(
+    ("calls", "schema", "message"),
+    [
+        ("hermes", {"properties": {"a": {"uniqueItems": True, "type": "array"}}}, "uniqueItems"),
+        ("glm45", {"properties": {"a": {"type": "string", "pattern": "x+"}}}, "pattern .* a "),
+        ("qwen3_coder", {"properties": {"a": {"type": "string", "maxLength": 3}}}, "maxLength"),
+        ("deepseek_v32", {"oneOf": [{}], "properties": {}}, "oneOf"),
+        ("gemma4", {"properties": {"a": {"type": "integer", "minimum": 3}}}, "minimum"),
+        ("functiongemma", {"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {}}, r"\$defs"),
+    ],
+)
+def test_arguments_that_cannot_be_enforced_are_refused_by_keyword(
+    model, calls: str, schema: dict, message: str
+) -> None:
+    form = AnswerForm(calls=calls, functions=(CallableFunction("f", schema),), must_call=True)
+    with pytest.raises(GrammarError, match=message):
+        model(calls, HARMONY if calls == HARMONY else None).compiled(form)
+
+
+def test_calls_among_text_need_a_token_that_begins_them(model) -> None:
+    with pytest.raises(GrammarError, match="one token begins"):
+        model("llama3").compiled(AnswerForm(calls="llama3", functions=FUNCTIONS))
+
+
+def test_every_format_that_is_read_can_be_written() -> None:
+    assert set(CALL_RULES) == set(CALLS)
