@@ -8,9 +8,9 @@
 
 namespace {
 
-// A kind of number: Floats of(Bytes), and the byte of a float, rounded to the nearest and cut at the largest.
+// A kind of number: Floats of(bytes), and the byte of a float, rounded to the nearest and cut at the largest.
 struct Int8 {
-  static inline Floats of(Bytes x) { return __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); }
+  static inline Floats of(const uint8_t* x) { return load(reinterpret_cast<const int8_t*>(x)); }
   static inline uint8_t rounded(float x) { return int8_t(std::nearbyint(std::max(-127.0f, std::min(127.0f, x)))); }
 };
 
@@ -19,8 +19,8 @@ struct Float8 {
   static constexpr int kShift = 23 - Mantissa, kBias = Mantissa == 3 ? 7 : 15;
   static constexpr float kLargest = Mantissa == 3 ? 448 : 57344, kLeast = Mantissa == 3 ? 0x1p-6f : 0x1p-14f;  // normal
 
-  static inline Floats of(Bytes x) {
-    const Bits wide = (Bits)__builtin_convertvector(x, Ints), rest = (wide & 127) << kShift;
+  static inline Floats of(const uint8_t* x) {
+    const Bits wide = (Bits)widen(reinterpret_cast<const int8_t*>(x)), rest = (wide & 127) << kShift;
     const Floats normal = (Floats)(rest + (uint32_t(127 - kBias) << 23));
     const Floats small = (Floats)(rest + (uint32_t(128 - kBias) << 23)) - kLeast;  // without an implicit one
     return (Floats)((Bits)select((Ints)(rest < (1u << 23)), small, normal) | (wide & 128) << 24);
@@ -46,12 +46,12 @@ inline void store(BFloat16* p, Floats x) {  // numbers of eight bits need no rou
 template <typename Kind, typename Number>
 void widen(const uint8_t* from, Number* to, int n) {
   int i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(to + i, Kind::of(*reinterpret_cast<const Bytes*>(from + i)));
+  for (; i + kLanes <= n; i += kLanes) store(to + i, Kind::of(from + i));
   if (i == n) return;
   uint8_t rest[kLanes] = {};
   Number wide[kLanes];
   std::memcpy(rest, from + i, n - i);
-  store(wide, Kind::of(*reinterpret_cast<const Bytes*>(rest)));
+  store(wide, Kind::of(rest));
   std::copy(wide, wide + n - i, to + i);
 }
 

@@ -52,9 +52,15 @@ struct IntegerUnit {
 #endif
   }
   static inline Floats of_row(const int8_t* row) {
+#if defined(__AVX512BW__)
+    return (Floats)_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(row)));
+#elif defined(__AVX2__)
+    return (Floats)_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row)));
+#else
     int16_t wide[2 * kLanes];
     for (int i = 0; i < 2 * kLanes; i++) wide[i] = row[i];
     return load(reinterpret_cast<const float*>(wide));
+#endif
   }
   static inline Unit of_key(const int8_t* token, int i) {
     return uint16_t(token[2 * i]) | uint32_t(uint16_t(token[2 * i + 1])) << 16;

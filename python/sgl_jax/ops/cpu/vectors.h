@@ -59,17 +59,23 @@ inline Floats load(const float* p) { return *reinterpret_cast<const Floats*>(p);
 inline Floats load(const BFloat16* p) {
 #if defined(__AVX512F__)  // GCC 12 makes two halves of the general form
   return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))), 16);
+#elif defined(__AVX2__)
+  return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 16);
 #else
   return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(p), Bits) << 16);
 #endif
 }
-inline Floats load(const int8_t* p) {
+// GCC 12 converts bytes one by one in the general form.
+inline Ints widen(const int8_t* p) {
 #if defined(__AVX512F__)
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  return (Ints)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 #else
-  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Floats);
+  return __builtin_convertvector(*reinterpret_cast<const Bytes*>(p), Ints);
 #endif
 }
+inline Floats load(const int8_t* p) { return __builtin_convertvector(widen(p), Floats); }
 inline void store(float* p, Floats x) { *reinterpret_cast<Floats*>(p) = x; }
 
 // Fills the lanes with P 32-bit units, again and again.
