@@ -74,6 +74,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "bench_offline_throughput": ("tools.benchmark",),
     "measure_limits": ("tools.benchmark",),
     "check_env": ("tools", "settings"),
+    "run_batch": ("tools",),
     "__main__": ("launch_server",),
     "__init__": ("engine", "request"),
 }

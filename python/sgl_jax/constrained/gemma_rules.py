@@ -44,8 +44,12 @@ class _Values(NamedTuple):
         if "const" in schema or "enum" in schema:
             values = schema.get("enum", [schema.get("const")])
             return self.lark.choice(map(self._constant, values if isinstance(values, list) else []))
-        if isinstance(parts := schema.get("anyOf"), list):
+        if isinstance(parts := schema.get("anyOf"), list) and not (schema.keys() - ABOUT - {"anyOf"}):
             return self.lark.choice(map(self.of, parts))
+        if "anyOf" in schema:
+            raise GrammarError(
+                f"anyOf beside other keywords in the arguments of {self.name} cannot be enforced in this format of calls"
+            )
         said = schema.get("type", _TYPES)
         types = [said] if isinstance(said, str) else said if isinstance(said, Sequence) else ()
         return self.lark.choice(self._of_type(str(each), schema) for each in types)
@@ -79,7 +83,7 @@ class _Values(NamedTuple):
         rest, starts = (
             "",
             list[str](),
-        )  # texts that may follow a member; the object from each member on that can be its first
+        )  # texts that may follow a member, and the members from each on that can be the first
         for member, must in zip(reversed(members), reversed(musts), strict=True):
             starts = [f"{member} {rest}", *([] if must else starts)]
             behind = f'"," {member}'

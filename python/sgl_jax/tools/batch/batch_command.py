@@ -1,0 +1,162 @@
+"""Work of `python -m sgl_jax.run_batch`: start a server or take one that runs, and send it the requests of a file."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import aiohttp
+import msgspec
+
+from sgl_jax.settings.flag_parser import FlagError, Parser
+from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.tools.batch.batch_file import (
+    BatchAnswer,
+    BatchFileError,
+    BatchRequest,
+    answered,
+    done,
+    failed,
+    line_of,
+    read_requests,
+)
+from sgl_jax.tools.benchmark.terminal import BAD_USE, INTERRUPTED, SOME_FAILED, request_progress
+
+_POLL_S, _RETRY_S = 0.2, 1.0
+
+
+class NoServer(Exception):
+    """The server did not start, or is gone."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Answer a file's requests. Returns the exit code: 1 if some failed."""
+    try:
+        args, rest = _parser().parse_known_args(argv)
+        if args.base_url is None:
+            ServerArgs.from_cli(rest)  # refuses what the server would
+        elif rest:
+            raise FlagError(rest[0], f"{rest[0]} is for a server that is started here; leave it or --base-url out")
+        return asyncio.run(_run(args, rest))
+    except (FlagError, BatchFileError, NoServer) as error:
+        print(f"run_batch: error: {error}", file=sys.stderr)
+        return SOME_FAILED if isinstance(error, NoServer) else BAD_USE
+    except KeyboardInterrupt:
+        print("run_batch: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return INTERRUPTED
+
+
+async def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+    lines = [*read_requests(args.input_file)]
+    finished = answered(args.output_file)
+    requests = [each for each in lines if isinstance(each, BatchRequest) and each.custom_id not in finished]
+    mistakes = [each for each in lines if isinstance(each, BatchAnswer)]
+    number_failed = len(mistakes)
+    with args.output_file.open("ab") as file, request_progress(len(requests)) as advance:
+        file.writelines(map(line_of, mistakes))
+        file.flush()
+        if not requests:
+            return SOME_FAILED if mistakes else 0
+        async with _server(args.base_url, rest) as url, _session(url, args.base_url is not None) as session:
+            waiting = iter(requests)
+
+            async def send() -> int:
+                count = 0
+                for request in waiting:
+                    answer = await _answer(session, request)
+                    file.write(line_of(answer))
+                    file.flush()
+                    advance()
+                    count += answer.response is None or answer.response["status_code"] != 200
+                return count
+
+            number_failed += sum(await asyncio.gather(*(send() for _ in range(args.concurrency))))
+    said = f"{len(requests)} answered, {len(finished)} had been before, {number_failed} failed"
+    print(f"run_batch: {said}: {args.output_file}", file=sys.stderr)
+    return SOME_FAILED if number_failed else 0
+
+
+async def _answer(session: aiohttp.ClientSession, request: BatchRequest) -> BatchAnswer:
+    """Send a request, again while the server says that it is full. Raises NoServer if it is gone."""
+    while True:
+        try:
+            async with session.post(request.url, data=msgspec.json.encode(request.body)) as response:
+                content = await response.read()
+                if response.status in (429, 503):
+                    await asyncio.sleep(_RETRY_S)
+                    continue
+                return done(
+                    request, response.status, response.headers.get("x-request-id", ""), msgspec.json.decode(content)
+                )
+        except aiohttp.ClientConnectorError as error:
+            raise NoServer(f"no server answers: {error}; the same command goes on where it stopped") from error
+        except (aiohttp.ClientError, msgspec.DecodeError) as error:
+            return failed(request.custom_id, "no_answer", str(error) or type(error).__name__)
+
+
+@contextlib.asynccontextmanager
+async def _server(base_url: str | None, flags: Sequence[str]) -> AsyncIterator[str]:
+    """Give the address of a server that answers: the one that is named, or one started with these flags until the end."""
+    if base_url is not None:
+        yield base_url
+        return
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    command = [sys.executable, "-m", "sgl_jax.launch_server", *flags, "--host", "127.0.0.1", "--port", str(port)]
+    process = subprocess.Popen(command)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        async with aiohttp.ClientSession(url) as session:
+            while not await _is_ready(session):
+                if process.poll() is not None:
+                    raise NoServer(f"the server ended with code {process.returncode} before it was ready")
+                await asyncio.sleep(_POLL_S)
+        yield url
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def _is_ready(session: aiohttp.ClientSession) -> bool:
+    with contextlib.suppress(aiohttp.ClientError):
+        async with session.get("/health") as response:
+            return response.status == 200
+    return False
+
+
+def _session(url: str, with_key: bool) -> aiohttp.ClientSession:
+    headers = {"Content-Type": "application/json"}
+    if with_key and (key := os.environ.get("OPENAI_API_KEY")):
+        headers["Authorization"] = f"Bearer {key}"
+    no_limit = aiohttp.ClientTimeout(total=None)
+    return aiohttp.ClientSession(url, headers=headers, connector=aiohttp.TCPConnector(limit=0), timeout=no_limit)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="python -m sgl_jax.run_batch",
+        description="Answer a file of requests in the form of OpenAI's batch API.",
+        epilog="Every flag of the server is taken as well (python -m sgl_jax.launch_server --help), unless --base-url is given.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("-i", "--input-file", type=Path, required=True, metavar="FILE", help="a request a line")
+    text = "an answer a line, in the order in which they come; requests that it answers already are left out"
+    parser.add_argument("-o", "--output-file", type=Path, required=True, metavar="FILE", help=text)
+    text = "a server that runs, instead of one that is started here; OPENAI_API_KEY holds its key"
+    parser.add_argument("--base-url", metavar="URL", help=text)
+    text = "requests that are sent at a time (default: %(default)s); the server's scheduler makes batches of them"
+    parser.add_argument("--concurrency", type=_count, default=256, metavar="N", help=text)
+    return parser
+
+
+def _count(text: str) -> int:
+    if not (text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
