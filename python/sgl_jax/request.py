@@ -139,7 +139,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     structural_tag: Annotated[
         str | None, About("parts of the text are JSON between tags: an object with structures and triggers")
     ] = None
-    answer_form: Annotated[str | None, About("what an answer consists of", native="", openai="")] = None
+    answer_form: Annotated[
+        str | None, About("made from a chat: its thought, calls and content", native="", openai="")
+    ] = None
     skip_special_tokens: Annotated[bool, About("leave special tokens out of the text")] = True
     include_stop_str_in_output: Annotated[
         bool, About("keep the stop string in the text", native="no_stop_trim", openai="no_stop_trim")

@@ -1,19 +1,21 @@
 """The form that an answer must have: a thought, then calls of functions or content, each as far as a grammar shall bind it."""
 
-from typing import Any, Self
+import dataclasses
+import json
+from typing import Self
 
-import msgspec
-
-from sgl_jax.request import Grammar
+from sgl_jax.request import Grammar, Json
 from sgl_jax.text.tool_calls.scanner import ThoughtState
 
 
-class CallableFunction(msgspec.Struct, frozen=True):
+@dataclasses.dataclass(frozen=True)
+class CallableFunction:
     name: str
-    arguments: dict[str, Any]  # JSON schema of a call's arguments
+    arguments: dict[str, Json]  # JSON schema of a call's arguments
 
 
-class AnswerForm(msgspec.Struct, frozen=True, omit_defaults=True):
+@dataclasses.dataclass(frozen=True)
+class AnswerForm:
     """A grammar of kind `answer_form`, as JSON. Behind the thought an answer has calls, or content, or both if `content` is
     None, which any text is then; `must_call` leaves out content."""
 
@@ -28,7 +30,13 @@ class AnswerForm(msgspec.Struct, frozen=True, omit_defaults=True):
 
     @classmethod
     def read(cls, text: str) -> Self:
-        return msgspec.json.decode(text, type=cls)
+        given = json.loads(text)
+        form, functions, content = cls(**given), given["functions"], given["content"]
+        return dataclasses.replace(
+            form,
+            functions=tuple(CallableFunction(**each) for each in functions),
+            content=None if content is None else Grammar(*content),
+        )
 
     def grammar(self) -> Grammar:
-        return Grammar("answer_form", msgspec.json.encode(self).decode())
+        return Grammar("answer_form", json.dumps(dataclasses.asdict(self), separators=(",", ":")))

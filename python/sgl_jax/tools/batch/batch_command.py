@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import os
 import socket
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import aiohttp
 import msgspec
 
 from sgl_jax.settings.flag_parser import FlagError, Parser
-from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.settings.server_args import ServerArgs, environment
 from sgl_jax.tools.batch.batch_file import (
     BatchAnswer,
     BatchFileError,
@@ -133,7 +132,7 @@ async def _is_ready(session: aiohttp.ClientSession) -> bool:
 
 def _session(url: str, with_key: bool) -> aiohttp.ClientSession:
     headers = {"Content-Type": "application/json"}
-    if with_key and (key := os.environ.get("OPENAI_API_KEY")):
+    if with_key and (key := environment().get("OPENAI_API_KEY")):
         headers["Authorization"] = f"Bearer {key}"
     no_limit = aiohttp.ClientTimeout(total=None)
     return aiohttp.ClientSession(url, headers=headers, connector=aiohttp.TCPConnector(limit=0), timeout=no_limit)
