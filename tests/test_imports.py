@@ -76,7 +76,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "check_env": ("tools", "settings"),
     "run_batch": ("tools",),
     "__main__": ("launch_server",),
-    "__init__": ("engine", "request"),
+    "__init__": ("server.chat_engine", "request"),
 }
 
 NOWHERE = {"torch", "transformers", "pickle"}  # test oracles, and a format that runs what it reads

@@ -3,8 +3,8 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sgl_jax.engine.engine import Engine
     from sgl_jax.request import SamplingParams
+    from sgl_jax.server.chat_engine import ChatEngine as Engine
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "SamplingParams", "__version__"]
@@ -13,9 +13,9 @@ __all__ = ["Engine", "SamplingParams", "__version__"]
 def __getattr__(name: str) -> Any:
     # Loaded when first used: `import sgl_jax` and `--help` stay instant.
     if name == "Engine":
-        from sgl_jax.engine.engine import Engine
+        from sgl_jax.server.chat_engine import ChatEngine
 
-        return Engine
+        return ChatEngine
     if name == "SamplingParams":
         from sgl_jax.request import SamplingParams
 

@@ -15,7 +15,7 @@ from live_server import MODEL, LiveServer
 
 from fakes.fake_core import FakeCore, fake_info
 from messages import says
-from sgl_jax.server.answer_formats import answer_format
+from sgl_jax.server.answer_formats import answer_format, chat_formats
 from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.settings.flag_parser import FlagError
 from sgl_jax.settings.server_args import ServerArgs
@@ -195,7 +195,8 @@ def test_a_wrong_parser_is_named() -> None:
 def test_a_thought_in_the_content_does_not_switch_bare_calls_off(parser: str, more: dict[str, Any]) -> None:
     args = ServerArgs(model_path="a", tool_call_parser="llama3", reasoning_parser=parser)
     body = ChatCompletionRequest.model_validate({"messages": [{"role": "user", "content": "a"}], "tools": TOOLS} | more)
-    form = answer_format(args, "<think></think>", body, body.tools or [], "a")
+    formats = chat_formats(args, "<think></think>", load_tokenizer(MODEL))
+    form = answer_format(formats, body, body.tools or [], "a")
     assert form is not None
     scanner = AnswerScanner(form)
     parts = scanner.push('<think>b</think>\n{"name": "first", "parameters": {}}') + scanner.finish()

@@ -106,17 +106,6 @@ IMAGE = {"type": "image_url", "image_url": {"url": "http://x"}}
     ("path", "body", "message"),
     [
         (CHAT, {"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools[0].type … custom … other kinds"),
-        (
-            CHAT,
-            {"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]},
-            "tools[0].function.strict … forcing",
-        ),
-        (CHAT, {"tool_choice": "required"}, "tool_choice … required … forcing"),
-        (
-            CHAT,
-            {"tool_choice": {"type": "function", "function": {"name": "f"}}},
-            "tool_choice … forcing",
-        ),
         (CHAT, {"functions": [{"name": "f"}]}, "functions … older form"),
         (CHAT, {"modalities": ["audio"]}, "modalities[0] … audio … images"),
         (

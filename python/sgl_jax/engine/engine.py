@@ -58,6 +58,7 @@ class Engine:
             refuse_no_model(args.model_path)
             tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
             watchdog = Watchdog(args.soft_watchdog_timeout, args.watchdog_timeout)
+            self.server_args = args
             limits = args.stream_interval, args.max_queued_requests, watchdog, args.lora_dir
             self._start(GenerationService(ThreadTransport(build), tokenizer, *limits))
             logger.info("Ready after %.1f s", self.info.start_seconds)
@@ -104,7 +105,7 @@ class Engine:
         options = LogprobOptions(return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs)
         given = prompt, input_ids, sampling_params, rid, options
         call = native_call(self.tokenizer, self.info.context_length, *given, lora_path=lora_path)
-        return self._iterate(call) if stream else self._call(call.result(self._service))
+        return self._iterate(self._replies(call)) if stream else self._call(call.result(self._service))
 
     async def async_generate(
         self,
@@ -125,7 +126,7 @@ class Engine:
         given = prompt, input_ids, sampling_params, rid, options
         call = native_call(self.tokenizer, self.info.context_length, *given, lora_path=lora_path)
         if stream:
-            return self._aiterate(call)
+            return self._aiterate(self._replies(call))
         return await asyncio.wrap_future(self._submit(call.result(self._service)))
 
     def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> AdapterInfo:
@@ -201,9 +202,13 @@ class Engine:
     def _call[T](self, work: Coroutine[object, None, T]) -> T:
         return self._submit(work).result()
 
-    def _iterate(self, call: NativeCall) -> Iterator[Reply]:
+    async def _replies(self, call: NativeCall) -> AsyncIterator[Reply]:
+        async for reply in call.stream(await self._service.submit(call.requests, stream=True)):
+            yield reply
+
+    def _iterate(self, answers: AsyncIterator[Reply]) -> Iterator[Reply]:
         found: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
-        future = self._pump(call, found.put)
+        future = self._pump(answers, found.put)
         try:
             while (answer := found.get()) is not None:
                 yield answer
@@ -211,7 +216,7 @@ class Engine:
         finally:
             future.cancel()
 
-    async def _aiterate(self, call: NativeCall) -> AsyncIterator[Reply]:
+    async def _aiterate(self, answers: AsyncIterator[Reply]) -> AsyncIterator[Reply]:
         found: asyncio.Queue[Reply | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -219,7 +224,7 @@ class Engine:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(found.put_nowait, answer)
 
-        future = self._pump(call, put)
+        future = self._pump(answers, put)
         try:
             while (answer := await found.get()) is not None:
                 yield answer
@@ -227,11 +232,13 @@ class Engine:
         finally:
             future.cancel()
 
-    def _pump(self, call: NativeCall, put: Callable[[Reply | None], None]) -> concurrent.futures.Future[None]:
+    def _pump(
+        self, answers: AsyncIterator[Reply], put: Callable[[Reply | None], None]
+    ) -> concurrent.futures.Future[None]:
         """Start a stream: `put` is called in another thread with each answer, and with None at the end."""
 
         async def pump() -> None:
-            async for answer in call.stream(await self._service.submit(call.requests, stream=True)):
+            async for answer in answers:
                 put(answer)
 
         future = self._submit(pump())

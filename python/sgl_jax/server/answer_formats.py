@@ -1,25 +1,39 @@
 """How the served model's answers are read, by the server's flags, its chat template and the request."""
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from sgl_jax.server.openai_types import ChatCompletionRequest, FunctionTool
 from sgl_jax.settings.answer_parsers import CALL_PARSERS, THOUGHT_PARSERS
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.text.tokenizer import Tokenizer
-from sgl_jax.text.tool_calls.formats import HARMONY, calls_in, markers, thoughts_in
+from sgl_jax.text.tool_calls.formats import CALLS, HARMONY, around_calls, calls_in, markers, thoughts_in
 from sgl_jax.text.tool_calls.scanner import AnswerFormat, thought_state
 
 
+class ChatFormats(NamedTuple):
+    """Names of the formats in which a model answers chats."""
+
+    calls: str | None  # None: no calls are looked for
+    thoughts: str | None  # None: it does not think
+    splits: bool  # thoughts are split off the content
+    marked: bool  # a call begins with a token of its own, not like other text
+
+
+def chat_formats(args: ServerArgs, template: str, tokenizer: Tokenizer) -> ChatFormats:
+    found = thoughts_in(template)
+    calls = _chosen(args.tool_call_parser, CALL_PARSERS, calls_in(template))
+    thoughts = _chosen(args.reasoning_parser, THOUGHT_PARSERS, found)
+    return ChatFormats(calls, thoughts or found, thoughts is not None, calls is not None and _marked(calls, tokenizer))
+
+
 def answer_format(
-    args: ServerArgs, template: str, body: ChatCompletionRequest, tools: Sequence[FunctionTool], prompt: str
+    formats: ChatFormats, body: ChatCompletionRequest, tools: Sequence[FunctionTool], prompt: str
 ) -> AnswerFormat | None:
     """Return the format of the answer to a prompt. None: it is plain text."""
-    calls = _chosen(args.tool_call_parser, CALL_PARSERS, calls_in(template)) if tools else None
-    found = thoughts_in(template)
-    thoughts = _chosen(args.reasoning_parser, THOUGHT_PARSERS, found)
-    shown = body.separate_reasoning is False or thoughts is None
-    if calls is not None and thoughts is None and found != HARMONY:  # calls are behind the thought
-        thoughts = found
+    calls, thoughts = formats.calls if tools else None, formats.thoughts
+    if not formats.splits and (calls is None or thoughts == HARMONY):  # else calls are behind the thought
+        thoughts = None
     if calls is None and thoughts is None:
         return None
     return AnswerFormat(
@@ -27,7 +41,7 @@ def answer_format(
         thoughts,
         thought_state(prompt, thoughts),
         {tool.function.name: tool.function.parameters or {} for tool in tools},
-        show_thoughts=shown,
+        show_thoughts=body.separate_reasoning is False or not formats.splits,
         one_call=body.parallel_tool_calls is False,
     )
 
@@ -42,3 +56,9 @@ def shown_tokens(form: AnswerFormat | None, tokenizer: Tokenizer) -> dict[int, s
 
 def _chosen(parser: str, names: Mapping[str, str], found: str | None) -> str | None:
     return found if parser == "auto" else names.get(parser)
+
+
+def _marked(calls: str, tokenizer: Tokenizer) -> bool:
+    token = tokenizer.backend.token_to_id(around_calls(calls, None)[0])
+    by_text = calls != HARMONY and any(len(opener) == 1 for opener in CALLS[calls].openers)
+    return token is not None and tokenizer.is_added(token) and not by_text

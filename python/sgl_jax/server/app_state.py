@@ -14,6 +14,7 @@ from sgl_jax.engine.service import GenerationService
 from sgl_jax.server.chat_history import template_messages, template_tools, with_tools_as_text
 from sgl_jax.server.error_envelope import unknown_model
 from sgl_jax.server.openai_types import FunctionTool, Message, TemplateFields
+from sgl_jax.server.reasoning_effort import template_kwargs
 from sgl_jax.settings.adapter_paths import ANY_MODEL
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.text.chat_template import ChatTemplate
@@ -81,6 +82,7 @@ class ServerState:
         template = self.chat_template(tools)
         most = self.tokenizer.most_characters(max(self.service.info.context_length, limit))
         final, prompt = bool(options.continue_final_message), options.add_generation_prompt
+        variables = template_kwargs(options, template)
 
         def render() -> str:
             entries, shown = template_messages(messages, template.source), template_tools(tools)
@@ -93,7 +95,7 @@ class ServerState:
                 tools=shown or None,
                 add_generation_prompt=not final if prompt is None else prompt,
                 continue_final_message=final,
-                template_kwargs=options.chat_template_kwargs,
+                template_kwargs=variables,
             )
 
         return await asyncio.get_running_loop().run_in_executor(self._rendering, render)

@@ -110,8 +110,8 @@ def _http_message(error: HTTPException) -> str:
 
 def _validation_error(error: RequestValidationError) -> ApiError:
     # A value may fail every branch of a union; the error of the branch that got furthest says most.
-    found = [(each, *_field(each["loc"][1:], error.body)) for each in error.errors()]
-    first, field, _ = max(found, key=lambda item: item[2])
+    found = [(each, *_field(each["loc"][1:], error.body, each["type"] == "missing")) for each in error.errors()]
+    first, field, _ = max(found, key=lambda item: (item[2], item[0]["type"].startswith("union_tag")))
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
         text = f"the body is not valid JSON: {reason} at character {first['loc'][-1]}"
@@ -149,11 +149,11 @@ def _unsupported(field: str, value: object = None) -> ApiError:
     return ApiError(400, f"{named} is not supported{reason}", param=field, code="unsupported_parameter")
 
 
-def _field(loc: Sequence[Any], body: Any) -> tuple[str, int]:
+def _field(loc: Sequence[Any], body: Any, is_missing: bool) -> tuple[str, int]:
     """Return messages[0].content for a path that also names the branches of unions, and how many steps it has."""
     found, depth = "", 0
     for i, step in enumerate(loc):
-        missing = isinstance(body, dict) and isinstance(step, str) and i == len(loc) - 1
+        missing = is_missing and i == len(loc) - 1
         if isinstance(step, int) and isinstance(body, list) and 0 <= step < len(body):
             found, body = f"{found}[{step}]", body[step]
         elif isinstance(body, dict) and (step in body or missing):

@@ -8,14 +8,16 @@ from sgl_jax.engine.generation import Generation, GenerationRequest
 from sgl_jax.engine.native_params import finite
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server import responses
-from sgl_jax.server.answer_formats import answer_format, shown_tokens
+from sgl_jax.server.answer_formats import answer_format, chat_formats, shown_tokens
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import openai_params
 from sgl_jax.server.chat_choice import ChoiceReader
+from sgl_jax.server.chat_grammar import bound
 from sgl_jax.server.documentation import STREAM, documented
 from sgl_jax.server.openai_stream import News, OpenAIAnswer
 from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.server.responses import ChatCompletion, ChatLogprobs, Usage
+from sgl_jax.server.tool_choice import callables
 from sgl_jax.text.tool_calls.scanner import AnswerFormat
 
 
@@ -24,23 +26,32 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/chat/completions", **documented(ChatCompletion, 404, *STREAM))
     async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
-        adapter = state.adapter_of(body.model)
-        body.check_stream_options()
-        given = _parameters(body)
-        tools = () if body.tool_choice == "none" else body.tools or ()
-        prompt = await state.render_chat(body.messages, body, tools)
-        form = answer_format(state.server_args, state.chat_template(tools).source, body, tools, prompt)
-        if body.logprobs and body.include_reasoning is False and form and form.thoughts and not form.show_thoughts:
-            raise InvalidParameter(
-                "logprobs", "logprobs: true would spell the thought that include_reasoning: false hides; leave out one"
-            )
-        prompt_ids = await state.encode(prompt, "messages", bool(body.add_special_tokens))
-        given.shown_tokens = shown_tokens(form, state.tokenizer)
-        asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt, adapter)
-        generation = await state.service.submit([asked], stream=bool(body.stream))
-        return await _Chat(state, body, generation, form).respond(request)
+        return await (await submitted(state, body)).respond(request)
 
     return routes
+
+
+async def submitted(state: ServerState, body: ChatCompletionRequest) -> "ChatAnswer":
+    """Submit a chat and return its answer, which is on its way. Raises InvalidParameter, TemplateError, ApiError and what
+    `GenerationService.submit` raises."""
+    adapter = state.adapter_of(body.model)
+    body.check_stream_options()
+    given, tools = _parameters(body), callables(body)
+    formats = chat_formats(state.server_args, state.chat_template(tools.shown).source, state.tokenizer)
+    if not (formats.marked or tools.must_call):  # no grammar could keep the model from others that it sees
+        tools = tools.without_others()
+    prompt = await state.render_chat(body.messages, body, tools.shown)
+    form = answer_format(formats, body, tools.shown, prompt)
+    if body.logprobs and body.include_reasoning is False and form and form.thoughts and not form.show_thoughts:
+        raise InvalidParameter(
+            "logprobs", "logprobs: true would spell the thought that include_reasoning: false hides; leave out one"
+        )
+    prompt_ids = await state.encode(prompt, "messages", bool(body.add_special_tokens))
+    given = bound(given, body, tools, formats, prompt)
+    given.shown_tokens = shown_tokens(form, state.tokenizer)
+    asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt, adapter)
+    generation = await state.service.submit([asked], stream=bool(body.stream))
+    return ChatAnswer(state, body, generation, form)
 
 
 def _parameters(body: ChatCompletionRequest) -> GenerationRequest:
@@ -55,7 +66,7 @@ def _parameters(body: ChatCompletionRequest) -> GenerationRequest:
     return openai_params(body, {"max_tokens": next(iter(limits), None), "logprobs": logprobs, **grammar}, names)
 
 
-class _Chat(OpenAIAnswer[ChatLogprobs]):
+class ChatAnswer(OpenAIAnswer[ChatLogprobs]):
     id_prefix, chunk_object = "chatcmpl", "chat.completion.chunk"
 
     def __init__(

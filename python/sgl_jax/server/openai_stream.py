@@ -56,8 +56,8 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
     async def respond(self, request: Request) -> Response:
         request.state.generation = self.generation
         if self.stream:
-            return EventStream(self.generation, self._events())
-        return await json_unless_disconnected(request, self._whole())
+            return EventStream(self.generation, self.events())
+        return await json_unless_disconnected(request, self.whole())
 
     @abstractmethod
     def scored(self, news: News) -> Logprobs | None:
@@ -88,7 +88,8 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
         cached = PromptTokensDetails(sum(self._num_cached))
         return Usage(num_prompt, self._num_completion, num_prompt + self._num_completion, cached)
 
-    async def _whole(self) -> msgspec.Struct:
+    async def whole(self) -> msgspec.Struct:
+        """Return the answer when it has ended."""
         count = self._n * len(self.generation.requests)
         parts: list[list[News]] = [[] for _ in range(count)]
         async for updates in self.generation.updates():
@@ -99,7 +100,8 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
         logprobs = [self.scored(news) if self._logprobs else None for news in whole]
         return self.answer(whole, logprobs)
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncIterator[bytes]:
+        """Yield the answer as server-sent events, as it comes."""
         head = {"id": self.id, "object": self.chunk_object, "created": self.created, "model": self.model}
         self._head = b"data: " + _encode(head)[:-1] + b',"choices":['
         only_last = self._options.include_usage and not self._options.continuous_usage_stats

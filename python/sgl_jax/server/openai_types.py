@@ -10,7 +10,6 @@ from sgl_jax.server.bodies import (
     Body,
     CacheKey,
     EmptyList,
-    Off,
     TokenId,
     limited,
     limits,
@@ -20,6 +19,9 @@ from sgl_jax.server.bodies import (
     with_fields,
 )
 from sgl_jax.server.grammar_fields import GrammarFields
+
+MOST_TOOLS = 2048
+MOST_THOUGHT_TOKENS = 2**31 - 1
 
 
 class StreamOptions(Body):
@@ -88,7 +90,7 @@ class Function(Body):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.:/-]{1,256}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = Field(None, description="a JSON schema of the arguments")
-    strict: Off | None = None
+    strict: bool | None = Field(None, description="true: a call's arguments follow parameters")
 
 
 class FunctionTool(Body):
@@ -96,19 +98,44 @@ class FunctionTool(Body):
     function: Function
 
 
+class FunctionName(Body):
+    name: str
+
+
+class NamedTool(Body):
+    type: Literal["function"]
+    function: FunctionName
+
+
+class AllowedTools(Body):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MOST_TOOLS)]
+
+
+class AllowedToolsChoice(Body):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = Annotated[NamedTool | AllowedToolsChoice, Field(discriminator="type")]
+
+
 class TemplateFields(Body):
-    tools: Annotated[list[FunctionTool], Field(max_length=2048)] | None = Field(
+    tools: Annotated[list[FunctionTool], Field(max_length=MOST_TOOLS)] | None = Field(
         None, description="what the model may call"
     )
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = Field(None, description="the answer goes on with the last message")
     chat_template_kwargs: dict[str, Any] | None = Field(None, description="variables for the chat template")
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = Field(
+        None, description="the template's variable for it; where that is a switch none is off"
+    )
     add_special_tokens: bool | None = Field(None, description="the template's text gets BOS too; false if not set")
 
 
 @with_fields(
     off_fields("ChatCompletionRequest"),
-    null_fields("moderation prediction prompt_cache_options reasoning_effort verbosity"),
+    null_fields("moderation prediction prompt_cache_options verbosity"),
 )
 class ChatCompletionRequest(SamplingFields, TemplateFields):
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -116,11 +143,16 @@ class ChatCompletionRequest(SamplingFields, TemplateFields):
     max_tokens: Annotated[int, limits("max_tokens", low=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, limits("logprobs")] | None = None
-    tool_choice: Literal["none", "auto"] | None = Field(None, description="none hides the tools from the model")
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = Field(
+        None, description="none hides the tools from the model; required, or a named tool, forces a call"
+    )
     parallel_tool_calls: bool | None = Field(None, description="false: of several calls only the first is answered")
     separate_reasoning: bool | None = Field(None, description="false: thoughts stay in the content")
     stream_reasoning: bool | None = Field(None, description="false: a stream has a thought in one piece, at its end")
     include_reasoning: bool | None = Field(None, description="false: thoughts are left out")
+    thinking_token_budget: Annotated[int, Field(ge=0, le=MOST_THOUGHT_TOKENS)] | None = Field(
+        None, description="the thought has at most so many tokens"
+    )
 
 
 @with_fields(off_fields("CompletionRequest"), null_fields("suffix"))

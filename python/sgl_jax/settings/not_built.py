@@ -19,7 +19,6 @@ class Feature(NamedTuple):
 
 
 NOT_BUILT = (
-    Feature("forcing tool calls, or their arguments into a schema, is", fields="tool_choice strict allowed_tools"),
     Feature("tools of other kinds than functions are", flags="--tool-server --tool-parser-plugin", fields="custom mcp"),
     Feature("reasoning parsers of your own are", flags="--reasoning-parser-plugin"),
     Feature(

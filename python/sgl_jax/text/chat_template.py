@@ -5,13 +5,14 @@ import datetime
 import functools
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from importlib import resources
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -91,6 +92,12 @@ class ChatTemplate:
         """Read the source without computing anything in it. Raises TemplateError for wrong syntax."""
         with _no_other_errors("the chat template does not compile:"):
             _environment().parse(self.source)
+
+    @functools.cached_property
+    def variables(self) -> Set[str]:
+        """Names that the template reads and does not define itself."""
+        with _no_other_errors("the chat template does not compile:"):
+            return jinja2.meta.find_undeclared_variables(_environment().parse(self.source))
 
     @functools.cached_property
     def _template(self) -> jinja2.Template:
