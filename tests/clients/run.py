@@ -19,12 +19,18 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from sgl_jax.text.chat_template import bundled_templates
+
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[1]
 KEY = "sesame"
 START_TIMEOUT_S = 300
 
 PYTHON_CLIENTS = {  # packages of each, beside pytest
+    "openai": ["openai"],
+    "instructor": ["instructor"],
+    "pydantic_ai": ["pydantic-ai-slim[openai]"],
+    "agents": ["openai-agents"],
     "litellm": ["litellm"],
     "langchain": ["langchain-openai"],
     "llm": ["llm"],
@@ -49,7 +55,8 @@ def server(log: Path) -> Iterator[str]:
         "cpu",
     ]
     command += ["--served-model-name", "stories260k", "--dtype", "float32", "--context-length", "512"]
-    command += ["--chat-template", "chatml", "--api-key", KEY, "--port", str(port)]
+    template = bundled_templates()["chatml"] + "{% if tools %}{% endif %}"  # shows none: they would fill the context
+    command += ["--chat-template", template, "--api-key", KEY, "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(command, cwd=REPOSITORY, stdout=out, stderr=subprocess.STDOUT)
     url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + START_TIMEOUT_S

@@ -15,3 +15,5 @@ MESSAGES = [{"role": "user", "content": "Hello"}]
 ANSWER = '"Here," said his mom.\nT'  # 12 tokens
 UP_TO_SAID = '"Here,"'  # the answer with the stop string " said"
 CHAT_TOKENS = 43  # tokens of the rendered messages
+
+CLOSING_BRACE = 128  # the token "}": a bias for it makes an object {} where that is allowed

@@ -1,10 +1,11 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { APICallError, generateText, streamText } from "ai";
+import { APICallError, generateObject, generateText, streamText, tool } from "ai";
+import { z } from "zod";
 import { answer, apiKey, baseURL, chatTokens, completion, messages, model, prompt, upToSaid } from "./served.mjs";
 
-const provider = createOpenAICompatible({ name: "local", baseURL, apiKey, includeUsage: true });
+const provider = createOpenAICompatible({ name: "local", baseURL, apiKey, includeUsage: true, supportsStructuredOutputs: true });
 const settings = { maxOutputTokens: 12, temperature: 0, maxRetries: 0 };
 const chat = { ...settings, model: provider.chatModel(model), messages };
 const complete = { ...settings, model: provider.completionModel(model) };
@@ -34,6 +35,24 @@ test("completions", async () => {
   for await (const piece of streamText({ ...complete, prompt }).textStream) streamed += piece;
   assert.equal(streamed, text);
   assert.equal(usage.outputTokens, 12);
+});
+
+const weather = z.object({ city: z.enum(["Oslo", "Paris"]), day: z.union([z.literal(1), z.literal(2)]) });
+const forced = { ...chat, maxOutputTokens: 200, toolChoice: "required" };
+const tools = { weather: tool({ inputSchema: weather, strict: true }) };
+const oneCall = { providerOptions: { local: { parallel_tool_calls: false } } };
+
+test("an object of a schema", async () => {
+  const { object } = await generateObject({ ...chat, maxOutputTokens: 200, schema: weather });
+  assert.ok(weather.safeParse(object).success);
+});
+
+test("a forced call, whole and in a stream", async () => {
+  const { toolCalls, finishReason } = await generateText({ ...forced, ...oneCall, tools });
+  assert.deepEqual([toolCalls.map((call) => call.toolName), finishReason], [["weather"], "tool-calls"]);
+  assert.ok(weather.safeParse(toolCalls[0].input).success);
+  const streamed = await streamText({ ...forced, ...oneCall, tools }).toolCalls;
+  assert.deepEqual(streamed.map((call) => call.input), [toolCalls[0].input]);
 });
 
 test("errors have their types", async () => {

@@ -1,9 +1,11 @@
 import asyncio
+from typing import Literal
 
 import openai
 import pytest
 from langchain_core.exceptions import ContextOverflowError
 from langchain_openai import ChatOpenAI, OpenAI
+from pydantic import BaseModel
 from served import ANSWER, BASE_URL, CHAT_TOKENS, COMPLETION, KEY, MODEL, PROMPT, UP_TO_SAID
 
 
@@ -64,3 +66,25 @@ def test_errors_have_their_types():
 def test_a_time_limit_ends_the_request():
     with pytest.raises(openai.APITimeoutError):
         chat(timeout=0.001, max_tokens=400).invoke("Hello")
+
+
+class Weather(BaseModel):
+    """Tell the weather."""
+
+    city: Literal["Oslo", "Paris"]
+    day: Literal[1, 2]
+
+
+def test_bound_tools_are_called():
+    model = chat(max_tokens=None).bind_tools([Weather], tool_choice="any", strict=True, parallel_tool_calls=False)
+    [call] = model.invoke("Hello").tool_calls
+    assert (call["name"], Weather(**call["args"]).city in ("Oslo", "Paris")) == ("Weather", True)
+    chunks = list(model.stream("Hello"))
+    [streamed] = sum(chunks[1:], chunks[0]).tool_calls
+    assert streamed["args"] == call["args"]
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output(method):
+    model = chat(max_tokens=None).with_structured_output(Weather, method=method, strict=True)
+    assert isinstance(model.invoke("Hello"), Weather)
