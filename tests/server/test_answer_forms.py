@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 import tokenizers
 from live_server import MODEL, LiveServer
@@ -174,6 +175,11 @@ def test_the_model_sees_all_tools_where_a_grammar_keeps_it_from_others(marked: S
         ({"tools": [FIRST, tool("b", strict=True, parameters={"a": "bad"})]}, "tools[1].function.parameters", "bad"),
         ({"tools": [FIRST, tool("bad")], "tool_choice": "required"}, "tool_choice", "bad"),
         ({"tools": [FIRST], "regex": "bad"}, "regex", "regex … bad"),
+        (
+            {"tools": [tool("b", strict=True, parameters={"type": "array"})]},
+            "tools[0].function.parameters",
+            "array … object",
+        ),
         ({"tools": [STRICT], "ignore_eos": True}, "ignore_eos", "ignore_eos … tools[0].function.parameters … eos"),
         ({"thinking_token_budget": -1}, "thinking_token_budget", "0"),
         ({"thinking_token_budget": 1, "ignore_eos": True}, "ignore_eos", "thinking_token_budget … eos"),
@@ -206,6 +212,14 @@ def test_a_server_that_looks_for_no_calls_forces_none() -> None:
         ask = Sender(live, http)
         assert ask.refused(tools=[FIRST], tool_choice="required")[0] == "tool_choice"
         assert ask.refused(tools=[STRICT])[0] == "tools[0].function.strict"
+
+
+def test_a_launch_without_grammars_names_the_field() -> None:
+    info = msgspec.structs.replace(fake_info(), takes_grammars=False)
+    with LiveServer(lambda: FakeCore(info), chat_template=TEMPLATE) as live, live.http() as http:
+        found, said = Sender(live, http).refused(tools=[FIRST], tool_choice="required")
+    assert found == "tool_choice"
+    assert says(said, "tool_choice … --grammar-backend")
 
 
 def test_thoughts_that_are_not_split_off_come_before_the_grammar_too() -> None:

@@ -1,6 +1,7 @@
 """The grammar of a chat's answer: a thought, calls and content, each as far as the request binds it."""
 
 import dataclasses
+from collections.abc import Mapping
 
 import msgspec
 
@@ -46,35 +47,43 @@ def bound(
     return dataclasses.replace(given, params=params, names=names)
 
 
-def _strict(body: ChatCompletionRequest, tools: Callables) -> list[int]:
-    """Return which of the body's tools the answer may call with nothing but the arguments that they declare."""
-    return [i for i, tool in enumerate(body.tools or ()) if tool.function.strict and tool in tools.allowed]
+def _strict(body: ChatCompletionRequest, tools: Callables) -> dict[str, Function]:
+    """Return, by their fields, the functions that an answer may call with nothing but the arguments that they declare."""
+    allowed = {tool.function.name for tool in tools.allowed}
+    found = {f"tools[{i}].function": tool.function for i, tool in enumerate(body.tools or ())}
+    return {field: function for field, function in found.items() if function.strict and function.name in allowed}
 
 
 def _check(
-    body: ChatCompletionRequest, tools: Callables, formats: ChatFormats, strict: list[int], is_free: bool
+    body: ChatCompletionRequest, tools: Callables, formats: ChatFormats, strict: Mapping[str, Function], is_free: bool
 ) -> None:
     if body.thinking_token_budget is not None and formats.thoughts is None:
         text = (
             "thinking_token_budget: this model's chat template shows no thoughts; --reasoning-parser names their format"
         )
         raise InvalidParameter("thinking_token_budget", text)
-    field = "tool_choice" if tools.must_call else f"tools[{strict[0]}].function.strict" if strict else ""
+    field = "tool_choice" if tools.must_call else f"{next(iter(strict))}.strict" if strict else ""
     if field and formats.calls is None:
         raise InvalidParameter(field, f"{field} needs calls, but --tool-call-parser none looks for none")
     if strict and is_free and not tools.must_call and not formats.marked:
         text = f"{field} is true, but calls in the format {formats.calls} begin like other text of this model; "
         raise InvalidParameter(field, text + "give tool_choice required, or strict false")
+    for field, function in strict.items():
+        if (kind := _arguments(function).get("type", "object")) != "object":
+            said = f"{field}.parameters: its type is {kind}, but the arguments of a call are an object"
+            raise InvalidParameter(f"{field}.parameters", said)
 
 
 def _arguments(function: Function) -> dict[str, Json]:
     return (function.parameters or _NO_ARGUMENTS) if function.strict else _ANY_OBJECT
 
 
-def _name(given: GenerationRequest, body: ChatCompletionRequest, tools: Callables, strict: list[int]) -> str:
+def _name(
+    given: GenerationRequest, body: ChatCompletionRequest, tools: Callables, strict: Mapping[str, Function]
+) -> str:
     """Return the field to which an error of the grammar belongs."""
     if strict:
-        return f"tools[{strict[0]}].function.parameters" if len(strict) == 1 else "tools"
+        return f"{next(iter(strict))}.parameters" if len(strict) == 1 else "tools"
     if (content := given.params.grammar) is not None and not tools.must_call:
         return given.names.get(content.kind, content.kind)
     return "tool_choice" if tools.must_call or tools.restricted else "thinking_token_budget"

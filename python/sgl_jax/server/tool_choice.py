@@ -36,8 +36,9 @@ def callables(body: ChatCompletionRequest) -> Callables:
             names, must_call = [tool.function.name for tool in some.tools], some.mode == "required"
     if not tools:
         raise InvalidParameter("tool_choice", "tool_choice asks for a call, but there are no tools; give tools")
-    known = [tool.function.name for tool in tools]
+    known = dict.fromkeys(tool.function.name for tool in tools)
     if unknown := [name for name in names if name not in known]:
-        listed = ", ".join(known[:20])
+        listed = ", ".join([*known][:20])
         raise InvalidParameter("tool_choice", f"tool_choice names {unknown[0]}, which is not among the tools: {listed}")
-    return Callables(tools, [tool for tool in tools if tool.function.name in names], must_call)
+    chosen = {*names}
+    return Callables(tools, [tool for tool in tools if tool.function.name in chosen], must_call)
