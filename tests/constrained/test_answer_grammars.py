@@ -78,9 +78,11 @@ class Model:
     def compiled(self, form: AnswerForm) -> LibraryGrammar:
         return compile_grammar(self.vocabulary, form.grammar())
 
-    def answer(self, form: AnswerForm, seed: int, most: int = 900) -> str:
+    def answer(self, form: AnswerForm, seed: int, most: int = 900, begin: str = "") -> str:
         """Return an answer of random tokens, which ends as soon as it may once it is long."""
-        rng, matcher, tokens = random.Random(seed), self.compiled(form).matcher(), list[int]()
+        rng, matcher = random.Random(seed), self.compiled(form).matcher()
+        tokens: list[int] = self.vocabulary.tree.tokenize_str(begin)
+        matcher.advance(tokens)
         closing = [token for token in range(self.size) if self.texts[token][:1] in set('"}])')]
         for _ in range(most):
             words = matcher.mask()
@@ -285,7 +287,26 @@ def test_arguments_that_cannot_be_enforced_are_refused_by_keyword(
 
 def test_calls_among_text_need_a_token_that_begins_them(model) -> None:
     with pytest.raises(GrammarError, match="one token begins"):
-        model("llama3").compiled(AnswerForm(calls="llama3", functions=FUNCTIONS))
+        model("hermes", None, ("<tool_call>",)).compiled(AnswerForm(calls="hermes", functions=FUNCTIONS))
+
+
+@pytest.mark.parametrize("name", ["llama3", "pythonic"])
+def test_text_beside_bare_calls_is_not_read_as_one(model, name: str) -> None:
+    it, form = model(name), AnswerForm(calls=name, functions=FUNCTIONS)
+    kinds = set()
+    for seed in range(30):
+        answer = it.answer(form, seed, begin='{"name": "' if seed % 2 else "")
+        calls = calls_of(it.parts(form, answer))
+        for function, arguments in calls:
+            jsonschema_rs.validate(TOOLS[function], arguments)
+        kinds.add(bool(calls))
+    assert kinds == {True, False}
+    allowed = lambda text: it.may_come(it.compiled(form).matcher(), text)  # noqa: E731
+    texts = ["", "Hm. { [", "\n a\n\n{b", "a [1]\n b\n", *([] if name == "pythonic" else ["a\n[b"])]
+    assert [text for text in texts if not allowed(text)] == []
+    assert not allowed('{"name": "now", "x"')
+    assert not allowed(" [")
+    assert allowed("a\n  [b") == (name == "llama3")
 
 
 def test_every_format_that_is_read_can_be_written() -> None:

@@ -9,6 +9,11 @@ from sgl_jax.text.tool_calls.formats import CALLS, HARMONY, THOUGHTS
 from sgl_jax.text.tool_calls.harmony import MARKERS
 
 _GAP = r"/[ \n]{0,2}/"  # behind a thought
+# Text that is not read as a call, in formats whose calls are JSON or a list alone: at the beginning, or of any line.
+_TEXT_BESIDE_BARE = {
+    "llama3": r"/\s*[^\s{\[](.|\n)*/",
+    "pythonic": r"/\s*[^\s{\[](\S|[^\S\n]|\s*\n\s*[^\s\[])*\s*/",
+}
 
 
 def answer_grammar(lark: Lark, form: AnswerForm) -> str:
@@ -41,8 +46,9 @@ def _body(lark: Lark, form: AnswerForm, opener: str) -> str:
         return calls
     if content is not None:
         return f"({calls} | {content})"
-    openers = CALLS[form.calls].openers
-    if min(map(len, openers)) == 1 or not any(map(lark.is_token, openers)):
+    if (text := _TEXT_BESIDE_BARE.get(form.calls)) is not None:
+        return f"({calls} | {lark.rule(text)})?"
+    if not any(map(lark.is_token, CALLS[form.calls].openers)):
         raise GrammarError("calls among text can be enforced only where one token begins them")
     return f"({lark.text()} {calls}){'?' if form.one_call else '*'} {lark.text()}"
 

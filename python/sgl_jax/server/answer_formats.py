@@ -17,7 +17,7 @@ class ChatFormats(NamedTuple):
     calls: str | None  # None: no calls are looked for
     thoughts: str | None  # None: it does not think
     splits: bool  # thoughts are split off the content
-    marked: bool  # a call begins with a token of its own, not like other text
+    marked: bool  # a grammar can tell a call from other text as it begins
 
 
 def chat_formats(args: ServerArgs, template: str, tokenizer: Tokenizer) -> ChatFormats:
@@ -60,5 +60,5 @@ def _chosen(parser: str, names: Mapping[str, str], found: str | None) -> str | N
 
 def _marked(calls: str, tokenizer: Tokenizer) -> bool:
     token = tokenizer.backend.token_to_id(around_calls(calls, None)[0])
-    by_text = calls != HARMONY and any(len(opener) == 1 for opener in CALLS[calls].openers)
-    return token is not None and tokenizer.is_added(token) and not by_text
+    is_bare = calls != HARMONY and any(len(opener) == 1 for opener in CALLS[calls].openers)
+    return is_bare or (token is not None and tokenizer.is_added(token))
