@@ -53,22 +53,19 @@ class FakeGrammar:
     text: str
     vocab_size: int
     looks: int
+    seconds: float = 0.0
 
     def done(self) -> bool:
         self.looks -= 1
         return self.looks < 0
-
-    def cancel(self) -> bool:
-        return False
-
-    def cancelled(self) -> bool:
-        return False
 
     def exception(self) -> Exception | None:
         return ValueError("it is bad") if self.text == "bad" else None
 
     def result(self) -> FakeGrammar:
         return self
+
+    def give_up(self) -> None: ...
 
     def matcher(self) -> FakeMatcher:
         return FakeMatcher(self.text, self.vocab_size)
@@ -79,14 +76,12 @@ class FakeGrammars:
 
     def __init__(self, vocab_size: int, looks: int = 2):
         self._vocab_size, self._looks = vocab_size, looks
-        self._kept: dict[Grammar, FakeGrammar] = {}
+        self.compiled: list[FakeGrammar] = []
 
-    def compiled(self, grammar: Grammar) -> FakeGrammar:
-        if grammar not in self._kept:
-            self._kept[grammar] = FakeGrammar(grammar.text, self._vocab_size, self._looks)
-        return self._kept[grammar]
+    def wait(self) -> None: ...
 
-    def forget(self) -> None:
-        self._kept.clear()
+    def compile(self, grammar: Grammar) -> FakeGrammar:
+        self.compiled.append(FakeGrammar(grammar.text, self._vocab_size, self._looks))
+        return self.compiled[-1]
 
     def close(self) -> None: ...

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
+from collections import OrderedDict
+from collections.abc import Collection
 from typing import Protocol
 
-from sgl_jax.constrained.grammar_cache import GrammarCache
+from sgl_jax.constrained.compile_threads import GrammarCompiler
 from sgl_jax.constrained.token_tree import TokenTree, token_tree
 from sgl_jax.engine.messages import CompileGrammar, Event, Finished, GrammarCompiled, Refused
 from sgl_jax.models.decoder_config import DecoderConfig
@@ -18,106 +19,135 @@ from sgl_jax.text.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
-COMPILE_SECONDS = 30.0  # after which a grammar is refused
+COMPILE_SECONDS = 30.0
 
 
 class Compiling(Protocol):
-    """The future of a compiled grammar."""
+    """Future of a compiled grammar."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since it began, or those that it took; 0 while it is queued."""
+        ...
 
     def done(self) -> bool: ...
-
-    def cancel(self) -> bool: ...
-
-    def cancelled(self) -> bool: ...
 
     def exception(self) -> BaseException | None: ...
 
     def result(self) -> CompiledGrammar: ...
 
+    def give_up(self) -> None:
+        """Let others be compiled in its place."""
+
 
 class Compiler(Protocol):
-    """Grammars by their text (constrained.grammar_cache)."""
+    """Threads that compile (constrained.compile_threads)."""
 
-    def compiled(self, grammar: Grammar) -> Compiling:
-        """Return a grammar that is compiled or being compiled; begin to compile it if it is new."""
-        ...
+    def wait(self) -> None:
+        """Wait until grammars can be compiled."""
+
+    def compile(self, grammar: Grammar) -> Compiling: ...
 
     def close(self) -> None: ...
 
 
 class Grammars:
-    """Calls that wait for a grammar, and requests whose grammar failed them."""
+    """Compiled grammars by their text, calls that wait for one, and requests whose grammar failed them."""
 
-    def __init__(self, compiler: Compiler, seconds: float = COMPILE_SECONDS):
-        self._compiler, self._seconds = compiler, seconds
-        self._calls: list[tuple[CompileGrammar, Compiling, float]] = []  # with the time of the refusal
-        self._broken: dict[Grammar, str] = {}  # why a grammar that a request waits for cannot be compiled
+    def __init__(self, compiler: Compiler, seconds: float = COMPILE_SECONDS, most_kept: int = 128):
+        """`seconds`: after which a grammar is refused; `most_kept`: grammars that no request uses."""
+        self.num_compiled, self.compile_seconds = 0, 0.0
+        self._compiler, self._seconds, self._most_kept = compiler, seconds, most_kept
+        self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()  # those used last at the end
+        self._compiling: dict[Grammar, Compiling] = {}
+        self._calls: list[CompileGrammar] = []
 
     @property
     def has_work(self) -> bool:
-        return bool(self._calls or self._broken)
+        return bool(self._calls)
+
+    def wait(self) -> None:
+        """Wait until grammars can be compiled."""
+        self._compiler.wait()
 
     def compile(self, command: CompileGrammar) -> None:
         """Begin to compile a grammar, unless it is."""
-        future = self._compiler.compiled(Grammar(command.kind, command.text))
-        self._calls.append((command, future, time.monotonic() + self._seconds))
+        self._calls.append(command)
+        self.find(Grammar(command.kind, command.text))
 
     def find(self, grammar: Grammar) -> CompiledGrammar | None:
-        """Return a grammar that is compiled; otherwise have it compiled again, and return None."""
-        future = self._compiler.compiled(grammar)
-        if not future.done():
-            return None
-        if (error := future.exception()) is not None:
-            self._broken[grammar] = str(error)
-            return None
-        return future.result()
+        """Return a grammar that is compiled; otherwise have it compiled, and return None."""
+        if (found := self._compiled.get(grammar)) is not None:
+            self._compiled.move_to_end(grammar)
+        elif grammar not in self._compiling:
+            self._compiling[grammar] = self._compiler.compile(grammar)
+        return found
 
     def poll(self, scheduler: Scheduler) -> tuple[list[Event], list[Finished]]:
         """Return answers to the calls that are decided by now, and requests that ended because their grammar failed."""
         failed = scheduler.grammars.failed
-        if self._broken:
-            waiting = ((key, request.params.grammar) for key, request in scheduler.requests.items())
-            failed |= {key: self._broken[grammar] for key, grammar in waiting if grammar in self._broken}
-            self._broken.clear()
+        refused = self._take_done() if self._compiling else {}
+        if refused:
+            waiting = ((key, request.params.grammar) for key, request in scheduler.waiting.items())
+            failed |= {key: refused[grammar] for key, grammar in waiting if grammar in refused}
         finished = [
             Finished(key, FinishReason("abort", message=f"the grammar of the request failed: {why}"))
             for key, why in failed.items()
             if scheduler.abort(key)
         ]
         failed.clear()
-        return self._poll_calls() if self._calls else [], finished
+        events = self._answers(refused) if self._calls else []
+        if len(self._compiled) > self._most_kept:
+            self._forget({request.params.grammar for request in scheduler.requests.values()})
+        return events, finished
 
     def close(self) -> None:
         self._compiler.close()
 
-    def _poll_calls(self) -> list[Event]:
-        calls, self._calls, events = self._calls, [], list[Event]()
-        for command, future, until in calls:
-            if future.done():
-                events.append(_answer(command, future))
-            elif time.monotonic() >= until:
-                future.cancel()  # it may not have begun
+    def _take_done(self) -> dict[Grammar, str]:
+        """Keep what is compiled by now, and return why others cannot be. One that takes too long is refused until it is done."""
+        refused = {}
+        for grammar, each in [*self._compiling.items()]:
+            if each.done():
+                del self._compiling[grammar]
+                self.num_compiled, self.compile_seconds = self.num_compiled + 1, self.compile_seconds + each.seconds
+                if (error := each.exception()) is None:
+                    self._compiled[grammar] = each.result()
+                    continue
+                refused[grammar] = str(error) or "it could not be compiled"
+                if not isinstance(error, ValueError):
+                    logger.error("a grammar could not be compiled", exc_info=error)
+            elif each.seconds >= self._seconds:
+                each.give_up()
                 said = f"it is not compiled after {self._seconds:g} seconds, which is the limit; make it simpler"
-                events.append(Refused(command.call, said, command.kind))
+                refused[grammar] = said
+        return refused
+
+    def _forget(self, used: Collection[Grammar | None]) -> None:
+        unused = [grammar for grammar in self._compiled if grammar not in used]
+        for grammar in unused[: max(0, len(unused) - self._most_kept)]:
+            del self._compiled[grammar]
+
+    def _answers(self, refused: dict[Grammar, str]) -> list[Event]:
+        calls, self._calls, events = self._calls, [], list[Event]()
+        for command in calls:
+            grammar = Grammar(command.kind, command.text)
+            if grammar in refused:
+                events.append(Refused(command.call, refused[grammar], command.kind))
+            elif grammar in self._compiled:
+                events.append(GrammarCompiled(command.call))
             else:
-                self._calls.append((command, future, until))
+                self._calls.append(command)
         return events
 
 
-def grammars_of(args: ServerArgs, model: DecoderConfig) -> Grammars:
-    """Begin to make a launch ready for grammars, in a thread that reads the tokenizer."""
+def grammars_of(args: ServerArgs, model: DecoderConfig) -> Grammars | None:
+    """Begin to make a launch ready for grammars, in a thread that reads the tokenizer; None in a launch that takes none."""
+    if args.grammar_backend == "none":
+        return None
 
     def load() -> TokenTree:
         tokenizer = load_tokenizer(args.tokenizer_path or args.model_path, args.chat_template, args.downloads)
         return token_tree(tokenizer, model.vocab_size, model.eos_token_ids)
 
-    return Grammars(GrammarCache(load))
-
-
-def _answer(command: CompileGrammar, future: Compiling) -> Event:
-    error = None if future.cancelled() else future.exception()
-    if error is None and not future.cancelled():
-        return GrammarCompiled(command.call)
-    if not isinstance(error, ValueError):
-        logger.error("a grammar could not be compiled", exc_info=error)
-    return Refused(command.call, str(error) or "it could not be compiled", command.kind)
+    return Grammars(GrammarCompiler(load))

@@ -13,7 +13,7 @@ from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.adapter_loads import Adapters
 from sgl_jax.engine.adapter_plan import adapter_store, plan_adapters
 from sgl_jax.engine.core import Core
-from sgl_jax.engine.grammar_compiles import grammars_of
+from sgl_jax.engine.grammar_compiles import Grammars, grammars_of
 from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
 from sgl_jax.engine.kv_cache import with_kv_dtype, with_kv_scales
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
@@ -59,6 +59,7 @@ class DeviceSide:
     plan: LaunchPlan
     runner: ModelRunner
     copies: AdapterCopies | None  # in memory, of the adapters of a launch that takes any
+    grammars: Grammars | None  # on the host that plans, in a launch that takes any
 
 
 def build_core(args: ServerArgs, accept: Accept = lambda plan: None, *, behind: bool = False) -> Core:
@@ -111,6 +112,7 @@ def build_device_side(
     model, draft, kernels, plan = _decide(args, families, checkpoint, platform, kind, device_bytes, dummy=dummy)
     accept(plan)
     _say_sizes(model, plan)
+    grammars = None if isinstance(hosts, Follower) else grammars_of(args, model)
     placement = Placement.over(devices, grid)
     announce = hosts.announce if isinstance(hosts, Leader) else announce_to_nobody
     kept = kept_programs(args, devices) if behind else None
@@ -147,7 +149,7 @@ def build_device_side(
     runner.start(weights, barrier)
     if num_left := runner.num_compiling:
         logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
-    return DeviceSide(model, platform, devices, plan, runner, copies)
+    return DeviceSide(model, platform, devices, plan, runner, copies, grammars)
 
 
 def kept_programs(args: ServerArgs, devices: list[jax.Device]) -> KeptPrograms | None:
@@ -229,7 +231,8 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
     caches = [PrefixCache(memory.num_pages, page_size, enabled=shares) for _ in range(grid.data)]
     slots, copies = plan.runner_config.adapters, device_side.copies
     adapters = None if slots is None or copies is None else Adapters(copies, slots.number)
-    grammars = grammars_of(args, model) if plan.runner_config.takes_grammars else None
+    if (grammars := device_side.grammars) is not None:
+        grammars.wait()
     parts = {"adapters": adapters.slots if adapters else None, "find_grammar": grammars.find if grammars else None}
     scheduler = Scheduler(plan.scheduler_config, caches, **parts)
     info = EngineInfo(
