@@ -102,8 +102,8 @@ def arrival(draw: st.DrawFn, context_length: int, steps: st.SearchStrategy[int])
 
 def run(scenario: Scenario) -> Client:
     """Run a scenario. The client checks invariants after each step."""
-    compiler = FakeGrammars(VOCAB)
-    core = make_core(vocab_size=VOCAB, eos=0, **scenario.core, grammars=Grammars(compiler))
+    grammars = Grammars(FakeGrammars(VOCAB), most_kept=0)
+    core = make_core(vocab_size=VOCAB, eos=0, **scenario.core, grammars=grammars)
     client = Client(core)
     for step in range(1000):
         for key, each in enumerate(scenario.arrivals):
@@ -113,7 +113,6 @@ def run(scenario: Scenario) -> Client:
                 core.handle(Abort([key, 1000]))
         for call in range(scenario.flushes.count(step)):
             core.handle(FlushCache(call))
-            compiler.forget()
         if step > 40 and not core.busy:
             return client
         client.step()

@@ -1,12 +1,14 @@
 """Grammars of running requests: each row's place in its grammar, and the mask of the tokens that may come next.
 
 The mask of a row depends on its last token, which the host must know before the row can run again. So such a row sits out
-the step after one that samples for it; the other rows go on. Masks reach the device with the plan of the row's next step.
+the step after one that samples for it; the other rows go on. A mask is computed when the next step is planned, when the tokens
+are on their way to the client, and reaches the device with the plan of the row's next step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -38,6 +40,7 @@ class _Place:
     matcher: Matcher
     num_taken: int  # tokens of the row, prompt included, that the matcher has moved over
     mask: np.ndarray  # as the device has it, or will with the row's next step
+    has_waited: bool = False  # for other rows, since its last token
 
 
 class GrammarRows:
@@ -47,6 +50,7 @@ class GrammarRows:
         self._places: dict[int, _Place] = {}  # by row
         self._unsent: set[int] = set()  # rows whose mask the device does not have
         self.failed: dict[int, str] = {}  # by key: why a request cannot go on
+        self.num_masks, self.mask_seconds = 0, 0.0  # computed so far
 
     def admits(self, request: Request) -> bool:
         """Return whether the request's grammar is compiled."""
@@ -69,28 +73,24 @@ class GrammarRows:
         self._places.pop(row, None)
         self._unsent.discard(row)
 
-    def advance(self, rows: np.ndarray) -> None:
-        """Move over the new tokens of these rows."""
-        if not self._places:
-            return
-        for row in self._places.keys() & rows.tolist():
-            place = self._places[row]
-            before = place.mask
-            self._move(row, place)
-            if not np.array_equal(before, place.mask):
-                self._unsent.add(row)
-
     def ready(self, rows: np.ndarray, decodes: np.ndarray) -> np.ndarray:
         """Return those of these decoding rows that can run now: with grammars only rows without a token in flight. If there
-        is nothing else to run, they wait for each other, so that one step runs them all. `decodes`: of all
-        running rows; one that does not decode runs in any case."""
+        is nothing else to run, they wait for each other, so that one step runs them all, but no row waits twice for a token.
+        `decodes`: of all running rows; one that does not decode runs in any case."""
         if not self._places:
             return rows
+        self._catch_up()
         t = self._table
+        if self.failed:
+            rows = rows[~np.isin(t.key[rows], [*self.failed])]
         bound = t.params[rows, Param.FLAGS] & RowFlag.GRAMMAR != 0
         waits = bound & (t.num_sure[rows] > t.num_known[rows])
         if waits.any() and bound.all() and decodes.all():
-            return rows[:0]
+            held = [self._places[row] for row in rows[~waits].tolist()]
+            if not any(place.has_waited for place in held):
+                for place in held:
+                    place.has_waited = True
+                return rows[:0]
         return rows[~waits]
 
     def take_loads(self) -> list[RowLoad]:
@@ -106,8 +106,18 @@ class GrammarRows:
         bound = {request.row: request for request in running if request.params.grammar is not None}
         assert bound == {row: place.request for row, place in self._places.items()}
 
+    def _catch_up(self) -> None:
+        """Move over the tokens that have come."""
+        for row, place in self._places.items():
+            if self._table.num_known[row] == place.num_taken:
+                continue
+            before, place.has_waited = place.mask, False
+            self._move(row, place)
+            if not np.array_equal(before, place.mask):
+                self._unsent.add(row)
+
     def _move(self, row: int, place: _Place) -> None:
-        known = int(self._table.num_known[row])
+        known, began = int(self._table.num_known[row]), time.perf_counter()
         tokens = self._table.tokens[row, place.num_taken : known].tolist()
         place.num_taken = known
         try:
@@ -115,3 +125,5 @@ class GrammarRows:
             place.mask = place.matcher.mask()
         except ValueError as error:
             self.failed[place.request.key] = str(error)
+        self.num_masks += 1
+        self.mask_seconds += time.perf_counter() - began

@@ -275,7 +275,7 @@ class Scheduler:
             decoded = plan.from_device & alive
             self._widths.observe(plan.width, int(decoded.sum()), int(step.num_accepted[decoded].sum()))
         self.counters.generated_tokens += len(taken.tokens)
-        result = StepResult(
+        return StepResult(
             keys=plan.keys[index][taken.of],
             tokens=taken.tokens,
             lines=index[taken.of] * plan.width + taken.line,
@@ -284,8 +284,6 @@ class Scheduler:
             scored=scored,
             drafts=drafts,
         )
-        self.grammars.advance(rows)
-        return result
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless every page and row has exactly one owner and every counter is in order."""
