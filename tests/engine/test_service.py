@@ -25,11 +25,14 @@ from sgl_jax.engine.generation import (
 )
 from sgl_jax.engine.messages import (
     Abort,
+    CompileGrammar,
     EngineDied,
     Finished,
     Generate,
+    GrammarCompiled,
     PromptScored,
     Ready,
+    Refused,
     StepOutput,
     TokenLogprobs,
 )
@@ -292,6 +295,22 @@ def test_the_queue_holds_requests_without_a_token() -> None:
     run(test)
 
 
+def test_a_full_queue_refuses_a_grammar_before_it_is_compiled() -> None:
+    async def test() -> None:
+        service, transport = await opened(max_queued_requests=2)
+        compiling = asyncio.ensure_future(service.submit([request(regex="a"), request(regex="a")], stream=False))
+        await settle()
+        assert [type(command) for command in transport.sent] == [CompileGrammar]
+        with pytest.raises(QueueFull):
+            await service.submit([request(regex="b")], stream=False)
+        assert len(transport.sent) == 1
+        transport.emit(GrammarCompiled(transport.sent[0].call))
+        await compiling
+        assert len(transport.keys()) == 2
+
+    run(test)
+
+
 def test_more_than_the_queue_ever_holds_is_refused_for_good() -> None:
     async def test() -> None:
         service, transport = await opened(max_queued_requests=3)
@@ -402,6 +421,30 @@ def test_death_fails_everything_and_everyone() -> None:
             await service.submit([request()], stream=True)
         await service.failed.wait()
         assert service.failure == "out of memory"
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_good", [True, False])
+def test_draining_waits_for_a_grammar_and_its_request(is_good: bool) -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        submitted = asyncio.ensure_future(service.submit([request(regex="a")], stream=False))
+        await settle()
+        assert not await service.drain(0.01)
+        call = transport.sent[0].call
+        transport.emit(GrammarCompiled(call) if is_good else Refused(call, "it is bad", "regex"))
+        drained = asyncio.ensure_future(service.drain(5))
+        await settle()
+        assert drained.done() != is_good
+        if is_good:
+            [key] = transport.keys()
+            transport.emit(StepOutput([key], [A], finished=[Finished(key, FinishReason("length"))]))
+            await submitted
+        else:
+            with pytest.raises(InvalidParameter, match="it is bad"):
+                await submitted
+        assert await drained
 
     run(test)
 

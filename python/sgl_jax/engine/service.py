@@ -184,7 +184,6 @@ class GenerationService:
     async def _submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
         await self.adapters.prepare(requests)
         checked = [checks.checked(request, self.info) async for request in in_slices(requests)]
-        await self._grammars.prepare(checked, self.info.takes_grammars)
         checks.check_ids(checked, self._choices.keys_of)
         each_n = [request.params.n for request in checked]
         queue = self._choices.queue
@@ -193,6 +192,7 @@ class GenerationService:
         self._choices.expect(checked)
         num_sent = 0
         try:
+            await self._grammars.prepare(checked, self.info.takes_grammars)
             async for request in in_slices(checked, max(1, SLICE // max(each_n))):
                 if self._choices.error is not None:
                     raise self._choices.error
