@@ -38,7 +38,9 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
     norms = 2 * (36 * (2 * 4096 + 2 * 128) + 4096)  # on every device
     assert found.launch.weight_bytes == weights + norms
     assert found.launch.memory.bytes_per_token == 36 * 2 * 2 * 128 * 2
-    state = 257 * 4 * (1 + 40960 // 128 + 151936 // 4 + 3 * 1104)
+    state = (
+        257 * 4 * (1 + 40960 // 128 + 151936 // 4 + 3 * 1104) + 257 * 151936 // 4
+    )  # and a mask of a byte for each token
     tokens = (int(int(31.24 * GIB) * 0.88) - weights - norms - state) // (36 * 2 * 2 * 128 * 2) // 128 * 128
     assert found.launch.memory.num_tokens == tokens
     assert found.full_contexts == pytest.approx(tokens / 40960)

@@ -19,7 +19,7 @@ from sgl_jax.runtime.device_state import DeviceState, StateSizes, initial_state
 from sgl_jax.runtime.loads import LOADS, LoadLayout
 from sgl_jax.runtime.sampler import SampleLines
 from sgl_jax.scheduler.rows import encode_params
-from sgl_jax.step_plan import Param, RowLoad, mask_words
+from sgl_jax.step_plan import Param, RowLoad
 
 NUM_DRAWS = 2048  # rows in a batch: enough for a distribution, with one compilation for each vocabulary size
 
@@ -71,7 +71,7 @@ def step_of(rows: list[Row], vocab_size: int, num_rows: int) -> tuple[SampleLine
         params=jnp.asarray(params),
         drafts=jnp.zeros((num_rows, 0), jnp.int32),
     )
-    sizes = StateSizes(num_rows, 1, vocab_size, num_tokens=64, mask_words=mask_words(vocab_size))
+    sizes = StateSizes(num_rows, 1, vocab_size, num_tokens=64, takes_grammars=True)
     state = initial_state(sizes)
     masks = [
         packed([token for token in row.allowed if token < vocab_size], vocab_size) if row.params.grammar else None

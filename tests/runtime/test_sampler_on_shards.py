@@ -39,7 +39,7 @@ def main() -> None:
     wanted = np.asarray(jax.jit(sampler.sample)(logits, lines, state))
     axis, whole, shards = MeshAxis(("tensor",), DEVICES), PartitionSpec(), PartitionSpec(None, "tensor")
     mesh = Mesh(np.array(jax.devices()), axis.names)
-    places = dataclasses.replace(jax.tree.map(lambda _: whole, state), token_counts=shards)
+    places = dataclasses.replace(jax.tree.map(lambda _: whole, state), token_counts=shards, grammar_mask=shards)
     sampler._LINES_BYTES = 8 * 4 * (VOCAB // DEVICES)
     assert sampler.lines_at_once(VOCAB // DEVICES) == 8
     function = functools.partial(sampler.sample, axis=axis)

@@ -31,14 +31,14 @@ class DeviceState:
     bias_ids: jax.Array  # i32[R + 1, B]: tokens whose logit changes, for rows with RowFlag.BIAS
     bias_values: jax.Array  # f32[R + 1, B]
     bias_until: jax.Array  # i32[R + 1, B]: the bias applies to sampled positions below it
-    grammar_mask: jax.Array  # i32[R + 1, ceil(V / 32)]: a bit for each token that may come next, for RowFlag.GRAMMAR
+    grammar_mask: jax.Array  # bool[R + 1, V]: tokens that may come next, for rows with RowFlag.GRAMMAR
 
 
 _REPLICATED: Any = ()
 _VOCAB_SHARDED: Any = (None, "vocab")
 # Logical axes of each array.
 STATE_AXES = DeviceState(**{each.name: _REPLICATED for each in dataclasses.fields(DeviceState)})
-STATE_AXES = dataclasses.replace(STATE_AXES, token_counts=_VOCAB_SHARDED)
+STATE_AXES = dataclasses.replace(STATE_AXES, token_counts=_VOCAB_SHARDED, grammar_mask=_VOCAB_SHARDED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class StateSizes:
     num_tokens: int = 1  # C
     feature_dim: int = 1  # D
     feature_dtype: str = "float32"
-    mask_words: int = 1
+    takes_grammars: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +74,7 @@ def initial_state(sizes: StateSizes) -> DeviceState:
         bias_ids=jnp.zeros((n, BIAS_WIDTH), jnp.int32),
         bias_values=jnp.zeros((n, BIAS_WIDTH), jnp.float32),
         bias_until=jnp.zeros((n, BIAS_WIDTH), jnp.int32),
-        grammar_mask=jnp.zeros((n, sizes.mask_words), jnp.int32),
+        grammar_mask=jnp.zeros((n, sizes.vocab_size if sizes.takes_grammars else 1), jnp.bool_),
     )
 
 

@@ -15,7 +15,8 @@ from jaxtyping import Array, Int
 
 from sgl_jax.parallel.grid import MeshAxis
 from sgl_jax.runtime.device_state import BIAS_WIDTH, IN_PROMPT, DeviceState, StateSizes
-from sgl_jax.step_plan import RowLoad
+from sgl_jax.runtime.grammar_mask import unpacked
+from sgl_jax.step_plan import RowLoad, mask_words
 
 _VECTOR_SIZE = 32 << 10  # i32 values of a load's vector: room for many rows, and as cheap to copy as a dispatch
 _FOREVER = 2**31 - 1
@@ -112,7 +113,8 @@ def _pack_mask(load: RowLoad, payload: np.ndarray) -> bool:
 
 
 def _store_mask(state: DeviceState, row: jax.Array, mask: jax.Array, axis: MeshAxis) -> DeviceState:
-    return dataclasses.replace(state, grammar_mask=_put_row(state.grammar_mask, row, mask))
+    allowed = unpacked(mask, state.grammar_mask.shape[-1], axis)
+    return dataclasses.replace(state, grammar_mask=_put_row(state.grammar_mask, row, allowed))
 
 
 LOADS: tuple[LoadKind, ...] = (
@@ -120,7 +122,7 @@ LOADS: tuple[LoadKind, ...] = (
     LoadKind("counts", lambda sizes: sizes.vocab_size, _pack_counts, _store_counts),
     LoadKind("bias", lambda sizes: 3 * BIAS_WIDTH, _pack_bias, _store_bias),
     LoadKind("tokens", lambda sizes: sizes.num_tokens, _pack_tokens, _store_tokens),
-    LoadKind("mask", lambda sizes: sizes.mask_words, _pack_mask, _store_mask),
+    LoadKind("mask", lambda sizes: mask_words(sizes.vocab_size), _pack_mask, _store_mask),
 )
 
 

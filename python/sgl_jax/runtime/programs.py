@@ -27,7 +27,7 @@ from sgl_jax.runtime.pool import Pool
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.step import StepOutputs, step
 from sgl_jax.runtime.step_spec import Drafter, Pools, StepSpec
-from sgl_jax.step_plan import mask_words, pages_per_row
+from sgl_jax.step_plan import pages_per_row
 
 # Names of device values.
 WEIGHTS, ADAPTERS, KV, STATE, OUTPUTS = "weights", "adapters", "kv", "state", "outputs"
@@ -74,7 +74,7 @@ class RunnerConfig:
             num_tokens=self.context_length + 2 * self.width if self.keeps_tokens else 1,
             feature_dim=model.draft.decoder.hidden_size if has_features and model.draft else 1,
             feature_dtype=self.compute_dtype,
-            mask_words=mask_words(model.vocab_size) if self.takes_grammars else 1,
+            takes_grammars=self.takes_grammars,
         )
 
     def layout(self, bucket: Bucket) -> PlanLayout:

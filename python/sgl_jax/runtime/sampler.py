@@ -196,8 +196,7 @@ def _adjust(
 
     logits = lax.cond(biased.any(), add_bias, lambda x: x, logits)
     logits = lax.cond(penalised.any(), penalise, lambda x: x, logits)
-    masks = state.grammar_mask
-    return lax.cond(bound.any(), lambda x: constrain(x, masks[lines.rows], bound, axis), lambda x: x, logits)
+    return lax.cond(bound.any(), lambda x: constrain(x, state.grammar_mask, lines.rows, bound), lambda x: x, logits)
 
 
 def uniforms(lines: SampleLines) -> Float[Array, " S"]:
