@@ -69,7 +69,7 @@ class Core:
         self._overlap = overlap
         self._profiler = Profiler(runner.tracer, profiler_dir)
         self._commands = Commands(scheduler, info, self._profiler, adapters, grammars, random_seed)
-        self._statistics = Statistics(scheduler, decode_log_interval, draft_model, info.simulated)
+        self._statistics = Statistics(scheduler, decode_log_interval, draft_model, info.simulated, grammars)
         self._planned: StepPlan | None = None  # a step whose programs are not compiled yet
         self._in_flight: Flight | None = None
 

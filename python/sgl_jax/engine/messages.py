@@ -205,6 +205,10 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     accepted_drafts: int = 0
     adapters_on_device: int = 0  # slots in use
     adapter_loads: int = 0  # times that an adapter was put into a slot
+    grammars_compiled: int = 0  # with those that failed
+    grammar_compile_seconds: float = 0.0
+    grammar_masks: int = 0
+    grammar_mask_seconds: float = 0.0
     accepted_per_position: list[int] = []  # by the draft's place in a row; empty: the launch does not speculate
 
     @property

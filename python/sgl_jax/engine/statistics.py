@@ -4,6 +4,7 @@ import dataclasses
 import logging
 import time
 
+from sgl_jax.engine.grammar_compiles import Grammars
 from sgl_jax.engine.messages import DraftCounts, Stats
 from sgl_jax.observability.log import decode_line, low_acceptance_line, prefill_line
 from sgl_jax.scheduler.scheduler import Scheduler
@@ -16,9 +17,16 @@ _ENOUGH_DRAFTS, _LOWEST_RATE = 200, 0.05  # the share is that of a row's first d
 
 
 class Statistics:
-    def __init__(self, scheduler: Scheduler, decode_log_interval: int, draft_model: str = "", simulated: bool = False):
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        decode_log_interval: int,
+        draft_model: str,
+        simulated: bool,
+        grammars: Grammars | None,
+    ):
         self.speed = Speedometer(decode_log_interval)
-        self._scheduler, self._simulated = scheduler, simulated
+        self._scheduler, self._simulated, self._grammars = scheduler, simulated, grammars
         self._watched = draft_model  # empty: there is none, or it has been warned of
         self._drafts = self._drafts_before = DraftCounts()  # the last log interval's, and all until its end
         self._due = 0.0
@@ -46,6 +54,10 @@ class Statistics:
             spec_accept_rate=self._drafts.accept_rate,
             adapters_on_device=s.adapters.num_used,
             adapter_loads=s.adapters.num_loads,
+            grammars_compiled=self._grammars.num_compiled if self._grammars else 0,
+            grammar_compile_seconds=self._grammars.compile_seconds if self._grammars else 0.0,
+            grammar_masks=s.grammars.num_masks,
+            grammar_mask_seconds=s.grammars.mask_seconds,
             **dataclasses.asdict(s.counters),
         )
 

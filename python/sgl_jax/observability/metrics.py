@@ -34,6 +34,10 @@ _COUNTERS = (
     ("engine_steps", "Steps the engine ran", "steps"),
     ("compiles_after_ready", "Programs compiled while serving; without --skip-server-warmup 0", "compiles_after_ready"),
     ("lora_adapter_loads", "Times that an adapter was put into a slot of the device", "adapter_loads"),
+    ("grammars_compiled", "Grammars compiled, with those that could not be", "grammars_compiled"),
+    ("grammar_compile_seconds", "Seconds that threads compiled grammars", "grammar_compile_seconds"),
+    ("grammar_masks", "Masks of grammars computed, one for each token of a request with one", "grammar_masks"),
+    ("grammar_mask_seconds", "Seconds that the engine computed masks of grammars", "grammar_mask_seconds"),
 )
 # Metrics of a launch that speculates, with the names of SGLang and of vLLM.
 _DRAFT_GAUGES = (
