@@ -119,7 +119,7 @@ def test_pool_and_state_change_in_place(step: StepProgram) -> None:
 
 
 def test_what_a_step_needs_besides_is_small(step: StepProgram) -> None:
-    assert step.temp_bytes < programs.TEMP_FRACTION * step.pool_bytes
+    assert step.temp_bytes < 0.01 * step.pool_bytes
 
 
 def test_the_plan_knows_what_the_program_is_given(step: StepProgram) -> None:

@@ -33,7 +33,7 @@ MOVES = ("copy", "transpose", "dynamic-slice", "slice", "concatenate", "fusion",
 PRODUCTS = ("convolution", "dot")
 
 SMALL = 64 << 10  # bytes between devices besides activations: the best token of each row
-TEMP_FRACTION = 0.01  # fraction of the pool's bytes
+TEMP_FRACTION = 0.02  # fraction of the pool's bytes
 AGREEMENT = 0.02  # between arithmetic and the compiled program
 
 
