@@ -114,7 +114,7 @@ def test_the_plan_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert says(out, "Qwen3ForCausalLM … 8.19 billion … config:Qwen3-8B")
     assert says(out, "v6e-4 … 4 chips … 4 x TPU v6e … 31.2 GiB")
-    assert says(out, "KV … 688,384 tokens … 16.8 … 40,960")
+    assert says(out, "KV … 688,128 tokens … 16.8 … 40,960")
     assert re.search(r"^ 256 +256 +decode .* memory +31,\d\d\d", out, re.MULTILINE)
 
 
