@@ -26,7 +26,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """What "slow" grammars wait for."""
+    """Gate that "slow" grammars wait for."""
     gate = threading.Event()
 
     def compile_it(vocabulary: object, grammar: Grammar) -> str:

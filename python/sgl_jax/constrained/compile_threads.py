@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from typing import Any
 
 from sgl_jax.constrained.grammar import LibraryGrammar, compile_grammar
 from sgl_jax.constrained.token_tree import TokenTree
@@ -54,7 +53,7 @@ class GrammarCompiler:
 
     def __init__(self, load_vocabulary: Callable[[], TokenTree]):
         """Begin to load the vocabulary."""
-        self._queue: SimpleQueue[Task[Any] | None] = SimpleQueue()
+        self._queue: SimpleQueue[Task[TokenTree] | Task[LibraryGrammar] | None] = SimpleQueue()
         self._vocabulary = Task(load_vocabulary, self._add_thread)
         self._queue.put(self._vocabulary)
         self._closed = False

@@ -58,7 +58,7 @@ class Grammars:
         """`seconds`: after which a grammar is refused; `most_kept`: grammars that no request uses."""
         self.num_compiled, self.compile_seconds = 0, 0.0
         self._compiler, self._seconds, self._most_kept = compiler, seconds, most_kept
-        self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()  # those used last at the end
+        self._compiled: OrderedDict[Grammar, CompiledGrammar] = OrderedDict()  # the latest used at the end
         self._compiling: dict[Grammar, Compiling] = {}
         self._calls: list[CompileGrammar] = []
 
