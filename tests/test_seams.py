@@ -22,7 +22,7 @@ INSIDE = {
     "ops": 31,  # Pallas refs and traced scalars inside kernels
     "models": 29,  # config.json as it was read
     "text": 27,  # protobuf fields and tokenizer files as they were read
-    "server": 25,  # pydantic's and FastAPI's open types
+    "server": 28,  # pydantic's and FastAPI's open types
     "engine": 13,
     "settings": 9,
     "planning": 6,

@@ -31,6 +31,7 @@ PYTHON_CLIENTS = {  # packages of each, beside pytest
     "instructor": ["instructor"],
     "pydantic_ai": ["pydantic-ai-slim[openai]"],
     "agents": ["openai-agents"],
+    "anthropic": ["anthropic"],
     "litellm": ["litellm"],
     "langchain": ["langchain-openai"],
     "llm": ["llm"],

@@ -27,7 +27,7 @@ def test_an_answer_of_a_schema():
 def test_a_call_its_result_and_an_answer():
     called = []
 
-    @function_tool(strict_mode=False)
+    @function_tool
     def today(city: str = "Oslo") -> str:
         called.append(city)
         return "sunny"

@@ -69,3 +69,19 @@ def test_what_cannot_be_enforced_is_told():
     assert refused.value.param == "tools[0].function.strict"
     with pytest.raises(openai.BadRequestError, match="reasoning_effort"):
         client.chat.completions.create(**asked, reasoning_effort="low")
+
+
+def test_a_response_and_its_stream():
+    asked = {"model": MODEL, "input": "Hello", "temperature": 0, "max_output_tokens": 12}
+    whole = client.responses.create(**asked)
+    with client.responses.stream(**asked) as stream:
+        events = list(stream)
+        final = stream.get_final_response()
+    assert final.output_text == whole.output_text
+    assert [event.sequence_number for event in events if hasattr(event, "sequence_number")][:3] == [0, 1, 2]
+    assert client.responses.retrieve(whole.id).output_text == whole.output_text
+
+
+def test_a_response_of_a_schema():
+    response = client.responses.parse(model=MODEL, input="Hello", temperature=0, text_format=Weather)
+    assert isinstance(response.output_parsed, Weather)

@@ -391,10 +391,6 @@ def test_options_says_what_a_path_takes(http: httpx.Client) -> None:
     ("path", "feature"),
     [
         ("/v1/embeddings", "embedding"),
-        ("/v1/responses", "Responses"),
-        ("/v1/responses/resp_1/cancel", "Responses"),
-        ("/v1/messages", "Messages"),
-        ("/v1/messages/count_tokens", "Messages"),
         ("/v1/audio/transcriptions", "audio"),
         ("/v1/images/generations/", "images"),
         ("/v1/rerank", "scoring"),

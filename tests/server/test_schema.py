@@ -57,6 +57,8 @@ def test_no_input_breaks_the_server(fuzzed: LiveServer, mode: GenerationMode) ->
     [
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
         ("/v1/completions", {"prompt": "a"}),
+        ("/v1/messages", {"model": "stories", "messages": [{"role": "user", "content": "a"}], "max_tokens": 4}),
+        ("/v1/responses", {"input": "a", "max_output_tokens": 4}),
         ("/generate", {"text": "a", "sampling_params": {"max_new_tokens": 4}}),
     ],
 )
@@ -72,6 +74,11 @@ def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
     assert set(document["paths"]) == {
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/v1/responses",
+        "/v1/responses/{response_id}",
+        "/v1/responses/{response_id}/cancel",
         "/v1/models",
         "/v1/models/{model}",
         "/generate",

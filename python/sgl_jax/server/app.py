@@ -8,6 +8,7 @@ from sgl_jax.engine.service import GenerationService
 from sgl_jax.server import (
     adapters_api,
     admin_api,
+    anthropic_api,
     documentation,
     edge,
     error_envelope,
@@ -15,6 +16,7 @@ from sgl_jax.server import (
     native_api,
     openai_chat,
     openai_completions,
+    openai_responses,
 )
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.settings.server_args import ServerArgs
@@ -37,7 +39,16 @@ def create_routes(service: GenerationService, server_args: ServerArgs) -> FastAP
         redoc_url=None,
     )
     state = ServerState(service, server_args)
-    for module in (openai_chat, openai_completions, native_api, measuring_api, adapters_api, admin_api):
+    for module in (
+        openai_chat,
+        openai_completions,
+        openai_responses,
+        anthropic_api,
+        native_api,
+        measuring_api,
+        adapters_api,
+        admin_api,
+    ):
         app.include_router(module.router(state))
     error_envelope.install(app)
     documentation.install(app)

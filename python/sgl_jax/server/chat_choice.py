@@ -42,7 +42,7 @@ class ChoiceReader:
     def deltas(self, news: News) -> list[Delta]:
         """Return what the news adds to the message, in order."""
         found: list[Delta] = []
-        for part in self._parts(news):
+        for part in self.parts(news):
             if isinstance(part, Thought) and not self._stream_thoughts:
                 self._thought += part.text
             else:
@@ -59,14 +59,14 @@ class ChoiceReader:
         found = AssistantMessage("assistant", "")
         calls: list[AnsweredCall] = []
         thought = ""
-        for part in self._parts(news):
+        for part in self.parts(news):
             match part:
                 case Text(text):
                     found.content = (found.content or "") + text
                 case Thought(text):
                     thought += text
                 case Call(name, id):
-                    calls.append(AnsweredCall(self._id(id), "function", CalledFunction(name, "")))
+                    calls.append(AnsweredCall(self.call_id(id), "function", CalledFunction(name, "")))
                 case Arguments(text):
                     calls[-1].function.arguments += text
         if thought:
@@ -83,7 +83,8 @@ class ChoiceReader:
     def num_thought_tokens(self) -> int:
         return self._scanner.count_thought(self._offsets) if self._scanner is not None and self._counts_tokens else 0
 
-    def _parts(self, news: News) -> list[Part]:
+    def parts(self, news: News) -> list[Part]:
+        """Return what the news adds to the answer."""
         if self._scanner is None:
             return [Text(news.text)] if news.text else []
         if self._counts_tokens:
@@ -107,11 +108,11 @@ class ChoiceReader:
             case Call(name, id):
                 self._num_calls += 1
                 function = {"name": name, "arguments": ""}
-                return self._call_delta({"id": self._id(id), "type": "function", "function": function})
+                return self._call_delta({"id": self.call_id(id), "type": "function", "function": function})
             case Arguments(text):
                 return self._call_delta({"function": {"arguments": text}})
 
-    def _id(self, given: str | None) -> str:
+    def call_id(self, given: str | None) -> str:
         """Return the model's own id for a call, or a new one where it has none or has used it."""
         found = given if given and given not in self._ids else self._new_id()
         self._ids.add(found)

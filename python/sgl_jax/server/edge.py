@@ -85,7 +85,7 @@ class Guard:
             if refusal := rule(scope, headers):
                 # A client that waits for "100 Continue" will not send its body, which the next request cannot follow.
                 close = {"connection": "close"} if "expect" in headers else {}
-                return await refusal.response(close)(scope, receive, send)
+                return await refusal.response(close, scope["path"])(scope, receive, send)
         size = 0
 
         async def counted() -> Message:
@@ -183,9 +183,11 @@ def key_rule(api_key: str) -> Rule:
 
     def check(scope: Scope, headers: Headers) -> ApiError | None:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), expected):
+        given = [key] if scheme.lower() == "bearer" else []
+        given += headers.getlist("x-api-key")  # Anthropic's clients
+        if any(hmac.compare_digest(each.strip().encode("latin-1"), expected) for each in given):
             return None
-        text = "the API key is missing or wrong; send it as Authorization: Bearer …"
+        text = "the API key is missing or wrong; send it as Authorization: Bearer …, or as x-api-key"
         return None if scope["path"] in OPEN_PATHS else ApiError(401, text, code="invalid_api_key")
 
     return check

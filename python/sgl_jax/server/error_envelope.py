@@ -1,4 +1,4 @@
-"""Errors, all of which leave as OpenAI's envelope: {"error": {"message", "type", "param", "code"}}."""
+"""Errors, which leave as OpenAI's envelope, {"error": {"message", "type", "param", "code"}}, or as that of the path's API."""
 
 import json
 import logging
@@ -24,6 +24,15 @@ from sgl_jax.text.tokenizer import TokenizerError
 logger = logging.getLogger(__name__)
 
 _BAD_REQUEST = "invalid_request_error"
+_ANTHROPIC = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 
 # By kind, the first that fits: status, type, code, and the param where the error does not name it.
 _EXPECTED: Mapping[type[Exception], tuple[int, str, str, str | None]] = {
@@ -58,13 +67,21 @@ class ApiError(HTTPException):
         self.status = status
         self.body = ErrorResponse(ErrorBody(_printable(message), type, param and _printable(param), code))
 
-    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+    def content(self, path: str = "") -> bytes:
+        """Return the error as the API of the path has it."""
+        if not path.startswith(_ANTHROPIC):
+            return msgspec.json.encode(self.body)
+        said = self.body.error
+        error = {"type": _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else _BAD_REQUEST)}
+        return msgspec.json.encode({"type": "error", "error": {**error, "message": said.message}})
+
+    def response(self, headers: Mapping[str, str] | None = None, path: str = "") -> Response:
         found = {**(self.headers or {}), **(headers or {})}
         if self.status in (429, 503):
             found["Retry-After"] = str(self.retry_after)
         if self.status == 401:
             found["WWW-Authenticate"] = "Bearer"
-        return Response(msgspec.json.encode(self.body), self.status, found, media_type="application/json")
+        return Response(self.content(path), self.status, found, media_type="application/json")
 
 
 def _printable(text: str) -> str:
@@ -177,7 +194,7 @@ def install(app: FastAPI) -> None:
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers=allow)
             error = HTTPException(405, headers=allow)
-        return answer_to(error, f"request to {path}").response()
+        return answer_to(error, f"request to {path}").response(path=path)
 
     for kind in (RequestValidationError, HTTPException, Exception, *_EXPECTED):
         app.add_exception_handler(kind, answer)

@@ -1,5 +1,7 @@
 """POST /v1/chat/completions."""
 
+from collections.abc import Callable
+
 import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -31,7 +33,10 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-async def submitted(state: ServerState, body: ChatCompletionRequest) -> "ChatAnswer":
+type Make = Callable[[ServerState, ChatCompletionRequest, Generation, AnswerFormat | None], "ChatAnswer"]
+
+
+async def submitted(state: ServerState, body: ChatCompletionRequest, made: Make | None = None) -> "ChatAnswer":
     """Submit a chat and return its answer, which is on its way. Raises InvalidParameter, TemplateError, ApiError and what
     `GenerationService.submit` raises."""
     adapter = state.adapter_of(body.model)
@@ -51,7 +56,7 @@ async def submitted(state: ServerState, body: ChatCompletionRequest) -> "ChatAns
     given.shown_tokens = shown_tokens(form, state.tokenizer)
     asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt, adapter)
     generation = await state.service.submit([asked], stream=bool(body.stream))
-    return ChatAnswer(state, body, generation, form)
+    return (made or ChatAnswer)(state, body, generation, form)
 
 
 def _parameters(body: ChatCompletionRequest) -> GenerationRequest:

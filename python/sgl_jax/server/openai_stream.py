@@ -88,7 +88,7 @@ class OpenAIAnswer[Logprobs: ChatLogprobs | CompletionLogprobs](ABC):
         cached = PromptTokensDetails(sum(self._num_cached))
         return Usage(num_prompt, self._num_completion, num_prompt + self._num_completion, cached)
 
-    async def whole(self) -> msgspec.Struct:
+    async def whole(self) -> object:
         """Return the answer when it has ended."""
         count = self._n * len(self.generation.requests)
         parts: list[list[News]] = [[] for _ in range(count)]

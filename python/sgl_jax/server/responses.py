@@ -114,6 +114,26 @@ class Completion(msgspec.Struct):
     system_fingerprint: None = None
 
 
+class ResponseObject(msgspec.Struct):
+    """A response of the Responses API, which has the fields of its request, too."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
+    model: str
+    output: list[dict[str, Any]]
+    error: dict[str, str] | None
+    incomplete_details: dict[str, str] | None
+    usage: dict[str, Any] | None
+
+
+class DeletedResponse(msgspec.Struct):
+    id: str
+    object: Literal["response.deleted"] = "response.deleted"
+    deleted: bool = True
+
+
 class ModelCard(msgspec.Struct):
     id: str
     created: int

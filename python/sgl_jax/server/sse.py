@@ -39,11 +39,11 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await _until_disconnect(receive, self._send_all(send))
+            await _until_disconnect(receive, self._send_all(scope, send))
         finally:
             self._generation.abort()
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, scope: Scope, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         commenting = asyncio.ensure_future(self._comment(send))
         try:
@@ -51,7 +51,7 @@ class EventStream(Response):
                 self._num_sent += 1
                 await send(_body(data))
         except Exception as error:  # the status line has been sent, so the error can only be the last event
-            await send(_body(event(answer_to(error, "a stream").body)))
+            await send(_body(_error_event(answer_to(error, "a stream"), scope.get("path", ""))))
         finally:
             commenting.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -62,6 +62,14 @@ class EventStream(Response):
             await asyncio.sleep(self._comment_every)
             if self._num_sent == num_sent:
                 await send(_body(_WAITING))
+
+
+def _error_event(error: ApiError, path: str) -> bytes:
+    content = error.content(path)
+    name = (
+        b"event: error\n" if content.startswith(b'{"type":"error"') else b""
+    )  # as Anthropic's clients tell events apart
+    return name + b"data: " + content + b"\n\n"
 
 
 def _body(data: bytes) -> Message:

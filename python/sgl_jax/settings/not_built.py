@@ -46,8 +46,6 @@ NOT_BUILT = (
         flags="--is-embedding --task --runner --convert --pooler-config",
         paths="/v1/embeddings /v1/rerank /v2/rerank /rerank /v1/score /score /pooling /classify /encode",
     ),
-    Feature("OpenAI's Responses API is", paths="/v1/responses"),
-    Feature("Anthropic's Messages API is", paths="/v1/messages"),
     Feature("Ollama's API is", paths="/api"),
     Feature("OpenAI's files, batches and assistants are", paths="/v1/files /v1/batches /v1/assistants /v1/threads"),
     Feature(

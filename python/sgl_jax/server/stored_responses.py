@@ -1,0 +1,66 @@
+"""Responses that can be retrieved and gone on from, in this process's memory."""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable
+
+import msgspec
+
+from sgl_jax.request import Json
+from sgl_jax.server.error_envelope import ApiError
+
+_MOST, _MOST_BYTES = 1000, 256 << 20
+
+type Fields = dict[str, object]
+type Response = dict[str, Json]
+
+
+class Stored(msgspec.Struct):
+    """A response as it is shown, and the conversation up to its end, without instructions."""
+
+    response: Response
+    messages: list[Fields]
+    size: int
+
+
+class StoredResponses:
+    """The latest responses; older ones are forgotten."""
+
+    def __init__(self) -> None:
+        self._found: OrderedDict[str, Stored] = OrderedDict()
+        self._running: dict[str, asyncio.Future[Response | None]] = {}
+        self._num_bytes = 0
+
+    def begin(self, response_id: str) -> None:
+        self._running[response_id] = asyncio.get_running_loop().create_future()
+
+    def end(self, response_id: str, response: Response | None) -> None:
+        """Say how a response that began has ended. None: nobody waits for it any more."""
+        self._running.pop(response_id).set_result(response)
+
+    def keep(self, response_id: str, response: Response, messages: list[Fields]) -> None:
+        size = len(msgspec.json.encode((response, messages)))
+        self._found[response_id] = Stored(response, messages, size)
+        self._num_bytes += size
+        while len(self._found) > _MOST or (self._num_bytes > _MOST_BYTES and len(self._found) > 1):
+            self._num_bytes -= self._found.popitem(last=False)[1].size
+
+    def get(self, response_id: str, param: str | None = None) -> Stored:
+        """Return a response. Raises ApiError for one that is not there."""
+        if (found := self._found.get(response_id)) is None:
+            text = f"there is no response {response_id[:100]}; the latest {_MOST} that were stored are kept"
+            raise ApiError(404, text, param=param, code="response_not_found")
+        return found
+
+    def delete(self, response_id: str) -> None:
+        """Forget a response. Raises ApiError for one that is not there."""
+        self._num_bytes -= self.get(response_id).size
+        del self._found[response_id]
+
+    async def cancelled(self, response_id: str, abort: Callable[[], object]) -> Response:
+        """Abort a response that is being generated, and return it when it has ended. Raises ApiError for one that is not."""
+        if (ending := self._running.get(response_id)) is None:
+            status = self.get(response_id).response["status"]
+            raise ApiError(400, f"the response is {status}; only one that is being generated can be cancelled")
+        abort()
+        return await asyncio.shield(ending) or self.get(response_id).response

@@ -1,0 +1,203 @@
+"""OpenAI's Responses API. The template makes the last message the whole prompt, which the fake engine repeats as its answer."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from live_server import LiveServer
+
+from fakes.fake_core import FakeCore
+from messages import says
+
+TEMPLATE = str(Path(__file__).parent / "tool_template.jinja")
+TOOLS = [
+    {"type": "function", "name": name, "parameters": {"type": "object", "properties": {"a": {}}}, "strict": False}
+    for name in ("first", "second")
+]
+CALL = '<tool_call>\n{"name": "first", "arguments": {"a": [1, "é"]}}\n</tool_call>'
+ANSWER = f"<think>\nHm é.\n</think>\n\nLet me see.\n{CALL}"
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[LiveServer]:
+    with LiveServer(lambda: FakeCore(step_seconds=0.001), chat_template=TEMPLATE, reasoning_parser="qwen3") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with server.openai() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def http(server: LiveServer) -> Iterator[httpx.Client]:
+    with server.http() as found:
+        yield found
+
+
+def plain(response: Any) -> dict[str, Any]:
+    """Return a response without what differs each time."""
+    found = response.model_dump()
+    for item in found["output"]:
+        item.pop("id")
+        item.pop("call_id", None)
+    usage = found["usage"]
+    usage.pop("input_tokens_details")
+    return {name: value for name, value in found.items() if name not in ("id", "created_at", "completed_at")}
+
+
+def test_a_stream_is_the_whole_response_in_events(client: openai.OpenAI) -> None:
+    asked = {"model": "stories", "input": ANSWER, "tools": TOOLS, "metadata": {"a": "b"}, "temperature": 0.5}
+    whole, events = client.responses.create(**asked), list(client.responses.create(**asked, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    final = events[-1].response
+    assert plain(final) == plain(whole)
+    assert (final.status, final.metadata, final.temperature) == ("completed", {"a": "b"}, 0.5)
+    assert [item.type for item in final.output] == ["reasoning", "message", "function_call"]
+    kinds = [event.type for event in events if not event.type.endswith(".delta")]
+    in_part = ["response.content_part.added", "{}.done", "response.content_part.done"]
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        *(each.format("response.reasoning_text") for each in in_part),
+        "response.output_item.done",
+        "response.output_item.added",
+        *(each.format("response.output_text") for each in in_part),
+        "response.output_item.done",
+        "response.output_item.added",
+        "response.function_call_arguments.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    for i, item in enumerate(final.output):
+        of_item = [event for event in events if getattr(event, "output_index", None) == i]
+        ids = {event.item_id for event in of_item if hasattr(event, "item_id")} | {
+            of_item[0].item.id,
+            of_item[-1].item.id,
+        }
+        assert ids == {item.id}
+        assert of_item[-1].item == item
+        text = "".join(event.delta for event in of_item if event.type.endswith(".delta"))
+        assert text == (item.arguments if item.type == "function_call" else item.content[0].text)
+    assert final.output_text == "Let me see."
+    assert final.output[2].call_id.startswith("call_")
+    assert final.usage.output_tokens_details.reasoning_tokens > 0
+    assert final.usage.total_tokens == final.usage.input_tokens + final.usage.output_tokens
+
+
+def test_a_conversation_goes_on_from_a_stored_response(server: LiveServer, client: openai.OpenAI) -> None:
+    first = client.responses.create(model="stories", input=CALL, tools=TOOLS, instructions="Be kind.")
+    assert client.responses.retrieve(first.id) == first
+    output = {"type": "function_call_output", "call_id": first.output[0].call_id, "output": "ok"}
+    second = client.responses.create(model="stories", input=[output], previous_response_id=first.id, tools=TOOLS)
+    assert second.previous_response_id == first.id
+    third = client.responses.create(model="stories", input="Bye.", previous_response_id=second.id)
+    assert third.output_text.strip() == "Bye."
+    client.responses.delete(first.id)
+    for call in (client.responses.retrieve, client.responses.delete):
+        with pytest.raises(openai.NotFoundError):
+            call(first.id)
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.responses.create(model="stories", input="a", previous_response_id=first.id)
+    assert caught.value.param == "previous_response_id"
+    unstored = client.responses.create(model="stories", input="a", store=False)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(unstored.id)
+
+
+def test_items_of_a_conversation_are_messages(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+        "{% for c in m.tool_calls or [] %}[{{ c.function.name }}{{ c.function.arguments.a }}]{% endfor %}|{% endfor %}{{ tools or '' }}"
+    )
+    items: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "input_text", "text": "x"}, {"type": "input_text", "text": "y"}]},
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "t"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "z", "annotations": []}]},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": '{"a": 1}'},
+        {"type": "function_call", "call_id": "2", "name": "g", "arguments": '{"a": 2}'},
+        {"type": "function_call_output", "call_id": "1", "output": "o"},
+        {"type": "function_call_output", "call_id": "2", "output": [{"type": "input_text", "text": "p"}]},
+        {"role": "developer", "content": "d"},
+    ]
+    with LiveServer(lambda: FakeCore(step_seconds=0.001), chat_template=str(template)) as live, live.openai() as client:
+        response = client.responses.create(model="stories", input=items, instructions="s")
+    text = "system:s|user:x\ny|assistant:z(t)[f1][g2]|tool:o|tool:p|developer:d|"
+    assert response.output_text.replace("system:d", "developer:d").strip() == text
+
+
+def test_a_length_that_is_reached_is_said(client: openai.OpenAI) -> None:
+    response = client.responses.create(model="stories", input="a b c d e", max_output_tokens=2)
+    assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
+    assert response.output[0].status == "incomplete"
+    *_, last = client.responses.create(model="stories", input="a b c d e", max_output_tokens=2, stream=True)
+    assert last.type == "response.incomplete"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_running_response_can_be_cancelled(stream: bool) -> None:
+    with LiveServer(lambda: FakeCore(step_seconds=0.05), chat_template=TEMPLATE) as live, live.openai() as client:
+        ended: list[Any] = []
+        text = "a long story that takes a while to be told " * 4
+        if stream:
+            events = iter(client.responses.create(model="stories", input=text, stream=True))
+            response_id = next(events).response.id
+            cancelled = client.responses.cancel(response_id)
+            ended += [list(events)[-1].response]
+        else:
+            asking = threading.Thread(target=lambda: ended.append(client.responses.create(model="stories", input=text)))
+            asking.start()
+            while not (running := [rid for rid in live.service._choices.keys_of if rid.startswith("resp_")]):
+                pass
+            cancelled = client.responses.cancel(running[0])
+            asking.join()
+        assert (cancelled.status, cancelled.incomplete_details.reason) == ("cancelled", "cancelled")
+        assert ended[0].status == "cancelled"
+        assert ended[0].id == cancelled.id
+        with pytest.raises(openai.BadRequestError, match="cancelled"):
+            client.responses.cancel(cancelled.id)
+        with pytest.raises(openai.NotFoundError):
+            client.responses.cancel("resp_0")
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
+        ({"tools": [{"type": "web_search"}]}, "web_search"),
+        ({"tools": [{"type": "mcp", "server_label": "a"}]}, "mcp"),
+        ({"background": True}, "background"),
+        ({"truncation": "auto"}, "truncation"),
+        ({"conversation": "a"}, "conversation"),
+        ({"include": ["file_search_call.results"]}, "include"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "third"}}, "third"),
+        ({"nonsense": 1}, "nonsense"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(http: httpx.Client, more: dict[str, Any], said: str) -> None:
+    response = http.post("/v1/responses", json={"input": "a"} | more)
+    assert response.status_code == 400
+    assert says(response.json()["error"]["message"], said), response.text
+
+
+def test_old_responses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sgl_jax.server.stored_responses._MOST", 2)
+    with LiveServer(FakeCore, chat_template=TEMPLATE) as live, live.openai() as client:
+        ids = [client.responses.create(model="stories", input="a").id for _ in range(3)]
+        assert client.responses.retrieve(ids[2]).id == ids[2]
+        with pytest.raises(openai.NotFoundError, match="latest 2"):
+            client.responses.retrieve(ids[0])
