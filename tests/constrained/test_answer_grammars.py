@@ -196,8 +196,7 @@ def test_content_stands_behind_the_thought(model, calls: str, thoughts: str, sta
         parts = it.parts(form, answer)
         jsonschema_rs.validate(POINTS, loads(text_of(parts)))
         found.add(bool(text_of(parts, Thought).strip()))
-    always = state == "open" and thoughts != HARMONY
-    assert found == ({False} if state == "closed" and thoughts != HARMONY else {True} if always else {True, False})
+    assert found == {False} if state == "closed" and thoughts != HARMONY else True in found
 
 
 @pytest.mark.parametrize("state", ["open", "unopened"])
@@ -266,6 +265,106 @@ def test_a_thought_may_have_markers_that_are_text(model) -> None:
         it.compiled(AnswerForm(thoughts="think", thought="open", max_thought_tokens=3))
 
 
+CALLS_OF_C = {
+    "qwen3_coder": "<tool_call>\n<function=f>\n<parameter=c>\n%s\n</parameter>\n</function>\n</tool_call>",
+    "glm45": "<tool_call>f\n<arg_key>c</arg_key>\n<arg_value>%s</arg_value>\n</tool_call>",
+    "deepseek_v32": '<｜DSML｜function_calls>\n<｜DSML｜invoke name="f">\n<｜DSML｜parameter name="c" string="true">%s'
+    "</｜DSML｜parameter>\n</｜DSML｜invoke>\n</｜DSML｜function_calls>",
+    "gemma4": '<|tool_call>call:f{c:<|"|>%s<|"|>}<tool_call|>',
+}
+ENUM = {"type": "string", "enum": ["a", "b"]}
+
+
+@pytest.mark.parametrize("name", CALLS_OF_C)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/$defs/C"},
+        {"anyOf": [ENUM, {"type": "null"}]},
+        {"anyOf": [{"const": "a"}, {"const": "b"}]},
+        {"enum": ["a", None], "type": ["string", "null"]},
+        {"enum": ["a", 1]},
+    ],
+    ids=["reference", "optional", "constants", "null", "mixed"],
+)
+def test_texts_are_those_of_the_schema_wherever_it_names_them(model, name: str, schema: dict) -> None:
+    arguments = {"type": "object", "properties": {"c": schema}, "required": ["c"], "additionalProperties": False}
+    arguments |= {"$defs": {"C": ENUM}}
+    form = AnswerForm(calls=name, functions=(CallableFunction("f", arguments),), must_call=True)
+    it = model(name)
+    assert it.may_come(it.compiled(form).matcher(), CALLS_OF_C[name] % "a")
+    assert not it.may_come(it.compiled(form).matcher(), CALLS_OF_C[name] % "zzz")
+    for seed in range(6):
+        scanner = AnswerScanner(AnswerFormat(name, None, "unopened", {"f": arguments}))
+        for _, found in calls_of(scanner.push(it.answer(form, seed)) + scanner.finish()):
+            jsonschema_rs.validate(arguments, found)
+
+
+@pytest.mark.parametrize("name", CALLS_OF_C)
+@pytest.mark.parametrize("further", [False, {"type": "integer"}])
+def test_objects_without_properties_are_closed_where_the_schema_says_so(model, name: str, further: object) -> None:
+    form = AnswerForm(calls=name, functions=(CallableFunction("f", {"additionalProperties": further}),), must_call=True)
+    it = model(name)
+    try:
+        matcher = it.compiled(form).matcher()
+    except GrammarError as error:
+        assert further
+        assert "additionalProperties" in str(error)  # noqa: PT017
+    else:
+        assert not it.may_come(matcher, CALLS_OF_C[name] % "zzz")
+
+
+def test_arguments_that_nothing_binds_may_have_any_type_and_name(model) -> None:
+    form = lambda name: AnswerForm(calls=name, functions=(CallableFunction("f", {"type": "object"}),), must_call=True)  # noqa: E731
+    for name, text in CALLS_OF_C.items():
+        it = model(name)
+        for key in ("c", "$filter", "größe", "user id"):
+            wanted = (text % "3").replace("=c>", f"={key}>").replace(">c<", f">{key}<").replace('"c"', f'"{key}"')
+            assert it.may_come(it.compiled(form(name)).matcher(), wanted.replace("{c:", f"{{{key}:"))
+    it, text = model("deepseek_v32"), CALLS_OF_C["deepseek_v32"] % "3"
+    assert it.may_come(it.compiled(form("deepseek_v32")).matcher(), text.replace('"true"', '"false"'))
+    assert not it.may_come(
+        it.compiled(form("deepseek_v32")).matcher(), (CALLS_OF_C["deepseek_v32"] % "x").replace('"true"', '"false"')
+    )
+
+
+def test_a_value_ends_where_the_reader_ends_it(model) -> None:
+    it, form = model("qwen3_coder"), AnswerForm(calls="qwen3_coder", functions=FUNCTIONS, must_call=True)
+    text = "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n<parameter=days>\nx</parameter>\n"
+    assert not it.may_come(it.compiled(form).matcher(), text)
+
+
+@pytest.mark.parametrize("name", ["llama3", "pythonic"])
+def test_json_content_is_possible_beside_bare_calls(model, name: str) -> None:
+    content = Grammar("json_schema", json.dumps({"type": "object"}))
+    form, it = AnswerForm(calls=name, functions=FUNCTIONS, content=content), model(name)
+    allowed = lambda text: it.may_come(it.compiled(form).matcher(), text)  # noqa: E731
+    assert allowed('{"city": "Oslo"}')
+    assert allowed('{"name": "Alice"}')
+    assert allowed('{"name": "now", "parameters": {}}')
+
+
+def test_markers_spelled_by_other_tokens_are_no_way_out(model) -> None:
+    it = model("hermes", "think")
+    form = AnswerForm(calls="hermes", functions=FUNCTIONS)
+    spelled = [token for part in ("<", "tool_call>") for token in it.vocabulary.tree.tokenize_str(part)]
+    assert it.compiled(form).matcher()._matcher.validate_tokens(spelled) < len(spelled)
+    thought = AnswerForm(thoughts="think", thought="open", content=JSON_CONTENT)
+    spelled = [token for part in ("a<", "/think>") for token in it.vocabulary.tree.tokenize_str(part)]
+    assert it.compiled(thought).matcher()._matcher.validate_tokens(spelled) < len(spelled)
+
+
+def test_a_budget_alone_leaves_what_follows_free(model) -> None:
+    it = model(HARMONY, HARMONY)
+    form = AnswerForm(thoughts=HARMONY, max_thought_tokens=3)
+    allowed = lambda text: it.may_come(it.compiled(form).matcher(), text)  # noqa: E731
+    assert allowed("<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>final<|message|>b")
+    assert allowed(
+        "<|channel|>commentary<|message|>b<|end|><|start|>assistant to=functions.f<|channel|>commentary<|message|>{}"
+    )
+    assert allowed(" to=functions.f<|channel|>commentary json<|message|>{}")
+
+
 @pytest.mark.parametrize(
     ("calls", "schema", "message"),
     [
@@ -273,8 +372,11 @@ def test_a_thought_may_have_markers_that_are_text(model) -> None:
         ("glm45", {"properties": {"a": {"type": "string", "pattern": "x+"}}}, "pattern .* a "),
         ("qwen3_coder", {"properties": {"a": {"type": "string", "maxLength": 3}}}, "maxLength"),
         ("deepseek_v32", {"oneOf": [{}], "properties": {}}, "oneOf"),
-        ("gemma4", {"properties": {"a": {"type": "integer", "minimum": 3}}}, "minimum"),
-        ("functiongemma", {"properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {}}, r"\$defs"),
+        ("gemma4", {"properties": {"a": {"type": "string", "minLength": 3}}}, "minLength"),
+        ("functiongemma", {"properties": {"a": {"$ref": "#/a"}}, "a": {"$ref": "#/a"}}, "a"),
+        ("glm45", {"properties": {"a": {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 3}]}}}, "minimum"),
+        ("glm45", {"properties": {"a": {"type": "integer"}}, "required": ["b"]}, "required b"),
+        ("gemma4", {"properties": {"a": {"type": "integer"}}, "required": ["b"]}, "required b"),
     ],
 )
 def test_arguments_that_cannot_be_enforced_are_refused_by_keyword(

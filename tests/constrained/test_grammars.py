@@ -109,6 +109,11 @@ def test_a_schema_that_cannot_be_enforced_is_refused(compiled, name: str) -> Non
             "json_schema",
         ),
         ("structural_tag", {"format": {"type": "regex"}}, "pattern"),
+        (
+            "structural_tag",
+            {"format": {"type": "sequence", "elements": [{"type": "any_text"}] * 2}},
+            "any_text .* last",
+        ),
         ("structural_tag", {"structures": [], "triggers": []}, "structures"),
         ("structural_tag", {"structures": [{"begin": "<a>", "schema": {}, "end": ""}], "triggers": ["<b"]}, "<a>"),
     ],
@@ -178,6 +183,24 @@ TAG = {
             },
             ["<a>1</a>", "so <a>1</a>"],
             ["", "so", "<a>1</a>."],
+        ),
+        (
+            {"type": "triggered_tags", "triggers": ["<a"], "tags": [TAG], "stop_after_first": True},
+            ["", "so", "so <a>1</a>"],
+            ["<a>1</a> <a>2</a>", "<a>1</a>."],
+        ),
+        (
+            {
+                **TAG,
+                "content": {"type": "or", "elements": [{"type": "any_text"}, {"type": "const_string", "value": "x"}]},
+            },
+            ["<a>x</a>", "<a>some</a>"],
+            ["<a>", "<a>x</a>b"],
+        ),
+        (
+            {"type": "sequence", "elements": [{"type": "const_string", "value": "x"}, {"type": "any_text"}]},
+            ["x", "x y"],
+            ["y"],
         ),
         (
             {"type": "tags_with_separator", "tags": [TAG], "separator": ", "},

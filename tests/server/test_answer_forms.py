@@ -137,7 +137,7 @@ def plain() -> Iterator[Sender]:
             {"thinking_token_budget": 7, "tools": [FIRST], **JSON},
             form("first", content=AS_CONTENT, max_thought_tokens=7),
         ),
-        ({"thinking_token_budget": 7, "tools": [FIRST]}, form("first", max_thought_tokens=7)),
+        ({"thinking_token_budget": 7, "tools": [FIRST]}, form(max_thought_tokens=7)),
         ({"thinking_token_budget": 7, **switched(False)}, None),
         (
             {"thinking_token_budget": 7, "tools": [FIRST], "tool_choice": "required", **switched(False)},
@@ -235,6 +235,8 @@ def test_thoughts_that_are_not_split_off_come_before_the_grammar_too() -> None:
         ("Qwen-Qwen3-0.6B", "high", {"enable_thinking": False}, {"enable_thinking": False}),
         ("Qwen-Qwen3-0.6B", None, {"a": 1}, {"a": 1}),
         ("openai-gpt-oss-120b", "low", None, {"reasoning_effort": "low"}),
+        ("openai-gpt-oss-120b", "none", None, {"reasoning_effort": "low"}),
+        ("openai-gpt-oss-120b", "xhigh", None, {"reasoning_effort": "high"}),
         ("deepseek-ai-DeepSeek-V3.1", "none", None, {"enable_thinking": False, "thinking": False}),
     ],
 )

@@ -24,10 +24,10 @@ def answer_grammar(lark: Lark, form: AnswerForm) -> str:
     body = _body(lark, form, opener)
     if not closer:
         return body
-    if lark.is_token(closer):
-        thought = f"{lark.tokens([closer], form.max_thought_tokens)} {lark.literal(closer)}"
-    elif form.max_thought_tokens is None:
+    if form.max_thought_tokens is None:
         thought = lark.text_until(closer)
+    elif lark.is_token(closer):
+        thought = f"{lark.tokens([closer], form.max_thought_tokens)} {lark.literal(closer)}"
     else:
         raise GrammarError(f"a budget for thoughts needs a vocabulary with a token for {closer}")
     if form.thought == "open":
@@ -50,7 +50,8 @@ def _body(lark: Lark, form: AnswerForm, opener: str) -> str:
         return f"({calls} | {lark.rule(text)})?"
     if not any(map(lark.is_token, CALLS[form.calls].openers)):
         raise GrammarError("calls among text can be enforced only where one token begins them")
-    return f"({lark.text()} {calls}){'?' if form.one_call else '*'} {lark.text()}"
+    text = lark.text(CALLS[form.calls].openers)
+    return f"({text} {calls}){'?' if form.one_call else '*'} {text}"
 
 
 def _calls(lark: Lark, form: AnswerForm) -> str:
@@ -74,8 +75,13 @@ def _harmony(lark: Lark, form: AnswerForm) -> str:
     next_message = lark.literal("<|end|><|start|>assistant")
     said = lark.literal("<|channel|>analysis<|message|>")
     most = "*" if form.max_thought_tokens is None else "?"
-    content = lark.tokens(marks) if form.content is None else given(lark, form.content)
-    last = [] if form.must_call else [f"{lark.literal('<|channel|>final<|message|>')} {content}"]
+    last: list[str] = []
+    if form.content is not None:
+        last = [f"{lark.literal('<|channel|>final<|message|>')} {given(lark, form.content)}"]
+    elif form.calls is None:  # whatever is no thought
+        last = [f"/( to=[^<]*)?/ {lark.literal('<|channel|>')} /(final|commentary)[^<]*/ {lark.tokens()}"]
+    elif not form.must_call:
+        last = [f"{lark.literal('<|channel|>final<|message|>')} {lark.tokens(marks)}"]
     for each in form.functions:
         head = f"<|channel|>commentary to=functions.{each.name} <|constrain|>json<|message|>"
         last.append(f"{lark.literal(head)} {lark.schema(_with_objects(each).arguments)}")

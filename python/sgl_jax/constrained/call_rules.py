@@ -8,8 +8,11 @@ from typing import NamedTuple
 from sgl_jax.constrained.gemma_rules import gemma_call
 from sgl_jax.constrained.lark import Lark
 from sgl_jax.constrained.tagged_rules import CODER, DSML, GLM, tagged_call
+from sgl_jax.request import Json
 from sgl_jax.text.tool_calls.answer_form import CallableFunction
 from sgl_jax.text.tool_calls.sectioned_calls import DEEPSEEK, KIMI
+
+_OF_ROOT = ("$defs", "definitions", "$schema", "$id", "x-guidance")  # keywords of a whole schema
 
 type Around = tuple[str, str, str]  # literals before, between and behind calls
 
@@ -29,7 +32,12 @@ def _hermes(lark: Lark, function: CallableFunction) -> str:
 
 
 def _llama3(lark: Lark, function: CallableFunction) -> str:
-    return _json_call(lark, function, "", "parameters", "")
+    """Return calls as JSON, as a whole: content of JSON may stand in their place, and begins as they do."""
+    root = {key: value for key, value in function.arguments.items() if key in _OF_ROOT}
+    arguments = {key: value for key, value in function.arguments.items() if key not in _OF_ROOT}
+    members: Json = {"name": {"const": function.name}, "parameters": arguments}
+    call: dict[str, Json] = {"type": "object", "properties": members, "required": ["name", "parameters"]}
+    return lark.schema({**root, **call, "additionalProperties": False})
 
 
 def _mistral(lark: Lark, function: CallableFunction) -> str:

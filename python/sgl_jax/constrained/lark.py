@@ -11,7 +11,8 @@ from sgl_jax.request import Json
 
 # Otherwise the library tokenises forced text itself, also as added tokens, which it then refuses.
 OPTIONS = '%llguidance {"no_forcing": true}'
-_TEXT = r"/(.|\n)*/"
+_ANY = r"(.|\n)*"
+_TEXT = f"/{_ANY}/"
 
 
 class GrammarError(ValueError):
@@ -80,13 +81,25 @@ class Lark:
         left_out = ",".join(map(str, sorted({*self._ends, *(self._marks[mark] for mark in but)})))
         return f"{self.rule(f'<[^{left_out}]>')}{'*' if most is None else f'{{0,{most}}}'}"
 
-    def text(self) -> str:
-        """Return any text. No token that has a name of its own is a part of it."""
-        return self.rule(_TEXT)
+    def text(self, without: Iterable[str] = ()) -> str:
+        """Return any text in which none of these stands. No token that has a name of its own is a part of it."""
+        return self.rule(self._text(without))
 
-    def text_until(self, mark: str) -> str:
-        """Return any text, and the first `mark` behind it."""
-        first = next((each for each in self._marks if mark.startswith(each)), None)
-        if first is not None:
-            return f"{self.text()} {self.literal(mark)}"
-        return self.rule(_TEXT, f"[suffix={json.dumps(mark)}]")
+    def text_until(self, mark: str, without: Iterable[str] = ()) -> str:
+        """Return any text in which none of `without` stands, and the first `mark` behind it. What the mark has before a
+        token is a part of the text."""
+        if found := [each for each in self._marks if each in mark]:
+            first = min(found, key=mark.find)
+            return f"{self.text([*without, first])} {self.literal(mark[mark.find(first) :])}"
+        return self.rule(self._text(without), f"[suffix={json.dumps(mark)}]")
+
+    def _text(self, without: Iterable[str]) -> str:
+        if not (words := "|".join(map(_escaped, without))):
+            return _TEXT
+        name = f"T{len(self._rules)}"
+        self._rules.append(f"{name}: {_TEXT} & ~/{_ANY}({words}){_ANY}/")
+        return name
+
+
+def _escaped(text: str) -> str:
+    return re.escape(text).replace("/", r"\/").replace("\\\n", r"\n")

@@ -22,7 +22,8 @@ _MOST_MULTIPLE = 100_000  # the library needs a state for each remainder
 
 
 def enforced(schema: Json) -> dict[str, Json]:
-    """Return a schema with the library's options. Raises ValueError for one that would not be enforced as it is written."""
+    """Return a schema with the library's options, and without names of properties that must be strings, as all are. Raises
+    ValueError for one that would not be enforced as it is written."""
     if schema is True:  # any value
         schema = {}
     if not isinstance(schema, dict):
@@ -32,6 +33,8 @@ def enforced(schema: Json) -> dict[str, Json]:
         for keyword, cure in _PASSED_OVER.items():
             if each.get(keyword):
                 raise ValueError(f"{keyword} is not a keyword of JSON Schema: {cure}")
+        if each.get("propertyNames") == {"type": "string"}:
+            del each["propertyNames"]
         if "multipleOf" in each:
             multiple = math.lcm(multiple, _digits(each["multipleOf"]))
             if multiple > _MOST_MULTIPLE:

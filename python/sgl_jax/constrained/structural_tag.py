@@ -11,6 +11,7 @@ _OLD = '{"structures": [{"begin": TEXT, "schema": SCHEMA, "end": TEXT}], "trigge
 _NEW = '{"format": {"type": TYPE, …}}'
 
 type Form = Mapping[str, Json]
+type Writer = Callable[[Lark, Form, str], str]  # is told the text behind the form
 
 
 def structural_tag(lark: Lark, given: Json) -> str:
@@ -34,10 +35,27 @@ def _form(lark: Lark, form: Json, end: str = "") -> str:
     """Return the texts of a form, and `end` behind them."""
     if not isinstance(form, dict) or (write := _FORMS.get(str(form.get("type")))) is None:
         raise ValueError(f"a format is {json.dumps(form)[:80]}; its type must be one of {', '.join(_FORMS)}")
-    if form["type"] == "any_text" and end:
-        return lark.text_until(end)
-    found = write(lark, form)
-    return f"{found} {lark.literal(end)}" if end else found
+    return write(lark, form, end)
+
+
+def _ended(write: Callable[[Lark, Form], str]) -> Writer:
+    """Return a writer of forms whose own end is known, so that `end` may follow."""
+    return lambda lark, form, end: f"{write(lark, form)} {lark.literal(end)}" if end else write(lark, form)
+
+
+def _any_text(lark: Lark, form: Form, end: str) -> str:
+    return lark.text_until(end) if end else lark.text()
+
+
+def _sequence(lark: Lark, form: Form, end: str) -> str:
+    *firsts, last = _list(form, "elements")
+    if any(isinstance(each, dict) and each.get("type") == "any_text" for each in firsts):
+        raise ValueError("any_text must be the last element of a sequence: nothing says where it ends")
+    return " ".join([*(_form(lark, each) for each in firsts), _form(lark, last, end)])
+
+
+def _or(lark: Lark, form: Form, end: str) -> str:
+    return lark.choice(_form(lark, each, end) for each in _list(form, "elements"))
 
 
 def _text(form: Form, key: str) -> str:
@@ -74,9 +92,9 @@ def _triggered(lark: Lark, form: Form) -> str:
         f"{lark.text_until(trigger)} {lark.choice(_tag(lark, tag, trigger) for tag in found)}"
         for trigger, found in by_trigger.items()
     )
-    least, after = bool(form.get("at_least_one")), bool(form.get("stop_after_first"))
-    text = "" if after and least else f" {lark.text()}"
-    return f"{tags}{'' if after and least else '?' if after else '+' if least else '*'}{text}"
+    if form.get("stop_after_first"):
+        return tags if form.get("at_least_one") else lark.choice([tags, lark.text()])
+    return f"{tags}{'+' if form.get('at_least_one') else '*'} {lark.text()}"
 
 
 def _separated(lark: Lark, form: Form) -> str:
@@ -85,15 +103,15 @@ def _separated(lark: Lark, form: Form) -> str:
     return found if form.get("at_least_one") else f"({found})?"
 
 
-_FORMS: Mapping[str, Callable[[Lark, Form], str]] = {
-    "const_string": lambda lark, form: lark.literal(_text(form, "value")),
-    "json_schema": lambda lark, form: lark.schema(enforced(form.get("json_schema"))),
-    "any_text": lambda lark, form: lark.text(),
-    "regex": lambda lark, form: lark.regex(_text(form, "pattern")),
-    "grammar": lambda lark, form: lark.grammar(_text(form, "grammar")),
-    "tag": _tag,
-    "sequence": lambda lark, form: " ".join(_form(lark, each) for each in _list(form, "elements")),
-    "or": lambda lark, form: lark.choice(_form(lark, each) for each in _list(form, "elements")),
-    "triggered_tags": _triggered,
-    "tags_with_separator": _separated,
+_FORMS: Mapping[str, Writer] = {
+    "const_string": _ended(lambda lark, form: lark.literal(_text(form, "value"))),
+    "json_schema": _ended(lambda lark, form: lark.schema(enforced(form.get("json_schema")))),
+    "any_text": _any_text,
+    "regex": _ended(lambda lark, form: lark.regex(_text(form, "pattern"))),
+    "grammar": _ended(lambda lark, form: lark.grammar(_text(form, "grammar"))),
+    "tag": _ended(_tag),
+    "sequence": _sequence,
+    "or": _or,
+    "triggered_tags": _ended(_triggered),
+    "tags_with_separator": _ended(_separated),
 }

@@ -28,9 +28,9 @@ def bound(
     state = thought_state(prompt, formats.thoughts)
     thoughts = None if state == "closed" else formats.thoughts
     budget = None if thoughts is None else body.thinking_token_budget
-    calls = formats.calls if tools.allowed and (tools.must_call or content or formats.marked) else None
-    binds_calls = calls is not None and (tools.must_call or tools.restricted or bool(strict) or content is not None)
-    if not binds_calls and budget is None and (content is None or thoughts is None):
+    possible = formats.calls if tools.allowed and (tools.must_call or content or formats.marked) else None
+    calls = possible if tools.must_call or tools.restricted or strict or content is not None else None
+    if calls is None and budget is None and (content is None or thoughts is None):
         return given
     form = AnswerForm(
         thoughts,
@@ -42,9 +42,13 @@ def bound(
         body.parallel_tool_calls is False,
         content,
     )
-    params = msgspec.structs.replace(given.params, answer_form=form.grammar().text, **dict.fromkeys(GRAMMAR_KINDS))
-    names = {**given.names, "answer_form": _name(given, body, tools, strict)}
-    return dataclasses.replace(given, params=params, names=names)
+    name = _name(given, body, tools, strict)
+    try:
+        text = form.grammar().text
+    except RecursionError as error:
+        raise InvalidParameter(name, f"{name} has schemas that are nested too deeply") from error
+    params = msgspec.structs.replace(given.params, answer_form=text, **dict.fromkeys(GRAMMAR_KINDS))
+    return dataclasses.replace(given, params=params, names={**given.names, "answer_form": name})
 
 
 def _strict(body: ChatCompletionRequest, tools: Callables) -> dict[str, Function]:

@@ -33,8 +33,9 @@ class JsonSchemaFormat(Body):
 
 class StructuralTagFormat(Body):
     type: Literal["structural_tag"]
-    structures: list[JsonObject]
-    triggers: list[str]
+    structures: list[JsonObject] | None = None
+    triggers: list[str] | None = None
+    format: JsonObject | None = Field(None, description="XGrammar's form, in the place of structures and triggers")
 
 
 ResponseFormat = Annotated[
@@ -83,7 +84,7 @@ class GrammarFields(Body):
             case JsonSchemaFormat(json_schema=given):
                 yield "json_schema", given.schema_, "response_format.json_schema.schema"
             case StructuralTagFormat() as given:
-                yield "structural_tag", given.model_dump(), "response_format"
+                yield "structural_tag", given.model_dump(exclude_none=True), "response_format"
 
     def _of_vllm(self) -> Iterator[tuple[str, str | JsonObject, str]]:
         given, name = self.structured_outputs or StructuredOutputs(), "structured_outputs"

@@ -97,12 +97,13 @@ def test_a_run_goes_on_where_one_was_stopped(tmp_path: Path, server: LiveServer)
     assert out.read_text() == before
 
 
-def test_another_file_is_not_written_over(tmp_path: Path, server: LiveServer, capsys) -> None:
+@pytest.mark.parametrize("mine", ['{"prompt": "mine"}\n', '{"prompt": "mine"}', "text"])
+def test_another_file_is_not_written_over(tmp_path: Path, server: LiveServer, capsys, mine: str) -> None:
     written(tmp_path, chat("a"))
     out = tmp_path / "out.jsonl"
-    out.write_text('{"prompt": "mine"}\n')
+    out.write_text(mine)
     assert run(tmp_path, server) == 2
-    assert out.read_text() == '{"prompt": "mine"}\n'
+    assert out.read_text() == mine
     assert "choose another -o" in capsys.readouterr().err
 
 
@@ -134,7 +135,7 @@ def test_without_a_server_nothing_is_lost(tmp_path: Path, capsys) -> None:
 def test_a_server_is_started_and_ended(tmp_path: Path) -> None:
     requests = [chat(f"r{i}", temperature=0) for i in range(3)]
     path, template = written(tmp_path, *requests), Path(__file__).parents[2] / "server" / "plain_template.jinja"
-    flags = ["--model-path", MODEL, "--chat-template", str(template), "--context-length", "128"]
+    flags = ["--model-path", MODEL, "--chat-template", str(template), "--context-length", "128", "--api-key", "secret"]
     assert main(["-i", str(path), "-o", str(tmp_path / "out.jsonl"), *flags]) == 0
     contents = {
         each["response"]["body"]["choices"][0]["message"]["content"]

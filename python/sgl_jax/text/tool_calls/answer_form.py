@@ -39,4 +39,6 @@ class AnswerForm:
         )
 
     def grammar(self) -> Grammar:
-        return Grammar("answer_form", json.dumps(dataclasses.asdict(self), separators=(",", ":")))
+        """Return the form as a grammar. Raises RecursionError for schemas that are nested too deeply."""
+        functions = [vars(each) for each in self.functions]
+        return Grammar("answer_form", json.dumps({**vars(self), "functions": functions}, separators=(",", ":")))

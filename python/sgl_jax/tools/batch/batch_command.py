@@ -39,11 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Answer a file's requests. Returns the exit code: 1 if some failed."""
     try:
         args, rest = _parser().parse_known_args(argv)
-        if args.base_url is None:
-            ServerArgs.from_cli(rest)  # refuses what the server would
-        elif rest:
+        if args.base_url is not None and rest:
             raise FlagError(rest[0], f"{rest[0]} is for a server that is started here; leave it or --base-url out")
-        return asyncio.run(_run(args, rest))
+        key = environment().get("OPENAI_API_KEY") if args.base_url else ServerArgs.from_cli(rest).api_key
+        return asyncio.run(_run(args, rest, key))
     except (FlagError, BatchFileError, NoServer) as error:
         print(f"run_batch: error: {error}", file=sys.stderr)
         return SOME_FAILED if isinstance(error, NoServer) else BAD_USE
@@ -52,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-async def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
+async def _run(args: argparse.Namespace, rest: Sequence[str], key: str | None) -> int:
     lines = [*read_requests(args.input_file)]
     finished = answered(args.output_file)
     requests = [each for each in lines if isinstance(each, BatchRequest) and each.custom_id not in finished]
@@ -63,7 +62,7 @@ async def _run(args: argparse.Namespace, rest: Sequence[str]) -> int:
         file.flush()
         if not requests:
             return SOME_FAILED if mistakes else 0
-        async with _server(args.base_url, rest) as url, _session(url, args.base_url is not None) as session:
+        async with _server(args.base_url, rest) as url, _session(url, key) as session:
             waiting = iter(requests)
 
             async def send() -> int:
@@ -130,9 +129,9 @@ async def _is_ready(session: aiohttp.ClientSession) -> bool:
     return False
 
 
-def _session(url: str, with_key: bool) -> aiohttp.ClientSession:
+def _session(url: str, key: str | None) -> aiohttp.ClientSession:
     headers = {"Content-Type": "application/json"}
-    if with_key and (key := environment().get("OPENAI_API_KEY")):
+    if key:
         headers["Authorization"] = f"Bearer {key}"
     no_limit = aiohttp.ClientTimeout(total=None)
     return aiohttp.ClientSession(url, headers=headers, connector=aiohttp.TCPConnector(limit=0), timeout=no_limit)

@@ -12,6 +12,8 @@ import msgspec
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 
+_BEGIN = b'{"id":"batch_req_'  # how each answer begins
+
 type Body = dict[str, Any]
 
 
@@ -60,14 +62,14 @@ def answered(path: Path) -> set[str]:
     stopped in, and those of failures, which are tried again. Raises BatchFileError for a file of something else."""
     if not path.exists():
         return set()
-    answers = []
+    answers, rest = [], b""
     try:
-        for line in path.read_bytes().splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            answers.append(msgspec.json.decode(line, type=BatchAnswer))
+        *lines, rest = path.read_bytes().split(b"\n")
+        answers = [msgspec.json.decode(line, type=BatchAnswer) for line in lines]
     except (msgspec.DecodeError, OSError) as error:
         raise BatchFileError(f"{path} exists, and is no file of answers ({error}); choose another -o") from error
+    if not rest.startswith(_BEGIN[: len(rest)]):
+        raise BatchFileError(f"{path} exists, and ends with what is no answer; choose another -o")
     kept = [each for each in answers if each.response is not None and each.response.get("status_code") == 200]
     new = path.with_name(f"{path.name}.new")
     new.write_bytes(b"".join(map(line_of, kept)))
