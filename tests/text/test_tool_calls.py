@@ -405,3 +405,16 @@ def test_a_schema_with_many_references_to_itself_is_read_at_once() -> None:
 def test_a_schema_that_names_no_type_says_so() -> None:
     for schema in ({}, {"$ref": "#/properties/v"}, {"$ref": "#/nowhere"}, True):
         assert types_of({"properties": {"v": schema}}, "v") == set()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "state"),
+    [
+        ("<think>\nLet me see", "open"),
+        ("<think>a</think>\nSo", "closed"),
+        ("<think>a</think><user>b<think>c", "open"),
+        ("So", "closed"),
+    ],
+)
+def test_a_message_that_goes_on_is_in_its_thought_or_behind_it(prompt: str, state: str) -> None:
+    assert thought_state(prompt, "think", continues=True) == state

@@ -39,7 +39,7 @@ def answer_format(
     return AnswerFormat(
         calls,
         thoughts,
-        thought_state(prompt, thoughts),
+        thought_state(prompt, thoughts, bool(body.continue_final_message)),
         {tool.function.name: tool.function.parameters or {} for tool in tools},
         show_thoughts=body.separate_reasoning is False or not formats.splits,
         one_call=body.parallel_tool_calls is False,

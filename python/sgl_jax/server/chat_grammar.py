@@ -25,7 +25,7 @@ def bound(
     strict = _strict(body, tools)
     _check(body, tools, formats, strict, is_free=given.params.grammar is None)
     content = None if tools.must_call else given.params.grammar
-    state = thought_state(prompt, formats.thoughts)
+    state = thought_state(prompt, formats.thoughts, bool(body.continue_final_message))
     thoughts = None if state == "closed" else formats.thoughts
     budget = None if thoughts is None else body.thinking_token_budget
     possible = formats.calls if tools.allowed and (tools.must_call or content or formats.marked) else None

@@ -109,10 +109,13 @@ def _calls(reading: Reading, form: CallFormat) -> Waiting[None]:
         source.release()
 
 
-def thought_state(prompt: str, thoughts: str | None) -> ThoughtState:
-    """Return whether the end of a prompt leaves a thought open, has closed one, or leaves that to the answer."""
+def thought_state(prompt: str, thoughts: str | None, continues: bool = False) -> ThoughtState:
+    """Return whether the end of a prompt leaves a thought open, has closed one, or leaves that to the answer. One that
+    `continues` ends inside a message, in whose thought or behind it."""
     if thoughts is None or thoughts == HARMONY:
         return "unopened"
     opener, closer = THOUGHTS[thoughts]
+    if continues:
+        return "open" if prompt.rfind(opener) > prompt.rfind(closer) else "closed"
     end = prompt[-len(opener) - len(closer) - 16 :].rstrip()
     return "open" if end.endswith(opener) else "closed" if end.endswith(closer) else "unopened"

@@ -124,7 +124,7 @@ async def _server(base_url: str | None, flags: Sequence[str]) -> AsyncIterator[s
 
 async def _is_ready(session: aiohttp.ClientSession) -> bool:
     with contextlib.suppress(aiohttp.ClientError):
-        async with session.get("/health") as response:
+        async with session.get("/ready") as response:
             return response.status == 200
     return False
 
