@@ -92,7 +92,7 @@ def both(http: httpx.Client, answer: str = "Hi there.", **more: Any) -> dict[str
     assert response.status_code == 200, response.text
     whole, streamed = response.json(), message_of(events(http, answer=answer, **more))
     for found in (whole, streamed):
-        assert found.pop("id").startswith("msg-")
+        assert found.pop("id").startswith("msg_")
         for block in found["content"]:
             if block["type"] == "tool_use":
                 assert block.pop("id").startswith("call_")
@@ -174,6 +174,7 @@ def test_a_coding_agents_request_is_taken(http: httpx.Client) -> None:
         "tools": [tool | mark for tool in TOOLS],
         "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
         "thinking": {"type": "adaptive"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
         "metadata": {"user_id": "u"},
         "temperature": 1,
         "top_k": 5,
@@ -204,6 +205,7 @@ def test_a_coding_agents_request_is_taken(http: httpx.Client) -> None:
         ({"tools": [{"type": "bash_20250124", "name": "bash"}]}, "bash_20250124"),
         ({"mcp_servers": [{}]}, "mcp_servers"),
         ({"container": "a"}, "container"),
+        ({"thread": {"type": "create"}}, "thread"),
         ({"nonsense": 1}, "nonsense"),
         (
             {
@@ -235,3 +237,56 @@ def test_errors_have_the_form_of_the_api(http: httpx.Client) -> None:
         assert taken.status_code == 200
         wrong = other.post("/v1/messages", json=body(), headers={"x-api-key": "secre"})
         assert wrong.status_code == 401
+
+
+def test_turns_are_as_templates_take_them(tmp_path: Path) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% if not (loop.last and continue_final_message) %}|{% endif %}{% endfor %}{{ tools or '' }}"
+    )
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "system", "content": "c"},
+        {"role": "assistant", "content": "{"},
+    ]
+    with LiveServer(lambda: FakeCore(step_seconds=0.001), chat_template=str(template)) as live, live.http() as other:
+        found = other.post("/v1/messages", json=body(system="s") | {"messages": turns}).json()
+        assert found["content"][0]["text"].strip() == "system:s|user:a\n\nb\n\nc|assistant:{"
+        whole = other.post("/v1/messages", json=body(system="s") | {"messages": turns, "max_tokens": 100_000})
+        assert whole.json()["content"] == found["content"]
+        long = {"model": "stories", "messages": [{"role": "user", "content": "word " * 2000}]}
+        assert other.post("/v1/messages/count_tokens", json=long).json()["input_tokens"] > 2000
+        effort = other.post("/v1/messages", json=body() | {"output_config": {"effort": "high"}})
+        assert effort.status_code == 200
+
+
+def test_an_input_is_valid_unicode_and_not_too_deep(http: httpx.Client) -> None:
+    for arguments in (r'{"a": "\ud83d"}', '{"a": ' + "[" * 1500 + "]" * 1500 + "}"):
+        call = f'<tool_call>\n{{"name": "first", "arguments": {arguments}}}\n</tool_call>'
+        with LiveServer(lambda: FakeCore(step_seconds=0.0001), chat_template=TEMPLATE) as live, live.http() as other:
+            response = other.post("/v1/messages", json=body(call, tools=TOOLS))
+            assert response.status_code in (200, 400)
+            if response.status_code == 200:
+                assert response.json()["content"][-1]["input"] in ({"a": "?"}, {})
+
+
+def test_a_thread_is_refused_as_the_library_knows_it(http: httpx.Client) -> None:
+    answer = http.post("/v1/messages", json=body(thread={"type": "create"})).json()
+    assert answer["error"]["details"] == {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+
+
+def test_an_answers_own_blocks_are_taken_back(http: httpx.Client) -> None:
+    answer = http.post("/v1/messages", json=body(ANSWER, tools=TOOLS)).json()
+    blocks = [block | {"citations": None, "toolset_name": None} for block in answer["content"]]
+    results = [
+        {"type": "tool_result", "tool_use_id": b["id"], "content": "ok"} for b in blocks if b["type"] == "tool_use"
+    ]
+    turns = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": blocks},
+        {"role": "user", "content": results},
+    ]
+    response = http.post("/v1/messages", json=body(tools=TOOLS) | {"messages": turns})
+    assert response.status_code == 200, response.text

@@ -174,7 +174,7 @@ def test_a_running_response_can_be_cancelled(stream: bool) -> None:
     ("more", "said"),
     [
         ({"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]}, "input_image"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
+        ({"input": [{"type": "web_search_call", "id": "x"}]}, "not supported"),
         ({"tools": [{"type": "web_search"}]}, "web_search"),
         ({"tools": [{"type": "mcp", "server_label": "a"}]}, "mcp"),
         ({"background": True}, "background"),
@@ -192,6 +192,65 @@ def test_what_cannot_be_honoured_is_refused_by_name(http: httpx.Client, more: di
     response = http.post("/v1/responses", json={"input": "a"} | more)
     assert response.status_code == 400
     assert says(response.json()["error"]["message"], said), response.text
+
+
+def test_a_body_that_no_answer_can_repeat_is_refused(http: httpx.Client) -> None:
+    body, kind = rb'{"input": "a", "metadata": {"a": "\ud800"}}', {"content-type": "application/json"}
+    response = http.post("/v1/responses", content=body, headers=kind)
+    assert response.status_code == 400
+    assert says(response.json()["error"]["message"], "surrogate")
+
+
+def test_items_of_a_stored_response_can_be_referred_to(server: LiveServer, client: openai.OpenAI) -> None:
+    first = client.responses.create(model="stories", input="Hello there.")
+    reference = {"type": "item_reference", "id": first.output[0].id}
+    second = client.responses.create(model="stories", input=[{"role": "user", "content": "Hm."}, reference])
+    assert second.output_text.strip() == "Hello there."  # the last message, which the template shows
+    for unknown in ("msg_0", "rs_0"):
+        with pytest.raises(openai.NotFoundError, match=unknown):
+            client.responses.create(model="stories", input=[{"type": "item_reference", "id": unknown}])
+
+
+def test_what_an_agent_sends_is_taken(http: httpx.Client, client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {
+        "instructions": "Be kind.",
+        "input": [
+            {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "a"}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "b"}]},
+            {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "c"}]},
+        ],
+        "tools": TOOLS,
+        "tool_choice": "auto",
+        "parallel_tool_calls": True,
+        "reasoning": {"effort": "medium", "summary": "auto"},
+        "include": ["reasoning.encrypted_content"],
+        "store": False,
+        "text": {"verbosity": "medium"},
+        "client_metadata": {"x": "y"},
+        "access_programs": None,
+        "prompt_cache_key": "k",
+    }
+    with (
+        LiveServer(
+            lambda: FakeCore(step_seconds=0.001),
+            chat_template="{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}{{ tools or '' }}",
+        ) as live,
+        live.http() as other,
+    ):
+        response = other.post("/v1/responses", json=asked | {"tools": []})
+    assert response.status_code == 200, response.text
+    text = response.json()["output"][0]["content"][0]["text"]
+    assert text.strip() == "system:Be kind.\n\na|user:b\n\nc|"
+    answer = client.responses.create(model="stories", input=ANSWER, tools=TOOLS)
+    items = [item.model_dump() for item in answer.output]
+    output = {"type": "function_call_output", "call_id": answer.output[2].call_id, "output": "ok"}
+    assert client.responses.create(model="stories", input=[*items, output], tools=TOOLS).status == "completed"
+
+
+def test_a_stored_response_is_given_as_it_is(http: httpx.Client) -> None:
+    found = http.post("/v1/responses", json={"input": "a"}).json()
+    refused = http.get(f"/v1/responses/{found['id']}?stream=true")
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stream")
 
 
 def test_old_responses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from sgl_jax.engine.generation import Generation
 from sgl_jax.request import Json
 from sgl_jax.server.anthropic_request import arguments_of
 from sgl_jax.server.anthropic_types import (
@@ -16,10 +17,13 @@ from sgl_jax.server.anthropic_types import (
     MessagesUsage,
     StopReason,
 )
+from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.chat_choice import ChoiceReader
 from sgl_jax.server.error_envelope import ApiError
 from sgl_jax.server.openai_chat import ChatAnswer
+from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.text.tool_calls.answer import Arguments, Call, Part, Text, Thought
+from sgl_jax.text.tool_calls.scanner import AnswerFormat
 
 type Event = dict[str, Json]
 
@@ -28,6 +32,12 @@ _STOPS: Mapping[str | None, StopReason] = {"stop": "end_turn", "length": "max_to
 
 class MessagesAnswer(ChatAnswer):
     id_prefix = "msg"
+
+    def __init__(
+        self, state: ServerState, chat: ChatCompletionRequest, generation: Generation, form: AnswerFormat | None
+    ):
+        super().__init__(state, chat, generation, form)
+        self.id = self.id.replace("-", "_")
 
     def events(self) -> AsyncIterator[bytes]:
         return self._lines(_Blocks(self._choices[0]))

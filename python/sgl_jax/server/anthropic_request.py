@@ -13,26 +13,29 @@ from sgl_jax.server.anthropic_types import (
     MessagesTool,
     MessageTurn,
     TextBlock,
+    Thinking,
     ThinkingBlock,
     ToolResultBlock,
     ToolUseBlock,
 )
+from sgl_jax.server.chat_turns import Fields, merged
 from sgl_jax.server.grammar_fields import JsonObject
 from sgl_jax.server.openai_types import ChatCompletionRequest
 
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 
-type Fields = dict[str, object]
-
 
 def as_chat(body: CountTokensRequest, thinks: bool) -> ChatCompletionRequest:
     """Return the chat that a request asks for. `thinks`: the model's answers have thoughts. Raises InvalidParameter."""
-    fields: Fields = {"model": body.model, "messages": [*_system(body), *_turns(body.messages)]}
+    messages = merged([*_system(body), *_turns(body.messages)])
+    fields: Fields = {"model": body.model, "messages": messages}
+    if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
+        fields["continue_final_message"] = True  # the answer goes on with it
     if body.tools:
         fields |= {"tools": [_tool(each) for each in body.tools], **_tool_choice(body)}
     elif body.tool_choice is not None and body.tool_choice.type != "none":
         raise InvalidParameter("tool_choice", "tool_choice needs tools")
-    fields |= _thinking(body, thinks) | _output(body)
+    fields |= _thinking(body, thinks) | _output(body, thinks)
     if isinstance(body, MessagesRequest):
         fields |= {"max_tokens": body.max_tokens, "stream": body.stream, "stop": body.stop_sequences}
         fields |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
@@ -67,7 +70,7 @@ def _turns(turns: list[MessageTurn]) -> Iterator[Fields]:
                 yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": text}
         texts = [block for block in blocks if isinstance(block, TextBlock)]
         if texts or not blocks:
-            yield {"role": turn.role, "content": _joined(texts)}
+            yield {"role": "user", "content": _joined(texts)}  # templates take no system in the midst
 
 
 def _answer(blocks: list[Block], where: str) -> Fields:
@@ -108,7 +111,7 @@ def _tool_choice(body: CountTokensRequest) -> Fields:
 def _thinking(body: CountTokensRequest, thinks: bool) -> Fields:
     """Return the fields of thoughts. A model that does not think keeps to any budget, and clients ask all models for them."""
     if (thinking := body.thinking) is None:
-        return {}
+        thinking = Thinking(type="disabled")
     budget = thinking.budget_tokens
     if thinking.type == "enabled" and budget is None:
         raise InvalidParameter("thinking.budget_tokens", "thinking.budget_tokens is missing")
@@ -125,14 +128,14 @@ def _thinking(body: CountTokensRequest, thinks: bool) -> Fields:
     return found | ({"thinking_token_budget": budget} if budget is not None else {}) | {"include_reasoning": not hidden}
 
 
-def _output(body: CountTokensRequest) -> Fields:
+def _output(body: CountTokensRequest, thinks: bool) -> Fields:
     config, form = body.output_config, body.output_format
     if config is not None and config.format is not None:
         if form is not None:
             raise InvalidParameter("output_format", "output_format and output_config.format are the same; give one")
         form = config.format
     found: Fields = {}
-    if config is not None and config.effort is not None:
+    if config is not None and config.effort is not None and thinks:
         found["reasoning_effort"] = "xhigh" if config.effort == "max" else config.effort
     if form is not None:
         found["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.schema_}}
@@ -143,6 +146,9 @@ def arguments_of(text: str) -> JsonObject:
     """Return the input of a call whose arguments are this text. Arguments that are no JSON object, since the answer was cut, count as none."""
     try:
         found = json.loads(text)
-    except ValueError:
+        valid = json.loads(
+            json.dumps(found, ensure_ascii=False).encode(errors="replace")
+        )  # lone surrogates are no Unicode
+    except (ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return valid if isinstance(valid, dict) else {}

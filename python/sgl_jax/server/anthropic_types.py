@@ -5,28 +5,27 @@ from typing import Annotated, Literal
 import msgspec
 from pydantic import BeforeValidator, Field
 
-from sgl_jax.server.bodies import Body, StopString, limited, limits, null_fields, with_fields
+from sgl_jax.server.bodies import Answered, Body, StopString, limited, limits, null_fields, with_fields
 from sgl_jax.server.grammar_fields import JsonObject
 from sgl_jax.server.openai_types import MOST_THOUGHT_TOKENS, MOST_TOOLS
 
 type CacheControl = Annotated[dict[str, object], BeforeValidator(limited)] | None  # prefixes are cached in any case
 
 
-class TextBlock(Body):
+class TextBlock(Answered):
     type: Literal["text"]
     text: str
     cache_control: CacheControl = None
-    citations: None = None
 
 
-class ThinkingBlock(Body):
+class ThinkingBlock(Answered):
     type: Literal["thinking"]
     thinking: str
     signature: str | None = None
     cache_control: CacheControl = None
 
 
-class RedactedThinkingBlock(Body):
+class RedactedThinkingBlock(Answered):
     """A thought that only its maker can read. It is left out."""
 
     type: Literal["redacted_thinking"]
@@ -34,7 +33,7 @@ class RedactedThinkingBlock(Body):
     cache_control: CacheControl = None
 
 
-class ToolUseBlock(Body):
+class ToolUseBlock(Answered):
     type: Literal["tool_use"]
     id: str
     name: str
@@ -43,7 +42,7 @@ class ToolUseBlock(Body):
     caller: object = None
 
 
-class ToolResultBlock(Body):
+class ToolResultBlock(Answered):
     type: Literal["tool_result"]
     tool_use_id: str
     content: str | list[TextBlock] | None = None
@@ -71,6 +70,7 @@ class MessagesTool(Body):
     eager_input_streaming: bool | None = None
     input_examples: list[JsonObject] | None = None
     defer_loading: Literal[False] | None = None
+    allowed_callers: list[Literal["direct"]] | None = None
 
 
 class MessagesToolChoice(Body):
@@ -95,7 +95,13 @@ class OutputConfig(Body):
     format: OutputFormat | None = None
 
 
-@with_fields(null_fields("container context_management mcp_servers inference_geo speed"))
+class ContextManagement(Body):
+    """Edits that leave out parts of old turns. Nothing is left out: they only save prompt tokens."""
+
+    edits: list[JsonObject] | None = None
+
+
+@with_fields(null_fields("container diagnostics fallbacks mcp_servers inference_geo speed"))
 class CountTokensRequest(Body):
     model: str
     messages: Annotated[list[MessageTurn], Field(min_length=1)]
@@ -106,6 +112,8 @@ class CountTokensRequest(Body):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = Field(None, description="another name for output_config.format")
     cache_control: CacheControl = None
+    context_management: ContextManagement | None = None
+    thread: JsonObject | None = Field(None, description="refused, as the library knows how to be: there are no threads")
 
 
 class MessagesRequest(CountTokensRequest):

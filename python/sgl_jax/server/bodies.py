@@ -65,6 +65,15 @@ class Body(BaseModel):
         return schema
 
 
+class Answered(Body):
+    """Part of an answer that a client sends back. Fields of it that are null say nothing, and need not be known."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _said(cls, value: object) -> object:
+        return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
+
+
 class TextFormat(Body):
     type: Literal["text"]
 

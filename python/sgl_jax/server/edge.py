@@ -131,7 +131,7 @@ class Pages(CORSMiddleware):
             return await self.app(scope, receive, send)
         ours = origin.partition("://")[2] == headers.get("host") or self.is_allowed_origin(origin)
         if self._refuse and not ours:
-            return await _foreign(origin).response()(scope, receive, send)
+            return await _foreign(origin).response(path=scope["path"])(scope, receive, send)
         await super().__call__(scope, receive, send)
 
     def preflight_response(self, request_headers: Headers) -> Response:

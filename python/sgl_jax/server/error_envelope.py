@@ -53,6 +53,7 @@ class ApiError(HTTPException):
     """An answer other than success."""
 
     retry_after = 1  # seconds, told with 429 and 503
+    details: Mapping[str, str | Sequence[str]] | None = None  # for clients of Anthropic's API
 
     def __init__(
         self,
@@ -73,7 +74,8 @@ class ApiError(HTTPException):
             return msgspec.json.encode(self.body)
         said = self.body.error
         error = {"type": _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else _BAD_REQUEST)}
-        return msgspec.json.encode({"type": "error", "error": {**error, "message": said.message}})
+        details = {} if self.details is None else {"details": self.details}
+        return msgspec.json.encode({"type": "error", "error": {**error, "message": said.message, **details}})
 
     def response(self, headers: Mapping[str, str] | None = None, path: str = "") -> Response:
         found = {**(self.headers or {}), **(headers or {})}

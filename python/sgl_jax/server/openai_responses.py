@@ -3,9 +3,12 @@
 import uuid
 from functools import partial
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from sgl_jax.request import InvalidParameter
+from sgl_jax.server.answer_formats import chat_formats
 from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.documentation import STREAM, documented
 from sgl_jax.server.openai_chat import submitted
@@ -23,11 +26,20 @@ def router(state: ServerState) -> APIRouter:
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
         before = body.previous_response_id
         earlier = [] if before is None else store.get(before, "previous_response_id").messages
+        _check_unicode(body)
+        body.input = store.resolved(body.input)
         asked = Asked(f"resp_{uuid.uuid4().hex}", body, earlier, store)
-        return await (await submitted(state, as_chat(asked), partial(ResponseAnswer, asked=asked))).respond(request)
+        template = state.chat_template(body.tools or ()).source
+        thinks = chat_formats(state.server_args, template, state.tokenizer).thoughts is not None
+        make = partial(ResponseAnswer, asked=asked)
+        return await (await submitted(state, as_chat(asked, thinks), make)).respond(request)
 
     @routes.get("/v1/responses/{response_id}", **documented(ResponseObject, 404))
-    async def retrieve_response(response_id: str) -> Response:
+    async def retrieve_response(response_id: str, request: Request) -> Response:
+        if name := next(
+            (each for each in request.query_params if each in ("stream", "include", "starting_after")), None
+        ):
+            raise InvalidParameter(name, f"{name} is not supported: a stored response is given as it is")
         return json_response(store.get(response_id).response)
 
     @routes.post("/v1/responses/{response_id}/cancel", **documented(ResponseObject, 404))
@@ -40,3 +52,11 @@ def router(state: ServerState) -> APIRouter:
         return json_response(DeletedResponse(response_id))
 
     return routes
+
+
+def _check_unicode(body: ResponsesRequest) -> None:
+    """Raise InvalidParameter for text that no answer can repeat."""
+    try:
+        msgspec.json.encode(body.model_dump(by_alias=True))
+    except UnicodeEncodeError as error:
+        raise InvalidParameter("input", "the body has a lone surrogate, which is not valid Unicode") from error

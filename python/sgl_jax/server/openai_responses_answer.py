@@ -70,7 +70,9 @@ class ResponseAnswer(ChatAnswer):
                             for event in self._items.events(part):
                                 yield event
                         finish = self._items.choice.finish_reason(news.finish) or finish
-            except Exception as error:  # the head of a stream has been sent
+            except Exception as error:
+                if not self.stream:
+                    raise
                 said = answer_to(error, "a response").body.error
                 finish, self._error = "failed", {"code": said.code or "server_error", "message": said.message}
             self._status = _STATUS.get(finish, "completed")
@@ -91,7 +93,7 @@ class ResponseAnswer(ChatAnswer):
             return
         items = _ITEMS.validate_python(self._items.whole)
         messages = [*self._asked.earlier, *messages_of(body.input), *messages_of(items)]
-        self._asked.store.keep(self.id, response, messages)
+        self._asked.store.keep(self.id, response, messages, items)
 
     def _response(self) -> Event:
         body = self._asked.body

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from sgl_jax.request import InvalidParameter
+from sgl_jax.server.chat_turns import Fields, merged
 from sgl_jax.server.openai_responses_types import (
     AllowedFunctions,
     CallItem,
@@ -13,6 +14,7 @@ from sgl_jax.server.openai_responses_types import (
     ContentText,
     InputItem,
     InputMessage,
+    ItemReference,
     NamedFunction,
     ReasoningItem,
     ResponsesRequest,
@@ -20,7 +22,7 @@ from sgl_jax.server.openai_responses_types import (
     SchemaFormat,
 )
 from sgl_jax.server.openai_types import ChatCompletionRequest
-from sgl_jax.server.stored_responses import Fields, StoredResponses
+from sgl_jax.server.stored_responses import StoredResponses
 
 
 class Asked(NamedTuple):
@@ -32,17 +34,17 @@ class Asked(NamedTuple):
     store: StoredResponses
 
 
-def as_chat(asked: Asked) -> ChatCompletionRequest:
-    """Return the chat that a request asks for. Raises InvalidParameter."""
+def as_chat(asked: Asked, thinks: bool) -> ChatCompletionRequest:
+    """Return the chat that a request asks for. `thinks`: the model's answers have thoughts. Raises InvalidParameter."""
     body = asked.body
     system: list[Fields] = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    fields: Fields = {"model": body.model, "messages": [*system, *asked.earlier, *messages_of(body.input)]}
+    fields: Fields = {"model": body.model, "messages": merged([*system, *asked.earlier, *messages_of(body.input)])}
     fields |= {"rid": asked.id, "max_tokens": body.max_output_tokens, "tool_choice": _choice(body)}
     fields |= {name: getattr(body, name) for name in ("temperature", "top_p", "stream", "parallel_tool_calls")}
     if body.tools:
         fields["tools"] = [_tool(each) for each in body.tools]
-    if body.reasoning is not None:
-        fields["reasoning_effort"] = body.reasoning.effort
+    if body.reasoning is not None and thinks:  # others keep to any effort
+        fields["reasoning_effort"] = "xhigh" if body.reasoning.effort == "max" else body.reasoning.effort
     if body.text is not None and body.text.format is not None:
         form = body.text.format
         given: Fields = {"schema": form.schema_} if isinstance(form, SchemaFormat) else {}
@@ -62,6 +64,8 @@ def messages_of(given: str | Sequence[InputItem]) -> list[Fields]:
     answer: Fields | None = None  # the last message, while items may belong to it
     for item in given:
         match item:
+            case ItemReference():
+                raise InvalidParameter("input", f"there is no item {item.id[:100]}")
             case CallOutputItem():
                 answer = None
                 found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})

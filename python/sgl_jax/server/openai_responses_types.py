@@ -4,14 +4,14 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from sgl_jax.server.bodies import Body, EmptyList, TextFormat, limited, limits, null_fields, with_fields
+from sgl_jax.server.bodies import Answered, Body, EmptyList, TextFormat, limited, limits, null_fields, with_fields
 from sgl_jax.server.grammar_fields import JsonObject, JsonObjectFormat
 from sgl_jax.server.openai_types import MOST_TOOLS
 
 type Status = Literal["in_progress", "completed", "incomplete"]
 
 
-class ContentText(Body):
+class ContentText(Answered):
     """A part of a message's text. Those of answers have more fields, which mean nothing in an input."""
 
     type: Literal["input_text", "output_text", "text"]
@@ -20,26 +20,25 @@ class ContentText(Body):
     logprobs: list[JsonObject] | None = None
 
 
-class InputMessage(Body):
+class InputMessage(Answered):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
     content: str | list[ContentText]
     id: str | None = None
     status: Status | None = None
-    phase: None = None
+    phase: Literal["commentary", "final_answer"] | None = None
 
 
-class CallItem(Body):
+class CallItem(Answered):
     type: Literal["function_call"]
     call_id: str
     name: str
     arguments: str
     id: str | None = None
     status: Status | None = None
-    namespace: None = None
 
 
-class CallOutputItem(Body):
+class CallOutputItem(Answered):
     type: Literal["function_call_output"]
     call_id: str
     output: str | list[ContentText]
@@ -47,18 +46,25 @@ class CallOutputItem(Body):
     status: Status | None = None
 
 
-class ReasoningText(Body):
-    type: Literal["reasoning_text", "summary_text"]
+class ReasoningText(Answered):
+    type: Literal["reasoning_text", "summary_text", "text"]
     text: str
 
 
-class ReasoningItem(Body):
+class ReasoningItem(Answered):
     type: Literal["reasoning"]
     id: str | None = None
     summary: list[ReasoningText] | None = None
     content: list[ReasoningText] | None = None
     encrypted_content: str | None = None
     status: Status | None = None
+
+
+class ItemReference(Answered):
+    """An item of a stored response."""
+
+    type: Literal["item_reference"]
+    id: str
 
 
 def _kind(item: object) -> str:
@@ -71,8 +77,9 @@ InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
     | Annotated[CallOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(_kind),
+    | Annotated[ReasoningItem, Tag("reasoning")]
+    | Annotated[ItemReference, Tag("item_reference")],
+    Discriminator(_kind, custom_error_type="item", custom_error_message="an item of this type is not supported"),
 ]
 
 
@@ -106,11 +113,11 @@ class SchemaFormat(Body):
 
 class TextOptions(Body):
     format: Annotated[TextFormat | JsonObjectFormat | SchemaFormat, Field(discriminator="type")] | None = None
-    verbosity: None = None
+    verbosity: Literal["medium"] | None = None
 
 
 class Reasoning(Body):
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     summary: Literal["auto", "concise", "detailed"] | None = Field(None, description="thoughts are given as they are")
     generate_summary: None = None
 
@@ -144,6 +151,8 @@ class ResponsesRequest(Body):
     background: Literal[False] | None = None
     include: EmptyList | list[Literal["reasoning.encrypted_content"]] | None = None
     # accepted, but without effect on the answer
+    client_metadata: Annotated[dict[str, object], BeforeValidator(limited)] | None = None
+    access_programs: object = None
     metadata: Annotated[dict[str, str], BeforeValidator(limited)] | None = None
     user: str | None = None
     service_tier: Literal["auto", "default", "flex", "scale", "priority"] | None = None

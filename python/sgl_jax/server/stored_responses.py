@@ -2,16 +2,17 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
 from sgl_jax.request import Json
+from sgl_jax.server.chat_turns import Fields
 from sgl_jax.server.error_envelope import ApiError
+from sgl_jax.server.openai_responses_types import InputItem, ItemReference
 
 _MOST, _MOST_BYTES = 1000, 256 << 20
 
-type Fields = dict[str, object]
 type Response = dict[str, Json]
 
 
@@ -20,6 +21,7 @@ class Stored(msgspec.Struct):
 
     response: Response
     messages: list[Fields]
+    items: dict[str, InputItem]  # its output, by id
     size: int
 
 
@@ -38,9 +40,9 @@ class StoredResponses:
         """Say how a response that began has ended. None: nobody waits for it any more."""
         self._running.pop(response_id).set_result(response)
 
-    def keep(self, response_id: str, response: Response, messages: list[Fields]) -> None:
+    def keep(self, response_id: str, response: Response, messages: list[Fields], items: Sequence[InputItem]) -> None:
         size = len(msgspec.json.encode((response, messages)))
-        self._found[response_id] = Stored(response, messages, size)
+        self._found[response_id] = Stored(response, messages, {each.id: each for each in items if each.id}, size)
         self._num_bytes += size
         while len(self._found) > _MOST or (self._num_bytes > _MOST_BYTES and len(self._found) > 1):
             self._num_bytes -= self._found.popitem(last=False)[1].size
@@ -51,6 +53,18 @@ class StoredResponses:
             text = f"there is no response {response_id[:100]}; the latest {_MOST} that were stored are kept"
             raise ApiError(404, text, param=param, code="response_not_found")
         return found
+
+    def resolved(self, given: str | Sequence[InputItem]) -> str | list[InputItem]:
+        """Return an input with the items that it refers to. Raises ApiError for one that is not there."""
+        if isinstance(given, str):
+            return given
+        return [self._item(each.id) if isinstance(each, ItemReference) else each for each in given]
+
+    def _item(self, item_id: str) -> InputItem:
+        found = (stored.items[item_id] for stored in reversed(self._found.values()) if item_id in stored.items)
+        if (item := next(found, None)) is None:
+            raise ApiError(404, f"there is no item {item_id[:100]}", param="input", code="item_not_found")
+        return item
 
     def delete(self, response_id: str) -> None:
         """Forget a response. Raises ApiError for one that is not there."""
