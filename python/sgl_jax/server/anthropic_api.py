@@ -32,7 +32,7 @@ def router(state: ServerState) -> APIRouter:
     async def messages(body: MessagesRequest, request: Request) -> Response:
         chat = chat_of(body)
         if body.max_tokens >= state.service.info.context_length:
-            chat.max_tokens = None  # what fits
+            chat.max_tokens = None  # as many as fit
         return await (await submitted(state, chat, MessagesAnswer)).respond(request)
 
     @routes.post("/v1/messages/count_tokens", **documented(TokenCount, 404, *BODY))
