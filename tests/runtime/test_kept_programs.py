@@ -162,7 +162,7 @@ options = {"device": "cpu", "dtype": "float32", "chunked_prefill_size": 16, "max
 with Engine(model_path=sys.argv[1], compilation_cache_dir=sys.argv[2], **options, **json.loads(sys.argv[3])) as engine:
     params = {"temperature": 0.8, "sampling_seed": 3, "ignore_eos": True, "max_new_tokens": 24}
     ids = engine.generate(input_ids=[1, 403, 407, 261, 378], sampling_params=params)["output_ids"]
-    for _ in range(600):
+    for _ in range(2400):
         if len([name for name in lowered if "tokens_" in name]) == int(sys.argv[4]):
             break
         time.sleep(0.05)
