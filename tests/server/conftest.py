@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -20,6 +21,14 @@ def live() -> Iterator[LiveServer]:
 def slow() -> Iterator[LiveServer]:
     """Serve with 5 ms per step, so that tokens come one by one."""
     with LiveServer(lambda: FakeCore(step_seconds=0.005)) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def repeating() -> Iterator[LiveServer]:
+    """Serve a model whose answer is the last message, with thoughts and calls in Qwen's format."""
+    template = str(Path(__file__).parent / "tool_template.jinja")
+    with LiveServer(lambda: FakeCore(step_seconds=0.001), chat_template=template, reasoning_parser="qwen3") as server:
         yield server
 
 

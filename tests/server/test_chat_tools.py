@@ -34,15 +34,8 @@ TWO = "Let me see.\n" + CALL + '\n<tool_call>\n{"name": "second", "arguments": {
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(lambda: FakeCore(step_seconds=0.001), chat_template=TEMPLATE, reasoning_parser="qwen3") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with server.openai() as found:
-        yield found
+def live(repeating: LiveServer) -> LiveServer:
+    return repeating
 
 
 def ask(client: openai.OpenAI, answer: str, **more: Any) -> Any:
@@ -110,9 +103,9 @@ def test_arguments_come_in_pieces(client: openai.OpenAI) -> None:
     assert len(pieces) > 5
 
 
-def test_a_message_with_calls_alone_has_no_content(server: LiveServer) -> None:
+def test_a_message_with_calls_alone_has_no_content(live: LiveServer) -> None:
     body = {"messages": [{"role": "user", "content": CALL}], "tools": TOOLS}
-    with server.http() as http:
+    with live.http() as http:
         message = http.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
     assert message["content"] is None
     assert "reasoning_content" not in message

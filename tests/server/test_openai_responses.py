@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,8 @@ ANSWER = f"<think>\nHm é.\n</think>\n\nLet me see.\n{CALL}"
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[LiveServer]:
-    with LiveServer(lambda: FakeCore(step_seconds=0.001), chat_template=TEMPLATE, reasoning_parser="qwen3") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with server.openai() as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def http(server: LiveServer) -> Iterator[httpx.Client]:
-    with server.http() as found:
-        yield found
+def live(repeating: LiveServer) -> LiveServer:
+    return repeating
 
 
 def plain(response: Any) -> dict[str, Any]:
@@ -93,7 +79,7 @@ def test_a_stream_is_the_whole_response_in_events(client: openai.OpenAI) -> None
     assert final.usage.total_tokens == final.usage.input_tokens + final.usage.output_tokens
 
 
-def test_a_conversation_goes_on_from_a_stored_response(server: LiveServer, client: openai.OpenAI) -> None:
+def test_a_conversation_goes_on_from_a_stored_response(client: openai.OpenAI) -> None:
     first = client.responses.create(model="stories", input=CALL, tools=TOOLS, instructions="Be kind.")
     assert client.responses.retrieve(first.id) == first
     output = {"type": "function_call_output", "call_id": first.output[0].call_id, "output": "ok"}
@@ -201,7 +187,7 @@ def test_a_body_that_no_answer_can_repeat_is_refused(http: httpx.Client) -> None
     assert says(response.json()["error"]["message"], "surrogate")
 
 
-def test_items_of_a_stored_response_can_be_referred_to(server: LiveServer, client: openai.OpenAI) -> None:
+def test_items_of_a_stored_response_can_be_referred_to(client: openai.OpenAI) -> None:
     first = client.responses.create(model="stories", input="Hello there.")
     reference = {"type": "item_reference", "id": first.output[0].id}
     second = client.responses.create(model="stories", input=[{"role": "user", "content": "Hm."}, reference])

@@ -3,7 +3,6 @@
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from sgl_jax.server.answer_formats import chat_formats
 from sgl_jax.server.anthropic_answer import MessagesAnswer
 from sgl_jax.server.anthropic_request import as_chat
 from sgl_jax.server.anthropic_types import AnsweredMessage, CountTokensRequest, MessagesRequest, TokenCount
@@ -25,8 +24,7 @@ def router(state: ServerState) -> APIRouter:
             error = ApiError(400, "thread is not supported: there are no threads", param="thread")
             error.details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
             raise error
-        template = state.chat_template(body.tools or ()).source
-        return as_chat(body, chat_formats(state.server_args, template, state.tokenizer).thoughts is not None)
+        return as_chat(body, thinks=state.chat_formats(body.tools or ()).thoughts is not None)
 
     @routes.post("/v1/messages", **documented(AnsweredMessage, 404, *STREAM))
     async def messages(body: MessagesRequest, request: Request) -> Response:

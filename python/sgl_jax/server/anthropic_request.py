@@ -143,12 +143,11 @@ def _output(body: CountTokensRequest, thinks: bool) -> Fields:
 
 
 def arguments_of(text: str) -> JsonObject:
-    """Return the input of a call whose arguments are this text. Arguments that are no JSON object, since the answer was cut, count as none."""
+    """Return the input of a call with these arguments, without lone surrogates. What is no JSON object, since the answer was
+    cut, counts as none."""
     try:
-        found = json.loads(text)
-        valid = json.loads(
-            json.dumps(found, ensure_ascii=False).encode(errors="replace")
-        )  # lone surrogates are no Unicode
+        valid = json.dumps(json.loads(text), ensure_ascii=False).encode(errors="replace")
     except (ValueError, RecursionError):
         return {}
-    return valid if isinstance(valid, dict) else {}
+    found = json.loads(valid)
+    return found if isinstance(found, dict) else {}

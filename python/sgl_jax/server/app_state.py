@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from sgl_jax.engine.checks import encoded
 from sgl_jax.engine.service import GenerationService
+from sgl_jax.server.answer_formats import ChatFormats, chat_formats
 from sgl_jax.server.bodies import Body
 from sgl_jax.server.chat_history import template_messages, template_tools, with_tools_as_text
 from sgl_jax.server.error_envelope import unknown_model
@@ -100,6 +101,10 @@ class ServerState:
             )
 
         return await asyncio.get_running_loop().run_in_executor(self._rendering, render)
+
+    def chat_formats(self, tools: Sequence[Body]) -> ChatFormats:
+        """Return the formats in which the model answers a chat with these tools."""
+        return chat_formats(self.server_args, self.chat_template(tools).source, self.tokenizer)
 
     def chat_template(self, tools: Sequence[Body]) -> ChatTemplate:
         return self.tokenizer.chat_template("tool_use" if tools else "default")

@@ -10,7 +10,7 @@ from sgl_jax.engine.generation import Generation, GenerationRequest
 from sgl_jax.engine.native_params import finite
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server import responses
-from sgl_jax.server.answer_formats import answer_format, chat_formats, shown_tokens
+from sgl_jax.server.answer_formats import answer_format, shown_tokens
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import openai_params
 from sgl_jax.server.chat_choice import ChoiceReader
@@ -42,7 +42,7 @@ async def submitted(state: ServerState, body: ChatCompletionRequest, made: Make 
     adapter = state.adapter_of(body.model)
     body.check_stream_options()
     given, tools = _parameters(body), callables(body)
-    formats = chat_formats(state.server_args, state.chat_template(tools.shown).source, state.tokenizer)
+    formats = state.chat_formats(tools.shown)
     if not (formats.marked or tools.must_call):  # no grammar could keep the model from others that it sees
         tools = tools.without_others()
     prompt = await state.render_chat(body.messages, body, tools.shown)

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sgl_jax.request import InvalidParameter
-from sgl_jax.server.answer_formats import chat_formats
 from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.documentation import STREAM, documented
 from sgl_jax.server.openai_chat import submitted
@@ -27,18 +26,13 @@ def router(state: ServerState) -> APIRouter:
         before = body.previous_response_id
         earlier = [] if before is None else store.get(before, "previous_response_id").messages
         _check_unicode(body)
-        body.input = store.resolved(body.input)
-        asked = Asked(f"resp_{uuid.uuid4().hex}", body, earlier, store)
-        template = state.chat_template(body.tools or ()).source
-        thinks = chat_formats(state.server_args, template, state.tokenizer).thoughts is not None
-        make = partial(ResponseAnswer, asked=asked)
-        return await (await submitted(state, as_chat(asked, thinks), make)).respond(request)
+        asked = Asked(f"resp_{uuid.uuid4().hex}", body, store.resolved(body.input), earlier, store)
+        chat = as_chat(asked, thinks=state.chat_formats(body.tools or ()).thoughts is not None)
+        return await (await submitted(state, chat, partial(ResponseAnswer, asked=asked))).respond(request)
 
     @routes.get("/v1/responses/{response_id}", **documented(ResponseObject, 404))
     async def retrieve_response(response_id: str, request: Request) -> Response:
-        if name := next(
-            (each for each in request.query_params if each in ("stream", "include", "starting_after")), None
-        ):
+        for name in request.query_params.keys() & {"stream", "include", "starting_after"}:
             raise InvalidParameter(name, f"{name} is not supported: a stored response is given as it is")
         return json_response(store.get(response_id).response)
 

@@ -14,7 +14,7 @@ from sgl_jax.server.chat_choice import ChoiceReader
 from sgl_jax.server.error_envelope import answer_to
 from sgl_jax.server.openai_chat import ChatAnswer
 from sgl_jax.server.openai_responses_request import Asked, messages_of
-from sgl_jax.server.openai_responses_types import InputItem
+from sgl_jax.server.openai_responses_types import ConversationItem
 from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.text.tool_calls.answer import Arguments, Call, Part, Text, Thought
 from sgl_jax.text.tool_calls.scanner import AnswerFormat
@@ -24,7 +24,7 @@ type Item = dict[str, Json]
 
 _ECHOED = ("instructions", "max_output_tokens", "metadata", "previous_response_id", "temperature", "top_p", "user")
 _STATUS: Mapping[str | None, str] = {"length": "incomplete", "abort": "cancelled", "failed": "failed"}
-_ITEMS = TypeAdapter(list[InputItem])
+_ITEMS = TypeAdapter(list[ConversationItem])
 
 
 class ResponseAnswer(ChatAnswer):
@@ -41,7 +41,6 @@ class ResponseAnswer(ChatAnswer):
         self._items = _Items(self._choices[0])
         self._status = "in_progress"
         self._error: Json = None
-        asked.store.begin(self.id)
 
     async def whole(self) -> Event:
         async for _ in self._events():
@@ -58,6 +57,7 @@ class ResponseAnswer(ChatAnswer):
     async def _events(self) -> AsyncIterator[Event]:
         """Yield the events of the response, without their numbers. One that fails ends with an event, too."""
         final: Event | None = None
+        self._asked.store.begin(self.id)
         try:
             for name in ("created", "in_progress"):
                 yield {"type": f"response.{name}", "response": self._response()}
@@ -80,10 +80,8 @@ class ResponseAnswer(ChatAnswer):
                 yield event
             final = self._response()
             self._keep(final)
-            yield {
-                "type": f"response.{'incomplete' if self._status == 'cancelled' else self._status}",
-                "response": final,
-            }
+            name = "incomplete" if self._status == "cancelled" else self._status
+            yield {"type": f"response.{name}", "response": final}
         finally:
             self._asked.store.end(self.id, final)
 
@@ -92,7 +90,7 @@ class ResponseAnswer(ChatAnswer):
         if body.store is False or self._error is not None:
             return
         items = _ITEMS.validate_python(self._items.whole)
-        messages = [*self._asked.earlier, *messages_of(body.input), *messages_of(items)]
+        messages = [*self._asked.earlier, *messages_of(self._asked.input), *messages_of(items)]
         self._asked.store.keep(self.id, response, messages, items)
 
     def _response(self) -> Event:

@@ -12,9 +12,8 @@ from sgl_jax.server.openai_responses_types import (
     CallItem,
     CallOutputItem,
     ContentText,
-    InputItem,
+    ConversationItem,
     InputMessage,
-    ItemReference,
     NamedFunction,
     ReasoningItem,
     ResponsesRequest,
@@ -30,6 +29,7 @@ class Asked(NamedTuple):
 
     id: str  # the response's
     body: ResponsesRequest
+    input: str | list[ConversationItem]  # the body's, with the items that it refers to
     earlier: list[Fields]  # messages of the conversation before it
     store: StoredResponses
 
@@ -38,7 +38,7 @@ def as_chat(asked: Asked, thinks: bool) -> ChatCompletionRequest:
     """Return the chat that a request asks for. `thinks`: the model's answers have thoughts. Raises InvalidParameter."""
     body = asked.body
     system: list[Fields] = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    fields: Fields = {"model": body.model, "messages": merged([*system, *asked.earlier, *messages_of(body.input)])}
+    fields: Fields = {"model": body.model, "messages": merged([*system, *asked.earlier, *messages_of(asked.input)])}
     fields |= {"rid": asked.id, "max_tokens": body.max_output_tokens, "tool_choice": _choice(body)}
     fields |= {name: getattr(body, name) for name in ("temperature", "top_p", "stream", "parallel_tool_calls")}
     if body.tools:
@@ -56,7 +56,7 @@ def as_chat(asked: Asked, thinks: bool) -> ChatCompletionRequest:
         raise InvalidParameter("input", f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
 
-def messages_of(given: str | Sequence[InputItem]) -> list[Fields]:
+def messages_of(given: str | Sequence[ConversationItem]) -> list[Fields]:
     """Return items as messages: a thought, a text and calls that follow each other are one answer."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
@@ -64,8 +64,6 @@ def messages_of(given: str | Sequence[InputItem]) -> list[Fields]:
     answer: Fields | None = None  # the last message, while items may belong to it
     for item in given:
         match item:
-            case ItemReference():
-                raise InvalidParameter("input", f"there is no item {item.id[:100]}")
             case CallOutputItem():
                 answer = None
                 found.append({"role": "tool", "tool_call_id": item.call_id, "content": _text(item.output)})

@@ -73,6 +73,7 @@ def _kind(item: object) -> str:
     return found if isinstance(found, str) else ""
 
 
+type ConversationItem = InputMessage | CallItem | CallOutputItem | ReasoningItem
 InputItem = Annotated[
     Annotated[InputMessage, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]

@@ -9,7 +9,7 @@ import msgspec
 from sgl_jax.request import Json
 from sgl_jax.server.chat_turns import Fields
 from sgl_jax.server.error_envelope import ApiError
-from sgl_jax.server.openai_responses_types import InputItem, ItemReference
+from sgl_jax.server.openai_responses_types import ConversationItem, InputItem, ItemReference
 
 _MOST, _MOST_BYTES = 1000, 256 << 20
 
@@ -21,7 +21,7 @@ class Stored(msgspec.Struct):
 
     response: Response
     messages: list[Fields]
-    items: dict[str, InputItem]  # its output, by id
+    items: dict[str, ConversationItem]  # its output, by id
     size: int
 
 
@@ -40,7 +40,9 @@ class StoredResponses:
         """Say how a response that began has ended. None: nobody waits for it any more."""
         self._running.pop(response_id).set_result(response)
 
-    def keep(self, response_id: str, response: Response, messages: list[Fields], items: Sequence[InputItem]) -> None:
+    def keep(
+        self, response_id: str, response: Response, messages: list[Fields], items: Sequence[ConversationItem]
+    ) -> None:
         size = len(msgspec.json.encode((response, messages)))
         self._found[response_id] = Stored(response, messages, {each.id: each for each in items if each.id}, size)
         self._num_bytes += size
@@ -54,13 +56,13 @@ class StoredResponses:
             raise ApiError(404, text, param=param, code="response_not_found")
         return found
 
-    def resolved(self, given: str | Sequence[InputItem]) -> str | list[InputItem]:
+    def resolved(self, given: str | Sequence[InputItem]) -> str | list[ConversationItem]:
         """Return an input with the items that it refers to. Raises ApiError for one that is not there."""
         if isinstance(given, str):
             return given
         return [self._item(each.id) if isinstance(each, ItemReference) else each for each in given]
 
-    def _item(self, item_id: str) -> InputItem:
+    def _item(self, item_id: str) -> ConversationItem:
         found = (stored.items[item_id] for stored in reversed(self._found.values()) if item_id in stored.items)
         if (item := next(found, None)) is None:
             raise ApiError(404, f"there is no item {item_id[:100]}", param="input", code="item_not_found")
