@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -241,3 +244,24 @@ def test_lines_of_a_row_that_decodes_follow_each_other_and_a_prompt_has_one() ->
     assert lines.samples.tolist() == [True] * 3 + [True, False, False] + [False] * 3
     assert lines.drafts[:3].tolist() == [[-1, -1], [7, -1], [7, 8]]  # drafts that count as output before each line
     assert (lines.drafts[3:] == -1).all()
+
+
+COMPILES_LINES = """
+import jax, jax.numpy as jnp
+from sgl_jax.runtime import speculate
+from sgl_jax.runtime.layout import StepInputs
+
+def lines(inputs):
+    numbers = inputs[:8]
+    fields = {"from_device": inputs[8:16] != 0, "samples": inputs[16:24] != 0, "rows": numbers, "num_new": numbers, "params": numbers[:, None]}
+    tokens = speculate.RowTokens(numbers, numbers[:, None].repeat(7, 1), numbers)
+    return speculate.sample_lines(StepInputs(fields), tokens, 8).samples
+
+jax.jit(lines).lower(jax.ShapeDtypeStruct((24,), jnp.int32)).compile()
+"""
+
+
+def test_eight_lines_a_row_compile_for_avx2() -> None:
+    """LLVM's code generator for AVX2 does not end for one way to write them."""
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_cpu_max_isa=AVX2"}
+    subprocess.run([sys.executable, "-c", COMPILES_LINES], env=os.environ | flags, check=True, timeout=100)

@@ -56,14 +56,15 @@ def sampled_tokens(batch: RaggedBatch, decodes: Bool[Array, " S"], width: int) -
 def sample_lines(inputs: StepInputs, tokens: RowTokens, width: int) -> SampleLines:
     """Return the lines of the sampler, W for each row. In a row that does not decode only the first line samples."""
     at = jnp.arange(width)
-    decodes = inputs.from_device[:, None]
     end = jnp.where(inputs.from_device, tokens.start + 1, tokens.start + inputs.num_new)
+    # A count: with `samples & (decodes | (at == 0))`, LLVM never ends compiling 8 lines a row for AVX2.
+    num_samples = jnp.where(inputs.samples, jnp.where(inputs.from_device, width, 1), 0)
     before = at[None, :, None] > jnp.arange(width - 1)  # [1, W, W - 1]: drafts before each line
     drafts = jnp.where(before, tokens.drafts[:, None], NO_DRAFT)
     return SampleLines(
         rows=jnp.repeat(inputs.rows, width),
         position=(end[:, None] + at).reshape(-1),
-        samples=(inputs.samples[:, None] & (decodes | (at == 0))).reshape(-1),
+        samples=(at < num_samples[:, None]).reshape(-1),
         params=jnp.repeat(inputs.params, width, axis=0),
         drafts=drafts.reshape(len(inputs.rows) * width, width - 1),
     )
