@@ -1,7 +1,7 @@
 """LoRA adapters of a launch on its devices: a slot of every adapted matrix for each of A adapters.
 
-The addend of an adapter to a product is that of ops/adapter_addend.py. A token without an adapter gets zero, and with it the
-model's own product unchanged.
+Products get an adapter's addend from ops/adapter_addend.py. A token without an adapter keeps the model's own product
+unchanged.
 """
 
 import dataclasses

@@ -68,7 +68,7 @@ def linear(
     if isinstance(w, Adapted) and slots is not None:
         products = {"product": product, "quantised_product": quantised_product}
         out = linear(x, w.base, bias, site=site, out_dtype=out_dtype, **products)
-        return out + addend(x, slots.at(site), w.factors.a, w.factors.b, w.num_slots).astype(out.dtype)
+        return addend(out, x, slots.at(site), w.factors.a, w.factors.b, w.num_slots)
     w = _fitting(w, x, site)
     if isinstance(w, Quantised):
         out = w.scheme.multiply(x, w, quantised_product, out_dtype)

@@ -20,13 +20,14 @@ _MULTIPLE = 16  # numbers of a vector in the widest library; it divides inputs a
 
 @runtime_checkable  # so that tests can check annotations
 class AdapterAddend(Protocol):
-    """Returns what each token's adapter adds, zeros for a token whose slot is -1.
+    """Adds to each token's product, y, what its adapter gives; a token whose slot is -1 keeps its product.
 
     `a` and `b` have for each of P parts the R rows of each of A slots. The outputs of the parts lie side by side.
     """
 
     def __call__(
         self,
+        y: Float[Array, "T OP"],
         x: Float[Array, "T I"],
         slots: Int[Array, " T"],
         a: Float[Array, "P AR I"],
@@ -36,6 +37,7 @@ class AdapterAddend(Protocol):
 
 
 def plain_addend(
+    y: Float[Array, "T OP"],
     x: Float[Array, "T I"],
     slots: Int[Array, " T"],
     a: Float[Array, "P AR I"],
@@ -48,16 +50,17 @@ def plain_addend(
     slot_of_column = np.arange(num_parts * rows) % rows // (rows // num_slots)
     h = jnp.where(slots[:, None] == slot_of_column, h, 0)
     parts = [jnp.einsum("th,ho->to", h[:, i * rows : (i + 1) * rows], each) for i, each in enumerate(b)]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+    return y + (parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)).astype(y.dtype)
 
 
 def library_addend(library: Library) -> AdapterAddend:
-    """Return the addend by the library, which multiplies each token with its own adapter alone, and plain XLA for what the
-    library does not take."""
+    """Return the addend by the library, which changes y in place and multiplies each token with its own adapter alone, and
+    plain XLA for what the library does not take."""
     return functools.partial(_library_addend, library=library)
 
 
 def _library_addend(
+    y: Float[Array, "T OP"],
     x: Float[Array, "T I"],
     slots: Int[Array, " T"],
     a: Float[Array, "P AR I"],
@@ -66,9 +69,9 @@ def _library_addend(
     *,
     library: Library,
 ) -> Float[Array, "T OP"]:
-    dtypes = {each.dtype for each in (x, a, *b)}
+    dtypes = {each.dtype for each in (y, x, a, *b)}
     sides = (x.shape[1], *(each.shape[1] for each in b))
     if dtypes not in ({jnp.dtype("float32")}, {jnp.dtype("bfloat16")}) or any(side % _MULTIPLE for side in sides):
-        return plain_addend(x, slots, a, b, num_slots)
-    out = jax.ShapeDtypeStruct((len(x), sum(sides[1:])), x.dtype)
-    return jax.ffi.ffi_call(library.adapters, out)(x, slots, a, *b, slots=num_slots)
+        return plain_addend(y, x, slots, a, b, num_slots)
+    out = jax.ShapeDtypeStruct(y.shape, y.dtype)
+    return jax.ffi.ffi_call(library.adapters, out, input_output_aliases={0: 0})(y, x, slots, a, *b, slots=num_slots)

@@ -1,4 +1,4 @@
-"""Addends of adapters: plain XLA and each library for CPUs against a loop over tokens in numpy."""
+"""Adapters at products: plain XLA and each library for CPUs against a loop over tokens in numpy."""
 
 from __future__ import annotations
 
@@ -55,24 +55,26 @@ def test_each_token_gets_the_addend_of_its_own_adapter(name: str, dtype: str, sh
         )
     )
     slots = rng.integers(-1, num_slots, tokens).astype(np.int32)
-    add = jax.jit(implementation(name), static_argnums=4)
-    got = add(x, slots, factors[0], tuple(factors[1:]), num_slots)
+    y = jnp.asarray(rng.standard_normal((tokens, sum(outputs)), np.float32), dtype)
+    add = jax.jit(implementation(name), static_argnums=5)
+    got = add(y, x, slots, factors[0], tuple(factors[1:]), num_slots)
     exact = [np.asarray(each, np.float64) for each in (x, *factors)]
-    expected = reference(exact[0], slots, exact[1], exact[2:], num_slots)
+    expected = np.asarray(y, np.float64) + reference(exact[0], slots, exact[1], exact[2:], num_slots)
     assert got.dtype == x.dtype
     scale = np.abs(expected).max(initial=1.0)
     np.testing.assert_allclose(
         np.asarray(got, np.float64) / scale, expected / scale, atol=2e-6 if dtype == "float32" else 2e-2
     )
-    assert (np.asarray(got)[slots < 0] == 0).all()
+    assert (np.asarray(got)[slots < 0] == np.asarray(y)[slots < 0]).all()
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
 def test_a_token_gets_the_same_bits_whoever_is_beside_it(name: str) -> None:
     rng = np.random.default_rng(1)
-    x, a, b = (jnp.asarray(rng.standard_normal(each, np.float32)) for each in ((9, 64), (1, 32, 64), (32, 48)))
-    add = jax.jit(implementation(name), static_argnums=4)
+    shapes = ((9, 48), (9, 64), (1, 32, 64), (32, 48))
+    y, x, a, b = (jnp.asarray(rng.standard_normal(each, np.float32)) for each in shapes)
+    add = jax.jit(implementation(name), static_argnums=5)
     slots = np.array([0, 1, 1, 1, 0, 1, 1, -1, 1], np.int32)
-    together = np.asarray(add(x, slots, a, (b,), 2))
+    together = np.asarray(add(y, x, slots, a, (b,), 2))
     for t in range(9):
-        assert (np.asarray(add(x[t : t + 1], slots[t : t + 1], a, (b,), 2)) == together[t]).all()
+        assert (np.asarray(add(y[t : t + 1], x[t : t + 1], slots[t : t + 1], a, (b,), 2)) == together[t]).all()

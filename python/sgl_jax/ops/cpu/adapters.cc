@@ -1,5 +1,5 @@
-// LoRA adapters' addends to products on CPUs, as one call of XLA's foreign-function interface: out = (x A^T) B of each token's
-// own adapter. Tokens of one adapter are taken a few at a time, so that its numbers are read once for them.
+// LoRA adapters' addends to products on CPUs, as one call of XLA's foreign-function interface: y += (x A^T) B of each token's
+// own adapter, in place. Tokens of one adapter are taken a few at a time, so that its numbers are read once for them.
 
 #include <vector>
 
@@ -41,7 +41,7 @@ struct Addends {
   const Element* a;  // [P, A * R, I]
   std::vector<const Element*> b;
   std::vector<int64_t> columns;  // of each part
-  Element* out;                  // [T, all columns]
+  Element* y;                    // [T, all columns]
   int64_t I, A, R, width;
 
   template <int N>
@@ -62,23 +62,23 @@ struct Addends {
       }
     }
     for (int n = 0; n < N; n++) {
-      for (int64_t o = 0; o < width; o++) assign(out[group.tokens[n] * width + o], sums[n * width + o]);
+      Element* line = y + group.tokens[n] * width;
+      for (int64_t o = 0; o < width; o++) assign(line[o], to_float(line[o]) + sums[n * width + o]);
     }
   }
 };
 
 template <typename Element>
 ffi::Error run_as(ffi::ThreadPool& threads, const Any& x, const int32_t* slots, const Any& a, int64_t A,
-                  const ffi::RemainingArgs& b, Any& out) {
-  const int64_t T = x.dimensions()[0], width = out.dimensions()[1];
+                  const ffi::RemainingArgs& b, Any& y) {
+  const int64_t T = x.dimensions()[0], width = y.dimensions()[1];
   Addends<Element> addends{static_cast<const Element*>(x.untyped_data()), static_cast<const Element*>(a.untyped_data()), {}, {},
-                           static_cast<Element*>(out.untyped_data()), x.dimensions()[1], A, a.dimensions()[1] / A, width};
+                           static_cast<Element*>(y.untyped_data()), x.dimensions()[1], A, a.dimensions()[1] / A, width};
   for (size_t p = 0; p < b.size(); p++) {
     const Any part = *b.get<Any>(p);
     addends.b.push_back(static_cast<const Element*>(part.untyped_data()));
     addends.columns.push_back(part.dimensions()[1]);
   }
-  std::memset(out.untyped_data(), 0, out.size_bytes());
   const std::vector<Group> groups = groups_of(slots, T, A);
   share(threads, groups.size(), groups.size() < 2, [&addends, &groups](int i) {
     in_groups<kGroup>(groups[i].number, [&](int, auto n) { addends.template add<n()>(groups[i]); });
@@ -86,10 +86,11 @@ ffi::Error run_as(ffi::ThreadPool& threads, const Any& x, const int32_t* slots, 
   return ffi::Error::Success();
 }
 
-ffi::Error run(ffi::ThreadPool threads, int64_t A, Any x, ffi::Buffer<ffi::S32> slots, Any a, ffi::RemainingArgs b,
-               ffi::Result<Any> out) {
-  return x.element_type() == ffi::F32 ? run_as<float>(threads, x, slots.typed_data(), a, A, b, *out)
-                                      : run_as<BFloat16>(threads, x, slots.typed_data(), a, A, b, *out);
+// The result is the first argument's buffer.
+ffi::Error run(ffi::ThreadPool threads, int64_t A, Any, Any x, ffi::Buffer<ffi::S32> slots, Any a, ffi::RemainingArgs b,
+               ffi::Result<Any> y) {
+  return x.element_type() == ffi::F32 ? run_as<float>(threads, x, slots.typed_data(), a, A, b, *y)
+                                      : run_as<BFloat16>(threads, x, slots.typed_data(), a, A, b, *y);
 }
 
 }  // namespace
@@ -98,6 +99,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(sgl_jax_adapters, run,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<int64_t>("slots")
+                                  .Arg<Any>()
                                   .Arg<Any>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<Any>()
