@@ -88,7 +88,14 @@ def step_tokens(
 
 
 def make_request(
-    key: int, prompt: list[int], *, max_tokens: int = 40, stop: tuple[int, ...] = (), namespace: str = "", **params
+    key: int,
+    prompt: list[int],
+    *,
+    max_tokens: int = 40,
+    stop: tuple[int, ...] = (),
+    namespace: str = "",
+    urgency: int = 0,
+    **params,
 ) -> Request:
     """Make a request; requests arrive in the order of their keys."""
     return Request(
@@ -100,6 +107,7 @@ def make_request(
         max_total_tokens=len(prompt) + max_tokens,
         stop_token_ids=np.array(stop, np.int32),
         arrival=key,
+        urgency=urgency,
     )
 
 
@@ -132,7 +140,8 @@ def make_core(
         lookahead=config.lookahead,
         draft_is_right=draft_is_right,
     )
-    info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos)
+    sign = 1 if config.policy == "priority" else 0
+    info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos, priority_sign=sign)
     return Core(
         scheduler,
         runner,

@@ -146,6 +146,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     include_stop_str_in_output: Annotated[
         bool, About("keep the stop string in the text", native="no_stop_trim", openai="no_stop_trim")
     ] = False
+    priority: Annotated[
+        int, About("greater ones are served first; --schedule-policy priority takes it", -(2**31), _MAX_INT32)
+    ] = 0
     disable_speculation: Annotated[bool, About("no tokens are drafted; the output is the same")] = False
     stream_interval: Annotated[
         int | None, About("tokens per streamed event after the first; --stream-interval if not set", low=1, openai="")
@@ -333,6 +336,7 @@ class Request:
     stop_token_ids: np.ndarray  # i32, with eos unless it is ignored
     arrival: int  # position in the order of arrival
     adapter: int = 0  # number of its LoRA adapter's load; 0: the model itself
+    urgency: int = 0  # its priority, greater if it is served first
 
     tokens: np.ndarray = dataclasses.field(init=False)  # i32: prompt plus output so far, current while not running
     row: int = -1  # in the row table; -1 while waiting

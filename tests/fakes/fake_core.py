@@ -12,6 +12,7 @@ itself and the ids after it, each 1 less likely.
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from fakes.fake_tracer import FakeTracer
 from sgl_jax.engine import messages
@@ -25,6 +26,7 @@ def fake_info(
     eos_token_id: int = 2,
     adapters: Sequence[str] = (),
     max_lora_rank: int = 0,
+    priority_sign: Literal[-1, 0, 1] = 0,
 ) -> messages.EngineInfo:
     """`adapters` are names, for the numbers from 1 on."""
     return messages.EngineInfo(
@@ -49,6 +51,7 @@ def fake_info(
         adapters=[messages.AdapterInfo(i, name, f"/{name}", 8, 4) for i, name in enumerate(adapters, 1)],
         max_lora_rank=max_lora_rank or 16 * bool(adapters),
         takes_grammars=True,
+        priority_sign=priority_sign,
     )
 
 

@@ -65,7 +65,7 @@ def scenarios(draw: st.DrawFn, width: str = "1", ranks: tuple[int, ...] = (1,)) 
         "num_usable_pages": smallest + draw(st.integers(0, smallest)),
         "step_tokens": draw(st.integers(most_decoding, 24)),
         "prefill_tokens": draw(st.integers(1, 24)),
-        "policy": draw(st.sampled_from(["fcfs", "lpm"])),
+        "policy": draw(st.sampled_from(["fcfs", "lpm", "priority"])),
         "radix": draw(st.booleans()),
         "overlap": draw(st.booleans()),
         "ranks": draw(st.sampled_from(ranks)),
@@ -93,6 +93,7 @@ def arrival(draw: st.DrawFn, context_length: int, steps: st.SearchStrategy[int])
         "logprobs": draw(st.sampled_from([None, None, 0, 2])),
         "regex": draw(st.sampled_from([None, None, None, "a+", "b+"])),
         "prompt_logprobs": draw(st.sampled_from([None, None, None, 1])),
+        "priority": draw(st.sampled_from([0, 0, 1, -2])),
     }
     params["ignore_eos"] &= params["regex"] is None
     at = draw(st.just(0) | steps)

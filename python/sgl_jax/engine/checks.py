@@ -33,6 +33,9 @@ def checked(request: GenerationRequest, info: EngineInfo) -> GenerationRequest:
     """
     try:
         request.params.validate(info.vocab_size, request.in_range)
+        if request.params.priority and not info.priority_sign:
+            text = "{priority} is {value}; this server serves by arrival: start it with --schedule-policy priority"
+            raise InvalidParameter("priority", text, value=request.params.priority)
         max_tokens = _max_tokens(request, info)
     except InvalidParameter as error:
         raise error.named(request.names) from None

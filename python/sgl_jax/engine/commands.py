@@ -83,6 +83,7 @@ class Commands:
             params=params,
             namespace=namespace_of(command.adapter, command.namespace),
             adapter=command.adapter,
+            urgency=params.priority * self._info.priority_sign,
             seed=_fold(seed),
             max_total_tokens=len(command.prompt_ids)
             + (room if params.max_tokens is None else min(params.max_tokens, room)),

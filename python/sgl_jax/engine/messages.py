@@ -3,7 +3,7 @@
 A request is named by an int key on the wire, unique within one API process; its public id stays with the API side.
 """
 
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 import msgspec
 
@@ -133,6 +133,9 @@ class EngineInfo(msgspec.Struct, frozen=True):
     adapters: list[AdapterInfo] = []  # loaded for --lora-paths
     max_lora_rank: int = 0  # 0: the launch takes no adapters
     takes_grammars: bool = False  # requests may have a grammar
+    priority_sign: Literal[-1, 0, 1] = (
+        0  # 1, -1: requests of greater, or smaller, priority come first; 0: they have none
+    )
     simulated: bool = False  # drafts count whatever is sampled: --speculative-simulated-acceptance
 
 

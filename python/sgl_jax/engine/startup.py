@@ -257,6 +257,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         adapters=[adapters.load_now(a.name, a.path, a.pinned) for a in args.adapters] if adapters else [],
         max_lora_rank=slots.rank if slots else 0,
         takes_grammars=grammars is not None,
+        priority_sign=args.priority_sign,
         simulated=args.speculative_simulated_acceptance is not None,
         start_seconds=time.perf_counter() - started,
     )

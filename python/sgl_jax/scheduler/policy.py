@@ -30,4 +30,9 @@ def longest_prefix_match(waiting: Iterable[Request], caches: Sequence[PrefixCach
     return fcfs(overdue, caches) + sorted(others, key=lambda r: (-num_cached(r), r.arrival))
 
 
-POLICIES = {"fcfs": fcfs, "lpm": longest_prefix_match}
+def most_urgent(waiting: Iterable[Request], caches: Sequence[PrefixCache]) -> list[Request]:
+    """Sort by priority, the most urgent first, then by arrival."""
+    return sorted(waiting, key=lambda r: (-r.urgency, r.arrival))
+
+
+POLICIES = {"fcfs": fcfs, "lpm": longest_prefix_match, "priority": most_urgent}

@@ -66,6 +66,7 @@ class Scheduler:
         self.counters = Counters(accepted_per_position=[0] * (config.width - 1))
         self.requests: dict[int, Request] = {}  # every live request, by key
         self._is_full = False  # the last admission ended for want of pages or rows, not of budget
+        self._blocked: Request | None = None  # for which it ended
         self._running = np.empty(0, np.int32)  # rows by rank, within a rank in order of admission
 
     @property
@@ -121,10 +122,11 @@ class Scheduler:
 
         Changes tables and caches: the plan must be run, and before any later plan.
         """
+        victim = self._make_way()
         preemptions = self.counters.preemptions
         picks = self._pick_running()
         if self.counters.preemptions == preemptions:  # else a victim could return while its token is in flight
-            self._admit(picks)
+            self._admit(picks, victim)
         rows, num_new = np.concatenate(picks.rows), np.concatenate(picks.num_new)
         if not len(rows):
             return None
@@ -137,9 +139,29 @@ class Scheduler:
         self.counters.steps += 1
         return plan
 
+    def _make_way(self) -> Request | None:
+        """Preempt the least urgent running request for a more urgent one that found no room, or no budget beside prompts, and
+        return it."""
+        blocked, self._blocked = self._blocked, None
+        if self.config.policy != "priority" or blocked is None or blocked.key not in self.waiting:
+            return None
+        rows = self._running if self._is_full else self._running[~self.table.has_sampled[self._running]]
+        return self._preempt(rows) if (self._urgency(rows) < blocked.urgency).any() else None
+
+    def _preempt(self, rows: np.ndarray) -> Request:
+        """Let the youngest of the least urgent of these requests wait again, and return it. Its tokens in flight are dropped and sampled anew,
+        which gives the same ones."""
+        urgency = self._urgency(rows)
+        victim = self._leave_row(int(rows[urgency == urgency.min()][-1]))
+        self.waiting[victim.key] = victim
+        self.counters.preemptions += 1
+        return victim
+
+    def _urgency(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([r.urgency if r else 0 for r in map(self.table.requests.__getitem__, rows)])
+
     def _pick_running(self) -> Picks:
-        """Choose the running rows of this step and allocate their new pages. Where a rank lacks pages, its youngest request
-        is preempted: it waits again, and its tokens in flight are dropped and sampled anew, which gives the same ones."""
+        """Choose the running rows of this step and allocate their new pages. A rank that lacks pages preempts a request."""
         t, limits = self.table, self.config
         while True:
             run = self._running
@@ -161,22 +183,20 @@ class Scheduler:
             short = self._pages.short_rank(rows, need)
             if short is None:
                 return Picks(width, len(decode_rows), budget, [rows], [num_new], [self._pages.give(rows, need)])
-            self.counters.preemptions += 1
-            victim = self._leave_row(int(run[t.rank[run] == short][-1]))
-            self.waiting[victim.key] = victim
+            self._preempt(run[t.rank[run] == short])
 
-    def _admit(self, picks: Picks) -> None:
-        """Seat waiting requests until no rank has budget, a row and pages for the next one."""
+    def _admit(self, picks: Picks, victim: Request | None) -> None:
+        """Seat waiting requests, but for one that just made way, until no rank has budget, a row and pages for the next one."""
         self._is_full = False
-        if not self.waiting or not self.table.num_free:
+        if not self.waiting or not (self.table.num_free or self.config.policy == "priority"):
             return
         being_computed = self._admission.prefixes_being_computed(self._running)
         for request in POLICIES[self.config.policy](self.waiting.values(), self.caches):
-            if not (self.grammars.admits(request) and self.adapters.admits(request)):
+            if request is victim or not (self.grammars.admits(request) and self.adapters.admits(request)):
                 continue
             place = self._admission.place(request, picks.budget, self._running, being_computed)
             if place is None:
-                self._is_full = min(picks.budget) > 0
+                self._is_full, self._blocked = min(picks.budget) > 0, request
                 return
             if picks.width > 1 and self._widths(self._pages.count_by_rank(self._running)[place.rank] + 1) == 1:
                 return  # with one more row this step would be narrow; the next step counts the request

@@ -1,13 +1,15 @@
 """Native API: POST /generate, the SGLang family's own format; /tokenize, /detokenize, /abort_request, /flush_cache."""
 
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
+import msgspec
 from fastapi import APIRouter, Request
 from pydantic import Field
 from starlette.responses import Response
 
-from sgl_jax.engine.generation import Generation
+from sgl_jax.engine.generation import Generation, GenerationRequest
 from sgl_jax.engine.native_call import NativeCall, native_call
 from sgl_jax.engine.native_params import LogprobOptions
 from sgl_jax.request import InvalidParameter
@@ -56,6 +58,7 @@ class GenerateRequest(Body):
     logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
     return_text_in_logprobs: bool | None = None
     lora_path: Name | list[Name | None] | None = Field(None, description="names of adapters; null is the model itself")
+    priority: int | None = Field(None, description="that of sampling_params which have none")
     extra_key: CacheKey | None = Field(None, description="requests share cached prefixes only within one key")
 
 
@@ -129,14 +132,22 @@ def _length(given: str | list[str] | list[int] | list[list[int]] | None) -> int:
 
 
 def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
-    params = body.sampling_params
-    if params is not None:
-        params = native_params(params) if isinstance(params, Body) else [native_params(each) for each in params]
+    given = body.sampling_params or NativeSamplingParams()
+    several = isinstance(given, list)
+    each = [_with_priority(native_params(one), body.priority) for one in (given if several else [given])]
+    params = each if several else each[0]
     start, top = -1 if body.logprob_start_len is None else body.logprob_start_len, body.top_logprobs_num or 0
     options = LogprobOptions(bool(body.return_logprob), top, start, bool(body.return_text_in_logprobs))
     limit, key = state.service.info.context_length, body.extra_key or ""
     given = body.text, body.input_ids, params, body.rid, options, key, body.lora_path
     return native_call(state.tokenizer, limit, *given)
+
+
+def _with_priority(request: GenerationRequest, priority: int | None) -> GenerationRequest:
+    """Return the request with a priority, unless its parameters have one."""
+    if priority is None or request.params.priority:
+        return request
+    return dataclasses.replace(request, params=msgspec.structs.replace(request.params, priority=priority))
 
 
 async def _events(call: NativeCall, generation: Generation) -> AsyncIterator[bytes]:

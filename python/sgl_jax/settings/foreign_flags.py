@@ -37,6 +37,8 @@ OTHERWISE = {
     "--enable-metrics*": "/metrics is always there",
     "--enable-cache-report --enable-prompt-tokens-details": "answers always say how many tokens were cached",
     "--enable-auto-tool-choice": "tools are always taken; --tool-call-parser says how the model calls them",
+    "--enable-priority-scheduling": "--schedule-policy priority is that",
+    "--priority-scheduling-preemption-threshold": "any request of a lower priority makes way",
     "--enable-reasoning": "thoughts are always split off; --reasoning-parser says how the model writes them",
     "--enable-prefix-caching": "prefixes are shared unless --disable-radix-cache is given",
     "--enable-chunked-prefill": "prompts are always computed in chunks, of --chunked-prefill-size",

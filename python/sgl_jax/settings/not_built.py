@@ -59,12 +59,6 @@ NOT_BUILT = (
         null={"GenerateRequest": "bootstrap_host bootstrap_port bootstrap_room"},
     ),
     Feature("pipeline parallelism is", flags="-pp --pp --pp-size --pipeline-parallel-size"),
-    Feature(
-        "scheduling by priority is",
-        flags="--enable-priority-scheduling --schedule-low-priority-values-first",
-        fields="priority",
-        null={"GenerateRequest": "priority"},
-    ),
     Feature("a server without a tokenizer is", flags="--skip-tokenizer-init"),
     Feature("cutting prompts that are too long is", flags="--allow-auto-truncate", fields="truncate_prompt_tokens"),
     Feature("HTTPS is", flags="--ssl-*"),

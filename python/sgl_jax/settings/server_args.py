@@ -211,6 +211,9 @@ class ServerArgs(SpeculativeFlags, LoraFlags, ServingFlags):
             found["--enable-sequence-parallel"] = "--enable-sequence-parallel has no effect with --tp-size 1."
         if self.dp_size == 1 and self.dp_schedule_policy != "cache_aware":
             found["--dp-schedule-policy"] = "--dp-schedule-policy has no effect with --dp-size 1."
+        if self.schedule_low_priority_values_first and self.schedule_policy != "priority":
+            name = "--schedule-low-priority-values-first"
+            found[name] = f"{name} has no effect without --schedule-policy priority."
         if self.nnodes > 1 and self.dist_token is None:
             who = "whoever reaches the port of --dist-init-addr"
             found["--dist-token"] = f"There is no --dist-token: {who} can join as one of the machines."
@@ -236,6 +239,13 @@ class ServerArgs(SpeculativeFlags, LoraFlags, ServingFlags):
     def speculation(self) -> Speculation | None:
         """The source of drafts; None: there are none. Raises FlagError where flags do not fit together."""
         return speculation_of(self, self.model_path, self.tp_size or 1, self.dp_size)
+
+    @property
+    def priority_sign(self) -> Literal[-1, 0, 1]:
+        """1 where requests of greater `priority` come first, -1 where those of smaller do, 0 where it does not count."""
+        if self.schedule_policy != "priority":
+            return 0
+        return -1 if self.schedule_low_priority_values_first else 1
 
     @property
     def downloads(self) -> Downloads:

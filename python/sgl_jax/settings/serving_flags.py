@@ -180,9 +180,12 @@ class ServingFlags:
     )
     disable_radix_cache: bool = flag(False, "never reuse the KV of a shared prefix")
 
-    schedule_policy: Literal["fcfs", "lpm"] = flag(
-        "fcfs", "who is admitted first: first come, or longest prefix match", group=SCHEDULING
+    schedule_policy: Literal["fcfs", "lpm", "priority"] = flag(
+        "fcfs",
+        "who is admitted first: first come, longest prefix match, or greatest `priority`, which also preempts",
+        group=SCHEDULING,
     )
+    schedule_low_priority_values_first: bool = flag(False, "the smallest `priority` comes first")
     max_running_requests: int | None = flag(
         None, "requests in one step", unset="256, on CPU 32; less if the KV cache is small", rule=at_least(1)
     )

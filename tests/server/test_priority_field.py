@@ -1,0 +1,59 @@
+"""Priorities over HTTP: every API takes one, and a server that serves by arrival refuses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from live_server import LiveServer
+
+from fakes.fake_core import FakeCore, fake_info
+from sgl_jax.engine.messages import Generate
+
+ASKS = [
+    ("/generate", {"input_ids": [5, 6], "sampling_params": {"priority": 7, "max_new_tokens": 1}}),
+    ("/generate", {"input_ids": [5, 6], "priority": 7, "sampling_params": {"max_new_tokens": 1}}),
+    ("/generate", {"input_ids": [[5, 6]], "priority": 3, "sampling_params": [{"priority": 7}]}),
+    ("/v1/completions", {"prompt": [5, 6], "priority": 7}),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "priority": 7}),
+]
+
+
+@pytest.fixture(scope="module")
+def cores() -> list[FakeCore]:
+    return []
+
+
+@pytest.fixture(scope="module")
+def http(cores: list[FakeCore]) -> Iterator[httpx.Client]:
+    def make() -> FakeCore:
+        cores.append(FakeCore(fake_info(priority_sign=1)))
+        return cores[-1]
+
+    with LiveServer(make) as server, httpx.Client(base_url=server.url, timeout=20) as client:
+        yield client
+
+
+@pytest.mark.parametrize(("path", "body"), ASKS)
+def test_the_engine_gets_a_requests_priority(http: httpx.Client, cores: list[FakeCore], path: str, body: dict) -> None:
+    assert http.post(path, json=body).status_code == 200
+    last = [each for each in cores[-1].commands if isinstance(each, Generate)][-1]
+    assert last.params.priority == 7
+
+
+@pytest.mark.parametrize("value", [2**31, "high", 1.5])
+def test_a_value_that_is_no_priority_is_refused_by_name(http: httpx.Client, value: object) -> None:
+    answer = http.post("/v1/completions", json={"prompt": [5], "priority": value})
+    assert answer.status_code == 400
+    assert "priority" in answer.json()["error"]["message"]
+
+
+def test_a_server_that_serves_by_arrival_names_the_flag() -> None:
+    with LiveServer(FakeCore) as server, httpx.Client(base_url=server.url, timeout=20) as client:
+        for path, body in ASKS:
+            answer = client.post(path, json=body)
+            assert answer.status_code == 400, path
+            assert "--schedule-policy priority" in answer.text
+        zero = {"prompt": [5, 6], "priority": 0}
+        assert client.post("/v1/completions", json=zero).status_code == 200
