@@ -1,6 +1,6 @@
 """Fake engine core without a model: the output of a request is its own prompt, once, and then eos.
 
-A request with max_tokens 0 ends after its first step without output.
+A request with max_tokens 0 ends after its first step without output; in a pooling launch with the vector of `fake_vector`.
 An adapter is loaded from any path but one that ends in "broken", and unloaded when no request uses it. A request with
 adapter number a gets its prompt with 100 a added to each token.
 A grammar changes nothing; one whose text has the word "bad" is refused.
@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import numpy as np
 
 from fakes.fake_tracer import FakeTracer
 from sgl_jax.engine import messages
@@ -27,6 +29,7 @@ def fake_info(
     adapters: Sequence[str] = (),
     max_lora_rank: int = 0,
     priority_sign: Literal[-1, 0, 1] = 0,
+    pooling: messages.PoolingInfo | None = None,
 ) -> messages.EngineInfo:
     """`adapters` are names, for the numbers from 1 on."""
     return messages.EngineInfo(
@@ -52,7 +55,13 @@ def fake_info(
         max_lora_rank=max_lora_rank or 16 * bool(adapters),
         takes_grammars=True,
         priority_sign=priority_sign,
+        pooling=pooling,
     )
+
+
+def fake_vector(prompt_ids: Sequence[int], size: int) -> list[float]:
+    """Return the vector of a prompt: multiples of 1/8 between -1 and 1, and so exact in float32."""
+    return [(sum(prompt_ids) + 3 * i) % 17 / 8 - 1 for i in range(size)]
 
 
 @dataclass
@@ -112,8 +121,11 @@ class FakeCore:
             return events
         time.sleep(self.step_seconds)
         prompts = [self._prefill(row.request) for row in self._rows.values() if row.produced == 0]
-        keys, tokens, finished, logprobs = [], [], [], {}
+        keys, tokens, finished, logprobs, pooled = [], [], [], {}, []
         for key in [key for key, row in self._rows.items() if row.request.params.max_tokens == 0]:
+            if (pooling := self.info.pooling) is not None:
+                vector = fake_vector(self._rows[key].request.prompt_ids, pooling.size)
+                pooled.append(messages.Pooled(key, np.array(vector, "<f4").tobytes()))
             finished.append(messages.Finished(key, FinishReason("length")))
             del self._rows[key]
         keys += self._rows
@@ -130,7 +142,7 @@ class FakeCore:
         self._totals["steps"] += 1
         self._profiler.launched()
         self._profiler.collected()
-        return [*events, messages.StepOutput(keys, tokens, finished, prompts, logprobs, self._stats())]
+        return [*events, messages.StepOutput(keys, tokens, finished, prompts, logprobs, self._stats(), pooled=pooled)]
 
     def close(self, reason: str = "") -> None:
         self._profiler.close()

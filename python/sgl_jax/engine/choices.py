@@ -90,6 +90,9 @@ class LiveChoices:
         for i, logprobs in step.logprobs.items():
             if (choice := choices.get(step.keys[i])) is not None:
                 choice.logprobs.append(logprobs)
+        for pooled in step.pooled:
+            if (choice := choices.get(pooled.key)) is not None:
+                choice.vector = pooled.vector
         for finished in step.finished:
             if (choice := choices.get(finished.key)) is not None:
                 choice.reason = finished.reason

@@ -122,6 +122,7 @@ class Choice:
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # until it is handed out
     drafts: DraftCounts = field(default_factory=DraftCounts)
+    vector: bytes | None = None  # in a pooling launch, when it is finished
     reason: FinishReason | None = None  # why the engine ended it
 
     def __post_init__(self) -> None:

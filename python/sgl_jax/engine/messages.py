@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, Self
 
 import msgspec
 
+from sgl_jax.engine.pooling_info import Pooled as Pooled
+from sgl_jax.engine.pooling_info import PoolingInfo as PoolingInfo
 from sgl_jax.request import FinishReason, SamplingParams
 
 
@@ -137,6 +139,7 @@ class EngineInfo(msgspec.Struct, frozen=True):
         0  # 1, -1: requests of greater, or smaller, priority come first; 0: they have none
     )
     simulated: bool = False  # drafts count whatever is sampled: --speculative-simulated-acceptance
+    pooling: PoolingInfo | None = None  # the launch makes vectors; None: it generates
 
 
 class Ready(_Message, frozen=True):
@@ -232,6 +235,7 @@ class StepOutput(_Message, frozen=True):
     logprobs: dict[int, TokenLogprobs] = {}  # by index into keys, for the requests that asked
     stats: Stats | None = None  # several times a second, and always when the engine falls idle
     drafts: list[tuple[int, int, int]] = []  # key, verified and accepted drafts of each request that had drafts
+    pooled: list[Pooled] = []  # in a pooling launch, one for each request that finished and was not aborted
 
 
 class CacheFlushed(_CallMessage, frozen=True):

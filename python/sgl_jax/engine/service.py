@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from sgl_jax.engine import checks, messages
 from sgl_jax.engine.adapter_table import AdapterTable, Answer
 from sgl_jax.engine.choices import LiveChoices
+from sgl_jax.engine.encoding import Encoded, EncodeRequest, check_task, generation_requests, vectors
 from sgl_jax.engine.generation import (
     Choice,
     Conflict,
@@ -160,10 +161,20 @@ class GenerationService:
         QueueFull, ServiceUnavailable or EngineFailed.
         """
         self.check_ready()
+        check_task(self.info, pools=False)
         return await self._submit(requests, stream)
 
+    async def encode(self, requests: Sequence[EncodeRequest]) -> list[Encoded]:
+        """Return the vectors of prompts, of which either all are accepted or none; cancelled, abort them. Raises what `submit`
+        raises, and Conflict for one that is aborted."""
+        self.check_ready()
+        check_task(self.info, pools=True)
+        self.check_count(len(requests), 1, {"prompt": "input"})
+        return await vectors(await self._submit(generation_requests(requests), stream=False)) if requests else []
+
     async def probe(self, num_tokens: int) -> None:
-        """Generate a little, also before `open`. Cancelled, it aborts its request."""
+        """Generate a little, or make a vector, also before `open`. Cancelled, it aborts its request."""
+        num_tokens = 0 if self.info.pooling else num_tokens
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
         generation = await self._submit([GenerationRequest([self.tokenizer.bos_token_id or 0], params)], stream=False)
         async for _ in generation.updates():

@@ -1,0 +1,72 @@
+"""Requests for a vector in place of tokens, and their answers. To the engine they are requests with max_tokens 0."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sgl_jax.engine.generation import Conflict, Generation, GenerationRequest
+from sgl_jax.engine.messages import EngineInfo
+from sgl_jax.request import InvalidParameter, SamplingParams
+
+_PARAMS = SamplingParams(max_tokens=0, temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeRequest:
+    """Prompt whose vector is wanted."""
+
+    token_ids: list[int]
+    request_id: str = ""  # empty: one is generated
+    name: str = ""  # the prompt's, for error messages; empty: input, or input[i] of several
+    namespace: str = ""
+    adapter: str | None = None  # name of a LoRA adapter; None: the model itself
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Vector of a prompt as the model gives it (engine.messages.PoolingInfo)."""
+
+    vector: np.ndarray  # f32[size]
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+def check_task(info: EngineInfo, *, pools: bool) -> None:
+    """Raise InvalidParameter if a launch that generates is asked for vectors, or one that pools for text."""
+    if pools and info.pooling is None:
+        cure = "start it with --task embed, classify or score"
+        raise InvalidParameter("model", f"the launch generates text and makes no vectors; {cure}")
+    if not pools and info.pooling is not None:
+        reason = f"the launch makes vectors (--task {info.pooling.kind}) and generates no text"
+        raise InvalidParameter("model", f"{reason}; start it with --task generate")
+
+
+def generation_requests(requests: Sequence[EncodeRequest]) -> list[GenerationRequest]:
+    """Return the requests as the engine takes them."""
+    names = ["input"] if len(requests) == 1 else [f"input[{i}]" for i in range(len(requests))]
+    return [
+        GenerationRequest(
+            each.token_ids,
+            _PARAMS,
+            each.request_id,
+            each.namespace,
+            each.adapter,
+            names={"prompt": each.name or name},
+        )
+        for each, name in zip(requests, names, strict=True)
+    ]
+
+
+async def vectors(generation: Generation) -> list[Encoded]:
+    """Wait for the vectors of submitted requests. Cancelled, it aborts them. Raises Conflict if one was aborted by its id."""
+    choices = [*generation.open]
+    async for _ in generation.updates():
+        pass
+    found = []
+    for choice in choices:
+        if choice.vector is None:
+            raise Conflict(f"request {choice.request.request_id} was aborted")
+        vector = np.frombuffer(choice.vector, "<f4").astype(np.float32)
+        found.append(Encoded(vector, len(choice.request.prompt_ids), choice.num_cached_tokens))
+    return found

@@ -1,0 +1,114 @@
+"""Vectors from the service, of an engine that makes them by hand."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fakes.fake_core import FakeCore, fake_info, fake_vector
+from fakes.fake_engine import FakeEngine
+from sgl_jax.engine.encoding import Encoded, EncodeRequest
+from sgl_jax.engine.generation import Conflict, GenerationRequest, PromptTooLong, QueueFull
+from sgl_jax.engine.messages import Abort, Command, Generate, PoolingInfo
+from sgl_jax.request import InvalidParameter, SamplingParams
+from sgl_jax.text.tokenizer import load_tokenizer
+
+TOKENIZER = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k"))
+EMBEDS = PoolingInfo("embed", 5, normalize=True)
+
+
+def engine(pooling: PoolingInfo | None = EMBEDS, step_seconds: float = 0.0) -> tuple[FakeEngine, FakeCore]:
+    core = FakeCore(fake_info(pooling=pooling), step_seconds)
+    return FakeEngine(lambda: core, TOKENIZER), core
+
+
+def encode(engine: FakeEngine, *requests: EncodeRequest) -> list[Encoded]:
+    return engine._call(engine._service.encode(requests))
+
+
+def test_each_prompt_gets_its_vector_and_its_numbers_of_tokens() -> None:
+    prompts = [[7], [3, 4, 5], [3, 4, 5], list(range(40))]
+    made, _ = engine()
+    with made:
+        found = encode(made, *map(EncodeRequest, prompts))
+        assert [each.vector.tolist() for each in found] == [fake_vector(ids, 5) for ids in prompts]
+        assert {each.vector.dtype for each in found} == {np.dtype(np.float32)}
+        assert [each.num_prompt_tokens for each in found] == [1, 3, 3, 40]
+        assert [each.num_cached_tokens for each in found] == [0, 0, 2, 0]
+        assert encode(made) == []
+
+
+def test_errors_name_the_input() -> None:
+    made, core = engine()
+    with made:
+        with pytest.raises(InvalidParameter, match=r"input\[1\] is empty") as empty:
+            encode(made, EncodeRequest([1]), EncodeRequest([]))
+        assert empty.value.param == "input[1]"
+        with pytest.raises(PromptTooLong, match=r"513 tokens; this model's maximum context length is 512 tokens$"):
+            encode(made, EncodeRequest([1] * 513))
+        with pytest.raises(InvalidParameter, match=r"documents\[3\] has token id 512"):
+            encode(made, EncodeRequest([512], name="documents[3]"))
+        assert core.commands == []
+        assert len(encode(made, EncodeRequest([1] * 512))) == 1
+
+
+def test_text_and_vectors_are_refused_where_they_are_not_made() -> None:
+    pooling, _ = engine()
+    with pooling, pytest.raises(InvalidParameter, match=r"--task embed.*--task generate") as error:
+        pooling._call(pooling._service.submit([GenerationRequest([1], SamplingParams())], stream=False))
+    assert error.value.param == "model"
+    generating, _ = engine(None)
+    with generating, pytest.raises(InvalidParameter, match="--task embed") as error:
+        encode(generating, EncodeRequest([1]))
+    assert error.value.param == "model"
+
+
+def test_a_full_queue_takes_none_of_them() -> None:
+    made, core = engine()
+    made._service._max_queued = 2
+    with made:
+        with pytest.raises((QueueFull, InvalidParameter), match="3"):
+            encode(made, *[EncodeRequest([1])] * 3)
+        assert core.commands == []
+
+
+def test_a_cancelled_call_aborts_its_requests() -> None:
+    made, core = engine(step_seconds=0.3)
+    with made:
+
+        async def cancelled() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(made._service.encode([EncodeRequest([1]), EncodeRequest([2])]), 0.05)
+
+        made._call(cancelled())
+        assert made._service.num_live == 0
+    assert sum(len(command.keys) for command in core.commands if isinstance(command, Abort)) == 2
+
+
+def test_a_request_that_is_aborted_by_its_id_ends_with_a_conflict() -> None:
+    class Ended(FakeCore):
+        """Ends each request before it has a vector."""
+
+        def handle(self, command: Command) -> None:
+            super().handle(command)
+            if isinstance(command, Generate):
+                super().handle(Abort([command.key]))
+
+    with FakeEngine(lambda: Ended(fake_info(pooling=EMBEDS)), TOKENIZER) as made:
+
+        async def aborted() -> None:
+            running = asyncio.ensure_future(made._service.encode([EncodeRequest([1], request_id="one")]))
+            with pytest.raises(Conflict, match="one"):
+                await running
+
+        made._call(aborted())
+
+
+def test_a_probe_makes_a_vector() -> None:
+    made, core = engine()
+    with made:
+        made._call(made._service.probe(4))
+    assert core.commands[0].params.max_tokens == 0
