@@ -337,6 +337,7 @@ class Request:
     arrival: int  # position in the order of arrival
     adapter: int = 0  # number of its LoRA adapter's load; 0: the model itself
     urgency: int = 0  # its priority, greater if it is served first
+    needs_all: bool = False  # every token is computed for it, though its KV may be cached
 
     tokens: np.ndarray = dataclasses.field(init=False)  # i32: prompt plus output so far, current while not running
     row: int = -1  # in the row table; -1 while waiting

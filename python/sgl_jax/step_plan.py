@@ -210,6 +210,9 @@ class StepTokens:
     num_drafted: np.ndarray  # i32[S] how many drafts of a row were verified: 0 .. W - 1 if it decodes, else 0
     logprobs: TokenScores | None  # n = S * W sampled tokens; None unless a row asked
     prompt_logprobs: TokenScores | None  # n = T, the token after each packed token; None unless a row asked
+    hidden: np.ndarray | None = (
+        None  # f32[S, D] pooled states, in a launch that makes vectors and a step that wants them
+    )
 
 
 class Flight(Protocol):

@@ -89,6 +89,7 @@ class Commands:
             + (room if params.max_tokens is None else min(params.max_tokens, room)),
             stop_token_ids=np.array(sorted({*eos, *params.stop_token_ids}), np.int32),
             arrival=self._num_arrived,
+            needs_all=(pooling := self._info.pooling) is not None and pooling.method == "mean",
         )
 
 

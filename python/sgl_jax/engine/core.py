@@ -13,6 +13,7 @@ from sgl_jax.engine.adapter_loads import Adapters
 from sgl_jax.engine.commands import Commands
 from sgl_jax.engine.grammar_compiles import Grammars
 from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished, PromptScored, StepOutput
+from sgl_jax.engine.pooler import Pooler
 from sgl_jax.engine.profiling import Profiler, Tracer
 from sgl_jax.engine.scores import gather_prompt_scores, scores_of_tokens
 from sgl_jax.engine.statistics import Statistics
@@ -58,15 +59,18 @@ class Core:
         draft_model: str = "",
         adapters: Adapters | None = None,
         grammars: Grammars | None = None,
+        pooler: Pooler | None = None,
     ):
         """`draft_model`: name of the model that makes drafts, whose acceptance is watched; empty: there is none. `adapters`: those
-        whose slots the scheduler has; `grammars`: those in which it finds grammars; None in a launch that takes none."""
+        whose slots the scheduler has; `grammars`: those in which it finds grammars; None in a launch that takes none.
+        `pooler`: None in a launch that generates."""
         self.info = info
         self.scheduler = scheduler
         self.runner = runner
         self.adapters = adapters
         self.grammars = grammars
         self._overlap = overlap
+        self._pooler = pooler
         self._profiler = Profiler(runner.tracer, profiler_dir)
         self._commands = Commands(scheduler, info, self._profiler, adapters, grammars, random_seed)
         self._statistics = Statistics(scheduler, decode_log_interval, draft_model, info.simulated, grammars)
@@ -149,4 +153,5 @@ class Core:
             prompts=[PromptScored(r.key, r.num_cached_tokens, r.prompt_logprobs or None) for r in step.first],
             logprobs={} if tokens.logprobs is None else scores_of_tokens(plan, step, tokens.logprobs),
             drafts=step.drafts.tolist(),
+            pooled=self._pooler.vectors(plan, tokens.hidden, step, self.scheduler.requests) if self._pooler else [],
         )

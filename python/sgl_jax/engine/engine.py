@@ -17,6 +17,7 @@ from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.loop import EngineCore
 from sgl_jax.engine.messages import AdapterInfo, EngineInfo, GetProfile, ProfileStatus, StartProfile, Stats, StopProfile
 from sgl_jax.engine.native_call import NativeCall, Reply, native_call
+from sgl_jax.engine.native_encoding import native_encoding
 from sgl_jax.engine.native_params import LogprobOptions, Params
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
@@ -128,6 +129,32 @@ class Engine:
         if stream:
             return self._aiterate(self._replies(call))
         return await asyncio.wrap_future(self._submit(call.result(self._service)))
+
+    def encode(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        dimensions: int | None = None,
+        rid: str | Sequence[str] | None = None,
+        lora_path: str | Sequence[str | None] | None = None,
+    ) -> Reply | list[Reply]:
+        """Return the embedding of a prompt, or its logits and what follows from them; a list for a list
+        (docs/features/embeddings.md). `dimensions`: so many values, from the first on."""
+        return self._call(native_encoding(self._service, prompt, input_ids, dimensions, rid, lora_path))
+
+    async def async_encode(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        input_ids: Sequence[int] | Sequence[Sequence[int]] | None = None,
+        dimensions: int | None = None,
+        rid: str | Sequence[str] | None = None,
+        lora_path: str | Sequence[str | None] | None = None,
+    ) -> Reply | list[Reply]:
+        """Do as `encode` does, for asyncio and in any loop."""
+        work = native_encoding(self._service, prompt, input_ids, dimensions, rid, lora_path)
+        return await asyncio.wrap_future(self._submit(work))
 
     def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> AdapterInfo:
         """Read an adapter, from a folder or by its hub id, while requests run. Raises InvalidParameter or Conflict."""

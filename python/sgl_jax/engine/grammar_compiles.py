@@ -143,7 +143,7 @@ class Grammars:
 
 def grammars_of(args: ServerArgs, model: DecoderConfig) -> Grammars | None:
     """Begin to make a launch ready for grammars, in a thread that reads the tokenizer; None in a launch that takes none."""
-    if args.grammar_backend == "none":
+    if args.grammar_backend == "none" or model.pooling is not None:
         return None
 
     def load() -> TokenTree:

@@ -76,7 +76,7 @@ def plan_launch(
         width=speculation.width,
         lookahead=speculation.lookahead,
         keeps_tokens=speculation.keeps_tokens,
-        takes_grammars=args.grammar_backend != "none",
+        takes_grammars=args.grammar_backend != "none" and model.pooling is None,
         adapters=adapters,
         simulated_acceptance=args.speculative_simulated_acceptance,
     )

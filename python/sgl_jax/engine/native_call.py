@@ -18,7 +18,7 @@ class NativeCall:
 
     def __init__(self, requests: list[GenerationRequest], is_list: bool, options: LogprobOptions, tokenizer: Tokenizer):
         self.requests = requests
-        self._is_list = is_list or any(request.params.n > 1 for request in requests)
+        self.is_list = is_list or any(request.params.n > 1 for request in requests)
         self._options, self._tokenizer = options, tokenizer
 
     async def result(self, service: GenerationService) -> Reply | list[Reply]:
@@ -32,7 +32,7 @@ class NativeCall:
             for update in updates:
                 answers[update.prompt, update.choice].add(update)
         found = [answer.to_dict() for answer in answers.values()]
-        return found if self._is_list else found[0]
+        return found if self.is_list else found[0]
 
     async def stream(self, generation: Generation) -> AsyncIterator[Reply]:
         """Yield a growing reply for each update of the submitted requests; with "index" if the answer is a list."""
@@ -44,7 +44,7 @@ class NativeCall:
                     key = update.prompt, update.choice
                     answers[key].add(update)
                     found = answers[key].to_dict()
-                    yield {"index": index[key], **found} if self._is_list else found
+                    yield {"index": index[key], **found} if self.is_list else found
         finally:
             generation.abort()
 

@@ -19,6 +19,8 @@ from sgl_jax.engine.kv_cache import with_kv_dtype, with_kv_scales
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
+from sgl_jax.engine.pooler import Pooler
+from sgl_jax.engine.pooling_plan import pooler_of, with_pooling
 from sgl_jax.engine.quantisation import held, say_weights
 from sgl_jax.engine.speculation_plan import draft_model_name, with_draft
 from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
@@ -26,6 +28,7 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import Families, decoder_config, known_families
 from sgl_jax.models.loader import Report, load_weights, random_weights
 from sgl_jax.models.model_errors import ModelError
+from sgl_jax.models.sentence_transformers import POOLING_FILES
 from sgl_jax.models.weights import Weights, declare, parameters_per_token
 from sgl_jax.multihost.follower import Follower
 from sgl_jax.multihost.leader import Leader
@@ -46,6 +49,8 @@ from sgl_jax.settings.server_args import ServerArgs, environment
 
 logger = logging.getLogger(__name__)
 
+_CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json")
+
 type Accept = Callable[[LaunchPlan], None]  # raises an error that refuses the plan
 
 
@@ -60,6 +65,7 @@ class DeviceSide:
     runner: ModelRunner
     copies: AdapterCopies | None  # in memory, of the adapters of a launch that takes any
     grammars: Grammars | None  # on the host that plans, in a launch that takes any
+    pooler: Pooler | None  # likewise, in a launch that makes vectors
 
 
 def build_core(args: ServerArgs, accept: Accept = lambda plan: None, *, behind: bool = False) -> Core:
@@ -113,6 +119,7 @@ def build_device_side(
     accept(plan)
     _say_sizes(model, plan)
     grammars = None if isinstance(hosts, Follower) else grammars_of(args, model)
+    pooler = None if isinstance(hosts, Follower) else pooler_of(args, model, checkpoint, families)
     placement = Placement.over(devices, grid)
     announce = hosts.announce if isinstance(hosts, Leader) else announce_to_nobody
     kept = kept_programs(args, devices) if behind else None
@@ -149,7 +156,7 @@ def build_device_side(
     runner.start(weights, barrier)
     if num_left := runner.num_compiling:
         logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
-    return DeviceSide(model, platform, devices, plan, runner, copies, grammars)
+    return DeviceSide(model, platform, devices, plan, runner, copies, grammars, pooler)
 
 
 def kept_programs(args: ServerArgs, devices: list[jax.Device]) -> KeptPrograms | None:
@@ -191,9 +198,7 @@ def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
     been fetched, as they are before several hosts find each other."""
     if args.load_format == "dummy" or args.nnodes > 1 or not is_hub_id(args.model_path):
         return None
-    folder = local_path(
-        args.model_path, ["config.json", "generation_config.json", "hf_quant_config.json"], args.downloads
-    )
+    folder = local_path(args.model_path, [*_CONFIGS, *POOLING_FILES], args.downloads)
     if any(folder.glob("*.gguf")):  # put there by another tool; it may bring the config
         return None
     if not (folder / "config.json").exists():
@@ -213,7 +218,7 @@ def _decide(
     dummy: bool,
 ) -> tuple[DecoderConfig, Checkpoint | None, Kernels, LaunchPlan]:
     model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
-    model = model.for_context(args.context_length)
+    model = with_pooling(args, model.for_context(args.context_length), checkpoint)
     adapters = plan_adapters(args, model, families)
     model, draft = with_draft(args, model, families, checkpoint.tensors, dummy=dummy)
     model = held(args, model, platform, device_kind)
@@ -258,6 +263,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         max_lora_rank=slots.rank if slots else 0,
         takes_grammars=grammars is not None,
         priority_sign=args.priority_sign,
+        pooling=None if device_side.pooler is None else device_side.pooler.info,
         simulated=args.speculative_simulated_acceptance is not None,
         start_seconds=time.perf_counter() - started,
     )
@@ -272,6 +278,7 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         draft_model=draft_model_name(args),
         adapters=adapters,
         grammars=grammars,
+        pooler=device_side.pooler,
     )
 
 

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from sgl_jax.models.model_errors import ModelError
 from sgl_jax.models.raw_config import RawConfig, replaced, without
 
+CLASSIFIER = "ForSequenceClassification"  # ending of classes with a head for labels
+
 # A larger model whose text model is served, and the text's model_type where text_config does not say.
 WHOLES: Mapping[str, str] = {
     "Gemma3ForConditionalGeneration": "gemma3_text",

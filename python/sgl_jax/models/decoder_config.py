@@ -138,6 +138,9 @@ class DecoderConfig:
     part_of: str | None = None  # class of the larger model whose text model this is; its other tensors are left out
     num_mtp_layers: int = 0  # multi-token prediction; they are stored after the last layer
     draft: DraftConfig | None = None  # the model that drafts tokens for this one
+    pooling: Literal["last", "mean"] | None = (
+        None  # the state or states of which vectors are made; None: logits are, by a head
+    )
 
     def for_context(self, length: int | None) -> DecoderConfig:
         """Return the model for contexts of this length, None for the usual one; longer ones have another rope."""

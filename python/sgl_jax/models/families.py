@@ -23,7 +23,7 @@ from sgl_jax.models import (
     qwen3,
     qwen_moe,
 )
-from sgl_jax.models.architecture import WHOLES, architecture_of_type, text_model
+from sgl_jax.models.architecture import CLASSIFIER, WHOLES, architecture_of_type, text_model
 from sgl_jax.models.config_fields import check_fields
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.formats.find import weight_format
@@ -45,6 +45,7 @@ def _by_architecture(modules: Iterable[ModuleType]) -> Families:
 _DENSE = (llama, llama_like, phi3, qwen1, qwen2, qwen3, gemma)
 _OF_EXPERTS = (qwen_moe, mixtral, glm4_moe, bailing, gpt_oss, grok, deepseek)
 FAMILIES = _by_architecture((*_DENSE, *_OF_EXPERTS))
+_NO_TEXT = ("Model", CLASSIFIER)  # endings of classes that make vectors or logits of labels
 GROUP = "sgl_jax.models"  # entry points of installed packages: architecture = module
 
 
@@ -115,11 +116,11 @@ def tensor_names(config: DecoderConfig, families: Families = FAMILIES) -> Tensor
 
 def _architecture(hf: RawConfig, families: Families) -> str | None:
     """Return the first of `architectures` that is served, alone or for its text. It follows from model_type where none is
-    given, only a class without a head, or the class of a text model whose config lies in a larger one's."""
+    given, only a class without a head or with labels, or the class of a text model whose config lies in a larger one's."""
     names = hf.get("architectures") or []
     found = next((name for name in names if name in WHOLES or _find(name, families)), None)
     inside = hf.get("text_config") and hf.get("hidden_size") is None
-    if inside or (found is None and all(name.endswith("Model") for name in names)):
+    if inside or (found is None and all(name.endswith(_NO_TEXT) for name in names)):
         return architecture_of_type(hf.get("model_type") or "", (*WHOLES, *families)) or found
     return found
 

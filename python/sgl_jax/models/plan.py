@@ -21,6 +21,7 @@ from sgl_jax.models.weights import declare, declare_plain
 _DRAFT = ".draft"  # path of the draft model's weights
 # Scales of tokens, and of the KV cache, whose values stay under these names in `named_tensors`.
 BESIDE_WEIGHTS = r"\.(input|output|q|k|v|kv|prob_output)_(scale|zero_point)$|\.input_global_scale$"
+_LABELS = r"^score\."  # head of a sequence classifier, which is applied on the host
 _KV_SCALES = "].kv_scales"
 # Names of the scales of K and of V, in the attention's module: AutoFP8's, ModelOpt's, and compressed-tensors' old ones.
 _KV_SCALE_NAMES = (
@@ -59,7 +60,7 @@ def plan_weights(
         config = config.draft.decoder
     stored = named_tensors(stored, config, names)
     missing, misshapen, unreadable, leaves = [], [], [], []
-    used = {names.lm_head} if config.tie_embeddings else set()
+    used = {names.lm_head} if config.tie_embeddings or config.pooling else set()
     for whole_path, spec, held in declared:
         if whole_path.startswith(_DRAFT) != of_draft:
             continue
@@ -107,6 +108,7 @@ def _surplus(
 ) -> list[str]:
     """Return the names of the tensors that stand for nothing in the model."""
     ignored = [*names.ignored, *_mtp_layers(config, names), *((BESIDE_WEIGHTS,) if config.weight_format else ())]
+    ignored += [_LABELS] if config.pooling else []
     left = [n for n in stored if n not in used and not any(re.search(p, n) for p in ignored)]
     if config.weight_format is not None:  # GPTQ's writers add biases of 0
         left = [n for n in left if not n.endswith(".bias") or stored[n].read().any()]

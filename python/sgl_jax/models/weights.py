@@ -154,7 +154,7 @@ def declare_plain(c: DecoderConfig, dtype: DTypeLike) -> Weights[WeightSpec]:
         embed=spec((v, "vocab"), (d, "model")),
         layers=[_layer(c, spec, c.has_experts(i), c.has_mlp(i)) for i in range(c.num_layers)],
         final_norm=spec((d, "model")),
-        lm_head=None if c.tie_embeddings and not c.copies_head else spec((v, "vocab"), (d, "model")),
+        lm_head=None if c.pooling or (c.tie_embeddings and not c.copies_head) else spec((v, "vocab"), (d, "model")),
         draft=_draft(c, c.draft, spec) if c.draft else None,
     )
 
@@ -269,9 +269,9 @@ def parameters(config: DecoderConfig) -> int:
 
 def parameters_per_token(config: DecoderConfig) -> int:
     """Count the parameters that each token is multiplied with: every matrix of the layers, of experts only the chosen
-    ones, and the head, tied or not."""
+    ones, and the head, tied or not, where there is one."""
     declared = declare_plain(config, "float32")
-    return _multiplied((declared.layers, head(declared)), config)
+    return _multiplied((declared.layers, None if config.pooling else head(declared)), config)
 
 
 def draft_parameters(config: DecoderConfig) -> int:

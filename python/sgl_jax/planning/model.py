@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sgl_jax.engine.adapter_plan import plan_adapters
 from sgl_jax.engine.kv_cache import with_kv_dtype
+from sgl_jax.engine.pooling_plan import with_pooling
 from sgl_jax.engine.speculation_plan import with_draft
 from sgl_jax.models.adapters import AdapterRoom
 from sgl_jax.models.bundled import PREFIX, bundled
@@ -48,7 +49,8 @@ def read_model(args: ServerArgs, path: str | None = None) -> PlannedModel:
     stored = {}
     if not dummy and _has_tensors(args.model_path):
         stored = open_checkpoint(args.model_path, load_format=args.load_format).tensors
-    config, _ = with_draft(args, config.for_context(args.context_length), families, stored, dummy=dummy)
+    config = with_pooling(args, config.for_context(args.context_length), checkpoint)
+    config, _ = with_draft(args, config, families, stored, dummy=dummy)
     adapters = plan_adapters(args, config, families)
     return PlannedModel(with_kv_dtype(args, config), checkpoint.dtype, str(checkpoint.path), adapters)
 

@@ -24,6 +24,7 @@ from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.loads import LOADS, LoadLayout
 from sgl_jax.runtime.placed_weights import weight_axes
 from sgl_jax.runtime.pool import Pool
+from sgl_jax.runtime.pooling_step import PooledOutputs, pooling_step
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.step import StepOutputs, step
 from sgl_jax.runtime.step_spec import Drafter, Pools, StepSpec
@@ -33,7 +34,7 @@ from sgl_jax.step_plan import pages_per_row
 WEIGHTS, ADAPTERS, KV, STATE, OUTPUTS = "weights", "adapters", "kv", "state", "outputs"
 _LEAF = cast(jax.Array, 0)  # stands for an array of a step's outputs
 _LOGPROBS = Logprobs(_LEAF, _LEAF, _LEAF)
-_OUTPUTS = StepOutputs(_LEAF, _LEAF, _LOGPROBS, _LOGPROBS)
+_OUTPUTS, _POOLED = StepOutputs(_LEAF, _LEAF, _LOGPROBS, _LOGPROBS), PooledOutputs(_LEAF)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,7 @@ class RunnerConfig:
         """Return the layouts of row loads, one for each kind."""
         sizes = self.state_sizes(model)
         absent = {"tokens": not self.keeps_tokens, "mask": not self.takes_grammars}
+        absent |= dict.fromkeys(("counts", "bias"), model.pooling is not None)
         kinds = [kind for kind in LOADS if not absent.get(kind.name)]
         return [LoadLayout(kind, self.num_rows, kind.size(sizes)) for kind in kinds]
 
@@ -106,15 +108,15 @@ def make_programs(
     kv, state = abstract_kv(config, placement), abstract_state(model, config, placement)
     slots = adapter_arrays(model, config, placement, stacked=weights.stacked)
     adapters, adapter_axes = (slots.abstract, slots.axes) if slots else (None, None)
-    programs = []
+    programs, (body, results) = [], (pooling_step, _POOLED) if model.pooling else (step, _OUTPUTS)
     for bucket in sorted(config.buckets):
         layout = config.layout(bucket)
-        function = functools.partial(step, spec=spec, layout=layout)
+        function = functools.partial(body, spec=spec, layout=layout)
         function = placement.run(function, (axes, adapter_axes, kv_axes, STATE_AXES, ()), (kv_axes, STATE_AXES, ()))
         jitted = jax.jit(_named(function, step_name(bucket)), donate_argnums=(2, 3))
         args = weights, adapters, kv, state, _vector(layout.size, placement)
         takes, gives = (WEIGHTS, ADAPTERS, KV, STATE), (KV, STATE, OUTPUTS)
-        programs.append(Program(step_name(bucket), jitted, args, takes, gives, outputs=(kv, state, _OUTPUTS)))
+        programs.append(Program(step_name(bucket), jitted, args, takes, gives, outputs=(kv, state, results)))
     for load in config.loads(model):
         run = functools.partial(_load, load=load, axis=grid.all_axes)
         run = _named(placement.run(run, (STATE_AXES, ()), (STATE_AXES,)), load.kind.program)

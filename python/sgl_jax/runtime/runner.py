@@ -24,6 +24,7 @@ from sgl_jax.runtime.device_state import DeviceState
 from sgl_jax.runtime.layout import PlanLayout
 from sgl_jax.runtime.loads import pack_loads
 from sgl_jax.runtime.placed_weights import abstract_weights
+from sgl_jax.runtime.pooling_step import PooledOutputs, PoolingFlight
 from sgl_jax.runtime.programs import ADAPTERS, KV, OUTPUTS, STATE, WEIGHTS, RunnerConfig, step_name, zeros
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.step import StepOutputs
@@ -34,7 +35,7 @@ from sgl_jax.step_plan import StepPlan, StepTokens, TokenScores, empty_plan
 # Called right before a program runs, with its name, its vector and the source of its payload ("" without one).
 type Announce = Callable[[str, np.ndarray, str], None]
 type Report = Callable[[int, int, Compiled], None]
-type DeviceValue = Weights[jax.Array] | Adapters[jax.Array] | DeviceState | StepOutputs | Pools | None
+type DeviceValue = Weights[jax.Array] | Adapters[jax.Array] | DeviceState | StepOutputs | PooledOutputs | Pools | None
 _FIRST_ANSWER_S = 1.0  # in which nothing is compiled behind, because tracing and requests share the interpreter
 
 
@@ -203,7 +204,7 @@ class ModelRunner:
             return False
         return all(program in self._calls for program, _ in pack_loads(self._loads, plan.loads))
 
-    def launch(self, plan: StepPlan) -> InFlight:
+    def launch(self, plan: StepPlan) -> InFlight | PoolingFlight:
         """Start a step with one copy to the device and one dispatch, after one dispatch for each kind of row load in it, and for
         each adapter that it puts into a slot."""
         for slot, source in plan.adapter_loads:
@@ -212,8 +213,11 @@ class ModelRunner:
             self.run(program, vector)
         layout = self._layout(plan)
         outputs = self.run(step_name(layout.bucket), layout.pack(plan))
+        rows, tokens = layout.padded_indices(plan)
+        if isinstance(outputs, PooledOutputs):
+            return PoolingFlight(plan, outputs, rows, wants_all=self._model.pooling == "mean")
         assert isinstance(outputs, StepOutputs)
-        return InFlight(plan, outputs, *layout.padded_indices(plan))
+        return InFlight(plan, outputs, rows, tokens)
 
     def run(self, name: str, vector: np.ndarray, source: str = "") -> DeviceValue:
         """Announce a program to the other processes and run it here. Return its result, if it has one."""

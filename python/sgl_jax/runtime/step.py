@@ -1,6 +1,5 @@
 """Body of the step program, from a plan vector to sampled tokens."""
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -9,17 +8,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sgl_jax.models import decoder
-from sgl_jax.models.adapters import Adapters, SlotsInUse, with_adapters
+from sgl_jax.models.adapters import Adapters
 from sgl_jax.models.weights import Weights
-from sgl_jax.ops.attention.api import RaggedBatch, make_ragged_batch
+from sgl_jax.ops.attention.api import RaggedBatch
 from sgl_jax.request import MAX_LOGPROBS
 from sgl_jax.runtime import sampler, speculate
-from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState, apply_page_updates, store_samples
+from sgl_jax.runtime.device_state import NO_DRAFT, DeviceState, store_samples
+from sgl_jax.runtime.forward import forward
 from sgl_jax.runtime.layout import PlanLayout, StepInputs
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.speculate import Verified
 from sgl_jax.runtime.step_spec import Pools, StepSpec
-from sgl_jax.step_plan import Param, RowFlag
+from sgl_jax.step_plan import RowFlag
 
 
 class StepOutputs(NamedTuple):
@@ -41,27 +41,11 @@ def step(
     spec: StepSpec,
     layout: PlanLayout,
 ) -> tuple[Pools, DeviceState, StepOutputs]:
-    """Run one plan: update page tables, embed, run the layers, compute logits, sample, store, draft.
-
-    Every device has the whole plan. Attention takes the tokens of the device's rank, MLPs and the sampler those of all ranks.
-    """
+    """Run one plan: compute its tokens, then logits, sample, store, draft. The sampler takes the tokens of all ranks."""
     ranks, everyone, bucket = spec.grid.data_axis, spec.grid.all_axes, layout.bucket
-    # Scopes name the stages in a profile (docs/features/profiling.md).
-    with jax.named_scope("unpack"):
-        inputs = layout.unpack(vector)
-        state = apply_page_updates(state, inputs.page_updates)
-        rows = speculate.row_tokens(inputs, state, layout)
-        pages, num_short = state.page_table[ranks.own(inputs.rows)], ranks.own(inputs.num_short)[0]
-        start, num_new = ranks.own(rows.start), ranks.own(inputs.num_new)
-        batch = make_ragged_batch(pages, start, num_new, num_short, bucket.num_tokens, layout.page_size)
-        used = inputs.num_new.reshape(layout.num_ranks, -1).sum(-1, keepdims=True)
-        valid = (jnp.arange(bucket.num_tokens) < used).reshape(-1)
-
-    target, slots = _adapted(weights, adapters, spec, inputs, batch)
-    context = spec.context(spec.config, batch, valid, bucket.width, slots=slots)
-    taps = spec.config.draft.target_layers if spec.config.draft else ()
-    kv, *others = pools
-    hidden, kv, tapped = decoder.hidden_states(target, spec.config, rows.packed, kv, context, taps)
+    pools, state, inputs, rows, batch, valid, hidden, tapped = forward(
+        weights, adapters, pools, state, vector, spec, layout
+    )
     sampled_at = speculate.sampled_tokens(batch, ranks.own(inputs.from_device), bucket.width)
     last_hidden = ranks.gather(hidden[sampled_at])  # [M * S * W, D]
     logits = decoder.logits(weights, spec.config, last_hidden, spec.linear)
@@ -80,7 +64,6 @@ def step(
         counted = sampler.has_flag(inputs.params, RowFlag.PENALTIES)
         before = state
         state = store_samples(state, inputs.rows, length, tokens, num_accepted, inputs.samples, counted, everyone)
-    pools = [kv, *others]
     if spec.drafter is not None:
         verified = Verified(
             weights, pools, before, state, inputs, rows, batch, valid, hidden, tapped, tokens, num_accepted
@@ -90,23 +73,6 @@ def step(
     with jax.named_scope("prompt_logprobs"):
         prompt_logprobs = _prompt_logprobs(weights, spec, inputs, batch, rows.packed, hidden)
     return pools, state, StepOutputs(tokens, counts, logprobs, prompt_logprobs)
-
-
-def _adapted(
-    weights: Weights[jax.Array],
-    adapters: Adapters[jax.Array] | None,
-    spec: StepSpec,
-    inputs: StepInputs,
-    batch: RaggedBatch,
-) -> tuple[Weights[jax.Array], SlotsInUse | None]:
-    """Return the weights with the adapters' slots beside them, and the slot of each token; as they are, and None, in a launch
-    that takes no adapters."""
-    if adapters is None or spec.adapters is None:
-        return weights, None
-    ranks = spec.grid.data_axis
-    own = (ranks.own(inputs.params[:, Param.ADAPTER]) - 1)[batch.token_row]
-    layers = with_adapters(weights.layers, adapters, spec.adapters.number)
-    return dataclasses.replace(weights, layers=layers), SlotsInUse(own, ranks.gather(own))
 
 
 def _prompt_logprobs(

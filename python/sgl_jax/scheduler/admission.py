@@ -42,7 +42,8 @@ class Admission:
         if not any(is_open):
             return None
         # The last token is computed in any case, for its logits; all are if the prompt is to be scored.
-        tokens = request.tokens[: 0 if request.wants_prompt_logprobs else len(request.tokens) - 1]
+        needs_all = request.wants_prompt_logprobs or request.needs_all
+        tokens = request.tokens[: 0 if needs_all else len(request.tokens) - 1]
         for rank in self._ranks_for(request, tokens, running):
             if is_open[rank]:
                 handle = self._caches[rank].match(request.namespace, tokens)
@@ -85,6 +86,6 @@ class Admission:
         """Return the prefix up to the end of the first page that is not computed. If the request does not fill that page, the
         result equals no other request's."""
         end = (num_computed // self._pages.page_size + 1) * self._pages.page_size
-        if not self._pages.are_shared or end > len(request.tokens) - 1:
+        if not self._pages.are_shared or request.needs_all or end > len(request.tokens) - 1:
             return rank, f"{request.key}", b""
         return rank, request.namespace, request.tokens[:end].tobytes()

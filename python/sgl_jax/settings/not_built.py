@@ -43,7 +43,7 @@ NOT_BUILT = (
     ),
     Feature(
         "embedding and scoring are",
-        flags="--is-embedding --task --runner --convert --pooler-config",
+        flags="--runner --convert --pooler-config",
         paths="/v1/embeddings /v1/rerank /v2/rerank /rerank /v1/score /score /pooling /classify /encode",
     ),
     Feature("Ollama's API is", paths="/api"),

@@ -1,4 +1,4 @@
-"""Every flag of the server, declared once, here or in ServingFlags, LoraFlags and SpeculativeFlags. From these fields the
+"""Every flag of the server, declared once, here or in the classes that ServerArgs derives from. From these fields the
 command line, its help, the environment, the config file and the documentation derive. No other module reads the
 environment. Imports nothing heavy. A value that depends on the device stays None here; runtime/ decides it.
 """
@@ -36,6 +36,7 @@ from sgl_jax.settings.serving_flags import SERVER as SERVER
 from sgl_jax.settings.serving_flags import ServingFlags
 from sgl_jax.settings.speculation import Speculation, speculation_of
 from sgl_jax.settings.speculative_flags import SpeculativeFlags
+from sgl_jax.settings.task_flags import TaskFlags
 
 ENV_PREFIX = "SGL_JAX_"
 
@@ -66,7 +67,7 @@ def default_compilation_cache_dir(environ: Mapping[str, str] | None = None) -> s
 
 
 @dataclass(frozen=True, kw_only=True)
-class ServerArgs(SpeculativeFlags, LoraFlags, ServingFlags):
+class ServerArgs(SpeculativeFlags, LoraFlags, TaskFlags, ServingFlags):
     """Flags of a launch, checked. None: decided at the start, from the model and the devices."""
 
     attention_backend: str | None = flag(
@@ -177,6 +178,7 @@ class ServerArgs(SpeculativeFlags, LoraFlags, ServingFlags):
         if self.node_rank >= self.nnodes:
             yield f"--node-rank is {self.node_rank}; it must be below --nnodes, which is {self.nnodes}"
         yield from self.misfits_of_adapters({self.model_path, self.served_model_name or self.model_path})
+        yield from self.misfits_of_task(self.speculative_flag)
         if self.nnodes > 1:
             yield from self._misfits_of_machines()
         tokens, page_size, devices = self.max_total_tokens, self.page_size, self.num_devices

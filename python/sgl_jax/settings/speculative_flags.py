@@ -62,3 +62,9 @@ class SpeculativeFlags:
     speculative_config: str | None = flag(
         None, "JSON as vLLM takes it, in place of all other flags of this group", unset="none", metavar="JSON"
     )
+
+    @property
+    def speculative_flag(self) -> str | None:
+        """The flag that asks for drafts, where one does."""
+        given = {"--speculative-config": self.speculative_config, "--speculative-algorithm": self.speculative_algorithm}
+        return next((name for name, value in given.items() if value is not None), None)

@@ -1,0 +1,54 @@
+"""Native calls for vectors, by Engine.encode: prompts in, embeddings, probabilities or scores out."""
+
+from collections.abc import Sequence
+
+from sgl_jax.engine.encoding import Encoded, EncodeRequest, check_task
+from sgl_jax.engine.native_call import Reply, native_call
+from sgl_jax.engine.native_params import LogprobOptions
+from sgl_jax.engine.pooled_results import check_dimensions, embedding, probabilities, relevance
+from sgl_jax.engine.pooling_info import PoolingInfo
+from sgl_jax.engine.service import GenerationService
+from sgl_jax.request import InvalidParameter
+
+
+async def native_encoding(
+    service: GenerationService,
+    text: str | Sequence[str] | None,
+    input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
+    dimensions: int | None,
+    rid: str | Sequence[str] | None,
+    lora_path: str | Sequence[str | None] | None,
+) -> Reply | list[Reply]:
+    """Return an answer for one prompt, or a list for a list. Raises InvalidParameter, and what `encode` raises."""
+    check_task(service.info, pools=True)
+    pooling = service.info.pooling
+    assert pooling is not None
+    if dimensions is not None and pooling.kind != "embed":
+        raise InvalidParameter("dimensions", f"dimensions cannot be had with --task {pooling.kind}; leave it out")
+    check_dimensions(pooling, dimensions)
+    length = service.info.context_length
+    call = native_call(service.tokenizer, length, text, input_ids, None, rid, LogprobOptions(), lora_path=lora_path)
+    several = len(call.requests) > 1
+    requests = [
+        EncodeRequest(each.prompt_ids, each.request_id, _name(each.names["prompt"], i, several), adapter=each.adapter)
+        for i, each in enumerate(call.requests)
+    ]
+    found = [_reply(each, pooling, dimensions) for each in await service.encode(requests)]
+    return found if call.is_list else found[0]
+
+
+def _name(field: str, index: int, several: bool) -> str:
+    return f"{field}[{index}]" if several else field
+
+
+def _reply(encoded: Encoded, pooling: PoolingInfo, dimensions: int | None) -> Reply:
+    numbers = {"prompt_tokens": encoded.num_prompt_tokens, "cached_tokens": encoded.num_cached_tokens}
+    if pooling.kind == "embed":
+        return {"embedding": embedding(encoded.vector, pooling, dimensions).tolist(), "meta_info": numbers}
+    probs = probabilities(encoded.vector, pooling)
+    answer: Reply = {"logits": encoded.vector.tolist(), "probs": probs.tolist(), "labels": pooling.labels}
+    if pooling.kind == "score":
+        answer["score"] = relevance(encoded.vector, pooling)
+    else:
+        answer["label"] = pooling.labels[int(probs.argmax())]
+    return answer | {"meta_info": numbers}
