@@ -21,12 +21,14 @@ from sgl_jax.engine.messages import (
     Event,
     Generate,
     GrammarCompiled,
+    PoolingInfo,
     PromptScored,
     Refused,
     Stats,
     StepOutput,
     TokenLogprobs,
 )
+from sgl_jax.engine.pooler import Pooler
 from sgl_jax.request import FinishReason, Grammar, Request, SamplingParams
 from sgl_jax.scheduler.adapter_slots import AdapterSlots
 from sgl_jax.scheduler.grammar_rows import CompiledGrammar
@@ -123,6 +125,7 @@ def make_core(
     draft_is_right: Callable[[int], bool] = two_of_three,
     adapters: Adapters | None = None,
     grammars: Grammars | None = None,
+    pooling: PoolingInfo | None = None,
     **scheduler_options,
 ) -> Core:
     parts = {"adapters": adapters.slots if adapters else None, "find_grammar": grammars.find if grammars else None}
@@ -139,9 +142,11 @@ def make_core(
         width=config.width,
         lookahead=config.lookahead,
         draft_is_right=draft_is_right,
+        pooling=pooling.method if pooling else None,
     )
     sign = 1 if config.policy == "priority" else 0
     info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos, priority_sign=sign)
+    info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos, pooling=pooling)
     return Core(
         scheduler,
         runner,
@@ -152,6 +157,7 @@ def make_core(
         draft_model=draft_model,
         adapters=adapters,
         grammars=grammars,
+        pooler=Pooler(pooling) if pooling else None,
     )
 
 
@@ -164,6 +170,7 @@ class Answer:
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     prompt: PromptScored | None = None
     reason: FinishReason | None = None
+    vector: list[float] | None = None  # in a pooling launch
 
     def check(self, vocab_size: int) -> None:
         """Check that the answer is the one computed by hand, or its beginning if the request was aborted."""
@@ -263,6 +270,8 @@ class Client:
             assert answer.prompt is None
             assert len(answer.tokens) == min(1, answer.request.max_total_tokens - len(answer.request.prompt))
             answer.prompt = prompt
+        for pooled in event.pooled:
+            self.answers[pooled.key].vector = np.frombuffer(pooled.vector, "<f4").tolist()
         for finished in event.finished:
             answer = self.answers[finished.key]
             assert answer.reason is None, "finished twice"

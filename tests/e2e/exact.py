@@ -28,13 +28,16 @@ Build = Callable[..., Core]
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
 
-def with_empty_cache(core: Core, config: SchedulerConfig | None = None, *, overlap: bool = True) -> Core:
-    """Return a core over the same runner, with a scheduler of its own."""
-    caches = [PrefixCache(each.num_usable_pages + 1, each.page_size) for each in core.scheduler.caches]
+def with_empty_cache(
+    core: Core, config: SchedulerConfig | None = None, *, overlap: bool = True, num_pages: int | None = None
+) -> Core:
+    """Return a core over the same runner, with a scheduler of its own. `num_pages`: fewer usable pages than the core's."""
+    caches = [PrefixCache((num_pages or each.num_usable_pages) + 1, each.page_size) for each in core.scheduler.caches]
     adapters, grammars = core.adapters, core.grammars
     found = {"adapters": adapters.slots if adapters else None, "find_grammar": grammars.find if grammars else None}
     scheduler, parts = Scheduler(config or core.scheduler.config, caches, **found), (adapters, grammars)
-    return Core(scheduler, core.runner, core.info, overlap=overlap, random_seed=0, adapters=parts[0], grammars=parts[1])
+    more = {"adapters": parts[0], "grammars": parts[1], "pooler": core.pooler}
+    return Core(scheduler, core.runner, core.info, overlap=overlap, random_seed=0, **more)
 
 
 def answers_in_every_way(

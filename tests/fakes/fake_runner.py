@@ -71,6 +71,11 @@ def token_of(
     return x % vocab_size
 
 
+def state_of(kv: int) -> tuple[float, float]:
+    """Return the hidden state of a token with this KV: small whole numbers, whose sums are exact in float32."""
+    return float(kv % 251), float(kv % 241)
+
+
 def logprob_of(kv: int, token: int) -> float:
     """Return the logprob of `token` after a token with this KV, a multiple of 1/8 and so exact in float32."""
     return -(mix(kv ^ token) % 800 + 1) / 8
@@ -147,10 +152,12 @@ class FakeRunner:
         width: int = 1,
         lookahead: int = 0,
         draft_is_right: Callable[[int], bool] = two_of_three,
+        pooling: str | None = None,
     ):
         """`num_rows`: rows of all data ranks together; `num_pages`: pages of each rank, its scratch page included; `width`: W
         of the widest step; `lookahead`: slots beyond a row's tokens that its drafts overwrite; `draft_is_right`: of the draft
-        after a token with this KV."""
+        after a token with this KV; `pooling`: "last" or "mean", for steps that give states (`state_of`) and no tokens."""
+        self._pooling = pooling
         self.page_size, self.vocab_size, self.step_seconds = page_size, vocab_size, step_seconds
         self.tracer = FakeTracer()
         self.plans: list[StepPlan] = []  # all that were launched, for tests to read
@@ -257,7 +264,18 @@ class FakeRunner:
         prompt_logprobs = self._scored(kv_of_token, following) if plan.wants_prompt_logprobs else None
         declines = plan.params[:, Param.FLAGS] & RowFlag.NO_DRAFTS > 0
         drafted = np.where(plan.from_device & ~declines, plan.width - 1, 0)
-        return StepTokens(sampled, accepted, drafted, logprobs, prompt_logprobs)
+        hidden = self._pooled(plan, kv_of_token) if self._pooling else None
+        return StepTokens(sampled, accepted, drafted, logprobs, prompt_logprobs, hidden)
+
+    def _pooled(self, plan: StepPlan, kv_of_token: list[int]) -> np.ndarray | None:
+        """Pool the states of each row's new tokens; None where nobody needs them."""
+        if self._pooling == "last" and not plan.samples.any():
+            return None
+        states = np.array([*map(state_of, kv_of_token)], np.float32)
+        ends = np.cumsum(plan.num_new)
+        if self._pooling == "last":
+            return states[ends - 1]
+        return np.stack([states[end - n : end].sum(0) for end, n in zip(ends, plan.num_new, strict=True)])
 
     def _slots(self, plan: StepPlan, i: int) -> tuple[list[int], int]:
         """Return the slots of row i's tokens in the pool, with this step's tokens, and the number of earlier tokens."""

@@ -52,11 +52,14 @@ def _max_tokens(request: GenerationRequest, info: EngineInfo) -> int:
     limit = min(info.context_length, info.max_total_tokens)
     room, least = limit - len(ids), request.params.min_tokens
     if room < (1 if asked is None else asked):
-        wanted = " and output needs one" if asked is None else " and {max_tokens} is {asked}"
+        wanted = "output needs one" if asked is None else "{max_tokens} is {asked}"
         # Clients that shorten a conversation look for "prompt is too long" or "this model's maximum context length is".
-        text = "the prompt is too long: it has {count} tokens" + ("" if info.pooling else wanted)
-        text += "; this model's maximum context length is {limit} tokens"
-        text += "" if info.pooling else ", prompt and output together"
+        text = "the prompt is too long: it has {count} tokens and " + wanted
+        text += "; this model's maximum context length is {limit} tokens, prompt and output together"
+        if info.pooling is not None:
+            text = (
+                "the prompt is too long: it has {count} tokens; this model's maximum context length is {limit} tokens"
+            )
         raise PromptTooLong("prompt", text, count=len(ids), asked=asked, limit=limit)
     if min(ids) < 0 or max(ids) >= info.vocab_size:
         wrong = min(ids) if min(ids) < 0 else max(ids)

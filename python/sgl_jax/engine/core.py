@@ -70,7 +70,7 @@ class Core:
         self.adapters = adapters
         self.grammars = grammars
         self._overlap = overlap
-        self._pooler = pooler
+        self.pooler = pooler
         self._profiler = Profiler(runner.tracer, profiler_dir)
         self._commands = Commands(scheduler, info, self._profiler, adapters, grammars, random_seed)
         self._statistics = Statistics(scheduler, decode_log_interval, draft_model, info.simulated, grammars)
@@ -153,5 +153,5 @@ class Core:
             prompts=[PromptScored(r.key, r.num_cached_tokens, r.prompt_logprobs or None) for r in step.first],
             logprobs={} if tokens.logprobs is None else scores_of_tokens(plan, step, tokens.logprobs),
             drafts=step.drafts.tolist(),
-            pooled=self._pooler.vectors(plan, tokens.hidden, step, self.scheduler.requests) if self._pooler else [],
+            pooled=self.pooler.vectors(plan, tokens.hidden, step, self.scheduler.requests) if self.pooler else [],
         )
