@@ -1,4 +1,4 @@
-"""Runs grid_engine.py and compares its answers."""
+"""Runs grid_engine.py, or a script like it, and compares its answers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import numpy as np
 SCRIPT = Path(__file__).with_name("grid_engine.py")
 
 
-def run_grids(folder: Path, grids: list[str]) -> list[dict[str, Any]]:
-    command = [sys.executable, str(SCRIPT), str(folder), *grids]
+def run_grids(folder: Path, grids: list[str], script: Path = SCRIPT) -> list[dict[str, Any]]:
+    command = [sys.executable, str(script), str(folder), *grids]
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -54,6 +54,7 @@ class StateSizes:
     feature_dim: int = 1  # D
     feature_dtype: str = "float32"
     takes_grammars: bool = False
+    num_shards: int = 1  # devices over which the columns of tokens are divided: an array that nobody reads has as many
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +75,7 @@ def initial_state(sizes: StateSizes) -> DeviceState:
         bias_ids=jnp.zeros((n, BIAS_WIDTH), jnp.int32),
         bias_values=jnp.zeros((n, BIAS_WIDTH), jnp.float32),
         bias_until=jnp.zeros((n, BIAS_WIDTH), jnp.int32),
-        grammar_mask=jnp.zeros((n, sizes.vocab_size if sizes.takes_grammars else 1), jnp.bool_),
+        grammar_mask=jnp.zeros((n, sizes.vocab_size if sizes.takes_grammars else sizes.num_shards), jnp.bool_),
     )
 
 

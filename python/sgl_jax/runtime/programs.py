@@ -64,18 +64,20 @@ class RunnerConfig:
     def pages_per_row(self) -> int:
         return pages_per_row(self.context_length, self.width, self.page_size, self.lookahead)
 
-    def state_sizes(self, model: DecoderConfig) -> StateSizes:
-        """Return the sizes of the row state. Drafts are computed beyond the context, like pages (step_plan.pages_per_row)."""
+    def state_sizes(self, model: DecoderConfig, num_shards: int = 1) -> StateSizes:
+        """Return the sizes of the row state. Drafts are computed beyond the context, like pages (step_plan.pages_per_row). No
+        tokens are counted in a launch that makes vectors."""
         has_features = model.draft is not None and model.draft.kind != "standalone"
         return StateSizes(
             self.num_rows,
             self.pages_per_row,
-            model.vocab_size,
+            num_shards if model.pooling else model.vocab_size,
             self.width,
             num_tokens=self.context_length + 2 * self.width if self.keeps_tokens else 1,
             feature_dim=model.draft.decoder.hidden_size if has_features and model.draft else 1,
             feature_dtype=self.compute_dtype,
             takes_grammars=self.takes_grammars,
+            num_shards=num_shards,
         )
 
     def layout(self, bucket: Bucket) -> PlanLayout:
@@ -171,7 +173,7 @@ def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placem
     def place(x: jax.Array, axes: Axes) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement.sharding(axes))
 
-    return jax.tree.map(place, jax.eval_shape(_initial_state(model, config)), STATE_AXES)
+    return jax.tree.map(place, jax.eval_shape(_initial_state(model, config, placement)), STATE_AXES)
 
 
 def empty_kv(config: RunnerConfig, placement: Placement, make_pool: Callable[[tuple[int, ...], str], AnyPool]) -> Pools:
@@ -196,11 +198,11 @@ def empty_adapters(
 def empty_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> DeviceState:
     """Make the state without rows on its devices."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, config, placement))
-    return jax.jit(_initial_state(model, config), out_shardings=shardings)()
+    return jax.jit(_initial_state(model, config, placement), out_shardings=shardings)()
 
 
-def _initial_state(model: DecoderConfig, config: RunnerConfig) -> Callable[[], DeviceState]:
-    return functools.partial(initial_state, config.state_sizes(model))
+def _initial_state(model: DecoderConfig, config: RunnerConfig, placement: Placement) -> Callable[[], DeviceState]:
+    return functools.partial(initial_state, config.state_sizes(model, placement.grid.num_devices))
 
 
 def _vector(size: int, placement: Placement) -> jax.ShapeDtypeStruct:
