@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,22 @@ def test_dummy_weights_have_a_random_head(build: Build) -> None:
     assert np.abs(found).max() > 0
 
 
+def test_prompts_of_adapters_and_of_the_model_itself_share_a_batch(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    adapter, prompts = DATA / "lora" / "llama" / "r8-all", [[5, 9, 30, 7], [5, 9, 30, 7], [8, 9]]
+    options = {"lora_paths": (f"one={adapter}",), "task": "embed", "tokenizer_path": str(DATA / "stories260k")}
+    with engine(checkpoint("lora-llama"), tmp_path, **options) as made:
+        mixed = made.encode(input_ids=prompts, lora_path=["one", None, "one"])
+        alone = [
+            made.encode(input_ids=ids, lora_path=name) for ids, name in zip(prompts, ("one", None, "one"), strict=True)
+        ]
+    assert isinstance(mixed, list)
+    vectors = [np.array(each["embedding"]) for each in mixed]
+    np.testing.assert_allclose(vectors, [each["embedding"] for each in alone], atol=1e-5)
+    assert np.abs(vectors[0] - vectors[1]).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -168,7 +184,7 @@ def test_tasks_that_a_checkpoint_cannot_do_are_refused(build: Build, name: str, 
         build(DATA / "embed" / name, **options)
 
 
-def engine(name: str, cache: Path) -> sgl_jax.Engine:
+def engine(name: str | Path, cache: Path, **options: Any) -> sgl_jax.Engine:
     return sgl_jax.Engine(
         model_path=str(DATA / "embed" / name),
         dtype="float32",
@@ -177,4 +193,5 @@ def engine(name: str, cache: Path) -> sgl_jax.Engine:
         chunked_prefill_size=32,
         max_total_tokens=2048,
         compilation_cache_dir=str(cache),
+        **options,
     )
