@@ -145,8 +145,8 @@ def make_core(
         pooling=pooling.method if pooling else None,
     )
     sign = 1 if config.policy == "priority" else 0
-    info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos, priority_sign=sign)
-    info = fake_info(vocab_size=vocab_size, context_length=config.context_length, eos_token_id=eos, pooling=pooling)
+    sizes = {"vocab_size": vocab_size, "context_length": config.context_length}
+    info = fake_info(**sizes, eos_token_id=eos, priority_sign=sign, pooling=pooling)
     return Core(
         scheduler,
         runner,

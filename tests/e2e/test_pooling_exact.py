@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,15 @@ def test_other_checkpoints_make_vectors_of_the_last_state_when_asked(stories260k
     alone, together = vectors(core, prompts, together=False), vectors(core, prompts)
     np.testing.assert_allclose(alone, together, atol=1e-5)
     assert np.abs(alone[0] - alone[1]).max() > 0.1
+
+
+@pytest.mark.parametrize("field", [{"is_causal": False}, {"use_bidirectional_attention": True}])
+def test_attention_in_both_directions_is_refused(build: Build, tmp_path: Path, field: dict[str, bool]) -> None:
+    folder = shutil.copytree(DATA / "embed" / "qwen3-seqcls", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | field), encoding="utf-8")
+    with pytest.raises(ValueError, match="both directions"):
+        build(folder)
 
 
 def test_dummy_weights_have_a_random_head(build: Build) -> None:

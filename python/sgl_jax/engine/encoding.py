@@ -58,6 +58,11 @@ def generation_requests(requests: Sequence[EncodeRequest]) -> list[GenerationReq
     ]
 
 
+def probe_params(num_tokens: int, info: EngineInfo) -> SamplingParams:
+    """Return parameters of a request that shows that the launch works: some tokens, or none where vectors are made."""
+    return _PARAMS if info.pooling else SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
+
+
 async def vectors(generation: Generation) -> list[Encoded]:
     """Wait for the vectors of submitted requests. Cancelled, it aborts them. Raises Conflict if one was aborted by its id."""
     choices = [*generation.open]

@@ -10,9 +10,10 @@ from typing import Literal, Self
 
 import msgspec
 
-from sgl_jax.engine.messages import DraftCounts, TokenLogprobs
-from sgl_jax.request import FinishReason, InvalidParameter, Names, SamplingParams
+from sgl_jax.engine.messages import DraftCounts, EngineInfo, TokenLogprobs
+from sgl_jax.request import MAX_EOS_TOKENS, FinishReason, InvalidParameter, Names, SamplingParams
 from sgl_jax.text.detokenizer import Detokenizer
+from sgl_jax.text.tokenizer import Tokenizer
 
 _ONLY_WHEN_FINISHED = 1 << 62
 
@@ -86,6 +87,13 @@ def engine_params(params: SamplingParams, index: int, ends: tuple[int, ...]) -> 
             seed -= 2**64
     stops = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *ends)
     return msgspec.structs.replace(params, n=1, stop=(), stream_interval=None, seed=seed, stop_token_ids=stops)
+
+
+def extra_ends(tokenizer: Tokenizer, info: EngineInfo) -> tuple[int, ...]:
+    """Return the tokens that end an answer for the tokenizer, and of which the engine does not know it."""
+    known = info.eos_token_ids
+    new = [token for token in tokenizer.end_ids if token not in known and token < info.vocab_size]
+    return tuple(new[: MAX_EOS_TOKENS - len(known)])
 
 
 @dataclass(slots=True)

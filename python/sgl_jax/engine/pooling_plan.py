@@ -10,6 +10,7 @@ from sgl_jax.models.architecture import CLASSIFIER
 from sgl_jax.models.checkpoint import Checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import Families, tensor_names
+from sgl_jax.models.model_errors import faults_named
 from sgl_jax.models.sentence_transformers import SentencePooling, sentence_pooling
 from sgl_jax.models.stored_names import named_tensors
 from sgl_jax.settings.server_args import ServerArgs
@@ -22,12 +23,15 @@ _RANDOM_SCALE = np.float32(0.02)  # deviation of random weights
 
 def with_pooling(args: ServerArgs, model: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
     """Return the model with the states that vectors are made of, in a launch that makes any. Raises ValueError for a task
-    that the checkpoint cannot do, and for drafts in such a launch."""
+    that the checkpoint cannot do, for attention in both directions, and for drafts in such a launch."""
     if (info := pooling_of(args, model, checkpoint)) is None:
         return model
     if (flag := args.speculative_flag) is not None:
         reason = f"{args.model_path} makes vectors (--task {info.kind}) and generates no tokens"
         raise ValueError(f"{flag} cannot be had: {reason}; leave it out, or give --task generate")
+    config = checkpoint.config
+    if config.get("is_causal") is False or config.get("use_bidirectional_attention"):
+        raise ValueError(f"{args.model_path} attends in both directions, as its config.json says; that is not built")
     return dataclasses.replace(model, pooling=info.method)
 
 
@@ -69,10 +73,9 @@ def _embeddings(model: DecoderConfig, found: SentencePooling) -> PoolingInfo:
 
 def _labels(checkpoint: Checkpoint) -> PoolingInfo:
     config = checkpoint.config
-    if named := config.get("id2label"):
+    with faults_named("config.json", "its id2label or num_labels names no labels"):
+        named = config.get("id2label") or {i: f"LABEL_{i}" for i in range(config.get("num_labels") or 2)}
         labels = [str(named[number]) for number in sorted(named, key=int)]
-    else:
-        labels = [f"LABEL_{i}" for i in range(config.get("num_labels") or 2)]  # two by default in transformers
     match config.get("problem_type"):
         case "regression":
             activation = "none"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from sgl_jax.engine import checks, messages
 from sgl_jax.engine.adapter_table import AdapterTable, Answer
 from sgl_jax.engine.choices import LiveChoices
-from sgl_jax.engine.encoding import Encoded, EncodeRequest, check_task, generation_requests, vectors
+from sgl_jax.engine.encoding import Encoded, EncodeRequest, check_task, generation_requests, probe_params, vectors
 from sgl_jax.engine.generation import (
     Choice,
     Conflict,
@@ -23,6 +23,7 @@ from sgl_jax.engine.generation import (
     GenerationRequest,
     ServiceUnavailable,
     engine_params,
+    extra_ends,
 )
 from sgl_jax.engine.grammar_table import GrammarTable
 from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Stats
@@ -30,7 +31,7 @@ from sgl_jax.engine.slices import SLICE, in_slices
 from sgl_jax.engine.transport import Transport
 from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.metrics import RequestMetrics
-from sgl_jax.request import MAX_EOS_TOKENS, InvalidParameter, Names, SamplingParams
+from sgl_jax.request import InvalidParameter, Names
 from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import Tokenizer
 
@@ -174,9 +175,8 @@ class GenerationService:
 
     async def probe(self, num_tokens: int) -> None:
         """Generate a little, or make a vector, also before `open`. Cancelled, it aborts its request."""
-        num_tokens = 0 if self.info.pooling else num_tokens
-        params = SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True)
-        generation = await self._submit([GenerationRequest([self.tokenizer.bos_token_id or 0], params)], stream=False)
+        asked = GenerationRequest([self.tokenizer.bos_token_id or 0], probe_params(num_tokens, self.info))
+        generation = await self._submit([asked], stream=False)
         async for _ in generation.updates():
             pass
 
@@ -218,7 +218,7 @@ class GenerationService:
     def _send(self, generation: Generation, prompt: int, request: GenerationRequest) -> None:
         """Send all choices of the generation's request number `prompt`."""
         now, interval = time.perf_counter(), request.params.stream_interval or self._stream_interval
-        choices, ends, adapter = [], self._ends(), self.adapters.number(request)
+        choices, ends, adapter = [], extra_ends(self.tokenizer, self.info), self.adapters.number(request)
         for index in range(request.params.n):
             key, params = next(self._keys), engine_params(request.params, index, ends)
             self._transport.send(messages.Generate(key, request.prompt_ids, params, request.namespace, adapter))
@@ -226,12 +226,6 @@ class GenerationService:
             choices.append(Choice(key, prompt, index, generation, request, detokenizer, interval, now))
         generation.open += choices
         self._choices.add(choices)
-
-    def _ends(self) -> tuple[int, ...]:
-        """Return the tokens that end an answer for the tokenizer, and of which the engine does not know it."""
-        known = self.info.eos_token_ids
-        new = [token for token in self.tokenizer.end_ids if token not in known and token < self.info.vocab_size]
-        return tuple(new[: MAX_EOS_TOKENS - len(known)])
 
     def _drop(self, keys: Iterable[int], outcome: FinishType) -> None:
         """Abort those of the choices that the engine still runs, since nobody waits for them any more."""

@@ -23,12 +23,11 @@ from sgl_jax.engine.pooler import Pooler
 from sgl_jax.engine.pooling_plan import pooler_of, with_pooling
 from sgl_jax.engine.quantisation import held, say_weights
 from sgl_jax.engine.speculation_plan import draft_model_name, with_draft
-from sgl_jax.models.checkpoint import Checkpoint, open_checkpoint
+from sgl_jax.models.checkpoint import CONFIG_FILES, Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import Families, decoder_config, known_families
 from sgl_jax.models.loader import Report, load_weights, random_weights
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.sentence_transformers import POOLING_FILES
 from sgl_jax.models.weights import Weights, declare, parameters_per_token
 from sgl_jax.multihost.follower import Follower
 from sgl_jax.multihost.leader import Leader
@@ -48,8 +47,6 @@ from sgl_jax.settings.hub import is_hub_id, local_path
 from sgl_jax.settings.server_args import ServerArgs, environment
 
 logger = logging.getLogger(__name__)
-
-_CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json")
 
 type Accept = Callable[[LaunchPlan], None]  # raises an error that refuses the plan
 
@@ -198,7 +195,7 @@ def _configs_ahead(args: ServerArgs) -> Checkpoint | None:
     been fetched, as they are before several hosts find each other."""
     if args.load_format == "dummy" or args.nnodes > 1 or not is_hub_id(args.model_path):
         return None
-    folder = local_path(args.model_path, [*_CONFIGS, *POOLING_FILES], args.downloads)
+    folder = local_path(args.model_path, CONFIG_FILES, args.downloads)
     if any(folder.glob("*.gguf")):  # put there by another tool; it may bring the config
         return None
     if not (folder / "config.json").exists():

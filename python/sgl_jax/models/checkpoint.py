@@ -14,11 +14,14 @@ from sgl_jax.models.gguf_file import read_gguf
 from sgl_jax.models.model_errors import ModelError, faults_named
 from sgl_jax.models.raw_config import RawConfig, replaced
 from sgl_jax.models.safetensors_file import read_safetensors
+from sgl_jax.models.sentence_transformers import POOLING_FILES
 from sgl_jax.models.stored import StoredTensor, shard_name
 from sgl_jax.settings.hub import HUGGING_FACE, Downloads, HubError, local_path, refuse_no_model
 
 LoadFormat = Literal["auto", "safetensors", "gguf", "dummy"]
 
+# Files that decide a launch before weights are fetched.
+CONFIG_FILES = ["config.json", "generation_config.json", "hf_quant_config.json", *POOLING_FILES]
 _TOKENIZER_FILES = ["*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 _OTHER_LAYOUTS = ["original/*", "consolidated*"]  # the same weights again, under other names
 _INDEX = "model.safetensors.index.json"

@@ -1,7 +1,6 @@
-"""Every flag of the server, declared once, here or in the classes that ServerArgs derives from. From these fields the
-command line, its help, the environment, the config file and the documentation derive. No other module reads the
-environment. Imports nothing heavy. A value that depends on the device stays None here; runtime/ decides it.
-"""
+"""Every flag of the server, declared once, here or in a base of ServerArgs. Command line, help, environment, config file and
+documentation derive from these fields. No other module reads the environment. Imports nothing heavy. A value that depends on
+the device stays None here; runtime/ decides it."""
 
 from __future__ import annotations
 
