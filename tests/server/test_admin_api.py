@@ -5,7 +5,7 @@ from __future__ import annotations
 import httpx
 import msgspec
 import openai
-from live_server import MODEL, LiveServer
+from live_server import MODEL, TEMPLATE, LiveServer
 
 import sgl_jax
 from fakes.fake_core import FakeCore
@@ -37,8 +37,39 @@ def test_information(http: httpx.Client) -> None:
 
 
 def test_health(http: httpx.Client) -> None:
-    for path in ("/health", "/ready", "/health_generate"):
+    for path in ("/health", "/ready", "/health_generate", "/ping"):
         assert http.get(path).status_code == 200
+    assert http.post("/ping").status_code == 200
+    with LiveServer(open_service=False, api_key="k") as starting, starting.http() as other:
+        assert [other.get(path).status_code for path in ("/health", "/ping", "/load")] == [200, 503, 401]
+
+
+def test_load_counts_what_is_not_answered() -> None:
+    with LiveServer(lambda: FakeCore(step_seconds=0.01)) as server, server.http() as http:
+        assert http.get("/load").json() == {"server_load": 0}
+        body = {
+            "text": "Once upon",
+            "stream": True,
+            "sampling_params": {"n": 3, "max_new_tokens": 200, "ignore_eos": True},
+        }
+        with http.stream("POST", "/generate", json=body) as answer:
+            lines = answer.iter_lines()
+            for _ in range(9):  # events of all three
+                next(lines)
+            assert httpx.get(f"{server.url}/load").json() == {"server_load": 3}
+            [found] = httpx.get(f"{server.url}/get_load").json()
+        assert (found["dp_rank"], found["num_reqs"], found["num_waiting_reqs"]) == (0, 3, 0)
+        assert found["num_tokens"] >= 3 * 4
+
+
+def test_the_tokenizer_is_described_without_a_path(http: httpx.Client) -> None:
+    answer = http.get("/tokenizer_info")
+    found = answer.json()
+    names = ("bos_token", "eos_token", "unk_token", "tokenizer_class", "model_max_length", "vocab_size")
+    assert [found[name] for name in names] == ["<s>", "</s>", "<unk>", "PreTrainedTokenizerFast", 512, 512]
+    assert found["chat_template"] == TEMPLATE.read_text()
+    assert found["added_tokens_decoder"]["1"] == {"content": "<s>", "special": True}
+    assert MODEL not in answer.text
 
 
 def test_metrics_count_what_happened() -> None:

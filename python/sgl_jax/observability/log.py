@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 READY = "The server is fired up and ready to roll!"  # scripts of the SGLang family wait for these words
 
-QUIET_PATHS = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by probes and scrapers
+QUIET_PATHS = frozenset(
+    {"/health", "/ready", "/ping", "/metrics", "/load", "/get_load"}
+)  # asked every few seconds by probes and scrapers
 
 
 class _Formatter(logging.Formatter):

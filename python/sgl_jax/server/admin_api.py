@@ -12,7 +12,18 @@ from sgl_jax.observability.metrics import exposition
 from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.error_envelope import ApiError, unknown_model
-from sgl_jax.server.responses import ModelCard, ModelInfo, ModelList, ServerInfo, Status, Version
+from sgl_jax.server.responses import (
+    AddedTokenInfo,
+    Load,
+    ModelCard,
+    ModelInfo,
+    ModelList,
+    RankLoad,
+    ServerInfo,
+    Status,
+    TokenizerInfo,
+    Version,
+)
 from sgl_jax.server.sse import json_unless_disconnected
 
 _HEALTH_TIMEOUT_S = 20.0
@@ -40,6 +51,12 @@ def _add_health(routes: APIRouter, state: ServerState) -> None:
         """Answers 200 when requests are accepted: after warming up, until shutting down, unless the engine hangs."""
         service.check_progress()
         return json_response(Status("ready"))
+
+    @routes.post("/ping", tags=["Health"], **documented(Status, without=(401,)))
+    @routes.get("/ping", tags=["Health"], **documented(Status, without=(401,)))
+    async def ping() -> Response:
+        """Answers as /ready does, under the name that SageMaker asks for."""
+        return await ready()
 
     @routes.get("/health_generate", tags=["Health"], **documented(Status))
     async def health_generate(request: Request) -> Response:
@@ -92,6 +109,27 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
         about = {"tokenizer_path": state.tokenizer_path, "version": __version__, "engine": info}
         sizes = {"max_total_num_tokens": info.max_total_tokens, "internal_states": [numbers]}
         return json_response({**state.server_args.to_dict(), **about, **sizes})
+
+    @routes.get("/load", tags=["Information"], **documented(Load, without=(500, 503)))
+    async def load() -> Response:
+        """Counts the requests that have not been answered yet, each of n for itself."""
+        return json_response(Load(service.num_live))
+
+    @routes.get("/get_load", tags=["Information"], **documented(RankLoad, only_list=True))
+    async def get_load() -> Response:
+        """Returns what the engine reported last, of all data ranks together as one."""
+        stats, tokens = service.stats, service.info.max_total_tokens
+        total = stats.num_running + stats.num_waiting
+        return json_response([RankLoad(0, total, stats.num_waiting, round(stats.kv_usage * tokens))])
+
+    @routes.get("/tokenizer_info", tags=["Information"], **documented(TokenizerInfo))
+    async def tokenizer_info() -> Response:
+        """Describes the tokenizer, with the names that tokenizer_config.json has, for clients that count tokens."""
+        tokenizer, limit = state.tokenizer, service.info.context_length
+        added = {i: AddedTokenInfo(token, i in tokenizer.special) for i, token in tokenizer.added_tokens.items()}
+        template = tokenizer.template_source()
+        about = TokenizerInfo(tokenizer.class_name, limit, tokenizer.vocab_size, template, added)
+        return json_response({**msgspec.structs.asdict(about), **tokenizer.special_names})
 
     @routes.get("/version", tags=["Information"], **documented(Version, without=(500, 503)))
     async def version() -> Response:

@@ -38,12 +38,18 @@ _ERRORS = {
 
 
 def documented(
-    answer: type | None, *also: int, without: Collection[int] = (), or_list: bool = False, media_type: str = _JSON
+    answer: type | None,
+    *also: int,
+    without: Collection[int] = (),
+    or_list: bool = False,
+    only_list: bool = False,
+    media_type: str = _JSON,
 ) -> dict[str, Any]:
-    """Document a route's answers: its own, or with `or_list` a list of such ones, too, and the errors it can give, by
-    their statuses: the usual ones but for those in `without`, and `also`. One that can give a 429 can stream."""
+    """Document a route's answers: its own, with `or_list` a list of such ones, too, with `only_list` nothing else, and
+    the errors it can give, by their statuses: the usual ones but for those in `without`, and `also`. One that can give a 429 can stream."""
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
-    schema = {"anyOf": [schema, {"type": "array", "items": schema}]} if or_list else schema
+    several = {"type": "array", "items": schema}
+    schema = several if only_list else {"anyOf": [schema, several]} if or_list else schema
     content = {media_type: {"schema": schema}} | ({"text/event-stream": {"schema": _EVENT}} if 429 in also else {})
     envelope = {_JSON: {"schema": {"$ref": _REF.format(name=ErrorResponse.__name__)}}}
     statuses = sorted({*_USUAL, *also} - {*without})

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 type Rule = Callable[[Scope, Headers], ApiError | None]
 
-OPEN_PATHS = frozenset({"/health", "/ready"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/ping"})
 _MOST_BODIES = 16  # bodies of the largest size that may be in memory at once
 _SMALL = 64 * 1024  # bytes of a body that is always taken
 _REQUEST_ID = re.compile(r"[!#-~]{1,128}")  # ASCII without space and quote, which the log line needs

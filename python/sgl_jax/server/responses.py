@@ -209,3 +209,29 @@ class ServerInfo(msgspec.Struct):
     version: str
     tokenizer_path: str
     internal_states: list[dict[str, Any]]
+
+
+class Load(msgspec.Struct):
+    server_load: int
+
+
+class RankLoad(msgspec.Struct):
+    dp_rank: int
+    num_reqs: int  # running and waiting
+    num_waiting_reqs: int
+    num_tokens: int  # held in the KV cache by running requests, in whole pages
+
+
+class AddedTokenInfo(msgspec.Struct):
+    content: str
+    special: bool
+
+
+class TokenizerInfo(msgspec.Struct):
+    """Answer of /tokenizer_info, which also has the special tokens by name: `bos_token`, `eos_token`, …"""
+
+    tokenizer_class: str | None  # as the model's files name it; None: they do not
+    model_max_length: int
+    vocab_size: int
+    chat_template: str | None
+    added_tokens_decoder: dict[int, AddedTokenInfo]

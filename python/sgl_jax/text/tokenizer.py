@@ -1,6 +1,6 @@
 """Loads a tokenizer from a Hugging Face directory or hub id (tokenizer.json, else a vocabulary), or a GGUF file."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import tokenizers
@@ -41,6 +41,8 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.longest_token = max(map(len, backend.get_vocab()), default=1)  # in characters
         self._add_bos = found.add_bos
+        self.class_name = found.class_name
+        self.special_names: Mapping[str, str | list[str]] = special  # the tokens by name: "pad_token"
         default = chat_template or found.chat_template
         sources = {} if chat_template else dict(found.named_templates)
         sources |= {"default": default} if default else {}
@@ -121,6 +123,11 @@ class Tokenizer:
     def is_added(self, token: int) -> bool:
         """Return whether the token stands beside the vocabulary's pieces, as special tokens do."""
         return token in self.added_tokens
+
+    def template_source(self) -> str | None:
+        """Return the text of the default chat template; None: there is none."""
+        found = self._templates.get("default")
+        return None if found is None else found.source
 
     def chat_template(self, name: str = "default") -> ChatTemplate:
         """Return the template of a name ("tool_use"), or else the default one. Raises TemplateError if there is none."""

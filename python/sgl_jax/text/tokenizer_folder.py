@@ -24,7 +24,8 @@ FILES = (*_VOCABULARIES, *_CONFIGS, "chat_template.*", "additional_chat_template
 def load_folder(place: Path) -> Vocabulary:
     """Read the folder. Raises ModelError, which names the file, where that is not possible."""
     config = JsonFile(place / "tokenizer_config.json")
-    kind = str(config.fields.get("tokenizer_class"))
+    named = config.fields.get("tokenizer_class")
+    kind = str(named)
     found = _vocabulary(place, prefix_once=kind.startswith("Llama") and config.get("legacy", bool) is not True)
     backend = found.backend
     backend.no_truncation()
@@ -45,7 +46,12 @@ def load_folder(place: Path) -> Vocabulary:
     templates = _templates(place, config)
     default = templates.pop("default", found.chat_template)
     return dataclasses.replace(
-        found, special_tokens=special, chat_template=default, named_templates=templates, add_bos=add_bos
+        found,
+        special_tokens=special,
+        chat_template=default,
+        named_templates=templates,
+        add_bos=add_bos,
+        class_name=named if isinstance(named, str) else None,
     )
 
 
