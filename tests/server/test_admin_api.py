@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
 import msgspec
 import openai
+import pytest
 from live_server import MODEL, TEMPLATE, LiveServer
 
 import sgl_jax
 from fakes.fake_core import FakeCore
 from sgl_jax.engine.messages import Stats
+from sgl_jax.observability.peer_metrics import NAMES
 
 
 def test_models(client: openai.OpenAI, http: httpx.Client) -> None:
@@ -102,6 +106,47 @@ def test_metrics_count_what_happened() -> None:
         assert (head.status_code, head.text) == (200, "")
 
 
+@pytest.mark.parametrize(
+    ("peer", "expected"),
+    [
+        (
+            "vllm",
+            {
+                'num_requests_running{engine="0",model_name="stories"}': 0,
+                'kv_cache_usage_perc{engine="0",model_name="stories"}': 0,
+                'prefix_cache_queries_total{engine="0",model_name="stories"}': 6,
+                'prefix_cache_hits_total{engine="0",model_name="stories"}': 2,
+                'prompt_tokens_total{engine="0",model_name="stories"}': 6,
+                'request_success_total{engine="0",finished_reason="stop",model_name="stories"}': 2,
+                'e2e_request_latency_seconds_bucket{engine="0",le="+Inf",model_name="stories"}': 2,
+                'time_to_first_token_seconds_count{engine="0",model_name="stories"}': 2,
+            },
+        ),
+        (
+            "sglang",
+            {
+                'num_running_reqs{model_name="stories"}': 0,
+                'num_queue_reqs{model_name="stories"}': 0,
+                'token_usage{model_name="stories"}': 0,
+                'cache_hit_rate{model_name="stories"}': 1 / 3,
+                'generation_tokens_total{model_name="stories"}': 8,
+                'inter_token_latency_seconds_count{model_name="stories"}': 6,
+            },
+        ),
+    ],
+)
+def test_metrics_have_the_names_of_another_engine_too(peer: str, expected: dict[str, float]) -> None:
+    with LiveServer(metrics_compat=peer) as server, server.http() as http:
+        http.post("/generate", json={"text": "Once upon", "sampling_params": {"n": 2}})
+        text = http.get("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert values["sgl_jax_num_requests_running"] == "0.0"
+    assert {name: float(values[f"{peer}:{name}"]) for name in expected} == expected
+    shown = {re.sub(r"_total$", "", line.split(" ")[2]) for line in text.splitlines() if line.startswith("# TYPE")}
+    drafts = {name for name in NAMES[peer] if name.startswith("spec_")}
+    assert {f"{peer}:{name}" for name in NAMES[peer].keys() - drafts} <= shown
+
+
 class Speculating(FakeCore):
     def _stats(self) -> Stats:
         counts = {"draft_steps": 4, "drafted_tokens": 12, "accepted_drafts": 6, "accepted_per_position": [3, 2, 1]}
@@ -109,7 +154,7 @@ class Speculating(FakeCore):
 
 
 def test_a_launch_that_speculates_has_numbers_of_its_drafts() -> None:
-    with LiveServer(Speculating) as server, server.http() as http:
+    with LiveServer(Speculating, metrics_compat="vllm") as server, server.http() as http:
         http.post("/generate", json={"text": "Once upon"})
         lines = [line for line in http.get("/metrics").text.splitlines() if line.startswith("sgl_jax_spec_")]
         assert {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)} == {
@@ -122,4 +167,5 @@ def test_a_launch_that_speculates_has_numbers_of_its_drafts() -> None:
             'sgl_jax_spec_decode_num_accepted_tokens_per_pos_total{position="1"}': 2,
             'sgl_jax_spec_decode_num_accepted_tokens_per_pos_total{position="2"}': 1,
         }
+        assert "\nvllm:spec_decode_num_drafts_total{" in http.get("/metrics").text
         assert http.get("/get_server_info").json()["internal_states"][0]["avg_spec_accept_length"] == 2.5

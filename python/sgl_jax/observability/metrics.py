@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from sgl_jax.observability.peer_metrics import Peer, renamed
+
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
 
@@ -80,10 +82,19 @@ class RequestMetrics:
 
 
 class _Collector:
-    def __init__(self, requests: RequestMetrics, stats: Stats, about: Mapping[str, str], num_adapters: int):
+    def __init__(
+        self, requests: RequestMetrics, stats: Stats, about: Mapping[str, str], num_adapters: int, peer: Peer | None
+    ):
         self._requests, self._stats, self._about, self._num_adapters = requests, stats, about, num_adapters
+        self._peer: Peer | None = peer
 
     def collect(self) -> Iterator[Metric]:
+        ours = [*self._ours()]
+        yield from ours
+        if self._peer is not None:
+            yield from renamed(ours, self._peer, self._about["model_name"])
+
+    def _ours(self) -> Iterator[Metric]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 
         build = GaugeMetricFamily("sgl_jax_build_info", "Always 1; what is served, and by what", labels=[*self._about])
@@ -114,9 +125,10 @@ class _Collector:
 
 
 def exposition(
-    requests: RequestMetrics, stats: Stats, about: Mapping[str, str], num_adapters: int
+    requests: RequestMetrics, stats: Stats, about: Mapping[str, str], num_adapters: int, peer: Peer | None = None
 ) -> tuple[bytes, str]:
-    """Return the text that Prometheus scrapes, and its content type. `about`: labels of the info metric."""
+    """Return the text that Prometheus scrapes, and its content type. `about`: labels of the info metric. `peer`: an
+    engine whose names the metrics have, too."""
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-    return generate_latest(_Collector(requests, stats, about, num_adapters)), CONTENT_TYPE_LATEST
+    return generate_latest(_Collector(requests, stats, about, num_adapters, peer)), CONTENT_TYPE_LATEST

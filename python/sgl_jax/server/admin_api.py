@@ -140,7 +140,9 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
         """Returns the metrics in the format of Prometheus."""
         about = {"version": __version__, "model_name": state.model_name}
         num_adapters = len(service.adapters.loaded) if service.ready_once else 0
-        text, media_type = exposition(service.metrics, service.stats, about, num_adapters)
+        text, media_type = exposition(
+            service.metrics, service.stats, about, num_adapters, state.server_args.metrics_compat
+        )
         return Response(text, media_type=media_type)
 
 

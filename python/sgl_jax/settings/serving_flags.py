@@ -149,6 +149,12 @@ class ServingFlags:
     max_request_bytes: int = flag(
         16 * 2**20, "bytes of a request's body, above which it gets a 413", rule=at_least(1024), per_host=True
     )
+    metrics_compat: Literal["vllm", "sglang"] | None = flag(
+        None,
+        "an engine under whose names /metrics has its numbers, too, for gateways that know no others",
+        unset="our names alone",
+        per_host=True,
+    )
     stream_interval: int = flag(1, "tokens per streamed chunk after the first", rule=at_least(1), per_host=True)
     shutdown_timeout_s: float = flag(
         60.0,
