@@ -220,6 +220,10 @@ def test_what_cannot_be_honoured_is_refused_by_name(http: httpx.Client, more: di
 def test_errors_have_the_form_of_the_api(http: httpx.Client) -> None:
     unknown = http.post("/v1/messages", json=body() | {"model": "other"})
     assert (unknown.status_code, unknown.json()["error"]["type"]) == (404, "not_found_error")
+    assert unknown.json()["request_id"] == unknown.headers["request-id"] == unknown.headers["x-request-id"]
+    taken = http.post("/v1/messages", json=body(), headers={"x-request-id": "mine"})
+    assert taken.headers["request-id"] == "mine"
+    assert "request-id" not in http.get("/v1/models").headers
     broken = http.post("/v1/messages", content=b"{", headers={"content-type": "application/json"})
     assert (broken.status_code, broken.json()["type"]) == (400, "error")
     with LiveServer(api_key="secret") as guarded, guarded.http() as other:
@@ -229,7 +233,7 @@ def test_errors_have_the_form_of_the_api(http: httpx.Client) -> None:
         taken = other.post("/v1/messages", json=body(), headers={"x-api-key": "secret"})
         assert taken.status_code == 200
         wrong = other.post("/v1/messages", json=body(), headers={"x-api-key": "secre"})
-        assert wrong.status_code == 401
+        assert (wrong.status_code, wrong.json()["request_id"]) == (401, wrong.headers["request-id"])
 
 
 def test_turns_are_as_templates_take_them(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def bodies(waits: Sequence[float], comment_every: float = 0.1) -> list[bytes]:
 
     async def main() -> None:
         generation = Generation([], True, lambda keys, outcome: None)
-        await EventStream(generation, events(), comment_every)({"type": "http"}, receive, send)
+        await EventStream(generation, events(), comment_every)({"type": "http", "path": "/generate"}, receive, send)
         await asyncio.sleep(2 * comment_every)  # nothing comes after the end
 
     asyncio.run(main())

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sgl_jax.engine.generation import Generation
 from sgl_jax.observability.log import QUIET_PATHS, access_line
 from sgl_jax.server.connection import body_too_large
-from sgl_jax.server.error_envelope import ApiError
+from sgl_jax.server.error_envelope import ANTHROPIC, ApiError
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,13 @@ class RequestLog:
             nonlocal status, ended
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], *((name, request_id.encode()) for name in names)]
             await send(message)
             ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         path, is_head = scope["path"], scope["method"] == "HEAD"
+        names = [b"x-request-id", *([b"request-id"] if path.startswith(ANTHROPIC) else [])]  # as its clients call it
+        scope["state"]["request_id"] = request_id
         # Each path is also taken with a slash behind it, and HEAD wherever GET is; the connection drops the body.
         inner = {**scope, "path": path.rstrip("/") or "/", "method": "GET" if is_head else scope["method"]}
         try:
@@ -85,7 +87,7 @@ class Guard:
             if refusal := rule(scope, headers):
                 # A client that waits for "100 Continue" will not send its body, which the next request cannot follow.
                 close = {"connection": "close"} if "expect" in headers else {}
-                return await refusal.response(close, scope["path"])(scope, receive, send)
+                return await refusal.response(close, scope)(scope, receive, send)
         size = 0
 
         async def counted() -> Message:
@@ -121,7 +123,7 @@ class Pages(CORSMiddleware):
             allow_methods=("GET", "HEAD", "OPTIONS", "POST"),
             allow_headers=("*",),
             allow_private_network=True,
-            expose_headers=("Retry-After", "X-Request-Id"),
+            expose_headers=("Retry-After", "X-Request-Id", "Request-Id"),
         )
         self._refuse = refuse
 
@@ -131,7 +133,7 @@ class Pages(CORSMiddleware):
             return await self.app(scope, receive, send)
         ours = origin.partition("://")[2] == headers.get("host") or self.is_allowed_origin(origin)
         if self._refuse and not ours:
-            return await _foreign(origin).response(path=scope["path"])(scope, receive, send)
+            return await _foreign(origin).response(scope=scope)(scope, receive, send)
         await super().__call__(scope, receive, send)
 
     def preflight_response(self, request_headers: Headers) -> Response:

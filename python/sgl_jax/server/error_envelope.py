@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Scope
 
 from sgl_jax.engine import generation
 from sgl_jax.engine.adapter_table import AdapterTable
@@ -24,7 +25,7 @@ from sgl_jax.text.tokenizer import TokenizerError
 logger = logging.getLogger(__name__)
 
 _BAD_REQUEST = "invalid_request_error"
-_ANTHROPIC = "/v1/messages"
+ANTHROPIC = "/v1/messages"  # how paths of Anthropic's API begin
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -68,22 +69,23 @@ class ApiError(HTTPException):
         self.status = status
         self.body = ErrorResponse(ErrorBody(_printable(message), type, param and _printable(param), code))
 
-    def content(self, path: str = "") -> bytes:
-        """Return the error as the API of the path has it."""
-        if not path.startswith(_ANTHROPIC):
+    def content(self, scope: Scope | None = None) -> bytes:
+        """Return the error as the API of the request's path has it."""
+        if scope is None or not scope["path"].startswith(ANTHROPIC):
             return msgspec.json.encode(self.body)
         said = self.body.error
         error = {"type": _ANTHROPIC_TYPES.get(self.status, "api_error" if self.status >= 500 else _BAD_REQUEST)}
         details = {} if self.details is None else {"details": self.details}
-        return msgspec.json.encode({"type": "error", "error": {**error, "message": said.message, **details}})
+        whole = {"type": "error", "error": {**error, "message": said.message, **details}}
+        return msgspec.json.encode({**whole, "request_id": scope["state"].get("request_id")})
 
-    def response(self, headers: Mapping[str, str] | None = None, path: str = "") -> Response:
+    def response(self, headers: Mapping[str, str] | None = None, scope: Scope | None = None) -> Response:
         found = {**(self.headers or {}), **(headers or {})}
         if self.status in (429, 503):
             found["Retry-After"] = str(self.retry_after)
         if self.status == 401:
             found["WWW-Authenticate"] = "Bearer"
-        return Response(self.content(path), self.status, found, media_type="application/json")
+        return Response(self.content(scope), self.status, found, media_type="application/json")
 
 
 def _printable(text: str) -> str:
@@ -196,7 +198,7 @@ def install(app: FastAPI) -> None:
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers=allow)
             error = HTTPException(405, headers=allow)
-        return answer_to(error, f"request to {path}").response(path=path)
+        return answer_to(error, f"request to {path}").response(scope=request.scope)
 
     for kind in (RequestValidationError, HTTPException, Exception, *_EXPECTED):
         app.add_exception_handler(kind, answer)

@@ -51,7 +51,7 @@ class EventStream(Response):
                 self._num_sent += 1
                 await send(_body(data))
         except Exception as error:  # the status line has been sent, so the error can only be the last event
-            await send(_body(_error_event(answer_to(error, "a stream"), scope.get("path", ""))))
+            await send(_body(_error_event(answer_to(error, "a stream"), scope)))
         finally:
             commenting.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -64,8 +64,8 @@ class EventStream(Response):
                 await send(_body(_WAITING))
 
 
-def _error_event(error: ApiError, path: str) -> bytes:
-    content = error.content(path)
+def _error_event(error: ApiError, scope: Scope) -> bytes:
+    content = error.content(scope)
     name = (
         b"event: error\n" if content.startswith(b'{"type":"error"') else b""
     )  # as Anthropic's clients tell events apart
