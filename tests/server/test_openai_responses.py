@@ -239,6 +239,60 @@ def test_a_stored_response_is_given_as_it_is(http: httpx.Client) -> None:
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "stream")
 
 
+def test_items_of_an_input_are_listed(client: openai.OpenAI, http: httpx.Client) -> None:
+    items: list[dict[str, Any]] = [
+        {"role": "developer", "content": "d"},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "z", "annotations": []}]},
+        {"type": "reasoning", "summary": [], "content": [{"type": "reasoning_text", "text": "t"}]},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}", "id": "fc_mine"},
+        {"type": "function_call_output", "call_id": "1", "output": "o"},
+    ]
+    response = client.responses.create(model="stories", input=items)
+    found = list(client.responses.input_items.list(response.id, order="asc", limit=2))  # the client asks for each page
+    assert [each.type for each in found] == [each.get("type", "message") for each in items]
+    assert len({each.id for each in found}) == 5
+    assert found[3].id == "fc_mine"
+    assert [found[i].content[0].model_dump(exclude_none=True) for i in range(2)] == [
+        {"type": "input_text", "text": "d"},
+        {"type": "output_text", "text": "z", "annotations": []},
+    ]
+    assert list(client.responses.input_items.list(response.id)) == found[::-1]
+    page = client.responses.input_items.list(response.id, order="asc", limit=1, after="fc_mine")
+    assert (page.data, page.has_more) == (found[4:], False)
+    [only] = client.responses.input_items.list(client.responses.create(model="stories", input="Hi.").id)
+    assert (only.role, only.content[0].text) == ("user", "Hi.")
+    path = f"/v1/responses/{response.id}/input_items"
+    for name, value in (("limit", "0"), ("limit", "x"), ("order", "up"), ("after", "msg_0"), ("include", "a")):
+        refused = http.get(path, params={name: value})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
+    assert http.get("/v1/responses/resp_0/input_items").status_code == 404
+
+
+def test_a_running_response_is_found() -> None:
+    with LiveServer(lambda: FakeCore(step_seconds=0.05), chat_template=TEMPLATE) as live, live.openai() as client:
+
+        def begun(**more: Any) -> tuple[Any, str]:
+            events = iter(client.responses.create(model="stories", input="a long story " * 4, stream=True, **more))
+            return events, next(events).response.id
+
+        events, running = begun()
+        assert client.responses.retrieve(running).status == "in_progress"
+        assert len(client.responses.input_items.list(running).data) == 1
+        with pytest.raises(openai.ConflictError, match="in_progress"):
+            client.responses.create(model="stories", input="a", previous_response_id=running)
+        final = list(events)[-1].response
+        assert client.responses.retrieve(running) == final
+        deleted, unstored = begun(), begun(store=False)
+        client.responses.delete(deleted[1])
+        for _, each in (deleted, unstored):
+            with pytest.raises(openai.NotFoundError):
+                client.responses.retrieve(each)
+        for events, each in (deleted, unstored):
+            assert list(events)[-1].type == "response.completed"
+            with pytest.raises(openai.NotFoundError):
+                client.responses.retrieve(each)
+
+
 def test_old_responses_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sgl_jax.server.stored_responses._MOST", 2)
     with LiveServer(FakeCore, chat_template=TEMPLATE) as live, live.openai() as client:

@@ -79,6 +79,7 @@ def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
         "/v1/responses",
         "/v1/responses/{response_id}",
         "/v1/responses/{response_id}/cancel",
+        "/v1/responses/{response_id}/input_items",
         "/v1/models",
         "/v1/models/{model}",
         "/generate",

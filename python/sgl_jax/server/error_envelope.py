@@ -131,7 +131,7 @@ def _http_message(error: HTTPException) -> str:
 
 def _validation_error(error: RequestValidationError) -> ApiError:
     # A value may fail every branch of a union; the error of the branch that got furthest says most.
-    found = [(each, *_field(each["loc"][1:], error.body, each["type"] == "missing")) for each in error.errors()]
+    found = [(each, *_field(each["loc"], error.body, each["type"] == "missing")) for each in error.errors()]
     first, field, _ = max(found, key=lambda item: (item[2], item[0]["type"].startswith("union_tag")))
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", first["msg"])
@@ -171,7 +171,11 @@ def _unsupported(field: str, value: object = None) -> ApiError:
 
 
 def _field(loc: Sequence[Any], body: Any, is_missing: bool) -> tuple[str, int]:
-    """Return messages[0].content for a path that also names the branches of unions, and how many steps it has."""
+    """Return messages[0].content for a path that also names the branches of unions, and how many steps it has.
+    Its first step says where the field is: in the body, or in the URL."""
+    where, *loc = loc
+    if where == "query":
+        return str(loc[0]), 1
     found, depth = "", 0
     for i, step in enumerate(loc):
         missing = is_missing and i == len(loc) - 1

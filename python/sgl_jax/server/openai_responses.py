@@ -1,21 +1,27 @@
 """/v1/responses, of OpenAI's API: create, retrieve, cancel, delete."""
 
 import uuid
+from collections.abc import Sequence
 from functools import partial
+from typing import Annotated, Literal
 
 import msgspec
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState, json_response
+from sgl_jax.server.chat_turns import Fields
 from sgl_jax.server.documentation import STREAM, documented
 from sgl_jax.server.openai_chat import submitted
 from sgl_jax.server.openai_responses_answer import ResponseAnswer
 from sgl_jax.server.openai_responses_request import Asked, as_chat
 from sgl_jax.server.openai_responses_types import ResponsesRequest
-from sgl_jax.server.responses import DeletedResponse, ResponseObject
+from sgl_jax.server.responses import DeletedResponse, ItemList, ResponseObject
 from sgl_jax.server.stored_responses import StoredResponses
+
+Limit = Annotated[int, Query(ge=1, le=100)]
+Order = Annotated[Literal["asc", "desc"], Query()]
 
 
 def router(state: ServerState) -> APIRouter:
@@ -34,7 +40,16 @@ def router(state: ServerState) -> APIRouter:
     async def retrieve_response(response_id: str, request: Request) -> Response:
         for name in request.query_params.keys() & {"stream", "include", "starting_after"}:
             raise InvalidParameter(name, f"{name} is not supported: a stored response is given as it is")
-        return json_response(store.get(response_id).response)
+        return json_response(store.shown(response_id))
+
+    @routes.get("/v1/responses/{response_id}/input_items", **documented(ItemList, 404))
+    async def list_input_items(
+        response_id: str, request: Request, limit: Limit = 20, order: Order = "desc", after: str | None = None
+    ) -> Response:
+        for name in request.query_params.keys() - {"limit", "order", "after"}:
+            raise InvalidParameter(name, f"{name} is not supported: items are given whole, by limit, order and after")
+        items = store.input(response_id)
+        return json_response(_page(items if order == "asc" else items[::-1], limit, after))
 
     @routes.post("/v1/responses/{response_id}/cancel", **documented(ResponseObject, 404))
     async def cancel_response(response_id: str) -> Response:
@@ -46,6 +61,17 @@ def router(state: ServerState) -> APIRouter:
         return json_response(DeletedResponse(response_id))
 
     return routes
+
+
+def _page(items: Sequence[Fields], limit: int, after: str | None) -> ItemList:
+    """Return the items behind the one with the id `after`, or the first ones. Raises InvalidParameter."""
+    ids = [str(each["id"]) for each in items]
+    if after is not None and after not in ids:
+        raise InvalidParameter("after", f"after is {after[:100]}, which is no item of this response's input")
+    start = 0 if after is None else ids.index(after) + 1
+    shown = slice(start, start + limit)
+    first, last = (ids[shown] or [None])[0], (ids[shown] or [None])[-1]
+    return ItemList([*items[shown]], first, last, start + limit < len(items))
 
 
 def _check_unicode(body: ResponsesRequest) -> None:

@@ -13,7 +13,7 @@ from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.chat_choice import ChoiceReader
 from sgl_jax.server.error_envelope import answer_to
 from sgl_jax.server.openai_chat import ChatAnswer
-from sgl_jax.server.openai_responses_request import Asked, messages_of
+from sgl_jax.server.openai_responses_request import Asked, listed, messages_of
 from sgl_jax.server.openai_responses_types import ConversationItem
 from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.text.tool_calls.answer import Arguments, Call, Part, Text, Thought
@@ -57,7 +57,8 @@ class ResponseAnswer(ChatAnswer):
     async def _events(self) -> AsyncIterator[Event]:
         """Yield the events of the response, without their numbers. One that fails ends with an event, too."""
         final: Event | None = None
-        self._asked.store.begin(self.id)
+        stored = self._asked.body.store is not False
+        self._asked.store.begin(self.id, self._response, listed(self._asked.input), stored)
         try:
             for name in ("created", "in_progress"):
                 yield {"type": f"response.{name}", "response": self._response()}
@@ -86,8 +87,7 @@ class ResponseAnswer(ChatAnswer):
             self._asked.store.end(self.id, final)
 
     def _keep(self, response: Event) -> None:
-        body = self._asked.body
-        if body.store is False or self._error is not None:
+        if self._error is not None:
             return
         items = _ITEMS.validate_python(self._items.whole)
         messages = [*self._asked.earlier, *messages_of(self._asked.input), *messages_of(items)]

@@ -1,6 +1,7 @@
 """Requests of OpenAI's Responses API as chat completion requests."""
 
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pydantic import ValidationError
@@ -22,6 +23,14 @@ from sgl_jax.server.openai_responses_types import (
 )
 from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.server.stored_responses import StoredResponses
+
+# By type, how ids of items begin, and fields that items have even when a request leaves them out.
+_LISTED: Mapping[str, tuple[str, Fields]] = {
+    "message": ("msg", {}),
+    "function_call": ("fc", {}),
+    "function_call_output": ("fco", {}),
+    "reasoning": ("rs", {"summary": []}),
+}
 
 
 class Asked(NamedTuple):
@@ -79,6 +88,23 @@ def messages_of(given: str | Sequence[ConversationItem]) -> list[Fields]:
             answer = {"role": "assistant", "content": ""}
             found.append(answer)
         _add(answer, item)
+    return found
+
+
+def listed(given: str | Sequence[ConversationItem]) -> list[Fields]:
+    """Return the items of an input as the API lists them, each with an id."""
+    items = [InputMessage(role="user", content=given)] if isinstance(given, str) else given
+    found = []
+    for item in items:
+        fields: Fields = item.model_dump(exclude_none=True)
+        if isinstance(item, InputMessage):
+            name = "output_text" if item.role == "assistant" else "input_text"
+            fields["content"] = [
+                {"type": name, "text": text} | ({"annotations": []} if item.role == "assistant" else {})
+                for text in ([item.content] if isinstance(item.content, str) else (part.text for part in item.content))
+            ]
+        prefix, more = _LISTED[item.type]
+        found.append({"id": f"{prefix}_{uuid.uuid4().hex}", "status": "completed", **more, **fields})
     return found
 
 

@@ -128,6 +128,14 @@ class ResponseObject(msgspec.Struct):
     usage: dict[str, Any] | None
 
 
+class ItemList(msgspec.Struct):
+    data: list[dict[str, Any]]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+    object: Literal["list"] = "list"
+
+
 class DeletedResponse(msgspec.Struct):
     id: str
     object: Literal["response.deleted"] = "response.deleted"

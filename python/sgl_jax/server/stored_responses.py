@@ -3,6 +3,7 @@
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -22,7 +23,18 @@ class Stored(msgspec.Struct):
     response: Response
     messages: list[Fields]
     items: dict[str, ConversationItem]  # its output, by id
+    input: list[Fields]  # items, with their ids
     size: int
+
+
+@dataclass
+class Running:
+    """A response that is being generated."""
+
+    shown: Callable[[], Response]  # makes the response as it is now
+    input: list[Fields]
+    is_stored: bool  # it is kept when it ends, and until then found
+    ending: asyncio.Future[Response | None]
 
 
 class StoredResponses:
@@ -30,31 +42,52 @@ class StoredResponses:
 
     def __init__(self) -> None:
         self._found: OrderedDict[str, Stored] = OrderedDict()
-        self._running: dict[str, asyncio.Future[Response | None]] = {}
+        self._running: dict[str, Running] = {}
         self._num_bytes = 0
 
-    def begin(self, response_id: str) -> None:
-        self._running[response_id] = asyncio.get_running_loop().create_future()
+    def begin(self, response_id: str, shown: Callable[[], Response], given: list[Fields], is_stored: bool) -> None:
+        """Note a response that is being generated, and its input."""
+        self._running[response_id] = Running(shown, given, is_stored, asyncio.get_running_loop().create_future())
 
     def end(self, response_id: str, response: Response | None) -> None:
         """Say how a response that began has ended. None: nobody waits for it any more."""
-        self._running.pop(response_id).set_result(response)
+        self._running.pop(response_id).ending.set_result(response)
 
     def keep(
         self, response_id: str, response: Response, messages: list[Fields], items: Sequence[ConversationItem]
     ) -> None:
-        size = len(msgspec.json.encode((response, messages)))
-        self._found[response_id] = Stored(response, messages, {each.id: each for each in items if each.id}, size)
+        """Store a response that ends, unless it is not to be stored, or has been deleted meanwhile."""
+        if not (running := self._running[response_id]).is_stored:
+            return
+        size = len(msgspec.json.encode((response, messages, running.input)))
+        by_id = {each.id: each for each in items if each.id}
+        self._found[response_id] = Stored(response, messages, by_id, running.input, size)
         self._num_bytes += size
         while len(self._found) > _MOST or (self._num_bytes > _MOST_BYTES and len(self._found) > 1):
             self._num_bytes -= self._found.popitem(last=False)[1].size
 
     def get(self, response_id: str, param: str | None = None) -> Stored:
-        """Return a response. Raises ApiError for one that is not there."""
+        """Return a response that has ended. Raises ApiError for one that is not there."""
+        if self._is_running(response_id):
+            raise ApiError(
+                409, "the response is in_progress; go on from it when it has ended", param=param, code="conflict"
+            )
         if (found := self._found.get(response_id)) is None:
             text = f"there is no response {response_id[:100]}; the latest {_MOST} that were stored are kept"
             raise ApiError(404, text, param=param, code="response_not_found")
         return found
+
+    def _is_running(self, response_id: str) -> bool:
+        running = self._running.get(response_id)
+        return running is not None and running.is_stored
+
+    def shown(self, response_id: str) -> Response:
+        """Return a response as it is now. Raises ApiError for one that is not there."""
+        return self._running[response_id].shown() if self._is_running(response_id) else self.get(response_id).response
+
+    def input(self, response_id: str) -> list[Fields]:
+        """Return the items of a response's input. Raises ApiError for one that is not there."""
+        return self._running[response_id].input if self._is_running(response_id) else self.get(response_id).input
 
     def resolved(self, given: str | Sequence[InputItem]) -> str | list[ConversationItem]:
         """Return an input with the items that it refers to. Raises ApiError for one that is not there."""
@@ -69,14 +102,18 @@ class StoredResponses:
         return item
 
     def delete(self, response_id: str) -> None:
-        """Forget a response. Raises ApiError for one that is not there."""
+        """Forget a response; one that is being generated goes to its client alone. Raises ApiError for one that is not
+        there."""
+        if self._is_running(response_id):
+            self._running[response_id].is_stored = False
+            return
         self._num_bytes -= self.get(response_id).size
         del self._found[response_id]
 
     async def cancelled(self, response_id: str, abort: Callable[[], object]) -> Response:
         """Abort a response that is being generated, and return it when it has ended. Raises ApiError for one that is not."""
-        if (ending := self._running.get(response_id)) is None:
+        if (running := self._running.get(response_id)) is None:
             status = self.get(response_id).response["status"]
             raise ApiError(400, f"the response is {status}; only one that is being generated can be cancelled")
         abort()
-        return await asyncio.shield(ending) or self.get(response_id).response
+        return await asyncio.shield(running.ending) or self.get(response_id).response
