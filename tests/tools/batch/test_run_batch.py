@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fakes.fake_core import FakeCore
+from messages import says
 from server.live_server import MODEL, LiveServer
 from sgl_jax.tools.batch.batch_command import main
 
@@ -120,6 +122,33 @@ def test_flags_that_cannot_be_honoured_are_refused(tmp_path: Path, capsys, flags
     assert main(["-i", str(tmp_path / "in.jsonl"), "-o", str(tmp_path / "out.jsonl"), *flags]) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_full_server_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sgl_jax.tools.batch.batch_command._MOST_WAIT_S", 0.02)
+    written(tmp_path, *(chat(f"r{i}") for i in range(12)))
+    with LiveServer(lambda: FakeCore(step_seconds=0.01), max_queued_requests=1) as full:
+        assert run(tmp_path, full) == 0
+    assert set(answers(tmp_path / "out.jsonl")) == {f"r{i}" for i in range(12)}
+
+
+@pytest.mark.parametrize(("tries", "seconds"), [(3, 600.0), (120, 0.05)])
+def test_a_server_that_stays_full_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, tries: int, seconds: float
+) -> None:
+    command = "sgl_jax.tools.batch.batch_command"
+    for name, value in (("_MOST_WAIT_S", 0.02), ("_MOST_TRIES", tries), ("_MOST_S", seconds)):
+        monkeypatch.setattr(f"{command}.{name}", value)
+    written(tmp_path, *(chat(f"r{i}") for i in range(5)))
+    with LiveServer(open_service=False) as closed:
+        assert run(tmp_path, closed, "--concurrency", "2") == 1
+    found = answers(tmp_path / "out.jsonl")
+    assert set(found) == {f"r{i}" for i in range(5)}
+    for each in found.values():
+        assert (each["response"], each["error"]["code"]) == (None, "server_full")
+        assert says(each["error"]["message"], f"503 … {tries} tries and {seconds:.0f} s … starting")
+    said = capsys.readouterr().err
+    assert says(said, f"5 failed … 5 … {tries} tries or {seconds:.0f} s")
 
 
 def test_without_a_server_nothing_is_lost(tmp_path: Path, capsys) -> None:

@@ -8,6 +8,8 @@ import contextlib
 import socket
 import subprocess
 import sys
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -28,7 +30,10 @@ from sgl_jax.tools.batch.batch_file import (
 )
 from sgl_jax.tools.benchmark.terminal import BAD_USE, INTERRUPTED, SOME_FAILED, request_progress
 
-_POLL_S, _RETRY_S = 0.2, 1.0
+_POLL_S = 0.2
+_MOST_TRIES, _MOST_S = 120, 600.0  # of a request, while the server is full
+_LEAST_WAIT_S, _MOST_WAIT_S = 1.0, 30.0  # between two tries; the server says how long in Retry-After
+_GAVE_UP = "server_full"  # code of the error of a request that was tried too often
 
 
 class NoServer(Exception):
@@ -64,6 +69,7 @@ async def _run(args: argparse.Namespace, rest: Sequence[str], key: str | None) -
             return SOME_FAILED if mistakes else 0
         async with _server(args.base_url, rest) as url, _session(url, key) as session:
             waiting = iter(requests)
+            given_up = Counter[str]()
 
             async def send() -> int:
                 count = 0
@@ -72,31 +78,51 @@ async def _run(args: argparse.Namespace, rest: Sequence[str], key: str | None) -
                     file.write(line_of(answer))
                     file.flush()
                     advance()
+                    given_up.update([answer.error["code"]] if answer.error else [])
                     count += answer.response is None or answer.response["status_code"] != 200
                 return count
 
             number_failed += sum(await asyncio.gather(*(send() for _ in range(args.concurrency))))
     said = f"{len(requests)} answered, {len(finished)} had been before, {number_failed} failed"
+    if number := given_up[_GAVE_UP]:
+        said += (
+            f" ({number} of them given up after {_MOST_TRIES} tries or {_MOST_S:.0f} s, since the server stayed full)"
+        )
     print(f"run_batch: {said}: {args.output_file}", file=sys.stderr)
     return SOME_FAILED if number_failed else 0
 
 
 async def _answer(session: aiohttp.ClientSession, request: BatchRequest) -> BatchAnswer:
     """Send a request, again while the server says that it is full. Raises NoServer if it is gone."""
+    tries, started = 0, time.monotonic()
     while True:
         try:
             async with session.post(request.url, data=msgspec.json.encode(request.body)) as response:
+                tries += 1
                 content = await response.read()
-                if response.status in (429, 503):
-                    await asyncio.sleep(_RETRY_S)
-                    continue
-                return done(
-                    request, response.status, response.headers.get("x-request-id", ""), msgspec.json.decode(content)
-                )
+                if response.status not in (429, 503):
+                    request_id = response.headers.get("x-request-id", "")
+                    return done(request, response.status, request_id, msgspec.json.decode(content))
+                wait = _wait_s(response.headers.get("retry-after", ""))
+                spent = time.monotonic() - started
+                if tries >= _MOST_TRIES or spent + wait > _MOST_S:
+                    return failed(request.custom_id, _GAVE_UP, _gave_up(response.status, content, tries, spent))
+            await asyncio.sleep(wait)
         except aiohttp.ClientConnectorError as error:
             raise NoServer(f"no server answers: {error}; the same command goes on where it stopped") from error
         except (aiohttp.ClientError, msgspec.DecodeError) as error:
             return failed(request.custom_id, "no_answer", str(error) or type(error).__name__)
+
+
+def _wait_s(retry_after: str) -> float:
+    """Return the seconds until the next try. A server may name a date, too, which counts as nothing said."""
+    return min(max(float(retry_after) if retry_after.isdecimal() else 0.0, _LEAST_WAIT_S), _MOST_WAIT_S)
+
+
+def _gave_up(status: int, content: bytes, tries: int, seconds: float) -> str:
+    said = content[:300].decode("utf-8", "replace")
+    limits = f"the limits are {_MOST_TRIES} tries and {_MOST_S:.0f} s"
+    return f"the server answered {status} to each of {tries} tries in {seconds:.0f} s; {limits}: {said}"
 
 
 @contextlib.asynccontextmanager
