@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from html.parser import HTMLParser
 
 import httpx
 import hypothesis
+import msgspec
 import pytest
 import schemathesis
 from live_server import LiveServer
@@ -20,6 +21,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from fakes.fake_core import FakeCore, fake_info
+from sgl_jax.engine.messages import PoolingInfo
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 
@@ -30,11 +32,38 @@ def fuzzed() -> Iterator[LiveServer]:
         yield server
 
 
-@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
+MODES = pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
+VECTORS = ("/v1/embeddings", "/classify", "/encode", "/rerank", "/score")
+
+
+@MODES
 def test_no_input_breaks_the_server(fuzzed: LiveServer, mode: GenerationMode) -> None:
-    schema = schemathesis.openapi.from_url(f"{fuzzed.url}/openapi.json")
+    fuzz_all(fuzzed, mode)
+
+
+@MODES
+@pytest.mark.parametrize(
+    "pooling",
+    [
+        PoolingInfo("embed", 8, normalize=True),
+        PoolingInfo("classify", 1, labels=["a"], activation="sigmoid"),
+        PoolingInfo("score", 2, labels=["no", "yes"], activation="softmax"),
+    ],
+    ids=["embed", "classify", "score"],
+)
+def test_no_input_breaks_a_launch_that_makes_vectors(pooling: PoolingInfo, mode: GenerationMode) -> None:
+    info = msgspec.structs.replace(fake_info(context_length=256, pooling=pooling), architecture="Qwen3ForCausalLM")
+    with LiveServer(lambda: FakeCore(info)) as server:
+        fuzz_all(server, mode, VECTORS)
+
+
+def fuzz_all(server: LiveServer, mode: GenerationMode, paths: Sequence[str] = ()) -> None:
+    """Ask for all paths, or for these."""
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     for found in schema.get_all_operations():
         operation = found.ok()
+        if paths and operation.path not in paths:
+            continue
         if mode is GenerationMode.NEGATIVE and not list(operation.body):
             continue  # nothing to get wrong
 
@@ -80,6 +109,14 @@ def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
         "/v1/responses/{response_id}",
         "/v1/responses/{response_id}/cancel",
         "/v1/responses/{response_id}/input_items",
+        "/v1/embeddings",
+        "/classify",
+        "/encode",
+        "/rerank",
+        "/v1/rerank",
+        "/v2/rerank",
+        "/score",
+        "/v1/score",
         "/v1/models",
         "/v1/models/{model}",
         "/generate",

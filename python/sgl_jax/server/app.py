@@ -11,12 +11,14 @@ from sgl_jax.server import (
     anthropic_api,
     documentation,
     edge,
+    embeddings_api,
     error_envelope,
     measuring_api,
     native_api,
     openai_chat,
     openai_completions,
     openai_responses,
+    rerank_api,
 )
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.settings.server_args import ServerArgs
@@ -44,6 +46,8 @@ def create_routes(service: GenerationService, server_args: ServerArgs) -> FastAP
         openai_completions,
         openai_responses,
         anthropic_api,
+        embeddings_api,
+        rerank_api,
         native_api,
         measuring_api,
         adapters_api,

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import msgspec
 from starlette.responses import Response
@@ -100,6 +101,13 @@ class ServerState:
                 template_kwargs=variables,
             )
 
+        return await asyncio.get_running_loop().run_in_executor(self._rendering, render)
+
+    async def render_roles(self, messages: Sequence[tuple[str, str]]) -> str:
+        """Return texts as the model's template writes them, whose roles need not be those of a chat."""
+        template, most = self.chat_template(()), self.tokenizer.most_characters(self.service.info.context_length)
+        entries = [{"role": role, "content": content} for role, content in messages]
+        render = partial(self._templates.render, template, most + 1, messages=entries)
         return await asyncio.get_running_loop().run_in_executor(self._rendering, render)
 
     def chat_formats(self, tools: Sequence[Body]) -> ChatFormats:

@@ -12,7 +12,7 @@ from fastapi.openapi.utils import get_openapi
 from starlette.responses import HTMLResponse, Response
 
 from sgl_jax import __version__
-from sgl_jax.server import anthropic_types, responses
+from sgl_jax.server import anthropic_types, encoding_answers, responses
 from sgl_jax.server.responses import ErrorResponse
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the page needs no script, nor another site
@@ -69,7 +69,7 @@ def install(app: FastAPI) -> None:
             schemas = document.setdefault("components", {}).setdefault("schemas", {})
             for name in ("HTTPValidationError", "ValidationError"):
                 schemas.pop(name, None)
-            found = [*vars(responses).values(), *vars(anthropic_types).values()]
+            found = [*vars(responses).values(), *vars(anthropic_types).values(), *vars(encoding_answers).values()]
             structs = [v for v in found if isinstance(v, type) and issubclass(v, msgspec.Struct)]
             schemas.update(msgspec.json.schema_components(structs, ref_template=_REF)[1])
             app.openapi_schema = document

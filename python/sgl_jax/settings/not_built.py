@@ -42,9 +42,14 @@ NOT_BUILT = (
         off={"ChatCompletionRequest": "modalities"},
     ),
     Feature(
-        "embedding and scoring are",
+        "vectors of single tokens are",
         flags="--runner --convert --pooler-config",
-        paths="/v1/embeddings /v1/rerank /v2/rerank /rerank /v1/score /score /pooling /classify /encode",
+        paths="/pooling",
+    ),
+    Feature(
+        "probabilities of tokens that a request names are",
+        fields="label_token_ids apply_softmax item_first",
+        null={"ScoreRequest": "label_token_ids apply_softmax item_first"},
     ),
     Feature("Ollama's API is", paths="/api"),
     Feature("OpenAI's files, batches and assistants are", paths="/v1/files /v1/batches /v1/assistants /v1/threads"),
@@ -65,7 +70,11 @@ NOT_BUILT = (
     Feature("a path in front of all others is", flags="--root-path"),
     Feature("web search is", fields="web_search_options", null={"ChatCompletionRequest": "web_search_options"}),
     Feature("beam search is", fields="use_beam_search length_penalty"),
-    Feature("prompts as vectors are", fields="input_embeds prompt_embeds", null={"GenerateRequest": "input_embeds"}),
+    Feature(
+        "prompts as vectors are",
+        fields="input_embeds prompt_embeds",
+        null={"GenerateRequest": "input_embeds", "EncodeBody": "input_embeds"},
+    ),
 )
 
 

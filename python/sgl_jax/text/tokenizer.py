@@ -70,6 +70,10 @@ class Tokenizer:
                 return ids[1:]
         return ids
 
+    def encode_pair(self, text: str, other: str) -> list[int]:
+        """Return the ids of two texts that the model reads together, as tokenizer.json joins them."""
+        return self.backend.encode_batch_fast([(text, other)])[0].ids
+
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
             # Only the batch calls of encoding and decoding let other threads run meanwhile.

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-PATHS = ("/v1/chat/completions", "/v1/completions")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank", "/v1/score")
 
 _BEGIN = b'{"id":"batch_req_'  # how each answer begins
 

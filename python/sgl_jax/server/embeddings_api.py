@@ -1,0 +1,127 @@
+"""Routes that answer with a prompt's vector: /v1/embeddings of OpenAI's API, vLLM's /classify, and the native /encode."""
+
+import base64
+import time
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+import numpy as np
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from sgl_jax.engine.encoding import Encoded
+from sgl_jax.engine.native_call import Reply
+from sgl_jax.engine.native_encoding import native_encoding
+from sgl_jax.engine.pooled_results import check_dimensions, embedding, probabilities
+from sgl_jax.engine.pooling_info import PoolingInfo
+from sgl_jax.request import InvalidParameter
+from sgl_jax.server.app_state import ServerState
+from sgl_jax.server.documentation import BODY, documented
+from sgl_jax.server.encoding_answers import (
+    EmbeddingList,
+    EmbeddingObject,
+    EncodeAnswer,
+    LabelList,
+    LabelObject,
+    VectorUsage,
+)
+from sgl_jax.server.encoding_bodies import ClassifyRequest, EmbeddingRequest, EncodeBody
+from sgl_jax.server.encoding_inputs import inputs_of, launch_that
+from sgl_jax.server.sse import json_unless_disconnected
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter(tags=["Embeddings"])
+
+    @routes.post("/v1/embeddings", **documented(EmbeddingList, 404, 409, 429, *BODY))
+    async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
+        return await json_unless_disconnected(request, _embeddings(state, body))
+
+    @routes.post("/classify", **documented(LabelList, 404, 409, 429, *BODY))
+    async def classify(body: ClassifyRequest, request: Request) -> Response:
+        return await json_unless_disconnected(request, _labels(state, body))
+
+    @routes.post("/encode", **documented(EncodeAnswer, 404, 409, 429, *BODY, or_list=True))
+    async def encode(body: EncodeBody, request: Request) -> Response:
+        return await json_unless_disconnected(request, _native(state, body))
+
+    return routes
+
+
+def usage_of(found: Sequence[Encoded]) -> VectorUsage:
+    num_tokens = sum(each.num_prompt_tokens for each in found)
+    return VectorUsage(num_tokens, num_tokens)
+
+
+async def _embeddings(state: ServerState, body: EmbeddingRequest) -> msgspec.Raw:
+    pooling = launch_that(state, "/v1/embeddings", ["embed"])
+    check_dimensions(pooling, body.dimensions)
+    asked = {each for each in (body.normalize, body.use_activation) if each is not None}
+    if len(asked) > 1:
+        raise InvalidParameter("normalize", "normalize and use_activation differ; give one")
+    pooling = msgspec.structs.replace(pooling, normalize=next(iter(asked), pooling.normalize))
+    requests = await inputs_of(state, body, _text_before(pooling, body.prompt_name))
+    found = await state.service.encode(requests)
+
+    def answer() -> msgspec.Raw:
+        vectors = (embedding(each.vector, pooling, body.dimensions) for each in found)
+        as_text = body.encoding_format == "base64"
+        data = [EmbeddingObject(i, _as_base64(each) if as_text else each.tolist()) for i, each in enumerate(vectors)]
+        model = body.model or state.model_name
+        answer_id = f"embd-{uuid.uuid4().hex}"
+        return _encoded(EmbeddingList(answer_id, int(time.time()), model, data, usage_of(found)))
+
+    return await state.text_work(len(found) * pooling.size, answer)
+
+
+def _text_before(pooling: PoolingInfo, name: str | None) -> str:
+    """Return the text that the checkpoint puts before inputs: that of a name, or the default one."""
+    if name is not None and name not in pooling.prompts:
+        known = f"it has {', '.join(pooling.prompts)}" if pooling.prompts else "it has none"
+        raise InvalidParameter(
+            "prompt_name", f"prompt_name is {name[:100]}, which the checkpoint does not know; {known}"
+        )
+    return pooling.prompts.get(name or pooling.default_prompt, "")
+
+
+def _as_base64(vector: np.ndarray) -> str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode()
+
+
+async def _labels(state: ServerState, body: ClassifyRequest) -> msgspec.Raw:
+    pooling = launch_that(state, "/classify", ["classify"])
+    if body.use_activation is False:
+        pooling = msgspec.structs.replace(pooling, activation="none")
+    found = await state.service.encode(await inputs_of(state, body))
+
+    def answer() -> msgspec.Raw:
+        data = []
+        for i, each in enumerate(found):
+            label = pooling.labels[int(each.vector.argmax())]
+            data.append(LabelObject(i, label, probabilities(each.vector, pooling).tolist(), pooling.size))
+        model = body.model or state.model_name
+        return _encoded(LabelList(f"classify-{uuid.uuid4().hex}", int(time.time()), model, data, usage_of(found)))
+
+    return await state.text_work(len(found) * pooling.size, answer)
+
+
+async def _native(state: ServerState, body: EncodeBody) -> object:
+    state.service.check_ready()
+    rid = body.rid or uuid.uuid4().hex
+    found = await native_encoding(state.service, body.text, body.input_ids, body.dimensions, rid, body.lora_path)
+    if isinstance(found, dict):
+        return _with_id(found, rid if isinstance(rid, str) else rid[0])
+    several = len(found) > 1
+    ids = rid if not isinstance(rid, str) else [f"{rid}_{i}" if several else rid for i in range(len(found))]
+    return [_with_id(each, name) for each, name in zip(found, ids, strict=True)]
+
+
+def _encoded(answer: msgspec.Struct) -> msgspec.Raw:
+    return msgspec.Raw(msgspec.json.encode(answer))
+
+
+def _with_id(reply: Reply, name: str) -> Reply:
+    numbers = reply["meta_info"]
+    assert isinstance(numbers, dict)
+    return {**reply, "meta_info": {"id": name, **numbers}}

@@ -1,0 +1,91 @@
+"""Requests for embeddings, labels and scores. Unknown fields, and known ones that are not supported, are refused by name."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field
+
+from sgl_jax.server.bodies import Body, CacheKey, TokenId, limited, null_fields, off_fields, with_fields
+from sgl_jax.server.openai_types import Message, TemplateFields
+
+MOST_INPUTS = 2048  # OpenAI's
+_VLLM = "priority request_id mm_processor_kwargs"
+
+Name = Annotated[str, Field(min_length=1)]
+Texts = str | Annotated[list[str], Field(min_length=1)]
+
+
+class VectorFields(Body):
+    """Fields that all requests for vectors share."""
+
+    model: str | None = Field(None, description="the served model, an adapter, or MODEL:ADAPTER; may be left out")
+    cache_salt: CacheKey | None = Field(None, description="requests share cached prefixes only within one salt")
+    # accepted, but without effect on the answer
+    user: str | None = None
+    metadata: Annotated[dict[str, str], BeforeValidator(limited)] | None = None
+
+
+class InputFields(VectorFields, TemplateFields):
+    """Either `input` or `messages`, which the model's chat template writes as one text."""
+
+    input: str | list[str] | list[TokenId] | list[list[TokenId]] | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    rid: Name | None = Field(None, description="a name for /abort_request; of several inputs rid_0, rid_1, …")
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = Field(
+        None, description="longer inputs are cut to so many tokens; -1: to the context's length"
+    )
+    truncation_side: Literal["left", "right"] | None = Field(None, description="where they are cut; right if not set")
+    use_activation: bool | None = Field(None, description="false: values as the model gives them")
+
+
+@with_fields(null_fields(f"{_VLLM} embed_dtype endianness"))
+class EmbeddingRequest(InputFields):
+    dimensions: int | None = Field(None, description="so many values, from the first on; then their length is made 1")
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of float32, little-endian")
+    normalize: bool | None = Field(None, description="another name for use_activation")
+    prompt_name: Name | None = Field(None, description="text that the checkpoint puts before an input: query")
+
+
+@with_fields(null_fields(_VLLM))
+class ClassifyRequest(InputFields):
+    pass
+
+
+class RankedText(Body):
+    text: str
+
+
+@with_fields(null_fields(f"{_VLLM} truncate_prompt_tokens max_tokens_per_doc max_chunks_per_doc rank_fields"))
+class RerankRequest(VectorFields):
+    query: str
+    documents: Annotated[list[str | RankedText], Field(min_length=1)]
+    top_n: Annotated[int, Field(ge=0)] | None = Field(None, description="only so many, the best; all if not set, or 0")
+    return_documents: bool | None = Field(None, description="true if not set")
+    instruction: str | None = Field(None, description="what makes a document relevant, where the model reads it")
+    instruct: str | None = Field(None, description="another name for instruction")
+    use_activation: bool | None = Field(None, description="false: logits instead of probabilities")
+
+
+@with_fields(off_fields("ScoreRequest"), null_fields(f"{_VLLM} truncate_prompt_tokens query"))
+class ScoreRequest(VectorFields):
+    """Two sides, under one name each. The first one may be a single text, for all of the second."""
+
+    text_1: Texts | None = None
+    queries: Texts | None = None
+    data_1: Texts | None = None
+    text_2: Texts | None = None
+    documents: Texts | None = None
+    items: Texts | None = None
+    data_2: Texts | None = None
+    instruction: str | None = Field(None, description="what makes a text relevant, where the model reads it")
+    use_activation: bool | None = Field(None, description="false: logits instead of probabilities")
+
+
+@with_fields(off_fields("EncodeBody"), null_fields("sampling_params image_data audio_data video_data priority"))
+class EncodeBody(Body):
+    """Either `text` or `input_ids`, one or a list."""
+
+    text: str | list[str] | None = None
+    input_ids: list[TokenId] | list[list[TokenId]] | None = None
+    rid: Name | list[Name] | None = None
+    dimensions: int | None = None
+    lora_path: Name | list[Name | None] | None = Field(None, description="names of adapters; null is the model itself")

@@ -1,0 +1,83 @@
+"""Scores of pairs of texts: by a reranker, or by the cosine of their embeddings."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from sgl_jax.engine.encoding import Encoded, EncodeRequest
+from sgl_jax.engine.pooled_results import embedding, relevance
+from sgl_jax.engine.pooled_results import scores as scores_pairs
+from sgl_jax.engine.pooling_info import PoolingInfo
+from sgl_jax.engine.slices import in_slices
+from sgl_jax.request import InvalidParameter
+from sgl_jax.server.app_state import ServerState
+from sgl_jax.server.pair_prompts import pair_prompt
+
+
+class Side(NamedTuple):
+    """Texts of one side, and the field that has them."""
+
+    texts: Sequence[str]
+    field: str
+    is_list: bool
+
+    def name(self, index: int) -> str:
+        return f"{self.field}[{index}]" if self.is_list else self.field
+
+
+class Pairs(NamedTuple):
+    """Pairs to be scored. One query is for all documents; several are for one each."""
+
+    queries: Side
+    documents: Side
+    instruction: str | None
+    activation: bool  # scores are probabilities, where the model makes any
+    adapter: str | None
+    namespace: str
+
+
+async def scores_of(state: ServerState, pooling: PoolingInfo, pairs: Pairs) -> tuple[list[float], list[Encoded]]:
+    """Return a score for each pair, and what was encoded for them. Raises InvalidParameter."""
+    for side in (pairs.queries, pairs.documents):
+        for i, text in enumerate(side.texts):
+            if not text:
+                raise InvalidParameter(side.name(i), f"{side.name(i)} is empty; at least one character is needed")
+    count = len(pairs.documents.texts) + (len(pairs.queries.texts) if pooling.kind == "embed" else 0)
+    state.service.check_count(count, 1, {"prompt": pairs.documents.field})
+    if pooling.kind == "embed":
+        return await _cosines(state, pooling, pairs)
+    if not scores_pairs(pooling):
+        relevance(np.zeros(pooling.size, np.float32), pooling)  # raises
+    prompt, found = pair_prompt(state, pooling, pairs.instruction), []
+    async for i, document in in_slices(enumerate(pairs.documents.texts)):
+        query = pairs.queries.texts[i if len(pairs.queries.texts) > 1 else 0]
+        name = pairs.documents.name(i)
+        ids = await prompt(query, document, name)
+        found.append(EncodeRequest(ids, "", name, pairs.namespace, pairs.adapter))
+    encoded = await state.service.encode(found)
+    return [_score(each.vector, pooling, pairs.activation) for each in encoded], encoded
+
+
+def _score(logits: np.ndarray, pooling: PoolingInfo, activation: bool) -> float:
+    """Return the probability that the document is relevant, or its logit: that of "yes" against "no"."""
+    if activation:
+        return relevance(logits, pooling)
+    return float(logits[-1] - logits[0]) if pooling.kind == "score" else float(logits[0])
+
+
+async def _cosines(state: ServerState, pooling: PoolingInfo, pairs: Pairs) -> tuple[list[float], list[Encoded]]:
+    if pairs.instruction is not None:
+        raise InvalidParameter("instruction", "instruction cannot be had with --task embed; put it before the query")
+    requests = []
+    for side in (pairs.queries, pairs.documents):
+        async for i, text in in_slices(enumerate(side.texts)):
+            ids = await state.encode(text, side.name(i))
+            requests.append(EncodeRequest(ids, "", side.name(i), pairs.namespace, pairs.adapter))
+    found = await state.service.encode(requests)
+    unit = msgspec.structs.replace(pooling, normalize=True)
+    vectors = np.stack([embedding(each.vector, unit) for each in found])
+    num_queries = len(pairs.queries.texts)
+    cosines = (vectors[:num_queries] * vectors[num_queries:]).sum(axis=1)
+    return [float(each) for each in cosines], found

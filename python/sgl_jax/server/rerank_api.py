@@ -1,0 +1,88 @@
+"""Routes that score texts against a query: /rerank with the paths of Jina and Cohere, and vLLM's /score."""
+
+import time
+import uuid
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from sgl_jax.engine.pooling_info import PoolingInfo
+from sgl_jax.request import InvalidParameter
+from sgl_jax.server.app_state import ServerState
+from sgl_jax.server.documentation import BODY, documented
+from sgl_jax.server.embeddings_api import usage_of
+from sgl_jax.server.encoding_answers import RankedDocument, RankedList, RankedResult, ScoreList, ScoreObject
+from sgl_jax.server.encoding_bodies import RerankRequest, ScoreRequest
+from sgl_jax.server.encoding_inputs import launch_that
+from sgl_jax.server.relevance_scores import Pairs, Side, scores_of
+from sgl_jax.server.sse import json_unless_disconnected
+
+_FIRST, _SECOND = ("text_1", "queries", "data_1"), ("text_2", "documents", "items", "data_2")
+
+
+def router(state: ServerState) -> APIRouter:
+    routes = APIRouter(tags=["Embeddings"])
+    ranking = documented(RankedList, 404, 409, 429, *BODY)
+    scoring = documented(ScoreList, 404, 409, 429, *BODY)
+
+    @routes.post("/rerank", **ranking)
+    @routes.post("/v1/rerank", **ranking)
+    @routes.post("/v2/rerank", **ranking)
+    async def rerank(body: RerankRequest, request: Request) -> Response:
+        """Scores documents against a query, and returns the best first."""
+        return await json_unless_disconnected(request, _ranked(state, body))
+
+    @routes.post("/score", **scoring)
+    @routes.post("/v1/score", **scoring)
+    async def score(body: ScoreRequest, request: Request) -> Response:
+        """Scores pairs of texts, in their order."""
+        return await json_unless_disconnected(request, _scored(state, body))
+
+    return routes
+
+
+def _launch(state: ServerState, path: str) -> PoolingInfo:
+    return launch_that(state, path, ["score", "classify", "embed"])
+
+
+async def _ranked(state: ServerState, body: RerankRequest) -> RankedList:
+    pooling = _launch(state, "/rerank")
+    if body.instruction is not None and body.instruct is not None:
+        raise InvalidParameter("instruct", "give either instruction or instruct")
+    texts = [each if isinstance(each, str) else each.text for each in body.documents]
+    sides = Side([body.query], "query", False), Side(texts, "documents", True)
+    instruction = body.instruct if body.instruction is None else body.instruction
+    of_model = state.adapter_of(body.model), body.cache_salt or ""
+    scores, found = await scores_of(
+        state, pooling, Pairs(*sides, instruction, body.use_activation is not False, *of_model)
+    )
+    best = sorted(range(len(texts)), key=lambda i: -scores[i])[: body.top_n or None]
+    results = [RankedResult(i, scores[i]) for i in best]
+    if body.return_documents is not False:
+        for each in results:
+            each.document = RankedDocument(texts[each.index])
+    return RankedList(f"rerank-{uuid.uuid4().hex}", body.model or state.model_name, usage_of(found), results)
+
+
+async def _scored(state: ServerState, body: ScoreRequest) -> ScoreList:
+    pooling = _launch(state, "/score")
+    first, second = _side(body, _FIRST), _side(body, _SECOND)
+    if len(first.texts) not in (1, len(second.texts)):
+        counts = f"{first.field} has {len(first.texts)} texts and {second.field} {len(second.texts)}"
+        raise InvalidParameter(first.field, f"{counts}; give one for all, or as many")
+    of_model = state.adapter_of(body.model), body.cache_salt or ""
+    pairs = Pairs(first, second, body.instruction, body.use_activation is not False, *of_model)
+    scores, found = await scores_of(state, pooling, pairs)
+    data = [ScoreObject(i, score) for i, score in enumerate(scores)]
+    model = body.model or state.model_name
+    return ScoreList(f"score-{uuid.uuid4().hex}", int(time.time()), model, data, usage_of(found))
+
+
+def _side(body: ScoreRequest, names: Sequence[str]) -> Side:
+    given = [name for name in names if getattr(body, name) is not None]
+    if len(given) != 1:
+        wrong = f"{' and '.join(given)} were given" if given else f"{names[0]} is missing"
+        raise InvalidParameter((given or names)[0], f"{wrong}; give one of {', '.join(names)}")
+    value: str | list[str] = getattr(body, given[0])
+    return Side([value] if isinstance(value, str) else value, given[0], not isinstance(value, str))

@@ -1,0 +1,342 @@
+"""Embeddings, labels and scores over HTTP, of a fake engine whose vectors are known."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import httpx
+import msgspec
+import numpy as np
+import openai
+import pytest
+from live_server import LiveServer, tokenizer
+
+from fakes.fake_core import FakeCore, fake_info, fake_vector
+from messages import says
+from sgl_jax.engine.messages import EngineInfo, PoolingInfo
+from sgl_jax.engine.pooled_results import embedding, probabilities
+
+EMBEDS = PoolingInfo("embed", 8, normalize=True, prompts={"query": "Query: ", "plain": ""})
+LABELS = PoolingInfo("classify", 3, labels=["bad", "fair", "good"], activation="softmax")
+REWARD = PoolingInfo("classify", 1, labels=["LABEL_0"], activation="sigmoid")
+SCORES = PoolingInfo("score", 2, labels=["no", "yes"], activation="softmax")
+TEXTS = ["Once upon a time", "there was", "a dog"]
+
+
+def launch(pooling: PoolingInfo | None, architecture: str = "FakeForCausalLM", **args: Any) -> LiveServer:
+    info: Callable[[], EngineInfo] = lambda: msgspec.structs.replace(  # noqa: E731
+        fake_info(pooling=pooling, adapters=["pirate"]), architecture=architecture
+    )
+    return LiveServer(lambda: FakeCore(info()), **args)
+
+
+@pytest.fixture(scope="module")
+def live() -> Iterator[LiveServer]:
+    with launch(EMBEDS) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def labels() -> Iterator[httpx.Client]:
+    with launch(LABELS) as server, server.http() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def reward() -> Iterator[httpx.Client]:
+    with launch(REWARD) as server, server.http() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def reranker() -> Iterator[httpx.Client]:
+    with launch(SCORES, "Qwen3ForCausalLM") as server, server.http() as client:
+        yield client
+
+
+def vector(ids: list[int], pooling: PoolingInfo = EMBEDS) -> np.ndarray:
+    return np.array(fake_vector(ids, pooling.size), np.float32)
+
+
+def embedded(text: str | list[int], dimensions: int | None = None) -> list[float]:
+    ids = tokenizer().encode(text) if isinstance(text, str) else text
+    return embedding(vector(ids), EMBEDS, dimensions).tolist()
+
+
+def test_openais_client_gets_vectors_in_both_encodings(client: openai.OpenAI) -> None:
+    plain = client.embeddings.create(model="stories", input=TEXTS, encoding_format="float")
+    packed = client.embeddings.create(model="stories", input=TEXTS)  # the client asks for base64
+    assert [each.embedding for each in plain.data] == [embedded(text) for text in TEXTS]
+    assert [each.index for each in packed.data] == [0, 1, 2]
+    for one, other in zip(plain.data, packed.data, strict=True):
+        np.testing.assert_array_equal(one.embedding, other.embedding)
+    num_tokens = sum(len(tokenizer().encode(text)) for text in TEXTS)
+    assert plain.usage.prompt_tokens == plain.usage.total_tokens == num_tokens
+    cut = client.embeddings.create(model="default", input=TEXTS[0], dimensions=3)
+    np.testing.assert_allclose(cut.data[0].embedding, embedded(TEXTS[0], 3), rtol=1e-6)
+    assert np.linalg.norm(cut.data[0].embedding) == pytest.approx(1)
+
+
+def test_base64_is_float32_little_endian(http: httpx.Client) -> None:
+    found = http.post("/v1/embeddings", json={"input": "a", "encoding_format": "base64"}).json()
+    data = base64.b64decode(found["data"][0]["embedding"])
+    np.testing.assert_array_equal(np.frombuffer(data, "<f4"), np.float32(embedded("a")))
+    assert (found["object"], found["model"]) == ("list", "stories")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([5, 6, 7], [[5, 6, 7]]),
+        ([[5, 6], [7]], [[5, 6], [7]]),
+        ("a", ["a"]),
+        (["a"], ["a"]),
+    ],
+)
+def test_an_input_is_a_text_or_ids_or_a_list_of_either(http: httpx.Client, given: Any, expected: list[Any]) -> None:
+    found = http.post("/v1/embeddings", json={"input": given, "user": "u"}).json()
+    assert [each["embedding"] for each in found["data"]] == [embedded(each) for each in expected]
+
+
+def embed(http: httpx.Client, **body: Any) -> list[float]:
+    answer = http.post("/v1/embeddings", json=body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["data"][0]["embedding"]
+
+
+def test_options_of_vllm_and_of_sentence_transformers(http: httpx.Client, live: LiveServer) -> None:
+    raw = vector(tokenizer().encode("a")).tolist()
+    assert embed(http, input="a", normalize=False) == embed(http, input="a", use_activation=False) == raw
+    bare = tokenizer().encode("a", add_special_tokens=False)
+    assert embed(http, input="a", add_special_tokens=False) == embedded(bare)
+    assert embed(http, input="a", prompt_name="query") == embedded("Query: a")
+    messages = [{"role": "user", "content": "Hello"}]
+    rendered = http.post("/tokenize", json={"messages": messages, "add_generation_prompt": False}).json()["tokens"]
+    assert embed(http, messages=messages) == embedded(rendered)
+    with_prompt = http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    assert embed(http, messages=messages, add_generation_prompt=True) == embedded(with_prompt)
+    assert embed(http, input="a", model="pirate") == embedded("a")
+    assert live.core.commands[-1].adapter == 1
+    embed(http, input="a", cache_salt="s", rid="mine")
+    assert live.core.commands[-1].namespace.endswith("s")
+
+
+def test_inputs_are_cut_between_their_special_tokens(http: httpx.Client) -> None:
+    ids = tokenizer().encode(TEXTS[0])
+    assert (ids[0], len(ids) > 4) == (1, True)
+    assert embed(http, input=TEXTS[0], truncate_prompt_tokens=3) == embedded(ids[:3])
+    left = embed(http, input=TEXTS[0], truncate_prompt_tokens=3, truncation_side="left")
+    assert left == embedded([1, *ids[-2:]])
+    assert embed(http, input=[*range(5, 15)], truncate_prompt_tokens=4) == embedded([5, 6, 7, 8])
+    assert embed(http, input=TEXTS[0], truncate_prompt_tokens=500) == embedded(TEXTS[0])
+    assert embed(http, input="word " * 5000, truncate_prompt_tokens=-1)
+    long = http.post("/v1/embeddings", json={"input": ["a", "word " * 600]})
+    assert (long.status_code, long.json()["error"]["param"]) == (400, "input[1]")
+    assert long.json()["error"]["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({}, "input", "input"),
+        ({"input": ""}, "input", "input … empty"),
+        ({"input": []}, "input", "input … empty"),
+        ({"input": ["a", ""]}, "input[1]", "input[1] … empty"),
+        ({"input": [[5], []]}, "input[1]", "input[1] … empty"),
+        ({"input": [[5], [512]]}, "input[1]", "input[1] … 512"),
+        ({"input": ["a"] * 2049}, "input", "2049 … 2048"),
+        ({"input": "a", "messages": [{"role": "user", "content": "a"}]}, "input", "input or messages"),
+        ({"input": "a", "dimensions": 9}, "dimensions", "9 … 8"),
+        ({"input": "a", "dimensions": 0}, "dimensions", "0 … 8"),
+        ({"input": "a", "encoding_format": "bytes"}, "encoding_format", "encoding_format"),
+        ({"input": "a", "embed_dtype": "float16"}, "embed_dtype", "embed_dtype"),
+        ({"input": "a", "priority": 1}, "priority", "priority"),
+        ({"input": "a", "normalize": True, "use_activation": False}, "normalize", "differ"),
+        ({"input": "a", "prompt_name": "code"}, "prompt_name", "code … query, plain"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "0"),
+        ({"input": "a", "add_generation_prompt": True}, "add_generation_prompt", "messages"),
+        ({"input": "a", "nonsense": 1}, "nonsense", "nonsense"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(http: httpx.Client, body: Any, param: str, said: str) -> None:
+    answer = http.post("/v1/embeddings", json=body)
+    found = answer.json()["error"]
+    assert (answer.status_code, found["param"]) == (400, param), found
+    assert says(found["message"], said), found["message"]
+
+
+def test_a_model_that_is_not_served_is_not_found(http: httpx.Client) -> None:
+    for path, body in (("/v1/embeddings", {"input": "a"}), ("/v1/rerank", {"query": "a", "documents": ["b"]})):
+        assert http.post(path, json=body | {"model": "other"}).json()["error"]["code"] == "model_not_found"
+
+
+ALL = [
+    ("/v1/embeddings", {"input": "a"}),
+    ("/classify", {"input": "a"}),
+    ("/rerank", {"query": "a", "documents": ["b"]}),
+    ("/v1/score", {"text_1": "a", "text_2": "b"}),
+    ("/encode", {"text": "a"}),
+    ("/v1/completions", {"prompt": "a"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "taken"),
+    [
+        (None, {"/v1/completions"}),
+        (EMBEDS, {"/v1/embeddings", "/rerank", "/v1/score", "/encode"}),
+        (LABELS, {"/classify", "/encode"}),
+        (REWARD, {"/classify", "/rerank", "/v1/score", "/encode"}),
+    ],
+)
+def test_a_path_that_the_launch_cannot_answer_names_the_flag(pooling: PoolingInfo | None, taken: set[str]) -> None:
+    with launch(pooling) as server, server.http() as http:
+        answers = {path: http.post(path, json=body) for path, body in ALL}
+    assert {path for path, each in answers.items() if each.status_code == 200} == taken
+    for path in answers.keys() - taken:
+        found = answers[path].json()["error"]
+        assert (answers[path].status_code, found["param"]) == (400, "model")
+        assert says(found["message"], "--task")
+
+
+def test_labels_and_rewards(labels: httpx.Client, reward: httpx.Client) -> None:
+    found = labels.post("/classify", json={"input": TEXTS, "model": "stories"}).json()
+    for i, (text, each) in enumerate(zip(TEXTS, found["data"], strict=True)):
+        probs = probabilities(vector(tokenizer().encode(text), LABELS), LABELS).tolist()
+        label = LABELS.labels[int(np.argmax(probs))]
+        assert each == {"index": i, "label": label, "probs": probs, "num_classes": 3}
+    assert found["usage"]["total_tokens"] == sum(len(tokenizer().encode(text)) for text in TEXTS)
+    raw = vector(tokenizer().encode("a"), REWARD)
+    for more, value in (({}, probabilities(raw, REWARD)), ({"use_activation": False}, raw)):
+        [each] = reward.post("/classify", json={"input": "a"} | more).json()["data"]
+        assert each == {"index": 0, "label": "LABEL_0", "probs": value.tolist(), "num_classes": 1}
+    talk = reward.post("/classify", json={"messages": [{"role": "user", "content": "Hello"}]})
+    assert talk.json()["usage"]["prompt_tokens"] > 1
+
+
+def test_the_native_path(http: httpx.Client, labels: httpx.Client) -> None:
+    one = http.post("/encode", json={"text": "a", "rid": "mine"}).json()
+    assert one["embedding"] == embedded("a")
+    assert (one["meta_info"]["id"], one["meta_info"]["prompt_tokens"]) == ("mine", len(tokenizer().encode("a")))
+    several = http.post("/encode", json={"input_ids": [[5], [6]]}).json()
+    assert [each["embedding"] for each in several] == [embedded([5]), embedded([6])]
+    assert len({each["meta_info"]["id"] for each in several}) == 2
+    assert set(labels.post("/encode", json={"text": "a"}).json()) == {"logits", "probs", "label", "labels", "meta_info"}
+    for body, param in (({}, "text"), ({"text": "a", "image_data": "x"}, "image_data"), ({"text": []}, "text")):
+        assert http.post("/encode", json=body).json()["error"]["param"] == param
+
+
+def cosine(one: str, other: str) -> float:
+    return float(np.dot(np.float32(embedded(one)), np.float32(embedded(other))))
+
+
+@pytest.mark.parametrize("path", ["/rerank", "/v1/rerank", "/v2/rerank"])
+def test_documents_are_ranked_by_cosine(http: httpx.Client, path: str) -> None:
+    asked = {"model": "stories", "query": "dog", "documents": [TEXTS[0], {"text": TEXTS[1]}, TEXTS[2]]}
+    found = http.post(path, json=asked).json()
+    scores = {i: cosine("dog", text) for i, text in enumerate(TEXTS)}
+    assert [each["index"] for each in found["results"]] == sorted(scores, key=lambda i: -scores[i])
+    for each in found["results"]:
+        assert each["relevance_score"] == pytest.approx(scores[each["index"]], abs=1e-6)
+        assert each["document"] == {"text": TEXTS[each["index"]]}
+    assert found["usage"]["total_tokens"] == sum(len(tokenizer().encode(text)) for text in ["dog", *TEXTS])
+    best = http.post(path, json=asked | {"top_n": 1, "return_documents": False}).json()["results"]
+    assert best == [{name: found["results"][0][name] for name in ("index", "relevance_score")}]
+    assert len(http.post(path, json=asked | {"top_n": 9}).json()["results"]) == 3
+
+
+def qwen3(query: str, document: str, instruction: str) -> list[int]:
+    text = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct provided. "
+        'Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+        f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}<|im_end|>\n"
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    )
+    return tokenizer().encode(text, add_special_tokens=False)
+
+
+def test_a_reranker_reads_pairs_in_its_template(reranker: httpx.Client) -> None:
+    usual = "Given a web search query, retrieve relevant passages that answer the query"
+    for more, instruction in (({}, usual), ({"instruction": "Find {it}"}, "Find {it}"), ({"instruct": "x"}, "x")):
+        body = {"query": "do{g}", "documents": TEXTS, **more}
+        results = reranker.post("/v1/rerank", json=body).json()["results"]
+        raw = {i: vector(qwen3("do{g}", text, instruction), SCORES) for i, text in enumerate(TEXTS)}
+        expected = {i: float(probabilities(each, SCORES)[1]) for i, each in raw.items()}
+        assert {each["index"]: each["relevance_score"] for each in results} == pytest.approx(expected)
+    body |= {"use_activation": False}
+    results = reranker.post("/v1/rerank", json=body).json()["results"]
+    assert {each["index"]: each["relevance_score"] for each in results} == {i: v[1] - v[0] for i, v in raw.items()}
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'query' %}Q:{{ m.content }}{% elif m.role == \"document\" %}D:{{ m.content }}"
+    "{% else %}{{ m.role }}:{{ m.content }}{% endif %}|{% endfor %}"
+)
+
+
+def test_a_template_with_the_roles_of_a_pair_is_taken() -> None:
+    with launch(SCORES, "Qwen3ForCausalLM", chat_template=TEMPLATE) as server, server.http() as http:
+        found = http.post("/score", json={"text_1": "q", "text_2": "d", "instruction": "i"}).json()
+        ids = tokenizer().encode("system:i|Q:q|D:d|", add_special_tokens=False)
+        assert server.core.commands[-1].prompt_ids == ids
+        assert found["usage"]["prompt_tokens"] == len(ids)
+
+
+def test_a_classifier_without_a_template_reads_two_texts_and_a_scorer_is_refused(reward: httpx.Client) -> None:
+    joined = vector(tokenizer().encode_pair("q", "d"), REWARD)
+    body = {"queries": "q", "documents": ["d"], "use_activation": False}
+    assert reward.post("/score", json=body).json()["data"][0]["score"] == joined[0]
+    refused = reward.post("/score", json=body | {"instruction": "i"}).json()["error"]
+    assert refused["param"] == "instruction"
+    with launch(SCORES) as server, server.http() as http:
+        answer = http.post("/rerank", json={"query": "q", "documents": ["d"]})
+        assert answer.status_code == 400
+        assert says(answer.json()["error"]["message"], "template … --chat-template")
+
+
+@pytest.mark.parametrize("path", ["/score", "/v1/score"])
+def test_pairs_are_scored_in_their_order(http: httpx.Client, path: str) -> None:
+    for first, second in (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2")):
+        found = http.post(path, json={first: "dog", second: TEXTS}).json()
+        assert [each["score"] for each in found["data"]] == pytest.approx([cosine("dog", t) for t in TEXTS], abs=1e-6)
+    pairs = http.post(path, json={"text_1": TEXTS, "text_2": TEXTS[::-1]}).json()["data"]
+    expected = [cosine(a, b) for a, b in zip(TEXTS, TEXTS[::-1], strict=True)]
+    assert [each["score"] for each in pairs] == pytest.approx(expected, abs=1e-6)
+    assert [(each["index"], each["object"]) for each in pairs] == [(i, "score") for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/score", {"query": "a", "items": ["b"]}, "query"),
+        ("/v1/score", {"queries": "a", "items": ["b"], "label_token_ids": [1]}, "label_token_ids"),
+        ("/v1/score", {"queries": "a", "items": ["b"], "apply_softmax": True}, "apply_softmax"),
+        ("/v1/score", {"text_1": "a"}, "text_2"),
+        ("/v1/score", {"text_1": "a", "queries": "b", "text_2": "c"}, "text_1"),
+        ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1"),
+        ("/v1/score", {"text_1": "a", "text_2": ["c", ""]}, "text_2[1]"),
+        ("/v1/score", {"text_1": "a", "text_2": "b", "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
+        ("/rerank", {"query": "a"}, "documents"),
+        ("/rerank", {"query": "a", "documents": []}, "documents"),
+        ("/rerank", {"query": "", "documents": ["a"]}, "query"),
+        ("/rerank", {"query": "a", "documents": ["a", ""]}, "documents[1]"),
+        ("/rerank", {"query": "a", "documents": ["a", "word " * 600]}, "documents[1]"),
+        ("/rerank", {"query": "a", "documents": ["a"], "top_n": -1}, "top_n"),
+        ("/rerank", {"query": "a", "documents": ["a"], "rank_fields": ["b"]}, "rank_fields"),
+        ("/rerank", {"query": "a", "documents": ["a"], "instruction": "b"}, "instruction"),
+        ("/rerank", {"query": "a", "documents": [{"text": "a", "title": "b"}]}, "documents[0].title"),
+    ],
+)
+def test_pairs_that_cannot_be_scored_are_refused_by_name(http: httpx.Client, path: str, body: Any, param: str) -> None:
+    answer = http.post(path, json=body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_vectors_need_the_key_and_a_server_that_is_ready() -> None:
+    with launch(EMBEDS, api_key="k", open_service=False) as server, server.http() as http:
+        for path, body in ALL:
+            assert http.post(path, json=body).status_code == 401
+            starting = http.post(path, json=body, headers={"Authorization": "Bearer k"})
+            assert (starting.status_code, starting.json()["error"]["code"]) == (503, "not_ready")
