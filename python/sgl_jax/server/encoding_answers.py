@@ -62,7 +62,7 @@ class RankedDocument(msgspec.Struct):
 
 
 class RankedResult(msgspec.Struct):
-    index: int  # of the document in the request
+    index: int  # the document's place in the request
     relevance_score: float
     document: RankedDocument | UnsetType = UNSET
 

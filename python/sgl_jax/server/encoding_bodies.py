@@ -8,7 +8,6 @@ from sgl_jax.server.bodies import Body, CacheKey, TokenId, limited, null_fields,
 from sgl_jax.server.openai_types import Message, TemplateFields
 
 MOST_INPUTS = 2048  # OpenAI's
-_VLLM = "priority request_id mm_processor_kwargs"
 
 Name = Annotated[str, Field(min_length=1)]
 Texts = str | Annotated[list[str], Field(min_length=1)]
@@ -37,7 +36,7 @@ class InputFields(VectorFields, TemplateFields):
     use_activation: bool | None = Field(None, description="false: values as the model gives them")
 
 
-@with_fields(null_fields(f"{_VLLM} embed_dtype endianness"))
+@with_fields(off_fields("EmbeddingRequest"), null_fields("request_id embed_dtype endianness"))
 class EmbeddingRequest(InputFields):
     dimensions: int | None = Field(None, description="so many values, from the first on; then their length is made 1")
     encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of float32, little-endian")
@@ -45,7 +44,7 @@ class EmbeddingRequest(InputFields):
     prompt_name: Name | None = Field(None, description="text that the checkpoint puts before an input: query")
 
 
-@with_fields(null_fields(_VLLM))
+@with_fields(off_fields("ClassifyRequest"), null_fields("request_id"))
 class ClassifyRequest(InputFields):
     pass
 
@@ -54,7 +53,7 @@ class RankedText(Body):
     text: str
 
 
-@with_fields(null_fields(f"{_VLLM} truncate_prompt_tokens max_tokens_per_doc max_chunks_per_doc rank_fields"))
+@with_fields(off_fields("RerankRequest"), null_fields("request_id max_tokens_per_doc max_chunks_per_doc rank_fields"))
 class RerankRequest(VectorFields):
     query: str
     documents: Annotated[list[str | RankedText], Field(min_length=1)]
@@ -65,7 +64,7 @@ class RerankRequest(VectorFields):
     use_activation: bool | None = Field(None, description="false: logits instead of probabilities")
 
 
-@with_fields(off_fields("ScoreRequest"), null_fields(f"{_VLLM} truncate_prompt_tokens query"))
+@with_fields(off_fields("ScoreRequest"), null_fields("request_id query"))
 class ScoreRequest(VectorFields):
     """Two sides, under one name each. The first one may be a single text, for all of the second."""
 
@@ -80,7 +79,7 @@ class ScoreRequest(VectorFields):
     use_activation: bool | None = Field(None, description="false: logits instead of probabilities")
 
 
-@with_fields(off_fields("EncodeBody"), null_fields("sampling_params image_data audio_data video_data priority"))
+@with_fields(off_fields("EncodeBody"), null_fields("sampling_params"))
 class EncodeBody(Body):
     """Either `text` or `input_ids`, one or a list."""
 

@@ -31,13 +31,13 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/v2/rerank", **ranking)
     async def rerank(body: RerankRequest, request: Request) -> Response:
         """Scores documents against a query, and returns the best first."""
-        return await json_unless_disconnected(request, _ranked(state, body))
+        return await json_unless_disconnected(request, ranked(state, body))
 
     @routes.post("/score", **scoring)
     @routes.post("/v1/score", **scoring)
     async def score(body: ScoreRequest, request: Request) -> Response:
         """Scores pairs of texts, in their order."""
-        return await json_unless_disconnected(request, _scored(state, body))
+        return await json_unless_disconnected(request, scored(state, body))
 
     return routes
 
@@ -46,7 +46,7 @@ def _launch(state: ServerState, path: str) -> PoolingInfo:
     return launch_that(state, path, ["score", "classify", "embed"])
 
 
-async def _ranked(state: ServerState, body: RerankRequest) -> RankedList:
+async def ranked(state: ServerState, body: RerankRequest) -> RankedList:
     pooling = _launch(state, "/rerank")
     if body.instruction is not None and body.instruct is not None:
         raise InvalidParameter("instruct", "give either instruction or instruct")
@@ -65,7 +65,7 @@ async def _ranked(state: ServerState, body: RerankRequest) -> RankedList:
     return RankedList(f"rerank-{uuid.uuid4().hex}", body.model or state.model_name, usage_of(found), results)
 
 
-async def _scored(state: ServerState, body: ScoreRequest) -> ScoreList:
+async def scored(state: ServerState, body: ScoreRequest) -> ScoreList:
     pooling = _launch(state, "/score")
     first, second = _side(body, _FIRST), _side(body, _SECOND)
     if len(first.texts) not in (1, len(second.texts)):

@@ -18,6 +18,8 @@ class Feature(NamedTuple):
     off: Mapping[str, str] = types.MappingProxyType({})  # request body -> fields with a value that means "off"
 
 
+_OF_VECTORS = ("EmbeddingRequest", "ClassifyRequest", "RerankRequest", "ScoreRequest")  # bodies
+
 NOT_BUILT = (
     Feature("tools of other kinds than functions are", flags="--tool-server --tool-parser-plugin", fields="custom mcp"),
     Feature("reasoning parsers of your own are", flags="--reasoning-parser-plugin"),
@@ -38,6 +40,8 @@ NOT_BUILT = (
             "GenerateRequest": "image_data audio_data video_data modalities",
             "ChatCompletionRequest": "audio",
             "Message": "audio",
+            "EncodeBody": "image_data audio_data video_data",
+            **dict.fromkeys(_OF_VECTORS, "mm_processor_kwargs"),
         },
         off={"ChatCompletionRequest": "modalities"},
     ),
@@ -64,8 +68,18 @@ NOT_BUILT = (
         null={"GenerateRequest": "bootstrap_host bootstrap_port bootstrap_room"},
     ),
     Feature("pipeline parallelism is", flags="-pp --pp --pp-size --pipeline-parallel-size"),
+    Feature(
+        "the priority of a request for vectors is",
+        fields="priority",
+        null={"EncodeBody": "priority", **dict.fromkeys(_OF_VECTORS, "priority")},
+    ),
     Feature("a server without a tokenizer is", flags="--skip-tokenizer-init"),
-    Feature("cutting prompts that are too long is", flags="--allow-auto-truncate", fields="truncate_prompt_tokens"),
+    Feature(
+        "cutting prompts that are too long is",
+        flags="--allow-auto-truncate",
+        fields="truncate_prompt_tokens",
+        null={"RerankRequest": "truncate_prompt_tokens", "ScoreRequest": "truncate_prompt_tokens"},
+    ),
     Feature("HTTPS is", flags="--ssl-*"),
     Feature("a path in front of all others is", flags="--root-path"),
     Feature("web search is", fields="web_search_options", null={"ChatCompletionRequest": "web_search_options"}),

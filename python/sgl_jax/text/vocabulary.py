@@ -18,7 +18,7 @@ class Vocabulary:
     named_templates: Mapping[str, str] = dataclasses.field(default_factory=dict)  # further ones: "tool_use"
     add_bos: bool | None = None  # None: as the backend's own post-processor does
     ends: tuple[str, ...] = ()  # tokens that end an answer, beside eos
-    class_name: str | None = None  # of the tokenizer in transformers; None: the files do not say
+    class_name: str | None = None  # the tokenizer's in transformers; None: the files do not say
 
 
 def present(**tokens: str | None) -> dict[str, str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fakes.fake_core import FakeCore
+from fakes.fake_core import FakeCore, fake_info
 from messages import says
 from server.live_server import MODEL, LiveServer
+from sgl_jax.engine.messages import PoolingInfo
 from sgl_jax.tools.batch.batch_command import main
 
 
@@ -58,13 +59,26 @@ def test_each_request_has_an_answer(tmp_path: Path, server: LiveServer) -> None:
     assert found["r0"]["response"]["request_id"]
 
 
+def test_vectors_and_scores_are_answers_too(tmp_path: Path) -> None:
+    bodies = {
+        "/v1/embeddings": {"input": "a", "encoding_format": "base64"},
+        "/v1/rerank": {"query": "a", "documents": ["b"]},
+        "/v1/score": {"text_1": "a", "text_2": "b"},
+    }
+    lines = ({"custom_id": url, "method": "POST", "url": url, "body": body} for url, body in bodies.items())
+    written(tmp_path, *lines)
+    with LiveServer(lambda: FakeCore(fake_info(pooling=PoolingInfo("embed", 4)))) as vectors:
+        assert run(tmp_path, vectors) == 0
+    assert set(answers(tmp_path / "out.jsonl")) == {*bodies}
+
+
 def test_mistakes_are_answers_that_name_them(tmp_path: Path, server: LiveServer) -> None:
     wrong = [
         chat("a", temperature=-1),
         chat("ok"),
         chat("ok"),
         chat("stream", stream=True),
-        {**chat("url"), "url": "/v1/embeddings"},
+        {**chat("url"), "url": "/v1/images"},
         {**chat("method"), "method": "GET"},
         '{"custom_id": "cut", "meth',
         {"custom_id": "body", "method": "POST", "url": "/v1/completions"},
@@ -75,7 +89,7 @@ def test_mistakes_are_answers_that_name_them(tmp_path: Path, server: LiveServer)
     assert len(found) == len(wrong)
     said = {each["custom_id"]: each["error"]["message"] for each in found if each["error"]}
     assert "line 3" in said["ok"]
-    for name, text in (("stream", "stream"), ("url", "/v1/embeddings"), ("method", "GET"), ("body", "body")):
+    for name, text in (("stream", "stream"), ("url", "/v1/images"), ("method", "GET"), ("body", "body")):
         assert text in said[name]
     assert any(each["custom_id"] is None for each in found)  # the line that is no JSON
     by_name = {each["custom_id"]: each for each in found if each["response"]}

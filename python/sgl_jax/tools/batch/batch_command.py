@@ -31,7 +31,7 @@ from sgl_jax.tools.batch.batch_file import (
 from sgl_jax.tools.benchmark.terminal import BAD_USE, INTERRUPTED, SOME_FAILED, request_progress
 
 _POLL_S = 0.2
-_MOST_TRIES, _MOST_S = 120, 600.0  # of a request, while the server is full
+_MOST_TRIES, _MOST_S = 120, 600.0  # for a request, while the server is full
 _LEAST_WAIT_S, _MOST_WAIT_S = 1.0, 30.0  # between two tries; the server says how long in Retry-After
 _GAVE_UP = "server_full"  # code of the error of a request that was tried too often
 

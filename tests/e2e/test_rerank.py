@@ -1,0 +1,30 @@
+"""Scores of a real reranker through the routes' own code: equal to transformers', template and head included."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from sgl_jax import Engine
+from sgl_jax.server.app_state import ServerState
+from sgl_jax.server.encoding_bodies import RerankRequest, ScoreRequest
+from sgl_jax.server.rerank_api import ranked, scored
+from sgl_jax.settings.server_args import ServerArgs
+
+MODEL = Path(__file__).parents[1] / "data" / "embed" / "qwen3-reranker"
+
+
+def test_a_qwen3_reranker_scores_as_transformers_does() -> None:
+    cases = [each for each in json.loads((MODEL / "oracle.json").read_text())["cases"] if "query" in each]
+    flags = {"model_path": str(MODEL), "task": "score", "dtype": "float32", "device": "cpu", "max_total_tokens": 2048}
+    with Engine(**flags) as engine:
+        state = ServerState(engine._service, ServerArgs(**flags))
+        body = ScoreRequest(queries=[each["query"] for each in cases], documents=[each["document"] for each in cases])
+        found = engine._call(scored(state, body))
+        assert [each.score for each in found.data] == pytest.approx([each["score"] for each in cases], abs=2e-5)
+        assert found.usage.prompt_tokens == sum(len(each["ids"]) for each in cases)
+        of_query = {each["document"]: each["score"] for each in cases if each["query"] == cases[0]["query"]}
+        best = engine._call(ranked(state, RerankRequest(query=cases[0]["query"], documents=[*of_query]))).results
+        assert [each.document.text for each in best] == sorted(of_query, key=of_query.__getitem__, reverse=True)
