@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -332,6 +333,33 @@ def test_pairs_are_scored_in_their_order(http: httpx.Client, path: str) -> None:
 def test_pairs_that_cannot_be_scored_are_refused_by_name(http: httpx.Client, path: str, body: Any, param: str) -> None:
     answer = http.post(path, json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": "\ud800"}),
+        ("/v1/embeddings", {"input": "a", "rid": "\ud800"}),
+        ("/v1/embeddings", {"input": "a", "cache_salt": "\ud800"}),
+        ("/v1/embeddings", {"input": "a", "prompt_name": "\ud800"}),
+        ("/v1/embeddings", {"messages": [{"role": "user", "content": "\ud800"}]}),
+        ("/encode", {"text": "a", "rid": "\ud800"}),
+        ("/rerank", {"query": "a", "documents": ["\ud800"]}),
+        ("/rerank", {"query": "\ud800", "documents": ["a"]}),
+        ("/score", {"text_1": "a", "text_2": "\ud800"}),
+    ],
+)
+def test_lone_surrogates_break_nothing(
+    http: httpx.Client, reranker: httpx.Client, reward: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    for client in (http, reranker, reward):
+        answer = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, answer.text
+
+
+def test_a_launch_that_makes_vectors_says_so(http: httpx.Client) -> None:
+    assert http.get("/get_model_info").json()["is_generation"] is False
+    assert http.get("/health_generate").status_code == 200
 
 
 def test_vectors_need_the_key_and_a_server_that_is_ready() -> None:

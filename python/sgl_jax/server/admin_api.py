@@ -96,7 +96,7 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
     @routes.get("/get_model_info", tags=["Information"], **documented(ModelInfo))
     async def get_model_info() -> Response:
         info = service.info
-        same = state.server_args.model_path, state.tokenizer_path, True, None
+        same = state.server_args.model_path, state.tokenizer_path, info.pooling is None, None
         return json_response(ModelInfo(*same, info.architecture, info.dtype, info.context_length, info.vocab_size))
 
     @routes.get("/get_server_info", tags=["Information"], **documented(ServerInfo))
