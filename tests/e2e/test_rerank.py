@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from starlette.requests import Request
 
 from sgl_jax import Engine
 from sgl_jax.server.app_state import ServerState
@@ -22,9 +23,10 @@ def test_a_qwen3_reranker_scores_as_transformers_does() -> None:
     with Engine(**flags) as engine:
         state = ServerState(engine._service, ServerArgs(**flags))
         body = ScoreRequest(queries=[each["query"] for each in cases], documents=[each["document"] for each in cases])
-        found = engine._call(scored(state, body))
+        found = engine._call(scored(state, body, Request({"type": "http"})))
         assert [each.score for each in found.data] == pytest.approx([each["score"] for each in cases], abs=2e-5)
         assert found.usage.prompt_tokens == sum(len(each["ids"]) for each in cases)
         of_query = {each["document"]: each["score"] for each in cases if each["query"] == cases[0]["query"]}
-        best = engine._call(ranked(state, RerankRequest(query=cases[0]["query"], documents=[*of_query]))).results
+        body = RerankRequest(query=cases[0]["query"], documents=[*of_query])
+        best = engine._call(ranked(state, body, Request({"type": "http"}))).results
         assert [each.document.text for each in best] == sorted(of_query, key=of_query.__getitem__, reverse=True)

@@ -390,10 +390,9 @@ def test_options_says_what_a_path_takes(http: httpx.Client) -> None:
 @pytest.mark.parametrize(
     ("path", "feature"),
     [
-        ("/v1/embeddings", "embedding"),
         ("/v1/audio/transcriptions", "audio"),
         ("/v1/images/generations/", "images"),
-        ("/v1/rerank", "scoring"),
+        ("/pooling", "vectors of single tokens"),
         ("/load_lora_adapter_from_tensors", "tensors"),
         ("/api/chat", "Ollama"),
     ],

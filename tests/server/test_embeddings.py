@@ -368,3 +368,15 @@ def test_vectors_need_the_key_and_a_server_that_is_ready() -> None:
             assert http.post(path, json=body).status_code == 401
             starting = http.post(path, json=body, headers={"Authorization": "Bearer k"})
             assert (starting.status_code, starting.json()["error"]["code"]) == (503, "not_ready")
+
+
+def test_log_lines_count_the_tokens_of_vectors(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "sgl_jax.server.edge")
+    asked = {
+        "/v1/embeddings": {"input": [[5, 6], [7]], "model": "pirate"},
+        "/score": {"text_1": "dog", "text_2": TEXTS},
+    }
+    numbers = [http.post(path, json=body).json()["usage"]["prompt_tokens"] for path, body in asked.items()]
+    wanted = [f"{numbers[0]}+0 tokens adapter=pirate", f"{numbers[1]}+0 tokens"]
+    for line, text in zip(caplog.messages[-2:], wanted, strict=True):
+        assert text in line

@@ -64,13 +64,16 @@ class RequestLog:
                 raise
         finally:
             if path not in QUIET_PATHS and logger.isEnabledFor(logging.INFO):
-                generation: Generation | None = scope["state"].get("generation")
-                tokens = None if generation is None else (generation.num_prompt_tokens, generation.num_tokens)
+                seen = scope["state"]
+                generation: Generation | None = seen.get("generation")
+                if generation is not None:
+                    tokens, adapters = (generation.num_prompt_tokens, generation.num_tokens), generation.adapters
+                else:
+                    tokens, adapters = seen.get("tokens"), seen.get("adapters", ())
                 query = b"?" + scope["query_string"] if scope["query_string"] else b""
                 target = quote(scope["raw_path"] + query, safe=_SHOWN)
                 said = f"{scope['method']} {target} HTTP/{scope['http_version']}"
                 seconds = time.perf_counter() - started
-                adapters = () if generation is None else generation.adapters
                 logger.info("%s", access_line(scope["client"], said, status, request_id, tokens, seconds, adapters))
 
 

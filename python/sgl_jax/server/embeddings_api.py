@@ -4,6 +4,7 @@ import base64
 import time
 import uuid
 from collections.abc import Sequence
+from typing import TypedDict
 
 import msgspec
 import numpy as np
@@ -26,7 +27,7 @@ from sgl_jax.server.encoding_answers import (
     LabelObject,
     VectorUsage,
 )
-from sgl_jax.server.encoding_bodies import ClassifyRequest, EmbeddingRequest, EncodeBody
+from sgl_jax.server.encoding_bodies import ClassifyRequest, EmbeddingRequest, EncodeBody, VectorFields
 from sgl_jax.server.encoding_inputs import inputs_of, launch_that
 from sgl_jax.server.sse import json_unless_disconnected
 
@@ -36,11 +37,11 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/embeddings", **documented(EmbeddingList, 404, 409, 429, *BODY))
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
-        return await json_unless_disconnected(request, _embeddings(state, body))
+        return await json_unless_disconnected(request, _embeddings(state, body, request))
 
     @routes.post("/classify", **documented(LabelList, 404, 409, 429, *BODY))
     async def classify(body: ClassifyRequest, request: Request) -> Response:
-        return await json_unless_disconnected(request, _labels(state, body))
+        return await json_unless_disconnected(request, _labels(state, body, request))
 
     @routes.post("/encode", **documented(EncodeAnswer, 404, 409, 429, *BODY, or_list=True))
     async def encode(body: EncodeBody, request: Request) -> Response:
@@ -49,28 +50,41 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-def usage_of(found: Sequence[Encoded]) -> VectorUsage:
+class About(TypedDict):
+    """Fields that all answers in lists have."""
+
+    id: str
+    created: int
+    model: str
+    usage: VectorUsage
+
+
+def about_answer(
+    kind: str, state: ServerState, body: VectorFields, found: Sequence[Encoded], request: Request
+) -> About:
+    """Count the tokens of an answer, also for the request's log line, and give it an id that begins with `kind`."""
     num_tokens = sum(each.num_prompt_tokens for each in found)
-    return VectorUsage(num_tokens, num_tokens)
+    adapter = state.adapter_of(body.model)
+    request.state.tokens, request.state.adapters = (num_tokens, 0), [adapter] if adapter else []
+    usage, model = VectorUsage(num_tokens, num_tokens), body.model or state.model_name
+    return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": model, "usage": usage}
 
 
-async def _embeddings(state: ServerState, body: EmbeddingRequest) -> msgspec.Raw:
+async def _embeddings(state: ServerState, body: EmbeddingRequest, request: Request) -> msgspec.Raw:
     pooling = launch_that(state, "/v1/embeddings", ["embed"])
     check_dimensions(pooling, body.dimensions)
     asked = {each for each in (body.normalize, body.use_activation) if each is not None}
     if len(asked) > 1:
         raise InvalidParameter("normalize", "normalize and use_activation differ; give one")
     pooling = msgspec.structs.replace(pooling, normalize=next(iter(asked), pooling.normalize))
-    requests = await inputs_of(state, body, _text_before(pooling, body.prompt_name))
-    found = await state.service.encode(requests)
+    found = await state.service.encode(await inputs_of(state, body, _text_before(pooling, body.prompt_name)))
+    about = about_answer("embd", state, body, found, request)
 
     def answer() -> msgspec.Raw:
         vectors = (embedding(each.vector, pooling, body.dimensions) for each in found)
         as_text = body.encoding_format == "base64"
         data = [EmbeddingObject(i, _as_base64(each) if as_text else each.tolist()) for i, each in enumerate(vectors)]
-        model = body.model or state.model_name
-        answer_id = f"embd-{uuid.uuid4().hex}"
-        return _encoded(EmbeddingList(answer_id, int(time.time()), model, data, usage_of(found)))
+        return msgspec.Raw(msgspec.json.encode(EmbeddingList(data, **about)))
 
     return await state.text_work(len(found) * pooling.size, answer)
 
@@ -89,19 +103,19 @@ def _as_base64(vector: np.ndarray) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-async def _labels(state: ServerState, body: ClassifyRequest) -> msgspec.Raw:
+async def _labels(state: ServerState, body: ClassifyRequest, request: Request) -> msgspec.Raw:
     pooling = launch_that(state, "/classify", ["classify"])
     if body.use_activation is False:
         pooling = msgspec.structs.replace(pooling, activation="none")
     found = await state.service.encode(await inputs_of(state, body))
+    about = about_answer("classify", state, body, found, request)
 
     def answer() -> msgspec.Raw:
         data = []
         for i, each in enumerate(found):
             label = pooling.labels[int(each.vector.argmax())]
             data.append(LabelObject(i, label, probabilities(each.vector, pooling).tolist(), pooling.size))
-        model = body.model or state.model_name
-        return _encoded(LabelList(f"classify-{uuid.uuid4().hex}", int(time.time()), model, data, usage_of(found)))
+        return msgspec.Raw(msgspec.json.encode(LabelList(data, **about)))
 
     return await state.text_work(len(found) * pooling.size, answer)
 
@@ -115,10 +129,6 @@ async def _native(state: ServerState, body: EncodeBody) -> object:
     several = len(found) > 1
     ids = rid if not isinstance(rid, str) else [f"{rid}_{i}" if several else rid for i in range(len(found))]
     return [_with_id(each, name) for each, name in zip(found, ids, strict=True)]
-
-
-def _encoded(answer: msgspec.Struct) -> msgspec.Raw:
-    return msgspec.Raw(msgspec.json.encode(answer))
 
 
 def _with_id(reply: Reply, name: str) -> Reply:

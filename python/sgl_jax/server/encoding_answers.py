@@ -11,19 +11,22 @@ class VectorUsage(msgspec.Struct):
     total_tokens: int
 
 
+class _List(msgspec.Struct, kw_only=True):
+    id: str
+    created: int
+    model: str
+    usage: VectorUsage
+    object: Literal["list"] = "list"
+
+
 class EmbeddingObject(msgspec.Struct):
     index: int
     embedding: list[float] | str
     object: Literal["embedding"] = "embedding"
 
 
-class EmbeddingList(msgspec.Struct):
-    id: str
-    created: int
-    model: str
+class EmbeddingList(_List):
     data: list[EmbeddingObject]
-    usage: VectorUsage
-    object: Literal["list"] = "list"
 
 
 class LabelObject(msgspec.Struct):
@@ -33,13 +36,8 @@ class LabelObject(msgspec.Struct):
     num_classes: int
 
 
-class LabelList(msgspec.Struct):
-    id: str
-    created: int
-    model: str
+class LabelList(_List):
     data: list[LabelObject]
-    usage: VectorUsage
-    object: Literal["list"] = "list"
 
 
 class ScoreObject(msgspec.Struct):
@@ -48,13 +46,8 @@ class ScoreObject(msgspec.Struct):
     object: Literal["score"] = "score"
 
 
-class ScoreList(msgspec.Struct):
-    id: str
-    created: int
-    model: str
+class ScoreList(_List):
     data: list[ScoreObject]
-    usage: VectorUsage
-    object: Literal["list"] = "list"
 
 
 class RankedDocument(msgspec.Struct):

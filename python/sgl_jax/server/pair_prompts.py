@@ -1,8 +1,7 @@
 """Prompts in which a reranker reads a query and a document together."""
 
 import re
-from collections.abc import Callable
-from typing import Protocol
+from functools import cache, partial
 
 from sgl_jax.engine.pooling_info import PoolingInfo
 from sgl_jax.request import InvalidParameter
@@ -22,49 +21,29 @@ _QWEN3 = (
 _INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
 
-class PairPrompt(Protocol):
-    async def __call__(self, query: str, document: str, name: str) -> list[int]:
-        """Return the ids of a prompt. Raises InvalidParameter, which names the document's field."""
-        ...
-
-
-def pair_prompt(state: ServerState, pooling: PoolingInfo, instruction: str | None) -> PairPrompt:
-    """Return how the model reads a pair: by its chat template if that has the roles query and document, by the template of
-    Qwen3's rerankers, or, a classifier, as the tokenizer joins two texts. Raises InvalidParameter if none fits."""
+async def pair_ids(
+    state: ServerState, pooling: PoolingInfo, instruction: str | None, query: str, document: str, name: str
+) -> list[int]:
+    """Return the prompt of a pair, whose document came in the field `name`: by the chat template if that has the roles query
+    and document, by the template of Qwen3's rerankers, or, for a classifier, as the tokenizer joins two texts. Raises
+    InvalidParameter if none fits."""
     template = state.tokenizer.template_source()
-    if template is not None and all(re.search(f"['\"]{role}['\"]", template) for role in ("query", "document")):
-        return _by_template(state, instruction)
+    if template is not None and _has_roles(template):
+        system = [] if instruction is None else [("system", instruction)]
+        text = await state.render_roles([*system, ("query", query), ("document", document)])
+        return await state.encode(text, name, False)
     if state.service.info.architecture.startswith("Qwen3"):
-        return _as_qwen3(state, _INSTRUCTION if instruction is None else instruction)
+        text = _QWEN3.format(instruction=instruction or _INSTRUCTION, query=query, document=document)
+        return await state.encode(text, name, False)
     if instruction is not None:
         raise InvalidParameter("instruction", "instruction cannot be had: the model's template has no place for one")
     if pooling.kind == "score":
         raise InvalidParameter("model", _NO_TEMPLATE)
-    return _joined(state)
+    await state.encode(query, "query")  # which refuses what is too long, or no Unicode
+    await state.encode(document, name)
+    return await state.text_work(len(query) + len(document), partial(state.tokenizer.encode_pair, query, document))
 
 
-def _by_template(state: ServerState, instruction: str | None) -> PairPrompt:
-    async def prompt(query: str, document: str, name: str) -> list[int]:
-        system = [] if instruction is None else [("system", instruction)]
-        text = await state.render_roles([*system, ("query", query), ("document", document)])
-        return await state.encode(text, name, False)
-
-    return prompt
-
-
-def _as_qwen3(state: ServerState, instruction: str) -> PairPrompt:
-    async def prompt(query: str, document: str, name: str) -> list[int]:
-        text = _QWEN3.format(instruction=instruction, query=query, document=document)
-        return await state.encode(text, name, False)
-
-    return prompt
-
-
-def _joined(state: ServerState) -> PairPrompt:
-    async def prompt(query: str, document: str, name: str) -> list[int]:
-        await state.encode(query, "query")  # which refuses what is too long, or no Unicode
-        await state.encode(document, name)
-        join: Callable[[], list[int]] = lambda: state.tokenizer.encode_pair(query, document)  # noqa: E731
-        return await state.text_work(len(query) + len(document), join)
-
-    return prompt
+@cache
+def _has_roles(template: str) -> bool:
+    return all(re.search(f"['\"]{role}['\"]", template) for role in ("query", "document"))

@@ -13,7 +13,7 @@ from sgl_jax.engine.pooling_info import PoolingInfo
 from sgl_jax.engine.slices import in_slices
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
-from sgl_jax.server.pair_prompts import pair_prompt
+from sgl_jax.server.pair_prompts import pair_ids
 
 
 class Side(NamedTuple):
@@ -50,11 +50,11 @@ async def scores_of(state: ServerState, pooling: PoolingInfo, pairs: Pairs) -> t
         return await _cosines(state, pooling, pairs)
     if not scores_pairs(pooling):
         relevance(np.zeros(pooling.size, np.float32), pooling)  # raises
-    prompt, found = pair_prompt(state, pooling, pairs.instruction), []
+    found = []
     async for i, document in in_slices(enumerate(pairs.documents.texts)):
         query = pairs.queries.texts[i if len(pairs.queries.texts) > 1 else 0]
         name = pairs.documents.name(i)
-        ids = await prompt(query, document, name)
+        ids = await pair_ids(state, pooling, pairs.instruction, query, document, name)
         found.append(EncodeRequest(ids, "", name, pairs.namespace, pairs.adapter))
     encoded = await state.service.encode(found)
     return [_score(each.vector, pooling, pairs.activation) for each in encoded], encoded

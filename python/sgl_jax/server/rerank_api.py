@@ -1,7 +1,5 @@
 """Routes that score texts against a query: /rerank with the paths of Jina and Cohere, and vLLM's /score."""
 
-import time
-import uuid
 from collections.abc import Sequence
 
 from fastapi import APIRouter, Request
@@ -11,7 +9,7 @@ from sgl_jax.engine.pooling_info import PoolingInfo
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.documentation import BODY, documented
-from sgl_jax.server.embeddings_api import usage_of
+from sgl_jax.server.embeddings_api import about_answer
 from sgl_jax.server.encoding_answers import RankedDocument, RankedList, RankedResult, ScoreList, ScoreObject
 from sgl_jax.server.encoding_bodies import RerankRequest, ScoreRequest
 from sgl_jax.server.encoding_inputs import launch_that
@@ -31,13 +29,13 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/v2/rerank", **ranking)
     async def rerank(body: RerankRequest, request: Request) -> Response:
         """Scores documents against a query, and returns the best first."""
-        return await json_unless_disconnected(request, ranked(state, body))
+        return await json_unless_disconnected(request, ranked(state, body, request))
 
     @routes.post("/score", **scoring)
     @routes.post("/v1/score", **scoring)
     async def score(body: ScoreRequest, request: Request) -> Response:
         """Scores pairs of texts, in their order."""
-        return await json_unless_disconnected(request, scored(state, body))
+        return await json_unless_disconnected(request, scored(state, body, request))
 
     return routes
 
@@ -46,7 +44,7 @@ def _launch(state: ServerState, path: str) -> PoolingInfo:
     return launch_that(state, path, ["score", "classify", "embed"])
 
 
-async def ranked(state: ServerState, body: RerankRequest) -> RankedList:
+async def ranked(state: ServerState, body: RerankRequest, request: Request) -> RankedList:
     pooling = _launch(state, "/rerank")
     if body.instruction is not None and body.instruct is not None:
         raise InvalidParameter("instruct", "give either instruction or instruct")
@@ -62,10 +60,11 @@ async def ranked(state: ServerState, body: RerankRequest) -> RankedList:
     if body.return_documents is not False:
         for each in results:
             each.document = RankedDocument(texts[each.index])
-    return RankedList(f"rerank-{uuid.uuid4().hex}", body.model or state.model_name, usage_of(found), results)
+    about = about_answer("rerank", state, body, found, request)
+    return RankedList(about["id"], about["model"], about["usage"], results)
 
 
-async def scored(state: ServerState, body: ScoreRequest) -> ScoreList:
+async def scored(state: ServerState, body: ScoreRequest, request: Request) -> ScoreList:
     pooling = _launch(state, "/score")
     first, second = _side(body, _FIRST), _side(body, _SECOND)
     if len(first.texts) not in (1, len(second.texts)):
@@ -75,8 +74,7 @@ async def scored(state: ServerState, body: ScoreRequest) -> ScoreList:
     pairs = Pairs(first, second, body.instruction, body.use_activation is not False, *of_model)
     scores, found = await scores_of(state, pooling, pairs)
     data = [ScoreObject(i, score) for i, score in enumerate(scores)]
-    model = body.model or state.model_name
-    return ScoreList(f"score-{uuid.uuid4().hex}", int(time.time()), model, data, usage_of(found))
+    return ScoreList(data, **about_answer("score", state, body, found, request))
 
 
 def _side(body: ScoreRequest, names: Sequence[str]) -> Side:
