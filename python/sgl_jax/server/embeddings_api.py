@@ -90,13 +90,15 @@ async def _embeddings(state: ServerState, body: EmbeddingRequest, request: Reque
 
 
 def _text_before(pooling: PoolingInfo, name: str | None) -> str:
-    """Return the text that the checkpoint puts before inputs: that of a name, or the default one."""
-    if name is not None and name not in pooling.prompts:
+    """Return the text that the checkpoint puts before inputs under a name; without one there is none."""
+    if name is None:
+        return ""
+    if name not in pooling.prompts:
         known = f"it has {', '.join(pooling.prompts)}" if pooling.prompts else "it has none"
         raise InvalidParameter(
             "prompt_name", f"prompt_name is {name[:100]}, which the checkpoint does not know; {known}"
         )
-    return pooling.prompts.get(name or pooling.default_prompt, "")
+    return pooling.prompts[name]
 
 
 def _as_base64(vector: np.ndarray) -> str:
