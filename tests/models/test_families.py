@@ -137,13 +137,13 @@ def test_eos_is_that_of_both_configs():
     assert decoder_config(hf("LlamaForCausalLM")).eos_token_ids == ()
 
 
-@pytest.mark.parametrize("architectures", [None, [], ["SomeModel"]])
-def test_model_type_tells_the_architecture_where_no_class_with_a_head_is_named(architectures) -> None:
+@pytest.mark.parametrize("architectures", [None, [], ["SomeModel"], ["SomeForSequenceClassification"]])
+def test_model_type_tells_the_architecture_where_no_class_with_a_head_for_text_is_named(architectures) -> None:
     for folder in sorted((DATA / "oracle").iterdir()):
         config = json.loads((folder / "config.json").read_text())
         assert decoder_config(config | {"architectures": architectures}) == decoder_config(config), folder.name
-    with pytest.raises(ModelError, match="LlamaForSequenceClassification"):
-        decoder_config(hf("LlamaForSequenceClassification", model_type="llama"))
+    with pytest.raises(ModelError, match="LlamaForTokenClassification"):
+        decoder_config(hf("LlamaForTokenClassification", model_type="llama"))
 
 
 def test_an_unknown_architecture_lists_the_supported_ones():

@@ -48,6 +48,8 @@ def pooling_of(args: ServerArgs, model: DecoderConfig, checkpoint: Checkpoint) -
             return _embeddings(model, found or SentencePooling())
         case "classify" | "score" if has_labels:
             return _labels(checkpoint)
+        case "generate" if has_labels:
+            raise ValueError(f"--task is generate; {args.model_path} is a *{CLASSIFIER}, whose head makes no tokens")
         case "classify":
             cure = "give --task embed for vectors, or score for the tokens no and yes"
             raise ValueError(f"--task is classify; {args.model_path} is no *{CLASSIFIER} and has no labels: {cure}")
