@@ -10,8 +10,8 @@ from collections.abc import Callable
 import pytest
 from live_server import LiveServer
 
-from fakes.fake_core import FakeCore
-from sgl_jax.engine.messages import Abort, Generate
+from fakes.fake_core import FakeCore, fake_info
+from sgl_jax.engine.messages import Abort, Generate, PoolingInfo
 
 LONG = {"max_tokens": 400, "ignore_eos": True, "n": 2}
 
@@ -52,6 +52,23 @@ def test_a_client_that_goes_away_is_aborted(path: str, body: dict, stream: bool)
         keys = sorted(c.key for c in server.core.commands if isinstance(c, Generate))
         assert sorted(server.core.commands[-1].keys) == keys
         wait_until(lambda: not server.core.busy)
+        assert server.service.num_live == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/embeddings", {"input": ["a", "b"]}),
+        ("/rerank", {"query": "a", "documents": ["b"]}),
+        ("/encode", {"text": ["a", "b"]}),
+    ],
+)
+def test_a_client_that_waits_for_vectors_and_goes_away_is_aborted(path: str, body: dict) -> None:
+    with LiveServer(lambda: FakeCore(fake_info(pooling=PoolingInfo("embed", 4)), step_seconds=0.5)) as server:
+        connection = send(server, path, body)
+        wait_until(lambda: server.service.num_live == 2)
+        connection.close()
+        wait_until(lambda: any(isinstance(c, Abort) for c in server.core.commands))
         assert server.service.num_live == 0
 
 
