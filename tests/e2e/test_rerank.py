@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from starlette.requests import Request
 
 from sgl_jax import Engine
@@ -14,7 +17,10 @@ from sgl_jax.server.encoding_bodies import RerankRequest, ScoreRequest
 from sgl_jax.server.rerank_api import ranked, scored
 from sgl_jax.settings.server_args import ServerArgs
 
-MODEL = Path(__file__).parents[1] / "data" / "embed" / "qwen3-reranker"
+EMBED = Path(__file__).parents[1] / "data" / "embed"
+MODEL = EMBED / "qwen3-reranker"
+CLASSIFIER = EMBED / "qwen3-reranker-seqcls"  # config and oracle; its weights are those of the other, and one row
+NO, YES = 512, 513
 
 
 def test_a_qwen3_reranker_scores_as_transformers_does() -> None:
@@ -30,3 +36,18 @@ def test_a_qwen3_reranker_scores_as_transformers_does() -> None:
         body = RerankRequest(query=cases[0]["query"], documents=[*of_query])
         best = engine._call(ranked(state, body, Request({"type": "http"}))).results
         assert [each.document.text for each in best] == sorted(of_query, key=of_query.__getitem__, reverse=True)
+
+
+def test_the_same_reranker_as_a_classifier_of_one_label(tmp_path: Path) -> None:
+    folder = shutil.copytree(MODEL, tmp_path / "model")
+    shutil.copy(CLASSIFIER / "config.json", folder)
+    tensors = load_file(MODEL / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"]
+    row = head[YES].astype(np.float32) - head[NO].astype(np.float32)
+    save_file(tensors | {"score.weight": row.astype(head.dtype)[None]}, folder / "model.safetensors")
+    cases = json.loads((CLASSIFIER / "oracle.json").read_text())["cases"]
+    with Engine(model_path=str(folder), dtype="float32", device="cpu", max_total_tokens=2048) as engine:
+        found = engine.encode(input_ids=[each["ids"] for each in cases])
+    assert isinstance(found, list)
+    assert [each["logits"][0] for each in found] == pytest.approx([each["logits"][0] for each in cases], abs=2e-3)
+    assert [each["probs"][0] for each in found] == pytest.approx([each["probabilities"][0] for each in cases], abs=1e-4)
