@@ -42,11 +42,19 @@ def test_the_engine_gets_a_requests_priority(http: httpx.Client, cores: list[Fak
     assert last.params.priority == 7
 
 
-@pytest.mark.parametrize("value", [2**31, "high", 1.5])
+@pytest.mark.parametrize("value", [2**31, -(10**25), "high", 1.5])
 def test_a_value_that_is_no_priority_is_refused_by_name(http: httpx.Client, value: object) -> None:
-    answer = http.post("/v1/completions", json={"prompt": [5], "priority": value})
-    assert answer.status_code == 400
-    assert "priority" in answer.json()["error"]["message"]
+    for path, body in (("/v1/completions", {"prompt": [5]}), ("/generate", {"input_ids": [5]})):
+        answer = http.post(path, json=body | {"priority": value})
+        assert answer.status_code == 400, path
+        assert "priority" in answer.json()["error"]["message"]
+
+
+def test_parameters_with_a_priority_of_0_keep_it(http: httpx.Client, cores: list[FakeCore]) -> None:
+    body = {"input_ids": [[5], [6]], "priority": 7, "sampling_params": [{"priority": 0}, {}]}
+    assert http.post("/generate", json=body).status_code == 200
+    last = [each for each in cores[-1].commands if isinstance(each, Generate)][-2:]
+    assert [each.params.priority for each in last] == [0, 7]
 
 
 def test_a_server_that_serves_by_arrival_names_the_flag() -> None:

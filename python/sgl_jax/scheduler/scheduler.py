@@ -122,9 +122,12 @@ class Scheduler:
 
         Changes tables and caches: the plan must be run, and before any later plan.
         """
-        victim = self._make_way()
+        blocked, self._blocked = self._blocked, None
+        if self.config.policy != "priority" or (blocked is not None and blocked.key not in self.waiting):
+            blocked = None
+        victim = self._make_way(blocked) if blocked is not None and self._is_full else None
         preemptions = self.counters.preemptions
-        picks = self._pick_running()
+        picks = self._pick_running(blocked)
         if self.counters.preemptions == preemptions:  # else a victim could return while its token is in flight
             self._admit(picks, victim)
         rows, num_new = np.concatenate(picks.rows), np.concatenate(picks.num_new)
@@ -139,18 +142,17 @@ class Scheduler:
         self.counters.steps += 1
         return plan
 
-    def _make_way(self) -> Request | None:
-        """Preempt the least urgent running request for a more urgent one that found no room, or no budget beside prompts, and
-        return it."""
-        blocked, self._blocked = self._blocked, None
-        if self.config.policy != "priority" or blocked is None or blocked.key not in self.waiting:
+    def _make_way(self, blocked: Request) -> Request | None:
+        """Preempt a running request, if one is less urgent than a request for which there is no room, and return it."""
+        rows = self._running
+        if not (self._urgency(rows) < blocked.urgency).any():
             return None
-        rows = self._running if self._is_full else self._running[~self.table.has_sampled[self._running]]
-        return self._preempt(rows) if (self._urgency(rows) < blocked.urgency).any() else None
+        arrivals = [r.arrival if r else 0 for r in map(self.table.requests.__getitem__, rows)]
+        return self._preempt(rows[np.argsort(arrivals)])
 
     def _preempt(self, rows: np.ndarray) -> Request:
-        """Let the youngest of the least urgent of these requests wait again, and return it. Its tokens in flight are dropped and sampled anew,
-        which gives the same ones."""
+        """Let the last of the least urgent of these requests wait again, and return it. Its tokens in flight are dropped and
+        sampled anew, which gives the same ones."""
         urgency = self._urgency(rows)
         victim = self._leave_row(int(rows[urgency == urgency.min()][-1]))
         self.waiting[victim.key] = victim
@@ -160,7 +162,21 @@ class Scheduler:
     def _urgency(self, rows: np.ndarray) -> np.ndarray:
         return np.array([r.urgency if r else 0 for r in map(self.table.requests.__getitem__, rows)])
 
-    def _pick_running(self) -> Picks:
+    def _chunks(self, rows: np.ndarray, budget: list[int], blocked: Request | None) -> tuple[np.ndarray, np.ndarray]:
+        """Divide the budget among prompts, in order of admission or else of urgency; less urgent ones leave a blocked request
+        what it may need. Return the rows that get any, and their numbers of new tokens."""
+        urgency = self._urgency(rows) if self.config.policy == "priority" else np.zeros(len(rows))
+        rows, urgency = rows[(order := np.argsort(-urgency, kind="stable"))], urgency[order]
+        num_before = len(rows) if blocked is None else int((urgency >= blocked.urgency).sum())
+        chunks = self.table.chunks(rows[:num_before], budget)
+        if blocked is not None:
+            kept = [min(len(blocked.tokens), each) for each in budget]
+            left = [each - reserved for each, reserved in zip(budget, kept, strict=True)]
+            chunks = np.concatenate([chunks, self.table.chunks(rows[num_before:], left)])
+            budget[:] = [each + reserved for each, reserved in zip(left, kept, strict=True)]
+        return rows[chunks > 0], chunks[chunks > 0]
+
+    def _pick_running(self, blocked: Request | None) -> Picks:
         """Choose the running rows of this step and allocate their new pages. A rank that lacks pages preempts a request."""
         t, limits = self.table, self.config
         while True:
@@ -174,9 +190,8 @@ class Scheduler:
             rows, num_new = decode_rows, np.full(len(decode_rows), width, np.int32)
             budget = [min(limits.max_step_tokens - n * width, limits.max_prefill_tokens) for n in per_rank]
             if len(prefill_rows := run[~decodes]):
-                chunks = t.chunks(prefill_rows, budget)
-                rows = np.concatenate([rows, prefill_rows[chunks > 0]])
-                num_new = np.concatenate([num_new, chunks[chunks > 0]])
+                prefill_rows, chunks = self._chunks(prefill_rows, budget, blocked)
+                rows, num_new = np.concatenate([rows, prefill_rows]), np.concatenate([num_new, chunks])
                 by_rank = np.argsort(t.rank[rows], kind="stable")
                 rows, num_new = rows[by_rank], num_new[by_rank]
             need = self._pages.needed(rows, num_new)

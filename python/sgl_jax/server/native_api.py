@@ -58,7 +58,7 @@ class GenerateRequest(Body):
     logprob_start_len: Annotated[int, Field(ge=-1)] | None = None
     return_text_in_logprobs: bool | None = None
     lora_path: Name | list[Name | None] | None = Field(None, description="names of adapters; null is the model itself")
-    priority: int | None = Field(None, description="that of sampling_params which have none")
+    priority: Annotated[int, limits("priority")] | None = Field(None, description="that of sampling_params without one")
     extra_key: CacheKey | None = Field(None, description="requests share cached prefixes only within one key")
 
 
@@ -134,7 +134,7 @@ def _length(given: str | list[str] | list[int] | list[list[int]] | None) -> int:
 def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
     given = body.sampling_params or NativeSamplingParams()
     several = isinstance(given, list)
-    each = [_with_priority(native_params(one), body.priority) for one in (given if several else [given])]
+    each = [_read(one, body.priority) for one in (given if several else [given])]
     params = each if several else each[0]
     start, top = -1 if body.logprob_start_len is None else body.logprob_start_len, body.top_logprobs_num or 0
     options = LogprobOptions(bool(body.return_logprob), top, start, bool(body.return_text_in_logprobs))
@@ -143,9 +143,10 @@ def _call(state: ServerState, body: GenerateRequest) -> NativeCall:
     return native_call(state.tokenizer, limit, *given)
 
 
-def _with_priority(request: GenerationRequest, priority: int | None) -> GenerationRequest:
-    """Return the request with a priority, unless its parameters have one."""
-    if priority is None or request.params.priority:
+def _read(given: NativeSamplingParams, priority: int | None) -> GenerationRequest:
+    """Read parameters, with a priority unless they have one."""
+    request = native_params(given)
+    if priority is None or "priority" in given.model_fields_set:
         return request
     return dataclasses.replace(request, params=msgspec.structs.replace(request.params, priority=priority))
 
