@@ -6,11 +6,19 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from sgl_jax.engine.generation import Conflict, GenerationRequest, UnknownAdapter
-from sgl_jax.engine.messages import AdapterInfo, Command, EngineInfo, LoadAdapter, ProfileStatus, UnloadAdapter
+from sgl_jax.engine.messages import (
+    AdapterInfo,
+    Command,
+    EngineInfo,
+    LoadAdapter,
+    ProfileStatus,
+    StateChanged,
+    UnloadAdapter,
+)
 from sgl_jax.request import InvalidParameter
 from sgl_jax.settings.adapter_paths import wrong_name
 
-type Answer = int | ProfileStatus | AdapterInfo
+type Answer = int | ProfileStatus | AdapterInfo | StateChanged
 
 _MOST_NAMES = 20  # in an error message
 

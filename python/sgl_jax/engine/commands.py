@@ -7,6 +7,7 @@ from sgl_jax.engine.adapter_loads import Adapters, namespace_of
 from sgl_jax.engine.grammar_compiles import Grammars
 from sgl_jax.engine.messages import Command, EngineInfo, Event, Finished
 from sgl_jax.engine.profiling import Profiler
+from sgl_jax.engine.trainer_calls import TrainerCalls
 from sgl_jax.request import FinishReason, Request
 from sgl_jax.scheduler.scheduler import Scheduler
 
@@ -19,12 +20,13 @@ class Commands:
         profiler: Profiler,
         adapters: Adapters | None,
         grammars: Grammars | None,
+        trainer: TrainerCalls,
         random_seed: int | None,
     ):
         """`adapters`, `grammars`: None in a launch that takes none."""
         self._scheduler, self._info, self._profiler, self._adapters = scheduler, info, profiler, adapters
         self._polled = [each for each in (adapters, grammars) if each is not None]
-        self._grammars = grammars
+        self._grammars, self._trainer = grammars, trainer
         self._seeds = np.random.default_rng(random_seed)
         self._num_arrived = 0
         self._answers: list[Event] = []
@@ -32,16 +34,19 @@ class Commands:
 
     @property
     def has_answers(self) -> bool:
-        if self._answers or self._aborted or self._profiler.writing:
+        if self._answers or self._aborted or self._profiler.writing or self._trainer.has_work:
             return True
         return any(each.has_work for each in self._polled) if self._polled else False
 
-    def take_answers(self) -> tuple[list[Event], list[Finished]]:
-        """Return the answers since the last call, and the requests that were aborted."""
+    def take_answers(self, *, at_rest: bool) -> tuple[list[Event], list[Finished]]:
+        """Return the answers since the last call, and the requests that were aborted. `at_rest`: no step is in flight."""
         events, ended = self._answers + self._profiler.poll(), self._aborted
         self._answers, self._aborted = [], []
         for each in self._polled:
             said, finished = each.poll(self._scheduler)
+            events, ended = events + said, ended + finished
+        if self._trainer.has_work:
+            said, finished = self._trainer.poll(self._scheduler, at_rest=at_rest)
             events, ended = events + said, ended + finished
         return events, ended
 
@@ -67,6 +72,14 @@ class Commands:
                 self._grammars.compile(command)
             case messages.CompileGrammar(call=call, kind=kind):
                 self._answers.append(messages.Refused(call, "the launch takes no grammars", kind))
+            case (
+                messages.PauseGeneration()
+                | messages.ContinueGeneration()
+                | messages.UpdateWeights()
+                | messages.ReleaseMemory()
+                | messages.ResumeMemory()
+            ):
+                self._trainer.handle(command)
             case messages.StartProfile() | messages.StopProfile() | messages.GetProfile():
                 answer = self._profiler.handle(command)
                 self._answers += [answer] if answer else []

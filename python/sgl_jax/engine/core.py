@@ -17,6 +17,7 @@ from sgl_jax.engine.pooler import Pooler
 from sgl_jax.engine.profiling import Profiler, Tracer
 from sgl_jax.engine.scores import gather_prompt_scores, scores_of_tokens
 from sgl_jax.engine.statistics import Statistics
+from sgl_jax.engine.trainer_calls import TrainerCalls
 from sgl_jax.scheduler.scheduler import Scheduler
 from sgl_jax.step_plan import Flight, StepPlan
 
@@ -60,6 +61,7 @@ class Core:
         adapters: Adapters | None = None,
         grammars: Grammars | None = None,
         pooler: Pooler | None = None,
+        trainer: TrainerCalls | None = None,
     ):
         """`draft_model`: name of the model that makes drafts, whose acceptance is watched; empty: there is none. `adapters`: those
         whose slots the scheduler has; `grammars`: those in which it finds grammars; None in a launch that takes none.
@@ -69,10 +71,11 @@ class Core:
         self.runner = runner
         self.adapters = adapters
         self.grammars = grammars
+        self.trainer = trainer or TrainerCalls()
         self._overlap = overlap
         self.pooler = pooler
         self._profiler = Profiler(runner.tracer, profiler_dir)
-        self._commands = Commands(scheduler, info, self._profiler, adapters, grammars, random_seed)
+        self._commands = Commands(scheduler, info, self._profiler, adapters, grammars, self.trainer, random_seed)
         self._statistics = Statistics(scheduler, decode_log_interval, draft_model, info.simulated, grammars)
         self._planned: StepPlan | None = None  # a step whose programs are not compiled yet
         self._in_flight: Flight | None = None
@@ -84,7 +87,11 @@ class Core:
 
     @property
     def _has_steps(self) -> bool:
-        return self.scheduler.has_requests or self._planned is not None or self._in_flight is not None
+        return (self.scheduler.has_requests and not self.trainer.holds) or not self._at_rest
+
+    @property
+    def _at_rest(self) -> bool:
+        return self._planned is None and self._in_flight is None
 
     def handle(self, command: Command) -> None:
         """Take in a command. Its answer, if it has one, comes out of the next `step`."""
@@ -93,7 +100,7 @@ class Core:
     def step(self) -> list[Event]:
         """Plan and launch a step, then collect the one before it (or itself, without overlap). Return the answers to
         commands, and one StepOutput if there is anything to report."""
-        events, aborted = self._commands.take_answers()
+        events, aborted = self._commands.take_answers(at_rest=self._at_rest)
         output = StepOutput(finished=aborted) if aborted else None
         with self._profiler.step():
             launched = self._launch()
@@ -126,7 +133,7 @@ class Core:
         """Plan a step and start it; None if there is nothing to do, or a program of the step is not compiled yet. The
         planned step is then the next one: later plans count on what it computes."""
         with self._profiler.stage("plan"):
-            plan = self._planned or self.scheduler.schedule()
+            plan = self._planned or (None if self.trainer.holds else self.scheduler.schedule())
         self._planned = plan if plan is not None and not self.runner.can_launch(plan) else None
         if plan is None or self._planned is not None:
             return None

@@ -15,7 +15,19 @@ from typing import Any, Self
 from sgl_jax import __version__
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.loop import EngineCore
-from sgl_jax.engine.messages import AdapterInfo, EngineInfo, GetProfile, ProfileStatus, StartProfile, Stats, StopProfile
+from sgl_jax.engine.messages import (
+    AdapterInfo,
+    EngineInfo,
+    GetProfile,
+    MemoryTag,
+    PauseMode,
+    ProfileStatus,
+    StartProfile,
+    StateChanged,
+    Stats,
+    StopProfile,
+    WeightsFormat,
+)
 from sgl_jax.engine.native_call import NativeCall, Reply, native_call
 from sgl_jax.engine.native_encoding import native_encoding
 from sgl_jax.engine.native_params import LogprobOptions, Params
@@ -176,6 +188,36 @@ class Engine:
     def flush_cache(self) -> int:
         """Drop the cached prefixes that no request uses, and return how many pages became free."""
         return self._call(self._service.flush_cache())
+
+    def pause_generation(self, mode: PauseMode = "abort") -> StateChanged:
+        """Compute no further step until continue_generation. Requests end ("abort"), wait ("retract"), or keep their KV
+        ("in_place")."""
+        return self._call(self._service.trainer.pause(mode))
+
+    def continue_generation(self) -> StateChanged:
+        return self._call(self._service.trainer.go_on())
+
+    def update_weights_from_disk(
+        self,
+        model_path: str,
+        load_format: WeightsFormat = "auto",
+        *,
+        abort_all_requests: bool = False,
+        flush_cache: bool = True,
+        weight_version: str | None = None,
+    ) -> StateChanged:
+        """Read other weights of the same model while requests run, and use them from then on (docs/features/rl_hooks.md).
+        Raises InvalidParameter for weights that do not fit, or Conflict."""
+        more = {"abort_all_requests": abort_all_requests, "flush_cache": flush_cache}
+        return self._call(self._service.trainer.update(model_path, load_format, **more, weight_version=weight_version))
+
+    def release_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> StateChanged:
+        """Give back the devices' memory of "kv_cache" and "weights", or of one. Raises Conflict while requests run."""
+        return self._call(self._service.trainer.release(tags))
+
+    def resume_memory_occupation(self, tags: Sequence[MemoryTag] | None = None) -> StateChanged:
+        """Take the memory again, with the same weights or those read since, and an empty cache."""
+        return self._call(self._service.trainer.resume(tags))
 
     def start_profile(
         self,

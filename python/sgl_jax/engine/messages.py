@@ -81,6 +81,42 @@ class CompileGrammar(_CallMessage, frozen=True):
     text: str
 
 
+PauseMode = Literal["abort", "retract", "in_place"]  # requests end; they wait again; they keep their rows
+MemoryTag = Literal["kv_cache", "weights"]
+WeightsFormat = Literal["auto", "safetensors", "gguf"]
+
+
+class PauseGeneration(_CallMessage, frozen=True):
+    """Plan no step until ContinueGeneration. This and the next four are answered by StateChanged when no step is in flight."""
+
+    mode: PauseMode = "abort"
+
+
+class ContinueGeneration(_CallMessage, frozen=True):
+    """Go on after a pause."""
+
+
+class UpdateWeights(_CallMessage, frozen=True):
+    """Read other weights of the same model and use them from then on, or answer by Refused. Cached prefixes are dropped."""
+
+    path: str
+    load_format: WeightsFormat = "auto"
+    abort_all: bool = False  # requests end, and are not computed anew
+    version: str = ""  # a name for the weights
+
+
+class ReleaseMemory(_CallMessage, frozen=True):
+    """Delete arrays on the devices, and plan no step until they are back. Answered by Refused while requests run."""
+
+    tags: list[MemoryTag]
+
+
+class ResumeMemory(_CallMessage, frozen=True):
+    """Put released arrays back."""
+
+    tags: list[MemoryTag]
+
+
 class Shutdown(_Message, frozen=True):
     """Leave the loop at once; running requests are dropped. The API side drains before it sends this."""
 
@@ -95,6 +131,11 @@ Command = (
     | LoadAdapter
     | UnloadAdapter
     | CompileGrammar
+    | PauseGeneration
+    | ContinueGeneration
+    | UpdateWeights
+    | ReleaseMemory
+    | ResumeMemory
     | Shutdown
 )
 
@@ -254,6 +295,13 @@ class GrammarCompiled(_CallMessage, frozen=True):
     """Requests with the grammar can run."""
 
 
+class StateChanged(_CallMessage, frozen=True):
+    message: str
+    num_waiting: int = 0  # live requests that wait until generation goes on
+    holds: bool = False  # no step is planned until another call
+    weights: tuple[str, str] | None = None  # path and version of those that are new
+
+
 class ProfileStatus(msgspec.Struct, frozen=True):
     """State of the profile that runs, or else of the last one."""
 
@@ -291,6 +339,7 @@ Event = (
     | AdapterLoaded
     | AdapterUnloaded
     | GrammarCompiled
+    | StateChanged
     | ProfileAnswer
     | Refused
     | EngineDied

@@ -28,6 +28,7 @@ from sgl_jax.engine.generation import (
 from sgl_jax.engine.grammar_table import GrammarTable
 from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Stats
 from sgl_jax.engine.slices import SLICE, in_slices
+from sgl_jax.engine.trainer_table import TrainerTable
 from sgl_jax.engine.transport import Transport
 from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.metrics import RequestMetrics
@@ -61,6 +62,7 @@ class GenerationService:
         self._info: EngineInfo | None = None
         self._adapters: AdapterTable | None = None
         self._grammars = GrammarTable(self._ask)
+        self.trainer = TrainerTable(self._ask)
         self._lora_dir = lora_dir
         self.failure: str | None = None  # why the engine has died
         self.failed = asyncio.Event()  # set when it has died
@@ -143,10 +145,10 @@ class GenerationService:
             raise ServiceUnavailable(problem)
 
     def _has_work(self) -> bool:
-        """Whether the engine should make progress. Reading an adapter or compiling a grammar may take longer
-        than any step."""
-        num_slow = self.adapters.num_calls + self._grammars.num_calls
-        return bool(self._choices) or len(self._answers) > num_slow
+        """Whether the engine should make progress. Reading an adapter or weights, or compiling a grammar, may take longer than
+        any step; a trainer may hold generation."""
+        num_slow = self.adapters.num_calls + self._grammars.num_calls + self.trainer.num_calls
+        return (bool(self._choices) and not self.trainer.holds) or len(self._answers) > num_slow
 
     def _give_up(self, reason: str) -> None:
         self._on_event(messages.EngineDied(f"{reason} while {len(self._choices)} requests wait"))
@@ -174,7 +176,10 @@ class GenerationService:
         return await vectors(await self._submit(generation_requests(requests), stream=False)) if requests else []
 
     async def probe(self, num_tokens: int) -> None:
-        """Generate a little, or make a vector, also before `open`. Cancelled, it aborts its request."""
+        """Generate a little, or make a vector, also before `open`. Cancelled, it aborts its request. Raises ServiceUnavailable
+        during a pause."""
+        if self.trainer.holds:
+            raise ServiceUnavailable("generation is paused, or memory is released")
         asked = GenerationRequest([self.tokenizer.bos_token_id or 0], probe_params(num_tokens, self.info))
         generation = await self._submit([asked], stream=False)
         async for _ in generation.updates():
@@ -275,6 +280,9 @@ class GenerationService:
                 self._answer(call, num_pages)
             case messages.GrammarCompiled(call=call):
                 self._answer(call, 0)
+            case messages.StateChanged(call=call):
+                self.trainer.see(event)
+                self._answer(call, event)
             case messages.ProfileAnswer(call=call, status=status):
                 self._answer(call, status)
             case messages.AdapterLoaded(call=call, adapter=adapter):

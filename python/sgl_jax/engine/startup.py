@@ -15,20 +15,21 @@ from sgl_jax.engine.adapter_plan import adapter_store, plan_adapters
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.grammar_compiles import Grammars, grammars_of
 from sgl_jax.engine.hosts import Die, LeadingCore, lead, unite
-from sgl_jax.engine.kv_cache import with_kv_dtype, with_kv_scales
+from sgl_jax.engine.kv_cache import with_kv_scales
 from sgl_jax.engine.launch_plan import LaunchPlan, grid_of, plan_launch
 from sgl_jax.engine.loop import EngineCore, one_line
 from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.engine.pooler import Pooler
-from sgl_jax.engine.pooling_plan import pooler_of, with_pooling
-from sgl_jax.engine.quantisation import held, say_weights
-from sgl_jax.engine.speculation_plan import draft_model_name, with_draft
+from sgl_jax.engine.pooling_plan import pooler_of
+from sgl_jax.engine.quantisation import say_weights
+from sgl_jax.engine.speculation_plan import draft_model_name
+from sgl_jax.engine.trainer_calls import TrainerCalls
+from sgl_jax.engine.weight_files import describe_model, other_weights, read_weights
 from sgl_jax.models.checkpoint import CONFIG_FILES, Checkpoint, open_checkpoint
 from sgl_jax.models.decoder_config import DecoderConfig
-from sgl_jax.models.families import Families, decoder_config, known_families
-from sgl_jax.models.loader import Report, load_weights, random_weights
+from sgl_jax.models.families import Families, known_families
 from sgl_jax.models.model_errors import ModelError
-from sgl_jax.models.weights import Weights, declare, parameters_per_token
+from sgl_jax.models.weights import declare, parameters_per_token
 from sgl_jax.multihost.follower import Follower
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.observability import log
@@ -37,6 +38,7 @@ from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.adapter_copies import AdapterCopies
 from sgl_jax.runtime.compiler import cache_takes_programs, use_compile_cache
+from sgl_jax.runtime.held_arrays import HeldArrays
 from sgl_jax.runtime.kept_programs import KeptPrograms
 from sgl_jax.runtime.memory import device_memory
 from sgl_jax.runtime.placed_weights import DevicePlacer, stack_layers
@@ -47,6 +49,8 @@ from sgl_jax.settings.hub import is_hub_id, local_path
 from sgl_jax.settings.server_args import ServerArgs, environment
 
 logger = logging.getLogger(__name__)
+
+_SEVERAL_HOSTS = "--nnodes is greater than 1; arrays of one host alone can be exchanged or released"
 
 type Accept = Callable[[LaunchPlan], None]  # raises an error that refuses the plan
 
@@ -63,6 +67,7 @@ class DeviceSide:
     copies: AdapterCopies | None  # in memory, of the adapters of a launch that takes any
     grammars: Grammars | None  # on the host that plans, in a launch that takes any
     pooler: Pooler | None  # likewise, in a launch that makes vectors
+    arrays: HeldArrays | None  # which can be exchanged and released; None with several hosts
 
 
 def build_core(args: ServerArgs, accept: Accept = lambda plan: None, *, behind: bool = False) -> Core:
@@ -138,7 +143,8 @@ def build_device_side(
 
         try:
             dtype, stacks = plan.runner_config.weight_dtype, platform.stacks_layers
-            weights = _load(checkpoint, draft, model, families, dtype, args.random_seed or 0, placement, report)
+            placer, seed = DevicePlacer(placement), args.random_seed or 0
+            weights = read_weights(checkpoint, draft, model, families, dtype, seed, placer, report)
             weights = stack_layers(weights, placement, declare(model, dtype, stacked=True)) if stacks else weights
             progress.all_read()
             if not args.skip_server_warmup:
@@ -153,7 +159,9 @@ def build_device_side(
     runner.start(weights, barrier)
     if num_left := runner.num_compiling:
         logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
-    return DeviceSide(model, platform, devices, plan, runner, copies, grammars, pooler)
+    reads = other_weights(args, families, model, dtype, platform, kind, placement)
+    arrays = HeldArrays(runner, reads) if hosts is None else None
+    return DeviceSide(model, platform, devices, plan, runner, copies, grammars, pooler, arrays)
 
 
 def kept_programs(args: ServerArgs, devices: list[jax.Device]) -> KeptPrograms | None:
@@ -214,12 +222,8 @@ def _decide(
     *,
     dummy: bool,
 ) -> tuple[DecoderConfig, Checkpoint | None, Kernels, LaunchPlan]:
-    model = decoder_config(checkpoint.config, checkpoint.generation_config, checkpoint.tensors, families)
-    model = with_pooling(args, model.for_context(args.context_length), checkpoint)
+    model, draft = describe_model(args, families, checkpoint, platform, device_kind, dummy=dummy)
     adapters = plan_adapters(args, model, families)
-    model, draft = with_draft(args, model, families, checkpoint.tensors, dummy=dummy)
-    model = held(args, model, platform, device_kind)
-    model = with_kv_dtype(args, model)
     kernels = kernels_for(args.attention_backend, platform, model)
     sizes = {"stored_dtype": checkpoint.dtype, "device_bytes": device_bytes, "adapters": adapters}
     plan = plan_launch(args, model, platform, kernels, **sizes)
@@ -276,25 +280,5 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         adapters=adapters,
         grammars=grammars,
         pooler=device_side.pooler,
-    )
-
-
-def _load(
-    checkpoint: Checkpoint,
-    draft: Checkpoint | None,
-    model: DecoderConfig,
-    families: Families,
-    dtype: str,
-    seed: int,
-    placement: Placement,
-    report: Report,
-) -> Weights[jax.Array]:
-    """Read the weights, or make random ones for --load-format dummy."""
-    placer = DevicePlacer(placement)
-    if checkpoint.format == "dummy":
-        return random_weights(model, dtype, seed, placer=placer, report=report)
-    # A quantised GGUF stands for the weights of the model it was made from, whatever the dtype.
-    rounded_to = checkpoint.dtype if checkpoint.format == "gguf" and model.weight_scheme is None else None
-    return load_weights(
-        checkpoint, model, dtype, draft=draft, families=families, rounded_to=rounded_to, placer=placer, report=report
+        trainer=TrainerCalls(device_side.arrays, _SEVERAL_HOSTS),
     )

@@ -12,7 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, cast
 
 import jax
 import ml_dtypes  # noqa: F401  (numpy then knows "bfloat16")
@@ -33,12 +33,12 @@ from sgl_jax.parallel.grid import LONE
 Report = Callable[[float, int], None]  # (fraction that is loaded, bytes that are loaded)
 
 
-class Placer(Protocol):
+class Placer[Placed](Protocol):
     """Chooses the shards of each array that this process needs, and puts them on their devices."""
 
     def shards(self, spec: WeightSpec) -> Sequence[Shard]: ...
 
-    def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
+    def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> Placed:
         """Make the array from its shards, in the order of `shards`. It may keep the buffers of `arrays`."""
         ...
 
@@ -58,7 +58,7 @@ _RANDOM_VALUES = 1_048_573  # a prime number
 _ALIGNMENT = 64  # jax on a CPU adopts a buffer so aligned instead of copying it
 
 
-def load_weights(
+def load_weights[Placed](
     checkpoint: Checkpoint,
     config: DecoderConfig,
     dtype: DTypeLike,
@@ -66,9 +66,9 @@ def load_weights(
     draft: Checkpoint | None = None,
     families: Families = FAMILIES,
     rounded_to: DTypeLike | None = None,
-    placer: Placer | None = None,
+    placer: Placer[Placed] | None = None,
     report: Report | None = None,
-) -> Weights[jax.Array]:
+) -> Weights[Placed]:
     """Read a checkpoint's weights, and those of the draft model from `draft` or, where that is an MTP layer, from the
     same checkpoint. `families` are those that `config` was made with.
 
@@ -87,14 +87,14 @@ def load_weights(
     return _placed(declare(config, dtype), leaves, num_bytes, placer, report)
 
 
-def random_weights(
+def random_weights[Placed](
     config: DecoderConfig,
     dtype: DTypeLike,
     seed: int = 0,
     *,
-    placer: Placer | None = None,
+    placer: Placer[Placed] | None = None,
     report: Report | None = None,
-) -> Weights[jax.Array]:
+) -> Weights[Placed]:
     """Make small random weights (--load-format dummy): norms are 1, offsets of draft ids 0, the rest normal with
     deviation 0.02."""
     # Drawing billions of normals takes minutes; reading a million over and over, from another start in each weight, does
@@ -125,13 +125,17 @@ def _random(path: str, spec: WeightSpec, values: np.ndarray, offset: int) -> Sto
     return StoredTensor(path, spec.shape, spec.dtype, spec.nbytes, rows)
 
 
-def _placed(
-    declared: Weights[WeightSpec], leaves: list[Leaf], num_bytes: int, placer: Placer | None, report: Report | None
-) -> Weights[jax.Array]:
+def _placed[Placed](
+    declared: Weights[WeightSpec],
+    leaves: list[Leaf],
+    num_bytes: int,
+    placer: Placer[Placed] | None,
+    report: Report | None,
+) -> Weights[Placed]:
     """Assemble and place each leaf. `num_bytes` is reported when all are placed."""
     leaves.sort(key=lambda leaf: leaf.path.startswith(".layers"))  # embedding and head, the biggest, come first
     total, done = sum(leaf.nbytes for leaf in leaves), 0
-    placed, to = {}, placer or OneDevice()
+    placed, to = {}, placer or cast(Placer[Placed], OneDevice())
 
     def assemble(leaf: Leaf) -> list[np.ndarray]:
         return [_assemble(leaf, shard) for shard in to.shards(leaf.spec)]

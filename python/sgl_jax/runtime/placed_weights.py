@@ -25,12 +25,13 @@ class DevicePlacer:
         """Return the shards that this process must read."""
         return [*self._devices_of_shards(spec)]
 
-    def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray]) -> jax.Array:
-        """Make a sharded weight of the arrays of `shards`, in their order."""
+    def place(self, spec: WeightSpec, arrays: Sequence[np.ndarray], axes: Axes | None = None) -> jax.Array:
+        """Make a sharded weight of the arrays of `shards`, in their order. `axes`: those of the arrays, if not the spec's."""
+        axes = spec.axes if axes is None else axes
         held = zip(self._devices_of_shards(spec).values(), arrays, strict=True)
         pieces = [jax.device_put(array, device) for devices, array in held for device in devices]
-        shape = self.placement.whole_shape(arrays[0].shape, spec.axes)
-        return jax.make_array_from_single_device_arrays(shape, self.placement.sharding(spec.axes), pieces)
+        shape = self.placement.whole_shape(arrays[0].shape, axes)
+        return jax.make_array_from_single_device_arrays(shape, self.placement.sharding(axes), pieces)
 
     def _devices_of_shards(self, spec: WeightSpec) -> dict[Shard, list[jax.Device]]:
         """Map each shard of this process's devices to the devices that hold it."""

@@ -27,7 +27,7 @@ from sgl_jax.runtime.pool import Pool
 from sgl_jax.runtime.pooling_step import PooledOutputs, pooling_step
 from sgl_jax.runtime.sampler import Logprobs
 from sgl_jax.runtime.step import StepOutputs, step
-from sgl_jax.runtime.step_spec import Drafter, Pools, StepSpec
+from sgl_jax.runtime.step_spec import Drafter, StepSpec
 from sgl_jax.step_plan import pages_per_row
 
 # Names of device values.
@@ -176,15 +176,17 @@ def abstract_state(model: DecoderConfig, config: RunnerConfig, placement: Placem
     return jax.tree.map(place, jax.eval_shape(_initial_state(model, config, placement)), STATE_AXES)
 
 
-def empty_kv(config: RunnerConfig, placement: Placement, make_pool: Callable[[tuple[int, ...], str], AnyPool]) -> Pools:
-    """Make the KV pools of every device with the attention backend's function."""
+def pool_makers(
+    config: RunnerConfig, placement: Placement, make_pool: Callable[[tuple[int, ...], str], AnyPool]
+) -> list[Callable[[], jax.Array]]:
+    """Return functions that make the KV pools of every device, with the attention backend's. Each compiles once."""
 
-    def make(pool: Pool) -> jax.Array:
+    def maker(pool: Pool) -> Callable[[], jax.Array]:
         axes, shape = pool.order.axes, pool.shape(config.num_pages, config.page_size)
         on_each = placement.run(lambda: make_pool(shape, pool.dtype), (), axes)
-        return jax.jit(on_each, out_shardings=placement.sharding(axes))()
+        return jax.jit(on_each, out_shardings=placement.sharding(axes))
 
-    return [*map(make, config.pools)]
+    return [*map(maker, config.pools)]
 
 
 def empty_adapters(

@@ -104,7 +104,7 @@ class ModelRunner:
         self._placement = placement
         self._announce = announce
         self._adapters = adapters
-        self._make_pool = kernels.attention.make_pool
+        self._pool_makers = programs.pool_makers(config, placement, kernels.attention.make_pool)
         self._layouts = {bucket: config.layout(bucket) for bucket in config.buckets}
         self._loads = config.loads(model)
         self._by_name = {program.name: program for program in self.programs}
@@ -171,7 +171,7 @@ class ModelRunner:
         self._values = {
             WEIGHTS: weights,
             ADAPTERS: programs.empty_adapters(self._model, self.config, self._placement, stacked=weights.stacked),
-            KV: programs.empty_kv(self.config, self._placement, self._make_pool),
+            KV: self.empty_pools(),
             STATE: programs.empty_state(self._model, self.config, self._placement),
         }
         barrier()
@@ -191,6 +191,16 @@ class ModelRunner:
             vector = empty_steps.get(program.name, np.zeros(program.vector_shape, np.int32))
             payload = program.args[len(program.takes) + 1 :]
             jax.block_until_ready(self._call(program, vector, *map(zeros, payload)))
+
+    def empty_pools(self) -> Pools:
+        return [make() for make in self._pool_makers]
+
+    def take(self, name: str) -> DeviceValue:
+        """Take a device value away, once it is computed. No program runs until it has come back with `give`."""
+        return jax.block_until_ready(self._values.pop(name))
+
+    def give(self, name: str, value: DeviceValue) -> None:
+        self._values[name] = value
 
     def can_launch(self, plan: StepPlan) -> bool:
         """Whether a step's row loads and a bucket that holds it are compiled."""

@@ -105,6 +105,11 @@ class Scheduler:
         """Evict every prefix that no running request holds, on all ranks; return how many pages became free."""
         return sum(cache.flush() for cache in self.caches)
 
+    def preempt_all(self) -> None:
+        """Let every running request wait again."""
+        while len(self._running):
+            self._preempt(self._running)
+
     def abort(self, key: int) -> bool:
         """End a request and release its pages; return False if there is none. Its tokens in flight are dropped."""
         request = self.requests.pop(key, None)

@@ -96,8 +96,10 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
     @routes.get("/get_model_info", tags=["Information"], **documented(ModelInfo))
     async def get_model_info() -> Response:
         info = service.info
-        same = state.server_args.model_path, state.tokenizer_path, info.pooling is None, None
-        return json_response(ModelInfo(*same, info.architecture, info.dtype, info.context_length, info.vocab_size))
+        same = _path(state), state.tokenizer_path, info.pooling is None, None
+        sizes = info.context_length, info.vocab_size
+        version = service.trainer.weight_version
+        return json_response(ModelInfo(*same, info.architecture, info.dtype, *sizes, version))
 
     @routes.get("/get_server_info", tags=["Information"], **documented(ServerInfo))
     async def get_server_info() -> Response:
@@ -148,7 +150,12 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
 
 def _card(state: ServerState) -> ModelCard:
     limit = state.service.info.context_length
-    return ModelCard(state.model_name, int(state.started), state.server_args.model_path, limit)
+    return ModelCard(state.model_name, int(state.started), _path(state), limit)
+
+
+def _path(state: ServerState) -> str:
+    """Return where the weights in use are from."""
+    return state.service.trainer.model_path or state.server_args.model_path
 
 
 def _adapter_card(state: ServerState, adapter: AdapterInfo) -> ModelCard:

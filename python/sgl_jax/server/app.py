@@ -19,6 +19,7 @@ from sgl_jax.server import (
     openai_completions,
     openai_responses,
     rerank_api,
+    trainer_api,
 )
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.settings.server_args import ServerArgs
@@ -51,6 +52,7 @@ def create_routes(service: GenerationService, server_args: ServerArgs) -> FastAP
         native_api,
         measuring_api,
         adapters_api,
+        trainer_api,
         admin_api,
     ):
         app.include_router(module.router(state))

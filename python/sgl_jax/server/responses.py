@@ -196,6 +196,12 @@ class LoadedAdapters(msgspec.Struct):
     loaded_adapters: dict[str, str]  # paths by name
 
 
+class TrainerAnswer(msgspec.Struct):
+    success: bool
+    message: str
+    num_paused_requests: int  # live requests that wait until generation goes on
+
+
 class Aborted(msgspec.Struct):
     num_aborted: int
 
@@ -209,6 +215,7 @@ class ModelInfo(msgspec.Struct):
     dtype: str
     context_length: int
     vocab_size: int
+    weight_version: str  # the name that the last update gave its weights
 
 
 class ServerInfo(msgspec.Struct):
