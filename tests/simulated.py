@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fakes.fake_arrays import FakeArrays
 from fakes.fake_core import fake_info
 from fakes.fake_runner import FakeRunner, continuation, kv_chain, logprob_of, two_of_three
 from sgl_jax.cache.prefix_cache import PrefixCache
@@ -24,11 +25,13 @@ from sgl_jax.engine.messages import (
     PoolingInfo,
     PromptScored,
     Refused,
+    StateChanged,
     Stats,
     StepOutput,
     TokenLogprobs,
 )
 from sgl_jax.engine.pooler import Pooler
+from sgl_jax.engine.trainer_calls import TrainerCalls
 from sgl_jax.request import FinishReason, Grammar, Request, SamplingParams
 from sgl_jax.scheduler.adapter_slots import AdapterSlots
 from sgl_jax.scheduler.grammar_rows import CompiledGrammar
@@ -126,6 +129,7 @@ def make_core(
     adapters: Adapters | None = None,
     grammars: Grammars | None = None,
     pooling: PoolingInfo | None = None,
+    arrays: FakeArrays | None = None,
     **scheduler_options,
 ) -> Core:
     parts = {"adapters": adapters.slots if adapters else None, "find_grammar": grammars.find if grammars else None}
@@ -144,6 +148,8 @@ def make_core(
         draft_is_right=draft_is_right,
         pooling=pooling.method if pooling else None,
     )
+    if arrays is not None:
+        arrays.runner = runner
     sign = 1 if config.policy == "priority" else 0
     sizes = {"vocab_size": vocab_size, "context_length": config.context_length}
     info = fake_info(**sizes, eos_token_id=eos, priority_sign=sign, pooling=pooling)
@@ -158,6 +164,7 @@ def make_core(
         adapters=adapters,
         grammars=grammars,
         pooler=Pooler(pooling) if pooling else None,
+        trainer=TrainerCalls(arrays),
     )
 
 
@@ -221,7 +228,7 @@ class Client:
         self.answers: dict[int, Answer] = {}
         self.flushed: list[CacheFlushed] = []
         self.stats: list[Stats] = []
-        self.said: list[AdapterLoaded | AdapterUnloaded | GrammarCompiled | Refused] = []
+        self.said: list[AdapterLoaded | AdapterUnloaded | GrammarCompiled | Refused | StateChanged] = []
 
     def submit(self, key: int, prompt: list[int], *, namespace: str = "", adapter: int = 0, **params) -> None:
         self.core.handle(Generate(key, prompt, SamplingParams(**params), namespace, adapter))
@@ -250,7 +257,7 @@ class Client:
         if isinstance(event, CacheFlushed):
             self.flushed.append(event)
             return
-        if isinstance(event, AdapterLoaded | AdapterUnloaded | GrammarCompiled | Refused):
+        if isinstance(event, AdapterLoaded | AdapterUnloaded | GrammarCompiled | Refused | StateChanged):
             self.said.append(event)
             return
         assert isinstance(event, StepOutput)

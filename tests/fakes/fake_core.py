@@ -3,6 +3,7 @@
 A request with max_tokens 0 ends after its first step without output; in a pooling launch with the vector of `fake_vector`.
 An adapter is loaded from any path but one that ends in "broken", and unloaded when no request uses it. A request with
 adapter number a gets its prompt with 100 a added to each token.
+Calls of a trainer change nothing; weights can be read from any path but one that ends in "broken".
 A grammar changes nothing; one whose text has the word "bad" is refused.
 Output token k is `prompt[k % len(prompt)]`. Token number `len(prompt)` is eos, unless eos is ignored or min_tokens forbids
 it. The logprob of output token k is -(k + 1) / 8, and of prompt token i -i / 8. The best tokens at a position are the token
@@ -109,6 +110,17 @@ class FakeCore:
             case messages.CompileGrammar(call=call, kind=kind, text=text):
                 bad = messages.Refused(call, f"it is bad: {text}", kind)
                 self._kept.append(bad if "bad" in text else messages.GrammarCompiled(call))
+            case messages.UpdateWeights(call=call, path=path) if path.endswith("broken"):
+                self._kept.append(messages.Refused(call, f"{path} is broken", "model_path"))
+            case messages.UpdateWeights(call=call, path=path, version=version):
+                self._kept.append(messages.StateChanged(call, "done", weights=(path, version)))
+            case (
+                messages.PauseGeneration(call=call)
+                | messages.ContinueGeneration(call=call)
+                | messages.ReleaseMemory(call=call)
+                | messages.ResumeMemory(call=call)
+            ):
+                self._kept.append(messages.StateChanged(call, "done"))
             case messages.StartProfile() | messages.StopProfile() | messages.GetProfile():
                 answer = self._profiler.handle(command)
                 self._kept += [answer] if answer else []

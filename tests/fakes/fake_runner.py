@@ -168,9 +168,26 @@ class FakeRunner:
         self._lookahead, num_pages_per_row = lookahead, pages_per_row(context_length, width, page_size, lookahead)
         self._slots_of_adapters: dict[int, int] = {0: 0}  # number of the load by Param.ADAPTER
         self._rows = [_Row(np.zeros(num_pages_per_row, np.int32)) for _ in range(num_rows)]
+        self.is_whole = True  # nothing is released
+
+    @property
+    def weights(self) -> int:
+        """Number of the model's weights, which is mixed into its KV as an adapter's is."""
+        return self._slots_of_adapters[0]
+
+    @weights.setter
+    def weights(self, number: int) -> None:
+        assert self._num_collected == len(self.plans), "a step is in flight"
+        self._slots_of_adapters[0] = number
+
+    def forget(self) -> None:
+        """Lose all KV."""
+        assert self._num_collected == len(self.plans), "a step is in flight"
+        self._kv = [-1] * len(self._kv)
 
     def launch(self, plan: StepPlan) -> FakeFlight:
         """Compute a step. Raises AssertionError if the plan breaks a promise of StepPlan."""
+        assert self.is_whole, "a step without its arrays"
         self._check(plan)
         for slot, source in plan.adapter_loads:
             self._slots_of_adapters[slot + 1] = int(source.partition(" ")[0])

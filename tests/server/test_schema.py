@@ -142,6 +142,11 @@ def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
         "/v1/unload_lora_adapter",
         "/load_lora_adapter",
         "/unload_lora_adapter",
+        "/pause_generation",
+        "/continue_generation",
+        "/update_weights_from_disk",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
     }
     chat = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert set(chat) == {"200", "400", "401", "403", "404", "413", "415", "429", "500", "503"}

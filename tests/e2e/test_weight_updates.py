@@ -1,0 +1,263 @@
+"""Weights that change in a running engine, and memory that it lends: tokens are those of a launch with the weights.
+
+Two checkpoints have the same shapes: stories260k, and the same with its layers in reverse order.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from exact import GREEDY, Build
+from safetensors.numpy import load_file, save_file
+
+from messages import says
+from sgl_jax.engine.core import Core
+from sgl_jax.engine.messages import (
+    ContinueGeneration,
+    PauseGeneration,
+    Refused,
+    ReleaseMemory,
+    ResumeMemory,
+    StateChanged,
+    UpdateWeights,
+)
+from sgl_jax.engine.trainer_calls import TrainerCall
+from sgl_jax.runtime.buckets import Bucket
+from simulated import Client
+
+PROMPTS = ([1, 403, 407], [1, 403, 407, 261, 378], [1, 5, 6, 7, 8, 9, 10, 11, 12], [1, 300, 301])
+STEPS, LENGTH = Bucket(32, 4), 24
+BOTH = ["kv_cache", "weights"]
+
+
+def reversed_layers(source: Path, folder: Path) -> Path:
+    """Write a checkpoint with a model's layers in reverse order."""
+    folder.mkdir()
+    for file in source.glob("*.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    number = json.loads((source / "config.json").read_text())["num_hidden_layers"]
+    tensors = load_file(source / "model.safetensors")
+    renamed = {}
+    for name, tensor in tensors.items():
+        parts = name.split(".")
+        if parts[1] == "layers":
+            parts[2] = str(number - 1 - int(parts[2]))
+        renamed[".".join(parts)] = tensor
+    save_file(renamed, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reversed_layers(stories260k, tmp_path_factory.mktemp("other") / "model")
+
+
+def ask(client: Client, first: int = 1) -> list[list[int]]:
+    """Return the tokens of each prompt."""
+    for key, prompt in enumerate(PROMPTS, first):
+        client.submit(key, [*prompt], max_tokens=LENGTH, **GREEDY)
+    client.run(100_000)
+    return [client.answers[first + i].tokens for i in range(len(PROMPTS))]
+
+
+def call(client: Client, call: TrainerCall) -> StateChanged | Refused:
+    client.core.handle(call)
+    for _ in range(100_000):
+        if client.said:
+            break
+        client.step()
+    said = client.said.pop()
+    assert isinstance(said, StateChanged | Refused)
+    return said
+
+
+def array_bytes() -> int:
+    gc.collect()
+    return sum(each.nbytes for each in jax.live_arrays())
+
+
+def compiled(core: Core) -> int:
+    assert core.runner.num_compiling == 0
+    return core.runner.compiles_after_ready
+
+
+OPTIONS = {
+    "float32": {},
+    "bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+    "two devices": {"tp_size": 2},
+    "data parallel": {"tp_size": 2, "dp_size": 2},
+    "drafts": {"speculative_algorithm": "NGRAM"},
+    "float8 KV": {"kv_cache_dtype": "fp8_e4m3"},
+}
+
+
+@pytest.mark.parametrize("way", OPTIONS)
+def test_tokens_after_an_update_under_load_are_the_new_weights(
+    build: Build, stories260k: Path, other: Path, way: str
+) -> None:
+    options = OPTIONS[way] | {"context_length": 128}
+    right = ask(Client(build(other, STEPS, **options)))
+    client = Client(core := build(stories260k, STEPS, **options))
+    old = ask(client)
+    assert old != right
+    before = array_bytes(), len(jax.live_arrays())
+    for key, prompt in enumerate(PROMPTS, 11):
+        client.submit(key, [*prompt], max_tokens=100, **GREEDY)
+    for _ in range(5):
+        client.step()
+    said = call(client, UpdateWeights(1, str(other)))
+    assert isinstance(said, StateChanged)
+    assert (said.holds, said.weights) == (False, (str(other), ""))
+    spanning = {key: len(client.answers[key].tokens) for key in range(11, 15)}
+    assert all(0 < number < 100 for number in spanning.values())
+    assert ask(client, 21) == right
+    for key in spanning:
+        assert (len(client.answers[key].tokens), client.answers[key].reason.type) == (100, "length")
+    assert call(client, UpdateWeights(2, str(stories260k))).weights == (str(stories260k), "")
+    assert ask(client, 31) == old
+    assert compiled(core) == 0
+    assert (array_bytes(), len(jax.live_arrays())) == before
+
+
+def test_tokens_of_a_request_that_spans_an_update_go_on_from_its_own(
+    build: Build, stories260k: Path, other: Path
+) -> None:
+    client = Client(build(stories260k, STEPS, context_length=256))
+    client.submit(1, [1, 403, 407], max_tokens=60, **GREEDY)
+    for _ in range(5):
+        client.step()
+    call(client, UpdateWeights(1, str(other)))
+    number = len(client.answers[1].tokens)
+    client.run(100_000)
+    tokens = client.answers[1].tokens
+    fresh = Client(build(other, STEPS, context_length=256))
+    fresh.submit(1, [1, 403, 407, *tokens[:number]], max_tokens=60 - number, **GREEDY)
+    fresh.run(100_000)
+    assert tokens[number:] == fresh.answers[1].tokens
+
+
+@pytest.mark.parametrize("way", ["float32", "int8", "two devices"])
+def test_released_memory_is_free_and_the_tokens_are_the_same_afterwards(
+    build: Build, stories260k: Path, other: Path, way: str
+) -> None:
+    client = Client(core := build(stories260k, STEPS, context_length=128, max_total_tokens=65536, **OPTIONS[way]))
+    old, whole = ask(client), array_bytes()
+    weights, pools = core.runner.take("weights"), core.runner.take("kv")
+    core.runner.give("weights", weights)
+    core.runner.give("kv", pools)
+    of_weights, of_pools = (sum(each.nbytes for each in jax.tree.leaves(tree)) for tree in (weights, pools))
+    leaves = jax.tree.leaves((weights, pools))
+    del weights, pools
+    assert call(client, ReleaseMemory(1, ["kv_cache"])).holds
+    assert whole - array_bytes() == of_pools
+    assert call(client, ReleaseMemory(2, BOTH)).holds
+    assert whole - array_bytes() == of_pools + of_weights
+    assert all(leaf.is_deleted() for leaf in leaves)
+    client.submit(90, [1, 403], max_tokens=3, **GREEDY)
+    client.run()
+    assert client.answers[90].reason is None
+    assert call(client, ResumeMemory(3, ["weights"])).holds
+    assert not call(client, ResumeMemory(4, BOTH)).holds
+    assert (ask(client, 21), array_bytes()) == (old, whole)
+    assert client.answers[90].reason.type == "length"
+    call(client, PauseGeneration(5, "retract"))
+    call(client, ReleaseMemory(6, BOTH))
+    assert call(client, UpdateWeights(7, str(other))).holds
+    call(client, ResumeMemory(8, BOTH))
+    call(client, ContinueGeneration(9))
+    right = ask(Client(build(other, STEPS, context_length=128, max_total_tokens=65536, **OPTIONS[way])))
+    assert ask(client, 31) == right
+    assert compiled(core) == 0
+
+
+def test_the_kv_cache_of_a_cpu_goes_back_to_the_machine(build: Build, stories260k: Path) -> None:
+    def resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * resource.getpagesize()
+
+    client = Client(core := build(stories260k, STEPS, context_length=128, max_total_tokens=2**20))
+    pools = core.runner.pools
+    core.runner.give("kv", [pool.at[:].set(1) for pool in pools])  # every page of it is in memory
+    for pool in pools:
+        pool.delete()
+    del pools, pool
+    size = sum(pool.nbytes for pool in core.runner.pools)
+    assert size > 2**28
+    before = resident()
+    call(client, ReleaseMemory(1, ["kv_cache"]))
+    assert before - resident() > 0.95 * size
+    call(client, ResumeMemory(2, ["kv_cache"]))
+    ask(client)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_hidden_layers": 4}, "num_layers is 4 … launch 5"),
+        ({"rms_norm_eps": 1e-3}, "rms_norm_eps is 0.001"),
+        ({"rope_theta": 5.0}, "rope"),
+        ({"hidden_size": 128}, "hidden_size is 128"),
+    ],
+)
+def test_another_model_is_refused_by_name(
+    small: Client, stories260k: Path, tmp_path: Path, change: dict[str, float], message: str
+) -> None:
+    config = json.loads((stories260k / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((stories260k / "model.safetensors").read_bytes())
+    refused(small, tmp_path, message)
+
+
+def drop(tensors: dict[str, np.ndarray]) -> None:
+    del tensors["model.norm.weight"]
+
+
+def cut(tensors: dict[str, np.ndarray]) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"] = tensors["model.layers.1.mlp.up_proj.weight"][:8].copy()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(drop, "model.norm.weight"), (cut, "model.layers.1.mlp.up_proj.weight")]
+)
+def test_tensors_that_do_not_fit_are_refused_by_name(
+    small: Client, stories260k: Path, tmp_path: Path, change: Callable[[dict[str, np.ndarray]], None], message: str
+) -> None:
+    tensors = load_file(stories260k / "model.safetensors")
+    change(tensors)
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_bytes((stories260k / "config.json").read_bytes())
+    refused(small, tmp_path, message)
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "no/such/model", ".", "/dev/null", "a\0b", "config:qwen3-8b"])
+def test_paths_without_weights_are_refused(small: Client, path: str) -> None:
+    refused(small, path, "")
+
+
+def test_an_int8_kv_cache_keeps_the_scales_of_its_weights(build: Build, stories260k: Path) -> None:
+    client = Client(build(stories260k, STEPS, context_length=128, kv_cache_dtype="int8"))
+    refused(client, stories260k, "--kv-cache-dtype int8 … scales")
+
+
+@pytest.fixture(scope="module")
+def small(build: Build, stories260k: Path) -> Client:
+    return Client(build(stories260k, STEPS, context_length=128))
+
+
+def refused(client: Client, path: Path | str, message: str) -> None:
+    client.answers.clear()
+    before = ask(client)
+    said = call(client, UpdateWeights(1, str(path)))
+    assert isinstance(said, Refused)
+    assert said.param == "model_path"
+    assert says(said.message, message)
+    client.answers.clear()
+    assert ask(client) == before
