@@ -16,7 +16,7 @@ import pytest
 
 from messages import says
 from scripted_hub import Hub, serving
-from sgl_jax.engine import startup
+from sgl_jax.engine import startup, weight_files
 from sgl_jax.engine.core import Core
 from sgl_jax.models.checkpoint import open_checkpoint
 from sgl_jax.observability.progress import LaunchProgress
@@ -137,14 +137,14 @@ def test_devices_left_unused_are_warned_of_unless_tp_size_says_so(
 
 def test_programs_compile_while_the_weights_are_read(stories260k, tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = threading.Event()
-    load = startup._load
+    load = startup.read_weights
 
     def waits(*args):
         assert compiled.wait(60), "nothing was compiled before the weights were read"
         return load(*args)
 
     monkeypatch.setattr(LaunchProgress, "compiled", lambda *report: compiled.set())
-    monkeypatch.setattr(startup, "_load", waits)
+    monkeypatch.setattr(startup, "read_weights", waits)
     core = startup.build_core(arguments(stories260k, tmp_path))
     assert core.info.num_programs == len(core.runner.programs)
     core.close()
@@ -331,7 +331,7 @@ def test_weights_that_cannot_be_read_end_the_launch_at_once(
         raise ValueError("a tensor is missing")
 
     monkeypatch.setattr(ModelRunner, "_compile", compiles)
-    monkeypatch.setattr(startup, "_load", fails)
+    monkeypatch.setattr(startup, "read_weights", fails)
     began = time.monotonic()
     with pytest.raises(ValueError, match="a tensor is missing"):
         startup.build_core(arguments(stories260k, tmp_path))
@@ -353,6 +353,6 @@ def test_a_program_that_cannot_be_compiled_ends_the_reading_of_weights(
         pytest.fail("all weights were read")
 
     monkeypatch.setattr(ModelRunner, "_compile", compiles)
-    monkeypatch.setattr(startup, "load_weights", load_weights)
+    monkeypatch.setattr(weight_files, "load_weights", load_weights)
     with pytest.raises(ValueError, match="cannot do sinks"):
         startup.build_core(arguments(stories260k, tmp_path))

@@ -180,7 +180,7 @@ def test_weights_that_do_not_fit_change_nothing() -> None:
     trainer = Trainer(waits=True)
     trainer.ask(1)
     trainer.steps(2)
-    for path, message in (("bad", "bad is bad"), ("odd", "odd … RuntimeError")):
+    for path, message in (("bad", "model_path is bad … bad is bad"), ("odd", "model_path is odd … RuntimeError")):
         trainer.send(UpdateWeights, path)
         trainer.send(UpdateWeights, "7")  # one at a time
         trainer.step()

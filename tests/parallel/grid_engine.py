@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 import sgl_jax
-from sgl_jax.engine import startup
+from sgl_jax.engine import weight_files
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.scaled import Scaled
@@ -122,5 +122,5 @@ if __name__ == "__main__":
         scan = "scan" in grid.split("-")
         cpu = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=scan, vectorises_rows=scan)
         platform.PLATFORMS["cpu"] = cpu
-        startup.decoder_config = quantised_config if "int8" in grid.split("-") else decoder_config
+        weight_files.decoder_config = quantised_config if "int8" in grid.split("-") else decoder_config
         print(json.dumps(answers(sys.argv[1], grid)), flush=True)

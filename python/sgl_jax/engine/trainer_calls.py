@@ -85,7 +85,7 @@ class TrainerCalls:
             while self._calls:
                 call, answer = self._calls.pop(0), ""
                 if self._aborts(call):
-                    reason = FinishReason("abort", message="generation was paused, or the weights were exchanged")
+                    reason = FinishReason("abort")
                     finished += [Finished(key, reason) for key in [*scheduler.requests] if scheduler.abort(key)]
                 if (error := self._refuses(call, scheduler)) is None:
                     answer = self._carry_out(call, scheduler)
@@ -100,10 +100,10 @@ class TrainerCalls:
         try:
             read.result()
         except (ValueError, OSError) as error:
-            self._answers.append(Refused(call.call, str(error), "model_path"))
+            self._answers.append(Refused(call.call, f"model_path is {call.path}: {error}", "model_path"))
         except Exception as error:  # a file that nobody thought of ends no engine
             logger.exception("Reading weights failed")
-            text = f"{call.path} cannot be read: {type(error).__name__}: {error}"
+            text = f"model_path is {call.path}; it cannot be read: {type(error).__name__}: {error}"
             self._answers.append(Refused(call.call, text, "model_path"))
         else:
             self._calls.append(call)

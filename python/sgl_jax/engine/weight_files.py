@@ -73,8 +73,8 @@ def other_weights(
 
     def read(path: str, load_format: str) -> list[Put]:
         if model.kv_dtype == "int8":
-            cure = "start a launch for it, or this one with a KV cache of float8"
-            raise ModelError(f"model_path is {path}; --kv-cache-dtype int8 has scales of the launch's weights: {cure}")
+            cure = "start a launch for them, or this one with a KV cache of float8"
+            raise ModelError(f"--kv-cache-dtype int8 has scales that were measured on the launch's weights: {cure}")
         checkpoint = open_checkpoint(path, load_format=_FORMATS[load_format], downloads=args.downloads)
         found, draft = describe_model(args, families, checkpoint, platform, device_kind, dummy=False)
         _check_same(found, model, path)
@@ -82,6 +82,7 @@ def other_weights(
             raise ModelError(
                 f"model_path is {path}; with --task {pooling.kind} the head's weights stay: start a launch"
             )
+        _check_same(found, model)
         weights = read_weights(checkpoint, draft, model, families, dtype, 0, placer)
         if platform.stacks_layers:
             weights = stack_host_layers(weights, declare(model, dtype, stacked=True))
@@ -90,12 +91,11 @@ def other_weights(
     return read
 
 
-def _check_same(found: DecoderConfig, launched: DecoderConfig, path: str) -> None:
+def _check_same(found: DecoderConfig, launched: DecoderConfig) -> None:
     """Raises ModelError for a model that differs from the launch's in more than its weights."""
     for field in dataclasses.fields(launched):
         theirs, ours = getattr(found, field.name), getattr(launched, field.name)
         if field.name not in _MAY_DIFFER and theirs != ours:
-            values = (textwrap.shorten(str(each), 80, placeholder="…") for each in (theirs, ours))
-            said = "model_path is {}; its {} is {}, and that of the launch {}"
-            text = said.format(path, field.name, *values)
-            raise ModelError(f"{text}: weights of the same model can be taken, another model needs a launch")
+            theirs, ours = (textwrap.shorten(str(each), 80, placeholder="…") for each in (theirs, ours))
+            cure = "weights of the same model can be taken, another model needs a launch"
+            raise ModelError(f"its {field.name} is {theirs}, and that of the launch {ours}; {cure}")
