@@ -85,6 +85,8 @@ Some names have another meaning here, or another place:
   ([http.md](http.md)).
 - `/tokenize` takes `prompt` or `messages`, not `text`.
 - Paths: `/get_model_info` and `/get_server_info` (not `/model_info`, `/server_info`). There is no `/pause_generation`.
+- Paths: `/get_model_info` and `/get_server_info` (not `/model_info`, `/server_info`), `/metrics` (also instead of `/get_load`),
+  `/health` (also instead of `/ping`).
 
 """
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import sgl_jax
+from fakes.fake_arrays import FakeArrays
 from fakes.fake_core import FakeCore, fake_info
 from fakes.fake_engine import FakeEngine
 from fakes.fake_tracer import DEFAULT, UNWRITABLE
@@ -21,6 +22,7 @@ from sgl_jax.engine.engine import Engine
 from sgl_jax.engine.generation import Conflict, EngineFailed, UnknownAdapter
 from sgl_jax.request import InvalidParameter, SamplingParams
 from sgl_jax.text.tokenizer import load_tokenizer
+from simulated import make_core
 
 STORIES = load_tokenizer(str(Path(__file__).parents[1] / "data" / "stories260k"))
 
@@ -51,6 +53,37 @@ def test_streams_grow(engine: Engine) -> None:
     assert all(answer["output_ids"] == [1, 403, 407, 2][: len(answer["output_ids"])] for answer in answers)
     both = list(engine.generate(["Once", "upon"], stream=True))
     assert {answer["index"]: answer["text"] for answer in both} == {0: " Once", 1: " upon"}
+
+
+def test_a_trainer_s_calls() -> None:
+    with FakeEngine(lambda: make_core(arrays=FakeArrays(), eos=2, context_length=512), STORIES) as engine:
+
+        def ids() -> list[int]:
+            return engine.generate(input_ids=[5, 6], sampling_params={"max_new_tokens": 4, "temperature": 0})[
+                "output_ids"
+            ]
+
+        old = ids()
+        engine.update_weights_from_disk("7", "safetensors", weight_version="seven")
+        new = ids()
+        assert new != old
+        for wrong in (
+            {"model_path": "bad"},
+            {"model_path": "7", "load_format": "pt"},
+            {"model_path": "7", "flush_cache": False},
+        ):
+            with pytest.raises(InvalidParameter) as error:
+                engine.update_weights_from_disk(**wrong)
+            assert error.value.param == [*wrong][-1]
+        with pytest.raises(InvalidParameter, match=r"mode .*'soft'.* abort, retract, in_place"):
+            engine.pause_generation("soft")
+        with pytest.raises(InvalidParameter, match=r"tags .*'cuda_graph'.* kv_cache, weights"):
+            engine.release_memory_occupation(["cuda_graph"])
+        assert engine.pause_generation("in_place").holds
+        assert engine.release_memory_occupation().holds
+        assert engine.resume_memory_occupation(["kv_cache", "weights"]).holds
+        assert not engine.continue_generation().holds
+        assert ids() == new
 
 
 def test_adapters() -> None:
