@@ -24,9 +24,9 @@ ALL_TAGS: tuple[MemoryTag, ...] = get_args(MemoryTag)
 class TrainerTable:
     def __init__(self, ask: Ask):
         self.holds = False  # the engine plans no step until another call
-        self.model_path: str | None = None  # of the weights in use; None: the launch's
+        self.model_path: str | None = None  # None: the launch's weights are in use
         self.weight_version = "default"
-        self.num_calls = 0  # that wait for the engine, which may take longer than any step
+        self.num_calls = 0  # calls in progress, which may take longer than any step
         self._ask = ask
 
     def see(self, event: StateChanged) -> None:

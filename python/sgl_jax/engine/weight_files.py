@@ -24,7 +24,7 @@ from sgl_jax.runtime.placed_weights import DevicePlacer
 from sgl_jax.runtime.platform import Platform
 from sgl_jax.settings.server_args import ServerArgs
 
-_MAY_DIFFER = ("eos_token_ids", "draft")  # those of the launch stay
+_MAY_DIFFER = ("eos_token_ids", "draft")  # the launch's stay
 _FORMATS: Mapping[str, LoadFormat] = {"auto": "auto", "safetensors": "safetensors", "gguf": "gguf"}
 
 

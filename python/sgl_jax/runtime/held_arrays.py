@@ -25,7 +25,7 @@ class HeldArrays:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sgl-jax-weights")
         self._next: list[Put] = []  # weights that were read and are not in use yet
         self._kept: list[Put] = []  # released weights
-        self._tree: jax.tree_util.PyTreeDef | None = None  # of the released weights
+        self._tree: jax.tree_util.PyTreeDef | None = None  # the released weights' tree
         self._released: set[str] = set()
 
     @property

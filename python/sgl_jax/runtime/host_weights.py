@@ -18,7 +18,7 @@ class HostWeight:
     """Array of the tree of weights, as this process's shards of it; of a stack, those of each layer."""
 
     placer: DevicePlacer
-    spec: WeightSpec  # of one layer
+    spec: WeightSpec  # one layer's
     layers: tuple[Sequence[np.ndarray], ...]
     axes: Axes  # with those of the stack
 
