@@ -33,8 +33,10 @@ from sgl_jax.engine.messages import (
     PromptScored,
     Ready,
     Refused,
+    StateChanged,
     StepOutput,
     TokenLogprobs,
+    UpdateWeights,
 )
 from sgl_jax.engine.native_call import native_call
 from sgl_jax.engine.native_params import LogprobOptions
@@ -543,3 +545,31 @@ def test_the_tokenizers_own_ends_stop_an_answer_unless_eos_is_ignored(ignore_eos
         assert transport.sent[-1].params.stop_token_ids == sent
 
     asyncio.run(check())
+
+
+def test_a_trainer_s_call_whose_caller_goes_away_is_no_work_of_the_engine_and_takes_effect() -> None:
+    async def test() -> None:
+        service, transport = await opened()
+        call = asyncio.create_task(service.trainer.update("/other", weight_version="two"))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        [sent] = transport.sent
+        assert isinstance(sent, UpdateWeights)
+        assert not service._has_work()  # reading may take longer than any step
+        call.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await call
+        assert (service.trainer.num_calls, service._has_work()) == (1, False)
+        transport.emit(StateChanged(sent.call, "done", 1, holds=True, weights=("/other", "two")))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert (service.trainer.model_path, service.trainer.weight_version) == ("/other", "two")
+        await service.submit([request()], stream=False)
+        assert not service._has_work()  # its request waits for the trainer
+        with pytest.raises(ServiceUnavailable, match="paused"):
+            await service.probe(1)
+        transport.emit(StateChanged(99, "done"))
+        assert service._has_work()
+        assert service.trainer.num_calls == 0
+
+    run(test)

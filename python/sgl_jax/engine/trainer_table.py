@@ -1,5 +1,6 @@
 """Calls of a trainer, on the API side, and what they have changed: the weights in use, and whether generation is held."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import get_args
 
@@ -76,11 +77,16 @@ class TrainerTable:
         return await self._call(lambda call: ResumeMemory(call, chosen))
 
     async def _call(self, command: Callable[[int], Command]) -> StateChanged:
+        """Send a call, and count it until it is answered, even if its caller goes away."""
         self.num_calls += 1
-        try:
-            return await self._ask(command, StateChanged)
-        finally:
-            self.num_calls -= 1
+        task = asyncio.ensure_future(self._ask(command, StateChanged))
+        task.add_done_callback(self._ended)
+        return await asyncio.shield(task)
+
+    def _ended(self, task: asyncio.Task[StateChanged]) -> None:
+        self.num_calls -= 1
+        if not task.cancelled():
+            task.exception()  # which nobody may wait for
 
 
 def _tags(tags: Sequence[MemoryTag] | None) -> list[MemoryTag]:
