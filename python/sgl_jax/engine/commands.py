@@ -38,7 +38,7 @@ class Commands:
             return True
         return any(each.has_work for each in self._polled) if self._polled else False
 
-    def take_answers(self, *, at_rest: bool) -> tuple[list[Event], list[Finished]]:
+    def take_answers(self, at_rest: bool) -> tuple[list[Event], list[Finished]]:
         """Return the answers since the last call, and the requests that were aborted. `at_rest`: no step is in flight."""
         events, ended = self._answers + self._profiler.poll(), self._aborted
         self._answers, self._aborted = [], []

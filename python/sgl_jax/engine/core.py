@@ -87,11 +87,8 @@ class Core:
 
     @property
     def _has_steps(self) -> bool:
-        return (self.scheduler.has_requests and not self.trainer.holds) or not self._at_rest
-
-    @property
-    def _at_rest(self) -> bool:
-        return self._planned is None and self._in_flight is None
+        may_run = self.scheduler.has_requests and not self.trainer.holds
+        return may_run or self._planned is not None or self._in_flight is not None
 
     def handle(self, command: Command) -> None:
         """Take in a command. Its answer, if it has one, comes out of the next `step`."""
@@ -100,7 +97,7 @@ class Core:
     def step(self) -> list[Event]:
         """Plan and launch a step, then collect the one before it (or itself, without overlap). Return the answers to
         commands, and one StepOutput if there is anything to report."""
-        events, aborted = self._commands.take_answers(at_rest=self._at_rest)
+        events, aborted = self._commands.take_answers(self._planned is None and self._in_flight is None)
         output = StepOutput(finished=aborted) if aborted else None
         with self._profiler.step():
             launched = self._launch()

@@ -54,15 +54,8 @@ class TrainerCalls:
         self._calls: list[TrainerCall] = []  # to be carried out at rest
         self._reading: tuple[UpdateWeights, Future[None]] | None = None
         self._answers: list[Event] = []
-
-    @property
-    def holds(self) -> bool:
-        """Whether no step may be planned."""
-        return self._paused or bool(self._calls) or (self._arrays is not None and bool(self._arrays.released))
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._calls or self._answers) or self._reading is not None
+        self.holds = False  # no step may be planned
+        self.has_work = False
 
     def handle(self, call: TrainerCall) -> None:
         """Take in a call. It is answered by `poll`."""
@@ -76,6 +69,7 @@ class TrainerCalls:
             self._answers.append(Refused(call.call, "other weights are being read; wait until that has ended"))
         else:
             self._reading = call, self._arrays.read(call.path, call.load_format)
+        self._note()
 
     def poll(self, scheduler: Scheduler, *, at_rest: bool) -> tuple[list[Event], list[Finished]]:
         """Carry out what can be by now. Return the answers, and the requests that were aborted."""
@@ -91,7 +85,18 @@ class TrainerCalls:
                     answer = self._carry_out(call, scheduler)
                 self._answers.append(self._answer(call, answer, scheduler) if error is None else error)
         events, self._answers = self._answers, []
+        self._note()
         return events, finished
+
+    def _note(self) -> None:
+        """Note what every step asks, after a change."""
+        self.holds = bool(self._calls) or self._holds_on
+        self.has_work = bool(self._calls or self._answers) or self._reading is not None
+
+    @property
+    def _holds_on(self) -> bool:
+        """Whether no step may be planned until another call."""
+        return self._paused or (self._arrays is not None and bool(self._arrays.released))
 
     def _poll_read(self) -> None:
         if self._reading is None or not self._reading[1].done():
@@ -129,7 +134,7 @@ class TrainerCalls:
             return "Generation is paused."
         if isinstance(call, ContinueGeneration):
             self._paused = False
-            return "Generation goes on." + (" It waits for released memory." if self.holds else "")
+            return "Generation goes on." + (" It waits for released memory." if self._holds_on else "")
         assert arrays is not None
         if isinstance(call, UpdateWeights):
             scheduler.preempt_all()  # their KV is computed anew
@@ -148,6 +153,6 @@ class TrainerCalls:
         return f"Released: {left}."
 
     def _answer(self, call: TrainerCall, message: str, scheduler: Scheduler) -> StateChanged:
-        holds = self._paused or (self._arrays is not None and bool(self._arrays.released))
+        holds = self._holds_on
         weights = (call.path, call.version) if isinstance(call, UpdateWeights) else None
         return StateChanged(call.call, message, len(scheduler.requests) if holds else 0, holds, weights)
