@@ -84,9 +84,7 @@ Some names have another meaning here, or another place:
 - `--allowed-origins` has names separated by commas, not a JSON list, and allows only pages of this machine by default
   ([http.md](http.md)).
 - `/tokenize` takes `prompt` or `messages`, not `text`.
-- Paths: `/get_model_info` and `/get_server_info` (not `/model_info`, `/server_info`). There is no `/pause_generation`.
-- Paths: `/get_model_info` and `/get_server_info` (not `/model_info`, `/server_info`), `/metrics` (also instead of `/get_load`),
-  `/health` (also instead of `/ping`).
+- Paths: `/get_model_info` and `/get_server_info` (not `/model_info`, `/server_info`).
 
 """
 

@@ -77,12 +77,11 @@ def other_weights(
             raise ModelError(f"--kv-cache-dtype int8 has scales that were measured on the launch's weights: {cure}")
         checkpoint = open_checkpoint(path, load_format=_FORMATS[load_format], downloads=args.downloads)
         found, draft = describe_model(args, families, checkpoint, platform, device_kind, dummy=False)
-        _check_same(found, model, path)
+        _check_same(found, model)
         if (pooling := pooling_of(args, found, checkpoint)) is not None and pooling.kind != "embed":
             raise ModelError(
-                f"model_path is {path}; with --task {pooling.kind} the head's weights stay: start a launch"
+                f"--task is {pooling.kind}; the head's weights cannot be exchanged: start a launch of them"
             )
-        _check_same(found, model)
         weights = read_weights(checkpoint, draft, model, families, dtype, 0, placer)
         if platform.stacks_layers:
             weights = stack_host_layers(weights, declare(model, dtype, stacked=True))
