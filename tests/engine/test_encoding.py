@@ -11,8 +11,8 @@ import pytest
 from fakes.fake_core import FakeCore, fake_info, fake_vector
 from fakes.fake_engine import FakeEngine
 from sgl_jax.engine.encoding import Encoded, EncodeRequest
-from sgl_jax.engine.generation import Conflict, GenerationRequest, PromptTooLong, QueueFull
-from sgl_jax.engine.messages import Abort, Command, Generate, PoolingInfo
+from sgl_jax.engine.generation import Conflict, GenerationRequest, NotFinite, PromptTooLong, QueueFull
+from sgl_jax.engine.messages import Abort, Command, Event, Generate, Pooled, PoolingInfo, StepOutput
 from sgl_jax.request import InvalidParameter, SamplingParams
 from sgl_jax.text.tokenizer import load_tokenizer
 
@@ -105,6 +105,37 @@ def test_a_request_that_is_aborted_by_its_id_ends_with_a_conflict() -> None:
                 await running
 
         made._call(aborted())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_vector_that_is_not_finite_is_an_error_of_its_input(value: float, caplog: pytest.LogCaptureFixture) -> None:
+    class Broken(FakeCore):
+        """Makes values that are no finite numbers of prompts that begin with 9."""
+
+        def step(self) -> list[Event]:
+            events = super().step()
+            for each in events:
+                if isinstance(each, StepOutput):
+                    each.pooled[:] = [Pooled(one.key, self._broken(one.vector)) for one in each.pooled]
+            return events
+
+        def _broken(self, vector: bytes) -> bytes:
+            generated = [each for each in self.commands if isinstance(each, Generate)]
+            return np.array([1, value, 2, 3, value], "<f4").tobytes() if generated[-1].prompt_ids[0] == 9 else vector
+
+    with FakeEngine(lambda: Broken(fake_info(pooling=EMBEDS)), TOKENIZER) as made:
+        with pytest.raises(NotFinite, match=r"2 of the 5 values .* texts\[4\]") as error:
+            encode(made, EncodeRequest([9], name="texts[4]"))
+        assert error.value.param == "texts[4]"
+        assert any("texts[4]" in line for line in caplog.messages)
+        assert len(encode(made, EncodeRequest([1]))) == 1
+
+
+def test_vectors_count_as_stopped_in_the_metrics() -> None:
+    made, _ = engine()
+    with made:
+        encode(made, EncodeRequest([1]), EncodeRequest([2]))
+        assert made._service.metrics.finished == {"stop": 2}
 
 
 def test_a_probe_makes_a_vector() -> None:

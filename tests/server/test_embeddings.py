@@ -203,6 +203,37 @@ def test_a_path_that_the_launch_cannot_answer_names_the_flag(pooling: PoolingInf
         assert says(found["message"], "--task")
 
 
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no chats') }}"])
+def test_a_chat_with_a_launch_that_makes_vectors_names_the_flag(template: str | None) -> None:
+    chat = {"model": "stories", "messages": [{"role": "user", "content": "a"}]}
+    asked: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": chat,
+        "/v1/responses": {"input": "a"},
+        "/v1/messages": chat | {"max_tokens": 1},
+        "/v1/messages/count_tokens": chat,
+        "/v1/completions": {"prompt": "word " * 5000},
+    }
+    with launch(EMBEDS, chat_template=template) as server, server.http() as http:
+        for path, body in asked.items():
+            answer = http.post(path, json=body)
+            assert answer.status_code == 400, path
+            assert says(answer.json()["error"]["message"], "--task embed … --task generate"), path
+
+
+def test_a_vector_that_is_not_finite_is_a_server_error_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    with launch(EMBEDS) as server, server.http() as http:
+        monkeypatch.setattr("fakes.fake_core.fake_vector", lambda ids, size: [float("nan")] * size)
+        for path, body, param in (
+            ("/v1/embeddings", {"input": ["a", "b"]}, "input[0]"),
+            ("/rerank", {"query": "a", "documents": ["b"]}, "query"),
+            ("/encode", {"text": "a"}, "text"),
+        ):
+            answer = http.post(path, json=body)
+            found = answer.json()["error"]
+            assert (answer.status_code, found["type"], found["param"]) == (500, "server_error", param)
+            assert says(found["message"], f"8 … {param}")
+
+
 def test_labels_and_rewards(labels: httpx.Client, reward: httpx.Client) -> None:
     found = labels.post("/classify", json={"input": TEXTS, "model": "stories"}).json()
     for i, (text, each) in enumerate(zip(TEXTS, found["data"], strict=True)):

@@ -99,7 +99,7 @@ class LiveChoices:
                 if (why := finished.reason.message) is not None:
                     choice.generation.error = Conflict(why)
                 choice.generation.wake.set()
-                self._forget(choice, finished.reason.type)
+                self._forget(choice, finished.reason.type if choice.vector is None else "stop")
 
     def _forget(self, choice: Choice, outcome: FinishType) -> None:
         del self._by_key[choice.key]

@@ -1,13 +1,16 @@
 """Requests for a vector in place of tokens, and their answers. To the engine they are requests with max_tokens 0."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from sgl_jax.engine.generation import Conflict, Generation, GenerationRequest
+from sgl_jax.engine.generation import Conflict, Generation, GenerationRequest, NotFinite
 from sgl_jax.engine.messages import EngineInfo
 from sgl_jax.request import InvalidParameter, SamplingParams
+
+logger = logging.getLogger(__name__)
 
 _PARAMS = SamplingParams(max_tokens=0, temperature=0.0)
 
@@ -64,7 +67,8 @@ def probe_params(num_tokens: int, info: EngineInfo) -> SamplingParams:
 
 
 async def vectors(generation: Generation) -> list[Encoded]:
-    """Wait for the vectors of submitted requests. Cancelled, it aborts them. Raises Conflict if one was aborted by its id."""
+    """Wait for the vectors of submitted requests. Cancelled, it aborts them. Raises Conflict if one was aborted by its
+    id, and NotFinite for a vector with values that are no finite numbers."""
     choices = [*generation.open]
     async for _ in generation.updates():
         pass
@@ -73,5 +77,15 @@ async def vectors(generation: Generation) -> list[Encoded]:
         if choice.vector is None:
             raise Conflict(f"request {choice.request.request_id} was aborted")
         vector = np.frombuffer(choice.vector, "<f4").astype(np.float32)
+        if not np.isfinite(vector).all():
+            error = _not_finite(vector, choice.request.names["prompt"])
+            logger.error("request %s failed: %s", choice.request.request_id, error)
+            raise error
         found.append(Encoded(vector, len(choice.request.prompt_ids), choice.num_cached_tokens))
     return found
+
+
+def _not_finite(vector: np.ndarray, name: str) -> NotFinite:
+    wrong, size = int((~np.isfinite(vector)).sum()), len(vector)
+    cure = "--dtype float32 has a greater range, and a damaged checkpoint has to be downloaded again"
+    return NotFinite(name, f"{wrong} of the {size} values that the model made of {name} are no finite numbers; {cure}")

@@ -41,6 +41,14 @@ class EngineFailed(RuntimeError):
     """End of an engine that died; nothing can be generated any more."""
 
 
+class NotFinite(RuntimeError):
+    """Failure of an input whose vector has infinite values, or such that are no numbers; `param` names it."""
+
+    def __init__(self, param: str, message: str):
+        super().__init__(message)
+        self.param = param
+
+
 class PromptTooLong(InvalidParameter):
     """Refusal of a prompt that, with max_tokens, does not fit the context."""
 

@@ -20,6 +20,7 @@ def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Anthropic"])
 
     def chat_of(body: CountTokensRequest) -> ChatCompletionRequest:
+        state.check_generates()
         if body.thread is not None:
             error = ApiError(400, "thread is not supported: there are no threads", param="thread")
             error.details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}

@@ -11,6 +11,7 @@ import msgspec
 from starlette.responses import Response
 
 from sgl_jax.engine.checks import encoded
+from sgl_jax.engine.encoding import check_task
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.server.answer_formats import ChatFormats, chat_formats
 from sgl_jax.server.bodies import Body
@@ -62,6 +63,12 @@ class ServerState:
             if model.startswith(prefix) and adapters.knows(name := model.removeprefix(prefix)):
                 return name
         raise unknown_model(model, self.model_name, adapters)
+
+    def check_generates(self) -> None:
+        """Raise InvalidParameter if the launch makes vectors, before its lack of a template is blamed."""
+        if self.service.info.pooling is not None:
+            self.service.check_ready()
+            check_task(self.service.info, pools=False)
 
     async def encode(self, text: str, field: str, add_special_tokens: bool = True, limit: int = 0) -> list[int]:
         """Encode a text that came in the body's `field`, of plainly no more tokens than the context or `limit` has.

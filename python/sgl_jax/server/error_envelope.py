@@ -46,6 +46,7 @@ _EXPECTED: Mapping[type[Exception], tuple[int, str, str, str | None]] = {
     generation.QueueFull: (429, "rate_limit_error", "queue_full", None),
     generation.Conflict: (409, _BAD_REQUEST, "conflict", None),
     generation.ServiceUnavailable: (503, "service_unavailable", "not_ready", None),
+    generation.NotFinite: (500, "server_error", "not_finite", None),
     generation.EngineFailed: (500, "server_error", "engine_failed", None),
 }
 

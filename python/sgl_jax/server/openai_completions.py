@@ -26,6 +26,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/completions", **documented(Completion, 404, *STREAM))
     async def completions(body: CompletionRequest, request: Request) -> Response:
+        state.check_generates()
         adapter = state.adapter_of(body.model)
         body.check_stream_options()
         given = _parameters(body)

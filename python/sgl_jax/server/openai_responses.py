@@ -29,6 +29,7 @@ def router(state: ServerState) -> APIRouter:
 
     @routes.post("/v1/responses", **documented(ResponseObject, 404, *STREAM))
     async def create_response(body: ResponsesRequest, request: Request) -> Response:
+        state.check_generates()
         before = body.previous_response_id
         earlier = [] if before is None else store.get(before, "previous_response_id").messages
         _check_unicode(body)
