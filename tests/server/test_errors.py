@@ -190,6 +190,13 @@ def test_unknown_path_and_wrong_method(http: httpx.Client) -> None:
     assert error(wrong)["code"] == "method_not_allowed"
 
 
+def test_a_path_of_several_routes_allows_the_methods_of_all(http: httpx.Client) -> None:
+    for path, allowed in (("/ping", "GET, HEAD, OPTIONS, POST"), ("/v1/responses/x", "DELETE, GET, HEAD, OPTIONS")):
+        wrong = http.put(path)
+        assert (wrong.status_code, wrong.headers["allow"]) == (405, allowed)
+        assert says(error(wrong)["message"], allowed)
+
+
 def test_api_key_guards_everything_but_health() -> None:
     with LiveServer(api_key="secret") as server, server.http() as http:
         assert http.get("/health").status_code == 200

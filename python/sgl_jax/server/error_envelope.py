@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 from starlette.types import Scope
 
 from sgl_jax.engine import generation
@@ -25,6 +26,7 @@ from sgl_jax.text.tokenizer import TokenizerError
 logger = logging.getLogger(__name__)
 
 _BAD_REQUEST = "invalid_request_error"
+_METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 ANTHROPIC = "/v1/messages"  # how paths of Anthropic's API begin
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
@@ -190,6 +192,12 @@ def _field(loc: Sequence[Any], body: Any, is_missing: bool) -> tuple[str, int]:
     return found, depth
 
 
+def _methods(request: Request) -> set[str]:
+    """Return the methods of all routes that have the request's path; a 405 itself knows those of the first one."""
+    every = ((route, {**request.scope, "method": method}) for route in request.app.routes for method in _METHODS)
+    return {scope["method"] for route, scope in every if route.matches(scope)[0] is Match.FULL}
+
+
 def install(app: FastAPI) -> None:
     """Make the app answer every exception with the envelope."""
 
@@ -198,7 +206,7 @@ def install(app: FastAPI) -> None:
         if isinstance(error, HTTPException) and error.status_code == 404 and (feature := feature_at(path)):
             error = ApiError(404, f"{path} is not supported: {feature} not built", code="unsupported_path")
         elif isinstance(error, HTTPException) and error.status_code == 405:
-            methods = {"OPTIONS", *(error.headers or {}).get("Allow", "").split(", ")}
+            methods = {"OPTIONS", *_methods(request)}
             allow = {"Allow": ", ".join(sorted(methods | ({"HEAD"} if "GET" in methods else set())))}
             if request.method == "OPTIONS":
                 return Response(status_code=204, headers=allow)
