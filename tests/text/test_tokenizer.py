@@ -186,3 +186,12 @@ def test_llama_classes_can_switch_bos_off(folder: Path) -> None:
     assert load_tokenizer(str(folder)).encode("Once") == [1, 403]
     config(folder, tokenizer_class="LlamaTokenizerFast")
     assert load_tokenizer(str(folder)).encode("Once") == [403]
+
+
+def test_a_pair_gets_the_bos_that_a_text_gets(folder: Path) -> None:
+    parts = json.loads((folder / "tokenizer.json").read_text())
+    config(folder, add_bos_token=False, tokenizer_class="LlamaTokenizerFast")
+    assert load_tokenizer(str(folder)).encode_pair("Once", "Once")[0] == 403
+    (folder / "tokenizer.json").write_text(json.dumps(parts | {"post_processor": None}))
+    config(folder, add_bos_token=True)
+    assert load_tokenizer(str(folder)).encode_pair("Once", "Once") == [1, 403, 403]

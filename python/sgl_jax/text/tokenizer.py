@@ -62,7 +62,11 @@ class Tokenizer:
         if max_tokens is not None:
             self._check_length(text, max_tokens)
         ids = self._encode(text, add_special_tokens)
-        if add_special_tokens and self._add_bos is not None and self.bos_token_id is not None:
+        return self._with_bos(ids, text) if add_special_tokens else ids
+
+    def _with_bos(self, ids: list[int], text: str) -> list[int]:
+        """Return a text's ids with a BOS, or without one, as the model's class has it."""
+        if self._add_bos is not None and self.bos_token_id is not None:
             starts_with_bos = ids[:1] == [self.bos_token_id]
             if self._add_bos and not starts_with_bos:
                 return [self.bos_token_id, *ids]
@@ -71,8 +75,9 @@ class Tokenizer:
         return ids
 
     def encode_pair(self, text: str, other: str) -> list[int]:
-        """Return the ids of two texts that the model reads together, as tokenizer.json joins them."""
-        return self.backend.encode_batch_fast([(text, other)])[0].ids
+        """Return the ids of two texts that the model reads together, as tokenizer.json joins them, with the BOS of
+        `encode`."""
+        return self._with_bos(self.backend.encode_batch_fast([(text, other)])[0].ids, text)
 
     def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         try:
