@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -266,6 +267,16 @@ def test_items_of_an_input_are_listed(client: openai.OpenAI, http: httpx.Client)
         refused = http.get(path, params={name: value})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, name)
     assert http.get("/v1/responses/resp_0/input_items").status_code == 404
+
+
+def test_items_whose_id_came_before_get_new_ones(client: openai.OpenAI) -> None:
+    items: Any = [{"type": "message", "id": "msg_a", "role": "user", "content": text} for text in "abcde"]
+    response = client.responses.create(model="stories", input=items)
+    pages = itertools.islice(client.responses.input_items.list(response.id, order="asc", limit=1), 20)
+    found: list[Any] = list(pages)
+    assert [each.content[0].text for each in found] == [*"abcde"]
+    assert found[0].id == "msg_a"
+    assert len({each.id for each in found}) == 5
 
 
 def test_a_running_response_is_found() -> None:

@@ -49,7 +49,9 @@ def as_chat(asked: Asked, thinks: bool) -> ChatCompletionRequest:
     system: list[Fields] = [{"role": "system", "content": body.instructions}] if body.instructions else []
     fields: Fields = {"model": body.model, "messages": merged([*system, *asked.earlier, *messages_of(asked.input)])}
     fields |= {"rid": asked.id, "max_tokens": body.max_output_tokens, "tool_choice": _choice(body)}
-    fields |= {name: getattr(body, name) for name in ("temperature", "top_p", "stream", "parallel_tool_calls")}
+    fields |= {
+        name: getattr(body, name) for name in ("temperature", "top_p", "priority", "stream", "parallel_tool_calls")
+    }
     if body.tools:
         fields["tools"] = [_tool(each) for each in body.tools]
     if body.reasoning is not None and thinks:  # others keep to any effort
@@ -92,9 +94,10 @@ def messages_of(given: str | Sequence[ConversationItem]) -> list[Fields]:
 
 
 def listed(given: str | Sequence[ConversationItem]) -> list[Fields]:
-    """Return the items of an input as the API lists them, each with an id."""
+    """Return the items of an input as the API lists them, each with an id of its own: one that a client gave twice is
+    replaced, as a list's next page begins behind an id."""
     items = [InputMessage(role="user", content=given)] if isinstance(given, str) else given
-    found = []
+    found, seen = [], set[object]()
     for item in items:
         fields: Fields = item.model_dump(exclude_none=True)
         if isinstance(item, InputMessage):
@@ -104,7 +107,10 @@ def listed(given: str | Sequence[ConversationItem]) -> list[Fields]:
                 for text in ([item.content] if isinstance(item.content, str) else (part.text for part in item.content))
             ]
         prefix, more = _LISTED[item.type]
-        found.append({"id": f"{prefix}_{uuid.uuid4().hex}", "status": "completed", **more, **fields})
+        given_id = fields.pop("id", None)
+        fields["id"] = given_id if given_id and given_id not in seen else f"{prefix}_{uuid.uuid4().hex}"
+        seen.add(fields["id"])
+        found.append({"id": "", "status": "completed", **more, **fields})
     return found
 
 

@@ -136,6 +136,7 @@ class ResponsesRequest(Body):
     max_output_tokens: Annotated[int, limits("max_tokens", low=1)] | None = None
     temperature: Annotated[float, limits("temperature")] | None = None
     top_p: Annotated[float, limits("top_p")] | None = None
+    priority: Annotated[int, limits("priority")] | None = Field(None, description="as in chats; OpenAI has none")
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = Field(None, description="false: the response cannot be retrieved or gone on from")
