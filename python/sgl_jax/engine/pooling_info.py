@@ -19,7 +19,6 @@ class PoolingInfo(msgspec.Struct, frozen=True):
     labels: list[str] = []  # names of the values, for classify and score
     activation: Literal["none", "sigmoid", "softmax"] = "none"  # makes probabilities of logits
     prompts: dict[str, str] = {}  # texts that the checkpoint puts before an input, by name: "query"
-    default_prompt: str = ""  # name of the one that is put there where none is asked for; empty: none
 
 
 class Pooled(msgspec.Struct, frozen=True, array_like=True):

@@ -1,6 +1,8 @@
 """Decisions of a launch about vectors: whether it makes them, from which hidden states, and the head of their logits."""
 
 import dataclasses
+import logging
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from sgl_jax.models.sentence_transformers import SentencePooling, sentence_pooli
 from sgl_jax.models.stored_names import named_tensors
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.text.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _HEAD = "score.weight"
 _NO_YES = ["no", "yes"]
@@ -69,7 +73,6 @@ def _embeddings(model: DecoderConfig, found: SentencePooling) -> PoolingInfo:
         found.method,
         normalize=found.normalize,
         prompts=dict(found.prompts),
-        default_prompt=found.default_prompt,
     )
 
 
@@ -95,6 +98,7 @@ def pooler_of(args: ServerArgs, model: DecoderConfig, checkpoint: Checkpoint, fa
     if info is None:
         return None
     if info.kind == "embed":
+        _warn_of_default_prompt(checkpoint.path)
         return Pooler(info)
     shape = info.size, model.hidden_size
     if checkpoint.format == "dummy":
@@ -108,6 +112,12 @@ def pooler_of(args: ServerArgs, model: DecoderConfig, checkpoint: Checkpoint, fa
         found = f"has {_HEAD} of shape {list(stored.shape)}" if stored else f"has no {_HEAD}"
         raise ValueError(f"{checkpoint.path} {found}; its {info.size} labels need one of shape {list(shape)}")
     return Pooler(info, Head(stored.read().astype(np.float32)))
+
+
+def _warn_of_default_prompt(folder: Path) -> None:
+    if (found := sentence_pooling(folder)) is not None and found.default_prompt:
+        text = "the checkpoint has default_prompt_name %s; its text is put before an input only with prompt_name"
+        logger.warning(text, found.default_prompt)
 
 
 def _rows_of_tokens(
