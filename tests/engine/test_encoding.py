@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,6 +137,50 @@ def test_vectors_count_as_stopped_in_the_metrics() -> None:
     with made:
         encode(made, EncodeRequest([1]), EncodeRequest([2]))
         assert made._service.metrics.finished == {"stop": 2}
+
+
+@pytest.mark.parametrize("dimensions", ["4", 2.0, True, 0, 6])
+def test_dimensions_that_are_no_number_of_values_are_refused_before_anything_is_computed(dimensions: Any) -> None:
+    made, core = engine()
+    with made:
+        with pytest.raises(InvalidParameter, match=f"dimensions is {dimensions!r}") as error:
+            made.encode("a", dimensions=dimensions)
+        assert error.value.param == "dimensions"
+        assert core.commands == []
+        found = made.encode(input_ids=[1], dimensions=np.int64(4))  # pyrefly: ignore[bad-argument-type]
+        assert isinstance(found, dict)
+        assert len(found["embedding"]) == 4
+
+
+def test_errors_in_a_program_name_the_argument() -> None:
+    made, core = engine()
+    with made:
+        wrong: list[tuple[Any, str]] = [
+            ("", "prompt"),
+            (["a", ""], "prompt[1]"),
+            ([], "prompt"),
+            (None, "prompt"),
+            (7, "prompt"),
+            ([7], "prompt"),
+            ("\ud800", "prompt"),
+            ("word " * 5000, "prompt"),
+            (["a", "word " * 150 * 4], "prompt[1]"),
+        ]
+        for prompt, name in wrong:
+            with pytest.raises(InvalidParameter) as error:
+                made.encode(prompt)
+            assert error.value.param in (name, "prompt")
+            assert name in str(error.value) or "too long" in str(error.value)
+        assert core.commands == []
+
+
+def test_a_priority_goes_to_the_engine() -> None:
+    core = FakeCore(fake_info(pooling=EMBEDS, priority_sign=1))
+    with FakeEngine(lambda: core, TOKENIZER) as made:
+        made.encode("a", priority=7)
+        assert core.commands[-1].params.priority == 7
+        with pytest.raises(InvalidParameter, match="priority"):
+            made.encode("a", priority=2**31)
 
 
 def test_a_probe_makes_a_vector() -> None:

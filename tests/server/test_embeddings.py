@@ -154,7 +154,13 @@ def test_inputs_are_cut_between_their_special_tokens(http: httpx.Client) -> None
         ({"input": "a", "dimensions": 0}, "dimensions", "0 … 8"),
         ({"input": "a", "encoding_format": "bytes"}, "encoding_format", "encoding_format"),
         ({"input": "a", "embed_dtype": "float16"}, "embed_dtype", "embed_dtype"),
-        ({"input": "a", "priority": 1}, "priority", "priority"),
+        ({"input": "a", "priority": 1}, "priority", "1 … --schedule-policy priority"),
+        ({"input": "a", "truncation_side": "left"}, "truncation_side", "truncate_prompt_tokens"),
+        ({"input": [5], "add_special_tokens": True}, "add_special_tokens", "ids"),
+        ({"input": [[5]], "add_special_tokens": False}, "add_special_tokens", "ids"),
+        ({"input": [5], "prompt_name": "query"}, "prompt_name", "text"),
+        ({"input": [[5]], "prompt_name": "query"}, "prompt_name", "text"),
+        ({"messages": [{"role": "user", "content": "a"}], "prompt_name": "query"}, "prompt_name", "text"),
         ({"input": "a", "normalize": True, "use_activation": False}, "normalize", "differ"),
         ({"input": "a", "prompt_name": "code"}, "prompt_name", "code … query, plain"),
         ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens", "0"),
@@ -359,12 +365,56 @@ def test_pairs_are_scored_in_their_order(http: httpx.Client, path: str) -> None:
         ("/rerank", {"query": "a", "documents": ["a"], "top_n": -1}, "top_n"),
         ("/rerank", {"query": "a", "documents": ["a"], "rank_fields": ["b"]}, "rank_fields"),
         ("/rerank", {"query": "a", "documents": ["a"], "instruction": "b"}, "instruction"),
+        ("/rerank", {"query": "a", "documents": ["a"], "instruct": "b"}, "instruct"),
+        ("/rerank", {"query": "a", "documents": ["a"], "use_activation": False}, "use_activation"),
+        ("/v1/score", {"text_1": "a", "text_2": "b", "use_activation": True}, "use_activation"),
+        ("/encode", {"text": ""}, "text"),
+        ("/encode", {"text": ["a", ""]}, "text[1]"),
+        ("/encode", {"text": "a", "dimensions": 9}, "dimensions"),
         ("/rerank", {"query": "a", "documents": [{"text": "a", "title": "b"}]}, "documents[0].title"),
     ],
 )
-def test_pairs_that_cannot_be_scored_are_refused_by_name(http: httpx.Client, path: str, body: Any, param: str) -> None:
+def test_what_cannot_be_scored_or_encoded_is_refused_by_name(
+    http: httpx.Client, path: str, body: Any, param: str
+) -> None:
     answer = http.post(path, json=body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param), answer.text
+
+
+def test_errors_of_a_pair_name_their_side(reranker: httpx.Client, reward: httpx.Client) -> None:
+    def refused(client: httpx.Client, body: dict[str, Any], path: str = "/rerank") -> dict[str, Any]:
+        answer = client.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+        assert answer.status_code == 400, answer.text
+        return answer.json()["error"]
+
+    bad, long = "\ud800", "word " * 150  # two of these are too long
+    for client in (reranker, reward):
+        assert refused(client, {"query": bad, "documents": ["a"]})["param"] == "query"
+        assert refused(client, {"query": "a", "documents": ["a", bad]})["param"] == "documents[1]"
+        pairs = {"queries": ["a", bad], "items": ["a", "b"]}
+        assert refused(client, pairs, "/score")["param"] == "queries[1]"
+        for query, documents in ((long, [long]), ("a", ["a", "word " * 5000]), ("word " * 600, ["a"])):
+            found = refused(client, {"query": query, "documents": documents})
+            assert found["code"] == "context_length_exceeded"
+            place = f"documents[{len(documents) - 1}]"
+            assert found["param"] == place
+            assert says(found["message"], f"too long … query and {place} together … tokens")
+    for name in ("instruction", "instruct"):
+        assert refused(reranker, {"query": "a", "documents": ["a"], name: bad})["param"] == name
+
+
+def test_more_inputs_than_the_queue_takes_are_refused_by_their_field() -> None:
+    with launch(EMBEDS, max_queued_requests=3) as server, server.http() as http:
+        for path, body, field, count in (
+            ("/v1/embeddings", {"input": ["a"] * 4}, "input", 4),
+            ("/rerank", {"query": "a", "documents": ["b"] * 3}, "documents", 4),
+            ("/encode", {"text": ["a"] * 5}, "text", 5),
+            ("/encode", {"input_ids": [[5]] * 5}, "input_ids", 5),
+        ):
+            found = http.post(path, json=body).json()["error"]
+            assert found["param"] == field, path
+            assert says(found["message"], f"{field} … {count} … 3 … --max-queued-requests")
+            assert not says(found["message"], "n"), path
 
 
 @pytest.mark.parametrize(
@@ -409,7 +459,10 @@ def test_log_lines_count_the_tokens_of_vectors(http: httpx.Client, caplog: pytes
         "/score": {"text_1": "dog", "text_2": TEXTS},
     }
     numbers = [http.post(path, json=body).json()["usage"]["prompt_tokens"] for path, body in asked.items()]
+    http.post("/encode", json={"input_ids": [[5, 6], [7]], "lora_path": [None, "pirate"]})
+    http.post("/encode", json={"input_ids": [5, 6, 7, 8]})
     wanted = [f"{numbers[0]}+0 tokens adapter=pirate", f"{numbers[1]}+0 tokens"]
+    wanted += ["3+0 tokens adapter=pirate", "4+0 tokens"]
     while len(lines := [line for line in caplog.messages if "POST" in line]) < len(wanted):
         time.sleep(0.005)  # a line follows its answer
     for line, text in zip(lines, wanted, strict=True):

@@ -9,7 +9,7 @@ import pytest
 from live_server import LiveServer
 
 from fakes.fake_core import FakeCore, fake_info
-from sgl_jax.engine.messages import Generate
+from sgl_jax.engine.messages import Generate, PoolingInfo
 
 ASKS = [
     ("/generate", {"input_ids": [5, 6], "sampling_params": {"priority": 7, "max_new_tokens": 1}}),
@@ -17,7 +17,22 @@ ASKS = [
     ("/generate", {"input_ids": [[5, 6]], "priority": 3, "sampling_params": [{"priority": 7}]}),
     ("/v1/completions", {"prompt": [5, 6], "priority": 7}),
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "priority": 7}),
+    ("/v1/responses", {"input": "a", "priority": 7}),
+    (
+        "/v1/messages",
+        {"model": "default", "max_tokens": 1, "messages": [{"role": "user", "content": "a"}], "priority": 7},
+    ),
 ]
+OF_VECTORS = [
+    ("/v1/embeddings", {"input": "a", "priority": 7}),
+    ("/v1/embeddings", {"messages": [{"role": "user", "content": "a"}], "priority": 7}),
+    ("/rerank", {"query": "a", "documents": ["b"], "priority": 7}),
+    ("/score", {"text_1": "a", "text_2": "b", "priority": 7}),
+    ("/encode", {"text": ["a", "b"], "priority": 7}),
+]
+
+
+EMBEDS = PoolingInfo("embed", 4)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +70,20 @@ def test_parameters_with_a_priority_of_0_keep_it(http: httpx.Client, cores: list
     assert http.post("/generate", json=body).status_code == 200
     last = [each for each in cores[-1].commands if isinstance(each, Generate)][-2:]
     assert [each.params.priority for each in last] == [0, 7]
+
+
+def test_a_request_for_vectors_has_a_priority() -> None:
+    with LiveServer(lambda: FakeCore(fake_info(priority_sign=1, pooling=EMBEDS))) as server, server.http() as client:
+        for path, body in OF_VECTORS:
+            assert client.post(path, json=body).status_code == 200, path
+            last = [each for each in server.core.commands if isinstance(each, Generate)][-1]
+            assert last.params.priority == 7, path
+    with LiveServer(lambda: FakeCore(fake_info(pooling=EMBEDS))) as server, server.http() as client:
+        for path, body in OF_VECTORS:
+            answer = client.post(path, json=body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority"), path
+            assert "--schedule-policy priority" in answer.text
+            assert client.post(path, json=body | {"priority": 0}).status_code == 200, path
 
 
 def test_a_server_that_serves_by_arrival_names_the_flag() -> None:

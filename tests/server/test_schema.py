@@ -98,6 +98,14 @@ def test_streams_are_as_documented(fuzzed: LiveServer, path: str, body: dict) ->
     assert answer.headers["content-type"][0].startswith("text/event-stream")
 
 
+def test_only_paths_that_stream_promise_events(http: httpx.Client) -> None:
+    paths = http.get("/openapi.json").json()["paths"]
+    answers = {path: each["post"]["responses"] for path, each in paths.items() if "post" in each}
+    streaming = {path for path, each in answers.items() if "text/event-stream" in each["200"]["content"]}
+    assert streaming == {"/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses", "/generate"}
+    assert all("429" in answers[path] for path in VECTORS)
+
+
 def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
     document = http.get("/openapi.json").json()
     assert set(document["paths"]) == {

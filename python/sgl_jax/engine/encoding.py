@@ -4,6 +4,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from sgl_jax.engine.generation import Conflict, Generation, GenerationRequest, NotFinite
@@ -24,6 +25,7 @@ class EncodeRequest:
     name: str = ""  # the prompt's, for error messages; empty: input, or input[i] of several
     namespace: str = ""
     adapter: str | None = None  # name of a LoRA adapter; None: the model itself
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,7 @@ def generation_requests(requests: Sequence[EncodeRequest]) -> list[GenerationReq
     return [
         GenerationRequest(
             each.token_ids,
-            _PARAMS,
+            msgspec.structs.replace(_PARAMS, priority=each.priority),
             each.request_id,
             each.namespace,
             each.adapter,

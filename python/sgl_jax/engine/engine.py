@@ -150,10 +150,12 @@ class Engine:
         dimensions: int | None = None,
         rid: str | Sequence[str] | None = None,
         lora_path: str | Sequence[str | None] | None = None,
+        priority: int = 0,
     ) -> Reply | list[Reply]:
         """Return the embedding of a prompt, or its logits and what follows from them; a list for a list
         (docs/features/embeddings.md). `dimensions`: so many values, from the first on."""
-        return self._call(native_encoding(self._service, prompt, input_ids, dimensions, rid, lora_path))
+        given = prompt, input_ids, dimensions, rid, lora_path, priority
+        return self._call(native_encoding(self._service, *given, text_field="prompt"))
 
     async def async_encode(
         self,
@@ -163,9 +165,11 @@ class Engine:
         dimensions: int | None = None,
         rid: str | Sequence[str] | None = None,
         lora_path: str | Sequence[str | None] | None = None,
+        priority: int = 0,
     ) -> Reply | list[Reply]:
         """Do as `encode` does, for asyncio and in any loop."""
-        work = native_encoding(self._service, prompt, input_ids, dimensions, rid, lora_path)
+        given = prompt, input_ids, dimensions, rid, lora_path, priority
+        work = native_encoding(self._service, *given, text_field="prompt")
         return await asyncio.wrap_future(self._submit(work))
 
     def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> AdapterInfo:

@@ -67,13 +67,15 @@ def native_call(
     options: LogprobOptions,
     namespace: str = "",
     lora_path: str | Sequence[str | None] | None = None,
+    text_field: str = "text",
 ) -> NativeCall:
-    """Make the call's requests. Raises InvalidParameter; nothing has been sent then."""
+    """Make the call's requests. Raises InvalidParameter; nothing has been sent then. `text_field`: the name that the user
+    has for `text`."""
     if (text is None) == (input_ids is None):
-        raise InvalidParameter("text", "give either text or input_ids")
+        raise InvalidParameter(text_field, f"give either {text_field} or input_ids")
     if input_ids is None:
-        field, is_list = "text", not isinstance(text, str)
-        prompts = [encoded(tokenizer, each, field, context_length) for each in _texts(text)]
+        field, is_list = text_field, not isinstance(text, str)
+        prompts = [encoded(tokenizer, each, field, context_length) for each in _texts(text, field)]
     else:
         field = "input_ids"
         prompts, is_list = _token_lists(input_ids)
@@ -92,10 +94,10 @@ def native_call(
     return NativeCall(requests, is_list, options, tokenizer)
 
 
-def _texts(text: Any) -> list[str]:
+def _texts(text: Any, field: str) -> list[str]:
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, Sequence) or not all(isinstance(each, str) for each in texts):
-        raise InvalidParameter("text", "text must be a string or a list of strings")
+        raise InvalidParameter(field, f"{field} must be a string or a list of strings")
     return list(texts)
 
 

@@ -18,27 +18,43 @@ async def native_encoding(
     dimensions: int | None,
     rid: str | Sequence[str] | None,
     lora_path: str | Sequence[str | None] | None,
+    priority: int = 0,
+    *,
+    text_field: str = "text",
 ) -> Reply | list[Reply]:
-    """Return an answer for one prompt, or a list for a list. Raises InvalidParameter, and what `encode` raises."""
+    """Return an answer for one prompt, or a list for a list. Raises InvalidParameter, and what `encode` raises.
+    `text_field`: the name that the user has for `text`."""
     check_task(service.info, pools=True)
     pooling = service.info.pooling
     assert pooling is not None
     if dimensions is not None and pooling.kind != "embed":
         raise InvalidParameter("dimensions", f"dimensions cannot be had with --task {pooling.kind}; leave it out")
     check_dimensions(pooling, dimensions)
-    length = service.info.context_length
-    call = native_call(service.tokenizer, length, text, input_ids, None, rid, LogprobOptions(), lora_path=lora_path)
-    several = len(call.requests) > 1
-    requests = [
-        EncodeRequest(each.prompt_ids, each.request_id, _name(each.names["prompt"], i, several), adapter=each.adapter)
-        for i, each in enumerate(call.requests)
-    ]
+    _check_texts(service, text, text_field)
+    given = service.tokenizer, service.info.context_length, text, input_ids, None, rid, LogprobOptions()
+    call = native_call(*given, lora_path=lora_path, text_field=text_field)
+    requests = []
+    for i, each in enumerate(call.requests):
+        name = _name(each.names["prompt"], i, call.is_list)
+        requests.append(EncodeRequest(each.prompt_ids, each.request_id, name, "", each.adapter, priority))
     found = [_reply(each, pooling, dimensions) for each in await service.encode(requests)]
     return found if call.is_list else found[0]
 
 
-def _name(field: str, index: int, several: bool) -> str:
-    return f"{field}[{index}]" if several else field
+def _check_texts(service: GenerationService, text: str | Sequence[str] | None, field: str) -> None:
+    """Raise QueueFull or InvalidParameter for more texts than the queue takes, and InvalidParameter for an empty one."""
+    if not isinstance(text, Sequence):
+        return  # native_call says more
+    texts, is_list = ([text], False) if isinstance(text, str) else (text, True)
+    service.check_count(len(texts), 1, {"prompt": field})
+    for i, each in enumerate(texts):
+        if isinstance(each, str) and not each:
+            name = _name(field, i, is_list)
+            raise InvalidParameter(name, f"{name} is empty; at least one token is needed")
+
+
+def _name(field: str, index: int, is_list: bool) -> str:
+    return f"{field}[{index}]" if is_list else field
 
 
 def _reply(encoded: Encoded, pooling: PoolingInfo, dimensions: int | None) -> Reply:

@@ -172,8 +172,10 @@ class GenerationService:
         raises, and Conflict for one that is aborted."""
         self.check_ready()
         check_task(self.info, pools=True)
-        self.check_count(len(requests), 1, {"prompt": "input"})
-        return await vectors(await self._submit(generation_requests(requests), stream=False)) if requests else []
+        if not requests:
+            return []
+        self.check_count(len(requests), 1, {"prompt": requests[0].name.partition("[")[0] or "input"})
+        return await vectors(await self._submit(generation_requests(requests), stream=False))
 
     async def probe(self, num_tokens: int) -> None:
         """Generate a little, or make a vector, also before `open`. Cancelled, it aborts its request. Raises ServiceUnavailable

@@ -38,7 +38,7 @@ def as_chat(body: CountTokensRequest, thinks: bool) -> ChatCompletionRequest:
     fields |= _thinking(body, thinks) | _output(body, thinks)
     if isinstance(body, MessagesRequest):
         fields |= {"max_tokens": body.max_tokens, "stream": body.stream, "stop": body.stop_sequences}
-        fields |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k")}
+        fields |= {name: getattr(body, name) for name in ("temperature", "top_p", "top_k", "priority")}
     try:
         return ChatCompletionRequest.model_validate({name: v for name, v in fields.items() if v is not None})
     except ValidationError as error:

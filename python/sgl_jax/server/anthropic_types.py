@@ -123,6 +123,7 @@ class MessagesRequest(CountTokensRequest):
     temperature: Annotated[float, limits("temperature")] | None = None
     top_p: Annotated[float, limits("top_p")] | None = None
     top_k: Annotated[int, limits("top_k")] | None = None
+    priority: Annotated[int, limits("priority")] | None = Field(None, description="as in chats; Anthropic has none")
     # accepted, but without effect on the answer
     metadata: Annotated[dict[str, object], BeforeValidator(limited)] | None = None
     service_tier: Literal["auto", "standard_only"] | None = None

@@ -4,7 +4,7 @@ import base64
 import time
 import uuid
 from collections.abc import Sequence
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import msgspec
 import numpy as np
@@ -35,17 +35,17 @@ from sgl_jax.server.sse import json_unless_disconnected
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Embeddings"])
 
-    @routes.post("/v1/embeddings", **documented(EmbeddingList, 404, 409, 429, *BODY))
+    @routes.post("/v1/embeddings", **documented(EmbeddingList, 404, 409, 429, *BODY, streams=False))
     async def embeddings(body: EmbeddingRequest, request: Request) -> Response:
         return await json_unless_disconnected(request, _embeddings(state, body, request))
 
-    @routes.post("/classify", **documented(LabelList, 404, 409, 429, *BODY))
+    @routes.post("/classify", **documented(LabelList, 404, 409, 429, *BODY, streams=False))
     async def classify(body: ClassifyRequest, request: Request) -> Response:
         return await json_unless_disconnected(request, _labels(state, body, request))
 
-    @routes.post("/encode", **documented(EncodeAnswer, 404, 409, 429, *BODY, or_list=True))
+    @routes.post("/encode", **documented(EncodeAnswer, 404, 409, 429, *BODY, or_list=True, streams=False))
     async def encode(body: EncodeBody, request: Request) -> Response:
-        return await json_unless_disconnected(request, _native(state, body))
+        return await json_unless_disconnected(request, _native(state, body, request))
 
     return routes
 
@@ -77,7 +77,7 @@ async def _embeddings(state: ServerState, body: EmbeddingRequest, request: Reque
     if len(asked) > 1:
         raise InvalidParameter("normalize", "normalize and use_activation differ; give one")
     pooling = msgspec.structs.replace(pooling, normalize=next(iter(asked), pooling.normalize))
-    found = await state.service.encode(await inputs_of(state, body, _text_before(pooling, body.prompt_name)))
+    found = await state.service.encode(await inputs_of(state, body, _text_before(pooling, body)))
     about = about_answer("embd", state, body, found, request)
 
     def answer() -> msgspec.Raw:
@@ -89,10 +89,15 @@ async def _embeddings(state: ServerState, body: EmbeddingRequest, request: Reque
     return await state.text_work(len(found) * pooling.size, answer)
 
 
-def _text_before(pooling: PoolingInfo, name: str | None) -> str:
-    """Return the text that the checkpoint puts before inputs under a name; without one there is none."""
-    if name is None:
+def _text_before(pooling: PoolingInfo, body: EmbeddingRequest) -> str:
+    """Return the text that the checkpoint puts before inputs under the body's prompt_name; without one there is none."""
+    if (name := body.prompt_name) is None:
         return ""
+    given = body.input[:1] if isinstance(body.input, list) else [body.input]
+    if not all(isinstance(each, str) for each in given):
+        raise InvalidParameter(
+            "prompt_name", "prompt_name needs input that is text: nothing is put before ids or messages"
+        )
     if name not in pooling.prompts:
         known = f"it has {', '.join(pooling.prompts)}" if pooling.prompts else "it has none"
         raise InvalidParameter(
@@ -122,10 +127,15 @@ async def _labels(state: ServerState, body: ClassifyRequest, request: Request) -
     return await state.text_work(len(found) * pooling.size, answer)
 
 
-async def _native(state: ServerState, body: EncodeBody) -> object:
+async def _native(state: ServerState, body: EncodeBody, request: Request) -> object:
     state.service.check_ready()
     rid = body.rid or uuid.uuid4().hex
-    found = await native_encoding(state.service, body.text, body.input_ids, body.dimensions, rid, body.lora_path)
+    given = body.text, body.input_ids, body.dimensions, rid, body.lora_path, body.priority or 0
+    found = await native_encoding(state.service, *given)
+    numbers = [each["meta_info"] for each in ([found] if isinstance(found, dict) else found)]
+    num_tokens = sum(cast(dict[str, int], each)["prompt_tokens"] for each in numbers)
+    adapters = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]
+    request.state.tokens, request.state.adapters = (num_tokens, 0), {each for each in adapters if each}
     if isinstance(found, dict):
         return _with_id(found, rid if isinstance(rid, str) else rid[0])
     several = len(found) > 1

@@ -1,15 +1,17 @@
-"""Requests for embeddings, labels and scores. Unknown fields, and known ones that are not supported, are refused by name."""
+"""Requests for embeddings, labels and scores. Unknown fields, and known ones that are not supported, are refused by
+name."""
 
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from sgl_jax.server.bodies import Body, CacheKey, TokenId, limited, null_fields, off_fields, with_fields
+from sgl_jax.server.bodies import Body, CacheKey, TokenId, limited, limits, null_fields, off_fields, with_fields
 from sgl_jax.server.openai_types import Message, TemplateFields
 
 MOST_INPUTS = 2048  # OpenAI's
 
 Name = Annotated[str, Field(min_length=1)]
+Priority = Annotated[int, limits("priority")]
 Texts = str | Annotated[list[str], Field(min_length=1)]
 
 
@@ -18,6 +20,9 @@ class VectorFields(Body):
 
     model: str | None = Field(None, description="the served model, an adapter, or MODEL:ADAPTER; may be left out")
     cache_salt: CacheKey | None = Field(None, description="requests share cached prefixes only within one salt")
+    priority: Priority | None = Field(
+        None, description="greater ones are served first, with --schedule-policy priority"
+    )
     # accepted, but without effect on the answer
     user: str | None = None
     metadata: Annotated[dict[str, str], BeforeValidator(limited)] | None = None
@@ -87,4 +92,5 @@ class EncodeBody(Body):
     input_ids: list[TokenId] | list[list[TokenId]] | None = None
     rid: Name | list[Name] | None = None
     dimensions: int | None = None
+    priority: Priority | None = None
     lora_path: Name | list[Name | None] | None = Field(None, description="names of adapters; null is the model itself")

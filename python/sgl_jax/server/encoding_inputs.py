@@ -1,4 +1,5 @@
-"""Inputs of requests for vectors as token ids, cut where the request wants that, and whether the launch makes such vectors."""
+"""Inputs of requests for vectors as token ids, cut where the request wants that, and whether the launch makes such
+vectors."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -35,6 +36,8 @@ async def inputs_of(state: ServerState, body: InputFields, before: str = "") -> 
         raise InvalidParameter("input", "give either input or messages")
     if body.truncate_prompt_tokens == 0:
         raise InvalidParameter("truncate_prompt_tokens", "truncate_prompt_tokens is 0; it must be at least 1, or -1")
+    if body.truncation_side is not None and body.truncate_prompt_tokens is None:
+        raise InvalidParameter("truncation_side", "truncation_side needs truncate_prompt_tokens")
     found = []
     if body.messages is not None:
         options = body.model_copy(update={"add_generation_prompt": bool(body.add_generation_prompt)})
@@ -45,6 +48,9 @@ async def inputs_of(state: ServerState, body: InputFields, before: str = "") -> 
             if getattr(body, name) is not None:
                 raise InvalidParameter(name, f"{name} needs messages, since input has no template")
         given, several = _listed(body)
+        if body.add_special_tokens is not None and not isinstance(given[0], str):
+            reason = "add_special_tokens needs text, since token ids are taken as they are"
+            raise InvalidParameter("add_special_tokens", reason)
         state.service.check_count(len(given), 1, {"prompt": "input"})
         async for i, each in in_slices(enumerate(given)):
             name = f"input[{i}]" if several else "input"
@@ -52,8 +58,8 @@ async def inputs_of(state: ServerState, body: InputFields, before: str = "") -> 
                 raise InvalidParameter(name, f"{name} is empty; at least one token is needed")
             found.append((name, await _encoded(state, each, name, body, before)))
     rids = [body.rid or ""] if len(found) == 1 else [(body.rid and f"{body.rid}_{i}") or "" for i in range(len(found))]
-    salt = body.cache_salt or ""
-    return [EncodeRequest(ids, rid, name, salt, adapter) for (name, ids), rid in zip(found, rids, strict=True)]
+    of_all = body.cache_salt or "", adapter, body.priority or 0
+    return [EncodeRequest(ids, rid, name, *of_all) for (name, ids), rid in zip(found, rids, strict=True)]
 
 
 def _listed(body: InputFields) -> tuple[Sequence[str | list[int]], bool]:
@@ -99,8 +105,8 @@ def _fits(ids: Sequence[int], body: InputFields, state: ServerState) -> bool:
 
 
 def _cut(ids: list[int], before: list[int], behind: list[int], body: InputFields, state: ServerState) -> list[int]:
-    """Return the ids, cut to the body's limit, between special tokens that stay, as the last one may be the one whose state
-    is the vector."""
+    """Return the ids, cut to the body's limit, between special tokens that stay, as the last one may be the one whose
+    state is the vector."""
     limit = _limit(body, state)
     if limit is None:
         return [*before, *ids, *behind]

@@ -13,7 +13,7 @@ from sgl_jax.engine.pooling_info import PoolingInfo
 from sgl_jax.engine.slices import in_slices
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
-from sgl_jax.server.pair_prompts import pair_ids
+from sgl_jax.server.pair_prompts import Pair, pair_ids
 
 
 class Side(NamedTuple):
@@ -33,9 +33,14 @@ class Pairs(NamedTuple):
     queries: Side
     documents: Side
     instruction: str | None
-    activation: bool  # scores are probabilities, where the model makes any
+    instruction_name: str
+    activation: bool | None  # false: scores are logits, and not probabilities
     adapter: str | None
     namespace: str
+    priority: int
+
+    def request(self, ids: list[int], name: str) -> EncodeRequest:
+        return EncodeRequest(ids, "", name, self.namespace, self.adapter, self.priority)
 
 
 async def scores_of(state: ServerState, pooling: PoolingInfo, pairs: Pairs) -> tuple[list[float], list[Encoded]]:
@@ -52,12 +57,12 @@ async def scores_of(state: ServerState, pooling: PoolingInfo, pairs: Pairs) -> t
         relevance(np.zeros(pooling.size, np.float32), pooling)  # raises
     found = []
     async for i, document in in_slices(enumerate(pairs.documents.texts)):
-        query = pairs.queries.texts[i if len(pairs.queries.texts) > 1 else 0]
-        name = pairs.documents.name(i)
-        ids = await pair_ids(state, pooling, pairs.instruction, query, document, name)
-        found.append(EncodeRequest(ids, "", name, pairs.namespace, pairs.adapter))
+        at, name = i if len(pairs.queries.texts) > 1 else 0, pairs.documents.name(i)
+        texts = pairs.queries.texts[at], document, pairs.queries.name(at), name
+        ids = await pair_ids(state, pooling, Pair(*texts, pairs.instruction, pairs.instruction_name))
+        found.append(pairs.request(ids, name))
     encoded = await state.service.encode(found)
-    return [_score(each.vector, pooling, pairs.activation) for each in encoded], encoded
+    return [_score(each.vector, pooling, pairs.activation is not False) for each in encoded], encoded
 
 
 def _score(logits: np.ndarray, pooling: PoolingInfo, activation: bool) -> float:
@@ -69,12 +74,16 @@ def _score(logits: np.ndarray, pooling: PoolingInfo, activation: bool) -> float:
 
 async def _cosines(state: ServerState, pooling: PoolingInfo, pairs: Pairs) -> tuple[list[float], list[Encoded]]:
     if pairs.instruction is not None:
-        raise InvalidParameter("instruction", "instruction cannot be had with --task embed; put it before the query")
+        name = pairs.instruction_name
+        raise InvalidParameter(name, f"{name} cannot be had with --task embed; put it before the query")
+    if pairs.activation is not None:
+        reason = "use_activation cannot be had with --task embed, whose scores are cosines"
+        raise InvalidParameter("use_activation", reason)
     requests = []
     for side in (pairs.queries, pairs.documents):
         async for i, text in in_slices(enumerate(side.texts)):
             ids = await state.encode(text, side.name(i))
-            requests.append(EncodeRequest(ids, "", side.name(i), pairs.namespace, pairs.adapter))
+            requests.append(pairs.request(ids, side.name(i)))
     found = await state.service.encode(requests)
     unit = msgspec.structs.replace(pooling, normalize=True)
     vectors = np.stack([embedding(each.vector, unit) for each in found])

@@ -21,8 +21,8 @@ _FIRST, _SECOND = ("text_1", "queries", "data_1"), ("text_2", "documents", "item
 
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Embeddings"])
-    ranking = documented(RankedList, 404, 409, 429, *BODY)
-    scoring = documented(ScoreList, 404, 409, 429, *BODY)
+    ranking = documented(RankedList, 404, 409, 429, *BODY, streams=False)
+    scoring = documented(ScoreList, 404, 409, 429, *BODY, streams=False)
 
     @routes.post("/rerank", **ranking)
     @routes.post("/v1/rerank", **ranking)
@@ -50,11 +50,9 @@ async def ranked(state: ServerState, body: RerankRequest, request: Request) -> R
         raise InvalidParameter("instruct", "give either instruction or instruct")
     texts = [each if isinstance(each, str) else each.text for each in body.documents]
     sides = Side([body.query], "query", False), Side(texts, "documents", True)
-    instruction = body.instruct if body.instruction is None else body.instruction
-    of_model = state.adapter_of(body.model), body.cache_salt or ""
-    scores, found = await scores_of(
-        state, pooling, Pairs(*sides, instruction, body.use_activation is not False, *of_model)
-    )
+    instruction = (body.instruction, "instruction") if body.instruct is None else (body.instruct, "instruct")
+    of_all = state.adapter_of(body.model), body.cache_salt or "", body.priority or 0
+    scores, found = await scores_of(state, pooling, Pairs(*sides, *instruction, body.use_activation, *of_all))
     best = sorted(range(len(texts)), key=lambda i: -scores[i])[: body.top_n or None]
     results = [RankedResult(i, scores[i]) for i in best]
     if body.return_documents is not False:
@@ -70,8 +68,8 @@ async def scored(state: ServerState, body: ScoreRequest, request: Request) -> Sc
     if len(first.texts) not in (1, len(second.texts)):
         counts = f"{first.field} has {len(first.texts)} texts and {second.field} {len(second.texts)}"
         raise InvalidParameter(first.field, f"{counts}; give one for all, or as many")
-    of_model = state.adapter_of(body.model), body.cache_salt or ""
-    pairs = Pairs(first, second, body.instruction, body.use_activation is not False, *of_model)
+    of_all = state.adapter_of(body.model), body.cache_salt or "", body.priority or 0
+    pairs = Pairs(first, second, body.instruction, "instruction", body.use_activation, *of_all)
     scores, found = await scores_of(state, pooling, pairs)
     data = [ScoreObject(i, score) for i, score in enumerate(scores)]
     return ScoreList(data, **about_answer("score", state, body, found, request))

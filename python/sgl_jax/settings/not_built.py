@@ -68,11 +68,6 @@ NOT_BUILT = (
         null={"GenerateRequest": "bootstrap_host bootstrap_port bootstrap_room"},
     ),
     Feature("pipeline parallelism is", flags="-pp --pp --pp-size --pipeline-parallel-size"),
-    Feature(
-        "the priority of a request for vectors is",
-        fields="priority",
-        null={"EncodeBody": "priority", **dict.fromkeys(_OF_VECTORS, "priority")},
-    ),
     Feature("a server without a tokenizer is", flags="--skip-tokenizer-init"),
     Feature(
         "cutting prompts that are too long is",
