@@ -84,7 +84,8 @@ def check_ids(requests: Sequence[GenerationRequest], running: Container[str]) ->
 def check_room(
     num_prompts: int, num_choices: int, n: int, names: Names, queue: WaitingQueue, limit: int | None
 ) -> None:
-    """Check that the choices of a call, at most `n` for each prompt, may join the queue; `limit` is --max-queued-requests.
+    """Check that the choices of a call, at most `n` for each prompt, may join the queue; `limit` is
+    --max-queued-requests.
 
     Raises QueueFull, or InvalidParameter if waiting would not help.
     """

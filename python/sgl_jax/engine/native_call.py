@@ -69,8 +69,8 @@ def native_call(
     lora_path: str | Sequence[str | None] | None = None,
     text_field: str = "text",
 ) -> NativeCall:
-    """Make the call's requests. Raises InvalidParameter; nothing has been sent then. `text_field`: the name that the user
-    has for `text`."""
+    """Make the call's requests. Raises InvalidParameter; nothing has been sent then. `text_field`: the name that the
+    user has for `text`."""
     if (text is None) == (input_ids is None):
         raise InvalidParameter(text_field, f"give either {text_field} or input_ids")
     if input_ids is None:

@@ -42,7 +42,7 @@ async def native_encoding(
 
 
 def _check_texts(service: GenerationService, text: str | Sequence[str] | None, field: str) -> None:
-    """Raise QueueFull or InvalidParameter for more texts than the queue takes, and InvalidParameter for an empty one."""
+    """Raise QueueFull or InvalidParameter for more texts than the queue takes, InvalidParameter for an empty one."""
     if not isinstance(text, Sequence):
         return  # native_call says more
     texts, is_list = ([text], False) if isinstance(text, str) else (text, True)

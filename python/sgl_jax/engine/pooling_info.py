@@ -8,8 +8,8 @@ import msgspec
 class PoolingInfo(msgspec.Struct, frozen=True):
     """Description of the vectors that a pooling launch makes.
 
-    The engine's vector is raw: for `embed` the pooled hidden state after the final norm, for `classify` the logits of the
-    labels, for `score` the logits of two tokens, that of "no" first. engine/pooled_results.py makes answers of it.
+    The engine's vector is raw: for `embed` the pooled hidden state after the final norm, for `classify` the logits of
+    the labels, for `score` the logits of two tokens, that of "no" first. engine/pooled_results.py makes answers of it.
     """
 
     kind: Literal["embed", "classify", "score"]

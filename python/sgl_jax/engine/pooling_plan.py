@@ -1,4 +1,4 @@
-"""Decisions of a launch about vectors: whether it makes them, from which hidden states, and the head of their logits."""
+"""Decisions of a launch about vectors: whether it makes them, of which hidden states, and the head of their logits."""
 
 import dataclasses
 import logging
@@ -26,8 +26,8 @@ _RANDOM_SCALE = np.float32(0.02)  # deviation of random weights
 
 
 def with_pooling(args: ServerArgs, model: DecoderConfig, checkpoint: Checkpoint) -> DecoderConfig:
-    """Return the model with the states that vectors are made of, in a launch that makes any. Raises ValueError for a task
-    that the checkpoint cannot do, for attention in both directions, and for drafts in such a launch."""
+    """Return the model with the states that vectors are made of, in a launch that makes any. Raises ValueError for a
+    task that the checkpoint cannot do, for attention in both directions, and for drafts in such a launch."""
     if (info := pooling_of(args, model, checkpoint)) is None:
         return model
     if (flag := args.speculative_flag) is not None:
@@ -92,8 +92,8 @@ def _labels(checkpoint: Checkpoint) -> PoolingInfo:
 
 
 def pooler_of(args: ServerArgs, model: DecoderConfig, checkpoint: Checkpoint, families: Families) -> Pooler | None:
-    """Return the host's part of making vectors, with its head as float32; None in a launch that generates. Raises ValueError
-    for a head that the checkpoint lacks or that has another shape."""
+    """Return the host's part of making vectors, with its head as float32; None in a launch that generates. Raises
+    ValueError for a head that the checkpoint lacks or that has another shape."""
     info = pooling_of(args, model, checkpoint)
     if info is None:
         return None

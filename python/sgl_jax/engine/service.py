@@ -168,8 +168,8 @@ class GenerationService:
         return await self._submit(requests, stream)
 
     async def encode(self, requests: Sequence[EncodeRequest]) -> list[Encoded]:
-        """Return the vectors of prompts, of which either all are accepted or none; cancelled, abort them. Raises what `submit`
-        raises, and Conflict for one that is aborted."""
+        """Return the vectors of prompts, of which either all are accepted or none; cancelled, abort them. Raises what
+        `submit` raises, Conflict for one that is aborted, and NotFinite."""
         self.check_ready()
         check_task(self.info, pools=True)
         if not requests:

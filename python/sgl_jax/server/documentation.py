@@ -47,8 +47,8 @@ def documented(
     media_type: str = _JSON,
 ) -> dict[str, Any]:
     """Document a route's answers: its own, with `or_list` a list of such ones, too, with `only_list` nothing else, and
-    the errors it can give, by their statuses: the usual ones but for those in `without`, and `also`. One that can give a
-    429 can stream, unless `streams` is false."""
+    the errors it can give, by their statuses: the usual ones but for those in `without`, and `also`. One that can give
+    a 429 can stream, unless `streams` is false."""
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
     several = {"type": "array", "items": schema}
     schema = several if only_list else {"anyOf": [schema, several]} if or_list else schema

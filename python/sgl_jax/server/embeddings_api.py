@@ -1,4 +1,4 @@
-"""Routes that answer with a prompt's vector: /v1/embeddings of OpenAI's API, vLLM's /classify, and the native /encode."""
+"""Routes that answer with a prompt's vector: OpenAI's /v1/embeddings, vLLM's /classify, and the native /encode."""
 
 import base64
 import time
@@ -90,7 +90,7 @@ async def _embeddings(state: ServerState, body: EmbeddingRequest, request: Reque
 
 
 def _text_before(pooling: PoolingInfo, body: EmbeddingRequest) -> str:
-    """Return the text that the checkpoint puts before inputs under the body's prompt_name; without one there is none."""
+    """Return the text that the checkpoint puts before inputs under the body's prompt_name; without one none."""
     if (name := body.prompt_name) is None:
         return ""
     given = body.input[:1] if isinstance(body.input, list) else [body.input]

@@ -1,4 +1,5 @@
-"""Errors, which leave as OpenAI's envelope, {"error": {"message", "type", "param", "code"}}, or as that of the path's API."""
+"""Errors, which leave as OpenAI's envelope, {"error": {"message", "type", "param", "code"}}, or as that of the path's
+API."""
 
 import json
 import logging

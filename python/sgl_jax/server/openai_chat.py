@@ -37,8 +37,8 @@ type Make = Callable[[ServerState, ChatCompletionRequest, Generation, AnswerForm
 
 
 async def submitted(state: ServerState, body: ChatCompletionRequest, made: Make | None = None) -> "ChatAnswer":
-    """Submit a chat and return its answer, which is on its way. Raises InvalidParameter, TemplateError, ApiError and what
-    `GenerationService.submit` raises."""
+    """Submit a chat and return its answer, which is on its way. Raises InvalidParameter, TemplateError, ApiError and
+    what `GenerationService.submit` raises."""
     state.check_generates()
     adapter = state.adapter_of(body.model)
     body.check_stream_options()
