@@ -37,7 +37,7 @@ PYTHON_CLIENTS = {  # packages of each, beside pytest
     "llm": ["llm"],
     "lm_eval": ["lm-eval[api]", "transformers"],
     "guidellm": ["guidellm"],
-    "embeddings": ["openai", "cohere"],
+    "embeddings": ["openai", "cohere", "langchain-openai", "litellm"],
 }
 NODE_CLIENTS = {"openai_node": ["openai"], "ai_sdk": ["ai", "@ai-sdk/openai-compatible"]}
 

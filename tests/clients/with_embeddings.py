@@ -1,7 +1,9 @@
 import math
 
 import cohere
+import litellm
 import pytest
+from langchain_openai import OpenAIEmbeddings
 from openai import OpenAI
 from served import BASE_URL, KEY, MODEL
 
@@ -33,3 +35,12 @@ def test_ranked_documents_come_best_first(kind):
     assert (len(results), results[0].index) == (2, 0)
     assert results[0].relevance_score == pytest.approx(1, abs=1e-5)
     assert results[0].relevance_score > results[1].relevance_score
+
+
+def test_langchain_and_litellm_get_the_same_vectors():
+    expected = [each.embedding for each in client.embeddings.create(model=MODEL, input=TEXTS).data]
+    # It would send ids of OpenAI's own vocabulary otherwise.
+    chain = OpenAIEmbeddings(model=MODEL, base_url=BASE_URL, api_key=KEY, check_embedding_ctx_length=False)
+    assert chain.embed_documents(TEXTS) == [pytest.approx(each, abs=1e-6) for each in expected]
+    lite = litellm.embedding(f"openai/{MODEL}", input=TEXTS, api_base=BASE_URL, api_key=KEY, encoding_format="float")
+    assert [each["embedding"] for each in lite.data] == [pytest.approx(each, abs=1e-6) for each in expected]

@@ -64,9 +64,6 @@ def test_a_form_leaves_tools_callable():
 
 
 def test_what_cannot_be_enforced_is_told():
-    with pytest.raises(openai.BadRequestError, match="strict") as refused:
-        client.chat.completions.create(**asked, tools=[STRICT])  # this model's calls look like other text
-    assert refused.value.param == "tools[0].function.strict"
     with pytest.raises(openai.BadRequestError, match="reasoning_effort"):
         client.chat.completions.create(**asked, reasoning_effort="low")
 
@@ -76,7 +73,8 @@ def test_a_response_and_its_stream():
     whole = client.responses.create(**asked)
     with client.responses.stream(**asked) as stream:
         events = list(stream)
-        final = stream.get_final_response()
+    final = events[-1].response  # the library's get_final_response knows no response that was cut
+    assert final.status == "incomplete"
     assert final.output_text == whole.output_text
     assert [event.sequence_number for event in events if hasattr(event, "sequence_number")][:3] == [0, 1, 2]
     assert client.responses.retrieve(whole.id).output_text == whole.output_text
