@@ -247,7 +247,7 @@ def test_a_batch_that_does_not_fit_ends_the_start(
     stories260k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr(one_batch, "start_log", lambda *about: None)
-    monkeypatch.setattr(startup, "_load", lambda *model: pytest.fail("weights were read"))
+    monkeypatch.setattr(startup, "read_weights", lambda *model: pytest.fail("weights were read"))
     monkeypatch.setattr(ModelRunner, "compile", lambda *programs: pytest.fail("programs were compiled"))
     flags = ["--model-path", stories260k, "--device", "cpu", "--compilation-cache-dir", tmp_path, *LIMITS]
     shape = ["--batch-size", 1, 5, "--input-len", 9, "--result-filename", ""]
