@@ -107,10 +107,8 @@ def build_device_side(
     grid = grid_of(args)
     platform, devices = pick_devices(args.device, grid.num_devices)
     _say_devices(args, platform, devices)
-    here = [device for device in devices if device.process_index == jax.process_index()]
     agree = hosts.agree if hosts else lambda value: value
-    num_sharing = len(here) if here[0].platform == "cpu" else 1  # virtual CPU devices all have the same memory
-    device_bytes = agree(device_memory(here[0]) // num_sharing)
+    device_bytes = agree(_bytes_of_a_device(devices))
     families, kind = known_families(args.model_package), devices[0].device_kind
     # A launch that cannot be is refused before the weights are fetched, and again before they are read.
     if (configs := _configs_ahead(args)) is not None:
@@ -127,8 +125,7 @@ def build_device_side(
     kept = kept_programs(args, devices) if behind else None
     options = {"stacks_layers": platform.stacks_layers, "announce": announce, "drafter": plan.drafter, "kept": kept}
     store = adapter_store(args, model, families, plan.runner_config, placement, stacked=platform.stacks_layers)
-    limit = args.max_loaded_loras or 4 * args.max_loras_per_batch
-    copies = None if store is None else AdapterCopies(store, limit, announce, agree)
+    copies = None if store is None else AdapterCopies(store, args.most_loaded_loras, announce, agree)
     runner = ModelRunner(model, plan.runner_config, kernels, placement, **options, adapters=copies)
     with launch_progress(logger, len(runner.programs)) as progress:
         compiled = runner.compile(
@@ -157,11 +154,16 @@ def build_device_side(
     barrier = functools.partial(agree, 0)
     weights = with_kv_scales(weights, model, plan, kernels, placement, kept, stacks_layers=stacks, barrier=barrier)
     runner.start(weights, barrier)
-    if num_left := runner.num_compiling:
-        logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
+    _say_programs_left(runner)
     reads = other_weights(args, families, model, dtype, platform, kind, placement)
     arrays = HeldArrays(runner, reads) if hosts is None else None
     return DeviceSide(model, platform, devices, plan, runner, copies, grammars, pooler, arrays)
+
+
+def _bytes_of_a_device(devices: list[jax.Device]) -> int:
+    """Return the memory of each of this host's devices. Virtual CPU devices divide the host's among themselves."""
+    here = [device for device in devices if device.process_index == jax.process_index()]
+    return device_memory(here[0]) // (len(here) if here[0].platform == "cpu" else 1)
 
 
 def kept_programs(args: ServerArgs, devices: list[jax.Device]) -> KeptPrograms | None:
@@ -196,6 +198,11 @@ def _say_sizes(model: DecoderConfig, plan: LaunchPlan) -> None:
         sites, taken = ", ".join(room.sites), log.size(plan.adapter_bytes)
         logger.info("Adapters: %d slots of rank %d for %s take %s a device", room.number, room.rank, sites, taken)
     say_weights(model, model.shard(plan.grid), plan.runner_config.weight_dtype)
+
+
+def _say_programs_left(runner: ModelRunner) -> None:
+    if num_left := runner.num_compiling:
+        logger.info("%d of %d programs are still to be compiled, beside requests", num_left, len(runner.programs))
 
 
 def _configs_ahead(args: ServerArgs) -> Checkpoint | None:

@@ -69,6 +69,11 @@ class LoraFlags:
         """The adapters of --lora-paths. Raises FlagError for one that cannot be read."""
         return tuple(adapter_path(each)[0] for each in self.lora_paths)
 
+    @property
+    def most_loaded_loras(self) -> int:
+        """Adapters that hosts keep in memory: --max-loaded-loras, or four for each slot."""
+        return self.max_loaded_loras or 4 * self.max_loras_per_batch
+
     def misfits_of_adapters(self, served: Collection[str]) -> Iterator[str]:
         """Say which values do not fit together, a sentence each, the flag first. `served`: the model's names."""
         fields = dataclasses.fields(LoraFlags)
