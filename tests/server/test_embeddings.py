@@ -467,3 +467,15 @@ def test_log_lines_count_the_tokens_of_vectors(http: httpx.Client, caplog: pytes
         time.sleep(0.005)  # a line follows its answer
     for line, text in zip(lines, wanted, strict=True):
         assert text in line
+
+
+def test_a_regression_has_no_activation() -> None:
+    regression = PoolingInfo("classify", 1, labels=["LABEL_0"], activation="none")
+    with launch(regression) as server, server.http() as client:
+        answer = client.post("/classify", json={"input": "a", "use_activation": True})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "use_activation")
+        plain, without = (
+            client.post("/classify", json={"input": "a"} | more).json()["data"]
+            for more in ({}, {"use_activation": False})
+        )
+        assert plain == without

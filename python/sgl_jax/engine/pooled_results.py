@@ -41,14 +41,14 @@ def probabilities(logits: np.ndarray, pooling: PoolingInfo) -> np.ndarray:
 
 
 def relevance(logits: np.ndarray, pooling: PoolingInfo) -> float:
-    """Return the score of a reranker: the probability of "yes" against "no", or that of a classifier's single label.
-    Raises InvalidParameter, naming `model`, for other launches."""
-    if not scores(pooling):
-        reason = f"it makes {pooling.size} values (--task {pooling.kind}), and a score is one"
-        raise InvalidParameter("model", f"the launch scores no documents: {reason}; start a reranker")
+    """Return the score of a reranker: the probability of "yes" against "no", or that of a classifier's single label. Raises
+    what check_scores raises."""
+    check_scores(pooling)
     return float(probabilities(logits, pooling)[-1])
 
 
-def scores(pooling: PoolingInfo) -> bool:
-    """Return whether the launch's vectors are scores of relevance."""
-    return pooling.kind == "score" or (pooling.kind == "classify" and pooling.size == 1)
+def check_scores(pooling: PoolingInfo) -> None:
+    """Raise InvalidParameter, naming `model`, unless the launch's vectors are scores of relevance."""
+    if pooling.kind != "score" and (pooling.kind != "classify" or pooling.size != 1):
+        reason = f"it makes {pooling.size} values (--task {pooling.kind}), and a score is one"
+        raise InvalidParameter("model", f"the launch scores no documents: {reason}; start a reranker")

@@ -112,6 +112,9 @@ def _as_base64(vector: np.ndarray) -> str:
 
 async def _labels(state: ServerState, body: ClassifyRequest, request: Request) -> msgspec.Raw:
     pooling = launch_that(state, "/classify", ["classify"])
+    if body.use_activation and pooling.activation == "none":
+        text = "use_activation is true, but the model is a regression, whose logits are its answer; leave it out"
+        raise InvalidParameter("use_activation", text)
     if body.use_activation is False:
         pooling = msgspec.structs.replace(pooling, activation="none")
     found = await state.service.encode(await inputs_of(state, body))

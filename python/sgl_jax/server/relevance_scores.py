@@ -7,8 +7,7 @@ import msgspec
 import numpy as np
 
 from sgl_jax.engine.encoding import Encoded, EncodeRequest
-from sgl_jax.engine.pooled_results import embedding, relevance
-from sgl_jax.engine.pooled_results import scores as scores_pairs
+from sgl_jax.engine.pooled_results import check_scores, embedding, relevance
 from sgl_jax.engine.pooling_info import PoolingInfo
 from sgl_jax.engine.slices import in_slices
 from sgl_jax.request import InvalidParameter
@@ -53,8 +52,7 @@ async def scores_of(state: ServerState, pooling: PoolingInfo, pairs: Pairs) -> t
     state.service.check_count(count, 1, {"prompt": pairs.documents.field})
     if pooling.kind == "embed":
         return await _cosines(state, pooling, pairs)
-    if not scores_pairs(pooling):
-        relevance(np.zeros(pooling.size, np.float32), pooling)  # raises
+    check_scores(pooling)
     found = []
     async for i, document in in_slices(enumerate(pairs.documents.texts)):
         at, name = i if len(pairs.queries.texts) > 1 else 0, pairs.documents.name(i)
