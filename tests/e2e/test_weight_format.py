@@ -18,7 +18,7 @@ from exact import GREEDY, Build
 from jax.typing import DTypeLike
 from safetensors.numpy import load_file, save_file
 
-from sgl_jax.engine import startup
+from sgl_jax.engine import weight_files
 from sgl_jax.engine.core import Core
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.formats.form import Form
@@ -113,7 +113,7 @@ def test_a_model_in_a_format_of_ones_own_is_served(
     wanted = answer(plain)
     assert len(set(wanted)) > 5  # a text, not a repeated token
     monkeypatch.setattr(
-        startup,
+        weight_files,
         "decoder_config",
         lambda *args: dataclasses.replace(decoder_config(*args), weight_scheme=Powers(), weight_format=Powers()),
     )
