@@ -20,6 +20,7 @@ from sgl_jax.server import (
     openai_responses,
     rerank_api,
     trainer_api,
+    web_pages,
 )
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.settings.server_args import ServerArgs
@@ -58,6 +59,8 @@ def create_routes(service: GenerationService, server_args: ServerArgs) -> FastAP
         app.include_router(module.router(state))
     error_envelope.install(app)
     documentation.install(app)
+    if not server_args.no_ui:
+        web_pages.install(app)
     return app
 
 

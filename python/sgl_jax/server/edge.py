@@ -20,6 +20,7 @@ from sgl_jax.engine.generation import Generation
 from sgl_jax.observability.log import QUIET_PATHS, access_line
 from sgl_jax.server.connection import body_too_large
 from sgl_jax.server.error_envelope import ANTHROPIC, ApiError
+from sgl_jax.server.web_pages import is_page
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +184,7 @@ def body_rule(limit: int) -> Rule:
 
 
 def key_rule(api_key: str) -> Rule:
-    """Refuse requests without the key, except for health."""
+    """Refuse requests without the key, except for health and for pages, which hold nothing and ask for the key."""
     expected = api_key.encode()
 
     def check(scope: Scope, headers: Headers) -> ApiError | None:
@@ -193,7 +194,8 @@ def key_rule(api_key: str) -> Rule:
         if any(hmac.compare_digest(each.strip().encode("latin-1"), expected) for each in given):
             return None
         text = "the API key is missing or wrong; send it as Authorization: Bearer …, or as x-api-key"
-        return None if scope["path"] in OPEN_PATHS else ApiError(401, text, code="invalid_api_key")
+        is_open = scope["path"] in OPEN_PATHS or is_page(scope["path"])
+        return None if is_open else ApiError(401, text, code="invalid_api_key")
 
     return check
 

@@ -146,6 +146,7 @@ class ServingFlags:
         rule=_HOSTS,
         per_host=True,
     )
+    no_ui: bool = flag(False, "serve no pages: no chat at / and no dashboard", per_host=True)
     max_request_bytes: int = flag(
         16 * 2**20, "bytes of a request's body, above which it gets a 413", rule=at_least(1024), per_host=True
     )
