@@ -36,7 +36,7 @@ serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 
 test: check
 	@$(MAKE) --no-print-directory model || echo "the default model could not be fetched; tests that need it are skipped"
-	$(PYTHON) -m pytest $(TESTS)
+	$(PYTHON) -m pytest --durations=30 $(TESTS)
 	$(if $(TESTS),,@$(MAKE) --no-print-directory test-oldest-jax test-plain)
 
 test-oldest-jax: $(OLDEST_VENV)/.installed

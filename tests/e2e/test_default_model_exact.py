@@ -13,7 +13,7 @@ from simulated import Client
 
 def test_the_default_model_gives_transformers_tokens_and_logprobs(build: Build, golden: Path, smollm2: Path) -> None:
     cases = json.loads((golden / "smollm2-135m-instruct.json").read_text(encoding="utf-8"))["cases"]
-    core = build(smollm2, bucket=Bucket(4, 4), max_total_tokens=1024, context_length=256)
+    core = build(smollm2, bucket=Bucket(4, 4), optimised=True, max_total_tokens=1024, context_length=256)
     client = Client(core)
     for key, case in enumerate(cases):
         client.submit(key, case["prompt_ids"], max_tokens=64, logprobs=5, **GREEDY)

@@ -16,8 +16,11 @@ from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
 from sgl_jax.request import FinishReason
 from sgl_jax.runtime import platform
+from sgl_jax.runtime.buckets import Bucket
 from sgl_jax.scheduler.scheduler import Scheduler
 from simulated import Answer, Client
+
+CHUNK_OF_16 = Bucket(16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +93,7 @@ def test_tokens_are_golden_in_the_form_accelerators_get(
     """Layers are stacked and scanned, and decoding rows computed side by side."""
     form = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=True, vectorises_rows=True)
     monkeypatch.setitem(platform.PLATFORMS, "cpu", form)
-    core = build(stories260k, page_size=16, chunked_prefill_size=16, max_running_requests=8)
-    assert_golden(core, cases)
+    assert_golden(build(stories260k, bucket=CHUNK_OF_16, page_size=16), cases)
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["list", "scan"])
@@ -103,7 +105,7 @@ def test_tokens_are_golden_through_experts(
     form = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=stacked, vectorises_rows=stacked)
     monkeypatch.setitem(platform.PLATFORMS, "cpu", form)
     model = checkpoint("stories260k-qwen2moe")
-    assert_golden(build(model, page_size=16, chunked_prefill_size=16, max_running_requests=8), cases)
+    assert_golden(build(model, bucket=CHUNK_OF_16, page_size=16), cases)
 
 
 def test_tokens_are_golden_with_the_flags_that_switch_radix_and_overlap_off(
@@ -126,14 +128,14 @@ def test_tokens_are_golden_with_the_flags_that_switch_radix_and_overlap_off(
 def test_tokens_are_golden_with_other_page_sizes(
     build: Build, stories260k: Path, cases: list[Golden], page_size: int
 ) -> None:
-    """Chunks of 16 tokens keep the number of programs at three."""
-    core = build(stories260k, page_size=page_size, chunked_prefill_size=16, max_running_requests=16)
+    core = build(stories260k, bucket=CHUNK_OF_16, page_size=page_size)
     assert_golden(core, cases)
     assert_golden(again(core, radix=False, overlap=False), cases)
 
 
 def test_tokens_are_golden_with_whole_prompts(build: Build, stories260k: Path, cases: list[Golden]) -> None:
-    core = build(stories260k, page_size=16, chunked_prefill_size=-1, max_running_requests=64, context_length=256)
+    limits = {"chunked_prefill_size": -1, "max_running_requests": 8, "context_length": 256}
+    core = build(stories260k, optimised=False, page_size=16, **limits)
     assert core.scheduler.config.max_step_tokens == 256
     assert_golden(core, cases)
 
@@ -143,9 +145,8 @@ def test_tokens_are_golden_in_chunks_of_16_from_a_pool_that_preempts(
 ) -> None:
     core = build(
         stories260k,
+        bucket=CHUNK_OF_16,
         page_size=16,
-        chunked_prefill_size=16,
-        max_running_requests=16,
         max_total_tokens=512,
         context_length=256,
     )

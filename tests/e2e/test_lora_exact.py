@@ -40,7 +40,7 @@ def start(build: Build, checkpoint: Callable[[str], Path]) -> Callable[..., Core
         if options or base not in started:
             paths = tuple(f"{name}={LORA / base / name}" for name in adapters_of(base))
             launch = {"page_size": 4, "context_length": 256, "lora_paths": paths, "max_loras_per_batch": 2} | options
-            core = build(checkpoint(f"lora-{base}"), ALL_PROMPTS, **launch)
+            core = build(checkpoint(f"lora-{base}"), ALL_PROMPTS, optimised=True, **launch)
             if options:
                 return core
             started[base] = core
@@ -128,7 +128,10 @@ def test_mixed_batches_are_the_same_in_every_setting(start, options: dict) -> No
 def test_requests_for_the_model_are_bit_identical_to_a_launch_without_adapters(start, build: Build, checkpoint) -> None:
     prompts = np.random.default_rng(0).integers(3, 500, (4, 20)).tolist()
     found: list[list[list[TokenLogprobs]]] = []
-    for core in (start("llama"), build(checkpoint("lora-llama"), ALL_PROMPTS, page_size=4, context_length=256)):
+    for core in (
+        start("llama"),
+        build(checkpoint("lora-llama"), ALL_PROMPTS, optimised=True, page_size=4, context_length=256),
+    ):
         client = Client(with_empty_cache(core))
         others = [each.number for each in core.info.adapters[:2]]
         for key, prompt in enumerate(prompts[:3], 1):
@@ -172,7 +175,7 @@ def test_an_adapter_does_what_the_same_weights_merged_do(family: str, build: Bui
     prompts = np.random.default_rng(1).integers(3, 500, (3, 30)).tolist()
     found = []
     for model, options in ((base, {"lora_paths": (f"x={tmp_path / 'adapter'}",)}), (whole, {})):
-        core = build(model, ALL_PROMPTS, page_size=4, context_length=256, **options)
+        core = build(model, ALL_PROMPTS, optimised=True, page_size=4, context_length=256, **options)
         client = Client(core)
         for key, prompt in enumerate(prompts, 1):
             client.submit(key, prompt, adapter=number(core, "x"), max_tokens=12, logprobs=5, **GREEDY)
@@ -198,7 +201,7 @@ def test_a_quantised_model_is_adapted_beside_its_rounded_matrices(
     save_file(tensors, rounded / "model.safetensors")
     options = {"page_size": 4, "context_length": 256, "max_loras_per_batch": 2}
     paths = tuple(f"{name}={LORA / 'llama' / name}" for name in adapters_of("llama"))
-    wide = build(rounded, ALL_PROMPTS, lora_paths=paths, **options)
+    wide = build(rounded, ALL_PROMPTS, optimised=True, lora_paths=paths, **options)
     narrow = start("llama", quantization="int8-weight-only")
     for case in mixed("llama"):
         taken = [i for i, each in enumerate(case["requests"]) if each["adapter"] in (None, *adapters_of("llama"))]

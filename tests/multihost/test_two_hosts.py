@@ -21,6 +21,7 @@ from two_hosts import PATIENCE_S, SIZES, flags_of, free_ports, hosts, on_one_dev
 import sgl_jax
 from checkpoints import DATA
 from messages import says
+from quick_compiles import XLA_FLAG
 from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.models.checkpoint import open_checkpoint
 
@@ -105,7 +106,7 @@ def test_two_processes_answer_as_one_device_and_end_with_a_lost_one(
 
 def test_each_process_reads_its_shard_of_the_files(stories260k: Path) -> None:
     port = str(free_ports())
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"XLA_FLAGS": f"{XLA_FLAG} --xla_force_host_platform_device_count=2"}
     script = str(Path(__file__).with_name("loading.py"))
     processes = [
         subprocess.Popen(

@@ -17,6 +17,7 @@ import httpx
 import numpy as np
 
 import sgl_jax
+from quick_compiles import XLA_FLAG
 from sgl_jax.observability.log import READY
 
 PATIENCE_S = 240.0  # for steps that take seconds on an idle machine
@@ -40,7 +41,7 @@ class Host:
     def __init__(self, log: Path, flags: Sequence[str], devices: int, token: str = TOKEN):
         self.log = log
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": f"{XLA_FLAG} --xla_force_host_platform_device_count={devices}",
             "SGL_JAX_DIST_TOKEN": token,
         }
         command = [sys.executable, "-m", "sgl_jax.launch_server", *flags]

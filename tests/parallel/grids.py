@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 
+from quick_compiles import XLA_FLAG
+
 SCRIPT = Path(__file__).with_name("grid_engine.py")
 
 
 def run_grids(folder: Path, grids: list[str], script: Path = SCRIPT) -> list[dict[str, Any]]:
     command = [sys.executable, str(script), str(folder), *grids]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": f"{XLA_FLAG} --xla_force_host_platform_device_count=8"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]

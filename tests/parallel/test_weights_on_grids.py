@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from quick_compiles import XLA_FLAG
+
 SCRIPT = Path(__file__).with_name("grid_updates.py")
 CASES = {
     "llama": ["1-self", "tp2-scan-int8", "dp2-tp2"],
@@ -33,7 +35,7 @@ def test_weights_are_exchanged_on_any_grid(name: str, checkpoint: Callable[[str]
     }
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
     command = [sys.executable, str(SCRIPT), str(folder), str(tmp_path), *CASES[name]]
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = os.environ | {"XLA_FLAGS": f"{XLA_FLAG} --xla_force_host_platform_device_count=8"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [json.loads(line) for line in done.stdout.splitlines()] == [{grid: 0} for grid in CASES[name]]

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from fakes.fake_core import fake_info
+from quick_compiles import quick_compiles
 from sgl_jax.cache.prefix_cache import PrefixCache
 from sgl_jax.engine.core import Core
 from sgl_jax.models.checkpoint import open_checkpoint
@@ -46,7 +47,8 @@ def small_runner(
     options = {"keeps_tokens": keeps_tokens, "width": max(widths), "simulated_acceptance": simulated_acceptance}
     config = RunnerConfig("float32", "float32", pools, PAGE_SIZE, PAGES + 1, ROWS, CONTEXT, buckets, **options)
     runner = ModelRunner(model, config, kernels, placement, stacks_layers=False, announce=announce, drafter=drafter)
-    runner.compile(lambda *_: None).result()
+    with quick_compiles():
+        runner.compile(lambda *_: None).result()
     runner.start(load_weights(checkpoint, model, "float32"))
     return runner
 

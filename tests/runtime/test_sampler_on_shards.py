@@ -13,6 +13,7 @@ import numpy as np
 import test_sampler as one_device
 from jax.sharding import Mesh, PartitionSpec
 
+from quick_compiles import XLA_FLAG
 from sgl_jax.parallel.grid import MeshAxis
 from sgl_jax.runtime import sampler
 
@@ -22,7 +23,7 @@ DEVICES, VOCAB = 4, 1000
 def test_shards_and_blocks_change_no_token() -> None:
     """Run in a process of its own, with several CPU devices."""
     environ = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+        "XLA_FLAGS": f"{XLA_FLAG} --xla_force_host_platform_device_count={DEVICES}",
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
     }

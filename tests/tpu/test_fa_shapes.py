@@ -4,6 +4,7 @@ interpret mode accepts."""
 from __future__ import annotations
 
 import importlib.util
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -38,8 +39,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("width", [1, 4])
-@pytest.mark.parametrize(("chip", "heads", "pool", "page", "options"), CASES, ids=str)
+@pytest.mark.parametrize(
+    ("chip", "heads", "pool", "page", "options", "width"),
+    [(*case, width) for case, width in zip(CASES, itertools.cycle([4, 1, 1, 4]))],
+    ids=str,
+)
 def test_it_compiles_and_changes_the_pool_in_place(chip, heads, pool, page, options, width):
     topology.set_tpu_environment()
     num_heads, num_kv_heads, head_dim = heads
