@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import numbers
+import time
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -344,10 +345,17 @@ class Request:
     admitted: bool = False  # it has, or had, a row
     announced: bool = False  # its first token has been reported
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache at first admission
+    arrived_at: float = dataclasses.field(default_factory=time.perf_counter)
+    queue_seconds: float = 0.0  # from then to the first admission
     prompt_logprobs: list = dataclasses.field(default_factory=list)  # collected chunk by chunk by the engine core
 
     def __post_init__(self) -> None:
         self.tokens = self.prompt
+
+    def admit(self, num_cached_tokens: int) -> None:
+        """Note the first admission, behind so many cached tokens."""
+        self.admitted, self.num_cached_tokens = True, num_cached_tokens
+        self.queue_seconds = time.perf_counter() - self.arrived_at
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -40,6 +40,7 @@ def test_tokens_come_one_a_step_and_the_last_with_the_finish(overlap: bool) -> N
     outputs = [event for _ in range(6) for event in core.step() if isinstance(event, StepOutput) and event.keys]
     assert [o.keys for o in outputs] == [[5]] * 3
     assert [[p.key for p in o.prompts] for o in outputs] == [[5], [], []]
+    assert 0 < outputs[0].prompts[0].queue_seconds < 10
     assert [[(f.key, f.reason.type) for f in o.finished] for o in outputs] == [[], [], [(5, "length")]]
 
 

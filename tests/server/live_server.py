@@ -19,6 +19,7 @@ from fakes.fake_core import FakeCore
 from sgl_jax.engine.messages import Command
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ThreadTransport
+from sgl_jax.observability.request_tracer import RequestTracer
 from sgl_jax.server.app import create_app
 from sgl_jax.server.connection import Limits, http_config
 from sgl_jax.settings.server_args import ServerArgs
@@ -75,7 +76,8 @@ class LiveServer:
         if self._open_service:
             await self.service.start()
             self.service.open()
-        self.app = create_app(self.service, self.args)
+        tracer = RequestTracer(self.args.otlp_traces_endpoint) if self.args.otlp_traces_endpoint else None
+        self.app = create_app(self.service, self.args, tracer)
         limits = Limits(self.args.max_request_bytes, **self._limits)
         self._http = uvicorn.Server(http_config(self.app, limits, last_words_s=1))
         self._http.capture_signals = _no_signals  # only the main thread may have handlers
@@ -85,6 +87,8 @@ class LiveServer:
         self._started.set()
         await serving
         await self.service.close()
+        if tracer is not None:
+            tracer.close()
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -71,6 +71,7 @@ class LiveChoices:
             if (choice := choices.get(scored.key)) is not None:
                 choice.num_cached_tokens = scored.num_cached_tokens
                 choice.prompt_logprobs = scored.logprobs
+                choice.generation.queue_seconds = max(choice.generation.queue_seconds or 0.0, scored.queue_seconds)
         for key, drafted, accepted in step.drafts:
             if (choice := choices.get(key)) is not None:
                 steps, all_drafted, all_accepted = choice.drafts
@@ -82,6 +83,7 @@ class LiveChoices:
             if choice.last_token_at == 0.0:
                 self.queue.leave()
                 metrics.time_to_first_token.observe(now - choice.arrived)
+                choice.generation.first_token_at = choice.generation.first_token_at or now
             else:
                 metrics.inter_token_latency.observe(now - choice.last_token_at)
             choice.last_token_at = now

@@ -154,7 +154,9 @@ class Core:
             keys=step.keys.tolist(),
             tokens=step.tokens.tolist(),
             finished=[*aborted, *(Finished(request.key, reason) for request, reason in step.finished)],
-            prompts=[PromptScored(r.key, r.num_cached_tokens, r.prompt_logprobs or None) for r in step.first],
+            prompts=[
+                PromptScored(r.key, r.num_cached_tokens, r.prompt_logprobs or None, r.queue_seconds) for r in step.first
+            ],
             logprobs={} if tokens.logprobs is None else scores_of_tokens(plan, step, tokens.logprobs),
             drafts=step.drafts.tolist(),
             pooled=self.pooler.vectors(plan, tokens.hidden, step, self.scheduler.requests) if self.pooler else [],

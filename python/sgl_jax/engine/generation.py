@@ -180,10 +180,19 @@ class Generation:
         self.stream = stream
         self.created = time.time()
         self.num_tokens = 0  # generated so far
+        self.first_token_at: float | None = None  # the first choice's, by perf_counter
+        self.queue_seconds: float | None = None  # the longest time that a choice waited for its first step
         self._drop = drop
         self.open: list[Choice] = []
         self.wake = asyncio.Event()
         self.error: Exception | None = None
+        self._finished: dict[tuple[int, int], FinishType] = {}  # by prompt and choice
+
+    @property
+    def finish_types(self) -> list[FinishType]:
+        """Why each choice ended; "abort" for one that is still open."""
+        places = ((prompt, i) for prompt, request in enumerate(self.requests) for i in range(request.params.n))
+        return [self._finished.get(place, "abort") for place in places]
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -216,7 +225,9 @@ class Generation:
                 self.num_tokens += len(update.token_ids)
             if update is None or update.finish is None:
                 still_open.append(choice)
-            elif choice.reason is None:  # a stop string, which the engine does not know, has matched
+                continue
+            self._finished[choice.prompt, choice.index] = update.finish.type
+            if choice.reason is None:  # a stop string, which the engine does not know, has matched
                 self._drop([choice.key], "stop")
         self.open = still_open
         return found

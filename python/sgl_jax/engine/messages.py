@@ -203,6 +203,7 @@ class PromptScored(msgspec.Struct, frozen=True, array_like=True):
     key: int
     num_cached_tokens: int
     logprobs: list[TokenLogprobs | None] | None = None  # one per prompt token, when asked for
+    queue_seconds: float = 0.0  # from its arrival in the engine to its first step
 
 
 class Finished(msgspec.Struct, frozen=True, array_like=True):

@@ -237,8 +237,7 @@ class Scheduler:
         last_of_rank = np.searchsorted(t.rank[self._running], rank, side="right")
         self._running = np.insert(self._running, last_of_rank, row)
         if not request.admitted:
-            request.admitted = True
-            request.num_cached_tokens = handle.num_tokens
+            request.admit(handle.num_tokens)
             self.counters.prompt_tokens += len(request.prompt)
             self.counters.cached_tokens += handle.num_tokens
         picks.num_cached_tokens += handle.num_tokens

@@ -21,6 +21,7 @@ from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ProcessTransport
 from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.log import READY
+from sgl_jax.observability.request_tracer import RequestTracer
 from sgl_jax.server.app import create_app
 from sgl_jax.server.connection import Limits, http_config, most_connections
 from sgl_jax.settings.server_args import ServerArgs
@@ -73,7 +74,8 @@ class _Server:
             self._transport, tokenizer, args.stream_interval, max_queued, watchdog, args.lora_dir
         )
         limits = Limits(args.max_request_bytes, most_connections())
-        http = _Uvicorn(http_config(create_app(service, args), limits, _LAST_WORDS_S))
+        tracer = RequestTracer(args.otlp_traces_endpoint) if args.otlp_traces_endpoint else None
+        http = _Uvicorn(http_config(create_app(service, args, tracer), limits, _LAST_WORDS_S))
         listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         host, port = self._listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -86,6 +88,8 @@ class _Server:
             http.force_exit = self._stop_now.is_set()
             with contextlib.suppress(asyncio.CancelledError):
                 await listening
+            if tracer is not None:
+                tracer.close()
 
     async def _serve(self, service: GenerationService) -> int:
         failed = asyncio.ensure_future(service.failed.wait())

@@ -5,6 +5,7 @@ from starlette.types import ASGIApp
 
 from sgl_jax import __version__
 from sgl_jax.engine.service import GenerationService
+from sgl_jax.observability.request_tracer import RequestTracer
 from sgl_jax.server import (
     adapters_api,
     admin_api,
@@ -23,14 +24,18 @@ from sgl_jax.server import (
     web_pages,
 )
 from sgl_jax.server.app_state import ServerState
+from sgl_jax.server.request_spans import RequestSpans
 from sgl_jax.settings.server_args import ServerArgs
 
 
-def create_app(service: GenerationService, server_args: ServerArgs) -> ASGIApp:
-    """Return the whole application: the routes, behind the rules for every request, and the log of requests."""
+def create_app(service: GenerationService, server_args: ServerArgs, tracer: RequestTracer | None = None) -> ASGIApp:
+    """Return the whole application: the routes, behind the rules for every request, and the log of requests. `tracer`:
+    takes their spans."""
     guard = edge.Guard(create_routes(service, server_args), _rules(server_args), server_args.max_request_bytes)
     keyless = server_args.api_key is None
-    return edge.RequestLog(edge.Pages(guard, _listed(server_args.allowed_origins), refuse=keyless))
+    name = server_args.served_model_name or server_args.model_path
+    spans = None if tracer is None else RequestSpans(tracer, name)
+    return edge.RequestLog(edge.Pages(guard, _listed(server_args.allowed_origins), refuse=keyless), spans)
 
 
 def create_routes(service: GenerationService, server_args: ServerArgs) -> FastAPI:

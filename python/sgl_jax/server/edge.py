@@ -20,6 +20,7 @@ from sgl_jax.engine.generation import Generation
 from sgl_jax.observability.log import QUIET_PATHS, access_line
 from sgl_jax.server.connection import body_too_large
 from sgl_jax.server.error_envelope import ANTHROPIC, ApiError
+from sgl_jax.server.request_spans import RequestSpans
 from sgl_jax.server.web_pages import is_page
 
 logger = logging.getLogger(__name__)
@@ -35,10 +36,11 @@ _HERE = r"https?://(localhost|[\w.-]+\.localhost|127(\.\d+){3}|\[::1\])(:\d+)?|(
 
 
 class RequestLog:
-    """Gives each request an id, which its answer carries, and writes its line when it has been answered."""
+    """Gives each request an id, which its answer carries, and writes its line when it has been answered, and its span
+    if there are `spans`."""
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
+    def __init__(self, app: ASGIApp, spans: RequestSpans | None = None):
+        self._app, self._spans = app, spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = Headers(scope=scope).get("x-request-id", "")
@@ -64,18 +66,23 @@ class RequestLog:
             if not ended:  # else it has been logged, and its answer is a 500
                 raise
         finally:
+            seconds = time.perf_counter() - started
             if path not in QUIET_PATHS and logger.isEnabledFor(logging.INFO):
-                seen = scope["state"]
-                generation: Generation | None = seen.get("generation")
-                if generation is not None:
-                    tokens, adapters = (generation.num_prompt_tokens, generation.num_tokens), generation.adapters
-                else:
-                    tokens, adapters = seen.get("tokens"), seen.get("adapters", ())
-                query = b"?" + scope["query_string"] if scope["query_string"] else b""
-                target = quote(scope["raw_path"] + query, safe=_SHOWN)
-                said = f"{scope['method']} {target} HTTP/{scope['http_version']}"
-                seconds = time.perf_counter() - started
-                logger.info("%s", access_line(scope["client"], said, status, request_id, tokens, seconds, adapters))
+                _log(scope, status, seconds)
+            if self._spans is not None:
+                self._spans.record(scope, status, seconds)
+
+
+def _log(scope: Scope, status: int, seconds: float) -> None:
+    seen = scope["state"]
+    generation: Generation | None = seen.get("generation")
+    if generation is not None:
+        tokens, adapters = (generation.num_prompt_tokens, generation.num_tokens), generation.adapters
+    else:
+        tokens, adapters = seen.get("tokens"), seen.get("adapters", ())
+    query = b"?" + scope["query_string"] if scope["query_string"] else b""
+    said = f"{scope['method']} {quote(scope['raw_path'] + query, safe=_SHOWN)} HTTP/{scope['http_version']}"
+    logger.info("%s", access_line(scope["client"], said, status, seen["request_id"], tokens, seconds, adapters))
 
 
 class Guard:

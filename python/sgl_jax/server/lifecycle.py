@@ -12,6 +12,7 @@ import sys
 
 from sgl_jax.engine.process import CORE_FACTORY
 from sgl_jax.engine.transport import NoSockets, ProcessTransport
+from sgl_jax.observability.request_tracer import TracingUnavailable, check_installed
 from sgl_jax.settings.hub import HubError, refuse_no_model
 from sgl_jax.settings.server_args import ServerArgs
 
@@ -41,8 +42,10 @@ def serve(server_args: ServerArgs, core_factory: str = CORE_FACTORY) -> int:
     with contextlib.closing(listener):
         try:
             refuse_no_model(server_args.model_path)
+            if server_args.otlp_traces_endpoint is not None:
+                check_installed()
             transport = ProcessTransport(server_args, core_factory)
-        except (HubError, NoSockets) as error:
+        except (HubError, NoSockets, TracingUnavailable) as error:
             print(f"sgl_jax: error: {error}", file=sys.stderr)
             return FAILED
         try:

@@ -29,6 +29,10 @@ _IN_0_1 = Rule(lambda value: 0 < value < 1, "above 0 and below 1")
 _PAGE_SIZE = Rule(lambda value: 1 <= value <= 1024 and value & (value - 1) == 0, "a power of two between 1 and 1024")
 _ORIGINS = _list_of(r"\*|[\w+.-]+://[^/\s,]+", "* or addresses without a path, as https://chat.example.com")
 _HOSTS = _list_of(r"\*|[\w.-]+", "* or names without a port")
+_COLLECTOR = Rule(
+    lambda value: re.fullmatch(r"https?://[^/\s]+(/\S*)?", value) is not None,
+    "an http:// or https:// address; spans are sent by OTLP over HTTP, whose port is 4318 mostly, and not over gRPC",
+)
 _CHUNK = Rule(lambda value: value == -1 or value >= 1, "at least 1, or -1 for no limit of its own")
 
 
@@ -154,6 +158,15 @@ class ServingFlags:
         None,
         "an engine under whose names /metrics has its numbers, too, for gateways that know no others",
         unset="our names alone",
+        per_host=True,
+    )
+    otlp_traces_endpoint: str | None = flag(
+        None,
+        "an OpenTelemetry collector's address, as http://127.0.0.1:4318, to which a span of each request is sent by OTLP over "
+        "HTTP; needs the extra sgl-jax[otel]",
+        unset="no spans",
+        metavar="URL",
+        rule=_COLLECTOR,
         per_host=True,
     )
     stream_interval: int = flag(1, "tokens per streamed chunk after the first", rule=at_least(1), per_host=True)
