@@ -15,7 +15,7 @@ from live_server import MODEL, LiveServer
 
 from fakes.fake_core import FakeCore, fake_info
 from messages import says
-from sgl_jax.server.answer_formats import answer_format, chat_formats
+from sgl_jax.server.answer_formats import answer_format, chat_formats, shown_tokens
 from sgl_jax.server.openai_types import ChatCompletionRequest
 from sgl_jax.settings.flag_parser import FlagError
 from sgl_jax.settings.server_args import ServerArgs
@@ -172,6 +172,13 @@ def test_thoughts_where_they_are_asked_for(client: openai.OpenAI) -> None:
     assert (left_out["thought"], left_out["content"]) == ("", "Yes.")
 
 
+def test_a_call_of_a_function_that_was_not_given_is_handed_on(client: openai.OpenAI) -> None:
+    """Nothing binds a loose call. The client can tell the model that there is no such function."""
+    found = both(client, CALL.replace("first", "third"))
+    assert [(call["name"], json.loads(call["arguments"])) for call in found["calls"]] == [("third", {"a": [1, "é"]})]
+    assert (found["content"], found["finish"]) == ("", "tool_calls")
+
+
 def test_each_choice_is_read_for_itself(client: openai.OpenAI) -> None:
     choices = ask(client, CALL, n=2).choices
     assert [choice.message.tool_calls[0].function.name for choice in choices] == ["first", "first"]
@@ -218,6 +225,16 @@ def test_markers_that_are_special_tokens_are_seen_by_the_reader_alone(special: o
     plain = both(special, answer, tools=[], extra_body={"separate_reasoning": False})
     hidden = CALL.replace("<tool_call>", "").replace("</tool_call>", "")
     assert plain["content"].replace(" ", "") == "<think>So.</think>Once." + hidden.replace(" ", "")
+
+
+def test_markers_of_thoughts_stay_in_the_text_where_none_are_split_off() -> None:
+    args = ServerArgs(model_path="a", reasoning_parser="none")
+    backend = tokenizers.Tokenizer.from_file(f"{MODEL}/tokenizer.json")
+    backend.add_special_tokens(["<think>", "</think>", "<|channel|>", "<|return|>", "<|other|>"])
+    found = Tokenizer(Vocabulary(backend, special_tokens={"eos_token": "<|return|>"}), "")
+    for template, shown in (("<think></think>", {"<think>", "</think>"}), ("<|channel|>analysis", {"<|channel|>"})):
+        formats = chat_formats(args, template, found)
+        assert {*shown_tokens(None, formats, found).values()} == shown
 
 
 def test_tokens_of_a_thought_are_counted_without_skipped_ones_before_it(special: openai.OpenAI) -> None:

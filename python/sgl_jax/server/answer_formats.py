@@ -46,11 +46,11 @@ def answer_format(
     )
 
 
-def shown_tokens(form: AnswerFormat | None, tokenizer: Tokenizer) -> dict[int, str]:
-    """Return the special tokens, by id, that the reader of the answer must see. Those that end an answer are none."""
-    if form is None:
-        return {}
-    marks = "\n".join(markers(form.calls, form.thoughts))
+def shown_tokens(form: AnswerFormat | None, formats: ChatFormats, tokenizer: Tokenizer) -> dict[int, str]:
+    """Return the special tokens, by id, that are in the answer's text: those that its reader must see, and the markers of
+    thoughts that stay in the content. Those that end an answer are none."""
+    calls, thoughts = (None, None) if form is None else (form.calls, form.thoughts)
+    marks = "\n".join(markers(calls, thoughts if formats.splits else formats.thoughts))
     return {i: text for i, text in tokenizer.special.items() if text in marks and i not in tokenizer.end_ids}
 
 

@@ -54,7 +54,7 @@ async def submitted(state: ServerState, body: ChatCompletionRequest, made: Make 
         )
     prompt_ids = await state.encode(prompt, "messages", bool(body.add_special_tokens))
     given = bound(given, body, tools, formats, prompt)
-    given.shown_tokens = shown_tokens(form, state.tokenizer)
+    given.shown_tokens = shown_tokens(form, formats, state.tokenizer)
     asked = given.for_prompt(prompt_ids, "messages", body.rid, body.cache_salt, adapter)
     generation = await state.service.submit([asked], stream=bool(body.stream))
     return (made or ChatAnswer)(state, body, generation, form)
