@@ -35,14 +35,18 @@ PYTHON_CLIENTS = {  # packages of each, beside pytest
     "litellm": ["litellm"],
     "langchain": ["langchain-openai"],
     "llm": ["llm"],
+    "llama_index": ["llama-index-llms-openai-like"],
+    "huggingface_hub": ["huggingface-hub"],
     "lm_eval": ["lm-eval[api]", "transformers"],
     "guidellm": ["guidellm"],
     "embeddings": ["openai", "cohere", "langchain-openai", "litellm"],
+    "llama_index_embeddings": ["llama-index-embeddings-openai-like"],
 }
 NODE_CLIENTS = {"openai_node": ["openai"], "ai_sdk": ["ai", "@ai-sdk/openai-compatible"]}
 
 
-MODELS = {"embeddings": "tests/data/embed/qwen3-embedding"}  # for clients that need another one than stories260k
+_EMBEDS = "tests/data/embed/qwen3-embedding"
+MODELS = {"embeddings": _EMBEDS, "llama_index_embeddings": _EMBEDS}  # for those that need another one than stories260k
 
 
 @contextlib.contextmanager
