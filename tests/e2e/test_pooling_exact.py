@@ -15,9 +15,11 @@ from exact import CHUNK, Build, with_empty_cache
 
 import sgl_jax
 from checkpoints import DATA
+from models.gguf_fixture import F32, Q8_0, random_hf_tensors, write_gguf
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.pooled_results import embedding, probabilities, relevance
 from sgl_jax.request import FinishReason, InvalidParameter
+from sgl_jax.runtime.buckets import Bucket
 from simulated import Client
 
 TASKS = {"qwen3-reranker": "score"}  # where the checkpoint does not say it
@@ -205,3 +207,23 @@ def engine(name: str | Path, cache: Path, **options: Any) -> sgl_jax.Engine:
         compilation_cache_dir=str(cache),
         **options,
     )
+
+
+@pytest.mark.parametrize(("pooling_type", "method"), [(1, "mean"), (3, "last")])
+def test_a_gguf_file_says_how_its_vectors_are_made(
+    tmp_path: Path, build: Build, pooling_type: int, method: str
+) -> None:
+    """Vectors of quantised weights have nearly the direction of the float ones'."""
+    made = []
+    for name, kind, quantization in (("a", F32, None), ("b", Q8_0, None), ("c", F32, "int8-weight-only")):
+        path = tmp_path / f"{name}.gguf"
+        metadata = {"llama.pooling_type": pooling_type}
+        write_gguf(path, random_hf_tensors(), types={"_proj": kind}, metadata=metadata)
+        core = build(path, Bucket(32, 4), page_size=16, quantization=quantization)
+        pooling = core.info.pooling
+        assert pooling is not None
+        assert (pooling.kind, pooling.method, pooling.normalize) == ("embed", method, True)
+        made.append([embedding(each, pooling) for each in vectors(core, [[1, 3, 5, 7], [9, 10]])])
+    for others in made[1:]:
+        for one, other in zip(made[0], others, strict=True):
+            assert 0.99 < one @ other < 1 - 1e-7

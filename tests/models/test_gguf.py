@@ -145,6 +145,7 @@ def test_rope_scaling(tmp_path):
         ({"llama.embedding_length": None}, "llama.embedding_length"),
         ({"llama.feed_forward_length": [96, 64]}, "feed-forward sizes per layer"),
         ({"split.count": 3}, "llama-gguf-split --merge"),
+        ({"llama.pooling_type": 2}, "pooling_type 2.* 3, the last token"),
     ],
 )
 def test_what_is_not_honoured_is_refused(tmp_path, metadata, said):

@@ -45,7 +45,7 @@ def pooling_of(args: ServerArgs, model: DecoderConfig, checkpoint: Checkpoint) -
     has_labels = any(name.endswith(CLASSIFIER) for name in classes)
     task, found = args.task, None
     if task in (None, "embed"):
-        found = sentence_pooling(checkpoint.path)
+        found = sentence_pooling(checkpoint.path, checkpoint.config)
         task = task or ("classify" if has_labels else "embed" if found or args.is_embedding else None)
     match task:
         case "embed":

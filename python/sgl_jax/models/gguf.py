@@ -23,12 +23,13 @@ _ATTENTION = ("head_count", "head_count_kv", "key_length", "value_length", "laye
 _ROPE = {"rope.freq_base", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"}
 _YARN = ("original_context_length", "finetuned", "attn_factor", "yarn_beta_fast", "yarn_beta_slow")
 _KNOWN_KEYS = (
-    {*_SIZES, "vocab_size", "tensor_data_layout"}
+    {*_SIZES, "vocab_size", "tensor_data_layout", "pooling_type"}
     | {f"attention.{key}" for key in _ATTENTION}
     | _ROPE
     | {f"rope.scaling.{key}" for key in _YARN}
 )
 _HARMLESS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
+_POOLING = {None: None, 0: None, 1: "mean", 3: "lasttoken"}  # by pooling_type, under sentence-transformers' names
 _NEEDED_KEYS = (*_SIZES, "attention.head_count")
 _OPTIONAL_COUNTS = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count")
 
@@ -76,6 +77,7 @@ def gguf_config(file: GgufFile) -> RawConfig:
         "num_attention_heads": num_heads,
         "num_hidden_layers": meta["block_count"],
         "num_key_value_heads": meta.get("attention.head_count_kv", num_heads),
+        "gguf_pooling": _POOLING[meta.get("pooling_type")],
         "partial_rotary_factor": meta.get("rope.dimension_count", head_dim) / head_dim,
         "rms_norm_eps": meta["attention.layer_norm_rms_epsilon"],
         "rope_scaling": _rope_scaling(file, meta),
@@ -93,6 +95,9 @@ def _refuse_unknown(file: GgufFile, arch: str, meta: dict[str, Any]) -> None:
     if refused:
         listed = ", ".join(f"{arch}.{k}={v!r}" for k, v in sorted(refused.items()))
         raise ModelError(f"{file.path} sets {listed}; this is not supported for GGUF models of this architecture")
+    if (pooling := meta.get("pooling_type")) not in _POOLING:
+        served = "1, the mean of all tokens, and 3, the last token"
+        raise ModelError(f"{file.path} has {arch}.pooling_type {pooling!r}; vectors are made by {served}")
     missing = [f"{arch}.{k}" for k in (*_NEEDED_KEYS, "attention.layer_norm_rms_epsilon") if k not in meta]
     missing += ["token_embd.weight"] if "token_embd.weight" not in file.tensors else []
     if missing:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from sgl_jax.models.folder_files import JsonFile, read_text
 from sgl_jax.models.model_errors import ModelError, faults_named
+from sgl_jax.models.raw_config import RawConfig
 
 # Names of the files, for the hub.
 POOLING_FILES = ("modules.json", "*_Pooling/config.json", "config_sentence_transformers.json")
@@ -32,11 +33,13 @@ class SentencePooling(NamedTuple):
     default_prompt: str = ""  # a name; empty: none
 
 
-def sentence_pooling(folder: Path) -> SentencePooling | None:
-    """Read the modules of a folder; None if it has none that pool. Raises ModelError for modules that are not served."""
+def sentence_pooling(folder: Path, config: RawConfig | None = None) -> SentencePooling | None:
+    """Read the modules of a folder; None if it has none that pool. Raises ModelError for modules that are not served. A GGUF
+    file says it in its `config`; llama.cpp divides its vectors by their length."""
     file = folder / "modules.json"
     if not file.is_file():
-        return None
+        named = None if config is None else config.get("gguf_pooling")
+        return None if named is None else SentencePooling(_METHODS[named])
     with faults_named(file, "no list of sentence-transformers' modules"):
         modules = [(each["type"].rpartition(".")[2], each["path"]) for each in json.loads(read_text(file))]
     kinds = [kind for kind, _ in modules]
