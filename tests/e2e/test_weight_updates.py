@@ -17,7 +17,9 @@ import pytest
 from exact import GREEDY, Build
 from safetensors.numpy import load_file, save_file
 
+from checkpoints import DATA
 from messages import says
+from models.gguf_fixture import Q8_0, random_hf_tensors, write_gguf
 from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import (
     ContinueGeneration,
@@ -193,6 +195,92 @@ def test_the_kv_cache_of_a_cpu_goes_back_to_the_machine(build: Build, stories260
     assert before - resident() > 0.95 * size
     call(client, ResumeMemory(2, ["kv_cache"]))
     ask(client)
+
+
+LORA = DATA / "lora" / "llama"
+
+
+def answers_with(client: Client, adapter: int, first: int) -> list[list[int]]:
+    """Return the tokens of two prompts with an adapter; 0: the model itself."""
+    for key, prompt in enumerate(PROMPTS[:2], first):
+        client.submit(key, [*prompt], max_tokens=12, adapter=adapter, **GREEDY)
+    client.run(100_000)
+    return [client.answers[first + i].tokens for i in range(2)]
+
+
+def test_loaded_adapters_change_the_new_weights(
+    build: Build, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Three adapters share two slots, so one is put into its slot after the update, and two are there."""
+    base = checkpoint("lora-llama")
+    changed = reversed_layers(base, tmp_path / "changed")
+    names = sorted(each.parent.name for each in LORA.glob("*/oracle.json"))[:3]
+    options = {"context_length": 128, "lora_paths": tuple(f"{name}={LORA / name}" for name in names)}
+    options |= {"max_loras_per_batch": 2}
+    fresh = Client(build(changed, STEPS, **options))
+    right = [answers_with(fresh, adapter, 10 * adapter + 1) for adapter in range(4)]
+    client = Client(core := build(base, STEPS, **options))
+    old = [answers_with(client, adapter, 10 * adapter + 1) for adapter in range(4)]
+    assert all(one != other for one, other in zip(old, right, strict=True))
+    assert isinstance(call(client, UpdateWeights(1, str(changed))), StateChanged)
+    assert [answers_with(client, adapter, 10 * adapter + 101) for adapter in range(4)] == right
+    call(client, ReleaseMemory(2, BOTH))
+    call(client, ResumeMemory(3, BOTH))
+    assert [answers_with(client, adapter, 10 * adapter + 201) for adapter in range(4)] == right
+    assert compiled(core) == 0
+
+
+def arrays(core: Core) -> list[np.ndarray]:
+    weights = core.runner.take("weights")
+    core.runner.give("weights", weights)
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(weights)]
+
+
+def test_a_draft_head_stays_beside_the_new_weights(build: Build, tmp_path: Path) -> None:
+    folder = DATA / "eagle" / "eagle3-llama"
+    changed = reversed_layers(folder / "target", tmp_path / "changed")
+    options = {"context_length": 128, "speculative_algorithm": "EAGLE3", "speculative_num_draft_tokens": 5}
+    options |= {"speculative_draft_model_path": str(folder / "draft")}
+    fresh = Client(build(changed, STEPS, **options))
+    right = ask(fresh)
+    client = Client(core := build(folder / "target", STEPS, **options))
+    old = ask(client)
+    assert old != right
+    assert isinstance(call(client, UpdateWeights(1, str(changed))), StateChanged)
+    assert ask(client, 21) == right
+    for ours, theirs in zip(arrays(core), arrays(fresh.core), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    call(client, ReleaseMemory(2, BOTH))
+    call(client, UpdateWeights(3, str(folder / "target")))
+    call(client, ResumeMemory(4, BOTH))
+    assert ask(client, 41) == old
+    assert compiled(core) == 0
+
+
+def test_weights_come_from_gguf_files_too(build: Build, tmp_path: Path) -> None:
+    """Files of the same model, as floats and quantised, take each other's place."""
+    quantised = {"ffn_": Q8_0, "_proj": Q8_0}
+    first = write_gguf(tmp_path / "first.gguf", random_hf_tensors(0))
+    second = write_gguf(tmp_path / "second.gguf", random_hf_tensors(1), types=quantised)
+    options = {"context_length": 64}
+    prompts = {1: [1, 3, 5], 2: [7, 8, 9, 10]}
+
+    def tokens(client: Client, first: int) -> list[list[int]]:
+        for key, prompt in prompts.items():
+            client.submit(first + key, prompt, max_tokens=16, **GREEDY)
+        client.run(100_000)
+        return [client.answers[first + key].tokens for key in prompts]
+
+    old, right = (tokens(Client(build(file, STEPS, **options)), 0) for file in (first, second))
+    assert old != right
+    client = Client(build(first, STEPS, **options))
+    assert isinstance(call(client, UpdateWeights(1, str(second))), StateChanged)
+    assert tokens(client, 10) == right
+    assert isinstance(call(client, UpdateWeights(2, str(first), "gguf")), StateChanged)
+    assert tokens(client, 20) == old
+    said = call(client, UpdateWeights(3, str(second), "safetensors"))
+    assert isinstance(said, Refused)
+    assert says(said.message, f"{second} … safetensors")
 
 
 @pytest.mark.parametrize(
