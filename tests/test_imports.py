@@ -57,6 +57,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server": ("engine", "text", "observability", "settings", *PLAIN_DATA),
     "launch_server": ("server", "engine", "planning", "observability", "settings"),
     "tools": (
+        "Engine",  # as programs import it
         "engine",
         "models",
         "observability",
@@ -75,7 +76,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "measure_limits": ("tools.benchmark",),
     "check_env": ("tools", "settings"),
     "run_batch": ("tools",),
-    "__main__": ("launch_server",),
+    "__main__": ("settings",),
     "__init__": ("server.chat_engine", "request"),
 }
 

@@ -14,10 +14,10 @@ _DESCRIPTION = """Says what a launch needs and costs on accelerators that need n
 Takes every flag of the server as well: python -m sgl_jax.launch_server --help."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sgl_jax.compile") -> int:
     """Returns the exit code: 0 when the launch fits and, unless --plan, every program compiled."""
     try:
-        own, rest = _parser().parse_known_args(argv)
+        own, rest = _parser(prog).parse_known_args(argv)
         if own.context < 1:
             raise FlagError("--context", f"--context is {own.context}; it must be at least 1")
         args = ServerArgs.from_cli(rest)
@@ -37,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
 
 
-def _parser() -> Parser:
+def _parser(prog: str) -> Parser:
     parser = Parser(
-        prog="python -m sgl_jax.compile",
+        prog=prog,
         usage="%(prog)s --topology NAME --model-path PATH [--plan] [--json FILE] [--context N] [server flags]",
         description=_DESCRIPTION,
         allow_abbrev=False,

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 FAILED, BAD_FLAG, INTERRUPTED = 1, 2, 130  # exit codes; 130 is a shell's for a program that Ctrl-C ended
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serves until told to stop. Returns the exit code."""
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sgl_jax.launch_server") -> int:
+    """Serves until told to stop. Returns the exit code. `prog` is the command that was typed."""
     try:
-        return _run(argv)
+        return _run(argv, prog)
     except KeyboardInterrupt:  # while the flags are read or modules are imported; later the server handles signals
         return INTERRUPTED
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None, prog: str) -> int:
     import logging
 
     from sgl_jax import __version__
@@ -24,7 +24,7 @@ def _run(argv: Sequence[str] | None) -> int:
     from sgl_jax.settings.server_args import ServerArgs
 
     try:
-        server_args = ServerArgs.from_cli(argv)
+        server_args = ServerArgs.from_cli(argv, prog=prog)
         log.setup(server_args.log_level)
         logger = logging.getLogger("sgl_jax.launch_server")  # __name__ may be __main__, whose lines are not shown
         logger.info("sgl_jax %s, starting", __version__)

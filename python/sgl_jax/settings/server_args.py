@@ -266,10 +266,15 @@ class ServerArgs(SpeculativeFlags, LoraFlags, TaskFlags, ServingFlags):
         return {each.name: each.shown(getattr(self, each.name)) for each in FLAGS}
 
     @classmethod
-    def from_cli(cls, argv: Sequence[str] | None = None, environ: Mapping[str, str] | None = None) -> ServerArgs:
+    def from_cli(
+        cls,
+        argv: Sequence[str] | None = None,
+        environ: Mapping[str, str] | None = None,
+        prog: str = "python -m sgl_jax.launch_server",
+    ) -> ServerArgs:
         """Read the flags: command line over environment over config file over defaults. Raises FlagError.
 
-        `argv` and `environ` None: this process's. `--help` and `--version` print and exit.
+        `argv` and `environ` None: this process's. `--help`, whose text names `prog`, and `--version` print and exit.
         """
         environ = os.environ if environ is None else environ
         mistakes: Mistakes = []
@@ -279,7 +284,7 @@ class ServerArgs(SpeculativeFlags, LoraFlags, TaskFlags, ServingFlags):
             mistakes,
             f"sgl_jax {__version__}",
             ELSEWHERE,
-            usage="python -m sgl_jax.launch_server --model-path PATH [flags]",
+            usage=f"{prog} --model-path PATH [flags]",
             description="Serve a large language model to OpenAI clients.",
             epilog=_EPILOG,
         )

@@ -16,10 +16,10 @@ from sgl_jax.engine.messages import Abort, Command, Event, FlushCache, Generate,
 from sgl_jax.planning.machine_rates import NotMeasured
 from sgl_jax.text.tokenizer import Tokenizer, load_tokenizer
 from sgl_jax.tools.benchmark import machine_limits
-from sgl_jax.tools.benchmark.arguments import parse, server_arguments
+from sgl_jax.tools.benchmark.arguments import engine_options, parse, server_arguments
 from sgl_jax.tools.benchmark.datasets import load_prompts
 from sgl_jax.tools.benchmark.machine_limits import MachineLimits
-from sgl_jax.tools.benchmark.offline import engine_options, run
+from sgl_jax.tools.benchmark.offline import run
 from sgl_jax.tools.benchmark.protocols import Prompt
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 

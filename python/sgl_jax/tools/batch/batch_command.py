@@ -40,10 +40,10 @@ class NoServer(Exception):
     """The server did not start, or is gone."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sgl_jax.run_batch") -> int:
     """Answer a file's requests. Returns the exit code: 1 if some failed."""
     try:
-        args, rest = _parser().parse_known_args(argv)
+        args, rest = _parser(prog).parse_known_args(argv)
         if args.base_url is not None and rest:
             raise FlagError(rest[0], f"{rest[0]} is for a server that is started here; leave it or --base-url out")
         key = environment().get("OPENAI_API_KEY") if args.base_url else ServerArgs.from_cli(rest).api_key
@@ -163,9 +163,9 @@ def _session(url: str, key: str | None) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(url, headers=headers, connector=aiohttp.TCPConnector(limit=0), timeout=no_limit)
 
 
-def _parser() -> Parser:
+def _parser(prog: str) -> Parser:
     parser = Parser(
-        prog="python -m sgl_jax.run_batch",
+        prog=prog,
         description="Answer a file of requests in the form of OpenAI's batch API.",
         epilog="Every flag of the server is taken as well (python -m sgl_jax.launch_server --help), unless --base-url is given.",
         allow_abbrev=False,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from sgl_jax.settings.flag_parser import FlagError, Parser, option_named
-from sgl_jax.settings.server_args import ServerArgs
+from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
 from sgl_jax.tools.benchmark.protocols import BACKENDS
 from sgl_jax.tools.benchmark.terminal import BenchmarkError
 
@@ -153,7 +153,7 @@ TOOLS = {
 }
 
 
-def parse(tool: str, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+def parse(tool: str, argv: Sequence[str] | None = None, prog: str = "") -> tuple[argparse.Namespace, list[str]]:
     """Parse a command line into the tool's flags, and those that are left for the server.
 
     There are no abbreviations where flags of the server are taken too. Raises FlagError for what cannot be honoured.
@@ -161,7 +161,7 @@ def parse(tool: str, argv: Sequence[str] | None = None) -> tuple[argparse.Namesp
     _, flags, takes_server_flags, about = TOOLS[tool]
     also = "Every flag of the server is taken as well (python -m sgl_jax.launch_server --help)."
     parser = Parser(
-        prog=f"python -m sgl_jax.{tool}",
+        prog=prog or f"python -m sgl_jax.{tool}",
         description=about,
         epilog=also if takes_server_flags else None,
         allow_abbrev=not takes_server_flags,
@@ -195,6 +195,12 @@ def server_arguments(flags: Sequence[str]) -> ServerArgs:
     if args.compile_only:
         raise BenchmarkError("--compile-only leaves nothing to measure; it is a flag of sgl_jax.launch_server alone")
     return args
+
+
+def engine_options(server_args: ServerArgs) -> dict[str, Any]:
+    """Return arguments for `sgl_jax.Engine`: the flags that differ from their defaults, without the HTTP server's."""
+    values = [(each, getattr(server_args, each.name)) for each in FLAGS if each.about.group != SERVER]
+    return {each.name: value for each, value in values if not each.is_default(value)}
 
 
 @dataclass(frozen=True)

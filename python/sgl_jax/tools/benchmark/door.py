@@ -9,14 +9,14 @@ from sgl_jax.tools.benchmark.terminal import BAD_USE, INTERRUPTED, BenchmarkErro
 
 
 def door(tool: str) -> Callable[..., int]:
-    """Return the `main(argv)` of a tool; without `argv` it reads this process's command line.
+    """Return the `main(argv, prog)` of a tool; without `argv` it reads this process's command line.
 
     Its exit code is the tool's own: 0, or 1 when something failed; 2 for a mistake in the use, 130 for Ctrl-C.
     """
 
-    def main(argv: Sequence[str] | None = None) -> int:
+    def main(argv: Sequence[str] | None = None, prog: str = "") -> int:
         def run() -> int:
-            args, rest = parse(tool, argv)
+            args, rest = parse(tool, argv, prog)
             code = importlib.import_module(f"sgl_jax.tools.benchmark.{TOOLS[tool].module}").main(args, rest)
             for name in ("output_file", "result_filename", "output"):  # a tool has one of them at most
                 if (path := getattr(args, name, None)) is not None and path.exists():

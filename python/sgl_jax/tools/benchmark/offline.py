@@ -17,10 +17,9 @@ from sgl_jax.engine.messages import Stats
 from sgl_jax.request import InvalidParameter
 from sgl_jax.settings.flag_parser import FlagError
 from sgl_jax.settings.hub import HubError
-from sgl_jax.settings.server_args import FLAGS, SERVER, ServerArgs
 from sgl_jax.settings.speculators import with_verifier
 from sgl_jax.text.tokenizer import TokenizerError, load_tokenizer
-from sgl_jax.tools.benchmark.arguments import server_arguments
+from sgl_jax.tools.benchmark.arguments import engine_options, server_arguments
 from sgl_jax.tools.benchmark.datasets import load_prompts
 from sgl_jax.tools.benchmark.figures import labelled, throughputs
 from sgl_jax.tools.benchmark.machine_limits import measured_roofline, shares_block
@@ -47,12 +46,6 @@ def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
             return run(args, engine, prompts)
     except (TokenizerError, EngineFailed, FlagError, HubError) as error:
         raise BenchmarkError(str(error)) from error
-
-
-def engine_options(server_args: ServerArgs) -> dict[str, Any]:
-    """Return arguments for `sgl_jax.Engine`: the flags that differ from their defaults, without the HTTP server's."""
-    values = [(each, getattr(server_args, each.name)) for each in FLAGS if each.about.group != SERVER]
-    return {each.name: value for each, value in values if not each.is_default(value)}
 
 
 def run(

@@ -56,10 +56,10 @@ def public(text: str, home: str) -> str:
     return re.sub(rf"(?<![\w.-]){re.escape(home)}(?![\w.-])", "~", text) if home else text
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m sgl_jax.check_env") -> int:
     """Return the exit code: 0 when a platform, or the one asked for, is usable, else 1; 2 for a mistake in the use."""
     try:
-        options = _parser().read(argv)
+        options = _parser(prog).read(argv)
     except FlagError as error:
         print(f"check_env: error: {error}", file=sys.stderr)
         return 2
@@ -77,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if selftest(platform, _say) else 1
 
 
-def _parser() -> Parser:
+def _parser(prog: str) -> Parser:
     parser = Parser(
-        prog="python -m sgl_jax.check_env",
+        prog=prog,
         description="What this machine has for serving: versions, devices, and a verdict on TPU, GPU and CPU.",
         epilog="Exit code: 0 when a platform is usable (with --platform, that one) and no self-test failed, else 1.",
         allow_abbrev=False,

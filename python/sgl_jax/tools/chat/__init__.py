@@ -1,0 +1,1 @@
+"""Chat in a terminal, with a server or with an engine in this process."""
