@@ -76,7 +76,7 @@ parameters of requests ([openai_api.md](openai_api.md), [native_api.md](native_a
 
 Some names have another meaning here, or another place:
 
-- `vllm serve MODEL` is `python -m sgl_jax.launch_server --model-path MODEL`; the port is 30000.
+- `vllm serve MODEL` is `sgl-jax serve MODEL`, and `vllm chat --url` is `sgl-jax chat --url`; the port is 30000.
 - `--tp-size 4 --dp-size 2` takes eight devices: `--tp-size` counts the devices of one data rank, not all of them
   ([parallelism.md](parallelism.md)).
 - `--page-size` is a power of two. `--trust-remote-code` is accepted without effect: no code of a model folder is run.

@@ -17,7 +17,7 @@ from sgl_jax.text.tokenizer import TokenizerError
 from sgl_jax.tools.benchmark.arguments import engine_options
 
 _LONGEST_ERROR = 500  # characters of a server's answer that are shown
-_FIRST_TIMEOUT_S = 10.0  # of the question for the model's name; answers may take as long as they like
+_FIRST_TIMEOUT_S = 10.0  # until the model is named; answers may take as long as they like
 
 
 type Chunk = dict[str, Any]
