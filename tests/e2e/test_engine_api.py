@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from starlette.requests import Request
 
 import sgl_jax
 from sgl_jax.engine.generation import EngineFailed
+from sgl_jax.request import InvalidParameter
+from sgl_jax.server.app_state import ServerState
+from sgl_jax.server.encoding_bodies import ScoreRequest
+from sgl_jax.server.token_scores import token_scores
 
 SMALL = {"max_running_requests": 4, "chunked_prefill_size": 4, "max_total_tokens": 1024, "context_length": 256}
 GREEDY = {"temperature": 0, "max_new_tokens": 40, "ignore_eos": True}
@@ -87,3 +93,28 @@ def test_a_device_that_is_not_there_is_one_line(stories260k):
 def test_a_limit_the_pool_cannot_hold_is_refused(stories260k, flag, options):
     with pytest.raises(EngineFailed, match=rf"{flag} .*\d+.* 96 tokens"):
         sgl_jax.Engine(model_path=str(stories260k), device="cpu", page_size=16, **options)
+
+
+def test_errors_name_the_arguments_of_python(engine):
+    for given in ({}, {"prompt": "a", "input_ids": [5]}):
+        with pytest.raises(InvalidParameter, match="give either prompt or input_ids") as error:
+            engine.generate(**given)
+        assert error.value.param == "prompt"
+    with pytest.raises(InvalidParameter, match=r"prompt .*too long|prompt has"):
+        engine.generate("word " * 1000)
+
+
+def test_named_tokens_have_the_probabilities_of_the_models_own_distribution(engine):
+    query, items, labels = [1, 300, 301], [[302], [303, 304]], [5, 400, 17, 5, 450, 260]
+    body = ScoreRequest(query=query, items=items, label_token_ids=labels)
+    state = ServerState(engine._service, engine.server_args)
+    found = engine._call(token_scores(state, body, labels, Request({"type": "http"})))
+    for item, scores in zip(items, found.scores, strict=True):
+        scored = engine.generate(
+            input_ids=[[*query, *item, label] for label in labels],
+            sampling_params={"max_new_tokens": 1},
+            return_logprob=True,
+            logprob_start_len=0,
+        )
+        expected = [math.exp(each["meta_info"]["input_token_logprobs"][-1][0]) for each in scored]
+        assert scores == pytest.approx(expected, rel=1e-4)

@@ -297,6 +297,66 @@ def test_the_queue_holds_requests_without_a_token() -> None:
     run(test)
 
 
+def by_priority(monkeypatch: pytest.MonkeyPatch, sign: int) -> None:
+    monkeypatch.setattr(GenerationService, "info", fake_info(priority_sign=sign))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_least_urgent_and_latest_make_way_in_a_full_queue(monkeypatch: pytest.MonkeyPatch, sign: int) -> None:
+    by_priority(monkeypatch, sign)
+
+    async def test() -> None:
+        service, transport = await opened(max_queued_requests=4)
+        made = [
+            await service.submit([request(priority=sign * each)], stream=stream)
+            for each, stream in ((2, False), (1, False), (1, True), (0, False))
+        ]
+        started, first, last, least = transport.keys()
+        transport.emit(StepOutput([least], [A]))  # has a token, so it stays
+        await service.submit([request(priority=sign * 2)], stream=False)  # takes its place
+        await service.submit([request(priority=sign * 3)], stream=False)
+        assert transport.sent[-2:-1] == [Abort([last])]
+        with pytest.raises(QueueFull, match=r"more urgent.*4"):
+            await collect(made[2])
+        for wanted in (1, 0):  # none is less urgent, or there are too few of them
+            with pytest.raises(QueueFull, match="4 requests are waiting"):
+                await service.submit([request(priority=sign * wanted)], stream=False)
+        with pytest.raises(QueueFull):
+            await service.submit([request(priority=sign * 2, n=2)], stream=False)
+        await service.submit([request(priority=sign * 9, n=3)], stream=False)
+        assert {key for each in transport.sent if isinstance(each, Abort) for key in each.keys} >= {
+            first,
+            last,
+            started,
+        }
+        assert service.num_live == 1 + 1 + 3  # the one that has begun, that of priority 3, and the new ones
+
+    run(test)
+
+
+def test_a_request_of_several_choices_makes_way_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_priority(monkeypatch, 1)
+
+    async def test() -> None:
+        service, transport = await opened(max_queued_requests=3)
+        several = await service.submit([request(), request(n=2)], stream=True)
+        await service.submit([request(priority=1)], stream=False)
+        keys = transport.keys()[:3]
+        assert [each for each in transport.sent if isinstance(each, Abort)] == [Abort(keys)]
+        assert service.num_live == 1
+        with pytest.raises(QueueFull) as refused:
+            await collect(several)
+        assert refused.value.retry_after >= 1
+        half = await service.submit([request(n=2)], stream=True)
+        transport.emit(StepOutput([transport.keys()[-1]], [A]))
+        await service.submit([request()], stream=False)
+        with pytest.raises(QueueFull):  # half of it has begun
+            await service.submit([request(priority=1)], stream=False)
+        assert half.error is None
+
+    run(test)
+
+
 def test_a_full_queue_refuses_a_grammar_before_it_is_compiled() -> None:
     async def test() -> None:
         service, transport = await opened(max_queued_requests=2)

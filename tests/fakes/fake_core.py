@@ -5,7 +5,8 @@ An adapter is loaded from any path but one that ends in "broken", and unloaded w
 adapter number a gets its prompt with 100 a added to each token.
 Calls of a trainer change nothing; weights can be read from any path but one that ends in "broken".
 A grammar changes nothing; one whose text has the word "bad" is refused.
-Output token k is `prompt[k % len(prompt)]`. Token number `len(prompt)` is eos, unless eos is ignored or min_tokens forbids
+A bias of 100 makes its token the output. Otherwise
+output token k is `prompt[k % len(prompt)]`. Token number `len(prompt)` is eos, unless eos is ignored or min_tokens forbids
 it. The logprob of output token k is -(k + 1) / 8, and of prompt token i -i / 8. The best tokens at a position are the token
 itself and the ids after it, each 1 less likely.
 """
@@ -184,6 +185,8 @@ class FakeCore:
 
     def _next_token(self, row: _Row) -> int:
         prompt, params = row.request.prompt_ids, row.request.params
+        if forced := [token for token, bias in params.logit_bias.items() if bias == 100]:
+            return forced[0]
         if row.produced == len(prompt) and row.produced >= params.min_tokens and not params.ignore_eos:
             return self.info.eos_token_ids[0]
         return (prompt[row.produced % len(prompt)] + 100 * row.request.adapter) % self.info.vocab_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -185,6 +186,7 @@ ALL = [
     ("/classify", {"input": "a"}),
     ("/rerank", {"query": "a", "documents": ["b"]}),
     ("/v1/score", {"text_1": "a", "text_2": "b"}),
+    ("/pooling", {"input": "a"}),
     ("/encode", {"text": "a"}),
     ("/v1/completions", {"prompt": "a"}),
 ]
@@ -265,6 +267,39 @@ def test_the_native_path(http: httpx.Client, labels: httpx.Client) -> None:
     assert set(labels.post("/encode", json={"text": "a"}).json()) == {"logits", "probs", "label", "labels", "meta_info"}
     for body, param in (({}, "text"), ({"text": "a", "image_data": "x"}, "image_data"), ({"text": []}, "text")):
         assert http.post("/encode", json=body).json()["error"]["param"] == param
+
+
+def test_vllms_path_answers_with_the_vector_of_any_launch(
+    http: httpx.Client, labels: httpx.Client, reranker: httpx.Client
+) -> None:
+    found = http.post("/pooling", json={"input": TEXTS, "task": "embed"}).json()
+    assert [each["data"] for each in found["data"]] == [embedded(text) for text in TEXTS]
+    assert [(each["index"], each["object"]) for each in found["data"]] == [(i, "pooling") for i in range(3)]
+    assert (found["object"], found["model"], found["id"][:5]) == ("list", "stories", "pool-")
+    assert found["usage"]["prompt_tokens"] == sum(len(tokenizer().encode(text)) for text in TEXTS)
+    plain = http.post("/pooling", json={"input": [5, 6], "use_activation": False}).json()["data"][0]["data"]
+    assert plain == vector([5, 6]).tolist()
+    packed = http.post("/pooling", json={"input": [5, 6], "dimensions": 3, "encoding_format": "base64"}).json()
+    assert np.frombuffer(base64.b64decode(packed["data"][0]["data"]), "<f4").tolist() == embedded([5, 6], 3)
+    raw = vector([5, 6], LABELS)
+    for wanted, expected in ((None, probabilities(raw, LABELS)), (False, raw)):
+        answer = labels.post("/pooling", json={"input": [5, 6], "use_activation": wanted}).json()
+        assert answer["data"][0]["data"] == expected.tolist()
+    no, yes = vector([5, 6], SCORES).tolist()
+    [score] = reranker.post("/pooling", json={"input": [5, 6]}).json()["data"][0]["data"]
+    assert score == pytest.approx(1 / (1 + np.exp(no - yes)))
+
+
+def test_long_texts_are_encoded_in_a_thread(live: LiveServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens, threads = live.service.tokenizer, []
+    encode = tokens.encode
+    watched = lambda *given: (threads.append(threading.current_thread().name), encode(*given))[1]  # noqa: E731
+    monkeypatch.setattr(type(tokens), "encode", lambda self, *given: watched(*given))
+    with live.http() as client:
+        assert client.post("/encode", json={"text": "a" * 4001}).status_code == 400
+        assert client.post("/encode", json={"text": ["a"]}).status_code == 200
+    assert threads[0].startswith("sgl-jax-text")
+    assert not threads[-1].startswith("sgl-jax-text")
 
 
 def cosine(one: str, other: str) -> float:
@@ -352,6 +387,12 @@ def test_pairs_are_scored_in_their_order(http: httpx.Client, path: str) -> None:
         ("/v1/score", {"query": "a", "items": ["b"]}, "query"),
         ("/v1/score", {"queries": "a", "items": ["b"], "label_token_ids": [1]}, "label_token_ids"),
         ("/v1/score", {"queries": "a", "items": ["b"], "apply_softmax": True}, "apply_softmax"),
+        ("/v1/score", {"text_1": "a", "text_2": "b", "item_first": True}, "item_first"),
+        ("/v1/score", {"text_1": "a", "items": [[5]]}, "items"),
+        ("/pooling", {"input": "a", "task": "classify"}, "task"),
+        ("/pooling", {"input": "a", "task": "token_embed"}, "task"),
+        ("/pooling", {"input": "a", "dimensions": 9}, "dimensions"),
+        ("/pooling", {"input": "a", "mm_processor_kwargs": {}}, "mm_processor_kwargs"),
         ("/v1/score", {"text_1": "a"}, "text_2"),
         ("/v1/score", {"text_1": "a", "queries": "b", "text_2": "c"}, "text_1"),
         ("/v1/score", {"text_1": ["a", "b"], "text_2": ["c"]}, "text_1"),
@@ -413,7 +454,8 @@ def test_more_inputs_than_the_queue_takes_are_refused_by_their_field() -> None:
         ):
             found = http.post(path, json=body).json()["error"]
             assert found["param"] == field, path
-            assert says(found["message"], f"{field} … {count} … 3 … --max-queued-requests")
+            of_both = "query and " if path == "/rerank" else ""
+            assert says(found["message"], f"{of_both}{field} … {count} … 3 … --max-queued-requests")
             assert not says(found["message"], "n"), path
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 from live_server import LiveServer
 
 from fakes.fake_core import FakeCore, fake_info
+from messages import says
 from sgl_jax.engine.messages import Generate, PoolingInfo
 
 ASKS = [
@@ -84,6 +88,24 @@ def test_a_request_for_vectors_has_a_priority() -> None:
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "priority"), path
             assert "--schedule-policy priority" in answer.text
             assert client.post(path, json=body | {"priority": 0}).status_code == 200, path
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_more_urgent_request_takes_a_place_in_a_full_queue(stream: bool) -> None:
+    core = lambda: FakeCore(fake_info(priority_sign=1), step_seconds=0.5)  # noqa: E731
+    with LiveServer(core, max_queued_requests=1) as server, server.http() as client, ThreadPoolExecutor() as threads:
+        body = {"input_ids": [5, 6], "stream": stream, "sampling_params": {"max_new_tokens": 1}}
+        waiting = threads.submit(lambda: httpx.post(f"{server.url}/generate", json=body, timeout=20))
+        while server.service.num_live == 0:
+            time.sleep(0.002)
+        assert client.post("/generate", json=body | {"stream": False}).status_code == 429
+        assert client.post("/generate", json=body | {"stream": False, "priority": 1}).status_code == 200
+        refused = waiting.result()
+    assert refused.status_code == (200 if stream else 429)
+    assert stream or int(refused.headers["retry-after"]) >= 1
+    error = json.loads(refused.text.removeprefix("data: "))["error"]
+    assert error["code"] == "queue_full"
+    assert says(error["message"], "more urgent … 1 … --max-queued-requests")
 
 
 def test_a_server_that_serves_by_arrival_names_the_flag() -> None:

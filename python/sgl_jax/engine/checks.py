@@ -97,6 +97,10 @@ def check_room(
         raise QueueFull(text, queue.seconds_to_empty())
     if n > limit or num_prompts == 1:
         raise InvalidParameter("n", f"n is {n}; {most}")
-    text = "{prompt} has {count} prompts, with n {wanted} requests; " if n > 1 else "{prompt} needs {wanted} requests; "
+    text = (
+        "{prompt} has {count} prompts, with n {wanted} requests; "
+        if n > 1
+        else "{prompt}: {wanted} requests are needed; "
+    )
     text += most
     raise InvalidParameter("prompt", text, count=num_prompts, wanted=num_choices).named(names)

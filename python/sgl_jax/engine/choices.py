@@ -4,7 +4,7 @@ import asyncio
 import time
 from collections.abc import Iterable
 
-from sgl_jax.engine.generation import Choice, Conflict, FinishType, GenerationRequest
+from sgl_jax.engine.generation import Choice, Conflict, FinishType, Generation, GenerationRequest
 from sgl_jax.engine.messages import DraftCounts, StepOutput
 from sgl_jax.engine.waiting_queue import WaitingQueue
 from sgl_jax.observability.metrics import RequestMetrics
@@ -54,6 +54,34 @@ class LiveChoices:
         for key in live:
             self._forget(self._by_key[key], outcome)
         return live
+
+    def less_urgent(self, priority: int, sign: int, places: int) -> list[Generation]:
+        """Return the generations that make way for a request of this priority: the least urgent, of those the latest,
+        that have no token yet, until they hold so many places of the queue. None if all that could hold fewer.
+
+        `sign` is that of EngineInfo.priority_sign.
+        """
+
+        def urgency(generation: Generation) -> int:
+            return max(sign * request.params.priority for request in generation.requests)
+
+        by_arrival = dict.fromkeys(choice.generation for choice in self._by_key.values())
+        waiting = [each for each in reversed(by_arrival) if self._waits(each)]
+        found: list[Generation] = []
+        for each in sorted(waiting, key=urgency):
+            if urgency(each) >= sign * priority:
+                return []
+            found.append(each)
+            places -= len(each.open)
+            if places <= 0:
+                return found
+        return []
+
+    def _waits(self, generation: Generation) -> bool:
+        """Whether all choices of the generation have been sent, and none has a token."""
+        num_choices = sum(request.params.n for request in generation.requests)
+        waiting = [c for c in generation.open if c.key in self._by_key and c.last_token_at == 0.0]
+        return len(waiting) == num_choices
 
     def fail(self, error: Exception) -> None:
         """End every choice with the error; there will be no more."""

@@ -117,7 +117,8 @@ class Engine:
         """
         options = LogprobOptions(return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs)
         given = prompt, input_ids, sampling_params, rid, options
-        call = native_call(self.tokenizer, self.info.context_length, *given, lora_path=lora_path)
+        more = {"lora_path": lora_path, "text_field": "prompt"}
+        call = native_call(self.tokenizer, self.info.context_length, *given, **more)
         return self._iterate(self._replies(call)) if stream else self._call(call.result(self._service))
 
     async def async_generate(
@@ -137,7 +138,8 @@ class Engine:
         """Do as `generate` does, for asyncio and in any loop; with `stream` the awaited value is an async iterator."""
         options = LogprobOptions(return_logprob, top_logprobs_num, logprob_start_len, return_text_in_logprobs)
         given = prompt, input_ids, sampling_params, rid, options
-        call = native_call(self.tokenizer, self.info.context_length, *given, lora_path=lora_path)
+        more = {"lora_path": lora_path, "text_field": "prompt"}
+        call = native_call(self.tokenizer, self.info.context_length, *given, **more)
         if stream:
             return self._aiterate(self._replies(call))
         return await asyncio.wrap_future(self._submit(call.result(self._service)))
@@ -155,7 +157,8 @@ class Engine:
         """Return the embedding of a prompt, or its logits and what follows from them; a list for a list
         (docs/features/embeddings.md). `dimensions`: so many values, from the first on."""
         given = prompt, input_ids, dimensions, rid, lora_path, priority
-        return self._call(native_encoding(self._service, *given, text_field="prompt"))
+        call = native_encoding(self._service, *given, text_field="prompt")
+        return self._call(call.result(self._service))
 
     async def async_encode(
         self,
@@ -169,8 +172,8 @@ class Engine:
     ) -> Reply | list[Reply]:
         """Do as `encode` does, for asyncio and in any loop."""
         given = prompt, input_ids, dimensions, rid, lora_path, priority
-        work = native_encoding(self._service, *given, text_field="prompt")
-        return await asyncio.wrap_future(self._submit(work))
+        call = native_encoding(self._service, *given, text_field="prompt")
+        return await asyncio.wrap_future(self._submit(call.result(self._service)))
 
     def load_lora_adapter(self, lora_name: str, lora_path: str, pinned: bool = False) -> AdapterInfo:
         """Read an adapter, from a folder or by its hub id, while requests run. Raises InvalidParameter or Conflict."""

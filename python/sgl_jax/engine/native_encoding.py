@@ -1,6 +1,7 @@
 """Native calls for vectors, by Engine.encode: prompts in, embeddings, probabilities or scores out."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from sgl_jax.engine.encoding import Encoded, EncodeRequest, check_task
 from sgl_jax.engine.native_call import Reply, native_call
@@ -11,7 +12,21 @@ from sgl_jax.engine.service import GenerationService
 from sgl_jax.request import InvalidParameter
 
 
-async def native_encoding(
+class NativeEncoding(NamedTuple):
+    """The requests of one call for vectors. Its answer is one reply, or a list with one for each prompt."""
+
+    requests: Sequence[EncodeRequest]
+    is_list: bool
+    pooling: PoolingInfo
+    dimensions: int | None
+
+    async def result(self, service: GenerationService) -> Reply | list[Reply]:
+        """Submit the requests and return the answer. Raises what `GenerationService.encode` raises."""
+        found = [_reply(each, self.pooling, self.dimensions) for each in await service.encode(self.requests)]
+        return found if self.is_list else found[0]
+
+
+def native_encoding(
     service: GenerationService,
     text: str | Sequence[str] | None,
     input_ids: Sequence[int] | Sequence[Sequence[int]] | None,
@@ -21,9 +36,10 @@ async def native_encoding(
     priority: int = 0,
     *,
     text_field: str = "text",
-) -> Reply | list[Reply]:
-    """Return an answer for one prompt, or a list for a list. Raises InvalidParameter, and what `encode` raises.
-    `text_field`: the name that the user has for `text`."""
+) -> NativeEncoding:
+    """Make the call's requests. Raises InvalidParameter; nothing has been sent then. `text_field`: the name that the user
+    has for `text`."""
+    service.check_ready()
     check_task(service.info, pools=True)
     pooling = service.info.pooling
     assert pooling is not None
@@ -37,8 +53,7 @@ async def native_encoding(
     for i, each in enumerate(call.requests):
         name = _name(each.names["prompt"], i, call.is_list)
         requests.append(EncodeRequest(each.prompt_ids, each.request_id, name, "", each.adapter, priority))
-    found = [_reply(each, pooling, dimensions) for each in await service.encode(requests)]
-    return found if call.is_list else found[0]
+    return NativeEncoding(requests, call.is_list, pooling, dimensions)
 
 
 def _check_texts(service: GenerationService, text: str | Sequence[str] | None, field: str) -> None:

@@ -21,6 +21,7 @@ from sgl_jax.engine.generation import (
     FinishType,
     Generation,
     GenerationRequest,
+    QueueFull,
     ServiceUnavailable,
     engine_params,
     extra_ends,
@@ -155,7 +156,11 @@ class GenerationService:
 
     def check_count(self, num_prompts: int, n: int, names: Names) -> None:
         """Check the number of a call's choices before its prompts are encoded. Raises InvalidParameter or QueueFull."""
-        checks.check_room(num_prompts, num_prompts * n, n, names, self._choices.queue, self._max_queued)
+        try:
+            checks.check_room(num_prompts, num_prompts * n, n, names, self._choices.queue, self._max_queued)
+        except QueueFull:
+            if not self.info.priority_sign:  # otherwise others may make way, which `submit` finds out
+                raise
 
     async def submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
         """Check and send requests, of which either all are accepted or none.
@@ -204,8 +209,7 @@ class GenerationService:
         checked = [checks.checked(request, self.info) async for request in in_slices(requests)]
         checks.check_ids(checked, self._choices.keys_of)
         each_n = [request.params.n for request in checked]
-        queue = self._choices.queue
-        checks.check_room(len(checked), sum(each_n), max(each_n), checked[0].names, queue, self._max_queued)
+        self._make_room(checked, each_n)
         generation = Generation(checked, stream, self._drop)
         self._choices.expect(checked)
         num_sent = 0
@@ -221,6 +225,24 @@ class GenerationService:
             generation.abort()
             raise
         return generation
+
+    def _make_room(self, requests: Sequence[GenerationRequest], each_n: Sequence[int]) -> None:
+        """Check that the queue has room for `each_n` choices. Where priorities count, less urgent requests without a token
+        make way, and end with QueueFull. Raises QueueFull or InvalidParameter."""
+        queue, limit = self._choices.queue, self._max_queued
+        try:
+            checks.check_room(len(requests), sum(each_n), max(each_n), requests[0].names, queue, limit)
+        except QueueFull as error:
+            sign = self.info.priority_sign
+            least = sign * min(sign * request.params.priority for request in requests)
+            shed = self._choices.less_urgent(least, sign, queue.length + sum(each_n) - (limit or 0)) if sign else []
+            if not shed:
+                raise
+            text = f"more urgent requests came, and the limit is {limit} (--max-queued-requests)"
+            for generation in shed:
+                generation.error = QueueFull(text, error.retry_after)
+                generation.wake.set()
+                self._drop([choice.key for choice in generation.open], "abort")
 
     def _send(self, generation: Generation, prompt: int, request: GenerationRequest) -> None:
         """Send all choices of the generation's request number `prompt`."""

@@ -41,15 +41,18 @@ def documented(
     answer: type | None,
     *also: int,
     without: Collection[int] = (),
+    other: type | None = None,
     or_list: bool = False,
     only_list: bool = False,
     streams: bool = True,
     media_type: str = _JSON,
 ) -> dict[str, Any]:
-    """Document a route's answers: its own, with `or_list` a list of such ones, too, with `only_list` nothing else, and
+    """Document a route's answers: its own or the `other`, with `or_list` a list of such ones, too, with `only_list` nothing else, and
     the errors it can give, by their statuses: the usual ones but for those in `without`, and `also`. One that can give
     a 429 can stream, unless `streams` is false."""
     schema: dict[str, Any] = {"type": "string"} if answer is None else {"$ref": _REF.format(name=answer.__name__)}
+    if other is not None:
+        schema = {"anyOf": [schema, {"$ref": _REF.format(name=other.__name__)}]}
     several = {"type": "array", "items": schema}
     schema = several if only_list else {"anyOf": [schema, several]} if or_list else schema
     content = {media_type: {"schema": schema}} | (

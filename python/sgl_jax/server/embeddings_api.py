@@ -14,7 +14,7 @@ from starlette.responses import Response
 from sgl_jax.engine.encoding import Encoded
 from sgl_jax.engine.native_call import Reply
 from sgl_jax.engine.native_encoding import native_encoding
-from sgl_jax.engine.pooled_results import check_dimensions, embedding, probabilities
+from sgl_jax.engine.pooled_results import check_dimensions, check_scores, embedding, probabilities
 from sgl_jax.engine.pooling_info import PoolingInfo
 from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
@@ -25,10 +25,14 @@ from sgl_jax.server.encoding_answers import (
     EncodeAnswer,
     LabelList,
     LabelObject,
+    PooledList,
+    PooledObject,
     VectorUsage,
 )
-from sgl_jax.server.encoding_bodies import ClassifyRequest, EmbeddingRequest, EncodeBody, VectorFields
+from sgl_jax.server.encoding_bodies import ClassifyRequest, EmbeddingRequest, EncodeBody, PoolingRequest, VectorFields
 from sgl_jax.server.encoding_inputs import inputs_of, launch_that
+from sgl_jax.server.native_api import num_units
+from sgl_jax.server.relevance_scores import score_of
 from sgl_jax.server.sse import json_unless_disconnected
 
 
@@ -42,6 +46,11 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/classify", **documented(LabelList, 404, 409, 429, *BODY, streams=False))
     async def classify(body: ClassifyRequest, request: Request) -> Response:
         return await json_unless_disconnected(request, _labels(state, body, request))
+
+    @routes.post("/pooling", **documented(PooledList, 404, 409, 429, *BODY, streams=False))
+    async def pooling(body: PoolingRequest, request: Request) -> Response:
+        """Answers with the vector that the launch makes: an embedding, probabilities of labels, or a score."""
+        return await json_unless_disconnected(request, _pooled(state, body, request))
 
     @routes.post("/encode", **documented(EncodeAnswer, 404, 409, 429, *BODY, or_list=True, streams=False))
     async def encode(body: EncodeBody, request: Request) -> Response:
@@ -110,13 +119,21 @@ def _as_base64(vector: np.ndarray) -> str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode()
 
 
-async def _labels(state: ServerState, body: ClassifyRequest, request: Request) -> msgspec.Raw:
-    pooling = launch_that(state, "/classify", ["classify"])
-    if body.use_activation and pooling.activation == "none":
+def _as_wanted(pooling: PoolingInfo, use_activation: bool | None) -> PoolingInfo:
+    """Return how vectors are made with the request's use_activation. Raises InvalidParameter where there is no activation."""
+    if use_activation is None:
+        return pooling
+    if pooling.kind == "embed":
+        return msgspec.structs.replace(pooling, normalize=use_activation)
+    if use_activation and pooling.activation == "none":
         text = "use_activation is true, but the model is a regression, whose logits are its answer; leave it out"
         raise InvalidParameter("use_activation", text)
-    if body.use_activation is False:
-        pooling = msgspec.structs.replace(pooling, activation="none")
+    return pooling if use_activation else msgspec.structs.replace(pooling, activation="none")
+
+
+async def _labels(state: ServerState, body: ClassifyRequest, request: Request) -> msgspec.Raw:
+    pooling = launch_that(state, "/classify", ["classify"])
+    pooling = _as_wanted(pooling, body.use_activation)
     found = await state.service.encode(await inputs_of(state, body))
     about = about_answer("classify", state, body, found, request)
 
@@ -130,11 +147,44 @@ async def _labels(state: ServerState, body: ClassifyRequest, request: Request) -
     return await state.text_work(len(found) * pooling.size, answer)
 
 
+async def _pooled(state: ServerState, body: PoolingRequest, request: Request) -> msgspec.Raw:
+    pooling = launch_that(state, "/pooling", ["embed", "classify", "score"])
+    if body.task not in (None, pooling.kind):
+        text = f"task is {body.task}; this launch has --task {pooling.kind}, and makes one vector of each input"
+        raise InvalidParameter("task", text)
+    if body.dimensions is not None and pooling.kind != "embed":
+        raise InvalidParameter("dimensions", f"dimensions cannot be had with --task {pooling.kind}; leave it out")
+    check_dimensions(pooling, body.dimensions)
+    if pooling.kind == "score":
+        check_scores(pooling)
+    made = _as_wanted(pooling, body.use_activation)
+    found = await state.service.encode(await inputs_of(state, body))
+    about = about_answer("pool", state, body, found, request)
+
+    def answer() -> msgspec.Raw:
+        data = [PooledObject(i, _pooled_data(each.vector, made, body)) for i, each in enumerate(found)]
+        return msgspec.Raw(msgspec.json.encode(PooledList(data, **about)))
+
+    return await state.text_work(len(found) * pooling.size, answer)
+
+
+def _pooled_data(logits: np.ndarray, pooling: PoolingInfo, body: PoolingRequest) -> list[float] | str:
+    if pooling.kind == "embed":
+        vector = embedding(logits, pooling, body.dimensions)
+    elif pooling.kind == "score":
+        vector = np.array([score_of(logits, pooling, body.use_activation is not False)], np.float32)
+    else:
+        vector = probabilities(logits, pooling)
+    return _as_base64(vector) if body.encoding_format == "base64" else vector.tolist()
+
+
 async def _native(state: ServerState, body: EncodeBody, request: Request) -> object:
     state.service.check_ready()
     rid = body.rid or uuid.uuid4().hex
     given = body.text, body.input_ids, body.dimensions, rid, body.lora_path, body.priority or 0
-    found = await native_encoding(state.service, *given)
+    size = num_units(body.text) + num_units(body.input_ids)
+    call = await state.text_work(size, lambda: native_encoding(state.service, *given))
+    found = await call.result(state.service)
     numbers = [each["meta_info"] for each in ([found] if isinstance(found, dict) else found)]
     num_tokens = sum(cast(dict[str, int], each)["prompt_tokens"] for each in numbers)
     adapters = body.lora_path if isinstance(body.lora_path, list) else [body.lora_path]

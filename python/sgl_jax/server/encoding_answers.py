@@ -29,6 +29,16 @@ class EmbeddingList(_List):
     data: list[EmbeddingObject]
 
 
+class PooledObject(msgspec.Struct):
+    index: int
+    data: list[float] | str
+    object: Literal["pooling"] = "pooling"
+
+
+class PooledList(_List):
+    data: list[PooledObject]
+
+
 class LabelObject(msgspec.Struct):
     index: int
     label: str
@@ -48,6 +58,15 @@ class ScoreObject(msgspec.Struct):
 
 class ScoreList(_List):
     data: list[ScoreObject]
+
+
+class LabelScores(msgspec.Struct):
+    """Answer with probabilities of the tokens of `label_token_ids`, in their order, after each item."""
+
+    scores: list[list[float]]
+    model: str
+    usage: VectorUsage
+    object: Literal["scoring"] = "scoring"
 
 
 class RankedDocument(msgspec.Struct):

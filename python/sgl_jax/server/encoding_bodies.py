@@ -9,6 +9,7 @@ from sgl_jax.server.bodies import Body, CacheKey, TokenId, limited, limits, null
 from sgl_jax.server.openai_types import Message, TemplateFields
 
 MOST_INPUTS = 2048  # OpenAI's
+MOST_LABELS = 1024
 
 Name = Annotated[str, Field(min_length=1)]
 Priority = Annotated[int, limits("priority")]
@@ -54,6 +55,13 @@ class ClassifyRequest(InputFields):
     pass
 
 
+@with_fields(off_fields("PoolingRequest"), null_fields("request_id embed_dtype endianness"))
+class PoolingRequest(InputFields):
+    dimensions: int | None = Field(None, description="so many values of an embedding, from the first on")
+    encoding_format: Literal["float", "base64"] | None = Field(None, description="base64: of float32, little-endian")
+    task: Literal["embed", "classify", "score"] | None = Field(None, description="that of the launch, if set")
+
+
 class RankedText(Body):
     text: str
 
@@ -69,19 +77,26 @@ class RerankRequest(VectorFields):
     use_activation: bool | None = Field(None, description="false: logits instead of probabilities")
 
 
-@with_fields(off_fields("ScoreRequest"), null_fields("request_id query"))
+@with_fields(off_fields("ScoreRequest"), null_fields("request_id"))
 class ScoreRequest(VectorFields):
-    """Two sides, under one name each. The first one may be a single text, for all of the second."""
+    """Two sides, under one name each. The first one may be a single text, for all of the second. With label_token_ids,
+    where text is generated: query and items, of text or of ids."""
 
     text_1: Texts | None = None
     queries: Texts | None = None
     data_1: Texts | None = None
     text_2: Texts | None = None
     documents: Texts | None = None
-    items: Texts | None = None
+    items: Texts | Annotated[list[list[TokenId]], Field(min_length=1)] | None = None
     data_2: Texts | None = None
     instruction: str | None = Field(None, description="what makes a text relevant, where the model reads it")
     use_activation: bool | None = Field(None, description="false: logits instead of probabilities")
+    query: str | list[TokenId] | None = Field(None, description="what comes before each item")
+    label_token_ids: Annotated[list[TokenId], Field(min_length=1, max_length=MOST_LABELS)] | None = Field(
+        None, description="tokens whose probabilities are wanted"
+    )
+    apply_softmax: bool | None = Field(None, description="true: their probabilities among themselves")
+    item_first: bool | None = Field(None, description="true: the query comes behind each item")
 
 
 @with_fields(off_fields("EncodeBody"), null_fields("sampling_params"))

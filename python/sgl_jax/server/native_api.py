@@ -74,7 +74,7 @@ def router(state: ServerState) -> APIRouter:
     async def generate(body: GenerateRequest, request: Request) -> Response:
         texts = [body.text] if isinstance(body.text, str) else body.text or ()
         state.service.check_count(len(texts), 1, {"prompt": "text"})
-        call = await state.text_work(_length(body.text) + _length(body.input_ids), lambda: _call(state, body))
+        call = await state.text_work(num_units(body.text) + num_units(body.input_ids), lambda: _call(state, body))
         generation = await state.service.submit(call.requests, stream=bool(body.stream))
         request.state.generation = generation
         if body.stream:
@@ -125,8 +125,8 @@ def router(state: ServerState) -> APIRouter:
     return routes
 
 
-def _length(given: str | list[str] | list[int] | list[list[int]] | None) -> int:
-    """Count characters or tokens of one prompt or several."""
+def num_units(given: str | list[str] | list[int] | list[list[int]] | None) -> int:
+    """Count characters or tokens of one prompt or several: the size of the work on them."""
     several = [each for each in given if not isinstance(each, int)] if isinstance(given, list) else []
     return len(given or ()) + sum(map(len, several))
 

@@ -48,8 +48,7 @@ async def scores_of(state: ServerState, pooling: PoolingInfo, pairs: Pairs) -> t
         for i, text in enumerate(side.texts):
             if not text:
                 raise InvalidParameter(side.name(i), f"{side.name(i)} is empty; at least one character is needed")
-    count = len(pairs.documents.texts) + (len(pairs.queries.texts) if pooling.kind == "embed" else 0)
-    state.service.check_count(count, 1, {"prompt": pairs.documents.field})
+    _check_count(state, pooling, pairs)
     if pooling.kind == "embed":
         return await _cosines(state, pooling, pairs)
     check_scores(pooling)
@@ -60,10 +59,21 @@ async def scores_of(state: ServerState, pooling: PoolingInfo, pairs: Pairs) -> t
         ids = await pair_ids(state, pooling, Pair(*texts, pairs.instruction, pairs.instruction_name))
         found.append(pairs.request(ids, name))
     encoded = await state.service.encode(found)
-    return [_score(each.vector, pooling, pairs.activation is not False) for each in encoded], encoded
+    return [score_of(each.vector, pooling, pairs.activation is not False) for each in encoded], encoded
 
 
-def _score(logits: np.ndarray, pooling: PoolingInfo, activation: bool) -> float:
+def _check_count(state: ServerState, pooling: PoolingInfo, pairs: Pairs) -> None:
+    """Raise QueueFull or InvalidParameter for more texts than the queue takes; embeddings are of queries, too."""
+    documents, queries = pairs.documents, pairs.queries
+    if pooling.kind != "embed":
+        return state.service.check_count(len(documents.texts), 1, {"prompt": documents.field})
+    try:
+        state.service.check_count(len(documents.texts) + len(queries.texts), 1, {"prompt": documents.field})
+    except InvalidParameter as error:
+        raise InvalidParameter(error.param, f"{queries.field} and {error}") from None
+
+
+def score_of(logits: np.ndarray, pooling: PoolingInfo, activation: bool) -> float:
     """Return the probability that the document is relevant, or its logit: that of "yes" against "no"."""
     if activation:
         return relevance(logits, pooling)

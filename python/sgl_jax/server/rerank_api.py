@@ -10,11 +10,19 @@ from sgl_jax.request import InvalidParameter
 from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.documentation import BODY, documented
 from sgl_jax.server.embeddings_api import about_answer
-from sgl_jax.server.encoding_answers import RankedDocument, RankedList, RankedResult, ScoreList, ScoreObject
+from sgl_jax.server.encoding_answers import (
+    LabelScores,
+    RankedDocument,
+    RankedList,
+    RankedResult,
+    ScoreList,
+    ScoreObject,
+)
 from sgl_jax.server.encoding_bodies import RerankRequest, ScoreRequest
 from sgl_jax.server.encoding_inputs import launch_that
 from sgl_jax.server.relevance_scores import Pairs, Side, scores_of
 from sgl_jax.server.sse import json_unless_disconnected
+from sgl_jax.server.token_scores import token_scores
 
 _FIRST, _SECOND = ("text_1", "queries", "data_1"), ("text_2", "documents", "items", "data_2")
 
@@ -22,7 +30,7 @@ _FIRST, _SECOND = ("text_1", "queries", "data_1"), ("text_2", "documents", "item
 def router(state: ServerState) -> APIRouter:
     routes = APIRouter(tags=["Embeddings"])
     ranking = documented(RankedList, 404, 409, 429, *BODY, streams=False)
-    scoring = documented(ScoreList, 404, 409, 429, *BODY, streams=False)
+    scoring = documented(ScoreList, 404, 409, 429, *BODY, other=LabelScores, streams=False)
 
     @routes.post("/rerank", **ranking)
     @routes.post("/v1/rerank", **ranking)
@@ -34,7 +42,9 @@ def router(state: ServerState) -> APIRouter:
     @routes.post("/score", **scoring)
     @routes.post("/v1/score", **scoring)
     async def score(body: ScoreRequest, request: Request) -> Response:
-        """Scores pairs of texts, in their order."""
+        """Scores pairs of texts, in their order, or tells the probabilities of label_token_ids after query and item."""
+        if body.label_token_ids is not None:
+            return await json_unless_disconnected(request, token_scores(state, body, body.label_token_ids, request))
         return await json_unless_disconnected(request, scored(state, body, request))
 
     return routes
@@ -63,6 +73,9 @@ async def ranked(state: ServerState, body: RerankRequest, request: Request) -> R
 
 
 async def scored(state: ServerState, body: ScoreRequest, request: Request) -> ScoreList:
+    for name in ("query", "apply_softmax", "item_first"):
+        if getattr(body, name) is not None:
+            raise InvalidParameter(name, f"{name} needs label_token_ids")
     pooling = _launch(state, "/score")
     first, second = _side(body, _FIRST), _side(body, _SECOND)
     if len(first.texts) not in (1, len(second.texts)):
@@ -80,5 +93,8 @@ def _side(body: ScoreRequest, names: Sequence[str]) -> Side:
     if len(given) != 1:
         wrong = f"{' and '.join(given)} were given" if given else f"{names[0]} is missing"
         raise InvalidParameter((given or names)[0], f"{wrong}; give one of {', '.join(names)}")
-    value: str | list[str] = getattr(body, given[0])
-    return Side([value] if isinstance(value, str) else value, given[0], not isinstance(value, str))
+    value: str | list[str] | list[list[int]] = getattr(body, given[0])
+    texts = [value] if isinstance(value, str) else [each for each in value if isinstance(each, str)]
+    if not texts:
+        raise InvalidParameter(given[0], f"{given[0]} is token ids, which need label_token_ids; give texts")
+    return Side(texts, given[0], not isinstance(value, str))

@@ -18,7 +18,7 @@ class Feature(NamedTuple):
     off: Mapping[str, str] = types.MappingProxyType({})  # request body -> fields with a value that means "off"
 
 
-_OF_VECTORS = ("EmbeddingRequest", "ClassifyRequest", "RerankRequest", "ScoreRequest")  # bodies
+_OF_VECTORS = ("EmbeddingRequest", "ClassifyRequest", "PoolingRequest", "RerankRequest", "ScoreRequest")  # bodies
 
 NOT_BUILT = (
     Feature("tools of other kinds than functions are", flags="--tool-server --tool-parser-plugin", fields="custom mcp"),
@@ -48,12 +48,6 @@ NOT_BUILT = (
     Feature(
         "vectors of single tokens are",
         flags="--runner --convert --pooler-config",
-        paths="/pooling",
-    ),
-    Feature(
-        "probabilities of tokens that a request names are",
-        fields="label_token_ids apply_softmax item_first",
-        null={"ScoreRequest": "label_token_ids apply_softmax item_first"},
     ),
     Feature("Ollama's API is", paths="/api"),
     Feature("OpenAI's files, batches and assistants are", paths="/v1/files /v1/batches /v1/assistants /v1/threads"),
