@@ -349,7 +349,7 @@ def test_a_request_of_several_choices_makes_way_whole(monkeypatch: pytest.Monkey
         assert refused.value.retry_after >= 1
         half = await service.submit([request(n=2)], stream=True)
         transport.emit(StepOutput([transport.keys()[-1]], [A]))
-        await service.submit([request()], stream=False)
+        await service.submit([request(priority=1)], stream=False)
         with pytest.raises(QueueFull):  # half of it has begun
             await service.submit([request(priority=1)], stream=False)
         assert half.error is None
