@@ -196,9 +196,9 @@ ALL = [
     ("pooling", "taken"),
     [
         (None, {"/v1/completions"}),
-        (EMBEDS, {"/v1/embeddings", "/rerank", "/v1/score", "/encode"}),
-        (LABELS, {"/classify", "/encode"}),
-        (REWARD, {"/classify", "/rerank", "/v1/score", "/encode"}),
+        (EMBEDS, {"/v1/embeddings", "/rerank", "/v1/score", "/encode", "/pooling"}),
+        (LABELS, {"/classify", "/encode", "/pooling"}),
+        (REWARD, {"/classify", "/rerank", "/v1/score", "/encode", "/pooling"}),
     ],
 )
 def test_a_path_that_the_launch_cannot_answer_names_the_flag(pooling: PoolingInfo | None, taken: set[str]) -> None:
