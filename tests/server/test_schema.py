@@ -33,7 +33,7 @@ def fuzzed() -> Iterator[LiveServer]:
 
 
 MODES = pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
-VECTORS = ("/v1/embeddings", "/classify", "/encode", "/rerank", "/score")
+VECTORS = ("/v1/embeddings", "/classify", "/pooling", "/encode", "/rerank", "/score")
 
 
 @MODES
@@ -119,6 +119,7 @@ def test_every_path_of_the_product_is_documented(http: httpx.Client) -> None:
         "/v1/responses/{response_id}/input_items",
         "/v1/embeddings",
         "/classify",
+        "/pooling",
         "/encode",
         "/rerank",
         "/v1/rerank",
