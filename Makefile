@@ -106,7 +106,7 @@ $(PLAIN_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)
 	@touch $@
 
 package: .tools/.ready
-	$(UV) build --out-dir dist python
+	$(UV) build --python "$$(cat .python-version)" --clear --out-dir dist python
 
 docs: env-dev
 	$(VENV)/bin/mkdocs build --strict --site-dir build/site

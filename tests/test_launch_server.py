@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from messages import says
+import sgl_jax
 from sgl_jax import launch_server
 from sgl_jax.observability import log
 from sgl_jax.settings.server_args import FLAGS, ServerArgs
@@ -92,7 +93,7 @@ def test_a_bad_flag_is_one_line_on_stderr_and_exit_code_2(module: str) -> None:
 
 
 def test_version() -> None:
-    assert run("-m", "sgl_jax", "--version").stdout == "sgl_jax 0.1.0\n"
+    assert run("-m", "sgl_jax", "--version").stdout == f"sgl_jax {sgl_jax.__version__}\n"
 
 
 def test_serves_with_the_parsed_args_and_returns_the_servers_exit_code(served: list[ServerArgs]) -> None:
@@ -126,5 +127,5 @@ def test_ctrl_c_while_modules_are_imported_ends_quietly_with_130(module: str) ->
         first = process.stderr.readline()
         process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=60)
-    assert says(first, "sgl_jax 0.1.0, starting")
+    assert says(first, f"sgl_jax {sgl_jax.__version__}, starting")
     assert (process.returncode, out, errors) == (130, "", "")

@@ -17,7 +17,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m sgl_jax.launc
 def _run(argv: Sequence[str] | None, prog: str) -> int:
     import logging
 
-    from sgl_jax import __version__
     from sgl_jax.observability import log
     from sgl_jax.settings.flag_parser import FlagError
     from sgl_jax.settings.hub import HubError
@@ -27,6 +26,8 @@ def _run(argv: Sequence[str] | None, prog: str) -> int:
         server_args = ServerArgs.from_cli(argv, prog=prog)
         log.setup(server_args.log_level)
         logger = logging.getLogger("sgl_jax.launch_server")  # __name__ may be __main__, whose lines are not shown
+        from sgl_jax import __version__
+
         logger.info("sgl_jax %s, starting", __version__)
         from sgl_jax.settings.speculators import with_verifier
 

@@ -81,6 +81,22 @@ def run_task(file: Path, folder: Path, **variables: str) -> Command:
     return argv, environ
 
 
+@pytest.mark.parametrize("file", manifests.SKYPILOT, ids=lambda file: file.name)
+def test_tasks_install_the_wheel_that_they_build(file: Path, tmp_path: Path) -> None:
+    uv = tmp_path / "uv"
+    uv.write_text('#!/bin/sh\necho "$@" >> calls\n[ "$1" = build ] && mkdir dist && touch dist/sgl_jax-1.whl || true\n')
+    uv.chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    environ = {"PATH": f"{tmp_path}:/usr/bin:/bin"}
+    setup = yaml.safe_load(file.read_text())["setup"]
+    subprocess.run(["bash", "-ec", setup], cwd=tmp_path, env=environ, check=True)
+    _, build, install = (tmp_path / "calls").read_text().splitlines()
+    assert build == "build --clear --wheel --out-dir dist python"
+    wheel = f"sgl-jax[tpu] @ file://{tmp_path}/dist/sgl_jax-1.whl"
+    assert install == f"pip install --constraints python/constraints.txt {wheel}"
+
+
 @pytest.mark.parametrize("name", ["v6e_4", "v6e_4_spot"])
 def test_a_task_on_one_host_starts(name: str, tmp_path: Path) -> None:
     parsed = ServerArgs.from_cli(*run_task(manifests.DEPLOY / "skypilot" / f"{name}.sky.yaml", tmp_path))

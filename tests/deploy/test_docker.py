@@ -1,4 +1,4 @@
-"""The Dockerfile installs extras that exist, runs as no root user, and has a health check that detects failure."""
+"""The image is made of the wheel, installs extras that exist, does not run as root, and has a health check that detects failure."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ def instructions(name: str) -> list[str]:
 
 
 def test_extras_exist() -> None:
-    (argument,) = instructions("ARG")
-    default = argument.removeprefix("EXTRA=")
+    default = dict(argument.split("=") for argument in instructions("ARG"))["EXTRA"]
     named = set(re.findall(r"\b(tpu|gpu|cpu)\b", manifests.DOCKERFILE.read_text().partition("FROM")[0]))
     assert {default} | named == {"tpu", "gpu", "cpu"}
     assert {"tpu", "gpu", "cpu"} <= PYPROJECT["project"]["optional-dependencies"].keys()
 
 
 def test_python_is_one_that_the_package_takes() -> None:
-    bases = {base.split()[0] for base in instructions("FROM")}
-    assert bases == {"python:3.12-slim"}
+    stages = [stage.split(" AS ") for stage in instructions("FROM")]
+    bases = {base for base, *_ in stages} - {name for _, *names in stages for name in names}
+    assert bases == {"python:3.12-slim", "scratch"}
     assert PYPROJECT["project"]["requires-python"] == ">=3.12"
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:
     copied = [rest.split() for rest in instructions("COPY") if not rest.startswith("--from")]
-    assert copied == [["README.md", "LICENSE", "/"], ["python", "/src"]]
+    assert copied == [["README.md", "LICENSE", "/"], ["python", "/src"], ["python/constraints.txt", "/wheel/"]]
     for name in ("README.md", "LICENSE"):  # in the image these links lead from /src to /
         assert (manifests.REPOSITORY / "python" / name).readlink() == Path("..", name)
     assert (manifests.REPOSITORY / "python" / "constraints.txt").is_file()
@@ -47,6 +47,60 @@ def test_what_is_copied_is_there_and_not_ignored() -> None:
     assert [line for line in ignored if line and not line.startswith("#")][:4] == [
         *["*", "!README.md", "!LICENSE", "!python"]
     ]
+
+
+def test_stages_hand_on_the_wheel_and_then_the_environment() -> None:
+    stages = [stage.partition(" AS ")[2] for stage in instructions("FROM")]
+    assert stages == ["uv", "build", "wheel", "install", ""]
+    handed = [rest.split() for rest in instructions("COPY") if rest.startswith("--from")]
+    assert handed == [
+        ["--from=build", "/dist/*.whl", "/"],
+        ["--from=wheel", "/*.whl", "/wheel/"],
+        ["--from=install", "/opt/sgl_jax", "/opt/sgl_jax"],
+    ]
+    (build,) = [run for run in instructions("RUN") if "uv build" in run]
+    assert "--wheel --out-dir /dist /src" in build
+
+
+def lint(instruction: str, rest: str) -> list[str]:
+    """Rules of hadolint that an instruction breaks."""
+    rules = {
+        "DL3006": instruction == "FROM" and not re.match(r"scratch|uv\b|\S+:\S+", rest),
+        "DL3007": instruction == "FROM" and ":latest" in rest,
+        "DL3004": instruction == "RUN" and re.search(r"\bsudo\b", rest),
+        "DL3009": "apt-get install" in rest and "rm -rf /var/lib/apt/lists/*" not in rest,
+        "DL3013": "pip install" in rest and "uv pip" not in rest and "==" not in rest,
+        "DL3014": "apt-get install" in rest and " -y" not in rest,
+        "DL3015": "apt-get install" in rest and "--no-install-recommends" not in rest,
+        "DL3020": instruction == "ADD",
+        "DL3025": instruction in ("CMD", "ENTRYPOINT") and not rest.startswith("["),
+        "DL3042": "pip install" in rest and "--no-cache" not in rest,
+        "DL3000": instruction == "WORKDIR" and not rest.startswith("/"),
+        "DL4006": instruction == "RUN" and re.search(r"[^|]\|[^|]", rest),
+    }
+    return [rule for rule, broken in rules.items() if broken]
+
+
+def test_it_follows_hadolints_rules() -> None:
+    assert [(name, rest, lint(name, rest)) for name, rest in manifests.instructions() if lint(name, rest)] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "rules"),
+    [
+        ("FROM python", ["DL3006"]),
+        ("FROM python:latest", ["DL3007"]),
+        ("RUN apt-get update && apt-get install g++", ["DL3009", "DL3014", "DL3015"]),
+        ("RUN pip install uv", ["DL3013", "DL3042"]),
+        ("ADD python /src", ["DL3020"]),
+        ("ENTRYPOINT python -m sgl_jax", ["DL3025"]),
+        ("RUN sudo ls | head", ["DL3004", "DL4006"]),
+        ("WORKDIR src", ["DL3000"]),
+    ],
+)
+def test_the_check_sees_broken_rules(line: str, rules: list[str]) -> None:
+    name, _, rest = line.partition(" ")
+    assert lint(name, rest) == rules
 
 
 def test_it_does_not_run_as_root() -> None:

@@ -24,9 +24,12 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "python" / "sgl_jax"
 DIST = Path(sys.prefix) / "dist"
-START_S = 120
+START_S = 300  # on a busy machine
 # Few small programs, so that the server starts soon.
 FLAGS = ["--max-running-requests", "2", "--chunked-prefill-size", "16", "--max-total-tokens", "512"]
+
+
+pytestmark = pytest.mark.timeout(START_S + 60)
 
 
 def the(suffix: str) -> Path:

@@ -85,7 +85,7 @@ def test_metrics_count_what_happened() -> None:
         assert answer.headers["content-type"].startswith("text/plain")
         values = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
         expected = {
-            'sgl_jax_build_info{model_name="stories",version="0.1.0"}': 1,
+            f'sgl_jax_build_info{{model_name="stories",version="{sgl_jax.__version__}"}}': 1,
             "sgl_jax_num_requests_running": 0,
             "sgl_jax_num_requests_waiting": 0,
             "sgl_jax_prompt_tokens_total": 15,

@@ -199,7 +199,7 @@ def mistakes_in(flags: Sequence[Flag], values: Mapping[str, object], source: Cal
 
 
 def read_command_line(
-    flags: Sequence[Flag], argv: Sequence[str], mistakes: Mistakes, version: str, elsewhere: Elsewhere, **texts: str
+    flags: Sequence[Flag], argv: Sequence[str], mistakes: Mistakes, elsewhere: Elsewhere, **texts: str
 ) -> dict[str, str | bool | list[str]]:
     """Return the flags given in `argv`, as text, and --config under "config". `--help` and `--version` print and exit.
     `texts` are argparse's usage, description and epilog."""
@@ -214,7 +214,7 @@ def read_command_line(
     )
     general = parser.add_argument_group("General")
     general.add_argument("-h", "--help", action="help", help="show this text and exit")
-    general.add_argument("--version", action="version", version=version, help="show the version and exit")
+    general.add_argument("--version", action=_ShowVersion, nargs=0, help="show the version and exit")
     general.add_argument("--config", metavar="FILE", help="a YAML file of flags, one 'page-size: 16' per line")
     for title, members in itertools.groupby(flags, key=lambda each: each.about.group):
         group = parser.add_argument_group(title)
@@ -231,6 +231,16 @@ def read_command_line(
     given, unknown = parser.parse_known_args(argv)
     mistakes += parser.unknown(unknown, argv, elsewhere)
     return vars(given)
+
+
+class _ShowVersion(argparse.Action):
+    """Print the version. It is in the package's metadata, and their reader is too slow to import for every `--help`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from sgl_jax import __version__
+
+        print(f"sgl_jax {__version__}")
+        parser.exit()
 
 
 def read_environ(

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sgl_jax import __version__
 from sgl_jax.settings.attention_backends import about_unknown
 from sgl_jax.settings.flag_parser import FlagError, Mistakes, refuse
 from sgl_jax.settings.flags import (
@@ -282,7 +281,6 @@ class ServerArgs(SpeculativeFlags, LoraFlags, TaskFlags, ServingFlags):
             FLAGS,
             sys.argv[1:] if argv is None else argv,
             mistakes,
-            f"sgl_jax {__version__}",
             ELSEWHERE,
             usage=f"{prog} --model-path PATH [flags]",
             description="Serve a large language model to OpenAI clients.",
