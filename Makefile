@@ -109,10 +109,10 @@ package: .tools/.ready
 	$(UV) build --python "$$(cat .python-version)" --clear --out-dir dist python
 
 docs: env-dev
-	$(VENV)/bin/mkdocs build --strict --site-dir build/site
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --site-dir build/site
 
 docs-serve: env-dev
-	$(VENV)/bin/mkdocs serve --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs serve --strict
 
 model: $(DEFAULT_MODEL)
 

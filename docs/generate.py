@@ -239,3 +239,6 @@ if __name__ == "__main__":
     for name, text in pages.items():
         (REPOSITORY / "docs" / name).write_text(text, encoding="utf-8")
         print(f"wrote docs/{name}")
+    from recipe_pages import write
+
+    write()

@@ -87,11 +87,19 @@ def test_the_messages_of_the_troubleshooting_page_are_the_programs() -> None:
     assert {piece: message for piece, message in pieces.items() if piece not in said} == {}
 
 
-def test_every_decision_is_linked_from_the_architecture() -> None:
+def test_every_decision_is_in_their_list() -> None:
+    folder = REPOSITORY / "docs" / "decisions"
+    linked = LINK.findall((folder / "README.md").read_text(encoding="utf-8"))
+    assert linked == sorted(page.name for page in folder.glob("0*.md"))
+    assert len(linked) > 30
+
+
+def test_modules_that_the_architecture_names_exist() -> None:
     text = (REPOSITORY / "docs" / "architecture.md").read_text(encoding="utf-8")
-    decisions = sorted((REPOSITORY / "docs" / "decisions").glob("*.md"))
-    assert decisions
-    assert [page.name for page in decisions if f"decisions/{page.name}" not in text] == []
+    package = REPOSITORY / "python" / "sgl_jax"
+    named = set(re.findall(r"`([\w/]+/\w+\.py)`", text))
+    assert len(named) > 60
+    assert [name for name in sorted(named) if not (package / name).is_file() and not (REPOSITORY / name).is_file()] == []
 
 
 def test_every_metric_is_described() -> None:

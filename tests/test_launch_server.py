@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from messages import says
 import sgl_jax
+from messages import says
 from sgl_jax import launch_server
 from sgl_jax.observability import log
 from sgl_jax.settings.server_args import FLAGS, ServerArgs
