@@ -84,7 +84,9 @@ def recipe_page(model: str) -> str:
 
 def _section(model: str, hub: str, launch: Launch) -> str:
     args = ServerArgs.from_cli(["--model-path", f"config:{model}", *shlex.split(launch.flags)], {})
-    plan = as_data(make_plan(args, find_model(args), find_target(launch.chips, args.tp_size, args.dp_size), CONTEXT), None, None)
+    plan = as_data(
+        make_plan(args, find_model(args), find_target(launch.chips, args.tp_size, args.dp_size), CONTEXT), None, None
+    )
     sizes = {f"{name}_gib": plan[f"{name}_bytes"] / 2**30 for name in ("device", "weight", "kv")}
     steps = "\n".join(_step(each) for each in plan["steps"])
     texts = {"model": model, "hub": hub, "chips": launch.chips, "flags": f" {launch.flags}".rstrip(), "steps": steps}

@@ -99,7 +99,9 @@ def test_modules_that_the_architecture_names_exist() -> None:
     package = REPOSITORY / "python" / "sgl_jax"
     named = set(re.findall(r"`([\w/]+/\w+\.py)`", text))
     assert len(named) > 60
-    assert [name for name in sorted(named) if not (package / name).is_file() and not (REPOSITORY / name).is_file()] == []
+    assert [
+        name for name in sorted(named) if not (package / name).is_file() and not (REPOSITORY / name).is_file()
+    ] == []
 
 
 def test_every_metric_is_described() -> None:

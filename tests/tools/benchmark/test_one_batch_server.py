@@ -288,10 +288,6 @@ def test_the_command_measures_the_real_server(tmp_path: Path, capsys: pytest.Cap
         (["--batch-size", "1", "0"], "--batch-size: '0' is not a whole number from 1 on"),
         (["--temperature", "-1"], "--temperature: '-1' is not a number from 0 on"),
         (["--result-filename", "/none/x"], "--result-filename is /none/x; it must be a file in a folder that exists"),
-        (
-            ["--model-path", "m"],
-            "--model-path/--model: 'm' is not started here; start python -m sgl_jax.launch_server first and give --base-url",
-        ),
         (["--base-url", "x"], "--base-url: 'x' is not a URL that begins with http:// or https://"),
         (["--zzz", "x"], "--zzz is not a flag; --help lists them all"),
     ],
@@ -305,6 +301,17 @@ def test_published_command_lines_and_addresses_are_taken() -> None:
     args, _ = parse(TOOL, ["--model", "None", "--port", "81", "--header", "Authorization=Bearer key"])
     assert base_url(args) == "http://127.0.0.1:81"
     assert args.header == ["Authorization=Bearer key"]
+
+
+@pytest.mark.parametrize("name", ["None", "Qwen/Qwen-7B-Chat", "chat"])
+def test_a_model_that_the_server_has_is_taken(name: str) -> None:
+    script = Script(info=INFO | {"model_path": "Qwen/Qwen-7B-Chat", "served_model_name": "chat"})
+    assert measure(script, "--model-path", name)[0] == 0
+
+
+def test_another_model_than_the_servers_is_refused() -> None:
+    with pytest.raises(BenchmarkError, match="--model-path is m; the server that runs has Qwen/Qwen-7B-Chat: leave"):
+        measure(Script(info=INFO | {"model_path": "Qwen/Qwen-7B-Chat"}), "--model-path", "m")
 
 
 def test_without_a_vocabulary_nothing_can_be_drawn() -> None:

@@ -39,8 +39,6 @@ _FACTOR = _kind("X", float, lambda x: 0 < x < float("inf"), "a number above 0")
 _RATIO = _kind("X", float, lambda x: 0 <= x <= 1, "a number between 0 and 1")
 _URL = _kind("URL", str, re.compile("https?://").match, "a URL that begins with http:// or https://")
 _HEADER = _kind("NAME=VALUE", str, re.compile("[^=]+=").match, "NAME=VALUE")
-_START_FIRST = "started here; start python -m sgl_jax.launch_server first and give --base-url"
-_NO_MODEL = _kind("None", str, re.compile("None$").match, _START_FIRST)
 _OBJECT = _kind("JSON", json.loads, lambda value: isinstance(value, dict), "a JSON object")
 _COUNTS: Kind = _COUNT | {"nargs": "+"}
 _FILE: Kind = {"type": Path, "metavar": "FILE"}
@@ -115,7 +113,7 @@ _BATCHES: Flags = [
 _BATCHES_SERVED: Flags = [
     ("--backend", {"choices": ("sgl-jax",)}, "sgl-jax", "its native API, the only one"),
     *_ADDRESS,
-    ("--model-path --model", _NO_MODEL, None, "the server that runs has its model; only None is taken"),
+    ("--model-path --model", _TEXT, None, "the model that the server must have; None takes any"),
     ("--show-report", None, False, "print all cases as a markdown table at the end"),
     *(*_BATCHES, _PROFILE_DIR, _LIMITS, _WARM, _TEMPERATURE, _LOGPROBS),
 ]

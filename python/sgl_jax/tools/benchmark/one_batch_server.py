@@ -54,9 +54,15 @@ async def run(args: argparse.Namespace) -> int:
     """Measure every case, print it and append it to the file. Returns the exit code."""
     options = RequestOptions(temperature=args.temperature, return_logprob=args.return_logprob)
     async with connect(args) as client:
-        engine = (await client.server_info()).get("engine") or {}
+        info = await client.server_info()
+        engine = info.get("engine") or {}
         if "vocab_size" not in engine:
             raise BenchmarkError("the server does not tell the size of its vocabulary; only ours can be measured")
+        names = [info.get("model_path"), info.get("served_model_name")]
+        if args.model_path not in (None, "None", *names):
+            raise BenchmarkError(
+                f"--model-path is {args.model_path}; the server that runs has {names[0]}: leave the flag out"
+            )
         source = IdSource(engine["vocab_size"], None, np.random.default_rng(args.seed))
         roofline = server_roofline(args.machine_limits, engine)
 
