@@ -1,9 +1,12 @@
-"""The tables of models and chips in the documentation are those that the planner computes."""
+"""The tables of models and chips in the documentation, and its recipes, are those that the planner computes."""
 
 from __future__ import annotations
 
+import importlib
 import re
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -52,3 +55,32 @@ def test_what_cannot_be_divided_is_said() -> None:
 
 def test_the_table_on_the_front_page_is_a_part_of_it() -> None:
     assert {model: {chips: RECIPES[model][chips] for chips in cells} for model, cells in README.items()} == README
+
+
+@pytest.fixture(scope="module")
+def recipe_pages() -> ModuleType:
+    """The module that writes the pages of recipes."""
+    sys.path.append(str(REPOSITORY / "docs"))
+    try:
+        return importlib.import_module("recipe_pages")
+    finally:
+        sys.path.remove(str(REPOSITORY / "docs"))
+
+
+@pytest.mark.parametrize("model", ["Qwen3-8B", "Qwen3-30B-A3B"])
+def test_pages_of_recipes_are_what_the_planner_says(model: str, recipe_pages: ModuleType) -> None:
+    """Fails after the planner or the recipes change until `python docs/generate.py` has run."""
+    page = recipe_pages.FOLDER / recipe_pages.file_name(model)
+    assert page.read_text(encoding="utf-8") == recipe_pages.recipe_page(model)
+
+
+def test_every_recipe_has_a_page_which_agrees_with_the_table(recipe_pages: ModuleType) -> None:
+    pages = {page.name: page.read_text(encoding="utf-8") for page in recipe_pages.FOLDER.glob("*.md")}
+    assert pages.keys() == {recipe_pages.file_name(model) for model in recipe_pages.RECIPES}
+    for model, (_, launches) in recipe_pages.RECIPES.items():
+        page = pages[recipe_pages.file_name(model)]
+        assert "**All figures on this page are predicted.**" in page
+        for launch, section in zip(launches, page.split("\n## ")[1:], strict=True):
+            assert section.startswith(f"{launch.chips}\n")
+            # The table has one data rank.
+            assert "--dp-size" in launch.flags or f": {RECIPES[model][launch.chips]} tokens in all" in section, model
