@@ -53,7 +53,7 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stop every program when its command line is read."""
     monkeypatch.setattr(log, "setup", lambda *_: None)
     is_there = os.path.isdir
-    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/adapters" or is_there(path))  # of a page's example
+    monkeypatch.setattr(os.path, "isdir", lambda path: path == "/adapters" or is_there(path))  # an example in a page
     monkeypatch.setattr(speculators, "with_verifier", lambda args: args)
     for place in ("server.lifecycle.serve", "engine.follower_loop.follow"):
         monkeypatch.setattr(f"sgl_jax.{place}", lambda *_: 0)
