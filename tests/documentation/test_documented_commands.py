@@ -35,6 +35,7 @@ from sgl_jax.settings import speculators
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.tools.batch import batch_command
 from sgl_jax.tools.benchmark.arguments import TOOLS, server_arguments
+from sgl_jax.tools.chat import chat_command
 from sgl_jax.tools.environment import check_command
 
 PAGES = [command for page in shell_lines.pages() for command in shell_lines.in_blocks(page)]
@@ -63,6 +64,9 @@ def idle(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(f"sgl_jax.tools.benchmark.{tool.module}.main", measure_nothing)
     monkeypatch.setattr(check_command, "check_env", lambda _: SimpleNamespace(usable=()))
     monkeypatch.setattr(batch_command.asyncio, "run", lambda work: work.close() or 0)
+    for peer in ("ServerPeer", "EnginePeer"):
+        monkeypatch.setattr(chat_command, peer, lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(chat_command, "ChatLoop", lambda _: SimpleNamespace(run=lambda: 0))
 
 
 def measure_nothing(_: argparse.Namespace, rest: Sequence[str]) -> int:
