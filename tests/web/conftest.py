@@ -21,7 +21,7 @@ _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _PATIENCE_MS = 10_000  # for anything to appear; what is there is found at once
 
 
-@pytest.fixture(scope="package")  # not longer: while it runs, no other test may start an event loop in this thread
+@pytest.fixture(scope="module")  # not longer: while it runs, no other test may start an event loop in this thread
 def browser() -> Iterator[Browser]:
     """A Chromium without a window."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; `make env-dev` does it")
