@@ -226,5 +226,10 @@ def test_tokenize_and_back(http: httpx.Client) -> None:
     assert http.post("/detokenize", json={"tokens": [1, 403, 407]}).json() == {"text": "Once upon"}
     with_special = http.post("/detokenize", json={"tokens": [[1, 403], [407]], "skip_special_tokens": False}).json()
     assert with_special == {"text": ["<s> Once", "upon"]}
+    spelled = http.post("/tokenize", json={"prompt": ["Once upon"], "return_token_strs": True}).json()
+    assert spelled["token_strs"] == [["<s>", " Once", " upon"]]
+    spelled = http.post("/tokenize", json={"prompt": "Once upon", "return_token_strs": True}).json()
+    assert spelled["token_strs"] == ["<s>", " Once", " upon"]
+    assert "token_strs" not in plain
     chat = http.post("/tokenize", json={"messages": [{"role": "user", "content": "Hi"}]}).json()
     assert tokenizer().decode(chat["tokens"]) == "user: Hi\nassistant: "

@@ -81,6 +81,9 @@ def router(state: ServerState) -> APIRouter:
             return EventStream(generation, _events(call, generation))
         return await json_unless_disconnected(request, call.answer(generation))
 
+    async def spelled(ids: list[int]) -> list[str]:
+        return await state.text_work(len(ids), lambda: [state.tokenizer.token_text(each) for each in ids])
+
     @routes.post("/tokenize", **documented(TokenizeResponse, 404, *BODY))
     async def tokenize(body: TokenizeRequest) -> Response:
         state.adapter_of(body.model)
@@ -90,12 +93,14 @@ def router(state: ServerState) -> APIRouter:
         special = body.add_special_tokens is not False
         if isinstance(body.prompt, list):
             rows = [await state.encode(prompt, "prompt", special, _MOST_TO_COUNT) for prompt in body.prompt]
-            return json_response(TokenizeResponse([*rows], [len(row) for row in rows], limit))
+            texts = [await spelled(row) for row in rows] if body.return_token_strs else msgspec.UNSET
+            return json_response(TokenizeResponse([*rows], [len(row) for row in rows], limit, texts))
         if body.prompt is not None:
             ids = await state.encode(body.prompt, "prompt", special, _MOST_TO_COUNT)
         else:
             ids = await state.encode_chat(body.messages or (), body, _MOST_TO_COUNT)
-        return json_response(TokenizeResponse([*ids], len(ids), limit))
+        texts = await spelled(ids) if body.return_token_strs else msgspec.UNSET
+        return json_response(TokenizeResponse([*ids], len(ids), limit, texts))
 
     @routes.post("/detokenize", **documented(DetokenizeResponse, 404, *BODY))
     async def detokenize(body: DetokenizeRequest) -> Response:

@@ -173,6 +173,7 @@ class TokenizeRequest(TemplateFields):
     model: str | None = None
     prompt: str | list[str] | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    return_token_strs: bool | None = Field(None, description="the answer has each token's text too")
 
 
 class DetokenizeRequest(Body):

@@ -1,5 +1,6 @@
 """Shapes of the answers, which msgspec encodes and /openapi.json describes."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -167,11 +168,12 @@ class GenerateAnswer(msgspec.Struct, omit_defaults=True):
 
 
 class TokenizeResponse(msgspec.Struct):
-    """Answer of /tokenize. For a list of prompts `tokens` and `count` are lists with one entry per prompt."""
+    """Answer of /tokenize. For a list of prompts all but `max_model_len` are lists with one entry per prompt."""
 
     tokens: list[int | list[int]]
     count: int | list[int]
     max_model_len: int
+    token_strs: Sequence[str | list[str]] | UnsetType = UNSET
 
 
 class DetokenizeResponse(msgspec.Struct):
