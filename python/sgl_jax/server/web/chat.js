@@ -44,12 +44,16 @@ class App extends Component {
     try {
       const models = (await read("v1/models")).data;
       const [about, openapi] = await Promise.all([read("tokenizer_info"), read("openapi.json")]);
-      const special = new Set(Object.values(about.added_tokens_decoder).filter((each) => each.special).map((each) => each.content));
+      const { special } = this.info; // stays the same set, which an answer that has begun looks into
+      for (const token of Object.values(about.added_tokens_decoder)) token.special && special.add(token.content);
       this.change({ openapi, info: { models, special, template: about.chat_template, context: models[0].max_model_len } });
     } catch (error) {
       this.change({ notice: { text: error.message } });
     }
   }
+
+  // The chosen model, if the server still has it.
+  get model() { return (this.info.models.find(({ id }) => id === this.settings.model) ?? this.info.models[0])?.id; }
 
   get plain() { return this.settings.plain || !this.info.template; }
 
@@ -91,8 +95,9 @@ class App extends Component {
   delete(conversation) {
     store.remove(conversation);
     this.conversations = this.conversations.filter((each) => each !== conversation);
-    if (conversation === this.current) this.stop() ?? this.create();
-    const undo = () => { store.save(conversation); this.reread(); this.change({ notice: null }); };
+    if (this.running && conversation.turns[this.running.turn.id]) this.stop();
+    if (conversation === this.current) this.create();
+    const undo = () => { store.save(conversation); this.change({ notice: null, conversations: [conversation, ...this.conversations] }); };
     this.change({ notice: { text: `“${conversation.title}” was deleted.`, undo } });
   }
 
@@ -132,9 +137,8 @@ class App extends Component {
     try { params = paramsOf(this.fields, this.settings); } catch (error) { return this.change({ notice: { text: error.message } }); }
     const turn = store.add(current, parent, { role: "assistant", content: head ?? "", head, thought });
     const abort = new AbortController();
-    const { model, probabilities, top } = this.settings;
-    const known = this.info.models.some(({ id }) => id === model);
-    const body = request(current, turn, { model: known && model, plain: this.plain, probabilities: probabilities && top, params });
+    const { probabilities, top } = this.settings;
+    const body = request(current, turn, { model: this.model, plain: this.plain, probabilities: probabilities && top, params });
     this.save();
     this.change({ running: { turn, abort }, notice: null, stick: true });
     try {
@@ -181,8 +185,7 @@ class App extends Component {
       const ours = new Set(this.conversations.map(({ id }) => id));
       const added = found.map((each) => (ours.has(each.id) ? { ...each, id: store.newConversation().id } : each));
       const kept = added.every(store.save);
-      this.reread();
-      this.change({ notice: { text: kept ? `${found.length} conversations were imported.` : "The browser's store is full." } });
+      this.change({ conversations: [...added, ...this.conversations], notice: { text: kept ? `${found.length} conversations were imported.` : "The browser's store is full." } });
     } catch (error) {
       this.change({ notice: { text: error.message } });
     }
@@ -234,7 +237,7 @@ function Bar({ app }) {
   const adapters = info.models.filter(({ parent }) => parent);
   return html`<header>
     <button aria-label="Conversations" aria-expanded=${app.list} onClick=${() => app.change({ list: !app.list })}>☰</button>
-    <select aria-label="Model" value=${settings.model} onChange=${(event) => app.set({ model: event.target.value })}>
+    <select aria-label="Model" value=${app.model} onChange=${(event) => app.set({ model: event.target.value })}>
       ${info.models.filter(({ parent }) => !parent).map(option)}
       ${adapters.length > 0 && html`<optgroup label="Adapters">${adapters.map(option)}</optgroup>`}</select>
     <span class="grow"></span>
@@ -250,7 +253,7 @@ function List({ app }) {
     <button class="primary" onClick=${() => app.create()}>New chat</button>
     <input type="search" placeholder="Search" aria-label="Search" value=${app.search} onInput=${(event) => app.change({ search: event.target.value })} />
     <ul>${app.conversations.filter(({ title }) => title.toLowerCase().includes(wanted)).map((each) => html`<li key=${each.id}>
-      <button class="title" aria-current=${each === app.current} disabled=${app.running} onClick=${() => app.open(each)}>${each.title || "Untitled"}</button>
+      <button class="title" aria-current=${each === app.current} onClick=${() => app.open(each)}>${each.title || "Untitled"}</button>
       <button aria-label="Delete ${each.title}" onClick=${() => app.delete(each)}>✕</button></li>`)}</ul>
     <div class="small"><button onClick=${() => app.export()}>Export</button>
       <label class="button">Import<input type="file" accept=".json" onChange=${(event) => app.import(event.target)} /></label>

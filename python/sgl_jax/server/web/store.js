@@ -79,6 +79,8 @@ export function imported(text) {
 const isText = (value) => typeof value === "string";
 const isPlain = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
 
+const isListOf = (value, check) => value === undefined || (Array.isArray(value) && value.every((each) => isPlain(each) && check(each)));
+
 const isConversation = (value) =>
   isPlain(value) && [value.id, value.title, value.system].every(isText) && Number.isFinite(value.used) &&
   isPlain(value.turns) && isPlain(value.chosen) && Object.entries(value.turns).every(isTurn);
@@ -86,5 +88,5 @@ const isConversation = (value) =>
 const isTurn = ([name, turn]) =>
   isPlain(turn) && turn.id === name && isText(turn.parent) && isText(turn.content) &&
   ["user", "assistant", "tool"].includes(turn.role) && (turn.thought === undefined || isText(turn.thought)) &&
-  (turn.error === undefined || isText(turn.error)) && (turn.tokens === undefined || Array.isArray(turn.tokens)) &&
-  (turn.calls === undefined || Array.isArray(turn.calls)) && (turn.stats === undefined || isPlain(turn.stats));
+  (turn.error === undefined || isText(turn.error)) && isListOf(turn.tokens, (token) => isText(token.text) && Array.isArray(token.top) && token.top.every(Array.isArray)) &&
+  isListOf(turn.calls, (call) => [call.id, call.name, call.args].every(isText)) && (turn.stats === undefined || (isPlain(turn.stats) && Object.values(turn.stats).every(Number.isFinite)));
