@@ -14,8 +14,9 @@ from live_server import LiveServer
 from fakes.fake_core import FakeCore
 
 if TYPE_CHECKING:
-    from conftest import Visits
     from playwright.sync_api import Locator, Page
+
+    from conftest import Visits
 
 SERVER_TESTS = Path(__file__).parents[1] / "server"
 REPEAT = {"chat_template": str(SERVER_TESTS / "tool_template.jinja"), "reasoning_parser": "qwen3"}
@@ -27,11 +28,12 @@ def repeating() -> Iterator[LiveServer]:
         yield server
 
 
-@pytest.fixture(scope="module")
-def slow() -> Iterator[LiveServer]:
-    """Serve with 30 ms per token, so that there is time to stop."""
-    with LiveServer(lambda: FakeCore(step_seconds=0.03), **REPEAT) as server:
-        yield server
+@pytest.fixture
+def slow(repeating: LiveServer) -> Iterator[LiveServer]:
+    """Take 30 ms per token, so that there is time to stop."""
+    repeating.core.step_seconds = 0.03
+    yield repeating
+    repeating.core.step_seconds = 0.001
 
 
 @pytest.fixture
@@ -92,10 +94,10 @@ def test_an_answer_streams_and_escape_stops_it(visit: Callable[..., Page], slow:
     text = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 3
     page.get_by_label("Message").fill(text)
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('.assistant .markdown')?.textContent.length > 8")
+    page.locator(".assistant .markdown").filter(has_text="a b c").wait_for()
     page.keyboard.press("Escape")
     ended(page.get_by_label("assistant"))
-    assert 8 < len(answers(page)[0]) < len(text) - 20
+    assert 5 <= len(answers(page)[0]) < len(text) - 20
     assert page.locator(".figures").inner_text() == "stopped"
     page.get_by_role("button", name="Send").wait_for()
 
@@ -214,7 +216,7 @@ def test_a_thought_is_folded_and_a_call_takes_its_result(page: Page, repeating: 
     assert answers(page)[-1] == "it is 3"
 
 
-def test_parameters_are_those_of_the_api(page: Page, repeating: LiveServer) -> None:
+def test_parameters_are_those_of_the_api(visits: Visits, page: Page, repeating: LiveServer) -> None:
     page.get_by_role("button", name="Settings").click()
     first = page.locator(".settings > .field code")
     assert first.all_inner_texts()[:4] == ["temperature", "top_p", "top_k", "min_p"]
@@ -230,7 +232,8 @@ def test_parameters_are_those_of_the_api(page: Page, repeating: LiveServer) -> N
     page.get_by_label("temperature").fill("-1")
     page.get_by_label("Message").fill("again")
     page.keyboard.press("Enter")
-    page.get_by_role("alert").filter(has_text="temperature").wait_for()
+    page.get_by_role("alert").filter(has_text="temperature: Input should be greater").wait_for()
+    visits.forgive("400")
 
 
 def test_an_answer_follows_a_schema(page: Page, repeating: LiveServer) -> None:
@@ -238,14 +241,9 @@ def test_an_answer_follows_a_schema(page: Page, repeating: LiveServer) -> None:
     box = page.get_by_label("JSON schema of the answer")
     box.fill("{")
     page.get_by_role("alert").filter(has_text="The JSON schema is not valid JSON").wait_for()
-    box.fill('{"type": "object"}')
+    box.fill('{"type": "object", "properties": {"weight": {"type": "number"}}}')
     send(page, "{}")
-    assert (
-        json.loads(
-            last_request(repeating).params.grammar.text if hasattr(last_request(repeating).params, "grammar") else "{}"
-        )
-        is not None
-    )
+    assert "weight" in repr(last_request(repeating).params)
 
 
 # --- probabilities and prompts ----------------------------------------------------------------------------------------
@@ -305,27 +303,19 @@ def test_a_model_without_template_completes_text(visit: Callable[..., Page]) -> 
         ended(page.get_by_label("assistant"))
 
 
-def test_the_key_is_asked_for_and_kept_for_the_tab(visits: Visits, visit: Callable[..., Page]) -> None:
-    with LiveServer(api_key="secret", **REPEAT) as server:
-        page = visit(server.url)
+def test_the_key_is_asked_for_and_a_start_waited_for(visits: Visits) -> None:
+    with LiveServer(open_service=False, api_key="secret", **REPEAT) as server:
+        page = visits.open(server.url)
         page.get_by_label("API key of this server").fill("secret")
         page.keyboard.press("Enter")
-        page.locator("dialog").wait_for(state="detached")
-        assert send(page, "with key").is_visible()
-        page.reload()
-        assert send(page, "still").is_visible()
-        assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
-        visits.forgive("401")
-
-
-def test_a_start_is_waited_for(visits: Visits, visit: Callable[..., Page]) -> None:
-    with LiveServer(open_service=False, **REPEAT) as server:
-        page = visit(server.url)
         page.get_by_text("the engine is still starting Trying again…").wait_for()
         server.in_loop(lambda: server.loop.create_task(opened(server)))
         page.get_by_text("Trying again").wait_for(state="detached")
-        send(page, "awake")
-        visits.forgive("503")
+        send(page, "with key")
+        page.reload()
+        send(page, "still")
+        assert "secret" not in page.evaluate("JSON.stringify(localStorage)")
+        visits.forgive("401", "503")
 
 
 async def opened(server: LiveServer) -> None:

@@ -4,13 +4,13 @@ import * as api from "./api.js";
 import { generate, prompt, request } from "./generate.js";
 import { Settings, fieldsOf, paramsOf } from "./settings.js";
 import * as store from "./store.js";
-import { applyTheme, isDark, toggleTheme } from "./theme.js";
+import { applyTheme, theme, toggleTheme } from "./theme.js";
 import { Prompt } from "./tokens.js";
 import { Turn } from "./turn.js";
 
 applyTheme();
+const isWide = () => matchMedia("(min-width: 60rem)").matches;
 const DEFAULTS = { model: "", schema: "", params: {}, plain: false, probabilities: false, top: 5, open: false };
-const wide = () => matchMedia("(min-width: 60rem)").matches;
 
 class App extends Component {
   conversations = store.readAll();
@@ -19,12 +19,12 @@ class App extends Component {
   info = { models: [], template: "?", special: new Set(), context: 0 };
   openapi = null;
   running = null; // the turn that is being answered, and what aborts it
-  list = wide(); // whether the list of conversations is open
+  list = isWide(); // whether the list of conversations is open
   on = { key: () => this.askKey(), waiting: (text) => text !== this.waiting && this.change({ waiting: text }) };
 
   change = (found) => { Object.assign(this, found); this.forceUpdate(); };
 
-  // Many changes of a stream are one drawing.
+  // Draws once for the many changes of a stream.
   soon = () => { this.timer ??= setTimeout(() => { this.timer = null; this.forceUpdate(); }, 30); };
 
   componentDidMount() {
@@ -88,7 +88,7 @@ class App extends Component {
     this.forceUpdate();
   }
 
-  open(current) { this.change({ current, editing: null, list: wide() && this.list }); }
+  open(current) { this.change({ current, editing: null, list: isWide() && this.list }); }
 
   create() { this.open(store.newConversation(this.current.system)); }
 
@@ -138,7 +138,7 @@ class App extends Component {
     const turn = store.add(current, parent, { role: "assistant", content: head ?? "", head, thought });
     const abort = new AbortController();
     const { probabilities, top } = this.settings;
-    const body = request(current, turn, { model: this.model, plain: this.plain, probabilities: probabilities && top, params });
+    const body = request(current, turn, { model: this.model, plain: this.plain, alternatives: probabilities ? top : 0, params });
     this.save();
     this.change({ running: { turn, abort }, notice: null, stick: true });
     try {
@@ -232,7 +232,7 @@ function waitingCalls(turns) {
 }
 
 function Bar({ app }) {
-  const { settings, info } = app;
+  const { settings, info } = app, dark = theme() === "dark";
   const option = ({ id }) => html`<option value=${id}>${id}</option>`;
   const adapters = info.models.filter(({ parent }) => parent);
   return html`<header>
@@ -242,7 +242,7 @@ function Bar({ app }) {
       ${adapters.length > 0 && html`<optgroup label="Adapters">${adapters.map(option)}</optgroup>`}</select>
     <span class="grow"></span>
     <label class="check small"><input type="checkbox" checked=${settings.probabilities} onChange=${(event) => app.set({ probabilities: event.target.checked })} /> Probabilities</label>
-    <button aria-label=${isDark() ? "Light" : "Dark"} onClick=${() => { toggleTheme(); app.forceUpdate(); }}>${isDark() ? "☀" : "☾"}</button>
+    <button aria-label=${dark ? "Light" : "Dark"} onClick=${() => { toggleTheme(); app.forceUpdate(); }}>${dark ? "☀" : "☾"}</button>
     <button aria-expanded=${settings.open} onClick=${() => app.set({ open: !settings.open })}>Settings</button>
   </header>`;
 }
@@ -291,7 +291,7 @@ function Key({ onDone }) {
   };
   return html`<dialog ref=${dialog} onCancel=${() => onDone(false)}><form onSubmit=${submit}>
     <label>API key of this server<input type="password" ref=${field} autocomplete="off" defaultValue=${api.key.get()} /></label>
-    <label class="check small"><input type="checkbox" ref=${remember} defaultChecked=${api.key.remembered()} /> Remember it in this browser; else it is gone with this tab</label>
+    <label class="check small"><input type="checkbox" ref=${remember} /> Remember it in this browser; else it is gone with this tab</label>
     <footer><button type="button" onClick=${() => onDone(false)}>Cancel</button><button class="primary">Use</button></footer>
   </form></dialog>`;
 }

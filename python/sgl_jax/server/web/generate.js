@@ -7,71 +7,62 @@ const PLAIN_TOKENS = 256; // the API's own default for completions is 16
 
 const message = ({ role, content, thought, calls, call }) => ({
   role,
-  content: content || (calls ? null : ""),
+  content,
   ...(thought && { reasoning_content: thought }),
   ...(calls && { tool_calls: calls.map(({ id, name, args }) => ({ id, type: "function", function: { name, arguments: args } })) }),
   ...(call && { tool_call_id: call }),
 });
 
-// The conversation up to a turn as the server takes it: messages, or plain text.
+// The conversation before a turn, and the beginning that the turn may have, as messages or as plain text.
 export function prompt(conversation, turn, plain) {
-  const turns = before(conversation, turn).filter((each) => each.role !== "assistant" || each.content || each.calls);
-  if (plain) return { prompt: turns.map((each) => each.content).join("") + (turn.head ?? "") };
+  const turns = before(conversation, turn).filter(({ role, content, calls }) => role !== "assistant" || content || calls);
+  if (plain) return { prompt: turns.map(({ content }) => content).join("") + (turn.head ?? "") };
   const messages = turns.map(message);
   if (conversation.system) messages.unshift({ role: "system", content: conversation.system });
   if (!turn.head) return { messages };
   return { messages: [...messages, message({ ...turn, content: turn.head })], continue_final_message: true };
 }
 
-export function request(conversation, turn, { model, plain, probabilities, params }) {
-  const scores = plain ? { logprobs: probabilities } : { logprobs: true, top_logprobs: probabilities };
+// `alternatives`: how many to ask for with each token; 0 for no probabilities.
+export function request(conversation, turn, { model, plain, alternatives, params }) {
+  const scores = plain ? { logprobs: alternatives } : { logprobs: true, top_logprobs: alternatives };
   return {
     ...(plain && { max_tokens: PLAIN_TOKENS }),
     ...params,
     ...prompt(conversation, turn, plain),
-    ...(model && { model }),
-    ...(probabilities && scores),
+    ...(alternatives && scores),
+    model,
     stream: true,
     stream_options: { include_usage: true },
   };
 }
 
-// Streams into the turn; `changed` is called after each event. Throws where it breaks off.
+// Streams into the turn, and calls `changed` after each event. Throws where the stream breaks off.
 export async function generate(turn, body, { signal, on, special, changed }) {
   const begun = performance.now();
-  const reader = scoreReader(special);
+  const scored = scoreReader(special);
   let first, last;
   for await (const event of events(body.messages ? "v1/chat/completions" : "v1/completions", { body, signal, on })) {
-    const choice = event.choices[0];
+    const [choice] = event.choices;
     if (choice) {
-      const delta = choice.delta ?? { content: choice.text };
-      if (delta.content || delta.reasoning_content || delta.tool_calls || choice.logprobs) first ??= last = performance.now();
-      if (first) last = performance.now();
-      read(turn, delta);
-      if (choice.logprobs) (turn.tokens ??= []).push(...reader(choice.logprobs));
+      const { content = choice.text, reasoning_content, tool_calls } = choice.delta ?? {};
+      if (content || reasoning_content || tool_calls) first ??= performance.now();
+      last = performance.now();
+      turn.content += content ?? "";
+      if (reasoning_content) turn.thought = (turn.thought ?? "") + reasoning_content;
+      for (const { index, id, function: { name, arguments: args = "" } } of tool_calls ?? []) {
+        ((turn.calls ??= [])[index] ??= { id, name, args: "" }).args += args;
+      }
+      if (choice.logprobs) (turn.tokens ??= []).push(...scored(choice.logprobs));
       if (choice.finish_reason) turn.finish = choice.finish_reason;
     }
-    if (event.usage) turn.stats = stats(event.usage, first - begun, last - first, last - begun);
+    if (event.usage) turn.stats = figures(event.usage, first - begun || 0, last - first, last - begun);
     changed();
   }
 }
 
-function read(turn, delta) {
-  turn.content += delta.content ?? "";
-  if (delta.reasoning_content) turn.thought = (turn.thought ?? "") + delta.reasoning_content;
-  for (const { index, id, function: called } of delta.tool_calls ?? []) {
-    const call = ((turn.calls ??= [])[index] ??= { id, name: called.name, args: "" });
-    call.args += called.arguments ?? "";
-  }
-}
-
-function stats(usage, ttft, between, whole) {
-  const made = usage.completion_tokens;
-  return {
-    prompt: usage.prompt_tokens,
-    cached: usage.prompt_tokens_details?.cached_tokens ?? 0,
-    made,
-    ttft: ttft || 0,
-    rate: (between > 1 && made > 1 ? (made - 1) / between : made / whole) * 1000 || 0,
-  };
+// Tokens and times: `ttft` ms to the first token, then `between` ms to the last, `whole` in all.
+function figures({ prompt_tokens, completion_tokens, prompt_tokens_details }, ttft, between, whole) {
+  const rate = between > 1 && completion_tokens > 1 ? (completion_tokens - 1) / between : completion_tokens / whole;
+  return { prompt: prompt_tokens, cached: prompt_tokens_details?.cached_tokens ?? 0, made: completion_tokens, ttft, rate: rate * 1000 };
 }

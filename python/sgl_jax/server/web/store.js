@@ -1,8 +1,8 @@
 // Conversations, kept in the browser. Each is a tree of turns: an edit or another answer is a sibling.
-const HOME = `sgl_jax:${location.pathname}:`; // several servers may share an address, by path
+const HOME = `sgl_jax:${location.pathname}:`; // servers may share an address, with a path for each
 const FORMAT = "sgl_jax-chats-1";
 
-const id = () => Math.random().toString(36).slice(2, 12);
+const newId = () => Math.random().toString(36).slice(2, 12);
 
 export function read(name, otherwise) {
   try { return JSON.parse(localStorage.getItem(HOME + name)) ?? otherwise; } catch { return otherwise; }
@@ -11,57 +11,54 @@ export function read(name, otherwise) {
 export const write = (name, value) => localStorage.setItem(HOME + name, JSON.stringify(value));
 
 // Returns all conversations, the last used first.
-export function readAll() {
-  const names = Object.keys(localStorage).filter((name) => name.startsWith(`${HOME}chat:`));
-  const found = names.map((name) => read(name.slice(HOME.length))).filter(isConversation);
-  return found.sort((a, b) => b.used - a.used);
-}
+export const readAll = () => Object.keys(localStorage)
+  .filter((name) => name.startsWith(`${HOME}chat:`))
+  .map((name) => read(name.slice(HOME.length)))
+  .filter(isConversation)
+  .sort((a, b) => b.used - a.used);
 
-export const newConversation = (system = "") => ({ id: id(), title: "", used: Date.now(), system, turns: {}, chosen: {} });
+export const newConversation = (system = "") => ({ id: newId(), title: "", used: Date.now(), system, turns: {}, chosen: {} });
 
-// Writes a conversation. Where the browser's store is full its probabilities go first. Says whether there was room.
+// Writes a conversation; where the browser's store is full, without its probabilities. Says whether there was room.
 export function save(conversation) {
-  const lean = (name, value) => (name === "tokens" ? undefined : value);
-  for (const keep of [undefined, lean]) {
+  for (const lean of [null, (name, value) => (name === "tokens" ? undefined : value)]) {
     try {
-      localStorage.setItem(`${HOME}chat:${conversation.id}`, JSON.stringify(conversation, keep));
+      localStorage.setItem(`${HOME}chat:${conversation.id}`, JSON.stringify(conversation, lean));
       return true;
-    } catch { /* the store is full */ }
+    } catch { /* full */ }
   }
   return false;
 }
 
-export const remove = (conversation) => localStorage.removeItem(`${HOME}chat:${conversation.id}`);
+export const remove = ({ id }) => localStorage.removeItem(`${HOME}chat:${id}`);
 
-// --- the tree: a turn without a parent hangs on "root"
+// --- the tree, whose first turns have the parent "root"
 
-export const siblings = (conversation, turn) => children(conversation, turn.parent);
+export const siblings = ({ turns }, { parent }) => Object.values(turns).filter((turn) => turn.parent === parent);
 
-const children = (conversation, parent) => Object.values(conversation.turns).filter((turn) => turn.parent === parent);
-
-// Returns the turns that are shown: at each the child that was chosen last.
-export function path(conversation) {
+// Returns the turns that are shown: of each the child that was chosen last.
+export function path({ turns, chosen }) {
   const found = [];
-  for (let at = "root"; (at = conversation.chosen[at]) && conversation.turns[at]; ) found.push(conversation.turns[at]);
+  for (let at = "root", turn; (turn = turns[chosen[at]])?.parent === at; at = turn.id) found.push(turn);
   return found;
 }
 
-export const before = (conversation, turn) => {
+export function before({ turns }, { parent }) {
   const found = [];
-  for (let at = conversation.turns[turn.parent]; at; at = conversation.turns[at.parent]) found.unshift(at);
+  for (let at = turns[parent]; at; at = turns[at.parent]) found.unshift(at);
   return found;
-};
+}
+
+export const choose = ({ chosen }, { id, parent }) => { chosen[parent] = id; };
 
 export function add(conversation, parent, turn) {
-  const added = { id: id(), parent, content: "", ...turn };
+  const added = { id: newId(), parent, ...turn };
   conversation.turns[added.id] = added;
-  conversation.chosen[parent] = added.id;
-  if (!conversation.title) conversation.title = added.content.trim().split("\n")[0].slice(0, 60);
+  choose(conversation, added);
+  conversation.title ||= added.content.trim().split("\n")[0].slice(0, 60);
   conversation.used = Date.now();
   return added;
 }
-
-export const choose = (conversation, turn) => { conversation.chosen[turn.parent] = turn.id; };
 
 // --- files
 
@@ -76,17 +73,19 @@ export function imported(text) {
   return found.conversations;
 }
 
-const isText = (value) => typeof value === "string";
-const isPlain = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const areTexts = (...values) => values.every((value) => typeof value === "string");
+const isObject = (value) => typeof value === "object" && value !== null && !Array.isArray(value);
+const isList = (value, check) => Array.isArray(value) && value.every((each) => isObject(each) && check(each));
 
-const isListOf = (value, check) => value === undefined || (Array.isArray(value) && value.every((each) => isPlain(each) && check(each)));
+function isConversation(value) {
+  return isObject(value) && areTexts(value.id, value.title, value.system) && Number.isFinite(value.used) &&
+    isObject(value.chosen) && isObject(value.turns) && Object.entries(value.turns).every(([id, turn]) => isTurn(turn) && turn.id === id);
+}
 
-const isConversation = (value) =>
-  isPlain(value) && [value.id, value.title, value.system].every(isText) && Number.isFinite(value.used) &&
-  isPlain(value.turns) && isPlain(value.chosen) && Object.entries(value.turns).every(isTurn);
-
-const isTurn = ([name, turn]) =>
-  isPlain(turn) && turn.id === name && isText(turn.parent) && isText(turn.content) &&
-  ["user", "assistant", "tool"].includes(turn.role) && (turn.thought === undefined || isText(turn.thought)) &&
-  (turn.error === undefined || isText(turn.error)) && isListOf(turn.tokens, (token) => isText(token.text) && Array.isArray(token.top) && token.top.every(Array.isArray)) &&
-  isListOf(turn.calls, (call) => [call.id, call.name, call.args].every(isText)) && (turn.stats === undefined || (isPlain(turn.stats) && Object.values(turn.stats).every(Number.isFinite)));
+function isTurn(turn) {
+  const { role, parent, content, thought = "", error = "", head = "", finish = "", tokens = [], calls = [], stats = {} } = turn ?? {};
+  return ["user", "assistant", "tool"].includes(role) && areTexts(parent, content, thought, error, head, finish) &&
+    isList(tokens, ({ text, top }) => areTexts(text) && Array.isArray(top) && top.every(Array.isArray)) &&
+    isList(calls, ({ id, name, args }) => areTexts(id, name, args)) &&
+    isObject(stats) && Object.values(stats).every(Number.isFinite);
+}

@@ -1,41 +1,38 @@
 // Tokens: those of an answer with their probabilities and alternatives, and those of a prompt.
 import { html, useState, useRef, useLayoutEffect } from "./vendor/preact-htm.js";
 
-const BYTE = /\\x[0-9a-f]{2}/; // how the API spells bytes that are no character on their own
+const BYTE = /\\x([0-9a-f]{2})/g; // how the API spells bytes that are no character on their own
 
-// Returns a function that reads the scores of an event as tokens: text, logprob, alternatives; `at`, where each begins in
-// the answer's text, in which special tokens do not stand; and whether it is special, or begins amid a character.
+// Returns a reader of an event's scores. Each token has its text, logprob and alternatives; its `piece` of the answer, where
+// that is another text; where this begins, `at`; and whether it begins `amid` a character.
 export function scoreReader(special) {
-  const decoder = new TextDecoder();
-  let at = 0, bytes = 0, decoded = 0;
-  const chat = ({ token, logprob, top_logprobs, bytes: own }) => {
-    const found = { text: token, logprob, top: top_logprobs.map((each) => [each.token, each.logprob]), at };
-    if (special.has(token)) return { ...found, special: true };
-    if (bytes !== decoded) found.amid = true;
-    const text = decoder.decode(new Uint8Array(own), { stream: true });
-    at += text.length;
-    bytes += own.length;
-    decoded += new TextEncoder().encode(text).length;
-    return found;
+  const decoder = new TextDecoder(), encoder = new TextEncoder();
+  let at = 0, read = 0, decoded = 0; // characters, bytes, bytes of whole characters
+  const token = (text, logprob, top, bytes) => {
+    const found = { text, logprob, top, at, ...(read !== decoded && { amid: true }) };
+    const piece = special.has(text) ? "" : decoder.decode(bytes, { stream: true });
+    if (piece) decoded += encoder.encode(piece).length;
+    if (!special.has(text)) read += bytes.length;
+    at += piece.length;
+    return piece === text ? found : { ...found, piece };
   };
-  const plain = ({ tokens, token_logprobs, top_logprobs, text_offset }) => tokens.map((text, i) => (
-    { text, logprob: token_logprobs[i], top: Object.entries(top_logprobs[i]), at: text_offset[i], special: special.has(text) }
-  ));
-  return (scores) => (scores.tokens ? plain(scores) : (scores.content ?? []).map(chat));
+  const bytesOf = (text) => text.split(BYTE).flatMap((part, i) => (i % 2 ? parseInt(part, 16) : [...encoder.encode(part)]));
+  return ({ content, tokens, token_logprobs, top_logprobs }) => content
+    ? content.map((each) => token(each.token, each.logprob, each.top_logprobs.map((other) => [other.token, other.logprob]), new Uint8Array(each.bytes)))
+    : tokens.map((text, i) => token(text, token_logprobs[i], Object.entries(top_logprobs[i]), new Uint8Array(bytesOf(text))));
 }
 
-// Returns the beginning of an answer in which `text` stands in place of a token, or null where the server cannot go on
-// from it: in a thought or a call, in a special token, amid a character.
-export function beginning({ tokens, content, head = "" }, token, text, special) {
-  const raw = tokens.map((each) => (each.special ? "" : each.text)).join("");
+// Returns the beginning of an answer in which `text` stands in place of a token, or null where the server cannot go on from
+// it: in a thought or a call, with a special token, amid a character.
+function beginning({ tokens, content, head = "" }, token, text, special) {
+  const raw = tokens.map((each) => each.piece ?? each.text).join("");
   const own = content.slice(head.length);
-  const start = BYTE.test(raw) ? tokenEnd(tokens) - own.length : raw.endsWith(own) ? raw.length - own.length : raw.lastIndexOf(own);
-  const inside = token.at >= start || token.at + token.text.length > start;
-  if (start < 0 || !inside || token.amid || special.has(text) || BYTE.test(text)) return null;
-  return head + own.slice(0, Math.max(0, token.at - start)) + (token.at < start ? text.trimStart() : text);
+  const start = raw.endsWith(own) ? raw.length - own.length : raw.lastIndexOf(own); // a stop string may stand behind it
+  const before = token.at - start;
+  const outside = start < 0 || (before < 0 && before + token.text.length <= 0);
+  if (outside || token.amid || special.has(text) || text.match(BYTE)) return null;
+  return head + own.slice(0, Math.max(0, before)) + (before < 0 ? text.trimStart() : text);
 }
-
-const tokenEnd = (tokens) => { const last = tokens.at(-1); return last.at + (last.special ? 0 : last.text.length); };
 
 const shown = (text) => text.replace(/\n/g, "↵\n");
 const named = (text) => text.replace(/\n/g, "↵").replace(/ /g, "␣") || "(nothing)";
@@ -54,7 +51,7 @@ export function Tokens({ turn, special, onPick }) {
     event.preventDefault();
   };
   return html`<div class="tokens" ref=${place} onMouseLeave=${() => setActive(-1)}>
-    ${turn.head}${turn.tokens.map((token, i) => html`<span class="token p${shade(token.logprob)} ${token.special ? "special" : ""}"
+    ${turn.head}${turn.tokens.map((token, i) => html`<span class="token p${shade(token.logprob)} ${special.has(token.text) ? "special" : ""}"
       tabindex=${i === Math.max(active, 0) ? 0 : -1} onMouseEnter=${() => setActive(i)} onFocus=${() => setActive(i)}
       onKeyDown=${(event) => go(event, i)}>${shown(token.text)}</span>`)}
     ${turn.tokens[active] && html`<${Alternatives} at=${place.current.querySelectorAll(".token")[active]} token=${turn.tokens[active]}
@@ -66,13 +63,13 @@ function Alternatives({ at, token, text, onPick }) {
   const box = useRef();
   useLayoutEffect(() => { // beneath its token, and inside the page
     const frame = box.current.parentElement;
-    const last = at.getClientRects();
-    const { left, bottom } = last[0];
+    const { left, bottom } = at.getClientRects()[0];
     const from = frame.getBoundingClientRect();
     box.current.style.left = `${Math.max(0, Math.min(left - from.left, from.width - box.current.offsetWidth))}px`;
     box.current.style.top = `${bottom - from.top}px`;
   }, [at]);
-  const all = token.top.some(([other]) => other === token.text) ? token.top : [[token.text, token.logprob], ...token.top];
+  const taken = [token.text, token.logprob];
+  const all = token.top.some(([other]) => other === token.text) ? token.top : [taken, ...token.top];
   return html`<div class="alternatives" ref=${box} role="group" aria-label="Alternatives">
     ${all.map(([other, logprob]) => {
       const start = text(other);

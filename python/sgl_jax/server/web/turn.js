@@ -33,9 +33,8 @@ function Figures({ turn: { stats, finish }, context }) {
 }
 
 function Copy({ text }) {
-  const [done, setDone] = useState(false);
-  const click = async () => { setDone(await copy(text)); setTimeout(() => setDone(false), 1500); };
-  return html`<button onClick=${click}>${done ? "Copied" : "Copy"}</button>`;
+  const [said, setSaid] = useState("Copy");
+  return html`<button onClick=${async () => setSaid(await copy(text))} onBlur=${() => setSaid("Copy")}>${said}</button>`;
 }
 
 function Answer({ turn, app, running }) {
