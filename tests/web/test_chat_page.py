@@ -256,7 +256,7 @@ def test_an_alternative_begins_a_branch(page: Page, repeating: LiveServer) -> No
     assert tokens.all_inner_texts()[:2] == [" Once", " upon"]
     tokens.nth(1).hover()
     choices = page.get_by_label("Alternatives").get_by_role("button")
-    assert choices.count() == 5
+    assert choices.count() == 6
     assert [choices.nth(0).locator(part).inner_text() for part in ("code", "span")] == ["␣upon", "77.9 %"]
     other = choices.nth(1).locator("code").inner_text().replace("␣", " ")
     choices.nth(1).click()

@@ -66,8 +66,7 @@ export const exported = (conversations) => JSON.stringify({ format: FORMAT, conv
 
 // Returns the conversations of a file. Throws what is wrong with it.
 export function imported(text) {
-  let found;
-  try { found = JSON.parse(text); } catch { throw new Error("The file is not JSON."); }
+  const found = JSON.parse(text);
   if (found?.format !== FORMAT || !Array.isArray(found.conversations)) throw new Error(`The file is not of the format ${FORMAT}.`);
   if (!found.conversations.every(isConversation)) throw new Error("A conversation of the file is damaged.");
   return found.conversations;
@@ -83,9 +82,9 @@ function isConversation(value) {
 }
 
 function isTurn(turn) {
-  const { role, parent, content, thought = "", error = "", head = "", finish = "", tokens = [], calls = [], stats = {} } = turn ?? {};
+  const { role, parent, content, thought = "", error = "", head = "", finish = "", tokens = [], calls = [], stats } = turn ?? {};
   return ["user", "assistant", "tool"].includes(role) && areTexts(parent, content, thought, error, head, finish) &&
-    isList(tokens, ({ text, top }) => areTexts(text) && Array.isArray(top) && top.every(Array.isArray)) &&
+    isList(tokens, ({ text, top }) => areTexts(text) && Array.isArray(top) && top.every((other) => areTexts(other?.[0]))) &&
     isList(calls, ({ id, name, args }) => areTexts(id, name, args)) &&
-    isObject(stats) && Object.values(stats).every(Number.isFinite);
+    (stats === undefined || ["prompt", "cached", "made", "ttft", "rate"].every((name) => Number.isFinite(stats?.[name])));
 }

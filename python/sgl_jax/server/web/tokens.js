@@ -73,8 +73,7 @@ function Alternatives({ at, token, text, onPick }) {
   return html`<div class="alternatives" ref=${box} role="group" aria-label="Alternatives">
     ${all.map(([other, logprob]) => {
       const start = text(other);
-      return html`<button class=${other === token.text ? "taken" : ""} disabled=${start === null || !onPick} onClick=${() => onPick(start)}
-        title=${start === null ? "The server cannot go on from here" : "Continue from this token"}>
+      return html`<button class=${other === token.text ? "taken" : ""} disabled=${start === null || !onPick} onClick=${() => onPick(start)} title="Continue from here">
         <code>${named(other)}</code><meter value=${Math.exp(logprob)}></meter><span>${percent(logprob)}</span></button>`;
     })}
   </div>`;
@@ -88,7 +87,7 @@ export function Prompt({ tokens, cached, special, text, template, onClose }) {
   const views = template ? ["Tokens", "Text", "Template"] : ["Tokens", "Text"];
   return html`<dialog ref=${dialog} class="prompt" onClose=${onClose}>
     <header>${views.map((name) => html`<button aria-pressed=${view === name} onClick=${() => setView(name)}>${name}</button>`)}
-      <span class="muted small">${tokens.length} tokens${cached === undefined ? "" : `, ${cached} of them cached when it was answered`}</span>
+      <span class="muted small">${tokens.length} tokens${cached === undefined ? "" : `, ${cached} from the cache`}</span>
       <button aria-label="Close" onClick=${() => dialog.current.close()}>✕</button></header>
     ${view !== "Tokens" ? html`<pre>${view === "Text" ? text : template}</pre>` : html`<pre>${tokens.map((token, i) =>
       html`<span class="piece ${i < cached ? "cached" : ""} ${special.has(token) ? "special" : ""}">${shown(token)}</span>`)}</pre>`}

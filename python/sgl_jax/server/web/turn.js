@@ -9,14 +9,19 @@ function Markdown({ text }) {
   return html`<div class="markdown" ref=${place}></div>`;
 }
 
+// Whether a key sends a text. An input method uses Enter, too.
+export const isSend = ({ key, shiftKey, isComposing }) => key === "Enter" && !shiftKey && !isComposing;
+
 function Editor({ turn, onSave, onCancel }) {
   const area = useRef();
   useLayoutEffect(() => { area.current.focus(); area.current.selectionStart = turn.content.length; }, []);
   const keys = (event) => {
-    if (event.key === "Escape") { event.stopPropagation(); onCancel(); }
-    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); onSave(area.current.value); }
+    if (event.key === "Escape") onCancel();
+    if (!isSend(event)) return;
+    event.preventDefault();
+    onSave(area.current.value);
   };
-  return html`<div class="editor"><textarea ref=${area} aria-label="Edit" rows=${Math.min(12, turn.content.split("\n").length + 1)} onKeyDown=${keys}
+  return html`<div class="editor"><textarea ref=${area} aria-label="Edit" rows="4" onKeyDown=${keys}
     defaultValue=${turn.content}></textarea>
     <button onClick=${onCancel}>Cancel</button><button class="primary" onClick=${() => onSave(area.current.value)}>${turn.role === "user" ? "Send" : "Save"}</button></div>`;
 }
@@ -46,7 +51,7 @@ function Answer({ turn, app, running }) {
   return html`
     ${turn.thought && html`<details class="thought"><summary>${running && !turn.content ? "Thinking…" : "Thought"}</summary><div class="text">${turn.thought}</div></details>`}
     ${body}
-    ${turn.calls?.map((call) => html`<div class="call"><span class="muted small">calls</span> <code>${call.name}</code><pre>${pretty(call.args)}</pre></div>`)}
+    ${turn.calls?.map((call) => html`<div class="call"><code>${call.name}</code><pre>${pretty(call.args)}</pre></div>`)}
     ${running && html`<span class="cursor" role="status" aria-label="Answering"></span>`}
     ${turn.error && html`<p class="error" role="alert">${turn.error} <button onClick=${() => app.again(turn)}>Try again</button></p>`}
     <${Figures} turn=${turn} context=${app.info.context} />`;
