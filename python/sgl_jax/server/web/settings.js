@@ -57,7 +57,7 @@ export function Settings({ app }) {
   try { paramsOf(fields, settings); } catch (error) { wrong = error.message; }
   return html`<aside class="settings" aria-label="Settings">
     ${!app.plain && html`<label>System prompt<textarea rows="4" value=${current.system} onInput=${(event) => app.setSystem(event.target.value)}></textarea></label>`}
-    <label>JSON schema of the answer<textarea class="code" rows="3" placeholder='{"type": "object", …}' value=${settings.schema}
+    <label>JSON schema of the answer<textarea rows="3" placeholder='{"type": "object", …}' value=${settings.schema}
       onInput=${(event) => app.set({ schema: event.target.value })}></textarea></label>
     ${wrong && html`<p class="error small" role="alert">${wrong}</p>`}
     <h2>Sampling</h2>

@@ -73,7 +73,7 @@ function Alternatives({ at, token, text, onPick }) {
   return html`<div class="alternatives" ref=${box} role="group" aria-label="Alternatives">
     ${all.map(([other, logprob]) => {
       const start = text(other);
-      return html`<button class=${other === token.text ? "taken" : ""} disabled=${start === null || !onPick} onClick=${() => onPick(start)} title="Continue from here">
+      return html`<button class=${other === token.text ? "taken" : ""} disabled=${start === null || !onPick} onClick=${() => onPick(start)}>
         <code>${named(other)}</code><meter value=${Math.exp(logprob)}></meter><span>${percent(logprob)}</span></button>`;
     })}
   </div>`;
