@@ -37,14 +37,21 @@ class App extends Component {
     this.load();
   }
 
+  read = async (path) => (await call(path, { on: this.on, patient: true })).json();
+
+  // Reads the API's description, when parameters are shown or set: the server takes a while to write it.
+  async describe() {
+    this.openapi ??= await this.read("openapi.json");
+    this.forceUpdate();
+  }
+
   async load() {
-    const read = async (path) => (await call(path, { on: this.on, patient: true })).json();
     try {
-      const models = (await read("v1/models")).data;
-      const [about, openapi] = await Promise.all([read("tokenizer_info"), read("openapi.json")]);
+      const models = (await this.read("v1/models")).data;
+      const about = await this.read("tokenizer_info");
       const { special } = this.info; // stays the same set, which an answer that has begun looks into
       for (const token of Object.values(about.added_tokens_decoder)) token.special && special.add(token.content);
-      this.change({ openapi, info: { models, special, template: about.chat_template, context: models[0].max_model_len } });
+      this.change({ info: { models, special, template: about.chat_template, context: models[0].max_model_len } });
     } catch (error) {
       this.say(error.message);
     }
@@ -61,7 +68,7 @@ class App extends Component {
   askKey() {
     this.keyGiven ??= new Promise((resolve) => this.change({ keyDone: resolve })).then((given) => {
       this.change({ keyDone: null, keyGiven: null });
-      if (given && !this.openapi && !this.running) this.load();
+      if (given && !this.info.context && !this.running) this.load();
       return given;
     });
     return this.keyGiven;
@@ -139,7 +146,12 @@ class App extends Component {
     if (this.running) return;
     const { current } = this;
     let params;
-    try { params = paramsOf(this.fields, this.settings); } catch (error) { return this.say(error.message); }
+    try {
+      if (Object.keys(this.settings.params).length) await this.describe();
+      params = paramsOf(this.fields, this.settings);
+    } catch (error) {
+      return this.say(error.message);
+    }
     const turn = store.add(current, parent, { role: "assistant", content: head ?? "", head, thought });
     const abort = new AbortController();
     const alternatives = this.settings.probabilities ? ALTERNATIVES : 0;

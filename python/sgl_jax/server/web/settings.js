@@ -1,5 +1,5 @@
 // The panel of settings. Parameters are made from the API's own description, so that none is missing or out of date.
-import { html } from "./vendor/preact-htm.js";
+import { html, useLayoutEffect } from "./vendor/preact-htm.js";
 
 const FIRST = "temperature top_p top_k min_p max_tokens repetition_penalty seed stop reasoning_effort".split(" ");
 // Fields that the page itself fills in, and those that change nothing in an answer.
@@ -51,6 +51,7 @@ function Field({ field: { name, description, kind, choices }, value = "", onValu
 
 export function Settings({ app }) {
   const { settings, current, fields, info } = app;
+  useLayoutEffect(() => { app.describe().catch((error) => app.say(error.message)); }, []);
   const field = (each) => html`<${Field} key=${each.name} field=${each} value=${settings.params[each.name]}
     onValue=${(value) => app.set({ params: { ...settings.params, [each.name]: value } })} />`;
   let wrong = "";

@@ -35,7 +35,7 @@ function beginning({ tokens, content, head = "" }, token, text, special) {
 }
 
 const shown = (text) => text.replace(/\n/g, "↵\n");
-const named = (text) => text.replace(/\n/g, "↵").replace(/ /g, "␣") || "(nothing)";
+const named = (text) => text.replace(/\n/g, "↵").replace(/ /g, "␣");
 const percent = (logprob) => { const p = 100 * Math.exp(logprob); return p >= 0.1 ? `${p.toFixed(1)} %` : "< 0.1 %"; };
 const shade = (logprob) => { const p = Math.exp(logprob); return p >= 0.9 ? 0 : p >= 0.6 ? 1 : p >= 0.3 ? 2 : p >= 0.1 ? 3 : 4; };
 
