@@ -219,6 +219,7 @@ def test_a_thought_is_folded_and_a_call_takes_its_result(page: Page, repeating: 
 def test_parameters_are_those_of_the_api(visits: Visits, page: Page, repeating: LiveServer) -> None:
     page.get_by_role("button", name="Settings").click()
     first = page.locator(".settings > .field code")
+    first.first.wait_for()
     assert first.all_inner_texts()[:4] == ["temperature", "top_p", "top_k", "min_p"]
     page.get_by_label("temperature").fill("0.5")
     page.get_by_label("top_k", exact=True).fill("7")

@@ -107,8 +107,6 @@ class App extends Component {
     this.say(`“${conversation.title}” was deleted.`, undo);
   }
 
-  // --- turns
-
   choose(turn) {
     store.choose(this.current, turn);
     this.save();
@@ -188,8 +186,6 @@ class App extends Component {
     }
   }
 
-  // --- files
-
   export() {
     const address = URL.createObjectURL(new Blob([store.exported(this.conversations)], { type: "application/json" }));
     Object.assign(document.createElement("a"), { href: address, download: "chats.json" }).click();
@@ -209,8 +205,6 @@ class App extends Component {
     }
     input.value = "";
   }
-
-  // --- views
 
   componentDidUpdate() {
     const main = document.querySelector("main");

@@ -29,7 +29,7 @@ export function List({ app }) {
       <button class="title" aria-current=${each === app.current} onClick=${() => app.open(each)}>${each.title || "Untitled"}</button>
       <button aria-label="Delete ${each.title}" onClick=${() => app.delete(each)}>✕</button></li>`)}</ul>
     <div class="small"><button onClick=${() => app.export()}>Export</button>
-      <label class="button">Import<input type="file" accept=".json" onChange=${(event) => app.import(event.target)} /></label>
+      <label class="button">Import<input type="file" onChange=${(event) => app.import(event.target)} /></label>
       <a href="dashboard">Dashboard</a></div>
   </nav>`;
 }

@@ -39,7 +39,7 @@ const named = (text) => text.replace(/\n/g, "↵").replace(/ /g, "␣");
 const percent = (logprob) => { const p = 100 * Math.exp(logprob); return p >= 0.1 ? `${p.toFixed(1)} %` : "< 0.1 %"; };
 const shade = (logprob) => { const p = Math.exp(logprob); return p >= 0.9 ? 0 : p >= 0.6 ? 1 : p >= 0.3 ? 2 : p >= 0.1 ? 3 : 4; };
 
-// An answer's tokens, the less likely the darker. Arrow keys go from one to the next, Enter to its alternatives.
+// An answer's tokens, the less likely the darker. Arrow keys go along them, Enter to the alternatives.
 export function Tokens({ turn, special, onPick }) {
   const [active, setActive] = useState(-1);
   const place = useRef();
@@ -70,7 +70,7 @@ function Alternatives({ at, token, text, onPick }) {
   }, [at]);
   const taken = [token.text, token.logprob];
   const all = token.top.some(([other]) => other === token.text) ? token.top : [taken, ...token.top];
-  return html`<div class="alternatives" ref=${box} role="group" aria-label="Alternatives">
+  return html`<div class="alternatives" ref=${box} aria-label="Alternatives">
     ${all.map(([other, logprob]) => {
       const start = text(other);
       return html`<button class=${other === token.text ? "taken" : ""} disabled=${start === null || !onPick} onClick=${() => onPick(start)}>
@@ -79,7 +79,7 @@ function Alternatives({ at, token, text, onPick }) {
   </div>`;
 }
 
-// The prompt of an answer: its tokens, those from the prefix cache in another colour; its text; the template that wrote it.
+// The prompt of an answer by token, those from the prefix cache in another colour; as text; the template that wrote it.
 export function Prompt({ tokens, cached, special, text, template, onClose }) {
   const [view, setView] = useState("Tokens");
   const dialog = useRef();

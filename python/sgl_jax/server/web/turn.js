@@ -52,7 +52,7 @@ function Answer({ turn, app, running }) {
     ${turn.thought && html`<details class="thought"><summary>${running && !turn.content ? "Thinking…" : "Thought"}</summary><div class="text">${turn.thought}</div></details>`}
     ${body}
     ${turn.calls?.map((call) => html`<div class="call"><code>${call.name}</code><pre>${pretty(call.args)}</pre></div>`)}
-    ${running && html`<span class="cursor" role="status" aria-label="Answering"></span>`}
+    ${running && html`<span class="cursor"></span>`}
     ${turn.error && html`<p class="error" role="alert">${turn.error} <button onClick=${() => app.again(turn)}>Try again</button></p>`}
     <${Figures} turn=${turn} context=${app.info.context} />`;
 }
@@ -71,7 +71,6 @@ export function Turn({ turn, app, all }) {
       <button disabled=${running} onClick=${() => app.showPrompt(turn)}>Prompt</button>`}
   </div>`;
   return html`<article class=${turn.role} aria-label=${turn.role}>
-    ${turn.role === "tool" && html`<span class="muted small">result</span>`}
     ${editing ? html`<${Editor} turn=${turn} onSave=${(text) => app.edit(turn, text)} onCancel=${() => edit(false)} />`
       : turn.role === "assistant" ? html`<${Answer} turn=${turn} app=${app} running=${running} />`
       : html`<div class="text">${turn.content}</div>`}
