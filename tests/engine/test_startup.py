@@ -227,7 +227,7 @@ def test_requests_are_answered_while_programs_compile_behind(
 
     monkeypatch.setattr(LaunchProgress, "compiled", take)
     args = dataclasses.replace(arguments(stories260k, tmp_path), max_running_requests=4, chunked_prefill_size=32)
-    core = startup.launch(args, die=pytest.fail)
+    core = startup.launch(args, die=pytest.fail, tell=lambda now: None)
     assert isinstance(core, Core)
     runner = core.runner
     assert isinstance(runner, ModelRunner)

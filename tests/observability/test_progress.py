@@ -1,12 +1,16 @@
-"""Progress of a start: seconds that add up, few lines without a terminal, one live line on a terminal."""
+"""Progress of a start: seconds that add up, few lines without a terminal, one live view on a terminal."""
 
 from __future__ import annotations
 
+import io
 import logging
+import re
+from concurrent.futures import Future
 
 import pytest
 
 from messages import says
+from sgl_jax.engine.messages import Starting
 from sgl_jax.observability import progress
 from sgl_jax.observability.progress import LaunchProgress, launch_progress
 
@@ -27,6 +31,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def start(shown: LaunchProgress, clock: Clock) -> None:
     """Read weights for 20 s and compile three programs, the first one read from the cache."""
     for second in range(1, 21):
@@ -42,21 +51,23 @@ def start(shown: LaunchProgress, clock: Clock) -> None:
 
 def test_without_a_terminal_lines_are_few_and_their_seconds_count_from_the_start(caplog, monkeypatch, clock):
     monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
-    with caplog.at_level(logging.INFO), launch_progress(LOGGER, 3) as shown:
+    with caplog.at_level(logging.INFO), launch_progress(LOGGER, 3, 3) as shown:
         start(shown, clock)
-    assert caplog.messages == [
+    first, *lines, last = caplog.messages
+    assert says(first, "3 programs … cache … first start")
+    assert lines == [
         "[1/3] tokens=2 rows=2 after 4.0 s (cache hit)",
         *[f"loading weights {percent}%" for percent in (25, 50, 75, 100)],
         "Weights loaded: 2.0 GiB read in 20.0 s (100.0 MiB/s)",
         "[2/3] tokens=8 rows=8 after 30.0 s (cache miss)",
         "[3/3] load bias after 40.0 s (cache miss)",
-        caplog.messages[-1],
     ]
-    assert says(caplog.messages[-1], "3 programs … 40.0 s … 1 from the cache, 2 compiled … first start")
+    assert says(last, "3 programs … 40.0 s … 1 from the cache, 2 compiled … first start")
 
 
 def test_a_quick_load_is_one_line_and_a_warm_start_names_no_first_one(caplog, clock):
-    shown = LaunchProgress(LOGGER, 1)
+    told: list[Starting] = []
+    shown = LaunchProgress(LOGGER, 1, 1, told.append)
     with caplog.at_level(logging.INFO):
         for step in range(1, 101):
             shown.read(step / 100, step)
@@ -66,23 +77,59 @@ def test_a_quick_load_is_one_line_and_a_warm_start_names_no_first_one(caplog, cl
     assert says(weights, "100 B … 0.0 s")
     assert says(last, "1 programs … 1 from the cache")
     assert "first" not in last
+    assert len(told) == 1, "reports come a few times a second, not with each piece"
 
 
-def test_the_live_line_says_how_much_is_done_and_that_it_is_for_the_first_start_only(caplog, clock):
-    texts: list[str] = []
+def test_what_is_told_says_how_much_is_done_how_long_it_takes_and_why(clock):
+    told: list[Starting] = []
+    start(LaunchProgress(LOGGER, 9, 3, told.append), clock)
+    assert told[0] == Starting(0.05, 0, 3, compiles=False, seconds_left=None)
+    assert told[9] == Starting(0.5, 1, 3, compiles=False, seconds_left=20)  # 10 s for one of three programs
+    assert told[9].programs_text == "1 of 3, about 20 s left"
+
+
+def test_waiting_for_programs_goes_on_telling_and_raises_their_error(clock, monkeypatch):
+    told: list[Starting] = []
+    shown, compiled, rounds = LaunchProgress(LOGGER, 2, 2, told.append), Future[None](), iter(range(3))
+
+    def wait(futures, timeout):
+        clock.now += timeout
+        if next(rounds) == 1:
+            shown.compiled("tokens=2 rows=2", cache_hit=False)
+        if next(rounds, None) is None:
+            compiled.set_exception(OSError("no room"))
+        return original(futures, 0)
+
+    original = progress.wait
+    monkeypatch.setattr(progress, "wait", wait)
+    with pytest.raises(OSError, match="no room"):
+        shown.wait(compiled)
+    assert told
+    assert not told[0].compiles
+
+
+def test_a_terminal_shows_weights_programs_and_seconds_left_and_then_nothing_of_it(caplog, monkeypatch, clock):
+    screen, told = Terminal(), list[Starting]()
+    monkeypatch.setattr("sys.stderr", screen)
+    with caplog.at_level(logging.INFO), launch_progress(LOGGER, 9, 4, told.append) as shown:
+        shown.compiled("tokens=2 rows=2", cache_hit=False)
+        clock.now += 10
+        shown.read(0.25, 1 << 20)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert says(text, "weights … 25%")
+    assert says(text, "programs … 1 of 4, compiling … first start … about 30 s left")
+    assert told == [Starting(0.25, 1, 4, compiles=True, seconds_left=30)]
+    assert not caplog.records, "programs have no line beside the live view"
     with caplog.at_level(logging.INFO):
-        start(LaunchProgress(LOGGER, 3, texts.append), clock)
-    assert texts[0] == "loading weights, 0 of 3 programs ready"
-    assert texts[10] == "loading weights 45%, 1 of 3 programs ready"
-    assert says(texts[-1], "weights loaded, 3 of 3 programs ready … first start")
-    assert [line.split(" ")[0] for line in caplog.messages] == ["Weights", "3"]
+        shown.compiled("tokens=4 rows=4", cache_hit=False)
+    assert says(caplog.messages[-1], "[2/9] tokens=4 rows=4"), "but those compiled while serving do"
 
 
-def test_a_terminal_gets_the_live_line_and_a_failed_start_claims_nothing(caplog, monkeypatch):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+def test_a_failed_start_on_a_terminal_claims_nothing(caplog, monkeypatch):
+    monkeypatch.setattr("sys.stderr", Terminal())
 
     def fails() -> None:
-        with launch_progress(LOGGER, 2) as shown:
+        with launch_progress(LOGGER, 2, 2) as shown:
             shown.read(0.5, 50)
             shown.compiled("tokens=2 rows=2", cache_hit=False)
             raise OSError("gone")

@@ -179,8 +179,29 @@ class EngineInfo(msgspec.Struct, frozen=True):
     priority_sign: Literal[-1, 0, 1] = (
         0  # 1, -1: requests of greater, or smaller, priority come first; 0: they have none
     )
+    device_bytes: int = 0  # memory of each device, of which weights, adapters' slots and KV take these:
+    device_weight_bytes: int = 0
+    device_adapter_bytes: int = 0
+    device_kv_bytes: int = 0
+    programs: list[str] = []  # names, one for each bucket of steps and each kind of row load
     simulated: bool = False  # drafts count whatever is sampled: --speculative-simulated-acceptance
     pooling: PoolingInfo | None = None  # the launch makes vectors; None: it generates
+
+
+class Starting(_Message, frozen=True):
+    """How far a start is; sent a few times a second, before Ready."""
+
+    weights: float  # share that has been read
+    num_ready: int  # programs, of those that the start waits for
+    num_programs: int  # for which it waits
+    compiles: bool  # some were not in the compile cache
+    seconds_left: int | None  # None: nothing is known yet
+
+    @property
+    def programs_text(self) -> str:
+        first = ", compiling: the first start takes longest" if self.compiles else ""
+        left = "" if self.seconds_left is None else f", about {self.seconds_left} s left"
+        return f"{self.num_ready} of {self.num_programs}{first}{left}"
 
 
 class Ready(_Message, frozen=True):
@@ -244,6 +265,10 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    step_seconds: float = 0.0  # that all of them took
+    decode_steps: int = 0  # those without prompt tokens
+    decode_step_seconds: float = 0.0
+    resident_bytes: int = 0  # memory of the engine's process; 0: not known
     compiles_after_ready: int = 0
     num_compiling: int = 0  # programs that are not compiled yet
     spec_accept_length: float = 1.0  # over the last decode log interval, as DraftCounts defines it
@@ -334,7 +359,8 @@ class EngineDied(_Message, frozen=True):
 
 
 Event = (
-    Ready
+    Starting
+    | Ready
     | StepOutput
     | CacheFlushed
     | AdapterLoaded

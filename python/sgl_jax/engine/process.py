@@ -34,10 +34,11 @@ LINGER_MS = 2000  # time for the last messages of an engine that dies to get out
 
 
 def spawn(server_args: ServerArgs, core_factory: str, commands: str, events: str) -> subprocess.Popen[bytes]:
-    """Start the engine process. `core_factory` is "module:function", called there with `server_args` and `die`;
-    `commands` and `events` are sockets in a folder of their own.
+    """Start the engine process. `core_factory` is "module:function", called there with `server_args`, `die` and
+    `tell`; `commands` and `events` are sockets in a folder of their own.
 
-    `die` ends the process at once, from any thread, and sends its argument as the reason.
+    `die` ends the process at once, from any thread, and sends its argument as the reason. `tell` sends the progress of
+    the start, from the thread that makes the core.
     """
     sockets = {"commands": commands, "events": events}
     config = {"args": dataclasses.asdict(server_args), "core_factory": core_factory, **sockets}
@@ -74,7 +75,8 @@ def main() -> int:
         server_args = ServerArgs(**config["args"])
         log.setup(server_args.log_level)
         module, _, name = config["core_factory"].partition(":")
-        return getattr(importlib.import_module(module), name)(server_args, functools.partial(_die, config["events"]))
+        factory = getattr(importlib.import_module(module), name)
+        return factory(server_args, functools.partial(_die, config["events"]), send)
 
     ended_well = build_and_run(build, receive, send)
     context.destroy(linger=LINGER_MS)

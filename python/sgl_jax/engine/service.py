@@ -27,7 +27,7 @@ from sgl_jax.engine.generation import (
     extra_ends,
 )
 from sgl_jax.engine.grammar_table import GrammarTable
-from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Stats
+from sgl_jax.engine.messages import Command, EngineInfo, Event, ProfileStatus, Starting, Stats
 from sgl_jax.engine.slices import SLICE, in_slices
 from sgl_jax.engine.trainer_table import TrainerTable
 from sgl_jax.engine.transport import Transport
@@ -36,8 +36,6 @@ from sgl_jax.observability.metrics import RequestMetrics
 from sgl_jax.request import InvalidParameter, Names
 from sgl_jax.text.detokenizer import Detokenizer
 from sgl_jax.text.tokenizer import Tokenizer
-
-_STARTING = "the engine is still starting"
 
 
 class GenerationService:
@@ -61,6 +59,7 @@ class GenerationService:
         self._watchdog = watchdog or Watchdog()
         self._watching: asyncio.Task[None] | None = None
         self._info: EngineInfo | None = None
+        self.starting: Starting | None = None  # how far the start is, once that is known
         self._adapters: AdapterTable | None = None
         self._grammars = GrammarTable(self._ask)
         self.trainer = TrainerTable(self._ask)
@@ -108,14 +107,19 @@ class GenerationService:
     @property
     def info(self) -> EngineInfo:
         if self._info is None:
-            raise ServiceUnavailable(_STARTING)
+            raise self._unavailable
         return self._info
 
     @property
     def adapters(self) -> AdapterTable:
         if self._adapters is None:
-            raise ServiceUnavailable(_STARTING)
+            raise self._unavailable
         return self._adapters
+
+    @property
+    def _unavailable(self) -> ServiceUnavailable:
+        far = f": weights {now.weights:.0%}, programs {now.programs_text}" if (now := self.starting) else ""
+        return ServiceUnavailable(f"the engine is still starting{far}")
 
     @property
     def ready_once(self) -> bool:
@@ -136,8 +140,7 @@ class GenerationService:
         if self.failure is not None:
             raise EngineFailed(f"the engine died: {self.failure}")
         if not self.accepting:
-            starting = self._info is None
-            raise ServiceUnavailable(_STARTING if starting else "the server takes no requests now")
+            raise self._unavailable if self._info is None else ServiceUnavailable("the server takes no requests now")
 
     def check_progress(self) -> None:
         """Raises ServiceUnavailable while the engine seems to hang, and what check_ready does."""
@@ -313,6 +316,8 @@ class GenerationService:
                 self._answer(call, adapter)
             case messages.Refused(call=call, message=message, param=param):
                 self._answer(call, InvalidParameter(param, message) if param else Conflict(message))
+            case Starting():
+                self.starting = event
             case messages.Ready(info=info):
                 self._info = info
                 self._adapters = AdapterTable(info, self._ask, self._lora_dir)

@@ -33,7 +33,7 @@ from sgl_jax.models.weights import declare, parameters_per_token
 from sgl_jax.multihost.follower import Follower
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.observability import log
-from sgl_jax.observability.progress import launch_progress
+from sgl_jax.observability.progress import Tell, launch_progress
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.adapter_copies import AdapterCopies
@@ -70,27 +70,29 @@ class DeviceSide:
     arrays: HeldArrays | None  # which can be exchanged and released; None with several hosts
 
 
-def build_core(args: ServerArgs, accept: Accept = lambda plan: None, *, behind: bool = False) -> Core:
+def build_core(
+    args: ServerArgs, accept: Accept = lambda plan: None, *, behind: bool = False, tell: Tell = lambda now: None
+) -> Core:
     """Load the model, size memory, compile every program; with `behind`, where the platform's programs do, some of them
     while it serves. Raises ValueError with a line for the user, and whatever `accept` raises, which is called before any
-    weight is fetched or read."""
+    weight is fetched or read. `tell` is called with the progress of the start."""
     if args.nnodes > 1:
         how = "is started by sgl_jax.launch_server, on each of them"
         raise ValueError(f"--nnodes is {args.nnodes}; an engine over several machines {how}")
     started = time.perf_counter()
-    return _core(args, build_device_side(args, None, accept, behind=behind), started)
+    return _core(args, build_device_side(args, None, accept, behind=behind, tell=tell), started)
 
 
-def launch(args: ServerArgs, die: Die) -> EngineCore:
+def launch(args: ServerArgs, die: Die, tell: Tell) -> EngineCore:
     """Build the core of a single host, or the leading core of host 0. `die` ends the process from any thread, since a
-    host can be lost while the engine's own thread hangs."""
+    host can be lost while the engine's own thread hangs; `tell` takes the progress of the start."""
     if args.nnodes == 1:
-        return build_core(args, behind=True)
+        return build_core(args, behind=True, tell=tell)
     started = time.perf_counter()
     leader = lead(args, die)
     try:
         unite(args, leader)
-        core = _core(args, build_device_side(args, leader), started)
+        core = _core(args, build_device_side(args, leader, tell=tell), started)
     except Exception as error:
         leader.close(one_line(error))
         raise
@@ -99,7 +101,12 @@ def launch(args: ServerArgs, die: Die) -> EngineCore:
 
 
 def build_device_side(
-    args: ServerArgs, hosts: Leader | Follower | None, accept: Accept = lambda plan: None, *, behind: bool = False
+    args: ServerArgs,
+    hosts: Leader | Follower | None,
+    accept: Accept = lambda plan: None,
+    *,
+    behind: bool = False,
+    tell: Tell = lambda now: None,
 ) -> DeviceSide:
     """Load and compile for the devices of this host. `hosts` reaches the other hosts, which do the same at the same
     time; None: there are none. `behind`: as for build_core, with a single host."""
@@ -127,10 +134,11 @@ def build_device_side(
     store = adapter_store(args, model, families, plan.runner_config, placement, stacked=platform.stacks_layers)
     copies = None if store is None else AdapterCopies(store, args.most_loaded_loras, announce, agree)
     runner = ModelRunner(model, plan.runner_config, kernels, placement, **options, adapters=copies)
-    with launch_progress(logger, len(runner.programs)) as progress:
+    behind = behind and platform.compiles_behind
+    with launch_progress(logger, len(runner.programs), runner.num_needed(behind), tell) as progress:
         compiled = runner.compile(
             lambda done, total, each: progress.compiled(each.program.name, each.cache_hit),
-            behind=behind and platform.compiles_behind,
+            behind=behind,
         )
 
         def report(fraction: float, num_bytes: int) -> None:
@@ -145,7 +153,7 @@ def build_device_side(
             weights = stack_layers(weights, placement, declare(model, dtype, stacked=True)) if stacks else weights
             progress.all_read()
             if not args.skip_server_warmup:
-                compiled.result()
+                progress.wait(compiled)
         except BaseException:
             runner.close()
             raise
@@ -264,6 +272,11 @@ def _core(args: ServerArgs, device_side: DeviceSide, started: float) -> Core:
         max_running_requests=plan.runner_config.num_rows,
         chunked_prefill_size=plan.scheduler_config.max_prefill_tokens * grid.data,
         num_programs=len(runner.programs),
+        programs=[program.name for program in runner.programs],
+        device_bytes=memory.total_bytes,
+        device_weight_bytes=plan.weight_bytes,
+        device_adapter_bytes=plan.adapter_bytes,
+        device_kv_bytes=memory.kv_bytes,
         weight_bytes=plan.weight_bytes * len(devices),
         kv_bytes_per_token=memory.bytes_per_token * grid.tensor,
         parameters_per_token=parameters_per_token(model),

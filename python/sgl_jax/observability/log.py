@@ -134,6 +134,11 @@ def compile_line(index: int, total: int, *, program: str, seconds: float, cache_
     return f"[{index}/{total}] {program} after {seconds:.1f} s" + (" (cache hit)" if cache_hit else " (cache miss)")
 
 
+def start_line(num_programs: int) -> str:
+    """Say what a start does now, and why the first one takes longest."""
+    return f"Reading weights; {num_programs} programs are read from the compile cache or, at a first start, compiled"
+
+
 def programs_line(total: int, hits: int, seconds: float) -> str:
     first = f", {total - hits} compiled: the first start takes longest" if total > hits else ""
     return f"{total} programs ready after {seconds:.1f} s: {hits} from the cache{first}"
@@ -161,6 +166,12 @@ def access_line(
     counted = "" if tokens is None else f" {tokens[0]}+{tokens[1]} tokens"
     counted += "".join(f" adapter={quote(name)}" for name in sorted(adapters))
     return f'{where} - "{said}" {status} id={request_id}{counted} {seconds:.3f} s'
+
+
+def address_line(url: str, *, pages: bool) -> str:
+    """Say what to open. An address that means all of the machine's is none that a browser opens everywhere."""
+    at = url.replace("//0.0.0.0:", "//localhost:").replace("//[::]:", "//localhost:")
+    return f"Open {at}/ to chat, {at}/dashboard for the dashboard" if pages else f"OpenAI's API is at {at}/v1"
 
 
 # --- while serving: SGLang's formats, which dashboards parse ---------------------------------------------------------

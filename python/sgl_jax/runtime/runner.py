@@ -134,6 +134,10 @@ class ModelRunner:
                 each.result()
         return left
 
+    def num_needed(self, behind: bool) -> int:
+        """Return how many programs `compile` makes before requests can run."""
+        return len(by_need(self.programs, self.config.buckets)[0]) if behind else len(self.programs)
+
     def compile(self, report: Report, *, behind: bool = False) -> Future[None]:
         """Begin to compile every program in threads, until `close`. With `behind` only those that requests need; a thread of
         low priority compiles the others from the end of `start` on. `report`: as for compile_all."""

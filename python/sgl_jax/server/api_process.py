@@ -22,6 +22,7 @@ from sgl_jax.engine.transport import ProcessTransport
 from sgl_jax.engine.watchdog import Watchdog
 from sgl_jax.observability.log import READY
 from sgl_jax.observability.request_tracer import RequestTracer
+from sgl_jax.observability.log import READY, address_line
 from sgl_jax.server.app import create_app
 from sgl_jax.server.connection import Limits, http_config, most_connections
 from sgl_jax.settings.server_args import ServerArgs
@@ -56,6 +57,7 @@ class _Server:
     def __init__(self, args: ServerArgs, transport: ProcessTransport, listener: socket.socket):
         self._args, self._transport, self._listener = args, transport, listener
         self._stop, self._stop_now = asyncio.Event(), asyncio.Event()
+        self._url = ""
         self._signal = 0  # the last one; 0: none yet
 
     async def run(self) -> int:
@@ -78,8 +80,8 @@ class _Server:
         http = _Uvicorn(http_config(create_app(service, args, tracer), limits, _LAST_WORDS_S))
         listening = asyncio.ensure_future(http.serve(sockets=[self._listener]))
         host, port = self._listener.getsockname()[:2]
-        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        logger.info("Listening on %s; requests are taken when the engine is ready", url)
+        self._url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        logger.info("Listening on %s; requests are taken when the engine is ready", self._url)
         try:
             return await self._serve(service)
         finally:
@@ -127,6 +129,7 @@ class _Server:
                 await service.probe(num_tokens=4)  # the first request takes longer than later ones
             service.open()
             print(READY, flush=True)
+            logger.info("%s", address_line(self._url, pages=not self._args.no_ui))
 
     def _on_signal(self, number: int) -> None:
         self._signal = number
