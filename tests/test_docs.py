@@ -106,10 +106,14 @@ def test_modules_that_the_architecture_names_exist() -> None:
 
 def test_every_metric_is_described() -> None:
     from sgl_jax.engine.messages import Stats
-    from sgl_jax.observability.metrics import RequestMetrics, exposition
+    from sgl_jax.observability.metrics import ApiState, RequestMetrics, exposition
 
     text = (REPOSITORY / "docs" / "features" / "metrics.md").read_text(encoding="utf-8")
-    lines = exposition(RequestMetrics(), Stats(accepted_per_position=[0]), {"version": "1"}, 0)[0].decode().splitlines()
+    lines = (
+        exposition(RequestMetrics(), Stats(accepted_per_position=[0]), {"version": "1"}, ApiState())[0]
+        .decode()
+        .splitlines()
+    )
     names = {line.split()[2].removeprefix("sgl_jax_") for line in lines if line.startswith("# TYPE")}
     assert names
     assert [name for name in sorted(names) if f"`{name}`" not in text and f"`{name}{{" not in text] == []

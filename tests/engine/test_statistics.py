@@ -10,6 +10,7 @@ import pytest
 
 from fakes.fake_runner import two_of_three
 from messages import says
+from sgl_jax.engine import statistics
 from sgl_jax.engine.messages import DraftCounts, Event, Generate, StepOutput
 from sgl_jax.engine.speculation_plan import draft_model_name
 from sgl_jax.request import SamplingParams
@@ -131,3 +132,25 @@ def test_requests_without_drafts_leave_the_numbers_as_they_are() -> None:
 )
 def test_messages_name_the_draft_model(flags: dict[str, str], name: str) -> None:
     assert draft_model_name(ServerArgs(model_path="org/model", **flags)) == name
+
+
+def test_steps_are_timed_without_the_pauses_between_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(statistics.time, "perf_counter", lambda: now[0])
+    clock = statistics.StepClock()
+    for event, seconds in (("launched", 0), ("prompt", 3), ("launched", 0), ("decode", 2), ("pause", 0)) * 2:
+        now[0] += seconds
+        if event in ("prompt", "decode"):
+            clock.collected(decodes=event == "decode")
+        else:
+            getattr(clock, event)()
+        if event == "pause":
+            now[0] += 1000
+    assert (clock.seconds, clock.decode_seconds, clock.decode_steps) == (10, 4, 2)
+
+
+def test_reports_have_the_steps_that_decode_and_the_memory_of_the_process() -> None:
+    stats = ran(requests=2, width=1).stats[-1]
+    assert 0 < stats.decode_steps < stats.steps
+    assert 0 < stats.decode_step_seconds < stats.step_seconds
+    assert stats.resident_bytes > 1 << 20

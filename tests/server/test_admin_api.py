@@ -81,6 +81,9 @@ def test_metrics_count_what_happened() -> None:
         for _ in range(2):
             http.post("/generate", json={"text": "Once upon", "sampling_params": {"n": 2}})
         http.post("/generate", json={"text": "Once upon", "sampling_params": {"max_new_tokens": 1}})
+        http.post("/generate", json={})
+        for path in ("/metrics", "/health", "/dashboard"):  # which do not count
+            http.get(path)
         answer = http.get("/metrics")
         assert answer.headers["content-type"].startswith("text/plain")
         values = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
@@ -93,6 +96,9 @@ def test_metrics_count_what_happened() -> None:
             "sgl_jax_prefix_cache_hit_tokens_total": 8,
             "sgl_jax_preemptions_total": 0,
             "sgl_jax_compiles_after_ready_total": 0,
+            "sgl_jax_generation_paused": 0,
+            'sgl_jax_http_responses_total{status="200"}': 3,
+            'sgl_jax_http_responses_total{status="400"}': 1,
             'sgl_jax_requests_finished_total{reason="stop"}': 4,
             'sgl_jax_requests_finished_total{reason="length"}': 1,
             "sgl_jax_time_to_first_token_seconds_count": 5,

@@ -109,9 +109,10 @@ class Core:
             self._profiler.collected()
         waits_for_programs = self.busy and launched is None and self._in_flight is None and not events
         if waits_for_programs:
+            self._statistics.steps.pause()
             time.sleep(_WAIT_S)
         elif not self._has_steps:
-            self._statistics.speed.pause()
+            self._statistics.pause()
             self.scheduler.check_invariants()
         idle = not self._has_steps and not (waits_for_programs and self.busy)
         compiles, compiling = self.runner.compiles_after_ready, self.runner.num_compiling
@@ -137,6 +138,7 @@ class Core:
         with self._profiler.stage("dispatch"):
             launched = self.runner.launch(plan)
         self._profiler.launched()
+        self._statistics.steps.launched()
         self._statistics.log(plan)
         return launched
 
@@ -148,6 +150,7 @@ class Core:
         with self._profiler.stage("process"):
             step = self.scheduler.process(plan, tokens)
         self._statistics.speed.count(len(step.tokens))
+        self._statistics.steps.collected(decodes=bool(plan.from_device.all()))
         if tokens.prompt_logprobs is not None:
             gather_prompt_scores(plan, step.scored, tokens.prompt_logprobs)
         return StepOutput(

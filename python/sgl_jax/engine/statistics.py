@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import mmap
 import time
 
 from sgl_jax.engine.grammar_compiles import Grammars
@@ -26,6 +27,7 @@ class Statistics:
         grammars: Grammars | None,
     ):
         self.speed = Speedometer(decode_log_interval)
+        self.steps = StepClock()
         self._scheduler, self._simulated, self._grammars = scheduler, simulated, grammars
         self._watched = draft_model  # empty: there is none, or it has been warned of
         self._drafts = self._drafts_before = DraftCounts()  # the last log interval's, and all until its end
@@ -38,9 +40,14 @@ class Statistics:
             return None
         self._due = now + _INTERVAL_S
         self._warn_of_low_acceptance()
-        return self._stats(compiles_after_ready, num_compiling)
+        return self._stats(compiles_after_ready, num_compiling, resident_bytes())
 
-    def _stats(self, compiles_after_ready: int = 0, num_compiling: int = 0) -> Stats:
+    def pause(self) -> None:
+        """Leave out the time from now until the next step, since nothing runs."""
+        self.speed.pause()
+        self.steps.pause()
+
+    def _stats(self, compiles_after_ready: int = 0, num_compiling: int = 0, resident: int = 0) -> Stats:
         s = self._scheduler
         return Stats(
             num_running=s.num_running,
@@ -50,6 +57,10 @@ class Statistics:
             gen_throughput=self.speed.tokens_per_s,
             compiles_after_ready=compiles_after_ready,
             num_compiling=num_compiling,
+            step_seconds=self.steps.seconds,
+            decode_steps=self.steps.decode_steps,
+            decode_step_seconds=self.steps.decode_seconds,
+            resident_bytes=resident,
             spec_accept_length=self._drafts.accept_length,
             spec_accept_rate=self._drafts.accept_rate,
             adapters_on_device=s.adapters.num_used,
@@ -80,6 +91,40 @@ class Statistics:
         if (accepted := c.accepted_per_position[0]) < _LOWEST_RATE * c.draft_steps:
             logger.warning("%s", low_acceptance_line(self._watched, accepted, c.draft_steps, _LOWEST_RATE))
             self._watched = ""
+
+
+class StepClock:
+    """Seconds that steps took: each from the end of the one before it, the first after a pause from its launch."""
+
+    def __init__(self) -> None:
+        self.seconds = self.decode_seconds = 0.0
+        self.decode_steps = 0  # steps without prompt tokens
+        self._since: float | None = None  # None: nothing has been launched since the last pause
+
+    def launched(self) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def collected(self, *, decodes: bool) -> None:
+        now = time.perf_counter()
+        taken = 0.0 if self._since is None else now - self._since
+        self.seconds += taken
+        if decodes:
+            self.decode_steps += 1
+            self.decode_seconds += taken
+        self._since = now
+
+    def pause(self) -> None:
+        self._since = None
+
+
+def resident_bytes() -> int:
+    """Return how much memory this process holds; 0 where the system does not tell (all but Linux)."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        return 0
 
 
 class Speedometer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,7 @@ _GAUGES = (
     ("kv_usage_ratio", "Share of the KV pool's pages that running requests hold", "kv_usage"),
     ("kv_cached_ratio", "Share of the KV pool's pages that hold cached prefixes nobody uses now", "cached_usage"),
     ("generation_throughput", "Generated tokens per second over the last log interval", "gen_throughput"),
+    ("engine_resident_bytes", "Memory that the engine's process holds on the host", "resident_bytes"),
     ("programs_compiling", "Programs not compiled yet", "num_compiling"),
     ("lora_adapters_on_device", "LoRA adapters in slots of the device", "adapters_on_device"),
 )
@@ -34,6 +36,9 @@ _COUNTERS = (
     ("generation_tokens", "Generated tokens", "generated_tokens"),
     ("preemptions", "Requests that lost their pages and started over", "preemptions"),
     ("engine_steps", "Steps the engine ran", "steps"),
+    ("engine_step_seconds", "Seconds that the engine's steps took", "step_seconds"),
+    ("decode_steps", "Steps without prompt tokens", "decode_steps"),
+    ("decode_step_seconds", "Seconds that steps without prompt tokens took", "decode_step_seconds"),
     ("compiles_after_ready", "Programs compiled while serving; without --skip-server-warmup 0", "compiles_after_ready"),
     ("lora_adapter_loads", "Times that an adapter was put into a slot of the device", "adapter_loads"),
     ("grammars_compiled", "Grammars compiled, with those that could not be", "grammars_compiled"),
@@ -81,11 +86,20 @@ class RequestMetrics:
         self.finished: Counter[str] = Counter()
 
 
+@dataclasses.dataclass(frozen=True)
+class ApiState:
+    """Numbers that the API process has beside the times of requests."""
+
+    num_adapters: int = 0
+    paused: bool = False  # a trainer holds generation
+    responses: Mapping[int, int] = dataclasses.field(default_factory=dict)  # by HTTP status
+
+
 class _Collector:
     def __init__(
-        self, requests: RequestMetrics, stats: Stats, about: Mapping[str, str], num_adapters: int, peer: Peer | None
+        self, requests: RequestMetrics, stats: Stats, about: Mapping[str, str], state: ApiState, peer: Peer | None
     ):
-        self._requests, self._stats, self._about, self._num_adapters = requests, stats, about, num_adapters
+        self._requests, self._stats, self._about, self._state = requests, stats, about, state
         self._peer: Peer | None = peer
 
     def collect(self) -> Iterator[Metric]:
@@ -100,7 +114,14 @@ class _Collector:
         build = GaugeMetricFamily("sgl_jax_build_info", "Always 1; what is served, and by what", labels=[*self._about])
         build.add_metric([*self._about.values()], 1)
         yield build
-        yield GaugeMetricFamily("sgl_jax_lora_adapters", "Loaded LoRA adapters", value=self._num_adapters)
+        yield GaugeMetricFamily("sgl_jax_lora_adapters", "Loaded LoRA adapters", value=self._state.num_adapters)
+        yield GaugeMetricFamily("sgl_jax_generation_paused", "1 while a trainer holds it", value=self._state.paused)
+        responses = CounterMetricFamily(
+            "sgl_jax_http_responses", "Answers, without probes and pages", labels=["status"]
+        )
+        for status, number in sorted(self._state.responses.items()):
+            responses.add_metric([str(status)], number)
+        yield responses
         by_position = self._stats.accepted_per_position  # empty without speculation
         for name, text, field in (*_GAUGES, *(_DRAFT_GAUGES if by_position else ())):
             yield GaugeMetricFamily(f"sgl_jax_{name}", text, value=getattr(self._stats, field))
@@ -125,10 +146,10 @@ class _Collector:
 
 
 def exposition(
-    requests: RequestMetrics, stats: Stats, about: Mapping[str, str], num_adapters: int, peer: Peer | None = None
+    requests: RequestMetrics, stats: Stats, about: Mapping[str, str], state: ApiState, peer: Peer | None = None
 ) -> tuple[bytes, str]:
     """Return the text that Prometheus scrapes, and its content type. `about`: labels of the info metric. `peer`: an
     engine whose names the metrics have, too."""
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-    return generate_latest(_Collector(requests, stats, about, num_adapters, peer)), CONTENT_TYPE_LATEST
+    return generate_latest(_Collector(requests, stats, about, state, peer)), CONTENT_TYPE_LATEST

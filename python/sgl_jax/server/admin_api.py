@@ -8,7 +8,7 @@ from starlette.responses import Response
 
 from sgl_jax import __version__
 from sgl_jax.engine.messages import AdapterInfo
-from sgl_jax.observability.metrics import exposition
+from sgl_jax.observability.metrics import ApiState, exposition
 from sgl_jax.server.app_state import ServerState, json_response
 from sgl_jax.server.documentation import documented
 from sgl_jax.server.error_envelope import ApiError, unknown_model
@@ -142,9 +142,8 @@ def _add_information(routes: APIRouter, state: ServerState) -> None:
         """Returns the metrics in the format of Prometheus."""
         about = {"version": __version__, "model_name": state.model_name}
         num_adapters = len(service.adapters.loaded) if service.ready_once else 0
-        text, media_type = exposition(
-            service.metrics, service.stats, about, num_adapters, state.server_args.metrics_compat
-        )
+        api = ApiState(num_adapters, service.trainer.holds, state.responses)
+        text, media_type = exposition(service.metrics, service.stats, about, api, state.server_args.metrics_compat)
         return Response(text, media_type=media_type)
 
 

@@ -36,9 +36,15 @@ def create_app(service: GenerationService, server_args: ServerArgs, tracer: Requ
     name = server_args.served_model_name or server_args.model_path
     spans = None if tracer is None else RequestSpans(tracer, name)
     return edge.RequestLog(edge.Pages(guard, _listed(server_args.allowed_origins), refuse=keyless), spans)
+def create_app(service: GenerationService, server_args: ServerArgs) -> ASGIApp:
+    """Return the whole application: the routes, behind the rules for every request, and the log of requests."""
+    state = ServerState(service, server_args)
+    guard = edge.Guard(create_routes(state), _rules(server_args), server_args.max_request_bytes)
+    keyless = server_args.api_key is None
+    return edge.RequestLog(edge.Pages(guard, _listed(server_args.allowed_origins), refuse=keyless), state.responses)
 
 
-def create_routes(service: GenerationService, server_args: ServerArgs) -> FastAPI:
+def create_routes(state: ServerState) -> FastAPI:
     app = FastAPI(
         title="sgl_jax",
         version=__version__,
@@ -47,7 +53,6 @@ def create_routes(service: GenerationService, server_args: ServerArgs) -> FastAP
         docs_url=None,
         redoc_url=None,
     )
-    state = ServerState(service, server_args)
     for module in (
         openai_chat,
         openai_completions,
@@ -64,7 +69,7 @@ def create_routes(service: GenerationService, server_args: ServerArgs) -> FastAP
         app.include_router(module.router(state))
     error_envelope.install(app)
     documentation.install(app)
-    if not server_args.no_ui:
+    if not state.server_args.no_ui:
         web_pages.install(app)
     return app
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ class ServerState:
     service: GenerationService
     server_args: ServerArgs
     started: float = field(default_factory=time.time)
+    responses: Counter[int] = field(default_factory=Counter)  # by status, without those to probes and for pages
     _templates: TemplateProcess = field(default_factory=TemplateProcess)
     _rendering: Executor = field(default_factory=lambda: ThreadPoolExecutor(1, "sgl-jax-template"))
     _text_work: Executor = field(default_factory=lambda: ThreadPoolExecutor(2, "sgl-jax-text"))

@@ -8,6 +8,7 @@ import re
 import string
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from urllib.parse import quote
 
@@ -41,6 +42,10 @@ class RequestLog:
 
     def __init__(self, app: ASGIApp, spans: RequestSpans | None = None):
         self._app, self._spans = app, spans
+    """Gives each request an id, which its answer carries, counts its status, and writes its line when it has been answered."""
+
+    def __init__(self, app: ASGIApp, responses: Counter[int]):
+        self._app, self._responses = app, responses
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = Headers(scope=scope).get("x-request-id", "")
@@ -67,6 +72,8 @@ class RequestLog:
                 raise
         finally:
             seconds = time.perf_counter() - started
+            if path not in QUIET_PATHS and not is_page(path):
+                self._responses[status] += 1
             if path not in QUIET_PATHS and logger.isEnabledFor(logging.INFO):
                 _log(scope, status, seconds)
             if self._spans is not None:
