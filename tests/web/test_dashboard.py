@@ -72,11 +72,11 @@ def test_numbers_move_when_requests_are_answered(server: LiveServer, visit: Visi
         answers = [threads.submit(httpx.post, f"{server.url}/generate", json=body, timeout=30) for _ in range(4)]
         shown(page, "running", "^4$")
         shown(page, "generated", "[1-9]")
-        shown(page, "itl95", " ms$")
+        shown(page, "hits", "[1-9].* %$")
+        shown(page, "itl95", "s$")
         assert {answer.result().status_code for answer in answers} == {200}
     httpx.post(f"{server.url}/generate", json={})
-    shown(page, "refused", "^0.[1-9]|^[1-9]")
-    shown(page, "hits", "%$")
+    shown(page, "refused", "[1-9]")
     shown(page, "adapters", "^1$")
     launch = page.locator(".launch").inner_text()
     assert "FakeForCausalLM" in launch
@@ -90,7 +90,7 @@ def test_the_pointer_shows_the_numbers_of_its_time_in_every_panel(server: LiveSe
     dark = page.evaluate("getComputedStyle(document.querySelector('.line1')).color")
     page.emulate_media(color_scheme="light")
     assert page.evaluate("getComputedStyle(document.querySelector('.line1')).color") != dark
-    page.locator("canvas").first.hover()
+    page.locator(".u-over").first.hover()
     page.locator(".u-cursor-x:not(.u-off)").nth(3).wait_for(state="attached")
 
 
@@ -101,8 +101,8 @@ def test_a_key_is_asked_for_and_kept_as_the_chat_keeps_it(visits: Any) -> None:
         page.get_by_role("button", name="Use").click()
         status(page, "ready")
         assert page.evaluate("sessionStorage['sgl_jax.key']") == "secret"
+        page.close()
     visits.forgive("401")
-    visits.problems = [each for each in visits.problems if "ERR_CONNECTION" not in each]
 
 
 def test_starting_paused_and_stopped_are_told_apart(visits: Any) -> None:
@@ -115,6 +115,7 @@ def test_starting_paused_and_stopped_are_told_apart(visits: Any) -> None:
         ).wait_for()
         assert page.get_by_label("programs").evaluate("each => each.value / each.max") == pytest.approx(1 / 3)
     status(page, "stopped")
+    page.close()
     visits.forgive("503", "ERR_")
 
 

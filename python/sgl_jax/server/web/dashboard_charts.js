@@ -1,13 +1,15 @@
 // Charts of the dashboard, drawn by uPlot, and how their numbers are written.
 import { html, Component } from "./vendor/preact-htm.js";
 
+const SHORTEST_S = 60; // of time that a chart shows
+const time = (seconds) => new Date(1000 * seconds).toLocaleTimeString("en", { hour12: false });
 const digits = (n, most) => n.toLocaleString("en", { maximumSignificantDigits: most });
 export const FORMATS = {
   count: (n) => (n >= 1000 ? digits(Math.round(n), 4) : digits(n, 3)),
   share: (n) => `${digits(100 * n, 3)} %`,
   seconds: (n) => (n < 0.001 ? `${digits(1e6 * n, 3)} µs` : n < 1 ? `${digits(1e3 * n, 3)} ms` : `${digits(n, 3)} s`),
   bytes: (n) => {
-    const i = n > 0 ? Math.min(4, Math.floor(Math.log2(n) / 10)) : 0;
+    const i = n >= 1 ? Math.min(4, Math.floor(Math.log2(n) / 10)) : 0;
     return `${digits(n / 1024 ** i, 4)} ${["B", "KiB", "MiB", "GiB", "TiB"][i]}`;
   },
 };
@@ -38,8 +40,8 @@ export class Chart extends Component {
     this.plot = new uPlot({
       width: this.place.clientWidth, height: 120, legend: { show: false }, padding: [6, 8, 0, 0],
       cursor: { sync: { key: "dashboard" }, drag: { x: false, y: false }, points: { size: 5 } },
-      scales: { y: { range: (_, low, high) => [0, kind === "share" ? 1 : high > 0 ? high * 1.1 : 1] } },
-      axes: [{ ...axis, size: 24, space: 70 }, { ...axis, size: 58, space: 28, values: (_, ticks) => ticks.map(FORMATS[kind]) }],
+      scales: { x: { range: (_, low, high) => [Math.min(low, high - SHORTEST_S), high] }, y: { range: (_, low, high) => [0, kind === "share" ? 1 : high > 0 ? high * 1.1 : 1] } },
+      axes: [{ ...axis, size: 24, space: 80, values: (_, ticks) => ticks.map(time) }, { ...axis, size: 58, space: 28, values: (_, ticks) => ticks.map(FORMATS[kind]) }],
       series: [{}, ...this.props.lines.map((_, i) => ({ stroke: colour(`line${i}`), width: 1.5, points: { show: false } }))],
       hooks: { setCursor: [({ cursor }) => cursor.idx !== this.state.at && this.setState({ at: cursor.idx })] },
     }, this.data(), this.place);
