@@ -142,7 +142,7 @@ def test_text_is_read_as_prometheus_writes_it(parsing: Page) -> None:
     ("before", "now", "q", "expected"),
     [
         ((0, 0, 0), (10, 10, 10), 0.5, 0.05),
-        ((5, 5, 5), (5, 15, 15), 0.5, 0.15),  # what came before does not count
+        ((5, 5, 5), (5, 15, 15), 0.5, 0.15),  # earlier values do not count
         ((0, 0, 0), (1, 2, 10), 0.95, 0.2),  # above the last bound, which is all that is known
         ((7, 8, 9), (7, 8, 9), 0.5, None),
         ((7, 8, 9), (2, 2, 2), 0.5, 0.05),  # the server has begun anew

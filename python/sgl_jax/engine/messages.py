@@ -192,7 +192,7 @@ class Starting(_Message, frozen=True):
     """How far a start is; sent a few times a second, before Ready."""
 
     weights: float  # share that has been read
-    num_ready: int  # programs, of those that the start waits for
+    num_ready: int  # programs that are ready
     num_programs: int  # for which it waits
     compiles: bool  # some were not in the compile cache
     seconds_left: int | None  # None: nothing is known yet
@@ -265,8 +265,8 @@ class Stats(msgspec.Struct, frozen=True, omit_defaults=True):
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
-    step_seconds: float = 0.0  # that all of them took
-    decode_steps: int = 0  # those without prompt tokens
+    step_seconds: float = 0.0  # all of them
+    decode_steps: int = 0  # steps without prompt tokens
     decode_step_seconds: float = 0.0
     resident_bytes: int = 0  # memory of the engine's process; 0: not known
     compiles_after_ready: int = 0
