@@ -32,17 +32,15 @@ PLAIN_TESTS := tests/package/installed.py tests/runtime/test_memory.py $(foreach
 	tests/e2e/test_engine_exact.py::test_tokens_are_golden_$(test))
 TEST_TOOLS  := beartype httpx hypothesis pytest pytest-timeout pytest-xdist safetensors
 
-.PHONY: serve test test-oldest-jax test-plain test-tpu-full test-grids-full test-clients messages check format env env-dev package docs docs-serve model eagle3-head clean
-.PHONY: serve test test-oldest-jax test-plain test-tpu-full test-grids-full test-clients messages check format env env-dev model browser eagle3-head clean
+.PHONY: serve test test-oldest-jax test-plain test-tpu-full test-grids-full test-clients messages check format env env-dev package docs docs-serve model browser eagle3-head clean
 
 serve: env $(filter $(DEFAULT_MODEL),$(MODEL))
 	$(PYTHON) -m sgl_jax.launch_server --model-path $(MODEL) $(NAME) $(ARGS)
 
 test: check
 	@$(MAKE) --no-print-directory model || echo "the default model could not be fetched; tests that need it are skipped"
-	$(PYTHON) -m pytest --durations=30 $(TESTS)
 	@$(MAKE) --no-print-directory browser || echo "there is no Chromium; tests that need it are skipped"
-	$(PYTHON) -m pytest $(TESTS)
+	$(PYTHON) -m pytest --durations=30 $(TESTS)
 	$(if $(TESTS),,@$(MAKE) --no-print-directory test-oldest-jax test-plain)
 
 test-oldest-jax: $(OLDEST_VENV)/.installed

@@ -28,6 +28,7 @@ import pytest
 import shell_lines
 from shell_lines import REPOSITORY, Command
 
+from sgl_jax.__main__ import VERBS
 from sgl_jax.observability import log
 from sgl_jax.server.app import create_routes
 from sgl_jax.server.bodies import Body
@@ -227,6 +228,8 @@ def test_commands_in_sentences_name_what_is_there(command: Command, monkeypatch:
     """They may be unfinished, so flags of our programs are not read."""
     if command.program == "python" and command.words[1:2] == ("-m",):
         assert importlib.util.find_spec(command.words[2])
+    elif command.program == "sgl-jax":
+        assert command.words[1] in {"VERB", *(verb.partition(" ")[0] for verb in VERBS)}
     elif "-N" not in command.words[-1:]:
         check(command, monkeypatch)
 

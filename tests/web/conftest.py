@@ -19,7 +19,6 @@ sys.path.append(str(Path(__file__).parents[1] / "server"))
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 _PATIENCE_MS = 30_000  # for anything to appear; what is there is found at once
-_PATIENCE_MS = 10_000  # for anything to appear; what is there is found at once
 
 
 @pytest.fixture(scope="module")  # not longer: while it runs, no other test may start an event loop in this thread

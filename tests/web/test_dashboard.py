@@ -100,7 +100,7 @@ def test_a_key_is_asked_for_and_kept_as_the_chat_keeps_it(visits: Any) -> None:
         page.get_by_label("API key").fill("secret")
         page.get_by_role("button", name="Use").click()
         status(page, "ready")
-        assert page.evaluate("sessionStorage['sgl_jax.key']") == "secret"
+        assert page.evaluate("sessionStorage['sgl_jax:key']") == "secret"
         page.close()
     visits.forgive("401")
 

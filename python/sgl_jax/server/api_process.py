@@ -20,9 +20,8 @@ from sgl_jax.engine.generation import EngineFailed
 from sgl_jax.engine.service import GenerationService
 from sgl_jax.engine.transport import ProcessTransport
 from sgl_jax.engine.watchdog import Watchdog
-from sgl_jax.observability.log import READY
-from sgl_jax.observability.request_tracer import RequestTracer
 from sgl_jax.observability.log import READY, address_line
+from sgl_jax.observability.request_tracer import RequestTracer
 from sgl_jax.server.app import create_app
 from sgl_jax.server.connection import Limits, http_config, most_connections
 from sgl_jax.settings.server_args import ServerArgs

@@ -31,17 +31,13 @@ from sgl_jax.settings.server_args import ServerArgs
 def create_app(service: GenerationService, server_args: ServerArgs, tracer: RequestTracer | None = None) -> ASGIApp:
     """Return the whole application: the routes, behind the rules for every request, and the log of requests. `tracer`:
     takes their spans."""
-    guard = edge.Guard(create_routes(service, server_args), _rules(server_args), server_args.max_request_bytes)
-    keyless = server_args.api_key is None
-    name = server_args.served_model_name or server_args.model_path
-    spans = None if tracer is None else RequestSpans(tracer, name)
-    return edge.RequestLog(edge.Pages(guard, _listed(server_args.allowed_origins), refuse=keyless), spans)
-def create_app(service: GenerationService, server_args: ServerArgs) -> ASGIApp:
-    """Return the whole application: the routes, behind the rules for every request, and the log of requests."""
     state = ServerState(service, server_args)
     guard = edge.Guard(create_routes(state), _rules(server_args), server_args.max_request_bytes)
     keyless = server_args.api_key is None
-    return edge.RequestLog(edge.Pages(guard, _listed(server_args.allowed_origins), refuse=keyless), state.responses)
+    name = server_args.served_model_name or server_args.model_path
+    spans = None if tracer is None else RequestSpans(tracer, name)
+    pages = edge.Pages(guard, _listed(server_args.allowed_origins), refuse=keyless)
+    return edge.RequestLog(pages, state.responses, spans)
 
 
 def create_routes(state: ServerState) -> FastAPI:

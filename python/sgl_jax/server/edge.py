@@ -37,15 +37,11 @@ _HERE = r"https?://(localhost|[\w.-]+\.localhost|127(\.\d+){3}|\[::1\])(:\d+)?|(
 
 
 class RequestLog:
-    """Gives each request an id, which its answer carries, and writes its line when it has been answered, and its span
-    if there are `spans`."""
+    """Gives each request an id, which its answer carries, counts its status, and writes its line when it has been answered, and
+    its span if there are `spans`."""
 
-    def __init__(self, app: ASGIApp, spans: RequestSpans | None = None):
-        self._app, self._spans = app, spans
-    """Gives each request an id, which its answer carries, counts its status, and writes its line when it has been answered."""
-
-    def __init__(self, app: ASGIApp, responses: Counter[int]):
-        self._app, self._responses = app, responses
+    def __init__(self, app: ASGIApp, responses: Counter[int], spans: RequestSpans | None = None):
+        self._app, self._responses, self._spans = app, responses, spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         asked = Headers(scope=scope).get("x-request-id", "")

@@ -3,9 +3,11 @@ import { html, render, Component } from "./vendor/preact-htm.js";
 import { History, parse, point } from "./dashboard_data.js";
 import { Chart, written } from "./dashboard_charts.js";
 import { Launch } from "./dashboard_launch.js";
+import { key } from "./api.js";
+import { applyTheme } from "./theme.js";
 
 const EVERY_MS = 1000, WINDOW = 6; // rates and percentiles are those of five seconds
-const KEY = "sgl_jax.key", LIMITS = "sgl_jax.limits";
+const LIMITS = "sgl_jax:limits";
 const PANELS = [
   { title: "Tokens per second", kind: "count", lines: [["generated", "generated"], ["prompts", "of prompts"]] },
   { title: "Requests", kind: "count", lines: [["running", "running"], ["waiting", "waiting"]] },
@@ -20,14 +22,14 @@ const PANELS = [
 const DRAFTS = { title: "Tokens of a step with drafts", kind: "count", lines: [["accept", "acceptance length"]] };
 const ADAPTERS = { title: "LoRA adapters", kind: "count", lines: [["adapters", "loaded"], ["slots", "in slots"]] };
 
-const readKey = () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY);
 const readLimits = () => { try { return JSON.parse(localStorage.getItem(LIMITS)); } catch { return null; } };
 
 async function get(path) {
-  const key = readKey();
-  const answer = await fetch(path, { headers: key ? { Authorization: `Bearer ${key}` } : {}, signal: AbortSignal.timeout(10_000) });
+  const answer = await fetch(path, { headers: key.get() ? { Authorization: `Bearer ${key.get()}` } : {}, signal: AbortSignal.timeout(10_000) });
   return { status: answer.status, text: await answer.text() };
 }
+
+applyTheme();
 
 class Dashboard extends Component {
   state = { status: "connecting", said: "", points: [], info: null, limits: readLimits() };
@@ -89,7 +91,7 @@ class Dashboard extends Component {
 
   takeKey = (event) => {
     event.preventDefault();
-    sessionStorage.setItem(KEY, event.target.elements.key.value);
+    key.set(event.target.elements.key.value, false);
     this.poll();
   };
 
