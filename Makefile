@@ -100,7 +100,7 @@ $(OLDEST_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)
 		-e "python[cpu]" jax==$(OLDEST_JAX) jaxlib==$(OLDEST_JAX) $(TEST_TOOLS)
 	@touch $@
 
-$(PLAIN_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS)
+$(PLAIN_VENV)/.installed: $(VENV)/.created $(PACKAGE_INPUTS) README.md LICENSE $(shell find python/sgl_jax -type f -not -name "*.pyc" -not -name "*.so")
 	$(UV) venv --quiet --clear --python "$$(cat .python-version)" $(PLAIN_VENV)
 	CC=false CXX=false $(UV) build --quiet --python $(PLAIN_VENV)/bin/python --out-dir $(PLAIN_VENV)/dist python
 	$(UV) pip install --quiet --python $(PLAIN_VENV)/bin/python --constraints python/constraints.txt \

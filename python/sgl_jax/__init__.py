@@ -22,7 +22,10 @@ def __getattr__(name: str) -> Any:
 
         return SamplingParams
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("sgl-jax")
+        try:
+            return version("sgl-jax")
+        except PackageNotFoundError:  # a copied folder
+            return "unknown"
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

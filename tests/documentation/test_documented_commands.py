@@ -31,6 +31,7 @@ from shell_lines import REPOSITORY, Command
 from sgl_jax.__main__ import VERBS
 from sgl_jax.observability import log
 from sgl_jax.server.app import create_routes
+from sgl_jax.server.app_state import ServerState
 from sgl_jax.server.bodies import Body
 from sgl_jax.settings import speculators
 from sgl_jax.settings.server_args import ServerArgs
@@ -163,7 +164,7 @@ def bodies(kind: type[Body] = Body) -> dict[str, type[Body]]:
     return found
 
 
-PATHS = create_routes(MagicMock(), ServerArgs(model_path="m")).openapi()["paths"]
+PATHS = create_routes(ServerState(MagicMock(), ServerArgs(model_path="m"))).openapi()["paths"]
 
 
 def check_curl(words: Sequence[str]) -> None:

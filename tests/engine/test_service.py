@@ -357,6 +357,26 @@ def test_a_request_of_several_choices_makes_way_whole(monkeypatch: pytest.Monkey
     run(test)
 
 
+def test_nobody_makes_way_for_a_probe_or_for_a_request_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    by_priority(monkeypatch, -1)
+
+    async def test() -> None:
+        service, transport = await opened(max_queued_requests=1)
+        waiting = await service.submit([request(priority=5)], stream=False)
+        with pytest.raises(QueueFull):
+            await service.probe(1)
+        refused = asyncio.ensure_future(service.submit([request(regex="(")], stream=False))
+        await settle()
+        (command,) = [each for each in transport.sent if isinstance(each, CompileGrammar)]
+        transport.emit(Refused(command.call, "unclosed group", "regex"))
+        with pytest.raises(InvalidParameter, match="unclosed group"):
+            await refused
+        assert waiting.error is None
+        assert service.num_live == 1
+
+    run(test)
+
+
 def test_a_full_queue_refuses_a_grammar_before_it_is_compiled() -> None:
     async def test() -> None:
         service, transport = await opened(max_queued_requests=2)

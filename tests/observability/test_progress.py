@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import logging
 import re
 from concurrent.futures import Future
@@ -90,22 +91,22 @@ def test_what_is_told_says_how_much_is_done_how_long_it_takes_and_why(clock):
 
 def test_waiting_for_programs_goes_on_telling_and_raises_their_error(clock, monkeypatch):
     told: list[Starting] = []
-    shown, compiled, rounds = LaunchProgress(LOGGER, 2, 2, told.append), Future[None](), iter(range(3))
+    shown, compiled, rounds = LaunchProgress(LOGGER, 2, 2, told.append), Future[None](), itertools.count()
 
     def wait(futures, timeout):
         clock.now += timeout
-        if next(rounds) == 1:
-            shown.compiled("tokens=2 rows=2", cache_hit=False)
-        if next(rounds, None) is None:
-            compiled.set_exception(OSError("no room"))
+        match next(rounds):
+            case 1:
+                shown.compiled("tokens=2 rows=2", cache_hit=False)
+            case 2:
+                compiled.set_exception(OSError("no room"))
         return original(futures, 0)
 
     original = progress.wait
     monkeypatch.setattr(progress, "wait", wait)
     with pytest.raises(OSError, match="no room"):
         shown.wait(compiled)
-    assert told
-    assert not told[0].compiles
+    assert [(each.num_ready, each.compiles) for each in told] == [(0, False), (1, True)]
 
 
 def test_a_terminal_shows_weights_programs_and_seconds_left_and_then_nothing_of_it(caplog, monkeypatch, clock):

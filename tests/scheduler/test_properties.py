@@ -151,12 +151,12 @@ def test_every_request_gets_its_tokens_and_every_page_comes_back(width: str) -> 
     def holds(scenario: Scenario) -> None:
         check(scenario, run(scenario))
 
-    for_scenarios(width, 700, (1,), holds)
+    for_scenarios(width, 250, (1,), holds)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_on_several_ranks_every_request_gets_the_tokens_of_one_rank(width: str) -> None:
-    for_scenarios(width, 200, (2, 4), _answers_of_one_rank)
+    for_scenarios(width, 100, (2, 4), _answers_of_one_rank)
 
 
 def _answers_of_one_rank(scenario: Scenario) -> None:
@@ -173,7 +173,7 @@ def _answers_of_one_rank(scenario: Scenario) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_no_step_exceeds_its_budgets(width: str) -> None:
-    for_scenarios(width, 120, (1, 2, 4), _stays_in_its_budgets)
+    for_scenarios(width, 60, (1, 2, 4), _stays_in_its_budgets)
 
 
 def _stays_in_its_budgets(scenario: Scenario) -> None:

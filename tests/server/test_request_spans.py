@@ -92,7 +92,7 @@ def spans_of(collector: Collector, server: LiveServer, *requests: tuple[str, dic
 
 def test_a_chat_leaves_a_span_below_the_clients(collector: Collector) -> None:
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "a=b", "x-request-id": "mine"}
-    server = LiveServer(lambda: FakeCore(step_seconds=0.01), otlp_traces_endpoint=collector.url)
+    server = LiveServer(lambda: FakeCore(step_seconds=0.1), otlp_traces_endpoint=collector.url)
     (span,) = spans_of(collector, server, ("/v1/chat/completions", CHAT | {"stream": True}, headers))
     assert collector.paths == {"/v1/traces"}
     assert collector.about["service.name"] == "sgl_jax"
@@ -102,7 +102,7 @@ def test_a_chat_leaves_a_span_below_the_clients(collector: Collector) -> None:
     found = values(span)
     seconds = (span.end_time_unix_nano - span.start_time_unix_nano) / 1e9
     first = found.pop("gen_ai.latency.time_to_first_token")
-    assert 0.01 <= first <= seconds - 0.02  # three steps of 10 ms
+    assert 0.1 <= first <= seconds - 0.1  # three steps of 0.1 s
     assert found.pop("gen_ai.response.time_to_first_chunk") == first
     assert abs(span.end_time_unix_nano / 1e9 - time.time()) < 30
     assert found.pop("gen_ai.usage.input_tokens") > 0
@@ -188,11 +188,11 @@ def test_what_a_client_does_not_sample_leaves_no_span(collector: Collector) -> N
 def test_a_collector_that_is_away_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_tracer, "_LAST_WORDS_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
-        began = time.monotonic()
         with LiveServer(otlp_traces_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}") as server:
+            began = time.monotonic()
             answer = httpx.post(f"{server.url}/generate", json={"text": "Once"})
         assert answer.status_code == 200
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 10
 
 
 def test_a_span_belongs_to_no_other_if_traceparent_is_broken(collector: Collector) -> None:

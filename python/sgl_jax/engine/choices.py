@@ -39,7 +39,7 @@ class LiveChoices:
         """Give back what `expect` took for requests that are not sent after all."""
         for request in requests:
             del self.keys_of[request.request_id]
-            self.queue.leave(request.params.n)
+            self.queue.leave(request.params.n, served=False)
         self._set_idle()
 
     def add(self, choices: Iterable[Choice]) -> None:
@@ -138,7 +138,7 @@ class LiveChoices:
         if not keys:
             del self.keys_of[choice.request.request_id]
         if choice.last_token_at == 0.0:
-            self.queue.leave()
+            self.queue.leave(served=outcome != "abort")
         self.metrics.finished[outcome] += 1
         self.metrics.request_latency.observe(time.perf_counter() - choice.arrived)
         self._set_idle()

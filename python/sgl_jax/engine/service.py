@@ -191,7 +191,7 @@ class GenerationService:
         if self.trainer.holds:
             raise ServiceUnavailable("generation is paused, or memory is released")
         asked = GenerationRequest([self.tokenizer.bos_token_id or 0], probe_params(num_tokens, self.info))
-        generation = await self._submit([asked], stream=False)
+        generation = await self._submit([asked], stream=False, sheds=False)
         async for _ in generation.updates():
             pass
 
@@ -207,17 +207,21 @@ class GenerationService:
             self._transport.send(messages.Abort([*keys]))
         return len(keys)
 
-    async def _submit(self, requests: Sequence[GenerationRequest], stream: bool) -> Generation:
+    async def _submit(self, requests: Sequence[GenerationRequest], stream: bool, *, sheds: bool = True) -> Generation:
+        """`sheds`: less urgent requests without a token may be ended for these, where priorities count."""
         await self.adapters.prepare(requests)
         checked = [checks.checked(request, self.info) async for request in in_slices(requests)]
         checks.check_ids(checked, self._choices.keys_of)
         each_n = [request.params.n for request in checked]
-        self._make_room(checked, each_n)
+        sheds = sheds and bool(self.info.priority_sign)
+        self._check_room(checked, each_n, sheds)
         generation = Generation(checked, stream, self._drop)
         self._choices.expect(checked)
         num_sent = 0
         try:
             await self._grammars.prepare(checked, self.info.takes_grammars)
+            if sheds:
+                self._make_room(checked)
             async for request in in_slices(checked, max(1, SLICE // max(each_n))):
                 if self._choices.error is not None:
                     raise self._choices.error
@@ -229,23 +233,38 @@ class GenerationService:
             raise
         return generation
 
-    def _make_room(self, requests: Sequence[GenerationRequest], each_n: Sequence[int]) -> None:
-        """Check that the queue has room for `each_n` choices. Where priorities count, less urgent requests without a token
-        make way, and end with QueueFull. Raises QueueFull or InvalidParameter."""
+    def _check_room(self, requests: Sequence[GenerationRequest], each_n: Sequence[int], sheds: bool) -> None:
+        """Check that the queue has room for `each_n` choices, or that with `sheds` others can make way. Raises QueueFull or
+        InvalidParameter."""
         queue, limit = self._choices.queue, self._max_queued
         try:
             checks.check_room(len(requests), sum(each_n), max(each_n), requests[0].names, queue, limit)
-        except QueueFull as error:
-            sign = self.info.priority_sign
-            least = sign * min(sign * request.params.priority for request in requests)
-            shed = self._choices.less_urgent(least, sign, queue.length + sum(each_n) - (limit or 0)) if sign else []
-            if not shed:
+        except QueueFull:
+            if not (sheds and self._less_urgent(requests, queue.length + sum(each_n))):
                 raise
-            text = f"more urgent requests came, and the limit is {limit} (--max-queued-requests)"
-            for generation in shed:
-                generation.error = QueueFull(text, error.retry_after)
-                generation.wake.set()
-                self._drop([choice.key for choice in generation.open], "abort")
+
+    def _make_room(self, expected: Sequence[GenerationRequest]) -> None:
+        """End less urgent requests, with QueueFull, as far as the queue is over its limit with those that are expected. Raises
+        QueueFull if too few are left that could make way."""
+        queue, limit = self._choices.queue, self._max_queued
+        if limit is None or queue.length <= limit:
+            return
+        text, retry_after = (
+            f"more urgent requests came, and the limit is {limit} (--max-queued-requests)",
+            queue.seconds_to_empty(),
+        )
+        if not (shed := self._less_urgent(expected, queue.length)):
+            raise QueueFull(text, retry_after)
+        for generation in shed:
+            generation.error = QueueFull(text, retry_after)
+            generation.wake.set()
+            self._drop([choice.key for choice in generation.open], "abort")
+
+    def _less_urgent(self, requests: Sequence[GenerationRequest], length: int) -> list[Generation]:
+        """Return who makes way for the requests where the queue would have this length; none if that were not enough."""
+        sign = self.info.priority_sign
+        least = sign * min(sign * request.params.priority for request in requests)
+        return self._choices.less_urgent(least, sign, length - (self._max_queued or 0))
 
     def _send(self, generation: Generation, prompt: int, request: GenerationRequest) -> None:
         """Send all choices of the generation's request number `prompt`."""

@@ -20,9 +20,11 @@ class WaitingQueue:
             self._left.append(time.perf_counter())
         self.length += count
 
-    def leave(self, count: int = 1) -> None:
+    def leave(self, count: int = 1, *, served: bool = True) -> None:
+        """Take choices out; those that were not `served`, but ended, say nothing about the throughput."""
         self.length -= count
-        self._left.extend([time.perf_counter()] * count)
+        if served:
+            self._left.extend([time.perf_counter()] * count)
 
     def seconds_to_empty(self) -> int:
         """Estimate from length and throughput in how many whole seconds the queue is empty; at least 1, at most 60."""

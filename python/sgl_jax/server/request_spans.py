@@ -18,6 +18,7 @@ OPERATIONS = {  # gen_ai.operation.name by path; other requests leave no span
     "/generate": "text_completion",
     "/v1/embeddings": "embeddings",
     "/encode": "embeddings",
+    "/pooling": "embeddings",
     "/classify": "classify",
     "/rerank": "rerank",
     "/v1/rerank": "rerank",
@@ -52,17 +53,16 @@ class RequestSpans:
             "http.route": scope["path"],
             "http.response.status_code": status,
         }
-        failure = None
+        error = None
         if generation is not None:
             attributes |= _attributes_of(generation, time.perf_counter() - seconds)
-            failure = None if generation.error is None else type(generation.error).__name__
+            error = generation.error
         elif "tokens" in seen:
             attributes["gen_ai.usage.input_tokens"] = seen["tokens"][0]
-        if failure is not None or status >= 400:
-            attributes["error.type"] = failure or str(status)
-        failed = None if status < 500 and failure is None else str(attributes["error.type"])
-        if generation is not None and generation.error is not None:
-            failed = str(generation.error)
+        refused = 400 <= status < 500  # a refusal is the client's to mend, and no failure
+        if refused or status >= 500 or error is not None:
+            attributes["error.type"] = str(status) if refused or error is None else type(error).__name__
+        failed = None if refused or "error.type" not in attributes else str(error or status)
         span = RequestSpan(f"{operation} {model}", ended - int(seconds * 1e9), ended, attributes, failed)
         self.tracer.record(span, Headers(scope=scope))
 

@@ -112,4 +112,5 @@ async def _joined(
 def _among_themselves(logprobs: Sequence[float]) -> list[float]:
     best = max(logprobs)
     weights = [math.exp(each - best) for each in logprobs]
-    return [each / sum(weights) for each in weights]
+    total = sum(weights)
+    return [each / total for each in weights]

@@ -142,6 +142,10 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(terminal: Terminal, server:
     asked, answered = json.loads(saved.read_text())["messages"]
     assert question.startswith(answered["content"].strip())
     assert len(answered["content"]) < len(asked["content"])
+    for _ in range(200):  # the server sees the closed connection a little later
+        if server.service.num_live == 0:
+            break
+        time.sleep(0.05)
     assert server.service.num_live == 0
     terminal.process.send_signal(signal.SIGINT)  # at the prompt, too
     terminal.see("> ")
@@ -253,4 +257,17 @@ def test_settings_and_the_conversation_can_be_taken_back() -> None:
     assert conversation.obey("set", "") == 'stop "### end"'
     conversation.obey("reset", "")
     with pytest.raises(CommandError):
-        conversation.ask_again()
+        conversation.ask_again("")
+
+
+def test_a_text_without_its_end_is_told(monkeypatch: pytest.MonkeyPatch, capsys, server: LiveServer) -> None:
+    pipe(monkeypatch, '"""one', "two")
+    assert main(["--url", server.url]) == 1
+    assert says(capsys.readouterr().err, 'began with """ … no """ at its end')
+
+
+@pytest.mark.parametrize("command", ["/exit", "/regenerate", "/reset"])
+def test_commands_without_an_argument_refuse_one(monkeypatch, capsys, server: LiveServer, command: str) -> None:
+    pipe(monkeypatch, f"{command} now")
+    assert main(["--url", server.url]) == 1
+    assert says(capsys.readouterr().err, f"{command} takes nothing behind it; 'now'")

@@ -31,11 +31,11 @@ class ChatLoop:
         while True:
             try:
                 line = self._read()
-                if line is None or line.strip() == "/exit":
+                if line is None or line.rstrip() == "/exit":
                     return 0
                 self._do(line)
             except (ChatError, CommandError) as error:
-                print(f"chat: error: {error}", file=sys.stderr, flush=True)
+                print(f"chat: error: {str(error).translate(_NO_CONTROLS)}", file=sys.stderr, flush=True)
                 if not self._interactive:
                     return 1
             except KeyboardInterrupt:
@@ -49,18 +49,21 @@ class ChatLoop:
             text = input("> " if self._interactive else "")
             if not text.startswith(_QUOTES):
                 return text
-            text = text.removeprefix(_QUOTES)
-            while not text.rstrip().endswith(_QUOTES):
-                text += "\n" + input("… " if self._interactive else "")
-            return " " + text.rstrip().removesuffix(_QUOTES).strip("\n")  # a space: it is no command
         except EOFError:
             return None
+        text = text.removeprefix(_QUOTES)
+        try:
+            while not text.rstrip().endswith(_QUOTES):
+                text += "\n" + input("… " if self._interactive else "")
+        except EOFError:
+            raise CommandError(f"the text that began with {_QUOTES} has no {_QUOTES} at its end") from None
+        return " " + text.rstrip().removesuffix(_QUOTES).strip("\n")  # a space: it is no command
 
     def _do(self, line: str) -> None:
         command, _, rest = line.rstrip().partition(" ")
         before = [*self._conversation.messages]
         if command == "/regenerate":
-            self._conversation.ask_again()
+            self._conversation.ask_again(rest.strip())
             self._answer(before)
         elif command.startswith("/"):
             self._note(self._conversation.obey(command[1:], rest.strip()))
@@ -97,4 +100,4 @@ class ChatLoop:
 
     def _note(self, text: str) -> None:
         if self._interactive:
-            self._console.out(text, style="dim")
+            self._console.out(text.translate(_NO_CONTROLS), style="dim")

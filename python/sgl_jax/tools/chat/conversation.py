@@ -50,8 +50,9 @@ class Conversation:
     def answered(self, answer: str) -> None:
         self.messages.append({"role": "assistant", "content": answer})
 
-    def ask_again(self) -> None:
-        """Forget the last answer. Raises CommandError if there is none."""
+    def ask_again(self, text: str) -> None:
+        """Forget the last answer. Raises CommandError if there is none, or for a text behind the command."""
+        _nothing_behind("/regenerate", text)
         if not self.messages:
             raise CommandError("there is no answer to regenerate")
         self.messages.pop()
@@ -64,6 +65,7 @@ class Conversation:
             "set": self._set,
             "save": self._save,
             "help": lambda _: HELP,
+            "exit": lambda text: _nothing_behind("/exit", text),
         }
         if command not in does:
             hint = hint_about(f"/{command}", {f"/{name}": f"/{name}" for name in _NAMES}, NOTHING)
@@ -75,8 +77,7 @@ class Conversation:
         return "the system message is set" if text else "there is no system message"
 
     def _reset(self, text: str) -> str:
-        if text:
-            raise CommandError(f"/reset takes nothing behind it; {text!r} is too much")
+        _nothing_behind("/reset", text)
         self.messages = []
         return "the conversation is forgotten"
 
@@ -104,3 +105,9 @@ class Conversation:
         except OSError as error:
             raise CommandError(f"{path} cannot be written: {error.strerror}") from error
         return f"wrote {path.resolve()}"
+
+
+def _nothing_behind(command: str, text: str) -> str:
+    if text:
+        raise CommandError(f"{command} takes nothing behind it; {text!r} is too much")
+    return ""

@@ -1,13 +1,14 @@
 """Both who answer a chat: a server that runs, or an engine in this process. Each streams the chunks of OpenAI's chats."""
 
+import contextlib
 import http.client
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
-from sgl_jax.engine.generation import EngineFailed
+from sgl_jax.engine.generation import Conflict, EngineFailed
 from sgl_jax.observability import log
 from sgl_jax.request import InvalidParameter, Json
 from sgl_jax.settings.hub import HubError
@@ -49,7 +50,7 @@ class ServerPeer:
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with self._open("/v1/models", None, _FIRST_TIMEOUT_S) as response:
+        with self._open("/v1/models", None, _FIRST_TIMEOUT_S) as response, _told_if_broken():
             found = _read(response.read())
         models = found.get("data") or [{}]
         if model is None and "id" not in models[0]:
@@ -58,16 +59,13 @@ class ServerPeer:
 
     def chunks(self, body: Mapping[str, Json]) -> Generator[Chunk]:
         data = json.dumps({**body, "model": self.model, "stream": True}).encode()
-        try:
-            with self._open("/v1/chat/completions", data, None) as response:
-                for line in response:
-                    name, _, value = line.partition(b":")
-                    if name == b"data" and value.strip() == b"[DONE]":
-                        return
-                    if name == b"data":
-                        yield _read(value)
-        except (OSError, http.client.HTTPException) as error:
-            raise ChatError(f"the connection broke: {error or type(error).__name__}") from error
+        with self._open("/v1/chat/completions", data, None) as response, _told_if_broken():
+            for line in response:
+                name, _, value = line.partition(b":")
+                if name == b"data" and value.strip() == b"[DONE]":
+                    return
+                if name == b"data":
+                    yield _read(value)
         raise ChatError("the answer ended early, without [DONE]")
 
     def _open(self, path: str, data: bytes | None, timeout: float | None) -> http.client.HTTPResponse:
@@ -111,11 +109,19 @@ class EnginePeer:
             chunks: Any = self._engine.chat(messages, stream=True, **fields)
             for chunk in chunks:
                 yield _checked(chunk)
-        except (InvalidParameter, TemplateError, EngineFailed) as error:
+        except (InvalidParameter, TemplateError, EngineFailed, Conflict) as error:
             raise ChatError(str(error)) from error
 
     def close(self) -> None:
         self._engine.shutdown()
+
+
+@contextlib.contextmanager
+def _told_if_broken() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, http.client.HTTPException) as error:
+        raise ChatError(f"the connection broke: {str(error) or type(error).__name__}") from error
 
 
 def _read(content: bytes) -> Chunk:
