@@ -138,3 +138,25 @@ def test_a_failed_start_on_a_terminal_claims_nothing(caplog, monkeypatch):
     with caplog.at_level(logging.INFO), pytest.raises(OSError, match="gone"):
         fails()
     assert not caplog.records
+
+
+def test_a_start_that_waits_for_no_program_tells_of_weights_alone(caplog, monkeypatch, clock):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    told: list[Starting] = []
+    with caplog.at_level(logging.INFO), launch_progress(LOGGER, 3, 0, told.append) as shown:
+        clock.now += 10
+        shown.read(0.5, 1 << 20)
+    assert says(caplog.messages[0], "programs are compiled beside requests")
+    assert told[-1] == Starting(0.5, 0, 0, compiles=False, seconds_left=10)
+    assert told[-1].programs_text == "compiled beside requests"
+
+
+def test_what_is_told_last_is_how_it_ended(clock):
+    told: list[Starting] = []
+    shown, compiled = LaunchProgress(LOGGER, 1, 1, told.append), Future[None]()
+    shown.read(0.97, 1 << 20)
+    shown.all_read()
+    shown.compiled("tokens=2 rows=2", cache_hit=True)
+    compiled.set_result(None)
+    shown.wait(compiled)
+    assert (told[-1].weights, told[-1].num_ready) == (1.0, 1)

@@ -199,6 +199,8 @@ class Starting(_Message, frozen=True):
 
     @property
     def programs_text(self) -> str:
+        if not self.num_programs:
+            return "compiled beside requests"
         first = ", compiling: the first start takes longest" if self.compiles else ""
         left = "" if self.seconds_left is None else f", about {self.seconds_left} s left"
         return f"{self.num_ready} of {self.num_programs}{first}{left}"

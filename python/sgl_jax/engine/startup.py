@@ -135,7 +135,8 @@ def build_device_side(
     copies = None if store is None else AdapterCopies(store, args.most_loaded_loras, announce, agree)
     runner = ModelRunner(model, plan.runner_config, kernels, placement, **options, adapters=copies)
     behind = behind and platform.compiles_behind
-    with launch_progress(logger, len(runner.programs), runner.num_needed(behind), tell) as progress:
+    num_needed = 0 if args.skip_server_warmup else runner.num_needed(behind)
+    with launch_progress(logger, len(runner.programs), num_needed, tell) as progress:
         compiled = runner.compile(
             lambda done, total, each: progress.compiled(each.program.name, each.cache_hit),
             behind=behind,

@@ -136,6 +136,8 @@ def compile_line(index: int, total: int, *, program: str, seconds: float, cache_
 
 def start_line(num_programs: int) -> str:
     """Say what a start does now, and why the first one takes longest."""
+    if not num_programs:
+        return "Reading weights; programs are compiled beside requests"
     return f"Reading weights; {num_programs} programs are read from the compile cache or, at a first start, compiled"
 
 

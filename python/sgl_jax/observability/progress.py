@@ -56,18 +56,19 @@ class LaunchProgress:
         while wait((compiled,), _TELL_S).not_done:
             self._report()
         compiled.result()
+        self._report(last=True)
 
     @property
     def _seconds(self) -> float:
         return time.perf_counter() - self._started
 
-    def _report(self) -> None:
+    def _report(self, last: bool = False) -> None:
         seconds = self._seconds
-        if seconds - self._told < _TELL_S:
+        if seconds - self._told < _TELL_S and not last:
             return
         self._told, ready = seconds, min(self._done, self._needed)
         # Both go on at the same time, so the slower one decides; neither is known before a part of it is done.
-        shares = self._weights, ready / max(self._needed, 1)
+        shares = self._weights, ready / self._needed if self._needed else 1.0
         left = round(max(seconds / share - seconds for share in shares)) if all(shares) else None
         self._tell(Starting(self._weights, ready, self._needed, self._done > self._hits, left))
 
@@ -92,7 +93,7 @@ def launch_progress(
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as live:
         weights = live.add_task("weights", total=1.0, said="0%")
-        programs = live.add_task("programs", total=num_needed, said=f"0 of {num_needed}")
+        programs = live.add_task("programs", total=num_needed or 1, said="")
 
         def show(now: Starting) -> None:
             live.update(weights, completed=now.weights, said=f"{now.weights:.0%}")
