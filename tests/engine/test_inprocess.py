@@ -156,11 +156,11 @@ def test_profiles(engine: Engine) -> None:
 @pytest.mark.parametrize(
     ("call", "param"),
     [
-        ({}, "text"),
-        ({"prompt": 3}, "text"),
-        ({"prompt": ["a", 3]}, "text"),
-        ({"prompt": []}, "text"),
-        ({"prompt": "a", "input_ids": [1]}, "text"),
+        ({}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"prompt": ["a", 3]}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": "a", "input_ids": [1]}, "prompt"),
         ({"input_ids": "a"}, "input_ids"),
         ({"input_ids": [1.5]}, "input_ids"),
         ({"input_ids": [[1], 2]}, "input_ids"),
