@@ -5,6 +5,7 @@ import functools
 
 from sgl_jax.ops.adapter_addend import AdapterAddend, plain_addend
 from sgl_jax.ops.attention.backends import Backend
+from sgl_jax.ops.cpu.library import Library
 from sgl_jax.ops.dense import DenseProduct, plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.quantized_matmul import native
@@ -19,6 +20,7 @@ class Kernels:
     quantized: QuantizedMatmul = native.quantized_matmul
     quantized_experts: QuantizedGroupedMatmul | None = None  # None: this layer's matrices are dequantised first
     adapters: AdapterAddend = plain_addend
+    library: Library | None = None  # for operations that have no contract here
 
     @property
     def quantized_grouped(self) -> QuantizedGroupedMatmul:

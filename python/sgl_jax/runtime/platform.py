@@ -154,7 +154,8 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     if library is None:
         return Kernels(attention, grouped)
     quantised = library_matmul(library), library_grouped_matmul(library)
-    return Kernels(attention, grouped, library_product(library), *quantised, adapters=library_addend(library))
+    more = {"adapters": library_addend(library), "library": library}
+    return Kernels(attention, grouped, library_product(library), *quantised, **more)
 
 
 def grouped_matmul_for(platform: Name) -> GroupedMatmul:

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from sgl_jax.ops.cpu.library import Library
 from sgl_jax.parallel.grid import ONE_DEVICE, MeshAxis
 from sgl_jax.request import MAX_LOGPROBS
+from sgl_jax.runtime import library_sampler
 from sgl_jax.runtime.device_state import IN_PROMPT, DeviceState
 from sgl_jax.runtime.grammar_mask import constrain
 from sgl_jax.runtime.layout import param_of
@@ -59,9 +61,17 @@ class SampleLines:
 
 
 def sample(
-    logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState, axis: MeshAxis = ONE_DEVICE
+    logits: Float[Array, "S V"],
+    lines: SampleLines,
+    state: DeviceState,
+    axis: MeshAxis = ONE_DEVICE,
+    library: Library | None = None,
 ) -> Int[Array, " S"]:
-    """Return the next token of each of S lines; an arbitrary one for lines that do not sample."""
+    """Return the next token of each of S lines; an arbitrary one for lines that do not sample. `library`: computes it where one
+    device has the whole vocabulary."""
+    if library is not None and axis.size == 1:
+        of_lines = lines.rows, lines.position, lines.samples, lines.params, lines.drafts
+        return library_sampler.sample(logits, *of_lines, state, library)
     draws = lines.samples & (lines.param(Param.TEMPERATURE) > 0)
     asked = (has_flag(lines.params, RowFlag.BIAS | RowFlag.PENALTIES | RowFlag.GRAMMAR) | draws).any()
     num_lines, block = len(logits), lines_at_once(logits.shape[-1])
@@ -110,9 +120,15 @@ def _sample(logits: Float[Array, "S V"], lines: SampleLines, state: DeviceState,
 
 
 def token_logprobs(
-    logits: Float[Array, "n V"], chosen: Int[Array, " n"], wanted: Bool[Array, ""], axis: MeshAxis = ONE_DEVICE
+    logits: Float[Array, "n V"],
+    chosen: Int[Array, " n"],
+    wanted: Bool[Array, ""],
+    axis: MeshAxis = ONE_DEVICE,
+    library: Library | None = None,
 ) -> Logprobs:
-    """Return log probabilities of the chosen tokens and of the best ones; zeros unless wanted."""
+    """Return log probabilities of the chosen tokens and of the best ones; zeros unless wanted. `library`: as for `sample`."""
+    if library is not None and axis.size == 1:
+        return Logprobs(*library_sampler.token_logprobs(logits, chosen, wanted, library))
 
     def compute() -> Logprobs:
         top = axis.max(logits.max(-1))

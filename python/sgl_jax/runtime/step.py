@@ -43,6 +43,7 @@ def step(
 ) -> tuple[Pools, DeviceState, StepOutputs]:
     """Run one plan: compute its tokens, then logits, sample, store, draft. The sampler takes the tokens of all ranks."""
     ranks, everyone, bucket = spec.grid.data_axis, spec.grid.all_axes, layout.bucket
+    library = spec.kernels.library
     pools, state, inputs, rows, batch, valid, hidden, tapped = forward(
         weights, adapters, pools, state, vector, spec, layout
     )
@@ -51,9 +52,9 @@ def step(
     logits = decoder.logits(weights, spec.config, last_hidden, spec.linear)
     with jax.named_scope("sample"):
         lines = speculate.sample_lines(inputs, rows, bucket.width)
-        sampled = sampler.sample(logits, lines, state, everyone)
+        sampled = sampler.sample(logits, lines, state, everyone, library)
         wanted = sampler.has_flag(lines.params, RowFlag.LOGPROBS)
-        logprobs = sampler.token_logprobs(logits, sampled, (wanted & lines.samples).any(), everyone)
+        logprobs = sampler.token_logprobs(logits, sampled, (wanted & lines.samples).any(), everyone, library)
     with jax.named_scope("store"):
         tokens = sampled.reshape(-1, bucket.width)
         if spec.simulated_acceptance is not None:
@@ -98,7 +99,7 @@ def _prompt_logprobs(
 
         def one(block):
             logits = decoder.logits(weights, spec.config, block[0], spec.linear)
-            return sampler.token_logprobs(logits, block[1], jnp.bool_(True), everyone)
+            return sampler.token_logprobs(logits, block[1], jnp.bool_(True), everyone, spec.kernels.library)
 
         chosen, ids, values = lax.map(one, (blocks, targets))
         flat = chosen.reshape(-1), ids.reshape(-1, MAX_LOGPROBS), values.reshape(-1, MAX_LOGPROBS)

@@ -25,7 +25,9 @@ class Library:
     adapters: str
     attention: str
     dense: str
+    logprobs: str
     quantised: str
+    sample: str
     untouched: str
 
 
