@@ -43,7 +43,8 @@ def libraries() -> list[Extension]:
         return []  # its compiler has no vector types
     is_x86 = platform.machine() in ("x86_64", "AMD64")
     sources = [
-        str(FOLDER / name) for name in ("adapters.cc", "attention.cc", "dense.cc", "quantised.cc", "sampling.cc", "untouched.cc")
+        str(FOLDER / name)
+        for name in ("adapters.cc", "attention.cc", "dense.cc", "quantised.cc", "sampling.cc", "untouched.cc")
     ]
     headers = [str(FOLDER / name) for name in ("eight_bits.h", "matrix.h", "products.h", "threads.h", "vectors.h")]
     return [
