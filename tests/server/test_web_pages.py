@@ -7,6 +7,7 @@ import hashlib
 import re
 from importlib import resources
 from pathlib import Path
+from urllib.parse import urljoin
 
 import httpx
 import pytest
@@ -40,6 +41,13 @@ def test_every_file_is_served_compressed_and_kept(http: httpx.Client, file: Path
         assert gzip.decompress(b"".join(packed.iter_raw())) == plain.content
     assert http.get(path, headers={"if-none-match": plain.headers["etag"]}).status_code == 304
     assert http.head(path).status_code == 200
+
+
+@pytest.mark.parametrize(("path", "to"), [("/dashboard/", "../dashboard"), ("/dashboard//", "../../dashboard"), ("//", "../")])
+def test_a_slash_behind_a_page_leads_to_the_page(live: LiveServer, path: str, to: str) -> None:
+    answer = httpx.get(live.url + path)
+    assert (answer.status_code, answer.headers["location"]) == (307, to)
+    assert urljoin(live.url + path, to) == live.url + (path.rstrip("/") or "/")
 
 
 def test_no_ui_serves_none() -> None:

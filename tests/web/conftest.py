@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, ConsoleMessage, Page, Request
+    from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Dialog, Page, Request
 
 # The server around a fake engine (live_server.py) is that of the server's tests.
 sys.path.append(str(Path(__file__).parents[1] / "server"))
@@ -40,11 +40,13 @@ class Visits:
 
     def __init__(self, browser: Browser):
         self._browser = browser
+        self._profiles: list[BrowserContext] = []
         self.problems: list[str] = []
 
     def open(self, url: str, **context: Any) -> Page:
         """Open a page. `context` is that of Playwright's `new_context`, such as viewport and color_scheme."""
         profile = self._browser.new_context(**context)
+        self._profiles.append(profile)
         profile.set_default_timeout(_PATIENCE_MS)
         origin = "/".join(url.split("/")[:3])
 
@@ -56,7 +58,12 @@ class Visits:
             if message.type in ("error", "warning"):
                 self.problems.append(message.text)
 
+        def opened(dialog: Dialog) -> None:
+            self.problems.append(f"dialog: {dialog.message}")
+            dialog.dismiss()
+
         page = profile.new_page()
+        page.on("dialog", opened)
         page.on("request", asked)
         page.on("console", said)
         page.on("pageerror", lambda error: self.problems.append(str(error)))
@@ -71,7 +78,7 @@ class Visits:
         self.problems = [problem for problem in self.problems if not any(text in problem for text in texts)]
 
     def close(self) -> None:
-        for profile in self._browser.contexts:
+        for profile in self._profiles:
             profile.close()
 
 

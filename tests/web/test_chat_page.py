@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from conftest import Visits
 
 SERVER_TESTS = Path(__file__).parents[1] / "server"
+LONG = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 7  # 229 tokens; prompt and answer fit into the context
 REPEAT = {"chat_template": str(SERVER_TESTS / "tool_template.jinja"), "reasoning_parser": "qwen3"}
 
 
@@ -91,7 +92,7 @@ def test_shift_enter_writes_a_new_line(page: Page) -> None:
 
 def test_an_answer_streams_and_escape_stops_it(visit: Callable[..., Page], slow: LiveServer) -> None:
     page = visit(slow.url)
-    text = "a b c d e f g h i j k l m n o p q r s t u v w x y z " * 3
+    text = LONG
     page.get_by_label("Message").fill(text)
     page.keyboard.press("Enter")
     page.locator(".assistant .markdown").filter(has_text="a b c").wait_for()
@@ -124,6 +125,55 @@ def test_another_answer_and_an_edit_are_branches(page: Page) -> None:
     page.get_by_role("button", name="Save").click()
     assert answers(page) == ["mine"]
     page.locator(".assistant").get_by_text("3/3").wait_for()
+
+
+def test_an_answer_is_kept_when_the_page_goes_while_another_conversation_is_shown(
+    visit: Callable[..., Page], slow: LiveServer
+) -> None:
+    page = visit(slow.url)
+    page.get_by_label("Message").fill(LONG)
+    page.keyboard.press("Enter")
+    page.locator(".assistant .markdown").filter(has_text="a b c").wait_for()
+    page.get_by_role("button", name="New chat").click()
+    page.reload()
+    page.locator(".list .title").click()
+    assert answers(page)[0].startswith("a b c")
+
+
+def test_what_failed_is_tried_again_beside_what_came_later(visits: Visits, page: Page) -> None:
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.get_by_label("Message").fill("one")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Try again").wait_for()
+    page.unroute("**/v1/chat/completions")
+    send(page, "two")
+    page.get_by_role("button", name="Try again").click()
+    page.get_by_text("2/2").wait_for()
+    ended(page.get_by_label("assistant"))
+    page.get_by_label("Previous branch").click()
+    assert page.locator(".user .text").all_inner_texts() == ["one", "two"]
+    visits.forgive("ERR_FAILED")
+
+
+def test_the_chosen_model_is_waited_for(page: Page) -> None:
+    page.evaluate("localStorage['sgl_jax:/:settings'] = JSON.stringify({ model: 'second' })")
+    held: list[Any] = []
+    page.route("**/v1/models", held.append)
+    page.reload()
+    page.get_by_label("Message").fill("hi")
+    page.keyboard.press("Enter")
+    page.locator(".cursor").wait_for()
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(body="data: [DONE]\n\n"))
+    with page.expect_request("**/v1/chat/completions") as asked:
+        models = [{"id": name, "max_model_len": 512} for name in ("first", "second")]
+        held[0].fulfill(json={"data": models})
+    assert asked.value.post_data_json["model"] == "second"
+
+
+def test_a_full_store_is_said(page: Page) -> None:
+    page.evaluate("Storage.prototype.setItem = () => { throw new Error('full'); }")
+    send(page, "hi")
+    page.get_by_role("alert").filter(has_text="store is full").wait_for()
 
 
 def test_conversations_are_found_deleted_and_brought_back(page: Page) -> None:
@@ -270,6 +320,12 @@ def test_an_alternative_begins_a_branch(page: Page, repeating: LiveServer) -> No
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
     assert page.locator(".alternatives button:focus").count() == 1
+    page.keyboard.press("Escape")
+    page.locator(".alternatives").wait_for(state="detached")
+    page.keyboard.press("ArrowLeft")
+    page.locator(".alternatives").wait_for()
+    page.get_by_label("Message").focus()
+    page.locator(".alternatives").wait_for(state="detached")
 
 
 def test_a_prompt_is_shown_by_token_with_what_was_cached(page: Page) -> None:
@@ -284,6 +340,19 @@ def test_a_prompt_is_shown_by_token_with_what_was_cached(page: Page) -> None:
     assert "messages[-1].content" in page.locator("dialog pre").inner_text()
     page.keyboard.press("Escape")
     page.locator("dialog").wait_for(state="detached")
+
+
+def test_a_prompt_is_shown_with_the_parameters_that_change_it(page: Page) -> None:
+    send(page, "hi")
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    params = {"tools": json.dumps(tools), "temperature": "0.5"}
+    page.evaluate("params => { localStorage['sgl_jax:/:settings'] = JSON.stringify({ params }); }", params)
+    page.reload()
+    with page.expect_request("**/tokenize") as asked:
+        page.get_by_label("assistant").get_by_role("button", name="Prompt").click()
+    assert asked.value.post_data_json["tools"] == tools
+    assert "temperature" not in asked.value.post_data_json
+    page.locator(".piece").first.wait_for()
 
 
 # --- models without a template, keys, errors --------------------------------------------------------------------------
@@ -307,7 +376,14 @@ def test_a_model_without_template_completes_text(visit: Callable[..., Page]) -> 
 def test_the_key_is_asked_for_and_a_start_waited_for(visits: Visits) -> None:
     with LiveServer(open_service=False, api_key="secret", **REPEAT) as server:
         page = visits.open(server.url)
-        page.get_by_label("API key of this server").fill("secret")
+        field = page.get_by_label("API key of this server")
+        field.fill("ключ")
+        page.keyboard.press("Enter")
+        assert page.locator("input:invalid").count() == 1
+        field.fill("wrong")
+        page.keyboard.press("Enter")
+        page.get_by_role("alert").filter(has_text="The server does not take this key.").wait_for()
+        field.fill("secret")
         page.keyboard.press("Enter")
         page.get_by_text("the engine is still starting Trying again…").wait_for()
         server.in_loop(lambda: server.loop.create_task(opened(server)))
@@ -370,13 +446,16 @@ def test_a_phone_shows_all_of_it(visit: Callable[..., Page], repeating: LiveServ
     page.get_by_label("temperature").fill("1")
 
 
-def test_the_first_paint_is_quick(page: Page) -> None:
-    best = 1e9  # milliseconds, of several loads: other work on the machine is no fault of the page
-    for _ in range(8):
-        page.reload()
-        page.get_by_label("Message").wait_for()
-        paint = page.evaluate("performance.getEntriesByType('paint').map(({ startTime }) => startTime)")
-        best = min([best, *paint])
-        if best <= 300:
-            break
-    assert best <= 300
+def test_little_stands_before_the_first_paint(page: Page) -> None:
+    """How long it takes is the machine's doing, and only bounded; what it waits for is the page's."""
+    page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length")
+    paint, requests, size, blocking = page.evaluate(
+        """() => { const paint = performance.getEntriesByName('first-contentful-paint')[0].startTime;
+            const files = performance.getEntriesByType('resource').filter((each) => each.responseEnd <= paint && each.name.includes('/web/'));
+            return [paint, files.length, files.reduce((sum, each) => sum + each.encodedBodySize, 0),
+                document.querySelectorAll('script:not([type=module], [defer])').length]; }"""
+    )
+    assert 0 < requests <= 18
+    assert 0 < size <= 60_000
+    assert blocking == 0
+    assert paint <= 3000

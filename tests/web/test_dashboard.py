@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -59,7 +62,7 @@ def shown(page: Page, key: str, pattern: str) -> None:
 
 
 def status(page: Page, expected: str) -> None:
-    page.locator("[data-testid=status]", has_text=expected).wait_for()
+    page.locator("[data-testid=status]", has_text=re.compile(f"^{expected}$")).wait_for()
 
 
 def test_numbers_move_when_requests_are_answered(server: LiveServer, visit: Visit) -> None:
@@ -70,7 +73,7 @@ def test_numbers_move_when_requests_are_answered(server: LiveServer, visit: Visi
     body = {"text": "Once upon", "sampling_params": {"max_new_tokens": 250, "ignore_eos": True}}
     with ThreadPoolExecutor(4) as threads:
         answers = [threads.submit(httpx.post, f"{server.url}/generate", json=body, timeout=30) for _ in range(4)]
-        shown(page, "running", "^4$")
+        shown(page, "running", "^[1-4]$")
         shown(page, "generated", "[1-9]")
         shown(page, "hits", "[1-9].* %$")
         shown(page, "itl95", "s$")
@@ -97,12 +100,30 @@ def test_the_pointer_shows_the_numbers_of_its_time_in_every_panel(server: LiveSe
 def test_a_key_is_asked_for_and_kept_as_the_chat_keeps_it(visits: Any) -> None:
     with LiveServer(api_key="secret") as server:
         page = visits.open(f"{server.url}/dashboard")
+        page.get_by_label("API key").fill("ключ")
+        page.get_by_role("button", name="Use").click()
+        assert page.locator("input:invalid").count() == 1
+        page.get_by_label("API key").fill("wrong")
+        page.get_by_role("button", name="Use").click()
+        page.get_by_text("The server does not take this key.").wait_for()
         page.get_by_label("API key").fill("secret")
         page.get_by_role("button", name="Use").click()
         status(page, "ready")
-        assert page.evaluate("sessionStorage['sgl_jax:key']") == "secret"
+        assert page.evaluate("sessionStorage['sgl_jax:/:key']") == "secret"
         page.close()
     visits.forgive("401")
+
+
+def test_a_file_of_limits_is_checked(server: LiveServer, visit: Visit, tmp_path: Path) -> None:
+    page = visit(f"{server.url}/dashboard")
+    file = tmp_path / "limits.json"
+    file.write_text("not JSON")
+    page.get_by_label("File").set_input_files(file)
+    page.get_by_role("alert").filter(has_text="limits.json is not a file that measure_limits wrote.").wait_for()
+    file.write_text(json.dumps({"memory_gb_per_s": 20, "device_kind": "other", "num_devices": 2}))
+    page.get_by_label("File").set_input_files(file)
+    page.get_by_text("The file is of 2 × other.").wait_for()
+    assert page.get_by_role("alert").count() == 0
 
 
 def test_starting_paused_and_stopped_are_told_apart(visits: Any) -> None:
@@ -157,7 +178,7 @@ def test_percentiles_are_those_between_two_scrapes(
 
 def test_a_step_is_held_against_the_limits_of_the_machine(parsing: Page) -> None:
     function = """({ parse, point }, before, now, engine, limits) =>
-        point({ t: 1, metrics: parse(before) }, { t: 3, metrics: parse(now) }, engine, limits)"""
+        point({ at: 1, metrics: parse(before) }, { at: 3, metrics: parse(now) }, engine, limits)"""
     names = ("decode_steps_total", "decode_step_seconds_total", "generation_tokens_total", "kv_usage_ratio")
     texts = [
         "\n".join(f"sgl_jax_{n} {v}" for n, v in zip(names, values, strict=True))
@@ -175,3 +196,16 @@ def test_an_hour_is_kept_and_its_beginning_thinned(parsing: Page) -> None:
     function = """({ History }) => { const kept = new History(); for (let t = 0; t < 9000; t++) kept.add({ t });
         const times = kept.points.map((each) => each.t); return [times[0], times.at(-1), times.length, times.at(-600)]; }"""
     assert call(parsing, function) == [5400, 8999, 1100, 8400]
+
+
+def test_a_scrape_from_before_a_pause_is_not_held_against_now(parsing: Page) -> None:
+    function = "({ recent }, times) => recent(times.map(([t, at]) => ({ t, at }))).map(({ t }) => t)"
+    assert call(parsing, function, [[t, t] for t in range(9)]) == [3, 4, 5, 6, 7, 8]
+    assert call(parsing, function, [[1, 1], [2, 2], [30, 30], [31, 31]]) == [30, 31]
+    assert call(parsing, function, [[1, 1], [2, 2], [900, 3]]) == [900]  # the machine slept
+
+
+def test_a_counter_that_fell_tells_a_new_server(parsing: Page) -> None:
+    function = "({ parse, beganAnew }, before, now) => beganAnew(parse(before), parse(now))"
+    assert not call(parsing, function, "a_total 5\nb 9\n", "a_total 6\nb 1\n")
+    assert call(parsing, function, 'a_total{x="1"} 5\n', "b_total 1\n")

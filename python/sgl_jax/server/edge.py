@@ -56,11 +56,11 @@ class RequestLog:
             await send(message)
             ended = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-        path, is_head = scope["path"], scope["method"] == "HEAD"
+        # Each path is also taken with a slash behind it, and HEAD wherever GET is; the connection drops the body.
+        path, is_head = scope["path"].rstrip("/") or "/", scope["method"] == "HEAD"
         names = [b"x-request-id", *([b"request-id"] if path.startswith(ANTHROPIC) else [])]  # as its clients call it
         scope["state"]["request_id"] = request_id
-        # Each path is also taken with a slash behind it, and HEAD wherever GET is; the connection drops the body.
-        inner = {**scope, "path": path.rstrip("/") or "/", "method": "GET" if is_head else scope["method"]}
+        inner = {**scope, "path": path, "method": "GET" if is_head else scope["method"]}
         try:
             await self._app(inner, receive, noted)
         except Exception:

@@ -63,7 +63,7 @@ def install(app: FastAPI) -> None:
 
     def add(path: str, file: _File) -> None:
         async def page(request: Request) -> Response:
-            return file.answer(request.headers)
+            return _without_slash(request) or file.answer(request.headers)
 
         app.add_route(path, page, include_in_schema=False)
 
@@ -76,6 +76,19 @@ def install(app: FastAPI) -> None:
 def is_page(path: str) -> bool:
     """Say whether a path is that of a page or of a file that pages load."""
     return path in PAGES or path.startswith(FOLDER)
+
+
+def _without_slash(request: Request) -> Response | None:
+    """Send a browser that asked with slashes behind the path to the one without, which the page's addresses are beside.
+
+    The way there is relative, as a proxy may have put a path in front.
+    """
+    raw: bytes = request.scope["raw_path"]
+    slashes = len(raw) - len(raw.rstrip(b"/")) - (request.scope["path"] == "/")
+    if slashes <= 0:
+        return None
+    name = request.scope["path"].rpartition("/")[2]
+    return Response(status_code=307, headers={"Location": "../" * slashes + name, "Cache-Control": "no-cache"})
 
 
 def _read() -> dict[str, _File]:

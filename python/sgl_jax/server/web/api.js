@@ -1,14 +1,18 @@
 // Calls of the server: the key, errors in plain words, retries while it starts, streams of events.
-const KEY = "sgl_jax:key";
+import { BROWSER, TAB, keep, kept } from "./kept.js";
 
+let held = ""; // the key, where the browser keeps nothing
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? localStorage.getItem(KEY) ?? "",
+  get: () => kept("key", TAB) ?? kept("key") ?? held,
+  isRemembered: () => kept("key") !== null,
   set(value, remember) {
-    localStorage.removeItem(KEY);
-    sessionStorage.removeItem(KEY);
-    if (value) (remember ? localStorage : sessionStorage).setItem(KEY, value);
+    held = value;
+    for (const store of [TAB, BROWSER]) keep("key", null, store);
+    if (value) keep("key", value, remember ? BROWSER : TAB);
   },
 };
+export const KEY_FIELD = { type: "password", pattern: "[\\x20-\\x7e\\xa0-\\xff]*", title: "A key has only Latin letters and signs." };
+export const WRONG_KEY = "The server does not take this key.";
 
 // An error's `status` is that of the answer, 0 where none came.
 const failure = (message, status = 0, wait = 2) => Object.assign(new Error(message), { status, wait });
@@ -19,8 +23,10 @@ const pause = (seconds, signal) => new Promise((resolve, reject) => {
   signal?.addEventListener("abort", reject);
 });
 
-async function attempt(path, body, signal) {
-  const headers = key.get() ? { Authorization: `Bearer ${key.get()}` } : {};
+export const withKey = (value = key.get()) => (value ? { Authorization: `Bearer ${value}` } : {});
+
+async function attempt(path, body, signal, sent) {
+  const headers = withKey(sent);
   if (body) headers["Content-Type"] = "application/json";
   const answer = await fetch(path, { headers, signal, ...(body && { method: "POST", body: JSON.stringify(body) }) })
     .catch(() => { throw failure("No connection to the server."); });
@@ -31,16 +37,17 @@ async function attempt(path, body, signal) {
   throw failure(message || `The server answered ${answer.status}.`, answer.status, Number(answer.headers.get("Retry-After")) || 1);
 }
 
-// Calls a path. After a 401 `on.key()` is awaited, which says whether there is another key. While the server starts, and
+// Calls a path. After a 401 `on.key(wrong)` is awaited, which says whether there is another key. While the server starts, and
 // with `patient` also while nothing answers, `on.waiting(text)` is told, and the call is tried again.
 export async function call(path, { body, signal, on, patient }) {
   for (;;) {
+    const sent = key.get();
     try {
-      const answer = await attempt(path, body, signal);
+      const answer = await attempt(path, body, signal, sent);
       on.waiting("");
       return answer;
     } catch (error) {
-      if (error.status === 401 && (await on.key())) continue;
+      if (error.status === 401 && (key.get() !== sent || (await on.key(sent ? WRONG_KEY : "")))) continue;
       if (signal?.aborted || (error.status !== 503 && !(patient && !error.status))) throw error;
       on.waiting(`${error.message} Trying again…`);
       await pause(error.wait, signal);

@@ -3,6 +3,7 @@ import { html, render, Component } from "./vendor/preact-htm.js";
 import { call } from "./api.js";
 import { Bar, Composer, KeyDialog, List } from "./frame.js";
 import { generate, prompt, request } from "./generate.js";
+import { keep, kept, parsed } from "./kept.js";
 import { Settings, fieldsOf, paramsOf } from "./settings.js";
 import * as store from "./store.js";
 import { applyTheme } from "./theme.js";
@@ -11,18 +12,20 @@ import { Turn } from "./turn.js";
 
 applyTheme();
 const ALTERNATIVES = 6; // asked for with each token
+const FULL = "The browser’s store is full or switched off. Export or delete conversations.";
+const OF_PROMPT = ["tools", "chat_template_kwargs", "reasoning_effort", "add_special_tokens"];
 const isWide = () => matchMedia("(min-width: 60rem)").matches;
 const DEFAULTS = { model: "", schema: "", params: {}, plain: false, probabilities: false, open: false };
 
 class App extends Component {
   conversations = store.readAll();
   current = this.conversations[0] ?? store.newConversation();
-  settings = { ...DEFAULTS, ...store.read("settings", {}) };
+  settings = { ...DEFAULTS, ...parsed(kept("settings")) };
   info = { models: [], template: "?", special: new Set(), context: 0 };
   openapi = null;
-  running = null; // the turn that is being answered, and what aborts it
+  running = null; // the turn that is being answered, its conversation, and what aborts it
   list = isWide(); // whether the list of conversations is open
-  on = { key: () => this.askKey(), waiting: (text) => text !== this.waiting && this.change({ waiting: text }) };
+  on = { key: (wrong) => this.askKey(wrong), waiting: (text) => text !== this.waiting && this.change({ waiting: text }) };
 
   change = (found) => { Object.assign(this, found); this.forceUpdate(); };
 
@@ -33,8 +36,8 @@ class App extends Component {
 
   componentDidMount() {
     addEventListener("keydown", (event) => event.key === "Escape" && !document.querySelector("dialog[open]") && this.stop());
-    addEventListener("pagehide", () => this.running && this.save());
-    this.load();
+    addEventListener("pagehide", () => this.running && this.keep(this.running.conversation));
+    this.tryLoad();
   }
 
   read = async (path) => (await call(path, { on: this.on, patient: true })).json();
@@ -45,16 +48,24 @@ class App extends Component {
     this.forceUpdate();
   }
 
-  async load() {
-    try {
+  // Reads what the server serves, once.
+  load() {
+    const read = async () => {
       const models = (await this.read("v1/models")).data;
       const about = await this.read("tokenizer_info");
-      const { special } = this.info; // stays the same set, which an answer that has begun looks into
-      for (const token of Object.values(about.added_tokens_decoder)) token.special && special.add(token.content);
+      const special = new Set(Object.values(about.added_tokens_decoder).filter((token) => token.special).map(({ content }) => content));
       this.change({ info: { models, special, template: about.chat_template, context: models[0].max_model_len } });
-    } catch (error) {
-      this.say(error.message);
-    }
+    };
+    return this.loading ??= read().catch((error) => { this.loading = null; throw error; });
+  }
+
+  tryLoad() { this.load().catch((error) => this.say(error.message)); }
+
+  // Waits for what a request needs. Returns its parameters.
+  async prepare() {
+    await this.load();
+    if (Object.keys(this.settings.params).length) await this.describe();
+    return paramsOf(this.fields, this.settings);
   }
 
   // The chosen model, if the server still has it.
@@ -65,10 +76,10 @@ class App extends Component {
   get fields() { return this.openapi ? fieldsOf(this.openapi, this.plain) : []; }
 
   // Asks for the key; says whether one was given. Calls that ask meanwhile wait for the same answer.
-  askKey() {
-    this.keyGiven ??= new Promise((resolve) => this.change({ keyDone: resolve })).then((given) => {
+  askKey(wrong) {
+    this.keyGiven ??= new Promise((resolve) => this.change({ keyDone: resolve, wrong })).then((given) => {
       this.change({ keyDone: null, keyGiven: null });
-      if (given && !this.info.context && !this.running) this.load();
+      if (given) this.tryLoad();
       return given;
     });
     return this.keyGiven;
@@ -76,15 +87,17 @@ class App extends Component {
 
   set(change) {
     this.settings = { ...this.settings, ...change };
-    store.write("settings", this.settings);
+    if (!keep("settings", JSON.stringify(this.settings))) this.notice = { text: FULL };
     this.forceUpdate();
   }
+
+  keep(conversation) { if (!store.save(conversation)) this.say(FULL); }
 
   save() {
     const { current } = this;
     if (Object.keys(current.turns).length) {
       this.conversations = [current, ...this.conversations.filter((each) => each !== current)];
-      if (!store.save(current)) this.notice = { text: "The browser's store is full. Export or delete conversations." };
+      this.keep(current);
     }
     this.forceUpdate();
   }
@@ -101,9 +114,9 @@ class App extends Component {
   delete(conversation) {
     store.remove(conversation);
     this.conversations = this.conversations.filter((each) => each !== conversation);
-    if (this.running && conversation.turns[this.running.turn.id]) this.stop();
+    if (this.running?.conversation === conversation) this.stop();
     if (conversation === this.current) this.create();
-    const undo = () => { store.save(conversation); this.change({ notice: null, conversations: [conversation, ...this.conversations] }); };
+    const undo = () => { this.change({ notice: null, conversations: [conversation, ...this.conversations] }); this.keep(conversation); };
     this.say(`“${conversation.title}” was deleted.`, undo);
   }
 
@@ -126,6 +139,7 @@ class App extends Component {
   }
 
   edit(turn, text) {
+    if (this.running) return;
     const { role, call, thought, calls } = turn;
     const added = store.add(this.current, turn.parent, { role, content: text, call, thought, calls });
     this.editing = null;
@@ -134,7 +148,8 @@ class App extends Component {
   }
 
   again(turn) {
-    if (turn.error && !turn.content) delete this.current.turns[turn.id];
+    if (this.running) return;
+    if (turn.error && !turn.content) store.discard(this.current, turn);
     this.answer(turn.parent, { head: turn.head, thought: turn.head && turn.thought });
   }
 
@@ -142,28 +157,22 @@ class App extends Component {
 
   async answer(parent, { head, thought } = {}) {
     if (this.running) return;
-    const { current } = this;
-    let params;
-    try {
-      if (Object.keys(this.settings.params).length) await this.describe();
-      params = paramsOf(this.fields, this.settings);
-    } catch (error) {
-      return this.say(error.message);
-    }
-    const turn = store.add(current, parent, { role: "assistant", content: head ?? "", head, thought });
-    const abort = new AbortController();
-    const alternatives = this.settings.probabilities ? ALTERNATIVES : 0;
-    const body = request(current, turn, { model: this.model, plain: this.plain, alternatives, params });
+    const conversation = this.current, abort = new AbortController(), { signal } = abort;
+    const turn = store.add(conversation, parent, { role: "assistant", content: head ?? "", head, thought });
+    Object.assign(this, { running: { conversation, turn, abort }, notice: null, stick: true });
     this.save();
-    this.change({ running: { turn, abort }, notice: null, stick: true });
     try {
-      await generate(turn, body, { signal: abort.signal, on: this.on, special: this.info.special, changed: this.soon });
+      const stopped = new Promise((_, reject) => signal.addEventListener("abort", reject));
+      const params = await Promise.race([this.prepare(), stopped]);
+      const alternatives = this.settings.probabilities ? ALTERNATIVES : 0;
+      const body = request(conversation, turn, { model: this.model, plain: this.plain, alternatives, params });
+      await generate(turn, body, { signal, on: this.on, special: this.info.special, changed: this.soon });
     } catch (error) {
-      if (abort.signal.aborted) turn.finish = "stopped";
+      if (signal.aborted) turn.finish = "stopped";
       else turn.error = error.message;
     }
     this.running = null;
-    if (this.conversations.includes(current)) store.save(current);
+    if (this.conversations.includes(conversation)) this.keep(conversation);
     this.change({ waiting: "" });
   }
 
@@ -175,10 +184,12 @@ class App extends Component {
   }
 
   async showPrompt(turn) {
-    const { template, special } = this.info;
     const ask = async (path, body) => (await call(path, { body, on: this.on })).json();
     try {
-      const { tokens, token_strs } = await ask("tokenize", { ...prompt(this.current, turn, this.plain), return_token_strs: true });
+      const params = Object.entries(await this.prepare()).filter(([name]) => OF_PROMPT.includes(name));
+      const { template, special } = this.info;
+      const body = { ...Object.fromEntries(params), ...prompt(this.current, turn, this.plain), return_token_strs: true };
+      const { tokens, token_strs } = await ask("tokenize", body);
       const { text } = await ask("detokenize", { tokens, skip_special_tokens: false });
       this.change({ prompt: { tokens: token_strs, text, special, cached: turn.stats?.cached, template: !this.plain && template } });
     } catch (error) {
@@ -197,9 +208,9 @@ class App extends Component {
       const found = store.imported(await input.files[0].text());
       const ours = new Set(this.conversations.map(({ id }) => id));
       const added = found.map((each) => (ours.has(each.id) ? { ...each, id: store.newConversation().id } : each));
-      const kept = added.every(store.save);
+      const kept = added.filter(store.save).length === added.length;
       this.conversations = [...added, ...this.conversations];
-      this.say(kept ? `${found.length} conversations were imported.` : "The browser's store is full.");
+      this.say(kept ? `${found.length} conversations were imported.` : FULL);
     } catch (error) {
       this.say(error.message);
     }
@@ -231,7 +242,7 @@ class App extends Component {
         </footer>
       </div>
       ${this.settings.open && html`<${Settings} app=${this} />`}
-      ${this.keyDone && html`<${KeyDialog} onDone=${this.keyDone} />`}
+      ${this.keyDone && html`<${KeyDialog} wrong=${this.wrong} onDone=${this.keyDone} />`}
       ${this.prompt && html`<${Prompt} ...${this.prompt} onClose=${() => this.change({ prompt: null })} />`}`;
   }
 }

@@ -1,6 +1,7 @@
 // Numbers of the dashboard: Prometheus' text format, rates and percentiles between two scrapes, and the last hour of them.
 const LINE = /^([a-zA-Z_:][\w:]*)(?:\{(.*)\})?\s+(\S+)/;
 const LABEL = /([a-zA-Z_]\w*)="((?:[^"\\]|\\.)*)"/g;
+const WINDOW = 6, OLDEST_S = 10; // rates and percentiles are those of five seconds
 const RECENT = 600, OLD_EVERY_S = 6, HOUR_S = 3600;
 
 const number = (text) => Number(text.replace("Inf", "Infinity"));
@@ -31,6 +32,17 @@ export function grown(before, now, name, accepts) {
   return b === null ? null : b < a ? b : b - a;
 }
 
+// Whether a counter fell, as it does when the server is started again.
+export const beganAnew = (before, now) => Object.keys(before)
+  .some((name) => name.endsWith("_total") && (value(now, name) ?? 0) < value(before, name));
+
+// The scrapes that the last one is held against. None is older than a hidden tab or a sleep: `at` is in seconds of the page,
+// which a change of the clock leaves alone, and `t` in those of the clock, which go on while the machine sleeps.
+export function recent(scrapes) {
+  const last = scrapes.at(-1);
+  return scrapes.slice(-WINDOW).filter(({ t, at }) => last.at - at < OLDEST_S && Math.abs(last.t - t) < OLDEST_S);
+}
+
 // The quantile of what a histogram took in between, as Prometheus' histogram_quantile has it; null if that is nothing.
 export function quantile(before, now, name, q) {
   const bounds = (now[`${name}_bucket`] ?? []).map((row) => row.labels.le);
@@ -44,9 +56,9 @@ export function quantile(before, now, name, q) {
 
 const share = (part, whole) => (whole ? part / whole : null);
 
-// All that is drawn at a time. `engine` is that of /get_server_info, `limits` the file of measure_limits, or null.
+// All that is drawn at a time, from the oldest and the last of the recent scrapes. `engine` is that of /get_server_info, `limits` the file of measure_limits, or null.
 export function point(first, last, engine, limits) {
-  const [a, b] = [first.metrics, last.metrics], seconds = last.t - first.t;
+  const [a, b] = [first.metrics, last.metrics], seconds = last.at - first.at;
   const rate = (name, accepts) => (seconds ? (grown(a, b, name, accepts) ?? 0) / seconds : null);
   const ratio = (part, whole) => share(grown(a, b, part), grown(a, b, whole));
   const status = (digit) => rate("http_responses_total", (labels) => labels.status[0] === digit);

@@ -4,7 +4,7 @@ import { written } from "./dashboard_charts.js";
 
 const whole = (n) => n.toLocaleString("en");
 
-export function Launch({ info, last, limits, fits, onLimits }) {
+export function Launch({ info, last, limits, refused, fits, onLimits }) {
   const engine = info?.engine;
   if (!engine) return null;
   const { device_bytes: total, device_weight_bytes: weights, device_adapter_bytes: adapters, device_kv_bytes: kv } = engine;
@@ -28,6 +28,7 @@ export function Launch({ info, last, limits, fits, onLimits }) {
     ${engine.programs?.length > 0 && html`<details><summary>${engine.programs.length} programs</summary><ul>${engine.programs.map((name) => html`<li>${name}</li>`)}</ul></details>`}
     <h3>Limits of the machine</h3>
     <p>${fits ? `${whole(Math.round(limits.memory_gb_per_s))} GB/s, ${written(limits.matmul_tflop_per_s, "count")} TFLOP/s` : limits ? `The file is of ${limits.num_devices} × ${limits.device_kind}.` : "Not known; measure_limits --output writes them."}
-      <label> <input type="file" accept=".json" onChange=${onLimits} /></label></p></div>
+      <label> File <input type="file" accept=".json" onChange=${onLimits} /></label></p>
+    ${refused && html`<p role="alert">${refused}</p>`}</div>
   </section>`;
 }

@@ -1,6 +1,6 @@
 // What stands around a conversation: the bar above, the list of conversations, the box below, the dialog for the key.
 import { html, useRef, useLayoutEffect } from "./vendor/preact-htm.js";
-import { key } from "./api.js";
+import { KEY_FIELD, key } from "./api.js";
 import { theme, toggleTheme } from "./theme.js";
 import { isSend } from "./turn.js";
 
@@ -56,7 +56,7 @@ export function Composer({ app, call }) {
     ${app.running ? html`<button class="primary" onClick=${() => app.stop()}>Stop</button>` : html`<button class="primary" onClick=${send}>Send</button>`}</div>`;
 }
 
-export function KeyDialog({ onDone }) {
+export function KeyDialog({ wrong, onDone }) {
   const dialog = useRef(), field = useRef(), remember = useRef();
   useLayoutEffect(() => dialog.current.showModal(), []);
   const submit = (event) => {
@@ -65,8 +65,9 @@ export function KeyDialog({ onDone }) {
     onDone(true);
   };
   return html`<dialog ref=${dialog} onCancel=${() => onDone(false)}><form onSubmit=${submit}>
-    <label>API key of this server<input type="password" ref=${field} autocomplete="off" defaultValue=${key.get()} /></label>
-    <label class="check small"><input type="checkbox" ref=${remember} /> Remember in this browser</label>
+    <label>API key of this server<input ...${KEY_FIELD} ref=${field} autocomplete="off" defaultValue=${key.get()} /></label>
+    ${wrong && html`<p class="error small" role="alert">${wrong}</p>`}
+    <label class="check small"><input type="checkbox" ref=${remember} defaultChecked=${key.isRemembered()} /> Remember in this browser</label>
     <footer><button type="button" onClick=${() => onDone(false)}>Cancel</button><button class="primary">Use</button></footer>
   </form></dialog>`;
 }

@@ -64,5 +64,5 @@ export async function generate(turn, body, { signal, on, special, changed }) {
 // Tokens and times: `ttft` ms to the first token, then `between` ms to the last, `whole` in all.
 function figures({ prompt_tokens, completion_tokens, prompt_tokens_details }, ttft, between, whole) {
   const rate = between > 1 && completion_tokens > 1 ? (completion_tokens - 1) / between : completion_tokens / whole;
-  return { prompt: prompt_tokens, cached: prompt_tokens_details?.cached_tokens ?? 0, made: completion_tokens, ttft, rate: rate * 1000 };
+  return { prompt: prompt_tokens, cached: prompt_tokens_details?.cached_tokens ?? 0, made: completion_tokens, ttft, rate: Number.isFinite(rate) ? rate * 1000 : 0 };
 }

@@ -17,7 +17,7 @@ export function fieldsOf(openapi, plain) {
     if (OWN.includes(name) || !kinds.length || description.startsWith("another name")) return [];
     const { type, enum: choices = type === "boolean" && [false, true] } = kinds[0];
     const kind = choices ? "choice" : { number: "number", integer: "number", string: "text" }[type] ?? "json";
-    return [{ name, description, choices, kind }];
+    return [{ name, description, choices, kind, list: kinds.some((each) => each.type === "array") }];
   });
   const rank = ({ name }) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);
   return found.sort((a, b) => rank(a) - rank(b)).map((field) => ({ ...field, first: FIRST.includes(field.name) }));
@@ -27,9 +27,9 @@ function json(text, name) {
   try { return JSON.parse(text); } catch (error) { throw new Error(`${name} is not valid JSON: ${error.message}`); }
 }
 
-function valueOf({ name, kind, choices }, text) {
+function valueOf({ name, kind, choices, list }, text) {
   if (kind === "choice") return choices.find((each) => String(each) === text);
-  if (kind === "text") return text.startsWith("[") ? json(text, name) : text; // a list, as for several stop strings
+  if (kind === "text") return list && text.startsWith("[") ? json(text, name) : text; // as for several stop strings
   return kind === "json" ? json(text, name) : Number(text);
 }
 

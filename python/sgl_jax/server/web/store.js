@@ -1,36 +1,46 @@
 // Conversations, kept in the browser. Each is a tree of turns: an edit or another answer is a sibling.
-const HOME = `sgl_jax:${location.pathname}:`; // servers may share an address, with a path for each
+import { keep, kept, names, parsed } from "./kept.js";
+
 const FORMAT = "sgl_jax-chats-1";
 
 const newId = () => Math.random().toString(36).slice(2, 12);
 
-export function read(name, otherwise) {
-  try { return JSON.parse(localStorage.getItem(HOME + name)) ?? otherwise; } catch { return otherwise; }
-}
-
-export const write = (name, value) => localStorage.setItem(HOME + name, JSON.stringify(value));
+const read = (name) => parsed(kept(name));
 
 // Returns all conversations, the last used first.
-export const readAll = () => Object.keys(localStorage)
-  .filter((name) => name.startsWith(`${HOME}chat:`))
-  .map((name) => read(name.slice(HOME.length)))
+export const readAll = () => names()
+  .filter((name) => name.startsWith("chat:"))
+  .map(read)
   .filter(isConversation)
   .sort((a, b) => b.used - a.used);
 
 export const newConversation = (system = "") => ({ id: newId(), title: "", used: Date.now(), system, turns: {}, chosen: {} });
 
-// Writes a conversation; where the browser's store is full, without its probabilities. Says whether there was room.
-export function save(conversation) {
-  for (const lean of [null, (name, value) => (name === "tokens" ? undefined : value)]) {
-    try {
-      localStorage.setItem(`${HOME}chat:${conversation.id}`, JSON.stringify(conversation, lean));
-      return true;
-    } catch { /* full */ }
-  }
-  return false;
+// Takes in what another tab has written meanwhile: turns, and ends of turns that have none here.
+function merge(conversation) {
+  const other = read(`chat:${conversation.id}`);
+  if (!isConversation(other)) return;
+  const { turns } = conversation, hasEnd = (turn) => turn.finish || turn.error;
+  for (const turn of Object.values(other.turns)) if (!turns[turn.id] || (hasEnd(turn) && !hasEnd(turns[turn.id]))) turns[turn.id] = turn;
+  conversation.chosen = { ...other.chosen, ...conversation.chosen };
 }
 
-export const remove = ({ id }) => localStorage.removeItem(`${HOME}chat:${id}`);
+// Writes a conversation; where the browser's store is full, without its probabilities. Says whether there was room.
+export function save(conversation) {
+  merge(conversation);
+  const write = (lean) => keep(`chat:${conversation.id}`, JSON.stringify(conversation, lean));
+  return write(null) || write((name, value) => (name === "tokens" ? undefined : value));
+}
+
+// Removes a turn, unless others hang from it.
+export function discard(conversation, { id }) {
+  merge(conversation);
+  if (Object.values(conversation.turns).some(({ parent }) => parent === id)) return;
+  delete conversation.turns[id];
+  remove(conversation); // else the next merge brings it back
+}
+
+export const remove = ({ id }) => keep(`chat:${id}`, null);
 
 // --- the tree, whose first turns have the parent "root"
 
@@ -66,7 +76,7 @@ export const exported = (conversations) => JSON.stringify({ format: FORMAT, conv
 
 // Returns the conversations of a file. Throws what is wrong with it.
 export function imported(text) {
-  const found = JSON.parse(text);
+  const found = parsed(text);
   if (found?.format !== FORMAT || !Array.isArray(found.conversations)) throw new Error(`The file is not of the format ${FORMAT}.`);
   if (!found.conversations.every(isConversation)) throw new Error("A conversation of the file is damaged.");
   return found.conversations;
@@ -78,13 +88,14 @@ const isList = (value, check) => Array.isArray(value) && value.every((each) => i
 
 function isConversation(value) {
   return isObject(value) && areTexts(value.id, value.title, value.system) && Number.isFinite(value.used) &&
-    isObject(value.chosen) && isObject(value.turns) && Object.entries(value.turns).every(([id, turn]) => isTurn(turn) && turn.id === id);
+    isObject(value.chosen) && isObject(value.turns) && !value.turns.root && Object.entries(value.turns).every(([id, turn]) => isTurn(turn) && turn.id === id);
 }
 
+// Drops figures that are damaged. Parents in a circle do no harm: no way leads there from "root".
 function isTurn(turn) {
-  const { role, parent, content, thought = "", error = "", head = "", finish = "", tokens = [], calls = [], stats } = turn ?? {};
+  if (turn?.stats && !"prompt cached made ttft rate".split(" ").every((name) => Number.isFinite(turn.stats[name]))) delete turn.stats;
+  const { role, parent, content, thought = "", error = "", head = "", finish = "", tokens = [], calls = [] } = turn ?? {};
   return ["user", "assistant", "tool"].includes(role) && areTexts(parent, content, thought, error, head, finish) &&
     isList(tokens, ({ text, top }) => areTexts(text) && Array.isArray(top) && top.every((other) => areTexts(other?.[0]))) &&
-    isList(calls, ({ id, name, args }) => areTexts(id, name, args)) &&
-    (stats === undefined || ["prompt", "cached", "made", "ttft", "rate"].every((name) => Number.isFinite(stats?.[name])));
+    isList(calls, ({ id, name, args }) => areTexts(id, name, args));
 }

@@ -1,17 +1,19 @@
-// Light or dark: the system's, unless the user chose. Pages share the choice.
-const KEY = "sgl_jax:theme";
-const system = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+// Light or dark: the system's, unless the user chose.
+import { keep, kept } from "./kept.js";
 
-export const theme = () => localStorage.getItem(KEY) ?? system();
+const system = () => (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light");
+let chosen = kept("theme");
+
+export const theme = () => chosen ?? system();
 
 export function applyTheme() {
-  document.documentElement.dataset.theme = localStorage.getItem(KEY) ?? "";
+  document.documentElement.dataset.theme = chosen ?? "";
 }
 
 // Chooses the other one. Where that is the system's, the page follows the system again.
 export function toggleTheme() {
   const other = theme() === "dark" ? "light" : "dark";
-  if (other === system()) localStorage.removeItem(KEY);
-  else localStorage.setItem(KEY, other);
+  chosen = other === system() ? null : other;
   applyTheme();
+  keep("theme", chosen);
 }

@@ -7,12 +7,15 @@ const BYTE = /\\x([0-9a-f]{2})/g; // how the API spells bytes that are no charac
 // that is another text; where this begins, `at`; and whether it begins `amid` a character.
 export function scoreReader(special) {
   const decoder = new TextDecoder(), encoder = new TextEncoder();
-  let at = 0, read = 0, decoded = 0; // characters, bytes, bytes of whole characters
+  let at = 0, tail = [], amid = false; // characters, the last bytes, whether these end inside a character
   const token = (text, logprob, top, bytes) => {
-    const found = { text, logprob, top, at, ...(read !== decoded && { amid: true }) };
+    const found = { text, logprob, top, at, ...(amid && { amid }) };
     const piece = special.has(text) ? "" : decoder.decode(bytes, { stream: true });
-    if (piece) decoded += encoder.encode(piece).length;
-    if (!special.has(text)) read += bytes.length;
+    if (!special.has(text)) {
+      tail = [...tail, ...bytes].slice(-3);
+      const length = (options) => new TextDecoder().decode(new Uint8Array(tail), options).length;
+      amid = length() > length({ stream: true });
+    }
     at += piece.length;
     return piece === text ? found : { ...found, piece };
   };
@@ -23,24 +26,25 @@ export function scoreReader(special) {
 }
 
 // Returns the beginning of an answer in which `text` stands in place of a token, or null where the server cannot go on from
-// it: in a thought or a call, with a special token, amid a character.
-function beginning({ tokens, content, head = "" }, token, text, special) {
+// it: in a thought or a call, with a special token, amid a character, with nothing but space in a chat.
+export function beginning({ tokens, content, head = "" }, token, text, { special, plain }) {
   const raw = tokens.map((each) => each.piece ?? each.text).join("");
   const own = content.slice(head.length);
   const start = raw.endsWith(own) ? raw.length - own.length : raw.lastIndexOf(own); // a stop string may stand behind it
   const before = token.at - start;
   const outside = start < 0 || (before < 0 && before + token.text.length <= 0);
   if (outside || token.amid || special.has(text) || text.match(BYTE)) return null;
-  return head + own.slice(0, Math.max(0, before)) + (before < 0 ? text.trimStart() : text);
+  const found = head + own.slice(0, Math.max(0, before)) + (before < 0 ? text.trimStart() : text);
+  return (plain ? found : found.trim()) ? found : null;
 }
 
 const shown = (text) => text.replace(/\n/g, "↵\n");
 const named = (text) => text.replace(/\n/g, "↵").replace(/ /g, "␣");
 const percent = (logprob) => { const p = 100 * Math.exp(logprob); return p >= 0.1 ? `${p.toFixed(1)} %` : "< 0.1 %"; };
-const shade = (logprob) => { const p = Math.exp(logprob); return p >= 0.9 ? 0 : p >= 0.6 ? 1 : p >= 0.3 ? 2 : p >= 0.1 ? 3 : 4; };
+const shade = (logprob) => [0.9, 0.6, 0.3, 0.1].filter((bound) => Math.exp(logprob) < bound).length;
 
 // An answer's tokens, the less likely the darker. Arrow keys go along them, Enter to the alternatives.
-export function Tokens({ turn, special, onPick }) {
+export function Tokens({ turn, special, plain, onPick }) {
   const [active, setActive] = useState(-1);
   const place = useRef();
   const go = (event, i) => {
@@ -50,16 +54,17 @@ export function Tokens({ turn, special, onPick }) {
     else return;
     event.preventDefault();
   };
-  return html`<div class="tokens" ref=${place} onMouseLeave=${() => setActive(-1)}>
+  const close = () => setActive(-1);
+  return html`<div class="tokens" ref=${place} onMouseLeave=${close} onfocusout=${({ relatedTarget }) => place.current.contains(relatedTarget) || close()}>
     ${turn.head}${turn.tokens.map((token, i) => html`<span class="token p${shade(token.logprob)} ${special.has(token.text) ? "special" : ""}"
       tabindex=${i === Math.max(active, 0) ? 0 : -1} onMouseEnter=${() => setActive(i)} onFocus=${() => setActive(i)}
       onKeyDown=${(event) => go(event, i)}>${shown(token.text)}</span>`)}
     ${turn.tokens[active] && html`<${Alternatives} at=${place.current.querySelectorAll(".token")[active]} token=${turn.tokens[active]}
-      text=${(text) => beginning(turn, turn.tokens[active], text, special)} onPick=${onPick} />`}
+      text=${(text) => beginning(turn, turn.tokens[active], text, { special, plain })} onPick=${onPick} onClose=${close} />`}
   </div>`;
 }
 
-function Alternatives({ at, token, text, onPick }) {
+function Alternatives({ at, token, text, onPick, onClose }) {
   const box = useRef();
   useLayoutEffect(() => { // beneath its token, and inside the page
     const frame = box.current.parentElement;
@@ -67,10 +72,17 @@ function Alternatives({ at, token, text, onPick }) {
     const from = frame.getBoundingClientRect();
     box.current.style.left = `${Math.max(0, Math.min(left - from.left, from.width - box.current.offsetWidth))}px`;
     box.current.style.top = `${bottom - from.top}px`;
+    const escape = ({ key }) => {
+      if (key !== "Escape") return;
+      if (box.current.contains(document.activeElement)) at.focus();
+      onClose();
+    };
+    addEventListener("keydown", escape);
+    return () => removeEventListener("keydown", escape);
   }, [at]);
-  const taken = [token.text, token.logprob];
-  const all = token.top.some(([other]) => other === token.text) ? token.top : [taken, ...token.top];
-  return html`<div class="alternatives" ref=${box} aria-label="Alternatives">
+  const others = token.top.filter(([other]) => other !== token.text);
+  const all = [[token.text, token.logprob], ...others].sort((a, b) => b[1] - a[1]);
+  return html`<div class="alternatives" ref=${box} aria-label="Alternatives" onMouseDown=${(event) => event.preventDefault()}>
     ${all.map(([other, logprob]) => {
       const start = text(other);
       return html`<button class=${other === token.text ? "taken" : ""} disabled=${start === null || !onPick} onClick=${() => onPick(start)}>

@@ -45,7 +45,7 @@ function Copy({ text }) {
 function Answer({ turn, app, running }) {
   const scored = app.settings.probabilities && turn.tokens?.length;
   const body = useMemo(() => scored
-    ? html`<${Tokens} turn=${turn} special=${app.info.special} onPick=${app.running ? null : (start) => app.branch(turn, start)} />`
+    ? html`<${Tokens} turn=${turn} special=${app.info.special} plain=${app.plain} onPick=${app.running ? null : (start) => app.branch(turn, start)} />`
     : app.plain ? html`<div class="text">${turn.content}</div>` : html`<${Markdown} text=${turn.content} />`,
   [turn, turn.content, turn.tokens?.length, scored, app.plain, app.running, app.current]);
   return html`
@@ -53,7 +53,7 @@ function Answer({ turn, app, running }) {
     ${body}
     ${turn.calls?.map((call) => html`<div class="call"><code>${call.name}</code><pre>${pretty(call.args)}</pre></div>`)}
     ${running && html`<span class="cursor"></span>`}
-    ${turn.error && html`<p class="error" role="alert">${turn.error} <button onClick=${() => app.again(turn)}>Try again</button></p>`}
+    ${turn.error && html`<p class="error" role="alert">${turn.error} <button disabled=${app.running} onClick=${() => app.again(turn)}>Try again</button></p>`}
     <${Figures} turn=${turn} context=${app.info.context} />`;
 }
 
