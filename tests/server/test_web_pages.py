@@ -43,7 +43,9 @@ def test_every_file_is_served_compressed_and_kept(http: httpx.Client, file: Path
     assert http.head(path).status_code == 200
 
 
-@pytest.mark.parametrize(("path", "to"), [("/dashboard/", "../dashboard"), ("/dashboard//", "../../dashboard"), ("//", "../")])
+@pytest.mark.parametrize(
+    ("path", "to"), [("/dashboard/", "../dashboard"), ("/dashboard//", "../../dashboard"), ("//", "../")]
+)
 def test_a_slash_behind_a_page_leads_to_the_page(live: LiveServer, path: str, to: str) -> None:
     answer = httpx.get(live.url + path)
     assert (answer.status_code, answer.headers["location"]) == (307, to)

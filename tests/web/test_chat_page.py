@@ -14,7 +14,7 @@ from live_server import LiveServer
 from fakes.fake_core import FakeCore
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Locator, Page
+    from playwright.sync_api import Locator, Page, Route
 
     from conftest import Visits
 
@@ -157,8 +157,12 @@ def test_what_failed_is_tried_again_beside_what_came_later(visits: Visits, page:
 
 def test_the_chosen_model_is_waited_for(page: Page) -> None:
     page.evaluate("localStorage['sgl_jax:/:settings'] = JSON.stringify({ model: 'second' })")
-    held: list[Any] = []
-    page.route("**/v1/models", held.append)
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        held.append(route)
+
+    page.route("**/v1/models", hold)
     page.reload()
     page.get_by_label("Message").fill("hi")
     page.keyboard.press("Enter")
@@ -167,11 +171,11 @@ def test_the_chosen_model_is_waited_for(page: Page) -> None:
     with page.expect_request("**/v1/chat/completions") as asked:
         models = [{"id": name, "max_model_len": 512} for name in ("first", "second")]
         held[0].fulfill(json={"data": models})
-    assert asked.value.post_data_json["model"] == "second"
+    assert json.loads(asked.value.post_data or "")["model"] == "second"
 
 
 def test_a_full_store_is_said(page: Page) -> None:
-    page.evaluate("Storage.prototype.setItem = () => { throw new Error('full'); }")
+    page.evaluate("() => { Storage.prototype.setItem = () => { throw new Error('full'); }; }")
     send(page, "hi")
     page.get_by_role("alert").filter(has_text="store is full").wait_for()
 
@@ -350,8 +354,9 @@ def test_a_prompt_is_shown_with_the_parameters_that_change_it(page: Page) -> Non
     page.reload()
     with page.expect_request("**/tokenize") as asked:
         page.get_by_label("assistant").get_by_role("button", name="Prompt").click()
-    assert asked.value.post_data_json["tools"] == tools
-    assert "temperature" not in asked.value.post_data_json
+    body = json.loads(asked.value.post_data or "")
+    assert body["tools"] == tools
+    assert "temperature" not in body
     page.locator(".piece").first.wait_for()
 
 

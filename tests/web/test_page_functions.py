@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 USER = {"id": "u", "parent": "root", "role": "user", "content": "hi"}
-FULL = "Storage.prototype.setItem = () => { throw new Error('full'); };"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +36,7 @@ def call(page: Page, module: str, body: str, *arguments: object) -> Any:
     return page.evaluate(function, list(arguments))
 
 
-def chat(*turns: dict[str, object]) -> dict[str, object]:
+def chat(*turns: dict[str, Any]) -> dict[str, object]:
     found = {turn["id"]: turn for turn in turns}
     chosen = {turn["parent"]: turn["id"] for turn in turns}
     return {"id": "c", "title": "t", "system": "", "used": 1, "turns": found, "chosen": chosen}
@@ -82,7 +81,9 @@ def test_files_are_checked(page: Page) -> None:
     assert call(page, "store", body, chat(USER, *circle)) == [["u", "a", "b"], 1, None]
     root = {**USER, "id": "root"}
     assert call(page, "store", body, chat(root)) == "A conversation of the file is damaged."
-    assert call(page, "store", "try { m.imported('{') } catch (error) { return error.message; }").startswith("The file is")
+    assert call(page, "store", "try { m.imported('{') } catch (error) { return error.message; }").startswith(
+        "The file is"
+    )
 
 
 def test_keys_are_kept_by_the_path_of_the_server(page: Page) -> None:
@@ -92,15 +93,15 @@ def test_keys_are_kept_by_the_path_of_the_server(page: Page) -> None:
 
 
 def test_a_full_store_keeps_nothing_and_stops_nothing(page: Page) -> None:
-    setting = "Object.getOwnPropertyDescriptor(Storage.prototype, 'setItem')"
-    page.evaluate(f"window.whole = {setting}; {FULL}")
+    full = "Storage.prototype.setItem = () => { throw new Error('full'); };"
+    page.evaluate(f"() => {{ window.whole = Storage.prototype.setItem; {full} }}")
     try:
         assert call(page, "store", "return m.save(given[0])", chat(USER)) is False
         assert call(page, "api", "m.key.set('held', true); return m.key.get()") == "held"
         body = "const before = m.theme(); m.toggleTheme(); return [before, m.theme(), document.documentElement.dataset.theme]"
         assert call(page, "theme", body) == ["light", "dark", "dark"]
     finally:
-        page.evaluate("Object.defineProperty(Storage.prototype, 'setItem', window.whole)")
+        page.evaluate("() => { Storage.prototype.setItem = window.whole; }")
 
 
 # --- what is sent and read --------------------------------------------------------------------------------------------
@@ -108,6 +109,7 @@ def test_a_full_store_keeps_nothing_and_stops_nothing(page: Page) -> None:
 
 def test_a_wrong_key_is_told_from_none(page: Page) -> None:
     body = """const asked = [], real = window.fetch;
+        m.key.set('', false);
         window.fetch = async (path, { headers }) => new Response('{}', { status: headers.Authorization === 'Bearer right' ? 200 : 401 });
         const on = { waiting() {}, key: async (wrong) => { asked.push(wrong); m.key.set(asked.length > 1 ? 'right' : 'bad', false); return true; } };
         try { await m.call('x', { on }); } finally { window.fetch = real; m.key.set('', false); }

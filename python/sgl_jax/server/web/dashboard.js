@@ -105,9 +105,10 @@ class Dashboard extends Component {
   }
 
   takeLimits = async (event) => {
-    const [file] = event.target.files;
+    const input = event.target, [file] = input.files;
     if (!file) return;
-    const text = await file.text(), limits = readLimits(text);
+    const text = await file.text().catch(() => ""), limits = readLimits(text);
+    input.value = ""; // so that the same file can be chosen once more
     if (!limits) return this.setState({ refused: `${file.name} is not a file that measure_limits wrote.` });
     this.setState({ limits, refused: keep("limits", text) ? "" : "The browser does not keep these limits." });
   };
