@@ -394,7 +394,7 @@ def test_an_idle_engine_has_nothing_to_do_and_says_where_it_stands(overlap: bool
     # 30 prompt tokens and 2 of the output have KV: 8 pages of 64, all of them in the tree.
     # Two chunks of 16 and 14 tokens, the last of which samples; then two decodes.
     last = client.stats[-1]
-    times = {name: 0 for name in ("step_seconds", "decode_step_seconds", "resident_bytes")}
+    times = dict.fromkeys(("step_seconds", "decode_step_seconds", "resident_bytes"), 0)
     expected = Stats(cached_usage=8 / 64, prompt_tokens=30, generated_tokens=3, steps=4, decode_steps=2)
     assert msgspec.structs.replace(last, **times) == expected
 
