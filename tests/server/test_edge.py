@@ -392,7 +392,6 @@ def test_options_says_what_a_path_takes(http: httpx.Client) -> None:
     [
         ("/v1/audio/transcriptions", "audio"),
         ("/v1/images/generations/", "images"),
-        ("/pooling", "vectors of single tokens"),
         ("/load_lora_adapter_from_tensors", "tensors"),
         ("/api/chat", "Ollama"),
     ],
