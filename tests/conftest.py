@@ -47,7 +47,8 @@ def golden() -> Path:
 
 @pytest.fixture(autouse=True)
 def logging_restored() -> Iterator[None]:
-    """Put back what a test changes of the loggers that `observability.log.setup` takes over."""
+    """Put back what a test changes of the loggers that `observability.log.setup` takes over, and let all say again what they say
+    once."""
     loggers = [logging.getLogger(name) for name in ("", "sgl_jax", "uvicorn", "uvicorn.error", "uvicorn.access")]
     before = [(one.handlers[:], one.filters[:], one.level, one.propagate) for one in loggers]
     yield
@@ -55,6 +56,8 @@ def logging_restored() -> Iterator[None]:
         one.handlers[:], one.filters[:] = handlers, filters
         one.setLevel(level)
         one.propagate = propagate
+    for one in logging.Logger.manager.loggerDict.values():
+        vars(one).pop("said_once", None)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,14 @@ import pydantic
 import pytest
 
 from sgl_jax.server.bodies import Body, feature_of, off_fields, with_fields
-from sgl_jax.server.encoding_bodies import ClassifyRequest, EmbeddingRequest, EncodeBody, RerankRequest, ScoreRequest
+from sgl_jax.server.encoding_bodies import (
+    ClassifyRequest,
+    EmbeddingRequest,
+    EncodeBody,
+    PoolingRequest,
+    RerankRequest,
+    ScoreRequest,
+)
 from sgl_jax.server.native_api import GenerateRequest, NativeSamplingParams
 from sgl_jax.server.openai_types import ChatCompletionRequest, CompletionRequest, Message
 from sgl_jax.settings.flag_parser import said_of
@@ -18,7 +25,7 @@ from sgl_jax.settings.not_built import NOT_BUILT, Feature
 from sgl_jax.settings.server_args import FLAGS
 
 OF_TEXT = (GenerateRequest, NativeSamplingParams, ChatCompletionRequest, CompletionRequest, Message)
-OF_VECTORS = (EmbeddingRequest, ClassifyRequest, RerankRequest, ScoreRequest, EncodeBody)
+OF_VECTORS = (EmbeddingRequest, ClassifyRequest, PoolingRequest, RerankRequest, ScoreRequest, EncodeBody)
 BODIES = {body.__name__: body for body in (*OF_TEXT, *OF_VECTORS)}
 
 
