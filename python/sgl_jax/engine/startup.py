@@ -5,6 +5,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import jax
 
@@ -33,7 +34,7 @@ from sgl_jax.models.weights import declare, parameters_per_token
 from sgl_jax.multihost.follower import Follower
 from sgl_jax.multihost.leader import Leader
 from sgl_jax.observability import log
-from sgl_jax.observability.progress import Tell, launch_progress
+from sgl_jax.observability.progress import LaunchProgress, Tell, launch_progress
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.adapter_copies import AdapterCopies
@@ -137,16 +138,8 @@ def build_device_side(
     behind = behind and platform.compiles_behind
     num_needed = 0 if args.skip_server_warmup else runner.num_needed(behind)
     with launch_progress(logger, len(runner.programs), num_needed, tell) as progress:
-        compiled = runner.compile(
-            lambda done, total, each: progress.compiled(each.program.name, each.cache_hit),
-            behind=behind,
-        )
-
-        def report(fraction: float, num_bytes: int) -> None:
-            progress.read(fraction, num_bytes)
-            if compiled.done():
-                compiled.result()
-
+        compiled = _compile(runner, progress, behind)
+        report = _report_of_weights(progress, compiled)
         try:
             dtype, stacks = plan.runner_config.weight_dtype, platform.stacks_layers
             placer, seed = DevicePlacer(placement), args.random_seed or 0
@@ -167,6 +160,22 @@ def build_device_side(
     reads = other_weights(args, families, model, dtype, platform, kind, placement)
     arrays = HeldArrays(runner, reads) if hosts is None else None
     return DeviceSide(model, platform, devices, plan, runner, copies, grammars, pooler, arrays)
+
+
+def _compile(runner: ModelRunner, progress: LaunchProgress, behind: bool) -> Future[None]:
+    """Begin to compile, and let `progress` know of each program."""
+    return runner.compile(lambda _, __, each: progress.compiled(each.program.name, each.cache_hit), behind=behind)
+
+
+def _report_of_weights(progress: LaunchProgress, compiled: Future[None]) -> Callable[[float, int], None]:
+    """Return what is to be told how much has been read. It raises the error of a program that could not be compiled."""
+
+    def report(fraction: float, num_bytes: int) -> None:
+        progress.read(fraction, num_bytes)
+        if compiled.done():
+            compiled.result()
+
+    return report
 
 
 def _bytes_of_a_device(devices: list[jax.Device]) -> int:
