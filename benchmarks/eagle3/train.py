@@ -56,9 +56,9 @@ def target_states(weights: Weights[jax.Array], config: DecoderConfig, rows: Rows
         end, _, tapped = decoder.hidden_states(
             weights,
             config,
-            row.tokens.reshape(-1),
+            [row.tokens.reshape(-1)],
             jnp.zeros(0),
-            context(row, config, "bfloat16", attend),
+            [context(row, config, "bfloat16", attend)],
             draft.target_layers,
         )
         return jnp.stack([*tapped, rms_norm(end, weights.final_norm, config.rms_norm_eps)], axis=1)

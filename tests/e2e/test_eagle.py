@@ -75,7 +75,7 @@ def test_chains_of_drafts_are_those_of_the_reference(build: Build, name: str, al
 
 def test_a_head_that_is_never_right_is_warned_of_by_name(build: Build, caplog: pytest.LogCaptureFixture) -> None:
     folder = EAGLE / "eagle3-llama"
-    client = Client(start(build, folder, "EAGLE3"))
+    client = Client(start(build, folder, "EAGLE3", speculative_disable_by_batch_size=4))
     for key in range(3):
         client.submit(key, [1, 30 + key], max_tokens=40, ignore_eos=True, temperature=1.0, seed=key)
     client.run()

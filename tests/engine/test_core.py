@@ -7,6 +7,7 @@ import random
 import msgspec
 import pytest
 
+from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import (
     Abort,
     CacheFlushed,
@@ -45,15 +46,23 @@ def test_tokens_come_one_a_step_and_the_last_with_the_finish(overlap: bool) -> N
     assert [[(f.key, f.reason.type) for f in o.finished] for o in outputs] == [[], [], [(5, "length")]]
 
 
-def test_the_last_answer_s_numbers_come_at_once_while_programs_are_compiled(
-    overlap: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def answered_while_programs_are_compiled(overlap: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Core, Client]:
+    """Run six steps, in which a request gets its three tokens and three programs stay uncompiled."""
     monkeypatch.setattr("sgl_jax.engine.core._WAIT_S", 0.0)
     core = make_core(overlap=overlap)
     monkeypatch.setattr(core.runner, "num_compiling", 3)
     client = Client(core)
     client.submit(0, [1, 2, 3], max_tokens=3)
-    for _ in range(50):
+    for _ in range(6):
+        client.step()
+    return core, client
+
+
+def test_the_last_answer_s_numbers_come_at_once_while_programs_are_compiled(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, client = answered_while_programs_are_compiled(overlap, monkeypatch)
+    for _ in range(44):
         client.step()
     assert (client.stats[-1].num_running, client.stats[-1].generated_tokens) == (0, 3)
     assert len(client.stats) < 10  # steps in which nothing happens say so at most every quarter of a second
@@ -62,6 +71,17 @@ def test_the_last_answer_s_numbers_come_at_once_while_programs_are_compiled(
     client.step()  # the last one, in which the last program is compiled
     assert client.stats[-1].num_compiling == 0
     assert not core.busy
+
+
+def test_the_last_report_says_that_nothing_is_compiled_whenever_the_last_program_came(
+    overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    core, client = answered_while_programs_are_compiled(overlap, monkeypatch)
+    assert client.stats[-1].num_compiling == 3
+    monkeypatch.setattr(core.runner, "num_compiling", 0)  # after the step's report
+    while core.busy:
+        client.step()
+    assert client.stats[-1].num_compiling == 0
 
 
 @pytest.mark.parametrize("seed", range(4))

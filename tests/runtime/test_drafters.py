@@ -50,6 +50,14 @@ def test_an_ngram_is_continued_as_it_was_before(tokens: list[int], ngram: tuple[
     assert found.tolist() == [[6, 6, 6], drafts, [6, 6, 6]]
 
 
+def test_limited_drafts_are_one_token_longer_than_their_match() -> None:
+    tokens = jnp.asarray(
+        [[5, 6, 7, 8, 1, 5, 6, 0, 0], [6, 7, 8, 9, 1, 2, 6, 0, 0], [1, 2, 3, 4, 5, 6, 7, 0, 0], [6] * 9]
+    )
+    found = ngram_drafts(tokens, jnp.array([7, 7, 7, 9]), 5, 1, 3, limited=True)
+    assert found.tolist() == [[7, 8, 1, -1, -1], [7, 8, -1, -1, -1], [-1] * 5, [6, 6, 6, 6, -1]]
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_output_does_not_depend_on_ngrams(by_ngrams: ModelRunner, expected: Client, overlap: bool) -> None:
     check(run(by_ngrams, overlap=overlap), expected)

@@ -172,7 +172,7 @@ print(json.dumps([ids, [name for name in lowered if "tokens_" in name or "load_"
 
 
 @pytest.mark.parametrize(
-    ("options", "num_steps"), [({}, 5), ({"speculative_algorithm": "NGRAM"}, 7)], ids=["plain", "speculation"]
+    ("options", "num_steps"), [({}, 5), ({"speculative_algorithm": "NGRAM"}, 8)], ids=["plain", "speculation"]
 )
 def test_a_later_start_lowers_no_step_and_answers_the_same(
     stories260k: Path, tmp_path: Path, options: dict[str, str], num_steps: int

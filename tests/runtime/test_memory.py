@@ -126,7 +126,7 @@ def test_cpus_multiply_in_the_library() -> None:
     found = kernels_for(None, PLATFORMS["cpu"], CONFIG)
     assert isinstance(found.dense, functools.partial)
     assert isinstance(found.quantized, functools.partial)
-    assert found.dense.keywords == found.quantized.keywords == {"library": library.find_library()}
+    assert found.dense.keywords == found.quantized.keywords == {"library": library.find_library(), "live": None}
 
 
 def test_without_the_library_for_cpus_attention_is_plain_and_a_line_says_so_once(

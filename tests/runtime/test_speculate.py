@@ -230,20 +230,21 @@ def test_drafts_hold_up_to_the_first_that_differs(sampled: list[int], drafts: li
 def test_lines_of_a_row_that_decodes_follow_each_other_and_a_prompt_has_one() -> None:
     inputs = StepInputs(
         {
-            "rows": jnp.array([2, 0, 9]),
-            "from_device": jnp.array([True, False, False]),
-            "samples": jnp.array([True, True, False]),
-            "num_new": jnp.array([3, 5, 0]),
-            "params": jnp.zeros((3, 9), jnp.int32),
+            "rows": jnp.array([2, 0, 9, 1]),
+            "from_device": jnp.array([True, False, False, True]),
+            "samples": jnp.array([True, True, False, True]),
+            "num_new": jnp.array([3, 5, 0, 3]),
+            "params": jnp.zeros((4, 9), jnp.int32),
         }
     )
-    tokens = RowTokens(jnp.array([10, 4, 0]), jnp.array([[7, 8], [-1, -1], [-1, -1]]), jnp.zeros(0))
+    drafts = jnp.array([[7, 8], [-1, -1], [-1, -1], [6, -1]])
+    tokens = RowTokens(jnp.array([10, 4, 0, 5]), drafts, *[jnp.zeros(0)] * 3)
     lines = speculate.sample_lines(inputs, tokens, 3)
-    assert lines.rows.tolist() == [2, 2, 2, 0, 0, 0, 9, 9, 9]
+    assert lines.rows.tolist() == [2, 2, 2, 0, 0, 0, 9, 9, 9, 1, 1, 1]
     assert lines.position[:4].tolist() == [11, 12, 13, 9]
-    assert lines.samples.tolist() == [True] * 3 + [True, False, False] + [False] * 3
+    assert lines.samples.tolist() == [True] * 3 + [True, False, False] + [False] * 3 + [True, True, False]
     assert lines.drafts[:3].tolist() == [[-1, -1], [7, -1], [7, 8]]  # drafts that count as output before each line
-    assert (lines.drafts[3:] == -1).all()
+    assert (lines.drafts[3:9] == -1).all()
 
 
 COMPILES_LINES = """
@@ -254,7 +255,7 @@ from sgl_jax.runtime.layout import StepInputs
 def lines(inputs):
     numbers = inputs[:8]
     fields = {"from_device": inputs[8:16] != 0, "samples": inputs[16:24] != 0, "rows": numbers, "num_new": numbers, "params": numbers[:, None]}
-    tokens = speculate.RowTokens(numbers, numbers[:, None].repeat(7, 1), numbers)
+    tokens = speculate.RowTokens(numbers, numbers[:, None].repeat(7, 1), numbers, numbers, numbers)
     return speculate.sample_lines(StepInputs(fields), tokens, 8).samples
 
 jax.jit(lines).lower(jax.ShapeDtypeStruct((24,), jnp.int32)).compile()

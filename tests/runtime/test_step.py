@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -14,6 +15,7 @@ from profile_stages import DEVICE_STAGES
 from sgl_jax.models.families import decoder_config
 from sgl_jax.parallel.placement import Placement
 from sgl_jax.runtime.buckets import Bucket
+from sgl_jax.runtime.drafters import by_ngram
 from sgl_jax.runtime.placed_weights import abstract_weights
 from sgl_jax.runtime.platform import PLATFORMS, kernels_for
 from sgl_jax.runtime.pool import pools_of
@@ -29,10 +31,10 @@ def test_every_stage_is_in_the_names_of_the_program_s_operations(stories260k: Pa
 
     weights = abstract_weights(model, np.float32, placement, stacked=stacked)
     kernels = kernels_for(None, PLATFORMS["cpu"], model)
-    config = RunnerConfig(
-        "float32", "float32", pools_of(model, kernels.attention, "float32"), 16, 9, 2, 64, (Bucket(8, 2),)
-    )
-    programs = make_programs(model, config, kernels, placement, weights)
+    pools, buckets = pools_of(model, kernels.attention, "float32"), (Bucket(8, 2, width=2),)
+    config = RunnerConfig("float32", "float32", pools, 16, 9, 2, 64, buckets, width=2, keeps_tokens=True)
+    drafter = functools.partial(by_ngram, min_ngram=1, max_ngram=2)
+    programs = make_programs(model, config, kernels, placement, weights, drafter)
     program = next(each for each in programs if each.name.startswith("tokens="))
     text = program.function.lower(*program.args).as_text(debug_info=True)
     paths = {tuple(name.split("/")) for name in re.findall(r'loc\("([^"]+)"', text)}

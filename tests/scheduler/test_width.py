@@ -277,3 +277,11 @@ def test_without_speculation_there_are_no_places() -> None:
     s = three_decoding(width=lambda n: 1)
     assert take(s, plan_of(s), [51], [61], [71]).drafts.shape == (0, 3)
     assert drafts_counted(s) == (0, 0, 0, [])
+
+
+def test_requests_are_admitted_where_fewer_rows_than_they_are_would_have_a_narrow_step() -> None:
+    s = scheduler(width=lambda num_rows: W if num_rows > 1 else 1)
+    s.add(make_request(1, [1, 2, 3]))
+    s.add(make_request(2, [4, 5, 6]))
+    plan = plan_of(s)
+    assert (plan.width, plan.keys.tolist()) == (W, [1, 2])

@@ -35,12 +35,12 @@ HEAD = "--speculative-draft-model-path d"
 FROM_FLAGS = {
     "": None,
     "--speculative-accept-threshold-single 1.0 --speculative-accept-threshold-acc 1": None,
-    "--speculative-algorithm NGRAM": Speculation("NGRAM", None, 7, None, 1, 4),
+    "--speculative-algorithm NGRAM": Speculation("NGRAM", None, None, None, 1, 4),
     "--speculative-algorithm ngram --speculative-num-draft-tokens 12 --speculative-ngram-max-match-window-size 12": (
         Speculation("NGRAM", None, 11, None, 1, 12)
     ),
     "--speculative-algorithm NGRAM --speculative-ngram-min-match-window-size 5": (
-        Speculation("NGRAM", None, 7, None, 5, 5)
+        Speculation("NGRAM", None, None, None, 5, 5)
     ),
     f"--speculative-algorithm EAGLE3 {HEAD}": Speculation("EAGLE3", "d", 3, None),
     "--speculative-algorithm eagle --speculative-draft-model d --speculative-num-steps 5 --speculative-eagle-topk 1": (
@@ -100,7 +100,7 @@ def test_flags_without_effect_or_in_contradiction_are_refused_by_name(line: str)
 
 
 FROM_JSON = [
-    ({"method": "ngram_gpu"}, Speculation("NGRAM", None, 7, None, 1, 4)),
+    ({"method": "ngram_gpu"}, Speculation("NGRAM", None, None, None, 1, 4)),
     (
         {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_min": 2, "prompt_lookup_max": 5},
         Speculation("NGRAM", None, 5, None, 2, 5),

@@ -79,11 +79,13 @@ class Core:
         self._statistics = Statistics(scheduler, decode_log_interval, draft_model, info.simulated, grammars)
         self._planned: StepPlan | None = None  # a step whose programs are not compiled yet
         self._in_flight: Flight | None = None
+        self._num_compiling = 0  # as the last step found it
 
     @property
     def busy(self) -> bool:
         """Whether `step` has anything to do; if not, the loop may sleep until a command comes."""
-        return self._has_steps or self._commands.has_answers or self.runner.num_compiling > 0
+        compiles = self._num_compiling > 0 or self.runner.num_compiling > 0
+        return self._has_steps or self._commands.has_answers or compiles
 
     @property
     def _has_steps(self) -> bool:
@@ -114,9 +116,9 @@ class Core:
         elif not self._has_steps:
             self._statistics.pause()
             self.scheduler.check_invariants()
-        idle = not self._has_steps and not (waits_for_programs and self.busy)
-        compiles, compiling = self.runner.compiles_after_ready, self.runner.num_compiling
-        if (stats := self._statistics.take_due(compiles, compiling, idle=idle)) is not None:
+        compiles, self._num_compiling = self.runner.compiles_after_ready, self.runner.num_compiling
+        idle = not self._has_steps and not (waits_for_programs and self._num_compiling)
+        if (stats := self._statistics.take_due(compiles, self._num_compiling, idle=idle)) is not None:
             output = msgspec.structs.replace(output or StepOutput(), stats=stats)
         return events if output is None else [*events, output]
 
@@ -147,10 +149,10 @@ class Core:
         plan = flight.plan
         with self._profiler.stage("collect"):
             tokens = flight.collect()
+        seconds = self._statistics.steps.collected(decodes=bool(plan.from_device.all()))
         with self._profiler.stage("process"):
-            step = self.scheduler.process(plan, tokens)
+            step = self.scheduler.process(plan, tokens, None if self._num_compiling else seconds)
         self._statistics.speed.count(len(step.tokens))
-        self._statistics.steps.collected(decodes=bool(plan.from_device.all()))
         if tokens.prompt_logprobs is not None:
             gather_prompt_scores(plan, step.scored, tokens.prompt_logprobs)
         return StepOutput(

@@ -27,7 +27,7 @@ class SpeculationPlan:
     max_rows: int = 1  # decoding rows of a data rank up to which steps have this width
     lookahead: int = 0  # tokens beyond a step's own whose KV the drafter writes
     keeps_tokens: bool = False  # the drafter reads each row's tokens
-    draft_cost: float = 0.0  # time that drafts take beside their products in the step, in steps of width 1
+    draft_cost: float = 0.0  # time that drafts are expected to take, in steps of width 1
 
 
 def plan_speculation(
@@ -37,14 +37,15 @@ def plan_speculation(
     begins to be limited by its products, each draft costs as much as a token, so more rows than that do not speculate."""
     if wanted is None:
         return SpeculationPlan()
-    width = wanted.num_drafts + 1
+    num_drafts = wanted.num_drafts or platform.ngram_drafts
+    width = num_drafts + 1
     by_model = model.draft is not None
     return SpeculationPlan(
         width,
         wanted.max_batch_size or max(1, platform.ridge_tokens // (width * num_ranks)),
-        lookahead=wanted.num_drafts if by_model else 0,
+        lookahead=num_drafts if by_model else 0,
         keeps_tokens=not by_model,
-        draft_cost=wanted.num_drafts * draft_parameters(model) / parameters_per_token(model) + platform.wide_cost,
+        draft_cost=num_drafts * draft_parameters(model) / parameters_per_token(model),
     )
 
 

@@ -105,14 +105,16 @@ class StepClock:
         if self._since is None:
             self._since = time.perf_counter()
 
-    def collected(self, *, decodes: bool) -> None:
-        now = time.perf_counter()
-        taken = 0.0 if self._since is None else now - self._since
+    def collected(self, *, decodes: bool) -> float | None:
+        """Count a step that has ended. Return its seconds, None if its begin is not known."""
+        now, since = time.perf_counter(), self._since
+        taken = 0.0 if since is None else now - since
         self.seconds += taken
         if decodes:
             self.decode_steps += 1
             self.decode_seconds += taken
         self._since = now
+        return None if since is None else taken
 
     def pause(self) -> None:
         self._since = None

@@ -3,13 +3,16 @@
 import dataclasses
 import functools
 
+from jaxtyping import Array, Bool
+
 from sgl_jax.ops.adapter_addend import AdapterAddend, plain_addend
 from sgl_jax.ops.attention.backends import Backend
 from sgl_jax.ops.cpu.library import Library
-from sgl_jax.ops.dense import DenseProduct, plain_product
+from sgl_jax.ops.dense import DenseProduct, library_product, plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.quantized_matmul import native
 from sgl_jax.ops.quantized_matmul.api import QuantizedGroupedMatmul, QuantizedMatmul
+from sgl_jax.ops.quantized_matmul.compiled import library_matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +24,15 @@ class Kernels:
     quantized_experts: QuantizedGroupedMatmul | None = None  # None: this layer's matrices are dequantised first
     adapters: AdapterAddend = plain_addend
     library: Library | None = None  # for operations that have no contract here
+    has_barriers: bool = False  # there are barriers between some operations of long steps (models/long_steps.py)
+
+    def over(self, live: Bool[Array, " T"] | None) -> "Kernels":
+        """Return the kernels for products of T tokens of which only the live ones count; None: all do. Only the library for
+        CPUs takes less time for fewer."""
+        if live is None or self.library is None:
+            return self
+        products = {"dense": library_product(self.library, live), "quantized": library_matmul(self.library, live)}
+        return dataclasses.replace(self, **products)
 
     @property
     def quantized_grouped(self) -> QuantizedGroupedMatmul:

@@ -37,16 +37,23 @@ def by_ngram(
     state = dataclasses.replace(after.state, tokens=history)
     if width == 1:
         return after.pools, with_drafts(state, rows)
-    drafts = ngram_drafts(history[rows], state.length[rows] + 1, width - 1, min_ngram, max_ngram)
+    limited = spec.kernels.library is not None  # each draft takes time there, and few behind a short match are right
+    drafts = ngram_drafts(history[rows], state.length[rows] + 1, width - 1, min_ngram, max_ngram, limited=limited)
     return after.pools, with_drafts(state, rows, jnp.where(after.inputs.samples[:, None], drafts, NO_DRAFT))
 
 
 def ngram_drafts(
-    tokens: Int[Array, "S C"], num_tokens: Int[Array, " S"], num_drafts: int, min_ngram: int, max_ngram: int
+    tokens: Int[Array, "S C"],
+    num_tokens: Int[Array, " S"],
+    num_drafts: int,
+    min_ngram: int,
+    max_ngram: int,
+    *,
+    limited: bool = False,
 ) -> Int[Array, "S K"]:
     """Return for each row, of whose `tokens` the first num_tokens count, the num_drafts tokens after the latest of the longest
     earlier matches of its end; NO_DRAFT if none of min_ngram tokens is there. A match that reaches into the end is a period,
-    which goes on."""
+    which goes on. If `limited`, drafts are at most one token longer than their match."""
     index = jnp.arange(tokens.shape[1])
     length, matches = jnp.zeros_like(tokens), jnp.ones(tokens.shape, bool)
     for back in range(max_ngram):
@@ -58,7 +65,9 @@ def ngram_drafts(
     end = jnp.argmax(score, axis=1)[:, None]  # last token of the match
     period = jnp.maximum(num_tokens[:, None] - 1 - end, 1)
     drafts = jnp.take_along_axis(tokens, end + 1 + jnp.arange(num_drafts) % period, axis=1, mode="clip")
-    return jnp.where(score.max(1, keepdims=True) >= 0, drafts, NO_DRAFT)
+    best = score.max(1, keepdims=True)
+    counts = jnp.arange(num_drafts) <= best // tokens.shape[1] if limited else True
+    return jnp.where((best >= 0) & counts, drafts, NO_DRAFT)
 
 
 # --- draft models --------------------------------------------------------------------------------------------------------
@@ -99,7 +108,7 @@ def _over_tokens(after: Verified, spec: StepSpec, width: int) -> tuple[jax.Array
     draft, _ = draft_model.parts(after.weights, spec.config)
     feature = at_end = None
     if draft.kind != "standalone":
-        of_each = draft_model.features(after.weights, spec.config, after.hidden, after.tapped, spec.linear)
+        of_each = draft_model.features(after.weights, spec.config, after.hidden, after.tapped, spec.linear())
         feature = _shifted(of_each, after, ranks.own(_before(after)))
         num_final = ranks.own(jnp.where(inputs.from_device, after.num_accepted, inputs.num_new))
         at_end = of_each[jnp.maximum(after.batch.cu_q_lens[:-1] + num_final - 1, 0)]
@@ -118,13 +127,14 @@ def _one_by_one(
     own_rows = spec.grid.data_axis.own(rows)
     pages, length = after.state.page_table[own_rows], after.state.length[own_rows]
     ones, number = jnp.ones(len(own_rows), jnp.int32), jnp.int32(len(own_rows))
+    linear = spec.linear(after.inputs.samples)
 
     def one_token(carry, ahead):
         pool, tokens, feature = carry
         batch = make_ragged_batch(pages, length + ahead, ones, number, len(own_rows), layout.page_size)
         context = spec.context(draft.decoder, batch, jnp.ones(len(rows), bool), 1, first_key)
         hidden, pool = forward(tokens, feature, pool, context)
-        scores = draft_model.logits(after.weights, spec.config, spec.grid.data_axis.gather(hidden), spec.linear)
+        scores = draft_model.logits(after.weights, spec.config, spec.grid.data_axis.gather(hidden), linear)
         tokens = best_token(scores, spec.grid.all_axes, weights.d2t)
         feature = None if feature is None else draft_model.recycled(after.weights, spec.config, hidden)
         return (pool, tokens, feature), tokens

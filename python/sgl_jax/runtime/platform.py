@@ -18,6 +18,7 @@ from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.ops.quantized_matmul.compiled import library_grouped_matmul, library_matmul
+from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime.control_groups import ROOT, read
 
 logger = logging.getLogger(__name__)
@@ -41,21 +42,22 @@ class Platform:
     stacks_layers: bool  # scan over stacked layers; else unroll a list of them
     vectorises_rows: bool  # native attention computes decoding rows side by side; else one after the other
     ridge_tokens: int  # tokens of a step whose products take as long as reading the weights
-    wide_cost: float  # time that verifying adds to a wide step, apart from products, in steps of width 1
     compiles_behind: bool  # ready with the programs that requests need; the others are compiled while it serves
     attention: str = "native"  # default attention backend
+    ngram_drafts: int = 7  # drafts of n-grams that a step verifies in each row, where nobody says how many
 
 
 PLATFORMS: dict[Name, Platform] = {
     # On CPUs a step's time follows its rows closely. The smallest bucket has two rows because in plain XLA one row in bfloat16
     # costs more than two (benchmarks/LOG.md). A scan
     # compiles three times faster but copies each layer's weights, which costs a decode step 30 % in bfloat16 and more in
-    # float32. On TPU weights of a list are prefetched, weights of a scan are not (docs/decisions/0011-list-on-tpu.md).
+    # float32. On TPU weights of a list are prefetched, weights of a scan are not (docs/decisions/0011-list-on-tpu.md). TPU's
+    # smallest bucket in bfloat16 has the rows of a tile: padding fewer for the attention kernels costs three operations a layer.
     "cpu": Platform(
-        "cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 2, 0.4, 65536, False, False, 16, 0.3, True, "cpu"
+        "cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 2, 0.4, 65536, False, False, 8, True, "cpu", 3
     ),
     "gpu": Platform(
-        "gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, True, True, 192, 0.05, False
+        "gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, True, True, 192, False
     ),
     "tpu": Platform(
         "tpu",
@@ -63,18 +65,28 @@ PLATFORMS: dict[Name, Platform] = {
         16,
         2048,
         256,
-        {"float32": 8, "bfloat16": 8},
+        {"float32": 8, "bfloat16": 16},
         4,
         0.88,
         None,
         False,
         True,
         512,
-        0.05,
         False,
         "fa",
     ),
 }
+
+
+def overlap_tokens(device_kind: str, model: DecoderConfig, grid: Grid) -> int:
+    """Return the least tokens of a part of a step that is divided so that collectives run beside products; 0: none is.
+
+    Only the compilers for v6e and v7x were seen to start such collectives and finish them later, for models without experts
+    (docs/decisions/0036-long-steps-are-computed-in-parts.md). Each part reads all weights, which takes longer than the sums
+    where experts have few tokens each. A v7x chip is two devices, between which data stay on the chip.
+    """
+    exchanges = device_kind.startswith("TPU v6") or (device_kind.startswith("TPU7x") and grid.tensor > 2)
+    return 512 if exchanges and model.moe is None else 0
 
 
 class NoDevice(ValueError):
@@ -150,7 +162,7 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
         from sgl_jax.ops.quantized_matmul import pallas_tpu as quantized  # importing Pallas is slow
 
         quantised = quantized.quantized_matmul, quantized.quantized_grouped_matmul
-        return Kernels(attention, grouped, plain_product, *quantised)
+        return Kernels(attention, grouped, plain_product, *quantised, has_barriers=True)
     if library is None:
         return Kernels(attention, grouped)
     quantised = library_matmul(library), library_grouped_matmul(library)

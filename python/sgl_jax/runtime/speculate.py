@@ -1,8 +1,9 @@
 """Verification of drafts inside the step, for rows of width W.
 
-A decoding row computes its last token and W - 1 drafts of the tokens that follow. A token is sampled after each of them, with
-the seed and position that it would have without drafts. Drafts are accepted up to the first that differs from the token
-sampled in its place, so the output is the same as with W = 1. With W = 1 there are no drafts, and this is the plain step.
+A decoding row has W tokens: its last one and W - 1 drafts of those that follow, some of which may be missing. A token is
+sampled after each of the others, with the seed and position that it would have without drafts. Drafts are accepted up to the
+first that differs from the token sampled in its place, so the output is the same as with W = 1. With W = 1 there are no
+drafts, and this is the plain step.
 """
 
 import dataclasses
@@ -27,6 +28,8 @@ class RowTokens:
     start: jax.Array  # i32[M * S]: position of the row's first token
     drafts: jax.Array  # i32[M * S, W - 1], or NO_DRAFT
     packed: jax.Array  # i32[M * T]: all tokens in the plan's order
+    num_missing: jax.Array  # i32[M * S]: drafts that a decoding row lacks, the last of its W tokens
+    missing: jax.Array  # bool[M * T]: in the place of such a draft
 
 
 def row_tokens(inputs: StepInputs, state: DeviceState, layout: PlanLayout) -> RowTokens:
@@ -40,7 +43,9 @@ def row_tokens(inputs: StepInputs, state: DeviceState, layout: PlanLayout) -> Ro
     planned = inputs.tokens.reshape(m, -1)
     first = jnp.where(decodes[:, None], known, planned[:, : s * w].reshape(-1, w))
     packed = jnp.concatenate([first.reshape(m, s * w), planned[:, s * w :]], axis=1).reshape(-1)
-    return RowTokens(start, drafts, packed)
+    lacks = jnp.pad(decodes[:, None] & (drafts == NO_DRAFT), ((0, 0), (1, 0))).reshape(m, s * w)
+    missing = jnp.pad(lacks, ((0, 0), (0, planned.shape[1] - s * w))).reshape(-1)
+    return RowTokens(start, drafts, packed, lacks.reshape(-1, w).sum(1, dtype=jnp.int32), missing)
 
 
 def sampled_tokens(batch: RaggedBatch, decodes: Bool[Array, " S"], width: int) -> Int[Array, " SW"]:
@@ -54,11 +59,11 @@ def sampled_tokens(batch: RaggedBatch, decodes: Bool[Array, " S"], width: int) -
 
 
 def sample_lines(inputs: StepInputs, tokens: RowTokens, width: int) -> SampleLines:
-    """Return the lines of the sampler, W for each row. In a row that does not decode only the first line samples."""
+    """Return the lines of the sampler, W for each row, of which those after the last token and after each draft sample. In a row
+    that does not decode only the first line does."""
     at = jnp.arange(width)
     end = jnp.where(inputs.from_device, tokens.start + 1, tokens.start + inputs.num_new)
-    # A count: with `samples & (decodes | (at == 0))`, LLVM never ends compiling 8 lines a row for AVX2.
-    num_samples = jnp.where(inputs.samples, jnp.where(inputs.from_device, width, 1), 0)
+    num_samples = jnp.where(inputs.samples, 1 + (tokens.drafts != NO_DRAFT).sum(1), 0)
     before = at[None, :, None] > jnp.arange(width - 1)  # [1, W, W - 1]: drafts before each line
     drafts = jnp.where(before, tokens.drafts[:, None], NO_DRAFT)
     return SampleLines(

@@ -49,9 +49,9 @@ def step(
     )
     sampled_at = speculate.sampled_tokens(batch, ranks.own(inputs.from_device), bucket.width)
     last_hidden = ranks.gather(hidden[sampled_at])  # [M * S * W, D]
-    logits = decoder.logits(weights, spec.config, last_hidden, spec.linear)
+    lines = speculate.sample_lines(inputs, rows, bucket.width)
+    logits = decoder.logits(weights, spec.config, last_hidden, spec.linear(lines.samples))
     with jax.named_scope("sample"):
-        lines = speculate.sample_lines(inputs, rows, bucket.width)
         sampled = sampler.sample(logits, lines, state, everyone, library)
         wanted = sampler.has_flag(lines.params, RowFlag.LOGPROBS)
         logprobs = sampler.token_logprobs(logits, sampled, (wanted & lines.samples).any(), everyone, library)
@@ -98,7 +98,7 @@ def _prompt_logprobs(
         targets = jnp.pad(jnp.maximum(following, 0), (0, pad)).reshape(-1, num_rows)
 
         def one(block):
-            logits = decoder.logits(weights, spec.config, block[0], spec.linear)
+            logits = decoder.logits(weights, spec.config, block[0], spec.linear())
             return sampler.token_logprobs(logits, block[1], jnp.bool_(True), everyone, spec.kernels.library)
 
         chosen, ids, values = lax.map(one, (blocks, targets))

@@ -33,9 +33,9 @@ class StepSpec:
     adapters: AdapterRoom | None = None
     simulated_acceptance: float | None = None  # as in RunnerConfig
 
-    @property
-    def linear(self) -> Linear:
-        return products(self.kernels)[0]
+    def linear(self, live: Bool[Array, " T"] | None = None) -> Linear:
+        """Return the product of tokens with a matrix, for T tokens of which the live ones count; None: for any."""
+        return products(self.kernels.over(live))[0]
 
     def context(
         self,
@@ -46,8 +46,8 @@ class StepSpec:
         first_key: int = 0,
         slots: SlotsInUse | None = None,
     ) -> Context:
-        """Return the context of a forward pass of the target or the draft model over the batch. `slots`: the adapters of its
-        tokens; a draft model has none."""
+        """Return the context of a forward pass of the target or the draft model over the batch. `valid`: the tokens of all ranks
+        that count. `slots`: the adapters of its tokens; a draft model has none."""
         attention = _attention_spec(model, width, first_key)
 
         def attend(q, k, v, kv, *, layer, window, sinks, kv_scales, prepare=None):
@@ -63,8 +63,10 @@ class StepSpec:
             )
             return self.kernels.attention(q, k, v, kv, batch, arrays)
 
-        linear, grouped = products(self.kernels, slots)
-        return Context(batch.positions, valid, attend, grouped, self.compute_dtype, self.grid, linear)
+        live = valid if self.grid.data_axis.size == 1 else None  # else a product has its rank's tokens or those of all
+        linear, grouped = products(self.kernels.over(live), slots)
+        functions = grouped, self.compute_dtype, self.grid, linear, self.kernels.has_barriers
+        return Context(batch.positions, valid, attend, *functions)
 
 
 def _attention_spec(config: DecoderConfig, width: int, first_key: int) -> AttentionSpec:

@@ -10,6 +10,7 @@ from sgl_jax.step_plan import AdapterLoad, RowLoad
 @dataclasses.dataclass(slots=True)
 class Picks:
     width: int  # W
+    most_rows: int  # rows of a rank for which it was chosen
     num_decoding: int  # the number of rows that decode
     budget: list[int]  # [M] prompt tokens for which each rank has room left
     rows: list[np.ndarray]

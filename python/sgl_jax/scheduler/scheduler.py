@@ -45,7 +45,7 @@ class Scheduler:
     ):
         """`caches`: one for each data rank, alike except in their number of pages. `widths`: other ones than the config's.
         `adapters`, `find_grammar`: None in a launch that takes none; the function is as for GrammarRows."""
-        self._widths = widths or Widths(config.width, config.wide_rows, config.draft_cost, config.ridge_tokens)
+        self._widths = widths or Widths(config.width, config.wide_rows, config.draft_cost)
         for num_decoding in range(1, config.max_running_requests + 1):
             if config.max_step_tokens < num_decoding * self._widths(num_decoding):
                 raise ValueError(
@@ -191,7 +191,8 @@ class Scheduler:
             decode_rows = self.grammars.ready(decode_rows, decodes)
             per_rank = self._pages.count_by_rank(decode_rows)
             may_come = 0 if self._is_full else len(self.waiting)
-            width = self._widths(self._admission.most_rows(run, may_come)) if limits.width > 1 else 1
+            most_rows = self._admission.most_rows(run, may_come)
+            width = self._widths(most_rows) if limits.width > 1 else 1
             rows, num_new = decode_rows, np.full(len(decode_rows), width, np.int32)
             budget = [min(limits.max_step_tokens - n * width, limits.max_prefill_tokens) for n in per_rank]
             if len(prefill_rows := run[~decodes]):
@@ -202,7 +203,8 @@ class Scheduler:
             need = self._pages.needed(rows, num_new)
             short = self._pages.short_rank(rows, need)
             if short is None:
-                return Picks(width, len(decode_rows), budget, [rows], [num_new], [self._pages.give(rows, need)])
+                given = [self._pages.give(rows, need)]
+                return Picks(width, most_rows, len(decode_rows), budget, [rows], [num_new], given)
             self._preempt(run[t.rank[run] == short])
 
     def _admit(self, picks: Picks, victim: Request | None) -> None:
@@ -218,7 +220,8 @@ class Scheduler:
             if place is None:
                 self._is_full, self._blocked = min(picks.budget) > 0, request
                 return
-            if picks.width > 1 and self._widths(self._pages.count_by_rank(self._running)[place.rank] + 1) == 1:
+            num_rows = self._pages.count_by_rank(self._running)[place.rank] + 1
+            if picks.width > 1 and num_rows > picks.most_rows and self._widths(num_rows) == 1:
                 return  # with one more row this step would be narrow; the next step counts the request
             if place.next_page in being_computed:
                 continue  # a row of the rank is computing the same page, which the next step will find cached
@@ -267,6 +270,7 @@ class Scheduler:
             num_new,
             num_ranks=len(self.caches),
             width=picks.width,
+            most_rows=picks.most_rows,
             keys=t.key[rows],
             rank=t.rank[rows],
             loads=[*picks.loads, *self._pages.take_reloads(), *self.grammars.take_loads()],
@@ -298,8 +302,9 @@ class Scheduler:
         self.adapters.leave(request)
         return request
 
-    def process(self, plan: StepPlan, step: StepTokens) -> StepResult:
-        """Take in a step's tokens, up to the one at which a request ends. Rows that changed hands are skipped."""
+    def process(self, plan: StepPlan, step: StepTokens, seconds: float | None = None) -> StepResult:
+        """Take in a step's tokens, up to the one at which a request ends. Rows that changed hands are skipped. `seconds`: what
+        the step took, if it is known and nothing else used the processor."""
         t = self.table
         alive = t.key[plan.rows] == plan.keys
         scored = scored_requests(t, plan, alive)
@@ -312,7 +317,9 @@ class Scheduler:
         taken = take_tokens(t, plan, step, index)
         if self.config.width > 1:
             decoded = plan.from_device & alive
-            self._widths.observe(plan.width, int(decoded.sum()), int(step.num_accepted[decoded].sum()))
+            num_rows, num_gained = int(decoded.sum()), int(step.num_accepted[decoded].sum())
+            alone = seconds if plan.from_device.all() else None
+            self._widths.observe(plan.width, plan.most_rows, num_rows, num_gained, alone)
         self.counters.generated_tokens += len(taken.tokens)
         return StepResult(
             keys=plan.keys[index][taken.of],

@@ -15,7 +15,6 @@ class SchedulerConfig:
     placement: str = "cache_aware"  # order of ranks, --dp-schedule-policy: scheduler.rank_order.PLACEMENTS
     width: int = 1  # W, the tokens of a decoding row in a wide step
     wide_rows: int = 0  # rows of a rank up to which steps are wide
-    draft_cost: float = 0.0  # these two: scheduler.widths.Widths
-    ridge_tokens: int = 1 << 30
+    draft_cost: float = 0.0  # scheduler.widths.Widths
     lookahead: int = 0  # tokens beyond a step's own whose KV a draft model writes
     keeps_tokens: bool = False  # the device holds each row's tokens, too

@@ -20,7 +20,8 @@ class Speculation:
 
     algorithm: Algorithm
     draft_model_path: str | None  # None with NGRAM and NEXTN
-    num_drafts: int  # W - 1, tokens that a step verifies in each row beside the last one
+    # W - 1, tokens that a step verifies in each row beside the last one; None (NGRAM alone): decided for the device
+    num_drafts: int | None
     max_batch_size: int | None  # most decoding requests of a data rank that speculate; None: decided for the device
     min_ngram: int = 1  # tokens of the shortest and the longest n-gram that is looked up
     max_ngram: int = _MAX_NGRAM
@@ -61,7 +62,7 @@ def _speculation(flags: SpeculativeFlags, model_path: str, dp_size: int) -> Spec
     return Speculation(
         cast(Algorithm, algorithm),
         path,
-        steps or (verified - 1 if verified else 7 if algorithm == "NGRAM" else 3),
+        steps or (verified - 1 if verified else None if algorithm == "NGRAM" else 3),
         rows and -(-rows // dp_size),
         shortest,
         flags.speculative_ngram_max_match_window_size or max(shortest, _MAX_NGRAM),

@@ -36,7 +36,10 @@ class SpeculativeFlags:
         per_host=True,  # the files are compared
     )
     speculative_num_steps: int | None = flag(
-        None, "tokens drafted for a request in each step", unset="3, with NGRAM 7", rule=between(1, MAX_DRAFTS)
+        None,
+        "tokens drafted for a request in each step",
+        unset="3, or 7 with NGRAM except on CPUs",
+        rule=between(1, MAX_DRAFTS),
     )
     speculative_num_draft_tokens: int | None = flag(
         None,
@@ -51,7 +54,10 @@ class SpeculativeFlags:
         None, "tokens of the shortest n-gram that NGRAM looks for", unset="1", rule=_NGRAM
     )
     speculative_ngram_max_match_window_size: int | None = flag(
-        None, "tokens of the longest one", unset="4, or the shortest if that is longer", rule=_NGRAM
+        None,
+        "tokens of the longest one; on CPUs a step drafts at most one more",
+        unset="4, or the shortest if that is longer",
+        rule=_NGRAM,
     )
     speculative_disable_by_batch_size: int | None = flag(
         None, "decoding requests above which nothing is drafted", unset="chosen for the device", rule=at_least(1)

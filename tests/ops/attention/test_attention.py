@@ -219,6 +219,22 @@ def test_short_rows_of_up_to_w_tokens_match_reference(name, page_size, width, op
         check(IMPLEMENTATIONS[name], b, num_short=len(SHORT), scale=0.25, width=width, **options)
 
 
+@pytest.mark.parametrize("name", COMPILED)
+def test_tokens_that_a_row_lacks_give_zeros_and_leave_the_pool(name):
+    sizes = {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "page_size": 16, "num_tokens": 24, "num_rows": 4}
+    b = random_batch(np.random.default_rng(6), [(40, 8), (0, 8), (90, 4)], **sizes)
+    *arrays, batch, layer = batches.arguments(b, AttentionSpec(0.25, width=8), 3)
+    expected, whole = IMPLEMENTATIONS[name](*arrays, batch, layer)
+    lacking = dataclasses.replace(batch, num_missing=jnp.array([7, 3, 0, 0], jnp.int32))
+    out, kv = IMPLEMENTATIONS[name](*arrays, lacking, layer)
+    kept = np.isin(np.arange(len(out)), [0, *range(8, 13), *range(16, 20)])
+    assert (np.asarray(out)[~kept] == 0).all()
+    np.testing.assert_allclose(np.asarray(out)[kept], np.asarray(expected)[kept], atol=1e-6)
+    before, changed = np.asarray(b["kv"]), np.asarray(whole)
+    assert ((np.asarray(kv) == before) | (np.asarray(kv) == changed)).all()
+    assert (np.asarray(kv) != before).sum() == (changed != before).sum() * 10 // 20
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 128])
 @pytest.mark.parametrize("name", [*PLAIN, *COMPILED])
 def test_rows_of_up_to_w_tokens_begin_before_at_and_after_the_first_key(name, page_size):

@@ -108,6 +108,13 @@ def test_random_bfloat16_batches_with_eager_copies_match_reference(request):
     run()
 
 
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_chunk_may_have_as_few_tokens_as_a_short_row(width):
+    """A part of a step begins and ends anywhere in a row, and all but the first have no short rows."""
+    rows = [(5, 1), (0, 3), (40, 1), (16, 30), (99, 2), (0, 1)]
+    check(batch_of(rows), spec=AttentionSpec(0.25, width=width), num_short=0, window=64)
+
+
 def latent_batch(rows, seed=0, *, num_heads=8, head_dim=144, page_size=16, num_tokens=TOKENS):
     """Make a batch with a pool of one plane, whose keys have two lane tiles and whose values are fewer."""
     b = batch_of(

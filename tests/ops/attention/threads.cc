@@ -22,6 +22,7 @@ struct Threads {
 int main() {
   constexpr int kHeads = 6, kKvHeads = 3, kPage = 16, kPages = 400, kRows = 4;
   const int width = 64, lens[kRows] = {3000, 700, 5, 90}, number[kRows] = {1, 200, 1, 70};
+  const int32_t missing[kRows] = {};
   std::vector<int32_t> table(kRows * 200), kv_lens(lens, lens + kRows), cu{0};
   for (int row = 0, next = 1; row < kRows; row++) {
     cu.push_back(cu.back() + number[row]);
@@ -37,7 +38,7 @@ int main() {
   std::vector<float> pool = filled(size_t(kPages) * kKvHeads * 2 * kPage * width), out(q.size());
   const Call<float> call{q.data(), out.data(), kHeads, kHeads / kKvHeads,
                          {pool.data(), kKvHeads, 2, kPage, width, width, 1.0f, 1.0f},
-                         {table.data(), kv_lens.data(), cu.data(), kRows, 200, 0},
+                         {table.data(), kv_lens.data(), cu.data(), missing, kRows, 200, 0},
                          {0.125f, 0.0f, 0.0f, 1 << 30, nullptr, 0}};
   for (int i = 0; i < 5; i++) {
     Threads threads;

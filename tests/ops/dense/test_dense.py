@@ -33,7 +33,9 @@ def calls_library(x: jax.Array, w: jax.Array, out_dtype: str | None = None) -> b
         (3, 96, 130),
         (4, 1536, 67),
         (5, 32, 4),
+        (6, 1536, 35),
         (7, 64, 33),
+        (8, 96, 70),
         (16, 576, 99),
         (15, 2080, 31),
         (17, 96, 8),
@@ -67,6 +69,17 @@ def test_a_token_s_product_depends_on_no_other_number(name: str, dtype: str, tok
     assert np.isnan(spoilt[1]).all()
     np.testing.assert_array_equal(np.delete(spoilt, 1, 0), np.delete(out, 1, 0))
     np.testing.assert_array_equal(product(x, w[:66]), out[:, :66])
+
+
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("live", [[], [0], [2], [0, 1, 3], [1, 2, 3, 4, 6, 7, 8, 9], [*range(1, 30)]])
+def test_tokens_that_do_not_count_give_zeros_and_change_no_other(name: str, live: list[int]) -> None:
+    mask = np.isin(np.arange(30), live)
+    x, w = draw(30, 64, dtype="bfloat16").at[~mask].set(jnp.nan), draw(70, 64, dtype="bfloat16", seed=1)
+    out = np.asarray(library_product(library.register(BUILT[name]), jnp.asarray(mask))(x, w))
+    assert (out[~mask] == 0).all()
+    if live:
+        np.testing.assert_array_equal(out[mask], library_product(library.register(BUILT[name]))(x[mask], w))
 
 
 def test_each_library_is_compiled_for_its_own_instructions() -> None:

@@ -46,7 +46,9 @@ SHAPES = [
     (3, 128, 130),
     (4, 1536, 67),
     (5, 64, 4),
+    (6, 128, 35),
     (7, 64, 33),
+    (8, 64, 70),
     (16, 576, 99),
     (15, 2112, 31),
     (17, 128, 8),
@@ -86,6 +88,22 @@ def test_products_with_tokens_as_they_are_are_those_of_float64(
         assert out.dtype == (out_dtype or dtype)
         error = np.abs(np.asarray(out, np.float64) - exact).max(-1) / np.abs(exact).max(-1)
         assert error.max() < (TOLERANCE["float32"] if out_dtype else TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("name", BUILT)
+@pytest.mark.parametrize("rounding", ["int8", None])
+@pytest.mark.parametrize("live", [[], [3], [0, 2], [1, 2, 3, 4, 6, 7, 9]])
+def test_tokens_that_do_not_count_give_zeros_and_change_no_other(
+    name: str, rounding: Rounding | None, live: list[int]
+) -> None:
+    mask = np.isin(np.arange(10), live)
+    x, w = draw(10, 64, 35, "bfloat16")
+    of_live = compiled.library_matmul(library.register(BUILT[name]), jnp.asarray(mask))
+    out = np.asarray(of_live(x.at[~mask].set(jnp.nan), w, rounding))
+    assert (out[~mask] == 0).all()
+    if live:
+        expected = compiled.library_matmul(library.register(BUILT[name]))(x[mask], w, rounding)
+        np.testing.assert_array_equal(out[mask], expected)
 
 
 @pytest.mark.parametrize("rounding", ["int8", None])

@@ -47,6 +47,8 @@ class RaggedBatch:
     positions: jax.Array  # i32[T]: its position in the row's sequence
     token_page: jax.Array  # i32[T]: the layer-0 page its KV goes to; 0 for padding
     token_offset: jax.Array  # i32[T]: and its offset in that page
+    # i32[S]: the last tokens of each row that stand for none (drafts that it lacks); a backend may leave them out. None: none do.
+    num_missing: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +117,7 @@ def make_ragged_batch(
     num_short: Scalar,
     num_tokens: int,
     page_size: int,
+    num_missing: Column | None = None,
 ) -> RaggedBatch:
     """Derive the batch of `num_tokens` packed tokens (static, padding included) from the plan's columns.
 
@@ -129,7 +132,32 @@ def make_ragged_batch(
     positions = jnp.where(valid, start[row] + token - cu[row], 0)
     token_page = jnp.where(valid, page_table[row, positions // page_size], 0)
     offset = positions % page_size
-    return RaggedBatch(page_table, start + num_new, cu, num_short, row, positions, token_page, offset)
+    return RaggedBatch(page_table, start + num_new, cu, num_short, row, positions, token_page, offset, num_missing)
+
+
+def batch_part(batch: RaggedBatch, number: int, num_parts: int) -> RaggedBatch:
+    """Return the batch of one of equal parts of the packed tokens, to be computed after the parts before it.
+    Tokens that rows lack are computed there.
+
+    Rows without tokens in the part are empty and come last. Short rows must all lie in part 0.
+    """
+    size = len(batch.token_row) // num_parts
+    first, end = number * size, (number + 1) * size
+    begins, ends = batch.cu_q_lens[:-1], batch.cu_q_lens[1:]
+    skipped = (ends <= first).sum(dtype=jnp.int32)
+    order = (jnp.arange(len(ends), dtype=jnp.int32) + skipped) % len(ends)
+    num_new = (jnp.clip(ends, first, end) - jnp.clip(begins, first, end))[order]
+    num_later = jnp.maximum(ends - jnp.maximum(begins, end), 0)
+    return RaggedBatch(
+        page_table=batch.page_table[order],
+        kv_lens=jnp.where(num_new > 0, (batch.kv_lens - num_later)[order], 0),
+        cu_q_lens=jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(num_new, dtype=jnp.int32)]),
+        num_short=jnp.where(number == 0, batch.num_short, 0),
+        token_row=jnp.maximum(batch.token_row[first:end] - skipped, 0),
+        positions=batch.positions[first:end],
+        token_page=batch.token_page[first:end],
+        token_offset=batch.token_offset[first:end],
+    )
 
 
 def split_heads(qkv: Float[Array, "T heads H"], num_kv_heads: int) -> tuple[jax.Array, jax.Array, jax.Array]:

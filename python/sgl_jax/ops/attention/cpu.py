@@ -24,7 +24,7 @@ def paged_attention(
     *,
     library: Library,
 ) -> tuple[Output, Pool]:
-    """See api.Attention. Outputs of padding are 0, and nothing is written for it.
+    """See api.Attention. Outputs of padding and of missing tokens are 0, and nothing is written for them.
 
     Raises ValueError for queries other than float32 and bfloat16, and for a pool that has neither their dtype nor 8 bits.
     """
@@ -50,6 +50,7 @@ def paged_attention(
         batch.page_table,
         batch.kv_lens,
         batch.cu_q_lens,
+        jnp.zeros(len(batch.kv_lens), jnp.int32) if batch.num_missing is None else batch.num_missing,
         jnp.stack([jnp.asarray(x, jnp.int32) for x in (layer.first_page, window)]),
         jnp.stack([jnp.asarray(x, jnp.float32) for x in layer.scales]),
         sinks.astype(jnp.float32),

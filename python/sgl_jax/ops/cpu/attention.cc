@@ -23,9 +23,10 @@ using Integers = ffi::Buffer<ffi::S32>;
 using Numbers = ffi::Buffer<ffi::F32>;
 
 constexpr int kTileLines = 128;    // lines of a tile, unless one token alone has more
-constexpr int kFewLines = 8;       // lines up to which packing costs more than it gains
+constexpr int kFewLines = kLanes == 16 ? 8 : 32;  // lines up to which packing costs more than it gains
 constexpr int kSegment = 1024;     // keys of a job, where a row is a single tile
-constexpr int kSmallCall = 1 << 14;  // lines times keys below which waking another thread costs more than it gains
+// Lines times keys below which waking another thread costs more than it gains.
+constexpr int kSmallCall = kLanes == 16 ? 1 << 14 : 1 << 11;
 constexpr float kFloor = -1e30f;   // finite, so that a line that has seen no key yet makes no inf - inf
 
 // The pool's numbers: those of the queries, or eight bits each, which are widened before they are used.
@@ -51,10 +52,11 @@ struct Pool {
 };
 
 struct Rows {
-  const int32_t *page_table, *kv_lens, *cu_q_lens;  // see RaggedBatch
+  const int32_t *page_table, *kv_lens, *cu_q_lens, *num_missing;  // see RaggedBatch
   int64_t number, pages_per_row;
   int32_t first_page;  // of the layer
 
+  int end(int row) const { return cu_q_lens[row + 1] - num_missing[row]; }  // of the tokens that are computed
   int64_t page(int row, int index) const { return first_page + page_table[row * pages_per_row + index]; }
 };
 
@@ -118,7 +120,8 @@ struct Call {
     std::vector<Job> jobs;
     size_t size = 0;
     for (int row = 0; row < rows.number; row++) {
-      const int first = rows.cu_q_lens[row], number = rows.cu_q_lens[row + 1] - first, start = rows.kv_lens[row] - number;
+      const int first = rows.cu_q_lens[row], number = rows.end(row) - first;
+      const int start = rows.kv_lens[row] - (rows.cu_q_lens[row + 1] - first);
       for (int t = 0; t < number; t += tile) {
         const int tokens = std::min(tile, number - t), begin = first_read(start + t), end = start + t + tokens;
         const int segments = number <= tile ? (end - begin + kSegment - 1) / kSegment : 1;
@@ -207,10 +210,12 @@ struct Call {
       const int n = std::min(kBlock, job.end - begin);
       in_groups<kGroup>(lines, [&](int i, auto r) {
         for_runs(job, begin, n, [&](int j, const Number* keys, const Number*, int run) {
+          if (i == 0) fetch(job, begin + j, run, &Pool<Number>::values);
           multiply_keys<r()>(q_lines + i * width, keys, run, width, scores + i * kBlock + j);
         });
         for (int line = i; line < i + r(); line++) weigh(job, line, scores + line * kBlock, begin, n, state);
         for_runs(job, begin, n, [&](int j, const Number*, const Number* values, int run) {
+          if (i == 0 && begin + kBlock + j < job.end) fetch(job, begin + kBlock + j, run, &Pool<Number>::keys);
           add_values<r()>(scores + i * kBlock + j, values, run, width, pool.value_width, state.acc_of(i), state.width);
         });
       });
@@ -273,6 +278,13 @@ struct Call {
     });
   }
 
+  // Brings K or V of `number` keys from `position` on near the processor, as far as they lie in one page.
+  void fetch(const Job& job, int position, int number, uint8_t* (Pool<Number>::*place)(int64_t, int, int64_t) const) const {
+    const int64_t offset = position % pool.page_size, run = std::min<int64_t>(number, pool.page_size - offset);
+    const uint8_t* at = (pool.*place)(rows.page(job.row, position / pool.page_size), job.head, offset);
+    for (int64_t i = 0; i < run * pool.width * pool.item(); i += 64) __builtin_prefetch(at + i);
+  }
+
   static Number* widened(size_t numbers) {
     thread_local std::vector<Number> memory;
     if (memory.size() < numbers) memory.resize(numbers);
@@ -330,7 +342,7 @@ struct Call {
     const float scale = are_values ? pool.value_scale : pool.key_scale;
     float* line = scratch(pool.width);
     for (int row = 0; row < rows.number; row++) {
-      for (int token = rows.cu_q_lens[row]; token < rows.cu_q_lens[row + 1]; token++) {
+      for (int token = rows.cu_q_lens[row]; token < rows.end(row); token++) {
         const int position = rows.kv_lens[row] - rows.cu_q_lens[row + 1] + token;
         const int64_t page = rows.page(row, position / pool.page_size), offset = position % pool.page_size;
         for (int head = 0; head < pool.heads; head++) {
@@ -353,7 +365,9 @@ void run(Threads& threads, const Call<Number>& call, const Number* k, const Numb
   call.write(k, false);
   if (v != nullptr) call.write(v, true);
   const int64_t used = call.rows.cu_q_lens[call.rows.number], line = call.heads * call.pool.value_width;
-  std::fill(call.out + used * line, call.out + num_tokens * line, Number{});
+  const auto clear = [&](int64_t first, int64_t end) { std::fill(call.out + first * line, call.out + end * line, Number{}); };
+  for (int row = 0; row < call.rows.number; row++) clear(call.rows.end(row), call.rows.cu_q_lens[row + 1]);
+  clear(used, num_tokens);
   std::vector<float> partials;
   const std::vector<Job> jobs = call.make_jobs(partials);
   const int number = jobs.size();
@@ -365,12 +379,12 @@ void run(Threads& threads, const Call<Number>& call, const Number* k, const Numb
 }
 
 ffi::Error attend(ffi::ThreadPool threads, Any q, Any k, Any v, Any kv, Integers page_table, Integers kv_lens,
-                  Integers cu_q_lens, Integers numbers, Numbers scales, Numbers sinks, float scale, float softcap,
+                  Integers cu_q_lens, Integers num_missing, Integers numbers, Numbers scales, Numbers sinks, float scale, float softcap,
                   float log_length, int32_t first_key, ffi::Result<Any> out, ffi::Result<Any> kv_out) {
   if (kv.untyped_data() != kv_out->untyped_data()) return ffi::Error::Internal("XLA has copied the KV pool");
   const auto shape = kv.dimensions();
-  const Rows rows{page_table.typed_data(), kv_lens.typed_data(), cu_q_lens.typed_data(), int64_t(kv_lens.element_count()),
-                  page_table.dimensions()[1], numbers.typed_data()[0]};
+  const Rows rows{page_table.typed_data(), kv_lens.typed_data(), cu_q_lens.typed_data(), num_missing.typed_data(),
+                  int64_t(kv_lens.element_count()), page_table.dimensions()[1], numbers.typed_data()[0]};
   const float* sink = sinks.element_count() > 0 ? sinks.typed_data() : nullptr;
   const Scoring scoring{scale, softcap, log_length, numbers.typed_data()[1], sink, first_key};
   const int heads = q.dimensions()[1];
@@ -399,5 +413,5 @@ ffi::Error attend(ffi::ThreadPool threads, Any q, Any k, Any v, Any kv, Integers
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     sgl_jax_attention, attend,
     ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Any>().Arg<Integers>().Arg<Integers>()
-        .Arg<Integers>().Arg<Integers>().Arg<Numbers>().Arg<Numbers>().Attr<float>("scale").Attr<float>("softcap")
+        .Arg<Integers>().Arg<Integers>().Arg<Integers>().Arg<Numbers>().Arg<Numbers>().Attr<float>("scale").Attr<float>("softcap")
         .Attr<float>("log_length").Attr<int32_t>("first_key").Ret<Any>().Ret<Any>());

@@ -23,32 +23,37 @@ inline void in_groups(int lines, F f) {
 
 // --- K and V where they lie in the pool ------------------------------------------------------------------------------
 
-// scores[R, n] = q[R, width] keys[n, width]; lines of scores are kBlock long. Four keys' sums are added up across lanes
-// together. GCC keeps the sums in registers as long as the four are spelled out.
+// Keys, or vectors of values, that are multiplied together with so many lines: registers hold their sums, four or a multiple.
+constexpr int together(int lines) { return lines > 3 && kLanes < 16 ? 2 : 4; }
+
+// scores[R, n] = q[R, width] keys[n, width]; lines of scores are kBlock long. Four sums are added up across lanes together.
 template <int R, typename Element>
 inline void multiply_keys(const float* q, const Element* keys, int n, int width, float* scores) {
-  for (int j = 0; j < n; j += 4) {
+  constexpr int K = together(R);
+  for (int j = 0; j < n; j += K) {
     const int64_t last = n - 1 - j;  // keys behind it are the last one again, and their scores are not stored
-    const Element* a = keys + int64_t(j) * width;
-    const Element* b = a + std::min<int64_t>(1, last) * width;
-    const Element* c = a + std::min<int64_t>(2, last) * width;
-    const Element* d = a + std::min<int64_t>(3, last) * width;
-    Floats sums[R][4];
-    for (int r = 0; r < R; r++) sums[r][0] = sums[r][1] = sums[r][2] = sums[r][3] = Floats{};
+    const Element* at[K];
+    for (int k = 0; k < K; k++) at[k] = keys + (j + std::min<int64_t>(k, last)) * width;
+    Floats sums[R * K];
+    for (int i = 0; i < R * K; i++) sums[i] = Floats{};
     for (int h = 0; h < width; h += kLanes) {
-      const Floats key_a = load(a + h), key_b = load(b + h), key_c = load(c + h), key_d = load(d + h);
+      Floats key[K];
+#pragma GCC unroll 4
+      for (int k = 0; k < K; k++) key[k] = load(at[k] + h);
+#pragma GCC unroll 4
       for (int r = 0; r < R; r++) {
         const Floats x = load(q + r * width + h);
-        sums[r][0] += key_a * x;
-        sums[r][1] += key_b * x;
-        sums[r][2] += key_c * x;
-        sums[r][3] += key_d * x;
+#pragma GCC unroll 4
+        for (int k = 0; k < K; k++) sums[r * K + k] += key[k] * x;
       }
     }
-    for (int r = 0; r < R; r++) {
-      const Quad found = sums_of(sums[r][0], sums[r][1], sums[r][2], sums[r][3]);
-      std::memcpy(scores + r * kBlock + j, &found, 4 * std::min<int64_t>(4, last + 1));
+    float found[R * K];
+#pragma GCC unroll 4
+    for (int i = 0; i < R * K; i += 4) {
+      const Quad four = sums_of(sums[i], sums[i + 1], sums[i + 2], sums[i + 3]);
+      std::memcpy(found + i, &four, sizeof(four));
     }
+    for (int r = 0; r < R; r++) std::memcpy(scores + r * kBlock + j, found + r * K, 4 * std::min<int64_t>(K, last + 1));
   }
 }
 
@@ -74,8 +79,9 @@ inline void add_columns(const float* weights, const Element* values, int n, int 
 template <int R, typename Element>
 inline void add_values(const float* weights, const Element* values, int n, int width, int columns, float* sums,
                        int sums_width) {
+  constexpr int X = together(R);
   int h = 0;
-  for (; h + 4 * kLanes <= columns; h += 4 * kLanes) add_columns<R, 4>(weights, values + h, n, width, sums + h, sums_width);
+  for (; h + X * kLanes <= columns; h += X * kLanes) add_columns<R, X>(weights, values + h, n, width, sums + h, sums_width);
   for (; h < columns; h += kLanes) add_columns<R, 1>(weights, values + h, n, width, sums + h, sums_width);
 }
 

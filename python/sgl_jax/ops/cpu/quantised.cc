@@ -12,6 +12,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 using Any = ffi::AnyBuffer;
+using Bools = ffi::Buffer<ffi::PRED>;
 using Scales = ffi::Buffer<ffi::F32>;
 
 #if defined(__AVX512VNNI__)
@@ -83,11 +84,11 @@ inline int32_t magnitude(float x) {
 
 // Tokens as value * size.
 struct Rounded {
-  std::vector<int8_t> values;  // [T, I]
-  std::vector<float> sizes;     // of so many tokens as whole vectors have
+  std::vector<int8_t> values;  // [all tokens, I]
+  std::vector<float> sizes;     // of each token
   std::vector<int32_t> raised;  // by how much the raised values of any row raise a sum
 
-  Rounded(int64_t tokens, int64_t width) : values(tokens * width), sizes(tokens + kLanes), raised(tokens + kLanes) {}
+  Rounded(int64_t tokens, int64_t width) : values(tokens * width), sizes(tokens), raised(tokens) {}
 
   template <typename Number>
   void round(const Number* from, int64_t token, int64_t width) {
@@ -108,45 +109,53 @@ struct Rounded {
 };
 
 template <typename Threads, typename Number>
-void multiply(Threads& threads, const Number* x, int64_t T, const Matrix& w, Output out) {
+void multiply(Threads& threads, const Number* x, const Tokens& tokens, const Matrix& w, const Output& out) {
   const auto scaled = [scales = w.scales](float sum, int64_t, int64_t row) { return sum * scales[row]; };
-  const Product<UnitOf<Number>, Number, int8_t, decltype(scaled)> product{x, w.values, out, T, w.I, w.O, scaled};
+  const Product<UnitOf<Number>, Number, int8_t, decltype(scaled)> product{
+      x, w.values, out, tokens.at.data(), tokens.number, w.I, w.O, scaled};
   product.share_rows(threads);
 }
 
 template <typename Threads>
-void multiply(Threads& threads, const Rounded& x, int64_t T, const Matrix& w, Output out) {
+void multiply(Threads& threads, const Rounded& x, const Tokens& tokens, const Matrix& w, const Output& out) {
   const auto scaled = [&x, &w](int32_t sum, int64_t token, int64_t row) {
     return float(sum - x.raised[token]) * w.scales[row] * x.sizes[token];
   };
-  const Product<IntegerUnit, int8_t, int8_t, decltype(scaled)> product{x.values.data(), w.values, out, T, w.I, w.O, scaled};
+  const Product<IntegerUnit, int8_t, int8_t, decltype(scaled)> product{
+      x.values.data(), w.values, out, tokens.at.data(), tokens.number, w.I, w.O, scaled};
   product.share_rows(threads);
 }
 
 template <typename Threads, typename Number>
-ffi::Error run_with(Threads& threads, const Number* x, int64_t T, const Matrix& w, bool rounded, Output out) {
-  if (rounded) {
-    Rounded tokens(T, w.I);
-    share(threads, (T + kLanes - 1) / kLanes, T * w.I < kSmallPack, [&tokens, x, T, I = w.I](int64_t job) {
-      for (int64_t t = job * kLanes; t < std::min(T, (job + 1) * kLanes); t++) tokens.round(x + t * I, t, I);
-    });
-    multiply(threads, tokens, T, w, out);
-  } else {
-    multiply(threads, x, T, w, out);
+ffi::Error run_with(Threads& threads, const Number* x, int64_t all, const Tokens& tokens, const Matrix& w, bool rounded,
+                    const Output& out) {
+  if (!rounded) {
+    multiply(threads, x, tokens, w, out);
+    return ffi::Error::Success();
   }
+  const int64_t T = tokens.number;
+  Rounded values(all, w.I);
+  share(threads, (T + kLanes - 1) / kLanes, T * w.I < kSmallPack, [&values, &tokens, x, T, I = w.I](int64_t job) {
+    for (int64_t t = job * kLanes; t < std::min(T, (job + 1) * kLanes); t++) {
+      values.round(x + tokens.at[t] * I, tokens.at[t], I);
+    }
+  });
+  multiply(threads, values, tokens, w, out);
   return ffi::Error::Success();
 }
 
-ffi::Error run(ffi::ThreadPool threads, Any x, Any values, Scales scales, bool rounded, ffi::Result<Any> result) {
+ffi::Error run(ffi::ThreadPool threads, Any x, Any values, Scales scales, Bools live, bool rounded, ffi::Result<Any> result) {
   const Matrix w{static_cast<const int8_t*>(values.untyped_data()), scales.typed_data(), values.dimensions()[0], values.dimensions()[1]};
-  const Output out{result->untyped_data(), result->element_type() == ffi::F32};
-  const int64_t T = x.dimensions()[0];
-  if (x.element_type() == ffi::F32) return run_with(threads, static_cast<const float*>(x.untyped_data()), T, w, rounded, out);
-  return run_with(threads, static_cast<const BFloat16*>(x.untyped_data()), T, w, rounded, out);
+  const Output out{result->untyped_data(), result->element_type() == ffi::F32, w.O};
+  const int64_t all = x.dimensions()[0];
+  const Tokens tokens(live.typed_data(), all, out);
+  const auto with = [&](const auto* numbers) { return run_with(threads, numbers, all, tokens, w, rounded, out); };
+  if (x.element_type() == ffi::F32) return with(static_cast<const float*>(x.untyped_data()));
+  return with(static_cast<const BFloat16*>(x.untyped_data()));
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     sgl_jax_quantised, run,
-    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Scales>().Attr<bool>("rounded").Ret<Any>());
+    ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Arg<Any>().Arg<Any>().Arg<Scales>().Arg<Bools>().Attr<bool>("rounded").Ret<Any>());

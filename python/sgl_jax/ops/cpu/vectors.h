@@ -28,7 +28,7 @@ typedef uint64_t Words __attribute__((vector_size(kLanes * 4), aligned(4), may_a
 typedef uint16_t Halves __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
 typedef int8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t QuadIndex __attribute__((vector_size(16)));
+typedef int32_t QuadIndex __attribute__((vector_size(16), aligned(4), may_alias));
 
 #if defined(__clang__)
 #define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
@@ -100,9 +100,10 @@ inline float largest(Floats x) {
   return found;
 }
 
-// Adds up the quarters of a vector, or its halves.
-inline Quad folded(Floats x) {
-  Quad quads[kLanes / 4], total;
+// Adds up the quarters of a vector, or its halves: four floats, or four integers.
+template <typename Four, typename Vector>
+inline Four folded(Vector x) {
+  Four quads[kLanes / 4], total;
   std::memcpy(quads, &x, sizeof(x));
   total = quads[0];
   for (int i = 1; i < kLanes / 4; i++) total += quads[i];
@@ -110,10 +111,11 @@ inline Quad folded(Floats x) {
 }
 
 // The sums of four vectors' lanes.
-inline Quad sums_of(Floats a, Floats b, Floats c, Floats d) {
-  const Quad w = folded(a), x = folded(b), y = folded(c), z = folded(d);
-  const Quad wx = SHUFFLE(w, x, 0, 4, 1, 5) + SHUFFLE(w, x, 2, 6, 3, 7);
-  const Quad yz = SHUFFLE(y, z, 0, 4, 1, 5) + SHUFFLE(y, z, 2, 6, 3, 7);
+template <typename Four = Quad, typename Vector>
+inline Four sums_of(Vector a, Vector b, Vector c, Vector d) {
+  const Four w = folded<Four>(a), x = folded<Four>(b), y = folded<Four>(c), z = folded<Four>(d);
+  const Four wx = SHUFFLE(w, x, 0, 4, 1, 5) + SHUFFLE(w, x, 2, 6, 3, 7);
+  const Four yz = SHUFFLE(y, z, 0, 4, 1, 5) + SHUFFLE(y, z, 2, 6, 3, 7);
   return SHUFFLE(wx, yz, 0, 1, 4, 5) + SHUFFLE(wx, yz, 2, 3, 6, 7);
 }
 inline float sum_of(Floats x) { return sums_of(x, x, x, x)[0]; }

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.ops.cpu.library import Library
 from sgl_jax.ops.grouped_matmul.native import by_tiles
@@ -15,9 +15,10 @@ from sgl_jax.ops.quantized_matmul.api import Planes, QuantizedGroupedMatmul, Qua
 _MULTIPLE = 64  # numbers of a vector in the widest library; it divides the columns
 
 
-def library_matmul(library: Library) -> QuantizedMatmul:
-    """Return the product that takes the library, and plain XLA for what the library does not take."""
-    return functools.partial(_library_matmul, library=library)
+def library_matmul(library: Library, live: Bool[Array, " T"] | None = None) -> QuantizedMatmul:
+    """Return the product that takes the library, and plain XLA for what the library does not take. The library skips tokens
+    that are not `live`: their results may be zeros."""
+    return functools.partial(_library_matmul, library=library, live=live)
 
 
 def library_grouped_matmul(library: Library) -> QuantizedGroupedMatmul:
@@ -48,6 +49,7 @@ def _library_matmul(
     out_dtype: DTypeLike | None = None,
     *,
     library: Library,
+    live: Bool[Array, " T"] | None = None,
 ) -> Float[Array, "T O"]:
     out, floats = jnp.dtype(out_dtype or x.dtype), (jnp.dtype("float32"), jnp.dtype("bfloat16"))
     by_channel = w.values.dtype == jnp.int8 and w.scales.shape[1] == 1 and w.offsets is None
@@ -55,4 +57,5 @@ def _library_matmul(
     if not takes or x.shape[1] % _MULTIPLE:
         return native.quantized_matmul(x, w, rounding, out_dtype)
     call = jax.ffi.ffi_call(library.quantised, jax.ShapeDtypeStruct((len(x), len(w.values)), out))
-    return call(x, w.values, w.scales, rounded=rounding is not None)
+    live = jnp.ones(len(x), bool) if live is None else live
+    return call(x, w.values, w.scales, live, rounded=rounding is not None)
