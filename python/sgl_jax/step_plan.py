@@ -104,6 +104,7 @@ class StepPlan:
     keys: np.ndarray  # i64[S] request keys
     rank: np.ndarray  # i32[S] the data rank whose pages hold the row, 0 .. M-1
     width: int  # W
+    most_rows: int  # rows of a rank for which the width was chosen
     loads: list[RowLoad]
     adapter_loads: list[AdapterLoad]
     flags: RowFlag  # the flags of all rows together
@@ -128,6 +129,7 @@ class StepPlan:
         *,
         num_ranks: int = 1,
         width: int = 1,
+        most_rows: int = 0,
         keys: np.ndarray | None = None,
         rank: np.ndarray | None = None,
         loads: Iterable[RowLoad] = (),
@@ -154,7 +156,7 @@ class StepPlan:
                 dtype = np.bool_ if column.is_bool else np.int32
                 columns[name] = np.full(column.shape(sizes[column.per]), column.fill, dtype)
         flags = RowFlag(int(np.bitwise_or.reduce(columns["params"][:, Param.FLAGS])))
-        return cls(keys, rank, width, [*loads], [*adapter_loads], flags, num_cached_tokens, **columns)
+        return cls(keys, rank, width, most_rows, [*loads], [*adapter_loads], flags, num_cached_tokens, **columns)
 
     @property
     def num_tokens(self) -> int:

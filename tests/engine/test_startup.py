@@ -172,7 +172,8 @@ def test_a_launch_that_simulates_acceptance_says_so_loudly(
     stories260k: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "sgl_jax")
-    flags = {"speculative_algorithm": "NGRAM", "speculative_simulated_acceptance": 1.0, "decode_log_interval": 2}
+    flags = {"speculative_algorithm": "NGRAM", "speculative_num_draft_tokens": 2, "decode_log_interval": 2}
+    flags |= {"speculative_simulated_acceptance": 1.0}
     core = startup.build_core(dataclasses.replace(arguments(stories260k, tmp_path), **flags))
     client = Client(core)
     client.submit(0, [5, 6, 5, 6, 5, 6], max_tokens=60, ignore_eos=True, temperature=0.0)
@@ -180,7 +181,7 @@ def test_a_launch_that_simulates_acceptance_says_so_loudly(
     assert core.info.simulated
     (warning,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert says(warning, "--speculative-simulated-acceptance … 1.0 … SIMULATED … nonsense")
-    assert any("SIMULATED accept len: 8.00" in record.getMessage() for record in caplog.records)
+    assert any("SIMULATED accept len: 2.00" in record.getMessage() for record in caplog.records)
     assert client.stats[-1].drafts.accept_rate == 1.0
 
 

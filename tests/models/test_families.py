@@ -185,8 +185,8 @@ def gelu_tanh(x: float) -> float:
 )
 def test_activations_are_what_their_names_mean(hidden_act, function) -> None:
     activation = decoder_config(hf("LlamaForCausalLM", hidden_act=hidden_act)).activation
-    values = gated(jnp.asarray([[-2.5, -0.3, 0.7, 3.0, 2.0, 2.0, 2.0, 2.0]]), activation)
-    np.testing.assert_allclose(values[0], [2 * function(x) for x in (-2.5, -0.3, 0.7, 3.0)], rtol=1e-5)
+    values = gated(jnp.asarray([-2.5, -0.3, 0.7, 3.0]), jnp.full(4, 2.0), activation)
+    np.testing.assert_allclose(values, [2 * function(x) for x in (-2.5, -0.3, 0.7, 3.0)], rtol=1e-5)
 
 
 @pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "Qwen3ForCausalLM"])

@@ -45,7 +45,10 @@ def as_float32(folder: Path) -> dict[str, np.ndarray]:
 def assert_filled(weights: Weights, config, dtype: np.dtype) -> None:
     specs = jax.tree_util.tree_flatten_with_path(declare(config, dtype))[0]
     leaves = jax.tree_util.tree_flatten_with_path(weights)[0]
-    assert [(path, spec.shape, dtype) for path, spec in specs] == [(path, x.shape, x.dtype) for path, x in leaves]
+    wanted = [(path, spec.shape, np.dtype(spec.dtype)) for path, spec in specs]
+    assert wanted == [(path, x.shape, x.dtype) for path, x in leaves]
+    assert weights.layers[0].o.dtype == dtype
+    assert weights.layers[0].attn_norm.dtype == np.float32
 
 
 def test_each_weight_is_its_tensors_one_below_the_other(stories260k):
@@ -98,7 +101,7 @@ def test_float32_is_rounded_to_bfloat16_to_nearest(stories260k):
 
 
 def test_rounded_to_gives_bfloat16_values_in_float32(stories260k):
-    ours, halves = load(stories260k, rounded_to=BFLOAT16), load(stories260k, BFLOAT16)
+    ours, halves = (load(stories260k, dtype, rounded_to=BFLOAT16) for dtype in (np.float32, BFLOAT16))
     for rounded, half in zip(jax.tree.leaves(ours), jax.tree.leaves(halves), strict=True):
         assert rounded.dtype == np.float32
         np.testing.assert_array_equal(rounded, np.asarray(half, np.float32))

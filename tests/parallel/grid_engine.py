@@ -3,7 +3,7 @@ CPU devices.
 
 GRID is "1", or sizes like "tp2-dp2-ep4"; "sp" adds sequence parallelism, "scan" stacks and scans the layers, as some
 accelerators do, and "int8" holds their matrices as int8 with scales; "kvint8" and "kvfp8" hold KV in eight bits. "ngram" drafts by n-grams, "self" by the model itself, and
-"eagle3" by the head beside FOLDER. "lora" asks for the adapters of tests/data/lora/llama in turn, and "json" for a form. The requests use every feature whose state or arithmetic is divided over the devices.
+"eagle3" by the head beside FOLDER. "parts" computes steps in parts. "lora" asks for the adapters of tests/data/lora/llama in turn, and "json" for a form. The requests use every feature whose state or arithmetic is divided over the devices.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from sgl_jax.engine import weight_files
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.families import decoder_config
 from sgl_jax.models.scaled import Scaled
-from sgl_jax.runtime import platform
+from sgl_jax.ops.attention.api import RaggedBatch, batch_part
+from sgl_jax.runtime import forward, platform
 
 STORIES = str(Path(__file__).parents[1] / "data" / "stories260k")  # a tokenizer for a model without one
 LORA = Path(__file__).parents[1] / "data" / "lora" / "llama"
@@ -44,7 +45,10 @@ def flags(grid: str) -> dict[str, Any]:
     sizes = {f"{kind}_size": int(size) for kind, size in re.findall(r"(tp|dp|ep)(\d+)", grid)}
     words = grid.split("-")
     kv = "int8" if "kvint8" in words else "fp8_e4m3" if "kvfp8" in words else "auto"
-    return sizes | {"enable_sequence_parallel": "sp" in words, "kv_cache_dtype": kv}
+    parts = {"collective_overlap_tokens": 1, "chunked_prefill_size": 32 * sizes.get("dp_size", 1)}
+    return (
+        sizes | {"enable_sequence_parallel": "sp" in words, "kv_cache_dtype": kv} | (parts if "parts" in words else {})
+    )
 
 
 def speculation(folder: str, grid: str) -> dict[str, Any]:
@@ -81,10 +85,9 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         dtype="float32",
         page_size=4,
         max_running_requests=8,
-        chunked_prefill_size=16,
         max_total_tokens=96 * sizes.get("dp_size", 1),
         tokenizer_path=None if (Path(folder) / "tokenizer.json").exists() else STORIES,
-        **sizes,
+        **{"chunked_prefill_size": 16} | sizes,
         **speculation(folder, grid),
         **({"lora_paths": paths, "max_loras_per_batch": 2} if paths else {}),
     ) as engine:
@@ -110,7 +113,16 @@ def answers(folder: str, grid: str) -> dict[str, Any]:
         "cached_tokens": stats.cached_tokens,
         "compiles_after_ready": stats.compiles_after_ready,
         "drafts": (stats.drafted_tokens, stats.accepted_drafts),
+        "parts": sorted(parts_computed),
     }
+
+
+parts_computed: set[int] = set()  # numbers of parts of the steps that were traced
+
+
+def counted_part(batch: RaggedBatch, number: int, num_parts: int) -> RaggedBatch:
+    parts_computed.add(num_parts)
+    return batch_part(batch, number, num_parts)
 
 
 def quantised_config(*args: Any) -> DecoderConfig:
@@ -118,7 +130,9 @@ def quantised_config(*args: Any) -> DecoderConfig:
 
 
 if __name__ == "__main__":
+    forward.batch_part = counted_part
     for grid in sys.argv[2:]:
+        parts_computed.clear()
         scan = "scan" in grid.split("-")
         cpu = dataclasses.replace(platform.PLATFORMS["cpu"], stacks_layers=scan, vectorises_rows=scan)
         platform.PLATFORMS["cpu"] = cpu

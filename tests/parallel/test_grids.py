@@ -15,12 +15,12 @@ from checkpoints import DATA
 # gemma2 has 4 heads for tp8; qwen3, qwen3_moe and deepseek_v2 have fewer KV heads than devices; gpt_oss has biases in its
 # experts, two devices to each with tp4-ep2.
 CASES = {
-    "llama": ["tp2-scan", "dp4"],
+    "llama": ["tp2-scan-parts", "dp4"],
     "qwen3": ["tp4-sp", "dp2-tp4"],
-    "gemma2": ["tp8", "dp2-tp2"],
+    "gemma2": ["tp8", "dp2-tp2-parts"],
     "qwen3_moe": ["tp4", "dp2-tp2-ep4"],
-    "deepseek_v2": ["tp2", "dp2-tp4-ep4-sp-scan"],
-    "gpt_oss": ["tp4-ep2"],
+    "deepseek_v2": ["tp2-parts", "dp2-tp4-ep4-sp-scan"],
+    "gpt_oss": ["tp4-ep2-parts"],
 }
 
 
@@ -37,6 +37,12 @@ def test_tokens_and_logprobs_are_those_of_one_device(runs: dict[str, dict[str, A
     for many in (run for grid, run in runs.items() if grid != "1"):
         assert_same(one, many)
     assert one["preemptions"] > 0
+
+
+@pytest.mark.timeout(900)
+def test_steps_are_computed_in_parts_where_it_is_asked_for(runs: dict[str, dict[str, Any]]) -> None:
+    for grid, run in runs.items():
+        assert bool(run["parts"]) == ("parts" in grid), grid
 
 
 @pytest.mark.timeout(900)
@@ -89,10 +95,10 @@ EAGLE3 = Path(__file__).parents[1] / "data" / "eagle" / "eagle3-qwen3" / "target
 @pytest.mark.parametrize(
     ("family", "grids"),
     [
-        ("llama", ["tp2-ngram-scan", "dp2-tp2-self"]),
+        ("llama", ["tp2-ngram-scan", "dp2-tp2-self-parts"]),
         ("deepseek_v2", ["dp2-self-scan"]),
         ("qwen3_moe", ["dp2-tp2-ep4-ngram"]),
-        ("eagle3", ["tp2-sp-eagle3", "dp2-eagle3-scan"]),
+        ("eagle3", ["tp2-sp-eagle3-parts", "dp2-eagle3-scan"]),
     ],
 )
 def test_speculation_changes_nothing_on_any_grid(
@@ -109,7 +115,7 @@ def test_speculation_changes_nothing_on_any_grid(
 def test_adapters_are_divided_like_the_matrices_they_change(checkpoint: Callable[[str], Path]) -> None:
     """Requests of five adapters, in two slots, among some for the model itself."""
     one, *others = run_grids(
-        checkpoint("lora-llama"), ["lora", "tp2-lora-scan", "dp2-tp2-sp-lora", "dp2-lora-ngram", "tp4-lora"]
+        checkpoint("lora-llama"), ["lora", "tp2-lora-scan-parts", "dp2-tp2-sp-lora", "dp2-lora-ngram", "tp4-lora"]
     )
     for many in others:
         assert_same(one, many)

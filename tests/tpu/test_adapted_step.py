@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 LAYERS, VOCABULARY = 2, 16384
-CASES = [("v6e-4", 64, 8), ("v7x-1", 16, 8)]  # topology, rank, tokens of the step
+CASES = [("v6e-4", 64, 16), ("v7x-1", 16, 16)]  # topology, rank, tokens of the step
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))

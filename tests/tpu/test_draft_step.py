@@ -30,7 +30,7 @@ W, DRAFT_VOCABULARY = 4, 32000
 # Launches with the published flags, the rows of the step, and the layers of the target; a whole one has more of the same.
 CASES = [
     ("Qwen3-8B", "v6e-1", "EAGLE3", 8, 8),
-    ("Qwen3-8B", "v7x-1", "EAGLE3", 2, 8),
+    ("Qwen3-8B", "v7x-1", "EAGLE3", 4, 8),
     ("Llama-3.1-8B", "v6e-4", "EAGLE3", 8, 8),
     ("Qwen3-32B", "v6e-4", "EAGLE3", 8, 8),
     ("GLM-4.5-Air", "v6e-1", "NEXTN", 8, 3),
@@ -163,7 +163,7 @@ def product_widths(step: StepProgram) -> dict[bool, Counter[int]]:
     """Count the products with weights by the width of their output, outside of loops and in them."""
     found: dict[bool, Counter[int]] = {False: Counter(), True: Counter()}
     for each in step.module.instructions():
-        for inner in programs.fused(step.module, each) if not each.in_branch else ():
-            if inner.opcode in programs.PRODUCTS and "oi,ti->ot" in inner.op_name:
+        for inner in step.module.fused(each) if not each.in_branch else ():
+            if step.module.multiplies(inner) and "oi,ti->ot" in inner.op_name:
                 found[each.in_loop][inner.arrays[0].shape[-1]] += 1
     return found

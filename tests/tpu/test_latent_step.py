@@ -63,7 +63,7 @@ CONFIG = {
 def step(tmp_path_factory: pytest.TempPathFactory) -> StepProgram:
     folder: Path = tmp_path_factory.mktemp("deepseek-v3")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    return programs.step_program(str(folder), "v6e-4", None, 8)
+    return programs.step_program(str(folder), "v6e-4", None, 16)
 
 
 def test_a_launch_takes_rows_of_whole_lane_tiles(step: StepProgram) -> None:

@@ -30,15 +30,15 @@ SCHEMES = {
     "FP8 blocks": Scaled("float8_e4m3fn", group=128),
 }
 CASES = [  # model, topology, scheme, tokens of the step: none is a number of groups
-    ("Qwen3-8B", "v6e-1", "int8", 8),
-    ("Qwen3-8B", "v7x-1", "W4A16", 8),
+    ("Qwen3-8B", "v6e-1", "int8", 24),
+    ("Qwen3-8B", "v7x-1", "W4A16", 24),
     ("Qwen3-8B", "v6e-1", "W4A16", 2048),
-    ("Qwen3-32B", "v6e-4", "int8", 8),
-    ("Qwen3-32B", "v7x-1", "FP8 blocks", 8),
-    ("Qwen3-30B-A3B", "v6e-1", "W4A16", 8),
-    ("Qwen3-30B-A3B", "v7x-1", "int8", 8),
-    ("DeepSeek-V3", "v6e-8", "FP8 blocks", 8),
-    ("DeepSeek-V3", "v7x-4", "FP8 blocks", 8),
+    ("Qwen3-32B", "v6e-4", "int8", 24),
+    ("Qwen3-32B", "v7x-1", "FP8 blocks", 24),
+    ("Qwen3-30B-A3B", "v6e-1", "W4A16", 24),
+    ("Qwen3-30B-A3B", "v7x-1", "int8", 24),
+    ("DeepSeek-V3", "v6e-8", "FP8 blocks", 24),
+    ("DeepSeek-V3", "v7x-4", "FP8 blocks", 24),
 ]
 VOCABULARY = 16384  # a smaller head compiles sooner
 WIDE = ("bf16", "f16", "f32")
@@ -47,7 +47,7 @@ WIDE = ("bf16", "f16", "f32")
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(str, case)))
 def step(request: pytest.FixtureRequest) -> StepProgram:
     name, topology, scheme, tokens = request.param
-    args = ServerArgs(model_path=name, attention_backend="fa")
+    args = ServerArgs(model_path=name, attention_backend="fa", max_running_requests=24)
     model = find_model(args)
     kinds = {"moe_layers": (False, True)} if model.config.moe_layers else {}
     config = dataclasses.replace(

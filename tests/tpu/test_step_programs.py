@@ -12,6 +12,8 @@ import pytest
 import tpu_programs as programs
 from tpu_programs import StepProgram
 
+from sgl_jax.planning.step_time import step_time
+
 pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
     pytest.mark.timeout(1200),  # a program takes half a minute of one core, and machines are busy
@@ -22,7 +24,7 @@ CASES = [
     ("Qwen3-8B", "v6e-4", "fa", 2048),
     ("Qwen3-8B", "v6e-1", "fa", 128),
     ("Llama-3.1-8B", "v6e-1", "fa", 2048),
-    ("Qwen3-8B", "v7x-4", "fa", 128),
+    ("Qwen3-8B", "v7x-4", "fa", 1024),
     ("Llama-3.1-8B", "v6e-1", "native", 512),
     ("Llama-3.1-8B", "v7x-1", "fa", 128),
 ]
@@ -65,6 +67,18 @@ def test_a_layer_sums_twice_over_the_devices(step: StepProgram) -> None:
     activations, others = programs.sums(step)
     assert activations == (2 * step.num_layers + 1 if step.plan.target.num_devices > 1 else 0)  # and the embedding
     assert sum(others) <= programs.SMALL
+
+
+def test_parts_are_multiplied_while_others_are_exchanged(step: StepProgram) -> None:
+    """The program starts a collective of one part and finishes it behind products of another."""
+    topology, devices = step.plan.target.topology, step.plan.target.num_devices
+    assert topology is not None
+    time = step_time(step.module, topology, devices)
+    assert (step.bucket.num_parts > 1) == (devices > 1 and step.bucket.num_tokens >= 1024)
+    if step.bucket.num_parts > 1:
+        assert time.waited < time.exchanged / 2  # a v7x multiplies in less time than the sums take
+    else:  # but what a v7x finds to do meanwhile
+        assert time.waited >= 0.9 * time.exchanged
 
 
 def test_logits_stay_where_they_are(step: StepProgram) -> None:

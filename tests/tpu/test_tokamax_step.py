@@ -55,4 +55,4 @@ def test_the_pool_changes_in_place(step: StepProgram) -> None:
 
 def test_its_kernels_are_in_each_layer(step: StepProgram) -> None:
     kernels = [each.name for each in step.module.instructions() if each.opcode == "custom-call" and "RPA" in each.name]
-    assert len(kernels) == 3 * step.num_layers  # for decoding, equally long and other rows
+    assert len(kernels) == 3 * step.num_layers * step.bucket.num_parts  # for decoding, equally long and other rows

@@ -8,7 +8,7 @@ import hashlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -30,7 +30,6 @@ from sgl_jax.settings.server_args import ServerArgs
 # Names of programs, and lines of source in Pallas kernels, in an escaped JSON string.
 _NAMES = re.compile(r"module @\w+|\\22debug_locations\\22: \\22[^\\]*\\22")
 MOVES = ("copy", "transpose", "dynamic-slice", "slice", "concatenate", "fusion", "custom-call-done", "call-done")
-PRODUCTS = ("convolution", "dot")
 
 SMALL = 64 << 10  # bytes between devices besides activations: the best token of each row
 TEMP_FRACTION = 0.02  # fraction of the pool's bytes
@@ -148,16 +147,6 @@ def pool_copies(step: StepProgram) -> list[Instruction]:
     ]
 
 
-def fused(module: Module, instruction: Instruction) -> Iterator[Instruction]:
-    """The instructions that a fusion consists of, or the instruction itself if it is no fusion."""
-    if instruction.opcode != "fusion":
-        yield instruction
-        return
-    for called in instruction.calls:
-        for each in module.computations[called]:
-            yield from fused(module, each)
-
-
 def weight_moves(step: StepProgram) -> list[Instruction]:
     """Instructions that make another of a layer's matrices: what is multiplied should be read where it lies. A prefetch
     (copy-start, slice-start, and what puts its parts together) into the chip's own memory is none."""
@@ -172,7 +161,7 @@ def weight_moves(step: StepProgram) -> list[Instruction]:
                 weights[each.name] = sides(array.shape)
         for weight in {weights[name] for name in each.operands if name in weights}:
             same = any(sides(array.shape) == weight for array in each.arrays)
-            if each.opcode in MOVES and same and not any(i.opcode in PRODUCTS for i in fused(step.module, each)):
+            if each.opcode in MOVES and same and not step.module.multiplies(each):
                 found.append(each)
             elif each.opcode != "fusion" and (same or each.opcode.endswith(("-start", "-done", "get-tuple-element"))):
                 weights[each.name] = weight
@@ -186,8 +175,8 @@ def products(step: StepProgram) -> Counter[str]:
     for each in step.module.instructions():
         if each.opcode == "custom-call" and each.name.startswith("grouped_matmul"):
             found["experts"] += 1
-        for inner in fused(step.module, each) if not each.in_branch else ():
-            if inner.opcode in PRODUCTS and "oi,ti->ot" in inner.op_name:
+        for inner in step.module.fused(each) if not each.in_branch else ():
+            if step.module.multiplies(inner) and "oi,ti->ot" in inner.op_name:
                 found[inner.op_name.rpartition("/oi,ti->ot")[0].rpartition("/")[2]] += 1
     return found
 
@@ -197,19 +186,29 @@ _SCOPES = {"gate_up": "mlp", "down": "mlp", "": "attention", "mla": "attention",
 
 
 def expected_products(step: StepProgram) -> Counter[str]:
-    """One product for each declared matrix that has a site, and one with the output head, which may be the embedding."""
-    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path(step.args[0])[0]]
-    sites = [site for site in map(site_of, paths) if site not in (None, "lm_head")]
-    return Counter(logits=1) + Counter(_SCOPES.get(site, _SCOPES[site.rpartition(".")[0]]) for site in sites)
+    """One product for each declared matrix that has a site and each part, and one with the output head, which may be the
+    embedding. The MLP of a long step has more (models/long_steps.py)."""
+    leaves = [(site_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(step.args[0])[0]]
+    sites = [site for site, _ in leaves if site not in (None, "lm_head")]
+    tokens = step.bucket.num_tokens // step.bucket.num_parts
+    for rows in [leaf.sharding.shard_shape(leaf.shape)[0] for site, leaf in leaves if site == "gate_up"]:
+        if tokens >= 1024 and rows >= 2 * 8192:
+            pieces = -(-2 * tokens * rows // (96 << 20))
+            sites += ["gate_up"] * (3 * pieces - 2)
+    scopes = [_SCOPES.get(site, _SCOPES[site.rpartition(".")[0]]) for site in sites]
+    return Counter(logits=1) + Counter(scopes * step.bucket.num_parts)
 
 
 def sums(step: StepProgram) -> tuple[int, list[int]]:
     """Count the sums of activations over the devices in a step that takes no branch; list the bytes of every other
-    collective."""
-    activations = step.activation_bytes
+    collective. A sum of a step in parts is a reduce-scatter and an all-gather of each."""
     always = [each for each in step.module.collectives() if not each.in_branch]
-    others = [each.nbytes for each in always if each.nbytes != activations]
-    return len(always) - len(others), others
+    parts, devices = step.bucket.num_parts, step.plan.target.num_devices
+    gathered = step.activation_bytes // parts
+    sizes = {"all-reduce": gathered} if parts == 1 else {"all-gather": gathered, "reduce-scatter": gathered // devices}
+    found = Counter(each.collective for each in always if each.nbytes == sizes.get(each.collective or ""))
+    others = [each.nbytes for each in always if each.nbytes != sizes.get(each.collective or "")]
+    return min(found[kind] for kind in sizes) // parts, others
 
 
 def largest_gathered_axis(step: StepProgram) -> int:

@@ -11,10 +11,10 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.request import MAX_EOS_TOKENS
-from sgl_jax.runtime.buckets import make_buckets
+from sgl_jax.runtime.buckets import divided, make_buckets
 from sgl_jax.runtime.memory import MemoryPlan, plan_memory
 from sgl_jax.runtime.placed_weights import weight_bytes
-from sgl_jax.runtime.platform import Platform
+from sgl_jax.runtime.platform import Platform, overlap_tokens
 from sgl_jax.runtime.pool import Pool, pools_of
 from sgl_jax.runtime.programs import RunnerConfig
 from sgl_jax.runtime.step_spec import Drafter
@@ -52,6 +52,7 @@ def plan_launch(
     kernels: Kernels,
     *,
     stored_dtype: str | None,
+    device_kind: str,
     device_bytes: int,
     adapters: AdapterRoom | None = None,
 ) -> LaunchPlan:
@@ -96,6 +97,11 @@ def plan_launch(
     )
     _check_pool(args, memory, wanted, grid)
     runner, scheduler = _limits(args, platform, wanted, memory, speculation, grid)
+    if grid.tensor > 1:
+        part_tokens = args.collective_overlap_tokens
+        part_tokens = overlap_tokens(device_kind, model, grid) if part_tokens is None else part_tokens
+        buckets = tuple(divided(bucket, part_tokens, grid.tensor) for bucket in runner.buckets)
+        runner = dataclasses.replace(runner, buckets=buckets)
     return LaunchPlan(grid, weights, memory, runner, scheduler, drafter_of(args.speculation), adapter_bytes)
 
 
@@ -136,7 +142,6 @@ def _limits(
         width,
         wide_rows,
         speculation.draft_cost,
-        platform.ridge_tokens,
         speculation.lookahead,
         speculation.keeps_tokens,
     )

@@ -251,7 +251,7 @@ def _decide(
     adapters = plan_adapters(args, model, families)
     kernels = kernels_for(args.attention_backend, platform, model)
     sizes = {"stored_dtype": checkpoint.dtype, "device_bytes": device_bytes, "adapters": adapters}
-    plan = plan_launch(args, model, platform, kernels, **sizes)
+    plan = plan_launch(args, model, platform, kernels, device_kind=device_kind, **sizes)
     return model, draft, kernels, plan
 
 

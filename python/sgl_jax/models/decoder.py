@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from sgl_jax.models import long_steps
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.layers import gated, logn_factors, rope_table
 from sgl_jax.models.linear import GroupedLinear, Linear, linear
@@ -21,8 +22,7 @@ from sgl_jax.ops.attention.api import QKPrepare, split_heads
 from sgl_jax.ops.norm_rope import rms_norm
 from sgl_jax.parallel.grid import LONE, Grid
 
-type Carry = tuple[jax.Array, jax.Array]  # x [t, D] and the pool
-type LayerBody = Callable[..., Carry]  # see decoder_layer
+type LayerBody[X] = Callable[..., tuple[X, jax.Array]]  # X: one array for each part of a step; see decoder_layer
 
 
 @runtime_checkable  # so that tests can check annotations
@@ -52,58 +52,96 @@ class Context:
     """Arguments of the decoder that belong to one step, besides its tokens."""
 
     positions: Int[Array, " T"]
-    valid: Bool[Array, " MT"]  # tokens of all ranks; False: padding
+    valid: Bool[Array, " MT"]  # tokens of all ranks; False: padding, or a draft that its row lacks
     attend: Attend
     grouped: GroupedLinear
     compute_dtype: str  # dtype of the activations
     grid: Grid = LONE
     linear: Linear = linear
+    has_barriers: bool = False  # as in ops/kernels.Kernels
 
 
 def hidden_states(
     weights: Weights[jax.Array],
     config: DecoderConfig,
-    tokens: Int[Array, " MT"],
+    tokens: Sequence[Int[Array, " MT"]],
     kv: Num[Array, "LP K planes page H"],
-    context: Context,
+    contexts: Sequence[Context],
     taps: Sequence[int] = (),
 ) -> tuple[Float[Array, "T D"], Num[Array, "LP K planes page H"], list[jax.Array]]:
     """Return the last layer's output, before the final norm, the pool with this step's KV, and the inputs of the layers in
     `taps`, where L stands for the output of the last.
 
+    The tokens of a step come in one part or in several, each with its context. A layer computes one part after the other, and
+    a part sees the KV of those before it; otherwise they do not depend on each other, so that one part's sums over the devices
+    may take place beside products of the next. T is the number of tokens in all parts of a rank.
+
     On one of many devices, config and weights are its shard, `tokens` are those of all M ranks, and the output is that
     of its own rank. In between, x holds the tokens of its rank that `grid` gives to this device.
     """
     with jax.named_scope("embed"):
-        x = _times(config.embed_scale, embed(weights.embed, tokens, context))
-    x, kv, tapped = run_layers(decoder_layer(config, context), (x, kv), weights.layers, taps)
-    to_attention = context.grid.to_attention
-    return to_attention(x), kv, [*map(to_attention, tapped)]
+        xs = [_times(config.embed_scale, embed(weights.embed, *part)) for part in zip(tokens, contexts, strict=True)]
+
+    def whole(xs: Sequence[jax.Array]) -> jax.Array:
+        return jnp.concatenate([context.grid.to_attention(x) for x, context in zip(xs, contexts, strict=True)])
+
+    xs, kv, tapped = run_layers(decoder_layer(config, contexts), (xs, kv), weights.layers, taps)
+    return whole(xs), kv, [*map(whole, tapped)]
 
 
-def decoder_layer(config: DecoderConfig, context: Context, first_layer: int = 0) -> LayerBody:
+def decoder_layer(
+    config: DecoderConfig, contexts: Sequence[Context], first_layer: int = 0
+) -> LayerBody[list[jax.Array]]:
     """Return the function of a layer, for run_layers. `first_layer` is the number in the pool of the first one.
 
-    `joined` replaces the normed x as the input of attention.
+    Its x is a list with one array for each part of the step. `joined` replaces the normed x as the input of attention.
     """
     scaled = functools.partial(_times, config.branch_scale)
     norm = functools.partial(rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset)
-    rope, windows = _rope_of_layer(config, context.positions), _windows(config)
+    ropes, windows = [_rope_of_layer(config, context.positions) for context in contexts], _windows(config)
 
     def body(carry, layer: Int[Array, ""] | int, w: LayerWeights[jax.Array], experts=None, joined=None):
-        x, kv = carry
-        with jax.named_scope("attention"):
+        xs, kv = carry
+        window = None if windows is None else jnp.asarray(windows)[layer]
+
+        def to_attention(x: jax.Array, context: Context) -> jax.Array:
             h = x if w.attn_norm is None else norm(x, w.attn_norm)
-            window = None if windows is None else jnp.asarray(windows)[layer]
-            h = h if joined is None else joined
-            h, kv = _attention(h, kv, w, config, rope(layer), context, first_layer + layer, window)
-            x = x + scaled(h if w.post_attn_norm is None else norm(h, w.post_attn_norm))
+            return context.grid.to_attention(h if joined is None else joined)
+
+        def to_mlp(x: jax.Array, context: Context) -> jax.Array:
+            return context.grid.to_mlp(norm(x, w.mlp_norm))
+
+        def plus(outs: list[jax.Array], post_norm: jax.Array | None) -> list[jax.Array]:
+            normed = outs if post_norm is None else [norm(out, post_norm) for out in outs]
+            return [x + scaled(out) for x, out in zip(xs, normed, strict=True)]
+
+        with jax.named_scope("attention"):
+            outs = []
+            for h, context, rope in zip(_in_turn(to_attention, xs, contexts), contexts, ropes, strict=True):
+                out, kv = _attention(h, kv, w, config, rope(layer), context, first_layer + layer, window)
+                outs.append(_summed(out, w.o_bias, context.grid.from_attention))
+            xs = plus(outs, w.post_attn_norm)
         with jax.named_scope("mlp"):
-            h = _mlp(norm(x, w.mlp_norm), w, experts, config, context)
-            x = x + scaled(h if w.post_mlp_norm is None else norm(h, w.post_mlp_norm))
-        return x, kv
+            outs = []
+            for h, context in zip(_in_turn(to_mlp, xs, contexts), contexts, strict=True):
+                outs.append(_summed(_mlp(h, w, experts, config, context), w.down_bias, context.grid.from_mlp))
+            xs = plus(outs, w.post_mlp_norm)
+        return xs, kv
 
     return body
+
+
+def _in_turn(gather: Callable, xs: Sequence[jax.Array], contexts: Sequence[Context]) -> list[jax.Array]:
+    """Return gather(x, context) of each part, a part's after that of the part before it.
+
+    Without an order the compiler would norm all parts in one operation, for which each would wait.
+    """
+    found: list[jax.Array] = []
+    for x, context in zip(xs, contexts, strict=True):
+        if found:
+            x, found[-1] = lax.optimization_barrier((x, found[-1]))
+        found.append(gather(x, context))
+    return found
 
 
 def logits(
@@ -118,11 +156,11 @@ def logits(
         return out if cap is None else cap * jnp.tanh(out / cap)
 
 
-def run_layers(
-    body: LayerBody, carry: Carry, layers: Layers[jax.Array], taps: Sequence[int] = ()
-) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+def run_layers[X](
+    body: LayerBody[X], carry: tuple[X, jax.Array], layers: Layers[jax.Array], taps: Sequence[int] = ()
+) -> tuple[X, jax.Array, list[X]]:
     """Thread the carry, x and the pool, through body(carry, layer index, layer weights, experts): a Python loop over a list of
-    layers, a scan over each stack. Return both, and x before each of the layers in `taps`.
+    layers, a scan over each stack. Return both, and x before each of the layers in `taps`. x is an array or a list of them.
 
     Placing the weights decides which of the two a platform gets (docs/decisions/0002-layers-list-or-scan.md). The scan
     does not slice the experts of a stack, because grouped matmul takes them whole.
@@ -136,21 +174,26 @@ def run_layers(
             carry = layer(carry, jnp.int32(i), w, experts and LayerExperts(experts, jnp.int32(0)))
         before.append(carry[0])
         return *carry, [before[i] for i in taps]
-    first, at = 0, np.array(taps, np.int32)[:, None, None]
-    tapped = jnp.zeros((len(taps), *carry[0].shape), carry[0].dtype) if taps else None
+    first, tapped = 0, [jax.tree.map(jnp.zeros_like, carry[0]) for _ in taps]
+
+    def with_taps(i, x: X, tapped: list[X]) -> list[X]:
+        """Put x into the place of each tap that is layer i."""
+        pairs = zip(taps, tapped, strict=True)
+        return [jax.tree.map(lambda x, kept, at=at: jnp.where(i == at, x, kept), x, kept) for at, kept in pairs]
+
     for group in layers:
         group, experts = _split_experts(group)
         number = len(jax.tree.leaves(group)[0])
 
         def one(carry, x, experts=experts, first=first):
             (i, w), (carry, tapped) = x, carry
-            tapped = None if tapped is None else jnp.where(at == first + i, carry[0], tapped)
+            tapped = with_taps(first + i, carry[0], tapped)
             return (body(carry, first + i, w, experts and LayerExperts(experts, i)), tapped), None
 
         (carry, tapped), _ = lax.scan(one, (carry, tapped), (jnp.arange(number), group))
         first += number
     x, kv = carry
-    return x, kv, [] if tapped is None else [*jnp.where(at == first, x, tapped)]
+    return x, kv, with_taps(first, x, tapped)
 
 
 def _split_experts(w: LayerWeights[jax.Array]) -> tuple[LayerWeights[jax.Array], Experts[jax.Array] | None]:
@@ -190,18 +233,19 @@ def embed(table: Float[Array, "V D"], tokens: Int[Array, " MT"], context: Contex
 
 
 def _attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, context: Context, layer, window):
-    h = context.grid.to_attention(h)
+    """Return the device's addend of attention's output for the rank's tokens, [T, D], and the pool."""
     attend = functools.partial(context.attend, layer=layer, window=window, sinks=w.sinks, kv_scales=w.kv_scales)
     if config.mla is not None and w.mla is not None:
         out, kv = latent_attention(h, kv, w.mla, config.mla, rope, attend, context.linear)
     else:
         out, kv = _heads_attention(h, kv, w, config, rope, context, attend)
     out = context.grid.own_columns(out, config.head_replicas)
-    return _summed(context.linear(out, w.o, site="o"), w.o_bias, context.grid.from_attention), kv
+    return context.linear(out, w.o, site="o"), kv
 
 
 def _heads_attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, context: Context, attend):
     """Return the heads' outputs side by side, [T, N * H], and the pool."""
+    h = long_steps.behind_norm(h, w.qkv, has_barriers=context.has_barriers)
     q, k, v = context.linear(h, w.qkv, w.qkv_bias, site="qkv").reshape(len(h), -1, config.head_dim), None, None
     if config.logn_scaling is not None:
         q, k, v = split_heads(q, config.num_kv_heads)
@@ -217,18 +261,18 @@ def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Arr
 
 
 def _mlp(h, w: LayerWeights[jax.Array], experts: LayerExperts | None, config: DecoderConfig, context: Context):
-    """Apply the MLP, the experts, or both, whose sum is scaled."""
+    """Return the device's addend of the output of the MLP, the experts, or both, whose sum is scaled."""
     act = functools.partial(gated, activation=config.activation, limit=config.gate_limit)
-    h, linear = context.grid.to_mlp(h), context.linear
     outs = []  # this device's addend of each
     if w.down is not None:
-        outs.append(linear(act(linear(h, w.gate_up, w.gate_up_bias, site="gate_up")), w.down, site="down"))
+        matrices = w.gate_up, w.gate_up_bias, w.down
+        outs.append(long_steps.mlp(h, *matrices, act, context.linear, has_barriers=context.has_barriers))
     if w.moe is not None and experts is not None and config.moe is not None:
         multiply = context.grouped, context.linear
         outs.append(moe_layer(h, w.moe, experts, config.moe, act, context.valid, *multiply, context.grid))
         if config.moe.residual_scale is not None:
             outs = [sum(outs) * jnp.asarray(config.moe.residual_scale, h.dtype)]
-    return _summed(outs[0], w.down_bias, context.grid.from_mlp)
+    return outs[0]
 
 
 def _summed(partial: Float[Array, "T D"], bias: Float[Array, " D"] | None, over: Callable) -> Float[Array, "t D"]:

@@ -47,7 +47,7 @@ def forward(
     draft, w = parts(weights, config)
     norm, linear = functools.partial(rms_norm, eps=draft.decoder.rms_norm_eps), context.linear
     x = decoder.embed(weights.embed if w.embed is None else w.embed, tokens, context)
-    layers, body = w.layers, decoder.decoder_layer(draft.decoder, context, first_layer)
+    layers, body = w.layers, decoder.decoder_layer(draft.decoder, [context], first_layer)
     if feature is None:
         x = x * jnp.asarray(draft.decoder.embed_scale, x.dtype)
     elif draft.kind == "eagle3":
@@ -57,13 +57,13 @@ def forward(
         normed = norm(feature, w.feature_norm)
         joined = jnp.concatenate([norm(x, attn_norm), normed], axis=-1)
         x = normed if draft.norm_before_residual else feature
-        x, kv, _ = decoder.run_layers(functools.partial(body, joined=joined), (x, kv), layers[:1])
-        layers, body = layers[1:], decoder.decoder_layer(draft.decoder, context, first_layer + 1)
+        [x], kv, _ = decoder.run_layers(functools.partial(body, joined=joined), ([x], kv), layers[:1])
+        layers, body = layers[1:], decoder.decoder_layer(draft.decoder, [context], first_layer + 1)
     else:
         if w.embed_norm is not None and w.feature_norm is not None:
             x, feature = norm(x, w.embed_norm), norm(feature, w.feature_norm)
         x = linear(jnp.concatenate([x, feature], axis=-1), w.fc, w.fc_bias, site="fc")
-    x, kv, _ = decoder.run_layers(body, (x, kv), layers)
+    [x], kv, _ = decoder.run_layers(body, ([x], kv), layers)
     return x, kv
 
 

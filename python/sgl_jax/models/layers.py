@@ -31,9 +31,10 @@ GATED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 
 
-def gated(gate_up: Float[Array, "*B FF"], activation: Activation, limit: float | None = None) -> Float[Array, "*B F"]:
-    """Apply the activation to gate and up, side by side. `limit` bounds gate from above and up on both sides."""
-    gate, up = jnp.split(gate_up, 2, axis=-1)
+def gated(
+    gate: Float[Array, "*B F"], up: Float[Array, "*B F"], activation: Activation, limit: float | None = None
+) -> Float[Array, "*B F"]:
+    """Apply the activation to gate and up. `limit` bounds gate from above and up on both sides."""
     if limit is not None:
         gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
     return GATED[activation](gate, up)

@@ -14,7 +14,7 @@ from sgl_jax.models.linear import GroupedLinear, Linear, linear
 from sgl_jax.models.weights import Experts, MoeWeights
 from sgl_jax.parallel.grid import LONE, Grid
 
-Gated = Callable[[Float[Array, "M FF"]], Float[Array, "M F"]]  # the activation of gate and up side by side
+Gated = Callable[[Float[Array, "M F"], Float[Array, "M F"]], Float[Array, "M F"]]  # the activation of gate and up
 
 
 @jax.tree_util.register_dataclass
@@ -62,8 +62,8 @@ def dispatch(
     grouped: GroupedLinear,
     grid: Grid = LONE,
 ) -> Float[Array, "T D"]:
-    """Send each token through its experts and sum their weighed outputs. Tokens are sorted by expert; padding takes
-    none.
+    """Send each token through its experts and sum their weighed outputs. Tokens are sorted by expert; those that
+    are not valid take none.
 
     One of many devices returns its addend of the sum: that of the experts it holds, or of its part of their neurons.
     """
@@ -79,7 +79,7 @@ def dispatch(
     h = multiply(x[order // per_token], experts.gate_up, site="moe.experts.gate_up")
     if experts.gate_up_bias is not None:
         h += experts.gate_up_bias.at[at.layer, sorted_expert].get(mode="clip").astype(h.dtype)
-    h = multiply(gated(h), experts.down, site="moe.experts.down")
+    h = multiply(gated(*jnp.split(h, 2, axis=-1)), experts.down, site="moe.experts.down")
     if experts.down_bias is not None:
         bias = experts.down_bias.at[at.layer, sorted_expert].get(mode="clip").astype(h.dtype)
         h += jnp.where(part == 0, bias, 0)  # added by one of the devices that share an expert
@@ -103,7 +103,7 @@ def moe_layer(
     out = dispatch(x, weights, ids, valid, at, gated, grouped, grid)
     if w.shared_down is None:
         return out
-    h = gated(linear(x, w.shared_gate_up, site="moe.shared_gate_up"))
+    h = gated(*jnp.split(linear(x, w.shared_gate_up, site="moe.shared_gate_up"), 2, axis=-1))
     shared = linear(h, w.shared_down, site="moe.shared_down")
     if w.shared_gate is not None:
         shared *= jax.nn.sigmoid(linear(x, w.shared_gate, site="moe.shared_gate"))

@@ -153,7 +153,7 @@ def declare_plain(c: DecoderConfig, dtype: DTypeLike) -> Weights[WeightSpec]:
     return Weights(
         embed=spec((v, "vocab"), (d, "model")),
         layers=[_layer(c, spec, c.has_experts(i), c.has_mlp(i)) for i in range(c.num_layers)],
-        final_norm=spec((d, "model")),
+        final_norm=_norm(spec, d),
         lm_head=None if c.pooling or (c.tie_embeddings and not c.copies_head) else spec((v, "vocab"), (d, "model")),
         draft=_draft(c, c.draft, spec) if c.draft else None,
     )
@@ -174,6 +174,12 @@ def stack[Layer](layers: list[Layer], sizes: tuple[int, ...]) -> tuple[Layer, ..
 type Spec = Callable[..., WeightSpec]  # see declare_plain
 
 
+def _norm(spec: Spec, size: int, axis: str | None = "model") -> WeightSpec:
+    """Return the spec of a norm's factors: float32, as the norm uses them. On TPU a cast in the step is an operation of its own,
+    twice a layer. Heads of q and k are normed by the attention kernels, which cast their factors themselves."""
+    return dataclasses.replace(spec((size, axis)), dtype="float32")
+
+
 def _draft(c: DecoderConfig, draft: DraftConfig, spec: Spec) -> DraftWeights[WeightSpec]:
     own = draft.decoder
     d, joined = (own.hidden_size, "model"), (draft.num_features * c.hidden_size, None)
@@ -191,12 +197,12 @@ def _draft(c: DecoderConfig, draft: DraftConfig, spec: Spec) -> DraftWeights[Wei
         embed=spec((c.vocab_size, "vocab"), d) if draft.own_embed else None,
         fc=spec(d, joined if is_eagle3 else both) if has_fc else None,
         fc_bias=spec(d) if draft.fc_bias else None,
-        fc_norm=spec(joined) if draft.norm_before_fc else None,
-        fc_norms=[spec((c.hidden_size, "model")) for _ in range(draft.num_features if draft.fc_norms else 0)],
-        embed_norm=spec(d) if draft.kind == "mtp" else None,
-        feature_norm=spec(d) if draft.kind in ("mtp", "eagle3") else None,
+        fc_norm=_norm(spec, *joined) if draft.norm_before_fc else None,
+        fc_norms=[_norm(spec, c.hidden_size) for _ in range(draft.num_features if draft.fc_norms else 0)],
+        embed_norm=_norm(spec, own.hidden_size) if draft.kind == "mtp" else None,
+        feature_norm=_norm(spec, own.hidden_size) if draft.kind in ("mtp", "eagle3") else None,
         layers=layers,
-        final_norm=spec(d) if draft.kind != "eagle" else None,
+        final_norm=_norm(spec, own.hidden_size) if draft.kind != "eagle" else None,
         lm_head=spec((own.vocab_size, "vocab"), d) if draft.own_head else None,
         d2t=offsets if draft.is_reduced else None,
     )
@@ -208,7 +214,7 @@ def _layer(c: DecoderConfig, spec: Spec, has_experts: bool, dense: bool) -> Laye
     fused = (q_size, kv_size, kv_size)
     qkv_spec = functools.partial(spec, (sum(fused), "heads"), parts=fused, unit=c.head_dim)
     return LayerWeights(
-        attn_norm=spec((d, "model")),
+        attn_norm=_norm(spec, d),
         qkv=None if c.mla else qkv_spec((d, "model")),
         qkv_bias=qkv_spec() if c.qkv_bias else None,
         q_norm=spec((c.head_dim, None)) if c.qk_norm else None,
@@ -218,14 +224,14 @@ def _layer(c: DecoderConfig, spec: Spec, has_experts: bool, dense: bool) -> Laye
         mla=_mla(c.mla, spec, d, c.num_heads) if c.mla else None,
         o=spec((d, "model"), (c.num_heads * c.output_dim // c.head_replicas, "heads")),
         o_bias=spec((d, "model")) if c.o_bias else None,
-        post_attn_norm=spec((d, "model")) if c.sandwich_norms else None,
-        mlp_norm=spec((d, "model")),
+        post_attn_norm=_norm(spec, d) if c.sandwich_norms else None,
+        mlp_norm=_norm(spec, d),
         gate_up=spec((2 * f, "ffn"), (d, "model"), parts=(f, f)) if dense else None,
         gate_up_bias=spec((2 * f, "ffn"), parts=(f, f)) if dense and c.mlp_bias else None,
         down=spec((d, "model"), (f, "ffn")) if dense else None,
         down_bias=spec((d, "model")) if dense and c.mlp_bias else None,
         moe=_moe(c.moe, spec, d) if c.moe and has_experts else None,
-        post_mlp_norm=spec((d, "model")) if c.sandwich_norms else None,
+        post_mlp_norm=_norm(spec, d) if c.sandwich_norms else None,
     )
 
 
@@ -234,10 +240,10 @@ def _mla(m: MlaConfig, spec: Spec, d: int, heads: int) -> MlaWeights[WeightSpec]
     return MlaWeights(
         q=None if q_rank else spec((q_size, "heads"), (d, "model"), unit=m.head_dim),
         q_down=spec((q_rank, None), (d, "model")) if q_rank else None,
-        q_norm=spec((q_rank, None)) if q_rank else None,
+        q_norm=_norm(spec, q_rank, None) if q_rank else None,
         q_up=spec((q_size, "heads"), (q_rank, None), unit=m.head_dim) if q_rank else None,
         kv_down=spec((m.latent_dim, None), (d, "model")),
-        kv_norm=spec((m.kv_lora_rank, None)),
+        kv_norm=_norm(spec, m.kv_lora_rank, None),
         k_up=spec((heads * m.qk_nope_head_dim, "heads"), (m.kv_lora_rank, None), unit=m.qk_nope_head_dim),
         v_up=spec((heads * m.v_head_dim, "heads"), (m.kv_lora_rank, None), unit=m.v_head_dim),
     )

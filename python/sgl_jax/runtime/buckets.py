@@ -10,6 +10,8 @@ class Bucket:
     num_tokens: int  # T
     num_rows: int  # S; S * W <= T
     width: int = 1  # W, tokens of a decoding row
+    # Parts of the tokens that a layer computes one after the other (decoder.hidden_states). All short rows are in the first.
+    num_parts: int = 1
 
     @property
     def decodes(self) -> bool:
@@ -31,6 +33,17 @@ def make_buckets(
     sizes = {-(-max(s, smallest) // multiple) * multiple for s in sizes}
     most_rows = max(max_running_requests, smallest)
     return tuple(Bucket(size * width, min(size, most_rows), width) for size in sorted(sizes))
+
+
+_MOST_PARTS = 4
+
+
+def divided(bucket: Bucket, part_tokens: int, multiple: int) -> Bucket:
+    """Return the bucket with its tokens in up to four equal parts of at least part_tokens, each a multiple; 0: in one part."""
+    least = max(part_tokens, bucket.num_rows * bucket.width)
+    parts = [n for n in range(1, _MOST_PARTS + 1) if part_tokens and bucket.num_tokens % (n * multiple) == 0]
+    number = max((n for n in parts if bucket.num_tokens // n >= least), default=1)
+    return dataclasses.replace(bucket, num_parts=number)
 
 
 def pick(buckets: tuple[Bucket, ...], num_tokens: int, num_rows: int = 0, width: int = 1) -> Bucket:

@@ -29,9 +29,19 @@ _LOWEST = 19  # priority, as of nice
 _BEHIND = "sgl-jax-compile-behind"  # name of the threads that compile what nobody waits for
 
 # XLA options that are not the default, by kind of device.
-COMPILER_OPTIONS = {
+COMPILER_OPTIONS: dict[str, dict[str, str]] = {
     # Without it, each step copies every weight of a scan into tiles of 16 rows: 1.7 GB for a shard of Qwen3-8B.
     "TPU7x": {"xla_tpu_control_large_2nd_minor_layout_for_x16": "false"}
+}
+# Options of programs whose collectives are to run beside products (Program.overlaps). The SparseCores of a v6e exchange data
+# while its TensorCore multiplies; those of a v7x do so without being told.
+OVERLAP_OPTIONS: dict[str, dict[str, str]] = {
+    "TPU v6 lite": {
+        "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
+        "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+        "xla_tpu_use_tc_device_shape_on_sc": "true",
+        "xla_sc_disable_megacore_partitioning": "true",
+    }
 }
 
 
@@ -54,6 +64,7 @@ class Program:
     gives: tuple[str, ...] = ()
     read: Callable[[str], Payload] | None = None  # reads the payload from the source that host 0 announced
     outputs: object = ()  # a tree of the form of what it returns
+    overlaps: bool = False  # its collectives should run beside its products
 
     @property
     def vector_shape(self) -> tuple[int, ...]:
@@ -168,7 +179,7 @@ def compile_all(
         mesh = jax.sharding.use_abstract_mesh(absent.abstract_mesh) if absent else contextlib.nullcontext()
         with jax.default_matmul_precision(precision), mesh:
             lowered = program.function.trace(*program.args).lower(lowering_platforms=("tpu",) if absent else None)
-            call = _compiled(lowered, program.device_kind)
+            call = _compiled(lowered, program)
         hit = watch.took_hit()
         if (
             kept is not None and not hit
@@ -201,13 +212,14 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _compiled(lowered: jax.stages.Lowered, device_kind: str) -> jax.stages.Compiled:
-    options = COMPILER_OPTIONS.get(device_kind)
+def _compiled(lowered: jax.stages.Lowered, program: Program) -> jax.stages.Compiled:
+    kind = program.device_kind
+    options = COMPILER_OPTIONS.get(kind, {}) | (OVERLAP_OPTIONS.get(kind, {}) if program.overlaps else {})
     try:
-        return lowered.compile(compiler_options=options)
+        return lowered.compile(compiler_options=options or None)
     except jax.errors.JaxRuntimeError as error:
-        if options is None or "No such compile option" not in str(error):
+        if not options or "No such compile option" not in str(error):
             raise
         names = ", ".join(options)
-        logger.warning(f"this libtpu does not know {names}; compiling without, which is slower on {device_kind}")
+        logger.warning(f"this libtpu does not know {names}; compiling without, which is slower on {kind}")
         return lowered.compile()

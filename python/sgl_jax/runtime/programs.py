@@ -112,13 +112,15 @@ def make_programs(
     adapters, adapter_axes = (slots.abstract, slots.axes) if slots else (None, None)
     programs, (body, results) = [], (pooling_step, _POOLED) if model.pooling else (step, _OUTPUTS)
     for bucket in sorted(config.buckets):
-        layout = config.layout(bucket)
-        function = functools.partial(body, spec=spec, layout=layout)
+        layout, overlaps = config.layout(bucket), bucket.num_parts > 1
+        of_bucket = dataclasses.replace(spec, grid=dataclasses.replace(grid, sequence=True)) if overlaps else spec
+        function = functools.partial(body, spec=of_bucket, layout=layout)
         function = placement.run(function, (axes, adapter_axes, kv_axes, STATE_AXES, ()), (kv_axes, STATE_AXES, ()))
         jitted = jax.jit(_named(function, step_name(bucket)), donate_argnums=(2, 3))
         args = weights, adapters, kv, state, _vector(layout.size, placement)
         takes, gives = (WEIGHTS, ADAPTERS, KV, STATE), (KV, STATE, OUTPUTS)
-        programs.append(Program(step_name(bucket), jitted, args, takes, gives, outputs=(kv, state, results)))
+        outputs = kv, state, results
+        programs.append(Program(step_name(bucket), jitted, args, takes, gives, outputs=outputs, overlaps=overlaps))
     for load in config.loads(model):
         run = functools.partial(_load, load=load, axis=grid.all_axes)
         run = _named(placement.run(run, (STATE_AXES, ()), (STATE_AXES,)), load.kind.program)

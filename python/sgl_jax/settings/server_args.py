@@ -115,6 +115,13 @@ class ServerArgs(SpeculativeFlags, LoraFlags, TaskFlags, ServingFlags):
     enable_sequence_parallel: bool = flag(
         False, "divide the tokens between attention and MLP, too, over the devices of a group"
     )
+    collective_overlap_tokens: int | None = flag(
+        None,
+        "least tokens of a part of a step, which holds as many as rows decode in any case: a step of several parts, four at most, "
+        "exchanges one part's data between devices while it multiplies another's; 0: steps have one part",
+        unset="512 on TPU v6e and v7x for models without experts, else 0",
+        rule=at_least(0),
+    )
     nnodes: int = flag(1, "machines, each with an equal share of the devices", rule=between(1, 1024))
     node_rank: int = flag(0, "which of the machines this is", rule=at_least(0), per_host=True)
     dist_init_addr: str | None = flag(
@@ -209,6 +216,8 @@ class ServerArgs(SpeculativeFlags, LoraFlags, TaskFlags, ServingFlags):
             found["--dist-init-addr"] = "--dist-init-addr is not used: there is one machine (--nnodes 1)."
         if self.enable_sequence_parallel and self.tp_size in (None, 1):
             found["--enable-sequence-parallel"] = "--enable-sequence-parallel has no effect with --tp-size 1."
+        if self.collective_overlap_tokens and self.tp_size in (None, 1):
+            found["--collective-overlap-tokens"] = "--collective-overlap-tokens has no effect with --tp-size 1."
         if self.dp_size == 1 and self.dp_schedule_policy != "cache_aware":
             found["--dp-schedule-policy"] = "--dp-schedule-policy has no effect with --dp-size 1."
         if self.schedule_low_priority_values_first and self.schedule_policy != "priority":
