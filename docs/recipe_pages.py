@@ -61,8 +61,8 @@ python -m sgl_jax.launch_server --model-path {hub}{flags}
 | KV cache | {kv_gib:.1f} GiB: {kv_tokens:,} tokens in all, {full_contexts:,.1f} full contexts of {context_length:,} |
 | running requests | {max_running_requests} at most |
 
-| tokens | rows | step | least ms (predicted) | limit | tokens/s at most (predicted) |
-|---|---|---|---|---|---|
+| tokens | rows | step | least ms (predicted) | limit | in turn ms (predicted) | tokens/s at most (predicted) |
+|---|---|---|---|---|---|---|
 {steps}
 
 Each row has {counted_context:,} tokens of KV. Made by
@@ -94,8 +94,9 @@ def _section(model: str, hub: str, launch: Launch) -> str:
 
 
 def _step(step: dict[str, Any]) -> str:
-    least, rate = f"{step['least_seconds'] * 1e3:.2f}", f"{step['tokens_per_second']:,.0f}"
-    return f"| {step['tokens']} | {step['rows']} | {step['kind']} | {least} | {step['limit']} | {rate} |"
+    least, in_turn = (f"{step[key] * 1e3:.2f}" for key in ("least_seconds", "in_turn_seconds"))
+    kind, rate = step["kind"], f"{step['tokens_per_second']:,.0f}"
+    return f"| {step['tokens']} | {step['rows']} | {kind} | {least} | {step['limit']} | {in_turn} | {rate} |"
 
 
 def file_name(model: str) -> str:

@@ -115,7 +115,7 @@ def test_the_plan_as_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert says(out, "Qwen3ForCausalLM … 8.19 billion … config:Qwen3-8B")
     assert says(out, "v6e-4 … 4 chips … 4 x TPU v6e … 31.2 GiB")
     assert says(out, "KV … 688,128 tokens … 16.8 … 40,960")
-    assert re.search(r"^ 256 +256 +decode .* memory +31,\d\d\d", out, re.MULTILINE)
+    assert re.search(r"^ 256 +256 +decode .* memory +9\.65 +26,\d\d\d", out, re.MULTILINE)
 
 
 def test_the_plan_lists_steps_with_drafts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,7 +123,7 @@ def test_the_plan_lists_steps_with_drafts(capsys: pytest.CaptureFixture[str]) ->
     code, out, _ = plan(capsys, "--topology", "v6e-1", "--model-path", "Qwen3-8B", *flags)
     assert code == 0
     found = {(s["tokens"], s["rows"], s["width"]): s["kind"] for s in json.loads(out)["steps"]}
-    assert found[32, 8, 4] == found[8, 8, 1] == "decode"
+    assert found[16, 4, 4] == found[16, 16, 1] == "decode"
     assert found[2048, 128, 4] == "prompt"
     _, out, _ = plan(capsys, "--topology", "v6e-1", "--model-path", "Qwen3-8B", *flags[:-2])
     assert re.search(r"^ *32 +8 +decode, width 4 ", out, re.MULTILINE)
@@ -147,7 +147,7 @@ def test_the_plan_as_json(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("argv", "code", "says"),
     [
-        (["--topology", "v6e-4", "--model-path", "Llama-3.1-70B"], 1, r"35.32 GB .*29.52 GB .*\nv6e-8 \(8 chips"),
+        (["--topology", "v6e-4", "--model-path", "Llama-3.1-70B"], 1, r"35.33 GB .*29.52 GB .*\nv6e-8 \(8 chips"),
         (["--topology", "v6e-5", "--model-path", "Qwen3-8B"], 2, "v6e-5.* 1, 2, 4"),
         (["--topology", "v6e-4", "--model-path", "./none"], 2, r"\./none"),
         (["--topology", "v6e-4", "--model-path", "Qwen3-8B", "--page-size", "3"], 2, "--page-size .*3"),

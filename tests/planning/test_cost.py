@@ -32,7 +32,7 @@ def test_a_decode_step_of_qwen3_8b_on_four_devices() -> None:
     head = 151936 // 4 * 4096
     attention = 4 * 8 * 128 * 36 * 256 * 1024  # two products of 8 heads with 1024 keys of 128
     assert cost.flops == 2 * 256 * (36 * layer + head) + attention
-    norms = 36 * (2 * 4096 + 2 * 128)
+    norms = 36 * (2 * 2 * 4096 + 2 * 128)  # a layer's inputs have float32
     token_kv = 36 * 2 * 2 * 128  # 2 KV heads
     assert cost.memory_bytes == 2 * (36 * layer + norms + head + 256 * 4096 + token_kv * 256 * (1024 + 1))
     assert cost.reduced_bytes == (2 * 36 + 1) * 256 * 4096 * 2
@@ -54,7 +54,7 @@ def test_a_prompt_step_has_whole_prompts_or_the_end_of_one() -> None:
     assert whole.flops == 2 * (2048 * 36 * layer + 256 * head) + per_key * 2 * sum(range(1, 1025))
     assert end.flops == 2 * (512 * 36 * layer + 256 * head) + per_key * sum(range(513, 1025))
     token_kv = 36 * 2 * 8 * 128
-    weights = 36 * (layer + 2 * 4096 + 2 * 128) + head
+    weights = 36 * (layer + 2 * 2 * 4096 + 2 * 128) + head  # norms of a layer's input in float32
     assert whole.memory_bytes == 2 * (weights + 2048 * 4096 + token_kv * (2048 + 2048))
     assert end.memory_bytes == 2 * (weights + 512 * 4096 + token_kv * (1024 + 512))
     assert whole.reduced_bytes == 0  # one device
@@ -82,7 +82,7 @@ def test_an_expert_is_multiplied_with_its_tokens_and_read_if_any_token_chose_it(
     head, per_key = 151936 * 2048, 4 * 32 * 128 * 48
     assert one.flops == 2 * (48 * (attention + router + 8 * expert) + head) + per_key * 1024
     assert many.flops == 4096 * one.flops
-    weights = 48 * (attention + router + 2 * 2048 + 2 * 128) + head
+    weights = 48 * (attention + router + 2 * 2 * 2048 + 2 * 128) + head
     assert one.memory_bytes == pytest.approx(2 * (weights + 48 * 8 * expert + 2048) + 98304 * 1025)
     all_experts = 2 * (weights + 48 * 128 * expert + 4096 * 2048) + 4096 * 98304 * 1025
     assert many.memory_bytes == pytest.approx(all_experts, rel=1e-6)
@@ -95,6 +95,11 @@ def test_an_expert_is_multiplied_with_its_tokens_and_read_if_any_token_chose_it(
 def test_the_slowest_resource_is_the_limit(cost: StepCost, limit: str, seconds: float) -> None:
     bound = cost.bound(Rates(flops=1, bytes_per_s=2, all_reduce_bytes_per_s=4))
     assert (bound.limit, bound.seconds) == (limit, seconds)
+
+
+def test_sums_that_are_waited_for_come_after_everything_else() -> None:
+    bound = StepCost(10, 4, 100, num_sums=3).bound(Rates(1, 2, 4, all_reduce_s=0.5))
+    assert (bound.links_s, bound.seconds, bound.in_turn_s) == (26.5, 26.5, 36.5)
 
 
 def test_one_device_waits_for_no_other() -> None:

@@ -35,7 +35,7 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
     found = plan("Qwen3-8B", "v6e-4")
     assert found.parameters == 8_190_735_360
     weights = 2 * (2 * 151936 * 4096 + 36 * (4096 * 48 * 128 + 4096 * 4096 + 3 * 4096 * 12288)) // 4
-    norms = 2 * (36 * (2 * 4096 + 2 * 128) + 4096)  # on every device
+    norms = 36 * (4 * 2 * 4096 + 2 * 2 * 128) + 4 * 4096  # on every device, those of hidden states in float32
     assert found.launch.weight_bytes == weights + norms
     assert found.launch.memory.bytes_per_token == 36 * 2 * 2 * 128 * 2
     state = (
@@ -44,14 +44,19 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
     tokens = (int(int(31.24 * GIB) * 0.88) - weights - norms - state) // (36 * 2 * 2 * 128 * 2) // 128 * 128
     assert found.launch.memory.num_tokens == tokens
     assert found.full_contexts == pytest.approx(tokens / 40960)
-    decode = next(step for step in found.steps if step.bucket.num_tokens == 8)
+    decode = next(step for step in found.steps if step.bucket.num_tokens == 16)
     assert decode.bucket.decodes
     assert decode.bound is not None
-    # 3.78 GB of weights without the embedding, and 8 rows of 1024 tokens, at 1640 GB/s.
-    read = weights - 2 * 151936 * 4096 // 4 + 8 * 1024 * 36864
+    # 3.78 GB of weights without the embedding, and 16 rows of 1024 tokens, at 1640 GB/s.
+    read = weights - 2 * 151936 * 4096 // 4 + 16 * 1024 * 36864
     assert decode.bound.seconds == pytest.approx(read / 1640e9, rel=0.002)
     assert decode.bound.limit == "memory"
-    assert decode.tokens_per_s == pytest.approx(8 / decode.bound.seconds)
+    sums = 73 * (16 * 4096 * 2 * 3 / (2 * 100e9 * 2) + 4e-6)  # over two links, and two hops there and back
+    assert decode.bound.in_turn_s == pytest.approx(decode.bound.seconds + sums, rel=0.002)
+    assert decode.tokens_per_s == pytest.approx(16 / decode.bound.in_turn_s)
+    prompt = found.steps[-1]
+    assert prompt.bound is not None
+    assert (prompt.bucket.num_parts, prompt.tokens_per_s) == (4, pytest.approx(2048 / prompt.bound.seconds))
 
 
 def test_pages_have_128_tokens_for_the_kernels_of_a_tpu_unless_asked_otherwise() -> None:
@@ -78,7 +83,7 @@ def test_what_does_not_fit_is_told_what_would() -> None:
     with pytest.raises(Misfit) as caught:
         plan("Llama-3.1-70B", "v6e-4")
     reason, *advice = str(caught.value).splitlines()
-    assert says(reason, "35.32 GB … 29.52 GB")
+    assert says(reason, "35.33 GB … 29.52 GB")
     assert len(advice) == 1
     match = re.search(r"v6e-8 \(8 chips, --tp-size 8\) .* ([\d,]+) tokens", advice[0])
     assert match is not None

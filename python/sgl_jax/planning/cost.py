@@ -1,8 +1,8 @@
 """Least cost of a step on each device, in operations and in bytes from memory and between chips; and its least time.
 
 A decode step has a row for each W tokens, with `context` tokens in the cache. A prompt step has whole prompts of `context`
-tokens, or the end of one if it is longer than the step. Only the unavoidable is counted: each weight and each row's KV is
-read once; activations, sampling and drafting cost nothing. The least time is that of the slowest resource (the roofline model:
+tokens, or the end of one if it is longer than the step. Only the unavoidable is counted: each weight is read once for each part
+of the step, and each row's KV once; activations, sampling and drafting cost nothing. The least time is that of the slowest resource (the roofline model:
 Williams, Waterman and Patterson, 2009).
 """
 
@@ -27,11 +27,13 @@ class Rates:
     flops: float
     bytes_per_s: float
     all_reduce_bytes_per_s: float  # bytes of the summed array; infinite on one device
+    all_reduce_s: float = 0.0  # latency of a sum
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """Least time of each resource. They may work at the same time, so the longest is the least time of the step."""
+    """Least time of each resource. They may work at the same time, so the longest is the least time of the step; a program that
+    waits for every sum takes at least `in_turn_s`."""
 
     compute_s: float
     memory_s: float
@@ -40,6 +42,10 @@ class Bound:
     @property
     def seconds(self) -> float:
         return max(self.compute_s, self.memory_s, self.links_s)
+
+    @property
+    def in_turn_s(self) -> float:
+        return max(self.compute_s, self.memory_s) + self.links_s
 
     @property
     def limit(self) -> str:
@@ -54,9 +60,10 @@ class StepCost:
     flops: float
     memory_bytes: float
     reduced_bytes: float  # size of the arrays that are summed over the devices
+    num_sums: int = 0
 
     def bound(self, rates: Rates) -> Bound:
-        links_s = self.reduced_bytes / rates.all_reduce_bytes_per_s
+        links_s = self.reduced_bytes / rates.all_reduce_bytes_per_s + self.num_sums * rates.all_reduce_s
         return Bound(self.flops / rates.flops, self.memory_bytes / rates.bytes_per_s, links_s)
 
 
@@ -69,7 +76,7 @@ def step_cost(
     """
     shard = model.shard(grid)
     plain, held = declare_plain(shard, weight_dtype), declare(shard, weight_dtype)
-    tokens, moe = bucket.num_tokens, model.moe
+    tokens, parts, moe = bucket.num_tokens, bucket.num_parts, model.moe
     of_all_ranks = tokens * grid.data
     chosen = moe.experts_per_token / moe.num_experts if moe else 0.0
 
@@ -81,8 +88,9 @@ def step_cost(
         return math.prod(spec.shape) * (chosen * of_all_ranks if spec.axes[0] == "experts" else of_tokens)
 
     def read(spec: WeightSpec) -> float:
-        """Return the bytes read: of experts those that some token chose, if all are equally likely to be chosen."""
-        return spec.nbytes * (1 - (1 - chosen) ** of_all_ranks if spec.axes[0] == "experts" else 1)
+        """Return the bytes read, for each part of the step: of experts those that some token of it chose, if all are equally
+        likely to be chosen."""
+        return parts * spec.nbytes * (1 - (1 - chosen) ** (of_all_ranks / parts) if spec.axes[0] == "experts" else 1)
 
     head_size = math.prod(plain.embed.shape)
     keys, cached = 0.0, 0.0  # query-key pairs, and tokens whose KV is read, summed over layers
@@ -93,9 +101,10 @@ def step_cost(
     token_kv = pool.bytes_per_token / pool.num_layers
     # Each layer sums the outputs of attention and MLP over the devices, and the embedding sums its shards' rows. For the
     # tokens of all ranks, the gather before the MLP and the reduce-scatter behind it cost one all-reduce together.
-    within = tokens if grid.tensor > 1 else 0
-    across = of_all_ranks if grid.data > 1 else 0
-    summed = (2 * model.num_layers + 1) * within + (model.num_layers + 1) * across
+    # With sequence parallelism, as in parts, data ranks leave one sum within a rank.
+    layers, divides = model.num_layers, grid.sequence or parts > 1
+    within = (layers if divides and grid.data > 1 else 2 * layers) + 1 if grid.tensor > 1 else 0
+    across = layers + 1 if grid.data > 1 else 0
     per_key = 2 * shard.num_heads * (shard.key_dim + shard.value_dim)
     return StepCost(
         flops=2 * sum(map(used, jax.tree.leaves(plain.layers)))
@@ -105,7 +114,8 @@ def step_cost(
         + sum(spec.nbytes for spec in jax.tree.leaves(head(held)))
         + tokens * model.hidden_size * np.dtype(weight_dtype).itemsize  # lines of the embedding
         + token_kv * (cached + tokens * model.num_layers),  # read, and written
-        reduced_bytes=summed * model.hidden_size * np.dtype(compute_dtype).itemsize,
+        reduced_bytes=(within * tokens + across * of_all_ranks) * model.hidden_size * np.dtype(compute_dtype).itemsize,
+        num_sums=parts * (within + across),
     )
 
 

@@ -32,7 +32,10 @@ class PlannedStep:
 
     @property
     def tokens_per_s(self) -> float | None:
-        return None if self.bound is None else self.num_tokens / self.bound.seconds
+        """Tokens a second: by the time in turn, or by the least time of a step in parts, which overlaps."""
+        if self.bound is None:
+            return None
+        return self.num_tokens / (self.bound.in_turn_s if self.bucket.num_parts == 1 else self.bound.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +111,7 @@ def _launch(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan
     platform, config = target.platform, model.config
     kernels = kernels_for(args.attention_backend, platform, config)
     sizes = {"stored_dtype": model.stored_dtype, "device_bytes": target.device_bytes, "adapters": model.adapters}
-    return plan_launch(args, config, platform, kernels, **sizes)
+    return plan_launch(args, config, platform, kernels, device_kind=target.kind, **sizes)
 
 
 def _tried(args: ServerArgs, model: PlannedModel, target: Target) -> LaunchPlan | None:

@@ -18,6 +18,7 @@ _CALLED = re.compile(r"(?:body|calls|true_computation|false_computation)=%?([\w.
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _NO_ESTIMATE = 2**63 - 1
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_PRODUCTS = ("convolution", "dot")
 _NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all"}
 
 
@@ -77,6 +78,19 @@ class Module:
             looped, branched = in_loop or each.opcode == "while", in_branch or each.opcode == "conditional"
             for called in each.calls if each.opcode != "fusion" else ():
                 yield from self.instructions(called, in_loop=looped, in_branch=branched)
+
+    def fused(self, instruction: Instruction) -> Iterator[Instruction]:
+        """Yield the instructions that a fusion consists of, or the instruction itself if it is none."""
+        if instruction.opcode != "fusion":
+            yield instruction
+            return
+        for called in instruction.calls:
+            for each in self.computations[called]:
+                yield from self.fused(each)
+
+    def multiplies(self, instruction: Instruction) -> bool:
+        """Return whether it is a matrix product, or a fusion that contains one."""
+        return any(each.opcode in _PRODUCTS for each in self.fused(instruction))
 
     def collectives(self) -> list[Instruction]:
         return [each for each in self.instructions() if each.collective]

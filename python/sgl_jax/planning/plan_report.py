@@ -43,18 +43,21 @@ def _adapters(launch: LaunchPlan) -> str:
 
 def step_table(plan: Plan) -> Table:
     """Make the table of the least time of a full step in each bucket, and the resource that limits it."""
-    table = _table("tokens", "rows", "step", "GFLOP", "memory MB", "reduced MB", "least ms", "limit", "tokens/s")
+    columns = "GFLOP", "memory MB", "reduced MB", "least ms", "limit", "in turn ms", "tokens/s"
+    table = _table("tokens", "rows", "step", *columns)
     for step in plan.steps:
         wide = f", width {step.bucket.width}" if step.bucket.width > 1 else ""
         kind = f"{'decode' if step.bucket.decodes else 'prompt'}{wide}"
         cost = (f"{step.cost.flops / 1e9:,.0f}", _mb(step.cost.memory_bytes), _mb(step.cost.reduced_bytes))
-        bound = ("?", "?", "?")
+        bound = ("?",) * 4
         if step.bound is not None:
-            bound = (f"{step.bound.seconds * 1e3:.2f}", step.bound.limit, f"{step.tokens_per_s:,.0f}")
+            times = f"{step.bound.seconds * 1e3:.2f}", step.bound.limit, f"{step.bound.in_turn_s * 1e3:.2f}"
+            bound = (*times, f"{step.tokens_per_s:,.0f}")
         table.add_row(str(step.bucket.num_tokens), str(step.bucket.num_rows), kind, *cost, *bound)
     table.caption = (
-        f"Per device and step, with {plan.context:,} tokens per row. Least: each weight and each row's KV read once, "
-        "nothing else, at full rate. Drafting is not counted."
+        f"Per device and step, with {plan.context:,} tokens per row. Least: each weight read once for each part of the step, "
+        "each row's KV once, nothing else, at full rate. In turn: sums over devices come after everything else. tokens/s: by the time in turn; by the "
+        "least time for a step in parts. Drafting is not counted."
     )
     return table
 
@@ -121,13 +124,14 @@ def _step_data(step: PlannedStep) -> dict[str, Any]:
         "tokens": step.bucket.num_tokens,
         "rows": step.bucket.num_rows,
         "width": step.bucket.width,
+        "parts": step.bucket.num_parts,
         "kind": "decode" if step.bucket.decodes else "prompt",
         **dataclasses.asdict(step.cost),
     }
     if (bound := step.bound) is not None:
         seconds = {"compute_seconds": bound.compute_s, "memory_seconds": bound.memory_s, "links_seconds": bound.links_s}
-        least = {"least_seconds": bound.seconds, "limit": bound.limit, "tokens_per_second": step.tokens_per_s}
-        data |= seconds | least
+        least = {"least_seconds": bound.seconds, "limit": bound.limit, "in_turn_seconds": bound.in_turn_s}
+        data |= seconds | least | {"tokens_per_second": step.tokens_per_s}
     return data
 
 

@@ -35,7 +35,7 @@ class Target:
             except NotMeasured:
                 return None
         chip, summed = self.topology.chip, self.topology.all_reduce_bytes_per_s(self.num_devices)
-        return Rates(chip.flops[dtype], chip.bytes_per_s, summed)
+        return Rates(chip.flops[dtype], chip.bytes_per_s, summed, self.topology.all_reduce_latency_s(self.num_devices))
 
 
 def find_target(name: str, tp_size: int | None = None, dp_size: int = 1) -> Target:

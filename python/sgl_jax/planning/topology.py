@@ -15,6 +15,8 @@ import jax
 import numpy as np
 
 _GIB = 1 << 30
+# Latency of a hop between neighbouring chips, as https://jax-ml.github.io/scaling-book/sharding gives it.
+_HOP_S = 1e-6
 
 
 class NoSuchTopology(ValueError):
@@ -32,6 +34,12 @@ class Chip:
     flops: dict[str, float]  # multiplications and additions per second of matrix products, by dtype
     link_bytes_per_s: float  # one link, one way
     grid: Literal["2d", "3d", "all"]  # how chips are linked: a mesh or torus, or each with every other
+    multipliers: int = 0  # in a device's matrix units; each multiplies once a cycle; 0: not known
+
+    @property
+    def clock_hz(self) -> float:
+        """The clock at which the matrix units reach their rate."""
+        return self.flops["bfloat16"] / (2 * self.multipliers)
 
     @property
     def platform(self) -> Literal["tpu", "gpu"]:
@@ -39,10 +47,18 @@ class Chip:
 
 
 CHIPS = {
-    "v5e": Chip("TPU v5e", 1, int(15.75 * _GIB), 819e9, {"bfloat16": 197e12, "float32": 32.8e12}, 50e9, "2d"),
-    "v5p": Chip("TPU v5p", 1, int(95.73 * _GIB), 2765e9, {"bfloat16": 459e12, "float32": 76.5e12}, 100e9, "3d"),
-    "v6e": Chip("TPU v6e", 1, int(31.24 * _GIB), 1640e9, {"bfloat16": 918e12, "float32": 153e12}, 100e9, "2d"),
-    "v7x": Chip("TPU7x core", 2, int(94.74 * _GIB), 3690e9, {"bfloat16": 1153e12, "float32": 192e12}, 100e9, "3d"),
+    "v5e": Chip(
+        "TPU v5e", 1, int(15.75 * _GIB), 819e9, {"bfloat16": 197e12, "float32": 32.8e12}, 50e9, "2d", 4 * 128**2
+    ),
+    "v5p": Chip(
+        "TPU v5p", 1, int(95.73 * _GIB), 2765e9, {"bfloat16": 459e12, "float32": 76.5e12}, 100e9, "3d", 8 * 128**2
+    ),
+    "v6e": Chip(
+        "TPU v6e", 1, int(31.24 * _GIB), 1640e9, {"bfloat16": 918e12, "float32": 153e12}, 100e9, "2d", 4 * 256**2
+    ),
+    "v7x": Chip(
+        "TPU7x core", 2, int(94.74 * _GIB), 3690e9, {"bfloat16": 1153e12, "float32": 192e12}, 100e9, "3d", 4 * 256**2
+    ),
     "h100": Chip("NVIDIA H100 SXM", 1, 80 * 10**9, 3350e9, {"bfloat16": 989e12, "float32": 67e12}, 450e9, "all"),
     "h200": Chip("NVIDIA H200 SXM", 1, 141 * 10**9, 4800e9, {"bfloat16": 989e12, "float32": 67e12}, 450e9, "all"),
 }
@@ -86,6 +102,15 @@ class Topology:
         """
         chips = -(-devices // self.chip.devices_per_chip)
         return self.links * self.chip.link_bytes_per_s * chips / (2 * (chips - 1)) if chips > 1 else math.inf
+
+    def all_reduce_latency_s(self, devices: int) -> float:
+        """Return how long a sum over this many devices takes whatever its size: data go half around the ring of each axis, and
+        back as sums."""
+        if devices <= self.chip.devices_per_chip:
+            return 0.0
+        chips = -(-devices // self.chip.devices_per_chip)
+        grid = _GRIDS[self.chip.grid].get(chips, self.grid)
+        return 2 * _HOP_S * (1 if self.chip.grid == "all" else sum(n // 2 for n in grid))
 
 
 def parse(name: str) -> Topology:
