@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from sgl_jax.tools.benchmark.door import exit_code
 from sgl_jax.tools.benchmark.figures import covered
 
 HOST_STAGES = ("plan", "dispatch", "collect", "process")
-DEVICE_STAGES = ("unpack", "embed", "attention", "mlp", "logits", "sample", "store", "prompt_logprobs")
+DEVICE_STAGES = ("unpack", "embed", "attention", "mlp", "logits", "sample", "store", "draft", "prompt_logprobs")
 OTHER = "other"  # the device works, on nothing that belongs to a stage
 
 Interval = tuple[float, float]  # start and end, ns
@@ -94,16 +94,18 @@ def read_profile(path: Path) -> Profile:
     except (ValueError, IndexError, RuntimeError) as error:
         raise ValueError(f"{path} is not a profile: {error}") from error
     profile = Profile({stage: [] for stage in HOST_STAGES}, {stage: [] for stage in (*DEVICE_STAGES, OTHER)})
-    scopes: dict[str, dict[str, str]] = {}  # by program, of those that ran
+    operations: dict[str, list[tuple[str, Interval]]] = {}  # name and time, by program
     for event in (event for plane in planes for line in plane.lines for event in line.events):
         span = (event.start_ns, event.start_ns + event.duration_ns)
         if event.name in HOST_STAGES:
             profile.host[event.name].append(span)
         elif (operation := _operation(event)) is not None:
             program, name = operation
-            if program not in scopes:
-                scopes[program] = _scopes(programs.get(program, b""))
-            profile.device[stage_of(scopes[program].get(name, ""))].append(span)
+            operations.setdefault(program, []).append((name, span))
+    for program, ran in operations.items():
+        scopes = _scopes(programs.get(program, []), {name for name, _ in ran})
+        for name, span in ran:
+            profile.device[stage_of(scopes.get(name, ""))].append(span)
     return profile
 
 
@@ -140,9 +142,12 @@ def _operation(event) -> tuple[str, str] | None:
 # --- Programs, which ProfileData leaves out. Field numbers: xplane.proto and hlo.proto in openxla/xla. ------------------
 
 
-def _programs(space: bytes) -> dict[str, bytes]:
-    """Return each HloModuleProto by name, from the plane that holds them: each an event's metadata named "module(id)"."""
-    found = {}
+def _programs(space: bytes) -> dict[str, list[bytes]]:
+    """Return the HloModuleProtos by name, from the plane that holds them: each an event's metadata named "module(id)".
+
+    All programs that the process holds are there. Those of two engines can have one name.
+    """
+    found: dict[str, list[bytes]] = {}
     for plane in _messages(space, 1):
         if _text(plane, 2) != "/host:metadata":
             continue
@@ -151,11 +156,16 @@ def _programs(space: bytes) -> dict[str, bytes]:
             hlo = [value for stat in _messages(metadata, 5) for value in _messages(stat, 6)]
             name = _text(metadata, 2).rpartition("(")[0]
             if hlo and name:
-                found[name] = _messages(hlo[0], 1)[0]
+                found.setdefault(name, []).append(_messages(hlo[0], 1)[0])
     return found
 
 
-def _scopes(module: bytes) -> dict[str, str]:
+def _scopes(modules: Sequence[bytes], ran: Set[str]) -> dict[str, str]:
+    """Return op_name by instruction, of the module that has most of the instructions that ran and least of others."""
+    return max(map(_op_names, modules), key=lambda names: (len(names.keys() & ran), -len(names)), default={})
+
+
+def _op_names(module: bytes) -> dict[str, str]:
     """Return op_name by instruction."""
     found = {}
     for computation in _messages(module, 3):

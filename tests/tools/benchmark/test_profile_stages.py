@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import profile_stages
 import pytest
 from profile_stages import (
@@ -77,6 +80,27 @@ def test_the_printed_table() -> None:
             "  other                         2       1.0       0.500    16.7%",
         ]
     )
+
+
+@pytest.mark.parametrize("runs", [0, 1])
+def test_of_two_programs_with_one_name_the_one_that_ran_gives_the_stages(runs: int, tmp_path: Path) -> None:
+    def twin(stage: str, num_products: int) -> Callable[[jax.Array], jax.Array]:
+        def step(x: jax.Array) -> jax.Array:
+            with jax.named_scope(stage):
+                for _ in range(num_products):
+                    x = jnp.tanh(x @ x)
+            return x
+
+        return jax.jit(step)
+
+    x = jnp.eye(64)
+    stages = ("attention", "mlp")
+    programs = [twin(stages[0], 3).lower(x).compile(), twin(stages[1], 5).lower(x).compile()]
+    with jax.profiler.trace(str(tmp_path)):
+        programs[runs](x).block_until_ready()
+    counts = {stage: count for stage, count, _ in read_profile(find_profile(tmp_path)).device_times()}
+    assert stages[runs] in counts
+    assert stages[1 - runs] not in counts
 
 
 def test_the_newest_profile_of_a_folder(tmp_path: Path) -> None:

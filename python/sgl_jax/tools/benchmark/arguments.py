@@ -195,6 +195,22 @@ def server_arguments(flags: Sequence[str]) -> ServerArgs:
     return args
 
 
+def alone_arguments(flags: Sequence[str]) -> ServerArgs:
+    """Parse the flags of a server whose steps are timed one by one. Raises BenchmarkError for one that is refused."""
+    args = server_arguments(flags)
+    if args.dp_size > 1:
+        raise BenchmarkError(
+            f"--dp-size is {args.dp_size}; this tool runs one batch on one rank, leave it out "
+            "(bench_offline_throughput measures several)"
+        )
+    if args.speculation is not None:
+        raise BenchmarkError(
+            f"--speculative-algorithm is {args.speculation.algorithm}; this tool times steps of one token, leave it out "
+            "(bench_offline_throughput measures drafts)"
+        )
+    return args
+
+
 def engine_options(server_args: ServerArgs) -> dict[str, Any]:
     """Return arguments for `sgl_jax.Engine`: the flags that differ from their defaults, without the HTTP server's."""
     values = [(each, getattr(server_args, each.name)) for each in FLAGS if each.about.group != SERVER]

@@ -20,7 +20,7 @@ from sgl_jax.engine.loop import one_line
 from sgl_jax.engine.messages import Abort, EngineInfo, Generate, StepOutput
 from sgl_jax.engine.startup import build_core
 from sgl_jax.request import SamplingParams
-from sgl_jax.tools.benchmark.arguments import Case, cases, server_arguments
+from sgl_jax.tools.benchmark.arguments import Case, alone_arguments, cases
 from sgl_jax.tools.benchmark.datasets.source import IdSource
 from sgl_jax.tools.benchmark.figures import report
 from sgl_jax.tools.benchmark.machine_limits import BATCH_SHARES, Roofline, batch_shares, measured_roofline
@@ -33,18 +33,8 @@ _WARM_UP_TOKENS = 4
 
 def main(args: argparse.Namespace, server_flags: Sequence[str]) -> int:
     """Start the engine in this process and run. Returns the exit code; raises BenchmarkError."""
-    server_args = server_arguments(server_flags)
+    server_args = alone_arguments(server_flags)
     start_log(server_args, ("disable_radix_cache", "disable_overlap_schedule", "max_queued_requests"))
-    if server_args.dp_size > 1:
-        raise BenchmarkError(
-            f"--dp-size is {server_args.dp_size}; this tool runs one batch on one rank, leave it out "
-            "(bench_offline_throughput measures several)"
-        )
-    if server_args.speculation is not None:
-        raise BenchmarkError(
-            f"--speculative-algorithm is {server_args.speculation.algorithm}; this tool times steps of one token, leave it out "
-            "(bench_offline_throughput measures drafts)"
-        )
     check_writable(args.result_filename, "--result-filename")
     try:
         core = build_core(replace(server_args, **ALONE), partial(check_fit, cases(args)))

@@ -1,5 +1,6 @@
 """Self-test on the devices of this machine: each kernel against a reference in float64 numpy, and steps of a model."""
 
+import contextlib
 import dataclasses
 import json
 import tempfile
@@ -131,43 +132,49 @@ def grouped_matmul_error(grouped_matmul: GroupedMatmul, dtype: str) -> float:
     return float(np.abs(np.asarray(out, np.float64) - wanted)[:used].max())
 
 
-def model_error(platform: Name, num_devices: int) -> float:
-    """Return the largest difference between the log probabilities of tokens as an engine decodes them, and those that it
-    gives to the same tokens in a prompt. Its model is two layers of Qwen3-0.6B with few tokens and random weights."""
+@contextlib.contextmanager
+def small_model(platform: Name | None, tp_size: int) -> Iterator[ServerArgs]:
+    """Give the flags of a launch of two layers of Qwen3-0.6B with few tokens and random weights, which are the same on every
+    platform. Its folder is there until the end of the context."""
     config = json.loads(bundled()["Qwen3-0.6B"]) | {"num_hidden_layers": 2, "vocab_size": 8192, "eos_token_id": 0}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        core = build_core(
-            ServerArgs(
-                model_path=folder,
-                load_format="dummy",
-                device=platform,
-                tp_size=1 << min(3, num_devices.bit_length() - 1),  # the model has eight KV heads
-                max_running_requests=2,
-                chunked_prefill_size=16,
-                context_length=256,
-                max_total_tokens=2048,
-                random_seed=0,
-            )
+        yield ServerArgs(
+            model_path=folder,
+            load_format="dummy",
+            device=platform,
+            tp_size=tp_size,
+            max_running_requests=2,
+            chunked_prefill_size=16,
+            context_length=256,
+            max_total_tokens=2048,
+            random_seed=0,
         )
+
+
+def model_error(platform: Name, num_devices: int) -> float:
+    """Return the largest difference between the log probabilities of tokens as an engine decodes them, and those that it
+    gives to the same tokens in a prompt. Its model is the small one."""
+    with small_model(platform, 1 << min(3, num_devices.bit_length() - 1)) as args:  # the model has eight KV heads
+        core = build_core(args)
     prompt_len = 50
     texts = np.random.default_rng(0).integers(0, core.info.vocab_size, (2, prompt_len)).tolist()
     decoding = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=8, logprobs=0)
     decoded: list[list[float]] = [[] for _ in texts]
-    for output in _outputs(core, [Generate(key, list(text), decoding) for key, text in enumerate(texts)]):
+    for output in results_of(core, [Generate(key, list(text), decoding) for key, text in enumerate(texts)]):
         for at, (key, token) in enumerate(zip(output.keys, output.tokens, strict=True)):
             texts[key].append(token)
             decoded[key].append(output.logprobs[at].logprob)
     scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0)
     # A namespace of their own keeps them from the pages that decoding left.
-    outputs = _outputs(core, [Generate(key, text, scoring, namespace="again") for key, text in enumerate(texts)])
+    outputs = results_of(core, [Generate(key, text, scoring, namespace="again") for key, text in enumerate(texts)])
     core.close()
     scored = {prompt.key: prompt.logprobs or [] for output in outputs for prompt in output.prompts}
     prefilled = [[score.logprob for score in scored[key][prompt_len:] if score] for key in range(len(texts))]
     return float(np.abs(np.subtract(decoded, prefilled)).max())
 
 
-def _outputs(core: Core, requests: Iterable[Generate]) -> list[StepOutput]:
+def results_of(core: Core, requests: Iterable[Generate]) -> list[StepOutput]:
     """Run the requests to their ends, and return the results of all steps."""
     for request in requests:
         core.handle(request)
