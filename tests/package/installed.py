@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -18,6 +19,7 @@ import zipfile
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pytest
 
@@ -81,14 +83,13 @@ def test_nothing_of_the_repository_is_imported(tmp_path: Path, monkeypatch: pyte
     assert run("-m", "sgl_jax", "--version") == f"sgl_jax {metadata.version('sgl-jax')}"
 
 
-@pytest.fixture(scope="module")
-def url(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Serve stories260k from an empty folder; the fixture ends the server."""
-    folder = tmp_path_factory.mktemp("served")
+@contextlib.contextmanager
+def served(model: Path, folder: Path) -> Iterator[str]:
+    """Serve a model from an empty folder, and end the server."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    command = [sys.executable, "-m", "sgl_jax", "--model-path", str(stories260k), "--port", str(port), *FLAGS]
+    command = [sys.executable, "-m", "sgl_jax", "--model-path", str(model), "--port", str(port), *FLAGS]
     environ = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"XDG_CACHE_HOME": str(folder)}
     with (folder / "log").open("w") as log, subprocess.Popen(command, cwd=folder, env=environ, stderr=log) as process:
         try:
@@ -97,6 +98,12 @@ def url(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
             yield address
         finally:
             process.terminate()
+
+
+@pytest.fixture(scope="module")
+def url(stories260k: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with served(stories260k, tmp_path_factory.mktemp("served")) as address:
+        yield address
 
 
 def wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -111,13 +118,24 @@ def wait_until_ready(address: str, process: subprocess.Popen[bytes], log: Path) 
     pytest.fail(f"not ready after {START_S} s:\n{log.read_text()}")
 
 
+def ask(address: str, path: str, body: dict[str, object]) -> dict[str, Any]:
+    headers = {"Content-Type": "application/json"}
+    with urllib.request.urlopen(urllib.request.Request(address + path, json.dumps(body).encode(), headers)) as answer:
+        return json.load(answer)
+
+
 def test_it_answers(url: str) -> None:
     with urllib.request.urlopen(f"{url}/health") as answer:
         assert answer.status == 200
-    body = json.dumps({"prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}).encode()
-    asked = urllib.request.Request(f"{url}/v1/completions", body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(asked) as answer:
-        assert json.load(answer)["choices"][0]["text"] == ", there was a"
+    answered = ask(url, "/v1/completions", {"prompt": "Once upon a time", "max_tokens": 4, "temperature": 0})
+    assert answered["choices"][0]["text"] == ", there was a"
+
+
+def test_the_default_model_answers_in_a_chat(smollm2: Path, tmp_path: Path) -> None:
+    with served(smollm2, tmp_path) as address:
+        body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "temperature": 0}
+        message = ask(address, "/v1/chat/completions", body | {"max_tokens": 12})["choices"][0]["message"]
+    assert "Paris" in message["content"]
 
 
 def test_it_shows_the_page_with_its_files(url: str) -> None:

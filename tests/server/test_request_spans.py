@@ -187,12 +187,17 @@ def test_what_a_client_does_not_sample_leaves_no_span(collector: Collector) -> N
 
 def test_a_collector_that_is_away_holds_up_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_tracer, "_LAST_WORDS_S", 0.3)
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")  # seconds, after which its thread ends
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and never answers
         with LiveServer(otlp_traces_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}") as server:
             began = time.monotonic()
             answer = httpx.post(f"{server.url}/generate", json={"text": "Once"})
         assert answer.status_code == 200
         assert time.monotonic() - began < 10
+    for thread in threading.enumerate():  # no other test shall find it trying again
+        if thread.name == "sgl-jax-last-spans":
+            thread.join(20)
+            assert not thread.is_alive()
 
 
 def test_a_span_belongs_to_no_other_if_traceparent_is_broken(collector: Collector) -> None:

@@ -31,6 +31,8 @@ def sent(live: LiveServer) -> tuple[str, str]:
     ("body", "kind", "text"),
     [
         ({"response_format": {"type": "json_object"}}, "json_schema", '{"type":"object"}'),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, "json_schema", AS_TEXT),
+        ({"response_format": {"type": "json_object", "value": SCHEMA}}, "json_schema", AS_TEXT),
         (
             {
                 "response_format": {

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
 from sgl_jax.engine.native_params import as_grammar_text
 from sgl_jax.request import GRAMMAR_KINDS, InvalidParameter, Names
@@ -17,6 +17,11 @@ ANY_OBJECT = '{"type":"object"}'
 
 class JsonObjectFormat(Body):
     type: Literal["json_object"]
+    schema_: JsonObject | None = Field(
+        None,
+        validation_alias=AliasChoices("schema", "value"),
+        description="the object's schema, as llama.cpp takes it, or as value like Hugging Face's servers",
+    )
 
 
 class JsonSchema(Body):
@@ -79,8 +84,8 @@ class GrammarFields(Body):
 
     def _of_format(self) -> Iterator[tuple[str, str | JsonObject, str]]:
         match self.response_format:
-            case JsonObjectFormat():
-                yield "json_schema", ANY_OBJECT, "response_format"
+            case JsonObjectFormat(schema_=schema):
+                yield "json_schema", ANY_OBJECT if schema is None else schema, "response_format"
             case JsonSchemaFormat(json_schema=given):
                 yield "json_schema", given.schema_, "response_format.json_schema.schema"
             case StructuralTagFormat() as given:
