@@ -23,6 +23,7 @@ from typing import Any
 from unittest.mock import MagicMock
 from urllib.parse import urlsplit
 
+import first_day
 import pydantic
 import pytest
 import shell_lines
@@ -37,6 +38,7 @@ from sgl_jax.settings import speculators
 from sgl_jax.settings.server_args import ServerArgs
 from sgl_jax.tools.batch import batch_command
 from sgl_jax.tools.benchmark.arguments import TOOLS, server_arguments
+from sgl_jax.tools.benchmark.terminal import BenchmarkError
 from sgl_jax.tools.chat import chat_command
 from sgl_jax.tools.environment import check_command
 
@@ -125,6 +127,9 @@ def check_script(words: Sequence[str]) -> None:
     """Look for a script's file, and for each flag in it or in a module beside it."""
     script = REPOSITORY / words[0]
     assert script.is_file()
+    if script.name == "first_day.py":  # takes flags of the server
+        first_day.parse(words[1:])
+        return
     source = "\n".join(file.read_text(encoding="utf-8") for file in script.parent.glob("*.py"))
     flags = [word for word in words if re.match("--[a-z]", word)]
     unknown = [word for word in flags if f'"{word.partition("=")[0]}"' not in source]
@@ -263,6 +268,7 @@ def test_python_snippets_use_what_exists(page: Path) -> None:
         "python -m sgl_jax.run_batch -i in.jsonl -o out.jsonl --model-path m --page-size 3",
         "python benchmarks/plot.py --no-such-flag",
         "python benchmarks/none.py",
+        "python benchmarks/first_day.py --out o.json --page-sise 16",
         "make no-such-rule",
         "make test NO_SUCH_VARIABLE=1",
         'uv pip install -e "python[none]"',
@@ -277,7 +283,7 @@ def test_python_snippets_use_what_exists(page: Path) -> None:
 )
 def test_the_check_sees_mistakes(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     (command,) = shell_lines.read(line, "here")
-    with pytest.raises((AssertionError, ValueError, pydantic.ValidationError, ImportError)):
+    with pytest.raises((AssertionError, ValueError, BenchmarkError, pydantic.ValidationError, ImportError)):
         check(command, monkeypatch)
 
 

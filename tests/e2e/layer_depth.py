@@ -33,7 +33,7 @@ def step_program(config: dict[str, Any]) -> Program:
     platform = dataclasses.replace(PLATFORMS["cpu"], stacks_layers=True, vectorises_rows=True)
     model, args = decoder_config(config), ServerArgs(model_path="a config", device="cpu", **_ARGS)
     kernels = kernels_for(args.attention_backend, platform, model)
-    launch = plan_launch(args, model, platform, kernels, stored_dtype=None, device_bytes=1 << 33)
+    launch = plan_launch(args, model, platform, kernels, stored_dtype=None, device_kind="cpu", device_bytes=1 << 33)
     placement = Placement.over(jax.devices("cpu")[:1], launch.grid)
     programs = launch_programs(model, launch, platform, kernels, placement)
     return [program for program in programs if program.name.startswith("tokens=")][-1]
