@@ -27,6 +27,8 @@ from typing import Any
 CLOCK = {"v6e": 1.75e9, "v7x": 2.2e9}  # inferred: bfloat16 rate / (2 units x 256 x 256 x 2 per cycle)
 ROWS, CHUNK_TOKENS = 256, 2048
 CONTEXTS = (256, 1024, 4096)
+LONG_CONTEXTS = (8192, 32768, 131072)
+PRODUCTS_PER_BUNDLE = 524288  # multiplications and additions at the matrix units' rate
 POOL_PAGES = 16384
 
 
@@ -155,6 +157,23 @@ def decode_bundles(figures: dict[str, int], context: int, block: int, unit: int,
     rest = context - whole * block
     parts = -(-rest // unit) * figures["edge_unit"] + -(-rest // page) * figures["page_alone"]
     return whole * figures["key_block"] + figures["row_without_products_and_copies"] + parts
+
+
+def chunk_bundles(result: dict[str, Any], num_heads: int, context: int) -> int:
+    """Return the bundles of one layer for a row's last CHUNK_TOKENS tokens, when it has `context` of them.
+
+    A tile of queries takes whole blocks as long as its first query sees all of their keys, then units. What a tile does besides is
+    counted once in a straight line: loops over its heads are not multiplied, which leaves out about as much as the two
+    bodies of the loop over keys add.
+    """
+    figures, queries, turns = result["bundles"], result["queries"], num_heads // result["heads_in_turn"]
+    total = 0
+    for first in range(context - CHUNK_TOKENS, context, queries):
+        whole = (first + 1) // result["block"]
+        units = -(-(first + queries - whole * result["block"]) // result["unit"])
+        of_turn = whole * figures["block_of_head"] + units * figures["edge_unit_of_head"]
+        total += turns * of_turn + figures["kernel"]
+    return total
 
 
 # --- compiling --------------------------------------------------------------------------------------------------------
@@ -445,7 +464,7 @@ def _chunk_table(results: dict[str, dict[str, Any]]) -> list[str]:
         "",
         "## Chunks: a turn over the heads of a tile of queries",
         "",
-        "524288 multiplications and additions a bundle is the matrix units' rate; heads of 128 can use half of it.",
+        f"{PRODUCTS_PER_BUNDLE} multiplications and additions a bundle is the matrix units' rate; heads of 128 can use half of it.",
         "",
         "| case | queries x heads x keys | bundles | flop per bundle | of the rate | edge unit | VMEM MB |",
         "|---|---|---|---|---|---|---|",
@@ -457,9 +476,47 @@ def _chunk_table(results: dict[str, dict[str, Any]]) -> list[str]:
             lines.append(
                 f"| {result['chip']} {result['shape']} | {result['queries']} x {group} x {result['block']} | "
                 f"{b['block_of_head']} | {flop / b['block_of_head'] / 1e3:.0f}k | "
-                f"{flop / b['block_of_head'] / 524288:.0%} | {b['edge_unit_of_head']} per {result['unit']} | "
+                f"{flop / b['block_of_head'] / PRODUCTS_PER_BUNDLE:.0%} | {b['edge_unit_of_head']} per {result['unit']} | "
                 f"{result['vmem_bytes'] / 1e6:.1f} |"
             )
+    return lines
+
+
+def _long_table(results: dict[str, dict[str, Any]]) -> list[str]:
+    from sgl_jax.planning.topology import CHIPS
+
+    lines = [
+        "",
+        "## Long contexts",
+        "",
+        "Thousands of cycles of one layer, pages of 128, bfloat16. Decode: one row, the longer of bundles and copies; of the rate: keys and",
+        "values read once, over that. A device has one core, so a row is not divided. Prompt: the last 2048 tokens of a row of so many, bundles of",
+        "loops over blocks of keys and of each tile's straight code; copies of pages, which each tile of queries reads, take less. Of the reachable:",
+        "the products of seen keys at the matrix rate, or at half of it where heads have 128 numbers, over that.",
+        "",
+        "| case | keys | decode | of the rate | prompt | copies | of the reachable |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for shape_name, shape in SHAPES.items():
+        for chip in CLOCK:
+            decode, chunks = (results.get(f"{kind} {chip} {shape_name} page 128") for kind in ("decode", "chunks"))
+            if decode is None or chunks is None:
+                continue
+            rate = CHIPS[chip].bytes_per_s / CLOCK[chip]
+            reachable = PRODUCTS_PER_BUNDLE if shape.is_latent else PRODUCTS_PER_BUNDLE / 2
+            for context in LONG_CONTEXTS:
+                moved, least = decode_bytes(context, 128, shape)
+                bundles = decode_bundles(decode["bundles"], context, decode["block"], decode["unit"], 128)
+                row = max(bundles, moved / rate)
+                prompt = chunk_bundles(chunks, shape.num_heads, context)
+                pairs = CHUNK_TOKENS * (2 * context - CHUNK_TOKENS + 1) / 2
+                products = 2 * pairs * shape.num_heads * (shape.key_dim + shape.value_dim)
+                tiles = CHUNK_TOKENS / chunks["queries"]
+                copies = tiles * context * shape.planes * shape.num_kv_heads * shape.width * 2 / rate
+                lines.append(
+                    f"| {chip} {shape_name} | {context} | {row / 1e3:.1f} | {least / rate / row:.0%} | {prompt / 1e3:,.0f} | "
+                    f"{copies / 1e3:,.0f} | {products / reachable / prompt:.0%} |"
+                )
     return lines
 
 
@@ -514,7 +571,12 @@ def report(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, dict[s
         "128, those of Qwen3-8B. MLA-N: N heads over a latent pool, 512 + 64 numbers a token padded to 640, the first 512",
         "the value: DeepSeek-V3 on one device and on 4. W=4: rows of 4 new tokens, the last of so many keys.",
     ]
-    lines += _decode_tables(results) + _chunk_table(results) + (_peer_table(results, peers) if peers else [])
+    lines += (
+        _decode_tables(results)
+        + _chunk_table(results)
+        + _long_table(results)
+        + (_peer_table(results, peers) if peers else [])
+    )
     return "\n".join(lines) + "\n"
 
 
