@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 Name = Literal["tpu", "gpu", "cpu"]  # in the order of --device, with which typing would mix up another
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Platform:
     """Settings of a kind of device."""
 
@@ -54,26 +54,52 @@ PLATFORMS: dict[Name, Platform] = {
     # float32. On TPU weights of a list are prefetched, weights of a scan are not (docs/decisions/0011-list-on-tpu.md). TPU's
     # smallest bucket in bfloat16 has the rows of a tile: padding fewer for the attention kernels costs three operations a layer.
     "cpu": Platform(
-        "cpu", "bfloat16", 16, 256, 32, {"float32": 1, "bfloat16": 2}, 2, 0.4, 65536, False, False, 8, True, "cpu", 3
+        name="cpu",
+        dtype="bfloat16",
+        page_size=16,
+        chunked_prefill_size=256,
+        max_running_requests=32,
+        smallest_bucket={"float32": 1, "bfloat16": 2},
+        bucket_growth=2,
+        mem_fraction=0.4,
+        max_pool_tokens=65536,
+        stacks_layers=False,
+        vectorises_rows=False,
+        ridge_tokens=8,
+        compiles_behind=True,
+        attention="cpu",
+        ngram_drafts=3,
     ),
     "gpu": Platform(
-        "gpu", "bfloat16", 16, 2048, 256, {"float32": 8, "bfloat16": 8}, 4, 0.88, None, True, True, 192, False
+        name="gpu",
+        dtype="bfloat16",
+        page_size=16,
+        chunked_prefill_size=2048,
+        max_running_requests=256,
+        smallest_bucket={"float32": 8, "bfloat16": 8},
+        bucket_growth=4,
+        mem_fraction=0.88,
+        max_pool_tokens=None,
+        stacks_layers=True,
+        vectorises_rows=True,
+        ridge_tokens=192,
+        compiles_behind=False,
     ),
     "tpu": Platform(
-        "tpu",
-        "bfloat16",
-        16,
-        2048,
-        256,
-        {"float32": 8, "bfloat16": 16},
-        4,
-        0.88,
-        None,
-        False,
-        True,
-        512,
-        False,
-        "fa",
+        name="tpu",
+        dtype="bfloat16",
+        page_size=16,
+        chunked_prefill_size=2048,
+        max_running_requests=256,
+        smallest_bucket={"float32": 8, "bfloat16": 16},
+        bucket_growth=4,
+        mem_fraction=0.88,
+        max_pool_tokens=None,
+        stacks_layers=False,
+        vectorises_rows=True,
+        ridge_tokens=512,
+        compiles_behind=False,
+        attention="fa",
     ),
 }
 
