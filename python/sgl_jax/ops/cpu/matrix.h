@@ -14,7 +14,7 @@
 namespace {
 
 constexpr int kRows = 32;                       // rows of the matrix that are a job
-constexpr int kFewTokens = kLanes == 16 ? 2 : 6;  // tokens that are multiplied with all lanes for units of one token
+constexpr int kFewTokens = kLanes == 16 ? 8 : 6;  // tokens that are multiplied with all lanes for units of one token
 constexpr int kFilled = kLanes == 16 ? 1 : 2;   // vectors of tokens that have several lanes each
 constexpr int kVectors = kLanes == 16 ? 4 : 3;  // of tokens, that are multiplied together
 constexpr int64_t kSmallCall = 1 << 17;         // products below which waking another thread costs more than it gains
@@ -32,8 +32,10 @@ using UnitOf = FloatUnit;
 #endif
 
 // Rows that are multiplied with so many tokens where the lanes of a vector are units of one token. A processor can add to eight sums
-// at a time; from five tokens on two rows would take more registers than there are.
-constexpr int rows_across(int tokens) { return kLanes == 16 ? 1 : tokens < 4 ? 4 : tokens < 5 ? 2 : 1; }
+// at a time; more rows would take more registers than there are, 32 wide ones or 16.
+constexpr int rows_across(int tokens) {
+  return kLanes == 16 ? (tokens < 8 ? 4 : 2) : tokens < 4 ? 4 : tokens < 5 ? 2 : 1;
+}
 
 struct alignas(kLanes * 4) Line {
   uint32_t units[kLanes];
