@@ -37,9 +37,12 @@ def rounded(b, dtype):
     return b | {name: jnp.asarray(b[name]).astype(dtype) for name in ("q", "k", "v", "kv") if b[name] is not None}
 
 
-def check(b, dtype=jnp.float32, params=RACES, atol=1e-5, spec=SPEC, num_short=None, blocks=BLOCKS, **arrays):
+def check(
+    b, dtype=jnp.float32, params=RACES, atol=1e-5, spec=SPEC, num_short=None, blocks=BLOCKS, has_short=True, **arrays
+):
     """Compare outputs with the reference, within atol, zeros for padding, and every byte of the pool."""
-    given = arguments(rounded(b, dtype), spec, num_short, **arrays)
+    *given, batch, layer = arguments(rounded(b, dtype), spec, num_short, **arrays)
+    given += [dataclasses.replace(batch, has_short=has_short), layer]
     out, kv = compiled(params, blocks)(*given)
     expected, expected_kv = reference.paged_attention(*given)
     n = b["num_new"].sum()
@@ -108,11 +111,17 @@ def test_random_bfloat16_batches_with_eager_copies_match_reference(request):
     run()
 
 
+@pytest.mark.parametrize("has_short", [True, False])
 @pytest.mark.parametrize("width", [1, 4])
-def test_a_chunk_may_have_as_few_tokens_as_a_short_row(width):
+def test_a_chunk_may_have_as_few_tokens_as_a_short_row(width, has_short):
     """A part of a step begins and ends anywhere in a row, and all but the first have no short rows."""
     rows = [(5, 1), (0, 3), (40, 1), (16, 30), (99, 2), (0, 1)]
-    check(batch_of(rows), spec=AttentionSpec(0.25, width=width), num_short=0, window=64)
+    check(batch_of(rows), spec=AttentionSpec(0.25, width=width), num_short=0, window=64, has_short=has_short)
+
+
+@pytest.mark.parametrize("rows", [[], [(7, 1), (0, 30)]])
+def test_a_part_without_short_rows_over_a_latent_pool_has_zeros_for_its_padding(rows):
+    check(latent_batch(rows), atol=1e-4, spec=AttentionSpec(0.25, value_dim=128), num_short=0, has_short=False)
 
 
 def latent_batch(rows, seed=0, *, num_heads=8, head_dim=144, page_size=16, num_tokens=TOKENS):

@@ -36,6 +36,7 @@ def test_parts_one_after_the_other_give_the_whole(rows: tuple[list[int], list[in
         part = batch_part(batch, number, num_parts)
         (own,) = np.nonzero(np.diff(part.cu_q_lens))
         assert [*own] == [*range(len(own))], "rows without tokens come last"
+        assert part.has_short or part.num_short == 0
         mine = slice(number * size, (number + 1) * size)
         out, kv = paged_attention(q[mine], k[mine], v[mine], kv, part, layer)
         outs.append(out)

@@ -49,6 +49,7 @@ class RaggedBatch:
     token_offset: jax.Array  # i32[T]: and its offset in that page
     # i32[S]: the last tokens of each row that stand for none (drafts that it lacks); a backend may leave them out. None: none do.
     num_missing: jax.Array | None = None
+    has_short: bool = dataclasses.field(default=True, metadata={"static": True})  # False: num_short is 0 in every step
 
 
 @jax.tree_util.register_dataclass
@@ -152,11 +153,12 @@ def batch_part(batch: RaggedBatch, number: int, num_parts: int) -> RaggedBatch:
         page_table=batch.page_table[order],
         kv_lens=jnp.where(num_new > 0, (batch.kv_lens - num_later)[order], 0),
         cu_q_lens=jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(num_new, dtype=jnp.int32)]),
-        num_short=jnp.where(number == 0, batch.num_short, 0),
+        num_short=batch.num_short if number == 0 else jnp.int32(0),
         token_row=jnp.maximum(batch.token_row[first:end] - skipped, 0),
         positions=batch.positions[first:end],
         token_page=batch.token_page[first:end],
         token_offset=batch.token_offset[first:end],
+        has_short=number == 0,
     )
 
 

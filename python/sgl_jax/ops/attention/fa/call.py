@@ -57,8 +57,10 @@ def paged_attention(
         token_page=jnp.pad(batch.token_page, (0, padded_tokens - num_tokens)),
         table=jnp.pad(batch.page_table, ((0, 0), (0, -batch.page_table.shape[1] % IDS))),
     )
-    most = min(_whole(min(len(batch.kv_lens), num_tokens) * static.width), _whole(num_tokens))
-    out, kv = _attend_short_in_turn(tokens, rows, kv, static, blocks[0], most)
+    out, most = tokens.outputs(static), 0
+    if batch.has_short:
+        most = min(_whole(min(len(batch.kv_lens), num_tokens) * static.width), _whole(num_tokens))
+        out, kv = _attend_short_in_turn(tokens, rows, kv, static, blocks[0], most)
     out, kv = attend_chunks(tokens, rows, out, kv, static, blocks[1], lines_set=most)
     out = out.swapaxes(0, 1) if out.ndim == 3 else out.reshape(padded_tokens, static.num_heads, -1)
     value_dim = head_dim if layer.spec.value_dim is None else layer.spec.value_dim

@@ -378,13 +378,20 @@ def _kernel(refs: ChunkRefs, static: Static, unit_pages: int, lines_set: int) ->
 
 
 def attend_chunks(
-    tokens: Tokens, rows: Rows, o: jax.Array, kv: jax.Array, static: Static, blocks: ChunkBlocks, *, lines_set: int
+    tokens: Tokens,
+    rows: Rows,
+    o: jax.Array | jax.ShapeDtypeStruct,
+    kv: jax.Array,
+    static: Static,
+    blocks: ChunkBlocks,
+    *,
+    lines_set: int,
 ) -> tuple[jax.Array, jax.Array]:
     """Attend to the rows after the short ones.
 
-    o [T, N * V] or [N, T, V]; T a multiple of blocks.queries. If all rows are short, the first lines_set lines of o are
-    as they should be. Returns o with the lines after the short rows' set, and the pool; both are changed in place when
-    donated.
+    o [T, N * V] or [N, T, V], or its shape if there are no short rows; T a multiple of blocks.queries. If all rows are short, the
+    first lines_set lines of o are as they should be. Returns o with the lines after the short rows' set, and the pool; both
+    are changed in place when donated.
     """
     num_heads, head_dim, q, rope = static.num_heads, static.head_dim, tokens.q, tokens.rope
     heads, _ = products_of(num_heads, static.num_kv_heads, blocks.queries)

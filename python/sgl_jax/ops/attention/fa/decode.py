@@ -385,7 +385,7 @@ def attend_short(
     Returns o [T, N * V] or [N, T, V], as q is, whose first num_tokens lines are set (zeros after the short rows'), and
     the pool.
     """
-    num_heads, width, q, sinks = static.num_heads, static.width, tokens.q, tokens.sinks
+    num_heads, width, sinks = static.num_heads, static.width, tokens.sinks
     part, lane_tiles, kv_lines = part_heads(static.group, width), len(static.lane_tiles), kv.shape[1] * kv.shape[2]
     if sinks is not None and width > 1:  # a line for each query of a product
         sinks = jnp.tile(sinks[:num_heads].reshape(-1, 1, part, LANES), (1, width, 1, 1)).reshape(-1, LANES)
@@ -397,7 +397,6 @@ def attend_short(
         "write_sem": pltpu.SemaphoreType.DMA((WRITES,)),
         "ring": ring.scratch(blocks.slots, blocks.pages, kv),
     }
-    out = (num_heads, q.shape[1], static.value_dim) if q.ndim == 3 else (q.shape[0], num_heads * static.value_dim)
     keys = num_tokens // width * EXPECTED_KEYS  # read once for all queries of a row
     return run_kernel(
         "fa_decode",
@@ -405,7 +404,7 @@ def attend_short(
         dataclasses.replace(tokens, sinks=sinks),
         dataclasses.replace(rows, cu_q_lens=rows.cu_q_lens if width > 1 else None, token_page=None),
         kv,
-        jax.ShapeDtypeStruct(out, q.dtype),
+        tokens.outputs(static),
         scratch,
         static=static,
         lines=num_tokens,

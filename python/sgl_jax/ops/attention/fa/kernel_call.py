@@ -77,6 +77,11 @@ class Tokens:
     k_norm: Ref | None  # [1, H]
     rope: Ref | None  # f32[T, H]: cos and sin (api.QKPrepare)
 
+    def outputs(self, static: Static) -> jax.ShapeDtypeStruct:
+        """Return the shape of the outputs: [T, N * V] or [N, T, V], as q is."""
+        whole = *self.q.shape[:-1], static.num_heads * static.value_dim
+        return jax.ShapeDtypeStruct((*self.q.shape[:-1], static.value_dim) if self.q.ndim == 3 else whole, self.q.dtype)
+
     def cut(self, start: jax.Array | int, lines: int) -> Tokens:
         """Take the tokens [start, start + lines)."""
 
