@@ -23,10 +23,15 @@ using Integers = ffi::Buffer<ffi::S32>;
 using Numbers = ffi::Buffer<ffi::F32>;
 
 constexpr int kTileLines = 128;    // lines of a tile, unless one token alone has more
-constexpr int kFewLines = kLanes == 16 ? 8 : 32;  // lines up to which packing costs more than it gains
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+constexpr int kFewLines = kHasPairs ? 8 : 32;  // lines up to which packing costs more than it gains
 constexpr int kSegment = 1024;     // keys of a job, where a row is a single tile
 // Lines times keys below which waking another thread costs more than it gains.
-constexpr int kSmallCall = kLanes == 16 ? 1 << 14 : 1 << 11;
+constexpr int kSmallCall = kHasPairs ? 1 << 14 : 1 << 11;
 constexpr float kFloor = -1e30f;   // finite, so that a line that has seen no key yet makes no inf - inf
 
 // The pool's numbers: those of the queries, or eight bits each, which are widened before they are used.
