@@ -29,6 +29,7 @@ from provenance import commit, machine
 
 PAUSE_S = 0.5
 TOKENS = 96  # in each answer
+REQUESTS = 12  # of a measurement at least: the first one after a pause is slower
 CONCURRENCY = (1, 4, 16)
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo")
 PLACES = ("harbour", "market", "library", "station", "garden", "bridge", "museum", "bakery")
@@ -89,8 +90,9 @@ def ask(server: Server, prompt: str, ignore_eos: bool) -> int:
 
 
 def measure(server: Server, task: Callable[[int], str], concurrency: int, first: int) -> float:
-    """Return output tokens per second of 3 rounds of `concurrency` requests at once."""
-    prompts, made_up = [task(first + i) for i in range(3 * concurrency)], task in TASKS.values()
+    """Return output tokens per second of 3 rounds of `concurrency` requests at once, or more."""
+    number = max(REQUESTS, 3 * concurrency)
+    prompts, made_up = [task(first + i) for i in range(number)], task in TASKS.values()
     with ThreadPoolExecutor(concurrency) as threads:
         begin = time.perf_counter()
         tokens = sum(threads.map(lambda prompt: ask(server, prompt, ignore_eos=made_up), prompts))
