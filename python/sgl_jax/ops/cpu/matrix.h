@@ -136,7 +136,11 @@ struct Product {
     if constexpr (P == kLanes) {
       using Vector = std::conditional_t<std::is_same_v<Sum, float>, Floats, Ints>;
       using Four = std::conditional_t<std::is_same_v<Sum, float>, Quad, QuadIndex>;
-      const auto of = [&](int i) { return reinterpret_cast<const Vector*>(sums)[std::min(i, N - 1)]; };
+      const auto of = [&](int i) {  // a template's argument loses its alignment of 4, so that nothing may point to a Vector
+        Vector lanes;
+        std::memcpy(&lanes, sums + std::min(i, N - 1) * kLanes, sizeof(lanes));
+        return lanes;
+      };
       for (int i = 0; i < N; i += 4) {
         const Four four = sums_of<Four>(of(i), of(i + 1), of(i + 2), of(i + 3));
         std::memcpy(totals + i, &four, sizeof(Sum) * std::min(4, N - i));
