@@ -29,7 +29,7 @@ from provenance import commit, machine
 
 PAUSE_S = 0.5
 TOKENS = 96  # in each answer
-REQUESTS = 12  # of a measurement at least: the first one after a pause is slower
+REQUESTS = 12  # least number in a measurement: the first one after a pause is slower
 CONCURRENCY = (1, 4, 16)
 NAMES = ("Anna", "Boris", "Clara", "David", "Elena", "Felix", "Greta", "Hugo")
 PLACES = ("harbour", "market", "library", "station", "garden", "bridge", "museum", "bakery")
