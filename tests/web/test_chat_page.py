@@ -453,7 +453,10 @@ def test_a_phone_shows_all_of_it(visit: Callable[..., Page], repeating: LiveServ
 
 def test_little_stands_before_the_first_paint(page: Page) -> None:
     """How long it takes is the machine's doing, and only bounded; what it waits for is the page's."""
-    page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length")
+    page.evaluate(
+        """() => new Promise((done) => new PerformanceObserver((found) =>
+            found.getEntriesByName('first-contentful-paint').length && done()).observe({type: 'paint', buffered: true}))"""
+    )
     paint, requests, size, blocking = page.evaluate(
         """() => { const paint = performance.getEntriesByName('first-contentful-paint')[0].startTime;
             const files = performance.getEntriesByType('resource').filter((each) => each.responseEnd <= paint && each.name.includes('/web/'));

@@ -55,10 +55,7 @@ def output(page: Page, key: str) -> str:
 
 
 def shown(page: Page, key: str, pattern: str) -> None:
-    page.wait_for_function(
-        "([key, pattern]) => RegExp(pattern).test(document.querySelector(`output[data-key=${key}]`)?.value)",
-        arg=[key, pattern],
-    )
+    page.locator(f'output[data-key="{key}"]', has_text=re.compile(pattern)).wait_for(state="attached")
 
 
 def status(page: Page, expected: str) -> None:
@@ -88,7 +85,7 @@ def test_numbers_move_when_requests_are_answered(server: LiveServer, visit: Visi
 
 def test_the_pointer_shows_the_numbers_of_its_time_in_every_panel(server: LiveServer, visit: Visit) -> None:
     page = visit(f"{server.url}/dashboard", color_scheme="dark")
-    page.wait_for_function("document.querySelectorAll('canvas').length > 8")
+    page.locator("canvas").nth(8).wait_for(state="attached")
     assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "light dark"
     dark = page.evaluate("getComputedStyle(document.querySelector('.line1')).color")
     page.emulate_media(color_scheme="light")
