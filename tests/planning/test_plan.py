@@ -59,6 +59,20 @@ def test_qwen3_8b_on_four_v6e_chips_by_hand() -> None:
     assert (prompt.bucket.num_parts, prompt.tokens_per_s) == (4, pytest.approx(2048 / prompt.bound.seconds))
 
 
+@pytest.mark.parametrize(("asked", "num_parts"), [(None, 4), (0, 1), (512, 4), (513, 2), (1024, 2)])
+def test_long_steps_have_parts_of_at_least_the_tokens_asked_for(asked: int | None, num_parts: int) -> None:
+    steps = plan("Qwen3-8B", "v6e-4", collective_overlap_tokens=asked).steps
+    assert max(steps, key=lambda step: step.bucket.num_tokens).bucket.num_parts == num_parts
+
+
+def test_parts_that_no_step_can_have_are_refused() -> None:
+    with pytest.raises(ValueError, match="1025") as error:
+        plan("Qwen3-8B", "v6e-4", collective_overlap_tokens=1025)
+    assert says(
+        str(error.value), "--collective-overlap-tokens … 1025 … 2048 tokens … 256 rows … lower … --chunked-prefill-size"
+    )
+
+
 def test_pages_have_128_tokens_for_the_kernels_of_a_tpu_unless_asked_otherwise() -> None:
     assert plan("Qwen3-8B", "v6e-4").launch.runner_config.page_size == 128
     assert plan("Qwen3-8B", "v6e-4", page_size=16).launch.runner_config.page_size == 16

@@ -11,7 +11,7 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.request import MAX_EOS_TOKENS
-from sgl_jax.runtime.buckets import divided, make_buckets
+from sgl_jax.runtime.buckets import Bucket, divided, make_buckets
 from sgl_jax.runtime.memory import MemoryPlan, plan_memory
 from sgl_jax.runtime.placed_weights import weight_bytes
 from sgl_jax.runtime.platform import Platform, overlap_tokens
@@ -98,10 +98,8 @@ def plan_launch(
     _check_pool(args, memory, wanted, grid)
     runner, scheduler = _limits(args, platform, wanted, memory, speculation, grid)
     if grid.tensor > 1:
-        part_tokens = args.collective_overlap_tokens
-        part_tokens = overlap_tokens(device_kind, model, grid) if part_tokens is None else part_tokens
-        buckets = tuple(divided(bucket, part_tokens, grid.tensor) for bucket in runner.buckets)
-        runner = dataclasses.replace(runner, buckets=buckets)
+        part_tokens = overlap_tokens(device_kind, model, grid)
+        runner = dataclasses.replace(runner, buckets=_divided(args, runner.buckets, part_tokens, grid))
     return LaunchPlan(grid, weights, memory, runner, scheduler, drafter_of(args.speculation), adapter_bytes)
 
 
@@ -146,6 +144,20 @@ def _limits(
         speculation.keeps_tokens,
     )
     return runner, scheduler
+
+
+def _divided(args: ServerArgs, buckets: tuple[Bucket, ...], by_default: int, grid: Grid) -> tuple[Bucket, ...]:
+    """Return the buckets in parts of --collective-overlap-tokens, else of as many tokens as for the device and the model."""
+    asked = args.collective_overlap_tokens
+    found = tuple(divided(bucket, by_default if asked is None else asked, grid.tensor) for bucket in buckets)
+    if asked and all(bucket.num_parts == 1 for bucket in found):
+        largest = max(buckets, key=lambda bucket: bucket.num_tokens)
+        raise ValueError(
+            f"--collective-overlap-tokens is {asked}; the largest step has {largest.num_tokens} tokens and {largest.num_rows} rows on "
+            "each data rank, and no two equal parts of so many tokens, with all rows in the first; lower it, or raise "
+            "--chunked-prefill-size"
+        )
+    return found
 
 
 def _page_size(args: ServerArgs, platform: Platform, kernels: Kernels, pool: Pool) -> int:
