@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.models.decoder_config import MoeConfig
 from sgl_jax.models.layers import gated
 from sgl_jax.models.linear import grouped_linear
 from sgl_jax.models.moe import LayerExperts, dispatch, route
 from sgl_jax.models.weights import Experts, MoeWeights
+from sgl_jax.ops.experts import pallas_tpu
+from sgl_jax.ops.experts.api import LINE, RoutedExperts
 from sgl_jax.ops.grouped_matmul import native
 from sgl_jax.ops.quantized_matmul.native import quantized_grouped_matmul
 
@@ -77,13 +81,21 @@ def test_tokens_take_the_experts_of_the_published_rule(changes: dict, bias: np.n
     np.testing.assert_allclose(weights, expected_weights, rtol=1e-5)
 
 
-def test_dispatch_weighs_and_sums_and_leaves_padding_out() -> None:
-    gate_up = RNG.standard_normal((1, E, 2 * F, D)).astype(np.float32)
-    down = RNG.standard_normal((1, E, D, F)).astype(np.float32)
+def _interpreted(*args) -> jax.Array:
+    with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+        return pallas_tpu.routed_experts(*args, most_tokens=4)
+
+
+@pytest.mark.parametrize("routed", [None, _interpreted], ids=["one by one", "one operation"])
+def test_dispatch_weighs_and_sums_and_leaves_padding_out(routed: RoutedExperts | None) -> None:
+    width = D if routed is None else LINE
+    gate_up = RNG.standard_normal((1, E, 2 * F, width)).astype(np.float32)
+    down = RNG.standard_normal((1, E, width, F)).astype(np.float32)
+    values = RNG.standard_normal((T, width)).astype(np.float32)
     ids = RNG.integers(0, E, (T, X)).astype(np.int32)
     weights = RNG.random((T, X)).astype(np.float32)
     valid = np.array([True, True, False, True, True, False])
-    tokens = np.where(valid[:, None], TOKENS, np.nan)  # values of padding must not matter
+    tokens = np.where(valid[:, None], values, np.nan)  # values of padding must not matter
     at = LayerExperts(_experts(gate_up, down), jnp.int32(0))
     out = dispatch(
         jnp.asarray(tokens),
@@ -93,11 +105,12 @@ def test_dispatch_weighs_and_sums_and_leaves_padding_out() -> None:
         at,
         functools.partial(gated, activation="silu"),
         MULTIPLY,
+        routed=routed,
     )
-    expected = np.zeros((T, D))
+    expected = np.zeros((T, width))
     for t in np.flatnonzero(valid):
         for weight, e in zip(weights[t], ids[t], strict=True):
-            gate, up = np.split(gate_up[0, e].astype(np.float64) @ TOKENS[t], 2)
+            gate, up = np.split(gate_up[0, e].astype(np.float64) @ values[t], 2)
             expected[t] += weight * (down[0, e] @ (gate / (1 + np.exp(-gate)) * up))
     np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5)
 

@@ -19,6 +19,7 @@ from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.moe import LayerExperts, moe_layer
 from sgl_jax.models.weights import Experts, Layers, LayerWeights, Weights, head
 from sgl_jax.ops.attention.api import QKPrepare, split_heads
+from sgl_jax.ops.experts.api import RoutedExperts
 from sgl_jax.ops.norm_rope import rms_norm
 from sgl_jax.parallel.grid import LONE, Grid
 
@@ -59,6 +60,7 @@ class Context:
     grid: Grid = LONE
     linear: Linear = linear
     has_barriers: bool = False  # as in ops/kernels.Kernels
+    routed: RoutedExperts | None = None  # likewise
 
 
 def hidden_states(
@@ -269,7 +271,9 @@ def _mlp(h, w: LayerWeights[jax.Array], experts: LayerExperts | None, config: De
         outs.append(long_steps.mlp(h, *matrices, act, context.linear, has_barriers=context.has_barriers))
     if w.moe is not None and experts is not None and config.moe is not None:
         multiply = context.grouped, context.linear
-        outs.append(moe_layer(h, w.moe, experts, config.moe, act, context.valid, *multiply, context.grid))
+        outs.append(
+            moe_layer(h, w.moe, experts, config.moe, act, context.valid, *multiply, context.grid, context.routed)
+        )
         if config.moe.residual_scale is not None:
             outs = [sum(outs) * jnp.asarray(config.moe.residual_scale, h.dtype)]
     return outs[0]

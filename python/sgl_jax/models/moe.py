@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from sgl_jax.models.decoder_config import MoeConfig
 from sgl_jax.models.linear import GroupedLinear, Linear, linear
+from sgl_jax.models.quantised import Quantised
 from sgl_jax.models.weights import Experts, MoeWeights
+from sgl_jax.ops.experts import api
+from sgl_jax.ops.experts.api import Gated, RoutedExperts
 from sgl_jax.parallel.grid import LONE, Grid
-
-Gated = Callable[[Float[Array, "M F"], Float[Array, "M F"]], Float[Array, "M F"]]  # the activation of gate and up
 
 
 @jax.tree_util.register_dataclass
@@ -61,9 +61,10 @@ def dispatch(
     gated: Gated,
     grouped: GroupedLinear,
     grid: Grid = LONE,
+    routed: RoutedExperts | None = None,
 ) -> Float[Array, "T D"]:
-    """Send each token through its experts and sum their weighed outputs. Tokens are sorted by expert; those that
-    are not valid take none.
+    """Send each token through its experts and sum their weighed outputs. Tokens that are not valid take none. `routed` does
+    all of it, where there is one and it takes the matrices; else tokens are sorted by expert, and copied.
 
     One of many devices returns its addend of the sum: that of the experts it holds, or of its part of their neurons.
     """
@@ -71,10 +72,11 @@ def dispatch(
     group, part = divmod(grid.all_axes.index(), grid.expert_width)
     indices = ids - group * held
     used = valid[:, None] & (indices >= 0) & (indices < held)
-    expert = jnp.where(used, indices, held).reshape(-1)  # [T * X], the last group is no group
-    order = jnp.argsort(expert, stable=True)
-    sizes = jnp.zeros(held, jnp.int32).at[expert].add(1, mode="drop")
-    experts, sorted_expert = at.experts, expert[order]
+    expert, experts = jnp.where(used, indices, held), at.experts  # number `held` is no expert
+    if routed is not None and (matrices := _plain_matrices(experts, x)) is not None:
+        return routed(x, *matrices, at.layer, expert, weights, gated)
+    order, sizes = api.sort_pairs(expert, held)
+    sorted_expert = expert.reshape(-1)[order]
     multiply = functools.partial(grouped, layer=at.layer, group_sizes=sizes)
     h = multiply(x[order // per_token], experts.gate_up, site="moe.experts.gate_up")
     if experts.gate_up_bias is not None:
@@ -87,6 +89,15 @@ def dispatch(
     return jnp.where(used[..., None], back * weights[..., None], 0.0).sum(1).astype(x.dtype)
 
 
+def _plain_matrices(experts: Experts[jax.Array], x: Float[Array, "T D"]) -> tuple[jax.Array, jax.Array] | None:
+    """Return the matrices if api.RoutedExperts takes them: of x's dtype, without biases, and D a multiple of its lines."""
+    gate_up, down = experts.gate_up, experts.down
+    if isinstance(gate_up, Quantised) or isinstance(down, Quantised) or {gate_up.dtype, down.dtype} != {x.dtype}:
+        return None
+    has_biases = experts.gate_up_bias is not None or experts.down_bias is not None
+    return None if has_biases or x.shape[1] % api.LINE else (gate_up, down)
+
+
 def moe_layer(
     x: Float[Array, "T D"],
     w: MoeWeights[jax.Array],
@@ -97,10 +108,11 @@ def moe_layer(
     grouped: GroupedLinear,
     linear: Linear = linear,
     grid: Grid = LONE,
+    routed: RoutedExperts | None = None,
 ) -> Float[Array, "T D"]:
     """Add the outputs of routed and shared experts. One of many devices returns its addend of the sum."""
     weights, ids = route(x, w, moe, linear)
-    out = dispatch(x, weights, ids, valid, at, gated, grouped, grid)
+    out = dispatch(x, weights, ids, valid, at, gated, grouped, grid, routed)
     if w.shared_down is None:
         return out
     h = gated(*jnp.split(linear(x, w.shared_gate_up, site="moe.shared_gate_up"), 2, axis=-1))

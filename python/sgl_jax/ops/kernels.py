@@ -9,6 +9,7 @@ from sgl_jax.ops.adapter_addend import AdapterAddend, plain_addend
 from sgl_jax.ops.attention.backends import Backend
 from sgl_jax.ops.cpu.library import Library
 from sgl_jax.ops.dense import DenseProduct, library_product, plain_product
+from sgl_jax.ops.experts.api import RoutedExperts
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.quantized_matmul import native
 from sgl_jax.ops.quantized_matmul.api import QuantizedGroupedMatmul, QuantizedMatmul
@@ -22,6 +23,7 @@ class Kernels:
     dense: DenseProduct = plain_product
     quantized: QuantizedMatmul = native.quantized_matmul
     quantized_experts: QuantizedGroupedMatmul | None = None  # None: this layer's matrices are dequantised first
+    routed_experts: RoutedExperts | None = None  # None: their products one by one, by the above
     adapters: AdapterAddend = plain_addend
     library: Library | None = None  # for operations that have no contract here
     has_barriers: bool = False  # there are barriers between some operations of long steps (models/long_steps.py)

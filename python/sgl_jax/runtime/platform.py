@@ -14,6 +14,7 @@ from sgl_jax.ops.adapter_addend import library_addend
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.cpu.library import find_library
 from sgl_jax.ops.dense import library_product, plain_product
+from sgl_jax.ops.experts.api import RoutedExperts
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
@@ -187,13 +188,21 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     if platform.name == "tpu":
         from sgl_jax.ops.quantized_matmul import pallas_tpu as quantized  # importing Pallas is slow
 
-        quantised = quantized.quantized_matmul, quantized.quantized_grouped_matmul
-        return Kernels(attention, grouped, plain_product, *quantised, has_barriers=True)
+        products = plain_product, quantized.quantized_matmul, quantized.quantized_grouped_matmul
+        return Kernels(attention, grouped, *products, routed_experts_for(platform.name), has_barriers=True)
     if library is None:
         return Kernels(attention, grouped)
     quantised = library_matmul(library), library_grouped_matmul(library)
     more = {"adapters": library_addend(library), "library": library}
     return Kernels(attention, grouped, library_product(library), *quantised, **more)
+
+
+def routed_experts_for(platform: Name) -> RoutedExperts | None:
+    if platform != "tpu":
+        return None
+    from sgl_jax.ops.experts import pallas_tpu  # importing Pallas is slow
+
+    return pallas_tpu.routed_experts
 
 
 def grouped_matmul_for(platform: Name) -> GroupedMatmul:

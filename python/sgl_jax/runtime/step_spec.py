@@ -65,7 +65,14 @@ class StepSpec:
 
         live = valid if self.grid.data_axis.size == 1 else None  # else a product has its rank's tokens or those of all
         linear, grouped = products(self.kernels.over(live), slots)
-        functions = grouped, self.compute_dtype, self.grid, linear, self.kernels.has_barriers
+        functions = (
+            grouped,
+            self.compute_dtype,
+            self.grid,
+            linear,
+            self.kernels.has_barriers,
+            self.kernels.routed_experts,
+        )
         return Context(batch.positions, valid, attend, *functions)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from messages import says
 from sgl_jax import check_env
 from sgl_jax.ops.attention.backends import find_backend
+from sgl_jax.ops.experts import pallas_tpu
 from sgl_jax.ops.grouped_matmul import native
 from sgl_jax.runtime.platform import PLATFORMS
 from sgl_jax.tools.environment import check_command
@@ -53,6 +56,17 @@ def test_a_wrong_grouped_matmul_is_found() -> None:
         return native.grouped_matmul(x, w, layer, jnp.roll(sizes, 1))
 
     assert numerics.grouped_matmul_error(shifted, "float32") > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_experts_pass_as_they_are_and_wrong_ones_are_found(dtype: str) -> None:
+    def run(x, gate_up, down, layer, expert, weights, gated, *, shift=0):
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+            moved = jnp.roll(expert, shift, axis=0)
+            return pallas_tpu.routed_experts(x, gate_up, down, layer, moved, weights, gated, most_tokens=128)
+
+    assert numerics.experts_error(run, dtype) < numerics.ALLOWED[dtype]
+    assert numerics.experts_error(functools.partial(run, shift=1), dtype) > 0.1
 
 
 def test_a_model_decodes_as_it_reads_unless_attention_forgets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,14 +17,17 @@ from sgl_jax.engine.core import Core
 from sgl_jax.engine.messages import Generate, StepOutput
 from sgl_jax.engine.startup import build_core
 from sgl_jax.models.bundled import bundled
+from sgl_jax.models.layers import gated
 from sgl_jax.ops.attention import reference as attention_reference
 from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, make_ragged_batch
 from sgl_jax.ops.attention.backends import Backend, NoSuchBackend, find_backend
+from sgl_jax.ops.experts import reference as experts_reference
+from sgl_jax.ops.experts.api import RoutedExperts
 from sgl_jax.ops.grouped_matmul import reference as grouped_reference
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.request import SamplingParams
 from sgl_jax.runtime.compiler import matmul_precision
-from sgl_jax.runtime.platform import Name, Platform, grouped_matmul_for, pick_devices
+from sgl_jax.runtime.platform import Name, Platform, grouped_matmul_for, pick_devices, routed_experts_for
 from sgl_jax.settings.server_args import ServerArgs
 
 BACKENDS = ("native", "fa")
@@ -76,6 +79,8 @@ def checks(platform: Platform, num_devices: int) -> Iterator[Check]:
             yield _run(title, ALLOWED[dtype], dtype, partial(attention_error, backend, dtype))
         error = partial(grouped_matmul_error, grouped_matmul_for(platform.name), dtype)
         yield _run(f"grouped matmul, {dtype}", ALLOWED[dtype], dtype, error)
+        if (routed := routed_experts_for(platform.name)) is not None:
+            yield _run(f"experts, {dtype}", ALLOWED[dtype], dtype, partial(experts_error, routed, dtype))
     error = partial(model_error, platform.name, num_devices)
     yield _run(f"model, {platform.dtype}", ALLOWED[platform.dtype], platform.dtype, error)
 
@@ -130,6 +135,21 @@ def grouped_matmul_error(grouped_matmul: GroupedMatmul, dtype: str) -> float:
     used = int(sizes.sum())
     wanted = grouped_reference.grouped_matmul(np.asarray(x, np.float64), np.asarray(w, np.float64), 1, sizes)
     return float(np.abs(np.asarray(out, np.float64) - wanted)[:used].max())
+
+
+def experts_error(routed: RoutedExperts, dtype: str) -> float:
+    """Return the largest difference of outputs, for 200 tokens with three of eight experts each, one of which has none."""
+    rng = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(np.float32))  # noqa: E731
+    arrays = draw(200, 256), draw(2, 8, 2 * 384, 256) / 16, draw(2, 8, 256, 384) / 16
+    x, gate_up, down = (array.astype(dtype) for array in arrays)
+    expert = np.stack([rng.permutation(9)[:3] for _ in range(200)]).astype(np.int32)
+    expert[expert == 5] = 8  # number 8 is none
+    weights = rng.random((200, 3)).astype(np.float32)
+    silu = partial(gated, activation="silu")
+    out = jax.jit(partial(routed, gated=silu))(x, gate_up, down, jnp.int32(1), expert, weights)
+    wanted = experts_reference.routed_experts(x, gate_up, down, 1, expert, weights)
+    return float(np.abs(np.asarray(out, np.float64) - wanted).max())
 
 
 @contextlib.contextmanager
