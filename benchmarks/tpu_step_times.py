@@ -42,14 +42,16 @@ HEAD = """# Estimated times of TPU steps
 Made by `python benchmarks/tpu_step_times.py`; nothing here ran on a TPU. Versions of jax and libtpu are in the JSON.
 
 A step of the default launch over all chips, of full rows with {context} cached tokens, in milliseconds. Products and other
-operations are what the compiler estimates for each instruction. Exchange is the time of all collectives by the links' full
-rate and 1 µs a hop; wait is the part of it beside which the program runs nothing. Sum: products, others and wait. Attention
-kernels are only counted, and the sampler's branches, which steps without sampling skip, are apart. Bound: the longest of reading
+operations are what the compiler estimates for each instruction; gathers on SparseCores, for which it estimates nothing, take
+their bytes at the memory's full rate. Experts: kernels of their products, by what they read and multiply at full rates. Exchange
+is the time of all collectives by the links' full rate and 1 µs a hop; wait is the part of it beside which the program runs
+nothing. Sum: products, others, experts and wait. Attention kernels and sorts (one or two for each layer of experts) are left
+out, kernels are counted, and the sampler's branches, which steps without sampling skip, are apart. Bound: the longest of reading
 weights and KV, of products, and of links, at full rates; in turn: links after the others. Rate: the model's products at the
 matrix rate, over the sum.
 
-| model | topology | step | parts | products | others | exchange | wait | sum | kernels | sampler | bound | in turn | rate | temporaries MB |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
+| model | topology | step | parts | products | others | experts | exchange | wait | sum | kernels | sampler | bound | in turn | rate | temporaries MB |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -102,10 +104,11 @@ def report(cells: list[dict[str, Any]]) -> str:
     for each in cells:
         name = f"| {each['model']} | {each['topology']} | "
         if "misfit" in each:
-            lines.append(f"{name}{each['tokens']} tokens: does not fit |" + " |" * 12)
+            lines.append(f"{name}{each['tokens']} tokens: does not fit |" + " |" * 13)
             continue
         made = each["compiled"]
-        times = [sum(made["products"].values()), sum(made["others"].values()), made["exchanged"], made["waited"]]
+        times = [sum(made["products"].values()), sum(made["others"].values())]
+        times += [made[key] for key in ("in_kernels", "exchanged", "waited")]
         sums = " | ".join(f"{1e3 * time:.2f}" for time in (*times, made["seconds"]))
         bounds = " | ".join(f"{1e3 * each[key]:.2f}" for key in ("bound_seconds", "in_turn_seconds"))
         rate = f"{each['bound']['compute_s'] / made['seconds']:.0%}"

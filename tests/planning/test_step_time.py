@@ -86,6 +86,30 @@ def test_a_scatter_inside_a_fusion_is_waited_for() -> None:
     assert (time.waited, time.collectives) == (pytest.approx(HALF_RING), 1)
 
 
+def test_a_kernel_of_products_takes_what_it_states() -> None:
+    stated = 'backend_config={"custom_call_config":{"cost_estimate":{"flops":"918000000","transcendentals":"0","bytes_accessed":"BYTES"}}}'
+    kernel = (
+        f'  %k = bf16[8]{{0}} custom-call(%a), metadata={{op_name="jit(s)/mlp/experts_down/pallas_call"}}, {stated}'
+    )
+    for nbytes, seconds in ((0, 1e-6), (3_280_000, 2e-6)):
+        time = step_time(program(kernel.replace("BYTES", str(nbytes))), V6E, 4)
+        assert (time.kernels, time.in_kernels, time.seconds) == (1, pytest.approx(seconds), time.in_kernels)
+
+
+def test_a_gather_on_sparse_cores_is_waited_for_and_a_sort_counted() -> None:
+    lines = [
+        "  %gather_offload.1 = ((), (), (s32[1])) call-start(), to_apply=%called",
+        "  %gather_offload.1.update = ((bf16[99,4096], s32[1024]), bf16[1024,4096]) call-update(%gather_offload.1, %a, %a)",
+        '  %done = bf16[1024,4096]{1,0} call-done(%gather_offload.1.update), metadata={op_name="jit(s)/embed/gather"}',
+        "  %s = (s32[8], s32[8]) sort(%a, %a), dimensions={0}",
+    ]
+    copied = 2 * SIZE / 1640e9
+    time = step_time(program(*lines), V6E, 4)
+    assert (time.others, time.sorts) == ({"embed": pytest.approx(copied), "rest": 0.0}, 1)
+    time = step_time(program(*lines[:2], product(1751), *lines[2:]), V6E, 4)
+    assert time.others["embed"] == pytest.approx(copied - 1e-6, rel=1e-3)
+
+
 def test_kernels_and_the_samplers_branches_are_kept_apart() -> None:
     kernel = '  %k = bf16[8]{0} custom-call(%a), metadata={op_name="jit(s)/attention/fa_chunks/pallas_call"}'
     branches = "branch_computations={%branch, %branch}"

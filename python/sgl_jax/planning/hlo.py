@@ -46,6 +46,7 @@ class Instruction:
     calls: tuple[str, ...]  # computations it runs; a fusion's own counts as part of it
     op_name: str  # the path of named scopes it comes from
     cycles: int  # the TPU compiler's estimate; 0: none
+    stated: tuple[int, int] = (0, 0)  # floating-point operations and bytes that a kernel of ours says it takes
     in_loop: bool = False
     in_branch: bool = False
 
@@ -123,4 +124,6 @@ def _instruction(name: str, result: str, opcode: str, rest: str) -> Instruction:
     operands = re.findall(r"[\w.\-]+", re.sub(r"/\*.*?\*/", "", rest.partition(")")[0]))
     path, estimate = op_name[1] if op_name else "", int(cycles[1]) if cycles else 0
     estimate = 0 if estimate == _NO_ESTIMATE else estimate
-    return Instruction(name, opcode, arrays, tuple(operands), tuple(calls), path, estimate)
+    cost = re.search(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', rest)
+    stated = (int(cost[1]), int(cost[2])) if cost else (0, 0)
+    return Instruction(name, opcode, arrays, tuple(operands), tuple(calls), path, estimate, stated)

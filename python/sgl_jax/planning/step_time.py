@@ -1,9 +1,11 @@
 """Estimated time of a compiled TPU step, from the program as the compiler scheduled it.
 
-The compiler estimates the cycles of each product and of each other operation, but neither those of a kernel of ours nor of
-a collective. Instructions run in the order of the program, whose loops, which only drafting has, are left out. A collective
-takes the time of its bytes at the links' full rate and a latency; the links carry one at a time. One that the program starts
-and finishes apart runs beside what stands between, so that only the rest of it is waited for.
+The compiler estimates the cycles of each product and of most other operations, but not those of a kernel of ours, of a
+collective, of a gather on SparseCores, or of a sort. Instructions run in the order of the program, whose loops, which only
+drafting has, are left out. A collective takes the time of its bytes at the links' full rate and a latency; the links carry one
+at a time. One that the program starts and finishes apart runs beside what stands between, so that only the rest of it is waited
+for. A gather on SparseCores reads and writes its result at the memory's full rate, beside other work likewise. A kernel of
+products takes the longer of the multiplications and the bytes that it states, at full rates.
 """
 
 import dataclasses
@@ -15,25 +17,28 @@ from sgl_jax.planning.topology import Topology
 
 STAGES = ("unpack", "embed", "attention", "mlp", "logits", "sample", "draft", "store", "prompt_logprobs")
 _KERNEL = re.compile(r"/pallas_call$")
+_PRODUCTS = re.compile(r"/(experts|grouped|quantized)_\w+/pallas_call$")
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter")
 
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """Seconds of a step in which no branch is taken, on each device. Our kernels are only counted: nothing estimates them."""
+    """Seconds of a step in which no branch is taken, on each device. Attention kernels and sorts are only counted."""
 
     products: dict[str, float]  # by stage: fusions that contain a product
-    others: dict[str, float]  # by stage
+    others: dict[str, float]  # by stage, with what is waited for gathers on SparseCores
+    in_kernels: float  # our kernels of products
     exchanged: float  # during which the links are busy
     waited: float  # the part of it during which nothing else runs
     kernels: int  # launches of our own kernels
+    sorts: int
     collectives: int
     sampling: float  # the longest way through the sampler's branches, once; greedy steps take none of it
 
     @property
     def seconds(self) -> float:
-        """The sum of what runs one after the other, without our kernels."""
-        return sum(self.products.values()) + sum(self.others.values()) + self.waited
+        """The sum of what runs one after the other, without attention kernels and sorts."""
+        return sum(self.products.values()) + sum(self.others.values()) + self.in_kernels + self.waited
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +54,22 @@ class _Exchange:
 
 def step_time(module: Module, topology: Topology, devices: int) -> StepTime:
     """Estimate a step of a launch whose sums go over this many devices."""
-    clock = topology.chip.clock_hz
+    chip, clock = topology.chip, topology.chip.clock_hz
     time = link = waited = exchanged = 0.0  # since the step began: of the device, and of the links
     products, others, under_way = dict[str, float](), dict[str, float](), dict[str, float]()
-    collectives = kernels = 0
+    in_kernels, collectives, kernels, sorts = 0.0, 0, 0, 0
+    gathers = dict[str, float]()
     for each in module.computations[module.entry]:
         stage = next((name for name in STAGES if f"/{name}/" in f"{each.op_name}/"), "rest")
         exchange = _exchange(each, devices)
         if each.opcode.endswith("-done") and (end := under_way.pop(each.operands[0], None)) is not None:
             waited += max(0.0, end - time)
             time = max(time, end)
+        elif each.opcode.endswith("-done") and (end := gathers.pop(each.operands[0], None)) is not None:
+            others[stage] = others.get(stage, 0.0) + max(0.0, end - time)
+            time = max(time, end)
+        elif each.opcode == "call-update" and each.name.startswith("gather"):
+            gathers[each.name] = time + 2 * each.arrays[-1].nbytes / chip.bytes_per_s
         elif exchange is not None:
             begin = max(time, link)
             link = begin + exchange.seconds(topology, devices)
@@ -71,12 +82,18 @@ def step_time(module: Module, topology: Topology, devices: int) -> StepTime:
                 time = link
         elif _KERNEL.search(each.op_name) and each.opcode == "custom-call":
             kernels += 1
+            if _PRODUCTS.search(each.op_name):
+                flops, nbytes = each.stated
+                seconds = max(flops / chip.flops["bfloat16"], nbytes / chip.bytes_per_s)
+                in_kernels, time = in_kernels + seconds, time + seconds
+        elif each.opcode == "sort":
+            sorts += 1
         elif each.opcode not in ("conditional", "while"):
             spent = products if module.multiplies(each) else others
             spent[stage] = spent.get(stage, 0.0) + each.cycles / clock
             time += each.cycles / clock
     sampling = max(_branch_cycles(module, "/sample/"), default=0) / clock
-    return StepTime(products, others, exchanged, waited, kernels, collectives, sampling)
+    return StepTime(products, others, in_kernels, exchanged, waited, kernels, sorts, collectives, sampling)
 
 
 def _exchange(each: Instruction, devices: int) -> _Exchange | None:
