@@ -23,7 +23,7 @@ from sgl_jax.ops.experts.api import LINE, Gated
 
 _TOGETHER = 8  # tokens that are copied in one turn of a loop
 _MOST_ROWS = 256  # an item has room for
-_PART_ROWS = 128  # rows of an item that are multiplied with gate and up together
+_PART_ROWS = 128  # rows of an item that are multiplied together
 _OTHER_BYTES = 4 << 20  # VMEM for the compiler
 _ROUNDED = 16  # tokens whose sums are rounded in one turn of a loop: the rows of a bfloat16 tile
 _SUM_BYTES = 16 << 20  # the tokens' sums in VMEM
@@ -261,7 +261,7 @@ def _down(
             out_specs=pl.BlockSpec((padded, block), lambda o, *_: (0, o)),
             scratch_shapes=[
                 pltpu.VMEM((padded * sizes.lines, LINE), jnp.float32),
-                pltpu.VMEM((sizes.rows * sizes.lines, LINE), jnp.float32),
+                pltpu.VMEM((min(sizes.rows, _PART_ROWS) * sizes.lines, LINE), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -280,9 +280,9 @@ def _down(
 
 def _down_kernel(layer, number, group, first, count, token, weight, h, w, out, sums, lines, *, sizes, contracted: int):
     """Multiply an item's rows, h [rows, F], with w [block, F] or [F, block], and add them to the sums of their tokens
-    [T * lines, 128], which become out [T, block] with the last item. Scratch: the products [rows * lines, 128]."""
+    [T * lines, 128], which become out [T, block] with the last item. Scratch: the products of a part [part_rows * lines, 128]."""
     del layer, group
-    item, each = pl.program_id(1), sizes.lines
+    item, each, part_rows = pl.program_id(1), sizes.lines, len(lines) // sizes.lines
 
     @pl.when(item == 0)
     def _():
@@ -291,23 +291,26 @@ def _down_kernel(layer, number, group, first, count, token, weight, h, w, out, s
 
         lax.fori_loop(0, len(out), clear, None)
 
+    def add(row, at, together: int):
+        """Add the products of rows that are of different tokens: all sums are read before the first is written."""
+        places = [_lines(token[at + n], each) for n in range(together)]
+        new = [sums[place, :] + lines[_lines(row + n, each), :] * weight[at + n] for n, place in enumerate(places)]
+        for place, value in zip(places, new, strict=True):
+            sums[place, :] = value
+
+    def multiply(part, _):
+        start = pl.multiple_of(part * part_rows, part_rows)
+        product = _dot(h[pl.ds(start, part_rows), :], w[...], contracted)
+        for line in range(each):
+            lines[pl.ds(line, part_rows, stride=each), :] = product[:, line * LINE : (line + 1) * LINE]
+        rows, begin = jnp.minimum(part_rows, count[item] - start), first[item] + start
+        turns = rows // _TOGETHER
+        lax.fori_loop(0, turns, lambda n, _: add(n * _TOGETHER, begin + n * _TOGETHER, _TOGETHER), None)
+        lax.fori_loop(turns * _TOGETHER, rows, lambda row, _: add(row, begin + row, 1), None)
+
     @pl.when(item < number[0])
     def _():
-        product = _dot(h[...], w[...], contracted)
-        for line in range(each):
-            lines[pl.ds(line, sizes.rows, stride=each), :] = product[:, line * LINE : (line + 1) * LINE]
-
-        def add(row, together: int):
-            """Add rows of different tokens: all are read before the first is written."""
-            at = [first[item] + row + n for n in range(together)]
-            places = [_lines(token[pair], each) for pair in at]
-            new = [sums[place, :] + lines[_lines(row + n, each), :] * weight[at[n]] for n, place in enumerate(places)]
-            for place, value in zip(places, new, strict=True):
-                sums[place, :] = value
-
-        turns = count[item] // _TOGETHER
-        lax.fori_loop(0, turns, lambda turn, _: add(turn * _TOGETHER, _TOGETHER), None)
-        lax.fori_loop(turns * _TOGETHER, count[item], lambda row, _: add(row, 1), None)
+        lax.fori_loop(0, pl.cdiv(count[item], part_rows), multiply, None)
 
     @pl.when(item == pl.num_programs(1) - 1)
     def _():
