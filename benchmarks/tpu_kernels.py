@@ -546,7 +546,7 @@ def _peer_table(results: dict[str, dict[str, Any]], peers: dict[str, dict[str, d
             "bundles: chunks, 128 queries x 8 heads x 1024 keys",
             "chunks",
             "loop",
-            ours["chunks"]["block_of_head"] * 8 // mine["chunks"]["heads_in_turn"],
+            ours["chunks"]["block_of_head"] * 8 * 128 // (mine["chunks"]["heads_in_turn"] * mine["chunks"]["queries"]),
         ),
     ]
     lines += [
