@@ -83,7 +83,7 @@ def test_tokens_take_the_experts_of_the_published_rule(changes: dict, bias: np.n
 
 def _interpreted(*args) -> jax.Array:
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
-        return pallas_tpu.routed_experts(*args, most_tokens=4)
+        return pallas_tpu.routed_experts(*args, blocks=pallas_tpu.Blocks(4, 1 << 20))
 
 
 @pytest.mark.parametrize("routed", [None, _interpreted], ids=["one by one", "one operation"])
@@ -92,7 +92,7 @@ def test_dispatch_weighs_and_sums_and_leaves_padding_out(routed: RoutedExperts |
     gate_up = RNG.standard_normal((1, E, 2 * F, width)).astype(np.float32)
     down = RNG.standard_normal((1, E, width, F)).astype(np.float32)
     values = RNG.standard_normal((T, width)).astype(np.float32)
-    ids = RNG.integers(0, E, (T, X)).astype(np.int32)
+    ids = np.stack([RNG.permutation(E)[:X] for _ in range(T)]).astype(np.int32)
     weights = RNG.random((T, X)).astype(np.float32)
     valid = np.array([True, True, False, True, True, False])
     tokens = np.where(valid[:, None], values, np.nan)  # values of padding must not matter

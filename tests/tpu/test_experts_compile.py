@@ -21,6 +21,7 @@ from sgl_jax.planning.topology import parse, tpu_devices
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 LAYERS, BF16 = 3, jnp.bfloat16
+SILU = functools.partial(gated, activation="silu")
 
 
 @pytest.mark.parametrize("chip", ["v6e-1", "v7x-1"])
@@ -39,32 +40,79 @@ def test_a_layer_of_a_stack_is_not_copied(chip: str, rows: int, experts: int, ou
     assert _temporaries(chip, product, *shapes) < 2 * activations + (1 << 20) < matrices / 2
 
 
-@pytest.mark.parametrize("chip", ["v6e-1", "v7x-1"])
+SHAPES = ("chip", "tokens", "width", "neurons", "experts", "choices")  # experts of one device
+
+
 @pytest.mark.parametrize(
-    ("tokens", "width", "neurons", "experts", "choices"),
+    SHAPES,
     [
-        (2048, 2048, 192, 128, 8),
-        (2048, 2048, 768, 32, 8),
-        (16, 2048, 192, 128, 8),
-        (2048, 7168, 2048, 8, 8),
-        (2048, 4096, 3584, 8, 2),
+        ("v6e-1", 2048, 2048, 192, 128, 8),
+        ("v7x-1", 2048, 2048, 192, 128, 8),
+        ("v6e-1", 2048, 2048, 768, 32, 8),
+        ("v7x-1", 2048, 7168, 2048, 8, 8),
     ],
-    ids=["qwen3-30b, tp 4", "ep 4", "decode", "deepseek-v3, ep 32", "mixtral, tp 4"],
+    ids=["qwen3-30b, tp 4", "qwen3-30b, tp 4, v7x", "qwen3-30b, ep 4", "deepseek-v3, ep 32"],
 )
 def test_tokens_are_not_copied_for_each_choice(
     chip: str, tokens: int, width: int, neurons: int, experts: int, choices: int
 ) -> None:
     """Beside the tokens as float32 there are only the neurons of items, of up to 256 rows each."""
-    silu = functools.partial(gated, activation="silu")
+    items = 2 * neurons * (tokens * choices + 256 * experts)
+    product, shapes = _routed(tokens, width, neurons, experts, choices)
+    assert (
+        _temporaries(chip, product, *shapes)
+        < 14 * tokens * width + items + (1 << 20)
+        < 2 * choices * tokens * width + items
+    )
+
+
+@pytest.mark.parametrize(
+    (*SHAPES, "dtype"),
+    [
+        ("v6e-1", 16, 2048, 192, 128, 8, BF16),
+        ("v6e-1", 2048, 4096, 3584, 8, 2, BF16),
+        ("v5e-1", 2048, 3584, 640, 64, 8, BF16),
+        ("v5e-1", 512, 4096, 14336, 8, 2, BF16),
+        ("v6e-1", 2048, 4096, 704, 16, 8, jnp.float32),
+        ("v7x-1", 4096, 6144, 4096, 8, 2, BF16),
+        ("v6e-1", 16384, 1024, 512, 32, 8, BF16),
+    ],
+    ids=[
+        "decode",
+        "mixtral, tp 4",
+        "28 lines",
+        "mixtral",
+        "float32, whole neurons",
+        "grok-1, tp 8",
+        "scalars of 16384 tokens",
+    ],
+)
+def test_other_shapes_fit(
+    chip: str, tokens: int, width: int, neurons: int, experts: int, choices: int, dtype: DTypeLike
+) -> None:
+    product, shapes = _routed(tokens, width, neurons, experts, choices, dtype)
+    assert _temporaries(chip, product, *shapes) > 0
+
+
+def test_experts_whose_neurons_cannot_be_divided_are_left_to_grouped_matmul() -> None:
+    def nothing(x, gate_up, down, expert, weights, layer):
+        assert routed_experts(x, gate_up, down, layer, expert, weights, SILU, 16) is None
+        return x
+
+    _temporaries("v7x-1", nothing, *_routed(2048, 4096, 1600, 16, 2)[1])
+
+
+def _routed(tokens: int, width: int, neurons: int, experts: int, choices: int, dtype: DTypeLike = BF16):
+    """Return the product of routed experts, and the shapes of its arguments."""
 
     def product(x, gate_up, down, expert, weights, layer):
-        return routed_experts(x, gate_up, down, layer, expert, weights, silu)
+        out = routed_experts(x, gate_up, down, layer, expert, weights, SILU, experts)
+        assert out is not None
+        return out
 
+    matrices = ((LAYERS, experts, 2 * neurons, width), dtype), ((LAYERS, experts, width, neurons), dtype)
     chosen = (tokens, choices)
-    matrices = ((LAYERS, experts, 2 * neurons, width), BF16), ((LAYERS, experts, width, neurons), BF16)
-    shapes = ((tokens, width), BF16), *matrices, (chosen, jnp.int32), (chosen, jnp.float32)
-    items = 2 * neurons * (tokens * choices + 256 * experts)
-    assert _temporaries(chip, product, *shapes) < 14 * tokens * width + items + (1 << 20)
+    return product, (((tokens, width), dtype), *matrices, (chosen, jnp.int32), (chosen, jnp.float32))
 
 
 def _temporaries(chip: str, product: Callable[..., jax.Array], *shapes: tuple[tuple[int, ...], DTypeLike]) -> int:
@@ -75,7 +123,7 @@ def _temporaries(chip: str, product: Callable[..., jax.Array], *shapes: tuple[tu
         def body(total, layer):
             return product(x + total, *others, layer).sum().astype(x.dtype), None
 
-        return lax.scan(body, jnp.bfloat16(0), jnp.arange(LAYERS))[0]
+        return lax.scan(body, x.dtype.type(0), jnp.arange(LAYERS))[0]
 
     args = [jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding()) for shape, dtype in shapes]
     with jax.sharding.use_abstract_mesh(placement.mesh.abstract_mesh):

@@ -173,7 +173,7 @@ def products(step: StepProgram) -> Counter[str]:
     """How many products with weights there are: dense ones by the scope they come from, and of experts."""
     found: Counter[str] = Counter()
     for each in step.module.instructions():
-        if each.opcode == "custom-call" and each.name.startswith(("grouped_matmul", "experts_")):
+        if each.opcode == "custom-call" and each.name.startswith("experts_"):
             found["experts"] += 1
         for inner in step.module.fused(each) if not each.in_branch else ():
             if step.module.multiplies(inner) and "oi,ti->ot" in inner.op_name:

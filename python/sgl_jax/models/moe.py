@@ -12,8 +12,7 @@ from sgl_jax.models.decoder_config import MoeConfig
 from sgl_jax.models.linear import GroupedLinear, Linear, linear
 from sgl_jax.models.quantised import Quantised
 from sgl_jax.models.weights import Experts, MoeWeights
-from sgl_jax.ops.experts import api
-from sgl_jax.ops.experts.api import Gated, RoutedExperts
+from sgl_jax.ops.experts.api import LINE, Gated, RoutedExperts
 from sgl_jax.parallel.grid import LONE, Grid
 
 
@@ -74,9 +73,13 @@ def dispatch(
     used = valid[:, None] & (indices >= 0) & (indices < held)
     expert, experts = jnp.where(used, indices, held), at.experts  # number `held` is no expert
     if routed is not None and (matrices := _plain_matrices(experts, x)) is not None:
-        return routed(x, *matrices, at.layer, expert, weights, gated)
-    order, sizes = api.sort_pairs(expert, held)
-    sorted_expert = expert.reshape(-1)[order]
+        out = routed(x, *matrices, at.layer, expert, weights, gated, held * grid.expert)
+        if out is not None:
+            return out
+    expert = expert.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    sizes = jnp.zeros(held, jnp.int32).at[expert].add(1, mode="drop")
+    sorted_expert = expert[order]
     multiply = functools.partial(grouped, layer=at.layer, group_sizes=sizes)
     h = multiply(x[order // per_token], experts.gate_up, site="moe.experts.gate_up")
     if experts.gate_up_bias is not None:
@@ -90,12 +93,12 @@ def dispatch(
 
 
 def _plain_matrices(experts: Experts[jax.Array], x: Float[Array, "T D"]) -> tuple[jax.Array, jax.Array] | None:
-    """Return the matrices if api.RoutedExperts takes them: of x's dtype, without biases, and D a multiple of its lines."""
+    """Return the matrices if RoutedExperts takes them: of x's dtype, without biases, and D a multiple of its lines."""
     gate_up, down = experts.gate_up, experts.down
     if isinstance(gate_up, Quantised) or isinstance(down, Quantised) or {gate_up.dtype, down.dtype} != {x.dtype}:
         return None
     has_biases = experts.gate_up_bias is not None or experts.down_bias is not None
-    return None if has_biases or x.shape[1] % api.LINE else (gate_up, down)
+    return None if has_biases or x.shape[1] % LINE else (gate_up, down)
 
 
 def moe_layer(

@@ -65,15 +65,17 @@ class StepSpec:
 
         live = valid if self.grid.data_axis.size == 1 else None  # else a product has its rank's tokens or those of all
         linear, grouped = products(self.kernels.over(live), slots)
-        functions = (
+        return Context(
+            batch.positions,
+            valid,
+            attend,
             grouped,
             self.compute_dtype,
             self.grid,
             linear,
-            self.kernels.has_barriers,
-            self.kernels.routed_experts,
+            has_barriers=self.kernels.has_barriers,
+            routed=self.kernels.routed_experts,
         )
-        return Context(batch.positions, valid, attend, *functions)
 
 
 def _attention_spec(config: DecoderConfig, width: int, first_key: int) -> AttentionSpec:

@@ -14,16 +14,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from sgl_jax.models.layers import gated
 from sgl_jax.ops.experts import pallas_tpu, reference
-from sgl_jax.ops.experts.api import RoutedExperts
+from sgl_jax.ops.experts.pallas_tpu import Blocks
 
 LAYERS, EXPERTS, CHOICES = 2, 5, 3
+SOME = Blocks(64, 4 << 20)
 SILU = functools.partial(gated, activation="silu")
 
 
-def _interpreted(*args, most_tokens: int = 64) -> jax.Array:
+def _interpreted(*args, blocks: Blocks = SOME) -> jax.Array:
     """Run the kernels on this machine; unwritten memory is NaN, and a race is an error."""
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")):
-        return jax.jit(functools.partial(pallas_tpu.routed_experts, gated=SILU, most_tokens=most_tokens))(*args)
+        return jax.jit(functools.partial(pallas_tpu.routed_experts, gated=SILU, num_experts=EXPERTS, blocks=blocks))(
+            *args
+        )
 
 
 def _inputs(tokens: int, width: int = 256, neurons: int = 48) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -38,10 +41,6 @@ def _choose(tokens: int) -> np.ndarray:
     """Draw the experts of each token, different ones, number EXPERTS among them, which is none."""
     rng = np.random.default_rng(tokens)
     return np.stack([rng.permutation(EXPERTS + 1)[:CHOICES] for _ in range(tokens)]).astype(np.int32)
-
-
-def test_it_is_an_implementation_of_the_contract() -> None:
-    assert isinstance(pallas_tpu.routed_experts, RoutedExperts)
 
 
 @pytest.mark.parametrize(
@@ -75,17 +74,16 @@ def test_an_expert_with_more_tokens_than_an_item_holds() -> None:
     x, gate_up, down, weights = _inputs(300, 128, 16)
     expert = np.full((300, CHOICES), EXPERTS, np.int32)
     expert[:, 1], expert[::3, 0] = 2, 4
-    out = _interpreted(x, gate_up, down, 0, expert, weights, most_tokens=300)
+    out = _interpreted(x, gate_up, down, 0, expert, weights, blocks=Blocks(300, 4 << 20))
     np.testing.assert_allclose(
         out, reference.routed_experts(x, gate_up, down, 0, expert, weights), rtol=1e-5, atol=2e-5
     )
 
 
-def test_blocks_of_both_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pallas_tpu, "_MATRIX_BYTES", 4 * 128 * 384)
+def test_blocks_of_both_matrices() -> None:
     x, gate_up, down, weights = _inputs(40, 384, 256)
     expert = _choose(40)
-    out = _interpreted(x, gate_up, down, 0, expert, weights)
+    out = _interpreted(x, gate_up, down, 0, expert, weights, blocks=Blocks(64, 4 * 128 * 384))
     np.testing.assert_allclose(
         out, reference.routed_experts(x, gate_up, down, 0, expert, weights), rtol=1e-5, atol=2e-5
     )

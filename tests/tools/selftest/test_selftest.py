@@ -60,10 +60,11 @@ def test_a_wrong_grouped_matmul_is_found() -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_experts_pass_as_they_are_and_wrong_ones_are_found(dtype: str) -> None:
-    def run(x, gate_up, down, layer, expert, weights, gated, *, shift=0):
+    def run(x, gate_up, down, layer, expert, weights, gated, num_experts, *, shift=0):
         with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
             moved = jnp.roll(expert, shift, axis=0)
-            return pallas_tpu.routed_experts(x, gate_up, down, layer, moved, weights, gated, most_tokens=128)
+            arguments = x, gate_up, down, layer, moved, weights, gated, num_experts
+            return pallas_tpu.routed_experts(*arguments, blocks=pallas_tpu.Blocks(128, 1 << 20))
 
     assert numerics.experts_error(run, dtype) < numerics.ALLOWED[dtype]
     assert numerics.experts_error(functools.partial(run, shift=1), dtype) > 0.1

@@ -23,11 +23,11 @@ from sgl_jax.ops.experts.api import LINE, Gated
 
 _TOGETHER = 8  # tokens that are copied in one turn of a loop
 _MOST_ROWS = 256  # an item has room for
+_FEWEST_TOKENS = 256  # of a piece
 _PART_ROWS = 128  # rows of an item that are multiplied together
 _OTHER_BYTES = 4 << 20  # VMEM for the compiler
 _ROUNDED = 16  # tokens whose sums are rounded in one turn of a loop: the rows of a bfloat16 tile
 _SUM_BYTES = 16 << 20  # the tokens' sums in VMEM
-_MATRIX_BYTES = 4 << 20  # a block of a matrix; two of each are in VMEM, one at work and one on its way
 
 
 class Items(NamedTuple):
@@ -39,10 +39,19 @@ class Items(NamedTuple):
     count: jax.Array  # i32[W]
 
 
+class Blocks(NamedTuple):
+    """Sizes that depend on the chip's memories."""
+
+    tokens: int  # in a piece, at most
+    matrix_bytes: int  # in a block of a matrix, at most
+
+
 class _Sizes(NamedTuple):
     rows: int  # each item has room for
     lines: int  # a token has in VMEM: D / 128, or those of a block of the output
     items: int
+    matrix_bytes: int
+    pairs: int  # of the experts here, on average
 
 
 def routed_experts(
@@ -53,27 +62,48 @@ def routed_experts(
     expert: Int[Array, "T X"],
     weights: Float[Array, "T X"],
     gated: Gated,
+    num_experts: int,
     *,
-    most_tokens: int | None = None,
-) -> Float[Array, "T D"]:
+    blocks: Blocks | None = None,
+) -> Float[Array, "T D"] | None:
     """See api.RoutedExperts. Tokens that do not fit into VMEM together go in several pieces, each of which reads the matrices.
-    `most_tokens`: of a piece, other than those for the chip that the program is traced for (for tests)."""
-    num_tokens, width = x.shape
-    if most_tokens is None:
-        most_tokens = pltpu.get_tpu_info().vmem_capacity_bytes // 2 // (4 * width)
-    pieces = pl.cdiv(num_tokens, most_tokens)
-    piece = pl.cdiv(num_tokens, pieces)
+    `blocks`: other than those for the chip that the program is traced for (for tests)."""
+    num_tokens, choices = expert.shape
+    blocks = blocks or _blocks(x, gate_up, choices, _item_rows(num_tokens * choices, num_experts))
+    if blocks is None:
+        return None
+    piece = pl.cdiv(num_tokens, pl.cdiv(num_tokens, blocks.tokens))
     of_piece = [slice(start, start + piece) for start in range(0, num_tokens, piece)]
-    outs = [_experts(x[at], gate_up, down, layer, expert[at], weights[at], gated) for at in of_piece]
+    arguments = layer, num_experts, blocks.matrix_bytes, gated
+    outs = [_experts(x[at], gate_up, down, expert[at], weights[at], *arguments) for at in of_piece]
     return outs[0] if len(outs) == 1 else jnp.concatenate(outs)
 
 
-def _experts(x, gate_up, down, layer, expert, weights, gated: Gated) -> Float[Array, "T D"]:
+def _blocks(x: Float[Array, "T D"], gate_up: Float[Array, "L E F2 D"], choices: int, rows: int) -> Blocks | None:
+    """Return the sizes for this chip: of VMEM a sixteenth is a block of a matrix, and tokens take what the first kernel leaves;
+    two numbers of each pair are in scalar memory. None: matrices would be read for fewer than 256 tokens of more."""
+    chip, width = pltpu.get_tpu_info(), x.shape[1]
+    matrix_bytes = chip.vmem_capacity_bytes // 16
+    block = _block(gate_up.shape[2] // 2, width * x.dtype.itemsize, matrix_bytes)
+    left = chip.vmem_capacity_bytes * 7 // 8 - _first_bytes(block, width, rows, x.dtype.itemsize)
+    tokens = min(left // (4 * width), chip.smem_capacity_bytes * 3 // 4 // (8 * choices))
+    return Blocks(tokens, matrix_bytes) if tokens >= min(len(x), _FEWEST_TOKENS) else None
+
+
+def _first_bytes(block: int, width: int, rows: int, itemsize: int) -> int:
+    """Return the VMEM that the first kernel needs beside the tokens."""
+    return 4 * block * width * itemsize + rows * (8 * width + 24 * block) + _OTHER_BYTES
+
+
+def _experts(
+    x, gate_up, down, expert, weights, layer, num_experts: int, matrix_bytes: int, gated: Gated
+) -> Float[Array, "T D"]:
+    held = gate_up.shape[1]
     order = jnp.argsort(expert.reshape(-1), stable=True)  # indices of choices, sorted by expert
-    group_sizes = (expert.reshape(-1, 1) == jnp.arange(gate_up.shape[1])).sum(0, dtype=jnp.int32)
-    rows = _item_rows(expert.size, gate_up.shape[1])
+    group_sizes = (expert.reshape(-1, 1) == jnp.arange(held)).sum(0, dtype=jnp.int32)
+    rows = _item_rows(expert.size, num_experts)
     items = make_items(group_sizes, expert.size, rows)
-    sizes = _Sizes(rows, x.shape[1] // LINE, len(items.group))
+    sizes = _Sizes(rows, x.shape[1] // LINE, len(items.group), matrix_bytes, expert.size * held // num_experts)
     scalars = jnp.asarray(layer, jnp.int32).reshape(1), *items
     token = order // expert.shape[1]
     padded = jnp.pad(token, (0, _TOGETHER))  # the last turn of a loop reads past an item's end
@@ -123,7 +153,7 @@ def _items_kernel(sizes, number, group, first, count, *, rows: int):
 
 
 def _item_rows(num_pairs: int, num_groups: int) -> int:
-    """Return about twice the rows of a group: most groups are one item then."""
+    """Return about twice the rows of an expert, of `num_groups`: most of them are one item then."""
     wanted = pl.next_power_of_2(max(1, 2 * num_pairs // num_groups))
     return max(16, min(_MOST_ROWS, wanted, pl.next_power_of_2(num_pairs)))
 
@@ -145,8 +175,7 @@ def _gate_and_up(
     """Return gated(gate @ x, up @ x) of each item's tokens, an item's rows one below the other."""
     (num_tokens, width), (_, num_groups, both, _) = x.shape, w.shape
     neurons, rows = both // 2, sizes.rows
-    block = _block(neurons, width * w.dtype.itemsize, _MATRIX_BYTES)
-    block_bytes = block * width * w.dtype.itemsize
+    block = _block(neurons, width * w.dtype.itemsize, sizes.matrix_bytes)
     blocks = neurons // block
 
     def matrix(half: int):
@@ -155,8 +184,8 @@ def _gate_and_up(
 
         return pl.BlockSpec((None, None, block, width), index)
 
-    pairs = len(scalars[-1]) - _TOGETHER
-    read = _groups_with_rows(num_groups, pairs) * both * width * w.dtype.itemsize
+    matrices = _groups_with_rows(num_groups, sizes.pairs) * both * width * w.dtype.itemsize
+    activations = num_tokens * width * 4 + sizes.pairs * neurons * x.dtype.itemsize
     return pl.pallas_call(
         functools.partial(_gate_and_up_kernel, sizes=sizes, gated=gated),
         out_shape=jax.ShapeDtypeStruct((sizes.items * rows, neurons), x.dtype),
@@ -172,12 +201,10 @@ def _gate_and_up(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"),
-            vmem_limit_bytes=4 * (num_tokens + 2 * rows) * width + rows * 24 * block + 4 * block_bytes + _OTHER_BYTES,
+            vmem_limit_bytes=4 * num_tokens * width + _first_bytes(block, width, rows, w.dtype.itemsize),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * pairs * both * width,
-            transcendentals=0,
-            bytes_accessed=read + num_tokens * width * 4,
+            flops=2 * sizes.pairs * both * width, transcendentals=0, bytes_accessed=matrices + activations
         ),
         name="experts_gate_up",
     )(*scalars, x.astype(jnp.float32).reshape(-1, LINE), w, w)
@@ -240,12 +267,14 @@ def _down(
     if transposed:
         w = w.swapaxes(2, 3)
     padded = -(-num_tokens // _ROUNDED) * _ROUNDED
-    block = _block(width, row_bytes, min(_MATRIX_BYTES, _SUM_BYTES // (4 * padded) * row_bytes))
+    block = _block(width, row_bytes, min(sizes.matrix_bytes, _SUM_BYTES // (4 * padded) * row_bytes))
     sizes = sizes._replace(lines=block // LINE)
 
     def matrix(o, i, layer, number, group, *_):
         return layer[0], group[i], *((0, o) if transposed else (o, 0))
 
+    matrices = _groups_with_rows(num_groups, sizes.pairs) * width * row_bytes
+    activations = num_tokens * width * h.dtype.itemsize + sizes.pairs * row_bytes
     sums_bytes = padded * block * (4 + 2 * h.dtype.itemsize)  # and two blocks of the output
     item_bytes = 2 * (block + sizes.rows) * row_bytes + 12 * sizes.rows * block
     out = pl.pallas_call(
@@ -268,10 +297,7 @@ def _down(
             dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=sums_bytes + item_bytes + _OTHER_BYTES
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * len(scalars[-1]) * width * neurons,
-            transcendentals=0,
-            bytes_accessed=_groups_with_rows(num_groups, len(scalars[-1])) * width * row_bytes
-            + num_tokens * width * h.dtype.itemsize,
+            flops=2 * sizes.pairs * width * neurons, transcendentals=0, bytes_accessed=matrices + activations
         ),
         name="experts_down",
     )(*scalars, h, w)

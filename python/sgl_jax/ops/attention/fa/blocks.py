@@ -17,8 +17,8 @@ DECODE_KEYS = 1024  # larger blocks gain nothing per key; smaller ones are bound
 UNIT_KEYS = 256  # keys of a step in an edge block: they fill a matrix unit once
 CHUNK_KEYS = 1024
 CHUNK_UNIT_KEYS = 512
-CHUNK_QUERIES = 128  # a tile has so many, or twice as many where heads are few and its scalar code would count
-CHUNK_LINES = 2048  # queries times heads in a larger tile, at most
+CHUNK_QUERIES = 128
+FEW_HEADS, CHUNK_QUERIES_OF_FEW = 8, 256  # a tile of few heads has more queries, which share its scalar code
 WRITE_TOKENS = 128
 MAX_SLOTS = 8
 EXPECTED_KEYS = 1024  # keys of a row, for the compiler's estimate of the cost
@@ -94,7 +94,7 @@ def chunk_blocks(
     unit = min(pages, _power_of_two(CHUNK_UNIT_KEYS // page_size))
     # A query has two slots of bfloat16 q and o, and acc, top and total in float32.
     query_bytes = num_heads * (2 * 2 * 2 * kv_shape[4] + 4 * (kv_shape[4] + 2 * LANES))
-    wanted = max(CHUNK_QUERIES, min(2 * CHUNK_QUERIES, _power_of_two(CHUNK_LINES // num_heads)))
+    wanted = CHUNK_QUERIES_OF_FEW if num_heads <= FEW_HEADS else CHUNK_QUERIES
     queries = min(wanted, num_tokens, max(16, _power_of_two(chip.vmem_bytes // 3 // query_bytes)))
     blocks = ChunkBlocks(min(slots, 4), pages, unit, queries, write_pages, write_slots, chip.vmem_bytes * 7 // 8)
     return dataclasses.replace(blocks, **_tuned("chunks", chip, kv_shape, dtype))
