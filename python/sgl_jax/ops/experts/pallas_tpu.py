@@ -23,8 +23,7 @@ from sgl_jax.ops.experts.api import LINE, Gated
 
 _TOGETHER = 8  # tokens that are copied in one turn of a loop
 _MOST_ROWS = 256  # an item has room for
-_FEWEST_TOKENS = 256  # of a piece
-_PART_ROWS = 128  # rows of an item that are multiplied together
+_FEWEST_TOKENS = 256  # a piece has, unless it is all
 _OTHER_BYTES = 4 << 20  # VMEM for the compiler
 _ROUNDED = 16  # tokens whose sums are rounded in one turn of a loop: the rows of a bfloat16 tile
 _SUM_BYTES = 16 << 20  # the tokens' sums in VMEM
@@ -48,10 +47,11 @@ class Blocks(NamedTuple):
 
 class _Sizes(NamedTuple):
     rows: int  # each item has room for
+    part: int  # rows that are multiplied together; all of an item where experts have as many
     lines: int  # a token has in VMEM: D / 128, or those of a block of the output
     items: int
     matrix_bytes: int
-    pairs: int  # of the experts here, on average
+    pairs: int  # with an expert here, on average
 
 
 def routed_experts(
@@ -103,7 +103,9 @@ def _experts(
     group_sizes = (expert.reshape(-1, 1) == jnp.arange(held)).sum(0, dtype=jnp.int32)
     rows = _item_rows(expert.size, num_experts)
     items = make_items(group_sizes, expert.size, rows)
-    sizes = _Sizes(rows, x.shape[1] // LINE, len(items.group), matrix_bytes, expert.size * held // num_experts)
+    part = min(rows, _MOST_ROWS if expert.size >= _MOST_ROWS * num_experts else 128)
+    lines, pairs = x.shape[1] // LINE, expert.size * held // num_experts
+    sizes = _Sizes(rows, part, lines, len(items.group), matrix_bytes, pairs)
     scalars = jnp.asarray(layer, jnp.int32).reshape(1), *items
     token = order // expert.shape[1]
     padded = jnp.pad(token, (0, _TOGETHER))  # the last turn of a loop reads past an item's end
@@ -196,7 +198,7 @@ def _gate_and_up(
             out_specs=pl.BlockSpec((rows, block), _item_block),
             scratch_shapes=[
                 pltpu.VMEM((rows * sizes.lines, LINE), jnp.float32),
-                pltpu.VMEM((min(rows, _PART_ROWS), width), x.dtype),
+                pltpu.VMEM((sizes.part, width), x.dtype),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -219,7 +221,7 @@ def _gate_and_up_kernel(layer, number, group, first, count, token, x, gate, up, 
     """Multiply an item's tokens. x: [T * lines, 128]; gate, up: [block, D]; out: [rows, block]; scratch: the tokens' lines
     [rows * lines, 128], and the tokens [rows, D]."""
     del layer, group
-    item, each, part_rows = pl.program_id(1), sizes.lines, len(gathered)
+    item, each, part_rows = pl.program_id(1), sizes.lines, sizes.part
 
     @pl.when(item < number[0])
     def _():
@@ -290,7 +292,7 @@ def _down(
             out_specs=pl.BlockSpec((padded, block), lambda o, *_: (0, o)),
             scratch_shapes=[
                 pltpu.VMEM((padded * sizes.lines, LINE), jnp.float32),
-                pltpu.VMEM((min(sizes.rows, _PART_ROWS) * sizes.lines, LINE), jnp.float32),
+                pltpu.VMEM((sizes.part * sizes.lines, LINE), jnp.float32),
             ],
         ),
         compiler_params=pltpu.CompilerParams(
@@ -308,7 +310,7 @@ def _down_kernel(layer, number, group, first, count, token, weight, h, w, out, s
     """Multiply an item's rows, h [rows, F], with w [block, F] or [F, block], and add them to the sums of their tokens
     [T * lines, 128], which become out [T, block] with the last item. Scratch: the products of a part [part_rows * lines, 128]."""
     del layer, group
-    item, each, part_rows = pl.program_id(1), sizes.lines, len(lines) // sizes.lines
+    item, each, part_rows = pl.program_id(1), sizes.lines, sizes.part
 
     @pl.when(item == 0)
     def _():
