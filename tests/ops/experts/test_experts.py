@@ -70,11 +70,13 @@ def test_experts_of_any_number_of_tokens(counts: list[int]) -> None:
     )
 
 
-def test_an_expert_with_more_tokens_than_an_item_holds() -> None:
-    x, gate_up, down, weights = _inputs(300, 128, 16)
-    expert = np.full((300, CHOICES), EXPERTS, np.int32)
+@pytest.mark.parametrize("tokens", [300, 450], ids=["items in parts", "items as a whole"])
+def test_an_expert_with_more_tokens_than_an_item_holds(tokens: int) -> None:
+    """An item of 256 rows is multiplied as a whole where experts have as many tokens on average."""
+    x, gate_up, down, weights = _inputs(tokens, 128, 16)
+    expert = np.full((tokens, CHOICES), EXPERTS, np.int32)
     expert[:, 1], expert[::3, 0] = 2, 4
-    out = _interpreted(x, gate_up, down, 0, expert, weights, blocks=Blocks(300, 4 << 20))
+    out = _interpreted(x, gate_up, down, 0, expert, weights, blocks=Blocks(tokens, 4 << 20))
     np.testing.assert_allclose(
         out, reference.routed_experts(x, gate_up, down, 0, expert, weights), rtol=1e-5, atol=2e-5
     )

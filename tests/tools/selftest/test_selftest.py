@@ -24,6 +24,8 @@ from sgl_jax.tools.selftest.numerics import Check
 
 def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "model_error", lambda platform, num_devices: 0.01 * num_devices)
+    monkeypatch.setattr(numerics, "routed_experts_for", {"cpu": "those of a TPU"}.get)
+    monkeypatch.setattr(numerics, "experts_error", lambda routed, dtype: 0.0 if routed == "those of a TPU" else 1.0)
     found = {check.name: check for check in numerics.checks(PLATFORMS["cpu"], 2)}
     assert all(check.passed for check in found.values())
     assert [name for name, check in found.items() if check.error is None] == [
@@ -31,7 +33,7 @@ def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run(monke
         "attention fa, float32",
     ]
     assert says(found["attention fa, float32"].note, "tpu … cpu")
-    assert {"attention native, float32", "grouped matmul, bfloat16"} <= set(found)
+    assert {"attention native, float32", "grouped matmul, bfloat16", "experts, bfloat16"} <= set(found)
     assert found["model, bfloat16"].error == 0.02
 
 

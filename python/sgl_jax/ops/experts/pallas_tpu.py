@@ -219,7 +219,7 @@ def _item_block(o, i, layer, number, *_):
 
 def _gate_and_up_kernel(layer, number, group, first, count, token, x, gate, up, out, lines, gathered, *, sizes, gated):
     """Multiply an item's tokens. x: [T * lines, 128]; gate, up: [block, D]; out: [rows, block]; scratch: the tokens' lines
-    [rows * lines, 128], and the tokens [rows, D]."""
+    [rows * lines, 128], and those of a part [part, D]."""
     del layer, group
     item, each, part_rows = pl.program_id(1), sizes.lines, sizes.part
 
@@ -308,7 +308,7 @@ def _down(
 
 def _down_kernel(layer, number, group, first, count, token, weight, h, w, out, sums, lines, *, sizes, contracted: int):
     """Multiply an item's rows, h [rows, F], with w [block, F] or [F, block], and add them to the sums of their tokens
-    [T * lines, 128], which become out [T, block] with the last item. Scratch: the products of a part [part_rows * lines, 128]."""
+    [T * lines, 128], which become out [T, block] with the last item. Scratch: the products of a part [part * lines, 128]."""
     del layer, group
     item, each, part_rows = pl.program_id(1), sizes.lines, sizes.part
 
