@@ -54,7 +54,7 @@ def measure(chip: str, tokens: int, form: Form, dumps: Path) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from sgl_jax.ops.dense import plain_product
+    from sgl_jax.ops.dense.api import plain_product
     from sgl_jax.ops.quantized_matmul.api import Planes
     from sgl_jax.ops.quantized_matmul.pallas_tpu import quantized_matmul
     from sgl_jax.parallel.placement import Placement

@@ -43,14 +43,15 @@ Made by `python benchmarks/tpu_step_times.py`; nothing here ran on a TPU. Versio
 
 A step of the default launch over all chips, of full rows with {context} cached tokens, in milliseconds. Products and other
 operations are what the compiler estimates for each instruction; gathers on SparseCores, for which it estimates nothing, take
-their bytes at the memory's full rate. Experts: kernels of their products, by what they read and multiply at full rates. Exchange
-is the time of all collectives by the links' full rate and 1 µs a hop; wait is the part of it beside which the program runs
-nothing. Sum: products, others, experts and wait. Attention kernels and sorts (one or two for each layer of experts) are left
-out, kernels are counted, and the sampler's branches, which steps without sampling skip, are apart. Bound: the longest of reading
+their bytes at the memory's full rate. Own kernels: products and norms of long steps and products of experts, by the longer of what
+they read and write at the full rate and multiply at nine tenths of the matrix rate. Exchange is the time of all collectives by the
+links' full rate and 1 µs a hop; wait is the part of it beside which the program runs nothing. Sum: products, others, own kernels
+and wait. Attention kernels and sorts (one or two for each layer of experts) are left out, launches of all kernels are counted, and
+the sampler's branches, which steps without sampling skip, are apart. Bound: the longest of reading
 weights and KV, of products, and of links, at full rates; in turn: links after the others. Rate: the model's products at the
 matrix rate, over the sum.
 
-| model | topology | step | parts | products | others | experts | exchange | wait | sum | kernels | sampler | bound | in turn | rate | temporaries MB |
+| model | topology | step | parts | products | others | own kernels | exchange | wait | sum | launches | sampler | bound | in turn | rate | temporaries MB |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 

@@ -25,7 +25,7 @@ from sgl_jax.models.formats.form import Form
 from sgl_jax.models.quantised import Matrix, Quantised
 from sgl_jax.models.spec import WeightSpec
 from sgl_jax.models.stored import StoredTensor
-from sgl_jax.ops.dense import plain_product
+from sgl_jax.ops.dense.api import plain_product
 from sgl_jax.ops.quantized_matmul.api import QuantizedMatmul
 from sgl_jax.runtime.buckets import Bucket
 from simulated import Client

@@ -91,7 +91,7 @@ def test_a_kernel_of_products_takes_what_it_states() -> None:
     kernel = (
         f'  %k = bf16[8]{{0}} custom-call(%a), metadata={{op_name="jit(s)/mlp/experts_down/pallas_call"}}, {stated}'
     )
-    for nbytes, seconds in ((0, 1e-6), (3_280_000, 2e-6)):
+    for nbytes, seconds in ((0, 1e-6 / 0.9), (3_280_000, 2e-6)):
         time = step_time(program(kernel.replace("BYTES", str(nbytes))), V6E, 4)
         assert (time.kernels, time.in_kernels, time.seconds) == (1, pytest.approx(seconds), time.in_kernels)
 

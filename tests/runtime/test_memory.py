@@ -15,7 +15,7 @@ from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, RopeConfig
 from sgl_jax.ops.attention import native
 from sgl_jax.ops.attention.backends import NoSuchBackend, find_backend
 from sgl_jax.ops.cpu import library
-from sgl_jax.ops.dense import plain_product
+from sgl_jax.ops.dense.api import plain_product
 from sgl_jax.ops.quantized_matmul.native import quantized_matmul
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime import memory, platform

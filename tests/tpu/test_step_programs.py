@@ -76,7 +76,8 @@ def test_parts_are_multiplied_while_others_are_exchanged(step: StepProgram) -> N
     time = step_time(step.module, topology, devices)
     assert (step.bucket.num_parts > 1) == (devices > 1 and step.bucket.num_tokens >= 1024)
     # Each part of a layer has the kernel for chunks, and the first one that for short rows.
-    assert time.kernels in (0, (step.bucket.num_parts + 1) * step.num_layers)
+    attention = [each.name for each in step.module.instructions() if each.name.startswith(("fa_decode", "fa_chunks"))]
+    assert len(attention) in (0, (step.bucket.num_parts + 1) * step.num_layers)
     if step.bucket.num_parts > 1:
         assert time.waited < time.exchanged / 2  # a v7x multiplies in less time than the sums take
     else:  # but what a v7x finds to do meanwhile

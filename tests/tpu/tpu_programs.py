@@ -175,6 +175,8 @@ def products(step: StepProgram) -> Counter[str]:
     for each in step.module.instructions():
         if each.opcode == "custom-call" and each.name.startswith("experts_"):
             found["experts"] += 1
+        if each.opcode == "custom-call" and each.name.startswith(("dense_product", "dense_gated")):
+            found[each.op_name.split("/")[-3]] += 1
         for inner in step.module.fused(each) if not each.in_branch else ():
             if step.module.multiplies(inner) and "oi,ti->ot" in inner.op_name:
                 found[inner.op_name.rpartition("/oi,ti->ot")[0].rpartition("/")[2]] += 1
@@ -187,14 +189,9 @@ _SCOPES = {"gate_up": "mlp", "down": "mlp", "": "attention", "mla": "attention",
 
 def expected_products(step: StepProgram) -> Counter[str]:
     """One product for each declared matrix that has a site and each part, and one with the output head, which may be the
-    embedding. The MLP of a long step has more (models/long_steps.py)."""
-    leaves = [(site_of(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(step.args[0])[0]]
-    sites = [site for site, _ in leaves if site not in (None, "lm_head")]
-    tokens = step.bucket.num_tokens // step.bucket.num_parts
-    for rows in [leaf.sharding.shard_shape(leaf.shape)[0] for site, leaf in leaves if site == "gate_up"]:
-        if tokens >= 1024 and rows >= 2 * 8192:
-            pieces = -(-2 * tokens * rows // (96 << 20))
-            sites += ["gate_up"] * (3 * pieces - 2)
+    embedding."""
+    leaves = jax.tree_util.tree_flatten_with_path(step.args[0])[0]
+    sites = [site for path, _ in leaves if (site := site_of(path)) not in (None, "lm_head")]
     scopes = [_SCOPES.get(site, _SCOPES[site.rpartition(".")[0]]) for site in sites]
     return Counter(logits=1) + Counter(scopes * step.bucket.num_parts)
 

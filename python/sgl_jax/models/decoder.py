@@ -11,16 +11,16 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from sgl_jax.models import long_steps
 from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.layers import gated, logn_factors, rope_table
-from sgl_jax.models.linear import GroupedLinear, Linear, linear
+from sgl_jax.models.linear import GroupedLinear, Linear, gated_linear, linear
 from sgl_jax.models.mla import latent_attention
 from sgl_jax.models.moe import LayerExperts, moe_layer
 from sgl_jax.models.weights import Experts, Layers, LayerWeights, Weights, head
 from sgl_jax.ops.attention.api import QKPrepare, split_heads
+from sgl_jax.ops.dense.api import GatedProduct, no_gated_product
 from sgl_jax.ops.experts.api import RoutedExperts
-from sgl_jax.ops.norm_rope import rms_norm
+from sgl_jax.ops.norm_rope import PLAIN_NORMS, Norms, rms_norm
 from sgl_jax.parallel.grid import LONE, Grid
 
 type LayerBody[X] = Callable[..., tuple[X, jax.Array]]  # X: one array for each part of a step; see decoder_layer
@@ -59,8 +59,9 @@ class Context:
     compute_dtype: str  # dtype of the activations
     grid: Grid = LONE
     linear: Linear = linear
-    has_barriers: bool = False  # as in ops/kernels.Kernels
-    routed: RoutedExperts | None = None  # likewise
+    gated: GatedProduct = no_gated_product
+    routed: RoutedExperts | None = None  # as in ops/kernels.Kernels
+    norms: Norms = PLAIN_NORMS
 
 
 def hidden_states(
@@ -97,53 +98,63 @@ def decoder_layer(
     """Return the function of a layer, for run_layers. `first_layer` is the number in the pool of the first one.
 
     Its x is a list with one array for each part of the step. `joined` replaces the normed x as the input of attention.
+
+    Barriers give the order of several parts, since in the compiler's own links and products wait for each other. Attention's
+    outputs are summed when the part before is gathered, and between the two products of an MLP the other part is summed and
+    normed, so that it is gathered beside the second one (docs/decisions/0036-long-steps-are-computed-in-parts.md).
     """
     scaled = functools.partial(_times, config.branch_scale)
-    norm = functools.partial(rms_norm, eps=config.rms_norm_eps, offset=config.norm_offset)
+    norms, numbers = contexts[0].norms, {"eps": config.rms_norm_eps, "offset": config.norm_offset}
+    norm, added_norm = functools.partial(norms.norm, **numbers), functools.partial(norms.added_norm, **numbers)
     ropes, windows = [_rope_of_layer(config, context.positions) for context in contexts], _windows(config)
 
     def body(carry, layer: Int[Array, ""] | int, w: LayerWeights[jax.Array], experts=None, joined=None):
         xs, kv = carry
         window = None if windows is None else jnp.asarray(windows)[layer]
 
-        def to_attention(x: jax.Array, context: Context) -> jax.Array:
-            h = x if w.attn_norm is None else norm(x, w.attn_norm)
-            return context.grid.to_attention(h if joined is None else joined)
+        def normed(out: jax.Array, post_norm: jax.Array | None) -> jax.Array:
+            return scaled(out if post_norm is None else norm(out, post_norm))
 
-        def to_mlp(x: jax.Array, context: Context) -> jax.Array:
-            return context.grid.to_mlp(norm(x, w.mlp_norm))
+        def attended(number: int, after: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+            """Return a part's x with the sum of attention's outputs, which is begun after `after`, and its norm."""
+            with jax.named_scope("attention"):
+                out = _summed(_behind(outs[number], after), w.o_bias, contexts[number].grid.from_attention)
+                out = normed(out, w.post_attn_norm)
+            with jax.named_scope("mlp"):
+                return added_norm(xs[number], out, w.mlp_norm)
 
-        def plus(outs: list[jax.Array], post_norm: jax.Array | None) -> list[jax.Array]:
-            normed = outs if post_norm is None else [norm(out, post_norm) for out in outs]
-            return [x + scaled(out) for x, out in zip(xs, normed, strict=True)]
-
+        outs, h = list[jax.Array](), None
         with jax.named_scope("attention"):
-            outs = []
-            for h, context, rope in zip(_in_turn(to_attention, xs, contexts), contexts, ropes, strict=True):
+            for x, context, rope in zip(xs, contexts, ropes, strict=True):
+                x = _behind(x, h)
+                h = x if w.attn_norm is None else norm(x, w.attn_norm)
+                h = context.grid.to_attention(h if joined is None else joined)
                 out, kv = _attention(h, kv, w, config, rope(layer), context, first_layer + layer, window)
-                outs.append(_summed(out, w.o_bias, context.grid.from_attention))
-            xs = plus(outs, w.post_attn_norm)
+                outs.append(out)
+        done: list[jax.Array] = []
+        following = attended(0)
         with jax.named_scope("mlp"):
-            outs = []
-            for h, context in zip(_in_turn(to_mlp, xs, contexts), contexts, strict=True):
-                outs.append(_summed(_mlp(h, w, experts, config, context), w.down_bias, context.grid.from_mlp))
-            xs = plus(outs, w.post_mlp_norm)
-        return xs, kv
+            h = contexts[0].grid.to_mlp(following[1])
+        for number, context in enumerate(contexts, 1):
+            x, own = following[0], h
+            with jax.named_scope("mlp"):
+                hidden = _hidden(own, w, config, context)
+            if number < len(contexts):
+                following = attended(number, after=own)
+            if len(contexts) > 1:
+                hidden, following, done = lax.optimization_barrier((hidden, following, done))
+            with jax.named_scope("mlp"):
+                h = contexts[number].grid.to_mlp(following[1]) if number < len(contexts) else None
+                out = _behind(_mlp(own, hidden, w, experts, config, context), h)
+                done.append(x + normed(_summed(out, w.down_bias, context.grid.from_mlp), w.post_mlp_norm))
+        return done, kv
 
     return body
 
 
-def _in_turn(gather: Callable, xs: Sequence[jax.Array], contexts: Sequence[Context]) -> list[jax.Array]:
-    """Return gather(x, context) of each part, a part's after that of the part before it.
-
-    Without an order the compiler would norm all parts in one operation, for which each would wait.
-    """
-    found: list[jax.Array] = []
-    for x, context in zip(xs, contexts, strict=True):
-        if found:
-            x, found[-1] = lax.optimization_barrier((x, found[-1]))
-        found.append(gather(x, context))
-    return found
+def _behind[X](x: X, earlier: jax.Array | None) -> X:
+    """Return x, which the program has after `earlier`."""
+    return x if earlier is None else lax.optimization_barrier((x, earlier))[0]
 
 
 def logits(
@@ -247,7 +258,6 @@ def _attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, c
 
 def _heads_attention(h, kv, w: LayerWeights[jax.Array], config: DecoderConfig, rope, context: Context, attend):
     """Return the heads' outputs side by side, [T, N * H], and the pool."""
-    h = long_steps.behind_norm(h, w.qkv, has_barriers=context.has_barriers)
     q, k, v = context.linear(h, w.qkv, w.qkv_bias, site="qkv").reshape(len(h), -1, config.head_dim), None, None
     if config.logn_scaling is not None:
         q, k, v = split_heads(q, config.num_kv_heads)
@@ -262,18 +272,23 @@ def _scales(norm: Float[Array, " H"] | None, config: DecoderConfig) -> Float[Arr
     return norm if norm is None or config.norm_offset == 0 else norm.astype(jnp.float32) + config.norm_offset
 
 
-def _mlp(h, w: LayerWeights[jax.Array], experts: LayerExperts | None, config: DecoderConfig, context: Context):
+def _act(config: DecoderConfig) -> Callable:
+    return functools.partial(gated, activation=config.activation, limit=config.gate_limit)
+
+
+def _hidden(h, w: LayerWeights[jax.Array], config: DecoderConfig, context: Context) -> jax.Array | None:
+    """Return the neurons of the MLP, [T, F]; None: the layer has experts alone."""
+    if w.down is None:
+        return None
+    return gated_linear(h, w.gate_up, w.gate_up_bias, _act(config), context.gated, context.linear)
+
+
+def _mlp(h, hidden, w: LayerWeights[jax.Array], experts: LayerExperts | None, config: DecoderConfig, context: Context):
     """Return the device's addend of the output of the MLP, the experts, or both, whose sum is scaled."""
-    act = functools.partial(gated, activation=config.activation, limit=config.gate_limit)
-    outs = []  # this device's addend of each
-    if w.down is not None:
-        matrices = w.gate_up, w.gate_up_bias, w.down
-        outs.append(long_steps.mlp(h, *matrices, act, context.linear, has_barriers=context.has_barriers))
+    outs = [] if hidden is None else [context.linear(hidden, w.down, site="down")]  # this device's addend of each
     if w.moe is not None and experts is not None and config.moe is not None:
-        multiply = context.grouped, context.linear
-        outs.append(
-            moe_layer(h, w.moe, experts, config.moe, act, context.valid, *multiply, context.grid, context.routed)
-        )
+        products = context.grouped, context.linear, context.grid, context.routed
+        outs.append(moe_layer(h, w.moe, experts, config.moe, _act(config), context.valid, *products))
         if config.moe.residual_scale is not None:
             outs = [sum(outs) * jnp.asarray(config.moe.residual_scale, h.dtype)]
     return outs[0]

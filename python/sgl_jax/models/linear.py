@@ -7,6 +7,7 @@ import functools
 from typing import Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
@@ -14,7 +15,7 @@ from sgl_jax.models.adapters import Adapted, SlotsInUse
 from sgl_jax.models.quantised import Matrix, Quantised
 from sgl_jax.models.spec import ExpertSite, Site
 from sgl_jax.ops.adapter_addend import AdapterAddend, plain_addend
-from sgl_jax.ops.dense import DenseProduct, plain_product
+from sgl_jax.ops.dense.api import DenseProduct, Gated, GatedProduct, plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
 from sgl_jax.ops.quantized_matmul.api import QuantizedGroupedMatmul, QuantizedMatmul
@@ -75,6 +76,22 @@ def linear(
     else:
         out = product(x, w.astype(x.dtype), out_dtype)
     return out if bias is None else out + bias.astype(out.dtype)
+
+
+def gated_linear(
+    x: Float[Array, "T D"],
+    gate_up: Matrix[jax.Array] | None,
+    bias: Float[Array, " FF"] | None,
+    gated: Gated,
+    product: GatedProduct,
+    linear: Linear,
+) -> Float[Array, "T F"]:
+    """Return the activation of gate and up, in one operation where `product` takes the matrix."""
+    if isinstance(gate_up, jax.Array) and bias is None and (gate_up.dtype, gate_up.shape[-1]) == (x.dtype, x.shape[-1]):
+        out = product(x, gate_up, gated)
+        if out is not None:
+            return out
+    return gated(*jnp.split(linear(x, gate_up, bias, site="gate_up"), 2, axis=-1))
 
 
 def grouped_linear(

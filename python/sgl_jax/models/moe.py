@@ -12,7 +12,8 @@ from sgl_jax.models.decoder_config import MoeConfig
 from sgl_jax.models.linear import GroupedLinear, Linear, linear
 from sgl_jax.models.quantised import Quantised
 from sgl_jax.models.weights import Experts, MoeWeights
-from sgl_jax.ops.experts.api import LINE, Gated, RoutedExperts
+from sgl_jax.ops.dense.api import Gated
+from sgl_jax.ops.experts.api import LINE, RoutedExperts
 from sgl_jax.parallel.grid import LONE, Grid
 
 

@@ -35,15 +35,14 @@ def make_buckets(
     return tuple(Bucket(size * width, min(size, most_rows), width) for size in sorted(sizes))
 
 
-_MOST_PARTS = 4
-
-
 def divided(bucket: Bucket, part_tokens: int, multiple: int) -> Bucket:
-    """Return the bucket with its tokens in up to four equal parts of at least part_tokens, each a multiple; 0: in one part."""
-    least = max(part_tokens, bucket.num_rows * bucket.width)
-    parts = [n for n in range(1, _MOST_PARTS + 1) if part_tokens and bucket.num_tokens % (n * multiple) == 0]
-    number = max((n for n in parts if bucket.num_tokens // n >= least), default=1)
-    return dataclasses.replace(bucket, num_parts=number)
+    """Return the bucket with its tokens in two equal parts of at least part_tokens, each a multiple; 0: in one part."""
+    fits = bucket.num_tokens >= 2 * max(part_tokens, bucket.num_rows * bucket.width)
+    return (
+        dataclasses.replace(bucket, num_parts=2)
+        if part_tokens and fits and bucket.num_tokens % (2 * multiple) == 0
+        else bucket
+    )
 
 
 def pick(buckets: tuple[Bucket, ...], num_tokens: int, num_rows: int = 0, width: int = 1) -> Bucket:

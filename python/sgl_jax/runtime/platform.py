@@ -13,11 +13,13 @@ from sgl_jax.observability import log
 from sgl_jax.ops.adapter_addend import library_addend
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.cpu.library import find_library
-from sgl_jax.ops.dense import library_product, plain_product
+from sgl_jax.ops.dense.api import DenseProduct, GatedProduct, no_gated_product, plain_product
+from sgl_jax.ops.dense.library import library_product
 from sgl_jax.ops.experts.api import RoutedExperts
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.kernels import Kernels
+from sgl_jax.ops.norm_rope import PLAIN_NORMS, Norms
 from sgl_jax.ops.quantized_matmul.compiled import library_grouped_matmul, library_matmul
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime.control_groups import ROOT, read
@@ -188,13 +190,25 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     if platform.name == "tpu":
         from sgl_jax.ops.quantized_matmul import pallas_tpu as quantized  # importing Pallas is slow
 
-        products = plain_product, quantized.quantized_matmul, quantized.quantized_grouped_matmul
-        return Kernels(attention, grouped, *products, routed_experts_for(platform.name), has_barriers=True)
+        product, gated_product, norms = dense_for(platform.name) or (plain_product, no_gated_product, PLAIN_NORMS)
+        quantised = quantized.quantized_matmul, quantized.quantized_grouped_matmul
+        routed = routed_experts_for(platform.name)
+        return Kernels(attention, grouped, product, gated_product, *quantised, routed, norms=norms)
     if library is None:
         return Kernels(attention, grouped)
     quantised = library_matmul(library), library_grouped_matmul(library)
     more = {"adapters": library_addend(library), "library": library}
-    return Kernels(attention, grouped, library_product(library), *quantised, **more)
+    return Kernels(attention, grouped, library_product(library), no_gated_product, *quantised, **more)
+
+
+def dense_for(platform: Name) -> tuple[DenseProduct, GatedProduct, Norms] | None:
+    """Return the kernels of dense layers."""
+    if platform != "tpu":
+        return None
+    from sgl_jax.ops import norm_tpu  # importing Pallas is slow
+    from sgl_jax.ops.dense import pallas_tpu
+
+    return pallas_tpu.product, pallas_tpu.gated_product, norm_tpu.NORMS
 
 
 def routed_experts_for(platform: Name) -> RoutedExperts | None:

@@ -12,12 +12,16 @@ from sgl_jax.models.decoder_config import DecoderConfig
 from sgl_jax.models.linear import Linear, products
 from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, RaggedBatch, split_heads
 from sgl_jax.ops.kernels import Kernels
+from sgl_jax.ops.norm_rope import PLAIN_NORMS
 from sgl_jax.parallel.grid import LONE, Grid
 from sgl_jax.runtime.device_state import DeviceState
 
 type Pools = list[jax.Array]  # the target's KV, and that of a draft model whose KV has another shape
 # Makes drafts of the tokens after each row's last one: (speculate.Verified, StepSpec, PlanLayout) -> values after the step.
 type Drafter = Callable[..., tuple[Pools, DeviceState]]
+
+
+_LONG_STEP = 512  # tokens; in shorter ones XLA makes a norm part of the product behind it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +77,9 @@ class StepSpec:
             self.compute_dtype,
             self.grid,
             linear,
-            has_barriers=self.kernels.has_barriers,
+            gated=self.kernels.gated,
             routed=self.kernels.routed_experts,
+            norms=self.kernels.norms if len(valid) >= _LONG_STEP else PLAIN_NORMS,
         )
 
 

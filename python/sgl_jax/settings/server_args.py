@@ -117,8 +117,8 @@ class ServerArgs(SpeculativeFlags, LoraFlags, TaskFlags, ServingFlags):
     )
     collective_overlap_tokens: int | None = flag(
         None,
-        "least tokens of a part of a step, which holds as many as rows decode in any case: a step of several parts, four at most, "
-        "exchanges one part's data between devices while it multiplies another's; 0: steps have one part",
+        "a step of at least twice as many tokens is computed in two parts, which hold as many as rows decode in any case, and "
+        "exchanges one part's data between devices while it multiplies the other's; 0: steps have one part",
         unset="512 on TPU v6e and v7x for models without experts, else 0",
         rule=at_least(0),
     )

@@ -15,7 +15,7 @@ from sgl_jax import check_env
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.experts import pallas_tpu
 from sgl_jax.ops.grouped_matmul import native
-from sgl_jax.runtime.platform import PLATFORMS
+from sgl_jax.runtime.platform import PLATFORMS, dense_for
 from sgl_jax.tools.environment import check_command
 from sgl_jax.tools.environment.facts import Facts, Report
 from sgl_jax.tools.selftest import numerics
@@ -24,6 +24,8 @@ from sgl_jax.tools.selftest.numerics import Check
 
 def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(numerics, "model_error", lambda platform, num_devices: 0.01 * num_devices)
+    monkeypatch.setattr(numerics, "dense_for", {"cpu": ("those", "of", "a TPU")}.get)
+    monkeypatch.setattr(numerics, "dense_error", lambda *dense: 0.0 if dense[2] == "a TPU" else 1.0)
     monkeypatch.setattr(numerics, "routed_experts_for", {"cpu": "those of a TPU"}.get)
     monkeypatch.setattr(numerics, "experts_error", lambda routed, dtype: 0.0 if routed == "those of a TPU" else 1.0)
     found = {check.name: check for check in numerics.checks(PLATFORMS["cpu"], 2)}
@@ -33,7 +35,12 @@ def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run(monke
         "attention fa, float32",
     ]
     assert says(found["attention fa, float32"].note, "tpu … cpu")
-    assert {"attention native, float32", "grouped matmul, bfloat16", "experts, bfloat16"} <= set(found)
+    assert {
+        "attention native, float32",
+        "grouped matmul, bfloat16",
+        "experts, bfloat16",
+        "dense layers, float32",
+    } <= set(found)
     assert found["model, bfloat16"].error == 0.02
 
 
@@ -58,6 +65,29 @@ def test_a_wrong_grouped_matmul_is_found() -> None:
         return native.grouped_matmul(x, w, layer, jnp.roll(sizes, 1))
 
     assert numerics.grouped_matmul_error(shifted, "float32") > 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_dense_layers_pass_as_they_are_and_wrong_ones_are_found(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pltpu, "get_tpu_info", type("Chip", (), {"vmem_capacity_bytes": 128 << 20}))
+    right = dense_for("tpu")
+    assert right is not None
+    product, gated_product, norms = right
+
+    def found(*dense) -> float:
+        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(uninitialized_memory="nan")):
+            return numerics.dense_error(*dense, dtype)
+
+    def shifted(function):
+        return lambda *args, **options: jnp.roll(function(*args, **options), 1, axis=-1)
+
+    assert found(*right) < numerics.ALLOWED[dtype]
+    assert found(shifted(product), gated_product, norms) > 0.1
+    assert found(product, gated_product, dataclasses.replace(norms, norm=shifted(norms.norm))) > 0.1
+    off = lambda *args: (args[0], norms.added_norm(*args)[1])  # noqa: E731
+    assert found(product, gated_product, dataclasses.replace(norms, added_norm=off)) > 0.1
+    if dtype == "bfloat16":
+        assert found(product, shifted(gated_product), norms) > 0.1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -3,15 +3,13 @@
 The matrices of all layers come in one array, and the layer as an index, as in grouped_matmul.api.
 """
 
-from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Array, Float, Int
 
-LINE = 128  # D is a multiple of it
+from sgl_jax.ops.dense.api import Gated
 
-type Gated = Callable[[jax.Array, jax.Array], jax.Array]  # the activation of gate and up, element by element
+LINE = 128  # D is a multiple of it
 
 
 @runtime_checkable  # so that tests can check annotations

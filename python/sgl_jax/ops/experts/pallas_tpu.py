@@ -19,7 +19,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from sgl_jax.ops.experts.api import LINE, Gated
+from sgl_jax.ops.dense.api import Gated
+from sgl_jax.ops.experts.api import LINE
 
 _TOGETHER = 8  # tokens that are copied in one turn of a loop
 _MOST_ROWS = 256  # an item has room for

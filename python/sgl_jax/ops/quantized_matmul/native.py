@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Shaped
 
-from sgl_jax.ops.dense import plain_product
+from sgl_jax.ops.dense.api import plain_product
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.quantized_matmul.api import Planes, Rounding
 

@@ -21,13 +21,15 @@ from sgl_jax.models.layers import gated
 from sgl_jax.ops.attention import reference as attention_reference
 from sgl_jax.ops.attention.api import AttentionLayer, AttentionSpec, make_ragged_batch
 from sgl_jax.ops.attention.backends import Backend, NoSuchBackend, find_backend
+from sgl_jax.ops.dense.api import DenseProduct, GatedProduct, plain_product
 from sgl_jax.ops.experts import reference as experts_reference
 from sgl_jax.ops.experts.api import RoutedExperts
 from sgl_jax.ops.grouped_matmul import reference as grouped_reference
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
+from sgl_jax.ops.norm_rope import Norms
 from sgl_jax.request import SamplingParams
 from sgl_jax.runtime.compiler import matmul_precision
-from sgl_jax.runtime.platform import Name, Platform, grouped_matmul_for, pick_devices, routed_experts_for
+from sgl_jax.runtime.platform import Name, Platform, dense_for, grouped_matmul_for, pick_devices, routed_experts_for
 from sgl_jax.settings.server_args import ServerArgs
 
 BACKENDS = ("native", "fa")
@@ -79,6 +81,8 @@ def checks(platform: Platform, num_devices: int) -> Iterator[Check]:
             yield _run(title, ALLOWED[dtype], dtype, partial(attention_error, backend, dtype))
         error = partial(grouped_matmul_error, grouped_matmul_for(platform.name), dtype)
         yield _run(f"grouped matmul, {dtype}", ALLOWED[dtype], dtype, error)
+        if (dense := dense_for(platform.name)) is not None:
+            yield _run(f"dense layers, {dtype}", ALLOWED[dtype], dtype, partial(dense_error, *dense, dtype))
         if (routed := routed_experts_for(platform.name)) is not None:
             yield _run(f"experts, {dtype}", ALLOWED[dtype], dtype, partial(experts_error, routed, dtype))
     error = partial(model_error, platform.name, num_devices)
@@ -135,6 +139,33 @@ def grouped_matmul_error(grouped_matmul: GroupedMatmul, dtype: str) -> float:
     used = int(sizes.sum())
     wanted = grouped_reference.grouped_matmul(np.asarray(x, np.float64), np.asarray(w, np.float64), 1, sizes)
     return float(np.abs(np.asarray(out, np.float64) - wanted)[:used].max())
+
+
+def dense_error(product: DenseProduct, gated_product: GatedProduct, norms: Norms, dtype: str) -> float:
+    """Return the largest difference of norms, of products behind them and of an activation, for 528 tokens."""
+    rng = np.random.default_rng(4)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(np.float32)).astype(dtype)  # noqa: E731
+    x, weight, w, gate_up = draw(528, 1024), 1 + draw(1024) / 8, draw(1152, 1024) / 64, draw(2 * 1152, 1024) / 64
+    silu = partial(gated, activation="silu")
+
+    def layer(x, weight, w, gate_up):
+        x, h = norms.added_norm(x, norms.norm(x, weight, 1e-6), weight, 1e-6)
+        halves = jnp.split(plain_product(h, gate_up), 2, axis=-1)
+        act = gated_product(h, gate_up, silu)
+        return x, h, product(h, w), silu(*halves) if act is None else act
+
+    def norm64(x: np.ndarray) -> np.ndarray:
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight64
+
+    found = jax.jit(layer)(x, weight, w, gate_up)
+    x64, weight64, w64, gate_up64 = (np.asarray(array, np.float64) for array in (x, weight, w, gate_up))
+    total64 = x64 + norm64(x64)
+    h64 = norm64(total64)
+    gate, up = np.split(h64 @ gate_up64.T, 2, axis=-1)
+    wanted = total64, h64, h64 @ w64.T, gate / (1 + np.exp(-gate)) * up
+    return float(
+        max(np.abs(np.asarray(out, np.float64) - exact).max() for out, exact in zip(found, wanted, strict=True))
+    )
 
 
 def experts_error(routed: RoutedExperts, dtype: str) -> float:

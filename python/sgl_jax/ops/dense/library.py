@@ -1,7 +1,6 @@
-"""Products of tokens with a matrix of weights: the contract, plain XLA, and the library for CPUs (cpu/dense.cc)."""
+"""Products of tokens with a matrix by the library for CPUs (cpu/dense.cc)."""
 
 import functools
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +8,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
 from sgl_jax.ops.cpu.library import Library
+from sgl_jax.ops.dense.api import DenseProduct, plain_product
 
 _MOST_TOKENS = 64  # beyond, XLA's products are about as fast (benchmarks/LOG.md)
 _MULTIPLE = 32  # numbers of a vector in the widest library; it divides the columns
-
-
-@runtime_checkable  # so that tests can check annotations
-class DenseProduct(Protocol):
-    """Multiplies each token with each row of the matrix. The result has x's dtype unless `out_dtype` names a wider one."""
-
-    def __call__(
-        self, x: Float[Array, "T I"], w: Float[Array, "O I"], out_dtype: DTypeLike | None = None
-    ) -> Float[Array, "T O"]: ...
-
-
-def plain_product(
-    x: Float[Array, "T I"], w: Float[Array, "O I"], out_dtype: DTypeLike | None = None
-) -> Float[Array, "T O"]:
-    """See DenseProduct. The weights stand on the left, which is the fastest order on a CPU
-    (docs/decisions/0006-weights-out-in.md)."""
-    return jnp.einsum("oi,ti->ot", w, x, preferred_element_type=out_dtype).T
 
 
 def library_product(library: Library, live: Bool[Array, " T"] | None = None) -> DenseProduct:

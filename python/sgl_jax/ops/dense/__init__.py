@@ -1,0 +1,1 @@
+"""Products of tokens with a matrix of weights."""
