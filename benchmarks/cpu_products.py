@@ -25,7 +25,7 @@ from provenance import commit, machine
 from sgl_jax.models.scaled import Scaled
 from sgl_jax.ops.cpu.library import find_library
 from sgl_jax.ops.dense.api import DenseProduct, plain_product
-from sgl_jax.ops.dense.library import library_product
+from sgl_jax.ops.dense.cpu_library import library_product
 from sgl_jax.ops.quantized_matmul.api import Planes, QuantizedMatmul
 from sgl_jax.ops.quantized_matmul.compiled import library_matmul
 from sgl_jax.ops.quantized_matmul.native import quantized_matmul

@@ -38,7 +38,7 @@ class Case:
     site: str
     tokens: int
     inputs: int
-    outputs: int  # of gate and up together
+    outputs: int  # both of gate and of up
 
     @property
     def name(self) -> str:

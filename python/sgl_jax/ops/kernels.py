@@ -9,7 +9,7 @@ from sgl_jax.ops.adapter_addend import AdapterAddend, plain_addend
 from sgl_jax.ops.attention.backends import Backend
 from sgl_jax.ops.cpu.library import Library
 from sgl_jax.ops.dense.api import DenseProduct, GatedProduct, no_gated_product, plain_product
-from sgl_jax.ops.dense.library import library_product
+from sgl_jax.ops.dense.cpu_library import library_product
 from sgl_jax.ops.experts.api import RoutedExperts
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul
 from sgl_jax.ops.norm_rope import PLAIN_NORMS, Norms

@@ -13,7 +13,7 @@ from sgl_jax.ops.norm_rope import Norms
 
 _LEAST_TOKENS, _LEAST_WIDTH = 128, 1024  # smaller norms are part of the product behind them
 _LANES, _SUBLANES = 128, 16  # sides of a tile of bfloat16
-_BLOCK_BYTES = 1 << 20  # of tokens
+_BLOCK_BYTES = 1 << 20  # tokens in one block
 
 
 def rms_norm(
@@ -51,7 +51,7 @@ def _call(
     tokens, width = addends[0].shape
     rows = min(tokens, max(1, _BLOCK_BYTES // (width * 2 * _SUBLANES)) * _SUBLANES)
     tile = pl.BlockSpec((rows, width), lambda block: (block, 0))
-    number = len(addends)  # of arrays that are read, and of those that are written
+    number = len(addends)  # arrays that are read, and as many that are written
     return pl.pallas_call(
         functools.partial(_kernel, eps=eps),
         out_shape=[jax.ShapeDtypeStruct((tokens, width), jnp.bfloat16)] * number,

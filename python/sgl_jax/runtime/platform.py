@@ -14,7 +14,7 @@ from sgl_jax.ops.adapter_addend import library_addend
 from sgl_jax.ops.attention.backends import find_backend
 from sgl_jax.ops.cpu.library import find_library
 from sgl_jax.ops.dense.api import DenseProduct, GatedProduct, no_gated_product, plain_product
-from sgl_jax.ops.dense.library import library_product
+from sgl_jax.ops.dense.cpu_library import library_product
 from sgl_jax.ops.experts.api import RoutedExperts
 from sgl_jax.ops.grouped_matmul import native as grouped_native
 from sgl_jax.ops.grouped_matmul.api import GroupedMatmul

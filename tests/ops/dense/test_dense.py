@@ -7,7 +7,7 @@ import pytest
 
 from sgl_jax.ops.cpu import library
 from sgl_jax.ops.dense.api import plain_product
-from sgl_jax.ops.dense.library import library_product
+from sgl_jax.ops.dense.cpu_library import library_product
 
 BUILT = library.usable(library.processor_flags())
 pytestmark = pytest.mark.skipif(not BUILT, reason="the library was not built")

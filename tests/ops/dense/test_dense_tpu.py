@@ -18,7 +18,7 @@ from sgl_jax.ops.dense import pallas_tpu
 from sgl_jax.ops.dense.pallas_tpu import Blocks
 
 SILU = functools.partial(gated, activation="silu", limit=1.5)
-TOLERANCE = {"rtol": 2e-2, "atol": 2e-2}  # of a result rounded to bfloat16
+TOLERANCE = {"rtol": 2e-2, "atol": 2e-2}  # two roundings to bfloat16
 
 
 def draw(*shape: int) -> jax.Array:

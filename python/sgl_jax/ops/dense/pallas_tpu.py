@@ -20,18 +20,18 @@ from jaxtyping import Array, Float
 from sgl_jax.ops.dense.api import Gated, plain_product
 
 _LEAST_TOKENS = 512  # fewer are multiplied in less time than the matrix is read in, and XLA reads it ahead
-_LEAST_SIDE = 1024  # of a matrix
+_LEAST_SIDE = 1024  # rows and columns of a matrix
 _LANES, _SUBLANES = 128, 16  # sides of a tile of bfloat16
-_COLUMNS = 256  # of a matrix unit: a block has a multiple of as many rows of the matrix
+_COLUMNS = 256  # a matrix unit has as many, and a block a multiple of them as rows
 CHUNK = 512  # tokens that are multiplied at once, at most
-_BLOCK_BYTES = 4 << 20  # of the matrix, unless 256 rows are more
+_BLOCK_BYTES = 4 << 20  # a block of the matrix has at most, unless 256 rows are more
 _LEAST_BLOCKS = 8  # the first block is read while nothing is multiplied
 _OTHER_BYTES = 6 << 20  # VMEM for sums of a chunk and for the compiler
 
 
 class Blocks(NamedTuple):
     tokens: int  # multiplied with a matrix that is read once; a divisor of all
-    rows: int  # of a block of the matrix
+    rows: int  # a block of the matrix has
 
 
 def product(x: Float[Array, "T I"], w: Float[Array, "O I"], out_dtype: DTypeLike | None = None) -> Float[Array, "T O"]:
