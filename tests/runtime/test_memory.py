@@ -11,16 +11,17 @@ import jax
 import pytest
 
 from messages import says
-from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, RopeConfig
+from sgl_jax.models.decoder_config import DecoderConfig, MlaConfig, MoeConfig, RopeConfig
 from sgl_jax.ops.attention import native
 from sgl_jax.ops.attention.backends import NoSuchBackend, find_backend
 from sgl_jax.ops.cpu import library
-from sgl_jax.ops.dense.api import plain_product
+from sgl_jax.ops.dense.api import no_gated_product, plain_product
+from sgl_jax.ops.norm_rope import PLAIN_NORMS
 from sgl_jax.ops.quantized_matmul.native import quantized_matmul
 from sgl_jax.parallel.grid import Grid
 from sgl_jax.runtime import memory, platform
 from sgl_jax.runtime.memory import DoesNotFit, MemoryPlan, device_memory, plan_memory
-from sgl_jax.runtime.platform import PLATFORMS, kernels_for
+from sgl_jax.runtime.platform import PLATFORMS, dense_for, kernels_for
 from sgl_jax.runtime.pool import pools_of
 
 CONFIG = DecoderConfig(
@@ -85,6 +86,18 @@ def test_a_tpu_launch_takes_fa_for_heads_and_for_latent_vectors() -> None:
     assert fa.latent
     for model in (CONFIG, latent):
         assert kernels_for(None, PLATFORMS["tpu"], model).attention == fa
+
+
+def test_a_tpu_launch_has_kernels_for_dense_layers_of_models_without_experts() -> None:
+    def kernels(model: DecoderConfig) -> tuple:
+        found = kernels_for(None, PLATFORMS["tpu"], model)
+        return found.dense, found.gated, found.norms
+
+    assert kernels(CONFIG) == dense_for("tpu")
+    plain = plain_product, no_gated_product, PLAIN_NORMS
+    assert kernels(dataclasses.replace(CONFIG, moe=MoeConfig(8, 2, 64))) == plain
+    found = kernels_for("native", PLATFORMS["gpu"], CONFIG)
+    assert (found.dense, found.gated, found.norms, dense_for("gpu")) == (*plain, None)
 
 
 def test_the_budget_less_the_weights_becomes_whole_pages_and_a_scratch_page() -> None:

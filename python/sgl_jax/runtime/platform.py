@@ -190,7 +190,9 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
     if platform.name == "tpu":
         from sgl_jax.ops.quantized_matmul import pallas_tpu as quantized  # importing Pallas is slow
 
-        product, gated_product, norms = dense_for(platform.name) or (plain_product, no_gated_product, PLAIN_NORMS)
+        # XLA adds residuals in its own products, which is faster where most of the time goes to experts.
+        dense = dense_for(platform.name) if model.moe is None else None
+        product, gated_product, norms = dense or (plain_product, no_gated_product, PLAIN_NORMS)
         quantised = quantized.quantized_matmul, quantized.quantized_grouped_matmul
         routed = routed_experts_for(platform.name)
         return Kernels(attention, grouped, product, gated_product, *quantised, routed, norms=norms)
