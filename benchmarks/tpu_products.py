@@ -95,7 +95,7 @@ def measure(case: Case, dumps: Path) -> dict[str, Any]:
     sizes = blocks[0]
     turns = case.tokens // sizes.tokens * -(-case.outputs // number // sizes.rows)
     own, *chunks = tpu_kernels.read_bundles(min(found).read_text()).loops[0].walk()
-    of_chunks = sizes.tokens // min(sizes.tokens, pallas_tpu.CHUNK) * sum(loop.total() for loop in chunks)
+    of_chunks = sizes.tokens // sizes.chunk * sum(loop.total() for loop in chunks)
     clock = topology.chip.clock_hz
     return dataclasses.asdict(case) | {
         "blocks": sizes._asdict(),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sgl_jax.models.layers import gated
+from sgl_jax.models.layers import GATED, gated
 from sgl_jax.ops import norm_tpu
 from sgl_jax.ops.dense import pallas_tpu
 from sgl_jax.parallel.placement import Placement
@@ -61,9 +61,10 @@ SHAPES = ("chip", "tokens", "inputs", "outputs")
         ("v7x-1", 2048, 14336, 4096),
         ("v5e-1", 2048, 4096, 6144),
         ("v6e-1", 8192, 28672, 8192),
-        ("v6e-1", 1040, 1024, 1152),
+        ("v6e-1", 1056, 1024, 1152),
+        ("v6e-1", 2048, 1024, 16384),
     ],
-    ids=["v6e", "pieces", "v5e", "wide", "13 tiles a chunk"],
+    ids=["v6e", "pieces", "v5e", "wide", "22 tiles a chunk", "many outputs"],
 )
 def test_shapes_fit_and_copy_nothing(chip: str, tokens: int, inputs: int, outputs: int) -> None:
     assert _temporaries(chip, pallas_tpu.product, (tokens, inputs), (outputs, inputs)) == 0
@@ -77,9 +78,10 @@ def test_shapes_fit_and_copy_nothing(chip: str, tokens: int, inputs: int, output
         ("v6e-1", 1024, 5120, 3200),
         ("v7x-1", 2048, 8192, 7168),
         ("v7x-1", 512, 5120, 3200),
-        ("v5e-1", 1040, 3584, 3584),
+        ("v5e-1", 1056, 3584, 3584),
+        ("v6e-1", 2048, 1152, 6912),
     ],
-    ids=["v6e", "wide", "part of a block", "v7x", "part of a block, v7x", "v5e"],
+    ids=["v6e", "wide", "part of a block", "v7x", "part of a block, v7x", "v5e", "few inputs"],
 )
 def test_gated_shapes_fit_and_copy_nothing(chip: str, tokens: int, inputs: int, outputs: int) -> None:
     product = functools.partial(pallas_tpu.gated_product, gated=SILU)
@@ -97,8 +99,17 @@ def test_matrices_too_wide_for_the_chip_are_left_to_xla() -> None:
 @pytest.mark.parametrize("chip", ["v6e-1", "v7x-1", "v5e-1"])
 @pytest.mark.parametrize(("tokens", "width"), [(128, 1024), (256, 5120), (2048, 4096), (400, 16384)])
 def test_norms_fit(chip: str, tokens: int, width: int) -> None:
-    norm = functools.partial(norm_tpu.rms_norm, eps=1e-6)
-    assert _temporaries(chip, norm, (tokens, width), (width,)) < 1 << 17  # the factors in float32
+    factors = 1 << 17  # bytes in float32, at most
+    norm, added_norm = (functools.partial(each, eps=1e-6) for each in (norm_tpu.rms_norm, norm_tpu.added_norm))
+    assert _temporaries(chip, norm, (tokens, width), (width,)) < factors
+    assert _temporaries(chip, added_norm, (tokens, width), (tokens, width), (width,)) < factors
+
+
+@pytest.mark.parametrize("activation", GATED)
+def test_every_activation_compiles(activation: str) -> None:
+    """Exact GELU needs erf, since kernels have no erfc."""
+    act = functools.partial(gated, activation=activation)
+    assert _temporaries("v6e-1", functools.partial(pallas_tpu.gated_product, gated=act), (512, 1024), (2048, 1024)) == 0
 
 
 def _temporaries(chip: str, function, *shapes: tuple[int, ...]) -> int:

@@ -12,7 +12,7 @@ import pytest
 from jax import lax
 from jax.typing import DTypeLike
 
-from sgl_jax.models.layers import gated
+from sgl_jax.models.layers import GATED, gated
 from sgl_jax.ops.experts.pallas_tpu import routed_experts
 from sgl_jax.ops.grouped_matmul import pallas_tpu
 from sgl_jax.parallel.placement import Placement
@@ -102,11 +102,17 @@ def test_experts_whose_neurons_cannot_be_divided_are_left_to_grouped_matmul() ->
     _temporaries("v7x-1", nothing, *_routed(2048, 4096, 1600, 16, 2)[1])
 
 
-def _routed(tokens: int, width: int, neurons: int, experts: int, choices: int, dtype: DTypeLike = BF16):
+@pytest.mark.parametrize("activation", GATED)
+def test_every_activation_compiles(activation: str) -> None:
+    product, shapes = _routed(64, 1024, 256, 8, 2, act=functools.partial(gated, activation=activation))
+    assert _temporaries("v6e-1", product, *shapes) > 0
+
+
+def _routed(tokens: int, width: int, neurons: int, experts: int, choices: int, dtype: DTypeLike = BF16, act=SILU):
     """Return the product of routed experts, and the shapes of its arguments."""
 
     def product(x, gate_up, down, expert, weights, layer):
-        out = routed_experts(x, gate_up, down, layer, expert, weights, SILU, experts)
+        out = routed_experts(x, gate_up, down, layer, expert, weights, act, experts)
         assert out is not None
         return out
 

@@ -69,7 +69,7 @@ def test_a_layer_sums_twice_over_the_devices(step: StepProgram) -> None:
     assert sum(others) <= programs.SMALL
 
 
-def test_parts_are_multiplied_while_others_are_exchanged(step: StepProgram) -> None:
+def test_parts_are_multiplied_while_others_are_exchanged(step: StepProgram, request: pytest.FixtureRequest) -> None:
     """The program starts a collective of one part and finishes it behind products of another."""
     topology, devices = step.plan.target.topology, step.plan.target.num_devices
     assert topology is not None
@@ -77,9 +77,11 @@ def test_parts_are_multiplied_while_others_are_exchanged(step: StepProgram) -> N
     assert (step.bucket.num_parts > 1) == (devices > 1 and step.bucket.num_tokens >= 1024)
     # Each part of a layer has the kernel for chunks, and the first one that for short rows.
     attention = [each.name for each in step.module.instructions() if each.name.startswith(("fa_decode", "fa_chunks"))]
-    assert len(attention) in (0, (step.bucket.num_parts + 1) * step.num_layers)
+    has_kernels = request.node.callspec.params["step"][2] == "fa"
+    assert len(attention) == (step.bucket.num_parts + 1) * step.num_layers * has_kernels
     if step.bucket.num_parts > 1:
-        assert time.waited < time.exchanged / 2  # a v7x multiplies in less time than the sums take
+        # A v7x multiplies in less time than the sums take.
+        assert time.waited < time.exchanged * (0.35 if topology.name.startswith("v6e") else 0.7)
     else:  # but what a v7x finds to do meanwhile
         assert time.waited >= 0.9 * time.exchanged
 

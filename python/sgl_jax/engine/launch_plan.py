@@ -147,7 +147,7 @@ def _limits(
 
 
 def _divided(args: ServerArgs, buckets: tuple[Bucket, ...], by_default: int, grid: Grid) -> tuple[Bucket, ...]:
-    """Return the buckets in parts of --collective-overlap-tokens, else of as many tokens as for the device and the model."""
+    """Return the buckets, in two parts where each has --collective-overlap-tokens, else as many as for the device and the model."""
     asked = args.collective_overlap_tokens
     found = tuple(divided(bucket, by_default if asked is None else asked, grid.tensor) for bucket in buckets)
     if asked and all(bucket.num_parts == 1 for bucket in found):

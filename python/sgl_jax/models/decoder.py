@@ -99,9 +99,9 @@ def decoder_layer(
 
     Its x is a list with one array for each part of the step. `joined` replaces the normed x as the input of attention.
 
-    Barriers give the order of several parts, since in the compiler's own links and products wait for each other. Attention's
-    outputs are summed when the part before is gathered, and between the two products of an MLP the other part is summed and
-    normed, so that it is gathered beside the second one (docs/decisions/0036-long-steps-are-computed-in-parts.md).
+    Barriers order several parts, because links and products would wait for each other as the compiler orders them. A part's
+    attention is summed when the part before has been gathered for its MLP. The sum and its norm end before the second product of
+    that MLP, beside which the part is gathered (docs/decisions/0036-long-steps-are-computed-in-parts.md).
     """
     scaled = functools.partial(_times, config.branch_scale)
     norms, numbers = contexts[0].norms, {"eps": config.rms_norm_eps, "offset": config.norm_offset}

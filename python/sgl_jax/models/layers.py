@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sgl_jax.models.decoder_config import Activation, LognScaling, RopeConfig
@@ -22,9 +23,15 @@ def logn_factors(positions: Int[Array, " T"], scaling: LognScaling) -> Float[Arr
     return jnp.maximum(1.0, jnp.log(seen) / math.log(scaling.length))
 
 
+def _gelu(x: Float[Array, "*B F"]) -> Float[Array, "*B F"]:
+    """Return the exact GELU (Hendrycks and Gimpel 2016) by erf, as Pallas for TPU has no erfc."""
+    x32 = x.astype(jnp.float32)
+    return (0.5 * x32 * (1 + lax.erf(x32 / math.sqrt(2)))).astype(x.dtype)
+
+
 GATED: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "silu": lambda gate, up: jax.nn.silu(gate) * up,
-    "gelu": lambda gate, up: jax.nn.gelu(gate, approximate=False) * up,
+    "gelu": lambda gate, up: _gelu(gate) * up,
     "gelu_tanh": lambda gate, up: jax.nn.gelu(gate, approximate=True) * up,
     # github.com/openai/gpt-oss, gpt_oss/torch/model.py
     "swiglu_oai": lambda gate, up: gate * jax.nn.sigmoid(1.702 * gate) * (up + 1),

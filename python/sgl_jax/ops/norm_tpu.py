@@ -66,7 +66,7 @@ def _call(
 
 
 def _kernel(factors, *refs, eps: float):
-    """Add and norm a block's tokens, 16 at a time, which fit into registers. factors: [1, D]; each of the addends, and of the
+    """Add and norm a block's tokens, 16 at a time: a row of tiles. factors: [1, D]; each of the addends, and of the
     outputs: [rows, D]."""
     addends, (*totals, normed) = refs[: len(refs) // 2], refs[len(refs) // 2 :]
 

@@ -6,7 +6,7 @@ drafting has, are left out. A collective takes the time of its bytes at the link
 at a time. One that the program starts and finishes apart runs beside what stands between, so that only the rest of it is waited
 for. A gather on SparseCores reads and writes its result at the memory's full rate, beside other work likewise. A kernel of
 products takes the longer of the bytes that it states, at the full rate, and of the multiplications at nine tenths of the matrix
-units' rate, which is what the instructions of the dense ones come to (benchmarks/LOG.md).
+units' rate, which is what the instructions of the dense ones come to (benchmarks/tpu_products.md); norms count among these kernels.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from sgl_jax.planning.topology import Topology
 
 STAGES = ("unpack", "embed", "attention", "mlp", "logits", "sample", "draft", "store", "prompt_logprobs")
 _KERNEL = re.compile(r"/pallas_call$")
-_PRODUCTS = re.compile(r"/(dense|experts|grouped|quantized)_\w+/pallas_call$")
+_STATED = re.compile(r"/(dense|experts|grouped|quantized)_\w+/pallas_call$")
 _KERNEL_RATE = 0.9
 _KINDS = ("all-reduce", "all-gather", "reduce-scatter")
 
@@ -29,7 +29,7 @@ class StepTime:
 
     products: dict[str, float]  # by stage: fusions that contain a product
     others: dict[str, float]  # by stage, with what is waited for gathers on SparseCores
-    in_kernels: float  # our kernels of products
+    in_kernels: float  # our kernels of products and norms
     exchanged: float  # during which the links are busy
     waited: float  # the part of it during which nothing else runs
     kernels: int  # launches of our own kernels
@@ -84,7 +84,7 @@ def step_time(module: Module, topology: Topology, devices: int) -> StepTime:
                 time = link
         elif _KERNEL.search(each.op_name) and each.opcode == "custom-call":
             kernels += 1
-            if _PRODUCTS.search(each.op_name):
+            if _STATED.search(each.op_name):
                 flops, nbytes = each.stated
                 seconds = max(flops / (_KERNEL_RATE * chip.flops["bfloat16"]), nbytes / chip.bytes_per_s)
                 in_kernels, time = in_kernels + seconds, time + seconds

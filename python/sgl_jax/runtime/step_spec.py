@@ -79,7 +79,7 @@ class StepSpec:
             linear,
             gated=self.kernels.gated,
             routed=self.kernels.routed_experts,
-            norms=self.kernels.norms if len(valid) >= _LONG_STEP else PLAIN_NORMS,
+            norms=self.kernels.norms if len(batch.positions) >= _LONG_STEP else PLAIN_NORMS,
         )
 
 

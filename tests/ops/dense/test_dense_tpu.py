@@ -35,10 +35,10 @@ def interpreted(function: Callable[..., jax.Array], *args: object) -> jax.Array:
 @pytest.mark.parametrize(
     ("tokens", "inputs", "outputs", "blocks"),
     [
-        (32, 128, 256, Blocks(32, 128)),
-        (48, 256, 384, Blocks(48, 256)),
-        (1024, 128, 128, Blocks(1024, 128)),
-        (1056, 128, 256, Blocks(528, 128)),
+        (32, 128, 256, Blocks(32, 128, 32)),
+        (48, 256, 384, Blocks(48, 256, 16)),
+        (1024, 128, 128, Blocks(1024, 128, 512)),
+        (1056, 128, 256, Blocks(528, 128, 176)),
     ],
     ids=["one chunk", "part of a block", "chunks", "pieces of chunks"],
 )
@@ -96,9 +96,10 @@ def test_tokens_that_do_not_fit_into_vmem_go_in_pieces(chip: None) -> None:
         x, w = jnp.zeros((tokens, inputs), jnp.bfloat16), jnp.zeros((1, 4096, inputs), jnp.bfloat16)
         return pallas_tpu.blocks_for(x, w, None)
 
-    assert blocks(2048, 14336) == Blocks(2048, 256)
-    assert blocks(8192, 14336) == Blocks(2048, 256)
-    assert blocks(2048, 1024) == Blocks(2048, 512)
+    assert blocks(2048, 14336) == Blocks(2048, 256, 512)
+    assert blocks(8192, 14336) == Blocks(2048, 256, 512)
+    assert blocks(2048, 1024) == Blocks(2048, 512, 512)
+    assert blocks(1072, 1024) is None  # 16 times a prime: chunks would have 16 tokens
 
 
 def test_a_gated_product_is_that_of_two_operations(chip: None) -> None:

@@ -39,7 +39,7 @@ def test_every_kernel_of_this_machine_passes_and_others_say_where_they_run(monke
         "attention native, float32",
         "grouped matmul, bfloat16",
         "experts, bfloat16",
-        "dense layers, float32",
+        "dense layers, bfloat16",
     } <= set(found)
     assert found["model, bfloat16"].error == 0.02
 

@@ -20,18 +20,19 @@ from jaxtyping import Array, Float
 from sgl_jax.ops.dense.api import Gated, plain_product
 
 _LEAST_TOKENS = 512  # fewer are multiplied in less time than the matrix is read in, and XLA reads it ahead
-_LEAST_SIDE = 1024  # rows and columns of a matrix
+_LEAST_SIDE = 1024  # fewest rows and fewest columns of a matrix
 _LANES, _SUBLANES = 128, 16  # sides of a tile of bfloat16
-_COLUMNS = 256  # a matrix unit has as many, and a block a multiple of them as rows
-CHUNK = 512  # tokens that are multiplied at once, at most
-_BLOCK_BYTES = 4 << 20  # a block of the matrix has at most, unless 256 rows are more
+_COLUMNS = 256  # columns of a matrix unit; the rows of a block are a multiple
+_CHUNK, _LEAST_CHUNK = 512, 256  # tokens that are multiplied at once; between chunks the matrix units run empty
+_BLOCK_BYTES = 4 << 20  # most bytes of a block of the matrix, unless 256 rows have more
 _LEAST_BLOCKS = 8  # the first block is read while nothing is multiplied
-_OTHER_BYTES = 6 << 20  # VMEM for sums of a chunk and for the compiler
+_OTHER_BYTES = 6 << 20  # VMEM for the compiler
 
 
 class Blocks(NamedTuple):
     tokens: int  # multiplied with a matrix that is read once; a divisor of all
-    rows: int  # a block of the matrix has
+    rows: int  # of the matrix that a block has
+    chunk: int  # tokens that are multiplied at once; a divisor of `tokens`
 
 
 def product(x: Float[Array, "T I"], w: Float[Array, "O I"], out_dtype: DTypeLike | None = None) -> Float[Array, "T O"]:
@@ -54,12 +55,12 @@ def unchanged(out: jax.Array) -> jax.Array:
 
 
 def rounded(gated: Gated, dtype: DTypeLike) -> Gated:
-    """Return the activation of gate and up as they would be if they had been written."""
+    """Return the activation, of gate and up rounded to `dtype` as if they had been stored."""
     return lambda gate, up: gated(gate.astype(dtype).astype(gate.dtype), up.astype(dtype).astype(up.dtype))
 
 
 def blocks_for(x: Float[Array, "T I"], w: Float[Array, "m O I"], out_dtype: DTypeLike | None) -> Blocks | None:
-    """Return the sizes for this chip: tokens as many as fit into three quarters of VMEM. None: XLA is better."""
+    """Return the sizes for this chip: as many tokens as fit into three quarters of VMEM. None: XLA is better."""
     (tokens, inputs), outputs = x.shape, w.shape[1]
     bfloat16 = {x.dtype, w.dtype, jnp.dtype(out_dtype or x.dtype)} == {jnp.dtype("bfloat16")}
     if (
@@ -74,16 +75,22 @@ def blocks_for(x: Float[Array, "T I"], w: Float[Array, "m O I"], out_dtype: DTyp
     most = min(_BLOCK_BYTES // row_bytes, outputs // _LEAST_BLOCKS)
     rows = max(_COLUMNS, most // _COLUMNS * _COLUMNS)
     room = pltpu.get_tpu_info().vmem_capacity_bytes * 3 // 4
-    fitting = [n for n in range(1, tokens // _LEAST_TOKENS + 1) if tokens % (n * _SUBLANES) == 0]
-    pieces = next((n for n in fitting if _vmem_bytes(tokens // n, x, w, rows) <= room), None)
-    return None if pieces is None else Blocks(tokens // pieces, rows)
+    for pieces in range(1, tokens // _LEAST_TOKENS + 1):
+        of_piece = tokens // pieces
+        chunk = max((n for n in range(_SUBLANES, _CHUNK + 1, _SUBLANES) if of_piece % n == 0), default=0)
+        blocks = Blocks(of_piece, rows, chunk)
+        if tokens % pieces == 0 and chunk >= _LEAST_CHUNK and _vmem_bytes(blocks, x, w) <= room:
+            return blocks
+    return None
 
 
-def _vmem_bytes(tokens: int, x: Float[Array, "T I"], w: Float[Array, "m O I"], rows: int) -> int:
-    """Return the VMEM for the tokens, two blocks of each matrix and of the result, and for a chunk that several matrices share."""
+def _vmem_bytes(blocks: Blocks, x: Float[Array, "T I"], w: Float[Array, "m O I"]) -> int:
+    """Return the VMEM for the tokens, for two blocks of each matrix and of the result, and for a chunk: its tokens if several
+    matrices share them, its sums in float32, and two arrays of the activation."""
+    tokens, rows, chunk = blocks
     row_bytes = x.shape[1] * x.dtype.itemsize
-    shared = (len(w) - 1) * min(tokens, CHUNK)
-    return (tokens + 2 * len(w) * rows + shared) * row_bytes + 2 * tokens * rows * x.dtype.itemsize + _OTHER_BYTES
+    copied = (tokens + 2 * len(w) * rows) * row_bytes + 2 * tokens * rows * x.dtype.itemsize
+    return copied + (len(w) - 1) * chunk * row_bytes + (len(w) + 2) * chunk * rows * 4 + _OTHER_BYTES
 
 
 def multiply(
@@ -96,20 +103,19 @@ def multiply(
     def matrix(m: int):
         return pl.BlockSpec((None, blocks.rows, inputs), lambda _, block: (m, block, 0))
 
-    chunk = max(n for n in range(_SUBLANES, CHUNK + 1, _SUBLANES) if blocks.tokens % n == 0)
     return pl.pallas_call(
-        functools.partial(_kernel, finish=finish, chunk=chunk),
+        functools.partial(_kernel, finish=finish, chunk=blocks.chunk),
         out_shape=jax.ShapeDtypeStruct((tokens, outputs), x.dtype),
         grid=grid,
         in_specs=[pl.BlockSpec(memory_space=pl.ANY), *map(matrix, range(number))],
         out_specs=pl.BlockSpec((blocks.tokens, blocks.rows), lambda piece, block: (piece, block)),
         scratch_shapes=[
             pltpu.VMEM((blocks.tokens, inputs), x.dtype),
-            pltpu.SemaphoreType.DMA((blocks.tokens // chunk,)),
+            pltpu.SemaphoreType.DMA((blocks.tokens // blocks.chunk,)),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary", "arbitrary"),
-            vmem_limit_bytes=_vmem_bytes(blocks.tokens, x, w, blocks.rows),
+            vmem_limit_bytes=_vmem_bytes(blocks, x, w),
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * tokens * inputs * number * outputs,

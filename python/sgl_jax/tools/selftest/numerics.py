@@ -81,7 +81,7 @@ def checks(platform: Platform, num_devices: int) -> Iterator[Check]:
             yield _run(title, ALLOWED[dtype], dtype, partial(attention_error, backend, dtype))
         error = partial(grouped_matmul_error, grouped_matmul_for(platform.name), dtype)
         yield _run(f"grouped matmul, {dtype}", ALLOWED[dtype], dtype, error)
-        if (dense := dense_for(platform.name)) is not None:
+        if dtype == "bfloat16" and (dense := dense_for(platform.name)) is not None:
             yield _run(f"dense layers, {dtype}", ALLOWED[dtype], dtype, partial(dense_error, *dense, dtype))
         if (routed := routed_experts_for(platform.name)) is not None:
             yield _run(f"experts, {dtype}", ALLOWED[dtype], dtype, partial(experts_error, routed, dtype))
@@ -142,10 +142,10 @@ def grouped_matmul_error(grouped_matmul: GroupedMatmul, dtype: str) -> float:
 
 
 def dense_error(product: DenseProduct, gated_product: GatedProduct, norms: Norms, dtype: str) -> float:
-    """Return the largest difference of norms, of products behind them and of an activation, for 528 tokens."""
+    """Return the largest difference of norms, of products behind them and of an activation, for 768 tokens."""
     rng = np.random.default_rng(4)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(np.float32)).astype(dtype)  # noqa: E731
-    x, weight, w, gate_up = draw(528, 1024), 1 + draw(1024) / 8, draw(1152, 1024) / 64, draw(2 * 1152, 1024) / 64
+    x, weight, w, gate_up = draw(768, 1024), 1 + draw(1024) / 8, draw(1152, 1024) / 64, draw(2 * 1152, 1024) / 64
     silu = partial(gated, activation="silu")
 
     def layer(x, weight, w, gate_up):
