@@ -51,7 +51,7 @@ def cases() -> list[Case]:
         "Qwen3-32B": {"qkv": (5120, 2560), "o": (2048, 5120), "gate_up": (5120, 12800), "down": (6400, 5120)},
     }
     every = [(model, site, *sides) for model, sites in matrices.items() for site, sides in sites.items()]
-    return [Case(model, site, tokens, *sides) for model, site, *sides in every for tokens in (512, 1024, 2048)]
+    return [Case(model, site, tokens, *sides) for model, site, *sides in every for tokens in (1024, 2048)]
 
 
 def measure(case: Case, dumps: Path) -> dict[str, Any]:

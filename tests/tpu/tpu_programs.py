@@ -163,7 +163,9 @@ def weight_moves(step: StepProgram) -> list[Instruction]:
             same = any(sides(array.shape) == weight for array in each.arrays)
             if each.opcode in MOVES and same and not step.module.multiplies(each):
                 found.append(each)
-            elif each.opcode != "fusion" and (same or each.opcode.endswith(("-start", "-done", "get-tuple-element"))):
+            elif each.opcode not in ("fusion", "custom-call") and (
+                same or each.opcode.endswith(("-start", "-done", "get-tuple-element"))
+            ):
                 weights[each.name] = weight
     assert weights, "no parameter of the program is a matrix of a layer"
     return found

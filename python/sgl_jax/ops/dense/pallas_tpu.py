@@ -19,7 +19,8 @@ from jaxtyping import Array, Float
 
 from sgl_jax.ops.dense.api import Gated, plain_product
 
-_LEAST_TOKENS = 512  # fewer are multiplied in less time than the matrix is read in, and XLA reads it ahead
+_LEAST_TOKENS = 1024  # fewer are multiplied in less time than the matrix is read in, and XLA reads it ahead
+_LEAST_PIECE = 512  # tokens, where not all fit
 _LEAST_SIDE = 1024  # fewest rows and fewest columns of a matrix
 _LANES, _SUBLANES = 128, 16  # sides of a tile of bfloat16
 _COLUMNS = 256  # columns of a matrix unit; the rows of a block are a multiple
@@ -75,7 +76,7 @@ def blocks_for(x: Float[Array, "T I"], w: Float[Array, "m O I"], out_dtype: DTyp
     most = min(_BLOCK_BYTES // row_bytes, outputs // _LEAST_BLOCKS)
     rows = max(_COLUMNS, most // _COLUMNS * _COLUMNS)
     room = pltpu.get_tpu_info().vmem_capacity_bytes * 3 // 4
-    for pieces in range(1, tokens // _LEAST_TOKENS + 1):
+    for pieces in range(1, tokens // _LEAST_PIECE + 1):
         of_piece = tokens // pieces
         chunk = max((n for n in range(_SUBLANES, _CHUNK + 1, _SUBLANES) if of_piece % n == 0), default=0)
         blocks = Blocks(of_piece, rows, chunk)

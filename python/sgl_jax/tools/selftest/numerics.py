@@ -142,10 +142,10 @@ def grouped_matmul_error(grouped_matmul: GroupedMatmul, dtype: str) -> float:
 
 
 def dense_error(product: DenseProduct, gated_product: GatedProduct, norms: Norms, dtype: str) -> float:
-    """Return the largest difference of norms, of products behind them and of an activation, for 768 tokens."""
+    """Return the largest difference of norms, of products behind them and of an activation, for 1024 tokens."""
     rng = np.random.default_rng(4)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape).astype(np.float32)).astype(dtype)  # noqa: E731
-    x, weight, w, gate_up = draw(768, 1024), 0.5 + draw(1024) / 16, draw(1152, 1024) / 64, draw(2 * 1152, 1024) / 64
+    x, weight, w, gate_up = draw(1024, 1024), 0.5 + draw(1024) / 16, draw(1152, 1024) / 64, draw(2 * 1152, 1024) / 64
     silu = partial(gated, activation="silu")
 
     def layer(x, weight, w, gate_up):
