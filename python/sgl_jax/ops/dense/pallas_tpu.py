@@ -32,7 +32,7 @@ _OTHER_BYTES = 6 << 20  # VMEM for the compiler
 
 class Blocks(NamedTuple):
     tokens: int  # multiplied with a matrix that is read once; a divisor of all
-    rows: int  # of the matrix that a block has
+    rows: int  # a block of the matrix has
     chunk: int  # tokens that are multiplied at once; a divisor of `tokens`
 
 
