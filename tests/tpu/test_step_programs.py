@@ -81,7 +81,7 @@ def test_parts_are_multiplied_while_others_are_exchanged(step: StepProgram, requ
     assert len(attention) == (step.bucket.num_parts + 1) * step.num_layers * has_kernels
     if step.bucket.num_parts > 1:
         # A v7x multiplies in less time than the sums take.
-        assert time.waited < time.exchanged * (0.35 if topology.name.startswith("v6e") else 0.7)
+        assert time.waited < time.exchanged * (0.35 if topology.name.startswith("v6e") else 0.5)
     else:  # but what a v7x finds to do meanwhile
         assert time.waited >= 0.9 * time.exchanged
 

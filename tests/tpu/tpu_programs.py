@@ -163,12 +163,17 @@ def weight_moves(step: StepProgram) -> list[Instruction]:
             same = any(sides(array.shape) == weight for array in each.arrays)
             if each.opcode in MOVES and same and not step.module.multiplies(each):
                 found.append(each)
-            elif each.opcode not in ("fusion", "custom-call") and (
-                same or each.opcode.endswith(("-start", "-done", "get-tuple-element"))
-            ):
+            elif is_product_kernel(each) or each.opcode == "fusion":
+                continue
+            elif same or each.opcode.endswith(("-start", "-done", "get-tuple-element")):
                 weights[each.name] = weight
     assert weights, "no parameter of the program is a matrix of a layer"
     return found
+
+
+def is_product_kernel(each: Instruction) -> bool:
+    """Whether it is a kernel that multiplies tokens with a dense matrix."""
+    return each.opcode == "custom-call" and each.name.startswith(("dense_product", "dense_gated"))
 
 
 def products(step: StepProgram) -> Counter[str]:
@@ -177,7 +182,7 @@ def products(step: StepProgram) -> Counter[str]:
     for each in step.module.instructions():
         if each.opcode == "custom-call" and each.name.startswith("experts_"):
             found["experts"] += 1
-        if each.opcode == "custom-call" and each.name.startswith(("dense_product", "dense_gated")):
+        if is_product_kernel(each):
             found[each.op_name.split("/")[-3]] += 1
         for inner in step.module.fused(each) if not each.in_branch else ():
             if step.module.multiplies(inner) and "oi,ti->ot" in inner.op_name:

@@ -132,20 +132,20 @@ def decoder_layer(
                 out, kv = _attention(h, kv, w, config, rope(layer), context, first_layer + layer, window)
                 outs.append(out)
         done: list[jax.Array] = []
-        following = attended(0)
+        following = attended(0)  # x of the next part, and its norm, which is then gathered
         with jax.named_scope("mlp"):
-            h = contexts[0].grid.to_mlp(following[1])
+            gathered = contexts[0].grid.to_mlp(following[1])
         for number, context in enumerate(contexts, 1):
-            x, own = following[0], h
+            x, h = following[0], gathered
             with jax.named_scope("mlp"):
-                hidden = _hidden(own, w, config, context)
+                hidden = _hidden(h, w, config, context)
             if number < len(contexts):
-                following = attended(number, after=own)
+                following = attended(number, after=h)
             if len(contexts) > 1:
                 hidden, following, done = lax.optimization_barrier((hidden, following, done))
             with jax.named_scope("mlp"):
-                h = contexts[number].grid.to_mlp(following[1]) if number < len(contexts) else None
-                out = _behind(_mlp(own, hidden, w, experts, config, context), h)
+                gathered = contexts[number].grid.to_mlp(following[1]) if number < len(contexts) else None
+                out = _behind(_mlp(h, hidden, w, experts, config, context), gathered)
                 done.append(x + normed(_summed(out, w.down_bias, context.grid.from_mlp), w.post_mlp_norm))
         return done, kv
 
@@ -153,7 +153,7 @@ def decoder_layer(
 
 
 def _behind[X](x: X, earlier: jax.Array | None) -> X:
-    """Return x, which the program has after `earlier`."""
+    """Return x, whose users the compiler puts behind `earlier`."""
     return x if earlier is None else lax.optimization_barrier((x, earlier))[0]
 
 

@@ -23,11 +23,11 @@ class Kernels:
     attention: Backend
     grouped_matmul: GroupedMatmul
     dense: DenseProduct = plain_product
-    gated: GatedProduct = no_gated_product
     quantized: QuantizedMatmul = native.quantized_matmul
     quantized_experts: QuantizedGroupedMatmul | None = None  # None: this layer's matrices are dequantised first
     routed_experts: RoutedExperts | None = None  # None: their products one by one, by the above
     adapters: AdapterAddend = plain_addend
+    gated: GatedProduct = no_gated_product
     norms: Norms = PLAIN_NORMS
     library: Library | None = None  # for operations that have no contract here
 

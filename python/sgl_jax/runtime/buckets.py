@@ -37,12 +37,9 @@ def make_buckets(
 
 def divided(bucket: Bucket, part_tokens: int, multiple: int) -> Bucket:
     """Return the bucket with its tokens in two equal parts of at least part_tokens, each a multiple; 0: in one part."""
-    fits = bucket.num_tokens >= 2 * max(part_tokens, bucket.num_rows * bucket.width)
-    return (
-        dataclasses.replace(bucket, num_parts=2)
-        if part_tokens and fits and bucket.num_tokens % (2 * multiple) == 0
-        else bucket
-    )
+    least = max(part_tokens, bucket.num_rows * bucket.width)
+    fits = part_tokens > 0 and bucket.num_tokens >= 2 * least and bucket.num_tokens % (2 * multiple) == 0
+    return dataclasses.replace(bucket, num_parts=2 if fits else 1)
 
 
 def pick(buckets: tuple[Bucket, ...], num_tokens: int, num_rows: int = 0, width: int = 1) -> Bucket:

@@ -195,12 +195,12 @@ def kernels_for(attention_backend: str | None, platform: Platform, model: Decode
         product, gated_product, norms = dense or (plain_product, no_gated_product, PLAIN_NORMS)
         quantised = quantized.quantized_matmul, quantized.quantized_grouped_matmul
         routed = routed_experts_for(platform.name)
-        return Kernels(attention, grouped, product, gated_product, *quantised, routed, norms=norms)
+        return Kernels(attention, grouped, product, *quantised, routed, gated=gated_product, norms=norms)
     if library is None:
         return Kernels(attention, grouped)
     quantised = library_matmul(library), library_grouped_matmul(library)
     more = {"adapters": library_addend(library), "library": library}
-    return Kernels(attention, grouped, library_product(library), no_gated_product, *quantised, **more)
+    return Kernels(attention, grouped, library_product(library), *quantised, **more)
 
 
 def dense_for(platform: Name) -> tuple[DenseProduct, GatedProduct, Norms] | None:
